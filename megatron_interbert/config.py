@@ -1,0 +1,286 @@
+"""Typed configuration: dataclasses from which the command line and the YAML keys are generated.
+
+Precedence: flag, then YAML (`--config`), then DeepSpeed JSON where it names the same thing, then the default here.
+`training/deepspeed_config.py` is the one place that merges the DeepSpeed JSON.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from megatron_interbert.errors import UsageError
+
+
+def option(default: Any, help: str, choices: Sequence[Any] | None = None) -> Any:
+    """A dataclass field that also is a flag: default, the sentence of `--help`, allowed values."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of one InterBERT. A size of 0 for vocabulary, feature or classes means: take it from the data."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    interaction_layers: int = 6
+    text_layers: int = 6
+    image_layers: int = 6
+    num_attention_heads: int = 12
+    image_attention_heads: int = 8
+    ffn_hidden_size: int = 3072
+    pooled_size: int = 1024
+    feature_dim: int = 2048
+    num_classes: int = 1601
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    image_hidden_dropout: float = 0.2
+    image_attention_dropout: float = 0.1
+    fusion: str = "product"
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+
+    def __post_init__(self) -> None:
+        for name in ("num_attention_heads", "image_attention_heads"):
+            if self.hidden_size % getattr(self, name):
+                raise UsageError(f"model: hidden_size {self.hidden_size} is not a multiple of {name} {getattr(self, name)}")
+        if self.fusion not in ("product", "sum"):
+            raise UsageError(f"model: fusion is '{self.fusion}', expected 'product' or 'sum'")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Vocabulary rounded up to a multiple of 128, the same for every tensor-parallel size."""
+        return -(-self.vocab_size // 128) * 128
+
+    def check_tensor_parallel(self, size: int) -> None:
+        """Raise UsageError when `size` ranks cannot share the heads, the MLP or the vocabulary evenly."""
+        for name in ("num_attention_heads", "image_attention_heads", "ffn_hidden_size", "padded_vocab_size"):
+            if getattr(self, name) % size:
+                raise UsageError(
+                    f"--tensor-model-parallel-size {size} does not divide {name} {getattr(self, name)} of the model;"
+                    f" use a size that divides it"
+                )
+
+    def without_dropout(self) -> "ModelConfig":
+        """The same model with every dropout at 0 (exact comparisons between layouts)."""
+        names = [f.name for f in dataclasses.fields(self) if f.name.endswith("dropout")]
+        return dataclasses.replace(self, **dict.fromkeys(names, 0.0))
+
+
+def model_config_from_dict(values: dict[str, Any], where: str) -> ModelConfig:
+    """Build a ModelConfig from JSON values; unknown keys raise UsageError with the nearest right name."""
+    known = {f.name for f in dataclasses.fields(ModelConfig)}
+    for name in values:
+        if name not in known:
+            raise UsageError(f"{where}: unknown model key '{name}'{nearest(name, known)}")
+    return ModelConfig(**values)
+
+
+@dataclass
+class RunConfig:
+    """Everything a training run is told. Names are Megatron's where Megatron has one."""
+
+    model: str = option("sample", "preset (tiny, sample, base, large, base-chinese) or a JSON file of model sizes")
+    data_path: str = option("", "region store to train on (a folder with manifest.json)")
+    valid_data_path: str = option("", "region store for --eval-interval; none: no evaluation")
+    vocab_file: str = option("", "WordPiece vocabulary; default: vocab.txt in the region store")
+    save: str = option("", "folder for checkpoints, logs and metrics; none: nothing is saved")
+    load: str = option("", "folder to resume from when it is not the one of --save")
+    init_from: str = option("", "weights to start from: a Hugging Face BERT folder or file, an official InterBERT .bin,"
+                                " or one of our checkpoints")
+    resume: str = option("auto", "auto: go on if a checkpoint is there; must: fail if none; never: start anew",
+                         ("auto", "never", "must"))
+
+    train_iters: int = option(1000, "optimizer steps in the whole run")
+    micro_batch_size: int = option(32, "samples per rank and forward pass")
+    global_batch_size: int = option(0, "samples per optimizer step over all ranks; default: micro batch x data parallel")
+    seed: int = option(1234, "seeds weights, order, masks and dropout")
+    lr: float = option(1e-4, "peak learning rate")
+    min_lr: float = option(0.0, "learning rate at the end of the decay")
+    lr_warmup_fraction: float = option(0.1, "share of the steps that warm up linearly from 0")
+    lr_decay_style: str = option("linear", "shape after the warm-up", ("linear", "cosine", "constant"))
+    pretrained_lr_scale: float = option(1.0, "factor on the learning rate of weights that came from --init-from bert (paper: 0.1)")
+    weight_decay: float = option(0.01, "on matrices only; biases and LayerNorm have none")
+    adam_beta1: float = option(0.9, "Adam's first-moment decay")
+    adam_beta2: float = option(0.999, "Adam's second-moment decay")
+    adam_eps: float = option(1e-8, "Adam's epsilon")
+    clip_grad: float = option(1.0, "largest global gradient norm; 0: no clipping")
+    max_bad_steps: int = option(10, "stop after so many non-finite steps in a row")
+
+    tensor_model_parallel_size: int = option(1, "ranks that share each layer")
+    zero_stage: int = option(1, "DeepSpeed ZeRO stage", (0, 1, 2, 3))
+    deepspeed_config: str = option("", "DeepSpeed JSON (see ds_configs/); 'auto' values are resolved from the flags")
+    fp16: bool = option(False, "half precision with dynamic loss scale")
+    bf16: bool = option(False, "bfloat16 with fp32 master weights (ZeRO stage 1 or higher)")
+    recompute_activations: bool = option(False, "recompute each layer in the backward pass instead of keeping it")
+    kernels: str = option("auto", "fused kernels", ("auto", "torch", "triton", "apex"))
+    dropout: bool = option(True, "--no-dropout sets every dropout to 0")
+
+    masking: str = option("paper", "rules of paper.md: the paper's or the official code's", ("paper", "official"))
+    msm_on_mismatched: bool = option(True, "also predict masked words of mismatched captions")
+    hard_negatives: float = option(0.2, "share of the mismatched captions drawn from hard_negatives.npy, when present")
+    objectives: str = option("msm,mrm,itm", "comma-separated losses to train on (for ablations)")
+    language: str = option("", "train only on captions of this language tag (en, zh); default: all")
+    max_regions: int = option(36, "regions per image, first ones as stored")
+    max_tokens: int = option(36, "tokens per caption with [CLS] and [SEP]")
+    data_partitions: int = option(64, "logical partitions of the data; the data-parallel size must divide it")
+    num_workers: int = option(2, "loader processes per rank; 0: load in the training process")
+    worker_start: str = option("fork", "how loader processes start", ("fork", "spawn", "forkserver"))
+    strict_boxes: bool = option(False, "refuse boxes outside the image instead of clipping them")
+
+    save_interval: int = option(0, "steps between checkpoints; 0: only at the end")
+    keep_last: int = option(2, "checkpoints to keep; 0: all")
+    eval_interval: int = option(0, "steps between evaluations on --valid-data-path")
+    eval_iters: int = option(10, "batches per evaluation")
+    log_interval: int = option(10, "steps between log lines")
+    tensorboard_dir: str = option("", "default: SAVE/tensorboard")
+    peak_tflops: float = option(0.0, "dense peak of one device for MFU; default: looked up by the device's name")
+    exit_after: int = option(0, "stop after this step as if killed cleanly (the schedule still spans --train-iters)")
+
+    def __post_init__(self) -> None:
+        self.given: set[str] = set()
+
+    def objective_names(self) -> tuple[str, ...]:
+        """The losses to train on; UsageError for a name that is none of msm, mrm, itm."""
+        names = tuple(name for name in self.objectives.split(",") if name)
+        for name in names:
+            if name not in ("msm", "mrm", "itm"):
+                raise UsageError(f"--objectives: unknown '{name}', expected some of msm,mrm,itm")
+        return names
+
+    def accumulation_steps(self, data_parallel_size: int) -> int:
+        """Micro-batches per optimizer step and rank; UsageError when the batch sizes do not divide."""
+        per_pass = self.micro_batch_size * data_parallel_size
+        batch = self.global_batch_size or per_pass
+        if batch % per_pass:
+            raise UsageError(
+                f"--global-batch-size {batch} is not a multiple of --micro-batch-size {self.micro_batch_size}"
+                f" x data-parallel size {data_parallel_size} = {per_pass}"
+            )
+        return batch // per_pass
+
+    def global_batch(self, data_parallel_size: int) -> int:
+        """Samples per optimizer step over all ranks."""
+        return self.micro_batch_size * data_parallel_size * self.accumulation_steps(data_parallel_size)
+
+    def check(self) -> None:
+        """UsageError for values that contradict each other or have no meaning."""
+        if self.fp16 and self.bf16:
+            raise UsageError("--fp16 and --bf16 exclude each other; give one")
+        if self.bf16 and self.zero_stage == 0 and self.tensor_model_parallel_size > 1:
+            raise UsageError("--bf16 with --tensor-model-parallel-size > 1 needs --zero-stage 1 or higher"
+                             " (DeepSpeed's stage 0 computes a wrong gradient norm there)")
+        for name in ("train_iters", "micro_batch_size", "max_regions", "data_partitions", "tensor_model_parallel_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{flag(name)} is {getattr(self, name)}, expected 1 or more")
+        if self.max_tokens < 3:
+            raise UsageError(f"--max-tokens is {self.max_tokens}, expected 3 or more ([CLS] word [SEP])")
+        self.objective_names()
+
+
+def flag(name: str) -> str:
+    """`data_path` -> `--data-path`."""
+    return "--" + name.replace("_", "-")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'X'?` for the known name nearest to a wrong one, else an empty string."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def build_parser(config_class: type, description: str) -> argparse.ArgumentParser:
+    """An argument parser with one flag per dataclass field. Absent flags stay absent from the namespace."""
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for entry in dataclasses.fields(config_class):
+        text = f"{entry.metadata['help']} (default: {entry.default!r})"
+        if entry.type is bool:
+            parser.add_argument(flag(entry.name), action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(flag(entry.name), type=entry.type, choices=entry.metadata["choices"], help=text)
+    parser.add_argument("--config", help="YAML file with any of these flags as keys")
+    parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher, unused
+    parser.error = lambda message: (_ for _ in ()).throw(UsageError(message))  # one line and exit code 2, as everywhere
+    return parser
+
+
+def parse(config_class: type, description: str, argv: Sequence[str] | None = None) -> Any:
+    """Command line (and `--config` YAML) -> an instance of `config_class` with `.given`, the names set explicitly."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [a.split("=", 1)[0].replace("_", "-") + a[len(a.split("=", 1)[0]):] if a.startswith("--") else a for a in argv]
+    parser = build_parser(config_class, description)
+    namespace, unknown = parser.parse_known_args(argv)
+    known = {f.name for f in dataclasses.fields(config_class)}
+    if unknown:
+        wrong = unknown[0].split("=")[0]
+        raise UsageError(f"unknown argument '{wrong}'{nearest(wrong, map(flag, known))}; --help lists all")
+    values = vars(namespace)
+    values.pop("local_rank", None)
+    given = {**read_yaml(config_class, values.pop("config")), **values} if "config" in values else values
+    config = config_class(**given)
+    config.given = set(given)
+    return config
+
+
+def read_yaml(config_class: type, path: str) -> dict[str, Any]:
+    """YAML with flag names as keys (`-` or `_`), types and choices checked; UsageError names file and key."""
+    text = read_text(path, "--config")
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not valid YAML ({error})") from error
+    entries = {f.name: f for f in dataclasses.fields(config_class)}
+    result = {}
+    for key, value in values.items():
+        name = str(key).lstrip("-").replace("-", "_")
+        if name not in entries:
+            raise UsageError(f"{path}: unknown key '{key}'{nearest(name, entries)}")
+        kind = entries[name].type
+        if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+            value = to_float(value, path, name)  # YAML 1.1 reads 1e-4 as a string
+        if not isinstance(value, get_args(kind) or kind) or (kind is int and isinstance(value, bool)):
+            raise UsageError(f"{path}: '{key}' is {value!r}, expected {kind.__name__}")
+        choices = entries[name].metadata["choices"]
+        if choices and value not in choices:
+            raise UsageError(f"{path}: '{key}' is {value!r}, expected one of {', '.join(map(str, choices))}")
+        result[name] = value
+    return result
+
+
+def to_float(value: Any, path: str, name: str) -> float:
+    """float(value), or UsageError that names the file and the key."""
+    try:
+        return float(value)
+    except ValueError:
+        raise UsageError(f"{path}: '{name}' is {value!r}, expected a number") from None
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """A text file's content; UsageError naming `what` when it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{what}: cannot read {path} ({error})") from error
+
+
+def read_json(path: str | Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file; UsageError naming `what` when it is missing or malformed."""
+    try:
+        value = json.loads(read_text(path, what))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{what}: {path} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{what}: {path} holds a {type(value).__name__}, expected an object")
+    return value

@@ -1,0 +1,1 @@
+"""Region store, order, text, masking, packing: everything between the disk and a PackedBatch."""

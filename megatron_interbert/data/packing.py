@@ -1,0 +1,148 @@
+"""PackedBatch: a batch as flat tensors with offsets; nothing is ever padded.
+
+Legend: B samples, Nt text tokens, Ni image tokens (one [IMG] then the regions, per sample), N = Nt + Ni, R regions,
+F feature size, Mt and Mr masked tokens and regions that are targets, k soft-label entries.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+FULL_IMAGE = np.array([[0.0, 0.0, 1.0, 1.0, 1.0]], dtype=np.float32)
+
+
+@dataclass
+class Example:
+    """One sample before packing. token_ids hold [CLS] and [SEP]; without regions it is a text-only sample."""
+
+    token_ids: np.ndarray
+    token_types: np.ndarray
+    features: np.ndarray | None = None
+    locations: np.ndarray | None = None
+    class_ids: np.ndarray | None = None
+    class_probs: np.ndarray | None = None
+    hidden_regions: np.ndarray | None = None
+    msm_positions: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    msm_labels: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    mismatched: int = 0
+    sample_id: int = 0
+
+
+@dataclass
+class PackedBatch:
+    """See the legend above. Indexes are int64, offsets int32, features float16 as stored."""
+
+    token_ids: torch.Tensor  # [Nt]
+    token_types: torch.Tensor  # [Nt]
+    token_positions: torch.Tensor  # [Nt] place of each token in its own caption
+    text_offsets: torch.Tensor  # [B+1]
+    image_offsets: torch.Tensor  # [B+1] over image tokens
+    joint_offsets: torch.Tensor  # [B+1] over both
+    joint_order: torch.Tensor  # [N] from cat(image, text) to per-sample [image tokens, text tokens]
+    text_index: torch.Tensor  # [Nt] where the text tokens stand in the joint order
+    image_index: torch.Tensor  # [Ni] where the image tokens stand in the joint order
+    features: torch.Tensor  # [R, F]
+    region_rows: torch.Tensor  # [R] image token of each region
+    region_sample: torch.Tensor  # [R] which image of the batch the region belongs to, counting samples with one
+    summary_rows: torch.Tensor  # [B with image] image token that is [IMG]
+    locations: torch.Tensor  # [Ni, 5] x1/W, y1/H, x2/W, y2/H, area share; [IMG] is (0,0,1,1,1)
+    hidden_regions: torch.Tensor  # [hidden] regions whose features are zeroed
+    msm_positions: torch.Tensor  # [Mt] text tokens that are targets
+    msm_labels: torch.Tensor  # [Mt]
+    mrm_positions: torch.Tensor  # [Mr] image tokens that are targets: hidden regions of matched samples
+    mrm_class_ids: torch.Tensor  # [Mr, k]
+    mrm_class_probs: torch.Tensor  # [Mr, k]
+    mismatched: torch.Tensor  # [B] 0 = matched, the class index of the matching head
+    sample_ids: torch.Tensor  # [B]
+    max_text: int = 0  # longest caption, longest image, longest of both together
+    max_image: int = 0
+    max_joint: int = 0
+
+    def __len__(self) -> int:
+        return len(self.text_offsets) - 1
+
+    def _map(self, function) -> "PackedBatch":
+        return PackedBatch(**{f.name: function(v) if isinstance(v := getattr(self, f.name), torch.Tensor) else v
+                              for f in dataclasses.fields(self)})
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The same batch on a device; copies from pinned memory do not block."""
+        return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "PackedBatch":
+        """The same batch in page-locked memory; called by DataLoader's pin thread."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def target_counts(self) -> torch.Tensor:
+        """float64 [3]: targets of MSM, MRM, ITM in this batch."""
+        return torch.tensor([len(self.msm_labels), len(self.mrm_positions), len(self)], dtype=torch.float64)
+
+
+def normalised_locations(boxes: np.ndarray, size: tuple[float, float]) -> np.ndarray:
+    """float32 [R, 5] x1/W, y1/H, x2/W, y2/H, area/(W*H) of boxes [R, 4] in pixels."""
+    unit = boxes / np.array([*size, *size], dtype=np.float32)
+    area = (unit[:, 2] - unit[:, 0]) * (unit[:, 3] - unit[:, 1])
+    return np.concatenate([unit, area[:, None]], axis=1).astype(np.float32)
+
+
+def pack(examples: Sequence[Example], feature_dim: int) -> PackedBatch:
+    """Lay samples end to end. All index work happens here, on the loader's side."""
+    text_lengths = np.array([len(e.token_ids) for e in examples])
+    region_counts = np.array([0 if e.features is None else len(e.features) for e in examples])
+    image_lengths = region_counts + (region_counts > 0)
+    text_offsets, image_offsets = _offsets(text_lengths), _offsets(image_lengths)
+    joint_offsets = text_offsets + image_offsets
+    image_index = _within(image_lengths) + np.repeat(joint_offsets[:-1], image_lengths)
+    text_index = _within(text_lengths) + np.repeat(joint_offsets[:-1] + image_lengths, text_lengths)
+    joint_order = np.empty(joint_offsets[-1], dtype=np.int64)
+    joint_order[np.concatenate([image_index, text_index])] = np.arange(joint_offsets[-1])
+
+    pictured = [e for e in examples if e.features is not None]
+    counts = region_counts[region_counts > 0]
+    summary_rows = image_offsets[:-1][region_counts > 0]
+    region_rows = _within(counts) + np.repeat(summary_rows + 1, counts)
+    hidden = np.concatenate([e.hidden_regions if e.hidden_regions is not None else np.zeros(len(e.features), bool)
+                             for e in pictured] or [np.zeros(0, bool)])
+    is_target = hidden & np.repeat([e.mismatched == 0 for e in pictured], counts).astype(bool)
+    width = max((e.class_ids.shape[1] for e in pictured if e.class_ids is not None), default=1)
+    labelled = all(e.class_ids is not None for e in pictured)
+    return PackedBatch(
+        token_ids=_join([e.token_ids for e in examples], np.int64),
+        token_types=_join([e.token_types for e in examples], np.int64),
+        token_positions=torch.from_numpy(_within(text_lengths)),
+        text_offsets=torch.from_numpy(text_offsets.astype(np.int32)),
+        image_offsets=torch.from_numpy(image_offsets.astype(np.int32)),
+        joint_offsets=torch.from_numpy(joint_offsets.astype(np.int32)),
+        joint_order=torch.from_numpy(joint_order), text_index=torch.from_numpy(text_index), image_index=torch.from_numpy(image_index),
+        features=_join([e.features for e in pictured], np.float16, (feature_dim,)),
+        region_rows=torch.from_numpy(region_rows),
+        region_sample=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
+        summary_rows=torch.from_numpy(summary_rows),
+        locations=_join([part for e in pictured for part in (FULL_IMAGE, e.locations)], np.float32, (5,)),
+        hidden_regions=torch.from_numpy(np.flatnonzero(hidden)),
+        msm_positions=_join([e.msm_positions + start for e, start in zip(examples, text_offsets, strict=False)], np.int64),
+        msm_labels=_join([e.msm_labels for e in examples], np.int64),
+        mrm_positions=torch.from_numpy(region_rows[is_target] if labelled else np.zeros(0, np.int64)),
+        mrm_class_ids=_join([e.class_ids for e in pictured] if labelled else [], np.int64, (width,), is_target),
+        mrm_class_probs=_join([e.class_probs for e in pictured] if labelled else [], np.float32, (width,), is_target),
+        mismatched=torch.tensor([e.mismatched for e in examples]),
+        sample_ids=torch.tensor([e.sample_id for e in examples]),
+        max_text=int(text_lengths.max()), max_image=int(image_lengths.max()), max_joint=int((text_lengths + image_lengths).max()),
+    )
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def _within(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, .. for each run: [2, 3] -> [0, 1, 0, 1, 2]."""
+    return np.arange(lengths.sum()) - np.repeat(_offsets(lengths)[:-1], lengths)
+
+
+def _join(parts: list[np.ndarray], dtype: type, tail: tuple[int, ...] = (), keep: np.ndarray | None = None) -> torch.Tensor:
+    joined = np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros((0, *tail), dtype)
+    return torch.from_numpy(joined if keep is None or not parts else joined[keep])

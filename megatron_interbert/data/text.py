@@ -1,0 +1,53 @@
+"""WordPiece: captions to token ids with the word each piece belongs to."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import WordPiece
+
+from megatron_interbert.config import read_text
+from megatron_interbert.errors import UsageError
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+@dataclass
+class Tokens:
+    """A caption without [CLS] and [SEP]: ids [T] and, for each piece, the index of its word [T]."""
+
+    ids: np.ndarray
+    words: np.ndarray
+
+
+class CaptionTokenizer:
+    """BERT's tokenizer (lower case, Chinese characters apart) over a vocab.txt."""
+
+    def __init__(self, vocab_file: str) -> None:
+        if not Path(vocab_file).is_file():
+            raise UsageError(f"--vocab-file {vocab_file}: no such file; give the WordPiece vocabulary of the model")
+        words = read_text(vocab_file, "--vocab-file").rstrip("\n").split("\n")
+        words = [word.rstrip("\r") for word in words]
+        vocabulary = {word: index for index, word in enumerate(words)}
+        for name in SPECIAL:
+            if name not in vocabulary:
+                raise UsageError(f"{vocab_file}: no {name} in it, expected a BERT vocabulary with one entry per line")
+        self.vocab_file, self.words, self.vocab_size = str(vocab_file), words, len(words)
+        self.pad, self.unknown, self.cls, self.sep, self.mask = (vocabulary[name] for name in SPECIAL)
+        # What a random replacement may be: no special and no unused entry.
+        self.ordinary = np.array([i for i, w in enumerate(words) if w and not (w.startswith("[") and w.endswith("]"))])
+        self._tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+        self._tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, handle_chinese_chars=True)
+        self._tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        self._tokenizer.decoder = decoders.WordPiece()
+
+    def encode(self, caption: str, max_tokens: int) -> Tokens:
+        """Pieces of a caption, cut so that [CLS] and [SEP] still fit into `max_tokens`."""
+        encoding = self._tokenizer.encode(caption, add_special_tokens=False)
+        length = min(len(encoding.ids), max_tokens - 2)
+        return Tokens(np.array(encoding.ids[:length], dtype=np.int64), np.array(encoding.word_ids[:length], dtype=np.int64))
+
+    def decode(self, ids: list[int]) -> str:
+        """Readable text of token ids."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False)

@@ -1,0 +1,29 @@
+"""One line for the user instead of a traceback: what is wrong, where, and the command that mends it."""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class UsageError(ValueError):
+    """Wrong flags, files or records. Entries print it as one line and exit with code 2."""
+
+
+class TrainingStopped(RuntimeError):
+    """Work that began well and cannot go on (losses stay non-finite, disk full). Exit code 1."""
+
+
+def run_entry(main: Callable[[], None]) -> None:
+    """Run an entry point; our own errors become one line on stderr and exit code 2 (wrong use) or 1 (failed work).
+
+    Every rank exits, but only the ranks that fail alone speak: the same error on all ranks is printed once, by rank 0,
+    unless it carries `local = True` (a bad record that one rank alone has read).
+    """
+    try:
+        main()
+    except (UsageError, TrainingStopped) as error:
+        if int(os.environ.get("RANK", "0")) == 0 or getattr(error, "local", False):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        # Not sys.exit: destructors of process groups and loader workers may wait for ranks that are already gone.
+        sys.stdout.flush()
+        os._exit(2 if isinstance(error, UsageError) else 1)

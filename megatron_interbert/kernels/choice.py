@@ -1,0 +1,41 @@
+"""Which kernel serves each operation: decided once at start from the device and `--kernels`, and printed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megatron_interbert.errors import UsageError
+from megatron_interbert.kernels import attention, plain
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Operations with the signatures of `plain`, and the name of each for the log."""
+
+    attention: Callable[..., torch.Tensor] = attention.padded_sdpa
+    bias_gelu: Callable[..., torch.Tensor] = plain.bias_gelu
+    dropout_add_norm: Callable[..., torch.Tensor] = plain.dropout_add_norm
+
+    def describe(self) -> str:
+        """One line: operation=module.function of each."""
+        return ", ".join(f"{name}={function.__module__.rsplit('.', 1)[-1]}.{function.__name__}"
+                         for name, function in vars(self).items())
+
+
+def choose_kernels(name: str, device: torch.device) -> Kernels:
+    """Kernels for `--kernels auto|torch|triton|apex` on a device; UsageError when the choice cannot run there."""
+    on_gpu = device.type == "cuda"
+    if name == "torch" or (name == "auto" and not on_gpu):
+        return Kernels()
+    if name == "apex":
+        from megatron_interbert.kernels import apex_adapters
+
+        return Kernels(attention.varlen_flash if on_gpu else attention.padded_sdpa, plain.bias_gelu,
+                       apex_adapters.load_dropout_add_norm())
+    from megatron_interbert.kernels import triton_ops
+
+    if not (on_gpu or triton_ops.interpreted()):
+        raise UsageError("--kernels triton needs a GPU (or TRITON_INTERPRET=1 to check the kernels on a CPU); use --kernels torch")
+    return Kernels(attention.varlen_flash if on_gpu else attention.padded_sdpa, triton_ops.bias_gelu,
+                   triton_ops.dropout_add_norm)

@@ -1,0 +1,51 @@
+"""First weights: drawn per parameter name, so that they are the same for every layout; or from another checkpoint."""
+
+import zlib
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from megatron_interbert.config import ModelConfig
+from megatron_interbert.errors import UsageError
+from megatron_interbert.model.partition import full_shape, shard
+from megatron_interbert.parallel.state import ParallelState
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, config: ModelConfig, seed: int, state: ParallelState) -> None:
+    """N(0, initializer_range) for matrices, 1 for LayerNorm gains, 0 for biases and for padded vocabulary rows."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (seed << 32))
+            full = torch.empty(full_shape(name, parameter.shape, state.tensor_size))
+            full.normal_(0.0, config.initializer_range, generator=generator)
+            if name == "text_embedding.word.weight":
+                full[config.vocab_size:] = 0.0
+            parameter.copy_(shard(full, name, state.tensor_rank, state.tensor_size))
+
+
+@torch.no_grad()
+def load_full_state(model: nn.Module, full: Mapping[str, torch.Tensor], state: ParallelState, where: str,
+                    partial: bool = False) -> set[str]:
+    """Copy this rank's slices of full tensors into the model; the names that were loaded.
+
+    UsageError for a missing parameter (unless `partial`) or a shape that does not fit.
+    """
+    loaded = set()
+    for name, parameter in model.named_parameters():
+        if name not in full:
+            if partial:
+                continue
+            raise UsageError(f"{where}: parameter {name} is missing; the checkpoint is of another model or incomplete")
+        expected = full_shape(name, parameter.shape, state.tensor_size)
+        if list(full[name].shape) != expected:
+            raise UsageError(f"{where}: {name} has shape {list(full[name].shape)}, the model expects {expected};"
+                             " check --model and the vocabulary")
+        parameter.copy_(shard(full[name], name, state.tensor_rank, state.tensor_size))
+        loaded.add(name)
+    return loaded

@@ -1,0 +1,106 @@
+"""InterBERT: embeddings -> interaction module over both token kinds -> two independent streams -> poolers and heads.
+
+Legend: B samples, Nt text tokens, Ni image tokens, H hidden, P pooled size, Mt and Mr masked words and regions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron_interbert.config import ModelConfig
+from megatron_interbert.data.packing import PackedBatch
+from megatron_interbert.kernels.choice import Kernels
+from megatron_interbert.model.embeddings import ImageEmbedding, TextEmbedding
+from megatron_interbert.model.heads import Pooler, RegionHead, WordHead
+from megatron_interbert.model.partition import mark_shards
+from megatron_interbert.model.transformer import TransformerLayer, TransformerStack
+from megatron_interbert.parallel.rng import RandomStreams
+from megatron_interbert.parallel.state import ParallelState
+
+PRETRAINING_HEADS = ("msm", "mrm", "itm")
+
+
+@dataclass
+class InterBertOutput:
+    """What one forward pass gives; logits only of the heads the model was built with. Logits are float32."""
+
+    text_hidden: torch.Tensor  # [Nt, H]
+    image_hidden: torch.Tensor  # [Ni, H]
+    pooled_text: torch.Tensor  # [B, P]
+    pooled_image: torch.Tensor | None = None  # [B with image, P]
+    msm_logits: torch.Tensor | None = None  # [Mt, padded vocabulary / tensor-parallel ranks]
+    mrm_logits: torch.Tensor | None = None  # [Mr, classes]
+    itm_logits: torch.Tensor | None = None  # [B, 2], class 0 = matched
+    choice_logit: torch.Tensor | None = None  # [B, 1]
+
+
+class InterBert(nn.Module):
+    """The whole model. `heads` is any of msm, mrm, itm, choice; parameters are empty until initialised or loaded."""
+
+    def __init__(self, config: ModelConfig, heads: Sequence[str] = PRETRAINING_HEADS, *, state: ParallelState | None = None,
+                 kernels: Kernels | None = None, streams: RandomStreams | None = None, recompute: bool = False) -> None:
+        super().__init__()
+        state, kernels = state or ParallelState(), kernels or Kernels()
+        streams = streams or RandomStreams(0)
+        config.check_tensor_parallel(state.tensor_size)
+        self.config = config
+        self.text_embedding = TextEmbedding(config, state.tensor_group)
+        self.image_embedding = ImageEmbedding(config)
+
+        def stack(count: int, heads: int, hidden_dropout: float, attention_dropout: float) -> TransformerStack:
+            layers = [TransformerLayer(config.hidden_size, heads, config.ffn_hidden_size, hidden_dropout, attention_dropout,
+                                       config.layer_norm_eps, state.tensor_group, kernels, streams) for _ in range(count)]
+            return TransformerStack(layers, streams, recompute)
+
+        text_like = (config.num_attention_heads, config.hidden_dropout, config.attention_dropout)
+        self.interaction = stack(config.interaction_layers, *text_like)
+        self.text_stream = stack(config.text_layers, *text_like)
+        self.image_stream = stack(config.image_layers, config.image_attention_heads, config.image_hidden_dropout,
+                                  config.image_attention_dropout)
+        self.text_pooler, self.image_pooler = Pooler(config), Pooler(config)
+        if "msm" in heads:
+            self.msm_head = WordHead(config, state.tensor_group)
+        if "mrm" in heads:
+            self.mrm_head = RegionHead(config)
+        if "itm" in heads:
+            self.itm_head = nn.Linear(config.pooled_size, 2)
+        if "choice" in heads:
+            self.choice_head = nn.Linear(config.pooled_size, 1)
+        mark_shards(self)
+
+    def forward(self, batch: PackedBatch) -> InterBertOutput:
+        text, image = self.encode(batch)
+        pooled_text = self.text_pooler(text[batch.text_offsets[:-1].long()])
+        output = InterBertOutput(text, image, pooled_text)
+        if len(image):
+            output.pooled_image = self.image_pooler(image[batch.summary_rows])
+        if hasattr(self, "msm_head"):
+            output.msm_logits = self.msm_head(text[batch.msm_positions], self.text_embedding.word.weight)
+        if hasattr(self, "mrm_head") and len(image):
+            output.mrm_logits = self.mrm_head(image[batch.mrm_positions]).float()
+        if output.pooled_image is not None and (hasattr(self, "itm_head") or hasattr(self, "choice_head")):
+            fused = F.dropout(self.fuse(pooled_text, output.pooled_image), self.config.hidden_dropout, self.training)
+            if hasattr(self, "itm_head"):
+                output.itm_logits = self.itm_head(fused).float()
+            if hasattr(self, "choice_head"):
+                output.choice_logit = self.choice_head(fused).float()
+        return output
+
+    def encode(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states of both streams: text [Nt, H] and image [Ni, H] (empty for text-only batches)."""
+        text = self.text_embedding(batch.token_ids, batch.token_positions, batch.token_types)
+        if not len(batch.locations):  # text only: the joint order is the text order
+            text = self.interaction(text, batch.text_offsets, batch.max_text)
+            return self.text_stream(text, batch.text_offsets, batch.max_text), text[:0]
+        joint = torch.cat([self.image_embedding(batch), text])[batch.joint_order]
+        joint = self.interaction(joint, batch.joint_offsets, batch.max_joint)
+        text = self.text_stream(joint[batch.text_index], batch.text_offsets, batch.max_text)
+        image = self.image_stream(joint[batch.image_index], batch.image_offsets, batch.max_image)
+        return text, image
+
+    def fuse(self, pooled_text: torch.Tensor, pooled_image: torch.Tensor) -> torch.Tensor:
+        """Element-wise product (or sum) of the pooled vectors [B, P]."""
+        return pooled_text * pooled_image if self.config.fusion == "product" else pooled_text + pooled_image

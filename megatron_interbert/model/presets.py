@@ -1,0 +1,43 @@
+"""Named model sizes for `--model`, and reading sizes from a JSON file."""
+
+import dataclasses
+from pathlib import Path
+
+from megatron_interbert.config import ModelConfig, model_config_from_dict, nearest, read_json
+from megatron_interbert.errors import UsageError
+
+PRESETS = {
+    # tests: a second a step on one core; vocabulary, features and classes come from the data
+    "tiny": ModelConfig(vocab_size=0, feature_dim=0, num_classes=0, hidden_size=64, interaction_layers=2, text_layers=1,
+                        image_layers=1, num_attention_heads=4, image_attention_heads=4, ffn_hidden_size=128, pooled_size=64,
+                        max_position_embeddings=64),
+    # the sample corpus: learns in minutes on two cores
+    "sample": ModelConfig(vocab_size=0, feature_dim=0, num_classes=0, hidden_size=64, interaction_layers=2, text_layers=1,
+                          image_layers=1, num_attention_heads=4, image_attention_heads=4, ffn_hidden_size=256, pooled_size=64,
+                          max_position_embeddings=64, hidden_dropout=0.0, attention_dropout=0.0, image_hidden_dropout=0.0,
+                          image_attention_dropout=0.0),
+    "base": ModelConfig(),  # the official sizes, 157.0 M parameters
+    "base-chinese": ModelConfig(vocab_size=21128),
+    "large": ModelConfig(hidden_size=1024, interaction_layers=12, text_layers=12, image_layers=12, num_attention_heads=16,
+                         image_attention_heads=16, ffn_hidden_size=4096),
+}
+
+
+def load_model_config(model: str) -> ModelConfig:
+    """A preset's sizes or those of a JSON file; UsageError for an unknown name or key."""
+    if model in PRESETS:
+        return PRESETS[model]
+    if model.endswith(".json") or Path(model).is_file():
+        return model_config_from_dict(read_json(model, "--model"), model)
+    raise UsageError(f"--model {model}: no such preset or file{nearest(model, PRESETS)}; presets: {', '.join(PRESETS)}")
+
+
+def fit_to_data(config: ModelConfig, vocab_size: int, feature_dim: int, num_classes: int, where: str) -> ModelConfig:
+    """Fill in sizes of 0 from the data; UsageError where a fixed size disagrees with it."""
+    found = {"vocab_size": vocab_size, "feature_dim": feature_dim, "num_classes": num_classes}
+    for name, value in found.items():
+        expected = getattr(config, name)
+        if expected not in (0, value):
+            raise UsageError(f"{where}: {name} is {value}, but the model has {expected};"
+                             " give the data or the vocabulary that the model was made for, or another --model")
+    return dataclasses.replace(config, **found)

@@ -1,0 +1,96 @@
+"""The one transformer layer, used by the interaction module and both streams: post-LN BERT over packed tokens.
+
+Legend: N tokens of all samples, H hidden, T tensor-parallel ranks.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_interbert.kernels.choice import Kernels
+from megatron_interbert.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron_interbert.parallel.rng import RandomStreams
+
+
+class SelfAttention(nn.Module):
+    """One QKV projection, attention within each sequence, output projection without its bias: [N, H] -> [N, H].
+
+    The rows of `qkv` are ordered by head (q, k, v of head 0, then of head 1, ..), so that a slice holds whole heads.
+    """
+
+    def __init__(self, hidden: int, heads: int, dropout: float, group: dist.ProcessGroup | None, kernels: Kernels,
+                 streams: RandomStreams) -> None:
+        super().__init__()
+        self.head_size, self.dropout, self.kernels, self.streams = hidden // heads, dropout, kernels, streams
+        self.qkv = ColumnParallelLinear(hidden, 3 * hidden, group)
+        self.output = RowParallelLinear(hidden, hidden, group)
+
+    def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_length: int) -> torch.Tensor:
+        q, k, v = self.qkv(x).view(len(x), -1, 3, self.head_size).unbind(dim=2)
+        p = self.dropout if self.training else 0.0
+        if p > 0:  # heads are sharded: each rank drops for itself
+            with self.streams.sharded():
+                attended = self.kernels.attention(q, k, v, offsets, max_length, p)
+        else:
+            attended = self.kernels.attention(q, k, v, offsets, max_length, p)
+        return self.output(attended.flatten(1))
+
+
+class Mlp(nn.Module):
+    """GELU MLP without its last bias: [N, H] -> [N, H]. A layer takes any module of this signature in its place."""
+
+    def __init__(self, hidden: int, ffn: int, group: dist.ProcessGroup | None, kernels: Kernels) -> None:
+        super().__init__()
+        self.up = ColumnParallelLinear(hidden, ffn, group, activation=kernels.bias_gelu)
+        self.down = RowParallelLinear(ffn, hidden, group)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x))
+
+
+class ResidualNorm(nn.Module):
+    """LayerNorm(residual + dropout(x + linear_bias)); linear_bias is that of the row-parallel layer that made x."""
+
+    def __init__(self, hidden: int, dropout: float, eps: float, kernels: Kernels) -> None:
+        super().__init__()
+        self.dropout, self.eps, self.kernels = dropout, eps, kernels
+        self.linear_bias = nn.Parameter(torch.empty(hidden))
+        self.weight = nn.Parameter(torch.empty(hidden))
+        self.bias = nn.Parameter(torch.empty(hidden))
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        p = self.dropout if self.training else 0.0
+        return self.kernels.dropout_add_norm(x, self.linear_bias, residual, self.weight, self.bias, p, self.eps)
+
+
+class TransformerLayer(nn.Module):
+    """x = norm(x + attention(x)); x = norm(x + mlp(x)), over [N, H] with sequence offsets [B+1]."""
+
+    def __init__(self, hidden: int, heads: int, ffn: int, hidden_dropout: float, attention_dropout: float, eps: float,
+                 group: dist.ProcessGroup | None, kernels: Kernels, streams: RandomStreams) -> None:
+        super().__init__()
+        self.attention = SelfAttention(hidden, heads, attention_dropout, group, kernels, streams)
+        self.attention_norm = ResidualNorm(hidden, hidden_dropout, eps, kernels)
+        self.mlp = Mlp(hidden, ffn, group, kernels)
+        self.mlp_norm = ResidualNorm(hidden, hidden_dropout, eps, kernels)
+
+    def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_length: int) -> torch.Tensor:
+        x = self.attention_norm(self.attention(x, offsets, max_length), x)
+        return self.mlp_norm(self.mlp(x), x)
+
+
+class TransformerStack(nn.Module):
+    """Layers one after another; `recompute` keeps only their inputs for the backward pass."""
+
+    def __init__(self, layers: list[TransformerLayer], streams: RandomStreams, recompute: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.streams, self.recompute = streams, recompute
+
+    def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_length: int) -> torch.Tensor:
+        for layer in self.layers:
+            if self.recompute and self.training:
+                x = self.streams.recompute(layer, x, offsets, max_length)
+            else:
+                x = layer(x, offsets, max_length)
+        return x

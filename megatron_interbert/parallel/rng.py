@@ -1,0 +1,68 @@
+"""Two streams of random numbers for dropout, and recomputation that replays both.
+
+Replicated activations draw from torch's default generator, seeded alike on the ranks of a tensor-parallel group; sharded
+ones draw inside `RandomStreams.sharded()`, seeded apart. Both are seeded anew from (seed, step) at every step, so there is
+no state to save: a resumed step draws what the undisturbed one would have drawn.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+
+
+class RandomStreams:
+    """The sharded stream of one device. `data_rank` and `tensor_rank` keep ranks apart where they must differ."""
+
+    def __init__(self, seed: int, data_rank: int = 0, tensor_rank: int = 0, device: torch.device | str = "cpu") -> None:
+        self.seed, self.data_rank, self.tensor_rank = seed, data_rank, tensor_rank
+        self.on_gpu = torch.device(device).type == "cuda"
+        self.start_step(0)
+
+    def start_step(self, step: int) -> None:
+        """Seed both streams for an optimizer step."""
+        replicated = np.random.SeedSequence([self.seed, step, self.data_rank]).generate_state(1, np.uint64)[0]
+        sharded = np.random.SeedSequence([self.seed, step, self.data_rank, self.tensor_rank + 1]).generate_state(1, np.uint64)[0]
+        torch.manual_seed(int(sharded))
+        self._sharded_state = self._read()
+        torch.manual_seed(int(replicated))
+
+    def _read(self) -> torch.Tensor:
+        return torch.cuda.get_rng_state() if self.on_gpu else torch.get_rng_state()
+
+    def _write(self, state: torch.Tensor) -> None:
+        torch.cuda.set_rng_state(state) if self.on_gpu else torch.set_rng_state(state)
+
+    @contextmanager
+    def sharded(self) -> Iterator[None]:
+        """Random numbers drawn inside differ between the ranks of a tensor-parallel group."""
+        replicated = self._read()
+        self._write(self._sharded_state)
+        try:
+            yield
+        finally:
+            self._sharded_state = self._read()
+            self._write(replicated)
+
+    @contextmanager
+    def _remember(self, memory: dict[str, torch.Tensor]) -> Iterator[None]:
+        memory["sharded"] = self._sharded_state
+        yield
+
+    @contextmanager
+    def _replay(self, memory: dict[str, torch.Tensor]) -> Iterator[None]:
+        later = self._sharded_state
+        self._sharded_state = memory["sharded"]
+        try:
+            yield
+        finally:
+            self._sharded_state = later
+
+    def recompute(self, function: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
+        """function(*inputs) whose activations are recomputed in the backward pass, dropout of both streams replayed."""
+        memory: dict[str, torch.Tensor] = {}
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=True,
+                          context_fn=lambda: (self._remember(memory), self._replay(memory)))

@@ -1,0 +1,105 @@
+"""The data-parallel and tensor-parallel groups; the object is handed to DeepSpeed as its `mpu`."""
+
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+
+from megatron_interbert.errors import UsageError
+
+
+class ParallelState:
+    """Ranks of one tensor-parallel group are neighbours (they talk most); data parallel strides over them.
+
+    Without torch.distributed it describes a single process. Method names are those DeepSpeed asks an mpu for.
+    """
+
+    def __init__(self, tensor_parallel_size: int = 1) -> None:
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if self.world_size % tensor_parallel_size:
+            raise UsageError(f"--tensor-model-parallel-size {tensor_parallel_size} does not divide the {self.world_size}"
+                             " processes; start a multiple of it (deepspeed --num_gpus N)")
+        self.tensor_size = tensor_parallel_size
+        self.data_size = self.world_size // tensor_parallel_size
+        self.tensor_rank, self.data_rank = self.rank % tensor_parallel_size, self.rank // tensor_parallel_size
+        self.tensor_group: dist.ProcessGroup | None = None
+        self.data_group: dist.ProcessGroup | None = None
+        self._data_ranks = list(range(self.tensor_rank, self.world_size, tensor_parallel_size))
+        if dist.is_initialized():
+            self._make_groups()
+
+    def _make_groups(self) -> None:
+        for first in range(0, self.world_size, self.tensor_size):  # every rank takes part in making every group
+            ranks = list(range(first, first + self.tensor_size))
+            group = dist.new_group(ranks)
+            if self.rank in ranks:
+                self.tensor_group = group
+        for first in range(self.tensor_size):
+            ranks = list(range(first, self.world_size, self.tensor_size))
+            group = dist.new_group(ranks)
+            if self.rank in ranks:
+                self.data_group = group
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that prints and writes logs."""
+        return self.rank == 0
+
+    def sum_over_data(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All-reduce in place over the data-parallel group."""
+        if self.data_size > 1:
+            dist.all_reduce(tensor, group=self.data_group)
+        return tensor
+
+    def sum_over_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All-reduce in place over the tensor-parallel group."""
+        if self.tensor_size > 1:
+            dist.all_reduce(tensor, group=self.tensor_group)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    # The mpu interface of DeepSpeed.
+    def get_model_parallel_rank(self) -> int: return self.tensor_rank  # noqa: E704
+    def get_model_parallel_world_size(self) -> int: return self.tensor_size  # noqa: E704
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None: return self.tensor_group  # noqa: E704
+    def get_tensor_model_parallel_rank(self) -> int: return self.tensor_rank  # noqa: E704
+    def get_tensor_model_parallel_world_size(self) -> int: return self.tensor_size  # noqa: E704
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup | None: return self.tensor_group  # noqa: E704
+    def get_data_parallel_rank(self) -> int: return self.data_rank  # noqa: E704
+    def get_data_parallel_world_size(self) -> int: return self.data_size  # noqa: E704
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None: return self.data_group  # noqa: E704
+    def get_data_parallel_group_ranks(self) -> list[int]: return self._data_ranks  # noqa: E704
+
+
+def read_launch_environment() -> None:
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT from what started us.
+
+    deepspeed and torchrun set them; under a plain `srun` they come from Slurm; otherwise this is a single process.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        if "MASTER_ADDR" not in env:
+            raise UsageError("started by srun without MASTER_ADDR; use launchers/pretrain.sbatch, or export MASTER_ADDR and MASTER_PORT")
+        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env.get("SLURM_LOCALID", "0"))
+        env.setdefault("MASTER_PORT", "29500")
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def this_device() -> torch.device:
+    """The GPU of this process's local rank, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,73 @@
+"""The three pretraining losses: masked segments, masked regions, image-text matching.
+
+Each is divided by the number of its targets in the whole optimizer step (over ranks and accumulation), so the same global
+batch gives the same loss and gradient on every layout.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from megatron_interbert.data.packing import PackedBatch
+from megatron_interbert.model.interbert import InterBertOutput
+from megatron_interbert.parallel.vocab_loss import vocab_parallel_argmax, vocab_parallel_cross_entropy
+
+OBJECTIVES = ("msm", "mrm", "itm")
+
+
+class PretrainingTask:
+    """Loss and report of a batch; `objectives` are the losses that are trained on, all three are always reported."""
+
+    def __init__(self, objectives: Sequence[str] = OBJECTIVES, group: dist.ProcessGroup | None = None) -> None:
+        self.weights = torch.tensor([float(name in objectives) for name in OBJECTIVES])
+        self.group = group
+
+    def loss(self, output: InterBertOutput, batch: PackedBatch, totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed losses of this batch over the step's target counts `totals` [3], as one scalar, and the report
+        [3, 3] float32: rows msm, mrm, itm; columns sum of losses, right answers, targets."""
+        words = vocab_parallel_cross_entropy(output.msm_logits, batch.msm_labels, self.group)
+        regions = soft_label_kl(output.mrm_logits, batch.mrm_class_ids, batch.mrm_class_probs)
+        matches = F.cross_entropy(output.itm_logits, batch.mismatched, reduction="none")
+        sums = torch.stack([words.sum(), regions.sum(), matches.sum()])
+        # A batch without targets of a kind gives 0 / 1, never NaN, and still a gradient of zeros for its head.
+        loss = (sums * self.weights.to(sums) / totals.to(sums).clamp(min=1.0)).sum()
+        right = torch.stack([
+            (vocab_parallel_argmax(output.msm_logits, self.group) == batch.msm_labels).sum(),
+            (output.mrm_logits.argmax(dim=1) == hard_label(batch.mrm_class_ids, batch.mrm_class_probs)).sum(),
+            (output.itm_logits.argmax(dim=1) == batch.mismatched).sum(),
+        ])
+        return loss, torch.stack([sums.detach(), right.to(sums), batch.target_counts().to(sums)], dim=1)
+
+    @staticmethod
+    def metrics(report: torch.Tensor) -> dict[str, float]:
+        """Named figures from a summed report [3, 3] (over batches, steps and ranks)."""
+        values = {"loss": 0.0}
+        for name, (loss, right, targets) in zip(OBJECTIVES, report.double().tolist(), strict=True):
+            values[f"{name}_loss"] = loss / max(targets, 1.0)
+            values[f"{name}_accuracy"] = right / max(targets, 1.0)
+            values[f"{name}_targets"] = targets
+            values["loss"] += values[f"{name}_loss"]
+        return values
+
+
+def soft_label_kl(logits: torch.Tensor, class_ids: torch.Tensor, class_probs: torch.Tensor) -> torch.Tensor:
+    """KL(detector || model) of each row [M], summed over classes; logits [M, C] float32, top-k labels [M, k].
+
+    Probability that the k entries leave over is taken as spread evenly over the other C - k classes.
+    """
+    log_model = F.log_softmax(logits, dim=1)
+    listed = log_model.gather(1, class_ids)
+    divergence = torch.xlogy(class_probs, class_probs).sum(dim=1) - (class_probs * listed).sum(dim=1)
+    others = logits.shape[1] - class_ids.shape[1]
+    if others > 0:
+        rest = (1.0 - class_probs.sum(dim=1)).clamp(min=0.0)
+        share = rest / others
+        divergence = divergence + torch.xlogy(rest, share) - share * (log_model.sum(dim=1) - listed.sum(dim=1))
+    return divergence
+
+
+def hard_label(class_ids: torch.Tensor, class_probs: torch.Tensor) -> torch.Tensor:
+    """The detector's most likely class [M] of top-k labels [M, k]."""
+    return class_ids.gather(1, class_probs.argmax(dim=1, keepdim=True)).squeeze(1)

@@ -1,0 +1,33 @@
+"""Runs a function on several gloo ranks in fresh processes; a failing rank fails the test with its traceback."""
+
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _rank(rank: int, ranks: int, port: int, function: Callable[..., None], arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks,
+                            timeout=timedelta(seconds=120))
+    try:
+        function(*arguments)
+    except BaseException:
+        traceback.print_exc(file=sys.stderr)
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def run_on_ranks(ranks: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Call function(*arguments) on every rank; it must be importable (a module-level function)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_rank, (ranks, port, function, arguments), nprocs=ranks)

@@ -1,0 +1,9 @@
+"""Real data and the official model's answers beside the checkout; tests that need them skip only where they are absent."""
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared (real data, official answers) is not here")
+ORACLE = SHARED / "oracle" / "official_small"
