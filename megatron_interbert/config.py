@@ -90,7 +90,7 @@ class RunConfig:
     """Everything a training run is told. Names are Megatron's where Megatron has one."""
 
     model: str = option("sample", "preset (tiny, sample, base, large, base-chinese) or a JSON file of model sizes")
-    data_path: str = option("", "region store to train on (a folder with manifest.json)")
+    data_path: str = option("sample_corpus/train", "region store to train on (a folder with manifest.json)")
     valid_data_path: str = option("", "region store for --eval-interval; none: no evaluation")
     vocab_file: str = option("", "WordPiece vocabulary; default: vocab.txt in the region store")
     save: str = option("", "folder for checkpoints, logs and metrics; none: nothing is saved")

@@ -102,10 +102,10 @@ class BatchStream:
     """Endless micro-batches of one data-parallel rank. `wait` accumulates the seconds spent waiting for the loader."""
 
     def __init__(self, dataset: PretrainingSet, consumed: int, global_batch: int, rank: int, ranks: int,
-                 pin_memory: bool = False) -> None:
+                 pin_memory: bool = False, workers: int | None = None) -> None:
         config = dataset.config
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it forks; parallelism is ours
-        workers = config.num_workers
+        workers = config.num_workers if workers is None else workers
         self.loader = DataLoader(
             dataset, batch_size=None, sampler=MicroBatches(consumed, global_batch, config.micro_batch_size, rank, ranks),
             num_workers=workers, multiprocessing_context=config.worker_start if workers else None,

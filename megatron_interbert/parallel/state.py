@@ -64,16 +64,16 @@ class ParallelState:
             dist.barrier()
 
     # The mpu interface of DeepSpeed.
-    def get_model_parallel_rank(self) -> int: return self.tensor_rank  # noqa: E704
-    def get_model_parallel_world_size(self) -> int: return self.tensor_size  # noqa: E704
-    def get_model_parallel_group(self) -> dist.ProcessGroup | None: return self.tensor_group  # noqa: E704
-    def get_tensor_model_parallel_rank(self) -> int: return self.tensor_rank  # noqa: E704
-    def get_tensor_model_parallel_world_size(self) -> int: return self.tensor_size  # noqa: E704
-    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup | None: return self.tensor_group  # noqa: E704
-    def get_data_parallel_rank(self) -> int: return self.data_rank  # noqa: E704
-    def get_data_parallel_world_size(self) -> int: return self.data_size  # noqa: E704
-    def get_data_parallel_group(self) -> dist.ProcessGroup | None: return self.data_group  # noqa: E704
-    def get_data_parallel_group_ranks(self) -> list[int]: return self._data_ranks  # noqa: E704
+    def get_model_parallel_rank(self) -> int: return self.tensor_rank
+    def get_model_parallel_world_size(self) -> int: return self.tensor_size
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None: return self.tensor_group
+    def get_tensor_model_parallel_rank(self) -> int: return self.tensor_rank
+    def get_tensor_model_parallel_world_size(self) -> int: return self.tensor_size
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup | None: return self.tensor_group
+    def get_data_parallel_rank(self) -> int: return self.data_rank
+    def get_data_parallel_world_size(self) -> int: return self.data_size
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None: return self.data_group
+    def get_data_parallel_group_ranks(self) -> list[int]: return self._data_ranks
 
 
 def read_launch_environment() -> None:

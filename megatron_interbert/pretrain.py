@@ -1,0 +1,20 @@
+"""Pretraining: `deepspeed launchers/pretrain.sh ARGS`, `torchrun -m megatron_interbert.pretrain`, or one plain process."""
+
+from megatron_interbert.config import RunConfig, parse
+from megatron_interbert.errors import run_entry
+from megatron_interbert.training.setup import prepare
+
+
+def run() -> None:
+    """Parse, build the parts, train."""
+    config = parse(RunConfig, "Pretrain InterBERT on a region store.")
+    prepare(config).train()
+
+
+def main() -> None:
+    """Entry point: one-line errors, exit code 2 for wrong use."""
+    run_entry(run)
+
+
+if __name__ == "__main__":
+    main()

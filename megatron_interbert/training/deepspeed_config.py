@@ -1,0 +1,129 @@
+"""The one place where flags and DeepSpeed JSON meet: "auto" is resolved, conflicts and unknown keys are refused.
+
+DeepSpeed itself does neither: it ignores an unknown top-level key, and takes "auto" for a value.
+"""
+
+import copy
+from typing import Any
+
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+
+from megatron_interbert.config import RunConfig, flag, nearest, read_json
+from megatron_interbert.errors import UsageError
+
+# JSON path -> the flag that means the same
+SHARED = {
+    "train_batch_size": "global_batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_clipping": "clip_grad",
+    "fp16.enabled": "fp16",
+    "bf16.enabled": "bf16",
+    "zero_optimization.stage": "zero_stage",
+    "optimizer.params.lr": "lr",
+    "optimizer.params.weight_decay": "weight_decay",
+    "optimizer.params.eps": "adam_eps",
+}
+PASSED_THROUGH = {
+    "zero_optimization", "fp16", "bf16", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
+    "zero_force_ds_cpu_optimizer", "wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print",
+    "flops_profiler", "comms_logger", "aio", "data_types", "disable_allgather",
+}
+TOP_LEVEL = PASSED_THROUGH | {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+                              "gradient_clipping", "optimizer"}
+REFUSED = {
+    "scheduler": "schedules are given by --lr-decay-style, --lr-warmup-fraction and --min-lr",
+    "tensorboard": "TensorBoard is written by us, see --tensorboard-dir",
+    "activation_checkpointing": "use --recompute-activations",
+}
+BLOCKS = {
+    "zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config,
+    "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+    "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
+}
+
+
+def read_deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """The JSON of --deepspeed_config with its keys checked; empty without one."""
+    if not config.deepspeed_config:
+        return {}
+    values = read_json(config.deepspeed_config, "--deepspeed_config")
+    where = config.deepspeed_config
+    for key in values:
+        if key in REFUSED:
+            raise UsageError(f"{where}: '{key}' is not used here; {REFUSED[key]}")
+        if key not in TOP_LEVEL:
+            raise UsageError(f"{where}: unknown DeepSpeed key '{key}'{nearest(key, TOP_LEVEL)}")
+    for path, model in BLOCKS.items():
+        known = {name for entry, info in model.model_fields.items() for name in (entry, info.alias) if name}
+        for key in _get(values, path) or {}:
+            if key not in known:
+                raise UsageError(f"{where}: unknown key '{key}' in '{path}'{nearest(key, known)}")
+    kind = _get(values, "optimizer.type")
+    if kind not in (None, "auto", "AdamW", "Adam"):
+        raise UsageError(f"{where}: optimizer type '{kind}', expected 'AdamW'")
+    return values
+
+
+def merge(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
+    """The dictionary for deepspeed.initialize. Values only the JSON gives are written into `config`."""
+    values = copy.deepcopy(read_deepspeed_config(config))
+    for path, name in SHARED.items():
+        _agree(config, values, path, name)
+    betas = _get(values, "optimizer.params.betas")
+    if betas not in (None, "auto"):
+        for name, value in zip(("adam_beta1", "adam_beta2"), betas, strict=True):
+            _agree(config, {name: value}, name, name)
+    accumulation = values.get("gradient_accumulation_steps", "auto")
+    if accumulation != "auto" and not config.global_batch_size:
+        config.global_batch_size = accumulation * config.micro_batch_size * data_parallel_size
+    config.check()
+    steps = config.accumulation_steps(data_parallel_size)
+    if accumulation not in ("auto", steps):
+        raise UsageError(f"{config.deepspeed_config}: gradient_accumulation_steps is {accumulation}, but --global-batch-size"
+                         f" {config.global_batch_size} needs {steps}; remove one of them")
+    config.global_batch_size = config.global_batch(data_parallel_size)
+    return _for_engine(config, values, steps)
+
+
+def _agree(config: RunConfig, values: dict[str, Any], path: str, name: str) -> None:
+    """Flag and JSON value for one thing: the one that is given wins, both must be equal."""
+    theirs = _get(values, path)
+    if theirs is None or theirs == "auto":
+        return
+    ours = getattr(config, name)
+    if name in config.given and ours != theirs:
+        raise UsageError(f"{flag(name)} is {ours}, but {config.deepspeed_config} says {path} = {theirs};"
+                         " make them equal, or write \"auto\" there")
+    setattr(config, name, type(ours)(theirs))
+
+
+def _for_engine(config: RunConfig, values: dict[str, Any], accumulation: int) -> dict[str, Any]:
+    engine = {key: _without_auto(value) for key, value in values.items() if key in PASSED_THROUGH and value != "auto"}
+    engine |= {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size, "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": float(config.clip_grad),
+        "zero_force_ds_cpu_optimizer": values.get("zero_force_ds_cpu_optimizer", False),  # torch's fused AdamW runs on CPU
+        "zero_optimization": {"overlap_comm": False, **engine.get("zero_optimization", {}), "stage": config.zero_stage},
+        "fp16": {"initial_scale_power": 16, "loss_scale_window": 1000, **engine.get("fp16", {}), "enabled": config.fp16},
+        # Without the check a NaN in one batch would enter the weights.
+        "bf16": {"check_grad_overflow": True, **engine.get("bf16", {}), "enabled": config.bf16},
+    }
+    engine.setdefault("steps_per_print", 10**9)
+    return engine
+
+
+def _get(values: dict[str, Any], path: str) -> Any:
+    for key in path.split("."):
+        if not isinstance(values, dict) or key not in values:
+            return None
+        values = values[key]
+    return values
+
+
+def _without_auto(value: Any) -> Any:
+    """Drop nested "auto" entries: DeepSpeed's own default is what they ask for."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_auto(entry) for key, entry in value.items() if entry != "auto"}

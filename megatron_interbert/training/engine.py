@@ -1,0 +1,84 @@
+"""The DeepSpeed engine around a model: one way to step for every ZeRO stage and precision."""
+
+import logging
+import math
+import warnings
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from megatron_interbert.config import RunConfig
+from megatron_interbert.parallel.state import ParallelState, read_launch_environment, this_device
+from megatron_interbert.training.deepspeed_config import merge
+from megatron_interbert.training.optimizer import build_optimizer, gradient_norm, parameter_groups, set_learning_rate
+
+
+def start_processes() -> torch.device:
+    """Join the process group (nccl on GPUs, gloo else) and give the device of this rank."""
+    quiet_libraries()
+    read_launch_environment()
+    device = this_device()
+    if device.type == "cpu":
+        deepspeed.get_accelerator()._communication_backend_name = "gloo"
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return device
+
+
+def quiet_libraries() -> None:
+    """Silence what says nothing: DeepSpeed's own progress log and the deprecation notes of torch's collectives."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*|deepspeed.*")
+    warnings.filterwarnings("ignore", category=UserWarning, message=".*lr_scheduler.step.*")
+
+
+class Engine:
+    """model + optimizer under DeepSpeed. `backward` for each micro-batch, `step` once; `precision` names the weights' type."""
+
+    def __init__(self, model: nn.Module, config: RunConfig, state: ParallelState, pretrained: set[str] = frozenset()) -> None:
+        self.config, self.state = config, state
+        self.deepspeed_config = merge(config, state.data_size)
+        self.accumulation = self.deepspeed_config["gradient_accumulation_steps"]
+        self.precision = "fp16" if config.fp16 else "bf16" if config.bf16 else "fp32"
+        optimizer = build_optimizer(parameter_groups(model, config, pretrained), config)
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.deepspeed_config, mpu=state,
+                                                  dist_init_required=False)
+        # Plain fp32 training at stage 0 has no DeepSpeed optimizer around it: norm and skipping are ours there.
+        self.bare = config.zero_stage == 0 and self.precision == "fp32"
+
+    @property
+    def model(self) -> nn.Module:
+        """The model inside, for evaluation and saving."""
+        return self.deepspeed.module
+
+    def forward(self, *inputs: Any) -> Any:
+        """The model's forward pass through the engine (casts, ZeRO-3 gathers)."""
+        return self.deepspeed(*inputs)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Accumulate the gradient of a loss that is a share of the step's loss. DeepSpeed averages over data-parallel
+        ranks and accumulation steps; the factor here makes that a sum."""
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(loss * (self.state.data_size * self.accumulation))
+
+    def step(self, rate: float) -> tuple[float, bool]:
+        """Clip and update; (gradient norm before clipping, whether weights were updated).
+
+        A non-finite norm on any rank leaves the weights as they were on all ranks.
+        """
+        set_learning_rate(self.deepspeed.optimizer, rate)
+        if not self.bare:
+            self.deepspeed.step()
+            norm = self.deepspeed.get_global_grad_norm()
+            return float(norm) if norm is not None else math.nan, self.deepspeed.was_step_applied()
+        norm = gradient_norm(list(self.model.parameters()), self.state)
+        if not math.isfinite(norm):
+            self.deepspeed.zero_grad()
+            return norm, False
+        self.deepspeed.step()
+        return norm, True
+
+    def loss_scale(self) -> float:
+        """The current loss scale; 1 where none is used."""
+        return float(self.deepspeed.loss_scale()) if self.precision == "fp16" else 1.0

@@ -1,0 +1,142 @@
+"""The loop: load the micro-batches of a step, count their targets, forward and backward, update, log, save, evaluate."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from megatron_interbert.config import ModelConfig, RunConfig
+from megatron_interbert.data.packing import PackedBatch
+from megatron_interbert.errors import TrainingStopped
+from megatron_interbert.model.flops import training_flops
+from megatron_interbert.parallel.rng import RandomStreams
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.training.checkpoint import Checkpoints, Progress
+from megatron_interbert.training.engine import Engine
+from megatron_interbert.training.metrics import MetricsWriter, memory_gib, peak_tflops
+from megatron_interbert.training.optimizer import learning_rate
+
+
+class Trainer:
+    """Trains `engine` on `task` from an endless stream of micro-batches, starting at `progress`."""
+
+    def __init__(self, engine: Engine, task: PretrainingTask, config: RunConfig, model_config: ModelConfig, *,
+                 batches: Iterator[PackedBatch], evaluation: Callable[[], Iterator[PackedBatch]] | None, state: ParallelState,
+                 streams: RandomStreams, device: torch.device, checkpoints: Checkpoints, progress: Progress) -> None:
+        self.engine, self.task, self.config, self.model_config = engine, task, config, model_config
+        self.batches, self.evaluation, self.state, self.streams, self.device = batches, evaluation, state, streams, device
+        self.checkpoints, self.progress = checkpoints, progress
+        self.peak = peak_tflops(device, config.peak_tflops)
+        self.bad_steps = 0
+        self.writer = MetricsWriter(config.save, config.tensorboard_dir, state.is_main, config.train_iters, progress.step)
+        self._start_window()
+
+    def train(self) -> None:
+        """Run to --train-iters (or --exit-after), saving and evaluating on the way."""
+        config = self.config
+        last = min(config.train_iters, config.exit_after or config.train_iters)
+        try:
+            while self.progress.step < last:
+                self.train_step()
+                step = self.progress.step
+                self.writer.advance()
+                if step % config.log_interval == 0 or step == last:
+                    self.log()
+                if self.evaluation and config.eval_interval and (step % config.eval_interval == 0 or step == last):
+                    self.evaluate()
+                if config.save and ((config.save_interval and step % config.save_interval == 0) or step == last):
+                    path = self.checkpoints.save(self.engine, self.progress)
+                    self.writer.say(f"saved {path}")
+                    self.window_started = time.monotonic()
+        finally:
+            self.writer.close()
+
+    def train_step(self) -> None:
+        """One optimizer step over all micro-batches of this rank."""
+        step = self.progress.step + 1
+        micro_batches = self.next_batches()
+        totals = self.count_targets(micro_batches)
+        self.streams.start_step(step)
+        for number, batch in enumerate(micro_batches):
+            loss, report = self.task.loss(self.engine.forward(batch), batch, totals)
+            self.engine.backward(loss, last=number == len(micro_batches) - 1)
+            self.report += report
+        self.rate = learning_rate(step, self.config)
+        self.grad_norm, applied = self.engine.step(self.rate)
+        self.progress.step = step
+        self.progress.consumed_samples += self.config.global_batch_size
+        self.steps_in_window += 1
+        if not applied:
+            self.note_bad_step(step)
+        else:
+            self.bad_steps = 0
+
+    def next_batches(self) -> list[PackedBatch]:
+        """The micro-batches of one step on the device; waiting time and work are accounted for."""
+        started = time.monotonic()
+        batches = [next(self.batches) for _ in range(self.engine.accumulation)]
+        self.data_wait += time.monotonic() - started
+        for batch in batches:
+            self.flops += training_flops(self.model_config, batch)
+            self.tokens += len(batch.joint_order)
+        return [batch.to(self.device) for batch in batches]
+
+    def count_targets(self, micro_batches: list[PackedBatch]) -> torch.Tensor:
+        """float64 [3]: targets of each loss in the whole step, over micro-batches and data-parallel ranks."""
+        counts = torch.stack([batch.target_counts() for batch in micro_batches]).sum(dim=0).to(self.device)
+        return self.state.sum_over_data(counts)
+
+    def note_bad_step(self, step: int) -> None:
+        """A step without update: with fp16 the loss scale adapts; too many in a row end the run."""
+        self.bad_steps += 1
+        self.skipped += 1
+        if self.bad_steps >= self.config.max_bad_steps:
+            self.checkpoints.wait()
+            raise TrainingStopped(f"step {step}: the gradient was not finite for {self.bad_steps} steps in a row and the run"
+                                  " stops; look at the data of these steps, lower --lr, or use --bf16 instead of --fp16")
+        if not math.isnan(self.grad_norm) and self.engine.precision == "fp16":
+            self.writer.say(f"step {step}: overflow, loss scale now {self.engine.loss_scale():g}")
+        else:
+            self.writer.say(f"step {step}: gradient is not finite, step skipped on all ranks")
+
+    def log(self) -> None:
+        """Figures of the window since the last log, summed over ranks; one synchronisation with the device."""
+        work = torch.tensor([self.flops, self.tokens], dtype=torch.float64, device=self.device)
+        self.state.sum_over_data(work)
+        report = self.state.sum_over_data(self.report.clone())
+        seconds = time.monotonic() - self.window_started
+        flops_per_second = float(work[0]) / seconds / self.state.world_size
+        values = {
+            **self.task.metrics(report), "learning_rate": self.rate, "grad_norm": self.grad_norm,
+            "loss_scale": self.engine.loss_scale(), "consumed_samples": self.progress.consumed_samples, "skipped": self.skipped,
+            "samples_per_second": self.steps_in_window * self.config.global_batch_size / seconds,
+            "tokens_per_second": float(work[1]) / seconds, "tflops_per_device": flops_per_second / 1e12,
+            "data_wait_share": self.data_wait / seconds, "memory_gib": memory_gib(self.device),
+        }
+        for name in ("msm", "mrm", "itm"):
+            values[f"{name}_targets"] /= self.steps_in_window
+        if self.peak:
+            values["mfu"] = flops_per_second / 1e12 / self.peak
+        self.writer.write(self.progress.step, values)
+        self._start_window()
+
+    def _start_window(self) -> None:
+        self.report = torch.zeros(3, 3, device=self.device)
+        self.flops, self.tokens, self.data_wait, self.steps_in_window, self.skipped = 0.0, 0, 0.0, 0, 0
+        self.window_started = time.monotonic()
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Losses and accuracies on the validation store, dropout off; the same batches every time."""
+        self.engine.deepspeed.eval()
+        report = torch.zeros(3, 3, device=self.device)
+        batches = self.evaluation()
+        for _ in range(self.config.eval_iters):
+            batch = next(batches).to(self.device)
+            output = self.engine.forward(batch)
+            report += self.task.loss(output, batch, batch.target_counts())[1]
+        self.engine.deepspeed.train()
+        self.writer.write(self.progress.step, self.task.metrics(self.state.sum_over_data(report)), prefix="valid")
+        self.window_started = time.monotonic()

@@ -1,0 +1,108 @@
+"""What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# Dense peaks without sparsity, TFLOP/s in 16 bit, from the makers' datasheets.
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "L40": 181.0, "A10": 125.0,
+               "V100": 125.0, "T4": 65.0, "4090": 165.0, "B200": 2250.0}
+
+
+def peak_tflops(device: torch.device, given: float) -> float:
+    """Dense peak of the device in TFLOP/s: as given, else by its name, else 0 (unknown: no MFU is shown)."""
+    if given or device.type != "cuda":
+        return given
+    name = torch.cuda.get_device_name(device)
+    return next((value for key, value in PEAK_TFLOPS.items() if key in name), 0.0)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process: on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class MetricsWriter:
+    """Rank 0 writes; the others stay silent. On resume, records past the resumed step are dropped first."""
+
+    def __init__(self, save: str, tensorboard_dir: str, is_main: bool, train_iters: int, first_step: int) -> None:
+        self.is_main, self.train_iters, self.first_step = is_main, train_iters, first_step
+        self.started = time.monotonic()
+        self.file: TextIO | None = None
+        self.board: SummaryWriter | None = None
+        self.bar: tqdm | None = None
+        if not is_main:
+            return
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=train_iters, initial=first_step, unit="step", dynamic_ncols=True)
+        if save:
+            self.file = _open_records(Path(save) / "metrics.jsonl", first_step)
+        if tensorboard_dir or save:
+            folder = tensorboard_dir or str(Path(save) / "tensorboard")
+            self.board = SummaryWriter(folder, purge_step=first_step + 1)
+
+    def advance(self, steps: int = 1) -> None:
+        """Move the progress bar."""
+        if self.bar is not None:
+            self.bar.update(steps)
+
+    def write(self, step: int, values: dict[str, float], prefix: str = "train") -> None:
+        """One record of named figures for a step."""
+        if not self.is_main:
+            return
+        if self.file is not None:
+            self.file.write(json.dumps({"step": step, "split": prefix, **values}) + "\n")
+            self.file.flush()
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(f"{prefix}/{name}", value, step)
+        line = self._line(step, values, prefix)
+        self.say(line)
+
+    def _line(self, step: int, values: dict[str, float], prefix: str) -> str:
+        parts = [f"{prefix} step {step}/{self.train_iters}", f"loss {values['loss']:.4f}"]
+        parts += [f"{name} {values[f'{name}_loss']:.3f} ({100 * values[f'{name}_accuracy']:.1f} %)" for name in ("msm", "mrm", "itm")]
+        if "learning_rate" in values:
+            done = step - self.first_step
+            remaining = (time.monotonic() - self.started) / max(done, 1) * (self.train_iters - step)
+            parts += [f"lr {values['learning_rate']:.2e}", f"grad {values['grad_norm']:.2f}",
+                      f"{values['samples_per_second']:.0f} samples/s", f"eta {int(remaining) // 60}:{int(remaining) % 60:02d}"]
+        return " | ".join(parts)
+
+    def say(self, line: str) -> None:
+        """One line for people, on rank 0."""
+        if self.is_main:
+            tqdm.write(line, file=sys.stdout) if self.bar is not None else print(line, flush=True)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        for target in (self.bar, self.file, self.board):
+            if target is not None:
+                target.close()
+
+
+def _open_records(path: Path, first_step: int) -> TextIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the last line of a killed run
+            if record["step"] <= first_step:
+                kept.append(line)
+    beside = path.with_suffix(".partial")
+    beside.write_text("".join(line + "\n" for line in kept))
+    os.replace(beside, path)
+    return open(path, "a", encoding="utf-8")

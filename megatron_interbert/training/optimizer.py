@@ -1,0 +1,55 @@
+"""AdamW with parameter groups, the learning-rate schedule, and the global gradient norm where DeepSpeed gives none."""
+
+import math
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import nn
+
+from megatron_interbert.config import RunConfig
+from megatron_interbert.parallel.state import ParallelState
+
+
+def parameter_groups(model: nn.Module, config: RunConfig, pretrained: Collection[str] = ()) -> list[dict]:
+    """Groups by weight decay (matrices only, not biases and LayerNorm) and by rate (`pretrained` names are scaled)."""
+    groups: dict[tuple[bool, bool], dict] = {}
+    for name, parameter in model.named_parameters():
+        decays = parameter.dim() > 1
+        slow = name in pretrained and config.pretrained_lr_scale != 1.0
+        group = groups.setdefault((decays, slow), {
+            "params": [], "weight_decay": config.weight_decay if decays else 0.0, "lr": config.lr,
+            "lr_scale": config.pretrained_lr_scale if slow else 1.0,
+        })
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(groups: list[dict], config: RunConfig) -> torch.optim.AdamW:
+    """torch's fused AdamW (CPU and CUDA)."""
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps, fused=True)
+
+
+def learning_rate(step: int, config: RunConfig) -> float:
+    """Rate of optimizer step `step` (1 is the first): linear warm-up, then linear, cosine or constant."""
+    warmup = round(config.lr_warmup_fraction * config.train_iters)
+    if step <= warmup:
+        return config.lr * step / warmup
+    progress = min((step - warmup) / max(config.train_iters - warmup, 1), 1.0)
+    shape = {"linear": 1.0 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}[config.lr_decay_style]
+    return config.min_lr + (config.lr - config.min_lr) * shape
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its share of the rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter], state: ParallelState) -> float:
+    """Global norm over tensor-parallel ranks: shards are summed, replicated gradients count once."""
+    squares = torch.zeros(2, dtype=torch.float64)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            squares[int(getattr(parameter, "tensor_model_parallel", False))] += float(parameter.grad.double().pow(2).sum())
+    sharded = state.sum_over_tensor(squares[1:].to(next(iter(parameters)).device) if state.tensor_size > 1 else squares[1:])
+    return math.sqrt(float(squares[0] + sharded.cpu()[0])) if torch.isfinite(squares).all() else math.inf

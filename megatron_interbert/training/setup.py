@@ -1,0 +1,108 @@
+"""From a configuration to a Trainer: data, model, first weights, engine, checkpoint."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_interbert.config import ModelConfig, RunConfig
+from megatron_interbert.data.order import check_partitions
+from megatron_interbert.data.packing import PackedBatch
+from megatron_interbert.data.pretraining import BatchStream, PretrainingSet
+from megatron_interbert.data.store import MANIFEST, RegionStore, file_sha256
+from megatron_interbert.data.text import CaptionTokenizer
+from megatron_interbert.errors import UsageError
+from megatron_interbert.kernels.choice import choose_kernels
+from megatron_interbert.model.initialise import initialise
+from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
+from megatron_interbert.model.presets import fit_to_data, load_model_config
+from megatron_interbert.parallel.rng import RandomStreams
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.training.checkpoint import Checkpoints, Progress
+from megatron_interbert.training.deepspeed_config import merge
+from megatron_interbert.training.engine import Engine, start_processes
+from megatron_interbert.training.first_weights import load_initial_weights
+from megatron_interbert.training.loop import Trainer
+
+
+def open_data(config: RunConfig, path: str = "") -> tuple[RegionStore, CaptionTokenizer]:
+    """The store and the vocabulary of a run; UsageError for what is missing."""
+    path = path or config.data_path
+    if not path:
+        raise UsageError("--data-path is missing; give a region store, or make the sample corpus with tools/make_sample.py")
+    store = RegionStore(path, config.strict_boxes)
+    return store, CaptionTokenizer(config.vocab_file or str(Path(config.data_path) / "vocab.txt"))
+
+
+def model_config_for(config: RunConfig, store: RegionStore, tokenizer: CaptionTokenizer) -> ModelConfig:
+    """The model's sizes, with those that come from the data filled in and checked."""
+    model_config = fit_to_data(load_model_config(config.model), tokenizer.vocab_size, store.feature_dim, store.num_classes,
+                               f"{store.path} with {tokenizer.vocab_file}")
+    if config.max_tokens > model_config.max_position_embeddings:
+        raise UsageError(f"--max-tokens {config.max_tokens} is more than the model's {model_config.max_position_embeddings} positions")
+    return model_config if config.dropout else model_config.without_dropout()
+
+
+def prepare(config: RunConfig) -> Trainer:
+    """Everything a run needs, checked in the order in which it is cheap to fail."""
+    device = start_processes()
+    config.check()
+    state = ParallelState(config.tensor_model_parallel_size)
+    merge(config, state.data_size)
+    check_partitions(config.data_partitions, state.data_size)
+    store, tokenizer = open_data(config)
+    model_config = model_config_for(config, store, tokenizer)
+    model_config.check_tensor_parallel(state.tensor_size)
+    kernels = choose_kernels(config.kernels, device)
+    dataset = PretrainingSet(store, tokenizer, config)
+    evaluation = None
+    if config.valid_data_path:
+        valid = PretrainingSet(open_data(config, config.valid_data_path)[0], tokenizer, config)
+        evaluation = lambda: batches(valid, 0, state, device, workers=0)  # noqa: E731
+
+    streams = RandomStreams(config.seed, state.data_rank, state.tensor_rank, device)
+    model = InterBert(model_config, PRETRAINING_HEADS, state=state, kernels=kernels, streams=streams,
+                      recompute=config.recompute_activations)
+    initialise(model, model_config, config.seed, state)
+    checkpoints = Checkpoints(config, model_config, state, describe_data(store, tokenizer))
+    resume = checkpoints.find()
+    pretrained = load_initial_weights(model, model_config, config.init_from, state) if config.init_from else set()
+    engine = Engine(model.to(device), config, state, pretrained)
+    progress = checkpoints.load(engine, resume) if resume else Progress()
+    if state.is_main:
+        print(describe_run(config, model_config, model, state, engine, kernels.describe(), resume), flush=True)
+    return Trainer(engine, PretrainingTask(config.objective_names(), state.tensor_group), config, model_config,
+                   batches=batches(dataset, progress.consumed_samples, state, device), evaluation=evaluation, state=state,
+                   streams=streams, device=device, checkpoints=checkpoints, progress=progress)
+
+
+def batches(dataset: PretrainingSet, consumed: int, state: ParallelState, device: torch.device,
+            workers: int | None = None) -> Iterator[PackedBatch]:
+    """This rank's endless micro-batches after `consumed` samples."""
+    return iter(BatchStream(dataset, consumed, dataset.config.global_batch_size, state.data_rank, state.data_size,
+                            pin_memory=device.type == "cuda", workers=workers))
+
+
+def describe_data(store: RegionStore, tokenizer: CaptionTokenizer) -> dict[str, str]:
+    """What a checkpoint remembers of its data."""
+    return {"store": str(store.path), "manifest_sha256": file_sha256(store.path / MANIFEST),
+            "detector": store.manifest["detector"], "vocabulary": file_sha256(tokenizer.vocab_file)}
+
+
+def describe_run(config: RunConfig, model_config: ModelConfig, model: InterBert, state: ParallelState, engine: Engine,
+                 kernels: str, resume: Path | None) -> str:
+    """The lines printed once at start."""
+    parameters = sum(getattr(p, "ds_numel", p.numel()) * (state.tensor_size if hasattr(p, "tensor_model_parallel") else 1)
+                     for p in model.parameters())
+    lines = [
+        f"model {config.model}: {parameters / 1e6:.1f} M parameters, {dataclasses.asdict(model_config)}",
+        f"layout: {state.world_size} processes ({dist.get_backend()}), DP{state.data_size} x TP{state.tensor_size}, ZeRO-{config.zero_stage},"
+        f" {engine.precision}; batch {config.global_batch_size} = {config.micro_batch_size} x {state.data_size} x"
+        f" {engine.accumulation} accumulation",
+        f"kernels: {kernels}",
+        f"resumed from {resume}" if resume else "starting anew",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""Writes the sample corpus: a generated world with captions in English and Chinese, for trying things out.
+
+Everything in it is made up: 60 kinds of objects in 8 colours stand in 6 places that decide which of them meet. Region
+features are noisy prototypes, boxes overlap as a detector's do, soft labels are confused between near classes. The same
+seed gives the same corpus. Train and test scenes are drawn apart.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_interbert.data.store import Regions
+from megatron_interbert.data.store_writer import RegionStoreWriter
+from megatron_interbert.errors import UsageError, run_entry
+
+PLACES = {"kitchen": "厨房", "street": "街道", "office": "办公室", "garden": "花园", "beach": "海滩", "bedroom": "卧室"}
+COLOURS = {"red": "红色", "blue": "蓝色", "green": "绿色", "yellow": "黄色", "black": "黑色", "white": "白色", "pink": "粉色",
+           "brown": "棕色"}
+OBJECTS = {
+    "cup": "杯子", "plate": "盘子", "knife": "刀", "pan": "锅", "kettle": "水壶", "apple": "苹果", "bottle": "瓶子", "bowl": "碗",
+    "spoon": "勺子", "oven": "烤箱", "car": "汽车", "bus": "公交车", "bicycle": "自行车", "sign": "路牌", "bench": "长椅",
+    "truck": "卡车", "lamp": "灯", "dog": "狗", "door": "门", "motorcycle": "摩托车", "desk": "书桌", "chair": "椅子",
+    "laptop": "电脑", "phone": "手机", "pen": "钢笔", "book": "书", "clock": "时钟", "printer": "打印机", "bag": "包",
+    "screen": "屏幕", "tree": "树", "flower": "花", "bird": "鸟", "cat": "猫", "fence": "栅栏", "hose": "水管", "rake": "耙子",
+    "pot": "花盆", "bush": "灌木", "swing": "秋千", "umbrella": "雨伞", "towel": "毛巾", "ball": "球", "boat": "船", "kite": "风筝",
+    "hat": "帽子", "bucket": "桶", "surfboard": "冲浪板", "crab": "螃蟹", "shell": "贝壳", "bed": "床", "pillow": "枕头",
+    "blanket": "毯子", "mirror": "镜子", "curtain": "窗帘", "dresser": "衣柜", "rug": "地毯", "doll": "娃娃", "vase": "花瓶",
+    "picture": "画",
+}
+WORDS = ["a", "and", "in", "the", "is", "next", "to", "left", "right", "of", "there", "with", "scene", "on"]
+NAMES, COLOUR_NAMES, PLACE_NAMES = list(OBJECTS), list(COLOURS), list(PLACES)
+WIDTH, HEIGHT, FEATURES, SOFT_LABELS = 640, 480, 64, 5
+
+
+class World:
+    """Prototypes and rules, a function of the seed alone."""
+
+    def __init__(self, seed: int, noise: float) -> None:
+        random = np.random.default_rng([seed, 0])
+        self.noise = noise
+        self.object_features = random.normal(size=(len(NAMES), FEATURES))
+        self.colour_features = random.normal(size=(len(COLOURS), FEATURES))
+        self.sizes = random.uniform(60, 200, size=(len(NAMES), 2))
+        # Ten objects are at home in each place; two places share some neighbours of each other's list.
+        homes = np.arange(len(NAMES)).reshape(len(PLACES), -1)
+        self.homes = [np.concatenate([homes[p], homes[(p + 1) % len(PLACES)][:4]]) for p in range(len(PLACES))]
+        distance = np.linalg.norm(self.object_features[:, None] - self.object_features[None], axis=2)
+        self.neighbours = np.argsort(distance, axis=1)[:, :SOFT_LABELS]  # itself first
+
+    def scene(self, random: np.random.Generator, name: str) -> tuple[Regions, list[tuple[str, str]]]:
+        """One image and its two captions [(text, language)]."""
+        place = int(random.integers(len(PLACES)))
+        count = int(random.integers(4, 9))
+        kinds = random.choice(self.homes[place], size=count, replace=False)
+        colours = random.integers(len(COLOURS), size=count)
+        size = self.sizes[kinds] * random.uniform(0.7, 1.3, size=(count, 1))
+        corner = random.uniform(0, 1, size=(count, 2)) * ([WIDTH, HEIGHT] - size)
+        boxes = np.concatenate([corner, corner + size], axis=1)
+        regions = self.detect(random, name, kinds, colours, boxes)
+        return regions, [(self.english(random, place, kinds, colours, boxes), "en"),
+                         (self.chinese(random, place, kinds, colours, boxes), "zh")]
+
+    def detect(self, random: np.random.Generator, name: str, kinds: np.ndarray, colours: np.ndarray, boxes: np.ndarray) -> Regions:
+        """What a detector would say: one to three overlapping boxes for each object, most confident first."""
+        owner = np.repeat(np.arange(len(kinds)), random.integers(1, 4, size=len(kinds)))
+        extent = np.tile(boxes[owner, 2:] - boxes[owner, :2], 2)
+        jittered = boxes[owner] + random.normal(scale=0.08, size=(len(owner), 4)) * extent
+        features = self.object_features[kinds[owner]] + self.colour_features[colours[owner]]
+        features = features + random.normal(scale=self.noise, size=features.shape)
+        confidence = random.uniform(0.4, 0.95, size=len(owner))
+        near = random.dirichlet(np.ones(SOFT_LABELS), size=len(owner)) * (1 - confidence)[:, None] * 0.9
+        near[:, 0] += confidence
+        order = np.argsort(-confidence)
+        return Regions(name, (WIDTH, HEIGHT), features[order].astype(np.float16), jittered[order].astype(np.float32),
+                       self.neighbours[kinds[owner]][order] + 1, near[order].astype(np.float32))
+
+    def english(self, random: np.random.Generator, place: int, kinds: np.ndarray, colours: np.ndarray, boxes: np.ndarray) -> str:
+        """A caption that names two or three of the objects."""
+        count = int(random.integers(2, 4))
+        picked = random.choice(len(kinds), size=count, replace=False)
+        things = [f"{COLOUR_NAMES[colours[i]]} {NAMES[kinds[i]]}" for i in picked]
+        where = f" in the {PLACE_NAMES[place]}" if random.random() < 0.5 else ""
+        if count == 3:
+            return f"a {things[0]}, a {things[1]} and a {things[2]}{where}"
+        side = "left" if boxes[picked[0], 0] < boxes[picked[1], 0] else "right"
+        return [f"a {things[0]} and a {things[1]}{where}", f"there is a {things[0]} next to a {things[1]}{where}",
+                f"the {things[0]} is to the {side} of the {things[1]}{where}"][int(random.integers(3))]
+
+    def chinese(self, random: np.random.Generator, place: int, kinds: np.ndarray, colours: np.ndarray, boxes: np.ndarray) -> str:
+        """The same kind of caption in Chinese."""
+        count = int(random.integers(2, 4))
+        picked = random.choice(len(kinds), size=count, replace=False)
+        things = [f"{COLOURS[COLOUR_NAMES[colours[i]]]}的{OBJECTS[NAMES[kinds[i]]]}" for i in picked]
+        where = f"{PLACES[PLACE_NAMES[place]]}里" if random.random() < 0.5 else ""
+        if count == 3:
+            return f"{where}有{things[0]}、{things[1]}和{things[2]}"
+        side = "左" if boxes[picked[0], 0] < boxes[picked[1], 0] else "右"
+        return [f"{where}有{things[0]}和{things[1]}", f"{where}{things[0]}在{things[1]}旁边",
+                f"{where}{things[0]}在{things[1]}的{side}边"][int(random.integers(3))]
+
+
+def vocabulary() -> list[str]:
+    """Special tokens, every word and character of the grammar, and letters, so that any other word can be spelled."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    characters = sorted(set("".join([*PLACES.values(), *COLOURS.values(), *OBJECTS.values(), "的里有和在旁边左右、"])))
+    words = [*WORDS, *PLACES, *COLOURS, *OBJECTS, ",", "."]
+    return list(dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), *words, *characters]))
+
+
+def write_split(world: World, folder: Path, split: str, scenes: int, seed: int) -> None:
+    """One region store of generated scenes, with its vocabulary beside."""
+    tag = {"train": 1, "test": 2}[split]
+    path = folder / split
+    shutil.rmtree(path, ignore_errors=True)  # generated anew each time
+    with RegionStoreWriter(path, feature_dim=FEATURES, num_classes=len(NAMES) + 1, class_names=["background", *NAMES],
+                           detector={"name": "generated world", "revision": f"seed {seed}"}, soft_labels="top_k",
+                           extra={"generated": True}, images_per_shard=2048) as writer:
+        for number in tqdm(range(scenes), desc=f"{split} scenes", unit="scene", mininterval=1.0):
+            writer.add(*world.scene(np.random.default_rng([seed, tag, number]), f"{split}-{number:06d}"))
+    (path / "vocab.txt").write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")
+
+
+def run() -> None:
+    """Parse the command line and write both splits."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", default="sample_corpus", help="folder for the stores train/ and test/ (default: %(default)s)")
+    parser.add_argument("--train-scenes", type=int, default=20000, help="default: %(default)s")
+    parser.add_argument("--test-scenes", type=int, default=200, help="unseen scenes for evaluation (default: %(default)s)")
+    parser.add_argument("--noise", type=float, default=0.5, help="of the features, against prototypes of norm 1 per entry")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if min(options.train_scenes, options.test_scenes) < 2:
+        raise UsageError("--train-scenes and --test-scenes must be 2 or more: a mismatched pair needs another image")
+    world = World(options.seed, options.noise)
+    for split, scenes in (("train", options.train_scenes), ("test", options.test_scenes)):
+        write_split(world, Path(options.output), split, scenes, options.seed)
+    print(f"generated corpus in {options.output}: {options.train_scenes} training and {options.test_scenes} unseen test scenes")
+
+
+if __name__ == "__main__":
+    run_entry(run)
