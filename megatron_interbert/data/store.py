@@ -26,9 +26,9 @@ BOXES_AND_LABELS = {"image_features": np.float16, "image_bb": np.float32, "class
 
 @dataclass
 class Regions:
-    """One image: features [R, F] float16, boxes [R, 4] pixels x1 y1 x2 y2, size (w, h), soft labels [R, k]."""
+    """One image (id: its name, or when read its number in the store): features [R, F] float16, boxes [R, 4] pixels x1 y1 x2 y2, size (w, h), soft labels [R, k]."""
 
-    image_id: str
+    image_id: str | int
     size: tuple[float, float]
     features: np.ndarray
     boxes: np.ndarray
@@ -52,6 +52,55 @@ def file_sha256(path: str | Path) -> str:
     """Hex sha256 of a file."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+class Column:
+    """Rows of one dataset. Contiguous datasets, as we write them, are read by one `pread`; others through HDF5."""
+
+    def __init__(self, descriptor: int, dataset: h5py.Dataset) -> None:
+        self.descriptor, self.dataset = descriptor, dataset
+        self.offset, self.dtype, self.width = dataset.id.get_offset(), dataset.dtype, dataset.shape[1]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows start .. stop-1 as [stop - start, width]."""
+        if self.offset is None:
+            return self.dataset[start:stop]
+        row = self.width * self.dtype.itemsize
+        data = os.pread(self.descriptor, (stop - start) * row, self.offset + start * row)
+        if len(data) != (stop - start) * row:
+            raise OSError(f"only {len(data)} of {(stop - start) * row} bytes")
+        return np.frombuffer(data, self.dtype).reshape(stop - start, self.width)
+
+
+class OpenShard:
+    """One shard, opened and its schema checked: columns, row ranges, image sizes and ids."""
+
+    def __init__(self, path: Path, shard: dict[str, Any], feature_dim: int) -> None:
+        try:
+            self.file = h5py.File(path, "r")
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read as HDF5 ({error}); restore it or rebuild") from error
+        file = self.file
+        for name in (*BOXES_AND_LABELS, "pos_boxes", "image_ids", "image_sizes", "caption_text", "caption_image"):
+            if name not in file:
+                raise UsageError(f"{path}: dataset '{name}' is missing; rebuild the store with tools/build_features.py")
+        rows, width = file["image_features"].shape
+        if width != feature_dim:
+            raise UsageError(f"{path}: image_features has {width} columns, expected feature_dim {feature_dim} of {MANIFEST}")
+        found = (len(file["pos_boxes"]), rows, len(file["caption_image"]))
+        expected = (shard["images"], shard["regions"], shard["captions"])
+        if found != expected:
+            raise UsageError(f"{path}: {found} images, regions, captions; {MANIFEST} says {expected}")
+        self.ranges, self.sizes, self.ids = file["pos_boxes"][:], file["image_sizes"][:], file["image_ids"].asstr()
+        if len(self.ranges) and (self.ranges.max() > rows or self.ranges.min() < 0):
+            raise UsageError(f"{path}: pos_boxes points beyond the {rows} rows of image_features")
+        self.descriptor = os.open(path, os.O_RDONLY)
+        self.columns = {name: Column(self.descriptor, file[name]) for name in BOXES_AND_LABELS}
+
+    def close(self) -> None:
+        """Give both file handles back."""
+        os.close(self.descriptor)
+        self.file.close()
 
 
 class RegionStore:
@@ -82,14 +131,13 @@ class RegionStore:
 
     def _forget_handles(self) -> None:
         self._pid = os.getpid()
-        self._open: OrderedDict[int, h5py.File] = OrderedDict()
-        self._starts: dict[int, np.ndarray] = {}
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._text: np.ndarray | None = None
         self._offsets: np.ndarray | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for name in ("_open", "_starts", "_text", "_offsets"):
+        for name in ("_open", "_text", "_offsets"):
             state.pop(name)
         return state
 
@@ -111,46 +159,26 @@ class RegionStore:
             if file_sha256(self.path / entry["file"]) != entry["sha256"]:
                 raise UsageError(f"{self.path / entry['file']}: sha256 differs from {MANIFEST} (corrupt); restore the file")
 
-    def _open_h5(self, name: str) -> h5py.File:
-        try:
-            return h5py.File(self.path / name, "r")
-        except OSError as error:
-            raise UsageError(f"{self.path / name}: cannot be read as HDF5 ({error}); restore it or rebuild") from error
-
-    def _shard(self, index: int) -> h5py.File:
+    def _shard(self, index: int) -> OpenShard:
         if self._pid != os.getpid():  # forked: handles of the parent must not be used here
             self._forget_handles()
         if index in self._open:
             self._open.move_to_end(index)
             return self._open[index]
-        file = self._open_h5(self.shards[index]["file"])
-        self._check_schema(file, index)
-        self._starts[index] = file["pos_boxes"][:]
-        self._open[index] = file
+        shard = OpenShard(self.path / self.shards[index]["file"], self.shards[index], self.feature_dim)
+        self._open[index] = shard
         if len(self._open) > MAX_OPEN_SHARDS:
-            old, handle = self._open.popitem(last=False)
-            handle.close()
-            self._starts.pop(old)
-        return file
+            self._open.popitem(last=False)[1].close()
+        return shard
 
-    def _check_schema(self, file: h5py.File, index: int) -> None:
-        path, shard = self.path / self.shards[index]["file"], self.shards[index]
-        for name in (*BOXES_AND_LABELS, "pos_boxes", "image_ids", "image_sizes", "caption_text", "caption_image"):
-            if name not in file:
-                raise UsageError(f"{path}: dataset '{name}' is missing; rebuild the store with tools/build_features.py")
-        width = file["image_features"].shape[1]
-        if width != self.feature_dim:
-            raise UsageError(f"{path}: image_features has {width} columns, expected feature_dim {self.feature_dim} of {MANIFEST}")
-        rows = file["image_features"].shape[0]
-        found = (len(file["pos_boxes"]), rows, len(file["caption_image"]))
-        expected = (shard["images"], shard["regions"], shard["captions"])
-        if found != expected:
-            raise UsageError(f"{path}: {found} images, regions, captions; {MANIFEST} says {expected}")
-        if len(file["pos_boxes"]) and file["pos_boxes"][:, 1].max() > rows:
-            raise UsageError(f"{path}: pos_boxes points beyond the {rows} rows of image_features")
+    def _open_captions(self) -> h5py.File:
+        try:
+            return h5py.File(self.path / CAPTIONS, "r")
+        except OSError as error:
+            raise UsageError(f"{self.path / CAPTIONS}: cannot be read as HDF5 ({error}); restore it or rebuild") from error
 
     def _read_caption_images(self) -> np.ndarray:
-        with self._open_h5(CAPTIONS) as file:
+        with self._open_captions() as file:
             images = file["image"][:]
         bad = np.flatnonzero((images < 0) | (images >= self.num_images))
         if len(bad):
@@ -163,7 +191,7 @@ class RegionStore:
         if self._text is None or self._pid != os.getpid():
             if self._pid != os.getpid():
                 self._forget_handles()
-            with self._open_h5(CAPTIONS) as file:
+            with self._open_captions() as file:
                 self._text, self._offsets = _map(self.path / CAPTIONS, file["text"]), _map(self.path / CAPTIONS, file["offsets"])
         return bytes(self._text[self._offsets[index]:self._offsets[index + 1]]).decode("utf-8")
 
@@ -180,14 +208,14 @@ class RegionStore:
 
     def languages(self) -> np.ndarray:
         """Language tag of each caption, array of str [captions]; empty string where unknown."""
-        with self._open_h5(CAPTIONS) as file:
+        with self._open_captions() as file:
             names = [n.decode() if isinstance(n, bytes) else n for n in file.attrs["languages"]]
             return np.array(names, dtype=object)[file["language"][:]]
 
     def image_id(self, index: int) -> str:
         """The name of an image (file stem or the like) by its number in the store."""
         shard, row = self._locate(index)
-        return self._shard(shard)["image_ids"].asstr()[row]
+        return self._shard(shard).ids[row]
 
     def _locate(self, index: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._first_image, index, side="right")) - 1
@@ -195,29 +223,29 @@ class RegionStore:
 
     def read(self, index: int, max_regions: int | None = None) -> Regions:
         """Regions of one image, the first `max_regions` as stored. UsageError names file and image of a bad record."""
-        shard, row = self._locate(index)
-        file = self._shard(shard)
-        start, stop = (int(v) for v in self._starts[shard][row])
+        number, row = self._locate(index)
+        shard = self._shard(number)
+        start, stop = (int(v) for v in shard.ranges[row])
         stop = stop if max_regions is None else min(stop, start + max_regions)
-        where = f"{self.path / self.shards[shard]['file']}: image {row}"
+        where = f"{self.path / self.shards[number]['file']}: image {row}"
         if stop <= start:
             raise UsageError(f"{where} has no regions; rebuild the store without it")
         try:
-            arrays = {name: file[name][start:stop] for name in BOXES_AND_LABELS}
-            size = tuple(float(v) for v in file["image_sizes"][row])
-            image_id = file["image_ids"].asstr()[row]
-        except (OSError, KeyError) as error:
+            arrays = {name: column.read(start, stop) for name, column in shard.columns.items()}
+        except OSError as error:
             raise UsageError(f"{where} cannot be read ({error}); restore the shard") from error
+        where, size = f"{where} ({{}})", (float(shard.sizes[row, 0]), float(shard.sizes[row, 1]))
         if has_non_finite(arrays["image_features"]):
-            raise UsageError(f"{where} ({image_id}): features hold NaN or infinity; extract it again or drop it")
+            raise UsageError(f"{where.format(shard.ids[row])}: features hold NaN or infinity; extract it again or drop it")
         labels = arrays["class_ids"]
         if labels.min() < 0 or labels.max() >= self.num_classes:
-            raise UsageError(f"{where} ({image_id}): class id {labels.max()} or {labels.min()}, expected 0 to {self.num_classes - 1}")
+            raise UsageError(f"{where.format(shard.ids[row])}: class ids {labels.min()} to {labels.max()},"
+                             f" expected 0 to {self.num_classes - 1}; rebuild the store")
         boxes, repaired = repair_boxes(arrays["image_bb"], size)
         if repaired and self.strict_boxes:
-            raise UsageError(f"{where} ({image_id}): {repaired} boxes outside the image or inverted;"
+            raise UsageError(f"{where.format(shard.ids[row])}: {repaired} boxes outside the image or inverted;"
                              " drop --strict-boxes to clip them")
-        return Regions(image_id, size, arrays["image_features"], boxes, labels, arrays["class_probs"])
+        return Regions(index, size, arrays["image_features"], boxes, labels, arrays["class_probs"])
 
 
 def _map(path: Path, dataset: h5py.Dataset) -> np.ndarray:

@@ -3,25 +3,27 @@
 import torch
 import torch.nn.functional as F
 
+from megatron_interbert.kernels.gather import gather_rows
+
 
 def padded_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, max_length: int,
                 dropout_p: float) -> torch.Tensor:
     """Pads to `max_length` inside the call only; q, k, v [N, heads, D], offsets [B+1] -> [N, heads, D]."""
-    count, heads, width = q.shape
-    samples = len(offsets) - 1
+    count, samples = len(q), len(offsets) - 1
     lengths = offsets[1:] - offsets[:-1]
+    # From packed rows to padded slots and back, without boolean indexing (the host would wait for the device). Padding
+    # repeats the last real row; nothing attends to it and its result is dropped.
     place = torch.arange(max_length, device=q.device)
-    real = place < lengths[:, None]
-    # Row of the packed tensors for each padded slot; padding repeats the last real row, whose result is dropped again.
-    rows = torch.minimum(offsets[:-1, None] + place, (offsets[1:, None] - 1).clamp(min=0)).long()
-    queries, keys, values = (t[rows].transpose(1, 2) for t in (q, k, v))  # [B, heads, L, D]
-    mask = real.clone()
-    mask[:, 0] = True  # an empty sequence would give NaN, also in the gradient
-    result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None, None, :], dropout_p=dropout_p)
-    # No boolean indexing: it would make the host wait for the device.
+    rows = torch.minimum(offsets[:-1, None] + place, (offsets[1:, None] - 1).clamp(min=0)).flatten()
     sample = torch.repeat_interleave(torch.arange(samples, device=q.device), lengths, output_size=count)
-    slot = sample * max_length + torch.arange(count, device=q.device) - offsets[sample]
-    return result.transpose(1, 2).reshape(samples * max_length, heads, width)[slot]
+    slots = sample * max_length + torch.arange(count, device=q.device) - offsets[sample]
+    mask = place < lengths[:, None]
+    mask[:, 0] = True  # an empty sequence would give NaN, also in the gradient
+
+    padded = gather_rows(torch.cat([q, k, v], dim=1), rows, slots)
+    queries, keys, values = padded.view(samples, max_length, 3, *q.shape[1:]).permute(2, 0, 3, 1, 4)
+    result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None, None, :], dropout_p=dropout_p)
+    return result.transpose(1, 2).reshape(samples * max_length, *q.shape[1:]).index_select(0, slots)
 
 
 def varlen_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, max_length: int,

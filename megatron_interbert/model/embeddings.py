@@ -52,6 +52,5 @@ def image_features(batch: PackedBatch) -> torch.Tensor:
     totals = regions.new_zeros(images, regions.shape[1]).index_add_(0, batch.region_sample, regions)
     counts = torch.bincount(batch.region_sample, minlength=images).clamp(min=1)
     result = regions.new_empty(len(batch.locations), regions.shape[1])
-    result[batch.summary_rows] = totals / counts[:, None]
-    result[batch.region_rows] = regions
-    return result
+    result.index_copy_(0, batch.summary_rows, totals / counts[:, None])
+    return result.index_copy_(0, batch.region_rows, regions)

@@ -13,6 +13,7 @@ from torch import nn
 from megatron_interbert.config import ModelConfig
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.kernels.choice import Kernels
+from megatron_interbert.kernels.gather import gather_rows
 from megatron_interbert.model.embeddings import ImageEmbedding, TextEmbedding
 from megatron_interbert.model.heads import Pooler, RegionHead, WordHead
 from megatron_interbert.model.partition import mark_shards
@@ -73,14 +74,14 @@ class InterBert(nn.Module):
 
     def forward(self, batch: PackedBatch) -> InterBertOutput:
         text, image = self.encode(batch)
-        pooled_text = self.text_pooler(text[batch.text_offsets[:-1].long()])
+        pooled_text = self.text_pooler(text.index_select(0, batch.text_offsets[:-1]))
         output = InterBertOutput(text, image, pooled_text)
         if len(image):
-            output.pooled_image = self.image_pooler(image[batch.summary_rows])
+            output.pooled_image = self.image_pooler(image.index_select(0, batch.summary_rows))
         if hasattr(self, "msm_head"):
-            output.msm_logits = self.msm_head(text[batch.msm_positions], self.text_embedding.word.weight)
+            output.msm_logits = self.msm_head(text.index_select(0, batch.msm_positions), self.text_embedding.word.weight)
         if hasattr(self, "mrm_head") and len(image):
-            output.mrm_logits = self.mrm_head(image[batch.mrm_positions]).float()
+            output.mrm_logits = self.mrm_head(image.index_select(0, batch.mrm_positions)).float()
         if output.pooled_image is not None and (hasattr(self, "itm_head") or hasattr(self, "choice_head")):
             fused = F.dropout(self.fuse(pooled_text, output.pooled_image), self.config.hidden_dropout, self.training)
             if hasattr(self, "itm_head"):
@@ -95,10 +96,12 @@ class InterBert(nn.Module):
         if not len(batch.locations):  # text only: the joint order is the text order
             text = self.interaction(text, batch.text_offsets, batch.max_text)
             return self.text_stream(text, batch.text_offsets, batch.max_text), text[:0]
-        joint = torch.cat([self.image_embedding(batch), text])[batch.joint_order]
+        by_kind = torch.cat([batch.image_index, batch.text_index])
+        joint = gather_rows(torch.cat([self.image_embedding(batch), text]), batch.joint_order, by_kind)
         joint = self.interaction(joint, batch.joint_offsets, batch.max_joint)
-        text = self.text_stream(joint[batch.text_index], batch.text_offsets, batch.max_text)
-        image = self.image_stream(joint[batch.image_index], batch.image_offsets, batch.max_image)
+        image, text = gather_rows(joint, by_kind, batch.joint_order).split([len(batch.image_index), len(batch.text_index)])
+        text = self.text_stream(text, batch.text_offsets, batch.max_text)
+        image = self.image_stream(image, batch.image_offsets, batch.max_image)
         return text, image
 
     def fuse(self, pooled_text: torch.Tensor, pooled_image: torch.Tensor) -> torch.Tensor:
