@@ -24,6 +24,6 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.
     parts = []
     for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         scores = torch.einsum("qhd,khd->hqk", q[start:stop], k[start:stop]) * q.shape[-1] ** -0.5
-        weights = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype), dropout_p)
+        weights = F.dropout(scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype), dropout_p)
         parts.append(torch.einsum("hqk,khd->qhd", weights, v[start:stop]))
     return torch.cat(parts)

@@ -1,0 +1,149 @@
+"""Triton kernels for the memory-bound parts of a layer: bias + GELU, and bias + dropout + residual + LayerNorm.
+
+Dropout masks are drawn anew from (seed, element) in the backward pass, so no mask is kept. Parameter gradients are summed
+per program and then over programs, always in the same order. TRITON_INTERPRET=1 runs them on a CPU, for checking only.
+"""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+MAX_PROGRAMS = 512  # programs that share the rows of a backward pass; each keeps one partial sum per column
+
+
+def interpreted() -> bool:
+    """Whether Triton's CPU interpreter is asked for."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@triton.jit
+def _bias_gelu_forward(x_ptr, bias_ptr, y_ptr, count, width, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + tl.load(bias_ptr + at % width, mask=inside, other=0.0).to(tl.float32)
+    y = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _bias_gelu_backward(dy_ptr, x_ptr, bias_ptr, dx_ptr, count, width, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + tl.load(bias_ptr + at % width, mask=inside, other=0.0).to(tl.float32)
+    slope = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+    dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + at, (dy * slope).to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias):
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        ctx.save_for_backward(x, bias)
+        _bias_gelu_forward[(triton.cdiv(x.numel(), 1024),)](x, bias, y, x.numel(), x.shape[-1], BLOCK=1024)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, bias = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        _bias_gelu_backward[(triton.cdiv(x.numel(), 1024),)](dy.contiguous(), x, bias, dx, x.numel(), x.shape[-1], BLOCK=1024)
+        return dx, dx.flatten(0, -2).sum(dim=0, dtype=torch.float32).to(bias.dtype)
+
+
+def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """See plain.bias_gelu."""
+    return x + bias if x.numel() == 0 else _BiasGelu.apply(x, bias)
+
+
+@triton.jit
+def _add_norm_forward(x_ptr, bias_ptr, residual_ptr, weight_ptr, norm_bias_ptr, sum_ptr, y_ptr, mean_ptr, rstd_ptr, width, p, eps, seed,
+                      BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    at = row * width + column
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if p > 0:
+        x = tl.where(tl.rand(seed, at) >= p, x / (1.0 - p), 0.0)
+    z = x + tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(z, axis=0) / width
+    centred = tl.where(inside, z - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / width + eps)
+    y = centred * rstd * tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    y += tl.load(norm_bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(sum_ptr + at, z.to(sum_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit
+def _add_norm_backward(dy_ptr, sum_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, partial_ptr, rows, width, p, seed,
+                       PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK], dtype=tl.float32)
+    dnorm_bias = tl.zeros([BLOCK], dtype=tl.float32)
+    dbias = tl.zeros([BLOCK], dtype=tl.float32)
+    for row in range(program, rows, PROGRAMS):
+        at = row * width + column
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        z = tl.load(sum_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row)
+        normal = tl.where(inside, (z - tl.load(mean_ptr + row)) * rstd, 0.0)
+        scaled = dy * weight
+        dz = (scaled - tl.sum(scaled, axis=0) / width - normal * tl.sum(scaled * normal, axis=0) / width) * rstd
+        dx = dz
+        if p > 0:
+            dx = tl.where(tl.rand(seed, at) >= p, dz / (1.0 - p), 0.0)
+        dx = tl.where(inside, dx, 0.0)
+        tl.store(dresidual_ptr + at, dz.to(dresidual_ptr.dtype.element_ty), mask=inside)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        dweight += dy * normal
+        dnorm_bias += dy
+        dbias += dx
+    tl.store(partial_ptr + program * width + column, dweight, mask=inside)
+    tl.store(partial_ptr + (PROGRAMS + program) * width + column, dnorm_bias, mask=inside)
+    tl.store(partial_ptr + (2 * PROGRAMS + program) * width + column, dbias, mask=inside)
+
+
+class _DropoutAddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, residual, weight, norm_bias, p, eps, seed):
+        x, residual = x.contiguous(), residual.contiguous()
+        rows, width = x.shape
+        total, y = torch.empty_like(x), torch.empty_like(x)
+        mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+        _add_norm_forward[(rows,)](x, bias, residual, weight, norm_bias, total, y, mean, rstd, width, p, eps, seed,
+                                   BLOCK=triton.next_power_of_2(width))
+        ctx.save_for_backward(total, weight, mean, rstd)
+        ctx.p, ctx.seed = p, seed
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        total, weight, mean, rstd = ctx.saved_tensors
+        rows, width = total.shape
+        programs = min(rows, MAX_PROGRAMS)
+        dx, dresidual = torch.empty_like(total), torch.empty_like(total)
+        partial = torch.empty(3, programs, width, dtype=torch.float32, device=dy.device)
+        _add_norm_backward[(programs,)](dy.contiguous(), total, weight, mean, rstd, dx, dresidual, partial, rows, width, ctx.p,
+                                        ctx.seed, PROGRAMS=programs, BLOCK=triton.next_power_of_2(width))
+        dweight, dnorm_bias, dbias = partial.sum(dim=1).to(weight.dtype)
+        return dx, dbias, dresidual, dweight, dnorm_bias, None, None, None
+
+
+def dropout_add_norm(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor,
+                     norm_bias: torch.Tensor, dropout_p: float, eps: float) -> torch.Tensor:
+    """See plain.dropout_add_norm. The seed comes from the CPU generator, which tensor-parallel ranks share and
+    recomputation restores, and which costs no synchronisation with the device."""
+    if x.shape[0] == 0:
+        return x
+    seed = int(torch.randint(2**31 - 1, (1,))) if dropout_p > 0 else 0
+    return _DropoutAddNorm.apply(x, bias, residual, weight, norm_bias, dropout_p, eps, seed)

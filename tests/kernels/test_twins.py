@@ -1,0 +1,106 @@
+"""Each kernel against its plain twin: values and gradients. Triton's kernels run in its CPU interpreter."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_interbert.errors import UsageError
+from megatron_interbert.kernels import attention, plain
+from megatron_interbert.kernels.choice import choose_kernels
+from megatron_interbert.kernels.gather import gather_rows
+
+
+def packed(lengths, heads=3, width=8, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(sum(lengths), heads, width, dtype=dtype, requires_grad=True) for _ in range(3))
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return q, k, v, offsets
+
+
+@pytest.mark.parametrize("lengths", [[5], [1, 7, 3], [4, 0, 2], [0, 3]])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_padded_sdpa_equals_one_sequence_at_a_time(lengths, dtype):
+    q, k, v, offsets = packed(lengths, dtype=dtype)
+    weight = torch.randn(sum(lengths), 3, 8, dtype=dtype)
+    results, gradients = [], []
+    for function in (plain.attention, attention.padded_sdpa):
+        out = function(q, k, v, offsets, max(lengths), 0.0)
+        gradients.append(torch.autograd.grad((out * weight).sum(), (q, k, v)))
+        results.append(out)
+    tolerance = {"rtol": 1e-6, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(*results, **tolerance)
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.isfinite(theirs).all()
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+def test_attention_dropout_keeps_the_mean_and_drops_at_its_rate():
+    """With values all one, an output is 1 on average and 0 only where every weight was dropped."""
+    q, k, _, offsets = packed([8] * 400, heads=2)
+    out = attention.padded_sdpa(q, k, torch.ones_like(q), offsets, 8, 0.25)
+    assert abs(out.mean().item() - 1.0) < 0.02
+    assert out.std().item() > 0.1
+
+
+def test_gather_rows_has_the_gradient_of_indexing():
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    order = torch.tensor([4, 2, 0, 5, 1, 3])
+    weight = torch.randn(6, 4, dtype=torch.float64)
+    (ours,) = torch.autograd.grad((gather_rows(x, order, order.argsort()) * weight).sum(), x)
+    (theirs,) = torch.autograd.grad((x[order] * weight).sum(), x)
+    assert torch.equal(ours, theirs)
+
+
+def test_choice_names_what_it_takes_and_refuses_what_cannot_run():
+    assert "attention=attention.padded_sdpa" in choose_kernels("auto", torch.device("cpu")).describe()
+    with pytest.raises(UsageError, match="apex"):
+        choose_kernels("apex", torch.device("cpu"))
+
+
+TRITON_CHECK = """
+import torch
+from megatron_interbert.kernels import plain, triton_ops
+from megatron_interbert.kernels.choice import choose_kernels
+torch.manual_seed(0)
+kernels = choose_kernels("triton", torch.device("cpu"))
+assert "triton_ops.dropout_add_norm" in kernels.describe()
+
+def compare(ours, twin, inputs):
+    outputs = [function(*inputs) for function in (ours, twin)]
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    weight = torch.randn_like(outputs[0])
+    tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
+    for a, b in zip(*(torch.autograd.grad((o * weight).sum(), tensors) for o in outputs)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+leaf = lambda *shape: torch.randn(*shape, requires_grad=True)
+for rows, width in ((1, 8), (7, 48), (33, 96)):  # widths that are no powers of two, more rows than one
+    compare(kernels.bias_gelu, plain.bias_gelu, (leaf(rows, width), leaf(width)))
+    inputs = (leaf(rows, width), leaf(width), leaf(rows, width), leaf(width), leaf(width), 0.0, 1e-12)
+    compare(kernels.dropout_add_norm, plain.dropout_add_norm, inputs)
+triton_ops.MAX_PROGRAMS = 4  # several rows for each program
+compare(kernels.dropout_add_norm, plain.dropout_add_norm, (leaf(11, 16), leaf(16), leaf(11, 16), leaf(16), leaf(16), 0.0, 1e-12))
+
+# Dropout: rate, and a backward mask equal to the forward one. With gain 1 and a zero residual the mask shows in the output.
+rows, width, p = 64, 64, 0.3
+x, zero = torch.ones(rows, width, requires_grad=True), torch.zeros(width)
+residual = torch.zeros(rows, width, requires_grad=True)
+out = kernels.dropout_add_norm(x, zero, residual, torch.ones(width), zero, p, 1e-12)
+dropped = out < 0
+assert abs(float(dropped.float().mean()) - p) < 0.03, float(dropped.float().mean())
+weight = torch.randn(rows, width)
+dx, dresidual = torch.autograd.grad((out * weight).sum(), (x, residual))
+torch.testing.assert_close(dx, torch.where(dropped, 0.0, dresidual / (1 - p)))
+print("triton kernels agree")
+"""
+
+
+def test_triton_kernels_in_the_interpreter():
+    pytest.importorskip("triton", reason="triton is not installed (pip install -r requirements.txt)")
+    result = subprocess.run([sys.executable, "-c", TRITON_CHECK], capture_output=True, text=True, check=False,
+                            env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert "triton kernels agree" in result.stdout, result.stderr
