@@ -69,7 +69,9 @@ class RegionStoreWriter:
                 raise UsageError(f"image {regions.image_id}: {name} has shape {getattr(regions, name).shape}, expected {shape}")
         if rows == 0:
             raise UsageError(f"image {regions.image_id}: no regions")
-        if has_non_finite(regions.features.astype(np.float16)):
+        with np.errstate(over="ignore"):
+            regions.features = regions.features.astype(np.float16)
+        if has_non_finite(regions.features):
             raise UsageError(f"image {regions.image_id}: features hold NaN, infinity or values beyond float16")
         if regions.class_ids.min() < 0 or regions.class_ids.max() >= self.manifest["num_classes"]:
             raise UsageError(f"image {regions.image_id}: class id outside 0 to {self.manifest['num_classes'] - 1}")

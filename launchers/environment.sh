@@ -1,0 +1,19 @@
+# Sourced by quickstart.sh and tests/run.sh: a virtual environment with the pinned versions, made once and then reused.
+# VENV chooses the folder (default: .venv in the checkout); it is made anew when requirements.txt has changed.
+VENV=${VENV:-$PWD/.venv}
+stamp=$VENV/.installed
+wanted=$(cat requirements.txt setup.py | cksum)
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+  echo "installing the pinned versions into $VENV (a few minutes, once)"
+  rm -rf "$VENV"
+  python3 -m venv "$VENV"
+  export PIP_DISABLE_PIP_VERSION_CHECK=1
+  "$VENV/bin/pip" install -q "$(grep '^torch==' requirements.txt)"
+  "$VENV/bin/pip" install -q setuptools -r requirements.txt
+  "$VENV/bin/pip" install -q --no-build-isolation --no-deps -e .
+  echo "$wanted" >"$stamp"
+fi
+export PATH=$VENV/bin:$PATH
+if ! command -v nvidia-smi >/dev/null 2>&1; then
+  export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+fi

@@ -1,0 +1,35 @@
+"""Package metadata. Exact tested versions are in requirements.txt; here stand the ranges that should work."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = next(line for line in Path("megatron_interbert/__init__.py").read_text().splitlines() if "__version__" in line).split('"')[1]
+
+setup(
+    name="megatron_interbert",
+    version=VERSION,
+    description="InterBERT pretraining over region features at any scale: tensor parallelism, ZeRO, exact resume",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_interbert", "megatron_interbert.*"]),
+    install_requires=[
+        "torch>=2.10",  # 2.9.1 and older corrupt memory on crafted files, even with weights_only
+        "deepspeed>=0.19.6,<0.20",
+        "h5py>=3.11",
+        "numpy>=2.0",
+        "pyyaml>=6",
+        "safetensors>=0.6",
+        "tensorboard>=2.18",
+        "tokenizers>=0.21",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "features": ["transformers>=5.3,<6", "pillow>=11"],
+        "retrieval": ["faiss-cpu>=1.9"],
+        "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
+        "dev": ["transformers>=5.3,<6", "pytest>=9", "ruff>=0.15", "import-linter>=2.5", "triton>=3.5; platform_system == 'Linux'"],
+    },
+)

@@ -1,0 +1,82 @@
+"""Command line and YAML: both spellings, precedence, unknown names with the nearest right one."""
+
+import pytest
+
+from megatron_interbert.config import ModelConfig, RunConfig, model_config_from_dict, parse
+from megatron_interbert.errors import UsageError
+from megatron_interbert.model.presets import PRESETS, load_model_config
+
+
+def read(*argv):
+    return parse(RunConfig, "test", argv)
+
+
+def test_dashes_and_underscores_mean_the_same():
+    assert read("--micro_batch_size", "3", "--data_path=a_b").data_path == "a_b"
+    assert read("--micro-batch-size", "3").micro_batch_size == 3
+    assert read("--local_rank=1", "--bf16").bf16
+    assert not read("--no-dropout").dropout
+
+
+def test_yaml_below_flags(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("lr: 1e-4\nmicro-batch-size: 7\nbf16: true\n")
+    config = read("--config", str(file), "--micro-batch-size", "9")
+    assert (config.lr, config.micro_batch_size, config.bf16) == (1e-4, 9, True)
+    assert config.given == {"lr", "micro_batch_size", "bf16"}
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("lrr: 1\n", "unknown key 'lrr'; did you mean 'lr'"),
+    ("train_iters: many\n", "'train_iters' is 'many', expected int"),
+    ("train_iters: true\n", "expected int"),
+    ("masking: mine\n", "expected one of paper, official"),
+    ("lr: fast\n", "'lr' is 'fast', expected a number"),
+    ("a: [\n", "not valid YAML"),
+])
+def test_bad_yaml(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        read("--config", str(tmp_path / "run.yaml"))
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--micro-batchsize", "3"], "unknown argument '--micro-batchsize'; did you mean '--micro-batch-size'"),
+    (["--masking", "mine"], "invalid choice"),
+    (["--train-iters", "x"], "invalid int value"),
+    (["--config", "/nowhere.yaml"], "cannot read /nowhere.yaml"),
+])
+def test_bad_flags(argv, message):
+    with pytest.raises(UsageError, match=message):
+        read(*argv)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (["--fp16", "--bf16"], "exclude each other"), (["--train-iters", "0"], "expected 1 or more"),
+    (["--max-tokens", "2"], "expected 3 or more"), (["--objectives", "msm,itn"], "unknown 'itn'"),
+])
+def test_values_without_meaning(changes, message):
+    with pytest.raises(UsageError, match=message):
+        read(*changes).check()
+
+
+def test_batch_arithmetic():
+    config = RunConfig(micro_batch_size=4, global_batch_size=32)
+    assert [config.accumulation_steps(ranks) for ranks in (1, 2, 8)] == [8, 4, 1]
+    assert RunConfig(micro_batch_size=4).global_batch(3) == 12
+    with pytest.raises(UsageError, match="not a multiple"):
+        config.accumulation_steps(3)
+
+
+def test_model_files_and_presets(tmp_path):
+    (tmp_path / "m.json").write_text('{"hidden_size": 96}')
+    assert load_model_config(str(tmp_path / "m.json")).hidden_size == 96
+    with pytest.raises(UsageError, match="did you mean 'base'"):
+        load_model_config("bass")
+    with pytest.raises(UsageError, match="unknown model key 'hiden_size'; did you mean 'hidden_size'"):
+        model_config_from_dict({"hiden_size": 1}, "x")
+    with pytest.raises(UsageError, match="not a multiple of num_attention_heads"):
+        ModelConfig(hidden_size=100)
+    with pytest.raises(UsageError, match="--tensor-model-parallel-size 5 does not divide"):
+        PRESETS["base"].check_tensor_parallel(5)
+    assert PRESETS["base"].padded_vocab_size == 30592

@@ -1,0 +1,73 @@
+"""Flags and DeepSpeed JSON: "auto" resolved, agreement enforced, unknown keys refused with the nearest right name."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_interbert.config import RunConfig, parse
+from megatron_interbert.errors import UsageError
+from megatron_interbert.training.deepspeed_config import merge
+
+TEMPLATES = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
+
+
+def merged(tmp_path, values, *flags, ranks=2):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(values))
+    config = parse(RunConfig, "test", ["--deepspeed_config", str(file), *flags])
+    return config, merge(config, ranks)
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda p: p.stem)
+def test_templates_hold_no_auto_after_merging(template):
+    config = parse(RunConfig, "test", ["--deepspeed_config", str(template), "--micro-batch-size", "4", "--global-batch-size", "16"])
+    result = merge(config, 2)
+    assert "auto" not in json.dumps(result)
+    assert (result["train_micro_batch_size_per_gpu"], result["gradient_accumulation_steps"]) == (4, 2)
+    assert result["zero_optimization"]["stage"] == config.zero_stage == json.loads(template.read_text())["zero_optimization"]["stage"]
+
+
+def test_json_values_reach_the_run(tmp_path):
+    config, result = merged(tmp_path, {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 3, "gradient_clipping": 0.5,
+                                       "bf16": {"enabled": True}, "zero_optimization": {"stage": 2},
+                                       "optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "betas": [0.8, 0.9], "weight_decay": 0.1}}})
+    assert (config.micro_batch_size, config.global_batch_size, config.clip_grad) == (8, 48, 0.5)
+    assert (config.bf16, config.zero_stage, config.lr, config.weight_decay) == (True, 2, 3e-4, 0.1)
+    assert (config.adam_beta1, config.adam_beta2) == (0.8, 0.9)
+    assert result["gradient_clipping"] == 0.5
+    assert "optimizer" not in result
+
+
+@pytest.mark.parametrize(("values", "flags", "message"), [
+    ({"zero_optimisation": {"stage": 2}}, [], "unknown DeepSpeed key 'zero_optimisation'; did you mean 'zero_optimization'"),
+    ({"zero_optimization": {"stge": 2}}, [], "unknown key 'stge' in 'zero_optimization'; did you mean 'stage'"),
+    ({"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}}, [], "unknown key 'devise' in 'zero_optimization.offload_optimizer'"),
+    ({"fp16": {"loss_scale_windo": 1}}, [], "did you mean 'loss_scale_window'"),
+    ({"scheduler": {"type": "WarmupLR"}}, [], "--lr-decay-style"),
+    ({"optimizer": {"type": "Lamb"}}, [], "optimizer type 'Lamb', expected 'AdamW'"),
+    ({"zero_optimization": {"stage": 2}}, ["--zero-stage", "1"], "--zero-stage is 1, but .* zero_optimization.stage = 2"),
+    ({"gradient_clipping": 0.1}, ["--clip_grad", "1.0"], "--clip-grad is 1.0, but .* gradient_clipping = 0.1"),
+    ({"optimizer": {"params": {"lr": 0.1}}}, ["--lr", "0.2"], "--lr is 0.2, but .* optimizer.params.lr = 0.1"),
+    ({"gradient_accumulation_steps": 4}, ["--micro-batch-size", "2", "--global-batch-size", "8"], "gradient_accumulation_steps is 4"),
+    ({"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4}, [], "--global-batch-size 10 is not a multiple of"),
+    ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, [], "--fp16 and --bf16 exclude each other"),
+])
+def test_conflicts_and_unknown_keys(tmp_path, values, flags, message):
+    with pytest.raises(UsageError, match=message):
+        merged(tmp_path, values, *flags)
+
+
+def test_equal_values_are_no_conflict(tmp_path):
+    assert merged(tmp_path, {"zero_optimization": {"stage": 2}}, "--zero-stage", "2")[0].zero_stage == 2
+
+
+def test_broken_json_is_one_line(tmp_path):
+    (tmp_path / "bad.json").write_text("{,}")
+    with pytest.raises(UsageError, match=r"bad.json is not valid JSON"):
+        merge(parse(RunConfig, "test", ["--deepspeed-config", str(tmp_path / "bad.json")]), 1)
+
+
+def test_bf16_with_tensor_parallel_needs_stage_one(tmp_path):
+    with pytest.raises(UsageError, match="--zero-stage 1"):
+        merged(tmp_path, {}, "--bf16", "--zero-stage", "0", "--tensor-model-parallel-size", "2")
