@@ -1,0 +1,160 @@
+"""Checks before a long run: `python -m megatron_interbert.preflight` with the flags of the run (and --world-size).
+
+Environment, data, batch arithmetic, disk, one step forward and backward. Every failure comes with the command that mends it.
+"""
+
+import importlib.metadata
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megatron_interbert.config import RunConfig, option, parse
+from megatron_interbert.data.order import check_partitions
+from megatron_interbert.data.pretraining import PretrainingSet
+from megatron_interbert.data.store import RegionStore, repair_boxes
+from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.kernels.choice import choose_kernels
+from megatron_interbert.model.initialise import initialise
+from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
+from megatron_interbert.parallel.rng import RandomStreams
+from megatron_interbert.parallel.state import ParallelState, this_device
+from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.training.deepspeed_config import merge
+from megatron_interbert.training.setup import model_config_for, open_data
+
+REQUIRED = {"torch": (2, 10), "deepspeed": (0, 19, 6), "h5py": (3, 11), "safetensors": (0, 6), "tokenizers": (0, 21)}
+
+
+@dataclass
+class PreflightConfig(RunConfig):
+    """The flags of the run and two of our own."""
+
+    world_size: int = option(1, "processes the run will have")
+    fast: bool = option(False, "skip hashing the shards and reading every record")
+
+
+def check_environment(config: PreflightConfig) -> str:
+    """Versions, device, precision."""
+    for name, wanted in REQUIRED.items():
+        version = importlib.metadata.version(name)
+        if tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit()) < wanted:
+            raise UsageError(f"{name} {version} is older than {'.'.join(map(str, wanted))}; pip install -r requirements.txt")
+    device = this_device()
+    if config.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UsageError(f"{torch.cuda.get_device_name()} has no bfloat16; use --fp16")
+    choose_kernels(config.kernels, device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
+    return f"Python {sys.version.split()[0]}, torch {torch.__version__}, deepspeed {importlib.metadata.version('deepspeed')}, {name}"
+
+
+def check_batch(config: PreflightConfig) -> str:
+    """Batch arithmetic, DeepSpeed JSON and partitions at the size of the run."""
+    if config.world_size % config.tensor_model_parallel_size:
+        raise UsageError(f"--world-size {config.world_size} is not a multiple of --tensor-model-parallel-size"
+                         f" {config.tensor_model_parallel_size}; give another one of them")
+    ranks = config.world_size // config.tensor_model_parallel_size
+    engine = merge(config, ranks)
+    check_partitions(config.data_partitions, ranks)
+    return (f"global batch {config.global_batch_size} = micro {config.micro_batch_size} x DP {ranks} x accumulation"
+            f" {engine['gradient_accumulation_steps']}; TP {config.tensor_model_parallel_size}, ZeRO-{config.zero_stage}")
+
+
+def check_data(config: PreflightConfig) -> str:
+    """Store and vocabulary; without --fast every hash and every record."""
+    store, tokenizer = open_data(config)
+    model_config_for(config, store, tokenizer).check_tensor_parallel(config.tensor_model_parallel_size)
+    dataset = PretrainingSet(store, tokenizer, config)
+    unknown = sum(int((dataset.tokenizer.encode(store.caption(i), config.max_tokens).ids == tokenizer.unknown).sum())
+                  for i in range(min(1000, store.num_captions)))
+    notes = [f"{store.num_images} images, {store.num_captions} captions, {len(store.shards)} shards, vocabulary {tokenizer.vocab_size}",
+             f"{unknown} [UNK] in the first {min(1000, store.num_captions)} captions",
+             f"{dataset.order.epoch_length // config.global_batch_size} steps an epoch"]
+    if not config.fast:
+        store.verify_hashes()
+        notes.append(f"hashes right, {count_repaired(store)} boxes outside their image (clipped when read)")
+    return "; ".join(notes)
+
+
+def count_repaired(store: RegionStore) -> int:
+    """Boxes that reach outside their image or are inverted; reads, and so checks, every record."""
+    total = 0
+    for index in tqdm(range(store.num_images), desc="records", unit="image", unit_scale=True, mininterval=1.0, leave=False):
+        regions = store.read(index)
+        total += repair_boxes(regions.boxes, regions.size)[1]
+    return total + store.manifest.get("repaired_boxes", 0)
+
+
+def check_disk(config: PreflightConfig) -> str:
+    """Room for the checkpoints that will be kept."""
+    if not config.save:
+        return "no --save: nothing will be written"
+    store, tokenizer = open_data(config)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in InterBert(model_config_for(config, store, tokenizer), PRETRAINING_HEADS).parameters())
+    weight = 4 if not (config.fp16 or config.bf16) else 2
+    each = parameters * (12 + 2 * weight)  # master weights and two moments in fp32; weights for DeepSpeed and as safetensors
+    wanted = each * ((config.keep_last or math.ceil(config.train_iters / (config.save_interval or config.train_iters))) + 1)
+    place = Path(config.save)
+    while not place.exists():
+        place = place.parent if place != place.parent else Path(".")
+    free = shutil.disk_usage(place).free
+    if free < wanted:
+        raise UsageError(f"--save {config.save}: {free / 2**30:.1f} GiB free, the checkpoints need {wanted / 2**30:.1f} GiB;"
+                         " free some, choose another folder, or lower --keep-last")
+    return f"{wanted / 2**30:.2f} GiB needed for checkpoints, {free / 2**30:.1f} GiB free"
+
+
+def check_step(config: PreflightConfig) -> str:
+    """One micro-batch forward and backward on one process, whole model."""
+    device = this_device()
+    store, tokenizer = open_data(config)
+    model_config = model_config_for(config, store, tokenizer)
+    model = InterBert(model_config, kernels=choose_kernels(config.kernels, device), recompute=config.recompute_activations,
+                      streams=RandomStreams(config.seed, device=device))
+    initialise(model, model_config, config.seed, ParallelState())
+    model = model.to(device, torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 and device.type == "cuda" else torch.float32)
+    batch = PretrainingSet(store, tokenizer, config)[list(range(config.micro_batch_size))]
+    if hasattr(batch, "message"):
+        raise UsageError(batch.message)
+    batch = batch.to(device)
+    loss, report = PretrainingTask().loss(model(batch), batch, batch.target_counts())
+    loss.backward()
+    bad = [name for name, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    if bad or not torch.isfinite(loss):
+        raise UsageError(f"the first step is not finite (loss {loss.item()}, gradients {bad[:3]}); check the data with --strict-boxes,"
+                         " lower --lr or use --bf16")
+    values = PretrainingTask.metrics(report)
+    return f"losses msm {values['msm_loss']:.3f}, mrm {values['mrm_loss']:.3f}, itm {values['itm_loss']:.3f}; all gradients finite"
+
+
+def run() -> None:
+    """All checks in order; a failed one does not hide the next, and the exit code is 2 if any failed."""
+    config = parse(PreflightConfig, "Check environment, data and one step before a long run.")
+    checks: list[tuple[str, Callable[[PreflightConfig], str]]] = [
+        ("environment", check_environment), ("batch", check_batch), ("data", check_data), ("disk", check_disk), ("step", check_step)]
+    failed = []
+    for name, check in checks:
+        try:
+            print(f"ok      {name:<12} {check(config)}", flush=True)
+        except UsageError as error:
+            failed.append(name)
+            print(f"FAILED  {name:<12} {error}", flush=True)
+    if failed:
+        raise UsageError(f"preflight: {', '.join(failed)} failed; see the lines above")
+    print("ready")
+
+
+def main() -> None:
+    """Entry point: one-line errors, exit code 2 for wrong use."""
+    run_entry(run)
+
+
+if __name__ == "__main__":
+    main()
