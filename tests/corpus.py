@@ -16,11 +16,11 @@ def write_store(path: Path, images: int = 40, captions_each: int = 2, seed: int 
     """A store of `images` with 2 to 9 regions each, soft labels with three entries, and its vocab.txt."""
     random = np.random.default_rng(seed)
     with RegionStoreWriter(path, feature_dim=FEATURES, num_classes=CLASSES, detector={"name": "random", "revision": "0"},
-                           soft_labels="top_k", images_per_shard=images_per_shard, **options) as writer:
+                           soft_labels="top_k", images_per_shard=images_per_shard, vocabulary="\n".join(VOCABULARY) + "\n",
+                           **options) as writer:
         for number in range(images):
             writer.add(random_regions(random, f"image-{number}"),
                        [(" ".join(random.choice(WORDS[:18], size=random.integers(1, 12))), "en") for _ in range(captions_each)])
-    (path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
     return path
 
 

@@ -48,9 +48,8 @@ class World:
         self.object_features = random.normal(size=(len(NAMES), FEATURES))
         self.colour_features = random.normal(size=(len(COLOURS), FEATURES))
         self.sizes = random.uniform(60, 200, size=(len(NAMES), 2))
-        # Ten objects are at home in each place; two places share some neighbours of each other's list.
-        homes = np.arange(len(NAMES)).reshape(len(PLACES), -1)
-        self.homes = [np.concatenate([homes[p], homes[(p + 1) % len(PLACES)][:4]]) for p in range(len(PLACES))]
+        # Each place is home to half of the objects, so that the company tells something of a hidden object, but not all.
+        self.homes = [random.choice(len(NAMES), size=len(NAMES) // 2, replace=False) for _ in PLACES]
         distance = np.linalg.norm(self.object_features[:, None] - self.object_features[None], axis=2)
         self.neighbours = np.argsort(distance, axis=1)[:, :SOFT_LABELS]  # itself first
 
@@ -121,10 +120,9 @@ def write_split(world: World, folder: Path, split: str, scenes: int, seed: int) 
     shutil.rmtree(path, ignore_errors=True)  # generated anew each time
     with RegionStoreWriter(path, feature_dim=FEATURES, num_classes=len(NAMES) + 1, class_names=["background", *NAMES],
                            detector={"name": "generated world", "revision": f"seed {seed}"}, soft_labels="top_k",
-                           extra={"generated": True}, images_per_shard=2048) as writer:
+                           vocabulary="\n".join(vocabulary()) + "\n", extra={"generated": True}, images_per_shard=2048) as writer:
         for number in tqdm(range(scenes), desc=f"{split} scenes", unit="scene", mininterval=1.0):
             writer.add(*world.scene(np.random.default_rng([seed, tag, number]), f"{split}-{number:06d}"))
-    (path / "vocab.txt").write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")
 
 
 def run() -> None:

@@ -19,6 +19,7 @@ from megatron_interbert.errors import UsageError
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 CAPTIONS = "captions.h5"
+VOCABULARY = "vocab.txt"
 HARD_NEGATIVES = "hard_negatives.npy"
 MAX_OPEN_SHARDS = 64
 BOXES_AND_LABELS = {"image_features": np.float16, "image_bb": np.float32, "class_ids": np.int32, "class_probs": np.float32}

@@ -15,6 +15,7 @@ from megatron_interbert.data.store import (
     CAPTIONS,
     MANIFEST,
     SCHEMA_VERSION,
+    VOCABULARY,
     Regions,
     file_sha256,
     has_non_finite,
@@ -27,12 +28,13 @@ class RegionStoreWriter:
     """Collects images and their captions into shards; `finish` publishes the store. Use as a context manager.
 
     `soft_labels` says where class_probs come from: "dense", "top_k" or "top_1_confidence" (built from one confidence;
-    the rest of the probability is taken as spread over the other classes).
+    the rest of the probability is taken as spread over the other classes). `vocabulary` is the text of a vocab.txt.
     """
 
     def __init__(self, path: str | Path, *, feature_dim: int, num_classes: int, detector: dict[str, str],
                  soft_labels: str, background_class: int | None = 0, class_names: Sequence[str] = (),
-                 images_per_shard: int = 1024, strict_boxes: bool = False, extra: dict[str, Any] | None = None) -> None:
+                 images_per_shard: int = 1024, strict_boxes: bool = False, vocabulary: str = "",
+                 extra: dict[str, Any] | None = None) -> None:
         self.path = Path(path)
         if self.path.exists():
             raise UsageError(f"{path}: already exists; choose another folder or remove it")
@@ -40,6 +42,8 @@ class RegionStoreWriter:
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
         self.images_per_shard, self.strict_boxes = images_per_shard, strict_boxes
+        if vocabulary:
+            (self.work / VOCABULARY).write_text(vocabulary, encoding="utf-8")
         self.manifest: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION, "feature_dim": feature_dim, "num_classes": num_classes,
             "background_class": background_class, "box_format": "xyxy pixels", "detector": detector,

@@ -1,0 +1,188 @@
+"""Sizes, partition table, first weights, packing invariance, text-only input, recomputation."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_interbert.config import ModelConfig
+from megatron_interbert.data.packing import Example, pack
+from megatron_interbert.errors import UsageError
+from megatron_interbert.model.flops import training_flops
+from megatron_interbert.model.foreign import fuse_qkv, split_qkv
+from megatron_interbert.model.initialise import initialise, load_full_state
+from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.model.partition import TABLE, partition_dimension, partition_kind, shard, unshard, unshard_state
+from megatron_interbert.model.presets import PRESETS
+from megatron_interbert.parallel.rng import RandomStreams
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.tasks.pretraining import PretrainingTask
+from tests.dist import run_on_ranks
+
+HEADS = ("msm", "mrm", "itm", "choice")
+SMALL = ModelConfig(vocab_size=150, hidden_size=32, interaction_layers=2, text_layers=1, image_layers=2, num_attention_heads=4,
+                    image_attention_heads=2, ffn_hidden_size=48, pooled_size=24, feature_dim=20, num_classes=9, max_position_embeddings=40)
+
+
+def make(config=SMALL, heads=HEADS, **options):
+    model = InterBert(config, heads, **options)
+    initialise(model, config, 3, ParallelState())
+    return model
+
+
+def examples(count=4, seed=0):
+    random = np.random.default_rng(seed)
+    result = []
+    for i in range(count):
+        tokens, regions = int(random.integers(3, 12)), int(random.integers(1, 9))
+        result.append(Example(
+            token_ids=random.integers(0, 150, tokens), token_types=np.zeros(tokens, np.int64),
+            features=random.normal(size=(regions, 20)).astype(np.float16), locations=random.random((regions, 5), dtype=np.float32),
+            class_ids=random.integers(0, 9, (regions, 1)), class_probs=np.ones((regions, 1), np.float32),
+            hidden_regions=random.random(regions) < 0.5, msm_positions=np.array([1, 2]), msm_labels=random.integers(0, 150, 2),
+            mismatched=i % 2))
+    return result
+
+
+def test_official_size_is_157_million():
+    with torch.device("meta"):
+        model = InterBert(PRESETS["base"])
+    padding = (model.config.padded_vocab_size - model.config.vocab_size) * (model.config.hidden_size + 1)
+    assert round((sum(p.numel() for p in model.parameters()) - padding) / 1e5) == 1570
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_parameter_has_exactly_one_row_in_the_partition_table(preset):
+    config = dataclasses.replace(PRESETS[preset], vocab_size=300, feature_dim=8, num_classes=5)
+    with torch.device("meta"):
+        model = InterBert(config, HEADS)
+    import re
+    for name, parameter in model.named_parameters():
+        assert sum(bool(re.fullmatch(pattern, name)) for pattern, _ in TABLE) == 1, name
+        assert hasattr(parameter, "tensor_model_parallel") == (partition_dimension(name) is not None), name
+
+
+def test_a_parameter_without_a_row_fails():
+    with pytest.raises(KeyError, match="no row in model/partition.py"):
+        partition_kind("interaction.layers.0.new.weight")
+
+
+def check_shapes_follow_the_table():
+    state = ParallelState(2)
+    whole, part = make(), InterBert(SMALL, HEADS, state=state)
+    initialise(part, SMALL, 3, state)
+    for (name, full), (other, local) in zip(whole.named_parameters(), part.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(shard(full, name, state.tensor_rank, 2), local), f"{name}: first weights must not depend on the layout"
+
+
+def test_shards_are_what_the_table_says():
+    run_on_ranks(2, check_shapes_follow_the_table)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_sharding_and_back(ranks):
+    full = {name: p.detach() for name, p in make().named_parameters()}
+    states = [{name: shard(t, name, rank, ranks) for name, t in full.items()} for rank in range(ranks)]
+    back = unshard_state(states)
+    assert all(torch.equal(back[name], full[name]) for name in full)
+    assert unshard([full["itm_head.weight"]] * ranks, "itm_head.weight") is full["itm_head.weight"]
+
+
+def test_head_major_qkv():
+    parts = [torch.randn(12, 5) for _ in range(3)]
+    fused = fuse_qkv(parts, 4)
+    assert torch.equal(fused[:3], parts[0][:3])  # query of head 0
+    assert torch.equal(fused[3:6], parts[1][:3])
+    assert torch.equal(fused[9:12], parts[0][3:6])  # query of head 1
+    assert all(torch.equal(a, b) for a, b in zip(split_qkv(fused, 4), parts, strict=True))
+
+
+def test_initialisation():
+    model = make()
+    weights = dict(model.named_parameters())
+    assert weights["text_embedding.word.weight"][150:].abs().sum() == 0
+    assert abs(weights["text_embedding.word.weight"][:150].std().item() - 0.02) < 0.001
+    assert (weights["interaction.layers.0.mlp_norm.weight"] == 1).all()
+    assert (weights["interaction.layers.0.mlp_norm.linear_bias"] == 0).all()
+    assert not torch.equal(weights["interaction.layers.0.attention.qkv.weight"], weights["interaction.layers.1.attention.qkv.weight"])
+
+
+def test_a_sample_does_not_feel_its_neighbours():
+    model, batch = make().eval(), examples(5)
+    together = model(pack(batch, 20))
+    text, image = 0, 0
+    for i, example in enumerate(batch):
+        alone = model(pack([example], 20))
+        n, m = len(example.token_ids), len(example.features) + 1
+        torch.testing.assert_close(together.text_hidden[text:text + n], alone.text_hidden, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together.image_hidden[image:image + m], alone.image_hidden, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together.itm_logits[i:i + 1], alone.itm_logits, rtol=1e-4, atol=1e-5)
+        text, image = text + n, image + m
+
+
+def test_hidden_regions_count_as_zeros_in_the_mean():
+    from megatron_interbert.model.embeddings import image_features
+    example = examples(1)[0]
+    example.hidden_regions = np.arange(len(example.features)) == 0
+    features = image_features(pack([example], 20))
+    shown = example.features.astype(np.float32)
+    shown[0] = 0
+    torch.testing.assert_close(features[1:], torch.from_numpy(shown))
+    torch.testing.assert_close(features[0], torch.from_numpy(shown.mean(axis=0)))
+
+
+def test_text_only_batches_and_mixtures():
+    model = make().eval()
+    texts = [Example(token_ids=e.token_ids, token_types=e.token_types) for e in examples(3)]
+    alone = model(pack(texts, 20))
+    assert alone.pooled_image is None
+    assert alone.itm_logits is None
+    mixed = InterBert(SMALL, ("msm",))
+    mixed.load_state_dict(model.state_dict(), strict=False)
+    both = mixed.eval()(pack([texts[0], examples(3)[1], texts[2]], 20))
+    torch.testing.assert_close(both.pooled_text[[0, 2]], alone.pooled_text[[0, 2]], rtol=1e-4, atol=1e-5)
+
+
+def test_no_target_of_any_kind_gives_zero_and_not_nan():
+    batch = pack([dataclasses.replace(e, hidden_regions=np.zeros(len(e.features), bool), msm_positions=np.zeros(0, np.int64),
+                                      msm_labels=np.zeros(0, np.int64)) for e in examples(3)], 20)
+    model = make(heads=("msm", "mrm", "itm"))
+    loss, report = PretrainingTask().loss(model(batch), batch, batch.target_counts())
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert report[:2].abs().sum() == 0
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_recomputation_changes_nothing():
+    batch, results = pack(examples(4), 20), []
+    for recompute in (False, True):
+        streams = RandomStreams(5)
+        model = make(heads=("msm", "mrm", "itm"), streams=streams, recompute=recompute)
+        streams.start_step(1)
+        loss, _ = PretrainingTask().loss(model(batch), batch, batch.target_counts())
+        loss.backward()
+        results.append((loss.detach(), [p.grad for p in model.parameters()]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_flops_are_those_counted_for_the_base_model():
+    """38.7 G a padded sample (36 regions, 36 tokens, about 6 masked words and 6 regions), from the measured facts."""
+    random = np.random.default_rng(0)
+    example = Example(token_ids=np.ones(36, np.int64), token_types=np.zeros(36, np.int64),
+                      features=random.normal(size=(36, 2048)).astype(np.float16), locations=random.random((36, 5)),
+                      class_ids=np.ones((36, 1), np.int64), class_probs=np.ones((36, 1)), hidden_regions=np.arange(36) < 6,
+                      msm_positions=np.arange(1, 7), msm_labels=np.ones(6, np.int64))
+    assert abs(training_flops(PRESETS["base"], pack([example], 2048)) / 1e9 - 38.7) < 0.5
+
+
+def test_loading_refuses_what_does_not_fit():
+    full = {name: p.detach() for name, p in make().named_parameters()}
+    missing = {k: v for k, v in full.items() if k != "itm_head.bias"}
+    with pytest.raises(UsageError, match="itm_head.bias is missing"):
+        load_full_state(make(), missing, ParallelState(), "x")
+    with pytest.raises(UsageError, match=r"itm_head.bias has shape \[3\], the model expects \[2\]"):
+        load_full_state(make(), {**full, "itm_head.bias": torch.zeros(3)}, ParallelState(), "x")

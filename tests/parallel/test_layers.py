@@ -1,0 +1,156 @@
+"""Tensor-parallel layers against plain ones: values and gradients, on 2 and 4 ranks; the loss against torch's; the streams."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from megatron_interbert.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron_interbert.parallel.rng import RandomStreams
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.parallel.vocab_loss import vocab_parallel_argmax, vocab_parallel_cross_entropy
+from tests.dist import run_on_ranks
+
+DOUBLE = {"dtype": torch.float64}
+
+
+def slice_of(tensor, dimension, state):
+    return tensor.chunk(state.tensor_size, dimension)[state.tensor_rank]
+
+
+def check_linear_pair(state):
+    """Column then row parallel with an activation between equals the plain MLP."""
+    torch.manual_seed(0)
+    up, down, bias = torch.randn(24, 8, **DOUBLE), torch.randn(8, 24, **DOUBLE), torch.randn(24, **DOUBLE)
+    x = torch.randn(5, 8, **DOUBLE, requires_grad=True)
+    weight = torch.randn(5, 8, **DOUBLE)
+    plain = [t.clone().requires_grad_() for t in (up, bias, down)]
+    expected = F.linear(torch.tanh(F.linear(x, plain[0], plain[1])), plain[2])
+    gradients = torch.autograd.grad((expected * weight).sum(), [x, *plain])
+
+    column = ColumnParallelLinear(8, 24, state.tensor_group, activation=lambda y, b: torch.tanh(y + b)).double()
+    row = RowParallelLinear(24, 8, state.tensor_group).double()
+    with torch.no_grad():
+        column.weight.copy_(slice_of(up, 0, state))
+        column.bias.copy_(slice_of(bias, 0, state))
+        row.weight.copy_(slice_of(down, 1, state))
+    result = row(column(x))
+    torch.testing.assert_close(result, expected)
+    ours = torch.autograd.grad((result * weight).sum(), [x, column.weight, column.bias, row.weight])
+    wanted = [gradients[0], slice_of(gradients[1], 0, state), slice_of(gradients[2], 0, state), slice_of(gradients[3], 1, state)]
+    for a, b in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def check_embedding(state):
+    torch.manual_seed(1)
+    table, ids = torch.randn(16, 6, **DOUBLE, requires_grad=True), torch.tensor([0, 15, 7, 8, 7, 3])
+    weight = torch.randn(6, 6, **DOUBLE)
+    expected = F.embedding(ids, table)
+    (gradient,) = torch.autograd.grad((expected * weight).sum(), table)
+    layer = VocabParallelEmbedding(16, 6, state.tensor_group).double()
+    with torch.no_grad():
+        layer.weight.copy_(slice_of(table, 0, state))
+    result = layer(ids)
+    torch.testing.assert_close(result, expected)
+    (ours,) = torch.autograd.grad((result * weight).sum(), layer.weight)
+    torch.testing.assert_close(ours, slice_of(gradient, 0, state))
+
+
+def check_loss(state):
+    """Including a rank that holds only padding, extreme logits, no rows at all, and ties of the argmax."""
+    torch.manual_seed(2)
+    logits = torch.randn(9, 16) * 30
+    logits[:, 5:] = float("-inf")  # with 4 ranks the last two hold padding only
+    logits[0, 1] = logits[0, 4] = 100.0
+    labels = torch.tensor([1, 0, 4, 3, 2, 1, 0, 4, 4])
+    full = logits.clone().requires_grad_()
+    expected = F.cross_entropy(full, labels, reduction="none")
+    weight = torch.randn(9)
+    (gradient,) = torch.autograd.grad((expected * weight).sum(), full)
+    local = slice_of(logits, 1, state).clone().requires_grad_()
+    result = vocab_parallel_cross_entropy(local, labels, state.tensor_group)
+    torch.testing.assert_close(result, expected)
+    (ours,) = torch.autograd.grad((result * weight).sum(), local)
+    torch.testing.assert_close(ours, slice_of(gradient, 1, state), rtol=1e-5, atol=1e-6)
+    assert torch.equal(vocab_parallel_argmax(local, state.tensor_group), logits.argmax(1))
+    assert vocab_parallel_argmax(local, state.tensor_group)[0] == 1
+    empty = vocab_parallel_cross_entropy(local[:0], labels[:0], state.tensor_group)
+    assert empty.sum() == 0
+
+
+def check_streams(state):
+    """Dropout on replicated activations is the same on all ranks, on sharded ones it differs; recomputation replays both."""
+    streams = RandomStreams(7, state.data_rank, state.tensor_rank)
+
+    def layer(x, w):
+        x = F.dropout(x * w, 0.5)
+        with streams.sharded():
+            y = F.dropout(torch.ones(64) * w, 0.5)
+        return (x * y).sum() + F.dropout(x, 0.3).sum()
+
+    def masks(step):
+        streams.start_step(step)
+        replicated = F.dropout(torch.ones(64), 0.5)
+        with streams.sharded():
+            sharded = F.dropout(torch.ones(64), 0.5)
+        return replicated, sharded, F.dropout(torch.ones(64), 0.5)
+
+    first, again, other = masks(1), masks(1), masks(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    for mask, same in zip(first, (True, False, True), strict=True):
+        gathered = [torch.empty_like(mask) for _ in range(state.tensor_size)]
+        dist.all_gather(gathered, mask, group=state.tensor_group)
+        for rank in range(1, state.tensor_size):
+            assert torch.equal(gathered[0], gathered[rank]) == same
+
+    results = []
+    for recompute in (False, True):
+        streams.start_step(3)
+        w = torch.ones(64, requires_grad=True)
+        parts = [streams.recompute(layer, torch.ones(64), w) if recompute else layer(torch.ones(64), w) for _ in range(3)]
+        sum(parts).backward()
+        after = F.dropout(torch.ones(64), 0.5)
+        with streams.sharded():
+            results.append((sum(parts).detach(), w.grad, after, F.dropout(torch.ones(64), 0.5)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def check_on_ranks(size):
+    state = ParallelState(size)
+    for check in (check_linear_pair, check_embedding, check_loss, check_streams):
+        check(state)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_sharded_layers_equal_plain_ones(ranks):
+    run_on_ranks(ranks, check_on_ranks, ranks)
+
+
+def test_one_rank_needs_no_process_group():
+    state = ParallelState()
+    check_linear_pair(state)
+    check_embedding(state)
+    check_loss(state)
+
+
+def check_groups():
+    state = ParallelState(2)
+    assert (state.tensor_rank, state.data_rank) == (dist.get_rank() % 2, dist.get_rank() // 2)
+    total = state.sum_over_data(torch.tensor([float(dist.get_rank())]))
+    assert total.item() == state.tensor_rank + (state.tensor_rank + 2)
+    assert state.get_data_parallel_group_ranks() == [state.tensor_rank, state.tensor_rank + 2]
+    assert not hasattr(state, "initialize_sequence_parallel")
+
+
+def test_groups_of_a_two_by_two_layout():
+    run_on_ranks(4, check_groups)
+
+
+def test_dropout_differs_between_data_parallel_ranks():
+    masks = []
+    for data_rank in range(2):
+        RandomStreams(1, data_rank, 0).start_step(1)
+        masks.append(F.dropout(torch.ones(64), 0.5))
+    assert not torch.equal(*masks)

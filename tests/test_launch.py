@@ -1,0 +1,112 @@
+"""Every way in trains alike, and bad input is one clear line with exit code 2 and nothing half-written."""
+
+import json
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+
+from tests.corpus import write_store
+from tests.launching import ROOT, deepspeed, launch, losses, pretrain
+
+FLAGS = ("--model", "tiny", "--train-iters", "3", "--micro-batch-size", "4", "--data-partitions", "8", "--log-interval", "1",
+         "--num-workers", "1", "--lr", "1e-3")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return write_store(tmp_path_factory.mktemp("launch") / "store")
+
+
+def test_every_way_in_gives_the_same_losses(store, tmp_path):
+    def flags(name):
+        return ("--data-path", store, "--save", tmp_path / name, *FLAGS)
+
+    ways = {
+        "python": pretrain(*flags("python")),
+        "deepspeed": ("deepspeed", "--num_gpus", 1, "launchers/pretrain.sh", *flags("deepspeed")),
+        "bash": ("bash", "launchers/pretrain.sh", *flags("bash")),
+        "executable": (ROOT / "launchers" / "pretrain.sh", *flags("executable")),
+        "torchrun": ("torchrun", "--nproc-per-node", 1, "-m", "megatron_interbert.pretrain", *flags("torchrun")),
+        "spawned loader": pretrain(*flags("spawned loader"), "--worker-start", "spawn"),
+    }
+    for name, command in ways.items():
+        code, out, err = launch(*command, LAUNCH_ARGS="--num_gpus 1")
+        assert code == 0, f"{name}: {out}{err}"
+    results = {name: losses(tmp_path / name) for name in ways}
+    assert sorted(results["python"]) == [1, 2, 3]
+    for name, result in results.items():
+        assert result == results["python"], name
+
+
+def damaged(store, folder, change, shard="shard-00000.h5"):
+    copy = shutil.copytree(store, folder)
+    with h5py.File(copy / shard, "r+") as file:
+        change(file)
+    return copy
+
+
+def expect_refusal(message, command):
+    code, out, err = launch(*command)
+    assert code == 2, f"{code}: {out}{err}"
+    line = next(line for line in reversed(err.strip().splitlines()) if line.startswith("error:"))
+    assert message in line, line
+    assert "Traceback" not in err
+
+
+def test_a_bad_record_ends_the_run_with_its_name(store, tmp_path):
+    """On two ranks: the one that reads it says so, the other goes down with it."""
+    bad = damaged(store, tmp_path / "store", lambda f: f["image_features"].__setitem__(slice(None), np.nan))
+    code, out, err = launch(*deepspeed(2, "--data-path", bad, "--save", tmp_path / "run", *FLAGS))
+    assert code == 2, out + err
+    assert "shard-00000.h5: image" in err
+    assert "features hold NaN or infinity" in err
+    assert not list((tmp_path / "run").glob("global_step*"))
+
+
+BAD_FLAGS = {
+    "no store": (("--data-path", "/nowhere"), "no manifest.json there"),
+    "unknown flag": (("--micro-bach-size", "4"), "did you mean '--micro-batch-size'"),
+    "tensor parallel and processes": (("--tensor-model-parallel-size", "3"), "does not divide the 1 processes"),
+    "batch": (("--global-batch-size", "7"), "not a multiple of --micro-batch-size 4"),
+    "partitions": (("--data-partitions", "1024"), "--data-partitions 1024 is more than the 80 captions"),
+    "vocabulary and model": (("--model", "base"), "vocab_size is 25, but the model has 30522"),
+    "positions": (("--max-tokens", "100"), "--max-tokens 100 is more than the model's 64 positions"),
+    "apex": (("--kernels", "apex"), "NVIDIA apex is not installed"),
+    "init": (("--init-from", "/nowhere"), "--init-from /nowhere: no such file"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FLAGS)
+def test_wrong_use(store, tmp_path, kind):
+    flags, message = BAD_FLAGS[kind]
+    expect_refusal(message, pretrain("--data-path", store, "--save", tmp_path / "run", *FLAGS, *flags))
+    assert not (tmp_path / "run").exists(), "nothing half-written"
+
+
+def test_wrong_use_on_two_ranks_is_said_once(store, tmp_path):
+    """Heads that two ranks cannot share, and a data-parallel size that does not divide the partitions."""
+    sizes = {"hidden_size": 33, "num_attention_heads": 3, "image_attention_heads": 3, "vocab_size": 0, "feature_dim": 0, "num_classes": 0}
+    (tmp_path / "m.json").write_text(json.dumps(sizes))
+    flags = ("--data-path", store, *FLAGS)
+    code, _, err = launch(*deepspeed(2, *flags, "--model", tmp_path / "m.json", "--tensor-model-parallel-size", 2))
+    assert code == 2
+    assert err.count("--tensor-model-parallel-size 2 does not divide num_attention_heads 3") == 1
+    code, _, err = launch(*deepspeed(2, *flags, "--data-partitions", 7))
+    assert code == 2
+    assert err.count("data-parallel size 2 does not divide --data-partitions 7") == 1
+
+
+def test_preflight_says_what_is_wrong_and_how_to_mend_it(store, tmp_path):
+    from tests.launching import sys
+    command = (sys.executable, "-m", "megatron_interbert.preflight", "--data-path", store, *FLAGS)
+    code, out, err = launch(*command)
+    assert code == 0, out + err
+    assert out.count("ok  ") == 5
+    bad = damaged(store, tmp_path / "store", lambda f: f["image_features"].__setitem__((0, 0), np.nan))
+    code, out, err = launch(*command, "--data-path", bad, "--world-size", 3)
+    assert code == 2
+    assert "FAILED  batch" in out
+    assert "sha256 differs" in out
+    assert "preflight: batch, data failed" in err

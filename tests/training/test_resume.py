@@ -1,0 +1,121 @@
+"""Killed runs go on bit for bit; damaged checkpoints are passed over; a checkpoint of another run is refused."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.corpus import write_store
+from tests.launching import deepspeed, launch, losses, pretrain, start
+
+FLAGS = ("--model", "tiny", "--train-iters", "14", "--micro-batch-size", "4", "--global-batch-size", "16", "--data-partitions", "8",
+         "--log-interval", "1", "--save-interval", "4", "--keep-last", "2", "--num-workers", "1", "--lr", "1e-3")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return write_store(tmp_path_factory.mktemp("resume") / "store")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(store, tmp_path_factory):
+    """Two processes, ZeRO-1, dropout on, all 14 steps without a break."""
+    save = tmp_path_factory.mktemp("resume") / "whole"
+    code, out, err = launch(*deepspeed(2, "--data-path", store, "--save", save, *FLAGS))
+    assert code == 0, out + err
+    return save
+
+
+def kill_after_step(process, save, step):
+    """SIGKILL to the whole session as soon as metrics.jsonl shows a step."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        file = Path(save) / "metrics.jsonl"
+        if file.exists() and any(f'"step": {s},' in file.read_text() for s in range(step, 20)):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
+
+
+def test_sigkill_and_the_same_command_again(store, undisturbed, tmp_path):
+    save = tmp_path / "killed"
+    command = deepspeed(2, "--data-path", store, "--save", save, *FLAGS)
+    kill_after_step(start(*command), save, 6)
+    # The deepspeed launcher starts its ranks in sessions of their own: make sure that they are gone too.
+    os.system(f"pkill -9 -f -- '--save {save}'")
+    assert (save / "latest").read_text().startswith("global_step")
+    code, out, err = launch(*command)
+    assert code == 0, out + err
+    assert "resumed from" in out
+    expected = losses(undisturbed)
+    assert sorted(expected) == list(range(1, 15))
+    assert losses(save) == expected, "the losses after a kill must be those of the undisturbed run, bit for bit"
+
+
+def test_what_a_checkpoint_holds(undisturbed):
+    assert (undisturbed / "latest").read_text() == "global_step14"
+    assert (undisturbed / "latest_checkpointed_iteration.txt").read_text() == "14"
+    assert sorted(p.name for p in undisturbed.glob("global_step*")) == ["global_step12", "global_step14"], "--keep-last 2"
+    assert not list(undisturbed.glob(".*partial*")) + list(undisturbed.glob("*.partial"))
+    manifest = json.loads((undisturbed / "global_step14" / "manifest.json").read_text())
+    assert manifest["consumed_samples"] == 14 * 16
+    assert manifest["topology"] == {"data_parallel": 2, "tensor_parallel": 1, "zero_stage": 1}
+    assert manifest["configs"]["run"]["seed"] == manifest["rng"]["seed"] == 1234
+    files = {p.name for p in (undisturbed / "global_step14").iterdir()} - {"manifest.json"}
+    assert files == set(manifest["files"])
+
+
+def test_a_finished_run_does_nothing_again(store, undisturbed):
+    before = (undisturbed / "global_step14" / "manifest.json").stat().st_mtime
+    code, out, err = launch(*deepspeed(2, "--data-path", store, "--save", undisturbed, *FLAGS))
+    assert code == 0, out + err
+    assert (undisturbed / "global_step14" / "manifest.json").stat().st_mtime == before
+
+
+def damaged_copy(undisturbed, tmp_path):
+    save = shutil.copytree(undisturbed, tmp_path / "damaged")
+    file = next((save / "global_step14").glob("zero_pp_rank_1*optim_states.pt"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(bytes(data))
+    return save, file.name
+
+
+def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_taken(store, undisturbed, tmp_path):
+    save, name = damaged_copy(undisturbed, tmp_path)
+    code, out, err = launch(*deepspeed(2, "--data-path", store, "--save", save, *FLAGS))
+    assert code == 0, out + err
+    assert f"global_step14 is damaged ({name} has another sha256)" in out
+    assert losses(save) == losses(undisturbed)
+
+
+REFUSALS = {
+    "resume must without any": (("--resume", "must"), "empty", "--resume must: no complete checkpoint"),
+    "other model sizes": (("--model", "sample"), "whole", "made with other model sizes"),
+    "other seed": (("--seed", "5"), "whole", "made with seed = 1234, this run has 5"),
+    "other layout": ((), "whole", "saved on DP2 x TP1, ZeRO-1, this run is DP1 x TP1, ZeRO-1"),
+    "other vocabulary": (("--vocab-file", "OTHER"), "whole", "made with another vocabulary"),
+    "other vocabulary size": (("--vocab-file", "LONGER"), "whole", "made with other model sizes (vocab_size"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_checkpoints_of_another_run_are_refused(store, undisturbed, tmp_path, kind):
+    flags, where, message = REFUSALS[kind]
+    words = (store / "vocab.txt").read_text().replace("cat", "kitten")
+    (tmp_path / "OTHER").write_text(words)
+    (tmp_path / "LONGER").write_text(words + "more\n")
+    flags = [str(tmp_path / f) if f in ("OTHER", "LONGER") else f for f in flags]
+    save = shutil.copytree(undisturbed, tmp_path / "whole") if where == "whole" else tmp_path / "empty"
+    code, out, err = launch(*pretrain("--data-path", store, "--save", save, *FLAGS, *flags))
+    assert code == 2, out + err
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert message in line
+    assert "Traceback" not in err
