@@ -71,7 +71,7 @@ BAD_FLAGS = {
     "tensor parallel and processes": (("--tensor-model-parallel-size", "3"), "does not divide the 1 processes"),
     "batch": (("--global-batch-size", "7"), "not a multiple of --micro-batch-size 4"),
     "partitions": (("--data-partitions", "1024"), "--data-partitions 1024 is more than the 80 captions"),
-    "vocabulary and model": (("--model", "base"), "vocab_size is 25, but the model has 30522"),
+    "vocabulary and model": (("--model", "base"), "vocab_size is 27, but the model has 30522"),
     "positions": (("--max-tokens", "100"), "--max-tokens 100 is more than the model's 64 positions"),
     "apex": (("--kernels", "apex"), "NVIDIA apex is not installed"),
     "init": (("--init-from", "/nowhere"), "--init-from /nowhere: no such file"),
