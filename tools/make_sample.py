@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes the sample corpus: a generated world with captions in English and Chinese, for trying things out.
 
-Everything in it is made up: 36 kinds of objects in 6 colours stand in 4 places that decide which of them meet. Region
+Everything in it is made up: 60 kinds of objects in 6 colours stand in 20 places that decide which of them meet. Region
 features are noisy prototypes, boxes overlap as a detector's do, soft labels are confused between near classes. The same
 seed gives the same corpus. Train and test scenes are drawn apart.
 """
@@ -20,14 +20,20 @@ from megatron_interbert.data.store import Regions
 from megatron_interbert.data.store_writer import RegionStoreWriter
 from megatron_interbert.errors import UsageError, run_entry
 
-PLACES = {"kitchen": "厨房", "street": "街道", "office": "办公室", "garden": "花园"}
+PLACES = {"kitchen": "厨房", "street": "街道", "office": "办公室", "garden": "花园", "beach": "海滩", "bedroom": "卧室", "park": "公园",
+          "farm": "农场", "school": "学校", "station": "车站", "market": "市场", "harbour": "港口", "forest": "森林", "library": "图书馆",
+          "museum": "博物馆", "hospital": "医院", "garage": "车库", "theatre": "剧院", "bakery": "面包店", "hotel": "酒店"}
 COLOURS = {"red": "红色", "blue": "蓝色", "green": "绿色", "yellow": "黄色", "black": "黑色", "white": "白色"}
 OBJECTS = {
     "cup": "杯子", "plate": "盘子", "knife": "刀", "pan": "锅", "kettle": "水壶", "apple": "苹果", "bottle": "瓶子", "bowl": "碗",
     "spoon": "勺子", "oven": "烤箱", "car": "汽车", "bus": "公交车", "bicycle": "自行车", "sign": "路牌", "bench": "长椅",
     "truck": "卡车", "lamp": "灯", "dog": "狗", "door": "门", "motorcycle": "摩托车", "desk": "书桌", "chair": "椅子",
     "laptop": "电脑", "phone": "手机", "pen": "钢笔", "book": "书", "clock": "时钟", "printer": "打印机", "bag": "包",
-    "screen": "屏幕", "tree": "树", "flower": "花", "bird": "鸟", "cat": "猫", "fence": "栅栏", "rake": "耙子",
+    "screen": "屏幕", "tree": "树", "flower": "花", "bird": "鸟", "cat": "猫", "fence": "栅栏", "hose": "水管", "rake": "耙子",
+    "pot": "花盆", "bush": "灌木", "swing": "秋千", "umbrella": "雨伞", "towel": "毛巾", "ball": "球", "boat": "船", "kite": "风筝",
+    "hat": "帽子", "bucket": "桶", "surfboard": "冲浪板", "crab": "螃蟹", "shell": "贝壳", "bed": "床", "pillow": "枕头",
+    "blanket": "毯子", "mirror": "镜子", "curtain": "窗帘", "dresser": "衣柜", "rug": "地毯", "doll": "娃娃", "vase": "花瓶",
+    "picture": "画",
 }
 WORDS = ["a", "and", "in", "the", "is", "next", "to", "left", "right", "of", "there", "with", "scene", "on"]
 NAMES, COLOUR_NAMES, PLACE_NAMES = list(OBJECTS), list(COLOURS), list(PLACES)
@@ -43,16 +49,19 @@ class World:
         self.object_features = random.normal(size=(len(NAMES), FEATURES))
         self.colour_features = random.normal(size=(len(COLOURS), FEATURES))
         self.sizes = random.uniform(60, 200, size=(len(NAMES), 2))
-        # Each place is home to half of the objects, so that the company tells something of a hidden object, but not all.
-        self.homes = [random.choice(len(NAMES), size=len(NAMES) // 2, replace=False) for _ in PLACES]
+        # Eight objects are at home in each place and each object in two or three places: what stands around a hidden object
+        # tells something of it, but not all. Without places nothing would, and nothing is learned.
+        order = np.concatenate([random.permutation(len(NAMES)) for _ in range(3)])[:8 * len(PLACES)]
+        self.homes = [np.unique(home) for home in order.reshape(len(PLACES), 8)]
         distance = np.linalg.norm(self.object_features[:, None] - self.object_features[None], axis=2)
         self.neighbours = np.argsort(distance, axis=1)[:, :SOFT_LABELS]  # itself first
 
     def scene(self, random: np.random.Generator, name: str) -> tuple[Regions, list[tuple[str, str]]]:
         """One image and its two captions [(text, language)]."""
         place = int(random.integers(len(PLACES)))
-        count = int(random.integers(4, 9))
-        kinds = random.choice(self.homes[place], size=count, replace=False)
+        count = int(random.integers(3, 7))
+        kinds = random.permutation(self.homes[place])[:count]
+        count = len(kinds)
         colours = random.integers(len(COLOURS), size=count)
         size = self.sizes[kinds] * random.uniform(0.7, 1.3, size=(count, 1))
         corner = random.uniform(0, 1, size=(count, 2)) * ([WIDTH, HEIGHT] - size)
@@ -77,7 +86,7 @@ class World:
 
     def english(self, random: np.random.Generator, place: int, kinds: np.ndarray, colours: np.ndarray, boxes: np.ndarray) -> str:
         """A caption that names two to four of the objects."""
-        picked = random.choice(len(kinds), size=int(random.integers(2, 5)), replace=False)
+        picked = random.choice(len(kinds), size=int(random.integers(2, 4)), replace=False)
         things = [f"{COLOUR_NAMES[colours[i]]} {NAMES[kinds[i]]}" for i in picked]
         where = f" in the {PLACE_NAMES[place]}" if random.random() < 0.5 else ""
         if len(picked) > 2:
@@ -88,7 +97,7 @@ class World:
 
     def chinese(self, random: np.random.Generator, place: int, kinds: np.ndarray, colours: np.ndarray, boxes: np.ndarray) -> str:
         """The same kind of caption in Chinese."""
-        picked = random.choice(len(kinds), size=int(random.integers(2, 5)), replace=False)
+        picked = random.choice(len(kinds), size=int(random.integers(2, 4)), replace=False)
         things = [f"{COLOURS[COLOUR_NAMES[colours[i]]]}的{OBJECTS[NAMES[kinds[i]]]}" for i in picked]
         where = f"{PLACES[PLACE_NAMES[place]]}里" if random.random() < 0.5 else ""
         if len(picked) > 2:
