@@ -4,7 +4,7 @@ Legend: B samples, Nt text tokens, Ni image tokens, H hidden, P pooled size, Mt 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,11 @@ from megatron_interbert.parallel.state import ParallelState
 PRETRAINING_HEADS = ("msm", "mrm", "itm")
 
 
-@dataclass
-class InterBertOutput:
-    """What one forward pass gives; logits only of the heads the model was built with. Logits are float32."""
+class InterBertOutput(NamedTuple):
+    """What one forward pass gives; logits only of the heads the model was built with. Logits are float32.
+
+    A named tuple, because ZeRO-3 looks for the tensors of a module's output in tuples, lists and dicts only.
+    """
 
     text_hidden: torch.Tensor  # [Nt, H]
     image_hidden: torch.Tensor  # [Ni, H]
@@ -75,20 +77,20 @@ class InterBert(nn.Module):
     def forward(self, batch: PackedBatch) -> InterBertOutput:
         text, image = self.encode(batch)
         pooled_text = self.text_pooler(text.index_select(0, batch.text_offsets[:-1]))
-        output = InterBertOutput(text, image, pooled_text)
-        if len(image):
-            output.pooled_image = self.image_pooler(image.index_select(0, batch.summary_rows))
+        pooled_image = self.image_pooler(image.index_select(0, batch.summary_rows)) if len(image) else None
+        logits = {}
         if hasattr(self, "msm_head"):
-            output.msm_logits = self.msm_head(text.index_select(0, batch.msm_positions), self.text_embedding.word.weight)
+            targets = text.index_select(0, batch.msm_positions)
+            logits["msm_logits"] = self.msm_head(targets, self.text_embedding.word.weight)
         if hasattr(self, "mrm_head") and len(image):
-            output.mrm_logits = self.mrm_head(image.index_select(0, batch.mrm_positions)).float()
-        if output.pooled_image is not None and (hasattr(self, "itm_head") or hasattr(self, "choice_head")):
-            fused = F.dropout(self.fuse(pooled_text, output.pooled_image), self.config.hidden_dropout, self.training)
+            logits["mrm_logits"] = self.mrm_head(image.index_select(0, batch.mrm_positions)).float()
+        if pooled_image is not None and (hasattr(self, "itm_head") or hasattr(self, "choice_head")):
+            fused = F.dropout(self.fuse(pooled_text, pooled_image), self.config.hidden_dropout, self.training)
             if hasattr(self, "itm_head"):
-                output.itm_logits = self.itm_head(fused).float()
+                logits["itm_logits"] = self.itm_head(fused).float()
             if hasattr(self, "choice_head"):
-                output.choice_logit = self.choice_head(fused).float()
-        return output
+                logits["choice_logit"] = self.choice_head(fused).float()
+        return InterBertOutput(text, image, pooled_text, pooled_image, **logits)
 
     def encode(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states of both streams: text [Nt, H] and image [Ni, H] (empty for text-only batches)."""

@@ -30,8 +30,9 @@ def start_processes() -> torch.device:
 
 
 def quiet_libraries() -> None:
-    """Silence what says nothing: DeepSpeed's own progress log and the deprecation notes of torch's collectives."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    """Silence what says nothing: DeepSpeed's progress log and its notes on skipped steps (we print our own), the deprecation
+    notes of torch's collectives."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*|deepspeed.*")
     warnings.filterwarnings("ignore", category=UserWarning, message=".*lr_scheduler.step.*")
 
@@ -84,4 +85,4 @@ class Engine:
 
     def loss_scale(self) -> float:
         """The current loss scale; 1 where none is used."""
-        return float(self.deepspeed.loss_scale()) if self.precision == "fp16" else 1.0
+        return float(self.deepspeed.optimizer.loss_scale) if self.precision == "fp16" else 1.0

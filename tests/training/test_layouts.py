@@ -5,6 +5,7 @@ The reference is a plain torch loop in float64 without DeepSpeed, process groups
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,7 +121,78 @@ def check_all(store, expected, processes):
         if accumulation == 1 and stage >= 1:
             half = train(dataclasses.replace(config, bf16=True), state)
             compare(half, expected, case + " bf16", loss=0.02, norm=0.1, weight=None)
-    check_dropout(store, ParallelState(LAYOUTS[processes][-1]))
+    state = ParallelState(LAYOUTS[processes][-1])
+    check_dropout(store, state)
+    check_bad_steps(store, state)
+    check_parameters_that_do_not_stay(store, expected)
+    if processes == 2:
+        check_templates(store, expected)
+
+
+def check_parameters_that_do_not_stay(store, expected):
+    """ZeRO-3 keeps small parameters whole; with a threshold of 0 it must gather them all, the tied embedding included."""
+    Path("zero3.json").write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')
+    for tensor_parallel in {1, min(2, torch.distributed.get_world_size())}:
+        state = ParallelState(tensor_parallel)
+        config = run_config(store, deepspeed_config="zero3.json", micro_batch_size=BATCH // state.data_size,
+                            tensor_model_parallel_size=tensor_parallel)
+        compare(train(config, state), expected, f"ZeRO-3 without persistence TP{tensor_parallel}", loss=1e-4, norm=1e-4, weight=2e-5)
+        recomputing = dataclasses.replace(config, recompute_activations=True)
+        compare(train(recomputing, state), expected, "ZeRO-3 recomputing", loss=1e-4, norm=1e-4, weight=2e-5)
+
+
+def check_templates(store, expected):
+    """Every shipped DeepSpeed JSON trains, offload included, and gives the same losses."""
+    for template in sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json")):
+        config = run_config(store, deepspeed_config=str(template), micro_batch_size=BATCH // 2)
+        config.given = {"micro_batch_size", "global_batch_size"}
+        compare(train(config, ParallelState(1)), expected, template.name, loss=1e-4, norm=1e-4, weight=None)
+
+
+def check_bad_steps(store, state):
+    """A batch that gives NaN on one rank alone: no rank updates, the next good step does; in every stage and precision.
+
+    With fp16 an overflow also halves the loss scale.
+    """
+    from megatron_interbert.training.engine import Engine
+
+    cases = [(stage, "fp32") for stage in range(4)] + [(stage, "bf16") for stage in (1, 2, 3)] + [(stage, "fp16") for stage in (1, 2, 3)]
+    for stage, precision in cases:
+        config = run_config(store, zero_stage=stage, micro_batch_size=BATCH // state.data_size,
+                            tensor_model_parallel_size=state.tensor_size, fp16=precision == "fp16", bf16=precision == "bf16")
+        streams = RandomStreams(config.seed, state.data_rank, state.tensor_rank)
+        model, data, task = parts(config, state, streams)
+        engine = Engine(model, config, state)
+        scale = engine.loss_scale()
+        outcomes, weights = [], [whole_weights(engine)]
+        for spoiled in (True, False, True, False):
+            batch = data[list(range(state.data_rank, BATCH, state.data_size))]
+            if spoiled and state.data_rank == state.data_size - 1:
+                batch.features = batch.features.clone().fill_(float("nan"))
+            loss, _ = task.loss(engine.forward(batch), batch, state.sum_over_data(batch.target_counts()))
+            engine.backward(loss, last=True)
+            outcomes.append(engine.step(1e-3)[1])
+            weights.append(whole_weights(engine))
+        case = f"ZeRO-{stage} {precision} TP{state.tensor_size} DP{state.data_size}"
+        assert outcomes[0] is False, case
+        assert outcomes[2] is False, case
+        assert torch.equal(weights[0], weights[1]), case
+        assert torch.equal(weights[2], weights[3]), case
+        assert torch.isfinite(weights[4]).all(), case
+        if precision == "fp16":
+            assert engine.loss_scale() < scale, case
+        else:
+            assert outcomes == [False, True, False, True], case
+            assert not torch.equal(weights[3], weights[4]), case
+
+
+def whole_weights(engine):
+    import deepspeed
+    flat = []
+    for parameter in engine.model.parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.config.zero_stage == 3):
+            flat.append(parameter.detach().float().flatten().clone())
+    return torch.cat(flat)
 
 
 def compare(result, expected, case, loss, norm, weight):
@@ -163,7 +235,8 @@ def expected(tmp_path_factory):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_layouts_agree_with_a_plain_loop(expected, processes):
+def test_layouts_agree_with_a_plain_loop(expected, processes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     run_on_ranks(processes, check_all, *expected, processes)
 
 
