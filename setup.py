@@ -4,7 +4,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-VERSION = next(line for line in Path("megatron_interbert/__init__.py").read_text().splitlines() if "__version__" in line).split('"')[1]
+VERSION = next(line for line in Path("megatron_interbert/__init__.py").read_text().splitlines() if "__version__" in line).split(
+    '"'
+)[1]
 
 setup(
     name="megatron_interbert",

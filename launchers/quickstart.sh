@@ -12,8 +12,8 @@ run=runs/sample
 
 deepspeed --num_gpus "${PROCESSES:-2}" launchers/pretrain.sh --model sample --data-path sample_corpus/train \
   --valid-data-path sample_corpus/test --language en --train-iters "$steps" --micro-batch-size 32 --global-batch-size 64 \
-  --lr 2e-3 --lr-warmup-fraction 0.05 --adam-beta2 0.98 --no-msm-on-mismatched --save "$run" --save-interval 1000 --eval-interval 500 --log-interval 100 \
-  --num-workers 0
+  --lr 2e-3 --lr-warmup-fraction 0.05 --adam-beta2 0.98 --no-msm-on-mismatched --num-workers 0 \
+  --save "$run" --save-interval 1000 --eval-interval 500 --log-interval 100
 
 python -m megatron_interbert.evaluate retrieval --zero-shot --load "$run" --data-path sample_corpus/test --language en
 

@@ -95,10 +95,12 @@ class RunConfig:
     vocab_file: str = option("", "WordPiece vocabulary; default: vocab.txt in the region store")
     save: str = option("", "folder for checkpoints, logs and metrics; none: nothing is saved")
     load: str = option("", "folder to resume from when it is not the one of --save")
-    init_from: str = option("", "weights to start from: a Hugging Face BERT folder or file, an official InterBERT .bin,"
-                                " or one of our checkpoints")
-    resume: str = option("auto", "auto: go on if a checkpoint is there; must: fail if none; never: start anew",
-                         ("auto", "never", "must"))
+    init_from: str = option(
+        "", "weights to start from: a Hugging Face BERT folder or file, an official InterBERT .bin, or one of our checkpoints"
+    )
+    resume: str = option(
+        "auto", "auto: go on if a checkpoint is there; must: fail if none; never: start anew", ("auto", "never", "must")
+    )
 
     train_iters: int = option(1000, "optimizer steps in the whole run")
     micro_batch_size: int = option(32, "samples per rank and forward pass")
@@ -177,8 +179,10 @@ class RunConfig:
         if self.fp16 and self.bf16:
             raise UsageError("--fp16 and --bf16 exclude each other; give one")
         if self.bf16 and self.zero_stage == 0 and self.tensor_model_parallel_size > 1:
-            raise UsageError("--bf16 with --tensor-model-parallel-size > 1 needs --zero-stage 1 or higher"
-                             " (DeepSpeed's stage 0 computes a wrong gradient norm there)")
+            raise UsageError(
+                "--bf16 with --tensor-model-parallel-size > 1 needs --zero-stage 1 or higher"
+                " (DeepSpeed's stage 0 computes a wrong gradient norm there)"
+            )
         for name in ("train_iters", "micro_batch_size", "max_regions", "data_partitions", "tensor_model_parallel_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{flag(name)} is {getattr(self, name)}, expected 1 or more")
@@ -201,7 +205,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def build_parser(config_class: type, description: str) -> argparse.ArgumentParser:
     """An argument parser with one flag per dataclass field. Absent flags stay absent from the namespace."""
     parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for entry in dataclasses.fields(config_class):
@@ -219,7 +225,7 @@ def build_parser(config_class: type, description: str) -> argparse.ArgumentParse
 def parse(config_class: type, description: str, argv: Sequence[str] | None = None) -> Any:
     """Command line (and `--config` YAML) -> an instance of `config_class` with `.given`, the names set explicitly."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    argv = [a.split("=", 1)[0].replace("_", "-") + a[len(a.split("=", 1)[0]):] if a.startswith("--") else a for a in argv]
+    argv = [a.split("=", 1)[0].replace("_", "-") + a[len(a.split("=", 1)[0]) :] if a.startswith("--") else a for a in argv]
     parser = build_parser(config_class, description)
     namespace, unknown = parser.parse_known_args(argv)
     known = {f.name for f in dataclasses.fields(config_class)}

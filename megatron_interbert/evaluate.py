@@ -47,7 +47,9 @@ class EvaluateConfig:
         self.given: set[str] = set()
 
 
-def load_model(load: str, heads: tuple[str, ...], kernels: str, device: torch.device) -> tuple[InterBert, ModelConfig, dict[str, Any]]:
+def load_model(
+    load: str, heads: tuple[str, ...], kernels: str, device: torch.device
+) -> tuple[InterBert, ModelConfig, dict[str, Any]]:
     """A model for inference on one device from a checkpoint of any layout, and its manifest."""
     if not load:
         raise UsageError("--load is missing; give the folder of a checkpoint")
@@ -72,17 +74,33 @@ def evaluate_retrieval(config: EvaluateConfig) -> dict[str, Any]:
         captions = captions[store.caption_image[captions] < config.max_images]
     images = np.unique(store.caption_image[captions])
     with tqdm(total=len(images) * len(captions), unit="pair", unit_scale=True, desc="scoring", mininterval=1.0) as bar:
-        scores = score_matrix(model, image_examples(store, images, config.max_regions),
-                              caption_ids(store, captions, tokenizer, config.max_tokens), store.feature_dim, device,
-                              config.batch_pairs, bar.update)
+        scores = score_matrix(
+            model,
+            image_examples(store, images, config.max_regions),
+            caption_ids(store, captions, tokenizer, config.max_tokens),
+            store.feature_dim,
+            device,
+            config.batch_pairs,
+            bar.update,
+        )
     result = {
-        "task": "retrieval", "protocol": "zero-shot" if config.zero_shot else "matching head as loaded",
-        "images": len(images), "captions": len(captions), "chance_R@1": 100.0 / len(images),
+        "task": "retrieval",
+        "protocol": "zero-shot" if config.zero_shot else "matching head as loaded",
+        "images": len(images),
+        "captions": len(captions),
+        "chance_R@1": 100.0 / len(images),
         "metrics": retrieval_metrics(scores, np.searchsorted(images, store.caption_image[captions])),
-        "checkpoint": {"path": config.load, "iteration": manifest["iteration"],
-                       "weights_sha256": {n: e["sha256"] for n, e in manifest["files"].items() if n.endswith(".safetensors")}},
-        "data": {"path": config.data_path, "manifest_sha256": file_sha256(store.path / MANIFEST),
-                 "detector": store.manifest["detector"], "generated": bool(store.manifest.get("generated"))},
+        "checkpoint": {
+            "path": config.load,
+            "iteration": manifest["iteration"],
+            "weights_sha256": {n: e["sha256"] for n, e in manifest["files"].items() if n.endswith(".safetensors")},
+        },
+        "data": {
+            "path": config.data_path,
+            "manifest_sha256": file_sha256(store.path / MANIFEST),
+            "detector": store.manifest["detector"],
+            "generated": bool(store.manifest.get("generated")),
+        },
         "ties": "a wrong candidate with an equal score ranks before the right one",
         "language": config.language or "all",
     }
@@ -114,7 +132,9 @@ def run() -> None:
     if task in ("-h", "--help"):
         rest = ["--help"]
     elif task not in TASKS:
-        raise UsageError(f"evaluate: task '{task}', expected one of {', '.join(TASKS)}: evaluate retrieval --load DIR --data-path STORE")
+        raise UsageError(
+            f"evaluate: task '{task}', expected one of {', '.join(TASKS)}: evaluate retrieval --load DIR --data-path STORE"
+        )
     evaluate_retrieval(parse(EvaluateConfig, "Evaluate a checkpoint: retrieval over all pairs of a store.", rest))
 
 

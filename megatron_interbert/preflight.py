@@ -51,19 +51,25 @@ def check_environment(config: PreflightConfig) -> str:
         raise UsageError(f"{torch.cuda.get_device_name()} has no bfloat16; use --fp16")
     choose_kernels(config.kernels, device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
-    return f"Python {sys.version.split()[0]}, torch {torch.__version__}, deepspeed {importlib.metadata.version('deepspeed')}, {name}"
+    return (
+        f"Python {sys.version.split()[0]}, torch {torch.__version__}, deepspeed {importlib.metadata.version('deepspeed')}, {name}"
+    )
 
 
 def check_batch(config: PreflightConfig) -> str:
     """Batch arithmetic, DeepSpeed JSON and partitions at the size of the run."""
     if config.world_size % config.tensor_model_parallel_size:
-        raise UsageError(f"--world-size {config.world_size} is not a multiple of --tensor-model-parallel-size"
-                         f" {config.tensor_model_parallel_size}; give another one of them")
+        raise UsageError(
+            f"--world-size {config.world_size} is not a multiple of --tensor-model-parallel-size"
+            f" {config.tensor_model_parallel_size}; give another one of them"
+        )
     ranks = config.world_size // config.tensor_model_parallel_size
     engine = merge(config, ranks)
     check_partitions(config.data_partitions, ranks)
-    return (f"global batch {config.global_batch_size} = micro {config.micro_batch_size} x DP {ranks} x accumulation"
-            f" {engine['gradient_accumulation_steps']}; TP {config.tensor_model_parallel_size}, ZeRO-{config.zero_stage}")
+    return (
+        f"global batch {config.global_batch_size} = micro {config.micro_batch_size} x DP {ranks} x accumulation"
+        f" {engine['gradient_accumulation_steps']}; TP {config.tensor_model_parallel_size}, ZeRO-{config.zero_stage}"
+    )
 
 
 def check_data(config: PreflightConfig) -> str:
@@ -71,11 +77,15 @@ def check_data(config: PreflightConfig) -> str:
     store, tokenizer = open_data(config)
     model_config_for(config, store, tokenizer).check_tensor_parallel(config.tensor_model_parallel_size)
     dataset = PretrainingSet(store, tokenizer, config)
-    unknown = sum(int((dataset.tokenizer.encode(store.caption(i), config.max_tokens).ids == tokenizer.unknown).sum())
-                  for i in range(min(1000, store.num_captions)))
-    notes = [f"{store.num_images} images, {store.num_captions} captions, {len(store.shards)} shards, vocabulary {tokenizer.vocab_size}",
-             f"{unknown} [UNK] in the first {min(1000, store.num_captions)} captions",
-             f"{dataset.order.epoch_length // config.global_batch_size} steps an epoch"]
+    unknown = sum(
+        int((dataset.tokenizer.encode(store.caption(i), config.max_tokens).ids == tokenizer.unknown).sum())
+        for i in range(min(1000, store.num_captions))
+    )
+    notes = [
+        f"{store.num_images} images, {store.num_captions} captions, {len(store.shards)} shards, vocabulary {tokenizer.vocab_size}",
+        f"{unknown} [UNK] in the first {min(1000, store.num_captions)} captions",
+        f"{dataset.order.epoch_length // config.global_batch_size} steps an epoch",
+    ]
     if not config.fast:
         store.verify_hashes()
         notes.append(f"hashes right, {count_repaired(store)} boxes outside their image (clipped when read)")
@@ -106,8 +116,10 @@ def check_disk(config: PreflightConfig) -> str:
         place = place.parent if place != place.parent else Path(".")
     free = shutil.disk_usage(place).free
     if free < wanted:
-        raise UsageError(f"--save {config.save}: {free / 2**30:.1f} GiB free, the checkpoints need {wanted / 2**30:.1f} GiB;"
-                         " free some, choose another folder, or lower --keep-last")
+        raise UsageError(
+            f"--save {config.save}: {free / 2**30:.1f} GiB free, the checkpoints need {wanted / 2**30:.1f} GiB;"
+            " free some, choose another folder, or lower --keep-last"
+        )
     return f"{wanted / 2**30:.2f} GiB needed for checkpoints, {free / 2**30:.1f} GiB free"
 
 
@@ -116,10 +128,16 @@ def check_step(config: PreflightConfig) -> str:
     device = this_device()
     store, tokenizer = open_data(config)
     model_config = model_config_for(config, store, tokenizer)
-    model = InterBert(model_config, kernels=choose_kernels(config.kernels, device), recompute=config.recompute_activations,
-                      streams=RandomStreams(config.seed, device=device))
+    model = InterBert(
+        model_config,
+        kernels=choose_kernels(config.kernels, device),
+        recompute=config.recompute_activations,
+        streams=RandomStreams(config.seed, device=device),
+    )
     initialise(model, model_config, config.seed, ParallelState())
-    model = model.to(device, torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 and device.type == "cuda" else torch.float32)
+    model = model.to(
+        device, torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 and device.type == "cuda" else torch.float32
+    )
     batch = PretrainingSet(store, tokenizer, config)[list(range(config.micro_batch_size))]
     if hasattr(batch, "message"):
         raise UsageError(batch.message)
@@ -128,8 +146,10 @@ def check_step(config: PreflightConfig) -> str:
     loss.backward()
     bad = [name for name, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
     if bad or not torch.isfinite(loss):
-        raise UsageError(f"the first step is not finite (loss {loss.item()}, gradients {bad[:3]}); check the data with --strict-boxes,"
-                         " lower --lr or use --bf16")
+        raise UsageError(
+            f"the first step is not finite (loss {loss.item()}, gradients {bad[:3]}); check the data with --strict-boxes,"
+            " lower --lr or use --bf16"
+        )
     values = PretrainingTask.metrics(report)
     return f"losses msm {values['msm_loss']:.3f}, mrm {values['mrm_loss']:.3f}, itm {values['itm_loss']:.3f}; all gradients finite"
 
@@ -138,7 +158,12 @@ def run() -> None:
     """All checks in order; a failed one does not hide the next, and the exit code is 2 if any failed."""
     config = parse(PreflightConfig, "Check environment, data and one step before a long run.")
     checks: list[tuple[str, Callable[[PreflightConfig], str]]] = [
-        ("environment", check_environment), ("batch", check_batch), ("data", check_data), ("disk", check_disk), ("step", check_step)]
+        ("environment", check_environment),
+        ("batch", check_batch),
+        ("data", check_data),
+        ("disk", check_disk),
+        ("step", check_step),
+    ]
     failed = []
     for name, check in checks:
         try:

@@ -7,7 +7,29 @@ import numpy as np
 from megatron_interbert.data.store import Regions
 from megatron_interbert.data.store_writer import RegionStoreWriter
 
-WORDS = "a red blue green cat dog car tree house runs sits under over near the old small playing ##s ##ing ,".split()
+WORDS = [
+    "a",
+    "red",
+    "blue",
+    "green",
+    "cat",
+    "dog",
+    "car",
+    "tree",
+    "house",
+    "runs",
+    "sits",
+    "under",
+    "over",
+    "near",
+    "the",
+    "old",
+    "small",
+    "playing",
+    "##s",
+    "##ing",
+    ",",
+]
 VOCABULARY = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 FEATURES, CLASSES = 24, 11
 
@@ -15,12 +37,21 @@ FEATURES, CLASSES = 24, 11
 def write_store(path: Path, images: int = 40, captions_each: int = 2, seed: int = 0, images_per_shard: int = 16, **options) -> Path:
     """A store of `images` with 2 to 9 regions each, soft labels with three entries, and its vocab.txt."""
     random = np.random.default_rng(seed)
-    with RegionStoreWriter(path, feature_dim=FEATURES, num_classes=CLASSES, detector={"name": "random", "revision": "0"},
-                           soft_labels="top_k", images_per_shard=images_per_shard, vocabulary="\n".join(VOCABULARY) + "\n",
-                           **options) as writer:
+    with RegionStoreWriter(
+        path,
+        feature_dim=FEATURES,
+        num_classes=CLASSES,
+        detector={"name": "random", "revision": "0"},
+        soft_labels="top_k",
+        images_per_shard=images_per_shard,
+        vocabulary="\n".join(VOCABULARY) + "\n",
+        **options,
+    ) as writer:
         for number in range(images):
-            writer.add(random_regions(random, f"image-{number}"),
-                       [(" ".join(random.choice(WORDS[:18], size=random.integers(1, 12))), "en") for _ in range(captions_each)])
+            writer.add(
+                random_regions(random, f"image-{number}"),
+                [(" ".join(random.choice(WORDS[:18], size=random.integers(1, 12))), "en") for _ in range(captions_each)],
+            )
     return path
 
 
@@ -31,5 +62,11 @@ def random_regions(random: np.random.Generator, name: str) -> Regions:
     boxes = np.concatenate([corner, corner + random.uniform(5, 40, size=(count, 2))], axis=1)
     ids = np.stack([random.permutation(CLASSES)[:3] for _ in range(count)])
     probs = random.dirichlet(np.ones(4), size=count)[:, :3]
-    return Regions(name, (100.0, 80.0), random.normal(size=(count, FEATURES)).astype(np.float16), boxes.astype(np.float32), ids,
-                   probs.astype(np.float32))
+    return Regions(
+        name,
+        (100.0, 80.0),
+        random.normal(size=(count, FEATURES)).astype(np.float16),
+        boxes.astype(np.float32),
+        ids,
+        probs.astype(np.float32),
+    )

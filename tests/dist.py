@@ -14,8 +14,9 @@ import torch.multiprocessing as mp
 
 def _rank(rank: int, ranks: int, port: int, function: Callable[..., None], arguments: tuple) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks,
-                            timeout=timedelta(seconds=120))
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks, timeout=timedelta(seconds=120)
+    )
     try:
         function(*arguments)
     except BaseException:

@@ -7,16 +7,28 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-               "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+ENVIRONMENT = {
+    **os.environ,
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+}
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
     ENVIRONMENT.pop(name, None)
 
 
 def start(*command, **changes):
     """A running process with its output captured, in a session of its own so that it can be killed whole."""
-    return subprocess.Popen([str(c) for c in command], cwd=ROOT, env={**ENVIRONMENT, **changes}, text=True, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [str(c) for c in command],
+        cwd=ROOT,
+        env={**ENVIRONMENT, **changes},
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def launch(*command, timeout=300, **changes):

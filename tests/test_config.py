@@ -26,35 +26,46 @@ def test_yaml_below_flags(tmp_path):
     assert config.given == {"lr", "micro_batch_size", "bf16"}
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("lrr: 1\n", "unknown key 'lrr'; did you mean 'lr'"),
-    ("train_iters: many\n", "'train_iters' is 'many', expected int"),
-    ("train_iters: true\n", "expected int"),
-    ("masking: mine\n", "expected one of paper, official"),
-    ("lr: fast\n", "'lr' is 'fast', expected a number"),
-    ("a: [\n", "not valid YAML"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lrr: 1\n", "unknown key 'lrr'; did you mean 'lr'"),
+        ("train_iters: many\n", "'train_iters' is 'many', expected int"),
+        ("train_iters: true\n", "expected int"),
+        ("masking: mine\n", "expected one of paper, official"),
+        ("lr: fast\n", "'lr' is 'fast', expected a number"),
+        ("a: [\n", "not valid YAML"),
+    ],
+)
 def test_bad_yaml(tmp_path, text, message):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(UsageError, match=message):
         read("--config", str(tmp_path / "run.yaml"))
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    (["--micro-batchsize", "3"], "unknown argument '--micro-batchsize'; did you mean '--micro-batch-size'"),
-    (["--masking", "mine"], "invalid choice"),
-    (["--train-iters", "x"], "invalid int value"),
-    (["--config", "/nowhere.yaml"], "cannot read /nowhere.yaml"),
-])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--micro-batchsize", "3"], "unknown argument '--micro-batchsize'; did you mean '--micro-batch-size'"),
+        (["--masking", "mine"], "invalid choice"),
+        (["--train-iters", "x"], "invalid int value"),
+        (["--config", "/nowhere.yaml"], "cannot read /nowhere.yaml"),
+    ],
+)
 def test_bad_flags(argv, message):
     with pytest.raises(UsageError, match=message):
         read(*argv)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    (["--fp16", "--bf16"], "exclude each other"), (["--train-iters", "0"], "expected 1 or more"),
-    (["--max-tokens", "2"], "expected 3 or more"), (["--objectives", "msm,itn"], "unknown 'itn'"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--fp16", "--bf16"], "exclude each other"),
+        (["--train-iters", "0"], "expected 1 or more"),
+        (["--max-tokens", "2"], "expected 3 or more"),
+        (["--objectives", "msm,itn"], "unknown 'itn'"),
+    ],
+)
 def test_values_without_meaning(changes, message):
     with pytest.raises(UsageError, match=message):
         read(*changes).check()

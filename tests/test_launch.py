@@ -10,8 +10,22 @@ import pytest
 from tests.corpus import write_store
 from tests.launching import ROOT, deepspeed, launch, losses, pretrain
 
-FLAGS = ("--model", "tiny", "--train-iters", "3", "--micro-batch-size", "4", "--data-partitions", "8", "--log-interval", "1",
-         "--num-workers", "1", "--lr", "1e-3")
+FLAGS = (
+    "--model",
+    "tiny",
+    "--train-iters",
+    "3",
+    "--micro-batch-size",
+    "4",
+    "--data-partitions",
+    "8",
+    "--log-interval",
+    "1",
+    "--num-workers",
+    "1",
+    "--lr",
+    "1e-3",
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +101,14 @@ def test_wrong_use(store, tmp_path, kind):
 
 def test_wrong_use_on_two_ranks_is_said_once(store, tmp_path):
     """Heads that two ranks cannot share, and a data-parallel size that does not divide the partitions."""
-    sizes = {"hidden_size": 33, "num_attention_heads": 3, "image_attention_heads": 3, "vocab_size": 0, "feature_dim": 0, "num_classes": 0}
+    sizes = {
+        "hidden_size": 33,
+        "num_attention_heads": 3,
+        "image_attention_heads": 3,
+        "vocab_size": 0,
+        "feature_dim": 0,
+        "num_classes": 0,
+    }
     (tmp_path / "m.json").write_text(json.dumps(sizes))
     flags = ("--data-path", store, *FLAGS)
     code, _, err = launch(*deepspeed(2, *flags, "--model", tmp_path / "m.json", "--tensor-model-parallel-size", 2))
@@ -100,6 +121,7 @@ def test_wrong_use_on_two_ranks_is_said_once(store, tmp_path):
 
 def test_preflight_says_what_is_wrong_and_how_to_mend_it(store, tmp_path):
     from tests.launching import sys
+
     command = (sys.executable, "-m", "megatron_interbert.preflight", "--data-path", store, *FLAGS)
     code, out, err = launch(*command)
     assert code == 0, out + err

@@ -88,11 +88,17 @@ def run() -> None:
     names = ["background", *read_text(options.class_names, "--class-names").split("\n")] if options.class_names else []
     first, _ = read_image(files[0], options.soft_labels, options.num_classes)
     whole = skipped = 0
-    with RegionStoreWriter(options.output, feature_dim=first.features.shape[1], num_classes=options.num_classes,
-                           class_names=names[:options.num_classes], detector={"name": options.detector, "revision": ""},
-                           soft_labels="top_k, or built from the top confidence", images_per_shard=options.images_per_shard,
-                           strict_boxes=options.strict_boxes,
-                           vocabulary=read_text(options.vocab_file, "--vocab-file") if options.vocab_file else "") as writer:
+    with RegionStoreWriter(
+        options.output,
+        feature_dim=first.features.shape[1],
+        num_classes=options.num_classes,
+        class_names=names[: options.num_classes],
+        detector={"name": options.detector, "revision": ""},
+        soft_labels="top_k, or built from the top confidence",
+        images_per_shard=options.images_per_shard,
+        strict_boxes=options.strict_boxes,
+        vocabulary=read_text(options.vocab_file, "--vocab-file") if options.vocab_file else "",
+    ) as writer:
         for file in tqdm(files, unit="image", mininterval=1.0):
             regions, dense = read_image(file, options.soft_labels, options.num_classes)
             if regions.image_id not in captions:
@@ -101,8 +107,10 @@ def run() -> None:
             writer.add(regions, captions[regions.image_id])
             whole += dense
         writer.manifest["images_with_whole_distributions"] = whole
-    print(f"{options.output}: {len(files) - skipped} images ({whole} with whole class distributions), {skipped} without caption skipped,"
-          f" {writer.manifest['counts']['captions']} captions, {writer.manifest['repaired_boxes']} boxes clipped")
+    print(
+        f"{options.output}: {len(files) - skipped} images ({whole} with whole class distributions), {skipped} without caption skipped,"
+        f" {writer.manifest['counts']['captions']} captions, {writer.manifest['repaired_boxes']} boxes clipped"
+    )
 
 
 if __name__ == "__main__":

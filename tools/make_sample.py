@@ -20,19 +20,89 @@ from megatron_interbert.data.store import Regions
 from megatron_interbert.data.store_writer import RegionStoreWriter
 from megatron_interbert.errors import UsageError, run_entry
 
-PLACES = {"kitchen": "厨房", "street": "街道", "office": "办公室", "garden": "花园", "beach": "海滩", "bedroom": "卧室", "park": "公园",
-          "farm": "农场", "school": "学校", "station": "车站", "market": "市场", "harbour": "港口", "forest": "森林", "library": "图书馆",
-          "museum": "博物馆", "hospital": "医院", "garage": "车库", "theatre": "剧院", "bakery": "面包店", "hotel": "酒店"}
+PLACES = {
+    "kitchen": "厨房",
+    "street": "街道",
+    "office": "办公室",
+    "garden": "花园",
+    "beach": "海滩",
+    "bedroom": "卧室",
+    "park": "公园",
+    "farm": "农场",
+    "school": "学校",
+    "station": "车站",
+    "market": "市场",
+    "harbour": "港口",
+    "forest": "森林",
+    "library": "图书馆",
+    "museum": "博物馆",
+    "hospital": "医院",
+    "garage": "车库",
+    "theatre": "剧院",
+    "bakery": "面包店",
+    "hotel": "酒店",
+}
 COLOURS = {"red": "红色", "blue": "蓝色", "green": "绿色", "yellow": "黄色", "black": "黑色", "white": "白色"}
 OBJECTS = {
-    "cup": "杯子", "plate": "盘子", "knife": "刀", "pan": "锅", "kettle": "水壶", "apple": "苹果", "bottle": "瓶子", "bowl": "碗",
-    "spoon": "勺子", "oven": "烤箱", "car": "汽车", "bus": "公交车", "bicycle": "自行车", "sign": "路牌", "bench": "长椅",
-    "truck": "卡车", "lamp": "灯", "dog": "狗", "door": "门", "motorcycle": "摩托车", "desk": "书桌", "chair": "椅子",
-    "laptop": "电脑", "phone": "手机", "pen": "钢笔", "book": "书", "clock": "时钟", "printer": "打印机", "bag": "包",
-    "screen": "屏幕", "tree": "树", "flower": "花", "bird": "鸟", "cat": "猫", "fence": "栅栏", "hose": "水管", "rake": "耙子",
-    "pot": "花盆", "bush": "灌木", "swing": "秋千", "umbrella": "雨伞", "towel": "毛巾", "ball": "球", "boat": "船", "kite": "风筝",
-    "hat": "帽子", "bucket": "桶", "surfboard": "冲浪板", "crab": "螃蟹", "shell": "贝壳", "bed": "床", "pillow": "枕头",
-    "blanket": "毯子", "mirror": "镜子", "curtain": "窗帘", "dresser": "衣柜", "rug": "地毯", "doll": "娃娃", "vase": "花瓶",
+    "cup": "杯子",
+    "plate": "盘子",
+    "knife": "刀",
+    "pan": "锅",
+    "kettle": "水壶",
+    "apple": "苹果",
+    "bottle": "瓶子",
+    "bowl": "碗",
+    "spoon": "勺子",
+    "oven": "烤箱",
+    "car": "汽车",
+    "bus": "公交车",
+    "bicycle": "自行车",
+    "sign": "路牌",
+    "bench": "长椅",
+    "truck": "卡车",
+    "lamp": "灯",
+    "dog": "狗",
+    "door": "门",
+    "motorcycle": "摩托车",
+    "desk": "书桌",
+    "chair": "椅子",
+    "laptop": "电脑",
+    "phone": "手机",
+    "pen": "钢笔",
+    "book": "书",
+    "clock": "时钟",
+    "printer": "打印机",
+    "bag": "包",
+    "screen": "屏幕",
+    "tree": "树",
+    "flower": "花",
+    "bird": "鸟",
+    "cat": "猫",
+    "fence": "栅栏",
+    "hose": "水管",
+    "rake": "耙子",
+    "pot": "花盆",
+    "bush": "灌木",
+    "swing": "秋千",
+    "umbrella": "雨伞",
+    "towel": "毛巾",
+    "ball": "球",
+    "boat": "船",
+    "kite": "风筝",
+    "hat": "帽子",
+    "bucket": "桶",
+    "surfboard": "冲浪板",
+    "crab": "螃蟹",
+    "shell": "贝壳",
+    "bed": "床",
+    "pillow": "枕头",
+    "blanket": "毯子",
+    "mirror": "镜子",
+    "curtain": "窗帘",
+    "dresser": "衣柜",
+    "rug": "地毯",
+    "doll": "娃娃",
+    "vase": "花瓶",
     "picture": "画",
 }
 WORDS = ["a", "and", "in", "the", "is", "next", "to", "left", "right", "of", "there", "with", "scene", "on"]
@@ -51,7 +121,7 @@ class World:
         self.sizes = random.uniform(60, 200, size=(len(NAMES), 2))
         # Eight objects are at home in each place and each object in two or three places: what stands around a hidden object
         # tells something of it, but not all. Without places nothing would, and nothing is learned.
-        order = np.concatenate([random.permutation(len(NAMES)) for _ in range(3)])[:8 * len(PLACES)]
+        order = np.concatenate([random.permutation(len(NAMES)) for _ in range(3)])[: 8 * len(PLACES)]
         self.homes = [np.unique(home) for home in order.reshape(len(PLACES), 8)]
         distance = np.linalg.norm(self.object_features[:, None] - self.object_features[None], axis=2)
         self.neighbours = np.argsort(distance, axis=1)[:, :SOFT_LABELS]  # itself first
@@ -67,8 +137,10 @@ class World:
         corner = random.uniform(0, 1, size=(count, 2)) * ([WIDTH, HEIGHT] - size)
         boxes = np.concatenate([corner, corner + size], axis=1)
         regions = self.detect(random, name, kinds, colours, boxes)
-        return regions, [(self.english(random, place, kinds, colours, boxes), "en"),
-                         (self.chinese(random, place, kinds, colours, boxes), "zh")]
+        return regions, [
+            (self.english(random, place, kinds, colours, boxes), "en"),
+            (self.chinese(random, place, kinds, colours, boxes), "zh"),
+        ]
 
     def detect(self, random: np.random.Generator, name: str, kinds: np.ndarray, colours: np.ndarray, boxes: np.ndarray) -> Regions:
         """What a detector would say: one or two overlapping boxes for each object, most confident first."""
@@ -81,8 +153,14 @@ class World:
         near = random.dirichlet(np.ones(SOFT_LABELS), size=len(owner)) * (1 - confidence)[:, None] * 0.9
         near[:, 0] += confidence
         order = np.argsort(-confidence)
-        return Regions(name, (WIDTH, HEIGHT), features[order].astype(np.float16), jittered[order].astype(np.float32),
-                       self.neighbours[kinds[owner]][order] + 1, near[order].astype(np.float32))
+        return Regions(
+            name,
+            (WIDTH, HEIGHT),
+            features[order].astype(np.float16),
+            jittered[order].astype(np.float32),
+            self.neighbours[kinds[owner]][order] + 1,
+            near[order].astype(np.float32),
+        )
 
     def english(self, random: np.random.Generator, place: int, kinds: np.ndarray, colours: np.ndarray, boxes: np.ndarray) -> str:
         """A caption that names two to four of the objects."""
@@ -92,8 +170,11 @@ class World:
         if len(picked) > 2:
             return "a " + ", a ".join(things[:-1]) + f" and a {things[-1]}{where}"
         side = "left" if boxes[picked[0], 0] < boxes[picked[1], 0] else "right"
-        return [f"a {things[0]} and a {things[1]}{where}", f"there is a {things[0]} next to a {things[1]}{where}",
-                f"the {things[0]} is to the {side} of the {things[1]}{where}"][int(random.integers(3))]
+        return [
+            f"a {things[0]} and a {things[1]}{where}",
+            f"there is a {things[0]} next to a {things[1]}{where}",
+            f"the {things[0]} is to the {side} of the {things[1]}{where}",
+        ][int(random.integers(3))]
 
     def chinese(self, random: np.random.Generator, place: int, kinds: np.ndarray, colours: np.ndarray, boxes: np.ndarray) -> str:
         """The same kind of caption in Chinese."""
@@ -103,8 +184,11 @@ class World:
         if len(picked) > 2:
             return f"{where}有{'、'.join(things[:-1])}和{things[-1]}"
         side = "左" if boxes[picked[0], 0] < boxes[picked[1], 0] else "右"
-        return [f"{where}有{things[0]}和{things[1]}", f"{where}{things[0]}在{things[1]}旁边",
-                f"{where}{things[0]}在{things[1]}的{side}边"][int(random.integers(3))]
+        return [
+            f"{where}有{things[0]}和{things[1]}",
+            f"{where}{things[0]}在{things[1]}旁边",
+            f"{where}{things[0]}在{things[1]}的{side}边",
+        ][int(random.integers(3))]
 
 
 def vocabulary() -> list[str]:
@@ -112,7 +196,9 @@ def vocabulary() -> list[str]:
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     characters = sorted(set("".join([*PLACES.values(), *COLOURS.values(), *OBJECTS.values(), "的里有和在旁边左右、"])))
     words = [*WORDS, *PLACES, *COLOURS, *OBJECTS, ",", "."]
-    return list(dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), *words, *characters]))
+    return list(
+        dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), *words, *characters])
+    )
 
 
 def write_split(world: World, folder: Path, split: str, scenes: int, seed: int) -> None:
@@ -120,9 +206,17 @@ def write_split(world: World, folder: Path, split: str, scenes: int, seed: int) 
     tag = {"train": 1, "test": 2}[split]
     path = folder / split
     shutil.rmtree(path, ignore_errors=True)  # generated anew each time
-    with RegionStoreWriter(path, feature_dim=FEATURES, num_classes=len(NAMES) + 1, class_names=["background", *NAMES],
-                           detector={"name": "generated world", "revision": f"seed {seed}"}, soft_labels="top_k",
-                           vocabulary="\n".join(vocabulary()) + "\n", extra={"generated": True}, images_per_shard=2048) as writer:
+    with RegionStoreWriter(
+        path,
+        feature_dim=FEATURES,
+        num_classes=len(NAMES) + 1,
+        class_names=["background", *NAMES],
+        detector={"name": "generated world", "revision": f"seed {seed}"},
+        soft_labels="top_k",
+        vocabulary="\n".join(vocabulary()) + "\n",
+        extra={"generated": True},
+        images_per_shard=2048,
+    ) as writer:
         for number in tqdm(range(scenes), desc=f"{split} scenes", unit="scene", mininterval=1.0):
             writer.add(*world.scene(np.random.default_rng([seed, tag, number]), f"{split}-{number:06d}"))
 

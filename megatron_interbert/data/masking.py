@@ -39,7 +39,7 @@ def _paper_segments(tokens: Tokens, tokenizer: CaptionTokenizer, random: Counter
     extra = (random.uniform(words) * 3).astype(int)
     hidden = np.zeros(words, dtype=bool)
     for anchor in anchors:
-        hidden[anchor:anchor + 1 + extra[anchor]] = True
+        hidden[anchor : anchor + 1 + extra[anchor]] = True
     targets = np.flatnonzero(hidden[tokens.words])
     ids = tokens.ids.copy()
     ids[targets] = tokenizer.mask

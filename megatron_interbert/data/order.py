@@ -22,8 +22,10 @@ class SampleOrder:
 
     def __init__(self, samples: np.ndarray, partitions: int, seed: int) -> None:
         if len(samples) < partitions:
-            raise UsageError(f"--data-partitions {partitions} is more than the {len(samples)} captions to train on;"
-                             f" give --data-partitions {1 << (max(len(samples), 1).bit_length() - 1)} or less")
+            raise UsageError(
+                f"--data-partitions {partitions} is more than the {len(samples)} captions to train on;"
+                f" give --data-partitions {1 << (max(len(samples), 1).bit_length() - 1)} or less"
+            )
         self.samples, self.partitions, self.seed = samples, partitions, seed
         self.bounds = np.linspace(0, len(samples), partitions + 1).astype(np.int64)
         self.per_partition = len(samples) // partitions
@@ -60,12 +62,14 @@ class MicroBatches:
         while True:
             mine = range(start + (self.rank - start) % self.ranks, start + self.global_batch, self.ranks)
             for first in range(0, len(mine), self.micro_batch):
-                yield list(mine[first:first + self.micro_batch])
+                yield list(mine[first : first + self.micro_batch])
             start += self.global_batch
 
 
 def check_partitions(partitions: int, data_parallel_size: int) -> None:
     """UsageError unless the data-parallel size divides the partitions."""
     if partitions % data_parallel_size:
-        raise UsageError(f"data-parallel size {data_parallel_size} does not divide --data-partitions {partitions};"
-                         " start another number of processes, or a new run with another --data-partitions")
+        raise UsageError(
+            f"data-parallel size {data_parallel_size} does not divide --data-partitions {partitions};"
+            " start another number of processes, or a new run with another --data-partitions"
+        )

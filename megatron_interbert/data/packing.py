@@ -65,8 +65,9 @@ class PackedBatch:
         return len(self.text_offsets) - 1
 
     def _map(self, function) -> "PackedBatch":
-        return PackedBatch(**{f.name: function(v) if isinstance(v := getattr(self, f.name), torch.Tensor) else v
-                              for f in dataclasses.fields(self)})
+        return PackedBatch(
+            **{f.name: function(v) if isinstance(v := getattr(self, f.name), torch.Tensor) else v for f in dataclasses.fields(self)}
+        )
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch on a device; copies from pinned memory do not block."""
@@ -104,8 +105,10 @@ def pack(examples: Sequence[Example], feature_dim: int) -> PackedBatch:
     counts = region_counts[region_counts > 0]
     summary_rows = image_offsets[:-1][region_counts > 0]
     region_rows = _within(counts) + np.repeat(summary_rows + 1, counts)
-    hidden = np.concatenate([e.hidden_regions if e.hidden_regions is not None else np.zeros(len(e.features), bool)
-                             for e in pictured] or [np.zeros(0, bool)])
+    hidden = np.concatenate(
+        [e.hidden_regions if e.hidden_regions is not None else np.zeros(len(e.features), bool) for e in pictured]
+        or [np.zeros(0, bool)]
+    )
     is_target = hidden & np.repeat([e.mismatched == 0 for e in pictured], counts).astype(bool)
     width = max((e.class_ids.shape[1] for e in pictured if e.class_ids is not None), default=1)
     labelled = all(e.class_ids is not None for e in pictured)
@@ -116,7 +119,9 @@ def pack(examples: Sequence[Example], feature_dim: int) -> PackedBatch:
         text_offsets=torch.from_numpy(text_offsets.astype(np.int32)),
         image_offsets=torch.from_numpy(image_offsets.astype(np.int32)),
         joint_offsets=torch.from_numpy(joint_offsets.astype(np.int32)),
-        joint_order=torch.from_numpy(joint_order), text_index=torch.from_numpy(text_index), image_index=torch.from_numpy(image_index),
+        joint_order=torch.from_numpy(joint_order),
+        text_index=torch.from_numpy(text_index),
+        image_index=torch.from_numpy(image_index),
         features=_join([e.features for e in pictured], np.float16, (feature_dim,)),
         region_rows=torch.from_numpy(region_rows),
         region_sample=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
@@ -130,7 +135,9 @@ def pack(examples: Sequence[Example], feature_dim: int) -> PackedBatch:
         mrm_class_probs=_join([e.class_probs for e in pictured] if labelled else [], np.float32, (width,), is_target),
         mismatched=torch.tensor([e.mismatched for e in examples]),
         sample_ids=torch.tensor([e.sample_id for e in examples]),
-        max_text=int(text_lengths.max()), max_image=int(image_lengths.max()), max_joint=int((text_lengths + image_lengths).max()),
+        max_text=int(text_lengths.max()),
+        max_image=int(image_lengths.max()),
+        max_joint=int((text_lengths + image_lengths).max()),
     )
 
 

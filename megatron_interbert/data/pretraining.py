@@ -60,10 +60,15 @@ class PretrainingSet(Dataset):
         return Example(
             token_ids=np.concatenate([[self.tokenizer.cls], masked.ids, [self.tokenizer.sep]]),
             token_types=np.zeros(len(tokens.ids) + 2, dtype=np.int64),
-            features=regions.features, locations=normalised_locations(regions.boxes, regions.size),
-            class_ids=regions.class_ids, class_probs=regions.class_probs,
+            features=regions.features,
+            locations=normalised_locations(regions.boxes, regions.size),
+            class_ids=regions.class_ids,
+            class_probs=regions.class_probs,
             hidden_regions=mask_regions(regions.boxes, config.masking, CounterRandom(config.seed, REGIONS, epoch, sample)),
-            msm_positions=targets + 1, msm_labels=tokens.ids[targets], mismatched=mismatched, sample_id=sample,
+            msm_positions=targets + 1,
+            msm_labels=tokens.ids[targets],
+            mismatched=mismatched,
+            sample_id=sample,
         )
 
     def draw_caption(self, epoch: int, sample: int) -> int:
@@ -101,16 +106,31 @@ def trainable_captions(store: RegionStore, language: str) -> np.ndarray:
 class BatchStream:
     """Endless micro-batches of one data-parallel rank. `wait` accumulates the seconds spent waiting for the loader."""
 
-    def __init__(self, dataset: PretrainingSet, consumed: int, global_batch: int, rank: int, ranks: int,
-                 pin_memory: bool = False, workers: int | None = None) -> None:
+    def __init__(
+        self,
+        dataset: PretrainingSet,
+        consumed: int,
+        global_batch: int,
+        rank: int,
+        ranks: int,
+        pin_memory: bool = False,
+        workers: int | None = None,
+    ) -> None:
         config = dataset.config
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it forks; parallelism is ours
         workers = config.num_workers if workers is None else workers
         self.loader = DataLoader(
-            dataset, batch_size=None, sampler=MicroBatches(consumed, global_batch, config.micro_batch_size, rank, ranks),
-            num_workers=workers, multiprocessing_context=config.worker_start if workers else None,
-            prefetch_factor=4 if workers else None, pin_memory=pin_memory, persistent_workers=workers > 0,
-            worker_init_fn=_quiet_worker, in_order=True, timeout=300 if workers else 0,
+            dataset,
+            batch_size=None,
+            sampler=MicroBatches(consumed, global_batch, config.micro_batch_size, rank, ranks),
+            num_workers=workers,
+            multiprocessing_context=config.worker_start if workers else None,
+            prefetch_factor=4 if workers else None,
+            pin_memory=pin_memory,
+            persistent_workers=workers > 0,
+            worker_init_fn=_quiet_worker,
+            in_order=True,
+            timeout=300 if workers else 0,
         )
 
     def __iter__(self) -> Iterator[PackedBatch]:

@@ -27,7 +27,10 @@ BOXES_AND_LABELS = {"image_features": np.float16, "image_bb": np.float32, "class
 
 @dataclass
 class Regions:
-    """One image (id: its name, or when read its number in the store): features [R, F] float16, boxes [R, 4] pixels x1 y1 x2 y2, size (w, h), soft labels [R, k]."""
+    """One image: features [R, F] float16, boxes [R, 4] pixels x1 y1 x2 y2, size (w, h), soft labels [R, k].
+
+    `image_id` is its name when it is written and its number in the store when it was read (`RegionStore.image_id` has the name).
+    """
 
     image_id: str | int
     size: tuple[float, float]
@@ -111,13 +114,17 @@ class RegionStore:
         self.path = Path(path)
         self.strict_boxes = strict_boxes
         if not (self.path / MANIFEST).is_file():
-            raise UsageError(f"--data-path {path}: no {MANIFEST} there, expected a region store;"
-                             " make one with tools/build_features.py or tools/make_sample.py")
+            raise UsageError(
+                f"--data-path {path}: no {MANIFEST} there, expected a region store;"
+                " make one with tools/build_features.py or tools/make_sample.py"
+            )
         self.manifest = read_json(self.path / MANIFEST, "region store")
         version = self.manifest.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise UsageError(f"{self.path / MANIFEST}: schema_version {version}, this version reads {SCHEMA_VERSION};"
-                             " rebuild the store with tools/build_features.py")
+            raise UsageError(
+                f"{self.path / MANIFEST}: schema_version {version}, this version reads {SCHEMA_VERSION};"
+                " rebuild the store with tools/build_features.py"
+            )
         self.feature_dim: int = self.manifest["feature_dim"]
         self.num_classes: int = self.manifest["num_classes"]
         self.shards: list[dict[str, Any]] = self.manifest["shards"]
@@ -183,8 +190,10 @@ class RegionStore:
             images = file["image"][:]
         bad = np.flatnonzero((images < 0) | (images >= self.num_images))
         if len(bad):
-            raise UsageError(f"{self.path / CAPTIONS}: caption {bad[0]} belongs to image {images[bad[0]]},"
-                             f" but the store has images 0 to {self.num_images - 1}; rebuild the store")
+            raise UsageError(
+                f"{self.path / CAPTIONS}: caption {bad[0]} belongs to image {images[bad[0]]},"
+                f" but the store has images 0 to {self.num_images - 1}; rebuild the store"
+            )
         return images
 
     def caption(self, index: int) -> str:
@@ -194,7 +203,7 @@ class RegionStore:
                 self._forget_handles()
             with self._open_captions() as file:
                 self._text, self._offsets = _map(self.path / CAPTIONS, file["text"]), _map(self.path / CAPTIONS, file["offsets"])
-        return bytes(self._text[self._offsets[index]:self._offsets[index + 1]]).decode("utf-8")
+        return bytes(self._text[self._offsets[index] : self._offsets[index + 1]]).decode("utf-8")
 
     def hard_negatives(self) -> np.ndarray | None:
         """int32 [captions, K] of caption indexes, -1 where there are fewer, or None when none were mined."""
@@ -203,8 +212,10 @@ class RegionStore:
             return None
         table = np.load(path, mmap_mode="r", allow_pickle=False)
         if table.ndim != 2 or len(table) != self.num_captions or table.max(initial=-1) >= self.num_captions:
-            raise UsageError(f"{path}: shape {table.shape}, largest index {table.max(initial=-1)}; expected one row for each of"
-                             f" {self.num_captions} captions and indexes below that; mine it again")
+            raise UsageError(
+                f"{path}: shape {table.shape}, largest index {table.max(initial=-1)}; expected one row for each of"
+                f" {self.num_captions} captions and indexes below that; mine it again"
+            )
         return table
 
     def languages(self) -> np.ndarray:
@@ -240,12 +251,15 @@ class RegionStore:
             raise UsageError(f"{where.format(shard.ids[row])}: features hold NaN or infinity; extract it again or drop it")
         labels = arrays["class_ids"]
         if labels.min() < 0 or labels.max() >= self.num_classes:
-            raise UsageError(f"{where.format(shard.ids[row])}: class ids {labels.min()} to {labels.max()},"
-                             f" expected 0 to {self.num_classes - 1}; rebuild the store")
+            raise UsageError(
+                f"{where.format(shard.ids[row])}: class ids {labels.min()} to {labels.max()},"
+                f" expected 0 to {self.num_classes - 1}; rebuild the store"
+            )
         boxes, repaired = repair_boxes(arrays["image_bb"], size)
         if repaired and self.strict_boxes:
-            raise UsageError(f"{where.format(shard.ids[row])}: {repaired} boxes outside the image or inverted;"
-                             " drop --strict-boxes to clip them")
+            raise UsageError(
+                f"{where.format(shard.ids[row])}: {repaired} boxes outside the image or inverted; drop --strict-boxes to clip them"
+            )
         return Regions(index, size, arrays["image_features"], boxes, labels, arrays["class_probs"])
 
 

@@ -31,10 +31,21 @@ class RegionStoreWriter:
     the rest of the probability is taken as spread over the other classes). `vocabulary` is the text of a vocab.txt.
     """
 
-    def __init__(self, path: str | Path, *, feature_dim: int, num_classes: int, detector: dict[str, str],
-                 soft_labels: str, background_class: int | None = 0, class_names: Sequence[str] = (),
-                 images_per_shard: int = 1024, strict_boxes: bool = False, vocabulary: str = "",
-                 extra: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        feature_dim: int,
+        num_classes: int,
+        detector: dict[str, str],
+        soft_labels: str,
+        background_class: int | None = 0,
+        class_names: Sequence[str] = (),
+        images_per_shard: int = 1024,
+        strict_boxes: bool = False,
+        vocabulary: str = "",
+        extra: dict[str, Any] | None = None,
+    ) -> None:
         self.path = Path(path)
         if self.path.exists():
             raise UsageError(f"{path}: already exists; choose another folder or remove it")
@@ -45,9 +56,17 @@ class RegionStoreWriter:
         if vocabulary:
             (self.work / VOCABULARY).write_text(vocabulary, encoding="utf-8")
         self.manifest: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION, "feature_dim": feature_dim, "num_classes": num_classes,
-            "background_class": background_class, "box_format": "xyxy pixels", "detector": detector,
-            "soft_labels": soft_labels, "class_names": list(class_names), "repaired_boxes": 0, **(extra or {}), "shards": [],
+            "schema_version": SCHEMA_VERSION,
+            "feature_dim": feature_dim,
+            "num_classes": num_classes,
+            "background_class": background_class,
+            "box_format": "xyxy pixels",
+            "detector": detector,
+            "soft_labels": soft_labels,
+            "class_names": list(class_names),
+            "repaired_boxes": 0,
+            **(extra or {}),
+            "shards": [],
         }
         self._pending: list[tuple[Regions, list[tuple[str, str]]]] = []
         self._texts: list[bytes] = []
@@ -96,8 +115,10 @@ class RegionStoreWriter:
         records, self._pending = self._pending, []
         ends = np.cumsum([len(r.features) for r, _ in records])
         columns = {
-            "image_features": [r.features for r, _ in records], "image_bb": [r.boxes for r, _ in records],
-            "class_ids": [r.class_ids for r, _ in records], "class_probs": [r.class_probs for r, _ in records],
+            "image_features": [r.features for r, _ in records],
+            "image_bb": [r.boxes for r, _ in records],
+            "class_ids": [r.class_ids for r, _ in records],
+            "class_probs": [r.class_probs for r, _ in records],
         }
         path = self.work / f"shard-{len(self.manifest['shards']):05d}.h5"
         with h5py.File(path, "w") as file:

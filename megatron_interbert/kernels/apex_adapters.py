@@ -15,8 +15,15 @@ def load_dropout_add_norm() -> Callable[..., torch.Tensor]:
     except ImportError as error:
         raise UsageError(f"--kernels apex: NVIDIA apex is not installed ({error}); use --kernels auto") from error
 
-    def dropout_add_norm(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor,
-                         norm_bias: torch.Tensor, dropout_p: float, eps: float) -> torch.Tensor:
+    def dropout_add_norm(
+        x: torch.Tensor,
+        bias: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        norm_bias: torch.Tensor,
+        dropout_p: float,
+        eps: float,
+    ) -> torch.Tensor:
         return fused_layer_norm_affine(residual + F.dropout(x + bias, dropout_p), weight, norm_bias, weight.shape, eps)
 
     return dropout_add_norm

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from megatron_interbert.kernels.gather import gather_rows
 
 
-def padded_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, max_length: int,
-                dropout_p: float) -> torch.Tensor:
+def padded_sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, max_length: int, dropout_p: float
+) -> torch.Tensor:
     """Pads to `max_length` inside the call only; q, k, v [N, heads, D], offsets [B+1] -> [N, heads, D]."""
     count, samples = len(q), len(offsets) - 1
     lengths = offsets[1:] - offsets[:-1]
@@ -26,8 +27,9 @@ def padded_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torc
     return result.transpose(1, 2).reshape(samples * max_length, *q.shape[1:]).index_select(0, slots)
 
 
-def varlen_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, max_length: int,
-                 dropout_p: float) -> torch.Tensor:
+def varlen_flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, max_length: int, dropout_p: float
+) -> torch.Tensor:
     """torch's varlen_attn (CUDA, half precision); it has no dropout, so calls with dropout take padded SDPA."""
     if dropout_p > 0 or q.dtype not in (torch.float16, torch.bfloat16):
         return padded_sdpa(q, k, v, offsets, max_length, dropout_p)

@@ -19,8 +19,9 @@ class Kernels:
 
     def describe(self) -> str:
         """One line: operation=module.function of each."""
-        return ", ".join(f"{name}={function.__module__.rsplit('.', 1)[-1]}.{function.__name__}"
-                         for name, function in vars(self).items())
+        return ", ".join(
+            f"{name}={function.__module__.rsplit('.', 1)[-1]}.{function.__name__}" for name, function in vars(self).items()
+        )
 
 
 def choose_kernels(name: str, device: torch.device) -> Kernels:
@@ -31,11 +32,11 @@ def choose_kernels(name: str, device: torch.device) -> Kernels:
     if name == "apex":
         from megatron_interbert.kernels import apex_adapters
 
-        return Kernels(attention.varlen_flash if on_gpu else attention.padded_sdpa, plain.bias_gelu,
-                       apex_adapters.load_dropout_add_norm())
+        return Kernels(
+            attention.varlen_flash if on_gpu else attention.padded_sdpa, plain.bias_gelu, apex_adapters.load_dropout_add_norm()
+        )
     from megatron_interbert.kernels import triton_ops
 
     if not (on_gpu or triton_ops.interpreted()):
         raise UsageError("--kernels triton needs a GPU (or TRITON_INTERPRET=1 to check the kernels on a CPU); use --kernels torch")
-    return Kernels(attention.varlen_flash if on_gpu else attention.padded_sdpa, triton_ops.bias_gelu,
-                   triton_ops.dropout_add_norm)
+    return Kernels(attention.varlen_flash if on_gpu else attention.padded_sdpa, triton_ops.bias_gelu, triton_ops.dropout_add_norm)

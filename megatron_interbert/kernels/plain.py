@@ -9,14 +9,22 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return F.gelu(x + bias)
 
 
-def dropout_add_norm(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor,
-                     norm_bias: torch.Tensor, dropout_p: float, eps: float) -> torch.Tensor:
+def dropout_add_norm(
+    x: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    dropout_p: float,
+    eps: float,
+) -> torch.Tensor:
     """LayerNorm(residual + dropout(x + bias)) over the last axis of x [N, H]."""
     return F.layer_norm(residual + F.dropout(x + bias, dropout_p), weight.shape, weight, norm_bias, eps)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, max_length: int,
-              dropout_p: float) -> torch.Tensor:
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, max_length: int, dropout_p: float
+) -> torch.Tensor:
     """Attention within each sequence of a packed batch, one sequence at a time.
 
     q, k, v [N, heads, D]; offsets [B+1] of the sequences; gives [N, heads, D].

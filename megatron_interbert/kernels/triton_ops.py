@@ -22,7 +22,9 @@ def interpreted() -> bool:
 def _bias_gelu_forward(x_ptr, bias_ptr, y_ptr, count, width, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + tl.load(bias_ptr + at % width, mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + tl.load(bias_ptr + at % width, mask=inside, other=0.0).to(
+        tl.float32
+    )
     y = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -31,7 +33,9 @@ def _bias_gelu_forward(x_ptr, bias_ptr, y_ptr, count, width, BLOCK: tl.constexpr
 def _bias_gelu_backward(dy_ptr, x_ptr, bias_ptr, dx_ptr, count, width, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + tl.load(bias_ptr + at % width, mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + tl.load(bias_ptr + at % width, mask=inside, other=0.0).to(
+        tl.float32
+    )
     slope = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
     dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(dx_ptr + at, (dy * slope).to(dx_ptr.dtype.element_ty), mask=inside)
@@ -60,13 +64,29 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _add_norm_forward(x_ptr, bias_ptr, residual_ptr, weight_ptr, norm_bias_ptr, sum_ptr, y_ptr, mean_ptr, rstd_ptr, width, p, eps, seed,
-                      BLOCK: tl.constexpr):
+def _add_norm_forward(
+    x_ptr,
+    bias_ptr,
+    residual_ptr,
+    weight_ptr,
+    norm_bias_ptr,
+    sum_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    width,
+    p,
+    eps,
+    seed,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < width
     at = row * width + column
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + tl.load(bias_ptr + column, mask=inside, other=0.0).to(
+        tl.float32
+    )
     if p > 0:
         x = tl.where(tl.rand(seed, at) >= p, x / (1.0 - p), 0.0)
     z = x + tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -82,8 +102,22 @@ def _add_norm_forward(x_ptr, bias_ptr, residual_ptr, weight_ptr, norm_bias_ptr, 
 
 
 @triton.jit
-def _add_norm_backward(dy_ptr, sum_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, partial_ptr, rows, width, p, seed,
-                       PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
+def _add_norm_backward(
+    dy_ptr,
+    sum_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dresidual_ptr,
+    partial_ptr,
+    rows,
+    width,
+    p,
+    seed,
+    PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -120,8 +154,9 @@ class _DropoutAddNorm(torch.autograd.Function):
         rows, width = x.shape
         total, y = torch.empty_like(x), torch.empty_like(x)
         mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
-        _add_norm_forward[(rows,)](x, bias, residual, weight, norm_bias, total, y, mean, rstd, width, p, eps, seed,
-                                   BLOCK=triton.next_power_of_2(width))
+        _add_norm_forward[(rows,)](
+            x, bias, residual, weight, norm_bias, total, y, mean, rstd, width, p, eps, seed, BLOCK=triton.next_power_of_2(width)
+        )
         ctx.save_for_backward(total, weight, mean, rstd)
         ctx.p, ctx.seed = p, seed
         return y
@@ -133,14 +168,35 @@ class _DropoutAddNorm(torch.autograd.Function):
         programs = min(rows, MAX_PROGRAMS)
         dx, dresidual = torch.empty_like(total), torch.empty_like(total)
         partial = torch.empty(3, programs, width, dtype=torch.float32, device=dy.device)
-        _add_norm_backward[(programs,)](dy.contiguous(), total, weight, mean, rstd, dx, dresidual, partial, rows, width, ctx.p,
-                                        ctx.seed, PROGRAMS=programs, BLOCK=triton.next_power_of_2(width))
+        _add_norm_backward[(programs,)](
+            dy.contiguous(),
+            total,
+            weight,
+            mean,
+            rstd,
+            dx,
+            dresidual,
+            partial,
+            rows,
+            width,
+            ctx.p,
+            ctx.seed,
+            PROGRAMS=programs,
+            BLOCK=triton.next_power_of_2(width),
+        )
         dweight, dnorm_bias, dbias = partial.sum(dim=1).to(weight.dtype)
         return dx, dbias, dresidual, dweight, dnorm_bias, None, None, None
 
 
-def dropout_add_norm(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor,
-                     norm_bias: torch.Tensor, dropout_p: float, eps: float) -> torch.Tensor:
+def dropout_add_norm(
+    x: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    dropout_p: float,
+    eps: float,
+) -> torch.Tensor:
     """See plain.dropout_add_norm. The seed comes from the CPU generator, which tensor-parallel ranks share and
     recomputation restores, and which costs no synchronisation with the device."""
     if x.shape[0] == 0:

@@ -38,7 +38,8 @@ WORD_HEAD = {
     "msm_head.transform.norm.bias": "cls.predictions.transform.LayerNorm.bias",
 }
 OFFICIAL = {
-    **TEXT_EMBEDDING, **WORD_HEAD,
+    **TEXT_EMBEDDING,
+    **WORD_HEAD,
     "image_embedding.feature.weight": "bert.v_embeddings.image_embeddings.weight",
     "image_embedding.feature.bias": "bert.v_embeddings.image_embeddings.bias",
     "image_embedding.location.weight": "bert.v_embeddings.image_location_embeddings.weight",
@@ -77,9 +78,11 @@ def split_qkv(fused: torch.Tensor, heads: int) -> list[torch.Tensor]:
 def stacks(config: ModelConfig) -> list[tuple[str, str, int, int, int]]:
     """(ours, official prefix, first official number, layers, heads) of the three stacks."""
     first_text, heads = config.interaction_layers, config.num_attention_heads
-    return [("interaction", "bert.encoder.layer", 0, config.interaction_layers, heads),
-            ("text_stream", "bert.encoder.layer", first_text, config.text_layers, heads),
-            ("image_stream", "bert.encoder.v_layer", 0, config.image_layers, config.image_attention_heads)]
+    return [
+        ("interaction", "bert.encoder.layer", 0, config.interaction_layers, heads),
+        ("text_stream", "bert.encoder.layer", first_text, config.text_layers, heads),
+        ("image_stream", "bert.encoder.v_layer", 0, config.image_layers, config.image_attention_heads),
+    ]
 
 
 def _layer_from(source: Mapping[str, torch.Tensor], ours: str, theirs: str, heads: int) -> dict[str, torch.Tensor]:
@@ -95,14 +98,18 @@ def pad_vocabulary(state: dict[str, torch.Tensor], config: ModelConfig, where: s
     for name in ("text_embedding.word.weight", "msm_head.bias"):
         if name in state:
             if len(state[name]) != config.vocab_size:
-                raise UsageError(f"{where}: vocabulary of {len(state[name])} entries, the model has {config.vocab_size};"
-                                 " give the vocabulary the checkpoint was made with (--vocab-file)")
+                raise UsageError(
+                    f"{where}: vocabulary of {len(state[name])} entries, the model has {config.vocab_size};"
+                    " give the vocabulary the checkpoint was made with (--vocab-file)"
+                )
             rows = config.padded_vocab_size - config.vocab_size
             state[name] = torch.cat([state[name], state[name].new_zeros(rows, *state[name].shape[1:])])
     return state
 
 
-def from_official(source: Mapping[str, torch.Tensor], config: ModelConfig, where: str = "official checkpoint") -> dict[str, torch.Tensor]:
+def from_official(
+    source: Mapping[str, torch.Tensor], config: ModelConfig, where: str = "official checkpoint"
+) -> dict[str, torch.Tensor]:
     """Full state in our names from an official InterBERT state dict (pretraining or downstream form)."""
     source = {name.removeprefix("module."): tensor for name, tensor in source.items()}
     try:
@@ -117,8 +124,10 @@ def from_official(source: Mapping[str, torch.Tensor], config: ModelConfig, where
 
 def to_official(state: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
     """The inverse of `from_official`: full state in our names -> official names, the tied decoder included."""
-    state = {name: tensor[:config.vocab_size] if name in ("text_embedding.word.weight", "msm_head.bias") else tensor
-             for name, tensor in state.items()}
+    state = {
+        name: tensor[: config.vocab_size] if name in ("text_embedding.word.weight", "msm_head.bias") else tensor
+        for name, tensor in state.items()
+    }
     result = {theirs: state[ours] for ours, theirs in OFFICIAL.items() if ours in state}
     if "msm_head.bias" in state:
         result["cls.predictions.decoder.weight"] = state["text_embedding.word.weight"]
@@ -127,7 +136,9 @@ def to_official(state: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[
             mine, other = f"{ours}.layers.{number}", f"{theirs}.{first + number}"
             result |= {f"{other}.{name}": state[f"{mine}.{key}"] for key, name in LAYER.items()}
             for kind in ("weight", "bias"):
-                for part, tensor in zip(("query", "key", "value"), split_qkv(state[f"{mine}.attention.qkv.{kind}"], heads), strict=True):
+                for part, tensor in zip(
+                    ("query", "key", "value"), split_qkv(state[f"{mine}.attention.qkv.{kind}"], heads), strict=True
+                ):
                     result[f"{other}.attention.self.{part}.{kind}"] = tensor
     return result
 
@@ -135,8 +146,10 @@ def to_official(state: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[
 def from_bert(source: Mapping[str, torch.Tensor], config: ModelConfig, where: str = "BERT checkpoint") -> dict[str, torch.Tensor]:
     """Partial state from BERT in Hugging Face form: its first layers become the interaction module, the next ones the
     text stream, its embeddings ours, its word head ours where it has one."""
-    source = {("" if name.startswith(("bert.", "cls.")) else "bert.") + name.replace(".gamma", ".weight").replace(".beta", ".bias"): t
-              for name, t in source.items()}
+    source = {
+        ("" if name.startswith(("bert.", "cls.")) else "bert.") + name.replace(".gamma", ".weight").replace(".beta", ".bias"): t
+        for name, t in source.items()
+    }
     try:
         state = {ours: source[theirs] for ours, theirs in TEXT_EMBEDDING.items()}
         state |= {ours: source[theirs] for ours, theirs in WORD_HEAD.items() if theirs in source}
@@ -144,6 +157,8 @@ def from_bert(source: Mapping[str, torch.Tensor], config: ModelConfig, where: st
             for number in range(layers):
                 state |= _layer_from(source, f"{ours}.layers.{number}", f"{theirs}.{first + number}", heads)
     except KeyError as error:
-        raise UsageError(f"{where}: {error.args[0]} is missing; BERT needs {config.interaction_layers + config.text_layers}"
-                         " layers for this model") from error
+        raise UsageError(
+            f"{where}: {error.args[0]} is missing; BERT needs {config.interaction_layers + config.text_layers}"
+            " layers for this model"
+        ) from error
     return pad_vocabulary(state, config, where)

@@ -25,13 +25,14 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int, state: Parallel
             full = torch.empty(full_shape(name, parameter.shape, state.tensor_size))
             full.normal_(0.0, config.initializer_range, generator=generator)
             if name == "text_embedding.word.weight":
-                full[config.vocab_size:] = 0.0
+                full[config.vocab_size :] = 0.0
             parameter.copy_(shard(full, name, state.tensor_rank, state.tensor_size))
 
 
 @torch.no_grad()
-def load_full_state(model: nn.Module, full: Mapping[str, torch.Tensor], state: ParallelState, where: str,
-                    partial: bool = False) -> set[str]:
+def load_full_state(
+    model: nn.Module, full: Mapping[str, torch.Tensor], state: ParallelState, where: str, partial: bool = False
+) -> set[str]:
     """Copy this rank's slices of full tensors into the model; the names that were loaded.
 
     UsageError for a missing parameter (unless `partial`) or a shape that does not fit.
@@ -44,8 +45,10 @@ def load_full_state(model: nn.Module, full: Mapping[str, torch.Tensor], state: P
             raise UsageError(f"{where}: parameter {name} is missing; the checkpoint is of another model or incomplete")
         expected = full_shape(name, parameter.shape, state.tensor_size)
         if list(full[name].shape) != expected:
-            raise UsageError(f"{where}: {name} has shape {list(full[name].shape)}, the model expects {expected};"
-                             " check --model and the vocabulary")
+            raise UsageError(
+                f"{where}: {name} has shape {list(full[name].shape)}, the model expects {expected};"
+                " check --model and the vocabulary"
+            )
         parameter.copy_(shard(full[name], name, state.tensor_rank, state.tensor_size))
         loaded.add(name)
     return loaded

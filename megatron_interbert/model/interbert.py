@@ -43,8 +43,16 @@ class InterBertOutput(NamedTuple):
 class InterBert(nn.Module):
     """The whole model. `heads` is any of msm, mrm, itm, choice; parameters are empty until initialised or loaded."""
 
-    def __init__(self, config: ModelConfig, heads: Sequence[str] = PRETRAINING_HEADS, *, state: ParallelState | None = None,
-                 kernels: Kernels | None = None, streams: RandomStreams | None = None, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        heads: Sequence[str] = PRETRAINING_HEADS,
+        *,
+        state: ParallelState | None = None,
+        kernels: Kernels | None = None,
+        streams: RandomStreams | None = None,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
         state, kernels = state or ParallelState(), kernels or Kernels()
         streams = streams or RandomStreams(0)
@@ -54,15 +62,28 @@ class InterBert(nn.Module):
         self.image_embedding = ImageEmbedding(config)
 
         def stack(count: int, heads: int, hidden_dropout: float, attention_dropout: float) -> TransformerStack:
-            layers = [TransformerLayer(config.hidden_size, heads, config.ffn_hidden_size, hidden_dropout, attention_dropout,
-                                       config.layer_norm_eps, state.tensor_group, kernels, streams) for _ in range(count)]
+            layers = [
+                TransformerLayer(
+                    config.hidden_size,
+                    heads,
+                    config.ffn_hidden_size,
+                    hidden_dropout,
+                    attention_dropout,
+                    config.layer_norm_eps,
+                    state.tensor_group,
+                    kernels,
+                    streams,
+                )
+                for _ in range(count)
+            ]
             return TransformerStack(layers, streams, recompute)
 
         text_like = (config.num_attention_heads, config.hidden_dropout, config.attention_dropout)
         self.interaction = stack(config.interaction_layers, *text_like)
         self.text_stream = stack(config.text_layers, *text_like)
-        self.image_stream = stack(config.image_layers, config.image_attention_heads, config.image_hidden_dropout,
-                                  config.image_attention_dropout)
+        self.image_stream = stack(
+            config.image_layers, config.image_attention_heads, config.image_hidden_dropout, config.image_attention_dropout
+        )
         self.text_pooler, self.image_pooler = Pooler(config), Pooler(config)
         if "msm" in heads:
             self.msm_head = WordHead(config, state.tensor_group)

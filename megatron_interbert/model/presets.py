@@ -8,17 +8,36 @@ from megatron_interbert.errors import UsageError
 
 # Both small presets take vocabulary, features and classes from the data. Their first weights are wider: a layer's share of the
 # signal at width 64 is then what 0.02 makes it at 768 (0.02 x sqrt(768) = 0.55), without which attention learns nothing for long.
-SMALL = ModelConfig(vocab_size=0, feature_dim=0, num_classes=0, hidden_size=64, interaction_layers=2, text_layers=1, image_layers=1,
-                    num_attention_heads=4, image_attention_heads=4, ffn_hidden_size=256, pooled_size=256,
-                    max_position_embeddings=64, initializer_range=0.1)
+SMALL = ModelConfig(
+    vocab_size=0,
+    feature_dim=0,
+    num_classes=0,
+    hidden_size=64,
+    interaction_layers=2,
+    text_layers=1,
+    image_layers=1,
+    num_attention_heads=4,
+    image_attention_heads=4,
+    ffn_hidden_size=256,
+    pooled_size=256,
+    max_position_embeddings=64,
+    initializer_range=0.1,
+)
 
 PRESETS = {
     "tiny": dataclasses.replace(SMALL, ffn_hidden_size=128, pooled_size=64),  # tests
     "sample": SMALL.without_dropout(),  # the generated sample corpus: learns in minutes on two cores
     "base": ModelConfig(),  # the official sizes, 157.0 M parameters
     "base-chinese": ModelConfig(vocab_size=21128),
-    "large": ModelConfig(hidden_size=1024, interaction_layers=12, text_layers=12, image_layers=12, num_attention_heads=16,
-                         image_attention_heads=16, ffn_hidden_size=4096),
+    "large": ModelConfig(
+        hidden_size=1024,
+        interaction_layers=12,
+        text_layers=12,
+        image_layers=12,
+        num_attention_heads=16,
+        image_attention_heads=16,
+        ffn_hidden_size=4096,
+    ),
 }
 
 
@@ -37,6 +56,8 @@ def fit_to_data(config: ModelConfig, vocab_size: int, feature_dim: int, num_clas
     for name, value in found.items():
         expected = getattr(config, name)
         if expected not in (0, value):
-            raise UsageError(f"{where}: {name} is {value}, but the model has {expected};"
-                             " give the data or the vocabulary that the model was made for, or another --model")
+            raise UsageError(
+                f"{where}: {name} is {value}, but the model has {expected};"
+                " give the data or the vocabulary that the model was made for, or another --model"
+            )
     return dataclasses.replace(config, **found)

@@ -18,8 +18,9 @@ class SelfAttention(nn.Module):
     The rows of `qkv` are ordered by head (q, k, v of head 0, then of head 1, ..), so that a slice holds whole heads.
     """
 
-    def __init__(self, hidden: int, heads: int, dropout: float, group: dist.ProcessGroup | None, kernels: Kernels,
-                 streams: RandomStreams) -> None:
+    def __init__(
+        self, hidden: int, heads: int, dropout: float, group: dist.ProcessGroup | None, kernels: Kernels, streams: RandomStreams
+    ) -> None:
         super().__init__()
         self.head_size, self.dropout, self.kernels, self.streams = hidden // heads, dropout, kernels, streams
         self.qkv = ColumnParallelLinear(hidden, 3 * hidden, group)
@@ -66,8 +67,18 @@ class ResidualNorm(nn.Module):
 class TransformerLayer(nn.Module):
     """x = norm(x + attention(x)); x = norm(x + mlp(x)), over [N, H] with sequence offsets [B+1]."""
 
-    def __init__(self, hidden: int, heads: int, ffn: int, hidden_dropout: float, attention_dropout: float, eps: float,
-                 group: dist.ProcessGroup | None, kernels: Kernels, streams: RandomStreams) -> None:
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        ffn: int,
+        hidden_dropout: float,
+        attention_dropout: float,
+        eps: float,
+        group: dist.ProcessGroup | None,
+        kernels: Kernels,
+        streams: RandomStreams,
+    ) -> None:
         super().__init__()
         self.attention = SelfAttention(hidden, heads, attention_dropout, group, kernels, streams)
         self.attention_norm = ResidualNorm(hidden, hidden_dropout, eps, kernels)
@@ -89,8 +100,9 @@ class TransformerStack(nn.Module):
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_length: int) -> torch.Tensor:
         for layer in self.layers:
-            if self.recompute and self.training:
-                x = self.streams.recompute(layer, x, offsets, max_length)
-            else:
-                x = layer(x, offsets, max_length)
+            x = (
+                self.streams.recompute(layer, x, offsets, max_length)
+                if self.recompute and self.training
+                else layer(x, offsets, max_length)
+            )
         return x

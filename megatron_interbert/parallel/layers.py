@@ -19,8 +19,9 @@ Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class ColumnParallelLinear(nn.Module):
     """y = activation(x W^T, b) with the rows of W [out, in] shared out: [.., in] replicated -> [.., out / ranks]."""
 
-    def __init__(self, in_features: int, out_features: int, group: dist.ProcessGroup | None,
-                 activation: Activation | None = None) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, group: dist.ProcessGroup | None, activation: Activation | None = None
+    ) -> None:
         super().__init__()
         self.group, self.activation = group, activation
         self.weight = nn.Parameter(torch.empty(out_features // group_size(group), in_features))

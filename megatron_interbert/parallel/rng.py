@@ -64,5 +64,10 @@ class RandomStreams:
     def recompute(self, function: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
         """function(*inputs) whose activations are recomputed in the backward pass, dropout of both streams replayed."""
         memory: dict[str, torch.Tensor] = {}
-        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=True,
-                          context_fn=lambda: (self._remember(memory), self._replay(memory)))
+        return checkpoint(
+            function,
+            *inputs,
+            use_reentrant=False,
+            preserve_rng_state=True,
+            context_fn=lambda: (self._remember(memory), self._replay(memory)),
+        )

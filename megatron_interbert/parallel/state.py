@@ -18,8 +18,10 @@ class ParallelState:
     def __init__(self, tensor_parallel_size: int = 1) -> None:
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if self.world_size % tensor_parallel_size:
-            raise UsageError(f"--tensor-model-parallel-size {tensor_parallel_size} does not divide the {self.world_size}"
-                             " processes; start a multiple of it (deepspeed --num_gpus N)")
+            raise UsageError(
+                f"--tensor-model-parallel-size {tensor_parallel_size} does not divide the {self.world_size}"
+                " processes; start a multiple of it (deepspeed --num_gpus N)"
+            )
         self.tensor_size = tensor_parallel_size
         self.data_size = self.world_size // tensor_parallel_size
         self.tensor_rank, self.data_rank = self.rank % tensor_parallel_size, self.rank // tensor_parallel_size
@@ -64,16 +66,35 @@ class ParallelState:
             dist.barrier()
 
     # The mpu interface of DeepSpeed.
-    def get_model_parallel_rank(self) -> int: return self.tensor_rank
-    def get_model_parallel_world_size(self) -> int: return self.tensor_size
-    def get_model_parallel_group(self) -> dist.ProcessGroup | None: return self.tensor_group
-    def get_tensor_model_parallel_rank(self) -> int: return self.tensor_rank
-    def get_tensor_model_parallel_world_size(self) -> int: return self.tensor_size
-    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup | None: return self.tensor_group
-    def get_data_parallel_rank(self) -> int: return self.data_rank
-    def get_data_parallel_world_size(self) -> int: return self.data_size
-    def get_data_parallel_group(self) -> dist.ProcessGroup | None: return self.data_group
-    def get_data_parallel_group_ranks(self) -> list[int]: return self._data_ranks
+    def get_model_parallel_rank(self) -> int:
+        return self.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.tensor_size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.tensor_group
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self.tensor_rank
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self.tensor_size
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.tensor_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.data_size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.data_group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return self._data_ranks
 
 
 def read_launch_environment() -> None:
@@ -86,7 +107,9 @@ def read_launch_environment() -> None:
         return
     if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         if "MASTER_ADDR" not in env:
-            raise UsageError("started by srun without MASTER_ADDR; use launchers/pretrain.sbatch, or export MASTER_ADDR and MASTER_PORT")
+            raise UsageError(
+                "started by srun without MASTER_ADDR; use launchers/pretrain.sbatch, or export MASTER_ADDR and MASTER_PORT"
+            )
         env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env.get("SLURM_LOCALID", "0"))
         env.setdefault("MASTER_PORT", "29500")
         return

@@ -33,11 +33,13 @@ class PretrainingTask:
         sums = torch.stack([words.sum(), regions.sum(), matches.sum()])
         # A batch without targets of a kind gives 0 / 1, never NaN, and still a gradient of zeros for its head.
         loss = (sums * self.weights.to(sums) / totals.to(sums).clamp(min=1.0)).sum()
-        right = torch.stack([
-            (vocab_parallel_argmax(output.msm_logits, self.group) == batch.msm_labels).sum(),
-            (output.mrm_logits.argmax(dim=1) == hard_label(batch.mrm_class_ids, batch.mrm_class_probs)).sum(),
-            (output.itm_logits.argmax(dim=1) == batch.mismatched).sum(),
-        ])
+        right = torch.stack(
+            [
+                (vocab_parallel_argmax(output.msm_logits, self.group) == batch.msm_labels).sum(),
+                (output.mrm_logits.argmax(dim=1) == hard_label(batch.mrm_class_ids, batch.mrm_class_probs)).sum(),
+                (output.itm_logits.argmax(dim=1) == batch.mismatched).sum(),
+            ]
+        )
         return loss, torch.stack([sums.detach(), right.to(sums), batch.target_counts().to(sums)], dim=1)
 
     @staticmethod

@@ -20,28 +20,50 @@ def image_examples(store: RegionStore, images: np.ndarray, max_regions: int) -> 
     examples = []
     for image in images:
         regions = store.read(int(image), max_regions)
-        examples.append(Example(token_ids=np.zeros(0, np.int64), token_types=np.zeros(0, np.int64), features=regions.features,
-                                locations=normalised_locations(regions.boxes, regions.size)))
+        examples.append(
+            Example(
+                token_ids=np.zeros(0, np.int64),
+                token_types=np.zeros(0, np.int64),
+                features=regions.features,
+                locations=normalised_locations(regions.boxes, regions.size),
+            )
+        )
     return examples
 
 
 def caption_ids(store: RegionStore, captions: np.ndarray, tokenizer: CaptionTokenizer, max_tokens: int) -> list[np.ndarray]:
     """[CLS] words [SEP] of each caption."""
-    return [np.concatenate([[tokenizer.cls], tokenizer.encode(store.caption(int(c)), max_tokens).ids, [tokenizer.sep]])
-            for c in captions]
+    return [
+        np.concatenate([[tokenizer.cls], tokenizer.encode(store.caption(int(c)), max_tokens).ids, [tokenizer.sep]])
+        for c in captions
+    ]
 
 
 @torch.no_grad()
-def score_matrix(model: InterBert, images: list[Example], captions: list[np.ndarray], feature_dim: int, device: torch.device,
-                 pairs_per_batch: int = 512, progress: Callable[[int], None] = lambda pairs: None) -> np.ndarray:
+def score_matrix(
+    model: InterBert,
+    images: list[Example],
+    captions: list[np.ndarray],
+    feature_dim: int,
+    device: torch.device,
+    pairs_per_batch: int = 512,
+    progress: Callable[[int], None] = lambda pairs: None,
+) -> np.ndarray:
     """float32 [captions, images] of margins over all pairs. Captions of like length share a batch."""
     scores = np.empty((len(captions), len(images)), dtype=np.float32)
     by_length = np.argsort([len(c) for c in captions], kind="stable")
     pairs = [(caption, image) for caption in by_length for image in range(len(images))]
     for start in range(0, len(pairs), pairs_per_batch):
-        chunk = pairs[start:start + pairs_per_batch]
-        examples = [Example(token_ids=captions[c], token_types=np.zeros(len(captions[c]), np.int64), features=images[i].features,
-                            locations=images[i].locations) for c, i in chunk]
+        chunk = pairs[start : start + pairs_per_batch]
+        examples = [
+            Example(
+                token_ids=captions[c],
+                token_types=np.zeros(len(captions[c]), np.int64),
+                features=images[i].features,
+                locations=images[i].locations,
+            )
+            for c, i in chunk
+        ]
         logits = model(pack(examples, feature_dim).to(device)).itm_logits
         margins = (logits[:, 0] - logits[:, 1]).cpu().numpy()
         rows, columns = zip(*chunk, strict=True)
@@ -69,5 +91,7 @@ def retrieval_metrics(scores: np.ndarray, caption_image: np.ndarray) -> dict[str
     """Both directions from scores [captions, images] and the column of each caption's own image [captions]."""
     right = caption_image[:, None] == np.arange(scores.shape[1])[None]
     described = right.any(axis=0)
-    return {"text_to_image": recall_metrics(ranks(scores, right)),
-            "image_to_text": recall_metrics(ranks(scores.T[described], right.T[described]))}
+    return {
+        "text_to_image": recall_metrics(ranks(scores, right)),
+        "image_to_text": recall_metrics(ranks(scores.T[described], right.T[described])),
+    }

@@ -77,7 +77,7 @@ class Checkpoints:
         """Each rank flushes and hashes its share of the files; rank 0 gets all."""
         names = sorted(p.name for p in folder.iterdir())
         mine = {}
-        for name in names[self.state.rank::self.state.world_size]:
+        for name in names[self.state.rank :: self.state.world_size]:
             with open(folder / name, "rb+") as handle:
                 os.fsync(handle.fileno())
             mine[name] = {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
@@ -89,20 +89,31 @@ class Checkpoints:
 
     def _manifest(self, engine: Engine, progress: Progress, hashes: dict[str, dict[str, Any]]) -> dict[str, Any]:
         return {
-            "format": FORMAT, "iteration": progress.step, "consumed_samples": progress.consumed_samples,
-            "topology": topology(engine.config, self.state), "precision": engine.precision,
+            "format": FORMAT,
+            "iteration": progress.step,
+            "consumed_samples": progress.consumed_samples,
+            "topology": topology(engine.config, self.state),
+            "precision": engine.precision,
             "rng": {"seed": self.config.seed, "streams": "function of (seed, step, rank), no state"},
-            "versions": {"megatron_interbert": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__,
-                         "python": platform.python_version()},
+            "versions": {
+                "megatron_interbert": __version__,
+                "torch": torch.__version__,
+                "deepspeed": deepspeed.__version__,
+                "python": platform.python_version(),
+            },
             "git_revision": git_revision(),
-            "configs": {"run": dataclasses.asdict(self.config), "model": dataclasses.asdict(self.model_config),
-                        "deepspeed": engine.deepspeed_config},
-            "data": self.data, "files": hashes,
+            "configs": {
+                "run": dataclasses.asdict(self.config),
+                "model": dataclasses.asdict(self.model_config),
+                "deepspeed": engine.deepspeed_config,
+            },
+            "data": self.data,
+            "files": hashes,
         }
 
     def _prune(self, folder: Path) -> None:
         if self.config.keep_last:
-            for old in complete_checkpoints(folder)[self.config.keep_last:]:
+            for old in complete_checkpoints(folder)[self.config.keep_last :]:
                 shutil.rmtree(old)
 
     def wait(self) -> None:
@@ -145,19 +156,25 @@ class Checkpoints:
         if manifest["configs"]["model"] != dataclasses.asdict(self.model_config):
             theirs = manifest["configs"]["model"]
             differing = [k for k, v in dataclasses.asdict(self.model_config).items() if theirs.get(k) != v]
-            raise UsageError(f"{path}: made with other model sizes ({', '.join(f'{k} {theirs.get(k)}' for k in differing)});"
-                             " use the same --model, vocabulary and data, or another --save")
+            raise UsageError(
+                f"{path}: made with other model sizes ({', '.join(f'{k} {theirs.get(k)}' for k in differing)});"
+                " use the same --model, vocabulary and data, or another --save"
+            )
         if manifest["data"].get("vocabulary") != self.data.get("vocabulary"):
             raise UsageError(f"{path}: made with another vocabulary; give that vocabulary by --vocab-file, or another --save")
         for name in ("seed", "data_partitions", "masking", "language"):
             theirs, ours = manifest["configs"]["run"].get(name), getattr(self.config, name)
             if theirs != ours:
-                raise UsageError(f"{path}: made with {name} = {theirs}, this run has {ours}, so samples would come in another"
-                                 " order; use the same value, or another --save")
+                raise UsageError(
+                    f"{path}: made with {name} = {theirs}, this run has {ours}, so samples would come in another"
+                    " order; use the same value, or another --save"
+                )
         mine, theirs = topology(self.config, self.state), manifest["topology"]
         if theirs != mine:
-            raise UsageError(f"{path}: saved on {describe(theirs)}, this run is {describe(mine)}; start it on the same layout, or"
-                             " take only its weights by --init-from")
+            raise UsageError(
+                f"{path}: saved on {describe(theirs)}, this run is {describe(mine)}; start it on the same layout, or"
+                " take only its weights by --init-from"
+            )
 
 
 def topology(config: RunConfig, state: ParallelState) -> dict[str, int]:
@@ -263,5 +280,7 @@ def flush_folder(folder: Path) -> None:
 
 def git_revision() -> str:
     """Revision of the code, empty outside a checkout."""
-    result = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
     return result.stdout.strip()

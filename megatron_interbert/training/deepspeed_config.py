@@ -26,19 +26,39 @@ SHARED = {
     "optimizer.params.eps": "adam_eps",
 }
 PASSED_THROUGH = {
-    "zero_optimization", "fp16", "bf16", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
-    "zero_force_ds_cpu_optimizer", "wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print",
-    "flops_profiler", "comms_logger", "aio", "data_types", "disable_allgather",
+    "zero_optimization",
+    "fp16",
+    "bf16",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "zero_force_ds_cpu_optimizer",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "steps_per_print",
+    "flops_profiler",
+    "comms_logger",
+    "aio",
+    "data_types",
+    "disable_allgather",
 }
-TOP_LEVEL = PASSED_THROUGH | {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-                              "gradient_clipping", "optimizer"}
+TOP_LEVEL = PASSED_THROUGH | {
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+}
 REFUSED = {
     "scheduler": "schedules are given by --lr-decay-style, --lr-warmup-fraction and --min-lr",
     "tensorboard": "TensorBoard is written by us, see --tensorboard-dir",
     "activation_checkpointing": "use --recompute-activations",
 }
 BLOCKS = {
-    "zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config,
+    "zero_optimization": DeepSpeedZeroConfig,
+    "fp16": DeepSpeedFP16Config,
+    "bf16": DeepSpeedBF16Config,
     "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
     "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
 }
@@ -81,8 +101,10 @@ def merge(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
     config.check()
     steps = config.accumulation_steps(data_parallel_size)
     if accumulation not in ("auto", steps):
-        raise UsageError(f"{config.deepspeed_config}: gradient_accumulation_steps is {accumulation}, but --global-batch-size"
-                         f" {config.global_batch_size} needs {steps}; remove one of them")
+        raise UsageError(
+            f"{config.deepspeed_config}: gradient_accumulation_steps is {accumulation}, but --global-batch-size"
+            f" {config.global_batch_size} needs {steps}; remove one of them"
+        )
     config.global_batch_size = config.global_batch(data_parallel_size)
     return _for_engine(config, values, steps)
 
@@ -94,15 +116,17 @@ def _agree(config: RunConfig, values: dict[str, Any], path: str, name: str) -> N
         return
     ours = getattr(config, name)
     if name in config.given and ours != theirs:
-        raise UsageError(f"{flag(name)} is {ours}, but {config.deepspeed_config} says {path} = {theirs};"
-                         " make them equal, or write \"auto\" there")
+        raise UsageError(
+            f'{flag(name)} is {ours}, but {config.deepspeed_config} says {path} = {theirs}; make them equal, or write "auto" there'
+        )
     setattr(config, name, type(ours)(theirs))
 
 
 def _for_engine(config: RunConfig, values: dict[str, Any], accumulation: int) -> dict[str, Any]:
     engine = {key: _without_auto(value) for key, value in values.items() if key in PASSED_THROUGH and value != "auto"}
     engine |= {
-        "train_micro_batch_size_per_gpu": config.micro_batch_size, "gradient_accumulation_steps": accumulation,
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": float(config.clip_grad),
         "zero_force_ds_cpu_optimizer": values.get("zero_force_ds_cpu_optimizer", False),  # torch's fused AdamW runs on CPU
         "zero_optimization": {"overlap_comm": False, **engine.get("zero_optimization", {}), "stage": config.zero_stage},

@@ -25,6 +25,9 @@ def start_processes() -> torch.device:
         # Without a share of the cores for each rank, their threads spin against one another: fifty times slower on two cores.
         neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
+    # DeepSpeed would compile a shared-memory operation for inference here, which training never calls; a run that is killed
+    # while it compiles leaves a lock on which the next one hangs.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return device
 
@@ -46,8 +49,9 @@ class Engine:
         self.accumulation = self.deepspeed_config["gradient_accumulation_steps"]
         self.precision = "fp16" if config.fp16 else "bf16" if config.bf16 else "fp32"
         optimizer = build_optimizer(parameter_groups(model, config, pretrained), config)
-        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.deepspeed_config, mpu=state,
-                                                  dist_init_required=False)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=self.deepspeed_config, mpu=state, dist_init_required=False
+        )
         # Plain fp32 training at stage 0 has no DeepSpeed optimizer around it: norm and skipping are ours there.
         self.bare = config.zero_stage == 0 and self.precision == "fp32"
 

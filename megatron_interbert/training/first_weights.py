@@ -11,8 +11,8 @@ from megatron_interbert.model.foreign import from_bert, from_official
 from megatron_interbert.model.initialise import load_full_state
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.training.checkpoint import complete_checkpoints, load_weights
 from megatron_interbert.training.checkpoint import MANIFEST as CHECKPOINT_MANIFEST
+from megatron_interbert.training.checkpoint import complete_checkpoints, load_weights
 
 
 def read_state_dict(path: str) -> dict[str, torch.Tensor]:
@@ -44,5 +44,7 @@ def load_initial_weights(model: InterBert, config: ModelConfig, path: str, state
         return set()
     if any(name.endswith("embeddings.word_embeddings.weight") for name in source):
         return load_full_state(model, from_bert(source, config, path), state, path, partial=True)
-    raise UsageError(f"--init-from {path}: neither BERT in Hugging Face form, nor an official InterBERT state dict, nor one"
-                     " of our checkpoint folders")
+    raise UsageError(
+        f"--init-from {path}: neither BERT in Hugging Face form, nor an official InterBERT state dict, nor one"
+        " of our checkpoint folders"
+    )

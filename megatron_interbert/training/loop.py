@@ -22,9 +22,21 @@ from megatron_interbert.training.optimizer import learning_rate
 class Trainer:
     """Trains `engine` on `task` from an endless stream of micro-batches, starting at `progress`."""
 
-    def __init__(self, engine: Engine, task: PretrainingTask, config: RunConfig, model_config: ModelConfig, *,
-                 batches: Iterator[PackedBatch], evaluation: Callable[[], Iterator[PackedBatch]] | None, state: ParallelState,
-                 streams: RandomStreams, device: torch.device, checkpoints: Checkpoints, progress: Progress) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        task: PretrainingTask,
+        config: RunConfig,
+        model_config: ModelConfig,
+        *,
+        batches: Iterator[PackedBatch],
+        evaluation: Callable[[], Iterator[PackedBatch]] | None,
+        state: ParallelState,
+        streams: RandomStreams,
+        device: torch.device,
+        checkpoints: Checkpoints,
+        progress: Progress,
+    ) -> None:
         self.engine, self.task, self.config, self.model_config = engine, task, config, model_config
         self.batches, self.evaluation, self.state, self.streams, self.device = batches, evaluation, state, streams, device
         self.checkpoints, self.progress = checkpoints, progress
@@ -94,8 +106,10 @@ class Trainer:
         self.skipped += 1
         if self.bad_steps >= self.config.max_bad_steps:
             self.checkpoints.wait()
-            raise TrainingStopped(f"step {step}: the gradient was not finite for {self.bad_steps} steps in a row and the run"
-                                  " stops; look at the data of these steps, lower --lr, or use --bf16 instead of --fp16")
+            raise TrainingStopped(
+                f"step {step}: the gradient was not finite for {self.bad_steps} steps in a row and the run"
+                " stops; look at the data of these steps, lower --lr, or use --bf16 instead of --fp16"
+            )
         if not math.isnan(self.grad_norm) and self.engine.precision == "fp16":
             self.writer.say(f"step {step}: overflow, loss scale now {self.engine.loss_scale():g}")
         else:
@@ -109,11 +123,17 @@ class Trainer:
         seconds = time.monotonic() - self.window_started
         flops_per_second = float(work[0]) / seconds / self.state.world_size
         values = {
-            **self.task.metrics(report), "learning_rate": self.rate, "grad_norm": self.grad_norm,
-            "loss_scale": self.engine.loss_scale(), "consumed_samples": self.progress.consumed_samples, "skipped": self.skipped,
+            **self.task.metrics(report),
+            "learning_rate": self.rate,
+            "grad_norm": self.grad_norm,
+            "loss_scale": self.engine.loss_scale(),
+            "consumed_samples": self.progress.consumed_samples,
+            "skipped": self.skipped,
             "samples_per_second": self.steps_in_window * self.config.global_batch_size / seconds,
-            "tokens_per_second": float(work[1]) / seconds, "tflops_per_device": flops_per_second / 1e12,
-            "data_wait_share": self.data_wait / seconds, "memory_gib": memory_gib(self.device),
+            "tokens_per_second": float(work[1]) / seconds,
+            "tflops_per_device": flops_per_second / 1e12,
+            "data_wait_share": self.data_wait / seconds,
+            "memory_gib": memory_gib(self.device),
         }
         for name in ("msm", "mrm", "itm"):
             values[f"{name}_targets"] /= self.steps_in_window

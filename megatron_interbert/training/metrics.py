@@ -13,8 +13,19 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # Dense peaks without sparsity, TFLOP/s in 16 bit, from the makers' datasheets.
-PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "L40": 181.0, "A10": 125.0,
-               "V100": 125.0, "T4": 65.0, "4090": 165.0, "B200": 2250.0}
+PEAK_TFLOPS = {
+    "H200": 989.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L40": 181.0,
+    "A10": 125.0,
+    "V100": 125.0,
+    "T4": 65.0,
+    "4090": 165.0,
+    "B200": 2250.0,
+}
 
 
 def peak_tflops(device: torch.device, given: float) -> float:
@@ -71,12 +82,18 @@ class MetricsWriter:
 
     def _line(self, step: int, values: dict[str, float], prefix: str) -> str:
         parts = [f"{prefix} step {step}/{self.train_iters}", f"loss {values['loss']:.4f}"]
-        parts += [f"{name} {values[f'{name}_loss']:.3f} ({100 * values[f'{name}_accuracy']:.1f} %)" for name in ("msm", "mrm", "itm")]
+        parts += [
+            f"{name} {values[f'{name}_loss']:.3f} ({100 * values[f'{name}_accuracy']:.1f} %)" for name in ("msm", "mrm", "itm")
+        ]
         if "learning_rate" in values:
             done = step - self.first_step
             remaining = (time.monotonic() - self.started) / max(done, 1) * (self.train_iters - step)
-            parts += [f"lr {values['learning_rate']:.2e}", f"grad {values['grad_norm']:.2f}",
-                      f"{values['samples_per_second']:.0f} samples/s", f"eta {int(remaining) // 60}:{int(remaining) % 60:02d}"]
+            parts += [
+                f"lr {values['learning_rate']:.2e}",
+                f"grad {values['grad_norm']:.2f}",
+                f"{values['samples_per_second']:.0f} samples/s",
+                f"eta {int(remaining) // 60}:{int(remaining) % 60:02d}",
+            ]
         return " | ".join(parts)
 
     def say(self, line: str) -> None:

@@ -16,10 +16,15 @@ def parameter_groups(model: nn.Module, config: RunConfig, pretrained: Collection
     for name, parameter in model.named_parameters():
         decays = parameter.dim() > 1
         slow = name in pretrained and config.pretrained_lr_scale != 1.0
-        group = groups.setdefault((decays, slow), {
-            "params": [], "weight_decay": config.weight_decay if decays else 0.0, "lr": config.lr,
-            "lr_scale": config.pretrained_lr_scale if slow else 1.0,
-        })
+        group = groups.setdefault(
+            (decays, slow),
+            {
+                "params": [],
+                "weight_decay": config.weight_decay if decays else 0.0,
+                "lr": config.lr,
+                "lr_scale": config.pretrained_lr_scale if slow else 1.0,
+            },
+        )
         group["params"].append(parameter)
     return list(groups.values())
 

@@ -39,10 +39,17 @@ def open_data(config: RunConfig, path: str = "") -> tuple[RegionStore, CaptionTo
 
 def model_config_for(config: RunConfig, store: RegionStore, tokenizer: CaptionTokenizer) -> ModelConfig:
     """The model's sizes, with those that come from the data filled in and checked."""
-    model_config = fit_to_data(load_model_config(config.model), tokenizer.vocab_size, store.feature_dim, store.num_classes,
-                               f"{store.path} with {tokenizer.vocab_file}")
+    model_config = fit_to_data(
+        load_model_config(config.model),
+        tokenizer.vocab_size,
+        store.feature_dim,
+        store.num_classes,
+        f"{store.path} with {tokenizer.vocab_file}",
+    )
     if config.max_tokens > model_config.max_position_embeddings:
-        raise UsageError(f"--max-tokens {config.max_tokens} is more than the model's {model_config.max_position_embeddings} positions")
+        raise UsageError(
+            f"--max-tokens {config.max_tokens} is more than the model's {model_config.max_position_embeddings} positions"
+        )
     return model_config if config.dropout else model_config.without_dropout()
 
 
@@ -64,8 +71,9 @@ def prepare(config: RunConfig) -> Trainer:
         evaluation = lambda: batches(valid, 0, state, device, workers=0)  # noqa: E731
 
     streams = RandomStreams(config.seed, state.data_rank, state.tensor_rank, device)
-    model = InterBert(model_config, PRETRAINING_HEADS, state=state, kernels=kernels, streams=streams,
-                      recompute=config.recompute_activations)
+    model = InterBert(
+        model_config, PRETRAINING_HEADS, state=state, kernels=kernels, streams=streams, recompute=config.recompute_activations
+    )
     initialise(model, model_config, config.seed, state)
     checkpoints = Checkpoints(config, model_config, state, describe_data(store, tokenizer))
     resume = checkpoints.find()
@@ -74,32 +82,66 @@ def prepare(config: RunConfig) -> Trainer:
     progress = checkpoints.load(engine, resume) if resume else Progress()
     if state.is_main:
         print(describe_run(config, model_config, model, state, engine, kernels.describe(), resume), flush=True)
-    return Trainer(engine, PretrainingTask(config.objective_names(), state.tensor_group), config, model_config,
-                   batches=batches(dataset, progress.consumed_samples, state, device), evaluation=evaluation, state=state,
-                   streams=streams, device=device, checkpoints=checkpoints, progress=progress)
+    return Trainer(
+        engine,
+        PretrainingTask(config.objective_names(), state.tensor_group),
+        config,
+        model_config,
+        batches=batches(dataset, progress.consumed_samples, state, device),
+        evaluation=evaluation,
+        state=state,
+        streams=streams,
+        device=device,
+        checkpoints=checkpoints,
+        progress=progress,
+    )
 
 
-def batches(dataset: PretrainingSet, consumed: int, state: ParallelState, device: torch.device,
-            workers: int | None = None) -> Iterator[PackedBatch]:
+def batches(
+    dataset: PretrainingSet, consumed: int, state: ParallelState, device: torch.device, workers: int | None = None
+) -> Iterator[PackedBatch]:
     """This rank's endless micro-batches after `consumed` samples."""
-    return iter(BatchStream(dataset, consumed, dataset.config.global_batch_size, state.data_rank, state.data_size,
-                            pin_memory=device.type == "cuda", workers=workers))
+    return iter(
+        BatchStream(
+            dataset,
+            consumed,
+            dataset.config.global_batch_size,
+            state.data_rank,
+            state.data_size,
+            pin_memory=device.type == "cuda",
+            workers=workers,
+        )
+    )
 
 
 def describe_data(store: RegionStore, tokenizer: CaptionTokenizer) -> dict[str, str]:
     """What a checkpoint remembers of its data."""
-    return {"store": str(store.path), "manifest_sha256": file_sha256(store.path / MANIFEST),
-            "detector": store.manifest["detector"], "vocabulary": file_sha256(tokenizer.vocab_file)}
+    return {
+        "store": str(store.path),
+        "manifest_sha256": file_sha256(store.path / MANIFEST),
+        "detector": store.manifest["detector"],
+        "vocabulary": file_sha256(tokenizer.vocab_file),
+    }
 
 
-def describe_run(config: RunConfig, model_config: ModelConfig, model: InterBert, state: ParallelState, engine: Engine,
-                 kernels: str, resume: Path | None) -> str:
+def describe_run(
+    config: RunConfig,
+    model_config: ModelConfig,
+    model: InterBert,
+    state: ParallelState,
+    engine: Engine,
+    kernels: str,
+    resume: Path | None,
+) -> str:
     """The lines printed once at start."""
-    parameters = sum(getattr(p, "ds_numel", p.numel()) * (state.tensor_size if hasattr(p, "tensor_model_parallel") else 1)
-                     for p in model.parameters())
+    parameters = sum(
+        getattr(p, "ds_numel", p.numel()) * (state.tensor_size if hasattr(p, "tensor_model_parallel") else 1)
+        for p in model.parameters()
+    )
     lines = [
         f"model {config.model}: {parameters / 1e6:.1f} M parameters, {dataclasses.asdict(model_config)}",
-        f"layout: {state.world_size} processes ({dist.get_backend()}), DP{state.data_size} x TP{state.tensor_size}, ZeRO-{config.zero_stage},"
+        f"layout: {state.world_size} processes ({dist.get_backend()}), DP{state.data_size} x TP{state.tensor_size},"
+        f" ZeRO-{config.zero_stage},"
         f" {engine.precision}; batch {config.global_batch_size} = {config.micro_batch_size} x {state.data_size} x"
         f" {engine.accumulation} accumulation",
         f"kernels: {kernels}",

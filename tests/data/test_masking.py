@@ -46,10 +46,12 @@ def test_official_span_hides_a_third_and_is_sometimes_empty(tokenizer):
     exact = np.zeros(length)
     for start in range(length + 1):
         for span in range(1, length + 1):
-            exact[start:start + span] += 1 / (length * (length + 1))
+            exact[start : start + span] += 1 / (length * (length + 1))
     np.testing.assert_allclose(target_shares(tokenizer, "official", length), exact, atol=0.005)
     assert 0.30 < exact.mean() < 0.37
-    empty = np.mean([not len(mask_tokens(caption(length), tokenizer, "official", CounterRandom(1, 3, 0, s)).targets) for s in range(20000)])
+    empty = np.mean(
+        [not len(mask_tokens(caption(length), tokenizer, "official", CounterRandom(1, 3, 0, s)).targets) for s in range(20000)]
+    )
     assert abs(empty - 1 / 11) < 0.01
 
 

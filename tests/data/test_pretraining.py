@@ -27,8 +27,10 @@ def dataset(path, **changes):
 
 
 def same(a, b):
-    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
-               for x, y in zip(dataclasses.asdict(a).values(), dataclasses.asdict(b).values(), strict=True))
+    return all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+        for x, y in zip(dataclasses.asdict(a).values(), dataclasses.asdict(b).values(), strict=True)
+    )
 
 
 def take(stream, count):
@@ -47,6 +49,7 @@ def test_an_error_in_a_loader_process_stays_one_clear_line(path, tmp_path):
     import shutil
 
     import h5py
+
     store = shutil.copytree(path, tmp_path / "bad")
     with h5py.File(store / "shard-00000.h5", "r+") as file:
         file["image_features"][:] = np.nan
@@ -118,9 +121,16 @@ def test_packing_of_ragged_samples_with_and_without_images():
         if not regions:
             return Example(**text)
         hidden = np.arange(regions) % 2 == 0
-        return Example(**text, features=random.normal(size=(regions, FEATURES)), locations=random.random((regions, 5)),
-                       class_ids=random.integers(0, 9, (regions, 2)), class_probs=random.random((regions, 2)), hidden_regions=hidden,
-                       msm_positions=np.array([1]), msm_labels=np.array([5]))
+        return Example(
+            **text,
+            features=random.normal(size=(regions, FEATURES)),
+            locations=random.random((regions, 5)),
+            class_ids=random.integers(0, 9, (regions, 2)),
+            class_probs=random.random((regions, 2)),
+            hidden_regions=hidden,
+            msm_positions=np.array([1]),
+            msm_labels=np.array([5]),
+        )
 
     examples = [example(4, 3), example(2, 0), example(7, 1, mismatched=1), example(3, 5)]
     batch = pack(examples, FEATURES)
@@ -130,7 +140,9 @@ def test_packing_of_ragged_samples_with_and_without_images():
     by_kind = torch.cat([batch.image_index, batch.text_index])
     assert torch.equal(batch.joint_order[by_kind], torch.arange(28))
     kinds = torch.cat([torch.zeros(12), torch.ones(16)])[batch.joint_order]  # 0 image, 1 text
-    expected = [k for e in examples for k in ([0] * (len(e.features) + 1) if e.features is not None else []) + [1] * len(e.token_ids)]
+    expected = [
+        k for e in examples for k in ([0] * (len(e.features) + 1) if e.features is not None else []) + [1] * len(e.token_ids)
+    ]
     assert kinds.tolist() == expected
     assert batch.locations[batch.summary_rows].tolist() == [[0, 0, 1, 1, 1]] * 3
     assert batch.hidden_regions.tolist() == [0, 2, 3, 4, 6, 8]
@@ -161,12 +173,14 @@ def test_unusable_vocabulary_and_language_are_refused(path, tmp_path):
 @pytest.mark.parametrize("name", ["bert-base-uncased", "bert-base-chinese"])
 def test_tokens_equal_transformers(name):
     from transformers import BertTokenizerFast
+
     file = SHARED / "data" / "vocab" / f"{name}-vocab.txt"
     words = file.read_text().rstrip("\n").split("\n")
     theirs = BertTokenizerFast(vocab={word: i for i, word in enumerate(words)})
     ours = CaptionTokenizer(str(file))
     assert ours.vocab_size == len(words) == theirs.vocab_size
     import json
+
     for line in (SHARED / "data" / "region_features" / "captions.jsonl").read_text().splitlines():
         caption = json.loads(line)["caption"]
         expected = theirs(caption, add_special_tokens=False)["input_ids"]

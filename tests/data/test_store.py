@@ -109,13 +109,17 @@ def test_open_files_stay_bounded(tmp_path, monkeypatch):
 
 DAMAGE = {
     "missing shard": (lambda s: (s / "shard-00001.h5").unlink(), r"shard-00001.h5: missing"),
-    "truncated shard": (lambda s: (s / "shard-00001.h5").write_bytes((s / "shard-00001.h5").read_bytes()[:-100]),
-                        r"shard-00001.h5: \d+ bytes, expected \d+ \(truncated"),
+    "truncated shard": (
+        lambda s: (s / "shard-00001.h5").write_bytes((s / "shard-00001.h5").read_bytes()[:-100]),
+        r"shard-00001.h5: \d+ bytes, expected \d+ \(truncated",
+    ),
     "missing captions": (lambda s: (s / "captions.h5").unlink(), r"captions.h5: missing"),
     "no manifest": (lambda s: (s / "manifest.json").unlink(), r"no manifest.json there"),
     "manifest is not JSON": (lambda s: (s / "manifest.json").write_text("{"), r"manifest.json is not valid JSON"),
-    "caption of no image": (lambda s: edit(s, lambda f: f["image"].__setitem__(5, 400), "captions.h5"),
-                            r"captions.h5: caption 5 belongs to image 400, but the store has images 0 to 39"),
+    "caption of no image": (
+        lambda s: edit(s, lambda f: f["image"].__setitem__(5, 400), "captions.h5"),
+        r"captions.h5: caption 5 belongs to image 400, but the store has images 0 to 39",
+    ),
 }
 
 
@@ -132,6 +136,7 @@ def replace(name, make):
         values = make(file[name][:])
         del file[name]
         file[name] = values
+
     return change
 
 
@@ -142,10 +147,18 @@ def first_row(file):
 RECORD_DAMAGE = {
     "wrong feature size": (replace("image_features", lambda v: v[:, :7]), r"image_features has 7 columns, expected feature_dim 24"),
     "missing dataset": (lambda f: f.__delitem__("image_bb"), r"dataset 'image_bb' is missing"),
-    "NaN": (lambda f: f["image_features"].__setitem__((first_row(f), 3), np.nan),
-            r"shard-00001.h5: image 4 \(image-20\): features hold NaN"),
-    "infinity": (lambda f: f["image_features"].__setitem__((first_row(f), 3), -np.inf), r"image-20\): features hold NaN or infinity"),
-    "class id": (lambda f: f["class_ids"].__setitem__((first_row(f), 0), 99), r"\(image-20\): class ids \d+ to 99, expected 0 to 10"),
+    "NaN": (
+        lambda f: f["image_features"].__setitem__((first_row(f), 3), np.nan),
+        r"shard-00001.h5: image 4 \(image-20\): features hold NaN",
+    ),
+    "infinity": (
+        lambda f: f["image_features"].__setitem__((first_row(f), 3), -np.inf),
+        r"image-20\): features hold NaN or infinity",
+    ),
+    "class id": (
+        lambda f: f["class_ids"].__setitem__((first_row(f), 0), 99),
+        r"\(image-20\): class ids \d+ to 99, expected 0 to 10",
+    ),
     "rows beyond the end": (lambda f: f["pos_boxes"].__setitem__((4, 1), 10**6), r"pos_boxes points beyond"),
     "no regions": (lambda f: f["pos_boxes"].__setitem__(4, [3, 3]), r"image 4 has no regions"),
     "other counts": (replace("caption_image", lambda v: v[:-1]), r"manifest.json says"),
@@ -186,21 +199,33 @@ def test_writer_counts_repaired_boxes_and_refuses_in_strict_mode(tmp_path):
         writer.add(regions, [("a", "en")])
     assert RegionStore(str(tmp_path / "clipped")).manifest["repaired_boxes"] >= 1
     regions.boxes[0] = [-5, 0, 400, 10]
-    with pytest.raises(UsageError, match="image a: 1 boxes"), RegionStoreWriter(tmp_path / "strict", strict_boxes=True, **options) as writer:
+    with (
+        pytest.raises(UsageError, match="image a: 1 boxes"),
+        RegionStoreWriter(tmp_path / "strict", strict_boxes=True, **options) as writer,
+    ):
         writer.add(regions, [("a", "en")])
     assert not list(tmp_path.glob("strict*")), "nothing half-written remains"
 
 
-@pytest.mark.parametrize(("field", "value", "message"), [
-    ("features", np.zeros((3, 7), np.float16), "features has shape"),
-    ("features", np.full((3, FEATURES), np.nan, np.float16), "NaN"),
-    ("features", np.full((3, FEATURES), 1e6, np.float32), "beyond float16"),
-    ("class_ids", np.full((3, 3), CLASSES), "class id outside"),
-    ("boxes", np.zeros((2, 4), np.float32), "boxes has shape"),
-])
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("features", np.zeros((3, 7), np.float16), "features has shape"),
+        ("features", np.full((3, FEATURES), np.nan, np.float16), "NaN"),
+        ("features", np.full((3, FEATURES), 1e6, np.float32), "beyond float16"),
+        ("class_ids", np.full((3, 3), CLASSES), "class id outside"),
+        ("boxes", np.zeros((2, 4), np.float32), "boxes has shape"),
+    ],
+)
 def test_writer_refuses_bad_records(tmp_path, field, value, message):
-    regions = Regions("bad", (10.0, 10.0), np.zeros((3, FEATURES), np.float16), np.zeros((3, 4), np.float32),
-                      np.zeros((3, 3), np.int64), np.zeros((3, 3), np.float32))
+    regions = Regions(
+        "bad",
+        (10.0, 10.0),
+        np.zeros((3, FEATURES), np.float16),
+        np.zeros((3, 4), np.float32),
+        np.zeros((3, 3), np.int64),
+        np.zeros((3, 3), np.float32),
+    )
     setattr(regions, field, value)
     writer = RegionStoreWriter(tmp_path / "s", feature_dim=FEATURES, num_classes=CLASSES, detector={}, soft_labels="top_k")
     with pytest.raises(UsageError, match=message):

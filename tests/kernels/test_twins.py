@@ -101,6 +101,11 @@ print("triton kernels agree")
 
 def test_triton_kernels_in_the_interpreter():
     pytest.importorskip("triton", reason="triton is not installed (pip install -r requirements.txt)")
-    result = subprocess.run([sys.executable, "-c", TRITON_CHECK], capture_output=True, text=True, check=False,
-                            env={**os.environ, "TRITON_INTERPRET": "1"})
+    result = subprocess.run(
+        [sys.executable, "-c", TRITON_CHECK],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
     assert "triton kernels agree" in result.stdout, result.stderr

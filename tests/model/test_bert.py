@@ -13,15 +13,35 @@ from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.first_weights import load_initial_weights
 
-CONFIG = ModelConfig(vocab_size=150, hidden_size=32, interaction_layers=2, text_layers=2, image_layers=1, num_attention_heads=4,
-                     image_attention_heads=4, ffn_hidden_size=48, pooled_size=24, feature_dim=20, num_classes=9, max_position_embeddings=40)
+CONFIG = ModelConfig(
+    vocab_size=150,
+    hidden_size=32,
+    interaction_layers=2,
+    text_layers=2,
+    image_layers=1,
+    num_attention_heads=4,
+    image_attention_heads=4,
+    ffn_hidden_size=48,
+    pooled_size=24,
+    feature_dim=20,
+    num_classes=9,
+    max_position_embeddings=40,
+)
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     torch.manual_seed(0)
-    model = BertForMaskedLM(BertConfig(vocab_size=150, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48,
-                                       max_position_embeddings=40)).eval()
+    model = BertForMaskedLM(
+        BertConfig(
+            vocab_size=150,
+            hidden_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=40,
+        )
+    ).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     folder = tmp_path_factory.mktemp("bert")
@@ -40,7 +60,9 @@ def test_text_only_is_bert(bert, form):
     assert "interaction.layers.1.attention.qkv.weight" in loaded
     assert not any(name.startswith("image") for name in loaded)
     ids = np.random.default_rng(0).integers(0, 150, (3, 9))
-    batch = pack([Example(token_ids=row, token_types=np.zeros(9, np.int64), msm_positions=np.arange(9), msm_labels=row) for row in ids], 20)
+    batch = pack(
+        [Example(token_ids=row, token_types=np.zeros(9, np.int64), msm_positions=np.arange(9), msm_labels=row) for row in ids], 20
+    )
     with torch.no_grad():
         output = ours.eval()(batch)
         expected = theirs(torch.from_numpy(ids), output_hidden_states=True)
@@ -52,6 +74,7 @@ def test_unfit_files_are_refused(bert, tmp_path):
     folder, _ = bert
     model = InterBert(CONFIG)
     import dataclasses
+
     deeper = dataclasses.replace(CONFIG, text_layers=3)
     with pytest.raises(UsageError, match="BERT needs 5 layers"):
         load_initial_weights(InterBert(deeper), deeper, str(folder / "hf"), ParallelState())
@@ -65,6 +88,7 @@ def test_unfit_files_are_refused(bert, tmp_path):
     with pytest.raises(UsageError, match="cannot be read"):
         load_initial_weights(model, CONFIG, str(tmp_path / "bad.safetensors"), ParallelState())
     import pickle
+
     (tmp_path / "evil.bin").write_bytes(pickle.dumps(print))
     with pytest.raises(UsageError, match="cannot be read"):
         load_initial_weights(model, CONFIG, str(tmp_path / "evil.bin"), ParallelState())

@@ -21,8 +21,20 @@ from megatron_interbert.tasks.pretraining import PretrainingTask
 from tests.dist import run_on_ranks
 
 HEADS = ("msm", "mrm", "itm", "choice")
-SMALL = ModelConfig(vocab_size=150, hidden_size=32, interaction_layers=2, text_layers=1, image_layers=2, num_attention_heads=4,
-                    image_attention_heads=2, ffn_hidden_size=48, pooled_size=24, feature_dim=20, num_classes=9, max_position_embeddings=40)
+SMALL = ModelConfig(
+    vocab_size=150,
+    hidden_size=32,
+    interaction_layers=2,
+    text_layers=1,
+    image_layers=2,
+    num_attention_heads=4,
+    image_attention_heads=2,
+    ffn_hidden_size=48,
+    pooled_size=24,
+    feature_dim=20,
+    num_classes=9,
+    max_position_embeddings=40,
+)
 
 
 def make(config=SMALL, heads=HEADS, **options):
@@ -36,12 +48,20 @@ def examples(count=4, seed=0):
     result = []
     for i in range(count):
         tokens, regions = int(random.integers(3, 12)), int(random.integers(1, 9))
-        result.append(Example(
-            token_ids=random.integers(0, 150, tokens), token_types=np.zeros(tokens, np.int64),
-            features=random.normal(size=(regions, 20)).astype(np.float16), locations=random.random((regions, 5), dtype=np.float32),
-            class_ids=random.integers(0, 9, (regions, 1)), class_probs=np.ones((regions, 1), np.float32),
-            hidden_regions=random.random(regions) < 0.5, msm_positions=np.array([1, 2]), msm_labels=random.integers(0, 150, 2),
-            mismatched=i % 2))
+        result.append(
+            Example(
+                token_ids=random.integers(0, 150, tokens),
+                token_types=np.zeros(tokens, np.int64),
+                features=random.normal(size=(regions, 20)).astype(np.float16),
+                locations=random.random((regions, 5), dtype=np.float32),
+                class_ids=random.integers(0, 9, (regions, 1)),
+                class_probs=np.ones((regions, 1), np.float32),
+                hidden_regions=random.random(regions) < 0.5,
+                msm_positions=np.array([1, 2]),
+                msm_labels=random.integers(0, 150, 2),
+                mismatched=i % 2,
+            )
+        )
     return result
 
 
@@ -58,13 +78,14 @@ def test_every_parameter_has_exactly_one_row_in_the_partition_table(preset):
     with torch.device("meta"):
         model = InterBert(config, HEADS)
     import re
+
     for name, parameter in model.named_parameters():
         assert sum(bool(re.fullmatch(pattern, name)) for pattern, _ in TABLE) == 1, name
         assert hasattr(parameter, "tensor_model_parallel") == (partition_dimension(name) is not None), name
 
 
 def test_a_parameter_without_a_row_fails():
-    with pytest.raises(KeyError, match="no row in model/partition.py"):
+    with pytest.raises(KeyError, match=r"no row in model/partition\.py"):
         partition_kind("interaction.layers.0.new.weight")
 
 
@@ -106,7 +127,9 @@ def test_initialisation():
     assert abs(weights["text_embedding.word.weight"][:150].std().item() - 0.02) < 0.001
     assert (weights["interaction.layers.0.mlp_norm.weight"] == 1).all()
     assert (weights["interaction.layers.0.mlp_norm.linear_bias"] == 0).all()
-    assert not torch.equal(weights["interaction.layers.0.attention.qkv.weight"], weights["interaction.layers.1.attention.qkv.weight"])
+    assert not torch.equal(
+        weights["interaction.layers.0.attention.qkv.weight"], weights["interaction.layers.1.attention.qkv.weight"]
+    )
 
 
 def test_a_sample_does_not_feel_its_neighbours():
@@ -116,14 +139,15 @@ def test_a_sample_does_not_feel_its_neighbours():
     for i, example in enumerate(batch):
         alone = model(pack([example], 20))
         n, m = len(example.token_ids), len(example.features) + 1
-        torch.testing.assert_close(together.text_hidden[text:text + n], alone.text_hidden, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(together.image_hidden[image:image + m], alone.image_hidden, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(together.itm_logits[i:i + 1], alone.itm_logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together.text_hidden[text : text + n], alone.text_hidden, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together.image_hidden[image : image + m], alone.image_hidden, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together.itm_logits[i : i + 1], alone.itm_logits, rtol=1e-4, atol=1e-5)
         text, image = text + n, image + m
 
 
 def test_hidden_regions_count_as_zeros_in_the_mean():
     from megatron_interbert.model.embeddings import image_features
+
     example = examples(1)[0]
     example.hidden_regions = np.arange(len(example.features)) == 0
     features = image_features(pack([example], 20))
@@ -146,8 +170,18 @@ def test_text_only_batches_and_mixtures():
 
 
 def test_no_target_of_any_kind_gives_zero_and_not_nan():
-    batch = pack([dataclasses.replace(e, hidden_regions=np.zeros(len(e.features), bool), msm_positions=np.zeros(0, np.int64),
-                                      msm_labels=np.zeros(0, np.int64)) for e in examples(3)], 20)
+    batch = pack(
+        [
+            dataclasses.replace(
+                e,
+                hidden_regions=np.zeros(len(e.features), bool),
+                msm_positions=np.zeros(0, np.int64),
+                msm_labels=np.zeros(0, np.int64),
+            )
+            for e in examples(3)
+        ],
+        20,
+    )
     model = make(heads=("msm", "mrm", "itm"))
     loss, report = PretrainingTask().loss(model(batch), batch, batch.target_counts())
     loss.backward()
@@ -172,17 +206,24 @@ def test_recomputation_changes_nothing():
 def test_flops_are_those_counted_for_the_base_model():
     """38.7 G a padded sample (36 regions, 36 tokens, about 6 masked words and 6 regions), from the measured facts."""
     random = np.random.default_rng(0)
-    example = Example(token_ids=np.ones(36, np.int64), token_types=np.zeros(36, np.int64),
-                      features=random.normal(size=(36, 2048)).astype(np.float16), locations=random.random((36, 5)),
-                      class_ids=np.ones((36, 1), np.int64), class_probs=np.ones((36, 1)), hidden_regions=np.arange(36) < 6,
-                      msm_positions=np.arange(1, 7), msm_labels=np.ones(6, np.int64))
+    example = Example(
+        token_ids=np.ones(36, np.int64),
+        token_types=np.zeros(36, np.int64),
+        features=random.normal(size=(36, 2048)).astype(np.float16),
+        locations=random.random((36, 5)),
+        class_ids=np.ones((36, 1), np.int64),
+        class_probs=np.ones((36, 1)),
+        hidden_regions=np.arange(36) < 6,
+        msm_positions=np.arange(1, 7),
+        msm_labels=np.ones(6, np.int64),
+    )
     assert abs(training_flops(PRESETS["base"], pack([example], 2048)) / 1e9 - 38.7) < 0.5
 
 
 def test_loading_refuses_what_does_not_fit():
     full = {name: p.detach() for name, p in make().named_parameters()}
     missing = {k: v for k, v in full.items() if k != "itm_head.bias"}
-    with pytest.raises(UsageError, match="itm_head.bias is missing"):
+    with pytest.raises(UsageError, match=r"itm_head\.bias is missing"):
         load_full_state(make(), missing, ParallelState(), "x")
     with pytest.raises(UsageError, match=r"itm_head.bias has shape \[3\], the model expects \[2\]"):
         load_full_state(make(), {**full, "itm_head.bias": torch.zeros(3)}, ParallelState(), "x")

@@ -17,10 +17,21 @@ from megatron_interbert.tasks.pretraining import PretrainingTask
 from tests.dist import run_on_ranks
 from tests.shared import ORACLE, needs_shared
 
-CONFIG = ModelConfig(vocab_size=199, hidden_size=48, interaction_layers=2, text_layers=2, image_layers=2, num_attention_heads=4,
-                     image_attention_heads=2, ffn_hidden_size=96, pooled_size=64, feature_dim=40, num_classes=23,
-                     max_position_embeddings=32)
-TOLERANCE = dict(rtol=1e-4, atol=1e-5)
+CONFIG = ModelConfig(
+    vocab_size=199,
+    hidden_size=48,
+    interaction_layers=2,
+    text_layers=2,
+    image_layers=2,
+    num_attention_heads=4,
+    image_attention_heads=2,
+    ffn_hidden_size=96,
+    pooled_size=64,
+    feature_dim=40,
+    num_classes=23,
+    max_position_embeddings=32,
+)
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def oracle_batch():
@@ -30,13 +41,20 @@ def oracle_batch():
     examples = []
     for i in range(len(tokens)):
         labels = x["masked_lm_labels"][i][tokens[i]].numpy()
-        examples.append(Example(
-            token_ids=x["input_ids"][i][tokens[i]].numpy(), token_types=x["token_type_ids"][i][tokens[i]].numpy(),
-            features=x["image_feat"][i][regions[i]].numpy(), locations=x["image_loc"][i][regions[i]].numpy(),
-            class_ids=np.tile(np.arange(23), (int(regions[i].sum()), 1)), class_probs=x["image_target"][i][regions[i]].numpy(),
-            hidden_regions=(x["image_label"][i][regions[i]] == 1).numpy(), msm_positions=np.flatnonzero(labels != -1),
-            msm_labels=labels[labels != -1], mismatched=int(x["next_sentence_label"][i]),
-        ))
+        examples.append(
+            Example(
+                token_ids=x["input_ids"][i][tokens[i]].numpy(),
+                token_types=x["token_type_ids"][i][tokens[i]].numpy(),
+                features=x["image_feat"][i][regions[i]].numpy(),
+                locations=x["image_loc"][i][regions[i]].numpy(),
+                class_ids=np.tile(np.arange(23), (int(regions[i].sum()), 1)),
+                class_probs=x["image_target"][i][regions[i]].numpy(),
+                hidden_regions=(x["image_label"][i][regions[i]] == 1).numpy(),
+                msm_positions=np.flatnonzero(labels != -1),
+                msm_labels=labels[labels != -1],
+                mismatched=int(x["next_sentence_label"][i]),
+            )
+        )
     batch = pack(examples, CONFIG.feature_dim)
     batch.features = x["image_feat"][regions]
     return batch, tokens, regions
@@ -63,8 +81,8 @@ def check_answers(tensor_parallel):
     torch.testing.assert_close(output.itm_logits, expected["itm_scores"], **TOLERANCE)
     torch.testing.assert_close(output.mrm_logits, expected["region_scores"][with_summary][batch.mrm_positions], **TOLERANCE)
     columns = output.msm_logits.shape[1]
-    words = expected["text_scores"][tokens][batch.msm_positions][:, columns * state.tensor_rank:][:, :columns]
-    torch.testing.assert_close(output.msm_logits[:, :words.shape[1]], words, **TOLERANCE)
+    words = expected["text_scores"][tokens][batch.msm_positions][:, columns * state.tensor_rank :][:, :columns]
+    torch.testing.assert_close(output.msm_logits[:, : words.shape[1]], words, **TOLERANCE)
 
     task = PretrainingTask(group=state.tensor_group)
     loss, report = task.loss(output, batch, batch.target_counts())

@@ -22,8 +22,10 @@ def test_divergence_of_top_k_labels_equals_the_dense_one(k):
     logits = torch.randn(rows, classes) * 5
     ids = torch.stack([torch.randperm(classes)[:k] for _ in range(rows)])
     probs = torch.rand(rows, k + 1).softmax(1)[:, :k]
-    expected = [torch.nn.functional.kl_div(logits[i].double().log_softmax(0), dense_label(ids[i], probs[i], classes), reduction="sum")
-                for i in range(rows)]
+    expected = [
+        torch.nn.functional.kl_div(logits[i].double().log_softmax(0), dense_label(ids[i], probs[i], classes), reduction="sum")
+        for i in range(rows)
+    ]
     torch.testing.assert_close(soft_label_kl(logits, ids, probs), torch.stack(expected).float(), rtol=1e-5, atol=1e-5)
 
 
@@ -51,7 +53,13 @@ def test_the_hard_label_is_the_most_likely_class():
 
 def test_figures_of_a_report():
     values = PretrainingTask.metrics(torch.tensor([[6.0, 1.0, 4.0], [0.0, 0.0, 0.0], [3.0, 2.0, 2.0]]))
-    assert (values["msm_loss"], values["msm_accuracy"], values["mrm_loss"], values["itm_loss"], values["loss"]) == (1.5, 0.25, 0, 1.5, 3)
+    assert (values["msm_loss"], values["msm_accuracy"], values["mrm_loss"], values["itm_loss"], values["loss"]) == (
+        1.5,
+        0.25,
+        0,
+        1.5,
+        3,
+    )
 
 
 def brute_force_rank(scores, right):

@@ -25,13 +25,23 @@ def test_templates_hold_no_auto_after_merging(template):
     result = merge(config, 2)
     assert "auto" not in json.dumps(result)
     assert (result["train_micro_batch_size_per_gpu"], result["gradient_accumulation_steps"]) == (4, 2)
-    assert result["zero_optimization"]["stage"] == config.zero_stage == json.loads(template.read_text())["zero_optimization"]["stage"]
+    assert (
+        result["zero_optimization"]["stage"] == config.zero_stage == json.loads(template.read_text())["zero_optimization"]["stage"]
+    )
 
 
 def test_json_values_reach_the_run(tmp_path):
-    config, result = merged(tmp_path, {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 3, "gradient_clipping": 0.5,
-                                       "bf16": {"enabled": True}, "zero_optimization": {"stage": 2},
-                                       "optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "betas": [0.8, 0.9], "weight_decay": 0.1}}})
+    config, result = merged(
+        tmp_path,
+        {
+            "train_micro_batch_size_per_gpu": 8,
+            "gradient_accumulation_steps": 3,
+            "gradient_clipping": 0.5,
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": 2},
+            "optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "betas": [0.8, 0.9], "weight_decay": 0.1}},
+        },
+    )
     assert (config.micro_batch_size, config.global_batch_size, config.clip_grad) == (8, 48, 0.5)
     assert (config.bf16, config.zero_stage, config.lr, config.weight_decay) == (True, 2, 3e-4, 0.1)
     assert (config.adam_beta1, config.adam_beta2) == (0.8, 0.9)
@@ -39,20 +49,31 @@ def test_json_values_reach_the_run(tmp_path):
     assert "optimizer" not in result
 
 
-@pytest.mark.parametrize(("values", "flags", "message"), [
-    ({"zero_optimisation": {"stage": 2}}, [], "unknown DeepSpeed key 'zero_optimisation'; did you mean 'zero_optimization'"),
-    ({"zero_optimization": {"stge": 2}}, [], "unknown key 'stge' in 'zero_optimization'; did you mean 'stage'"),
-    ({"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}}, [], "unknown key 'devise' in 'zero_optimization.offload_optimizer'"),
-    ({"fp16": {"loss_scale_windo": 1}}, [], "did you mean 'loss_scale_window'"),
-    ({"scheduler": {"type": "WarmupLR"}}, [], "--lr-decay-style"),
-    ({"optimizer": {"type": "Lamb"}}, [], "optimizer type 'Lamb', expected 'AdamW'"),
-    ({"zero_optimization": {"stage": 2}}, ["--zero-stage", "1"], "--zero-stage is 1, but .* zero_optimization.stage = 2"),
-    ({"gradient_clipping": 0.1}, ["--clip_grad", "1.0"], "--clip-grad is 1.0, but .* gradient_clipping = 0.1"),
-    ({"optimizer": {"params": {"lr": 0.1}}}, ["--lr", "0.2"], "--lr is 0.2, but .* optimizer.params.lr = 0.1"),
-    ({"gradient_accumulation_steps": 4}, ["--micro-batch-size", "2", "--global-batch-size", "8"], "gradient_accumulation_steps is 4"),
-    ({"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4}, [], "--global-batch-size 10 is not a multiple of"),
-    ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, [], "--fp16 and --bf16 exclude each other"),
-])
+@pytest.mark.parametrize(
+    ("values", "flags", "message"),
+    [
+        ({"zero_optimisation": {"stage": 2}}, [], "unknown DeepSpeed key 'zero_optimisation'; did you mean 'zero_optimization'"),
+        ({"zero_optimization": {"stge": 2}}, [], "unknown key 'stge' in 'zero_optimization'; did you mean 'stage'"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+            [],
+            "unknown key 'devise' in 'zero_optimization.offload_optimizer'",
+        ),
+        ({"fp16": {"loss_scale_windo": 1}}, [], "did you mean 'loss_scale_window'"),
+        ({"scheduler": {"type": "WarmupLR"}}, [], "--lr-decay-style"),
+        ({"optimizer": {"type": "Lamb"}}, [], "optimizer type 'Lamb', expected 'AdamW'"),
+        ({"zero_optimization": {"stage": 2}}, ["--zero-stage", "1"], "--zero-stage is 1, but .* zero_optimization.stage = 2"),
+        ({"gradient_clipping": 0.1}, ["--clip_grad", "1.0"], "--clip-grad is 1.0, but .* gradient_clipping = 0.1"),
+        ({"optimizer": {"params": {"lr": 0.1}}}, ["--lr", "0.2"], "--lr is 0.2, but .* optimizer.params.lr = 0.1"),
+        (
+            {"gradient_accumulation_steps": 4},
+            ["--micro-batch-size", "2", "--global-batch-size", "8"],
+            "gradient_accumulation_steps is 4",
+        ),
+        ({"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4}, [], "--global-batch-size 10 is not a multiple of"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, [], "--fp16 and --bf16 exclude each other"),
+    ],
+)
 def test_conflicts_and_unknown_keys(tmp_path, values, flags, message):
     with pytest.raises(UsageError, match=message):
         merged(tmp_path, values, *flags)

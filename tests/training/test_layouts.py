@@ -32,8 +32,18 @@ LAYOUTS = {1: [1], 2: [1, 2], 4: [2]}  # processes -> tensor-parallel sizes
 
 
 def run_config(store, **changes):
-    config = RunConfig(model="tiny", data_path=str(store), global_batch_size=BATCH, micro_batch_size=BATCH, train_iters=STEPS,
-                       lr=1e-3, data_partitions=4, num_workers=0, clip_grad=1.0, dropout=False)
+    config = RunConfig(
+        model="tiny",
+        data_path=str(store),
+        global_batch_size=BATCH,
+        micro_batch_size=BATCH,
+        train_iters=STEPS,
+        lr=1e-3,
+        data_partitions=4,
+        num_workers=0,
+        clip_grad=1.0,
+        dropout=False,
+    )
     return dataclasses.replace(config, **changes)
 
 
@@ -134,9 +144,15 @@ def check_parameters_that_do_not_stay(store, expected):
     Path("zero3.json").write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')
     for tensor_parallel in {1, min(2, torch.distributed.get_world_size())}:
         state = ParallelState(tensor_parallel)
-        config = run_config(store, deepspeed_config="zero3.json", micro_batch_size=BATCH // state.data_size,
-                            tensor_model_parallel_size=tensor_parallel)
-        compare(train(config, state), expected, f"ZeRO-3 without persistence TP{tensor_parallel}", loss=1e-4, norm=1e-4, weight=2e-5)
+        config = run_config(
+            store,
+            deepspeed_config="zero3.json",
+            micro_batch_size=BATCH // state.data_size,
+            tensor_model_parallel_size=tensor_parallel,
+        )
+        compare(
+            train(config, state), expected, f"ZeRO-3 without persistence TP{tensor_parallel}", loss=1e-4, norm=1e-4, weight=2e-5
+        )
         recomputing = dataclasses.replace(config, recompute_activations=True)
         compare(train(recomputing, state), expected, "ZeRO-3 recomputing", loss=1e-4, norm=1e-4, weight=2e-5)
 
@@ -156,10 +172,20 @@ def check_bad_steps(store, state):
     """
     from megatron_interbert.training.engine import Engine
 
-    cases = [(stage, "fp32") for stage in range(4)] + [(stage, "bf16") for stage in (1, 2, 3)] + [(stage, "fp16") for stage in (1, 2, 3)]
+    cases = (
+        [(stage, "fp32") for stage in range(4)]
+        + [(stage, "bf16") for stage in (1, 2, 3)]
+        + [(stage, "fp16") for stage in (1, 2, 3)]
+    )
     for stage, precision in cases:
-        config = run_config(store, zero_stage=stage, micro_batch_size=BATCH // state.data_size,
-                            tensor_model_parallel_size=state.tensor_size, fp16=precision == "fp16", bf16=precision == "bf16")
+        config = run_config(
+            store,
+            zero_stage=stage,
+            micro_batch_size=BATCH // state.data_size,
+            tensor_model_parallel_size=state.tensor_size,
+            fp16=precision == "fp16",
+            bf16=precision == "bf16",
+        )
         streams = RandomStreams(config.seed, state.data_rank, state.tensor_rank)
         model, data, task = parts(config, state, streams)
         engine = Engine(model, config, state)
@@ -188,6 +214,7 @@ def check_bad_steps(store, state):
 
 def whole_weights(engine):
     import deepspeed
+
     flat = []
     for parameter in engine.model.parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=engine.config.zero_stage == 3):
@@ -198,13 +225,23 @@ def whole_weights(engine):
 def compare(result, expected, case, loss, norm, weight):
     # A gradient norm is compared where the reference does not cancel; relative throughout.
     for kind, tolerance in (("losses", loss), ("norms", norm)):
-        torch.testing.assert_close(torch.tensor(result[kind]), torch.tensor(expected[kind]).float(), rtol=tolerance, atol=1e-5,
-                                   msg=lambda m, k=kind: f"{case} {k}: {m}")
+        torch.testing.assert_close(
+            torch.tensor(result[kind]),
+            torch.tensor(expected[kind]).float(),
+            rtol=tolerance,
+            atol=1e-5,
+            msg=lambda m, k=kind: f"{case} {k}: {m}",
+        )
     if weight is None:
         return
     for name, tensor in expected["weights"].items():
-        torch.testing.assert_close(without_key_bias(name, result["weights"][name]), without_key_bias(name, tensor).float(),
-                                   rtol=1e-4, atol=weight, msg=lambda m, n=name: f"{case} {n}: {m}")
+        torch.testing.assert_close(
+            without_key_bias(name, result["weights"][name]),
+            without_key_bias(name, tensor).float(),
+            rtol=1e-4,
+            atol=weight,
+            msg=lambda m, n=name: f"{case} {n}: {m}",
+        )
 
 
 def without_key_bias(name, tensor):
@@ -214,8 +251,9 @@ def without_key_bias(name, tensor):
 
 def check_dropout(store, state):
     """With dropout, recomputed or not: the same losses, and replicated parameters bit-equal on tensor-parallel ranks."""
-    config = run_config(store, dropout=True, zero_stage=2, micro_batch_size=BATCH // state.data_size,
-                        tensor_model_parallel_size=state.tensor_size)
+    config = run_config(
+        store, dropout=True, zero_stage=2, micro_batch_size=BATCH // state.data_size, tensor_model_parallel_size=state.tensor_size
+    )
     plain = train(config, state)
     again = train(dataclasses.replace(config, recompute_activations=True), state)
     assert plain["losses"] == again["losses"], "recomputation must replay dropout exactly"

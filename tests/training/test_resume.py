@@ -12,8 +12,28 @@ import pytest
 from tests.corpus import write_store
 from tests.launching import deepspeed, launch, losses, pretrain, start
 
-FLAGS = ("--model", "tiny", "--train-iters", "14", "--micro-batch-size", "4", "--global-batch-size", "16", "--data-partitions", "8",
-         "--log-interval", "1", "--save-interval", "4", "--keep-last", "2", "--num-workers", "1", "--lr", "1e-3")
+FLAGS = (
+    "--model",
+    "tiny",
+    "--train-iters",
+    "14",
+    "--micro-batch-size",
+    "4",
+    "--global-batch-size",
+    "16",
+    "--data-partitions",
+    "8",
+    "--log-interval",
+    "1",
+    "--save-interval",
+    "4",
+    "--keep-last",
+    "2",
+    "--num-workers",
+    "1",
+    "--lr",
+    "1e-3",
+)
 
 
 @pytest.fixture(scope="module")
