@@ -28,9 +28,11 @@ def test_real_regions_are_learned_by_heart(tmp_path):
     assert code == 0, out + err
     assert "20 images (2 with whole class distributions), 0 without caption skipped, 59 captions, 14 boxes clipped" in out
     check_against_the_files(RegionStore(str(tmp_path / "real")))
-    flags = ("--model", "tiny", "--data-path", tmp_path / "real", "--language", "en", "--tensor-model-parallel-size", 2,
-             "--train-iters", 350, "--micro-batch-size", 32, "--data-partitions", 1, "--lr", "1.5e-3", "--no-dropout", "--log-interval", 25, "--save",
-             tmp_path / "run")  # fmt: skip
+    flags = (
+        "--model", "tiny", "--data-path", tmp_path / "real", "--language", "en", "--tensor-model-parallel-size", 2,
+        "--train-iters", 350, "--micro-batch-size", 32, "--data-partitions", 1, "--lr", "1.5e-3", "--no-dropout",
+        "--log-interval", 25, "--save", tmp_path / "run",
+    )  # fmt: skip
     code, out, err = launch(*deepspeed(2, *flags))
     assert code == 0, out + err
     figures = records(tmp_path / "run")
