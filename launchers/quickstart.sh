@@ -10,7 +10,7 @@ steps=${STEPS:-3000}
 run=runs/sample
 [ -f sample_corpus/test/manifest.json ] || python tools/make_sample.py --output sample_corpus
 
-deepspeed --num_gpus "${PROCESSES:-2}" launchers/pretrain.sh --model sample --data-path sample_corpus/train \
+deepspeed --log_level error --num_gpus "${PROCESSES:-2}" launchers/pretrain.sh --model sample --data-path sample_corpus/train \
   --valid-data-path sample_corpus/test --language en --train-iters "$steps" --micro-batch-size 32 --global-batch-size 64 \
   --lr 2e-3 --lr-warmup-fraction 0.05 --adam-beta2 0.98 --no-msm-on-mismatched --num-workers 0 \
   --save "$run" --save-interval 1000 --eval-interval 500 --log-interval 100

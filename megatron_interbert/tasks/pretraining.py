@@ -24,6 +24,13 @@ class PretrainingTask:
         self.weights = torch.tensor([float(name in objectives) for name in OBJECTIVES])
         self.group = group
 
+    report_shape = (len(OBJECTIVES), 3)
+
+    @staticmethod
+    def count_targets(batch: PackedBatch) -> torch.Tensor:
+        """float64 [3]: targets of MSM, MRM and ITM in a batch."""
+        return batch.target_counts()
+
     def loss(self, output: InterBertOutput, batch: PackedBatch, totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The summed losses of this batch over the step's target counts `totals` [3], as one scalar, and the report
         [3, 3] float32: rows msm, mrm, itm; columns sum of losses, right answers, targets."""
@@ -43,15 +50,21 @@ class PretrainingTask:
         return loss, torch.stack([sums.detach(), right.to(sums), batch.target_counts().to(sums)], dim=1)
 
     @staticmethod
-    def metrics(report: torch.Tensor) -> dict[str, float]:
-        """Named figures from a summed report [3, 3] (over batches, steps and ranks)."""
+    def metrics(report: torch.Tensor, steps: int = 1) -> dict[str, float]:
+        """Loss, accuracy and targets per step of each task from a summed report [3, 3]."""
         values = {"loss": 0.0}
         for name, (loss, right, targets) in zip(OBJECTIVES, report.double().tolist(), strict=True):
             values[f"{name}_loss"] = loss / max(targets, 1.0)
             values[f"{name}_accuracy"] = right / max(targets, 1.0)
-            values[f"{name}_targets"] = targets
+            values[f"{name}_targets"] = targets / steps
             values["loss"] += values[f"{name}_loss"]
         return values
+
+    @staticmethod
+    def line(values: dict[str, float]) -> str:
+        """`loss 9.1 | msm 5.5 (9.5 %) | ..`: each loss with its accuracy."""
+        parts = [f"{name} {values[f'{name}_loss']:.3f} ({100 * values[f'{name}_accuracy']:.1f} %)" for name in OBJECTIVES]
+        return " | ".join([f"loss {values['loss']:.4f}", *parts])
 
 
 def soft_label_kl(logits: torch.Tensor, class_ids: torch.Tensor, class_probs: torch.Tensor) -> torch.Tensor:

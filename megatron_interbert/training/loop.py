@@ -12,7 +12,7 @@ from megatron_interbert.errors import TrainingStopped
 from megatron_interbert.model.flops import training_flops
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.tasks.task import Task
 from megatron_interbert.training.checkpoint import Checkpoints, Progress
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.metrics import MetricsWriter, memory_gib, peak_tflops
@@ -25,7 +25,7 @@ class Trainer:
     def __init__(
         self,
         engine: Engine,
-        task: PretrainingTask,
+        task: Task,
         config: RunConfig,
         model_config: ModelConfig,
         *,
@@ -96,8 +96,8 @@ class Trainer:
         return [batch.to(self.device) for batch in batches]
 
     def count_targets(self, micro_batches: list[PackedBatch]) -> torch.Tensor:
-        """float64 [3]: targets of each loss in the whole step, over micro-batches and data-parallel ranks."""
-        counts = torch.stack([batch.target_counts() for batch in micro_batches]).sum(dim=0).to(self.device)
+        """float64 [losses]: targets of each loss in the whole step, over micro-batches and data-parallel ranks."""
+        counts = torch.stack([self.task.count_targets(batch) for batch in micro_batches]).sum(dim=0).to(self.device)
         return self.state.sum_over_data(counts)
 
     def note_bad_step(self, step: int) -> None:
@@ -123,7 +123,7 @@ class Trainer:
         seconds = time.monotonic() - self.window_started
         flops_per_second = float(work[0]) / seconds / self.state.world_size
         values = {
-            **self.task.metrics(report),
+            **self.task.metrics(report, self.steps_in_window),
             "learning_rate": self.rate,
             "grad_norm": self.grad_norm,
             "loss_scale": self.engine.loss_scale(),
@@ -135,15 +135,13 @@ class Trainer:
             "data_wait_share": self.data_wait / seconds,
             "memory_gib": memory_gib(self.device),
         }
-        for name in ("msm", "mrm", "itm"):
-            values[f"{name}_targets"] /= self.steps_in_window
         if self.peak:
             values["mfu"] = flops_per_second / 1e12 / self.peak
-        self.writer.write(self.progress.step, values)
+        self.writer.write(self.progress.step, values, self.task.line(values))
         self._start_window()
 
     def _start_window(self) -> None:
-        self.report = torch.zeros(3, 3, device=self.device)
+        self.report = torch.zeros(self.task.report_shape, device=self.device)
         self.flops, self.tokens, self.data_wait, self.steps_in_window, self.skipped = 0.0, 0, 0.0, 0, 0
         self.window_started = time.monotonic()
 
@@ -151,12 +149,13 @@ class Trainer:
     def evaluate(self) -> None:
         """Losses and accuracies on the validation store, dropout off; the same batches every time."""
         self.engine.deepspeed.eval()
-        report = torch.zeros(3, 3, device=self.device)
+        report = torch.zeros(self.task.report_shape, device=self.device)
         batches = self.evaluation()
         for _ in range(self.config.eval_iters):
             batch = next(batches).to(self.device)
             output = self.engine.forward(batch)
-            report += self.task.loss(output, batch, batch.target_counts())[1]
+            report += self.task.loss(output, batch, self.task.count_targets(batch))[1]
         self.engine.deepspeed.train()
-        self.writer.write(self.progress.step, self.task.metrics(self.state.sum_over_data(report)), prefix="valid")
+        values = self.task.metrics(self.state.sum_over_data(report))
+        self.writer.write(self.progress.step, values, self.task.line(values), prefix="valid")
         self.window_started = time.monotonic()

@@ -67,8 +67,8 @@ class MetricsWriter:
         if self.bar is not None:
             self.bar.update(steps)
 
-    def write(self, step: int, values: dict[str, float], prefix: str = "train") -> None:
-        """One record of named figures for a step."""
+    def write(self, step: int, values: dict[str, float], summary: str, prefix: str = "train") -> None:
+        """One record of named figures for a step; `summary` is the task's part of the line for people."""
         if not self.is_main:
             return
         if self.file is not None:
@@ -77,14 +77,10 @@ class MetricsWriter:
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(f"{prefix}/{name}", value, step)
-        line = self._line(step, values, prefix)
-        self.say(line)
+        self.say(self._line(step, values, summary, prefix))
 
-    def _line(self, step: int, values: dict[str, float], prefix: str) -> str:
-        parts = [f"{prefix} step {step}/{self.train_iters}", f"loss {values['loss']:.4f}"]
-        parts += [
-            f"{name} {values[f'{name}_loss']:.3f} ({100 * values[f'{name}_accuracy']:.1f} %)" for name in ("msm", "mrm", "itm")
-        ]
+    def _line(self, step: int, values: dict[str, float], summary: str, prefix: str) -> str:
+        parts = [f"{prefix} step {step}/{self.train_iters}", summary]
         if "learning_rate" in values:
             done = step - self.first_step
             remaining = (time.monotonic() - self.started) / max(done, 1) * (self.train_iters - step)

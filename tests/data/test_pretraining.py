@@ -186,3 +186,19 @@ def test_tokens_equal_transformers(name):
         expected = theirs(caption, add_special_tokens=False)["input_ids"]
         assert ours.encode(caption, 512).ids.tolist() == expected
         assert ours.unknown not in expected or name == "bert-base-uncased"
+
+
+def test_another_data_parallel_size_goes_on_with_the_same_global_batches(path):
+    """Sample ids of whole steps, from the loaders of 1, 2 and 4 ranks, all after the same consumed samples."""
+
+    def ids(ranks, micro):
+        config_changes = {"num_workers": 0, "seed": 9}
+        streams = []
+        for rank in range(ranks):
+            data = dataset(path, **config_changes)
+            data.config.micro_batch_size = micro
+            streams.append(iter(BatchStream(data, 24, 8, rank, ranks)))
+        passes = 8 // (micro * ranks)
+        return [sorted(i for stream in streams for _ in range(passes) for i in next(stream).sample_ids.tolist()) for _ in range(20)]
+
+    assert ids(1, 8) == ids(2, 2) == ids(4, 2) == ids(8, 1)
