@@ -5,6 +5,10 @@ stamp=$VENV/.installed
 wanted=$(cat requirements.txt setup.py | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   echo "installing the pinned versions into $VENV (a few minutes, once)"
+  if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$VENV")" ]; then
+    echo "error: VENV=$VENV holds something that is no virtual environment; choose another folder" >&2
+    exit 2
+  fi
   rm -rf "$VENV"
   python3 -m venv "$VENV"
   export PIP_DISABLE_PIP_VERSION_CHECK=1

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . launchers/environment.sh
 
-steps=${STEPS:-3000}
+steps=${STEPS:-5000}
 run=runs/sample
 [ -f sample_corpus/test/manifest.json ] || python tools/make_sample.py --output sample_corpus
 

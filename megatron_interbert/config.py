@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
@@ -178,12 +178,15 @@ class RunConfig:
         """UsageError for values that contradict each other or have no meaning."""
         if self.fp16 and self.bf16:
             raise UsageError("--fp16 and --bf16 exclude each other; give one")
-        if self.bf16 and self.zero_stage == 0 and self.tensor_model_parallel_size > 1:
+        if (self.fp16 or self.bf16) and self.zero_stage == 0:
             raise UsageError(
-                "--bf16 with --tensor-model-parallel-size > 1 needs --zero-stage 1 or higher"
-                " (DeepSpeed's stage 0 computes a wrong gradient norm there)"
+                f"--{'fp16' if self.fp16 else 'bf16'} needs --zero-stage 1 or higher: DeepSpeed's stage 0 takes one optimizer step too"
+                " many in half precision, and its gradient norm is wrong there under tensor parallelism"
             )
-        for name in ("train_iters", "micro_batch_size", "max_regions", "data_partitions", "tensor_model_parallel_size"):
+        if self.eval_interval and not self.valid_data_path:
+            raise UsageError("--eval-interval needs --valid-data-path, the region store to evaluate on")
+        positive = "train_iters micro_batch_size max_regions data_partitions tensor_model_parallel_size log_interval eval_iters"
+        for name in positive.split():
             if getattr(self, name) < 1:
                 raise UsageError(f"{flag(name)} is {getattr(self, name)}, expected 1 or more")
         if self.max_tokens < 3:
@@ -256,7 +259,7 @@ def read_yaml(config_class: type, path: str) -> dict[str, Any]:
         kind = entries[name].type
         if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
             value = to_float(value, path, name)  # YAML 1.1 reads 1e-4 as a string
-        if not isinstance(value, get_args(kind) or kind) or (kind is int and isinstance(value, bool)):
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise UsageError(f"{path}: '{key}' is {value!r}, expected {kind.__name__}")
         choices = entries[name].metadata["choices"]
         if choices and value not in choices:

@@ -10,20 +10,22 @@ class UsageError(ValueError):
 
 
 class TrainingStopped(RuntimeError):
-    """Work that began well and cannot go on (losses stay non-finite, disk full). Exit code 1."""
+    """Work that began well and cannot go on (gradients stay non-finite, a checkpoint cannot be written). Exit code 1."""
 
 
 def run_entry(main: Callable[[], None]) -> None:
     """Run an entry point; our own errors become one line on stderr and exit code 2 (wrong use) or 1 (failed work).
 
-    Every rank exits, but only the ranks that fail alone speak: the same error on all ranks is printed once, by rank 0,
-    unless it carries `local = True` (a bad record that one rank alone has read).
+    Every rank exits. The same error on all ranks is printed once on each machine, by its first rank, unless it carries
+    `local = True` (a bad record that one rank alone has read).
     """
     try:
         main()
     except (UsageError, TrainingStopped) as error:
-        if int(os.environ.get("RANK", "0")) == 0 or getattr(error, "local", False):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 or os.environ.get("LOCAL_RANK") == "0" or getattr(error, "local", False):
+            where = f" (rank {rank})" if rank else ""
+            print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         # Not sys.exit: destructors of process groups and loader workers may wait for ranks that are already gone.
         sys.stdout.flush()
         os._exit(2 if isinstance(error, UsageError) else 1)

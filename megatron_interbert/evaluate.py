@@ -33,7 +33,7 @@ class EvaluateConfig:
     load: str = option("", "checkpoint folder (global_stepN), or a run's folder: its newest checkpoint")
     data_path: str = option("sample_corpus/test", "region store to evaluate on")
     vocab_file: str = option("", "WordPiece vocabulary; default: vocab.txt in the region store")
-    output: str = option("", "folder for result.json and result.html; default: LOAD/evaluation/retrieval")
+    output: str = option("", "folder for result.json and result.html; default: evaluation/retrieval in the run's folder")
     zero_shot: bool = option(False, "label the result as zero-shot: the pretrained matching head, no finetuning")
     language: str = option("", "only captions of this language tag; default: all")
     max_images: int = option(0, "only the first images of the store; 0: all")
@@ -69,6 +69,10 @@ def evaluate_retrieval(config: EvaluateConfig) -> dict[str, Any]:
     if manifest["data"]["vocabulary"] != file_sha256(tokenizer.vocab_file):
         raise UsageError(f"{tokenizer.vocab_file}: not the vocabulary of {config.load}; give that one by --vocab-file")
 
+    if config.max_tokens > model_config.max_position_embeddings:
+        raise UsageError(
+            f"--max-tokens {config.max_tokens} is more than the model's {model_config.max_position_embeddings} positions"
+        )
     captions = trainable_captions(store, config.language)
     if config.max_images:
         captions = captions[store.caption_image[captions] < config.max_images]
@@ -104,7 +108,9 @@ def evaluate_retrieval(config: EvaluateConfig) -> dict[str, Any]:
         "ties": "a wrong candidate with an equal score ranks before the right one",
         "language": config.language or "all",
     }
-    output = Path(config.output or Path(config.load) / "evaluation" / "retrieval")
+    loaded = Path(config.load)
+    run = loaded.parent if (loaded / MANIFEST).is_file() else loaded  # never into a checkpoint's own folder
+    output = Path(config.output) if config.output else run / "evaluation" / "retrieval"
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "result.json", result)
     photos = Path(config.image_folder) if config.image_folder else None

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from megatron_interbert.config import RunConfig, option, parse
 from megatron_interbert.data.order import check_partitions
 from megatron_interbert.data.pretraining import PretrainingSet
-from megatron_interbert.data.store import RegionStore, repair_boxes
+from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.kernels.choice import choose_kernels
 from megatron_interbert.model.initialise import initialise
@@ -84,7 +84,7 @@ def check_data(config: PreflightConfig) -> str:
     notes = [
         f"{store.num_images} images, {store.num_captions} captions, {len(store.shards)} shards, vocabulary {tokenizer.vocab_size}",
         f"{unknown} [UNK] in the first {min(1000, store.num_captions)} captions",
-        f"{dataset.order.epoch_length // config.global_batch_size} steps an epoch",
+        f"{dataset.order.epoch_length / (config.global_batch_size or config.micro_batch_size):.0f} steps an epoch",
     ]
     if not config.fast:
         store.verify_hashes()
@@ -94,11 +94,9 @@ def check_data(config: PreflightConfig) -> str:
 
 def count_repaired(store: RegionStore) -> int:
     """Boxes that reach outside their image or are inverted; reads, and so checks, every record."""
-    total = 0
     for index in tqdm(range(store.num_images), desc="records", unit="image", unit_scale=True, mininterval=1.0, leave=False):
-        regions = store.read(index)
-        total += repair_boxes(regions.boxes, regions.size)[1]
-    return total + store.manifest.get("repaired_boxes", 0)
+        store.read(index)
+    return store.repaired_boxes + store.manifest.get("repaired_boxes", 0)
 
 
 def check_disk(config: PreflightConfig) -> str:
@@ -150,7 +148,7 @@ def check_step(config: PreflightConfig) -> str:
             f"the first step is not finite (loss {loss.item()}, gradients {bad[:3]}); check the data with --strict-boxes,"
             " lower --lr or use --bf16"
         )
-    values = PretrainingTask.metrics(report)
+    values = PretrainingTask().metrics(report)
     return f"losses msm {values['msm_loss']:.3f}, mrm {values['mrm_loss']:.3f}, itm {values['itm_loss']:.3f}; all gradients finite"
 
 
@@ -171,6 +169,10 @@ def run() -> None:
         except UsageError as error:
             failed.append(name)
             print(f"FAILED  {name:<12} {error}", flush=True)
+        except (RuntimeError, ImportError, OSError) as error:  # out of memory, a missing package: still one line for each check
+            failed.append(name)
+            text = str(error).splitlines()[0] if str(error) else ""
+            print(f"FAILED  {name:<12} {type(error).__name__}: {text}; for memory lower --micro-batch-size", flush=True)
     if failed:
         raise UsageError(f"preflight: {', '.join(failed)} failed; see the lines above")
     print("ready")

@@ -131,4 +131,4 @@ def test_preflight_says_what_is_wrong_and_how_to_mend_it(store, tmp_path):
     assert code == 2
     assert "FAILED  batch" in out
     assert "sha256 differs" in out
-    assert "preflight: batch, data failed" in err
+    assert "preflight: batch, data" in err

@@ -29,7 +29,7 @@ def read_captions(path: str) -> dict[str, list[tuple[str, str]]]:
     for number, line in enumerate(read_text(path, "--captions").splitlines(), 1):
         try:
             record = json.loads(line)
-            captions.setdefault(record["image_id"], []).append((record["caption"], record.get("lang", "")))
+            captions.setdefault(str(record["image_id"]), []).append((record["caption"], record.get("lang", "")))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UsageError(f"{path}: line {number} is not a caption record with image_id and caption ({error})") from error
     return captions
@@ -106,6 +106,10 @@ def run() -> None:
                 continue
             writer.add(regions, captions[regions.image_id])
             whole += dense
+        if skipped == len(files):
+            raise UsageError(
+                f"none of the {len(files)} images of {options.npz} has a caption in {options.captions}: image_id differs"
+            )
         writer.manifest["images_with_whole_distributions"] = whole
     print(
         f"{options.output}: {len(files) - skipped} images ({whole} with whole class distributions), {skipped} without caption skipped,"

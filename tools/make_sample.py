@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_interbert.data.store import Regions
+from megatron_interbert.config import read_json
+from megatron_interbert.data.store import MANIFEST, Regions
 from megatron_interbert.data.store_writer import RegionStoreWriter
 from megatron_interbert.errors import UsageError, run_entry
 
@@ -204,10 +205,14 @@ def vocabulary() -> list[str]:
 def write_split(world: World, folder: Path, split: str, scenes: int, seed: int) -> None:
     """One region store of generated scenes, with its vocabulary beside."""
     tag = {"train": 1, "test": 2}[split]
-    path = folder / split
-    shutil.rmtree(path, ignore_errors=True)  # generated anew each time
+    path, beside = folder / split, folder / f"{split}.new"
+    if path.exists() and not (path / MANIFEST).is_file():
+        raise UsageError(f"{path}: exists and is no sample corpus; choose another --output")
+    if path.exists() and not read_json(path / MANIFEST, str(path)).get("generated"):
+        raise UsageError(f"{path}: holds a region store that was not generated; choose another --output")
+    shutil.rmtree(beside, ignore_errors=True)
     with RegionStoreWriter(
-        path,
+        beside,
         feature_dim=FEATURES,
         num_classes=len(NAMES) + 1,
         class_names=["background", *NAMES],
@@ -219,6 +224,8 @@ def write_split(world: World, folder: Path, split: str, scenes: int, seed: int) 
     ) as writer:
         for number in tqdm(range(scenes), desc=f"{split} scenes", unit="scene", mininterval=1.0):
             writer.add(*world.scene(np.random.default_rng([seed, tag, number]), f"{split}-{number:06d}"))
+    shutil.rmtree(path, ignore_errors=True)
+    beside.rename(path)
 
 
 def run() -> None:

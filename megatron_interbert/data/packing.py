@@ -46,7 +46,7 @@ class PackedBatch:
     image_index: torch.Tensor  # [Ni] where the image tokens stand in the joint order
     features: torch.Tensor  # [R, F]
     region_rows: torch.Tensor  # [R] image token of each region
-    region_sample: torch.Tensor  # [R] which image of the batch the region belongs to, counting samples with one
+    region_counts: torch.Tensor  # [B with image] regions of each image
     summary_rows: torch.Tensor  # [B with image] image token that is [IMG]
     locations: torch.Tensor  # [Ni, 5] x1/W, y1/H, x2/W, y2/H, area share; [IMG] is (0,0,1,1,1)
     hidden_regions: torch.Tensor  # [hidden] regions whose features are zeroed
@@ -124,7 +124,7 @@ def pack(examples: Sequence[Example], feature_dim: int) -> PackedBatch:
         image_index=torch.from_numpy(image_index),
         features=_join([e.features for e in pictured], np.float16, (feature_dim,)),
         region_rows=torch.from_numpy(region_rows),
-        region_sample=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
+        region_counts=torch.from_numpy(counts),
         summary_rows=torch.from_numpy(summary_rows),
         locations=_join([part for e in pictured for part in (FULL_IMAGE, e.locations)], np.float32, (5,)),
         hidden_regions=torch.from_numpy(np.flatnonzero(hidden)),

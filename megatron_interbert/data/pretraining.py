@@ -34,8 +34,9 @@ class PretrainingSet(Dataset):
     def __init__(self, store: RegionStore, tokenizer: CaptionTokenizer, config: RunConfig) -> None:
         self.store, self.tokenizer, self.config = store, tokenizer, config
         self.order = SampleOrder(trainable_captions(store, config.language), config.data_partitions, config.seed)
-        if (store.caption_image == store.caption_image[0]).all():
-            raise UsageError(f"{store.path}: all captions belong to one image, so no mismatched pair can be drawn")
+        images = store.caption_image[self.order.samples]
+        if (images == images[0]).all():
+            raise UsageError(f"{store.path}: all captions to train on belong to one image, so no mismatched pair can be drawn")
         self.has_hard_negatives = store.hard_negatives() is not None
         self._hard_negatives: np.ndarray | None = None
 
@@ -82,8 +83,10 @@ class PretrainingSet(Dataset):
             if self._hard_negatives is None:
                 self._hard_negatives = self.store.hard_negatives()
             candidates = self._hard_negatives[sample]
-            candidates = candidates[(candidates >= 0)]
+            candidates = candidates[candidates >= 0]
             candidates = candidates[self.store.caption_image[candidates] != image]
+            if self.config.language:
+                candidates = candidates[np.isin(candidates, self.order.samples)]
             if len(candidates):
                 return int(candidates[random.integer(len(candidates))])
         while True:

@@ -27,12 +27,9 @@ BOXES_AND_LABELS = {"image_features": np.float16, "image_bb": np.float32, "class
 
 @dataclass
 class Regions:
-    """One image: features [R, F] float16, boxes [R, 4] pixels x1 y1 x2 y2, size (w, h), soft labels [R, k].
+    """One image: features [R, F] float16, boxes [R, 4] pixels x1 y1 x2 y2, size (w, h), soft labels [R, k]."""
 
-    `image_id` is its name when it is written and its number in the store when it was read (`RegionStore.image_id` has the name).
-    """
-
-    image_id: str | int
+    image_id: str
     size: tuple[float, float]
     features: np.ndarray
     boxes: np.ndarray
@@ -45,6 +42,22 @@ def repair_boxes(boxes: np.ndarray, size: tuple[float, float]) -> tuple[np.ndarr
     fixed = np.concatenate([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])], axis=1)
     np.clip(fixed, 0, np.array([*size, *size], dtype=fixed.dtype), out=fixed)
     return fixed, int((fixed != boxes).any(axis=1).sum())
+
+
+def record_problem(regions: Regions, num_classes: int) -> str | None:
+    """What makes a record unusable, or None. Boxes outside the image are not a problem here: they can be repaired."""
+    if has_non_finite(regions.features):
+        return "features hold NaN or infinity, or values beyond float16; extract it again or drop it"
+    if not np.isfinite(regions.boxes).all():
+        return "boxes hold NaN or infinity; extract it again or drop it"
+    if not (np.isfinite(regions.size).all() and min(regions.size) > 0):
+        return f"image size is {regions.size}, expected width and height above 0"
+    low, high = regions.class_ids.min(), regions.class_ids.max()
+    if low < 0 or high >= num_classes:
+        return f"class ids {low} to {high}, expected 0 to {num_classes - 1}"
+    if not ((regions.class_probs >= 0).all() and (regions.class_probs.sum(axis=1) <= 1.001).all()):
+        return "class_probs are no probabilities (negative, NaN, or more than 1 in sum)"
+    return None
 
 
 def has_non_finite(features: np.ndarray) -> bool:
@@ -95,7 +108,7 @@ class OpenShard:
         expected = (shard["images"], shard["regions"], shard["captions"])
         if found != expected:
             raise UsageError(f"{path}: {found} images, regions, captions; {MANIFEST} says {expected}")
-        self.ranges, self.sizes, self.ids = file["pos_boxes"][:], file["image_sizes"][:], file["image_ids"].asstr()
+        self.ranges, self.sizes, self.ids = file["pos_boxes"][:], file["image_sizes"][:], file["image_ids"].asstr()[:]
         if len(self.ranges) and (self.ranges.max() > rows or self.ranges.min() < 0):
             raise UsageError(f"{path}: pos_boxes points beyond the {rows} rows of image_features")
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -113,6 +126,7 @@ class RegionStore:
     def __init__(self, path: str, strict_boxes: bool = False) -> None:
         self.path = Path(path)
         self.strict_boxes = strict_boxes
+        self.repaired_boxes = 0  # boxes that this process has clipped while reading
         if not (self.path / MANIFEST).is_file():
             raise UsageError(
                 f"--data-path {path}: no {MANIFEST} there, expected a region store;"
@@ -246,21 +260,19 @@ class RegionStore:
             arrays = {name: column.read(start, stop) for name, column in shard.columns.items()}
         except OSError as error:
             raise UsageError(f"{where} cannot be read ({error}); restore the shard") from error
-        where, size = f"{where} ({{}})", (float(shard.sizes[row, 0]), float(shard.sizes[row, 1]))
-        if has_non_finite(arrays["image_features"]):
-            raise UsageError(f"{where.format(shard.ids[row])}: features hold NaN or infinity; extract it again or drop it")
-        labels = arrays["class_ids"]
-        if labels.min() < 0 or labels.max() >= self.num_classes:
-            raise UsageError(
-                f"{where.format(shard.ids[row])}: class ids {labels.min()} to {labels.max()},"
-                f" expected 0 to {self.num_classes - 1}; rebuild the store"
-            )
-        boxes, repaired = repair_boxes(arrays["image_bb"], size)
+        size = (float(shard.sizes[row, 0]), float(shard.sizes[row, 1]))
+        labels = (arrays["class_ids"], arrays["class_probs"])
+        regions = Regions(shard.ids[row], size, arrays["image_features"], arrays["image_bb"], *labels)
+        problem = record_problem(regions, self.num_classes)
+        if problem:
+            raise UsageError(f"{where} ({regions.image_id}): {problem}")
+        regions.boxes, repaired = repair_boxes(regions.boxes, size)
         if repaired and self.strict_boxes:
             raise UsageError(
-                f"{where.format(shard.ids[row])}: {repaired} boxes outside the image or inverted; drop --strict-boxes to clip them"
+                f"{where} ({regions.image_id}): {repaired} boxes outside the image or inverted; drop --strict-boxes to clip them"
             )
-        return Regions(index, size, arrays["image_features"], boxes, labels, arrays["class_probs"])
+        self.repaired_boxes += repaired
+        return regions
 
 
 def _map(path: Path, dataset: h5py.Dataset) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Writing a region store: shards in a folder beside the target, which appears whole or not at all."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from megatron_interbert.data.store import (
     VOCABULARY,
     Regions,
     file_sha256,
-    has_non_finite,
+    record_problem,
     repair_boxes,
 )
 from megatron_interbert.errors import UsageError
@@ -92,13 +93,13 @@ class RegionStoreWriter:
                 raise UsageError(f"image {regions.image_id}: {name} has shape {getattr(regions, name).shape}, expected {shape}")
         if rows == 0:
             raise UsageError(f"image {regions.image_id}: no regions")
-        with np.errstate(over="ignore"):
-            regions.features = regions.features.astype(np.float16)
-        if has_non_finite(regions.features):
-            raise UsageError(f"image {regions.image_id}: features hold NaN, infinity or values beyond float16")
-        if regions.class_ids.min() < 0 or regions.class_ids.max() >= self.manifest["num_classes"]:
-            raise UsageError(f"image {regions.image_id}: class id outside 0 to {self.manifest['num_classes'] - 1}")
-        regions.boxes, repaired = repair_boxes(np.asarray(regions.boxes, dtype=np.float32), regions.size)
+        with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite and is refused
+            boxes = np.asarray(regions.boxes, dtype=np.float32)
+            regions = dataclasses.replace(regions, features=regions.features.astype(np.float16), boxes=boxes)
+        problem = record_problem(regions, self.manifest["num_classes"])
+        if problem:
+            raise UsageError(f"image {regions.image_id}: {problem}")
+        regions.boxes, repaired = repair_boxes(boxes, regions.size)
         if repaired and self.strict_boxes:
             raise UsageError(f"image {regions.image_id}: {repaired} boxes outside the image or inverted")
         self.manifest["repaired_boxes"] += repaired

@@ -24,19 +24,21 @@ class Kernels:
         )
 
 
-def choose_kernels(name: str, device: torch.device) -> Kernels:
-    """Kernels for `--kernels auto|torch|triton|apex` on a device; UsageError when the choice cannot run there."""
+def choose_kernels(name: str, device: torch.device, attention_dropout: bool = False) -> Kernels:
+    """Kernels for `--kernels auto|torch|triton|apex` on a device; UsageError when the choice cannot run there.
+
+    Variable-length flash attention has no dropout: with `attention_dropout` (training) padded SDPA takes its place.
+    """
     on_gpu = device.type == "cuda"
+    packed_attention = attention.varlen_flash if on_gpu and not attention_dropout else attention.padded_sdpa
     if name == "torch" or (name == "auto" and not on_gpu):
         return Kernels()
     if name == "apex":
         from megatron_interbert.kernels import apex_adapters
 
-        return Kernels(
-            attention.varlen_flash if on_gpu else attention.padded_sdpa, plain.bias_gelu, apex_adapters.load_dropout_add_norm()
-        )
+        return Kernels(packed_attention, plain.bias_gelu, apex_adapters.load_dropout_add_norm())
     from megatron_interbert.kernels import triton_ops
 
     if not (on_gpu or triton_ops.interpreted()):
         raise UsageError("--kernels triton needs a GPU (or TRITON_INTERPRET=1 to check the kernels on a CPU); use --kernels torch")
-    return Kernels(attention.varlen_flash if on_gpu else attention.padded_sdpa, triton_ops.bias_gelu, triton_ops.dropout_add_norm)
+    return Kernels(packed_attention, triton_ops.bias_gelu, triton_ops.dropout_add_norm)

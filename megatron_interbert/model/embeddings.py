@@ -48,9 +48,7 @@ class ImageEmbedding(nn.Module):
 def image_features(batch: PackedBatch) -> torch.Tensor:
     """float32 [Ni, F]: the features of all image tokens, [IMG] included, with hidden regions zeroed."""
     regions = batch.features.float().index_fill(0, batch.hidden_regions, 0.0)
-    images = len(batch.summary_rows)
-    totals = regions.new_zeros(images, regions.shape[1]).index_add_(0, batch.region_sample, regions)
-    counts = torch.bincount(batch.region_sample, minlength=images).clamp(min=1)
+    means = torch.segment_reduce(regions, "mean", lengths=batch.region_counts)  # no atomics: the same bits on every rank
     result = regions.new_empty(len(batch.locations), regions.shape[1])
-    result.index_copy_(0, batch.summary_rows, totals / counts[:, None])
+    result.index_copy_(0, batch.summary_rows, means)
     return result.index_copy_(0, batch.region_rows, regions)

@@ -107,9 +107,7 @@ def read_launch_environment() -> None:
         return
     if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         if "MASTER_ADDR" not in env:
-            raise UsageError(
-                "started by srun without MASTER_ADDR; use launchers/pretrain.sbatch, or export MASTER_ADDR and MASTER_PORT"
-            )
+            raise UsageError("started by srun without MASTER_ADDR; export MASTER_ADDR (the first node) and MASTER_PORT")
         env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env.get("SLURM_LOCALID", "0"))
         env.setdefault("MASTER_PORT", "29500")
         return

@@ -21,7 +21,7 @@ class PretrainingTask:
     """Loss and report of a batch; `objectives` are the losses that are trained on, all three are always reported."""
 
     def __init__(self, objectives: Sequence[str] = OBJECTIVES, group: dist.ProcessGroup | None = None) -> None:
-        self.weights = torch.tensor([float(name in objectives) for name in OBJECTIVES])
+        self.trained = torch.tensor([name in objectives for name in OBJECTIVES])
         self.group = group
 
     report_shape = (len(OBJECTIVES), 3)
@@ -39,7 +39,8 @@ class PretrainingTask:
         matches = F.cross_entropy(output.itm_logits, batch.mismatched, reduction="none")
         sums = torch.stack([words.sum(), regions.sum(), matches.sum()])
         # A batch without targets of a kind gives 0 / 1, never NaN, and still a gradient of zeros for its head.
-        loss = (sums * self.weights.to(sums) / totals.to(sums).clamp(min=1.0)).sum()
+        wanted = torch.where(self.trained.to(sums.device), sums, 0.0)
+        loss = (wanted / totals.to(sums).clamp(min=1.0)).sum()
         right = torch.stack(
             [
                 (vocab_parallel_argmax(output.msm_logits, self.group) == batch.msm_labels).sum(),
@@ -49,15 +50,14 @@ class PretrainingTask:
         )
         return loss, torch.stack([sums.detach(), right.to(sums), batch.target_counts().to(sums)], dim=1)
 
-    @staticmethod
-    def metrics(report: torch.Tensor, steps: int = 1) -> dict[str, float]:
-        """Loss, accuracy and targets per step of each task from a summed report [3, 3]."""
+    def metrics(self, report: torch.Tensor, steps: int = 1) -> dict[str, float]:
+        """Loss, accuracy and targets per step of each task from a summed report [3, 3]; `loss` sums those trained on."""
         values = {"loss": 0.0}
-        for name, (loss, right, targets) in zip(OBJECTIVES, report.double().tolist(), strict=True):
+        for name, (loss, right, targets), trained in zip(OBJECTIVES, report.double().tolist(), self.trained.tolist(), strict=True):
             values[f"{name}_loss"] = loss / max(targets, 1.0)
             values[f"{name}_accuracy"] = right / max(targets, 1.0)
             values[f"{name}_targets"] = targets / steps
-            values["loss"] += values[f"{name}_loss"]
+            values["loss"] += values[f"{name}_loss"] if trained else 0.0
         return values
 
     @staticmethod

@@ -12,6 +12,7 @@ import torch
 from megatron_interbert.data.packing import Example, normalised_locations, pack
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.data.text import CaptionTokenizer
+from megatron_interbert.errors import UsageError
 from megatron_interbert.model.interbert import InterBert
 
 
@@ -77,6 +78,8 @@ def ranks(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
 
     scores [queries, candidates]; right [queries, candidates] bool, at least one per query. Equal wrong scores rank before.
     """
+    if not np.isfinite(scores).all():
+        raise UsageError("the model gives scores that are not finite, so nothing can be ranked; evaluate another checkpoint")
     best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
     return 1 + ((scores >= best) & ~right).sum(axis=1)
 

@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,18 @@ from safetensors.torch import load_file, save_file
 from megatron_interbert import __version__
 from megatron_interbert.config import ModelConfig, RunConfig, model_config_from_dict
 from megatron_interbert.data.store import file_sha256
-from megatron_interbert.errors import UsageError
+from megatron_interbert.errors import TrainingStopped, UsageError
 from megatron_interbert.model.partition import unshard_state
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.engine import Engine
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+# Settings on which the samples and losses of a step depend: a resumed run must have the same.
+SAME_SAMPLES = (
+    *("seed", "data_partitions", "masking", "language", "msm_on_mismatched", "hard_negatives", "max_regions", "max_tokens"),
+    *("objectives", "dropout"),
+)
 POINTER, MEGATRON_POINTER = "latest", "latest_checkpointed_iteration.txt"
 
 
@@ -50,28 +56,48 @@ class Checkpoints:
         self.config, self.model_config, self.state, self.data = config, model_config, state, data
 
     def save(self, engine: Engine, progress: Progress) -> Path:
-        """Write `global_stepN` atomically and prune old ones; the path. All ranks take part."""
+        """Write `global_stepN` atomically and prune old ones; the path. All ranks take part.
+
+        TrainingStopped when this rank cannot write (a full disk); the checkpoint before stays whole.
+        """
         folder = Path(self.config.save)
         final = folder / f"global_step{progress.step}"
         work = folder / f".{final.name}.partial"
+        try:
+            self._write(engine, progress, work)
+            if self.state.is_main:
+                self._publish(work, final, progress)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap a full disk in their own
+            shutil.rmtree(work, ignore_errors=True)
+            stopped = TrainingStopped(f"{final}: the checkpoint cannot be written ({error}); make room in {folder} and start again")
+            stopped.local = True
+            raise stopped from error
+        self.state.barrier()
+        return final
+
+    def _write(self, engine: Engine, progress: Progress, work: Path) -> None:
         if self.state.is_main:
             shutil.rmtree(work, ignore_errors=True)
-            folder.mkdir(parents=True, exist_ok=True)
+            work.parent.mkdir(parents=True, exist_ok=True)
         self.state.barrier()
-        engine.deepspeed.save_checkpoint(str(folder), tag=work.name, client_state=dataclasses.asdict(progress), save_latest=False)
+        engine.deepspeed.save_checkpoint(
+            str(work.parent), tag=work.name, client_state=dataclasses.asdict(progress), save_latest=False
+        )
         save_weights(engine, work, self.state)
         self.state.barrier()
         hashes = self._hash_files(work)
         if self.state.is_main:
             write_json(work / MANIFEST, self._manifest(engine, progress, hashes))
-            shutil.rmtree(final, ignore_errors=True)
-            os.rename(work, final)
-            flush_folder(folder)
-            write_text(folder / POINTER, final.name)
-            write_text(folder / MEGATRON_POINTER, str(progress.step))
-            self._prune(folder)
-        self.state.barrier()
-        return final
+
+    def _publish(self, work: Path, final: Path, progress: Progress) -> None:
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(work, final)
+        flush_folder(final.parent)
+        write_text(final.parent / POINTER, final.name)
+        write_text(final.parent / MEGATRON_POINTER, str(progress.step))
+        if self.config.keep_last:
+            for old in complete_checkpoints(final.parent)[self.config.keep_last :]:
+                shutil.rmtree(old)
 
     def _hash_files(self, folder: Path) -> dict[str, dict[str, Any]]:
         """Each rank flushes and hashes its share of the files; rank 0 gets all."""
@@ -111,70 +137,75 @@ class Checkpoints:
             "files": hashes,
         }
 
-    def _prune(self, folder: Path) -> None:
-        if self.config.keep_last:
-            for old in complete_checkpoints(folder)[self.config.keep_last :]:
-                shutil.rmtree(old)
-
-    def wait(self) -> None:
-        """Finish what is being written. Saving is synchronous, so there is nothing to wait for yet."""
-
     def find(self) -> Path | None:
-        """The newest good checkpoint to resume from, by --resume; None to start anew. Rank 0 looks and verifies."""
+        """The newest good checkpoint to resume from, of --save, else of --load; None to start anew.
+
+        Every rank hashes its share of the files. A damaged checkpoint of --save is set aside under another name, so that
+        nothing counts it again.
+        """
         config = self.config
-        folder = Path(config.load or config.save)
-        if config.resume == "never" or not (config.load or config.save):
-            if config.resume == "must":
-                raise UsageError("--resume must: give --save or --load, the folder of the checkpoints")
+        own = Path(config.save) if config.save else None
+        if config.resume == "never":
+            if own and complete_checkpoints(own):
+                raise UsageError(f"--resume never: {own} holds checkpoints; choose another --save, or give --resume auto to go on")
             return None
-        found: list[str | None] = [None]
-        if self.state.is_main:
-            for candidate in complete_checkpoints(folder):
-                problem = verify(candidate)
+        for folder in (own, Path(config.load) if config.load else None):
+            for candidate in complete_checkpoints(folder) if folder else []:
+                problem = self._verify_together(candidate)
                 if problem is None:
-                    found = [str(candidate)]
-                    break
-                print(f"checkpoint {candidate} is damaged ({problem}); trying the one before it", flush=True)
-        if self.state.world_size > 1:
-            dist.broadcast_object_list(found, src=0)
-        if found[0] is None:
-            if config.resume == "must":
-                raise UsageError(f"--resume must: no complete checkpoint in {folder}; use --resume auto to start anew")
-            if config.load:
-                raise UsageError(f"--load {config.load}: no complete checkpoint there")
-            return None
-        return Path(found[0])
+                    return candidate
+                if self.state.is_main:
+                    print(f"checkpoint {candidate} is damaged ({problem}); trying the one before it", flush=True)
+                    if folder == own:
+                        os.rename(candidate, candidate.with_name(f"damaged-{candidate.name}-{time.time_ns()}"))
+                self.state.barrier()
+        if config.resume == "must":
+            raise UsageError(f"--resume must: no complete checkpoint in {own or config.load or '--save, which is not given'}")
+        if config.load:
+            raise UsageError(f"--load {config.load}: no complete checkpoint there")
+        return None
+
+    def _verify_together(self, path: Path) -> str | None:
+        problem = verify(path, self.state.rank, self.state.world_size)
+        if self.state.world_size == 1:
+            return problem
+        problems: list[str | None] = [None] * self.state.world_size
+        dist.all_gather_object(problems, problem)
+        return next((p for p in problems if p), None)
 
     def load(self, engine: Engine, path: Path) -> Progress:
         """Weights, optimizer and progress from a verified checkpoint; UsageError when it is of another run."""
         manifest = read_manifest(path)
-        self._check_same_run(manifest, path)
-        engine.deepspeed.load_checkpoint(str(path.parent), tag=path.name)
+        self._check_same_run(manifest, engine, path)
+        if engine.deepspeed.load_checkpoint(str(path.parent), tag=path.name)[0] is None:
+            raise UsageError(f"{path}: DeepSpeed finds nothing to load there")
         return Progress(manifest["iteration"], manifest["consumed_samples"])
 
-    def _check_same_run(self, manifest: dict[str, Any], path: Path) -> None:
-        if manifest["configs"]["model"] != dataclasses.asdict(self.model_config):
-            theirs = manifest["configs"]["model"]
-            differing = [k for k, v in dataclasses.asdict(self.model_config).items() if theirs.get(k) != v]
-            raise UsageError(
-                f"{path}: made with other model sizes ({', '.join(f'{k} {theirs.get(k)}' for k in differing)});"
-                " use the same --model, vocabulary and data, or another --save"
-            )
-        if manifest["data"].get("vocabulary") != self.data.get("vocabulary"):
-            raise UsageError(f"{path}: made with another vocabulary; give that vocabulary by --vocab-file, or another --save")
-        for name in ("seed", "data_partitions", "masking", "language"):
+    def _check_same_run(self, manifest: dict[str, Any], engine: Engine, path: Path) -> None:
+        check_same_model(manifest, self.model_config, self.data["vocabulary"], str(path))
+        if manifest["data"]["manifest_sha256"] != self.data["manifest_sha256"]:
+            raise UsageError(f"{path}: the region store has changed since ({self.data['store']}), so samples would differ;"
+                             " give the store it was made on, or take only its weights by --init-from")  # fmt: skip
+        for name in SAME_SAMPLES:
             theirs, ours = manifest["configs"]["run"].get(name), getattr(self.config, name)
             if theirs != ours:
-                raise UsageError(
-                    f"{path}: made with {name} = {theirs}, this run has {ours}, so samples would come in another"
-                    " order; use the same value, or another --save"
-                )
+                raise UsageError(f"{path}: made with {name} = {theirs}, this run has {ours}, so samples or losses would differ;"
+                                 " use the same value, or another --save")  # fmt: skip
         mine, theirs = topology(self.config, self.state), manifest["topology"]
-        if theirs != mine:
-            raise UsageError(
-                f"{path}: saved on {describe(theirs)}, this run is {describe(mine)}; start it on the same layout, or"
-                " take only its weights by --init-from"
-            )
+        if (theirs, manifest["precision"]) != (mine, engine.precision):
+            raise UsageError(f"{path}: saved on {describe(theirs)} in {manifest['precision']}, this run is {describe(mine)} in"
+                             f" {engine.precision}; start it on the same layout, or take only its weights by --init-from")  # fmt: skip
+
+
+def check_same_model(manifest: dict[str, Any], model_config: ModelConfig, vocabulary: str, where: str) -> None:
+    """UsageError unless a checkpoint is of this model and vocabulary (sha256). Dropout may differ."""
+    theirs, ours = manifest["configs"]["model"], dataclasses.asdict(model_config)
+    differing = [k for k in ours if theirs.get(k) != ours[k] and not k.endswith("dropout")]
+    if differing:
+        sizes = ", ".join(f"{k} {theirs.get(k)} against {ours[k]}" for k in differing)
+        raise UsageError(f"{where}: made with other model sizes ({sizes}); use the same --model, vocabulary and data")
+    if manifest["data"]["vocabulary"] != vocabulary:
+        raise UsageError(f"{where}: made with another vocabulary; give that vocabulary by --vocab-file")
 
 
 def topology(config: RunConfig, state: ParallelState) -> dict[str, int]:
@@ -193,14 +224,14 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[11:]), reverse=True)
 
 
-def verify(path: Path) -> str | None:
-    """None when every file is as the manifest says, else what is wrong."""
+def verify(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """None when the files are as the manifest says, else what is wrong. Of several ranks each checks its share."""
     try:
         files = read_manifest(path)["files"]
     except (UsageError, KeyError) as error:
         return str(error)
-    for name, entry in files.items():
-        file = path / name
+    for name in sorted(files)[rank::ranks]:
+        file, entry = path / name, files[name]
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != entry["bytes"]:

@@ -4,6 +4,7 @@ DeepSpeed itself does neither: it ignores an unknown top-level key, and takes "a
 """
 
 import copy
+import dataclasses
 from typing import Any
 
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
@@ -37,11 +38,6 @@ PASSED_THROUGH = {
     "memory_breakdown",
     "dump_state",
     "steps_per_print",
-    "flops_profiler",
-    "comms_logger",
-    "aio",
-    "data_types",
-    "disable_allgather",
 }
 TOP_LEVEL = PASSED_THROUGH | {
     "train_batch_size",
@@ -55,6 +51,7 @@ REFUSED = {
     "tensorboard": "TensorBoard is written by us, see --tensorboard-dir",
     "activation_checkpointing": "use --recompute-activations",
 }
+OPTIMIZER_PARAMETERS = {"lr", "betas", "eps", "weight_decay", "torch_adam"}  # torch's AdamW it is in any case
 BLOCKS = {
     "zero_optimization": DeepSpeedZeroConfig,
     "fp16": DeepSpeedFP16Config,
@@ -75,9 +72,12 @@ def read_deepspeed_config(config: RunConfig) -> dict[str, Any]:
             raise UsageError(f"{where}: '{key}' is not used here; {REFUSED[key]}")
         if key not in TOP_LEVEL:
             raise UsageError(f"{where}: unknown DeepSpeed key '{key}'{nearest(key, TOP_LEVEL)}")
-    for path, model in BLOCKS.items():
-        known = {name for entry, info in model.model_fields.items() for name in (entry, info.alias) if name}
-        for key in _get(values, path) or {}:
+    blocks = {path: {n for entry, info in m.model_fields.items() for n in (entry, info.alias) if n} for path, m in BLOCKS.items()}
+    for path, known in {**blocks, "optimizer": {"type", "params"}, "optimizer.params": OPTIMIZER_PARAMETERS}.items():
+        block = _get(values, path)
+        if block is not None and not isinstance(block, dict):
+            raise UsageError(f"{where}: '{path}' is {block!r}, expected an object such as {{\"{min(known)}\": ..}}")
+        for key in block or {}:
             if key not in known:
                 raise UsageError(f"{where}: unknown key '{key}' in '{path}'{nearest(key, known)}")
     kind = _get(values, "optimizer.type")
@@ -115,6 +115,10 @@ def _agree(config: RunConfig, values: dict[str, Any], path: str, name: str) -> N
     if theirs is None or theirs == "auto":
         return
     ours = getattr(config, name)
+    choices = next((f.metadata["choices"] for f in dataclasses.fields(config) if f.name == name), None)
+    if not isinstance(theirs, (int, float)) or (choices and theirs not in choices):
+        expected = f"one of {', '.join(map(str, choices))}" if choices else type(ours).__name__
+        raise UsageError(f"{config.deepspeed_config}: {path} is {theirs!r}, expected {expected}")
     if name in config.given and ours != theirs:
         raise UsageError(
             f'{flag(name)} is {ours}, but {config.deepspeed_config} says {path} = {theirs}; make them equal, or write "auto" there'

@@ -12,7 +12,7 @@ from megatron_interbert.model.initialise import load_full_state
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.checkpoint import MANIFEST as CHECKPOINT_MANIFEST
-from megatron_interbert.training.checkpoint import complete_checkpoints, load_weights
+from megatron_interbert.training.checkpoint import check_same_model, complete_checkpoints, load_weights
 
 
 def read_state_dict(path: str) -> dict[str, torch.Tensor]:
@@ -33,10 +33,15 @@ def read_state_dict(path: str) -> dict[str, torch.Tensor]:
         raise UsageError(f"--init-from {file}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})") from error
 
 
-def load_initial_weights(model: InterBert, config: ModelConfig, path: str, state: ParallelState) -> set[str]:
-    """Load --init-from into a model; the names of parameters that came from BERT (they may train at a lower rate)."""
+def load_initial_weights(model: InterBert, config: ModelConfig, path: str, state: ParallelState, vocabulary: str = "") -> set[str]:
+    """Load --init-from into a model; the names of parameters that came from BERT (they may train at a lower rate).
+
+    `vocabulary` is the sha256 of the run's vocabulary, which one of our checkpoints must share.
+    """
     if (Path(path) / CHECKPOINT_MANIFEST).is_file() or complete_checkpoints(Path(path)):
-        load_full_state(model, load_weights(path)[0], state, path)
+        full, _, manifest = load_weights(path)
+        check_same_model(manifest, config, vocabulary, path)
+        load_full_state(model, full, state, path)
         return set()
     source = read_state_dict(path)
     if any("v_embeddings" in name for name in source):

@@ -56,12 +56,13 @@ class Trainer:
                 self.writer.advance()
                 if step % config.log_interval == 0 or step == last:
                     self.log()
+                pause = time.monotonic()
                 if self.evaluation and config.eval_interval and (step % config.eval_interval == 0 or step == last):
                     self.evaluate()
                 if config.save and ((config.save_interval and step % config.save_interval == 0) or step == last):
                     path = self.checkpoints.save(self.engine, self.progress)
                     self.writer.say(f"saved {path}")
-                    self.window_started = time.monotonic()
+                self.window_started += time.monotonic() - pause  # rates are those of training alone
         finally:
             self.writer.close()
 
@@ -105,7 +106,6 @@ class Trainer:
         self.bad_steps += 1
         self.skipped += 1
         if self.bad_steps >= self.config.max_bad_steps:
-            self.checkpoints.wait()
             raise TrainingStopped(
                 f"step {step}: the gradient was not finite for {self.bad_steps} steps in a row and the run"
                 " stops; look at the data of these steps, lower --lr, or use --bf16 instead of --fp16"
@@ -158,4 +158,3 @@ class Trainer:
         self.engine.deepspeed.train()
         values = self.task.metrics(self.state.sum_over_data(report))
         self.writer.write(self.progress.step, values, self.task.line(values), prefix="valid")
-        self.window_started = time.monotonic()

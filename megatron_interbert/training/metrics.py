@@ -1,6 +1,7 @@
 """What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
 
 import json
+import math
 import os
 import resource
 import sys
@@ -72,7 +73,8 @@ class MetricsWriter:
         if not self.is_main:
             return
         if self.file is not None:
-            self.file.write(json.dumps({"step": step, "split": prefix, **values}) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+            self.file.write(json.dumps({"step": step, "split": prefix, **finite}) + "\n")
             self.file.flush()
         if self.board is not None:
             for name, value in values.items():

@@ -63,11 +63,19 @@ def prepare(config: RunConfig) -> Trainer:
     store, tokenizer = open_data(config)
     model_config = model_config_for(config, store, tokenizer)
     model_config.check_tensor_parallel(state.tensor_size)
-    kernels = choose_kernels(config.kernels, device)
+    attention_dropout = max(model_config.attention_dropout, model_config.image_attention_dropout) > 0
+    kernels = choose_kernels(config.kernels, device, attention_dropout)
     dataset = PretrainingSet(store, tokenizer, config)
     evaluation = None
     if config.valid_data_path:
-        valid = PretrainingSet(open_data(config, config.valid_data_path)[0], tokenizer, config)
+        valid_store, _ = open_data(config, config.valid_data_path)
+        model_config_for(config, valid_store, tokenizer)
+        if (valid_store.feature_dim, valid_store.num_classes) != (store.feature_dim, store.num_classes):
+            raise UsageError(
+                f"--valid-data-path {valid_store.path}: features of {valid_store.feature_dim} and {valid_store.num_classes} classes,"
+                f" but {store.path} has {store.feature_dim} and {store.num_classes}; use stores of one detector"
+            )
+        valid = PretrainingSet(valid_store, tokenizer, config)
         evaluation = lambda: batches(valid, 0, state, device, workers=0)  # noqa: E731
 
     streams = RandomStreams(config.seed, state.data_rank, state.tensor_rank, device)
@@ -77,7 +85,9 @@ def prepare(config: RunConfig) -> Trainer:
     initialise(model, model_config, config.seed, state)
     checkpoints = Checkpoints(config, model_config, state, describe_data(store, tokenizer))
     resume = checkpoints.find()
-    pretrained = load_initial_weights(model, model_config, config.init_from, state) if config.init_from else set()
+    pretrained = set()
+    if config.init_from:  # also on resume: which weights came from BERT decides the parameter groups
+        pretrained = load_initial_weights(model, model_config, config.init_from, state, checkpoints.data["vocabulary"])
     engine = Engine(model.to(device), config, state, pretrained)
     progress = checkpoints.load(engine, resume) if resume else Progress()
     if state.is_main:

@@ -103,7 +103,7 @@ def test_open_files_stay_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_interbert.data.store.MAX_OPEN_SHARDS", 3)
     store = RegionStore(str(write_store(tmp_path / "store", images=20, images_per_shard=2)))
     for number in [*range(20), *range(20)]:
-        assert store.read(number).image_id == number
+        assert store.read(number).image_id == f"image-{number}"
     assert len(store._open) == 3
 
 
@@ -159,6 +159,12 @@ RECORD_DAMAGE = {
         lambda f: f["class_ids"].__setitem__((first_row(f), 0), 99),
         r"\(image-20\): class ids \d+ to 99, expected 0 to 10",
     ),
+    "NaN box": (lambda f: f["image_bb"].__setitem__((first_row(f), 2), np.nan), r"\(image-20\): boxes hold NaN"),
+    "negative probability": (
+        lambda f: f["class_probs"].__setitem__((first_row(f), 1), -0.1),
+        r"\(image-20\): class_probs are no probabilities",
+    ),
+    "no size": (lambda f: f["image_sizes"].__setitem__((4, 0), 0), r"\(image-20\): image size is \(0.0, 80.0\)"),
     "rows beyond the end": (lambda f: f["pos_boxes"].__setitem__((4, 1), 10**6), r"pos_boxes points beyond"),
     "no regions": (lambda f: f["pos_boxes"].__setitem__(4, [3, 3]), r"image 4 has no regions"),
     "other counts": (replace("caption_image", lambda v: v[:-1]), r"manifest.json says"),
@@ -185,8 +191,9 @@ def test_flipped_byte_is_found_on_demand(damaged):
 
 def test_boxes_outside_or_inverted_are_clipped_or_refused(damaged):
     edit(damaged, lambda f: f["image_bb"].__setitem__(first_row(f), [90.0, 70.0, 20.0, 160.0]))
-    box = RegionStore(str(damaged)).read(20).boxes[0]
-    assert box.tolist() == [20.0, 70.0, 90.0, 80.0]
+    store = RegionStore(str(damaged))
+    assert store.read(20).boxes[0].tolist() == [20.0, 70.0, 90.0, 80.0]
+    assert store.repaired_boxes == 1
     with pytest.raises(UsageError, match=r"\(image-20\): 1 boxes outside the image or inverted"):
         RegionStore(str(damaged), strict_boxes=True).read(20)
 
@@ -213,7 +220,7 @@ def test_writer_counts_repaired_boxes_and_refuses_in_strict_mode(tmp_path):
         ("features", np.zeros((3, 7), np.float16), "features has shape"),
         ("features", np.full((3, FEATURES), np.nan, np.float16), "NaN"),
         ("features", np.full((3, FEATURES), 1e6, np.float32), "beyond float16"),
-        ("class_ids", np.full((3, 3), CLASSES), "class id outside"),
+        ("class_ids", np.full((3, 3), CLASSES), "class ids 11 to 11"),
         ("boxes", np.zeros((2, 4), np.float32), "boxes has shape"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Kernels on a real GPU against their plain twins, and a short training there. Skips where there is no CUDA device."""
+"""Kernels on a real GPU against their plain twins. Skips where there is no CUDA device."""
 
 import itertools
 

@@ -38,12 +38,15 @@ def test_padded_sdpa_equals_one_sequence_at_a_time(lengths, dtype):
         torch.testing.assert_close(ours, theirs, **tolerance)
 
 
-def test_attention_dropout_keeps_the_mean_and_drops_at_its_rate():
-    """With values all one, an output is 1 on average and 0 only where every weight was dropped."""
+def test_attention_dropout_drops_at_its_rate_and_scales_the_rest():
+    """With one-hot values an output is the row of attention weights itself: each is 0 or its plain value / (1 - p)."""
     q, k, _, offsets = packed([8] * 400, heads=2)
-    out = attention.padded_sdpa(q, k, torch.ones_like(q), offsets, 8, 0.25)
-    assert abs(out.mean().item() - 1.0) < 0.02
-    assert out.std().item() > 0.1
+    v = torch.eye(8).repeat(400, 1)[:, None, :].expand(-1, 2, -1).contiguous()
+    plain_weights = attention.padded_sdpa(q, k, v, offsets, 8, 0.0)
+    dropped_weights = attention.padded_sdpa(q, k, v, offsets, 8, 0.25)
+    gone = dropped_weights == 0
+    assert abs(gone.float().mean().item() - 0.25) < 0.01
+    torch.testing.assert_close(dropped_weights[~gone], plain_weights[~gone] / 0.75)
 
 
 def test_gather_rows_has_the_gradient_of_indexing():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_interbert.errors import UsageError
 from megatron_interbert.tasks.pretraining import PretrainingTask, hard_label, soft_label_kl
 from megatron_interbert.tasks.retrieval import ranks, recall_metrics, retrieval_metrics
 
@@ -52,7 +53,7 @@ def test_the_hard_label_is_the_most_likely_class():
 
 
 def test_figures_of_a_report():
-    values = PretrainingTask.metrics(torch.tensor([[6.0, 1.0, 4.0], [0.0, 0.0, 0.0], [3.0, 2.0, 2.0]]))
+    values = PretrainingTask().metrics(torch.tensor([[6.0, 1.0, 4.0], [0.0, 0.0, 0.0], [3.0, 2.0, 2.0]]))
     assert (values["msm_loss"], values["msm_accuracy"], values["mrm_loss"], values["itm_loss"], values["loss"]) == (
         1.5,
         0.25,
@@ -85,3 +86,14 @@ def test_recall_in_both_directions():
     assert metrics["text_to_image"]["mean_rank"] == (1 + 1 + 3 + 1) / 4
     assert metrics["image_to_text"]["R@1"] == 100.0
     assert recall_metrics(np.array([1, 6, 11]))["R@10"] == pytest.approx(200 / 3)
+
+
+def test_scores_that_are_not_finite_are_no_perfect_ranking():
+    with pytest.raises(UsageError, match="not finite"):
+        retrieval_metrics(np.full((3, 3), np.nan, np.float32), np.arange(3))
+
+
+def test_untrained_objectives_are_reported_but_not_summed():
+    report = torch.tensor([[6.0, 1.0, 4.0], [5.0, 0.0, 1.0], [3.0, 2.0, 2.0]])
+    values = PretrainingTask(("itm",)).metrics(report)
+    assert (values["loss"], values["mrm_loss"]) == (1.5, 5.0)

@@ -60,6 +60,11 @@ def test_json_values_reach_the_run(tmp_path):
             "unknown key 'devise' in 'zero_optimization.offload_optimizer'",
         ),
         ({"fp16": {"loss_scale_windo": 1}}, [], "did you mean 'loss_scale_window'"),
+        ({"optimizer": {"params": {"weigth_decay": 0.5}}}, [], "unknown key 'weigth_decay' in 'optimizer.params'; did you mean"),
+        ({"fp16": True}, [], "'fp16' is True, expected an object"),
+        ({"zero_optimization": 2}, [], "'zero_optimization' is 2, expected an object"),
+        ({"zero_optimization": {"stage": 7}}, [], "zero_optimization.stage is 7, expected one of 0, 1, 2, 3"),
+        ({"gradient_clipping": "one"}, [], "gradient_clipping is 'one', expected float"),
         ({"scheduler": {"type": "WarmupLR"}}, [], "--lr-decay-style"),
         ({"optimizer": {"type": "Lamb"}}, [], "optimizer type 'Lamb', expected 'AdamW'"),
         ({"zero_optimization": {"stage": 2}}, ["--zero-stage", "1"], "--zero-stage is 1, but .* zero_optimization.stage = 2"),
@@ -89,6 +94,7 @@ def test_broken_json_is_one_line(tmp_path):
         merge(parse(RunConfig, "test", ["--deepspeed-config", str(tmp_path / "bad.json")]), 1)
 
 
-def test_bf16_with_tensor_parallel_needs_stage_one(tmp_path):
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_needs_stage_one(tmp_path, precision):
     with pytest.raises(UsageError, match="--zero-stage 1"):
-        merged(tmp_path, {}, "--bf16", "--zero-stage", "0", "--tensor-model-parallel-size", "2")
+        merged(tmp_path, {}, f"--{precision}", "--zero-stage", "0")

@@ -112,16 +112,20 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_taken(store, undist
     code, out, err = launch(*deepspeed(2, "--data-path", store, "--save", save, *FLAGS))
     assert code == 0, out + err
     assert f"global_step14 is damaged ({name} has another sha256)" in out
+    assert len(list(save.glob("damaged-global_step14-*"))) == 1, "set aside, not counted among the checkpoints to keep"
+    assert sorted(p.name for p in save.glob("global_step*")) == ["global_step12", "global_step14"]
     assert losses(save) == losses(undisturbed)
 
 
 REFUSALS = {
     "resume must without any": (("--resume", "must"), "empty", "--resume must: no complete checkpoint"),
+    "resume never over checkpoints": (("--resume", "never"), "whole", "--resume never: "),
+    "other masks": (("--max-regions", "5"), "whole", "made with max_regions = 36, this run has 5"),
     "other model sizes": (("--model", "sample"), "whole", "made with other model sizes"),
     "other seed": (("--seed", "5"), "whole", "made with seed = 1234, this run has 5"),
-    "other layout": ((), "whole", "saved on DP2 x TP1, ZeRO-1, this run is DP1 x TP1, ZeRO-1"),
+    "other layout": ((), "whole", "saved on DP2 x TP1, ZeRO-1 in fp32, this run is DP1 x TP1, ZeRO-1 in fp32"),
     "other vocabulary": (("--vocab-file", "OTHER"), "whole", "made with another vocabulary"),
-    "other vocabulary size": (("--vocab-file", "LONGER"), "whole", "made with other model sizes (vocab_size"),
+    "other vocabulary size": (("--vocab-file", "LONGER"), "whole", "made with other model sizes (vocab_size 27 against 28"),
 }
 
 
@@ -139,3 +143,42 @@ def test_checkpoints_of_another_run_are_refused(store, undisturbed, tmp_path, ki
     assert line.startswith("error: ")
     assert message in line
     assert "Traceback" not in err
+
+
+LAYOUTS = {
+    "TP2 ZeRO-3 bf16": ("--tensor-model-parallel-size", 2, "--zero-stage", 3, "--bf16", "--recompute-activations"),
+    "DP2 ZeRO-2 fp16": ("--zero-stage", 2, "--fp16"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_resume_is_exact_on_other_layouts_too(store, tmp_path, layout):
+    """Stopped after step 4 and started again, with the loss scale of fp16 and both random streams."""
+    flags = (*FLAGS, "--train-iters", 7, "--micro-batch-size", 4, *LAYOUTS[layout])
+    for name, stops in (("whole", [()]), ("halved", [("--exit-after", 4), ()])):
+        for stop in stops:
+            code, out, err = launch(*deepspeed(2, "--data-path", store, "--save", tmp_path / name, *flags, *stop))
+            assert code == 0, out + err
+    assert sorted(losses(tmp_path / "whole")) == list(range(1, 8))
+    assert losses(tmp_path / "halved") == losses(tmp_path / "whole")
+
+
+def test_weights_of_another_vocabulary_are_not_taken(store, undisturbed, tmp_path):
+    (tmp_path / "vocab.txt").write_text((store / "vocab.txt").read_text().replace("cat", "kitten"))
+    flags = ("--vocab-file", tmp_path / "vocab.txt", "--init-from", undisturbed)
+    code, _, err = launch(*pretrain("--data-path", store, *FLAGS, *flags))
+    assert code == 2
+    assert "made with another vocabulary" in err
+    code, out, err = launch(*pretrain("--data-path", store, *FLAGS, "--init-from", undisturbed))
+    assert code == 0, out + err
+
+
+def test_load_from_one_folder_save_to_another(store, undisturbed, tmp_path):
+    """The first start takes --load; started again, the run goes on from its own --save."""
+    flags = ("--load", undisturbed, "--save", tmp_path / "own", *FLAGS)
+    code, out, err = launch(*deepspeed(2, "--data-path", store, *flags, "--train-iters", 16, "--exit-after", 15))
+    assert code == 0, out + err
+    assert f"resumed from {undisturbed}/global_step14" in out
+    code, out, err = launch(*deepspeed(2, "--data-path", store, *flags, "--train-iters", 16))
+    assert code == 0, out + err
+    assert f"resumed from {tmp_path / 'own'}/global_step15" in out
