@@ -9,6 +9,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "error: VENV=$VENV holds something that is no virtual environment; choose another folder" >&2
     exit 2
   fi
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: python3 is older than 3.11" >&2; exit 2; }
   rm -rf "$VENV"
   python3 -m venv "$VENV"
   export PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -16,6 +17,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   "$VENV/bin/pip" install -q setuptools -r requirements.txt
   "$VENV/bin/pip" install -q --no-build-isolation --no-deps -e .
   echo "$wanted" >"$stamp"
+  echo "environment ready"
 fi
 export PATH=$VENV/bin:$PATH
 if ! command -v nvidia-smi >/dev/null 2>&1; then

@@ -2,7 +2,7 @@
 """:"
 # Two languages in one file. A shell runs the next line and never comes further; Python reads this block as a docstring.
 # LAUNCH_ARGS goes to the deepspeed launcher, for example LAUNCH_ARGS="--num_gpus 8 --hostfile hosts".
-exec deepspeed ${LAUNCH_ARGS:-} "$0" "$@"
+exec deepspeed --log_level error ${LAUNCH_ARGS:-} "$0" "$@"
 ":"""
 import sys
 from pathlib import Path

@@ -29,3 +29,12 @@ def run_entry(main: Callable[[], None]) -> None:
         # Not sys.exit: destructors of process groups and loader workers may wait for ranks that are already gone.
         sys.stdout.flush()
         os._exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                "\nstopped; the same command goes on from the newest checkpoint, where --save was given",
+                file=sys.stderr,
+                flush=True,
+            )
+        sys.stdout.flush()
+        os._exit(130)

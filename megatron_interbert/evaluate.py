@@ -77,7 +77,9 @@ def evaluate_retrieval(config: EvaluateConfig) -> dict[str, Any]:
     if config.max_images:
         captions = captions[store.caption_image[captions] < config.max_images]
     images = np.unique(store.caption_image[captions])
-    with tqdm(total=len(images) * len(captions), unit="pair", unit_scale=True, desc="scoring", mininterval=1.0) as bar:
+    with tqdm(
+        total=len(images) * len(captions), unit="pair", unit_scale=True, desc="scoring", mininterval=1.0, disable=None
+    ) as bar:
         scores = score_matrix(
             model,
             image_examples(store, images, config.max_regions),
@@ -123,11 +125,11 @@ def print_table(result: dict[str, Any], output: Path) -> None:
     """The result for people."""
     origin = " (generated scenes)" if result["data"]["generated"] else ""
     print(f"{result['protocol']} retrieval, {result['captions']} captions x {result['images']} images{origin}")
-    print(f"{'direction':<15}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'median rank':>14}")
+    print(f"{'direction':<16}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'median rank':>14}")
     for direction, m in result["metrics"].items():
-        print(f"{direction.replace('_', ' '):<15}{m['R@1']:>8.1f}{m['R@5']:>8.1f}{m['R@10']:>8.1f}{m['median_rank']:>14.1f}")
+        print(f"{direction.replace('_', ' '):<16}{m['R@1']:>8.1f}{m['R@5']:>8.1f}{m['R@10']:>8.1f}{m['median_rank']:>14.1f}")
     chance = result["chance_R@1"]
-    print(f"{'chance':<15}{chance:>8.1f}{5 * chance:>8.1f}{10 * chance:>8.1f}{(result['images'] + 1) / 2:>14.1f}")
+    print(f"{'chance, to image':<16}{chance:>8.1f}{5 * chance:>8.1f}{10 * chance:>8.1f}{(result['images'] + 1) / 2:>14.1f}")
     print(f"text to image R@1 is {result['metrics']['text_to_image']['R@1'] / chance:.1f} times chance")
     print(f"result: {output / 'result.json'}\npage:   {output / 'result.html'}")
 

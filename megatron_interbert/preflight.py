@@ -94,7 +94,9 @@ def check_data(config: PreflightConfig) -> str:
 
 def count_repaired(store: RegionStore) -> int:
     """Boxes that reach outside their image or are inverted; reads, and so checks, every record."""
-    for index in tqdm(range(store.num_images), desc="records", unit="image", unit_scale=True, mininterval=1.0, leave=False):
+    for index in tqdm(
+        range(store.num_images), desc="records", unit="image", unit_scale=True, mininterval=1.0, disable=None, leave=False
+    ):
         store.read(index)
     return store.repaired_boxes + store.manifest.get("repaired_boxes", 0)
 

@@ -99,7 +99,7 @@ def run() -> None:
         strict_boxes=options.strict_boxes,
         vocabulary=read_text(options.vocab_file, "--vocab-file") if options.vocab_file else "",
     ) as writer:
-        for file in tqdm(files, unit="image", mininterval=1.0):
+        for file in tqdm(files, unit="image", mininterval=1.0, disable=None):
             regions, dense = read_image(file, options.soft_labels, options.num_classes)
             if regions.image_id not in captions:
                 skipped += 1

@@ -222,7 +222,7 @@ def write_split(world: World, folder: Path, split: str, scenes: int, seed: int) 
         extra={"generated": True},
         images_per_shard=2048,
     ) as writer:
-        for number in tqdm(range(scenes), desc=f"{split} scenes", unit="scene", mininterval=1.0):
+        for number in tqdm(range(scenes), desc=f"{split} scenes", unit="scene", mininterval=1.0, disable=None):
             writer.add(*world.scene(np.random.default_rng([seed, tag, number]), f"{split}-{number:06d}"))
     shutil.rmtree(path, ignore_errors=True)
     beside.rename(path)

@@ -38,6 +38,11 @@ SAME_SAMPLES = (
     *("seed", "data_partitions", "masking", "language", "msm_on_mismatched", "hard_negatives", "max_regions", "max_tokens"),
     *("objectives", "dropout"),
 )
+# Settings that may change on resume; a change is said.
+SCHEDULE = (
+    *("train_iters", "global_batch_size", "lr", "min_lr", "lr_warmup_fraction", "lr_decay_style", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "adam_eps", "clip_grad"),
+)
 POINTER, MEGATRON_POINTER = "latest", "latest_checkpointed_iteration.txt"
 
 
@@ -177,6 +182,10 @@ class Checkpoints:
         """Weights, optimizer and progress from a verified checkpoint; UsageError when it is of another run."""
         manifest = read_manifest(path)
         self._check_same_run(manifest, engine, path)
+        changed = {n: (manifest["configs"]["run"].get(n), getattr(self.config, n)) for n in SCHEDULE}
+        notes = [f"{name} {theirs} -> {ours}" for name, (theirs, ours) in changed.items() if theirs != ours]
+        if notes and self.state.is_main:
+            print(f"note: changed since {path.name}: {', '.join(notes)}; the losses will not be those of the old run", flush=True)
         if engine.deepspeed.load_checkpoint(str(path.parent), tag=path.name)[0] is None:
             raise UsageError(f"{path}: DeepSpeed finds nothing to load there")
         return Progress(manifest["iteration"], manifest["consumed_samples"])

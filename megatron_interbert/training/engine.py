@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from megatron_interbert.config import RunConfig
+from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState, read_launch_environment, this_device
 from megatron_interbert.training.deepspeed_config import merge
 from megatron_interbert.training.optimizer import build_optimizer, gradient_norm, parameter_groups, set_learning_rate
@@ -34,7 +35,14 @@ def start_processes() -> torch.device:
     # The one place that changes a value of DeepSpeed's. It would compile a shared-memory operation for inference here, which
     # training never calls, and a run that is killed while it compiles leaves a lock on which the next one hangs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        port = os.environ.get("MASTER_PORT")
+        raise UsageError(
+            f"the processes cannot meet at port {port} ({str(error).splitlines()[0][:120]}); if a run that was killed left processes"
+            " behind, end them, or choose another port (deepspeed --master_port N)"
+        ) from error
     return device
 
 

@@ -49,6 +49,8 @@ class Trainer:
         """Run to --train-iters (or --exit-after), saving and evaluating on the way."""
         config = self.config
         last = min(config.train_iters, config.exit_after or config.train_iters)
+        if self.progress.step >= last:
+            self.writer.say(f"already at step {self.progress.step} of {last}: nothing to train")
         try:
             while self.progress.step < last:
                 self.train_step()

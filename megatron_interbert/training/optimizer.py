@@ -39,7 +39,7 @@ def learning_rate(step: int, config: RunConfig) -> float:
     warmup = round(config.lr_warmup_fraction * config.train_iters)
     if step <= warmup:
         return config.lr * step / warmup
-    progress = min((step - warmup) / max(config.train_iters - warmup, 1), 1.0)
+    progress = min((step - 1 - warmup) / max(config.train_iters - warmup, 1), 1.0)  # the last step still moves
     shape = {"linear": 1.0 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}[config.lr_decay_style]
     return config.min_lr + (config.lr - config.min_lr) * shape
 

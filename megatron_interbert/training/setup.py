@@ -1,6 +1,5 @@
 """From a configuration to a Trainer: data, model, first weights, engine, checkpoint."""
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,7 +135,7 @@ def describe_data(store: RegionStore, tokenizer: CaptionTokenizer) -> dict[str, 
 
 def describe_run(
     config: RunConfig,
-    model_config: ModelConfig,
+    sizes: ModelConfig,
     model: InterBert,
     state: ParallelState,
     engine: Engine,
@@ -149,12 +148,17 @@ def describe_run(
         for p in model.parameters()
     )
     lines = [
-        f"model {config.model}: {parameters / 1e6:.1f} M parameters, {dataclasses.asdict(model_config)}",
-        f"layout: {state.world_size} processes ({dist.get_backend()}), DP{state.data_size} x TP{state.tensor_size},"
-        f" ZeRO-{config.zero_stage},"
-        f" {engine.precision}; batch {config.global_batch_size} = {config.micro_batch_size} x {state.data_size} x"
-        f" {engine.accumulation} accumulation",
+        f"model {config.model}: {parameters / 1e6:.1f} M parameters, hidden {sizes.hidden_size}, layers {sizes.interaction_layers} +"
+        f" {sizes.text_layers} + {sizes.image_layers}, vocabulary {sizes.vocab_size}, features {sizes.feature_dim},"
+        f" classes {sizes.num_classes}",
+        f"layout: DP{state.data_size} x TP{state.tensor_size} ({state.world_size} ranks, {dist.get_backend()}), ZeRO-{config.zero_stage},"
+        f" {engine.precision}",
+        f"batch: {config.global_batch_size} = micro {config.micro_batch_size} x DP {state.data_size} x accumulation {engine.accumulation}",
         f"kernels: {kernels}",
-        f"resumed from {resume}" if resume else "starting anew",
+        f"resumed from {resume}"
+        if resume
+        else "starting anew"
+        if config.save
+        else "starting anew; no --save: nothing will be kept",
     ]
     return "\n".join(lines)
