@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 
@@ -26,9 +27,17 @@ def run_entry(main: Callable[[], None]) -> None:
         if rank == 0 or os.environ.get("LOCAL_RANK") == "0" or getattr(error, "local", False):
             where = f" (rank {rank})" if rank else ""
             print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not getattr(error, "local", False):
+            time.sleep(1)  # the other ranks are about to meet the same error; vanishing now would break a collective of theirs
         # Not sys.exit: destructors of process groups and loader workers may wait for ranks that are already gone.
         sys.stdout.flush()
         os._exit(2 if isinstance(error, UsageError) else 1)
+    except RuntimeError as error:
+        if not any(text in str(error) for text in ("Connection closed by peer", "Connection reset by peer")):
+            raise
+        print(f"rank {os.environ.get('RANK')}: another rank has gone; its message says why", file=sys.stderr, flush=True)
+        time.sleep(5)  # launchers report the first exit code they see: let it be that of the rank with the reason
+        os._exit(1)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -43,8 +44,11 @@ def pretrain(*flags):
     return (sys.executable, "-m", "megatron_interbert.pretrain", *flags)
 
 
-def deepspeed(processes, *flags, port=29511):
-    """Command line of the DeepSpeed launcher."""
+def deepspeed(processes, *flags):
+    """Command line of the DeepSpeed launcher, with a port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     return ("deepspeed", "--num_gpus", processes, "--master_port", port, "launchers/pretrain.sh", *flags)
 
 

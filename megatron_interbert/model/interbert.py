@@ -96,6 +96,7 @@ class InterBert(nn.Module):
         mark_shards(self)
 
     def forward(self, batch: PackedBatch) -> InterBertOutput:
+        """Both streams, pooled vectors, and the logits of the heads there are: words and regions at target positions only."""
         text, image = self.encode(batch)
         pooled_text = self.text_pooler(text.index_select(0, batch.text_offsets[:-1]))
         pooled_image = self.image_pooler(image.index_select(0, batch.summary_rows)) if len(image) else None

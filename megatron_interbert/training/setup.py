@@ -147,6 +147,9 @@ def describe_run(
         getattr(p, "ds_numel", p.numel()) * (state.tensor_size if hasattr(p, "tensor_model_parallel") else 1)
         for p in model.parameters()
     )
+    start = f"resumed from {resume}" if resume else "starting anew"
+    if not config.save:
+        start += "; no --save: nothing will be kept"
     lines = [
         f"model {config.model}: {parameters / 1e6:.1f} M parameters, hidden {sizes.hidden_size}, layers {sizes.interaction_layers} +"
         f" {sizes.text_layers} + {sizes.image_layers}, vocabulary {sizes.vocab_size}, features {sizes.feature_dim},"
@@ -155,10 +158,6 @@ def describe_run(
         f" {engine.precision}",
         f"batch: {config.global_batch_size} = micro {config.micro_batch_size} x DP {state.data_size} x accumulation {engine.accumulation}",
         f"kernels: {kernels}",
-        f"resumed from {resume}"
-        if resume
-        else "starting anew"
-        if config.save
-        else "starting anew; no --save: nothing will be kept",
+        start,
     ]
     return "\n".join(lines)
