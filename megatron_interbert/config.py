@@ -96,7 +96,7 @@ class RunConfig:
     save: str = option("", "folder for checkpoints, logs and metrics; none: nothing is saved")
     load: str = option("", "folder to resume from when it is not the one of --save")
     init_from: str = option(
-        "", "weights to start from: a Hugging Face BERT folder or file, an official InterBERT .bin, or one of our checkpoints"
+        "", "weights to start from: Hugging Face BERT or InterBERT, an official InterBERT .bin, or one of our checkpoints"
     )
     resume: str = option(
         "auto", "auto: go on if a checkpoint is there; must: fail if none; never: start anew", ("auto", "never", "must")
@@ -140,7 +140,9 @@ class RunConfig:
     strict_boxes: bool = option(False, "refuse boxes outside the image instead of clipping them")
 
     save_interval: int = option(0, "steps between checkpoints; 0: only at the end")
-    keep_last: int = option(2, "checkpoints to keep; 0: all")
+    keep_last: int = option(2, "newest checkpoints to keep; 0: all")
+    keep_every: int = option(0, "also keep those whose step is a multiple of this; 0: none")
+    async_save: bool = option(True, "write checkpoints in the background; training waits only for the copy to host memory")
     eval_interval: int = option(0, "steps between evaluations on --valid-data-path")
     eval_iters: int = option(10, "batches per evaluation")
     log_interval: int = option(10, "steps between log lines")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_interbert.config import ModelConfig, option, parse
+from megatron_interbert.config import option, parse
 from megatron_interbert.data.pretraining import trainable_captions
 from megatron_interbert.data.store import MANIFEST, RegionStore, file_sha256
 from megatron_interbert.data.text import CaptionTokenizer
@@ -21,7 +21,8 @@ from megatron_interbert.model.presets import fit_to_data
 from megatron_interbert.parallel.state import ParallelState, this_device
 from megatron_interbert.tasks.retrieval import caption_ids, image_examples, retrieval_metrics, score_matrix
 from megatron_interbert.tasks.retrieval_page import result_page
-from megatron_interbert.training.checkpoint import load_weights, write_json, write_text
+from megatron_interbert.weights.files import write_json, write_text
+from megatron_interbert.weights.sources import Source, open_source
 
 TASKS = ("retrieval",)
 
@@ -30,7 +31,9 @@ TASKS = ("retrieval",)
 class EvaluateConfig:
     """Flags of an evaluation."""
 
-    load: str = option("", "checkpoint folder (global_stepN), or a run's folder: its newest checkpoint")
+    load: str = option(
+        "", "a run's folder (its newest checkpoint), one global_stepN, a Hugging Face folder or an official .bin"
+    )
     data_path: str = option("sample_corpus/test", "region store to evaluate on")
     vocab_file: str = option("", "WordPiece vocabulary; default: vocab.txt in the region store")
     output: str = option("", "folder for result.json and result.html; default: evaluation/retrieval in the run's folder")
@@ -47,26 +50,26 @@ class EvaluateConfig:
         self.given: set[str] = set()
 
 
-def load_model(
-    load: str, heads: tuple[str, ...], kernels: str, device: torch.device
-) -> tuple[InterBert, ModelConfig, dict[str, Any]]:
-    """A model for inference on one device from a checkpoint of any layout, and its manifest."""
+def load_model(load: str, heads: tuple[str, ...], kernels: str, device: torch.device) -> tuple[InterBert, Source]:
+    """A model for inference on one device from weights of any format and layout, and where they came from."""
     if not load:
         raise UsageError("--load is missing; give the folder of a checkpoint")
-    full, config, manifest = load_weights(load)
-    model = InterBert(config, heads, kernels=choose_kernels(kernels, device))
-    load_full_state(model, full, ParallelState(), load)
-    return model.to(device).eval(), config, manifest
+    source = open_source(load)
+    model = InterBert(source.config, heads, kernels=choose_kernels(kernels, device))
+    load_full_state(model, source.state(), ParallelState(), load)
+    return model.to(device).eval(), source
 
 
 def evaluate_retrieval(config: EvaluateConfig) -> dict[str, Any]:
     """All pairs of a store's images and captions; writes result.json and result.html and gives the result."""
     device = this_device()
-    model, model_config, manifest = load_model(config.load, ("itm",), config.kernels, device)
+    model, source = load_model(config.load, ("itm",), config.kernels, device)
+    model_config = source.config
     store = RegionStore(config.data_path)
     tokenizer = CaptionTokenizer(config.vocab_file or str(Path(config.data_path) / "vocab.txt"))
     fit_to_data(model_config, tokenizer.vocab_size, store.feature_dim, store.num_classes, config.data_path)
-    if manifest["data"]["vocabulary"] != file_sha256(tokenizer.vocab_file):
+    vocabulary = source.facts.get("vocabulary")
+    if vocabulary and vocabulary != file_sha256(tokenizer.vocab_file):
         raise UsageError(f"{tokenizer.vocab_file}: not the vocabulary of {config.load}; give that one by --vocab-file")
 
     if config.max_tokens > model_config.max_position_embeddings:
@@ -97,9 +100,10 @@ def evaluate_retrieval(config: EvaluateConfig) -> dict[str, Any]:
         "chance_R@1": 100.0 / len(images),
         "metrics": retrieval_metrics(scores, np.searchsorted(images, store.caption_image[captions])),
         "checkpoint": {
-            "path": config.load,
-            "iteration": manifest["iteration"],
-            "weights_sha256": {n: e["sha256"] for n, e in manifest["files"].items() if n.endswith(".safetensors")},
+            "path": str(source.path),
+            "format": source.kind,
+            "iteration": source.facts.get("iteration"),
+            "weights_sha256": source.facts.get("files"),
         },
         "data": {
             "path": config.data_path,
@@ -110,8 +114,7 @@ def evaluate_retrieval(config: EvaluateConfig) -> dict[str, Any]:
         "ties": "a wrong candidate with an equal score ranks before the right one",
         "language": config.language or "all",
     }
-    loaded = Path(config.load)
-    run = loaded.parent if (loaded / MANIFEST).is_file() else loaded  # never into a checkpoint's own folder
+    run = source.path.parent if source.kind == "checkpoint" or source.path.is_file() else source.path  # not into a checkpoint
     output = Path(config.output) if config.output else run / "evaluation" / "retrieval"
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "result.json", result)

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,6 +65,14 @@ class ParallelState:
         """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier()
+
+    def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """Small picklable values of all ranks, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=group)
+        return values
 
     # The mpu interface of DeepSpeed.
     def get_model_parallel_rank(self) -> int:

@@ -1,49 +1,48 @@
-"""Checkpoints: DeepSpeed's folders, made whole by a manifest, published by a rename.
+"""Saving and resuming: every rank writes its share, a manifest makes it a checkpoint, a rename publishes it.
 
-A checkpoint is written as a temporary folder; every file is flushed and hashed; the manifest follows, then the rename to
-`global_stepN`, then the pointers `latest` (DeepSpeed) and `latest_checkpointed_iteration.txt` (Megatron). A folder without
-a valid manifest does not exist. DeepSpeed's files are pickles: load only checkpoints that you trust. The weights are also
-written as safetensors, one file per tensor-parallel rank, which are safe to load anywhere.
+A save copies the state to host memory and returns; a thread on every rank writes, flushes and hashes the rank's files in a
+temporary folder. When all ranks have succeeded the first one writes the manifest, renames the folder to `global_stepN` and
+moves the pointers. A folder without a valid manifest does not exist. All files are safetensors and JSON: nothing in a
+checkpoint can run code. Fragments of fp32 weights and moments are cut anew when read, so any layout resumes from any other
+(DeepSpeed's own format needs a conversion for that, and its universal form loses the parameter groups' settings at ZeRO-3
+and does not cut tensor-parallel slices there).
 """
 
 import dataclasses
-import json
 import os
-import platform
 import shutil
 import subprocess
+import threading
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from megatron_interbert import __version__
-from megatron_interbert.config import ModelConfig, RunConfig, model_config_from_dict
-from megatron_interbert.data.store import file_sha256
-from megatron_interbert.errors import TrainingStopped, UsageError
-from megatron_interbert.model.partition import unshard_state
+from megatron_interbert.config import ModelConfig, RunConfig
+from megatron_interbert.errors import TrainingStopped
+from megatron_interbert.model.partition import full_shape
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.engine import Engine
+from megatron_interbert.training.fragments import FragmentedState
+from megatron_interbert.training.resume import changed_settings, check_same_run, partial_folder, set_aside
+from megatron_interbert.weights.files import TensorLayout, file_entry, flush_folder, write_tensors, write_text
+from megatron_interbert.weights.manifest import (
+    STEP_FOLDER,
+    VOCABULARY,
+    complete_checkpoints,
+    versions,
+    weights_name,
+    write_manifest,
+)
+from megatron_interbert.weights.reader import KINDS, CheckpointReader, describe_pieces, piece_key
 
-MANIFEST = "manifest.json"
-FORMAT = 1
-# Settings on which the samples and losses of a step depend: a resumed run must have the same.
-SAME_SAMPLES = (
-    *("seed", "data_partitions", "masking", "language", "msm_on_mismatched", "hard_negatives", "max_regions", "max_tokens"),
-    *("objectives", "dropout"),
-)
-# Settings that may change on resume; a change is said.
-SCHEDULE = (
-    *("train_iters", "global_batch_size", "lr", "min_lr", "lr_warmup_fraction", "lr_decay_style", "weight_decay"),
-    *("adam_beta1", "adam_beta2", "adam_eps", "clip_grad"),
-)
 POINTER, MEGATRON_POINTER = "latest", "latest_checkpointed_iteration.txt"
+FAILURES_ALLOWED = 1  # a save that fails is reported and training goes on; a second one in a row ends the run
 
 
 @dataclass
@@ -54,167 +53,197 @@ class Progress:
     consumed_samples: int = 0
 
 
+@dataclass
+class Snapshot:
+    """A copy in host memory of what this rank writes: tensors by kind of file, where each lies, and the manifest."""
+
+    step: int
+    files: dict[str, dict[str, torch.Tensor]]
+    pieces: dict[str, dict[str, tuple[int, tuple[int, ...]]]]
+    manifest: dict[str, Any]
+
+
 class Checkpoints:
-    """Saves to and resumes from folders of one run."""
+    """Saves to and resumes from folders of one run. All ranks call the same methods in the same order."""
 
-    def __init__(self, config: RunConfig, model_config: ModelConfig, state: ParallelState, data: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        model_config: ModelConfig,
+        state: ParallelState,
+        data: dict[str, Any],
+        vocabulary: str,
+        lock: IO | None = None,
+    ) -> None:
         self.config, self.model_config, self.state, self.data = config, model_config, state, data
+        self.vocabulary = Path(vocabulary).read_bytes()  # goes into every checkpoint; the file may be gone by then
+        self._lock = lock  # held open: it keeps other runs out of --save
+        self.revision = git_revision()
+        self._host: dict[str, dict[str, torch.Tensor]] = {}
+        self._thread: threading.Thread | None = None
+        self._problem: str | None = None
+        self._failures = 0
+        self._messages: list[str] = []
+        # Threads that write must not share the groups on which training communicates.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=2)) if state.world_size > 1 else None
 
-    def save(self, engine: Engine, progress: Progress) -> Path:
-        """Write `global_stepN` atomically and prune old ones; the path. All ranks take part.
+    def save(self, engine: Engine, progress: Progress) -> None:
+        """Copy the state and start to write it; waits for the save before. TrainingStopped when saves keep failing."""
+        self.wait(allowed=FAILURES_ALLOWED)
+        started = time.monotonic()
+        snapshot = self._snapshot(engine, progress)
+        self._thread = threading.Thread(target=self._write, args=(snapshot, started, time.monotonic()), daemon=True)
+        self._thread.start()
+        if not self.config.async_save:
+            self.wait(allowed=FAILURES_ALLOWED)
 
-        TrainingStopped when this rank cannot write (a full disk); the checkpoint before stays whole.
-        """
-        folder = Path(self.config.save)
-        final = folder / f"global_step{progress.step}"
-        work = folder / f".{final.name}.partial"
-        try:
-            self._write(engine, progress, work)
-            if self.state.is_main:
-                self._publish(work, final, progress)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap a full disk in their own
-            shutil.rmtree(work, ignore_errors=True)
-            stopped = TrainingStopped(f"{final}: the checkpoint cannot be written ({error}); make room in {folder} and start again")
-            stopped.local = True
-            raise stopped from error
-        self.state.barrier()
-        return final
+    def wait(self, allowed: int = 0) -> None:
+        """Until what was begun is on disk. TrainingStopped after more than `allowed` failed saves in a row, on all ranks."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        self._failures = self._failures + 1 if self._problem else 0
+        if self._failures > allowed:
+            raise TrainingStopped(
+                f"{self.config.save}: the checkpoint cannot be written ({self._problem}); make room there and start the same"
+                " command again: it goes on from the newest checkpoint"
+            )
 
-    def _write(self, engine: Engine, progress: Progress, work: Path) -> None:
-        if self.state.is_main:
-            shutil.rmtree(work, ignore_errors=True)
-            work.parent.mkdir(parents=True, exist_ok=True)
-        self.state.barrier()
-        engine.deepspeed.save_checkpoint(
-            str(work.parent), tag=work.name, client_state=dataclasses.asdict(progress), save_latest=False
-        )
-        save_weights(engine, work, self.state)
-        self.state.barrier()
-        hashes = self._hash_files(work)
-        if self.state.is_main:
-            write_json(work / MANIFEST, self._manifest(engine, progress, hashes))
+    def messages(self) -> list[str]:
+        """Lines about saves that have ended since the last call, for the log."""
+        lines, self._messages = self._messages, []
+        return lines
 
-    def _publish(self, work: Path, final: Path, progress: Progress) -> None:
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(work, final)
-        flush_folder(final.parent)
-        write_text(final.parent / POINTER, final.name)
-        write_text(final.parent / MEGATRON_POINTER, str(progress.step))
-        if self.config.keep_last:
-            for old in complete_checkpoints(final.parent)[self.config.keep_last :]:
-                shutil.rmtree(old)
+    def _snapshot(self, engine: Engine, progress: Progress) -> Snapshot:
+        """Copies into host buffers that are kept: the second save costs no page faults."""
+        training_state = FragmentedState(engine)
+        files: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in KINDS.values()}
+        pieces: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {kind: {} for kind in KINDS.values()}
+        for fragment in training_state.owned():
+            whole = fragment.length == torch.Size(fragment.shape).numel()
+            for kind, tensor in fragment.tensors.items():
+                file, key = KINDS[kind], piece_key(fragment.name, kind)
+                buffer = self._host.setdefault(file, {}).get(key)
+                if buffer is None or buffer.numel() != tensor.numel():
+                    buffer = torch.empty(tensor.numel(), dtype=torch.float32, pin_memory=tensor.is_cuda)
+                    self._host[file][key] = buffer
+                buffer.copy_(tensor, non_blocking=True)
+                files[file][key] = buffer.view(fragment.shape) if whole else buffer
+                pieces[file][key] = (fragment.start, fragment.shape)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return Snapshot(progress.step, files, pieces, self._manifest(engine, training_state, progress))
 
-    def _hash_files(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """Each rank flushes and hashes its share of the files; rank 0 gets all."""
-        names = sorted(p.name for p in folder.iterdir())
-        mine = {}
-        for name in names[self.state.rank :: self.state.world_size]:
-            with open(folder / name, "rb+") as handle:
-                os.fsync(handle.fileno())
-            mine[name] = {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
-        if self.state.world_size == 1:
-            return mine
-        shares: list[dict] = [{}] * self.state.world_size
-        dist.all_gather_object(shares, mine)
-        return {name: entry for share in shares for name, entry in share.items()}
-
-    def _manifest(self, engine: Engine, progress: Progress, hashes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def _manifest(self, engine: Engine, training_state: FragmentedState, progress: Progress) -> dict[str, Any]:
+        ranks = self.state.tensor_size
+        shapes = {n: full_shape(n, getattr(p, "ds_shape", p.shape), ranks) for n, p in engine.model.named_parameters()}
         return {
-            "format": FORMAT,
             "iteration": progress.step,
             "consumed_samples": progress.consumed_samples,
             "topology": topology(engine.config, self.state),
             "precision": engine.precision,
+            "training_state": training_state.scalars(),
             "rng": {"seed": self.config.seed, "streams": "function of (seed, step, rank), no state"},
-            "versions": {
-                "megatron_interbert": __version__,
-                "torch": torch.__version__,
-                "deepspeed": deepspeed.__version__,
-                "python": platform.python_version(),
-            },
-            "git_revision": git_revision(),
+            "versions": {**versions(), "deepspeed": deepspeed.__version__},
+            "git_revision": self.revision,
             "configs": {
                 "run": dataclasses.asdict(self.config),
                 "model": dataclasses.asdict(self.model_config),
                 "deepspeed": engine.deepspeed_config,
             },
             "data": self.data,
-            "files": hashes,
+            "parameters": shapes,
         }
 
-    def find(self) -> Path | None:
-        """The newest good checkpoint to resume from, of --save, else of --load; None to start anew.
+    # What follows up to `load` runs in the thread.
 
-        Every rank hashes its share of the files. A damaged checkpoint of --save is set aside under another name, so that
-        nothing counts it again.
-        """
-        config = self.config
-        own = Path(config.save) if config.save else None
-        if config.resume == "never":
-            if own and complete_checkpoints(own):
-                raise UsageError(f"--resume never: {own} holds checkpoints; choose another --save, or give --resume auto to go on")
-            return None
-        for folder in (own, Path(config.load) if config.load else None):
-            for candidate in complete_checkpoints(folder) if folder else []:
-                problem = self._verify_together(candidate)
-                if problem is None:
-                    return candidate
-                if self.state.is_main:
-                    print(f"checkpoint {candidate} is damaged ({problem}); trying the one before it", flush=True)
-                    if folder == own:
-                        os.rename(candidate, candidate.with_name(f"damaged-{candidate.name}-{time.time_ns()}"))
-                self.state.barrier()
-        if config.resume == "must":
-            raise UsageError(f"--resume must: no complete checkpoint in {own or config.load or '--save, which is not given'}")
-        if config.load:
-            raise UsageError(f"--load {config.load}: no complete checkpoint there")
+    def _write(self, snapshot: Snapshot, started: float, copied: float) -> None:
+        final = Path(self.config.save) / f"{STEP_FOLDER}{snapshot.step}"
+        work = partial_folder(final)
+        outcome: dict[str, Any] | str
+        try:
+            outcome = self._write_files(snapshot, work)
+        except (OSError, RuntimeError, ValueError) as error:
+            outcome = f"rank {self.state.rank}: {error}"
+        try:
+            problems, files = [], {}
+            for result in self._gather(outcome):
+                problems.append(result) if isinstance(result, str) else files.update(result)
+            problem = "; ".join(problems) or None
+            if self.state.is_main:
+                problem = problem or self._publish(work, final, {**snapshot.manifest, "files": files})
+                if problem:
+                    shutil.rmtree(work, ignore_errors=True)
+            self._problem = self._gather(problem)[0]
+        except RuntimeError as error:  # gloo's word for a rank that has gone; the training step of this one ends soon too
+            self._problem = f"another rank has gone ({str(error).splitlines()[0][:100]})"
+        if self._problem:
+            self._messages.append(f"checkpoint {final} could not be written: {self._problem}; the one before is untouched")
+        else:
+            stall, total = copied - started, time.monotonic() - started
+            self._messages.append(f"saved {final} (training waited {stall:.2f} s, on disk after {total:.2f} s)")
+
+    def _write_files(self, snapshot: Snapshot, work: Path) -> dict[str, Any]:
+        """This rank's files, flushed; {name: {bytes, sha256}}."""
+        work.mkdir(parents=True, exist_ok=True)
+        state, entries = self.state, {}
+        for kind, tensors in snapshot.files.items():
+            name = weights_name((state.tensor_rank, state.tensor_size), (state.data_rank, state.data_size), kind)
+            layout = {key: TensorLayout(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+            entries[name] = write_tensors(work / name, layout, tensors.values(), describe_pieces(snapshot.pieces[kind]))
+        if state.is_main:
+            (work / VOCABULARY).write_bytes(self.vocabulary)
+            entries[VOCABULARY] = file_entry(work / VOCABULARY)
+        return entries
+
+    def _gather(self, value: Any) -> list[Any]:
+        return self.state.gather(value, self._group)
+
+    def _publish(self, work: Path, final: Path, manifest: dict[str, Any]) -> str | None:
+        """Manifest, rename, pointers, pruning; what went wrong, if anything did before the rename."""
+        try:
+            write_manifest(work, manifest)
+            flush_folder(work)
+            if final.exists():  # not a checkpoint, else the run would have resumed from it; whose it is we cannot know
+                set_aside(final)
+            os.rename(work, final)
+            flush_folder(final.parent)
+        except OSError as error:
+            return str(error)
+        try:
+            write_text(final.parent / POINTER, final.name)
+            write_text(final.parent / MEGATRON_POINTER, str(manifest["iteration"]))
+            for old in to_prune(complete_checkpoints(final.parent), self.config.keep_last, self.config.keep_every):
+                os.rename(old, doomed := partial_folder(old))  # a kill halfway must not leave half a checkpoint
+                shutil.rmtree(doomed)
+        except OSError as error:  # the checkpoint is there all the same
+            self._messages.append(f"note: {final.parent}: pointers or old checkpoints could not be brought up to date ({error})")
         return None
-
-    def _verify_together(self, path: Path) -> str | None:
-        problem = verify(path, self.state.rank, self.state.world_size)
-        if self.state.world_size == 1:
-            return problem
-        problems: list[str | None] = [None] * self.state.world_size
-        dist.all_gather_object(problems, problem)
-        return next((p for p in problems if p), None)
 
     def load(self, engine: Engine, path: Path) -> Progress:
         """Weights, optimizer and progress from a verified checkpoint; UsageError when it is of another run."""
-        manifest = read_manifest(path)
-        self._check_same_run(manifest, engine, path)
-        changed = {n: (manifest["configs"]["run"].get(n), getattr(self.config, n)) for n in SCHEDULE}
-        notes = [f"{name} {theirs} -> {ours}" for name, (theirs, ours) in changed.items() if theirs != ours]
-        if notes and self.state.is_main:
-            print(f"note: changed since {path.name}: {', '.join(notes)}; the losses will not be those of the old run", flush=True)
-        if engine.deepspeed.load_checkpoint(str(path.parent), tag=path.name)[0] is None:
-            raise UsageError(f"{path}: DeepSpeed finds nothing to load there")
+        reader = CheckpointReader(path)
+        manifest = reader.manifest
+        check_same_run(manifest, self.config, self.model_config, self.data, str(path))
+        if self.state.is_main:
+            notes = changed_settings(manifest, self.config)
+            if notes:
+                print(
+                    f"note: changed since {path.name}: {', '.join(notes)}; the losses will not be those of the old run", flush=True
+                )
+            before = f"{describe(manifest['topology'])}, {manifest['precision']}"
+            now = f"{describe(topology(self.config, self.state))}, {engine.precision}"
+            if before != now:
+                print(f"resharding {path.name}: {before} -> {now}", flush=True)
+        FragmentedState(engine).fill(reader, manifest["training_state"])
         return Progress(manifest["iteration"], manifest["consumed_samples"])
 
-    def _check_same_run(self, manifest: dict[str, Any], engine: Engine, path: Path) -> None:
-        check_same_model(manifest, self.model_config, self.data["vocabulary"], str(path))
-        if manifest["data"]["manifest_sha256"] != self.data["manifest_sha256"]:
-            raise UsageError(f"{path}: the region store has changed since ({self.data['store']}), so samples would differ;"
-                             " give the store it was made on, or take only its weights by --init-from")  # fmt: skip
-        for name in SAME_SAMPLES:
-            theirs, ours = manifest["configs"]["run"].get(name), getattr(self.config, name)
-            if theirs != ours:
-                raise UsageError(f"{path}: made with {name} = {theirs}, this run has {ours}, so samples or losses would differ;"
-                                 " use the same value, or another --save")  # fmt: skip
-        mine, theirs = topology(self.config, self.state), manifest["topology"]
-        if (theirs, manifest["precision"]) != (mine, engine.precision):
-            raise UsageError(f"{path}: saved on {describe(theirs)} in {manifest['precision']}, this run is {describe(mine)} in"
-                             f" {engine.precision}; start it on the same layout, or take only its weights by --init-from")  # fmt: skip
 
-
-def check_same_model(manifest: dict[str, Any], model_config: ModelConfig, vocabulary: str, where: str) -> None:
-    """UsageError unless a checkpoint is of this model and vocabulary (sha256). Dropout may differ."""
-    theirs, ours = manifest["configs"]["model"], dataclasses.asdict(model_config)
-    differing = [k for k in ours if theirs.get(k) != ours[k] and not k.endswith("dropout")]
-    if differing:
-        sizes = ", ".join(f"{k} {theirs.get(k)} against {ours[k]}" for k in differing)
-        raise UsageError(f"{where}: made with other model sizes ({sizes}); use the same --model, vocabulary and data")
-    if manifest["data"]["vocabulary"] != vocabulary:
-        raise UsageError(f"{where}: made with another vocabulary; give that vocabulary by --vocab-file")
+def to_prune(newest_first: list[Path], keep_last: int, keep_every: int) -> list[Path]:
+    """Checkpoints to remove: all but the last N (0: none is removed) and those whose step is a multiple of M."""
+    old = newest_first[keep_last:] if keep_last else []
+    return [path for path in old if not keep_every or int(path.name[len(STEP_FOLDER) :]) % keep_every]
 
 
 def topology(config: RunConfig, state: ParallelState) -> dict[str, int]:
@@ -225,97 +254,6 @@ def topology(config: RunConfig, state: ParallelState) -> dict[str, int]:
 def describe(layout: dict[str, int]) -> str:
     """`DP2 x TP1, ZeRO-1`."""
     return f"DP{layout['data_parallel']} x TP{layout['tensor_parallel']}, ZeRO-{layout['zero_stage']}"
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders with a manifest, newest first."""
-    found = [p for p in folder.glob("global_step*") if (p / MANIFEST).is_file() and p.name[11:].isdigit()]
-    return sorted(found, key=lambda p: int(p.name[11:]), reverse=True)
-
-
-def verify(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
-    """None when the files are as the manifest says, else what is wrong. Of several ranks each checks its share."""
-    try:
-        files = read_manifest(path)["files"]
-    except (UsageError, KeyError) as error:
-        return str(error)
-    for name in sorted(files)[rank::ranks]:
-        file, entry = path / name, files[name]
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, expected {entry['bytes']}"
-        if file_sha256(file) != entry["sha256"]:
-            return f"{name} has another sha256"
-    return None
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder."""
-    try:
-        return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UsageError(f"{path}: no readable {MANIFEST} ({error})") from error
-
-
-def save_weights(engine: Engine, folder: Path, state: ParallelState) -> None:
-    """`weights-tp-I-of-N.safetensors` by the first data-parallel rank of each; ZeRO-3 gathers one parameter at a time."""
-    tensors = {}
-    for name, parameter in engine.model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.config.zero_stage == 3):
-            if state.data_rank == 0:
-                tensors[name] = parameter.detach().to("cpu", copy=True).contiguous()
-    if state.data_rank == 0:
-        save_file(tensors, folder / weights_name(state.tensor_rank, state.tensor_size))
-
-
-def weights_name(rank: int, ranks: int) -> str:
-    """File name of one tensor-parallel rank's weights."""
-    return f"weights-tp-{rank:02d}-of-{ranks:02d}.safetensors"
-
-
-def load_weights(folder: str | Path) -> tuple[dict[str, torch.Tensor], ModelConfig, dict[str, Any]]:
-    """Full state dict, model sizes and manifest of a checkpoint folder, or of the newest one in a run's folder."""
-    path = Path(folder)
-    if not (path / MANIFEST).is_file():
-        candidates = complete_checkpoints(path)
-        if not candidates:
-            raise UsageError(f"{folder}: no complete checkpoint there, expected global_stepN with {MANIFEST}")
-        path = candidates[0]
-    manifest = read_manifest(path)
-    ranks = manifest["topology"]["tensor_parallel"]
-    states = []
-    for rank in range(ranks):
-        file = path / weights_name(rank, ranks)
-        if not file.is_file() or file_sha256(file) != manifest["files"][file.name]["sha256"]:
-            raise UsageError(f"{file}: missing or differs from {MANIFEST}; use another checkpoint")
-        try:
-            states.append(load_file(file))
-        except SafetensorError as error:
-            raise UsageError(f"{file}: not readable ({error})") from error
-    return unshard_state(states), model_config_from_dict(manifest["configs"]["model"], str(path)), manifest
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write beside, flush, rename."""
-    beside = path.with_name(path.name + ".partial")
-    with open(beside, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(beside, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON, written beside and renamed."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
-
-
-def flush_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 def git_revision() -> str:

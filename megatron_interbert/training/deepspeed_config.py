@@ -86,8 +86,11 @@ def read_deepspeed_config(config: RunConfig) -> dict[str, Any]:
     return values
 
 
-def merge(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
-    """The dictionary for deepspeed.initialize. Values only the JSON gives are written into `config`."""
+def merge(config: RunConfig, data_parallel_size: int, resumed_batch: int = 0) -> dict[str, Any]:
+    """The dictionary for deepspeed.initialize. Values only the JSON gives are written into `config`.
+
+    `resumed_batch` is the global batch of the checkpoint to resume from: it holds unless another one is given.
+    """
     values = copy.deepcopy(read_deepspeed_config(config))
     for path, name in SHARED.items():
         _agree(config, values, path, name)
@@ -98,6 +101,11 @@ def merge(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
     accumulation = values.get("gradient_accumulation_steps", "auto")
     if accumulation != "auto" and not config.global_batch_size:
         config.global_batch_size = accumulation * config.micro_batch_size * data_parallel_size
+    config.global_batch_size = config.global_batch_size or resumed_batch
+    if any(block.get("device") == "nvme" for block in _offload_blocks(values)):
+        raise UsageError(
+            f"{config.deepspeed_config}: offload to nvme is not supported (checkpoints could not be written); use 'cpu'"
+        )
     config.check()
     steps = config.accumulation_steps(data_parallel_size)
     if accumulation not in ("auto", steps):
@@ -107,6 +115,10 @@ def merge(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
         )
     config.global_batch_size = config.global_batch(data_parallel_size)
     return _for_engine(config, values, steps)
+
+
+def _offload_blocks(values: dict[str, Any]) -> list[dict[str, Any]]:
+    return [_get(values, f"zero_optimization.{name}") or {} for name in ("offload_optimizer", "offload_param")]
 
 
 def _agree(config: RunConfig, values: dict[str, Any], path: str, name: str) -> None:

@@ -62,11 +62,22 @@ class Trainer:
                 if self.evaluation and config.eval_interval and (step % config.eval_interval == 0 or step == last):
                     self.evaluate()
                 if config.save and ((config.save_interval and step % config.save_interval == 0) or step == last):
-                    path = self.checkpoints.save(self.engine, self.progress)
-                    self.writer.say(f"saved {path}")
+                    self.checkpoints.save(self.engine, self.progress)
                 self.window_started += time.monotonic() - pause  # rates are those of training alone
+                self.say_what_was_saved()
+            self.checkpoints.wait()
+        except TrainingStopped:
+            self.checkpoints.wait(allowed=1)  # the newest checkpoint must not be lost to the reason for which the run ends
+            raise
         finally:
+            self.say_what_was_saved()
             self.writer.close()
+
+    def say_what_was_saved(self) -> None:
+        """The lines of saves that have ended in the background."""
+        for line in self.checkpoints.messages():
+            if self.state.is_main:
+                self.writer.say(line)
 
     def train_step(self) -> None:
         """One optimizer step over all micro-batches of this rank."""

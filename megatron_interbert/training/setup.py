@@ -25,6 +25,7 @@ from megatron_interbert.training.deepspeed_config import merge
 from megatron_interbert.training.engine import Engine, start_processes
 from megatron_interbert.training.first_weights import load_initial_weights
 from megatron_interbert.training.loop import Trainer
+from megatron_interbert.training.resume import claim_folder, find_checkpoint, resumed_batch
 
 
 def open_data(config: RunConfig, path: str = "") -> tuple[RegionStore, CaptionTokenizer]:
@@ -57,10 +58,12 @@ def prepare(config: RunConfig) -> Trainer:
     device = start_processes()
     config.check()
     state = ParallelState(config.tensor_model_parallel_size)
-    merge(config, state.data_size)
-    check_partitions(config.data_partitions, state.data_size)
     store, tokenizer = open_data(config)
     model_config = model_config_for(config, store, tokenizer)
+    lock = claim_folder(config.save, state)
+    resume = find_checkpoint(config, state)
+    merge(config, state.data_size, resumed_batch(resume))
+    check_partitions(config.data_partitions, state.data_size)
     model_config.check_tensor_parallel(state.tensor_size)
     attention_dropout = max(model_config.attention_dropout, model_config.image_attention_dropout) > 0
     kernels = choose_kernels(config.kernels, device, attention_dropout)
@@ -82,8 +85,7 @@ def prepare(config: RunConfig) -> Trainer:
         model_config, PRETRAINING_HEADS, state=state, kernels=kernels, streams=streams, recompute=config.recompute_activations
     )
     initialise(model, model_config, config.seed, state)
-    checkpoints = Checkpoints(config, model_config, state, describe_data(store, tokenizer))
-    resume = checkpoints.find()
+    checkpoints = Checkpoints(config, model_config, state, describe_data(store, tokenizer), tokenizer.vocab_file, lock)
     pretrained = set()
     if config.init_from:  # also on resume: which weights came from BERT decides the parameter groups
         pretrained = load_initial_weights(model, model_config, config.init_from, state, checkpoints.data["vocabulary"])

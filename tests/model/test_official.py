@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from megatron_interbert.config import ModelConfig
 from megatron_interbert.data.packing import Example, pack
-from megatron_interbert.model.foreign import from_official, to_official
+from megatron_interbert.weights.foreign import from_official, to_official
 from megatron_interbert.model.initialise import load_full_state
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.partition import partition_dimension

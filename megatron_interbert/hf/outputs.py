@@ -1,0 +1,42 @@
+"""What the Hugging Face classes return. Padded places hold zeros. `loss` is there when labels were given.
+
+Legend: B samples, T text columns, R region columns, H hidden, P pooled size, V vocabulary, C region classes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class InterBertModelOutput(ModelOutput):
+    """Both streams; the image side is None for text-only inputs."""
+
+    text_hidden: torch.Tensor | None = None  # [B, T, H]
+    image_hidden: torch.Tensor | None = None  # [B, 1 + R, H], row 0 is [IMG]
+    pooled_text: torch.Tensor | None = None  # [B, P]
+    pooled_image: torch.Tensor | None = None  # [B, P]
+
+
+@dataclass
+class InterBertForPreTrainingOutput(ModelOutput):
+    """Logits of the three pretraining heads at every position, float32, and both streams."""
+
+    loss: torch.Tensor | None = None
+    msm_logits: torch.Tensor | None = None  # [B, T, V]
+    mrm_logits: torch.Tensor | None = None  # [B, R, C]
+    itm_logits: torch.Tensor | None = None  # [B, 2], class 0 = matched
+    text_hidden: torch.Tensor | None = None  # [B, T, H]
+    image_hidden: torch.Tensor | None = None  # [B, 1 + R, H]
+    pooled_text: torch.Tensor | None = None  # [B, P]
+    pooled_image: torch.Tensor | None = None  # [B, P]
+
+
+@dataclass
+class InterBertForImageTextRetrievalOutput(ModelOutput):
+    """How well caption and image of each pair fit."""
+
+    loss: torch.Tensor | None = None
+    itm_logits: torch.Tensor | None = None  # [B, 2], class 0 = matched
+    scores: torch.Tensor | None = None  # [B] logit(matched) - logit(mismatched): what to rank by

@@ -1,0 +1,169 @@
+"""From padded tensors, as Hugging Face users hold them, to a PackedBatch on the same device, and back.
+
+Legend: B samples, T text columns, R region columns, F feature size; Nt real tokens, Nr real regions, Ni = B + Nr image
+tokens (one [IMG] in front of each sample's regions).
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_interbert.config import ModelConfig
+from megatron_interbert.data.packing import FULL_IMAGE, PackedBatch
+from megatron_interbert.errors import UsageError
+
+
+class PaddedInputs(NamedTuple):
+    """Inputs under LXMERT's names. Real positions may stand anywhere; what padded places hold does not matter."""
+
+    input_ids: torch.Tensor | None  # [B, T]
+    attention_mask: torch.Tensor | None = None  # [B, T], 1 = real; default: all
+    token_type_ids: torch.Tensor | None = None  # [B, T]; default: 0
+    visual_feats: torch.Tensor | None = None  # [B, R, F]; None: text only
+    visual_pos: torch.Tensor | None = None  # [B, R, 5] x1/W, y1/H, x2/W, y2/H, area share
+    visual_attention_mask: torch.Tensor | None = None  # [B, R], 1 = real; default: all
+
+
+@dataclass
+class Slots:
+    """Where packed rows stand in the padded tensors, as indexes into their first two axes laid flat."""
+
+    text: torch.Tensor  # [Nt] in [B, T]
+    regions: torch.Tensor  # [Nr] in [B, R]
+    image: torch.Tensor  # [Ni] in [B, 1 + R]
+
+
+def pack_padded(inputs: PaddedInputs, config: ModelConfig, hidden_regions: torch.Tensor | None = None) -> tuple[PackedBatch, Slots]:
+    """Real tokens and regions end to end, every word and region a target of its head, and the slots they came from.
+
+    A token's position is its column, as in BERT. `hidden_regions` [B, R] bool reach the model as zeros.
+    UsageError for shapes that do not fit, and for a sample without a real token or region.
+    """
+    check_shapes(inputs, config, hidden_regions)
+    ids, pictured = inputs.input_ids, inputs.visual_feats is not None
+    tokens = is_real(inputs.attention_mask, ids)
+    regions = is_real(inputs.visual_attention_mask, inputs.visual_feats[..., 0]) if pictured else tokens[:, :0]
+    image = torch.cat([torch.ones_like(tokens[:, : int(pictured)]), regions], dim=1)  # with the column of [IMG]
+    lengths = torch.stack([tokens.sum(dim=1), image.sum(dim=1)])
+    on_host = lengths.cpu()  # the one time that the host waits for the device
+    refuse_empty_samples(on_host, pictured)
+    counts = on_host.sum(dim=1).tolist()
+    slots = Slots(
+        text=real_slots(tokens, counts[0]),
+        regions=real_slots(regions, counts[1] - len(ids) * pictured),
+        image=real_slots(image, counts[1]),
+    )
+    types = torch.zeros_like(ids) if inputs.token_type_ids is None else inputs.token_type_ids
+    unused = ids.new_zeros(0)
+    batch = PackedBatch(
+        token_ids=ids.flatten()[slots.text].long(),
+        token_types=types.flatten()[slots.text].long(),
+        token_positions=slots.text % ids.shape[1],
+        text_offsets=offsets(lengths[0]),
+        image_offsets=offsets(lengths[1]),
+        joint_offsets=offsets(lengths.sum(dim=0)),
+        **joint_order(tokens, image, slots),
+        **image_tokens(inputs, config, image, slots, hidden_regions),
+        msm_positions=torch.arange(counts[0], device=ids.device),
+        **dict.fromkeys(("hidden_regions", "msm_labels", "mrm_class_ids", "mrm_class_probs", "mismatched", "sample_ids"), unused),
+        max_text=int(on_host[0].max()),
+        max_image=int(on_host[1].max()),
+        max_joint=int(on_host.sum(dim=0).max()),
+    )
+    return batch, slots
+
+
+def to_padded(rows: torch.Tensor, slots: torch.Tensor, samples: int, columns: int) -> torch.Tensor:
+    """Packed rows [N, ..] at their slots in [samples, columns, ..], zeros elsewhere."""
+    padded = rows.new_zeros(samples * columns, *rows.shape[1:])
+    return padded.index_copy(0, slots, rows).unflatten(0, (samples, columns))
+
+
+def joint_order(tokens: torch.Tensor, image: torch.Tensor, slots: Slots) -> dict[str, torch.Tensor]:
+    """Fields of the order [image tokens, text tokens] of each sample, from both masks [B, T] and [B, 1 + R]."""
+    rows = row_numbers(torch.cat([image, tokens], dim=1))
+    image_index = rows[:, : image.shape[1]].flatten()[slots.image]
+    text_index = rows[:, image.shape[1] :].flatten()[slots.text]
+    by_kind = torch.cat([image_index, text_index])
+    order = torch.empty_like(by_kind).index_copy_(0, by_kind, torch.arange(len(by_kind), device=by_kind.device))
+    return {"joint_order": order, "text_index": text_index, "image_index": image_index}
+
+
+def image_tokens(
+    inputs: PaddedInputs, config: ModelConfig, image: torch.Tensor, slots: Slots, hidden_regions: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """Fields of the image side; `image` [B, 1 + R] is its mask with the column of [IMG]."""
+    if inputs.visual_feats is None:
+        none = slots.image
+        floats = none.new_zeros(0, 5, dtype=torch.float32)
+        names = ("region_rows", "region_counts", "summary_rows", "mrm_positions")
+        return {"features": floats.new_zeros(0, config.feature_dim), "locations": floats, **dict.fromkeys(names, none)}
+    features = inputs.visual_feats.flatten(0, 1)[slots.regions]
+    if hidden_regions is not None:
+        features = features.masked_fill(hidden_regions.flatten()[slots.regions, None] != 0, 0.0)
+    whole = torch.as_tensor(FULL_IMAGE, device=image.device).expand(len(image), 1, 5)
+    locations = torch.cat([whole, inputs.visual_pos.float()], dim=1).flatten(0, 1)[slots.image]
+    rows = row_numbers(image)
+    region_rows = rows[:, 1:].flatten()[slots.regions]
+    return {
+        "features": features,
+        "locations": locations,
+        "region_rows": region_rows,
+        "region_counts": image[:, 1:].sum(dim=1),
+        "summary_rows": rows[:, 0],
+        "mrm_positions": region_rows,
+    }
+
+
+def is_real(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """A mask as bool [B, columns]; all True where none is given."""
+    return torch.ones_like(like, dtype=torch.bool) if mask is None else mask.to(like.device) != 0
+
+
+def real_slots(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """Flat indexes of the `count` true places, ascending. Not `nonzero`: the host would wait for the device to count."""
+    return mask.flatten().int().argsort(stable=True, descending=True)[:count]
+
+
+def row_numbers(mask: torch.Tensor) -> torch.Tensor:
+    """The number of each true place among all true ones, row by row; places that are not true hold nothing of use."""
+    return (mask.flatten().cumsum(0) - 1).view_as(mask)
+
+
+def offsets(lengths: torch.Tensor) -> torch.Tensor:
+    """int32 [B + 1] from lengths [B]."""
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+
+
+def refuse_empty_samples(lengths: torch.Tensor, pictured: bool) -> None:
+    """UsageError naming the first sample without a real token or, in a batch with images, without a real region."""
+    for name, found, least in (("attention_mask", lengths[0], 1), ("visual_attention_mask", lengths[1], 2 * pictured)):
+        if (found < least).any():
+            what = "token" if name == "attention_mask" else "region (for text-only samples leave out all visual inputs)"
+            raise UsageError(f"{name}: sample {int((found < least).nonzero()[0])} has no real {what}")
+
+
+def check_shapes(inputs: PaddedInputs, config: ModelConfig, hidden_regions: torch.Tensor | None) -> None:
+    """UsageError for inputs that are missing or whose shapes fit neither each other nor the model."""
+    ids, features = inputs.input_ids, inputs.visual_feats
+    if ids is None or ids.dim() != 2 or not ids.numel():
+        raise UsageError(f"input_ids has shape {None if ids is None else list(ids.shape)}, expected [samples, tokens]")
+    if ids.shape[1] > config.max_position_embeddings:
+        raise UsageError(f"input_ids has {ids.shape[1]} columns, the model only {config.max_position_embeddings} positions")
+    expected: dict[str, list[Any]] = {"attention_mask": [*ids.shape], "token_type_ids": [*ids.shape]}
+    given = {**inputs._asdict(), "region_mask": hidden_regions}
+    regional = ("visual_pos", "visual_attention_mask", "region_mask")
+    if features is None:
+        for name in regional:
+            if given[name] is not None:
+                raise UsageError(f"{name} is given without visual_feats [samples, regions, {config.feature_dim}]")
+    else:
+        if inputs.visual_pos is None:
+            raise UsageError("visual_feats is given without visual_pos [samples, regions, 5], the places of the regions")
+        regions = features.shape[1] if features.dim() == 3 else "regions"
+        tails = ([config.feature_dim], [5], [], [])
+        expected |= {name: [len(ids), regions, *tail] for name, tail in zip(("visual_feats", *regional), tails, strict=True)}
+    for name, shape in expected.items():
+        if given[name] is not None and list(given[name].shape) != shape:
+            raise UsageError(f"{name} has shape {list(given[name].shape)}, expected {shape}")

@@ -1,0 +1,1 @@
+"""Weights on disk: files, manifests, and the formats of others; knows nothing of engines and training."""

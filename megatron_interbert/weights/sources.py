@@ -1,0 +1,270 @@
+"""Reads weights of every format we know as one thing: our names, full tensors, one at a time.
+
+Nothing here runs code from a file: safetensors, JSON, and `torch.load(weights_only=True)`.
+"""
+
+import dataclasses
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_interbert.config import ModelConfig, model_config_from_dict, read_json
+from megatron_interbert.errors import UsageError
+from megatron_interbert.model.presets import PRESETS
+from megatron_interbert.weights.files import TensorFile, TensorLayout
+from megatron_interbert.weights.foreign import (
+    DECODER,
+    EXTRA,
+    Link,
+    bert_links,
+    bert_name,
+    config_from_official,
+    official_links,
+    plain_name,
+    present,
+)
+from megatron_interbert.weights.manifest import MANIFEST, newest_checkpoint, read_manifest, verify
+from megatron_interbert.weights.reader import CheckpointReader
+
+KINDS = ("checkpoint", "huggingface", "official", "bert")
+HF_PREFIX = "interbert."
+HF_FILE, HF_INDEX = "model.safetensors", "model.safetensors.index.json"
+TORCH_FILE = "pytorch_model.bin"
+
+
+@dataclasses.dataclass
+class Source:
+    """Weights under our names. `get` gives one full tensor; a `bert` source has the text path only."""
+
+    kind: str
+    path: Path
+    config: ModelConfig
+    layouts: dict[str, TensorLayout]
+    get: Callable[[str], torch.Tensor]
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # detector, vocabulary, iteration .. where known
+    left_out: list[str] = dataclasses.field(default_factory=list)  # tensors of the file that have no place in our model
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All tensors at once."""
+        return {name: self.get(name) for name in self.layouts}
+
+
+def recognise(path: str | Path) -> str:
+    """Which of KINDS a path holds; UsageError for anything else."""
+    where = Path(path)
+    if not where.exists():
+        raise UsageError(f"{path}: no such file or folder")
+    if where.is_dir():
+        if newest_checkpoint(where):
+            return "checkpoint"
+        if next(where.glob("**/*model_states.pt"), None):
+            raise UsageError(
+                f"{path}: a DeepSpeed checkpoint that we did not write. Its files are pickles, which run code when loaded, so they"
+                " are not read; export its weights as safetensors with the program that made it"
+            )
+        config = where / "config.json"
+        kind = read_json(config, str(path)).get("model_type") if config.is_file() else None
+        if kind == "interbert":
+            return "huggingface"
+    names = tensor_names(open_tensors(where))
+    if any(".v_embeddings." in name for name in names):
+        return "official"
+    if any(name.endswith("embeddings.word_embeddings.weight") for name in names):
+        return "bert"
+    raise UsageError(
+        f"{path}: neither one of our checkpoints, nor a Hugging Face folder of InterBERT or BERT, nor an official InterBERT state"
+        f" dict (its first tensor is {next(iter(names), 'missing')})"
+    )
+
+
+def open_source(path: str | Path, kind: str = "auto", config: ModelConfig | None = None) -> Source:
+    """Open weights of any format. `config` gives the sizes where the format does not hold them (official, bert)."""
+    kind = recognise(path) if kind == "auto" else kind
+    if kind not in KINDS:
+        raise UsageError(f"unknown format '{kind}', expected one of auto, {', '.join(KINDS)}")
+    if not Path(path).exists():
+        raise UsageError(f"{path}: no such file or folder")
+    return {"checkpoint": _checkpoint, "huggingface": _huggingface, "official": _official, "bert": _bert}[kind](Path(path), config)
+
+
+def _checkpoint(path: Path, config: ModelConfig | None) -> Source:
+    folder = newest_checkpoint(path)
+    if folder is None:
+        raise UsageError(
+            f"{path}: no complete checkpoint there, expected a folder with {MANIFEST}, or global_stepN folders of a run"
+        )
+    read_manifest(folder)
+    problem = verify(folder, only="weights-")
+    if problem:
+        raise UsageError(f"{folder}: {problem}; use another checkpoint")
+    reader = CheckpointReader(folder)
+    manifest = reader.manifest
+    facts = {
+        "iteration": manifest.get("iteration"),
+        "consumed_samples": manifest.get("consumed_samples"),
+        **manifest.get("data", {}),
+        "files": {name: entry["sha256"] for name, entry in manifest["files"].items() if name.startswith("weights-")},
+        "topology": manifest["topology"],
+    }
+    return Source("checkpoint", folder, reader.config, {n: reader.layout(n) for n in reader.names}, reader.get, facts)
+
+
+def _huggingface(path: Path, config: ModelConfig | None) -> Source:
+    values = read_json(path / "config.json", str(path))
+    if values.get("model_type") != "interbert":
+        raise UsageError(f"{path}/config.json: model_type is {values.get('model_type')!r}, expected 'interbert'")
+    known = {f.name for f in dataclasses.fields(ModelConfig)}
+    sizes = model_config_from_dict({k: v for k, v in values.items() if k in known}, str(path))
+    tensors = open_tensors(path)
+    ours = {name.removeprefix(HF_PREFIX): name for name in tensor_names(tensors) if name.startswith(HF_PREFIX)}
+    left_out = [name for name in tensor_names(tensors) if not name.startswith(HF_PREFIX)]
+    layouts = {name: tensors.layout(theirs) for name, theirs in ours.items()}
+    facts = values.get("training_facts") or {}
+    return Source("huggingface", path, sizes, layouts, lambda name: tensors.get(ours[name]), facts, left_out)
+
+
+def _official(path: Path, config: ModelConfig | None) -> Source:
+    tensors = open_tensors(path)
+    by_name = {plain_name(name): name for name in tensor_names(tensors)}
+    shapes = {name: tensors.layout(original).shape for name, original in by_name.items()}
+    config = config or _official_sizes(path, shapes)
+    links = present(official_links(config), by_name, str(path), "an official InterBERT state dict of these sizes")
+    check_tied(tensors, by_name, path)
+    source = _linked("official", path, config, links, tensors, by_name)
+    used = {name for link in links for name in link.theirs} | {DECODER}
+    extras = {EXTRA + name: name for name in by_name if name not in used}
+    source.layouts |= {ours: tensors.layout(by_name[name]) for ours, name in extras.items()}
+    linked = source.get
+    source.get = lambda name: tensors.get(by_name[extras[name]]) if name in extras else linked(name)
+    return source
+
+
+def _bert(path: Path, config: ModelConfig | None) -> Source:
+    tensors = open_tensors(path)
+    by_name = {bert_name(name): name for name in tensor_names(tensors)}
+    if config is None:
+        vocab_size, hidden = tensors.layout(by_name["bert.embeddings.word_embeddings.weight"]).shape
+        config = dataclasses.replace(_preset_like(path, {"hidden_size": hidden}), vocab_size=vocab_size)
+    depth = f"BERT needs {config.interaction_layers + config.text_layers} layers for this model"
+    links = present(bert_links(config), by_name, str(path), f"BERT of these sizes ({depth})")
+    source = _linked("bert", path, config, links, tensors, by_name)
+    used = {name for link in links for name in link.theirs} | {DECODER, "cls.predictions.decoder.bias"}
+    source.left_out = sorted(set(by_name) - used)
+    return source
+
+
+def _linked(
+    kind: str, path: Path, config: ModelConfig, links: list[Link], tensors: "Tensors", by_name: Mapping[str, str]
+) -> Source:
+    recipes = {link.ours: link for link in links}
+
+    def get(name: str) -> torch.Tensor:
+        link = recipes[name]
+        return link.to_ours([tensors.get(by_name[part]) for part in link.theirs], config, str(path))
+
+    layouts = {link.ours: _linked_layout(link, tensors.layout(by_name[link.theirs[0]]), config) for link in links}
+    return Source(kind, path, config, layouts, get)
+
+
+def _linked_layout(link: Link, part: TensorLayout, config: ModelConfig) -> TensorLayout:
+    """Type and shape of our tensor from those of the first part, without reading it."""
+    rows = part.shape[0] * len(link.theirs)
+    if link.ours in ("text_embedding.word.weight", "msm_head.bias"):
+        rows = config.padded_vocab_size
+    return TensorLayout(part.dtype, (rows, *part.shape[1:]))
+
+
+def check_tied(tensors: "Tensors", by_name: Mapping[str, str], path: Path) -> None:
+    """UsageError when the official decoder is not the word embedding, as our model has only one of them."""
+    word = "bert.embeddings.word_embeddings.weight"
+    if DECODER in by_name and word in by_name and not torch.equal(tensors.get(by_name[DECODER]), tensors.get(by_name[word])):
+        raise UsageError(f"{path}: {DECODER} differs from {word}; InterBERT's decoder is tied, so one of them would be lost")
+
+
+def _official_sizes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
+    """From the configuration JSON beside the file, else from the preset that has the tensors' sizes."""
+    beside = (path if path.is_dir() else path.parent) / "config.json"
+    if beside.is_file():
+        values = read_json(beside, str(path))
+        if "v_feature_size" in values:
+            return config_from_official(values, str(beside))
+    word = shapes.get("bert.embeddings.word_embeddings.weight", (0, 0))
+    like = {"hidden_size": word[1], "feature_dim": shapes.get("bert.v_embeddings.image_embeddings.weight", (0, 0))[1]}
+    return dataclasses.replace(_preset_like(path, like), vocab_size=word[0])
+
+
+def _preset_like(path: Path, sizes: dict[str, int]) -> ModelConfig:
+    for preset in PRESETS.values():
+        if all(getattr(preset, name) == value for name, value in sizes.items()):
+            return preset
+    raise UsageError(
+        f"{path}: no preset has these sizes ({', '.join(f'{k} {v}' for k, v in sizes.items())}); give them by --model FILE.json,"
+        " or put the official config.json beside the file"
+    )
+
+
+class Tensors:
+    """Tensors of a safetensors file, of several with an index, or of a torch file (its storages stay on disk where possible)."""
+
+    def __init__(self, files: Mapping[str, "TensorFile | Mapping[str, torch.Tensor]"]) -> None:
+        self.files = files  # tensor name -> where it is
+
+    def layout(self, name: str) -> TensorLayout:
+        """Type and shape of a tensor."""
+        file = self.files[name]
+        return file.layout(name) if isinstance(file, TensorFile) else TensorLayout(file[name].dtype, tuple(file[name].shape))
+
+    def get(self, name: str) -> torch.Tensor:
+        """One tensor."""
+        file = self.files[name]
+        return file.get(name) if isinstance(file, TensorFile) else file[name]
+
+
+def tensor_names(tensors: Tensors) -> list[str]:
+    """Names in the files' order."""
+    return list(tensors.files)
+
+
+def open_tensors(path: Path) -> Tensors:
+    """A .safetensors or torch file, or the model file(s) of a Hugging Face folder. Never runs pickled code."""
+    if path.is_dir():
+        if (path / HF_INDEX).is_file():
+            parts = read_json(path / HF_INDEX, str(path)).get("weight_map", {})
+            opened = {file: TensorFile(path / file) for file in set(parts.values())}
+            return Tensors({name: opened[file] for name, file in parts.items()})
+        found = next((path / name for name in (HF_FILE, TORCH_FILE) if (path / name).is_file()), None)
+        if found is None:
+            raise UsageError(f"{path}: no checkpoint there: neither {MANIFEST}, nor {HF_FILE}, nor {TORCH_FILE} in the folder")
+        path = found
+    if path.suffix == ".safetensors":
+        file = TensorFile(path)
+        return Tensors(dict.fromkeys(file.names, file))
+    state = load_torch_file(path)
+    return Tensors(dict.fromkeys(state, state))
+
+
+def load_torch_file(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict saved by torch, without running code; UsageError for anything else."""
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files of torch before 1.6 cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UsageError(
+            f"{path}: refused: the file holds more than tensors and loading it would run code ({_reason(error)}); ask for safetensors"
+        ) from error
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise UsageError(f"{path}: cannot be read as a torch file ({type(error).__name__}: {_reason(error)})") from error
+    state = state.get("model", state.get("state_dict", state)) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise UsageError(f"{path}: not a state dict, expected a mapping from names to tensors")
+    return state
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), lines[0]) if lines else "no reason")[:160]

@@ -1,0 +1,175 @@
+"""A checkpoint of any layout goes on on any other: losses and norms as in the undisturbed run, weights and moments bit for bit.
+
+Every pair of {DP2, TP2, DP2 x TP2} x ZeRO {1, 2, 3}; stage 0, one process and TP4 with some of them.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_interbert.model.partition import full_shape, shard
+from megatron_interbert.parallel.rng import RandomStreams
+from megatron_interbert.parallel.state import ParallelState
+from tests.corpus import write_store
+from tests.dist import run_on_ranks
+from tests.training.test_layouts import BATCH, parts, run_config
+
+SAVED, LAST = 3, 5
+LAYOUTS = {  # processes -> (tensor parallel, ZeRO stage)
+    1: [(1, 0)],
+    2: [(1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3)],
+    4: [(2, 1), (2, 2), (2, 3), (4, 1)],
+}
+ALL = [f"dp{ranks // tensor}-tp{tensor}-zero{stage}" for ranks, layouts in LAYOUTS.items() for tensor, stage in layouts]
+RARE = ("dp1-tp1-zero0", "dp1-tp2-zero0", "dp1-tp4-zero1")  # from and to these not every pair, but to and from three others
+
+
+def start():
+    """Set this process up as a launched rank is; the number of ranks."""
+    from megatron_interbert.training.engine import start_processes
+
+    start_processes()
+    return ParallelState().world_size
+
+
+class Run:
+    """A training run through the engine that can be saved and resumed at any step."""
+
+    def __init__(self, store, folder, tensor, stage, load="", **changes):
+        from megatron_interbert.training.checkpoint import Checkpoints, Progress
+        from megatron_interbert.training.engine import Engine
+
+        self.state = ParallelState(tensor)
+        if stage == 3:
+            changes["deepspeed_config"] = f"{Path(store).parent}/zero3.json"
+        settings = {"tensor_model_parallel_size": tensor, "zero_stage": stage, "micro_batch_size": 2, "save": str(folder)}
+        self.config = run_config(store, train_iters=LAST, **settings, **changes)
+        self.streams = RandomStreams(self.config.seed, self.state.data_rank, self.state.tensor_rank)
+        model, self.data, self.task = parts(self.config, self.state, self.streams)
+        self.sizes = model.config
+        self.engine = Engine(model, self.config, self.state)
+        described = {"store": store, "manifest_sha256": "s", "vocabulary": "v", "detector": {}}
+        self.checkpoints = Checkpoints(self.config, self.sizes, self.state, described, f"{store}/vocab.txt")
+        self.progress = self.checkpoints.load(self.engine, Path(load)) if load else Progress()
+
+    def train(self, last):
+        """Steps up to `last`: {step: (loss, norm)}."""
+        from megatron_interbert.data.order import MicroBatches
+        from megatron_interbert.training.optimizer import learning_rate
+
+        stream = iter(MicroBatches(self.progress.consumed_samples, BATCH, 2, self.state.data_rank, self.state.data_size))
+        results = {}
+        for step in range(self.progress.step + 1, last + 1):
+            self.streams.start_step(step)
+            batches = [self.data[next(stream)] for _ in range(self.engine.accumulation)]
+            totals = self.state.sum_over_data(torch.stack([b.target_counts() for b in batches]).sum(0))
+            total = torch.zeros(1)
+            for number, batch in enumerate(batches):
+                loss, _ = self.task.loss(self.engine.forward(batch), batch, totals)
+                self.engine.backward(loss, last=number == len(batches) - 1)
+                total += loss.detach()
+            norm = self.engine.step(learning_rate(step, self.config))[0]
+            results[step] = (float(self.state.sum_over_data(total)), norm)
+            self.progress.step, self.progress.consumed_samples = step, self.progress.consumed_samples + BATCH
+        return results
+
+    def save(self):
+        """A committed checkpoint of where the run is."""
+        self.checkpoints.save(self.engine, self.progress)
+        self.checkpoints.wait()
+
+
+def make_checkpoints(store, folder):
+    """Each layout of this world size: three steps, saved; the first also undisturbed to the end."""
+    ranks = start()
+    for tensor, stage in LAYOUTS[ranks]:
+        name = f"dp{ranks // tensor}-tp{tensor}-zero{stage}"
+        run = Run(store, f"{folder}/{name}", tensor, stage)
+        run.train(SAVED)
+        run.save()
+        undisturbed = run.train(LAST)
+        if run.state.is_main:
+            Path(f"{folder}/{name}.json").write_text(json.dumps(undisturbed))
+
+
+def resume_everywhere(store, folder):
+    """Each layout of this world size goes on from the checkpoints of all."""
+    from megatron_interbert.training.fragments import FragmentedState
+    from megatron_interbert.weights.reader import CheckpointReader
+
+    ranks = start()
+    expected = {name: json.loads(Path(f"{folder}/{name}.json").read_text()) for name in ALL}
+    for tensor, stage in LAYOUTS[ranks]:
+        target = f"dp{ranks // tensor}-tp{tensor}-zero{stage}"
+        for number, source in enumerate(ALL):
+            if (source in RARE or target in RARE) and (number + ALL.index(target)) % 4:
+                continue
+            path = Path(folder, source, f"global_step{SAVED}")
+            run = Run(store, f"{folder}/resumed", tensor, stage, load=path)
+            where = f"{source} -> {target}"
+            assert (run.progress.step, run.progress.consumed_samples) == (SAVED, SAVED * BATCH)
+            check_every_bit(CheckpointReader(path), FragmentedState(run.engine), run.state, where)
+            for step, (loss, norm) in run.train(LAST).items():
+                theirs = expected[source][str(step)]
+                assert abs(loss - theirs[0]) < 2e-5 * abs(theirs[0]), (where, step, loss, theirs[0])
+                assert abs(norm - theirs[1]) < 2e-4 * abs(theirs[1]), (where, step, norm, theirs[1])
+
+
+def check_every_bit(reader, training_state, state, where):
+    """What each rank holds after loading against a plain slice of the full tensors."""
+    assert training_state.scalars()["adam_step"] == SAVED
+    seen = 0
+    for fragment in training_state.held():
+        for kind, tensor in fragment.tensors.items():
+            full = reader.get(fragment.name, kind)
+            assert list(full.shape) == full_shape(fragment.name, fragment.shape, state.tensor_size)
+            mine = shard(full, fragment.name, state.tensor_rank, state.tensor_size).reshape(-1)
+            assert torch.equal(tensor, mine[fragment.start : fragment.start + fragment.length]), (where, fragment.name, kind)
+            seen += tensor.numel()
+    assert seen > 0, where
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("topologies")
+    # ZeRO-3 with parameters of both kinds: cut up, and kept whole on every rank.
+    (folder / "zero3.json").write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 1000}}')
+    (folder / "fp16.json").write_text('{"fp16": {"initial_scale_power": 9, "loss_scale_window": 2}}')
+    return str(write_store(folder / "store")), str(folder)
+
+
+def test_every_layout_resumes_from_every_other(corpus):
+    store, folder = corpus
+    for ranks in LAYOUTS:
+        run_on_ranks(ranks, make_checkpoints, store, folder)
+    for ranks in LAYOUTS:
+        run_on_ranks(ranks, resume_everywhere, store, folder)
+
+
+def change_precision(store, folder):
+    """fp16 with its loss scale, bf16 and fp32 go on from one another; the scale comes back where it means something."""
+    from megatron_interbert.training.fragments import FragmentedState
+
+    start()
+    half = {"fp16": True, "deepspeed_config": f"{folder}/fp16.json"}
+    source = Run(store, f"{folder}/fp16", 1, 2, **half)
+    source.train(SAVED)
+    source.save()
+    scale = source.engine.loss_scale()
+    assert scale != 2**9, "the window of 2 steps has changed it"
+    path = f"{folder}/fp16/global_step{SAVED}"
+    again = Run(store, f"{folder}/x", 1, 2, load=path, **half)
+    assert again.engine.loss_scale() == scale
+    whole = source.train(LAST)
+    assert again.train(LAST) == whole, "the same layout: bit for bit, growth of the scale included"
+    for changes in ({"bf16": True}, {}):
+        other = Run(store, f"{folder}/x", 2, 1, load=path, **changes)
+        assert FragmentedState(other.engine).scalars()["adam_step"] == SAVED
+        for step, (loss, _) in other.train(LAST).items():
+            assert abs(loss - whole[step][0]) < 0.02 * abs(loss), (changes, step)
+
+
+def test_precisions(corpus):
+    run_on_ranks(2, change_precision, *corpus)
