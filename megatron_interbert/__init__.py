@@ -1,3 +1,54 @@
-"""Training of InterBERT (arXiv 2003.13198), a vision-and-language encoder over region features, on the DeepSpeed engine."""
+"""Training of InterBERT (arXiv 2003.13198), a vision-and-language encoder over region features, on the DeepSpeed engine.
+
+Importing the package registers its Auto classes with transformers, without importing transformers itself.
+"""
+
+import importlib
+import sys
+import warnings
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
 __version__ = "0.1.0"
+
+
+def _register_auto_classes() -> None:
+    try:
+        importlib.import_module("megatron_interbert.hf")
+    except ImportError as error:  # another version of transformers: no reason to take that away from its user as well
+        warnings.warn(f"megatron_interbert: no Auto classes for InterBERT: {error}", stacklevel=2)
+
+
+class _WhenTransformersIsImported:
+    """Import hook that registers our classes right after `transformers` has been imported, and then is done.
+
+    The registries of transformers hold classes, not names, so filling them takes torch and the modelling code: seconds, which
+    training processes and light tools never need. Whoever asks for AutoModel imports transformers first, and pays then. The
+    package itself is the right moment: Python finishes it before any of its submodules begins.
+    """
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """The usual spec of `transformers`, its loader extended by the registration; None for every other module."""
+        if name != "transformers":
+            return None
+        others = (finder for finder in sys.meta_path if finder is not cls)
+        spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
+        if spec is None or spec.loader is None:
+            return spec
+        load = spec.loader.exec_module
+
+        def load_and_register(module: ModuleType) -> None:
+            load(module)
+            sys.meta_path.remove(cls)  # not earlier: a spec may be asked for only to see whether transformers is there
+            _register_auto_classes()
+
+        spec.loader.exec_module = load_and_register
+        return spec
+
+
+if "transformers" in sys.modules:
+    _register_auto_classes()
+else:
+    sys.meta_path.insert(0, _WhenTransformersIsImported)

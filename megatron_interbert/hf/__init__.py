@@ -7,6 +7,8 @@ from transformers import (
     AutoModelForNextSentencePrediction,
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertTokenizer,
 )
 
 from megatron_interbert.hf.base import InterBertPreTrainedModel
@@ -43,3 +45,4 @@ for auto_class, model_class in (
     (AutoModelForNextSentencePrediction, InterBertForImageTextRetrieval),
 ):
     auto_class.register(InterBertConfig, model_class, exist_ok=True)
+AutoTokenizer.register(InterBertConfig, BertTokenizer, exist_ok=True)  # reads vocab.txt just as data/text.py does

@@ -68,7 +68,6 @@ class InterBertPreTrainedModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.interbert.text_embedding.word
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, initializer_range) for matrices, 1 for LayerNorm gains, 0 for biases and padded vocabulary rows.
 
@@ -95,13 +94,19 @@ class InterBertPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, path: Any, *args: Any, output_loading_info: bool = False, ignore_mismatched_sizes: bool = False, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """As in transformers, but weights that do not fit are an error that lists them: missing, unexpected, wrong shapes.
 
         Heads that this class lacks may be in the file; the classifier and the choice head may be missing from it.
         """
-        model, found = super().from_pretrained(path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        where = pretrained_model_name_or_path
+        model, found = super().from_pretrained(where, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
         mismatched = [] if ignore_mismatched_sizes else found["mismatched_keys"]
         problems = {
             "missing": [name for name in found["missing_keys"] if not NEW_BY_NATURE.fullmatch(name)],
@@ -110,19 +115,25 @@ class InterBertPreTrainedModel(PreTrainedModel):
         }
         listed = [f"{kind}: {listing(names)}" for kind, names in problems.items() if names]
         if listed:
-            raise UsageError(f"{path}: not the weights of this {cls.__name__}; {'; '.join(listed)}")
+            raise UsageError(f"{where}: not the weights of this {cls.__name__}; {'; '.join(listed)}")
         return (model, found) if output_loading_info else model
 
     def save_pretrained(
-        self, folder: Any, is_main_process: bool = True, *args: Any, card_facts: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        *args: Any,
+        card_facts: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
-        """As in transformers, with a model card (`card_facts`: see `model_card`) unless the folder has a README.md."""
-        super().save_pretrained(folder, is_main_process, *args, **kwargs)
+        """As in transformers, and a model card: with `card_facts` (see `model_card`), or where no README.md is yet."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if not is_main_process:
             return
-        for weights in Path(folder).glob("*.safetensors"):  # written as 0600
-            shutil.copymode(Path(folder) / "config.json", weights)
-        card = Path(folder) / "README.md"
+        folder = Path(save_directory)
+        for weights in folder.glob("*.safetensors"):  # safetensors writes them as 0600, readable by no other user
+            shutil.copymode(folder / "config.json", weights)
+        card = folder / "README.md"
         if card_facts is not None or not card.exists():
             card.write_text(model_card(self.interbert.config, card_facts or {}), encoding="utf-8")
 

@@ -48,28 +48,24 @@ def pack_padded(inputs: PaddedInputs, config: ModelConfig, hidden_regions: torch
     lengths = torch.stack([tokens.sum(dim=1), image.sum(dim=1)])
     on_host = lengths.cpu()  # the one time that the host waits for the device
     refuse_empty_samples(on_host, pictured)
-    counts = on_host.sum(dim=1).tolist()
+    text_count, image_count = on_host.sum(dim=1).tolist()
     slots = Slots(
-        text=real_slots(tokens, counts[0]),
-        regions=real_slots(regions, counts[1] - len(ids) * pictured),
-        image=real_slots(image, counts[1]),
+        text=real_slots(tokens, text_count),
+        regions=real_slots(regions, image_count - len(ids) * pictured),
+        image=real_slots(image, image_count),
     )
-    types = torch.zeros_like(ids) if inputs.token_type_ids is None else inputs.token_type_ids
-    unused = ids.new_zeros(0)
+    unused = ("hidden_regions", "msm_labels", "mrm_class_ids", "mrm_class_probs", "mismatched", "sample_ids")
     batch = PackedBatch(
-        token_ids=ids.flatten()[slots.text].long(),
-        token_types=types.flatten()[slots.text].long(),
-        token_positions=slots.text % ids.shape[1],
+        **text_tokens(inputs, slots),
+        **image_tokens(inputs, config, image, slots, hidden_regions),
+        **joint_order(tokens, image, slots),
         text_offsets=offsets(lengths[0]),
         image_offsets=offsets(lengths[1]),
         joint_offsets=offsets(lengths.sum(dim=0)),
-        **joint_order(tokens, image, slots),
-        **image_tokens(inputs, config, image, slots, hidden_regions),
-        msm_positions=torch.arange(counts[0], device=ids.device),
-        **dict.fromkeys(("hidden_regions", "msm_labels", "mrm_class_ids", "mrm_class_probs", "mismatched", "sample_ids"), unused),
         max_text=int(on_host[0].max()),
         max_image=int(on_host[1].max()),
         max_joint=int(on_host.sum(dim=0).max()),
+        **dict.fromkeys(unused, slots.text[:0]),
     )
     return batch, slots
 
@@ -90,15 +86,26 @@ def joint_order(tokens: torch.Tensor, image: torch.Tensor, slots: Slots) -> dict
     return {"joint_order": order, "text_index": text_index, "image_index": image_index}
 
 
+def text_tokens(inputs: PaddedInputs, slots: Slots) -> dict[str, torch.Tensor]:
+    """Fields of the text side."""
+    ids = inputs.input_ids
+    types = torch.zeros_like(ids) if inputs.token_type_ids is None else inputs.token_type_ids
+    return {
+        "token_ids": ids.flatten()[slots.text].long(),
+        "token_types": types.flatten()[slots.text].long(),
+        "token_positions": slots.text % ids.shape[1],
+        "msm_positions": torch.arange(len(slots.text), device=ids.device),
+    }
+
+
 def image_tokens(
     inputs: PaddedInputs, config: ModelConfig, image: torch.Tensor, slots: Slots, hidden_regions: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
     """Fields of the image side; `image` [B, 1 + R] is its mask with the column of [IMG]."""
     if inputs.visual_feats is None:
-        none = slots.image
-        floats = none.new_zeros(0, 5, dtype=torch.float32)
-        names = ("region_rows", "region_counts", "summary_rows", "mrm_positions")
-        return {"features": floats.new_zeros(0, config.feature_dim), "locations": floats, **dict.fromkeys(names, none)}
+        indexes = dict.fromkeys(("region_rows", "region_counts", "summary_rows", "mrm_positions"), slots.image)
+        floats = torch.zeros(0, 5 + config.feature_dim, device=image.device)
+        return {"features": floats[:, 5:], "locations": floats[:, :5], **indexes}
     features = inputs.visual_feats.flatten(0, 1)[slots.regions]
     if hidden_regions is not None:
         features = features.masked_fill(hidden_regions.flatten()[slots.regions, None] != 0, 0.0)
@@ -166,4 +173,4 @@ def check_shapes(inputs: PaddedInputs, config: ModelConfig, hidden_regions: torc
         expected |= {name: [len(ids), regions, *tail] for name, tail in zip(("visual_feats", *regional), tails, strict=True)}
     for name, shape in expected.items():
         if given[name] is not None and list(given[name].shape) != shape:
-            raise UsageError(f"{name} has shape {list(given[name].shape)}, expected {shape}")
+            raise UsageError(f"{name} has shape {list(given[name].shape)}, expected [{', '.join(map(str, shape))}]")

@@ -27,6 +27,7 @@ TABLE = [
     (r"(msm|mrm)_head\.transform\..*", "replicated"),
     (r"mrm_head\.decoder\..*", "replicated"),
     (r"(itm|choice)_head\..*", "replicated"),
+    (r"official_extra\..*", "replicated"),  # heads of others, carried along by conversions
 ]
 
 

@@ -56,6 +56,11 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, message=".*lr_scheduler.step.*")
 
 
+def half_precision_supported() -> bool:
+    """Whether the device computes in float16 (GPUs do; of CPUs only some)."""
+    return deepspeed.get_accelerator().is_fp16_supported()
+
+
 class Engine:
     """model + optimizer under DeepSpeed. `backward` for each micro-batch, `step` once; `precision` names the weights' type."""
 
@@ -64,6 +69,8 @@ class Engine:
         self.deepspeed_config = merge(config, state.data_size)
         self.accumulation = self.deepspeed_config["gradient_accumulation_steps"]
         self.precision = "fp16" if config.fp16 else "bf16" if config.bf16 else "fp32"
+        if config.fp16 and not half_precision_supported():
+            raise UsageError("--fp16: this processor cannot compute in half precision; use --bf16")
         optimizer = build_optimizer(parameter_groups(model, config, pretrained), config)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.deepspeed_config, mpu=state, dist_init_required=False

@@ -14,6 +14,7 @@ from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from tests.corpus import write_store
 from tests.dist import run_on_ranks
+from tests.shared import needs_half_precision
 from tests.training.test_layouts import BATCH, parts, run_config
 
 SAVED, LAST = 3, 5
@@ -171,5 +172,6 @@ def change_precision(store, folder):
             assert abs(loss - whole[step][0]) < 0.02 * abs(loss), (changes, step)
 
 
+@needs_half_precision()
 def test_precisions(corpus):
     run_on_ranks(2, change_precision, *corpus)

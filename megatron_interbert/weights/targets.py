@@ -1,0 +1,255 @@
+"""Writes weights in every format we know, from any source, one tensor at a time: a model larger than memory converts.
+
+An output is a folder that is written beside and renamed, so it is whole or absent.
+"""
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_interbert.config import ModelConfig
+from megatron_interbert.errors import UsageError
+from megatron_interbert.model.partition import partition_dimension, shard
+from megatron_interbert.weights.files import TensorLayout, file_entry, flush_folder, write_json, write_tensors
+from megatron_interbert.weights.foreign import DECODER, EXTRA, Link, bert_links, config_to_official, official_links
+from megatron_interbert.weights.manifest import VOCABULARY, versions, weights_name, write_manifest
+from megatron_interbert.weights.reader import describe_pieces
+from megatron_interbert.weights.sources import HF_FILE, HF_PREFIX, TORCH_FILE, Source
+
+TARGETS = ("sharded", "huggingface", "official", "bert")
+HEADS = {"msm_head.bias": "msm", "mrm_head.decoder.weight": "mrm", "itm_head.weight": "itm", "choice_head.weight": "choice"}
+Progress = Callable[[int], None]
+
+
+@dataclasses.dataclass
+class Output:
+    """What to write: the source, the type of all tensors (None: as they are), tensor-parallel ranks of `sharded`, a
+    vocabulary to put beside, the model card of `huggingface`."""
+
+    source: Source
+    dtype: torch.dtype | None = None
+    tensor_parallel: int = 1
+    vocabulary: bytes | None = None
+    card: str = ""
+
+    def layout(self, name: str, shape: Iterable[int] | None = None) -> TensorLayout:
+        """Type and shape of a tensor as it will be written."""
+        found = self.source.layouts[name]
+        return TensorLayout(self.dtype or found.dtype, tuple(found.shape if shape is None else shape))
+
+    def get(self, name: str) -> torch.Tensor:
+        """A full tensor in the type that is written."""
+        tensor = self.source.get(name)
+        return tensor.to(self.dtype) if self.dtype else tensor
+
+    def bytes(self) -> int:
+        """Size of all tensors as they will be written."""
+        return sum(self.layout(name).bytes for name in self.source.layouts)
+
+
+def heads_of(source: Source) -> tuple[str, ...]:
+    """Heads whose weights a source has."""
+    return tuple(head for name, head in HEADS.items() if name in source.layouts)
+
+
+def write_target(kind: str, output: Output, folder: Path, progress: Progress = lambda count: None) -> None:
+    """Write a folder in one of TARGETS. UsageError, and nothing written, when it exists, cannot hold or has no room."""
+    if folder.exists():
+        raise UsageError(f"{folder}: exists already; remove it, or choose another --output")
+    if kind != "bert" and output.source.kind == "bert":
+        raise UsageError(f"{output.source.path}: BERT has no image side to write as '{kind}'; train from it by --init-from")
+    if kind == "sharded":
+        check_sharing(output.source.config, output.tensor_parallel)
+    elif output.tensor_parallel != 1:
+        raise UsageError(f"--tp {output.tensor_parallel}: only 'sharded' has one file per tensor-parallel rank; give --to sharded")
+    write = {"sharded": write_sharded, "huggingface": write_huggingface, "official": write_official, "bert": write_bert}[kind]
+    with _new_folder(folder, output.bytes() * (2 if kind == "official" else 1)) as work:
+        write(output, work, progress)
+
+
+def check_sharing(config: ModelConfig, ranks: int) -> None:
+    """UsageError when `ranks` cannot share the model evenly."""
+    if ranks < 1:
+        raise UsageError(f"--tp {ranks}: expected 1 or more")
+    try:
+        config.check_tensor_parallel(ranks)
+    except UsageError as error:
+        raise UsageError(str(error).replace("--tensor-model-parallel-size", "--tp")) from error
+
+
+@contextmanager
+def _new_folder(folder: Path, size: int) -> Iterator[Path]:
+    """A folder beside the final one, renamed at the end, removed on any error; refuses when `size` bytes do not fit."""
+    parent = folder.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(parent).free
+    if free < size * 1.02:
+        raise UsageError(
+            f"{parent}: {free / 1e9:.2f} GB free, {size * 1.02 / 1e9:.2f} GB needed; make room or give another --output"
+        )
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=parent))
+    try:
+        os.chmod(work, 0o777 & ~_umask())
+        yield work
+        flush_folder(work)
+        os.rename(work, folder)
+        flush_folder(parent)
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written ({error.strerror or error}); nothing was left behind") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_sharded(output: Output, work: Path, progress: Progress) -> None:
+    """One safetensors file per tensor-parallel rank and a manifest: a checkpoint without an optimizer."""
+    source, ranks, files = output.source, output.tensor_parallel, {}
+    for rank in range(ranks):
+        layout = {}
+        for name, entry in source.layouts.items():
+            cut = partition_dimension(name)
+            layout[name] = output.layout(name, [n // ranks if axis == cut else n for axis, n in enumerate(entry.shape)])
+        pieces = {name: (0, entry.shape) for name, entry in layout.items()}
+        tensors = (shard(output.get(name), name, rank, ranks) for name in layout)
+        file = weights_name((rank, ranks))
+        files[file] = write_tensors(work / file, layout, tensors, describe_pieces(pieces), progress)
+    if output.vocabulary:
+        (work / VOCABULARY).write_bytes(output.vocabulary)
+        files[VOCABULARY] = file_entry(work / VOCABULARY)
+    data = {key: source.facts[key] for key in ("detector", "vocabulary", "store", "manifest_sha256") if key in source.facts}
+    write_manifest(
+        work,
+        {
+            "kind": "weights",
+            "iteration": source.facts.get("iteration"),
+            "consumed_samples": source.facts.get("consumed_samples"),
+            "topology": {"data_parallel": 1, "tensor_parallel": ranks, "zero_stage": 0},
+            "versions": versions(),
+            "configs": {"model": dataclasses.asdict(source.config)},
+            "data": data,
+            "parameters": {name: list(entry.shape) for name, entry in source.layouts.items()},
+            "files": files,
+        },
+    )
+
+
+def write_huggingface(output: Output, work: Path, progress: Progress) -> None:
+    """model.safetensors, config.json, README.md and, where known, the vocabulary: what `from_pretrained` reads."""
+    source = output.source
+    names = [name for name in source.layouts if not name.startswith(EXTRA)]
+    layout = {HF_PREFIX + name: output.layout(name) for name in names}
+    write_tensors(work / HF_FILE, layout, (output.get(name) for name in names), {"format": "pt"}, progress)
+    pretraining = {"msm", "mrm", "itm"} <= set(heads_of(source))
+    config: dict[str, Any] = {
+        "architectures": ["InterBertForPreTraining" if pretraining else "InterBertModel"],
+        "model_type": "interbert",
+        "dtype": str(next(iter(layout.values())).dtype).removeprefix("torch."),
+        **dataclasses.asdict(source.config),
+    }
+    facts = {
+        key: value for key, value in source.facts.items() if key in ("iteration", "consumed_samples", "detector", "vocabulary")
+    }
+    write_json(work / "config.json", {**config, **({"training_facts": facts} if facts else {})})
+    if output.vocabulary:
+        (work / VOCABULARY).write_bytes(output.vocabulary)
+        limits = {"model_max_length": source.config.max_position_embeddings, "do_lower_case": True}
+        write_json(work / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", **limits})
+    if output.card:
+        (work / "README.md").write_text(output.card, encoding="utf-8")
+
+
+def write_bert(output: Output, work: Path, progress: Progress) -> None:
+    """The text path as Hugging Face's BertForMaskedLM (without the word head: BertModel)."""
+    config = output.source.config
+    links = [link for link in bert_links(config) if link.ours in output.source.layouts]
+    layout = {name: entry for link in links for name, entry in _their_layout(link, output).items()}
+    write_tensors(work / HF_FILE, layout, _their_tensors(links, output), {"format": "pt"}, progress)
+    write_json(
+        work / "config.json",
+        {
+            "architectures": ["BertForMaskedLM"],
+            "model_type": "bert",
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.interaction_layers + config.text_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "intermediate_size": config.ffn_hidden_size,
+            "max_position_embeddings": config.max_position_embeddings,
+            "type_vocab_size": config.type_vocab_size,
+            "layer_norm_eps": config.layer_norm_eps,
+            "hidden_act": "gelu",
+            "hidden_dropout_prob": config.hidden_dropout,
+            "attention_probs_dropout_prob": config.attention_dropout,
+            "initializer_range": config.initializer_range,
+            "tie_word_embeddings": True,
+        },
+    )
+    if output.vocabulary:
+        (work / VOCABULARY).write_bytes(output.vocabulary)
+
+
+def write_official(output: Output, work: Path, progress: Progress) -> None:
+    """pytorch_model.bin under the official names, and the official config.json.
+
+    torch.save wants all tensors at once, so they are laid on disk first and mapped from there.
+    """
+    source = output.source
+    links = [link for link in official_links(source.config) if link.ours in source.layouts]
+    state: dict[str, torch.Tensor] = {}
+    scratch = work / "scratch"
+    scratch.mkdir()
+    for number, (name, tensor) in enumerate(_official_tensors(links, output)):
+        file = scratch / str(number)
+        file.write_bytes(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        mapped = torch.from_file(str(file), shared=False, size=tensor.numel(), dtype=tensor.dtype)
+        state[name] = mapped.view(tensor.shape)
+        progress(tensor.numel() * tensor.dtype.itemsize)
+    if "cls.predictions.bias" in state:
+        state[DECODER] = state["bert.embeddings.word_embeddings.weight"]
+    try:
+        torch.save(state, work / TORCH_FILE)
+    except RuntimeError as error:  # torch's own word for a full disk
+        raise OSError(None, str(error).splitlines()[0]) from error
+    shutil.rmtree(scratch)
+    file_entry(work / TORCH_FILE)  # flushes it
+    write_json(work / "config.json", config_to_official(source.config))
+
+
+def _official_tensors(links: list[Link], output: Output) -> Iterator[tuple[str, torch.Tensor]]:
+    names = [name for link in links for name in link.theirs]
+    yield from zip(names, _their_tensors(links, output), strict=True)
+    for name in output.source.layouts:
+        if name.startswith(EXTRA):
+            yield name.removeprefix(EXTRA), output.get(name)
+
+
+def _their_tensors(links: list[Link], output: Output) -> Iterator[torch.Tensor]:
+    for link in links:
+        yield from link.to_theirs(output.get(link.ours), output.source.config)
+
+
+def _their_layout(link: Link, output: Output) -> dict[str, TensorLayout]:
+    """Types and shapes of the parts, without reading the tensor: on the meta device."""
+    ours = output.layout(link.ours)
+    parts = link.to_theirs(torch.empty(ours.shape, dtype=ours.dtype, device="meta"), output.source.config)
+    return {name: TensorLayout(part.dtype, tuple(part.shape)) for name, part in zip(link.theirs, parts, strict=True)}
+
+
+def describe_source(source: Source) -> str:
+    """One line on what was opened."""
+    heads = ", ".join(heads_of(source)) or "none"
+    return f"{source.path}: {source.kind}, {len(source.layouts)} tensors, heads {heads}" + (
+        f"; left out: {', '.join(source.left_out[:8])}" if source.left_out else ""
+    )

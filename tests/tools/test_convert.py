@@ -1,0 +1,328 @@
+"""Conversion between all formats: bits survive every way there and back, sources are refused or named when they are bad."""
+
+import importlib.util
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_interbert.config import ModelConfig
+from megatron_interbert.errors import UsageError
+from megatron_interbert.hf import InterBertForPreTraining
+from megatron_interbert.hf.compare import load_core, random_batch
+from megatron_interbert.model.initialise import initialise
+from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.model.presets import PRESETS
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.weights.manifest import verify
+from megatron_interbert.weights.sources import open_source
+from megatron_interbert.weights.targets import Output, write_target
+from tests.corpus import write_store
+from tests.dist import run_on_ranks
+from tests.shared import ORACLE, needs_shared
+from tests.training.test_topologies import Run, start
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "convert_checkpoint.py"
+SIZES = ModelConfig(
+    vocab_size=150,
+    hidden_size=32,
+    interaction_layers=2,
+    text_layers=2,
+    image_layers=1,
+    num_attention_heads=4,
+    image_attention_heads=8,
+    ffn_hidden_size=48,
+    pooled_size=24,
+    feature_dim=20,
+    num_classes=9,
+    max_position_embeddings=40,
+)
+
+
+def convert(monkeypatch, *arguments):
+    """The tool's main in this process."""
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+    module.main()
+
+
+def random_source(sizes, folder):
+    """A sharded folder of random weights, biases included, made without the converter's readers."""
+    from megatron_interbert.weights.files import TensorLayout
+    from megatron_interbert.weights.sources import Source
+
+    model = InterBert(sizes)
+    initialise(model, sizes, 7, ParallelState())
+    generator = torch.Generator().manual_seed(1)
+    state = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for name, tensor in state.items():
+        if name.endswith("bias"):
+            tensor.normal_(0, 0.1, generator=generator)
+    state["msm_head.bias"][sizes.vocab_size :] = 0
+    layouts = {n: TensorLayout(t.dtype, tuple(t.shape)) for n, t in state.items()}
+    source = Source("checkpoint", Path(folder), sizes, layouts, state.__getitem__)
+    write_target("sharded", Output(source), Path(folder))
+    return state
+
+
+def outputs(model, sizes):
+    with torch.no_grad():
+        return [t for t in model(random_batch(sizes, np.random.default_rng(3))) if t is not None]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def round_trip(sizes, tmp_path, monkeypatch):
+    """TP1 -> TP2 -> TP4 -> Hugging Face -> official -> TP1: tensors and outputs as at the beginning, bit for bit."""
+    state = random_source(sizes, tmp_path / "tp1")
+    first = InterBert(sizes)
+    first.load_state_dict(state)
+    expected = outputs(first.eval(), sizes)
+    del first
+    steps = [("sharded", "--tp", 2), ("sharded", "--tp", 4), ("huggingface",), ("official",), ("sharded",)]
+    before = tmp_path / "tp1"
+    for number, (kind, *flags) in enumerate(steps):
+        after = tmp_path / f"{number}-{kind}"
+        convert(monkeypatch, before, "--to", kind, *flags, "--output", after)
+        if kind == "sharded":
+            assert verify(after) is None
+        if kind == "huggingface":
+            door = InterBertForPreTraining.from_pretrained(after).eval()
+            assert same(outputs(door.interbert, sizes), expected)
+            del door
+        shutil.rmtree(before)
+        before = after
+    back = open_source(before)
+    assert back.config == sizes
+    assert set(back.layouts) == set(state)
+    assert all(torch.equal(back.get(name), state[name]) for name in state)
+    assert same(outputs(load_core(back), sizes), expected)
+
+
+def test_round_trip_small(tmp_path, monkeypatch):
+    round_trip(SIZES, tmp_path, monkeypatch)
+
+
+def test_round_trip_base(tmp_path, monkeypatch):
+    round_trip(PRESETS["base"], tmp_path, monkeypatch)
+
+
+def save_stages(store, folder):
+    """A trained checkpoint of each ZeRO stage on two processes, and what the live model answers."""
+    start()
+    for stage in range(4):
+        run = Run(store, f"{folder}/zero{stage}", 1, stage)
+        run.train(2)
+        run.save()
+        run.engine.deepspeed.eval()
+        answer = outputs(run.engine.forward, run.sizes)
+        if run.state.is_main:
+            torch.save(answer, f"{folder}/zero{stage}.pt")
+
+
+def test_every_zero_stage_to_hugging_face_and_back(tmp_path, monkeypatch):
+    """The live model's outputs, those of the exported folder, and of what is read back from it: equal bit for bit."""
+    store = write_store(tmp_path / "store")
+    (tmp_path / "zero3.json").write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')
+    run_on_ranks(2, save_stages, str(store), str(tmp_path))
+    for stage in range(4):
+        live = torch.load(tmp_path / f"zero{stage}.pt")
+        convert(monkeypatch, tmp_path / f"zero{stage}", "--to", "huggingface", "--output", tmp_path / f"hf{stage}")
+        door = InterBertForPreTraining.from_pretrained(tmp_path / f"hf{stage}").eval()
+        sizes = door.config.model_config()
+        assert same(outputs(door.interbert, sizes), live), stage
+        assert same(outputs(load_core(open_source(tmp_path / f"hf{stage}")), sizes), live), stage
+        assert (tmp_path / f"hf{stage}" / "vocab.txt").read_bytes() == (store / "vocab.txt").read_bytes()
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model_vl.bin"])
+def test_official_there_and_back(tmp_path, monkeypatch, name, capsys):
+    """The same tensors under the same names, heads included that we have no use for."""
+    for number, (source, kind) in enumerate([(ORACLE / name, "sharded"), ("0", "official")]):
+        convert(monkeypatch, tmp_path / source, "--to", kind, "--output", tmp_path / str(number), "--verify")
+    source = torch.load(ORACLE / name, weights_only=True)
+    back = torch.load(tmp_path / "1" / "pytorch_model.bin", weights_only=True)
+    assert set(back) == set(source)
+    assert all(torch.equal(back[n], source[n]) for n in source)
+    official = json.loads((ORACLE / "config.json").read_text())
+    ours = json.loads((tmp_path / "1" / "config.json").read_text())
+    assert {k: v for k, v in official.items() if k in ours} == ours
+    assert "verify itm_logits: largest difference 0\n" in capsys.readouterr().out
+
+
+def test_bert_there_and_back(tmp_path, monkeypatch, capsys):
+    from transformers import BertForMaskedLM
+
+    state = random_source(SIZES, tmp_path / "ours")
+    convert(monkeypatch, tmp_path / "ours", "--to", "bert", "--output", tmp_path / "bert", "--verify")
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("verify"):
+            assert float(line.split()[-1]) < 1e-5, line
+    BertForMaskedLM.from_pretrained(tmp_path / "bert").save_pretrained(tmp_path / "again")
+    back = open_source(tmp_path / "again", config=SIZES)
+    assert back.kind == "bert"
+    assert back.layouts
+    assert all(torch.equal(back.get(name), state[name]) for name in back.layouts)
+    with pytest.raises(UsageError, match="BERT has no image side"):
+        convert(monkeypatch, tmp_path / "bert", "--model", write_sizes(tmp_path), "--to", "huggingface", "--output", tmp_path / "x")
+
+
+def write_sizes(folder):
+    import dataclasses
+
+    (folder / "sizes.json").write_text(json.dumps(dataclasses.asdict(SIZES)))
+    return folder / "sizes.json"
+
+
+def test_types_and_list(tmp_path, monkeypatch, capsys):
+    state = random_source(SIZES, tmp_path / "ours")
+    convert(monkeypatch, tmp_path / "ours", "--to", "sharded", "--dtype", "bfloat16", "--output", tmp_path / "half", "--verify")
+    half = open_source(tmp_path / "half")
+    assert all(torch.equal(half.get(name), tensor.bfloat16()) for name, tensor in state.items())
+    difference = float(capsys.readouterr().out.split("verify text_hidden: largest difference ")[1].split()[0])
+    assert 1e-5 < difference < 0.2
+    convert(monkeypatch, tmp_path / "half", "--list")
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines[-1].startswith(f"{len(state)} tensors, ")
+    listed = {line.split()[0]: line.split()[1:] for line in lines[:-1]}
+    assert set(listed) == set(state)
+    assert listed["interaction.layers.0.attention.qkv.weight"] == ["96", "x", "32", "bfloat16", "column"]
+    assert listed["text_embedding.word.weight"] == ["256", "x", "32", "bfloat16", "vocab"]
+
+
+def test_large_models_pass_tensor_by_tensor(tmp_path):
+    """630 MB of weights are converted with 420 MB of memory beyond what the program needs to start, of which the word
+    embedding (94 MB) takes up to three at a time: it, its cast, its slice."""
+    random_source(PRESETS["base"], tmp_path / "base")
+    command = [sys.executable, str(TOOL), str(tmp_path / "base")]
+    start_only = subprocess.run([*command, "--list"], capture_output=True, text=True, preexec_fn=limit(memory_to_start()))
+    assert start_only.returncode == 0, start_only.stderr
+    for number, flags in enumerate((["sharded", "--tp", "2"], ["official"])):
+        result = subprocess.run(
+            [*command, "--to", *flags, "--output", str(tmp_path / str(number))],
+            capture_output=True,
+            text=True,
+            preexec_fn=limit(memory_to_start() + (420 << 20)),
+        )
+        assert result.returncode == 0, result.stderr
+    whole = subprocess.run(
+        [sys.executable, "-c", f"from megatron_interbert.weights.sources import *; s = open_source({str(tmp_path / 'base')!r});"
+         "x = {n: t.clone() for n, t in s.state().items()}"],
+        capture_output=True, text=True, cwd=ROOT, preexec_fn=limit(memory_to_start() + (420 << 20)),
+    )  # fmt: skip
+    assert whole.returncode != 0, "the limit would also hold a program that has the whole model in memory"
+
+
+def limit(size):
+    return lambda: resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+
+
+def memory_to_start():
+    """Private memory of a process that has imported what the tool imports."""
+    code = "import megatron_interbert.weights.targets, tqdm; print(open('/proc/self/status').read())"
+    status = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout
+    return int(status.split("VmData:")[1].split()[0]) * 1024 + (64 << 20)
+
+
+class Evil:
+    """Unpickling it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def evil_file(path, proof):
+    buffer = io.BytesIO()
+    torch.save({"bert.embeddings.word_embeddings.weight": torch.zeros(2, 2), "x": Evil(proof)}, buffer)
+    path.write_bytes(buffer.getvalue())
+
+
+def test_bad_input_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
+    random_source(SIZES, good := tmp_path / "good")
+    for name in ("damaged", "missing", "truncated", "foreign", "other"):
+        shutil.copytree(good, tmp_path / name)
+    weights = next((tmp_path / "damaged").glob("weights-*"))
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(bytes(data))
+    next((tmp_path / "missing").glob("weights-*")).unlink()
+    os.truncate(next((tmp_path / "truncated").glob("weights-*")), 1000)
+    shutil.rmtree(tmp_path / "foreign")
+    (tmp_path / "foreign" / "global_step1").mkdir(parents=True)
+    evil_file(tmp_path / "foreign" / "global_step1" / "mp_rank_00_model_states.pt", tmp_path / "ran")
+    evil_file(tmp_path / "evil.bin", tmp_path / "ran")
+    (tmp_path / "plain.bin").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+    torch.save({"encoder.weight": torch.zeros(2)}, tmp_path / "resnet.bin")
+    (tmp_path / "words.txt").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    untied = {"bert.v_embeddings.x": torch.zeros(1)}
+    torch.save(untied, tmp_path / "half.bin")
+    bad = {
+        ("nothing",): "no such file or folder",
+        ("empty",): "no checkpoint there",
+        ("words.txt",): "cannot be read as a torch file",
+        ("resnet.bin",): "neither one of our checkpoints",
+        ("half.bin",): "no preset has these sizes",
+        ("half.bin", "--model", "base"): "not an official InterBERT state dict",
+        ("damaged",): "has another sha256",
+        ("missing",): "is missing",
+        ("truncated",): "has 1000 bytes, expected",
+        ("foreign",): "a DeepSpeed checkpoint that we did not write",
+        ("evil.bin",): "would run code",
+        ("plain.bin",): "would run code",
+        ("good", "--tp", 3): "--tp 3 does not divide",
+        ("good", "--tp", 2, "--to", "official"): "only 'sharded' has one file per tensor-parallel rank",
+        ("good", "--output", tmp_path / "other"): "exists already",
+        ("good", "--from", "official"): "neither manifest.json, nor model.safetensors",
+        ("good", "--vocab-file", tmp_path / "words.txt"): "1 entries, the model has 150",
+    }
+    listing = sorted(p.name for p in tmp_path.iterdir())
+    for (name, *flags), message in bad.items():
+        with pytest.raises(UsageError, match=message):
+            convert(monkeypatch, tmp_path / name, "--to", "sharded", "--output", tmp_path / "out", *flags)
+        assert sorted(p.name for p in tmp_path.iterdir()) == listing, name
+    assert not (tmp_path / "ran").exists(), "code from a pickle was run"
+
+
+def test_no_space(tmp_path, monkeypatch):
+    """Both ways to find out: before writing, and when the disk fills up meanwhile."""
+    random_source(SIZES, tmp_path / "good")
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk here")
+    try:
+        with pytest.raises(UsageError, match="GB free"):
+            convert(monkeypatch, tmp_path / "good", "--to", "sharded", "--output", small / "x")
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
+        for kind in ("sharded", "official", "huggingface"):
+            with pytest.raises(UsageError, match="cannot be written"):
+                convert(monkeypatch, tmp_path / "good", "--to", kind, "--output", small / "x")
+            assert not list(small.iterdir())
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
+
+
+def test_exit_code_and_one_line(tmp_path):
+    result = subprocess.run([sys.executable, TOOL, tmp_path / "none", "--list"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == f"error: {tmp_path / 'none'}: no such file or folder\n"
