@@ -72,11 +72,11 @@ def test_padding_has_no_influence_bit_for_bit(masks):
         inputs, labels = padded_inputs(text, regions), pretraining_labels()
         if garbage:
             nothing, hidden = (regions == 0)[..., None], labels["region_mask"][..., None]
-            inputs["input_ids"] = inputs["input_ids"].where(text == 1, 149)
-            inputs["token_type_ids"] = inputs["token_type_ids"].where(text == 1, 1)
+            inputs["input_ids"] = inputs["input_ids"].where(text == 1, 10**6)
+            inputs["token_type_ids"] = inputs["token_type_ids"].where(text == 1, -7)
             inputs["visual_feats"] = inputs["visual_feats"].masked_fill(nothing | hidden, torch.nan)
             inputs["visual_pos"] = inputs["visual_pos"].masked_fill(nothing, torch.inf)
-            labels["labels"] = labels["labels"].where(text == 1, 3)
+            labels["labels"] = labels["labels"].where(text == 1, 10**6)
             unused = nothing | ~hidden | (labels["matched_label"] == 1)[:, None, None]
             labels["region_targets"] = labels["region_targets"].masked_fill(unused, torch.nan)
             labels["region_mask"] = labels["region_mask"] | (regions == 0)
