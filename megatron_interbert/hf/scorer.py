@@ -68,6 +68,8 @@ class InterBertScorer:
         An image is a `Regions` of a store or a dict of features [R, F], boxes [R, 4] (pixels x1 y1 x2 y2) and size (w, h);
         a single one and a single caption may stand without a list. UsageError names the image or caption that is wrong.
         """
+        if batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}, expected 1 or more")
         images = [image_regions] if isinstance(image_regions, (Regions, Mapping)) else list(image_regions)
         texts = [self.token_ids(i, text) for i, text in enumerate([captions] if isinstance(captions, str) else captions)]
         if paired and len(images) != len(texts):
@@ -99,7 +101,7 @@ class InterBertScorer:
     def token_ids(self, number: int, caption: str) -> torch.Tensor:
         """int64 [CLS] words [SEP] of caption `number`."""
         if not isinstance(caption, str):
-            raise UsageError(f"caption {number} is a {type(caption).__name__}, expected text")
+            raise UsageError(f"caption {number} is of type {type(caption).__name__}, expected text")
         ids = self.tokenizer.encode(caption, self.max_tokens).ids
         return torch.from_numpy(np.concatenate([[self.tokenizer.cls], ids, [self.tokenizer.sep]]))
 
@@ -119,7 +121,7 @@ def read_image(number: int, image: Image, feature_dim: int) -> tuple[np.ndarray,
 
     UsageError names the image and what is wrong with it.
     """
-    values = image if isinstance(image, Mapping) else vars(image)
+    values = image if isinstance(image, Mapping) else getattr(image, "__dict__", {})
     for name in ("features", "boxes", "size"):
         if name not in values:
             raise UsageError(f"image {number}: no '{name}', expected features, boxes and size")

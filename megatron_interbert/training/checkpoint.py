@@ -110,6 +110,10 @@ class Checkpoints:
                 " command again: it goes on from the newest checkpoint"
             )
 
+    def writing(self) -> bool:
+        """Whether a save is under way in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
     def messages(self) -> list[str]:
         """Lines about saves that have ended since the last call, for the log."""
         lines, self._messages = self._messages, []

@@ -101,10 +101,16 @@ class TensorFile:
         return self._file.get_tensor(name)
 
 
-def file_entry(path: Path) -> dict[str, Any]:
-    """{bytes, sha256} of a file that is already there, flushed to disk."""
+def flush_file(path: Path) -> None:
+    """Until a file's content is on disk."""
     with open(path, "rb+") as handle:
         os.fsync(handle.fileno())
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """{bytes, sha256} of a file that is already there, flushed to disk."""
+    flush_file(path)
+    with open(path, "rb") as handle:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
 
 

@@ -17,7 +17,7 @@ import torch
 from megatron_interbert.config import ModelConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.partition import partition_dimension, shard
-from megatron_interbert.weights.files import TensorLayout, file_entry, flush_folder, write_json, write_tensors
+from megatron_interbert.weights.files import TensorLayout, file_entry, flush_file, flush_folder, write_json, write_tensors
 from megatron_interbert.weights.foreign import DECODER, EXTRA, Link, bert_links, config_to_official, official_links
 from megatron_interbert.weights.manifest import VOCABULARY, versions, weights_name, write_manifest
 from megatron_interbert.weights.reader import describe_pieces
@@ -223,7 +223,7 @@ def write_official(output: Output, work: Path, progress: Progress) -> None:
     except RuntimeError as error:  # torch's own word for a full disk
         raise OSError(None, str(error).splitlines()[0]) from error
     shutil.rmtree(scratch)
-    file_entry(work / TORCH_FILE)  # flushes it
+    flush_file(work / TORCH_FILE)
     write_json(work / "config.json", config_to_official(source.config))
 
 

@@ -32,6 +32,7 @@ import megatron_interbert
 assert not {"torch", "transformers", "numpy", "deepspeed"} & set(sys.modules), "importing the package must stay light"
 assert importlib.util.find_spec("transformers")  # as libraries do to see whether it is there; nothing may be lost by it
 from transformers import AutoModel
+assert not [finder for finder in sys.meta_path if getattr(finder, "__module__", "") == "megatron_interbert"], "hook left behind"
 model = AutoModel.from_pretrained(sys.argv[1])
 print(type(model).__name__, megatron_interbert.__version__)
 """

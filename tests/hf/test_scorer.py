@@ -93,7 +93,7 @@ def test_dicts_single_ones_and_none(corpus):
 
 
 def test_captions_are_cut(corpus):
-    store, folder, scorer = corpus
+    store, _, scorer = corpus
     image, words = store.read(0), "red cat " * 40
     assert scorer.score(image, words) == scorer.score(image, " ".join(words.split()[:38]))
     short = InterBertScorer(scorer.model, scorer.tokenizer, max_tokens=5)
@@ -130,10 +130,12 @@ def test_wrong_images_are_named(corpus, change, message):
 
 
 def test_other_wrong_use_is_named(corpus, tmp_path):
-    store, folder, scorer = corpus
+    _, folder, scorer = corpus
+    with pytest.raises(UsageError, match="image 0: no 'features'"):
+        scorer.score([np.ones((3, FEATURES))], "a cat")
     with pytest.raises(UsageError, match="image 0: no 'size', expected features, boxes and size"):
         scorer.score({"features": [], "boxes": []}, "a cat")
-    with pytest.raises(UsageError, match="caption 1 is a int, expected text"):
+    with pytest.raises(UsageError, match="caption 1 is of type int, expected text"):
         scorer.score(good_image(), ["a cat", 3])
     with pytest.raises(UsageError, match="paired: 2 images and 1 captions"):
         scorer.score([good_image()] * 2, "a cat", paired=True)

@@ -318,3 +318,20 @@ def test_exit_code_and_one_line(tmp_path):
     result = subprocess.run([sys.executable, TOOL, tmp_path / "none", "--list"], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr == f"error: {tmp_path / 'none'}: no such file or folder\n"
+
+
+def test_every_format_starts_a_model(tmp_path, monkeypatch):
+    """`--init-from` and `evaluate --load` read what the converter writes."""
+    from megatron_interbert.evaluate import load_model
+    from megatron_interbert.training.first_weights import load_initial_weights
+
+    state = random_source(SIZES, tmp_path / "tp1")
+    for kind, *flags in (("sharded", "--tp", 4), ("huggingface",), ("official",)):
+        convert(monkeypatch, tmp_path / "tp1", "--to", kind, *flags, "--output", tmp_path / kind)
+        model = InterBert(SIZES)
+        initialise(model, SIZES, 0, ParallelState())
+        load_initial_weights(model, SIZES, str(tmp_path / kind), ParallelState())
+        assert all(torch.equal(p, state[n]) for n, p in model.named_parameters()), kind
+        loaded, source = load_model(str(tmp_path / kind), ("itm",), "auto", torch.device("cpu"))
+        assert all(torch.equal(p, state[n]) for n, p in loaded.named_parameters()), kind
+        assert source.config == SIZES
