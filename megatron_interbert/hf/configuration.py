@@ -20,11 +20,13 @@ class InterBertConfig(PreTrainedConfig):
 
     model_type = "interbert"
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         for field in FIELDS:
             setattr(self, field.name, kwargs.pop(field.name, field.default))
-        super().__post_init__(**kwargs)
+        super().__init__(**kwargs)
         self.model_config()
+
+    __eq__ = PreTrainedConfig.__eq__  # it makes dataclasses of its subclasses, whose own would not see our fields
 
     @classmethod
     def from_model_config(cls, model_config: ModelConfig, **extra: Any) -> "InterBertConfig":

@@ -7,6 +7,7 @@ import sys
 import pytest
 import transformers
 
+import megatron_interbert
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.hf import (
     InterBertConfig,
@@ -87,7 +88,7 @@ def test_auto_tokenizer_splits_as_ours(folder, tmp_path):
 
 
 def test_a_process_that_only_imports_the_package(folder):
-    assert run(ONLY_THE_PACKAGE, folder) == "InterBertModel 0.1.0"
+    assert run(ONLY_THE_PACKAGE, folder) == f"InterBertModel {megatron_interbert.__version__}"
 
 
 def test_a_process_that_imported_transformers_before(folder):

@@ -62,3 +62,8 @@ def test_values_set_later_are_checked_by_the_model():
 
 def test_whole_numbers_serve_as_shares():
     assert InterBertConfig(hidden_dropout=0).model_config().hidden_dropout == 0.0
+
+
+def test_equal_when_all_sizes_are():
+    assert InterBertConfig.from_model_config(SMALL) == InterBertConfig.from_model_config(SMALL)
+    assert InterBertConfig.from_model_config(SMALL) != InterBertConfig.from_model_config(dataclasses.replace(SMALL, feature_dim=21))

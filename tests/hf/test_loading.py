@@ -129,6 +129,13 @@ def test_heads_that_pretraining_makes_must_be_there(tmp_path):
         InterBertForImageTextRetrieval.from_pretrained(tmp_path)
 
 
+def test_a_classifier_in_the_file_is_no_error_elsewhere(tmp_path):
+    model = build(InterBertForSequenceClassification)
+    model.save_pretrained(tmp_path)
+    core = InterBertModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in core.items())
+
+
 def test_another_number_of_labels_only_when_said(tmp_path):
     build(InterBertForSequenceClassification, num_labels=3).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=r"classifier.weight \[3, 24\] instead of \[5, 24\]"):

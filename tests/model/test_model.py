@@ -10,7 +10,6 @@ from megatron_interbert.config import ModelConfig
 from megatron_interbert.data.packing import Example, pack
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.flops import training_flops
-from megatron_interbert.model.foreign import fuse_qkv, split_qkv
 from megatron_interbert.model.initialise import initialise, load_full_state
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.partition import TABLE, partition_dimension, partition_kind, shard, unshard, unshard_state
@@ -18,6 +17,7 @@ from megatron_interbert.model.presets import PRESETS
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.weights.foreign import fuse_qkv, split_qkv
 from tests.dist import run_on_ranks
 
 HEADS = ("msm", "mrm", "itm", "choice")

@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 
 from megatron_interbert.config import ModelConfig
 from megatron_interbert.data.packing import Example, pack
-from megatron_interbert.weights.foreign import from_official, to_official
 from megatron_interbert.model.initialise import load_full_state
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.partition import partition_dimension
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.weights.foreign import from_official, to_official
 from tests.dist import run_on_ranks
 from tests.shared import ORACLE, needs_shared
 

@@ -1,0 +1,23 @@
+"""The short form of the fault campaign; the long one is `python tests/campaigns/faults.py --kills 200`."""
+
+import json
+import subprocess
+import sys
+
+from tests.launching import ENVIRONMENT, ROOT
+
+
+def test_kills_and_damage_lose_nothing():
+    result = subprocess.run(
+        [sys.executable, "tests/campaigns/faults.py", "--kills", "6", "--layouts", "1", "--spoil", "0.8", "--quiet"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    counts = json.loads(result.stdout.strip().splitlines()[-1].split("; ", 1)[1])
+    assert counts["kills"] >= 6
+    assert counts["damage named"] >= 1
+    assert counts["steps compared"] > 0
