@@ -168,7 +168,7 @@ class Checkpoints:
         outcome: dict[str, Any] | str
         try:
             outcome = self._write_files(snapshot, work)
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever it is, the other ranks must hear of it and not wait
             outcome = f"rank {self.state.rank}: {error}"
         try:
             problems, files = [], {}
@@ -180,8 +180,8 @@ class Checkpoints:
                 if problem:
                     shutil.rmtree(work, ignore_errors=True)
             self._problem = self._gather(problem)[0]
-        except RuntimeError as error:  # gloo's word for a rank that has gone; the training step of this one ends soon too
-            self._problem = f"another rank has gone ({str(error).splitlines()[0][:100]})"
+        except Exception as error:  # a rank has gone, in most cases; the training step of this one ends soon too
+            self._problem = f"the ranks could not agree on it ({' '.join(str(error).split())[:120]})"
         if self._problem:
             self._messages.append(f"checkpoint {final} could not be written: {self._problem}; the one before is untouched")
         else:

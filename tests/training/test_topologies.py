@@ -44,7 +44,7 @@ class Run:
 
         self.state = ParallelState(tensor)
         if stage == 3:
-            changes["deepspeed_config"] = f"{Path(store).parent}/zero3.json"
+            changes.setdefault("deepspeed_config", f"{Path(store).parent}/zero3.json")
         settings = {"tensor_model_parallel_size": tensor, "zero_stage": stage, "micro_batch_size": 2, "save": str(folder)}
         self.config = run_config(store, train_iters=LAST, **settings, **changes)
         self.streams = RandomStreams(self.config.seed, self.state.data_rank, self.state.tensor_rank)
@@ -118,6 +118,23 @@ def resume_everywhere(store, folder):
                 assert abs(norm - theirs[1]) < 2e-4 * abs(theirs[1]), (where, step, norm, theirs[1])
 
 
+def offload(store, folder):
+    """Weights and moments kept on the host: from and to a layout that keeps them on the device."""
+    start()
+    templates = Path(__file__).resolve().parents[2] / "ds_configs"
+    expected = json.loads(Path(f"{folder}/dp2-tp1-zero3.json").read_text())
+    path = Path(folder, "dp2-tp1-zero3", f"global_step{SAVED}")
+    for stage, template in ((2, "zero2_offload_optimizer.json"), (3, "zero3_offload.json")):
+        run = Run(store, f"{folder}/{template}", 1, stage, load=path, deepspeed_config=str(templates / template))
+        losses = run.train(SAVED + 1)
+        run.save()
+        again = Run(store, f"{folder}/x", 1, 1, load=Path(folder, template, f"global_step{SAVED + 1}"))
+        losses |= again.train(LAST)
+        for step, (loss, norm) in losses.items():
+            assert abs(loss - expected[str(step)][0]) < 2e-5 * abs(loss), (template, step)
+            assert abs(norm - expected[str(step)][1]) < 2e-4 * abs(norm), (template, step)
+
+
 def check_every_bit(reader, training_state, state, where):
     """What each rank holds after loading against a plain slice of the full tensors."""
     assert training_state.scalars()["adam_step"] == SAVED
@@ -147,6 +164,7 @@ def test_every_layout_resumes_from_every_other(corpus):
         run_on_ranks(ranks, make_checkpoints, store, folder)
     for ranks in LAYOUTS:
         run_on_ranks(ranks, resume_everywhere, store, folder)
+    run_on_ranks(1, offload, store, folder)
 
 
 def change_precision(store, folder):
