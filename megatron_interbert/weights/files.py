@@ -94,6 +94,8 @@ class TensorFile:
     def layout(self, name: str) -> TensorLayout:
         """Type and shape of a tensor, from the header."""
         part = self._file.get_slice(name)
+        if part.get_dtype() not in DTYPES:
+            raise UsageError(f"{self.path}: {name} is of type {part.get_dtype()}, expected one of {', '.join(DTYPES)}")
         return TensorLayout(DTYPES[part.get_dtype()], tuple(part.get_shape()))
 
     def get(self, name: str) -> torch.Tensor:

@@ -44,7 +44,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UsageError(f"{path}: no readable {MANIFEST} ({error})") from error
-    if not isinstance(manifest, dict) or "files" not in manifest or "topology" not in manifest:
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in ("files", "topology")):
         raise UsageError(f"{file}: not the manifest of a checkpoint (a region store has one of its own)")
     if manifest.get("format") != FORMAT:
         raise UsageError(f"{file}: checkpoint format {manifest.get('format')}, this version reads {FORMAT}")
@@ -62,6 +62,8 @@ def verify(path: Path, rank: int = 0, ranks: int = 1, only: str = "") -> str | N
         files = read_manifest(path)["files"]
     except UsageError as error:
         return str(error)
+    if not all(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values()):
+        return f"{MANIFEST} lists files without their sizes and hashes"
     names = sorted(name for name in files if name.startswith(only))
     for name in names:  # sizes are cheap: every rank looks at all
         if not (path / name).is_file():

@@ -87,7 +87,13 @@ def open_source(path: str | Path, kind: str = "auto", config: ModelConfig | None
         raise UsageError(f"unknown format '{kind}', expected one of auto, {', '.join(KINDS)}")
     if not Path(path).exists():
         raise UsageError(f"{path}: no such file or folder")
-    return {"checkpoint": _checkpoint, "huggingface": _huggingface, "official": _official, "bert": _bert}[kind](Path(path), config)
+    read = {"checkpoint": _checkpoint, "huggingface": _huggingface, "official": _official, "bert": _bert}[kind]
+    try:
+        return read(Path(path), config)
+    except UsageError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:  # well-formed files of nonsense
+        raise UsageError(f"{path}: not a sound {kind} source ({type(error).__name__}: {error})") from error
 
 
 def _checkpoint(path: Path, config: ModelConfig | None) -> Source:

@@ -50,8 +50,10 @@ class Output:
         return tensor.to(self.dtype) if self.dtype else tensor
 
     def bytes(self) -> int:
-        """Size of all tensors as they will be written."""
-        return sum(self.layout(name).bytes for name in self.source.layouts)
+        """Size of all tensors as they will be written; every rank's file holds the replicated ones."""
+        ranks = self.tensor_parallel
+        copies = {name: ranks if partition_dimension(name) is None else 1 for name in self.source.layouts}
+        return sum(self.layout(name).bytes * count for name, count in copies.items())
 
 
 def heads_of(source: Source) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.presets import PRESETS
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.weights.manifest import verify
+from megatron_interbert.weights.manifest import verify, write_manifest
 from megatron_interbert.weights.sources import open_source
 from megatron_interbert.weights.targets import Output, write_target
 from tests.corpus import write_store
@@ -287,12 +287,32 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
         ("good", "--from", "official"): "neither manifest.json, nor model.safetensors",
         ("good", "--vocab-file", tmp_path / "words.txt"): "1 entries, the model has 150",
     }
+    bad |= nonsense(tmp_path)
     listing = sorted(p.name for p in tmp_path.iterdir())
     for (name, *flags), message in bad.items():
         with pytest.raises(UsageError, match=message):
             convert(monkeypatch, tmp_path / name, "--to", "sharded", "--output", tmp_path / "out", *flags)
         assert sorted(p.name for p in tmp_path.iterdir()) == listing, name
     assert not (tmp_path / "ran").exists(), "code from a pickle was run"
+
+
+def nonsense(folder):
+    """Files that are well formed and mean nothing: manifests with a right hash of their own, types nobody has."""
+    manifests = {"list": [], "strings": {"files": {"a": "b"}, "topology": {}}, "sizes": {"files": {}, "topology": {}}}
+    for name, content in manifests.items():
+        (folder / name).mkdir()
+        write_manifest(folder / name, content) if content else (folder / name / "manifest.json").write_text("[]")
+    header = json.dumps({"bert.v_embeddings.x": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    (folder / "f8.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+    (folder / "index").mkdir()
+    (folder / "index" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../nothing.safetensors"}}')
+    return {
+        ("list",): "not the manifest of a checkpoint",
+        ("strings",): "lists files without their sizes",
+        ("sizes",): "not a sound checkpoint",
+        ("f8.safetensors",): "is of type F8_E4M3",
+        ("index",): "not a readable safetensors file",
+    }
 
 
 def test_no_space(tmp_path, monkeypatch):
