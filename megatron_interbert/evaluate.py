@@ -31,9 +31,7 @@ TASKS = ("retrieval",)
 class EvaluateConfig:
     """Flags of an evaluation."""
 
-    load: str = option(
-        "", "a run's folder (its newest checkpoint), one global_stepN, a Hugging Face folder or an official .bin"
-    )
+    load: str = option("", "a run's folder (its newest checkpoint), one global_stepN, a Hugging Face folder or an official .bin")
     data_path: str = option("sample_corpus/test", "region store to evaluate on")
     vocab_file: str = option("", "WordPiece vocabulary; default: vocab.txt in the region store")
     output: str = option("", "folder for result.json and result.html; default: evaluation/retrieval in the run's folder")

@@ -60,7 +60,8 @@ def prepare(config: RunConfig) -> Trainer:
     state = ParallelState(config.tensor_model_parallel_size)
     store, tokenizer = open_data(config)
     model_config = model_config_for(config, store, tokenizer)
-    lock = claim_folder(config.save, state)
+    begun = state.gather(Path(config.save).exists())[0]
+    lock = claim_folder(config.save, state) if begun else None
     resume = find_checkpoint(config, state)
     merge(config, state.data_size, resumed_batch(resume))
     check_partitions(config.data_partitions, state.data_size)
@@ -85,11 +86,14 @@ def prepare(config: RunConfig) -> Trainer:
         model_config, PRETRAINING_HEADS, state=state, kernels=kernels, streams=streams, recompute=config.recompute_activations
     )
     initialise(model, model_config, config.seed, state)
-    checkpoints = Checkpoints(config, model_config, state, describe_data(store, tokenizer), tokenizer.vocab_file, lock)
+    data = describe_data(store, tokenizer)
     pretrained = set()
     if config.init_from:  # also on resume: which weights came from BERT decides the parameter groups
-        pretrained = load_initial_weights(model, model_config, config.init_from, state, checkpoints.data["vocabulary"])
+        pretrained = load_initial_weights(model, model_config, config.init_from, state, data["vocabulary"])
     engine = Engine(model.to(device), config, state, pretrained)
+    if not begun:  # not before everything else has been found right: wrong use leaves nothing behind
+        lock = claim_folder(config.save, state)
+    checkpoints = Checkpoints(config, model_config, state, data, tokenizer.vocab_file, lock)
     progress = checkpoints.load(engine, resume) if resume else Progress()
     if state.is_main:
         print(describe_run(config, model_config, model, state, engine, kernels.describe(), resume), flush=True)
