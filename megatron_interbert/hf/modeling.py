@@ -11,6 +11,7 @@ from transformers.utils import can_return_tuple
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.hf.base import InterBertPreTrainedModel
+from megatron_interbert.hf.checks import check_choices
 from megatron_interbert.hf.configuration import InterBertConfig
 from megatron_interbert.hf.losses import check_labels, region_loss, word_loss
 from megatron_interbert.hf.outputs import (
@@ -137,16 +138,13 @@ class InterBertForMultipleChoice(InterBertPreTrainedModel):
     ) -> MultipleChoiceModelOutput:
         """Text inputs [B, C, T]; visual ones [B, R, ..], shared by the choices, or [B, C, R, ..]; labels [B] the right choice."""
         needs_images(self, visual_feats)
-        if input_ids.dim() != 3:
-            raise UsageError(f"input_ids has shape {list(input_ids.shape)}, expected [samples, choices, tokens]")
+        inputs = PaddedInputs(input_ids, attention_mask, token_type_ids, visual_feats, visual_pos, visual_attention_mask)
+        check_choices(inputs._asdict(), self.interbert.config)
         samples, choices = input_ids.shape[:2]
         check_labels("labels", labels, [samples])
-        text = [None if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, token_type_ids)]
+        text = [None if x is None else x.flatten(0, 1) for x in inputs[:3]]
         shared = visual_feats.dim() == 3
-        visual = [
-            None if x is None else x.repeat_interleave(choices, dim=0) if shared else x.flatten(0, 1)
-            for x in (visual_feats, visual_pos, visual_attention_mask)
-        ]
+        visual = [None if x is None else x.repeat_interleave(choices, dim=0) if shared else x.flatten(0, 1) for x in inputs[3:]]
         logits = self.run(PaddedInputs(*text, *visual))[0].choice_logit.view(samples, choices)
         return MultipleChoiceModelOutput(loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits)
 

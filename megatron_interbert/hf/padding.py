@@ -5,13 +5,13 @@ tokens (one [IMG] in front of each sample's regions).
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from megatron_interbert.config import ModelConfig
 from megatron_interbert.data.packing import FULL_IMAGE, PackedBatch
-from megatron_interbert.errors import UsageError
+from megatron_interbert.hf.checks import check_inputs, refuse_empty_samples, refuse_unknown_values, value_ranges
 
 
 class PaddedInputs(NamedTuple):
@@ -38,16 +38,19 @@ def pack_padded(inputs: PaddedInputs, config: ModelConfig, hidden_regions: torch
     """Real tokens and regions end to end, every word and region a target of its head, and the slots they came from.
 
     A token's position is its column, as in BERT. `hidden_regions` [B, R] bool reach the model as zeros.
-    UsageError for shapes that do not fit, and for a sample without a real token or region.
+    UsageError for shapes that do not fit, for ids the model does not know, and for a sample without a real token or region.
     """
-    check_shapes(inputs, config, hidden_regions)
+    check_inputs({**inputs._asdict(), "region_mask": hidden_regions}, config)
     ids, pictured = inputs.input_ids, inputs.visual_feats is not None
     tokens = is_real(inputs.attention_mask, ids)
     regions = is_real(inputs.visual_attention_mask, inputs.visual_feats[..., 0]) if pictured else tokens[:, :0]
     image = torch.cat([torch.ones_like(tokens[:, : int(pictured)]), regions], dim=1)  # with the column of [IMG]
     lengths = torch.stack([tokens.sum(dim=1), image.sum(dim=1)])
-    on_host = lengths.cpu()  # the one time that the host waits for the device
+    ranges = value_ranges(ids, inputs.token_type_ids, tokens)
+    found = torch.cat([lengths.flatten(), ranges]).cpu()  # the one time that the host waits for the device
+    on_host = found[: -len(ranges)].view_as(lengths)
     refuse_empty_samples(on_host, pictured)
+    refuse_unknown_values(found[-len(ranges) :].tolist(), config)
     text_count, image_count = on_host.sum(dim=1).tolist()
     slots = Slots(
         text=real_slots(tokens, text_count),
@@ -141,36 +144,3 @@ def row_numbers(mask: torch.Tensor) -> torch.Tensor:
 def offsets(lengths: torch.Tensor) -> torch.Tensor:
     """int32 [B + 1] from lengths [B]."""
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
-
-
-def refuse_empty_samples(lengths: torch.Tensor, pictured: bool) -> None:
-    """UsageError naming the first sample without a real token or, in a batch with images, without a real region."""
-    for name, found, least in (("attention_mask", lengths[0], 1), ("visual_attention_mask", lengths[1], 2 * pictured)):
-        if (found < least).any():
-            what = "token" if name == "attention_mask" else "region (for text-only samples leave out all visual inputs)"
-            raise UsageError(f"{name}: sample {int((found < least).nonzero()[0])} has no real {what}")
-
-
-def check_shapes(inputs: PaddedInputs, config: ModelConfig, hidden_regions: torch.Tensor | None) -> None:
-    """UsageError for inputs that are missing or whose shapes fit neither each other nor the model."""
-    ids, features = inputs.input_ids, inputs.visual_feats
-    if ids is None or ids.dim() != 2 or not ids.numel():
-        raise UsageError(f"input_ids has shape {None if ids is None else list(ids.shape)}, expected [samples, tokens]")
-    if ids.shape[1] > config.max_position_embeddings:
-        raise UsageError(f"input_ids has {ids.shape[1]} columns, the model only {config.max_position_embeddings} positions")
-    expected: dict[str, list[Any]] = {"attention_mask": [*ids.shape], "token_type_ids": [*ids.shape]}
-    given = {**inputs._asdict(), "region_mask": hidden_regions}
-    regional = ("visual_pos", "visual_attention_mask", "region_mask")
-    if features is None:
-        for name in regional:
-            if given[name] is not None:
-                raise UsageError(f"{name} is given without visual_feats [samples, regions, {config.feature_dim}]")
-    else:
-        if inputs.visual_pos is None:
-            raise UsageError("visual_feats is given without visual_pos [samples, regions, 5], the places of the regions")
-        regions = features.shape[1] if features.dim() == 3 else "regions"
-        tails = ([config.feature_dim], [5], [], [])
-        expected |= {name: [len(ids), regions, *tail] for name, tail in zip(("visual_feats", *regional), tails, strict=True)}
-    for name, shape in expected.items():
-        if given[name] is not None and list(given[name].shape) != shape:
-            raise UsageError(f"{name} has shape {list(given[name].shape)}, expected [{', '.join(map(str, shape))}]")

@@ -136,6 +136,13 @@ WRONG = {
     "samples": ({"visual_feats": torch.ones(2, 5, 20)}, r"visual_feats has shape \[2, 5, 20\], expected \[3, 5, 20\]"),
     "empty text": ({"attention_mask": TEXT * torch.tensor([[1], [0], [1]])}, "attention_mask: sample 1 has no real token"),
     "no region": ({"visual_attention_mask": REGIONS * torch.tensor([[1], [1], [0]])}, "sample 2 has no real region"),
+    "list": ({"input_ids": [[1, 2, 3]]}, "input_ids is of type list, expected a tensor"),
+    "array": ({"visual_feats": np.ones((3, 5, 20))}, "visual_feats is of type ndarray, expected a tensor"),
+    "fractions": ({"input_ids": torch.ones(3, 7)}, "input_ids has type torch.float32, expected integers"),
+    "beyond the words": ({"input_ids": torch.full((3, 7), 10**6)}, "input_ids holds 1000000, expected 0 to 149"),
+    "padded vocabulary": ({"input_ids": torch.full((3, 7), 150)}, "input_ids holds 150, expected 0 to 149"),
+    "negative": ({"input_ids": torch.full((3, 7), -1)}, "input_ids holds -1, expected 0 to 149"),
+    "types": ({"token_type_ids": torch.full((3, 7), 2)}, "token_type_ids holds 2, expected 0 to 1"),
     "no columns": (
         {"visual_feats": torch.ones(3, 0, 20), "visual_pos": torch.ones(3, 0, 5), "visual_attention_mask": None},
         "sample 0",
@@ -149,6 +156,36 @@ def test_wrong_inputs_are_named(change):
     with pytest.raises(UsageError, match=message) as caught:
         build(InterBertModel)(**{**padded_inputs(), **values})
     assert "\n" not in str(caught.value)
+
+
+TWO = torch.zeros(3, 2, 7, dtype=torch.long)  # two choices for each of three images
+WRONG_CHOICES = {
+    "no text": ({"input_ids": None}, "input_ids has shape None, expected [samples, choices, tokens]"),
+    "one text": ({"input_ids": TWO[:, 0]}, "input_ids has shape [3, 7], expected [samples, choices, tokens]"),
+    "list": ({"input_ids": TWO.tolist()}, "input_ids is of type list, expected a tensor"),
+    "one mask": ({"attention_mask": TEXT}, "attention_mask has shape [3, 7], expected [3, 2, 7]"),
+    "types": ({"token_type_ids": TWO[:, :1]}, "token_type_ids has shape [3, 1, 7], expected [3, 2, 7]"),
+    "flat image": ({"visual_feats": torch.ones(3, 20)}, "visual_feats has shape [3, 20], expected [3, regions, 20]"),
+    "width": ({"visual_feats": torch.ones(3, 2, 5, 21)}, "visual_feats has shape [3, 2, 5, 21], expected [3, 2, 5, 20]"),
+    "samples": ({"visual_feats": torch.ones(2, 5, 20)}, "visual_feats has shape [2, 5, 20], expected [3, 5, 20]"),
+    "choices": ({"visual_feats": torch.ones(3, 3, 5, 20)}, "visual_feats has shape [3, 3, 5, 20], expected [3, 2, 5, 20]"),
+    "places of one": ({"visual_feats": torch.ones(3, 2, 5, 20)}, "visual_pos has shape [3, 5, 5], expected [3, 2, 5, 5]"),
+    "places of each": ({"visual_pos": torch.ones(3, 2, 5, 5)}, "visual_pos has shape [3, 2, 5, 5], expected [3, 5, 5]"),
+    "no places": (
+        {"visual_pos": None},
+        "visual_feats is given without visual_pos [samples, regions, 5], the places of the regions",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", WRONG_CHOICES)
+def test_wrong_choices_are_named_in_the_callers_shapes(change):
+    values, message = WRONG_CHOICES[change]
+    inputs = {**padded_inputs(), "input_ids": TWO, "attention_mask": TWO + 1, "token_type_ids": TWO}
+    build(InterBertForMultipleChoice)(**inputs)
+    with pytest.raises(UsageError) as caught:
+        build(InterBertForMultipleChoice)(**{**inputs, **values})
+    assert str(caught.value) == message
 
 
 WRONG_LABELS = {
