@@ -10,8 +10,9 @@ import torch
 from tqdm import tqdm
 
 from megatron_interbert.config import option, parse
+from megatron_interbert.data.manifest import MANIFEST, file_sha256
 from megatron_interbert.data.pretraining import trainable_captions
-from megatron_interbert.data.store import MANIFEST, RegionStore, file_sha256
+from megatron_interbert.data.store import RegionStore
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.kernels.choice import choose_kernels

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_interbert.data.store import Regions
+from megatron_interbert.data.regions import Regions
 from megatron_interbert.data.store_writer import RegionStoreWriter
 
 WORDS = [

@@ -1,120 +1,137 @@
 #!/usr/bin/env python3
-"""Turns a folder of npz region features and a captions.jsonl into a region store.
+"""Builds a region store from published region features and caption files, or from other region stores.
 
-Each npz (no pickles inside) holds image_id, image_w, image_h, boxes [R, 4] x1 y1 x2 y2 in pixels, features [R, F], and either
-cls_prob [R, C] (whole class distributions) or the detector's top class and confidence: cls_id_1601 (background is class 0)
-and cls_conf. Captions are lines of JSON with image_id, caption and, if known, lang.
+    python tools/build_features.py train2014_obj36.tsv --captions captions_train2014.json --output coco --vocab-file vocab.txt
+    python tools/build_features.py cc_store sbu_store --output both                       # join, cut anew, take a part (--only)
+
+Features: base64 TSV (LXMERT, bottom-up attention), LMDB (ViLBERT, InterBERT), folders of npz, HDF5 (adaptive or fixed bottom-up
+attention), region stores. Captions: COCO and Karpathy JSON, Flickr30K lines and token files, Conceptual Captions TSV, SBU JSON,
+MUGE and KDD Cup queries, plain TSV and JSON lines. Stopped or killed? The same command goes on.
 """
 
 import argparse
-import json
+import os
 import sys
-import zipfile
+import time
 from pathlib import Path
-
-import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.config import read_text
-from megatron_interbert.data.store import Regions
-from megatron_interbert.data.store_writer import RegionStoreWriter
+from megatron_interbert.data.building import BuildPlan, build
+from megatron_interbert.data.captions import FORMATS as CAPTION_FORMATS
+from megatron_interbert.data.sources.base import Source
+from megatron_interbert.data.sources.fields import BACKGROUND_FIRST, BACKGROUND_NONE, ReadOptions
+from megatron_interbert.data.sources.opening import FORMATS, open_source
+from megatron_interbert.data.sources.stores import StoreSource
 from megatron_interbert.errors import UsageError, run_entry
 
 
-def read_captions(path: str) -> dict[str, list[tuple[str, str]]]:
-    """image_id -> [(caption, language)]; UsageError names the line that cannot be read."""
-    captions: dict[str, list[tuple[str, str]]] = {}
-    for number, line in enumerate(read_text(path, "--captions").splitlines(), 1):
-        try:
-            record = json.loads(line)
-            captions.setdefault(str(record["image_id"]), []).append((record["caption"], record.get("lang", "")))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UsageError(f"{path}: line {number} is not a caption record with image_id and caption ({error})") from error
-    return captions
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="files or folders of features, in the order of the store")
+    parser.add_argument("--output", required=True, help="folder of the new store")
+    parser.add_argument("--format", default="auto", choices=FORMATS, help="what SOURCE is (default: by its content)")
+    parser.add_argument("--columns", default="", help="names of a TSV's columns, comma-separated, where their number does not tell")
+    parser.add_argument(
+        "--image-ids", default="", help="file that names the images of an HDF5 (imgid2idx as JSON or pickle, or one a line)"
+    )
+    parser.add_argument("--captions", nargs="+", default=[], help="caption files; without them captions of the source are kept")
+    parser.add_argument("--captions-format", default="auto", choices=CAPTION_FORMATS, help="default: by content")
+    parser.add_argument("--split", default="", help="of a Karpathy file, comma-separated: train,restval (default: all)")
+    parser.add_argument("--only", help="file with the image ids to keep, one a line")
+    parser.add_argument("--class-ids", default="", choices=("", BACKGROUND_FIRST, BACKGROUND_NONE),
+                        help="whether class id 0 is background or the first object (default: the habit of the format)")  # fmt: skip
+    parser.add_argument("--box-format", default="xyxy", choices=("xyxy", "xywh"), help="pixels (default: %(default)s)")
+    parser.add_argument("--num-classes", type=int, default=1601, help="with background (default: %(default)s)")
+    parser.add_argument(
+        "--soft-labels", type=int, default=0, help="label entries kept for a region (default: 10, or those of the store)"
+    )
+    parser.add_argument("--class-names", help="detector classes without background, one a line")
+    parser.add_argument("--detector", default="Faster R-CNN ResNet-101, Visual Genome", help="recorded in the store")
+    parser.add_argument("--detector-revision", default="", help="recorded in the store")
+    parser.add_argument("--allow-other-detector", action="store_true", help="join stores of different detectors")
+    parser.add_argument("--vocab-file", help="WordPiece vocabulary; copied into the store, and all captions tokenised with it")
+    parser.add_argument("--trust-pickle", action="store_true", help="read pickles inside the input; only numbers, strings, arrays")
+    parser.add_argument("--images-per-shard", type=int, default=1024, help="default: %(default)s")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--max-dropped", type=float, default=0.1, help="share of unusable images that is allowed (default: %(default)s)"
+    )
+    parser.add_argument("--strict-boxes", action="store_true", help="drop images with boxes outside instead of clipping these")
+    parser.add_argument("--restart", action="store_true", help="throw away what an unfinished build has left and begin anew")
+    return parser.parse_args()
 
 
-def read_image(path: Path, soft_labels: int, num_classes: int) -> tuple[Regions, bool]:
-    """One npz as Regions with top-k labels, and whether whole distributions were there."""
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            fields = {name: data[name] for name in data.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path}: not a readable npz without pickles ({error})") from error
-    for name in ("image_id", "image_w", "image_h", "boxes", "features"):
-        if name not in fields:
-            raise UsageError(f"{path}: '{name}' is missing, found {', '.join(sorted(fields))}")
-    rows = len(fields["features"])
-    dense = "cls_prob" in fields
-    if dense:
-        if fields["cls_prob"].shape != (rows, num_classes):
-            raise UsageError(f"{path}: cls_prob has shape {fields['cls_prob'].shape}, expected {(rows, num_classes)}")
-        ids = np.argsort(-fields["cls_prob"], axis=1, kind="stable")[:, :soft_labels]
-        probs = np.take_along_axis(fields["cls_prob"], ids, axis=1)
-    elif {"cls_id_1601", "cls_conf"} <= set(fields):
-        # One class is known; the other entries of the row are other classes with no stated probability.
-        first = fields["cls_id_1601"].astype(np.int64)[:, None]
-        ids = (first + np.arange(soft_labels)) % num_classes
-        probs = np.zeros((rows, soft_labels), dtype=np.float32)
-        probs[:, 0] = fields["cls_conf"]
-        share = (1.0 - probs[:, :1]) / (num_classes - 1)
-        probs[:, 1:] = share
-    else:
-        raise UsageError(f"{path}: neither cls_prob nor cls_id_1601 with cls_conf, so there is no region label")
-    size = (float(fields["image_w"]), float(fields["image_h"]))
-    features = np.asarray(fields["features"], dtype=np.float32)
-    return Regions(str(fields["image_id"]), size, features, fields["boxes"], ids, probs.astype(np.float32)), dense
+def detector_of(sources: list[Source], arguments: argparse.Namespace) -> dict[str, object]:
+    """What the sources say of their detector, else the flags."""
+    known = [source.facts().detector for source in sources if isinstance(source, StoreSource)]
+    for other in known:
+        if other != known[0] and not arguments.allow_other_detector:
+            raise UsageError(f"stores of different detectors, {known[0]} and {other}; join them with --allow-other-detector")
+    return known[0] if known else {"name": arguments.detector, "revision": arguments.detector_revision}
+
+
+def vocabulary_of(sources: list[Source], arguments: argparse.Namespace) -> str:
+    """The text of the vocabulary to go into the store: the file given, else that of the first store among the sources."""
+    if arguments.vocab_file:
+        return read_text(arguments.vocab_file, "--vocab-file")
+    files = [Path(source.path) / "vocab.txt" for source in sources if isinstance(source, StoreSource)]
+    return next((read_text(file, "vocab.txt") for file in files if file.is_file()), "")
 
 
 def run() -> None:
     """Parse the command line and write the store."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--npz", required=True, help="folder of npz files, one an image")
-    parser.add_argument("--captions", required=True, help="captions.jsonl")
-    parser.add_argument("--output", required=True, help="folder of the new store")
-    parser.add_argument("--vocab-file", help="WordPiece vocabulary, copied into the store as vocab.txt")
-    parser.add_argument("--class-names", help="detector classes without background, one a line")
-    parser.add_argument("--num-classes", type=int, default=1601, help="with background (default: %(default)s)")
-    parser.add_argument("--soft-labels", type=int, default=10, help="label entries kept for a region (default: %(default)s)")
-    parser.add_argument("--detector", default="Faster R-CNN ResNet-101, Visual Genome", help="recorded in the manifest")
-    parser.add_argument("--images-per-shard", type=int, default=1024)
-    parser.add_argument("--strict-boxes", action="store_true", help="refuse boxes outside the image instead of clipping them")
-    options = parser.parse_args()
-    files = sorted(Path(options.npz).glob("*.npz"))
-    if not files:
-        raise UsageError(f"--npz {options.npz}: no .npz files there")
-    captions = read_captions(options.captions)
-    names = ["background", *read_text(options.class_names, "--class-names").split("\n")] if options.class_names else []
-    first, _ = read_image(files[0], options.soft_labels, options.num_classes)
-    whole = skipped = 0
-    with RegionStoreWriter(
-        options.output,
-        feature_dim=first.features.shape[1],
-        num_classes=options.num_classes,
-        class_names=names[: options.num_classes],
-        detector={"name": options.detector, "revision": ""},
-        soft_labels="top_k, or built from the top confidence",
-        images_per_shard=options.images_per_shard,
-        strict_boxes=options.strict_boxes,
-        vocabulary=read_text(options.vocab_file, "--vocab-file") if options.vocab_file else "",
-    ) as writer:
-        for file in tqdm(files, unit="image", mininterval=1.0, disable=None):
-            regions, dense = read_image(file, options.soft_labels, options.num_classes)
-            if regions.image_id not in captions:
-                skipped += 1
-                continue
-            writer.add(regions, captions[regions.image_id])
-            whole += dense
-        if skipped == len(files):
-            raise UsageError(
-                f"none of the {len(files)} images of {options.npz} has a caption in {options.captions}: image_id differs"
-            )
-        writer.manifest["images_with_whole_distributions"] = whole
-    print(
-        f"{options.output}: {len(files) - skipped} images ({whole} with whole class distributions), {skipped} without caption skipped,"
-        f" {writer.manifest['counts']['captions']} captions, {writer.manifest['repaired_boxes']} boxes clipped"
+    arguments = parse()
+    for name in ("images_per_shard", "workers", "num_classes"):
+        if getattr(arguments, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected 1 or more")
+    options = ReadOptions(
+        class_ids=arguments.class_ids,
+        box_format=arguments.box_format,
+        soft_labels=arguments.soft_labels or 10,
+        num_classes=arguments.num_classes,
+        trust_pickle=arguments.trust_pickle,
     )
+    columns = tuple(filter(None, arguments.columns.split(",")))
+    sources = [open_source(path, arguments.format, options, columns, arguments.image_ids) for path in arguments.sources]
+    widths = [source.store.label_width() for source in sources if isinstance(source, StoreSource)]
+    names = ["background", *read_text(arguments.class_names, "--class-names").splitlines()] if arguments.class_names else []
+    plan = BuildPlan(
+        sources=sources,
+        output=arguments.output,
+        caption_files=arguments.captions,
+        captions_format=arguments.captions_format,
+        split=arguments.split,
+        only=read_text(arguments.only, "--only").split("\n") if arguments.only else None,
+        detector=detector_of(sources, arguments),
+        class_names=names,
+        soft_labels=arguments.soft_labels or max(widths, default=10),
+        vocabulary=vocabulary_of(sources, arguments),
+        images_per_shard=arguments.images_per_shard,
+        strict_boxes=arguments.strict_boxes,
+        options={"sources": arguments.sources, "reading": vars(options), "columns": list(columns)},
+    )
+    started = time.monotonic()
+    manifest = build(plan, arguments.workers, arguments.max_dropped, arguments.restart)
+    report(arguments.output, manifest, time.monotonic() - started)
+
+
+def report(output: str, manifest: dict, seconds: float) -> None:
+    """What is in the store and what is not."""
+    counts = manifest["counts"]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in manifest["images_by_label_kind"].items())
+    size = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
+    print(f"{output}: {counts['images']} images (labels: {kinds}), {counts['regions']} regions, {counts['captions']} captions")
+    print(f"{len(manifest['shards'])} shards, {size:.0f} MB, {seconds:.1f} s, {manifest['repaired_boxes']} boxes clipped")
+    for reason, count in manifest["dropped"].items():
+        print(f"dropped: {count} images, {reason}")
+    if manifest["dropped"]:
+        print(f"each is listed in {Path(output) / 'dropped.jsonl'}")
+    if manifest["inverted_boxes"] > 0.05 * counts["regions"]:
+        print(f"warning: {manifest['inverted_boxes']} of {counts['regions']} boxes were inverted; they look like x, y, width, height:"
+              " --box-format xywh")  # fmt: skip
 
 
 if __name__ == "__main__":

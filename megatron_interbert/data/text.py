@@ -21,6 +21,15 @@ class Tokens:
     words: np.ndarray
 
 
+@dataclass
+class TokenBatch:
+    """Several captions end to end: ids [T] int32, whether a piece begins a word [T] uint8, offsets [captions + 1] int64."""
+
+    ids: np.ndarray
+    word_starts: np.ndarray
+    offsets: np.ndarray
+
+
 class CaptionTokenizer:
     """BERT's tokenizer (lower case, Chinese characters apart) over a vocab.txt."""
 
@@ -47,6 +56,17 @@ class CaptionTokenizer:
         encoding = self._tokenizer.encode(caption, add_special_tokens=False)
         length = min(len(encoding.ids), max_tokens - 2)
         return Tokens(np.array(encoding.ids[:length], dtype=np.int64), np.array(encoding.word_ids[:length], dtype=np.int64))
+
+    def encode_batch(self, captions: list[str]) -> TokenBatch:
+        """Whole captions, without [CLS] and [SEP]."""
+        encodings = self._tokenizer.encode_batch(captions, add_special_tokens=False)
+        offsets = np.concatenate([[0], np.cumsum([len(e.ids) for e in encodings])]).astype(np.int64)
+        ids = np.fromiter((i for e in encodings for i in e.ids), np.int32, offsets[-1])
+        words = np.fromiter((w for e in encodings for w in e.word_ids), np.int64, offsets[-1])
+        starts = np.ones(len(ids), dtype=np.uint8)
+        starts[1:] = words[1:] != words[:-1]
+        starts[offsets[:-1][np.diff(offsets) > 0]] = 1
+        return TokenBatch(ids, starts, offsets)
 
     def decode(self, ids: list[int]) -> str:
         """Readable text of token ids."""

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from megatron_interbert.data.manifest import VOCABULARY
 from megatron_interbert.data.packing import normalised_locations
-from megatron_interbert.data.store import VOCABULARY, Regions, repair_boxes
+from megatron_interbert.data.regions import Regions, repair_boxes
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 from megatron_interbert.hf.modeling import InterBertForImageTextRetrieval, InterBertForPreTraining

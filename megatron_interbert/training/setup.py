@@ -7,10 +7,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_interbert.config import ModelConfig, RunConfig
+from megatron_interbert.data.manifest import MANIFEST, file_sha256
 from megatron_interbert.data.order import check_partitions
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.pretraining import BatchStream, PretrainingSet
-from megatron_interbert.data.store import MANIFEST, RegionStore, file_sha256
+from megatron_interbert.data.store import RegionStore
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 from megatron_interbert.kernels.choice import choose_kernels

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_interbert import __version__
-from megatron_interbert.data.store import file_sha256
+from megatron_interbert.data.manifest import file_sha256
 from megatron_interbert.errors import UsageError
 from megatron_interbert.weights.files import write_json
 

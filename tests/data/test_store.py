@@ -217,11 +217,11 @@ def test_writer_counts_repaired_boxes_and_refuses_in_strict_mode(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("features", np.zeros((3, 7), np.float16), "features has shape"),
+        ("features", np.zeros((3, 7), np.float16), "features of a wrong shape"),
         ("features", np.full((3, FEATURES), np.nan, np.float16), "NaN"),
         ("features", np.full((3, FEATURES), 1e6, np.float32), "beyond float16"),
         ("class_ids", np.full((3, 3), CLASSES), "class ids 11 to 11"),
-        ("boxes", np.zeros((2, 4), np.float32), "boxes has shape"),
+        ("boxes", np.zeros((2, 4), np.float32), "boxes of a wrong shape"),
     ],
 )
 def test_writer_refuses_bad_records(tmp_path, field, value, message):

@@ -1,99 +1,291 @@
-"""Real regions from npz files to a store to a trained model that has learned them by heart, on two tensor-parallel ranks."""
+"""tools/build_features.py: every format gives the same store, the traps of real files, kills, bad input."""
 
+import hashlib
 import json
+import pickle
 import shutil
+import signal
 import sys
+import time
 
 import numpy as np
 import pytest
 
 from megatron_interbert.data.store import RegionStore
-from tests.launching import deepspeed, launch, records
+from tests.data.formats import (
+    adaptive_hdf5,
+    bottom_up_line,
+    lxmert_line,
+    made_up_images,
+    npz_fields,
+    real_images,
+    tensorpack_lmdb,
+    vilbert_lmdb,
+    write_lmdb,
+    write_npz,
+)
+from tests.launching import launch, start
 from tests.shared import SHARED, needs_shared
 
 DATA = SHARED / "data"
+CLASSES = "image_id,image_w,image_h,num_boxes,boxes,features,objects_id,objects_conf"
 
 
-def build(output, npz=DATA / "region_features" / "npz", captions=DATA / "region_features" / "captions.jsonl", *flags):
-    vocabulary = DATA / "vocab" / "bert-base-uncased-vocab.txt"
-    return launch(
-        sys.executable, "tools/build_features.py", "--npz", npz, "--captions", captions, "--output", output,
-        "--vocab-file", vocabulary, "--class-names", DATA / "vocab" / "objects_vocab.txt", *flags,
-    )  # fmt: skip
+def command(*flags):
+    return (sys.executable, "tools/build_features.py", *flags)
+
+
+def build(output, *flags):
+    """Build and open; the output must not complain."""
+    code, out, err = launch(*command(*flags, "--output", output))
+    assert code == 0, out + err
+    return RegionStore(str(output)), out
+
+
+def refused(*flags):
+    """The one line of a refusal."""
+    code, out, err = launch(*command(*flags))
+    assert code == 2, out + err
+    assert "Traceback" not in err
+    return err.strip().splitlines()[-1]
+
+
+def content(folder):
+    """Hashes of all files of a store."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def images():
+    return made_up_images(12)
+
+
+def tsv(path, images, line=lxmert_line):
+    path.write_text("".join(map(line, images)))
+    return path
 
 
 @needs_shared
-def test_real_regions_are_learned_by_heart(tmp_path):
-    code, out, err = build(tmp_path / "real")
-    assert code == 0, out + err
-    assert "20 images (2 with whole class distributions), 0 without caption skipped, 59 captions, 14 boxes clipped" in out
-    check_against_the_files(RegionStore(str(tmp_path / "real")))
-    flags = (
-        "--model", "tiny", "--data-path", tmp_path / "real", "--language", "en", "--tensor-model-parallel-size", 2,
-        "--train-iters", 350, "--micro-batch-size", 32, "--data-partitions", 1, "--lr", "1.5e-3", "--no-dropout",
-        "--log-interval", 25, "--save", tmp_path / "run",
-    )  # fmt: skip
-    code, out, err = launch(*deepspeed(2, *flags))
-    assert code == 0, out + err
-    figures = records(tmp_path / "run")
-    first, last = figures[25], figures[350]
-    for name in ("msm_loss", "mrm_loss", "itm_loss"):
-        assert last[name] < 0.5 * first[name], name
-    code, out, err = launch(sys.executable, "-m", "megatron_interbert.evaluate", "retrieval", "--load", tmp_path / "run",
-                            "--data-path", tmp_path / "real", "--language", "en")  # fmt: skip
-    assert code == 0, out + err
-    result = json.loads((tmp_path / "run" / "evaluation" / "retrieval" / "result.json").read_text())
-    assert result["metrics"]["text_to_image"]["R@1"] == 100.0, "each caption must find its image first"
+def test_ten_real_images_are_byte_equal_from_every_format(tmp_path):
+    images = real_images()
+    assert len(images) == 10
+    captions = DATA / "region_features" / "captions.jsonl"
+    (tmp_path / "six.tsv").write_text("".join(map(bottom_up_line, images)))
+    (tmp_path / "eight.tsv").write_text("".join(bottom_up_line(image, classes=True) for image in images))
+    sources = {
+        "npz": (write_npz(tmp_path / "npz", images),),
+        "lxmert": (DATA / "lxmert_tsv" / "train2014_obj36.tsv",),
+        "lmdb": (vilbert_lmdb(tmp_path / "vilbert.lmdb", images), "--trust-pickle"),
+        "six": (tmp_path / "six.tsv",),
+        "eight": (tmp_path / "eight.tsv", "--columns", CLASSES),
+    }
+    stores = {name: build(tmp_path / name / "store", *flags, "--captions", captions)[0] for name, flags in sources.items()}
+    expected = {r.image_id: r for r in map(stores["npz"].read, range(10))}
+    for name, store in stores.items():
+        assert store.num_images == 10
+        for got in map(store.read, range(10)):
+            for field in ("features", "boxes") if name == "six" else ("features", "boxes", "class_ids", "class_probs"):
+                assert getattr(got, field).tobytes() == getattr(expected[got.image_id], field).tobytes(), (name, field)
+    assert stores["six"].manifest["soft_labels"] == "none", "six columns hold no labels"
+    assert stores["lxmert"].manifest["soft_labels"] == "top_1_confidence"
 
 
-def check_against_the_files(store):
-    names = store.manifest["class_names"]
-    assert len(names) == 1601
-    for number in range(store.num_images):
-        with np.load(DATA / "region_features" / "npz" / f"{store.image_id(number)}.npz", allow_pickle=False) as source:
-            regions = store.read(number)
-            np.testing.assert_allclose(regions.features, source["features"], rtol=1e-3, atol=1e-3)
-            assert regions.boxes.min() >= 0
-            assert (regions.boxes[:, [0, 2]] <= regions.size[0]).all()
-            if "cls_prob" in source:
-                np.testing.assert_array_equal(regions.class_ids[:, 0], source["cls_prob"].argmax(1))
-            else:
-                np.testing.assert_array_equal(regions.class_ids[:, 0], source["cls_id_1601"])
-                np.testing.assert_allclose(regions.class_probs[:, 0], source["cls_conf"], rtol=1e-5)
+@needs_shared
+def test_all_real_images(tmp_path):
+    """20 images, two of them with whole distributions; boxes up to 69 pixels outside are clipped and counted."""
+    flags = ("--captions", DATA / "region_features" / "captions.jsonl", "--class-names", DATA / "vocab" / "objects_vocab.txt",
+             "--vocab-file", DATA / "vocab" / "bert-base-uncased-vocab.txt")  # fmt: skip
+    store, out = build(tmp_path / "real", DATA / "region_features" / "npz", *flags)
+    assert "20 images (labels: 2 dense, 18 top_1_confidence), 807 regions, 59 captions" in out
+    assert "14 boxes clipped" in out
+    assert "warning" not in out
+    assert store.manifest["images_by_label_kind"] == {"dense": 2, "top_1_confidence": 18}
+    for number in range(20):
+        source = npz_fields(DATA / "region_features" / "npz" / f"{store.image_id(number)}.npz")
+        regions = store.read(number)
+        np.testing.assert_array_equal(regions.features, source["features"].astype(np.float16))
+        assert regions.boxes.min() >= 0
+        assert (regions.boxes[:, [0, 2]] <= regions.size[0]).all()
+        if "cls_prob" in source:
+            np.testing.assert_array_equal(regions.class_ids[:, 0], source["cls_prob"].argmax(1))
+            np.testing.assert_array_equal(regions.class_probs[:, 0], source["cls_prob"].max(1))
+        else:
+            np.testing.assert_array_equal(regions.class_ids[:, 0], source["cls_id_1601"])
+
+
+@needs_shared
+def test_class_ids_of_caffe_start_without_background(tmp_path):
+    """The trap: id 0 of the TSV is the first word of the vocabulary, class 1 of the store. Told wrongly, the labels differ."""
+    line = (DATA / "lxmert_tsv" / "train2014_obj36.tsv").read_text().splitlines()[0].split("\t")
+    import base64
+
+    ids = np.frombuffer(base64.b64decode(line[3]), np.int64)
+    right, _ = build(tmp_path / "right", DATA / "lxmert_tsv" / "train2014_obj36.tsv")
+    wrong, _ = build(tmp_path / "wrong", DATA / "lxmert_tsv" / "train2014_obj36.tsv", "--class-ids", "background-first")
+    np.testing.assert_array_equal(right.read(0).class_ids[:, 0], ids + 1)
+    np.testing.assert_array_equal(wrong.read(0).class_ids[:, 0], ids)
+
+
+def test_boxes_as_corner_and_size(tmp_path, images):
+    expected, _ = build(tmp_path / "corners", tsv(tmp_path / "corners.tsv", images))
+    for image in images:
+        image["boxes"][:, 2:] -= image["boxes"][:, :2]
+    path = tsv(tmp_path / "sizes.tsv", images)
+    got, out = build(tmp_path / "sizes", path, "--box-format", "xywh")
+    for number in range(12):
+        np.testing.assert_allclose(got.read(number).boxes, expected.read(number).boxes, atol=1e-4)
+    assert "warning" not in out
+    _, out = build(tmp_path / "wrong", path)
+    assert "they look like x, y, width, height: --box-format xywh" in out
+
+
+def test_lmdb_rows_of_pretraining_carry_their_captions(tmp_path, images):
+    captions = [f"caption  number {number}" for number in range(12)]
+    store, _ = build(tmp_path / "store", tensorpack_lmdb(tmp_path / "rows.lmdb", images, captions))
+    assert [store.caption(i) for i in range(12)] == [f"caption number {number}" for number in range(12)]
+    assert store.manifest["soft_labels"] == "dense"
+    for number, image in enumerate(images):
+        np.testing.assert_array_equal(store.read(number).class_ids[:, 0], image["cls_id_1601"])
+        np.testing.assert_array_equal(store.read(number).features, image["features"].astype(np.float16))
+
+
+def test_adaptive_hdf5_finds_sizes_and_names(tmp_path, images):
+    names = adaptive_hdf5(tmp_path / "adaptive.hdf5", images)
+    (tmp_path / "ids.pkl").write_bytes(pickle.dumps({name: row for row, name in enumerate(names)}))
+    assert "give the file that does by --image-ids" in refused(tmp_path / "adaptive.hdf5", "--output", tmp_path / "none")
+    flags = (tmp_path / "adaptive.hdf5", "--image-ids", tmp_path / "ids.pkl")
+    assert "is a pickle; give --trust-pickle" in refused(*flags, "--output", tmp_path / "none")
+    store, _ = build(tmp_path / "store", *flags, "--trust-pickle")
+    for number, image in enumerate(images):
+        got = store.read(number)
+        assert got.image_id == image["image_id"]
+        assert got.size == (100.0, 80.0)
+        np.testing.assert_allclose(got.boxes, image["boxes"].clip(0, [100, 80, 100, 80]), atol=1e-5)
+    assert store.manifest["soft_labels"] == "none"
+
+
+class Planted:
+    """Its pickle would make a file when loaded by the ordinary unpickler."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_pickles_need_leave_and_never_run(tmp_path, images):
+    lmdb = vilbert_lmdb(tmp_path / "a.lmdb", images, protocol=2)
+    assert "its rows are pickles; give --trust-pickle" in refused(lmdb, "--output", tmp_path / "none")
+    planted = tmp_path / "planted"
+    bad = write_lmdb(tmp_path / "b.lmdb", [(b"a", pickle.dumps({"image_id": Planted(planted)}))])
+    assert "pickle with more than data" not in refused(lmdb, "--output", tmp_path / "none", "--format", "npz")
+    assert "names io.open" in refused(bad, "--trust-pickle", "--output", tmp_path / "none")
+    npz = write_npz(tmp_path / "npz", images)
+    np.savez(npz / "zz.npz", info=np.array(Planted(planted), dtype=object))
+    _, out = build(tmp_path / "store", npz, "--trust-pickle")
+    assert "dropped: 1 images, pickle with more than data in it" in out
+    assert not planted.exists()
+
+
+def test_stores_are_joined_cut_anew_and_taken_apart(tmp_path, images):
+    first, _ = build(tmp_path / "first", write_npz(tmp_path / "a", images[:7]), "--images-per-shard", 3)
+    second, _ = build(tmp_path / "second", write_npz(tmp_path / "b", images[5:]), "--images-per-shard", 2)
+    assert (len(first.shards), len(second.shards)) == (3, 4)
+    both, out = build(tmp_path / "both", tmp_path / "first", tmp_path / "second", "--images-per-shard", 4)
+    in_folders = sorted(images[:7], key=lambda image: str(image["image_id"])) + sorted(
+        images[7:], key=lambda image: str(image["image_id"])
+    )
+    assert [both.image_id(i) for i in range(12)] == [str(image["image_id"]) for image in in_folders]
+    assert "dropped: 2 images, image id seen before" in out
+    direct, _ = build(tmp_path / "direct", tsv(tmp_path / "all.tsv", in_folders))
+    for number in range(12):
+        for field in ("features", "boxes", "class_ids", "class_probs"):
+            assert getattr(both.read(number), field).tobytes() == getattr(direct.read(number), field).tobytes()
+    (tmp_path / "keep.txt").write_text("image-3\nimage-8.jpg\nnone\n")
+    part, _ = build(tmp_path / "part", tmp_path / "both", "--only", tmp_path / "keep.txt")
+    assert [part.image_id(i) for i in range(part.num_images)] == ["image-3", "image-8"]
+    build(tmp_path / "other", tmp_path / "a", "--detector", "another")
+    assert "--allow-other-detector" in refused(tmp_path / "first", tmp_path / "other", "--output", tmp_path / "none")
+
+
+def test_processes_leave_no_trace(tmp_path, images):
+    path = tsv(tmp_path / "x.tsv", images)
+    for name, workers in (("one", 1), ("two", 2)):
+        build(tmp_path / name, path, "--workers", workers, "--images-per-shard", 3)
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_bad_records_are_reported_and_the_others_kept(tmp_path, images):
+    lines = [lxmert_line(image) for image in images]
+    lines[2] = lines[2].replace("\t", " ", 3)
+    lines[4] = lines[4][:-40] + "\n"
+    images[6]["features"][0, 0] = np.nan
+    lines[6] = lxmert_line(images[6])
+    lines[8] = lines[8].replace("\t", "\t!", 3)
+    (tmp_path / "x.tsv").write_text("".join(lines))
+    message = refused(tmp_path / "x.tsv", "--output", tmp_path / "store")
+    assert "4 of 12 images cannot be used" in message
+    assert "--max-dropped" in message
+    store, _ = build(tmp_path / "store", tmp_path / "x.tsv", "--max-dropped", "0.5")
+    assert store.num_images == 8
+    reported = [json.loads(line) for line in (tmp_path / "store" / "dropped.jsonl").read_text().splitlines()]
+    assert {r["reason"] for r in reported} >= {"wrong number of columns", "features hold NaN or infinity, or values beyond float16"}
+    assert len(reported) == 4
+    assert not (tmp_path / "store.partial").exists()
 
 
 @needs_shared
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda npz, captions: next(npz.glob("*.npz")).write_bytes(b"PK"), ": not a readable npz"),
-        (lambda npz, captions: captions.write_text('{"image_id": 1}\n'), "line 1 is not a caption record"),
-        (lambda npz, captions: [f.unlink() for f in npz.glob("*.npz")], "no .npz files there"),
-        (lambda npz, captions: spoil(next(npz.glob("*.npz")), "features"), "features hold NaN"),
-        (lambda npz, captions: spoil(next(npz.glob("*.npz")), "boxes", drop=True), "'boxes' is missing"),
+        (lambda npz, captions: [f.write_bytes(b"PK") for f in npz.glob("*.npz")], "not a readable npz"),
+        (lambda npz, captions: captions.write_text('{"image_id": 1}\n'), "is not a caption record"),
+        (lambda npz, captions: [f.unlink() for f in npz.glob("*.npz")], "neither manifest.json"),
         (
             lambda npz, captions: captions.write_text(captions.read_text().replace('"image_id": "', '"image_id": "x')),
             "image_id differs",
         ),
+        (lambda npz, captions: captions.write_bytes(b"\xff\xfe"), "cannot be read as UTF-8"),
     ],
 )
-def test_bad_files_are_named_and_nothing_remains(tmp_path, damage, message):
+def test_input_without_any_use_is_one_line_and_leaves_nothing(tmp_path, damage, message):
     npz = shutil.copytree(DATA / "region_features" / "npz", tmp_path / "npz", copy_function=shutil.copyfile)
     captions = tmp_path / "captions.jsonl"
     shutil.copyfile(DATA / "region_features" / "captions.jsonl", captions)
     damage(npz, captions)
-    code, out, err = build(tmp_path / "store", npz, captions)
-    assert code == 2, out + err
-    assert message in err.strip().splitlines()[-1]
-    assert "Traceback" not in err
+    assert message in refused(npz, "--captions", captions, "--output", tmp_path / "store")
     assert not list(tmp_path.glob("store*"))
 
 
-def spoil(file, name, drop=False):
-    with np.load(file) as data:
-        fields = dict(data)
-    if drop:
-        fields.pop(name)
-    else:
-        fields[name] = np.full_like(fields[name], np.nan)
-    np.savez(file, **fields)
+def test_unfinished_builds_are_not_mixed_up(tmp_path, images):
+    path = tsv(tmp_path / "x.tsv", images)
+    (tmp_path / "store.partial").mkdir()
+    (tmp_path / "store.partial" / "thesis.txt").write_text("mine")
+    assert "is no unfinished build" in refused(path, "--output", tmp_path / "store")
+    assert (tmp_path / "store.partial" / "thesis.txt").read_text() == "mine"
+    shutil.rmtree(tmp_path / "store.partial")
+    images[0]["features"][:] = np.nan
+    images[1]["features"][:] = np.nan
+    assert "--max-dropped" in refused(tsv(path, images), "--output", tmp_path / "store")
+    assert "box_format" not in refused(path, "--output", tmp_path / "store")
+    message = refused(path, "--output", tmp_path / "store", "--images-per-shard", 5)
+    assert "left by a build with other settings (images_per_shard, units differ)" in message
+    store, _ = build(tmp_path / "store", path, "--images-per-shard", 5, "--restart", "--max-dropped", 1)
+    assert (store.num_images, len(store.shards)) == (10, 2)
+
+
+def test_killed_at_any_moment_the_same_command_goes_on(tmp_path):
+    """A short form of tests/campaigns/builds.py."""
+    images = made_up_images(400, features=256)
+    flags = (tsv(tmp_path / "x.tsv", images), "--images-per-shard", 10, "--workers", 2)
+    build(tmp_path / "expected", *flags)
+    random = np.random.default_rng(0)
+    for delay in random.uniform(0.4, 2.0, size=6):
+        process = start(*command(*flags, "--output", tmp_path / "killed"))
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    build_again = launch(*command(*flags, "--output", tmp_path / "killed"))
+    assert build_again[0] == 0 or "already exists" in build_again[2]
+    assert content(tmp_path / "killed") == content(tmp_path / "expected")

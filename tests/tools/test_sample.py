@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 
+from megatron_interbert.data.manifest import file_sha256
 from megatron_interbert.data.pretraining import trainable_captions
-from megatron_interbert.data.store import RegionStore, file_sha256
+from megatron_interbert.data.store import RegionStore
 from megatron_interbert.data.text import CaptionTokenizer
 from tests.launching import ROOT, launch, losses, pretrain
 

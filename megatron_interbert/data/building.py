@@ -1,0 +1,386 @@
+"""Building a region store from any sources with several processes, so that a kill at any moment costs one shard of work.
+
+    OUTPUT.partial/plan.json        what is being built; another plan is refused
+                   images.db        captions and wanted images by name (SQLite)
+                   shard-N.h5       one for each unit of work
+                   shard-N.json     written last: the unit is done; its counts
+    OUTPUT/                         the folder renamed, when all is there
+
+A unit's result depends on nothing but the unit, so the number of processes and the kills leave no trace in the store.
+"""
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_interbert.data.captions import CaptionTable
+from megatron_interbert.data.duplicates import drop_duplicates
+from megatron_interbert.data.manifest import MANIFEST, REPORT, files_of
+from megatron_interbert.data.regions import Regions
+from megatron_interbert.data.shard_writer import SHARD_NAME, commit, prepare_record, write_shard
+from megatron_interbert.data.sources.base import Dropped, Record, Source, SourceFacts
+from megatron_interbert.data.store_writer import finish_store, new_manifest
+from megatron_interbert.errors import TrainingStopped, UsageError
+
+NO_CAPTION, NOT_WANTED, TWICE = "no caption", "not in --only", "image id seen before"
+EXPECTED = (NO_CAPTION, NOT_WANTED, TWICE)  # dropped on purpose, not for a fault
+
+
+@dataclass
+class BuildPlan:
+    """What is built. `options` are any further settings that decide the result: another value of one is another build."""
+
+    sources: list[Source]
+    output: str
+    caption_files: list[str] = field(default_factory=list)
+    captions_format: str = "auto"
+    split: str = ""
+    only: list[str] | None = None  # image ids to keep
+    detector: dict[str, Any] = field(default_factory=dict)
+    class_names: Sequence[str] = ()
+    soft_labels: int = 10
+    vocabulary: str = ""
+    images_per_shard: int = 1024
+    strict_boxes: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def fingerprint(self, units: Sequence[Any]) -> dict[str, Any]:
+        """What another run must agree with to go on with this one's work."""
+        files = {path: os.path.getsize(path) for path in self.caption_files}
+        return {
+            "captions": {"files": files, "format": self.captions_format, "split": self.split},
+            "only": _digest(self.only) if self.only is not None else None,
+            "detector": self.detector,
+            "class_names": _digest(list(self.class_names)),
+            "soft_labels": self.soft_labels,
+            "vocabulary": _digest(self.vocabulary),
+            "images_per_shard": self.images_per_shard,
+            "strict_boxes": self.strict_boxes,
+            "units": _digest(units),
+            **self.options,
+        }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass
+class UnitJob:
+    """All that a process needs to turn one unit into one shard."""
+
+    source: Source
+    unit: Any
+    number: int
+    folder: Path
+    facts: SourceFacts
+    table: CaptionTable | None
+    use_captions: bool
+    only: bool
+    soft_labels: int
+    strict_boxes: bool
+
+
+def build(plan: BuildPlan, workers: int = 1, max_dropped: float = 0.1, restart: bool = False) -> dict[str, Any]:
+    """Build a store and give its manifest. Same plan after a kill: goes on. UsageError when the input is wrong."""
+    output = Path(plan.output)
+    if output.exists():
+        raise UsageError(f"--output {output}: already exists; choose another folder or remove it")
+    facts = _common_facts(plan)
+    units = [(number, unit) for number, source in enumerate(plan.sources) for unit in source.units(plan.images_per_shard)]
+    work = output.with_name(output.name + ".partial")
+    with _claim(work, plan.fingerprint(units), restart):
+        if not (work / MANIFEST).exists():
+            table = _caption_table(plan, work)
+            jobs = [
+                UnitJob(
+                    plan.sources[source],
+                    unit,
+                    number,
+                    work,
+                    facts,
+                    table,
+                    bool(plan.caption_files),
+                    plan.only is not None,
+                    plan.soft_labels,
+                    plan.strict_boxes,
+                )
+                for number, (source, unit) in enumerate(units)
+            ]
+            _run_jobs([job for job in jobs if not _done_file(work, job.number).exists()], len(jobs), workers, max_dropped)
+            _finish(plan, facts, work, len(jobs), max_dropped)
+        manifest = json.loads((work / MANIFEST).read_text(encoding="utf-8"))
+        keep = {entry["file"] for entry in files_of(manifest)} | {
+            MANIFEST,
+            REPORT,
+            "plan.json",
+            *(["vocab.txt"] * bool(plan.vocabulary)),
+        }
+        for path in work.iterdir():
+            if path.name not in keep:
+                path.unlink()
+        (work / "plan.json").unlink()
+        os.rename(work, output)
+    return manifest
+
+
+def _common_facts(plan: BuildPlan) -> SourceFacts:
+    """The facts of all sources, which must agree."""
+    all_facts = [source.facts() for source in plan.sources]
+    first = all_facts[0]
+    for source, facts in zip(plan.sources, all_facts, strict=True):
+        if (facts.feature_dim, facts.num_classes) != (first.feature_dim, first.num_classes):
+            raise UsageError(
+                f"{getattr(source, 'path', 'source')}: features of {facts.feature_dim} and {facts.num_classes} classes, but the first"
+                f" source has {first.feature_dim} and {first.num_classes}; one store holds the features of one detector"
+            )
+    names = list(plan.class_names) or list(first.class_names)
+    if names and len(names) != first.num_classes:
+        raise UsageError(f"--class-names: {len(names) - 1} names, expected {first.num_classes - 1} (without background)")
+    return SourceFacts(first.feature_dim, first.num_classes, first.soft_labels, names, plan.detector)
+
+
+class _claim:
+    """The work folder of a build, locked; made anew, or one that the same plan has left behind."""
+
+    def __init__(self, work: Path, fingerprint: dict[str, Any], restart: bool) -> None:
+        self.work, self.fingerprint, self.restart = work, fingerprint, restart
+
+    def __enter__(self) -> None:
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            self.handle = os.open(self.work, os.O_RDONLY)
+        except OSError as error:
+            raise UsageError(f"--output: cannot make {self.work} ({error})") from error
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"{self.work}: another process is building there; wait for it or choose another --output") from None
+        plan = self.work / "plan.json"
+        if self.restart:
+            for path in self.work.iterdir():
+                path.unlink()
+        if plan.exists() and json.loads(plan.read_text()) != self.fingerprint:
+            changed = [k for k, v in json.loads(plan.read_text()).items() if self.fingerprint.get(k) != v]
+            raise UsageError(
+                f"{self.work}: left by a build with other settings ({', '.join(changed)} differ); give the same ones to go on with it,"
+                " or --restart to begin anew"
+            )
+        if not plan.exists() and any(self.work.iterdir()):
+            raise UsageError(f"{self.work}: exists and is no unfinished build of this tool; remove it or choose another --output")
+        commit(plan, lambda path: path.write_text(json.dumps(self.fingerprint, indent=1)))
+        for path in self.work.glob("*.new"):
+            path.unlink()
+
+    def __exit__(self, *failure: Any) -> None:
+        if any(failure) and self.work.exists() and not list(self.work.glob("shard-*.json")):
+            shutil.rmtree(self.work)  # nothing in it that another try could use
+        os.close(self.handle)
+
+
+def _caption_table(plan: BuildPlan, work: Path) -> CaptionTable | None:
+    """Captions and wanted ids on disk; made once."""
+    path, done = work / "images.db", work / "captions.json"
+    if not plan.caption_files and plan.only is None:
+        return None
+    if not done.exists():
+        complaints: list[str] = []
+        table = CaptionTable.create(path, plan.caption_files, plan.captions_format, plan.split, complaints.append, plan.only or ())
+        if plan.caption_files and not len(table):
+            raise UsageError(f"--captions {', '.join(plan.caption_files)}: no captions there ({(complaints or ['empty'])[0]})")
+        commit(done, lambda to: to.write_text(json.dumps(complaints)))
+    return CaptionTable(path)
+
+
+def _done_file(work: Path, number: int) -> Path:
+    return work / (SHARD_NAME.format(number) + ".json")
+
+
+def _run_jobs(jobs: list[UnitJob], total: int, workers: int, max_dropped: float) -> None:
+    """All units, in this process or several; stops early when far too much is dropped."""
+    counts: Counter[str] = Counter()
+    with tqdm(total=total, initial=total - len(jobs), unit="shard", mininterval=1.0, disable=None, desc="building") as bar:
+        for done in _results(jobs, workers):
+            counts.update(read=done["read"], faults=done["faults"])
+            bar.update()
+            bar.set_postfix(images=counts["read"], dropped=counts["faults"], refresh=False)
+            if counts["read"] > 10_000 and counts["faults"] > max_dropped * counts["read"]:
+                raise UsageError(_too_many(counts["faults"], counts["read"], done["reasons"], max_dropped))
+
+
+def _results(jobs: list[UnitJob], workers: int) -> Iterator[dict[str, Any]]:
+    if workers <= 1 or len(jobs) <= 1:
+        yield from map(convert_unit, jobs)
+        return
+    context = multiprocessing.get_context("spawn")  # no handle, lock or thread of this process goes along
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_end_with_parent)
+    waiting, running = iter(jobs), set[Future]()
+    try:
+        while True:
+            while len(running) < 2 * workers and (job := next(waiting, None)) is not None:
+                running.add(pool.submit(convert_unit, job))
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    except BrokenProcessPool as error:
+        raise TrainingStopped(
+            "a process of the build has died (killed, or out of memory?); finished shards are kept: the same command goes on,"
+            " with fewer --workers if memory was short"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """A process whose parent was killed would otherwise wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def convert_unit(job: UnitJob) -> dict[str, Any]:
+    """One unit to one shard (none when nothing of it is kept), then the file that says it is done; gives that file's content."""
+    records, report = [], []
+    counts: Counter[str] = Counter()
+    labels: Counter[str] = Counter()
+    for found in job.source.read(job.unit):
+        counts["read"] += 1
+        kept = _keep(found, job)
+        if isinstance(kept, Dropped):
+            report.append(kept)
+            continue
+        ready, captions = kept
+        records.append((ready.regions, captions))
+        labels[found.labels or job.facts.soft_labels] += 1
+        counts["repaired"] += ready.repaired
+        counts["inverted"] += ready.inverted
+    path = job.folder / SHARD_NAME.format(job.number)
+    reasons = Counter(dropped.reason for dropped in report)
+    try:
+        entry = write_shard(path, records) if records else None
+        done = {
+            **{name: counts[name] for name in ("read", "repaired", "inverted")},
+            "faults": sum(n for reason, n in reasons.items() if reason not in EXPECTED),
+            "entry": entry,
+            "labels": dict(sorted(labels.items())),
+            "reasons": dict(sorted(reasons.items())),
+            "dropped": [vars(dropped) for dropped in report],
+        }
+        commit(_done_file(job.folder, job.number), lambda to: to.write_text(json.dumps(done, ensure_ascii=False), encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error}); finished shards are kept: the same command goes on") from error
+    return done
+
+
+def _keep(found: Record | Dropped, job: UnitJob) -> Any:
+    """(prepared record, captions) of an image that is kept, or why it is not."""
+    if isinstance(found, Dropped):
+        return found
+    image_id = found.regions.image_id
+    if job.only and not job.table.is_wanted(image_id):
+        return Dropped(found.where, image_id, NOT_WANTED)
+    captions = job.table.of_image(image_id) if job.use_captions else found.captions
+    if job.use_captions and not captions:
+        return Dropped(found.where, image_id, NO_CAPTION)
+    regions = found.regions
+    fitted = Regions(
+        image_id, regions.size, regions.features, regions.boxes, *fit_labels(regions, job.soft_labels, job.facts.num_classes)
+    )
+    ready = prepare_record(fitted, job.facts.feature_dim, job.facts.num_classes)
+    if ready.problem:
+        return Dropped(found.where, image_id, ready.problem, ready.details)
+    if ready.repaired and job.strict_boxes:
+        return Dropped(found.where, image_id, "boxes outside the image or inverted", f"{ready.repaired}")
+    return ready, captions
+
+
+def fit_labels(regions: Regions, width: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Soft labels with `width` entries: the first ones, or filled up with classes of probability 0."""
+    ids, probs = np.asarray(regions.class_ids), np.asarray(regions.class_probs)
+    width = min(width, num_classes)
+    if ids.ndim != 2 or ids.shape != probs.shape or ids.shape[1] >= width:
+        return ids[..., :width], probs[..., :width]
+    missing = width - ids.shape[1]
+    fill = np.array(
+        [[c for c in range(num_classes) if c not in row][:missing] for row in (set(r.tolist()) for r in ids)], ids.dtype
+    )
+    return np.concatenate([ids, fill.reshape(len(ids), missing)], 1), np.concatenate(
+        [probs, np.zeros((len(ids), missing), probs.dtype)], 1
+    )
+
+
+def _too_many(faults: int, read: int, reasons: dict[str, int], limit: float) -> str:
+    reason = max((r for r in reasons if r not in EXPECTED), key=lambda r: reasons[r], default="")
+    return (
+        f"{faults} of {read} images cannot be used, mostly: {reason}; more than --max-dropped {limit}. Mend the input or the"
+        " flags, or allow it by a higher --max-dropped (the finished shards are kept)"
+    )
+
+
+def _finish(plan: BuildPlan, facts: SourceFacts, work: Path, units: int, max_dropped: float) -> None:
+    """Everything but the last rename: images seen twice, totals, report, captions, manifest."""
+    entries, report, totals, labels, reasons = [], [], Counter(), Counter(), Counter()
+    captions_done = work / "captions.json"
+    if captions_done.exists():
+        report += [
+            {"where": line, "image_id": "", "reason": "caption line", "details": ""}
+            for line in json.loads(captions_done.read_text())
+        ]
+    for number in range(units):
+        done = json.loads(_done_file(work, number).read_text(encoding="utf-8"))
+        entries += [done["entry"]] if done["entry"] else []
+        totals.update({name: done[name] for name in ("read", "repaired", "inverted", "faults")})
+        labels.update(done["labels"])
+        reasons.update(done["reasons"])
+        report += done["dropped"]
+    if not entries:
+        _explain_nothing(plan, work, totals["read"], reasons, report)
+    if totals["faults"] > max_dropped * totals["read"]:
+        raise UsageError(_too_many(totals["faults"], totals["read"], reasons, max_dropped))
+    entries, twice = drop_duplicates(work, entries)
+    report += [{"where": where, "image_id": name, "reason": TWICE, "details": ""} for where, name in twice]
+    reasons.update({TWICE: len(twice)} if twice else {})
+    manifest = new_manifest(
+        feature_dim=facts.feature_dim,
+        num_classes=facts.num_classes,
+        detector=plan.detector,
+        soft_labels=" and ".join(sorted(labels)),
+        class_names=facts.class_names,
+        repaired_boxes=totals["repaired"],
+        inverted_boxes=totals["inverted"],
+        images_by_label_kind=dict(sorted(labels.items())),
+        images_read=totals["read"],
+        dropped=dict(sorted(reasons.items())),
+    )
+    manifest["shards"] = entries
+    commit(
+        work / REPORT, lambda to: to.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in report), encoding="utf-8")
+    )
+    finish_store(work, manifest, plan.vocabulary)
+
+
+def _explain_nothing(plan: BuildPlan, work: Path, read: int, reasons: Counter[str], report: list[dict[str, str]]) -> None:
+    shutil.rmtree(work)  # done units without one image are of no use
+    if reasons[NO_CAPTION]:
+        some = next(r["image_id"] for r in report if r["reason"] == NO_CAPTION)
+        raise UsageError(
+            f"none of the {read} images has a caption in {', '.join(plan.caption_files)}: image_id differs (the features say {some!r})"
+        )
+    reason = reasons.most_common(1)[0][0] if reasons else "the sources are empty"
+    first = next((r for r in report if r["reason"] == reason), {"where": "", "details": ""})
+    raise UsageError(f"none of the {read} images can be used, mostly: {reason} ({first['where']}: {first['details']})")

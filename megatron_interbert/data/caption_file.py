@@ -1,0 +1,84 @@
+"""Captions of a whole store, memory-mapped: texts, their images, languages, and their token ids where they were written.
+
+Any process may draw from the whole corpus, while region features are read from a rank's own shards.
+"""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from megatron_interbert.data.manifest import CAPTIONS, TOKENS
+from megatron_interbert.data.shard_file import HDF5_ERRORS
+from megatron_interbert.data.text import TokenBatch
+from megatron_interbert.errors import UsageError
+
+
+class CaptionFile:
+    """`captions.h5` and `tokens.h5` of a store. Cheap to pickle: each process maps the files anew."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        maps = _map_all(folder / CAPTIONS, ("text", "offsets", "image", "language"))
+        self.text, self.offsets, self.image, self._language = maps
+        if len(self.offsets) != len(self.image) + 1 or len(self._language) != len(self.image) or self.offsets[-1] != len(self.text):
+            raise UsageError(f"{folder / CAPTIONS}: texts, offsets and images do not fit together; rebuild the store")
+        self.tokens: tuple[np.ndarray, ...] | None = None
+        self.token_vocabulary = ""
+        if (folder / TOKENS).is_file():
+            with _open(folder / TOKENS) as file:
+                self.token_vocabulary = str(file.attrs.get("vocabulary", ""))
+            self.tokens = _map_all(folder / TOKENS, ("ids", "word_starts", "offsets"))
+            if len(self.tokens[2]) != len(self.offsets):
+                raise UsageError(f"{folder / TOKENS}: tokens of {len(self.tokens[2]) - 1} captions, expected {len(self)}; rebuild")
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def __reduce__(self) -> tuple:
+        return CaptionFile, (self.folder,)
+
+    def __getitem__(self, index: int) -> str:
+        return bytes(self.text[self.offsets[index] : self.offsets[index + 1]]).decode("utf-8")
+
+    def token_batch(self, captions: np.ndarray, longest: int) -> TokenBatch:
+        """Stored pieces of some captions [n], the first `longest` of each."""
+        ids, starts, offsets = self.tokens
+        begin = offsets[captions]
+        lengths = np.minimum(offsets[captions + 1] - begin, longest)
+        ends = np.cumsum(lengths)
+        rows = np.arange(ends[-1] if len(ends) else 0) + np.repeat(begin - (ends - lengths), lengths)
+        return TokenBatch(ids[rows], starts[rows], np.concatenate([[0], ends]).astype(np.int64))
+
+    def languages(self) -> np.ndarray:
+        """Language tag of each caption, array of str [captions]; empty string where unknown."""
+        with _open(self.folder / CAPTIONS) as file:
+            names = [n.decode() if isinstance(n, bytes) else str(n) for n in file.attrs["languages"]]
+        return np.array(names, dtype=object)[self._language]
+
+    def image_regions(self) -> np.ndarray | None:
+        """int32 [images]: regions of each image; None in stores that were written before this was kept."""
+        with _open(self.folder / CAPTIONS) as file:
+            return file["image_regions"][:] if "image_regions" in file else None
+
+
+def _open(path: Path) -> h5py.File:
+    try:
+        return h5py.File(path, "r")
+    except HDF5_ERRORS as error:
+        raise UsageError(f"{path}: cannot be read as HDF5 ({error}); restore it or rebuild") from error
+
+
+def _map_all(path: Path, names: tuple[str, ...]) -> tuple[np.ndarray, ...]:
+    with _open(path) as file:
+        try:
+            return tuple(_map(path, file[name]) for name in names)
+        except HDF5_ERRORS as error:
+            raise UsageError(f"{path}: cannot be read as HDF5 ({error}); restore it or rebuild") from error
+
+
+def _map(path: Path, dataset: h5py.Dataset) -> np.ndarray:
+    """A contiguous HDF5 dataset as a read-only memory map; one that is stored otherwise is read whole."""
+    if dataset.size == 0 or dataset.id.get_offset() is None:
+        return dataset[:]
+    return np.memmap(path, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape)

@@ -1,0 +1,56 @@
+"""Images that come more than once in a build: the first one stays."""
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from megatron_interbert.data.regions import Regions
+from megatron_interbert.data.shard_file import COLUMNS, OpenShard
+from megatron_interbert.data.shard_writer import write_shard
+
+
+def drop_duplicates(folder: Path, entries: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Entries of shards in which each image id stands once, and (place, image id) of what was left out.
+
+    A shard that changes is written anew under another name, so that doing it again after a kill gives the same.
+    """
+    seen: set[bytes] = set()
+    kept_entries, dropped = [], []
+    for entry in entries:
+        with h5py.File(folder / entry["file"], "r") as file:
+            ids = file["image_ids"][:]
+        rows = []
+        for row, name in enumerate(ids):
+            if name in seen:
+                dropped.append((f"{entry['file']}: image {row}", name.decode("utf-8")))
+            else:
+                seen.add(name)
+                rows.append(row)
+        if len(rows) == len(ids):
+            kept_entries.append(entry)
+        elif rows:
+            kept_entries.append(_write_rows(folder, entry, rows))
+    return kept_entries, dropped
+
+
+def _write_rows(folder: Path, entry: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    """A copy of a shard with some of its images."""
+    with h5py.File(folder / entry["file"], "r") as file:
+        width = file["image_features"].shape[1]
+    shard = OpenShard(folder / entry["file"], entry, width)
+    captions: dict[int, list[tuple[str, str]]] = {}
+    for text, language, image in shard.captions():
+        captions.setdefault(image, []).append((text, language))
+    records = []
+    for row in rows:
+        start, stop = shard.ranges[row]
+        arrays = {name: np.asarray(shard.file[name][start:stop]) for name in COLUMNS}
+        size = (float(shard.sizes[row, 0]), float(shard.sizes[row, 1]))
+        labels = arrays["class_ids"], arrays["class_probs"]
+        records.append(
+            (Regions(shard.ids[row], size, arrays["image_features"], arrays["image_bb"], *labels), captions.get(row, []))
+        )
+    shard.close()
+    return write_shard(folder / entry["file"].replace(".h5", "-unique.h5"), records)

@@ -1,0 +1,71 @@
+"""`manifest.json` of a region store: names of the files, reading and checking."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from megatron_interbert.config import read_json
+from megatron_interbert.errors import UsageError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+CAPTIONS = "captions.h5"
+TOKENS = "tokens.h5"
+VOCABULARY = "vocab.txt"
+HARD_NEGATIVES = "hard_negatives.npy"
+REPORT = "dropped.jsonl"
+REBUILD = "restore it or rebuild the store with tools/build_features.py"
+FIELDS = {"feature_dim": int, "num_classes": int, "detector": dict, "shards": list, "captions_file": dict}
+FILE_FIELDS = {"file": str, "bytes": int, "sha256": str}
+SHARD_FIELDS = {**FILE_FIELDS, "images": int, "regions": int, "captions": int}
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex sha256 of a file."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def read_manifest(store: Path) -> dict[str, Any]:
+    """The manifest of a store with all its fields of the right kind, and every file of it there with its size."""
+    path = store / MANIFEST
+    if not path.is_file():
+        raise UsageError(
+            f"--data-path {store}: no {MANIFEST} there, expected a region store;"
+            " make one with tools/build_features.py or tools/make_sample.py"
+        )
+    manifest = read_json(path, "region store")
+    version = manifest.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise UsageError(
+            f"{path}: schema_version {version}, this version reads {SCHEMA_VERSION}; rebuild the store with tools/build_features.py"
+        )
+    _check_fields(manifest, FIELDS, str(path))
+    for shard in manifest["shards"]:
+        _check_fields(shard, SHARD_FIELDS, f"{path}: shards")
+    for entry in files_of(manifest):
+        _check_fields(entry, FILE_FIELDS, f"{path}: file entry")
+        _check_file(store, entry)
+    return manifest
+
+
+def files_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries (file, bytes, sha256) of all files of a store."""
+    others = [manifest[name] for name in ("captions_file", "tokens_file") if name in manifest]
+    return [*manifest["shards"], *others]
+
+
+def _check_fields(values: Any, fields: dict[str, type], where: str) -> None:
+    for name, kind in fields.items():
+        value = values.get(name) if isinstance(values, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
+            raise UsageError(f"{where}: '{name}' is {str(value)[:60]!r}, expected {kind.__name__}; {REBUILD}")
+
+
+def _check_file(store: Path, entry: dict[str, Any]) -> None:
+    path = store / Path(entry["file"]).name
+    if not path.is_file():
+        raise UsageError(f"{path}: missing, but listed in {MANIFEST}; {REBUILD}")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise UsageError(f"{path}: {size} bytes, expected {entry['bytes']} (truncated?); {REBUILD}")

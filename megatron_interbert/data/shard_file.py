@@ -1,0 +1,84 @@
+"""Reading one shard: its schema is checked when it is opened, its rows are read straight into the caller's memory."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from megatron_interbert.data.manifest import MANIFEST
+from megatron_interbert.errors import UsageError
+
+# dataset -> type; one row a region
+COLUMNS = {"image_features": np.float16, "image_bb": np.float32, "class_ids": np.int32, "class_probs": np.float32}
+OTHERS = ("pos_boxes", "image_ids", "image_sizes", "caption_text", "caption_image")
+# What h5py raises for damaged files, depending on where the damage is.
+HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError, MemoryError)
+
+
+class Column:
+    """Rows of one dataset. Contiguous datasets, as we write them, are read by one `preadv`; others through HDF5."""
+
+    def __init__(self, descriptor: int, dataset: h5py.Dataset, dtype: type) -> None:
+        self.descriptor, self.dataset = descriptor, dataset
+        self.row_bytes = dataset.shape[1] * dataset.dtype.itemsize
+        self.offset = dataset.id.get_offset() if dataset.dtype == dtype else None
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Rows start .. start + len(out) - 1 into `out` [rows, width], which is contiguous; OSError when they are not there."""
+        if self.offset is None:
+            self.dataset.read_direct(out, np.s_[start : start + len(out)])
+            return
+        done = os.preadv(self.descriptor, [out], self.offset + start * self.row_bytes)
+        if done != out.nbytes:
+            raise OSError(f"only {done} of {out.nbytes} bytes")
+
+
+class OpenShard:
+    """One shard, opened: columns, row ranges [images, 2], image sizes [images, 2] and ids [images]."""
+
+    def __init__(self, path: Path, entry: dict[str, Any], feature_dim: int) -> None:
+        try:
+            self.file = h5py.File(path, "r")
+            self._check(path, entry, feature_dim)
+        except UsageError:
+            raise
+        except HDF5_ERRORS as error:
+            raise UsageError(f"{path}: cannot be read as HDF5 ({error}); restore it or rebuild") from error
+        self.descriptor = os.open(path, os.O_RDONLY)
+        self.columns = {name: Column(self.descriptor, self.file[name], dtype) for name, dtype in COLUMNS.items()}
+
+    def _check(self, path: Path, entry: dict[str, Any], feature_dim: int) -> None:
+        file = self.file
+        for name in (*COLUMNS, *OTHERS):
+            if name not in file:
+                raise UsageError(f"{path}: dataset '{name}' is missing; rebuild the store with tools/build_features.py")
+        rows, width = file["image_features"].shape
+        if width != feature_dim:
+            raise UsageError(f"{path}: image_features has {width} columns, expected feature_dim {feature_dim} of {MANIFEST}")
+        found = (len(file["pos_boxes"]), rows, len(file["caption_image"]))
+        expected = (entry["images"], entry["regions"], entry["captions"])
+        if found != expected:
+            raise UsageError(f"{path}: {found} images, regions, captions; {MANIFEST} says {expected}")
+        self.label_width = file["class_ids"].shape[1]
+        shapes = {name: file[name].shape for name in COLUMNS if name != "image_features"}
+        wanted = {"image_bb": (rows, 4), "class_ids": (rows, self.label_width), "class_probs": (rows, self.label_width)}
+        if shapes != wanted:
+            raise UsageError(f"{path}: boxes and labels have shapes {shapes}, expected {wanted}; rebuild the store")
+        self.ranges, self.sizes, self.ids = file["pos_boxes"][:], file["image_sizes"][:], file["image_ids"].asstr()[:]
+        if len(self.ranges) and (self.ranges.max() > rows or self.ranges.min() < 0):
+            raise UsageError(f"{path}: pos_boxes points beyond the {rows} rows of image_features")
+        if self.sizes.shape != (len(self.ranges), 2) or len(self.ids) != len(self.ranges):
+            raise UsageError(f"{path}: {len(self.ranges)} images with {self.sizes.shape} sizes and {len(self.ids)} ids; rebuild")
+
+    def captions(self) -> list[tuple[str, str, int]]:
+        """(text, language, image of this shard) of each caption."""
+        texts, images = self.file["caption_text"].asstr()[:], self.file["caption_image"][:]
+        languages = self.file["caption_language"].asstr()[:] if "caption_language" in self.file else [""] * len(texts)
+        return [(str(t), str(tag), int(image)) for t, tag, image in zip(texts, languages, images, strict=True)]
+
+    def close(self) -> None:
+        """Give both file handles back."""
+        os.close(self.descriptor)
+        self.file.close()

@@ -1,0 +1,187 @@
+"""Writing the files of a region store: one shard at a time, then the caption file over all of them.
+
+Every file is written beside its name, flushed and renamed, so a file with its right name is whole.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import h5py
+import numpy as np
+
+from megatron_interbert.data.manifest import CAPTIONS, TOKENS, file_sha256
+from megatron_interbert.data.regions import Regions, record_problem, repair_boxes
+from megatron_interbert.data.shard_file import COLUMNS
+from megatron_interbert.data.text import CaptionTokenizer
+
+Caption = tuple[str, str]  # text, language tag
+SHARD_NAME = "shard-{:05d}.h5"
+BOX_ROUNDING = 0.01  # pixels by which corners may be out of order and still count as rounding
+
+
+@dataclass
+class Prepared:
+    """A record ready to be stored and what had to be mended in its boxes; `problem` says why it cannot be stored."""
+
+    regions: Regions
+    repaired: int = 0
+    inverted: int = 0
+    problem: str = ""
+    details: str = ""
+
+
+def prepare_record(regions: Regions, feature_dim: int, num_classes: int) -> Prepared:
+    """Check one image and bring it into the form that is stored: float16 features, boxes sorted and clipped."""
+    rows = len(regions.features)
+    for name, shape in (("features", (rows, feature_dim)), ("boxes", (rows, 4)), ("class_probs", regions.class_ids.shape)):
+        if getattr(regions, name).shape != shape:
+            return Prepared(
+                regions, problem=f"{name} of a wrong shape", details=f"{getattr(regions, name).shape}, expected {shape}"
+            )
+    if rows == 0:
+        return Prepared(regions, problem="no regions")
+    if regions.class_ids.shape[:1] != (rows,) or regions.class_ids.ndim != 2:
+        return Prepared(regions, problem="class ids of a wrong shape", details=f"{regions.class_ids.shape}, expected ({rows}, k)")
+    boxes = np.asarray(regions.boxes, dtype=np.float32)
+    with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite and is refused
+        features = regions.features.astype(np.float16)
+    ready = Regions(regions.image_id, regions.size, features, boxes, regions.class_ids, regions.class_probs)
+    problem = record_problem(ready, num_classes)
+    if problem:
+        kind, _, details = problem.partition("; ")
+        return Prepared(regions, problem=kind, details=details)
+    inverted = int(((boxes[:, 2:] + BOX_ROUNDING < boxes[:, :2]).any(axis=1)).sum())
+    ready.boxes, repaired = repair_boxes(boxes, ready.size)
+    return Prepared(ready, repaired, inverted)
+
+
+def commit(path: Path, write: Callable[[Path], Any]) -> dict[str, Any]:
+    """Call write(temporary path), flush, rename to `path`; its manifest entry: name, bytes, sha256."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        entry = {"file": path.name, "bytes": temporary.stat().st_size, "sha256": file_sha256(temporary)}
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return entry
+
+
+def write_shard(path: Path, records: Sequence[tuple[Regions, Sequence[Caption]]]) -> dict[str, Any]:
+    """One shard of prepared images and their captions; gives its manifest entry."""
+    counts: dict[str, int] = {}
+
+    def write(temporary: Path) -> None:
+        with h5py.File(temporary, "w", libver="earliest") as file:
+            counts.update(_fill_shard(file, records))
+
+    return {**commit(path, write), **counts}
+
+
+def _fill_shard(file: h5py.File, records: Sequence[tuple[Regions, Sequence[Caption]]]) -> dict[str, int]:
+    ends = np.cumsum([len(regions.features) for regions, _ in records])
+    starts = np.concatenate([[0], ends[:-1]])
+    first = records[0][0]
+    widths = {
+        "image_features": ("features", first.features.shape[1]),
+        "image_bb": ("boxes", 4),
+        "class_ids": ("class_ids", first.class_ids.shape[1]),
+        "class_probs": ("class_probs", first.class_ids.shape[1]),
+    }
+    for name, (field, width) in widths.items():  # contiguous: the regions of one image are one read
+        dataset = file.create_dataset(name, (int(ends[-1]), width), COLUMNS[name])
+        for (regions, _), start, end in zip(records, starts, ends, strict=True):
+            dataset[start:end] = getattr(regions, field)
+    file["pos_boxes"] = np.stack([starts, ends], axis=1).astype(np.int64)
+    file["image_sizes"] = np.array([regions.size for regions, _ in records], dtype=np.float32)
+    texts = [(text, language, row) for row, (_, captions) in enumerate(records) for text, language in captions]
+    strings = h5py.string_dtype()
+    for name, values in (
+        ("image_ids", [regions.image_id for regions, _ in records]),
+        ("caption_text", [text for text, _, _ in texts]),
+        ("caption_language", [language for _, language, _ in texts]),
+    ):
+        file.create_dataset(name, (len(values),), strings, data=values)
+    file["caption_image"] = np.array([row for _, _, row in texts], dtype=np.int64)
+    return {"images": len(records), "regions": int(ends[-1]), "captions": len(texts)}
+
+
+def write_caption_file(folder: Path, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The caption file over all shards of a folder, one shard in memory at a time; gives its manifest entry."""
+    languages, total_bytes = set(), 0
+    for shard in shards:
+        with h5py.File(folder / shard["file"], "r") as file:
+            texts = file["caption_text"][:]
+            total_bytes += sum(map(len, texts))
+            languages |= set(file["caption_language"].asstr()[:])
+    names = sorted(languages) or [""]
+    captions, images = (sum(shard[kind] for shard in shards) for kind in ("captions", "images"))
+
+    def write(temporary: Path) -> None:
+        with h5py.File(temporary, "w", libver="earliest") as file:
+            file.create_dataset("text", (total_bytes,), np.uint8)
+            file.create_dataset("offsets", (captions + 1,), np.int64)
+            file.create_dataset("image", (captions,), np.int64)
+            file.create_dataset("language", (captions,), np.int16)
+            file.create_dataset("image_regions", (images,), np.int32)
+            file.attrs["languages"] = names
+            place = {"text": 0, "caption": 0, "image": 0}
+            for shard in shards:
+                _append_captions(file, folder / shard["file"], names, place)
+
+    return commit(folder / CAPTIONS, write)
+
+
+def _append_captions(target: h5py.File, shard: Path, names: list[str], place: dict[str, int]) -> None:
+    with h5py.File(shard, "r") as file:
+        texts, ranges = list(file["caption_text"][:]), file["pos_boxes"][:]
+        start, captions, images = place["caption"], len(texts), len(ranges)
+        ends = place["text"] + np.cumsum([len(t) for t in texts], dtype=np.int64)
+        target["text"][place["text"] : place["text"] + sum(map(len, texts))] = np.frombuffer(b"".join(texts), np.uint8)
+        target["offsets"][start + 1 : start + captions + 1] = ends
+        target["image"][start : start + captions] = file["caption_image"][:] + place["image"]
+        tags = file["caption_language"].asstr()[:]
+        target["language"][start : start + captions] = np.array([names.index(tag) for tag in tags], dtype=np.int16)
+        target["image_regions"][place["image"] : place["image"] + images] = ranges[:, 1] - ranges[:, 0]
+        place["text"] += sum(map(len, texts))
+        place["caption"] += captions
+        place["image"] += images
+
+
+def write_token_file(folder: Path, captions: Iterable[list[str]], count: int, tokenizer: CaptionTokenizer) -> dict[str, Any]:
+    """All `count` captions as token ids, given in groups in the store's order, so that training need not tokenise."""
+
+    def write(temporary: Path) -> None:
+        with (
+            h5py.File(temporary, "w", libver="earliest") as file,
+            tempfile.TemporaryFile(dir=folder) as ids,
+            tempfile.TemporaryFile(dir=folder) as starts,
+        ):
+            offsets = file.create_dataset("offsets", (count + 1,), np.int64)
+            done = tokens = 0
+            for group in captions:
+                encoded = tokenizer.encode_batch(group)
+                ids.write(encoded.ids.tobytes())
+                starts.write(encoded.word_starts.tobytes())
+                offsets[done + 1 : done + len(group) + 1] = tokens + encoded.offsets[1:]
+                done, tokens = done + len(group), tokens + len(encoded.ids)
+            _copy_into(file.create_dataset("ids", (tokens,), np.int32), ids)
+            _copy_into(file.create_dataset("word_starts", (tokens,), np.uint8), starts)
+            file.attrs["vocabulary"] = file_sha256(tokenizer.vocab_file)
+
+    return commit(folder / TOKENS, write)
+
+
+def _copy_into(dataset: h5py.Dataset, spool: IO[bytes], step: int = 1 << 22) -> None:
+    """Fill a contiguous dataset, whose size is known only now, from the raw bytes that were spooled to disk."""
+    spool.seek(0)
+    for start in range(0, len(dataset), step):
+        part = np.frombuffer(spool.read(step * dataset.dtype.itemsize), dataset.dtype)
+        dataset[start : start + len(part)] = part

@@ -1,0 +1,1 @@
+"""Readers of published region features: each file knows one format."""

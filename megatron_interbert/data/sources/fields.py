@@ -1,0 +1,112 @@
+"""From the fields of a published record to regions: box formats, class numbering, soft labels. The same for every format."""
+
+import base64
+import binascii
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_interbert.data.regions import Regions
+
+DENSE, TOP_1, CLASS_ONLY, NONE = "dense", "top_1_confidence", "top_1_without_confidence", "none"
+BACKGROUND_FIRST, BACKGROUND_NONE = "background-first", "background-none"
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How records are to be understood.
+
+    class_ids: whether id 0 is background (background-first) or the first object (background-none); empty: the format's habit.
+    """
+
+    class_ids: str = ""
+    box_format: str = "xyxy"
+    soft_labels: int = 10
+    num_classes: int = 1601  # with background
+    trust_pickle: bool = False
+
+
+class BadRecord(ValueError):
+    """A record that gives no image: a short reason, the same for all of its kind, and details."""
+
+    def __init__(self, reason: str, details: str = "") -> None:
+        super().__init__(reason, details)
+        self.reason, self.details = reason, details
+
+
+def decode_array(text: bytes | str | np.ndarray, dtype: type, rows: int, name: str) -> np.ndarray:
+    """[rows, width] of a base64 field (or of an array that already is one); width follows from the length."""
+    if isinstance(text, np.ndarray):
+        flat = text.astype(dtype, copy=False).reshape(-1)
+    else:
+        try:
+            data = base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError, TypeError) as error:
+            raise BadRecord(f"{name} is not base64", str(error)) from error
+        if len(data) % np.dtype(dtype).itemsize:
+            raise BadRecord(f"{name} has a wrong length", f"{len(data)} bytes")
+        flat = np.frombuffer(data, dtype)
+    if rows <= 0 or flat.size == 0 or flat.size % rows:
+        raise BadRecord(f"{name} does not fit the number of boxes", f"{flat.size} values for {rows} boxes")
+    return flat.reshape(rows, -1)
+
+
+def number(fields: Mapping[str, Any], name: str) -> float:
+    """A numeric field."""
+    try:
+        value = float(np.asarray(fields[name]).reshape(()))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadRecord(f"{name} is no number", str(fields.get(name))[:60]) from error
+    if not np.isfinite(value):
+        raise BadRecord(f"{name} is no number", str(value))
+    return value
+
+
+def make_regions(fields: Mapping[str, Any], options: ReadOptions, scheme: str = BACKGROUND_NONE) -> tuple[Regions, str]:
+    """Regions and the kind of their labels, from image_id, width, height, boxes [R, 4], features [R, F] and one of: class_probs
+    [R, C], class_ids [R] with class_confidence [R], class_ids alone, nothing. `scheme` is the format's own numbering."""
+    features, boxes = np.asarray(fields["features"]), np.asarray(fields["boxes"], dtype=np.float32)
+    rows = len(features)
+    if rows == 0:
+        raise BadRecord("no regions")
+    if features.ndim != 2 or boxes.shape != (rows, 4):
+        raise BadRecord("boxes and features do not fit", f"boxes {boxes.shape}, features {features.shape}")
+    if features.dtype.kind not in "fiu":
+        raise BadRecord("features are no numbers", str(features.dtype))
+    if options.box_format == "xywh":
+        boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+    size = (number(fields, "width"), number(fields, "height"))
+    ids, probs, kind = _labels(fields, rows, options, options.class_ids or scheme)
+    return Regions(str(fields["image_id"]), size, features, boxes, ids, probs), kind
+
+
+def _labels(fields: Mapping[str, Any], rows: int, options: ReadOptions, scheme: str) -> tuple[np.ndarray, np.ndarray, str]:
+    if "class_probs" in fields:
+        return *_top_of_distribution(np.asarray(fields["class_probs"], np.float32), rows, options), DENSE
+    width = min(options.soft_labels, options.num_classes)
+    probs = np.zeros((rows, width), np.float32)
+    if "class_ids" not in fields:
+        return np.tile(np.arange(width, dtype=np.int64), (rows, 1)), probs, NONE
+    first = np.asarray(fields["class_ids"]).reshape(-1)
+    if first.shape != (rows,) or first.dtype.kind not in "iu":
+        raise BadRecord("class ids do not fit the number of boxes", f"{first.shape} {first.dtype} for {rows} boxes")
+    first = first.astype(np.int64) + (scheme == BACKGROUND_NONE)
+    if first.min() < 0 or first.max() >= options.num_classes:
+        raise BadRecord("class ids beyond the classes", f"{first.min()} to {first.max()}, expected 0 to {options.num_classes - 1}")
+    confidence = fields.get("class_confidence")
+    probs[:, 0] = 1.0 if confidence is None else np.asarray(confidence, np.float32).reshape(-1)
+    # One class is known; the other entries of the row are other classes with no stated probability.
+    ids = (first[:, None] + np.arange(width)) % options.num_classes
+    return ids, probs, CLASS_ONLY if confidence is None else TOP_1
+
+
+def _top_of_distribution(dense: np.ndarray, rows: int, options: ReadOptions) -> tuple[np.ndarray, np.ndarray]:
+    """The most likely classes first. One column fewer than there are classes: background has none."""
+    if dense.shape == (rows, options.num_classes - 1):
+        dense = np.concatenate([np.zeros((rows, 1), np.float32), dense], axis=1)
+    if dense.shape != (rows, options.num_classes):
+        raise BadRecord("class distribution of a wrong shape", f"{dense.shape}, expected {(rows, options.num_classes)}")
+    ids = np.argsort(-dense, axis=1, kind="stable")[:, : options.soft_labels]
+    return ids, np.take_along_axis(dense, ids, axis=1)

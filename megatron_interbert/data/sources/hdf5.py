@@ -1,0 +1,124 @@
+"""HDF5 files of bottom-up attention: adaptive (10 to 100 regions, `pos_boxes`) and fixed ([images, 36, 2048]). They name no
+classes, so a store made of them has no region labels. Image sizes follow from `spatial_features`."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from megatron_interbert.config import read_text
+from megatron_interbert.data import safe_pickle
+from megatron_interbert.data.shard_file import HDF5_ERRORS
+from megatron_interbert.data.sources.base import Dropped, Record, SourceFacts
+from megatron_interbert.data.sources.fields import BadRecord, ReadOptions, make_regions
+from megatron_interbert.errors import UsageError
+
+
+class Hdf5Source:
+    """`image_ids`: a file that names the images (JSON or pickle of id -> row, or one id a line) where the HDF5 does not."""
+
+    def __init__(self, path: str, options: ReadOptions, image_ids: str = "") -> None:
+        self.path, self.options = path, options
+        try:
+            with h5py.File(path, "r") as file:
+                self._check(file)
+                self.ids = read_image_ids(image_ids, self.images, options.trust_pickle) if image_ids else self._own_ids(file)
+        except UsageError:
+            raise
+        except HDF5_ERRORS as error:
+            raise UsageError(f"{path}: cannot be read as HDF5 ({error})") from error
+
+    def _check(self, file: h5py.File) -> None:
+        for name in ("image_features", "image_bb"):
+            if name not in file:
+                raise UsageError(f"{self.path}: dataset '{name}' is missing, found {', '.join(list(file)[:20])}")
+        if "spatial_features" not in file and "image_sizes" not in file:
+            raise UsageError(f"{self.path}: neither spatial_features nor image_sizes, so the sizes of its images are not known")
+        self.fixed = file["image_features"].ndim == 3
+        if not self.fixed and "pos_boxes" not in file:
+            raise UsageError(f"{self.path}: dataset 'pos_boxes' is missing, so the regions of an image are not known")
+        self.images, self.feature_dim = len(file["image_features" if self.fixed else "pos_boxes"]), file["image_features"].shape[-1]
+
+    def _own_ids(self, file: h5py.File) -> list[str]:
+        if "image_ids" not in file:
+            raise UsageError(f"{self.path}: names no images; give the file that does by --image-ids (imgid2idx as JSON or pickle)")
+        return [v.decode() if isinstance(v, bytes) else str(v) for v in file["image_ids"][:].tolist()]
+
+    def facts(self) -> SourceFacts:
+        """Without labels."""
+        return SourceFacts(self.feature_dim, self.options.num_classes, "none")
+
+    def units(self, images_per_unit: int) -> list[list[int]]:
+        """[first image, last + 1]."""
+        return [[start, min(start + images_per_unit, self.images)] for start in range(0, self.images, images_per_unit)]
+
+    def read(self, unit: list[int]) -> Iterator[Record | Dropped]:
+        """A range of images."""
+        with h5py.File(self.path, "r") as file:
+            for row in range(*unit):
+                where = f"{self.path}: image {row}"
+                try:
+                    regions, kind = make_regions(self._fields(file, row), self.options)
+                    yield Record(regions, where, labels=kind)
+                except BadRecord as error:
+                    yield Dropped(where, self.ids[row], error.reason, error.details)
+                except HDF5_ERRORS as error:
+                    yield Dropped(where, self.ids[row], "HDF5 cannot be read here", f"{type(error).__name__}: {error}")
+
+    def _fields(self, file: h5py.File, row: int) -> dict[str, Any]:
+        if self.fixed:
+            at: Any = row
+        else:
+            start, stop = (int(v) for v in file["pos_boxes"][row])
+            if not 0 <= start < stop <= len(file["image_features"]):
+                raise BadRecord("pos_boxes points beyond the rows", f"{start} to {stop}")
+            at = slice(start, stop)
+        boxes = file["image_bb"][at]
+        if "image_sizes" in file:
+            width, height = (float(v) for v in file["image_sizes"][row])
+        else:
+            width, height = size_of_image(boxes, file["spatial_features"][at])
+        return {"image_id": self.ids[row], "width": width, "height": height, "boxes": boxes, "features": file["image_features"][at]}
+
+
+def size_of_image(boxes: np.ndarray, normalised: np.ndarray) -> tuple[float, float]:
+    """(w, h) from boxes [R, 4] in pixels and the same boxes as shares of the image [R, >= 4]: the largest corner is most exact."""
+    sizes = []
+    for axis in (0, 1):
+        largest = int(np.argmax(boxes[:, axis + 2]))
+        share = float(normalised[largest, axis + 2])
+        if not 0 < share <= 1.5:
+            raise BadRecord("spatial_features are no shares of the image", str(share))
+        sizes.append(float(np.round(boxes[largest, axis + 2] / share)))
+    return sizes[0], sizes[1]
+
+
+def read_image_ids(path: str, images: int, trust_pickle: bool) -> list[str]:
+    """Names by row: one a line, a JSON list, or id -> row as JSON or pickle (imgid2idx)."""
+    if Path(path).suffix in (".pkl", ".pickle"):
+        if not trust_pickle:
+            raise UsageError(f"--image-ids {path}: is a pickle; give --trust-pickle to read the numbers and strings in it")
+        try:
+            with open(path, "rb") as handle:
+                value = safe_pickle.load(handle)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--image-ids {path}: {error}") from error
+    else:
+        text = read_text(path, "--image-ids")
+        try:
+            value = json.loads(text) if text.lstrip()[:1] in ("{", "[") else text.split()
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UsageError(f"--image-ids {path}: not valid JSON ({error})") from error
+    if isinstance(value, dict):
+        names = [""] * images
+        for name, row in value.items():
+            if not isinstance(row, int) or not 0 <= row < images:
+                raise UsageError(f"--image-ids {path}: {name} is row {row}, expected 0 to {images - 1}")
+            names[row] = str(name)
+        value = names
+    if not isinstance(value, list) or len(value) != images or not all(str(v) for v in value):
+        raise UsageError(f"--image-ids {path}: names {len(value)} images, the features are of {images}; give one name for each")
+    return [str(v) for v in value]

@@ -1,0 +1,142 @@
+"""LMDB files of ViLBERT and InterBERT: pickled dictionaries by image id, or tensorpack's rows (msgpack) of pretraining.
+
+A tensorpack row is the list: features, class distribution, boxes, number of boxes, height, width, image id, caption.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_interbert.data import safe_pickle
+from megatron_interbert.data.captions import guess_language
+from megatron_interbert.data.sources.base import Dropped, Record, SourceFacts
+from megatron_interbert.data.sources.fields import NONE, BadRecord, ReadOptions, decode_array, make_regions, number
+from megatron_interbert.data.sources.tsv import ENCODED, SAME
+from megatron_interbert.errors import UsageError
+
+ROW = ("features", "class_probs", "boxes", "num_boxes", "height", "width", "image_id", "caption")
+NOT_IMAGES = (b"keys", b"__keys__", b"__len__", b"__size__")
+
+
+class LmdbSource:
+    """One LMDB, a folder with data.mdb or a single file. A unit is its first key (hex) and a number of images."""
+
+    def __init__(self, path: str, options: ReadOptions) -> None:
+        self.path, self.options = path, options
+        with self._open() as environment, environment.begin() as view:
+            first = next((value for key, value in view.cursor() if key not in NOT_IMAGES), None)
+        if first is None:
+            raise UsageError(f"{path}: no images in this LMDB")
+        if first[:1] == b"\x80" and not options.trust_pickle:
+            raise UsageError(f"{path}: its rows are pickles; give --trust-pickle to read the numbers, strings and arrays in them")
+
+    def _open(self) -> Any:
+        try:
+            import lmdb
+        except ImportError as error:
+            raise UsageError(f"{self.path}: reading LMDB needs the package lmdb; pip install lmdb msgpack") from error
+        try:
+            return lmdb.open(self.path, subdir=Path(self.path).is_dir(), readonly=True, lock=False, readahead=False)
+        except (lmdb.Error, OSError) as error:
+            raise UsageError(f"{self.path}: cannot be read as LMDB ({error})") from error
+
+    def facts(self) -> SourceFacts:
+        """Feature size from the first good row."""
+        reasons = []
+        for record in self.read(["", 100]):
+            if isinstance(record, Record):
+                return SourceFacts(record.regions.features.shape[1], self.options.num_classes, record.labels or NONE)
+            reasons.append(f"{record.reason}{': ' if record.details else ''}{record.details}")
+        raise UsageError(f"{self.path}: no good row among the first {len(reasons)} ({reasons[0]})")
+
+    def units(self, images_per_unit: int) -> list[list[Any]]:
+        """[first key in hex, number of images]; reads keys only."""
+        found: list[list[Any]] = []
+        with self._open() as environment, environment.begin() as view:
+            for number_, key in enumerate(k for k in view.cursor().iternext(values=False) if k not in NOT_IMAGES):
+                if number_ % images_per_unit == 0:
+                    found.append([key.hex(), 0])
+                found[-1][1] += 1
+        return found
+
+    def read(self, unit: list[Any]) -> Iterator[Record | Dropped]:
+        """Rows from a key on, in the order of the keys."""
+        start, wanted = unit
+        with self._open() as environment, environment.begin(buffers=False) as view:
+            cursor = view.cursor()
+            there = cursor.set_range(bytes.fromhex(start)) if start else cursor.first()
+            while there and wanted:
+                key, value = cursor.item()
+                if key not in NOT_IMAGES:
+                    wanted -= 1
+                    yield self._record(key, value)
+                there = cursor.next()
+
+    def _record(self, key: bytes, value: bytes) -> Record | Dropped:
+        name = key[:80].decode("utf-8", "replace")
+        where = f"{self.path}: key {name}"
+        try:
+            row = self._decode(value)
+            fields, caption = row_fields(row, name)
+            regions, kind = make_regions(fields, self.options)
+            return Record(regions, where, [(caption, guess_language(caption))] if caption else [], labels=kind)
+        except BadRecord as error:
+            return Dropped(where, name, error.reason, error.details)
+        except safe_pickle.UnsafePickle as error:
+            return Dropped(where, name, "pickle with more than data in it", str(error))
+        except Exception as error:  # a damaged row can raise anything while it is taken apart
+            return Dropped(where, name, "row that cannot be decoded", f"{type(error).__name__}: {error}")
+
+    def _decode(self, value: bytes) -> Any:
+        if value[:1] == b"\x80" and value[1:2] in b"\x02\x03\x04\x05":
+            if not self.options.trust_pickle:
+                raise BadRecord("row is a pickle and --trust-pickle was not given")
+            return safe_pickle.loads(value)
+        import msgpack
+
+        return msgpack.unpackb(value, raw=False, strict_map_key=False, object_hook=_numpy_of_msgpack)
+
+
+def _numpy_of_msgpack(value: dict[Any, Any]) -> Any:
+    """msgpack-numpy's dictionaries as arrays."""
+    plain = {k.decode() if isinstance(k, bytes) else k: v for k, v in value.items()}
+    if "nd" not in plain:
+        return plain
+    kind = plain["type"]
+    dtype = np.dtype(kind.decode() if isinstance(kind, bytes) else kind)
+    array = np.frombuffer(plain["data"], dtype)
+    return array.reshape(plain["shape"]) if plain["nd"] else array[0]
+
+
+def row_fields(row: Any, key: str) -> tuple[dict[str, Any], str]:
+    """Fields for `make_regions` and the caption, from either kind of row."""
+    if isinstance(row, list | tuple):
+        if len(row) != len(ROW):
+            raise BadRecord("row of an unknown kind", f"a list of {len(row)}, expected {', '.join(ROW)}")
+        raw = dict(zip(ROW, row, strict=True))
+    elif isinstance(row, dict):
+        raw = {SAME.get(name, name): value for name, value in row.items()}
+    else:
+        raise BadRecord("row of an unknown kind", f"a {type(row).__name__}, expected a dictionary or a list")
+    raw.setdefault("image_id", key)
+    missing = [name for name in ("width", "height", "num_boxes", "boxes", "features") if name not in raw]
+    if missing:
+        raise BadRecord(f"'{missing[0]}' is missing", f"found {', '.join(map(str, sorted(raw, key=str)))[:200]}")
+    rows = int(number(raw, "num_boxes"))
+    fields = {name: raw[name] for name in ("image_id", "width", "height")}
+    if isinstance(fields["image_id"], bytes):
+        fields["image_id"] = fields["image_id"].decode()
+    for name, dtype in ENCODED.items():
+        if raw.get(name) is not None:
+            fields[name] = decode_array(_trimmed(raw[name], rows), dtype, rows, name)
+    if raw.get("class_ids") is not None:
+        fields["class_ids"] = decode_array(raw["class_ids"], np.int64, rows, "class_ids")
+    caption = raw.get("caption") or ""
+    return fields, " ".join(str(caption).split())
+
+
+def _trimmed(value: Any, rows: int) -> Any:
+    """Arrays that are padded to a fixed number of boxes, without the padding."""
+    return value[:rows] if isinstance(value, np.ndarray) and value.ndim == 2 else value

@@ -1,0 +1,113 @@
+"""Folders of npz files, one an image: our own field names, and those of bottom-up-attention.pytorch (x, bbox, info)."""
+
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from megatron_interbert.data import safe_pickle
+from megatron_interbert.data.sources.base import Dropped, Record, SourceFacts
+from megatron_interbert.data.sources.fields import BACKGROUND_FIRST, BACKGROUND_NONE, NONE, BadRecord, ReadOptions, make_regions
+from megatron_interbert.errors import UsageError
+
+NAMES = {
+    "image_id": ("image_id",),
+    "width": ("image_w", "width"),
+    "height": ("image_h", "height"),
+    "boxes": ("boxes", "bbox"),
+    "features": ("features", "x"),
+    "class_probs": ("cls_prob", "class_probs"),
+    "class_confidence": ("cls_conf", "objects_conf", "class_confidence"),
+}
+CLASS_IDS = {"cls_id_1601": BACKGROUND_FIRST, "objects_id": BACKGROUND_NONE, "objects": BACKGROUND_NONE}
+DAMAGE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError, RuntimeError)
+LARGEST_ARRAY = 1 << 30  # bytes; a header that asks for more is damaged
+
+
+class NpzSource:
+    """All .npz files of a folder, by name."""
+
+    def __init__(self, path: str, options: ReadOptions) -> None:
+        self.path, self.options = path, options
+        with os.scandir(path) as entries:
+            self.names = sorted(entry.name for entry in entries if entry.name.endswith(".npz"))
+        if not self.names:
+            raise UsageError(f"{path}: no .npz files there")
+
+    def facts(self) -> SourceFacts:
+        """Feature size from the first good file."""
+        reasons = []
+        for record in self.read(self.names[:100]):
+            if isinstance(record, Record):
+                return SourceFacts(record.regions.features.shape[1], self.options.num_classes, record.labels or NONE)
+            reasons.append(f"{record.where}: {record.reason}{': ' if record.details else ''}{record.details}")
+        raise UsageError(f"{self.path}: no good npz among the first {len(reasons)}; {reasons[0]}")
+
+    def units(self, images_per_unit: int) -> list[list[str]]:
+        """Lists of file names."""
+        return [self.names[start : start + images_per_unit] for start in range(0, len(self.names), images_per_unit)]
+
+    def read(self, unit: list[str]) -> Iterator[Record | Dropped]:
+        """The images of some files."""
+        for name in unit:
+            path = Path(self.path) / name
+            try:
+                fields, scheme = self._fields(path)
+                regions, kind = make_regions(fields, self.options, scheme)
+                yield Record(regions, str(path), labels=kind)
+            except BadRecord as error:
+                yield Dropped(str(path), path.stem, error.reason, error.details)
+            except safe_pickle.UnsafePickle as error:
+                yield Dropped(str(path), path.stem, "pickle with more than data in it", str(error))
+            except DAMAGE as error:
+                yield Dropped(str(path), path.stem, "not a readable npz without pickles", f"{type(error).__name__}: {error}")
+
+    def _fields(self, path: Path) -> tuple[dict[str, Any], str]:
+        raw = read_npz(path, self.options.trust_pickle)
+        fields = {ours: raw[name] for ours, names in NAMES.items() for name in names if name in raw}
+        fields.setdefault("image_id", path.stem)
+        for name in ("width", "height", "boxes", "features"):
+            if name not in fields:
+                raise BadRecord(f"'{name}' is missing", f"found {', '.join(sorted(raw))}")
+        features, boxes = fields["features"], fields["boxes"]
+        if features.ndim == 2 and features.shape[0] != len(boxes) == features.shape[1]:
+            fields["features"] = features.T  # [F, R], as some publish it
+        scheme = BACKGROUND_NONE
+        for name, numbering in CLASS_IDS.items():
+            if name in raw:
+                fields["class_ids"], scheme = raw[name], numbering
+        return fields, scheme
+
+
+def read_npz(path: Path, trust_pickle: bool) -> dict[str, Any]:
+    """All arrays of an npz. A pickled `info` dictionary is merged in when pickles are trusted, and passed over when not."""
+    fields: dict[str, Any] = {}
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.namelist():
+            with archive.open(member) as handle:
+                value = _read_array(handle, trust_pickle)
+            if isinstance(value, dict):
+                fields.update({str(k): np.asarray(v) for k, v in value.items()})
+            elif value is not None:
+                fields[member.removesuffix(".npy")] = value
+    return fields
+
+
+def _read_array(handle: IO[bytes], trust_pickle: bool) -> Any:
+    version = np.lib.format.read_magic(handle)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read_header(handle)
+    if dtype.hasobject:
+        value = safe_pickle.load(handle) if trust_pickle else None
+        return value.item() if isinstance(value, np.ndarray) and value.shape == () else value
+    count = int(np.prod(shape, dtype=np.float64)) if shape else 1
+    if count * dtype.itemsize > LARGEST_ARRAY:
+        raise BadRecord("array larger than any image's", f"{shape} of {dtype}")
+    data = handle.read(count * dtype.itemsize)
+    if len(data) != count * dtype.itemsize:
+        raise BadRecord("not a readable npz without pickles", f"an array ends after {len(data)} bytes")
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
