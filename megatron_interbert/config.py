@@ -90,7 +90,12 @@ class RunConfig:
     """Everything a training run is told. Names are Megatron's where Megatron has one."""
 
     model: str = option("sample", "preset (tiny, sample, base, large, base-chinese) or a JSON file of model sizes")
-    data_path: str = option("sample_corpus/train", "region store to train on (a folder with manifest.json)")
+    data_path: str = option(
+        "sample_corpus/train", "region store to train on (a folder with manifest.json), or several with commas between them"
+    )
+    data_epochs: str = option("", "passes over each of several stores in one epoch, e.g. 1,1,2.5; default: one each")
+    data_weights: str = option("", "instead of --data-epochs: shares of an epoch's samples for each store, e.g. 0.7,0.2,0.1")
+    allow_other_detector: bool = option(False, "accept stores, or a checkpoint, whose features come from another detector")
     valid_data_path: str = option("", "region store for --eval-interval; none: no evaluation")
     vocab_file: str = option("", "WordPiece vocabulary; default: vocab.txt in the region store")
     save: str = option("", "folder for checkpoints, logs and metrics; none: nothing is saved")
@@ -137,6 +142,8 @@ class RunConfig:
     data_partitions: int = option(64, "logical partitions of the data; the data-parallel size must divide it")
     num_workers: int = option(2, "loader processes per rank; 0: load in the training process")
     worker_start: str = option("fork", "how loader processes start", ("fork", "spawn", "forkserver"))
+    balance_tokens: bool = option(True, "samples of like length meet, so that ranks get nearly equal numbers of tokens")
+    data_timeout: int = option(300, "seconds without a batch after which the loader is given up (a disk that hangs)")
     strict_boxes: bool = option(False, "refuse boxes outside the image instead of clipping them")
 
     save_interval: int = option(0, "steps between checkpoints; 0: only at the end")
@@ -152,6 +159,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self.given: set[str] = set()
+
+    def stores(self) -> list[str]:
+        """The region stores of --data-path."""
+        return [path for path in self.data_path.split(",") if path]
 
     def objective_names(self) -> tuple[str, ...]:
         """The losses to train on; UsageError for a name that is none of msm, mrm, itm."""
@@ -185,6 +196,8 @@ class RunConfig:
                 f"--{'fp16' if self.fp16 else 'bf16'} needs --zero-stage 1 or higher: DeepSpeed's stage 0 takes one optimizer step too"
                 " many in half precision, and its gradient norm is wrong there under tensor parallelism"
             )
+        if self.data_epochs and self.data_weights:
+            raise UsageError("--data-epochs and --data-weights say the same thing in two ways; give one")
         if self.eval_interval and not self.valid_data_path:
             raise UsageError("--eval-interval needs --valid-data-path, the region store to evaluate on")
         positive = "train_iters micro_batch_size max_regions data_partitions tensor_model_parallel_size log_interval eval_iters"

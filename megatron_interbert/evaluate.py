@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_interbert.config import option, parse
+from megatron_interbert.data.corpus import Corpus, check_detector
 from megatron_interbert.data.manifest import MANIFEST, file_sha256
 from megatron_interbert.data.pretraining import trainable_captions
 from megatron_interbert.data.store import RegionStore
@@ -43,6 +44,7 @@ class EvaluateConfig:
     max_tokens: int = option(36, "tokens per caption with [CLS] and [SEP]")
     batch_pairs: int = option(512, "pairs per forward pass")
     kernels: str = option("auto", "fused kernels", ("auto", "torch", "triton", "apex"))
+    allow_other_detector: bool = option(False, "accept features of another detector than the model was trained on")
     image_folder: str = option("", "photos named IMAGE_ID.jpg to show on the page")
 
     def __post_init__(self) -> None:
@@ -67,6 +69,9 @@ def evaluate_retrieval(config: EvaluateConfig) -> dict[str, Any]:
     store = RegionStore(config.data_path)
     tokenizer = CaptionTokenizer(config.vocab_file or str(Path(config.data_path) / "vocab.txt"))
     fit_to_data(model_config, tokenizer.vocab_size, store.feature_dim, store.num_classes, config.data_path)
+    check_detector(
+        source.facts.get("detector"), store.manifest["detector"], f"--data-path {store.path}", config.allow_other_detector
+    )
     vocabulary = source.facts.get("vocabulary")
     if vocabulary and vocabulary != file_sha256(tokenizer.vocab_file):
         raise UsageError(f"{tokenizer.vocab_file}: not the vocabulary of {config.load}; give that one by --vocab-file")
@@ -75,7 +80,7 @@ def evaluate_retrieval(config: EvaluateConfig) -> dict[str, Any]:
         raise UsageError(
             f"--max-tokens {config.max_tokens} is more than the model's {model_config.max_position_embeddings} positions"
         )
-    captions = trainable_captions(store, config.language)
+    captions = trainable_captions(Corpus([config.data_path]), config.language)
     if config.max_images:
         captions = captions[store.caption_image[captions] < config.max_images]
     images = np.unique(store.caption_image[captions])

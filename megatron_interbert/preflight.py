@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -74,21 +75,24 @@ def check_batch(config: PreflightConfig) -> str:
 
 def check_data(config: PreflightConfig) -> str:
     """Store and vocabulary; without --fast every hash and every record."""
-    store, tokenizer = open_data(config)
-    model_config_for(config, store, tokenizer).check_tensor_parallel(config.tensor_model_parallel_size)
-    dataset = PretrainingSet(store, tokenizer, config)
-    unknown = sum(
-        int((dataset.tokenizer.encode(store.caption(i), config.max_tokens).ids == tokenizer.unknown).sum())
-        for i in range(min(1000, store.num_captions))
-    )
+    corpus, tokenizer = open_data(config)
+    model_config_for(config, corpus, tokenizer).check_tensor_parallel(config.tensor_model_parallel_size)
+    dataset = PretrainingSet(corpus, tokenizer, config)
+    some = np.arange(min(1000, corpus.num_captions))
+    unknown = int((corpus.tokens(some, tokenizer, config.max_tokens - 2).ids == tokenizer.unknown).sum())
+    shards = sum(len(store.shards) for store in corpus.stores)
     notes = [
-        f"{store.num_images} images, {store.num_captions} captions, {len(store.shards)} shards, vocabulary {tokenizer.vocab_size}",
-        f"{unknown} [UNK] in the first {min(1000, store.num_captions)} captions",
+        f"{corpus.num_images} images, {corpus.num_captions} captions, {shards} shards, vocabulary {tokenizer.vocab_size}",
+        f"{unknown} [UNK] in the first {len(some)} captions",
         f"{dataset.order.epoch_length / (config.global_batch_size or config.micro_batch_size):.0f} steps an epoch",
     ]
+    if any(store.captions.token_vocabulary != tokenizer.sha256 for store in corpus.stores):
+        notes.append("captions are tokenised while loading (build the store with this --vocab-file to spare that)")
     if not config.fast:
-        store.verify_hashes()
-        notes.append(f"hashes right, {count_repaired(store)} boxes outside their image (clipped when read)")
+        for store in corpus.stores:
+            store.verify_hashes()
+        repaired = sum(count_repaired(store) for store in corpus.stores)
+        notes.append(f"hashes right, {repaired} boxes outside their image (clipped when read)")
     return "; ".join(notes)
 
 
@@ -105,9 +109,9 @@ def check_disk(config: PreflightConfig) -> str:
     """Room for the checkpoints that will be kept."""
     if not config.save:
         return "no --save: nothing will be written"
-    store, tokenizer = open_data(config)
+    corpus, tokenizer = open_data(config)
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in InterBert(model_config_for(config, store, tokenizer), PRETRAINING_HEADS).parameters())
+        parameters = sum(p.numel() for p in InterBert(model_config_for(config, corpus, tokenizer), PRETRAINING_HEADS).parameters())
     weight = 4 if not (config.fp16 or config.bf16) else 2
     each = parameters * (12 + 2 * weight)  # master weights and two moments in fp32; weights for DeepSpeed and as safetensors
     wanted = each * ((config.keep_last or math.ceil(config.train_iters / (config.save_interval or config.train_iters))) + 1)
@@ -126,8 +130,8 @@ def check_disk(config: PreflightConfig) -> str:
 def check_step(config: PreflightConfig) -> str:
     """One micro-batch forward and backward on one process, whole model."""
     device = this_device()
-    store, tokenizer = open_data(config)
-    model_config = model_config_for(config, store, tokenizer)
+    corpus, tokenizer = open_data(config)
+    model_config = model_config_for(config, corpus, tokenizer)
     model = InterBert(
         model_config,
         kernels=choose_kernels(config.kernels, device),
@@ -138,9 +142,7 @@ def check_step(config: PreflightConfig) -> str:
     model = model.to(
         device, torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 and device.type == "cuda" else torch.float32
     )
-    batch = PretrainingSet(store, tokenizer, config)[list(range(config.micro_batch_size))]
-    if hasattr(batch, "message"):
-        raise UsageError(batch.message)
+    batch = PretrainingSet(corpus, tokenizer, config)[list(range(config.micro_batch_size))]
     batch = batch.to(device)
     loss, report = PretrainingTask().loss(model(batch), batch, batch.target_counts())
     loss.backward()

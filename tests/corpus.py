@@ -41,11 +41,13 @@ def write_store(path: Path, images: int = 40, captions_each: int = 2, seed: int 
         path,
         feature_dim=FEATURES,
         num_classes=CLASSES,
-        detector={"name": "random", "revision": "0"},
-        soft_labels="top_k",
         images_per_shard=images_per_shard,
-        vocabulary="\n".join(VOCABULARY) + "\n",
-        **options,
+        **{
+            "detector": {"name": "random", "revision": "0"},
+            "soft_labels": "top_k",
+            "vocabulary": "\n".join(VOCABULARY) + "\n",
+            **options,
+        },
     ) as writer:
         for number in range(images):
             writer.add(

@@ -23,14 +23,15 @@ class CaptionFile:
         self.text, self.offsets, self.image, self._language = maps
         if len(self.offsets) != len(self.image) + 1 or len(self._language) != len(self.image) or self.offsets[-1] != len(self.text):
             raise UsageError(f"{folder / CAPTIONS}: texts, offsets and images do not fit together; rebuild the store")
-        self.tokens: tuple[np.ndarray, ...] | None = None
+        self.tokens: TokenBatch | None = None
         self.token_vocabulary = ""
         if (folder / TOKENS).is_file():
             with _open(folder / TOKENS) as file:
                 self.token_vocabulary = str(file.attrs.get("vocabulary", ""))
-            self.tokens = _map_all(folder / TOKENS, ("ids", "word_starts", "offsets"))
-            if len(self.tokens[2]) != len(self.offsets):
-                raise UsageError(f"{folder / TOKENS}: tokens of {len(self.tokens[2]) - 1} captions, expected {len(self)}; rebuild")
+            self.tokens = TokenBatch(*_map_all(folder / TOKENS, ("ids", "word_starts", "offsets")))
+            captions = len(self.tokens.offsets) - 1
+            if captions != len(self) or self.tokens.offsets[-1] != len(self.tokens.ids):
+                raise UsageError(f"{folder / TOKENS}: tokens of {captions} captions, expected {len(self)}; rebuild the store")
 
     def __len__(self) -> int:
         return len(self.image)
@@ -40,15 +41,6 @@ class CaptionFile:
 
     def __getitem__(self, index: int) -> str:
         return bytes(self.text[self.offsets[index] : self.offsets[index + 1]]).decode("utf-8")
-
-    def token_batch(self, captions: np.ndarray, longest: int) -> TokenBatch:
-        """Stored pieces of some captions [n], the first `longest` of each."""
-        ids, starts, offsets = self.tokens
-        begin = offsets[captions]
-        lengths = np.minimum(offsets[captions + 1] - begin, longest)
-        ends = np.cumsum(lengths)
-        rows = np.arange(ends[-1] if len(ends) else 0) + np.repeat(begin - (ends - lengths), lengths)
-        return TokenBatch(ids[rows], starts[rows], np.concatenate([[0], ends]).astype(np.int64))
 
     def languages(self) -> np.ndarray:
         """Language tag of each caption, array of str [captions]; empty string where unknown."""

@@ -1,12 +1,19 @@
 """Which sample comes when: a pure function of (seed, epoch) and nothing else.
 
-The captions of a store, in its own order, are cut into P contiguous partitions. Position i of an epoch takes the next
-sample of partition i mod P, each partition being shuffled by itself. A data-parallel rank r of D serves the positions
-i = r (mod D). When D divides P these are exactly the samples of the partitions p = r (mod D): a rank reads only those,
-and the global batches are the same for every D. The whole state is one integer, the samples consumed so far.
+The captions of each store, in its own order, are cut into P contiguous partitions. Position i of an epoch takes the next sample
+of partition i mod P. A data-parallel rank r of D serves the positions i = r (mod D). When D divides P these are exactly the
+samples of the partitions p = r (mod D): a rank reads only those, and the global batches are the same for every D. The whole
+state is one integer, the samples consumed so far.
+
+Each store is an endless stream of shuffled passes over itself. An epoch takes the next `epochs` passes (a fraction is fine) of
+every store and shuffles them together, partition by partition, so every sample comes equally often over time.
+
+With lengths given, samples of like length meet: in each window of 256 rounds over the partitions all of them sort their samples
+by length and then follow one shuffled order of places. So the ranks of a global batch get nearly the same number of tokens,
+whatever their number, and each still reads only its own partitions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -14,41 +21,91 @@ import numpy as np
 from megatron_interbert.data.randomness import CounterRandom
 from megatron_interbert.errors import UsageError
 
-SHUFFLE = 1  # purpose tag of CounterRandom
+SHUFFLE, MIX, WINDOW = 1, 5, 6  # purpose tags of CounterRandom
+WINDOW_ROUNDS = 256
+STORE = 1 << 32  # sets the passes of different stores apart
 
 
 class SampleOrder:
-    """The endless stream of (epoch, sample) pairs over `samples` (int64 [n], the ids of a store to train on)."""
+    """The endless stream of (pass, sample) pairs over `parts`, one array of sample ids for each store.
 
-    def __init__(self, samples: np.ndarray, partitions: int, seed: int) -> None:
-        if len(samples) < partitions:
-            raise UsageError(
-                f"--data-partitions {partitions} is more than the {len(samples)} captions to train on;"
-                f" give --data-partitions {1 << (max(len(samples), 1).bit_length() - 1)} or less"
+    `epochs`: passes over each store in one epoch. `lengths`: tokens of every sample id, for balance over ranks.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[np.ndarray],
+        partitions: int,
+        seed: int,
+        epochs: Sequence[float] | None = None,
+        lengths: np.ndarray | None = None,
+    ) -> None:
+        for samples in parts:
+            if len(samples) < partitions:
+                raise UsageError(
+                    f"--data-partitions {partitions} is more than the {len(samples)} captions to train on;"
+                    f" give --data-partitions {1 << (max(len(samples), 1).bit_length() - 1)} or less"
+                )
+        self.parts, self.partitions, self.seed, self.lengths = list(parts), partitions, seed, lengths
+        self.bounds = [np.linspace(0, len(samples), partitions + 1).astype(np.int64) for samples in parts]
+        self.per_pass = [len(samples) // partitions for samples in parts]  # the tail is dropped, another one in each pass
+        passes = epochs or [1.0] * len(self.parts)
+        self.per_epoch = [max(1, round(e * n)) for e, n in zip(passes, self.per_pass, strict=True)]
+        self.per_partition = sum(self.per_epoch)
+        self.epoch_length = self.per_partition * partitions
+        self._remember()
+
+    def _remember(self) -> None:
+        self._epoch_of = lru_cache(maxsize=2 * self.partitions)(self._make_epoch)
+
+    def _pass(self, store: int, number: int, partition: int) -> np.ndarray:
+        """The samples of one pass over one partition of a store, shuffled."""
+        start, stop = self.bounds[store][partition : partition + 2]
+        order = CounterRandom(self.seed, SHUFFLE, number, partition + store * STORE).permutation(int(stop - start))
+        return self.parts[store][start + order][: self.per_pass[store]]
+
+    def _make_epoch(self, epoch: int, partition: int) -> np.ndarray:
+        """int64 [per_partition, 2]: (pass, sample) of one partition in one epoch."""
+        taken = []
+        for store, (count, per_pass) in enumerate(zip(self.per_epoch, self.per_pass, strict=True)):
+            number, place = np.divmod(np.arange(epoch * count, (epoch + 1) * count), per_pass)
+            samples = np.empty(count, np.int64)
+            for one in np.unique(number):
+                samples[number == one] = self._pass(store, int(one), partition)[place[number == one]]
+            taken.append(np.stack([number, samples], axis=1))
+        pairs = np.concatenate(taken)
+        if len(taken) > 1:
+            pairs = pairs[CounterRandom(self.seed, MIX, epoch, partition).permutation(len(pairs))]
+        return pairs if self.lengths is None else pairs[self._balanced(pairs[:, 1], epoch)]
+
+    def _balanced(self, samples: np.ndarray, epoch: int) -> np.ndarray:
+        order = np.empty(len(samples), np.int64)
+        for start in range(0, len(samples), WINDOW_ROUNDS):
+            by_length = np.argsort(self.lengths[samples[start : start + WINDOW_ROUNDS]], kind="stable")
+            order[start : start + len(by_length)] = (
+                start + by_length[CounterRandom(self.seed, WINDOW, epoch, start).permutation(len(by_length))]
             )
-        self.samples, self.partitions, self.seed = samples, partitions, seed
-        self.bounds = np.linspace(0, len(samples), partitions + 1).astype(np.int64)
-        self.per_partition = len(samples) // partitions
-        self.epoch_length = self.per_partition * partitions  # the tail is dropped, another one in each epoch
-        self._shuffled = lru_cache(maxsize=2 * partitions)(self._shuffle)
-
-    def _shuffle(self, epoch: int, partition: int) -> np.ndarray:
-        start, stop = self.bounds[partition], self.bounds[partition + 1]
-        order = CounterRandom(self.seed, SHUFFLE, epoch, partition).permutation(int(stop - start))
-        return self.samples[start + order]
+        return order
 
     def at(self, position: int) -> tuple[int, int]:
-        """(epoch, sample id) at a position of the endless stream."""
-        epoch, within = divmod(position, self.epoch_length)
-        index, partition = divmod(within, self.partitions)
-        return epoch, int(self._shuffled(epoch, partition)[index])
+        """(pass, sample id) at a position of the endless stream. The pass is the epoch where a store is read once an epoch."""
+        epoch, inside = divmod(position, self.epoch_length)
+        index, partition = divmod(inside, self.partitions)
+        number, sample = self._epoch_of(epoch, partition)[index]
+        return int(number), int(sample)
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "_shuffled"}
+        return {k: v for k, v in self.__dict__.items() if k != "_epoch_of"}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._shuffled = lru_cache(maxsize=2 * self.partitions)(self._shuffle)
+        self._remember()
+
+
+def epochs_from_weights(weights: Sequence[float], sizes: Sequence[int]) -> list[float]:
+    """Passes over each store so that they share an epoch of sum(sizes) samples in the proportion of `weights`."""
+    share = np.array(weights, dtype=np.float64) / sum(weights)
+    return (share * sum(sizes) / np.array(sizes)).tolist()
 
 
 class MicroBatches:

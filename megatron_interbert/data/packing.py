@@ -89,55 +89,78 @@ def normalised_locations(boxes: np.ndarray, size: tuple[float, float]) -> np.nda
     return np.concatenate([unit, area[:, None]], axis=1).astype(np.float32)
 
 
-def pack(examples: Sequence[Example], feature_dim: int) -> PackedBatch:
-    """Lay samples end to end. All index work happens here, on the loader's side."""
-    text_lengths = np.array([len(e.token_ids) for e in examples])
-    region_counts = np.array([0 if e.features is None else len(e.features) for e in examples])
+def lay_out(text_lengths: np.ndarray, region_counts: np.ndarray) -> dict[str, np.ndarray | int]:
+    """The index fields of a PackedBatch, from tokens and regions of each sample [B]. All index work happens on the loader's side."""
     image_lengths = region_counts + (region_counts > 0)
     text_offsets, image_offsets = _offsets(text_lengths), _offsets(image_lengths)
     joint_offsets = text_offsets + image_offsets
     image_index = _within(image_lengths) + np.repeat(joint_offsets[:-1], image_lengths)
-    text_index = _within(text_lengths) + np.repeat(joint_offsets[:-1] + image_lengths, text_lengths)
+    token_positions = _within(text_lengths)
+    text_index = token_positions + np.repeat(joint_offsets[:-1] + image_lengths, text_lengths)
     joint_order = np.empty(joint_offsets[-1], dtype=np.int64)
     joint_order[np.concatenate([image_index, text_index])] = np.arange(joint_offsets[-1])
-
-    pictured = [e for e in examples if e.features is not None]
     counts = region_counts[region_counts > 0]
     summary_rows = image_offsets[:-1][region_counts > 0]
-    region_rows = _within(counts) + np.repeat(summary_rows + 1, counts)
+    return {
+        "token_positions": token_positions,
+        "text_offsets": text_offsets.astype(np.int32),
+        "image_offsets": image_offsets.astype(np.int32),
+        "joint_offsets": joint_offsets.astype(np.int32),
+        "joint_order": joint_order,
+        "text_index": text_index,
+        "image_index": image_index,
+        "region_rows": _within(counts) + np.repeat(summary_rows + 1, counts),
+        "region_counts": counts,
+        "summary_rows": summary_rows,
+        "max_text": int(text_lengths.max()),
+        "max_image": int(image_lengths.max()),
+        "max_joint": int((text_lengths + image_lengths).max()),
+    }
+
+
+def image_locations(layout: dict[str, np.ndarray | int], regions: np.ndarray) -> np.ndarray:
+    """float32 [Ni, 5]: locations of all image tokens from those of the regions [R, 5]."""
+    locations = np.empty((int(layout["image_offsets"][-1]), 5), np.float32)
+    locations[layout["summary_rows"]] = FULL_IMAGE
+    locations[layout["region_rows"]] = regions
+    return locations
+
+
+def to_batch(fields: dict[str, np.ndarray | int]) -> PackedBatch:
+    """Arrays by field name as a PackedBatch, without copying."""
+    return PackedBatch(**{name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in fields.items()})
+
+
+def pack(examples: Sequence[Example], feature_dim: int) -> PackedBatch:
+    """Lay samples end to end."""
+    text_lengths = np.array([len(e.token_ids) for e in examples])
+    region_counts = np.array([0 if e.features is None else len(e.features) for e in examples])
+    layout = lay_out(text_lengths, region_counts)
+    pictured = [e for e in examples if e.features is not None]
     hidden = np.concatenate(
         [e.hidden_regions if e.hidden_regions is not None else np.zeros(len(e.features), bool) for e in pictured]
         or [np.zeros(0, bool)]
     )
-    is_target = hidden & np.repeat([e.mismatched == 0 for e in pictured], counts).astype(bool)
+    is_target = hidden & np.repeat([e.mismatched == 0 for e in pictured], layout["region_counts"]).astype(bool)
     width = max((e.class_ids.shape[1] for e in pictured if e.class_ids is not None), default=1)
     labelled = all(e.class_ids is not None for e in pictured)
-    return PackedBatch(
-        token_ids=_join([e.token_ids for e in examples], np.int64),
-        token_types=_join([e.token_types for e in examples], np.int64),
-        token_positions=torch.from_numpy(_within(text_lengths)),
-        text_offsets=torch.from_numpy(text_offsets.astype(np.int32)),
-        image_offsets=torch.from_numpy(image_offsets.astype(np.int32)),
-        joint_offsets=torch.from_numpy(joint_offsets.astype(np.int32)),
-        joint_order=torch.from_numpy(joint_order),
-        text_index=torch.from_numpy(text_index),
-        image_index=torch.from_numpy(image_index),
-        features=_join([e.features for e in pictured], np.float16, (feature_dim,)),
-        region_rows=torch.from_numpy(region_rows),
-        region_counts=torch.from_numpy(counts),
-        summary_rows=torch.from_numpy(summary_rows),
-        locations=_join([part for e in pictured for part in (FULL_IMAGE, e.locations)], np.float32, (5,)),
-        hidden_regions=torch.from_numpy(np.flatnonzero(hidden)),
-        msm_positions=_join([e.msm_positions + start for e, start in zip(examples, text_offsets, strict=False)], np.int64),
-        msm_labels=_join([e.msm_labels for e in examples], np.int64),
-        mrm_positions=torch.from_numpy(region_rows[is_target] if labelled else np.zeros(0, np.int64)),
-        mrm_class_ids=_join([e.class_ids for e in pictured] if labelled else [], np.int64, (width,), is_target),
-        mrm_class_probs=_join([e.class_probs for e in pictured] if labelled else [], np.float32, (width,), is_target),
-        mismatched=torch.tensor([e.mismatched for e in examples]),
-        sample_ids=torch.tensor([e.sample_id for e in examples]),
-        max_text=int(text_lengths.max()),
-        max_image=int(image_lengths.max()),
-        max_joint=int((text_lengths + image_lengths).max()),
+    starts = layout["text_offsets"][:-1]
+    return to_batch(
+        {
+            **layout,
+            "token_ids": _join([e.token_ids for e in examples], np.int64),
+            "token_types": _join([e.token_types for e in examples], np.int64),
+            "features": _join([e.features for e in pictured], np.float16, (feature_dim,)),
+            "locations": image_locations(layout, _join([e.locations for e in pictured], np.float32, (5,))),
+            "hidden_regions": np.flatnonzero(hidden),
+            "msm_positions": _join([e.msm_positions + start for e, start in zip(examples, starts, strict=True)], np.int64),
+            "msm_labels": _join([e.msm_labels for e in examples], np.int64),
+            "mrm_positions": layout["region_rows"][is_target] if labelled else np.zeros(0, np.int64),
+            "mrm_class_ids": _join([e.class_ids for e in pictured] if labelled else [], np.int64, (width,), is_target),
+            "mrm_class_probs": _join([e.class_probs for e in pictured] if labelled else [], np.float32, (width,), is_target),
+            "mismatched": np.array([e.mismatched for e in examples]),
+            "sample_ids": np.array([e.sample_id for e in examples]),
+        }
     )
 
 
@@ -150,6 +173,6 @@ def _within(lengths: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum()) - np.repeat(_offsets(lengths)[:-1], lengths)
 
 
-def _join(parts: list[np.ndarray], dtype: type, tail: tuple[int, ...] = (), keep: np.ndarray | None = None) -> torch.Tensor:
+def _join(parts: list[np.ndarray], dtype: type, tail: tuple[int, ...] = (), keep: np.ndarray | None = None) -> np.ndarray:
     joined = np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros((0, *tail), dtype)
-    return torch.from_numpy(joined if keep is None or not parts else joined[keep])
+    return joined if keep is None or not parts else joined[keep]

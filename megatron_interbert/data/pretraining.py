@@ -1,149 +1,206 @@
-"""Samples of the three pretraining tasks: a caption or a negative one, masks, labels; and the loader around them."""
+"""Batches of the three pretraining tasks: captions or negative ones, masks, labels; everything for a whole batch at once."""
 
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
 
 from megatron_interbert.config import RunConfig
-from megatron_interbert.data.masking import mask_regions, mask_tokens
-from megatron_interbert.data.order import MicroBatches, SampleOrder
-from megatron_interbert.data.packing import Example, PackedBatch, normalised_locations, pack
-from megatron_interbert.data.randomness import CounterRandom
-from megatron_interbert.data.store import RegionStore
+from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.data.masking import box_area, mask_regions, mask_tokens, within, word_draws
+from megatron_interbert.data.order import SampleOrder, epochs_from_weights
+from megatron_interbert.data.packing import PackedBatch, image_locations, lay_out, to_batch
+from megatron_interbert.data.randomness import uniforms
+from megatron_interbert.data.shard_file import COLUMNS
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 
-NEGATIVE, WORDS, REGIONS = 2, 3, 4  # purpose tags of CounterRandom
+NEGATIVE, WORDS, REGIONS = 2, 3, 4  # purpose tags of `uniforms`
+Fields = dict[str, np.ndarray | int]
+Allocate = Callable[[tuple[int, int]], np.ndarray]  # shape -> float16 memory for the features of a batch
 
 
-@dataclass
-class WorkerFailure:
-    """A UsageError on its way from a loader process to the training process (DataLoader would bury it in a traceback)."""
-
-    message: str
+def plain_memory(shape: tuple[int, int]) -> np.ndarray:
+    """Fresh memory for features."""
+    return np.empty(shape, np.float16)
 
 
-class PretrainingSet(Dataset):
+class PretrainingSet:
     """Indexed by a list of positions of the stream; gives one PackedBatch. The same sample and epoch give the same
     example on every rank, worker and restart, because all draws are keyed by (seed, epoch, sample)."""
 
-    def __init__(self, store: RegionStore, tokenizer: CaptionTokenizer, config: RunConfig) -> None:
-        self.store, self.tokenizer, self.config = store, tokenizer, config
-        self.order = SampleOrder(trainable_captions(store, config.language), config.data_partitions, config.seed)
-        images = store.caption_image[self.order.samples]
-        if (images == images[0]).all():
-            raise UsageError(f"{store.path}: all captions to train on belong to one image, so no mismatched pair can be drawn")
-        self.has_hard_negatives = store.hard_negatives() is not None
-        self._hard_negatives: np.ndarray | None = None
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_hard_negatives": None}
-
-    def __getitem__(self, positions: list[int]) -> PackedBatch | WorkerFailure:
-        try:
-            return pack([self.example(*self.order.at(position)) for position in positions], self.store.feature_dim)
-        except UsageError as error:
-            return WorkerFailure(str(error))
-
-    def example(self, epoch: int, sample: int) -> Example:
-        """The masked, possibly mismatched pair that belongs to (epoch, sample)."""
-        config = self.config
-        caption = self.draw_caption(epoch, sample)
-        mismatched = int(caption != sample)
-        tokens = self.tokenizer.encode(self.store.caption(caption), config.max_tokens)
-        masked = mask_tokens(tokens, self.tokenizer, config.masking, CounterRandom(config.seed, WORDS, epoch, sample))
-        targets = masked.targets if config.msm_on_mismatched or not mismatched else masked.targets[:0]
-        regions = self.store.read(int(self.store.caption_image[sample]), config.max_regions)
-        return Example(
-            token_ids=np.concatenate([[self.tokenizer.cls], masked.ids, [self.tokenizer.sep]]),
-            token_types=np.zeros(len(tokens.ids) + 2, dtype=np.int64),
-            features=regions.features,
-            locations=normalised_locations(regions.boxes, regions.size),
-            class_ids=regions.class_ids,
-            class_probs=regions.class_probs,
-            hidden_regions=mask_regions(regions.boxes, config.masking, CounterRandom(config.seed, REGIONS, epoch, sample)),
-            msm_positions=targets + 1,
-            msm_labels=tokens.ids[targets],
-            mismatched=mismatched,
-            sample_id=sample,
+    def __init__(self, corpus: Corpus, tokenizer: CaptionTokenizer, config: RunConfig) -> None:
+        self.corpus, self.tokenizer, self.config = corpus, tokenizer, config
+        self.samples = trainable_captions(corpus, config.language)
+        parts = [
+            self.samples[(self.samples >= a) & (self.samples < b)]
+            for a, b in np.lib.stride_tricks.sliding_window_view(corpus.first_caption, 2)
+        ]
+        self.order = SampleOrder(
+            parts,
+            config.data_partitions,
+            config.seed,
+            passes_over_stores(config, [len(part) for part in parts]),
+            self._lengths() if config.balance_tokens else None,
         )
+        images = corpus.caption_image[self.samples]
+        if (images == images[0]).all():
+            raise UsageError(f"{corpus.path}: all captions to train on belong to one image, so no mismatched pair can be drawn")
+        if "mrm" in config.objective_names() and not corpus.has_labels:
+            raise UsageError(
+                f"--data-path {corpus.path}: its regions have no class labels, so masked regions cannot be predicted; train"
+                " with --objectives msm,itm or build the store from features with labels"
+            )
+        self.has_hard_negatives = corpus.has_hard_negatives()
+        self.label_width = corpus.label_width()
 
-    def draw_caption(self, epoch: int, sample: int) -> int:
-        """The caption shown with the sample's image: half the time its own, else a random or hard one of another image."""
-        random = CounterRandom(self.config.seed, NEGATIVE, epoch, sample)
-        mismatch, hard = random.uniform(2)
-        if mismatch < 0.5:
-            return sample
-        image = self.store.caption_image[sample]
-        if self.has_hard_negatives and hard < self.config.hard_negatives:
-            if self._hard_negatives is None:
-                self._hard_negatives = self.store.hard_negatives()
-            candidates = self._hard_negatives[sample]
-            candidates = candidates[candidates >= 0]
-            candidates = candidates[self.store.caption_image[candidates] != image]
-            if self.config.language:
-                candidates = candidates[np.isin(candidates, self.order.samples)]
-            if len(candidates):
-                return int(candidates[random.integer(len(candidates))])
-        while True:
-            other = int(self.order.samples[random.integer(len(self.order.samples))])
-            if self.store.caption_image[other] != image:
-                return other
+    def _lengths(self) -> np.ndarray:
+        """int32 [captions]: about how many tokens a sample has: its regions and a fifth of its caption's bytes."""
+        regions = np.minimum(self.corpus.region_counts, self.config.max_regions)[self.corpus.caption_image]
+        return regions + np.minimum(self.corpus.caption_bytes() // 5, self.config.max_tokens)
+
+    def __getitem__(self, positions: Sequence[int]) -> PackedBatch:
+        return to_batch(self.fields([self.order.at(position) for position in positions]))
+
+    def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
+        """The fields of a PackedBatch for (epoch, sample) pairs [B]; the features lie in the memory that `allocate` gives."""
+        epochs, samples = np.array(pairs, dtype=np.int64).T
+        words = word_draws(self.config.max_tokens - 2)
+        wanted = [(NEGATIVE, 0, 8), (WORDS, 0, words), (REGIONS, 0, self.config.max_regions)]
+        for_captions, for_words, for_regions = uniforms(self.config.seed, epochs, samples, wanted)
+        captions = self._draw_captions(epochs, samples, for_captions)
+        text = self._text(samples, captions, for_words)
+        images = self._images(samples, captions == samples, for_regions, allocate)
+        layout = lay_out(text.pop("lengths"), images.pop("counts"))
+        is_target = images.pop("is_target")
+        return {
+            **layout,
+            **text,
+            "features": images["features"],
+            "locations": image_locations(layout, images["locations"]),
+            "hidden_regions": images["hidden_regions"],
+            "mrm_positions": layout["region_rows"][is_target],
+            "mrm_class_ids": images["class_ids"][is_target].astype(np.int64),
+            "mrm_class_probs": images["class_probs"][is_target],
+            "mismatched": (captions != samples).astype(np.int64),
+            "sample_ids": samples,
+        }
+
+    def draw_captions(self, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """int64 [B]: the caption shown with each sample's image: half the time its own, else a random or hard one of another."""
+        return self._draw_captions(epochs, samples, uniforms(self.config.seed, epochs, samples, [(NEGATIVE, 0, 8)])[0])
+
+    def _draw_captions(self, epochs: np.ndarray, samples: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        config, corpus = self.config, self.corpus
+        chosen = samples.copy()
+        images = corpus.caption_image[samples]
+        open_rows = draws[:, 0] >= 0.5
+        if self.has_hard_negatives:
+            for row in np.flatnonzero(open_rows & (draws[:, 1] < config.hard_negatives)):
+                candidates = self._hard_candidates(int(samples[row]))
+                if len(candidates):
+                    chosen[row] = candidates[int(draws[row, 2] * len(candidates))]
+                    open_rows[row] = False
+        rows, draw, place = np.flatnonzero(open_rows), draws[open_rows, 4], 8
+        while len(rows):
+            chosen[rows] = self.samples[(draw * len(self.samples)).astype(np.int64)]
+            rows = rows[corpus.caption_image[chosen[rows]] == images[rows]]  # of the same image: drawn again
+            draw = uniforms(config.seed, epochs[rows], samples[rows], [(NEGATIVE, place, 1)])[0][:, 0]
+            place += 4
+        return chosen
+
+    def _hard_candidates(self, sample: int) -> np.ndarray:
+        candidates = self.corpus.hard_negatives(sample)
+        candidates = candidates[self.corpus.caption_image[candidates] != self.corpus.caption_image[sample]]
+        return candidates[np.isin(candidates, self.samples)] if self.config.language else candidates
+
+    def _text(self, samples: np.ndarray, captions: np.ndarray, draws: np.ndarray) -> Fields:
+        """Token fields, with lengths [B] that count [CLS] and [SEP]."""
+        config, tokenizer = self.config, self.tokenizer
+        longest = config.max_tokens - 2
+        tokens = self.corpus.tokens(captions, tokenizer, longest)
+        shown, targets = mask_tokens(tokens, tokenizer, config.masking, draws)
+        owner, _ = within(tokens.offsets)
+        if not config.msm_on_mismatched:
+            targets &= (captions == samples)[owner]
+        place = np.arange(len(shown)) + 2 * owner + 1  # behind one [CLS] for each caption so far and one [SEP] for those before
+        lengths = np.diff(tokens.offsets) + 2
+        ends = np.cumsum(lengths)
+        ids = np.empty(int(ends[-1]), np.int64)
+        ids[ends - lengths], ids[ends - 1], ids[place] = tokenizer.cls, tokenizer.sep, shown
+        return {
+            "token_ids": ids,
+            "token_types": np.zeros(len(ids), np.int64),
+            "msm_positions": place[targets],
+            "msm_labels": tokens.ids[targets].astype(np.int64),
+            "lengths": lengths,
+        }
+
+    def _images(self, samples: np.ndarray, matched: np.ndarray, draws: np.ndarray, allocate: Allocate) -> dict[str, np.ndarray]:
+        """Region fields of a batch, read straight into its memory, with counts [B] and the rows [R] that are MRM targets."""
+        config, corpus = self.config, self.corpus
+        images = corpus.caption_image[samples]
+        counts = np.minimum(corpus.region_counts[images], config.max_regions).astype(np.int64)
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        total = int(offsets[-1])
+        widths = {"image_bb": 4, "class_ids": self.label_width, "class_probs": self.label_width}
+        rows = {"image_features": allocate((total, corpus.feature_dim))}
+        rows |= {name: np.empty((total, width), COLUMNS[name]) for name, width in widths.items()}
+        sizes = np.empty((len(images), 2), np.float32)
+        columns, bounds = list(rows.values()), offsets.tolist()
+        for i, image in enumerate(images.tolist()):
+            sizes[i] = corpus.read_rows(image, [column[bounds[i] : bounds[i + 1]] for column in columns])
+        boxes = self._checked_boxes(rows, images, sizes, offsets)
+        hidden = mask_regions(boxes, offsets, config.masking, draws)
+        owner, _ = within(offsets)
+        unit = boxes / np.tile(sizes, 2)[owner]
+        return {
+            "features": rows["image_features"],
+            "locations": np.concatenate([unit, box_area(unit)[:, None]], axis=1),
+            "hidden_regions": np.flatnonzero(hidden),
+            "is_target": hidden & matched[owner],
+            "class_ids": rows["class_ids"],
+            "class_probs": rows["class_probs"],
+            "counts": counts,
+        }
+
+    def _checked_boxes(self, rows: dict[str, np.ndarray], images: np.ndarray, sizes: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        """Boxes [R, 4] sorted and clipped into their images; UsageError for a record with wrong boxes, sizes or labels."""
+        boxes, ids, probs = rows["image_bb"], rows["class_ids"], rows["class_probs"]
+        owner, _ = within(offsets)
+        bound = np.tile(sizes, 2)[owner]
+        with np.errstate(invalid="ignore"):
+            low, high = np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])
+            fixed = np.clip(np.concatenate([low, high], axis=1), 0, bound)
+            good = (bound > 0) & np.isfinite(boxes)
+            labels = (ids >= 0) & (ids < self.corpus.num_classes) & (probs >= 0)
+            whole = good.all() and np.isfinite(sizes).all() and labels.all() and (probs.sum(axis=1) <= 1.001).all()
+        if not whole or (self.corpus.strict_boxes and (fixed != boxes).any()):
+            for image in images.tolist():
+                self.corpus.complain(image)
+        return fixed
 
 
-def trainable_captions(store: RegionStore, language: str) -> np.ndarray:
+def trainable_captions(corpus: Corpus, language: str) -> np.ndarray:
     """int64 [n]: captions of a language tag, or all for an empty one."""
     if not language:
-        return np.arange(store.num_captions)
-    tags = store.languages()
+        return np.arange(corpus.num_captions)
+    tags = corpus.languages()
     chosen = np.flatnonzero(tags == language)
     if not len(chosen):
-        raise UsageError(f"--language {language}: no such captions in {store.path}, which has {sorted(set(tags))}")
+        raise UsageError(f"--language {language}: no such captions in {corpus.path}, which has {sorted(set(tags))}")
     return chosen
 
 
-class BatchStream:
-    """Endless micro-batches of one data-parallel rank. `wait` accumulates the seconds spent waiting for the loader."""
-
-    def __init__(
-        self,
-        dataset: PretrainingSet,
-        consumed: int,
-        global_batch: int,
-        rank: int,
-        ranks: int,
-        pin_memory: bool = False,
-        workers: int | None = None,
-    ) -> None:
-        config = dataset.config
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it forks; parallelism is ours
-        workers = config.num_workers if workers is None else workers
-        self.loader = DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=MicroBatches(consumed, global_batch, config.micro_batch_size, rank, ranks),
-            num_workers=workers,
-            multiprocessing_context=config.worker_start if workers else None,
-            prefetch_factor=4 if workers else None,
-            pin_memory=pin_memory,
-            persistent_workers=workers > 0,
-            worker_init_fn=_quiet_worker,
-            in_order=True,
-            timeout=300 if workers else 0,
-        )
-
-    def __iter__(self) -> Iterator[PackedBatch]:
-        for batch in self.loader:
-            if isinstance(batch, WorkerFailure):
-                error = UsageError(batch.message)
-                error.local = True  # the other ranks do not know of it: this one must speak
-                raise error
-            yield batch
-
-
-def _quiet_worker(_: int) -> None:
-    torch.set_num_threads(1)
+def passes_over_stores(config: RunConfig, sizes: Sequence[int]) -> list[float]:
+    """How often each store is read in one epoch, from --data-epochs or --data-weights."""
+    for name, text in (("--data-epochs", config.data_epochs), ("--data-weights", config.data_weights)):
+        if not text:
+            continue
+        try:
+            values = [float(part) for part in text.split(",")]
+        except ValueError:
+            raise UsageError(f"{name} is '{text}', expected numbers with commas between them, one for each store") from None
+        if len(values) != len(sizes) or not all(0 < value < float("inf") for value in values):
+            raise UsageError(f"{name} is '{text}', expected {len(sizes)} positive numbers, one for each store of --data-path")
+        return values if name == "--data-epochs" else epochs_from_weights(values, sizes)
+    return [1.0] * len(sizes)

@@ -174,7 +174,7 @@ def write_token_file(folder: Path, captions: Iterable[list[str]], count: int, to
                 done, tokens = done + len(group), tokens + len(encoded.ids)
             _copy_into(file.create_dataset("ids", (tokens,), np.int32), ids)
             _copy_into(file.create_dataset("word_starts", (tokens,), np.uint8), starts)
-            file.attrs["vocabulary"] = file_sha256(tokenizer.vocab_file)
+            file.attrs["vocabulary"] = tokenizer.sha256
 
     return commit(folder / TOKENS, write)
 

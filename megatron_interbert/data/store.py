@@ -3,8 +3,11 @@
 Sizes and schema are checked when a store or a shard is opened, hashes on demand, records when they are read.
 """
 
+import bisect
+import itertools
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +54,7 @@ class RegionStore:
         self.num_classes: int = self.manifest["num_classes"]
         self.shards: list[dict[str, Any]] = self.manifest["shards"]
         self.num_images = sum(s["images"] for s in self.shards)
-        self._first_image = np.cumsum([0] + [s["images"] for s in self.shards])
+        self._first_image = list(itertools.accumulate((s["images"] for s in self.shards), initial=0))
         self._forget_handles()
         self.captions = CaptionFile(self.path)
         self.caption_image = np.array(self.captions.image)
@@ -136,33 +139,33 @@ class RegionStore:
 
     def locate(self, index: int) -> tuple[int, int]:
         """(shard, image within it) of an image."""
-        shard = int(np.searchsorted(self._first_image, index, side="right")) - 1
-        return shard, index - int(self._first_image[shard])
+        shard = bisect.bisect_right(self._first_image, index) - 1
+        return shard, index - self._first_image[shard]
 
-    def read_rows(self, index: int, out: dict[str, np.ndarray]) -> tuple[float, float]:
-        """The first regions of an image straight into arrays `out` (names of COLUMNS, [R, width] each); gives its size (w, h).
+    def read_rows(self, index: int, out: Sequence[np.ndarray]) -> np.ndarray:
+        """The first regions of an image straight into arrays, one for each of COLUMNS, [R, width] each; gives its size (w, h).
 
-        Only features are checked here; `check_rows` names the record when the rest turns out to be wrong.
+        Only features are checked here; `read` names what is wrong when the rest turns out to be.
         """
         number, row = self.locate(index)
-        shard = self.open_shard(number)
-        start, stop = shard.ranges[row]
-        features = out["image_features"]
-        if stop - start < len(features) or len(features) == 0:
+        shard = self._open.get(number) if self._pid == os.getpid() else None
+        if shard is None:
+            shard = self.open_shard(number)
+        start, stop = shard.ranges[row].tolist()
+        if stop - start < len(out[0]) or not len(out[0]):
             raise UsageError(f"{self._where(number, row)} has {max(stop - start, 0)} regions; rebuild the store without it")
         try:
-            for name, column in shard.columns.items():
-                column.read_into(int(start), out[name])
+            for column, rows in zip(shard.columns.values(), out, strict=True):
+                column.read_into(start, rows)
         except HDF5_ERRORS as error:
             raise UsageError(f"{self._where(number, row)} cannot be read ({error}); restore the shard") from error
-        if has_non_finite(features):
+        if has_non_finite(out[0]):
             self.read(index)  # says which record and what is wrong
-        width, height = shard.sizes[row]
-        return float(width), float(height)
+        return shard.sizes[row]
 
     def label_width(self) -> int:
         """Entries of a soft label, the same in all shards."""
-        return self.open_shard(0).label_width
+        return self.manifest.get("label_width") or self.open_shard(0).label_width  # older stores do not say
 
     def _where(self, shard: int, row: int) -> str:
         return f"{self.path / self.shards[shard]['file']}: image {row}"

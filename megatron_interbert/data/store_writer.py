@@ -57,6 +57,10 @@ def finish_store(folder: Path, manifest: dict[str, Any], vocabulary: str = "") -
     """Caption file, vocabulary with the captions' tokens, and the manifest, for a folder that holds all shards."""
     shards = manifest["shards"]
     manifest["counts"] = {kind: sum(shard[kind] for shard in shards) for kind in ("images", "regions", "captions")}
+    if not shards:
+        raise UsageError(f"{folder}: no images, so there is no store to make")
+    with h5py.File(folder / shards[0]["file"], "r") as first:
+        manifest["label_width"] = first["class_ids"].shape[1]
     manifest["captions_file"] = write_caption_file(folder, shards)
     if vocabulary:
         (folder / VOCABULARY).write_text(vocabulary, encoding="utf-8")

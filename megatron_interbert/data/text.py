@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
 
 from megatron_interbert.config import read_text
+from megatron_interbert.data.manifest import file_sha256
 from megatron_interbert.errors import UsageError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -29,6 +30,21 @@ class TokenBatch:
     word_starts: np.ndarray
     offsets: np.ndarray
 
+    def take(self, captions: np.ndarray, longest: int) -> "TokenBatch":
+        """The first `longest` pieces of some captions [n], in the order given."""
+        begin = self.offsets[captions]
+        lengths = np.minimum(self.offsets[captions + 1] - begin, longest)
+        ends = np.cumsum(lengths)
+        rows = np.arange(ends[-1] if len(ends) else 0) + np.repeat(begin - (ends - lengths), lengths)
+        return TokenBatch(self.ids[rows], self.word_starts[rows], np.concatenate([[0], ends]).astype(np.int64))
+
+    @staticmethod
+    def join(parts: list["TokenBatch"]) -> "TokenBatch":
+        """Batches one after another."""
+        lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+        ids, starts = (np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "word_starts"))
+        return TokenBatch(ids, starts, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+
 
 class CaptionTokenizer:
     """BERT's tokenizer (lower case, Chinese characters apart) over a vocab.txt."""
@@ -43,6 +59,7 @@ class CaptionTokenizer:
             if name not in vocabulary:
                 raise UsageError(f"{vocab_file}: no {name} in it, expected a BERT vocabulary with one entry per line")
         self.vocab_file, self.words, self.vocab_size = str(vocab_file), words, len(words)
+        self.sha256 = file_sha256(vocab_file)
         self.pad, self.unknown, self.cls, self.sep, self.mask = (vocabulary[name] for name in SPECIAL)
         # What a random replacement may be: no special and no unused entry.
         self.ordinary = np.array([i for i, w in enumerate(words) if w and not (w.startswith("[") and w.endswith("]"))])

@@ -1,6 +1,9 @@
 """First weights from elsewhere (`--init-from`): any format that `weights/sources.py` reads."""
 
+from typing import Any
+
 from megatron_interbert.config import ModelConfig
+from megatron_interbert.data.corpus import check_detector
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.initialise import load_full_state
 from megatron_interbert.model.interbert import InterBert
@@ -8,17 +11,28 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.weights.sources import open_source, recognise
 
 
-def load_initial_weights(model: InterBert, config: ModelConfig, path: str, state: ParallelState, vocabulary: str = "") -> set[str]:
+def load_initial_weights(
+    model: InterBert,
+    config: ModelConfig,
+    path: str,
+    state: ParallelState,
+    data: dict[str, Any] | None = None,
+    allow_other_detector: bool = False,
+) -> set[str]:
     """Load --init-from into a model; the names of parameters that came from BERT (they may train at a lower rate).
 
-    `vocabulary` is the sha256 of the run's vocabulary, which one of our checkpoints must share.
+    `data` holds the sha256 of the run's vocabulary and its detector, which weights of ours must share.
     """
+    data = data or {}
     try:
         kind = recognise(path)
         source = open_source(path, kind, config if kind in ("official", "bert") else None)
         theirs = source.facts.get("vocabulary")
-        if theirs and theirs != vocabulary:
+        if theirs and theirs != data.get("vocabulary"):
             raise UsageError(f"{path}: made with another vocabulary; give that vocabulary by --vocab-file")
+        check_detector(
+            source.facts.get("detector"), data.get("detector"), f"for {path}, the region store has", allow_other_detector
+        )
         loaded = load_full_state(model, source.state(), state, path, partial=kind == "bert")
     except UsageError as error:
         raise UsageError(f"--init-from {error}") from error

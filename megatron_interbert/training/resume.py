@@ -17,7 +17,7 @@ from megatron_interbert.weights.manifest import MANIFEST, STEP_FOLDER, complete_
 # Settings on which the samples and losses of a step depend: a resumed run must have the same.
 SAME_SAMPLES = (
     *("seed", "data_partitions", "masking", "language", "msm_on_mismatched", "hard_negatives", "max_regions", "max_tokens"),
-    *("objectives", "dropout"),
+    *("objectives", "dropout", "data_epochs", "data_weights", "balance_tokens"),
 )
 # Settings that may change on resume; a change is said.
 SCHEDULE = (

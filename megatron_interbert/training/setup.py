@@ -1,17 +1,21 @@
 """From a configuration to a Trainer: data, model, first weights, engine, checkpoint."""
 
+import dataclasses
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_interbert.config import ModelConfig, RunConfig
-from megatron_interbert.data.manifest import MANIFEST, file_sha256
+from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.data.loader import BatchStream
+from megatron_interbert.data.manifest import MANIFEST, VOCABULARY, file_sha256
 from megatron_interbert.data.order import check_partitions
 from megatron_interbert.data.packing import PackedBatch
-from megatron_interbert.data.pretraining import BatchStream, PretrainingSet
-from megatron_interbert.data.store import RegionStore
+from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 from megatron_interbert.kernels.choice import choose_kernels
@@ -29,23 +33,21 @@ from megatron_interbert.training.loop import Trainer
 from megatron_interbert.training.resume import claim_folder, find_checkpoint, resumed_batch
 
 
-def open_data(config: RunConfig, path: str = "") -> tuple[RegionStore, CaptionTokenizer]:
-    """The store and the vocabulary of a run; UsageError for what is missing."""
-    path = path or config.data_path
-    if not path:
-        raise UsageError("--data-path is missing; give a region store, or make the sample corpus with tools/make_sample.py")
-    store = RegionStore(path, config.strict_boxes)
-    return store, CaptionTokenizer(config.vocab_file or str(Path(config.data_path) / "vocab.txt"))
+def open_data(config: RunConfig, paths: str = "") -> tuple[Corpus, CaptionTokenizer]:
+    """The stores and the vocabulary of a run; UsageError for what is missing."""
+    stores = config.stores()
+    corpus = Corpus([p for p in paths.split(",") if p] or stores, config.strict_boxes, config.allow_other_detector)
+    return corpus, CaptionTokenizer(config.vocab_file or str(Path(stores[0]) / VOCABULARY))
 
 
-def model_config_for(config: RunConfig, store: RegionStore, tokenizer: CaptionTokenizer) -> ModelConfig:
+def model_config_for(config: RunConfig, corpus: Corpus, tokenizer: CaptionTokenizer) -> ModelConfig:
     """The model's sizes, with those that come from the data filled in and checked."""
     model_config = fit_to_data(
         load_model_config(config.model),
         tokenizer.vocab_size,
-        store.feature_dim,
-        store.num_classes,
-        f"{store.path} with {tokenizer.vocab_file}",
+        corpus.feature_dim,
+        corpus.num_classes,
+        f"{corpus.path} with {tokenizer.vocab_file}",
     )
     if config.max_tokens > model_config.max_position_embeddings:
         raise UsageError(
@@ -59,8 +61,8 @@ def prepare(config: RunConfig) -> Trainer:
     device = start_processes()
     config.check()
     state = ParallelState(config.tensor_model_parallel_size)
-    store, tokenizer = open_data(config)
-    model_config = model_config_for(config, store, tokenizer)
+    corpus, tokenizer = open_data(config)
+    model_config = model_config_for(config, corpus, tokenizer)
     begun = state.gather(Path(config.save).exists())[0]
     lock = claim_folder(config.save, state) if begun else None
     resume = find_checkpoint(config, state)
@@ -69,17 +71,14 @@ def prepare(config: RunConfig) -> Trainer:
     model_config.check_tensor_parallel(state.tensor_size)
     attention_dropout = max(model_config.attention_dropout, model_config.image_attention_dropout) > 0
     kernels = choose_kernels(config.kernels, device, attention_dropout)
-    dataset = PretrainingSet(store, tokenizer, config)
+    dataset = PretrainingSet(corpus, tokenizer, config)
     evaluation = None
     if config.valid_data_path:
-        valid_store, _ = open_data(config, config.valid_data_path)
-        model_config_for(config, valid_store, tokenizer)
-        if (valid_store.feature_dim, valid_store.num_classes) != (store.feature_dim, store.num_classes):
-            raise UsageError(
-                f"--valid-data-path {valid_store.path}: features of {valid_store.feature_dim} and {valid_store.num_classes} classes,"
-                f" but {store.path} has {store.feature_dim} and {store.num_classes}; use stores of one detector"
-            )
-        valid = PretrainingSet(valid_store, tokenizer, config)
+        valid_corpus, _ = open_data(config, config.valid_data_path)
+        corpus.check_alike(valid_corpus.stores[0], config.allow_other_detector, "--valid-data-path")
+        one_each = dataclasses.replace(config, data_epochs="", data_weights="")
+        one_each.given = config.given
+        valid = PretrainingSet(valid_corpus, tokenizer, one_each)
         evaluation = lambda: batches(valid, 0, state, device, workers=0)  # noqa: E731
 
     streams = RandomStreams(config.seed, state.data_rank, state.tensor_rank, device)
@@ -87,10 +86,10 @@ def prepare(config: RunConfig) -> Trainer:
         model_config, PRETRAINING_HEADS, state=state, kernels=kernels, streams=streams, recompute=config.recompute_activations
     )
     initialise(model, model_config, config.seed, state)
-    data = describe_data(store, tokenizer)
+    data = describe_data(corpus, tokenizer)
     pretrained = set()
     if config.init_from:  # also on resume: which weights came from BERT decides the parameter groups
-        pretrained = load_initial_weights(model, model_config, config.init_from, state, data["vocabulary"])
+        pretrained = load_initial_weights(model, model_config, config.init_from, state, data, config.allow_other_detector)
     engine = Engine(model.to(device), config, state, pretrained)
     if not begun:  # not before everything else has been found right: wrong use leaves nothing behind
         lock = claim_folder(config.save, state)
@@ -130,13 +129,14 @@ def batches(
     )
 
 
-def describe_data(store: RegionStore, tokenizer: CaptionTokenizer) -> dict[str, str]:
+def describe_data(corpus: Corpus, tokenizer: CaptionTokenizer) -> dict[str, Any]:
     """What a checkpoint remembers of its data."""
+    manifests = [file_sha256(store.path / MANIFEST) for store in corpus.stores]
     return {
-        "store": str(store.path),
-        "manifest_sha256": file_sha256(store.path / MANIFEST),
-        "detector": store.manifest["detector"],
-        "vocabulary": file_sha256(tokenizer.vocab_file),
+        "store": corpus.path,
+        "manifest_sha256": manifests[0] if len(manifests) == 1 else hashlib.sha256("".join(manifests).encode()).hexdigest(),
+        "detector": corpus.stores[0].manifest["detector"],
+        "vocabulary": tokenizer.sha256,
     }
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from megatron_interbert.data.masking import box_iou, mask_regions, mask_tokens
-from megatron_interbert.data.randomness import CounterRandom
-from megatron_interbert.data.text import CaptionTokenizer, Tokens
+from megatron_interbert.data.masking import iou, mask_regions, mask_tokens, word_draws
+from megatron_interbert.data.randomness import uniforms
+from megatron_interbert.data.text import CaptionTokenizer, TokenBatch
 from tests.corpus import VOCABULARY
 
 SAMPLES = 100_000
@@ -18,22 +18,25 @@ def tokenizer(tmp_path_factory):
     return CaptionTokenizer(str(path))
 
 
-def caption(length):
-    """Words that are all different and ordinary, one piece each."""
-    return Tokens(np.arange(6, 6 + length) % len(VOCABULARY), np.arange(length))
+def captions(length, count):
+    """`count` captions of words that are all different and ordinary, one piece each."""
+    ids = np.tile(np.arange(6, 6 + length) % len(VOCABULARY), count)
+    return TokenBatch(ids, np.ones(len(ids), np.uint8), np.arange(count + 1) * length)
 
 
-def target_shares(tokenizer, rules, length):
-    """Share of samples in which each position is a target, [length]."""
-    counts = np.zeros(length)
-    for sample in range(SAMPLES):
-        counts[mask_tokens(caption(length), tokenizer, rules, CounterRandom(1, 3, 0, sample)).targets] += 1
-    return counts / SAMPLES
+def draws(seed, count, width):
+    return uniforms(seed, np.zeros(count, int), np.arange(count), [(3, 0, width)])[0]
+
+
+def masked(tokenizer, rules, length, count=SAMPLES, seed=1):
+    """(ids, targets), both [count, length]."""
+    ids, targets = mask_tokens(captions(length, count), tokenizer, rules, draws(seed, count, word_draws(length)))
+    return ids.reshape(count, length), targets.reshape(count, length)
 
 
 def test_paper_segments_hide_each_position_at_its_rate(tokenizer):
     """Anchors 0.10, one to three words each: 0.10 at the first word, 0.16 at the second, 0.188 further on; 17 % overall."""
-    shares = target_shares(tokenizer, "paper", 10)
+    shares = masked(tokenizer, "paper", 10)[1].mean(axis=0)
     first, second = 0.1, 1 - 0.9 * (1 - 0.1 * 2 / 3)
     later = 1 - 0.9 * (1 - 0.1 * 2 / 3) * (1 - 0.1 / 3)
     np.testing.assert_allclose(shares, [first, second] + [later] * 8, atol=0.005)
@@ -47,42 +50,51 @@ def test_official_span_hides_a_third_and_is_sometimes_empty(tokenizer):
     for start in range(length + 1):
         for span in range(1, length + 1):
             exact[start : start + span] += 1 / (length * (length + 1))
-    np.testing.assert_allclose(target_shares(tokenizer, "official", length), exact, atol=0.005)
+    targets = masked(tokenizer, "official", length)[1]
+    np.testing.assert_allclose(targets.mean(axis=0), exact, atol=0.005)
     assert 0.30 < exact.mean() < 0.37
-    empty = np.mean(
-        [not len(mask_tokens(caption(length), tokenizer, "official", CounterRandom(1, 3, 0, s)).targets) for s in range(20000)]
-    )
-    assert abs(empty - 1 / 11) < 0.01
+    assert abs((~targets.any(axis=1)).mean() - 1 / 11) < 0.01
+    edges = np.abs(np.diff(np.pad(targets, ((0, 0), (1, 1))).astype(int), axis=1)).sum(axis=1)
+    assert edges.max() == 2, "one span"
 
 
 def test_official_replacement_is_80_10_10_and_never_special(tokenizer):
-    outcome, replaced = np.zeros(3), set()
-    for sample in range(SAMPLES):
-        shown = mask_tokens(caption(8), tokenizer, "official", CounterRandom(2, 3, 0, sample))
-        original, now = caption(8).ids[shown.targets], shown.ids[shown.targets]
-        outcome += [(now == tokenizer.mask).sum(), ((now != tokenizer.mask) & (now != original)).sum(), (now == original).sum()]
-        replaced |= set(now[(now != tokenizer.mask) & (now != original)])
+    ids, targets = masked(tokenizer, "official", 8, seed=2)
+    original, now = np.tile(captions(8, 1).ids, (SAMPLES, 1))[targets], ids[targets]
+    changed = (now != tokenizer.mask) & (now != original)
+    outcome = np.array([(now == tokenizer.mask).mean(), changed.mean(), (now == original).mean()])
     kept = 0.1 + 0.1 / len(tokenizer.ordinary)  # a random word is sometimes the same one
-    np.testing.assert_allclose(outcome / outcome.sum(), [0.8, 0.2 - kept, kept], atol=0.005)
-    assert replaced == {VOCABULARY.index(w) for w in VOCABULARY if not w.startswith("[")}
+    np.testing.assert_allclose(outcome, [0.8, 0.2 - kept, kept], atol=0.005)
+    assert set(now[changed]) == {VOCABULARY.index(w) for w in VOCABULARY if not w.startswith("[")}
 
 
 def test_paper_segments_take_whole_words_and_only_mask(tokenizer):
-    pieces = Tokens(np.array([6, 7, 8, 9, 10, 11]), np.array([0, 1, 1, 1, 2, 3]))
-    for sample in range(2000):
-        shown = mask_tokens(pieces, tokenizer, "paper", CounterRandom(3, 3, 0, sample))
-        inside = np.isin([1, 2, 3], shown.targets)
-        assert inside.all() or not inside.any()
-        assert (shown.ids[shown.targets] == tokenizer.mask).all()
-        untouched = np.setdiff1d(np.arange(6), shown.targets)
-        assert (shown.ids[untouched] == pieces.ids[untouched]).all()
+    count = 2000
+    ids, starts = np.tile([6, 7, 8, 9, 10, 11], count), np.tile([1, 1, 0, 0, 1, 1], count).astype(np.uint8)
+    pieces = TokenBatch(ids, starts, np.arange(count + 1) * 6)
+    shown, targets = mask_tokens(pieces, tokenizer, "paper", draws(3, count, word_draws(6)))
+    inside = targets.reshape(count, 6)[:, 1:4]
+    assert (inside.all(axis=1) == inside.any(axis=1)).all()
+    assert inside.any()
+    assert (shown[targets] == tokenizer.mask).all()
+    assert (shown[~targets] == ids[~targets]).all()
 
 
-@pytest.mark.parametrize("length", [0, 1, 2])
 @pytest.mark.parametrize("rules", ["paper", "official"])
-def test_short_captions_do_not_fail(tokenizer, rules, length):
-    for sample in range(200):
-        assert len(mask_tokens(caption(length), tokenizer, rules, CounterRandom(4, 3, 0, sample)).ids) == length
+def test_captions_of_any_length_in_one_batch_are_masked_as_alone(tokenizer, rules):
+    lengths = np.array([0, 1, 2, 7, 0, 12, 3] * 50)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    random = np.random.default_rng(0)
+    starts = random.integers(0, 2, offsets[-1]).astype(np.uint8)
+    starts[offsets[:-1][lengths > 0]] = 1
+    whole = TokenBatch(random.integers(6, 20, offsets[-1]), starts, offsets)
+    numbers = draws(4, len(lengths), word_draws(12))
+    ids, targets = mask_tokens(whole, tokenizer, rules, numbers)
+    for i in range(len(lengths)):
+        alone = whole.take(np.array([i]), 12)
+        expected = mask_tokens(alone, tokenizer, rules, numbers[i : i + 1])
+        np.testing.assert_array_equal(ids[offsets[i] : offsets[i + 1]], expected[0])
+        np.testing.assert_array_equal(targets[offsets[i] : offsets[i + 1]], expected[1])
 
 
 def iou_by_pixels(first, second):
@@ -95,7 +107,8 @@ def iou_by_pixels(first, second):
 def test_iou_equals_counted_pixels():
     random = np.random.default_rng(0)
     boxes = np.sort(random.integers(0, 60, size=(40, 2, 2)), axis=1).reshape(40, 4)
-    overlap = box_iou(boxes.astype(np.float32), boxes.astype(np.float32))
+    corners = boxes.T.astype(np.float32)
+    overlap = iou(corners[:, :, None], corners[:, None, :])
     for i in range(40):
         for j in range(40):
             assert abs(overlap[i, j] - iou_by_pixels(boxes[i], boxes[j])) < 1e-6
@@ -104,24 +117,32 @@ def test_iou_equals_counted_pixels():
 @pytest.mark.parametrize(("rules", "rate"), [("paper", 0.15), ("official", 0.10)])
 def test_regions_apart_are_hidden_at_the_anchor_rate(rules, rate):
     apart = np.array([[i * 10, 0, i * 10 + 5, 5] for i in range(10)], dtype=np.float32)
-    share = np.mean([mask_regions(apart, rules, CounterRandom(5, 4, 0, s)).mean() for s in range(SAMPLES)])
-    assert abs(share - rate) < 0.005
+    hidden = mask_regions(np.tile(apart, (SAMPLES, 1)), np.arange(SAMPLES + 1) * 10, rules, draws(5, SAMPLES, 10))
+    assert abs(hidden.mean() - rate) < 0.005
 
 
 @pytest.mark.parametrize(("rules", "rate"), [("paper", 0.15), ("official", 0.10)])
-def test_no_visible_region_overlaps_an_anchor(rules, rate):
-    """Anchors are known from the same draws; every region beyond the threshold is hidden, and no other one."""
+def test_what_overlaps_an_anchor_is_hidden_and_nothing_else(rules, rate):
+    """Against a loop over pairs of boxes; images of 1 to 12 regions in one batch."""
     random = np.random.default_rng(1)
-    for sample in range(SAMPLES):
-        corner = random.uniform(0, 50, size=(12, 2))
-        boxes = np.concatenate([corner, corner + random.uniform(10, 50, size=(12, 2))], axis=1).astype(np.float32)
-        anchors = CounterRandom(6, 4, 0, sample).uniform(12) < rate
-        hidden = mask_regions(boxes, rules, CounterRandom(6, 4, 0, sample))
-        overlap = box_iou(boxes[anchors], boxes)
-        beyond = overlap > 0.4 if rules == "paper" else overlap >= 0.4
-        assert (hidden == (anchors | beyond.any(axis=0))).all()
+    counts = random.integers(1, 13, 3000)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    corner = random.uniform(0, 50, size=(offsets[-1], 2))
+    boxes = np.concatenate([corner, corner + random.uniform(10, 50, size=(offsets[-1], 2))], axis=1).astype(np.float32)
+    numbers = draws(6, len(counts), 12)
+    hidden = mask_regions(boxes, offsets, rules, numbers)
+    seen = 0
+    for i, count in enumerate(counts):
+        mine = boxes[offsets[i] : offsets[i + 1]]
+        anchors = numbers[i, :count] < rate
+        for j in range(count):
+            overlaps = [float(iou(mine[j], mine[a])) for a in np.flatnonzero(anchors)]
+            near = any(o > 0.4 if rules == "paper" else o >= 0.4 for o in overlaps)
+            assert hidden[offsets[i] + j] == (anchors[j] or near)
+            seen += near and not anchors[j]
+    assert seen > 100
 
 
 def test_a_box_without_area_can_be_an_anchor():
     point = np.tile([[3.0, 3.0, 3.0, 3.0]], (200, 1)).astype(np.float32)
-    assert mask_regions(point, "paper", CounterRandom(7, 4, 0, 0)).any()
+    assert mask_regions(point, np.array([0, 200]), "paper", draws(7, 1, 200)).any()

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from megatron_interbert.config import RunConfig
-from megatron_interbert.data.packing import Example, pack
-from megatron_interbert.data.pretraining import BatchStream, PretrainingSet
-from megatron_interbert.data.store import RegionStore
+from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.data.loader import BatchStream
+from megatron_interbert.data.packing import Example, normalised_locations, pack, to_batch
+from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
-from tests.corpus import FEATURES, write_store
+from tests.corpus import FEATURES, VOCABULARY, write_store
 from tests.shared import SHARED, needs_shared
 
 
@@ -23,7 +24,7 @@ def path(tmp_path_factory):
 
 def dataset(path, **changes):
     config = RunConfig(data_path=str(path), data_partitions=8, micro_batch_size=4, global_batch_size=8, **changes)
-    return PretrainingSet(RegionStore(str(path)), CaptionTokenizer(str(path / "vocab.txt")), config)
+    return PretrainingSet(Corpus([str(path)]), CaptionTokenizer(str(path / "vocab.txt")), config)
 
 
 def same(a, b):
@@ -61,20 +62,31 @@ def test_an_error_in_a_loader_process_stays_one_clear_line(path, tmp_path):
 def test_the_same_sample_gets_the_same_mask_in_any_batch(path):
     data = dataset(path)
     for epoch, sample in ((0, 3), (2, 17)):
-        first, second = data.example(epoch, sample), dataset(path).example(epoch, sample)
-        np.testing.assert_array_equal(first.token_ids, second.token_ids)
-        np.testing.assert_array_equal(first.hidden_regions, second.hidden_regions)
-    masks = {tuple(data.example(epoch, 3).hidden_regions) for epoch in range(60)}
+        alone, among = data.fields([(epoch, sample)]), dataset(path).fields([(1, 8), (epoch, sample), (0, 60)])
+        text, image = (among[f"{kind}_offsets"][1:3] for kind in ("text", "image"))
+        np.testing.assert_array_equal(alone["token_ids"], among["token_ids"][slice(*text)])
+        regions = image - [1, 2]  # before it stand one and two [IMG]
+        hidden = among["hidden_regions"]
+        np.testing.assert_array_equal(alone["hidden_regions"], hidden[(hidden >= regions[0]) & (hidden < regions[1])] - regions[0])
+    masks = {tuple(data.fields([(epoch, 3)])["hidden_regions"]) for epoch in range(60)}
     assert len(masks) > 1, "epochs must differ"
+
+
+def drawn_captions(data, epochs, samples=80):
+    """[epochs * samples, 2]: caption shown, sample."""
+    keys = np.stack(np.meshgrid(np.arange(epochs), np.arange(samples)), axis=-1).reshape(-1, 2)
+    return np.stack([data.draw_captions(keys[:, 0], keys[:, 1]), keys[:, 1]], axis=1)
 
 
 def test_half_of_the_pairs_are_mismatched_with_captions_of_other_images(path):
     data = dataset(path)
-    drawn = np.array([[data.draw_caption(epoch, sample), sample] for epoch in range(150) for sample in range(80)])
+    drawn = drawn_captions(data, 150)
     mismatched = drawn[:, 0] != drawn[:, 1]
     assert abs(mismatched.mean() - 0.5) < 0.02
-    image = data.store.caption_image
+    image = data.corpus.caption_image
     assert (image[drawn[mismatched, 0]] != image[drawn[mismatched, 1]]).all()
+    counts = np.bincount(drawn[mismatched, 0], minlength=80)
+    assert counts.min() > 0.5 * counts.mean(), "every caption serves as a negative"
 
 
 def test_a_fifth_of_the_negatives_are_hard_where_the_file_is(tmp_path):
@@ -84,7 +96,7 @@ def test_a_fifth_of_the_negatives_are_hard_where_the_file_is(tmp_path):
     table[:, 1] = np.arange(80) ^ 1  # the other caption of the same image: must never be used
     np.save(path / "hard_negatives.npy", table)
     data = dataset(path)
-    drawn = np.array([[data.draw_caption(epoch, sample), sample] for epoch in range(250) for sample in range(80)])
+    drawn = drawn_captions(data, 250)
     negatives = drawn[drawn[:, 0] != drawn[:, 1]]
     hard = negatives[:, 0] == (negatives[:, 1] + 40) % 80
     by_chance = 0.8 / 78
@@ -98,19 +110,47 @@ def test_a_fifth_of_the_negatives_are_hard_where_the_file_is(tmp_path):
 def test_msm_on_mismatched_is_a_switch(path):
     on, off = dataset(path), dataset(path, msm_on_mismatched=False)
     for sample in range(80):
-        kept, dropped = on.example(0, sample), off.example(0, sample)
-        assert len(dropped.msm_labels) == (0 if dropped.mismatched else len(kept.msm_labels))
+        kept, dropped = on.fields([(0, sample)]), off.fields([(0, sample)])
+        assert len(dropped["msm_labels"]) == (0 if dropped["mismatched"][0] else len(kept["msm_labels"]))
 
 
 def test_targets_are_what_was_hidden(path):
     data = dataset(path)
     for sample in range(80):
-        example = data.example(1, sample)
-        caption = data.store.caption(data.draw_caption(1, sample))
+        fields = data.fields([(1, sample)])
+        caption = data.corpus.caption(int(data.draw_captions(np.array([1]), np.array([sample]))[0]))
         ids = data.tokenizer.encode(caption, 36).ids
-        restored = example.token_ids.copy()
-        restored[example.msm_positions] = example.msm_labels
+        restored = fields["token_ids"].copy()
+        restored[fields["msm_positions"]] = fields["msm_labels"]
         np.testing.assert_array_equal(restored, [data.tokenizer.cls, *ids, data.tokenizer.sep])
+
+
+def test_a_batch_is_what_pack_makes_of_its_samples(path):
+    """The fields made for a whole batch against the ones laid end to end from single samples, read by the plain reader."""
+    data = dataset(path, max_regions=5)
+    pairs = [(0, 3), (1, 40), (0, 79), (5, 0), (2, 16)]
+    whole, examples = to_batch(data.fields(pairs)), []
+    for epoch, sample in pairs:
+        one = data.fields([(epoch, sample)])
+        regions = data.corpus.stores[0].read(int(data.corpus.caption_image[sample]), 5)
+        hidden = np.zeros(len(regions.features), bool)
+        hidden[one["hidden_regions"]] = True
+        examples.append(
+            Example(
+                token_ids=one["token_ids"],
+                token_types=one["token_types"],
+                features=regions.features,
+                locations=normalised_locations(regions.boxes, regions.size),
+                class_ids=regions.class_ids,
+                class_probs=regions.class_probs,
+                hidden_regions=hidden,
+                msm_positions=one["msm_positions"],
+                msm_labels=one["msm_labels"],
+                mismatched=int(one["mismatched"][0]),
+                sample_id=sample,
+            )
+        )
+    assert same(whole, pack(examples, FEATURES))
 
 
 def test_packing_of_ragged_samples_with_and_without_images():
@@ -153,10 +193,36 @@ def test_packing_of_ragged_samples_with_and_without_images():
 
 def test_long_captions_keep_their_end_mark(path):
     data = dataset(path, max_tokens=5)
-    for sample in range(20):
-        example = data.example(0, sample)
-        assert len(example.token_ids) <= 5
-        assert example.token_ids[-1] == data.tokenizer.sep
+    fields = data.fields([(0, sample) for sample in range(20)])
+    lengths = np.diff(fields["text_offsets"])
+    assert lengths.max() == 5
+    assert (fields["token_ids"][fields["text_offsets"][1:] - 1] == data.tokenizer.sep).all()
+    assert (fields["token_ids"][fields["text_offsets"][:-1]] == data.tokenizer.cls).all()
+
+
+def test_stored_tokens_equal_those_made_while_loading(path, tmp_path):
+    """The store's token file, another vocabulary (tokenised while loading), and both kinds of stores together."""
+    other = tmp_path / "other.txt"
+    other.write_text((path / "vocab.txt").read_text() + "zebra\n")
+    stored, live = (CaptionTokenizer(str(file)) for file in (path / "vocab.txt", other))
+    corpus = Corpus([str(path)])
+    assert corpus.stores[0].captions.token_vocabulary == stored.sha256 != live.sha256
+    captions = np.array([5, 79, 0, 5, 33])
+    for longest in (3, 34):
+        one, two = (corpus.tokens(captions, tokenizer, longest) for tokenizer in (stored, live))
+        for name in ("ids", "word_starts", "offsets"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+    for number, caption in enumerate(captions):
+        alone = stored.encode(corpus.caption(int(caption)), 36)
+        np.testing.assert_array_equal(one.ids[one.offsets[number] : one.offsets[number + 1]], alone.ids)
+        starts = one.word_starts[one.offsets[number] : one.offsets[number + 1]]
+        np.testing.assert_array_equal(np.cumsum(starts) - 1, alone.words)
+    build = write_store(tmp_path / "second", images=8, vocabulary="\n".join([*VOCABULARY, "zebra"]) + "\n")
+    both = Corpus([str(path), str(build)])
+    mixed = both.tokens(np.array([90, 3, 81]), stored, 34)
+    for number, caption in enumerate((90, 3, 81)):
+        expected = stored.encode(both.caption(caption), 36).ids
+        np.testing.assert_array_equal(mixed.ids[mixed.offsets[number] : mixed.offsets[number + 1]], expected)
 
 
 def test_unusable_vocabulary_and_language_are_refused(path, tmp_path):

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from megatron_interbert.config import RunConfig
+from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.order import MicroBatches
 from megatron_interbert.data.pretraining import PretrainingSet
-from megatron_interbert.data.store import RegionStore
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.model.initialise import initialise
@@ -48,7 +48,7 @@ def run_config(store, **changes):
 
 
 def parts(config, state, streams):
-    store = RegionStore(config.data_path)
+    store = Corpus([config.data_path])
     tokenizer = CaptionTokenizer(config.data_path + "/vocab.txt")
     sizes = fit_to_data(PRESETS["tiny"], tokenizer.vocab_size, store.feature_dim, store.num_classes, "test")
     sizes = sizes if config.dropout else sizes.without_dropout()

@@ -1,0 +1,134 @@
+"""One region store or several as one corpus: captions and images are numbered through, in the order of the stores."""
+
+import bisect
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_interbert.data.store import RegionStore
+from megatron_interbert.data.text import CaptionTokenizer, TokenBatch
+from megatron_interbert.errors import UsageError
+
+
+class Corpus:
+    """Captions 0 .. num_captions-1 and images 0 .. num_images-1 over all stores, which must be of one detector."""
+
+    def __init__(self, paths: Sequence[str], strict_boxes: bool = False, allow_other_detector: bool = False) -> None:
+        if not paths:
+            raise UsageError("--data-path is missing; give a region store, or make the sample corpus with tools/make_sample.py")
+        self.stores = [RegionStore(path, strict_boxes) for path in paths]
+        first = self.stores[0]
+        self.strict_boxes = strict_boxes
+        self.feature_dim, self.num_classes = first.feature_dim, first.num_classes
+        for other in self.stores[1:]:
+            self.check_alike(other, allow_other_detector)
+        self.first_image = np.cumsum([0, *(store.num_images for store in self.stores)])
+        self.first_caption = np.cumsum([0, *(store.num_captions for store in self.stores)])
+        self._images_before = self.first_image.tolist()
+        self.num_images, self.num_captions = int(self.first_image[-1]), int(self.first_caption[-1])
+        self.caption_image = np.concatenate(
+            [s.caption_image + start for s, start in zip(self.stores, self.first_image, strict=False)]
+        )
+        self.region_counts = np.concatenate([store.region_counts() for store in self.stores])
+        self._hard: list[np.ndarray | None] | None = None
+
+    def check_alike(self, other: RegionStore, allow_other_detector: bool, flag: str = "--data-path") -> None:
+        """UsageError unless a store has features like those of this corpus."""
+        first = self.stores[0]
+        if (other.feature_dim, other.num_classes) != (first.feature_dim, first.num_classes):
+            raise UsageError(
+                f"{flag} {other.path}: features of {other.feature_dim} and {other.num_classes} classes,"
+                f" but {first.path} has {first.feature_dim} and {first.num_classes}; use stores of one detector"
+            )
+        check_detector(first.manifest["detector"], other.manifest["detector"], f"{flag} {other.path}", allow_other_detector)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_hard": None}
+
+    @property
+    def path(self) -> str:
+        """For messages."""
+        return ", ".join(str(store.path) for store in self.stores)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether all regions have class labels."""
+        return all("none" not in str(store.manifest.get("soft_labels", "")).split(" and ") for store in self.stores)
+
+    def caption(self, index: int) -> str:
+        """Text of a caption."""
+        store = int(np.searchsorted(self.first_caption, index, side="right")) - 1
+        return self.stores[store].caption(index - int(self.first_caption[store]))
+
+    def languages(self) -> np.ndarray:
+        """Language tag of each caption, array of str [captions]."""
+        return np.concatenate([store.languages() for store in self.stores])
+
+    def tokens(self, captions: np.ndarray, tokenizer: CaptionTokenizer, longest: int) -> TokenBatch:
+        """Pieces of some captions [n], the first `longest` of each: from the stores' token files where they fit the vocabulary."""
+        owner = np.searchsorted(self.first_caption, captions, side="right") - 1
+        parts, rows = [], []
+        for number in np.unique(owner):
+            mine = np.flatnonzero(owner == number)
+            parts.append(self._tokens_of(self.stores[number], captions[mine] - self.first_caption[number], tokenizer, longest))
+            rows.append(mine)
+        if len(parts) == 1:
+            return parts[0]
+        return TokenBatch.join(parts).take(np.argsort(np.concatenate(rows)), longest)
+
+    @staticmethod
+    def _tokens_of(store: RegionStore, captions: np.ndarray, tokenizer: CaptionTokenizer, longest: int) -> TokenBatch:
+        if store.captions.token_vocabulary == tokenizer.sha256:
+            return store.captions.tokens.take(captions, longest)
+        return tokenizer.encode_batch([store.caption(int(c)) for c in captions]).take(np.arange(len(captions)), longest)
+
+    def caption_bytes(self) -> np.ndarray:
+        """int32 [captions]: bytes of each caption, a measure of its tokens that costs nothing."""
+        return np.concatenate([np.diff(store.captions.offsets) for store in self.stores]).astype(np.int32)
+
+    def has_hard_negatives(self) -> bool:
+        """Whether any store has mined negatives; reads and so checks their tables."""
+        return any(table is not None for table in self._hard_tables())
+
+    def hard_negatives(self, caption: int) -> np.ndarray:
+        """int64 [<= K]: captions to use as hard negatives of a caption."""
+        store = int(np.searchsorted(self.first_caption, caption, side="right")) - 1
+        table = self._hard_tables()[store]
+        if table is None:
+            return np.zeros(0, np.int64)
+        row = np.asarray(table[caption - self.first_caption[store]], dtype=np.int64)
+        return row[row >= 0] + self.first_caption[store]
+
+    def _hard_tables(self) -> list[np.ndarray | None]:
+        if self._hard is None:
+            self._hard = [store.hard_negatives() for store in self.stores]
+        return self._hard
+
+    def read_rows(self, image: int, out: Sequence[np.ndarray]) -> np.ndarray:
+        """See RegionStore.read_rows."""
+        store = bisect.bisect_right(self._images_before, image) - 1
+        return self.stores[store].read_rows(image - self._images_before[store], out)
+
+    def complain(self, image: int) -> None:
+        """Read an image with every check, so that the UsageError names its file and what is wrong."""
+        store = bisect.bisect_right(self._images_before, image) - 1
+        self.stores[store].read(image - self._images_before[store])
+
+    def label_width(self) -> int:
+        """Entries of a soft label."""
+        widths = {store.label_width() for store in self.stores}
+        if len(widths) > 1:
+            raise UsageError(
+                f"--data-path {self.path}: soft labels with {', '.join(map(str, sorted(widths)))} entries;"
+                " build the stores with one --soft-labels"
+            )
+        return widths.pop()
+
+
+def check_detector(expected: dict | None, found: dict | None, where: str, allowed: bool) -> None:
+    """UsageError when two detectors are known and differ: their features mean different things."""
+    if expected and found and expected != found and not allowed:
+        raise UsageError(
+            f"{where}: features of the detector {found}, expected those of {expected}; use features of that detector,"
+            " or give --allow-other-detector"
+        )

@@ -1,0 +1,242 @@
+"""Loader processes: batches in the order of the stream, features in shared memory that is used again and again.
+
+Each process owns a few slots of one shared mapping. It reads the regions of a batch from disk straight into a slot; the training
+process sees the same memory as the batch's features, and the slot is free again when the last tensor on it is gone. So features
+are copied once, by the kernel, and memory does not grow. The small fields of a batch travel through a pipe.
+
+A process that dies is noticed at once, an error in one comes as its message, a read that hangs ends after `data_timeout` seconds.
+"""
+
+import contextlib
+import mmap
+import multiprocessing
+import os
+import pickle
+import signal
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_interbert.data.order import MicroBatches
+from megatron_interbert.data.packing import PackedBatch, to_batch
+from megatron_interbert.data.pretraining import PretrainingSet
+from megatron_interbert.errors import TrainingStopped, UsageError
+
+SLOTS = 4  # batches that one process may have ready or in use
+
+
+class SharedFile:
+    """Anonymous shared memory by its file descriptor: no name, so nothing is left behind when a process is killed."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.descriptor = os.memfd_create("region features")
+        os.ftruncate(self.descriptor, size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"size": self.size, "descriptor": multiprocessing.reduction.DupFd(self.descriptor)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.size, self.descriptor = state["size"], state["descriptor"].detach()
+
+    def map(self) -> mmap.mmap:
+        """The memory, in this process."""
+        return mmap.mmap(self.descriptor, self.size)
+
+
+class SlotMemory:
+    """One use of a slot. NumPy keeps it alive as the owner of its memory, so its end is the end of the last array on it."""
+
+    def __init__(self, mapping: mmap.mmap, start: int, shape: tuple[int, int]) -> None:
+        self.mapping = mapping
+        address = np.frombuffer(mapping, np.uint8).__array_interface__["data"][0] + start
+        self.__array_interface__ = {"shape": shape, "typestr": "<f2", "data": (address, False), "version": 3}
+
+
+def _work(
+    dataset: PretrainingSet, connection: Connection, memory: SharedFile, slot_bytes: int, others: Sequence[Connection]
+) -> None:
+    """A loader process: (slot, pairs) in, fields of the batch out, until the other side is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the training process, and that ends this one
+    for other in others:
+        other.close()  # copies of pipe ends from the fork would keep pipes open whose owner has died
+    torch.set_num_threads(1)
+    mapping = memory.map()
+    while True:
+        try:
+            slot, pairs = connection.recv()
+        except (EOFError, OSError):
+            os._exit(0)
+        result: tuple[str, Any]
+        try:
+            result = "batch", _into_slot(dataset, pairs, mapping, slot, slot_bytes)
+        except UsageError as error:
+            result = "wrong input", str(error)
+        except BaseException:  # whatever it is, the training process must hear of it
+            result = "failure", traceback.format_exc()
+        try:
+            connection.send_bytes(pickle.dumps(result, protocol=5))
+        except OSError:
+            os._exit(0)
+
+
+def _into_slot(
+    dataset: PretrainingSet, pairs: list[tuple[int, int]], mapping: mmap.mmap, slot: int | None, slot_bytes: int
+) -> dict[str, Any]:
+    """The fields of a batch; with a slot the features stay there and their shape goes instead."""
+    if slot is None:
+        return dataset.fields(pairs)
+
+    def allocate(shape: tuple[int, int]) -> np.ndarray:
+        return np.frombuffer(mapping, np.float16, shape[0] * shape[1], slot * slot_bytes).reshape(shape)
+
+    fields = dataset.fields(pairs, allocate)
+    fields["features"] = fields["features"].shape
+    return fields
+
+
+class LoaderProcess:
+    """One loader process as the training process sees it."""
+
+    def __init__(self, number: int, dataset: PretrainingSet, start: str, others: list[Connection]) -> None:
+        config = dataset.config
+        rows = config.micro_batch_size * min(config.max_regions, int(dataset.corpus.region_counts.max()))
+        self.slot_bytes = -(-rows * dataset.corpus.feature_dim * 2 // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.number, self.memory = number, SharedFile(SLOTS * self.slot_bytes)
+        self.mapping = self.memory.map()
+        self.free = deque(range(SLOTS))
+        self.asked: deque[int | None] = deque()  # slots of the batches under way, in their order
+        context = multiprocessing.get_context(start)
+        self.connection, theirs = context.Pipe()
+        inherited = [*others, self.connection] if start == "fork" else []
+        self.process = context.Process(
+            target=_work, args=(dataset, theirs, self.memory, self.slot_bytes, inherited), daemon=True, name=f"loader {number}"
+        )
+        self.process.start()
+        theirs.close()
+
+    def ask(self, pairs: list[tuple[int, int]]) -> None:
+        """Order a batch. Without a free slot it comes through the pipe: slower, but a caller may keep as many as it likes."""
+        slot = self.free.popleft() if self.free else None
+        self.asked.append(slot)
+        with contextlib.suppress(OSError):  # it has died: `take` says so
+            self.connection.send((slot, pairs))
+
+    def take(self, timeout: float) -> PackedBatch:
+        """The next batch in order; UsageError or TrainingStopped, local to this rank, when there is none."""
+        slot = self.asked.popleft()
+        if self.connection not in wait([self.connection, self.process.sentinel], timeout):
+            raise self._gone(timeout)
+        try:
+            kind, content = pickle.loads(self.connection.recv_bytes())
+        except (EOFError, OSError):
+            raise self._gone(timeout) from None
+        if kind == "batch":
+            if slot is not None:
+                content["features"] = self._features(slot, content["features"])
+            return to_batch(content)
+        if kind == "wrong input":
+            raise local(UsageError(content))
+        raise local(TrainingStopped(f"loader process {self.number} failed: {content.strip().splitlines()[-1]}\n{content}"))
+
+    def _features(self, slot: int, shape: tuple[int, int]) -> np.ndarray:
+        memory = SlotMemory(self.mapping, slot * self.slot_bytes, shape)
+        weakref.finalize(memory, self.free.append, slot)
+        return np.asarray(memory)
+
+    def _gone(self, timeout: float) -> Exception:
+        self.process.join(0.5)
+        code = self.process.exitcode
+        if code is None:
+            return local(
+                TrainingStopped(
+                    f"loader process {self.number} (pid {self.process.pid}) has given no batch for {timeout:g} s: the disk of the region"
+                    " store hangs or is far too slow; the same command goes on from the newest checkpoint (--data-timeout changes this)"
+                )
+            )
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return local(
+            TrainingStopped(
+                f"loader process {self.number} (pid {self.process.pid}) {how}; memory may have run out: lower --num-workers or"
+                " --micro-batch-size; the same command goes on from the newest checkpoint"
+            )
+        )
+
+
+def local(error: Exception) -> Exception:
+    """Mark an error that the other ranks do not know of: this one must speak."""
+    error.local = True
+    return error
+
+
+class BatchStream:
+    """Endless micro-batches of one data-parallel rank after `consumed` samples, `num_workers` processes ahead."""
+
+    def __init__(
+        self,
+        dataset: PretrainingSet,
+        consumed: int,
+        global_batch: int,
+        rank: int,
+        ranks: int,
+        pin_memory: bool = False,
+        workers: int | None = None,
+    ) -> None:
+        self.dataset, self.pin_memory = dataset, pin_memory
+        self.workers = dataset.config.num_workers if workers is None else workers
+        self.positions = MicroBatches(consumed, global_batch, dataset.config.micro_batch_size, rank, ranks)
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        batches = self._from_processes() if self.workers else self._here()
+        return pinned_ahead(batches) if self.pin_memory else batches
+
+    def _pairs(self) -> Iterator[list[tuple[int, int]]]:
+        for positions in self.positions:
+            yield [self.dataset.order.at(position) for position in positions]
+
+    def _here(self) -> Iterator[PackedBatch]:
+        for pairs in self._pairs():
+            try:
+                yield to_batch(self.dataset.fields(pairs))
+            except UsageError as error:
+                raise local(error) from None
+
+    def _from_processes(self) -> Iterator[PackedBatch]:
+        config = self.dataset.config
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it forks; parallelism is ours
+        processes: list[LoaderProcess] = []
+        try:
+            for number in range(self.workers):
+                processes.append(LoaderProcess(number, self.dataset, config.worker_start, [p.connection for p in processes]))
+            pairs, turn = self._pairs(), 0
+            for _ in range(SLOTS - 1):
+                for process in processes:
+                    process.ask(next(pairs))
+            while True:
+                process = processes[turn % self.workers]
+                batch = process.take(config.data_timeout)
+                process.ask(next(pairs))
+                yield batch
+                del batch
+                turn += 1
+        finally:
+            for process in processes:
+                process.process.kill()
+                process.connection.close()
+
+
+def pinned_ahead(batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+    """The same batches in page-locked memory, one ahead: a thread copies while the device computes."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(lambda: next(batches).pin_memory())
+        while True:
+            batch = coming.result()
+            coming = pool.submit(lambda: next(batches).pin_memory())
+            yield batch

@@ -1,0 +1,143 @@
+"""What mining has done so far, kept beside hard_negatives.npy so that a killed command goes on and ends in the same table."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from megatron_interbert.config import read_json
+from megatron_interbert.data.store import HARD_NEGATIVES, MANIFEST, RegionStore, file_sha256
+from megatron_interbert.errors import UsageError
+
+FORMAT = 1
+PLAN, ASSEMBLED, DONE = "plan.json", "assembled.npy", "done.json"
+
+
+class WorkFolder:
+    """`hard_negatives.npy.partial` beside the output: the plan, a file for each finished block, the table being assembled.
+
+    Held by one process at a time. A command killed anywhere finds here what it needs to end in the same table.
+    """
+
+    def __init__(self, store: RegionStore, options: dict[str, Any]) -> None:
+        self.output = store.path / HARD_NEGATIVES
+        self.path = store.path / f"{HARD_NEGATIVES}.partial"
+        self.block, self.top, self.captions = options["block"], options["top"], store.num_captions
+        self.plan = {
+            "format": FORMAT,
+            "store_sha256": file_sha256(store.path / MANIFEST),
+            "captions": store.num_captions,
+            **json.loads(json.dumps(options)),
+        }
+        self.blocks = -(-self.captions // self.block)
+
+    def __enter__(self) -> "WorkFolder":
+        self._lock: int | None = None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def open(self, restart: bool) -> None:
+        """Make the folder, or find the one of the same plan; UsageError when it belongs to another plan or process."""
+        self.path.mkdir(exist_ok=True)
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{self.path}: another command is mining this store; let it end first") from None
+        if restart:
+            for path in self.path.iterdir():
+                path.unlink()
+        if not (self.path / PLAN).exists():
+            _write_json(self.path / PLAN, self.plan)
+            return
+        found = read_json(self.path / PLAN, "mining plan")
+        differing = [key for key in self.plan if found.get(key) != self.plan[key]]
+        if differing:
+            was, now = (", ".join(f"{key} {plan.get(key)}" for key in differing) for plan in (found, self.plan))
+            raise UsageError(
+                f"{self.path}: unfinished work with {was}, now {now}; give the command as it was,"
+                " or --restart to throw that work away"
+            )
+
+    def rows_of(self, number: int) -> range:
+        """Captions of a block."""
+        return range(number * self.block, min((number + 1) * self.block, self.captions))
+
+    def read_block(self, number: int) -> np.ndarray | None:
+        """The rows of a block, or None when its file is not there or not whole."""
+        try:
+            rows = np.load(self._block_path(number), allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        return rows if rows.shape == (len(self.rows_of(number)), self.top) and rows.dtype == np.int32 else None
+
+    def write_block(self, number: int, rows: np.ndarray) -> None:
+        """Publish the rows [captions of the block, K]."""
+        with _published(self._block_path(number)) as handle:
+            np.save(handle, rows, allow_pickle=False)
+
+    def _block_path(self, number: int) -> Path:
+        return self.path / f"block-{number:06d}.npy"
+
+    def assemble(self) -> np.ndarray:
+        """All blocks in one file of the work folder, as a read-only map."""
+        table = np.lib.format.open_memmap(self.path / ASSEMBLED, "w+", np.int32, (self.captions, self.top))
+        for number in range(self.blocks):
+            rows = self.rows_of(number)
+            table[rows.start : rows.stop] = self.read_block(number)
+        table.flush()
+        with open(self.path / ASSEMBLED, "rb") as handle:
+            os.fsync(handle.fileno())
+        return np.load(self.path / ASSEMBLED, mmap_mode="r", allow_pickle=False)
+
+    def publish(self, summary: dict[str, Any]) -> None:
+        """The assembled table becomes the output, and the folder goes."""
+        _write_json(self.path / DONE, {"plan": self.plan, "summary": summary})
+        os.replace(self.path / ASSEMBLED, self.output)
+        _sync(self.output.parent)
+        self._remove()
+
+    def published(self) -> dict[str, Any] | None:
+        """Summary of the same command if it was killed when its table was in place already; the folder goes."""
+        if not (self.path / DONE).is_file() or (self.path / ASSEMBLED).exists() or not self.output.exists():
+            return None
+        done = read_json(self.path / DONE, "mining summary")
+        if done["plan"] != self.plan:
+            return None
+        self._remove()
+        return done["summary"]
+
+    def _remove(self) -> None:
+        for path in sorted(self.path.iterdir(), key=lambda path: path.name == DONE):  # the mark that all is done goes last
+            path.unlink()
+        self.path.rmdir()
+
+
+@contextmanager
+def _published(path: Path) -> Iterator[IO[bytes]]:
+    """A file that gets its name when it is whole and on disk."""
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "wb") as handle:
+        yield handle
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(beside, path)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with _published(path) as handle:
+        handle.write(json.dumps(value, indent=1, ensure_ascii=False).encode())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

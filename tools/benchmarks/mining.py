@@ -1,0 +1,168 @@
+"""Hard-negative mining at growing sizes: seconds, memory, recall of the pruned search, and what they extrapolate to."""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_interbert.data.mining.search import MiningOptions, Searcher
+from megatron_interbert.data.mining.text import build_index
+
+CONCEPTUAL_CAPTIONS = 3_300_000  # captions of the paper's largest corpus
+
+SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in ("a", "e", "i", "o", "u", "an", "or")]
+
+
+def read_coco(path: str | Path) -> list[str]:
+    """Captions of a COCO annotation file."""
+    return [record["caption"] for record in json.loads(Path(path).read_text(encoding="utf-8"))["annotations"]]
+
+
+def made_up_captions(count: int, seed: int = 0) -> list[str]:
+    """Captions of invented words drawn by Zipf's law, for when no real ones are at hand."""
+    random = np.random.default_rng(seed)
+    chance = 1 / np.arange(3, 5003)
+    words = [_name(random, 2) for _ in range(5000)]
+    drawn = iter(random.choice(words, size=count * 8, p=chance / chance.sum()))
+    return [" ".join(next(drawn) for _ in range(random.integers(4, 9))) for _ in range(count)]
+
+
+def _name(random: np.random.Generator, syllables: int) -> str:
+    return "".join(SYLLABLES[i] for i in random.integers(len(SYLLABLES), size=syllables))
+
+
+def grow(seeds: list[str], size: int, seed: int = 0, rare: float = 0.15) -> list[str]:
+    """`size` SYNTHETIC captions: the seeds, then halves of two of them joined at a word that both have.
+
+    A `rare` part of the new ones gets a made-up name, old or new, so that the vocabulary keeps growing with a power of the
+    size (Heaps' law, exponent near 0.5) as that of real corpora does. Joined halves repeat the seeds' phrases, so captions are
+    more alike than in a real corpus of the size.
+    """
+    random = np.random.default_rng(seed)
+    words = [caption.split() for caption in seeds[:size]]
+    holders: dict[str, list[tuple[int, int]]] = {}
+    for number, row in enumerate(words):
+        for place, word in enumerate(row):
+            holders.setdefault(word.lower(), []).append((number, place))
+    result, names = list(seeds[:size]), 0
+    while len(result) < size:
+        first = words[random.integers(len(words))]
+        if not first:
+            continue
+        cut = int(random.integers(len(first)))
+        other, place = holders[first[cut].lower()][random.integers(len(holders[first[cut].lower()]))]
+        joined = first[:cut] + words[other][place:]
+        if random.random() < rare:
+            names += 1
+            rank = names ** (1 - random.random() * 0.9)  # mostly old names; the newest now and then
+            joined.insert(int(random.integers(len(joined) + 1)), _name(np.random.default_rng(int(rank)), 4))
+        result.append(" ".join(joined))
+    return result
+
+
+def measure_size(captions: list[str], threads: int, recall_sample: int, search_sample: int) -> dict[str, float]:
+    """Seconds, bytes and recall of mining these captions, five to an image. Both searches are compiled before the clock runs.
+
+    `search_sample` captions are searched (0: all) and the seconds for all reckoned from them.
+    """
+    options = MiningOptions()
+    number = len(captions)
+    Searcher(build_index(captions[:1000], np.arange(1000) // 5), options, threads).search(np.arange(100))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    clock = time.perf_counter()
+    index = build_index(captions, np.arange(number) // 5)
+    indexed = time.perf_counter() - clock
+    searcher = Searcher(index, options, threads)
+    drawn = np.sort(np.random.default_rng(0).permutation(number)[: search_sample or number])
+    clock, processor = time.perf_counter(), time.process_time()
+    found, _ = searcher.search(drawn)
+    searched, processor = time.perf_counter() - clock, time.process_time() - processor
+    searched, processor = searched * number / len(drawn), processor * number / len(drawn)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    table = np.full((number, options.top), -1, dtype=np.int32)
+    table[drawn] = found
+    recall, lost = searcher.recall(table, recall_sample, captions=drawn)
+    few = drawn[:: max(len(drawn) // recall_sample, 1)]
+    clock = time.perf_counter()
+    searcher.search(few, "exact")
+    exact = (time.perf_counter() - clock) * number / len(few)
+    return {
+        "captions": number,
+        "terms": len(index.list_starts) - 1,
+        "entries_per_caption": len(index.terms) / number,
+        "index_seconds": indexed,
+        "search_seconds": searched,
+        "search_processor_seconds": processor,
+        "exact_search_seconds": exact,
+        "captions_per_second": number / (indexed + searched),
+        "peak_bytes_per_caption": (peak - before) * 1024 / number,
+        "searched": len(drawn),
+        "recall": recall,
+        "similarity_lost": lost,
+    }
+
+
+def _measure(send: Any, size: int, threads: int, recall_sample: int, search_sample: int, coco: str | None) -> None:
+    captions = grow(read_coco(coco) if coco else made_up_captions(25_000), size)
+    send.send(measure_size(captions, threads, recall_sample, search_sample))
+
+
+def fit_power(sizes: Sequence[float], seconds: Sequence[float], size: float) -> tuple[float, float]:
+    """Exponent of the power law through the points (least squares of the logarithms), and its value at `size`."""
+    exponent, constant = np.polyfit(np.log(sizes), np.log(seconds), 1)
+    return float(exponent), float(np.exp(constant + exponent * np.log(size)))
+
+
+def measure_mining(
+    sizes: Sequence[int], threads: int, recall_sample: int, coco: str | None = None, search_sample: int = 0
+) -> dict[str, Any]:
+    """Mining at each of `sizes`, each in a fresh process, and its extrapolation to 3.3 M captions.
+
+    Real captions (a COCO annotation file, `coco`) or made-up ones are the seed; beyond the seed they are SYNTHETIC (`grow`).
+    """
+    runs = []
+    context = multiprocessing.get_context("spawn")
+    for size in sizes:
+        receive, send = context.Pipe(duplex=False)
+        worker = context.Process(target=_measure, args=(send, size, threads, recall_sample, search_sample, coco))
+        worker.start()
+        send.close()
+        runs.append(receive.recv())
+        worker.join()
+    result = {
+        "seed": "COCO captions" if coco else "made-up captions",
+        "captions": "synthetic beyond the seed",
+        "threads": threads,
+        "runs": runs,
+    }
+    if len(runs) > 1:
+        for name in ("index_seconds", "search_seconds", "search_processor_seconds", "exact_search_seconds"):
+            exponent, there = fit_power([run["captions"] for run in runs], [run[name] for run in runs], CONCEPTUAL_CAPTIONS)
+            result[name] = {"exponent": exponent, "at_3300000": there}
+    return result
+
+
+def run() -> None:
+    """Print the figures as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 400_000])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--recall-sample", type=int, default=300)
+    parser.add_argument("--search-sample", type=int, default=0, help="search only so many captions (default: all)")
+    parser.add_argument("--coco", help="captions_*.json of COCO as the seed")
+    options = parser.parse_args()
+    figures = measure_mining(options.sizes, options.threads, options.recall_sample, options.coco, options.search_sample)
+    print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    run()
