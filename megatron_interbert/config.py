@@ -303,7 +303,7 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
     """A JSON object from a file; UsageError naming `what` when it is missing or malformed."""
     try:
         value = json.loads(read_text(path, what))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UsageError(f"{what}: {path} is not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise UsageError(f"{what}: {path} holds a {type(value).__name__}, expected an object")

@@ -3,6 +3,8 @@
 Any process may draw from the whole corpus, while region features are read from a rank's own shards.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -40,13 +42,16 @@ class CaptionFile:
         return CaptionFile, (self.folder,)
 
     def __getitem__(self, index: int) -> str:
-        return bytes(self.text[self.offsets[index] : self.offsets[index + 1]]).decode("utf-8")
+        try:
+            return bytes(self.text[self.offsets[index] : self.offsets[index + 1]]).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{self.folder / CAPTIONS}: caption {index} is not UTF-8 ({error}); restore the file") from error
 
     def languages(self) -> np.ndarray:
         """Language tag of each caption, array of str [captions]; empty string where unknown."""
         with _open(self.folder / CAPTIONS) as file:
             names = [n.decode() if isinstance(n, bytes) else str(n) for n in file.attrs["languages"]]
-        return np.array(names, dtype=object)[self._language]
+            return np.array(names, dtype=object)[self._language]
 
     def image_regions(self) -> np.ndarray | None:
         """int32 [images]: regions of each image; None in stores that were written before this was kept."""
@@ -54,19 +59,21 @@ class CaptionFile:
             return file["image_regions"][:] if "image_regions" in file else None
 
 
-def _open(path: Path) -> h5py.File:
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[h5py.File]:
+    """The file, with whatever goes wrong while reading it as one line."""
     try:
-        return h5py.File(path, "r")
+        with h5py.File(path, "r") as file:
+            yield file
+    except UsageError:
+        raise
     except HDF5_ERRORS as error:
-        raise UsageError(f"{path}: cannot be read as HDF5 ({error}); restore it or rebuild") from error
+        raise UsageError(f"{path}: cannot be read as HDF5 ({error}); restore it or rebuild the store") from error
 
 
 def _map_all(path: Path, names: tuple[str, ...]) -> tuple[np.ndarray, ...]:
     with _open(path) as file:
-        try:
-            return tuple(_map(path, file[name]) for name in names)
-        except HDF5_ERRORS as error:
-            raise UsageError(f"{path}: cannot be read as HDF5 ({error}); restore it or rebuild") from error
+        return tuple(_map(path, file[name]) for name in names)
 
 
 def _map(path: Path, dataset: h5py.Dataset) -> np.ndarray:

@@ -115,7 +115,7 @@ def guess_format(path: str) -> str:
         try:
             if isinstance(json.loads(first), dict) and len(start) > len(first) + 1:
                 return "jsonl"
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             pass
         return _guess_json(path)
     if re.match(r"^\S+#\S*\d\s", first):
@@ -152,7 +152,7 @@ def _checked(row: CaptionRow, path: str) -> CaptionRow | str:
     keys, text, language = row
     if not isinstance(text, str) or not isinstance(language, str):
         return f"{path}: image {keys[0][:80]}: caption is {type(text).__name__}, expected text"
-    text = " ".join(text.split())
+    text = " ".join(text.replace("\0", " ").split())
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,6 +1,7 @@
 """`manifest.json` of a region store: names of the files, reading and checking."""
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,8 @@ def _check_fields(values: Any, fields: dict[str, type], where: str) -> None:
 
 def _check_file(store: Path, entry: dict[str, Any]) -> None:
     path = store / Path(entry["file"]).name
-    if not path.is_file():
-        raise UsageError(f"{path}: missing, but listed in {MANIFEST}; {REBUILD}")
+    if not os.path.isfile(path):  # also False for a name that no file can have
+        raise UsageError(f"{str(path)[:500]}: missing, but listed in {MANIFEST}; {REBUILD}")
     size = path.stat().st_size
     if size != entry["bytes"]:
         raise UsageError(f"{path}: {size} bytes, expected {entry['bytes']} (truncated?); {REBUILD}")

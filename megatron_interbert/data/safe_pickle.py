@@ -5,7 +5,8 @@ Published LMDB rows and the `info` fields of npz files are pickles. The ordinary
 
 import io
 import pickle
-from typing import Any, BinaryIO
+import pickletools
+from typing import Any
 
 import numpy as np
 
@@ -64,16 +65,21 @@ class _Unpickler(pickle.Unpickler):
         raise UnsafePickle("it refers to something outside of it")
 
 
-def load(handle: BinaryIO) -> Any:
+def _check_sizes(data: bytes) -> None:
+    """ValueError for a damaged pickle that would make the unpickler ask for absurd amounts of memory."""
+    for operation, argument, _ in pickletools.genops(data):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT", "FRAME") and argument > len(data):
+            raise ValueError(f"{operation.name} {argument} in {len(data)} bytes")
+        if operation.name == "STOP":
+            return
+
+
+def loads(data: bytes) -> Any:
     """One pickled value. UnsafePickle when it names anything else; ValueError when it is damaged."""
     try:
-        return _Unpickler(handle, encoding="latin1").load()
+        _check_sizes(data)
+        return _Unpickler(io.BytesIO(data), encoding="latin1").load()
     except UnsafePickle:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"damaged pickle ({type(error).__name__}: {error})") from error
-
-
-def loads(data: bytes) -> Any:
-    """`load` from bytes."""
-    return load(io.BytesIO(data))

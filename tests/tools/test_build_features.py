@@ -4,9 +4,7 @@ import hashlib
 import json
 import pickle
 import shutil
-import signal
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -24,7 +22,7 @@ from tests.data.formats import (
     write_lmdb,
     write_npz,
 )
-from tests.launching import launch, start
+from tests.launching import launch
 from tests.shared import SHARED, needs_shared
 
 DATA = SHARED / "data"
@@ -275,17 +273,18 @@ def test_unfinished_builds_are_not_mixed_up(tmp_path, images):
     assert (store.num_images, len(store.shards)) == (10, 2)
 
 
-def test_killed_at_any_moment_the_same_command_goes_on(tmp_path):
-    """A short form of tests/campaigns/builds.py."""
-    images = made_up_images(400, features=256)
-    flags = (tsv(tmp_path / "x.tsv", images), "--images-per-shard", 10, "--workers", 2)
-    build(tmp_path / "expected", *flags)
-    random = np.random.default_rng(0)
-    for delay in random.uniform(0.4, 2.0, size=6):
-        process = start(*command(*flags, "--output", tmp_path / "killed"))
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    build_again = launch(*command(*flags, "--output", tmp_path / "killed"))
-    assert build_again[0] == 0 or "already exists" in build_again[2]
-    assert content(tmp_path / "killed") == content(tmp_path / "expected")
+def test_killed_at_any_moment_the_same_command_goes_on():
+    """The short form of tests/campaigns/builds.py --kills 50."""
+    code, out, err = launch(sys.executable, "tests/campaigns/builds.py", "--kills", 6, "--seed", 3)
+    assert code == 0, out + err
+    assert "builds compared" in out
+
+
+def test_mutated_inputs_end_in_clear_errors():
+    """1,050 files of seven kinds; more: tests/campaigns/fuzzing.py --cases 20000."""
+    code, out, err = launch(sys.executable, "tests/campaigns/fuzzing.py", "--cases", 1050, "--seed", 0)
+    assert code == 0, out + err
+    assert "1050 mutated inputs: no crash, no hang, nothing half-written" in out
+    assert "without words" not in out
+    for kind in ("tsv", "json", "npz", "hdf5", "lmdb", "manifest", "shard"):
+        assert f"{kind} used" in out, "too much damage tests nothing but the front door"

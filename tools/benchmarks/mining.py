@@ -1,18 +1,14 @@
 """Hard-negative mining at growing sizes: seconds, memory, recall of the pruned search, and what they extrapolate to."""
 
-import argparse
 import json
 import multiprocessing
 import resource
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_interbert.data.mining.search import MiningOptions, Searcher
 from megatron_interbert.data.mining.text import build_index
@@ -149,20 +145,3 @@ def measure_mining(
             exponent, there = fit_power([run["captions"] for run in runs], [run[name] for run in runs], CONCEPTUAL_CAPTIONS)
             result[name] = {"exponent": exponent, "at_3300000": there}
     return result
-
-
-def run() -> None:
-    """Print the figures as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 400_000])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--recall-sample", type=int, default=300)
-    parser.add_argument("--search-sample", type=int, default=0, help="search only so many captions (default: all)")
-    parser.add_argument("--coco", help="captions_*.json of COCO as the seed")
-    options = parser.parse_args()
-    figures = measure_mining(options.sizes, options.threads, options.recall_sample, options.coco, options.search_sample)
-    print(json.dumps(figures, indent=1))
-
-
-if __name__ == "__main__":
-    run()

@@ -102,8 +102,7 @@ def read_image_ids(path: str, images: int, trust_pickle: bool) -> list[str]:
         if not trust_pickle:
             raise UsageError(f"--image-ids {path}: is a pickle; give --trust-pickle to read the numbers and strings in it")
         try:
-            with open(path, "rb") as handle:
-                value = safe_pickle.load(handle)
+            value = safe_pickle.loads(Path(path).read_bytes())
         except (OSError, ValueError) as error:
             raise UsageError(f"--image-ids {path}: {error}") from error
     else:

@@ -102,7 +102,7 @@ def _read_array(handle: IO[bytes], trust_pickle: bool) -> Any:
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read_header(handle)
     if dtype.hasobject:
-        value = safe_pickle.load(handle) if trust_pickle else None
+        value = safe_pickle.loads(handle.read()) if trust_pickle else None
         return value.item() if isinstance(value, np.ndarray) and value.shape == () else value
     count = int(np.prod(shape, dtype=np.float64)) if shape else 1
     if count * dtype.itemsize > LARGEST_ARRAY:

@@ -1,0 +1,170 @@
+"""What a save costs training, and how fast weights convert."""
+
+import argparse
+import dataclasses
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_interbert.config import RunConfig
+from megatron_interbert.data.packing import Example, PackedBatch, pack
+from megatron_interbert.errors import UsageError
+from megatron_interbert.model.initialise import initialise
+from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.model.presets import load_model_config
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.training.checkpoint import Checkpoints, Progress
+from megatron_interbert.training.engine import Engine, start_processes
+from megatron_interbert.weights.files import flush_file
+from megatron_interbert.weights.sources import open_source
+from megatron_interbert.weights.targets import Output, write_target
+
+
+class TrainingStep:
+    """Training steps of a model on one fixed random batch through the engine."""
+
+    def __init__(self, arguments: argparse.Namespace, save: Path) -> None:
+        device = start_processes()
+        self.config = RunConfig(
+            save=str(save),
+            micro_batch_size=arguments.batch,
+            global_batch_size=arguments.batch,
+            zero_stage=arguments.zero_stage,
+            bf16=arguments.bf16,
+            keep_last=1,
+        )
+        self.state = ParallelState()
+        if self.state.world_size > 1:
+            raise UsageError("benchmark checkpoint: start it as one process")
+        sizes = load_model_config(arguments.model)
+        if not (sizes.vocab_size and sizes.feature_dim and sizes.num_classes):
+            sizes = dataclasses.replace(sizes, vocab_size=1000, feature_dim=64, num_classes=100)
+        model = InterBert(sizes, state=self.state)
+        initialise(model, sizes, 0, self.state)
+        self.engine, self.task = Engine(model.to(device), self.config, self.state), PretrainingTask()
+        self.batch = random_training_batch(sizes, arguments.batch).to(device)
+        vocabulary = save.parent / "vocab.txt"
+        vocabulary.write_text("[PAD]\n")
+        described = {"store": "", "manifest_sha256": "", "vocabulary": "", "detector": {}}
+        self.checkpoints = Checkpoints(self.config, sizes, self.state, described, str(vocabulary))
+        self.progress = Progress()
+
+    def __call__(self) -> None:
+        loss, _ = self.task.loss(self.engine.forward(self.batch), self.batch, self.batch.target_counts())
+        self.engine.backward(loss, last=True)
+        self.engine.step(1e-4)
+        self.progress.step += 1
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+def random_training_batch(sizes: Any, samples: int) -> PackedBatch:
+    """Samples of 12 to 16 words and 36 regions with 2 targets of each kind."""
+    random = np.random.default_rng(0)
+    examples = []
+    for _ in range(samples):
+        ids = random.integers(0, sizes.vocab_size, random.integers(12, 17))
+        hidden = np.zeros(36, bool)
+        hidden[:2] = True
+        examples.append(
+            Example(
+                token_ids=ids,
+                token_types=np.zeros(len(ids), np.int64),
+                features=random.normal(size=(36, sizes.feature_dim)).astype(np.float16),
+                locations=random.uniform(size=(36, 5)).astype(np.float32),
+                class_ids=random.integers(0, sizes.num_classes, (36, 1)),
+                class_probs=np.ones((36, 1), np.float32),
+                hidden_regions=hidden,
+                msm_positions=np.arange(2),
+                msm_labels=ids[:2],
+            )
+        )
+    return pack(examples, sizes.feature_dim)
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def measure_saves(step: TrainingStep, folder: Path, repeats: int) -> dict[str, float]:
+    """Medians in seconds of a step, of what training waits for our save, of DeepSpeed's, and of steps while ours is written."""
+    for _ in range(2):
+        step()
+    found: dict[str, list[float]] = {"step": [], "stall": [], "written": [], "step_while_writing": [], "deepspeed_save": []}
+    for number in range(repeats + 1):
+        found["step"].append(seconds(step))
+        started = time.perf_counter()
+        step.checkpoints.save(step.engine, step.progress)
+        found["stall"].append(time.perf_counter() - started)
+        while step.checkpoints.writing():
+            found["step_while_writing"].append(seconds(step))
+        step.checkpoints.wait()
+        found["written"].append(float(step.checkpoints.messages()[-1].split("on disk after ")[1].split()[0]))
+        theirs = folder / "deepspeed"
+        found["deepspeed_save"].append(seconds(lambda to=theirs: step.engine.deepspeed.save_checkpoint(str(to), tag="x")))
+        shutil.rmtree(theirs)
+        if number == 0:  # the first of each makes buffers and warms up
+            found = {name: [] for name in found}
+    return {name: statistics.median(values) for name, values in found.items() if values}
+
+
+def measure_conversion(step: TrainingStep, folder: Path, repeats: int) -> dict[str, float]:
+    """MB/s of tensors: a plain copy of the file to the same disk (flushed), and conversion to each format."""
+    source = open_source(step.config.save)
+    megabytes = Output(source).bytes() / 1e6
+    file = next(source.path.glob("weights-*"))
+    ways: dict[str, Callable[[Path], Any]] = {"copy": lambda to: flush_file(Path(shutil.copyfile(file, to)))}
+    for kind, ranks in (("sharded", 1), ("sharded", 2), ("huggingface", 1), ("official", 1)):
+        name = f"{kind} TP{ranks}" if kind == "sharded" else kind
+        ways[name] = lambda to, kind=kind, ranks=ranks: write_target(kind, Output(source, tensor_parallel=ranks), to)
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):  # in turns, so that a slow moment of the disk meets all
+        for name, way in ways.items():
+            target = folder / "converted"
+            speeds[name].append(megabytes / seconds(lambda way=way, target=target: way(target)))
+            shutil.rmtree(target) if target.is_dir() else target.unlink()
+    return {name: statistics.median(values) for name, values in speeds.items()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of this benchmark."""
+    parser.add_argument("--model", default="base", help="preset or JSON of sizes")
+    parser.add_argument("--batch", type=int, default=32, help="samples of a step")
+    parser.add_argument("--zero-stage", type=int, default=1, choices=(0, 1, 2, 3))
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--repeats", type=int, default=5)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A table and its figures."""
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        step = TrainingStep(arguments, folder / "run")
+        saves = measure_saves(step, folder, arguments.repeats)
+        speeds = measure_conversion(step, folder, arguments.repeats)
+    print(f"model {arguments.model}, batch {arguments.batch}, ZeRO-{arguments.zero_stage}, {step.engine.precision}, medians of"
+          f" {arguments.repeats}")  # fmt: skip
+    print(f"{'training step':<46}{saves['step']:>9.3f} s")
+    rows = [
+        ("training waits for our save", "stall"),
+        ("DeepSpeed's engine.save_checkpoint (not flushed)", "deepspeed_save"),
+        ("our save until it is on disk, flushed, hashed", "written"),
+        ("a step while our save is written", "step_while_writing"),
+    ]
+    for title, key in rows:
+        if key in saves:
+            print(f"{title:<50}{saves[key]:>5.3f} s  {saves[key] / saves['step']:>7.2f} of a step")
+    for title, speed in speeds.items():
+        print(f"{title:<46}{speed:>9.0f} MB/s {speed / speeds['copy']:>6.2f} of a copy")
+    return {"seconds": saves, "megabytes_per_second": speeds}

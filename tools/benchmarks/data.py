@@ -1,0 +1,269 @@
+"""Loader against bare reads and LMDB, memory over many steps, building of stores, mining of negatives."""
+
+import argparse
+import base64
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+
+from megatron_interbert.config import RunConfig
+from megatron_interbert.data.building import BuildPlan, build
+from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.data.loader import BatchStream
+from megatron_interbert.data.packing import PackedBatch
+from megatron_interbert.data.pretraining import PretrainingSet
+from megatron_interbert.data.regions import Regions
+from megatron_interbert.data.shard_file import COLUMNS
+from megatron_interbert.data.sources.fields import ReadOptions
+from megatron_interbert.data.sources.tsv import TsvSource
+from megatron_interbert.data.store_writer import RegionStoreWriter
+from megatron_interbert.data.text import CaptionTokenizer
+from tools.benchmarks.mining import grow, made_up_captions, measure_mining, read_coco
+
+REGIONS, FEATURES, CLASSES, LABELS = 36, 2048, 1601, 10
+AIM = 20_000  # samples/s of the fastest GPU figure aimed at
+WORKERS = 16  # loader processes of one GPU, for the arithmetic
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of this benchmark."""
+    parser.add_argument("--parts", default="loader,memory,building,mining", help="comma-separated (default: all)")
+    parser.add_argument("--images", type=int, default=4000, help="of the loader's store, 150 kB each (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=64, help="samples of a micro-batch (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="alternating repeats of each way (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10_000, help="batches over which memory is watched (default: %(default)s)")
+    parser.add_argument("--mining-sizes", type=int, nargs="+", default=[25_000, 100_000, 400_000])
+    parser.add_argument("--mining-sample", type=int, default=0, help="search only so many captions of each size (default: all)")
+    parser.add_argument("--captions", help="captions_*.json of COCO for realistic texts (default: made-up words)")
+    parser.add_argument("--vocab-file", help="WordPiece vocabulary (default: the words of the captions)")
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Tables and their figures."""
+    parts = {"loader": loader, "memory": memory, "building": building, "mining": mining}
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        if {"loader", "memory"} & set(arguments.parts.split(",")):
+            write_store(folder / "store", arguments)
+        return {part: parts[part](folder, arguments) for part in arguments.parts.split(",")}
+
+
+def made_up_image(random: np.random.Generator, number: int) -> Regions:
+    """36 regions of an image of 640 x 480."""
+    corner = random.uniform(0, [400, 300], size=(REGIONS, 2))
+    boxes = np.concatenate([corner, corner + random.uniform(20, 180, size=(REGIONS, 2))], axis=1)
+    ids = np.stack([random.choice(CLASSES, LABELS, replace=False) for _ in range(REGIONS)])
+    features = random.normal(size=(REGIONS, FEATURES)).astype(np.float32)
+    return Regions(f"{number:08d}", (640.0, 480.0), features, boxes.astype(np.float32), ids, np.full(ids.shape, 0.09, np.float32))
+
+
+def captions_for(count: int, arguments: argparse.Namespace) -> list[str]:
+    """So many captions, real ones first."""
+    return grow(read_coco(arguments.captions) if arguments.captions else made_up_captions(25_000), count)
+
+
+def write_store(path: Path, arguments: argparse.Namespace) -> None:
+    """The loader's store; its features are noise, for reading does not look at them."""
+    random, captions = np.random.default_rng(0), captions_for(arguments.images, arguments)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({w for c in captions for w in c.lower().split()})]
+    vocabulary = Path(arguments.vocab_file).read_text(encoding="utf-8") if arguments.vocab_file else "\n".join(words) + "\n"
+    facts = {"feature_dim": FEATURES, "num_classes": CLASSES, "detector": {"name": "noise"}, "soft_labels": "top_k"}
+    some = [made_up_image(random, number) for number in range(64)]
+    with RegionStoreWriter(path, **facts, vocabulary=vocabulary) as writer:
+        for number, caption in enumerate(captions):
+            regions = some[number % len(some)]
+            writer.add(Regions(f"{number:08d}", regions.size, *list(vars(regions).values())[2:]), [(caption, "en")])
+
+
+def stream(folder: Path, arguments: argparse.Namespace, workers: int) -> Iterator[PackedBatch]:
+    """Pretraining batches with everything on: masks, negatives, balance, packing."""
+    config = RunConfig(micro_batch_size=arguments.batch, global_batch_size=arguments.batch, num_workers=workers, data_partitions=8)
+    store = str(folder / "store")
+    return iter(
+        BatchStream(PretrainingSet(Corpus([store]), CaptionTokenizer(f"{store}/vocab.txt"), config), 0, arguments.batch, 0, 1)
+    )
+
+
+def bare_reads(folder: Path, batch: int) -> Callable[[], int]:
+    """One pass over all bytes of the shards in their order, a record at a time, into the memory of one batch; gives images."""
+    rows = {"image_features": FEATURES, "image_bb": 4, "class_ids": LABELS, "class_probs": LABELS}
+    record = REGIONS * sum(width * np.dtype(COLUMNS[name]).itemsize for name, width in rows.items())
+    memory = memoryview(np.empty((batch, record), np.uint8))
+    files = [os.open(path, os.O_RDONLY) for path in sorted((folder / "store").glob("shard-*.h5"))]
+
+    def read() -> int:
+        images = 0
+        for file in files:
+            for place in range(os.fstat(file).st_size // record):
+                os.preadv(file, [memory[images % batch]], place * record)
+                images += 1
+        return images
+
+    return read
+
+
+def lmdb_reads(folder: Path, arguments: argparse.Namespace) -> Callable[[], int]:
+    """The same records as values of an LMDB in random order, each copied into its batch's memory as a loader must."""
+    corpus = Corpus([str(folder / "store")])
+    store, random = corpus.stores[0], np.random.default_rng(1)
+    environment = lmdb.open(str(folder / "records.lmdb"), map_size=1 << 34)
+    with environment.begin(write=True) as transaction:
+        for number in range(store.num_images):
+            r = store.read(number)
+            parts = (r.features, r.boxes, r.class_ids, r.class_probs)
+            transaction.put(b"%08d" % number, b"".join(part.tobytes() for part in parts))
+    size = REGIONS * (FEATURES * 2 + 16 + LABELS * 8)
+    memory = np.empty((arguments.batch, size), np.uint8)
+
+    def read() -> int:
+        with environment.begin(buffers=True) as view:
+            for place, number in enumerate(random.permutation(store.num_images)):
+                memory[place % arguments.batch] = np.frombuffer(view.get(b"%08d" % number), np.uint8)
+        return store.num_images
+
+    return read
+
+
+def loader_reads(batches: Iterator[PackedBatch], arguments: argparse.Namespace) -> Callable[[], int]:
+    """An epoch's worth of batches."""
+
+    def read() -> int:
+        return sum(len(next(batches)) for _ in range(arguments.images // arguments.batch))
+
+    return read
+
+
+def rates(ways: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
+    """images/s of each way in each round, in turns, after one round that warms up."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            images = way()
+            if number:
+                found[name].append(images / (time.perf_counter() - started))
+    return found
+
+
+def loader(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """images/s of one loader process and of the ways it is measured against."""
+    streams = {f"loader, {n} process{'es' * (n > 1)}": stream(folder, arguments, n) for n in (1, 2)}
+    ways = {
+        "bare sequential read of the same bytes, one core": bare_reads(folder, arguments.batch),
+        "LMDB of the same records, random, one core": lmdb_reads(folder, arguments),
+        "batches made in the training process": loader_reads(stream(folder, arguments, 0), arguments),
+        **{name: loader_reads(batches, arguments) for name, batches in streams.items()},
+    }
+    found = rates(ways, arguments.rounds)
+    bare = found["bare sequential read of the same bytes, one core"]
+    print(
+        f"{arguments.images} images of {REGIONS} x {FEATURES}, batch {arguments.batch}, medians of {arguments.rounds} rounds in turns"
+    )
+    result: dict[str, Any] = {}
+    for name, values in found.items():
+        ratio = statistics.median(v / b for v, b in zip(values, bare, strict=True))
+        result[name] = {"images_per_second": statistics.median(values), "of_bare_read": ratio}
+        print(f"{name:<52}{statistics.median(values):>9.0f} images/s {ratio:>6.2f} of the bare read")
+    one = result["loader, 1 process"]["images_per_second"]
+    result["sixteen_processes"] = WORKERS * one
+    print(f"{WORKERS} processes by arithmetic: {WORKERS * one:.0f} samples/s, {WORKERS * one / AIM:.1f} times the {AIM} aimed at")
+    return result
+
+
+def resident(pid: int) -> int:
+    """Anonymous memory of a process in kB."""
+    with open(f"/proc/{pid}/status", encoding="utf-8") as handle:
+        return next(int(line.split()[1]) for line in handle if line.startswith("RssAnon"))
+
+
+def memory(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Memory of the training process and of a loader process over many steps."""
+    batches = stream(folder, arguments, 1)
+    first = max(arguments.steps // 20, 1)
+    for _ in range(first):
+        next(batches)
+    pids = {"training process": os.getpid(), "loader process": multiprocessing.active_children()[-1].pid}
+    before = {name: resident(pid) for name, pid in pids.items()}
+    for _ in range(arguments.steps - first):
+        next(batches)
+    after = {name: resident(pid) for name, pid in pids.items()}
+    for name in pids:
+        grown = after[name] - before[name]
+        print(f"{name}: {before[name] / 1024:.1f} MiB after {first} steps, {grown / 1024:+.1f} MiB after {arguments.steps}")
+    return {"steps": arguments.steps, "kilobytes_before": before, "kilobytes_after": after}
+
+
+def write_tsv(path: Path, images: int) -> None:
+    """A TSV of LXMERT's columns."""
+    random = np.random.default_rng(2)
+    some = [made_up_image(random, number) for number in range(16)]
+
+    def encoded(values: np.ndarray) -> str:
+        return base64.b64encode(np.ascontiguousarray(values)).decode()
+
+    nothing = encoded(np.zeros(REGIONS, np.int64))
+    with open(path, "w", encoding="utf-8") as handle:
+        for number in range(images):
+            r = some[number % len(some)]
+            classes = (encoded(r.class_ids[:, 0].clip(1) - 1), encoded(r.class_probs[:, 0]))
+            values = (number, 480, 640, *classes, nothing, nothing, REGIONS, encoded(r.boxes), encoded(r.features))
+            handle.write("\t".join(map(str, values)) + "\n")
+
+
+def decode_only(path: Path) -> None:
+    """Read all lines and decode their features: the least that any conversion must do."""
+    with open(path, "rb") as handle:
+        for line in handle:
+            np.frombuffer(base64.b64decode(line.rsplit(b"\t", 1)[1]), np.float32).astype(np.float16)
+
+
+def building(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """MB/s of TSV turned into a store, against reading and decoding it alone."""
+    path = folder / "features.tsv"
+    write_tsv(path, max(arguments.images // 4, 64))
+    megabytes = path.stat().st_size / 1e6
+    speeds: dict[str, list[float]] = {}
+
+    def timed(name: str, function: Callable[[], Any]) -> None:
+        started = time.perf_counter()
+        function()
+        speeds.setdefault(name, []).append(megabytes / (time.perf_counter() - started))
+
+    def convert(workers: int, number: int) -> None:
+        source = TsvSource(str(path), ReadOptions())
+        build(
+            BuildPlan([source], str(folder / f"built-{workers}-{number}"), images_per_shard=128, detector={"name": "noise"}),
+            workers,
+        )
+
+    for number in range(max(arguments.rounds // 2, 1)):
+        timed("read and decode only, one core", lambda: decode_only(path))
+        for workers in (1, 2):
+            timed(f"build, {workers} process{'es' * (workers > 1)}", lambda w=workers, n=number: convert(w, n))
+    floor = statistics.median(speeds["read and decode only, one core"])
+    for name, values in speeds.items():
+        print(f"{name:<52}{statistics.median(values):>9.0f} MB/s of TSV {statistics.median(values) / floor:>6.2f}")
+    return {name: statistics.median(values) for name, values in speeds.items()}
+
+
+def mining(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds, recall and growth of TF-IDF mining."""
+    sizes: Sequence[int] = arguments.mining_sizes
+    found = measure_mining(sizes, os.cpu_count() or 1, 300, arguments.captions, arguments.mining_sample)
+    for run in found["runs"]:
+        print(
+            "mining:",
+            ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in run.items()),
+        )
+    for name, fit in found.items():
+        if isinstance(fit, dict):
+            print(f"{name}: grows with the power {fit['exponent']:.2f}, {fit['at_3300000']:.0f} at 3.3 M captions")
+    return found
