@@ -1,6 +1,7 @@
 """Reading one shard: its schema is checked when it is opened, its rows are read straight into the caller's memory."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,6 @@ OTHERS = ("pos_boxes", "image_ids", "image_sizes", "caption_text", "caption_imag
 HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError, MemoryError)
 
 
-class Column:
-    """Rows of one dataset. Contiguous datasets, as we write them, are read by one `preadv`; others through HDF5."""
-
-    def __init__(self, descriptor: int, dataset: h5py.Dataset, dtype: type) -> None:
-        self.descriptor, self.dataset = descriptor, dataset
-        self.row_bytes = dataset.shape[1] * dataset.dtype.itemsize
-        self.offset = dataset.id.get_offset() if dataset.dtype == dtype else None
-
-    def read_into(self, start: int, out: np.ndarray) -> None:
-        """Rows start .. start + len(out) - 1 into `out` [rows, width], which is contiguous; OSError when they are not there."""
-        if self.offset is None:
-            self.dataset.read_direct(out, np.s_[start : start + len(out)])
-            return
-        done = os.preadv(self.descriptor, [out], self.offset + start * self.row_bytes)
-        if done != out.nbytes:
-            raise OSError(f"only {done} of {out.nbytes} bytes")
-
-
 class OpenShard:
     """One shard, opened: columns, row ranges [images, 2], image sizes [images, 2] and ids [images]."""
 
@@ -47,7 +30,8 @@ class OpenShard:
         except HDF5_ERRORS as error:
             raise UsageError(f"{path}: cannot be read as HDF5 ({error}); restore it or rebuild") from error
         self.descriptor = os.open(path, os.O_RDONLY)
-        self.columns = {name: Column(self.descriptor, self.file[name], dtype) for name, dtype in COLUMNS.items()}
+        self.starts, self.stops = self.ranges[:, 0].tolist(), self.ranges[:, 1].tolist()
+        self.places = [_place(self.file[name], dtype) for name, dtype in COLUMNS.items()]
 
     def _check(self, path: Path, entry: dict[str, Any], feature_dim: int) -> None:
         file = self.file
@@ -72,6 +56,20 @@ class OpenShard:
         if self.sizes.shape != (len(self.ranges), 2) or len(self.ids) != len(self.ranges):
             raise UsageError(f"{path}: {len(self.ranges)} images with {self.sizes.shape} sizes and {len(self.ids)} ids; rebuild")
 
+    def read(self, image: int, out: Sequence[np.ndarray]) -> None:
+        """The first rows of an image into arrays [R, width], one for each of COLUMNS; OSError when they are not there.
+
+        Contiguous datasets, as we write them, are read by one `preadv` each, others through HDF5.
+        """
+        start = self.starts[image]
+        for name, place, rows in zip(COLUMNS, self.places, out, strict=True):
+            if place is None:
+                self.file[name].read_direct(rows, np.s_[start : start + len(rows)])
+                continue
+            offset, row_bytes = place
+            if os.preadv(self.descriptor, (rows,), offset + start * row_bytes) != rows.nbytes:
+                raise OSError(f"{name} ends before row {start + len(rows)}")
+
     def captions(self) -> list[tuple[str, str, int]]:
         """(text, language, image of this shard) of each caption."""
         texts, images = self.file["caption_text"].asstr()[:], self.file["caption_image"][:]
@@ -82,3 +80,9 @@ class OpenShard:
         """Give both file handles back."""
         os.close(self.descriptor)
         self.file.close()
+
+
+def _place(dataset: h5py.Dataset, dtype: type) -> tuple[int, int] | None:
+    """(offset in the file, bytes of a row) of a contiguous dataset of the right type, else None."""
+    offset = dataset.id.get_offset()
+    return None if offset is None or dataset.dtype != dtype else (offset, dataset.shape[1] * dataset.dtype.itemsize)

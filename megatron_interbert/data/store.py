@@ -151,12 +151,11 @@ class RegionStore:
         shard = self._open.get(number) if self._pid == os.getpid() else None
         if shard is None:
             shard = self.open_shard(number)
-        start, stop = shard.ranges[row].tolist()
-        if stop - start < len(out[0]) or not len(out[0]):
-            raise UsageError(f"{self._where(number, row)} has {max(stop - start, 0)} regions; rebuild the store without it")
+        found = shard.stops[row] - shard.starts[row]
+        if found < len(out[0]) or found <= 0:
+            raise UsageError(f"{self._where(number, row)} has {max(found, 0)} regions; rebuild the store without it")
         try:
-            for column, rows in zip(shard.columns.values(), out, strict=True):
-                column.read_into(start, rows)
+            shard.read(row, out)
         except HDF5_ERRORS as error:
             raise UsageError(f"{self._where(number, row)} cannot be read ({error}); restore the shard") from error
         if has_non_finite(out[0]):
@@ -182,8 +181,7 @@ class RegionStore:
         widths = {"image_features": self.feature_dim, "image_bb": 4}
         arrays = {n: np.empty((stop - start, widths.get(n, shard.label_width)), dtype) for n, dtype in COLUMNS.items()}
         try:
-            for name, column in shard.columns.items():
-                column.read_into(start, arrays[name])
+            shard.read(row, list(arrays.values()))
         except HDF5_ERRORS as error:
             raise UsageError(f"{where} cannot be read ({error}); restore the shard") from error
         size = (float(shard.sizes[row, 0]), float(shard.sizes[row, 1]))

@@ -61,7 +61,7 @@ def made_up_image(random: np.random.Generator, number: int) -> Regions:
     corner = random.uniform(0, [400, 300], size=(REGIONS, 2))
     boxes = np.concatenate([corner, corner + random.uniform(20, 180, size=(REGIONS, 2))], axis=1)
     ids = np.stack([random.choice(CLASSES, LABELS, replace=False) for _ in range(REGIONS)])
-    features = random.normal(size=(REGIONS, FEATURES)).astype(np.float32)
+    features = random.normal(size=(REGIONS, FEATURES)).clip(0).astype(np.float32)  # as behind a ReLU
     return Regions(f"{number:08d}", (640.0, 480.0), features, boxes.astype(np.float32), ids, np.full(ids.shape, 0.09, np.float32))
 
 
@@ -96,7 +96,7 @@ def bare_reads(folder: Path, batch: int) -> Callable[[], int]:
     """One pass over all bytes of the shards in their order, a record at a time, into the memory of one batch; gives images."""
     rows = {"image_features": FEATURES, "image_bb": 4, "class_ids": LABELS, "class_probs": LABELS}
     record = REGIONS * sum(width * np.dtype(COLUMNS[name]).itemsize for name, width in rows.items())
-    memory = memoryview(np.empty((batch, record), np.uint8))
+    memory = list(np.empty((batch, record), np.uint8))
     files = [os.open(path, os.O_RDONLY) for path in sorted((folder / "store").glob("shard-*.h5"))]
 
     def read() -> int:
