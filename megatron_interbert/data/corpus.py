@@ -1,6 +1,5 @@
 """One region store or several as one corpus: captions and images are numbered through, in the order of the stores."""
 
-import bisect
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,7 +23,6 @@ class Corpus:
             self.check_alike(other, allow_other_detector)
         self.first_image = np.cumsum([0, *(store.num_images for store in self.stores)])
         self.first_caption = np.cumsum([0, *(store.num_captions for store in self.stores)])
-        self._images_before = self.first_image.tolist()
         self.num_images, self.num_captions = int(self.first_image[-1]), int(self.first_caption[-1])
         self.caption_image = np.concatenate(
             [s.caption_image + start for s, start in zip(self.stores, self.first_image, strict=False)]
@@ -104,15 +102,21 @@ class Corpus:
             self._hard = [store.hard_negatives() for store in self.stores]
         return self._hard
 
-    def read_rows(self, image: int, out: Sequence[np.ndarray]) -> np.ndarray:
-        """See RegionStore.read_rows."""
-        store = bisect.bisect_right(self._images_before, image) - 1
-        return self.stores[store].read_rows(image - self._images_before[store], out)
+    def read_batch(self, images: np.ndarray, offsets: np.ndarray, out: Sequence[np.ndarray]) -> np.ndarray:
+        """The first regions of some images [B] into rows offsets[i] .. offsets[i + 1] of arrays; see RegionStore.read_batch."""
+        starts, stops = offsets[:-1], offsets[1:]
+        owner = np.searchsorted(self.first_image, images, side="right") - 1
+        sizes = np.empty((len(images), 2), np.float32)
+        for number in np.unique(owner):
+            mine = owner == number
+            local = images[mine] - self.first_image[number]
+            sizes[mine] = self.stores[number].read_batch(local, starts[mine].tolist(), stops[mine].tolist(), out)
+        return sizes
 
     def complain(self, image: int) -> None:
         """Read an image with every check, so that the UsageError names its file and what is wrong."""
-        store = bisect.bisect_right(self._images_before, image) - 1
-        self.stores[store].read(image - self._images_before[store])
+        store = int(np.searchsorted(self.first_image, image, side="right")) - 1
+        self.stores[store].read(image - int(self.first_image[store]))
 
     def label_width(self) -> int:
         """Entries of a soft label."""

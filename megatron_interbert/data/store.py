@@ -89,8 +89,7 @@ class RegionStore:
 
     def open_shard(self, index: int) -> OpenShard:
         """A shard by its number; at most 64 stay open in a process."""
-        if self._pid != os.getpid():  # forked: handles of the parent must not be used here
-            self._forget_handles()
+        self.forget_foreign_handles()
         if index in self._open:
             self._open.move_to_end(index)
             return self._open[index]
@@ -99,6 +98,11 @@ class RegionStore:
         if len(self._open) > MAX_OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()
         return shard
+
+    def forget_foreign_handles(self) -> None:
+        """After a fork: handles of the parent must not be used here."""
+        if self._pid != os.getpid():
+            self._forget_handles()
 
     def caption(self, index: int) -> str:
         """Text of a caption."""
@@ -142,25 +146,29 @@ class RegionStore:
         shard = bisect.bisect_right(self._first_image, index) - 1
         return shard, index - self._first_image[shard]
 
-    def read_rows(self, index: int, out: Sequence[np.ndarray]) -> np.ndarray:
-        """The first regions of an image straight into arrays, one for each of COLUMNS, [R, width] each; gives its size (w, h).
+    def read_batch(self, images: np.ndarray, starts: Sequence[int], stops: Sequence[int], out: Sequence[np.ndarray]) -> np.ndarray:
+        """The first regions of some images [B] straight into rows starts[i] .. stops[i] of arrays, one for each of COLUMNS; gives
+        the sizes float32 [B, 2].
 
         Only features are checked here; `read` names what is wrong when the rest turns out to be.
         """
-        number, row = self.locate(index)
-        shard = self._open.get(number) if self._pid == os.getpid() else None
-        if shard is None:
-            shard = self.open_shard(number)
-        found = shard.stops[row] - shard.starts[row]
-        if found < len(out[0]) or found <= 0:
-            raise UsageError(f"{self._where(number, row)} has {max(found, 0)} regions; rebuild the store without it")
-        try:
-            shard.read(row, out)
-        except HDF5_ERRORS as error:
-            raise UsageError(f"{self._where(number, row)} cannot be read ({error}); restore the shard") from error
-        if has_non_finite(out[0]):
-            self.read(index)  # says which record and what is wrong
-        return shard.sizes[row]
+        numbers = np.searchsorted(self._first_image, images, side="right") - 1
+        rows = (images - np.array(self._first_image)[numbers]).tolist()
+        sizes = np.empty((len(images), 2), np.float32)
+        self.forget_foreign_handles()
+        opened, features = self._open, out[0]
+        for i, (number, row, start, stop) in enumerate(zip(numbers.tolist(), rows, starts, stops, strict=True)):
+            shard = opened.get(number) or self.open_shard(number)
+            if shard.counts[row] < stop - start or start == stop:
+                raise UsageError(f"{self._where(number, row)} has {shard.counts[row]} regions; rebuild the store without it")
+            try:
+                shard.read(row, out, start, stop)
+            except HDF5_ERRORS as error:
+                raise UsageError(f"{self._where(number, row)} cannot be read ({error}); restore the shard") from error
+            if has_non_finite(features[start:stop]):
+                self.read(int(images[i]))  # says which record and what is wrong
+            sizes[i] = shard.sizes[row]
+        return sizes
 
     def label_width(self) -> int:
         """Entries of a soft label, the same in all shards."""
@@ -181,7 +189,7 @@ class RegionStore:
         widths = {"image_features": self.feature_dim, "image_bb": 4}
         arrays = {n: np.empty((stop - start, widths.get(n, shard.label_width)), dtype) for n, dtype in COLUMNS.items()}
         try:
-            shard.read(row, list(arrays.values()))
+            shard.read(row, list(arrays.values()), 0, stop - start)
         except HDF5_ERRORS as error:
             raise UsageError(f"{where} cannot be read ({error}); restore the shard") from error
         size = (float(shard.sizes[row, 0]), float(shard.sizes[row, 1]))

@@ -15,7 +15,7 @@ import torch
 
 from megatron_interbert.config import RunConfig
 from megatron_interbert.data.corpus import Corpus
-from megatron_interbert.data.loader import SLOTS, BatchStream
+from megatron_interbert.data.loader import SLOTS, BatchStream, pinned_ahead
 from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import TrainingStopped, UsageError
@@ -220,3 +220,34 @@ def test_chunked_shards_of_others_are_read_too(tmp_path):
     (path / "manifest.json").write_text(json.dumps(entry))
     got = take(BatchStream(dataset([str(path)]), 0, 16, 0, 1, workers=0), 8)
     assert all(same(a, b) for a, b in zip(expected, got, strict=True))
+
+
+class FakeBatch:
+    """Stands for a batch where no page-locked memory is to be had."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def pin_memory(self):
+        if self.number == 5:
+            raise UsageError("a bad record")
+        return ("pinned", self.number)
+
+
+def test_pinning_runs_one_batch_ahead_in_order_and_passes_errors_on():
+    made = []
+
+    def batches():
+        for number in range(10):
+            made.append(number)
+            yield FakeBatch(number)
+
+    stream = pinned_ahead(batches())
+    assert [next(stream) for _ in range(3)] == [("pinned", number) for number in range(3)]
+    deadline = time.monotonic() + 5
+    while made[-1] < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert made == [0, 1, 2, 3], "one ahead, no more"
+    assert [next(stream)[1], next(stream)[1]] == [3, 4]
+    with pytest.raises(UsageError, match="a bad record"):
+        next(stream)

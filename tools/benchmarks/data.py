@@ -5,6 +5,8 @@ import base64
 import multiprocessing
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,20 +17,18 @@ import lmdb
 import numpy as np
 
 from megatron_interbert.config import RunConfig
-from megatron_interbert.data.building import BuildPlan, build
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.loader import BatchStream
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.data.shard_file import COLUMNS
-from megatron_interbert.data.sources.fields import ReadOptions
-from megatron_interbert.data.sources.tsv import TsvSource
 from megatron_interbert.data.store_writer import RegionStoreWriter
 from megatron_interbert.data.text import CaptionTokenizer
 from tools.benchmarks.mining import grow, made_up_captions, measure_mining, read_coco
 
 REGIONS, FEATURES, CLASSES, LABELS = 36, 2048, 1601, 10
+ROOT = Path(__file__).resolve().parents[2]
 AIM = 20_000  # samples/s of the fastest GPU figure aimed at
 WORKERS = 16  # loader processes of one GPU, for the arithmetic
 
@@ -186,11 +186,13 @@ def resident(pid: int) -> int:
 
 def memory(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Memory of the training process and of a loader process over many steps."""
+    others = {child.pid for child in multiprocessing.active_children()}
     batches = stream(folder, arguments, 1)
     first = max(arguments.steps // 20, 1)
     for _ in range(first):
         next(batches)
-    pids = {"training process": os.getpid(), "loader process": multiprocessing.active_children()[-1].pid}
+    (mine,) = {child.pid for child in multiprocessing.active_children()} - others
+    pids = {"training process": os.getpid(), "loader process": mine}
     before = {name: resident(pid) for name, pid in pids.items()}
     for _ in range(arguments.steps - first):
         next(batches)
@@ -226,9 +228,9 @@ def decode_only(path: Path) -> None:
 
 
 def building(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """MB/s of TSV turned into a store, against reading and decoding it alone."""
+    """MB/s of TSV turned into a store by the command, its start included, against reading and decoding it alone."""
     path = folder / "features.tsv"
-    write_tsv(path, max(arguments.images // 4, 64))
+    write_tsv(path, max(arguments.images // 2, 64))
     megabytes = path.stat().st_size / 1e6
     speeds: dict[str, list[float]] = {}
 
@@ -238,10 +240,9 @@ def building(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         speeds.setdefault(name, []).append(megabytes / (time.perf_counter() - started))
 
     def convert(workers: int, number: int) -> None:
-        source = TsvSource(str(path), ReadOptions())
-        build(
-            BuildPlan([source], str(folder / f"built-{workers}-{number}"), images_per_shard=128, detector={"name": "noise"}),
-            workers,
+        command = (sys.executable, ROOT / "tools" / "build_features.py", path, "--output", folder / f"built-{workers}-{number}")
+        subprocess.run(
+            [*map(str, command), "--images-per-shard", "128", "--workers", str(workers)], check=True, capture_output=True
         )
 
     for number in range(max(arguments.rounds // 2, 1)):

@@ -91,7 +91,7 @@ class PhotoSource:
         from PIL import Image, UnidentifiedImageError
 
         if name in self.repeated:
-            return self._dropped(name, "image id seen twice", f"first in {self.repeated[name]}")
+            return self._dropped(name, "image id seen before", f"first in {self.repeated[name]}")
         try:
             if os.path.getsize(self.path / name) == 0:
                 return self._dropped(name, "empty file")
