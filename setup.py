@@ -32,6 +32,12 @@ setup(
         "features": ["transformers>=5.3,<6", "pillow>=11", "lmdb>=1.6", "msgpack>=1.1", "numba>=0.61"],
         "retrieval": ["faiss-cpu>=1.9"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
-        "dev": ["megatron_interbert[features]", "pytest>=9", "ruff>=0.15", "import-linter>=2.5", "triton>=3.5; platform_system == 'Linux'"],
+        "dev": [
+            "megatron_interbert[features]",
+            "pytest>=9",
+            "ruff>=0.15",
+            "import-linter>=2.5",
+            "triton>=3.5; platform_system == 'Linux'",
+        ],
     },
 )

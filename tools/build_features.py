@@ -18,12 +18,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.config import read_text
-from megatron_interbert.data.building import BuildPlan, build
-from megatron_interbert.data.captions import FORMATS as CAPTION_FORMATS
-from megatron_interbert.data.sources.base import Source
-from megatron_interbert.data.sources.fields import BACKGROUND_FIRST, BACKGROUND_NONE, ReadOptions
-from megatron_interbert.data.sources.opening import FORMATS, open_source
-from megatron_interbert.data.sources.stores import StoreSource
+from megatron_interbert.data.building.build import BuildPlan, build
+from megatron_interbert.data.building.captions import FORMATS as CAPTION_FORMATS
+from megatron_interbert.data.building.sources.base import Source
+from megatron_interbert.data.building.sources.fields import BACKGROUND_FIRST, BACKGROUND_NONE, ReadOptions
+from megatron_interbert.data.building.sources.opening import FORMATS, open_source
+from megatron_interbert.data.building.sources.stores import StoreSource
 from megatron_interbert.errors import UsageError, run_entry
 
 

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from megatron_interbert.config import read_text
-from megatron_interbert.data.building import BuildPlan, build
-from megatron_interbert.data.detectors import BACKGROUND, DetectorChoice
-from megatron_interbert.data.sources.photos import PhotoSource
+from megatron_interbert.data.building.build import BuildPlan, build
+from megatron_interbert.data.building.detectors import BACKGROUND, DetectorChoice
+from megatron_interbert.data.building.sources.photos import PhotoSource
 from megatron_interbert.errors import UsageError, run_entry
 
 

@@ -17,9 +17,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.config import read_json
+from megatron_interbert.data.building.store_writer import RegionStoreWriter
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.data.regions import Regions
-from megatron_interbert.data.store_writer import RegionStoreWriter
 from megatron_interbert.errors import UsageError, run_entry
 
 PLACES = {

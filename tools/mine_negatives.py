@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_interbert.data.manifest import HARD_NEGATIVES
 from megatron_interbert.data.mining.search import MiningOptions, mine
-from megatron_interbert.data.store import HARD_NEGATIVES, RegionStore
+from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError, run_entry
 
 

@@ -18,7 +18,6 @@ from megatron_interbert.data.manifest import (
     CAPTIONS,
     HARD_NEGATIVES,
     MANIFEST,
-    SCHEMA_VERSION,
     file_sha256,
     files_of,
     read_manifest,
@@ -26,18 +25,6 @@ from megatron_interbert.data.manifest import (
 from megatron_interbert.data.regions import Regions, has_non_finite, record_problem, repair_boxes
 from megatron_interbert.data.shard_file import COLUMNS, HDF5_ERRORS, OpenShard
 from megatron_interbert.errors import UsageError
-
-__all__ = [
-    "HARD_NEGATIVES",
-    "MANIFEST",
-    "SCHEMA_VERSION",
-    "RegionStore",
-    "Regions",
-    "file_sha256",
-    "has_non_finite",
-    "record_problem",
-    "repair_boxes",
-]
 
 MAX_OPEN_SHARDS = 64
 

@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from megatron_interbert.data.building import BuildPlan, build
-from megatron_interbert.data.sources.fields import ReadOptions
-from megatron_interbert.data.sources.opening import open_source
+from megatron_interbert.data.building.build import BuildPlan, build
+from megatron_interbert.data.building.sources.fields import ReadOptions
+from megatron_interbert.data.building.sources.opening import open_source
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
 from tests.data.formats import adaptive_hdf5, lxmert_line, made_up_images, tensorpack_lmdb, vilbert_lmdb, write_lmdb, write_npz

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from megatron_interbert.config import RunConfig
-from megatron_interbert.data.captions import CaptionTable, guess_format, image_key, read_captions
+from megatron_interbert.data.building.captions import CaptionTable, guess_format, image_key, read_captions
+from megatron_interbert.data.building.store_writer import RegionStoreWriter
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.mining.search import MiningOptions, mine
 from megatron_interbert.data.packing import to_batch
 from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.data.store import RegionStore
-from megatron_interbert.data.store_writer import RegionStoreWriter
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 from tests.shared import SHARED, needs_shared

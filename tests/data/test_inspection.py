@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from megatron_interbert.data.building.store_writer import RegionStoreWriter
 from megatron_interbert.data.inspection.boxes import BoxFormat
 from megatron_interbert.data.inspection.class_ids import SHIFTS, ClassShift, caption_words, decide, stem
 from megatron_interbert.data.inspection.counts import Histogram
 from megatron_interbert.data.inspection.report import Options, inspect_store
 from megatron_interbert.data.regions import Regions, repair_boxes
 from megatron_interbert.data.store import RegionStore
-from megatron_interbert.data.store_writer import RegionStoreWriter
 from tests.corpus import CLASSES, write_store
 from tests.launching import ROOT
 from tests.shared import SHARED, needs_shared

@@ -10,10 +10,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from megatron_interbert.data.manifest import HARD_NEGATIVES
 from megatron_interbert.data.mining.search import MiningOptions, Searcher, mine
 from megatron_interbert.data.mining.text import build_index, normalise, terms_of
 from megatron_interbert.data.mining.work import WorkFolder
-from megatron_interbert.data.store import HARD_NEGATIVES, RegionStore
+from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
 from tests.corpus import write_store
 from tests.shared import SHARED, needs_shared

@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_interbert.data.detectors import DetectorChoice, TransformersDetector, class_distribution, load_detector, pixel_boxes
-from megatron_interbert.data.sources.base import Dropped, Record
-from megatron_interbert.data.sources.photos import PhotoSource, open_photo
+from megatron_interbert.data.building.detectors import (
+    DetectorChoice,
+    TransformersDetector,
+    class_distribution,
+    load_detector,
+    pixel_boxes,
+)
+from megatron_interbert.data.building.sources.base import Dropped, Record
+from megatron_interbert.data.building.sources.photos import PhotoSource, open_photo
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
 from tests.launching import launch
@@ -209,7 +215,7 @@ def spoil(folder):
     shutil.copy(good, folder / "again" / good.name)
     (folder / "notes.txt").write_text("no photo")
     # "again/..." comes behind the numbered photos in sorted order
-    return {"cut": "decoded", "text": "not a picture", "nothing": "empty file", "huge": "too many pixels", good.stem: "seen twice"}
+    return {"cut": "decoded", "text": "not a picture", "nothing": "empty file", "huge": "too many pixels", good.stem: "seen before"}
 
 
 @needs_shared

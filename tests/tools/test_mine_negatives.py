@@ -10,7 +10,8 @@ import time
 import numpy as np
 import pytest
 
-from megatron_interbert.data.store import HARD_NEGATIVES, RegionStore
+from megatron_interbert.data.manifest import HARD_NEGATIVES
+from megatron_interbert.data.store import RegionStore
 from tests.corpus import write_store
 from tests.launching import launch, start
 

@@ -11,7 +11,8 @@ from typing import IO, Any
 import numpy as np
 
 from megatron_interbert.config import read_json
-from megatron_interbert.data.store import HARD_NEGATIVES, MANIFEST, RegionStore, file_sha256
+from megatron_interbert.data.manifest import HARD_NEGATIVES, MANIFEST, file_sha256
+from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
 
 FORMAT = 1

@@ -4,14 +4,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_interbert.data.building.sources.base import Source
+from megatron_interbert.data.building.sources.fields import ReadOptions
+from megatron_interbert.data.building.sources.hdf5 import Hdf5Source
+from megatron_interbert.data.building.sources.lmdb import LmdbSource
+from megatron_interbert.data.building.sources.npz import NpzSource
+from megatron_interbert.data.building.sources.stores import StoreSource
+from megatron_interbert.data.building.sources.tsv import TsvSource
 from megatron_interbert.data.manifest import MANIFEST
-from megatron_interbert.data.sources.base import Source
-from megatron_interbert.data.sources.fields import ReadOptions
-from megatron_interbert.data.sources.hdf5 import Hdf5Source
-from megatron_interbert.data.sources.lmdb import LmdbSource
-from megatron_interbert.data.sources.npz import NpzSource
-from megatron_interbert.data.sources.stores import StoreSource
-from megatron_interbert.data.sources.tsv import TsvSource
 from megatron_interbert.errors import UsageError
 
 FORMATS = ("auto", "tsv", "lmdb", "npz", "hdf5", "store")

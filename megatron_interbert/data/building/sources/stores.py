@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from megatron_interbert.data.sources.base import Dropped, Record, SourceFacts
-from megatron_interbert.data.sources.fields import ReadOptions
+from megatron_interbert.data.building.sources.base import Dropped, Record, SourceFacts
+from megatron_interbert.data.building.sources.fields import ReadOptions
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
 

@@ -242,7 +242,7 @@ def _device(name: str) -> torch.device:
 def load_detector(choice: DetectorChoice) -> Detector:
     """The detector that the user chose, on its device; UsageError when there is none of that name."""
     if choice.name.startswith(TORCHVISION):
-        from megatron_interbert.data.faster_rcnn import TorchvisionDetector
+        from megatron_interbert.data.building.faster_rcnn import TorchvisionDetector
 
         return TorchvisionDetector(choice)
     if choice.weights:

@@ -1,6 +1,6 @@
 """Writing a region store from one process: shards in a folder beside the target, which appears whole or not at all.
 
-`data/building.py` does the same with several processes and survives kills; both write the files through `data/shard_writer.py`.
+`build.py` does the same with several processes and survives kills; both write the files through `shard_writer.py`.
 """
 
 import json
@@ -11,9 +11,7 @@ from typing import Any
 
 import h5py
 
-from megatron_interbert.data.manifest import MANIFEST, SCHEMA_VERSION, TOKENS, VOCABULARY
-from megatron_interbert.data.regions import Regions
-from megatron_interbert.data.shard_writer import (
+from megatron_interbert.data.building.shard_writer import (
     SHARD_NAME,
     Caption,
     commit,
@@ -22,6 +20,8 @@ from megatron_interbert.data.shard_writer import (
     write_shard,
     write_token_file,
 )
+from megatron_interbert.data.manifest import MANIFEST, SCHEMA_VERSION, TOKENS, VOCABULARY
+from megatron_interbert.data.regions import Regions
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 

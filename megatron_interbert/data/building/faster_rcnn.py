@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from megatron_interbert.data.detectors import BACKGROUND, TORCHVISION, Detections, Detector, DetectorChoice, state_sha256
+from megatron_interbert.data.building.detectors import BACKGROUND, TORCHVISION, Detections, Detector, DetectorChoice, state_sha256
 from megatron_interbert.data.manifest import file_sha256
 from megatron_interbert.errors import UsageError
 

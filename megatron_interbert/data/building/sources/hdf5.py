@@ -10,10 +10,10 @@ import h5py
 import numpy as np
 
 from megatron_interbert.config import read_text
-from megatron_interbert.data import safe_pickle
+from megatron_interbert.data.building import safe_pickle
+from megatron_interbert.data.building.sources.base import Dropped, Record, SourceFacts
+from megatron_interbert.data.building.sources.fields import BadRecord, ReadOptions, make_regions
 from megatron_interbert.data.shard_file import HDF5_ERRORS
-from megatron_interbert.data.sources.base import Dropped, Record, SourceFacts
-from megatron_interbert.data.sources.fields import BadRecord, ReadOptions, make_regions
 from megatron_interbert.errors import UsageError
 
 

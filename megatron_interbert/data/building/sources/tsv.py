@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_interbert.data.sources.base import Dropped, Record, SourceFacts
-from megatron_interbert.data.sources.fields import NONE, BadRecord, ReadOptions, decode_array, make_regions, number
+from megatron_interbert.data.building.sources.base import Dropped, Record, SourceFacts
+from megatron_interbert.data.building.sources.fields import NONE, BadRecord, ReadOptions, decode_array, make_regions, number
 from megatron_interbert.errors import UsageError
 
 BOTTOM_UP = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")

@@ -24,20 +24,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from megatron_interbert.data.captions import CaptionTable
-from megatron_interbert.data.duplicates import drop_duplicates
+from megatron_interbert.data.building.captions import CaptionTable
+from megatron_interbert.data.building.conversion import EXPECTED, NO_CAPTION, TWICE, UnitJob, convert_unit, done_file
+from megatron_interbert.data.building.duplicates import drop_duplicates
+from megatron_interbert.data.building.shard_writer import commit
+from megatron_interbert.data.building.sources.base import Source, SourceFacts
+from megatron_interbert.data.building.store_writer import finish_store, new_manifest
 from megatron_interbert.data.manifest import MANIFEST, REPORT, files_of
-from megatron_interbert.data.regions import Regions
-from megatron_interbert.data.shard_writer import SHARD_NAME, commit, prepare_record, write_shard
-from megatron_interbert.data.sources.base import Dropped, Record, Source, SourceFacts
-from megatron_interbert.data.store_writer import finish_store, new_manifest
 from megatron_interbert.errors import TrainingStopped, UsageError
-
-NO_CAPTION, NOT_WANTED, TWICE = "no caption", "not in --only", "image id seen before"
-EXPECTED = (NO_CAPTION, NOT_WANTED, TWICE)  # dropped on purpose, not for a fault
 
 
 @dataclass
@@ -79,22 +75,6 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-@dataclass
-class UnitJob:
-    """All that a process needs to turn one unit into one shard."""
-
-    source: Source
-    unit: Any
-    number: int
-    folder: Path
-    facts: SourceFacts
-    table: CaptionTable | None
-    use_captions: bool
-    only: bool
-    soft_labels: int
-    strict_boxes: bool
-
-
 def build(plan: BuildPlan, workers: int = 1, max_dropped: float = 0.1, restart: bool = False) -> dict[str, Any]:
     """Build a store and give its manifest. Same plan after a kill: goes on. UsageError when the input is wrong."""
     output = Path(plan.output)
@@ -103,7 +83,7 @@ def build(plan: BuildPlan, workers: int = 1, max_dropped: float = 0.1, restart: 
     facts = _common_facts(plan)
     units = [(number, unit) for number, source in enumerate(plan.sources) for unit in source.units(plan.images_per_shard)]
     work = output.with_name(output.name + ".partial")
-    with _claim(work, plan.fingerprint(units), restart):
+    with WorkFolder(work, plan.fingerprint(units), restart):
         if not (work / MANIFEST).exists():
             table = _caption_table(plan, work)
             jobs = [
@@ -121,7 +101,7 @@ def build(plan: BuildPlan, workers: int = 1, max_dropped: float = 0.1, restart: 
                 )
                 for number, (source, unit) in enumerate(units)
             ]
-            _run_jobs([job for job in jobs if not _done_file(work, job.number).exists()], len(jobs), workers, max_dropped)
+            _run_jobs([job for job in jobs if not done_file(work, job.number).exists()], len(jobs), workers, max_dropped)
             _finish(plan, facts, work, len(jobs), max_dropped)
         manifest = json.loads((work / MANIFEST).read_text(encoding="utf-8"))
         keep = {entry["file"] for entry in files_of(manifest)} | {
@@ -154,7 +134,7 @@ def _common_facts(plan: BuildPlan) -> SourceFacts:
     return SourceFacts(first.feature_dim, first.num_classes, first.soft_labels, names, plan.detector)
 
 
-class _claim:
+class WorkFolder:
     """The work folder of a build, locked; made anew, or one that the same plan has left behind."""
 
     def __init__(self, work: Path, fingerprint: dict[str, Any], restart: bool) -> None:
@@ -206,10 +186,6 @@ def _caption_table(plan: BuildPlan, work: Path) -> CaptionTable | None:
     return CaptionTable(path)
 
 
-def _done_file(work: Path, number: int) -> Path:
-    return work / (SHARD_NAME.format(number) + ".json")
-
-
 def _run_jobs(jobs: list[UnitJob], total: int, workers: int, max_dropped: float) -> None:
     """All units, in this process or several; stops early when far too much is dropped."""
     counts: Counter[str] = Counter()
@@ -253,77 +229,6 @@ def _end_with_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def convert_unit(job: UnitJob) -> dict[str, Any]:
-    """One unit to one shard (none when nothing of it is kept), then the file that says it is done; gives that file's content."""
-    records, report = [], []
-    counts: Counter[str] = Counter()
-    labels: Counter[str] = Counter()
-    for found in job.source.read(job.unit):
-        counts["read"] += 1
-        kept = _keep(found, job)
-        if isinstance(kept, Dropped):
-            report.append(kept)
-            continue
-        ready, captions = kept
-        records.append((ready.regions, captions))
-        labels[found.labels or job.facts.soft_labels] += 1
-        counts["repaired"] += ready.repaired
-        counts["inverted"] += ready.inverted
-    path = job.folder / SHARD_NAME.format(job.number)
-    reasons = Counter(dropped.reason for dropped in report)
-    try:
-        entry = write_shard(path, records) if records else None
-        done = {
-            **{name: counts[name] for name in ("read", "repaired", "inverted")},
-            "faults": sum(n for reason, n in reasons.items() if reason not in EXPECTED),
-            "entry": entry,
-            "labels": dict(sorted(labels.items())),
-            "reasons": dict(sorted(reasons.items())),
-            "dropped": [vars(dropped) for dropped in report],
-        }
-        commit(_done_file(job.folder, job.number), lambda to: to.write_text(json.dumps(done, ensure_ascii=False), encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error}); finished shards are kept: the same command goes on") from error
-    return done
-
-
-def _keep(found: Record | Dropped, job: UnitJob) -> Any:
-    """(prepared record, captions) of an image that is kept, or why it is not."""
-    if isinstance(found, Dropped):
-        return found
-    image_id = found.regions.image_id
-    if job.only and not job.table.is_wanted(image_id):
-        return Dropped(found.where, image_id, NOT_WANTED)
-    captions = job.table.of_image(image_id) if job.use_captions else found.captions
-    if job.use_captions and not captions:
-        return Dropped(found.where, image_id, NO_CAPTION)
-    regions = found.regions
-    fitted = Regions(
-        image_id, regions.size, regions.features, regions.boxes, *fit_labels(regions, job.soft_labels, job.facts.num_classes)
-    )
-    ready = prepare_record(fitted, job.facts.feature_dim, job.facts.num_classes)
-    if ready.problem:
-        return Dropped(found.where, image_id, ready.problem, ready.details)
-    if ready.repaired and job.strict_boxes:
-        return Dropped(found.where, image_id, "boxes outside the image or inverted", f"{ready.repaired}")
-    return ready, captions
-
-
-def fit_labels(regions: Regions, width: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Soft labels with `width` entries: the first ones, or filled up with classes of probability 0."""
-    ids, probs = np.asarray(regions.class_ids), np.asarray(regions.class_probs)
-    width = min(width, num_classes)
-    if ids.ndim != 2 or ids.shape != probs.shape or ids.shape[1] >= width:
-        return ids[..., :width], probs[..., :width]
-    missing = width - ids.shape[1]
-    fill = np.array(
-        [[c for c in range(num_classes) if c not in row][:missing] for row in (set(r.tolist()) for r in ids)], ids.dtype
-    )
-    return np.concatenate([ids, fill.reshape(len(ids), missing)], 1), np.concatenate(
-        [probs, np.zeros((len(ids), missing), probs.dtype)], 1
-    )
-
-
 def _too_many(faults: int, read: int, reasons: dict[str, int], limit: float) -> str:
     reason = max((r for r in reasons if r not in EXPECTED), key=lambda r: reasons[r], default="")
     return (
@@ -342,7 +247,7 @@ def _finish(plan: BuildPlan, facts: SourceFacts, work: Path, units: int, max_dro
             for line in json.loads(captions_done.read_text())
         ]
     for number in range(units):
-        done = json.loads(_done_file(work, number).read_text(encoding="utf-8"))
+        done = json.loads(done_file(work, number).read_text(encoding="utf-8"))
         entries += [done["entry"]] if done["entry"] else []
         totals.update({name: done[name] for name in ("read", "repaired", "inverted", "faults")})
         labels.update(done["labels"])

@@ -6,9 +6,9 @@ from typing import Any
 import h5py
 import numpy as np
 
+from megatron_interbert.data.building.shard_writer import write_shard
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.data.shard_file import COLUMNS, OpenShard
-from megatron_interbert.data.shard_writer import write_shard
 
 
 def drop_duplicates(folder: Path, entries: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:

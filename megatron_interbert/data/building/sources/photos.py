@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from megatron_interbert.data.detectors import Detections, Detector, DetectorChoice, load_detector
+from megatron_interbert.data.building.detectors import Detections, Detector, DetectorChoice, load_detector
+from megatron_interbert.data.building.sources.base import Dropped, Record, SourceFacts
 from megatron_interbert.data.regions import Regions
-from megatron_interbert.data.sources.base import Dropped, Record, SourceFacts
 from megatron_interbert.errors import TrainingStopped, UsageError
 
 if TYPE_CHECKING:

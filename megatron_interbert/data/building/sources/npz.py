@@ -9,9 +9,16 @@ from typing import IO, Any
 
 import numpy as np
 
-from megatron_interbert.data import safe_pickle
-from megatron_interbert.data.sources.base import Dropped, Record, SourceFacts
-from megatron_interbert.data.sources.fields import BACKGROUND_FIRST, BACKGROUND_NONE, NONE, BadRecord, ReadOptions, make_regions
+from megatron_interbert.data.building import safe_pickle
+from megatron_interbert.data.building.sources.base import Dropped, Record, SourceFacts
+from megatron_interbert.data.building.sources.fields import (
+    BACKGROUND_FIRST,
+    BACKGROUND_NONE,
+    NONE,
+    BadRecord,
+    ReadOptions,
+    make_regions,
+)
 from megatron_interbert.errors import UsageError
 
 NAMES = {

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_interbert.data import safe_pickle
-from megatron_interbert.data.captions import guess_language
-from megatron_interbert.data.sources.base import Dropped, Record, SourceFacts
-from megatron_interbert.data.sources.fields import NONE, BadRecord, ReadOptions, decode_array, make_regions, number
-from megatron_interbert.data.sources.tsv import ENCODED, SAME
+from megatron_interbert.data.building import safe_pickle
+from megatron_interbert.data.building.captions import guess_language
+from megatron_interbert.data.building.sources.base import Dropped, Record, SourceFacts
+from megatron_interbert.data.building.sources.fields import NONE, BadRecord, ReadOptions, decode_array, make_regions, number
+from megatron_interbert.data.building.sources.tsv import ENCODED, SAME
 from megatron_interbert.errors import UsageError
 
 ROW = ("features", "class_probs", "boxes", "num_boxes", "height", "width", "image_id", "caption")

@@ -1,0 +1,110 @@
+"""One unit of work of a build: read its images, keep what can be used, write one shard, say what was dropped and why."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_interbert.data.building.captions import CaptionTable
+from megatron_interbert.data.building.shard_writer import SHARD_NAME, commit, prepare_record, write_shard
+from megatron_interbert.data.building.sources.base import Dropped, Record, Source, SourceFacts
+from megatron_interbert.data.regions import Regions
+from megatron_interbert.errors import UsageError
+
+NO_CAPTION, NOT_WANTED, TWICE = "no caption", "not in --only", "image id seen before"
+EXPECTED = (NO_CAPTION, NOT_WANTED, TWICE)  # dropped on purpose, not for a fault
+
+
+@dataclass
+class UnitJob:
+    """All that a process needs to turn one unit into one shard."""
+
+    source: Source
+    unit: Any
+    number: int
+    folder: Path
+    facts: SourceFacts
+    table: CaptionTable | None
+    use_captions: bool
+    only: bool
+    soft_labels: int
+    strict_boxes: bool
+
+
+def done_file(work: Path, number: int) -> Path:
+    """What says that a unit is done; written after its shard."""
+    return work / (SHARD_NAME.format(number) + ".json")
+
+
+def convert_unit(job: UnitJob) -> dict[str, Any]:
+    """One unit to one shard (none when nothing of it is kept), then the file that says it is done; gives that file's content."""
+    records, report = [], []
+    counts: Counter[str] = Counter()
+    labels: Counter[str] = Counter()
+    for found in job.source.read(job.unit):
+        counts["read"] += 1
+        kept = _keep(found, job)
+        if isinstance(kept, Dropped):
+            report.append(kept)
+            continue
+        ready, captions = kept
+        records.append((ready.regions, captions))
+        labels[found.labels or job.facts.soft_labels] += 1
+        counts["repaired"] += ready.repaired
+        counts["inverted"] += ready.inverted
+    path = job.folder / SHARD_NAME.format(job.number)
+    reasons = Counter(dropped.reason for dropped in report)
+    try:
+        entry = write_shard(path, records) if records else None
+        done = {
+            **{name: counts[name] for name in ("read", "repaired", "inverted")},
+            "faults": sum(n for reason, n in reasons.items() if reason not in EXPECTED),
+            "entry": entry,
+            "labels": dict(sorted(labels.items())),
+            "reasons": dict(sorted(reasons.items())),
+            "dropped": [vars(dropped) for dropped in report],
+        }
+        commit(done_file(job.folder, job.number), lambda to: to.write_text(json.dumps(done, ensure_ascii=False), encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error}); finished shards are kept: the same command goes on") from error
+    return done
+
+
+def _keep(found: Record | Dropped, job: UnitJob) -> Any:
+    """(prepared record, captions) of an image that is kept, or why it is not."""
+    if isinstance(found, Dropped):
+        return found
+    image_id = found.regions.image_id
+    if job.only and not job.table.is_wanted(image_id):
+        return Dropped(found.where, image_id, NOT_WANTED)
+    captions = job.table.of_image(image_id) if job.use_captions else found.captions
+    if job.use_captions and not captions:
+        return Dropped(found.where, image_id, NO_CAPTION)
+    regions = found.regions
+    fitted = Regions(
+        image_id, regions.size, regions.features, regions.boxes, *fit_labels(regions, job.soft_labels, job.facts.num_classes)
+    )
+    ready = prepare_record(fitted, job.facts.feature_dim, job.facts.num_classes)
+    if ready.problem:
+        return Dropped(found.where, image_id, ready.problem, ready.details)
+    if ready.repaired and job.strict_boxes:
+        return Dropped(found.where, image_id, "boxes outside the image or inverted", f"{ready.repaired}")
+    return ready, captions
+
+
+def fit_labels(regions: Regions, width: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Soft labels with `width` entries: the first ones, or filled up with classes of probability 0."""
+    ids, probs = np.asarray(regions.class_ids), np.asarray(regions.class_probs)
+    width = min(width, num_classes)
+    if ids.ndim != 2 or ids.shape != probs.shape or ids.shape[1] >= width:
+        return ids[..., :width], probs[..., :width]
+    missing = width - ids.shape[1]
+    fill = np.array(
+        [[c for c in range(num_classes) if c not in row][:missing] for row in (set(r.tolist()) for r in ids)], ids.dtype
+    )
+    return np.concatenate([ids, fill.reshape(len(ids), missing)], 1), np.concatenate(
+        [probs, np.zeros((len(ids), missing), probs.dtype)], 1
+    )
