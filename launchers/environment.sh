@@ -10,8 +10,10 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     exit 2
   fi
   python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: python3 is older than 3.11" >&2; exit 2; }
+  # Not the python3 of an activated environment: it may be the one that is removed here.
+  base_python=$(python3 -c 'import sys; print(sys.base_prefix + "/bin/python3")')
   rm -rf "$VENV"
-  python3 -m venv "$VENV"
+  "$base_python" -m venv "$VENV"
   export PIP_DISABLE_PIP_VERSION_CHECK=1
   "$VENV/bin/pip" install -q "$(grep '^torch==' requirements.txt)"
   "$VENV/bin/pip" install -q setuptools -r requirements.txt
