@@ -93,6 +93,32 @@ def test_one_image_has_one_key():
     assert len({image_key(name) for name in ("a", "A", "42", "42x", "4 2")}) == 5
 
 
+def test_names_in_a_surer_place_win(tmp_path):
+    """A file called 2.jpg in an address is not line 2; a file name beats a number of the data set's own."""
+    table = CaptionTable.create(
+        tmp_path / "a.db", [write(tmp_path / "cc.tsv", "zero\thttp://a/2.jpg\none\thttp://a/y.jpg\ntwo\thttp://a/z.jpg\n")]
+    )
+    assert table.of_image("2") == [("two", "en")]
+    lines = '{"id": 1, "image": "7.jpg", "caption": "of seven"}\n{"id": 7, "image": "1.jpg", "caption": "of one"}\n'
+    table = CaptionTable.create(tmp_path / "b.db", [write(tmp_path / "l.jsonl", lines)])
+    assert table.of_image("1") == [("of one", "en")]
+    two = [write(tmp_path / f"{name}.tsv", f"{name}\thttp://a/v.jpg\n") for name in ("train", "val")]
+    with pytest.raises(UsageError, match="build a store from each, then join the stores"):
+        CaptionTable.create(tmp_path / "c.db", two)
+
+
+def test_odd_folders_languages_and_single_lines(tmp_path):
+    folder = tmp_path / "a#b%41?c"
+    folder.mkdir()
+    table = CaptionTable.create(folder / "images.db", [write(tmp_path / "u.tsv", "1.jpg\ta cat\thttps://x.org/1.jpg\n")])
+    assert table.of_image("1") == [("a cat", "en")], "a third column that is no language tag is not taken for one"
+    assert guess_format(write(tmp_path / "one.jsonl", '{"image": "a.jpg", "caption": "x"}\n')) == "jsonl"
+    odd = ['{"image_id": "\\ud800", "caption": "x"}', '{"image_id": "1", "caption": "x", "lang": "\\u0000"}']
+    rows = list(read_captions(write(tmp_path / "odd.jsonl", "\n".join(odd) + "\n")))
+    assert "half characters" in rows[0]
+    assert rows[1] == (["1"], "x", "en")
+
+
 def test_splits_of_a_karpathy_file(tmp_path):
     images = [
         {"filename": f"{i}.jpg", "split": split, "sentences": [{"raw": split}]}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -9,10 +10,15 @@ import sys
 import numpy as np
 import pytest
 
+from megatron_interbert.data.building.build import BuildPlan
+from megatron_interbert.data.building.build import build as run_build
+from megatron_interbert.data.building.sources.fields import ReadOptions
+from megatron_interbert.data.building.sources.opening import open_source
 from megatron_interbert.data.store import RegionStore
 from tests.data.formats import (
     adaptive_hdf5,
     bottom_up_line,
+    encoded,
     lxmert_line,
     made_up_images,
     npz_fields,
@@ -231,6 +237,47 @@ def test_bad_records_are_reported_and_the_others_kept(tmp_path, images):
     assert {r["reason"] for r in reported} >= {"wrong number of columns", "features hold NaN or infinity, or values beyond float16"}
     assert len(reported) == 4
     assert not (tmp_path / "store.partial").exists()
+
+
+def test_records_of_odd_shapes_and_names_are_reported(tmp_path, images):
+    """Confidences in float64, boxes that are one number, a file name that is no UTF-8: a report line each."""
+    values = lxmert_line(images[1]).rstrip("\n").split("\t")
+    values[4] = encoded(images[1]["cls_conf"], np.float64)
+    (tmp_path / "x.tsv").write_text(lxmert_line(images[0]) + "\t".join(values) + "\n" + lxmert_line(images[2]))
+    store, out = build(tmp_path / "a", tmp_path / "x.tsv", "--max-dropped", 1)
+    assert store.num_images == 2
+    assert "class confidences do not fit" in out
+    folder = write_npz(tmp_path / "npz", images)
+    np.savez(folder / "image-3.npz", **{**images[3], "boxes": np.array(5.0)})
+    nameless = {name: value for name, value in images[4].items() if name != "image_id"}
+    with open(os.fsencode(folder) + b"/\xc4\xe3.npz", "wb") as handle:
+        np.savez(handle, **nameless)
+    store, out = build(tmp_path / "b", folder, "--max-dropped", 1)
+    assert store.num_images == 11
+    assert "dropped: 1 images, image id is no text" in out
+
+
+@pytest.mark.parametrize("stage", ["plan.json.99.new", "all but the last rename"])
+def test_left_by_a_kill_at_the_very_start_or_end(tmp_path, images, monkeypatch, stage):
+    path = tsv(tmp_path / "x.tsv", images)
+    work = tmp_path / "store.partial"
+    if stage == "plan.json.99.new":
+        work.mkdir()
+        (work / stage).write_text("{")
+    else:
+        plan = BuildPlan([open_source(str(path), "auto", ReadOptions())], str(tmp_path / "store"), detector={"name": "x"})
+
+        def killed(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr("megatron_interbert.data.building.build.os.rename", killed)
+            with pytest.raises(KeyboardInterrupt):
+                run_build(plan)
+        assert (work / "manifest.json").exists()
+        assert run_build(plan)["counts"]["images"] == 12
+        return
+    assert build(tmp_path / "store", path)[0].num_images == 12
 
 
 @needs_shared

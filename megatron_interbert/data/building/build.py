@@ -1,6 +1,6 @@
 """Building a region store from any sources with several processes, so that a kill at any moment costs one shard of work.
 
-    OUTPUT.partial/plan.json        what is being built; another plan is refused
+    OUTPUT.partial/plan.json        what is being built; another plan is refused; stays in the store
                    images.db        captions and wanted images by name (SQLite)
                    shard-N.h5       one for each unit of work
                    shard-N.json     written last: the unit is done; its counts
@@ -34,6 +34,8 @@ from megatron_interbert.data.building.sources.base import Source, SourceFacts
 from megatron_interbert.data.building.store_writer import finish_store, new_manifest
 from megatron_interbert.data.manifest import MANIFEST, REPORT, files_of
 from megatron_interbert.errors import TrainingStopped, UsageError
+
+PLAN = "plan.json"
 
 
 @dataclass
@@ -113,7 +115,6 @@ def build(plan: BuildPlan, workers: int = 1, max_dropped: float = 0.1, restart: 
         for path in work.iterdir():
             if path.name not in keep:
                 path.unlink()
-        (work / "plan.json").unlink()
         os.rename(work, output)
     return manifest
 
@@ -150,7 +151,9 @@ class WorkFolder:
             fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UsageError(f"{self.work}: another process is building there; wait for it or choose another --output") from None
-        plan = self.work / "plan.json"
+        plan = self.work / PLAN
+        for path in self.work.glob("*.new"):
+            path.unlink()
         if self.restart:
             for path in self.work.iterdir():
                 path.unlink()
@@ -163,11 +166,10 @@ class WorkFolder:
         if not plan.exists() and any(self.work.iterdir()):
             raise UsageError(f"{self.work}: exists and is no unfinished build of this tool; remove it or choose another --output")
         commit(plan, lambda path: path.write_text(json.dumps(self.fingerprint, indent=1)))
-        for path in self.work.glob("*.new"):
-            path.unlink()
 
     def __exit__(self, *failure: Any) -> None:
-        if any(failure) and self.work.exists() and not list(self.work.glob("shard-*.json")):
+        useful = list(self.work.glob("shard-*.json")) or (self.work / MANIFEST).exists()
+        if any(failure) and self.work.exists() and not useful:
             shutil.rmtree(self.work)  # nothing in it that another try could use
         os.close(self.handle)
 
@@ -274,7 +276,10 @@ def _finish(plan: BuildPlan, facts: SourceFacts, work: Path, units: int, max_dro
     )
     manifest["shards"] = entries
     commit(
-        work / REPORT, lambda to: to.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in report), encoding="utf-8")
+        work / REPORT,
+        lambda to: to.write_text(
+            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in report), encoding="utf-8", errors="backslashreplace"
+        ),
     )
     finish_store(work, manifest, plan.vocabulary)
 

@@ -1,7 +1,8 @@
 """Captions from the files in which data sets publish them, and their place beside the images during a build.
 
-Every reader gives (keys of the image, caption, language). Data sets name one image in several ways (a number, a file name, an
-address), so a caption may carry several keys and `image_key` makes the usual spellings of one name equal.
+Every reader gives (names of the image, caption, language). Data sets name one image in several ways (a file name, a number, an
+address), so a caption may carry several names, the surest first, and `image_key` makes the usual spellings of one name equal. An
+image gets the captions that have its name in the surest place: a file called 2.jpg is never taken for line 2 where both occur.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from megatron_interbert.errors import UsageError
 CaptionRow = tuple[list[str], str, str]
 IMAGE_SUFFIX = re.compile(r"\.(jpe?g|png|webp|gif|bmp|npz|npy)$", re.IGNORECASE)
 COCO_NAME = re.compile(r"^COCO_(?:train|val|test)\d{4}_0*(\d+)$")
+LANGUAGE = re.compile(r"^[A-Za-z]{2,3}([-_][A-Za-z0-9]{1,8})*$")
 CJK = re.compile("[\u3400-\u9fff]")
 
 
@@ -39,7 +41,7 @@ def guess_language(text: str) -> str:
 def _coco(data: dict[str, Any], split: set[str]) -> Iterator[CaptionRow]:
     names = {image["id"]: image.get("file_name", image["id"]) for image in data.get("images", [])}
     for row in data["annotations"]:
-        yield [str(row["image_id"]), str(names.get(row["image_id"], row["image_id"]))], row["caption"], ""
+        yield [str(names.get(row["image_id"], row["image_id"])), str(row["image_id"])], row["caption"], ""
 
 
 def _karpathy(data: dict[str, Any], split: set[str]) -> Iterator[CaptionRow]:
@@ -68,7 +70,7 @@ def _json_line(record: dict[str, Any]) -> Iterator[CaptionRow]:
         for item in record["item_ids"] if "item_ids" in record else [record["product_id"]]:
             yield [str(item)], text, record.get("lang", "")
         return
-    names = [str(record[k]) for k in ("image_id", "img_path", "image", "id") if k in record]
+    names = [str(record[k]) for k in ("image_id", "image", "img_path", "id") if k in record]
     texts = next((record[k] for k in ("captions", "sentences", "caption", "text") if k in record), None)
     if texts is None or not names:
         raise KeyError("image_id and caption")
@@ -79,12 +81,12 @@ def _json_line(record: dict[str, Any]) -> Iterator[CaptionRow]:
 def _conceptual(number: int, line: str) -> CaptionRow:
     """Conceptual Captions: text, tab, address. Downloaders name files by line, or by line and checksum of the address."""
     text, url = line.split("\t")[:2]
-    return [str(number - 1), f"{number - 1}_{zlib.crc32(url.encode())}", url], text, ""
+    return [f"{number - 1}_{zlib.crc32(url.encode())}", str(number - 1), url], text, ""
 
 
 def _plain_tsv(number: int, line: str) -> CaptionRow:
     image, text, *language = line.split("\t")[:3]
-    return [image], text, language[0] if language else ""
+    return [image], text, language[0] if language and LANGUAGE.match(language[0]) else ""
 
 
 def _tokens(number: int, line: str) -> CaptionRow:
@@ -130,7 +132,8 @@ def _guess_json(path: str) -> str:
     for name, wanted in (("coco", {"annotations"}), ("sbu", {"image_urls", "captions"}), ("karpathy", {"images"})):
         if wanted <= keys:
             return name
-    return "jsonl" if keys & {"image_id", "query_text", "query", "img_path"} else "json-dict"
+    one_line = keys & {"image_id", "query_text", "query", "img_path"} or ({"caption", "captions", "sentences", "text"} & keys)
+    return "jsonl" if one_line else "json-dict"
 
 
 def _load_json(path: str) -> Any:
@@ -150,14 +153,18 @@ def read_captions(path: str, kind: str = "auto", split: str = "") -> Iterator[Ca
 
 def _checked(row: CaptionRow, path: str) -> CaptionRow | str:
     keys, text, language = row
+    if not keys:
+        return f"{path}: a caption names no image"
+    where = f"{path}: image {keys[0][:80]!a}"
     if not isinstance(text, str) or not isinstance(language, str):
-        return f"{path}: image {keys[0][:80]}: caption is {type(text).__name__}, expected text"
+        return f"{where}: caption is {type(text).__name__}, expected text"
     text = " ".join(text.replace("\0", " ").split())
     try:
-        text.encode("utf-8")
+        "".join([text, language, *keys]).encode("utf-8")
     except UnicodeEncodeError:
-        return f"{path}: image {keys[0][:80]}: caption holds half characters (lone surrogates)"
-    return (keys, text, language or guess_language(text)) if text else f"{path}: image {keys[0][:80]}: empty caption"
+        return f"{where}: half characters (lone surrogates)"
+    language = language if LANGUAGE.match(language) else ""
+    return (keys, text, language or guess_language(text)) if text else f"{where}: empty caption"
 
 
 def _whole_file(path: str, kind: str, split: set[str]) -> Iterator[CaptionRow]:
@@ -215,24 +222,33 @@ class CaptionTable:
     ) -> "CaptionTable":
         """Read caption files and wanted image ids into a new table; `complain` gets a sentence for each line of no use."""
         path.unlink(missing_ok=True)
+        kinds = [guess_format(file) if kind == "auto" else kind for file in files]
+        if len([k for k in kinds if k in ("conceptual", "sbu")]) > 1:
+            raise UsageError(
+                f"--captions {', '.join(files)}: images of these files are named by line number, which would confuse them;"
+                " build a store from each, then join the stores"
+            )
         table = cls(path)
         with contextlib.closing(sqlite3.connect(path)) as connection, connection:
             connection.executescript(
                 "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;"
-                "CREATE TABLE caption (text TEXT, language TEXT); CREATE TABLE image (key TEXT, caption INTEGER);"
+                "CREATE TABLE caption (text TEXT, language TEXT); CREATE TABLE image (key TEXT, place INTEGER, caption INTEGER);"
                 "CREATE TABLE wanted (key TEXT PRIMARY KEY) WITHOUT ROWID;"
             )
             connection.executemany("INSERT OR IGNORE INTO wanted VALUES (?)", ((image_key(name),) for name in wanted))
-            for file in files:
-                for row in read_captions(file, kind, split):
+            for file, known in zip(files, kinds, strict=True):
+                for row in read_captions(file, known, split):
                     if isinstance(row, str):
                         complain(row)
                         continue
                     keys, text, language = row
+    if not keys:
+        return f"{path}: a caption names no image"
                     caption = connection.execute("INSERT INTO caption VALUES (?, ?)", (text, language)).lastrowid
                     unique = dict.fromkeys(map(image_key, keys))
-                    connection.executemany("INSERT INTO image VALUES (?, ?)", [(key, caption) for key in unique])
-            connection.execute("CREATE INDEX image_key ON image (key, caption)")
+                    rows = [(key, place, caption) for place, key in enumerate(unique)]
+                    connection.executemany("INSERT INTO image VALUES (?, ?, ?)", rows)
+            connection.execute("CREATE INDEX image_key ON image (key, place, caption)")
         return table
 
     def __len__(self) -> int:
@@ -241,7 +257,8 @@ class CaptionTable:
     def of_image(self, image_id: str) -> list[tuple[str, str]]:
         """[(text, language)] of an image in the order of the files."""
         return self._ask(
-            "SELECT text, language FROM image JOIN caption ON caption.rowid = image.caption WHERE key = ? ORDER BY image.caption",
+            "SELECT text, language FROM image JOIN caption ON caption.rowid = image.caption WHERE key = ?1"
+            " AND place = (SELECT min(place) FROM image WHERE key = ?1) ORDER BY image.caption",
             (image_key(image_id),),
         )
 
@@ -251,5 +268,5 @@ class CaptionTable:
 
     def _ask(self, question: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         if self._connection is None:
-            self._connection = sqlite3.connect(f"file:{self.path}?mode=ro&immutable=1", uri=True)
+            self._connection = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
         return self._connection.execute(question, values).fetchall()

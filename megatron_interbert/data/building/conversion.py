@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_interbert.data.building.captions import CaptionTable
-from megatron_interbert.data.building.shard_writer import SHARD_NAME, commit, prepare_record, write_shard
+from megatron_interbert.data.building.shard_writer import SHARD_NAME, commit, prepare_record, storable, write_shard
 from megatron_interbert.data.building.sources.base import Dropped, Record, Source, SourceFacts
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.errors import UsageError
@@ -67,7 +67,7 @@ def convert_unit(job: UnitJob) -> dict[str, Any]:
             "reasons": dict(sorted(reasons.items())),
             "dropped": [vars(dropped) for dropped in report],
         }
-        commit(done_file(job.folder, job.number), lambda to: to.write_text(json.dumps(done, ensure_ascii=False), encoding="utf-8"))
+        commit(done_file(job.folder, job.number), lambda to: to.write_text(json.dumps(done), encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error}); finished shards are kept: the same command goes on") from error
     return done
@@ -78,6 +78,8 @@ def _keep(found: Record | Dropped, job: UnitJob) -> Any:
     if isinstance(found, Dropped):
         return found
     image_id = found.regions.image_id
+    if not storable(image_id):
+        return Dropped(found.where, repr(image_id)[:80], "image id is no text")
     if job.only and not job.table.is_wanted(image_id):
         return Dropped(found.where, image_id, NOT_WANTED)
     captions = job.table.of_image(image_id) if job.use_captions else found.captions

@@ -36,7 +36,7 @@ class Prepared:
 
 def prepare_record(regions: Regions, feature_dim: int, num_classes: int) -> Prepared:
     """Check one image and bring it into the form that is stored: float16 features, boxes sorted and clipped."""
-    if not _storable(regions.image_id):
+    if not storable(regions.image_id):
         return Prepared(regions, problem="image id is no text", details=repr(regions.image_id[:80]))
     rows = len(regions.features)
     for name, shape in (("features", (rows, feature_dim)), ("boxes", (rows, 4)), ("class_probs", regions.class_ids.shape)):
@@ -61,8 +61,8 @@ def prepare_record(regions: Regions, feature_dim: int, num_classes: int) -> Prep
     return Prepared(ready, repaired, inverted)
 
 
-def _storable(name: str) -> bool:
-    """Whether HDF5 can hold a string: something, without NUL and half characters."""
+def storable(name: str) -> bool:
+    """Whether HDF5 and SQLite can hold a string: something, without NUL and half characters."""
     try:
         return bool(name.encode("utf-8")) and "\0" not in name
     except UnicodeEncodeError:

@@ -96,7 +96,11 @@ def _labels(fields: Mapping[str, Any], rows: int, options: ReadOptions, scheme: 
     if first.min() < 0 or first.max() >= options.num_classes:
         raise BadRecord("class ids beyond the classes", f"{first.min()} to {first.max()}, expected 0 to {options.num_classes - 1}")
     confidence = fields.get("class_confidence")
-    probs[:, 0] = 1.0 if confidence is None else np.asarray(confidence, np.float32).reshape(-1)
+    if confidence is not None:
+        confidence = np.asarray(confidence, np.float32).reshape(-1)
+        if confidence.shape != (rows,):
+            raise BadRecord("class confidences do not fit the number of boxes", f"{confidence.shape} for {rows} boxes")
+    probs[:, 0] = 1.0 if confidence is None else confidence
     # One class is known; the other entries of the row are other classes with no stated probability.
     ids = (first[:, None] + np.arange(width)) % options.num_classes
     return ids, probs, CLASS_ONLY if confidence is None else TOP_1

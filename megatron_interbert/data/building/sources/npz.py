@@ -31,7 +31,9 @@ NAMES = {
     "class_confidence": ("cls_conf", "objects_conf", "class_confidence"),
 }
 CLASS_IDS = {"cls_id_1601": BACKGROUND_FIRST, "objects_id": BACKGROUND_NONE, "objects": BACKGROUND_NONE}
-DAMAGE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError, RuntimeError)
+# what a damaged or foreign file can raise while it is taken apart
+DAMAGE = (*(OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError, RuntimeError),
+          *(TypeError, AttributeError, IndexError))  # fmt: skip
 LARGEST_ARRAY = 1 << 30  # bytes; a header that asks for more is damaged
 
 
