@@ -242,8 +242,6 @@ class CaptionTable:
                         complain(row)
                         continue
                     keys, text, language = row
-    if not keys:
-        return f"{path}: a caption names no image"
                     caption = connection.execute("INSERT INTO caption VALUES (?, ?)", (text, language)).lastrowid
                     unique = dict.fromkeys(map(image_key, keys))
                     rows = [(key, place, caption) for place, key in enumerate(unique)]
