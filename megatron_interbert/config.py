@@ -162,7 +162,7 @@ class RunConfig:
 
     def stores(self) -> list[str]:
         """The region stores of --data-path."""
-        return [path for path in self.data_path.split(",") if path]
+        return [path.strip() for path in self.data_path.split(",") if path.strip()]
 
     def objective_names(self) -> tuple[str, ...]:
         """The losses to train on; UsageError for a name that is none of msm, mrm, itm."""

@@ -79,11 +79,13 @@ def check_data(config: PreflightConfig) -> str:
     model_config_for(config, corpus, tokenizer).check_tensor_parallel(config.tensor_model_parallel_size)
     dataset = PretrainingSet(corpus, tokenizer, config)
     some = np.arange(min(1000, corpus.num_captions))
-    unknown = int((corpus.tokens(some, tokenizer, config.max_tokens - 2).ids == tokenizer.unknown).sum())
+    pieces = corpus.tokens(some, tokenizer, config.max_tokens - 2).ids
+    unknown = int((pieces == tokenizer.unknown).sum())
     shards = sum(len(store.shards) for store in corpus.stores)
     notes = [
         f"{corpus.num_images} images, {corpus.num_captions} captions, {shards} shards, vocabulary {tokenizer.vocab_size}",
-        f"{unknown} [UNK] in the first {len(some)} captions",
+        f"{unknown} [UNK] in the first {len(some)} captions"
+        + (" (many: is it the vocabulary of their language? see --vocab-file, --language)" if unknown > 0.02 * len(pieces) else ""),
         f"{dataset.order.epoch_length / (config.global_batch_size or config.micro_batch_size):.0f} steps an epoch",
     ]
     if any(store.captions.token_vocabulary != tokenizer.sha256 for store in corpus.stores):
@@ -92,7 +94,7 @@ def check_data(config: PreflightConfig) -> str:
         for store in corpus.stores:
             store.verify_hashes()
         repaired = sum(count_repaired(store) for store in corpus.stores)
-        notes.append(f"hashes right, {repaired} boxes outside their image (clipped when read)")
+        notes.append(f"hashes right, {repaired} boxes outside their image, clipped when built or read")
     return "; ".join(notes)
 
 

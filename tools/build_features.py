@@ -24,16 +24,22 @@ from megatron_interbert.data.building.sources.base import Source
 from megatron_interbert.data.building.sources.fields import BACKGROUND_FIRST, BACKGROUND_NONE, ReadOptions
 from megatron_interbert.data.building.sources.opening import FORMATS, open_source
 from megatron_interbert.data.building.sources.stores import StoreSource
+from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError, run_entry
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="files or folders of features, in the order of the store")
     parser.add_argument("--output", required=True, help="folder of the new store")
     parser.add_argument("--format", default="auto", choices=FORMATS, help="what SOURCE is (default: by its content)")
-    parser.add_argument("--columns", default="", help="names of a TSV's columns, comma-separated, where their number does not tell")
+    parser.add_argument(
+        "--columns",
+        default="",
+        help="names of a TSV's columns where their number does not tell: image_id,image_w,image_h,num_boxes,boxes,features"
+        " and of labels objects_id,objects_conf or cls_prob; other names are passed over",
+    )
     parser.add_argument(
         "--image-ids", default="", help="file that names the images of an HDF5 (imgid2idx as JSON or pickle, or one a line)"
     )
@@ -41,7 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--captions-format", default="auto", choices=CAPTION_FORMATS, help="default: by content")
     parser.add_argument("--split", default="", help="of a Karpathy file, comma-separated: train,restval (default: all)")
     parser.add_argument("--only", help="file with the image ids to keep, one a line")
-    parser.add_argument("--class-ids", default="", choices=("", BACKGROUND_FIRST, BACKGROUND_NONE),
+    parser.add_argument("--class-ids", choices=(BACKGROUND_FIRST, BACKGROUND_NONE),
                         help="whether class id 0 is background or the first object (default: the habit of the format)")  # fmt: skip
     parser.add_argument("--box-format", default="xyxy", choices=("xyxy", "xywh"), help="pixels (default: %(default)s)")
     parser.add_argument("--num-classes", type=int, default=1601, help="with background (default: %(default)s)")
@@ -76,6 +82,7 @@ def detector_of(sources: list[Source], arguments: argparse.Namespace) -> dict[st
 def vocabulary_of(sources: list[Source], arguments: argparse.Namespace) -> str:
     """The text of the vocabulary to go into the store: the file given, else that of the first store among the sources."""
     if arguments.vocab_file:
+        CaptionTokenizer(arguments.vocab_file)  # before anything is written: is it one?
         return read_text(arguments.vocab_file, "--vocab-file")
     files = [Path(source.path) / "vocab.txt" for source in sources if isinstance(source, StoreSource)]
     return next((read_text(file, "vocab.txt") for file in files if file.is_file()), "")
@@ -88,7 +95,7 @@ def run() -> None:
         if getattr(arguments, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected 1 or more")
     options = ReadOptions(
-        class_ids=arguments.class_ids,
+        class_ids=arguments.class_ids or "",
         box_format=arguments.box_format,
         soft_labels=arguments.soft_labels or 10,
         num_classes=arguments.num_classes,

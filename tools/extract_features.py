@@ -27,7 +27,7 @@ from megatron_interbert.errors import UsageError, run_entry
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "photos", metavar="PHOTOS", help="folder with jpg, png and webp files, at any depth; file names are image ids"
     )

@@ -22,7 +22,7 @@ from megatron_interbert.errors import UsageError, run_entry
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", help="folder of the region store")
     parser.add_argument("--output", help="folder for inspection.html and inspection.json (default: STORE-inspection)")
     parser.add_argument("--json", help="where the report as JSON goes (default: inspection.json in --output)")

@@ -40,7 +40,7 @@ def lengths(text: str) -> tuple[int, ...]:
 
 def parse(defaults: MiningOptions) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", help="folder of a region store")
     parser.add_argument("--mode", default=defaults.mode, help="pruned: within a budget; exact: all of it (default: %(default)s)")
     parser.add_argument(

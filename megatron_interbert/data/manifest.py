@@ -32,8 +32,7 @@ def read_manifest(store: Path) -> dict[str, Any]:
     path = store / MANIFEST
     if not path.is_file():
         raise UsageError(
-            f"--data-path {store}: no {MANIFEST} there, expected a region store;"
-            " make one with tools/build_features.py or tools/make_sample.py"
+            f"{store}: no {MANIFEST} there, expected a region store; make one with tools/build_features.py or tools/make_sample.py"
         )
     manifest = read_json(path, "region store")
     version = manifest.get("schema_version")

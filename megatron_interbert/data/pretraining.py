@@ -30,6 +30,8 @@ class PretrainingSet:
 
     def __init__(self, corpus: Corpus, tokenizer: CaptionTokenizer, config: RunConfig) -> None:
         self.corpus, self.tokenizer, self.config = corpus, tokenizer, config
+        if not corpus.num_captions:
+            raise UsageError(f"{corpus.path}: holds no captions to train on; build it with --captions")
         self.samples = trainable_captions(corpus, config.language)
         parts = [
             self.samples[(self.samples >= a) & (self.samples < b)]

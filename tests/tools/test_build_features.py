@@ -192,6 +192,33 @@ def test_pickles_need_leave_and_never_run(tmp_path, images):
     assert not planted.exists()
 
 
+def test_labels_in_a_pickle_are_not_lost_in_silence(tmp_path, images):
+    """The npz files of bottom-up-attention.pytorch: x, bbox, and everything else in a pickled `info`."""
+    (tmp_path / "npz").mkdir()
+    for image in images:
+        info = {"objects": image["cls_id_1601"] - 1, "objects_conf": image["cls_conf"]}
+        fields = {"x": image["features"], "bbox": image["boxes"], "image_w": image["image_w"], "image_h": image["image_h"]}
+        np.savez(tmp_path / "npz" / f"{image['image_id']}.npz", **fields, info=np.array(info, dtype=object))
+    assert "its classes may be in a pickle and --trust-pickle was not given" in refused(
+        tmp_path / "npz", "--output", tmp_path / "a"
+    )
+    store, out = build(tmp_path / "b", tmp_path / "npz", "--trust-pickle")
+    assert "12 images (labels: 12 top_1_confidence)" in out
+    by_id = {str(image["image_id"]): image for image in images}
+    for number in range(12):
+        np.testing.assert_array_equal(store.read(number).class_ids[:, 0], by_id[store.image_id(number)]["cls_id_1601"])
+
+
+def test_wrong_caption_file_and_vocabulary_are_refused_before_anything_is_written(tmp_path, images):
+    path = tsv(tmp_path / "x.tsv", images)
+    assert "nope.json: no such file" in refused(path, "--captions", tmp_path / "nope.json", "--output", tmp_path / "a")
+    (tmp_path / "words.txt").write_text("a\nb\n")
+    assert f"{tmp_path / 'words.txt'}: no [PAD] in it" in refused(
+        path, "--vocab-file", tmp_path / "words.txt", "--output", tmp_path / "a"
+    )
+    assert not list(tmp_path.glob("a*"))
+
+
 def test_stores_are_joined_cut_anew_and_taken_apart(tmp_path, images):
     first, _ = build(tmp_path / "first", write_npz(tmp_path / "a", images[:7]), "--images-per-shard", 3)
     second, _ = build(tmp_path / "second", write_npz(tmp_path / "b", images[5:]), "--images-per-shard", 2)
@@ -202,6 +229,8 @@ def test_stores_are_joined_cut_anew_and_taken_apart(tmp_path, images):
     )
     assert [both.image_id(i) for i in range(12)] == [str(image["image_id"]) for image in in_folders]
     assert "dropped: 2 images, image id seen before" in out
+    assert both.manifest["images_by_label_kind"] == {"top_1_confidence": 12}
+    assert both.manifest["soft_labels"] == "top_1_confidence"
     direct, _ = build(tmp_path / "direct", tsv(tmp_path / "all.tsv", in_folders))
     for number in range(12):
         for field in ("features", "boxes", "class_ids", "class_probs"):

@@ -82,6 +82,9 @@ def build(plan: BuildPlan, workers: int = 1, max_dropped: float = 0.1, restart: 
     output = Path(plan.output)
     if output.exists():
         raise UsageError(f"--output {output}: already exists; choose another folder or remove it")
+    for path in plan.caption_files:
+        if not os.path.isfile(path):
+            raise UsageError(f"--captions {path}: no such file")
     facts = _common_facts(plan)
     units = [(number, unit) for number, source in enumerate(plan.sources) for unit in source.units(plan.images_per_shard)]
     work = output.with_name(output.name + ".partial")
@@ -241,7 +244,8 @@ def _too_many(faults: int, read: int, reasons: dict[str, int], limit: float) -> 
 
 def _finish(plan: BuildPlan, facts: SourceFacts, work: Path, units: int, max_dropped: float) -> None:
     """Everything but the last rename: images seen twice, totals, report, captions, manifest."""
-    entries, report, totals, labels, reasons = [], [], Counter(), Counter(), Counter()
+    entries, report, totals, reasons = [], [], Counter(), Counter()
+    labels: dict[str, list[str]] = {}  # of each image, by shard
     captions_done = work / "captions.json"
     if captions_done.exists():
         report += [
@@ -250,9 +254,10 @@ def _finish(plan: BuildPlan, facts: SourceFacts, work: Path, units: int, max_dro
         ]
     for number in range(units):
         done = json.loads(done_file(work, number).read_text(encoding="utf-8"))
-        entries += [done["entry"]] if done["entry"] else []
+        if done["entry"]:
+            entries.append(done["entry"])
+            labels[done["entry"]["file"]] = done["labels"]
         totals.update({name: done[name] for name in ("read", "repaired", "inverted", "faults")})
-        labels.update(done["labels"])
         reasons.update(done["reasons"])
         report += done["dropped"]
     if not entries:
@@ -260,17 +265,19 @@ def _finish(plan: BuildPlan, facts: SourceFacts, work: Path, units: int, max_dro
     if totals["faults"] > max_dropped * totals["read"]:
         raise UsageError(_too_many(totals["faults"], totals["read"], reasons, max_dropped))
     entries, twice = drop_duplicates(work, entries)
-    report += [{"where": where, "image_id": name, "reason": TWICE, "details": ""} for where, name in twice]
+    report += [{"where": f"{file}: image {row}", "image_id": name, "reason": TWICE, "details": ""} for file, row, name in twice]
+    kinds = Counter(kind for of_images in labels.values() for kind in of_images)
+    kinds.subtract(labels[file][row] for file, row, _ in twice)
     reasons.update({TWICE: len(twice)} if twice else {})
     manifest = new_manifest(
         feature_dim=facts.feature_dim,
         num_classes=facts.num_classes,
         detector=plan.detector,
-        soft_labels=" and ".join(sorted(labels)),
+        soft_labels=" and ".join(sorted({part for kind in +kinds for part in kind.split(" and ")})),
         class_names=facts.class_names,
         repaired_boxes=totals["repaired"],
         inverted_boxes=totals["inverted"],
-        images_by_label_kind=dict(sorted(labels.items())),
+        images_by_label_kind=dict(sorted((+kinds).items())),
         images_read=totals["read"],
         dropped=dict(sorted(reasons.items())),
     )

@@ -43,7 +43,7 @@ def convert_unit(job: UnitJob) -> dict[str, Any]:
     """One unit to one shard (none when nothing of it is kept), then the file that says it is done; gives that file's content."""
     records, report = [], []
     counts: Counter[str] = Counter()
-    labels: Counter[str] = Counter()
+    labels: list[str] = []
     for found in job.source.read(job.unit):
         counts["read"] += 1
         kept = _keep(found, job)
@@ -52,7 +52,7 @@ def convert_unit(job: UnitJob) -> dict[str, Any]:
             continue
         ready, captions = kept
         records.append((ready.regions, captions))
-        labels[found.labels or job.facts.soft_labels] += 1
+        labels.append(found.labels or job.facts.soft_labels)
         counts["repaired"] += ready.repaired
         counts["inverted"] += ready.inverted
     path = job.folder / SHARD_NAME.format(job.number)
@@ -63,7 +63,7 @@ def convert_unit(job: UnitJob) -> dict[str, Any]:
             **{name: counts[name] for name in ("read", "repaired", "inverted")},
             "faults": sum(n for reason, n in reasons.items() if reason not in EXPECTED),
             "entry": entry,
-            "labels": dict(sorted(labels.items())),
+            "labels": labels,
             "reasons": dict(sorted(reasons.items())),
             "dropped": [vars(dropped) for dropped in report],
         }

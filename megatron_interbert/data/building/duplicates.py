@@ -11,8 +11,8 @@ from megatron_interbert.data.regions import Regions
 from megatron_interbert.data.shard_file import COLUMNS, OpenShard
 
 
-def drop_duplicates(folder: Path, entries: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """Entries of shards in which each image id stands once, and (place, image id) of what was left out.
+def drop_duplicates(folder: Path, entries: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tuple[str, int, str]]]:
+    """Entries of shards in which each image id stands once, and (shard, image in it, image id) of what was left out.
 
     A shard that changes is written anew under another name, so that doing it again after a kill gives the same.
     """
@@ -24,7 +24,7 @@ def drop_duplicates(folder: Path, entries: list[dict[str, Any]]) -> tuple[list[d
         rows = []
         for row, name in enumerate(ids):
             if name in seen:
-                dropped.append((f"{entry['file']}: image {row}", name.decode("utf-8")))
+                dropped.append((entry["file"], row, name.decode("utf-8")))
             else:
                 seen.add(name)
                 rows.append(row)

@@ -34,6 +34,7 @@ CLASS_IDS = {"cls_id_1601": BACKGROUND_FIRST, "objects_id": BACKGROUND_NONE, "ob
 # what a damaged or foreign file can raise while it is taken apart
 DAMAGE = (*(OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError, RuntimeError),
           *(TypeError, AttributeError, IndexError))  # fmt: skip
+PICKLED = "a pickle that was not read"
 LARGEST_ARRAY = 1 << 30  # bytes; a header that asks for more is damaged
 
 
@@ -89,16 +90,21 @@ class NpzSource:
         for name, numbering in CLASS_IDS.items():
             if name in raw:
                 fields["class_ids"], scheme = raw[name], numbering
+        if PICKLED in raw and not {"class_ids", "class_probs"} & fields.keys():
+            raise BadRecord("its classes may be in a pickle and --trust-pickle was not given", f"pickled: {raw[PICKLED]}")
         return fields, scheme
 
 
 def read_npz(path: Path, trust_pickle: bool) -> dict[str, Any]:
-    """All arrays of an npz. A pickled `info` dictionary is merged in when pickles are trusted, and passed over when not."""
+    """All arrays of an npz. A pickled `info` dictionary is merged in when pickles are trusted, else named under PICKLED."""
     fields: dict[str, Any] = {}
     with zipfile.ZipFile(path) as archive:
         for member in archive.namelist():
             with archive.open(member) as handle:
                 value = _read_array(handle, trust_pickle)
+            if value is PICKLED:
+                fields[PICKLED] = member.removesuffix(".npy")
+                continue
             if isinstance(value, dict):
                 fields.update({str(k): np.asarray(v) for k, v in value.items()})
             elif value is not None:
@@ -111,7 +117,7 @@ def _read_array(handle: IO[bytes], trust_pickle: bool) -> Any:
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read_header(handle)
     if dtype.hasobject:
-        value = safe_pickle.loads(handle.read()) if trust_pickle else None
+        value = safe_pickle.loads(handle.read()) if trust_pickle else PICKLED
         return value.item() if isinstance(value, np.ndarray) and value.shape == () else value
     count = int(np.prod(shape, dtype=np.float64)) if shape else 1
     if count * dtype.itemsize > LARGEST_ARRAY:
