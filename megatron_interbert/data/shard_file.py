@@ -1,7 +1,9 @@
 """Reading one shard: its schema is checked when it is opened, its rows are read straight into the caller's memory."""
 
+import contextlib
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +19,53 @@ OTHERS = ("pos_boxes", "image_ids", "image_sizes", "caption_text", "caption_imag
 # What h5py raises for damaged files, depending on where the damage is.
 HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError, MemoryError)
 
+CLOSED = -1  # as a descriptor
+
 
 class OpenShard:
-    """One shard, opened: columns, row ranges [images, 2], image sizes [images, 2] and ids [images]."""
+    """One shard: row ranges [images, 2], image sizes [images, 2] and where its columns lie, which stay known when its file is
+    closed, so that opening it again costs microseconds. `label_width`: entries of a soft label, where the store says so.
+    """
 
-    def __init__(self, path: Path, entry: dict[str, Any], feature_dim: int) -> None:
+    def __init__(self, path: Path, entry: dict[str, Any], feature_dim: int, label_width: int | None = None) -> None:
+        self.path, self.descriptor, self.file = path, CLOSED, None
+        with self.hdf5() as file:
+            self._check(file, entry, feature_dim)
+            self.places = [(name, *_place(file[name], dtype)) for name, dtype in COLUMNS.items()]
+        if label_width is not None and self.label_width != label_width:
+            raise UsageError(
+                f"{path}: soft labels with {self.label_width} entries, {MANIFEST} says {label_width}; rebuild the store"
+            )
+        self.starts, self.counts = self.ranges[:, 0], self.ranges[:, 1] - self.ranges[:, 0]
+        self.open()
+
+    @contextlib.contextmanager
+    def hdf5(self) -> Iterator[h5py.File]:
+        """The file through HDF5, with whatever goes wrong while reading it as one line."""
         try:
-            self.file = h5py.File(path, "r")
-            self._check(path, entry, feature_dim)
+            with h5py.File(self.path, "r") as file:
+                yield file
         except UsageError:
             raise
         except HDF5_ERRORS as error:
-            raise UsageError(f"{path}: cannot be read as HDF5 ({error}); restore it or rebuild") from error
-        self.descriptor = os.open(path, os.O_RDONLY)
-        self.starts, self.counts = self.ranges[:, 0].tolist(), (self.ranges[:, 1] - self.ranges[:, 0]).tolist()
-        self.places = [(name, *_place(self.file[name], dtype)) for name, dtype in COLUMNS.items()]
+            raise UsageError(f"{self.path}: cannot be read as HDF5 ({error}); restore it or rebuild") from error
 
-    def _check(self, path: Path, entry: dict[str, Any], feature_dim: int) -> None:
-        file = self.file
+    def open(self) -> None:
+        """Take a file handle, and a second one where a column is not contiguous and HDF5 has to read it."""
+        try:
+            self.descriptor = os.open(self.path, os.O_RDONLY)
+            self.file = h5py.File(self.path, "r") if any(offset is None for _, offset, _ in self.places) else None
+        except OSError as error:
+            raise UsageError(f"{self.path}: cannot be opened ({error}); restore it or rebuild") from error
+
+    @functools.cached_property
+    def ids(self) -> np.ndarray:
+        """Names of the images, read when first asked for: training needs none."""
+        with self.hdf5() as file:
+            return file["image_ids"].asstr()[:]
+
+    def _check(self, file: h5py.File, entry: dict[str, Any], feature_dim: int) -> None:
+        path = self.path
         for name in (*COLUMNS, *OTHERS):
             if name not in file:
                 raise UsageError(f"{path}: dataset '{name}' is missing; rebuild the store with tools/build_features.py")
@@ -50,17 +81,19 @@ class OpenShard:
         wanted = {"image_bb": (rows, 4), "class_ids": (rows, self.label_width), "class_probs": (rows, self.label_width)}
         if shapes != wanted:
             raise UsageError(f"{path}: boxes and labels have shapes {shapes}, expected {wanted}; rebuild the store")
-        self.ranges, self.sizes, self.ids = file["pos_boxes"][:], file["image_sizes"][:], file["image_ids"].asstr()[:]
+        self.ranges, self.sizes = file["pos_boxes"][:], file["image_sizes"][:]
         if len(self.ranges) and (self.ranges.max() > rows or self.ranges.min() < 0):
             raise UsageError(f"{path}: pos_boxes points beyond the {rows} rows of image_features")
-        if self.sizes.shape != (len(self.ranges), 2) or len(self.ids) != len(self.ranges):
-            raise UsageError(f"{path}: {len(self.ranges)} images with {self.sizes.shape} sizes and {len(self.ids)} ids; rebuild")
+        if self.sizes.shape != (len(self.ranges), 2) or len(file["image_ids"]) != len(self.ranges):
+            raise UsageError(
+                f"{path}: {len(self.ranges)} images with {self.sizes.shape} sizes, {len(file['image_ids'])} ids; rebuild"
+            )
 
     def read(self, image: int, out: Sequence[np.ndarray], start: int, stop: int) -> None:
         """The first rows of an image into rows start .. stop of arrays [rows, width], one for each of COLUMNS; OSError when they
         are not there. Contiguous datasets, as we write them, are read by one `preadv` each, others through HDF5.
         """
-        first, descriptor, preadv = self.starts[image], self.descriptor, os.preadv  # a few microseconds matter here
+        first, descriptor, preadv = int(self.starts[image]), self.descriptor, os.preadv  # a few microseconds matter here
         for (name, offset, row_bytes), column in zip(self.places, out):  # noqa: B905
             rows = column[start:stop]
             if offset is None:
@@ -70,14 +103,17 @@ class OpenShard:
 
     def captions(self) -> list[tuple[str, str, int]]:
         """(text, language, image of this shard) of each caption."""
-        texts, images = self.file["caption_text"].asstr()[:], self.file["caption_image"][:]
-        languages = self.file["caption_language"].asstr()[:] if "caption_language" in self.file else [""] * len(texts)
+        with self.hdf5() as file:
+            texts, images = file["caption_text"].asstr()[:], file["caption_image"][:]
+            languages = file["caption_language"].asstr()[:] if "caption_language" in file else [""] * len(texts)
         return [(str(t), str(tag), int(image)) for t, tag, image in zip(texts, languages, images, strict=True)]
 
     def close(self) -> None:
-        """Give both file handles back."""
+        """Give the file handles back; what is known of the shard stays."""
         os.close(self.descriptor)
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
+        self.descriptor, self.file = CLOSED, None
 
 
 def _place(dataset: h5py.Dataset, dtype: type) -> tuple[int | None, int]:

@@ -50,10 +50,11 @@ class RegionStore:
 
     def _forget_handles(self) -> None:
         self._pid = os.getpid()
-        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._known: dict[int, OpenShard] = {}  # what was learned of shards stays, some 20 kB each
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()  # those of them with open files
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_open"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_known")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -80,7 +81,13 @@ class RegionStore:
         if index in self._open:
             self._open.move_to_end(index)
             return self._open[index]
-        shard = OpenShard(self.path / self.shards[index]["file"], self.shards[index], self.feature_dim)
+        shard = self._known.get(index)
+        if shard is None:
+            entry = self.shards[index]
+            shard = OpenShard(self.path / entry["file"], entry, self.feature_dim, self.manifest.get("label_width"))
+            self._known[index] = shard
+        else:
+            shard.open()
         self._open[index] = shard
         if len(self._open) > MAX_OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()

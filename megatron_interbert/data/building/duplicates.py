@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import numpy as np
 
 from megatron_interbert.data.building.shard_writer import write_shard
 from megatron_interbert.data.regions import Regions
@@ -43,10 +42,12 @@ def _write_rows(folder: Path, entry: dict[str, Any], rows: list[int]) -> dict[st
     captions: dict[int, list[tuple[str, str]]] = {}
     for text, language, image in shard.captions():
         captions.setdefault(image, []).append((text, language))
+    with shard.hdf5() as file:
+        columns = {name: file[name][:] for name in COLUMNS}
     records = []
     for row in rows:
         start, stop = shard.ranges[row]
-        arrays = {name: np.asarray(shard.file[name][start:stop]) for name in COLUMNS}
+        arrays = {name: column[start:stop] for name, column in columns.items()}
         size = (float(shard.sizes[row, 0]), float(shard.sizes[row, 1]))
         labels = arrays["class_ids"], arrays["class_probs"]
         records.append(
