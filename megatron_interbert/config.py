@@ -201,7 +201,7 @@ class RunConfig:
         if self.eval_interval and not self.valid_data_path:
             raise UsageError("--eval-interval needs --valid-data-path, the region store to evaluate on")
         positive = "train_iters micro_batch_size max_regions data_partitions tensor_model_parallel_size log_interval eval_iters"
-        for name in positive.split():
+        for name in [*positive.split(), "data_timeout"]:
             if getattr(self, name) < 1:
                 raise UsageError(f"{flag(name)} is {getattr(self, name)}, expected 1 or more")
         if self.max_tokens < 3:

@@ -41,7 +41,7 @@ def run_entry(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print(
-                "\nstopped; the same command goes on from the newest checkpoint, where --save was given",
+                "\nstopped; the same command goes on from what was saved",
                 file=sys.stderr,
                 flush=True,
             )

@@ -24,6 +24,7 @@ from megatron_interbert.data.building.sources.base import Source
 from megatron_interbert.data.building.sources.fields import BACKGROUND_FIRST, BACKGROUND_NONE, ReadOptions
 from megatron_interbert.data.building.sources.opening import FORMATS, open_source
 from megatron_interbert.data.building.sources.stores import StoreSource
+from megatron_interbert.data.manifest import file_sha256
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError, run_entry
 
@@ -94,6 +95,8 @@ def run() -> None:
     for name in ("images_per_shard", "workers", "num_classes"):
         if getattr(arguments, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected 1 or more")
+    if arguments.soft_labels < 0 or not 0 <= arguments.max_dropped <= 1:
+        raise UsageError("--soft-labels must not be negative, and --max-dropped lies between 0 and 1")
     options = ReadOptions(
         class_ids=arguments.class_ids or "",
         box_format=arguments.box_format,
@@ -118,7 +121,13 @@ def run() -> None:
         vocabulary=vocabulary_of(sources, arguments),
         images_per_shard=arguments.images_per_shard,
         strict_boxes=arguments.strict_boxes,
-        options={"sources": arguments.sources, "reading": vars(options), "columns": list(columns)},
+        options={
+            "sources": arguments.sources,
+            "reading": vars(options),
+            "columns": list(columns),
+            "format": arguments.format,
+            "image_ids": arguments.image_ids and file_sha256(arguments.image_ids),
+        },
     )
     started = time.monotonic()
     manifest = build(plan, arguments.workers, arguments.max_dropped, arguments.restart)

@@ -12,7 +12,9 @@ import mmap
 import multiprocessing
 import os
 import pickle
+import queue
 import signal
+import threading
 import traceback
 import weakref
 from collections import deque
@@ -69,11 +71,10 @@ def _work(
         other.close()  # copies of pipe ends from the fork would keep pipes open whose owner has died
     torch.set_num_threads(1)
     mapping = memory.map()
+    requests: queue.SimpleQueue[tuple[int | None, list[tuple[int, int]]]] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, requests), daemon=True).start()
     while True:
-        try:
-            slot, pairs = connection.recv()
-        except (EOFError, OSError):
-            os._exit(0)
+        slot, pairs = requests.get()
         result: tuple[str, Any]
         try:
             result = "batch", _into_slot(dataset, pairs, mapping, slot, slot_bytes)
@@ -84,6 +85,15 @@ def _work(
         try:
             connection.send_bytes(pickle.dumps(result, protocol=5))
         except OSError:
+            os._exit(0)
+
+
+def _receive(connection: Connection, requests: queue.SimpleQueue) -> None:
+    """Takes requests out of the pipe at once: with both ends waiting to write into full pipes nothing would ever move."""
+    while True:
+        try:
+            requests.put(connection.recv())
+        except (EOFError, OSError):
             os._exit(0)
 
 

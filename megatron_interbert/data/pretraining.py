@@ -113,7 +113,10 @@ class PretrainingSet:
     def _hard_candidates(self, sample: int) -> np.ndarray:
         candidates = self.corpus.hard_negatives(sample)
         candidates = candidates[self.corpus.caption_image[candidates] != self.corpus.caption_image[sample]]
-        return candidates[np.isin(candidates, self.samples)] if self.config.language else candidates
+        if not self.config.language:
+            return candidates
+        place = np.searchsorted(self.samples, candidates).clip(max=len(self.samples) - 1)
+        return candidates[self.samples[place] == candidates]
 
     def _text(self, samples: np.ndarray, captions: np.ndarray, draws: np.ndarray) -> Fields:
         """Token fields, with lengths [B] that count [CLS] and [SEP]."""

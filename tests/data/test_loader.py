@@ -116,6 +116,13 @@ def test_memory_of_a_process_does_not_grow(paths):
     assert all(b - a < 4096 for a, b in zip(before, after, strict=True)), (before, after)
 
 
+def test_batches_larger_than_a_pipe_do_not_block(paths):
+    """Requests and results of 20,000 samples fill both directions of the pipe at once."""
+    stream = iter(BatchStream(dataset(paths, micro_batch_size=20_000, data_timeout=60), 0, 20_000, 0, 1, workers=1))
+    assert [len(next(stream)) for _ in range(6)] == [20_000] * 6
+    stream.close()
+
+
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_a_killed_process_is_named_at_once(paths, start):
     import multiprocessing

@@ -338,6 +338,8 @@ def test_unfinished_builds_are_not_mixed_up(tmp_path, images):
     (tmp_path / "store.partial" / "thesis.txt").write_text("mine")
     assert "is no unfinished build" in refused(path, "--output", tmp_path / "store")
     assert (tmp_path / "store.partial" / "thesis.txt").read_text() == "mine"
+    assert "is no unfinished build" in refused(path, "--output", tmp_path / "store", "--restart")
+    assert (tmp_path / "store.partial" / "thesis.txt").read_text() == "mine"
     shutil.rmtree(tmp_path / "store.partial")
     images[0]["features"][:] = np.nan
     images[1]["features"][:] = np.nan
@@ -345,6 +347,10 @@ def test_unfinished_builds_are_not_mixed_up(tmp_path, images):
     assert "box_format" not in refused(path, "--output", tmp_path / "store")
     message = refused(path, "--output", tmp_path / "store", "--images-per-shard", 5)
     assert "left by a build with other settings (images_per_shard, units differ)" in message
+    images[2]["features"][:] = np.nan
+    assert "(source_files" in refused(tsv(path, images), "--output", tmp_path / "store"), "a source that was changed meanwhile"
+    images[2]["features"][:] = 1
+    tsv(path, images)
     store, _ = build(tmp_path / "store", path, "--images-per-shard", 5, "--restart", "--max-dropped", 1)
     assert (store.num_images, len(store.shards)) == (10, 2)
 

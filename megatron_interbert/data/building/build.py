@@ -68,9 +68,18 @@ class BuildPlan:
             "vocabulary": _digest(self.vocabulary),
             "images_per_shard": self.images_per_shard,
             "strict_boxes": self.strict_boxes,
+            "source_files": _digest([_identity(str(getattr(source, "path", ""))) for source in self.sources]),
             "units": _digest(units),
             **self.options,
         }
+
+
+def _identity(path: str) -> list[Any]:
+    """What changes when a source is replaced: a file's size and time, a store's manifest; of other folders the units tell names."""
+    place = Path(path) / MANIFEST if (Path(path) / MANIFEST).is_file() else Path(path)
+    if not place.is_file():
+        return [path]
+    return [path, place.stat().st_size, place.stat().st_mtime_ns]
 
 
 def _digest(value: Any) -> str:
@@ -155,6 +164,8 @@ class WorkFolder:
         except OSError:
             raise UsageError(f"{self.work}: another process is building there; wait for it or choose another --output") from None
         plan = self.work / PLAN
+        if not plan.exists() and any(not path.name.endswith(".new") for path in self.work.iterdir()):
+            raise UsageError(f"{self.work}: exists and is no unfinished build of this tool; remove it or choose another --output")
         for path in self.work.glob("*.new"):
             path.unlink()
         if self.restart:
@@ -166,8 +177,6 @@ class WorkFolder:
                 f"{self.work}: left by a build with other settings ({', '.join(changed)} differ); give the same ones to go on with it,"
                 " or --restart to begin anew"
             )
-        if not plan.exists() and any(self.work.iterdir()):
-            raise UsageError(f"{self.work}: exists and is no unfinished build of this tool; remove it or choose another --output")
         commit(plan, lambda path: path.write_text(json.dumps(self.fingerprint, indent=1)))
 
     def __exit__(self, *failure: Any) -> None:

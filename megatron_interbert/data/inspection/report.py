@@ -77,7 +77,7 @@ class CaptionsOfImages:
         return self.order[self.first[image] : self.first[image + 1]].tolist()
 
     def read(self, image: int) -> list[tuple[str, str]]:
-        """(text, language) of each; UnicodeDecodeError when a text is not UTF-8."""
+        """(text, language) of each; UsageError when a text is not UTF-8."""
         return [(self.store.caption(number), str(self.languages[number])) for number in self.numbers(image)]
 
 
@@ -121,7 +121,7 @@ class Inspector:
         where = f"image {number}"
         try:
             captions = self.captions.read(number)
-        except UnicodeDecodeError as error:
+        except UsageError as error:
             self.counts.find("unreadable_captions", f"{where}: {error}")
             return []
         self.counts.find("without_captions", where, not captions)

@@ -57,6 +57,8 @@ class WorkFolder:
             for path in self.path.iterdir():
                 path.unlink()
         if not (self.path / PLAN).exists():
+            for path in self.path.iterdir():  # blocks of a plan that was already removed when its command was killed
+                path.unlink()
             _write_json(self.path / PLAN, self.plan)
             return
         found = read_json(self.path / PLAN, "mining plan")

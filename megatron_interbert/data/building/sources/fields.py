@@ -79,7 +79,10 @@ def make_regions(fields: Mapping[str, Any], options: ReadOptions, scheme: str = 
         boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
     size = (number(fields, "width"), number(fields, "height"))
     ids, probs, kind = _labels(fields, rows, options, options.class_ids or scheme)
-    return Regions(str(fields["image_id"]), size, features, boxes, ids, probs), kind
+    name = fields["image_id"].item() if isinstance(fields["image_id"], np.generic | np.ndarray) else fields["image_id"]
+    return Regions(
+        name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name), size, features, boxes, ids, probs
+    ), kind
 
 
 def _labels(fields: Mapping[str, Any], rows: int, options: ReadOptions, scheme: str) -> tuple[np.ndarray, np.ndarray, str]:

@@ -134,7 +134,7 @@ def row_fields(row: Any, key: str) -> tuple[dict[str, Any], str]:
     if raw.get("class_ids") is not None:
         fields["class_ids"] = decode_array(raw["class_ids"], np.int64, rows, "class_ids")
     caption = raw.get("caption") or ""
-    return fields, " ".join(str(caption).split())
+    return fields, " ".join(str(caption).replace("\0", " ").split())
 
 
 def _trimmed(value: Any, rows: int) -> Any:

@@ -1,6 +1,7 @@
 """Folders of npz files, one an image: our own field names, and those of bottom-up-attention.pytorch (x, bbox, info)."""
 
 import os
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ NAMES = {
 CLASS_IDS = {"cls_id_1601": BACKGROUND_FIRST, "objects_id": BACKGROUND_NONE, "objects": BACKGROUND_NONE}
 # what a damaged or foreign file can raise while it is taken apart
 DAMAGE = (*(OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError, RuntimeError),
-          *(TypeError, AttributeError, IndexError))  # fmt: skip
+          *(TypeError, AttributeError, IndexError, SyntaxError, tokenize.TokenError))  # fmt: skip
 PICKLED = "a pickle that was not read"
 LARGEST_ARRAY = 1 << 30  # bytes; a header that asks for more is damaged
 

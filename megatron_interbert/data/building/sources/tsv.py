@@ -69,7 +69,8 @@ class TsvSource:
         with open(self.path, "rb", buffering=1 << 20) as handle:
             if start:
                 handle.seek(start - 1)
-                handle.readline()  # to the end of the line before; nothing more when that ends just here
+                while (rest := handle.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
+                    pass  # to the end of the line before; nothing more when that ends just here
             while (place := handle.tell()) < stop:
                 line = handle.readline(LONGEST_LINE)
                 while not line.endswith(b"\n") and len(line) == LONGEST_LINE and handle.readline(LONGEST_LINE):
