@@ -249,3 +249,15 @@ def test_non_finite_check_equals_numpy():
     for value in (0.0, 65504.0, -65504.0, 6e-8, np.inf, -np.inf, np.nan):
         array = np.array([[1.0, value]], np.float16)
         assert has_non_finite(array) == (not np.isfinite(array).all())
+
+
+def test_soft_labels_of_one_store_have_one_width(tmp_path):
+    """Rows are read by their width: another one in a later shard would be read as garbage."""
+    random = np.random.default_rng(0)
+    facts = {"feature_dim": FEATURES, "num_classes": CLASSES, "detector": {}, "soft_labels": "top_k"}
+    other = random_regions(random, "b")
+    other.class_ids, other.class_probs = other.class_ids[:, :2], other.class_probs[:, :2]
+    with RegionStoreWriter(tmp_path / "s", **facts, images_per_shard=1) as writer:
+        writer.add(random_regions(random, "a"), [("x", "en")])
+        with pytest.raises(UsageError, match="soft labels with 2 entries, those before had 3"):
+            writer.add(other, [("y", "en")])

@@ -242,6 +242,29 @@ def test_stores_are_joined_cut_anew_and_taken_apart(tmp_path, images):
     assert "--allow-other-detector" in refused(tmp_path / "first", tmp_path / "other", "--output", tmp_path / "none")
 
 
+def test_a_damaged_shard_of_a_store_costs_its_images_only(tmp_path, images):
+    """Bits flipped where HDF5 keeps strings can make it loop for ever: the shard is not opened."""
+    store, _ = build(tmp_path / "store", write_npz(tmp_path / "npz", images), "--images-per-shard", 4)
+    shard = tmp_path / "store" / "shard-00001.h5"
+    data = bytearray(shard.read_bytes())
+    for place in range(len(data) // 2, len(data) // 2 + 400, 7):
+        data[place] ^= 0x55
+    shard.write_bytes(data)
+    again, out = build(tmp_path / "again", tmp_path / "store", "--max-dropped", "0.5", "--workers", 1)
+    assert "dropped: 4 images, shard is damaged (sha256 differs)" in out
+    assert [again.image_id(i) for i in range(8)] == [store.image_id(i) for i in (*range(4), *range(8, 12))]
+
+
+def test_a_header_does_not_decide_the_size_of_shards(tmp_path, images):
+    names = "\t".join(
+        ["img_id", "img_h", "img_w", "objects_id", "objects_conf", "attrs_id", "attrs_conf", "num_boxes", "boxes", "features"]
+    )
+    (tmp_path / "x.tsv").write_text(names + "\n" + "".join(map(lxmert_line, images)))
+    store, _ = build(tmp_path / "store", tmp_path / "x.tsv", "--images-per-shard", 6)
+    assert store.num_images == 12
+    assert len(store.shards) <= 4
+
+
 def test_processes_leave_no_trace(tmp_path, images):
     path = tsv(tmp_path / "x.tsv", images)
     for name, workers in (("one", 1), ("two", 2)):
@@ -352,7 +375,8 @@ def test_unfinished_builds_are_not_mixed_up(tmp_path, images):
     images[2]["features"][:] = 1
     tsv(path, images)
     store, _ = build(tmp_path / "store", path, "--images-per-shard", 5, "--restart", "--max-dropped", 1)
-    assert (store.num_images, len(store.shards)) == (10, 2)
+    assert store.num_images == 10
+    assert len(store.shards) in (2, 3)
 
 
 def test_killed_at_any_moment_the_same_command_goes_on():

@@ -102,7 +102,7 @@ def build(plan: BuildPlan, workers: int = 1, max_dropped: float = 0.1, restart: 
             table = _caption_table(plan, work)
             jobs = [
                 UnitJob(
-                    plan.sources[source],
+                    source,
                     unit,
                     number,
                     work,
@@ -115,7 +115,9 @@ def build(plan: BuildPlan, workers: int = 1, max_dropped: float = 0.1, restart: 
                 )
                 for number, (source, unit) in enumerate(units)
             ]
-            _run_jobs([job for job in jobs if not done_file(work, job.number).exists()], len(jobs), workers, max_dropped)
+            _run_jobs(
+                [job for job in jobs if not done_file(work, job.number).exists()], len(jobs), plan.sources, workers, max_dropped
+            )
             _finish(plan, facts, work, len(jobs), max_dropped)
         manifest = json.loads((work / MANIFEST).read_text(encoding="utf-8"))
         keep = {entry["file"] for entry in files_of(manifest)} | {
@@ -200,11 +202,11 @@ def _caption_table(plan: BuildPlan, work: Path) -> CaptionTable | None:
     return CaptionTable(path)
 
 
-def _run_jobs(jobs: list[UnitJob], total: int, workers: int, max_dropped: float) -> None:
+def _run_jobs(jobs: list[UnitJob], total: int, sources: list[Source], workers: int, max_dropped: float) -> None:
     """All units, in this process or several; stops early when far too much is dropped."""
     counts: Counter[str] = Counter()
     with tqdm(total=total, initial=total - len(jobs), unit="shard", mininterval=1.0, disable=None, desc="building") as bar:
-        for done in _results(jobs, workers):
+        for done in _results(jobs, sources, workers):
             counts.update(read=done["read"], faults=done["faults"])
             bar.update()
             bar.set_postfix(images=counts["read"], dropped=counts["faults"], refresh=False)
@@ -212,17 +214,18 @@ def _run_jobs(jobs: list[UnitJob], total: int, workers: int, max_dropped: float)
                 raise UsageError(_too_many(counts["faults"], counts["read"], done["reasons"], max_dropped))
 
 
-def _results(jobs: list[UnitJob], workers: int) -> Iterator[dict[str, Any]]:
+def _results(jobs: list[UnitJob], sources: list[Source], workers: int) -> Iterator[dict[str, Any]]:
     if workers <= 1 or len(jobs) <= 1:
-        yield from map(convert_unit, jobs)
+        for job in jobs:
+            yield convert_unit(job, sources)
         return
     context = multiprocessing.get_context("spawn")  # no handle, lock or thread of this process goes along
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_start_process, initargs=(sources,))
     waiting, running = iter(jobs), set[Future]()
     try:
         while True:
             while len(running) < 2 * workers and (job := next(waiting, None)) is not None:
-                running.add(pool.submit(convert_unit, job))
+                running.add(pool.submit(_convert, job))
             if not running:
                 return
             done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -237,8 +240,16 @@ def _results(jobs: list[UnitJob], workers: int) -> Iterator[dict[str, Any]]:
         pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """A process whose parent was killed would otherwise wait for work for ever."""
+_sources: list[Source] = []  # of a process of the pool: sent once, not with each of its jobs
+
+
+def _convert(job: UnitJob) -> dict[str, Any]:
+    return convert_unit(job, _sources)
+
+
+def _start_process(sources: list[Source]) -> None:
+    """Keep the sources; and a process whose parent was killed would otherwise wait for work for ever."""
+    _sources[:] = sources
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 

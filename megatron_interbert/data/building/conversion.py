@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ EXPECTED = (NO_CAPTION, NOT_WANTED, TWICE)  # dropped on purpose, not for a faul
 
 @dataclass
 class UnitJob:
-    """All that a process needs to turn one unit into one shard."""
+    """What a process needs, beside the sources, to turn one unit into one shard; small, for there are thousands of them."""
 
-    source: Source
+    source: int  # its number
     unit: Any
     number: int
     folder: Path
@@ -39,12 +40,12 @@ def done_file(work: Path, number: int) -> Path:
     return work / (SHARD_NAME.format(number) + ".json")
 
 
-def convert_unit(job: UnitJob) -> dict[str, Any]:
+def convert_unit(job: UnitJob, sources: Sequence[Source]) -> dict[str, Any]:
     """One unit to one shard (none when nothing of it is kept), then the file that says it is done; gives that file's content."""
     records, report = [], []
     counts: Counter[str] = Counter()
     labels: list[str] = []
-    for found in job.source.read(job.unit):
+    for found in sources[job.source].read(job.unit):
         counts["read"] += 1
         kept = _keep(found, job)
         if isinstance(kept, Dropped):

@@ -104,6 +104,7 @@ class RegionStoreWriter:
         self.work.mkdir(parents=True)
         self.images_per_shard, self.strict_boxes, self.vocabulary = images_per_shard, strict_boxes, vocabulary
         self._pending: list[tuple[Regions, list[Caption]]] = []
+        self._label_width = 0
 
     def __enter__(self) -> "RegionStoreWriter":
         return self
@@ -122,6 +123,10 @@ class RegionStoreWriter:
             raise UsageError(f"image {regions.image_id}: {'; '.join(filter(None, (ready.problem, ready.details)))}")
         if ready.repaired and self.strict_boxes:
             raise UsageError(f"image {regions.image_id}: {ready.repaired} boxes outside the image or inverted")
+        width = ready.regions.class_ids.shape[1]
+        if width != (self._label_width or width):
+            raise UsageError(f"image {regions.image_id}: soft labels with {width} entries, those before had {self._label_width}")
+        self._label_width = width
         self.manifest["repaired_boxes"] += ready.repaired
         self.manifest["inverted_boxes"] += ready.inverted
         self._pending.append((ready.regions, list(captions)))

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from megatron_interbert.data.building.sources.base import Dropped, Record, SourceFacts
 from megatron_interbert.data.building.sources.fields import ReadOptions
+from megatron_interbert.data.manifest import file_sha256
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
 
@@ -29,16 +30,23 @@ class StoreSource:
 
     def read(self, unit: list[int]) -> Iterator[Record | Dropped]:
         """A range of images."""
+        sound: dict[int, bool] = {}
         kind = str(self.store.manifest.get("soft_labels", ""))
         captions: dict[int, list[tuple[str, str]]] = {}
         opened = -1
         for index in range(*unit):
             number, row = self.store.locate(index)
+            where = f"{self.path}: image {index}"
+            if number not in sound:  # HDF5 may not come back from a damaged file, so it is not opened
+                entry = self.store.shards[number]
+                sound[number] = file_sha256(self.store.path / entry["file"]) == entry["sha256"]
+            if not sound[number]:
+                yield Dropped(where, "", "shard is damaged (sha256 differs)", self.store.shards[number]["file"])
+                continue
             if number != opened:
                 opened, captions = number, {}
                 for text, language, image in self.store.open_shard(number).captions():
                     captions.setdefault(image, []).append((text, language))
-            where = f"{self.path}: image {index}"
             try:
                 yield Record(self.store.read(index), where, captions.get(row, []), labels=kind)
             except UsageError as error:

@@ -35,6 +35,7 @@ class TsvSource:
             self.bytes = os.path.getsize(path)
             with open(path, "rb") as handle:
                 first = handle.readline(LONGEST_LINE)
+                some = [len(handle.readline(LONGEST_LINE)) for _ in range(8)]  # the first line may be a header
         except OSError as error:
             raise UsageError(f"{path}: cannot be read ({error})") from error
         count = first.count(b"\t") + 1
@@ -45,7 +46,7 @@ class TsvSource:
                 f"{path}: {count} columns in the first line, expected {', '.join(map(str, BY_COUNT))}, or as many as --columns names"
                 f" ({', '.join(sorted(NEEDED))} among them)"
             )
-        self.line_bytes = max(len(first), 1)
+        self.line_bytes = max(sum(some) // max(sum(length > 0 for length in some), 1), 1) if any(some) else max(len(first), 1)
 
     def facts(self) -> SourceFacts:
         """Feature size from the first good line."""
