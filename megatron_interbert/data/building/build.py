@@ -32,7 +32,7 @@ from megatron_interbert.data.building.duplicates import drop_duplicates
 from megatron_interbert.data.building.shard_writer import commit
 from megatron_interbert.data.building.sources.base import Source, SourceFacts
 from megatron_interbert.data.building.store_writer import finish_store, new_manifest
-from megatron_interbert.data.manifest import MANIFEST, REPORT, files_of
+from megatron_interbert.data.manifest import MANIFEST, REPORT, VOCABULARY, files_of
 from megatron_interbert.errors import TrainingStopped, UsageError
 
 PLAN = "plan.json"
@@ -100,36 +100,22 @@ def build(plan: BuildPlan, workers: int = 1, max_dropped: float = 0.1, restart: 
     with WorkFolder(work, plan.fingerprint(units), restart):
         if not (work / MANIFEST).exists():
             table = _caption_table(plan, work)
-            jobs = [
-                UnitJob(
-                    source,
-                    unit,
-                    number,
-                    work,
-                    facts,
-                    table,
-                    bool(plan.caption_files),
-                    plan.only is not None,
-                    plan.soft_labels,
-                    plan.strict_boxes,
-                )
-                for number, (source, unit) in enumerate(units)
-            ]
-            _run_jobs(
-                [job for job in jobs if not done_file(work, job.number).exists()], len(jobs), plan.sources, workers, max_dropped
-            )
+            shared = (work, facts, table, bool(plan.caption_files), plan.only is not None, plan.soft_labels, plan.strict_boxes)
+            jobs = [UnitJob(source, unit, number, *shared) for number, (source, unit) in enumerate(units)]
+            left = [job for job in jobs if not done_file(work, job.number).exists()]
+            _run_jobs(left, len(jobs), plan.sources, workers, max_dropped)
             _finish(plan, facts, work, len(jobs), max_dropped)
-        manifest = json.loads((work / MANIFEST).read_text(encoding="utf-8"))
-        keep = {entry["file"] for entry in files_of(manifest)} | {
-            MANIFEST,
-            REPORT,
-            "plan.json",
-            *(["vocab.txt"] * bool(plan.vocabulary)),
-        }
-        for path in work.iterdir():
-            if path.name not in keep:
-                path.unlink()
-        os.rename(work, output)
+        return _publish(work, output, bool(plan.vocabulary))
+
+
+def _publish(work: Path, output: Path, has_vocabulary: bool) -> dict[str, Any]:
+    """Remove what only the build needed and give the folder its name; the manifest."""
+    manifest = json.loads((work / MANIFEST).read_text(encoding="utf-8"))
+    keep = {MANIFEST, REPORT, PLAN, *([VOCABULARY] if has_vocabulary else []), *(entry["file"] for entry in files_of(manifest))}
+    for path in work.iterdir():
+        if path.name not in keep:
+            path.unlink()
+    os.rename(work, output)
     return manifest
 
 

@@ -6,6 +6,7 @@ B pictures, Q queries or proposals of a picture, F feature size, C classes with 
 
 import hashlib
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def state_sha256(state: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-class Detector:
+class Detector(ABC):
     """A loaded detector. Subclasses say how a picture is prepared and what the model makes of a batch of equal shapes."""
 
     feature_dim: int
@@ -96,17 +97,17 @@ class Detector:
         self.model = model.eval().requires_grad_(False)
         self.device = _device(choice.device)  # where the model goes with the first picture: who only asks for sizes needs no GPU
 
+    @abstractmethod
     def prepare(self, image: "Image") -> dict[str, torch.Tensor]:
         """What the model takes for one RGB picture, without a batch dimension."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, inputs: dict[str, torch.Tensor], sizes: Sequence[tuple[int, int]]) -> list[Detections]:
         """Detections for a batch [B, ..] of pictures of these sizes (width, height)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What goes into a store's manifest: enough to find the same detector again, or to see that another is not it."""
-        raise NotImplementedError
 
     @torch.inference_mode()
     def detect(self, images: Sequence["Image"]) -> list[Detections]:
