@@ -15,6 +15,7 @@ from megatron_interbert.data.building.build import build as run_build
 from megatron_interbert.data.building.sources.fields import ReadOptions
 from megatron_interbert.data.building.sources.opening import open_source
 from megatron_interbert.data.store import RegionStore
+from tests.corpus import VOCABULARY
 from tests.data.formats import (
     adaptive_hdf5,
     bottom_up_line,
@@ -307,6 +308,35 @@ def test_records_of_odd_shapes_and_names_are_reported(tmp_path, images):
     store, out = build(tmp_path / "b", folder, "--max-dropped", 1)
     assert store.num_images == 11
     assert "dropped: 1 images, image id is no text" in out
+
+
+@pytest.mark.parametrize(
+    ("kilobytes", "words", "file"), [(6, 1, "images.db"), (100, 1, "shard-00000.h5"), (1500, 2000, "tokens.h5")]
+)
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, kilobytes, words, file):
+    """A limit on the size of files meets the table of captions, a shard, or the tokens; without it the build ends well."""
+    path = tsv(tmp_path / "x.tsv", made_up_images(60, features=2048))
+    (tmp_path / "captions.tsv").write_text("".join(f"image-{i}\t{'a red cat ' * words}\n" for i in range(60)))
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    more = (
+        "--captions",
+        tmp_path / "captions.tsv",
+        "--vocab-file",
+        tmp_path / "vocab.txt",
+        "--workers",
+        1,
+        "--images-per-shard",
+        15,
+    )
+    flags = command(path, *more, "--output", tmp_path / "store")
+    code, out, err = launch("bash", "-c", f"ulimit -f {kilobytes}; exec {' '.join(map(str, flags))}")
+    assert code == 2, out + err
+    assert "Traceback" not in err
+    assert "the same command goes on" in err
+    left = {path.name for path in (tmp_path / "store.partial").glob("*")}
+    assert not any(name.endswith(".new") for name in left)
+    assert ("shard-00003.h5" in left) == (file == "tokens.h5"), left
+    assert build(tmp_path / "store", path, *more)[0].num_captions == 60
 
 
 @pytest.mark.parametrize("stage", ["plan.json.99.new", "all but the last rename"])

@@ -9,12 +9,14 @@
 A unit's result depends on nothing but the unit, so the number of processes and the kills leave no trace in the store.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
+import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -97,7 +99,7 @@ def build(plan: BuildPlan, workers: int = 1, max_dropped: float = 0.1, restart: 
     facts = _common_facts(plan)
     units = [(number, unit) for number, source in enumerate(plan.sources) for unit in source.units(plan.images_per_shard)]
     work = output.with_name(output.name + ".partial")
-    with WorkFolder(work, plan.fingerprint(units), restart):
+    with WorkFolder(work, plan.fingerprint(units), restart), _one_line_for_the_disk(work):
         if not (work / MANIFEST).exists():
             table = _caption_table(plan, work)
             shared = (work, facts, table, bool(plan.caption_files), plan.only is not None, plan.soft_labels, plan.strict_boxes)
@@ -106,6 +108,17 @@ def build(plan: BuildPlan, workers: int = 1, max_dropped: float = 0.1, restart: 
             _run_jobs(left, len(jobs), plan.sources, workers, max_dropped)
             _finish(plan, facts, work, len(jobs), max_dropped)
         return _publish(work, output, bool(plan.vocabulary))
+
+
+@contextlib.contextmanager
+def _one_line_for_the_disk(work: Path) -> Iterator[None]:
+    """A full disk or the like, wherever in a build it shows: shards, captions, tokens, manifest, the last rename."""
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        raise UsageError(
+            f"{work}: cannot be read or written ({error}); make room; finished shards are kept: the same command goes on"
+        ) from error
 
 
 def _publish(work: Path, output: Path, has_vocabulary: bool) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from megatron_interbert.data.building.captions import CaptionTable
 from megatron_interbert.data.building.shard_writer import SHARD_NAME, commit, prepare_record, storable, write_shard
 from megatron_interbert.data.building.sources.base import Dropped, Record, Source, SourceFacts
 from megatron_interbert.data.regions import Regions
-from megatron_interbert.errors import UsageError
 
 NO_CAPTION, NOT_WANTED, TWICE = "no caption", "not in --only", "image id seen before"
 EXPECTED = (NO_CAPTION, NOT_WANTED, TWICE)  # dropped on purpose, not for a fault
@@ -58,19 +57,16 @@ def convert_unit(job: UnitJob, sources: Sequence[Source]) -> dict[str, Any]:
         counts["inverted"] += ready.inverted
     path = job.folder / SHARD_NAME.format(job.number)
     reasons = Counter(dropped.reason for dropped in report)
-    try:
-        entry = write_shard(path, records) if records else None
-        done = {
-            **{name: counts[name] for name in ("read", "repaired", "inverted")},
-            "faults": sum(n for reason, n in reasons.items() if reason not in EXPECTED),
-            "entry": entry,
-            "labels": labels,
-            "reasons": dict(sorted(reasons.items())),
-            "dropped": [vars(dropped) for dropped in report],
-        }
-        commit(done_file(job.folder, job.number), lambda to: to.write_text(json.dumps(done), encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error}); finished shards are kept: the same command goes on") from error
+    entry = write_shard(path, records) if records else None
+    done = {
+        **{name: counts[name] for name in ("read", "repaired", "inverted")},
+        "faults": sum(n for reason, n in reasons.items() if reason not in EXPECTED),
+        "entry": entry,
+        "labels": labels,
+        "reasons": dict(sorted(reasons.items())),
+        "dropped": [vars(dropped) for dropped in report],
+    }
+    commit(done_file(job.folder, job.number), lambda to: to.write_text(json.dumps(done), encoding="utf-8"))
     return done
 
 

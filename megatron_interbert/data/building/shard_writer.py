@@ -69,10 +69,17 @@ def storable(name: str) -> bool:
         return False
 
 
-def commit(path: Path, write: Callable[[Path], Any]) -> dict[str, Any]:
-    """Call write(temporary path), flush, rename to `path`; its manifest entry: name, bytes, sha256."""
+def commit(path: Path, write: Callable[[Path], Any], size: int = 0) -> dict[str, Any]:
+    """Call write(temporary path), flush, rename to `path`; its manifest entry: name, bytes, sha256. OSError when it cannot be done.
+
+    `size`: bytes that must be free first. HDF5 that meets a full disk in the middle fails again when the file is closed and
+    crashes when the process ends.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
+        if size:
+            with open(temporary, "wb") as handle:
+                os.posix_fallocate(handle.fileno(), 0, size)
         write(temporary)
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
@@ -92,7 +99,14 @@ def write_shard(path: Path, records: Sequence[tuple[Regions, Sequence[Caption]]]
         with h5py.File(temporary, "w", libver="earliest") as file:
             counts.update(_fill_shard(file, records))
 
-    return {**commit(path, write), **counts}
+    strings = [text for regions, captions in records for text in (regions.image_id, *(part for c in captions for part in c))]
+    arrays = (array for regions, _ in records for array in list(vars(regions).values())[2:])
+    return {**commit(path, write, sum(array.nbytes for array in arrays) + _heap_bytes(strings)), **counts}
+
+
+def _heap_bytes(strings: Sequence[str]) -> int:
+    """Room that HDF5 needs for strings and for itself, rather too much."""
+    return 2 * sum(len(text.encode()) + 32 for text in strings) + (1 << 16)
 
 
 def _fill_shard(file: h5py.File, records: Sequence[tuple[Regions, Sequence[Caption]]]) -> dict[str, int]:
@@ -146,7 +160,7 @@ def write_caption_file(folder: Path, shards: Sequence[dict[str, Any]]) -> dict[s
             for shard in shards:
                 _append_captions(file, folder / shard["file"], names, place)
 
-    return commit(folder / CAPTIONS, write)
+    return commit(folder / CAPTIONS, write, total_bytes + 18 * captions + 4 * images + (1 << 16))
 
 
 def _append_captions(target: h5py.File, shard: Path, names: list[str], place: dict[str, int]) -> None:
@@ -167,26 +181,25 @@ def _append_captions(target: h5py.File, shard: Path, names: list[str], place: di
 
 def write_token_file(folder: Path, captions: Iterable[list[str]], count: int, tokenizer: CaptionTokenizer) -> dict[str, Any]:
     """All `count` captions as token ids, given in groups in the store's order, so that training need not tokenise."""
+    with tempfile.TemporaryFile(dir=folder) as ids, tempfile.TemporaryFile(dir=folder) as starts:
+        offsets = np.zeros(count + 1, np.int64)
+        done = 0
+        for group in captions:
+            encoded = tokenizer.encode_batch(group)
+            ids.write(encoded.ids.tobytes())
+            starts.write(encoded.word_starts.tobytes())
+            offsets[done + 1 : done + len(group) + 1] = offsets[done] + encoded.offsets[1:]
+            done += len(group)
+        tokens = int(offsets[-1])
 
-    def write(temporary: Path) -> None:
-        with (
-            h5py.File(temporary, "w", libver="earliest") as file,
-            tempfile.TemporaryFile(dir=folder) as ids,
-            tempfile.TemporaryFile(dir=folder) as starts,
-        ):
-            offsets = file.create_dataset("offsets", (count + 1,), np.int64)
-            done = tokens = 0
-            for group in captions:
-                encoded = tokenizer.encode_batch(group)
-                ids.write(encoded.ids.tobytes())
-                starts.write(encoded.word_starts.tobytes())
-                offsets[done + 1 : done + len(group) + 1] = tokens + encoded.offsets[1:]
-                done, tokens = done + len(group), tokens + len(encoded.ids)
-            _copy_into(file.create_dataset("ids", (tokens,), np.int32), ids)
-            _copy_into(file.create_dataset("word_starts", (tokens,), np.uint8), starts)
-            file.attrs["vocabulary"] = tokenizer.sha256
+        def write(temporary: Path) -> None:
+            with h5py.File(temporary, "w", libver="earliest") as file:
+                file["offsets"] = offsets
+                _copy_into(file.create_dataset("ids", (tokens,), np.int32), ids)
+                _copy_into(file.create_dataset("word_starts", (tokens,), np.uint8), starts)
+                file.attrs["vocabulary"] = tokenizer.sha256
 
-    return commit(folder / TOKENS, write)
+        return commit(folder / TOKENS, write, 5 * tokens + offsets.nbytes + (1 << 16))
 
 
 def _copy_into(dataset: h5py.Dataset, spool: IO[bytes], step: int = 1 << 22) -> None:
