@@ -28,6 +28,8 @@ from megatron_interbert.data.manifest import file_sha256
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError, run_entry
 
+DETECTOR = "Faster R-CNN ResNet-101, Visual Genome"
+
 
 def parse() -> argparse.Namespace:
     """The command line."""
@@ -56,7 +58,7 @@ def parse() -> argparse.Namespace:
         "--soft-labels", type=int, default=0, help="label entries kept for a region (default: 10, or those of the store)"
     )
     parser.add_argument("--class-names", help="detector classes without background, one a line")
-    parser.add_argument("--detector", default="Faster R-CNN ResNet-101, Visual Genome", help="recorded in the store")
+    parser.add_argument("--detector", help=f"recorded in the store (default: {DETECTOR})")
     parser.add_argument("--detector-revision", default="", help="recorded in the store")
     parser.add_argument("--allow-other-detector", action="store_true", help="join stores of different detectors")
     parser.add_argument("--vocab-file", help="WordPiece vocabulary; copied into the store, and all captions tokenised with it")
@@ -77,7 +79,12 @@ def detector_of(sources: list[Source], arguments: argparse.Namespace) -> dict[st
     for other in known:
         if other != known[0] and not arguments.allow_other_detector:
             raise UsageError(f"stores of different detectors, {known[0]} and {other}; join them with --allow-other-detector")
-    return known[0] if known else {"name": arguments.detector, "revision": arguments.detector_revision}
+    if known and (arguments.detector or arguments.detector_revision):
+        raise UsageError("--detector and --detector-revision are for published features; a region store knows its own")
+    if known:
+        others = [detector for i, detector in enumerate(known) if detector not in known[:i]][1:]
+        return {**known[0], **({"joined_with": others} if others else {})}
+    return {"name": arguments.detector or DETECTOR, "revision": arguments.detector_revision}
 
 
 def vocabulary_of(sources: list[Source], arguments: argparse.Namespace) -> str:

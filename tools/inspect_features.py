@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.config import read_text
+from megatron_interbert.data.drawing import find_photo
 from megatron_interbert.data.inspection.page import report_page
 from megatron_interbert.data.inspection.report import Options, inspect_store
 from megatron_interbert.data.inspection.text import report_text, write_beside
@@ -65,6 +66,8 @@ def run() -> None:
     write_beside(folder / "inspection.html", report_page(report, store, photos, options.examples))
     write_beside(report_file, report.as_json())
     print(report_text(report))
+    if photos and not any(find_photo(photos, store.image_id(image)) for image in report.readable):
+        print(f"--photos {photos}: no photo there has the name of an image, {store.image_id(0)}.jpg for one", file=sys.stderr)
     print(f"page: {folder / 'inspection.html'}, report: {report_file}")
     sys.exit(1 if report.problems else 0)
 

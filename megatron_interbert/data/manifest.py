@@ -15,6 +15,7 @@ TOKENS = "tokens.h5"
 VOCABULARY = "vocab.txt"
 HARD_NEGATIVES = "hard_negatives.npy"
 REPORT = "dropped.jsonl"
+PLAN = "plan.json"  # what a build was asked for
 REBUILD = "restore it or rebuild the store with tools/build_features.py"
 FIELDS = {"feature_dim": int, "num_classes": int, "detector": dict, "shards": list, "captions_file": dict}
 FILE_FIELDS = {"file": str, "bytes": int, "sha256": str}

@@ -14,7 +14,9 @@ from megatron_interbert.data.building.build import BuildPlan
 from megatron_interbert.data.building.build import build as run_build
 from megatron_interbert.data.building.sources.fields import ReadOptions
 from megatron_interbert.data.building.sources.opening import open_source
+from megatron_interbert.data.building.store_writer import RegionStoreWriter
 from megatron_interbert.data.store import RegionStore
+from megatron_interbert.errors import UsageError
 from tests.corpus import VOCABULARY
 from tests.data.formats import (
     adaptive_hdf5,
@@ -159,6 +161,14 @@ def test_adaptive_hdf5_finds_sizes_and_names(tmp_path, images):
     (tmp_path / "ids.pkl").write_bytes(pickle.dumps({name: row for row, name in enumerate(names)}))
     assert "give the file that does by --image-ids" in refused(tmp_path / "adaptive.hdf5", "--output", tmp_path / "none")
     flags = (tmp_path / "adaptive.hdf5", "--image-ids", tmp_path / "ids.pkl")
+    (tmp_path / "number.pkl").write_bytes(pickle.dumps(12))
+    message = refused(
+        tmp_path / "adaptive.hdf5", "--image-ids", tmp_path / "number.pkl", "--trust-pickle", "--output", tmp_path / "no"
+    )
+    assert "holds one int, expected a list of names" in message
+    (tmp_path / "ids.txt").write_text("".join(f"photo {row} of {name}.jpg\n" for row, name in enumerate(names)))
+    blanks, _ = build(tmp_path / "blanks", tmp_path / "adaptive.hdf5", "--image-ids", tmp_path / "ids.txt")
+    assert blanks.image_id(3) == f"photo 3 of {names[3]}.jpg"
     assert "is a pickle; give --trust-pickle" in refused(*flags, "--output", tmp_path / "none")
     store, _ = build(tmp_path / "store", *flags, "--trust-pickle")
     for number, image in enumerate(images):
@@ -217,7 +227,22 @@ def test_wrong_caption_file_and_vocabulary_are_refused_before_anything_is_writte
     assert f"{tmp_path / 'words.txt'}: no [PAD] in it" in refused(
         path, "--vocab-file", tmp_path / "words.txt", "--output", tmp_path / "a"
     )
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text("".join(json.dumps({"image_id": str(i["image_id"]), "caption": "a dog"}) + "\n" for i in images))
+    assert "hold no splits" in refused(path, "--captions", captions, "--split", "train", "--output", tmp_path / "a")
     assert not list(tmp_path.glob("a*"))
+
+
+def test_one_image_under_two_spellings_of_its_name_comes_once(tmp_path, images):
+    """Both would get the same captions; without captions nothing is known of the spelling, and both stay."""
+    images[3]["image_id"], images[7]["image_id"] = "000000000042", "COCO_val2014_000000000042.jpg"
+    path = tsv(tmp_path / "x.tsv", images)
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text("".join(json.dumps({"image_id": str(i["image_id"]), "caption": "a dog"}) + "\n" for i in images))
+    store, out = build(tmp_path / "with", path, "--captions", captions)
+    assert "dropped: 1 images, image id seen before" in out
+    assert [store.image_id(i) for i in range(store.num_images)].count("000000000042") == 1
+    assert build(tmp_path / "without", path)[0].num_images == 12
 
 
 def test_stores_are_joined_cut_anew_and_taken_apart(tmp_path, images):
@@ -240,7 +265,14 @@ def test_stores_are_joined_cut_anew_and_taken_apart(tmp_path, images):
     part, _ = build(tmp_path / "part", tmp_path / "both", "--only", tmp_path / "keep.txt")
     assert [part.image_id(i) for i in range(part.num_images)] == ["image-3", "image-8"]
     build(tmp_path / "other", tmp_path / "a", "--detector", "another")
-    assert "--allow-other-detector" in refused(tmp_path / "first", tmp_path / "other", "--output", tmp_path / "none")
+    stores = tmp_path / "first", tmp_path / "other"
+    assert "--allow-other-detector" in refused(*stores, "--output", tmp_path / "none")
+    assert "a region store knows its own" in refused(stores[0], "--detector", "a third", "--output", tmp_path / "none")
+    mixed, _ = build(tmp_path / "mixed", *stores, "--allow-other-detector")
+    assert mixed.manifest["detector"] == {
+        **first.manifest["detector"],
+        "joined_with": [{"name": "another", "revision": ""}],
+    }
 
 
 def test_a_damaged_shard_of_a_store_costs_its_images_only(tmp_path, images):
@@ -402,7 +434,13 @@ def test_unfinished_builds_are_not_mixed_up(tmp_path, images):
     assert "left by a build with other settings (images_per_shard, units differ)" in message
     images[2]["features"][:] = np.nan
     assert "(source_files" in refused(tsv(path, images), "--output", tmp_path / "store"), "a source that was changed meanwhile"
+    assert "--max-dropped" in refused(write_npz(tmp_path / "npz", images), "--output", tmp_path / "from-npz", "--max-dropped", 0.01)
     images[2]["features"][:] = 1
+    shutil.rmtree(tmp_path / "npz")
+    changed = refused(write_npz(tmp_path / "npz", images), "--output", tmp_path / "from-npz", "--max-dropped", 0.01)
+    assert "(source_files differ)" in changed, "a file of a folder that was changed meanwhile"
+    with pytest.raises(UsageError, match="an unfinished build"):
+        RegionStoreWriter(tmp_path / "store", feature_dim=4, num_classes=3, detector={}, soft_labels="none")
     tsv(path, images)
     store, _ = build(tmp_path / "store", path, "--images-per-shard", 5, "--restart", "--max-dropped", 1)
     assert store.num_images == 10

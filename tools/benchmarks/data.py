@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark."""
     parser.add_argument("--parts", default="loader,memory,building,mining", help="comma-separated (default: all)")
     parser.add_argument("--images", type=int, default=4000, help="of the loader's store, 150 kB each (default: %(default)s)")
+    parser.add_argument("--images-per-shard", type=int, default=1024, help="of the loader's store (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="samples of a micro-batch (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="alternating repeats of each way (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10_000, help="batches over which memory is watched (default: %(default)s)")
@@ -77,7 +78,7 @@ def write_store(path: Path, arguments: argparse.Namespace) -> None:
     vocabulary = Path(arguments.vocab_file).read_text(encoding="utf-8") if arguments.vocab_file else "\n".join(words) + "\n"
     facts = {"feature_dim": FEATURES, "num_classes": CLASSES, "detector": {"name": "noise"}, "soft_labels": "top_k"}
     some = [made_up_image(random, number) for number in range(64)]
-    with RegionStoreWriter(path, **facts, vocabulary=vocabulary) as writer:
+    with RegionStoreWriter(path, **facts, vocabulary=vocabulary, images_per_shard=arguments.images_per_shard) as writer:
         for number, caption in enumerate(captions):
             regions = some[number % len(some)]
             writer.add(Regions(f"{number:08d}", regions.size, *list(vars(regions).values())[2:]), [(caption, "en")])

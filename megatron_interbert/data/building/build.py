@@ -12,11 +12,13 @@ A unit's result depends on nothing but the unit, so the number of processes and 
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import sqlite3
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,16 +30,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_interbert.data.building.captions import CaptionTable
+from megatron_interbert.data.building.captions import CaptionTable, image_key
 from megatron_interbert.data.building.conversion import EXPECTED, NO_CAPTION, TWICE, UnitJob, convert_unit, done_file
 from megatron_interbert.data.building.duplicates import drop_duplicates
 from megatron_interbert.data.building.shard_writer import commit
 from megatron_interbert.data.building.sources.base import Source, SourceFacts
 from megatron_interbert.data.building.store_writer import finish_store, new_manifest
-from megatron_interbert.data.manifest import MANIFEST, REPORT, VOCABULARY, files_of
+from megatron_interbert.data.manifest import MANIFEST, PLAN, REPORT, VOCABULARY, files_of
 from megatron_interbert.errors import TrainingStopped, UsageError
 
-PLAN = "plan.json"
+CAPTIONS_DONE = "captions.json"  # in the work folder: complaints about caption lines; written when images.db is whole
+LMDB_LOCK = "lock.mdb"  # changes whenever an LMDB is read
 
 
 @dataclass
@@ -77,11 +80,22 @@ class BuildPlan:
 
 
 def _identity(path: str) -> list[Any]:
-    """What changes when a source is replaced: a file's size and time, a store's manifest; of other folders the units tell names."""
+    """What changes when a source is replaced: size and time of a file, of a store's manifest, of all files in another folder."""
     place = Path(path) / MANIFEST if (Path(path) / MANIFEST).is_file() else Path(path)
-    if not place.is_file():
-        return [path]
-    return [path, place.stat().st_size, place.stat().st_mtime_ns]
+    if not place.is_dir():
+        return [path, *_size_and_time(place)] if place.exists() else [path]
+    digest = hashlib.sha256()
+    for folder, below, names in os.walk(place):
+        below.sort()
+        for name in sorted(names):
+            if name != LMDB_LOCK:
+                digest.update(json.dumps([folder, name, *_size_and_time(Path(folder, name))]).encode())
+    return [path, digest.hexdigest()]
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    found = path.stat() if path.exists() else path.lstat()  # a link may lead nowhere
+    return found.st_size, found.st_mtime_ns
 
 
 def _digest(value: Any) -> str:
@@ -136,16 +150,23 @@ def _common_facts(plan: BuildPlan) -> SourceFacts:
     """The facts of all sources, which must agree."""
     all_facts = [source.facts() for source in plan.sources]
     first = all_facts[0]
+    names = list(plan.class_names) or next((list(facts.class_names) for facts in all_facts if facts.class_names), [])
     for source, facts in zip(plan.sources, all_facts, strict=True):
+        where = getattr(source, "path", "source")
+        if facts.background_class != first.background_class:
+            raise UsageError(f"{where}: class {facts.background_class} is background, in the first source {first.background_class}")
+        if facts.class_names and not plan.class_names and list(facts.class_names) != names:
+            raise UsageError(
+                f"{where}: other class names than in the sources before it; one of both is wrong: say which by --class-names"
+            )
         if (facts.feature_dim, facts.num_classes) != (first.feature_dim, first.num_classes):
             raise UsageError(
-                f"{getattr(source, 'path', 'source')}: features of {facts.feature_dim} and {facts.num_classes} classes, but the first"
+                f"{where}: features of {facts.feature_dim} and {facts.num_classes} classes, but the first"
                 f" source has {first.feature_dim} and {first.num_classes}; one store holds the features of one detector"
             )
-    names = list(plan.class_names) or list(first.class_names)
     if names and len(names) != first.num_classes:
         raise UsageError(f"--class-names: {len(names) - 1} names, expected {first.num_classes - 1} (without background)")
-    return SourceFacts(first.feature_dim, first.num_classes, first.soft_labels, names, plan.detector)
+    return SourceFacts(first.feature_dim, first.num_classes, first.soft_labels, names, plan.detector, first.background_class)
 
 
 class WorkFolder:
@@ -189,7 +210,7 @@ class WorkFolder:
 
 def _caption_table(plan: BuildPlan, work: Path) -> CaptionTable | None:
     """Captions and wanted ids on disk; made once."""
-    path, done = work / "images.db", work / "captions.json"
+    path, done = work / "images.db", work / CAPTIONS_DONE
     if not plan.caption_files and plan.only is None:
         return None
     if not done.exists():
@@ -263,28 +284,20 @@ def _too_many(faults: int, read: int, reasons: dict[str, int], limit: float) -> 
 
 def _finish(plan: BuildPlan, facts: SourceFacts, work: Path, units: int, max_dropped: float) -> None:
     """Everything but the last rename: images seen twice, totals, report, captions, manifest."""
-    entries, report, totals, reasons = [], [], Counter(), Counter()
+    entries, totals, reasons = [], Counter(), Counter()
     labels: dict[str, list[str]] = {}  # of each image, by shard
-    captions_done = work / "captions.json"
-    if captions_done.exists():
-        report += [
-            {"where": line, "image_id": "", "reason": "caption line", "details": ""}
-            for line in json.loads(captions_done.read_text())
-        ]
     for number in range(units):
-        done = json.loads(done_file(work, number).read_text(encoding="utf-8"))
+        done = _read_json(done_file(work, number))
         if done["entry"]:
             entries.append(done["entry"])
-            labels[done["entry"]["file"]] = done["labels"]
+            labels[done["entry"]["file"]] = [sys.intern(kind) for kind in done["labels"]]
         totals.update({name: done[name] for name in ("read", "repaired", "inverted", "faults")})
         reasons.update(done["reasons"])
-        report += done["dropped"]
     if not entries:
-        _explain_nothing(plan, work, totals["read"], reasons, report)
+        _explain_nothing(plan, work, totals["read"], reasons, units)
     if totals["faults"] > max_dropped * totals["read"]:
         raise UsageError(_too_many(totals["faults"], totals["read"], reasons, max_dropped))
-    entries, twice = drop_duplicates(work, entries)
-    report += [{"where": f"{file}: image {row}", "image_id": name, "reason": TWICE, "details": ""} for file, row, name in twice]
+    entries, twice = drop_duplicates(work, entries, image_key if plan.caption_files else str)
     kinds = Counter(kind for of_images in labels.values() for kind in of_images)
     kinds.subtract(labels[file][row] for file, row, _ in twice)
     reasons.update({TWICE: len(twice)} if twice else {})
@@ -292,6 +305,7 @@ def _finish(plan: BuildPlan, facts: SourceFacts, work: Path, units: int, max_dro
         feature_dim=facts.feature_dim,
         num_classes=facts.num_classes,
         detector=plan.detector,
+        background_class=facts.background_class,
         soft_labels=" and ".join(sorted({part for kind in +kinds for part in kind.split(" and ")})),
         class_names=facts.class_names,
         repaired_boxes=totals["repaired"],
@@ -303,20 +317,45 @@ def _finish(plan: BuildPlan, facts: SourceFacts, work: Path, units: int, max_dro
     manifest["shards"] = entries
     commit(
         work / REPORT,
-        lambda to: to.write_text(
-            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in report), encoding="utf-8", errors="backslashreplace"
-        ),
+        lambda to: _write_report(to, itertools.chain(_caption_complaints(work), _dropped(work, units), _twice(twice))),
     )
     finish_store(work, manifest, plan.vocabulary)
 
 
-def _explain_nothing(plan: BuildPlan, work: Path, read: int, reasons: Counter[str], report: list[dict[str, str]]) -> None:
+def _caption_complaints(work: Path) -> Iterator[dict[str, str]]:
+    if (work / CAPTIONS_DONE).exists():
+        for line in _read_json(work / CAPTIONS_DONE):
+            yield {"where": line, "image_id": "", "reason": "caption line", "details": ""}
+
+
+def _dropped(work: Path, units: int) -> Iterator[dict[str, str]]:
+    for number in range(units):
+        yield from _read_json(done_file(work, number))["dropped"]
+
+
+def _twice(images: list[tuple[str, int, str]]) -> Iterator[dict[str, str]]:
+    for file, row, name in images:
+        yield {"where": f"{file}: image {row}", "image_id": name, "reason": TWICE, "details": ""}
+
+
+def _write_report(path: Path, lines: Iterator[dict[str, str]]) -> None:
+    """One at a time: a part of a large store may leave millions of images out."""
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as handle:
+        for line in lines:
+            handle.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _explain_nothing(plan: BuildPlan, work: Path, read: int, reasons: Counter[str], units: int) -> None:
+    reason = NO_CAPTION if reasons[NO_CAPTION] else next((reason for reason, _ in reasons.most_common(1)), "the sources are empty")
+    first = next((line for line in _dropped(work, units) if line["reason"] == reason), {"where": "", "details": ""})
     shutil.rmtree(work)  # done units without one image are of no use
-    if reasons[NO_CAPTION]:
-        some = next(r["image_id"] for r in report if r["reason"] == NO_CAPTION)
+    if reason == NO_CAPTION:
         raise UsageError(
-            f"none of the {read} images has a caption in {', '.join(plan.caption_files)}: image_id differs (the features say {some!r})"
+            f"none of the {read} images has a caption in {', '.join(plan.caption_files)}: image_id differs"
+            f" (the features say {first['image_id']!r})"
         )
-    reason = reasons.most_common(1)[0][0] if reasons else "the sources are empty"
-    first = next((r for r in report if r["reason"] == reason), {"where": "", "details": ""})
     raise UsageError(f"none of the {read} images can be used, mostly: {reason} ({first['where']}: {first['details']})")

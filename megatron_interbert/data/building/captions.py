@@ -228,6 +228,8 @@ class CaptionTable:
                 f"--captions {', '.join(files)}: images of these files are named by line number, which would confuse them;"
                 " build a store from each, then join the stores"
             )
+        if split and "karpathy" not in kinds:
+            raise UsageError(f"--split {split}: {', '.join(files)} hold no splits, which only Karpathy files do; leave --split out")
         table = cls(path)
         with contextlib.closing(sqlite3.connect(path)) as connection, connection:
             connection.executescript(

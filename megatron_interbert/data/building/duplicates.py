@@ -1,5 +1,6 @@
 """Images that come more than once in a build: the first one stays."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,25 @@ from megatron_interbert.data.regions import Regions
 from megatron_interbert.data.shard_file import COLUMNS, OpenShard
 
 
-def drop_duplicates(folder: Path, entries: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tuple[str, int, str]]]:
-    """Entries of shards in which each image id stands once, and (shard, image in it, image id) of what was left out.
+def drop_duplicates(
+    folder: Path, entries: list[dict[str, Any]], spelling: Callable[[str], str]
+) -> tuple[list[dict[str, Any]], list[tuple[str, int, str]]]:
+    """Entries of shards in which each image stands once, and (shard, image in it, image id) of what was left out. Two ids of one
+    `spelling` are one image.
 
     A shard that changes is written anew under another name, so that doing it again after a kill gives the same.
     """
-    seen: set[bytes] = set()
+    seen: set[str] = set()
     kept_entries, dropped = [], []
     for entry in entries:
         with h5py.File(folder / entry["file"], "r") as file:
-            ids = file["image_ids"][:]
+            ids = file["image_ids"].asstr()[:]
         rows = []
         for row, name in enumerate(ids):
-            if name in seen:
-                dropped.append((entry["file"], row, name.decode("utf-8")))
+            if (key := spelling(name)) in seen:
+                dropped.append((entry["file"], row, name))
             else:
-                seen.add(name)
+                seen.add(key)
                 rows.append(row)
         if len(rows) == len(ids):
             kept_entries.append(entry)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+from tqdm import tqdm
 
 from megatron_interbert.data.building.shard_writer import (
     SHARD_NAME,
@@ -20,7 +21,7 @@ from megatron_interbert.data.building.shard_writer import (
     write_shard,
     write_token_file,
 )
-from megatron_interbert.data.manifest import MANIFEST, SCHEMA_VERSION, TOKENS, VOCABULARY
+from megatron_interbert.data.manifest import MANIFEST, PLAN, SCHEMA_VERSION, TOKENS, VOCABULARY
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
@@ -73,7 +74,7 @@ def finish_store(folder: Path, manifest: dict[str, Any], vocabulary: str = "") -
 
 
 def _texts(folder: Path, shards: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
-    for shard in shards:
+    for shard in tqdm(shards, unit="shard", mininterval=1.0, disable=None, desc="tokenising"):
         with h5py.File(folder / shard["file"], "r") as file:
             yield file["caption_text"].asstr()[:].tolist()
 
@@ -100,6 +101,8 @@ class RegionStoreWriter:
             raise UsageError(f"{path}: already exists; choose another folder or remove it")
         self.manifest = new_manifest(**facts, **(extra or {}))
         self.work = self.path.with_name(self.path.name + ".partial")
+        if (self.work / PLAN).exists():
+            raise UsageError(f"{self.work}: an unfinished build of the tools; finish it, remove it or choose another folder")
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
         self.images_per_shard, self.strict_boxes, self.vocabulary = images_per_shard, strict_boxes, vocabulary

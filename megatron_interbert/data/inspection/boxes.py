@@ -20,7 +20,7 @@ MENDING = {
     "normalised": "multiply the source's boxes by width and height and rebuild: --box-format takes pixels (xyxy or xywh)",
     "xywh as corners": TO_CORNERS,
     "corners as xywh": "rebuild with --box-format xyxy",
-    "x and y swapped": "turn the source's boxes from y1 x1 y2 x2 to x1 y1 x2 y2 and rebuild with --box-format xyxy",
+    "x and y swapped": "turn boxes y1 x1 y2 x2 of the source to x1 y1 x2 y2, or sizes h, w to w, h, and rebuild with --box-format xyxy",
 }
 
 
@@ -101,6 +101,6 @@ def _said(found: str | None, f: dict[str, Any]) -> str:
         "normalised": f"in {f['normalised']:.0%} of images all boxes lie within 0..1: they are shares of the image, not pixels",
         "xywh as corners": f"x y w h were read as corners: {inverted}{middle} of centres lie right of and below the middle",
         "corners as xywh": f"corners were read as x y w h: {edge} of boxes run into the right and bottom edge",
-        "x and y swapped": f"x and y are swapped: in {f['reaching_far']:.0%} of images that are not square boxes reach the far"
-        f" end of the long side, and {f['crowded_short_side']:.0%} of boxes crowd the short side's far edge",
+        "x and y swapped": f"x and y, or width and height, are swapped: in {f['reaching_far']:.0%} of images that are not square boxes"
+        f" reach the far end of the long side, and {f['crowded_short_side']:.0%} of boxes crowd the short side's far edge",
     }[found]

@@ -40,6 +40,7 @@ class SourceFacts:
     soft_labels: str  # dense, top_1_confidence, top_1_without_confidence, none
     class_names: Sequence[str] = ()  # background first; empty: not known
     detector: dict[str, Any] | None = None  # name, revision, and what else is known; None: the caller says it
+    background_class: int | None = 0
 
 
 class Source(Protocol):

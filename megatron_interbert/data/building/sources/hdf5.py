@@ -108,7 +108,11 @@ def read_image_ids(path: str, images: int, trust_pickle: bool) -> list[str]:
     else:
         text = read_text(path, "--image-ids")
         try:
-            value = json.loads(text) if text.lstrip()[:1] in ("{", "[") else text.split()
+            value = (
+                json.loads(text)
+                if text.lstrip()[:1] in ("{", "[")
+                else [line.strip() for line in text.splitlines() if line.strip()]
+            )
         except (json.JSONDecodeError, RecursionError) as error:
             raise UsageError(f"--image-ids {path}: not valid JSON ({error})") from error
     if isinstance(value, dict):
@@ -118,6 +122,8 @@ def read_image_ids(path: str, images: int, trust_pickle: bool) -> list[str]:
                 raise UsageError(f"--image-ids {path}: {name} is row {row}, expected 0 to {images - 1}")
             names[row] = str(name)
         value = names
-    if not isinstance(value, list) or len(value) != images or not all(str(v) for v in value):
+    if not isinstance(value, list):
+        raise UsageError(f"--image-ids {path}: holds one {type(value).__name__}, expected a list of names or id -> row")
+    if len(value) != images or not all(str(v) for v in value):
         raise UsageError(f"--image-ids {path}: names {len(value)} images, the features are of {images}; give one name for each")
     return [str(v) for v in value]

@@ -21,7 +21,8 @@ class StoreSource:
         """From the manifest."""
         manifest = self.store.manifest
         names, labels = manifest.get("class_names") or (), manifest.get("soft_labels", "")
-        return SourceFacts(self.store.feature_dim, self.store.num_classes, labels, names, self.store.manifest["detector"])
+        background = manifest.get("background_class", 0)
+        return SourceFacts(self.store.feature_dim, self.store.num_classes, labels, names, manifest["detector"], background)
 
     def units(self, images_per_unit: int) -> list[list[int]]:
         """[first image, last + 1]."""
