@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -86,18 +86,11 @@ def model_config_from_dict(values: dict[str, Any], where: str) -> ModelConfig:
 
 
 @dataclass
-class RunConfig:
-    """Everything a training run is told. Names are Megatron's where Megatron has one."""
+class TrainConfig:
+    """What every training run is told, whatever it trains on. Names are Megatron's where Megatron has one."""
 
     model: str = option("sample", "preset (tiny, sample, base, large, base-chinese) or a JSON file of model sizes")
-    data_path: str = option(
-        "sample_corpus/train", "region store to train on (a folder with manifest.json), or several with commas between them"
-    )
-    data_epochs: str = option("", "passes over each of several stores in one epoch, e.g. 1,1,2.5; default: one each")
-    data_weights: str = option("", "instead of --data-epochs: shares of an epoch's samples for each store, e.g. 0.7,0.2,0.1")
-    allow_other_detector: bool = option(False, "accept stores, or a checkpoint, whose features come from another detector")
-    valid_data_path: str = option("", "region store for --eval-interval; none: no evaluation")
-    vocab_file: str = option("", "WordPiece vocabulary; default: vocab.txt in the region store")
+    vocab_file: str = option("", "WordPiece vocabulary; default: vocab.txt in the region store, or that of --init-from")
     save: str = option("", "folder for checkpoints, logs and metrics; none: nothing is saved")
     load: str = option("", "folder to resume from when it is not the one of --save")
     init_from: str = option(
@@ -106,6 +99,7 @@ class RunConfig:
     resume: str = option(
         "auto", "auto: go on if a checkpoint is there; must: fail if none; never: start anew", ("auto", "never", "must")
     )
+    allow_other_detector: bool = option(False, "accept stores, or a checkpoint, whose features come from another detector")
 
     train_iters: int = option(1000, "optimizer steps in the whole run")
     micro_batch_size: int = option(32, "samples per rank and forward pass")
@@ -114,13 +108,16 @@ class RunConfig:
     lr: float = option(1e-4, "peak learning rate")
     min_lr: float = option(0.0, "learning rate at the end of the decay")
     lr_warmup_fraction: float = option(0.1, "share of the steps that warm up linearly from 0")
-    lr_decay_style: str = option("linear", "shape after the warm-up", ("linear", "cosine", "constant"))
+    lr_decay_style: str = option("linear", "shape after the warm-up", ("linear", "cosine", "constant", "multistep"))
+    lr_milestones: str = option("0.6,0.8", "shares of the steps after which a multistep rate is multiplied by --lr-decay-factor")
+    lr_decay_factor: float = option(0.1, "factor of a multistep rate at each milestone")
     pretrained_lr_scale: float = option(1.0, "factor on the learning rate of weights that came from --init-from bert (paper: 0.1)")
     weight_decay: float = option(0.01, "on matrices only; biases and LayerNorm have none")
     adam_beta1: float = option(0.9, "Adam's first-moment decay")
     adam_beta2: float = option(0.999, "Adam's second-moment decay")
     adam_eps: float = option(1e-8, "Adam's epsilon")
     clip_grad: float = option(1.0, "largest global gradient norm; 0: no clipping")
+    ema_decay: float = option(0.0, "keep an average of the weights with this decay (official finetuning: 0.9999); 0: none")
     max_bad_steps: int = option(10, "stop after so many non-finite steps in a row")
 
     tensor_model_parallel_size: int = option(1, "ranks that share each layer")
@@ -132,17 +129,11 @@ class RunConfig:
     kernels: str = option("auto", "fused kernels", ("auto", "torch", "triton", "apex"))
     dropout: bool = option(True, "--no-dropout sets every dropout to 0")
 
-    masking: str = option("paper", "rules of paper.md: the paper's or the official code's", ("paper", "official"))
-    msm_on_mismatched: bool = option(True, "also predict masked words of mismatched captions")
-    hard_negatives: float = option(0.2, "share of the mismatched captions drawn from hard_negatives.npy, when present")
-    objectives: str = option("msm,mrm,itm", "comma-separated losses to train on (for ablations)")
-    language: str = option("", "train only on captions of this language tag (en, zh); default: all")
     max_regions: int = option(36, "regions per image, first ones as stored")
     max_tokens: int = option(36, "tokens per caption with [CLS] and [SEP]")
     data_partitions: int = option(64, "logical partitions of the data; the data-parallel size must divide it")
     num_workers: int = option(2, "loader processes per rank; 0: load in the training process")
     worker_start: str = option("fork", "how loader processes start", ("fork", "spawn", "forkserver"))
-    balance_tokens: bool = option(True, "samples of like length meet, so that ranks get nearly equal numbers of tokens")
     data_timeout: int = option(300, "seconds without a batch after which the loader is given up (a disk that hangs)")
     strict_boxes: bool = option(False, "refuse boxes outside the image instead of clipping them")
 
@@ -150,27 +141,17 @@ class RunConfig:
     keep_last: int = option(2, "newest checkpoints to keep; 0: all")
     keep_every: int = option(0, "also keep those whose step is a multiple of this; 0: none")
     async_save: bool = option(True, "write checkpoints in the background; training waits only for the copy to host memory")
-    eval_interval: int = option(0, "steps between evaluations on --valid-data-path")
-    eval_iters: int = option(10, "batches per evaluation")
+    eval_interval: int = option(0, "steps between evaluations")
     log_interval: int = option(10, "steps between log lines")
     tensorboard_dir: str = option("", "default: SAVE/tensorboard")
     peak_tflops: float = option(0.0, "dense peak of one device for MFU; default: looked up by the device's name")
     exit_after: int = option(0, "stop after this step as if killed cleanly (the schedule still spans --train-iters)")
 
+    # Settings on which the samples and losses of a step depend: a resumed run must have the same.
+    SAME_SAMPLES: ClassVar[tuple[str, ...]] = ("seed", "data_partitions", "max_regions", "max_tokens", "dropout")
+
     def __post_init__(self) -> None:
         self.given: set[str] = set()
-
-    def stores(self) -> list[str]:
-        """The region stores of --data-path."""
-        return [path.strip() for path in self.data_path.split(",") if path.strip()]
-
-    def objective_names(self) -> tuple[str, ...]:
-        """The losses to train on; UsageError for a name that is none of msm, mrm, itm."""
-        names = tuple(name for name in self.objectives.split(",") if name)
-        for name in names:
-            if name not in ("msm", "mrm", "itm"):
-                raise UsageError(f"--objectives: unknown '{name}', expected some of msm,mrm,itm")
-        return names
 
     def accumulation_steps(self, data_parallel_size: int) -> int:
         """Micro-batches per optimizer step and rank; UsageError when the batch sizes do not divide."""
@@ -187,6 +168,16 @@ class RunConfig:
         """Samples per optimizer step over all ranks."""
         return self.micro_batch_size * data_parallel_size * self.accumulation_steps(data_parallel_size)
 
+    def milestones(self) -> list[float]:
+        """The shares of --lr-milestones; UsageError unless they rise between 0 and 1."""
+        try:
+            shares = [float(part) for part in self.lr_milestones.split(",") if part]
+        except ValueError:
+            shares = [2.0]
+        if shares != sorted(shares) or not all(0 < share < 1 for share in shares):
+            raise UsageError(f"--lr-milestones is '{self.lr_milestones}', expected rising shares of the run such as 0.6,0.8")
+        return shares
+
     def check(self) -> None:
         """UsageError for values that contradict each other or have no meaning."""
         if self.fp16 and self.bf16:
@@ -196,17 +187,68 @@ class RunConfig:
                 f"--{'fp16' if self.fp16 else 'bf16'} needs --zero-stage 1 or higher: DeepSpeed's stage 0 takes one optimizer step too"
                 " many in half precision, and its gradient norm is wrong there under tensor parallelism"
             )
-        if self.data_epochs and self.data_weights:
-            raise UsageError("--data-epochs and --data-weights say the same thing in two ways; give one")
-        if self.eval_interval and not self.valid_data_path:
-            raise UsageError("--eval-interval needs --valid-data-path, the region store to evaluate on")
-        positive = "train_iters micro_batch_size max_regions data_partitions tensor_model_parallel_size log_interval eval_iters"
-        for name in [*positive.split(), "data_timeout"]:
+        for name in ("train_iters", "micro_batch_size", "max_regions", "data_partitions", "tensor_model_parallel_size",
+                     "log_interval", "data_timeout"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UsageError(f"{flag(name)} is {getattr(self, name)}, expected 1 or more")
         if self.max_tokens < 3:
             raise UsageError(f"--max-tokens is {self.max_tokens}, expected 3 or more ([CLS] word [SEP])")
+        if not 0 <= self.ema_decay < 1:
+            raise UsageError(f"--ema-decay is {self.ema_decay}, expected 0 (none) or a decay below 1 such as 0.9999")
+        self.milestones()
+
+
+@dataclass
+class RunConfig(TrainConfig):
+    """A pretraining run."""
+
+    data_path: str = option(
+        "sample_corpus/train", "region store to train on (a folder with manifest.json), or several with commas between them"
+    )
+    data_epochs: str = option("", "passes over each of several stores in one epoch, e.g. 1,1,2.5; default: one each")
+    data_weights: str = option("", "instead of --data-epochs: shares of an epoch's samples for each store, e.g. 0.7,0.2,0.1")
+    valid_data_path: str = option("", "region store for --eval-interval; none: no evaluation")
+    eval_iters: int = option(10, "batches per evaluation")
+    masking: str = option("paper", "rules of the paper or of the official code", ("paper", "official"))
+    msm_on_mismatched: bool = option(True, "also predict masked words of mismatched captions")
+    hard_negatives: float = option(0.2, "share of the mismatched captions drawn from hard_negatives.npy, when present")
+    objectives: str = option("msm,mrm,itm", "comma-separated losses to train on (for ablations)")
+    language: str = option("", "train only on captions of this language tag (en, zh); default: all")
+    balance_tokens: bool = option(True, "samples of like length meet, so that ranks get nearly equal numbers of tokens")
+
+    SAME_SAMPLES: ClassVar[tuple[str, ...]] = (
+        *TrainConfig.SAME_SAMPLES,
+        *("masking", "language", "msm_on_mismatched", "hard_negatives", "objectives", "data_epochs", "data_weights"),
+        "balance_tokens",
+    )
+
+    def stores(self) -> list[str]:
+        """The region stores of --data-path."""
+        return split_paths(self.data_path)
+
+    def objective_names(self) -> tuple[str, ...]:
+        """The losses to train on; UsageError for a name that is none of msm, mrm, itm."""
+        names = tuple(name for name in self.objectives.split(",") if name)
+        for name in names:
+            if name not in ("msm", "mrm", "itm"):
+                raise UsageError(f"--objectives: unknown '{name}', expected some of msm,mrm,itm")
+        return names
+
+    def check(self) -> None:
+        """UsageError for values that contradict each other or have no meaning."""
+        super().check()
+        if self.data_epochs and self.data_weights:
+            raise UsageError("--data-epochs and --data-weights say the same thing in two ways; give one")
+        if self.eval_interval and not self.valid_data_path:
+            raise UsageError("--eval-interval needs --valid-data-path, the region store to evaluate on")
+        if self.eval_iters < 1:
+            raise UsageError(f"--eval-iters is {self.eval_iters}, expected 1 or more")
         self.objective_names()
+
+
+def split_paths(text: str) -> list[str]:
+    """`a, b` -> [a, b]."""
+    return [path.strip() for path in text.split(",") if path.strip()]
 
 
 def flag(name: str) -> str:

@@ -29,6 +29,7 @@ class Corpus:
         )
         self.region_counts = np.concatenate([store.region_counts() for store in self.stores])
         self._hard: list[np.ndarray | None] | None = None
+        self._near: list[np.ndarray | None] | None = None
 
     def check_alike(self, other: RegionStore, allow_other_detector: bool, flag: str = "--data-path") -> None:
         """UsageError unless a store has features like those of this corpus."""
@@ -41,7 +42,7 @@ class Corpus:
         check_detector(first.manifest["detector"], other.manifest["detector"], f"{flag} {other.path}", allow_other_detector)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_hard": None}
+        return {**self.__dict__, "_hard": None, "_near": None}
 
     @property
     def path(self) -> str:
@@ -101,6 +102,21 @@ class Corpus:
         if self._hard is None:
             self._hard = [store.hard_negatives() for store in self.stores]
         return self._hard
+
+    def has_hard_images(self) -> bool:
+        """Whether every store has mined neighbours of its images."""
+        return all(table is not None for table in self._image_tables())
+
+    def hard_images(self, image: int) -> np.ndarray:
+        """int64 [<= K]: images whose mean features are nearest to an image's."""
+        store = int(np.searchsorted(self.first_image, image, side="right")) - 1
+        row = np.asarray(self._image_tables()[store][image - self.first_image[store]], dtype=np.int64)
+        return row[row >= 0] + self.first_image[store]
+
+    def _image_tables(self) -> list[np.ndarray | None]:
+        if self._near is None:
+            self._near = [store.hard_images() for store in self.stores]
+        return self._near
 
     def read_batch(self, images: np.ndarray, offsets: np.ndarray, out: Sequence[np.ndarray]) -> np.ndarray:
         """The first regions of some images [B] into rows offsets[i] .. offsets[i + 1] of arrays; see RegionStore.read_batch."""

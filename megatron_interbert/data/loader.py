@@ -28,7 +28,7 @@ import torch
 
 from megatron_interbert.data.order import MicroBatches
 from megatron_interbert.data.packing import PackedBatch, to_batch
-from megatron_interbert.data.pretraining import PretrainingSet
+from megatron_interbert.data.training_set import TrainingSet
 from megatron_interbert.errors import TrainingStopped, UsageError
 
 SLOTS = 4  # batches that one process may have ready or in use
@@ -62,9 +62,7 @@ class SlotMemory:
         self.__array_interface__ = {"shape": shape, "typestr": "<f2", "data": (address, False), "version": 3}
 
 
-def _work(
-    dataset: PretrainingSet, connection: Connection, memory: SharedFile, slot_bytes: int, others: Sequence[Connection]
-) -> None:
+def _work(dataset: TrainingSet, connection: Connection, memory: SharedFile, slot_bytes: int, others: Sequence[Connection]) -> None:
     """A loader process: (slot, pairs) in, fields of the batch out, until the other side is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the training process, and that ends this one
     for other in others:
@@ -98,7 +96,7 @@ def _receive(connection: Connection, requests: queue.SimpleQueue) -> None:
 
 
 def _into_slot(
-    dataset: PretrainingSet, pairs: list[tuple[int, int]], mapping: mmap.mmap, slot: int | None, slot_bytes: int
+    dataset: TrainingSet, pairs: list[tuple[int, int]], mapping: mmap.mmap, slot: int | None, slot_bytes: int
 ) -> dict[str, Any]:
     """The fields of a batch; with a slot the features stay there and their shape goes instead."""
     if slot is None:
@@ -115,10 +113,8 @@ def _into_slot(
 class LoaderProcess:
     """One loader process as the training process sees it."""
 
-    def __init__(self, number: int, dataset: PretrainingSet, start: str, others: list[Connection]) -> None:
-        config = dataset.config
-        rows = config.micro_batch_size * min(config.max_regions, int(dataset.corpus.region_counts.max()))
-        self.slot_bytes = -(-rows * dataset.corpus.feature_dim * 2 // mmap.PAGESIZE) * mmap.PAGESIZE
+    def __init__(self, number: int, dataset: TrainingSet, start: str, others: list[Connection]) -> None:
+        self.slot_bytes = -(-max(dataset.most_rows * dataset.feature_dim * 2, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
         self.number, self.memory = number, SharedFile(SLOTS * self.slot_bytes)
         self.mapping = self.memory.map()
         self.free = deque(range(SLOTS))
@@ -191,7 +187,7 @@ class BatchStream:
 
     def __init__(
         self,
-        dataset: PretrainingSet,
+        dataset: TrainingSet,
         consumed: int,
         global_batch: int,
         rank: int,

@@ -57,6 +57,7 @@ class PackedBatch:
     mrm_class_probs: torch.Tensor  # [Mr, k]
     mismatched: torch.Tensor  # [B] 0 = matched, the class index of the matching head
     sample_ids: torch.Tensor  # [B]
+    labels: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # answers of a downstream task
     max_text: int = 0  # longest caption, longest image, longest of both together
     max_image: int = 0
     max_joint: int = 0

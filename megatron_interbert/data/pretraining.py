@@ -1,27 +1,21 @@
 """Batches of the three pretraining tasks: captions or negative ones, masks, labels; everything for a whole batch at once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from megatron_interbert.config import RunConfig
 from megatron_interbert.data.corpus import Corpus
-from megatron_interbert.data.masking import box_area, mask_regions, mask_tokens, within, word_draws
+from megatron_interbert.data.masking import mask_regions, mask_tokens, within, word_draws
 from megatron_interbert.data.order import SampleOrder, epochs_from_weights
 from megatron_interbert.data.packing import PackedBatch, image_locations, lay_out, to_batch
 from megatron_interbert.data.randomness import uniforms
-from megatron_interbert.data.shard_file import COLUMNS
+from megatron_interbert.data.region_batch import Allocate, plain_memory, read_regions
 from megatron_interbert.data.text import CaptionTokenizer
+from megatron_interbert.data.training_set import Fields
 from megatron_interbert.errors import UsageError
 
 NEGATIVE, WORDS, REGIONS = 2, 3, 4  # purpose tags of `uniforms`
-Fields = dict[str, np.ndarray | int]
-Allocate = Callable[[tuple[int, int]], np.ndarray]  # shape -> float16 memory for the features of a batch
-
-
-def plain_memory(shape: tuple[int, int]) -> np.ndarray:
-    """Fresh memory for features."""
-    return np.empty(shape, np.float16)
 
 
 class PretrainingSet:
@@ -53,7 +47,9 @@ class PretrainingSet:
                 " with --objectives msm,itm or build the store from features with labels"
             )
         self.has_hard_negatives = corpus.has_hard_negatives()
-        self.label_width = corpus.label_width()
+        corpus.label_width()  # the same in all stores
+        self.feature_dim = corpus.feature_dim
+        self.most_rows = config.micro_batch_size * min(config.max_regions, int(corpus.region_counts.max()))
 
     def _lengths(self) -> np.ndarray:
         """int32 [captions]: about how many tokens a sample has: its regions and a fifth of its caption's bytes."""
@@ -71,18 +67,20 @@ class PretrainingSet:
         for_captions, for_words, for_regions = uniforms(self.config.seed, epochs, samples, wanted)
         captions = self._draw_captions(epochs, samples, for_captions)
         text = self._text(samples, captions, for_words)
-        images = self._images(samples, captions == samples, for_regions, allocate)
-        layout = lay_out(text.pop("lengths"), images.pop("counts"))
-        is_target = images.pop("is_target")
+        regions = read_regions(self.corpus, self.corpus.caption_image[samples], self.config.max_regions, allocate)
+        layout = lay_out(text.pop("lengths"), regions.counts)
+        hidden = mask_regions(regions.boxes, regions.offsets, self.config.masking, for_regions)
+        owner, _ = within(regions.offsets)
+        is_target = hidden & (captions == samples)[owner]
         return {
             **layout,
             **text,
-            "features": images["features"],
-            "locations": image_locations(layout, images["locations"]),
-            "hidden_regions": images["hidden_regions"],
+            "features": regions.features,
+            "locations": image_locations(layout, regions.locations()),
+            "hidden_regions": np.flatnonzero(hidden),
             "mrm_positions": layout["region_rows"][is_target],
-            "mrm_class_ids": images["class_ids"][is_target].astype(np.int64),
-            "mrm_class_probs": images["class_probs"][is_target],
+            "mrm_class_ids": regions.class_ids[is_target].astype(np.int64),
+            "mrm_class_probs": regions.class_probs[is_target],
             "mismatched": (captions != samples).astype(np.int64),
             "sample_ids": samples,
         }
@@ -139,48 +137,6 @@ class PretrainingSet:
             "msm_labels": tokens.ids[targets].astype(np.int64),
             "lengths": lengths,
         }
-
-    def _images(self, samples: np.ndarray, matched: np.ndarray, draws: np.ndarray, allocate: Allocate) -> dict[str, np.ndarray]:
-        """Region fields of a batch, read straight into its memory, with counts [B] and the rows [R] that are MRM targets."""
-        config, corpus = self.config, self.corpus
-        images = corpus.caption_image[samples]
-        counts = np.minimum(corpus.region_counts[images], config.max_regions).astype(np.int64)
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-        total = int(offsets[-1])
-        widths = {"image_bb": 4, "class_ids": self.label_width, "class_probs": self.label_width}
-        rows = {"image_features": allocate((total, corpus.feature_dim))}
-        rows |= {name: np.empty((total, width), COLUMNS[name]) for name, width in widths.items()}
-        sizes = corpus.read_batch(images, offsets, list(rows.values()))
-        boxes = self._checked_boxes(rows, images, sizes, offsets)
-        hidden = mask_regions(boxes, offsets, config.masking, draws)
-        owner, _ = within(offsets)
-        unit = boxes / np.tile(sizes, 2)[owner]
-        return {
-            "features": rows["image_features"],
-            "locations": np.concatenate([unit, box_area(unit)[:, None]], axis=1),
-            "hidden_regions": np.flatnonzero(hidden),
-            "is_target": hidden & matched[owner],
-            "class_ids": rows["class_ids"],
-            "class_probs": rows["class_probs"],
-            "counts": counts,
-        }
-
-    def _checked_boxes(self, rows: dict[str, np.ndarray], images: np.ndarray, sizes: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        """Boxes [R, 4] sorted and clipped into their images; UsageError for a record with wrong boxes, sizes or labels."""
-        boxes, ids, probs = rows["image_bb"], rows["class_ids"], rows["class_probs"]
-        owner, _ = within(offsets)
-        bound = np.tile(sizes, 2)[owner]
-        with np.errstate(invalid="ignore", over="ignore"):
-            low, high = np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])
-            fixed = np.clip(np.concatenate([low, high], axis=1), 0, bound)
-            # Minima and sums of a whole batch: NaN and infinity come through them, and they cost a pass each.
-            whole = sizes.min() > 0 and np.isfinite(sizes.sum(dtype=np.float64)) and np.isfinite(boxes.sum(dtype=np.float64))
-            whole = whole and ids.min() >= 0 and ids.max() < self.corpus.num_classes
-            whole = whole and probs.min() >= 0 and (probs @ np.ones(probs.shape[1], np.float32)).max() <= 1.001
-        if not whole or (self.corpus.strict_boxes and (fixed != boxes).any()):
-            for image in images.tolist():
-                self.corpus.complain(image)
-        return fixed
 
 
 def trainable_captions(corpus: Corpus, language: str) -> np.ndarray:

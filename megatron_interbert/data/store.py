@@ -16,6 +16,7 @@ import numpy as np
 from megatron_interbert.data.caption_file import CaptionFile
 from megatron_interbert.data.manifest import (
     CAPTIONS,
+    HARD_IMAGES,
     HARD_NEGATIVES,
     MANIFEST,
     file_sha256,
@@ -104,17 +105,24 @@ class RegionStore:
 
     def hard_negatives(self) -> np.ndarray | None:
         """int32 [captions, K] of caption indexes, -1 where there are fewer, or None when none were mined."""
-        path = self.path / HARD_NEGATIVES
+        return self._neighbours(HARD_NEGATIVES, self.num_captions, "captions", "tools/mine_negatives.py")
+
+    def hard_images(self) -> np.ndarray | None:
+        """int32 [images, K] of image indexes, nearest first, -1 where there are fewer, or None when none were mined."""
+        return self._neighbours(HARD_IMAGES, self.num_images, "images", "tools/mine_neighbours.py")
+
+    def _neighbours(self, file: str, count: int, what: str, tool: str) -> np.ndarray | None:
+        path = self.path / file
         if not path.is_file():
             return None
         try:
             table = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise UsageError(f"{path}: cannot be read ({error}); mine it again with tools/mine_negatives.py") from error
-        if table.ndim != 2 or len(table) != self.num_captions or table.max(initial=-1) >= self.num_captions:
+            raise UsageError(f"{path}: cannot be read ({error}); mine it again with {tool}") from error
+        if table.ndim != 2 or len(table) != count or table.max(initial=-1) >= count:
             raise UsageError(
                 f"{path}: shape {table.shape}, largest index {table.max(initial=-1)}; expected one row for each of"
-                f" {self.num_captions} captions and indexes below that; mine it again"
+                f" {count} {what} and indexes below that; mine it again with {tool}"
             )
         return table
 

@@ -18,7 +18,7 @@ from megatron_interbert.hf.stream import TorchStream
 from megatron_interbert.model.interbert import InterBert, InterBertOutput
 from megatron_interbert.parallel.layers import VocabParallelEmbedding
 
-HEADS = ("msm", "mrm", "itm", "choice")
+HEADS = ("msm", "mrm", "itm", "choice", "sentence")
 NEW_BY_NATURE = re.compile(r"classifier\..*|interbert\.choice_head\..*")  # of downstream tasks: no pretraining has them
 LISTED = 20  # names of wrong parameters in an error; more are counted
 

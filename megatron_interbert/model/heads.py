@@ -54,6 +54,19 @@ class RegionHead(nn.Module):
         return self.decoder(self.transform(hidden))
 
 
+class SentenceHead(nn.Module):
+    """Text classification as in BERT: [CLS] state [B, H], Linear, tanh, dropout, Linear -> [B, labels]."""
+
+    def __init__(self, config: ModelConfig, labels: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, labels)
+        self.dropout = config.hidden_dropout
+
+    def forward(self, first: torch.Tensor) -> torch.Tensor:
+        return self.output(F.dropout(torch.tanh(self.dense(first)), self.dropout, self.training))
+
+
 class Pooler(nn.Module):
     """First token of each sequence, Linear, ReLU: [B, H] -> [B, P]."""
 

@@ -1,7 +1,7 @@
 """First weights: drawn per parameter name, so that they are the same for every layout; or from another checkpoint."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -31,16 +31,21 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int, state: Parallel
 
 @torch.no_grad()
 def load_full_state(
-    model: nn.Module, full: Mapping[str, torch.Tensor], state: ParallelState, where: str, partial: bool = False
+    model: nn.Module,
+    full: Mapping[str, torch.Tensor],
+    state: ParallelState,
+    where: str,
+    partial: bool = False,
+    may_lack: Sequence[str] = (),
 ) -> set[str]:
     """Copy this rank's slices of full tensors into the model; the names that were loaded.
 
-    UsageError for a missing parameter (unless `partial`) or a shape that does not fit.
+    UsageError for a missing parameter (unless `partial`, or its name begins as one of `may_lack`) or a shape that does not fit.
     """
     loaded = set()
     for name, parameter in model.named_parameters():
         if name not in full:
-            if partial:
+            if partial or name.startswith(tuple(may_lack)):
                 continue
             raise UsageError(f"{where}: parameter {name} is missing; the checkpoint is of another model or incomplete")
         expected = full_shape(name, parameter.shape, state.tensor_size)

@@ -15,7 +15,7 @@ from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.kernels.gather import gather_rows
 from megatron_interbert.model.embeddings import ImageEmbedding, TextEmbedding
-from megatron_interbert.model.heads import Pooler, RegionHead, WordHead
+from megatron_interbert.model.heads import Pooler, RegionHead, SentenceHead, WordHead
 from megatron_interbert.model.partition import mark_shards
 from megatron_interbert.model.transformer import TransformerLayer, TransformerStack
 from megatron_interbert.parallel.rng import RandomStreams
@@ -38,10 +38,14 @@ class InterBertOutput(NamedTuple):
     mrm_logits: torch.Tensor | None = None  # [Mr, classes]
     itm_logits: torch.Tensor | None = None  # [B, 2], class 0 = matched
     choice_logit: torch.Tensor | None = None  # [B, 1]
+    sentence_logits: torch.Tensor | None = None  # [B, labels]
 
 
 class InterBert(nn.Module):
-    """The whole model. `heads` is any of msm, mrm, itm, choice; parameters are empty until initialised or loaded."""
+    """The whole model. `heads` is any of msm, mrm, itm, choice, sentence (of `num_labels`).
+
+    Parameters are empty until initialised or loaded.
+    """
 
     def __init__(
         self,
@@ -52,6 +56,7 @@ class InterBert(nn.Module):
         kernels: Kernels | None = None,
         streams: RandomStreams | None = None,
         recompute: bool = False,
+        num_labels: int = 2,
     ) -> None:
         super().__init__()
         state, kernels = state or ParallelState(), kernels or Kernels()
@@ -93,12 +98,15 @@ class InterBert(nn.Module):
             self.itm_head = nn.Linear(config.pooled_size, 2)
         if "choice" in heads:
             self.choice_head = nn.Linear(config.pooled_size, 1)
+        if "sentence" in heads:
+            self.sentence_head = SentenceHead(config, num_labels)
         mark_shards(self)
 
     def forward(self, batch: PackedBatch) -> InterBertOutput:
         """Both streams, pooled vectors, and the logits of the heads there are: words and regions at target positions only."""
         text, image = self.encode(batch)
-        pooled_text = self.text_pooler(text.index_select(0, batch.text_offsets[:-1]))
+        first = text.index_select(0, batch.text_offsets[:-1])
+        pooled_text = self.text_pooler(first)
         pooled_image = self.image_pooler(image.index_select(0, batch.summary_rows)) if len(image) else None
         logits = {}
         if hasattr(self, "msm_head"):
@@ -106,6 +114,8 @@ class InterBert(nn.Module):
             logits["msm_logits"] = self.msm_head(targets, self.text_embedding.word.weight)
         if hasattr(self, "mrm_head") and len(image):
             logits["mrm_logits"] = self.mrm_head(image.index_select(0, batch.mrm_positions)).float()
+        if hasattr(self, "sentence_head"):
+            logits["sentence_logits"] = self.sentence_head(first).float()
         if pooled_image is not None and (hasattr(self, "itm_head") or hasattr(self, "choice_head")):
             fused = F.dropout(self.fuse(pooled_text, pooled_image), self.config.hidden_dropout, self.training)
             if hasattr(self, "itm_head"):

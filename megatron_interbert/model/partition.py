@@ -26,7 +26,7 @@ TABLE = [
     (r"(text|image)_pooler\..*", "replicated"),
     (r"(msm|mrm)_head\.transform\..*", "replicated"),
     (r"mrm_head\.decoder\..*", "replicated"),
-    (r"(itm|choice)_head\..*", "replicated"),
+    (r"(itm|choice|sentence)_head\..*", "replicated"),
     (r"official_extra\..*", "replicated"),  # heads of others, carried along by conversions
 ]
 

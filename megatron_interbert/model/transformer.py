@@ -27,14 +27,18 @@ class SelfAttention(nn.Module):
         self.output = RowParallelLinear(hidden, hidden, group)
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_length: int) -> torch.Tensor:
-        q, k, v = self.qkv(x).view(len(x), -1, 3, self.head_size).unbind(dim=2)
+        return self.output(self.attend(self.qkv(x), offsets, max_length))
+
+    def attend(self, qkv: torch.Tensor, offsets: torch.Tensor, max_length: int) -> torch.Tensor:
+        """Attention over projected tokens [N, 3 H / ranks] -> [N, H / ranks], before the output projection."""
+        q, k, v = qkv.view(len(qkv), -1, 3, self.head_size).unbind(dim=2)
         p = self.dropout if self.training else 0.0
         if p > 0:  # heads are sharded: each rank drops for itself
             with self.streams.sharded():
                 attended = self.kernels.attention(q, k, v, offsets, max_length, p)
         else:
             attended = self.kernels.attention(q, k, v, offsets, max_length, p)
-        return self.output(attended.flatten(1))
+        return attended.flatten(1)
 
 
 class Mlp(nn.Module):

@@ -1,75 +1,105 @@
-"""Image-text retrieval: scores of all pairs, ranks in both directions, recall.
+"""Caption-based image retrieval: the finetuning task, ranks in both directions, recall, and a two-stage search.
 
 A pair's score is the margin of the matching head, logit(matched) - logit(mismatched); probabilities would tie near 1.
 Ties count against the model: an equal score ranks before the right answer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 
-from megatron_interbert.data.packing import Example, normalised_locations, pack
-from megatron_interbert.data.store import RegionStore
+from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.data.downstream.retrieval import RetrievalSet
+from megatron_interbert.data.packing import PackedBatch
+from megatron_interbert.data.pretraining import trainable_captions
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
-from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.model.interbert import InterBert, InterBertOutput
+from megatron_interbert.model.pair_scorer import PairScorer
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.task_config import RetrievalConfig
+from megatron_interbert.tasks.classification import ClassificationTask
+from megatron_interbert.tasks.pair_tiles import Pairs, score_block
+from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, open_vocabulary
+from megatron_interbert.tasks.task import Job
+
+Tile = tuple[slice, slice, np.ndarray]
 
 
-def image_examples(store: RegionStore, images: np.ndarray, max_regions: int) -> list[Example]:
-    """The image side of a pair, for each image number."""
-    examples = []
-    for image in images:
-        regions = store.read(int(image), max_regions)
-        examples.append(
-            Example(
-                token_ids=np.zeros(0, np.int64),
-                token_types=np.zeros(0, np.int64),
-                features=regions.features,
-                locations=normalised_locations(regions.boxes, regions.size),
-            )
+class RetrievalTask(ClassificationTask):
+    """Two-class loss of the matching head on every pair."""
+
+    KINDS = ("match",)
+
+    def answers(self, output: InterBertOutput, batch: PackedBatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(output.itm_logits, batch.mismatched)]
+
+    def count_targets(self, batch: PackedBatch) -> torch.Tensor:
+        return torch.tensor([len(batch)], dtype=torch.float64)
+
+
+def retrieval_job(config: RetrievalConfig, state: ParallelState) -> Job:
+    """Finetuning on a region store; R@1 of captions to images over all pairs of --valid-data-path decides what is best."""
+    stores = config.stores()
+    corpus, tokenizer = open_stores(stores, config), open_vocabulary(config, stores)
+    sizes = fitted_sizes(config, tokenizer, corpus, config.max_tokens)
+    samples = RetrievalSet(corpus, tokenizer, config)
+    if state.is_main and not samples.has_hard_images:
+        print(
+            f"{corpus.path}: no hard_images.npy, so hard captions are random ones; make it with tools/mine_neighbours.py",
+            flush=True,
         )
-    return examples
+    data = describe_data(tokenizer, corpus, task="retrieval")
+    job = Job(RetrievalTask(), samples, sizes, ("itm",), data, tokenizer.vocab_file, metric=config.metric or "t2i_R@1")
+    if config.valid_data_path:
+        valid = open_stores([config.valid_data_path], config)
+        corpus.check_alike(valid.stores[0], config.allow_other_detector, "--valid-data-path")
+        pairs = choose_pairs(valid, tokenizer, config.language, config.valid_images, config.max_regions, config.max_tokens)
+
+        def evaluate(model: InterBert, state: ParallelState, device: torch.device) -> dict[str, float]:
+            scores = score_matrix(PairScorer(model), pairs, device, 4 * config.eval_batch_size, state)
+            return flat_metrics(retrieval_metrics(scores, pairs.own_image()))
+
+        job.evaluate = evaluate
+    return job
 
 
-def caption_ids(store: RegionStore, captions: np.ndarray, tokenizer: CaptionTokenizer, max_tokens: int) -> list[np.ndarray]:
-    """[CLS] words [SEP] of each caption."""
-    return [
-        np.concatenate([[tokenizer.cls], tokenizer.encode(store.caption(int(c)), max_tokens).ids, [tokenizer.sep]])
-        for c in captions
-    ]
+def choose_pairs(
+    corpus: Corpus, tokenizer: CaptionTokenizer, language: str, max_images: int, max_regions: int, max_tokens: int
+) -> Pairs:
+    """The captions of a language (all for an empty one) of the first images (all for 0), and their images."""
+    captions = trainable_captions(corpus, language)
+    if max_images:
+        captions = captions[corpus.caption_image[captions] < max_images]
+    if not len(captions):
+        raise UsageError(f"{corpus.path}: no captions to evaluate on; build the store with --captions")
+    return Pairs(corpus, tokenizer, captions, np.unique(corpus.caption_image[captions]), max_regions, max_tokens)
 
 
 @torch.no_grad()
 def score_matrix(
-    model: InterBert,
-    images: list[Example],
-    captions: list[np.ndarray],
-    feature_dim: int,
+    scorer: PairScorer,
+    pairs: Pairs,
     device: torch.device,
     pairs_per_batch: int = 512,
-    progress: Callable[[int], None] = lambda pairs: None,
+    state: ParallelState | None = None,
+    images_at_once: int = 256,
 ) -> np.ndarray:
-    """float32 [captions, images] of margins over all pairs. Captions of like length share a batch."""
-    scores = np.empty((len(captions), len(images)), dtype=np.float32)
-    by_length = np.argsort([len(c) for c in captions], kind="stable")
-    pairs = [(caption, image) for caption in by_length for image in range(len(images))]
-    for start in range(0, len(pairs), pairs_per_batch):
-        chunk = pairs[start : start + pairs_per_batch]
-        examples = [
-            Example(
-                token_ids=captions[c],
-                token_types=np.zeros(len(captions[c]), np.int64),
-                features=images[i].features,
-                locations=images[i].locations,
-            )
-            for c, i in chunk
-        ]
-        logits = model(pack(examples, feature_dim).to(device)).itm_logits
-        margins = (logits[:, 0] - logits[:, 1]).cpu().numpy()
-        rows, columns = zip(*chunk, strict=True)
-        scores[list(rows), list(columns)] = margins
-        progress(len(chunk))
+    """float32 [captions, images] of margins over all pairs, in memory, the same on all ranks (each scores a share)."""
+    state = state or ParallelState()
+    mine = pairs.by_length()[state.data_rank :: state.data_size]
+    scores = np.full((len(pairs.captions), len(pairs.images)), -np.inf, dtype=np.float32)
+    order = pairs.by_regions()
+    if len(mine):
+        captions = pairs.caption_side(scorer, mine, device)
+        for start in range(0, len(order), images_at_once):
+            part = order[start : start + images_at_once]
+            block = score_block(scorer, pairs.image_side(scorer, part, device), captions, pairs_per_batch)
+            scores[np.ix_(mine, part)] = block.cpu().numpy()
+    for rank, rows in enumerate(state.gather(scores[mine])):
+        place = rank // state.tensor_size
+        scores[pairs.by_length()[place :: state.data_size]] = rows
     return scores
 
 
@@ -78,10 +108,34 @@ def ranks(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
 
     scores [queries, candidates]; right [queries, candidates] bool, at least one per query. Equal wrong scores rank before.
     """
-    if not np.isfinite(scores).all():
-        raise UsageError("the model gives scores that are not finite, so nothing can be ranked; evaluate another checkpoint")
+    check_finite(scores)
     best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
     return 1 + ((scores >= best) & ~right).sum(axis=1)
+
+
+def check_finite(scores: np.ndarray) -> None:
+    """UsageError for scores that cannot be ranked."""
+    if not np.isfinite(scores).all():
+        raise UsageError("the model gives scores that are not finite, so nothing can be ranked; evaluate another checkpoint")
+
+
+def ranks_of_tiles(read: Callable[[], Iterable[Tile]], own: np.ndarray, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks of captions' own images [C] and of images' best captions [I], from tiles of scores that `read` gives each time anew.
+
+    own [C]: column of each row's own image; every image has a caption. Two passes, one tile in memory. As `ranks` on the whole.
+    """
+    of_caption, of_image = np.full(len(own), -np.inf, np.float32), np.full(images, -np.inf, np.float32)
+    for rows, columns, scores in read():
+        check_finite(scores)
+        row, column = np.nonzero(own[rows][:, None] == np.arange(columns.start, columns.stop))
+        of_caption[rows.start + row] = scores[row, column]
+        np.maximum.at(of_image, columns.start + column, scores[row, column])
+    caption_ranks, image_ranks = np.ones(len(own), np.int64), np.ones(images, np.int64)
+    for rows, columns, scores in read():
+        wrong = own[rows][:, None] != np.arange(columns.start, columns.stop)
+        caption_ranks[rows] += (wrong & (scores >= of_caption[rows, None])).sum(axis=1)
+        image_ranks[columns] += (wrong & (scores >= of_image[columns])).sum(axis=0)
+    return caption_ranks, image_ranks
 
 
 def recall_metrics(query_ranks: np.ndarray) -> dict[str, float]:
@@ -98,3 +152,9 @@ def retrieval_metrics(scores: np.ndarray, caption_image: np.ndarray) -> dict[str
         "text_to_image": recall_metrics(ranks(scores, right)),
         "image_to_text": recall_metrics(ranks(scores.T[described], right.T[described])),
     }
+
+
+def flat_metrics(metrics: dict[str, dict[str, float]]) -> dict[str, float]:
+    """t2i_R@1, .. of both directions, for logs."""
+    short = {"text_to_image": "t2i", "image_to_text": "i2t"}
+    return {f"{short[d]}_{name}": value for d, m in metrics.items() for name, value in m.items() if name != "mean_rank"}

@@ -15,11 +15,11 @@ PAGE_STYLE = (
 
 def metrics_table(result: dict) -> str:
     """The recall table of both directions."""
-    columns = ["R@1", "R@5", "R@10", "median_rank", "mean_rank"]
+    columns = ["R@1", "R@5", "R@10", "median_rank"]
     rows = ["<tr><th>direction</th>" + "".join(f"<th>{c.replace('_', ' ')}</th>" for c in columns) + "</tr>"]
-    for direction in ("text_to_image", "image_to_text"):
-        cells = "".join(f"<td>{result['metrics'][direction][c]:.1f}</td>" for c in columns)
-        rows.append(f"<tr><td>{direction.replace('_', ' ')}</td>{cells}</tr>")
+    for short, direction in (("t2i", "text to image"), ("i2t", "image to text")):
+        cells = "".join(f"<td>{result['metrics'][f'{short}_{c}']:.1f}</td>" for c in columns)
+        rows.append(f"<tr><td>{direction}</td>{cells}</tr>")
     return f"<table>{''.join(rows)}</table>"
 
 
@@ -30,13 +30,12 @@ def result_page(
     captions: np.ndarray,
     images: np.ndarray,
     photos: Path | None = None,
-    queries: int = 40,
     top: int = 5,
 ) -> str:
-    """The page as text. scores [captions, images]; captions and images are numbers in the store."""
+    """The page as text. scores [captions shown, images]; captions and images are numbers in the store."""
     right = np.searchsorted(images, store.caption_image[captions])
     sections, shown = [], set()
-    for query in np.linspace(0, len(captions) - 1, min(queries, len(captions))).astype(int):
+    for query in range(len(captions)):
         order = np.argsort(-scores[query], kind="stable")
         rank = 1 + int(np.flatnonzero(order == right[query])[0])
         figures = []
@@ -55,7 +54,7 @@ def result_page(
         )
     origin = " Generated scenes, not photographs." if store.manifest.get("generated") else ""
     note = (
-        f"{len(captions)} captions x {len(images)} images, {result['protocol']}; chance R@1 is {result['chance_R@1']:.2f} %."
+        f"{result['captions']} captions x {len(images)} images, {result['protocol']}; chance R@1 is {result['chance_R@1']:.2f} %."
         f" Score: margin of the matching head. The right image has a green frame.{origin}"
     )
     symbols = "".join(draw_image(store, image, photos) for image in sorted(shown))

@@ -1,8 +1,15 @@
 """What the training loop asks of a task; it knows nothing else of losses, heads or modalities."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import nn
+
+from megatron_interbert.config import ModelConfig
+from megatron_interbert.data.training_set import TrainingSet
+from megatron_interbert.parallel.state import ParallelState
 
 
 class Task(Protocol):
@@ -21,3 +28,27 @@ class Task(Protocol):
 
     def line(self, values: dict[str, float]) -> str:
         """The figures a person wants to see in a log line."""
+
+
+Evaluate = Callable[[nn.Module, ParallelState, torch.device], dict[str, float]]  # a model's figures, the same on all ranks
+
+
+@dataclass
+class Job:
+    """What a run trains: a task with its samples, the parts of the model it needs, and how it is judged.
+
+    `data` is what checkpoints remember of the samples: store, manifest_sha256, detector, vocabulary, task. `evaluate` gives named
+    figures of a whole model on unseen samples; `metric` is the one by which checkpoints are compared, higher is better.
+    """
+
+    task: Task
+    samples: TrainingSet
+    model_config: ModelConfig
+    heads: tuple[str, ...]
+    data: dict[str, Any]
+    vocabulary: str  # file
+    num_labels: int = 2  # of the sentence head
+    evaluate: Evaluate | None = None
+    metric: str = ""
+    valid_samples: TrainingSet | None = None  # for the losses of pretraining
+    make_model: Callable[..., nn.Module] | None = None  # another model than InterBert, for comparisons

@@ -23,7 +23,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from megatron_interbert.config import ModelConfig, RunConfig
+from megatron_interbert.config import ModelConfig, TrainConfig
 from megatron_interbert.errors import TrainingStopped
 from megatron_interbert.model.partition import full_shape
 from megatron_interbert.parallel.state import ParallelState
@@ -41,6 +41,7 @@ from megatron_interbert.weights.manifest import (
 )
 from megatron_interbert.weights.reader import KINDS, CheckpointReader, describe_pieces, piece_key
 
+BEST = "best"  # a link to the checkpoint with the best figure
 POINTER, MEGATRON_POINTER = "latest", "latest_checkpointed_iteration.txt"
 FAILURES_ALLOWED = 1  # a save that fails is reported and training goes on; a second one in a row ends the run
 
@@ -51,6 +52,17 @@ class Progress:
 
     step: int = 0
     consumed_samples: int = 0
+    best_step: int = 0  # of the evaluation with the best figure so far
+    best_value: float | None = None
+    stale: int = 0  # evaluations since then
+
+    def note(self, value: float) -> bool:
+        """Take the figure of an evaluation at this step; whether it is the best so far."""
+        if self.best_value is None or value > self.best_value:
+            self.best_step, self.best_value, self.stale = self.step, value, 0
+            return True
+        self.stale += 1
+        return False
 
 
 @dataclass
@@ -68,7 +80,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: TrainConfig,
         model_config: ModelConfig,
         state: ParallelState,
         data: dict[str, Any],
@@ -122,8 +134,9 @@ class Checkpoints:
     def _snapshot(self, engine: Engine, progress: Progress) -> Snapshot:
         """Copies into host buffers that are kept: the second save costs no page faults."""
         training_state = FragmentedState(engine)
-        files: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in KINDS.values()}
-        pieces: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {kind: {} for kind in KINDS.values()}
+        kinds = [file for file in dict.fromkeys(KINDS.values()) if file != "ema" or engine.ema is not None]
+        files: dict[str, dict[str, torch.Tensor]] = {file: {} for file in kinds}
+        pieces: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {file: {} for file in kinds}
         for fragment in training_state.owned():
             whole = fragment.length == torch.Size(fragment.shape).numel()
             for kind, tensor in fragment.tensors.items():
@@ -145,6 +158,7 @@ class Checkpoints:
         return {
             "iteration": progress.step,
             "consumed_samples": progress.consumed_samples,
+            "best": {"step": progress.best_step, "value": progress.best_value, "stale": progress.stale},
             "topology": topology(engine.config, self.state),
             "precision": engine.precision,
             "training_state": training_state.scalars(),
@@ -218,7 +232,10 @@ class Checkpoints:
         try:
             write_text(final.parent / POINTER, final.name)
             write_text(final.parent / MEGATRON_POINTER, str(manifest["iteration"]))
-            for old in to_prune(complete_checkpoints(final.parent), self.config.keep_last, self.config.keep_every):
+            if manifest["best"]["step"] == manifest["iteration"]:
+                point_to(final.parent / BEST, final.name)
+            best = f"{STEP_FOLDER}{manifest['best']['step']}"
+            for old in to_prune(complete_checkpoints(final.parent), self.config.keep_last, self.config.keep_every, best):
                 os.rename(old, doomed := partial_folder(old))  # a kill halfway must not leave half a checkpoint
                 shutil.rmtree(doomed)
         except OSError as error:  # the checkpoint is there all the same
@@ -241,16 +258,25 @@ class Checkpoints:
             if before != now:
                 print(f"resharding {path.name}: {before} -> {now}", flush=True)
         FragmentedState(engine).fill(reader, manifest["training_state"])
-        return Progress(manifest["iteration"], manifest["consumed_samples"])
+        best = manifest.get("best", {"step": 0, "value": None, "stale": 0})
+        return Progress(manifest["iteration"], manifest["consumed_samples"], best["step"], best["value"], best["stale"])
 
 
-def to_prune(newest_first: list[Path], keep_last: int, keep_every: int) -> list[Path]:
-    """Checkpoints to remove: all but the last N (0: none is removed) and those whose step is a multiple of M."""
-    old = newest_first[keep_last:] if keep_last else []
+def point_to(link: Path, name: str) -> None:
+    """A symbolic link, replaced at once."""
+    beside = link.with_name(f".{link.name}.new")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(name)
+    os.replace(beside, link)
+
+
+def to_prune(newest_first: list[Path], keep_last: int, keep_every: int, best: str = "") -> list[Path]:
+    """Checkpoints to remove: all but the last N (0: none is removed), those whose step is a multiple of M, and the best."""
+    old = [path for path in newest_first[keep_last:] if path.name != best] if keep_last else []
     return [path for path in old if not keep_every or int(path.name[len(STEP_FOLDER) :]) % keep_every]
 
 
-def topology(config: RunConfig, state: ParallelState) -> dict[str, int]:
+def topology(config: TrainConfig, state: ParallelState) -> dict[str, int]:
     """Sizes that decide how a checkpoint is cut into files."""
     return {"data_parallel": state.data_size, "tensor_parallel": state.tensor_size, "zero_stage": config.zero_stage}
 

@@ -11,7 +11,7 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP1
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 
-from megatron_interbert.config import RunConfig, flag, nearest, read_json
+from megatron_interbert.config import TrainConfig, flag, nearest, read_json
 from megatron_interbert.errors import UsageError
 
 # JSON path -> the flag that means the same
@@ -61,7 +61,7 @@ BLOCKS = {
 }
 
 
-def read_deepspeed_config(config: RunConfig) -> dict[str, Any]:
+def read_deepspeed_config(config: TrainConfig) -> dict[str, Any]:
     """The JSON of --deepspeed_config with its keys checked; empty without one."""
     if not config.deepspeed_config:
         return {}
@@ -86,7 +86,7 @@ def read_deepspeed_config(config: RunConfig) -> dict[str, Any]:
     return values
 
 
-def merge(config: RunConfig, data_parallel_size: int, resumed_batch: int = 0) -> dict[str, Any]:
+def merge(config: TrainConfig, data_parallel_size: int, resumed_batch: int = 0) -> dict[str, Any]:
     """The dictionary for deepspeed.initialize. Values only the JSON gives are written into `config`.
 
     `resumed_batch` is the global batch of the checkpoint to resume from: it holds unless another one is given.
@@ -121,7 +121,7 @@ def _offload_blocks(values: dict[str, Any]) -> list[dict[str, Any]]:
     return [_get(values, f"zero_optimization.{name}") or {} for name in ("offload_optimizer", "offload_param")]
 
 
-def _agree(config: RunConfig, values: dict[str, Any], path: str, name: str) -> None:
+def _agree(config: TrainConfig, values: dict[str, Any], path: str, name: str) -> None:
     """Flag and JSON value for one thing: the one that is given wins, both must be equal."""
     theirs = _get(values, path)
     if theirs is None or theirs == "auto":
@@ -138,7 +138,7 @@ def _agree(config: RunConfig, values: dict[str, Any], path: str, name: str) -> N
     setattr(config, name, type(ours)(theirs))
 
 
-def _for_engine(config: RunConfig, values: dict[str, Any], accumulation: int) -> dict[str, Any]:
+def _for_engine(config: TrainConfig, values: dict[str, Any], accumulation: int) -> dict[str, Any]:
     engine = {key: _without_auto(value) for key, value in values.items() if key in PASSED_THROUGH and value != "auto"}
     engine |= {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,

@@ -10,10 +10,11 @@ import deepspeed
 import torch
 from torch import nn
 
-from megatron_interbert.config import RunConfig
+from megatron_interbert.config import TrainConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState, read_launch_environment, this_device
 from megatron_interbert.training.deepspeed_config import merge
+from megatron_interbert.training.ema import AveragedWeights
 from megatron_interbert.training.optimizer import build_optimizer, gradient_norm, parameter_groups, set_learning_rate
 
 SAY_NOTHING = (
@@ -64,7 +65,7 @@ def half_precision_supported() -> bool:
 class Engine:
     """model + optimizer under DeepSpeed. `backward` for each micro-batch, `step` once; `precision` names the weights' type."""
 
-    def __init__(self, model: nn.Module, config: RunConfig, state: ParallelState, pretrained: set[str] = frozenset()) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig, state: ParallelState, pretrained: set[str] = frozenset()) -> None:
         self.config, self.state = config, state
         self.deepspeed_config = merge(config, state.data_size)
         self.accumulation = self.deepspeed_config["gradient_accumulation_steps"]
@@ -75,6 +76,7 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.deepspeed_config, mpu=state, dist_init_required=False
         )
+        self.ema = AveragedWeights(config.ema_decay) if config.ema_decay else None
         # Plain fp32 training at stage 0 has no DeepSpeed optimizer around it: norm and skipping are ours there.
         self.bare = config.zero_stage == 0 and self.precision == "fp32"
 

@@ -10,6 +10,8 @@ from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.weights.sources import open_source, recognise
 
+NEW_HEADS = ("choice_head.", "sentence_head.")  # of downstream tasks: not in pretrained weights
+
 
 def load_initial_weights(
     model: InterBert,
@@ -33,7 +35,7 @@ def load_initial_weights(
         check_detector(
             source.facts.get("detector"), data.get("detector"), f"for {path}, the region store has", allow_other_detector
         )
-        loaded = load_full_state(model, source.state(), state, path, partial=kind == "bert")
+        loaded = load_full_state(model, source.state(), state, path, partial=kind == "bert", may_lack=NEW_HEADS)
     except UsageError as error:
         raise UsageError(f"--init-from {error}") from error
     return loaded if kind == "bert" else set()

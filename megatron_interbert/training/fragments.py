@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from megatron_interbert.training.engine import Engine
-from megatron_interbert.weights.reader import KINDS, CheckpointReader
+from megatron_interbert.weights.reader import CheckpointReader
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -51,10 +51,16 @@ class FragmentedState:
         for flat, runs in self._lines():
             moments = self._moments(flat)
             line = {"weight": flat.detach().view(-1), **{kind: moments[kind].view(-1) for kind in MOMENTS}}
+            if self.engine.ema is not None:
+                line["ema"] = self.engine.ema.average_of(flat)
             for parameter, shape, start, offset, length in runs:
                 if length:
                     pieces = {kind: tensor[offset : offset + length] for kind, tensor in line.items()}
                     yield Fragment(self.names[id(parameter)], start, tuple(shape), pieces)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """The fp32 tensors of this rank that Adam updates."""
+        return (flat for flat, _ in self._lines())
 
     def owned(self) -> Iterator[Fragment]:
         """What this rank writes: with all ranks', each element once."""
@@ -117,9 +123,10 @@ class FragmentedState:
     def fill(self, reader: CheckpointReader, scalars: dict[str, Any]) -> None:
         """Take weights, moments and scalars from a checkpoint of any layout and precision."""
         for fragment in self.held():
-            for kind in KINDS:
+            for kind in fragment.tensors:
+                saved = kind if kind != "ema" or reader.has("ema") else "weight"
                 run = reader.get_run(
-                    *(fragment.name, kind, self.state.tensor_rank, self.state.tensor_size),
+                    *(fragment.name, saved, self.state.tensor_rank, self.state.tensor_size),
                     *(fragment.shape, fragment.start, fragment.length),
                 )
                 fragment.tensors[kind].copy_(run)
@@ -128,6 +135,16 @@ class FragmentedState:
         if self.engine.precision == "fp16" and "loss_scaler" in scalars:
             vars(self.zero.loss_scaler).update(scalars["loss_scaler"])
         self._refresh_model()
+
+    @torch.no_grad()
+    def copy_into(self, model: nn.Module, kind: str = "weight") -> None:
+        """The weights, or their average, of all ranks into a model that is whole on each (its tensor-parallel slice)."""
+        targets = dict(model.named_parameters())
+        flat = {name: torch.zeros(p.numel(), dtype=torch.float32, device=p.device) for name, p in targets.items()}
+        for fragment in self.owned():
+            flat[fragment.name][fragment.start : fragment.start + fragment.length] = fragment.tensors[kind]
+        for name, parameter in targets.items():
+            parameter.copy_(self.state.sum_over_data(flat.pop(name)).view_as(parameter))
 
     def _refresh_model(self) -> None:
         """Cast the fp32 weights into those that the model computes with, as a step of DeepSpeed does at its end."""

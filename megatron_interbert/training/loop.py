@@ -2,19 +2,21 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
-from megatron_interbert.config import ModelConfig, RunConfig
+from megatron_interbert.config import ModelConfig, TrainConfig
 from megatron_interbert.data.packing import PackedBatch
-from megatron_interbert.errors import TrainingStopped
+from megatron_interbert.errors import TrainingStopped, UsageError
 from megatron_interbert.model.flops import training_flops
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.task import Task
 from megatron_interbert.training.checkpoint import Checkpoints, Progress
 from megatron_interbert.training.engine import Engine
+from megatron_interbert.training.evaluation import Evaluation
+from megatron_interbert.training.fragments import FragmentedState
 from megatron_interbert.training.metrics import MetricsWriter, memory_gib, peak_tflops
 from megatron_interbert.training.optimizer import learning_rate
 
@@ -26,11 +28,12 @@ class Trainer:
         self,
         engine: Engine,
         task: Task,
-        config: RunConfig,
+        config: TrainConfig,
         model_config: ModelConfig,
         *,
         batches: Iterator[PackedBatch],
-        evaluation: Callable[[], Iterator[PackedBatch]] | None,
+        evaluation: Evaluation | None,
+        metric: str = "",
         state: ParallelState,
         streams: RandomStreams,
         device: torch.device,
@@ -39,7 +42,7 @@ class Trainer:
     ) -> None:
         self.engine, self.task, self.config, self.model_config = engine, task, config, model_config
         self.batches, self.evaluation, self.state, self.streams, self.device = batches, evaluation, state, streams, device
-        self.checkpoints, self.progress = checkpoints, progress
+        self.checkpoints, self.progress, self.metric = checkpoints, progress, metric
         self.peak = peak_tflops(device, config.peak_tflops)
         self.bad_steps = 0
         self.writer = MetricsWriter(config.save, config.tensorboard_dir, state.is_main, config.train_iters, progress.step)
@@ -49,6 +52,8 @@ class Trainer:
         """Run to --train-iters (or --exit-after), saving and evaluating on the way."""
         config = self.config
         last = min(config.train_iters, config.exit_after or config.train_iters)
+        if self.should_stop():
+            last = self.progress.step
         if self.progress.step >= last:
             self.writer.say(f"already at step {self.progress.step} of {last}: nothing to train")
         try:
@@ -59,9 +64,15 @@ class Trainer:
                 if step % config.log_interval == 0 or step == last:
                     self.log()
                 pause = time.monotonic()
+                best = False
                 if self.evaluation and config.eval_interval and (step % config.eval_interval == 0 or step == last):
-                    self.evaluate()
-                if config.save and ((config.save_interval and step % config.save_interval == 0) or step == last):
+                    best = self.evaluate()
+                    if self.should_stop():
+                        self.writer.say(
+                            f"step {step}: {self.progress.stale} evaluations without a better {self.metric}: the run ends"
+                        )
+                        last = step
+                if config.save and (best or (config.save_interval and step % config.save_interval == 0) or step == last):
                     self.checkpoints.save(self.engine, self.progress)
                 self.window_started += time.monotonic() - pause  # rates are those of training alone
                 self.say_what_was_saved()
@@ -96,8 +107,10 @@ class Trainer:
         self.steps_in_window += 1
         if not applied:
             self.note_bad_step(step)
-        else:
-            self.bad_steps = 0
+            return
+        self.bad_steps = 0
+        if self.engine.ema is not None:
+            self.engine.ema.update(step, FragmentedState(self.engine).tensors())
 
     def next_batches(self) -> list[PackedBatch]:
         """The micro-batches of one step on the device; waiting time and work are accounted for."""
@@ -158,16 +171,17 @@ class Trainer:
         self.flops, self.tokens, self.data_wait, self.steps_in_window, self.skipped = 0.0, 0, 0.0, 0, 0
         self.window_started = time.monotonic()
 
-    @torch.no_grad()
-    def evaluate(self) -> None:
-        """Losses and accuracies on the validation store, dropout off; the same batches every time."""
-        self.engine.deepspeed.eval()
-        report = torch.zeros(self.task.report_shape, device=self.device)
-        batches = self.evaluation()
-        for _ in range(self.config.eval_iters):
-            batch = next(batches).to(self.device)
-            output = self.engine.forward(batch)
-            report += self.task.loss(output, batch, self.task.count_targets(batch))[1]
-        self.engine.deepspeed.train()
-        values = self.task.metrics(self.state.sum_over_data(report))
-        self.writer.write(self.progress.step, values, self.task.line(values), prefix="valid")
+    def evaluate(self) -> bool:
+        """Figures on unseen samples; whether they are the best so far by the job's metric."""
+        values, summary = self.evaluation.run(self.engine)
+        self.writer.write(self.progress.step, values, summary, prefix="valid")
+        if not self.metric:
+            return False
+        if self.metric not in values:
+            raise UsageError(f"--metric {self.metric}: the evaluation gives {', '.join(values)}")
+        return self.progress.note(values[self.metric])
+
+    def should_stop(self) -> bool:
+        """Whether --early-stopping says so."""
+        patience = getattr(self.config, "early_stopping", 0)
+        return bool(patience) and self.progress.stale >= patience

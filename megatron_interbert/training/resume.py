@@ -9,20 +9,16 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_interbert.config import ModelConfig, RunConfig
+from megatron_interbert.config import ModelConfig, TrainConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.weights.manifest import MANIFEST, STEP_FOLDER, complete_checkpoints, read_manifest, verify
 
-# Settings on which the samples and losses of a step depend: a resumed run must have the same.
-SAME_SAMPLES = (
-    *("seed", "data_partitions", "masking", "language", "msm_on_mismatched", "hard_negatives", "max_regions", "max_tokens"),
-    *("objectives", "dropout", "data_epochs", "data_weights", "balance_tokens"),
-)
 # Settings that may change on resume; a change is said.
 SCHEDULE = (
     *("train_iters", "global_batch_size", "lr", "min_lr", "lr_warmup_fraction", "lr_decay_style", "weight_decay"),
-    *("adam_beta1", "adam_beta2", "adam_eps", "clip_grad"),
+    *("adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "lr_milestones"),
+    *("lr_decay_factor", "ema_decay"),
 )
 LOCK = ".lock"
 
@@ -51,7 +47,7 @@ def claim_folder(folder: str, state: ParallelState) -> IO | None:
     return handle
 
 
-def find_checkpoint(config: RunConfig, state: ParallelState) -> Path | None:
+def find_checkpoint(config: TrainConfig, state: ParallelState) -> Path | None:
     """The newest good checkpoint to resume from, of --save, else of --load; None to start anew.
 
     Every rank hashes its share of the files. A damaged checkpoint of --save is set aside under another name, so that nothing
@@ -108,14 +104,14 @@ def resumed_batch(path: Path | None) -> int:
     return read_manifest(path)["configs"]["run"]["global_batch_size"] if path else 0
 
 
-def changed_settings(manifest: dict[str, Any], config: RunConfig) -> list[str]:
+def changed_settings(manifest: dict[str, Any], config: TrainConfig) -> list[str]:
     """`name old -> new` of the settings that may change and did."""
     before = manifest["configs"]["run"]
-    return [f"{n} {before.get(n)} -> {getattr(config, n)}" for n in SCHEDULE if before.get(n) != getattr(config, n)]
+    return [f"{n} {before[n]} -> {getattr(config, n)}" for n in SCHEDULE if n in before and before[n] != getattr(config, n)]
 
 
 def check_same_run(
-    manifest: dict[str, Any], config: RunConfig, model_config: ModelConfig, data: dict[str, Any], where: str
+    manifest: dict[str, Any], config: TrainConfig, model_config: ModelConfig, data: dict[str, Any], where: str
 ) -> None:
     """UsageError unless a checkpoint is of this model, these data and these samples."""
     theirs, ours = manifest["configs"]["model"], dataclasses.asdict(model_config)
@@ -123,12 +119,15 @@ def check_same_run(
     if differing:
         sizes = ", ".join(f"{k} {theirs.get(k)} against {ours[k]}" for k in differing)
         raise UsageError(f"{where}: made with other model sizes ({sizes}); use the same --model, vocabulary and data")
+    if manifest["data"].get("task") != data.get("task"):
+        raise UsageError(f"{where}: a run of {manifest['data'].get('task') or 'pretraining'}; choose another --save, and start from its"
+                         " weights by --init-from")  # fmt: skip
     if manifest["data"]["vocabulary"] != data["vocabulary"]:
         raise UsageError(f"{where}: made with another vocabulary; give that vocabulary by --vocab-file")
     if manifest["data"]["manifest_sha256"] != data["manifest_sha256"]:
         raise UsageError(f"{where}: the region store has changed since ({data['store']}), so samples would differ;"
                          " give the store it was made on, or take only its weights by --init-from")  # fmt: skip
-    for name in SAME_SAMPLES:
+    for name in config.SAME_SAMPLES:
         before, now = manifest["configs"]["run"].get(name), getattr(config, name)
         if before != now:
             raise UsageError(f"{where}: made with {name} = {before}, this run has {now}, so samples or losses would differ;"

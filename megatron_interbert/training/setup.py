@@ -1,109 +1,97 @@
 """From a configuration to a Trainer: data, model, first weights, engine, checkpoint."""
 
 import dataclasses
-import hashlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_interbert.config import ModelConfig, RunConfig
-from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.config import ModelConfig, RunConfig, TrainConfig
 from megatron_interbert.data.loader import BatchStream
-from megatron_interbert.data.manifest import MANIFEST, VOCABULARY, file_sha256
 from megatron_interbert.data.order import check_partitions
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.pretraining import PretrainingSet
-from megatron_interbert.data.text import CaptionTokenizer
-from megatron_interbert.errors import UsageError
+from megatron_interbert.data.training_set import TrainingSet
 from megatron_interbert.kernels.choice import choose_kernels
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
-from megatron_interbert.model.presets import fit_to_data, load_model_config
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, open_vocabulary
 from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.checkpoint import Checkpoints, Progress
 from megatron_interbert.training.deepspeed_config import merge
 from megatron_interbert.training.engine import Engine, start_processes
+from megatron_interbert.training.evaluation import DownstreamEvaluation, Evaluation, LossEvaluation
 from megatron_interbert.training.first_weights import load_initial_weights
 from megatron_interbert.training.loop import Trainer
 from megatron_interbert.training.resume import claim_folder, find_checkpoint, resumed_batch
 
 
-def open_data(config: RunConfig, paths: str = "") -> tuple[Corpus, CaptionTokenizer]:
-    """The stores and the vocabulary of a run; UsageError for what is missing."""
-    stores = config.stores()
-    corpus = Corpus([p for p in paths.split(",") if p] or stores, config.strict_boxes, config.allow_other_detector)
-    return corpus, CaptionTokenizer(config.vocab_file or str(Path(stores[0]) / VOCABULARY))
+def pretraining_job(config: RunConfig, state: ParallelState) -> Job:
+    """Pretraining on the region stores of --data-path."""
+    corpus = open_stores(config.stores(), config)
+    tokenizer = open_vocabulary(config, config.stores())
+    sizes = fitted_sizes(config, tokenizer, corpus, config.max_tokens)
+    samples, valid = PretrainingSet(corpus, tokenizer, config), None
+    if config.valid_data_path:
+        valid_corpus = open_stores([config.valid_data_path], config)
+        corpus.check_alike(valid_corpus.stores[0], config.allow_other_detector, "--valid-data-path")
+        one_each = dataclasses.replace(config, data_epochs="", data_weights="")
+        one_each.given = config.given
+        valid = PretrainingSet(valid_corpus, tokenizer, one_each)
+    task = PretrainingTask(config.objective_names(), state.tensor_group)
+    data = describe_data(tokenizer, corpus)
+    return Job(task, samples, sizes, PRETRAINING_HEADS, data, tokenizer.vocab_file, valid_samples=valid)
 
 
-def model_config_for(config: RunConfig, corpus: Corpus, tokenizer: CaptionTokenizer) -> ModelConfig:
-    """The model's sizes, with those that come from the data filled in and checked."""
-    model_config = fit_to_data(
-        load_model_config(config.model),
-        tokenizer.vocab_size,
-        corpus.feature_dim,
-        corpus.num_classes,
-        f"{corpus.path} with {tokenizer.vocab_file}",
-    )
-    if config.max_tokens > model_config.max_position_embeddings:
-        raise UsageError(
-            f"--max-tokens {config.max_tokens} is more than the model's {model_config.max_position_embeddings} positions"
-        )
-    return model_config if config.dropout else model_config.without_dropout()
-
-
-def prepare(config: RunConfig) -> Trainer:
+def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] = pretraining_job) -> Trainer:
     """Everything a run needs, checked in the order in which it is cheap to fail."""
     device = start_processes()
     config.check()
     state = ParallelState(config.tensor_model_parallel_size)
-    corpus, tokenizer = open_data(config)
-    model_config = model_config_for(config, corpus, tokenizer)
+    job = make_job(config, state)
     begun = state.gather(Path(config.save).exists())[0]
     lock = claim_folder(config.save, state) if begun else None
     resume = find_checkpoint(config, state)
     merge(config, state.data_size, resumed_batch(resume))
     check_partitions(config.data_partitions, state.data_size)
-    model_config.check_tensor_parallel(state.tensor_size)
-    attention_dropout = max(model_config.attention_dropout, model_config.image_attention_dropout) > 0
+    settle_length(config, job)
+    job.model_config.check_tensor_parallel(state.tensor_size)
+    attention_dropout = max(job.model_config.attention_dropout, job.model_config.image_attention_dropout) > 0
     kernels = choose_kernels(config.kernels, device, attention_dropout)
-    dataset = PretrainingSet(corpus, tokenizer, config)
-    evaluation = None
-    if config.valid_data_path:
-        valid_corpus, _ = open_data(config, config.valid_data_path)
-        corpus.check_alike(valid_corpus.stores[0], config.allow_other_detector, "--valid-data-path")
-        one_each = dataclasses.replace(config, data_epochs="", data_weights="")
-        one_each.given = config.given
-        valid = PretrainingSet(valid_corpus, tokenizer, one_each)
-        evaluation = lambda: batches(valid, 0, state, device, workers=0)  # noqa: E731
-
     streams = RandomStreams(config.seed, state.data_rank, state.tensor_rank, device)
-    model = InterBert(
-        model_config, PRETRAINING_HEADS, state=state, kernels=kernels, streams=streams, recompute=config.recompute_activations
-    )
-    initialise(model, model_config, config.seed, state)
-    data = describe_data(corpus, tokenizer)
+    parts = {"state": state, "kernels": kernels, "num_labels": job.num_labels}
+    model = InterBert(job.model_config, job.heads, streams=streams, recompute=config.recompute_activations, **parts)
+    initialise(model, job.model_config, config.seed, state)
     pretrained = set()
     if config.init_from:  # also on resume: which weights came from BERT decides the parameter groups
-        pretrained = load_initial_weights(model, model_config, config.init_from, state, data, config.allow_other_detector)
+        pretrained = load_initial_weights(model, job.model_config, config.init_from, state, job.data, config.allow_other_detector)
     engine = Engine(model.to(device), config, state, pretrained)
     if not begun:  # not before everything else has been found right: wrong use leaves nothing behind
         lock = claim_folder(config.save, state)
-    checkpoints = Checkpoints(config, model_config, state, data, tokenizer.vocab_file, lock)
+    checkpoints = Checkpoints(config, job.model_config, state, job.data, job.vocabulary, lock)
     progress = checkpoints.load(engine, resume) if resume else Progress()
     if state.is_main:
-        print(describe_run(config, model_config, model, state, engine, kernels.describe(), resume), flush=True)
+        print(describe_run(config, job.model_config, model, state, engine, kernels.describe(), resume), flush=True)
+    evaluation: Evaluation | None = None
+    if job.valid_samples is not None:
+        stream = functools.partial(batches, job.valid_samples, 0, config.global_batch_size, state, device, workers=0)
+        evaluation = LossEvaluation(job.task, stream, config.eval_iters, state, device)
+    elif job.evaluate is not None:
+        evaluation = DownstreamEvaluation(InterBert(job.model_config, job.heads, **parts).to(device), job.evaluate, state, device)
     return Trainer(
         engine,
-        PretrainingTask(config.objective_names(), state.tensor_group),
+        job.task,
         config,
-        model_config,
-        batches=batches(dataset, progress.consumed_samples, state, device),
+        job.model_config,
+        batches=batches(job.samples, progress.consumed_samples, config.global_batch_size, state, device),
         evaluation=evaluation,
+        metric=job.metric,
         state=state,
         streams=streams,
         device=device,
@@ -112,36 +100,25 @@ def prepare(config: RunConfig) -> Trainer:
     )
 
 
+def settle_length(config: TrainConfig, job: Job) -> None:
+    """Steps from --epochs, and an evaluation at the end of each, where nothing else is said."""
+    epoch = job.samples.order.epoch_length / config.global_batch_size
+    if not config.train_iters:
+        config.train_iters = max(1, round(config.epochs * epoch))
+    if job.evaluate is not None and not config.eval_interval:
+        config.eval_interval = max(1, round(epoch))
+
+
 def batches(
-    dataset: PretrainingSet, consumed: int, state: ParallelState, device: torch.device, workers: int | None = None
+    samples: TrainingSet, consumed: int, global_batch: int, state: ParallelState, device: torch.device, workers: int | None = None
 ) -> Iterator[PackedBatch]:
     """This rank's endless micro-batches after `consumed` samples."""
-    return iter(
-        BatchStream(
-            dataset,
-            consumed,
-            dataset.config.global_batch_size,
-            state.data_rank,
-            state.data_size,
-            pin_memory=device.type == "cuda",
-            workers=workers,
-        )
-    )
-
-
-def describe_data(corpus: Corpus, tokenizer: CaptionTokenizer) -> dict[str, Any]:
-    """What a checkpoint remembers of its data."""
-    manifests = [file_sha256(store.path / MANIFEST) for store in corpus.stores]
-    return {
-        "store": corpus.path,
-        "manifest_sha256": manifests[0] if len(manifests) == 1 else hashlib.sha256("".join(manifests).encode()).hexdigest(),
-        "detector": corpus.stores[0].manifest["detector"],
-        "vocabulary": tokenizer.sha256,
-    }
+    pin = device.type == "cuda"
+    return iter(BatchStream(samples, consumed, global_batch, state.data_rank, state.data_size, pin_memory=pin, workers=workers))
 
 
 def describe_run(
-    config: RunConfig,
+    config: TrainConfig,
     sizes: ModelConfig,
     model: InterBert,
     state: ParallelState,

@@ -39,6 +39,12 @@ WORD_HEAD = {
     "msm_head.transform.norm.weight": "cls.predictions.transform.LayerNorm.weight",
     "msm_head.transform.norm.bias": "cls.predictions.transform.LayerNorm.bias",
 }
+SENTENCE_HEAD = {
+    "sentence_head.dense.weight": "bert.pooler.dense.weight",
+    "sentence_head.dense.bias": "bert.pooler.dense.bias",
+    "sentence_head.output.weight": "classifier.weight",
+    "sentence_head.output.bias": "classifier.bias",
+}
 OFFICIAL = {
     **TEXT_EMBEDDING,
     **WORD_HEAD,
@@ -144,12 +150,12 @@ def official_links(config: ModelConfig) -> list[Link]:
 
 def bert_links(config: ModelConfig) -> list[Link]:
     """The text path and BERT: its first layers are the interaction module, the next ones the text stream, its embeddings
-    and word head ours."""
-    return _links({**TEXT_EMBEDDING, **WORD_HEAD}, stacks(config)[:2])
+    and word head ours, its pooler and classifier our sentence head."""
+    return _links({**TEXT_EMBEDDING, **WORD_HEAD, **SENTENCE_HEAD}, stacks(config)[:2])
 
 
 # Names that a source may lack: a head it was made without.
-OPTIONAL = tuple(OFFICIAL[name] for name in OFFICIAL if "_head." in name)
+OPTIONAL = (*(OFFICIAL[name] for name in OFFICIAL if "_head." in name), *SENTENCE_HEAD.values())
 
 
 def present(links: Sequence[Link], names: Iterable[str], where: str, what: str) -> list[Link]:
@@ -198,7 +204,7 @@ def from_bert(source: Mapping[str, torch.Tensor], config: ModelConfig, where: st
 def bert_name(name: str) -> str:
     """A parameter's name in BertForMaskedLM; bare BertModel leaves the prefix out."""
     name = plain_name(name)
-    return name if name.startswith(("bert.", "cls.")) else f"bert.{name}"
+    return name if name.startswith(("bert.", "cls.", "classifier.")) else f"bert.{name}"
 
 
 OFFICIAL_CONFIG = {  # ours -> keys of the official JSON

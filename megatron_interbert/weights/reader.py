@@ -19,13 +19,13 @@ from megatron_interbert.model.partition import full_shape, shard, unshard
 from megatron_interbert.weights.files import TensorFile, TensorLayout
 from megatron_interbert.weights.manifest import read_manifest, weights_name
 
-KINDS = {"weight": "weights", "exp_avg": "optimizer", "exp_avg_sq": "optimizer"}  # kind of tensor -> file
+KINDS = {"weight": "weights", "exp_avg": "optimizer", "exp_avg_sq": "optimizer", "ema": "ema"}  # kind of tensor -> file
 PIECES = "pieces"
 
 
 def piece_key(name: str, kind: str) -> str:
     """Name of a tensor in a file: moments stand beside each other in the optimizer's."""
-    return name if kind == "weight" else f"{name}.{kind}"
+    return name if kind in ("weight", "ema") else f"{name}.{kind}"
 
 
 def describe_pieces(pieces: Mapping[str, tuple[int, tuple[int, ...]]]) -> dict[str, str]:
@@ -63,6 +63,10 @@ class CheckpointReader:
     def names(self) -> list[str]:
         """Parameter names, in the model's order."""
         return list(self.shapes)
+
+    def has(self, kind: str) -> bool:
+        """Whether the checkpoint holds tensors of a kind; averaged weights ("ema") are there where the run kept them."""
+        return any(name.startswith(f"{KINDS[kind]}-tp-") for name in self.manifest["files"])
 
     def layout(self, name: str) -> TensorLayout:
         """Type and full shape of a parameter."""

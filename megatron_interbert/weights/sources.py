@@ -27,6 +27,7 @@ from megatron_interbert.weights.foreign import (
     present,
 )
 from megatron_interbert.weights.manifest import MANIFEST, newest_checkpoint, read_manifest, verify
+from megatron_interbert.weights.reader import KINDS as FILE_OF
 from megatron_interbert.weights.reader import CheckpointReader
 
 KINDS = ("checkpoint", "huggingface", "official", "bert")
@@ -80,42 +81,46 @@ def recognise(path: str | Path) -> str:
     )
 
 
-def open_source(path: str | Path, kind: str = "auto", config: ModelConfig | None = None) -> Source:
-    """Open weights of any format. `config` gives the sizes where the format does not hold them (official, bert)."""
+def open_source(path: str | Path, kind: str = "auto", config: ModelConfig | None = None, averaged: bool = False) -> Source:
+    """Open weights of any format. `config` gives the sizes where the format does not hold them (official, bert); `averaged`: of one
+    of our checkpoints take the averaged weights (--ema-decay) where it has such."""
     kind = recognise(path) if kind == "auto" else kind
     if kind not in KINDS:
         raise UsageError(f"unknown format '{kind}', expected one of auto, {', '.join(KINDS)}")
     if not Path(path).exists():
         raise UsageError(f"{path}: no such file or folder")
-    read = {"checkpoint": _checkpoint, "huggingface": _huggingface, "official": _official, "bert": _bert}[kind]
+    read = {"huggingface": _huggingface, "official": _official, "bert": _bert}
     try:
-        return read(Path(path), config)
+        return _checkpoint(Path(path), averaged) if kind == "checkpoint" else read[kind](Path(path), config)
     except UsageError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:  # well-formed files of nonsense
         raise UsageError(f"{path}: not a sound {kind} source ({type(error).__name__}: {error})") from error
 
 
-def _checkpoint(path: Path, config: ModelConfig | None) -> Source:
+def _checkpoint(path: Path, averaged: bool) -> Source:
     folder = newest_checkpoint(path)
     if folder is None:
         raise UsageError(
             f"{path}: no complete checkpoint there, expected a folder with {MANIFEST}, or global_stepN folders of a run"
         )
     read_manifest(folder)
-    problem = verify(folder, only="weights-")
-    if problem:
-        raise UsageError(f"{folder}: {problem}; use another checkpoint")
     reader = CheckpointReader(folder)
     manifest = reader.manifest
+    weights = "ema" if averaged and reader.has("ema") else "weight"
+    problem = verify(folder, only=f"{FILE_OF[weights]}-")
+    if problem:
+        raise UsageError(f"{folder}: {problem}; use another checkpoint")
     facts = {
         "iteration": manifest.get("iteration"),
         "consumed_samples": manifest.get("consumed_samples"),
         **manifest.get("data", {}),
-        "files": {name: entry["sha256"] for name, entry in manifest["files"].items() if name.startswith("weights-")},
+        "files": {name: entry["sha256"] for name, entry in manifest["files"].items() if name.startswith(f"{FILE_OF[weights]}-")},
+        "averaged": weights == "ema",
         "topology": manifest["topology"],
     }
-    return Source("checkpoint", folder, reader.config, {n: reader.layout(n) for n in reader.names}, reader.get, facts)
+    layouts = {n: reader.layout(n) for n in reader.names}
+    return Source("checkpoint", folder, reader.config, layouts, lambda name: reader.get(name, weights), facts)
 
 
 def _huggingface(path: Path, config: ModelConfig | None) -> Source:

@@ -1,0 +1,1 @@
+"""Samples of the downstream tasks: caption retrieval, VCR, GLUE."""

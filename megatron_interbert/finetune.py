@@ -1,0 +1,30 @@
+"""Finetuning: `deepspeed launchers/finetune.sh TASK ARGS`, or `python -m megatron_interbert.finetune TASK ARGS` in one process."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from megatron_interbert.config import parse
+from megatron_interbert.errors import run_entry
+from megatron_interbert.task_config import FinetuneConfig, RetrievalConfig, choose_task
+from megatron_interbert.tasks.retrieval import retrieval_job
+from megatron_interbert.training.setup import prepare
+
+TASKS: dict[str, tuple[type[FinetuneConfig], Callable[..., Any]]] = {"retrieval": (RetrievalConfig, retrieval_job)}
+
+
+def run() -> None:
+    """`finetune TASK FLAGS`: parse, build the parts, train."""
+    task, flags = choose_task(sys.argv[1:], TASKS, "finetune retrieval --init-from RUN --data-path STORE")
+    config_class, make_job = TASKS[task]
+    config = parse(config_class, config_class.__doc__ or "", flags)
+    prepare(config, make_job).train()
+
+
+def main() -> None:
+    """Entry point: one-line errors, exit code 2 for wrong use."""
+    run_entry(run)
+
+
+if __name__ == "__main__":
+    main()

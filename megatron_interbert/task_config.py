@@ -1,0 +1,153 @@
+"""What a finetuning run or an evaluation is told. Defaults are the recipes of the official code."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_interbert.config import TrainConfig, flag, nearest, option, split_paths
+from megatron_interbert.errors import UsageError
+
+
+@dataclass
+class FinetuneConfig(TrainConfig):
+    """Flags that all downstream tasks share."""
+
+    train_iters: int = option(0, "optimizer steps in the whole run; default: by --epochs")
+    epochs: float = option(20.0, "passes over the training data")
+    micro_batch_size: int = option(8, "samples per rank and forward pass")
+    global_batch_size: int = option(64, "samples per optimizer step over all ranks")
+    data_partitions: int = option(8, "logical partitions of the data; the data-parallel size must divide it")
+    early_stopping: int = option(0, "stop after so many evaluations without a better --metric; 0: never")
+    metric: str = option("", "figure of the evaluation that decides which checkpoint is best; default: the task's")
+    eval_batch_size: int = option(64, "samples per forward pass of an evaluation")
+
+    TASK: ClassVar[str] = ""
+
+    def check(self) -> None:
+        """UsageError for values that contradict each other or have no meaning."""
+        given, self.train_iters = self.train_iters, self.train_iters or 1  # 0: by --epochs
+        super().check()
+        self.train_iters = given
+        if self.epochs <= 0:
+            raise UsageError(f"--epochs is {self.epochs}, expected more than 0")
+        for name in ("early_stopping", "eval_interval"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{flag(name)} is {getattr(self, name)}, expected 0 or more")
+
+
+@dataclass
+class RetrievalConfig(FinetuneConfig):
+    """Caption-based image retrieval: four pairs for each caption, two-class loss of the matching head on each."""
+
+    data_path: str = option("sample_corpus/train", "region store to train on, with hard_images.npy (tools/mine_neighbours.py)")
+    valid_data_path: str = option("", "region store to evaluate on, all pairs of it; none: no evaluation")
+    language: str = option("", "only captions of this language tag (en, zh); default: all")
+    valid_images: int = option(0, "evaluate on the first images of the store only; 0: all")
+    lr: float = option(4e-5, "peak learning rate")
+    lr_decay_style: str = option("multistep", "shape after the warm-up", ("linear", "cosine", "constant", "multistep"))
+    ema_decay: float = option(0.9999, "keep an average of the weights with this decay and evaluate it; 0: none")
+    max_regions: int = option(101, "regions per image, first ones as stored")
+    max_tokens: int = option(30, "tokens per caption with [CLS] and [SEP]")
+
+    SAME_SAMPLES: ClassVar[tuple[str, ...]] = (*FinetuneConfig.SAME_SAMPLES, "language")
+    TASK: ClassVar[str] = "retrieval"
+
+    def stores(self) -> list[str]:
+        """The region stores of --data-path."""
+        return split_paths(self.data_path)
+
+
+@dataclass
+class VcrConfig(FinetuneConfig):
+    """Visual commonsense reasoning: answers (Q->A) and rationales (QA->R), trained together."""
+
+    data_path: str = option("", "region store of the detected regions")
+    annotated_path: str = option(
+        "", "region store of the annotated boxes, in the order of the annotations' objects; they come first"
+    )
+    annotations: str = option("", "train.jsonl of VCR")
+    valid_annotations: str = option("", "val.jsonl of VCR; none: no evaluation")
+    epochs: float = option(5.0, "passes over the training data")
+    global_batch_size: int = option(32, "questions per optimizer step over all ranks, each for both tasks")
+    micro_batch_size: int = option(4, "questions per rank and forward pass, 8 pairs each")
+    lr: float = option(2e-5, "peak learning rate")
+    ema_decay: float = option(0.9999, "keep an average of the weights with this decay and evaluate it; 0: none")
+    max_regions: int = option(100, "regions per image, annotated ones first")
+    max_tokens: int = option(60, "tokens of a question with an answer, [CLS] and two [SEP] included")
+    max_rationale_tokens: int = option(80, "tokens of question, answer and rationale, [CLS] and two [SEP] included")
+    eval_batch_size: int = option(16, "questions per forward pass of an evaluation")
+
+    SAME_SAMPLES: ClassVar[tuple[str, ...]] = (*FinetuneConfig.SAME_SAMPLES, "max_rationale_tokens")
+    TASK: ClassVar[str] = "vcr"
+
+
+GLUE_TASKS = ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE", "WNLI")
+
+
+@dataclass
+class GlueConfig(FinetuneConfig):
+    """One task of GLUE on the text path: interaction layers and text stream, as in BERT."""
+
+    task: str = option("SST-2", "task of GLUE", GLUE_TASKS)
+    data_path: str = option("", "folder with the task's official TSV files (train.tsv, dev.tsv, test.tsv), or the one above it")
+    encoder: str = option("interbert", "what is finetuned: our text path, or BERT of transformers beside it", ("interbert", "bert"))
+    epochs: float = option(3.0, "passes over the training data")
+    global_batch_size: int = option(32, "samples per optimizer step over all ranks")
+    micro_batch_size: int = option(32, "samples per rank and forward pass")
+    lr: float = option(2e-5, "peak learning rate")
+    max_tokens: int = option(128, "tokens with [CLS] and [SEP]")
+
+    SAME_SAMPLES: ClassVar[tuple[str, ...]] = (*FinetuneConfig.SAME_SAMPLES, "task", "encoder")
+    TASK: ClassVar[str] = "glue"
+
+
+def choose_task(arguments: list[str], tasks: Iterable[str], example: str) -> tuple[str, list[str]]:
+    """(task, its flags) of `TASK FLAGS`; UsageError for an unknown task. The launchers may put --local_rank before it."""
+    words = [a for a in arguments if not a.startswith("--local")]
+    task = words[0] if words else ""
+    if task in ("-h", "--help"):
+        return next(iter(tasks)), ["--help"]
+    if task not in tasks:
+        raise UsageError(f"task '{task}', expected one of {', '.join(tasks)}{nearest(task, tasks)}, for example: {example}")
+    return task, words[1:]
+
+
+@dataclass
+class EvaluateConfig:
+    """Flags that all evaluations share."""
+
+    load: str = option(
+        "", "a run's folder (its best, else its newest checkpoint), one global_stepN, a Hugging Face folder or a .bin"
+    )
+    averaged: bool = option(True, "take the averaged weights (--ema-decay) of a checkpoint that has such")
+    vocab_file: str = option("", "WordPiece vocabulary; default: that of the data or of the weights")
+    output: str = option("", "folder for result.json and result.html; default: evaluation/TASK in the run's folder")
+    tensor_model_parallel_size: int = option(1, "ranks that share each layer, under deepspeed or torchrun")
+    kernels: str = option("auto", "fused kernels", ("auto", "torch", "triton", "apex"))
+    bf16: bool = option(False, "compute in bfloat16")
+    allow_other_detector: bool = option(False, "accept features of another detector than the model was trained on")
+    strict_boxes: bool = option(False, "refuse boxes outside the image instead of clipping them")
+    TASK: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        self.given: set[str] = set()
+
+
+@dataclass
+class EvaluateRetrievalConfig(EvaluateConfig):
+    """All pairs of a store's images and captions by the matching head, both directions."""
+
+    data_path: str = option("sample_corpus/test", "region store to evaluate on")
+    zero_shot: bool = option(False, "label the result as zero-shot: the pretrained matching head, no finetuning")
+    benchmark: str = option("", "the data are this benchmark's: show the paper's figures beside", ("", "flickr30k"))
+    language: str = option("", "only captions of this language tag; default: all")
+    max_images: int = option(0, "only the first images of the store; 0: all")
+    max_regions: int = option(36, "regions per image")
+    max_tokens: int = option(36, "tokens per caption with [CLS] and [SEP]")
+    batch_pairs: int = option(512, "pairs per forward pass")
+    tile_captions: int = option(1024, "captions of a tile, the unit of work that is kept when an evaluation is stopped")
+    tile_images: int = option(256, "images of a tile")
+    two_stage: int = option(0, "also rank by pooled vectors and score only so many images of each caption again; 0: no")
+    exhaustive: bool = option(True, "score all pairs; --no-exhaustive leaves that out where only --two-stage can be paid for")
+    image_folder: str = option("", "photos named IMAGE_ID.jpg to show on the page")
+    TASK: ClassVar[str] = "retrieval"

@@ -1,0 +1,69 @@
+"""A model for inference, on one device or shared out over tensor-parallel ranks, from weights of any format and layout."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_interbert.data.corpus import Corpus, check_detector
+from megatron_interbert.data.manifest import VOCABULARY, file_sha256
+from megatron_interbert.data.text import CaptionTokenizer
+from megatron_interbert.errors import UsageError
+from megatron_interbert.kernels.choice import choose_kernels
+from megatron_interbert.model.initialise import load_full_state
+from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.model.presets import fit_to_data
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.task_config import EvaluateConfig
+from megatron_interbert.weights.sources import Source, open_source
+
+BEST = "best"
+
+
+def load_model(
+    load: str,
+    heads: Sequence[str],
+    kernels: str,
+    device: torch.device,
+    state: ParallelState | None = None,
+    averaged: bool = False,
+    num_labels: int = 2,
+) -> tuple[InterBert, Source]:
+    """The model in evaluation mode and where its weights came from; of a run's folder the best checkpoint, else the newest."""
+    if not load:
+        raise UsageError("--load is missing; give the folder of a checkpoint")
+    state = state or ParallelState()
+    best = Path(load) / BEST
+    source = open_source(best if best.is_dir() else load, averaged=averaged)
+    source.path = source.path.resolve() if best.is_dir() else source.path
+    source.config.check_tensor_parallel(state.tensor_size)
+    model = InterBert(source.config, heads, state=state, kernels=choose_kernels(kernels, device), num_labels=num_labels)
+    load_full_state(model, source.state(), state, load)
+    return model.to(device).eval(), source
+
+
+def open_for(config: EvaluateConfig, source: Source, stores: Sequence[str]) -> tuple[Corpus | None, CaptionTokenizer]:
+    """The stores and the vocabulary of an evaluation; UsageError where they are not those that the weights were made with."""
+    corpus = Corpus(stores, config.strict_boxes, config.allow_other_detector) if stores else None
+    folders = [Path(path) for path in stores] + [source.path if source.path.is_dir() else source.path.parent]
+    found = next((folder / VOCABULARY for folder in folders if (folder / VOCABULARY).is_file()), None)
+    if not config.vocab_file and found is None:
+        raise UsageError("--vocab-file is missing: neither the data nor the weights have a vocab.txt beside them")
+    tokenizer = CaptionTokenizer(config.vocab_file or str(found))
+    where = corpus.path if corpus else config.load
+    like = corpus or source.config
+    fit_to_data(source.config, tokenizer.vocab_size, like.feature_dim, like.num_classes, where)
+    if corpus:
+        check_detector(
+            source.facts.get("detector"), corpus.stores[0].manifest["detector"], f"--data-path {where}", config.allow_other_detector
+        )
+    vocabulary = source.facts.get("vocabulary")
+    if vocabulary and vocabulary != file_sha256(tokenizer.vocab_file):
+        raise UsageError(f"{tokenizer.vocab_file}: not the vocabulary of {config.load}; give that one by --vocab-file")
+    return corpus, tokenizer
+
+
+def check_length(longest: int, source: Source, flag: str = "--max-tokens") -> None:
+    """UsageError for texts longer than the model's positions."""
+    if longest > source.config.max_position_embeddings:
+        raise UsageError(f"{flag} {longest} is more than the model's {source.config.max_position_embeddings} positions")

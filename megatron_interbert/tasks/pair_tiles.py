@@ -1,0 +1,159 @@
+"""All pairs of a store's images and captions, tile by tile: shared out over ranks, kept on disk, gone on with after a stop.
+
+A tile is a run of captions (sorted by length) times a run of images. Memory holds one tile; disk holds the scores, 4 bytes a
+pair. Data-parallel ranks take tiles in turn, the ranks of a tensor-parallel group work on the same one.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.data.downstream.pairs import pair_fields
+from megatron_interbert.data.packing import to_batch
+from megatron_interbert.data.region_batch import read_regions
+from megatron_interbert.data.text import CaptionTokenizer
+from megatron_interbert.errors import UsageError
+from megatron_interbert.model.pair_scorer import PairScorer, Side
+from megatron_interbert.parallel.state import ParallelState
+
+PLAN = "plan.json"
+
+
+@dataclass
+class Pairs:
+    """What is scored: captions [C] and images [I] of a corpus by their numbers, and how they are read."""
+
+    corpus: Corpus
+    tokenizer: CaptionTokenizer
+    captions: np.ndarray
+    images: np.ndarray
+    max_regions: int
+    max_tokens: int
+
+    def own_image(self) -> np.ndarray:
+        """int64 [C]: place in `images` of each caption's own image."""
+        return np.searchsorted(self.images, self.corpus.caption_image[self.captions])
+
+    def image_side(self, scorer: PairScorer, part: np.ndarray, device: torch.device) -> Side:
+        """Some of the images made ready."""
+        regions = read_regions(self.corpus, self.images[part], self.max_regions)
+        nothing = (np.array([self.tokenizer.cls]), np.zeros(1, np.int64))
+        fields = pair_fields([nothing] * len(part), regions, np.arange(len(part)), self.corpus.feature_dim)
+        return scorer.images(to_batch(fields).to(device))
+
+    def caption_side(self, scorer: PairScorer, part: np.ndarray, device: torch.device) -> Side:
+        """Some of the captions made ready."""
+        tokens = self.corpus.tokens(self.captions[part], self.tokenizer, self.max_tokens - 2)
+        pieces = np.split(tokens.ids, tokens.offsets[1:-1])
+        texts = [(self.tokenizer.framed(ids), np.zeros(len(ids) + 2, np.int64)) for ids in pieces]
+        return scorer.captions(to_batch(pair_fields(texts, None, np.zeros(0, np.int64), self.corpus.feature_dim)).to(device))
+
+    def by_length(self) -> np.ndarray:
+        """int64 [C]: captions from short to long, so that those of a batch are alike."""
+        lengths = np.diff(self.corpus.tokens(self.captions, self.tokenizer, self.max_tokens - 2).offsets)
+        return np.argsort(lengths, kind="stable")
+
+    def by_regions(self) -> np.ndarray:
+        """int64 [I]: images from few regions to many."""
+        return np.argsort(np.minimum(self.corpus.region_counts[self.images], self.max_regions), kind="stable")
+
+
+@torch.no_grad()
+def score_block(scorer: PairScorer, images: Side, captions: Side, pairs_per_batch: int) -> torch.Tensor:
+    """float32 [captions, images]: all pairs of two sides, about so many at a time."""
+    device = images.hidden.device
+    result = torch.empty(len(captions), len(images), device=device)
+    width = min(len(images), pairs_per_batch)
+    height = max(1, pairs_per_batch // width)
+    for top in range(0, len(captions), height):
+        rows = torch.arange(top, min(top + height, len(captions)), device=device)
+        for left in range(0, len(images), width):
+            columns = torch.arange(left, min(left + width, len(images)), device=device)
+            margins = scorer.margins(images, captions, columns.repeat(len(rows)), rows.repeat_interleave(len(columns)))
+            result[top : top + len(rows), left : left + len(columns)] = margins.view(len(rows), len(columns))
+    return result
+
+
+class ScoreTiles:
+    """Tiles of [captions, images] in a folder; a tile that is there is not scored again. `identity` says of what they are."""
+
+    def __init__(
+        self, folder: Path, shape: tuple[int, int], tile: tuple[int, int], identity: dict, state: ParallelState | None = None
+    ) -> None:
+        self.folder, self.shape, self.tile, self.state = folder, shape, tile, state or ParallelState()
+        plan = {"shape": list(shape), "tile": list(tile), "identity": identity}
+        if self.state.is_main:
+            self._claim(json.dumps(plan, sort_keys=True))
+        self.state.barrier()
+        self.places = [(top, left) for top in range(0, shape[0], tile[0]) for left in range(0, shape[1], tile[1])]
+
+    def _claim(self, plan: str) -> None:
+        known = self.folder / PLAN
+        if self.folder.exists() and not (known.is_file() and known.read_text(encoding="utf-8") == plan):
+            if not known.is_file() and any(self.folder.iterdir()):
+                raise UsageError(f"{self.folder}: holds something that is no unfinished evaluation; choose another --output")
+            shutil.rmtree(self.folder)  # of other weights, data or settings
+        self.folder.mkdir(parents=True, exist_ok=True)
+        known.write_text(plan, encoding="utf-8")
+
+    def _file(self, place: tuple[int, int]) -> Path:
+        return self.folder / f"scores-{place[0]:08d}-{place[1]:08d}.npy"
+
+    def missing(self) -> list[tuple[int, int]]:
+        """Places (first caption, first image) of this rank that are not there yet."""
+        every = self.state.data_size
+        found = [self._file(place).is_file() for place in self.places]
+        found = self.state.gather(found)[0]  # what the first rank sees: all must agree on who does what
+        left = [place for place, there in zip(self.places, found, strict=True) if not there]
+        return left[self.state.data_rank :: every]
+
+    def write(self, place: tuple[int, int], scores: np.ndarray) -> None:
+        """One finished tile; it appears whole."""
+        if self.state.tensor_rank:
+            return
+        beside = self._file(place).with_suffix(f".{os.getpid()}.new")
+        with open(beside, "wb") as handle:
+            np.save(handle, scores)
+        os.replace(beside, self._file(place))
+
+    def extent(self, place: tuple[int, int]) -> tuple[slice, slice]:
+        """Captions and images of a tile."""
+        return tuple(slice(p, min(p + t, s)) for p, t, s in zip(place, self.tile, self.shape, strict=True))
+
+    def read(self) -> Iterator[tuple[slice, slice, np.ndarray]]:
+        """All tiles: captions, images, scores."""
+        for place in self.places:
+            yield *self.extent(place), np.load(self._file(place), allow_pickle=False)
+
+    def remove(self) -> None:
+        """The folder with all tiles."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def fill(
+    tiles: ScoreTiles,
+    places: list[tuple[int, int]],
+    pairs: Pairs,
+    scorer: PairScorer,
+    device: torch.device,
+    pairs_per_batch: int,
+    progress: Callable[[int], None] = lambda pairs: None,
+) -> None:
+    """Score some tiles. Rows and columns of the tiles are in the order of `by_length` and `by_regions`."""
+    captions, images = pairs.by_length(), pairs.by_regions()
+    ready: tuple[int, Side] | None = None
+    for top, left in places:
+        rows, columns = tiles.extent((top, left))
+        if ready is None or ready[0] != top:  # tiles of the same captions follow each other
+            ready = top, pairs.caption_side(scorer, captions[rows], device)
+        side = pairs.image_side(scorer, images[columns], device)
+        scores = score_block(scorer, side, ready[1], pairs_per_batch)
+        tiles.write((top, left), scores.cpu().numpy())
+        progress(scores.numel())

@@ -1,0 +1,89 @@
+"""One JSON for each evaluation: figures, protocol, and everything they depend on; and the table printed from it."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.data.manifest import MANIFEST, file_sha256
+from megatron_interbert.task_config import EvaluateConfig
+from megatron_interbert.weights.files import write_json
+from megatron_interbert.weights.manifest import versions
+from megatron_interbert.weights.sources import Source
+
+# Figures of the official model. They are shown beside ours only where --benchmark says that the data are the same.
+OFFICIAL = {
+    ("flickr30k", "finetuned"): {"t2i_R@1": 61.9, "t2i_R@5": 87.1, "t2i_R@10": 92.7},
+    ("flickr30k", "zero-shot"): {"t2i_R@1": 49.2, "t2i_R@5": 77.6, "t2i_R@10": 86.0},
+    ("vcr", "finetuned"): {"q_a": 73.1, "qa_r": 74.8, "q_ar": 54.9},
+}
+
+
+def result_of(
+    config: EvaluateConfig,
+    protocol: str,
+    metrics: dict[str, float],
+    source: Source,
+    corpus: Corpus | None,
+    files: Sequence[str] = (),
+    **more: Any,
+) -> dict[str, Any]:
+    """The record of an evaluation; `metrics` are flat, `files` decide the samples beside the stores of `corpus`."""
+    manifests = [store.manifest for store in corpus.stores] if corpus else []
+    official = OFFICIAL.get((getattr(config, "benchmark", ""), protocol), {})
+    return {
+        "task": config.TASK,
+        "protocol": protocol,
+        "metrics": metrics,
+        **({"official": official} if official else {}),
+        **more,
+        "checkpoint": {
+            "path": str(source.path),
+            "format": source.kind,
+            "iteration": source.facts.get("iteration"),
+            "averaged": bool(source.facts.get("averaged")),
+            "weights_sha256": source.facts.get("files") or file_sha256(source.path)
+            if source.path.is_file()
+            else source.facts.get("files"),
+        },
+        "data": {
+            "files": {
+                **{str(store.path / MANIFEST): file_sha256(store.path / MANIFEST) for store in (corpus.stores if corpus else [])},
+                **{file: file_sha256(file) for file in files},
+            },
+            "detector": manifests[0]["detector"] if manifests else None,
+            "generated": any(manifest.get("generated") for manifest in manifests),
+        },
+        "configuration": dataclasses.asdict(config),
+        "versions": versions(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def output_folder(config: EvaluateConfig, source: Source) -> Path:
+    """--output, else beside the checkpoints of the run (never inside one, whose files are hashed)."""
+    run = source.path.parent if source.kind == "checkpoint" or source.path.is_file() else source.path
+    return Path(config.output) if config.output else run / "evaluation" / config.TASK
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """result.json, and the figures in the TensorBoard of the run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "result.json", result)
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+    with SummaryWriter(str(folder / "tensorboard")) as board:
+        for name, value in result["metrics"].items():
+            board.add_scalar(f"{result['task']}/{result['protocol']}/{name}", value, result["checkpoint"]["iteration"] or 0)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures, one a line, with the official ones beside where the data are the same."""
+    official = result.get("official", {})
+    lines = [f"{'':<18}{'ours':>9}" + (f"{'official':>10}" if official else "")]
+    for name, value in result["metrics"].items():
+        beside = f"{official[name]:>10.1f}" if name in official else ""
+        lines.append(f"{name:<18}{value:>9.2f}{beside}")
+    return "\n".join(lines)

@@ -1,0 +1,131 @@
+"""`evaluate retrieval`: all pairs tile by tile, ranks, a page; and a two-stage search beside."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from megatron_interbert.model.pair_scorer import PairScorer
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.task_config import EvaluateRetrievalConfig
+from megatron_interbert.tasks.loading import check_length, load_model, open_for
+from megatron_interbert.tasks.pair_tiles import Pairs, ScoreTiles, fill
+from megatron_interbert.tasks.results import output_folder, result_of, table, write_result
+from megatron_interbert.tasks.retrieval import choose_pairs, flat_metrics, ranks_of_tiles, recall_metrics
+from megatron_interbert.tasks.retrieval_page import result_page
+from megatron_interbert.tasks.two_stage import two_stage_search
+from megatron_interbert.weights.files import write_text
+from megatron_interbert.weights.manifest import versions
+
+SHOWN = 40  # captions on the page
+
+
+def evaluate_retrieval(config: EvaluateRetrievalConfig, state: ParallelState, device: torch.device) -> dict[str, Any]:
+    """Writes result.json and result.html and gives the result; all ranks of a launch call it."""
+    model, source = load_model(config.load, ("itm",), config.kernels, device, state, config.averaged)
+    corpus, tokenizer = open_for(config, source, [config.data_path])
+    check_length(config.max_tokens, source)
+    if config.bf16:
+        model = model.bfloat16()
+    scorer = PairScorer(model)
+    pairs = choose_pairs(corpus, tokenizer, config.language, config.max_images, config.max_regions, config.max_tokens)
+    folder = output_folder(config, source)
+    chance = 100.0 / len(pairs.images)
+    metrics: dict[str, float] = {}
+    more: dict[str, Any] = {
+        "images": len(pairs.images),
+        "captions": len(pairs.captions),
+        "chance_R@1": chance,
+        "ties": "a wrong candidate with an equal score ranks before the right one",
+    }
+    tiles = None
+    if config.exhaustive:
+        tiles = score_tiles(config, state, device, scorer, pairs, folder / "tiles", source.facts.get("files"))
+        metrics |= metrics_of(tiles, pairs)
+    if config.two_stage:
+        found = two_stage_search(scorer, pairs, device, state, config.two_stage, config.batch_pairs)
+        if config.exhaustive:
+            found["lost_R@1"] = metrics["t2i_R@1"] - found["R@1"]
+        more["two_stage"] = {"reranked": min(config.two_stage, len(pairs.images)), **found}
+    protocol = (
+        "zero-shot" if config.zero_shot else "finetuned" if source.facts.get("task") == "retrieval" else "matching head as loaded"
+    )
+    result = result_of(config, protocol, metrics, source, corpus, **more)
+    if state.is_main:
+        write_result(folder, result)
+        if tiles is not None:
+            photos = Path(config.image_folder) if config.image_folder else None
+            write_text(folder / "result.html", page_of(result, tiles, pairs, photos))
+        report(result, folder)
+    state.barrier()
+    if tiles is not None and state.is_main:
+        tiles.remove()
+    return result
+
+
+def score_tiles(
+    config: EvaluateRetrievalConfig,
+    state: ParallelState,
+    device: torch.device,
+    scorer: PairScorer,
+    pairs: Pairs,
+    folder: Path,
+    weights: Any,
+) -> ScoreTiles:
+    """All tiles on disk; those of an evaluation of the same weights, data and settings that was stopped are kept."""
+    settings = {name: getattr(config, name) for name in ("language", "max_images", "max_regions", "max_tokens", "averaged", "bf16")}
+    data = [store.manifest.get("shards") for store in pairs.corpus.stores]
+    identity = {"weights": weights or config.load, "data": data, "vocabulary": pairs.tokenizer.sha256, **settings, "by": versions()}
+    shape = len(pairs.captions), len(pairs.images)
+    tiles = ScoreTiles(folder, shape, (config.tile_captions, config.tile_images), identity, state)
+    mine = tiles.missing()
+    total = sum(_area(tiles, place) for place in mine)
+    with tqdm(
+        total=total, unit="pair", unit_scale=True, desc="scoring", mininterval=1.0, disable=None if state.is_main else True
+    ) as bar:
+        fill(tiles, mine, pairs, scorer, device, config.batch_pairs, bar.update)
+    state.barrier()
+    return tiles
+
+
+def _area(tiles: ScoreTiles, place: tuple[int, int]) -> int:
+    rows, columns = tiles.extent(place)
+    return (rows.stop - rows.start) * (columns.stop - columns.start)
+
+
+def metrics_of(tiles: ScoreTiles, pairs: Pairs) -> dict[str, float]:
+    """Flat figures of both directions."""
+    columns = np.empty(len(pairs.images), np.int64)  # where each image stands among the columns of the tiles
+    columns[pairs.by_regions()] = np.arange(len(columns))
+    of_captions, of_images = ranks_of_tiles(tiles.read, columns[pairs.own_image()[pairs.by_length()]], len(columns))
+    return flat_metrics({"text_to_image": recall_metrics(of_captions), "image_to_text": recall_metrics(of_images)})
+
+
+def page_of(result: dict[str, Any], tiles: ScoreTiles, pairs: Pairs, photos: Path | None) -> str:
+    """The page with some captions from all over the store."""
+    shown = np.linspace(0, len(pairs.captions) - 1, min(SHOWN, len(pairs.captions))).astype(int)
+    place = {int(caption): row for row, caption in enumerate(pairs.by_length())}
+    rows_wanted = np.array([place[int(caption)] for caption in shown])
+    scores, order = np.empty((len(shown), len(pairs.images)), np.float32), pairs.by_regions()
+    for rows, columns, block in tiles.read():
+        here = (rows_wanted >= rows.start) & (rows_wanted < rows.stop)
+        scores[np.ix_(here, order[columns])] = block[rows_wanted[here] - rows.start]
+    return result_page(result, scores, pairs.corpus.stores[0], pairs.captions[shown], pairs.images, photos)
+
+
+def report(result: dict[str, Any], folder: Path) -> None:
+    """The result for people."""
+    origin = " (generated scenes)" if result["data"]["generated"] else ""
+    print(
+        f"{result['protocol']} retrieval, {result['captions']} captions x {result['images']} images{origin}, {time.strftime('%H:%M')}"
+    )
+    chance = result["chance_R@1"]
+    if result["metrics"]:
+        print(table(result))
+        print(f"text to image R@1 is {result['metrics']['t2i_R@1'] / chance:.1f} times chance ({chance:.2f})")
+    if "two_stage" in result:
+        print("two stages: " + ", ".join(f"{name} {value:.2f}" for name, value in result["two_stage"].items()))
+    print(f"result: {folder / 'result.json'}\npage:   {folder / 'result.html'}")

@@ -1,0 +1,29 @@
+"""An average of the weights over the steps, as it is evaluated after finetuning. Sharded as ZeRO shards the weights."""
+
+from collections.abc import Iterable
+
+import torch
+
+
+class AveragedWeights:
+    """Exponential average of the fp32 weights that a rank updates: average = decay average + (1 - decay) weight, after each step.
+
+    In the first steps the decay is (1 + n) / (10 + n) where that is smaller, so that the first weights do not linger.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self._averages: dict[int, torch.Tensor] = {}  # by the identity of the tensor that Adam updates
+
+    def average_of(self, weights: torch.Tensor) -> torch.Tensor:
+        """The flat average of a tensor that Adam updates; begins as a copy of it."""
+        if id(weights) not in self._averages:
+            self._averages[id(weights)] = weights.detach().reshape(-1).float().clone()
+        return self._averages[id(weights)]
+
+    @torch.no_grad()
+    def update(self, step: int, tensors: Iterable[torch.Tensor]) -> None:
+        """After optimizer step `step` (1 is the first): all tensors that Adam updates."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for weights in tensors:
+            self.average_of(weights).lerp_(weights.detach().reshape(-1).float(), 1 - decay)
