@@ -8,10 +8,14 @@ from typing import Any
 from megatron_interbert.config import parse
 from megatron_interbert.errors import run_entry
 from megatron_interbert.parallel.state import ParallelState, this_device
-from megatron_interbert.task_config import EvaluateConfig, EvaluateRetrievalConfig, choose_task
+from megatron_interbert.task_config import EvaluateConfig, EvaluateGlueConfig, EvaluateRetrievalConfig, choose_task
+from megatron_interbert.tasks.glue_evaluation import evaluate_glue
 from megatron_interbert.tasks.retrieval_evaluation import evaluate_retrieval
 
-TASKS: dict[str, tuple[type[EvaluateConfig], Callable[..., Any]]] = {"retrieval": (EvaluateRetrievalConfig, evaluate_retrieval)}
+TASKS: dict[str, tuple[type[EvaluateConfig], Callable[..., Any]]] = {
+    "retrieval": (EvaluateRetrievalConfig, evaluate_retrieval),
+    "glue": (EvaluateGlueConfig, evaluate_glue),
+}
 
 
 def run() -> None:

@@ -90,14 +90,13 @@ class GlueConfig(FinetuneConfig):
 
     task: str = option("SST-2", "task of GLUE", GLUE_TASKS)
     data_path: str = option("", "folder with the task's official TSV files (train.tsv, dev.tsv, test.tsv), or the one above it")
-    encoder: str = option("interbert", "what is finetuned: our text path, or BERT of transformers beside it", ("interbert", "bert"))
     epochs: float = option(3.0, "passes over the training data")
     global_batch_size: int = option(32, "samples per optimizer step over all ranks")
     micro_batch_size: int = option(32, "samples per rank and forward pass")
     lr: float = option(2e-5, "peak learning rate")
     max_tokens: int = option(128, "tokens with [CLS] and [SEP]")
 
-    SAME_SAMPLES: ClassVar[tuple[str, ...]] = (*FinetuneConfig.SAME_SAMPLES, "task", "encoder")
+    SAME_SAMPLES: ClassVar[tuple[str, ...]] = (*FinetuneConfig.SAME_SAMPLES, "task")
     TASK: ClassVar[str] = "glue"
 
 
@@ -151,3 +150,15 @@ class EvaluateRetrievalConfig(EvaluateConfig):
     exhaustive: bool = option(True, "score all pairs; --no-exhaustive leaves that out where only --two-stage can be paid for")
     image_folder: str = option("", "photos named IMAGE_ID.jpg to show on the page")
     TASK: ClassVar[str] = "retrieval"
+
+
+@dataclass
+class EvaluateGlueConfig(EvaluateConfig):
+    """One task of GLUE: official metrics on its dev files, or prediction files for its test files."""
+
+    task: str = option("SST-2", "task of GLUE", GLUE_TASKS)
+    data_path: str = option("", "folder with the task's official TSV files, or the one above it")
+    split: str = option("dev", "files to predict", ("dev", "test"))
+    max_tokens: int = option(128, "tokens with [CLS] and [SEP]")
+    batch_size: int = option(64, "samples per forward pass")
+    TASK: ClassVar[str] = "glue"

@@ -32,7 +32,7 @@ class InterBertOutput(NamedTuple):
 
     text_hidden: torch.Tensor  # [Nt, H]
     image_hidden: torch.Tensor  # [Ni, H]
-    pooled_text: torch.Tensor  # [B, P]
+    pooled_text: torch.Tensor | None  # [B, P]
     pooled_image: torch.Tensor | None = None  # [B with image, P]
     msm_logits: torch.Tensor | None = None  # [Mt, padded vocabulary / tensor-parallel ranks]
     mrm_logits: torch.Tensor | None = None  # [Mr, classes]
@@ -44,7 +44,7 @@ class InterBertOutput(NamedTuple):
 class InterBert(nn.Module):
     """The whole model. `heads` is any of msm, mrm, itm, choice, sentence (of `num_labels`).
 
-    Parameters are empty until initialised or loaded.
+    Parameters are empty until initialised or loaded. `text_only` builds the text path alone: BERT's topology.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class InterBert(nn.Module):
         streams: RandomStreams | None = None,
         recompute: bool = False,
         num_labels: int = 2,
+        text_only: bool = False,
     ) -> None:
         super().__init__()
         state, kernels = state or ParallelState(), kernels or Kernels()
@@ -64,7 +65,8 @@ class InterBert(nn.Module):
         config.check_tensor_parallel(state.tensor_size)
         self.config = config
         self.text_embedding = TextEmbedding(config, state.tensor_group)
-        self.image_embedding = ImageEmbedding(config)
+        if not text_only:
+            self.image_embedding = ImageEmbedding(config)
 
         def stack(count: int, heads: int, hidden_dropout: float, attention_dropout: float) -> TransformerStack:
             layers = [
@@ -86,10 +88,11 @@ class InterBert(nn.Module):
         text_like = (config.num_attention_heads, config.hidden_dropout, config.attention_dropout)
         self.interaction = stack(config.interaction_layers, *text_like)
         self.text_stream = stack(config.text_layers, *text_like)
-        self.image_stream = stack(
-            config.image_layers, config.image_attention_heads, config.image_hidden_dropout, config.image_attention_dropout
-        )
-        self.text_pooler, self.image_pooler = Pooler(config), Pooler(config)
+        if not text_only:
+            self.image_stream = stack(
+                config.image_layers, config.image_attention_heads, config.image_hidden_dropout, config.image_attention_dropout
+            )
+            self.text_pooler, self.image_pooler = Pooler(config), Pooler(config)
         if "msm" in heads:
             self.msm_head = WordHead(config, state.tensor_group)
         if "mrm" in heads:
@@ -106,7 +109,7 @@ class InterBert(nn.Module):
         """Both streams, pooled vectors, and the logits of the heads there are: words and regions at target positions only."""
         text, image = self.encode(batch)
         first = text.index_select(0, batch.text_offsets[:-1])
-        pooled_text = self.text_pooler(first)
+        pooled_text = self.text_pooler(first) if hasattr(self, "text_pooler") else None
         pooled_image = self.image_pooler(image.index_select(0, batch.summary_rows)) if len(image) else None
         logits = {}
         if hasattr(self, "msm_head"):

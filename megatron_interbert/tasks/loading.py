@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,9 +28,9 @@ def load_model(
     device: torch.device,
     state: ParallelState | None = None,
     averaged: bool = False,
-    num_labels: int = 2,
+    **options: Any,
 ) -> tuple[InterBert, Source]:
-    """The model in evaluation mode and where its weights came from; of a run's folder the best checkpoint, else the newest."""
+    """The model (`options` of InterBert) in evaluation mode and where its weights came from; of a run's folder the best checkpoint, else the newest."""
     if not load:
         raise UsageError("--load is missing; give the folder of a checkpoint")
     state = state or ParallelState()
@@ -37,7 +38,7 @@ def load_model(
     source = open_source(best if best.is_dir() else load, averaged=averaged)
     source.path = source.path.resolve() if best.is_dir() else source.path
     source.config.check_tensor_parallel(state.tensor_size)
-    model = InterBert(source.config, heads, state=state, kernels=choose_kernels(kernels, device), num_labels=num_labels)
+    model = InterBert(source.config, heads, state=state, kernels=choose_kernels(kernels, device), **options)
     load_full_state(model, source.state(), state, load)
     return model.to(device).eval(), source
 

@@ -1,7 +1,7 @@
 """What the training loop asks of a task; it knows nothing else of losses, heads or modalities."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -47,8 +47,7 @@ class Job:
     heads: tuple[str, ...]
     data: dict[str, Any]
     vocabulary: str  # file
-    num_labels: int = 2  # of the sentence head
+    model_options: dict[str, Any] = field(default_factory=dict)  # further arguments of InterBert
     evaluate: Evaluate | None = None
     metric: str = ""
     valid_samples: TrainingSet | None = None  # for the losses of pretraining
-    make_model: Callable[..., nn.Module] | None = None  # another model than InterBert, for comparisons

@@ -65,7 +65,7 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
     attention_dropout = max(job.model_config.attention_dropout, job.model_config.image_attention_dropout) > 0
     kernels = choose_kernels(config.kernels, device, attention_dropout)
     streams = RandomStreams(config.seed, state.data_rank, state.tensor_rank, device)
-    parts = {"state": state, "kernels": kernels, "num_labels": job.num_labels}
+    parts = {"state": state, "kernels": kernels, **job.model_options}
     model = InterBert(job.model_config, job.heads, streams=streams, recompute=config.recompute_activations, **parts)
     initialise(model, job.model_config, config.seed, state)
     pretrained = set()

@@ -1,0 +1,47 @@
+"""`evaluate glue`: the official metrics on the dev files, prediction files for the test files."""
+
+from typing import Any
+
+import torch
+
+from megatron_interbert.data.downstream.glue import FORMATS, GlueTexts, find_file, read_rows
+from megatron_interbert.errors import UsageError
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.task_config import EvaluateGlueConfig
+from megatron_interbert.tasks.glue import glue_metrics, labels_of, predict, prediction_lines
+from megatron_interbert.tasks.loading import check_length, load_model, open_for
+from megatron_interbert.tasks.results import output_folder, result_of, table, write_result
+from megatron_interbert.weights.files import write_text
+
+
+def evaluate_glue(config: EvaluateGlueConfig, state: ParallelState, device: torch.device) -> dict[str, Any]:
+    """Writes result.json and, for each file, TASK.tsv (or MNLI-m.tsv, MNLI-mm.tsv); all ranks of a launch call it."""
+    model, source = load_model(
+        *(config.load, ("sentence",), config.kernels, device, state, config.averaged),
+        num_labels=labels_of(config.task),
+        text_only=True,
+    )
+    trained = str(source.facts.get("task") or "").removeprefix("glue ")
+    if trained and trained != config.task:
+        raise UsageError(f"--load {config.load}: finetuned on {trained}; give --task {trained}, or the weights of {config.task}")
+    _, tokenizer = open_for(config, source, [])
+    check_length(config.max_tokens, source)
+    format, folder, metrics, files = FORMATS[config.task], output_folder(config, source), {}, []
+    names = format.submission or (config.task,)
+    for split, name in zip(format.test if config.split == "test" else format.dev, names, strict=True):
+        files.append(find_file(config.data_path, config.task, split))
+        rows = read_rows(files[-1], config.task)
+        logits = predict(model, GlueTexts(rows, tokenizer, config.max_tokens), state, device, config.batch_size)
+        if len(rows.labels):
+            found = glue_metrics(config.task, logits, rows.labels)
+            metrics |= found if len(names) == 1 else {f"{name}_{key}": value for key, value in found.items()}
+        if state.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / f"{name}.tsv", "\n".join(prediction_lines(config.task, rows, logits)) + "\n")
+            print(f"{files[-1]}: {len(rows.texts)} rows -> {folder / f'{name}.tsv'}")
+    result = result_of(config, f"{config.task} {config.split}", metrics, source, None, files)
+    if state.is_main:
+        write_result(folder, result)
+        print(table(result) if metrics else "the test files hold no labels, so no figure is given")
+        print(f"result: {folder / 'result.json'}")
+    return result
