@@ -8,12 +8,20 @@ from typing import Any
 from megatron_interbert.config import parse
 from megatron_interbert.errors import run_entry
 from megatron_interbert.parallel.state import ParallelState, this_device
-from megatron_interbert.task_config import EvaluateConfig, EvaluateGlueConfig, EvaluateRetrievalConfig, choose_task
+from megatron_interbert.task_config import (
+    EvaluateConfig,
+    EvaluateGlueConfig,
+    EvaluateRetrievalConfig,
+    EvaluateVcrConfig,
+    choose_task,
+)
 from megatron_interbert.tasks.glue_evaluation import evaluate_glue
 from megatron_interbert.tasks.retrieval_evaluation import evaluate_retrieval
+from megatron_interbert.tasks.vcr_evaluation import evaluate_vcr
 
 TASKS: dict[str, tuple[type[EvaluateConfig], Callable[..., Any]]] = {
     "retrieval": (EvaluateRetrievalConfig, evaluate_retrieval),
+    "vcr": (EvaluateVcrConfig, evaluate_vcr),
     "glue": (EvaluateGlueConfig, evaluate_glue),
 }
 

@@ -6,13 +6,15 @@ from typing import Any
 
 from megatron_interbert.config import parse
 from megatron_interbert.errors import run_entry
-from megatron_interbert.task_config import FinetuneConfig, GlueConfig, RetrievalConfig, choose_task
+from megatron_interbert.task_config import FinetuneConfig, GlueConfig, RetrievalConfig, VcrConfig, choose_task
 from megatron_interbert.tasks.glue import glue_job
 from megatron_interbert.tasks.retrieval import retrieval_job
+from megatron_interbert.tasks.vcr import vcr_job
 from megatron_interbert.training.setup import prepare
 
 TASKS: dict[str, tuple[type[FinetuneConfig], Callable[..., Any]]] = {
     "retrieval": (RetrievalConfig, retrieval_job),
+    "vcr": (VcrConfig, vcr_job),
     "glue": (GlueConfig, glue_job),
 }
 

@@ -67,6 +67,8 @@ class VcrConfig(FinetuneConfig):
     )
     annotations: str = option("", "train.jsonl of VCR")
     valid_annotations: str = option("", "val.jsonl of VCR; none: no evaluation")
+    valid_data_path: str = option("", "detected regions of the validation images, where they are in a store of their own")
+    valid_annotated_path: str = option("", "annotated boxes of the validation images, where they are in a store of their own")
     epochs: float = option(5.0, "passes over the training data")
     global_batch_size: int = option(32, "questions per optimizer step over all ranks, each for both tasks")
     micro_batch_size: int = option(4, "questions per rank and forward pass, 8 pairs each")
@@ -162,3 +164,23 @@ class EvaluateGlueConfig(EvaluateConfig):
     max_tokens: int = option(128, "tokens with [CLS] and [SEP]")
     batch_size: int = option(64, "samples per forward pass")
     TASK: ClassVar[str] = "glue"
+
+
+@dataclass
+class EvaluateVcrConfig(EvaluateConfig):
+    """VCR: Q->A, QA->R and Q->AR, or the test server's CSV, and a page with each question."""
+
+    data_path: str = option("", "region store of the detected regions")
+    annotated_path: str = option("", "region store of the annotated boxes; they come first")
+    annotations: str = option("", "val.jsonl or test.jsonl of VCR")
+    submission: bool = option(
+        False, "write submission.csv with all 16 pairs of answer and rationale; every question must be usable"
+    )
+    benchmark: str = option("", "the data are this benchmark's: show the official figures beside", ("", "vcr"))
+    max_regions: int = option(100, "regions per image, annotated ones first")
+    max_tokens: int = option(60, "tokens of a question with an answer")
+    max_rationale_tokens: int = option(80, "tokens of question, answer and rationale")
+    batch_size: int = option(16, "questions per forward pass")
+    examples: int = option(60, "questions on the page")
+    image_folder: str = option("", "photos named IMAGE_ID.jpg to show on the page")
+    TASK: ClassVar[str] = "vcr"

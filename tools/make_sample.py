@@ -7,8 +7,12 @@ seed gives the same corpus. Train and test scenes are drawn apart.
 """
 
 import argparse
+import contextlib
+import json
 import shutil
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +25,7 @@ from megatron_interbert.data.building.store_writer import RegionStoreWriter
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.errors import UsageError, run_entry
+from tools.sample_questions import question
 
 PLACES = {
     "kitchen": "厨房",
@@ -112,6 +117,16 @@ NAMES, COLOUR_NAMES, PLACE_NAMES = list(OBJECTS), list(COLOURS), list(PLACES)
 WIDTH, HEIGHT, FEATURES, SOFT_LABELS = 640, 480, 64, 5
 
 
+@dataclass
+class Scene:
+    """A place, and kind, colour and box of each object in it."""
+
+    place: int
+    kinds: np.ndarray
+    colours: np.ndarray
+    boxes: np.ndarray
+
+
 class World:
     """Prototypes and rules, a function of the seed alone."""
 
@@ -128,8 +143,8 @@ class World:
         distance = np.linalg.norm(self.object_features[:, None] - self.object_features[None], axis=2)
         self.neighbours = np.argsort(distance, axis=1)[:, :SOFT_LABELS]  # itself first
 
-    def scene(self, random: np.random.Generator, name: str) -> tuple[Regions, list[tuple[str, str]]]:
-        """One image and its two captions [(text, language)]."""
+    def draw(self, random: np.random.Generator) -> Scene:
+        """What stands where."""
         place = int(random.integers(len(PLACES)))
         count = int(random.integers(3, 7))
         kinds = random.permutation(self.homes[place])[:count]
@@ -137,12 +152,22 @@ class World:
         colours = random.integers(len(COLOURS), size=count)
         size = self.sizes[kinds] * random.uniform(0.7, 1.3, size=(count, 1))
         corner = random.uniform(0, 1, size=(count, 2)) * ([WIDTH, HEIGHT] - size)
-        boxes = np.concatenate([corner, corner + size], axis=1)
-        regions = self.detect(random, name, kinds, colours, boxes)
-        return regions, [
-            (self.english(random, place, kinds, colours, boxes), "en"),
-            (self.chinese(random, place, kinds, colours, boxes), "zh"),
-        ]
+        return Scene(place, kinds, colours, np.concatenate([corner, corner + size], axis=1))
+
+    def scene(self, random: np.random.Generator, name: str) -> tuple[Regions, list[tuple[str, str]]]:
+        """One image and its two captions [(text, language)]."""
+        found = self.draw(random)
+        regions = self.detect(random, name, found.kinds, found.colours, found.boxes)
+        what = (found.place, found.kinds, found.colours, found.boxes)
+        return regions, [(self.english(random, *what), "en"), (self.chinese(random, *what), "zh")]
+
+    def annotated(self, scene: Scene, random: np.random.Generator, name: str) -> Regions:
+        """The scene's objects in their order, as annotators draw boxes: exact; features as the detector's."""
+        features = self.object_features[scene.kinds] + self.colour_features[scene.colours]
+        features = features + random.normal(scale=self.noise, size=features.shape)
+        ids, probs = self.neighbours[scene.kinds] + 1, np.zeros((len(scene.kinds), SOFT_LABELS), np.float32)
+        probs[:, 0] = 1.0
+        return Regions(name, (WIDTH, HEIGHT), features.astype(np.float16), scene.boxes.astype(np.float32), ids, probs)
 
     def detect(self, random: np.random.Generator, name: str, kinds: np.ndarray, colours: np.ndarray, boxes: np.ndarray) -> Regions:
         """What a detector would say: one or two overlapping boxes for each object, most confident first."""
@@ -205,8 +230,32 @@ def vocabulary() -> list[str]:
 
 def write_split(world: World, folder: Path, split: str, scenes: int, seed: int) -> None:
     """One region store of generated scenes, with its vocabulary beside."""
-    tag = {"train": 1, "test": 2}[split]
-    path, beside = folder / split, folder / f"{split}.new"
+    with generated_store(folder / split, seed) as writer:
+        for number in tqdm(range(scenes), desc=f"{split} scenes", unit="scene", mininterval=1.0, disable=None):
+            writer.add(*world.scene(_random(seed, split, number), f"{split}-{number:06d}"))
+
+
+def write_questions(world: World, folder: Path, split: str, scenes: int, seed: int) -> None:
+    """vcr/SPLIT.jsonl, a question about each scene in the form of VCR, and vcr/SPLIT, a store of the exact boxes it refers to."""
+    lines = []
+    with generated_store(folder / "vcr" / split, seed) as writer:
+        for number in tqdm(range(scenes), desc=f"{split} questions", unit="scene", mininterval=1.0, disable=None):
+            name, scene = f"{split}-{number:06d}", world.draw(_random(seed, split, number))
+            random = _random(seed, split, number, 1)
+            writer.add(world.annotated(scene, random, name), [])
+            kinds, colours = [NAMES[i] for i in scene.kinds], [COLOUR_NAMES[i] for i in scene.colours]
+            lines.append(json.dumps(question(random, name, kinds, colours, NAMES, COLOUR_NAMES)))
+    (folder / "vcr" / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _random(seed: int, split: str, number: int, *more: int) -> np.random.Generator:
+    return np.random.default_rng([seed, {"train": 1, "test": 2}[split], number, *more])
+
+
+@contextlib.contextmanager
+def generated_store(path: Path, seed: int) -> Iterator[RegionStoreWriter]:
+    """Writes a store beside `path` and puts it there when it is whole; UsageError where something else is in the way."""
+    beside = path.with_name(f"{path.name}.new")
     if path.exists() and not (path / MANIFEST).is_file():
         raise UsageError(f"{path}: exists and is no sample corpus; choose another --output")
     if path.exists() and not read_json(path / MANIFEST, str(path)).get("generated"):
@@ -223,8 +272,7 @@ def write_split(world: World, folder: Path, split: str, scenes: int, seed: int) 
         extra={"generated": True},
         images_per_shard=2048,
     ) as writer:
-        for number in tqdm(range(scenes), desc=f"{split} scenes", unit="scene", mininterval=1.0, disable=None):
-            writer.add(*world.scene(np.random.default_rng([seed, tag, number]), f"{split}-{number:06d}"))
+        yield writer
     shutil.rmtree(path, ignore_errors=True)
     beside.rename(path)
 
@@ -237,12 +285,15 @@ def run() -> None:
     parser.add_argument("--test-scenes", type=int, default=200, help="unseen scenes for evaluation (default: %(default)s)")
     parser.add_argument("--noise", type=float, default=0.3, help="of the features, against prototypes of norm 1 per entry")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vcr", action="store_true", help="also a question about each scene in the form of VCR, in vcr/")
     options = parser.parse_args()
     if min(options.train_scenes, options.test_scenes) < 2:
         raise UsageError("--train-scenes and --test-scenes must be 2 or more: a mismatched pair needs another image")
     world = World(options.seed, options.noise)
     for split, scenes in (("train", options.train_scenes), ("test", options.test_scenes)):
         write_split(world, Path(options.output), split, scenes, options.seed)
+        if options.vcr:
+            write_questions(world, Path(options.output), split, scenes, options.seed)
     print(f"generated corpus in {options.output}: {options.train_scenes} training and {options.test_scenes} unseen test scenes")
 
 

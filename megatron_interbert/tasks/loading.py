@@ -30,7 +30,8 @@ def load_model(
     averaged: bool = False,
     **options: Any,
 ) -> tuple[InterBert, Source]:
-    """The model (`options` of InterBert) in evaluation mode and where its weights came from; of a run's folder the best checkpoint, else the newest."""
+    """The model (`options` of InterBert) in evaluation mode and where its weights came from: of a run's folder the best checkpoint,
+    else the newest."""
     if not load:
         raise UsageError("--load is missing; give the folder of a checkpoint")
     state = state or ParallelState()

@@ -1,0 +1,116 @@
+"""`evaluate vcr`: the three accuracies, the test server's CSV, a page with each question."""
+
+import html
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from megatron_interbert.data.downstream.vcr import Question, VcrImages, VcrTexts, read_questions
+from megatron_interbert.data.drawing import STYLE, draw_image
+from megatron_interbert.errors import UsageError
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.task_config import EvaluateVcrConfig
+from megatron_interbert.tasks.loading import check_length, load_model, open_for
+from megatron_interbert.tasks.results import output_folder, result_of, table, write_result
+from megatron_interbert.tasks.vcr import predict, softmax, submission_lines, vcr_metrics
+from megatron_interbert.weights.files import write_text
+
+PAGE_STYLE = STYLE + (
+    "section{display:grid;grid-template-columns:minmax(220px,360px) 1fr;gap:1rem}@media(max-width:700px){section{display:block}}"
+    "ol{padding-left:1.4rem;margin:.3rem 0}li{margin:.15rem 0;padding:.1rem .4rem;border-radius:4px}"
+    "li.right{outline:2px solid #1a8f4c}li b{float:right;margin-left:1rem;font-weight:600}h2{font-size:17px;margin:.2rem 0}"
+    ".hit{color:#1a8f4c}.miss{color:#b3402e}\n"
+)
+
+
+def evaluate_vcr(config: EvaluateVcrConfig, state: ParallelState, device: torch.device) -> dict[str, Any]:
+    """Writes result.json, result.html and, with --submission, submission.csv; all ranks of a launch call it."""
+    model, source = load_model(config.load, ("choice",), config.kernels, device, state, config.averaged)
+    paths = [path for path in (config.annotated_path, config.data_path) if path]
+    corpora = {path: open_for(config, source, [path]) for path in paths}
+    if not paths:
+        raise UsageError("--data-path and --annotated-path are both missing; give a region store of the images")
+    tokenizer = corpora[paths[0]][1]
+    annotated, detected = (corpora[path][0] if path else None for path in (config.annotated_path, config.data_path))
+    images = VcrImages(annotated, detected, config.max_regions)
+    check_length(max(config.max_tokens, config.max_rationale_tokens), source)
+    questions = read_questions(config.annotations, images, whole=config.submission)
+    if state.is_main:
+        print(questions.report(), flush=True)
+    items, labelled = questions.items, all(min(q.answer_label, q.rationale_label) >= 0 for q in questions.items)
+    if not labelled and not config.submission:
+        raise UsageError(f"{config.annotations}: holds no labels, so there is nothing to compare with; give --submission")
+    texts, every = VcrTexts(tokenizer, config.max_tokens, config.max_rationale_tokens), config.submission
+    with tqdm(total=len(items), unit="question", desc="answering", mininterval=1.0, disable=None if state.is_main else True) as bar:
+        answers, rationales = predict(
+            *(model, items, images, texts, state, device, config.batch_size),
+            every_answer=every,
+            progress=lambda count: bar.update(count * state.data_size),
+        )
+    metrics: dict[str, float] = {}
+    if labelled:
+        given_right = rationales[np.arange(len(items)), [q.answer_label for q in items]] if every else rationales
+        metrics = vcr_metrics(items, answers, given_right)
+    dropped = dict(questions.dropped)
+    result = result_of(
+        *(config, "finetuned", metrics, source, annotated or detected, [config.annotations]), questions=len(items), dropped=dropped
+    )
+    folder = output_folder(config, source)
+    if state.is_main:
+        write_result(folder, result)
+        if every:
+            write_text(folder / "submission.csv", "\n".join(submission_lines(items, answers, rationales)) + "\n")
+        if labelled:
+            photos = Path(config.image_folder) if config.image_folder else None
+            write_text(folder / "result.html", page(result, items, answers, given_right, images, config.examples, photos))
+        print(table(result) if metrics else "these annotations hold no labels, so no figure is given")
+        print(f"result: {folder / 'result.json'}" + (f"\nsubmission: {folder / 'submission.csv'}" if every else ""))
+    return result
+
+
+def page(
+    result: dict[str, Any],
+    questions: list[Question],
+    answers: np.ndarray,
+    rationales: np.ndarray,
+    images: VcrImages,
+    most: int,
+    photos: Path | None,
+) -> str:
+    """Questions from all over the file: image, options with their probabilities, the right ones outlined."""
+    corpus = images.annotated or images.detected
+    sections, symbols = [], {}
+    for number in np.linspace(0, len(questions) - 1, min(most, len(questions))).astype(int):
+        q = questions[number]
+        image = q.annotated if images.annotated is not None else q.detected
+        symbols.setdefault(image, draw_image(corpus.stores[0], image, photos))
+        sections.append(
+            f'<section><svg role="img"><use href="#image-{image}"/></svg><div><h2>{html.escape(q.question)}</h2>'
+            f"{_options('answer', q.answers, answers[number], q.answer_label)}"
+            f"{_options('rationale, given the right answer', q.rationales, rationales[number], q.rationale_label)}"
+            f'<p class="note">{html.escape(q.annot_id)}</p></div></section>'
+        )
+    metrics = result["metrics"]
+    figures = "".join(f"<td>{metrics[name]:.1f} %</td>" for name in ("q_a", "qa_r", "q_ar"))
+    origin = " Generated scenes and questions, not photographs." if result["data"]["generated"] else ""
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<title>InterBERT VCR</title><style>{PAGE_STYLE}</style><svg class="symbols">{"".join(symbols.values())}</svg>'
+        "<h1>Visual commonsense reasoning</h1><table><tr><th></th><th>Q to A</th><th>QA to R</th><th>Q to AR</th></tr>"
+        f"<tr><td>accuracy</td>{figures}</tr><tr><td>chance</td><td>25.0 %</td><td>25.0 %</td><td>6.2 %</td></tr></table>"
+        f'<p class="note">{result["questions"]} questions; the right option is outlined, probabilities to the right.{origin}</p>'
+        f"{''.join(sections)}</html>"
+    )
+
+
+def _options(what: str, texts: list[str], logits: np.ndarray, right: int) -> str:
+    probabilities = softmax(logits)
+    verdict = "hit" if int(np.argmax(logits)) == right else "miss"
+    lines = "".join(
+        f"<li{' class=right' if i == right else ''}><b>{p:.0%}</b>{html.escape(text)}</li>"
+        for i, (text, p) in enumerate(zip(texts, probabilities, strict=True))
+    )
+    return f'<p class="note {verdict}">{what}</p><ol type="a">{lines}</ol>'
