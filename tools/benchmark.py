@@ -3,6 +3,7 @@
 
     python tools/benchmark.py checkpoint --model base --output result.json   # what a save costs; speed of conversion
     python tools/benchmark.py data --output result.json                      # loader, building of stores, mining of negatives
+    python tools/benchmark.py retrieval --vocab-file vocab.txt              # all pairs, against padded batches
 
 Figures of different machines or days do not compare; ratios within one run do.
 """
@@ -17,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_interbert.errors import run_entry
 from megatron_interbert.weights.files import write_json
 from megatron_interbert.weights.manifest import versions
-from tools.benchmarks import checkpoint, data
+from tools.benchmarks import checkpoint, data, retrieval
 
-SUBJECTS = {"checkpoint": checkpoint, "data": data}
+SUBJECTS = {"checkpoint": checkpoint, "data": data, "retrieval": retrieval}
 
 
 def main() -> None:

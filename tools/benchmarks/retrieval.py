@@ -1,0 +1,189 @@
+"""Exhaustive retrieval: pairs/s of our tiles against padded batches of the same model, and how time grows."""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from megatron_interbert.config import ModelConfig
+from megatron_interbert.data.building.store_writer import RegionStoreWriter
+from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.data.downstream.pairs import pair_fields
+from megatron_interbert.data.packing import to_batch
+from megatron_interbert.data.region_batch import read_regions
+from megatron_interbert.data.regions import Regions
+from megatron_interbert.data.text import CaptionTokenizer
+from megatron_interbert.kernels.choice import choose_kernels
+from megatron_interbert.model.embeddings import image_features
+from megatron_interbert.model.initialise import initialise
+from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
+from megatron_interbert.model.pair_scorer import PairScorer
+from megatron_interbert.model.presets import fit_to_data, load_model_config
+from megatron_interbert.model.transformer import TransformerLayer
+from megatron_interbert.parallel.state import ParallelState, this_device
+from megatron_interbert.tasks.pair_tiles import Pairs, score_block
+from megatron_interbert.tasks.retrieval import choose_pairs
+from tools.benchmarks.data import captions_for
+
+REGIONS = 36
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of this benchmark."""
+    parser.add_argument("--model", default="base", help="preset or JSON of sizes (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--captions-of-each", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--max-tokens", type=int, default=36, help="that padded captions have (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=64, help="of a forward pass (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="alternating repeats (default: %(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="both in bfloat16")
+    parser.add_argument("--captions", help="captions_*.json of COCO for realistic lengths (default: made-up words)")
+    parser.add_argument("--vocab-file", required=True, help="WordPiece vocabulary")
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Rates of both ways on the same pairs, the largest difference of their scores, and the growth of ours."""
+    device = this_device()
+    tokenizer = CaptionTokenizer(arguments.vocab_file)
+    config = fit_to_data(load_model_config(arguments.model), tokenizer.vocab_size, 2048, 1601, "benchmark").without_dropout()
+    model = InterBert(config, PRETRAINING_HEADS, kernels=choose_kernels("auto", device))
+    initialise(model, config, 0, ParallelState())
+    model = model.to(device, torch.bfloat16 if arguments.bf16 else torch.float32).eval()
+    scorer = PairScorer(model)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        pairs = choose_pairs(store_of(Path(folder) / "store", arguments), tokenizer, "", 0, REGIONS, arguments.max_tokens)
+        ways: dict[str, Callable[[], torch.Tensor]] = {
+            "padded batches, all heads (official style)": lambda: padded_scores(model, pairs, device, arguments, heads=True),
+            "padded batches, matching head only": lambda: padded_scores(model, pairs, device, arguments, heads=False),
+            "ours": lambda: our_scores(scorer, pairs, device, arguments.pairs, len(pairs.captions)),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        scores: dict[str, torch.Tensor] = {}
+        for _ in range(arguments.rounds + 1):
+            for name, way in ways.items():
+                seconds[name].append(timed(way, scores, name, device))
+        count = scores["ours"].numel()
+        naive = statistics.median(seconds["padded batches, all heads (official style)"][1:])
+        result: dict[str, Any] = {}
+        print(f"{len(pairs.captions)} captions x {len(pairs.images)} images of {REGIONS} regions, {arguments.model}, {device.type}")
+        for name, values in seconds.items():
+            median = statistics.median(values[1:])
+            result[name] = {"pairs_per_second": count / median, "of_official_style": naive / median}
+            print(f"{name:<46}{count / median:>10.1f} pairs/s {naive / median:>6.2f}")
+        plain = scores["padded batches, matching head only"]
+        result["largest_difference"] = float((scores["ours"] - plain).abs().max())
+        result["spread_of_scores"] = float(plain.std())
+        print(f"largest difference of scores {result['largest_difference']:.2e} (their spread: {result['spread_of_scores']:.2e})")
+        result["growth"] = growth(scorer, pairs, device, arguments)
+        at_paper = 5_000_000 / (result["growth"][-1]["pairs_per_second"])
+        print(f"1,000 images x 5,000 captions at this rate: {at_paper:.0f} s")
+        result["seconds_for_1000_x_5000"] = at_paper
+    return result
+
+
+def timed(way: Callable[[], torch.Tensor], scores: dict[str, torch.Tensor], name: str, device: torch.device) -> float:
+    """Seconds of one run; its scores are kept."""
+    started = time.perf_counter()
+    with torch.no_grad():
+        scores[name] = way().float().cpu()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def growth(scorer: PairScorer, pairs: Pairs, device: torch.device, arguments: argparse.Namespace) -> list[dict[str, float]]:
+    """Time of ours for a quarter, a half and all of the captions."""
+    rows = []
+    for share in (4, 2, 1):
+        captions = max(1, len(pairs.captions) // share)
+        seconds = timed(lambda c=captions: our_scores(scorer, pairs, device, arguments.pairs, c), {}, "ours", device)
+        rows.append({"captions": captions, "seconds": seconds, "pairs_per_second": captions * len(pairs.images) / seconds})
+        print(f"ours, {captions} captions: {seconds:.2f} s, {rows[-1]['pairs_per_second']:.1f} pairs/s")
+    return rows
+
+
+def store_of(path: Path, arguments: argparse.Namespace) -> Corpus:
+    """Noise for features, real captions."""
+    random = np.random.default_rng(0)
+    texts = captions_for(arguments.images * arguments.captions_of_each, arguments)
+    facts = {"feature_dim": 2048, "num_classes": 1601, "detector": {"name": "noise"}, "soft_labels": "top_k"}
+    with RegionStoreWriter(path, **facts) as writer:
+        for number in range(arguments.images):
+            corner = random.uniform(0, 300, size=(REGIONS, 2))
+            boxes = np.concatenate([corner, corner + random.uniform(20, 150, size=(REGIONS, 2))], axis=1).astype(np.float32)
+            features = random.normal(size=(REGIONS, 2048)).clip(0).astype(np.float16)
+            labels = np.zeros((REGIONS, 1), np.int32), np.ones((REGIONS, 1), np.float32)
+            first = number * arguments.captions_of_each
+            captions = [(text, "en") for text in texts[first : first + arguments.captions_of_each]]
+            writer.add(Regions(str(number), (480.0, 480.0), features, boxes, *labels), captions)
+    return Corpus([str(path)])
+
+
+def our_scores(scorer: PairScorer, pairs: Pairs, device: torch.device, pairs_per_batch: int, captions: int) -> torch.Tensor:
+    """[captions, images], as `evaluate retrieval` computes a tile, reading included."""
+    order = pairs.by_length()[np.linspace(0, len(pairs.captions) - 1, captions).astype(int)]
+    side = pairs.caption_side(scorer, order, device)
+    block = score_block(scorer, pairs.image_side(scorer, np.arange(len(pairs.images)), device), side, pairs_per_batch)
+    if captions < len(pairs.captions):
+        return block
+    scores = torch.empty_like(block)
+    scores[torch.from_numpy(order)] = block
+    return scores
+
+
+def padded_scores(model: InterBert, pairs: Pairs, device: torch.device, arguments: argparse.Namespace, heads: bool) -> torch.Tensor:
+    """[captions, images]: each caption with all images in padded batches, everything anew for every pair."""
+    config, images = model.config, np.arange(len(pairs.images))
+    scores = torch.empty(len(pairs.captions), len(images))
+    regions = read_regions(pairs.corpus, pairs.images, REGIONS)
+    for row in range(len(pairs.captions)):
+        tokens = pairs.corpus.tokens(pairs.captions[row : row + 1], pairs.tokenizer, arguments.max_tokens - 2)
+        text = pairs.tokenizer.framed(tokens.ids), np.zeros(len(tokens.ids) + 2, np.int64)
+        for start in range(0, len(images), arguments.pairs):
+            part = images[start : start + arguments.pairs]
+            batch = to_batch(pair_fields([text] * len(part), regions, part, 2048)).to(device)
+            scores[row, part] = padded_margins(model, config, batch, arguments.max_tokens, heads).float().cpu()
+    return scores
+
+
+def padded_margins(model: InterBert, config: ModelConfig, batch: Any, max_tokens: int, heads: bool) -> torch.Tensor:
+    """Margins [B] as a padded implementation computes them, with the same weights."""
+    samples, tokens = len(batch), batch.max_text
+    ids = F.pad(batch.token_ids.view(samples, tokens), (0, max_tokens - tokens))
+    places = torch.arange(max_tokens, device=ids.device).expand(samples, -1)
+    text = model.text_embedding(ids, places, torch.zeros_like(ids))
+    image = model.image_embedding.feature(image_features(batch).to(model.image_embedding.feature.weight.dtype))
+    image = model.image_embedding.norm(image + model.image_embedding.location(batch.locations.to(image.dtype)))
+    image = image.view(samples, REGIONS + 1, -1)
+    seen_text = (places < tokens)[:, None, None]
+    seen_image = torch.ones(samples, 1, 1, REGIONS + 1, dtype=torch.bool, device=ids.device)
+    joint, seen = torch.cat([image, text], dim=1), torch.cat([seen_image, seen_text], dim=3)
+    for layer in model.interaction.layers:
+        joint = padded_layer(layer, joint, seen)
+    image, text = joint.split([REGIONS + 1, max_tokens], dim=1)
+    for layer in model.image_stream.layers:
+        image = padded_layer(layer, image, seen_image)
+    for layer in model.text_stream.layers:
+        text = padded_layer(layer, text, seen_text)
+    if heads:
+        model.msm_head(text.flatten(0, 1), model.text_embedding.word.weight)
+        model.mrm_head(image.flatten(0, 1))
+    logits = model.itm_head(model.fuse(model.text_pooler(text[:, 0]), model.image_pooler(image[:, 0])))
+    return logits[:, 0] - logits[:, 1]
+
+
+def padded_layer(layer: TransformerLayer, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """One layer over x [B, L, H] with padding masked out."""
+    samples, length, hidden = x.shape
+    size = layer.attention.head_size
+    q, k, v = layer.attention.qkv(x).view(samples, length, -1, 3, size).permute(3, 0, 2, 1, 4)
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).reshape(samples, length, hidden)
+    x = layer.attention_norm(layer.attention.output(attended), x)
+    return layer.mlp_norm(layer.mlp(x), x)
