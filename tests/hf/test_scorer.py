@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.packing import normalised_locations
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.data.text import CaptionTokenizer
@@ -17,7 +18,8 @@ from megatron_interbert.hf import (
     InterBertModel,
     InterBertScorer,
 )
-from megatron_interbert.tasks.retrieval import caption_ids, image_examples, score_matrix
+from megatron_interbert.model.pair_scorer import PairScorer
+from megatron_interbert.tasks.retrieval import choose_pairs, score_matrix
 from tests.corpus import CLASSES, FEATURES, VOCABULARY, write_store
 from tests.hf.small import SMALL
 
@@ -69,10 +71,9 @@ def test_all_pairs(corpus, batch_size):
 
 def test_same_scores_as_the_evaluation(corpus):
     store, _, scorer = corpus
-    images, captions = np.arange(IMAGES), np.arange(CAPTIONS)
-    examples, ids = image_examples(store, images, 36), caption_ids(store, captions, scorer.tokenizer, 36)
-    theirs = score_matrix(scorer.model.interbert, examples, ids, FEATURES, torch.device("cpu"))
-    ours = scorer.score([store.read(int(i)) for i in images], [store.caption(int(c)) for c in captions])
+    pairs = choose_pairs(Corpus([str(store.path)]), scorer.tokenizer, "", IMAGES, 36, 36)
+    theirs = score_matrix(PairScorer(scorer.model.interbert), pairs, torch.device("cpu"))
+    ours = scorer.score([store.read(int(i)) for i in pairs.images], [store.caption(int(c)) for c in pairs.captions])
     np.testing.assert_allclose(ours, theirs.T, rtol=1e-4, atol=1e-5)
 
 

@@ -342,7 +342,7 @@ def test_exit_code_and_one_line(tmp_path):
 
 def test_every_format_starts_a_model(tmp_path, monkeypatch):
     """`--init-from` and `evaluate --load` read what the converter writes."""
-    from megatron_interbert.evaluate import load_model
+    from megatron_interbert.tasks.loading import load_model
     from megatron_interbert.training.first_weights import load_initial_weights
 
     state = random_source(SIZES, tmp_path / "tp1")

@@ -92,7 +92,7 @@ def test_train_then_evaluate_then_start_from_its_weights(corpus, tmp_path):
     result = json.loads((run / "evaluation" / "retrieval" / "result.json").read_text())
     assert (result["protocol"], result["images"], result["captions"]) == ("zero-shot", 12, 12)
     assert result["data"]["generated"]
-    assert f"{result['metrics']['text_to_image']['R@1']:.1f}" in out
+    assert f"{result['metrics']['t2i_R@1']:.2f}" in out
     page = (run / "evaluation" / "retrieval" / "result.html").read_text()
     assert page.count("<section>") == 12
     assert "Generated scenes" in page
