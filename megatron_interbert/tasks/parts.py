@@ -38,14 +38,16 @@ def sizes_of_model(config: TrainConfig) -> ModelConfig:
     return load_model_config(config.model or "base")
 
 
-def fitted_sizes(config: TrainConfig, tokenizer: CaptionTokenizer, corpus: Corpus | None, longest: int) -> ModelConfig:
-    """Sizes of the model with those that come from the data filled in and checked; `longest` text in tokens."""
+def fitted_sizes(
+    config: TrainConfig, tokenizer: CaptionTokenizer, corpus: Corpus | None, longest: int, flag: str = "--max-tokens"
+) -> ModelConfig:
+    """Sizes of the model with those that come from the data filled in and checked; `longest` text in tokens, as `flag` says."""
     sizes = sizes_of_model(config)
     feature_dim, num_classes = (corpus or sizes).feature_dim, (corpus or sizes).num_classes
     where = f"{corpus.path} with {tokenizer.vocab_file}" if corpus else tokenizer.vocab_file
     sizes = fit_to_data(sizes, tokenizer.vocab_size, feature_dim or 1, num_classes or 2, where)
     if longest > sizes.max_position_embeddings:
-        raise UsageError(f"--max-tokens {longest} is more than the model's {sizes.max_position_embeddings} positions")
+        raise UsageError(f"{flag} {longest} is more than the model's {sizes.max_position_embeddings} positions")
     return sizes if config.dropout else sizes.without_dropout()
 
 

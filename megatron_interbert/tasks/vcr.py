@@ -45,7 +45,8 @@ def vcr_job(config: VcrConfig, state: ParallelState) -> Job:
     images = open_images(config.annotated_path, config.data_path, config)
     tokenizer = open_vocabulary(config, [path for path in (config.data_path, config.annotated_path) if path])
     corpus = images.detected or images.annotated
-    sizes = fitted_sizes(config, tokenizer, corpus, max(config.max_tokens, config.max_rationale_tokens))
+    sizes = fitted_sizes(config, tokenizer, corpus, config.max_tokens)
+    fitted_sizes(config, tokenizer, corpus, config.max_rationale_tokens, "--max-rationale-tokens")
     questions, texts = (
         read_questions(config.annotations, images),
         VcrTexts(tokenizer, config.max_tokens, config.max_rationale_tokens),

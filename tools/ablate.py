@@ -1,0 +1,203 @@
+#!/usr/bin/env python3
+"""The paper's analysis as one command: what each part of the pretraining and of the model is worth.
+
+For every variant and seed: pretrain, zero-shot retrieval, finetune retrieval, evaluate; the same steps and samples for all. Runs that
+are done are not done again, so a stopped analysis goes on. Writes OUTPUT/ablation.json and OUTPUT/ablation.md.
+
+    python tools/ablate.py --data-path sample_corpus/train --test-data-path sample_corpus/test --output ablation --language en
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tqdm import tqdm
+
+from megatron_interbert.config import ModelConfig, nearest
+from megatron_interbert.data.manifest import HARD_NEGATIVES, MANIFEST
+from megatron_interbert.errors import TrainingStopped, UsageError, run_entry
+from megatron_interbert.model.presets import load_model_config
+from megatron_interbert.weights.files import write_json, write_text
+from megatron_interbert.weights.manifest import newest_checkpoint, versions
+
+FIGURES = {"zero-shot t2i R@1": ("zero-shot", "t2i_R@1"), "zero-shot i2t R@1": ("zero-shot", "i2t_R@1"),
+           "finetuned t2i R@1": ("finetuned", "t2i_R@1"), "finetuned i2t R@1": ("finetuned", "i2t_R@1")}  # fmt: skip
+
+
+@dataclass
+class Variant:
+    """One row of the table: what is said of it, flags of its pretraining, changes of the model's sizes."""
+
+    what: str
+    flags: tuple[str, ...] = ()
+    layers: tuple[int, int, int] | None = None  # interaction, text, image
+
+
+def variants(sizes: ModelConfig) -> dict[str, Variant]:
+    """All variants, of the same depth each."""
+    joint, text, image = sizes.interaction_layers, sizes.text_layers, sizes.image_layers
+    return {
+        "full": Variant("everything"),
+        "no-msm": Variant("without masked segments", ("--objectives", "mrm,itm")),
+        "no-mrm": Variant("without masked regions", ("--objectives", "msm,itm")),
+        "no-itm": Variant("without image-text matching", ("--objectives", "msm,mrm")),
+        "no-hard-negatives": Variant("random negatives only", ("--hard-negatives", "0")),
+        "no-interaction": Variant("streams only, no interaction module", layers=(0, text + joint, image + joint)),
+        "no-streams": Variant("interaction module only, no streams", layers=(joint + max(text, image), 0, 0)),
+    }
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-path", required=True, help="region store to pretrain and finetune on")
+    parser.add_argument("--test-data-path", required=True, help="region store of unseen images")
+    parser.add_argument("--output", required=True, help="folder for all runs and the table")
+    parser.add_argument("--model", default="sample", help="preset or JSON file of sizes (default: %(default)s)")
+    parser.add_argument("--language", default="", help="only captions of this language tag")
+    parser.add_argument("--only", default="", help="variants, comma-separated (default: all)")
+    parser.add_argument("--seeds", default="1,2,3", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--train-iters", type=int, default=2000, help="steps of each pretraining (default: %(default)s)")
+    parser.add_argument("--finetune-iters", type=int, default=300, help="steps of each finetuning (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="samples of a step (default: %(default)s)")
+    parser.add_argument("--pretrain-flags", default="--lr 2e-3 --lr-warmup-fraction 0.05 --adam-beta2 0.98 --no-msm-on-mismatched",
+                        help="further flags of all pretrainings (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--finetune-flags", default="--lr 1e-3 --lr-warmup-fraction 0.05 --ema-decay 0.99",
+                        help="further flags of all finetunings (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time, one core each (default: %(default)s)"
+    )
+    return parser.parse_args()
+
+
+class Run:
+    """One variant with one seed, in a folder of its own."""
+
+    def __init__(self, name: str, variant: Variant, seed: int, options: argparse.Namespace) -> None:
+        self.name, self.variant, self.seed, self.options = name, variant, seed, options
+        self.folder = Path(options.output) / name / f"seed-{seed}"
+
+    def results(self) -> dict[str, dict[str, float]]:
+        """Figures by protocol, computed where they are not there yet."""
+        options, folder = self.options, self.folder
+        shared = (
+            "--language",
+            options.language,
+            "--micro-batch-size",
+            options.batch_size,
+            "--num-workers",
+            0,
+            "--log-interval",
+            100,
+        )
+        pretrained, tuned = folder / "pretrained", folder / "finetuned"
+        self._train(pretrained, options.train_iters, "pretrain", "--model", self._model(), "--data-path", options.data_path, *shared,
+                    *self.variant.flags, *shlex.split(options.pretrain_flags))  # fmt: skip
+        self._train(tuned, options.finetune_iters, "finetune", "retrieval", "--init-from", pretrained, "--max-regions", 36,
+                    "--data-path", options.data_path, *shared, "--global-batch-size", options.batch_size,
+                    *shlex.split(options.finetune_flags))  # fmt: skip
+        found = {}
+        for protocol, run in (("zero-shot", pretrained), ("finetuned", tuned)):
+            result = run / "result" / "result.json"
+            if not result.is_file():
+                zero = ("--zero-shot",) if protocol == "zero-shot" else ()
+                self._call("evaluate", "retrieval", "--load", run, "--data-path", options.test_data_path, "--language", options.language,
+                           *zero, "--output", result.parent)  # fmt: skip
+            found[protocol] = json.loads(result.read_text(encoding="utf-8"))["metrics"]
+        return found
+
+    def _model(self) -> str:
+        sizes = load_model_config(self.options.model)
+        if self.variant.layers:
+            names = ("interaction_layers", "text_layers", "image_layers")
+            sizes = dataclasses.replace(sizes, **dict(zip(names, self.variant.layers, strict=True)))
+        path = self.folder / "model.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, dataclasses.asdict(sizes))
+        return str(path)
+
+    def _train(self, save: Path, iterations: int, entry: str, *flags: object) -> None:
+        done = newest_checkpoint(save) if save.is_dir() else None
+        if done is None or done.name != f"global_step{iterations}":
+            self._call(entry, *flags, "--seed", self.seed, "--train-iters", iterations, "--save", save)
+
+    def _call(self, entry: str, *flags: object) -> None:
+        command = [sys.executable, "-m", f"megatron_interbert.{entry}", *map(str, flags)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")}
+        root = Path(__file__).resolve().parents[1]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
+        ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if ended.returncode:
+            last = (ended.stderr.strip() or ended.stdout.strip()).splitlines()[-1:]
+            raise TrainingStopped(f"{self.folder}: {shlex.join(command)} ended with code {ended.returncode}: {''.join(last)}")
+
+
+def table(found: dict[str, list[dict[str, dict[str, float]]]], all_variants: dict[str, Variant]) -> str:
+    """Markdown: mean and spread (standard deviation over seeds) of each figure; the last column is the change against `full`."""
+    lines = ["| variant | " + " | ".join(FIGURES) + " | change, finetuned t2i |", "|---" * (len(FIGURES) + 2) + "|"]
+    full = [r["finetuned"]["t2i_R@1"] for r in found.get("full", [])]
+    for name, results in found.items():
+        cells = [_mean([r[protocol][metric] for r in results]) for protocol, metric in FIGURES.values()]
+        mine = statistics.mean(r["finetuned"]["t2i_R@1"] for r in results)
+        change = f"{mine - statistics.mean(full):+.1f}" if full and name != "full" else ""
+        lines.append(f"| {all_variants[name].what} | {' | '.join(cells)} | {change} |")
+    return "\n".join(lines)
+
+
+def _mean(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def run() -> None:
+    """Run what is missing and write the table."""
+    options = parse()
+    try:
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+    except ValueError:
+        raise UsageError(f"--seeds is '{options.seeds}', expected numbers with commas between them") from None
+    for name in ("data_path", "test_data_path"):
+        if not (Path(getattr(options, name)) / MANIFEST).is_file():
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(options, name)}: no region store there")
+    every = variants(load_model_config(options.model))
+    chosen = [name for name in options.only.split(",") if name] or list(every)
+    for name in chosen:
+        if name not in every:
+            raise UsageError(f"--only: no variant '{name}'{nearest(name, every)}; there are {', '.join(every)}")
+    if "no-hard-negatives" in chosen and not (Path(options.data_path) / HARD_NEGATIVES).is_file():
+        raise UsageError(f"{options.data_path}: no {HARD_NEGATIVES}, so leaving hard negatives out changes nothing; make it with"
+                         " tools/mine_negatives.py, or leave the variant out by --only")  # fmt: skip
+    runs = [Run(name, every[name], seed, options) for seed in seeds for name in chosen]
+    found: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in chosen}
+    with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(runs), unit="run", disable=None, desc="ablation") as bar:
+        futures = [pool.submit(one.results) for one in runs]
+        try:
+            for one, future in zip(runs, futures, strict=True):
+                found[one.name].append(future.result())
+                bar.update()
+                tqdm.write(f"{one.name}, seed {one.seed}: {json.dumps(found[one.name][-1]['finetuned'])}")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    generated = bool(json.loads((Path(options.test_data_path) / MANIFEST).read_text(encoding="utf-8")).get("generated"))
+    note = f"{options.train_iters} + {options.finetune_iters} steps of {options.batch_size}, seeds {options.seeds}" + (
+        "; generated scenes" if generated else ""
+    )
+    text = f"{table(found, every)}\n\n{note}\n"
+    write_json(Path(options.output) / "ablation.json", {"results": found, "options": vars(options), "versions": versions()})
+    write_text(Path(options.output) / "ablation.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    run_entry(run)
