@@ -12,6 +12,7 @@ from megatron_interbert.errors import UsageError
 class FinetuneConfig(TrainConfig):
     """Flags that all downstream tasks share."""
 
+    model: str = option("", "preset or JSON file of model sizes; default: those of --init-from, else base")
     train_iters: int = option(0, "optimizer steps in the whole run; default: by --epochs")
     epochs: float = option(20.0, "passes over the training data")
     micro_batch_size: int = option(8, "samples per rank and forward pass")

@@ -21,7 +21,7 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int, state: Parallel
         elif parameter.dim() == 1:
             parameter.fill_(1.0)
         else:
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (seed << 32))
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # torch takes the lower 32 bits alone
             full = torch.empty(full_shape(name, parameter.shape, state.tensor_size))
             full.normal_(0.0, config.initializer_range, generator=generator)
             if name == "text_embedding.word.weight":

@@ -227,3 +227,16 @@ def test_loading_refuses_what_does_not_fit():
         load_full_state(make(), missing, ParallelState(), "x")
     with pytest.raises(UsageError, match=r"itm_head.bias has shape \[3\], the model expects \[2\]"):
         load_full_state(make(), {**full, "itm_head.bias": torch.zeros(3)}, ParallelState(), "x")
+
+
+def test_seeds_give_other_first_weights():
+    """Also seeds that differ only beyond 32 bits of some mixture of theirs: each is hashed with the parameter's name."""
+    drawn = []
+    for seed in (0, 1, 2, 1 << 32):
+        model = InterBert(SMALL, HEADS)
+        initialise(model, SMALL, seed, ParallelState())
+        drawn.append(model.itm_head.weight.detach().clone())
+    assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+    again = InterBert(SMALL, HEADS)
+    initialise(again, SMALL, 1, ParallelState())
+    assert torch.equal(again.itm_head.weight, drawn[1])

@@ -1,6 +1,8 @@
 """Caption retrieval: fast scores against one pair at a time, ranks against brute force, tiles, two stages, training pairs."""
 
 import itertools
+import json
+import sys
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from megatron_interbert.tasks.retrieval_evaluation import metrics_of
 from megatron_interbert.tasks.two_stage import two_stage_search
 from tests.corpus import CLASSES, FEATURES, VOCABULARY, write_store
 from tests.dist import run_on_ranks
+from tests.launching import launch
 from tools.mine_neighbours import mean_features, nearest
 
 CPU = torch.device("cpu")
@@ -271,3 +274,54 @@ def test_what_cannot_be_trained_on(tmp_path):
     np.save(path / "hard_images.npy", np.zeros((3, 2), np.int32))
     with pytest.raises(UsageError, match=r"expected one row for each of 20 images.*mine_neighbours"):
         training_set(path)
+
+
+def result_file(path, figure, **changes):
+    result = {
+        "task": "retrieval",
+        "protocol": "finetuned",
+        "metrics": {"t2i_R@1": figure},
+        "data": {"files": {"m": "1"}},
+        **changes,
+    }
+    path.write_text(json.dumps(result))
+    return path
+
+
+def test_results_of_seeds_are_averaged(tmp_path):
+    command = (sys.executable, "tools/summarise.py")
+    paths = [result_file(tmp_path / f"{i}.json", figure) for i, figure in enumerate((40.0, 43.0, 46.0))]
+    code, out, err = launch(*command, *paths, "--output", tmp_path / "table.json")
+    assert code == 0, err
+    row = json.loads((tmp_path / "table.json").read_text())["figures"]["t2i_R@1"]
+    assert row == {"mean": 43.0, "spread": 3.0, "least": 40.0, "most": 46.0}
+    assert "43.00" in out
+    for change, words in (
+        ({"protocol": "zero-shot"}, "protocol is zero-shot, the first has finetuned"),
+        ({"data": {"files": {"m": "2"}}}, "evaluated on other data"),
+        ({"metrics": {}}, "no figures in it"),
+    ):
+        code, _, err = launch(*command, paths[0], result_file(tmp_path / "other.json", 1.0, **change))
+        assert (code, words in err) == (2, True), err
+
+
+def test_ablation_from_runs_to_table(tmp_path):
+    """Two variants, one seed, two steps each; a second call finds everything done; wrong use."""
+    store = write_store(tmp_path / "s", images=70)
+    command = (sys.executable, "tools/ablate.py", "--data-path", store, "--test-data-path", store, "--output", tmp_path / "out", "--model",
+               "tiny", "--train-iters", 2, "--finetune-iters", 2, "--batch-size", 8, "--jobs", 2)  # fmt: skip
+    code, out, err = launch(*command, "--seeds", "5", "--only", "full,no-streams")
+    assert code == 0, out + err
+    found = json.loads((tmp_path / "out" / "ablation.json").read_text())["results"]
+    assert found.keys() == {"full", "no-streams"}
+    assert "interaction module only, no streams" in (tmp_path / "out" / "ablation.md").read_text()
+    model = json.loads((tmp_path / "out" / "no-streams" / "seed-5" / "model.json").read_text())
+    assert (model["interaction_layers"], model["text_layers"], model["image_layers"]) == (3, 0, 0)
+    before = (tmp_path / "out" / "full" / "seed-5" / "pretrained" / "metrics.jsonl").stat().st_mtime_ns
+    code, again, _ = launch(*command, "--seeds", "5", "--only", "full,no-streams")
+    assert (code, again) == (0, out)
+    assert (tmp_path / "out" / "full" / "seed-5" / "pretrained" / "metrics.jsonl").stat().st_mtime_ns == before
+    for flags, words in ((("--only", "no-strems"), "did you mean 'no-streams'"), (("--only", "no-hard-negatives"), "no hard_negatives.npy"),
+                         (("--seeds", "a"), "--seeds is 'a'")):  # fmt: skip
+        code, _, err = launch(*command, *flags)
+        assert (code, words in err) == (2, True), err

@@ -173,6 +173,13 @@ def test_glue_from_training_to_prediction_files(tmp_path):
     ran(*evaluate("glue", "--load", tmp_path / "run", "--data-path", tmp_path, "--max-tokens", 16, "--split", "test"))
     lines = (tmp_path / "run" / "evaluation" / "glue" / "SST-2.tsv").read_text().splitlines()
     assert lines == ["index\tprediction", *(f"{i}\t{i % 2}" for i in range(6))]
+    flags = (*common, "--train-iters", 12, "--lr", "1e-3", "--no-dropout", "--micro-batch-size", 8, "--save", tmp_path / "beside")
+    out = ran(sys.executable, "tools/compare_glue.py", *flags)
+    beside = json.loads((tmp_path / "beside" / "comparison.json").read_text())
+    assert beside["interbert_losses"] == pytest.approx(beside["bert_losses"], abs=2e-5), "the same training as BERT's, step by step"
+    assert len(beside["bert_losses"]) == 12
+    assert beside["interbert"] == pytest.approx(beside["bert"])
+    assert f"{beside['bert']['accuracy']:.2f}" in out
     assert "finetuned on SST-2; give --task SST-2" in refused(
         *evaluate("glue", "--task", "CoLA", "--load", tmp_path / "run", "--data-path", tmp_path)
     )

@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+"""Mean and spread of several results (seeds of one setting): a table of each figure over the result.json files given.
+
+python tools/summarise.py runs/seed-*/evaluation/retrieval/result.json
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_interbert.config import read_json
+from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.weights.files import write_json
+
+SAME = ("task", "protocol")
+
+
+def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """{figure: {mean, spread, least, most}} over results; the spread is the sample's standard deviation, 0 of one alone."""
+    figures = {}
+    for name in results[0]["metrics"]:
+        values = [result["metrics"][name] for result in results]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        figures[name] = {"mean": statistics.mean(values), "spread": spread, "least": min(values), "most": max(values)}
+    return figures
+
+
+def run() -> None:
+    """Read, check that they are of one kind, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", help="result.json files of evaluations")
+    parser.add_argument("--output", help="JSON file for the table")
+    options = parser.parse_args()
+    results = [read_json(path, "result") for path in options.results]
+    for path, result in zip(options.results, results, strict=True):
+        if not isinstance(result.get("metrics"), dict) or not result["metrics"]:
+            raise UsageError(f"{path}: no figures in it; give the result.json of an evaluation")
+        for name in SAME:
+            if result.get(name) != results[0].get(name):
+                raise UsageError(f"{path}: {name} is {result.get(name)}, the first has {results[0].get(name)}; they do not average")
+        if result.get("data", {}).get("files") != results[0].get("data", {}).get("files"):
+            raise UsageError(f"{path}: evaluated on other data than {options.results[0]}; they do not average")
+        if result["metrics"].keys() != results[0]["metrics"].keys():
+            raise UsageError(f"{path}: has figures {', '.join(result['metrics'])}; {options.results[0]} has others")
+    table = summarise(results)
+    print(f"{results[0]['task']}, {results[0]['protocol']}, {len(results)} results")
+    print(f"{'':<18}{'mean':>9}{'spread':>9}{'least':>9}{'most':>9}")
+    for name, row in table.items():
+        print(f"{name:<18}" + "".join(f"{row[column]:>9.2f}" for column in ("mean", "spread", "least", "most")))
+    if options.output:
+        write_json(Path(options.output), {"results": options.results, "figures": json.loads(json.dumps(table))})
+
+
+if __name__ == "__main__":
+    run_entry(run)
