@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_interbert.config import read_json
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.model.partition import partition_kind
 from megatron_interbert.model.presets import load_model_config
@@ -41,6 +42,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="preset or JSON of sizes, for inputs that do not hold theirs (official, BERT)")
     parser.add_argument("--vocab-file", type=Path, help="vocabulary to put beside the weights; default: the input's")
     parser.add_argument("--verify", action="store_true", help="run a batch through both sides and print the largest difference")
+    parser.add_argument(
+        "--averaged", action="store_true", help="take the averaged weights (--ema-decay) of a checkpoint that has such"
+    )
+    parser.add_argument("--results", type=Path, nargs="+", default=[], help="result.json files to show on the model card")
     parser.add_argument("--list", action="store_true", help="print names, shapes and partition, write nothing")
     return parser.parse_args()
 
@@ -70,27 +75,31 @@ def vocabulary_of(source: Source, given: Path | None) -> bytes | None:
     return content
 
 
-def model_card_for(source: Source) -> str:
+def model_card_for(source: Source, results: list[Path]) -> str:
     """README.md of a Hugging Face folder."""
     try:
         from megatron_interbert.hf.model_card import model_card
     except ImportError as error:
         raise UsageError("--to huggingface needs transformers: pip install 'transformers>=5.3,<6'") from error
-    return model_card(source.config, {**source.facts, "source": source.kind})
+    return model_card(
+        source.config, {**source.facts, "source": source.kind, "results": [read_json(path, "--results") for path in results]}
+    )
 
 
 def main() -> None:
     """Convert, list or verify."""
     arguments = parse_arguments()
     config = load_model_config(arguments.model) if arguments.model else None
-    source = open_source(arguments.input, arguments.source, config)
+    source = open_source(arguments.input, arguments.source, config, arguments.averaged)
+    if arguments.averaged and not source.facts.get("averaged"):
+        raise UsageError(f"--averaged: {arguments.input} holds no averaged weights; leave it out")
     print(describe_source(source), flush=True)
     if arguments.list:
         list_tensors(source)
         return
     if not arguments.to or not arguments.output:
         raise UsageError(f"give --to {'|'.join(TARGETS)} and --output FOLDER, or --list")
-    card = model_card_for(source) if arguments.to == "huggingface" else ""
+    card = model_card_for(source, arguments.results) if arguments.to == "huggingface" else ""
     vocabulary = vocabulary_of(source, arguments.vocab_file)
     output = Output(source, TYPES[arguments.dtype], arguments.tp, vocabulary, card)
     with tqdm(total=output.bytes(), unit="B", unit_scale=True, desc="writing", mininterval=0.5, disable=None) as bar:

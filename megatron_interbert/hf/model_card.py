@@ -1,10 +1,12 @@
 """The README.md of a model folder: what the model is, its sizes, how to load it, where it came from, what it is not for."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from megatron_interbert.config import ModelConfig
+from megatron_interbert.errors import UsageError
 from megatron_interbert.hf.stream import TorchStream
 from megatron_interbert.model.interbert import InterBert
 
@@ -59,7 +61,7 @@ output = model(input_ids, attention_mask, visual_feats=visual_feats, visual_pos=
 | `visual_attention_mask` | [samples, regions] | 1 for real regions (default: all) |
 
 The token that stands for the whole image is made inside and must not be given.
-{training}
+{training}{results}
 ## Intended use and limits
 
 For research on matching, retrieving and classifying images with text, as a start for finetuning. It works on features of the
@@ -82,8 +84,20 @@ def model_card(config: ModelConfig, facts: dict[str, Any]) -> str:
         parameters=parameter_count(config),
         config=config,
         types=config.type_vocab_size - 1,
+        results=results_table(facts.get("results", [])),
         training="\n## Training\n\n" + "\n".join(known) + "\n" if known else "",
     )
+
+
+def results_table(results: Sequence[dict[str, Any]]) -> str:
+    """A section with the figures of evaluations (their result.json), each with its protocol and whether its data were generated."""
+    rows = []
+    for result in results:
+        if not isinstance(result.get("metrics"), dict):
+            raise UsageError("--results: a file without figures; give the result.json of an evaluation")
+        data = "generated scenes" if result.get("data", {}).get("generated") else ", ".join(result.get("data", {}).get("files", {}))
+        rows += [f"| {result['task']}, {result['protocol']} | {data} | {name} | {v:.2f} |" for name, v in result["metrics"].items()]
+    return "\n## Results\n\n| task | data | figure | |\n|---|---|---|---|\n" + "\n".join(rows) + "\n" if rows else ""
 
 
 def wording(fact: Any) -> str:

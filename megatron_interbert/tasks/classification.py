@@ -1,5 +1,6 @@
 """Losses that are cross entropies of logits over a few classes, one or several kinds in a batch; the downstream tasks."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.model.interbert import InterBertOutput
 
 
-class ClassificationTask:
+class ClassificationTask(ABC):
     """The mean cross entropy of each kind in `KINDS`, summed over kinds. A task says where its logits and labels are."""
 
     KINDS: tuple[str, ...] = ()
@@ -19,13 +20,13 @@ class ClassificationTask:
         """Rows: kinds; columns: sum of losses, right answers, targets."""
         return len(self.KINDS), 3
 
+    @abstractmethod
     def answers(self, output: InterBertOutput, batch: PackedBatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(logits float32 [n, classes], labels [n]) of each kind."""
-        raise NotImplementedError
 
+    @abstractmethod
     def count_targets(self, batch: PackedBatch) -> torch.Tensor:
         """float64 [kinds]: labels of each kind in a batch."""
-        raise NotImplementedError
 
     def loss(self, output: InterBertOutput, batch: PackedBatch, totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch's share of the step's loss and its report float32 [kinds, 3]."""

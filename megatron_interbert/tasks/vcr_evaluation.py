@@ -22,7 +22,7 @@ PAGE_STYLE = STYLE + (
     "section{display:grid;grid-template-columns:minmax(220px,360px) 1fr;gap:1rem}@media(max-width:700px){section{display:block}}"
     "ol{padding-left:1.4rem;margin:.3rem 0}li{margin:.15rem 0;padding:.1rem .4rem;border-radius:4px}"
     "li.right{outline:2px solid #1a8f4c}li b{float:right;margin-left:1rem;font-weight:600}h2{font-size:17px;margin:.2rem 0}"
-    ".hit{color:#1a8f4c}.miss{color:#b3402e}\n"
+    "td,th{white-space:nowrap;padding:.3rem .5rem}.hit{color:#1a8f4c}.miss{color:#b3402e}\n"
 )
 
 
@@ -113,4 +113,4 @@ def _options(what: str, texts: list[str], logits: np.ndarray, right: int) -> str
         f"<li{' class=right' if i == right else ''}><b>{p:.0%}</b>{html.escape(text)}</li>"
         for i, (text, p) in enumerate(zip(texts, probabilities, strict=True))
     )
-    return f'<p class="note {verdict}">{what}</p><ol type="a">{lines}</ol>'
+    return f'<p class="note {verdict}">{what}: {"right" if verdict == "hit" else "wrong"}</p><ol type="a">{lines}</ol>'

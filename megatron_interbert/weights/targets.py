@@ -67,6 +67,10 @@ def write_target(kind: str, output: Output, folder: Path, progress: Progress = l
         raise UsageError(f"{folder}: exists already; remove it, or choose another --output")
     if kind != "bert" and output.source.kind == "bert":
         raise UsageError(f"{output.source.path}: BERT has no image side to write as '{kind}'; train from it by --init-from")
+    if kind in ("huggingface", "official") and "image_embedding.feature.weight" not in output.source.layouts:
+        raise UsageError(
+            f"{output.source.path}: holds the text path alone (GLUE), which is no '{kind}' model; write it as BERT: --to bert"
+        )
     if kind == "sharded":
         check_sharing(output.source.config, output.tensor_parallel)
     elif output.tensor_parallel != 1:

@@ -117,6 +117,16 @@ def test_averaged_weights_are_the_average_of_all_steps(store, tmp_path, processe
     assert result["protocol"] == "finetuned"
     logged = records(tmp_path / "run", "valid")[6]
     assert {name: logged[name] for name in result["metrics"]} == pytest.approx(result["metrics"])
+    if stage:
+        return
+    figures = tmp_path / "run" / "evaluation" / "retrieval" / "result.json"
+    ran(sys.executable, "tools/convert_checkpoint.py", tmp_path / "run" / "global_step6", "--averaged", "--to", "huggingface", "--output",
+        tmp_path / "hf", "--results", figures)  # fmt: skip
+    assert f"| retrieval, finetuned | {store / 'manifest.json'} | t2i_R@5 | {logged['t2i_R@5']:.2f} |" in (
+        tmp_path / "hf" / "README.md").read_text()  # fmt: skip
+    ran(*evaluate("retrieval", "--load", tmp_path / "hf", "--data-path", store, "--max-regions", 101, "--max-tokens", 20, "--output",
+                  tmp_path / "from-hf"))  # fmt: skip
+    assert json.loads((tmp_path / "from-hf" / "result.json").read_text())["metrics"] == pytest.approx(result["metrics"])
 
 
 def test_early_stopping_keeps_the_best(store, tmp_path):
@@ -185,6 +195,12 @@ def test_glue_from_training_to_prediction_files(tmp_path):
     )
     assert "--vocab-file is missing" in refused(*finetune("glue", "--model", "tiny", "--data-path", tmp_path))
     assert "none of" in refused(*finetune("glue", *common, "--task", "RTE"))
+    convert = (sys.executable, "tools/convert_checkpoint.py", tmp_path / "run", "--output", tmp_path / "bert", "--to")
+    assert "the text path alone (GLUE)" in refused(*convert, "huggingface")
+    assert "holds no averaged weights" in refused(*convert, "bert", "--averaged")
+    ran(*convert, "bert")
+    ran(*finetune("glue", *common, "--init-from", tmp_path / "bert", "--train-iters", 1, "--lr", 0, "--save", tmp_path / "again"))
+    assert records(tmp_path / "again", "valid")[1]["accuracy"] == result["metrics"]["accuracy"], "classifier included"
     assert "more than the model's 64 positions" in refused(*finetune("glue", *common[:-4], "--max-tokens", 90))
 
 
