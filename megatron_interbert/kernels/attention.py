@@ -11,6 +11,9 @@ def padded_sdpa(
 ) -> torch.Tensor:
     """Pads to `max_length` inside the call only; q, k, v [N, heads, D], offsets [B+1] -> [N, heads, D]."""
     count, samples = len(q), len(offsets) - 1
+    if count == samples * max_length:  # all of one length: nothing to pad
+        queries, keys, values = (x.view(samples, max_length, *q.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout_p).transpose(1, 2).flatten(0, 1)
     lengths = offsets[1:] - offsets[:-1]
     # From packed rows to padded slots and back, without boolean indexing (the host would wait for the device). Padding
     # repeats the last real row; nothing attends to it and its result is dropped.

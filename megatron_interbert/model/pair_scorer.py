@@ -87,12 +87,13 @@ class PairScorer:
         order = torch.empty(len(image_index) + len(text_index), dtype=torch.long, device=image_rows.device)
         order[image_index], order[text_index] = image_rows, text_rows + len(images.hidden)
         joint = torch.cat([images.hidden, captions.hidden])[order]
-        longest = images.longest + captions.longest
+        longest_image, longest_text = int(image_lengths.max()), int(text_lengths.max())  # of these pairs, not of all
+        longest = int((image_lengths + text_lengths).max())
         for number, layer in enumerate(model.interaction.layers):
             qkv = torch.cat([images.qkv, captions.qkv])[order] if number == 0 else layer.attention.qkv(joint)
             joint = after_attention(layer, layer.attention.attend(qkv, joint_offsets.int(), longest), joint)
-        image = last_layer_of_first(model.image_stream, joint[image_index], image_offsets, images.longest)
-        text = last_layer_of_first(model.text_stream, joint[text_index], text_offsets, captions.longest)
+        image = last_layer_of_first(model.image_stream, joint[image_index], image_offsets, longest_image)
+        text = last_layer_of_first(model.text_stream, joint[text_index], text_offsets, longest_text)
         return model.text_pooler(text), model.image_pooler(image)
 
 

@@ -72,13 +72,24 @@ def score_block(scorer: PairScorer, images: Side, captions: Side, pairs_per_batc
     result = torch.empty(len(captions), len(images), device=device)
     width = min(len(images), pairs_per_batch)
     height = max(1, pairs_per_batch // width)
-    for top in range(0, len(captions), height):
-        rows = torch.arange(top, min(top + height, len(captions)), device=device)
+    for top, bottom in runs_of_one_length(captions, height):
+        rows = torch.arange(top, bottom, device=device)
         for left in range(0, len(images), width):
             columns = torch.arange(left, min(left + width, len(images)), device=device)
             margins = scorer.margins(images, captions, columns.repeat(len(rows)), rows.repeat_interleave(len(columns)))
             result[top : top + len(rows), left : left + len(columns)] = margins.view(len(rows), len(columns))
     return result
+
+
+def runs_of_one_length(side: Side, most: int) -> list[tuple[int, int]]:
+    """(first, last + 1) of runs of at most `most` neighbours of equal length, so that nothing is padded inside the attention."""
+    lengths = (side.offsets[1:] - side.offsets[:-1]).tolist()
+    runs, first = [], 0
+    for item in range(1, len(lengths) + 1):
+        if item == len(lengths) or lengths[item] != lengths[first] or item - first == most:
+            runs.append((first, item))
+            first = item
+    return runs
 
 
 class ScoreTiles:

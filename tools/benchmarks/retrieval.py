@@ -12,11 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from megatron_interbert.config import ModelConfig
 from megatron_interbert.data.building.store_writer import RegionStoreWriter
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.downstream.pairs import pair_fields
-from megatron_interbert.data.packing import to_batch
+from megatron_interbert.data.packing import PackedBatch, to_batch
 from megatron_interbert.data.region_batch import read_regions
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.data.text import CaptionTokenizer
@@ -32,7 +31,7 @@ from megatron_interbert.tasks.pair_tiles import Pairs, score_block
 from megatron_interbert.tasks.retrieval import choose_pairs
 from tools.benchmarks.data import captions_for
 
-REGIONS = 36
+FIXED, MOST = 36, 100  # regions of an image: always so many, or between 10 and these
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--captions-of-each", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--max-tokens", type=int, default=36, help="that padded captions have (default: %(default)s)")
+    parser.add_argument("--regions", choices=("fixed", "adaptive"), default="fixed",
+                        help="36 an image, or 10 to 100 (mean 36), which padded batches fill up to 100 (default: %(default)s)")  # fmt: skip
     parser.add_argument("--pairs", type=int, default=64, help="of a forward pass (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="alternating repeats (default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="both in bfloat16")
@@ -58,7 +59,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     model = model.to(device, torch.bfloat16 if arguments.bf16 else torch.float32).eval()
     scorer = PairScorer(model)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        pairs = choose_pairs(store_of(Path(folder) / "store", arguments), tokenizer, "", 0, REGIONS, arguments.max_tokens)
+        pairs = choose_pairs(store_of(Path(folder) / "store", arguments), tokenizer, "", 0, MOST, arguments.max_tokens)
         ways: dict[str, Callable[[], torch.Tensor]] = {
             "padded batches, all heads (official style)": lambda: padded_scores(model, pairs, device, arguments, heads=True),
             "padded batches, matching head only": lambda: padded_scores(model, pairs, device, arguments, heads=False),
@@ -72,7 +73,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         count = scores["ours"].numel()
         naive = statistics.median(seconds["padded batches, all heads (official style)"][1:])
         result: dict[str, Any] = {}
-        print(f"{len(pairs.captions)} captions x {len(pairs.images)} images of {REGIONS} regions, {arguments.model}, {device.type}")
+        print(
+            f"{len(pairs.captions)} captions x {len(pairs.images)} images, {arguments.regions} regions, {arguments.model}, {device.type}"
+        )
         for name, values in seconds.items():
             median = statistics.median(values[1:])
             result[name] = {"pairs_per_second": count / median, "of_official_style": naive / median}
@@ -116,10 +119,11 @@ def store_of(path: Path, arguments: argparse.Namespace) -> Corpus:
     facts = {"feature_dim": 2048, "num_classes": 1601, "detector": {"name": "noise"}, "soft_labels": "top_k"}
     with RegionStoreWriter(path, **facts) as writer:
         for number in range(arguments.images):
-            corner = random.uniform(0, 300, size=(REGIONS, 2))
-            boxes = np.concatenate([corner, corner + random.uniform(20, 150, size=(REGIONS, 2))], axis=1).astype(np.float32)
-            features = random.normal(size=(REGIONS, 2048)).clip(0).astype(np.float16)
-            labels = np.zeros((REGIONS, 1), np.int32), np.ones((REGIONS, 1), np.float32)
+            count = FIXED if arguments.regions == "fixed" else int(np.clip(random.lognormal(3.45, 0.5), 10, MOST))
+            corner = random.uniform(0, 300, size=(count, 2))
+            boxes = np.concatenate([corner, corner + random.uniform(20, 150, size=(count, 2))], axis=1).astype(np.float32)
+            features = random.normal(size=(count, 2048)).clip(0).astype(np.float16)
+            labels = np.zeros((count, 1), np.int32), np.ones((count, 1), np.float32)
             first = number * arguments.captions_of_each
             captions = [(text, "en") for text in texts[first : first + arguments.captions_of_each]]
             writer.add(Regions(str(number), (480.0, 480.0), features, boxes, *labels), captions)
@@ -140,34 +144,38 @@ def our_scores(scorer: PairScorer, pairs: Pairs, device: torch.device, pairs_per
 
 def padded_scores(model: InterBert, pairs: Pairs, device: torch.device, arguments: argparse.Namespace, heads: bool) -> torch.Tensor:
     """[captions, images]: each caption with all images in padded batches, everything anew for every pair."""
-    config, images = model.config, np.arange(len(pairs.images))
+    images = np.arange(len(pairs.images))
     scores = torch.empty(len(pairs.captions), len(images))
-    regions = read_regions(pairs.corpus, pairs.images, REGIONS)
+    regions, most = read_regions(pairs.corpus, pairs.images, MOST), FIXED if arguments.regions == "fixed" else MOST
     for row in range(len(pairs.captions)):
         tokens = pairs.corpus.tokens(pairs.captions[row : row + 1], pairs.tokenizer, arguments.max_tokens - 2)
         text = pairs.tokenizer.framed(tokens.ids), np.zeros(len(tokens.ids) + 2, np.int64)
         for start in range(0, len(images), arguments.pairs):
             part = images[start : start + arguments.pairs]
             batch = to_batch(pair_fields([text] * len(part), regions, part, 2048)).to(device)
-            scores[row, part] = padded_margins(model, config, batch, arguments.max_tokens, heads).float().cpu()
+            scores[row, part] = padded_margins(model, batch, arguments.max_tokens, most + 1, heads).float().cpu()
     return scores
 
 
-def padded_margins(model: InterBert, config: ModelConfig, batch: Any, max_tokens: int, heads: bool) -> torch.Tensor:
-    """Margins [B] as a padded implementation computes them, with the same weights."""
+def padded_margins(model: InterBert, batch: PackedBatch, max_tokens: int, image_tokens: int, heads: bool) -> torch.Tensor:
+    """Margins [B] as a padded implementation computes them, with the same weights: everything to `image_tokens` and `max_tokens`."""
     samples, tokens = len(batch), batch.max_text
     ids = F.pad(batch.token_ids.view(samples, tokens), (0, max_tokens - tokens))
     places = torch.arange(max_tokens, device=ids.device).expand(samples, -1)
     text = model.text_embedding(ids, places, torch.zeros_like(ids))
-    image = model.image_embedding.feature(image_features(batch).to(model.image_embedding.feature.weight.dtype))
-    image = model.image_embedding.norm(image + model.image_embedding.location(batch.locations.to(image.dtype)))
-    image = image.view(samples, REGIONS + 1, -1)
+    lengths = (batch.image_offsets[1:] - batch.image_offsets[:-1]).long()
+    slots = torch.arange(image_tokens, device=ids.device)
+    rows = (batch.image_offsets[:-1, None].long() + torch.minimum(slots, lengths[:, None] - 1)).flatten()
+    features = image_features(batch)[rows].to(model.image_embedding.feature.weight.dtype)
+    image = model.image_embedding.feature(features)
+    image = model.image_embedding.norm(image + model.image_embedding.location(batch.locations[rows].to(image.dtype)))
+    image = image.view(samples, image_tokens, -1)
     seen_text = (places < tokens)[:, None, None]
-    seen_image = torch.ones(samples, 1, 1, REGIONS + 1, dtype=torch.bool, device=ids.device)
+    seen_image = (slots < lengths[:, None])[:, None, None]
     joint, seen = torch.cat([image, text], dim=1), torch.cat([seen_image, seen_text], dim=3)
     for layer in model.interaction.layers:
         joint = padded_layer(layer, joint, seen)
-    image, text = joint.split([REGIONS + 1, max_tokens], dim=1)
+    image, text = joint.split([image_tokens, max_tokens], dim=1)
     for layer in model.image_stream.layers:
         image = padded_layer(layer, image, seen_image)
     for layer in model.text_stream.layers:
