@@ -1,13 +1,24 @@
 """One line for the user instead of a traceback: what is wrong, where, and the command that mends it."""
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 class UsageError(ValueError):
     """Wrong flags, files or records. Entries print it as one line and exit with code 2."""
+
+
+@contextlib.contextmanager
+def local_errors() -> Iterator[None]:
+    """Marks errors raised inside as known to this rank alone: it must speak, not rank 0."""
+    try:
+        yield
+    except (UsageError, TrainingStopped) as error:
+        error.local = True
+        raise
 
 
 class TrainingStopped(RuntimeError):

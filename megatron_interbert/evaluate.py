@@ -31,6 +31,7 @@ def run() -> None:
     task, flags = choose_task(sys.argv[1:], TASKS, "evaluate retrieval --load RUN --data-path STORE")
     config_class, evaluate = TASKS[task]
     config = parse(config_class, config_class.__doc__ or "", flags)
+    config.check()
     if "WORLD_SIZE" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         from megatron_interbert.training.engine import start_processes  # a single process needs no DeepSpeed
 

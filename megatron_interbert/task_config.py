@@ -31,6 +31,10 @@ class FinetuneConfig(TrainConfig):
         self.train_iters = given
         if self.epochs <= 0:
             raise UsageError(f"--epochs is {self.epochs}, expected more than 0")
+        if self.eval_batch_size < 1:
+            raise UsageError(f"--eval-batch-size is {self.eval_batch_size}, expected 1 or more")
+        if self.TASK in ("vcr", "glue") and min(self.max_tokens, getattr(self, "max_rationale_tokens", 5)) < 5:
+            raise UsageError("--max-tokens and --max-rationale-tokens must be 5 or more: [CLS] word [SEP] word [SEP]")
         for name in ("early_stopping", "eval_interval"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{flag(name)} is {getattr(self, name)}, expected 0 or more")
@@ -126,13 +130,24 @@ class EvaluateConfig:
     output: str = option("", "folder for result.json and result.html; default: evaluation/TASK in the run's folder")
     tensor_model_parallel_size: int = option(1, "ranks that share each layer, under deepspeed or torchrun")
     kernels: str = option("auto", "fused kernels", ("auto", "torch", "triton", "apex"))
-    bf16: bool = option(False, "compute in bfloat16")
     allow_other_detector: bool = option(False, "accept features of another detector than the model was trained on")
     strict_boxes: bool = option(False, "refuse boxes outside the image instead of clipping them")
     TASK: ClassVar[str] = ""
+    POSITIVE: ClassVar[tuple[str, ...]] = ("tensor_model_parallel_size",)
+    SHORTEST: ClassVar[int] = 3  # [CLS] word [SEP]
 
     def __post_init__(self) -> None:
         self.given: set[str] = set()
+
+    def check(self) -> None:
+        """UsageError for values without a meaning."""
+        for name in self.POSITIVE:
+            if getattr(self, name) < 1:
+                raise UsageError(f"{flag(name)} is {getattr(self, name)}, expected 1 or more")
+        for name in ("max_tokens", "max_rationale_tokens"):
+            value = getattr(self, name, None)
+            if value and value < self.SHORTEST:
+                raise UsageError(f"{flag(name)} is {value}, expected {self.SHORTEST} or more")
 
 
 @dataclass
@@ -144,8 +159,9 @@ class EvaluateRetrievalConfig(EvaluateConfig):
     benchmark: str = option("", "the data are this benchmark's: show the paper's figures beside", ("", "flickr30k"))
     language: str = option("", "only captions of this language tag; default: all")
     max_images: int = option(0, "only the first images of the store; 0: all")
-    max_regions: int = option(36, "regions per image")
-    max_tokens: int = option(36, "tokens per caption with [CLS] and [SEP]")
+    max_regions: int = option(0, "regions per image; default: as the weights were trained, else 36")
+    max_tokens: int = option(0, "tokens per caption with [CLS] and [SEP]; default: as the weights were trained, else 36")
+    bf16: bool = option(False, "compute in bfloat16, scores in float32")
     batch_pairs: int = option(512, "pairs per forward pass")
     tile_captions: int = option(1024, "captions of a tile, the unit of work that is kept when an evaluation is stopped")
     tile_images: int = option(256, "images of a tile")
@@ -153,6 +169,16 @@ class EvaluateRetrievalConfig(EvaluateConfig):
     exhaustive: bool = option(True, "score all pairs; --no-exhaustive leaves that out where only --two-stage can be paid for")
     image_folder: str = option("", "photos named IMAGE_ID.jpg to show on the page")
     TASK: ClassVar[str] = "retrieval"
+    POSITIVE: ClassVar[tuple[str, ...]] = ("tensor_model_parallel_size", "batch_pairs", "tile_captions", "tile_images")
+
+    def check(self) -> None:
+        """UsageError for values without a meaning."""
+        super().check()
+        for name in ("max_images", "max_regions", "max_tokens", "two_stage"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{flag(name)} is {getattr(self, name)}, expected 0 or more")
+        if not self.exhaustive and not self.two_stage:
+            raise UsageError("--no-exhaustive leaves nothing to do without --two-stage K")
 
 
 @dataclass
@@ -165,6 +191,8 @@ class EvaluateGlueConfig(EvaluateConfig):
     max_tokens: int = option(128, "tokens with [CLS] and [SEP]")
     batch_size: int = option(64, "samples per forward pass")
     TASK: ClassVar[str] = "glue"
+    POSITIVE: ClassVar[tuple[str, ...]] = ("tensor_model_parallel_size", "batch_size", "max_tokens")
+    SHORTEST: ClassVar[int] = 5  # [CLS] word [SEP] word [SEP]
 
 
 @dataclass
@@ -185,3 +213,11 @@ class EvaluateVcrConfig(EvaluateConfig):
     examples: int = option(60, "questions on the page")
     image_folder: str = option("", "photos named IMAGE_ID.jpg to show on the page")
     TASK: ClassVar[str] = "vcr"
+    POSITIVE: ClassVar[tuple[str, ...]] = (
+        "tensor_model_parallel_size",
+        "max_regions",
+        "batch_size",
+        "max_tokens",
+        "max_rationale_tokens",
+    )
+    SHORTEST: ClassVar[int] = 5  # [CLS] word [SEP] word [SEP]

@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 from tqdm import tqdm
 
 from megatron_interbert.config import ModelConfig, nearest
@@ -109,6 +110,7 @@ class Run:
         found = {}
         for protocol, run in (("zero-shot", pretrained), ("finetuned", tuned)):
             result = run / "result" / "result.json"
+            self._same(result.parent, [options.test_data_path, options.language])
             if not result.is_file():
                 zero = ("--zero-shot",) if protocol == "zero-shot" else ()
                 self._call("evaluate", "retrieval", "--load", run, "--data-path", options.test_data_path, "--language", options.language,
@@ -128,12 +130,21 @@ class Run:
 
     def _train(self, save: Path, iterations: int, entry: str, *flags: object) -> None:
         done = newest_checkpoint(save) if save.is_dir() else None
+        self._same(save, [entry, *map(str, flags), str(iterations)])
         if done is None or done.name != f"global_step{iterations}":
             self._call(entry, *flags, "--seed", self.seed, "--train-iters", iterations, "--save", save)
 
+    def _same(self, place: Path, command: list[str]) -> None:
+        """UsageError where a stage was made with other flags; else it is written down what it is made with."""
+        record = place.with_name(f"{place.parent.name if place.name == 'result' else ''}{place.name}.flags.json")
+        if record.is_file() and json.loads(record.read_text(encoding="utf-8")) != command:
+            raise UsageError(f"{place}: made with other options than now; choose another --output, or remove {self.folder}")
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(command), encoding="utf-8")
+
     def _call(self, entry: str, *flags: object) -> None:
         command = [sys.executable, "-m", f"megatron_interbert.{entry}", *map(str, flags)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})}
         root = Path(__file__).resolve().parents[1]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
         ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -53,14 +53,14 @@ class Padded:
         return cls(batch.token_ids[rows] * mask, mask.long(), batch.token_types[rows] * mask)
 
 
-def bert_like(config: GlueConfig, sizes: ModelConfig) -> torch.nn.Module:
+def bert_like(config: GlueConfig, sizes: ModelConfig, data: dict[str, Any]) -> torch.nn.Module:
     """BertForSequenceClassification with the first weights that `finetune glue` starts from."""
     from transformers import BertConfig, BertForSequenceClassification
 
     ours = InterBert(sizes, ("sentence",), num_labels=labels_of(config.task), text_only=True)
     initialise(ours, sizes, config.seed, ParallelState())
     if config.init_from:
-        load_initial_weights(ours, sizes, config.init_from, ParallelState())
+        load_initial_weights(ours, sizes, config.init_from, ParallelState(), data)
     state = dict(ours.named_parameters())
     theirs: dict[str, torch.Tensor] = {}
     for link in bert_links(sizes):
@@ -93,7 +93,7 @@ def train_bert(config: GlueConfig) -> tuple[list[float], dict[str, float]]:
     config.train_iters = config.train_iters or max(
         1, round(config.epochs * job.samples.order.epoch_length / config.global_batch_size)
     )
-    model = bert_like(config, job.model_config).to(device).train()
+    model = bert_like(config, job.model_config, job.data).to(device).train()
     torch.manual_seed(config.seed)
     optimizer = build_optimizer(parameter_groups(model, config), config)
     stream = iter(BatchStream(job.samples, 0, config.global_batch_size, 0, 1, workers=0))
@@ -141,7 +141,9 @@ def train_ours(flags: list[str], save: str) -> tuple[list[float], dict[str, floa
     command = [sys.executable, "-m", "megatron_interbert.finetune", "glue", *flags, "--log-interval", "1"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
-        raise TrainingStopped(f"finetune glue ended with code {ended.returncode}: {ended.stderr.strip().splitlines()[-1]}")
+        raise TrainingStopped(
+            f"finetune glue ended with code {ended.returncode}: {''.join(ended.stderr.strip().splitlines()[-1:])}"
+        )
     records = [json.loads(line) for line in (Path(save) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     valid = {k: v for k, v in [r for r in records if r["split"] == "valid"][-1].items() if k not in ("step", "split")}
     return [r["sentence_loss"] for r in records if r["split"] == "train"], valid
@@ -152,8 +154,8 @@ def run() -> None:
     flags = sys.argv[1:]
     config: Any = parse(GlueConfig, __doc__ or "", flags)
     config.check()
-    if not config.save or config.ema_decay:
-        raise UsageError("--save is missing, or --ema-decay given (BERT is compared without); give a folder for the run")
+    if not config.save or config.ema_decay or config.pretrained_lr_scale != 1:
+        raise UsageError("give --save, and neither --ema-decay nor --pretrained-lr-scale: BERT is trained without")
     our_losses, ours = train_ours(flags, config.save)
     bert_losses, theirs = train_bert(config)
     print(f"{config.task}, {config.train_iters} steps of {config.global_batch_size}")

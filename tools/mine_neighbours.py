@@ -2,7 +2,7 @@
 """Finds for each image of a region store those whose mean region features are nearest, for hard captions in finetuning.
 
 Writes hard_images.npy [images, K] into the store, nearest first (Euclidean distance of mean features), never the image itself.
-The search is exact: blocks of a matrix product, memory bounded by --block.
+The search is exact: blocks of a matrix product. Memory holds the mean features and --block x images distances.
 """
 
 import argparse

@@ -30,6 +30,13 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return figures
 
 
+def deciding(result: dict[str, Any]) -> list[Any]:
+    """Hashes of the data, wherever they lie, and the settings on which the samples depend."""
+    settings = result.get("configuration", {})
+    names = ("language", "max_images", "max_regions", "max_tokens", "max_rationale_tokens", "split")
+    return [sorted(result.get("data", {}).get("files", {}).values()), *(settings.get(name) for name in names)]
+
+
 def run() -> None:
     """Read, check that they are of one kind, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -43,8 +50,8 @@ def run() -> None:
         for name in SAME:
             if result.get(name) != results[0].get(name):
                 raise UsageError(f"{path}: {name} is {result.get(name)}, the first has {results[0].get(name)}; they do not average")
-        if result.get("data", {}).get("files") != results[0].get("data", {}).get("files"):
-            raise UsageError(f"{path}: evaluated on other data than {options.results[0]}; they do not average")
+        if deciding(result) != deciding(results[0]):
+            raise UsageError(f"{path}: evaluated on other data or with other limits than {options.results[0]}; they do not average")
         if result["metrics"].keys() != results[0]["metrics"].keys():
             raise UsageError(f"{path}: has figures {', '.join(result['metrics'])}; {options.results[0]} has others")
     table = summarise(results)

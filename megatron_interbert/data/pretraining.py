@@ -49,7 +49,11 @@ class PretrainingSet:
         self.has_hard_negatives = corpus.has_hard_negatives()
         corpus.label_width()  # the same in all stores
         self.feature_dim = corpus.feature_dim
-        self.most_rows = config.micro_batch_size * min(config.max_regions, int(corpus.region_counts.max()))
+
+    @property
+    def most_rows(self) -> int:
+        """Regions that a micro-batch can have."""
+        return self.config.micro_batch_size * min(self.config.max_regions, int(self.corpus.region_counts.max()))
 
     def _lengths(self) -> np.ndarray:
         """int32 [captions]: about how many tokens a sample has: its regions and a fifth of its caption's bytes."""

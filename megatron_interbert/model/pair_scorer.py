@@ -65,7 +65,8 @@ class PairScorer:
     def margins(self, images: Side, captions: Side, image_of: torch.Tensor, caption_of: torch.Tensor) -> torch.Tensor:
         """float32 [B]: logit(matched) - logit(mismatched) of pairs given by their numbers in both sides."""
         pooled = self.pooled(images, captions, image_of, caption_of)
-        logits = self.model.itm_head(self.model.fuse(*pooled)).float()
+        head = self.model.itm_head  # in float32: two logits rounded to 16 bits would often tie
+        logits = F.linear(self.model.fuse(*pooled).float(), head.weight.float(), head.bias.float())
         return logits[:, 0] - logits[:, 1]
 
     def pooled(
@@ -84,13 +85,17 @@ class PairScorer:
         text_index = torch.arange(len(text_rows), device=text_rows.device) + torch.repeat_interleave(
             image_offsets[1:], text_lengths
         )
-        order = torch.empty(len(image_index) + len(text_index), dtype=torch.long, device=image_rows.device)
-        order[image_index], order[text_index] = image_rows, text_rows + len(images.hidden)
-        joint = torch.cat([images.hidden, captions.hidden])[order]
+
+        def together(of_images: torch.Tensor, of_texts: torch.Tensor) -> torch.Tensor:
+            rows = of_images.new_empty(len(image_index) + len(text_index), of_images.shape[1])
+            rows[image_index], rows[text_index] = of_images[image_rows], of_texts[text_rows]
+            return rows
+
+        joint = together(images.hidden, captions.hidden)
         longest_image, longest_text = int(image_lengths.max()), int(text_lengths.max())  # of these pairs, not of all
         longest = int((image_lengths + text_lengths).max())
         for number, layer in enumerate(model.interaction.layers):
-            qkv = torch.cat([images.qkv, captions.qkv])[order] if number == 0 else layer.attention.qkv(joint)
+            qkv = together(images.qkv, captions.qkv) if number == 0 else layer.attention.qkv(joint)
             joint = after_attention(layer, layer.attention.attend(qkv, joint_offsets.int(), longest), joint)
         image = last_layer_of_first(model.image_stream, joint[image_index], image_offsets, longest_image)
         text = last_layer_of_first(model.text_stream, joint[text_index], text_offsets, longest_text)

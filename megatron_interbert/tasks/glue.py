@@ -63,6 +63,7 @@ def glue_job(config: GlueConfig, state: ParallelState) -> Job:
         model_options={"num_labels": labels_of(config.task), "text_only": True},
         evaluate=evaluate,
         metric=config.metric or metric_names(config.task)[0],
+        figures=metric_names(config.task),
     )
 
 

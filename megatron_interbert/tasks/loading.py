@@ -38,10 +38,16 @@ def load_model(
     best = Path(load) / BEST
     source = open_source(best if best.is_dir() else load, averaged=averaged)
     source.path = source.path.resolve() if best.is_dir() else source.path
+    source.facts.setdefault("files", {path.name: file_sha256(path) for path in weight_files(source.path)})
     source.config.check_tensor_parallel(state.tensor_size)
     model = InterBert(source.config, heads, state=state, kernels=choose_kernels(kernels, device), **options)
     load_full_state(model, source.state(), state, load)
     return model.to(device).eval(), source
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold the weights of a source that does not list them itself."""
+    return sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]) if path.is_dir() else [path]
 
 
 def open_for(config: EvaluateConfig, source: Source, stores: Sequence[str]) -> tuple[Corpus | None, CaptionTokenizer]:

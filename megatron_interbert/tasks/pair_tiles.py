@@ -4,6 +4,8 @@ A tile is a run of captions (sorted by length) times a run of images. Memory hol
 pair. Data-parallel ranks take tiles in turn, the ranks of a tensor-parallel group work on the same one.
 """
 
+import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -19,11 +21,11 @@ from megatron_interbert.data.downstream.pairs import pair_fields
 from megatron_interbert.data.packing import to_batch
 from megatron_interbert.data.region_batch import read_regions
 from megatron_interbert.data.text import CaptionTokenizer
-from megatron_interbert.errors import UsageError
+from megatron_interbert.errors import UsageError, local_errors
 from megatron_interbert.model.pair_scorer import PairScorer, Side
 from megatron_interbert.parallel.state import ParallelState
 
-PLAN = "plan.json"
+PREFIX = "tiles-"
 
 
 @dataclass
@@ -93,26 +95,41 @@ def runs_of_one_length(side: Side, most: int) -> list[tuple[int, int]]:
 
 
 class ScoreTiles:
-    """Tiles of [captions, images] in a folder; a tile that is there is not scored again. `identity` says of what they are."""
+    """Tiles of [captions, images] in a folder of their own inside `parent`; a tile that is there is not scored again.
+
+    `identity` says of what they are: other weights, data or settings have another folder. One evaluation at a time works in it;
+    folders that stopped evaluations have left and nobody works in are removed.
+    """
 
     def __init__(
-        self, folder: Path, shape: tuple[int, int], tile: tuple[int, int], identity: dict, state: ParallelState | None = None
+        self, parent: Path, shape: tuple[int, int], tile: tuple[int, int], identity: dict, state: ParallelState | None = None
     ) -> None:
-        self.folder, self.shape, self.tile, self.state = folder, shape, tile, state or ParallelState()
-        plan = {"shape": list(shape), "tile": list(tile), "identity": identity}
-        if self.state.is_main:
-            self._claim(json.dumps(plan, sort_keys=True))
-        self.state.barrier()
+        self.shape, self.tile, self.state = shape, tile, state or ParallelState()
+        plan = json.dumps({"shape": list(shape), "tile": list(tile), "identity": identity}, sort_keys=True)
+        self.folder = parent / f"{PREFIX}{hashlib.sha256(plan.encode()).hexdigest()[:16]}"
+        self._lock: int | None = None
+        problem = self._claim(parent) if self.state.is_main else None
+        problem = self.state.gather(problem)[0]
+        if problem:
+            raise UsageError(problem)
         self.places = [(top, left) for top in range(0, shape[0], tile[0]) for left in range(0, shape[1], tile[1])]
 
-    def _claim(self, plan: str) -> None:
-        known = self.folder / PLAN
-        if self.folder.exists() and not (known.is_file() and known.read_text(encoding="utf-8") == plan):
-            if not known.is_file() and any(self.folder.iterdir()):
-                raise UsageError(f"{self.folder}: holds something that is no unfinished evaluation; choose another --output")
-            shutil.rmtree(self.folder)  # of other weights, data or settings
+    def _claim(self, parent: Path) -> str | None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        known.write_text(plan, encoding="utf-8")
+        self._lock = _locked(self.folder)
+        if self._lock is None:
+            return f"{self.folder}: the same evaluation is running there; wait for it, or give another --output"
+        for left in parent.glob(f"{PREFIX}*"):
+            if left != self.folder and (handle := _locked(left)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(handle)
+        return None
+
+    def release(self) -> None:
+        """Give the folder back; the tiles stay."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _file(self, place: tuple[int, int]) -> Path:
         return self.folder / f"scores-{place[0]:08d}-{place[1]:08d}.npy"
@@ -146,6 +163,18 @@ class ScoreTiles:
     def remove(self) -> None:
         """The folder with all tiles."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.release()
+
+
+def _locked(folder: Path) -> int | None:
+    """A lock on a folder, held until its descriptor is closed; None when somebody has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 def fill(
@@ -162,9 +191,10 @@ def fill(
     ready: tuple[int, Side] | None = None
     for top, left in places:
         rows, columns = tiles.extent((top, left))
-        if ready is None or ready[0] != top:  # tiles of the same captions follow each other
-            ready = top, pairs.caption_side(scorer, captions[rows], device)
-        side = pairs.image_side(scorer, images[columns], device)
+        with local_errors():
+            if ready is None or ready[0] != top:  # tiles of the same captions follow each other
+                ready = top, pairs.caption_side(scorer, captions[rows], device)
+            side = pairs.image_side(scorer, images[columns], device)
         scores = score_block(scorer, side, ready[1], pairs_per_batch)
         tiles.write((top, left), scores.cpu().numpy())
         progress(scores.numel())

@@ -44,9 +44,7 @@ def result_of(
             "format": source.kind,
             "iteration": source.facts.get("iteration"),
             "averaged": bool(source.facts.get("averaged")),
-            "weights_sha256": source.facts.get("files") or file_sha256(source.path)
-            if source.path.is_file()
-            else source.facts.get("files"),
+            "weights_sha256": source.facts["files"],
         },
         "data": {
             "files": {

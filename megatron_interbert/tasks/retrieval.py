@@ -11,10 +11,11 @@ import torch
 
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.downstream.retrieval import RetrievalSet
+from megatron_interbert.data.manifest import HARD_IMAGES
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.pretraining import trainable_captions
 from megatron_interbert.data.text import CaptionTokenizer
-from megatron_interbert.errors import UsageError
+from megatron_interbert.errors import UsageError, local_errors
 from megatron_interbert.model.interbert import InterBert, InterBertOutput
 from megatron_interbert.model.pair_scorer import PairScorer
 from megatron_interbert.parallel.state import ParallelState
@@ -24,6 +25,7 @@ from megatron_interbert.tasks.pair_tiles import Pairs, score_block
 from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, open_vocabulary
 from megatron_interbert.tasks.task import Job
 
+CAPTIONS_AT_ONCE = 512
 Tile = tuple[slice, slice, np.ndarray]
 
 
@@ -50,8 +52,10 @@ def retrieval_job(config: RetrievalConfig, state: ParallelState) -> Job:
             f"{corpus.path}: no hard_images.npy, so hard captions are random ones; make it with tools/mine_neighbours.py",
             flush=True,
         )
-    data = describe_data(tokenizer, corpus, task="retrieval")
+    near = [str(store.path / HARD_IMAGES) for store in corpus.stores if samples.has_hard_images]
+    data = describe_data(tokenizer, corpus, near, "retrieval")
     job = Job(RetrievalTask(), samples, sizes, ("itm",), data, tokenizer.vocab_file, metric=config.metric or "t2i_R@1")
+    job.figures = tuple(f"{direction}_R@{k}" for direction in ("t2i", "i2t") for k in (1, 5, 10))
     if config.valid_data_path:
         valid = open_stores([config.valid_data_path], config)
         corpus.check_alike(valid.stores[0], config.allow_other_detector, "--valid-data-path")
@@ -91,12 +95,14 @@ def score_matrix(
     mine = pairs.by_length()[state.data_rank :: state.data_size]
     scores = np.full((len(pairs.captions), len(pairs.images)), -np.inf, dtype=np.float32)
     order = pairs.by_regions()
-    if len(mine):
-        captions = pairs.caption_side(scorer, mine, device)
+    with local_errors():
         for start in range(0, len(order), images_at_once):
             part = order[start : start + images_at_once]
-            block = score_block(scorer, pairs.image_side(scorer, part, device), captions, pairs_per_batch)
-            scores[np.ix_(mine, part)] = block.cpu().numpy()
+            images = pairs.image_side(scorer, part, device)
+            for top in range(0, len(mine), CAPTIONS_AT_ONCE):
+                rows = mine[top : top + CAPTIONS_AT_ONCE]
+                block = score_block(scorer, images, pairs.caption_side(scorer, rows, device), pairs_per_batch)
+                scores[np.ix_(rows, part)] = block.cpu().numpy()
     for rank, rows in enumerate(state.gather(scores[mine])):
         place = rank // state.tensor_size
         scores[pairs.by_length()[place :: state.data_size]] = rows

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from megatron_interbert.errors import UsageError
 from megatron_interbert.model.pair_scorer import PairScorer
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import EvaluateRetrievalConfig
@@ -27,6 +28,9 @@ def evaluate_retrieval(config: EvaluateRetrievalConfig, state: ParallelState, de
     """Writes result.json and result.html and gives the result; all ranks of a launch call it."""
     model, source = load_model(config.load, ("itm",), config.kernels, device, state, config.averaged)
     corpus, tokenizer = open_for(config, source, [config.data_path])
+    trained = source.facts.get("run") or {}
+    config.max_regions = config.max_regions or trained.get("max_regions", 36)
+    config.max_tokens = config.max_tokens or trained.get("max_tokens", 36)
     check_length(config.max_tokens, source)
     if config.bf16:
         model = model.bfloat16()
@@ -43,13 +47,15 @@ def evaluate_retrieval(config: EvaluateRetrievalConfig, state: ParallelState, de
     }
     tiles = None
     if config.exhaustive:
-        tiles = score_tiles(config, state, device, scorer, pairs, folder / "tiles", source.facts.get("files"))
+        tiles = score_tiles(config, state, device, scorer, pairs, folder, source.facts["files"])
         metrics |= metrics_of(tiles, pairs)
     if config.two_stage:
         found = two_stage_search(scorer, pairs, device, state, config.two_stage, config.batch_pairs)
         if config.exhaustive:
             found["lost_R@1"] = metrics["t2i_R@1"] - found["R@1"]
         more["two_stage"] = {"reranked": min(config.two_stage, len(pairs.images)), **found}
+    if config.zero_shot and source.facts.get("task"):
+        raise UsageError(f"--zero-shot: {config.load} was finetuned ({source.facts['task']}); leave the flag out")
     protocol = (
         "zero-shot" if config.zero_shot else "finetuned" if source.facts.get("task") == "retrieval" else "matching head as loaded"
     )
@@ -78,7 +84,7 @@ def score_tiles(
     """All tiles on disk; those of an evaluation of the same weights, data and settings that was stopped are kept."""
     settings = {name: getattr(config, name) for name in ("language", "max_images", "max_regions", "max_tokens", "averaged", "bf16")}
     data = [store.manifest.get("shards") for store in pairs.corpus.stores]
-    identity = {"weights": weights or config.load, "data": data, "vocabulary": pairs.tokenizer.sha256, **settings, "by": versions()}
+    identity = {"weights": weights, "data": data, "vocabulary": pairs.tokenizer.sha256, **settings, "by": versions()}
     shape = len(pairs.captions), len(pairs.images)
     tiles = ScoreTiles(folder, shape, (config.tile_captions, config.tile_images), identity, state)
     mine = tiles.missing()
@@ -128,4 +134,4 @@ def report(result: dict[str, Any], folder: Path) -> None:
         print(f"text to image R@1 is {result['metrics']['t2i_R@1'] / chance:.1f} times chance ({chance:.2f})")
     if "two_stage" in result:
         print("two stages: " + ", ".join(f"{name} {value:.2f}" for name, value in result["two_stage"].items()))
-    print(f"result: {folder / 'result.json'}\npage:   {folder / 'result.html'}")
+    print(f"result: {folder / 'result.json'}" + (f"\npage:   {folder / 'result.html'}" if result["metrics"] else ""))

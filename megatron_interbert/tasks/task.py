@@ -50,4 +50,5 @@ class Job:
     model_options: dict[str, Any] = field(default_factory=dict)  # further arguments of InterBert
     evaluate: Evaluate | None = None
     metric: str = ""
+    figures: tuple[str, ...] = ()  # names that may be the metric
     valid_samples: TrainingSet | None = None  # for the losses of pretraining

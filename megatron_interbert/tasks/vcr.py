@@ -6,9 +6,10 @@ import numpy as np
 import torch
 
 from megatron_interbert.data.downstream.pairs import pair_fields
-from megatron_interbert.data.downstream.vcr import OPTIONS, Question, VcrImages, VcrSet, VcrTexts, read_questions
+from megatron_interbert.data.downstream.vcr import OPTIONS, Question, Questions, VcrImages, VcrSet, VcrTexts, read_questions
+from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.data.packing import PackedBatch, to_batch
-from megatron_interbert.errors import UsageError
+from megatron_interbert.errors import UsageError, local_errors
 from megatron_interbert.model.interbert import InterBert, InterBertOutput
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import VcrConfig
@@ -53,14 +54,20 @@ def vcr_job(config: VcrConfig, state: ParallelState) -> Job:
     )
     if state.is_main:
         print(questions.report(), flush=True)
-    data = describe_data(tokenizer, corpus, [config.annotations], "vcr")
+    other = [f"{path}/{MANIFEST}" for path in (config.data_path, config.annotated_path) if path][1:]
+    data = describe_data(tokenizer, corpus, [*other, config.annotations], "vcr")
     samples = VcrSet(questions, images, texts, config)
     job = Job(VcrTask(), samples, sizes, ("choice",), data, tokenizer.vocab_file, metric=config.metric or "q_ar")
+    job.figures = ("q_a", "qa_r", "q_ar")
     if config.valid_annotations:
         valid_images = images
         if config.valid_data_path or config.valid_annotated_path:
-            valid_images = open_images(config.valid_annotated_path, config.valid_data_path, config)
+            annotated, detected = config.valid_annotated_path or config.annotated_path, config.valid_data_path or config.data_path
+            valid_images = open_images(annotated, detected, config)
+            valid_corpus = valid_images.detected or valid_images.annotated
+            corpus.check_alike(valid_corpus.stores[0], config.allow_other_detector, "--valid-data-path")
         valid = read_questions(config.valid_annotations, valid_images)
+        check_labels(valid)
         if state.is_main:
             print(valid.report(), flush=True)
 
@@ -97,7 +104,9 @@ def predict(
             for answer in range(OPTIONS) if every_answer else [q.answer_label]:
                 rows += texts.rationales(q, answer)
         image_of = np.repeat(np.arange(len(some)), (1 + given) * OPTIONS)
-        batch = to_batch(pair_fields(rows, images.read(some), image_of, images.feature_dim)).to(device)
+        with local_errors():
+            regions = images.read(some)
+        batch = to_batch(pair_fields(rows, regions, image_of, images.feature_dim)).to(device)
         parts.append(model(batch).choice_logit.view(len(some), 1 + given, OPTIONS).cpu().numpy())
         progress(len(some))
     logits = np.empty((len(questions), 1 + given, OPTIONS), np.float32)
@@ -106,10 +115,14 @@ def predict(
     return logits[:, 0], logits[:, 1:] if every_answer else logits[:, 1]
 
 
+def check_labels(questions: Questions) -> None:
+    """UsageError for annotations without labels."""
+    if any(q.answer_label < 0 or q.rationale_label < 0 for q in questions.items):
+        raise UsageError(f"{questions.path}: holds no labels, so there is nothing to compare with; give labels, or --submission")
+
+
 def vcr_metrics(questions: Sequence[Question], answers: np.ndarray, rationales: np.ndarray) -> dict[str, float]:
     """q_a, qa_r (given the right answer) and q_ar (both right), in percent; chance is 25, 25, 6.25."""
-    if any(q.answer_label < 0 or q.rationale_label < 0 for q in questions):
-        raise UsageError("these annotations hold no labels, so there is nothing to compare with; write a --submission instead")
     right_answer = answers.argmax(axis=1) == np.array([q.answer_label for q in questions])
     right_rationale = rationales.argmax(axis=1) == np.array([q.rationale_label for q in questions])
     found = {"q_a": right_answer, "qa_r": right_rationale, "q_ar": right_answer & right_rationale}

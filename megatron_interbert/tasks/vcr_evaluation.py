@@ -10,12 +10,13 @@ from tqdm import tqdm
 
 from megatron_interbert.data.downstream.vcr import Question, VcrImages, VcrTexts, read_questions
 from megatron_interbert.data.drawing import STYLE, draw_image
+from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import EvaluateVcrConfig
 from megatron_interbert.tasks.loading import check_length, load_model, open_for
 from megatron_interbert.tasks.results import output_folder, result_of, table, write_result
-from megatron_interbert.tasks.vcr import predict, softmax, submission_lines, vcr_metrics
+from megatron_interbert.tasks.vcr import check_labels, predict, softmax, submission_lines, vcr_metrics
 from megatron_interbert.weights.files import write_text
 
 PAGE_STYLE = STYLE + (
@@ -42,7 +43,7 @@ def evaluate_vcr(config: EvaluateVcrConfig, state: ParallelState, device: torch.
         print(questions.report(), flush=True)
     items, labelled = questions.items, all(min(q.answer_label, q.rationale_label) >= 0 for q in questions.items)
     if not labelled and not config.submission:
-        raise UsageError(f"{config.annotations}: holds no labels, so there is nothing to compare with; give --submission")
+        check_labels(questions)
     texts, every = VcrTexts(tokenizer, config.max_tokens, config.max_rationale_tokens), config.submission
     with tqdm(total=len(items), unit="question", desc="answering", mininterval=1.0, disable=None if state.is_main else True) as bar:
         answers, rationales = predict(
@@ -54,10 +55,9 @@ def evaluate_vcr(config: EvaluateVcrConfig, state: ParallelState, device: torch.
     if labelled:
         given_right = rationales[np.arange(len(items)), [q.answer_label for q in items]] if every else rationales
         metrics = vcr_metrics(items, answers, given_right)
-    dropped = dict(questions.dropped)
-    result = result_of(
-        *(config, "finetuned", metrics, source, annotated or detected, [config.annotations]), questions=len(items), dropped=dropped
-    )
+    files = [*(f"{path}/{MANIFEST}" for path in paths[1:]), config.annotations]
+    more = {"questions": len(items), "dropped": dict(questions.dropped)}
+    result = result_of(config, "finetuned", metrics, source, annotated or detected, files, **more)
     folder = output_folder(config, source)
     if state.is_main:
         write_result(folder, result)

@@ -9,6 +9,7 @@ and does not cut tensor-parallel slices there).
 """
 
 import dataclasses
+import math
 import os
 import shutil
 import subprocess
@@ -58,7 +59,7 @@ class Progress:
 
     def note(self, value: float) -> bool:
         """Take the figure of an evaluation at this step; whether it is the best so far."""
-        if self.best_value is None or value > self.best_value:
+        if math.isfinite(value) and (self.best_value is None or value > self.best_value):
             self.best_step, self.best_value, self.stale = self.step, value, 0
             return True
         self.stale += 1
@@ -86,8 +87,9 @@ class Checkpoints:
         data: dict[str, Any],
         vocabulary: str,
         lock: IO | None = None,
+        metric: str = "",
     ) -> None:
-        self.config, self.model_config, self.state, self.data = config, model_config, state, data
+        self.config, self.model_config, self.state, self.data, self.metric = config, model_config, state, data, metric
         self.vocabulary = Path(vocabulary).read_bytes()  # goes into every checkpoint; the file may be gone by then
         self._lock = lock  # held open: it keeps other runs out of --save
         self.revision = git_revision()
@@ -158,7 +160,7 @@ class Checkpoints:
         return {
             "iteration": progress.step,
             "consumed_samples": progress.consumed_samples,
-            "best": {"step": progress.best_step, "value": progress.best_value, "stale": progress.stale},
+            "best": {"step": progress.best_step, "value": progress.best_value, "stale": progress.stale, "metric": self.metric},
             "topology": topology(engine.config, self.state),
             "precision": engine.precision,
             "training_state": training_state.scalars(),
@@ -232,9 +234,9 @@ class Checkpoints:
         try:
             write_text(final.parent / POINTER, final.name)
             write_text(final.parent / MEGATRON_POINTER, str(manifest["iteration"]))
-            if manifest["best"]["step"] == manifest["iteration"]:
-                point_to(final.parent / BEST, final.name)
             best = f"{STEP_FOLDER}{manifest['best']['step']}"
+            if manifest["best"]["step"] and (final.parent / best).is_dir():
+                point_to(final.parent / BEST, best)
             for old in to_prune(complete_checkpoints(final.parent), self.config.keep_last, self.config.keep_every, best):
                 os.rename(old, doomed := partial_folder(old))  # a kill halfway must not leave half a checkpoint
                 shutil.rmtree(doomed)
@@ -258,8 +260,12 @@ class Checkpoints:
             if before != now:
                 print(f"resharding {path.name}: {before} -> {now}", flush=True)
         FragmentedState(engine).fill(reader, manifest["training_state"])
-        best = manifest.get("best", {"step": 0, "value": None, "stale": 0})
-        return Progress(manifest["iteration"], manifest["consumed_samples"], best["step"], best["value"], best["stale"])
+        best = manifest.get("best", {})
+        if best.get("metric", self.metric) != self.metric:  # figures of another kind do not compare
+            best = {}
+        return Progress(
+            manifest["iteration"], manifest["consumed_samples"], best.get("step", 0), best.get("value"), best.get("stale", 0)
+        )
 
 
 def point_to(link: Path, name: str) -> None:

@@ -77,7 +77,7 @@ class Trainer:
                 self.window_started += time.monotonic() - pause  # rates are those of training alone
                 self.say_what_was_saved()
             self.checkpoints.wait()
-        except TrainingStopped:
+        except (TrainingStopped, UsageError):
             self.checkpoints.wait(allowed=1)  # the newest checkpoint must not be lost to the reason for which the run ends
             raise
         finally:
@@ -177,8 +177,6 @@ class Trainer:
         self.writer.write(self.progress.step, values, summary, prefix="valid")
         if not self.metric:
             return False
-        if self.metric not in values:
-            raise UsageError(f"--metric {self.metric}: the evaluation gives {', '.join(values)}")
         return self.progress.note(values[self.metric])
 
     def should_stop(self) -> bool:

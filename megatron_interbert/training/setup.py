@@ -15,6 +15,7 @@ from megatron_interbert.data.order import check_partitions
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.training_set import TrainingSet
+from megatron_interbert.errors import UsageError
 from megatron_interbert.kernels.choice import choose_kernels
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
@@ -59,6 +60,10 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
     lock = claim_folder(config.save, state) if begun else None
     resume = find_checkpoint(config, state)
     merge(config, state.data_size, resumed_batch(resume))
+    if job.valid_samples is not None:
+        job.valid_samples.config.micro_batch_size = config.micro_batch_size  # a DeepSpeed JSON may have said it
+    if job.metric and job.evaluate is not None and job.metric not in job.figures:
+        raise UsageError(f"--metric {job.metric}: expected one of {', '.join(job.figures)}")
     check_partitions(config.data_partitions, state.data_size)
     settle_length(config, job)
     job.model_config.check_tensor_parallel(state.tensor_size)
@@ -74,7 +79,7 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
     engine = Engine(model.to(device), config, state, pretrained)
     if not begun:  # not before everything else has been found right: wrong use leaves nothing behind
         lock = claim_folder(config.save, state)
-    checkpoints = Checkpoints(config, job.model_config, state, job.data, job.vocabulary, lock)
+    checkpoints = Checkpoints(config, job.model_config, state, job.data, job.vocabulary, lock, job.metric)
     progress = checkpoints.load(engine, resume) if resume else Progress()
     if state.is_main:
         print(describe_run(config, job.model_config, model, state, engine, kernels.describe(), resume), flush=True)

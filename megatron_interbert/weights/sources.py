@@ -117,6 +117,7 @@ def _checkpoint(path: Path, averaged: bool) -> Source:
         **manifest.get("data", {}),
         "files": {name: entry["sha256"] for name, entry in manifest["files"].items() if name.startswith(f"{FILE_OF[weights]}-")},
         "averaged": weights == "ema",
+        "run": manifest.get("configs", {}).get("run"),
         "topology": manifest["topology"],
     }
     layouts = {n: reader.layout(n) for n in reader.names}

@@ -134,7 +134,10 @@ def test_an_interrupted_evaluation_goes_on(store, tmp_path):
     assert len(places) == 4 * 4
     scored = []
     fill(tiles, places[:6], pairs, scorer, CPU, 50, scored.append)
-    (tmp_path / "tiles" / "scores-00000027-00000012.npy.77.new").write_bytes(b"half a tile")
+    (tiles.folder / "scores-00000027-00000012.npy.77.new").write_bytes(b"half a tile")
+    with pytest.raises(UsageError, match="the same evaluation is running there"):
+        ScoreTiles(tmp_path / "tiles", shape, (9, 4), {"weights": 1})
+    tiles.release()
     again = ScoreTiles(tmp_path / "tiles", shape, (9, 4), {"weights": 1})
     assert again.missing() == places[6:]
     fill(again, again.missing(), pairs, scorer, CPU, 50)
@@ -142,12 +145,13 @@ def test_an_interrupted_evaluation_goes_on(store, tmp_path):
         metrics_of(again, pairs)["t2i_R@5"]
         == retrieval_metrics(one_by_one(model, pairs), pairs.own_image())["text_to_image"]["R@5"]
     )
-    assert len(ScoreTiles(tmp_path / "tiles", shape, (9, 4), {"weights": 2}).missing()) == 16, "tiles of other weights are not used"
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.txt").write_text("mine")
-    with pytest.raises(UsageError, match="no unfinished evaluation"):
-        ScoreTiles(tmp_path / "thesis", shape, (9, 4), {})
-    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "mine"
+    other = ScoreTiles(tmp_path / "tiles", shape, (9, 4), {"weights": 2})
+    assert len(other.missing()) == 16, "tiles of other weights are not used"
+    assert again.missing() == [], "and those that somebody works with stay"
+    again.release()
+    other.release()
+    ScoreTiles(tmp_path / "tiles", shape, (9, 4), {"weights": 3}).remove()
+    assert not list((tmp_path / "tiles").iterdir()), "what was left by stopped evaluations is gone"
 
 
 def same_on_ranks(path, folder, tensor, expected):
@@ -299,6 +303,7 @@ def test_results_of_seeds_are_averaged(tmp_path):
     for change, words in (
         ({"protocol": "zero-shot"}, "protocol is zero-shot, the first has finetuned"),
         ({"data": {"files": {"m": "2"}}}, "evaluated on other data"),
+        ({"configuration": {"max_regions": 9}}, "or with other limits"),
         ({"metrics": {}}, "no figures in it"),
     ):
         code, _, err = launch(*command, paths[0], result_file(tmp_path / "other.json", 1.0, **change))
@@ -321,6 +326,8 @@ def test_ablation_from_runs_to_table(tmp_path):
     code, again, _ = launch(*command, "--seeds", "5", "--only", "full,no-streams")
     assert (code, again) == (0, out)
     assert (tmp_path / "out" / "full" / "seed-5" / "pretrained" / "metrics.jsonl").stat().st_mtime_ns == before
+    code, _, err = launch(*command, "--seeds", "5", "--only", "full", "--finetune-flags", "--lr 1e-4")
+    assert (code, "made with other options than now" in err) == (2, True), err
     for flags, words in ((("--only", "no-strems"), "did you mean 'no-streams'"), (("--only", "no-hard-negatives"), "no hard_negatives.npy"),
                          (("--seeds", "a"), "--seeds is 'a'")):  # fmt: skip
         code, _, err = launch(*command, *flags)

@@ -16,7 +16,7 @@ from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import VcrConfig
-from megatron_interbert.tasks.vcr import VcrTask, predict, submission_lines, vcr_metrics
+from megatron_interbert.tasks.vcr import VcrTask, check_labels, predict, submission_lines, vcr_metrics
 from tests.corpus import CLASSES, FEATURES, VOCABULARY, random_regions
 from tests.shared import SHARED, needs_shared
 from tests.tasks.test_retrieval import sizes
@@ -85,6 +85,7 @@ def test_references_become_names():
         ({"answer_label": 4}, "label outside 0 to 3"),
         ({"answer_choices": RECORD["answer_choices"][:3]}, "not four options"),
         ({"objects": "person"}, "objects are no list of names"),
+        ({"img_fn": ""}, "img_fn names no image"),
         ({"img_fn": "movie/lost.jpg"}, "its image is not in the store of annotated regions"),
         ({"objects": ["person", "car", "person", "cat"]}, "as many annotated boxes as objects were expected"),
     ],
@@ -191,8 +192,8 @@ def test_both_must_be_right(tmp_path, images):
     assert vcr_metrics(items, answers, rationales) == {"q_a": 50.0, "qa_r": 50.0, "q_ar": 25.0}
     unlabelled = {k: v for k, v in RECORD.items() if "label" not in k}
     questions = read_questions(write(tmp_path / "q.jsonl", unlabelled), images)
-    with pytest.raises(UsageError, match="hold no labels"):
-        vcr_metrics(questions.items, answers[:1], rationales[:1])
+    with pytest.raises(UsageError, match="holds no labels"):
+        check_labels(questions)
     with pytest.raises(UsageError, match="cannot be trained on"):
         VcrSet(questions, images, None, VcrConfig())
 

@@ -41,7 +41,11 @@ class RetrievalSet:
         self.first_of = np.searchsorted(np.sort(images), np.arange(corpus.num_images + 1))
         self.has_hard_images = corpus.has_hard_images()
         self.feature_dim = corpus.feature_dim
-        self.most_rows = PAIRS * config.micro_batch_size * min(config.max_regions, int(corpus.region_counts.max()))
+
+    @property
+    def most_rows(self) -> int:
+        """Regions that a micro-batch can have."""
+        return PAIRS * self.config.micro_batch_size * min(self.config.max_regions, int(self.corpus.region_counts.max()))
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
         """The fields of a PackedBatch of 4 B pairs for (epoch, caption) pairs [B]; `mismatched` [4 B] are the classes."""

@@ -87,7 +87,7 @@ class Questions:
 def read_questions(path: str, stores: "VcrImages", whole: bool = False) -> Questions:
     """A jsonl of VCR. Unusable questions are dropped and counted, or, where every one must be answered (`whole`), an error."""
     found = Questions(path, [])
-    for number, line in enumerate(read_text(path, "VCR annotations").splitlines(), 1):
+    for number, line in enumerate(read_text(path, "VCR annotations").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -130,6 +130,8 @@ def parse_question(record: dict[str, Any]) -> Question:
     if any(not isinstance(label, int) or not -1 <= label < OPTIONS for label in labels):
         raise BadQuestion("label outside 0 to 3")
     file = Path(str(record["img_fn"]))
+    if not file.name:
+        raise BadQuestion("img_fn names no image")
     image_names = [str(record[k]) for k in ("img_id",) if k in record] + [str(file), str(file.with_suffix("")), file.stem]
     return Question(
         str(record["annot_id"]),
@@ -249,7 +251,11 @@ class VcrSet:
             raise UsageError(f"{questions.path}: questions without labels cannot be trained on; give train.jsonl")
         self.order = SampleOrder([np.arange(len(self.questions))], config.data_partitions, config.seed)
         self.feature_dim = images.feature_dim
-        self.most_rows = 2 * OPTIONS * config.micro_batch_size * config.max_regions
+
+    @property
+    def most_rows(self) -> int:
+        """Regions that a micro-batch can have."""
+        return 2 * OPTIONS * self.config.micro_batch_size * self.config.max_regions
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
         """The fields of a PackedBatch of 8 B pairs; `labels` [2 B]: right answer and right rationale of each question."""
