@@ -104,13 +104,12 @@ def _checkpoint(path: Path, averaged: bool) -> Source:
         raise UsageError(
             f"{path}: no complete checkpoint there, expected a folder with {MANIFEST}, or global_stepN folders of a run"
         )
-    read_manifest(folder)
-    reader = CheckpointReader(folder)
-    manifest = reader.manifest
-    weights = "ema" if averaged and reader.has("ema") else "weight"
+    manifest = read_manifest(folder)
+    weights = "ema" if averaged and any(name.startswith(f"{FILE_OF['ema']}-tp-") for name in manifest["files"]) else "weight"
     problem = verify(folder, only=f"{FILE_OF[weights]}-")
     if problem:
         raise UsageError(f"{folder}: {problem}; use another checkpoint")
+    reader = CheckpointReader(folder)
     facts = {
         "iteration": manifest.get("iteration"),
         "consumed_samples": manifest.get("consumed_samples"),

@@ -96,6 +96,18 @@ def test_slots_are_used_again_only_when_their_batch_is_gone(paths):
     stream.close()
 
 
+def test_a_micro_batch_that_is_settled_late_still_fits_its_slot(paths):
+    """A DeepSpeed JSON may set --micro-batch-size after the samples were opened."""
+    late, known = dataset(paths), dataset(paths, micro_batch_size=16)
+    late.config.micro_batch_size = 16
+    both = [iter(BatchStream(samples, 0, 16, 0, 1, workers=workers)) for samples, workers in ((late, 1), (known, 0))]
+    kept = []
+    for _ in range(SLOTS + 2):
+        one, other = (next(stream) for stream in both)
+        kept = [*kept[-2:], (one, other)]
+        assert all(same(a, b) for a, b in kept), "earlier batches are not written over"
+
+
 def test_memory_of_a_process_does_not_grow(paths):
     """1,000 batches after 200: what a loader process and this one hold stays the same (long form: tools/benchmark.py data)."""
 
