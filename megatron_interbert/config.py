@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -86,7 +86,31 @@ def model_config_from_dict(values: dict[str, Any], where: str) -> ModelConfig:
 
 
 @dataclass
-class TrainConfig:
+class Flags:
+    """What every command line has: which flags were given, and limits that `check` holds numbers to."""
+
+    POSITIVE: ClassVar[tuple[str, ...]] = ()
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = ()
+    SHORTEST: ClassVar[str] = "[CLS] word [SEP]"  # that --max-tokens must have room for; 0 may mean a default
+
+    def __post_init__(self) -> None:
+        self.given: set[str] = set()
+
+    def check(self) -> None:
+        """UsageError for values that contradict each other or have no meaning."""
+        for names, least in ((self.POSITIVE, 1), (self.NOT_NEGATIVE, 0)):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise UsageError(f"{flag(name)} is {getattr(self, name)}, expected {least} or more")
+        least = len(self.SHORTEST.split())
+        for name in ("max_tokens", "max_rationale_tokens"):
+            value = getattr(self, name, 0)
+            if value and value < least:
+                raise UsageError(f"{flag(name)} is {value}, expected {least} or more ({self.SHORTEST})")
+
+
+@dataclass
+class TrainConfig(Flags):
     """What every training run is told, whatever it trains on. Names are Megatron's where Megatron has one."""
 
     model: str = option("sample", "preset (tiny, sample, base, large, base-chinese) or a JSON file of model sizes")
@@ -149,9 +173,10 @@ class TrainConfig:
 
     # Settings on which the samples and losses of a step depend: a resumed run must have the same.
     SAME_SAMPLES: ClassVar[tuple[str, ...]] = ("seed", "data_partitions", "max_regions", "max_tokens", "dropout")
-
-    def __post_init__(self) -> None:
-        self.given: set[str] = set()
+    POSITIVE: ClassVar[tuple[str, ...]] = (
+        *("train_iters", "micro_batch_size", "max_regions", "max_tokens", "data_partitions", "tensor_model_parallel_size"),
+        *("log_interval", "data_timeout"),
+    )
 
     def accumulation_steps(self, data_parallel_size: int) -> int:
         """Micro-batches per optimizer step and rank; UsageError when the batch sizes do not divide."""
@@ -180,6 +205,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """UsageError for values that contradict each other or have no meaning."""
+        super().check()
         if self.fp16 and self.bf16:
             raise UsageError("--fp16 and --bf16 exclude each other; give one")
         if (self.fp16 or self.bf16) and self.zero_stage == 0:
@@ -187,12 +213,6 @@ class TrainConfig:
                 f"--{'fp16' if self.fp16 else 'bf16'} needs --zero-stage 1 or higher: DeepSpeed's stage 0 takes one optimizer step too"
                 " many in half precision, and its gradient norm is wrong there under tensor parallelism"
             )
-        for name in ("train_iters", "micro_batch_size", "max_regions", "data_partitions", "tensor_model_parallel_size",
-                     "log_interval", "data_timeout"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UsageError(f"{flag(name)} is {getattr(self, name)}, expected 1 or more")
-        if self.max_tokens < 3:
-            raise UsageError(f"--max-tokens is {self.max_tokens}, expected 3 or more ([CLS] word [SEP])")
         if not 0 <= self.ema_decay < 1:
             raise UsageError(f"--ema-decay is {self.ema_decay}, expected 0 (none) or a decay below 1 such as 0.9999")
         self.milestones()
@@ -221,6 +241,7 @@ class RunConfig(TrainConfig):
         *("masking", "language", "msm_on_mismatched", "hard_negatives", "objectives", "data_epochs", "data_weights"),
         "balance_tokens",
     )
+    POSITIVE: ClassVar[tuple[str, ...]] = (*TrainConfig.POSITIVE, "eval_iters")
 
     def stores(self) -> list[str]:
         """The region stores of --data-path."""
@@ -241,8 +262,6 @@ class RunConfig(TrainConfig):
             raise UsageError("--data-epochs and --data-weights say the same thing in two ways; give one")
         if self.eval_interval and not self.valid_data_path:
             raise UsageError("--eval-interval needs --valid-data-path, the region store to evaluate on")
-        if self.eval_iters < 1:
-            raise UsageError(f"--eval-iters is {self.eval_iters}, expected 1 or more")
         self.objective_names()
 
 
@@ -298,6 +317,23 @@ def parse(config_class: type, description: str, argv: Sequence[str] | None = Non
     config = config_class(**given)
     config.given = set(given)
     return config
+
+
+def parse_task(tasks: Mapping[str, tuple[type, Any]], example: str) -> tuple[Any, Any]:
+    """`TASK FLAGS` of the command line -> (its checked configuration, what stands beside the configuration's class in `tasks`).
+
+    UsageError for an unknown task. The deepspeed launcher may put --local_rank before it.
+    """
+    words = [word for word in sys.argv[1:] if not word.startswith("--local")]
+    task, flags = (words[0], words[1:]) if words else ("", [])
+    if task in ("-h", "--help"):
+        task, flags = next(iter(tasks)), ["--help"]
+    if task not in tasks:
+        raise UsageError(f"task '{task}', expected one of {', '.join(tasks)}{nearest(task, tasks)}, for example: {example}")
+    config_class, function = tasks[task]
+    config = parse(config_class, config_class.__doc__ or "", flags)
+    config.check()
+    return config, function
 
 
 def read_yaml(config_class: type, path: str) -> dict[str, Any]:

@@ -1,11 +1,10 @@
 """Evaluation of a checkpoint: `python -m megatron_interbert.evaluate TASK --load RUN ..`, or under deepspeed or torchrun on many."""
 
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from megatron_interbert.config import parse
+from megatron_interbert.config import parse_task
 from megatron_interbert.errors import run_entry
 from megatron_interbert.parallel.state import ParallelState, this_device
 from megatron_interbert.task_config import (
@@ -13,7 +12,6 @@ from megatron_interbert.task_config import (
     EvaluateGlueConfig,
     EvaluateRetrievalConfig,
     EvaluateVcrConfig,
-    choose_task,
 )
 from megatron_interbert.tasks.glue_evaluation import evaluate_glue
 from megatron_interbert.tasks.retrieval_evaluation import evaluate_retrieval
@@ -28,10 +26,7 @@ TASKS: dict[str, tuple[type[EvaluateConfig], Callable[..., Any]]] = {
 
 def run() -> None:
     """`evaluate TASK FLAGS`."""
-    task, flags = choose_task(sys.argv[1:], TASKS, "evaluate retrieval --load RUN --data-path STORE")
-    config_class, evaluate = TASKS[task]
-    config = parse(config_class, config_class.__doc__ or "", flags)
-    config.check()
+    config, evaluate = parse_task(TASKS, "evaluate retrieval --load RUN --data-path STORE")
     if "WORLD_SIZE" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         from megatron_interbert.training.engine import start_processes  # a single process needs no DeepSpeed
 

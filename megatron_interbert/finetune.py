@@ -1,12 +1,11 @@
 """Finetuning: `deepspeed launchers/finetune.sh TASK ARGS`, or `python -m megatron_interbert.finetune TASK ARGS` in one process."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from megatron_interbert.config import parse
+from megatron_interbert.config import parse_task
 from megatron_interbert.errors import run_entry
-from megatron_interbert.task_config import FinetuneConfig, GlueConfig, RetrievalConfig, VcrConfig, choose_task
+from megatron_interbert.task_config import FinetuneConfig, GlueConfig, RetrievalConfig, VcrConfig
 from megatron_interbert.tasks.glue import glue_job
 from megatron_interbert.tasks.retrieval import retrieval_job
 from megatron_interbert.tasks.vcr import vcr_job
@@ -21,9 +20,7 @@ TASKS: dict[str, tuple[type[FinetuneConfig], Callable[..., Any]]] = {
 
 def run() -> None:
     """`finetune TASK FLAGS`: parse, build the parts, train."""
-    task, flags = choose_task(sys.argv[1:], TASKS, "finetune retrieval --init-from RUN --data-path STORE")
-    config_class, make_job = TASKS[task]
-    config = parse(config_class, config_class.__doc__ or "", flags)
+    config, make_job = parse_task(TASKS, "finetune retrieval --init-from RUN --data-path STORE")
     prepare(config, make_job).train()
 
 

@@ -26,7 +26,7 @@ from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState, this_device
-from megatron_interbert.tasks.parts import fitted_sizes, open_stores, open_vocabulary
+from megatron_interbert.tasks.parts import fitted_sizes, open_stores, vocabulary_of_run
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.deepspeed_config import merge
 
@@ -75,8 +75,8 @@ def check_batch(config: PreflightConfig) -> str:
 
 def check_data(config: PreflightConfig) -> str:
     """Store and vocabulary; without --fast every hash and every record."""
-    corpus, tokenizer = open_stores(config.stores(), config), open_vocabulary(config, config.stores())
-    fitted_sizes(config, tokenizer, corpus, config.max_tokens).check_tensor_parallel(config.tensor_model_parallel_size)
+    corpus, tokenizer = open_stores(config.stores(), config), vocabulary_of_run(config, config.stores())
+    fitted_sizes(config, tokenizer, corpus).check_tensor_parallel(config.tensor_model_parallel_size)
     dataset = PretrainingSet(corpus, tokenizer, config)
     some = np.arange(min(1000, corpus.num_captions))
     pieces = corpus.tokens(some, tokenizer, config.max_tokens - 2).ids
@@ -111,9 +111,9 @@ def check_disk(config: PreflightConfig) -> str:
     """Room for the checkpoints that will be kept."""
     if not config.save:
         return "no --save: nothing will be written"
-    corpus, tokenizer = open_stores(config.stores(), config), open_vocabulary(config, config.stores())
+    corpus, tokenizer = open_stores(config.stores(), config), vocabulary_of_run(config, config.stores())
     with torch.device("meta"):
-        sizes = fitted_sizes(config, tokenizer, corpus, config.max_tokens)
+        sizes = fitted_sizes(config, tokenizer, corpus)
         parameters = sum(p.numel() for p in InterBert(sizes, PRETRAINING_HEADS).parameters())
     weight = 4 if not (config.fp16 or config.bf16) else 2
     each = parameters * (12 + 2 * weight)  # master weights and two moments in fp32; weights for DeepSpeed and as safetensors
@@ -133,8 +133,8 @@ def check_disk(config: PreflightConfig) -> str:
 def check_step(config: PreflightConfig) -> str:
     """One micro-batch forward and backward on one process, whole model."""
     device = this_device()
-    corpus, tokenizer = open_stores(config.stores(), config), open_vocabulary(config, config.stores())
-    model_config = fitted_sizes(config, tokenizer, corpus, config.max_tokens)
+    corpus, tokenizer = open_stores(config.stores(), config), vocabulary_of_run(config, config.stores())
+    model_config = fitted_sizes(config, tokenizer, corpus)
     model = InterBert(
         model_config,
         kernels=choose_kernels(config.kernels, device),

@@ -1,11 +1,12 @@
 """What a finetuning run or an evaluation is told. Defaults are the recipes of the official code."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron_interbert.config import TrainConfig, flag, nearest, option, split_paths
+from megatron_interbert.config import Flags, TrainConfig, option, split_paths
 from megatron_interbert.errors import UsageError
+
+TWO_TEXTS = "[CLS] word [SEP] word [SEP]"
 
 
 @dataclass
@@ -22,22 +23,14 @@ class FinetuneConfig(TrainConfig):
     metric: str = option("", "figure of the evaluation that decides which checkpoint is best; default: the task's")
     eval_batch_size: int = option(64, "samples per forward pass of an evaluation")
 
-    TASK: ClassVar[str] = ""
+    POSITIVE: ClassVar[tuple[str, ...]] = (*(name for name in TrainConfig.POSITIVE if name != "train_iters"), "eval_batch_size")
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = ("train_iters", "early_stopping", "eval_interval")
 
     def check(self) -> None:
         """UsageError for values that contradict each other or have no meaning."""
-        given, self.train_iters = self.train_iters, self.train_iters or 1  # 0: by --epochs
         super().check()
-        self.train_iters = given
         if self.epochs <= 0:
             raise UsageError(f"--epochs is {self.epochs}, expected more than 0")
-        if self.eval_batch_size < 1:
-            raise UsageError(f"--eval-batch-size is {self.eval_batch_size}, expected 1 or more")
-        if self.TASK in ("vcr", "glue") and min(self.max_tokens, getattr(self, "max_rationale_tokens", 5)) < 5:
-            raise UsageError("--max-tokens and --max-rationale-tokens must be 5 or more: [CLS] word [SEP] word [SEP]")
-        for name in ("early_stopping", "eval_interval"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"{flag(name)} is {getattr(self, name)}, expected 0 or more")
 
 
 @dataclass
@@ -55,7 +48,6 @@ class RetrievalConfig(FinetuneConfig):
     max_tokens: int = option(30, "tokens per caption with [CLS] and [SEP]")
 
     SAME_SAMPLES: ClassVar[tuple[str, ...]] = (*FinetuneConfig.SAME_SAMPLES, "language")
-    TASK: ClassVar[str] = "retrieval"
 
     def stores(self) -> list[str]:
         """The region stores of --data-path."""
@@ -85,7 +77,8 @@ class VcrConfig(FinetuneConfig):
     eval_batch_size: int = option(16, "questions per forward pass of an evaluation")
 
     SAME_SAMPLES: ClassVar[tuple[str, ...]] = (*FinetuneConfig.SAME_SAMPLES, "max_rationale_tokens")
-    TASK: ClassVar[str] = "vcr"
+    POSITIVE: ClassVar[tuple[str, ...]] = (*FinetuneConfig.POSITIVE, "max_rationale_tokens")
+    SHORTEST: ClassVar[str] = TWO_TEXTS
 
 
 GLUE_TASKS = ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE", "WNLI")
@@ -104,22 +97,11 @@ class GlueConfig(FinetuneConfig):
     max_tokens: int = option(128, "tokens with [CLS] and [SEP]")
 
     SAME_SAMPLES: ClassVar[tuple[str, ...]] = (*FinetuneConfig.SAME_SAMPLES, "task")
-    TASK: ClassVar[str] = "glue"
-
-
-def choose_task(arguments: list[str], tasks: Iterable[str], example: str) -> tuple[str, list[str]]:
-    """(task, its flags) of `TASK FLAGS`; UsageError for an unknown task. The launchers may put --local_rank before it."""
-    words = [a for a in arguments if not a.startswith("--local")]
-    task = words[0] if words else ""
-    if task in ("-h", "--help"):
-        return next(iter(tasks)), ["--help"]
-    if task not in tasks:
-        raise UsageError(f"task '{task}', expected one of {', '.join(tasks)}{nearest(task, tasks)}, for example: {example}")
-    return task, words[1:]
+    SHORTEST: ClassVar[str] = TWO_TEXTS
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(Flags):
     """Flags that all evaluations share."""
 
     load: str = option(
@@ -134,20 +116,6 @@ class EvaluateConfig:
     strict_boxes: bool = option(False, "refuse boxes outside the image instead of clipping them")
     TASK: ClassVar[str] = ""
     POSITIVE: ClassVar[tuple[str, ...]] = ("tensor_model_parallel_size",)
-    SHORTEST: ClassVar[int] = 3  # [CLS] word [SEP]
-
-    def __post_init__(self) -> None:
-        self.given: set[str] = set()
-
-    def check(self) -> None:
-        """UsageError for values without a meaning."""
-        for name in self.POSITIVE:
-            if getattr(self, name) < 1:
-                raise UsageError(f"{flag(name)} is {getattr(self, name)}, expected 1 or more")
-        for name in ("max_tokens", "max_rationale_tokens"):
-            value = getattr(self, name, None)
-            if value and value < self.SHORTEST:
-                raise UsageError(f"{flag(name)} is {value}, expected {self.SHORTEST} or more")
 
 
 @dataclass
@@ -169,14 +137,12 @@ class EvaluateRetrievalConfig(EvaluateConfig):
     exhaustive: bool = option(True, "score all pairs; --no-exhaustive leaves that out where only --two-stage can be paid for")
     image_folder: str = option("", "photos named IMAGE_ID.jpg to show on the page")
     TASK: ClassVar[str] = "retrieval"
-    POSITIVE: ClassVar[tuple[str, ...]] = ("tensor_model_parallel_size", "batch_pairs", "tile_captions", "tile_images")
+    POSITIVE: ClassVar[tuple[str, ...]] = (*EvaluateConfig.POSITIVE, "batch_pairs", "tile_captions", "tile_images")
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = ("max_images", "max_regions", "max_tokens", "two_stage")
 
     def check(self) -> None:
-        """UsageError for values without a meaning."""
+        """UsageError for values that contradict each other or have no meaning."""
         super().check()
-        for name in ("max_images", "max_regions", "max_tokens", "two_stage"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"{flag(name)} is {getattr(self, name)}, expected 0 or more")
         if not self.exhaustive and not self.two_stage:
             raise UsageError("--no-exhaustive leaves nothing to do without --two-stage K")
 
@@ -191,8 +157,8 @@ class EvaluateGlueConfig(EvaluateConfig):
     max_tokens: int = option(128, "tokens with [CLS] and [SEP]")
     batch_size: int = option(64, "samples per forward pass")
     TASK: ClassVar[str] = "glue"
-    POSITIVE: ClassVar[tuple[str, ...]] = ("tensor_model_parallel_size", "batch_size", "max_tokens")
-    SHORTEST: ClassVar[int] = 5  # [CLS] word [SEP] word [SEP]
+    POSITIVE: ClassVar[tuple[str, ...]] = (*EvaluateConfig.POSITIVE, "batch_size", "max_tokens")
+    SHORTEST: ClassVar[str] = TWO_TEXTS
 
 
 @dataclass
@@ -214,10 +180,7 @@ class EvaluateVcrConfig(EvaluateConfig):
     image_folder: str = option("", "photos named IMAGE_ID.jpg to show on the page")
     TASK: ClassVar[str] = "vcr"
     POSITIVE: ClassVar[tuple[str, ...]] = (
-        "tensor_model_parallel_size",
-        "max_regions",
-        "batch_size",
-        "max_tokens",
-        "max_rationale_tokens",
+        *EvaluateConfig.POSITIVE,
+        *("max_regions", "batch_size", "max_tokens", "max_rationale_tokens"),
     )
-    SHORTEST: ClassVar[int] = 5  # [CLS] word [SEP] word [SEP]
+    SHORTEST: ClassVar[str] = TWO_TEXTS

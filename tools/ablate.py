@@ -76,7 +76,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--finetune-flags", default="--lr 1e-3 --lr-warmup-fraction 0.05 --ema-decay 0.99",
                         help="further flags of all finetunings (default: %(default)s)")  # fmt: skip
     parser.add_argument(
-        "--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time, one core each (default: %(default)s)"
+        "--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one core each (default: %(default)s)"
     )
     return parser.parse_args()
 
@@ -136,7 +136,7 @@ class Run:
 
     def _same(self, place: Path, command: list[str]) -> None:
         """UsageError where a stage was made with other flags; else it is written down what it is made with."""
-        record = place.with_name(f"{place.parent.name if place.name == 'result' else ''}{place.name}.flags.json")
+        record = place.with_name(f"{place.name}.flags.json")
         if record.is_file() and json.loads(record.read_text(encoding="utf-8")) != command:
             raise UsageError(f"{place}: made with other options than now; choose another --output, or remove {self.folder}")
         record.parent.mkdir(parents=True, exist_ok=True)

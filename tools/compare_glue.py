@@ -8,49 +8,48 @@ with --no-dropout their losses are equal to rounding. Prints the table and write
 """
 
 import json
-import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu" if not os.path.exists("/dev/nvidia0") else "cuda")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from megatron_interbert.config import ModelConfig, parse
-from megatron_interbert.data.downstream.glue import FORMATS, GlueSet, GlueTexts, find_file, read_rows
 from megatron_interbert.data.loader import BatchStream
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.errors import TrainingStopped, UsageError, run_entry
 from megatron_interbert.model.initialise import initialise
-from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.model.interbert import InterBert, InterBertOutput
 from megatron_interbert.parallel.state import ParallelState, this_device
 from megatron_interbert.task_config import GlueConfig
-from megatron_interbert.tasks.glue import GlueTask, glue_job, glue_metrics, labels_of
+from megatron_interbert.tasks.glue import glue_job, labels_of
 from megatron_interbert.training.first_weights import load_initial_weights
 from megatron_interbert.training.optimizer import build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from megatron_interbert.training.setup import settle_length
 from megatron_interbert.weights.files import write_json
 from megatron_interbert.weights.foreign import bert_links
 
 
-@dataclass
-class Padded:
-    """A packed batch of texts as BERT takes it: ids, mask, types [B, T]."""
+class PackedBert(torch.nn.Module):
+    """BertForSequenceClassification on packed batches, as our task takes its answers."""
 
-    ids: torch.Tensor
-    mask: torch.Tensor
-    types: torch.Tensor
+    def __init__(self, bert: torch.nn.Module) -> None:
+        super().__init__()
+        self.bert = bert
 
-    @classmethod
-    def of(cls, batch: PackedBatch) -> "Padded":
-        rows = batch.text_offsets[:-1, None].long() + torch.arange(batch.max_text)
-        mask = torch.arange(batch.max_text) < (batch.text_offsets[1:] - batch.text_offsets[:-1])[:, None]
-        rows = rows.clamp(max=len(batch.token_ids) - 1)
-        return cls(batch.token_ids[rows] * mask, mask.long(), batch.token_types[rows] * mask)
+    def forward(self, batch: PackedBatch) -> InterBertOutput:
+        lengths = (batch.text_offsets[1:] - batch.text_offsets[:-1]).tolist()
+        ones = torch.ones_like(batch.token_ids)
+        ids, mask, types = (
+            pad_sequence(tokens.split(lengths), batch_first=True) for tokens in (batch.token_ids, ones, batch.token_types)
+        )
+        logits = self.bert(input_ids=ids, attention_mask=mask, token_type_ids=types).logits.float()
+        return InterBertOutput(None, None, None, sentence_logits=logits)
 
 
 def bert_like(config: GlueConfig, sizes: ModelConfig, data: dict[str, Any]) -> torch.nn.Module:
@@ -90,50 +89,27 @@ def train_bert(config: GlueConfig) -> tuple[list[float], dict[str, float]]:
     device, state = this_device(), ParallelState()
     job = glue_job(config, state)
     config.global_batch_size = config.global_batch(1)
-    config.train_iters = config.train_iters or max(
-        1, round(config.epochs * job.samples.order.epoch_length / config.global_batch_size)
-    )
-    model = bert_like(config, job.model_config, job.data).to(device).train()
+    settle_length(config, job)
+    model = PackedBert(bert_like(config, job.model_config, job.data)).to(device).train()
     torch.manual_seed(config.seed)
     optimizer = build_optimizer(parameter_groups(model, config), config)
     stream = iter(BatchStream(job.samples, 0, config.global_batch_size, 0, 1, workers=0))
     losses = []
     for step in tqdm(range(1, config.train_iters + 1), desc="BERT", unit="step", mininterval=1.0, disable=None):
-        batches = [next(stream) for _ in range(config.accumulation_steps(1))]
-        total = sum(len(batch.labels) for batch in batches)
-        loss = torch.zeros((), device=device)
+        batches = [next(stream).to(device) for _ in range(config.accumulation_steps(1))]
+        totals = sum(job.task.count_targets(batch) for batch in batches)
+        step_losses = []
         for batch in batches:
-            part = GlueTask.summed(logits_of(model, batch, device), batch.labels.to(device))[0] / total
-            part.backward()
-            loss += part.detach()
+            loss, _ = job.task.loss(model(batch), batch, totals)
+            loss.backward()
+            step_losses.append(float(loss))
         if config.clip_grad:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
         set_learning_rate(optimizer, learning_rate(step, config))
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
-    return losses, evaluate_bert(model.eval(), config, job.samples, device)
-
-
-def logits_of(model: torch.nn.Module, batch: PackedBatch, device: torch.device) -> torch.Tensor:
-    """float32 [B, labels]."""
-    padded = Padded.of(batch)
-    inputs = {"input_ids": padded.ids, "attention_mask": padded.mask, "token_type_ids": padded.types}
-    return model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits.float()
-
-
-@torch.no_grad()
-def evaluate_bert(model: torch.nn.Module, config: GlueConfig, samples: GlueSet, device: torch.device) -> dict[str, float]:
-    """The official metrics on the first dev file."""
-    rows = read_rows(find_file(config.data_path, config.task, FORMATS[config.task].dev[0]), config.task)
-    texts = GlueTexts(rows, samples.texts.tokenizer, config.max_tokens)
-    parts = []
-    for start in range(0, texts.count, config.eval_batch_size):
-        inputs = texts.inputs(range(start, min(start + config.eval_batch_size, texts.count)))
-        ids, types = (torch.nn.utils.rnn.pad_sequence([torch.from_numpy(x[i]) for x in inputs], batch_first=True) for i in (0, 1))
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(x[0]), dtype=torch.long) for x in inputs], batch_first=True)
-        parts.append(model(ids.to(device), mask.to(device), types.to(device)).logits.float().cpu())
-    return glue_metrics(config.task, torch.cat(parts).numpy(), rows.labels)
+        losses.append(sum(step_losses))
+    return losses, job.evaluate(model.eval(), state, device)
 
 
 def train_ours(flags: list[str], save: str) -> tuple[list[float], dict[str, float]]:

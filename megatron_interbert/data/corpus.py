@@ -28,8 +28,7 @@ class Corpus:
             [s.caption_image + start for s, start in zip(self.stores, self.first_image, strict=False)]
         )
         self.region_counts = np.concatenate([store.region_counts() for store in self.stores])
-        self._hard: list[np.ndarray | None] | None = None
-        self._near: list[np.ndarray | None] | None = None
+        self._opened: dict[str, list[np.ndarray | None]] = {}  # tables of mined neighbours, by the store's method
 
     def check_alike(self, other: RegionStore, allow_other_detector: bool, flag: str = "--data-path") -> None:
         """UsageError unless a store has features like those of this corpus."""
@@ -42,7 +41,7 @@ class Corpus:
         check_detector(first.manifest["detector"], other.manifest["detector"], f"{flag} {other.path}", allow_other_detector)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_hard": None, "_near": None}
+        return {**self.__dict__, "_opened": {}}
 
     @property
     def path(self) -> str:
@@ -87,36 +86,33 @@ class Corpus:
 
     def has_hard_negatives(self) -> bool:
         """Whether any store has mined negatives; reads and so checks their tables."""
-        return any(table is not None for table in self._hard_tables())
+        return any(table is not None for table in self._tables("hard_negatives"))
 
     def hard_negatives(self, caption: int) -> np.ndarray:
         """int64 [<= K]: captions to use as hard negatives of a caption."""
-        store = int(np.searchsorted(self.first_caption, caption, side="right")) - 1
-        table = self._hard_tables()[store]
-        if table is None:
-            return np.zeros(0, np.int64)
-        row = np.asarray(table[caption - self.first_caption[store]], dtype=np.int64)
-        return row[row >= 0] + self.first_caption[store]
-
-    def _hard_tables(self) -> list[np.ndarray | None]:
-        if self._hard is None:
-            self._hard = [store.hard_negatives() for store in self.stores]
-        return self._hard
+        return self._mined("hard_negatives", self.first_caption, caption)
 
     def has_hard_images(self) -> bool:
         """Whether every store has mined neighbours of its images."""
-        return all(table is not None for table in self._image_tables())
+        return all(table is not None for table in self._tables("hard_images"))
 
     def hard_images(self, image: int) -> np.ndarray:
         """int64 [<= K]: images whose mean features are nearest to an image's."""
-        store = int(np.searchsorted(self.first_image, image, side="right")) - 1
-        row = np.asarray(self._image_tables()[store][image - self.first_image[store]], dtype=np.int64)
-        return row[row >= 0] + self.first_image[store]
+        return self._mined("hard_images", self.first_image, image)
 
-    def _image_tables(self) -> list[np.ndarray | None]:
-        if self._near is None:
-            self._near = [store.hard_images() for store in self.stores]
-        return self._near
+    def _mined(self, kind: str, first: np.ndarray, number: int) -> np.ndarray:
+        """A row of a table of the stores, numbered through; `first` are the first numbers of each store."""
+        store = int(np.searchsorted(first, number, side="right")) - 1
+        table = self._tables(kind)[store]
+        if table is None:
+            return np.zeros(0, np.int64)
+        row = np.asarray(table[number - first[store]], dtype=np.int64)
+        return row[row >= 0] + first[store]
+
+    def _tables(self, kind: str) -> list[np.ndarray | None]:
+        if kind not in self._opened:
+            self._opened[kind] = [getattr(store, kind)() for store in self.stores]
+        return self._opened[kind]
 
     def read_batch(self, images: np.ndarray, offsets: np.ndarray, out: Sequence[np.ndarray]) -> np.ndarray:
         """The first regions of some images [B] into rows offsets[i] .. offsets[i + 1] of arrays; see RegionStore.read_batch."""

@@ -74,10 +74,6 @@ class CaptionTokenizer:
         length = min(len(encoding.ids), max_tokens - 2)
         return Tokens(np.array(encoding.ids[:length], dtype=np.int64), np.array(encoding.word_ids[:length], dtype=np.int64))
 
-    def framed(self, ids: np.ndarray) -> np.ndarray:
-        """[CLS] ids [SEP]."""
-        return np.concatenate([[self.cls], ids, [self.sep]])
-
     def encode_batch(self, captions: list[str]) -> TokenBatch:
         """Whole captions, without [CLS] and [SEP]."""
         encodings = self._tokenizer.encode_batch(captions, add_special_tokens=False)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.interbert import InterBert
-from megatron_interbert.model.transformer import SelfAttention, TransformerLayer, TransformerStack
+from megatron_interbert.model.transformer import SelfAttention, TransformerStack
 
 
 @dataclass
@@ -96,7 +96,7 @@ class PairScorer:
         longest = int((image_lengths + text_lengths).max())
         for number, layer in enumerate(model.interaction.layers):
             qkv = together(images.qkv, captions.qkv) if number == 0 else layer.attention.qkv(joint)
-            joint = after_attention(layer, layer.attention.attend(qkv, joint_offsets.int(), longest), joint)
+            joint = layer.after_attention(layer.attention.attend(qkv, joint_offsets.int(), longest), joint)
         image = last_layer_of_first(model.image_stream, joint[image_index], image_offsets, longest_image)
         text = last_layer_of_first(model.text_stream, joint[text_index], text_offsets, longest_text)
         return model.text_pooler(text), model.image_pooler(image)
@@ -104,12 +104,6 @@ class PairScorer:
 
 def _offsets(lengths: torch.Tensor) -> torch.Tensor:
     return F.pad(lengths.cumsum(0), (1, 0))
-
-
-def after_attention(layer: TransformerLayer, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The rest of a layer from its attention's result before the output projection."""
-    x = layer.attention_norm(layer.attention.output(attended), x)
-    return layer.mlp_norm(layer.mlp(x), x)
 
 
 def last_layer_of_first(stack: TransformerStack, x: torch.Tensor, offsets: torch.Tensor, longest: int) -> torch.Tensor:
@@ -120,7 +114,7 @@ def last_layer_of_first(stack: TransformerStack, x: torch.Tensor, offsets: torch
     first = x[offsets[:-1]]
     if last is None:
         return first
-    return after_attention(last, _first_token_attention(last.attention, x, first, offsets, longest), first)
+    return last.after_attention(_first_token_attention(last.attention, x, first, offsets, longest), first)
 
 
 def _first_token_attention(

@@ -26,9 +26,6 @@ class SelfAttention(nn.Module):
         self.qkv = ColumnParallelLinear(hidden, 3 * hidden, group)
         self.output = RowParallelLinear(hidden, hidden, group)
 
-    def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_length: int) -> torch.Tensor:
-        return self.output(self.attend(self.qkv(x), offsets, max_length))
-
     def attend(self, qkv: torch.Tensor, offsets: torch.Tensor, max_length: int) -> torch.Tensor:
         """Attention over projected tokens [N, 3 H / ranks] -> [N, H / ranks], before the output projection."""
         q, k, v = qkv.view(len(qkv), -1, 3, self.head_size).unbind(dim=2)
@@ -90,7 +87,11 @@ class TransformerLayer(nn.Module):
         self.mlp_norm = ResidualNorm(hidden, hidden_dropout, eps, kernels)
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_length: int) -> torch.Tensor:
-        x = self.attention_norm(self.attention(x, offsets, max_length), x)
+        return self.after_attention(self.attention.attend(self.attention.qkv(x), offsets, max_length), x)
+
+    def after_attention(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The layer from its attention's result [N, H / ranks], before the output projection, on."""
+        x = self.attention_norm(self.attention.output(attended), x)
         return self.mlp_norm(self.mlp(x), x)
 
 

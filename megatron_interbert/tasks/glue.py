@@ -6,14 +6,14 @@ import numpy as np
 import torch
 
 from megatron_interbert.data.downstream.glue import FORMATS, GlueRows, GlueSet, GlueTexts, find_file, read_rows
-from megatron_interbert.data.downstream.pairs import pair_fields
+from megatron_interbert.data.downstream.pairs import NOTHING, pair_fields
 from megatron_interbert.data.packing import PackedBatch, to_batch
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.interbert import InterBert, InterBertOutput
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import GlueConfig
 from megatron_interbert.tasks.classification import ClassificationTask
-from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_vocabulary
+from megatron_interbert.tasks.parts import describe_data, fitted_sizes, vocabulary_of_run
 from megatron_interbert.tasks.task import Job
 
 METRICS = {"CoLA": ("matthews",), "STS-B": ("pearson", "spearman"), "MRPC": ("accuracy", "f1"), "QQP": ("accuracy", "f1")}
@@ -43,8 +43,8 @@ def glue_job(config: GlueConfig, state: ParallelState) -> Job:
         find_file(config.data_path, config.task, "train"),
         find_file(config.data_path, config.task, FORMATS[config.task].dev[0]),
     )
-    tokenizer = open_vocabulary(config)
-    sizes = fitted_sizes(config, tokenizer, None, config.max_tokens)
+    tokenizer = vocabulary_of_run(config)
+    sizes = fitted_sizes(config, tokenizer, None)
     rows, valid = read_rows(path, config.task, training=True), read_rows(dev, config.task)
     if state.is_main:
         print(f"{path}: {len(rows.texts)} rows, {rows.dropped} dropped (too few fields or no text)", flush=True)
@@ -64,6 +64,7 @@ def glue_job(config: GlueConfig, state: ParallelState) -> Job:
         evaluate=evaluate,
         metric=config.metric or metric_names(config.task)[0],
         figures=metric_names(config.task),
+        patience=config.early_stopping,
     )
 
 
@@ -76,14 +77,13 @@ def labels_of(task: str) -> int:
 def predict(model: InterBert, texts: GlueTexts, state: ParallelState, device: torch.device, batch_size: int) -> np.ndarray:
     """float32 [n, labels]: logits of all rows in their order, the same on all ranks (each computes a share)."""
     mine = np.argsort(texts.lengths(), kind="stable")[state.data_rank :: state.data_size]
-    parts = [np.zeros((0, model.sentence_head.output.out_features), np.float32)]
+    parts = []
     for start in range(0, len(mine), batch_size):
-        fields = pair_fields(texts.inputs(mine[start : start + batch_size]), None, np.zeros(0, np.int64), 1)
+        fields = pair_fields(texts.inputs(mine[start : start + batch_size]), None, NOTHING, 1)
         parts.append(model(to_batch(fields).to(device)).sentence_logits.cpu().numpy())
-    logits = np.empty((texts.count, parts[0].shape[1]), np.float32)
-    for rows, values in state.gather((mine, np.concatenate(parts))):
-        logits[rows] = values
-    return logits
+    found = [(rows, values) for rows, values in state.gather((mine, parts)) if values]  # more ranks than rows: some have none
+    rows, values = np.concatenate([r for r, _ in found]), np.concatenate([v for _, vs in found for v in vs])
+    return values[np.unique(rows, return_index=True)[1]]
 
 
 def metric_names(task: str) -> tuple[str, ...]:

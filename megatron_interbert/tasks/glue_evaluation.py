@@ -9,7 +9,8 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import EvaluateGlueConfig
 from megatron_interbert.tasks.glue import glue_metrics, labels_of, predict, prediction_lines
-from megatron_interbert.tasks.loading import check_length, load_model, open_for
+from megatron_interbert.tasks.loading import load_model, open_for
+from megatron_interbert.tasks.parts import check_length
 from megatron_interbert.tasks.results import output_folder, result_of, table, write_result
 from megatron_interbert.weights.files import write_text
 
@@ -25,7 +26,7 @@ def evaluate_glue(config: EvaluateGlueConfig, state: ParallelState, device: torc
     if trained and trained != config.task:
         raise UsageError(f"--load {config.load}: finetuned on {trained}; give --task {trained}, or the weights of {config.task}")
     _, tokenizer = open_for(config, source, [])
-    check_length(config.max_tokens, source)
+    check_length(config.max_tokens, source.config)
     format, folder, metrics, files = FORMATS[config.task], output_folder(config, source), {}, []
     names = format.submission or (config.task,)
     for split, name in zip(format.test if config.split == "test" else format.dev, names, strict=True):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron_interbert.data.corpus import Corpus, check_detector
-from megatron_interbert.data.manifest import VOCABULARY, file_sha256
+from megatron_interbert.data.manifest import file_sha256
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 from megatron_interbert.kernels.choice import choose_kernels
@@ -16,9 +16,9 @@ from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.presets import fit_to_data
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import EvaluateConfig
+from megatron_interbert.tasks.parts import open_stores, open_vocabulary
+from megatron_interbert.weights.manifest import BEST
 from megatron_interbert.weights.sources import Source, open_source
-
-BEST = "best"
 
 
 def load_model(
@@ -52,12 +52,8 @@ def weight_files(path: Path) -> list[Path]:
 
 def open_for(config: EvaluateConfig, source: Source, stores: Sequence[str]) -> tuple[Corpus | None, CaptionTokenizer]:
     """The stores and the vocabulary of an evaluation; UsageError where they are not those that the weights were made with."""
-    corpus = Corpus(stores, config.strict_boxes, config.allow_other_detector) if stores else None
-    folders = [Path(path) for path in stores] + [source.path if source.path.is_dir() else source.path.parent]
-    found = next((folder / VOCABULARY for folder in folders if (folder / VOCABULARY).is_file()), None)
-    if not config.vocab_file and found is None:
-        raise UsageError("--vocab-file is missing: neither the data nor the weights have a vocab.txt beside them")
-    tokenizer = CaptionTokenizer(config.vocab_file or str(found))
+    corpus = open_stores(stores, config) if stores else None
+    tokenizer = open_vocabulary(config.vocab_file, [*stores, source.path if source.path.is_dir() else source.path.parent])
     where = corpus.path if corpus else config.load
     like = corpus or source.config
     fit_to_data(source.config, tokenizer.vocab_size, like.feature_dim, like.num_classes, where)
@@ -66,12 +62,6 @@ def open_for(config: EvaluateConfig, source: Source, stores: Sequence[str]) -> t
             source.facts.get("detector"), corpus.stores[0].manifest["detector"], f"--data-path {where}", config.allow_other_detector
         )
     vocabulary = source.facts.get("vocabulary")
-    if vocabulary and vocabulary != file_sha256(tokenizer.vocab_file):
+    if vocabulary and vocabulary != tokenizer.sha256:
         raise UsageError(f"{tokenizer.vocab_file}: not the vocabulary of {config.load}; give that one by --vocab-file")
     return corpus, tokenizer
-
-
-def check_length(longest: int, source: Source, flag: str = "--max-tokens") -> None:
-    """UsageError for texts longer than the model's positions."""
-    if longest > source.config.max_position_embeddings:
-        raise UsageError(f"{flag} {longest} is more than the model's {source.config.max_position_embeddings} positions")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from megatron_interbert.data.corpus import Corpus
-from megatron_interbert.data.downstream.pairs import pair_fields
+from megatron_interbert.data.downstream.pairs import NOTHING, caption_texts, pair_fields
 from megatron_interbert.data.packing import to_batch
 from megatron_interbert.data.region_batch import read_regions
 from megatron_interbert.data.text import CaptionTokenizer
@@ -52,10 +52,8 @@ class Pairs:
 
     def caption_side(self, scorer: PairScorer, part: np.ndarray, device: torch.device) -> Side:
         """Some of the captions made ready."""
-        tokens = self.corpus.tokens(self.captions[part], self.tokenizer, self.max_tokens - 2)
-        pieces = np.split(tokens.ids, tokens.offsets[1:-1])
-        texts = [(self.tokenizer.framed(ids), np.zeros(len(ids) + 2, np.int64)) for ids in pieces]
-        return scorer.captions(to_batch(pair_fields(texts, None, np.zeros(0, np.int64), self.corpus.feature_dim)).to(device))
+        texts = caption_texts(self.corpus, self.tokenizer, self.captions[part], self.max_tokens)
+        return scorer.captions(to_batch(pair_fields(texts, None, NOTHING, self.corpus.feature_dim)).to(device))
 
     def by_length(self) -> np.ndarray:
         """int64 [C]: captions from short to long, so that those of a batch are alike."""
@@ -136,11 +134,10 @@ class ScoreTiles:
 
     def missing(self) -> list[tuple[int, int]]:
         """Places (first caption, first image) of this rank that are not there yet."""
-        every = self.state.data_size
         found = [self._file(place).is_file() for place in self.places]
         found = self.state.gather(found)[0]  # what the first rank sees: all must agree on who does what
         left = [place for place, there in zip(self.places, found, strict=True) if not there]
-        return left[self.state.data_rank :: every]
+        return left[self.state.data_rank :: self.state.data_size]
 
     def write(self, place: tuple[int, int], scores: np.ndarray) -> None:
         """One finished tile; it appears whole."""
@@ -154,6 +151,11 @@ class ScoreTiles:
     def extent(self, place: tuple[int, int]) -> tuple[slice, slice]:
         """Captions and images of a tile."""
         return tuple(slice(p, min(p + t, s)) for p, t, s in zip(place, self.tile, self.shape, strict=True))
+
+    def pairs(self, place: tuple[int, int]) -> int:
+        """Pairs of a tile."""
+        rows, columns = self.extent(place)
+        return (rows.stop - rows.start) * (columns.stop - columns.start)
 
     def read(self) -> Iterator[tuple[slice, slice, np.ndarray]]:
         """All tiles: captions, images, scores."""

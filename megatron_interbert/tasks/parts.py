@@ -1,7 +1,7 @@
 """The parts that every job is put together from: stores, vocabulary, sizes of the model, what a checkpoint remembers of its data."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,34 @@ from megatron_interbert.data.manifest import MANIFEST, VOCABULARY, file_sha256
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.presets import fit_to_data, load_model_config
+from megatron_interbert.task_config import EvaluateConfig
 from megatron_interbert.weights.manifest import newest_checkpoint
 from megatron_interbert.weights.sources import open_source, recognise
 
 
-def open_stores(paths: Sequence[str], config: TrainConfig) -> Corpus:
+def open_stores(paths: Sequence[str], config: TrainConfig | EvaluateConfig) -> Corpus:
     """Region stores as one corpus."""
     return Corpus(paths, config.strict_boxes, config.allow_other_detector)
 
 
-def open_vocabulary(config: TrainConfig, stores: Sequence[str] = ()) -> CaptionTokenizer:
-    """The vocabulary of --vocab-file, else of the first store that has one, else of the weights to start from."""
-    folders = [Path(path) for path in stores]
-    if config.init_from:
-        folders.append(newest_checkpoint(config.init_from) or Path(config.init_from))
-    found = next((folder / VOCABULARY for folder in folders if (folder / VOCABULARY).is_file()), None)
-    if not config.vocab_file and found is None:
-        raise UsageError("--vocab-file is missing: neither the data nor the weights to start from have a vocab.txt beside them")
-    return CaptionTokenizer(config.vocab_file or str(found))
+def open_vocabulary(given: str, folders: Iterable[str | Path]) -> CaptionTokenizer:
+    """The vocabulary of --vocab-file, else of the first folder (of a store, of weights) that has one."""
+    found = next((path for folder in folders if (path := Path(folder) / VOCABULARY).is_file()), None)
+    if not given and found is None:
+        raise UsageError("--vocab-file is missing: neither the data nor the weights have a vocab.txt beside them")
+    return CaptionTokenizer(given or str(found))
+
+
+def vocabulary_of_run(config: TrainConfig, stores: Sequence[str] = ()) -> CaptionTokenizer:
+    """The vocabulary of a run: given, of its stores, or of the weights that it starts from."""
+    weights = [newest_checkpoint(config.init_from) or config.init_from] if config.init_from else []
+    return open_vocabulary(config.vocab_file, [*stores, *weights])
+
+
+def check_length(longest: int, sizes: ModelConfig, flag: str = "--max-tokens") -> None:
+    """UsageError for texts longer than the model's positions."""
+    if longest > sizes.max_position_embeddings:
+        raise UsageError(f"{flag} {longest} is more than the model's {sizes.max_position_embeddings} positions")
 
 
 def sizes_of_model(config: TrainConfig) -> ModelConfig:
@@ -38,16 +48,13 @@ def sizes_of_model(config: TrainConfig) -> ModelConfig:
     return load_model_config(config.model or "base")
 
 
-def fitted_sizes(
-    config: TrainConfig, tokenizer: CaptionTokenizer, corpus: Corpus | None, longest: int, flag: str = "--max-tokens"
-) -> ModelConfig:
-    """Sizes of the model with those that come from the data filled in and checked; `longest` text in tokens, as `flag` says."""
+def fitted_sizes(config: TrainConfig, tokenizer: CaptionTokenizer, corpus: Corpus | None) -> ModelConfig:
+    """Sizes of the model with those that come from the data filled in, and whether --max-tokens fits checked."""
     sizes = sizes_of_model(config)
-    feature_dim, num_classes = (corpus or sizes).feature_dim, (corpus or sizes).num_classes
+    like = corpus or sizes
     where = f"{corpus.path} with {tokenizer.vocab_file}" if corpus else tokenizer.vocab_file
-    sizes = fit_to_data(sizes, tokenizer.vocab_size, feature_dim or 1, num_classes or 2, where)
-    if longest > sizes.max_position_embeddings:
-        raise UsageError(f"{flag} {longest} is more than the model's {sizes.max_position_embeddings} positions")
+    sizes = fit_to_data(sizes, tokenizer.vocab_size, like.feature_dim or 1, like.num_classes or 2, where)
+    check_length(config.max_tokens, sizes)
     return sizes if config.dropout else sizes.without_dropout()
 
 

@@ -22,7 +22,7 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import RetrievalConfig
 from megatron_interbert.tasks.classification import ClassificationTask
 from megatron_interbert.tasks.pair_tiles import Pairs, score_block
-from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, open_vocabulary
+from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, vocabulary_of_run
 from megatron_interbert.tasks.task import Job
 
 CAPTIONS_AT_ONCE = 512
@@ -44,8 +44,8 @@ class RetrievalTask(ClassificationTask):
 def retrieval_job(config: RetrievalConfig, state: ParallelState) -> Job:
     """Finetuning on a region store; R@1 of captions to images over all pairs of --valid-data-path decides what is best."""
     stores = config.stores()
-    corpus, tokenizer = open_stores(stores, config), open_vocabulary(config, stores)
-    sizes = fitted_sizes(config, tokenizer, corpus, config.max_tokens)
+    corpus, tokenizer = open_stores(stores, config), vocabulary_of_run(config, stores)
+    sizes = fitted_sizes(config, tokenizer, corpus)
     samples = RetrievalSet(corpus, tokenizer, config)
     if state.is_main and not samples.has_hard_images:
         print(
@@ -54,8 +54,17 @@ def retrieval_job(config: RetrievalConfig, state: ParallelState) -> Job:
         )
     near = [str(store.path / HARD_IMAGES) for store in corpus.stores if samples.has_hard_images]
     data = describe_data(tokenizer, corpus, near, "retrieval")
-    job = Job(RetrievalTask(), samples, sizes, ("itm",), data, tokenizer.vocab_file, metric=config.metric or "t2i_R@1")
-    job.figures = tuple(f"{direction}_R@{k}" for direction in ("t2i", "i2t") for k in (1, 5, 10))
+    job = Job(
+        RetrievalTask(),
+        samples,
+        sizes,
+        ("itm",),
+        data,
+        tokenizer.vocab_file,
+        metric=config.metric or "t2i_R@1",
+        figures=tuple(f"{direction}_R@{k}" for direction in ("t2i", "i2t") for k in (1, 5, 10)),
+        patience=config.early_stopping,
+    )
     if config.valid_data_path:
         valid = open_stores([config.valid_data_path], config)
         corpus.check_alike(valid.stores[0], config.allow_other_detector, "--valid-data-path")

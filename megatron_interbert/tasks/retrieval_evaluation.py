@@ -1,6 +1,5 @@
 """`evaluate retrieval`: all pairs tile by tile, ranks, a page; and a two-stage search beside."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.model.pair_scorer import PairScorer
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import EvaluateRetrievalConfig
-from megatron_interbert.tasks.loading import check_length, load_model, open_for
+from megatron_interbert.tasks.loading import load_model, open_for
 from megatron_interbert.tasks.pair_tiles import Pairs, ScoreTiles, fill
+from megatron_interbert.tasks.parts import check_length
 from megatron_interbert.tasks.results import output_folder, result_of, table, write_result
 from megatron_interbert.tasks.retrieval import choose_pairs, flat_metrics, ranks_of_tiles, recall_metrics
 from megatron_interbert.tasks.retrieval_page import result_page
@@ -27,11 +27,13 @@ SHOWN = 40  # captions on the page
 def evaluate_retrieval(config: EvaluateRetrievalConfig, state: ParallelState, device: torch.device) -> dict[str, Any]:
     """Writes result.json and result.html and gives the result; all ranks of a launch call it."""
     model, source = load_model(config.load, ("itm",), config.kernels, device, state, config.averaged)
+    if config.zero_shot and source.facts.get("task"):
+        raise UsageError(f"--zero-shot: {config.load} was finetuned ({source.facts['task']}); leave the flag out")
     corpus, tokenizer = open_for(config, source, [config.data_path])
     trained = source.facts.get("run") or {}
     config.max_regions = config.max_regions or trained.get("max_regions", 36)
     config.max_tokens = config.max_tokens or trained.get("max_tokens", 36)
-    check_length(config.max_tokens, source)
+    check_length(config.max_tokens, source.config)
     if config.bf16:
         model = model.bfloat16()
     scorer = PairScorer(model)
@@ -54,8 +56,6 @@ def evaluate_retrieval(config: EvaluateRetrievalConfig, state: ParallelState, de
         if config.exhaustive:
             found["lost_R@1"] = metrics["t2i_R@1"] - found["R@1"]
         more["two_stage"] = {"reranked": min(config.two_stage, len(pairs.images)), **found}
-    if config.zero_shot and source.facts.get("task"):
-        raise UsageError(f"--zero-shot: {config.load} was finetuned ({source.facts['task']}); leave the flag out")
     protocol = (
         "zero-shot" if config.zero_shot else "finetuned" if source.facts.get("task") == "retrieval" else "matching head as loaded"
     )
@@ -79,7 +79,7 @@ def score_tiles(
     scorer: PairScorer,
     pairs: Pairs,
     folder: Path,
-    weights: Any,
+    weights: dict[str, str],
 ) -> ScoreTiles:
     """All tiles on disk; those of an evaluation of the same weights, data and settings that was stopped are kept."""
     settings = {name: getattr(config, name) for name in ("language", "max_images", "max_regions", "max_tokens", "averaged", "bf16")}
@@ -88,18 +88,13 @@ def score_tiles(
     shape = len(pairs.captions), len(pairs.images)
     tiles = ScoreTiles(folder, shape, (config.tile_captions, config.tile_images), identity, state)
     mine = tiles.missing()
-    total = sum(_area(tiles, place) for place in mine)
+    total = sum(tiles.pairs(place) for place in mine)
     with tqdm(
         total=total, unit="pair", unit_scale=True, desc="scoring", mininterval=1.0, disable=None if state.is_main else True
     ) as bar:
         fill(tiles, mine, pairs, scorer, device, config.batch_pairs, bar.update)
     state.barrier()
     return tiles
-
-
-def _area(tiles: ScoreTiles, place: tuple[int, int]) -> int:
-    rows, columns = tiles.extent(place)
-    return (rows.stop - rows.start) * (columns.stop - columns.start)
 
 
 def metrics_of(tiles: ScoreTiles, pairs: Pairs) -> dict[str, float]:
@@ -125,9 +120,7 @@ def page_of(result: dict[str, Any], tiles: ScoreTiles, pairs: Pairs, photos: Pat
 def report(result: dict[str, Any], folder: Path) -> None:
     """The result for people."""
     origin = " (generated scenes)" if result["data"]["generated"] else ""
-    print(
-        f"{result['protocol']} retrieval, {result['captions']} captions x {result['images']} images{origin}, {time.strftime('%H:%M')}"
-    )
+    print(f"{result['protocol']} retrieval, {result['captions']} captions x {result['images']} images{origin}")
     chance = result["chance_R@1"]
     if result["metrics"]:
         print(table(result))

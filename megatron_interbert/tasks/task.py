@@ -51,4 +51,5 @@ class Job:
     evaluate: Evaluate | None = None
     metric: str = ""
     figures: tuple[str, ...] = ()  # names that may be the metric
+    patience: int = 0  # evaluations without a better figure after which the run ends; 0: never
     valid_samples: TrainingSet | None = None  # for the losses of pretraining

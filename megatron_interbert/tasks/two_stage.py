@@ -43,24 +43,20 @@ def two_stage_search(
     )
     mine = np.arange(len(pairs.captions))[state.data_rank :: state.data_size]
     own = torch.from_numpy(pairs.own_image()).to(device)
-    prefiltered, final = [], []
+    found = []
     for part in _runs(mine):
         side = pairs.caption_side(scorer, part, device)
         coarse = (alone(scorer, side, False).float() * direction) @ vectors.T  # [part, images]
         right = own[part]
-        at_right = coarse.gather(1, right[:, None])
-        rank = 1 + (coarse >= at_right).sum(1) - 1
+        rank = (coarse >= coarse.gather(1, right[:, None])).sum(1)
         kept = coarse.topk(keep, dim=1).indices
         margins = _rescored(scorer, pairs, side, kept, device, pairs_per_batch)
         inside = kept == right[:, None]
         mine_score = torch.where(inside, margins, -torch.inf).amax(1, keepdim=True)
         fine = 1 + ((margins >= mine_score) & ~inside).sum(1)
-        prefiltered.append(inside.any(1).long())
-        final.append(torch.where(inside.any(1), fine, rank.clamp(min=keep + 1)))
-    nothing = torch.zeros(0, dtype=torch.long)
-    here = torch.cat([*final, nothing.to(device)]).cpu().numpy(), torch.cat([*prefiltered, nothing.to(device)]).cpu().numpy()
-    found = state.gather(here)[:: state.tensor_size]
-    ranks, inside = (np.concatenate([values[i] for values in found]) for i in (0, 1))
+        found.append(torch.stack([torch.where(inside.any(1), fine, rank.clamp(min=keep + 1)), inside.any(1)]).cpu())
+    mine_found = torch.cat([torch.zeros(2, 0, dtype=torch.long), *found], dim=1).numpy()
+    ranks, inside = np.concatenate(state.gather(mine_found)[:: state.tensor_size], axis=1)
     return {**recall_metrics(ranks), f"first_stage_R@{keep}": 100.0 * float(inside.mean()), "seconds": time.monotonic() - started}
 
 

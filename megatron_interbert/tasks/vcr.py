@@ -12,9 +12,9 @@ from megatron_interbert.data.packing import PackedBatch, to_batch
 from megatron_interbert.errors import UsageError, local_errors
 from megatron_interbert.model.interbert import InterBert, InterBertOutput
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.task_config import VcrConfig
+from megatron_interbert.task_config import EvaluateVcrConfig, VcrConfig
 from megatron_interbert.tasks.classification import ClassificationTask
-from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, open_vocabulary
+from megatron_interbert.tasks.parts import check_length, describe_data, fitted_sizes, open_stores, vocabulary_of_run
 from megatron_interbert.tasks.task import Job
 
 Inputs = list[tuple[np.ndarray, np.ndarray]]
@@ -33,7 +33,7 @@ class VcrTask(ClassificationTask):
         return torch.full((2,), len(batch.labels) // 2, dtype=torch.float64)
 
 
-def open_images(annotated: str, detected: str, config: VcrConfig) -> VcrImages:
+def open_images(annotated: str, detected: str, config: VcrConfig | EvaluateVcrConfig) -> VcrImages:
     """The stores of a run; UsageError when their features are not alike."""
     stores = [open_stores([path], config) if path else None for path in (annotated, detected)]
     if all(stores):
@@ -44,21 +44,28 @@ def open_images(annotated: str, detected: str, config: VcrConfig) -> VcrImages:
 def vcr_job(config: VcrConfig, state: ParallelState) -> Job:
     """Joint finetuning on --annotations; Q->AR on --valid-annotations decides what is best."""
     images = open_images(config.annotated_path, config.data_path, config)
-    tokenizer = open_vocabulary(config, [path for path in (config.data_path, config.annotated_path) if path])
+    tokenizer = vocabulary_of_run(config, [path for path in (config.data_path, config.annotated_path) if path])
     corpus = images.detected or images.annotated
-    sizes = fitted_sizes(config, tokenizer, corpus, config.max_tokens)
-    fitted_sizes(config, tokenizer, corpus, config.max_rationale_tokens, "--max-rationale-tokens")
-    questions, texts = (
-        read_questions(config.annotations, images),
-        VcrTexts(tokenizer, config.max_tokens, config.max_rationale_tokens),
-    )
+    sizes = fitted_sizes(config, tokenizer, corpus)
+    check_length(config.max_rationale_tokens, sizes, "--max-rationale-tokens")
+    questions = read_questions(config.annotations, images)
+    texts = VcrTexts(tokenizer, config.max_tokens, config.max_rationale_tokens)
     if state.is_main:
         print(questions.report(), flush=True)
     other = [f"{path}/{MANIFEST}" for path in (config.data_path, config.annotated_path) if path][1:]
     data = describe_data(tokenizer, corpus, [*other, config.annotations], "vcr")
     samples = VcrSet(questions, images, texts, config)
-    job = Job(VcrTask(), samples, sizes, ("choice",), data, tokenizer.vocab_file, metric=config.metric or "q_ar")
-    job.figures = ("q_a", "qa_r", "q_ar")
+    job = Job(
+        VcrTask(),
+        samples,
+        sizes,
+        ("choice",),
+        data,
+        tokenizer.vocab_file,
+        metric=config.metric or "q_ar",
+        figures=("q_a", "qa_r", "q_ar"),
+        patience=config.early_stopping,
+    )
     if config.valid_annotations:
         valid_images = images
         if config.valid_data_path or config.valid_annotated_path:
@@ -117,7 +124,7 @@ def predict(
 
 def check_labels(questions: Questions) -> None:
     """UsageError for annotations without labels."""
-    if any(q.answer_label < 0 or q.rationale_label < 0 for q in questions.items):
+    if not questions.labelled:
         raise UsageError(f"{questions.path}: holds no labels, so there is nothing to compare with; give labels, or --submission")
 
 
@@ -140,5 +147,4 @@ def submission_lines(questions: Sequence[Question], answers: np.ndarray, rationa
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """float64, over the last axis."""
-    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
-    return shifted / shifted.sum(axis=-1, keepdims=True)
+    return torch.from_numpy(logits).double().softmax(dim=-1).numpy()

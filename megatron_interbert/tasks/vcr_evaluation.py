@@ -11,12 +11,12 @@ from tqdm import tqdm
 from megatron_interbert.data.downstream.vcr import Question, VcrImages, VcrTexts, read_questions
 from megatron_interbert.data.drawing import STYLE, draw_image
 from megatron_interbert.data.manifest import MANIFEST
-from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import EvaluateVcrConfig
-from megatron_interbert.tasks.loading import check_length, load_model, open_for
+from megatron_interbert.tasks.loading import load_model, open_for
+from megatron_interbert.tasks.parts import check_length
 from megatron_interbert.tasks.results import output_folder, result_of, table, write_result
-from megatron_interbert.tasks.vcr import check_labels, predict, softmax, submission_lines, vcr_metrics
+from megatron_interbert.tasks.vcr import check_labels, open_images, predict, softmax, submission_lines, vcr_metrics
 from megatron_interbert.weights.files import write_text
 
 PAGE_STYLE = STYLE + (
@@ -30,19 +30,16 @@ PAGE_STYLE = STYLE + (
 def evaluate_vcr(config: EvaluateVcrConfig, state: ParallelState, device: torch.device) -> dict[str, Any]:
     """Writes result.json, result.html and, with --submission, submission.csv; all ranks of a launch call it."""
     model, source = load_model(config.load, ("choice",), config.kernels, device, state, config.averaged)
+    images = open_images(config.annotated_path, config.data_path, config)
     paths = [path for path in (config.annotated_path, config.data_path) if path]
-    corpora = {path: open_for(config, source, [path]) for path in paths}
-    if not paths:
-        raise UsageError("--data-path and --annotated-path are both missing; give a region store of the images")
-    tokenizer = corpora[paths[0]][1]
-    annotated, detected = (corpora[path][0] if path else None for path in (config.annotated_path, config.data_path))
-    images = VcrImages(annotated, detected, config.max_regions)
-    check_length(max(config.max_tokens, config.max_rationale_tokens), source)
+    corpus, tokenizer = open_for(config, source, paths[:1])
+    check_length(config.max_tokens, source.config)
+    check_length(config.max_rationale_tokens, source.config, "--max-rationale-tokens")
     questions = read_questions(config.annotations, images, whole=config.submission)
     if state.is_main:
         print(questions.report(), flush=True)
-    items, labelled = questions.items, all(min(q.answer_label, q.rationale_label) >= 0 for q in questions.items)
-    if not labelled and not config.submission:
+    items, labelled = questions.items, questions.labelled
+    if not config.submission:
         check_labels(questions)
     texts, every = VcrTexts(tokenizer, config.max_tokens, config.max_rationale_tokens), config.submission
     with tqdm(total=len(items), unit="question", desc="answering", mininterval=1.0, disable=None if state.is_main else True) as bar:
@@ -57,7 +54,7 @@ def evaluate_vcr(config: EvaluateVcrConfig, state: ParallelState, device: torch.
         metrics = vcr_metrics(items, answers, given_right)
     files = [*(f"{path}/{MANIFEST}" for path in paths[1:]), config.annotations]
     more = {"questions": len(items), "dropped": dict(questions.dropped)}
-    result = result_of(config, "finetuned", metrics, source, annotated or detected, files, **more)
+    result = result_of(config, "finetuned", metrics, source, corpus, files, **more)
     folder = output_folder(config, source)
     if state.is_main:
         write_result(folder, result)

@@ -33,6 +33,7 @@ from megatron_interbert.training.fragments import FragmentedState
 from megatron_interbert.training.resume import changed_settings, check_same_run, partial_folder, set_aside
 from megatron_interbert.weights.files import TensorLayout, file_entry, flush_folder, write_tensors, write_text
 from megatron_interbert.weights.manifest import (
+    BEST,
     STEP_FOLDER,
     VOCABULARY,
     complete_checkpoints,
@@ -42,7 +43,6 @@ from megatron_interbert.weights.manifest import (
 )
 from megatron_interbert.weights.reader import KINDS, CheckpointReader, describe_pieces, piece_key
 
-BEST = "best"  # a link to the checkpoint with the best figure
 POINTER, MEGATRON_POINTER = "latest", "latest_checkpointed_iteration.txt"
 FAILURES_ALLOWED = 1  # a save that fails is reported and training goes on; a second one in a row ends the run
 

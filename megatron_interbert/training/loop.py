@@ -33,7 +33,7 @@ class Trainer:
         *,
         batches: Iterator[PackedBatch],
         evaluation: Evaluation | None,
-        metric: str = "",
+        patience: int,
         state: ParallelState,
         streams: RandomStreams,
         device: torch.device,
@@ -42,7 +42,7 @@ class Trainer:
     ) -> None:
         self.engine, self.task, self.config, self.model_config = engine, task, config, model_config
         self.batches, self.evaluation, self.state, self.streams, self.device = batches, evaluation, state, streams, device
-        self.checkpoints, self.progress, self.metric = checkpoints, progress, metric
+        self.checkpoints, self.progress, self.patience = checkpoints, progress, patience
         self.peak = peak_tflops(device, config.peak_tflops)
         self.bad_steps = 0
         self.writer = MetricsWriter(config.save, config.tensorboard_dir, state.is_main, config.train_iters, progress.step)
@@ -69,7 +69,7 @@ class Trainer:
                     best = self.evaluate()
                     if self.should_stop():
                         self.writer.say(
-                            f"step {step}: {self.progress.stale} evaluations without a better {self.metric}: the run ends"
+                            f"step {step}: {self.progress.stale} evaluations without a better {self.checkpoints.metric}: the run ends"
                         )
                         last = step
                 if config.save and (best or (config.save_interval and step % config.save_interval == 0) or step == last):
@@ -175,11 +175,10 @@ class Trainer:
         """Figures on unseen samples; whether they are the best so far by the job's metric."""
         values, summary = self.evaluation.run(self.engine)
         self.writer.write(self.progress.step, values, summary, prefix="valid")
-        if not self.metric:
+        if not self.checkpoints.metric:
             return False
-        return self.progress.note(values[self.metric])
+        return self.progress.note(values[self.checkpoints.metric])
 
     def should_stop(self) -> bool:
-        """Whether --early-stopping says so."""
-        patience = getattr(self.config, "early_stopping", 0)
-        return bool(patience) and self.progress.stale >= patience
+        """Whether the last evaluations were no better, too many of them."""
+        return bool(self.patience) and self.progress.stale >= self.patience

@@ -21,7 +21,7 @@ from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, open_vocabulary
+from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, vocabulary_of_run
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.checkpoint import Checkpoints, Progress
@@ -36,8 +36,8 @@ from megatron_interbert.training.resume import claim_folder, find_checkpoint, re
 def pretraining_job(config: RunConfig, state: ParallelState) -> Job:
     """Pretraining on the region stores of --data-path."""
     corpus = open_stores(config.stores(), config)
-    tokenizer = open_vocabulary(config, config.stores())
-    sizes = fitted_sizes(config, tokenizer, corpus, config.max_tokens)
+    tokenizer = vocabulary_of_run(config, config.stores())
+    sizes = fitted_sizes(config, tokenizer, corpus)
     samples, valid = PretrainingSet(corpus, tokenizer, config), None
     if config.valid_data_path:
         valid_corpus = open_stores([config.valid_data_path], config)
@@ -96,7 +96,7 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
         job.model_config,
         batches=batches(job.samples, progress.consumed_samples, config.global_batch_size, state, device),
         evaluation=evaluation,
-        metric=job.metric,
+        patience=job.patience,
         state=state,
         streams=streams,
         device=device,

@@ -19,6 +19,7 @@ from megatron_interbert.weights.files import write_json
 MANIFEST = "manifest.json"
 FORMAT = 2
 STEP_FOLDER = "global_step"
+BEST = "best"  # in a run's folder: a link to the checkpoint with the best figure
 VOCABULARY = "vocab.txt"
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_interbert.data.downstream.glue import FORMATS, GlueTexts, find_file, frame, read_rows
+from megatron_interbert.data.downstream.glue import FORMATS, GlueTexts, find_file, read_rows
+from megatron_interbert.data.downstream.pairs import frame
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.initialise import initialise

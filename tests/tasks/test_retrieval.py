@@ -62,13 +62,17 @@ def open_pairs(path, max_regions=36, max_tokens=36):
     return choose_pairs(corpus, CaptionTokenizer(str(path / "vocab.txt")), "", 0, max_regions, max_tokens)
 
 
+def framed(tokenizer, ids):
+    return np.array([tokenizer.cls, *ids, tokenizer.sep]), np.zeros(len(ids) + 2, np.int64)
+
+
 @torch.no_grad()
 def one_by_one(model, pairs):
     """float32 [captions, images] from InterBert.forward, a batch for each pair."""
     scores = np.empty((len(pairs.captions), len(pairs.images)), np.float32)
     for c, i in itertools.product(range(len(pairs.captions)), range(len(pairs.images))):
         tokens = pairs.corpus.tokens(pairs.captions[c : c + 1], pairs.tokenizer, pairs.max_tokens - 2)
-        text = pairs.tokenizer.framed(tokens.ids), np.zeros(len(tokens.ids) + 2, np.int64)
+        text = framed(pairs.tokenizer, tokens.ids)
         regions = read_regions(pairs.corpus, pairs.images[i : i + 1], pairs.max_regions)
         logits = model(to_batch(pair_fields([text], regions, np.array([0]), FEATURES))).itm_logits
         scores[c, i] = logits[0, 0] - logits[0, 1]
@@ -204,8 +208,7 @@ def test_first_stage_is_the_matching_head_on_sides_alone(store):
     text = alone(scorer, pairs.caption_side(scorer, np.arange(6), CPU), images=False)
     for row in range(6):
         tokens = pairs.corpus.tokens(pairs.captions[row : row + 1], pairs.tokenizer, 34)
-        framed = pairs.tokenizer.framed(tokens.ids), np.zeros(len(tokens.ids) + 2, np.int64)
-        batch = to_batch(pair_fields([framed], None, np.zeros(0, np.int64), FEATURES))
+        batch = to_batch(pair_fields([framed(pairs.tokenizer, tokens.ids)], None, np.zeros(0, np.int64), FEATURES))
         torch.testing.assert_close(text[row], model(batch).pooled_text[0], atol=1e-4, rtol=1e-4)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from megatron_interbert.data.building.store_writer import RegionStoreWriter
 from megatron_interbert.data.corpus import Corpus
-from megatron_interbert.data.downstream.pairs import pair_fields
+from megatron_interbert.data.downstream.pairs import caption_texts, pair_fields
 from megatron_interbert.data.packing import PackedBatch, to_batch
 from megatron_interbert.data.region_batch import read_regions
 from megatron_interbert.data.regions import Regions
@@ -148,8 +148,7 @@ def padded_scores(model: InterBert, pairs: Pairs, device: torch.device, argument
     scores = torch.empty(len(pairs.captions), len(images))
     regions, most = read_regions(pairs.corpus, pairs.images, MOST), FIXED if arguments.regions == "fixed" else MOST
     for row in range(len(pairs.captions)):
-        tokens = pairs.corpus.tokens(pairs.captions[row : row + 1], pairs.tokenizer, arguments.max_tokens - 2)
-        text = pairs.tokenizer.framed(tokens.ids), np.zeros(len(tokens.ids) + 2, np.int64)
+        (text,) = caption_texts(pairs.corpus, pairs.tokenizer, pairs.captions[row : row + 1], arguments.max_tokens)
         for start in range(0, len(images), arguments.pairs):
             part = images[start : start + arguments.pairs]
             batch = to_batch(pair_fields([text] * len(part), regions, part, 2048)).to(device)
@@ -193,5 +192,4 @@ def padded_layer(layer: TransformerLayer, x: torch.Tensor, seen: torch.Tensor) -
     size = layer.attention.head_size
     q, k, v = layer.attention.qkv(x).view(samples, length, -1, 3, size).permute(3, 0, 2, 1, 4)
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).reshape(samples, length, hidden)
-    x = layer.attention_norm(layer.attention.output(attended), x)
-    return layer.mlp_norm(layer.mlp(x), x)
+    return layer.after_attention(attended, x)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_interbert.config import read_text
-from megatron_interbert.data.downstream.pairs import pair_fields
+from megatron_interbert.data.downstream.pairs import NOTHING, Text, frame, pair_fields
 from megatron_interbert.data.order import SampleOrder
 from megatron_interbert.data.region_batch import Allocate, plain_memory
 from megatron_interbert.data.text import CaptionTokenizer, TokenBatch
@@ -139,26 +139,13 @@ class GlueTexts:
         """int64 [n]: tokens with [CLS] and [SEP], cut."""
         return np.minimum(sum(np.diff(part.offsets) for part in self.parts) + 1 + len(self.parts), self.max_tokens)
 
-    def inputs(self, rows: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def inputs(self, rows: Sequence[int]) -> list[Text]:
         """(ids, types) of some rows: [CLS] a [SEP] with types 0, then b [SEP] with types 1."""
         result = []
         for row in rows:
             pieces = [part.ids[part.offsets[row] : part.offsets[row + 1]] for part in self.parts]
             result.append(frame(pieces, self.tokenizer, self.max_tokens))
         return result
-
-
-def frame(pieces: Sequence[np.ndarray], tokenizer: CaptionTokenizer, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, types) of one or two texts; too long together, the longer one loses its last token, again and again."""
-    room = max_tokens - 1 - len(pieces)
-    lengths = [len(part) for part in pieces]
-    while sum(lengths) > room:
-        lengths[lengths.index(max(lengths))] -= 1
-    ids, types = [np.array([tokenizer.cls])], [np.zeros(1, np.int64)]
-    for kind, (part, length) in enumerate(zip(pieces, lengths, strict=True)):
-        ids += [part[:length], np.array([tokenizer.sep])]
-        types.append(np.full(length + 1, kind, np.int64))
-    return np.concatenate(ids).astype(np.int64), np.concatenate(types)
 
 
 class GlueSet:
@@ -175,5 +162,5 @@ class GlueSet:
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
         """The fields of a PackedBatch of text alone, with `labels` [B]."""
         rows = [sample for _, sample in pairs]
-        fields = pair_fields(self.texts.inputs(rows), None, np.zeros(0, np.int64), self.feature_dim)
+        fields = pair_fields(self.texts.inputs(rows), None, NOTHING, self.feature_dim)
         return {**fields, "labels": self.labels[rows], "sample_ids": np.array(rows)}

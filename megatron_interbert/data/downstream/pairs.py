@@ -1,17 +1,39 @@
-"""A batch of pairs of a text and an image: the images of a batch are read once, however many pairs they are in."""
+"""Texts as a model reads them, and batches of pairs of a text and an image, whose regions are read once for all their pairs."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.packing import image_locations, lay_out
 from megatron_interbert.data.region_batch import Allocate, RegionBatch, plain_memory
+from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.data.training_set import Fields
 
 NOTHING = np.zeros(0, np.int64)
+Text = tuple[np.ndarray, np.ndarray]  # token ids with [CLS] and [SEP], their types
 
 
-def text_fields(texts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[Fields, np.ndarray]:
+def caption_texts(corpus: Corpus, tokenizer: CaptionTokenizer, captions: np.ndarray, max_tokens: int) -> list[Text]:
+    """[CLS] words [SEP] of some captions [n], cut to `max_tokens`."""
+    tokens = corpus.tokens(captions, tokenizer, max_tokens - 2)
+    return [frame([ids], tokenizer, max_tokens) for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
+
+
+def frame(pieces: Sequence[np.ndarray], tokenizer: CaptionTokenizer, max_tokens: int) -> Text:
+    """(ids, types) of one or two texts; too long together, the longer one loses its last token, again and again."""
+    room = max_tokens - 1 - len(pieces)
+    lengths = [len(part) for part in pieces]
+    while sum(lengths) > room:
+        lengths[lengths.index(max(lengths))] -= 1
+    ids, types = [np.array([tokenizer.cls])], [np.zeros(1, np.int64)]
+    for kind, (part, length) in enumerate(zip(pieces, lengths, strict=True)):
+        ids += [part[:length], np.array([tokenizer.sep])]
+        types.append(np.full(length + 1, kind, np.int64))
+    return np.concatenate(ids).astype(np.int64), np.concatenate(types)
+
+
+def text_fields(texts: Sequence[Text]) -> tuple[Fields, np.ndarray]:
     """(token fields, lengths [B]) of texts given as (ids with [CLS] and [SEP], types)."""
     lengths = np.array([len(ids) for ids, _ in texts], dtype=np.int64)
     fields = {
@@ -22,7 +44,7 @@ def text_fields(texts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[Fields,
 
 
 def pair_fields(
-    texts: Sequence[tuple[np.ndarray, np.ndarray]],
+    texts: Sequence[Text],
     regions: RegionBatch | None,
     image_of: np.ndarray,
     feature_dim: int,

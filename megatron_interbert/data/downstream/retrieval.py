@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_interbert.data.corpus import Corpus
-from megatron_interbert.data.downstream.pairs import pair_fields
+from megatron_interbert.data.downstream.pairs import caption_texts, pair_fields
 from megatron_interbert.data.order import SampleOrder
 from megatron_interbert.data.pretraining import trainable_captions
 from megatron_interbert.data.randomness import uniforms
@@ -58,14 +58,10 @@ class RetrievalSet:
         shown = np.stack([images, images, other_image, images], axis=1).ravel()
         unique, image_of = np.unique(shown, return_inverse=True)
         regions = read_regions(self.corpus, unique, self.config.max_regions)
-        fields = pair_fields(self._texts(texts), regions, image_of, self.feature_dim, allocate)
+        framed = caption_texts(self.corpus, self.tokenizer, texts, self.config.max_tokens)
+        fields = pair_fields(framed, regions, image_of, self.feature_dim, allocate)
         wrong = np.tile(np.array([0, 1, 1, 1]), len(captions))
         return {**fields, "mismatched": wrong, "sample_ids": np.repeat(captions, PAIRS)}
-
-    def _texts(self, captions: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        tokens = self.corpus.tokens(captions, self.tokenizer, self.config.max_tokens - 2)
-        pieces = np.split(tokens.ids, tokens.offsets[1:-1])
-        return [(self.tokenizer.framed(ids), np.zeros(len(ids) + 2, np.int64)) for ids in pieces]
 
     def _of_another_image(self, epochs: np.ndarray, captions: np.ndarray, images: np.ndarray, place: int) -> np.ndarray:
         """A random caption [B] of another image; `place`: where in the stream of each sample's numbers the draws begin."""

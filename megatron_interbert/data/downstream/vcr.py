@@ -18,8 +18,7 @@ import numpy as np
 
 from megatron_interbert.config import read_text
 from megatron_interbert.data.corpus import Corpus
-from megatron_interbert.data.downstream.glue import frame
-from megatron_interbert.data.downstream.pairs import pair_fields
+from megatron_interbert.data.downstream.pairs import Text, frame, pair_fields
 from megatron_interbert.data.order import SampleOrder
 from megatron_interbert.data.region_batch import Allocate, RegionBatch, plain_memory, read_regions
 from megatron_interbert.data.text import CaptionTokenizer
@@ -72,6 +71,11 @@ class Questions:
     items: list[Question]
     dropped: Counter = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether all questions have both labels."""
+        return all(min(q.answer_label, q.rationale_label) >= 0 for q in self.items)
 
     def drop(self, reason: str, annot_id: str) -> None:
         """Count a question that cannot be used."""
@@ -226,12 +230,12 @@ class VcrTexts:
     def __init__(self, tokenizer: CaptionTokenizer, max_tokens: int, max_rationale_tokens: int) -> None:
         self.tokenizer, self.max_tokens, self.max_rationale_tokens = tokenizer, max_tokens, max_rationale_tokens
 
-    def answers(self, question: Question) -> list[tuple[np.ndarray, np.ndarray]]:
+    def answers(self, question: Question) -> list[Text]:
         """Q->A: the question with each answer."""
         context, *options = self._pieces([question.question, *question.answers])
         return [frame([context, option], self.tokenizer, self.max_tokens) for option in options]
 
-    def rationales(self, question: Question, answer: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    def rationales(self, question: Question, answer: int) -> list[Text]:
         """QA->R: question and one answer with each rationale."""
         asked, answered, *options = self._pieces([question.question, question.answers[answer], *question.rationales])
         context = np.concatenate([asked, answered])
@@ -247,7 +251,7 @@ class VcrSet:
 
     def __init__(self, questions: Questions, images: VcrImages, texts: VcrTexts, config: VcrConfig) -> None:
         self.questions, self.images, self.texts, self.config = questions.items, images, texts, config
-        if any(q.answer_label < 0 or q.rationale_label < 0 for q in self.questions):
+        if not questions.labelled:
             raise UsageError(f"{questions.path}: questions without labels cannot be trained on; give train.jsonl")
         self.order = SampleOrder([np.arange(len(self.questions))], config.data_partitions, config.seed)
         self.feature_dim = images.feature_dim
