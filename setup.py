@@ -35,6 +35,7 @@ setup(
         "dev": [
             "megatron_interbert[features]",
             "pytest>=9",
+            "pytest-xdist>=3.6",
             "ruff>=0.15",
             "import-linter>=2.5",
             "triton>=3.5; platform_system == 'Linux'",

@@ -169,13 +169,20 @@ class TrainConfig(Flags):
     log_interval: int = option(10, "steps between log lines")
     tensorboard_dir: str = option("", "default: SAVE/tensorboard")
     peak_tflops: float = option(0.0, "dense peak of one device for MFU; default: looked up by the device's name")
-    exit_after: int = option(0, "stop after this step as if killed cleanly (the schedule still spans --train-iters)")
+    exit_interval: int = option(0, "save and end after a step that is a multiple of this; the same command goes on; 0: never")
+    exit_duration_in_mins: int = option(0, "save and end after so many minutes; the same command goes on; 0: never")
+    hang_timeout: int = option(300, "end the run when no rank moves for so many seconds, or 10 times what is usual; 0: never")
+    print_launch: bool = option(False, "show which rank would run where, and end")
 
     # Settings on which the samples and losses of a step depend: a resumed run must have the same.
     SAME_SAMPLES: ClassVar[tuple[str, ...]] = ("seed", "data_partitions", "max_regions", "max_tokens", "dropout")
     POSITIVE: ClassVar[tuple[str, ...]] = (
         *("train_iters", "micro_batch_size", "max_regions", "max_tokens", "data_partitions", "tensor_model_parallel_size"),
         *("log_interval", "data_timeout"),
+    )
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (
+        *("global_batch_size", "save_interval", "keep_last", "keep_every", "eval_interval", "num_workers"),
+        *("exit_interval", "exit_duration_in_mins", "hang_timeout"),
     )
 
     def accumulation_steps(self, data_parallel_size: int) -> int:

@@ -25,6 +25,14 @@ class TrainingStopped(RuntimeError):
     """Work that began well and cannot go on (gradients stay non-finite, a checkpoint cannot be written). Exit code 1."""
 
 
+class Preempted(Exception):
+    """The machine is wanted back: all ranks have saved and end; the same command goes on. Exit code 75 (EX_TEMPFAIL of sysexits.h),
+    on which the Slurm scripts queue the job again."""
+
+
+PREEMPTED = 75
+
+
 def run_entry(main: Callable[[], None]) -> None:
     """Run an entry point; our own errors become one line on stderr and exit code 2 (wrong use) or 1 (failed work).
 
@@ -43,6 +51,9 @@ def run_entry(main: Callable[[], None]) -> None:
         # Not sys.exit: destructors of process groups and loader workers may wait for ranks that are already gone.
         sys.stdout.flush()
         os._exit(2 if isinstance(error, UsageError) else 1)
+    except Preempted:
+        sys.stdout.flush()
+        os._exit(PREEMPTED)
     except RuntimeError as error:
         if not any(text in str(error) for text in ("Connection closed by peer", "Connection reset by peer")):
             raise

@@ -28,7 +28,7 @@ def run() -> None:
     """`evaluate TASK FLAGS`."""
     config, evaluate = parse_task(TASKS, "evaluate retrieval --load RUN --data-path STORE")
     if "WORLD_SIZE" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        from megatron_interbert.training.engine import start_processes  # a single process needs no DeepSpeed
+        from megatron_interbert.training.processes import start_processes  # a single process needs no DeepSpeed
 
         device = start_processes()
     else:

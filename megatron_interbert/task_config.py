@@ -24,7 +24,7 @@ class FinetuneConfig(TrainConfig):
     eval_batch_size: int = option(64, "samples per forward pass of an evaluation")
 
     POSITIVE: ClassVar[tuple[str, ...]] = (*(name for name in TrainConfig.POSITIVE if name != "train_iters"), "eval_batch_size")
-    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = ("train_iters", "early_stopping", "eval_interval")
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (*TrainConfig.NOT_NEGATIVE, "train_iters", "early_stopping")
 
     def check(self) -> None:
         """UsageError for values that contradict each other or have no meaning."""

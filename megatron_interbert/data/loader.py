@@ -64,7 +64,8 @@ class SlotMemory:
 
 def _work(dataset: TrainingSet, connection: Connection, memory: SharedFile, slot_bytes: int, others: Sequence[Connection]) -> None:
     """A loader process: (slot, pairs) in, fields of the batch out, until the other side is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the training process, and that ends this one
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # for the training process, which ends this one when it is time
+        signal.signal(number, signal.SIG_IGN)
     for other in others:
         other.close()  # copies of pipe ends from the fork would keep pipes open whose owner has died
     torch.set_num_threads(1)

@@ -1,13 +1,13 @@
 """The data-parallel and tensor-parallel groups; the object is handed to DeepSpeed as its `mpu`."""
 
 import os
-import socket
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_interbert.errors import UsageError
+from megatron_interbert.parallel.launch import node_name
 
 
 class ParallelState:
@@ -17,6 +17,7 @@ class ParallelState:
     """
 
     def __init__(self, tensor_parallel_size: int = 1) -> None:
+        self.node = node_name()
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if self.world_size % tensor_parallel_size:
             raise UsageError(
@@ -104,26 +105,6 @@ class ParallelState:
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         return self._data_ranks
-
-
-def read_launch_environment() -> None:
-    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT from what started us.
-
-    deepspeed and torchrun set them; under a plain `srun` they come from Slurm; otherwise this is a single process.
-    """
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        if "MASTER_ADDR" not in env:
-            raise UsageError("started by srun without MASTER_ADDR; export MASTER_ADDR (the first node) and MASTER_PORT")
-        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env.get("SLURM_LOCALID", "0"))
-        env.setdefault("MASTER_PORT", "29500")
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def this_device() -> torch.device:

@@ -1,9 +1,6 @@
 """The DeepSpeed engine around a model: one way to step for every ZeRO stage and precision."""
 
-import logging
 import math
-import os
-import warnings
 from typing import Any
 
 import deepspeed
@@ -12,49 +9,10 @@ from torch import nn
 
 from megatron_interbert.config import TrainConfig
 from megatron_interbert.errors import UsageError
-from megatron_interbert.parallel.state import ParallelState, read_launch_environment, this_device
+from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.deepspeed_config import merge
 from megatron_interbert.training.ema import AveragedWeights
 from megatron_interbert.training.optimizer import build_optimizer, gradient_norm, parameter_groups, set_learning_rate
-
-SAY_NOTHING = (
-    "OVERFLOW! Skipping step",  # the loop says so itself
-    "unknown inputs or outputs type (<class 'megatron_interbert.data.packing.PackedBatch'>)",  # inputs without gradients
-)
-
-
-def start_processes() -> torch.device:
-    """Join the process group (nccl on GPUs, gloo else) and give the device of this rank."""
-    quiet_libraries()
-    read_launch_environment()
-    device = this_device()
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # Without a share of the cores for each rank their threads spin against one another: 75 against 1,165 samples/s was
-        # measured for two ranks on two cores.
-        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
-    # The one place that changes a value of DeepSpeed's. It would compile a shared-memory operation for inference here, which
-    # training never calls, and a run that is killed while it compiles leaves a lock on which the next one hangs.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    try:
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
-    except torch.distributed.DistNetworkError as error:
-        port = os.environ.get("MASTER_PORT")
-        raise UsageError(
-            f"the processes cannot meet at port {port} ({str(error).splitlines()[0][:120]}); if a run that was killed left processes"
-            " behind, end them, or choose another port (deepspeed --master_port N)"
-        ) from error
-    return device
-
-
-def quiet_libraries() -> None:
-    """Silence what says nothing: DeepSpeed's progress log and its notes on skipped steps (we print our own), the deprecation
-    notes of torch's collectives."""
-    logger = logging.getLogger("DeepSpeed")
-    logger.setLevel(logging.WARNING)
-    logger.addFilter(lambda record: not any(text in record.getMessage() for text in SAY_NOTHING))
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*|deepspeed.*")
-    warnings.filterwarnings("ignore", category=UserWarning, message=".*lr_scheduler.step.*")
 
 
 def half_precision_supported() -> bool:

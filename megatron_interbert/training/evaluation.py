@@ -16,8 +16,8 @@ from megatron_interbert.training.fragments import FragmentedState
 class Evaluation(Protocol):
     """Named figures of the weights as they are now, the same on all ranks."""
 
-    def run(self, engine: Engine) -> tuple[dict[str, float], str]:
-        """(figures, the part of the log line for people)."""
+    def run(self, engine: Engine, beat: Callable[[], None]) -> tuple[dict[str, float], str]:
+        """(figures, the part of the log line for people); calls `beat` after each batch."""
 
 
 class LossEvaluation:
@@ -29,13 +29,14 @@ class LossEvaluation:
         self.task, self.stream, self.batches, self.state, self.device = task, stream, batches, state, device
 
     @torch.no_grad()
-    def run(self, engine: Engine) -> tuple[dict[str, float], str]:
+    def run(self, engine: Engine, beat: Callable[[], None]) -> tuple[dict[str, float], str]:
         engine.deepspeed.eval()
         report = torch.zeros(self.task.report_shape, device=self.device)
         stream = self.stream()
         for _ in range(self.batches):
             batch = next(stream).to(self.device)
             report += self.task.loss(engine.forward(batch), batch, self.task.count_targets(batch))[1]
+            beat()
         engine.deepspeed.train()
         values = self.task.metrics(self.state.sum_over_data(report))
         return values, self.task.line(values)
@@ -51,8 +52,10 @@ class DownstreamEvaluation:
         self.copy, self.evaluate, self.state, self.device = copy, evaluate, state, device
 
     @torch.no_grad()
-    def run(self, engine: Engine) -> tuple[dict[str, float], str]:
+    def run(self, engine: Engine, beat: Callable[[], None]) -> tuple[dict[str, float], str]:
         kind = "ema" if engine.ema is not None else "weight"
         FragmentedState(engine).copy_into(self.copy, kind)
+        each_batch = self.copy.text_pooler.register_forward_hook(lambda *_: beat())
         values = self.evaluate(self.copy.eval(), self.state, self.device)
+        each_batch.remove()
         return values, " | ".join(f"{name} {value:.2f}" for name, value in values.items())

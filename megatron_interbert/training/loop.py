@@ -1,4 +1,4 @@
-"""The loop: load the micro-batches of a step, count their targets, forward and backward, update, log, save, evaluate."""
+"""The loop: load the micro-batches of a step, count their targets, forward and backward, update, vote, log, evaluate, save."""
 
 import math
 import time
@@ -8,7 +8,7 @@ import torch
 
 from megatron_interbert.config import ModelConfig, TrainConfig
 from megatron_interbert.data.packing import PackedBatch
-from megatron_interbert.errors import TrainingStopped, UsageError
+from megatron_interbert.errors import Preempted, TrainingStopped, UsageError
 from megatron_interbert.model.flops import training_flops
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
@@ -19,6 +19,8 @@ from megatron_interbert.training.evaluation import Evaluation
 from megatron_interbert.training.fragments import FragmentedState
 from megatron_interbert.training.metrics import MetricsWriter, memory_gib, peak_tflops
 from megatron_interbert.training.optimizer import learning_rate
+from megatron_interbert.training.stopping import Stopping
+from megatron_interbert.training.watchdog import Watchdog
 
 
 class Trainer:
@@ -39,40 +41,46 @@ class Trainer:
         device: torch.device,
         checkpoints: Checkpoints,
         progress: Progress,
+        stopping: Stopping,
+        watchdog: Watchdog,
     ) -> None:
         self.engine, self.task, self.config, self.model_config = engine, task, config, model_config
         self.batches, self.evaluation, self.state, self.streams, self.device = batches, evaluation, state, streams, device
         self.checkpoints, self.progress, self.patience = checkpoints, progress, patience
         self.peak = peak_tflops(device, config.peak_tflops)
+        self.stopping, self.watchdog = stopping, watchdog
         self.bad_steps = 0
         self.writer = MetricsWriter(config.save, config.tensorboard_dir, state.is_main, config.train_iters, progress.step)
         self._start_window()
 
     def train(self) -> None:
-        """Run to --train-iters (or --exit-after), saving and evaluating on the way."""
-        config = self.config
-        last = min(config.train_iters, config.exit_after or config.train_iters)
-        if self.should_stop():
-            last = self.progress.step
-        if self.progress.step >= last:
-            self.writer.say(f"already at step {self.progress.step} of {last}: nothing to train")
+        """Run to --train-iters, or until all ranks agree to stop, saving and evaluating on the way.
+
+        Preempted after a signal, with everything saved.
+        """
+        config, step = self.config, self.progress.step
+        last = step if self.out_of_patience() else config.train_iters
+        if step >= last:
+            self.writer.say(f"already at step {step} of {last}: nothing to train")
         try:
             while self.progress.step < last:
                 self.train_step()
                 step = self.progress.step
                 self.writer.advance()
+                if reason := self.stopping.agreed(step):
+                    self.writer.say(f"step {step}: {reason}, the run ends here; the same command goes on")
+                    last = step
                 if step % config.log_interval == 0 or step == last:
                     self.log()
                 pause = time.monotonic()
-                best = False
-                if self.evaluation and config.eval_interval and (step % config.eval_interval == 0 or step == last):
-                    best = self.evaluate()
-                    if self.should_stop():
-                        self.writer.say(
-                            f"step {step}: {self.progress.stale} evaluations without a better {self.checkpoints.metric}: the run ends"
-                        )
-                        last = step
+                best = not reason and self.evaluation_is_due(step, last) and self.evaluate()
+                if not reason and self.out_of_patience():
+                    self.writer.say(
+                        f"step {step}: {self.progress.stale} evaluations without a better {self.checkpoints.metric}: the run ends"
+                    )
+                    last = step
                 if config.save and (best or (config.save_interval and step % config.save_interval == 0) or step == last):
+                    self.watchdog.enter("save", step)
                     self.checkpoints.save(self.engine, self.progress)
                 self.window_started += time.monotonic() - pause  # rates are those of training alone
                 self.say_what_was_saved()
@@ -83,6 +91,11 @@ class Trainer:
         finally:
             self.say_what_was_saved()
             self.writer.close()
+        self.watchdog.close()
+        if self.stopping.preempted and self.progress.step < config.train_iters:
+            if not config.save:
+                raise TrainingStopped("stopped by a signal, and without --save nothing could be kept")
+            raise Preempted
 
     def say_what_was_saved(self) -> None:
         """The lines of saves that have ended in the background."""
@@ -93,7 +106,9 @@ class Trainer:
     def train_step(self) -> None:
         """One optimizer step over all micro-batches of this rank."""
         step = self.progress.step + 1
+        self.watchdog.enter("data", step)
         micro_batches = self.next_batches()
+        self.watchdog.enter("step", step)
         totals = self.count_targets(micro_batches)
         self.streams.start_step(step)
         for number, batch in enumerate(micro_batches):
@@ -171,14 +186,19 @@ class Trainer:
         self.flops, self.tokens, self.data_wait, self.steps_in_window, self.skipped = 0.0, 0, 0.0, 0, 0
         self.window_started = time.monotonic()
 
+    def evaluation_is_due(self, step: int, last: int) -> bool:
+        """Every --eval-interval steps and at the end."""
+        return bool(self.evaluation and self.config.eval_interval) and (step % self.config.eval_interval == 0 or step == last)
+
     def evaluate(self) -> bool:
         """Figures on unseen samples; whether they are the best so far by the job's metric."""
-        values, summary = self.evaluation.run(self.engine)
+        self.watchdog.enter("evaluation", self.progress.step)
+        values, summary = self.evaluation.run(self.engine, self.watchdog.beat)
         self.writer.write(self.progress.step, values, summary, prefix="valid")
         if not self.checkpoints.metric:
             return False
         return self.progress.note(values[self.checkpoints.metric])
 
-    def should_stop(self) -> bool:
+    def out_of_patience(self) -> bool:
         """Whether the last evaluations were no better, too many of them."""
         return bool(self.patience) and self.progress.stale >= self.patience

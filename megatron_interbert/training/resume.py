@@ -27,8 +27,12 @@ def claim_folder(folder: str, state: ParallelState) -> IO | None:
     """Lock --save for this run as long as the returned file is open (on rank 0); UsageError when another run holds it."""
     handle, problem = None, None
     if folder and state.is_main:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        handle = open(Path(folder) / LOCK, "a+")
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            handle = open(Path(folder) / LOCK, "a+")
+        except OSError as error:
+            problem = f"--save {folder}: nothing can be written there ({error.strerror}); choose another folder"
+    if handle:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a lock of the process: workers forked later do not inherit it
             handle.truncate(0)

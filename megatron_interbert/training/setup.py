@@ -19,6 +19,7 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.kernels.choice import choose_kernels
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
+from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, vocabulary_of_run
@@ -26,11 +27,15 @@ from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.checkpoint import Checkpoints, Progress
 from megatron_interbert.training.deepspeed_config import merge
-from megatron_interbert.training.engine import Engine, start_processes
+from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.evaluation import DownstreamEvaluation, Evaluation, LossEvaluation
 from megatron_interbert.training.first_weights import load_initial_weights
 from megatron_interbert.training.loop import Trainer
+from megatron_interbert.training.node_facts import facts_of_run
+from megatron_interbert.training.processes import check_alike, describe_launch, start_processes, together
 from megatron_interbert.training.resume import claim_folder, find_checkpoint, resumed_batch
+from megatron_interbert.training.stopping import Stopping
+from megatron_interbert.training.watchdog import Watchdog
 
 
 def pretraining_job(config: RunConfig, state: ParallelState) -> Job:
@@ -52,10 +57,16 @@ def pretraining_job(config: RunConfig, state: ParallelState) -> Job:
 
 def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] = pretraining_job) -> Trainer:
     """Everything a run needs, checked in the order in which it is cheap to fail."""
-    device = start_processes()
     config.check()
+    device = start_processes()
     state = ParallelState(config.tensor_model_parallel_size)
-    job = make_job(config, state)
+    if config.print_launch:
+        text = describe_launch(read_launch(), state, device)
+        if state.is_main:
+            print(text, flush=True)
+        raise SystemExit
+    watchdog, stopping = Watchdog(state, config.hang_timeout), Stopping(config, state)
+    job = together(state, lambda: make_job(config, state))
     begun = state.gather(Path(config.save).exists())[0]
     lock = claim_folder(config.save, state) if begun else None
     resume = find_checkpoint(config, state)
@@ -66,6 +77,7 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
         raise UsageError(f"--metric {job.metric}: expected one of {', '.join(job.figures)}")
     check_partitions(config.data_partitions, state.data_size)
     settle_length(config, job)
+    check_alike(state, facts_of_run(config, job))
     job.model_config.check_tensor_parallel(state.tensor_size)
     attention_dropout = max(job.model_config.attention_dropout, job.model_config.image_attention_dropout) > 0
     kernels = choose_kernels(config.kernels, device, attention_dropout)
@@ -102,6 +114,8 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
         device=device,
         checkpoints=checkpoints,
         progress=progress,
+        stopping=stopping,
+        watchdog=watchdog,
     )
 
 

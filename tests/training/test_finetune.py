@@ -90,7 +90,7 @@ def test_averaged_weights_are_the_average_of_all_steps(store, tmp_path, processe
     shared = ("--train-iters", 6, "--ema-decay", 0.9, "--save-interval", 1, "--keep-last", 0, "--zero-stage", stage,
               "--tensor-model-parallel-size", tensor, "--eval-interval", 6)  # fmt: skip
     launcher = ["launchers/finetune.sh" if part == "launchers/pretrain.sh" else part for part in deepspeed(processes)]
-    ran(*launcher, *flags(store, tmp_path / "run", *shared, "--exit-after", 3))
+    ran(*launcher, *flags(store, tmp_path / "run", *shared, "--exit-interval", 3))
     ran(*launcher, *flags(store, tmp_path / "run", *shared))
     readers = [CheckpointReader(tmp_path / "run" / f"global_step{step}") for step in range(1, 7)]
     for name in readers[0].names:
@@ -151,7 +151,7 @@ def test_early_stopping_keeps_the_best(store, tmp_path):
 def test_resumed_run_repeats_losses(store, tmp_path):
     shared = ("--train-iters", 6, "--epochs", 9)
     ran(*finetune(*flags(store, tmp_path / "a", *shared)))
-    ran(*finetune(*flags(store, tmp_path / "b", *shared, "--exit-after", 3)))
+    ran(*finetune(*flags(store, tmp_path / "b", *shared, "--exit-interval", 3)))
     ran(*finetune(*flags(store, tmp_path / "b", *shared, "--num-workers", 2)))
     first, second = (records(tmp_path / name) for name in "ab")
     assert sorted(second) == [1, 2, 3, 4, 5, 6]

@@ -27,7 +27,7 @@ from megatron_interbert.training.optimizer import learning_rate, parameter_group
 from tests.corpus import write_store
 from tests.dist import run_on_ranks
 
-BATCH, STEPS = 8, 10
+BATCH, STEPS = 8, 6
 LAYOUTS = {1: [1], 2: [1, 2], 4: [2]}  # processes -> tensor-parallel sizes
 
 
@@ -122,7 +122,8 @@ def gather(tensor, name, state):
 
 def check_all(store, expected, processes):
     """Every ZeRO stage, accumulation and precision on the layouts of this many processes."""
-    from megatron_interbert.training.engine import half_precision_supported, start_processes
+    from megatron_interbert.training.engine import half_precision_supported
+    from megatron_interbert.training.processes import start_processes
 
     start_processes()
     Path("fp16.json").write_text('{"fp16": {"initial_scale_power": 8}}')  # a scale that does not overflow: no step is skipped
@@ -288,5 +289,5 @@ def test_layouts_agree_with_a_plain_loop(expected, processes, tmp_path, monkeypa
 
 
 def test_reference_learns(expected):
-    """On the batch of its first step: losses of different small batches differ by more than ten steps gain."""
-    assert expected[1]["first_batch_again"] < expected[1]["losses"][0] - 0.2
+    """On the batch of its first step: losses of different small batches differ by more than a few steps gain."""
+    assert expected[1]["first_batch_again"] < expected[1]["losses"][0] - 0.1

@@ -246,7 +246,7 @@ LAYOUTS = {
 def test_resume_is_exact_on_other_layouts_too(store, tmp_path, layout):
     """Stopped after step 4 and started again, with the loss scale of fp16 and both random streams."""
     flags = (*FLAGS, "--train-iters", 7, "--micro-batch-size", 4, *LAYOUTS[layout])
-    for name, stops in (("whole", [()]), ("halved", [("--exit-after", 4), ()])):
+    for name, stops in (("whole", [()]), ("halved", [("--exit-interval", 4), ()])):
         for stop in stops:
             code, out, err = launch(*deepspeed(2, "--data-path", store, "--save", tmp_path / name, *flags, *stop))
             assert code == 0, out + err
@@ -267,7 +267,7 @@ def test_weights_of_another_vocabulary_are_not_taken(store, undisturbed, tmp_pat
 def test_load_from_one_folder_save_to_another(store, undisturbed, tmp_path):
     """The first start takes --load; started again, the run goes on from its own --save."""
     flags = ("--load", undisturbed, "--save", tmp_path / "own", *FLAGS)
-    code, out, err = launch(*deepspeed(2, "--data-path", store, *flags, "--train-iters", 16, "--exit-after", 15))
+    code, out, err = launch(*deepspeed(2, "--data-path", store, *flags, "--train-iters", 16, "--exit-interval", 15))
     assert code == 0, out + err
     assert f"resumed from {undisturbed}/global_step14" in out
     code, out, err = launch(*deepspeed(2, "--data-path", store, *flags, "--train-iters", 16))

@@ -22,7 +22,8 @@ from megatron_interbert.model.presets import load_model_config
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.checkpoint import Checkpoints, Progress
-from megatron_interbert.training.engine import Engine, start_processes
+from megatron_interbert.training.engine import Engine
+from megatron_interbert.training.processes import start_processes
 from megatron_interbert.weights.files import flush_file
 from megatron_interbert.weights.sources import open_source
 from megatron_interbert.weights.targets import Output, write_target

@@ -1,0 +1,83 @@
+#!/usr/bin/env python3
+"""The ranks of one machine, by torchrun, for Slurm: started once on each node by the .sbatch files, as `srun torchrun` would be.
+
+    srun --ntasks-per-node=1 python launchers/node.py -m megatron_interbert.pretrain ARGS
+
+torchrun ends with code 1 whatever its ranks end with, and it answers SIGTERM by ending them after 30 s. Here the code of the first
+rank that failed becomes the code of the node, so that Slurm can tell a preempted run (75) from a failed one (1) and from wrong use
+(2), and SIGTERM and SIGUSR1 go to the ranks, which save and end by themselves.
+
+PROCESSES_PER_NODE is the number of ranks (default: the GPUs, else 1).
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import psutil
+import torch
+from torch.distributed import DistError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import get_args_parser
+from torch.distributed.run import run as torchrun
+
+from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.parallel.launch import first_host, node_name, port_of_job
+
+MEETING_SECONDS = 45  # the nodes wait so long for one another; the ranks then do so again
+
+
+def command(arguments: list[str]) -> list[str]:
+    """torchrun's command line for this node of the job."""
+    env = os.environ
+    nodes = env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES", "1")
+    master = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1")
+    port = env.get("MASTER_PORT") or str(port_of_job(int(env.get("SLURM_JOB_ID", "0"))))
+    ranks = env.get("PROCESSES_PER_NODE") or str(torch.cuda.device_count() or 1)
+    return [
+        *("--nnodes", nodes, "--node-rank", env.get("SLURM_NODEID", "0"), "--nproc-per-node", ranks),
+        *("--master-addr", master, "--master-port", port, "--rdzv-conf", f"timeout={MEETING_SECONDS}"),
+        *arguments,
+    ]
+
+
+def pass_on(number: int, frame: object) -> None:
+    """A signal to all ranks of this node."""
+    for rank in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            rank.send_signal(number)
+
+
+def run() -> None:
+    """Start the ranks and wait for them."""
+    words = command(sys.argv[1:])
+    if os.environ.get("SLURM_NODEID", "0") == "0":
+        print(f"on each node: torchrun {' '.join(words)}", flush=True)
+    options = get_args_parser().parse_args(words)
+    options.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # not SIGTERM, which is handled here
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+    logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.CRITICAL)  # ranks say themselves why they end
+    try:
+        torchrun(options)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:  # unless they are killed
+            how = signal.Signals(-failure.exitcode).name
+            print(f"error: rank {rank} on {node_name()} (pid {failure.pid}) was killed by {how}", file=sys.stderr, flush=True)
+        os._exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+    except (DistError, TimeoutError) as error:
+        text = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"node {options.node_rank} of {options.nnodes}: the nodes cannot meet at {options.master_addr}:{options.master_port} within"
+            f" {MEETING_SECONDS} s ({text[:160]}); are all nodes up, is the port free on the first, and open between them?"
+        ) from error
+
+
+if __name__ == "__main__":
+    run_entry(run)

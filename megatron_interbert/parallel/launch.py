@@ -1,0 +1,98 @@
+"""Where this process stands among all processes of a run, read in one place from whatever started it."""
+
+import os
+import re
+import socket
+from dataclasses import dataclass
+
+from megatron_interbert.errors import UsageError
+
+PORTS = range(20000, 30000)  # below the ports that Linux gives to outgoing connections
+
+
+@dataclass(frozen=True)
+class Launch:
+    """`launcher` is deepspeed, torchrun, srun or python; `node` the machine's name; (`master`, `port`) where all ranks meet."""
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    node: str
+    master: str
+    port: int
+
+    @property
+    def hosted_by_agent(self) -> bool:
+        """Whether torchrun's agent holds the store at (`master`, `port`), and not rank 0."""
+        return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+    @property
+    def attempt(self) -> str:
+        """Tells the processes of this start from those of one before on the same store."""
+        return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def read_launch() -> Launch:
+    """The launch of this process; sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which libraries look at.
+
+    deepspeed and torchrun set them; under a plain `srun` they come from Slurm; otherwise this is a single process. UsageError for
+    values that make no sense.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed" if "CROSS_RANK" in env else "python"
+    elif _number("SLURM_STEP_NUM_TASKS", 1) > 1:  # of a step: a batch script has SLURM_NTASKS, and is one process
+        launcher = "srun"
+        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
+        env.setdefault("LOCAL_WORLD_SIZE", _first(env.get("SLURM_STEP_TASKS_PER_NODE", "1")))
+        env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
+        env.setdefault("MASTER_PORT", str(port_of_job(_number("SLURM_JOB_ID", 0))))
+    else:
+        launcher = "python"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    rank, ranks = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    if not 0 <= rank < ranks:
+        raise UsageError(
+            f"RANK is {rank} and WORLD_SIZE {ranks}, expected a rank from 0 to {ranks - 1}; look at the launch command"
+        )
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not env.get(name):
+            raise UsageError(f"{name} is not set, so {ranks} processes cannot meet; start them by deepspeed, torchrun or sbatch")
+    local_size = _number("LOCAL_WORLD_SIZE", _number("LOCAL_SIZE", 1))
+    return Launch(
+        launcher, rank, ranks, _number("LOCAL_RANK", 0), local_size, node_name(), env["MASTER_ADDR"], _number("MASTER_PORT", 0)
+    )
+
+
+def node_name() -> str:
+    """The name of this machine: Slurm's where there is one."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"{name} is '{text}', expected a number; look at the launch command") from None
+
+
+def _first(tasks_per_node: str) -> str:
+    """`2(x3),1` -> `2`."""
+    return re.split(r"[(,]", tasks_per_node)[0]
+
+
+def first_host(nodes: str) -> str:
+    """The first machine of Slurm's list: `gpu[003-010,12],x1` -> `gpu003`."""
+    found = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    return "".join(part or "" for part in found.groups())
+
+
+def port_of_job(job: int) -> int:
+    """A port that jobs which share a machine do not share."""
+    return PORTS[job % len(PORTS)]

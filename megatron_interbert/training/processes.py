@@ -1,0 +1,154 @@
+"""Joining the other processes of a run: early and clear when they cannot meet, and nothing half-started when one of them is wrong."""
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from megatron_interbert.errors import UsageError
+from megatron_interbert.parallel.launch import Launch, read_launch
+from megatron_interbert.parallel.state import ParallelState, this_device
+
+T = TypeVar("T")
+MEETING_SECONDS = 45  # after its imports a rank waits so long for the others
+SAY_NOTHING = (
+    "OVERFLOW! Skipping step",  # the loop says so itself
+    "unknown inputs or outputs type (<class 'megatron_interbert.data.packing.PackedBatch'>)",  # inputs without gradients
+)
+
+
+def start_processes() -> torch.device:
+    """Join the process group (nccl on GPUs, gloo else) and give the device of this rank. UsageError when the ranks do not meet."""
+    quiet_libraries()
+    launch = read_launch()
+    device = this_device()
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # Without a share of the cores for each rank their threads spin against one another: 75 against 1,165 samples/s was
+        # measured for two ranks on two cores.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_size))
+    # The one place that changes a value of DeepSpeed's. It would compile a shared-memory operation for inference here, which
+    # training never calls, and a run that is killed while it compiles leaves a lock on which the next one hangs.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = meet(launch)
+    try:
+        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"{launch.node}: the process group cannot start ({first_line(error)})") from error
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)  # takes the group that is there
+    return device
+
+
+def meet(launch: Launch, seconds: float = MEETING_SECONDS) -> dist.Store:
+    """A store that all ranks have come to. UsageError that names the ranks that have not, or what is in the way."""
+    where = f"{launch.master}:{launch.port}"
+    deadline = time.monotonic() + seconds
+    hosts = launch.rank == 0 and not launch.hosted_by_agent
+    try:
+        store = dist.TCPStore(
+            launch.master,
+            launch.port,
+            world_size=launch.world_size,
+            is_master=hosts,
+            timeout=timedelta(seconds=seconds),
+            wait_for_workers=False,
+        )
+        store = dist.PrefixStore(f"start {launch.attempt}", store)
+        store.set(f"rank {launch.rank}", launch.node)
+    except (RuntimeError, ValueError) as error:
+        if hosts:
+            raise UsageError(
+                f"rank 0 on {launch.node} cannot listen at {where} ({first_line(error)}); if a run that was killed left processes"
+                " behind, end them, or choose another port (deepspeed --master_port N, MASTER_PORT=N)"
+            ) from error
+        raise UsageError(
+            f"rank {launch.rank} on {launch.node} has not reached rank 0 at {where} within {seconds:g} s ({first_line(error)}); is rank 0"
+            " running, is that the right address, and is the port open between the machines?"
+        ) from error
+    missing = [rank for rank in range(launch.world_size) if not _came(store, rank, deadline)]
+    if missing:
+        raise UsageError(
+            f"of {launch.world_size} ranks {len(missing)} have not come to {where} within {seconds:g} s: {some(missing)}; start all of"
+            " them at the same time, with the same number of nodes everywhere, or fewer"
+        )
+    return store
+
+
+def _came(store: dist.Store, rank: int, deadline: float) -> bool:
+    left = max(deadline - time.monotonic(), 0.05)
+    try:
+        store.wait([f"rank {rank}"], timedelta(seconds=left))
+    except RuntimeError:
+        return False
+    return True
+
+
+def some(ranks: list[int]) -> str:
+    """`1, 2, 3, ..` for people."""
+    return ", ".join(map(str, ranks[:8])) + (", .." if len(ranks) > 8 else "")
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of a library's message."""
+    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+
+
+def together(state: ParallelState, action: Callable[[], T]) -> T:
+    """`action()` on every rank; when it fails on some, all fail with the same UsageError, which names them. No collectives inside."""
+    result, problem = None, None
+    try:
+        result = action()
+    except UsageError as error:
+        problem = str(error)
+    problems = state.gather((problem, state.node))
+    failed = [rank for rank, (text, _) in enumerate(problems) if text]
+    if not failed:
+        return result
+    text, where = problems[failed[0]]
+    if len(failed) == state.world_size:
+        raise UsageError(text)
+    raise UsageError(f"on {where} (ranks {some(failed)} of {state.world_size}): {text}")
+
+
+def check_alike(state: ParallelState, facts: dict[str, Any]) -> None:
+    """UsageError, on all ranks, when they are not about to do the same work: other code, versions, data, settings, steps."""
+    found = state.gather((facts, state.node))
+    for name in facts:
+        values = [theirs[name] for theirs, _ in found]
+        odd = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if odd is not None:
+            raise UsageError(
+                f"the ranks differ in {name}: {values[0]} on {found[0][1]} (rank 0), {values[odd]} on {found[odd][1]} (rank {odd});"
+                " all nodes need the same code, versions, data and flags"
+            )
+
+
+def describe_launch(launch: Launch, state: ParallelState, device: torch.device) -> str:
+    """Which rank runs where; called on all ranks."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{len(os.sched_getaffinity(0))} CPU cores"
+    rows = [("rank", "node", "process", "device", "data parallel", "tensor parallel")]
+    mine = (state.rank, state.node, os.getpid(), f"{device} ({name})", state.data_rank, state.tensor_rank)
+    rows += [tuple(map(str, row)) for row in state.gather(mine)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    nodes = len({row[1] for row in rows[1:]})
+    head = (
+        f"{launch.launcher}: {state.world_size} ranks on {nodes} node{'s' * (nodes > 1)}, meeting at {launch.master}:{launch.port}"
+    )
+    return "\n".join([head, *("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)])
+
+
+def quiet_libraries() -> None:
+    """Silence what says nothing: DeepSpeed's progress log and its notes on skipped steps (we print our own), the deprecation
+    notes of torch's collectives."""
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(lambda record: not any(text in record.getMessage() for text in SAY_NOTHING))
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*|deepspeed.*")
+    warnings.filterwarnings("ignore", category=UserWarning, message=".*lr_scheduler.step.*")

@@ -1,0 +1,56 @@
+"""Whether a run is to end before its last step: asked by a signal, the clock or a step number, agreed on by all ranks.
+
+Slurm, or whoever needs the machine, sends SIGUSR1 or SIGTERM to some or all ranks. Each rank only notes it; after every step all
+ranks vote, so all save and end after the same step.
+"""
+
+import signal
+import time
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from megatron_interbert.config import TrainConfig
+from megatron_interbert.parallel.state import ParallelState
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # sent before a machine is taken away
+
+
+class Stopping:
+    """The vote after each step. One object in the main thread of each rank; it takes over both signals."""
+
+    def __init__(self, config: TrainConfig, state: ParallelState) -> None:
+        self.config, self.state = config, state
+        self.started = time.monotonic()
+        self.signal = 0  # the first that came to this rank
+        # A group on the host: the vote must not wait for the device.
+        self._group = dist.new_group(backend="gloo") if state.world_size > 1 else None
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = self.signal or number
+
+    def agreed(self, step: int) -> str:
+        """Called by all ranks after a step: the same reason on all to end now, or an empty string.
+
+        `preempted` tells whether the reason is a signal.
+        """
+        minutes = self.config.exit_duration_in_mins
+        late = bool(minutes) and time.monotonic() - self.started > minutes * 60
+        vote = torch.tensor([self.signal, late], dtype=torch.int64)
+        if self._group is not None:
+            dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._group)
+        self.signal, late = int(vote[0]), bool(vote[1])
+        if self.signal:
+            return signal.Signals(self.signal).name
+        if late:
+            return f"--exit-duration-in-mins {minutes}"
+        interval = self.config.exit_interval
+        return f"--exit-interval {interval}" if interval and step % interval == 0 else ""
+
+    @property
+    def preempted(self) -> bool:
+        """Whether a signal has ended the run, after `agreed` has said so."""
+        return bool(self.signal)

@@ -1,0 +1,317 @@
+"""No silent hang: every rank says where it is, and a run that has stopped moving ends with the reason.
+
+A thread on each rank tells rank 0 once a second what its main thread is doing and since when. What is usual is learned: a phase may
+take ten times its longest so far, and no less than `least` seconds. When every rank is over its limit or has fallen silent, nothing
+moves any more: rank 0 names the rank that the others wait for, all ranks print the stacks of their threads and end with code 1. A
+rank whose connection breaks has died, and takes the others with it at once. Where rank 0 itself is silent the others judge alone.
+
+The threads use sockets of their own, for collectives are what hangs.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import secrets
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_interbert.errors import UsageError
+from megatron_interbert.parallel.state import ParallelState
+
+ROOM = {"start": 4, "data": 1, "step": 1, "evaluation": 4, "save": 4}  # times `least`; in the order in which a step meets them
+LEARNED = 10  # times the longest so far
+FADING = 0.9  # the longest is forgotten slowly: the first step of a run takes longer than all others
+BEAT = 1.0  # seconds
+NO_ANSWER = 10.0  # seconds of silence after which a rank that is over its limit no longer waits for rank 0
+LAST_WORDS = 5.0  # seconds for launchers to see the exit code of the rank that died first
+THE_END = {"end": True}
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """What the main thread of a rank is doing, since when (monotonic), and how long it may."""
+
+    phase: str
+    step: int
+    since: float
+    limit: float
+
+
+@dataclass
+class Seen:
+    """What rank 0 knows of a rank: who it is, its last report and when that came."""
+
+    node: str
+    pid: int
+    phase: str = "start"
+    step: int = 0
+    seconds: float = 0.0
+    limit: float = 0.0
+    heard: float = 0.0
+
+    def silent(self, now: float) -> float:
+        """Seconds without a report."""
+        return now - self.heard
+
+    def stuck(self, now: float) -> bool:
+        """Over the limit, by its own report or because there is none."""
+        return self.seconds + self.silent(now) > self.limit
+
+    def place(self) -> tuple[int, int]:
+        """How far the rank has come."""
+        return self.step, list(ROOM).index(self.phase)
+
+
+class Watchdog:
+    """Watches the main thread of this rank, which tells it by `enter` and `beat` that it goes on. All ranks make one."""
+
+    def __init__(self, state: ParallelState, least: float) -> None:
+        """`least`: shortest limit of a step in seconds; 0 watches nothing."""
+        self.state, self.least = state, least
+        self._longest: dict[str, float] = {}
+        self._pulse = Pulse("start", 0, time.monotonic(), least * ROOM["start"])
+        self._ended = threading.Event()
+        self._hub: Hub | None = None
+        if not least:
+            return
+        if state.is_main and state.world_size > 1:
+            self._hub = Hub(state.world_size)
+        meeting = state.gather(self._hub.meeting if self._hub else None)[0]
+        self._connection = Connection(meeting, state) if meeting else None
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def enter(self, phase: str, step: int) -> None:
+        """The main thread begins a phase (a key of ROOM) of a step."""
+        now, before = time.monotonic(), self._pulse
+        self._longest[before.phase] = max(now - before.since, FADING * self._longest.get(before.phase, 0.0))
+        self._pulse = Pulse(phase, step, now, max(self.least * ROOM[phase], LEARNED * self._longest.get(phase, 0.0)))
+
+    def beat(self) -> None:
+        """The phase goes on (a batch of an evaluation is done)."""
+        before = self._pulse
+        self._pulse = Pulse(before.phase, before.step, time.monotonic(), before.limit)
+
+    def close(self) -> None:
+        """Nothing more is watched; the other ranks hear that this one ended well."""
+        if self.least and not self._ended.is_set():
+            self._ended.set()
+            faulthandler.cancel_dump_traceback_later()
+            if self._hub:
+                self._hub.leave()
+            elif self._connection:
+                self._connection.leave()
+
+    # What follows runs in the thread.
+
+    def _watch(self) -> None:
+        while not self._ended.wait(BEAT):
+            pulse, now = self._pulse, time.monotonic()
+            # For a main thread that hangs without giving up Python's lock, so that this thread does not run either.
+            faulthandler.dump_traceback_later(pulse.limit + 60, exit=True)
+            over = now - pulse.since > pulse.limit
+            if self._connection is None:
+                if over:
+                    self._end({"hang": f"{doing(pulse.phase, pulse.step)} has taken more than {pulse.limit:.0f} s"})
+                continue
+            verdict = self._connection.exchange(pulse, now)
+            if verdict == THE_END:
+                return
+            if verdict is None and over and self._connection.silence() > NO_ANSWER:
+                verdict = {"hang": f"rank 0 does not answer and {doing(pulse.phase, pulse.step)} has taken more than {pulse.limit:.0f} s;"
+                                   " its process is stopped, or its machine is gone"}  # fmt: skip
+            if verdict and not self._ended.is_set():
+                self._end(verdict)
+
+    def _end(self, verdict: dict[str, Any]) -> None:
+        where = f"rank {self.state.rank} on {self.state.node}"
+        if "gone" in verdict:
+            if self.state.is_main or self._connection.broken:
+                print(f"error ({where}): {verdict['gone']}", file=sys.stderr, flush=True)
+            time.sleep(LAST_WORDS)
+        else:
+            print(f"error ({where}): the run hangs: {verdict['hang']}. What this rank is doing:", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+            for node, pid in verdict.get("kill", []):
+                if node == self.state.node:  # a stopped process would not hear its launcher's SIGTERM
+                    with contextlib.suppress(OSError):
+                        os.kill(pid, signal.SIGKILL)
+            time.sleep(2 * BEAT if self._hub else 0)  # the others have to hear it too
+        os._exit(1)
+
+
+def doing(phase: str, step: int) -> str:
+    """A phase in words."""
+    return {
+        "start": "the start",
+        "data": f"waiting for the data of step {step}",
+        "step": f"step {step}",
+        "evaluation": f"the evaluation after step {step}",
+        "save": f"the checkpoint of step {step}",
+    }[phase]
+
+
+class Connection:
+    """The line of a rank to the hub on rank 0: one report out and what has come in, once a second."""
+
+    def __init__(self, meeting: dict[str, Any], state: ParallelState) -> None:
+        address = "127.0.0.1" if state.is_main else os.environ["MASTER_ADDR"]
+        try:
+            self.socket = socket.create_connection((address, meeting["port"]), timeout=20)
+        except OSError as error:
+            raise UsageError(f"{state.node}: the watchdog of rank 0 at {address}:{meeting['port']} cannot be reached ({error}); open the"
+                             " ports between the machines, or give --hang-timeout 0 to do without") from error  # fmt: skip
+        self.socket.settimeout(5)
+        self._heard, self._rest, self.broken = time.monotonic(), b"", False
+        self._send({"token": meeting["token"], "rank": state.rank, "node": state.node, "pid": os.getpid()})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        try:
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
+        except TimeoutError:
+            pass  # rank 0 does not read; `silence` tells
+        except OSError:
+            self.broken = True
+
+    def silence(self) -> float:
+        """Seconds without a sign of rank 0."""
+        return time.monotonic() - self._heard
+
+    def leave(self) -> None:
+        """Tell the hub that this rank ends as it should."""
+        self._send({"bye": True})
+
+    def exchange(self, pulse: Pulse, now: float) -> dict[str, Any] | None:
+        """Report; the verdict if there is one, or that rank 0 has gone."""
+        self._send({"phase": pulse.phase, "step": pulse.step, "seconds": now - pulse.since, "limit": pulse.limit})
+        for message in self._received():
+            if message:  # an empty one only says that rank 0 is alive
+                return message
+        return {"gone": "rank 0 has gone; its message says why"} if self.broken else None
+
+    def _received(self) -> list[dict[str, Any]]:
+        try:
+            while chunk := self.socket.recv(65536, socket.MSG_DONTWAIT):
+                self._rest += chunk
+                self._heard = time.monotonic()
+            self.broken = True
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.broken = True
+        *lines, self._rest = self._rest.split(b"\n")
+        return [json.loads(line) for line in lines]
+
+
+class Hub:
+    """On rank 0: hears all ranks, answers each second, and says when nothing moves or a rank has died."""
+
+    def __init__(self, ranks: int) -> None:
+        self.server = socket.create_server(("", 0), backlog=ranks)
+        self.server.setblocking(False)
+        self.meeting = {"port": self.server.getsockname()[1], "token": secrets.token_hex(16)}
+        self._lines: dict[socket.socket, bytes] = {}
+        self._rank_of: dict[socket.socket, int] = {}
+        self.seen: dict[int, Seen] = {}
+        threading.Thread(target=self._run, name="watchdog hub", daemon=True).start()
+
+    def leave(self) -> None:
+        """The run has ended as it should: nobody needs to be watched."""
+        self._tell_all(THE_END)
+
+    def _run(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self.server, selectors.EVENT_READ)
+        answered, verdict = 0.0, None
+        while True:
+            for key, _ in self._selector.select(BEAT / 2):
+                if key.fileobj is self.server:
+                    self._accept()
+                else:
+                    verdict = self._read(key.fileobj) or verdict
+            now = time.monotonic()
+            verdict = verdict or self._judge(now)
+            if now - answered >= BEAT or verdict:
+                self._tell_all(verdict or {})
+                answered = now
+            if verdict:
+                time.sleep(BEAT)
+
+    def _accept(self) -> None:
+        connection, _ = self.server.accept()
+        connection.setblocking(False)
+        self._lines[connection] = b""
+        self._selector.register(connection, selectors.EVENT_READ)
+
+    def _read(self, connection: socket.socket) -> dict[str, Any] | None:
+        """Take what a rank has sent; a verdict when it has died."""
+        try:
+            chunk = connection.recv(65536)
+        except BlockingIOError:
+            return None
+        except OSError:
+            chunk = b""
+        if not chunk:
+            return self._lost(connection)
+        *lines, self._lines[connection] = (self._lines[connection] + chunk).split(b"\n")
+        with contextlib.suppress(ValueError, TypeError, AttributeError):  # what strangers send to an open port
+            for line in lines:
+                self._take(connection, json.loads(line))
+        if connection not in self._rank_of:
+            self._lost(connection)
+        return None
+
+    def _take(self, connection: socket.socket, message: dict[str, Any]) -> None:
+        if message.get("token") == self.meeting["token"]:
+            self._rank_of[connection] = message["rank"]
+            self.seen[message["rank"]] = Seen(message["node"], message["pid"], limit=float("inf"), heard=time.monotonic())
+        elif (rank := self._rank_of.get(connection)) is None:
+            return
+        elif "bye" in message:
+            self.seen.pop(rank, None)
+            del self._rank_of[connection]
+        else:
+            self.seen[rank] = Seen(self.seen[rank].node, self.seen[rank].pid, **message, heard=time.monotonic())
+
+    def _lost(self, connection: socket.socket) -> dict[str, Any] | None:
+        if connection not in self._lines:
+            return None
+        self._selector.unregister(connection)
+        connection.close()
+        del self._lines[connection]
+        seen = self.seen.pop(rank, None) if (rank := self._rank_of.pop(connection, None)) is not None else None
+        return {"gone": f"rank {rank} on {seen.node} has died during {doing(seen.phase, seen.step)}"} if seen else None
+
+    def _judge(self, now: float) -> dict[str, Any] | None:
+        """A verdict when no rank has moved within its limit."""
+        if not self.seen or not all(seen.stuck(now) for seen in self.seen.values()):
+            return None
+        silent = {rank: seen for rank, seen in self.seen.items() if seen.silent(now) > 3 * BEAT}
+        if silent:
+            text = "; ".join(
+                f"rank {rank} on {s.node} has shown no sign of life for {s.silent(now):.0f} s" for rank, s in silent.items()
+            )
+            return {
+                "hang": f"{text}: its process is stopped, or its machine is gone",
+                "kill": [(s.node, s.pid) for s in silent.values()],
+            }
+        last = min(seen.place() for seen in self.seen.values())
+        behind = {rank: seen for rank, seen in self.seen.items() if seen.place() == last}
+        one = next(iter(behind.values()))
+        what = f"{doing(one.phase, one.step)} for {one.seconds:.0f} s (limit {one.limit:.0f} s)"
+        if len(behind) == len(self.seen):
+            return {
+                "hang": f"all ranks are in {what}, none behind the others: a collective that cannot end, or a device that hangs"
+            }
+        return {"hang": f"rank {', '.join(map(str, behind))} on {one.node} is in {what} and the others wait for it"}
+
+    def _tell_all(self, message: dict[str, Any]) -> None:
+        for connection in list(self._rank_of):
+            with contextlib.suppress(OSError):  # full or broken: seen when read
+                connection.send(json.dumps(message).encode() + b"\n")

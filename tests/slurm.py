@@ -1,0 +1,121 @@
+"""A real Slurm of two nodes on this machine, from Debian's packages, with munge, ports and folders of its own."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from tests.launching import ENVIRONMENT, ROOT
+
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol")
+MISSING = [name for name in PROGRAMS if shutil.which(name) is None]
+CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CryptoType=crypto/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SlurmdParameters=config_overrides
+ReturnToService=2
+MpiDefault=none
+KillWait=20
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+SchedulerParameters=sched_interval=1,batch_sched_delay=1
+NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1
+PartitionName=all Nodes=n0,n1 Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def free_ports(number):
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+class Slurm:
+    """`with Slurm(folder) as slurm`: slurm.submit(..), slurm.wait(..); all daemons end with it."""
+
+    def __init__(self, folder):
+        self.folder, self.daemons = Path(folder), []
+        self.environment = {**ENVIRONMENT, "SLURM_CONF": f"{folder}/slurm.conf", "VENV": os.path.dirname(os.path.dirname(shutil.which("python", path=ENVIRONMENT["PATH"]))),
+                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}  # fmt: skip
+
+    def __enter__(self):
+        for name in ("state", "spool-n0", "spool-n1"):
+            (self.folder / name).mkdir()
+        (self.folder / "munge.key").write_bytes(os.urandom(1024))
+        (self.folder / "munge.key").chmod(0o400)
+        host = socket.gethostname()
+        (self.folder / "slurm.conf").write_text(CONF.format(folder=self.folder, host=host, ports=free_ports(3)))
+        self._start("munged", "--foreground", "--force", *(f"--{n}={self.folder}/munge.{e}" for n, e in
+                    (("socket", "socket"), ("key-file", "key"), ("pid-file", "pid"), ("log-file", "log"), ("seed-file", "seed"))))  # fmt: skip
+        self._start("slurmctld", "-D")
+        for node in ("n0", "n1"):
+            self._start("slurmd", "-D", "-N", node)
+        self.until(lambda: self.run("sinfo", "-h", "-o", "%T %D").split() == ["idle", "2"], "both nodes are idle")
+        return self
+
+    def _start(self, *command):
+        self.daemons.append(subprocess.Popen(command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+
+    def __exit__(self, *_):
+        self.run("scancel", "--user=root", check=False)
+        for daemon in reversed(self.daemons):
+            daemon.terminate()
+        for daemon in reversed(self.daemons):
+            try:
+                daemon.wait(20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+
+    def run(self, *command, check=True):
+        ended = subprocess.run(
+            [str(c) for c in command], env=self.environment, cwd=ROOT, text=True, capture_output=True, check=False
+        )
+        assert ended.returncode == 0 or not check, f"{command}: {ended.stdout}{ended.stderr}"
+        return ended.stdout
+
+    def until(self, condition, what, seconds=60):
+        deadline = time.monotonic() + seconds
+        while not (found := condition()):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"not within {seconds} s: {what}\n{self.run('scontrol', 'show', 'job', check=False)}")
+            time.sleep(0.2)
+        return found
+
+    def submit(self, *words, **changes):
+        """Job number of `sbatch WORDS`."""
+        before = dict(self.environment)
+        self.environment |= changes
+        try:
+            return self.run("sbatch", "--parsable", f"--output={self.folder}/%j.log", *words).strip()
+        finally:
+            self.environment = before
+
+    def log(self, job):
+        path = self.folder / f"{job}.log"
+        return path.read_text() if path.exists() else ""
+
+    def job(self, number):
+        """Fields of `scontrol show job`."""
+        text = self.run("scontrol", "show", "job", number, check=False)
+        return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+    def wait(self, number, seconds=120):
+        """The job's fields when it has ended."""
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        return self.until(lambda: (j := self.job(number)).get("JobState") in ended and j, f"job {number} ends", seconds)
