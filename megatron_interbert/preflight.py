@@ -1,6 +1,7 @@
-"""Checks before a long run: `python -m megatron_interbert.preflight` with the flags of the run (and --world-size).
+"""Checks before a long run, with the flags of the run: every failure comes with what mends it.
 
-Environment, data, batch arithmetic, disk, one step forward and backward. Every failure comes with the command that mends it.
+`python -m megatron_interbert.preflight FLAGS --world-size N` on one machine: environment, batch arithmetic, data, disk, one step.
+Started by deepspeed, torchrun or launchers/preflight.sbatch on all machines it first compares them, in a table with the odd one out.
 """
 
 import importlib.metadata
@@ -24,11 +25,14 @@ from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.kernels.choice import choose_kernels
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
+from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState, this_device
 from megatron_interbert.tasks.parts import fitted_sizes, open_stores, vocabulary_of_run
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.deepspeed_config import merge
+from megatron_interbert.training.node_table import compare_nodes
+from megatron_interbert.training.processes import describe_launch, start_processes
 
 REQUIRED = {"torch": (2, 10), "deepspeed": (0, 19, 6), "h5py": (3, 11), "safetensors": (0, 6), "tokenizers": (0, 21)}
 
@@ -37,7 +41,7 @@ REQUIRED = {"torch": (2, 10), "deepspeed": (0, 19, 6), "h5py": (3, 11), "safeten
 class PreflightConfig(RunConfig):
     """The flags of the run and two of our own."""
 
-    world_size: int = option(1, "processes the run will have")
+    world_size: int = option(0, "processes the run will have (default: those that are started)")
     fast: bool = option(False, "skip hashing the shards and reading every record")
 
 
@@ -159,9 +163,28 @@ def check_step(config: PreflightConfig) -> str:
     return f"losses msm {values['msm_loss']:.3f}, mrm {values['mrm_loss']:.3f}, itm {values['itm_loss']:.3f}; all gradients finite"
 
 
+def check_nodes(config: PreflightConfig) -> None:
+    """Several ranks: the table of machines, printed by rank 0; UsageError on all ranks when one is odd. All but rank 0 end here."""
+    device = start_processes()
+    state = ParallelState()
+    config.world_size = config.world_size or state.world_size
+    launch = describe_launch(read_launch(), state, device).splitlines()[0]
+    table, wrong = compare_nodes(config, state)
+    if state.is_main:
+        print(f"{launch}\n{table}", flush=True)
+    if wrong:
+        raise UsageError(f"preflight: the machines do not fit together: {'; '.join(wrong)}")
+    torch.distributed.destroy_process_group()  # what follows is one process's work
+    if not state.is_main:
+        raise SystemExit
+
+
 def run() -> None:
     """All checks in order; a failed one does not hide the next, and the exit code is 2 if any failed."""
-    config = parse(PreflightConfig, "Check environment, data and one step before a long run.")
+    config = parse(PreflightConfig, "Check machines, environment, data and one step before a long run.")
+    if read_launch().world_size > 1:
+        check_nodes(config)
+    config.world_size = config.world_size or 1
     checks: list[tuple[str, Callable[[PreflightConfig], str]]] = [
         ("environment", check_environment),
         ("batch", check_batch),
