@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +33,53 @@ def start(*command, **changes):
     )
 
 
+def free_ports(number):
+    """Ports that nobody listens on now."""
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def start_ranks(*of_each, module="megatron_interbert.pretrain", port=None, world_size=None, first=0, **changes):
+    """Ranks started by hand, as on machines of their own: no launcher that would end the others. `of_each`: flags
+    by rank, from `first` on."""
+    common = {"WORLD_SIZE": str(world_size or len(of_each)), "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+              "MASTER_PORT": str(port or free_ports(1)[0]), **changes}  # fmt: skip
+    command = (sys.executable, "-m", module)
+    return [
+        start(*command, *flags, **common, RANK=str(rank), SLURMD_NODENAME=f"n{rank}") for rank, flags in enumerate(of_each, first)
+    ]
+
+
+def ends(processes, timeout=120):
+    """[(exit code, stdout, stderr)] of processes that must end by themselves."""
+    results = []
+    for process in processes:
+        out, err = process.communicate(timeout=timeout)
+        results.append((process.returncode, out, err))
+    return results
+
+
+def until(condition, what, seconds=90):
+    """Wait for something that processes do."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.05)
+    return found
+
+
+def environment(pid):
+    """The environment with which a process was started; empty when it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/environ").read_text(errors="replace")
+    except OSError:
+        return {}
+    return dict(word.split("=", 1) for word in text.split("\0") if "=" in word)
+
+
 def launch(*command, timeout=300, **changes):
     """Run to the end; (exit code, stdout, stderr)."""
     process = start(*command, **changes)
@@ -46,10 +94,7 @@ def pretrain(*flags):
 
 def deepspeed(processes, *flags):
     """Command line of the DeepSpeed launcher, with a port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return ("deepspeed", "--num_gpus", processes, "--master_port", port, "launchers/pretrain.sh", *flags)
+    return ("deepspeed", "--num_gpus", processes, "--master_port", free_ports(1)[0], "launchers/pretrain.sh", *flags)
 
 
 def records(folder, split="train"):

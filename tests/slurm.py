@@ -4,10 +4,10 @@ import os
 import shutil
 import socket
 import subprocess
-import time
+import sys
 from pathlib import Path
 
-from tests.launching import ENVIRONMENT, ROOT
+from tests.launching import ENVIRONMENT, ROOT, free_ports, until
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol")
 MISSING = [name for name in PROGRAMS if shutil.which(name) is None]
@@ -38,21 +38,18 @@ PartitionName=all Nodes=n0,n1 Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def free_ports(number):
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
 class Slurm:
     """`with Slurm(folder) as slurm`: slurm.submit(..), slurm.wait(..); all daemons end with it."""
 
     def __init__(self, folder):
         self.folder, self.daemons = Path(folder), []
-        self.environment = {**ENVIRONMENT, "SLURM_CONF": f"{folder}/slurm.conf", "VENV": os.path.dirname(os.path.dirname(shutil.which("python", path=ENVIRONMENT["PATH"]))),
-                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}  # fmt: skip
+        self.environment = {
+            **ENVIRONMENT,
+            "SLURM_CONF": f"{folder}/slurm.conf",
+            "VENV": str(Path(sys.executable).parents[1]),
+            "MASTER_ADDR": "127.0.0.1",  # n0 and n1 are names that only Slurm knows
+            "MASTER_PORT": str(free_ports(1)[0]),
+        }
 
     def __enter__(self):
         for name in ("state", "spool-n0", "spool-n1"):
@@ -61,12 +58,12 @@ class Slurm:
         (self.folder / "munge.key").chmod(0o400)
         host = socket.gethostname()
         (self.folder / "slurm.conf").write_text(CONF.format(folder=self.folder, host=host, ports=free_ports(3)))
-        self._start("munged", "--foreground", "--force", *(f"--{n}={self.folder}/munge.{e}" for n, e in
-                    (("socket", "socket"), ("key-file", "key"), ("pid-file", "pid"), ("log-file", "log"), ("seed-file", "seed"))))  # fmt: skip
+        files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        self._start("munged", "--foreground", "--force", *(f"--{name}={self.folder}/munge.{end}" for name, end in files.items()))
         self._start("slurmctld", "-D")
         for node in ("n0", "n1"):
             self._start("slurmd", "-D", "-N", node)
-        self.until(lambda: self.run("sinfo", "-h", "-o", "%T %D").split() == ["idle", "2"], "both nodes are idle")
+        until(lambda: self.run("sinfo", "-h", "-o", "%T %D").split() == ["idle", "2"], "both nodes are idle")
         return self
 
     def _start(self, *command):
@@ -89,14 +86,6 @@ class Slurm:
         assert ended.returncode == 0 or not check, f"{command}: {ended.stdout}{ended.stderr}"
         return ended.stdout
 
-    def until(self, condition, what, seconds=60):
-        deadline = time.monotonic() + seconds
-        while not (found := condition()):
-            if time.monotonic() > deadline:
-                raise AssertionError(f"not within {seconds} s: {what}\n{self.run('scontrol', 'show', 'job', check=False)}")
-            time.sleep(0.2)
-        return found
-
     def submit(self, *words, **changes):
         """Job number of `sbatch WORDS`."""
         before = dict(self.environment)
@@ -118,4 +107,4 @@ class Slurm:
     def wait(self, number, seconds=120):
         """The job's fields when it has ended."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        return self.until(lambda: (j := self.job(number)).get("JobState") in ended and j, f"job {number} ends", seconds)
+        return until(lambda: (j := self.job(number)).get("JobState") in ended and j, f"job {number} ends", seconds)

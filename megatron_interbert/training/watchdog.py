@@ -167,15 +167,15 @@ class Connection:
         except OSError as error:
             raise UsageError(f"{state.node}: the watchdog of rank 0 at {address}:{meeting['port']} cannot be reached ({error}); open the"
                              " ports between the machines, or give --hang-timeout 0 to do without") from error  # fmt: skip
-        self.socket.settimeout(5)
         self._heard, self._rest, self.broken = time.monotonic(), b"", False
         self._send({"token": meeting["token"], "rank": state.rank, "node": state.node, "pid": os.getpid()})
+        self.socket.setblocking(False)
 
     def _send(self, message: dict[str, Any]) -> None:
         try:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
-        except TimeoutError:
-            pass  # rank 0 does not read; `silence` tells
+        except BlockingIOError:
+            pass  # rank 0 has not read for long; `silence` tells
         except OSError:
             self.broken = True
 
@@ -197,7 +197,7 @@ class Connection:
 
     def _received(self) -> list[dict[str, Any]]:
         try:
-            while chunk := self.socket.recv(65536, socket.MSG_DONTWAIT):
+            while chunk := self.socket.recv(65536):
                 self._rest += chunk
                 self._heard = time.monotonic()
             self.broken = True

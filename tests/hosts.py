@@ -1,0 +1,119 @@
+"""Two machines made of network namespaces, each with an address and an sshd of its own, on one cable that can be pulled."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from tests.launching import ENVIRONMENT, ROOT, environment, free_ports, until
+
+PROGRAMS = ("ip", "pdsh", "ssh", "ssh-keygen", "/usr/sbin/sshd")
+SSHD = """
+Port 22
+HostKey {folder}/host_key
+AuthorizedKeysFile {folder}/key.pub
+PidFile {folder}/sshd-{name}.pid
+StrictModes no
+UsePAM no
+PermitRootLogin prohibit-password
+"""
+SSH = """
+Host *
+  IdentityFile {folder}/key
+  StrictHostKeyChecking no
+  UserKnownHostsFile /dev/null
+  LogLevel ERROR
+"""
+
+
+def missing():
+    """Why there can be no such machines here; empty when there can."""
+    absent = [name for name in PROGRAMS if shutil.which(name) is None]
+    if absent:
+        return f"needs {', '.join(absent)}"
+    if os.geteuid() or subprocess.run(["ip", "netns", "add", "probe-of-tests"], capture_output=True, check=False).returncode:
+        return "this machine allows no network namespaces"
+    subprocess.run(["ip", "netns", "del", "probe-of-tests"], check=True)
+    return ""
+
+
+class Hosts:
+    """`with Hosts(folder) as hosts`: hosts.addresses, hosts.start(command) on the first, hosts.pull_the_cable()."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.names = [f"t{os.getpid()}{letter}" for letter in "ab"]
+        self.addresses = ["10.213.7.1", "10.213.7.2"]
+        self.daemons = []
+        (self.folder / "bin").mkdir()
+        wrapper = self.folder / "bin" / "ssh"
+        wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {self.folder}/ssh_config "$@"\n')
+        wrapper.chmod(0o755)
+        (self.folder / "ssh_config").write_text(SSH.format(folder=self.folder))
+        # Variables that the launcher carries to the other machines; names of these machines do not resolve, so gloo takes the cable.
+        wanted = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable", "PATH": ENVIRONMENT["PATH"]}
+        (self.folder / "deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in wanted.items()))
+        (self.folder / "hostfile").write_text("".join(f"{address} slots=1\n" for address in self.addresses))
+        self.environment = {**ENVIRONMENT, **wanted, "PATH": f"{self.folder}/bin:{ENVIRONMENT['PATH']}",
+                            "DS_ENV_FILE": f"{self.folder}/deepspeed_env"}  # fmt: skip
+
+    def __enter__(self):
+        for key in ("host_key", "key"):
+            _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / key)
+        for name in self.names:
+            _run("ip", "netns", "add", name)
+        a, b = self.names
+        _run("ip", "link", "add", "cable", "netns", a, "type", "veth", "peer", "name", "cable", "netns", b)
+        Path("/run/sshd").mkdir(exist_ok=True)
+        for name, address in zip(self.names, self.addresses, strict=True):
+            for words in (
+                ("addr", "add", f"{address}/24", "dev", "cable"),
+                ("link", "set", "cable", "up"),
+                ("link", "set", "lo", "up"),
+            ):
+                _run("ip", "-n", name, *words)
+            (self.folder / f"sshd-{name}").write_text(SSHD.format(folder=self.folder, name=name))
+            command = ["ip", "netns", "exec", name, "/usr/sbin/sshd", "-D", "-f", str(self.folder / f"sshd-{name}")]
+            self.daemons.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+        until(lambda: all(self.reaches(address) for address in self.addresses), "both answer by ssh", seconds=20)
+        return self
+
+    def reaches(self, address):
+        command = ["ip", "netns", "exec", self.names[0], str(self.folder / "bin" / "ssh"), address, "true"]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    def start(self, *command):
+        """A process on the first machine."""
+        words = ["ip", "netns", "exec", self.names[0], *map(str, command)]
+        return subprocess.Popen(words, cwd=ROOT, env=self.environment, text=True, start_new_session=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+    def deepspeed(self, *flags):
+        """The launcher on the first machine, with a hostfile of both."""
+        return self.start("deepspeed", "--log_level", "error", "--hostfile", self.folder / "hostfile", "--master_addr", self.addresses[0],
+                          "--master_port", free_ports(1)[0], "launchers/pretrain.sh", *flags)  # fmt: skip
+
+    def ranks(self):
+        """Process numbers of the ranks on both machines."""
+        pids = [
+            p
+            for n in self.names
+            for p in subprocess.run(["ip", "netns", "pids", n], capture_output=True, text=True, check=True).stdout.split()
+        ]
+        return [pid for pid in pids if "RANK" in environment(pid)]
+
+    def pull_the_cable(self):
+        """Nothing gets through any more, and nobody is told."""
+        _run("ip", "-n", self.names[1], "link", "set", "cable", "down")
+
+    def __exit__(self, *_):
+        for name in self.names:
+            for pid in subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout.split():
+                subprocess.run(["kill", "-9", pid], capture_output=True, check=False)
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+        for daemon in self.daemons:
+            daemon.wait(10)
+
+
+def _run(*command):
+    subprocess.run([str(c) for c in command], check=True, capture_output=True)

@@ -1,0 +1,61 @@
+"""The deepspeed launcher and a hostfile, between two machines with their own addresses and sshd (network namespaces)."""
+
+import pytest
+
+from tests.corpus import write_store
+from tests.hosts import Hosts, missing
+from tests.launching import deepspeed, launch, losses, until
+
+WHY_NOT = missing()
+pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+FLAGS = (
+    "--model",
+    "tiny",
+    "--micro-batch-size",
+    4,
+    "--data-partitions",
+    8,
+    "--log-interval",
+    1,
+    "--lr",
+    "1e-3",
+    "--num-workers",
+    0,
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return write_store(tmp_path_factory.mktemp("data") / "store")
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    with Hosts(tmp_path_factory.mktemp("hosts")) as machines:
+        yield machines
+
+
+def test_two_machines_train_as_two_processes_do(hosts, store, tmp_path):
+    def flags(name):
+        return ("--data-path", store, "--save", tmp_path / name, *FLAGS, "--train-iters", 5)
+
+    process = hosts.deepspeed(*flags("hosts"))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+    code, out, err = launch(*deepspeed(2, *flags("here")))
+    assert code == 0, out + err
+    assert losses(tmp_path / "hosts") == losses(tmp_path / "here")
+
+
+def test_a_pulled_cable_ends_the_run(hosts, store, tmp_path):
+    """No packet and no error gets through: both sides find out by themselves. (The last test: the cable stays out.)"""
+    run = tmp_path / "run"
+    process = hosts.deepspeed("--data-path", store, "--save", run, *FLAGS, "--train-iters", 1_000_000, "--hang-timeout", 8)
+    until(lambda: (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= 3, "three steps")
+    ranks = until(lambda: hosts.ranks(), "ranks")
+    assert len(ranks) == 2
+    hosts.pull_the_cable()
+    until(lambda: not hosts.ranks(), "both ranks end", seconds=90)
+    process.kill()
+    out, err = process.communicate()
+    assert "has shown no sign of life for" in err, out + err

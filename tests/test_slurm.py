@@ -1,0 +1,161 @@
+"""The shipped .sbatch files on a real Slurm of two nodes: preemption, time limit, killed ranks, fewer nodes, all other ways in."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.corpus import write_store
+from tests.launching import deepspeed, environment, launch, losses, records, until
+from tests.slurm import MISSING, Slurm
+
+pytestmark = pytest.mark.skipif(bool(MISSING or os.geteuid()), reason=f"needs root and Debian's slurm-wlm and munge: {MISSING}")
+FLAGS = (
+    "--model",
+    "tiny",
+    "--micro-batch-size",
+    4,
+    "--data-partitions",
+    8,
+    "--log-interval",
+    1,
+    "--lr",
+    "1e-3",
+    "--num-workers",
+    1,
+)
+GOAL, SPAN = 60, ("--train-iters", 1_000_000, "--exit-interval", 60)  # the same schedule for all
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return write_store(tmp_path_factory.mktemp("data") / "store")
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    with Slurm(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def undisturbed(store, tmp_path_factory):
+    """Losses of two ranks under the deepspeed launcher, to the step where all stop."""
+    folder = tmp_path_factory.mktemp("deepspeed") / "run"
+    code, out, err = launch(*deepspeed(2, "--data-path", store, "--save", folder, *FLAGS, *SPAN))
+    assert code == 0, out + err
+    return losses(folder)
+
+
+def steps(folder):
+    path = folder / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def hasten(slurm, job):
+    """Slurm lets a job that was queued again wait for two minutes."""
+    until(lambda: slurm.job(job).get("JobState") == "PENDING", f"job {job} is queued again")
+    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+
+def test_two_nodes_train_as_two_processes_do(slurm, store, undisturbed, tmp_path):
+    job = slurm.submit("-N2", "launchers/pretrain.sbatch", "--data-path", store, "--save", tmp_path / "run", *FLAGS, *SPAN)
+    fields, log = slurm.wait(job), slurm.log(job)
+    assert fields["JobState"] == "COMPLETED", log
+    assert "job 1 on n[0-1], start 1: srun" in log
+    assert "layout: DP2 x TP1 (2 ranks, gloo)" in log
+    assert losses(tmp_path / "run") == undisturbed
+
+
+def test_a_signal_queues_the_job_again_and_losses_are_the_same(slurm, store, undisturbed, tmp_path):
+    """`scancel --signal` in the middle; then the same command with one node less goes on too."""
+    run = tmp_path / "run"
+    command = ("launchers/pretrain.sbatch", "--data-path", store, "--save", run, *FLAGS)
+    job = slurm.submit("-N2", *command, *SPAN)
+    until(lambda: steps(run) >= 5, "five steps")
+    slurm.run("scancel", "--signal=USR1", job)
+    until(lambda: "it is queued again" in slurm.log(job), "the job is queued again")
+    saved = max(records(run))
+    assert (run / f"global_step{saved}" / "manifest.json").is_file()
+    hasten(slurm, job)
+    assert slurm.wait(job)["JobState"] == "COMPLETED", slurm.log(job)
+    assert "start 2: srun" in slurm.log(job)
+    assert f"resumed from {run}/global_step{saved}" in slurm.log(job)
+    assert losses(run) == undisturbed
+    fewer = slurm.submit("-N1", *command, "--train-iters", 1_000_000, "--exit-interval", GOAL + 5)
+    assert slurm.wait(fewer)["JobState"] == "COMPLETED", slurm.log(fewer)
+    assert "DP2 x TP1, ZeRO-1, fp32 -> DP1 x TP1" in slurm.log(fewer)
+    assert "accumulation 2" in slurm.log(fewer), "the global batch is kept"
+    assert max(losses(run)) == GOAL + 5
+
+
+def test_the_time_limit_queues_the_job_again(slurm, store, tmp_path):
+    run = tmp_path / "run"
+    more = ("--data-path", store, "--save", run, *FLAGS, "--train-iters", 1_000_000)
+    job = slurm.submit("-N2", "--time=1", "--signal=USR1@20", "launchers/pretrain.sbatch", *more)
+    until(lambda: "it is queued again" in slurm.log(job), "the job is queued again", seconds=150)
+    saved = max(records(run))
+    assert f"step {saved}: SIGUSR1, the run ends here" in slurm.log(job)
+    hasten(slurm, job)
+    until(lambda: steps(run) > saved, "it goes on", seconds=60)
+    slurm.run("scancel", job)
+    assert f"resumed from {run}/global_step{saved}" in slurm.log(job)
+
+
+@pytest.mark.parametrize("victim", ["rank", "slurmstepd"])
+def test_a_killed_process_ends_the_job_with_the_reason(slurm, store, tmp_path, victim):
+    run = tmp_path / "run"
+    job = slurm.submit(
+        "-N2", "launchers/pretrain.sbatch", "--data-path", store, "--save", run, *FLAGS, *SPAN[:2], "--num-workers", 0
+    )
+    until(lambda: steps(run) >= 3, "three steps")
+    on_node_1 = [pid for pid in processes() if environment(pid).get("SLURMD_NODENAME") == "n1"]
+    rank = next(pid for pid in on_node_1 if environment(pid).get("RANK") == "1")
+    daemons = [pid for pid, words in processes().items() if words.startswith(f"slurmstepd: [{job}.0]") and is_ancestor(pid, rank)]
+    os.kill(rank if victim == "rank" else daemons[0], signal.SIGKILL)
+    fields = slurm.wait(job, seconds=60)
+    assert fields["JobState"] == "FAILED", slurm.log(job)
+    said = "error: rank 1 on n1 (pid" if victim == "rank" else "io error with slurmstepd on node 1"
+    assert said in slurm.log(job)
+    until(lambda: not Path(f"/proc/{rank}").exists(), "nothing stays behind")
+
+
+def test_wrong_use_is_said_in_the_log(slurm, store):
+    job = slurm.submit("-N2", "launchers/pretrain.sbatch", "--data-path", store, *FLAGS, "--tensor-model-parallel-size", 3)
+    assert slurm.wait(job)["ExitCode"] == "2:0"
+    assert "--tensor-model-parallel-size 3 does not divide the 2 processes" in slurm.log(job)
+    assert "Traceback" not in slurm.log(job)
+
+
+def test_other_files_and_what_would_run(slurm, store, tmp_path):
+    """Preflight on both nodes; an array of finetunings; `--print-launch`; outside of Slurm."""
+    job = slurm.submit("-N2", "launchers/preflight.sbatch", "--data-path", store, *FLAGS, "--fast")
+    assert slurm.wait(job)["JobState"] == "COMPLETED", slurm.log(job)
+    assert "ready" in slurm.log(job)
+    flags = ("--data-path", store, "--model", "tiny", "--print-launch", "--save", f"{tmp_path}/%a")
+    array = slurm.submit("--array=7", f"--output={slurm.folder}/array-%a.log", "launchers/finetune.sbatch", "retrieval", *flags)
+    until(lambda: "data parallel" in slurm.log("array-7"), f"array {array}")
+    assert f"--save {tmp_path}/7" in slurm.log("array-7")
+    code, _, err = launch("bash", "launchers/pretrain.sbatch", "--model", "tiny")
+    assert code == 2
+    assert "error: start this by sbatch; it would run: srun --kill-on-bad-exit=1 --ntasks-per-node=1" in err
+
+
+def processes():
+    """{pid: command line} of all processes."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found[int(path.parent.name)] = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+    return found
+
+
+def is_ancestor(pid, of):
+    while of > 1:
+        of = int(Path(f"/proc/{of}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        if of == pid:
+            return True
+    return False

@@ -1,0 +1,227 @@
+"""Ranks on machines of their own (started by hand, no launcher beside them): they meet, fit together, stop together, and never hang."""
+
+import os
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.corpus import write_store
+from tests.launching import ROOT, deepspeed, ends, free_ports, losses, pretrain, records, start, start_ranks, until
+
+FLAGS = ("--model", "tiny", "--micro-batch-size", 4, "--data-partitions", 8, "--log-interval", 1, "--lr", "1e-3")
+ENDLESS = ("--train-iters", 1_000_000)
+HANGS = ("--hang-timeout", 6)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return write_store(tmp_path_factory.mktemp("together") / "store")
+
+
+def steps(folder):
+    """Steps that a run has written down so far."""
+    path = folder / "metrics.jsonl"
+    return path.read_text().count('"train"') if path.exists() else 0
+
+
+def error_line(err):
+    return next(line for line in err.splitlines() if line.startswith("error"))
+
+
+# They cannot meet, or do not fit together.
+
+
+def test_what_keeps_ranks_apart_is_said_in_one_line(store):
+    flags = ("--data-path", store, *FLAGS, "--train-iters", 2)
+    alone = start_ranks(flags, world_size=2)  # the other one never starts
+    nobody = start_ranks(flags, world_size=2, first=1)  # rank 0 never starts
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port_taken = start_ranks(flags, world_size=2, port=taken.getsockname()[1])
+        cases = {
+            "of 2 ranks 1 have not come to 127.0.0.1": ends(alone),
+            "rank 1 on n1 has not reached rank 0 at 127.0.0.1": ends(nobody),
+            "rank 0 on n0 cannot listen at 127.0.0.1": ends(port_taken),
+        }
+    for message, [(code, out, err)] in cases.items():
+        assert code == 2, out + err
+        assert message in error_line(err)
+        assert "Traceback" not in err
+
+
+def test_ranks_that_do_not_fit_together_do_not_start(store, tmp_path):
+    """Data missing or other, other code, other flags: all ranks end alike and name the odd one; nothing is written."""
+    other = write_store(tmp_path / "other", seed=5)
+    copy = shutil.copytree(ROOT / "megatron_interbert", tmp_path / "code" / "megatron_interbert")
+    (copy / "errors.py").write_text((copy / "errors.py").read_text() + "# changed\n")
+    save = tmp_path / "run"
+
+    def flags(data, *more):
+        return ("--data-path", data, "--save", save, *FLAGS, "--train-iters", 2, *more)
+
+    cases = {
+        "on n1 (ranks 1 of 2): /nowhere: no manifest.json there": [flags(store), flags("/nowhere")],
+        "the ranks differ in data: ": [flags(store), flags(other)],
+        "the ranks differ in --seed: 1234 on n0 (rank 0), 7 on n1 (rank 1)": [flags(store), flags(store, "--seed", 7)],
+    }
+    for message, each in cases.items():
+        for code, out, err in ends(start_ranks(*each)):
+            assert code == 2, out + err
+            assert message in error_line(err)
+            assert "Traceback" not in err
+    port = free_ports(1)[0]
+    first = start_ranks(flags(store), world_size=2, port=port)
+    second = start_ranks(flags(store), world_size=2, first=1, port=port, PYTHONPATH=str(tmp_path / "code"), PYTHONSAFEPATH="1")
+    for code, out, err in ends(first + second):
+        assert code == 2, out + err
+        assert "the ranks differ in code: " in error_line(err)
+    assert not save.exists()
+
+
+def test_a_folder_that_cannot_be_written(store, tmp_path):
+    (tmp_path / "file").write_text("")
+    for code, out, err in ends(start_ranks(*[("--data-path", store, "--save", tmp_path / "file" / "run", *FLAGS)] * 2)):
+        assert code == 2, out + err
+        assert "nothing can be written there (Not a directory)" in error_line(err)
+
+
+def test_preflight_shows_the_machines_and_the_odd_one(store, tmp_path):
+    flags = ("--data-path", store, *FLAGS, "--fast", "--train-iters", 2, "--save", tmp_path / "run")
+    whole = start_ranks(flags, flags, module="megatron_interbert.preflight")
+    (code, out, err), (other, _, _) = ends(whole)
+    assert (code, other) == (0, 0), out + err
+    table = out.splitlines()[:4]
+    assert table[0].startswith("python: 2 ranks on 2 nodes, meeting at 127.0.0.1:")
+    assert [line.split()[0] for line in table[1:]] == ["node", "n0", "n1"]
+    assert "shared" in table[3]
+    assert out.rstrip().endswith("ready")
+    odd = write_store(tmp_path / "odd", seed=9)
+    results = ends(start_ranks(flags, ("--data-path", odd, *flags[2:]), module="megatron_interbert.preflight"))
+    assert [code for code, _, _ in results] == [2, 2]
+    assert next(line for line in results[0][1].splitlines() if line.startswith("n1")).endswith("<- data")
+    assert "n1: data is " in results[0][2]
+    assert not list(tmp_path.glob(".shared-*"))
+
+
+# They stop together.
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_any_rank_stops_all_and_the_losses_go_on(store, tmp_path, number):
+    """Saved after the same step on both ranks, code 75; started again, bit for bit as if nothing had been."""
+    flags = ("--data-path", store, *FLAGS, "--num-workers", 1, "--tensor-model-parallel-size", 2)
+    flags = (*flags, "--worker-start", "spawn" if number == signal.SIGTERM else "fork")
+    stopped = start_ranks(*[(*flags, *ENDLESS, "--save", tmp_path / "run")] * 2)
+    until(lambda: steps(tmp_path / "run") >= 3, "three steps")
+    stopped[1].send_signal(number)
+    for code, out, err in ends(stopped):
+        assert code == 75, out + err
+    last = max(records(tmp_path / "run"))
+    assert (tmp_path / "run" / f"global_step{last}" / "manifest.json").is_file()
+    goal = (*flags, *ENDLESS, "--exit-interval", last + 4)
+    for folder in ("run", "whole"):
+        for code, out, err in ends(start_ranks(*[(*goal, "--save", tmp_path / folder)] * 2)):
+            assert code == 0, out + err
+    assert max(losses(tmp_path / "whole")) == last + 4
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_launcher_passes_the_signal_on(store, tmp_path):
+    """SIGTERM to the deepspeed launcher itself: its ranks save."""
+    process = start(*deepspeed(2, "--data-path", store, "--save", tmp_path / "run", *FLAGS, *ENDLESS))
+    until(lambda: steps(tmp_path / "run") >= 3, "three steps")
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=90)
+    last = max(records(tmp_path / "run"))
+    assert (tmp_path / "run" / f"global_step{last}" / "manifest.json").is_file(), out + err
+
+
+def test_a_run_ends_after_its_minutes(store, tmp_path):
+    """The clock of rank 0 decides for all."""
+    run = start_ranks(*[("--data-path", store, "--save", tmp_path / "run", *FLAGS, *ENDLESS, "--exit-duration-in-mins", 1)] * 2)
+    for code, out, err in ends(run):
+        assert code == 0, out + err
+    last = max(records(tmp_path / "run"))
+    assert (tmp_path / "run" / f"global_step{last}" / "manifest.json").is_file()
+
+
+def test_without_a_folder_a_signal_keeps_nothing_and_says_so(store):
+    process = start(*pretrain("--data-path", store, *FLAGS, *ENDLESS))
+    until(lambda: "train step 3/" in process.stdout.readline(), "three steps")
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "stopped by a signal, and without --save nothing could be kept" in err, out + err
+
+
+# They never hang.
+
+
+@pytest.fixture
+def running(store, tmp_path):
+    """Starts two ranks that train without end; what is left of them is killed."""
+    started = []
+
+    def begin(*more):
+        started.extend(start_ranks(*[("--data-path", store, "--save", tmp_path / "run", *FLAGS, *ENDLESS, *HANGS, *more)] * 2))
+        until(lambda: steps(tmp_path / "run") >= 3, "three steps")
+        return started
+
+    yield begin
+    for process in started:
+        process.kill()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_named_and_the_run_ends(running, rank):
+    ranks = running("--num-workers", 0)
+    ranks[rank].send_signal(signal.SIGSTOP)
+    [(code, out, err)] = ends([ranks[1 - rank]])
+    assert code == 1, out + err
+    named = "rank 1 on n1 has shown no sign of life for" if rank else "rank 0 does not answer and step"
+    assert named in error_line(err)
+    assert "loop.py" in err, "the stacks of all threads"
+    if rank:  # from its own machine nobody kills it
+        assert ranks[1].poll() is None
+
+
+def test_a_rank_that_goes_on_in_time_changes_nothing(running, tmp_path):
+    ranks = running("--num-workers", 0)
+    before = steps(tmp_path / "run")
+    ranks[1].send_signal(signal.SIGSTOP)
+    time.sleep(2.5)
+    ranks[1].send_signal(signal.SIGCONT)
+    until(lambda: steps(tmp_path / "run") > before + 20, "training goes on")
+    ranks[0].send_signal(signal.SIGTERM)
+    assert [code for code, _, _ in ends(ranks)] == [75, 75]
+
+
+def test_a_rank_that_waits_for_its_data_is_named(running):
+    """Its loader process hangs; the other rank waits in a collective."""
+    ranks = running("--num-workers", 1)
+    loader = until(lambda: children(ranks[1].pid), "a loader process")[0]
+    os.kill(loader, signal.SIGSTOP)
+    results = ends(ranks)
+    assert not Path(f"/proc/{loader}").exists(), "stopped as it was, it died with its rank"
+    assert [code for code, _, _ in results] == [1, 1]
+    assert "the run hangs: rank 1 on n1 is in waiting for the data of step" in error_line(results[0][2])
+    assert "loader.py" in results[1][2]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_takes_the_other_with_it(running, rank):
+    ranks = running("--num-workers", 0)
+    ranks[rank].kill()
+    [(code, out, err)] = ends([ranks[1 - rank]], timeout=30)
+    assert code == 1, out + err
+    named = "rank 1 on n1 has died during" if rank else "rank 0 has gone"
+    assert named in err
+
+
+def children(pid):
+    """Processes that a process has started."""
+    with open(f"/proc/{pid}/task/{pid}/children") as handle:
+        return [int(word) for word in handle.read().split()]
