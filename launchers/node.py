@@ -5,7 +5,8 @@
 
 torchrun ends with code 1 whatever its ranks end with, and it answers SIGTERM by ending them after 30 s. Here the code of the first
 rank that failed becomes the code of the node, so that Slurm can tell a preempted run (75) from a failed one (1) and from wrong use
-(2), and SIGTERM and SIGUSR1 go to the ranks, which save and end by themselves.
+(2), and SIGTERM and SIGUSR1 go to the ranks, which save and end by themselves. SIGHUP goes to them when the process that has started
+this one (slurmstepd) dies, for Slurm would not notice.
 
 PROCESSES_PER_NODE is the number of ranks (default: the GPUs, else 1).
 """
@@ -28,6 +29,7 @@ from torch.distributed.run import run as torchrun
 
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.parallel.launch import first_host, node_name, port_of_job
+from megatron_interbert.parent_death import signal_at_parents_death
 
 MEETING_SECONDS = 45  # the nodes wait so long for one another; the ranks then do so again
 
@@ -59,9 +61,10 @@ def run() -> None:
     if os.environ.get("SLURM_NODEID", "0") == "0":
         print(f"on each node: torchrun {' '.join(words)}", flush=True)
     options = get_args_parser().parse_args(words)
-    options.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # not SIGTERM, which is handled here
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    options.signals_to_handle = "SIGINT,SIGQUIT"
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, pass_on)
+    signal_at_parents_death(signal.SIGHUP)
     logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.CRITICAL)  # ranks say themselves why they end
     try:
         torchrun(options)

@@ -5,7 +5,7 @@ run_on_nodes() {
   local python=${VENV:-$PWD/.venv}/bin/python code=0
   [ -x "$python" ] || python=python3
   export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-  set -- srun --kill-on-bad-exit=1 --ntasks-per-node=1 "$python" -u launchers/node.py "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}"
+  set -- srun --kill-on-bad-exit=1 --wait=20 --ntasks-per-node=1 "$python" -u launchers/node.py "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}"
   if [ -z "${SLURM_JOB_ID:-}" ]; then
     echo "error: start this by sbatch; it would run: $*" >&2
     return 2

@@ -1,13 +1,15 @@
 """A real Slurm of two nodes on this machine, from Debian's packages, with munge, ports and folders of its own."""
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.launching import ENVIRONMENT, ROOT, free_ports, until
+from tests.launching import ENVIRONMENT, ROOT, environment, free_ports, until
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol")
 MISSING = [name for name in PROGRAMS if shutil.which(name) is None]
@@ -70,14 +72,17 @@ class Slurm:
         self.daemons.append(subprocess.Popen(command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
 
     def __exit__(self, *_):
-        self.run("scancel", "--user=root", check=False)
-        for daemon in reversed(self.daemons):
-            daemon.terminate()
-        for daemon in reversed(self.daemons):
-            try:
-                daemon.wait(20)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        for daemon in self.daemons:
+            daemon.wait(20)
+
+    def processes(self, job=None):
+        """{pid: environment} of all processes of this cluster, daemons included, or of those that a job has started."""
+        pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+        ours = {pid: env for pid in pids if (env := environment(pid)).get("SLURM_CONF") == self.environment["SLURM_CONF"]}
+        return ours if job is None else {pid: env for pid, env in ours.items() if env.get("SLURM_JOB_ID") == job}
 
     def run(self, *command, check=True):
         ended = subprocess.run(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.corpus import write_store
-from tests.launching import deepspeed, environment, launch, losses, records, until
+from tests.launching import deepspeed, launch, losses, records, until
 from tests.slurm import MISSING, Slurm
 
 pytestmark = pytest.mark.skipif(bool(MISSING or os.geteuid()), reason=f"needs root and Debian's slurm-wlm and munge: {MISSING}")
@@ -103,22 +103,33 @@ def test_the_time_limit_queues_the_job_again(slurm, store, tmp_path):
     assert f"resumed from {run}/global_step{saved}" in slurm.log(job)
 
 
-@pytest.mark.parametrize("victim", ["rank", "slurmstepd"])
-def test_a_killed_process_ends_the_job_with_the_reason(slurm, store, tmp_path, victim):
-    run = tmp_path / "run"
-    job = slurm.submit(
-        "-N2", "launchers/pretrain.sbatch", "--data-path", store, "--save", run, *FLAGS, *SPAN[:2], "--num-workers", 0
-    )
+def running_on_both(slurm, store, run):
+    """(job, pid of rank 1 on n1, pid of its slurmstepd) of a job that trains without end."""
+    more = ("--data-path", store, "--save", run, *FLAGS, "--train-iters", 1_000_000)
+    job = slurm.submit("-N2", "launchers/pretrain.sbatch", *more)
     until(lambda: steps(run) >= 3, "three steps")
-    on_node_1 = [pid for pid in processes() if environment(pid).get("SLURMD_NODENAME") == "n1"]
-    rank = next(pid for pid in on_node_1 if environment(pid).get("RANK") == "1")
-    daemons = [pid for pid, words in processes().items() if words.startswith(f"slurmstepd: [{job}.0]") and is_ancestor(pid, rank)]
-    os.kill(rank if victim == "rank" else daemons[0], signal.SIGKILL)
-    fields = slurm.wait(job, seconds=60)
-    assert fields["JobState"] == "FAILED", slurm.log(job)
-    said = "error: rank 1 on n1 (pid" if victim == "rank" else "io error with slurmstepd on node 1"
-    assert said in slurm.log(job)
+    ranks = [pid for pid, env in slurm.processes(job).items() if env.get("RANK") == "1"]
+    rank = next(pid for pid in ranks if parent(pid) not in ranks)  # not its loader
+    return job, rank, parent(parent(rank))  # above the rank stands node.py, above that slurmstepd
+
+
+def test_a_killed_rank_ends_the_job_with_the_reason(slurm, store, tmp_path):
+    job, rank, _ = running_on_both(slurm, store, tmp_path / "run")
+    os.kill(rank, signal.SIGKILL)
+    assert slurm.wait(job, seconds=60)["JobState"] == "FAILED", slurm.log(job)
+    assert "rank 1 on n1 has died during" in slurm.log(job)
+    assert f"error: rank 1 on n1 (pid {rank}) was killed by SIGKILL" in slurm.log(job)
+
+
+def test_a_killed_slurmstepd_saves_and_queues_the_job_again(slurm, store, tmp_path):
+    """Slurm itself does not notice; the ranks of that node do."""
+    job, rank, daemon = running_on_both(slurm, store, tmp_path / "run")
+    os.kill(daemon, signal.SIGKILL)
+    until(lambda: "it is queued again" in slurm.log(job), "the job is queued again", seconds=100)
+    assert "SIGHUP (a terminal or a launcher has gone), the run ends here" in slurm.log(job)
     until(lambda: not Path(f"/proc/{rank}").exists(), "nothing stays behind")
+    assert list((tmp_path / "run").glob("global_step*/manifest.json"))
+    slurm.run("scancel", job)
 
 
 def test_wrong_use_is_said_in_the_log(slurm, store):
@@ -139,23 +150,8 @@ def test_other_files_and_what_would_run(slurm, store, tmp_path):
     assert f"--save {tmp_path}/7" in slurm.log("array-7")
     code, _, err = launch("bash", "launchers/pretrain.sbatch", "--model", "tiny")
     assert code == 2
-    assert "error: start this by sbatch; it would run: srun --kill-on-bad-exit=1 --ntasks-per-node=1" in err
+    assert "error: start this by sbatch; it would run: srun --kill-on-bad-exit=1 --wait=20 --ntasks-per-node=1" in err
 
 
-def processes():
-    """{pid: command line} of all processes."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            found[int(path.parent.name)] = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-    return found
-
-
-def is_ancestor(pid, of):
-    while of > 1:
-        of = int(Path(f"/proc/{of}/stat").read_text().rsplit(")", 1)[1].split()[1])
-        if of == pid:
-            return True
-    return False
+def parent(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])

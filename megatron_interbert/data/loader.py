@@ -8,7 +8,6 @@ A process that dies is noticed at once, an error in one comes as its message, a 
 """
 
 import contextlib
-import ctypes
 import mmap
 import multiprocessing
 import os
@@ -31,6 +30,7 @@ from megatron_interbert.data.order import MicroBatches
 from megatron_interbert.data.packing import PackedBatch, to_batch
 from megatron_interbert.data.training_set import TrainingSet
 from megatron_interbert.errors import TrainingStopped, UsageError
+from megatron_interbert.parent_death import signal_at_parents_death
 
 SLOTS = 4  # batches that one process may have ready or in use
 
@@ -67,7 +67,7 @@ def _work(dataset: TrainingSet, connection: Connection, memory: SharedFile, slot
     """A loader process: (slot, pairs) in, fields of the batch out, until the other side is gone."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # for the training process, which ends this one when it is time
         signal.signal(number, signal.SIG_IGN)
-    die_with_parent()
+    signal_at_parents_death(signal.SIGKILL)  # even while this one is stopped or hangs in a read
     for other in others:
         other.close()  # copies of pipe ends from the fork would keep pipes open whose owner has died
     torch.set_num_threads(1)
@@ -87,12 +87,6 @@ def _work(dataset: TrainingSet, connection: Connection, memory: SharedFile, slot
             connection.send_bytes(pickle.dumps(result, protocol=5))
         except OSError:
             os._exit(0)
-
-
-def die_with_parent() -> None:
-    """SIGKILL for this process when the training process is gone, even while this one is stopped or hangs in a read (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
 
 
 def _receive(connection: Connection, requests: queue.SimpleQueue) -> None:

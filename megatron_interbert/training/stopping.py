@@ -1,7 +1,7 @@
 """Whether a run is to end before its last step: asked by a signal, the clock or a step number, agreed on by all ranks.
 
-Slurm, or whoever needs the machine, sends SIGUSR1 or SIGTERM to some or all ranks. Each rank only notes it; after every step all
-ranks vote, so all save and end after the same step.
+Slurm, or whoever needs the machine, sends SIGUSR1 or SIGTERM to some or all ranks; SIGHUP comes when a terminal or the process that
+started a node's ranks has gone. Each rank only notes it; after every step all ranks vote, so all save and end after the same step.
 """
 
 import signal
@@ -14,11 +14,11 @@ import torch.distributed as dist
 from megatron_interbert.config import TrainConfig
 from megatron_interbert.parallel.state import ParallelState
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # sent before a machine is taken away
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Stopping:
-    """The vote after each step. One object in the main thread of each rank; it takes over both signals."""
+    """The vote after each step. One object in the main thread of each rank; it takes over these signals."""
 
     def __init__(self, config: TrainConfig, state: ParallelState) -> None:
         self.config, self.state = config, state
@@ -27,7 +27,8 @@ class Stopping:
         # A group on the host: the vote must not wait for the device.
         self._group = dist.new_group(backend="gloo") if state.world_size > 1 else None
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or number
@@ -44,7 +45,8 @@ class Stopping:
             dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._group)
         self.signal, late = int(vote[0]), bool(vote[1])
         if self.signal:
-            return signal.Signals(self.signal).name
+            lost = " (a terminal or a launcher has gone)" if self.signal == signal.SIGHUP else ""
+            return signal.Signals(self.signal).name + lost
         if late:
             return f"--exit-duration-in-mins {minutes}"
         interval = self.config.exit_interval
