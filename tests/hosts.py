@@ -38,7 +38,7 @@ def missing():
 
 
 class Hosts:
-    """`with Hosts(folder) as hosts`: hosts.addresses, hosts.start(command) on the first, hosts.pull_the_cable()."""
+    """`with Hosts(folder) as hosts`: hosts.addresses, hosts.deepspeed(flags) from the first, hosts.pull_the_cable()."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -83,10 +83,14 @@ class Hosts:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     def start(self, *command):
-        """A process on the first machine."""
+        """A process on the first machine; what it and its children print is in `log()`."""
         words = ["ip", "netns", "exec", self.names[0], *map(str, command)]
-        return subprocess.Popen(words, cwd=ROOT, env=self.environment, text=True, start_new_session=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        with open(self.folder / "log", "w") as log:
+            return subprocess.Popen(words, cwd=ROOT, env=self.environment, start_new_session=True, stdout=log, stderr=log)
+
+    def log(self):
+        """What the newest process has printed."""
+        return (self.folder / "log").read_text()
 
     def deepspeed(self, *flags):
         """The launcher on the first machine, with a hostfile of both."""

@@ -40,8 +40,7 @@ def test_two_machines_train_as_two_processes_do(hosts, store, tmp_path):
         return ("--data-path", store, "--save", tmp_path / name, *FLAGS, "--train-iters", 5)
 
     process = hosts.deepspeed(*flags("hosts"))
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, out + err
+    assert process.wait(120) == 0, hosts.log()
     code, out, err = launch(*deepspeed(2, *flags("here")))
     assert code == 0, out + err
     assert losses(tmp_path / "hosts") == losses(tmp_path / "here")
@@ -52,10 +51,9 @@ def test_a_pulled_cable_ends_the_run(hosts, store, tmp_path):
     run = tmp_path / "run"
     process = hosts.deepspeed("--data-path", store, "--save", run, *FLAGS, "--train-iters", 1_000_000, "--hang-timeout", 8)
     until(lambda: (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= 3, "three steps")
-    ranks = until(lambda: hosts.ranks(), "ranks")
+    ranks = until(hosts.ranks, "ranks")
     assert len(ranks) == 2
     hosts.pull_the_cable()
     until(lambda: not hosts.ranks(), "both ranks end", seconds=90)
-    process.kill()
-    out, err = process.communicate()
-    assert "has shown no sign of life for" in err, out + err
+    process.kill()  # its ssh to the other machine waits for packets
+    assert "has shown no sign of life for" in hosts.log()
