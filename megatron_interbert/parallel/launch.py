@@ -41,16 +41,18 @@ def read_launch() -> Launch:
     values that make no sense.
     """
     env = os.environ
+    by_srun = _number("SLURM_STEP_NUM_TASKS", 1) > 1  # of a step: a batch script has SLURM_NTASKS, and is one process
+    launcher = (
+        "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed" if "CROSS_RANK" in env else "srun" if by_srun else "python"
+    )
     if "RANK" in env and "WORLD_SIZE" in env:
-        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed" if "CROSS_RANK" in env else "python"
-    elif _number("SLURM_STEP_NUM_TASKS", 1) > 1:  # of a step: a batch script has SLURM_NTASKS, and is one process
-        launcher = "srun"
+        pass  # as they say
+    elif by_srun:
         env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
         env.setdefault("LOCAL_WORLD_SIZE", _first(env.get("SLURM_STEP_TASKS_PER_NODE", "1")))
         env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
         env.setdefault("MASTER_PORT", str(port_of_job(_number("SLURM_JOB_ID", 0))))
     else:
-        launcher = "python"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
