@@ -37,11 +37,12 @@ def start_processes() -> torch.device:
     # training never calls, and a run that is killed while it compiles leaves a lock on which the next one hangs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
-    store = meet(launch)
-    try:
-        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size)
-    except (RuntimeError, ValueError) as error:
-        raise UsageError(f"{launch.node}: the process group cannot start ({first_line(error)})") from error
+    if not dist.is_initialized():  # a program around this one may have joined already
+        store = meet(launch)
+        try:
+            dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size)
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(f"{launch.node}: the process group cannot start ({first_line(error)})") from error
     deepspeed.init_distributed(dist_backend=backend, verbose=False)  # takes the group that is there
     return device
 
