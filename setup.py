@@ -22,6 +22,7 @@ setup(
         "deepspeed>=0.19.6,<0.20",
         "h5py>=3.11",
         "numpy>=2.0",
+        "psutil>=5.9",
         "pyyaml>=6",
         "safetensors>=0.6",
         "tensorboard>=2.18",

@@ -28,21 +28,18 @@ from torch.distributed.run import get_args_parser
 from torch.distributed.run import run as torchrun
 
 from megatron_interbert.errors import UsageError, run_entry
-from megatron_interbert.parallel.launch import first_host, node_name, port_of_job
-from megatron_interbert.parent_death import signal_at_parents_death
-
-MEETING_SECONDS = 45  # the nodes wait so long for one another; the ranks then do so again
+from megatron_interbert.parallel.launch import MEETING_SECONDS, meeting_place, node_name
+from megatron_interbert.signals import STOPPING, signal_at_parents_death
 
 
 def command(arguments: list[str]) -> list[str]:
     """torchrun's command line for this node of the job."""
     env = os.environ
-    nodes = env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES", "1")
-    master = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1")
-    port = env.get("MASTER_PORT") or str(port_of_job(int(env.get("SLURM_JOB_ID", "0"))))
+    master, port = meeting_place()
+    nodes, node = env.get("SLURM_STEP_NUM_NODES", "1"), env.get("SLURM_NODEID", "0")
     ranks = env.get("PROCESSES_PER_NODE") or str(torch.cuda.device_count() or 1)
     return [
-        *("--nnodes", nodes, "--node-rank", env.get("SLURM_NODEID", "0"), "--nproc-per-node", ranks),
+        *("--nnodes", nodes, "--node-rank", node, "--nproc-per-node", ranks),
         *("--master-addr", master, "--master-port", port, "--rdzv-conf", f"timeout={MEETING_SECONDS}"),
         *arguments,
     ]
@@ -62,7 +59,7 @@ def run() -> None:
         print(f"on each node: torchrun {' '.join(words)}", flush=True)
     options = get_args_parser().parse_args(words)
     options.signals_to_handle = "SIGINT,SIGQUIT"
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    for number in STOPPING:
         signal.signal(number, pass_on)
     signal_at_parents_death(signal.SIGHUP)
     logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.CRITICAL)  # ranks say themselves why they end

@@ -14,7 +14,11 @@ run_on_nodes() {
   "$@" || code=$?
   if [ "$code" = 75 ]; then
     echo "job $SLURM_JOB_ID was stopped by a signal and has saved: it is queued again"
-    scontrol requeue "$SLURM_JOB_ID" || echo "error: it cannot be queued again; submit the same command: it goes on" >&2
+    if scontrol requeue "$SLURM_JOB_ID"; then
+      sleep 60 # until Slurm ends this script: its own end would now count as the end of the job
+    else
+      echo "error: it cannot be queued again; submit the same command: it goes on" >&2
+    fi
   fi
   return "$code"
 }

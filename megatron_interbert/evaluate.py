@@ -1,11 +1,11 @@
 """Evaluation of a checkpoint: `python -m megatron_interbert.evaluate TASK --load RUN ..`, or under deepspeed or torchrun on many."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 from megatron_interbert.config import parse_task
 from megatron_interbert.errors import run_entry
+from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.state import ParallelState, this_device
 from megatron_interbert.task_config import (
     EvaluateConfig,
@@ -27,7 +27,7 @@ TASKS: dict[str, tuple[type[EvaluateConfig], Callable[..., Any]]] = {
 def run() -> None:
     """`evaluate TASK FLAGS`."""
     config, evaluate = parse_task(TASKS, "evaluate retrieval --load RUN --data-path STORE")
-    if "WORLD_SIZE" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+    if read_launch().world_size > 1:
         from megatron_interbert.training.processes import start_processes  # a single process needs no DeepSpeed
 
         device = start_processes()

@@ -32,7 +32,7 @@ from megatron_interbert.tasks.parts import fitted_sizes, open_stores, vocabulary
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.deepspeed_config import merge
 from megatron_interbert.training.node_table import compare_nodes
-from megatron_interbert.training.processes import describe_launch, start_processes
+from megatron_interbert.training.processes import start_processes
 
 REQUIRED = {"torch": (2, 10), "deepspeed": (0, 19, 6), "h5py": (3, 11), "safetensors": (0, 6), "tokenizers": (0, 21)}
 
@@ -165,13 +165,12 @@ def check_step(config: PreflightConfig) -> str:
 
 def check_nodes(config: PreflightConfig) -> None:
     """Several ranks: the table of machines, printed by rank 0; UsageError on all ranks when one is odd. All but rank 0 end here."""
-    device = start_processes()
+    start_processes()
     state = ParallelState()
     config.world_size = config.world_size or state.world_size
-    launch = describe_launch(read_launch(), state, device).splitlines()[0]
-    table, wrong = compare_nodes(config, state)
+    table, wrong = compare_nodes(config, read_launch(), state)
     if state.is_main:
-        print(f"{launch}\n{table}", flush=True)
+        print(table, flush=True)
     if wrong:
         raise UsageError(f"preflight: the machines do not fit together: {'; '.join(wrong)}")
     torch.distributed.destroy_process_group()  # what follows is one process's work

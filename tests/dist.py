@@ -1,6 +1,5 @@
 """Runs a function on several gloo ranks in fresh processes; a failing rank fails the test with its traceback."""
 
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from tests.launching import free_ports
 
 
 def _rank(rank: int, ranks: int, port: int, function: Callable[..., None], arguments: tuple) -> None:
@@ -28,7 +29,4 @@ def _rank(rank: int, ranks: int, port: int, function: Callable[..., None], argum
 
 def run_on_ranks(ranks: int, function: Callable[..., None], *arguments: Any) -> None:
     """Call function(*arguments) on every rank; it must be importable (a module-level function)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, (ranks, port, function, arguments), nprocs=ranks)
+    mp.spawn(_rank, (ranks, free_ports(1)[0], function, arguments), nprocs=ranks)

@@ -9,6 +9,18 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+TINY = (
+    "--model",
+    "tiny",
+    "--micro-batch-size",
+    4,
+    "--data-partitions",
+    8,
+    "--log-interval",
+    1,
+    "--lr",
+    "1e-3",
+)  # on the fixture `store`
 ENVIRONMENT = {
     **os.environ,
     "DS_ACCELERATOR": "cpu",
@@ -101,6 +113,12 @@ def records(folder, split="train"):
     """Records of metrics.jsonl by step."""
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     return {r["step"]: r for r in map(json.loads, lines) if r["split"] == split}
+
+
+def steps(folder):
+    """Steps that a run has written down so far."""
+    path = Path(folder) / "metrics.jsonl"
+    return path.read_text().count('"train"') if path.exists() else 0
 
 
 def losses(folder):

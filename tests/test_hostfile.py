@@ -2,31 +2,12 @@
 
 import pytest
 
-from tests.corpus import write_store
 from tests.hosts import Hosts, missing
-from tests.launching import deepspeed, launch, losses, until
+from tests.launching import TINY, deepspeed, launch, losses, steps, until
 
 WHY_NOT = missing()
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
-FLAGS = (
-    "--model",
-    "tiny",
-    "--micro-batch-size",
-    4,
-    "--data-partitions",
-    8,
-    "--log-interval",
-    1,
-    "--lr",
-    "1e-3",
-    "--num-workers",
-    0,
-)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return write_store(tmp_path_factory.mktemp("data") / "store")
+FLAGS = (*TINY, "--num-workers", 0)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +31,7 @@ def test_a_pulled_cable_ends_the_run(hosts, store, tmp_path):
     """No packet and no error gets through: both sides find out by themselves. (The last test: the cable stays out.)"""
     run = tmp_path / "run"
     process = hosts.deepspeed("--data-path", store, "--save", run, *FLAGS, "--train-iters", 1_000_000, "--hang-timeout", 8)
-    until(lambda: (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= 3, "three steps")
+    until(lambda: steps(run) >= 3, "three steps")
     ranks = until(hosts.ranks, "ranks")
     assert len(ranks) == 2
     hosts.pull_the_cable()

@@ -2,35 +2,15 @@
 
 import json
 import shutil
+import sys
 
 import h5py
 import numpy as np
 import pytest
 
-from tests.corpus import write_store
-from tests.launching import ROOT, deepspeed, launch, losses, pretrain
+from tests.launching import ROOT, TINY, deepspeed, launch, losses, pretrain
 
-FLAGS = (
-    "--model",
-    "tiny",
-    "--train-iters",
-    "3",
-    "--micro-batch-size",
-    "4",
-    "--data-partitions",
-    "8",
-    "--log-interval",
-    "1",
-    "--num-workers",
-    "1",
-    "--lr",
-    "1e-3",
-)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return write_store(tmp_path_factory.mktemp("launch") / "store")
+FLAGS = (*TINY, "--train-iters", 3, "--num-workers", 1)
 
 
 def test_every_way_in_gives_the_same_losses(store, tmp_path):
@@ -120,8 +100,6 @@ def test_wrong_use_on_two_ranks_is_said_once(store, tmp_path):
 
 
 def test_preflight_says_what_is_wrong_and_how_to_mend_it(store, tmp_path):
-    from tests.launching import sys
-
     command = (sys.executable, "-m", "megatron_interbert.preflight", "--data-path", store, *FLAGS)
     code, out, err = launch(*command)
     assert code == 0, out + err

@@ -6,31 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.corpus import write_store
-from tests.launching import deepspeed, launch, losses, records, until
+from tests.launching import TINY, deepspeed, launch, losses, records, steps, until
 from tests.slurm import MISSING, Slurm
 
 pytestmark = pytest.mark.skipif(bool(MISSING or os.geteuid()), reason=f"needs root and Debian's slurm-wlm and munge: {MISSING}")
-FLAGS = (
-    "--model",
-    "tiny",
-    "--micro-batch-size",
-    4,
-    "--data-partitions",
-    8,
-    "--log-interval",
-    1,
-    "--lr",
-    "1e-3",
-    "--num-workers",
-    1,
-)
+FLAGS = (*TINY, "--num-workers", 1)
 GOAL, SPAN = 60, ("--train-iters", 1_000_000, "--exit-interval", 60)  # the same schedule for all
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return write_store(tmp_path_factory.mktemp("data") / "store")
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +27,6 @@ def undisturbed(store, tmp_path_factory):
     code, out, err = launch(*deepspeed(2, "--data-path", store, "--save", folder, *FLAGS, *SPAN))
     assert code == 0, out + err
     return losses(folder)
-
-
-def steps(folder):
-    path = folder / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def hasten(slurm, job):

@@ -10,22 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.corpus import write_store
-from tests.launching import ROOT, deepspeed, ends, free_ports, losses, pretrain, records, start, start_ranks, until
+from tests.launching import ROOT, TINY, deepspeed, ends, free_ports, losses, pretrain, records, start, start_ranks, steps, until
 
-FLAGS = ("--model", "tiny", "--micro-batch-size", 4, "--data-partitions", 8, "--log-interval", 1, "--lr", "1e-3")
 ENDLESS = ("--train-iters", 1_000_000)
 HANGS = ("--hang-timeout", 6)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return write_store(tmp_path_factory.mktemp("together") / "store")
-
-
-def steps(folder):
-    """Steps that a run has written down so far."""
-    path = folder / "metrics.jsonl"
-    return path.read_text().count('"train"') if path.exists() else 0
 
 
 def error_line(err):
@@ -36,7 +24,7 @@ def error_line(err):
 
 
 def test_what_keeps_ranks_apart_is_said_in_one_line(store):
-    flags = ("--data-path", store, *FLAGS, "--train-iters", 2)
+    flags = ("--data-path", store, *TINY, "--train-iters", 2)
     alone = start_ranks(flags, world_size=2)  # the other one never starts
     nobody = start_ranks(flags, world_size=2, first=1)  # rank 0 never starts
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -60,7 +48,7 @@ def test_ranks_that_do_not_fit_together_do_not_start(store, tmp_path):
     save = tmp_path / "run"
 
     def flags(data, *more):
-        return ("--data-path", data, "--save", save, *FLAGS, "--train-iters", 2, *more)
+        return ("--data-path", data, "--save", save, *TINY, "--train-iters", 2, *more)
 
     cases = {
         "on n1 (ranks 1 of 2): /nowhere: no manifest.json there": [flags(store), flags("/nowhere")],
@@ -83,13 +71,13 @@ def test_ranks_that_do_not_fit_together_do_not_start(store, tmp_path):
 
 def test_a_folder_that_cannot_be_written(store, tmp_path):
     (tmp_path / "file").write_text("")
-    for code, out, err in ends(start_ranks(*[("--data-path", store, "--save", tmp_path / "file" / "run", *FLAGS)] * 2)):
+    for code, out, err in ends(start_ranks(*[("--data-path", store, "--save", tmp_path / "file" / "run", *TINY)] * 2)):
         assert code == 2, out + err
         assert "nothing can be written there (Not a directory)" in error_line(err)
 
 
 def test_preflight_shows_the_machines_and_the_odd_one(store, tmp_path):
-    flags = ("--data-path", store, *FLAGS, "--fast", "--train-iters", 2, "--save", tmp_path / "run")
+    flags = ("--data-path", store, *TINY, "--fast", "--train-iters", 2, "--save", tmp_path / "run")
     whole = start_ranks(flags, flags, module="megatron_interbert.preflight")
     (code, out, err), (other, _, _) = ends(whole)
     assert (code, other) == (0, 0), out + err
@@ -112,7 +100,7 @@ def test_preflight_shows_the_machines_and_the_odd_one(store, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_any_rank_stops_all_and_the_losses_go_on(store, tmp_path, number):
     """Saved after the same step on both ranks, code 75; started again, bit for bit as if nothing had been."""
-    flags = ("--data-path", store, *FLAGS, "--num-workers", 1, "--tensor-model-parallel-size", 2)
+    flags = ("--data-path", store, *TINY, "--num-workers", 1, "--tensor-model-parallel-size", 2)
     flags = (*flags, "--worker-start", "spawn" if number == signal.SIGTERM else "fork")
     stopped = start_ranks(*[(*flags, *ENDLESS, "--save", tmp_path / "run")] * 2)
     until(lambda: steps(tmp_path / "run") >= 3, "three steps")
@@ -131,7 +119,7 @@ def test_a_signal_to_any_rank_stops_all_and_the_losses_go_on(store, tmp_path, nu
 
 def test_a_launcher_passes_the_signal_on(store, tmp_path):
     """SIGTERM to the deepspeed launcher itself: its ranks save."""
-    process = start(*deepspeed(2, "--data-path", store, "--save", tmp_path / "run", *FLAGS, *ENDLESS))
+    process = start(*deepspeed(2, "--data-path", store, "--save", tmp_path / "run", *TINY, *ENDLESS))
     until(lambda: steps(tmp_path / "run") >= 3, "three steps")
     os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=90)
@@ -141,7 +129,7 @@ def test_a_launcher_passes_the_signal_on(store, tmp_path):
 
 def test_a_run_ends_after_its_minutes(store, tmp_path):
     """The clock of rank 0 decides for all."""
-    run = start_ranks(*[("--data-path", store, "--save", tmp_path / "run", *FLAGS, *ENDLESS, "--exit-duration-in-mins", 1)] * 2)
+    run = start_ranks(*[("--data-path", store, "--save", tmp_path / "run", *TINY, *ENDLESS, "--exit-duration-in-mins", 1)] * 2)
     for code, out, err in ends(run):
         assert code == 0, out + err
     last = max(records(tmp_path / "run"))
@@ -149,7 +137,7 @@ def test_a_run_ends_after_its_minutes(store, tmp_path):
 
 
 def test_without_a_folder_a_signal_keeps_nothing_and_says_so(store):
-    process = start(*pretrain("--data-path", store, *FLAGS, *ENDLESS))
+    process = start(*pretrain("--data-path", store, *TINY, *ENDLESS))
     until(lambda: "train step 3/" in process.stdout.readline(), "three steps")
     process.send_signal(signal.SIGUSR1)
     out, err = process.communicate(timeout=60)
@@ -166,7 +154,7 @@ def running(store, tmp_path):
     started = []
 
     def begin(*more):
-        started.extend(start_ranks(*[("--data-path", store, "--save", tmp_path / "run", *FLAGS, *ENDLESS, *HANGS, *more)] * 2))
+        started.extend(start_ranks(*[("--data-path", store, "--save", tmp_path / "run", *TINY, *ENDLESS, *HANGS, *more)] * 2))
         until(lambda: steps(tmp_path / "run") >= 3, "three steps")
         return started
 

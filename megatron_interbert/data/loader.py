@@ -30,7 +30,7 @@ from megatron_interbert.data.order import MicroBatches
 from megatron_interbert.data.packing import PackedBatch, to_batch
 from megatron_interbert.data.training_set import TrainingSet
 from megatron_interbert.errors import TrainingStopped, UsageError
-from megatron_interbert.parent_death import signal_at_parents_death
+from megatron_interbert.signals import STOPPING, signal_at_parents_death
 
 SLOTS = 4  # batches that one process may have ready or in use
 
@@ -65,7 +65,7 @@ class SlotMemory:
 
 def _work(dataset: TrainingSet, connection: Connection, memory: SharedFile, slot_bytes: int, others: Sequence[Connection]) -> None:
     """A loader process: (slot, pairs) in, fields of the batch out, until the other side is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # for the training process, which ends this one when it is time
+    for number in (signal.SIGINT, *STOPPING):  # for the training process, which ends this one when it is time
         signal.signal(number, signal.SIG_IGN)
     signal_at_parents_death(signal.SIGKILL)  # even while this one is stopped or hangs in a read
     for other in others:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_interbert.errors import UsageError
 
+MEETING_SECONDS = 45  # after its imports a process waits so long for the others
 PORTS = range(20000, 30000)  # below the ports that Linux gives to outgoing connections
 
 
@@ -50,8 +51,7 @@ def read_launch() -> Launch:
     elif by_srun:
         env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
         env.setdefault("LOCAL_WORLD_SIZE", _first(env.get("SLURM_STEP_TASKS_PER_NODE", "1")))
-        env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
-        env.setdefault("MASTER_PORT", str(port_of_job(_number("SLURM_JOB_ID", 0))))
+        env["MASTER_ADDR"], env["MASTER_PORT"] = meeting_place()
     else:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -95,6 +95,7 @@ def first_host(nodes: str) -> str:
     return "".join(part or "" for part in found.groups())
 
 
-def port_of_job(job: int) -> int:
-    """A port that jobs which share a machine do not share."""
-    return PORTS[job % len(PORTS)]
+def meeting_place() -> tuple[str, str]:
+    """(address, port) of MASTER_ADDR and MASTER_PORT, else the first machine of the Slurm step and a port that only this job has."""
+    nodes, job = os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"), _number("SLURM_JOB_ID", 0)
+    return os.environ.get("MASTER_ADDR") or first_host(nodes), os.environ.get("MASTER_PORT") or str(PORTS[job % len(PORTS)])

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.model.interbert import InterBert
@@ -17,7 +18,7 @@ class Evaluation(Protocol):
     """Named figures of the weights as they are now, the same on all ranks."""
 
     def run(self, engine: Engine, beat: Callable[[], None]) -> tuple[dict[str, float], str]:
-        """(figures, the part of the log line for people); calls `beat` after each batch."""
+        """(figures, the part of the log line for people); calls `beat` while it goes on."""
 
 
 class LossEvaluation:
@@ -55,7 +56,9 @@ class DownstreamEvaluation:
     def run(self, engine: Engine, beat: Callable[[], None]) -> tuple[dict[str, float], str]:
         kind = "ema" if engine.ema is not None else "weight"
         FragmentedState(engine).copy_into(self.copy, kind)
-        each_batch = self.copy.text_pooler.register_forward_hook(lambda *_: beat())
-        values = self.evaluate(self.copy.eval(), self.state, self.device)
-        each_batch.remove()
+        hook = register_module_forward_hook(lambda *_: beat())  # whatever part of the model a task runs: the work goes on
+        try:
+            values = self.evaluate(self.copy.eval(), self.state, self.device)
+        finally:
+            hook.remove()
         return values, " | ".join(f"{name} {value:.2f}" for name, value in values.items())

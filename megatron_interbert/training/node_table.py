@@ -13,12 +13,14 @@ import torch
 
 from megatron_interbert.config import RunConfig
 from megatron_interbert.data.manifest import MANIFEST, file_sha256
+from megatron_interbert.parallel.launch import Launch
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.node_facts import code_fingerprint, library_versions
+from megatron_interbert.training.processes import aligned, heading
 
 CLOCK_SECONDS = 2.0  # more than the ranks need to read their clocks after a barrier
 SHARED_MEMORY_GIB = 1.0  # what NCCL wants for the ranks of one machine
-BUSY_GIB = 1.0  # memory of a GPU that somebody else holds
+BUSY_GIB = 2.0  # memory in use on a GPU; a process that has only started there takes about half of one
 
 
 @dataclass
@@ -30,8 +32,8 @@ class Column:
     wrong: dict[str, str]
 
 
-def compare_nodes(config: RunConfig, state: ParallelState) -> tuple[str, list[str]]:
-    """(a table with one line a node, what is wrong in words)."""
+def compare_nodes(config: RunConfig, launch: Launch, state: ParallelState) -> tuple[str, list[str]]:
+    """(a heading and a table with one line a node, what is wrong in words)."""
     state.barrier()
     clock = time.time()
     probe = _probe(config, state)
@@ -58,7 +60,7 @@ def compare_nodes(config: RunConfig, state: ParallelState) -> tuple[str, list[st
             )
         )
     wrong = [f"{node}: {text}" for column in columns for node, text in column.wrong.items()]
-    return _table(list(ranks), columns), wrong
+    return "\n".join([heading(launch, len(ranks)), *_table(list(ranks), columns)]), wrong
 
 
 def _probe(config: RunConfig, state: ParallelState) -> Path | None:
@@ -91,12 +93,11 @@ def _facts(config: RunConfig, probe: Path | None) -> dict[str, Any]:
 
 
 def _device() -> tuple[str, float]:
-    """(name, GiB in use by others)."""
+    """(name, GiB in use)."""
     if not torch.cuda.is_available():
         return f"CPU, {len(os.sched_getaffinity(0))} cores", 0.0
     free, total = torch.cuda.mem_get_info()
-    own = torch.cuda.memory_reserved()
-    return torch.cuda.get_device_name(), max(total - free - own, 0) / 2**30 - 0.7  # this process's context takes about 0.5 GiB
+    return torch.cuda.get_device_name(), (total - free) / 2**30
 
 
 def _same(name: str, values: dict[str, str]) -> Column:
@@ -133,12 +134,10 @@ def _at_least(name: str, values: dict[str, float], least: float) -> Column:
     return Column(name, {node: f"{value:.1f} GiB" for node, value in values.items()}, wrong)
 
 
-def _table(nodes: list[str], columns: list[Column]) -> str:
-    rows = [["node", *(column.name for column in columns)]]
-    rows += [[node, *(column.cells[node] for column in columns)] for node in nodes]
-    widths = [max(len(row[number]) for row in rows) for number in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+def _table(nodes: list[str], columns: list[Column]) -> list[str]:
+    head = ["node", *(column.name for column in columns)]
+    lines = aligned([head, *([node, *(column.cells[node] for column in columns)] for node in nodes)])
     for number, node in enumerate(nodes, 1):
         if odd := [column.name for column in columns if node in column.wrong]:
             lines[number] += f"   <- {', '.join(odd)}"
-    return "\n".join(lines)
+    return lines

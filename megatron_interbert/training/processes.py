@@ -4,7 +4,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -13,11 +13,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.parallel.launch import Launch, read_launch
+from megatron_interbert.parallel.launch import MEETING_SECONDS, Launch, read_launch
 from megatron_interbert.parallel.state import ParallelState, this_device
 
 T = TypeVar("T")
-MEETING_SECONDS = 45  # after its imports a rank waits so long for the others
 SAY_NOTHING = (
     "OVERFLOW! Skipping step",  # the loop says so itself
     "unknown inputs or outputs type (<class 'megatron_interbert.data.packing.PackedBatch'>)",  # inputs without gradients
@@ -134,15 +133,23 @@ def check_alike(state: ParallelState, facts: dict[str, Any]) -> None:
 def describe_launch(launch: Launch, state: ParallelState, device: torch.device) -> str:
     """Which rank runs where; called on all ranks."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{len(os.sched_getaffinity(0))} CPU cores"
-    rows = [("rank", "node", "process", "device", "data parallel", "tensor parallel")]
-    mine = (state.rank, state.node, os.getpid(), f"{device} ({name})", state.data_rank, state.tensor_rank)
-    rows += [tuple(map(str, row)) for row in state.gather(mine)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    nodes = len({row[1] for row in rows[1:]})
-    head = (
-        f"{launch.launcher}: {state.world_size} ranks on {nodes} node{'s' * (nodes > 1)}, meeting at {launch.master}:{launch.port}"
+    rows = state.gather((state.rank, state.node, os.getpid(), f"{device} ({name})", state.data_rank, state.tensor_rank))
+    head = ("rank", "node", "process", "device", "data parallel", "tensor parallel")
+    return "\n".join([heading(launch, len({row[1] for row in rows})), *aligned([head, *rows])])
+
+
+def heading(launch: Launch, nodes: int) -> str:
+    """`torchrun: 4 ranks on 2 nodes, meeting at n0:29500`."""
+    return (
+        f"{launch.launcher}: {launch.world_size} ranks on {nodes} node{'s' * (nodes > 1)}, meeting at {launch.master}:{launch.port}"
     )
-    return "\n".join([head, *("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)])
+
+
+def aligned(rows: Iterable[Iterable[Any]]) -> list[str]:
+    """Lines of a table, columns below one another."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in texts]
 
 
 def quiet_libraries() -> None:

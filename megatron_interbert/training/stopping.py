@@ -1,7 +1,7 @@
 """Whether a run is to end before its last step: asked by a signal, the clock or a step number, agreed on by all ranks.
 
-Slurm, or whoever needs the machine, sends SIGUSR1 or SIGTERM to some or all ranks; SIGHUP comes when a terminal or the process that
-started a node's ranks has gone. Each rank only notes it; after every step all ranks vote, so all save and end after the same step.
+A signal (signals.STOPPING) may reach some ranks or all. Each rank only notes it; after every step all ranks vote, so all save and end
+after the same step.
 """
 
 import signal
@@ -13,8 +13,7 @@ import torch.distributed as dist
 
 from megatron_interbert.config import TrainConfig
 from megatron_interbert.parallel.state import ParallelState
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+from megatron_interbert.signals import STOPPING
 
 
 class Stopping:
@@ -26,7 +25,7 @@ class Stopping:
         self.signal = 0  # the first that came to this rank
         # A group on the host: the vote must not wait for the device.
         self._group = dist.new_group(backend="gloo") if state.world_size > 1 else None
-        for number in SIGNALS:
+        for number in STOPPING:
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self._note)
 

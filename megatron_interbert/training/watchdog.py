@@ -102,7 +102,6 @@ class Watchdog:
         """Nothing more is watched; the other ranks hear that this one ended well."""
         if self.least and not self._ended.is_set():
             self._ended.set()
-            faulthandler.cancel_dump_traceback_later()
             if self._hub:
                 self._hub.leave()
             elif self._connection:
@@ -111,6 +110,12 @@ class Watchdog:
     # What follows runs in the thread.
 
     def _watch(self) -> None:
+        try:
+            self._until_the_end()
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _until_the_end(self) -> None:
         while not self._ended.wait(BEAT):
             pulse, now = self._pulse, time.monotonic()
             # For a main thread that hangs without giving up Python's lock, so that this thread does not run either.

@@ -23,6 +23,11 @@ KINDS = {"weight": "weights", "exp_avg": "optimizer", "exp_avg_sq": "optimizer",
 PIECES = "pieces"
 
 
+def holds(manifest: Mapping[str, Any], kind: str) -> bool:
+    """Whether a checkpoint has tensors of a kind; averaged weights ("ema") are there where the run kept them."""
+    return any(name.startswith(f"{KINDS[kind]}-tp-") for name in manifest["files"])
+
+
 def piece_key(name: str, kind: str) -> str:
     """Name of a tensor in a file: moments stand beside each other in the optimizer's."""
     return name if kind in ("weight", "ema") else f"{name}.{kind}"
@@ -65,8 +70,8 @@ class CheckpointReader:
         return list(self.shapes)
 
     def has(self, kind: str) -> bool:
-        """Whether the checkpoint holds tensors of a kind; averaged weights ("ema") are there where the run kept them."""
-        return any(name.startswith(f"{KINDS[kind]}-tp-") for name in self.manifest["files"])
+        """Whether the checkpoint holds tensors of a kind."""
+        return holds(self.manifest, kind)
 
     def layout(self, name: str) -> TensorLayout:
         """Type and full shape of a parameter."""

@@ -28,7 +28,7 @@ from megatron_interbert.weights.foreign import (
 )
 from megatron_interbert.weights.manifest import MANIFEST, newest_checkpoint, read_manifest, verify
 from megatron_interbert.weights.reader import KINDS as FILE_OF
-from megatron_interbert.weights.reader import CheckpointReader
+from megatron_interbert.weights.reader import CheckpointReader, holds
 
 KINDS = ("checkpoint", "huggingface", "official", "bert")
 HF_PREFIX = "interbert."
@@ -105,7 +105,7 @@ def _checkpoint(path: Path, averaged: bool) -> Source:
             f"{path}: no complete checkpoint there, expected a folder with {MANIFEST}, or global_stepN folders of a run"
         )
     manifest = read_manifest(folder)
-    weights = "ema" if averaged and any(name.startswith(f"{FILE_OF['ema']}-tp-") for name in manifest["files"]) else "weight"
+    weights = "ema" if averaged and holds(manifest, "ema") else "weight"
     problem = verify(folder, only=f"{FILE_OF[weights]}-")
     if problem:
         raise UsageError(f"{folder}: {problem}; use another checkpoint")

@@ -12,7 +12,6 @@ import pytest
 
 from megatron_interbert.training.checkpoint import to_prune
 from megatron_interbert.weights.manifest import verify
-from tests.corpus import write_store
 from tests.launching import deepspeed, launch, losses, pretrain, start
 from tests.shared import needs_half_precision
 
@@ -38,11 +37,6 @@ FLAGS = (
     "--lr",
     "1e-3",
 )
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return write_store(tmp_path_factory.mktemp("resume") / "store")
 
 
 @pytest.fixture(scope="module")

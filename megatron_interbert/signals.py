@@ -1,8 +1,11 @@
-"""A child process that hears of its parent's death."""
+"""Signals between the processes of a run."""
 
 import contextlib
 import ctypes
+import signal
 
+# They ask a run to save and end: a machine is about to be taken away, or a terminal or the launcher of a node has gone.
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 

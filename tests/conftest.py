@@ -1,0 +1,11 @@
+"""What many test files share."""
+
+import pytest
+
+from tests.corpus import write_store
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    """A small region store that nobody changes; a file that needs another one has a fixture of this name itself."""
+    return write_store(tmp_path_factory.mktemp("data") / "store")
