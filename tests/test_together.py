@@ -193,7 +193,7 @@ def test_a_rank_that_waits_for_its_data_is_named(running):
     loader = until(lambda: children(ranks[1].pid), "a loader process")[0]
     os.kill(loader, signal.SIGSTOP)
     results = ends(ranks)
-    assert not Path(f"/proc/{loader}").exists(), "stopped as it was, it died with its rank"
+    until(lambda: dead(loader), "stopped as it was, it dies with its rank", seconds=10)
     assert [code for code, _, _ in results] == [1, 1]
     assert "the run hangs: rank 1 on n1 is in waiting for the data of step" in error_line(results[0][2])
     assert "loader.py" in results[1][2]
@@ -207,6 +207,14 @@ def test_a_killed_rank_takes_the_other_with_it(running, rank):
     assert code == 1, out + err
     named = "rank 1 on n1 has died during" if rank else "rank 0 has gone"
     assert named in err
+
+
+def dead(pid):
+    """Gone, or only its exit code is left for a parent that has not asked yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
+    except OSError:
+        return True
 
 
 def children(pid):

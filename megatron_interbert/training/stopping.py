@@ -22,7 +22,8 @@ class Stopping:
     def __init__(self, config: TrainConfig, state: ParallelState) -> None:
         self.config, self.state = config, state
         self.started = time.monotonic()
-        self.signal = 0  # the first that came to this rank
+        self._noted = 0  # the first signal that came to this rank; only `_note` writes it, at any moment
+        self._agreed = 0  # the signal for which all ranks end
         # A group on the host: the vote must not wait for the device.
         self._group = dist.new_group(backend="gloo") if state.world_size > 1 else None
         for number in STOPPING:
@@ -30,7 +31,7 @@ class Stopping:
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = self.signal or number
+        self._noted = self._noted or number
 
     def agreed(self, step: int) -> str:
         """Called by all ranks after a step: the same reason on all to end now, or an empty string.
@@ -39,13 +40,13 @@ class Stopping:
         """
         minutes = self.config.exit_duration_in_mins
         late = bool(minutes) and time.monotonic() - self.started > minutes * 60
-        vote = torch.tensor([self.signal, late], dtype=torch.int64)
+        vote = torch.tensor([self._noted, late], dtype=torch.int64)
         if self._group is not None:
             dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._group)
-        self.signal, late = int(vote[0]), bool(vote[1])
-        if self.signal:
-            lost = " (a terminal or a launcher has gone)" if self.signal == signal.SIGHUP else ""
-            return signal.Signals(self.signal).name + lost
+        self._agreed, late = int(vote[0]), bool(vote[1])
+        if self._agreed:
+            lost = " (a terminal or a launcher has gone)" if self._agreed == signal.SIGHUP else ""
+            return signal.Signals(self._agreed).name + lost
         if late:
             return f"--exit-duration-in-mins {minutes}"
         interval = self.config.exit_interval
@@ -54,4 +55,4 @@ class Stopping:
     @property
     def preempted(self) -> bool:
         """Whether a signal has ended the run, after `agreed` has said so."""
-        return bool(self.signal)
+        return bool(self._agreed)
