@@ -3,10 +3,19 @@
 import contextlib
 import ctypes
 import signal
+from collections.abc import Callable, Iterable
+from types import FrameType
 
 # They ask a run to save and end: a machine is about to be taken away, or a terminal or the launcher of a node has gone.
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+def take_over(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> None:
+    """`handler` answers these signals from now on, but for those that were to be ignored (SIGHUP under nohup)."""
+    for number in numbers:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def signal_at_parents_death(number: int) -> None:

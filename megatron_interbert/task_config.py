@@ -114,8 +114,10 @@ class EvaluateConfig(Flags):
     kernels: str = option("auto", "fused kernels", ("auto", "torch", "triton", "apex"))
     allow_other_detector: bool = option(False, "accept features of another detector than the model was trained on")
     strict_boxes: bool = option(False, "refuse boxes outside the image instead of clipping them")
+    hang_timeout: int = option(300, "end when no rank moves for four times so many seconds; 0: never")
     TASK: ClassVar[str] = ""
     POSITIVE: ClassVar[tuple[str, ...]] = ("tensor_model_parallel_size",)
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = ("hang_timeout",)
 
 
 @dataclass
@@ -138,7 +140,7 @@ class EvaluateRetrievalConfig(EvaluateConfig):
     image_folder: str = option("", "photos named IMAGE_ID.jpg to show on the page")
     TASK: ClassVar[str] = "retrieval"
     POSITIVE: ClassVar[tuple[str, ...]] = (*EvaluateConfig.POSITIVE, "batch_pairs", "tile_captions", "tile_images")
-    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = ("max_images", "max_regions", "max_tokens", "two_stage")
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (*EvaluateConfig.NOT_NEGATIVE, "max_images", "max_regions", "max_tokens", "two_stage")
 
     def check(self) -> None:
         """UsageError for values that contradict each other or have no meaning."""

@@ -1,4 +1,4 @@
-"""Runs a function on several gloo ranks in fresh processes; a failing rank fails the test with its traceback."""
+"""Runs a function on several gloo ranks in processes of their own; a failing rank fails the test with its traceback."""
 
 import sys
 import traceback
@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tests.launching import free_ports
+from tests.warm import start_server
 
 
 def _rank(rank: int, ranks: int, port: int, function: Callable[..., None], arguments: tuple) -> None:
@@ -29,4 +30,5 @@ def _rank(rank: int, ranks: int, port: int, function: Callable[..., None], argum
 
 def run_on_ranks(ranks: int, function: Callable[..., None], *arguments: Any) -> None:
     """Call function(*arguments) on every rank; it must be importable (a module-level function)."""
-    mp.spawn(_rank, (ranks, free_ports(1)[0], function, arguments), nprocs=ranks)
+    start_server()
+    mp.start_processes(_rank, (ranks, free_ports(1)[0], function, arguments), nprocs=ranks, start_method="forkserver")

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.warm import WarmProcess
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
     "--model",
@@ -32,12 +34,16 @@ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
     ENVIRONMENT.pop(name, None)
 
 
-def start(*command, **changes):
-    """A running process with its output captured, in a session of its own so that it can be killed whole."""
+def start(*command, warm=True, **changes):
+    """A running process with its output captured, in a session of its own so that it can be killed whole. `python -m` starts warm
+    where that is allowed and it does not have an environment of Python's own."""
+    command, environment = [str(c) for c in command], {**ENVIRONMENT, **changes}
+    if warm and command[:2] == [sys.executable, "-m"] and not any(name.startswith("PYTHON") for name in changes):
+        return WarmProcess(command[2], command[3:], environment, ROOT)
     return subprocess.Popen(
-        [str(c) for c in command],
+        command,
         cwd=ROOT,
-        env={**ENVIRONMENT, **changes},
+        env=environment,
         text=True,
         start_new_session=True,
         stdout=subprocess.PIPE,
@@ -63,6 +69,17 @@ def start_ranks(*of_each, module="megatron_interbert.pretrain", port=None, world
     return [
         start(*command, *flags, **common, RANK=str(rank), SLURMD_NODENAME=f"n{rank}") for rank, flags in enumerate(of_each, first)
     ]
+
+
+def train(processes, *flags, module="megatron_interbert.pretrain", timeout=300):
+    """Ranks of one machine to their end, as a launcher starts them: (largest exit code, stdout, stderr of all)."""
+    common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(free_ports(1)[0])}  # fmt: skip
+    ranks = [
+        start(sys.executable, "-m", module, *flags, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)
+    ]
+    codes, outs, errs = zip(*ends(ranks, timeout), strict=True)
+    return max(codes, key=abs), "".join(outs), "".join(errs)
 
 
 def ends(processes, timeout=120):

@@ -26,7 +26,7 @@ def test_every_way_in_gives_the_same_losses(store, tmp_path):
         "spawned loader": pretrain(*flags("spawned loader"), "--worker-start", "spawn"),
     }
     for name, command in ways.items():
-        code, out, err = launch(*command, LAUNCH_ARGS="--num_gpus 1")
+        code, out, err = launch(*command, warm=False, LAUNCH_ARGS="--num_gpus 1")
         assert code == 0, f"{name}: {out}{err}"
     results = {name: losses(tmp_path / name) for name in ways}
     assert sorted(results["python"]) == [1, 2, 3]

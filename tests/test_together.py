@@ -136,9 +136,33 @@ def test_a_run_ends_after_its_minutes(store, tmp_path):
     assert (tmp_path / "run" / f"global_step{last}" / "manifest.json").is_file()
 
 
+def test_a_signal_ends_an_evaluation_of_losses_early(store, tmp_path):
+    """One that would last for ever; both ranks give it up after the same batch and save."""
+    flags = (
+        "--data-path",
+        store,
+        "--valid-data-path",
+        store,
+        *TINY,
+        "--train-iters",
+        20,
+        "--eval-interval",
+        4,
+        "--eval-iters",
+        1_000_000,
+    )
+    run = start_ranks(*[(*flags, "--save", tmp_path / "run")] * 2)
+    until(lambda: steps(tmp_path / "run") == 4, "the evaluation")
+    time.sleep(1)
+    run[1].send_signal(signal.SIGTERM)
+    for code, out, err in ends(run):
+        assert code == 75, out + err
+    assert (tmp_path / "run" / "global_step5" / "manifest.json").is_file()
+
+
 def test_without_a_folder_a_signal_keeps_nothing_and_says_so(store):
     process = start(*pretrain("--data-path", store, *TINY, *ENDLESS))
-    until(lambda: "train step 3/" in process.stdout.readline(), "three steps")
+    until(lambda: "train step 3/" in process.so_far(), "three steps")
     process.send_signal(signal.SIGUSR1)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -197,6 +221,35 @@ def test_a_rank_that_waits_for_its_data_is_named(running):
     assert [code for code, _, _ in results] == [1, 1]
     assert "the run hangs: rank 1 on n1 is in waiting for the data of step" in error_line(results[0][2])
     assert "loader.py" in results[1][2]
+
+
+def test_an_evaluation_ends_at_a_signal_and_does_not_hang(store, tmp_path):
+    [(code, out, err)] = ends([start(*pretrain("--data-path", store, "--save", tmp_path / "run", *TINY, "--train-iters", 1))])
+    assert code == 0, out + err
+    flags = ("retrieval", "--load", tmp_path / "run", "--data-path", store, "--output", tmp_path / "result", "--hang-timeout", 2)
+    flags = (*flags, "--tile-captions", 1, "--tile-images", 4, "--batch-pairs", 4)  # 800 tiles
+
+    def tiles():
+        return len(list((tmp_path / "result").glob("tiles-*/*.npy")))
+
+    ranks = start_ranks(flags, flags, module="megatron_interbert.evaluate")
+    until(tiles, "a tile")
+    for rank in ranks:
+        rank.send_signal(signal.SIGUSR1)
+    for code, out, err in ends(ranks):
+        assert code == 75, out + err
+        assert "SIGUSR1: the evaluation ends here; the same command goes on" in err
+    kept = tiles()
+    assert kept < 800
+    ranks = start_ranks(flags, flags, module="megatron_interbert.evaluate")
+    try:
+        until(lambda: tiles() > kept, "another tile")
+        ranks[1].send_signal(signal.SIGSTOP)
+        [(code, out, err)] = ends(ranks[:1])
+        assert code == 1, out + err
+        assert "the run hangs: rank 1 on n1 has shown no sign of life" in error_line(err)
+    finally:
+        ranks[1].kill()
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
-from torch.nn.modules.module import register_module_forward_hook
 
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.model.interbert import InterBert
@@ -12,13 +11,15 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.task import Evaluate, Task
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.fragments import FragmentedState
+from megatron_interbert.training.watchdog import Watchdog
 
 
 class Evaluation(Protocol):
     """Named figures of the weights as they are now, the same on all ranks."""
 
-    def run(self, engine: Engine, beat: Callable[[], None]) -> tuple[dict[str, float], str]:
-        """(figures, the part of the log line for people); calls `beat` while it goes on."""
+    def run(self, engine: Engine, watchdog: Watchdog, stop: Callable[[], bool]) -> tuple[dict[str, float], str] | None:
+        """(figures, the part of the log line for people). Tells the watchdog that it goes on; None where all ranks have agreed by
+        `stop` to give it up."""
 
 
 class LossEvaluation:
@@ -30,35 +31,41 @@ class LossEvaluation:
         self.task, self.stream, self.batches, self.state, self.device = task, stream, batches, state, device
 
     @torch.no_grad()
-    def run(self, engine: Engine, beat: Callable[[], None]) -> tuple[dict[str, float], str]:
+    def run(self, engine: Engine, watchdog: Watchdog, stop: Callable[[], bool]) -> tuple[dict[str, float], str] | None:
         engine.deepspeed.eval()
+        report = self._report(engine, watchdog, stop)
+        engine.deepspeed.train()
+        if report is None:
+            return None
+        values = self.task.metrics(self.state.sum_over_data(report))
+        return values, self.task.line(values)
+
+    def _report(self, engine: Engine, watchdog: Watchdog, stop: Callable[[], bool]) -> torch.Tensor | None:
         report = torch.zeros(self.task.report_shape, device=self.device)
         stream = self.stream()
         for _ in range(self.batches):
             batch = next(stream).to(self.device)
             report += self.task.loss(engine.forward(batch), batch, self.task.count_targets(batch))[1]
-            beat()
-        engine.deepspeed.train()
-        values = self.task.metrics(self.state.sum_over_data(report))
-        return values, self.task.line(values)
+            watchdog.beat()
+            if stop():  # here all ranks have done equally many batches
+                return None
+        return report
 
 
 class DownstreamEvaluation:
     """A task's own figures, of a copy of the model that holds the averaged weights where there are such, else the current ones.
 
-    The copy is whole on every data-parallel rank (a tensor-parallel slice), whatever the ZeRO stage.
+    The copy is whole on every data-parallel rank (a tensor-parallel slice), whatever the ZeRO stage. It is not given up half-way: the
+    ranks share out its work unequally and have no common moment to agree.
     """
 
     def __init__(self, copy: InterBert, evaluate: Evaluate, state: ParallelState, device: torch.device) -> None:
         self.copy, self.evaluate, self.state, self.device = copy, evaluate, state, device
 
     @torch.no_grad()
-    def run(self, engine: Engine, beat: Callable[[], None]) -> tuple[dict[str, float], str]:
+    def run(self, engine: Engine, watchdog: Watchdog, stop: Callable[[], bool]) -> tuple[dict[str, float], str]:
         kind = "ema" if engine.ema is not None else "weight"
         FragmentedState(engine).copy_into(self.copy, kind)
-        hook = register_module_forward_hook(lambda *_: beat())  # whatever part of the model a task runs: the work goes on
-        try:
+        with watchdog.fed_by_modules():
             values = self.evaluate(self.copy.eval(), self.state, self.device)
-        finally:
-            hook.remove()
         return values, " | ".join(f"{name} {value:.2f}" for name, value in values.items())

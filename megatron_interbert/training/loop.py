@@ -192,8 +192,13 @@ class Trainer:
 
     def evaluate(self) -> bool:
         """Figures on unseen samples; whether they are the best so far by the job's metric."""
-        self.watchdog.enter("evaluation", self.progress.step)
-        values, summary = self.evaluation.run(self.engine, self.watchdog.beat)
+        step = self.progress.step
+        self.watchdog.enter("evaluation", step)
+        figures = self.evaluation.run(self.engine, self.watchdog, stop=lambda: bool(self.stopping.agreed(step)))
+        if figures is None:  # the vote after the next step ends the run
+            self.writer.say(f"step {step}: the run is about to be stopped, its evaluation is left out")
+            return False
+        values, summary = figures
         self.writer.write(self.progress.step, values, summary, prefix="valid")
         if not self.checkpoints.metric:
             return False

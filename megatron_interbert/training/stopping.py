@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_interbert.config import TrainConfig
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.signals import STOPPING
+from megatron_interbert.signals import STOPPING, take_over
 
 
 class Stopping:
@@ -26,9 +26,7 @@ class Stopping:
         self._agreed = 0  # the signal for which all ranks end
         # A group on the host: the vote must not wait for the device.
         self._group = dist.new_group(backend="gloo") if state.world_size > 1 else None
-        for number in STOPPING:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                signal.signal(number, self._note)
+        take_over(STOPPING, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = self._noted or number

@@ -19,8 +19,11 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from torch.nn.modules.module import register_module_forward_hook
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
@@ -82,7 +85,7 @@ class Watchdog:
         if not least:
             return
         if state.is_main and state.world_size > 1:
-            self._hub = Hub(state.world_size)
+            self._hub = Hub(state.world_size, self._pulse.limit)
         meeting = state.gather(self._hub.meeting if self._hub else None)[0]
         self._connection = Connection(meeting, state) if meeting else None
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -97,6 +100,15 @@ class Watchdog:
         """The phase goes on (a batch of an evaluation is done)."""
         before = self._pulse
         self._pulse = Pulse(before.phase, before.step, time.monotonic(), before.limit)
+
+    @contextlib.contextmanager
+    def fed_by_modules(self) -> Iterator[None]:
+        """Inside, whatever part of a model runs, it is a sign that the phase goes on."""
+        hook = register_module_forward_hook(lambda *_: self.beat())
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def close(self) -> None:
         """Nothing more is watched; the other ranks hear that this one ended well."""
@@ -157,7 +169,7 @@ def doing(phase: str, step: int) -> str:
         "start": "the start",
         "data": f"waiting for the data of step {step}",
         "step": f"step {step}",
-        "evaluation": f"the evaluation after step {step}",
+        "evaluation": f"the evaluation after step {step}" if step else "the evaluation",
         "save": f"the checkpoint of step {step}",
     }[phase]
 
@@ -217,7 +229,9 @@ class Connection:
 class Hub:
     """On rank 0: hears all ranks, answers each second, and says when nothing moves or a rank has died."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, limit: float) -> None:
+        """`limit`: of a rank that has not reported yet."""
+        self.limit = limit
         self.server = socket.create_server(("", 0), backlog=ranks)
         self.server.setblocking(False)
         self.meeting = {"port": self.server.getsockname()[1], "token": secrets.token_hex(16)}
@@ -275,7 +289,7 @@ class Hub:
     def _take(self, connection: socket.socket, message: dict[str, Any]) -> None:
         if message.get("token") == self.meeting["token"]:
             self._rank_of[connection] = message["rank"]
-            self.seen[message["rank"]] = Seen(message["node"], message["pid"], limit=float("inf"), heard=time.monotonic())
+            self.seen[message["rank"]] = Seen(message["node"], message["pid"], limit=self.limit, heard=time.monotonic())
         elif (rank := self._rank_of.get(connection)) is None:
             return
         elif "bye" in message:

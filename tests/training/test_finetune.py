@@ -14,7 +14,7 @@ from megatron_interbert.training.checkpoint import Progress
 from megatron_interbert.training.optimizer import learning_rate
 from megatron_interbert.weights.reader import CheckpointReader
 from tests.corpus import VOCABULARY, write_store
-from tests.launching import deepspeed, launch, records
+from tests.launching import free_ports, launch, records, train
 from tests.tasks.test_glue import write as write_lines
 from tests.tasks.test_vcr import RECORD, write, write_regions
 
@@ -89,9 +89,14 @@ def test_averaged_weights_are_the_average_of_all_steps(store, tmp_path, processe
     """From the weights after every step, in float64, on any layout; and resumed in the middle."""
     shared = ("--train-iters", 6, "--ema-decay", 0.9, "--save-interval", 1, "--keep-last", 0, "--zero-stage", stage,
               "--tensor-model-parallel-size", tensor, "--eval-interval", 6)  # fmt: skip
-    launcher = ["launchers/finetune.sh" if part == "launchers/pretrain.sh" else part for part in deepspeed(processes)]
-    ran(*launcher, *flags(store, tmp_path / "run", *shared, "--exit-interval", 3))
-    ran(*launcher, *flags(store, tmp_path / "run", *shared))
+    for stop in ("--exit-interval", 3), ():
+        arguments = flags(store, tmp_path / "run", *shared, *stop)
+        if processes == 1:
+            launcher = f"--num_gpus 1 --master_port {free_ports(1)[0]}"
+            code, out, err = launch("bash", "launchers/finetune.sh", *arguments, LAUNCH_ARGS=launcher)
+        else:
+            code, out, err = train(processes, *arguments, module="megatron_interbert.finetune")
+        assert code == 0, out + err
     readers = [CheckpointReader(tmp_path / "run" / f"global_step{step}") for step in range(1, 7)]
     for name in readers[0].names:
         average = None

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_interbert.training.checkpoint import to_prune
 from megatron_interbert.weights.manifest import verify
-from tests.launching import deepspeed, launch, losses, pretrain, start
+from tests.launching import deepspeed, launch, losses, pretrain, start, train
 from tests.shared import needs_half_precision
 
 FLAGS = (
@@ -43,7 +43,7 @@ FLAGS = (
 def undisturbed(store, tmp_path_factory):
     """Two processes, ZeRO-1, dropout on, all 14 steps without a break."""
     save = tmp_path_factory.mktemp("resume") / "whole"
-    code, out, err = launch(*deepspeed(2, "--data-path", store, "--save", save, *FLAGS))
+    code, out, err = train(2, "--data-path", store, "--save", save, *FLAGS)
     assert code == 0, out + err
     return save
 
@@ -91,7 +91,7 @@ def test_what_a_checkpoint_holds(undisturbed):
 
 def test_a_finished_run_does_nothing_again(store, undisturbed):
     before = (undisturbed / "global_step14" / "manifest.json").stat().st_mtime
-    code, out, err = launch(*deepspeed(2, "--data-path", store, "--save", undisturbed, *FLAGS))
+    code, out, err = train(2, "--data-path", store, "--save", undisturbed, *FLAGS)
     assert code == 0, out + err
     assert (undisturbed / "global_step14" / "manifest.json").stat().st_mtime == before
 
@@ -107,7 +107,7 @@ def damaged_copy(undisturbed, tmp_path):
 
 def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_taken(store, undisturbed, tmp_path):
     save, name = damaged_copy(undisturbed, tmp_path)
-    code, out, err = launch(*deepspeed(2, "--data-path", store, "--save", save, *FLAGS))
+    code, out, err = train(2, "--data-path", store, "--save", save, *FLAGS)
     assert code == 0, out + err
     assert f"global_step14 is damaged ({name} has another sha256)" in out
     assert len(list(save.glob("damaged-global_step14-*"))) == 1, "set aside, not counted among the checkpoints to keep"
@@ -164,7 +164,7 @@ def test_two_runs_cannot_write_to_one_folder(store, undisturbed, tmp_path):
     with open(tmp_path / ".lock", "w") as handle:
         fcntl.lockf(handle, fcntl.LOCK_EX)
         print("process 7 on elsewhere", file=handle, flush=True)
-        code, _, err = launch(*deepspeed(2, "--data-path", store, "--save", tmp_path, *FLAGS))
+        code, _, err = train(2, "--data-path", store, "--save", tmp_path, *FLAGS)
     assert code != 0
     assert "another run writes there (process 7 on elsewhere)" in err
 
@@ -176,7 +176,7 @@ def test_full_disk(store, tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", save], capture_output=True).returncode:
         pytest.skip("no right to mount a small disk here")
     try:
-        code, out, err = launch(*deepspeed(2, "--data-path", store, "--save", save, *FLAGS, "--keep-last", 0))
+        code, out, err = train(2, "--data-path", store, "--save", save, *FLAGS, "--keep-last", 0)
         assert code == 1, out + err
         assert "the checkpoint cannot be written" in err
         assert "No space left on device" in err
@@ -188,7 +188,7 @@ def test_full_disk(store, tmp_path):
     finally:
         subprocess.run(["umount", "-l", save], check=True)
     shutil.move(tmp_path / "kept", save / "global_step4")
-    code, out, err = launch(*deepspeed(2, "--data-path", store, "--save", save, *FLAGS))
+    code, out, err = train(2, "--data-path", store, "--save", save, *FLAGS)
     assert code == 0, out + err
     assert "resumed from" in out
 
@@ -242,7 +242,7 @@ def test_resume_is_exact_on_other_layouts_too(store, tmp_path, layout):
     flags = (*FLAGS, "--train-iters", 7, "--micro-batch-size", 4, *LAYOUTS[layout])
     for name, stops in (("whole", [()]), ("halved", [("--exit-interval", 4), ()])):
         for stop in stops:
-            code, out, err = launch(*deepspeed(2, "--data-path", store, "--save", tmp_path / name, *flags, *stop))
+            code, out, err = train(2, "--data-path", store, "--save", tmp_path / name, *flags, *stop)
             assert code == 0, out + err
     assert sorted(losses(tmp_path / "whole")) == list(range(1, 8))
     assert losses(tmp_path / "halved") == losses(tmp_path / "whole")
@@ -261,9 +261,9 @@ def test_weights_of_another_vocabulary_are_not_taken(store, undisturbed, tmp_pat
 def test_load_from_one_folder_save_to_another(store, undisturbed, tmp_path):
     """The first start takes --load; started again, the run goes on from its own --save."""
     flags = ("--load", undisturbed, "--save", tmp_path / "own", *FLAGS)
-    code, out, err = launch(*deepspeed(2, "--data-path", store, *flags, "--train-iters", 16, "--exit-interval", 15))
+    code, out, err = train(2, "--data-path", store, *flags, "--train-iters", 16, "--exit-interval", 15)
     assert code == 0, out + err
     assert f"resumed from {undisturbed}/global_step14" in out
-    code, out, err = launch(*deepspeed(2, "--data-path", store, *flags, "--train-iters", 16))
+    code, out, err = train(2, "--data-path", store, *flags, "--train-iters", 16)
     assert code == 0, out + err
     assert f"resumed from {tmp_path / 'own'}/global_step15" in out

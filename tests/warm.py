@@ -1,0 +1,110 @@
+"""Processes of the package's modules that start in half a second instead of nine.
+
+They are forked by Python's fork server, which has imported everything that a run imports; pid, session, pipes, signals and exit code
+are their own, as after `python -m`. What users type is tried cold: tests/test_launch.py, test_slurm.py, test_hostfile.py.
+"""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+from multiprocessing import forkserver
+from multiprocessing.reduction import DupFd
+from unittest import mock
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.warm_imports"])
+
+
+def start_server():
+    """The fork server, unless it runs; libraries read these settings when they are loaded."""
+    with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"):
+        forkserver.ensure_running()
+
+
+class WarmProcess:
+    """`python -m MODULE ARGUMENTS` with stdout and stderr captured; what subprocess.Popen offers and tests use."""
+
+    def __init__(self, module, arguments, environment, folder):
+        self._text = {"stdout": [], "stderr": []}
+        ends = {name: os.pipe() for name in self._text}
+        here = _Start(module, arguments, environment, folder, {name: end for name, (_, end) in ends.items()})
+        self._process = _context.Process(target=here)
+        start_server()
+        self._process.start()
+        atexit.register(self.kill)  # a test that fails must not leave a run that never ends
+        self.pid, self.args = self._process.pid, ["python", "-m", module, *arguments]
+        self._readers = []
+        for name, (ours, theirs) in ends.items():
+            os.close(theirs)
+            reader = threading.Thread(target=self._read, args=(ours, self._text[name]), daemon=True)
+            reader.start()
+            self._readers.append(reader)
+
+    @staticmethod
+    def _read(end, text):
+        with open(end, errors="replace") as lines:
+            text.extend(lines)
+
+    @property
+    def returncode(self):
+        """None while it runs; negative when a signal has killed it."""
+        return self._process.exitcode
+
+    def so_far(self):
+        """What it has printed to stdout."""
+        return "".join(self._text["stdout"])
+
+    def poll(self):
+        """As of Popen."""
+        return self.returncode
+
+    def wait(self, timeout=None):
+        """As of Popen."""
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout, self.so_far(), "".join(self._text["stderr"]))
+        return self.returncode
+
+    def communicate(self, timeout=None):
+        """As of Popen, but that children which it has left behind may keep the pipes open."""
+        self.wait(timeout)
+        for reader in self._readers:
+            reader.join(5)
+        return self.so_far(), "".join(self._text["stderr"])
+
+    def send_signal(self, number):
+        """As of Popen."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        """As of Popen."""
+        self.send_signal(signal.SIGKILL)
+
+
+class _Start:
+    """What the new process does first: become what `python -m` would have made of it."""
+
+    def __init__(self, module, arguments, environment, folder, ends):
+        self.module, self.arguments, self.environment, self.folder, self.ends = module, arguments, environment, folder, ends
+
+    def __getstate__(self):
+        return {**self.__dict__, "ends": {name: DupFd(end) for name, end in self.ends.items()}}
+
+    def __call__(self):
+        os.setsid()
+        os.chdir(self.folder)
+        os.environ.clear()
+        os.environ.update(self.environment)
+        for number, name in enumerate(("stdout", "stderr"), 1):
+            os.dup2(self.ends[name].detach(), number)
+        sys.stdout = open(1, "w", closefd=False)
+        sys.stderr = open(2, "w", buffering=1, closefd=False)
+        sys.modules.pop(self.module, None)
+        sys.argv = [self.module, *self.arguments]
+        runpy.run_module(self.module, run_name="__main__", alter_sys=True)
