@@ -21,19 +21,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import psutil
-import torch
-from torch.distributed import DistError
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import get_args_parser
-from torch.distributed.run import run as torchrun
 
-from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.errors import UsageError, end_at_once, run_entry
 from megatron_interbert.parallel.launch import MEETING_SECONDS, meeting_place, node_name
-from megatron_interbert.signals import STOPPING, signal_at_parents_death
+from megatron_interbert.signals import STOPPING, signal_at_parents_death, take_over
 
 
 def command(arguments: list[str]) -> list[str]:
     """torchrun's command line for this node of the job."""
+    import torch
+
     env = os.environ
     master, port = meeting_place()
     nodes, node = env.get("SLURM_STEP_NUM_NODES", "1"), env.get("SLURM_NODEID", "0")
@@ -46,21 +43,29 @@ def command(arguments: list[str]) -> list[str]:
 
 
 def pass_on(number: int, frame: object) -> None:
-    """A signal to all ranks of this node."""
-    for rank in psutil.Process().children():
+    """A signal to all ranks of this node; before there are any, the end."""
+    ranks = psutil.Process().children()
+    if not ranks:
+        end_at_once(number)
+    for rank in ranks:
         with contextlib.suppress(psutil.Error):
             rank.send_signal(number)
 
 
 def run() -> None:
     """Start the ranks and wait for them."""
+    take_over(STOPPING, end_at_once)
+    from torch.distributed import DistError  # it takes seconds: not before signals have an answer
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser
+    from torch.distributed.run import run as torchrun
+
     words = command(sys.argv[1:])
     if os.environ.get("SLURM_NODEID", "0") == "0":
         print(f"on each node: torchrun {' '.join(words)}", flush=True)
     options = get_args_parser().parse_args(words)
     options.signals_to_handle = "SIGINT,SIGQUIT"
-    for number in STOPPING:
-        signal.signal(number, pass_on)
+    take_over(STOPPING, pass_on)
     signal_at_parents_death(signal.SIGHUP)
     logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.CRITICAL)  # ranks say themselves why they end
     try:

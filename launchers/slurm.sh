@@ -5,6 +5,7 @@ run_on_nodes() {
   local python=${VENV:-$PWD/.venv}/bin/python code=0
   [ -x "$python" ] || python=python3
   export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+  [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # since Slurm 22.05 srun does not take it over
   set -- srun --kill-on-bad-exit=1 --wait=20 --ntasks-per-node=1 "$python" -u launchers/node.py "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}"
   if [ -z "${SLURM_JOB_ID:-}" ]; then
     echo "error: start this by sbatch; it would run: $*" >&2
@@ -14,7 +15,8 @@ run_on_nodes() {
   "$@" || code=$?
   if [ "$code" = 75 ]; then
     echo "job $SLURM_JOB_ID was stopped by a signal and has saved: it is queued again"
-    if scontrol requeue "$SLURM_JOB_ID"; then
+    # The number of an array's last task is that of the whole array: queue this task, not all of them.
+    if scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"; then
       sleep 60 # until Slurm ends this script: its own end would now count as the end of the job
     else
       echo "error: it cannot be queued again; submit the same command: it goes on" >&2

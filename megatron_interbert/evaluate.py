@@ -1,13 +1,11 @@
 """Evaluation of a checkpoint: `python -m megatron_interbert.evaluate TASK --load RUN ..`, or under deepspeed or torchrun on many."""
 
-import signal
-import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 from megatron_interbert.config import parse_task
-from megatron_interbert.errors import Preempted, run_entry
+from megatron_interbert.errors import end_at_once, run_entry
+from megatron_interbert.parallel.agreement import check_alike
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.state import ParallelState, this_device
 from megatron_interbert.signals import STOPPING, take_over
@@ -20,6 +18,7 @@ from megatron_interbert.task_config import (
 from megatron_interbert.tasks.glue_evaluation import evaluate_glue
 from megatron_interbert.tasks.retrieval_evaluation import evaluate_retrieval
 from megatron_interbert.tasks.vcr_evaluation import evaluate_vcr
+from megatron_interbert.training.node_facts import code_fingerprint, library_versions
 from megatron_interbert.training.watchdog import Watchdog
 
 TASKS: dict[str, tuple[type[EvaluateConfig], Callable[..., Any]]] = {
@@ -31,6 +30,7 @@ TASKS: dict[str, tuple[type[EvaluateConfig], Callable[..., Any]]] = {
 
 def run() -> None:
     """`evaluate TASK FLAGS`."""
+    take_over(STOPPING, end_at_once)  # what is finished lies on disk
     config, evaluate = parse_task(TASKS, "evaluate retrieval --load RUN --data-path STORE")
     if read_launch().world_size > 1:
         from megatron_interbert.training.processes import start_processes  # a single process needs no DeepSpeed
@@ -39,18 +39,12 @@ def run() -> None:
     else:
         device = this_device()
     state = ParallelState(config.tensor_model_parallel_size)
-    take_over(STOPPING, stop)
+    check_alike(state, {"code": code_fingerprint(), **library_versions()})
     watchdog = Watchdog(state, config.hang_timeout)
     watchdog.enter("evaluation", 0)
     with watchdog.fed_by_modules():
         evaluate(config, state, device)
     watchdog.close()
-
-
-def stop(number: int, frame: FrameType | None) -> None:
-    """Nothing needs to be saved: what is finished lies on disk already."""
-    print(f"{signal.Signals(number).name}: the evaluation ends here; the same command goes on", file=sys.stderr, flush=True)
-    raise Preempted
 
 
 def main() -> None:

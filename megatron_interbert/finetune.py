@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_interbert.config import parse_task
-from megatron_interbert.errors import run_entry
+from megatron_interbert.errors import end_at_once, run_entry
+from megatron_interbert.signals import STOPPING, take_over
 from megatron_interbert.task_config import FinetuneConfig, GlueConfig, RetrievalConfig, VcrConfig
 from megatron_interbert.tasks.glue import glue_job
 from megatron_interbert.tasks.retrieval import retrieval_job
@@ -20,6 +21,7 @@ TASKS: dict[str, tuple[type[FinetuneConfig], Callable[..., Any]]] = {
 
 def run() -> None:
     """`finetune TASK FLAGS`: parse, build the parts, train."""
+    take_over(STOPPING, end_at_once)  # until the run takes them over itself
     config, make_job = parse_task(TASKS, "finetune retrieval --init-from RUN --data-path STORE")
     prepare(config, make_job).train()
 

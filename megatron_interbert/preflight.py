@@ -8,9 +8,11 @@ import importlib.metadata
 import math
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,7 @@ from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.deepspeed_config import merge
 from megatron_interbert.training.node_table import compare_nodes
 from megatron_interbert.training.processes import start_processes
+from megatron_interbert.weights.files import check_writable
 
 REQUIRED = {"torch": (2, 10), "deepspeed": (0, 19, 6), "h5py": (3, 11), "safetensors": (0, 6), "tokenizers": (0, 21)}
 
@@ -112,9 +115,10 @@ def count_repaired(store: RegionStore) -> int:
 
 
 def check_disk(config: PreflightConfig) -> str:
-    """Room for the checkpoints that will be kept."""
+    """A folder that can be written, with room for the checkpoints that will be kept."""
     if not config.save:
         return "no --save: nothing will be written"
+    check_writable(Path(config.save), "--save")
     corpus, tokenizer = open_stores(config.stores(), config), vocabulary_of_run(config, config.stores())
     with torch.device("meta"):
         sizes = fitted_sizes(config, tokenizer, corpus)
@@ -164,18 +168,25 @@ def check_step(config: PreflightConfig) -> str:
 
 
 def check_nodes(config: PreflightConfig) -> None:
-    """Several ranks: the table of machines, printed by rank 0; UsageError on all ranks when one is odd. All but rank 0 end here."""
+    """Several ranks: the table of machines, printed by rank 0, then the other checks in a process of its own, for which the other
+    ranks wait (a launcher takes a rank that has ended for the end of the run). UsageError on all ranks when one is odd."""
     start_processes()
     state = ParallelState()
-    config.world_size = config.world_size or state.world_size
     table, wrong = compare_nodes(config, read_launch(), state)
     if state.is_main:
         print(table, flush=True)
     if wrong:
         raise UsageError(f"preflight: the machines do not fit together: {'; '.join(wrong)}")
-    torch.distributed.destroy_process_group()  # what follows is one process's work
-    if not state.is_main:
-        raise SystemExit
+    patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
+    code = 0
+    if state.is_main:
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        ranks = () if config.world_size else ("--world-size", str(state.world_size))
+        command = [sys.executable, "-m", "megatron_interbert.preflight", *sys.argv[1:], *ranks]
+        code = subprocess.run(command, env={**os.environ, **alone}, check=False).returncode
+    code = state.gather(code, patient)[0]
+    sys.stdout.flush()
+    os._exit(code)  # the lines of the checks have said why
 
 
 def run() -> None:

@@ -1,12 +1,14 @@
 """Pretraining: `deepspeed launchers/pretrain.sh ARGS`, `torchrun -m megatron_interbert.pretrain`, or one plain process."""
 
 from megatron_interbert.config import RunConfig, parse
-from megatron_interbert.errors import run_entry
+from megatron_interbert.errors import end_at_once, run_entry
+from megatron_interbert.signals import STOPPING, take_over
 from megatron_interbert.training.setup import prepare
 
 
 def run() -> None:
     """Parse, build the parts, train."""
+    take_over(STOPPING, end_at_once)  # until the run takes them over itself
     config = parse(RunConfig, "Pretrain InterBERT on a region store.")
     prepare(config).train()
 

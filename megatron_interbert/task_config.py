@@ -156,10 +156,11 @@ class EvaluateGlueConfig(EvaluateConfig):
     task: str = option("SST-2", "task of GLUE", GLUE_TASKS)
     data_path: str = option("", "folder with the task's official TSV files, or the one above it")
     split: str = option("dev", "files to predict", ("dev", "test"))
-    max_tokens: int = option(128, "tokens with [CLS] and [SEP]")
+    max_tokens: int = option(0, "tokens with [CLS] and [SEP]; default: as the weights were trained, else 128")
     batch_size: int = option(64, "samples per forward pass")
     TASK: ClassVar[str] = "glue"
-    POSITIVE: ClassVar[tuple[str, ...]] = (*EvaluateConfig.POSITIVE, "batch_size", "max_tokens")
+    POSITIVE: ClassVar[tuple[str, ...]] = (*EvaluateConfig.POSITIVE, "batch_size")
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (*EvaluateConfig.NOT_NEGATIVE, "max_tokens")
     SHORTEST: ClassVar[str] = TWO_TEXTS
 
 
@@ -174,15 +175,16 @@ class EvaluateVcrConfig(EvaluateConfig):
         False, "write submission.csv with all 16 pairs of answer and rationale; every question must be usable"
     )
     benchmark: str = option("", "the data are this benchmark's: show the official figures beside", ("", "vcr"))
-    max_regions: int = option(100, "regions per image, annotated ones first")
-    max_tokens: int = option(60, "tokens of a question with an answer")
-    max_rationale_tokens: int = option(80, "tokens of question, answer and rationale")
+    max_regions: int = option(0, "regions per image, annotated ones first; default: as the weights were trained, else 100")
+    max_tokens: int = option(0, "tokens of a question with an answer; default: as the weights were trained, else 60")
+    max_rationale_tokens: int = option(0, "tokens of question, answer and rationale; default: as the weights were trained, else 80")
     batch_size: int = option(16, "questions per forward pass")
     examples: int = option(60, "questions on the page")
     image_folder: str = option("", "photos named IMAGE_ID.jpg to show on the page")
     TASK: ClassVar[str] = "vcr"
-    POSITIVE: ClassVar[tuple[str, ...]] = (
-        *EvaluateConfig.POSITIVE,
-        *("max_regions", "batch_size", "max_tokens", "max_rationale_tokens"),
+    POSITIVE: ClassVar[tuple[str, ...]] = (*EvaluateConfig.POSITIVE, "batch_size")
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (
+        *EvaluateConfig.NOT_NEGATIVE,
+        *("max_regions", "max_tokens", "max_rationale_tokens"),
     )
     SHORTEST: ClassVar[str] = TWO_TEXTS

@@ -1,5 +1,6 @@
 """Two machines made of network namespaces, each with an address and an sshd of its own, on one cable that can be pulled."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -31,9 +32,10 @@ def missing():
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
     if absent:
         return f"needs {', '.join(absent)}"
-    if os.geteuid() or subprocess.run(["ip", "netns", "add", "probe-of-tests"], capture_output=True, check=False).returncode:
+    probe = f"probe-{os.getpid()}"
+    if os.geteuid() or subprocess.run(["ip", "netns", "add", probe], capture_output=True, check=False).returncode:
         return "this machine allows no network namespaces"
-    subprocess.run(["ip", "netns", "del", "probe-of-tests"], check=True)
+    subprocess.run(["ip", "netns", "del", probe], check=True)
     return ""
 
 
@@ -58,6 +60,13 @@ class Hosts:
                             "DS_ENV_FILE": f"{self.folder}/deepspeed_env"}  # fmt: skip
 
     def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            stack.push(self)
+            self._begin()
+            stack.pop_all()
+        return self
+
+    def _begin(self):
         for key in ("host_key", "key"):
             _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / key)
         for name in self.names:
@@ -76,7 +85,6 @@ class Hosts:
             command = ["ip", "netns", "exec", name, "/usr/sbin/sshd", "-D", "-f", str(self.folder / f"sshd-{name}")]
             self.daemons.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
         until(lambda: all(self.reaches(address) for address in self.addresses), "both answer by ssh", seconds=20)
-        return self
 
     def reaches(self, address):
         command = ["ip", "netns", "exec", self.names[0], str(self.folder / "bin" / "ssh"), address, "true"]

@@ -54,6 +54,13 @@ class Slurm:
         }
 
     def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            stack.push(self)
+            self._begin()
+            stack.pop_all()
+        return self
+
+    def _begin(self):
         for name in ("state", "spool-n0", "spool-n1"):
             (self.folder / name).mkdir()
         (self.folder / "munge.key").write_bytes(os.urandom(1024))
@@ -66,7 +73,6 @@ class Slurm:
         for node in ("n0", "n1"):
             self._start("slurmd", "-D", "-N", node)
         until(lambda: self.run("sinfo", "-h", "-o", "%T %D").split() == ["idle", "2"], "both nodes are idle")
-        return self
 
     def _start(self, *command):
         self.daemons.append(subprocess.Popen(command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))

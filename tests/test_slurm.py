@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def undisturbed(store, tmp_path_factory):
 def hasten(slurm, job):
     """Slurm lets a job that was queued again wait for two minutes."""
     until(lambda: slurm.job(job).get("JobState") == "PENDING", f"job {job} is queued again")
+    time.sleep(2)  # a start in the second in which the nodes gave up the last one is refused: "Job credential revoked"
     slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
@@ -131,3 +133,32 @@ def test_other_files_and_what_would_run(slurm, store, tmp_path):
 
 def parent(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+ARRAY = """#!/usr/bin/env bash
+. launchers/slurm.sh
+srun() { # what is stopped is the last task, whose number is that of the whole array; the others have ended or go on
+  echo $SLURM_ARRAY_TASK_ID >>STARTS
+  [ "$SLURM_ARRAY_TASK_ID" = 3 ] && [ "$(grep -c 3 STARTS)" = 1 ] && sleep 4 && return 75
+  [ "$SLURM_ARRAY_TASK_ID" = 2 ] && sleep 15
+  return 0
+}
+run_on_nodes
+"""
+
+
+def test_a_stopped_task_of_an_array_is_queued_again_alone(slurm, tmp_path):
+    starts = tmp_path / "starts"
+    script = tmp_path / "array.sh"
+    script.write_text(ARRAY.replace("STARTS", str(starts)))
+    job = slurm.submit("--array=1-3", "-N1", "--requeue", "--open-mode=append", script)
+
+    def states():
+        text = slurm.run("squeue", "-h", "-j", job, "-o", "%K %T", check=False)
+        return dict(line.split() for line in text.splitlines())
+
+    until(lambda: starts.exists() and starts.read_text().split().count("3") and states().get("3") == "PENDING", "queued again")
+    assert states().get("2") == "RUNNING", states()
+    hasten(slurm, f"{job}_3")
+    until(lambda: not states(), "all have ended")
+    assert sorted(starts.read_text().split()) == ["1", "2", "3", "3"]

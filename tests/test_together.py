@@ -137,7 +137,7 @@ def test_a_run_ends_after_its_minutes(store, tmp_path):
 
 
 def test_a_signal_ends_an_evaluation_of_losses_early(store, tmp_path):
-    """One that would last for ever; both ranks give it up after the same batch and save."""
+    """One that would last for ever: both ranks give it up after the same batch and save; the same command does it first."""
     flags = (
         "--data-path",
         store,
@@ -157,7 +157,12 @@ def test_a_signal_ends_an_evaluation_of_losses_early(store, tmp_path):
     run[1].send_signal(signal.SIGTERM)
     for code, out, err in ends(run):
         assert code == 75, out + err
-    assert (tmp_path / "run" / "global_step5" / "manifest.json").is_file()
+    assert (tmp_path / "run" / "global_step4" / "manifest.json").is_file()
+    assert not records(tmp_path / "run", "valid")
+    run = start_ranks(*[(*flags, "--eval-iters", 1, "--exit-interval", 8, "--save", tmp_path / "run")] * 2)
+    for code, out, err in ends(run):
+        assert code == 0, out + err
+    assert sorted(records(tmp_path / "run", "valid")) == [4, 8]
 
 
 def test_without_a_folder_a_signal_keeps_nothing_and_says_so(store):
@@ -238,7 +243,7 @@ def test_an_evaluation_ends_at_a_signal_and_does_not_hang(store, tmp_path):
         rank.send_signal(signal.SIGUSR1)
     for code, out, err in ends(ranks):
         assert code == 75, out + err
-        assert "SIGUSR1: the evaluation ends here; the same command goes on" in err
+        assert "SIGUSR1: ended; the same command goes on" in err
     kept = tiles()
     assert kept < 800
     ranks = start_ranks(flags, flags, module="megatron_interbert.evaluate")

@@ -108,9 +108,16 @@ class ParallelState:
 
 
 def this_device() -> torch.device:
-    """The GPU of this process's local rank, else the CPU."""
+    """The GPU of this process's local rank, else the CPU. UsageError where there are more ranks than GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if there == 1 and "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        number = 0  # srun --gpus-per-task=1 shows each task its own GPU only
+    if number >= there:
+        raise UsageError(
+            f"local rank {number} has no GPU: {node_name()} shows {there} of them; start as many ranks as there are GPUs"
+        )
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device

@@ -9,9 +9,9 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import EvaluateGlueConfig
 from megatron_interbert.tasks.glue import glue_metrics, labels_of, predict, prediction_lines
-from megatron_interbert.tasks.loading import load_model, open_for
+from megatron_interbert.tasks.loading import as_trained, load_model, open_for
 from megatron_interbert.tasks.parts import check_length
-from megatron_interbert.tasks.results import output_folder, result_of, table, write_result
+from megatron_interbert.tasks.results import begin, result_of, table, write_result
 from megatron_interbert.weights.files import write_text
 
 
@@ -26,12 +26,15 @@ def evaluate_glue(config: EvaluateGlueConfig, state: ParallelState, device: torc
     if trained and trained != config.task:
         raise UsageError(f"--load {config.load}: finetuned on {trained}; give --task {trained}, or the weights of {config.task}")
     _, tokenizer = open_for(config, source, [])
+    as_trained(config, source, max_tokens=128)
     check_length(config.max_tokens, source.config)
-    format, folder, metrics, files = FORMATS[config.task], output_folder(config, source), {}, []
+    format, metrics, dropped = FORMATS[config.task], {}, {}
     names = format.submission or (config.task,)
-    for split, name in zip(format.test if config.split == "test" else format.dev, names, strict=True):
-        files.append(find_file(config.data_path, config.task, split))
-        rows = read_rows(files[-1], config.task)
+    files = [find_file(config.data_path, config.task, split) for split in (format.test if config.split == "test" else format.dev)]
+    folder = begin(config, state, source, tokenizer, (), files)
+    for file, name in zip(files, names, strict=True):
+        rows = read_rows(file, config.task)
+        dropped[name] = rows.dropped
         logits = predict(model, GlueTexts(rows, tokenizer, config.max_tokens), state, device, config.batch_size)
         if len(rows.labels):
             found = glue_metrics(config.task, logits, rows.labels)
@@ -39,8 +42,8 @@ def evaluate_glue(config: EvaluateGlueConfig, state: ParallelState, device: torc
         if state.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / f"{name}.tsv", "\n".join(prediction_lines(config.task, rows, logits)) + "\n")
-            print(f"{files[-1]}: {len(rows.texts)} rows -> {folder / f'{name}.tsv'}")
-    result = result_of(config, f"{config.task} {config.split}", metrics, source, None, files)
+            print(f"{file}: {len(rows.texts)} rows -> {folder / f'{name}.tsv'}; {rows.dropped} dropped (too few fields)")
+    result = result_of(config, f"{config.task} {config.split}", metrics, source, None, files, dropped=dropped)
     if state.is_main:
         write_result(folder, result)
         print(table(result) if metrics else "the test files hold no labels, so no figure is given")

@@ -50,6 +50,14 @@ def weight_files(path: Path) -> list[Path]:
     return sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]) if path.is_dir() else [path]
 
 
+def as_trained(config: EvaluateConfig, source: Source, **otherwise: int) -> None:
+    """Fill in sizes of 0 with those of the run that made the weights (for a task of texts, one of that task), else with `otherwise`."""
+    fits = config.TASK == "retrieval" or str(source.facts.get("task") or "").startswith(config.TASK)
+    trained = (source.facts.get("run") or {}) if fits else {}
+    for name, value in otherwise.items():
+        setattr(config, name, getattr(config, name) or trained.get(name) or value)
+
+
 def open_for(config: EvaluateConfig, source: Source, stores: Sequence[str]) -> tuple[Corpus | None, CaptionTokenizer]:
     """The stores and the vocabulary of an evaluation; UsageError where they are not those that the weights were made with."""
     corpus = open_stores(stores, config) if stores else None

@@ -11,10 +11,10 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.model.pair_scorer import PairScorer
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import EvaluateRetrievalConfig
-from megatron_interbert.tasks.loading import load_model, open_for
+from megatron_interbert.tasks.loading import as_trained, load_model, open_for
 from megatron_interbert.tasks.pair_tiles import Pairs, ScoreTiles, fill
 from megatron_interbert.tasks.parts import check_length
-from megatron_interbert.tasks.results import output_folder, result_of, table, write_result
+from megatron_interbert.tasks.results import begin, result_of, table, write_result
 from megatron_interbert.tasks.retrieval import choose_pairs, flat_metrics, ranks_of_tiles, recall_metrics
 from megatron_interbert.tasks.retrieval_page import result_page
 from megatron_interbert.tasks.two_stage import two_stage_search
@@ -30,15 +30,13 @@ def evaluate_retrieval(config: EvaluateRetrievalConfig, state: ParallelState, de
     if config.zero_shot and source.facts.get("task"):
         raise UsageError(f"--zero-shot: {config.load} was finetuned ({source.facts['task']}); leave the flag out")
     corpus, tokenizer = open_for(config, source, [config.data_path])
-    trained = source.facts.get("run") or {}
-    config.max_regions = config.max_regions or trained.get("max_regions", 36)
-    config.max_tokens = config.max_tokens or trained.get("max_tokens", 36)
+    as_trained(config, source, max_regions=36, max_tokens=36)
     check_length(config.max_tokens, source.config)
     if config.bf16:
         model = model.bfloat16()
     scorer = PairScorer(model)
     pairs = choose_pairs(corpus, tokenizer, config.language, config.max_images, config.max_regions, config.max_tokens)
-    folder = output_folder(config, source)
+    folder = begin(config, state, source, tokenizer, corpus.stores)
     chance = 100.0 / len(pairs.images)
     metrics: dict[str, float] = {}
     more: dict[str, Any] = {

@@ -14,7 +14,7 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.model.pair_scorer import PairScorer, Side, last_layer_of_first
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pair_tiles import Pairs
-from megatron_interbert.tasks.retrieval import recall_metrics
+from megatron_interbert.tasks.retrieval import check_finite, recall_metrics
 
 AT_ONCE = 256
 
@@ -41,6 +41,7 @@ def two_stage_search(
     vectors = torch.cat(
         [alone(scorer, pairs.image_side(scorer, part, device), True).float() for part in _runs(np.arange(len(pairs.images)))]
     )
+    check_finite(vectors.cpu().numpy())
     mine = np.arange(len(pairs.captions))[state.data_rank :: state.data_size]
     own = torch.from_numpy(pairs.own_image()).to(device)
     found = []
@@ -51,6 +52,7 @@ def two_stage_search(
         rank = (coarse >= coarse.gather(1, right[:, None])).sum(1)
         kept = coarse.topk(keep, dim=1).indices
         margins = _rescored(scorer, pairs, side, kept, device, pairs_per_batch)
+        check_finite(torch.cat([coarse, margins], dim=1).cpu().numpy())
         inside = kept == right[:, None]
         mine_score = torch.where(inside, margins, -torch.inf).amax(1, keepdim=True)
         fine = 1 + ((margins >= mine_score) & ~inside).sum(1)

@@ -56,6 +56,7 @@ class Progress:
     best_step: int = 0  # of the evaluation with the best figure so far
     best_value: float | None = None
     stale: int = 0  # evaluations since then
+    owes_evaluation: bool = False  # the evaluation of this step has not been done yet
 
     def note(self, value: float) -> bool:
         """Take the figure of an evaluation at this step; whether it is the best so far."""
@@ -160,6 +161,7 @@ class Checkpoints:
         return {
             "iteration": progress.step,
             "consumed_samples": progress.consumed_samples,
+            "owes_evaluation": progress.owes_evaluation,
             "best": {"step": progress.best_step, "value": progress.best_value, "stale": progress.stale, "metric": self.metric},
             "topology": topology(engine.config, self.state),
             "precision": engine.precision,
@@ -264,8 +266,20 @@ class Checkpoints:
         if best.get("metric", self.metric) != self.metric:  # figures of another kind do not compare
             best = {}
         return Progress(
-            manifest["iteration"], manifest["consumed_samples"], best.get("step", 0), best.get("value"), best.get("stale", 0)
+            manifest["iteration"],
+            manifest["consumed_samples"],
+            best.get("step", 0),
+            best.get("value"),
+            best.get("stale", 0),
+            manifest.get("owes_evaluation", False),
         )
+
+    def point_to_best(self, progress: Progress) -> None:
+        """Link the best checkpoint, where it lies in --save already."""
+        folder = Path(self.config.save) if self.config.save else None
+        best = f"{STEP_FOLDER}{progress.best_step}"
+        if self.state.is_main and folder and (folder / best).is_dir():
+            point_to(folder / BEST, best)
 
 
 def point_to(link: Path, name: str) -> None:

@@ -58,7 +58,9 @@ class Trainer:
 
         Preempted after a signal, with everything saved.
         """
-        config, step = self.config, self.progress.step
+        config = self.config
+        self.make_up_for_evaluation()
+        step = self.progress.step
         last = step if self.out_of_patience() else config.train_iters
         if step >= last:
             self.writer.say(f"already at step {step} of {last}: nothing to train")
@@ -67,14 +69,17 @@ class Trainer:
                 self.train_step()
                 step = self.progress.step
                 self.writer.advance()
+                due = self.progress.owes_evaluation = self.evaluation_is_due(step, last)
                 if reason := self.stopping.agreed(step):
-                    self.writer.say(f"step {step}: {reason}, the run ends here; the same command goes on")
                     last = step
                 if step % config.log_interval == 0 or step == last:
                     self.log()
                 pause = time.monotonic()
-                best = not reason and self.evaluation_is_due(step, last) and self.evaluate()
-                if not reason and self.out_of_patience():
+                best = due and not self.stopping.urgent and self.evaluate()
+                if reason or self.stopping.urgent:
+                    last = step
+                    self.say_why(reason or self.stopping.agreed(step))
+                elif self.out_of_patience():
                     self.writer.say(
                         f"step {step}: {self.progress.stale} evaluations without a better {self.checkpoints.metric}: the run ends"
                     )
@@ -96,6 +101,16 @@ class Trainer:
             if not config.save:
                 raise TrainingStopped("stopped by a signal, and without --save nothing could be kept")
             raise Preempted
+
+    def make_up_for_evaluation(self) -> None:
+        """The evaluation for which the run that is gone on with had no time: what is best and when to stop early must not depend on it."""
+        if self.progress.owes_evaluation and self.evaluation and self.evaluate():
+            self.checkpoints.point_to_best(self.progress)
+
+    def say_why(self, reason: str) -> None:
+        """The line of a run that ends before its time."""
+        left = "; its evaluation is left for then" if self.progress.owes_evaluation else ""
+        self.writer.say(f"step {self.progress.step}: {reason}, the run ends here; the same command goes on{left}")
 
     def say_what_was_saved(self) -> None:
         """The lines of saves that have ended in the background."""
@@ -191,13 +206,13 @@ class Trainer:
         return bool(self.evaluation and self.config.eval_interval) and (step % self.config.eval_interval == 0 or step == last)
 
     def evaluate(self) -> bool:
-        """Figures on unseen samples; whether they are the best so far by the job's metric."""
+        """Figures on unseen samples, unless it is given up for a stop; whether they are the best so far by the job's metric."""
         step = self.progress.step
         self.watchdog.enter("evaluation", step)
         figures = self.evaluation.run(self.engine, self.watchdog, stop=lambda: bool(self.stopping.agreed(step)))
-        if figures is None:  # the vote after the next step ends the run
-            self.writer.say(f"step {step}: the run is about to be stopped, its evaluation is left out")
+        if figures is None:
             return False
+        self.progress.owes_evaluation = False
         values, summary = figures
         self.writer.write(self.progress.step, values, summary, prefix="valid")
         if not self.checkpoints.metric:

@@ -1,5 +1,6 @@
 """The machines of a run side by side: what they have, and which one is odd. Collective: every rank calls `compare_nodes`."""
 
+import contextlib
 import os
 import shutil
 import time
@@ -13,10 +14,12 @@ import torch
 
 from megatron_interbert.config import RunConfig
 from megatron_interbert.data.manifest import MANIFEST, file_sha256
+from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.launch import Launch
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.node_facts import code_fingerprint, library_versions
 from megatron_interbert.training.processes import aligned, heading
+from megatron_interbert.weights.files import check_writable
 
 CLOCK_SECONDS = 2.0  # more than the ranks need to read their clocks after a barrier
 SHARED_MEMORY_GIB = 1.0  # what NCCL wants for the ranks of one machine
@@ -50,15 +53,12 @@ def compare_nodes(config: RunConfig, launch: Launch, state: ParallelState) -> tu
     columns.append(_devices({node: [gathered[rank]["device"] for rank in of_node] for node, of_node in ranks.items()}))
     columns.append(_clock({node: facts["clock"] for node, facts in first.items()}))
     columns.append(_at_least("/dev/shm", {node: facts["shared_memory"] for node, facts in first.items()}, SHARED_MEMORY_GIB))
-    if probe:
+    if config.save:
         found = {node: all(gathered[rank]["sees_save"] for rank in of_node) for node, of_node in ranks.items()}
-        columns.append(
-            Column(
-                "--save",
-                {node: "shared" if seen else "not shared" for node, seen in found.items()},
-                {node: f"--save {config.save} is not the folder that rank 0 sees" for node, seen in found.items() if not seen},
-            )
-        )
+        problems = {node: facts["save_problem"] for node, facts in first.items() if facts["save_problem"]}
+        unshared = {node: f"--save {config.save} is not the folder that rank 0 sees" for node, seen in found.items() if not seen}
+        cells = {node: "not shared" if node in unshared else "read-only" if node in problems else "shared" for node in found}
+        columns.append(Column("--save", cells, problems | unshared))
     wrong = [f"{node}: {text}" for column in columns for node, text in column.wrong.items()]
     return "\n".join([heading(launch, len(ranks)), *_table(list(ranks), columns)]), wrong
 
@@ -71,10 +71,8 @@ def _probe(config: RunConfig, state: ParallelState) -> Path | None:
         while not place.exists():
             place = place.parent
         name = place / f".shared-{uuid.uuid4().hex}"
-        try:
+        with contextlib.suppress(OSError):  # `_save_problem` says so
             name.touch()
-        except OSError:  # the check of the disk says so
-            name = None
     return state.gather(name)[0]
 
 
@@ -88,8 +86,18 @@ def _facts(config: RunConfig, probe: Path | None) -> dict[str, Any]:
         },
         "device": _device(),
         "shared_memory": shutil.disk_usage("/dev/shm").free / 2**30 if os.path.isdir("/dev/shm") else 0.0,
-        "sees_save": probe is None or probe.exists(),
+        "sees_save": probe is None or probe.exists() or bool(_save_problem(config)),
+        "save_problem": _save_problem(config),
     }
+
+
+def _save_problem(config: RunConfig) -> str:
+    """Why this machine cannot write checkpoints; empty where it can."""
+    try:
+        check_writable(Path(config.save), "--save")
+    except UsageError as error:
+        return str(error)
+    return ""
 
 
 def _device() -> tuple[str, float]:

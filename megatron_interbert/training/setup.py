@@ -19,6 +19,7 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.kernels.choice import choose_kernels
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
+from megatron_interbert.parallel.agreement import check_alike, together
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
@@ -32,7 +33,7 @@ from megatron_interbert.training.evaluation import DownstreamEvaluation, Evaluat
 from megatron_interbert.training.first_weights import load_initial_weights
 from megatron_interbert.training.loop import Trainer
 from megatron_interbert.training.node_facts import facts_of_run
-from megatron_interbert.training.processes import check_alike, describe_launch, start_processes, together
+from megatron_interbert.training.processes import describe_launch, start_processes
 from megatron_interbert.training.resume import claim_folder, find_checkpoint, resumed_batch
 from megatron_interbert.training.stopping import Stopping
 from megatron_interbert.training.watchdog import Watchdog

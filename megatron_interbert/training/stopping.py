@@ -24,6 +24,7 @@ class Stopping:
         self.started = time.monotonic()
         self._noted = 0  # the first signal that came to this rank; only `_note` writes it, at any moment
         self._agreed = 0  # the signal for which all ranks end
+        self.urgent = False  # whether the run ends for a signal or the clock: nothing but saving has time left
         # A group on the host: the vote must not wait for the device.
         self._group = dist.new_group(backend="gloo") if state.world_size > 1 else None
         take_over(STOPPING, self._note)
@@ -42,6 +43,7 @@ class Stopping:
         if self._group is not None:
             dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._group)
         self._agreed, late = int(vote[0]), bool(vote[1])
+        self.urgent = bool(self._agreed or late)
         if self._agreed:
             lost = " (a terminal or a launcher has gone)" if self._agreed == signal.SIGHUP else ""
             return signal.Signals(self._agreed).name + lost

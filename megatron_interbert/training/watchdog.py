@@ -20,13 +20,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.nn.modules.module import register_module_forward_hook
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.signals import identity
 
 ROOM = {"start": 4, "data": 1, "step": 1, "evaluation": 4, "save": 4}  # times `least`; in the order in which a step meets them
 LEARNED = 10  # times the longest so far
@@ -53,6 +54,7 @@ class Seen:
 
     node: str
     pid: int
+    identity: str
     phase: str = "start"
     step: int = 0
     seconds: float = 0.0
@@ -155,8 +157,8 @@ class Watchdog:
         else:
             print(f"error ({where}): the run hangs: {verdict['hang']}. What this rank is doing:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-            for node, pid in verdict.get("kill", []):
-                if node == self.state.node:  # a stopped process would not hear its launcher's SIGTERM
+            for pid, name in verdict.get("kill", []):
+                if name and identity(pid) == name:  # on this machine; a stopped process would not hear its launcher's SIGTERM
                     with contextlib.suppress(OSError):
                         os.kill(pid, signal.SIGKILL)
             time.sleep(2 * BEAT if self._hub else 0)  # the others have to hear it too
@@ -185,7 +187,15 @@ class Connection:
             raise UsageError(f"{state.node}: the watchdog of rank 0 at {address}:{meeting['port']} cannot be reached ({error}); open the"
                              " ports between the machines, or give --hang-timeout 0 to do without") from error  # fmt: skip
         self._heard, self._rest, self.broken = time.monotonic(), b"", False
-        self._send({"token": meeting["token"], "rank": state.rank, "node": state.node, "pid": os.getpid()})
+        self._send(
+            {
+                "token": meeting["token"],
+                "rank": state.rank,
+                "node": state.node,
+                "pid": os.getpid(),
+                "identity": identity(os.getpid()),
+            }
+        )
         self.socket.setblocking(False)
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -289,14 +299,14 @@ class Hub:
     def _take(self, connection: socket.socket, message: dict[str, Any]) -> None:
         if message.get("token") == self.meeting["token"]:
             self._rank_of[connection] = message["rank"]
-            self.seen[message["rank"]] = Seen(message["node"], message["pid"], limit=self.limit, heard=time.monotonic())
+            self.seen[message["rank"]] = Seen(**message["who"], limit=self.limit, heard=time.monotonic())
         elif (rank := self._rank_of.get(connection)) is None:
             return
         elif "bye" in message:
             self.seen.pop(rank, None)
             del self._rank_of[connection]
         else:
-            self.seen[rank] = Seen(self.seen[rank].node, self.seen[rank].pid, **message, heard=time.monotonic())
+            self.seen[rank] = replace(self.seen[rank], **message, heard=time.monotonic())
 
     def _lost(self, connection: socket.socket) -> dict[str, Any] | None:
         if connection not in self._lines:
@@ -318,7 +328,7 @@ class Hub:
             )
             return {
                 "hang": f"{text}: its process is stopped, or its machine is gone",
-                "kill": [(s.node, s.pid) for s in silent.values()],
+                "kill": [(s.pid, s.identity) for s in silent.values()],
             }
         last = min(seen.place() for seen in self.seen.values())
         behind = {rank: seen for rank, seen in self.seen.items() if seen.place() == last}
@@ -328,7 +338,8 @@ class Hub:
             return {
                 "hang": f"all ranks are in {what}, none behind the others: a collective that cannot end, or a device that hangs"
             }
-        return {"hang": f"rank {', '.join(map(str, behind))} on {one.node} is in {what} and the others wait for it"}
+        names = ", ".join(f"rank {rank} on {seen.node}" for rank, seen in behind.items())
+        return {"hang": f"{names} is in {what} and the others wait for it"}
 
     def _tell_all(self, message: dict[str, Any]) -> None:
         for connection in list(self._rank_of):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,3 +137,15 @@ def flush_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """UsageError where files cannot be written to a folder, or to the nearest one above it that is there. Leaves nothing behind."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".writable-"):
+            pass
+    except OSError as error:
+        raise UsageError(f"{flag} {folder}: nothing can be written there ({error.strerror}); choose another folder") from None
