@@ -70,15 +70,15 @@ class Trainer:
                 step = self.progress.step
                 self.writer.advance()
                 due = self.progress.owes_evaluation = self.evaluation_is_due(step, last)
-                if reason := self.stopping.agreed(step):
+                if self.stopping.agreed(step):
                     last = step
                 if step % config.log_interval == 0 or step == last:
                     self.log()
                 pause = time.monotonic()
                 best = due and not self.stopping.urgent and self.evaluate()
-                if reason or self.stopping.urgent:
-                    last = step
-                    self.say_why(reason or self.stopping.agreed(step))
+                if self.stopping.reason:
+                    last = step  # it may have come in the evaluation
+                    self.say_why(self.stopping.reason)
                 elif self.out_of_patience():
                     self.writer.say(
                         f"step {step}: {self.progress.stale} evaluations without a better {self.checkpoints.metric}: the run ends"
@@ -209,7 +209,9 @@ class Trainer:
         """Figures on unseen samples, unless it is given up for a stop; whether they are the best so far by the job's metric."""
         step = self.progress.step
         self.watchdog.enter("evaluation", step)
-        figures = self.evaluation.run(self.engine, self.watchdog, stop=lambda: bool(self.stopping.agreed(step)))
+        figures = self.evaluation.run(
+            self.engine, self.watchdog, stop=lambda: bool(self.stopping.agreed(step)) and self.stopping.urgent
+        )
         if figures is None:
             return False
         self.progress.owes_evaluation = False

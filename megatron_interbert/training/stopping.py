@@ -24,7 +24,8 @@ class Stopping:
         self.started = time.monotonic()
         self._noted = 0  # the first signal that came to this rank; only `_note` writes it, at any moment
         self._agreed = 0  # the signal for which all ranks end
-        self.urgent = False  # whether the run ends for a signal or the clock: nothing but saving has time left
+        self.reason = ""  # the result of the newest vote
+        self.urgent = False  # whether that is a signal or the clock: nothing but saving has time left
         # A group on the host: the vote must not wait for the device.
         self._group = dist.new_group(backend="gloo") if state.world_size > 1 else None
         take_over(STOPPING, self._note)
@@ -35,8 +36,12 @@ class Stopping:
     def agreed(self, step: int) -> str:
         """Called by all ranks after a step: the same reason on all to end now, or an empty string.
 
-        `preempted` tells whether the reason is a signal.
+        `preempted` tells whether the reason is a signal, `urgent` whether it is a signal or the clock.
         """
+        self.reason = self._vote(step)
+        return self.reason
+
+    def _vote(self, step: int) -> str:
         minutes = self.config.exit_duration_in_mins
         late = bool(minutes) and time.monotonic() - self.started > minutes * 60
         vote = torch.tensor([self._noted, late], dtype=torch.int64)

@@ -187,15 +187,8 @@ class Connection:
             raise UsageError(f"{state.node}: the watchdog of rank 0 at {address}:{meeting['port']} cannot be reached ({error}); open the"
                              " ports between the machines, or give --hang-timeout 0 to do without") from error  # fmt: skip
         self._heard, self._rest, self.broken = time.monotonic(), b"", False
-        self._send(
-            {
-                "token": meeting["token"],
-                "rank": state.rank,
-                "node": state.node,
-                "pid": os.getpid(),
-                "identity": identity(os.getpid()),
-            }
-        )
+        who = {"node": state.node, "pid": os.getpid(), "identity": identity(os.getpid())}
+        self._send({"token": meeting["token"], "rank": state.rank, "who": who})
         self.socket.setblocking(False)
 
     def _send(self, message: dict[str, Any]) -> None:
