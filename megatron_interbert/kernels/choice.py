@@ -27,7 +27,8 @@ class Kernels:
 def choose_kernels(name: str, device: torch.device, attention_dropout: bool = False) -> Kernels:
     """Kernels for `--kernels auto|torch|triton|apex` on a device; UsageError when the choice cannot run there.
 
-    Variable-length flash attention has no dropout: with `attention_dropout` (training) padded SDPA takes its place.
+    Variable-length flash attention has no dropout: with `attention_dropout` (training) the kernel for short sequences takes its
+    place, or padded SDPA where there is no Triton.
     """
     on_gpu = device.type == "cuda"
     packed_attention = attention.varlen_flash if on_gpu and not attention_dropout else attention.padded_sdpa
@@ -37,8 +38,10 @@ def choose_kernels(name: str, device: torch.device, attention_dropout: bool = Fa
         from megatron_interbert.kernels import apex_adapters
 
         return Kernels(packed_attention, plain.bias_gelu, apex_adapters.load_dropout_add_norm())
-    from megatron_interbert.kernels import triton_ops
+    from megatron_interbert.kernels import triton_attention, triton_ops
 
     if not (on_gpu or triton_ops.interpreted()):
         raise UsageError("--kernels triton needs a GPU (or TRITON_INTERPRET=1 to check the kernels on a CPU); use --kernels torch")
+    if attention_dropout or not on_gpu:
+        packed_attention = triton_attention.short_attention
     return Kernels(packed_attention, triton_ops.bias_gelu, triton_ops.dropout_add_norm)

@@ -30,11 +30,14 @@ class RandomStreams:
         self._sharded_state = self._read()
         torch.manual_seed(int(replicated))
 
-    def _read(self) -> torch.Tensor:
-        return torch.cuda.get_rng_state() if self.on_gpu else torch.get_rng_state()
+    def _read(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of the host, from which our kernels take their seeds, and of the device."""
+        return torch.get_rng_state(), torch.cuda.get_rng_state() if self.on_gpu else None
 
-    def _write(self, state: torch.Tensor) -> None:
-        torch.cuda.set_rng_state(state) if self.on_gpu else torch.set_rng_state(state)
+    def _write(self, state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+        torch.set_rng_state(state[0])
+        if self.on_gpu:
+            torch.cuda.set_rng_state(state[1])
 
     @contextmanager
     def sharded(self) -> Iterator[None]:
@@ -48,12 +51,12 @@ class RandomStreams:
             self._write(replicated)
 
     @contextmanager
-    def _remember(self, memory: dict[str, torch.Tensor]) -> Iterator[None]:
+    def _remember(self, memory: dict[str, Any]) -> Iterator[None]:
         memory["sharded"] = self._sharded_state
         yield
 
     @contextmanager
-    def _replay(self, memory: dict[str, torch.Tensor]) -> Iterator[None]:
+    def _replay(self, memory: dict[str, Any]) -> Iterator[None]:
         later = self._sharded_state
         self._sharded_state = memory["sharded"]
         try:
@@ -63,7 +66,7 @@ class RandomStreams:
 
     def recompute(self, function: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
         """function(*inputs) whose activations are recomputed in the backward pass, dropout of both streams replayed."""
-        memory: dict[str, torch.Tensor] = {}
+        memory: dict[str, Any] = {}
         return checkpoint(
             function,
             *inputs,
