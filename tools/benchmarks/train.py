@@ -1,4 +1,4 @@
-"""Training steps of our model and of what a user would run instead: same sizes, samples, precision; in turn, in one process."""
+"""Training steps of our model and of what a user would run instead: same sizes, samples, precision; in turn, each in a process of its own."""
 
 import argparse
 import dataclasses
@@ -7,14 +7,16 @@ import statistics
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from megatron_interbert.config import ModelConfig, RunConfig
-from megatron_interbert.data.packing import Example, pack
+from megatron_interbert.data.packing import Example, PackedBatch, pack
 from megatron_interbert.errors import UsageError
 from megatron_interbert.kernels import plain
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
@@ -50,6 +52,16 @@ class Contender:
         for name, begin, end in zip(PARTS, marks[:-1], marks[1:], strict=True):
             self.seconds[name].append(end - begin)
         return marks[-1] - marks[0]
+
+    def figures(self) -> dict[str, Any]:
+        """What there is to say beside the seconds of steps."""
+        batch = pack(self.examples, self.examples[0].features.shape[1])
+        parts = {part: statistics.median(values) for part, values in self.seconds.items()}
+        return {"parts": parts, "tokens": len(batch.joint_order), **self.own_figures(batch)}
+
+    def own_figures(self, batch: PackedBatch) -> dict[str, Any]:
+        """`parameters`, and `flops` or `padded_tokens` of a step."""
+        raise NotImplementedError
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -98,6 +110,10 @@ class Ours(Contender):
     def update(self) -> None:
         self.engine.step(1e-4)
 
+    def own_figures(self, batch: PackedBatch) -> dict[str, Any]:
+        model = self.engine.model
+        return {"parameters": parameters(model), "flops": training_flops(model.config, batch)}
+
 
 class Padded(Contender):
     """A module over padded batches with torch's AdamW, autocast and clipping, as training scripts write it."""
@@ -124,6 +140,9 @@ class Padded(Contender):
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def own_figures(self, batch: PackedBatch) -> dict[str, Any]:
+        return {"parameters": parameters(self.model), "padded_tokens": len(self.examples) * (self.tokens + self.regions)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -178,56 +197,73 @@ def contenders(arguments: argparse.Namespace, device: torch.device) -> dict[str,
     return {name: found[name] for name in found if name in wanted}
 
 
+class Worker:
+    """A contender in a process of its own, which waits while the others run."""
+
+    def __init__(self, arguments: argparse.Namespace, name: str) -> None:
+        context = get_context("spawn")
+        self.line, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, arguments, name), daemon=True)
+        self.process.start()
+
+    def ask(self, what: str) -> Any:
+        """`step`: seconds of one; `figures`: what there is to say at the end."""
+        self.line.send(what)
+        return self.line.recv()
+
+
+def _serve(line: Connection, arguments: argparse.Namespace, name: str) -> None:
+    device = this_device()
+    if name.startswith("ours"):
+        start_processes()
+    before = resident("VmRSS")
+    contender = contenders(arguments, device)[name]()
+    contender.step()  # buffers and choices of the first step
+    contender.seconds = {part: [] for part in PARTS}
+    while True:
+        if line.recv() == "step":
+            line.send(contender.step())
+        else:
+            on_gpu = device.type == "cuda"
+            memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else resident("VmHWM") - before
+            line.send({**contender.figures(), "peak_memory_gib": memory})
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Figures of all contenders, printed as a table."""
     device = this_device()
-    makers = contenders(arguments, device)
-    memory = {name: in_a_process(peak_memory, arguments, name) for name in makers}
-    start_processes()
-    running = {name: make() for name, make in makers.items()}
-    for contender in running.values():
-        contender.step()  # buffers and choices of the first step
-        contender.seconds = {name: [] for name in PARTS}
-    rounds: dict[str, list[float]] = {name: [] for name in running}
-    for _ in range(arguments.rounds):
-        for name, contender in running.items():
-            rounds[name].append(statistics.median(contender.step() for _ in range(arguments.steps)))
-    return report(arguments, running, rounds, memory, peak_tflops(device, arguments.peak_tflops))
-
-
-def report(
-    arguments: argparse.Namespace,
-    running: dict[str, Contender],
-    rounds: dict[str, list[float]],
-    memory: dict[str, float],
-    peak: float | None,
-) -> dict[str, Any]:
-    """The figures, from the seconds of a step in each round."""
-    first = next(iter(running.values()))
-    examples = first.examples
-    batch = pack(examples, examples[0].features.shape[1])
-    tokens = len(batch.joint_order)
-    result: dict[str, Any] = {"samples": len(examples), "tokens": tokens, "contenders": {}}
-    for name, contender in running.items():
-        seconds = statistics.median(rounds[name])
-        ratios = [mine / base for mine, base in zip(rounds[name], rounds[next(iter(running))], strict=True)]
-        parts = {part: statistics.median(values) for part, values in contender.seconds.items()}
-        figures = {
-            "samples_per_second": len(examples) / seconds,
-            "real_tokens_per_second": tokens / seconds,
+    names = list(contenders(arguments, device))
+    workers = {name: Worker(arguments, name) for name in names}
+    rounds: dict[str, list[float]] = {name: [] for name in names}
+    with tqdm(total=arguments.rounds * len(names), unit="contender", disable=None, leave=False) as bar:
+        for _ in range(arguments.rounds):
+            for name, worker in workers.items():
+                rounds[name].append(statistics.median(worker.ask("step") for _ in range(arguments.steps)))
+                bar.update()
+    result: dict[str, Any] = {"samples": arguments.batch, "contenders": {}}
+    peak = peak_tflops(device, arguments.peak_tflops)
+    for name, worker in workers.items():
+        seconds, figures = statistics.median(rounds[name]), worker.ask("figures")
+        ratios = [mine / base for mine, base in zip(rounds[name], rounds[names[0]], strict=True)]
+        figures |= {
+            "samples_per_second": arguments.batch / seconds,
+            "real_tokens_per_second": figures["tokens"] / seconds,
             "time_of_ours": statistics.median(ratios),
             "time_of_ours_range": [min(ratios), max(ratios)],
-            "peak_memory_gib": memory[name],
-            "parts": parts,
         }
-        if isinstance(contender, Ours):
-            figures["tflops"] = training_flops(contender.engine.model.config, batch) / seconds / 1e12
+        if "flops" in figures:
+            figures["tflops"] = figures.pop("flops") / seconds / 1e12
             figures["mfu"] = figures["tflops"] / peak if peak else None
-            figures["parameters"] = parameters(contender.engine.model)
-        else:
-            figures["parameters"] = parameters(contender.model)
-            figures["padded_tokens_per_second"] = len(examples) * (contender.tokens + contender.regions) / seconds
+        if "padded_tokens" in figures:
+            figures["padded_tokens_per_second"] = figures.pop("padded_tokens") / seconds
         result["contenders"][name] = figures
+        worker.process.kill()
+    print("\n".join(table(result)))
+    return result
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """The figures, a contender a line."""
     head = ("", "parameters", "samples/s", "real tokens/s", "TFLOP/s", "times our time (range)", "memory GiB", *PARTS)
     rows = []
     for name, f in result["contenders"].items():
@@ -244,32 +280,10 @@ def report(
                 *(f"{1000 * f['parts'][part]:.0f} ms" for part in PARTS),
             )
         )
-    print("\n".join(aligned([head, *rows])))
-    return result
-
-
-def peak_memory(arguments: argparse.Namespace, name: str) -> float:
-    """GiB that three steps of a contender take beyond what its process had before, on the device or in the process."""
-    device = this_device()
-    start_processes()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    before = resident("VmRSS")
-    contender = contenders(arguments, device)[name]()
-    for _ in range(3):
-        contender.step()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resident("VmHWM") - before
+    return aligned([head, *rows])
 
 
 def resident(field: str) -> float:
     """GiB: what /proc says of this process (VmRSS now, VmHWM at most so far)."""
     lines = Path(f"/proc/{os.getpid()}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**20
-
-
-def in_a_process(function: Callable[..., float], *arguments: Any) -> float:
-    """The result of a function in a fresh process of its own."""
-    with get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
