@@ -1,4 +1,4 @@
-"""Training steps of our model and of what a user would run instead: same sizes, samples, precision; in turn, each in a process of its own."""
+"""Training steps of our model and of what a user would run instead, on the same samples; in turn, each in a process of its own."""
 
 import argparse
 import dataclasses
