@@ -16,6 +16,8 @@ from multiprocessing import forkserver
 from multiprocessing.reduction import DupFd
 from unittest import mock
 
+from megatron_interbert.signals import signal_at_parents_death
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.warm_imports"])
 
@@ -98,6 +100,7 @@ class _Start:
 
     def __call__(self):
         os.setsid()
+        signal_at_parents_death(signal.SIGKILL)  # the fork server ends with the tests, however they end
         os.chdir(self.folder)
         os.environ.clear()
         os.environ.update(self.environment)
