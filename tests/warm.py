@@ -100,7 +100,9 @@ class _Start:
 
     def __call__(self):
         os.setsid()
-        signal_at_parents_death(signal.SIGKILL)  # the fork server ends with the tests, however they end
+        # The fork server ends with the tests, however they end, unless somebody else holds this line to it; and we with the server.
+        os.close(forkserver._forkserver._forkserver_alive_fd)
+        signal_at_parents_death(signal.SIGKILL)
         os.chdir(self.folder)
         os.environ.clear()
         os.environ.update(self.environment)
