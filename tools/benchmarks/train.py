@@ -186,7 +186,7 @@ def contenders(arguments: argparse.Namespace, device: torch.device) -> dict[str,
 
     found = {
         "ours": ours(choose_kernels("auto", device, dropout)),
-        "ours, plain twins": ours(TWIN),
+        "ours by plain twins": ours(TWIN),
         "padded InterBERT": padded(lambda: PaddedInterBert(sizes)),
         "LXMERT": padded(lambda: Lxmert(sizes, values)),
         "VisualBERT": padded(lambda: VisualBert(sizes, values)),

@@ -1,0 +1,56 @@
+"""tools/benchmark.py train: every contender trains on the same samples, and the figures fit together."""
+
+import json
+import math
+import sys
+
+import torch
+
+from megatron_interbert.model.presets import load_model_config
+from tests.launching import launch
+from tools.benchmarks.batches import IGNORED, pad, random_examples
+
+COMMAND = (sys.executable, "tools/benchmark.py", "train", "--model", "tiny", "--batch", 4, "--rounds", 2, "--steps", 1)
+
+
+def test_contenders_side_by_side(tmp_path):
+    code, out, err = launch(*COMMAND, "--output", tmp_path / "figures.json")
+    assert code == 0, out + err
+    result = json.loads((tmp_path / "figures.json").read_text())
+    contenders = result["contenders"]
+    assert list(contenders) == ["ours", "ours by plain twins", "padded InterBERT", "LXMERT", "VisualBERT"]
+    for name, figures in contenders.items():
+        assert name in out
+        low, high = figures["time_of_ours_range"]
+        assert 0 < low <= figures["time_of_ours"] <= high
+        assert math.isfinite(figures["samples_per_second"])
+        assert figures["tokens"] == contenders["ours"]["tokens"]
+        assert abs(figures["parameters"] / contenders["ours"]["parameters"] - 1) < 0.25, name
+        assert set(figures["parts"]) == {"data", "forward", "backward", "optimizer"}
+    assert abs(contenders["padded InterBERT"]["parameters"] / contenders["ours"]["parameters"] - 1) < 0.01
+    assert contenders["ours"]["time_of_ours"] == 1
+
+
+def test_an_unknown_contender_is_refused():
+    code, _, err = launch(*COMMAND, "--only", "ours,theirs")
+    assert code == 2
+    assert err.strip() == (
+        "error: --only theirs: no such contender; there are ours, ours by plain twins, padded InterBERT, LXMERT, VisualBERT"
+    )
+
+
+def test_padding_keeps_every_sample():
+    sizes = load_model_config("base")
+    examples = random_examples(sizes, 3, words=(5, 9), regions=(2, 6), seed=1)
+    batch = pad(examples, tokens=12, regions=7)
+    for row, example in enumerate(examples):
+        words, regions = len(example.token_ids), len(example.features)
+        assert batch.token_mask[row].sum() == words
+        assert batch.region_mask[row].sum() == regions
+        targets = batch.word_labels[row] != IGNORED
+        assert targets.nonzero()[:, 0].tolist() == example.msm_positions.tolist()
+        assert batch.word_labels[row][targets].tolist() == example.token_ids[example.msm_positions].tolist()
+        hidden = batch.region_labels[row] != IGNORED
+        assert hidden[:regions].tolist() == example.hidden_regions.tolist()
+        assert torch.equal(batch.features[row][hidden], torch.zeros(int(hidden.sum()), sizes.feature_dim))
+        assert batch.features[row, :regions][~hidden[:regions]].abs().sum() > 0
