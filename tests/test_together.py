@@ -118,11 +118,12 @@ def test_a_signal_to_any_rank_stops_all_and_the_losses_go_on(store, tmp_path, nu
 
 
 def test_a_launcher_passes_the_signal_on(store, tmp_path):
-    """SIGTERM to the deepspeed launcher itself: its ranks save."""
+    """SIGTERM to the deepspeed command alone, which ends without a word to its ranks: they save and end."""
     process = start(*deepspeed(2, "--data-path", store, "--save", tmp_path / "run", *TINY, *ENDLESS))
     until(lambda: steps(tmp_path / "run") >= 3, "three steps")
-    os.killpg(process.pid, signal.SIGTERM)
-    out, err = process.communicate(timeout=90)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=90)  # until the last rank has closed its output
+    assert "SIGHUP (a terminal or a launcher has gone), the run ends here" in out, out + err
     last = max(records(tmp_path / "run"))
     assert (tmp_path / "run" / f"global_step{last}" / "manifest.json").is_file(), out + err
 

@@ -110,6 +110,7 @@ class ScoreTiles:
         problem = self.state.gather(problem)[0]
         if problem:
             raise UsageError(problem)
+        self.found = 0  # tiles that were there already
         self.places = [(top, left) for top in range(0, shape[0], tile[0]) for left in range(0, shape[1], tile[1])]
 
     def _claim(self, parent: Path) -> str | None:
@@ -136,6 +137,7 @@ class ScoreTiles:
         """Places (first caption, first image) of this rank that are not there yet."""
         found = [self._file(place).is_file() for place in self.places]
         found = self.state.gather(found)[0]  # what the first rank sees: all must agree on who does what
+        self.found = sum(found)
         left = [place for place, there in zip(self.places, found, strict=True) if not there]
         return left[self.state.data_rank :: self.state.data_size]
 

@@ -38,7 +38,9 @@ def vocabulary_of_run(config: TrainConfig, stores: Sequence[str] = ()) -> Captio
 def check_length(longest: int, sizes: ModelConfig, flag: str = "--max-tokens") -> None:
     """UsageError for texts longer than the model's positions."""
     if longest > sizes.max_position_embeddings:
-        raise UsageError(f"{flag} {longest} is more than the model's {sizes.max_position_embeddings} positions")
+        raise UsageError(
+            f"{flag} {longest} is more than the model's {sizes.max_position_embeddings} positions; give that many or fewer"
+        )
 
 
 def sizes_of_model(config: TrainConfig) -> ModelConfig:

@@ -87,6 +87,8 @@ def score_tiles(
     tiles = ScoreTiles(folder, shape, (config.tile_captions, config.tile_images), identity, state)
     mine = tiles.missing()
     total = sum(tiles.pairs(place) for place in mine)
+    if state.is_main and tiles.found:
+        print(f"{tiles.found} of {len(tiles.places)} tiles are there already", flush=True)
     with tqdm(
         total=total, unit="pair", unit_scale=True, desc="scoring", mininterval=1.0, disable=None if state.is_main else True
     ) as bar:

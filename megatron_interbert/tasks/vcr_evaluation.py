@@ -65,7 +65,9 @@ def evaluate_vcr(config: EvaluateVcrConfig, state: ParallelState, device: torch.
             photos = Path(config.image_folder) if config.image_folder else None
             write_text(folder / "result.html", page(result, items, answers, given_right, images, config.examples, photos))
         print(table(result) if metrics else "these annotations hold no labels, so no figure is given")
-        print(f"result: {folder / 'result.json'}" + (f"\nsubmission: {folder / 'submission.csv'}" if every else ""))
+        print(f"result: {folder / 'result.json'}" + (f"\npage:   {folder / 'result.html'}" if labelled else ""))
+        if every:
+            print(f"submission: {folder / 'submission.csv'}")
     return result
 
 

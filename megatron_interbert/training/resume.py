@@ -41,7 +41,7 @@ def claim_folder(folder: str, state: ParallelState) -> IO | None:
             handle.seek(0)
             problem = (
                 f"--save {folder}: another run writes there ({handle.read().strip()}); end it, or choose another --save."
-                " If only its launcher was killed, its ranks live on: pkill -f pretrain.sh"
+                " If only its launcher was killed, its ranks live on: kill that process, and it saves and ends"
             )
         except OSError as error:
             print(f"note: --save {folder} cannot be locked ({error.strerror}); see that no other run writes there", flush=True)

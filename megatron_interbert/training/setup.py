@@ -151,11 +151,12 @@ def describe_run(
         getattr(p, "ds_numel", p.numel()) * (state.tensor_size if hasattr(p, "tensor_model_parallel") else 1)
         for p in model.parameters()
     )
+    name = config.model or f"of {config.init_from}"
     start = f"resumed from {resume}" if resume else "starting anew"
     if not config.save:
         start += "; no --save: nothing will be kept"
     lines = [
-        f"model {config.model}: {parameters / 1e6:.1f} M parameters, hidden {sizes.hidden_size}, layers {sizes.interaction_layers} +"
+        f"model {name}: {parameters / 1e6:.1f} M parameters, hidden {sizes.hidden_size}, layers {sizes.interaction_layers} +"
         f" {sizes.text_layers} + {sizes.image_layers}, vocabulary {sizes.vocab_size}, features {sizes.feature_dim},"
         f" classes {sizes.num_classes}",
         f"layout: DP{state.data_size} x TP{state.tensor_size} ({state.world_size} ranks, {dist.get_backend()}), ZeRO-{config.zero_stage},"

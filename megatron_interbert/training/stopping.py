@@ -4,6 +4,7 @@ A signal (signals.STOPPING) may reach some ranks or all. Each rank only notes it
 after the same step.
 """
 
+import os
 import signal
 import time
 from types import FrameType
@@ -12,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_interbert.config import TrainConfig
+from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.signals import STOPPING, take_over
+from megatron_interbert.signals import STOPPING, parent, take_over
 
 
 class Stopping:
@@ -29,8 +31,10 @@ class Stopping:
         # A group on the host: the vote must not wait for the device.
         self._group = dist.new_group(backend="gloo") if state.world_size > 1 else None
         take_over(STOPPING, self._note)
+        # The deepspeed command starts a process that starts the ranks; a signal to the command ends it without a word to either.
+        self._command = parent(os.getppid()) if read_launch().launcher == "deepspeed" else 0
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, frame: FrameType | None = None) -> None:
         self._noted = self._noted or number
 
     def agreed(self, step: int) -> str:
@@ -44,6 +48,8 @@ class Stopping:
     def _vote(self, step: int) -> str:
         minutes = self.config.exit_duration_in_mins
         late = bool(minutes) and time.monotonic() - self.started > minutes * 60
+        if self._command and parent(os.getppid()) != self._command:
+            self._note(signal.SIGHUP)
         vote = torch.tensor([self._noted, late], dtype=torch.int64)
         if self._group is not None:
             dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._group)

@@ -16,6 +16,7 @@ def stop(monkeypatch):
     """The vote of one rank of two, of which the other never wants to end; the signals' handlers are given back."""
     before = {number: signal.getsignal(number) for number in STOPPING}
     monkeypatch.setattr(dist, "new_group", lambda backend: backend)
+    monkeypatch.setattr(stopping, "read_launch", lambda: SimpleNamespace(launcher="python"))
     yield stopping.Stopping(SimpleNamespace(exit_duration_in_mins=0, exit_interval=0), SimpleNamespace(world_size=2))
     for number, handler in before.items():
         signal.signal(number, handler)

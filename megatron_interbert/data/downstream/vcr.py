@@ -112,7 +112,10 @@ def read_questions(path: str, stores: "VcrImages", whole: bool = False) -> Quest
                 ) from error
             found.drop(str(error), str(record["annot_id"]))
     if not found.items:
-        raise UsageError(f"{found.report()}; nothing is left: do the stores hold the images of these annotations?")
+        raise UsageError(
+            f"{found.report()}; nothing is left: do the stores hold the images of these annotations"
+            " (stores of validation images: --valid-data-path, --valid-annotated-path)?"
+        )
     return found
 
 
