@@ -6,6 +6,8 @@ written once by one program: the same bits every time. The scores and the dropou
 The numbers of warps are those with which ptxas for sm_90 spills least (tiles of 64: nothing).
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,117 +17,72 @@ WIDEST = 128  # size of a head
 
 
 @triton.jit
-def _tile(base, first, head, row_stride, head_stride, rows, columns, inside):
-    """[rows, columns] of one head of packed tokens [N, heads, D]."""
-    at = base + (first + rows)[:, None].to(tl.int64) * row_stride + head * head_stride + columns[None, :]
-    return tl.load(at, mask=inside, other=0.0)
-
-
-@triton.jit
-def _weights(q, k, length, scale, rows):
-    """Softmax [rows, keys] in float32; rows and keys past the end get 0."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+def _attend(
+    q_ptr, k_ptr, v_ptr, offsets_ptr, row_stride, head_stride, scale, p, seed, width,
+    LENGTH: tl.constexpr, WIDTH: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """What both passes need of this program's sequence and head: tiles q, k, v [LENGTH, WIDTH], the weights [LENGTH, LENGTH] before
+    dropout in float32, and what dropout multiplies them by. Places past the end hold 0."""
+    sample, head = tl.program_id(0), tl.program_id(1)
+    first = tl.load(offsets_ptr + sample)
+    length = tl.load(offsets_ptr + sample + 1) - first
+    rows, columns = tl.arange(0, LENGTH), tl.arange(0, WIDTH)
+    inside = (rows[:, None] < length) & (columns[None, :] < width)
+    at = (first + rows)[:, None].to(tl.int64) * row_stride + head * head_stride + columns[None, :]
+    q = tl.load(q_ptr + at, mask=inside, other=0.0)
+    k = tl.load(k_ptr + at, mask=inside, other=0.0)
+    v = tl.load(v_ptr + at, mask=inside, other=0.0)
     there = (rows[:, None] < length) & (rows[None, :] < length)
-    scores = tl.where(there, scores, -1.0e30)
-    weights = tl.exp(scores - tl.max(scores, axis=1)[:, None])
-    weights = tl.where(there, weights, 0.0)
+    scores = tl.where(there, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, -1.0e30)
+    weights = tl.where(there, tl.exp(scores - tl.max(scores, axis=1)[:, None]), 0.0)
     total = tl.sum(weights, axis=1)
-    return weights / tl.where(total > 0.0, total, 1.0)[:, None]
+    weights = weights / tl.where(total > 0.0, total, 1.0)[:, None]
+    kept = tl.full([LENGTH, LENGTH], 1.0, tl.float32)
+    if DROPOUT:  # from a counter that each weight of the batch has for itself
+        program = sample * tl.num_programs(1) + head
+        counter = (program * LENGTH + rows)[:, None] * LENGTH + rows[None, :]
+        kept = tl.where(tl.rand(seed, counter) >= p, 1.0 / (1.0 - p), 0.0)
+    return q, k, v, weights, kept
 
 
 @triton.jit
-def _kept(seed, program, rows, p, LENGTH: tl.constexpr):
-    """1 / (1 - p) where a weight is kept, 0 where it is dropped: from a counter that each weight of the batch has for itself."""
-    counter = (program * LENGTH + rows)[:, None] * LENGTH + rows[None, :]
-    return tl.where(tl.rand(seed, counter) >= p, 1.0 / (1.0 - p), 0.0)
+def _places(offsets_ptr, width, LENGTH: tl.constexpr, WIDTH: tl.constexpr):
+    """Where this program's results lie in a contiguous [N, heads, width], and which of them there are."""
+    first = tl.load(offsets_ptr + tl.program_id(0))
+    length = tl.load(offsets_ptr + tl.program_id(0) + 1) - first
+    rows, columns = tl.arange(0, LENGTH), tl.arange(0, WIDTH)
+    at = ((first + rows)[:, None].to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * width + columns[None, :]
+    return at, (rows[:, None] < length) & (columns[None, :] < width)
 
 
 @triton.jit
 def _forward(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    offsets_ptr,
-    q_row,
-    q_head,
-    k_row,
-    k_head,
-    v_row,
-    v_head,
-    out_row,
-    out_head,
-    scale,
-    p,
-    seed,
-    width,
-    LENGTH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DROPOUT: tl.constexpr,
-):
-    sample, head = tl.program_id(0), tl.program_id(1)
-    first = tl.load(offsets_ptr + sample)
-    length = tl.load(offsets_ptr + sample + 1) - first
-    rows, columns = tl.arange(0, LENGTH), tl.arange(0, WIDTH)
-    inside = (rows[:, None] < length) & (columns[None, :] < width)
-    q = _tile(q_ptr, first, head, q_row, q_head, rows, columns, inside)
-    k = _tile(k_ptr, first, head, k_row, k_head, rows, columns, inside)
-    v = _tile(v_ptr, first, head, v_row, v_head, rows, columns, inside)
-    weights = _weights(q, k, length, scale, rows)
-    if DROPOUT:
-        weights *= _kept(seed, sample * tl.num_programs(1) + head, rows, p, LENGTH)
-    out = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-    at = out_ptr + (first + rows)[:, None].to(tl.int64) * out_row + head * out_head + columns[None, :]
-    tl.store(at, out.to(out_ptr.dtype.element_ty), mask=inside)
+    out_ptr, q_ptr, k_ptr, v_ptr, offsets_ptr, row_stride, head_stride, scale, p, seed, width,
+    LENGTH: tl.constexpr, WIDTH: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    _q, _k, v, weights, kept = _attend(
+        q_ptr, k_ptr, v_ptr, offsets_ptr, row_stride, head_stride, scale, p, seed, width, LENGTH, WIDTH, DROPOUT
+    )
+    at, inside = _places(offsets_ptr, width, LENGTH, WIDTH)
+    out = tl.dot((weights * kept).to(v.dtype), v, input_precision="ieee")
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _backward(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    dout_ptr,
-    dq_ptr,
-    dk_ptr,
-    dv_ptr,
-    offsets_ptr,
-    q_row,
-    q_head,
-    k_row,
-    k_head,
-    v_row,
-    v_head,
-    out_row,
-    out_head,
-    scale,
-    p,
-    seed,
-    width,
-    LENGTH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DROPOUT: tl.constexpr,
-):
-    sample, head = tl.program_id(0), tl.program_id(1)
-    first = tl.load(offsets_ptr + sample)
-    length = tl.load(offsets_ptr + sample + 1) - first
-    rows, columns = tl.arange(0, LENGTH), tl.arange(0, WIDTH)
-    inside = (rows[:, None] < length) & (columns[None, :] < width)
-    q = _tile(q_ptr, first, head, q_row, q_head, rows, columns, inside)
-    k = _tile(k_ptr, first, head, k_row, k_head, rows, columns, inside)
-    v = _tile(v_ptr, first, head, v_row, v_head, rows, columns, inside)
-    dout = _tile(dout_ptr, first, head, out_row, out_head, rows, columns, inside)
-    weights = _weights(q, k, length, scale, rows)
-    dweights = tl.dot(dout, tl.trans(v), input_precision="ieee")
-    dropped = weights
-    if DROPOUT:
-        kept = _kept(seed, sample * tl.num_programs(1) + head, rows, p, LENGTH)
-        dropped = weights * kept
-        dweights *= kept
-    dv = tl.dot(tl.trans(dropped).to(v.dtype), dout, input_precision="ieee")
+    dout_ptr, dq_ptr, dk_ptr, dv_ptr, q_ptr, k_ptr, v_ptr, offsets_ptr, row_stride, head_stride, scale, p, seed, width,
+    LENGTH: tl.constexpr, WIDTH: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    q, k, v, weights, kept = _attend(
+        q_ptr, k_ptr, v_ptr, offsets_ptr, row_stride, head_stride, scale, p, seed, width, LENGTH, WIDTH, DROPOUT
+    )
+    at, inside = _places(offsets_ptr, width, LENGTH, WIDTH)
+    dout = tl.load(dout_ptr + at, mask=inside, other=0.0)
+    dv = tl.dot(tl.trans(weights * kept).to(v.dtype), dout, input_precision="ieee")
+    dweights = tl.dot(dout, tl.trans(v), input_precision="ieee") * kept
     dscores = weights * (dweights - tl.sum(weights * dweights, axis=1)[:, None]) * scale
     dq = tl.dot(dscores.to(k.dtype), k, input_precision="ieee")
     dk = tl.dot(tl.trans(dscores).to(q.dtype), q, input_precision="ieee")
-    at = (first + rows)[:, None].to(tl.int64) * out_row + head * out_head + columns[None, :]
     tl.store(dq_ptr + at, dq.to(dq_ptr.dtype.element_ty), mask=inside)
     tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=inside)
     tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
@@ -138,31 +95,34 @@ def _block(size: int) -> int:
 
 class _ShortAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, offsets, max_length, p, seed):
-        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        offsets: torch.Tensor,
+        max_length: int,
+        dropout_p: float,
+        seed: int,
+    ) -> torch.Tensor:
+        if not (q.stride() == k.stride() == v.stride() and q.stride(2) == 1):  # not views of one projection
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         ctx.save_for_backward(q, k, v, offsets)
-        ctx.settings = (max_length, p, seed)
-        grid, strides, sizes = _launch(q, k, v, out, offsets, max_length, p, seed)
-        _forward[grid](q, k, v, out, offsets, *strides, **sizes, num_warps=16 if sizes["LENGTH"] > 64 else 8)
+        ctx.grid = (len(offsets) - 1, q.shape[1])
+        ctx.settings = {
+            **{"row_stride": q.stride(0), "head_stride": q.stride(1), "scale": q.shape[2] ** -0.5, "p": dropout_p, "seed": seed},
+            **{"width": q.shape[2], "LENGTH": _block(max_length), "WIDTH": _block(q.shape[2]), "DROPOUT": dropout_p > 0},
+        }
+        _forward[ctx.grid](out, q, k, v, offsets, **ctx.settings, num_warps=16 if max_length > 64 else 8)
         return out
 
     @staticmethod
-    def backward(ctx, dout):
-        q, k, v, offsets = ctx.saved_tensors
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dout = dout.contiguous()
         dq, dk, dv = (torch.empty_like(dout) for _ in range(3))
-        grid, strides, sizes = _launch(q, k, v, dout, offsets, *ctx.settings)
-        _backward[grid](q, k, v, dout, dq, dk, dv, offsets, *strides, **sizes, num_warps=8)
+        _backward[ctx.grid](dout, dq, dk, dv, *ctx.saved_tensors, **ctx.settings, num_warps=8)
         return dq, dk, dv, None, None, None, None
-
-
-def _launch(q, k, v, out, offsets, max_length, p, seed):
-    """(grid, strides of q, k, v and of the result, the other arguments of both kernels)."""
-    heads, width = q.shape[1:]
-    strides = [stride for x in (q, k, v, out) for stride in x.stride()[:2]]
-    blocks = {"LENGTH": _block(max_length), "WIDTH": _block(width), "DROPOUT": p > 0}
-    return (len(offsets) - 1, heads), strides, {"scale": width**-0.5, "p": p, "seed": seed, "width": width, **blocks}
 
 
 def takes(q: torch.Tensor, max_length: int) -> bool:

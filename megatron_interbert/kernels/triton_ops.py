@@ -5,6 +5,7 @@ per program and then over programs, always in the same order. TRITON_INTERPRET=1
 """
 
 import os
+from typing import Any
 
 import torch
 import triton
@@ -43,7 +44,7 @@ def _bias_gelu_backward(dy_ptr, x_ptr, bias_ptr, dx_ptr, count, width, BLOCK: tl
 
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias):
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         y = torch.empty_like(x)
         ctx.save_for_backward(x, bias)
@@ -51,7 +52,7 @@ class _BiasGelu(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, bias = ctx.saved_tensors
         dx = torch.empty_like(x)
         _bias_gelu_backward[(triton.cdiv(x.numel(), 1024),)](dy.contiguous(), x, bias, dx, x.numel(), x.shape[-1], BLOCK=1024)
@@ -149,7 +150,17 @@ def _add_norm_backward(
 
 class _DropoutAddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, residual, weight, norm_bias, p, eps, seed):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        norm_bias: torch.Tensor,
+        p: float,
+        eps: float,
+        seed: int,
+    ) -> torch.Tensor:
         x, residual = x.contiguous(), residual.contiguous()
         rows, width = x.shape
         total, y = torch.empty_like(x), torch.empty_like(x)
@@ -162,7 +173,7 @@ class _DropoutAddNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         total, weight, mean, rstd = ctx.saved_tensors
         rows, width = total.shape
         programs = min(rows, MAX_PROGRAMS)

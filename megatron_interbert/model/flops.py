@@ -1,5 +1,7 @@
 """Floating-point operations of a training step, counted from the real tokens of a batch (2 per multiply-add)."""
 
+import torch
+
 from megatron_interbert.config import ModelConfig
 from megatron_interbert.data.packing import PackedBatch
 
@@ -10,7 +12,7 @@ def training_flops(config: ModelConfig, batch: PackedBatch) -> float:
     image = (batch.image_offsets[1:] - batch.image_offsets[:-1]).double()
     hidden = config.hidden_size
 
-    def stack(layers: int, lengths) -> float:
+    def stack(layers: int, lengths: torch.Tensor) -> float:
         projections = 2 * hidden * (4 * hidden + 2 * config.ffn_hidden_size) * float(lengths.sum())
         return layers * (projections + 4 * hidden * float((lengths**2).sum()))
 

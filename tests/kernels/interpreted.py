@@ -3,7 +3,6 @@
 test_triton.py runs it so. Inputs are new each time; a failure prints the seed.
 """
 
-import itertools
 import random
 
 import pytest
@@ -14,6 +13,7 @@ from megatron_interbert.kernels.choice import choose_kernels
 from megatron_interbert.kernels.triton_attention import _ShortAttention, short_attention
 from megatron_interbert.model.transformer import TransformerLayer
 from megatron_interbert.parallel.rng import RandomStreams
+from tests.kernels.sequences import packed
 
 KERNELS = choose_kernels("triton", torch.device("cpu"))
 
@@ -68,13 +68,6 @@ def test_dropout_before_the_norm():
     weight = torch.randn(rows, width)
     dx, dresidual = torch.autograd.grad((out * weight).sum(), (x, residual))
     torch.testing.assert_close(dx, torch.where(dropped, 0.0, dresidual / (1 - p)))
-
-
-def packed(lengths, heads, width, dtype=torch.float32):
-    """q, k, v as views of one projection, as the model has them."""
-    qkv = torch.randn(sum(lengths), heads, 3, width, dtype=dtype)
-    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    return [x.requires_grad_() for x in qkv.unbind(2)], offsets
 
 
 @pytest.mark.parametrize("width", [8, 64, 96])

@@ -1,7 +1,5 @@
 """Each kernel against its plain twin: values and gradients. Triton's kernels run in its CPU interpreter."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -9,19 +7,14 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.kernels import attention, plain
 from megatron_interbert.kernels.choice import choose_kernels
 from megatron_interbert.kernels.gather import gather_rows
-
-
-def packed(lengths, heads=3, width=8, dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
-    q, k, v = (torch.randn(sum(lengths), heads, width, dtype=dtype, requires_grad=True) for _ in range(3))
-    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    return q, k, v, offsets
+from tests.kernels.sequences import packed
 
 
 @pytest.mark.parametrize("lengths", [[5], [1, 7, 3], [4, 0, 2], [0, 3]])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_padded_sdpa_equals_one_sequence_at_a_time(lengths, dtype):
-    q, k, v, offsets = packed(lengths, dtype=dtype)
+    torch.manual_seed(0)
+    (q, k, v), offsets = packed(lengths, dtype=dtype)
     weight = torch.randn(sum(lengths), 3, 8, dtype=dtype)
     results, gradients = [], []
     for function in (plain.attention, attention.padded_sdpa):
@@ -37,7 +30,8 @@ def test_padded_sdpa_equals_one_sequence_at_a_time(lengths, dtype):
 
 def test_attention_dropout_drops_at_its_rate_and_scales_the_rest():
     """With one-hot values an output is the row of attention weights itself: each is 0 or its plain value / (1 - p)."""
-    q, k, _, offsets = packed([8] * 400, heads=2)
+    torch.manual_seed(0)
+    (q, k, _), offsets = packed([8] * 400, heads=2)
     v = torch.eye(8).repeat(400, 1)[:, None, :].expand(-1, 2, -1).contiguous()
     plain_weights = attention.padded_sdpa(q, k, v, offsets, 8, 0.0)
     dropped_weights = attention.padded_sdpa(q, k, v, offsets, 8, 0.25)
