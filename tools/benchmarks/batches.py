@@ -1,5 +1,6 @@
 """Random samples of realistic sizes, packed as our model takes them or padded as others do."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,9 +9,18 @@ import torch
 
 from megatron_interbert.config import ModelConfig
 from megatron_interbert.data.packing import Example
+from megatron_interbert.model.presets import load_model_config
 
 MASKED = 0.15  # share of words and of regions that are targets, at least one of each
 IGNORED = -100  # the label of what is no target
+
+
+def sizes_of(model: str) -> ModelConfig:
+    """Sizes of a preset or JSON file; a preset that takes some from its data gets small ones."""
+    sizes = load_model_config(model)
+    if sizes.vocab_size and sizes.feature_dim and sizes.num_classes:
+        return sizes
+    return dataclasses.replace(sizes, vocab_size=1000, feature_dim=64, num_classes=100)
 
 
 def random_examples(

@@ -1,7 +1,6 @@
 """What a save costs training, and how fast weights convert."""
 
 import argparse
-import dataclasses
 import shutil
 import statistics
 import tempfile
@@ -10,15 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from megatron_interbert.config import RunConfig
-from megatron_interbert.data.packing import Example, PackedBatch, pack
+from megatron_interbert.data.packing import pack
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
-from megatron_interbert.model.presets import load_model_config
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.checkpoint import Checkpoints, Progress
@@ -27,6 +24,7 @@ from megatron_interbert.training.processes import start_processes
 from megatron_interbert.weights.files import flush_file
 from megatron_interbert.weights.sources import open_source
 from megatron_interbert.weights.targets import Output, write_target
+from tools.benchmarks.batches import random_examples, sizes_of
 
 
 class TrainingStep:
@@ -45,13 +43,11 @@ class TrainingStep:
         self.state = ParallelState()
         if self.state.world_size > 1:
             raise UsageError("benchmark checkpoint: start it as one process")
-        sizes = load_model_config(arguments.model)
-        if not (sizes.vocab_size and sizes.feature_dim and sizes.num_classes):
-            sizes = dataclasses.replace(sizes, vocab_size=1000, feature_dim=64, num_classes=100)
+        sizes = sizes_of(arguments.model)
         model = InterBert(sizes, state=self.state)
         initialise(model, sizes, 0, self.state)
         self.engine, self.task = Engine(model.to(device), self.config, self.state), PretrainingTask()
-        self.batch = random_training_batch(sizes, arguments.batch).to(device)
+        self.batch = pack(random_examples(sizes, arguments.batch), sizes.feature_dim).to(device)
         vocabulary = save.parent / "vocab.txt"
         vocabulary.write_text("[PAD]\n")
         described = {"store": "", "manifest_sha256": "", "vocabulary": "", "detector": {}}
@@ -65,30 +61,6 @@ class TrainingStep:
         self.progress.step += 1
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-
-
-def random_training_batch(sizes: Any, samples: int) -> PackedBatch:
-    """Samples of 12 to 16 words and 36 regions with 2 targets of each kind."""
-    random = np.random.default_rng(0)
-    examples = []
-    for _ in range(samples):
-        ids = random.integers(0, sizes.vocab_size, random.integers(12, 17))
-        hidden = np.zeros(36, bool)
-        hidden[:2] = True
-        examples.append(
-            Example(
-                token_ids=ids,
-                token_types=np.zeros(len(ids), np.int64),
-                features=random.normal(size=(36, sizes.feature_dim)).astype(np.float16),
-                locations=random.uniform(size=(36, 5)).astype(np.float32),
-                class_ids=random.integers(0, sizes.num_classes, (36, 1)),
-                class_probs=np.ones((36, 1), np.float32),
-                hidden_regions=hidden,
-                msm_positions=np.arange(2),
-                msm_labels=ids[:2],
-            )
-        )
-    return pack(examples, sizes.feature_dim)
 
 
 def seconds(function: Callable[[], Any]) -> float:

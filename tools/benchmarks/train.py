@@ -1,14 +1,13 @@
 """Training steps of our model and of what a user would run instead, on the same samples; in turn, each in a process of its own."""
 
 import argparse
-import dataclasses
-import os
+import resource
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,20 +22,19 @@ from megatron_interbert.kernels.choice import Kernels, choose_kernels
 from megatron_interbert.model.flops import training_flops
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
-from megatron_interbert.model.presets import load_model_config
 from megatron_interbert.parallel.state import ParallelState, this_device
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.metrics import peak_tflops
 from megatron_interbert.training.processes import aligned, start_processes
-from tools.benchmarks.batches import PaddedBatch, pad, random_examples
+from tools.benchmarks.batches import PaddedBatch, pad, random_examples, sizes_of
 from tools.benchmarks.padded import Lxmert, PaddedInterBert, VisualBert, parameters
 
 TWIN = Kernels(plain.attention, plain.bias_gelu, plain.dropout_add_norm)
 PARTS = ("data", "forward", "backward", "optimizer")
 
 
-class Contender:
+class Contender(ABC):
     """One way to train: `step()` makes its batch from the samples and trains on it, and notes the seconds of each part."""
 
     def __init__(self, examples: list[Example], device: torch.device) -> None:
@@ -59,30 +57,30 @@ class Contender:
         parts = {part: statistics.median(values) for part, values in self.seconds.items()}
         return {"parts": parts, "tokens": len(batch.joint_order), **self.own_figures(batch)}
 
+    @abstractmethod
     def own_figures(self, batch: PackedBatch) -> dict[str, Any]:
         """`parameters`, and `flops` or `padded_tokens` of a step."""
-        raise NotImplementedError
 
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
+    @abstractmethod
     def make_batch(self) -> None:
         """From samples to tensors on the device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self) -> None:
         """To the loss."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(self) -> None:
         """To the gradients."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(self) -> None:
         """Clip and update."""
-        raise NotImplementedError
 
 
 class Ours(Contender):
@@ -169,9 +167,7 @@ def span(text: str) -> tuple[int, int]:
 
 def contenders(arguments: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], Contender]]:
     """Makers of all that take part, by name; ours is the first."""
-    sizes = load_model_config(arguments.model)
-    if not (sizes.vocab_size and sizes.feature_dim and sizes.num_classes):
-        sizes = dataclasses.replace(sizes, vocab_size=1000, feature_dim=64, num_classes=100)
+    sizes = sizes_of(arguments.model)
     examples = random_examples(sizes, arguments.batch, arguments.words, arguments.regions)
     dropout = max(sizes.attention_dropout, sizes.image_attention_dropout) > 0
     with torch.device("meta"):
@@ -216,7 +212,7 @@ def _serve(line: Connection, arguments: argparse.Namespace, name: str) -> None:
     device = this_device()
     if name.startswith("ours"):
         start_processes()
-    before = resident("VmRSS")
+    before = peak_resident()
     contender = contenders(arguments, device)[name]()
     contender.step()  # buffers and choices of the first step
     contender.seconds = {part: [] for part in PARTS}
@@ -225,7 +221,7 @@ def _serve(line: Connection, arguments: argparse.Namespace, name: str) -> None:
             line.send(contender.step())
         else:
             on_gpu = device.type == "cuda"
-            memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else resident("VmHWM") - before
+            memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else peak_resident() - before
             line.send({**contender.figures(), "peak_memory_gib": memory})
 
 
@@ -283,7 +279,6 @@ def table(result: dict[str, Any]) -> list[str]:
     return aligned([head, *rows])
 
 
-def resident(field: str) -> float:
-    """GiB: what /proc says of this process (VmRSS now, VmHWM at most so far)."""
-    lines = Path(f"/proc/{os.getpid()}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**20
+def peak_resident() -> float:
+    """GiB that this process has held at most so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
