@@ -35,7 +35,7 @@ from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.deepspeed_config import merge
 from megatron_interbert.training.node_table import compare_nodes
 from megatron_interbert.training.processes import start_processes
-from megatron_interbert.weights.files import check_writable
+from megatron_interbert.weights.files import check_writable, nearest_folder
 
 REQUIRED = {"torch": (2, 10), "deepspeed": (0, 19, 6), "h5py": (3, 11), "safetensors": (0, 6), "tokenizers": (0, 21)}
 
@@ -126,10 +126,7 @@ def check_disk(config: PreflightConfig) -> str:
     weight = 4 if not (config.fp16 or config.bf16) else 2
     each = parameters * (12 + 2 * weight)  # master weights and two moments in fp32; weights for DeepSpeed and as safetensors
     wanted = each * ((config.keep_last or math.ceil(config.train_iters / (config.save_interval or config.train_iters))) + 1)
-    place = Path(config.save)
-    while not place.exists():
-        place = place.parent if place != place.parent else Path(".")
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(nearest_folder(Path(config.save))).free
     if free < wanted:
         raise UsageError(
             f"--save {config.save}: {free / 2**30:.1f} GiB free, the checkpoints need {wanted / 2**30:.1f} GiB;"

@@ -30,14 +30,6 @@ def identity(pid: int) -> str:
         return ""
 
 
-def parent(pid: int) -> int:
-    """The process that has started another one, or taken it over; 0 when there is no telling."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
-    except (OSError, ValueError):
-        return 0
-
-
 def signal_at_parents_death(number: int) -> None:
     """From now on this process gets a signal when its parent dies, however it dies. Does nothing where there is no Linux."""
     with contextlib.suppress(OSError, AttributeError):

@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.launching import TINY, deepspeed, launch, losses, records, steps, until
@@ -87,8 +88,8 @@ def running_on_both(slurm, store, run):
     job = slurm.submit("-N2", "launchers/pretrain.sbatch", *more)
     until(lambda: steps(run) >= 3, "three steps")
     ranks = [pid for pid, env in slurm.processes(job).items() if env.get("RANK") == "1"]
-    rank = next(pid for pid in ranks if parent(pid) not in ranks)  # not its loader
-    return job, rank, parent(parent(rank))  # above the rank stands node.py, above that slurmstepd
+    rank = next(pid for pid in ranks if psutil.Process(pid).ppid() not in ranks)  # not its loader
+    return job, rank, psutil.Process(psutil.Process(rank).ppid()).ppid()  # above the rank stands node.py, above that slurmstepd
 
 
 def test_a_killed_rank_ends_the_job_with_the_reason(slurm, store, tmp_path):
@@ -129,10 +130,6 @@ def test_other_files_and_what_would_run(slurm, store, tmp_path):
     code, _, err = launch("bash", "launchers/pretrain.sbatch", "--model", "tiny")
     assert code == 2
     assert "error: start this by sbatch; it would run: srun --kill-on-bad-exit=1 --wait=20 --ntasks-per-node=1" in err
-
-
-def parent(pid):
-    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
 ARRAY = """#!/usr/bin/env bash

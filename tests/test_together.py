@@ -5,8 +5,8 @@ import shutil
 import signal
 import socket
 import time
-from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.corpus import write_store
@@ -220,7 +220,7 @@ def test_a_rank_that_goes_on_in_time_changes_nothing(running, tmp_path):
 def test_a_rank_that_waits_for_its_data_is_named(running):
     """Its loader process hangs; the other rank waits in a collective."""
     ranks = running("--num-workers", 1)
-    loader = until(lambda: children(ranks[1].pid), "a loader process")[0]
+    loader = until(lambda: psutil.Process(ranks[1].pid).children(), "a loader process")[0].pid
     os.kill(loader, signal.SIGSTOP)
     results = ends(ranks)
     until(lambda: dead(loader), "stopped as it was, it dies with its rank", seconds=10)
@@ -270,13 +270,4 @@ def test_a_killed_rank_takes_the_other_with_it(running, rank):
 
 def dead(pid):
     """Gone, or only its exit code is left for a parent that has not asked yet."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
-    except OSError:
-        return True
-
-
-def children(pid):
-    """Processes that a process has started."""
-    with open(f"/proc/{pid}/task/{pid}/children") as handle:
-        return [int(word) for word in handle.read().split()]
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

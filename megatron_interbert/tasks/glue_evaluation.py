@@ -9,9 +9,9 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import EvaluateGlueConfig
 from megatron_interbert.tasks.glue import glue_metrics, labels_of, predict, prediction_lines
-from megatron_interbert.tasks.loading import as_trained, load_model, open_for
+from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, load_model, open_for
 from megatron_interbert.tasks.parts import check_length
-from megatron_interbert.tasks.results import begin, result_of, table, write_result
+from megatron_interbert.tasks.results import result_of, table, write_result
 from megatron_interbert.weights.files import write_text
 
 
@@ -26,12 +26,12 @@ def evaluate_glue(config: EvaluateGlueConfig, state: ParallelState, device: torc
     if trained and trained != config.task:
         raise UsageError(f"--load {config.load}: finetuned on {trained}; give --task {trained}, or the weights of {config.task}")
     _, tokenizer = open_for(config, source, [])
-    as_trained(config, source, max_tokens=128)
+    as_trained(config, source, "glue", max_tokens=128)
     check_length(config.max_tokens, source.config)
     format, metrics, dropped = FORMATS[config.task], {}, {}
     names = format.submission or (config.task,)
     files = [find_file(config.data_path, config.task, split) for split in (format.test if config.split == "test" else format.dev)]
-    folder = begin(config, state, source, tokenizer, (), files)
+    folder = agree_on_inputs(config, state, source, tokenizer, files)
     for file, name in zip(files, names, strict=True):
         rows = read_rows(file, config.task)
         dropped[name] = rows.dropped

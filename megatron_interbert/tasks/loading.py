@@ -1,11 +1,13 @@
-"""A model for inference, on one device or shared out over tensor-parallel ranks, from weights of any format and layout."""
+"""What an evaluation opens: a model from weights of any format on any layout, stores, vocabulary; the same on all ranks."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_interbert.config import flag
 from megatron_interbert.data.corpus import Corpus, check_detector
 from megatron_interbert.data.manifest import file_sha256
 from megatron_interbert.data.text import CaptionTokenizer
@@ -14,11 +16,23 @@ from megatron_interbert.kernels.choice import choose_kernels
 from megatron_interbert.model.initialise import load_full_state
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.presets import fit_to_data
+from megatron_interbert.parallel.agreement import check_alike, together
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import EvaluateConfig
 from megatron_interbert.tasks.parts import open_stores, open_vocabulary
+from megatron_interbert.tasks.results import output_folder
+from megatron_interbert.weights.files import check_writable
 from megatron_interbert.weights.manifest import BEST
 from megatron_interbert.weights.sources import Source, open_source
+
+OF_A_NODE = (
+    "data_path",
+    "annotated_path",
+    "annotations",
+    "vocab_file",
+    "load",
+    "image_folder",
+)  # may lie elsewhere on each machine
 
 
 def load_model(
@@ -50,9 +64,9 @@ def weight_files(path: Path) -> list[Path]:
     return sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]) if path.is_dir() else [path]
 
 
-def as_trained(config: EvaluateConfig, source: Source, **otherwise: int) -> None:
-    """Fill in sizes of 0 with those of the run that made the weights (for a task of texts, one of that task), else with `otherwise`."""
-    fits = config.TASK == "retrieval" or str(source.facts.get("task") or "").startswith(config.TASK)
+def as_trained(config: EvaluateConfig, source: Source, task: str = "", **otherwise: int) -> None:
+    """Fill in sizes of 0 with those of the run that made the weights, where it trained for `task`, else with `otherwise`."""
+    fits = str(source.facts.get("task") or "").startswith(task)
     trained = (source.facts.get("run") or {}) if fits else {}
     for name, value in otherwise.items():
         setattr(config, name, getattr(config, name) or trained.get(name) or value)
@@ -73,3 +87,20 @@ def open_for(config: EvaluateConfig, source: Source, stores: Sequence[str]) -> t
     if vocabulary and vocabulary != tokenizer.sha256:
         raise UsageError(f"{tokenizer.vocab_file}: not the vocabulary of {config.load}; give that one by --vocab-file")
     return corpus, tokenizer
+
+
+def agree_on_inputs(
+    config: EvaluateConfig,
+    state: ParallelState,
+    source: Source,
+    tokenizer: CaptionTokenizer,
+    files: Sequence[str | Path],
+) -> Path:
+    """The folder for the results; UsageError on all ranks when it cannot be written or when they have opened
+    different things: weights, vocabulary, or `files` (of the data)."""
+    folder = output_folder(config, source)
+    together(state, lambda: check_writable(folder, "--output") if state.is_main else None)
+    flags = {flag(f.name): getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in OF_A_NODE}
+    data = [file_sha256(file) for file in files]
+    check_alike(state, {"weights": source.facts["files"], "data": data, "vocabulary": tokenizer.sha256, **flags})
+    return folder

@@ -110,7 +110,6 @@ class ScoreTiles:
         problem = self.state.gather(problem)[0]
         if problem:
             raise UsageError(problem)
-        self.found = 0  # tiles that were there already
         self.places = [(top, left) for top in range(0, shape[0], tile[0]) for left in range(0, shape[1], tile[1])]
 
     def _claim(self, parent: Path) -> str | None:
@@ -134,12 +133,14 @@ class ScoreTiles:
         return self.folder / f"scores-{place[0]:08d}-{place[1]:08d}.npy"
 
     def missing(self) -> list[tuple[int, int]]:
-        """Places (first caption, first image) of this rank that are not there yet."""
+        """Places (first caption, first image) of tiles that are not there yet."""
         found = [self._file(place).is_file() for place in self.places]
         found = self.state.gather(found)[0]  # what the first rank sees: all must agree on who does what
-        self.found = sum(found)
-        left = [place for place, there in zip(self.places, found, strict=True) if not there]
-        return left[self.state.data_rank :: self.state.data_size]
+        return [place for place, there in zip(self.places, found, strict=True) if not there]
+
+    def share(self, places: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Those that this rank scores."""
+        return places[self.state.data_rank :: self.state.data_size]
 
     def write(self, place: tuple[int, int], scores: np.ndarray) -> None:
         """One finished tile; it appears whole."""

@@ -6,15 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_interbert.config import flag
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import MANIFEST, file_sha256
-from megatron_interbert.data.store import RegionStore
-from megatron_interbert.data.text import CaptionTokenizer
-from megatron_interbert.parallel.agreement import check_alike, together
-from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import EvaluateConfig
-from megatron_interbert.weights.files import check_writable, write_json
+from megatron_interbert.weights.files import write_json
 from megatron_interbert.weights.manifest import versions
 from megatron_interbert.weights.sources import Source
 
@@ -63,33 +58,6 @@ def result_of(
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-OF_A_NODE = (
-    "data_path",
-    "annotated_path",
-    "annotations",
-    "vocab_file",
-    "load",
-    "image_folder",
-)  # may lie elsewhere on each machine
-
-
-def begin(
-    config: EvaluateConfig,
-    state: ParallelState,
-    source: Source,
-    tokenizer: CaptionTokenizer,
-    stores: Sequence[RegionStore],
-    files: Sequence[str] = (),
-) -> Path:
-    """The folder for the results; UsageError on all ranks when it cannot be written or when they have opened different things."""
-    folder = output_folder(config, source)
-    together(state, lambda: check_writable(folder, "--output") if state.is_main else None)
-    flags = {flag(f.name): getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in OF_A_NODE}
-    data = {str(number): file_sha256(path) for number, path in enumerate([*(store.path / MANIFEST for store in stores), *files])}
-    check_alike(state, {"weights": source.facts["files"], "data": data, "vocabulary": tokenizer.sha256, **flags})
-    return folder
 
 
 def output_folder(config: EvaluateConfig, source: Source) -> Path:

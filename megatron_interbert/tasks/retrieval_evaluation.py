@@ -7,14 +7,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.pair_scorer import PairScorer
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import EvaluateRetrievalConfig
-from megatron_interbert.tasks.loading import as_trained, load_model, open_for
+from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, load_model, open_for
 from megatron_interbert.tasks.pair_tiles import Pairs, ScoreTiles, fill
 from megatron_interbert.tasks.parts import check_length
-from megatron_interbert.tasks.results import begin, result_of, table, write_result
+from megatron_interbert.tasks.results import result_of, table, write_result
 from megatron_interbert.tasks.retrieval import choose_pairs, flat_metrics, ranks_of_tiles, recall_metrics
 from megatron_interbert.tasks.retrieval_page import result_page
 from megatron_interbert.tasks.two_stage import two_stage_search
@@ -36,7 +37,7 @@ def evaluate_retrieval(config: EvaluateRetrievalConfig, state: ParallelState, de
         model = model.bfloat16()
     scorer = PairScorer(model)
     pairs = choose_pairs(corpus, tokenizer, config.language, config.max_images, config.max_regions, config.max_tokens)
-    folder = begin(config, state, source, tokenizer, corpus.stores)
+    folder = agree_on_inputs(config, state, source, tokenizer, [store.path / MANIFEST for store in corpus.stores])
     chance = 100.0 / len(pairs.images)
     metrics: dict[str, float] = {}
     more: dict[str, Any] = {
@@ -85,10 +86,11 @@ def score_tiles(
     identity = {"weights": weights, "data": data, "vocabulary": pairs.tokenizer.sha256, **settings, "by": versions()}
     shape = len(pairs.captions), len(pairs.images)
     tiles = ScoreTiles(folder, shape, (config.tile_captions, config.tile_images), identity, state)
-    mine = tiles.missing()
+    missing = tiles.missing()
+    mine = tiles.share(missing)
     total = sum(tiles.pairs(place) for place in mine)
-    if state.is_main and tiles.found:
-        print(f"{tiles.found} of {len(tiles.places)} tiles are there already", flush=True)
+    if state.is_main and len(missing) < len(tiles.places):
+        print(f"{len(tiles.places) - len(missing)} of {len(tiles.places)} tiles are there already", flush=True)
     with tqdm(
         total=total, unit="pair", unit_scale=True, desc="scoring", mininterval=1.0, disable=None if state.is_main else True
     ) as bar:

@@ -13,9 +13,9 @@ from megatron_interbert.data.drawing import STYLE, draw_image
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import EvaluateVcrConfig
-from megatron_interbert.tasks.loading import as_trained, load_model, open_for
+from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, load_model, open_for
 from megatron_interbert.tasks.parts import check_length
-from megatron_interbert.tasks.results import begin, result_of, table, write_result
+from megatron_interbert.tasks.results import result_of, table, write_result
 from megatron_interbert.tasks.vcr import check_labels, open_images, predict, softmax, submission_lines, vcr_metrics
 from megatron_interbert.weights.files import write_text
 
@@ -30,14 +30,14 @@ PAGE_STYLE = STYLE + (
 def evaluate_vcr(config: EvaluateVcrConfig, state: ParallelState, device: torch.device) -> dict[str, Any]:
     """Writes result.json, result.html and, with --submission, submission.csv; all ranks of a launch call it."""
     model, source = load_model(config.load, ("choice",), config.kernels, device, state, config.averaged)
-    as_trained(config, source, max_regions=100, max_tokens=60, max_rationale_tokens=80)
+    as_trained(config, source, "vcr", max_regions=100, max_tokens=60, max_rationale_tokens=80)
     images = open_images(config.annotated_path, config.data_path, config)
     paths = [path for path in (config.annotated_path, config.data_path) if path]
     corpus, tokenizer = open_for(config, source, paths[:1])
     check_length(config.max_tokens, source.config)
     check_length(config.max_rationale_tokens, source.config, "--max-rationale-tokens")
-    files = [*(f"{path}/{MANIFEST}" for path in paths[1:]), config.annotations]
-    folder = begin(config, state, source, tokenizer, corpus.stores, files)
+    files = [*(f"{path}/{MANIFEST}" for path in paths), config.annotations]
+    folder = agree_on_inputs(config, state, source, tokenizer, files)
     questions = read_questions(config.annotations, images, whole=config.submission)
     if state.is_main:
         print(questions.report(), flush=True)
@@ -56,7 +56,7 @@ def evaluate_vcr(config: EvaluateVcrConfig, state: ParallelState, device: torch.
         given_right = rationales[np.arange(len(items)), [q.answer_label for q in items]] if every else rationales
         metrics = vcr_metrics(items, answers, given_right)
     more = {"questions": len(items), "dropped": dict(questions.dropped)}
-    result = result_of(config, "finetuned", metrics, source, corpus, files, **more)
+    result = result_of(config, "finetuned", metrics, source, corpus, files[1:], **more)
     if state.is_main:
         write_result(folder, result)
         if every:

@@ -1,6 +1,5 @@
 """The machines of a run side by side: what they have, and which one is odd. Collective: every rank calls `compare_nodes`."""
 
-import contextlib
 import os
 import shutil
 import time
@@ -19,7 +18,7 @@ from megatron_interbert.parallel.launch import Launch
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.node_facts import code_fingerprint, library_versions
 from megatron_interbert.training.processes import aligned, heading
-from megatron_interbert.weights.files import check_writable
+from megatron_interbert.weights.files import check_writable, nearest_folder
 
 CLOCK_SECONDS = 2.0  # more than the ranks need to read their clocks after a barrier
 SHARED_MEMORY_GIB = 1.0  # what NCCL wants for the ranks of one machine
@@ -54,11 +53,7 @@ def compare_nodes(config: RunConfig, launch: Launch, state: ParallelState) -> tu
     columns.append(_clock({node: facts["clock"] for node, facts in first.items()}))
     columns.append(_at_least("/dev/shm", {node: facts["shared_memory"] for node, facts in first.items()}, SHARED_MEMORY_GIB))
     if config.save:
-        found = {node: all(gathered[rank]["sees_save"] for rank in of_node) for node, of_node in ranks.items()}
-        problems = {node: facts["save_problem"] for node, facts in first.items() if facts["save_problem"]}
-        unshared = {node: f"--save {config.save} is not the folder that rank 0 sees" for node, seen in found.items() if not seen}
-        cells = {node: "not shared" if node in unshared else "read-only" if node in problems else "shared" for node in found}
-        columns.append(Column("--save", cells, problems | unshared))
+        columns.append(_save_folder(config.save, first))
     wrong = [f"{node}: {text}" for column in columns for node, text in column.wrong.items()]
     return "\n".join([heading(launch, len(ranks)), *_table(list(ranks), columns)]), wrong
 
@@ -67,12 +62,11 @@ def _probe(config: RunConfig, state: ParallelState) -> Path | None:
     """A file that rank 0 has put where the checkpoints will be; whether the others see it tells if the disk is shared."""
     name = None
     if config.save and state.is_main:
-        place = Path(config.save).absolute()
-        while not place.exists():
-            place = place.parent
-        name = place / f".shared-{uuid.uuid4().hex}"
-        with contextlib.suppress(OSError):  # `_save_problem` says so
+        name = nearest_folder(Path(config.save)) / f".shared-{uuid.uuid4().hex}"
+        try:
             name.touch()
+        except OSError:  # `_save_problem` says so
+            name = None
     return state.gather(name)[0]
 
 
@@ -86,7 +80,7 @@ def _facts(config: RunConfig, probe: Path | None) -> dict[str, Any]:
         },
         "device": _device(),
         "shared_memory": shutil.disk_usage("/dev/shm").free / 2**30 if os.path.isdir("/dev/shm") else 0.0,
-        "sees_save": probe is None or probe.exists() or bool(_save_problem(config)),
+        "sees_save": probe is None or probe.exists(),
         "save_problem": _save_problem(config),
     }
 
@@ -128,6 +122,18 @@ def _devices(of_nodes: dict[str, list[tuple[str, float]]]) -> Column:
         elif len({name for name, _ in devices}) > 1:
             wrong[node] = f"different devices: {', '.join(sorted({name for name, _ in devices}))}"
     return Column("devices", cells, wrong)
+
+
+def _save_folder(save: str, nodes: dict[str, dict[str, Any]]) -> Column:
+    cells, wrong = {}, {}
+    for node, facts in nodes.items():
+        if facts["save_problem"]:
+            cells[node], wrong[node] = "cannot be written", facts["save_problem"]
+        elif not facts["sees_save"]:
+            cells[node], wrong[node] = "not shared", f"--save {save} is not the folder that rank 0 sees"
+        else:
+            cells[node] = "shared"
+    return Column("--save", cells, wrong)
 
 
 def _clock(values: dict[str, float]) -> Column:

@@ -1,7 +1,5 @@
 """Joining the other processes of a run: early and clear when they cannot meet, and nothing half-started when one of them is wrong."""
 
-import contextlib
-import ctypes
 import logging
 import os
 import time
@@ -18,8 +16,8 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.agreement import some
 from megatron_interbert.parallel.launch import MEETING_SECONDS, Launch, read_launch
 from megatron_interbert.parallel.state import ParallelState, this_device
+from megatron_interbert.training.host import keep_freed_memory, use_cores
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 SAY_NOTHING = (
     "OVERFLOW! Skipping step",  # the loop says so itself
     "unknown inputs or outputs type (<class 'megatron_interbert.data.packing.PackedBatch'>)",  # inputs without gradients
@@ -31,15 +29,12 @@ def start_processes() -> torch.device:
     quiet_libraries()
     launch = read_launch()
     device = this_device()
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # Without a share of the cores for each rank their threads spin against one another: 75 against 1,165 samples/s was
-        # measured for two ranks on two cores.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_size))
+    if device.type == "cpu":
+        use_cores(launch)
+        keep_freed_memory()
     # The one place that changes a value of DeepSpeed's. It would compile a shared-memory operation for inference here, which
     # training never calls, and a run that is killed while it compiles leaves a lock on which the next one hangs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if device.type == "cpu":
-        keep_freed_memory()
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():  # a program around this one may have joined already
         store = meet(launch)
@@ -49,18 +44,6 @@ def start_processes() -> torch.device:
             raise UsageError(f"{launch.node}: the process group cannot start ({first_line(error)})") from error
     deepspeed.init_distributed(dist_backend=backend, verbose=False)  # takes the group that is there
     return device
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next tensor, as the caching allocator of a GPU does.
-
-    Else every large tensor comes fresh from the kernel, which zeroes its pages: of a step of the base model on two cores (batch 16,
-    fp32) 6.8 s became 4.9 s, for a tenth more memory at the peak. Does nothing with another C library.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def meet(launch: Launch, seconds: float = MEETING_SECONDS) -> dist.Store:

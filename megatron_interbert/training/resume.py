@@ -40,8 +40,8 @@ def claim_folder(folder: str, state: ParallelState) -> IO | None:
         except BlockingIOError:
             handle.seek(0)
             problem = (
-                f"--save {folder}: another run writes there ({handle.read().strip()}); end it, or choose another --save."
-                " If only its launcher was killed, its ranks live on: kill that process, and it saves and ends"
+                f"--save {folder}: another run writes there ({handle.read().strip()}); end that process (SIGTERM: it saves"
+                " first), or choose another --save"
             )
         except OSError as error:
             print(f"note: --save {folder} cannot be locked ({error.strerror}); see that no other run writes there", flush=True)

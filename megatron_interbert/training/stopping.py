@@ -9,13 +9,14 @@ import signal
 import time
 from types import FrameType
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from megatron_interbert.config import TrainConfig
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.signals import STOPPING, parent, take_over
+from megatron_interbert.signals import STOPPING, take_over
 
 
 class Stopping:
@@ -25,45 +26,50 @@ class Stopping:
         self.config, self.state = config, state
         self.started = time.monotonic()
         self._noted = 0  # the first signal that came to this rank; only `_note` writes it, at any moment
-        self._agreed = 0  # the signal for which all ranks end
-        self.reason = ""  # the result of the newest vote
-        self.urgent = False  # whether that is a signal or the clock: nothing but saving has time left
+        # The result of the newest vote: the signal and the lapse of time for which all ranks end, and that in words.
+        self._signal, self._late, self.reason = 0, False, ""
         # A group on the host: the vote must not wait for the device.
         self._group = dist.new_group(backend="gloo") if state.world_size > 1 else None
         take_over(STOPPING, self._note)
         # The deepspeed command starts a process that starts the ranks; a signal to the command ends it without a word to either.
-        self._command = parent(os.getppid()) if read_launch().launcher == "deepspeed" else 0
+        self._command = grandparent() if read_launch().launcher == "deepspeed" else 0
 
     def _note(self, number: int, frame: FrameType | None = None) -> None:
         self._noted = self._noted or number
 
     def agreed(self, step: int) -> str:
-        """Called by all ranks after a step: the same reason on all to end now, or an empty string.
-
-        `preempted` tells whether the reason is a signal, `urgent` whether it is a signal or the clock.
-        """
-        self.reason = self._vote(step)
-        return self.reason
-
-    def _vote(self, step: int) -> str:
+        """Called by all ranks after a step: the same `reason` on all to end now, or an empty string."""
         minutes = self.config.exit_duration_in_mins
         late = bool(minutes) and time.monotonic() - self.started > minutes * 60
-        if self._command and parent(os.getppid()) != self._command:
+        if self._command and grandparent() != self._command:
             self._note(signal.SIGHUP)
         vote = torch.tensor([self._noted, late], dtype=torch.int64)
         if self._group is not None:
             dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._group)
-        self._agreed, late = int(vote[0]), bool(vote[1])
-        self.urgent = bool(self._agreed or late)
-        if self._agreed:
-            lost = " (a terminal or a launcher has gone)" if self._agreed == signal.SIGHUP else ""
-            return signal.Signals(self._agreed).name + lost
-        if late:
-            return f"--exit-duration-in-mins {minutes}"
+        self._signal, self._late = int(vote[0]), bool(vote[1])
+        self.reason = self._in_words(step)
+        return self.reason
+
+    def _in_words(self, step: int) -> str:
+        if self._signal:
+            lost = " (a terminal or a launcher has gone)" if self._signal == signal.SIGHUP else ""
+            return signal.Signals(self._signal).name + lost
+        if self._late:
+            return f"--exit-duration-in-mins {self.config.exit_duration_in_mins}"
         interval = self.config.exit_interval
         return f"--exit-interval {interval}" if interval and step % interval == 0 else ""
 
     @property
     def preempted(self) -> bool:
-        """Whether a signal has ended the run, after `agreed` has said so."""
-        return bool(self._agreed)
+        """Whether a signal ends the run."""
+        return bool(self._signal)
+
+    @property
+    def urgent(self) -> bool:
+        """Whether a signal or the clock ends it: nothing but saving has time left."""
+        return self.preempted or self._late
+
+
+def grandparent() -> int:
+    """The process that has started the one that has started this one."""
+    return psutil.Process(os.getppid()).ppid()

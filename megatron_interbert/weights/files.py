@@ -141,11 +141,16 @@ def flush_folder(folder: Path) -> None:
 
 def check_writable(folder: Path, flag: str) -> None:
     """UsageError where files cannot be written to a folder, or to the nearest one above it that is there. Leaves nothing behind."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
     try:
-        with tempfile.NamedTemporaryFile(dir=place, prefix=".writable-"):
+        with tempfile.NamedTemporaryFile(dir=nearest_folder(folder), prefix=".writable-"):
             pass
     except OSError as error:
         raise UsageError(f"{flag} {folder}: nothing can be written there ({error.strerror}); choose another folder") from None
+
+
+def nearest_folder(folder: Path) -> Path:
+    """The folder, or the one above it in which it would be made."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return place
