@@ -46,10 +46,12 @@ class InterBertPreTrainedModel(PreTrainedModel):
     def add_parts(self, config: InterBertConfig) -> None:
         """Modules beside the core, made before weights are drawn; none here."""
 
-    def run(self, inputs: PaddedInputs, hidden_regions: torch.Tensor | None = None) -> tuple[InterBertOutput, Slots]:
-        """The core on the packed inputs, and where its rows belong."""
+    def run(
+        self, inputs: PaddedInputs, hidden_regions: torch.Tensor | None = None, everything: bool = False
+    ) -> tuple[InterBertOutput, Slots]:
+        """The core on the packed inputs, with the hidden states of all tokens if `everything` is wanted, and where its rows belong."""
         batch, slots = pack_padded(inputs, self.interbert.config, hidden_regions)
-        return self.interbert(batch), slots
+        return self.interbert(batch, everything), slots
 
     @staticmethod
     def streams(output: InterBertOutput, slots: Slots, inputs: PaddedInputs) -> dict[str, torch.Tensor | None]:

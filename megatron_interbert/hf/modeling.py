@@ -39,7 +39,7 @@ class InterBertModel(InterBertPreTrainedModel):
     ) -> InterBertModelOutput:
         """Hidden states and pooled vectors; text only when no visual input is given."""
         inputs = PaddedInputs(input_ids, attention_mask, token_type_ids, visual_feats, visual_pos, visual_attention_mask)
-        return InterBertModelOutput(**self.streams(*self.run(inputs), inputs))
+        return InterBertModelOutput(**self.streams(*self.run(inputs, everything=True), inputs))
 
 
 class InterBertForPreTraining(InterBertPreTrainedModel):
@@ -67,7 +67,7 @@ class InterBertForPreTraining(InterBertPreTrainedModel):
         from the model. region_targets: their class ids [B, R] or distributions [B, R, C]. matched_label [B]: 0 = matched.
         """
         inputs = PaddedInputs(input_ids, attention_mask, token_type_ids, visual_feats, visual_pos, visual_attention_mask)
-        output, slots = self.run(inputs, region_mask)
+        output, slots = self.run(inputs, region_mask, everything=True)
         words, regions = output.msm_logits[:, : self.config.vocab_size], output.mrm_logits
         losses = []
         if labels is not None:

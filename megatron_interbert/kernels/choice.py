@@ -16,6 +16,8 @@ class Kernels:
     attention: Callable[..., torch.Tensor] = attention.padded_sdpa
     bias_gelu: Callable[..., torch.Tensor] = plain.bias_gelu
     dropout_add_norm: Callable[..., torch.Tensor] = plain.dropout_add_norm
+    vocab_statistics: Callable[..., tuple[torch.Tensor, ...]] = plain.vocab_statistics
+    vocab_gradient: Callable[..., torch.Tensor] = plain.vocab_gradient
 
     def describe(self) -> str:
         """One line: operation=module.function of each."""

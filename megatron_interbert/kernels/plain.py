@@ -35,3 +35,31 @@ def attention(
         weights = F.dropout(scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype), dropout_p)
         parts.append(torch.einsum("hqk,khd->qhd", weights, v[start:stop]))
     return torch.cat(parts)
+
+
+def vocab_statistics(logits: torch.Tensor, labels: torch.Tensor, words: int) -> tuple[torch.Tensor, ...]:
+    """Of each row of logits [m, C], over its first `words` columns: the largest, the sum of exp(logit - largest), the label's logit
+    (0 where labels [m] lie outside), the place of the largest (the lowest of equals). In float32 at least."""
+    real = logits[:, :words].to(torch.promote_types(logits.dtype, torch.float32))
+    if words == 0:  # a rank that holds only padding
+        lowest = real.new_full((len(logits),), torch.finfo(real.dtype).min)
+        return lowest, torch.zeros_like(lowest), torch.zeros_like(lowest), torch.zeros_like(labels)
+    largest, best = real.max(dim=1)
+    total = (real - largest[:, None]).exp_().sum(dim=1)
+    elsewhere = (labels < 0) | (labels >= words)
+    own = real.gather(1, labels.masked_fill(elsewhere, 0)[:, None]).squeeze(1).masked_fill(elsewhere, 0.0)
+    return largest, total, own, best
+
+
+def vocab_gradient(
+    logits: torch.Tensor, labels: torch.Tensor, normaliser: torch.Tensor, grad: torch.Tensor, words: int
+) -> torch.Tensor:
+    """Gradient [m, C] of the rows' cross entropies: (exp(logit - normaliser) - [column is the label]) x grad, 0 beyond `words`.
+
+    `normaliser` [m] is the logarithm of the sum of all exponentials; the memory of `logits` may be used for the result.
+    """
+    result = (logits.to(normaliser.dtype) - normaliser[:, None]).exp_().mul_(grad[:, None])
+    result[:, words:] = 0.0
+    elsewhere = (labels < 0) | (labels >= words)
+    result.scatter_add_(1, labels.masked_fill(elsewhere, 0)[:, None], (-grad).masked_fill(elsewhere, 0.0)[:, None])
+    return result.to(logits.dtype)

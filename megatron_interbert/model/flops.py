@@ -12,13 +12,19 @@ def training_flops(config: ModelConfig, batch: PackedBatch) -> float:
     image = (batch.image_offsets[1:] - batch.image_offsets[:-1]).double()
     hidden = config.hidden_size
 
-    def stack(layers: int, lengths: torch.Tensor) -> float:
-        projections = 2 * hidden * (4 * hidden + 2 * config.ffn_hidden_size) * float(lengths.sum())
-        return layers * (projections + 4 * hidden * float((lengths**2).sum()))
+    def stack(layers: int, lengths: torch.Tensor, read: float | None = None) -> float:
+        """Layers over sequences; of the last one all but the projection and attention only for the `read` tokens."""
+        tokens = float(lengths.sum())
+        attention = layers * (2 * hidden * 3 * hidden * tokens + 4 * hidden * float((lengths**2).sum()))
+        behind = tokens * layers if read is None or not layers else tokens * (layers - 1) + read
+        return attention + 2 * hidden * (hidden + 2 * config.ffn_hidden_size) * behind
 
-    forward = stack(config.interaction_layers, text + image) + stack(config.text_layers, text) + stack(config.image_layers, image)
+    words, regions = len(batch.msm_labels), len(batch.mrm_positions)
+    forward = stack(config.interaction_layers, text + image)
+    forward += stack(config.text_layers, text, words + len(batch))
+    forward += stack(config.image_layers, image, regions + len(batch.summary_rows))
     forward += 2 * hidden * (config.feature_dim + 5) * float(image.sum())
-    forward += 2 * hidden * (hidden + config.padded_vocab_size) * len(batch.msm_labels)
-    forward += 2 * hidden * (hidden + config.num_classes) * len(batch.mrm_positions)
+    forward += 2 * hidden * (hidden + config.padded_vocab_size) * words
+    forward += 2 * hidden * (hidden + config.num_classes) * regions
     forward += 2 * config.pooled_size * (2 * hidden + 2) * len(batch)
     return 3 * forward

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_interbert.config import ModelConfig
+from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.parallel.collectives import copy_to_group, group_rank, group_size
+from megatron_interbert.parallel.vocab_loss import VocabMath, vocab_parallel_loss
 
 
 class Transform(nn.Module):
@@ -22,21 +24,25 @@ class Transform(nn.Module):
 
 
 class WordHead(nn.Module):
-    """MSM: [M, H] -> logits [M, padded vocabulary / ranks], decoder tied to the word embedding.
+    """MSM over the vocabulary, decoder tied to the word embedding: [M, H] and labels -> (losses [M], right answers [M]).
 
-    Columns of the padding hold -inf, so that they have no probability and no gradient.
+    Without labels: logits [M, padded vocabulary / ranks], -inf in the columns of the padding.
     """
 
-    def __init__(self, config: ModelConfig, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, config: ModelConfig, group: dist.ProcessGroup | None, kernels: Kernels) -> None:
         super().__init__()
-        self.group = group
+        self.group, self.math = group, VocabMath(kernels.vocab_statistics, kernels.vocab_gradient)
         self.transform = Transform(config)
         columns = config.padded_vocab_size // group_size(group)
         self.bias = nn.Parameter(torch.empty(columns))
         self.words_here = max(0, min(columns, config.vocab_size - columns * group_rank(group)))
 
-    def forward(self, hidden: torch.Tensor, word_embedding: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor, word_embedding: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         transformed = copy_to_group(self.transform(hidden), self.group)
+        if labels is not None:
+            return vocab_parallel_loss(transformed, word_embedding, self.bias, labels, self.words_here, self.group, self.math)
         logits = F.linear(transformed, word_embedding, self.bias).float()
         padding = torch.arange(logits.shape[1], device=logits.device) >= self.words_here
         return logits.masked_fill(padding, float("-inf"))

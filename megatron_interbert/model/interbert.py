@@ -25,16 +25,18 @@ PRETRAINING_HEADS = ("msm", "mrm", "itm")
 
 
 class InterBertOutput(NamedTuple):
-    """What one forward pass gives; logits only of the heads the model was built with. Logits are float32.
+    """What one forward pass gives; results only of the heads the model was built with. Losses and logits are float32.
 
     A named tuple, because ZeRO-3 looks for the tensors of a module's output in tuples, lists and dicts only.
     """
 
-    text_hidden: torch.Tensor  # [Nt, H]
-    image_hidden: torch.Tensor  # [Ni, H]
+    text_hidden: torch.Tensor | None  # [Nt, H], when everything is asked for
+    image_hidden: torch.Tensor | None  # [Ni, H], likewise
     pooled_text: torch.Tensor | None  # [B, P]
     pooled_image: torch.Tensor | None = None  # [B with image, P]
-    msm_logits: torch.Tensor | None = None  # [Mt, padded vocabulary / tensor-parallel ranks]
+    msm_losses: torch.Tensor | None = None  # [Mt]
+    msm_right: torch.Tensor | None = None  # [Mt] whether the most likely word is the label
+    msm_logits: torch.Tensor | None = None  # [Mt, padded vocabulary / tensor-parallel ranks], when everything is asked for
     mrm_logits: torch.Tensor | None = None  # [Mr, classes]
     itm_logits: torch.Tensor | None = None  # [B, 2], class 0 = matched
     choice_logit: torch.Tensor | None = None  # [B, 1]
@@ -94,7 +96,7 @@ class InterBert(nn.Module):
             )
             self.text_pooler, self.image_pooler = Pooler(config), Pooler(config)
         if "msm" in heads:
-            self.msm_head = WordHead(config, state.tensor_group)
+            self.msm_head = WordHead(config, state.tensor_group, kernels)
         if "mrm" in heads:
             self.mrm_head = RegionHead(config)
         if "itm" in heads:
@@ -105,40 +107,61 @@ class InterBert(nn.Module):
             self.sentence_head = SentenceHead(config, num_labels)
         mark_shards(self)
 
-    def forward(self, batch: PackedBatch) -> InterBertOutput:
-        """Both streams, pooled vectors, and the logits of the heads there are: words and regions at target positions only."""
-        text, image = self.encode(batch)
-        first = text.index_select(0, batch.text_offsets[:-1])
+    def forward(self, batch: PackedBatch, everything: bool = False) -> InterBertOutput:
+        """Pooled vectors and what the heads say: words and regions at target positions only.
+
+        The last layer of each stream is computed only for the tokens that are pooled or predicted, and word logits live only inside
+        their loss. `everything` gives the hidden states of all tokens, and the word logits instead of their losses.
+        """
+        text_rows = [batch.text_offsets[:-1].long(), batch.msm_positions[: None if hasattr(self, "msm_head") else 0]]
+        image_rows = [batch.summary_rows, batch.mrm_positions[: None if hasattr(self, "mrm_head") else 0]]
+        read = None if everything else (torch.cat(text_rows), torch.cat(image_rows))
+        text, image = self.encode(batch, read)
+        if everything:
+            first, words = (text.index_select(0, rows) for rows in text_rows)
+            summaries, regions = (image.index_select(0, rows) for rows in image_rows)
+        else:
+            first, words = text.split([len(rows) for rows in text_rows])
+            summaries, regions = image.split([len(rows) for rows in image_rows])
         pooled_text = self.text_pooler(first) if hasattr(self, "text_pooler") else None
-        pooled_image = self.image_pooler(image.index_select(0, batch.summary_rows)) if len(image) else None
-        logits = {}
+        pooled_image = self.image_pooler(summaries) if len(summaries) else None
+        found = {}
         if hasattr(self, "msm_head"):
-            targets = text.index_select(0, batch.msm_positions)
-            logits["msm_logits"] = self.msm_head(targets, self.text_embedding.word.weight)
-        if hasattr(self, "mrm_head") and len(image):
-            logits["mrm_logits"] = self.mrm_head(image.index_select(0, batch.mrm_positions)).float()
+            table = self.text_embedding.word.weight
+            if everything:
+                found["msm_logits"] = self.msm_head(words, table)
+            else:
+                found["msm_losses"], found["msm_right"] = self.msm_head(words, table, batch.msm_labels)
+        if hasattr(self, "mrm_head") and len(summaries):
+            found["mrm_logits"] = self.mrm_head(regions).float()
         if hasattr(self, "sentence_head"):
-            logits["sentence_logits"] = self.sentence_head(first).float()
+            found["sentence_logits"] = self.sentence_head(first).float()
         if pooled_image is not None and (hasattr(self, "itm_head") or hasattr(self, "choice_head")):
             fused = F.dropout(self.fuse(pooled_text, pooled_image), self.config.hidden_dropout, self.training)
             if hasattr(self, "itm_head"):
-                logits["itm_logits"] = self.itm_head(fused).float()
+                found["itm_logits"] = self.itm_head(fused).float()
             if hasattr(self, "choice_head"):
-                logits["choice_logit"] = self.choice_head(fused).float()
-        return InterBertOutput(text, image, pooled_text, pooled_image, **logits)
+                found["choice_logit"] = self.choice_head(fused).float()
+        states = (text, image) if everything else (None, None)
+        return InterBertOutput(*states, pooled_text, pooled_image, **found)
 
-    def encode(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states of both streams: text [Nt, H] and image [Ni, H] (empty for text-only batches)."""
+    def encode(
+        self, batch: PackedBatch, read: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states of both streams: text [Nt, H] and image [Ni, H] (empty for text-only batches), or only those of the text
+        and image tokens that are `read`."""
+        text_rows, image_rows = read or (None, None)
         text = self.text_embedding(batch.token_ids, batch.token_positions, batch.token_types)
         if not len(batch.locations):  # text only: the joint order is the text order
             text = self.interaction(text, batch.text_offsets, batch.max_text)
-            return self.text_stream(text, batch.text_offsets, batch.max_text), text[:0]
+            text = self.text_stream(text, batch.text_offsets, batch.max_text, text_rows)
+            return text, text[:0]
         by_kind = torch.cat([batch.image_index, batch.text_index])
         joint = gather_rows(torch.cat([self.image_embedding(batch), text]), batch.joint_order, by_kind)
         joint = self.interaction(joint, batch.joint_offsets, batch.max_joint)
         image, text = gather_rows(joint, by_kind, batch.joint_order).split([len(batch.image_index), len(batch.text_index)])
-        text = self.text_stream(text, batch.text_offsets, batch.max_text)
-        image = self.image_stream(image, batch.image_offsets, batch.max_image)
+        text = self.text_stream(text, batch.text_offsets, batch.max_text, text_rows)
+        image = self.image_stream(image, batch.image_offsets, batch.max_image, image_rows)
         return text, image
 
     def fuse(self, pooled_text: torch.Tensor, pooled_image: torch.Tensor) -> torch.Tensor:

@@ -86,8 +86,12 @@ class TransformerLayer(nn.Module):
         self.mlp = Mlp(hidden, ffn, group, kernels)
         self.mlp_norm = ResidualNorm(hidden, hidden_dropout, eps, kernels)
 
-    def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_length: int) -> torch.Tensor:
-        return self.after_attention(self.attention.attend(self.attention.qkv(x), offsets, max_length), x)
+    def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_length: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """All tokens, or only those of `rows` [R] (each at most once), which still attend to all of their sequence."""
+        attended = self.attention.attend(self.attention.qkv(x), offsets, max_length)
+        if rows is not None:
+            attended, x = attended.index_select(0, rows), x.index_select(0, rows)
+        return self.after_attention(attended, x)
 
     def after_attention(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The layer from its attention's result [N, H / ranks], before the output projection, on."""
@@ -103,11 +107,11 @@ class TransformerStack(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.streams, self.recompute = streams, recompute
 
-    def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_length: int) -> torch.Tensor:
-        for layer in self.layers:
-            x = (
-                self.streams.recompute(layer, x, offsets, max_length)
-                if self.recompute and self.training
-                else layer(x, offsets, max_length)
-            )
+    def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_length: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, H] -> [N, H], or [R, H]: the last layer is computed only where `rows` say that it is read."""
+        if rows is not None and not len(self.layers):
+            return x.index_select(0, rows)
+        for number, layer in enumerate(self.layers, 1):
+            inputs = (x, offsets, max_length, rows if number == len(self.layers) else None)
+            x = self.streams.recompute(layer, *inputs) if self.recompute and self.training else layer(*inputs)
         return x

@@ -1,56 +1,96 @@
-"""Cross entropy and argmax over logits [M, V / ranks] that are shared out over a tensor-parallel group."""
+"""Vocabulary projection and cross entropy in one operation, shared out over a tensor-parallel group.
+
+Legend: M target rows, H hidden, V padded vocabulary, T ranks of the group, C = V / T columns of this rank.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from megatron_interbert.parallel.collectives import group_rank, group_size
 
+CHUNK = 1 << 26  # logits that exist at a time: 128 MiB in 16 bits
 
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, labels, group):
-        columns = logits.shape[1]
-        largest = logits.max(dim=1).values
-        _reduce(largest, group, dist.ReduceOp.MAX)
-        exponentials = (logits - largest[:, None]).exp_()
-        local = labels - columns * group_rank(group)
-        elsewhere = (local < 0) | (local >= columns)
-        local = local.masked_fill(elsewhere, 0)
-        own = logits.gather(1, local[:, None]).squeeze(1).masked_fill(elsewhere, 0.0)
-        sums = torch.stack([exponentials.sum(dim=1), own])
-        _reduce(sums, group, dist.ReduceOp.SUM)
-        ctx.save_for_backward(exponentials.div_(sums[0][:, None]), local, elsewhere)
-        return sums[0].log() + largest - sums[1]
+
+class VocabMath(NamedTuple):
+    """The two passes over logits [m, C], of which the first `words` columns stand for words (see kernels/plain.py)."""
+
+    statistics: Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, ...]]
+    gradient: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+class _ProjectedCrossEntropy(torch.autograd.Function):
+    """Logits exist chunk by chunk, in both passes: kept for all rows they would be the largest tensor of a step. Computing them again
+    costs a third more of the head's products, 0.4 % of the base model's step."""
 
     @staticmethod
-    def backward(ctx, grad):
-        probabilities, local, elsewhere = ctx.saved_tensors
-        result = probabilities * grad[:, None]
-        result.scatter_add_(1, local[:, None], (-grad).masked_fill(elsewhere, 0.0)[:, None])
-        return result, None, None
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        labels: torch.Tensor,
+        words: int,
+        group: dist.ProcessGroup | None,
+        math: VocabMath,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        local = labels - len(weight) * group_rank(group)
+        rows = max(1, CHUNK // len(weight))
+        found = [
+            math.statistics(F.linear(part, weight, bias), of_part, words)
+            for part, of_part in zip(hidden.split(rows), local.split(rows), strict=True)
+        ]
+        largest, total, own, best = (torch.cat(values) for values in zip(*found, strict=True))
+        overall = _reduced(largest, group, dist.ReduceOp.MAX)
+        total, own = _reduced(torch.stack([total * (largest - overall).exp(), own]), group, dist.ReduceOp.SUM)
+        # The lowest index wins a tie, on one rank and over all.
+        best = (best + len(weight) * group_rank(group)).masked_fill(largest < overall, torch.iinfo(best.dtype).max)
+        right = _reduced(best, group, dist.ReduceOp.MIN) == labels
+        normaliser = total.log() + overall
+        ctx.save_for_backward(hidden, weight, bias, local, normaliser)
+        ctx.words, ctx.math, ctx.rows = words, math, rows
+        ctx.mark_non_differentiable(right)
+        return normaliser - own, right
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, _right: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, bias, local, normaliser = ctx.saved_tensors
+        dhidden = torch.empty_like(hidden)
+        dweight, dbias = torch.zeros_like(weight), torch.zeros_like(bias)
+        pieces = [x.split(ctx.rows) for x in (hidden, dhidden, local, normaliser, grad)]
+        for part, dpart, of_part, normal, dloss in zip(*pieces, strict=True):
+            dlogits = ctx.math.gradient(F.linear(part, weight, bias), of_part, normal, dloss, ctx.words)
+            torch.mm(dlogits, weight, out=dpart)
+            dweight.addmm_(dlogits.t(), part)
+            dbias += dlogits.sum(dim=0)
+        return dhidden, dweight, dbias, None, None, None, None
 
 
-def _reduce(tensor: torch.Tensor, group: dist.ProcessGroup | None, operation: dist.ReduceOp) -> None:
+def _reduced(tensor: torch.Tensor, group: dist.ProcessGroup | None, operation: dist.ReduceOp) -> torch.Tensor:
     if group_size(group) > 1:
+        tensor = tensor.clone()
         dist.all_reduce(tensor, op=operation, group=group)
+    return tensor
 
 
-def vocab_parallel_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Loss of each row [M] float32, the same on all ranks, from float32 logits [M, V / ranks] and labels [M] in [0, V).
+def vocab_parallel_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    labels: torch.Tensor,
+    words: int,
+    group: dist.ProcessGroup | None,
+    math: VocabMath,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cross entropy of each row [M], whether its most likely word is the label [M]), alike on all ranks.
 
-    Columns that stand for no word must hold -inf.
+    Logits are hidden [M, H] times this rank's rows of the table `weight` [C, H], plus `bias` [C]; `labels` [M] in [0, V). `hidden` is
+    replicated, and its gradient is this rank's part: it must have come through copy_to_group.
     """
-    return _VocabParallelCrossEntropy.apply(logits.float(), labels, group)
-
-
-def vocab_parallel_argmax(logits: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Index of the largest logit of each row [M], over all ranks; the lowest index wins a tie."""
-    best, index = logits.detach().float().max(dim=1)
-    index = index + logits.shape[1] * group_rank(group)
-    if group_size(group) == 1:
-        return index
-    overall = best.clone()
-    dist.all_reduce(overall, op=dist.ReduceOp.MAX, group=group)
-    index = index.masked_fill(best < overall, torch.iinfo(torch.int64).max)
-    dist.all_reduce(index, op=dist.ReduceOp.MIN, group=group)
-    return index
+    if len(hidden) == 0:  # a gradient of zeros for every parameter, as for any other batch
+        nothing = hidden.sum() + weight[:1].sum() * 0.0 + bias[:1].sum() * 0.0
+        return nothing.expand(0), labels == labels
+    return _ProjectedCrossEntropy.apply(hidden, weight, bias, labels, words, group, math)

@@ -7,12 +7,10 @@ batch gives the same loss and gradient on every layout.
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.model.interbert import InterBertOutput
-from megatron_interbert.parallel.vocab_loss import vocab_parallel_argmax, vocab_parallel_cross_entropy
 
 OBJECTIVES = ("msm", "mrm", "itm")
 
@@ -20,9 +18,8 @@ OBJECTIVES = ("msm", "mrm", "itm")
 class PretrainingTask:
     """Loss and report of a batch; `objectives` are the losses that are trained on, all three are always reported."""
 
-    def __init__(self, objectives: Sequence[str] = OBJECTIVES, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, objectives: Sequence[str] = OBJECTIVES) -> None:
         self.trained = torch.tensor([name in objectives for name in OBJECTIVES])
-        self.group = group
 
     report_shape = (len(OBJECTIVES), 3)
 
@@ -34,16 +31,15 @@ class PretrainingTask:
     def loss(self, output: InterBertOutput, batch: PackedBatch, totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The summed losses of this batch over the step's target counts `totals` [3], as one scalar, and the report
         [3, 3] float32: rows msm, mrm, itm; columns sum of losses, right answers, targets."""
-        words = vocab_parallel_cross_entropy(output.msm_logits, batch.msm_labels, self.group)
         regions = soft_label_kl(output.mrm_logits, batch.mrm_class_ids, batch.mrm_class_probs)
         matches = F.cross_entropy(output.itm_logits, batch.mismatched, reduction="none")
-        sums = torch.stack([words.sum(), regions.sum(), matches.sum()])
+        sums = torch.stack([output.msm_losses.sum(), regions.sum(), matches.sum()])
         # A batch without targets of a kind gives 0 / 1, never NaN, and still a gradient of zeros for its head.
         wanted = torch.where(self.trained.to(sums.device), sums, 0.0)
         loss = (wanted / totals.to(sums).clamp(min=1.0)).sum()
         right = torch.stack(
             [
-                (vocab_parallel_argmax(output.msm_logits, self.group) == batch.msm_labels).sum(),
+                output.msm_right.sum(),
                 (output.mrm_logits.argmax(dim=1) == hard_label(batch.mrm_class_ids, batch.mrm_class_probs)).sum(),
                 (output.itm_logits.argmax(dim=1) == batch.mismatched).sum(),
             ]

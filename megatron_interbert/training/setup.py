@@ -51,7 +51,7 @@ def pretraining_job(config: RunConfig, state: ParallelState) -> Job:
         one_each = dataclasses.replace(config, data_epochs="", data_weights="")
         one_each.given = config.given
         valid = PretrainingSet(valid_corpus, tokenizer, one_each)
-    task = PretrainingTask(config.objective_names(), state.tensor_group)
+    task = PretrainingTask(config.objective_names())
     data = describe_data(tokenizer, corpus)
     return Job(task, samples, sizes, PRETRAINING_HEADS, data, tokenizer.vocab_file, valid_samples=valid)
 

@@ -66,7 +66,7 @@ def test_text_only_is_bert(bert, form):
         [Example(token_ids=row, token_types=np.zeros(9, np.int64), msm_positions=np.arange(9), msm_labels=row) for row in ids], 20
     )
     with torch.no_grad():
-        output = ours.eval()(batch)
+        output = ours.eval()(batch, everything=True)
         expected = theirs(torch.from_numpy(ids), output_hidden_states=True)
     torch.testing.assert_close(output.text_hidden, expected.hidden_states[-1].flatten(0, 1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(output.msm_logits[:, :150], expected.logits.flatten(0, 1), rtol=1e-4, atol=1e-4)

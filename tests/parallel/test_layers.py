@@ -1,14 +1,20 @@
 """Tensor-parallel layers against plain ones: values and gradients, on 2 and 4 ranks; the loss against torch's; the streams."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 
+from megatron_interbert.kernels import plain
+from megatron_interbert.parallel import vocab_loss
+from megatron_interbert.parallel.collectives import copy_to_group
 from megatron_interbert.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.parallel.vocab_loss import vocab_parallel_argmax, vocab_parallel_cross_entropy
+from megatron_interbert.parallel.vocab_loss import VocabMath, vocab_parallel_loss
 from tests.dist import run_on_ranks
 
 DOUBLE = {"dtype": torch.float64}
@@ -58,25 +64,46 @@ def check_embedding(state):
 
 
 def check_loss(state):
-    """Including a rank that holds only padding, extreme logits, no rows at all, and ties of the argmax."""
+    """Values, gradients and right answers against torch in float64: several chunks, large logits, padding columns (with 4 ranks the
+    last one holds nothing else), ties, no rows at all."""
     torch.manual_seed(2)
-    logits = torch.randn(9, 16) * 30
-    logits[:, 5:] = float("-inf")  # with 4 ranks the last two hold padding only
-    logits[0, 1] = logits[0, 4] = 100.0
-    labels = torch.tensor([1, 0, 4, 3, 2, 1, 0, 4, 4])
-    full = logits.clone().requires_grad_()
-    expected = F.cross_entropy(full, labels, reduction="none")
-    weight = torch.randn(9)
-    (gradient,) = torch.autograd.grad((expected * weight).sum(), full)
-    local = slice_of(logits, 1, state).clone().requires_grad_()
-    result = vocab_parallel_cross_entropy(local, labels, state.tensor_group)
-    torch.testing.assert_close(result, expected)
-    (ours,) = torch.autograd.grad((result * weight).sum(), local)
-    torch.testing.assert_close(ours, slice_of(gradient, 1, state), rtol=1e-5, atol=1e-6)
-    assert torch.equal(vocab_parallel_argmax(local, state.tensor_group), logits.argmax(1))
-    assert vocab_parallel_argmax(local, state.tensor_group)[0] == 1
-    empty = vocab_parallel_cross_entropy(local[:0], labels[:0], state.tensor_group)
-    assert empty.sum() == 0
+    words, columns = 9, 16
+    table, hidden = torch.randn(columns, 6, **DOUBLE), torch.randn(9, 6, **DOUBLE) * 20
+    bias, labels = torch.randn(columns, **DOUBLE), torch.tensor([1, 0, 4, 3, 2, 1, 0, 4, 8])
+    table[7], bias[7] = table[2], bias[2]  # equal logits: the lower index counts
+    whole = [t.clone().requires_grad_() for t in (hidden, table, bias)]
+    logits = F.linear(*whole)[:, :words]
+    expected, weight = F.cross_entropy(logits, labels, reduction="none"), torch.randn(9, **DOUBLE)
+    gradients = torch.autograd.grad((expected * weight).sum(), whole)
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            own = columns // state.tensor_size
+            self.words = max(0, min(own, words - own * state.tensor_rank))
+            self.table, self.bias = (nn.Parameter(slice_of(t, 0, state).clone()) for t in (table, bias))
+
+        def forward(self, hidden, labels):
+            hidden = copy_to_group(hidden, state.tensor_group)
+            math = VocabMath(plain.vocab_statistics, plain.vocab_gradient)
+            return vocab_parallel_loss(hidden, self.table, self.bias, labels, self.words, state.tensor_group, math)
+
+    head, x = Head(), hidden.clone().requires_grad_()
+    for chunk in (1, 4 * columns // state.tensor_size, vocab_loss.CHUNK):
+        with mock.patch.object(vocab_loss, "CHUNK", chunk):
+            losses, right = head(x, labels)
+            torch.testing.assert_close(losses, expected)
+            assert torch.equal(right, logits.argmax(1) == labels)
+            ours = torch.autograd.grad((losses * weight).sum(), [x, head.table, head.bias])
+        wanted = [gradients[0], slice_of(gradients[1], 0, state), slice_of(gradients[2], 0, state)]
+        for a, b in zip(ours, wanted, strict=True):
+            torch.testing.assert_close(a, b)
+    tied = torch.linalg.lstsq(table, torch.eye(columns, **DOUBLE)[2] * 50).solution[None]  # words 2 and 7 are the most likely ones
+    assert [head(tied, torch.tensor([label]))[1].item() for label in (2, 7)] == [True, False]
+    losses, right = head(x[:0], labels[:0])
+    gradients = torch.autograd.grad(losses.sum(), [x, head.table, head.bias])
+    assert len(right) == 0
+    assert all(gradient.abs().sum() == 0 for gradient in gradients)
 
 
 def check_streams(state):

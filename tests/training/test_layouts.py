@@ -54,7 +54,7 @@ def parts(config, state, streams):
     sizes = sizes if config.dropout else sizes.without_dropout()
     model = InterBert(sizes, state=state, kernels=Kernels(), streams=streams, recompute=config.recompute_activations)
     initialise(model, sizes, config.seed, state)
-    return model, PretrainingSet(store, tokenizer, config), PretrainingTask(group=state.tensor_group)
+    return model, PretrainingSet(store, tokenizer, config), PretrainingTask()
 
 
 def reference(store):
