@@ -16,6 +16,9 @@ class Kernels:
     attention: Callable[..., torch.Tensor] = attention.padded_sdpa
     bias_gelu: Callable[..., torch.Tensor] = plain.bias_gelu
     dropout_add_norm: Callable[..., torch.Tensor] = plain.dropout_add_norm
+    region_rows: Callable[..., torch.Tensor] = plain.region_rows
+    embed_text: Callable[..., torch.Tensor] = plain.embed_text
+    embed_image: Callable[..., torch.Tensor] = plain.embed_image
     vocab_statistics: Callable[..., tuple[torch.Tensor, ...]] = plain.vocab_statistics
     vocab_gradient: Callable[..., torch.Tensor] = plain.vocab_gradient
 
@@ -39,11 +42,20 @@ def choose_kernels(name: str, device: torch.device, attention_dropout: bool = Fa
     if name == "apex":
         from megatron_interbert.kernels import apex_adapters
 
-        return Kernels(packed_attention, plain.bias_gelu, apex_adapters.load_dropout_add_norm())
-    from megatron_interbert.kernels import triton_attention, triton_ops
+        return Kernels(attention=packed_attention, dropout_add_norm=apex_adapters.load_dropout_add_norm())
+    from megatron_interbert.kernels import triton_attention, triton_embedding, triton_ops, triton_vocab
 
     if not (on_gpu or triton_ops.interpreted()):
         raise UsageError("--kernels triton needs a GPU (or TRITON_INTERPRET=1 to check the kernels on a CPU); use --kernels torch")
     if attention_dropout or not on_gpu:
         packed_attention = triton_attention.short_attention
-    return Kernels(packed_attention, triton_ops.bias_gelu, triton_ops.dropout_add_norm)
+    return Kernels(
+        packed_attention,
+        triton_ops.bias_gelu,
+        triton_ops.dropout_add_norm,
+        triton_embedding.region_rows,
+        triton_embedding.embed_text,
+        triton_embedding.embed_image,
+        triton_vocab.vocab_statistics,
+        triton_vocab.vocab_gradient,
+    )

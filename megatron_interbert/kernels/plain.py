@@ -22,6 +22,56 @@ def dropout_add_norm(
     return F.layer_norm(residual + F.dropout(x + bias, dropout_p), weight.shape, weight, norm_bias, eps)
 
 
+def region_rows(
+    features: torch.Tensor,
+    hidden: torch.Tensor,
+    counts: torch.Tensor,
+    region_rows: torch.Tensor,
+    summary_rows: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """[Ni, F] of `dtype`: each image's mean region at its summary row [images], then its regions, from features [R, F].
+
+    The regions numbered in `hidden` are zeroed, and count as zeros in the mean; `counts` [images] are regions of each image.
+    """
+    regions = features.float().index_fill(0, hidden, 0.0)
+    means = torch.segment_reduce(regions, "mean", lengths=counts)  # no atomics: the same bits on every rank
+    result = regions.new_empty(len(region_rows) + len(summary_rows), regions.shape[1])
+    result.index_copy_(0, summary_rows, means)
+    return result.index_copy_(0, region_rows, regions).to(dtype)
+
+
+def embed_text(
+    words: torch.Tensor,
+    positions: torch.Tensor,
+    types: torch.Tensor,
+    position_table: torch.Tensor,
+    type_table: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    dropout_p: float,
+    eps: float,
+) -> torch.Tensor:
+    """dropout(LayerNorm(words + position + type)) of word embeddings [Nt, H], with the tables' rows by number [Nt]."""
+    embedded = words + F.embedding(positions, position_table) + F.embedding(types, type_table)
+    return F.dropout(F.layer_norm(embedded, weight.shape, weight, bias, eps), dropout_p)
+
+
+def embed_image(
+    projected: torch.Tensor,
+    locations: torch.Tensor,
+    location_weight: torch.Tensor,
+    location_bias: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    dropout_p: float,
+    eps: float,
+) -> torch.Tensor:
+    """dropout(LayerNorm(projected + Linear(locations))) of projected features [Ni, H] and locations [Ni, 5]."""
+    embedded = projected + F.linear(locations, location_weight, location_bias)
+    return F.dropout(F.layer_norm(embedded, weight.shape, weight, bias, eps), dropout_p)
+
+
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, max_length: int, dropout_p: float
 ) -> torch.Tensor:

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_interbert.kernels.triton_ops import draw_seed
+
 LONGEST = 128  # tokens of a sequence; the score tile must stay in registers
 WIDEST = 128  # size of a head
 
@@ -133,11 +135,9 @@ def takes(q: torch.Tensor, max_length: int) -> bool:
 def short_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, max_length: int, dropout_p: float
 ) -> torch.Tensor:
-    """See plain.attention; longer sequences or wider heads go to padded SDPA. The seed comes from the CPU generator, as that of
-    triton_ops.dropout_add_norm does."""
+    """See plain.attention; longer sequences or wider heads go to padded SDPA."""
     if not takes(q, max_length):
         from megatron_interbert.kernels.attention import padded_sdpa
 
         return padded_sdpa(q, k, v, offsets, max_length, dropout_p)
-    seed = int(torch.randint(2**31 - 1, (1,))) if dropout_p > 0 else 0
-    return _ShortAttention.apply(q, k, v, offsets, max_length, dropout_p, seed)
+    return _ShortAttention.apply(q, k, v, offsets, max_length, dropout_p, draw_seed(dropout_p))

@@ -12,11 +12,18 @@ import triton
 import triton.language as tl
 
 MAX_PROGRAMS = 512  # programs that share the rows of a backward pass; each keeps one partial sum per column
+TILE_ROWS, TILE_COLUMNS = 8, 256
 
 
 def interpreted() -> bool:
     """Whether Triton's CPU interpreter is asked for."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def draw_seed(dropout_p: float) -> int:
+    """The seed of a dropout mask, from the CPU generator, which tensor-parallel ranks share (or not, for what is sharded) and
+    recomputation restores, and which costs no synchronisation with the device."""
+    return int(torch.randint(2**31 - 1, (1,))) if dropout_p > 0 else 0
 
 
 @triton.jit
@@ -31,15 +38,24 @@ def _bias_gelu_forward(x_ptr, bias_ptr, y_ptr, count, width, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _bias_gelu_backward(dy_ptr, x_ptr, bias_ptr, dx_ptr, count, width, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + tl.load(bias_ptr + at % width, mask=inside, other=0.0).to(
-        tl.float32
-    )
-    slope = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
-    dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dx_ptr + at, (dy * slope).to(dx_ptr.dtype.element_ty), mask=inside)
+def _bias_gelu_backward(
+    dy_ptr, x_ptr, bias_ptr, dx_ptr, partial_ptr, rows, width, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Some columns of every PROGRAMS-th group of ROWS rows, and what they add to the gradient of the bias."""
+    program = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    bias = tl.load(bias_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+    dbias = tl.zeros([BLOCK], dtype=tl.float32)
+    for first in range(program * ROWS, rows, PROGRAMS * ROWS):
+        row = first + tl.arange(0, ROWS)
+        at = row[:, None].to(tl.int64) * width + column[None, :]
+        inside = (row[:, None] < rows) & (column[None, :] < width)
+        z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
+        slope = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+        dx = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32) * slope
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        dbias += tl.sum(dx, axis=0)
+    tl.store(partial_ptr + program * width + column, dbias, mask=column < width)
 
 
 class _BiasGelu(torch.autograd.Function):
@@ -54,9 +70,15 @@ class _BiasGelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, bias = ctx.saved_tensors
+        width = x.shape[-1]
+        rows = x.numel() // width
+        programs = min(triton.cdiv(rows, TILE_ROWS), MAX_PROGRAMS)
         dx = torch.empty_like(x)
-        _bias_gelu_backward[(triton.cdiv(x.numel(), 1024),)](dy.contiguous(), x, bias, dx, x.numel(), x.shape[-1], BLOCK=1024)
-        return dx, dx.flatten(0, -2).sum(dim=0, dtype=torch.float32).to(bias.dtype)
+        partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
+        _bias_gelu_backward[(triton.cdiv(width, TILE_COLUMNS), programs)](
+            dy.contiguous(), x, bias, dx, partial, rows, width, PROGRAMS=programs, ROWS=TILE_ROWS, BLOCK=TILE_COLUMNS
+        )
+        return dx, partial.sum(dim=0).to(bias.dtype)
 
 
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -208,9 +230,7 @@ def dropout_add_norm(
     dropout_p: float,
     eps: float,
 ) -> torch.Tensor:
-    """See plain.dropout_add_norm. The seed comes from the CPU generator, which tensor-parallel ranks share and
-    recomputation restores, and which costs no synchronisation with the device."""
+    """See plain.dropout_add_norm."""
     if x.shape[0] == 0:
         return x
-    seed = int(torch.randint(2**31 - 1, (1,))) if dropout_p > 0 else 0
-    return _DropoutAddNorm.apply(x, bias, residual, weight, norm_bias, dropout_p, eps, seed)
+    return _DropoutAddNorm.apply(x, bias, residual, weight, norm_bias, dropout_p, eps, draw_seed(dropout_p))

@@ -66,9 +66,9 @@ class InterBert(nn.Module):
         streams = streams or RandomStreams(0)
         config.check_tensor_parallel(state.tensor_size)
         self.config = config
-        self.text_embedding = TextEmbedding(config, state.tensor_group)
+        self.text_embedding = TextEmbedding(config, state.tensor_group, kernels)
         if not text_only:
-            self.image_embedding = ImageEmbedding(config)
+            self.image_embedding = ImageEmbedding(config, kernels)
 
         def stack(count: int, heads: int, hidden_dropout: float, attention_dropout: float) -> TransformerStack:
             layers = [

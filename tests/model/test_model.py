@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from megatron_interbert.config import ModelConfig
 from megatron_interbert.data.packing import Example, pack
 from megatron_interbert.errors import UsageError
+from megatron_interbert.kernels.choice import Kernels
+from megatron_interbert.model.embeddings import image_features
 from megatron_interbert.model.flops import training_flops
 from megatron_interbert.model.initialise import initialise, load_full_state
 from megatron_interbert.model.interbert import InterBert
@@ -164,11 +166,9 @@ def test_the_last_layer_where_it_is_read_equals_the_whole_one():
 
 
 def test_hidden_regions_count_as_zeros_in_the_mean():
-    from megatron_interbert.model.embeddings import image_features
-
     example = examples(1)[0]
     example.hidden_regions = np.arange(len(example.features)) == 0
-    features = image_features(pack([example], 20))
+    features = image_features(pack([example], 20), torch.float32, Kernels())
     shown = example.features.astype(np.float32)
     shown[0] = 0
     torch.testing.assert_close(features[1:], torch.from_numpy(shown))

@@ -19,7 +19,7 @@ from megatron_interbert.data.packing import PackedBatch, to_batch
 from megatron_interbert.data.region_batch import read_regions
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.data.text import CaptionTokenizer
-from megatron_interbert.kernels.choice import choose_kernels
+from megatron_interbert.kernels.choice import Kernels, choose_kernels
 from megatron_interbert.model.embeddings import image_features
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
@@ -165,7 +165,7 @@ def padded_margins(model: InterBert, batch: PackedBatch, max_tokens: int, image_
     lengths = (batch.image_offsets[1:] - batch.image_offsets[:-1]).long()
     slots = torch.arange(image_tokens, device=ids.device)
     rows = (batch.image_offsets[:-1, None].long() + torch.minimum(slots, lengths[:, None] - 1)).flatten()
-    features = image_features(batch)[rows].to(model.image_embedding.feature.weight.dtype)
+    features = image_features(batch, model.image_embedding.feature.weight.dtype, Kernels())[rows]
     image = model.image_embedding.feature(features)
     image = model.image_embedding.norm(image + model.image_embedding.location(batch.locations[rows].to(image.dtype)))
     image = image.view(samples, image_tokens, -1)
