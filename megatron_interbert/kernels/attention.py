@@ -14,20 +14,28 @@ def padded_sdpa(
     if count == samples * max_length:  # all of one length: nothing to pad
         queries, keys, values = (x.view(samples, max_length, *q.shape[1:]).transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout_p).transpose(1, 2).flatten(0, 1)
-    lengths = offsets[1:] - offsets[:-1]
-    # From packed rows to padded slots and back, without boolean indexing (the host would wait for the device). Padding
-    # repeats the last real row; nothing attends to it and its result is dropped.
-    place = torch.arange(max_length, device=q.device)
-    rows = torch.minimum(offsets[:-1, None] + place, (offsets[1:, None] - 1).clamp(min=0)).flatten()
-    sample = torch.repeat_interleave(torch.arange(samples, device=q.device), lengths, output_size=count)
-    slots = sample * max_length + torch.arange(count, device=q.device) - offsets[sample]
-    mask = place < lengths[:, None]
-    mask[:, 0] = True  # an empty sequence would give NaN, also in the gradient
-
+    rows, slots, mask = padded_places(offsets, max_length, count)
     padded = gather_rows(torch.cat([q, k, v], dim=1), rows, slots)
     queries, keys, values = padded.view(samples, max_length, 3, *q.shape[1:]).permute(2, 0, 3, 1, 4)
     result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None, None, :], dropout_p=dropout_p)
     return result.transpose(1, 2).reshape(samples * max_length, *q.shape[1:]).index_select(0, slots)
+
+
+def padded_places(offsets: torch.Tensor, max_length: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How `count` packed rows are laid out in [B, max_length]: the row of each place, the place of each row, which places may be
+    attended to [B, max_length].
+
+    Padding repeats the last real row; nothing attends to it and its result is dropped. No boolean indexing: the host would wait for the
+    device.
+    """
+    samples, lengths = len(offsets) - 1, offsets[1:] - offsets[:-1]
+    place = torch.arange(max_length, device=offsets.device)
+    rows = torch.minimum(offsets[:-1, None] + place, (offsets[1:, None] - 1).clamp(min=0)).flatten()
+    sample = torch.repeat_interleave(torch.arange(samples, device=offsets.device), lengths, output_size=count)
+    slots = sample * max_length + torch.arange(count, device=offsets.device) - offsets[sample]
+    mask = place < lengths[:, None]
+    mask[:, 0] = True  # an empty sequence would give NaN, also in the gradient
+    return rows, slots, mask
 
 
 def varlen_flash(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.kernels import attention, plain
+from megatron_interbert.kernels import attention, cpu_ops, plain
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,15 @@ def choose_kernels(name: str, device: torch.device, attention_dropout: bool = Fa
     """
     on_gpu = device.type == "cuda"
     packed_attention = attention.varlen_flash if on_gpu and not attention_dropout else attention.padded_sdpa
-    if name == "torch" or (name == "auto" and not on_gpu):
+    if name == "torch":
         return Kernels()
+    if name == "auto" and not on_gpu:
+        return Kernels(
+            cpu_ops.attention,
+            dropout_add_norm=cpu_ops.dropout_add_norm,
+            embed_text=cpu_ops.embed_text,
+            embed_image=cpu_ops.embed_image,
+        )
     if name == "apex":
         from megatron_interbert.kernels import apex_adapters
 

@@ -26,17 +26,22 @@ class Engine:
     def __init__(self, model: nn.Module, config: TrainConfig, state: ParallelState, pretrained: set[str] = frozenset()) -> None:
         self.config, self.state = config, state
         self.deepspeed_config = merge(config, state.data_size)
+        # DeepSpeed's own bucket has room for 500 M gradients, 2 GB in fp32, whatever the model's size.
+        values = sum(parameter.numel() for parameter in model.parameters())
+        self.deepspeed_config["zero_optimization"].setdefault("reduce_bucket_size", min(values, 500_000_000))
         self.accumulation = self.deepspeed_config["gradient_accumulation_steps"]
         self.precision = "fp16" if config.fp16 else "bf16" if config.bf16 else "fp32"
         if config.fp16 and not half_precision_supported():
             raise UsageError("--fp16: this processor cannot compute in half precision; use --bf16")
+        # Plain fp32 training at stage 0 has no DeepSpeed optimizer around it: norm, clipping and skipping are ours there.
+        self.bare = config.zero_stage == 0 and self.precision == "fp32"
+        if self.bare:
+            self.deepspeed_config["gradient_clipping"] = 0.0
         optimizer = build_optimizer(parameter_groups(model, config, pretrained), config)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.deepspeed_config, mpu=state, dist_init_required=False
         )
         self.ema = AveragedWeights(config.ema_decay) if config.ema_decay else None
-        # Plain fp32 training at stage 0 has no DeepSpeed optimizer around it: norm and skipping are ours there.
-        self.bare = config.zero_stage == 0 and self.precision == "fp32"
 
     @property
     def model(self) -> nn.Module:
@@ -67,6 +72,9 @@ class Engine:
         if not math.isfinite(norm):
             self.deepspeed.zero_grad()
             return norm, False
+        if self.config.clip_grad:  # torch's AdamW divides by this while it updates: clipping needs no pass of its own
+            excess = max(1.0, norm / self.config.clip_grad)
+            self.deepspeed.optimizer.grad_scale = torch.tensor(excess, dtype=torch.float32, device=self.deepspeed.device)
         self.deepspeed.step()
         return norm, True
 

@@ -9,6 +9,8 @@ from torch import nn
 from megatron_interbert.config import TrainConfig
 from megatron_interbert.parallel.state import ParallelState
 
+SUMMED = 1 << 18  # squares that are added up in float32; beyond them in float64
+
 
 def parameter_groups(model: nn.Module, config: TrainConfig, pretrained: Collection[str] = ()) -> list[dict]:
     """Groups by weight decay (matrices only, not biases and LayerNorm) and by rate (`pretrained` names are scaled)."""
@@ -54,10 +56,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], state: ParallelState) -> float:
-    """Global norm over tensor-parallel ranks: shards are summed, replicated gradients count once."""
-    squares = torch.zeros(2, dtype=torch.float64)
+    """Global norm over tensor-parallel ranks: shards are summed, replicated gradients count once. One wait for the device."""
+    squares: dict[bool, list[torch.Tensor]] = {False: [], True: []}
     for parameter in parameters:
         if parameter.grad is not None:
-            squares[int(getattr(parameter, "tensor_model_parallel", False))] += float(parameter.grad.double().pow(2).sum())
-    sharded = state.sum_over_tensor(squares[1:].to(next(iter(parameters)).device) if state.tensor_size > 1 else squares[1:])
-    return math.sqrt(float(squares[0] + sharded.cpu()[0])) if torch.isfinite(squares).all() else math.inf
+            of_kind = squares[bool(getattr(parameter, "tensor_model_parallel", False))]
+            of_kind += [torch.dot(run, run) for run in parameter.grad.reshape(-1).split(SUMMED)]
+    device = next(run.device for runs in squares.values() for run in runs)
+    totals = [torch.stack(runs).double().sum() if runs else torch.zeros((), dtype=torch.float64) for runs in squares.values()]
+    replicated, sharded = (total.to(device) for total in totals)
+    total = float(replicated + state.sum_over_tensor(sharded))
+    return math.sqrt(total) if math.isfinite(total) else math.inf

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.kernels import attention, plain
+from megatron_interbert.kernels import attention, cpu_ops, plain
 from megatron_interbert.kernels.choice import choose_kernels
 from megatron_interbert.kernels.gather import gather_rows
 from tests.kernels.sequences import packed
@@ -17,27 +17,78 @@ def test_padded_sdpa_equals_one_sequence_at_a_time(lengths, dtype):
     (q, k, v), offsets = packed(lengths, dtype=dtype)
     weight = torch.randn(sum(lengths), 3, 8, dtype=dtype)
     results, gradients = [], []
-    for function in (plain.attention, attention.padded_sdpa):
-        out = function(q, k, v, offsets, max(lengths), 0.0)
+    for function in (plain.attention, attention.padded_sdpa, cpu_ops.attention):
+        # So small a rate drops nothing, but takes the path of those that do.
+        out = function(q, k, v, offsets, max(lengths), 1e-9 if function is cpu_ops.attention else 0.0)
         gradients.append(torch.autograd.grad((out * weight).sum(), (q, k, v)))
         results.append(out)
     tolerance = {"rtol": 1e-6, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 0.05, "atol": 0.05}
-    torch.testing.assert_close(*results, **tolerance)
-    for ours, theirs in zip(*gradients, strict=True):
-        assert torch.isfinite(theirs).all()
-        torch.testing.assert_close(ours, theirs, **tolerance)
+    for other, its_gradients in zip(results[1:], gradients[1:], strict=True):
+        torch.testing.assert_close(other, results[0], **tolerance)
+        for ours, theirs in zip(its_gradients, gradients[0], strict=True):
+            assert torch.isfinite(theirs).all()
+            torch.testing.assert_close(ours, theirs, **tolerance)
 
 
-def test_attention_dropout_drops_at_its_rate_and_scales_the_rest():
+@pytest.mark.parametrize("function", [attention.padded_sdpa, cpu_ops.attention])
+def test_attention_dropout_drops_at_its_rate_and_scales_the_rest(function):
     """With one-hot values an output is the row of attention weights itself: each is 0 or its plain value / (1 - p)."""
     torch.manual_seed(0)
     (q, k, _), offsets = packed([8] * 400, heads=2)
     v = torch.eye(8).repeat(400, 1)[:, None, :].expand(-1, 2, -1).contiguous()
     plain_weights = attention.padded_sdpa(q, k, v, offsets, 8, 0.0)
-    dropped_weights = attention.padded_sdpa(q, k, v, offsets, 8, 0.25)
+    dropped_weights = function(q, k, v, offsets, 8, 0.25)
     gone = dropped_weights == 0
     assert abs(gone.float().mean().item() - 0.25) < 0.01
     torch.testing.assert_close(dropped_weights[~gone], plain_weights[~gone] / 0.75)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 400_001), (torch.bfloat16, 300_002), (torch.float64, 300_003)])
+def test_the_mask_of_a_cpu(dtype, size):
+    """Rate, scale, a gradient with the same mask, independence of neighbours that share a draw, and of calls; replayed by the seed."""
+    torch.manual_seed(0)
+    x = torch.ones(size, dtype=dtype, requires_grad=True)
+    out = cpu_ops.dropout(x, 0.1)
+    gone = out == 0
+    assert abs(gone.double().mean().item() - 0.1) < 0.002
+    assert out[~gone].unique().double().item() == pytest.approx(1 / 0.9, rel=1e-4 if dtype != torch.bfloat16 else 1e-2)
+    assert torch.equal(torch.autograd.grad(out.sum(), x)[0], out.detach())
+    for distance in (1, 2, 3, 4):
+        together = (gone[:-distance] & gone[distance:]).double().mean().item()
+        assert abs(together - 0.01) < 0.001, distance
+    assert not torch.equal(cpu_ops.dropout(x, 0.1), out)
+    torch.manual_seed(0)
+    assert torch.equal(cpu_ops.dropout(x, 0.1), out)
+
+
+def test_no_dropout_and_nothing_but_dropout():
+    x = torch.randn(3, 5)
+    assert cpu_ops.dropout(x, 0.0) is x
+    assert torch.equal(cpu_ops.dropout(x, 1.0), torch.zeros(3, 5))
+    assert cpu_ops.dropout(x[:0], 0.5).shape == (0, 5)
+
+
+def test_dropout_of_a_cpu_around_the_norm():
+    """With the mask known: what is dropped before the norm, and behind it."""
+    x, bias, residual, gain, shift = torch.randn(6, 8), torch.randn(8), torch.randn(6, 8), torch.randn(8), torch.randn(8)
+
+    def mask():
+        torch.manual_seed(4)
+        return cpu_ops.dropout(torch.ones(6, 8), 0.4)
+
+    kept = mask()
+    torch.manual_seed(4)
+    expected = torch.nn.functional.layer_norm(residual + (x + bias) * kept, (8,), gain, shift)
+    torch.testing.assert_close(cpu_ops.dropout_add_norm(x, bias, residual, gain, shift, 0.4, 1e-5), expected)
+    locations, projection = torch.rand(6, 5), torch.randn(8, 5)
+    expected = torch.nn.functional.layer_norm(x + locations @ projection.t() + bias, (8,), gain, shift) * kept
+    torch.manual_seed(4)
+    torch.testing.assert_close(cpu_ops.embed_image(x, locations, projection, bias, gain, shift, 0.4, 1e-5), expected)
+    table, kinds = torch.randn(6, 8), torch.randn(2, 8)
+    numbers, types = torch.tensor([3, 0, 5, 5, 1, 2]), torch.tensor([0, 1, 1, 0, 0, 1])
+    expected = torch.nn.functional.layer_norm(x + table[numbers] + kinds[types], (8,), gain, shift) * kept
+    torch.manual_seed(4)
+    torch.testing.assert_close(cpu_ops.embed_text(x, numbers, types, table, kinds, gain, shift, 0.4, 1e-5), expected)
 
 
 def test_gather_rows_has_the_gradient_of_indexing():
@@ -50,6 +101,6 @@ def test_gather_rows_has_the_gradient_of_indexing():
 
 
 def test_choice_names_what_it_takes_and_refuses_what_cannot_run():
-    assert "attention=attention.padded_sdpa" in choose_kernels("auto", torch.device("cpu")).describe()
+    assert "attention=cpu_ops.attention" in choose_kernels("auto", torch.device("cpu")).describe()
     with pytest.raises(UsageError, match="apex"):
         choose_kernels("apex", torch.device("cpu"))

@@ -45,10 +45,11 @@ def test_groups_by_decay_and_origin():
 
 
 def test_norm_is_that_of_all_gradients():
-    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 5)]
+    """Also of millions of them, where torch's own norm in float32 is wrong by 3 in 10,000."""
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 5, 3_000_000)]
     for parameter in parameters:
         parameter.grad = torch.randn(len(parameter))
-    expected = torch.cat([p.grad for p in parameters]).norm().item()
-    assert gradient_norm(parameters, ParallelState()) == pytest.approx(expected)
+    expected = torch.cat([p.grad for p in parameters]).double().norm().item()
+    assert gradient_norm(parameters, ParallelState()) == pytest.approx(expected, rel=2e-6)
     parameters[0].grad[1] = float("nan")
     assert gradient_norm(parameters, ParallelState()) == math.inf

@@ -154,7 +154,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds in which all contenders run one after another")
     parser.add_argument("--steps", type=int, default=2, help="steps of a contender in a round")
     parser.add_argument("--bf16", action="store_true", help="bfloat16: our engine's, and autocast for the others")
-    parser.add_argument("--zero-stage", type=int, default=1, help="of our engine")
+    parser.add_argument("--zero-stage", type=int, help="of our engine; default: 0, or 1 with --bf16")
     parser.add_argument("--only", default="", help="contenders, by commas; default: all of them")
     parser.add_argument("--peak-tflops", type=float, default=0.0, help="peak of the device, where it is not known")
 
@@ -174,7 +174,8 @@ def contenders(arguments: argparse.Namespace, device: torch.device) -> dict[str,
         values = parameters(InterBert(sizes))
 
     def ours(kernels: Kernels) -> Callable[[], Contender]:
-        return lambda: Ours(sizes, examples, device, arguments.bf16, kernels, arguments.zero_stage)
+        stage = int(arguments.bf16) if arguments.zero_stage is None else arguments.zero_stage
+        return lambda: Ours(sizes, examples, device, arguments.bf16, kernels, stage)
 
     def padded(make: Callable[[], nn.Module]) -> Callable[[], Contender]:
         regions = arguments.max_regions or arguments.regions[1]
