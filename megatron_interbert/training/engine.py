@@ -41,6 +41,8 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.deepspeed_config, mpu=state, dist_init_required=False
         )
+        if self.bare and state.data_size == 1:  # nothing to sum: else gradients would be copied into a bucket and back
+            self.deepspeed.enable_backward_allreduce = False
         self.ema = AveragedWeights(config.ema_decay) if config.ema_decay else None
 
     @property
