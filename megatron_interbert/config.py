@@ -151,6 +151,7 @@ class TrainConfig(Flags):
     bf16: bool = option(False, "bfloat16 with fp32 master weights (ZeRO stage 1 or higher)")
     recompute_activations: bool = option(False, "recompute each layer in the backward pass instead of keeping it")
     kernels: str = option("auto", "fused kernels", ("auto", "torch", "triton", "apex"))
+    deterministic: bool = option(False, "only operations that give the same bits every time, on GPUs too (slower there)")
     dropout: bool = option(True, "--no-dropout sets every dropout to 0")
 
     max_regions: int = option(36, "regions per image, first ones as stored")

@@ -29,14 +29,15 @@ class Kernels:
         )
 
 
-def choose_kernels(name: str, device: torch.device, attention_dropout: bool = False) -> Kernels:
+def choose_kernels(name: str, device: torch.device, attention_dropout: bool = False, deterministic: bool = False) -> Kernels:
     """Kernels for `--kernels auto|torch|triton|apex` on a device; UsageError when the choice cannot run there.
 
     Variable-length flash attention has no dropout: with `attention_dropout` (training) the kernel for short sequences takes its
-    place, or padded SDPA where there is no Triton.
+    place, or padded SDPA where there is no Triton. So it does if its gradients must be `deterministic`.
     """
     on_gpu = device.type == "cuda"
-    packed_attention = attention.varlen_flash if on_gpu and not attention_dropout else attention.padded_sdpa
+    flash = on_gpu and not attention_dropout and not deterministic
+    packed_attention = attention.varlen_flash if flash else attention.padded_sdpa
     if name == "torch":
         return Kernels()
     if name == "auto" and not on_gpu:
@@ -54,7 +55,7 @@ def choose_kernels(name: str, device: torch.device, attention_dropout: bool = Fa
 
     if not (on_gpu or triton_ops.interpreted()):
         raise UsageError("--kernels triton needs a GPU (or TRITON_INTERPRET=1 to check the kernels on a CPU); use --kernels torch")
-    if attention_dropout or not on_gpu:
+    if not flash:
         packed_attention = triton_attention.short_attention
     return Kernels(
         packed_attention,

@@ -111,5 +111,6 @@ def vocab_gradient(
     result = (logits.to(normaliser.dtype) - normaliser[:, None]).exp_().mul_(grad[:, None])
     result[:, words:] = 0.0
     elsewhere = (labels < 0) | (labels >= words)
-    result.scatter_add_(1, labels.masked_fill(elsewhere, 0)[:, None], (-grad).masked_fill(elsewhere, 0.0)[:, None])
+    place = labels.masked_fill(elsewhere, 0)[:, None]
+    result.scatter_(1, place, result.gather(1, place) - grad.masked_fill(elsewhere, 0.0)[:, None])
     return result.to(logits.dtype)

@@ -1,4 +1,4 @@
-"""Training on the host itself: threads and memory of a rank whose device is the CPU."""
+"""What a process sets for itself before it trains: threads and memory where its device is the CPU, determinism."""
 
 import contextlib
 import ctypes
@@ -30,3 +30,12 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def same_bits_every_time() -> None:
+    """Refuse operations whose result depends on the order in which a GPU's threads come. To be called before a GPU is first used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it its products are refused
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing of ours reads it
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # its gradients are summed in any order
+    torch.backends.cuda.enable_cudnn_sdp(False)

@@ -31,6 +31,7 @@ from megatron_interbert.training.deepspeed_config import merge
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.evaluation import DownstreamEvaluation, Evaluation, LossEvaluation
 from megatron_interbert.training.first_weights import load_initial_weights
+from megatron_interbert.training.host import same_bits_every_time
 from megatron_interbert.training.loop import Trainer
 from megatron_interbert.training.node_facts import facts_of_run
 from megatron_interbert.training.processes import describe_launch, start_processes
@@ -59,6 +60,8 @@ def pretraining_job(config: RunConfig, state: ParallelState) -> Job:
 def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] = pretraining_job) -> Trainer:
     """Everything a run needs, checked in the order in which it is cheap to fail."""
     config.check()
+    if config.deterministic:
+        same_bits_every_time()
     device = start_processes()
     state = ParallelState(config.tensor_model_parallel_size)
     if config.print_launch:
@@ -81,7 +84,7 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
     check_alike(state, facts_of_run(config, job))
     job.model_config.check_tensor_parallel(state.tensor_size)
     attention_dropout = max(job.model_config.attention_dropout, job.model_config.image_attention_dropout) > 0
-    kernels = choose_kernels(config.kernels, device, attention_dropout)
+    kernels = choose_kernels(config.kernels, device, attention_dropout, config.deterministic)
     streams = RandomStreams(config.seed, state.data_rank, state.tensor_rank, device)
     parts = {"state": state, "kernels": kernels, **job.model_options}
     model = InterBert(job.model_config, job.heads, streams=streams, recompute=config.recompute_activations, **parts)

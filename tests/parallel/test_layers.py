@@ -70,7 +70,9 @@ def check_loss(state):
     words, columns = 9, 16
     table, hidden = torch.randn(columns, 6, **DOUBLE), torch.randn(9, 6, **DOUBLE) * 20
     bias, labels = torch.randn(columns, **DOUBLE), torch.tensor([1, 0, 4, 3, 2, 1, 0, 4, 8])
-    table[7], bias[7] = table[2], bias[2]  # equal logits: the lower index counts
+    tied = F.one_hot(torch.tensor([0]), 6).double()  # words 2 and 7 have the same logit there, to the last bit, and the largest
+    table[2] = table[7] = 50.0 * tied[0]
+    bias[2] = bias[7] = 0.0
     whole = [t.clone().requires_grad_() for t in (hidden, table, bias)]
     logits = F.linear(*whole)[:, :words]
     expected, weight = F.cross_entropy(logits, labels, reduction="none"), torch.randn(9, **DOUBLE)
@@ -98,7 +100,6 @@ def check_loss(state):
         wanted = [gradients[0], slice_of(gradients[1], 0, state), slice_of(gradients[2], 0, state)]
         for a, b in zip(ours, wanted, strict=True):
             torch.testing.assert_close(a, b)
-    tied = torch.linalg.lstsq(table, torch.eye(columns, **DOUBLE)[2] * 50).solution[None]  # words 2 and 7 are the most likely ones
     assert [head(tied, torch.tensor([label]))[1].item() for label in (2, 7)] == [True, False]
     losses, right = head(x[:0], labels[:0])
     gradients = torch.autograd.grad(losses.sum(), [x, head.table, head.bias])

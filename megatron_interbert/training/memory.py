@@ -1,0 +1,152 @@
+"""What a rank's memory holds at its peak, by arithmetic: weights, gradients, optimizer, activations; checked against torch's allocator.
+
+Legend: P values of this rank's tensor-parallel slice, e bytes of a value in the passes, D data-parallel and T tensor-parallel ranks,
+H hidden, L longest sequence, r places over real tokens in padded attention.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_interbert.config import ModelConfig
+from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.model.partition import partition_dimension
+from megatron_interbert.parallel.vocab_loss import CHUNK
+
+BUCKET = 500_000_000  # most values of a reduction at once
+FP32, ADAM = 4, 8  # bytes of a value; of its two moments
+ROW_STATISTICS = 8  # mean and deviation that a norm keeps of a row
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is trained. `fused`: by Triton's kernels, else by those of a CPU."""
+
+    data: int = 1
+    tensor: int = 1
+    zero_stage: int = 1
+    half: bool = False  # passes in 16 bits
+    fused: bool = False
+    recompute: bool = False
+
+    @property
+    def element(self) -> int:
+        """Bytes of a value in the passes."""
+        return 2 if self.half else FP32
+
+
+@dataclass(frozen=True)
+class Load:
+    """A micro-batch: samples, tokens and regions of each, and the longest of them."""
+
+    samples: int
+    words: float = 14.0  # with [CLS] and [SEP]
+    regions: float = 36.0
+    longest_words: int = 0  # default: as the mean
+    longest_regions: int = 0
+    masked: float = 0.15
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank: what stays, what the forward pass keeps for the backward pass, and the peaks."""
+
+    weights: float  # in the type of the passes
+    optimizer: float  # fp32 weights, where they are others, and moments
+    gradients: float
+    buffers: float  # of DeepSpeed's reductions and of its step
+    activations: float
+    peak: float
+
+
+def rank_values(sizes: ModelConfig, tensor: int) -> int:
+    """P: trained values of one rank."""
+    sizes.check_tensor_parallel(tensor)
+    with torch.device("meta"):
+        parameters = InterBert(sizes).named_parameters()
+        return sum(p.numel() // (1 if partition_dimension(name) is None else tensor) for name, p in parameters)
+
+
+def activations(sizes: ModelConfig, layout: Layout, load: Load) -> tuple[float, float]:
+    """(Bytes that a forward pass keeps for the backward pass, bytes of the one layer that is computed again, if any)."""
+    hidden, ffn, element = sizes.hidden_size, sizes.ffn_hidden_size, layout.element
+    image = load.regions + 1
+    text_most, image_most = max(load.longest_words, load.words), max(load.longest_regions, load.regions) + 1
+
+    def layer(tokens: float, longest: float, heads: int, hidden_p: float, attention_p: float, read: float | None = None) -> float:
+        """Of one sample; `read`: tokens behind the attention, where the last layer is computed for these only."""
+        behind = tokens if read is None else read
+        padded = tokens if layout.fused else longest
+        masks = 0.0 if layout.fused or not hidden_p else 2 * hidden
+        attended = (3 * padded + behind) * hidden / layout.tensor
+        if not layout.fused:
+            weights = 3 if attention_p else 0  # softmax, mask, and what is left of the weights
+            attended += weights * padded * longest * heads / layout.tensor + (0 if attention_p else padded * hidden / layout.tensor)
+        rows = behind * (3 * hidden + masks + 2 * ffn / layout.tensor) + tokens * hidden
+        return element * (attended + rows) + 2 * ROW_STATISTICS * behind
+
+    words, shown = max(1.0, load.masked * load.words), max(1.0, load.masked * load.regions) / 2
+    like_text = (sizes.num_attention_heads, sizes.hidden_dropout, sizes.attention_dropout)
+    like_image = (sizes.image_attention_heads, sizes.image_hidden_dropout, sizes.image_attention_dropout)
+    joint = (load.words + image, text_most + image_most, *like_text)
+    stacks = [
+        (sizes.interaction_layers, joint, None),
+        (sizes.text_layers, (load.words, text_most, *like_text), 1 + words),
+        (sizes.image_layers, (image, image_most, *like_image), 1 + shown),
+    ]
+    total = largest = 0.0
+    for count, shape, read in stacks:
+        whole = layer(*shape)
+        if layout.recompute:
+            total += count * element * hidden * shape[0]
+            largest = max(largest, whole if count else 0.0)
+        elif count:
+            total += (count - 1) * whole + layer(*shape, read)
+    masks = 0 if layout.fused or not sizes.hidden_dropout else hidden
+    embedded = image * (sizes.feature_dim + hidden + masks) + load.words * (hidden + masks)
+    heads = (words + shown) * 3 * hidden + 4 * shown * sizes.num_classes + 6 * sizes.pooled_size
+    return load.samples * (total + element * (embedded + heads)), load.samples * largest
+
+
+def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
+    """Memory of a training step (the second one, when the moments are there).
+
+    A step is largest at one of three times: when the backward pass begins and holds all activations, when it ends and holds all
+    gradients, or when the optimizer converts them.
+    """
+    values, element, ranks = rank_values(sizes, layout.tensor), layout.element, layout.data
+    all_of, share = element * values, element * values / ranks
+    bucket = element * min(values, BUCKET)
+    table = element * sizes.padded_vocab_size * sizes.hidden_size / layout.tensor  # it has two gradients, of decoder and embedding
+    converted = FP32 * values / ranks if layout.half else 0.0
+    optimizer = (FP32 + ADAM) * values / ranks
+    if layout.zero_stage == 0:
+        weights, optimizer, gradients, buffers = all_of, ADAM * values, all_of, bucket if ranks > 1 else 0.0
+        begin, end, step = 0.0, gradients + max(buffers, table), gradients
+    elif layout.zero_stage == 3:
+        weights, gradients, buffers = share, share, bucket  # both stay from the first step on
+        whole = (
+            2 * all_of if ranks > 1 else 0.0
+        )  # gathered weights, all of a model of this kind, and the memory in which they arrive
+        begin, end, step = gradients + bucket + whole, gradients + bucket + 2 * all_of, gradients + bucket + share + converted
+    else:
+        weights, buffers = all_of, bucket
+        gradients = all_of if layout.zero_stage == 1 else share
+        begin, end, step = bucket, gradients + bucket + table * (layout.zero_stage == 1), gradients + share + converted
+    kept, again = activations(sizes, layout, load)
+    targets = load.samples * max(1.0, load.masked * load.words)
+    logits = min(targets * sizes.padded_vocab_size / layout.tensor, CHUNK) * (element if layout.fused else 2 * FP32)
+    peak = weights + optimizer + max(begin + kept + max(again, logits + table), end + again, step)
+    return Memory(weights, optimizer, gradients, buffers, kept + again, peak)
+
+
+def largest_micro_batch(sizes: ModelConfig, layout: Layout, load: Load, room: float, most: int = 1 << 16) -> int:
+    """The most samples whose peak stays within `room` bytes; 0 where one sample is too many."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if predict(sizes, layout, replace(load, samples=middle)).peak <= room:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,138 @@
+"""The arithmetic of memory against what torch's allocator counted: within 10 % for every stage, precision and layout."""
+
+import dataclasses
+import gc
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from megatron_interbert.config import ModelConfig, RunConfig
+from megatron_interbert.data.packing import pack
+from megatron_interbert.kernels.choice import choose_kernels
+from megatron_interbert.model.initialise import initialise
+from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.parallel.rng import RandomStreams
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.training.engine import Engine
+from megatron_interbert.training.memory import Layout, Load, activations, largest_micro_batch, predict, rank_values
+from megatron_interbert.training.processes import start_processes
+from tests.dist import run_on_ranks
+from tests.launching import ROOT
+from tools.benchmarks.batches import random_examples
+
+SIZES = ModelConfig(
+    vocab_size=3000,
+    hidden_size=256,
+    interaction_layers=3,
+    text_layers=2,
+    image_layers=2,
+    num_attention_heads=4,
+    image_attention_heads=4,
+    ffn_hidden_size=1024,
+    pooled_size=256,
+    feature_dim=512,
+    num_classes=100,
+    max_position_embeddings=64,
+)
+SAMPLES = 24
+
+
+def live_bytes(prof, names):
+    """{phase: (bytes that live at its end, at its peak)} of all tensors made since the profile began."""
+    events = prof.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    phases = sorted((e.end_ns(), e.name()) for e in events if e.name() in names)
+    live, number, found = 0, 0, {}
+    for end, name in phases:
+        peak = live
+        while number < len(changes) and changes[number][0] <= end:
+            live += changes[number][1]
+            number += 1
+            peak = max(peak, live)
+        found[name] = live, peak
+    return found
+
+
+def measure(layout, state, sizes=SIZES, samples=SAMPLES, steps=2):
+    """(bytes kept by a forward pass, peak of a step) of this rank, once there are moments; and the load."""
+    examples = random_examples(sizes, samples, (8, 20), (10, 36), seed=state.data_rank)
+    batch = pack(examples, sizes.feature_dim)
+    task, names = PretrainingTask(), ("batch", "forward", "backward", "update")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        config = RunConfig(
+            micro_batch_size=samples, bf16=layout.half, zero_stage=layout.zero_stage, tensor_model_parallel_size=layout.tensor
+        )
+        kernels = choose_kernels("triton" if layout.fused else "auto", torch.device("cpu"), attention_dropout=True)
+        streams = RandomStreams(0, state.data_rank, state.tensor_rank)
+        model = InterBert(sizes, state=state, kernels=kernels, streams=streams, recompute=layout.recompute)
+        initialise(model, sizes, 0, state)
+        engine = Engine(model, config, state)
+        for _ in range(steps):
+            with record_function("batch"):
+                batch = pack(examples, sizes.feature_dim)
+            with record_function("forward"):
+                loss = task.loss(engine.forward(batch), batch, batch.target_counts())[0]
+            with record_function("backward"):
+                engine.backward(loss, last=True)
+            with record_function("update"):
+                engine.step(1e-4)
+    found = live_bytes(prof, names)  # of the last step
+    load = Load(samples, len(batch.token_ids) / samples, len(batch.features) / samples, batch.max_text, batch.max_image - 1)
+    return found["forward"][0] - found["batch"][0], max(peak for _, peak in found.values()), load
+
+
+def check(layouts):
+    start_processes()
+    for layout in layouts:
+        state = ParallelState(layout.tensor)
+        assert rank_values(SIZES, layout.tensor) == sum(p.numel() for p in InterBert(SIZES, state=state).parameters())
+        kept, peak, load = measure(layout, state)
+        ours = predict(SIZES, layout, load)
+        if layout.zero_stage < 3 or layout.data == 1:  # there weights that were gathered live on, too
+            assert abs(activations(SIZES, layout, load)[0] / kept - 1) < 0.05, (layout, activations(SIZES, layout, load)[0], kept)
+        assert abs(ours.peak / peak - 1) < 0.1, (layout, ours, peak)
+        gc.collect()
+
+
+def test_one_rank_against_the_allocator():
+    plain = [Layout(zero_stage=stage) for stage in range(4)]
+    run_on_ranks(1, check, [*plain, Layout(half=True), Layout(zero_stage=3, half=True), Layout(recompute=True)])
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_two_ranks_against_the_allocator(tensor):
+    one = Layout(data=2 // tensor, tensor=tensor)
+    stages = [dataclasses.replace(one, zero_stage=stage) for stage in range(4)]
+    run_on_ranks(2, check, [*stages, *(dataclasses.replace(one, zero_stage=stage, half=True) for stage in (1, 3))])
+
+
+def test_what_the_fused_kernels_keep():
+    """In Triton's interpreter, whose copies are not torch's."""
+    pytest.importorskip("triton", reason="triton is not installed (pip install -r requirements.txt)")
+    code = "from tests.training import test_memory as m; m.check_fused()"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def check_fused():
+    start_processes()
+    layout = Layout(zero_stage=0, fused=True)
+    sizes = dataclasses.replace(SIZES, interaction_layers=1, image_layers=1, vocab_size=200)  # the interpreter takes its time
+    kept, _, load = measure(layout, ParallelState(), sizes, samples=2, steps=1)
+    ours = activations(sizes, layout, load)[0]
+    assert abs(ours / kept - 1) < 0.05, (ours, kept)
+
+
+def test_the_largest_micro_batch_just_fits():
+    layout, load = Layout(half=True, fused=True), Load(1)
+    room = 8 * 2**30
+    samples = largest_micro_batch(SIZES, layout, load, room)
+    assert predict(SIZES, layout, dataclasses.replace(load, samples=samples)).peak <= room
+    assert predict(SIZES, layout, dataclasses.replace(load, samples=samples + 1)).peak > room
+    assert largest_micro_batch(SIZES, layout, load, 1000.0) == 0
