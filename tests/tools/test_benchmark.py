@@ -9,6 +9,7 @@ import torch
 from megatron_interbert.model.presets import load_model_config
 from tests.launching import launch
 from tools.benchmarks.batches import IGNORED, pad, random_examples
+from tools.benchmarks.train import shrunk
 
 COMMAND = (sys.executable, "tools/benchmark.py", "train", "--model", "tiny", "--batch", 4, "--rounds", 2, "--steps", 1)
 
@@ -29,6 +30,12 @@ def test_contenders_side_by_side(tmp_path):
         assert set(figures["parts"]) == {"data", "forward", "backward", "optimizer"}
     assert abs(contenders["padded InterBERT"]["parameters"] / contenders["ours"]["parameters"] - 1) < 0.01
     assert contenders["ours"]["time_of_ours"] == 1
+    for figures in contenders.values():
+        figures["time_of_ours"] *= 1000
+    (tmp_path / "recorded.json").write_text(json.dumps(result))
+    code, _, err = launch(*COMMAND, "--only", "ours,LXMERT", "--compare", tmp_path / "recorded.json")
+    assert code == 1
+    assert "recorded.json says: ours takes 1.00 of our time instead of 1000.00; LXMERT takes" in err
 
 
 def test_an_unknown_contender_is_refused():
@@ -37,6 +44,14 @@ def test_an_unknown_contender_is_refused():
     assert err.strip() == (
         "error: --only theirs: no such contender; there are ours, ours by plain twins, padded InterBERT, LXMERT, VisualBERT"
     )
+
+
+def test_the_guard_names_contenders_that_have_come_nearer():
+    recorded = {"contenders": {"ours": {"time_of_ours": 1.0}, "LXMERT": {"time_of_ours": 1.5}, "VisualBERT": {"time_of_ours": 2.8}}}
+    now = {"contenders": {"ours": {"time_of_ours": 1.0}, "LXMERT": {"time_of_ours": 1.1}, "VisualBERT": {"time_of_ours": 2.3}}}
+    assert shrunk(now, recorded, 0.2) == ["LXMERT takes 1.10 of our time instead of 1.50"]
+    assert shrunk(now, recorded, 0.3) == []
+    assert shrunk({"contenders": {"another": {"time_of_ours": 0.1}}}, recorded, 0.2) == []
 
 
 def test_padding_keeps_every_sample():

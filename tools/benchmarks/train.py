@@ -8,15 +8,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from megatron_interbert.config import ModelConfig, RunConfig
+from megatron_interbert.config import ModelConfig, RunConfig, read_json
 from megatron_interbert.data.packing import Example, PackedBatch, pack
-from megatron_interbert.errors import UsageError
+from megatron_interbert.errors import TrainingStopped, UsageError
 from megatron_interbert.kernels import plain
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
 from megatron_interbert.model.flops import training_flops
@@ -156,6 +157,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bf16", action="store_true", help="bfloat16: our engine's, and autocast for the others")
     parser.add_argument("--zero-stage", type=int, help="of our engine; default: 0, or 1 with --bf16")
     parser.add_argument("--only", default="", help="contenders, by commas; default: all of them")
+    parser.add_argument("--compare", type=Path, help="recorded JSON: fail where our lead over a contender has shrunk since")
+    parser.add_argument("--tolerance", type=float, default=0.2, help="share of the recorded ratio that may be lost")
     parser.add_argument("--peak-tflops", type=float, default=0.0, help="peak of the device, where it is not known")
 
 
@@ -229,6 +232,7 @@ def _serve(line: Connection, arguments: argparse.Namespace, name: str) -> None:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Figures of all contenders, printed as a table."""
     device = this_device()
+    recorded = read_json(arguments.compare, "--compare") if arguments.compare else None
     names = list(contenders(arguments, device))
     workers = {name: Worker(arguments, name) for name in names}
     rounds: dict[str, list[float]] = {name: [] for name in names}
@@ -256,7 +260,19 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         result["contenders"][name] = figures
         worker.process.kill()
     print("\n".join(table(result)))
+    if recorded and (lost := shrunk(result, recorded, arguments.tolerance)):
+        raise TrainingStopped(f"slower than {arguments.compare} says: {'; '.join(lost)}")
     return result
+
+
+def shrunk(result: dict[str, Any], recorded: dict[str, Any], tolerance: float) -> list[str]:
+    """Contenders whose time has fallen, in times of ours, by more than a share of what was recorded."""
+    pairs = [(name, f["time_of_ours"], recorded["contenders"].get(name)) for name, f in result["contenders"].items()]
+    return [
+        f"{name} takes {now:.2f} of our time instead of {before['time_of_ours']:.2f}"
+        for name, now, before in pairs
+        if before and now < before["time_of_ours"] * (1 - tolerance)
+    ]
 
 
 def table(result: dict[str, Any]) -> list[str]:
