@@ -18,10 +18,22 @@ import yaml
 
 from megatron_interbert.errors import UsageError
 
+AUTO = -1  # a number that is found out when the run starts: `auto` on the command line and in YAML
 
-def option(default: Any, help: str, choices: Sequence[Any] | None = None) -> Any:
-    """A dataclass field that also is a flag: default, the sentence of `--help`, allowed values."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+
+def option(default: Any, help: str, choices: Sequence[Any] | None = None, auto: bool = False) -> Any:
+    """A dataclass field that also is a flag: default, the sentence of `--help`, allowed values, whether `auto` stands for AUTO."""
+    return field(default=default, metadata={"help": help, "choices": choices, "auto": auto})
+
+
+def number_or_auto(text: str) -> int:
+    """`32`, or AUTO for `auto`."""
+    if text == "auto":
+        return AUTO
+    try:
+        return max(int(text), 0)  # `check` refuses what is too small
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}', expected a number or auto") from None
 
 
 @dataclass(frozen=True)
@@ -98,9 +110,10 @@ class Flags:
 
     def check(self) -> None:
         """UsageError for values that contradict each other or have no meaning."""
+        found_out = {entry.name for entry in dataclasses.fields(self) if entry.metadata.get("auto")}
         for names, least in ((self.POSITIVE, 1), (self.NOT_NEGATIVE, 0)):
             for name in names:
-                if getattr(self, name) < least:
+                if getattr(self, name) < least and not (name in found_out and getattr(self, name) == AUTO):
                     raise UsageError(f"{flag(name)} is {getattr(self, name)}, expected {least} or more")
         least = len(self.SHORTEST.split())
         for name in ("max_tokens", "max_rationale_tokens"):
@@ -126,7 +139,7 @@ class TrainConfig(Flags):
     allow_other_detector: bool = option(False, "accept stores, or a checkpoint, whose features come from another detector")
 
     train_iters: int = option(1000, "optimizer steps in the whole run")
-    micro_batch_size: int = option(32, "samples per rank and forward pass")
+    micro_batch_size: int = option(32, "samples per rank and forward pass; auto: by trial", auto=True)
     global_batch_size: int = option(0, "samples per optimizer step over all ranks; default: micro batch x data parallel")
     seed: int = option(1234, "seeds weights, order, masks and dropout")
     lr: float = option(1e-4, "peak learning rate")
@@ -302,7 +315,8 @@ def build_parser(config_class: type, description: str) -> argparse.ArgumentParse
         if entry.type is bool:
             parser.add_argument(flag(entry.name), action=argparse.BooleanOptionalAction, help=text)
         else:
-            parser.add_argument(flag(entry.name), type=entry.type, choices=entry.metadata["choices"], help=text)
+            kind = number_or_auto if entry.metadata.get("auto") else entry.type
+            parser.add_argument(flag(entry.name), type=kind, choices=entry.metadata["choices"], help=text)
     parser.add_argument("--config", help="YAML file with any of these flags as keys")
     parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher, unused
     parser.error = lambda message: (_ for _ in ()).throw(UsageError(message))  # one line and exit code 2, as everywhere
@@ -358,6 +372,8 @@ def read_yaml(config_class: type, path: str) -> dict[str, Any]:
         if name not in entries:
             raise UsageError(f"{path}: unknown key '{key}'{nearest(name, entries)}")
         kind = entries[name].type
+        if entries[name].metadata.get("auto") and value == "auto":
+            value = AUTO
         if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
             value = to_float(value, path, name)  # YAML 1.1 reads 1e-4 as a string
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

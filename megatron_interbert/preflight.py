@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_interbert.config import RunConfig, option, parse
+from megatron_interbert.config import AUTO, RunConfig, option, parse
 from megatron_interbert.data.order import check_partitions
 from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.store import RegionStore
@@ -46,6 +46,12 @@ class PreflightConfig(RunConfig):
 
     world_size: int = option(0, "processes the run will have (default: those that are started)")
     fast: bool = option(False, "skip hashing the shards and reading every record")
+
+    def check(self) -> None:
+        """UsageError for values that contradict each other or have no meaning."""
+        super().check()
+        if self.micro_batch_size == AUTO:
+            raise UsageError("--micro-batch-size auto is found out by the run itself; give the largest size that is to be checked")
 
 
 def check_environment(config: PreflightConfig) -> str:

@@ -108,6 +108,13 @@ def resumed_batch(path: Path | None) -> int:
     return read_manifest(path)["configs"]["run"]["global_batch_size"] if path else 0
 
 
+def resumed_micro_batch(path: Path | None, share: int) -> int:
+    """That of a checkpoint to resume from, where it divides a rank's `share` of the global batch, else 0: with it a run goes on bit for
+    bit."""
+    before = read_manifest(path)["configs"]["run"]["micro_batch_size"] if path else 0
+    return before if before and share % before == 0 else 0
+
+
 def changed_settings(manifest: dict[str, Any], config: TrainConfig) -> list[str]:
     """`name old -> new` of the settings that may change and did."""
     before = manifest["configs"]["run"]

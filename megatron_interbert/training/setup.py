@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_interbert.config import ModelConfig, RunConfig, TrainConfig
+from megatron_interbert.config import AUTO, ModelConfig, RunConfig, TrainConfig
 from megatron_interbert.data.loader import BatchStream
 from megatron_interbert.data.order import check_partitions
 from megatron_interbert.data.packing import PackedBatch
@@ -33,9 +33,10 @@ from megatron_interbert.training.evaluation import DownstreamEvaluation, Evaluat
 from megatron_interbert.training.first_weights import load_initial_weights
 from megatron_interbert.training.host import same_bits_every_time
 from megatron_interbert.training.loop import Trainer
+from megatron_interbert.training.micro_batch import Trial, choose_micro_batch
 from megatron_interbert.training.node_facts import facts_of_run
 from megatron_interbert.training.processes import describe_launch, start_processes
-from megatron_interbert.training.resume import claim_folder, find_checkpoint, resumed_batch
+from megatron_interbert.training.resume import claim_folder, find_checkpoint, resumed_batch, resumed_micro_batch
 from megatron_interbert.training.stopping import Stopping
 from megatron_interbert.training.watchdog import Watchdog
 
@@ -74,6 +75,24 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
     begun = state.gather(Path(config.save).exists())[0]
     lock = claim_folder(config.save, state) if begun else None
     resume = find_checkpoint(config, state)
+    job.model_config.check_tensor_parallel(state.tensor_size)
+    attention_dropout = max(job.model_config.attention_dropout, job.model_config.image_attention_dropout) > 0
+    kernels = choose_kernels(config.kernels, device, attention_dropout, config.deterministic)
+    streams = RandomStreams(config.seed, state.data_rank, state.tensor_rank, device)
+    parts = {"state": state, "kernels": kernels, **job.model_options}
+
+    def make_model() -> InterBert:
+        model = InterBert(job.model_config, job.heads, streams=streams, recompute=config.recompute_activations, **parts)
+        initialise(model, job.model_config, config.seed, state)
+        return model
+
+    if config.micro_batch_size == AUTO:
+        check_alike(state, facts_of_run(config, job))
+        global_batch = config.global_batch_size or resumed_batch(resume)
+        trial = Trial(config, job, state, device)
+        config.micro_batch_size = resumed_micro_batch(resume, global_batch // state.data_size) or choose_micro_batch(
+            trial, make_model, global_batch, alive=lambda: watchdog.enter("step", 0)
+        )
     merge(config, state.data_size, resumed_batch(resume))
     if job.valid_samples is not None:
         job.valid_samples.config.micro_batch_size = config.micro_batch_size  # a DeepSpeed JSON may have said it
@@ -82,13 +101,7 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
     check_partitions(config.data_partitions, state.data_size)
     settle_length(config, job)
     check_alike(state, facts_of_run(config, job))
-    job.model_config.check_tensor_parallel(state.tensor_size)
-    attention_dropout = max(job.model_config.attention_dropout, job.model_config.image_attention_dropout) > 0
-    kernels = choose_kernels(config.kernels, device, attention_dropout, config.deterministic)
-    streams = RandomStreams(config.seed, state.data_rank, state.tensor_rank, device)
-    parts = {"state": state, "kernels": kernels, **job.model_options}
-    model = InterBert(job.model_config, job.heads, streams=streams, recompute=config.recompute_activations, **parts)
-    initialise(model, job.model_config, config.seed, state)
+    model = make_model()
     pretrained = set()
     if config.init_from:  # also on resume: which weights came from BERT decides the parameter groups
         pretrained = load_initial_weights(model, job.model_config, config.init_from, state, job.data, config.allow_other_detector)

@@ -1,0 +1,108 @@
+"""`--micro-batch-size auto`: how many samples a forward pass takes, by trial on these machines with this model and these data."""
+
+import os
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+
+from megatron_interbert.config import TrainConfig
+from megatron_interbert.data.packing import PackedBatch, to_batch
+from megatron_interbert.data.training_set import TrainingSet
+from megatron_interbert.errors import UsageError
+from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.parallel.launch import read_launch
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.tasks.task import Job
+from megatron_interbert.training.memory import Layout, Load, predict
+
+USED = 0.8  # share of the memory that a step may take by arithmetic, which is right to a tenth
+AS_GOOD = 0.97  # share of the best rate that is as good
+LONGEST_TRIAL = 20.0  # seconds of a pass after which no larger one is tried
+
+
+class Trial:
+    """Passes of a model over real samples, on all ranks at once."""
+
+    def __init__(self, config: TrainConfig, job: Job, state: ParallelState, device: torch.device) -> None:
+        self.config, self.job, self.state, self.device = config, job, state, device
+        half, fused = config.bf16 or config.fp16, device.type == "cuda" and config.kernels in ("auto", "triton")
+        self.dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+        recompute = config.recompute_activations
+        self.layout = Layout(state.data_size, state.tensor_size, config.zero_stage, half, fused, recompute)
+
+    def batch(self, samples: int) -> PackedBatch:
+        """The first samples of this rank."""
+        found: TrainingSet = self.job.samples
+        positions = range(self.state.data_rank, self.state.data_rank + samples * self.state.data_size, self.state.data_size)
+        return to_batch(found.fields([found.order.at(position) for position in positions]))
+
+    def fits(self, batch: PackedBatch, room: float) -> bool:
+        """Whether a step with such batches stays within `room` bytes on every rank."""
+        rows, regions = len(batch), len(batch.features)
+        load = Load(rows, len(batch.token_ids) / rows, regions / rows, batch.max_text, max(batch.max_image - 1, 0))
+        return all(self.state.gather(predict(self.job.model_config, self.layout, load).peak <= room))
+
+    def seconds(self, model: InterBert, batch: PackedBatch) -> float:
+        """Of a forward and a backward pass, on the slowest rank; the better of two."""
+        batch, times = batch.to(self.device), []
+        totals = self.job.task.count_targets(batch).to(self.device)
+        for _ in range(2):
+            self.synchronise()
+            started = time.monotonic()
+            self.job.task.loss(model(batch), batch, totals)[0].backward()
+            self.synchronise()
+            times.append(max(self.state.gather(time.monotonic() - started)))
+            model.zero_grad()
+        return min(times)
+
+    def synchronise(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def choose_micro_batch(trial: Trial, make_model: Callable[[], InterBert], global_batch: int, alive: Callable[[], None]) -> int:
+    """The largest micro-batch that divides a rank's share of the global batch, fits, and is as fast as the best one, alike on all
+    ranks. `alive` is called before each trial. UsageError when not one sample fits, or there is no share to divide."""
+    state = trial.state
+    if not global_batch:
+        raise UsageError("--micro-batch-size auto needs --global-batch-size, which it divides")
+    if global_batch % state.data_size:
+        raise UsageError(f"--global-batch-size {global_batch} is not a multiple of the data-parallel size {state.data_size}")
+    share, room = global_batch // state.data_size, memory_of(trial.device) * USED
+    rates: dict[int, float] = {}
+    model = make_model().to(trial.device, trial.dtype).train()
+    for samples in (size for size in range(1, share + 1) if share % size == 0):
+        if rates and samples < 2 * max(rates) and samples < share:
+            continue
+        alive()
+        batch = trial.batch(samples)
+        if not trial.fits(batch, room):
+            break
+        seconds = trial.seconds(model, batch)
+        rates[samples] = samples / seconds
+        *_, before, now = (0.0, 0.0, *rates.values())
+        if seconds > LONGEST_TRIAL or max(before, now) < AS_GOOD * max(rates.values()):
+            break
+    if not rates:
+        raise UsageError(
+            f"--micro-batch-size auto: not one sample fits {room / 2**30:.1f} GiB; python tools/plan.py lists layouts that fit a device"
+        )
+    best = max(size for size, rate in rates.items() if rate >= AS_GOOD * max(rates.values()))
+    if state.is_main:
+        tried = ", ".join(f"{size}: {rate * state.data_size:.1f}" for size, rate in rates.items())
+        print(
+            f"micro-batch size {best} of {share} a rank, by trial (samples/s of forward and backward passes: {tried})", flush=True
+        )
+    return best
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes that this rank may use: of its GPU, or its part of what is free on the machine."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    pages = psutil.virtual_memory().available
+    limit = float(os.environ.get("SLURM_MEM_PER_NODE", "0")) * 2**20  # of the job, in MiB
+    return min(pages, limit or pages) / read_launch().local_size

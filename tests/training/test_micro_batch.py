@@ -1,0 +1,90 @@
+"""--micro-batch-size auto: the choice from given rates, and real runs that make it, resume with it, and refuse what cannot be."""
+
+import pytest
+import torch
+
+from megatron_interbert.errors import UsageError
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.training import micro_batch
+from megatron_interbert.training.micro_batch import choose_micro_batch
+from tests.corpus import write_store
+from tests.launching import launch, pretrain, records, train
+
+
+class Pretended:
+    """A trial whose passes take given seconds for each sample, and of which so many samples fit."""
+
+    def __init__(self, seconds, room=10**9):
+        self.state, self.device, self.dtype = ParallelState(), torch.device("cpu"), torch.float32
+        self.each, self.room, self.tried = seconds, room, []
+
+    def batch(self, samples):
+        return samples
+
+    def fits(self, batch, room):
+        return batch <= self.room
+
+    def seconds(self, model, batch):
+        self.tried.append(batch)
+        return self.each(batch) * batch
+
+
+def choose(trial, global_batch):
+    return choose_micro_batch(trial, lambda: torch.nn.Linear(1, 1), global_batch, lambda: None)
+
+
+def test_the_largest_of_the_fastest_that_divides_and_fits():
+    saturating = Pretended(lambda samples: 1.0 + 8.0 / samples)
+    saturating.each = lambda samples: (1.0 + 8.0 / samples) / 1000
+    assert choose(saturating, 192) == 192
+    assert saturating.tried == [1, 2, 4, 8, 16, 32, 64, 192]
+    assert choose(Pretended(saturating.each, room=50), 192) == 32
+    slower_when_large = Pretended(lambda samples: abs(samples - 8) / 1000 + 0.001)
+    assert choose(slower_when_large, 4096) == 8
+    assert slower_when_large.tried == [1, 2, 4, 8, 16, 32], "two sizes in a row were no better"
+    assert choose(Pretended(lambda samples: 0.01), 30) == 30, "as fast: the largest"
+    long = Pretended(lambda samples: micro_batch.LONGEST_TRIAL / 3)
+    assert choose(long, 64) == 4
+    assert long.tried == [1, 2, 4]
+
+
+def test_nothing_to_choose_from():
+    with pytest.raises(UsageError, match="--micro-batch-size auto needs --global-batch-size"):
+        choose(Pretended(lambda samples: 1.0), 0)
+    with pytest.raises(UsageError, match=r"not one sample fits .* tools/plan\.py"):
+        choose(Pretended(lambda samples: 1.0, room=0), 8)
+
+
+def test_runs_choose_together_and_resume_with_it(tmp_path):
+    """Two data-parallel ranks; the resumed run has the losses of the undisturbed one, to the bit."""
+    store = write_store(tmp_path / "s")
+    common = ("--model", "tiny", "--data-path", store, "--data-partitions", 4, "--global-batch-size", 24, "--train-iters", 4,
+              "--log-interval", 1, "--num-workers", 0, "--micro-batch-size", "auto")  # fmt: skip
+    code, out, err = train(2, *common, "--save", tmp_path / "whole")
+    assert code == 0, out + err
+    (line,) = [line for line in out.splitlines() if line.startswith("micro-batch size")]
+    chosen = int(line.split()[2])
+    assert 12 % chosen == 0
+    assert "of 12 a rank, by trial (samples/s" in line
+    assert f"batch: 24 = micro {chosen} x DP 2" in out
+    code, out, err = train(2, *common, "--save", tmp_path / "cut", "--exit-interval", 2)
+    assert code in (0, 75), out + err
+    first = next(line for line in out.splitlines() if line.startswith("batch: "))
+    code, out, err = train(2, *common, "--save", tmp_path / "cut")
+    assert code == 0, out + err
+    assert "by trial" not in out
+    assert first in out
+    for step, record in records(tmp_path / "whole").items():
+        assert record["loss"] == pytest.approx(records(tmp_path / "cut")[step]["loss"], rel=1e-4)
+
+
+def test_what_cannot_be_found_out_is_one_line(tmp_path):
+    store = write_store(tmp_path / "s")
+    (tmp_path / "run.yaml").write_text("micro_batch_size: auto\n")
+    flags = ("--model", "tiny", "--data-path", store, "--data-partitions", 4, "--train-iters", 2)
+    code, _, err = launch(*pretrain(*flags, "--config", tmp_path / "run.yaml"))
+    assert (code, err.strip().splitlines()[-1]) == (2, "error: --micro-batch-size auto needs --global-batch-size, which it divides")
+    code, _, err = launch(*pretrain(*flags, "--micro-batch-size", "many"))
+    assert (code, err.strip().splitlines()[-1]) == (2, "error: argument --micro-batch-size: 'many', expected a number or auto")
+    code, _, err = launch(*pretrain(*flags, "--micro-batch-size", 0))
+    assert (code, err.strip().splitlines()[-1]) == (2, "error: --micro-batch-size is 0, expected 1 or more")
