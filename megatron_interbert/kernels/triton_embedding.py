@@ -160,7 +160,19 @@ class _Embed(torch.autograd.Function):
 
 class _EmbedText(_Embed):
     @staticmethod
-    def forward(ctx, words, positions, types, position_table, type_table, weight, bias, p, eps, seed):
+    def forward(
+        ctx: Any,
+        words: torch.Tensor,
+        positions: torch.Tensor,
+        types: torch.Tensor,
+        position_table: torch.Tensor,
+        type_table: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        p: float,
+        eps: float,
+        seed: int,
+    ) -> torch.Tensor:
         words = words.contiguous()
         y, grid, rest = _Embed.begin(ctx, words, weight, bias, p, eps, seed)
         _embed_text_forward[grid](
@@ -171,7 +183,7 @@ class _EmbedText(_Embed):
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         positions, types, *norm = ctx.saved_tensors
         dz, dweight, dbias = _Embed.gradients(ctx, dy, *norm)
         tables = [
@@ -183,7 +195,18 @@ class _EmbedText(_Embed):
 
 class _EmbedImage(_Embed):
     @staticmethod
-    def forward(ctx, projected, locations, location_weight, location_bias, weight, bias, p, eps, seed):
+    def forward(
+        ctx: Any,
+        projected: torch.Tensor,
+        locations: torch.Tensor,
+        location_weight: torch.Tensor,
+        location_bias: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        p: float,
+        eps: float,
+        seed: int,
+    ) -> torch.Tensor:
         projected, locations = projected.contiguous(), locations.contiguous()
         y, grid, rest = _Embed.begin(ctx, projected, weight, bias, p, eps, seed)
         _embed_image_forward[grid](
@@ -194,7 +217,7 @@ class _EmbedImage(_Embed):
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         locations, *norm = ctx.saved_tensors
         dz, dweight, dbias = _Embed.gradients(ctx, dy, *norm)
         dlocation = dz.t() @ locations.to(dz.dtype)

@@ -112,19 +112,13 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
     progress = checkpoints.load(engine, resume) if resume else Progress()
     if state.is_main:
         print(describe_run(config, job.model_config, model, state, engine, kernels.describe(), resume), flush=True)
-    evaluation: Evaluation | None = None
-    if job.valid_samples is not None:
-        stream = functools.partial(batches, job.valid_samples, 0, config.global_batch_size, state, device, workers=0)
-        evaluation = LossEvaluation(job.task, stream, config.eval_iters, state, device)
-    elif job.evaluate is not None:
-        evaluation = DownstreamEvaluation(InterBert(job.model_config, job.heads, **parts).to(device), job.evaluate, state, device)
     return Trainer(
         engine,
         job.task,
         config,
         job.model_config,
         batches=batches(job.samples, progress.consumed_samples, config.global_batch_size, state, device),
-        evaluation=evaluation,
+        evaluation=make_evaluation(config, job, parts, state, device),
         patience=job.patience,
         state=state,
         streams=streams,
@@ -134,6 +128,18 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
         stopping=stopping,
         watchdog=watchdog,
     )
+
+
+def make_evaluation(
+    config: TrainConfig, job: Job, parts: dict[str, Any], state: ParallelState, device: torch.device
+) -> Evaluation | None:
+    """Losses on unseen samples, or the figures of a downstream task by a model of its own made of `parts`; None where there is neither."""
+    if job.valid_samples is not None:
+        stream = functools.partial(batches, job.valid_samples, 0, config.global_batch_size, state, device, workers=0)
+        return LossEvaluation(job.task, stream, config.eval_iters, state, device)
+    if job.evaluate is None:
+        return None
+    return DownstreamEvaluation(InterBert(job.model_config, job.heads, **parts).to(device), job.evaluate, state, device)
 
 
 def settle_length(config: TrainConfig, job: Job) -> None:
