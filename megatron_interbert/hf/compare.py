@@ -26,12 +26,14 @@ def largest_difference(source: Source, kind: str, folder: Path) -> dict[str, flo
         return _against_bert(ours, source, folder, random)
     batch = random_batch(source.config, random)
     with torch.no_grad():
-        expected = ours(batch)._asdict()
+        expected = ours(batch, everything=True)._asdict()
         if kind == "huggingface":
             found = _through_the_door(folder, batch, source.config)
             expected = {name: expected[name] for name in found}
         else:
-            found = load_core(open_source(folder, "official" if kind == "official" else "checkpoint"))(batch)._asdict()
+            found = load_core(open_source(folder, "official" if kind == "official" else "checkpoint"))(
+                batch, everything=True
+            )._asdict()
     return {name: _difference(value, found[name]) for name, value in expected.items() if value is not None}
 
 
@@ -95,7 +97,7 @@ def _against_bert(ours: InterBert, source: Source, folder: Path, random: np.rand
     has_words = "msm" in heads_of(source)
     theirs = (BertForMaskedLM if has_words else BertModel).from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        output = ours(pack(examples, source.config.feature_dim))
+        output = ours(pack(examples, source.config.feature_dim), everything=True)
         expected = theirs(torch.from_numpy(ids), output_hidden_states=True)
     differences = {"text_hidden": _difference(output.text_hidden, expected.hidden_states[-1].flatten(0, 1))}
     if has_words:

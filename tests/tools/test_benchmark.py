@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from xml.etree import ElementTree
 
 import torch
 
@@ -15,7 +16,7 @@ COMMAND = (sys.executable, "tools/benchmark.py", "train", "--model", "tiny", "--
 
 
 def test_contenders_side_by_side(tmp_path):
-    code, out, err = launch(*COMMAND, "--output", tmp_path / "figures.json")
+    code, out, err = launch(*COMMAND, "--output", tmp_path / "figures.json", "--plot", tmp_path / "bars.svg")
     assert code == 0, out + err
     result = json.loads((tmp_path / "figures.json").read_text())
     contenders = result["contenders"]
@@ -30,6 +31,13 @@ def test_contenders_side_by_side(tmp_path):
         assert set(figures["parts"]) == {"data", "forward", "backward", "optimizer"}
     assert abs(contenders["padded InterBERT"]["parameters"] / contenders["ours"]["parameters"] - 1) < 0.01
     assert contenders["ours"]["time_of_ours"] == 1
+    counted = {name: figures["flops"] for name, figures in contenders.items()}
+    needed = contenders["ours"]["tflops_on_real_tokens"] / contenders["ours"]["tflops"] * counted["ours"]
+    assert abs(counted["ours"] / needed - 1) < 0.05, "products as torch counts them, and by our formula"
+    assert counted["padded InterBERT"] > 1.5 * counted["ours"]
+    picture = ElementTree.parse(tmp_path / "bars.svg").getroot()
+    texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert [text for text in texts if text in contenders] == list(contenders)
     for figures in contenders.values():
         figures["time_of_ours"] *= 1000
     (tmp_path / "recorded.json").write_text(json.dumps(result))

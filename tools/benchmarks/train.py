@@ -1,6 +1,7 @@
 """Training steps of our model and of what a user would run instead, on the same samples; in turn, each in a process of its own."""
 
 import argparse
+import contextlib
 import resource
 import statistics
 import time
@@ -13,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from megatron_interbert.config import ModelConfig, RunConfig, read_json
-from megatron_interbert.data.packing import Example, PackedBatch, pack
+from megatron_interbert.data.packing import Example, pack
 from megatron_interbert.errors import TrainingStopped, UsageError
 from megatron_interbert.kernels import plain
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
@@ -28,6 +30,7 @@ from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.metrics import peak_tflops
 from megatron_interbert.training.processes import aligned, start_processes
+from tools.benchmarks.bars import bars
 from tools.benchmarks.batches import PaddedBatch, pad, random_examples, sizes_of
 from tools.benchmarks.padded import Lxmert, PaddedInterBert, VisualBert, parameters
 
@@ -56,11 +59,19 @@ class Contender(ABC):
         """What there is to say beside the seconds of steps."""
         batch = pack(self.examples, self.examples[0].features.shape[1])
         parts = {part: statistics.median(values) for part, values in self.seconds.items()}
-        return {"parts": parts, "tokens": len(batch.joint_order), **self.own_figures(batch)}
+        return {"parts": parts, "tokens": len(batch.joint_order), "flops": self.flops, **self.own_figures()}
+
+    def first_step(self) -> None:
+        """Buffers and choices of the first step; its matrix products are counted as they are called."""
+        counter = FlopCounterMode(display=False)
+        with counter:
+            self.step()
+        self.flops = counter.get_total_flops()
+        self.seconds = {name: [] for name in PARTS}
 
     @abstractmethod
-    def own_figures(self, batch: PackedBatch) -> dict[str, Any]:
-        """`parameters`, and `flops` or `padded_tokens` of a step."""
+    def own_figures(self) -> dict[str, Any]:
+        """`parameters`, and `padded_tokens` where there are any."""
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -109,9 +120,8 @@ class Ours(Contender):
     def update(self) -> None:
         self.engine.step(1e-4)
 
-    def own_figures(self, batch: PackedBatch) -> dict[str, Any]:
-        model = self.engine.model
-        return {"parameters": parameters(model), "flops": training_flops(model.config, batch)}
+    def own_figures(self) -> dict[str, Any]:
+        return {"parameters": parameters(self.engine.model)}
 
 
 class Padded(Contender):
@@ -140,7 +150,7 @@ class Padded(Contender):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def own_figures(self, batch: PackedBatch) -> dict[str, Any]:
+    def own_figures(self) -> dict[str, Any]:
         return {"parameters": parameters(self.model), "padded_tokens": len(self.examples) * (self.tokens + self.regions)}
 
 
@@ -157,6 +167,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bf16", action="store_true", help="bfloat16: our engine's, and autocast for the others")
     parser.add_argument("--zero-stage", type=int, help="of our engine; default: 0, or 1 with --bf16")
     parser.add_argument("--only", default="", help="contenders, by commas; default: all of them")
+    parser.add_argument("--plot", type=Path, help="SVG file for a picture of the table")
     parser.add_argument("--compare", type=Path, help="recorded JSON: fail where our lead over a contender has shrunk since")
     parser.add_argument("--tolerance", type=float, default=0.2, help="share of the recorded ratio that may be lost")
     parser.add_argument("--peak-tflops", type=float, default=0.0, help="peak of the device, where it is not known")
@@ -191,6 +202,8 @@ def contenders(arguments: argparse.Namespace, device: torch.device) -> dict[str,
         "LXMERT": padded(lambda: Lxmert(sizes, values)),
         "VisualBERT": padded(lambda: VisualBert(sizes, values)),
     }
+    with contextlib.suppress(UsageError):  # where NVIDIA's apex is installed
+        found["ours by apex"] = ours(choose_kernels("apex", device, dropout))
     wanted = [name.strip() for name in arguments.only.split(",")] if arguments.only else list(found)
     if unknown := [name for name in wanted if name not in found]:
         raise UsageError(f"--only {unknown[0]}: no such contender; there are {', '.join(found)}")
@@ -218,8 +231,7 @@ def _serve(line: Connection, arguments: argparse.Namespace, name: str) -> None:
         start_processes()
     before = peak_resident()
     contender = contenders(arguments, device)[name]()
-    contender.step()  # buffers and choices of the first step
-    contender.seconds = {part: [] for part in PARTS}
+    contender.first_step()
     while True:
         if line.recv() == "step":
             line.send(contender.step())
@@ -242,7 +254,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 rounds[name].append(statistics.median(worker.ask("step") for _ in range(arguments.steps)))
                 bar.update()
     result: dict[str, Any] = {"samples": arguments.batch, "contenders": {}}
-    peak = peak_tflops(device, arguments.peak_tflops)
+    peak, needed = peak_tflops(device, arguments.peak_tflops), needed_flops(arguments)
     for name, worker in workers.items():
         seconds, figures = statistics.median(rounds[name]), worker.ask("figures")
         ratios = [mine / base for mine, base in zip(rounds[name], rounds[names[0]], strict=True)]
@@ -252,14 +264,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "time_of_ours": statistics.median(ratios),
             "time_of_ours_range": [min(ratios), max(ratios)],
         }
-        if "flops" in figures:
-            figures["tflops"] = figures.pop("flops") / seconds / 1e12
-            figures["mfu"] = figures["tflops"] / peak if peak else None
+        figures["tflops"] = figures["flops"] / seconds / 1e12
+        figures["tflops_on_real_tokens"] = needed / seconds / 1e12
+        figures["mfu"] = figures["tflops_on_real_tokens"] / peak if peak else None
         if "padded_tokens" in figures:
             figures["padded_tokens_per_second"] = figures.pop("padded_tokens") / seconds
         result["contenders"][name] = figures
         worker.process.kill()
     print("\n".join(table(result)))
+    if arguments.plot:
+        arguments.plot.write_text(bars(result), encoding="utf-8")
     if recorded and (lost := shrunk(result, recorded, arguments.tolerance)):
         raise TrainingStopped(f"slower than {arguments.compare} says: {'; '.join(lost)}")
     return result
@@ -275,9 +289,27 @@ def shrunk(result: dict[str, Any], recorded: dict[str, Any], tolerance: float) -
     ]
 
 
+def needed_flops(arguments: argparse.Namespace) -> float:
+    """What the samples of a step need without padding, for our model; others are held to it too."""
+    sizes = sizes_of(arguments.model)
+    return training_flops(
+        sizes, pack(random_examples(sizes, arguments.batch, arguments.words, arguments.regions), sizes.feature_dim)
+    )
+
+
 def table(result: dict[str, Any]) -> list[str]:
     """The figures, a contender a line."""
-    head = ("", "parameters", "samples/s", "real tokens/s", "TFLOP/s", "times our time (range)", "memory GiB", *PARTS)
+    head = (
+        "",
+        "parameters",
+        "samples/s",
+        "real tokens/s",
+        "TFLOP/s",
+        "on real tokens",
+        "times our time (range)",
+        "memory GiB",
+        *PARTS,
+    )
     rows = []
     for name, f in result["contenders"].items():
         low, high = f["time_of_ours_range"]
@@ -287,7 +319,8 @@ def table(result: dict[str, Any]) -> list[str]:
                 f"{f['parameters'] / 1e6:.1f} M",
                 f"{f['samples_per_second']:.2f}",
                 f"{f['real_tokens_per_second']:.0f}",
-                f"{f['tflops']:.3f}" if "tflops" in f else "",
+                f"{f['tflops']:.3f}",
+                f"{f['tflops_on_real_tokens']:.3f}",
                 f"{f['time_of_ours']:.2f} ({low:.2f}-{high:.2f})",
                 f"{f['peak_memory_gib']:.2f}",
                 *(f"{1000 * f['parts'][part]:.0f} ms" for part in PARTS),
