@@ -22,6 +22,7 @@ from megatron_interbert.model.presets import load_model_config
 from megatron_interbert.training.memory import Layout, Load, Memory, largest_micro_batch, predict
 from megatron_interbert.training.processes import aligned
 from megatron_interbert.weights.files import write_json
+from tools.benchmarks.batches import span
 
 GIB = 2**30
 
@@ -55,15 +56,6 @@ def main() -> None:
     print("\n".join(table(rows, arguments)))
     if arguments.output:
         write_json(arguments.output, {"layouts": [{**vars(row[0]), "micro_batch_size": row[1], **vars(row[2])} for row in rows]})
-
-
-def span(text: str) -> tuple[int, int]:
-    """`36` or `10-100`."""
-    low, _, high = text.partition("-")
-    try:
-        return int(low), int(high or low)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}', expected a number or two with - between them, such as 10-100") from None
 
 
 def layouts(sizes: ModelConfig, arguments: argparse.Namespace) -> Iterator[Layout]:

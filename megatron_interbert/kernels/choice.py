@@ -41,12 +41,7 @@ def choose_kernels(name: str, device: torch.device, attention_dropout: bool = Fa
     if name == "torch":
         return Kernels()
     if name == "auto" and not on_gpu:
-        return Kernels(
-            cpu_ops.attention,
-            dropout_add_norm=cpu_ops.dropout_add_norm,
-            embed_text=cpu_ops.embed_text,
-            embed_image=cpu_ops.embed_image,
-        )
+        return Kernels(attention=cpu_ops.attention, dropout_add_norm=cpu_ops.dropout_add_norm)
     if name == "apex":
         from megatron_interbert.kernels import apex_adapters
 

@@ -6,7 +6,6 @@ Rates are rounded to 1/65,536. Everything else is as in `plain`, gradients are a
 import torch
 import torch.nn.functional as F
 
-from megatron_interbert.kernels import plain
 from megatron_interbert.kernels.attention import padded_places, padded_sdpa
 from megatron_interbert.kernels.gather import gather_rows
 
@@ -36,36 +35,6 @@ def dropout_add_norm(
 ) -> torch.Tensor:
     """See plain.dropout_add_norm."""
     return F.layer_norm(residual + dropout(x + bias, dropout_p), weight.shape, weight, norm_bias, eps)
-
-
-def embed_text(
-    words: torch.Tensor,
-    positions: torch.Tensor,
-    types: torch.Tensor,
-    position_table: torch.Tensor,
-    type_table: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    dropout_p: float,
-    eps: float,
-) -> torch.Tensor:
-    """See plain.embed_text."""
-    return dropout(plain.embed_text(words, positions, types, position_table, type_table, weight, bias, 0.0, eps), dropout_p)
-
-
-def embed_image(
-    projected: torch.Tensor,
-    locations: torch.Tensor,
-    location_weight: torch.Tensor,
-    location_bias: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    dropout_p: float,
-    eps: float,
-) -> torch.Tensor:
-    """See plain.embed_image."""
-    embedded = plain.embed_image(projected, locations, location_weight, location_bias, weight, bias, 0.0, eps)
-    return dropout(embedded, dropout_p)
 
 
 def attention(

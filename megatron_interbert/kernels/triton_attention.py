@@ -107,6 +107,7 @@ class _ShortAttention(torch.autograd.Function):
         dropout_p: float,
         seed: int,
     ) -> torch.Tensor:
+        """Keeps q, k, v: scores and mask are computed again."""
         if not (q.stride() == k.stride() == v.stride() and q.stride(2) == 1):  # not views of one projection
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

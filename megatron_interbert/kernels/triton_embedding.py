@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from megatron_interbert.kernels import plain
-from megatron_interbert.kernels.triton_ops import MAX_PROGRAMS, draw_seed
+from megatron_interbert.kernels.triton_ops import MAX_PROGRAMS, draw_seed, normal_row, through_norm
 
 LOCATION = 5  # numbers that say where a region is
 
@@ -63,10 +63,8 @@ def region_rows(
 def _normalise(z, row, column, inside, weight_ptr, bias_ptr, z_ptr, y_ptr, mean_ptr, rstd_ptr, width, p, eps, seed):
     """Keep the sum z of a row, and write dropout(LayerNorm(z))."""
     at = row.to(tl.int64) * width + column
-    mean = tl.sum(z, axis=0) / width
-    centred = tl.where(inside, z - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / width + eps)
-    y = centred * rstd * tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    normal, mean, rstd = normal_row(z, inside, width, eps)
+    y = normal * tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     y += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
     if p > 0:
         y = tl.where(tl.rand(seed, at) >= p, y / (1.0 - p), 0.0)
@@ -121,8 +119,7 @@ def _embed_backward(
         rstd = tl.load(rstd_ptr + row)
         z = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
         normal = tl.where(inside, (z - tl.load(mean_ptr + row)) * rstd, 0.0)
-        scaled = dy * weight
-        dz = (scaled - tl.sum(scaled, axis=0) / width - normal * tl.sum(scaled * normal, axis=0) / width) * rstd
+        dz = through_norm(dy, weight, normal, rstd, width)
         tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
         dweight += dy * normal
         dbias += dy
@@ -130,35 +127,29 @@ def _embed_backward(
     tl.store(partial_ptr + (PROGRAMS + program) * width + column, dbias, mask=inside)
 
 
-class _Embed(torch.autograd.Function):
-    """What text and image tokens share: memory for the results, and the backward pass up to the gradient of the sum."""
-
-    @staticmethod
-    def begin(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, p: float, eps: float, seed: int) -> tuple:
-        """(y, grid, the last arguments of a forward kernel); y is the result."""
-        z, y = torch.empty_like(rows), torch.empty_like(rows)
-        mean, rstd = (torch.empty(len(rows), dtype=torch.float32, device=rows.device) for _ in range(2))
-        width = rows.shape[1]
-        ctx.norm, ctx.p, ctx.seed = (z, weight, mean, rstd), p, seed
-        return y, (len(rows),), (weight, bias, z, y, mean, rstd, width, p, eps, seed)
-
-    @staticmethod
-    def gradients(
-        ctx: Any, dy: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
-    ) -> tuple:
-        """(gradient of the sum, of the norm's weight, of its bias)."""
-        rows, width = z.shape
-        programs = min(rows, MAX_PROGRAMS)
-        dz = torch.empty_like(z)
-        partial = torch.empty(2, programs, width, dtype=torch.float32, device=z.device)
-        _embed_backward[(programs,)](
-            dy.contiguous(), z, weight, mean, rstd, dz, partial, rows, width, ctx.p, ctx.seed,
-            PROGRAMS=programs, BLOCK=triton.next_power_of_2(width),
-        )  # fmt: skip
-        return dz, *partial.sum(dim=1).to(weight.dtype)
+def _begin(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, p: float, eps: float, seed: int) -> tuple:
+    """(y, grid, the last arguments of a forward kernel); y is the result."""
+    z, y = torch.empty_like(rows), torch.empty_like(rows)
+    mean, rstd = (torch.empty(len(rows), dtype=torch.float32, device=rows.device) for _ in range(2))
+    width = rows.shape[1]
+    ctx.norm, ctx.p, ctx.seed = (z, weight, mean, rstd), p, seed
+    return y, (len(rows),), (weight, bias, z, y, mean, rstd, width, p, eps, seed)
 
 
-class _EmbedText(_Embed):
+def _gradients(ctx: Any, dy: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor) -> tuple:
+    """(gradient of the sum, of the norm's weight, of its bias)."""
+    rows, width = z.shape
+    programs = min(rows, MAX_PROGRAMS)
+    dz = torch.empty_like(z)
+    partial = torch.empty(2, programs, width, dtype=torch.float32, device=z.device)
+    _embed_backward[(programs,)](
+        dy.contiguous(), z, weight, mean, rstd, dz, partial, rows, width, ctx.p, ctx.seed,
+        PROGRAMS=programs, BLOCK=triton.next_power_of_2(width),
+    )  # fmt: skip
+    return dz, *partial.sum(dim=1).to(weight.dtype)
+
+
+class _EmbedText(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -173,8 +164,9 @@ class _EmbedText(_Embed):
         eps: float,
         seed: int,
     ) -> torch.Tensor:
+        """Keeps the sum before the norm, mean and deviation of each row, and the numbers of the tables' rows."""
         words = words.contiguous()
-        y, grid, rest = _Embed.begin(ctx, words, weight, bias, p, eps, seed)
+        y, grid, rest = _begin(ctx, words, weight, bias, p, eps, seed)
         _embed_text_forward[grid](
             words, positions, types, position_table, type_table, *rest, BLOCK=triton.next_power_of_2(words.shape[1])
         )
@@ -185,7 +177,7 @@ class _EmbedText(_Embed):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         positions, types, *norm = ctx.saved_tensors
-        dz, dweight, dbias = _Embed.gradients(ctx, dy, *norm)
+        dz, dweight, dbias = _gradients(ctx, dy, *norm)
         tables = [
             torch.ops.aten.embedding_dense_backward(dz, index, size, -1, False)
             for index, size in zip((positions, types), ctx.sizes, strict=True)
@@ -193,7 +185,7 @@ class _EmbedText(_Embed):
         return dz, None, None, *tables, dweight, dbias, None, None, None
 
 
-class _EmbedImage(_Embed):
+class _EmbedImage(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -207,8 +199,9 @@ class _EmbedImage(_Embed):
         eps: float,
         seed: int,
     ) -> torch.Tensor:
+        """Keeps the sum before the norm, mean and deviation of each row, and the locations."""
         projected, locations = projected.contiguous(), locations.contiguous()
-        y, grid, rest = _Embed.begin(ctx, projected, weight, bias, p, eps, seed)
+        y, grid, rest = _begin(ctx, projected, weight, bias, p, eps, seed)
         _embed_image_forward[grid](
             projected, locations, location_weight, location_bias, *rest,
             LOCATION=LOCATION, BLOCK=triton.next_power_of_2(projected.shape[1]),
@@ -219,7 +212,7 @@ class _EmbedImage(_Embed):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         locations, *norm = ctx.saved_tensors
-        dz, dweight, dbias = _Embed.gradients(ctx, dy, *norm)
+        dz, dweight, dbias = _gradients(ctx, dy, *norm)
         dlocation = dz.t() @ locations.to(dz.dtype)
         return dz, None, dlocation, dz.sum(dim=0, dtype=torch.float32).to(dz.dtype), dweight, dbias, None, None, None
 

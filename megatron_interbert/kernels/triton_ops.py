@@ -87,6 +87,22 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
+def normal_row(z, inside, width, eps):
+    """(z with mean 0 and deviation 1, its mean, 1 / its deviation) of a row; places outside stay 0."""
+    mean = tl.sum(z, axis=0) / width
+    centred = tl.where(inside, z - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / width + eps)
+    return centred * rstd, mean, rstd
+
+
+@triton.jit
+def through_norm(dy, weight, normal, rstd, width):
+    """Gradient of a row before its LayerNorm, from that behind it."""
+    scaled = dy * weight
+    return (scaled - tl.sum(scaled, axis=0) / width - normal * tl.sum(scaled * normal, axis=0) / width) * rstd
+
+
+@triton.jit
 def _add_norm_forward(
     x_ptr,
     bias_ptr,
@@ -113,10 +129,8 @@ def _add_norm_forward(
     if p > 0:
         x = tl.where(tl.rand(seed, at) >= p, x / (1.0 - p), 0.0)
     z = x + tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(z, axis=0) / width
-    centred = tl.where(inside, z - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / width + eps)
-    y = centred * rstd * tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    normal, mean, rstd = normal_row(z, inside, width, eps)
+    y = normal * tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     y += tl.load(norm_bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(sum_ptr + at, z.to(sum_ptr.dtype.element_ty), mask=inside)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
@@ -154,8 +168,7 @@ def _add_norm_backward(
         z = tl.load(sum_ptr + at, mask=inside, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row)
         normal = tl.where(inside, (z - tl.load(mean_ptr + row)) * rstd, 0.0)
-        scaled = dy * weight
-        dz = (scaled - tl.sum(scaled, axis=0) / width - normal * tl.sum(scaled * normal, axis=0) / width) * rstd
+        dz = through_norm(dy, weight, normal, rstd, width)
         dx = dz
         if p > 0:
             dx = tl.where(tl.rand(seed, at) >= p, dz / (1.0 - p), 0.0)
@@ -183,6 +196,7 @@ class _DropoutAddNorm(torch.autograd.Function):
         eps: float,
         seed: int,
     ) -> torch.Tensor:
+        """Keeps the sum before the norm, and mean and deviation of each row."""
         x, residual = x.contiguous(), residual.contiguous()
         rows, width = x.shape
         total, y = torch.empty_like(x), torch.empty_like(x)
@@ -196,6 +210,7 @@ class _DropoutAddNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Parameter gradients are summed for each program, then over programs."""
         total, weight, mean, rstd = ctx.saved_tensors
         rows, width = total.shape
         programs = min(rows, MAX_PROGRAMS)

@@ -71,6 +71,7 @@ class InterBert(nn.Module):
             self.image_embedding = ImageEmbedding(config, kernels)
 
         def stack(count: int, heads: int, hidden_dropout: float, attention_dropout: float) -> TransformerStack:
+            """`count` layers of this model's width."""
             layers = [
                 TransformerLayer(
                     config.hidden_size,
@@ -113,8 +114,9 @@ class InterBert(nn.Module):
         The last layer of each stream is computed only for the tokens that are pooled or predicted, and word logits live only inside
         their loss. `everything` gives the hidden states of all tokens, and the word logits instead of their losses.
         """
-        text_rows = [batch.text_offsets[:-1].long(), batch.msm_positions[: None if hasattr(self, "msm_head") else 0]]
-        image_rows = [batch.summary_rows, batch.mrm_positions[: None if hasattr(self, "mrm_head") else 0]]
+        words, regions = batch.msm_positions, batch.mrm_positions
+        text_rows = [batch.text_offsets[:-1].long(), words if hasattr(self, "msm_head") else words[:0]]
+        image_rows = [batch.summary_rows, regions if hasattr(self, "mrm_head") else regions[:0]]
         read = None if everything else (torch.cat(text_rows), torch.cat(image_rows))
         text, image = self.encode(batch, read)
         if everything:

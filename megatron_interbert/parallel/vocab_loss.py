@@ -37,6 +37,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         math: VocabMath,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keeps the inputs and the logarithm of each row's sum of exponentials."""
         local = labels - len(weight) * group_rank(group)
         rows = max(1, CHUNK // len(weight))
         found = [

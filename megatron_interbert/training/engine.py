@@ -12,6 +12,7 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.deepspeed_config import merge
 from megatron_interbert.training.ema import AveragedWeights
+from megatron_interbert.training.memory import BUCKET
 from megatron_interbert.training.optimizer import build_optimizer, gradient_norm, parameter_groups, set_learning_rate
 
 
@@ -28,7 +29,7 @@ class Engine:
         self.deepspeed_config = merge(config, state.data_size)
         # DeepSpeed's own bucket has room for 500 M gradients, 2 GB in fp32, whatever the model's size.
         values = sum(parameter.numel() for parameter in model.parameters())
-        self.deepspeed_config["zero_optimization"].setdefault("reduce_bucket_size", min(values, 500_000_000))
+        self.deepspeed_config["zero_optimization"].setdefault("reduce_bucket_size", min(values, BUCKET))
         self.accumulation = self.deepspeed_config["gradient_accumulation_steps"]
         self.precision = "fp16" if config.fp16 else "bf16" if config.bf16 else "fp32"
         if config.fp16 and not half_precision_supported():

@@ -1,7 +1,6 @@
 """What a rank's memory holds at its peak, by arithmetic: weights, gradients, optimizer, activations; checked against torch's allocator.
 
-Legend: P values of this rank's tensor-parallel slice, e bytes of a value in the passes, D data-parallel and T tensor-parallel ranks,
-H hidden, L longest sequence, r places over real tokens in padded attention.
+How DeepSpeed 0.19 keeps its parts was found by counting; tests/training/test_memory.py counts again.
 """
 
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.partition import partition_dimension
 from megatron_interbert.parallel.vocab_loss import CHUNK
 
-BUCKET = 500_000_000  # most values of a reduction at once
+BUCKET = 500_000_000  # most gradients that are reduced at once
 FP32, ADAM = 4, 8  # bytes of a value; of its two moments
 ROW_STATISTICS = 8  # mean and deviation that a norm keeps of a row
 
@@ -60,7 +59,7 @@ class Memory:
 
 
 def rank_values(sizes: ModelConfig, tensor: int) -> int:
-    """P: trained values of one rank."""
+    """Trained values of one rank."""
     sizes.check_tensor_parallel(tensor)
     with torch.device("meta"):
         parameters = InterBert(sizes).named_parameters()
@@ -125,9 +124,8 @@ def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
         begin, end, step = 0.0, gradients + max(buffers, table), gradients
     elif layout.zero_stage == 3:
         weights, gradients, buffers = share, share, bucket  # both stay from the first step on
-        whole = (
-            2 * all_of if ranks > 1 else 0.0
-        )  # gathered weights, all of a model of this kind, and the memory in which they arrive
+        # Gathered weights, all of a model of this kind, and the memory in which they arrive.
+        whole = 2 * all_of if ranks > 1 else 0.0
         begin, end, step = gradients + bucket + whole, gradients + bucket + 2 * all_of, gradients + bucket + share + converted
     else:
         weights, buffers = all_of, bucket

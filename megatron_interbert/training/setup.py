@@ -87,7 +87,7 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
         return model
 
     if config.micro_batch_size == AUTO:
-        check_alike(state, facts_of_run(config, job))
+        check_alike(state, facts_of_run(config, job))  # before ranks that differ wait for one another in a trial
         global_batch = config.global_batch_size or resumed_batch(resume)
         trial = Trial(config, job, state, device)
         config.micro_batch_size = resumed_micro_batch(resume, global_batch // state.data_size) or choose_micro_batch(

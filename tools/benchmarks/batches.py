@@ -1,5 +1,6 @@
 """Random samples of realistic sizes, packed as our model takes them or padded as others do."""
 
+import argparse
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,15 @@ def sizes_of(model: str) -> ModelConfig:
     if sizes.vocab_size and sizes.feature_dim and sizes.num_classes:
         return sizes
     return dataclasses.replace(sizes, vocab_size=1000, feature_dim=64, num_classes=100)
+
+
+def span(text: str) -> tuple[int, int]:
+    """`36` or `10-100`."""
+    low, _, high = text.partition("-")
+    try:
+        return int(low), int(high or low)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}', expected a number or two with - between them, such as 10-100") from None
 
 
 def random_examples(

@@ -31,7 +31,7 @@ from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.metrics import peak_tflops
 from megatron_interbert.training.processes import aligned, start_processes
 from tools.benchmarks.bars import bars
-from tools.benchmarks.batches import PaddedBatch, pad, random_examples, sizes_of
+from tools.benchmarks.batches import PaddedBatch, pad, random_examples, sizes_of, span
 from tools.benchmarks.padded import Lxmert, PaddedInterBert, VisualBert, parameters
 
 TWIN = Kernels(plain.attention, plain.bias_gelu, plain.dropout_add_norm)
@@ -171,12 +171,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", type=Path, help="recorded JSON: fail where our lead over a contender has shrunk since")
     parser.add_argument("--tolerance", type=float, default=0.2, help="share of the recorded ratio that may be lost")
     parser.add_argument("--peak-tflops", type=float, default=0.0, help="peak of the device, where it is not known")
-
-
-def span(text: str) -> tuple[int, int]:
-    """`36` or `10-100`."""
-    low, _, high = text.partition("-")
-    return int(low), int(high or low)
 
 
 def contenders(arguments: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], Contender]]:
