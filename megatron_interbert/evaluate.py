@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from megatron_interbert.config import parse_task
+from megatron_interbert.command_line import parse_task
 from megatron_interbert.errors import end_at_once, run_entry
 from megatron_interbert.parallel.agreement import check_alike
 from megatron_interbert.parallel.launch import read_launch

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from megatron_interbert.config import parse_task
+from megatron_interbert.command_line import parse_task
 from megatron_interbert.errors import end_at_once, run_entry
 from megatron_interbert.signals import STOPPING, take_over
 from megatron_interbert.task_config import FinetuneConfig, GlueConfig, RetrievalConfig, VcrConfig

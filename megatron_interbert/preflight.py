@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_interbert.config import AUTO, RunConfig, option, parse
+from megatron_interbert.command_line import parse
+from megatron_interbert.config import AUTO, RunConfig, option
 from megatron_interbert.data.order import check_partitions
 from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.store import RegionStore

@@ -1,6 +1,7 @@
 """Pretraining: `deepspeed launchers/pretrain.sh ARGS`, `torchrun -m megatron_interbert.pretrain`, or one plain process."""
 
-from megatron_interbert.config import RunConfig, parse
+from megatron_interbert.command_line import parse
+from megatron_interbert.config import RunConfig
 from megatron_interbert.errors import end_at_once, run_entry
 from megatron_interbert.signals import STOPPING, take_over
 from megatron_interbert.training.setup import prepare

@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_interbert.config import ModelConfig, RunConfig, model_config_from_dict, parse
+from megatron_interbert.command_line import parse
+from megatron_interbert.config import ModelConfig, RunConfig, model_config_from_dict
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.presets import PRESETS, load_model_config
 
