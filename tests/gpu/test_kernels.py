@@ -32,17 +32,39 @@ def test_triton_kernels_equal_their_twins(dtype):
     def leaf(*shape):
         return torch.randn(*shape, device="cuda", dtype=dtype, requires_grad=True)
 
+    def numbers(most):
+        return torch.randint(most, (rows,), device="cuda")
+
     rows, width = 1000, 768
+    places = torch.rand(rows, 5, device="cuda", dtype=dtype)
     cases = [
         (kernels.bias_gelu, plain.bias_gelu, (leaf(rows, 3072), leaf(3072))),
         (kernels.dropout_add_norm, plain.dropout_add_norm,
          (leaf(rows, width), leaf(width), leaf(rows, width), leaf(width), leaf(width), 0.0, 1e-12)),
+        (kernels.embed_text, plain.embed_text,
+         (leaf(rows, width), numbers(40), numbers(2), leaf(40, width), leaf(2, width), leaf(width), leaf(width), 0.0, 1e-12)),
+        (kernels.embed_image, plain.embed_image,
+         (leaf(rows, width), places, leaf(width, 5), leaf(width), leaf(width), leaf(width), 0.0, 1e-12)),
     ]  # fmt: skip
     tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.5}
     for ours, twin, inputs in cases:
         outputs = [function(*inputs) for function in (ours, twin)]
         torch.testing.assert_close(*outputs, **tolerance)
         weight = torch.randn_like(outputs[0])
-        tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
+        tensors = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
         for a, b in zip(*(torch.autograd.grad((o * weight).sum(), tensors) for o in outputs), strict=True):
             torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_passes_of_cross_entropy_equal_their_twins(dtype):
+    kernels = choose_kernels("triton", torch.device("cuda"))
+    rows, columns, words = 300, 30592, 30522
+    logits = (torch.randn(rows, columns, device="cuda") * 5).to(dtype)
+    labels, grad = torch.randint(words, (rows,), device="cuda"), torch.randn(rows, device="cuda")
+    expected = plain.vocab_statistics(logits, labels, words)
+    for ours, twin in zip(kernels.vocab_statistics(logits, labels, words), expected, strict=True):
+        torch.testing.assert_close(ours, twin, rtol=1e-4, atol=1e-4)
+    normaliser = expected[1].log() + expected[0]
+    twin = plain.vocab_gradient(logits.clone(), labels, normaliser, grad, words)
+    torch.testing.assert_close(kernels.vocab_gradient(logits, labels, normaliser, grad, words), twin, rtol=0.02, atol=1e-4)
