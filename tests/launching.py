@@ -1,7 +1,10 @@
 """Starting the program as users do, in processes of its own."""
 
+import contextlib
+import itertools
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -51,13 +54,27 @@ def start(*command, warm=True, **changes):
     )
 
 
+def _ports_of_this_worker():
+    """Ports in turn, a block for each of pytest's workers, below those that the kernel hands out to connections (32,768 and up): one that
+    is free when we look is still free when the ranks, seconds later, come to listen on it."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    block = range(10_000 + 2_000 * (worker % 11), 12_000 + 2_000 * (worker % 11))
+    start = random.SystemRandom().randrange(len(block))  # other tests may run on this machine
+    yield from itertools.cycle([*block[start:], *block[:start]])
+
+
+_PORTS = _ports_of_this_worker()
+
+
 def free_ports(number):
-    """Ports that nobody listens on now."""
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
+    """Ports that nobody listens on and that no other test takes."""
+    return [next(port for port in _PORTS if _is_free(port)) for _ in range(number)]
+
+
+def _is_free(port):
+    with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+        return True
+    return False
 
 
 def start_ranks(*of_each, module="megatron_interbert.pretrain", port=None, world_size=None, first=0, **changes):

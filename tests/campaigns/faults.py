@@ -16,7 +16,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,7 @@ from tqdm import tqdm
 from megatron_interbert import pretrain
 from megatron_interbert.weights.manifest import MANIFEST, complete_checkpoints, verify
 from tests.corpus import write_store
-from tests.launching import losses
+from tests.launching import free_ports, losses
 
 STEPS, SAVE_INTERVAL = 90, 3
 LAYOUTS = {  # what a run is started with; each has its own undisturbed run
@@ -56,9 +55,7 @@ class Life:
         self.save = Path(save)
         self.log = Path(f"{save}.log")
         self.log.unlink(missing_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_ports(1)[0]
         flags = (
             *("--data-path", store, "--save", save, "--model", "tiny", "--train-iters", STEPS, "--save-interval", SAVE_INTERVAL),
             *("--micro-batch-size", 2, "--global-batch-size", 4, "--data-partitions", 2, "--num-workers", 0, "--log-interval", 1),
