@@ -144,6 +144,7 @@ class TrainConfig(Flags):
     max_bad_steps: int = option(10, "stop after so many non-finite steps in a row")
 
     tensor_model_parallel_size: int = option(1, "ranks that share each layer")
+    sequence_parallel: bool = option(False, "these ranks also share the tokens between the layers: less memory, the same traffic")
     zero_stage: int = option(1, "DeepSpeed ZeRO stage", (0, 1, 2, 3))
     deepspeed_config: str = option("", "DeepSpeed JSON (see ds_configs/); 'auto' values are resolved from the flags")
     fp16: bool = option(False, "half precision with dynamic loss scale")

@@ -39,6 +39,9 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, help="samples at a time; default: as many as fit")
     parser.add_argument("--global-batch-size", type=int, default=0, help="a micro-batch beyond its share of this is not asked for")
     parser.add_argument("--fp32", action="store_true", help="passes in 32 bits instead of 16")
+    parser.add_argument(
+        "--sequence-parallel", action="store_true", help="tensor-parallel ranks also share the tokens between layers"
+    )
     parser.add_argument("--kernels", choices=("triton", "torch"), default="triton")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
@@ -69,7 +72,7 @@ def layouts(sizes: ModelConfig, arguments: argparse.Namespace) -> Iterator[Layou
             continue
         if (stage == 0 and not arguments.fp32) or (stage > 1 and data == 1):
             continue
-        yield Layout(data, tensor, stage, not arguments.fp32, arguments.kernels == "triton", recompute)
+        yield Layout(data, tensor, stage, not arguments.fp32, arguments.kernels == "triton", recompute, arguments.sequence_parallel)
 
 
 def fit(sizes: ModelConfig, layout: Layout, arguments: argparse.Namespace) -> tuple[Layout, int, Memory] | None:
@@ -111,7 +114,11 @@ def table(rows: list[tuple[Layout, int, Memory]], arguments: argparse.Namespace)
         for layout, samples, memory in rows
     ]
     room = arguments.gpu_memory * (1 - arguments.reserve)
-    return [f"GiB of each of {arguments.gpus} devices, {room:g} of {arguments.gpu_memory:g} used at most", *aligned([head, *lines])]
+    how = ", sequence parallel" if arguments.sequence_parallel else ""
+    return [
+        f"GiB of each of {arguments.gpus} devices, {room:g} of {arguments.gpu_memory:g} used at most{how}",
+        *aligned([head, *lines]),
+    ]
 
 
 if __name__ == "__main__":

@@ -80,13 +80,13 @@ class InterBert(nn.Module):
                     hidden_dropout,
                     attention_dropout,
                     config.layer_norm_eps,
-                    state.tensor_group,
+                    state.placement,
                     kernels,
                     streams,
                 )
                 for _ in range(count)
             ]
-            return TransformerStack(layers, streams, recompute)
+            return TransformerStack(layers, state.placement, streams, recompute)
 
         text_like = (config.num_attention_heads, config.hidden_dropout, config.attention_dropout)
         self.interaction = stack(config.interaction_layers, *text_like)

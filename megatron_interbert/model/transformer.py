@@ -1,14 +1,17 @@
 """The one transformer layer, used by the interaction module and both streams: post-LN BERT over packed tokens.
 
-Legend: N tokens of all samples, H hidden, T tensor-parallel ranks.
+Legend: N tokens of all samples, H hidden. With sequence parallelism a rank's x holds its part of the N rows (parallel/placement.py).
 """
 
+from contextlib import nullcontext
+
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron_interbert.parallel.placement import Placement
 from megatron_interbert.parallel.rng import RandomStreams
 
 
@@ -19,12 +22,12 @@ class SelfAttention(nn.Module):
     """
 
     def __init__(
-        self, hidden: int, heads: int, dropout: float, group: dist.ProcessGroup | None, kernels: Kernels, streams: RandomStreams
+        self, hidden: int, heads: int, dropout: float, placement: Placement, kernels: Kernels, streams: RandomStreams
     ) -> None:
         super().__init__()
         self.head_size, self.dropout, self.kernels, self.streams = hidden // heads, dropout, kernels, streams
-        self.qkv = ColumnParallelLinear(hidden, 3 * hidden, group)
-        self.output = RowParallelLinear(hidden, hidden, group)
+        self.qkv = ColumnParallelLinear(hidden, 3 * hidden, placement)
+        self.output = RowParallelLinear(hidden, hidden, placement)
 
     def attend(self, qkv: torch.Tensor, offsets: torch.Tensor, max_length: int) -> torch.Tensor:
         """Attention over projected tokens [N, 3 H / ranks] -> [N, H / ranks], before the output projection."""
@@ -41,10 +44,10 @@ class SelfAttention(nn.Module):
 class Mlp(nn.Module):
     """GELU MLP without its last bias: [N, H] -> [N, H]. A layer takes any module of this signature in its place."""
 
-    def __init__(self, hidden: int, ffn: int, group: dist.ProcessGroup | None, kernels: Kernels) -> None:
+    def __init__(self, hidden: int, ffn: int, placement: Placement, kernels: Kernels) -> None:
         super().__init__()
-        self.up = ColumnParallelLinear(hidden, ffn, group, activation=kernels.bias_gelu)
-        self.down = RowParallelLinear(ffn, hidden, group)
+        self.up = ColumnParallelLinear(hidden, ffn, placement, activation=kernels.bias_gelu)
+        self.down = RowParallelLinear(ffn, hidden, placement)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(self.up(x))
@@ -53,16 +56,21 @@ class Mlp(nn.Module):
 class ResidualNorm(nn.Module):
     """LayerNorm(residual + dropout(x + linear_bias)); linear_bias is that of the row-parallel layer that made x."""
 
-    def __init__(self, hidden: int, dropout: float, eps: float, kernels: Kernels) -> None:
+    def __init__(
+        self, hidden: int, dropout: float, eps: float, placement: Placement, kernels: Kernels, streams: RandomStreams
+    ) -> None:
         super().__init__()
-        self.dropout, self.eps, self.kernels = dropout, eps, kernels
+        self.dropout, self.eps, self.placement, self.kernels, self.streams = dropout, eps, placement, kernels, streams
         self.linear_bias = nn.Parameter(torch.empty(hidden))
         self.weight = nn.Parameter(torch.empty(hidden))
         self.bias = nn.Parameter(torch.empty(hidden))
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         p = self.dropout if self.training else 0.0
-        return self.kernels.dropout_add_norm(x, self.linear_bias, residual, self.weight, self.bias, p, self.eps)
+        linear_bias, weight, bias = self.placement.parameters(self.linear_bias, self.weight, self.bias)
+        # Rows that are shared out are not those of the other ranks: each drops for itself.
+        with self.streams.sharded() if self.placement.shared and p > 0 else nullcontext():
+            return self.kernels.dropout_add_norm(x, linear_bias, residual, weight, bias, p, self.eps)
 
 
 class TransformerLayer(nn.Module):
@@ -76,21 +84,22 @@ class TransformerLayer(nn.Module):
         hidden_dropout: float,
         attention_dropout: float,
         eps: float,
-        group: dist.ProcessGroup | None,
+        placement: Placement,
         kernels: Kernels,
         streams: RandomStreams,
     ) -> None:
         super().__init__()
-        self.attention = SelfAttention(hidden, heads, attention_dropout, group, kernels, streams)
-        self.attention_norm = ResidualNorm(hidden, hidden_dropout, eps, kernels)
-        self.mlp = Mlp(hidden, ffn, group, kernels)
-        self.mlp_norm = ResidualNorm(hidden, hidden_dropout, eps, kernels)
+        self.placement = placement
+        self.attention = SelfAttention(hidden, heads, attention_dropout, placement, kernels, streams)
+        self.attention_norm = ResidualNorm(hidden, hidden_dropout, eps, placement, kernels, streams)
+        self.mlp = Mlp(hidden, ffn, placement, kernels)
+        self.mlp_norm = ResidualNorm(hidden, hidden_dropout, eps, placement, kernels, streams)
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_length: int, rows: torch.Tensor | None = None) -> torch.Tensor:
         """All tokens, or only those of `rows` [R] (each at most once), which still attend to all of their sequence."""
         attended = self.attention.attend(self.attention.qkv(x), offsets, max_length)
         if rows is not None:
-            attended, x = attended.index_select(0, rows), x.index_select(0, rows)
+            attended, x = attended.index_select(0, rows), self.placement.select(x, rows)
         return self.after_attention(attended, x)
 
     def after_attention(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -102,16 +111,32 @@ class TransformerLayer(nn.Module):
 class TransformerStack(nn.Module):
     """Layers one after another; `recompute` keeps only their inputs for the backward pass."""
 
-    def __init__(self, layers: list[TransformerLayer], streams: RandomStreams, recompute: bool) -> None:
+    def __init__(self, layers: list[TransformerLayer], placement: Placement, streams: RandomStreams, recompute: bool) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.streams, self.recompute = streams, recompute
+        self.placement, self.streams, self.recompute = placement, streams, recompute
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_length: int, rows: torch.Tensor | None = None) -> torch.Tensor:
         """[N, H] -> [N, H], or [R, H]: the last layer is computed only where `rows` say that it is read."""
         if rows is not None and not len(self.layers):
             return x.index_select(0, rows)
+        asked = len(x) if rows is None else len(rows)
+        if self.placement.shared:
+            x, offsets, max_length, rows = self._filled(x, offsets, max_length, rows)
+        x = self.placement.split(x)
         for number, layer in enumerate(self.layers, 1):
             inputs = (x, offsets, max_length, rows if number == len(self.layers) else None)
             x = self.streams.recompute(layer, *inputs) if self.recompute and self.training else layer(*inputs)
-        return x
+        return self.placement.join(x)[:asked]
+
+    def _filled(
+        self, x: torch.Tensor, offsets: torch.Tensor, max_length: int, rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor | None]:
+        """The inputs with one more sequence, of as many empty tokens as make equal parts for the ranks; and the `rows` filled up with the
+        first of these."""
+        tokens, ranks = len(x), self.placement.ranks
+        more = ranks - tokens % ranks  # at least one: no sequence is ever empty
+        x, offsets = F.pad(x, (0, 0, 0, more)), F.pad(offsets, (0, 1), value=tokens + more)
+        if rows is not None:
+            rows = torch.cat([rows, rows.new_full((-len(rows) % ranks,), tokens)])
+        return x, offsets, max(max_length, more), rows

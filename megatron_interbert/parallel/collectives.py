@@ -5,6 +5,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# torch 2.13 has new names for these and warns of the old ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def group_size(group: dist.ProcessGroup | None) -> int:
     """Number of ranks; 1 for None."""
@@ -41,6 +45,78 @@ class _ReduceFromGroup(torch.autograd.Function):
         return grad, None
 
 
+def start_gather(x: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, dist.Work]:
+    """All ranks' rows [ranks x n, ..] in the order of the ranks, and what to wait for before they are read."""
+    rows = x.new_empty(x.shape[0] * group_size(group), *x.shape[1:])
+    return rows, _all_gather(rows, x.contiguous(), group=group, async_op=True)
+
+
+def start_reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, dist.Work]:
+    """This rank's rows [n, ..] of the sum of all ranks' x [ranks x n, ..], and what to wait for before they are read."""
+    rows = x.new_empty(x.shape[0] // group_size(group), *x.shape[1:])
+    return rows, _reduce_scatter(rows, x.contiguous(), group=group, async_op=True)
+
+
+def _gathered(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    rows, work = start_gather(x, group)
+    work.wait()
+    return rows
+
+
+def _scattered(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    rows, work = start_reduce_scatter(x, group)
+    work.wait()
+    return rows
+
+
+def _own(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    return x.chunk(group_size(group))[group_rank(group)].clone()
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _gathered(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _scattered(grad, ctx.group), None
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _scattered(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _gathered(grad, ctx.group), None
+
+
+class _SplitRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _own(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _gathered(grad, ctx.group), None
+
+
+class _JoinRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _gathered(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _own(grad, ctx.group), None
+
+
 def copy_to_group(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Identity forward, sum of gradients backward: a replicated activation enters sharded layers."""
     return x if group_size(group) == 1 else _CopyToGroup.apply(x, group)
@@ -49,3 +125,23 @@ def copy_to_group(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Ten
 def reduce_from_group(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Sum forward, identity backward: partial results of sharded layers become a replicated activation."""
     return x if group_size(group) == 1 else _ReduceFromGroup.apply(x, group)
+
+
+def gather_rows(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Rows shared out [n, ..] enter sharded layers [ranks x n, ..]: gathered forward, gradients summed and shared out backward."""
+    return x if group_size(group) == 1 else _GatherRows.apply(x, group)
+
+
+def scatter_sum(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Partial results of sharded layers [ranks x n, ..] become rows shared out [n, ..]: summed forward, gathered backward."""
+    return x if group_size(group) == 1 else _ScatterSum.apply(x, group)
+
+
+def split_rows(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """A replicated activation [ranks x n, ..] becomes rows shared out [n, ..]; gradients are gathered."""
+    return x if group_size(group) == 1 else _SplitRows.apply(x, group)
+
+
+def join_rows(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Rows shared out [n, ..] become a replicated activation [ranks x n, ..], whose gradient is the same on all ranks."""
+    return x if group_size(group) == 1 else _JoinRows.apply(x, group)

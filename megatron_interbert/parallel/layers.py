@@ -1,7 +1,8 @@
 """Linear and embedding layers whose weights are shared out over a tensor-parallel group.
 
-Each takes the full sizes and its group, and holds only its own slice. Together they cost one all-reduce forward and one
-backward for a column-parallel layer followed by a row-parallel one.
+Each takes the full sizes and its group (the linear ones by the placement of token rows in it), and holds only its own slice. A
+column-parallel layer followed by a row-parallel one costs one all-reduce forward and one backward, or what stands for it where rows
+are shared out.
 """
 
 from collections.abc import Callable
@@ -11,42 +12,40 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_interbert.parallel.collectives import copy_to_group, group_rank, group_size, reduce_from_group
+from megatron_interbert.parallel.collectives import group_rank, group_size, reduce_from_group
+from megatron_interbert.parallel.placement import Placement
 
 Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class ColumnParallelLinear(nn.Module):
-    """y = activation(x W^T, b) with the rows of W [out, in] shared out: [.., in] replicated -> [.., out / ranks]."""
+    """y = activation(x W^T, b) with the rows of W [out, in] shared out: [N, in] placed so -> all of [N, out / ranks]."""
 
-    def __init__(
-        self, in_features: int, out_features: int, group: dist.ProcessGroup | None, activation: Activation | None = None
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, placement: Placement, activation: Activation | None = None) -> None:
         super().__init__()
-        self.group, self.activation = group, activation
-        self.weight = nn.Parameter(torch.empty(out_features // group_size(group), in_features))
-        self.bias = nn.Parameter(torch.empty(out_features // group_size(group)))
+        self.placement, self.activation = placement, activation
+        self.weight = nn.Parameter(torch.empty(out_features // placement.ranks, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features // placement.ranks))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = copy_to_group(x, self.group)
         if self.activation is None:
-            return F.linear(x, self.weight, self.bias)
-        return self.activation(F.linear(x, self.weight), self.bias)
+            return self.placement.column_linear(x, self.weight, self.bias)
+        return self.activation(self.placement.column_linear(x, self.weight, None), self.bias)
 
 
 class RowParallelLinear(nn.Module):
-    """y = x W^T with the columns of W [out, in] shared out: [.., in / ranks] -> [.., out] replicated.
+    """y = x W^T with the columns of W [out, in] shared out: all of [N, in / ranks] -> [N, out] placed so.
 
     It has no bias: that is replicated, is added once after the reduction, and lives in the layer that adds it.
     """
 
-    def __init__(self, in_features: int, out_features: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, in_features: int, out_features: int, placement: Placement) -> None:
         super().__init__()
-        self.group = group
-        self.weight = nn.Parameter(torch.empty(out_features, in_features // group_size(group)))
+        self.placement = placement
+        self.weight = nn.Parameter(torch.empty(out_features, in_features // placement.ranks))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return reduce_from_group(F.linear(x, self.weight), self.group)
+        return self.placement.reduce(F.linear(x, self.weight))
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.launch import node_name
+from megatron_interbert.parallel.placement import Placement
 
 
 class ParallelState:
@@ -16,7 +17,7 @@ class ParallelState:
     Without torch.distributed it describes a single process. Method names are those DeepSpeed asks an mpu for.
     """
 
-    def __init__(self, tensor_parallel_size: int = 1) -> None:
+    def __init__(self, tensor_parallel_size: int = 1, sequence_parallel: bool = False) -> None:
         self.node = node_name()
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if self.world_size % tensor_parallel_size:
@@ -32,6 +33,7 @@ class ParallelState:
         self._data_ranks = list(range(self.tensor_rank, self.world_size, tensor_parallel_size))
         if dist.is_initialized():
             self._make_groups()
+        self.placement = Placement(self.tensor_group, shared=sequence_parallel and self.tensor_size > 1)
 
     def _make_groups(self) -> None:
         for first in range(0, self.world_size, self.tensor_size):  # every rank takes part in making every group

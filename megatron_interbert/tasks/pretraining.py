@@ -35,7 +35,8 @@ class PretrainingTask:
         matches = F.cross_entropy(output.itm_logits, batch.mismatched, reduction="none")
         sums = torch.stack([output.msm_losses.sum(), regions.sum(), matches.sum()])
         # A batch without targets of a kind gives 0 / 1, never NaN, and still a gradient of zeros for its head.
-        wanted = torch.where(self.trained.to(sums.device), sums, 0.0)
+        self.trained = self.trained.to(sums.device)  # once: each copy would wait for the device
+        wanted = torch.where(self.trained, sums, 0.0)
         loss = (wanted / totals.to(sums).clamp(min=1.0)).sum()
         right = torch.stack(
             [
@@ -44,7 +45,7 @@ class PretrainingTask:
                 (output.itm_logits.argmax(dim=1) == batch.mismatched).sum(),
             ]
         )
-        return loss, torch.stack([sums.detach(), right.to(sums), batch.target_counts().to(sums)], dim=1)
+        return loss, torch.stack([sums.detach(), right.to(sums), batch.target_counts().to(sums, non_blocking=True)], dim=1)
 
     def metrics(self, report: torch.Tensor, steps: int = 1) -> dict[str, float]:
         """Loss, accuracy and targets per step of each task from a summed report [3, 3]; `loss` sums those trained on."""

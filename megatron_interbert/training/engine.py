@@ -77,7 +77,7 @@ class Engine:
             return norm, False
         if self.config.clip_grad:  # torch's AdamW divides by this while it updates: clipping needs no pass of its own
             excess = max(1.0, norm / self.config.clip_grad)
-            self.deepspeed.optimizer.grad_scale = torch.tensor(excess, dtype=torch.float32, device=self.deepspeed.device)
+            self.deepspeed.optimizer.grad_scale = torch.full((), excess, dtype=torch.float32, device=self.deepspeed.device)
         self.deepspeed.step()
         return norm, True
 

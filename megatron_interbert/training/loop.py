@@ -154,7 +154,9 @@ class Trainer:
 
     def count_targets(self, micro_batches: list[PackedBatch]) -> torch.Tensor:
         """float64 [losses]: targets of each loss in the whole step, over micro-batches and data-parallel ranks."""
-        counts = torch.stack([self.task.count_targets(batch) for batch in micro_batches]).sum(dim=0).to(self.device)
+        counts = (
+            torch.stack([self.task.count_targets(batch) for batch in micro_batches]).sum(dim=0).to(self.device, non_blocking=True)
+        )
         return self.state.sum_over_data(counts)
 
     def note_bad_step(self, step: int) -> None:

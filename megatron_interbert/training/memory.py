@@ -27,6 +27,7 @@ class Layout:
     half: bool = False  # passes in 16 bits
     fused: bool = False
     recompute: bool = False
+    sequence_parallel: bool = False
 
     @property
     def element(self) -> int:
@@ -70,6 +71,7 @@ def activations(sizes: ModelConfig, layout: Layout, load: Load) -> tuple[float, 
     """(Bytes that a forward pass keeps for the backward pass, bytes of the one layer that is computed again, if any)."""
     hidden, ffn, element = sizes.hidden_size, sizes.ffn_hidden_size, layout.element
     image = load.regions + 1
+    sharing = layout.tensor if layout.sequence_parallel else 1
     text_most, image_most = max(load.longest_words, load.words), max(load.longest_regions, load.regions) + 1
 
     def layer(tokens: float, longest: float, heads: int, hidden_p: float, attention_p: float, read: float | None = None) -> float:
@@ -81,8 +83,9 @@ def activations(sizes: ModelConfig, layout: Layout, load: Load) -> tuple[float, 
         if not layout.fused:
             weights = 3 if attention_p else 0  # softmax, mask, and what is left of the weights
             attended += weights * padded * longest * heads / layout.tensor + (0 if attention_p else padded * hidden / layout.tensor)
-        rows = behind * (3 * hidden + masks + 2 * ffn / layout.tensor) + tokens * hidden
-        return element * (attended + rows) + 2 * ROW_STATISTICS * behind
+        between = behind * (3 * hidden + masks) + tokens * hidden
+        inner = behind * 2 * ffn / layout.tensor
+        return element * (attended + inner + between / sharing) + 2 * ROW_STATISTICS * behind / sharing
 
     words, shown = max(1.0, load.masked * load.words), max(1.0, load.masked * load.regions) / 2
     like_text = (sizes.num_attention_heads, sizes.hidden_dropout, sizes.attention_dropout)
@@ -97,7 +100,7 @@ def activations(sizes: ModelConfig, layout: Layout, load: Load) -> tuple[float, 
     for count, shape, read in stacks:
         whole = layer(*shape)
         if layout.recompute:
-            total += count * element * hidden * shape[0]
+            total += count * element * hidden * shape[0] / sharing
             largest = max(largest, whole if count else 0.0)
         elif count:
             total += (count - 1) * whole + layer(*shape, read)

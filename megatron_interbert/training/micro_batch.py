@@ -28,8 +28,8 @@ class Trial:
         self.config, self.job, self.state, self.device = config, job, state, device
         half, fused = config.bf16 or config.fp16, device.type == "cuda" and config.kernels in ("auto", "triton")
         self.dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
-        recompute = config.recompute_activations
-        self.layout = Layout(state.data_size, state.tensor_size, config.zero_stage, half, fused, recompute)
+        recompute, sequence_parallel = config.recompute_activations, config.sequence_parallel
+        self.layout = Layout(state.data_size, state.tensor_size, config.zero_stage, half, fused, recompute, sequence_parallel)
 
     def batch(self, samples: int) -> PackedBatch:
         """The first samples of this rank."""

@@ -64,7 +64,7 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
     if config.deterministic:
         same_bits_every_time()
     device = start_processes()
-    state = ParallelState(config.tensor_model_parallel_size)
+    state = ParallelState(config.tensor_model_parallel_size, config.sequence_parallel)
     if config.print_launch:
         text = describe_launch(read_launch(), state, device)
         if state.is_main:

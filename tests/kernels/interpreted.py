@@ -18,6 +18,7 @@ from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.partition import partition_dimension
 from megatron_interbert.model.transformer import TransformerLayer
+from megatron_interbert.parallel.placement import Placement
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pretraining import PretrainingTask
@@ -186,7 +187,7 @@ def test_attention_dropout_drops_at_its_rate_and_scales_the_rest():
 def test_recomputation_replays_every_mask():
     """A layer with all dropouts, plain and with its activations recomputed: the same bits."""
     streams = RandomStreams(3)
-    layer = TransformerLayer(32, 2, 64, 0.2, 0.3, 1e-12, None, KERNELS, streams)
+    layer = TransformerLayer(32, 2, 64, 0.2, 0.3, 1e-12, Placement(), KERNELS, streams)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     offsets, results = torch.tensor([0, 5, 9], dtype=torch.int32), []

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_interbert.config import ModelConfig
 from megatron_interbert.data.packing import Example, pack
 from megatron_interbert.errors import UsageError
-from megatron_interbert.kernels.choice import Kernels
+from megatron_interbert.kernels.choice import Kernels, choose_kernels
 from megatron_interbert.model.embeddings import image_features
 from megatron_interbert.model.flops import training_flops
 from megatron_interbert.model.initialise import initialise, load_full_state
@@ -219,6 +220,32 @@ def test_recomputation_changes_nothing():
         results.append((loss.detach(), [p.grad for p in model.parameters()]))
     assert torch.equal(results[0][0], results[1][0])
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+class Readings(TorchDispatchMode):
+    """The operations that hand values, or sizes that depend on values, back to the host: it would wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        if any(name in str(operation) for name in ("_local_scalar_dense", "nonzero", "masked_select", "unique")):
+            self.found.append(str(operation))
+        return operation(*arguments, **keywords or {})
+
+
+def test_a_pass_never_waits_for_the_device():
+    batch = pack(examples(4), 20)
+    for kernels in (Kernels(), choose_kernels("auto", torch.device("cpu"), attention_dropout=True)):
+        model = make(heads=("msm", "mrm", "itm"), kernels=kernels)
+        with Readings() as readings:
+            loss, _ = PretrainingTask().loss(model(batch), batch, batch.target_counts())
+            loss.backward()
+        assert not readings.found
+        with readings:
+            loss.item()
+        assert readings.found
 
 
 def test_flops_are_those_counted_for_the_base_model():

@@ -9,9 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_interbert.kernels import plain
+from megatron_interbert.kernels.choice import Kernels
+from megatron_interbert.model.partition import shard
+from megatron_interbert.model.transformer import TransformerLayer, TransformerStack
 from megatron_interbert.parallel import vocab_loss
 from megatron_interbert.parallel.collectives import copy_to_group
 from megatron_interbert.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron_interbert.parallel.placement import Placement
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.parallel.vocab_loss import VocabMath, vocab_parallel_loss
@@ -34,8 +38,8 @@ def check_linear_pair(state):
     expected = F.linear(torch.tanh(F.linear(x, plain[0], plain[1])), plain[2])
     gradients = torch.autograd.grad((expected * weight).sum(), [x, *plain])
 
-    column = ColumnParallelLinear(8, 24, state.tensor_group, activation=lambda y, b: torch.tanh(y + b)).double()
-    row = RowParallelLinear(24, 8, state.tensor_group).double()
+    column = ColumnParallelLinear(8, 24, state.placement, activation=lambda y, b: torch.tanh(y + b)).double()
+    row = RowParallelLinear(24, 8, state.placement).double()
     with torch.no_grad():
         column.weight.copy_(slice_of(up, 0, state))
         column.bias.copy_(slice_of(bias, 0, state))
@@ -46,6 +50,35 @@ def check_linear_pair(state):
     wanted = [gradients[0], slice_of(gradients[1], 0, state), slice_of(gradients[2], 0, state), slice_of(gradients[3], 1, state)]
     for a, b in zip(ours, wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def check_shared_rows(state):
+    """Layers between which the rows are shared out equal plain ones, float64: any number of tokens, sequences of one token, a last layer
+    that is computed for some rows only."""
+
+    def stack(placement, layers=2):
+        parts = [TransformerLayer(8, 4, 16, 0.0, 0.0, 1e-12, placement, Kernels(), RandomStreams(0)) for _ in range(layers)]
+        return TransformerStack(parts, placement, RandomStreams(0), recompute=False).double()
+
+    shared = ParallelState(state.tensor_size, sequence_parallel=True).placement
+    plain, ours = stack(Placement()), stack(shared)
+    torch.manual_seed(4)
+    for name, parameter in plain.named_parameters():
+        nn.init.normal_(parameter, std=0.5)
+        ours.get_parameter(name).data.copy_(shard(parameter.data, f"interaction.{name}", state.tensor_rank, state.tensor_size))
+    for lengths in ([1], [1, 1], [3], [2, 1, 1], [5, 1, 4], [7, 4]):
+        tokens, offsets = sum(lengths), torch.tensor([0, *lengths]).cumsum(0).int()
+        for rows in (None, torch.randperm(tokens)[: (tokens + 1) // 2]):
+            x = torch.randn(tokens, 8, **DOUBLE, requires_grad=True)
+            expected, result = (s(x, offsets, max(lengths), rows) for s in (plain, ours))
+            torch.testing.assert_close(result, expected)
+            weight = torch.randn_like(expected)
+            gradients, wanted = (
+                torch.autograd.grad((y * weight).sum(), [x, *s.parameters()]) for y, s in ((result, ours), (expected, plain))
+            )
+            for (name, _), a, b in zip([("", x), *ours.named_parameters()], gradients, wanted, strict=True):
+                whole = b if not name else shard(b, f"interaction.{name}", state.tensor_rank, state.tensor_size)
+                torch.testing.assert_close(a, whole, msg=lambda m, n=name, k=lengths: f"{n} of {k}: {m}")
 
 
 def check_embedding(state):
@@ -147,7 +180,7 @@ def check_streams(state):
 
 def check_on_ranks(size):
     state = ParallelState(size)
-    for check in (check_linear_pair, check_embedding, check_loss, check_streams):
+    for check in (check_linear_pair, check_shared_rows, check_embedding, check_loss, check_streams):
         check(state)
 
 

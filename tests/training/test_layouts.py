@@ -133,6 +133,9 @@ def check_all(store, expected, processes):
         case = f"DP{state.data_size} TP{tensor_parallel} ZeRO-{stage} accumulation {accumulation}"
         config = run_config(store, zero_stage=stage, micro_batch_size=micro, tensor_model_parallel_size=tensor_parallel)
         compare(train(config, state), expected, case, loss=1e-4, norm=1e-4, weight=2e-5)
+        if tensor_parallel > 1 and accumulation == 2:
+            shared = ParallelState(tensor_parallel, sequence_parallel=True)
+            compare(train(config, shared), expected, case + " sequence parallel", loss=1e-4, norm=1e-4, weight=2e-5)
         if accumulation == 1 and stage >= 1:
             half = train(dataclasses.replace(config, bf16=True), state)
             compare(half, expected, case + " bf16", loss=0.02, norm=0.1, weight=None)
@@ -143,6 +146,8 @@ def check_all(store, expected, processes):
                 print(f"{case} fp16: SKIPPED, this processor cannot compute in float16")
     state = ParallelState(LAYOUTS[processes][-1])
     check_dropout(store, state)
+    if state.tensor_size > 1:
+        check_dropout(store, ParallelState(state.tensor_size, sequence_parallel=True))
     check_bad_steps(store, state)
     check_parameters_that_do_not_stay(store, expected)
     if processes == 2:

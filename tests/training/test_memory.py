@@ -89,7 +89,7 @@ def measure(layout, state, sizes=SIZES, samples=SAMPLES, steps=2):
 def check(layouts):
     start_processes()
     for layout in layouts:
-        state = ParallelState(layout.tensor)
+        state = ParallelState(layout.tensor, layout.sequence_parallel)
         assert rank_values(SIZES, layout.tensor) == sum(p.numel() for p in InterBert(SIZES, state=state).parameters())
         kept, peak, load = measure(layout, state)
         ours = predict(SIZES, layout, load)
@@ -108,7 +108,10 @@ def test_one_rank_against_the_allocator():
 def test_two_ranks_against_the_allocator(tensor):
     one = Layout(data=2 // tensor, tensor=tensor)
     stages = [dataclasses.replace(one, zero_stage=stage) for stage in range(4)]
-    run_on_ranks(2, check, [*stages, *(dataclasses.replace(one, zero_stage=stage, half=True) for stage in (1, 3))])
+    more = [dataclasses.replace(one, zero_stage=stage, half=True) for stage in (1, 3)]
+    if tensor > 1:
+        more += [dataclasses.replace(one, sequence_parallel=True, recompute=recompute) for recompute in (False, True)]
+    run_on_ranks(2, check, [*stages, *more])
 
 
 def test_what_the_fused_kernels_keep():
