@@ -108,6 +108,6 @@ def number_or_auto(text: str) -> int:
     if text == "auto":
         return AUTO
     try:
-        return max(int(text), 0)  # `check` refuses what is too small
+        return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}', expected a number or auto") from None

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from megatron_interbert.errors import UsageError
 
-AUTO = -1  # a number that is found out when the run starts: `auto` on the command line and in YAML
+AUTO = -(1 << 62)  # `auto` on the command line and in YAML: a number that is found out when the run starts, and that nobody gives
 
 
 def option(default: Any, help: str, choices: Sequence[Any] | None = None, auto: bool = False) -> Any:
@@ -144,7 +144,7 @@ class TrainConfig(Flags):
     max_bad_steps: int = option(10, "stop after so many non-finite steps in a row")
 
     tensor_model_parallel_size: int = option(1, "ranks that share each layer")
-    sequence_parallel: bool = option(False, "these ranks also share the tokens between the layers: less memory, the same traffic")
+    sequence_parallel: bool = option(False, "these ranks also share the tokens between the layers: less memory, more traffic")
     zero_stage: int = option(1, "DeepSpeed ZeRO stage", (0, 1, 2, 3))
     deepspeed_config: str = option("", "DeepSpeed JSON (see ds_configs/); 'auto' values are resolved from the flags")
     fp16: bool = option(False, "half precision with dynamic loss scale")

@@ -4,8 +4,8 @@
     python tools/plan.py --model base --gpus 8 --gpu-memory 80
     python tools/plan.py --model large --gpus 64 --gpu-memory 40 --regions 10-100 --global-batch-size 4096
 
-By arithmetic (megatron_interbert/training/memory.py), which tests hold to within 10 % of what torch's allocator counts. A device also
-holds its driver's context and the allocator's leftovers: --reserve keeps room for them.
+By arithmetic (megatron_interbert/training/memory.py), which tests hold to within 10 % of what torch's allocator counts on a CPU; on GPUs it
+was not counted. A device also holds its driver's context and the allocator's leftovers: --reserve keeps room for them.
 """
 
 import argparse
@@ -45,8 +45,8 @@ def main() -> None:
     parser.add_argument("--kernels", choices=("triton", "torch"), default="triton")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
-    for name in ("gpus", "gpu_memory"):
-        if getattr(arguments, name) <= 0:
+    for name in ("gpus", "gpu_memory", "micro_batch_size"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) <= 0:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected more than 0")
     if not 0 <= arguments.reserve < 1:
         raise UsageError(f"--reserve is {arguments.reserve}, expected a share of the memory from 0 up to 1, such as 0.1")

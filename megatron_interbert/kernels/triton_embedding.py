@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from megatron_interbert.kernels import plain
-from megatron_interbert.kernels.triton_ops import MAX_PROGRAMS, draw_seed, normal_row, through_norm
+from megatron_interbert.kernels.triton_ops import MAX_PROGRAMS, draw_seed, normal_row, stays, through_norm
 
 LOCATION = 5  # numbers that say where a region is
 
@@ -67,7 +67,7 @@ def _normalise(z, row, column, inside, weight_ptr, bias_ptr, z_ptr, y_ptr, mean_
     y = normal * tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     y += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
     if p > 0:
-        y = tl.where(tl.rand(seed, at) >= p, y / (1.0 - p), 0.0)
+        y = tl.where(stays(seed, at, p), y / (1.0 - p), 0.0)
     tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=inside)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
     tl.store(mean_ptr + row, mean)
@@ -115,7 +115,7 @@ def _embed_backward(
         at = row * width + column
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if p > 0:
-            dy = tl.where(tl.rand(seed, at) >= p, dy / (1.0 - p), 0.0)
+            dy = tl.where(stays(seed, at, p), dy / (1.0 - p), 0.0)
         rstd = tl.load(rstd_ptr + row)
         z = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
         normal = tl.where(inside, (z - tl.load(mean_ptr + row)) * rstd, 0.0)
@@ -128,12 +128,12 @@ def _embed_backward(
 
 
 def _begin(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, p: float, eps: float, seed: int) -> tuple:
-    """(y, grid, the last arguments of a forward kernel); y is the result."""
+    """(Result, grid and last arguments of a forward kernel, what its gradient needs of the norm)."""
     z, y = torch.empty_like(rows), torch.empty_like(rows)
     mean, rstd = (torch.empty(len(rows), dtype=torch.float32, device=rows.device) for _ in range(2))
     width = rows.shape[1]
-    ctx.norm, ctx.p, ctx.seed = (z, weight, mean, rstd), p, seed
-    return y, (len(rows),), (weight, bias, z, y, mean, rstd, width, p, eps, seed)
+    ctx.p, ctx.seed = p, seed
+    return y, (len(rows),), (weight, bias, z, y, mean, rstd, width, p, eps, seed), (z, weight, mean, rstd)
 
 
 def _gradients(ctx: Any, dy: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor) -> tuple:
@@ -166,11 +166,11 @@ class _EmbedText(torch.autograd.Function):
     ) -> torch.Tensor:
         """Keeps the sum before the norm, mean and deviation of each row, and the numbers of the tables' rows."""
         words = words.contiguous()
-        y, grid, rest = _begin(ctx, words, weight, bias, p, eps, seed)
+        y, grid, rest, norm = _begin(ctx, words, weight, bias, p, eps, seed)
         _embed_text_forward[grid](
             words, positions, types, position_table, type_table, *rest, BLOCK=triton.next_power_of_2(words.shape[1])
         )
-        ctx.save_for_backward(positions, types, *ctx.norm)
+        ctx.save_for_backward(positions, types, *norm)
         ctx.sizes = len(position_table), len(type_table)
         return y
 
@@ -201,12 +201,12 @@ class _EmbedImage(torch.autograd.Function):
     ) -> torch.Tensor:
         """Keeps the sum before the norm, mean and deviation of each row, and the locations."""
         projected, locations = projected.contiguous(), locations.contiguous()
-        y, grid, rest = _begin(ctx, projected, weight, bias, p, eps, seed)
+        y, grid, rest, norm = _begin(ctx, projected, weight, bias, p, eps, seed)
         _embed_image_forward[grid](
             projected, locations, location_weight, location_bias, *rest,
             LOCATION=LOCATION, BLOCK=triton.next_power_of_2(projected.shape[1]),
         )  # fmt: skip
-        ctx.save_for_backward(locations, *ctx.norm)
+        ctx.save_for_backward(locations, *norm)
         return y
 
     @staticmethod

@@ -28,7 +28,7 @@ def draw_seed(dropout_p: float) -> int:
 
 @triton.jit
 def _bias_gelu_forward(x_ptr, bias_ptr, y_ptr, count, width, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + tl.load(bias_ptr + at % width, mask=inside, other=0.0).to(
         tl.float32
@@ -87,6 +87,12 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
+def stays(seed, at, p):
+    """Whether dropout lets the elements `at` stay: a function of their numbers, of which 32 bits make cheap draws and tell enough."""
+    return tl.rand(seed, at.to(tl.int32)) >= p
+
+
+@triton.jit
 def normal_row(z, inside, width, eps):
     """(z with mean 0 and deviation 1, its mean, 1 / its deviation) of a row; places outside stay 0."""
     mean = tl.sum(z, axis=0) / width
@@ -119,7 +125,7 @@ def _add_norm_forward(
     seed,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
     at = row * width + column
@@ -127,7 +133,7 @@ def _add_norm_forward(
         tl.float32
     )
     if p > 0:
-        x = tl.where(tl.rand(seed, at) >= p, x / (1.0 - p), 0.0)
+        x = tl.where(stays(seed, at, p), x / (1.0 - p), 0.0)
     z = x + tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     normal, mean, rstd = normal_row(z, inside, width, eps)
     y = normal * tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
@@ -155,7 +161,7 @@ def _add_norm_backward(
     PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
@@ -171,7 +177,7 @@ def _add_norm_backward(
         dz = through_norm(dy, weight, normal, rstd, width)
         dx = dz
         if p > 0:
-            dx = tl.where(tl.rand(seed, at) >= p, dz / (1.0 - p), 0.0)
+            dx = tl.where(stays(seed, at, p), dz / (1.0 - p), 0.0)
         dx = tl.where(inside, dx, 0.0)
         tl.store(dresidual_ptr + at, dz.to(dresidual_ptr.dtype.element_ty), mask=inside)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)

@@ -123,11 +123,11 @@ class TransformerStack(nn.Module):
         asked = len(x) if rows is None else len(rows)
         if self.placement.shared:
             x, offsets, max_length, rows = self._filled(x, offsets, max_length, rows)
-        x = self.placement.split(x)
+            x = self.placement.split(x)
         for number, layer in enumerate(self.layers, 1):
             inputs = (x, offsets, max_length, rows if number == len(self.layers) else None)
             x = self.streams.recompute(layer, *inputs) if self.recompute and self.training else layer(*inputs)
-        return self.placement.join(x)[:asked]
+        return self.placement.join(x)[:asked] if self.placement.shared else x
 
     def _filled(
         self, x: torch.Tensor, offsets: torch.Tensor, max_length: int, rows: torch.Tensor | None

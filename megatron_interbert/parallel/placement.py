@@ -1,8 +1,9 @@
 """Where the rows of tokens lie between the sharded layers: all on every rank, or shared out (sequence parallelism).
 
 Shared out, what stands between two sharded layers (dropout, residual, norm) is done and remembered once in a tensor-parallel group and
-not by each of its ranks. An all-reduce becomes a reduce-scatter and an all-gather, which send as much. From Korthikanti et al.,
-"Reducing activation recomputation in large transformer models" (arXiv 2205.05198).
+not by each of its ranks. An all-reduce becomes a reduce-scatter and an all-gather, which send as much; but the backward pass gathers
+what it did not keep once more, so that a quarter to a third more is sent in all. From Korthikanti et al., "Reducing activation
+recomputation in large transformer models" (arXiv 2205.05198).
 """
 
 from dataclasses import dataclass
@@ -59,12 +60,12 @@ class Placement:
         return gather_rows(x, self.group).index_select(0, rows.chunk(self.ranks)[group_rank(self.group)])
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's rows of a replicated x."""
-        return split_rows(x, self.group) if self.shared else x
+        """This rank's rows of a replicated x, to be shared out."""
+        return split_rows(x, self.group)
 
     def join(self, x: torch.Tensor) -> torch.Tensor:
-        """All rows, replicated."""
-        return join_rows(x, self.group) if self.shared else x
+        """All rows of an x that was shared out, replicated."""
+        return join_rows(x, self.group)
 
 
 class _ColumnLinear(torch.autograd.Function):

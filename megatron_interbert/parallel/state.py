@@ -1,5 +1,6 @@
 """The data-parallel and tensor-parallel groups; the object is handed to DeepSpeed as its `mpu`."""
 
+import copy
 import os
 from typing import Any
 
@@ -46,6 +47,24 @@ class ParallelState:
             group = dist.new_group(ranks)
             if self.rank in ranks:
                 self.data_group = group
+
+    @classmethod
+    def alone(cls) -> "ParallelState":
+        """Of a model that belongs to no group, whether or not this process is one of several."""
+        state = cls.__new__(cls)
+        state.node, state.rank, state.world_size = node_name(), 0, 1
+        state.tensor_size = state.data_size = 1
+        state.tensor_rank = state.data_rank = 0
+        state.tensor_group = state.data_group = None
+        state._data_ranks = [0]
+        state.placement = Placement()
+        return state
+
+    def with_replicated_rows(self) -> "ParallelState":
+        """The same groups without sequence parallelism."""
+        state = copy.copy(self)
+        state.placement = Placement(self.tensor_group)
+        return state
 
     @property
     def is_main(self) -> bool:

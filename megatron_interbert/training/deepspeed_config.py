@@ -11,7 +11,7 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP1
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 
-from megatron_interbert.config import TrainConfig, flag, nearest, read_json
+from megatron_interbert.config import AUTO, TrainConfig, flag, nearest, read_json
 from megatron_interbert.errors import UsageError
 
 # JSON path -> the flag that means the same
@@ -86,11 +86,9 @@ def read_deepspeed_config(config: TrainConfig) -> dict[str, Any]:
     return values
 
 
-def merge(config: TrainConfig, data_parallel_size: int, resumed_batch: int = 0) -> dict[str, Any]:
-    """The dictionary for deepspeed.initialize. Values only the JSON gives are written into `config`.
-
-    `resumed_batch` is the global batch of the checkpoint to resume from: it holds unless another one is given.
-    """
+def agree_with_json(config: TrainConfig) -> dict[str, Any]:
+    """The JSON of --deepspeed_config, whose values for what flags say too are written into `config`. UsageError where both are given
+    and differ."""
     values = copy.deepcopy(read_deepspeed_config(config))
     for path, name in SHARED.items():
         _agree(config, values, path, name)
@@ -98,6 +96,21 @@ def merge(config: TrainConfig, data_parallel_size: int, resumed_batch: int = 0) 
     if betas not in (None, "auto"):
         for name, value in zip(("adam_beta1", "adam_beta2"), betas, strict=True):
             _agree(config, {name: value}, name, name)
+    accumulation = values.get("gradient_accumulation_steps", "auto")
+    if config.micro_batch_size == AUTO and accumulation != "auto":
+        raise UsageError(
+            f"{config.deepspeed_config}: gradient_accumulation_steps is {accumulation}, but that follows from --micro-batch-size auto;"
+            ' write "auto" there too'
+        )
+    return values
+
+
+def merge(config: TrainConfig, data_parallel_size: int, resumed_batch: int = 0) -> dict[str, Any]:
+    """The dictionary for deepspeed.initialize. Values only the JSON gives are written into `config`.
+
+    `resumed_batch` is the global batch of the checkpoint to resume from: it holds unless another one is given.
+    """
+    values = agree_with_json(config)
     accumulation = values.get("gradient_accumulation_steps", "auto")
     if accumulation != "auto" and not config.global_batch_size:
         config.global_batch_size = accumulation * config.micro_batch_size * data_parallel_size
@@ -133,7 +146,8 @@ def _agree(config: TrainConfig, values: dict[str, Any], path: str, name: str) ->
         raise UsageError(f"{config.deepspeed_config}: {path} is {theirs!r}, expected {expected}")
     if name in config.given and ours != theirs:
         raise UsageError(
-            f'{flag(name)} is {ours}, but {config.deepspeed_config} says {path} = {theirs}; make them equal, or write "auto" there'
+            f"{flag(name)} is {'auto' if ours == AUTO else ours}, but {config.deepspeed_config} says {path} = {theirs};"
+            ' make them equal, or write "auto" there'
         )
     setattr(config, name, type(ours)(theirs))
 

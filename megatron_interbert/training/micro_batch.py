@@ -9,7 +9,7 @@ import torch
 from megatron_interbert.config import TrainConfig
 from megatron_interbert.data.packing import PackedBatch, to_batch
 from megatron_interbert.data.training_set import TrainingSet
-from megatron_interbert.errors import UsageError
+from megatron_interbert.errors import UsageError, local_errors
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.state import ParallelState
@@ -77,7 +77,8 @@ def choose_micro_batch(trial: Trial, make_model: Callable[[], InterBert], global
         if rates and samples < 2 * max(rates) and samples < share:
             continue
         alive()
-        batch = trial.batch(samples)
+        with local_errors():
+            batch = trial.batch(samples)
         if not trial.fits(batch, room):
             break
         seconds = trial.seconds(model, batch)

@@ -27,7 +27,7 @@ from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_sto
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.checkpoint import Checkpoints, Progress
-from megatron_interbert.training.deepspeed_config import merge
+from megatron_interbert.training.deepspeed_config import agree_with_json, merge
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.evaluation import DownstreamEvaluation, Evaluation, LossEvaluation
 from megatron_interbert.training.first_weights import load_initial_weights
@@ -61,6 +61,7 @@ def pretraining_job(config: RunConfig, state: ParallelState) -> Job:
 def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] = pretraining_job) -> Trainer:
     """Everything a run needs, checked in the order in which it is cheap to fail."""
     config.check()
+    agree_with_json(config)
     if config.deterministic:
         same_bits_every_time()
     device = start_processes()
@@ -75,6 +76,9 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
     begun = state.gather(Path(config.save).exists())[0]
     lock = claim_folder(config.save, state) if begun else None
     resume = find_checkpoint(config, state)
+    check_partitions(config.data_partitions, state.data_size)
+    if job.metric and job.evaluate is not None and job.metric not in job.figures:
+        raise UsageError(f"--metric {job.metric}: expected one of {', '.join(job.figures)}")
     job.model_config.check_tensor_parallel(state.tensor_size)
     attention_dropout = max(job.model_config.attention_dropout, job.model_config.image_attention_dropout) > 0
     kernels = choose_kernels(config.kernels, device, attention_dropout, config.deterministic)
@@ -91,14 +95,12 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
         global_batch = config.global_batch_size or resumed_batch(resume)
         trial = Trial(config, job, state, device)
         config.micro_batch_size = resumed_micro_batch(resume, global_batch // state.data_size) or choose_micro_batch(
-            trial, make_model, global_batch, alive=lambda: watchdog.enter("step", 0)
+            trial, make_model, global_batch, alive=lambda: watchdog.enter("start", 0)
         )
+        watchdog.enter("start", 0)
     merge(config, state.data_size, resumed_batch(resume))
     if job.valid_samples is not None:
         job.valid_samples.config.micro_batch_size = config.micro_batch_size  # a DeepSpeed JSON may have said it
-    if job.metric and job.evaluate is not None and job.metric not in job.figures:
-        raise UsageError(f"--metric {job.metric}: expected one of {', '.join(job.figures)}")
-    check_partitions(config.data_partitions, state.data_size)
     settle_length(config, job)
     check_alike(state, facts_of_run(config, job))
     model = make_model()
@@ -139,6 +141,7 @@ def make_evaluation(
         return LossEvaluation(job.task, stream, config.eval_iters, state, device)
     if job.evaluate is None:
         return None
+    parts = {**parts, "state": state.with_replicated_rows()}  # evaluations go through layers one by one
     return DownstreamEvaluation(InterBert(job.model_config, job.heads, **parts).to(device), job.evaluate, state, device)
 
 
@@ -177,12 +180,13 @@ def describe_run(
     start = f"resumed from {resume}" if resume else "starting anew"
     if not config.save:
         start += "; no --save: nothing will be kept"
+    shared = " with sequence parallelism" if state.placement.shared else ""
     lines = [
         f"model {name}: {parameters / 1e6:.1f} M parameters, hidden {sizes.hidden_size}, layers {sizes.interaction_layers} +"
         f" {sizes.text_layers} + {sizes.image_layers}, vocabulary {sizes.vocab_size}, features {sizes.feature_dim},"
         f" classes {sizes.num_classes}",
-        f"layout: DP{state.data_size} x TP{state.tensor_size} ({state.world_size} ranks, {dist.get_backend()}), ZeRO-{config.zero_stage},"
-        f" {engine.precision}",
+        f"layout: DP{state.data_size} x TP{state.tensor_size}{shared} ({state.world_size} ranks, {dist.get_backend()}),"
+        f" ZeRO-{config.zero_stage}, {engine.precision}",
         f"batch: {config.global_batch_size} = micro {config.micro_batch_size} x DP {state.data_size} x accumulation {engine.accumulation}",
         f"kernels: {kernels}",
         start,

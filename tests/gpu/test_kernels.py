@@ -5,8 +5,15 @@ import itertools
 import pytest
 import torch
 
+from megatron_interbert.data.packing import pack
 from megatron_interbert.kernels import attention, plain
 from megatron_interbert.kernels.choice import choose_kernels
+from megatron_interbert.model.initialise import initialise
+from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.model.presets import PRESETS
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.tasks.pretraining import PretrainingTask
+from tools.benchmarks.batches import random_examples
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 
@@ -68,3 +75,20 @@ def test_the_passes_of_cross_entropy_equal_their_twins(dtype):
     normaliser = expected[1].log() + expected[0]
     twin = plain.vocab_gradient(logits.clone(), labels, normaliser, grad, words)
     torch.testing.assert_close(kernels.vocab_gradient(logits, labels, normaliser, grad, words), twin, rtol=0.02, atol=1e-4)
+
+
+def test_deterministic_passes_give_the_same_bits():
+    """All kernels chosen with --deterministic, forward and backward, twice."""
+    kernels = choose_kernels("auto", torch.device("cuda"), attention_dropout=True, deterministic=True)
+    sizes = PRESETS["base"]
+    model = InterBert(sizes, kernels=kernels)
+    initialise(model, sizes, 0, ParallelState())
+    model = model.to("cuda", torch.bfloat16).train()
+    batch = pack(random_examples(sizes, 16, (8, 20), (10, 36)), sizes.feature_dim).to(torch.device("cuda"))
+    results = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        loss, _ = PretrainingTask().loss(model(batch), batch, batch.target_counts().cuda())
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for once, again in zip(*results, strict=True):
+        assert torch.equal(once, again)

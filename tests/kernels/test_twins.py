@@ -1,5 +1,8 @@
 """Each kernel against its plain twin: values and gradients. Triton's kernels run in its CPU interpreter."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from megatron_interbert.kernels import attention, cpu_ops, plain
 from megatron_interbert.kernels.choice import choose_kernels
 from megatron_interbert.kernels.gather import gather_rows
 from tests.kernels.sequences import packed
+from tests.launching import ROOT
 
 
 @pytest.mark.parametrize("lengths", [[5], [1, 7, 3], [4, 0, 2], [0, 3]])
@@ -95,3 +99,30 @@ def test_choice_names_what_it_takes_and_refuses_what_cannot_run():
     assert "attention=cpu_ops.attention" in choose_kernels("auto", torch.device("cpu")).describe()
     with pytest.raises(UsageError, match="apex"):
         choose_kernels("apex", torch.device("cpu"))
+
+
+def test_deterministic_kernels_for_a_gpu():
+    """The choice itself needs none: flash attention's gradient is summed in any order, ours is not."""
+    pytest.importorskip("triton", reason="triton is not installed (pip install -r requirements.txt)")
+    chosen = {flag: choose_kernels("auto", torch.device("cuda"), False, deterministic=flag).describe() for flag in (False, True)}
+    assert "attention=attention.varlen_flash" in chosen[False]
+    assert "attention=triton_attention.short_attention" in chosen[True]
+
+
+def test_deterministic_switches_of_torch():
+    """In a process of its own, for they hold for all of it."""
+    code = """
+from megatron_interbert.training.host import same_bits_every_time
+import os, torch
+same_bits_every_time()
+assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+assert not torch.backends.cuda.mem_efficient_sdp_enabled() and not torch.backends.cuda.cudnn_sdp_enabled()
+index = torch.zeros(4, dtype=torch.int64)
+try:
+    torch.ones(4).put_(index, torch.ones(4), accumulate=False)
+except RuntimeError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "does not have a deterministic implementation" in result.stdout, "torch refuses what is not"

@@ -235,7 +235,7 @@ class Readings(TorchDispatchMode):
         return operation(*arguments, **keywords or {})
 
 
-def test_a_pass_never_waits_for_the_device():
+def test_a_pass_hands_nothing_back_to_the_host():
     batch = pack(examples(4), 20)
     for kernels in (Kernels(), choose_kernels("auto", torch.device("cpu"), attention_dropout=True)):
         model = make(heads=("msm", "mrm", "itm"), kernels=kernels)

@@ -44,6 +44,15 @@ def test_contenders_side_by_side(tmp_path):
     code, _, err = launch(*COMMAND, "--only", "ours,LXMERT", "--compare", tmp_path / "recorded.json")
     assert code == 1
     assert "recorded.json says: ours takes 1.00 of our time instead of 1000.00; LXMERT takes" in err
+    result["arguments"]["batch"] = "8"
+    (tmp_path / "recorded.json").write_text(json.dumps(result))
+    code, _, err = launch(*COMMAND, "--compare", tmp_path / "recorded.json")
+    assert code == 2
+    assert err.strip().endswith("recorded.json: measured with --batch 8, now it is 4")
+    (tmp_path / "recorded.json").write_text("{}")
+    code, _, err = launch(*COMMAND, "--compare", tmp_path / "recorded.json")
+    assert code == 2
+    assert err.strip().endswith("recorded.json: not written by `tools/benchmark.py train --output`")
 
 
 def test_an_unknown_contender_is_refused():

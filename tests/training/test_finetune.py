@@ -88,7 +88,7 @@ def test_best_and_stale_evaluations():
 def test_averaged_weights_are_the_average_of_all_steps(store, tmp_path, processes, tensor, stage):
     """From the weights after every step, in float64, on any layout; and resumed in the middle."""
     shared = ("--train-iters", 6, "--ema-decay", 0.9, "--save-interval", 1, "--keep-last", 0, "--zero-stage", stage,
-              "--tensor-model-parallel-size", tensor, "--eval-interval", 6)  # fmt: skip
+              "--tensor-model-parallel-size", tensor, "--sequence-parallel", "--eval-interval", 6)  # fmt: skip
     for stop in ("--exit-interval", 3), ():
         arguments = flags(store, tmp_path / "run", *shared, *stop)
         if processes == 1:

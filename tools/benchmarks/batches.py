@@ -28,9 +28,12 @@ def span(text: str) -> tuple[int, int]:
     """`36` or `10-100`."""
     low, _, high = text.partition("-")
     try:
-        return int(low), int(high or low)
+        found = int(low), int(high or low)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}', expected a number or two with - between them, such as 10-100") from None
+        found = (0, 0)
+    if not 0 < found[0] <= found[1]:
+        raise argparse.ArgumentTypeError(f"'{text}', expected a number above 0, or two from small to large, such as 10-100")
+    return found
 
 
 def random_examples(

@@ -30,11 +30,13 @@ from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.metrics import peak_tflops
 from megatron_interbert.training.processes import aligned, start_processes
+from megatron_interbert.weights.files import check_writable
 from tools.benchmarks.bars import bars
 from tools.benchmarks.batches import PaddedBatch, pad, random_examples, sizes_of, span
 from tools.benchmarks.padded import Lxmert, PaddedInterBert, VisualBert, parameters
 
 TWIN = Kernels(plain.attention, plain.bias_gelu, plain.dropout_add_norm)
+SAME_WORK = ("model", "batch", "words", "regions", "max_tokens", "max_regions", "bf16")  # without which times do not compare
 PARTS = ("data", "forward", "backward", "optimizer")
 
 
@@ -238,7 +240,9 @@ def _serve(line: Connection, arguments: argparse.Namespace, name: str) -> None:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Figures of all contenders, printed as a table."""
     device = this_device()
-    recorded = read_json(arguments.compare, "--compare") if arguments.compare else None
+    recorded = read_recorded(arguments) if arguments.compare else None
+    if arguments.plot:
+        check_writable(arguments.plot.parent, "--plot")
     names = list(contenders(arguments, device))
     workers = {name: Worker(arguments, name) for name in names}
     rounds: dict[str, list[float]] = {name: [] for name in names}
@@ -271,6 +275,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if recorded and (lost := shrunk(result, recorded, arguments.tolerance)):
         raise TrainingStopped(f"slower than {arguments.compare} says: {'; '.join(lost)}")
     return result
+
+
+def read_recorded(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What an earlier measurement of the same work has written to --compare; UsageError for anything else."""
+    recorded = read_json(arguments.compare, "--compare")
+    if not {"contenders", "arguments"} <= recorded.keys():
+        raise UsageError(f"--compare {arguments.compare}: not written by `tools/benchmark.py train --output`")
+    for name in SAME_WORK:
+        before, now = recorded["arguments"].get(name), str(getattr(arguments, name))
+        if before != now:
+            raise UsageError(f"--compare {arguments.compare}: measured with --{name.replace('_', '-')} {before}, now it is {now}")
+    return recorded
 
 
 def shrunk(result: dict[str, Any], recorded: dict[str, Any], tolerance: float) -> list[str]:
