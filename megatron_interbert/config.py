@@ -171,7 +171,7 @@ class TrainConfig(Flags):
     tensorboard_dir: str = option("", "default: SAVE/tensorboard")
     peak_tflops: float = option(0.0, "dense peak of one device for MFU; default: looked up by the device's name")
     exit_interval: int = option(0, "save and end after a step that is a multiple of this; the same command goes on; 0: never")
-    exit_duration_in_mins: int = option(0, "save and end after so many minutes; the same command goes on; 0: never")
+    exit_duration_in_mins: float = option(0.0, "save and end after so many minutes; the same command goes on; 0: never")
     hang_timeout: int = option(300, "end the run when no rank moves for so many seconds, or 10 times what is usual; 0: never")
     print_launch: bool = option(False, "show which rank would run where, and end")
 

@@ -130,7 +130,7 @@ def test_a_launcher_passes_the_signal_on(store, tmp_path):
 
 def test_a_run_ends_after_its_minutes(store, tmp_path):
     """The clock of rank 0 decides for all."""
-    run = start_ranks(*[("--data-path", store, "--save", tmp_path / "run", *TINY, *ENDLESS, "--exit-duration-in-mins", 1)] * 2)
+    run = start_ranks(*[("--data-path", store, "--save", tmp_path / "run", *TINY, *ENDLESS, "--exit-duration-in-mins", 0.15)] * 2)
     for code, out, err in ends(run):
         assert code == 0, out + err
     last = max(records(tmp_path / "run"))

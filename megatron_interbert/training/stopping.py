@@ -55,7 +55,7 @@ class Stopping:
             lost = " (a terminal or a launcher has gone)" if self._signal == signal.SIGHUP else ""
             return signal.Signals(self._signal).name + lost
         if self._late:
-            return f"--exit-duration-in-mins {self.config.exit_duration_in_mins}"
+            return f"--exit-duration-in-mins {self.config.exit_duration_in_mins:g}"
         interval = self.config.exit_interval
         return f"--exit-interval {interval}" if interval and step % interval == 0 else ""
 

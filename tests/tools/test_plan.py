@@ -31,10 +31,6 @@ def test_what_cannot_be_is_one_line():
     for flags, line in (
         (("--gpu-memory", 0.3), "error: nothing fits 8 devices of 0.3 GiB; more of them, or a smaller model"),
         (("--micro-batch-size", -4), "error: --micro-batch-size is -4, expected more than 0"),
-        (
-            ("--words", "20-8"),
-            "error: argument --words: '20-8', expected a number above 0, or two from small to large, such as 10-100",
-        ),
         (("--gpus", 0), "error: --gpus is 0, expected more than 0"),
         (("--model", "sample"), "error: --model sample takes sizes from its data; give a JSON file with all sizes, or base"),
     ):
