@@ -31,10 +31,10 @@ setup(
     ],
     extras_require={
         "features": ["transformers>=5.3,<6", "pillow>=11", "lmdb>=1.6", "msgpack>=1.1", "numba>=0.61"],
-        "retrieval": ["faiss-cpu>=1.9"],
-        "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
+        "chinese": ["opencc>=1.1.9"],
+        "serve": ["megatron_interbert[chinese]", "faiss-cpu>=1.9", "fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.21"],
         "dev": [
-            "megatron_interbert[features]",
+            "megatron_interbert[features,serve]",
             "pytest>=9",
             "pytest-xdist>=3.6",
             "ruff>=0.15",

@@ -44,6 +44,7 @@ class ModelConfig:
     image_hidden_dropout: float = 0.2
     image_attention_dropout: float = 0.1
     fusion: str = "product"
+    text_normalisation: str = "none"  # or "chinese": full-width and traditional forms are read as their usual ones
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
 
@@ -53,6 +54,8 @@ class ModelConfig:
                 raise UsageError(f"model: hidden_size {self.hidden_size} is not a multiple of {name} {getattr(self, name)}")
         if self.fusion not in ("product", "sum"):
             raise UsageError(f"model: fusion is '{self.fusion}', expected 'product' or 'sum'")
+        if self.text_normalisation not in ("none", "chinese"):
+            raise UsageError(f"model: text_normalisation is '{self.text_normalisation}', expected 'none' or 'chinese'")
 
     @property
     def padded_vocab_size(self) -> int:

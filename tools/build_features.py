@@ -62,6 +62,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--detector-revision", default="", help="recorded in the store")
     parser.add_argument("--allow-other-detector", action="store_true", help="join stores of different detectors")
     parser.add_argument("--vocab-file", help="WordPiece vocabulary; copied into the store, and all captions tokenised with it")
+    parser.add_argument("--text-normalisation", default="none", choices=("none", "chinese"),
+                        help="that of the model (base-chinese: chinese), for which the captions are tokenised")  # fmt: skip
     parser.add_argument("--trust-pickle", action="store_true", help="read pickles inside the input; only numbers, strings, arrays")
     parser.add_argument("--images-per-shard", type=int, default=1024, help="default: %(default)s")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
@@ -126,6 +128,7 @@ def run() -> None:
         class_names=names,
         soft_labels=arguments.soft_labels or max(widths, default=10),
         vocabulary=vocabulary_of(sources, arguments),
+        text_normalisation=arguments.text_normalisation,
         images_per_shard=arguments.images_per_shard,
         strict_boxes=arguments.strict_boxes,
         options={

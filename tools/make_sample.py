@@ -7,11 +7,8 @@ seed gives the same corpus. Train and test scenes are drawn apart.
 """
 
 import argparse
-import contextlib
 import json
-import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +17,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_interbert.config import read_json
-from megatron_interbert.data.building.store_writer import RegionStoreWriter
-from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.errors import UsageError, run_entry
+from tools.generated import FEATURES, SOFT_LABELS, Detector, generated_store
 from tools.sample_questions import question
 
 PLACES = {
@@ -114,7 +109,7 @@ OBJECTS = {
 }
 WORDS = ["a", "and", "in", "the", "is", "next", "to", "left", "right", "of", "there", "with", "scene", "on"]
 NAMES, COLOUR_NAMES, PLACE_NAMES = list(OBJECTS), list(COLOURS), list(PLACES)
-WIDTH, HEIGHT, FEATURES, SOFT_LABELS = 640, 480, 64, 5
+WIDTH, HEIGHT = 640, 480
 
 
 @dataclass
@@ -140,8 +135,7 @@ class World:
         # tells something of it, but not all. Without places nothing would, and nothing is learned.
         order = np.concatenate([random.permutation(len(NAMES)) for _ in range(3)])[: 8 * len(PLACES)]
         self.homes = [np.unique(home) for home in order.reshape(len(PLACES), 8)]
-        distance = np.linalg.norm(self.object_features[:, None] - self.object_features[None], axis=2)
-        self.neighbours = np.argsort(distance, axis=1)[:, :SOFT_LABELS]  # itself first
+        self.detector = Detector(self.object_features, noise)
 
     def draw(self, random: np.random.Generator) -> Scene:
         """What stands where."""
@@ -157,7 +151,8 @@ class World:
     def scene(self, random: np.random.Generator, name: str) -> tuple[Regions, list[tuple[str, str]]]:
         """One image and its two captions [(text, language)]."""
         found = self.draw(random)
-        regions = self.detect(random, name, found.kinds, found.colours, found.boxes)
+        features = self.object_features[found.kinds] + self.colour_features[found.colours]
+        regions = self.detector.detect(random, name, (WIDTH, HEIGHT), found.kinds, features, found.boxes)
         what = (found.place, found.kinds, found.colours, found.boxes)
         return regions, [(self.english(random, *what), "en"), (self.chinese(random, *what), "zh")]
 
@@ -165,29 +160,9 @@ class World:
         """The scene's objects in their order, as annotators draw boxes: exact; features as the detector's."""
         features = self.object_features[scene.kinds] + self.colour_features[scene.colours]
         features = features + random.normal(scale=self.noise, size=features.shape)
-        ids, probs = self.neighbours[scene.kinds] + 1, np.zeros((len(scene.kinds), SOFT_LABELS), np.float32)
+        ids, probs = self.detector.neighbours[scene.kinds] + 1, np.zeros((len(scene.kinds), SOFT_LABELS), np.float32)
         probs[:, 0] = 1.0
         return Regions(name, (WIDTH, HEIGHT), features.astype(np.float16), scene.boxes.astype(np.float32), ids, probs)
-
-    def detect(self, random: np.random.Generator, name: str, kinds: np.ndarray, colours: np.ndarray, boxes: np.ndarray) -> Regions:
-        """What a detector would say: one or two overlapping boxes for each object, most confident first."""
-        owner = np.repeat(np.arange(len(kinds)), random.integers(1, 3, size=len(kinds)))
-        extent = np.tile(boxes[owner, 2:] - boxes[owner, :2], 2)
-        jittered = boxes[owner] + random.normal(scale=0.08, size=(len(owner), 4)) * extent
-        features = self.object_features[kinds[owner]] + self.colour_features[colours[owner]]
-        features = features + random.normal(scale=self.noise, size=features.shape)
-        confidence = random.uniform(0.4, 0.95, size=len(owner))
-        near = random.dirichlet(np.ones(SOFT_LABELS), size=len(owner)) * (1 - confidence)[:, None] * 0.9
-        near[:, 0] += confidence
-        order = np.argsort(-confidence)
-        return Regions(
-            name,
-            (WIDTH, HEIGHT),
-            features[order].astype(np.float16),
-            jittered[order].astype(np.float32),
-            self.neighbours[kinds[owner]][order] + 1,
-            near[order].astype(np.float32),
-        )
 
     def english(self, random: np.random.Generator, place: int, kinds: np.ndarray, colours: np.ndarray, boxes: np.ndarray) -> str:
         """A caption that names two to four of the objects."""
@@ -230,7 +205,7 @@ def vocabulary() -> list[str]:
 
 def write_split(world: World, folder: Path, split: str, scenes: int, seed: int) -> None:
     """One region store of generated scenes, with its vocabulary beside."""
-    with generated_store(folder / split, seed) as writer:
+    with generated_store(folder / split, seed, NAMES, vocabulary()) as writer:
         for number in tqdm(range(scenes), desc=f"{split} scenes", unit="scene", mininterval=1.0, disable=None):
             writer.add(*world.scene(_random(seed, split, number), f"{split}-{number:06d}"))
 
@@ -238,7 +213,7 @@ def write_split(world: World, folder: Path, split: str, scenes: int, seed: int) 
 def write_questions(world: World, folder: Path, split: str, scenes: int, seed: int) -> None:
     """vcr/SPLIT.jsonl, a question about each scene in the form of VCR, and vcr/SPLIT, a store of the exact boxes it refers to."""
     lines = []
-    with generated_store(folder / "vcr" / split, seed) as writer:
+    with generated_store(folder / "vcr" / split, seed, NAMES, vocabulary()) as writer:
         for number in tqdm(range(scenes), desc=f"{split} questions", unit="scene", mininterval=1.0, disable=None):
             name, scene = f"{split}-{number:06d}", world.draw(_random(seed, split, number))
             random = _random(seed, split, number, 1)
@@ -250,31 +225,6 @@ def write_questions(world: World, folder: Path, split: str, scenes: int, seed: i
 
 def _random(seed: int, split: str, number: int, *more: int) -> np.random.Generator:
     return np.random.default_rng([seed, {"train": 1, "test": 2}[split], number, *more])
-
-
-@contextlib.contextmanager
-def generated_store(path: Path, seed: int) -> Iterator[RegionStoreWriter]:
-    """Writes a store beside `path` and puts it there when it is whole; UsageError where something else is in the way."""
-    beside = path.with_name(f"{path.name}.new")
-    if path.exists() and not (path / MANIFEST).is_file():
-        raise UsageError(f"{path}: exists and is no sample corpus; choose another --output")
-    if path.exists() and not read_json(path / MANIFEST, str(path)).get("generated"):
-        raise UsageError(f"{path}: holds a region store that was not generated; choose another --output")
-    shutil.rmtree(beside, ignore_errors=True)
-    with RegionStoreWriter(
-        beside,
-        feature_dim=FEATURES,
-        num_classes=len(NAMES) + 1,
-        class_names=["background", *NAMES],
-        detector={"name": "generated world", "revision": f"seed {seed}"},
-        soft_labels="top_k",
-        vocabulary="\n".join(vocabulary()) + "\n",
-        extra={"generated": True},
-        images_per_shard=2048,
-    ) as writer:
-        yield writer
-    shutil.rmtree(path, ignore_errors=True)
-    beside.rename(path)
 
 
 def run() -> None:

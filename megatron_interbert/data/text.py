@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
 
 from megatron_interbert.config import read_text
+from megatron_interbert.data.chinese import one_form
 from megatron_interbert.data.manifest import file_sha256
 from megatron_interbert.errors import UsageError
 
@@ -47,9 +48,12 @@ class TokenBatch:
 
 
 class CaptionTokenizer:
-    """BERT's tokenizer (lower case, Chinese characters apart) over a vocab.txt."""
+    """BERT's tokenizer (lower case, Chinese characters apart) over a vocab.txt.
 
-    def __init__(self, vocab_file: str) -> None:
+    `text_normalisation` is that of ModelConfig: with "chinese", texts are first brought into one form.
+    """
+
+    def __init__(self, vocab_file: str, text_normalisation: str = "none") -> None:
         if not Path(vocab_file).is_file():
             raise UsageError(f"--vocab-file {vocab_file}: no such file; give the WordPiece vocabulary of the model")
         words = read_text(vocab_file, "--vocab-file").rstrip("\n").split("\n")
@@ -59,7 +63,8 @@ class CaptionTokenizer:
             if name not in vocabulary:
                 raise UsageError(f"{vocab_file}: no {name} in it, expected a BERT vocabulary with one entry per line")
         self.vocab_file, self.words, self.vocab_size = str(vocab_file), words, len(words)
-        self.sha256 = file_sha256(vocab_file)
+        self.prepare = one_form if text_normalisation == "chinese" else str
+        self.sha256 = file_sha256(vocab_file) + ("" if text_normalisation == "none" else f" {text_normalisation}")
         self.pad, self.unknown, self.cls, self.sep, self.mask = (vocabulary[name] for name in SPECIAL)
         # What a random replacement may be: no special and no unused entry.
         self.ordinary = np.array([i for i, w in enumerate(words) if w and not (w.startswith("[") and w.endswith("]"))])
@@ -70,13 +75,13 @@ class CaptionTokenizer:
 
     def encode(self, caption: str, max_tokens: int) -> Tokens:
         """Pieces of a caption, cut so that [CLS] and [SEP] still fit into `max_tokens`."""
-        encoding = self._tokenizer.encode(caption, add_special_tokens=False)
+        encoding = self._tokenizer.encode(self.prepare(caption), add_special_tokens=False)
         length = min(len(encoding.ids), max_tokens - 2)
         return Tokens(np.array(encoding.ids[:length], dtype=np.int64), np.array(encoding.word_ids[:length], dtype=np.int64))
 
     def encode_batch(self, captions: list[str]) -> TokenBatch:
         """Whole captions, without [CLS] and [SEP]."""
-        encodings = self._tokenizer.encode_batch(captions, add_special_tokens=False)
+        encodings = self._tokenizer.encode_batch([self.prepare(caption) for caption in captions], add_special_tokens=False)
         offsets = np.concatenate([[0], np.cumsum([len(e.ids) for e in encodings])]).astype(np.int64)
         ids = np.fromiter((i for e in encodings for i in e.ids), np.int32, offsets[-1])
         words = np.fromiter((w for e in encodings for w in e.word_ids), np.int64, offsets[-1])

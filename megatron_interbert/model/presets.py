@@ -28,7 +28,8 @@ PRESETS = {
     "tiny": dataclasses.replace(SMALL, ffn_hidden_size=128, pooled_size=64),  # tests
     "sample": SMALL.without_dropout(),  # the generated sample corpus: learns in minutes on two cores
     "base": ModelConfig(),  # the official sizes, 157.0 M parameters
-    "base-chinese": ModelConfig(vocab_size=21128),
+    "sample-chinese": dataclasses.replace(SMALL.without_dropout(), text_normalisation="chinese"),  # the generated shop
+    "base-chinese": ModelConfig(vocab_size=21128, text_normalisation="chinese"),
     "large": ModelConfig(
         hidden_size=1024,
         interaction_layers=12,

@@ -75,7 +75,8 @@ def as_trained(config: EvaluateConfig, source: Source, task: str = "", **otherwi
 def open_for(config: EvaluateConfig, source: Source, stores: Sequence[str]) -> tuple[Corpus | None, CaptionTokenizer]:
     """The stores and the vocabulary of an evaluation; UsageError where they are not those that the weights were made with."""
     corpus = open_stores(stores, config) if stores else None
-    tokenizer = open_vocabulary(config.vocab_file, [*stores, source.path if source.path.is_dir() else source.path.parent])
+    beside = source.path if source.path.is_dir() else source.path.parent
+    tokenizer = open_vocabulary(config.vocab_file, [*stores, beside], source.config)
     where = corpus.path if corpus else config.load
     like = corpus or source.config
     fit_to_data(source.config, tokenizer.vocab_size, like.feature_dim, like.num_classes, where)

@@ -207,13 +207,14 @@ def contenders(arguments: argparse.Namespace, device: torch.device) -> dict[str,
 
 
 class Worker:
-    """A contender in a process of its own, which waits while the others run."""
+    """A contender in a process of its own, which waits while the others run; ready when it is made."""
 
     def __init__(self, arguments: argparse.Namespace, name: str) -> None:
         context = get_context("spawn")
         self.line, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, arguments, name), daemon=True)
         self.process.start()
+        self.line.recv()  # else it would still be at its first step while the others are timed
 
     def ask(self, what: str) -> Any:
         """`step`: seconds of one; `figures`: what there is to say at the end."""
@@ -228,6 +229,7 @@ def _serve(line: Connection, arguments: argparse.Namespace, name: str) -> None:
     before = peak_resident()
     contender = contenders(arguments, device)[name]()
     contender.first_step()
+    line.send("ready")
     while True:
         if line.recv() == "step":
             line.send(contender.step())

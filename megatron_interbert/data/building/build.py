@@ -57,6 +57,7 @@ class BuildPlan:
     class_names: Sequence[str] = ()
     soft_labels: int = 10
     vocabulary: str = ""
+    text_normalisation: str = "none"  # that of the model for which captions are tokenised
     images_per_shard: int = 1024
     strict_boxes: bool = False
     options: dict[str, Any] = field(default_factory=dict)
@@ -71,6 +72,7 @@ class BuildPlan:
             "class_names": _digest(list(self.class_names)),
             "soft_labels": self.soft_labels,
             "vocabulary": _digest(self.vocabulary),
+            "text_normalisation": self.text_normalisation,
             "images_per_shard": self.images_per_shard,
             "strict_boxes": self.strict_boxes,
             "source_files": _digest([_identity(str(getattr(source, "path", ""))) for source in self.sources]),
@@ -307,6 +309,7 @@ def _finish(plan: BuildPlan, facts: SourceFacts, work: Path, units: int, max_dro
         detector=plan.detector,
         background_class=facts.background_class,
         soft_labels=" and ".join(sorted({part for kind in +kinds for part in kind.split(" and ")})),
+        text_normalisation=plan.text_normalisation,
         class_names=facts.class_names,
         repaired_boxes=totals["repaired"],
         inverted_boxes=totals["inverted"],

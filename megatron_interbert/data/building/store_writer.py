@@ -65,7 +65,7 @@ def finish_store(folder: Path, manifest: dict[str, Any], vocabulary: str = "") -
     manifest["captions_file"] = write_caption_file(folder, shards)
     if vocabulary:
         (folder / VOCABULARY).write_text(vocabulary, encoding="utf-8")
-        tokenizer = CaptionTokenizer(str(folder / VOCABULARY))
+        tokenizer = CaptionTokenizer(str(folder / VOCABULARY), manifest.get("text_normalisation", "none"))
         manifest["tokens_file"] = write_token_file(folder, _texts(folder, shards), manifest["counts"]["captions"], tokenizer)
     else:
         for name in (VOCABULARY, TOKENS):

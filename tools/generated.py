@@ -1,0 +1,80 @@
+"""What generated worlds share: what a detector would say of their things, and stores that say that they are made up."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_interbert.config import read_json
+from megatron_interbert.data.building.store_writer import RegionStoreWriter
+from megatron_interbert.data.manifest import MANIFEST
+from megatron_interbert.data.regions import Regions
+from megatron_interbert.errors import UsageError
+
+FEATURES, SOFT_LABELS = 64, 5
+
+
+class Detector:
+    """Noisy features of things, overlapping boxes, and soft labels that are confused between near classes."""
+
+    def __init__(self, prototypes: np.ndarray, noise: float) -> None:
+        """Prototypes [classes, FEATURES] of the classes without background."""
+        self.noise = noise
+        distance = np.linalg.norm(prototypes[:, None] - prototypes[None], axis=2)
+        self.neighbours = np.argsort(distance, axis=1)[:, :SOFT_LABELS]  # itself first
+
+    def detect(
+        self,
+        random: np.random.Generator,
+        name: str,
+        size: tuple[int, int],
+        classes: np.ndarray,
+        features: np.ndarray,
+        boxes: np.ndarray,
+    ) -> Regions:
+        """One or two overlapping boxes for each thing (classes [n], features [n, FEATURES], boxes [n, 4]), most confident first."""
+        owner = np.repeat(np.arange(len(classes)), random.integers(1, 3, size=len(classes)))
+        extent = np.tile(boxes[owner, 2:] - boxes[owner, :2], 2)
+        jittered = boxes[owner] + random.normal(scale=0.08, size=(len(owner), 4)) * extent
+        seen = features[owner] + random.normal(scale=self.noise, size=(len(owner), FEATURES))
+        confidence = random.uniform(0.4, 0.95, size=len(owner))
+        near = random.dirichlet(np.ones(SOFT_LABELS), size=len(owner)) * (1 - confidence)[:, None] * 0.9
+        near[:, 0] += confidence
+        order = np.argsort(-confidence)
+        return Regions(
+            name,
+            size,
+            seen[order].astype(np.float16),
+            jittered[order].astype(np.float32),
+            self.neighbours[classes[owner]][order] + 1,
+            near[order].astype(np.float32),
+        )
+
+
+@contextlib.contextmanager
+def generated_store(
+    path: Path, seed: int, class_names: Sequence[str], vocabulary: Sequence[str], text_normalisation: str = "none"
+) -> Iterator[RegionStoreWriter]:
+    """Writes a store beside `path` and puts it there when it is whole; UsageError where something else is in the way."""
+    beside = path.with_name(f"{path.name}.new")
+    if path.exists() and not (path / MANIFEST).is_file():
+        raise UsageError(f"{path}: exists and is no generated corpus; choose another --output")
+    if path.exists() and not read_json(path / MANIFEST, str(path)).get("generated"):
+        raise UsageError(f"{path}: holds a region store that was not generated; choose another --output")
+    shutil.rmtree(beside, ignore_errors=True)
+    with RegionStoreWriter(
+        beside,
+        feature_dim=FEATURES,
+        num_classes=len(class_names) + 1,
+        class_names=["background", *class_names],
+        detector={"name": "generated world", "revision": f"seed {seed}"},
+        soft_labels="top_k",
+        vocabulary="\n".join(vocabulary) + "\n",
+        extra={"generated": True, "text_normalisation": text_normalisation},
+        images_per_shard=2048,
+    ) as writer:
+        yield writer
+    shutil.rmtree(path, ignore_errors=True)
+    beside.rename(path)

@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+"""Writes the sample shop in Chinese: products with pictures and titles, queries, topics, and clicks of users; all of it made up.
+
+For each split (train, test): a region store of the products, whose captions are their titles; items.jsonl with their attributes;
+queries.jsonl in the form of MUGE (query_id, query_text, item_ids); topics.jsonl (name, description, keywords); clicks.jsonl (topic_id,
+item_id, user_id, clicked). Products, queries and topics of the two splits are drawn apart. The same seed gives the same shop.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_interbert.data.building.shard_writer import commit
+from megatron_interbert.errors import UsageError, run_entry
+from tools.generated import generated_store
+from tools.shop_world import KINDS, PLACES, Product, ShopWorld, query, topic, vocabulary
+
+SEEN = 60  # products that are shown for a topic in the clicks
+USERS = 500
+SPLITS = {"train": 1, "test": 2}
+
+
+def write_split(world: ShopWorld, folder: Path, split: str, products: int, queries: int, topics: int, seed: int) -> None:
+    """One split: the store, then the files that name its products."""
+
+    def random(purpose: int, number: int = 0) -> np.random.Generator:
+        return np.random.default_rng([seed, SPLITS[split], purpose, number])
+
+    made: list[Product] = []
+    with generated_store(folder / split, seed, [*KINDS, *PLACES], vocabulary(), "chinese") as writer:
+        for number in tqdm(range(products), desc=f"{split} products", unit="product", mininterval=1.0, disable=None):
+            made.append(world.product(random(0, number), f"{split}-{number:06d}"))
+            writer.add(world.picture(random(1, number), made[-1]), [(made[-1].title, "zh")])
+    write_lines(
+        folder / split / "items.jsonl",
+        ({"item_id": p.item_id, "title": p.title, "shop": p.shop, "price": p.price, **p.attributes()} for p in made),
+    )
+    asked = random(2)
+    write_lines(
+        folder / split / "queries.jsonl",
+        ({"query_id": f"{split}-q{number:05d}", **query(asked, made)} for number in range(queries)),
+    )
+    wanted, clicks = random(3), random(4)
+    found = {f"{split}-t{number:04d}": topic(wanted) for number in range(topics)}
+    write_lines(
+        folder / split / "topics.jsonl",
+        ({"topic_id": key, "name": t.name, "description": t.description(), "keywords": t.keywords()} for key, t in found.items()),
+    )
+
+    def shown() -> Iterable[dict[str, Any]]:
+        for key, each in found.items():
+            for number in clicks.choice(len(made), min(SEEN, len(made)), replace=False):
+                clicked = clicks.random() < 0.02 + 0.9 * each.appeal(made[number]) ** 2
+                yield {
+                    "topic_id": key,
+                    "item_id": made[number].item_id,
+                    "user_id": f"u{clicks.integers(USERS):03d}",
+                    "clicked": int(clicked),
+                }
+
+    write_lines(folder / split / "clicks.jsonl", shown())
+
+
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """A JSON object a line."""
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    commit(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def run() -> None:
+    """Parse the command line and write both splits."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="sample_shop", help="folder for train/ and test/ (default: %(default)s)")
+    parser.add_argument("--train-products", type=int, default=8000, help="default: %(default)s")
+    parser.add_argument("--test-products", type=int, default=500, help="default: %(default)s")
+    parser.add_argument("--train-queries", type=int, default=16000, help="default: %(default)s")
+    parser.add_argument("--test-queries", type=int, default=400, help="default: %(default)s")
+    parser.add_argument("--train-topics", type=int, default=400, help="default: %(default)s")
+    parser.add_argument("--test-topics", type=int, default=40, help="default: %(default)s")
+    parser.add_argument("--noise", type=float, default=0.3, help="of the features, against prototypes of norm 1 per entry")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    for name, value in vars(options).items():
+        if name.startswith(("train_", "test_")) and value < 2:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, expected 2 or more")
+    world = ShopWorld(options.seed, options.noise)
+    for split in SPLITS:
+        sizes = (getattr(options, f"{split}_{kind}") for kind in ("products", "queries", "topics"))
+        write_split(world, Path(options.output), split, *sizes, options.seed)
+    print(
+        f"generated shop in {options.output}: {options.train_products} products to train on and {options.test_products} unseen ones"
+    )
+
+
+if __name__ == "__main__":
+    run_entry(run)

@@ -1,0 +1,157 @@
+"""A generated shop of clothes and shoes: what products, titles, queries and topics are made of; used by make_shop.py.
+
+Everything is made up. Colour and pattern show in the picture and seldom stand in the title; material, brand and model stand in the title
+only; where the picture was taken shows in the picture only. A topic wants some kinds, two colours and a place.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_interbert.data.regions import Regions
+from tools.generated import FEATURES, Detector
+
+KINDS = (
+    *("连衣裙", "半身裙", "衬衫", "T恤", "毛衣", "风衣", "羽绒服", "牛仔裤", "短裤", "西装", "泳衣", "睡衣", "高跟鞋"),
+    *("运动鞋", "凉鞋", "靴子", "拖鞋", "手提包", "双肩包", "草帽", "围巾", "手套", "太阳镜", "腰带"),
+)
+COLOURS = ("红色", "蓝色", "绿色", "黄色", "黑色", "白色", "粉色", "紫色")
+PATTERNS = ("纯色", "条纹", "波点", "格子", "碎花")
+PLACES = ("海滩", "街道", "草地", "雪地", "室内", "舞台")
+MATERIALS = ("纯棉", "真丝", "羊毛", "亚麻", "牛皮", "雪纺")
+BRANDS = ("LUMI", "Nordo", "Aqua9", "Vela", "青禾", "木棉", "远山", "小满")
+SEASONS = ("2026夏季", "2026秋冬", "春季新款", "四季")
+PRAISE = ("韩版", "宽松", "修身", "百搭", "显瘦", "时尚", "复古", "简约", "女")
+SHOPS = ("青禾旗舰店", "远山女装", "小满鞋包", "木棉之家", "LUMI官方店")
+MOODS = ("清爽", "温暖", "约会", "通勤", "运动", "节日", "旅行", "校园")
+GRAMMAR = "的在拍适合穿搭主题，系列·和、风-"
+SIZE = (640, 640)
+IN_TITLE = {"colour": 0.3, "pattern": 0.15, "material": 0.7, "brand": 0.8, "season": 0.6}  # how often a title names it
+# What a query asks for, and whether its words can be found in titles, in pictures, or need both.
+ASKED = {
+    ("colour",): "picture",
+    ("pattern",): "picture",
+    ("colour", "pattern"): "picture",
+    ("brand",): "title",
+    ("material",): "title",
+    ("colour", "brand"): "both",
+    ("colour", "material"): "both",
+}
+
+
+@dataclass
+class Product:
+    """One article and its picture; numbers point into the tables above."""
+
+    item_id: str
+    kind: int
+    colour: int
+    pattern: int
+    place: int
+    material: int
+    brand: int
+    title: str
+    shop: str
+    price: float
+
+    def attributes(self) -> dict[str, str]:
+        """What it is, in words."""
+        return {name: table[getattr(self, name)] for name, table in TABLES.items()}
+
+
+TABLES = {"kind": KINDS, "colour": COLOURS, "pattern": PATTERNS, "place": PLACES, "material": MATERIALS, "brand": BRANDS}
+
+
+class ShopWorld:
+    """Prototypes and rules, a function of the seed alone."""
+
+    def __init__(self, seed: int, noise: float) -> None:
+        random = np.random.default_rng([seed, 10])
+        self.kinds, self.places, self.colours, self.patterns = (
+            random.normal(size=(len(table), FEATURES)) for table in (KINDS, PLACES, COLOURS, PATTERNS)
+        )
+        self.detector = Detector(np.concatenate([self.kinds, self.places]), noise)
+
+    def product(self, random: np.random.Generator, item_id: str) -> Product:
+        """An article with its title."""
+        drawn = {name: int(random.integers(len(table))) for name, table in TABLES.items()}
+        named = {name for name, share in IN_TITLE.items() if random.random() < share}
+        words = [
+            BRANDS[drawn["brand"]] if "brand" in named else "",
+            SEASONS[int(random.integers(len(SEASONS)))] if "season" in named else "",
+            str(random.choice(PRAISE)),
+            COLOURS[drawn["colour"]] if "colour" in named else "",
+            PATTERNS[drawn["pattern"]] if "pattern" in named else "",
+            MATERIALS[drawn["material"]] if "material" in named else "",
+            KINDS[drawn["kind"]],
+            f" {chr(65 + int(random.integers(26)))}-{int(random.integers(100, 1000))}" if random.random() < 0.4 else "",
+        ]
+        return Product(
+            item_id, **drawn, title="".join(words), shop=str(random.choice(SHOPS)), price=int(random.integers(39, 900)) + 0.9
+        )
+
+    def picture(self, random: np.random.Generator, product: Product) -> Regions:
+        """The article large in its place, and sometimes something else beside it."""
+        kinds, colours, patterns = [product.kind], [product.colour], [product.pattern]
+        if random.random() < 0.3:
+            kinds.append(int(random.integers(len(KINDS))))
+            colours.append(int(random.integers(len(COLOURS))))
+            patterns.append(int(random.integers(len(PATTERNS))))
+        centre, extent = random.uniform(0.4, 0.6, 2), random.uniform(0.4, 0.7, 2)
+        corner = random.uniform(0.0, 0.75, 2)
+        boxes = [[*(centre - extent / 2), *(centre + extent / 2)], [*corner, *(corner + 0.22)]][: len(kinds)]
+        features = self.kinds[kinds] + self.colours[colours] + self.patterns[patterns]
+        classes = np.array([*kinds, len(KINDS) + product.place])
+        everything = np.concatenate([np.array(boxes), [[0.02, 0.02, 0.98, 0.98]]]) * SIZE[0]
+        return self.detector.detect(
+            random, product.item_id, SIZE, classes, np.concatenate([features, self.places[[product.place]]]), everything
+        )
+
+
+def query(random: np.random.Generator, products: Sequence[Product]) -> dict[str, Any]:
+    """A query for one of the products by some of its attributes, and all products that it fits."""
+    target = products[int(random.integers(len(products)))]
+    asked = list(ASKED)[int(random.integers(len(ASKED)))]
+    words = [TABLES[name][getattr(target, name)] for name in asked]
+    joined = "的" if random.random() < 0.3 else ""
+    fitting = [p.item_id for p in products if all(getattr(p, name) == getattr(target, name) for name in ("kind", *asked))]
+    return {"query_text": "".join(words) + joined + KINDS[target.kind], "item_ids": fitting, "needs": ASKED[asked]}
+
+
+@dataclass
+class Topic:
+    """What a page of the shop is about: the kinds, colours and place that it wants."""
+
+    name: str
+    kinds: np.ndarray
+    colours: np.ndarray
+    place: int
+
+    def description(self) -> str:
+        """In a sentence."""
+        return f"在{PLACES[self.place]}拍的{'、'.join(COLOURS[c] for c in self.colours)}，适合{'和'.join(KINDS[k] for k in self.kinds)}"
+
+    def keywords(self) -> list[str]:
+        """In words."""
+        return [KINDS[k] for k in self.kinds] + [PLACES[self.place]]
+
+    def appeal(self, product: Product) -> float:
+        """How well a product fits, from 0 to 1."""
+        return 0.5 * (product.kind in self.kinds) + 0.3 * (product.colour in self.colours) + 0.2 * (product.place == self.place)
+
+
+def topic(random: np.random.Generator) -> Topic:
+    """A new one."""
+    place = int(random.integers(len(PLACES)))
+    name = f"{random.choice(MOODS)}{PLACES[place]}系列"
+    return Topic(name, random.choice(len(KINDS), 4, replace=False), random.choice(len(COLOURS), 2, replace=False), place)
+
+
+def vocabulary() -> list[str]:
+    """Special tokens, every character and word piece of the shop, and letters and digits, so that any other word can be spelled."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    texts = [*KINDS, *COLOURS, *PATTERNS, *PLACES, *MATERIALS, *BRANDS, *SEASONS, *PRAISE, *SHOPS, *MOODS, GRAMMAR]
+    characters = sorted({c for c in "".join(texts).lower() if c not in letters})
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), *characters]
