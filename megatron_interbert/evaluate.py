@@ -12,10 +12,13 @@ from megatron_interbert.signals import STOPPING, take_over
 from megatron_interbert.task_config import (
     EvaluateConfig,
     EvaluateGlueConfig,
+    EvaluateProductSearchConfig,
+    EvaluateRecommendationConfig,
     EvaluateRetrievalConfig,
     EvaluateVcrConfig,
 )
 from megatron_interbert.tasks.glue_evaluation import evaluate_glue
+from megatron_interbert.tasks.item_evaluation import evaluate_product_search, evaluate_recommendation
 from megatron_interbert.tasks.retrieval_evaluation import evaluate_retrieval
 from megatron_interbert.tasks.vcr_evaluation import evaluate_vcr
 from megatron_interbert.training.node_facts import code_fingerprint, library_versions
@@ -25,6 +28,8 @@ TASKS: dict[str, tuple[type[EvaluateConfig], Callable[..., Any]]] = {
     "retrieval": (EvaluateRetrievalConfig, evaluate_retrieval),
     "vcr": (EvaluateVcrConfig, evaluate_vcr),
     "glue": (EvaluateGlueConfig, evaluate_glue),
+    "product_search": (EvaluateProductSearchConfig, evaluate_product_search),
+    "recommendation": (EvaluateRecommendationConfig, evaluate_recommendation),
 }
 
 

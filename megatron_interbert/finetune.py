@@ -6,8 +6,17 @@ from typing import Any
 from megatron_interbert.command_line import parse_task
 from megatron_interbert.errors import end_at_once, run_entry
 from megatron_interbert.signals import STOPPING, take_over
-from megatron_interbert.task_config import FinetuneConfig, GlueConfig, RetrievalConfig, VcrConfig
+from megatron_interbert.task_config import (
+    FinetuneConfig,
+    GlueConfig,
+    ProductSearchConfig,
+    RecommendationConfig,
+    RetrievalConfig,
+    VcrConfig,
+)
 from megatron_interbert.tasks.glue import glue_job
+from megatron_interbert.tasks.product_search import product_search_job
+from megatron_interbert.tasks.recommendation import recommendation_job
 from megatron_interbert.tasks.retrieval import retrieval_job
 from megatron_interbert.tasks.vcr import vcr_job
 from megatron_interbert.training.setup import prepare
@@ -16,6 +25,8 @@ TASKS: dict[str, tuple[type[FinetuneConfig], Callable[..., Any]]] = {
     "retrieval": (RetrievalConfig, retrieval_job),
     "vcr": (VcrConfig, vcr_job),
     "glue": (GlueConfig, glue_job),
+    "product_search": (ProductSearchConfig, product_search_job),
+    "recommendation": (RecommendationConfig, recommendation_job),
 }
 
 

@@ -58,6 +58,12 @@ class PackedBatch:
     mismatched: torch.Tensor  # [B] 0 = matched, the class index of the matching head
     sample_ids: torch.Tensor  # [B]
     labels: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # answers of a downstream task
+    pair_text: torch.Tensor = field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.int64)
+    )  # [P] pairs to judge, by the number of
+    pair_image: torch.Tensor = field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.int64)
+    )  # [P] text and image; none: sample i's
     max_text: int = 0  # longest caption, longest image, longest of both together
     max_image: int = 0
     max_joint: int = 0

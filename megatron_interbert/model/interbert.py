@@ -38,7 +38,7 @@ class InterBertOutput(NamedTuple):
     msm_right: torch.Tensor | None = None  # [Mt] whether the most likely word is the label
     msm_logits: torch.Tensor | None = None  # [Mt, padded vocabulary / tensor-parallel ranks], when everything is asked for
     mrm_logits: torch.Tensor | None = None  # [Mr, classes]
-    itm_logits: torch.Tensor | None = None  # [B, 2], class 0 = matched
+    itm_logits: torch.Tensor | None = None  # [B, 2], or [P, 2] of a batch that names its pairs; class 0 = matched
     choice_logit: torch.Tensor | None = None  # [B, 1]
     sentence_logits: torch.Tensor | None = None  # [B, labels]
 
@@ -139,7 +139,10 @@ class InterBert(nn.Module):
         if hasattr(self, "sentence_head"):
             found["sentence_logits"] = self.sentence_head(first).float()
         if pooled_image is not None and (hasattr(self, "itm_head") or hasattr(self, "choice_head")):
-            fused = F.dropout(self.fuse(pooled_text, pooled_image), self.config.hidden_dropout, self.training)
+            sides = pooled_text, pooled_image
+            if len(batch.pair_text):
+                sides = pooled_text[batch.pair_text], pooled_image[batch.pair_image]
+            fused = F.dropout(self.fuse(*sides), self.config.hidden_dropout, self.training)
             if hasattr(self, "itm_head"):
                 found["itm_logits"] = self.itm_head(fused).float()
             if hasattr(self, "choice_head"):

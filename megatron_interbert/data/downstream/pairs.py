@@ -50,10 +50,10 @@ def pair_fields(
     feature_dim: int,
     allocate: Allocate = plain_memory,
 ) -> Fields:
-    """The fields of a PackedBatch for B pairs without masks: texts [B] and the place of each pair's image in `regions` [B]; text
-    alone without regions."""
+    """The fields of a PackedBatch for B pairs without masks: texts [B] and the place of each pair's image in `regions` [B], -1 for a
+    text alone; all are without regions."""
     fields, lengths = text_fields(texts)
-    counts = regions.counts[image_of] if regions else np.zeros(len(texts), np.int64)
+    counts = np.where(image_of < 0, 0, regions.counts[image_of]) if regions else np.zeros(len(texts), np.int64)
     layout = lay_out(lengths, counts)
     ends = np.cumsum(counts)
     if regions:

@@ -1,0 +1,156 @@
+"""Queries and the products that they are for; training samples of product search.
+
+A sample is a query with one of its products; its pairs are
+    right           query, product                              class 0
+    other query     a query that is not for the product         class 1
+    other product   query, a product that it is not for         class 1
+    near product    query, one of the 100 products whose mean features are nearest (hard_images.npy), else a random one   class 1
+
+All draws are keyed by (seed, epoch, sample), so every rank, worker and restart makes the same pairs.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_interbert.data.downstream.items import Catalogue, pair_keys
+from megatron_interbert.data.downstream.records import identifier, read_records
+from megatron_interbert.data.order import SampleOrder
+from megatron_interbert.data.randomness import uniforms
+from megatron_interbert.data.region_batch import Allocate, plain_memory
+from megatron_interbert.data.training_set import Fields
+from megatron_interbert.errors import UsageError
+from megatron_interbert.task_config import ProductSearchConfig
+
+CANDIDATES = 8  # purpose tag of `uniforms`
+PAIRS, TRIES = 4, 8
+
+
+@dataclass
+class Queries:
+    """Queries by number: ids, texts, products that each is for (numbers in a catalogue; empty where that is not known), and products among
+    which it chooses (None: all)."""
+
+    path: str
+    ids: list[str]
+    texts: list[str]
+    products: list[np.ndarray]
+    candidates: list[np.ndarray | None]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether all queries say which products they are for."""
+        return all(len(products) for products in self.products)
+
+
+def read_queries(path: str, catalogue: Catalogue, flag: str) -> Queries:
+    """A jsonl of query_id, query_text and, where they are known, item_ids (MUGE), and candidate_ids (KDD Cup 2020). UsageError names the
+    line with an empty query or a product that is not in the store."""
+    found = Queries(path, [], [], [], [])
+    if not path:
+        raise UsageError(f"{flag} is missing; give a file with query_id, query_text and item_ids in each line")
+    for where, record in read_records(path, flag, {"query_id": (str, int), "query_text": str}):
+        if not record["query_text"].strip():
+            raise UsageError(f"{where}: an empty query_text")
+        numbers = {}
+        for key in ("item_ids", "candidate_ids"):
+            listed = record.get(key) or []
+            if not isinstance(listed, list):
+                raise UsageError(f"{where}: '{key}' is no list")
+            numbers[key] = [catalogue.number(identifier(item)) for item in listed]
+            if None in numbers[key]:
+                missing = listed[numbers[key].index(None)]
+                raise UsageError(f"{where}: product {missing} is not in {catalogue.corpus.path}; give the store that holds it")
+        found.ids.append(identifier(record["query_id"]))
+        found.texts.append(record["query_text"])
+        found.products.append(np.unique(np.array(numbers["item_ids"], np.int64)))
+        found.candidates.append(np.unique(np.array(numbers["candidate_ids"], np.int64)) if numbers["candidate_ids"] else None)
+    if not found.ids:
+        raise UsageError(f"{path}: no queries in it")
+    return found
+
+
+class ProductSearchSet:
+    """A sample is a (query, product) that belong together; its rows are four pairs in full and the same four alone."""
+
+    def __init__(self, queries: Queries, catalogue: Catalogue, config: ProductSearchConfig) -> None:
+        self.catalogue, self.config, self.path, self.query_ids = catalogue, config, queries.path, queries.ids
+        self.query_of = np.repeat(np.arange(len(queries)), [len(products) for products in queries.products])
+        self.product_of = np.concatenate([np.zeros(0, np.int64), *queries.products])
+        if len(np.unique(self.query_of)) < 2 or len(catalogue) < 2:
+            raise UsageError(f"{queries.path}: training needs two queries with products or more, and two products")
+        self.asked = np.unique(self.query_of)
+        self.known = np.unique(pair_keys(self.query_of, self.product_of, len(catalogue)))
+        self.pieces = catalogue.tokenizer.encode_batch(queries.texts)
+        self.order = SampleOrder([np.arange(len(self.query_of))], config.data_partitions, config.seed)
+        self.near = catalogue.corpus.has_hard_images()
+        self.feature_dim = catalogue.corpus.feature_dim
+
+    @property
+    def most_rows(self) -> int:
+        """Regions that a micro-batch can have: four pairs, and their products alone once more."""
+        most = min(self.config.max_regions, int(self.catalogue.corpus.region_counts.max()))
+        return 2 * PAIRS * self.config.micro_batch_size * most
+
+    def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
+        """The fields of a PackedBatch for (epoch, sample) pairs [B]; 8 B labels, those of the pairs in full before those alone."""
+        epochs, samples = np.array(pairs, dtype=np.int64).T
+        query, product = self.query_of[samples], self.product_of[samples]
+        draws = uniforms(self.config.seed, epochs, samples, [(CANDIDATES, 0, 3 * TRIES)])[0].reshape(len(samples), 3, TRIES)
+        other_query = self._unrelated(query, product, draws[:, 0], self.asked, lambda other: (other, product))
+        everything = np.arange(len(self.catalogue))
+        other_product = self._unrelated(query, product, draws[:, 1], everything, lambda other: (query, other))
+        near_product = self._near(query, product, draws[:, 2], other_product)
+        queries = np.stack([query, other_query, query, query], axis=1).ravel()
+        products = np.stack([product, product, other_product, near_product], axis=1).ravel()
+        labels = np.tile(np.array([0, 1, 1, 1]), len(samples))
+        texts = self.texts(np.unique(queries))
+        fields = self.catalogue.both_ways(texts, np.unique(queries, return_inverse=True)[1], products, labels, allocate)
+        return {**fields, "sample_ids": np.resize(samples, len(fields["sample_ids"]))}
+
+    def texts(self, queries: np.ndarray) -> list[np.ndarray]:
+        """Token ids of some queries."""
+        tokens = self.pieces.take(queries, self.config.max_tokens)
+        return np.split(tokens.ids.astype(np.int64), tokens.offsets[1:-1])
+
+    def _unrelated(
+        self,
+        query: np.ndarray,
+        product: np.ndarray,
+        draws: np.ndarray,
+        pool: np.ndarray,
+        pair: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    ) -> np.ndarray:
+        """One of the pool for each sample [B], by its draws [B, TRIES], that makes no pair that belongs together."""
+        places = (draws * len(pool)).astype(np.int64)
+        chosen = places[:, 0]
+        for again in range(1, TRIES + len(pool)):
+            wrong = self._belong(*pair(pool[chosen]))
+            if not wrong.any():
+                return pool[chosen]
+            chosen = np.where(wrong, places[:, again] if again < TRIES else (chosen + 1) % len(pool), chosen)
+        sample = int(np.argmax(wrong))
+        raise UsageError(
+            f"{self.path}: query {self.query_ids[query[sample]]} is for every product, or product"
+            f" {self.catalogue.ids[product[sample]]} for every query, so nothing is wrong to tell it from; leave it out"
+        )
+
+    def _near(self, query: np.ndarray, product: np.ndarray, draws: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
+        """A product [B] near each one's own that the query is not for; another random one where there is none."""
+        chosen = otherwise.copy()
+        if self.near:
+            for row, image in enumerate(product.tolist()):
+                near = self.catalogue.corpus.hard_images(image)
+                near = near[~self._belong(np.full(len(near), query[row]), near)]
+                if len(near):
+                    chosen[row] = near[int(draws[row, 0] * len(near))]
+        return chosen
+
+    def _belong(self, queries: np.ndarray, products: np.ndarray) -> np.ndarray:
+        """Whether pairs [n] are known to belong together."""
+        keys = pair_keys(queries, products, len(self.catalogue))
+        return self.known[np.minimum(np.searchsorted(self.known, keys), len(self.known) - 1)] == keys

@@ -1,0 +1,99 @@
+"""Texts and items judged by the matching head, in full and alone: the training task, and the scorer of evaluations and of the service."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from megatron_interbert.data.downstream.items import Catalogue
+from megatron_interbert.data.downstream.pairs import Text
+from megatron_interbert.data.packing import PackedBatch, to_batch
+from megatron_interbert.errors import UsageError
+from megatron_interbert.model.interbert import InterBert, InterBertOutput
+from megatron_interbert.tasks.classification import ClassificationTask
+
+TOKENS_AT_ONCE = 16384  # of texts and regions in a forward pass
+
+
+class ItemMatchTask(ClassificationTask):
+    """Two-class losses of the matching head: of pairs in one sequence, and of the same pairs whose sides are encoded alone."""
+
+    KINDS = ("match", "alone")
+
+    def answers(self, output: InterBertOutput, batch: PackedBatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return list(zip(output.itm_logits.chunk(2), batch.labels.chunk(2), strict=True))
+
+    def count_targets(self, batch: PackedBatch) -> torch.Tensor:
+        return torch.full((2,), len(batch.labels) // 2, dtype=torch.float64)
+
+
+class ItemScorer:
+    """Scores of texts (token ids) and items of a catalogue, float32; higher is better.
+
+    `match` is the margin logit(matched) - logit(mismatched) of a pair in full. Alone, the matching head is linear in the product of the two
+    pooled vectors, so the margin of a pair is the dot product of a text's and an item's vector, and a search through an index.
+    """
+
+    def __init__(self, model: InterBert, catalogue: Catalogue, device: torch.device, tokens_at_once: int = TOKENS_AT_ONCE) -> None:
+        if model.config.fusion != "product":
+            raise UsageError("a model with summed fusion has no vectors to search by; train one with the product")
+        self.model, self.catalogue, self.device, self.tokens_at_once = model, catalogue, device, tokens_at_once
+        weight = model.itm_head.weight.detach().float()
+        self.direction = weight[0] - weight[1]
+
+    def pieces(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of texts."""
+        tokens = self.catalogue.tokenizer.encode_batch(list(texts)).take(np.arange(len(texts)), self.catalogue.max_tokens)
+        return np.split(tokens.ids.astype(np.int64), tokens.offsets[1:-1])
+
+    @torch.no_grad()
+    def text_vectors(self, pieces: Sequence[np.ndarray]) -> np.ndarray:
+        """[n, P]: vectors of texts, to be multiplied with those of items."""
+        rows = [self.catalogue.text_alone(text) for text in pieces]
+        found = [
+            (self.model(batch).pooled_text.float() * self.direction).cpu() for batch in self._batches(rows, np.full(len(rows), -1))
+        ]
+        return torch.cat(found).numpy()
+
+    @torch.no_grad()
+    def item_vectors(self, items: np.ndarray, progress: Callable[[int], None] = lambda items: None) -> np.ndarray:
+        """[n, P]: vectors of items."""
+        found = [np.zeros((0, self.model.config.pooled_size), np.float32)]
+        for start in range(0, len(items), 1024):  # regions of a run of items are in memory at once
+            some = items[start : start + 1024]
+            for batch in self._batches(self.catalogue.items_alone(some), some):
+                found.append(self.model(batch).pooled_image.float().cpu().numpy())
+                progress(len(found[-1]))
+        return np.concatenate(found)
+
+    @torch.no_grad()
+    def match(
+        self,
+        pieces: Sequence[np.ndarray],
+        text_of: np.ndarray,
+        items: np.ndarray,
+        progress: Callable[[int], None] = lambda pairs: None,
+    ) -> np.ndarray:
+        """[n]: margins of pairs of a text, by its place in `pieces`, and an item."""
+        found = [np.zeros(0, np.float32)]
+        for start in range(0, len(items), 1024):
+            some = slice(start, start + 1024)
+            rows = self.catalogue.in_full([pieces[t] for t in text_of[some]], items[some])
+            for batch in self._batches(rows, items[some]):
+                logits = self.model(batch).itm_logits
+                found.append((logits[:, 0] - logits[:, 1]).cpu().numpy())
+                progress(len(found[-1]))
+        return np.concatenate(found)
+
+    def _batches(self, rows: Sequence[Text], items: np.ndarray) -> Iterator[PackedBatch]:
+        """Runs of rows of about `tokens_at_once` tokens and regions; at least one row in each."""
+        regions = np.minimum(self.catalogue.corpus.region_counts[items], self.catalogue.max_regions)
+        cost = np.array([len(ids) for ids, _ in rows]) + np.where(items >= 0, regions + 1, 0)
+        first, total = 0, 0
+        for row, tokens in enumerate(cost.tolist()):
+            if row > first and total + tokens > self.tokens_at_once:
+                yield to_batch(self.catalogue.fields(rows[first:row], items[first:row])).to(self.device)
+                first, total = row, 0
+            total += tokens
+        if len(rows):
+            yield to_batch(self.catalogue.fields(rows[first:], items[first:])).to(self.device)

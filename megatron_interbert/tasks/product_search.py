@@ -1,0 +1,115 @@
+"""Text-based image retrieval: queries to products, as in MUGE and KDD Cup 2020; finetuning, search in full and in two stages."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_interbert.config import TrainConfig
+from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.data.downstream.items import Catalogue
+from megatron_interbert.data.downstream.product_search import ProductSearchSet, Queries, read_queries
+from megatron_interbert.data.manifest import HARD_IMAGES
+from megatron_interbert.data.text import CaptionTokenizer
+from megatron_interbert.errors import TrainingStopped, UsageError, local_errors
+from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.task_config import EvaluateProductSearchConfig, ProductSearchConfig
+from megatron_interbert.tasks.item_match import ItemMatchTask, ItemScorer
+from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, vocabulary_of_run
+from megatron_interbert.tasks.ranking import order_of, search_metrics
+from megatron_interbert.tasks.task import Job
+
+FIGURES = ("R@1", "R@5", "R@10", "mean_recall", "nDCG@5")
+
+
+def catalogue_of(corpus: Corpus, tokenizer: CaptionTokenizer, config: TrainConfig | EvaluateProductSearchConfig) -> Catalogue:
+    """The items of a store as a run reads them."""
+    return Catalogue(corpus, tokenizer, config.titles, config.max_tokens, config.max_regions)
+
+
+def product_search_job(config: ProductSearchConfig, state: ParallelState) -> Job:
+    """Finetuning on --queries over the products of --data-path; mean recall on --valid-queries decides what is best."""
+    stores = config.stores()
+    corpus, tokenizer = open_stores(stores, config), vocabulary_of_run(config, stores)
+    sizes = fitted_sizes(config, tokenizer, corpus)
+    catalogue = catalogue_of(corpus, tokenizer, config)
+    queries = read_queries(config.queries, catalogue, "--queries")
+    samples = ProductSearchSet(queries, catalogue, config)
+    near = [str(store.path / HARD_IMAGES) for store in corpus.stores if samples.near]
+    job = Job(
+        ItemMatchTask(),
+        samples,
+        sizes,
+        ("itm",),
+        describe_data(tokenizer, corpus, [config.queries, *near], "product_search"),
+        tokenizer.vocab_file,
+        metric=config.metric or "mean_recall",
+        figures=FIGURES,
+        patience=config.early_stopping,
+    )
+    if config.valid_queries:
+        valid = open_stores([config.valid_data_path], config) if config.valid_data_path else corpus
+        corpus.check_alike(valid.stores[0], config.allow_other_detector, "--valid-data-path")
+        valid_catalogue = catalogue_of(valid, tokenizer, config)
+        asked = read_queries(config.valid_queries, valid_catalogue, "--valid-queries")
+        check_labelled(asked)
+
+        def evaluate(model: InterBert, state: ParallelState, device: torch.device) -> dict[str, float]:
+            return search_metrics(search(ItemScorer(model, valid_catalogue, device), asked, state).found, asked.products)
+
+        job.evaluate = evaluate
+    return job
+
+
+def check_labelled(queries: Queries) -> None:
+    """UsageError where a query does not say which products it is for."""
+    if not queries.labelled:
+        missing = next(i for i, products in enumerate(queries.products) if not len(products))
+        raise UsageError(f"{queries.path}: query {queries.ids[missing]} has no item_ids, so nothing can be measured")
+
+
+@dataclass
+class Search:
+    """Products (numbers) found for each query, best first; their scores; and pairs scored in full."""
+
+    found: list[np.ndarray]
+    scores: list[np.ndarray]
+    pairs: int
+
+
+def search(
+    scorer: ItemScorer,
+    queries: Queries,
+    state: ParallelState,
+    first_stage: int = 0,
+    progress: Callable[[int], None] = lambda queries: None,
+) -> Search:
+    """All candidates of each query in full, or (`first_stage` > 0) only so many that the vectors rank first; the same on all ranks, each
+    searches for a share of the queries."""
+    everything = np.arange(len(scorer.catalogue))
+    mine = range(state.data_rank, len(queries), state.data_size)
+    rows: list[tuple[np.ndarray, np.ndarray]] = []
+    with local_errors():
+        pieces = scorer.pieces([queries.texts[number] for number in mine])
+        if first_stage:
+            vectors, wanted = scorer.item_vectors(everything), scorer.text_vectors(pieces) if len(pieces) else None
+        for row, number in enumerate(mine):
+            candidates = queries.candidates[number] if queries.candidates[number] is not None else everything
+            if first_stage:
+                coarse = vectors[candidates] @ wanted[row]
+                candidates = candidates[np.argsort(-coarse, kind="stable")[:first_stage]]
+            scores = scorer.match([pieces[row]], np.zeros(len(candidates), np.int64), candidates)
+            if not np.isfinite(scores).all():
+                raise TrainingStopped("scores are not finite: the weights of this checkpoint have diverged; take an earlier one")
+            order = order_of(scores, np.isin(candidates, queries.products[number]))
+            rows.append((candidates[order], scores[order]))
+            progress(1)
+    found: list[np.ndarray] = [everything] * len(queries)
+    scored: list[np.ndarray] = [np.zeros(0, np.float32)] * len(queries)
+    for rank, part in enumerate(state.gather(rows)):
+        for place, (items, scores) in enumerate(part):
+            number = rank // state.tensor_size + place * state.data_size
+            found[number], scored[number] = items, scores
+    return Search(found, scored, sum(map(len, scored)))
