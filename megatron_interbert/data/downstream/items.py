@@ -59,9 +59,10 @@ class Catalogue:
         captions = self.title_of[items]
         titled = np.flatnonzero(captions != NO_TITLE)
         pieces = [np.zeros(0, np.int64)] * len(items)
-        tokens = self.corpus.tokens(captions[titled], self.tokenizer, self.max_tokens)
-        for place, ids in zip(titled.tolist(), np.split(tokens.ids, tokens.offsets[1:-1]), strict=True) if len(titled) else ():
-            pieces[place] = ids.astype(np.int64)
+        if len(titled):
+            tokens = self.corpus.tokens(captions[titled], self.tokenizer, self.max_tokens)
+            for place, ids in zip(titled.tolist(), np.split(tokens.ids, tokens.offsets[1:-1]), strict=True):
+                pieces[place] = ids.astype(np.int64)
         return pieces
 
     def in_full(self, texts: Sequence[np.ndarray], items: np.ndarray) -> list[Text]:

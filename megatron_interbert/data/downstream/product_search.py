@@ -78,15 +78,21 @@ class ProductSearchSet:
     """A sample is a (query, product) that belong together; its rows are four pairs in full and the same four alone."""
 
     def __init__(self, queries: Queries, catalogue: Catalogue, config: ProductSearchConfig) -> None:
-        self.catalogue, self.config, self.path, self.query_ids = catalogue, config, queries.path, queries.ids
-        self.query_of = np.repeat(np.arange(len(queries)), [len(products) for products in queries.products])
-        self.product_of = np.concatenate([np.zeros(0, np.int64), *queries.products])
-        if len(np.unique(self.query_of)) < 2 or len(catalogue) < 2:
+        self.catalogue, self.config, self.path = catalogue, config, queries.path
+        number = {
+            text: place for place, text in enumerate(dict.fromkeys(queries.texts))
+        }  # people ask the same: one text, one number
+        belong = [
+            pair_keys(np.full(len(p), number[text]), p, len(catalogue))
+            for text, p in zip(queries.texts, queries.products, strict=True)
+        ]
+        self.known = np.unique(np.concatenate(belong))
+        self.query_of, self.product_of = np.divmod(self.known, len(catalogue))
+        self.asked, self.names = np.unique(self.query_of), list(number)
+        if len(self.asked) < 2 or len(catalogue) < 2:
             raise UsageError(f"{queries.path}: training needs two queries with products or more, and two products")
-        self.asked = np.unique(self.query_of)
-        self.known = np.unique(pair_keys(self.query_of, self.product_of, len(catalogue)))
-        self.pieces = catalogue.tokenizer.encode_batch(queries.texts)
-        self.order = SampleOrder([np.arange(len(self.query_of))], config.data_partitions, config.seed)
+        self.pieces = catalogue.tokenizer.encode_batch(self.names)
+        self.order = SampleOrder([np.arange(len(self.known))], config.data_partitions, config.seed)
         self.near = catalogue.corpus.has_hard_images()
         self.feature_dim = catalogue.corpus.feature_dim
 
@@ -135,7 +141,7 @@ class ProductSearchSet:
             chosen = np.where(wrong, places[:, again] if again < TRIES else (chosen + 1) % len(pool), chosen)
         sample = int(np.argmax(wrong))
         raise UsageError(
-            f"{self.path}: query {self.query_ids[query[sample]]} is for every product, or product"
+            f"{self.path}: query '{self.names[query[sample]]}' is for every product, or product"
             f" {self.catalogue.ids[product[sample]]} for every query, so nothing is wrong to tell it from; leave it out"
         )
 

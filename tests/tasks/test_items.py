@@ -1,0 +1,285 @@
+"""Product search and recommendation: pairs in full and alone, samples, vectors, files that are wrong, runs from launch to result."""
+
+import csv
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.data.downstream.items import Catalogue
+from megatron_interbert.data.downstream.product_search import ProductSearchSet, read_queries
+from megatron_interbert.data.downstream.recommendation import ClickSet, read_clicks, read_topics, topic_text
+from megatron_interbert.data.packing import to_batch
+from megatron_interbert.data.text import CaptionTokenizer
+from megatron_interbert.errors import UsageError
+from megatron_interbert.model.initialise import initialise
+from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.model.presets import PRESETS, fit_to_data
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.task_config import ProductSearchConfig, RecommendationConfig
+from megatron_interbert.tasks.item_match import ItemMatchTask, ItemScorer
+from megatron_interbert.tasks.product_search import search
+from megatron_interbert.tasks.ranking import search_metrics
+from tests.launching import launch, records, train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shop") / "shop"
+    sizes = ("--train-products", 80, "--test-products", 40, "--train-queries", 120, "--test-queries", 20, "--train-topics", 12,
+             "--test-topics", 4)  # fmt: skip
+    code, out, err = launch(sys.executable, "tools/make_shop.py", "--output", folder, *sizes)
+    assert code == 0, out + err
+    return folder
+
+
+def catalogue(folder, titles=True, max_tokens=40, max_regions=36):
+    tokenizer = CaptionTokenizer(str(folder / "vocab.txt"), "chinese")
+    return Catalogue(Corpus([str(folder)]), tokenizer, titles, max_tokens, max_regions)
+
+
+def model_for(items, seed=0):
+    sizes = fit_to_data(
+        PRESETS["sample-chinese"], items.tokenizer.vocab_size, items.corpus.feature_dim, items.corpus.num_classes, "x"
+    )
+    sizes = dataclasses.replace(sizes, initializer_range=0.5)
+    model = InterBert(sizes, ("itm",))
+    initialise(model, sizes, seed, ParallelState())
+    return model.eval()
+
+
+def test_the_shop_is_what_it_says(shop):
+    """The same for a seed, its titles free of [UNK], its queries true of their products, and most of what they ask for in no title."""
+    items = {r["item_id"]: r for r in map(json.loads, (shop / "test" / "items.jsonl").read_text().splitlines())}
+    listed = catalogue(shop / "test")
+    assert listed.corpus.stores[0].manifest["generated"] is True
+    assert listed.ids == list(items)
+    for number, record in enumerate(items.values()):
+        assert listed.title(number) == record["title"]
+        assert listed.tokenizer.unknown not in listed.tokenizer.encode(record["title"], 64).ids, record["title"]
+        assert record["kind"] in record["title"]
+    for query in map(json.loads, (shop / "test" / "queries.jsonl").read_text().splitlines()):
+        names = {
+            "picture": ("colour", "pattern"),
+            "title": ("brand", "material"),
+            "both": ("colour", "pattern", "brand", "material"),
+        }
+        first = items[query["item_ids"][0]]
+        asked = [name for name in names[query["needs"]] if first[name] in query["query_text"]]
+        fitting = [
+            key
+            for key, item in items.items()
+            if query["query_text"].endswith(item["kind"]) and all(item[name] == first[name] for name in asked)
+        ]
+        assert fitting == query["item_ids"], query
+    coloured = [item["colour"] in item["title"] for item in items.values()]
+    assert 0.05 < np.mean(coloured) < 0.6
+
+
+def test_pairs_meet_in_full_and_alone(shop):
+    """The batch of a few pairs gives, pair by pair, what single passes give: one of both together, and one of each side."""
+    items = catalogue(shop / "train")
+    model, scorer = model_for(items), ItemScorer(model_for(items), items, CPU)
+    texts = scorer.pieces(["红色连衣裙", "Nordo靴子"])
+    text_of, chosen = np.array([0, 1, 1, 0]), np.array([5, 5, 9, 30])
+    batch = to_batch(items.both_ways(texts, text_of, chosen, np.array([0, 1, 1, 0])))
+    with torch.no_grad():
+        logits = model(batch).itm_logits
+    assert batch.labels.tolist() == [0, 1, 1, 0] * 2
+    full, alone = (logits[:, 0] - logits[:, 1]).chunk(2)
+    for row, (text, item) in enumerate(zip(text_of, chosen, strict=True)):
+        single = to_batch(items.fields(items.in_full([texts[text]], chosen[row : row + 1]), chosen[row : row + 1]))
+        with torch.no_grad():
+            one = model(single).itm_logits[0]
+        torch.testing.assert_close(full[row], one[0] - one[1], rtol=1e-4, atol=1e-4)
+        vectors = scorer.text_vectors([texts[text]])[0], scorer.item_vectors(np.array([item]))[0]
+        bias = model.itm_head.bias.detach()
+        torch.testing.assert_close(alone[row].item(), float(vectors[0] @ vectors[1] + bias[0] - bias[1]), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(scorer.match(texts, text_of, chosen), full.numpy(), rtol=1e-4, atol=1e-4)
+    small = ItemScorer(model, items, CPU, tokens_at_once=60)
+    np.testing.assert_allclose(small.match(texts, text_of, chosen), full.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_model_reads_of_an_item(shop):
+    items, bare = catalogue(shop / "train"), catalogue(shop / "train", titles=False)
+    text = items.tokenizer.encode("红色连衣裙", 40).ids
+    (ids, types), *_ = items.in_full([text], np.array([3]))
+    title = items.tokenizer.encode(items.title(3), 40).ids
+    assert ids.tolist() == [items.tokenizer.cls, *text, items.tokenizer.sep, *title, items.tokenizer.sep]
+    assert types.tolist() == [0] * (len(text) + 2) + [1] * (len(title) + 1)
+    assert bare.in_full([text], np.array([3]))[0][0].tolist() == [items.tokenizer.cls, *text, items.tokenizer.sep]
+    assert bare.items_alone(np.array([3]))[0][0].tolist() == [items.tokenizer.cls, items.tokenizer.sep]
+    assert bare.title(3) == ""
+    assert len(catalogue(shop / "train", max_tokens=12).in_full([text], np.array([3]))[0][0]) == 12
+
+
+def test_samples_of_search(shop):
+    """Wrong pairs never belong together; the same sample is the same whatever comes with it; near products where they are mined."""
+    items = catalogue(shop / "train")
+    queries = read_queries(str(shop / "train" / "queries.jsonl"), items, "--queries")
+    config = ProductSearchConfig(data_partitions=4, max_tokens=40)
+    samples = ProductSearchSet(queries, items, config)
+    together = {
+        (text.lower(), p) for text, products in zip(queries.texts, queries.products, strict=True) for p in products.tolist()
+    }
+    assert len(samples.query_of) == len(together), "the same text with the same product is one sample"
+    for start in range(0, len(samples.query_of), 16):
+        chosen = range(start, min(start + 16, len(samples.query_of)))
+        batch = to_batch(samples.fields([(3, sample) for sample in chosen]))
+        assert batch.labels.tolist() == [0, 1, 1, 1] * (2 * len(chosen))
+        pairs = read_pairs(batch, items)
+        for sample, row in zip(chosen, range(0, len(pairs), 4), strict=True):
+            assert pairs[row] == (samples.names[samples.query_of[sample]].lower(), samples.product_of[sample])
+            assert not together & set(pairs[row + 1 : row + 4])
+            assert pairs[row + 1][1] == pairs[row][1]
+            assert pairs[row + 2][0] == pairs[row + 3][0] == pairs[row][0]
+    alone = read_pairs(to_batch(samples.fields([(3, 7)])), items)
+    assert alone == read_pairs(to_batch(samples.fields([(3, 2), (3, 7)])), items)[4:]
+    assert alone != read_pairs(to_batch(samples.fields([(4, 7)])), items)
+
+
+def read_pairs(batch, items):
+    """(query, product) of the pairs in full, read back from token ids and regions."""
+    features = {items.corpus.stores[0].read(number).features[0].tobytes(): number for number in range(len(items))}
+    found = []
+    first_region = np.concatenate([[0], np.cumsum(batch.region_counts.numpy())])
+    for row in range(len(batch.labels) // 2):
+        ids = batch.token_ids[batch.text_offsets[row] : batch.text_offsets[row + 1]].tolist()
+        text = items.tokenizer.decode(ids[1 : ids.index(items.tokenizer.sep)]).replace(" ", "")
+        found.append((text, features[batch.features[first_region[row]].numpy().tobytes()]))
+    return found
+
+
+def test_a_query_for_everything_cannot_be_learnt(shop, tmp_path):
+    items = catalogue(shop / "test")
+    lines = [{"query_id": 1, "query_text": "鞋", "item_ids": items.ids}, {"query_id": 2, "query_text": "包", "item_ids": items.ids}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    samples = ProductSearchSet(
+        read_queries(str(tmp_path / "q.jsonl"), items, "--queries"), items, ProductSearchConfig(data_partitions=2)
+    )
+    with pytest.raises(UsageError, match="is for every product"):
+        samples.fields([(0, 0)])
+
+
+def test_samples_of_recommendation(shop):
+    items = catalogue(shop / "train")
+    topics = read_topics(str(shop / "train" / "topics.jsonl"), "--topics")
+    clicks = read_clicks(str(shop / "train" / "clicks.jsonl"), topics, items, "--clicks")
+    samples = ClickSet(topics, clicks, items, RecommendationConfig(data_partitions=4))
+    batch = to_batch(samples.fields([(0, 5), (0, 100)]))
+    assert batch.labels.tolist() == [1 - clicks.clicked[5], 1 - clicks.clicked[100]] * 2
+    assert 0.03 < clicks.clicked.mean() < 0.5
+    record = json.loads((shop / "train" / "topics.jsonl").read_text().splitlines()[0])
+    assert topics.texts[0] == topic_text(record["name"], record["description"], record["keywords"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("x", "line 1 is no JSON"),
+        ("[]", "line 1 is no JSON object"),
+        ('{"query_id": 1}', "line 1 has no 'query_text'"),
+        ('{"query_id": 1, "query_text": 5}', "line 1: 'query_text' is 5, expected str"),
+        ('{"query_id": 1, "query_text": " "}', "line 1: an empty query_text"),
+        ('{"query_id": 1, "query_text": "鞋", "item_ids": "7"}', "'item_ids' is no list"),
+        ('{"query_id": 1, "query_text": "鞋", "item_ids": ["nowhere"]}', "product nowhere is not in"),
+        ("", "no queries in it"),
+    ],
+)
+def test_wrong_queries_are_one_line(shop, tmp_path, line, message):
+    (tmp_path / "q.jsonl").write_text(line + "\n")
+    with pytest.raises(UsageError, match=message):
+        read_queries(str(tmp_path / "q.jsonl"), catalogue(shop / "test"), "--queries")
+
+
+def test_two_stages_find_what_one_finds_when_they_keep_everything(shop):
+    items = catalogue(shop / "test")
+    queries = read_queries(str(shop / "test" / "queries.jsonl"), items, "--queries")
+    scorer = ItemScorer(model_for(items), items, CPU)
+    full, kept = search(scorer, queries, ParallelState()), search(scorer, queries, ParallelState(), first_stage=40)
+    assert all((a == b).all() for a, b in zip(full.found, kept.found, strict=True))
+    vectors, wanted = scorer.item_vectors(np.arange(40)), scorer.text_vectors(scorer.pieces(queries.texts))
+    some = search(scorer, queries, ParallelState(), first_stage=5)
+    for query, found in enumerate(some.found):
+        assert set(found.tolist()) == set(np.argsort(-(vectors @ wanted[query]))[:5].tolist())
+    assert some.pairs == 5 * len(queries)
+    assert 0 <= search_metrics(some.found, queries.products)["R@10"] <= 100
+
+
+def finetune(*flags):
+    return (sys.executable, "-m", "megatron_interbert.finetune", *flags)
+
+
+def evaluate(*flags):
+    return (sys.executable, "-m", "megatron_interbert.evaluate", *flags)
+
+
+def ran(*command):
+    code, out, err = launch(*command)
+    assert code == 0, out + err
+    return out
+
+
+COMMON = ("--model", "sample-chinese", "--num-workers", 0, "--log-interval", 1, "--lr", "1e-3", "--micro-batch-size", 4,
+          "--global-batch-size", 8, "--ema-decay", 0)  # fmt: skip
+
+
+def test_search_from_training_to_a_servers_file(shop, tmp_path):
+    """Two ranks train as one does; figures are those of the order found; both benchmarks' files."""
+    train_set, test_set = shop / "train", shop / "test"
+    flags = ("product_search", *COMMON, "--data-path", train_set, "--queries", train_set / "queries.jsonl", "--train-iters", 3,
+             "--valid-data-path", test_set, "--valid-queries", test_set / "queries.jsonl", "--eval-interval", 3)  # fmt: skip
+    ran(*finetune(*flags, "--save", tmp_path / "one"))
+    code, out, err = train(2, *flags, "--save", tmp_path / "two", module="megatron_interbert.finetune")
+    assert code == 0, out + err
+    for step, record in records(tmp_path / "one").items():
+        assert record["loss"] == pytest.approx(records(tmp_path / "two")[step]["loss"], rel=1e-3)
+    valid = records(tmp_path / "one", "valid")[3]
+    asked = ("--load", tmp_path / "one", "--data-path", test_set, "--queries", test_set / "queries.jsonl")
+    out = ran(*evaluate("product_search", *asked, "--first-stage", 10, "--submission", "muge"))
+    result = json.loads((tmp_path / "one/evaluation/product_search/result.json").read_text())
+    for name in ("R@1", "R@10", "mean_recall", "nDCG@5"):
+        assert result["metrics"][name] == pytest.approx(valid[name], abs=1e-6)
+        assert f"two_stage_{name}" in out
+    lines = [json.loads(line) for line in (tmp_path / "one/evaluation/product_search/submission.jsonl").read_text().splitlines()]
+    assert [line["query_id"] for line in lines] == [f"test-q{number:05d}" for number in range(20)]
+    assert all(len(set(line["item_ids"])) == 10 for line in lines)
+    ran(*evaluate("product_search", *asked, "--submission", "kddcup2020"))
+    rows = list(csv.reader((tmp_path / "one/evaluation/product_search/submission.csv").open()))
+    assert rows[0] == ["query-id", "product1", "product2", "product3", "product4", "product5"]
+    assert [row[1] for row in rows[1:]] == [line["item_ids"][0] for line in lines]
+
+
+def test_recommendation_from_training_to_result(shop, tmp_path):
+    train_set, test_set = shop / "train", shop / "test"
+    flags = ("recommendation", *COMMON, "--data-path", train_set, "--topics", train_set / "topics.jsonl", "--clicks",
+             train_set / "clicks.jsonl", "--train-iters", 3, "--valid-data-path", test_set, "--valid-topics",
+             test_set / "topics.jsonl", "--valid-clicks", test_set / "clicks.jsonl", "--save", tmp_path / "run")  # fmt: skip
+    ran(*finetune(*flags))
+    valid = records(tmp_path / "run", "valid")[3]
+    asked = ("--load", tmp_path / "run", "--data-path", test_set, "--topics", test_set / "topics.jsonl", "--clicks",
+             test_set / "clicks.jsonl")  # fmt: skip
+    ran(*evaluate("recommendation", *asked))
+    result = json.loads((tmp_path / "run/evaluation/recommendation/result.json").read_text())
+    assert result["metrics"] == pytest.approx({name: valid[name] for name in result["metrics"]}, abs=1e-6)
+    assert result["showings"] == 4 * 40
+    code, _, err = launch(*finetune("recommendation", *COMMON, "--data-path", train_set))
+    assert (code, err.strip().splitlines()[-1][:28]) == (2, "error: --topics is missing; ")
+
+
+def test_the_loss_is_that_of_both_ways(shop):
+    items = catalogue(shop / "train")
+    queries = read_queries(str(shop / "train" / "queries.jsonl"), items, "--queries")
+    batch = to_batch(ProductSearchSet(queries, items, ProductSearchConfig(data_partitions=2)).fields([(0, 1), (0, 2)]))
+    task = ItemMatchTask()
+    output = model_for(items)(batch)
+    loss, report = task.loss(output, batch, task.count_targets(batch))
+    expected = [torch.nn.functional.cross_entropy(output.itm_logits[rows], batch.labels[rows]) for rows in (slice(8), slice(8, 16))]
+    torch.testing.assert_close(loss, sum(expected))
+    assert report[:, 2].tolist() == [8, 8]
