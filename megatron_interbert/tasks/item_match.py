@@ -87,8 +87,8 @@ class ItemScorer:
 
     def _batches(self, rows: Sequence[Text], items: np.ndarray) -> Iterator[PackedBatch]:
         """Runs of rows of about `tokens_at_once` tokens and regions; at least one row in each."""
-        regions = np.minimum(self.catalogue.corpus.region_counts[items], self.catalogue.max_regions)
-        cost = np.array([len(ids) for ids, _ in rows]) + np.where(items >= 0, regions + 1, 0)
+        regions = self.catalogue.region_counts(items)
+        cost = np.array([len(ids) for ids, _ in rows]) + regions + (regions > 0)
         first, total = 0, 0
         for row, tokens in enumerate(cost.tolist()):
             if row > first and total + tokens > self.tokens_at_once:

@@ -50,6 +50,15 @@ class Catalogue:
                     raise UsageError(f"{self.corpus.path}: two images are called {name}; an item needs an id of its own")
         return self._numbers.get(item_id)
 
+    def images(self, items: np.ndarray) -> np.ndarray:
+        """Image numbers of items [n], -1 for none."""
+        return items
+
+    def region_counts(self, items: np.ndarray) -> np.ndarray:
+        """Regions that are read of items [n], 0 for none."""
+        images = self.images(items)
+        return np.where(images < 0, 0, np.minimum(self.corpus.region_counts[images], self.max_regions))
+
     def title(self, item: int) -> str:
         """An item's title; empty where it has none."""
         return "" if self.title_of[item] == NO_TITLE else self.corpus.caption(int(self.title_of[item]))
@@ -82,11 +91,12 @@ class Catalogue:
 
     def fields(self, texts: Sequence[Text], items: np.ndarray, allocate: Allocate = plain_memory) -> Fields:
         """The fields of a PackedBatch of texts [B], each with the regions of an item, or with none (-1)."""
-        shown = np.unique(items[items >= 0])
+        images = self.images(items)
+        shown = np.unique(images[images >= 0])
         if not len(shown):
-            return pair_fields(texts, None, items, self.corpus.feature_dim)
+            return pair_fields(texts, None, images, self.corpus.feature_dim)
         regions = read_regions(self.corpus, shown, self.max_regions)
-        places = np.where(items >= 0, np.searchsorted(shown, items), -1)
+        places = np.where(images < 0, -1, np.searchsorted(shown, images))
         return pair_fields(texts, regions, places, self.corpus.feature_dim, allocate)
 
     def both_ways(

@@ -1,0 +1,1 @@
+"""Product search and recommendation as a service: items, index, batching, HTTP, page."""

@@ -1,0 +1,356 @@
+"""The HTTP interface: search, recommendation, scores, items, health, metrics, page."""
+
+import asyncio
+import html
+import json
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import prometheus_client as prometheus
+from fastapi import Depends, FastAPI, Header, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from megatron_interbert.data.downstream.recommendation import topic_text
+from megatron_interbert.data.drawing import PHOTO_TYPES, draw_image, find_photo
+from megatron_interbert.serving.batching import Answer, Late, ModelThread, QueueFull
+from megatron_interbert.serving.guard import Guard
+from megatron_interbert.serving.items import Item
+from megatron_interbert.serving.shop import Find, Hit, Score, Shop
+from megatron_interbert.task_config import ServeConfig
+
+MOST = 50  # items of an answer
+
+
+def speakable(text: str) -> str:
+    """Text that is Unicode throughout and says something; ValueError else."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("half a character (a lone surrogate)") from None
+    if "\0" in text or not text.strip():
+        raise ValueError("no text")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(speakable)]
+Words = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(speakable)]
+Id = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(speakable)]
+K = Annotated[int, Field(strict=True, ge=1, le=MOST, description="items wanted")]
+Candidates = Annotated[int, Field(strict=True, ge=1, le=1000, description="items that the first stage leaves for the model")]
+
+
+class Body(BaseModel):
+    """Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class SearchRequest(Body):
+    query: Text = Field(examples=["红色条纹连衣裙"])
+    k: K = 10
+    candidates: Candidates = 100
+
+
+class TopicText(Body):
+    name: Words = Field(examples=["清爽海滩系列"])
+    description: Text | None = Field(None, examples=["在海滩拍的蓝色、白色，适合泳衣和凉鞋"])
+    keywords: list[Words] = Field([], max_length=16, examples=[["泳衣", "凉鞋", "海滩"]])
+
+
+class RecommendRequest(Body):
+    topic_id: Id | None = Field(None, description="one of GET /topics")
+    topic: TopicText | None = Field(None, description="or a topic of your own")
+    k: K = 10
+    candidates: Candidates = 100
+
+
+class ScoreRequest(Body):
+    text: Text = Field(examples=["红色条纹连衣裙"])
+    item_ids: list[Id] = Field(min_length=1, max_length=100, examples=[["test-000000", "test-000001"]])
+    explain: bool = Field(False, description="also which regions of the picture speak for the match; one item only")
+
+
+class ItemBody(Body):
+    image_id: Id = Field(description="an image of the region stores that the service was started with", examples=["test-000003"])
+    title: Annotated[str, Field(max_length=256)] = Field("", examples=["青禾2026夏季红色纯棉连衣裙"])
+    attributes: dict[Words, Words] = Field({}, max_length=16, examples=[{"shop": "青禾旗舰店", "price": "99.9"}])
+
+
+class ItemAnswer(BaseModel):
+    item_id: str
+    image_id: str
+    title: str
+    attributes: dict[str, str]
+
+
+class Found(ItemAnswer):
+    score: float = Field(description="margin of the matching head, higher is better; above 0 it says that they match")
+
+
+class Timings(BaseModel):
+    waited_ms: float
+    took_ms: float = Field(description="of the passes in which it was answered")
+    together: int = Field(description="questions that were answered in them")
+
+
+class Results(BaseModel):
+    results: list[Found]
+    model: str = Field(description="first digits of the sha256 of the weights")
+    index: str = Field(description="version of the index")
+    timings: Timings
+
+
+class RegionWeight(BaseModel):
+    box: list[float] = Field(description="x1, y1, x2, y2 as shares of the picture")
+    weight: float = Field(description="from -1 to 1; positive speaks for the match")
+
+
+class Scores(Results):
+    regions: list[RegionWeight] | None = None
+
+
+class ErrorAnswer(BaseModel):
+    error: str
+
+
+class Metrics:
+    """Prometheus figures of one application."""
+
+    def __init__(self, model: ModelThread) -> None:
+        self.registry = prometheus.CollectorRegistry()
+        make = {"registry": self.registry}
+        self.requests = prometheus.Counter("interbert_requests", "requests by route and status", ["route", "status"], **make)
+        self.seconds = prometheus.Histogram("interbert_request_seconds", "seconds of requests", ["route"], **make,
+                                            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10))  # fmt: skip
+        for name, what in (("batches", "passes"), ("questions", "answered"), ("late", "past their deadline"), ("gone", "left by clients"),
+                           ("full", "turned away")):  # fmt: skip
+            gauge = prometheus.Gauge(f"interbert_{name}_total", f"questions: {what}", **make)
+            gauge.set_function(lambda name=name: model.answered[name])
+        prometheus.Gauge("interbert_waiting", "questions in the queue", **make).set_function(lambda: model.waiting)
+        prometheus.Gauge("interbert_items", "items", **make).set_function(lambda: len(model.shop.items))
+
+    def count(self, route: str, status: int, seconds: float) -> None:
+        """A request that has ended."""
+        self.requests.labels(route, str(status)).inc()
+        self.seconds.labels(route).observe(seconds)
+
+
+@dataclass
+class Topic:
+    """One that can be asked for by its id."""
+
+    topic_id: str
+    name: str
+    text: str
+
+
+@dataclass
+class Service:
+    """What the routes share."""
+
+    model: ModelThread
+    config: ServeConfig
+    model_sha256: str
+    generated: bool
+    topics: dict[str, Topic] = field(default_factory=dict)
+    ready: bool = True
+
+    async def ask(self, asked: Find | Score | Callable[[Shop], Any]) -> Answer:
+        """By the model's thread; HTTPException 429 when too many wait, 503 when it took too long."""
+        try:
+            return await self.model.ask(asked, self.config.deadline)
+        except QueueFull:
+            raise HTTPException(429, "too many requests wait; come again", {"retry-after": "1"}) from None
+        except Late:
+            raise HTTPException(503, f"not answered within {self.config.deadline:g} s; come again", {"retry-after": "1"}) from None
+
+    def results(self, answer: Answer, hits: list[Hit], **more: Any) -> dict[str, Any]:
+        """An answer as JSON."""
+        return {
+            "results": [{**hit.item.record(), "score": hit.score} for hit in hits],
+            "model": self.model_sha256[:12],
+            "index": answer.version,
+            "timings": {
+                "waited_ms": round(1000 * answer.waited, 2),
+                "took_ms": round(1000 * answer.took, 2),
+                "together": answer.together,
+            },
+            **more,
+        }
+
+
+def make_app(service: Service) -> FastAPI:
+    """The application around a service."""
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.ready = False
+        await asyncio.to_thread(service.model.close)
+
+    errors = {status: {"model": ErrorAnswer} for status in (400, 408, 413, 422, 429, 503)}
+    app = FastAPI(title="InterBERT product search", version="1", lifespan=life, docs_url=None, redoc_url=None, responses=errors)
+    app.state.service = service
+    metrics = Metrics(service.model)
+    config = service.config
+    app.add_middleware(Guard, max_body=config.max_body, body_seconds=config.body_seconds, count=metrics.count)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        return JSONResponse({"error": f"{where or 'body'}: {first['msg']}"[:300]}, 422)
+
+    @app.exception_handler(StarletteHTTPException)
+    async def failed(request: Request, error: StarletteHTTPException) -> JSONResponse:
+        return JSONResponse({"error": str(error.detail)}, error.status_code, headers=error.headers)
+
+    def key(header: str | None) -> None:
+        given = (header or "").removeprefix("Bearer ")
+        if not secrets.compare_digest(given.encode(), config.api_key.encode()):
+            raise HTTPException(401, "a wrong key, or none: Authorization: Bearer KEY", {"www-authenticate": "Bearer"})
+
+    def may_write(authorization: Annotated[str | None, Header()] = None) -> None:
+        if not config.api_key:
+            raise HTTPException(403, "items cannot be changed: the service was started without INTERBERT_API_KEY")
+        key(authorization)
+
+    def may_read(authorization: Annotated[str | None, Header()] = None) -> None:
+        if config.protect_reads:
+            key(authorization)
+
+    reads, writes = [Depends(may_read)], [Depends(may_write)]
+
+    def found_item(item_id: str) -> Item:
+        place = service.model.shop.items.place(item_id)
+        if place is None:
+            raise HTTPException(404, "no such item")
+        return service.model.shop.items.item(place)
+
+    @app.post("/search", dependencies=reads, response_model=Results)
+    async def search(body: SearchRequest) -> dict[str, Any]:
+        """The items that fit a query best."""
+        answer = await service.ask(Find(body.query, body.k, max(body.k, body.candidates)))
+        return service.results(answer, answer.result)
+
+    @app.post("/recommend", dependencies=reads, response_model=Results, responses={404: {"model": ErrorAnswer}})
+    async def recommend(body: RecommendRequest) -> dict[str, Any]:
+        """The items that fit a topic best: one of /topics, or one of your own."""
+        if (body.topic_id is None) == (body.topic is None):
+            raise HTTPException(422, "give either topic_id or topic")
+        if body.topic is not None:
+            text = topic_text(body.topic.name, body.topic.description or "", body.topic.keywords)
+        elif body.topic_id in service.topics:
+            text = service.topics[body.topic_id].text
+        else:
+            raise HTTPException(404, "no such topic")
+        answer = await service.ask(Find(text, body.k, max(body.k, body.candidates)))
+        return service.results(answer, answer.result)
+
+    @app.post("/score", dependencies=reads, response_model=Scores, responses={404: {"model": ErrorAnswer}})
+    async def score(body: ScoreRequest) -> dict[str, Any]:
+        """How well a text and some items match, in the order given."""
+        if body.explain and len(body.item_ids) > 1:
+            raise HTTPException(422, "explain: give one item")
+        places = [service.model.shop.items.place(item_id) for item_id in body.item_ids]
+        if None in places:
+            raise HTTPException(404, f"item {places.index(None)} of the list: no such item")
+        answer = await service.ask(Score(body.text, places))
+        regions = (await service.ask(lambda shop: shop.regions(body.text, places[0]))).result if body.explain else None
+        return service.results(answer, answer.result, regions=regions)
+
+    @app.get("/topics", dependencies=reads)
+    async def topics() -> list[dict[str, str]]:
+        """The topics that can be asked for by their ids."""
+        return [{"topic_id": topic.topic_id, "name": topic.name, "text": topic.text} for topic in service.topics.values()]
+
+    @app.get("/items/{item_id:path}", dependencies=reads, response_model=ItemAnswer, responses={404: {"model": ErrorAnswer}})
+    async def read_item(item_id: str) -> dict[str, Any]:
+        """One item."""
+        return found_item(item_id).record()
+
+    @app.put("/items/{item_id:path}", dependencies=writes, response_model=ItemAnswer,
+             responses={201: {"model": ItemAnswer}, 401: {"model": ErrorAnswer}, 403: {"model": ErrorAnswer}})  # fmt: skip
+    async def put_item(item_id: str, body: ItemBody, response: Response) -> dict[str, Any]:
+        """Add an item (201) or change it (200); searches find it when this answers."""
+        try:
+            item = Item(speakable(item_id), body.image_id, body.title and speakable(body.title), dict(body.attributes))
+            if len(item_id) > 128:
+                raise ValueError("more than 128 characters")
+        except ValueError as error:
+            raise HTTPException(422, f"item_id or title: {error}") from None
+        try:
+            answer = await service.ask(lambda shop: shop.put(item))
+        except KeyError:
+            raise HTTPException(422, "image_id: no such image in the region stores") from None
+        response.status_code = 201 if answer.result else 200
+        return item.record()
+
+    @app.delete("/items/{item_id:path}", dependencies=writes, status_code=204,
+                responses={401: {"model": ErrorAnswer}, 403: {"model": ErrorAnswer}, 404: {"model": ErrorAnswer}})  # fmt: skip
+    async def delete_item(item_id: str) -> Response:
+        """Take an item out; no search finds it when this answers."""
+        if not (await service.ask(lambda shop: shop.remove(item_id))).result:
+            raise HTTPException(404, "no such item")
+        return Response(status_code=204)
+
+    @app.get("/pictures/{item_id:path}", dependencies=reads, response_class=Response, responses={404: {"model": ErrorAnswer}})
+    async def picture(item_id: str) -> Response:
+        """The photo of an item, or a drawing of its regions where there is none."""
+        number = service.model.shop.items.image_numbers[found_item(item_id).image_id]
+        return await asyncio.to_thread(picture_of, service.model.shop, number, config.image_folder)
+
+    @app.get("/healthz", include_in_schema=False)
+    async def health() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/readyz", include_in_schema=False)
+    async def readiness() -> Response:
+        shop = service.model.shop
+        facts = {"ready": service.ready, "items": len(shop.items), "index": shop.version, "model": service.model_sha256[:12]}
+        return JSONResponse(facts, 200 if service.ready else 503)
+
+    @app.get("/metrics", include_in_schema=False)
+    async def exposition() -> Response:
+        return Response(prometheus.generate_latest(metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
+
+    page = resources.files("megatron_interbert.serving").joinpath("page")
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> HTMLResponse:
+        text = page.joinpath("index.html").read_text(encoding="utf-8")
+        facts = {"generated": service.generated, "protected": config.protect_reads}
+        return HTMLResponse(text.replace("{facts}", html.escape(json.dumps(facts))))
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def asset(name: str) -> Response:
+        kinds = {"page.js": "text/javascript", "page.css": "text/css"}
+        if name not in kinds:
+            raise HTTPException(404, "no such file")
+        return Response(page.joinpath(name).read_text(encoding="utf-8"), media_type=f"{kinds[name]}; charset=utf-8")
+
+    return app
+
+
+def picture_of(shop: Shop, image: int, folder: str) -> Response:
+    """A photo named by its image id in the folder, else an SVG."""
+    corpus = shop.items.corpus
+    store = int((corpus.first_image[1:] <= image).sum())
+    local = image - int(corpus.first_image[store])
+    name = corpus.stores[store].image_id(local)
+    photo = find_photo(Path(folder) if folder else None, name) if "/" not in name and not name.startswith(".") else None
+    cached = {"cache-control": "private, max-age=3600"}
+    if photo is not None:
+        return FileResponse(photo, media_type=f"image/{PHOTO_TYPES[photo.suffix]}", headers=cached)
+    symbol = draw_image(corpus.stores[store], local, None)
+    box = symbol[symbol.index("viewBox=") : symbol.index(">")]
+    body = symbol[symbol.index(">") + 1 : symbol.rindex("</symbol>")]
+    return Response(f'<svg xmlns="http://www.w3.org/2000/svg" {box}>{body}</svg>', media_type="image/svg+xml", headers=cached)

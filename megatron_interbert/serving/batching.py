@@ -1,0 +1,168 @@
+"""One thread that computes, and a bounded queue before it: questions that wait are answered together.
+
+A question has a deadline; one that is late, or whose client has gone, is left out before it costs anything. Changes of items go through the
+same queue in order, so that nothing is read while it is written.
+"""
+
+import asyncio
+import collections
+import concurrent.futures
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_interbert.serving.shop import Find, Hit, Score, Shop
+
+
+class QueueFull(Exception):
+    """More is waiting than is allowed."""
+
+
+class Late(Exception):
+    """The deadline of a question passed while it waited."""
+
+
+@dataclass
+class Job:
+    """A question, or a change: a function of the shop. Seconds are of time.monotonic()."""
+
+    asked: Find | Score | Callable[[Shop], Any]
+    deadline: float
+    loop: asyncio.AbstractEventLoop | None = None
+    future: asyncio.Future | None = None  # None: nobody waits for it in a coroutine
+    asked_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def pairs(self) -> int:
+        """What it costs, about."""
+        if isinstance(self.asked, Find):
+            return self.asked.candidates
+        return len(self.asked.places) if isinstance(self.asked, Score) else 1
+
+    def end(self, result: Any = None, error: BaseException | None = None) -> None:
+        """Tell who waits, if somebody still does."""
+
+        def tell() -> None:
+            if not self.future.done():
+                self.future.set_exception(error) if error else self.future.set_result(result)
+
+        if self.loop is not None:
+            self.loop.call_soon_threadsafe(tell)
+
+
+@dataclass
+class Answer:
+    """Hits, or what a change gave; how long it waited, how long it took with all that was answered beside it, and the version asked."""
+
+    result: list[Hit] | Any
+    waited: float
+    took: float
+    together: int
+    version: str
+
+
+class ModelThread:
+    """`ask` from a coroutine; `queue_size` questions may wait, about `pairs_at_once` pairs are answered together."""
+
+    def __init__(self, shop: Shop, queue_size: int, pairs_at_once: int) -> None:
+        self.shop, self.queue_size, self.pairs_at_once = shop, queue_size, pairs_at_once
+        self.answered = collections.Counter()  # batches, questions, late, gone, full
+        self._waiting: collections.deque[Job] = collections.deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Questions in the queue."""
+        return len(self._waiting)
+
+    async def ask(self, asked: Find | Score | Callable[[Shop], Any], seconds: float) -> Answer:
+        """The answer, at the latest after so many seconds in the queue. QueueFull, Late, or what the change raises."""
+        loop = asyncio.get_running_loop()
+        job = Job(asked, time.monotonic() + seconds, loop, loop.create_future())
+        with self._changed:
+            if len(self._waiting) >= self.queue_size or self._closing:
+                self.answered["full"] += 1
+                raise QueueFull
+            self._waiting.append(job)
+            self._changed.notify()
+        return await job.future
+
+    def change(self, function: Callable[[Shop], Any]) -> None:
+        """Call function(shop) in the model's thread as soon as it comes to it, however many wait; returns when it is done."""
+        done = concurrent.futures.Future()
+
+        def call(shop: Shop) -> None:
+            try:
+                done.set_result(function(shop))
+            except BaseException as error:
+                done.set_exception(error)
+
+        with self._changed:
+            self._waiting.appendleft(Job(call, math.inf))
+            self._changed.notify()
+        done.result()
+
+    def close(self) -> None:
+        """Answer what waits, then end."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+        self.shop.close()
+
+    def swap(self, shop: Shop) -> None:
+        """Answer by another shop from now on; called in the model's thread, as a change."""
+        self.shop = shop
+
+    def _run(self) -> None:
+        while jobs := self._next():
+            started = time.monotonic()
+            try:
+                results = self._results(jobs)
+            except BaseException as error:
+                for job in jobs:
+                    job.end(error=error)
+                continue
+            took = time.monotonic() - started
+            self.answered.update(batches=1, questions=len(jobs))
+            for job, result in zip(jobs, results, strict=True):
+                job.end(Answer(result, started - job.asked_at, took, len(jobs), self.shop.version))
+
+    def _results(self, jobs: list[Job]) -> list[Any]:
+        if callable(jobs[0].asked):
+            return [jobs[0].asked(self.shop)]
+        return self.shop.answer([job.asked for job in jobs])
+
+    def _next(self) -> list[Job]:
+        """A change by itself, or questions that stand together in the queue and fit a batch; empty at the end."""
+        while True:
+            with self._changed:
+                while not self._waiting and not self._closing:
+                    self._changed.wait()
+                if not self._waiting:
+                    return []
+                jobs = [self._waiting.popleft()]
+                while (
+                    self._waiting
+                    and not callable(jobs[0].asked)
+                    and not callable(self._waiting[0].asked)
+                    and sum(job.pairs for job in jobs) + self._waiting[0].pairs <= self.pairs_at_once
+                ):
+                    jobs.append(self._waiting.popleft())
+            now, ready = time.monotonic(), []
+            for job in jobs:
+                if job.future is not None and job.future.cancelled():
+                    self.answered["gone"] += 1
+                elif now > job.deadline:
+                    self.answered["late"] += 1
+                    job.end(error=Late())
+                else:
+                    ready.append(job)
+            if ready:
+                return ready

@@ -1,0 +1,70 @@
+"""What stands before the application: limits of size and time for requests, headers for answers, and one line for each request."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from fastapi import HTTPException
+
+Message = MutableMapping[str, Any]
+Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
+log = logging.getLogger("megatron_interbert.serving")
+
+HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+    (
+        b"content-security-policy",
+        b"default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'",
+    ),
+]
+CLOSE = {"connection": "close"}  # the rest of a body is not read
+
+
+class Guard:
+    """ASGI around an application: bodies of at most `max_body` bytes within `body_seconds`, else 413 or 408.
+
+    The line of a request in the log has method, route, status and milliseconds: no query, no body, no key, no address.
+    """
+
+    def __init__(self, app: Any, max_body: int, body_seconds: float, count: Callable[[str, int, float], None]) -> None:
+        self.app, self.max_body, self.body_seconds, self.count = app, max_body, body_seconds, count
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status, read, whole = time.monotonic(), 500, 0, False
+
+        async def limited() -> Message:
+            nonlocal read, whole
+            if whole:  # what comes now is that the client has gone
+                return await receive()
+            left = started + self.body_seconds - time.monotonic()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, left))
+            except TimeoutError:
+                raise HTTPException(408, f"the body took more than {self.body_seconds:g} s", CLOSE) from None
+            read += len(message.get("body", b""))
+            if read > self.max_body:
+                raise HTTPException(413, f"a body of more than {self.max_body} bytes", CLOSE)
+            whole = not message.get("more_body")
+            return message
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                known = {name for name, _ in message["headers"]}
+                message = {**message, "headers": [*message["headers"], *(h for h in HEADERS if h[0] not in known)]}
+            await send(message)
+
+        try:
+            await self.app(scope, limited, noted)
+        finally:
+            route, took = getattr(scope.get("route"), "path", "other"), time.monotonic() - started
+            self.count(route, status, took)
+            log.info("%s %s %d %.1f ms", scope["method"], route, status, 1000 * took)
