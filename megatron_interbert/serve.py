@@ -1,6 +1,7 @@
 """Product search and recommendation over HTTP: `python -m megatron_interbert.serve --load RUN --data-path STORE`."""
 
 import logging
+import socket
 
 import uvicorn
 
@@ -10,6 +11,16 @@ from megatron_interbert.parallel.state import this_device
 from megatron_interbert.serving.app import make_app
 from megatron_interbert.serving.start import Opened, open_service
 from megatron_interbert.task_config import ServeConfig
+
+
+class Announced(uvicorn.Server):
+    """Says where it listens when it does."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        host, port = sockets[0].getsockname()[:2]
+        items = len(self.config.app.state.service.model.shop.items)
+        print(f"serving {items} items at http://{host}:{port}/", flush=True)
 
 
 def run() -> None:
@@ -22,7 +33,7 @@ def run() -> None:
         print(f"index {opened.build()} of {opened.folder}")
         return
     app = make_app(open_service(config, opened))
-    server = uvicorn.Server(
+    server = Announced(
         uvicorn.Config(
             app,
             host=config.host,
@@ -38,8 +49,6 @@ def run() -> None:
         listening = server.config.bind_socket()
     except SystemExit:
         raise UsageError(f"--port {config.port}: cannot listen at {config.host}:{config.port}; is another service there?") from None
-    host, port = listening.getsockname()[:2]
-    print(f"serving {len(app.state.service.model.shop.items)} items at http://{host}:{port}/", flush=True)
     server.run(sockets=[listening])
 
 

@@ -40,11 +40,7 @@ class VectorIndex:
     """
 
     def __init__(self, width: int, kind: str = "exact") -> None:
-        if kind == "exact":
-            inner = faiss.IndexFlatIP(width)
-        else:
-            inner = faiss.IndexHNSWFlat(width, LINKS, faiss.METRIC_INNER_PRODUCT)
-            inner.hnsw.efSearch = BREADTH
+        inner = faiss.IndexFlatIP(width) if kind == "exact" else faiss.IndexHNSWFlat(width, LINKS, faiss.METRIC_INNER_PRODUCT)
         self.kind, self.faiss = kind, faiss.IndexIDMap(inner)
         self.gone: set[int] = set()
         self._lock = threading.Lock()
@@ -71,6 +67,8 @@ class VectorIndex:
             most = min(k + len(self.gone), self.faiss.ntotal)
             if not most:
                 return [np.zeros(0, np.int64)] * len(vectors)
+            if self.kind == "hnsw":
+                faiss.downcast_index(self.faiss.index).hnsw.efSearch = max(BREADTH, most)
             _, found = self.faiss.search(np.ascontiguousarray(vectors, np.float32), most)
             gone = np.array(sorted(self.gone), np.int64)
         rows = [row[row >= 0] for row in found]

@@ -1,0 +1,331 @@
+"""The service as users start it: answers against brute force, changes and new versions under load, wrong input, keys, drain."""
+
+import concurrent.futures
+import dataclasses
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.data.downstream.items import Catalogue
+from megatron_interbert.data.text import CaptionTokenizer
+from megatron_interbert.hf import InterBertForImageTextRetrieval
+from megatron_interbert.hf.configuration import InterBertConfig
+from megatron_interbert.model.presets import PRESETS, fit_to_data
+from megatron_interbert.tasks.item_match import ItemScorer
+from tests.launching import launch, until
+from tests.serving_client import KEY, Service
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """A generated shop of 40 products, and weights that are random but far from nothing, as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("serving")
+    sizes = (
+        "--train-products",
+        2,
+        "--test-products",
+        40,
+        "--train-queries",
+        2,
+        "--test-queries",
+        8,
+        "--train-topics",
+        2,
+        "--test-topics",
+        3,
+    )
+    code, out, err = launch(sys.executable, "tools/make_shop.py", "--output", folder / "shop", *sizes)
+    assert code == 0, out + err
+    store = folder / "shop" / "test"
+    tokenizer, corpus = CaptionTokenizer(str(store / "vocab.txt"), "chinese"), Corpus([str(store)])
+    sizes = fit_to_data(PRESETS["sample-chinese"], tokenizer.vocab_size, corpus.feature_dim, corpus.num_classes, "test")
+    sizes = dataclasses.replace(sizes, initializer_range=0.4)
+    torch.manual_seed(0)
+    model = InterBertForImageTextRetrieval(InterBertConfig.from_model_config(sizes))
+    model.save_pretrained(folder / "model")
+    shutil.copy(store / "vocab.txt", folder / "model" / "vocab.txt")
+    return folder, model.eval(), store
+
+
+def flags(shop, index, *more):
+    folder, _, store = shop
+    return ("--load", folder / "model", "--data-path", store, "--index", index, "--topics", store / "topics.jsonl",
+            "--items", store / "items.jsonl", *more)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def service(shop, tmp_path_factory):
+    with Service(*flags(shop, tmp_path_factory.mktemp("index") / "index")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def scorer(shop):
+    _, model, store = shop
+    tokenizer = CaptionTokenizer(str(store / "vocab.txt"), "chinese")
+    return ItemScorer(model.interbert, Catalogue(Corpus([str(store)]), tokenizer, True, 64, 36), torch.device("cpu"))
+
+
+def expected(scorer, text, k):
+    scores = scorer.match(scorer.pieces([text]), np.zeros(40, np.int64), np.arange(40))
+    order = np.argsort(-scores, kind="stable")[:k]
+    return [(scorer.catalogue.ids[item], float(scores[item])) for item in order]
+
+
+def alike(found, wanted):
+    assert [item for item, _ in found] == [item for item, _ in wanted]
+    assert [score for _, score in found] == pytest.approx([score for _, score in wanted], rel=1e-3, abs=1e-3)
+
+
+def test_answers_are_those_of_the_model(service, scorer):
+    for text in ("红色条纹连衣裙", "Nordo靴子", "Ａ４ 連衣裙"):
+        alike(service.search(text, k=7, candidates=40), expected(scorer, text, 7))
+    status, topics, _ = service.call("GET", "/topics")
+    assert (status, len(topics)) == (200, 3)
+    status, answer, _ = service.call("POST", "/recommend", {"topic_id": topics[1]["topic_id"], "k": 5, "candidates": 40})
+    assert status == 200
+    alike([(item["item_id"], item["score"]) for item in answer["results"]], expected(scorer, topics[1]["text"], 5))
+    own = {"name": "清爽海滩系列", "description": "在海滩拍的蓝色", "keywords": ["泳衣", "凉鞋"]}
+    status, answer, _ = service.call("POST", "/recommend", {"topic": own, "k": 3, "candidates": 40})
+    alike([(i["item_id"], i["score"]) for i in answer["results"]], expected(scorer, "清爽海滩系列 在海滩拍的蓝色 泳衣 凉鞋", 3))
+    assert set(answer["timings"]) == {"waited_ms", "took_ms", "together"}
+    assert len(answer["model"]) == 12
+
+
+def test_the_first_stage_leaves_the_best_by_vectors(service, scorer):
+    text = "蓝色运动鞋"
+    vectors, wanted = scorer.item_vectors(np.arange(40)), scorer.text_vectors(scorer.pieces([text]))[0]
+    left = {scorer.catalogue.ids[item] for item in np.argsort(-(vectors @ wanted))[:6]}
+    assert {item for item, _ in service.search(text, k=6, candidates=6)} == left
+
+
+def test_scores_and_regions(service, scorer, shop):
+    ids = [scorer.catalogue.ids[item] for item in (5, 0, 17)]
+    status, answer, _ = service.call("POST", "/score", {"text": "红色凉鞋", "item_ids": ids})
+    assert status == 200
+    scores = scorer.match(scorer.pieces(["红色凉鞋"]), np.zeros(3, np.int64), np.array([5, 0, 17]))
+    assert [item["item_id"] for item in answer["results"]] == ids
+    assert [item["score"] for item in answer["results"]] == pytest.approx(scores.tolist(), rel=1e-3, abs=1e-3)
+    status, answer, _ = service.call("POST", "/score", {"text": "红色凉鞋", "item_ids": ids[:1], "explain": True})
+    regions = answer["regions"]
+    assert len(regions) == len(Corpus([str(shop[2])]).stores[0].read(5).boxes)
+    assert max(abs(region["weight"]) for region in regions) == 1
+    assert all(0 <= x <= 1 for region in regions for x in region["box"])
+
+
+def test_items_come_change_and_go(service):
+    path, body = (
+        "/items/" + quote("新品"),
+        {"image_id": "test-000003", "title": "红色条纹连衣裙 特别款", "attributes": {"price": "9.9"}},
+    )
+    assert service.call("PUT", path, body)[0] == 401
+    assert service.call("PUT", path, body, key="wrong")[0] == 401
+    status, answer, _ = service.call("PUT", path, body, key=KEY)
+    assert (status, answer["title"]) == (201, body["title"])
+    assert "新品" in [item for item, _ in service.search("红色条纹连衣裙", k=50, candidates=100)]
+    assert service.call("PUT", path, {**body, "title": "蓝色靴子"}, key=KEY)[0] == 200
+    assert service.call("GET", path)[1]["title"] == "蓝色靴子"
+    found = [item for item, _ in service.search("红色条纹连衣裙", k=50, candidates=100)]
+    assert found.count("新品") == 1
+    status, picture, headers = service.call("GET", path.replace("items", "pictures"))
+    assert (status, headers["content-type"]) == (200, "image/svg+xml")
+    assert b"<rect" in picture
+    assert service.call("DELETE", path, key=KEY)[0] == 204
+    assert service.call("DELETE", path, key=KEY)[0] == 404
+    assert service.call("GET", path)[0] == 404
+    assert len(service.search("红色", k=50, candidates=100)) == 40
+    status, answer, _ = service.call("PUT", path, {"image_id": "nowhere"}, key=KEY)
+    assert (status, answer) == (422, {"error": "image_id: no such image in the region stores"})
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "error"),
+    [
+        ({}, 422, "query: Field required"),
+        ({"query": ""}, 422, "query: String should have at least 1 character"),
+        ({"query": " \t"}, 422, "query: Value error, no text"),
+        ({"query": "x" * 257}, 422, "query: String should have at most 256 characters"),
+        ({"query": "x", "k": 0}, 422, "k: Input should be greater than or equal to 1"),
+        ({"query": "x", "k": 10**30}, 422, "k: "),
+        ({"query": "x", "k": 1.5}, 422, "k: Input should be a valid integer"),
+        ({"query": "x", "path": "/etc/passwd"}, 422, "path: Extra inputs are not permitted"),
+        ({"query": ["x"]}, 422, "query: Input should be a valid string"),
+        ([], 422, "body: "),
+    ],
+)
+def test_wrong_requests_are_one_line(service, body, status, error):
+    found, answer, _ = service.call("POST", "/search", body)
+    assert found == status
+    assert list(answer) == ["error"]
+    assert answer["error"].startswith(error)
+
+
+def test_bytes_that_are_no_text(service):
+    for raw in (b"\xff\xfe{", b'{"query": "\xff"}', b"", b"{", b'{"query": "\\ud800"}', b'{"query": "a\\u0000"}', b"[" * 5000):
+        status, answer, _ = service.call("POST", "/search", raw=raw)
+        assert status in (400, 422), raw
+        assert list(answer) == ["error"]
+    assert service.call("POST", "/search", raw=b'{"query": "' + b"x" * 70000 + b'"}')[0] == 413
+    assert service.call("GET", "/items/%ff%fe")[0] == 404
+    assert service.call("GET", "/pictures/..%2f..%2fetc%2fpasswd")[0] == 404
+    assert service.call("GET", "/nothing")[0] == 404
+    assert service.call("PATCH", "/search", {})[0] == 405
+
+
+def test_what_it_says_of_itself(service):
+    status, facts, _ = service.call("GET", "/readyz")
+    assert (status, facts["ready"]) == (200, True)
+    assert service.call("GET", "/healthz")[1] == {"status": "alive"}
+    status, text, _ = service.call("GET", "/metrics")
+    assert b'interbert_requests_total{route="/search",status="200"}' in text
+    assert b"interbert_items" in text
+    status, page, headers = service.call("GET", "/")
+    assert status == 200
+    assert b"http" not in page.replace(b"http-equiv", b""), "nothing from outside"
+    assert "default-src 'self'" in headers["content-security-policy"]
+    schema = service.call("GET", "/openapi.json")[1]
+    assert {"/search", "/recommend", "/score", "/topics", "/items/{item_id}", "/pictures/{item_id}"} <= set(schema["paths"])
+    log = "".join(service.lines["stderr"])
+    assert "POST /search 200" in log
+    for secret in (KEY, "红色", "wrong", "Traceback"):
+        assert secret not in log
+
+
+def test_slow_bodies_end(shop, tmp_path):
+    with Service(*flags(shop, tmp_path / "index", "--body-seconds", 1)) as service:
+        host, port = service.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as line:
+            line.sendall(b"POST /search HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{")
+            started = time.monotonic()
+            answer = line.recv(65536)
+        assert b" 408 " in answer.split(b"\r\n")[0]
+        assert time.monotonic() - started < 10
+        assert service.search("红色")
+
+
+def test_a_full_queue_and_deadlines(shop, tmp_path):
+    """Many at once: every one is answered, with 200, 429 or (past its deadline) 503, and afterwards all is as before."""
+    more = ("--queue-size", 4, "--pairs-at-once", 40, "--deadline", 0.05)
+    with Service(*flags(shop, tmp_path / "index", *more)) as service, concurrent.futures.ThreadPoolExecutor(32) as pool:
+        body = {"query": "红色条纹连衣裙", "candidates": 40}
+        found = list(pool.map(lambda _: service.call("POST", "/search", body)[0], range(200)))
+        assert set(found) <= {200, 429, 503}
+        assert 200 in found
+        assert 429 in found
+        assert service.search("红色条纹连衣裙")
+
+
+def test_changes_and_new_versions_under_load_lose_nothing(shop, tmp_path, scorer):
+    """While searches go on, items come and go and a new version of the index is built by another process and taken over; the changes
+    survive that, and a restart."""
+    index = tmp_path / "index"
+    failures, stop = [], threading.Event()
+    with Service(*flags(shop, index)) as service:
+        first = service.call("GET", "/readyz")[1]["index"]
+
+        def ask():
+            while not stop.is_set():
+                status, answer, _ = service.call("POST", "/search", {"query": "红色", "k": 3})
+                if status != 200 or len(answer["results"]) != 3:
+                    failures.append((status, answer))
+
+        def change():
+            number = 0
+            while not stop.is_set():
+                number += 1
+                body = {"image_id": f"test-{number % 40:06d}", "title": f"新款{number}"}
+                status, answer, _ = service.call("PUT", f"/items/n{number}", body, key=KEY)
+                if status != 201:
+                    failures.append((status, answer))
+                if number % 3 == 0 and service.call("DELETE", f"/items/n{number}", key=KEY)[0] != 204:
+                    failures.append(("delete", number))
+                time.sleep(0.01)
+            return number
+
+        with concurrent.futures.ThreadPoolExecutor(5) as pool:
+            writer = pool.submit(change)
+            readers = [pool.submit(ask) for _ in range(4)]
+            folder, _, store = shop
+            code, out, err = launch(
+                *(
+                    sys.executable,
+                    "-m",
+                    "megatron_interbert.serve",
+                    "--build-only",
+                    "--load",
+                    folder / "model",
+                    "--data-path",
+                    store,
+                ),
+                *("--index", index),
+            )
+            assert code == 0, out + err
+            until(lambda: service.call("GET", "/readyz")[1]["index"] != first, "the new version is served")
+            time.sleep(0.3)
+            stop.set()
+            written = writer.result()
+            for reader in readers:
+                reader.result()
+        assert not failures
+        assert "is served now" in "".join(service.lines["stderr"])
+        there = {f"n{number}" for number in range(1, written + 1) if number % 3}
+        listed = {key for key in there if service.call("GET", f"/items/{key}")[0] == 200}
+        assert listed == there
+        assert service.call("GET", "/readyz")[1]["items"] == 40 + len(there)
+    with Service(*(flag for flag in flags(shop, index) if flag not in ("--items", store / "items.jsonl"))) as again:
+        assert again.call("GET", "/readyz")[1]["items"] == 40 + len(there)
+        assert all(again.call("GET", f"/items/{key}")[0] == 200 for key in sorted(there)[:5])
+
+
+def test_it_drains(shop, tmp_path):
+    """What is under way when SIGTERM comes is answered."""
+    with Service(*flags(shop, tmp_path / "index")) as service, concurrent.futures.ThreadPoolExecutor(16) as pool:
+        body = {"query": "红色条纹连衣裙", "candidates": 40}
+        asked = [pool.submit(service.call, "POST", "/search", body) for _ in range(16)]
+        until(
+            lambda: b'route="/search",status="200"' in service.call("GET", "/metrics")[1] or any(a.done() for a in asked),
+            "the first answers",
+        )
+        service.process.send_signal(signal.SIGTERM)
+        refused = 0
+        for answer in asked:
+            try:
+                assert answer.result()[0] in (200, 429)
+            except (ConnectionError, OSError):
+                refused += 1  # it had not been accepted yet
+        assert refused < 16
+        assert service.process.wait(30) in (0, -signal.SIGTERM)
+
+
+def test_wrong_use_is_one_line(shop, tmp_path):
+    folder, _, store = shop
+
+    def refused(*more):
+        code, _, err = launch(sys.executable, "-m", "megatron_interbert.serve", *more)
+        assert code == 2, err
+        assert "Traceback" not in err
+        return err.strip().splitlines()[-1]
+
+    known = ("--load", folder / "model", "--data-path", store, "--index", tmp_path / "index")
+    assert "--load is missing" in refused("--data-path", store)
+    assert "--protect-reads needs a key" in refused(*known, "--protect-reads")
+    assert "no topics.jsonl" in refused(*known, "--topics", tmp_path / "no topics.jsonl")
+    (tmp_path / "items.jsonl").write_text('{"item_id": "a", "title": "x"}\n')
+    assert "line 1: image a is not in" in refused(*known, "--items", tmp_path / "items.jsonl", "--rebuild")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert "cannot listen at" in refused(*known, "--port", taken.getsockname()[1])
+    with Service(*known, "--protect-reads") as service:
+        assert service.call("POST", "/search", {"query": "红色"})[0] == 401
+        assert service.call("POST", "/search", {"query": "红色"}, key=KEY)[0] == 200
+        assert service.call("GET", "/healthz")[0] == 200
+    with Service(*known, key="") as service:
+        assert service.call("DELETE", "/items/test-000001", key="")[0] == 403
