@@ -3,7 +3,8 @@
 
 For each split (train, test): a region store of the products, whose captions are their titles; items.jsonl with their attributes;
 queries.jsonl in the form of MUGE (query_id, query_text, item_ids); topics.jsonl (name, description, keywords); clicks.jsonl (topic_id,
-item_id, user_id, clicked). Products, queries and topics of the two splits are drawn apart. The same seed gives the same shop.
+item_id, user_id, clicked). The test products, which a service may show, have pictures/ITEM_ID.png too. Products, queries and topics of
+the two splits are drawn apart. The same seed gives the same shop.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,32 +23,42 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_interbert.data.building.shard_writer import commit
 from megatron_interbert.errors import UsageError, run_entry
 from tools.generated import generated_store
-from tools.shop_world import KINDS, PLACES, Product, ShopWorld, query, topic, vocabulary
+from tools.shop_pictures import draw_product
+from tools.shop_world import KINDS, PLACES, Asker, Product, ShopWorld, topic, vocabulary
 
 SEEN = 60  # products that are shown for a topic in the clicks
 USERS = 500
 SPLITS = {"train": 1, "test": 2}
 
 
-def write_split(world: ShopWorld, folder: Path, split: str, products: int, queries: int, topics: int, seed: int) -> None:
-    """One split: the store, then the files that name its products."""
+def write_split(
+    world: ShopWorld, folder: Path, split: str, products: int, queries: int, topics: int, seed: int, pictures: bool
+) -> None:
+    """One split: the store, then the pictures and the files that name its products."""
 
     def random(purpose: int, number: int = 0) -> np.random.Generator:
         return np.random.default_rng([seed, SPLITS[split], purpose, number])
 
     made: list[Product] = []
+    drawn: dict[str, Image.Image] = {}
     with generated_store(folder / split, seed, [*KINDS, *PLACES], vocabulary(), "chinese") as writer:
         for number in tqdm(range(products), desc=f"{split} products", unit="product", mininterval=1.0, disable=None):
             made.append(world.product(random(0, number), f"{split}-{number:06d}"))
-            writer.add(world.picture(random(1, number), made[-1]), [(made[-1].title, "zh")])
+            things, boxes = world.scene(random(1, number), made[-1])
+            writer.add(world.detect(random(5, number), made[-1], things, boxes), [(made[-1].title, "zh")])
+            if pictures:
+                drawn[made[-1].item_id] = draw_product(things, made[-1].place, boxes)
+    for name, picture in drawn.items():
+        (folder / split / "pictures").mkdir(exist_ok=True)
+        picture.save(folder / split / "pictures" / f"{name}.png")
     write_lines(
         folder / split / "items.jsonl",
         ({"item_id": p.item_id, "title": p.title, "shop": p.shop, "price": p.price, **p.attributes()} for p in made),
     )
-    asked = random(2)
+    asked, asker = random(2), Asker(made)
     write_lines(
         folder / split / "queries.jsonl",
-        ({"query_id": f"{split}-q{number:05d}", **query(asked, made)} for number in range(queries)),
+        ({"query_id": f"{split}-q{number:05d}", **asker.query(asked)} for number in range(queries)),
     )
     wanted, clicks = random(3), random(4)
     found = {f"{split}-t{number:04d}": topic(wanted) for number in range(topics)}
@@ -94,7 +106,7 @@ def run() -> None:
     world = ShopWorld(options.seed, options.noise)
     for split in SPLITS:
         sizes = (getattr(options, f"{split}_{kind}") for kind in ("products", "queries", "topics"))
-        write_split(world, Path(options.output), split, *sizes, options.seed)
+        write_split(world, Path(options.output), split, *sizes, options.seed, pictures=split == "test")
     print(
         f"generated shop in {options.output}: {options.train_products} products to train on and {options.test_products} unseen ones"
     )

@@ -1,7 +1,7 @@
 """A generated shop of clothes and shoes: what products, titles, queries and topics are made of; used by make_shop.py.
 
-Everything is made up. Colour and pattern show in the picture and seldom stand in the title; material, brand and model stand in the title
-only; where the picture was taken shows in the picture only. A topic wants some kinds, two colours and a place.
+Everything is made up. Colour and pattern show in the picture and stand in about half of the titles; material, brand and model stand in
+titles only; where a picture was taken shows in the picture only. A topic wants some kinds, two colours and a place.
 """
 
 from collections.abc import Sequence
@@ -28,17 +28,13 @@ SHOPS = ("青禾旗舰店", "远山女装", "小满鞋包", "木棉之家", "LUM
 MOODS = ("清爽", "温暖", "约会", "通勤", "运动", "节日", "旅行", "校园")
 GRAMMAR = "的在拍适合穿搭主题，系列·和、风-"
 SIZE = (640, 640)
-IN_TITLE = {"colour": 0.3, "pattern": 0.15, "material": 0.7, "brand": 0.8, "season": 0.6}  # how often a title names it
-# What a query asks for, and whether its words can be found in titles, in pictures, or need both.
-ASKED = {
-    ("colour",): "picture",
-    ("pattern",): "picture",
-    ("colour", "pattern"): "picture",
-    ("brand",): "title",
-    ("material",): "title",
-    ("colour", "brand"): "both",
-    ("colour", "material"): "both",
-}
+IN_TITLE = {"colour": 0.5, "pattern": 0.4, "material": 0.7, "brand": 0.8, "season": 0.6}  # how often a title names it
+# What a query asks for beside the kind.
+ASKED = (
+    *(("colour",), ("pattern",), ("colour", "pattern"), ("brand",), ("material",)),
+    *(("colour", "brand"), ("colour", "material")),
+)
+VISIBLE = ("colour", "pattern")
 
 
 @dataclass
@@ -92,32 +88,53 @@ class ShopWorld:
             item_id, **drawn, title="".join(words), shop=str(random.choice(SHOPS)), price=int(random.integers(39, 900)) + 0.9
         )
 
-    def picture(self, random: np.random.Generator, product: Product) -> Regions:
-        """The article large in its place, and sometimes something else beside it."""
-        kinds, colours, patterns = [product.kind], [product.colour], [product.pattern]
+    def scene(self, random: np.random.Generator, product: Product) -> tuple[list[tuple[int, int, int]], np.ndarray]:
+        """What the picture shows: the article large in the middle, and sometimes something else beside it; (kind, colour, pattern) of each,
+        and their boxes as shares of the picture."""
+        things = [(product.kind, product.colour, product.pattern)]
         if random.random() < 0.3:
-            kinds.append(int(random.integers(len(KINDS))))
-            colours.append(int(random.integers(len(COLOURS))))
-            patterns.append(int(random.integers(len(PATTERNS))))
+            things.append(tuple(int(random.integers(len(table))) for table in (KINDS, COLOURS, PATTERNS)))
         centre, extent = random.uniform(0.4, 0.6, 2), random.uniform(0.4, 0.7, 2)
         corner = random.uniform(0.0, 0.75, 2)
-        boxes = [[*(centre - extent / 2), *(centre + extent / 2)], [*corner, *(corner + 0.22)]][: len(kinds)]
+        return things, np.array([[*(centre - extent / 2), *(centre + extent / 2)], [*corner, *(corner + 0.22)]][: len(things)])
+
+    def detect(
+        self, random: np.random.Generator, product: Product, things: list[tuple[int, int, int]], boxes: np.ndarray
+    ) -> Regions:
+        """What a detector would say of the picture: its things, and the place around them."""
+        kinds, colours, patterns = (list(numbers) for numbers in zip(*things, strict=True))
         features = self.kinds[kinds] + self.colours[colours] + self.patterns[patterns]
+        everything = np.concatenate([boxes, [[0.02, 0.02, 0.98, 0.98]]]) * SIZE[0]
         classes = np.array([*kinds, len(KINDS) + product.place])
-        everything = np.concatenate([np.array(boxes), [[0.02, 0.02, 0.98, 0.98]]]) * SIZE[0]
         return self.detector.detect(
             random, product.item_id, SIZE, classes, np.concatenate([features, self.places[[product.place]]]), everything
         )
 
 
-def query(random: np.random.Generator, products: Sequence[Product]) -> dict[str, Any]:
-    """A query for one of the products by some of its attributes, and all products that it fits."""
-    target = products[int(random.integers(len(products)))]
-    asked = list(ASKED)[int(random.integers(len(ASKED)))]
-    words = [TABLES[name][getattr(target, name)] for name in asked]
-    joined = "的" if random.random() < 0.3 else ""
-    fitting = [p.item_id for p in products if all(getattr(p, name) == getattr(target, name) for name in ("kind", *asked))]
-    return {"query_text": "".join(words) + joined + KINDS[target.kind], "item_ids": fitting, "needs": ASKED[asked]}
+class Asker:
+    """Makes queries for some products."""
+
+    def __init__(self, products: Sequence[Product]) -> None:
+        self.products = products
+        self.numbers = {name: np.array([getattr(product, name) for product in products]) for name in TABLES}
+
+    def query(self, random: np.random.Generator) -> dict[str, Any]:
+        """A query for one of the products by some of its attributes, and all products that it fits.
+
+        It `needs` the picture where no title of a product that it fits says all that it asks for of what is visible; the title where
+        it asks for nothing visible; else either tells.
+        """
+        target = self.products[int(random.integers(len(self.products)))]
+        asked = ASKED[int(random.integers(len(ASKED)))]
+        words = [TABLES[name][getattr(target, name)] for name in asked]
+        joined = "的" if random.random() < 0.3 else ""
+        fits = np.all([self.numbers[name] == getattr(target, name) for name in ("kind", *asked)], axis=0)
+        fitting = [self.products[number] for number in np.flatnonzero(fits)]
+        seen = [TABLES[name][getattr(target, name)] for name in asked if name in VISIBLE]
+        told = any(all(word in product.title for word in seen) for product in fitting)
+        needs = "title" if not seen else "either" if told else "picture"
+        ids = [product.item_id for product in fitting]
+        return {"query_text": "".join(words) + joined + KINDS[target.kind], "item_ids": ids, "needs": needs}
 
 
 @dataclass

@@ -1,4 +1,5 @@
 "use strict";
+const names = { shop: "店铺", price: "价格", kind: "品类", colour: "颜色", pattern: "图案", place: "场景", material: "材质", brand: "品牌", id: "编号" };
 const words = {
   zh: {
     title: "商品搜索", query: "查询", hint: "例如：红色条纹连衣裙", search: "搜索", topics: "主题", close: "关闭", interface: "接口", other: "English",
@@ -87,10 +88,14 @@ async function picture(image, item) {
     image.src = source;
     return;
   }
-  const response = await fetch(source, { headers: { authorization: `Bearer ${sessionStorage.getItem("key") || ""}` } });
-  const reader = new FileReader();
-  reader.onload = () => (image.src = reader.result);
-  reader.readAsDataURL(await response.blob());
+  try { // an image cannot carry a key
+    const response = await fetch(source, { headers: { authorization: `Bearer ${sessionStorage.getItem("key") || ""}` } });
+    const reader = new FileReader();
+    reader.onload = () => (image.src = reader.result);
+    reader.readAsDataURL(await response.blob());
+  } catch {
+    image.removeAttribute("src"); // its title is shown
+  }
 }
 
 function card(item) {
@@ -116,7 +121,7 @@ async function open(item) {
   list.replaceChildren();
   for (const [name, value] of Object.entries({ id: item.item_id, ...item.attributes })) {
     const term = document.createElement("dt"), text = document.createElement("dd");
-    term.textContent = name;
+    term.textContent = (language === "zh" && names[name]) || name;
     text.textContent = value;
     list.append(term, text);
   }
@@ -141,6 +146,7 @@ function press(chosen) {
 
 async function start() {
   speak();
+  $("#query").focus();
   $("#made-up").hidden = !facts.generated;
   $("form[role=search]").onsubmit = (event) => {
     event.preventDefault();
@@ -186,6 +192,5 @@ async function start() {
   } catch (error) {
     status(error.message, true);
   }
-  $("#query").focus();
 }
 start();
