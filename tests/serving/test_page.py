@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from tests.launching import until
 from tests.serving.test_service import flags, shop  # noqa: F401 - a fixture
 from tests.serving_client import KEY, Service
 
@@ -59,7 +60,8 @@ def test_a_search_and_a_product(visit, url, width):
     page.wait_for_selector("#results li")
     assert page.locator("#results li").count() == 24
     assert "24 件商品" in page.inner_text("#status")
-    page.wait_for_function("[...document.querySelectorAll('#results img')].slice(0, 4).every(i => i.complete && i.naturalWidth)")
+    loaded = "[...document.querySelectorAll('#results img')].slice(0, 4).every(i => i.complete && i.naturalWidth > 0)"
+    until(lambda: page.evaluate(loaded), "the pictures")  # the page's policy forbids playwright's own way to wait for a function
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is wider than the window"
     title = page.inner_text("#results li:first-child span")
     page.keyboard.press("Tab")  # the button
@@ -140,4 +142,4 @@ def test_a_protected_service_asks_for_the_key(visit, shop, tmp_path, request):  
         page.fill("#query", "红色")
         page.keyboard.press("Enter")
         page.wait_for_selector("#results li")
-        page.wait_for_function("document.querySelector('#results img').naturalWidth > 0")
+        until(lambda: page.evaluate("document.querySelector('#results img').naturalWidth > 0"), "the pictures")
