@@ -4,6 +4,7 @@
     python tools/benchmark.py checkpoint --model base --output result.json   # what a save costs; speed of conversion
     python tools/benchmark.py data --output result.json                      # loader, building of stores, mining of negatives
     python tools/benchmark.py retrieval --vocab-file vocab.txt              # all pairs, against padded batches
+    python tools/benchmark.py serve --load RUN --data-path STORE --queries queries.jsonl    # 512 clients of the service
     python tools/benchmark.py train --model base --batch 16                  # steps, against padded models and Hugging Face's
 
 Figures of different machines or days do not compare; ratios within one run do.
@@ -19,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_interbert.errors import run_entry
 from megatron_interbert.weights.files import write_json
 from megatron_interbert.weights.manifest import versions
-from tools.benchmarks import checkpoint, data, retrieval, train
+from tools.benchmarks import checkpoint, data, retrieval, serve, train
 
-SUBJECTS = {"checkpoint": checkpoint, "data": data, "retrieval": retrieval, "train": train}
+SUBJECTS = {"checkpoint": checkpoint, "data": data, "retrieval": retrieval, "serve": serve, "train": train}
 
 
 def main() -> None:

@@ -43,14 +43,14 @@ def speakable(text: str) -> str:
 Text = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(speakable)]
 Words = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(speakable)]
 Id = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(speakable)]
-K = Annotated[int, Field(strict=True, ge=1, le=MOST, description="items wanted")]
-Candidates = Annotated[int, Field(strict=True, ge=1, le=1000, description="items that the first stage leaves for the model")]
+K = Annotated[int, Field(ge=1, le=MOST, description="items wanted")]
+Candidates = Annotated[int, Field(ge=1, le=1000, description="items that the first stage leaves for the model")]
 
 
 class Body(BaseModel):
-    """Unknown keys are refused."""
+    """Unknown keys are refused, and so are values of another type that could be taken for one."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class SearchRequest(Body):

@@ -1,0 +1,145 @@
+"""The service under many clients at once: throughput, waiting times, memory; questions answered together and one by one."""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tqdm import tqdm
+
+from megatron_interbert.data.downstream.records import read_records
+from megatron_interbert.errors import UsageError
+from megatron_interbert.training.processes import aligned
+
+PATIENCE = 60.0  # seconds that a client waits for an answer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of this subject."""
+    parser.add_argument("--load", required=True, help="weights, as of `megatron_interbert.serve`")
+    parser.add_argument("--data-path", required=True, help="region store of the items")
+    parser.add_argument("--queries", required=True, help="jsonl with query_text: what the clients ask")
+    parser.add_argument(
+        "--clients", type=int, default=512, help="connections, each of which asks again as soon as it has an answer"
+    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each measurement")
+    parser.add_argument("--candidates", type=int, default=50, help="items that the model scores for a query")
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Figures of both ways, printed as a table."""
+    queries = [record["query_text"] for _, record in read_records(arguments.queries, "--queries", {"query_text": str})]
+    if not queries:
+        raise UsageError(f"--queries {arguments.queries}: no queries in it")
+    bodies = [json.dumps({"query": query, "candidates": arguments.candidates}).encode() for query in queries]
+    result = {}
+    for name, flags in (("one by one", ("--pairs-at-once", "1")), ("together", ())):
+        with Served(arguments, flags) as service:
+            result[name] = asyncio.run(load(service, bodies, arguments.clients, arguments.seconds, name))
+    head = ("", "answers/s", "p50 ms", "p95 ms", "p99 ms", "together", "statuses", "memory MiB, before and after")
+    lines = [
+        (
+            name,
+            f"{figures['answers_per_second']:.1f}",
+            *(f"{figures[p]:.0f}" for p in ("p50_ms", "p95_ms", "p99_ms")),
+            f"{figures['together']:.1f}",
+            ", ".join(f"{status}: {count}" for status, count in figures["statuses"].items()),
+            f"{figures['memory_mib'][0]:.0f}, {figures['memory_mib'][1]:.0f}",
+        )
+        for name, figures in result.items()
+    ]
+    print("\n".join(aligned([head, *lines])))
+    gain = result["together"]["answers_per_second"] / result["one by one"]["answers_per_second"]
+    print(f"answered together: {gain:.2f} times the rate")
+    return {"ways": result, "gain": gain}
+
+
+class Served:
+    """A service of its own for a measurement."""
+
+    def __init__(self, arguments: argparse.Namespace, flags: tuple[str, ...]) -> None:
+        command = [sys.executable, "-m", "megatron_interbert.serve", "--load", arguments.load, "--data-path", arguments.data_path,
+                   "--port", "0", *flags]  # fmt: skip
+        root = Path(__file__).resolve().parents[2]
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        self.process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+
+    def __enter__(self) -> "Served":
+        line = self.process.stdout.readline()
+        if not line.startswith("serving"):
+            raise UsageError(
+                "the service did not start; try `python -m megatron_interbert.serve` with the same --load and --data-path"
+            )
+        self.host, port = line.split()[-1].strip("/").removeprefix("http://").split(":")
+        self.port = int(port)
+        return self
+
+    def memory(self) -> float:
+        """MiB."""
+        return psutil.Process(self.process.pid).memory_info().rss / 2**20
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+async def load(service: Served, bodies: list[bytes], clients: int, seconds: float, name: str) -> dict[str, Any]:
+    """What `clients` see in so many seconds."""
+    for _ in range(3):  # the first passes allocate
+        await ask(service, bodies[0])
+    before, end = service.memory(), time.monotonic() + seconds
+    took: list[float] = []
+    together: list[int] = []
+    statuses: Counter[int] = Counter()
+
+    async def client(number: int) -> None:
+        draw = random.Random(number)
+        while time.monotonic() < end:
+            started = time.monotonic()
+            status, answer = await ask(service, draw.choice(bodies))
+            statuses[status] += 1
+            if status == 200:
+                took.append(time.monotonic() - started)
+                together.append(answer["timings"]["together"])
+            else:
+                await asyncio.sleep(draw.uniform(0.05, 0.5))  # it was told to come again later
+
+    tasks = [asyncio.create_task(client(number)) for number in range(clients)]
+    with tqdm(total=round(seconds), unit="s", desc=name, disable=None, leave=False) as bar:
+        while any(not task.done() for task in tasks):
+            await asyncio.sleep(1)
+            bar.update()
+    for task in tasks:
+        task.result()
+    cuts = statistics.quantiles(took, n=100)
+    return {
+        "answers_per_second": len(took) / seconds,
+        "p50_ms": 1000 * cuts[49],
+        "p95_ms": 1000 * cuts[94],
+        "p99_ms": 1000 * cuts[98],
+        "together": statistics.mean(together),
+        "statuses": dict(sorted(statuses.items())),
+        "memory_mib": [before, service.memory()],
+    }
+
+
+async def ask(service: Served, body: bytes) -> tuple[int, Any]:
+    """(status, answer) of one search on a connection of its own."""
+    reader, writer = await asyncio.wait_for(asyncio.open_connection(service.host, service.port), PATIENCE)
+    try:
+        head = f"POST /search HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+        writer.write(head.encode() + b"\r\n\r\n" + body)
+        text = await asyncio.wait_for(reader.read(), PATIENCE)
+    finally:
+        writer.close()
+    head_, _, rest = text.partition(b"\r\n\r\n")
+    return int(head_.split(b" ", 2)[1]), json.loads(rest) if rest.startswith(b"{") else None
