@@ -226,6 +226,10 @@ class TrainConfig(Flags):
             )
         if not 0 <= self.ema_decay < 1:
             raise UsageError(f"--ema-decay is {self.ema_decay}, expected 0 (none) or a decay below 1 such as 0.9999")
+        if self.deterministic and self.micro_batch_size == AUTO:
+            raise UsageError(
+                "--deterministic and --micro-batch-size auto: a trial does not choose the same every time; give a number"
+            )
         self.milestones()
 
 

@@ -33,7 +33,7 @@ from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState, this_device
 from megatron_interbert.tasks.parts import fitted_sizes, open_stores, vocabulary_of_run
 from megatron_interbert.tasks.pretraining import PretrainingTask
-from megatron_interbert.training.deepspeed_config import merge
+from megatron_interbert.training.deepspeed_config import agree_with_json, merge
 from megatron_interbert.training.node_table import compare_nodes
 from megatron_interbert.training.processes import start_processes
 from megatron_interbert.weights.files import check_writable, nearest_folder
@@ -51,8 +51,8 @@ class PreflightConfig(RunConfig):
     def check(self) -> None:
         """UsageError for values that contradict each other or have no meaning."""
         super().check()
-        if self.micro_batch_size == AUTO:
-            raise UsageError("--micro-batch-size auto is found out by the run itself; give the largest size that is to be checked")
+        if self.micro_batch_size == AUTO and not self.global_batch_size:
+            raise UsageError("--micro-batch-size auto needs --global-batch-size, which it divides")
 
 
 def check_environment(config: PreflightConfig) -> str:
@@ -79,8 +79,14 @@ def check_batch(config: PreflightConfig) -> str:
             f" {config.tensor_model_parallel_size}; give another one of them"
         )
     ranks = config.world_size // config.tensor_model_parallel_size
+    by_trial = config.micro_batch_size == AUTO
+    if by_trial:  # the run tries sizes that fit; here the smallest stands for all
+        agree_with_json(config)
+        config.micro_batch_size = 1
     engine = merge(config, ranks)
     check_partitions(config.data_partitions, ranks)
+    if by_trial:
+        return f"global batch {config.global_batch_size}, micro-batches by trial when the run starts (checked here: 1); DP {ranks}"
     return (
         f"global batch {config.global_batch_size} = micro {config.micro_batch_size} x DP {ranks} x accumulation"
         f" {engine['gradient_accumulation_steps']}; TP {config.tensor_model_parallel_size}, ZeRO-{config.zero_stage}"

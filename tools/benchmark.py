@@ -42,6 +42,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
     }
     if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.output, result)
 
 

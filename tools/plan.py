@@ -21,15 +21,20 @@ from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.model.presets import load_model_config
 from megatron_interbert.training.memory import Layout, Load, Memory, largest_micro_batch, predict
 from megatron_interbert.training.processes import aligned
-from megatron_interbert.weights.files import write_json
+from megatron_interbert.weights.files import check_writable, write_json
 from tools.benchmarks.batches import span
 
 GIB = 2**30
+MOST = 1 << 16  # samples at a time beyond which it is not asked
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The text above as it stands, and the default of each flag."""
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--model", default="base", help="preset or JSON file of model sizes")
     parser.add_argument("--gpus", type=int, default=8, help="devices in all")
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="GiB of one")
@@ -46,8 +51,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
     for name in ("gpus", "gpu_memory", "micro_batch_size"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) <= 0:
+        if getattr(arguments, name) is not None and not getattr(arguments, name) > 0:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected more than 0")
+    if arguments.global_batch_size < 0:
+        raise UsageError(f"--global-batch-size is {arguments.global_batch_size}, expected 0 or more")
+    if arguments.output:
+        check_writable(arguments.output.parent, "--output")
     if not 0 <= arguments.reserve < 1:
         raise UsageError(f"--reserve is {arguments.reserve}, expected a share of the memory from 0 up to 1, such as 0.1")
     sizes = load_model_config(arguments.model)
@@ -55,9 +64,11 @@ def main() -> None:
         raise UsageError(f"--model {arguments.model} takes sizes from its data; give a JSON file with all sizes, or base")
     rows = [row for layout in layouts(sizes, arguments) if (row := fit(sizes, layout, arguments))]
     if not rows:
-        raise UsageError(f"nothing fits {arguments.gpus} devices of {arguments.gpu_memory:g} GiB; more of them, or a smaller model")
+        less = "fewer samples at a time" if arguments.micro_batch_size else "a smaller model"
+        raise UsageError(f"nothing fits {arguments.gpus} devices of {arguments.gpu_memory:g} GiB; more of them, or {less}")
     print("\n".join(table(rows, arguments)))
     if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.output, {"layouts": [{**vars(row[0]), "micro_batch_size": row[1], **vars(row[2])} for row in rows]})
 
 
@@ -70,7 +81,7 @@ def layouts(sizes: ModelConfig, arguments: argparse.Namespace) -> Iterator[Layou
             sizes.check_tensor_parallel(tensor)
         except UsageError:
             continue
-        if (stage == 0 and not arguments.fp32) or (stage > 1 and data == 1):
+        if (stage == 0 and not arguments.fp32) or (stage > 1 and data == 1) or arguments.global_batch_size % data:
             continue
         yield Layout(data, tensor, stage, not arguments.fp32, arguments.kernels == "triton", recompute, arguments.sequence_parallel)
 
@@ -80,7 +91,7 @@ def fit(sizes: ModelConfig, layout: Layout, arguments: argparse.Namespace) -> tu
     (words, most_words), (regions, most_regions) = arguments.words, arguments.regions
     load = Load(1, (words + most_words) / 2, (regions + most_regions) / 2, most_words, most_regions)
     room = arguments.gpu_memory * GIB * (1 - arguments.reserve)
-    most = max(1, arguments.global_batch_size // layout.data) if arguments.global_batch_size else 1 << 16
+    most = arguments.global_batch_size // layout.data or MOST
     samples = arguments.micro_batch_size or largest_micro_batch(sizes, layout, load, room, most)
     if not samples:
         return None
@@ -105,7 +116,8 @@ def table(rows: list[tuple[Layout, int, Memory]], arguments: argparse.Namespace)
     )
     lines = [
         (
-            *(layout.data, layout.tensor, layout.zero_stage, "yes" if layout.recompute else "no", samples),
+            *(layout.data, layout.tensor, layout.zero_stage, "yes" if layout.recompute else "no"),
+            f"{samples}+" if samples == MOST else samples,
             *(
                 f"{part / GIB:.2f}"
                 for part in (memory.weights, memory.optimizer, memory.gradients, memory.buffers, memory.activations, memory.peak)
@@ -114,9 +126,13 @@ def table(rows: list[tuple[Layout, int, Memory]], arguments: argparse.Namespace)
         for layout, samples, memory in rows
     ]
     room = arguments.gpu_memory * (1 - arguments.reserve)
-    how = ", sequence parallel" if arguments.sequence_parallel else ""
+    bits = "32 bits" if arguments.fp32 else "16 bits (ZeRO 1 to 3)"
+    how = ", sequence parallel where tensor is more than 1" if arguments.sequence_parallel else ""
+    bits = "32 bits" if arguments.fp32 else "16 bits (ZeRO 1 to 3)"
     return [
-        f"GiB of each of {arguments.gpus} devices, {room:g} of {arguments.gpu_memory:g} used at most{how}",
+        f"GiB of each of {arguments.gpus} devices, {room:g} of {arguments.gpu_memory:g} used at most",
+        f"{bits}, {arguments.kernels} kernels{how}; {'-'.join(map(str, arguments.words))} words and"
+        f" {'-'.join(map(str, arguments.regions))} regions a sample",
         *aligned([head, *lines]),
     ]
 

@@ -44,10 +44,10 @@ class Trial:
         return all(self.state.gather(predict(self.job.model_config, self.layout, load).peak <= room))
 
     def seconds(self, model: InterBert, batch: PackedBatch) -> float:
-        """Of a forward and a backward pass, on the slowest rank; the better of two."""
+        """Of a forward and a backward pass, on the slowest rank; the best of three, for others may disturb one."""
         batch, times = batch.to(self.device), []
         totals = self.job.task.count_targets(batch).to(self.device)
-        for _ in range(2):
+        for _ in range(3):
             self.synchronise()
             started = time.monotonic()
             self.job.task.loss(model(batch), batch, totals)[0].backward()
@@ -83,8 +83,8 @@ def choose_micro_batch(trial: Trial, make_model: Callable[[], InterBert], global
             break
         seconds = trial.seconds(model, batch)
         rates[samples] = samples / seconds
-        *_, before, now = (0.0, 0.0, *rates.values())
-        if seconds > LONGEST_TRIAL or max(before, now) < AS_GOOD * max(rates.values()):
+        worse = len(rates) > 3 and all(rate < AS_GOOD * max(rates.values()) for rate in list(rates.values())[-3:])
+        if seconds > LONGEST_TRIAL or worse:
             break
     if not rates:
         raise UsageError(

@@ -94,10 +94,12 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
         check_alike(state, facts_of_run(config, job))  # before ranks that differ wait for one another in a trial
         global_batch = config.global_batch_size or resumed_batch(resume)
         trial = Trial(config, job, state, device)
-        config.micro_batch_size = resumed_micro_batch(resume, global_batch // state.data_size) or choose_micro_batch(
-            trial, make_model, global_batch, alive=lambda: watchdog.enter("start", 0)
-        )
-        watchdog.enter("start", 0)
+        config.micro_batch_size = resumed_micro_batch(resume, global_batch // state.data_size)
+        if config.micro_batch_size:
+            say(state, f"micro-batch size {config.micro_batch_size}, as the run before chose; --micro-batch-size N changes it")
+        else:
+            config.micro_batch_size = choose_micro_batch(trial, make_model, global_batch, lambda: watchdog.enter("start", 0))
+            watchdog.enter("start", 0)
     merge(config, state.data_size, resumed_batch(resume))
     if job.valid_samples is not None:
         job.valid_samples.config.micro_batch_size = config.micro_batch_size  # a DeepSpeed JSON may have said it
@@ -130,6 +132,12 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
         stopping=stopping,
         watchdog=watchdog,
     )
+
+
+def say(state: ParallelState, line: str) -> None:
+    """A line of rank 0."""
+    if state.is_main:
+        print(line, flush=True)
 
 
 def make_evaluation(
@@ -181,6 +189,8 @@ def describe_run(
     if not config.save:
         start += "; no --save: nothing will be kept"
     shared = " with sequence parallelism" if state.placement.shared else ""
+    if config.sequence_parallel and not shared:
+        shared = " (--sequence-parallel has nothing to share)"
     lines = [
         f"model {name}: {parameters / 1e6:.1f} M parameters, hidden {sizes.hidden_size}, layers {sizes.interaction_layers} +"
         f" {sizes.text_layers} + {sizes.image_layers}, vocabulary {sizes.vocab_size}, features {sizes.feature_dim},"

@@ -38,37 +38,60 @@ def test_contenders_side_by_side(tmp_path):
     picture = ElementTree.parse(tmp_path / "bars.svg").getroot()
     texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert [text for text in texts if text in contenders] == list(contenders)
+    code, out, err = launch(*COMMAND, "--only", "ours,LXMERT", "--compare", tmp_path / "figures.json", "--tolerance", 0.99)
+    assert code == 0, out + err
+    assert "no lead has shrunk by more than 99%" in out
     for figures in contenders.values():
         figures["time_of_ours"] *= 1000
     (tmp_path / "recorded.json").write_text(json.dumps(result))
     code, _, err = launch(*COMMAND, "--only", "ours,LXMERT", "--compare", tmp_path / "recorded.json")
     assert code == 1
-    assert "recorded.json says: ours takes 1.00 of our time instead of 1000.00; LXMERT takes" in err
+    assert "recorded.json: ours took 1000.00 of our time and now takes 1.00; LXMERT took" in err
     result["arguments"]["batch"] = "8"
     (tmp_path / "recorded.json").write_text(json.dumps(result))
     code, _, err = launch(*COMMAND, "--compare", tmp_path / "recorded.json")
     assert code == 2
     assert err.strip().endswith("recorded.json: measured with --batch 8, now it is 4")
+
+
+def test_wrong_use_is_one_line(tmp_path):
+    known = "ours, ours by plain twins, padded InterBERT, LXMERT, VisualBERT"
     (tmp_path / "recorded.json").write_text("{}")
-    code, _, err = launch(*COMMAND, "--compare", tmp_path / "recorded.json")
-    assert code == 2
-    assert err.strip().endswith("recorded.json: not written by `tools/benchmark.py train --output`")
+    for flags, line in (
+        (("--only", "ours,theirs"), f"--only theirs: no such contender; there are {known}"),
+        (("--only", "LXMERT"), "--only needs one of ours: the others are measured against it"),
+        (("--rounds", 0), "--rounds is 0, expected 1 or more"),
+        (("--batch", 0), "--batch is 0, expected 1 or more"),
+        (("--tolerance", 5), "--tolerance is 5.0, expected a share from 0 up to 1, such as 0.2"),
+        (("--bf16", "--zero-stage", 0), "--bf16 needs --zero-stage 1 or higher"),
+        (("--plot", "/proc/nowhere/x.svg"), "--plot /proc/nowhere: nothing can be written there"),
+        (("--compare", tmp_path / "recorded.json"), "not written by `tools/benchmark.py train --output`"),
+    ):
+        code, out, err = launch(*COMMAND, *flags)
+        assert (code, out) == (2, "")
+        assert line in err.strip().splitlines()[-1]
 
 
-def test_an_unknown_contender_is_refused():
-    code, _, err = launch(*COMMAND, "--only", "ours,theirs")
-    assert code == 2
-    assert err.strip() == (
-        "error: --only theirs: no such contender; there are ours, ours by plain twins, padded InterBERT, LXMERT, VisualBERT"
-    )
+def test_a_contender_that_cannot_begin_ends_the_benchmark(tmp_path):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "image_attention_heads": 2, "max_position_embeddings": 4}
+    (tmp_path / "model.json").write_text(json.dumps(sizes))
+    command = (sys.executable, "tools/benchmark.py", "train", "--model", tmp_path / "model.json", "--batch", 2, "--only", "ours")
+    code, _, err = launch(*command, timeout=120)
+    assert code == 1
+    assert "ours has ended before it was measured; why stands above" in err.strip().splitlines()[-1]
 
 
 def test_the_guard_names_contenders_that_have_come_nearer():
-    recorded = {"contenders": {"ours": {"time_of_ours": 1.0}, "LXMERT": {"time_of_ours": 1.5}, "VisualBERT": {"time_of_ours": 2.8}}}
-    now = {"contenders": {"ours": {"time_of_ours": 1.0}, "LXMERT": {"time_of_ours": 1.1}, "VisualBERT": {"time_of_ours": 2.3}}}
-    assert shrunk(now, recorded, 0.2) == ["LXMERT takes 1.10 of our time instead of 1.50"]
-    assert shrunk(now, recorded, 0.3) == []
-    assert shrunk({"contenders": {"another": {"time_of_ours": 0.1}}}, recorded, 0.2) == []
+    def figures(times):
+        return {"contenders": {name: {"time_of_ours": t, "time_of_ours_range": [t - 0.1, t + 0.1]} for name, t in times.items()}}
+
+    recorded, now = (
+        figures({"ours": 1.0, "LXMERT": 1.5, "VisualBERT": 2.8}),
+        figures({"ours": 1.0, "LXMERT": 1.09, "VisualBERT": 2.3}),
+    )
+    assert shrunk(now, recorded, 0.2) == ["LXMERT took 1.50 of our time and now takes 1.09"]
+    now["contenders"]["LXMERT"]["time_of_ours_range"][1] = 1.4
+    assert shrunk(now, recorded, 0.2) == [], "one round was as before"
 
 
 def test_padding_keeps_every_sample():

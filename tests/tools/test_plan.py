@@ -12,7 +12,7 @@ def test_a_table_of_layouts_that_fit(tmp_path):
     code, out, err = launch(*COMMAND, "--gpus", 4, "--gpu-memory", 16, "--global-batch-size", 4096, "--output", tmp_path / "p.json")
     assert code == 0, err
     layouts = json.loads((tmp_path / "p.json").read_text())["layouts"]
-    assert len(out.strip().splitlines()) == 2 + len(layouts)
+    assert len(out.strip().splitlines()) == 3 + len(layouts)
     assert {(row["data"], row["tensor"]) for row in layouts} == {(4, 1), (2, 2), (1, 4)}
     for row in layouts:
         assert 0 < row["peak"] <= 0.9 * 16 * 2**30
@@ -24,13 +24,16 @@ def test_a_table_of_layouts_that_fit(tmp_path):
 def test_a_given_micro_batch_must_fit():
     code, out, _ = launch(*COMMAND, "--gpus", 1, "--gpu-memory", 16, "--micro-batch-size", 1200)
     assert code == 0
-    assert [line.split()[3] for line in out.splitlines()[2:]] == ["yes"], "only with recomputation"
+    assert [line.split()[3] for line in out.splitlines()[3:]] == ["yes"], "only with recomputation"
 
 
 def test_what_cannot_be_is_one_line():
     for flags, line in (
         (("--gpu-memory", 0.3), "error: nothing fits 8 devices of 0.3 GiB; more of them, or a smaller model"),
         (("--micro-batch-size", -4), "error: --micro-batch-size is -4, expected more than 0"),
+        (("--gpu-memory", "nan"), "error: --gpu-memory is nan, expected more than 0"),
+        (("--micro-batch-size", 10**6), "error: nothing fits 8 devices of 80 GiB; more of them, or fewer samples at a time"),
+        (("--global-batch-size", -3), "error: --global-batch-size is -3, expected 0 or more"),
         (("--gpus", 0), "error: --gpus is 0, expected more than 0"),
         (("--model", "sample"), "error: --model sample takes sizes from its data; give a JSON file with all sizes, or base"),
     ):

@@ -1,5 +1,7 @@
 """--micro-batch-size auto: the choice from given rates, and real runs that make it, resume with it, and refuse what cannot be."""
 
+import sys
+
 import h5py
 import pytest
 import torch
@@ -42,7 +44,9 @@ def test_the_largest_of_the_fastest_that_divides_and_fits():
     assert choose(Pretended(saturating.each, room=50), 192) == 32
     slower_when_large = Pretended(lambda samples: abs(samples - 8) / 1000 + 0.001)
     assert choose(slower_when_large, 4096) == 8
-    assert slower_when_large.tried == [1, 2, 4, 8, 16, 32], "two sizes in a row were no better"
+    assert slower_when_large.tried == [1, 2, 4, 8, 16, 32, 64], "three sizes in a row were no better"
+    hiccup = Pretended(lambda samples: 0.1 if samples in (2, 4) else 0.01)
+    assert choose(hiccup, 64) == 64, "two bad measurements do not decide"
     assert choose(Pretended(lambda samples: 0.01), 30) == 30, "as fast: the largest"
     long = Pretended(lambda samples: micro_batch.LONGEST_TRIAL / 3)
     assert choose(long, 64) == 4
@@ -74,6 +78,7 @@ def test_runs_choose_together_and_resume_with_it(tmp_path):
     code, out, err = train(2, *common, "--micro-batch-size", "auto", "--save", tmp_path / "cut")
     assert code == 0, out + err
     assert "by trial" not in out
+    assert f"micro-batch size {chosen}, as the run before chose" in out
     assert f"batch: 24 = micro {chosen} x DP 2" in out
     code, out, err = train(2, *common, "--micro-batch-size", chosen, "--save", tmp_path / "whole")
     assert code == 0, out + err
@@ -109,6 +114,13 @@ def test_what_cannot_be_found_out_is_one_line(tmp_path):
     code, _, err = launch(*pretrain(*flags, "--micro-batch-size", "auto", "--deepspeed_config", tmp_path / "ds.json"))
     assert code == 2
     assert "gradient_accumulation_steps is 2, but that follows from --micro-batch-size auto" in err.strip().splitlines()[-1]
+    code, _, err = launch(*pretrain(*flags, "--micro-batch-size", "auto", "--global-batch-size", 8, "--deterministic"))
+    assert code == 2
+    assert "a trial does not choose the same every time" in err.strip().splitlines()[-1]
+    command = (sys.executable, "-m", "megatron_interbert.preflight", *flags, "--micro-batch-size", "auto", "--global-batch-size", 8)
+    code, out, err = launch(*command)
+    assert code == 0, out + err
+    assert "micro-batches by trial when the run starts" in out
     code, _, err = launch(*pretrain(*flags, "--micro-batch-size", -1))
     assert (code, err.strip().splitlines()[-1]) == (2, "error: --micro-batch-size is -1, expected 1 or more")
     code, _, err = launch(*pretrain(*flags, "--micro-batch-size", 0))

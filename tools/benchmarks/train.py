@@ -167,7 +167,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds in which all contenders run one after another")
     parser.add_argument("--steps", type=int, default=2, help="steps of a contender in a round")
     parser.add_argument("--bf16", action="store_true", help="bfloat16: our engine's, and autocast for the others")
-    parser.add_argument("--zero-stage", type=int, help="of our engine; default: 0, or 1 with --bf16")
+    parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), help="of our engine; default: 0, or 1 with --bf16")
     parser.add_argument("--only", default="", help="contenders, by commas; default: all of them")
     parser.add_argument("--plot", type=Path, help="SVG file for a picture of the table")
     parser.add_argument("--compare", type=Path, help="recorded JSON: fail where our lead over a contender has shrunk since")
@@ -203,6 +203,8 @@ def contenders(arguments: argparse.Namespace, device: torch.device) -> dict[str,
     wanted = [name.strip() for name in arguments.only.split(",")] if arguments.only else list(found)
     if unknown := [name for name in wanted if name not in found]:
         raise UsageError(f"--only {unknown[0]}: no such contender; there are {', '.join(found)}")
+    if not any(name.startswith("ours") for name in wanted):
+        raise UsageError("--only needs one of ours: the others are measured against it")
     return {name: found[name] for name in found if name in wanted}
 
 
@@ -214,12 +216,20 @@ class Worker:
         self.line, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, arguments, name), daemon=True)
         self.process.start()
-        self.line.recv()  # else it would still be at its first step while the others are timed
+        theirs.close()
+        self.name = name
+        self._receive()  # else it would still be at its first step while the others are timed
 
     def ask(self, what: str) -> Any:
         """`step`: seconds of one; `figures`: what there is to say at the end."""
         self.line.send(what)
-        return self.line.recv()
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            return self.line.recv()
+        except EOFError:
+            raise TrainingStopped(f"{self.name} has ended before it was measured; why stands above") from None
 
 
 def _serve(line: Connection, arguments: argparse.Namespace, name: str) -> None:
@@ -241,11 +251,12 @@ def _serve(line: Connection, arguments: argparse.Namespace, name: str) -> None:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Figures of all contenders, printed as a table."""
+    check(arguments)
     device = this_device()
     recorded = read_recorded(arguments) if arguments.compare else None
-    if arguments.plot:
-        check_writable(arguments.plot.parent, "--plot")
     names = list(contenders(arguments, device))
+    if recorded and not set(names[1:]) & set(recorded["contenders"]):
+        raise UsageError(f"--compare {arguments.compare}: none of {', '.join(names[1:]) or 'the others'} was measured then")
     workers = {name: Worker(arguments, name) for name in names}
     rounds: dict[str, list[float]] = {name: [] for name in names}
     with tqdm(total=arguments.rounds * len(names), unit="contender", disable=None, leave=False) as bar:
@@ -273,10 +284,27 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         worker.process.kill()
     print("\n".join(table(result)))
     if arguments.plot:
+        arguments.plot.parent.mkdir(parents=True, exist_ok=True)
         arguments.plot.write_text(bars(result), encoding="utf-8")
-    if recorded and (lost := shrunk(result, recorded, arguments.tolerance)):
-        raise TrainingStopped(f"slower than {arguments.compare} says: {'; '.join(lost)}")
+    if recorded:
+        if lost := shrunk(result, recorded, arguments.tolerance):
+            raise TrainingStopped(f"our lead has shrunk since {arguments.compare}: {'; '.join(lost)}")
+        print(f"no lead has shrunk by more than {arguments.tolerance:.0%} since {arguments.compare}")
     return result
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """UsageError for numbers that measure nothing."""
+    for name in ("batch", "rounds", "steps"):
+        if getattr(arguments, name) < 1:
+            raise UsageError(f"--{name} is {getattr(arguments, name)}, expected 1 or more")
+    if not 0 <= arguments.tolerance < 1:
+        raise UsageError(f"--tolerance is {arguments.tolerance}, expected a share from 0 up to 1, such as 0.2")
+    if arguments.bf16 and arguments.zero_stage == 0:
+        raise UsageError("--bf16 needs --zero-stage 1 or higher")
+    for flag, path in (("--plot", arguments.plot), ("--output", arguments.output)):
+        if path:
+            check_writable(path.parent, flag)
 
 
 def read_recorded(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -292,12 +320,12 @@ def read_recorded(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def shrunk(result: dict[str, Any], recorded: dict[str, Any], tolerance: float) -> list[str]:
-    """Contenders whose time has fallen, in times of ours, by more than a share of what was recorded."""
-    pairs = [(name, f["time_of_ours"], recorded["contenders"].get(name)) for name, f in result["contenders"].items()]
+    """Contenders whose time, in times of ours, has in every round fallen by more than a share of what was recorded."""
+    pairs = [(name, figures, recorded["contenders"].get(name)) for name, figures in result["contenders"].items()]
     return [
-        f"{name} takes {now:.2f} of our time instead of {before['time_of_ours']:.2f}"
+        f"{name} took {before['time_of_ours']:.2f} of our time and now takes {now['time_of_ours']:.2f}"
         for name, now, before in pairs
-        if before and now < before["time_of_ours"] * (1 - tolerance)
+        if before and now["time_of_ours_range"][1] < before["time_of_ours"] * (1 - tolerance)
     ]
 
 
