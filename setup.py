@@ -17,6 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_interbert", "megatron_interbert.*"]),
+    package_data={"megatron_interbert.serving": ["page/*"]},
     install_requires=[
         "torch>=2.10",  # 2.9.1 and older corrupt memory on crafted files, even with weights_only
         "deepspeed>=0.19.6,<0.20",
@@ -32,11 +33,20 @@ setup(
     extras_require={
         "features": ["transformers>=5.3,<6", "pillow>=11", "lmdb>=1.6", "msgpack>=1.1", "numba>=0.61"],
         "chinese": ["opencc>=1.1.9"],
-        "serve": ["megatron_interbert[chinese]", "faiss-cpu>=1.9", "fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.21"],
+        "serve": [
+            "megatron_interbert[chinese]",
+            "faiss-cpu>=1.9",
+            "fastapi>=0.115",
+            "uvicorn>=0.30",
+            "prometheus-client>=0.21",
+            "pyarrow>=18",
+        ],
         "dev": [
             "megatron_interbert[features,serve]",
             "pytest>=9",
             "pytest-xdist>=3.6",
+            "playwright>=1.50",
+            "schemathesis>=4.0",
             "ruff>=0.15",
             "import-linter>=2.5",
             "triton>=3.5; platform_system == 'Linux'",

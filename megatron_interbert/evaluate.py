@@ -16,10 +16,12 @@ from megatron_interbert.task_config import (
     EvaluateRecommendationConfig,
     EvaluateRetrievalConfig,
     EvaluateVcrConfig,
+    ScoreTopicsConfig,
 )
 from megatron_interbert.tasks.glue_evaluation import evaluate_glue
 from megatron_interbert.tasks.item_evaluation import evaluate_product_search, evaluate_recommendation
 from megatron_interbert.tasks.retrieval_evaluation import evaluate_retrieval
+from megatron_interbert.tasks.topic_scores import score_topics
 from megatron_interbert.tasks.vcr_evaluation import evaluate_vcr
 from megatron_interbert.training.node_facts import code_fingerprint, library_versions
 from megatron_interbert.training.watchdog import Watchdog
@@ -30,6 +32,7 @@ TASKS: dict[str, tuple[type[EvaluateConfig], Callable[..., Any]]] = {
     "glue": (EvaluateGlueConfig, evaluate_glue),
     "product_search": (EvaluateProductSearchConfig, evaluate_product_search),
     "recommendation": (EvaluateRecommendationConfig, evaluate_recommendation),
+    "topic_scores": (ScoreTopicsConfig, score_topics),
 }
 
 

@@ -268,6 +268,22 @@ class EvaluateRecommendationConfig(EvaluateConfig):
 
 
 @dataclass
+class ScoreTopicsConfig(EvaluateConfig):
+    """Scores of all topics and items, as Parquet."""
+
+    data_path: str = option("sample_shop/test", "region store of the items")
+    topics: str = option("", "jsonl of topic_id, name, description, keywords")
+    titles: bool = option(True, "read the items' titles; --no-titles sees their images only")
+    max_regions: int = option(0, "regions per image; default: as the weights were trained, else 36")
+    max_tokens: int = option(0, "tokens of a topic and a title; default: as the weights were trained, else 64")
+    items_of_part: int = option(1024, "items of a part, the unit of work that is kept when the scoring is stopped")
+    TASK: ClassVar[str] = "topic_scores"
+    POSITIVE: ClassVar[tuple[str, ...]] = (*EvaluateConfig.POSITIVE, "items_of_part")
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (*EvaluateConfig.NOT_NEGATIVE, "max_regions", "max_tokens")
+    SHORTEST: ClassVar[str] = TWO_TEXTS
+
+
+@dataclass
 class ServeConfig(Flags):
     """Product search and topic-based recommendation over HTTP: a model, an index of items, a page. The API key comes from the environment
     (INTERBERT_API_KEY): a command line can be read by others."""

@@ -13,7 +13,7 @@ from megatron_interbert.data.downstream.recommendation import read_clicks, read_
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.task_config import EvaluateProductSearchConfig, EvaluateRecommendationConfig
+from megatron_interbert.task_config import EvaluateProductSearchConfig, EvaluateRecommendationConfig, ScoreTopicsConfig
 from megatron_interbert.tasks.item_match import ItemScorer
 from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, load_model, open_for
 from megatron_interbert.tasks.parts import check_length
@@ -26,11 +26,14 @@ from megatron_interbert.weights.sources import Source
 
 
 def open_items(
-    config: EvaluateProductSearchConfig | EvaluateRecommendationConfig, state: ParallelState, device: torch.device, files: list[str]
+    config: EvaluateProductSearchConfig | EvaluateRecommendationConfig | ScoreTopicsConfig,
+    state: ParallelState,
+    device: torch.device,
+    files: list[str],
 ) -> tuple[ItemScorer, Source, Corpus, Any]:
     """The scorer over the items of --data-path, where its weights came from, their stores, and the folder for results."""
     model, source = load_model(config.load, ("itm",), config.kernels, device, state, config.averaged)
-    as_trained(config, source, config.TASK, max_regions=36, max_tokens=64)
+    as_trained(config, source, max_regions=36, max_tokens=64)
     corpus, tokenizer = open_for(config, source, [config.data_path])
     check_length(config.max_tokens, source.config)
     folder = agree_on_inputs(config, state, source, tokenizer, [f"{config.data_path}/{MANIFEST}", *filter(None, files)])

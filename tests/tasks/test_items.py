@@ -22,6 +22,7 @@ from megatron_interbert.model.presets import PRESETS, fit_to_data
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import ProductSearchConfig, RecommendationConfig
 from megatron_interbert.tasks.item_match import ItemMatchTask, ItemScorer
+from megatron_interbert.tasks.loading import load_model
 from megatron_interbert.tasks.product_search import search
 from megatron_interbert.tasks.ranking import search_metrics
 from tests.launching import launch, records, train
@@ -281,3 +282,37 @@ def test_the_loss_is_that_of_both_ways(shop):
     expected = [torch.nn.functional.cross_entropy(output.itm_logits[rows], batch.labels[rows]) for rows in (slice(8), slice(8, 16))]
     torch.testing.assert_close(loss, sum(expected))
     assert report[:, 2].tolist() == [8, 8]
+
+
+def test_all_topics_and_items_as_parquet(shop, tmp_path):
+    """Scores are those of the model; a stopped scoring goes on where it was, on another number of ranks; other settings are refused."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed (pip install -r requirements.txt)")
+    train_set, test_set = shop / "train", shop / "test"
+    flags = ("product_search", *COMMON, "--data-path", train_set, "--queries", train_set / "queries.jsonl", "--train-iters", 1)
+    ran(*finetune(*flags, "--save", tmp_path / "run"))
+    asked = ("topic_scores", "--load", tmp_path / "run", "--data-path", test_set, "--topics", test_set / "topics.jsonl", "--output",
+             tmp_path / "scores", "--items-of-part", 7)  # fmt: skip
+    assert "160 pairs in 6 parts, 6 of them scored now" in ran(*evaluate(*asked))
+    table = parquet.read_table(tmp_path / "scores").to_pydict()
+    assert len(set(zip(table["topic_id"], table["item_id"], strict=True))) == 160
+    whole = dict(zip(zip(table["topic_id"], table["item_id"], strict=True), table["score"], strict=True))
+    items = catalogue(test_set, max_tokens=64)
+    model, _ = load_model(str(tmp_path / "run"), ("itm",), "auto", CPU)
+    topics, scorer = read_topics(str(test_set / "topics.jsonl"), "--topics"), ItemScorer(model, items, CPU)
+    scores = scorer.match(scorer.pieces(topics.texts), np.repeat(np.arange(4), 40), np.tile(np.arange(40), 4)).reshape(4, 40)
+    expected = {(t, i): scores[a, b] for a, t in enumerate(topics.ids) for b, i in enumerate(items.ids)}
+    assert whole == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    for name in ("part-000000007.parquet", "part-000000035.parquet"):
+        (tmp_path / "scores" / name).unlink()
+    (tmp_path / "scores" / "_part-000000007.parquet.99.new").write_text("half")
+    code, out, err = train(2, *asked, module="megatron_interbert.evaluate")
+    assert code == 0, out + err
+    assert "160 pairs in 6 parts, 2 of them scored now" in out
+    again = parquet.read_table(tmp_path / "scores").to_pydict()
+    assert dict(zip(zip(again["topic_id"], again["item_id"], strict=True), again["score"], strict=True)) == pytest.approx(
+        whole, rel=1e-4
+    )
+    assert not list((tmp_path / "scores").glob("*.new"))
+    code, _, err = launch(*evaluate(*asked[:-1], 9))
+    assert code == 2
+    assert "holds scores of other items_of_part" in err.strip().splitlines()[-1]
