@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -131,16 +132,38 @@ def test_samples_of_search(shop):
     for start in range(0, len(samples.query_of), 16):
         chosen = range(start, min(start + 16, len(samples.query_of)))
         batch = to_batch(samples.fields([(3, sample) for sample in chosen]))
-        assert batch.labels.tolist() == [0, 1, 1, 1] * (2 * len(chosen))
+        assert batch.labels.tolist() == [0, 1, 1, 1, 1] * (2 * len(chosen))
         pairs = read_pairs(batch, items)
-        for sample, row in zip(chosen, range(0, len(pairs), 4), strict=True):
+        for sample, row in zip(chosen, range(0, len(pairs), 5), strict=True):
             assert pairs[row] == (samples.names[samples.query_of[sample]].lower(), samples.product_of[sample])
-            assert not together & set(pairs[row + 1 : row + 4])
-            assert pairs[row + 1][1] == pairs[row][1]
+            assert not together & set(pairs[row + 1 : row + 5])
+            assert pairs[row + 1][1] == pairs[row + 4][1] == pairs[row][1]
             assert pairs[row + 2][0] == pairs[row + 3][0] == pairs[row][0]
     alone = read_pairs(to_batch(samples.fields([(3, 7)])), items)
-    assert alone == read_pairs(to_batch(samples.fields([(3, 2), (3, 7)])), items)[4:]
+    assert alone == read_pairs(to_batch(samples.fields([(3, 2), (3, 7)])), items)[5:]
     assert alone != read_pairs(to_batch(samples.fields([(4, 7)])), items)
+
+
+def test_near_products_and_near_queries(shop, tmp_path):
+    """With neighbours mined, the last two pairs of a sample are of products near its own."""
+    store = tmp_path / "train"
+    shutil.copytree(shop / "train", store)
+    near = (np.arange(80)[:, None] + np.array([1, 2])) % 80
+    np.save(store / "hard_images.npy", near)
+    items = catalogue(store)
+    queries = read_queries(str(store / "queries.jsonl"), items, "--queries")
+    samples = ProductSearchSet(queries, items, ProductSearchConfig(data_partitions=4))
+    assert samples.near
+    for_product = {
+        p: {text.lower() for text, of in zip(queries.texts, queries.products, strict=True) if p in of} for p in range(80)
+    }
+    for sample in range(len(samples.known)):
+        rows = read_pairs(to_batch(samples.fields([(0, sample)])), items)
+        text, own = rows[0]
+        wrong = [p for p in near[own] if text not in for_product[p]]
+        assert rows[3][1] in (wrong or range(80))
+        asked = [for_product[p] - for_product[own] for p in near[own]]
+        assert not all(asked) or rows[4][0] in asked[0] | asked[1]
 
 
 def read_pairs(batch, items):
@@ -279,9 +302,11 @@ def test_the_loss_is_that_of_both_ways(shop):
     task = ItemMatchTask()
     output = model_for(items)(batch)
     loss, report = task.loss(output, batch, task.count_targets(batch))
-    expected = [torch.nn.functional.cross_entropy(output.itm_logits[rows], batch.labels[rows]) for rows in (slice(8), slice(8, 16))]
+    expected = [
+        torch.nn.functional.cross_entropy(output.itm_logits[rows], batch.labels[rows]) for rows in (slice(10), slice(10, 20))
+    ]
     torch.testing.assert_close(loss, sum(expected))
-    assert report[:, 2].tolist() == [8, 8]
+    assert report[:, 2].tolist() == [10, 10]
 
 
 def test_all_topics_and_items_as_parquet(shop, tmp_path):

@@ -4,7 +4,10 @@ A sample is a query with one of its products; its pairs are
     right           query, product                              class 0
     other query     a query that is not for the product         class 1
     other product   query, a product that it is not for         class 1
-    near product    query, one of the 100 products whose mean features are nearest (hard_images.npy), else a random one   class 1
+    near product    query, one of the 100 products whose mean features are nearest (hard_images.npy)   class 1
+    near query      a query for such a product, product         class 1
+
+Where no neighbours were mined the last two are random, too.
 
 All draws are keyed by (seed, epoch, sample), so every rank, worker and restart makes the same pairs.
 """
@@ -24,7 +27,7 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.task_config import ProductSearchConfig
 
 CANDIDATES = 8  # purpose tag of `uniforms`
-PAIRS, TRIES = 4, 8
+PAIRS, TRIES = 5, 8
 
 
 @dataclass
@@ -93,27 +96,30 @@ class ProductSearchSet:
             raise UsageError(f"{queries.path}: training needs two queries with products or more, and two products")
         self.pieces = catalogue.tokenizer.encode_batch(self.names)
         self.order = SampleOrder([np.arange(len(self.known))], config.data_partitions, config.seed)
+        by_product = np.argsort(self.product_of, kind="stable")
+        self.queries_by_product = self.query_of[by_product]
+        self.first_of = np.searchsorted(self.product_of[by_product], np.arange(len(catalogue) + 1))
         self.near = catalogue.corpus.has_hard_images()
         self.feature_dim = catalogue.corpus.feature_dim
 
     @property
     def most_rows(self) -> int:
-        """Regions that a micro-batch can have: four pairs, and their products alone once more."""
+        """Regions that a micro-batch can have: the pairs, and their products alone once more."""
         most = min(self.config.max_regions, int(self.catalogue.corpus.region_counts.max()))
         return 2 * PAIRS * self.config.micro_batch_size * most
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
-        """The fields of a PackedBatch for (epoch, sample) pairs [B]; 8 B labels, those of the pairs in full before those alone."""
+        """The fields of a PackedBatch for (epoch, sample) pairs [B]; 10 B labels, those of the pairs in full before those alone."""
         epochs, samples = np.array(pairs, dtype=np.int64).T
         query, product = self.query_of[samples], self.product_of[samples]
         draws = uniforms(self.config.seed, epochs, samples, [(CANDIDATES, 0, 3 * TRIES)])[0].reshape(len(samples), 3, TRIES)
         other_query = self._unrelated(query, product, draws[:, 0], self.asked, lambda other: (other, product))
         everything = np.arange(len(self.catalogue))
         other_product = self._unrelated(query, product, draws[:, 1], everything, lambda other: (query, other))
-        near_product = self._near(query, product, draws[:, 2], other_product)
-        queries = np.stack([query, other_query, query, query], axis=1).ravel()
-        products = np.stack([product, product, other_product, near_product], axis=1).ravel()
-        labels = np.tile(np.array([0, 1, 1, 1]), len(samples))
+        near_product, near_query = self._near(query, product, draws[:, 2], other_product, other_query)
+        queries = np.stack([query, other_query, query, query, near_query], axis=1).ravel()
+        products = np.stack([product, product, other_product, near_product, product], axis=1).ravel()
+        labels = np.tile(np.array([0, 1, 1, 1, 1]), len(samples))
         texts = self.texts(np.unique(queries))
         fields = self.catalogue.both_ways(texts, np.unique(queries, return_inverse=True)[1], products, labels, allocate)
         return {**fields, "sample_ids": np.resize(samples, len(fields["sample_ids"]))}
@@ -145,16 +151,24 @@ class ProductSearchSet:
             f" {self.catalogue.ids[product[sample]]} for every query, so nothing is wrong to tell it from; leave it out"
         )
 
-    def _near(self, query: np.ndarray, product: np.ndarray, draws: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
-        """A product [B] near each one's own that the query is not for; another random one where there is none."""
-        chosen = otherwise.copy()
-        if self.near:
-            for row, image in enumerate(product.tolist()):
-                near = self.catalogue.corpus.hard_images(image)
-                near = near[~self._belong(np.full(len(near), query[row]), near)]
-                if len(near):
-                    chosen[row] = near[int(draws[row, 0] * len(near))]
-        return chosen
+    def _near(
+        self, query: np.ndarray, product: np.ndarray, draws: np.ndarray, other_product: np.ndarray, other_query: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """For each sample [B] a product near its own that the query is not for, and a query for a product near its own that is not for its
+        own; the random ones where there is none."""
+        products, queries = other_product.copy(), other_query.copy()
+        for row, (own_query, own) in enumerate(zip(query.tolist(), product.tolist(), strict=True) if self.near else ()):
+            near = self.catalogue.corpus.hard_images(own)
+            wrong = near[~self._belong(np.full(len(near), own_query), near)]
+            if len(wrong):
+                products[row] = wrong[int(draws[row, 0] * len(wrong))]
+            if len(near):
+                neighbour = near[int(draws[row, 1] * len(near))]
+                asked = self.queries_by_product[self.first_of[neighbour] : self.first_of[neighbour + 1]]
+                asked = asked[~self._belong(asked, np.full(len(asked), own))]
+                if len(asked):
+                    queries[row] = asked[int(draws[row, 2] * len(asked))]
+        return products, queries
 
     def _belong(self, queries: np.ndarray, products: np.ndarray) -> np.ndarray:
         """Whether pairs [n] are known to belong together."""
