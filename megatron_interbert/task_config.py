@@ -239,6 +239,7 @@ class EvaluateProductSearchConfig(EvaluateConfig):
     first_stage: int = option(0, "also search in two stages: so many products by vectors, then these in full; 0: no")
     exhaustive: bool = option(True, "score all products in full; --no-exhaustive leaves only --first-stage")
     submission: str = option("", "write the file that a benchmark's server takes", ("", "muge", "kddcup2020"))
+    image_folder: str = option("", "photos named IMAGE_ID.jpg or .png to show on the page")
     max_regions: int = option(0, "regions per image; default: as the weights were trained, else 36")
     max_tokens: int = option(0, "tokens of a query and a title; default: as the weights were trained, else 64")
     TASK: ClassVar[str] = "product_search"

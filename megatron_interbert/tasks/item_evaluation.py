@@ -1,6 +1,7 @@
 """`evaluate product_search` and `evaluate recommendation`: figures, and files for servers of benchmarks."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from megatron_interbert.tasks.product_search import Search, check_labelled, sear
 from megatron_interbert.tasks.ranking import search_metrics
 from megatron_interbert.tasks.recommendation import click_metrics, showing_scores
 from megatron_interbert.tasks.results import result_of, table, write_result
+from megatron_interbert.tasks.search_page import search_page
 from megatron_interbert.weights.files import write_text
 from megatron_interbert.weights.sources import Source
 
@@ -42,7 +44,7 @@ def open_items(
 
 
 def evaluate_product_search(config: EvaluateProductSearchConfig, state: ParallelState, device: torch.device) -> dict[str, Any]:
-    """Writes result.json and, with --submission, the file for a server; all ranks of a launch call it."""
+    """Writes result.json, result.html and, with --submission, the file for a server; all ranks of a launch call it."""
     scorer, source, corpus, folder = open_items(config, state, device, [config.queries])
     queries = read_queries(config.queries, scorer.catalogue, "--queries")
     if not config.submission:
@@ -65,12 +67,14 @@ def evaluate_product_search(config: EvaluateProductSearchConfig, state: Parallel
                        queries=len(queries), products=len(scorer.catalogue))  # fmt: skip
     if state.is_main:
         write_result(folder, result)
+        photos = Path(config.image_folder) if config.image_folder else None
+        write_text(folder / "result.html", search_page(result, queries, best, scorer.catalogue, photos))
         if config.submission:
             name, text = submission(config.submission, queries, best, scorer.catalogue)
             write_text(folder / name, text)
             print(f"submission: {folder / name}")
         print(table(result) if metrics else "these queries name no products, so no figure is given")
-        print(f"result: {folder / 'result.json'}")
+        print(f"result: {folder / 'result.json'}\npage:   {folder / 'result.html'}")
     return result
 
 

@@ -269,6 +269,11 @@ def test_search_from_training_to_a_servers_file(shop, tmp_path):
     for name in ("R@1", "R@10", "mean_recall", "nDCG@5"):
         assert result["metrics"][name] == pytest.approx(valid[name], abs=1e-6)
         assert f"two_stage_{name}" in out
+    page = (tmp_path / "one/evaluation/product_search/result.html").read_text()
+    text = json.loads((test_set / "queries.jsonl").read_text().splitlines()[0])["query_text"]
+    assert f'<p class="query">{text}</p>' in page
+    assert page.count("<figure") == 20 * 8
+    assert "src=" not in page
     lines = [json.loads(line) for line in (tmp_path / "one/evaluation/product_search/submission.jsonl").read_text().splitlines()]
     assert [line["query_id"] for line in lines] == [f"test-q{number:05d}" for number in range(20)]
     assert all(len(set(line["item_ids"])) == 10 for line in lines)
