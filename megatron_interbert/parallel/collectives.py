@@ -1,5 +1,6 @@
 """Collectives over the tensor-parallel group with their gradients. A group of one rank (or None) costs nothing."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,31 +19,6 @@ def group_size(group: dist.ProcessGroup | None) -> int:
 def group_rank(group: dist.ProcessGroup | None) -> int:
     """This process's rank in the group; 0 for None."""
     return 0 if group is None else dist.get_rank(group)
-
-
-class _CopyToGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-class _ReduceFromGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        x = x.contiguous().clone()
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad, None
 
 
 def start_gather(x: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, dist.Work]:
@@ -73,75 +49,61 @@ def _own(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return x.chunk(group_size(group))[group_rank(group)].clone()
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return _gathered(x, group)
+def _summed(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    x = x.contiguous().clone()
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def _same(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    return x.view_as(x)
+
+
+Exchange = Callable[[torch.Tensor, dist.ProcessGroup], torch.Tensor]
+
+
+class _Collective(torch.autograd.Function):
+    """One exchange forward and another one backward."""
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _scattered(grad, ctx.group), None
-
-
-class _ScatterSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return _scattered(x, group)
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, there: Exchange, back: Exchange) -> torch.Tensor:
+        ctx.group, ctx.back = group, back
+        return there(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _gathered(grad, ctx.group), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return ctx.back(grad, ctx.group), None, None, None
 
 
-class _SplitRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return _own(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _gathered(grad, ctx.group), None
-
-
-class _JoinRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return _gathered(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _own(grad, ctx.group), None
+def _exchange(x: torch.Tensor, group: dist.ProcessGroup | None, there: Exchange, back: Exchange) -> torch.Tensor:
+    return x if group_size(group) == 1 else _Collective.apply(x, group, there, back)
 
 
 def copy_to_group(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Identity forward, sum of gradients backward: a replicated activation enters sharded layers."""
-    return x if group_size(group) == 1 else _CopyToGroup.apply(x, group)
+    return _exchange(x, group, _same, _summed)
 
 
 def reduce_from_group(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Sum forward, identity backward: partial results of sharded layers become a replicated activation."""
-    return x if group_size(group) == 1 else _ReduceFromGroup.apply(x, group)
+    return _exchange(x, group, _summed, _same)
 
 
 def gather_rows(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Rows shared out [n, ..] enter sharded layers [ranks x n, ..]: gathered forward, gradients summed and shared out backward."""
-    return x if group_size(group) == 1 else _GatherRows.apply(x, group)
+    return _exchange(x, group, _gathered, _scattered)
 
 
 def scatter_sum(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Partial results of sharded layers [ranks x n, ..] become rows shared out [n, ..]: summed forward, gathered backward."""
-    return x if group_size(group) == 1 else _ScatterSum.apply(x, group)
+    return _exchange(x, group, _scattered, _gathered)
 
 
 def split_rows(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """A replicated activation [ranks x n, ..] becomes rows shared out [n, ..]; gradients are gathered."""
-    return x if group_size(group) == 1 else _SplitRows.apply(x, group)
+    return _exchange(x, group, _own, _gathered)
 
 
 def join_rows(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Rows shared out [n, ..] become a replicated activation [ranks x n, ..], whose gradient is the same on all ranks."""
-    return x if group_size(group) == 1 else _JoinRows.apply(x, group)
+    return _exchange(x, group, _gathered, _own)

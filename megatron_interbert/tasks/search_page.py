@@ -1,4 +1,4 @@
-"""The result of a product search as one HTML file without outside resources: queries from all over the file, each with its best products."""
+"""The result of a product search as one HTML file without outside resources: queries, each with its best products."""
 
 import html
 from pathlib import Path
@@ -39,11 +39,14 @@ def search_page(
     names = "".join(f"<th>{html.escape(name)}</th>" for name in result["metrics"])
     table = f"<table><tr>{names}</tr><tr>{cells}</tr></table>" if cells else ""
     origin = " Generated products, not photographs." if result["data"]["generated"] else ""
-    note = f"{len(queries)} queries x {len(catalogue)} products. Score: margin of the matching head. Products that a query is for have a green frame."
+    note = (
+        f"{len(queries)} queries x {len(catalogue)} products. Score: margin of the matching head. Products that a query is for have a"
+        f" green frame.{origin}"
+    )
     return (
         '<!doctype html><html lang="zh"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f'<title>InterBERT product search</title><style>{PAGE_STYLE}</style><svg class="symbols">{"".join(symbols.values())}</svg>'
-        f'<h1>Product search</h1>{table}<p class="note">{note}{origin}</p>{"".join(sections)}</html>'
+        f'<h1>Product search</h1>{table}<p class="note">{note}</p>{"".join(sections)}</html>'
     )
 
 
