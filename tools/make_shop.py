@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Writes the sample shop in Chinese: products with pictures and titles, queries, topics, and clicks of users; all of it made up.
 
-For each split (train, test): a region store of the products, whose captions are their titles; items.jsonl with their attributes;
-queries.jsonl in the form of MUGE (query_id, query_text, item_ids); topics.jsonl (name, description, keywords); clicks.jsonl (topic_id,
-item_id, user_id, clicked). The test products, which a service may show, have pictures/ITEM_ID.png too. Products, queries and topics of
-the two splits are drawn apart. The same seed gives the same shop.
+For each split (train, test): a region store of the products, whose captions are their titles (and descriptions, for training); items.jsonl
+with their attributes; queries.jsonl in the form of MUGE (query_id, query_text, item_ids); topics.jsonl (name, description, keywords);
+clicks.jsonl (topic_id, item_id, user_id, clicked). The test products, which a service may show, have pictures/ITEM_ID.png too. Products,
+queries and topics of the two splits are drawn apart. The same seed gives the same shop.
 """
 
 import argparse
@@ -45,7 +45,8 @@ def write_split(
         for number in tqdm(range(products), desc=f"{split} products", unit="product", mininterval=1.0, disable=None):
             made.append(world.product(random(0, number), f"{split}-{number:06d}"))
             things, boxes = world.scene(random(1, number), made[-1])
-            writer.add(world.detect(random(5, number), made[-1], things, boxes), [(made[-1].title, "zh")])
+            texts = [made[-1].title, *([world.description(random(6, number), made[-1])] if split == "train" else [])]
+            writer.add(world.detect(random(5, number), made[-1], things, boxes), [(text, "zh") for text in texts])
             if pictures:
                 drawn[made[-1].item_id] = draw_product(things, made[-1].place, boxes)
     for name, picture in drawn.items():

@@ -88,6 +88,16 @@ class ShopWorld:
             item_id, **drawn, title="".join(words), shop=str(random.choice(SHOPS)), price=int(random.integers(39, 900)) + 0.9
         )
 
+    @staticmethod
+    def description(random: np.random.Generator, product: Product) -> str:
+        """What a shop writes below the title of most products: what can be seen."""
+        said = {
+            name: TABLES[name][getattr(product, name)] if random.random() < 0.8 else "" for name in ("colour", "pattern", "place")
+        }
+        looks = said["colour"] + said["pattern"]
+        where = f"在{said['place']}拍的" if said["place"] else ""
+        return f"{where}{looks}{'的' if looks else ''}{KINDS[product.kind]}"
+
     def scene(self, random: np.random.Generator, product: Product) -> tuple[list[tuple[int, int, int]], np.ndarray]:
         """What the picture shows: the article large in the middle, and sometimes something else beside it; (kind, colour, pattern) of each,
         and their boxes as shares of the picture."""

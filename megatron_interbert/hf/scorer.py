@@ -53,8 +53,10 @@ class InterBertScorer:
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: torch.device | str | None = None) -> "InterBertScorer":
         """Model and vocab.txt of a folder, on a device (default: the GPU if there is one)."""
+        vocabulary = str(Path(folder) / VOCABULARY)
+        CaptionTokenizer(vocabulary)  # is there one? Before the weights are read
         model = InterBertForImageTextRetrieval.from_pretrained(folder)
-        tokenizer = CaptionTokenizer(str(Path(folder) / VOCABULARY), model.config.text_normalisation)
+        tokenizer = CaptionTokenizer(vocabulary, model.config.text_normalisation)
         return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer)
 
     def score(

@@ -162,7 +162,10 @@ def test_resumed_run_repeats_losses(store, tmp_path):
     assert sorted(second) == [1, 2, 3, 4, 5, 6]
     for step in first:
         assert [first[step][n] for n in ("match_loss", "grad_norm")] == [second[step][n] for n in ("match_loss", "grad_norm")]
-    assert "task 'retrievel', expected one of retrieval, vcr, glue; did you mean 'retrieval'?" in refused(*finetune("retrievel"))
+    assert (
+        "task 'retrievel', expected one of retrieval, vcr, glue, product_search, recommendation; did you mean 'retrieval'?"
+        in refused(*finetune("retrievel"))
+    )
 
 
 def test_glue_from_training_to_prediction_files(tmp_path):
