@@ -122,22 +122,22 @@ class ModelThread:
 
     def _run(self) -> None:
         while jobs := self._next():
-            started = time.monotonic()
-            try:
-                results = self._results(jobs)
-            except BaseException as error:
-                for job in jobs:
-                    job.end(error=error)
-                continue
-            took = time.monotonic() - started
-            self.answered.update(batches=1, questions=len(jobs))
-            for job, result in zip(jobs, results, strict=True):
-                job.end(Answer(result, started - job.asked_at, took, len(jobs), self.shop.version))
+            self._answer(jobs)
 
-    def _results(self, jobs: list[Job]) -> list[Any]:
-        if callable(jobs[0].asked):
-            return [jobs[0].asked(self.shop)]
-        return self.shop.answer([job.asked for job in jobs])
+    def _answer(self, jobs: list[Job]) -> None:
+        started = time.monotonic()
+        try:
+            results = [jobs[0].asked(self.shop)] if callable(jobs[0].asked) else self.shop.answer([job.asked for job in jobs])
+        except Exception as error:
+            if len(jobs) == 1:
+                jobs[0].end(error=error)
+            for job in jobs if len(jobs) > 1 else ():  # one of them is to blame: the others must not suffer
+                self._answer([job])
+            return
+        took = time.monotonic() - started
+        self.answered.update(batches=1, questions=len(jobs))
+        for job, result in zip(jobs, results, strict=True):
+            job.end(Answer(result, started - job.asked_at, took, len(jobs), self.shop.version))
 
     def _next(self) -> list[Job]:
         """A change by itself, or questions that stand together in the queue and fit a batch; empty at the end."""

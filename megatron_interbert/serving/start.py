@@ -108,6 +108,8 @@ def open_service(config: ServeConfig, opened: Opened) -> Service:
     """The service with the current version of the index; one is made where there is none."""
     if config.rebuild or not (opened.folder / CURRENT).exists():
         opened.build()
+    elif config.items:
+        log.info("%s is there: --items is read again only with --rebuild", opened.folder)
     model = ModelThread(opened.shop(), config.queue_size, config.pairs_at_once)
     service = Service(model, config, opened.weights_sha256, any(s.manifest.get("generated") for s in opened.corpus.stores))
     if config.topics:
