@@ -32,7 +32,7 @@ setup(
     ],
     extras_require={
         "features": ["transformers>=5.3,<6", "pillow>=11", "lmdb>=1.6", "msgpack>=1.1", "numba>=0.61"],
-        "chinese": ["opencc>=1.1.9"],
+        "chinese": ["opencc>=1.1.9", "jieba>=0.42"],
         "serve": [
             "megatron_interbert[chinese]",
             "faiss-cpu>=1.9",

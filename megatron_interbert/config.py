@@ -249,12 +249,15 @@ class RunConfig(TrainConfig):
     hard_negatives: float = option(0.2, "share of the mismatched captions drawn from hard_negatives.npy, when present")
     objectives: str = option("msm,mrm,itm", "comma-separated losses to train on (for ablations)")
     language: str = option("", "train only on captions of this language tag (en, zh); default: all")
+    segmenter: str = option(
+        "characters", "what a Chinese word is for masking: each character, or the words of jieba", ("characters", "jieba")
+    )
     balance_tokens: bool = option(True, "samples of like length meet, so that ranks get nearly equal numbers of tokens")
 
     SAME_SAMPLES: ClassVar[tuple[str, ...]] = (
         *TrainConfig.SAME_SAMPLES,
         *("masking", "language", "msm_on_mismatched", "hard_negatives", "objectives", "data_epochs", "data_weights"),
-        "balance_tokens",
+        *("balance_tokens", "segmenter"),
     )
     POSITIVE: ClassVar[tuple[str, ...]] = (*TrainConfig.POSITIVE, "eval_iters")
 

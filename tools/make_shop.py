@@ -45,7 +45,8 @@ def write_split(
         for number in tqdm(range(products), desc=f"{split} products", unit="product", mininterval=1.0, disable=None):
             made.append(world.product(random(0, number), f"{split}-{number:06d}"))
             things, boxes = world.scene(random(1, number), made[-1])
-            texts = [made[-1].title, *([world.description(random(6, number), made[-1])] if split == "train" else [])]
+            written = random(6, number)
+            texts = [made[-1].title, *(world.description(written, made[-1]) for _ in range(2 if split == "train" else 0))]
             writer.add(world.detect(random(5, number), made[-1], things, boxes), [(text, "zh") for text in texts])
             if pictures:
                 drawn[made[-1].item_id] = draw_product(things, made[-1].place, boxes)

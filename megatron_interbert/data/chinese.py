@@ -21,6 +21,22 @@ def _simplifier() -> Any:
     return opencc.OpenCC("t2s")
 
 
+@functools.cache
+def _segmenter() -> Any:
+    try:
+        import jieba
+    except ImportError:
+        raise UsageError("--segmenter jieba needs it: pip install jieba") from None
+    jieba.setLogLevel("WARNING")
+    jieba.initialize()
+    return jieba
+
+
+def word_begins(text: str) -> set[int]:
+    """Places in a text where a Chinese word begins, by jieba's dictionary."""
+    return {begin for _, begin, _ in _segmenter().tokenize(text)}
+
+
 def one_form(text: str) -> str:
     """The text with full-width letters, digits and spaces as half-width ones, and traditional characters as simplified ones."""
     return _simplifier().convert(text.translate(HALF_WIDTH))

@@ -76,7 +76,7 @@ class Corpus:
 
     @staticmethod
     def _tokens_of(store: RegionStore, captions: np.ndarray, tokenizer: CaptionTokenizer, longest: int) -> TokenBatch:
-        if store.captions.token_vocabulary == tokenizer.sha256:
+        if store.captions.token_vocabulary == tokenizer.sha256 and tokenizer.segmenter == "characters":
             return store.captions.tokens.take(captions, longest)
         return tokenizer.encode_batch([store.caption(int(c)) for c in captions]).take(np.arange(len(captions)), longest)
 

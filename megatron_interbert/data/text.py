@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
 
 from megatron_interbert.config import read_text
-from megatron_interbert.data.chinese import one_form
+from megatron_interbert.data.chinese import one_form, word_begins
 from megatron_interbert.data.manifest import file_sha256
 from megatron_interbert.errors import UsageError
 
@@ -50,10 +50,11 @@ class TokenBatch:
 class CaptionTokenizer:
     """BERT's tokenizer (lower case, Chinese characters apart) over a vocab.txt.
 
-    `text_normalisation` is that of ModelConfig: with "chinese", texts are first brought into one form.
+    `text_normalisation` is that of ModelConfig: with "chinese", texts are first brought into one form. `segmenter`: "jieba" joins
+    characters to Chinese words, which are masked whole; the pieces are the same.
     """
 
-    def __init__(self, vocab_file: str, text_normalisation: str = "none") -> None:
+    def __init__(self, vocab_file: str, text_normalisation: str = "none", segmenter: str = "characters") -> None:
         if not Path(vocab_file).is_file():
             raise UsageError(f"--vocab-file {vocab_file}: no such file; give the WordPiece vocabulary of the model")
         words = read_text(vocab_file, "--vocab-file").rstrip("\n").split("\n")
@@ -62,6 +63,9 @@ class CaptionTokenizer:
         for name in SPECIAL:
             if name not in vocabulary:
                 raise UsageError(f"{vocab_file}: no {name} in it, expected a BERT vocabulary with one entry per line")
+        self.segmenter = segmenter
+        if segmenter != "characters":
+            word_begins("")  # is it installed?
         self.vocab_file, self.words, self.vocab_size = str(vocab_file), words, len(words)
         self.prepare = one_form if text_normalisation == "chinese" else str
         self.sha256 = file_sha256(vocab_file) + ("" if text_normalisation == "none" else f" {text_normalisation}")
@@ -81,14 +85,26 @@ class CaptionTokenizer:
 
     def encode_batch(self, captions: list[str]) -> TokenBatch:
         """Whole captions, without [CLS] and [SEP]."""
-        encodings = self._tokenizer.encode_batch([self.prepare(caption) for caption in captions], add_special_tokens=False)
+        prepared = [self.prepare(caption) for caption in captions]
+        encodings = self._tokenizer.encode_batch(prepared, add_special_tokens=False)
         offsets = np.concatenate([[0], np.cumsum([len(e.ids) for e in encodings])]).astype(np.int64)
         ids = np.fromiter((i for e in encodings for i in e.ids), np.int32, offsets[-1])
         words = np.fromiter((w for e in encodings for w in e.word_ids), np.int64, offsets[-1])
         starts = np.ones(len(ids), dtype=np.uint8)
         starts[1:] = words[1:] != words[:-1]
+        if self.segmenter == "jieba":
+            starts &= self._begin_chinese_words(prepared, encodings)
         starts[offsets[:-1][np.diff(offsets) > 0]] = 1
         return TokenBatch(ids, starts, offsets)
+
+    @staticmethod
+    def _begin_chinese_words(texts: list[str], encodings: list) -> np.ndarray:
+        """uint8 of each piece: 0 where it is a character inside a Chinese word."""
+        found = []
+        for text, encoding in zip(texts, encodings, strict=True):
+            begins = word_begins(text)
+            found += [begin in begins or not "\u4e00" <= text[begin] <= "\u9fff" for begin, _ in encoding.offsets]
+        return np.array(found, np.uint8)
 
     def decode(self, ids: list[int]) -> str:
         """Readable text of token ids."""

@@ -21,18 +21,21 @@ def open_stores(paths: Sequence[str], config: TrainConfig | EvaluateConfig) -> C
     return Corpus(paths, config.strict_boxes, config.allow_other_detector)
 
 
-def open_vocabulary(given: str, folders: Iterable[str | Path], sizes: ModelConfig) -> CaptionTokenizer:
+def open_vocabulary(
+    given: str, folders: Iterable[str | Path], sizes: ModelConfig, segmenter: str = "characters"
+) -> CaptionTokenizer:
     """The vocabulary of --vocab-file, else of the first folder (of a store, of weights) that has one, for a model of such `sizes`."""
     found = next((path for folder in folders if (path := Path(folder) / VOCABULARY).is_file()), None)
     if not given and found is None:
         raise UsageError("--vocab-file is missing: neither the data nor the weights have a vocab.txt beside them")
-    return CaptionTokenizer(given or str(found), sizes.text_normalisation)
+    return CaptionTokenizer(given or str(found), sizes.text_normalisation, segmenter)
 
 
 def vocabulary_of_run(config: TrainConfig, stores: Sequence[str] = ()) -> CaptionTokenizer:
     """The vocabulary of a run: given, of its stores, or of the weights that it starts from."""
     weights = [newest_checkpoint(config.init_from) or config.init_from] if config.init_from else []
-    return open_vocabulary(config.vocab_file, [*stores, *weights], sizes_of_model(config))
+    segmenter = getattr(config, "segmenter", "characters")  # pretraining's: nothing else masks words
+    return open_vocabulary(config.vocab_file, [*stores, *weights], sizes_of_model(config), segmenter)
 
 
 def check_length(longest: int, sizes: ModelConfig, flag: str = "--max-tokens") -> None:

@@ -121,11 +121,16 @@ def changed_settings(manifest: dict[str, Any], config: TrainConfig) -> list[str]
     return [f"{n} {before[n]} -> {getattr(config, n)}" for n in SCHEDULE if n in before and before[n] != getattr(config, n)]
 
 
+def defaults(config: Any) -> dict[str, Any]:
+    """Values of a configuration that was told nothing."""
+    return {field.name: field.default for field in dataclasses.fields(config)}
+
+
 def check_same_run(
     manifest: dict[str, Any], config: TrainConfig, model_config: ModelConfig, data: dict[str, Any], where: str
 ) -> None:
-    """UsageError unless a checkpoint is of this model, these data and these samples."""
-    theirs, ours = manifest["configs"]["model"], dataclasses.asdict(model_config)
+    """UsageError unless a checkpoint is of this model, these data and these samples. What an older version did not know had its default."""
+    theirs, ours = {**defaults(model_config), **manifest["configs"]["model"]}, dataclasses.asdict(model_config)
     differing = [k for k in ours if theirs.get(k) != ours[k] and not k.endswith("dropout")]
     if differing:
         sizes = ", ".join(f"{k} {theirs.get(k)} against {ours[k]}" for k in differing)
@@ -139,7 +144,7 @@ def check_same_run(
         raise UsageError(f"{where}: the region store has changed since ({data['store']}), so samples would differ;"
                          " give the store it was made on, or take only its weights by --init-from")  # fmt: skip
     for name in config.SAME_SAMPLES:
-        before, now = manifest["configs"]["run"].get(name), getattr(config, name)
+        before, now = {**defaults(config), **manifest["configs"]["run"]}[name], getattr(config, name)
         if before != now:
             raise UsageError(f"{where}: made with {name} = {before}, this run has {now}, so samples or losses would differ;"
                              " use the same value, or another --save")  # fmt: skip

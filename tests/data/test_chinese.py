@@ -75,6 +75,25 @@ def bare(text):
 
 
 @needs_shared
+def test_words_of_a_segmenter_are_masked_whole(tokenizer):
+    """The same pieces, cut elsewhere: jieba's words, and everything that is not Chinese as before."""
+    pytest.importorskip("jieba", reason="jieba is not installed (pip install -r requirements.txt)")
+    joined = CaptionTokenizer(tokenizer.vocab_file, "chinese", "jieba")
+    text = "红色连衣裙 A4 nike运动鞋"
+    by_character, by_word = (t.encode_batch([text, "", text]) for t in (tokenizer, joined))
+    assert (by_character.ids == by_word.ids).all()
+    pieces = [tokenizer.words[i] for i in by_word.ids]
+    begun = np.split(np.arange(len(pieces)), np.flatnonzero(by_word.word_starts)[1:])
+    words = ["".join(pieces[i].removeprefix("##") for i in word) for word in begun]
+    assert words == ["红色", "连衣裙", "a4", "nike", "运动鞋"] * 2
+    whole = joined.encode_batch(texts("products")[:200])
+    _, chosen = mask_tokens(whole, joined, "paper", np.random.default_rng(0).random((200, word_draws(80))))
+    for word in np.split(chosen, np.flatnonzero(whole.word_starts)[1:]):
+        assert word.all() or not word.any()
+    assert whole.word_starts.mean() < 0.75
+
+
+@needs_shared
 def test_lengths_and_masking_of_titles(tokenizer):
     """Titles fit the recipe's 64 tokens but for few; a word (a character, or a whole word in Latin letters) is masked whole or not."""
     batch = tokenizer.encode_batch(texts("products"))

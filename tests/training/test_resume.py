@@ -1,5 +1,6 @@
 """Killed runs go on bit for bit; damaged checkpoints are passed over; a checkpoint of another run is refused."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_interbert.config import ModelConfig, RunConfig
+from megatron_interbert.errors import UsageError
 from megatron_interbert.training.checkpoint import to_prune
+from megatron_interbert.training.resume import check_same_run
 from megatron_interbert.weights.manifest import verify
 from tests.launching import deepspeed, launch, losses, pretrain, start, train
 from tests.shared import needs_half_precision
@@ -267,3 +271,17 @@ def test_load_from_one_folder_save_to_another(store, undisturbed, tmp_path):
     code, out, err = train(2, "--data-path", store, *flags, "--train-iters", 16)
     assert code == 0, out + err
     assert f"resumed from {tmp_path / 'own'}/global_step15" in out
+
+
+def test_a_checkpoint_of_an_older_version_is_of_the_same_run():
+    """Settings that it does not know are taken as their defaults; others still differ."""
+    config, sizes = RunConfig(), ModelConfig()
+    data = {"vocabulary": "v", "manifest_sha256": "m", "store": "s"}
+    run, model = (dataclasses.asdict(c) for c in (config, sizes))
+    manifest = {"configs": {"run": run, "model": model}, "data": data}
+    del run["segmenter"], model["text_normalisation"]
+    check_same_run(manifest, config, sizes, data, "x")
+    with pytest.raises(UsageError, match="made with segmenter = characters, this run has jieba"):
+        check_same_run(manifest, dataclasses.replace(config, segmenter="jieba"), sizes, data, "x")
+    with pytest.raises(UsageError, match="text_normalisation none against chinese"):
+        check_same_run(manifest, config, dataclasses.replace(sizes, text_normalisation="chinese"), data, "x")
