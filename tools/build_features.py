@@ -52,7 +52,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", help="file with the image ids to keep, one a line")
     parser.add_argument("--class-ids", choices=(BACKGROUND_FIRST, BACKGROUND_NONE),
                         help="whether class id 0 is background or the first object (default: the habit of the format)")  # fmt: skip
-    parser.add_argument("--box-format", default="xyxy", choices=("xyxy", "xywh"), help="pixels (default: %(default)s)")
+    parser.add_argument("--box-format", default="xyxy", choices=("xyxy", "xywh", "yxyx"), help="pixels (default: %(default)s)")
     parser.add_argument("--num-classes", type=int, default=1601, help="with background (default: %(default)s)")
     parser.add_argument(
         "--soft-labels", type=int, default=0, help="label entries kept for a region (default: 10, or those of the store)"

@@ -75,6 +75,8 @@ def make_regions(fields: Mapping[str, Any], options: ReadOptions, scheme: str = 
         raise BadRecord("boxes and features do not fit", f"boxes {boxes.shape}, features {features.shape}")
     if features.dtype.kind not in "fiu":
         raise BadRecord("features are no numbers", str(features.dtype))
+    if options.box_format == "yxyx":
+        boxes = boxes[:, [1, 0, 3, 2]]
     if options.box_format == "xywh":
         boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
     size = (number(fields, "width"), number(fields, "height"))
