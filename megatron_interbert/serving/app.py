@@ -161,7 +161,6 @@ class Service:
     model_sha256: str
     generated: bool
     topics: dict[str, Topic] = field(default_factory=dict)
-    ready: bool = True
 
     async def ask(self, asked: Find | Score | Callable[[Shop], Any]) -> Answer:
         """By the model's thread; HTTPException 429 when too many wait, 503 when it took too long."""
@@ -193,7 +192,6 @@ def make_app(service: Service) -> FastAPI:
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         yield
-        service.ready = False
         await asyncio.to_thread(service.model.close)
 
     errors = {status: {"model": ErrorAnswer} for status in (400, 408, 413, 422, 429, 503)}
@@ -208,6 +206,10 @@ def make_app(service: Service) -> FastAPI:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         return JSONResponse({"error": f"{where or 'body'}: {first['msg']}"[:300]}, 422)
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": "the service has failed at this request; it is in its log"}, 500)
 
     @app.exception_handler(StarletteHTTPException)
     async def failed(request: Request, error: StarletteHTTPException) -> JSONResponse:
@@ -230,10 +232,11 @@ def make_app(service: Service) -> FastAPI:
     reads, writes = [Depends(may_read)], [Depends(may_write)]
 
     def found_item(item_id: str) -> Item:
-        place = service.model.shop.items.place(item_id)
+        items = service.model.shop.items  # one shop: another may be served in the next moment
+        place = items.place(item_id)
         if place is None:
             raise HTTPException(404, "no such item")
-        return service.model.shop.items.item(place)
+        return items.item(place)
 
     @app.post("/search", dependencies=reads, response_model=Results)
     async def search(body: SearchRequest) -> dict[str, Any]:
@@ -260,11 +263,12 @@ def make_app(service: Service) -> FastAPI:
         """How well a text and some items match, in the order given."""
         if body.explain and len(body.item_ids) > 1:
             raise HTTPException(422, "explain: give one item")
-        places = [service.model.shop.items.place(item_id) for item_id in body.item_ids]
-        if None in places:
-            raise HTTPException(404, f"item {places.index(None)} of the list: no such item")
-        answer = await service.ask(Score(body.text, places))
-        regions = (await service.ask(lambda shop: shop.regions(body.text, places[0]))).result if body.explain else None
+        try:
+            answer = await service.ask(Score(body.text, body.item_ids))
+            explained = await service.ask(lambda shop: shop.regions(body.text, body.item_ids[0])) if body.explain else None
+        except KeyError as error:
+            raise HTTPException(404, f"item {error.args[0]} of the list: no such item") from None
+        regions = explained.result if explained else None
         return service.results(answer, answer.result, regions=regions)
 
     @app.get("/topics", dependencies=reads)
@@ -305,8 +309,8 @@ def make_app(service: Service) -> FastAPI:
     @app.get("/pictures/{item_id:path}", dependencies=reads, response_class=Response, responses={404: {"model": ErrorAnswer}})
     async def picture(item_id: str) -> Response:
         """The photo of an item, or a drawing of its regions where there is none."""
-        number = service.model.shop.items.image_numbers[found_item(item_id).image_id]
-        return await asyncio.to_thread(picture_of, service.model.shop, number, config.image_folder)
+        shop, item = service.model.shop, found_item(item_id)
+        return await asyncio.to_thread(picture_of, shop, shop.items.image_numbers[item.image_id], config.image_folder)
 
     @app.get("/healthz", include_in_schema=False)
     async def health() -> dict[str, str]:
@@ -315,8 +319,9 @@ def make_app(service: Service) -> FastAPI:
     @app.get("/readyz", include_in_schema=False)
     async def readiness() -> Response:
         shop = service.model.shop
-        facts = {"ready": service.ready, "items": len(shop.items), "index": shop.version, "model": service.model_sha256[:12]}
-        return JSONResponse(facts, 200 if service.ready else 503)
+        ready = service.model.alive
+        facts = {"ready": ready, "items": len(shop.items), "index": shop.version.name, "model": service.model_sha256[:12]}
+        return JSONResponse(facts, 200 if ready else 503)
 
     @app.get("/metrics", include_in_schema=False)
     async def exposition() -> Response:
@@ -347,7 +352,7 @@ def picture_of(shop: Shop, image: int, folder: str) -> Response:
     local = image - int(corpus.first_image[store])
     name = corpus.stores[store].image_id(local)
     photo = find_photo(Path(folder) if folder else None, name) if "/" not in name and not name.startswith(".") else None
-    cached = {"cache-control": "private, max-age=3600"}
+    cached = {"cache-control": "private, max-age=60"}  # an item may be given another picture
     if photo is not None:
         return FileResponse(photo, media_type=f"image/{PHOTO_TYPES[photo.suffix]}", headers=cached)
     symbol = draw_image(corpus.stores[store], local, None)

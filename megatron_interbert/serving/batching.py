@@ -1,13 +1,13 @@
 """One thread that computes, and a bounded queue before it: questions that wait are answered together.
 
-A question has a deadline; one that is late, or whose client has gone, is left out before it costs anything. Changes of items go through the
-same queue in order, so that nothing is read while it is written.
+A question has a deadline; one that is late, or whose client has gone, is left out before it costs anything. What is begun is answered.
+Changes of items go through the same queue in order, so that nothing is read while it is written.
 """
 
 import asyncio
 import collections
 import concurrent.futures
-import math
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -25,14 +25,14 @@ class Late(Exception):
     """The deadline of a question passed while it waited."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A question, or a change: a function of the shop. Seconds are of time.monotonic()."""
 
     asked: Find | Score | Callable[[Shop], Any]
-    deadline: float
     loop: asyncio.AbstractEventLoop | None = None
     future: asyncio.Future | None = None  # None: nobody waits for it in a coroutine
+    begun: bool = False
     asked_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -40,7 +40,7 @@ class Job:
         """What it costs, about."""
         if isinstance(self.asked, Find):
             return self.asked.candidates
-        return len(self.asked.places) if isinstance(self.asked, Score) else 1
+        return len(self.asked.item_ids) if isinstance(self.asked, Score) else 1
 
     def end(self, result: Any = None, error: BaseException | None = None) -> None:
         """Tell who waits, if somebody still does."""
@@ -50,7 +50,8 @@ class Job:
                 self.future.set_exception(error) if error else self.future.set_result(result)
 
         if self.loop is not None:
-            self.loop.call_soon_threadsafe(tell)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self.loop.call_soon_threadsafe(tell)
 
 
 @dataclass
@@ -84,14 +85,36 @@ class ModelThread:
     async def ask(self, asked: Find | Score | Callable[[Shop], Any], seconds: float) -> Answer:
         """The answer, at the latest after so many seconds in the queue. QueueFull, Late, or what the change raises."""
         loop = asyncio.get_running_loop()
-        job = Job(asked, time.monotonic() + seconds, loop, loop.create_future())
+        job = Job(asked, loop, loop.create_future())
         with self._changed:
             if len(self._waiting) >= self.queue_size or self._closing:
                 self.answered["full"] += 1
                 raise QueueFull
             self._waiting.append(job)
             self._changed.notify()
+        try:
+            await asyncio.wait({job.future}, timeout=seconds)
+        except asyncio.CancelledError:
+            self._drop(job, "gone")
+            raise
+        if not job.future.done() and self._drop(job, "late"):
+            raise Late
         return await job.future
+
+    def _drop(self, job: Job, why: str) -> bool:
+        """Leave a job out, if it is not begun yet."""
+        with self._changed:
+            if job.begun:
+                return False
+            self.answered[why] += 1
+            if job in self._waiting:
+                self._waiting.remove(job)
+            return True
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
 
     def change(self, function: Callable[[Shop], Any]) -> None:
         """Call function(shop) in the model's thread as soon as it comes to it, however many wait; returns when it is done."""
@@ -104,7 +127,7 @@ class ModelThread:
                 done.set_exception(error)
 
         with self._changed:
-            self._waiting.appendleft(Job(call, math.inf))
+            self._waiting.appendleft(Job(call))
             self._changed.notify()
         done.result()
 
@@ -128,41 +151,36 @@ class ModelThread:
         started = time.monotonic()
         try:
             results = [jobs[0].asked(self.shop)] if callable(jobs[0].asked) else self.shop.answer([job.asked for job in jobs])
+            took = time.monotonic() - started
+            answers = [
+                Answer(result, started - job.asked_at, took, len(jobs), self.shop.version.name)
+                for job, result in zip(jobs, results, strict=True)
+            ]
         except Exception as error:
             if len(jobs) == 1:
                 jobs[0].end(error=error)
             for job in jobs if len(jobs) > 1 else ():  # one of them is to blame: the others must not suffer
                 self._answer([job])
             return
-        took = time.monotonic() - started
         self.answered.update(batches=1, questions=len(jobs))
-        for job, result in zip(jobs, results, strict=True):
-            job.end(Answer(result, started - job.asked_at, took, len(jobs), self.shop.version))
+        for job, answer in zip(jobs, answers, strict=True):
+            job.end(answer)
 
     def _next(self) -> list[Job]:
         """A change by itself, or questions that stand together in the queue and fit a batch; empty at the end."""
-        while True:
-            with self._changed:
-                while not self._waiting and not self._closing:
-                    self._changed.wait()
-                if not self._waiting:
-                    return []
-                jobs = [self._waiting.popleft()]
-                while (
-                    self._waiting
-                    and not callable(jobs[0].asked)
-                    and not callable(self._waiting[0].asked)
-                    and sum(job.pairs for job in jobs) + self._waiting[0].pairs <= self.pairs_at_once
-                ):
-                    jobs.append(self._waiting.popleft())
-            now, ready = time.monotonic(), []
+        with self._changed:
+            while not self._waiting and not self._closing:
+                self._changed.wait()
+            if not self._waiting:
+                return []
+            jobs = [self._waiting.popleft()]
+            while (
+                self._waiting
+                and not callable(jobs[0].asked)
+                and not callable(self._waiting[0].asked)
+                and sum(job.pairs for job in jobs) + self._waiting[0].pairs <= self.pairs_at_once
+            ):
+                jobs.append(self._waiting.popleft())
             for job in jobs:
-                if job.future is not None and job.future.cancelled():
-                    self.answered["gone"] += 1
-                elif now > job.deadline:
-                    self.answered["late"] += 1
-                    job.end(error=Late())
-                else:
-                    ready.append(job)
-            if ready:
-                return ready
+                job.begun = True
+            return jobs

@@ -27,7 +27,8 @@ CLOSE = {"connection": "close"}  # the rest of a body is not read
 class Guard:
     """ASGI around an application: bodies of at most `max_body` bytes within `body_seconds`, else 413 or 408.
 
-    The line of a request in the log has method, route, status and milliseconds: no query, no body, no key, no address.
+    A request whose client goes away is cancelled (499 in the log and the figures). The line of a request in the log has method, route,
+    status and milliseconds: no query, no body, no key, no address.
     """
 
     def __init__(self, app: Any, max_body: int, body_seconds: float, count: Callable[[str, int, float], None]) -> None:
@@ -37,10 +38,19 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status, read, whole = time.monotonic(), 500, 0, False
+        started, status, read, whole, answered, gone = time.monotonic(), 500, 0, False, False, False
+        request, watching = asyncio.current_task(), None
+
+        async def until_gone() -> None:
+            nonlocal gone
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            if not answered:
+                gone = True
+                request.cancel()
 
         async def limited() -> Message:
-            nonlocal read, whole
+            nonlocal read, whole, watching
             if whole:  # what comes now is that the client has gone
                 return await receive()
             left = started + self.body_seconds - time.monotonic()
@@ -52,10 +62,13 @@ class Guard:
             if read > self.max_body:
                 raise HTTPException(413, f"a body of more than {self.max_body} bytes", CLOSE)
             whole = not message.get("more_body")
+            if whole and message["type"] == "http.request":
+                watching = asyncio.create_task(until_gone())
             return message
 
         async def noted(message: Message) -> None:
-            nonlocal status
+            nonlocal status, answered
+            answered = answered or (message["type"] == "http.response.body" and not message.get("more_body"))
             if message["type"] == "http.response.start":
                 status = message["status"]
                 known = {name for name, _ in message["headers"]}
@@ -64,7 +77,14 @@ class Guard:
 
         try:
             await self.app(scope, limited, noted)
+        except asyncio.CancelledError:
+            if not gone:
+                raise
+            request.uncancel()
+            status = 499
         finally:
+            if watching is not None:
+                watching.cancel()
             route, took = getattr(scope.get("route"), "path", "other"), time.monotonic() - started
             self.count(route, status, took)
             log.info("%s %s %d %.1f ms", scope["method"], route, status, 1000 * took)

@@ -2,20 +2,24 @@
 
     INDEX/<version>/vectors.faiss   vectors by the number of their item in items.jsonl
     INDEX/<version>/items.jsonl     the items
-    INDEX/<version>/manifest.json   version, sha256 of the model's weights and of both files
-    INDEX/current                   link to the version that is served
+    INDEX/<version>/manifest.json   version, parent, sha256 of the model's weights and of both files
     INDEX/<version>/journal.jsonl   what was added, changed and removed since
+    INDEX/current                   link to the version that is served
 
-A version is written beside and renamed, then the link is swapped: a reader sees a whole one, old or new. It belongs to the weights with
-which its vectors were made; others are refused.
+A version is written beside, flushed and renamed, then the link is swapped: a reader sees a whole one, old or new. It belongs to the weights
+with which its vectors were made; others are refused. What its parent's journal saw after the items were read for it is still to be taken
+over: the first line of its own journal says that it was.
 """
 
+import fcntl
 import json
 import os
+import re
 import shutil
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +30,18 @@ from megatron_interbert.config import read_json
 from megatron_interbert.data.manifest import file_sha256
 from megatron_interbert.errors import UsageError
 from megatron_interbert.serving.items import Item
-from megatron_interbert.weights.files import flush_folder, write_json, write_text
+from megatron_interbert.weights.files import flush_file, flush_folder, write_json, write_text
 
 CURRENT, VECTORS, ITEMS, FACTS, JOURNAL = "current", "vectors.faiss", "items.jsonl", "manifest.json", "journal.jsonl"
-KINDS = ("exact", "hnsw")
+NAME = re.compile(r"[0-9a-f]{12}")
 LINKS, BREADTH = 32, 128  # of an HNSW graph; candidates that a search looks at
+Record = dict[str, Any]  # {"put": item} or {"remove": item id}; {"taken": [records]} as the first line of a journal
 
 
 class VectorIndex:
     """Inner products of vectors [P] by place. `exact` compares with all, `hnsw` walks a graph: for millions of items.
 
-    A graph cannot forget a vector: places that are gone are left out of what it finds, and a new version forgets them.
+    A graph cannot forget a vector: places that are gone are passed over, and a new version forgets them.
     """
 
     def __init__(self, width: int, kind: str = "exact") -> None:
@@ -44,6 +49,13 @@ class VectorIndex:
         self.kind, self.faiss = kind, faiss.IndexIDMap(inner)
         self.gone: set[int] = set()
         self._lock = threading.Lock()
+
+    @classmethod
+    def read(cls, path: Path, kind: str) -> "VectorIndex":
+        """Of a file."""
+        index = cls(1)
+        index.faiss, index.kind = faiss.read_index(str(path)), kind
+        return index
 
     def __len__(self) -> int:
         return self.faiss.ntotal - len(self.gone)
@@ -64,15 +76,98 @@ class VectorIndex:
     def search(self, vectors: np.ndarray, k: int) -> list[np.ndarray]:
         """Places of the k (or fewer) best items for each vector [n, P], best first."""
         with self._lock:
-            most = min(k + len(self.gone), self.faiss.ntotal)
+            most = min(k, len(self))
             if not most:
                 return [np.zeros(0, np.int64)] * len(vectors)
+            parameters = None
             if self.kind == "hnsw":
-                faiss.downcast_index(self.faiss.index).hnsw.efSearch = max(BREADTH, most)
-            _, found = self.faiss.search(np.ascontiguousarray(vectors, np.float32), most)
-            gone = np.array(sorted(self.gone), np.int64)
-        rows = [row[row >= 0] for row in found]
-        return [row[~np.isin(row, gone)][:k] for row in rows]
+                gone = faiss.IDSelectorBatch(np.array(sorted(self.gone), np.int64))
+                parameters = faiss.SearchParametersHNSW(sel=faiss.IDSelectorNot(gone), efSearch=max(BREADTH, most))
+            _, found = self.faiss.search(np.ascontiguousarray(vectors, np.float32), most, params=parameters)
+        return [row[row >= 0] for row in found]
+
+
+class Version:
+    """A version in its folder; what is read of it is checked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, path.name
+        self.facts = read_json(path / FACTS, "--index")
+        self.parent: dict[str, Any] = self.facts["parent"]
+
+    @classmethod
+    def current(cls, folder: Path) -> "Version":
+        """The one that is served. UsageError where there is none."""
+        if not (folder / CURRENT).is_dir():
+            raise UsageError(f"{folder}: no index there; make one with python -m megatron_interbert.serve --build-only")
+        return cls((folder / CURRENT).resolve())
+
+    def _checked(self, name: str) -> Path:
+        if file_sha256(self.path / name) != self.facts["sha256"][name]:
+            raise UsageError(f"{self.path / name}: sha256 differs from {FACTS} (corrupt); build the index again (--build-only)")
+        return self.path / name
+
+    def items(self) -> list[Item]:
+        """Those that the vectors are of."""
+        return [Item(**json.loads(line)) for line in self._checked(ITEMS).read_text(encoding="utf-8").split("\n")[:-1]]
+
+    def vectors(self) -> VectorIndex:
+        """Of the items."""
+        return VectorIndex.read(self._checked(VECTORS), self.facts["kind"])
+
+    def journal_text(self) -> bytes:
+        """The journal's whole lines. A last line that was cut by a crash is none: nobody was told that it had happened."""
+        path = self.path / JOURNAL
+        text = path.read_bytes() if path.exists() else b""
+        return text[: text.rfind(b"\n") + 1]
+
+    def records(self, start: int = 0) -> list[Record]:
+        """Its own journal from a byte on, with what it has taken over."""
+        found: list[Record] = []
+        for line in self.journal_text()[start:].split(b"\n")[:-1]:
+            record = json.loads(line)
+            found += record.get("taken", [record])
+        return found
+
+    @property
+    def has_taken(self) -> bool:
+        """Whether what its parent saw later stands in its own journal."""
+        return not self.parent or self.journal_text().startswith(b'{"taken"')
+
+    def inherited(self) -> list[Record]:
+        """What its parents' journals saw after the items were read for it. UsageError where a parent is gone."""
+        if not self.parent:
+            return []
+        path = self.path.parent / self.parent["version"]
+        if not (path / FACTS).is_file():
+            raise UsageError(f"{self.path}: the version {path.name}, from which it was made, is gone, with changes that came later")
+        parent = Version(path)
+        return [*([] if parent.has_taken else parent.inherited()), *parent.records(self.parent["journal_bytes"])]
+
+    def changes(self) -> list[Record]:
+        """All that came after its items, in order."""
+        return self.records() if self.has_taken else [*self.inherited(), *self.records()]
+
+    def items_now(self) -> tuple[list[Item], dict[str, Any]]:
+        """The items with all changes, and what a version made of them must say of its parent."""
+        bytes_read = len(self.journal_text())
+        items = {item.item_id: item for item in self.items()}
+        for item_id, item in collapsed(self.changes()).items():
+            if item is None:
+                items.pop(item_id, None)
+            else:
+                items[item_id] = item
+        return list(items.values()), {"version": self.name, "journal_bytes": bytes_read}
+
+
+def collapsed(records: Sequence[Record]) -> dict[str, Item | None]:
+    """What came last of each item: the item, or None where it was removed."""
+    found: dict[str, Item | None] = {}
+    for record in records:
+        item = Item(**record["put"]) if "put" in record else None
+        found.pop(item.item_id if item else record["remove"], None)
+        found[item.item_id if item else record["remove"]] = item
+    return found
 
 
 def write_version(
@@ -89,89 +184,75 @@ def write_version(
     beside.mkdir(parents=True)
     try:
         faiss.write_index(index.faiss, str(beside / VECTORS))
+        flush_file(beside / VECTORS)
         write_text(beside / ITEMS, "".join(json.dumps(item.record(), ensure_ascii=False) + "\n" for item in items))
         hashes = {name: file_sha256(beside / name) for name in (VECTORS, ITEMS)}
-        write_json(
-            beside / FACTS,
-            {"version": version, "kind": kind, "model": model, "parent": parent, "items": len(items), "sha256": hashes},
-        )
+        facts = {"version": version, "kind": kind, "model": model, "parent": parent, "items": len(items), "sha256": hashes}
+        write_json(beside / FACTS, facts)
         flush_folder(beside)
         beside.rename(folder / version)
+        flush_folder(folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    link = folder / f".{version}.link"
-    link.symlink_to(version)
-    os.replace(link, folder / CURRENT)
-    flush_folder(folder)
+    point_to(folder, version)
     return version
 
 
-class Stored:
-    """The current version of a folder, checked; its items with what the journal says, and who may write to the journal."""
+def point_to(folder: Path, version: str) -> None:
+    """Make a version the current one, in one step."""
+    link = folder / f".{version}.link"
+    link.unlink(missing_ok=True)
+    link.symlink_to(version)
+    os.replace(link, folder / CURRENT)
+    flush_folder(folder)
 
-    def __init__(self, folder: Path, model: dict[str, Any] | None) -> None:
-        """UsageError where there is none, where a file is damaged, or where it was made with another `model` (None: whichever)."""
-        if not (folder / CURRENT).is_dir():
-            raise UsageError(f"{folder}: no index there; make one with python -m megatron_interbert.serve --build-only")
-        self.path = (folder / CURRENT).resolve()
-        facts = read_json(self.path / FACTS, "--index")
-        for name, expected in facts["sha256"].items():
-            if file_sha256(self.path / name) != expected:
-                raise UsageError(f"{self.path / name}: sha256 differs from {FACTS} (corrupt); build the index again")
-        if model not in (None, facts["model"]):
-            raise UsageError(f"{folder}: the index was made with other weights or settings than these; build it again (--rebuild)")
-        self.version, self.kind, self.parent = facts["version"], facts["kind"], facts["parent"]
-        self.index = VectorIndex(1, "exact")
-        self.index.faiss, self.index.kind = faiss.read_index(str(self.path / VECTORS)), self.kind
-        lines = (self.path / ITEMS).read_text(encoding="utf-8").splitlines()
-        self.items = [Item(**json.loads(line)) for line in lines]
 
-    def journal(self) -> Iterator[dict[str, Any]]:
-        """What happened since, in order."""
-        return self.records(self.journal_text())
+def prune(folder: Path, kept: Sequence[str], newest: int = 2) -> None:
+    """Remove versions but the newest few and those that are `kept`; whatever else lies in the folder is somebody else's."""
+    versions = [
+        path for path in folder.iterdir() if NAME.fullmatch(path.name) and (path / FACTS).is_file() and not path.is_symlink()
+    ]
+    for path in sorted(versions, key=lambda path: path.stat().st_mtime)[:-newest]:
+        if path.name not in kept:
+            shutil.rmtree(path, ignore_errors=True)
 
-    def journal_text(self) -> bytes:
-        """The journal as it is now."""
-        path = self.path / JOURNAL
-        return path.read_bytes() if path.exists() else b""
 
-    @staticmethod
-    def records(text: bytes) -> Iterator[dict[str, Any]]:
-        """Changes in order. A last line that was cut by a crash is none: nobody was told that it had happened."""
-        for line in text.split(b"\n")[:-1]:
-            yield json.loads(line)
-
-    def items_now(self) -> tuple[list[Item], dict[str, Any]]:
-        """The items with what the journal says, and what a version made of them must say of its parent."""
-        text = self.journal_text()
-        items = {item.item_id: item for item in self.items}
-        for record in self.records(text):
-            if "remove" in record:
-                items.pop(record["remove"], None)
-            else:
-                items.update({values["item_id"]: Item(**values) for values in record["put"]})
-        return list(items.values()), {"version": self.version, "journal_bytes": text.rfind(b"\n") + 1}
+@contextmanager
+def alone(path: Path, what: str) -> Iterator[int]:
+    """A file that only this process works with, opened to append. UsageError when another one has it."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"{path.parent}: {what}") from None
+        yield handle
+    finally:
+        os.close(handle)
 
 
 class Journal:
-    """Appends to the journal of a version; what has been written survives a crash."""
+    """Appends to the journal of a version, for one process at a time: what was written survives a crash, what could not is not there."""
 
     def __init__(self, version: Path) -> None:
-        self._file = open(version / JOURNAL, "ab")
-        whole = self._file.tell()
-        text = (version / JOURNAL).read_bytes()
-        kept = text.rfind(b"\n") + 1
-        if kept < whole:
-            self._file.truncate(kept)
-            self._file.seek(kept)
+        self._holding = alone(version / JOURNAL, "another service with a key writes to this index; give each its own --index")
+        self._file = self._holding.__enter__()
+        os.ftruncate(self._file, len(Version(version).journal_text()))
+        flush_folder(version)
 
-    def write(self, record: dict[str, Any]) -> None:
-        """One more line, on disk when this returns."""
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def write(self, record: Record) -> None:
+        """One more line, on disk when this returns. OSError where it cannot be; then nothing of it stays."""
+        before = os.fstat(self._file).st_size
+        text = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        try:
+            while text:
+                text = text[os.write(self._file, text) :]
+            os.fsync(self._file)
+        except OSError:
+            os.ftruncate(self._file, before)
+            raise
 
     def close(self) -> None:
         """No more lines."""
-        self._file.close()
+        self._holding.__exit__(None, None, None)

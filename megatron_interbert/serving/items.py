@@ -14,6 +14,7 @@ import numpy as np
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.downstream.items import Catalogue
 from megatron_interbert.data.text import CaptionTokenizer
+from megatron_interbert.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,10 @@ class LiveItems(Catalogue):
     def __init__(self, corpus: Corpus, tokenizer: CaptionTokenizer, max_tokens: int, max_regions: int, titles: bool = True) -> None:
         super().__init__(corpus, tokenizer, titles, max_tokens, max_regions)
         self.reads_titles = titles
-        self.image_numbers = {name: number for number, name in enumerate(super().ids)}
+        self.image_numbers: dict[str, int] = {}
+        for number, name in enumerate(super().ids):
+            if self.image_numbers.setdefault(name, number) != number:
+                raise UsageError(f"{corpus.path}: two images are called {name}; a picture needs an id of its own")
         self._lock = threading.Lock()
         self._items: list[Item] = []
         self._images: list[int] = []
@@ -49,8 +53,8 @@ class LiveItems(Catalogue):
             caption = int(self.title_of[number])
             yield Item(name, name, self.corpus.caption(caption) if caption >= 0 else "")
 
-    def put(self, items: Iterable[Item]) -> list[int]:
-        """Add items, or change those that are there; their places. KeyError names an image that no store holds."""
+    def stage(self, items: Iterable[Item]) -> list[int]:
+        """Places for items that nobody sees yet. KeyError names an image that no store holds."""
         items = list(items)
         images = [self.image_numbers[item.image_id] for item in items]
         tokens = self.tokenizer.encode_batch([item.title if self.reads_titles else "" for item in items])
@@ -60,8 +64,12 @@ class LiveItems(Catalogue):
             self._items += items
             self._images += images
             self._pieces += [ids[: self.max_tokens] for ids in pieces]
-            self._places.update({item.item_id: first + n for n, item in enumerate(items)})
         return list(range(first, first + len(items)))
+
+    def show(self, place: int) -> None:
+        """From now on the item is what stands at this place."""
+        with self._lock:
+            self._places[self._items[place].item_id] = place
 
     def remove(self, item_id: str) -> int | None:
         """Take an item out; the place that it had, or None."""

@@ -1,4 +1,4 @@
-"""What answers: the model, the items and their index. All of it that computes or writes runs in one thread (see batching.py).
+"""What answers: the model, the items and their index. Once it is served, one thread computes and writes (see batching.py).
 
 Two stages: the vectors of all items against that of the text, then the best of them by the whole model.
 """
@@ -12,17 +12,17 @@ import numpy as np
 import torch
 
 from megatron_interbert.data.packing import to_batch
-from megatron_interbert.serving.index import JOURNAL, Journal, Stored, VectorIndex
+from megatron_interbert.errors import UsageError
+from megatron_interbert.serving.index import Journal, Record, Version, collapsed
 from megatron_interbert.serving.items import Item, LiveItems
 from megatron_interbert.tasks.item_match import ItemScorer
 
 
 @dataclass
 class Hit:
-    """An item that was found, where it stands, and its score: the margin of the matching head."""
+    """An item that was found, and its score: the margin of the matching head."""
 
     item: Item
-    place: int
     score: float
 
 
@@ -37,66 +37,86 @@ class Find:
 
 @dataclass
 class Score:
-    """Score a text with given places."""
+    """Score a text with items; KeyError names one that is not there."""
 
     text: str
-    places: list[int]
+    item_ids: list[str]
 
 
 class Shop:
-    """The served state: of one version of the index, with what was changed since."""
+    """The served state: of one version of the index, with all changes since. `writes`: whether more may come, to this process only."""
 
-    def __init__(self, scorer: ItemScorer, stored: Stored) -> None:
-        self.scorer, self.version, self.path = scorer, stored.version, stored.path
+    def __init__(self, scorer: ItemScorer, version: Version) -> None:
+        self.scorer, self.version = scorer, version
         self.items: LiveItems = scorer.catalogue
-        self.index: VectorIndex = stored.index
-        self.items.put(stored.items)
-        self.changes = 0
-        for record in stored.journal():
-            self._apply(record)
-        self.journal = Journal(stored.path)
+        self.index = version.vectors()
+        self.journal: Journal | None = None
+        items = version.items()
+        self._check_images(items)
+        for place in self.items.stage(items):
+            self.items.show(place)
+        self._seen = version.changes()
+        self._apply(self._seen)
 
-    def _apply(self, record: dict[str, Any]) -> None:
-        """One change: `put` items with their vectors, or `remove` an id."""
-        self.changes += 1
-        if "remove" in record:
-            place = self.items.remove(record["remove"])
-            if place is not None:
-                self.index.remove(place)
-            return
-        items = [Item(**item) for item in record["put"]]
-        before = [self.items.place(item.item_id) for item in items]
-        places = self.items.put(items)
-        self.index.add(places, self.scorer.item_vectors(np.array(places)))
-        for place in before:
+    def _check_images(self, items: Sequence[Item]) -> None:
+        for item in items:
+            if item.image_id not in self.items.image_numbers:
+                raise UsageError(
+                    f"{self.version.path}: item {item.item_id} has the image {item.image_id}, which is not in"
+                    f" {self.items.corpus.path}; give the store that holds it"
+                )
+
+    def begin_to_write(self) -> None:
+        """Take the journal, after the last changes that the version before this one has seen."""
+        late = self.version.changes()[len(self._seen) :]
+        self._apply(late)
+        self.journal = Journal(self.version.path)
+        if not self.version.has_taken:
+            self.journal.write({"taken": [*self._seen, *late]})
+
+    def _apply(self, records: Sequence[Record]) -> None:
+        """Changes in common passes; vectors come first, for only they can fail."""
+        changed = collapsed(records)
+        items = [item for item in changed.values() if item is not None]
+        self._check_images(items)
+        places = self.items.stage(items)
+        vectors = self.scorer.item_vectors(np.array(places, np.int64))
+        self._show(places, vectors, [item_id for item_id, item in changed.items() if item is None])
+
+    def _show(self, places: Sequence[int], vectors: np.ndarray, removed: Sequence[str]) -> None:
+        before = [self.items.place(self.items.item(place).item_id) for place in places]
+        if len(places):
+            self.index.add(places, vectors)
+        for place in places:
+            self.items.show(place)
+        for place in [*before, *(self.items.remove(item_id) for item_id in removed)]:
             if place is not None:
                 self.index.remove(place)
 
     def put(self, item: Item) -> bool:
         """Add or change an item; whether it is new. It is on disk, and found, when this returns. KeyError where no store has its image."""
-        if item.image_id not in self.items.image_numbers:
-            raise KeyError(item.image_id)
-        new = self.items.place(item.item_id) is None
-        self._write({"put": [item.record()]})
-        return new
+        place = self.items.place(item.item_id)
+        if place is not None and self.items.item(place) == item:
+            return False
+        places = self.items.stage([item])
+        vectors = self.scorer.item_vectors(np.array(places))
+        self.journal.write({"put": item.record()})  # what cannot be kept does not happen
+        self._show(places, vectors, [])
+        return place is None
 
     def remove(self, item_id: str) -> bool:
         """Take an item out; whether it was there."""
         if self.items.place(item_id) is None:
             return False
-        self._write({"remove": item_id})
+        self.journal.write({"remove": item_id})
+        self._show([], np.zeros((0, 0), np.float32), [item_id])
         return True
 
-    def _write(self, record: dict[str, Any]) -> None:
-        """On disk first: what cannot be kept does not happen."""
-        self.journal.write(record)
-        self._apply(record)
-
     def answer(self, asked: Sequence[Find | Score]) -> list[list[Hit]]:
-        """All questions in common passes; the hits of each, best first, or in the order asked for given places."""
+        """All questions in common passes; the hits of each, best first, or in the order asked for given items."""
+        places = [self._places(question.item_ids) if isinstance(question, Score) else None for question in asked]
         pieces = self.scorer.pieces([question.text for question in asked])
         finds = [number for number, question in enumerate(asked) if isinstance(question, Find)]
-        places = [np.array(question.places, np.int64) if isinstance(question, Score) else None for question in asked]
         if finds:
             vectors = self.scorer.text_vectors([pieces[number] for number in finds])
             widest = self.index.search(vectors, max(asked[number].candidates for number in finds))
@@ -107,13 +127,19 @@ class Shop:
         answers = []
         for question, of_question, own in zip(asked, places, np.split(scores, np.cumsum(counts)[:-1]), strict=True):
             order = np.argsort(-own, kind="stable")[: question.k] if isinstance(question, Find) else range(len(own))
-            answers.append([Hit(self.items.item(int(of_question[n])), int(of_question[n]), float(own[n])) for n in order])
+            answers.append([Hit(self.items.item(int(of_question[n])), float(own[n])) for n in order])
         return answers
 
-    def regions(self, text: str, place: int) -> list[dict[str, Any]]:
+    def _places(self, item_ids: Sequence[str]) -> np.ndarray:
+        found = [self.items.place(item_id) for item_id in item_ids]
+        if None in found:
+            raise KeyError(found.index(None))
+        return np.array(found, np.int64)
+
+    def regions(self, text: str, item_id: str) -> list[dict[str, Any]]:
         """Boxes of an item's picture as shares of its size, and how much each speaks for the match: the margin's gradient times the
-        region's feature, summed; the largest is 1."""
-        numbers, pieces = np.array([place]), self.scorer.pieces([text])
+        region's feature, summed; the largest is 1. KeyError where the item is not there."""
+        numbers, pieces = self._places([item_id]), self.scorer.pieces([text])
         fields = self.items.fields(self.items.in_full(pieces, numbers), numbers)
         batch = to_batch(fields).to(self.scorer.device)
         batch = dataclasses.replace(batch, features=batch.features.float().requires_grad_())
@@ -128,11 +154,7 @@ class Shop:
             for box, weight in zip(boxes, weights, strict=True)
         ]
 
-    def take_over(self, older: "Shop", journal_bytes: int) -> None:
-        """Changes that the version before this one has seen since it was read for this one."""
-        for record in Stored.records((older.path / JOURNAL).read_bytes()[journal_bytes:] if older.changes else b""):
-            self._write(record)
-
     def close(self) -> None:
         """No more changes."""
-        self.journal.close()
+        if self.journal is not None:
+            self.journal.close()

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from megatron_interbert.data.downstream.records import identifier, read_records
 from megatron_interbert.errors import UsageError
 from megatron_interbert.serving.app import Service, Topic
 from megatron_interbert.serving.batching import ModelThread
-from megatron_interbert.serving.index import CURRENT, Stored, write_version
+from megatron_interbert.serving.index import CURRENT, Version, alone, point_to, prune, write_version
 from megatron_interbert.serving.items import Item, LiveItems
 from megatron_interbert.serving.shop import Shop
 from megatron_interbert.task_config import ServeConfig
@@ -29,7 +28,6 @@ from megatron_interbert.weights.files import check_writable
 
 log = logging.getLogger("megatron_interbert.serving")
 LOOK_EVERY = 1.0  # seconds between looks for a new version
-KEPT = 2  # versions
 
 
 class Opened:
@@ -64,30 +62,34 @@ class Opened:
         return ItemScorer(self.model, items, self.device)
 
     def build(self) -> str:
-        """A new version: of the items of the current one with what was changed since, else of --items, else of all images."""
-        scorer = self.scorer()
-        if (self.folder / CURRENT).exists() and not self.config.items:
-            try:
-                items, parent = Stored(self.folder, None).items_now()
-            except (OSError, ValueError, KeyError) as error:
-                raise UsageError(
-                    f"{self.folder}: its current version cannot be read ({error}); remove the folder, or give --items"
-                ) from None
-        else:
-            items, parent = (
-                list(read_items(self.config.items, scorer.catalogue) if self.config.items else scorer.catalogue.stored()),
-                {},
-            )
-        if not items:
-            raise UsageError("no items: an index of nothing would find nothing")
-        places = np.array(scorer.catalogue.put(items))
-        with tqdm(total=len(items), unit="item", desc="vectors", mininterval=1.0, disable=None) as bar:
-            vectors = scorer.item_vectors(places, bar.update)
-        return write_version(self.folder, items, vectors, self.config.index_kind, self.facts, parent)
+        """A new version. Its items are those of --items, where that is given and there is no index yet or --rebuild; else those of the
+        current version with all changes; else all images of the stores."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with alone(self.folder / "building", "another process builds this index; wait for it"):
+            scorer, parent = self.scorer(), {}
+            there = (self.folder / CURRENT).exists()
+            if self.config.items and (self.config.rebuild or not there):
+                items = read_items(self.config.items, scorer.catalogue)
+            elif there:
+                items, parent = Version.current(self.folder).items_now()
+            else:
+                items = list(scorer.catalogue.stored())
+            if not items:
+                raise UsageError("no items: an index of nothing would find nothing")
+            for item in items:
+                if item.image_id not in scorer.catalogue.image_numbers:
+                    raise UsageError(f"item {item.item_id} has the image {item.image_id}, which is not in {self.corpus.path}")
+            places = np.array(scorer.catalogue.stage(items))
+            with tqdm(total=len(items), unit="item", desc="vectors", mininterval=1.0, disable=None) as bar:
+                vectors = scorer.item_vectors(places, bar.update)
+            return write_version(self.folder, items, vectors, self.config.index_kind, self.facts, parent)
 
     def shop(self) -> Shop:
-        """The current version, ready to answer."""
-        return Shop(self.scorer(), Stored(self.folder, self.facts))
+        """The current version, ready to answer. UsageError where it was made with other weights or settings."""
+        version = Version.current(self.folder)
+        if version.facts["model"] != self.facts:
+            raise UsageError(f"{version.path}: made with other weights or settings than these; build it again (--rebuild)")
+        return Shop(self.scorer(), version)
 
 
 def read_items(path: str, items: LiveItems) -> list[Item]:
@@ -97,7 +99,10 @@ def read_items(path: str, items: LiveItems) -> list[Item]:
     for where, record in read_records(path, "--items", {"item_id": (str, int), "title": str}):
         item_id = identifier(record.pop("item_id"))
         image_id, title = identifier(record.pop("image_id", item_id)), record.pop("title")
-        attributes = {**record.pop("attributes", {}), **record}
+        attributes = record.pop("attributes", {})
+        if not isinstance(attributes, dict):
+            raise UsageError(f"{where}: 'attributes' is no JSON object")
+        attributes |= record
         if image_id not in items.image_numbers:
             raise UsageError(f"{where}: image {image_id} is not in {items.corpus.path}; give the store that holds it")
         found[item_id] = Item(item_id, image_id, title, {str(key): str(value) for key, value in attributes.items()})
@@ -110,7 +115,10 @@ def open_service(config: ServeConfig, opened: Opened) -> Service:
         opened.build()
     elif config.items:
         log.info("%s is there: --items is read again only with --rebuild", opened.folder)
-    model = ModelThread(opened.shop(), config.queue_size, config.pairs_at_once)
+    shop = opened.shop()
+    if config.api_key:
+        shop.begin_to_write()
+    model = ModelThread(shop, config.queue_size, config.pairs_at_once)
     service = Service(model, config, opened.weights_sha256, any(s.manifest.get("generated") for s in opened.corpus.stores))
     if config.topics:
         topics = read_topics(config.topics, "--topics")
@@ -120,37 +128,30 @@ def open_service(config: ServeConfig, opened: Opened) -> Service:
 
 
 def watch(opened: Opened, model: ModelThread) -> None:
-    """Take over new versions of the index as they come; old ones but the last are removed. One that does not fit is named and left."""
-    refused = ""
+    """Take over new versions of the index as they come. One that does not fit is named, and the link is put back."""
     while True:
         threading.Event().wait(LOOK_EVERY)
+        served = model.shop.version.name
         version = (opened.folder / CURRENT).resolve().name
-        if version in (model.shop.version, refused):
+        if version == served:
             continue
         try:
             newer = opened.shop()
             model.change(lambda shop, newer=newer: take_over(model, shop, newer))
-            log.info("index %s is served now", newer.version)
-            prune(opened.folder, {newer.version})
         except Exception as error:
-            refused = version
-            log.error("index %s is not taken over: %s", version, error)
+            log.error("index %s is not taken over, %s stays: %s", version, served, error)
+            if opened.config.api_key:
+                point_to(opened.folder, served)
+            else:
+                threading.Event().wait(60 * LOOK_EVERY)  # a replica's folder is not ours to change
+            continue
+        log.info("index %s is served now", newer.version.name)
+        prune(opened.folder, [newer.version.name, served])
 
 
 def take_over(model: ModelThread, older: Shop, newer: Shop) -> None:
     """In the model's thread: nothing that was changed while the newer version was made is lost."""
-    stored = Stored(newer.path.parent, None)
-    if stored.parent.get("version") == older.version:
-        newer.take_over(older, stored.parent["journal_bytes"])
+    if older.journal is not None:
+        newer.begin_to_write()
     older.close()
     model.swap(newer)
-
-
-def prune(folder: Path, kept: set[str]) -> None:
-    """Remove old versions but the newest few."""
-    versions = sorted(
-        (path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()), key=lambda p: p.stat().st_mtime
-    )
-    for path in versions[:-KEPT]:
-        if path.name not in kept:
-            shutil.rmtree(path, ignore_errors=True)

@@ -329,3 +329,44 @@ def test_wrong_use_is_one_line(shop, tmp_path):
         assert service.call("GET", "/healthz")[0] == 200
     with Service(*known, key="") as service:
         assert service.call("DELETE", "/items/test-000001", key="")[0] == 403
+
+
+def test_a_client_that_goes_is_not_computed_for(shop, tmp_path):
+    """Many ask and close their connection at once; their questions leave the queue, and others are answered."""
+    with Service(*flags(shop, tmp_path / "index", "--pairs-at-once", 40)) as service:
+        host, port = service.url.removeprefix("http://").split(":")
+        body = b'{"query": "\xe7\xba\xa2\xe8\x89\xb2", "candidates": 40}'
+        head = f"POST /search HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        lines = [socket.create_connection((host, int(port))) for _ in range(100)]
+        for line in lines:
+            line.sendall(head + body)
+        until(lambda: b"interbert_waiting 0.0" not in service.call("GET", "/metrics")[1], "the queue")
+        for line in lines:
+            line.close()
+        assert service.search("红色", k=3)
+        text = service.call("GET", "/metrics")[1].decode()
+        gone = float(next(line for line in text.splitlines() if line.startswith("interbert_gone_total")).split()[1])
+        assert gone > 5
+        assert 'interbert_requests_total{route="/search",status="499"}' in text
+
+
+def test_a_second_writer_and_lost_pictures_are_refused(shop, tmp_path):
+    folder, _, store = shop
+    index = tmp_path / "index"
+    command = (sys.executable, "-m", "megatron_interbert.serve", "--load", folder / "model", "--index", index, "--data-path")
+    with Service(*flags(shop, index)) as service:
+        assert service.call("PUT", "/items/x", {"image_id": "test-000001", "title": "红\u2028色"}, key=KEY)[0] == 201
+        assert service.call("PUT", "/items/x", {"image_id": "test-000001", "title": "红\u2028色"}, key=KEY)[0] == 200, "nothing new"
+        code, _, err = launch(*command, store, "--port", 0, INTERBERT_API_KEY="k")
+        assert code == 2
+        assert "another service with a key writes to this index" in err.strip().splitlines()[-1]
+        with Service(*flags(shop, index), key="") as reader:
+            assert reader.call("GET", "/items/x")[0] == 200
+    code, out, err = launch(*command, store, "--build-only", "--items", store / "items.jsonl")
+    assert code == 0, out + err
+    with Service(*flags(shop, index)) as service:
+        assert service.call("GET", "/items/x")[1]["title"] == "红\u2028色", "it is still there after a build, whatever --items says"
+    code, _, err = launch(*command, folder / "shop" / "train", "--port", 0)
+    assert code == 2
+    assert "Traceback" not in err
+    assert "made with other weights" in err or "which is not in" in err
