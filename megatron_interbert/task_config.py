@@ -255,7 +255,7 @@ class EvaluateProductSearchConfig(EvaluateConfig):
 
 @dataclass
 class EvaluateRecommendationConfig(EvaluateConfig):
-    """Scores of topics and items: figures of what users clicked, and the best items of each topic as Parquet."""
+    """Scores of topics and items that users were shown, and figures of what they clicked."""
 
     data_path: str = option("sample_shop/test", "region store of the items")
     topics: str = option("", "jsonl of topic_id, name, description, keywords")

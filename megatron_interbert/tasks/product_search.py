@@ -21,6 +21,7 @@ from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_sto
 from megatron_interbert.tasks.ranking import order_of, search_metrics
 from megatron_interbert.tasks.task import Job
 
+KEPT = 50  # products of a query that are kept: figures, files and pages need no more
 FIGURES = ("R@1", "R@5", "R@10", "mean_recall", "nDCG@5")
 
 
@@ -72,7 +73,7 @@ def check_labelled(queries: Queries) -> None:
 
 @dataclass
 class Search:
-    """Products (numbers) found for each query, best first; their scores; and pairs scored in full."""
+    """The best products (numbers) found for each query, best first; their scores; and pairs scored in full."""
 
     found: list[np.ndarray]
     scores: list[np.ndarray]
@@ -91,6 +92,7 @@ def search(
     everything = np.arange(len(scorer.catalogue))
     mine = range(state.data_rank, len(queries), state.data_size)
     rows: list[tuple[np.ndarray, np.ndarray]] = []
+    pairs = 0
     with local_errors():
         pieces = scorer.pieces([queries.texts[number] for number in mine])
         if first_stage:
@@ -104,12 +106,13 @@ def search(
             if not np.isfinite(scores).all():
                 raise TrainingStopped("scores are not finite: the weights of this checkpoint have diverged; take an earlier one")
             order = order_of(scores, np.isin(candidates, queries.products[number]))
-            rows.append((candidates[order], scores[order]))
+            pairs += len(candidates)
+            rows.append((candidates[order][:KEPT], scores[order][:KEPT]))
             progress(1)
     found: list[np.ndarray] = [everything] * len(queries)
     scored: list[np.ndarray] = [np.zeros(0, np.float32)] * len(queries)
-    for rank, part in enumerate(state.gather(rows)):
+    for rank, (part, _) in enumerate(gathered := state.gather((rows, pairs))):
         for place, (items, scores) in enumerate(part):
             number = rank // state.tensor_size + place * state.data_size
             found[number], scored[number] = items, scores
-    return Search(found, scored, sum(map(len, scored)))
+    return Search(found, scored, sum(count for _, count in gathered[:: state.tensor_size]))

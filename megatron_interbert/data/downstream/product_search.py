@@ -78,7 +78,7 @@ def read_queries(path: str, catalogue: Catalogue, flag: str) -> Queries:
 
 
 class ProductSearchSet:
-    """A sample is a (query, product) that belong together; its rows are four pairs in full and the same four alone."""
+    """A sample is a (query, product) that belong together; its rows are five pairs in full and the same five alone."""
 
     def __init__(self, queries: Queries, catalogue: Catalogue, config: ProductSearchConfig) -> None:
         self.catalogue, self.config, self.path = catalogue, config, queries.path

@@ -19,6 +19,7 @@ const $ = (selector) => document.querySelector(selector);
 const facts = JSON.parse(document.documentElement.dataset.facts);
 let language = localStorage.getItem("language") || (navigator.language.startsWith("zh") ? "zh" : "en");
 let asked = 0; // the newest question; older answers are not shown
+let opened = 0; // the newest product; boxes of another one are not drawn
 let shown = null; // {text, answer}
 const say = (name, ...values) => (typeof words[language][name] === "function" ? words[language][name](...values) : words[language][name]);
 
@@ -113,6 +114,7 @@ function card(item) {
 }
 
 async function open(item) {
+  const mine = ++opened;
   const dialog = $("#product"), svg = dialog.querySelector("svg"), list = dialog.querySelector("dl");
   dialog.querySelector("h2").textContent = item.title || item.item_id;
   dialog.querySelector(".score").textContent = say("score", item.score.toFixed(2));
@@ -128,6 +130,7 @@ async function open(item) {
   dialog.showModal();
   try {
     const { regions } = await call("score", { text: shown.text, item_ids: [item.item_id], explain: true });
+    if (mine !== opened) return;
     for (const { box: [x1, y1, x2, y2], weight } of regions) {
       const rectangle = document.createElementNS("http://www.w3.org/2000/svg", "rect");
       for (const [name, value] of Object.entries({ x: x1, y: y1, width: x2 - x1, height: y2 - y1 })) rectangle.setAttribute(name, value);
