@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.campaigns.requests import campaign
-from tests.launching import ENVIRONMENT, ROOT
+from tests.launching import ENVIRONMENT
 from tests.serving.test_service import flags, shop  # noqa: F401 - a fixture
 from tests.serving_client import KEY, Service
 
@@ -35,13 +35,13 @@ def test_made_up_requests(service):
     unharmed(service)
 
 
-def test_the_schema_is_true(service):
+def test_the_schema_is_true(service, tmp_path):
     """schemathesis: what the schema allows is answered as it says, what it forbids is refused, nothing is a server error."""
     pytest.importorskip("schemathesis", reason="schemathesis is not installed (pip install -r requirements.txt)")
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{service.url}/openapi.json", "--max-examples", "15", "--seed", "1",
                "--header", f"Authorization: Bearer {KEY}", "--suppress-health-check", "all", "--phases", "examples,coverage,fuzzing",
                "--checks", "not_a_server_error,response_schema_conformance,content_type_conformance,negative_data_rejection"]  # fmt: skip
-    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
+    result = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     unharmed(service)
 

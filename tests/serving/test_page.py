@@ -130,6 +130,7 @@ def test_titles_are_text_and_never_markup(visit, shop, tmp_path):  # noqa: F811
         shown = page.locator("#results span").all_inner_texts()
         assert not page.locator("#results b").count()
         assert all("onerror" not in text or "<img" in text for text in shown)
+        page.close()  # before the service ends: pictures are fetched as they come into view
 
 
 def test_a_protected_service_asks_for_the_key(visit, shop, tmp_path, request):  # noqa: F811
@@ -143,3 +144,4 @@ def test_a_protected_service_asks_for_the_key(visit, shop, tmp_path, request):  
         page.keyboard.press("Enter")
         page.wait_for_selector("#results li")
         until(lambda: page.evaluate("document.querySelector('#results img').naturalWidth > 0"), "the pictures")
+        page.close()
