@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# From nothing to a shop that answers, in about fifteen minutes on two cores: environment, generated shop, pretraining, finetuning for
-# search and then for recommendation, index, service. Safe to run again: what is done is not done twice. The address is printed.
-# STEPS changes the length of the trainings, PORT the port; arguments go to the service.
+# From nothing to a shop that answers: environment, generated shop, pretraining, finetuning for search and then for recommendation, index,
+# service. Safe to run again: what is done is not done twice. The address is printed. STEPS is the length of the pretraining (kinds are
+# learnt first, colours last: fewer than the default leave colours out), PORT the port; arguments go to the service.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launchers/environment.sh
 
-steps=${STEPS:-4000}
+steps=${STEPS:-12000}
 data=sample_shop
 [ -f $data/test/clicks.jsonl ] || python tools/make_shop.py --output $data
 [ -f $data/train/hard_images.npy ] || python tools/mine_neighbours.py $data/train
@@ -18,8 +18,8 @@ finetune() { # task, first weights, steps, further flags
     --data-path $data/train --valid-data-path $data/test --micro-batch-size 16 --global-batch-size 32 --lr 1e-3 --lr-decay-style linear \
     --ema-decay 0 --num-workers 0 --log-interval 200 --eval-interval "$3" "${@:4}"
 }
-finetune product_search runs/shop_pretrained "$steps" --queries $data/train/queries.jsonl --valid-queries $data/test/queries.jsonl
-finetune recommendation runs/shop_product_search $((steps / 2)) --topics $data/train/topics.jsonl --clicks $data/train/clicks.jsonl \
+finetune product_search runs/shop_pretrained $((steps / 4)) --queries $data/train/queries.jsonl --valid-queries $data/test/queries.jsonl
+finetune recommendation runs/shop_product_search $((steps / 8)) --topics $data/train/topics.jsonl --clicks $data/train/clicks.jsonl \
   --valid-topics $data/test/topics.jsonl --valid-clicks $data/test/clicks.jsonl
 
 exec python -m megatron_interbert.serve --load runs/shop_product_search --data-path $data/test --items $data/test/items.jsonl \
