@@ -138,6 +138,23 @@ def pretrain(*flags):
     return (sys.executable, "-m", "megatron_interbert.pretrain", *flags)
 
 
+def finetune(*flags):
+    """Command line of one plain process."""
+    return (sys.executable, "-m", "megatron_interbert.finetune", *flags)
+
+
+def evaluate(*flags):
+    """Command line of one plain process."""
+    return (sys.executable, "-m", "megatron_interbert.evaluate", *flags)
+
+
+def ran(*command):
+    """Its stdout; it must end well."""
+    code, out, err = launch(*command)
+    assert code == 0, out + err
+    return out
+
+
 def deepspeed(processes, *flags):
     """Command line of the DeepSpeed launcher, with a port that is free now."""
     return ("deepspeed", "--num_gpus", processes, "--master_port", free_ports(1)[0], "launchers/pretrain.sh", *flags)

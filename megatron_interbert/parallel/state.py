@@ -15,12 +15,13 @@ from megatron_interbert.parallel.placement import Placement
 class ParallelState:
     """Ranks of one tensor-parallel group are neighbours (they talk most); data parallel strides over them.
 
-    Without torch.distributed it describes a single process. Method names are those DeepSpeed asks an mpu for.
+    Without torch.distributed, or `alone`, it describes a single process. Method names are those DeepSpeed asks an mpu for.
     """
 
-    def __init__(self, tensor_parallel_size: int = 1, sequence_parallel: bool = False) -> None:
+    def __init__(self, tensor_parallel_size: int = 1, sequence_parallel: bool = False, alone: bool = False) -> None:
+        together = dist.is_initialized() and not alone
         self.node = node_name()
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         if self.world_size % tensor_parallel_size:
             raise UsageError(
                 f"--tensor-model-parallel-size {tensor_parallel_size} does not divide the {self.world_size}"
@@ -32,7 +33,7 @@ class ParallelState:
         self.tensor_group: dist.ProcessGroup | None = None
         self.data_group: dist.ProcessGroup | None = None
         self._data_ranks = list(range(self.tensor_rank, self.world_size, tensor_parallel_size))
-        if dist.is_initialized():
+        if together:
             self._make_groups()
         self.placement = Placement(self.tensor_group, shared=sequence_parallel and self.tensor_size > 1)
 
@@ -47,18 +48,6 @@ class ParallelState:
             group = dist.new_group(ranks)
             if self.rank in ranks:
                 self.data_group = group
-
-    @classmethod
-    def alone(cls) -> "ParallelState":
-        """Of a model that belongs to no group, whether or not this process is one of several."""
-        state = cls.__new__(cls)
-        state.node, state.rank, state.world_size = node_name(), 0, 1
-        state.tensor_size = state.data_size = 1
-        state.tensor_rank = state.data_rank = 0
-        state.tensor_group = state.data_group = None
-        state._data_ranks = [0]
-        state.placement = Placement()
-        return state
 
     def with_replicated_rows(self) -> "ParallelState":
         """The same groups without sequence parallelism."""

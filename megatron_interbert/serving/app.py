@@ -15,7 +15,6 @@ import prometheus_client as prometheus
 from fastapi import Depends, FastAPI, Header, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from megatron_interbert.data.downstream.recommendation import topic_text
@@ -23,102 +22,19 @@ from megatron_interbert.data.drawing import PHOTO_TYPES, draw_image, find_photo
 from megatron_interbert.serving.batching import Answer, Late, ModelThread, QueueFull
 from megatron_interbert.serving.guard import Guard
 from megatron_interbert.serving.items import Item
+from megatron_interbert.serving.messages import (
+    ErrorAnswer,
+    ItemAnswer,
+    ItemBody,
+    RecommendRequest,
+    Results,
+    ScoreRequest,
+    Scores,
+    SearchRequest,
+    speakable,
+)
 from megatron_interbert.serving.shop import Find, Hit, Score, Shop
 from megatron_interbert.task_config import ServeConfig
-
-MOST = 50  # items of an answer
-
-
-def speakable(text: str) -> str:
-    """Text that is Unicode throughout and says something; ValueError else."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("half a character (a lone surrogate)") from None
-    if "\0" in text or not text.strip():
-        raise ValueError("no text")
-    return text
-
-
-Text = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(speakable)]
-Words = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(speakable)]
-Id = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(speakable)]
-K = Annotated[int, Field(ge=1, le=MOST, description="items wanted")]
-Candidates = Annotated[int, Field(ge=1, le=1000, description="items that the first stage leaves for the model")]
-
-
-class Body(BaseModel):
-    """Unknown keys are refused, and so are values of another type that could be taken for one."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class SearchRequest(Body):
-    query: Text = Field(examples=["红色条纹连衣裙"])
-    k: K = 10
-    candidates: Candidates = 100
-
-
-class TopicText(Body):
-    name: Words = Field(examples=["清爽海滩系列"])
-    description: Text | None = Field(None, examples=["在海滩拍的蓝色、白色，适合泳衣和凉鞋"])
-    keywords: list[Words] = Field([], max_length=16, examples=[["泳衣", "凉鞋", "海滩"]])
-
-
-class RecommendRequest(Body):
-    topic_id: Id | None = Field(None, description="one of GET /topics")
-    topic: TopicText | None = Field(None, description="or a topic of your own")
-    k: K = 10
-    candidates: Candidates = 100
-
-
-class ScoreRequest(Body):
-    text: Text = Field(examples=["红色条纹连衣裙"])
-    item_ids: list[Id] = Field(min_length=1, max_length=100, examples=[["test-000000", "test-000001"]])
-    explain: bool = Field(False, description="also which regions of the picture speak for the match; one item only")
-
-
-class ItemBody(Body):
-    image_id: Id = Field(description="an image of the region stores that the service was started with", examples=["test-000003"])
-    title: Annotated[str, Field(max_length=256)] = Field("", examples=["青禾2026夏季红色纯棉连衣裙"])
-    attributes: dict[Words, Words] = Field({}, max_length=16, examples=[{"shop": "青禾旗舰店", "price": "99.9"}])
-
-
-class ItemAnswer(BaseModel):
-    item_id: str
-    image_id: str
-    title: str
-    attributes: dict[str, str]
-
-
-class Found(ItemAnswer):
-    score: float = Field(description="margin of the matching head, higher is better; above 0 it says that they match")
-
-
-class Timings(BaseModel):
-    waited_ms: float
-    took_ms: float = Field(description="of the passes in which it was answered")
-    together: int = Field(description="questions that were answered in them")
-
-
-class Results(BaseModel):
-    results: list[Found]
-    model: str = Field(description="first digits of the sha256 of the weights")
-    index: str = Field(description="version of the index")
-    timings: Timings
-
-
-class RegionWeight(BaseModel):
-    box: list[float] = Field(description="x1, y1, x2, y2 as shares of the picture")
-    weight: float = Field(description="from -1 to 1; positive speaks for the match")
-
-
-class Scores(Results):
-    regions: list[RegionWeight] | None = None
-
-
-class ErrorAnswer(BaseModel):
-    error: str
 
 
 class Metrics:
@@ -201,6 +117,18 @@ def make_app(service: Service) -> FastAPI:
     config = service.config
     app.add_middleware(Guard, max_body=config.max_body, body_seconds=config.body_seconds, count=metrics.count)
 
+    answer_errors_alike(app)
+    keys = Keys(config)
+    add_questions(app, service, [Depends(keys.may_read)])
+    add_items(app, service, [Depends(keys.may_read)], [Depends(keys.may_write)])
+    add_facts(app, service, metrics)
+    add_page(app, service)
+    return app
+
+
+def answer_errors_alike(app: FastAPI) -> None:
+    """{"error": one line}, which repeats nothing of what was sent."""
+
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
@@ -215,28 +143,32 @@ def make_app(service: Service) -> FastAPI:
     async def failed(request: Request, error: StarletteHTTPException) -> JSONResponse:
         return JSONResponse({"error": str(error.detail)}, error.status_code, headers=error.headers)
 
-    def key(header: str | None) -> None:
+
+class Keys:
+    """Who may do what: the key of INTERBERT_API_KEY, compared in constant time."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.config = config
+
+    def may_write(self, authorization: Annotated[str | None, Header()] = None) -> None:
+        """HTTPException 403 where nobody may, 401 without the key."""
+        if not self.config.api_key:
+            raise HTTPException(403, "items cannot be changed: the service was started without INTERBERT_API_KEY")
+        self._compare(authorization)
+
+    def may_read(self, authorization: Annotated[str | None, Header()] = None) -> None:
+        """HTTPException 401 without the key, where it is asked for."""
+        if self.config.protect_reads:
+            self._compare(authorization)
+
+    def _compare(self, header: str | None) -> None:
         given = (header or "").removeprefix("Bearer ")
-        if not secrets.compare_digest(given.encode(), config.api_key.encode()):
+        if not secrets.compare_digest(given.encode(), self.config.api_key.encode()):
             raise HTTPException(401, "a wrong key, or none: Authorization: Bearer KEY", {"www-authenticate": "Bearer"})
 
-    def may_write(authorization: Annotated[str | None, Header()] = None) -> None:
-        if not config.api_key:
-            raise HTTPException(403, "items cannot be changed: the service was started without INTERBERT_API_KEY")
-        key(authorization)
 
-    def may_read(authorization: Annotated[str | None, Header()] = None) -> None:
-        if config.protect_reads:
-            key(authorization)
-
-    reads, writes = [Depends(may_read)], [Depends(may_write)]
-
-    def found_item(item_id: str) -> Item:
-        items = service.model.shop.items  # one shop: another may be served in the next moment
-        place = items.place(item_id)
-        if place is None:
-            raise HTTPException(404, "no such item")
-        return items.item(place)
+def add_questions(app: FastAPI, service: Service, reads: list[Any]) -> None:
+    """Search, recommendation, scores, topics."""
 
     @app.post("/search", dependencies=reads, response_model=Results)
     async def search(body: SearchRequest) -> dict[str, Any]:
@@ -276,6 +208,17 @@ def make_app(service: Service) -> FastAPI:
         """The topics that can be asked for by their ids."""
         return [{"topic_id": topic.topic_id, "name": topic.name, "text": topic.text} for topic in service.topics.values()]
 
+
+def add_items(app: FastAPI, service: Service, reads: list[Any], writes: list[Any]) -> None:
+    """Items and their pictures."""
+
+    def found_item(item_id: str) -> Item:
+        items = service.model.shop.items  # one shop: another may be served in the next moment
+        place = items.place(item_id)
+        if place is None:
+            raise HTTPException(404, "no such item")
+        return items.item(place)
+
     @app.get("/items/{item_id:path}", dependencies=reads, response_model=ItemAnswer, responses={404: {"model": ErrorAnswer}})
     async def read_item(item_id: str) -> dict[str, Any]:
         """One item."""
@@ -310,7 +253,11 @@ def make_app(service: Service) -> FastAPI:
     async def picture(item_id: str) -> Response:
         """The photo of an item, or a drawing of its regions where there is none."""
         shop, item = service.model.shop, found_item(item_id)
-        return await asyncio.to_thread(picture_of, shop, shop.items.image_numbers[item.image_id], config.image_folder)
+        return await asyncio.to_thread(picture_of, shop, shop.items.image_numbers[item.image_id], service.config.image_folder)
+
+
+def add_facts(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    """What the service says of itself."""
 
     @app.get("/healthz", include_in_schema=False)
     async def health() -> dict[str, str]:
@@ -327,12 +274,15 @@ def make_app(service: Service) -> FastAPI:
     async def exposition() -> Response:
         return Response(prometheus.generate_latest(metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
 
+
+def add_page(app: FastAPI, service: Service) -> None:
+    """The page and its files."""
     page = resources.files("megatron_interbert.serving").joinpath("page")
 
     @app.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
         text = page.joinpath("index.html").read_text(encoding="utf-8")
-        facts = {"generated": service.generated, "protected": config.protect_reads}
+        facts = {"generated": service.generated, "protected": service.config.protect_reads}
         return HTMLResponse(text.replace("{facts}", html.escape(json.dumps(facts))))
 
     @app.get("/page/{name}", include_in_schema=False)
@@ -341,8 +291,6 @@ def make_app(service: Service) -> FastAPI:
         if name not in kinds:
             raise HTTPException(404, "no such file")
         return Response(page.joinpath(name).read_text(encoding="utf-8"), media_type=f"{kinds[name]}; charset=utf-8")
-
-    return app
 
 
 def picture_of(shop: Shop, image: int, folder: str) -> Response:

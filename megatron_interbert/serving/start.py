@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from megatron_interbert.config import split_paths
 from megatron_interbert.data.downstream.recommendation import read_topics
-from megatron_interbert.data.downstream.records import identifier, read_records
+from megatron_interbert.data.downstream.records import read_records
 from megatron_interbert.errors import UsageError
 from megatron_interbert.serving.app import Service, Topic
 from megatron_interbert.serving.batching import ModelThread
@@ -36,8 +36,7 @@ class Opened:
     def __init__(self, config: ServeConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.model, self.source = load_model(config.load, ("itm",), config.kernels, device, averaged=config.averaged)
-        task = str(self.source.facts.get("task") or "")
-        as_trained(config, self.source, task, max_regions=36, max_tokens=64)
+        as_trained(config, self.source, max_regions=36, max_tokens=64)
         check_length(config.max_tokens, self.source.config)
         self.corpus, self.tokenizer = open_for(config, self.source, split_paths(config.data_path))
         run = self.source.path.parent if self.source.kind == "checkpoint" or self.source.path.is_file() else self.source.path
@@ -97,8 +96,8 @@ def read_items(path: str, items: LiveItems) -> list[Item]:
     names the line with an image that no store holds."""
     found: dict[str, Item] = {}
     for where, record in read_records(path, "--items", {"item_id": (str, int), "title": str}):
-        item_id = identifier(record.pop("item_id"))
-        image_id, title = identifier(record.pop("image_id", item_id)), record.pop("title")
+        item_id = str(record.pop("item_id"))
+        image_id, title = str(record.pop("image_id", item_id)), record.pop("title")
         attributes = record.pop("attributes", {})
         if not isinstance(attributes, dict):
             raise UsageError(f"{where}: 'attributes' is no JSON object")

@@ -15,7 +15,7 @@ from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import EvaluateProductSearchConfig, EvaluateRecommendationConfig, ScoreTopicsConfig
-from megatron_interbert.tasks.item_match import ItemScorer
+from megatron_interbert.tasks.item_match import ItemScorer, catalogue_of
 from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, load_model, open_for
 from megatron_interbert.tasks.parts import check_length
 from megatron_interbert.tasks.product_search import Search, check_labelled, search
@@ -39,8 +39,7 @@ def open_items(
     corpus, tokenizer = open_for(config, source, [config.data_path])
     check_length(config.max_tokens, source.config)
     folder = agree_on_inputs(config, state, source, tokenizer, [f"{config.data_path}/{MANIFEST}", *filter(None, files)])
-    catalogue = Catalogue(corpus, tokenizer, config.titles, config.max_tokens, config.max_regions)
-    return ItemScorer(model, catalogue, device), source, corpus, folder
+    return ItemScorer(model, catalogue_of(corpus, tokenizer, config), device), source, corpus, folder
 
 
 def evaluate_product_search(config: EvaluateProductSearchConfig, state: ParallelState, device: torch.device) -> dict[str, Any]:

@@ -5,14 +5,41 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
+from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.downstream.items import Catalogue
 from megatron_interbert.data.downstream.pairs import Text
 from megatron_interbert.data.packing import PackedBatch, to_batch
+from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.interbert import InterBert, InterBertOutput
+from megatron_interbert.task_config import (
+    EvaluateProductSearchConfig,
+    EvaluateRecommendationConfig,
+    ItemConfig,
+    ScoreTopicsConfig,
+)
 from megatron_interbert.tasks.classification import ClassificationTask
+from megatron_interbert.tasks.parts import open_stores
 
 TOKENS_AT_ONCE = 16384  # of texts and regions in a forward pass
+
+
+def catalogue_of(
+    corpus: Corpus,
+    tokenizer: CaptionTokenizer,
+    config: ItemConfig | EvaluateProductSearchConfig | EvaluateRecommendationConfig | ScoreTopicsConfig,
+) -> Catalogue:
+    """The items of a store as a run reads them."""
+    return Catalogue(corpus, tokenizer, config.titles, config.max_tokens, config.max_regions)
+
+
+def catalogue_to_judge_by(config: ItemConfig, trained: Catalogue) -> Catalogue:
+    """The items of --valid-data-path, else those that are trained on."""
+    if not config.valid_data_path:
+        return trained
+    valid = open_stores([config.valid_data_path], config)
+    trained.corpus.check_alike(valid.stores[0], config.allow_other_detector, "--valid-data-path")
+    return catalogue_of(valid, trained.tokenizer, config)
 
 
 class ItemMatchTask(ClassificationTask):

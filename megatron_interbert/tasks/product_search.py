@@ -6,28 +6,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_interbert.config import TrainConfig
-from megatron_interbert.data.corpus import Corpus
-from megatron_interbert.data.downstream.items import Catalogue
 from megatron_interbert.data.downstream.product_search import ProductSearchSet, Queries, read_queries
 from megatron_interbert.data.manifest import HARD_IMAGES
-from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import TrainingStopped, UsageError, local_errors
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.task_config import EvaluateProductSearchConfig, ProductSearchConfig
-from megatron_interbert.tasks.item_match import ItemMatchTask, ItemScorer
+from megatron_interbert.task_config import ProductSearchConfig
+from megatron_interbert.tasks.item_match import ItemMatchTask, ItemScorer, catalogue_of, catalogue_to_judge_by
 from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, vocabulary_of_run
 from megatron_interbert.tasks.ranking import order_of, search_metrics
 from megatron_interbert.tasks.task import Job
 
 KEPT = 50  # products of a query that are kept: figures, files and pages need no more
 FIGURES = ("R@1", "R@5", "R@10", "mean_recall", "nDCG@5")
-
-
-def catalogue_of(corpus: Corpus, tokenizer: CaptionTokenizer, config: TrainConfig | EvaluateProductSearchConfig) -> Catalogue:
-    """The items of a store as a run reads them."""
-    return Catalogue(corpus, tokenizer, config.titles, config.max_tokens, config.max_regions)
 
 
 def product_search_job(config: ProductSearchConfig, state: ParallelState) -> Job:
@@ -51,9 +42,7 @@ def product_search_job(config: ProductSearchConfig, state: ParallelState) -> Job
         patience=config.early_stopping,
     )
     if config.valid_queries:
-        valid = open_stores([config.valid_data_path], config) if config.valid_data_path else corpus
-        corpus.check_alike(valid.stores[0], config.allow_other_detector, "--valid-data-path")
-        valid_catalogue = catalogue_of(valid, tokenizer, config)
+        valid_catalogue = catalogue_to_judge_by(config, catalogue)
         asked = read_queries(config.valid_queries, valid_catalogue, "--valid-queries")
         check_labelled(asked)
 

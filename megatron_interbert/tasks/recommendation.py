@@ -5,13 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from megatron_interbert.data.downstream.items import Catalogue
 from megatron_interbert.data.downstream.recommendation import Clicks, ClickSet, Topics, read_clicks, read_topics
 from megatron_interbert.errors import TrainingStopped, local_errors
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import RecommendationConfig
-from megatron_interbert.tasks.item_match import ItemMatchTask, ItemScorer
+from megatron_interbert.tasks.item_match import ItemMatchTask, ItemScorer, catalogue_of, catalogue_to_judge_by
 from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, vocabulary_of_run
 from megatron_interbert.tasks.ranking import recommendation_metrics
 from megatron_interbert.tasks.task import Job
@@ -25,7 +24,7 @@ def recommendation_job(config: RecommendationConfig, state: ParallelState) -> Jo
     stores = config.stores()
     corpus, tokenizer = open_stores(stores, config), vocabulary_of_run(config, stores)
     sizes = fitted_sizes(config, tokenizer, corpus)
-    catalogue = Catalogue(corpus, tokenizer, config.titles, config.max_tokens, config.max_regions)
+    catalogue = catalogue_of(corpus, tokenizer, config)
     topics = read_topics(config.topics, "--topics")
     samples = ClickSet(topics, read_clicks(config.clicks, topics, catalogue, "--clicks"), catalogue, config)
     job = Job(
@@ -40,9 +39,7 @@ def recommendation_job(config: RecommendationConfig, state: ParallelState) -> Jo
         patience=config.early_stopping,
     )
     if config.valid_clicks:
-        valid = open_stores([config.valid_data_path], config) if config.valid_data_path else corpus
-        corpus.check_alike(valid.stores[0], config.allow_other_detector, "--valid-data-path")
-        valid_catalogue = Catalogue(valid, tokenizer, config.titles, config.max_tokens, config.max_regions)
+        valid_catalogue = catalogue_to_judge_by(config, catalogue)
         valid_topics = read_topics(config.valid_topics, "--valid-topics") if config.valid_topics else topics
         clicks = read_clicks(config.valid_clicks, valid_topics, valid_catalogue, "--valid-clicks")
 

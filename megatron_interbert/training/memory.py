@@ -67,7 +67,7 @@ def rank_values(sizes: ModelConfig, tensor: int) -> int:
     """Trained values of one rank."""
     sizes.check_tensor_parallel(tensor)
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        parameters = InterBert(sizes, state=ParallelState.alone()).named_parameters()
+        parameters = InterBert(sizes, state=ParallelState(alone=True)).named_parameters()
         return sum(p.numel() // (1 if partition_dimension(name) is None else tensor) for name, p in parameters)
 
 

@@ -26,7 +26,7 @@ from megatron_interbert.tasks.item_match import ItemMatchTask, ItemScorer
 from megatron_interbert.tasks.loading import load_model
 from megatron_interbert.tasks.product_search import search
 from megatron_interbert.tasks.ranking import search_metrics
-from tests.launching import launch, records, train
+from tests.launching import evaluate, finetune, launch, ran, records, train
 
 CPU = torch.device("cpu")
 
@@ -232,20 +232,6 @@ def test_two_stages_find_what_one_finds_when_they_keep_everything(shop):
         assert set(found.tolist()) == set(np.argsort(-(vectors @ wanted[query]))[:5].tolist())
     assert some.pairs == 5 * len(queries)
     assert 0 <= search_metrics(some.found, queries.products)["R@10"] <= 100
-
-
-def finetune(*flags):
-    return (sys.executable, "-m", "megatron_interbert.finetune", *flags)
-
-
-def evaluate(*flags):
-    return (sys.executable, "-m", "megatron_interbert.evaluate", *flags)
-
-
-def ran(*command):
-    code, out, err = launch(*command)
-    assert code == 0, out + err
-    return out
 
 
 COMMON = ("--model", "sample-chinese", "--num-workers", 0, "--log-interval", 1, "--lr", "1e-3", "--micro-batch-size", 4,

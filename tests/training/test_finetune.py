@@ -14,23 +14,9 @@ from megatron_interbert.training.checkpoint import Progress
 from megatron_interbert.training.optimizer import learning_rate
 from megatron_interbert.weights.reader import CheckpointReader
 from tests.corpus import VOCABULARY, write_store
-from tests.launching import free_ports, launch, records, train
+from tests.launching import evaluate, finetune, free_ports, launch, ran, records, train
 from tests.tasks.test_glue import write as write_lines
 from tests.tasks.test_vcr import RECORD, write, write_regions
-
-
-def finetune(*flags):
-    return (sys.executable, "-m", "megatron_interbert.finetune", *flags)
-
-
-def evaluate(*flags):
-    return (sys.executable, "-m", "megatron_interbert.evaluate", *flags)
-
-
-def ran(*command):
-    code, out, err = launch(*command)
-    assert code == 0, out + err
-    return out
 
 
 def refused(*command):

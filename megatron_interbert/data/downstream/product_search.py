@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_interbert.data.downstream.items import Catalogue, pair_keys
-from megatron_interbert.data.downstream.records import identifier, read_records
+from megatron_interbert.data.downstream.records import read_records
 from megatron_interbert.data.order import SampleOrder
 from megatron_interbert.data.randomness import uniforms
 from megatron_interbert.data.region_batch import Allocate, plain_memory
@@ -64,11 +64,11 @@ def read_queries(path: str, catalogue: Catalogue, flag: str) -> Queries:
             listed = record.get(key) or []
             if not isinstance(listed, list):
                 raise UsageError(f"{where}: '{key}' is no list")
-            numbers[key] = [catalogue.number(identifier(item)) for item in listed]
+            numbers[key] = [catalogue.number(str(item)) for item in listed]
             if None in numbers[key]:
                 missing = listed[numbers[key].index(None)]
                 raise UsageError(f"{where}: product {missing} is not in {catalogue.corpus.path}; give the store that holds it")
-        found.ids.append(identifier(record["query_id"]))
+        found.ids.append(str(record["query_id"]))
         found.texts.append(record["query_text"])
         found.products.append(np.unique(np.array(numbers["item_ids"], np.int64)))
         found.candidates.append(np.unique(np.array(numbers["candidate_ids"], np.int64)) if numbers["candidate_ids"] else None)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_interbert.data.downstream.items import Catalogue
-from megatron_interbert.data.downstream.records import identifier, read_records
+from megatron_interbert.data.downstream.records import read_records
 from megatron_interbert.data.order import SampleOrder
 from megatron_interbert.data.region_batch import Allocate, plain_memory
 from megatron_interbert.data.training_set import Fields
@@ -55,7 +55,7 @@ def read_topics(path: str, flag: str) -> Topics:
         text = topic_text(record["name"], description, keywords)
         if not text.strip():
             raise UsageError(f"{where}: a topic without a word")
-        found.ids.append(identifier(record["topic_id"]))
+        found.ids.append(str(record["topic_id"]))
         found.names.append(record["name"])
         found.texts.append(text)
     if not found.ids:
@@ -72,7 +72,7 @@ def read_clicks(path: str, topics: Topics, catalogue: Catalogue, flag: str) -> C
         raise UsageError(f"{flag} is missing; give a file with topic_id, item_id and clicked in each line")
     numbers, rows = {key: number for number, key in enumerate(topics.ids)}, []
     for where, record in read_records(path, flag, {"topic_id": (str, int), "item_id": (str, int), "clicked": int}):
-        topic, item = numbers.get(identifier(record["topic_id"])), catalogue.number(identifier(record["item_id"]))
+        topic, item = numbers.get(str(record["topic_id"])), catalogue.number(str(record["item_id"]))
         if topic is None:
             raise UsageError(f"{where}: topic {record['topic_id']} is not among the topics; give the file that holds it")
         if item is None:

@@ -27,8 +27,3 @@ def read_records(path: str, flag: str, keys: Mapping[str, type | tuple[type, ...
                 names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
                 raise UsageError(f"{where}: '{key}' is {json.dumps(record[key], ensure_ascii=False)[:60]}, expected {names}")
         yield where, record
-
-
-def identifier(value: Any) -> str:
-    """An id as text: files in the wild write 7 for "7"."""
-    return str(value)

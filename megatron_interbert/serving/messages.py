@@ -1,0 +1,99 @@
+"""What clients say and are told: the schema, with its limits and examples."""
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+MOST = 50  # items of an answer
+
+
+def speakable(text: str) -> str:
+    """Text that is Unicode throughout and says something; ValueError else."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("half a character (a lone surrogate)") from None
+    if "\0" in text or not text.strip():
+        raise ValueError("no text")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(speakable)]
+Words = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(speakable)]
+Id = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(speakable)]
+K = Annotated[int, Field(ge=1, le=MOST, description="items wanted")]
+Candidates = Annotated[int, Field(ge=1, le=1000, description="items that the first stage leaves for the model")]
+
+
+class Body(BaseModel):
+    """Unknown keys are refused, and so are values of another type that could be taken for one."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class SearchRequest(Body):
+    query: Text = Field(examples=["红色条纹连衣裙"])
+    k: K = 10
+    candidates: Candidates = 100
+
+
+class TopicText(Body):
+    name: Words = Field(examples=["清爽海滩系列"])
+    description: Text | None = Field(None, examples=["在海滩拍的蓝色、白色，适合泳衣和凉鞋"])
+    keywords: list[Words] = Field([], max_length=16, examples=[["泳衣", "凉鞋", "海滩"]])
+
+
+class RecommendRequest(Body):
+    topic_id: Id | None = Field(None, description="one of GET /topics")
+    topic: TopicText | None = Field(None, description="or a topic of your own")
+    k: K = 10
+    candidates: Candidates = 100
+
+
+class ScoreRequest(Body):
+    text: Text = Field(examples=["红色条纹连衣裙"])
+    item_ids: list[Id] = Field(min_length=1, max_length=100, examples=[["test-000000", "test-000001"]])
+    explain: bool = Field(False, description="also which regions of the picture speak for the match; one item only")
+
+
+class ItemBody(Body):
+    image_id: Id = Field(description="an image of the region stores that the service was started with", examples=["test-000003"])
+    title: Annotated[str, Field(max_length=256)] = Field("", examples=["青禾2026夏季红色纯棉连衣裙"])
+    attributes: dict[Words, Words] = Field({}, max_length=16, examples=[{"shop": "青禾旗舰店", "price": "99.9"}])
+
+
+class ItemAnswer(BaseModel):
+    item_id: str
+    image_id: str
+    title: str
+    attributes: dict[str, str]
+
+
+class Found(ItemAnswer):
+    score: float = Field(description="margin of the matching head, higher is better; above 0 it says that they match")
+
+
+class Timings(BaseModel):
+    waited_ms: float
+    took_ms: float = Field(description="of the passes in which it was answered")
+    together: int = Field(description="questions that were answered in them")
+
+
+class Results(BaseModel):
+    results: list[Found]
+    model: str = Field(description="first digits of the sha256 of the weights")
+    index: str = Field(description="version of the index")
+    timings: Timings
+
+
+class RegionWeight(BaseModel):
+    box: list[float] = Field(description="x1, y1, x2, y2 as shares of the picture")
+    weight: float = Field(description="from -1 to 1; positive speaks for the match")
+
+
+class Scores(Results):
+    regions: list[RegionWeight] | None = None
+
+
+class ErrorAnswer(BaseModel):
+    error: str
