@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a result in seven to eight minutes on two cores: environment, generated sample corpus, pretraining with two
+# From nothing to a result in five to eight minutes on two cores: environment, generated sample corpus, pretraining with two
 # processes, zero-shot retrieval on unseen scenes. Safe to run again: what is done is not done twice.
 # STEPS and PROCESSES change the length of the training and the number of processes.
 set -euo pipefail
