@@ -23,7 +23,7 @@ from megatron_interbert.data.downstream.records import read_records
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import run_entry
 from megatron_interbert.parallel.state import ParallelState, this_device
-from megatron_interbert.tasks.item_match import ItemScorer
+from megatron_interbert.tasks.item_scorer import ItemScorer
 from megatron_interbert.tasks.loading import load_model
 from megatron_interbert.tasks.product_search import search
 from megatron_interbert.tasks.ranking import search_metrics

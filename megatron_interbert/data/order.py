@@ -18,6 +18,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from megatron_interbert.config import TrainConfig
 from megatron_interbert.data.randomness import CounterRandom
 from megatron_interbert.errors import UsageError
 
@@ -100,6 +101,18 @@ class SampleOrder:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._remember()
+
+
+class StepOrder(SampleOrder):
+    """The same order, but its pairs are (optimizer step, sample): for samples that share something with all others of their step."""
+
+    def __init__(self, samples: np.ndarray, config: TrainConfig) -> None:
+        super().__init__([samples], config.data_partitions, config.seed)
+        self.config = config  # its global batch may be known only when the run starts
+
+    def at(self, position: int) -> tuple[int, int]:
+        """(optimizer step, counted from 0; sample) at a position of the endless stream."""
+        return position // self.config.global_batch_size, super().at(position)[1]
 
 
 def epochs_from_weights(weights: Sequence[float], sizes: Sequence[int]) -> list[float]:

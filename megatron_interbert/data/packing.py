@@ -64,6 +64,9 @@ class PackedBatch:
     pair_image: torch.Tensor = field(
         default_factory=lambda: torch.zeros(0, dtype=torch.int64)
     )  # [P] text and image; none: sample i's
+    no_choice: torch.Tensor = field(
+        default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool)
+    )  # [Q, I] of a batch whose last Q I pairs are Q texts with each of I images: images among which a text does not choose
     max_text: int = 0  # longest caption, longest image, longest of both together
     max_image: int = 0
     max_joint: int = 0

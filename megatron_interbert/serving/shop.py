@@ -15,7 +15,7 @@ from megatron_interbert.data.packing import to_batch
 from megatron_interbert.errors import UsageError
 from megatron_interbert.serving.index import Journal, Record, Version, collapsed
 from megatron_interbert.serving.items import Item, LiveItems
-from megatron_interbert.tasks.item_match import ItemScorer
+from megatron_interbert.tasks.item_scorer import ItemScorer
 
 
 @dataclass

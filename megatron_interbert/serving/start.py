@@ -21,7 +21,7 @@ from megatron_interbert.serving.index import CURRENT, Version, alone, point_to, 
 from megatron_interbert.serving.items import Item, LiveItems
 from megatron_interbert.serving.shop import Shop
 from megatron_interbert.task_config import ServeConfig
-from megatron_interbert.tasks.item_match import ItemScorer
+from megatron_interbert.tasks.item_scorer import ItemScorer
 from megatron_interbert.tasks.loading import as_trained, load_model, open_for
 from megatron_interbert.tasks.parts import check_length
 from megatron_interbert.weights.files import check_writable

@@ -15,7 +15,7 @@ from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import EvaluateProductSearchConfig, EvaluateRecommendationConfig, ScoreTopicsConfig
-from megatron_interbert.tasks.item_match import ItemScorer, catalogue_of
+from megatron_interbert.tasks.item_scorer import ItemScorer, catalogue_of
 from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, load_model, open_for
 from megatron_interbert.tasks.parts import check_length
 from megatron_interbert.tasks.product_search import Search, check_labelled, search

@@ -8,17 +8,37 @@ import torch
 
 from megatron_interbert.data.downstream.product_search import ProductSearchSet, Queries, read_queries
 from megatron_interbert.data.manifest import HARD_IMAGES
+from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.errors import TrainingStopped, UsageError, local_errors
-from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.model.interbert import InterBert, InterBertOutput
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import ProductSearchConfig
-from megatron_interbert.tasks.item_match import ItemMatchTask, ItemScorer, catalogue_of, catalogue_to_judge_by
+from megatron_interbert.tasks.classification import ClassificationTask
+from megatron_interbert.tasks.item_scorer import ItemScorer, catalogue_of, catalogue_to_judge_by
 from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, vocabulary_of_run
 from megatron_interbert.tasks.ranking import order_of, search_metrics
 from megatron_interbert.tasks.task import Job
 
 KEPT = 50  # products of a query that are kept: figures, files and pages need no more
 FIGURES = ("R@1", "R@5", "R@10", "mean_recall", "nDCG@5")
+
+
+class SearchTask(ClassificationTask):
+    """Losses of the matching head: right or wrong of each pair in one sequence; and, of sides that are encoded alone, which of
+    several products is the one that a query is for."""
+
+    KINDS = ("match", "alone")
+
+    def answers(self, output: InterBertOutput, batch: PackedBatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        samples = len(batch.no_choice)
+        judged, chosen = batch.labels.split([len(batch.labels) - samples, samples])
+        full, alone = output.itm_logits.split([len(judged), batch.no_choice.numel()])
+        margins = (alone[:, 0] - alone[:, 1]).view_as(batch.no_choice)
+        return [(full, judged), (margins.masked_fill(batch.no_choice, float("-inf")), chosen)]
+
+    def count_targets(self, batch: PackedBatch) -> torch.Tensor:
+        samples = len(batch.no_choice)
+        return torch.tensor([len(batch.labels) - samples, samples], dtype=torch.float64)
 
 
 def product_search_job(config: ProductSearchConfig, state: ParallelState) -> Job:
@@ -31,7 +51,7 @@ def product_search_job(config: ProductSearchConfig, state: ParallelState) -> Job
     samples = ProductSearchSet(queries, catalogue, config)
     near = [str(store.path / HARD_IMAGES) for store in corpus.stores if samples.near]
     job = Job(
-        ItemMatchTask(),
+        SearchTask(),
         samples,
         sizes,
         ("itm",),

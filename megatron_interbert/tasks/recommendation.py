@@ -6,17 +6,31 @@ import numpy as np
 import torch
 
 from megatron_interbert.data.downstream.recommendation import Clicks, ClickSet, Topics, read_clicks, read_topics
+from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.errors import TrainingStopped, local_errors
-from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.model.interbert import InterBert, InterBertOutput
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import RecommendationConfig
-from megatron_interbert.tasks.item_match import ItemMatchTask, ItemScorer, catalogue_of, catalogue_to_judge_by
+from megatron_interbert.tasks.classification import ClassificationTask
+from megatron_interbert.tasks.item_scorer import ItemScorer, catalogue_of, catalogue_to_judge_by
 from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, vocabulary_of_run
 from megatron_interbert.tasks.ranking import recommendation_metrics
 from megatron_interbert.tasks.task import Job
 
 FIGURES = ("AUC", "gAUC", "nDCG@5", "HR@5", "nDCG@10", "HR@10")
 PAIRS_AT_ONCE = 1024
+
+
+class ClickTask(ClassificationTask):
+    """Two-class losses of the matching head: of pairs in one sequence, and of the same pairs whose sides are encoded alone."""
+
+    KINDS = ("match", "alone")
+
+    def answers(self, output: InterBertOutput, batch: PackedBatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return list(zip(output.itm_logits.chunk(2), batch.labels.chunk(2), strict=True))
+
+    def count_targets(self, batch: PackedBatch) -> torch.Tensor:
+        return torch.full((2,), len(batch.labels) // 2, dtype=torch.float64)
 
 
 def recommendation_job(config: RecommendationConfig, state: ParallelState) -> Job:
@@ -28,7 +42,7 @@ def recommendation_job(config: RecommendationConfig, state: ParallelState) -> Jo
     topics = read_topics(config.topics, "--topics")
     samples = ClickSet(topics, read_clicks(config.clicks, topics, catalogue, "--clicks"), catalogue, config)
     job = Job(
-        ItemMatchTask(),
+        ClickTask(),
         samples,
         sizes,
         ("itm",),

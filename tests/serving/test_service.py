@@ -20,7 +20,7 @@ from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.hf import InterBertForImageTextRetrieval
 from megatron_interbert.hf.configuration import InterBertConfig
 from megatron_interbert.model.presets import PRESETS, fit_to_data
-from megatron_interbert.tasks.item_match import ItemScorer
+from megatron_interbert.tasks.item_scorer import ItemScorer
 from tests.launching import launch, until
 from tests.serving_client import KEY, Service
 

@@ -22,10 +22,11 @@ from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.presets import PRESETS, fit_to_data
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import ProductSearchConfig, RecommendationConfig
-from megatron_interbert.tasks.item_match import ItemMatchTask, ItemScorer
+from megatron_interbert.tasks.item_scorer import ItemScorer
 from megatron_interbert.tasks.loading import load_model
-from megatron_interbert.tasks.product_search import search
+from megatron_interbert.tasks.product_search import SearchTask, search
 from megatron_interbert.tasks.ranking import search_metrics
+from megatron_interbert.tasks.recommendation import ClickTask
 from tests.launching import evaluate, finetune, launch, ran, records, train
 
 CPU = torch.device("cpu")
@@ -88,10 +89,9 @@ def test_pairs_meet_in_full_and_alone(shop):
     model, scorer = model_for(items), ItemScorer(model_for(items), items, CPU)
     texts = scorer.pieces(["红色连衣裙", "Nordo靴子"])
     text_of, chosen = np.array([0, 1, 1, 0]), np.array([5, 5, 9, 30])
-    batch = to_batch(items.both_ways(texts, text_of, chosen, np.array([0, 1, 1, 0])))
+    batch = to_batch(items.both_ways(texts, text_of, chosen, (text_of, chosen)))
     with torch.no_grad():
         logits = model(batch).itm_logits
-    assert batch.labels.tolist() == [0, 1, 1, 0] * 2
     full, alone = (logits[:, 0] - logits[:, 1]).chunk(2)
     for row, (text, item) in enumerate(zip(text_of, chosen, strict=True)):
         single = to_batch(items.fields(items.in_full([texts[text]], chosen[row : row + 1]), chosen[row : row + 1]))
@@ -132,16 +132,29 @@ def test_samples_of_search(shop):
     for start in range(0, len(samples.query_of), 16):
         chosen = range(start, min(start + 16, len(samples.query_of)))
         batch = to_batch(samples.fields([(3, sample) for sample in chosen]))
-        assert batch.labels.tolist() == [0, 1, 1, 1, 1] * (2 * len(chosen))
-        pairs = read_pairs(batch, items)
+        assert batch.labels[: -len(chosen)].tolist() == [0, 1, 1, 1, 1] * len(chosen)
+        pairs, choices = read_pairs(batch, items)
         for sample, row in zip(chosen, range(0, len(pairs), 5), strict=True):
             assert pairs[row] == (samples.names[samples.query_of[sample]].lower(), samples.product_of[sample])
             assert not together & set(pairs[row + 1 : row + 5])
             assert pairs[row + 1][1] == pairs[row + 4][1] == pairs[row][1]
             assert pairs[row + 2][0] == pairs[row + 3][0] == pairs[row][0]
-    alone = read_pairs(to_batch(samples.fields([(3, 7)])), items)
-    assert alone == read_pairs(to_batch(samples.fields([(3, 2), (3, 7)])), items)[5:]
-    assert alone != read_pairs(to_batch(samples.fields([(4, 7)])), items)
+        shown = [product for _, product in choices[0][0]]
+        for sample, (row, among, own) in enumerate(choices):
+            assert row == [(pairs[5 * sample][0], product) for product in shown]
+            assert row[own] == pairs[5 * sample]
+            assert among & together == {row[own]}
+            assert among >= {*pairs[5 * sample + 2 : 5 * sample + 4], row[own]}
+        assert len(set(shown)) == len(shown) > len(chosen)
+    pairs, ((_, among, _),) = read_pairs(to_batch(samples.fields([(3, 7)])), items)
+    both, (other, again) = read_pairs(to_batch(samples.fields([(3, 2), (3, 7)])), items)
+    assert pairs == both[5:]
+    assert among == again[1]
+    shared = {product for _, product in among} & {product for _, product in other[1]}
+    assert len(shared) > 15, "of 32 draws from 80 products"
+    later, ((_, among_later, _),) = read_pairs(to_batch(samples.fields([(4, 7)])), items)
+    assert pairs != later
+    assert among != among_later
 
 
 def test_near_products_and_near_queries(shop, tmp_path):
@@ -158,7 +171,7 @@ def test_near_products_and_near_queries(shop, tmp_path):
         p: {text.lower() for text, of in zip(queries.texts, queries.products, strict=True) if p in of} for p in range(80)
     }
     for sample in range(len(samples.known)):
-        rows = read_pairs(to_batch(samples.fields([(0, sample)])), items)
+        rows, _ = read_pairs(to_batch(samples.fields([(0, sample)])), items)
         text, own = rows[0]
         wrong = [p for p in near[own] if text not in for_product[p]]
         assert rows[3][1] in (wrong or range(80))
@@ -167,15 +180,19 @@ def test_near_products_and_near_queries(shop, tmp_path):
 
 
 def read_pairs(batch, items):
-    """(query, product) of the pairs in full, read back from token ids and regions."""
-    features = {items.corpus.stores[0].read(number).features[0].tobytes(): number for number in range(len(items))}
-    found = []
+    """(query, product) of the pairs in full; and for each sample's choice alone its row, those of it that count, the label. All are read
+    back from token ids and regions."""
+    numbers = {items.corpus.stores[0].read(number).features[0].tobytes(): number for number in range(len(items))}
     first_region = np.concatenate([[0], np.cumsum(batch.region_counts.numpy())])
-    for row in range(len(batch.labels) // 2):
+    pairs = []
+    for row, image in zip(batch.pair_text.tolist(), batch.pair_image.tolist(), strict=True):
         ids = batch.token_ids[batch.text_offsets[row] : batch.text_offsets[row + 1]].tolist()
         text = items.tokenizer.decode(ids[1 : ids.index(items.tokenizer.sep)]).replace(" ", "")
-        found.append((text, features[batch.features[first_region[row]].numpy().tobytes()]))
-    return found
+        pairs.append((text, numbers[batch.features[first_region[image]].numpy().tobytes()]))
+    queries, shown = batch.no_choice.shape
+    rows = [pairs[start : start + shown] for start in range(5 * queries, len(pairs), shown)]
+    among = [{pair for pair, no in zip(row, none, strict=True) if not no} for row, none in zip(rows, batch.no_choice, strict=True)]
+    return pairs[: 5 * queries], list(zip(rows, among, batch.labels[-queries:].tolist(), strict=True))
 
 
 def test_a_query_for_everything_cannot_be_learnt(shop, tmp_path):
@@ -286,18 +303,39 @@ def test_recommendation_from_training_to_result(shop, tmp_path):
     assert (code, err.strip().splitlines()[-1][:28]) == (2, "error: --topics is missing; ")
 
 
-def test_the_loss_is_that_of_both_ways(shop):
+def test_the_loss_of_search(shop):
+    """Pairs in full by two classes; alone, a query's own product against its other choices, by vectors in float64."""
     items = catalogue(shop / "train")
     queries = read_queries(str(shop / "train" / "queries.jsonl"), items, "--queries")
-    batch = to_batch(ProductSearchSet(queries, items, ProductSearchConfig(data_partitions=2)).fields([(0, 1), (0, 2)]))
-    task = ItemMatchTask()
-    output = model_for(items)(batch)
+    samples = ProductSearchSet(queries, items, ProductSearchConfig(data_partitions=2))
+    batch, task, model = to_batch(samples.fields([(0, sample) for sample in range(4)])), SearchTask(), model_for(items)
+    output = model(batch)
     loss, report = task.loss(output, batch, task.count_targets(batch))
-    expected = [
-        torch.nn.functional.cross_entropy(output.itm_logits[rows], batch.labels[rows]) for rows in (slice(10), slice(10, 20))
-    ]
+    expected = torch.nn.functional.cross_entropy(output.itm_logits[:20], torch.tensor([0, 1, 1, 1, 1] * 4)).item()
+    scorer, wins = ItemScorer(model, items, CPU), 0
+    vectors = scorer.item_vectors(np.arange(80)).astype(np.float64)
+    for row, among, label in read_pairs(batch, items)[1]:
+        query, own = row[label]
+        scores = vectors @ scorer.text_vectors(scorer.pieces([query]))[0].astype(np.float64)
+        kept = scores[[product for _, product in among]]
+        expected += (np.logaddexp.reduce(kept) - scores[own]) / 4
+        wins += scores[own] == max(kept)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    assert report[:, 2].tolist() == [20, 4]
+    assert report[1, 1] == wins
+
+
+def test_the_loss_of_clicks(shop):
+    items = catalogue(shop / "train")
+    topics = read_topics(str(shop / "train" / "topics.jsonl"), "--topics")
+    clicks = read_clicks(str(shop / "train" / "clicks.jsonl"), topics, items, "--clicks")
+    batch = to_batch(ClickSet(topics, clicks, items, RecommendationConfig(data_partitions=2)).fields([(0, n) for n in range(6)]))
+    task, output = ClickTask(), model_for(items)(batch)
+    loss, report = task.loss(output, batch, task.count_targets(batch))
+    wrong = torch.from_numpy(1 - clicks.clicked[:6])
+    expected = [torch.nn.functional.cross_entropy(logits, wrong) for logits in output.itm_logits.chunk(2)]
     torch.testing.assert_close(loss, sum(expected))
-    assert report[:, 2].tolist() == [10, 10]
+    assert report[:, 2].tolist() == [6, 6]
 
 
 def test_all_topics_and_items_as_parquet(shop, tmp_path):

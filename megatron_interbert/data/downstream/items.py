@@ -104,26 +104,25 @@ class Catalogue:
         texts: Sequence[np.ndarray],
         text_of: np.ndarray,
         items: np.ndarray,
-        labels: np.ndarray,
+        alone: tuple[np.ndarray, np.ndarray],
         allocate: Allocate = plain_memory,
     ) -> Fields:
-        """The fields of a PackedBatch that judges pairs [n] of `texts` (token ids) and items in full and alone: its pairs are first all
-        in full, then all alone, and so are its `labels` [2 n]."""
+        """The fields of a PackedBatch that judges pairs [n] of `texts` (token ids) and items in full, then pairs [m], texts and items
+        `alone`."""
         pairs = len(items)
-        used, alone_text = np.unique(text_of, return_inverse=True)
-        shown, alone_item = np.unique(items, return_inverse=True)
+        asked, alone_text = np.unique(alone[0], return_inverse=True)
+        shown, alone_item = np.unique(alone[1], return_inverse=True)
         rows = [
             *self.in_full([texts[t] for t in text_of], items),
-            *(self.text_alone(texts[t]) for t in used),
+            *(self.text_alone(texts[t]) for t in asked),
             *self.items_alone(shown),
         ]
-        fields = self.fields(rows, np.concatenate([items, np.full(len(used), -1), shown]), allocate)
+        fields = self.fields(rows, np.concatenate([items, np.full(len(asked), -1), shown]), allocate)
         each = np.arange(pairs)
         return {
             **fields,
             "pair_text": np.concatenate([each, pairs + alone_text]),
             "pair_image": np.concatenate([each, pairs + alone_item]),  # counted among the samples that have an image
-            "labels": np.tile(labels, 2),
         }
 
 

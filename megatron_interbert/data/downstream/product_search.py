@@ -1,15 +1,17 @@
 """Queries and the products that they are for; training samples of product search.
 
-A sample is a query with one of its products; its pairs are
+A sample is a query with one of its products. Five pairs are judged in full:
     right           query, product                              class 0
     other query     a query that is not for the product         class 1
     other product   query, a product that it is not for         class 1
     near product    query, one of the 100 products whose mean features are nearest (hard_images.npy)   class 1
     near query      a query for such a product, product         class 1
 
-Where no neighbours were mined the last two are random, too.
+Where no neighbours were mined the last two are random, too. Alone, the query chooses among those products and 32 more, the same for all
+samples of an optimizer step (negatives are shared, as in dense retrieval, arXiv 2004.04906, but not those that chance to be in the same
+micro-batch); others that it is for are no choice.
 
-All draws are keyed by (seed, epoch, sample), so every rank, worker and restart makes the same pairs.
+All draws are keyed by (seed, step, sample), so every rank, worker, restart and layout makes the same pairs.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,15 +21,15 @@ import numpy as np
 
 from megatron_interbert.data.downstream.items import Catalogue, pair_keys
 from megatron_interbert.data.downstream.records import read_records
-from megatron_interbert.data.order import SampleOrder
+from megatron_interbert.data.order import StepOrder
 from megatron_interbert.data.randomness import uniforms
 from megatron_interbert.data.region_batch import Allocate, plain_memory
 from megatron_interbert.data.training_set import Fields
 from megatron_interbert.errors import UsageError
 from megatron_interbert.task_config import ProductSearchConfig
 
-CANDIDATES = 8  # purpose tag of `uniforms`
-PAIRS, TRIES = 5, 8
+CANDIDATES, SHARED = 8, 9  # purpose tags of `uniforms`
+PAIRS, OWN_CHOICES, SHARED_CHOICES, TRIES = 5, 3, 32, 8
 
 
 @dataclass
@@ -78,7 +80,7 @@ def read_queries(path: str, catalogue: Catalogue, flag: str) -> Queries:
 
 
 class ProductSearchSet:
-    """A sample is a (query, product) that belong together; its rows are five pairs in full and the same five alone."""
+    """A sample is a (query, product) that belong together; its rows are five pairs in full, its query and its choices alone."""
 
     def __init__(self, queries: Queries, catalogue: Catalogue, config: ProductSearchConfig) -> None:
         self.catalogue, self.config, self.path = catalogue, config, queries.path
@@ -95,7 +97,7 @@ class ProductSearchSet:
         if len(self.asked) < 2 or len(catalogue) < 2:
             raise UsageError(f"{queries.path}: training needs two queries with products or more, and two products")
         self.pieces = catalogue.tokenizer.encode_batch(self.names)
-        self.order = SampleOrder([np.arange(len(self.known))], config.data_partitions, config.seed)
+        self.order = StepOrder(np.arange(len(self.known)), config)
         by_product = np.argsort(self.product_of, kind="stable")
         self.queries_by_product = self.query_of[by_product]
         self.first_of = np.searchsorted(self.product_of[by_product], np.arange(len(catalogue) + 1))
@@ -104,25 +106,40 @@ class ProductSearchSet:
 
     @property
     def most_rows(self) -> int:
-        """Regions that a micro-batch can have: the pairs, and their products alone once more."""
+        """Regions that a micro-batch can have: of pairs, and of choices."""
         most = min(self.config.max_regions, int(self.catalogue.corpus.region_counts.max()))
-        return 2 * PAIRS * self.config.micro_batch_size * most
+        return ((PAIRS + OWN_CHOICES) * self.config.micro_batch_size + SHARED_CHOICES) * most
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
-        """The fields of a PackedBatch for (epoch, sample) pairs [B]; 10 B labels, those of the pairs in full before those alone."""
-        epochs, samples = np.array(pairs, dtype=np.int64).T
+        """The fields of a PackedBatch for (step, sample) pairs [B]. Labels: classes of the 5 B pairs in full, then for each of the B
+        queries which of the I different products alone is its own."""
+        steps, samples = np.array(pairs, dtype=np.int64).T
         query, product = self.query_of[samples], self.product_of[samples]
-        draws = uniforms(self.config.seed, epochs, samples, [(CANDIDATES, 0, 3 * TRIES)])[0].reshape(len(samples), 3, TRIES)
+        draws = uniforms(self.config.seed, steps, samples, [(CANDIDATES, 0, 3 * TRIES)])[0].reshape(len(samples), 3, TRIES)
         other_query = self._unrelated(query, product, draws[:, 0], self.asked, lambda other: (other, product))
         everything = np.arange(len(self.catalogue))
         other_product = self._unrelated(query, product, draws[:, 1], everything, lambda other: (query, other))
         near_product, near_query = self._near(query, product, draws[:, 2], other_product, other_query)
         queries = np.stack([query, other_query, query, query, near_query], axis=1).ravel()
         products = np.stack([product, product, other_product, near_product, product], axis=1).ravel()
-        labels = np.tile(np.array([0, 1, 1, 1, 1]), len(samples))
-        texts = self.texts(np.unique(queries))
-        fields = self.catalogue.both_ways(texts, np.unique(queries, return_inverse=True)[1], products, labels, allocate)
-        return {**fields, "sample_ids": np.resize(samples, len(fields["sample_ids"]))}
+        asked, text_of = np.unique(queries, return_inverse=True)
+        shared = (
+            uniforms(self.config.seed, steps, np.zeros_like(steps), [(SHARED, 0, SHARED_CHOICES)])[0] * len(everything)
+        ).astype(int)
+        choices = np.concatenate([np.stack([product, other_product, near_product], axis=1), shared], axis=1)
+        shown = np.unique(choices)
+        no_choice = np.ones((len(samples), len(shown)), bool)
+        np.put_along_axis(no_choice, np.searchsorted(shown, choices), self._belong(query[:, None], choices), axis=1)
+        own = np.searchsorted(shown, product)
+        no_choice[np.arange(len(samples)), own] = False
+        grid = np.repeat(text_of[::PAIRS], len(shown)), np.tile(shown, len(samples))
+        fields = self.catalogue.both_ways(self.texts(asked), text_of, products, grid, allocate)
+        return {
+            **fields,
+            "labels": np.concatenate([np.tile(np.array([0, 1, 1, 1, 1]), len(samples)), own]),
+            "no_choice": no_choice,
+            "sample_ids": np.resize(samples, len(fields["sample_ids"])),
+        }
 
     def texts(self, queries: np.ndarray) -> list[np.ndarray]:
         """Token ids of some queries."""
@@ -171,6 +188,6 @@ class ProductSearchSet:
         return products, queries
 
     def _belong(self, queries: np.ndarray, products: np.ndarray) -> np.ndarray:
-        """Whether pairs [n] are known to belong together."""
+        """Whether pairs of queries and products, arrays that go together, are known to belong together."""
         keys = pair_keys(queries, products, len(self.catalogue))
         return self.known[np.minimum(np.searchsorted(self.known, keys), len(self.known) - 1)] == keys

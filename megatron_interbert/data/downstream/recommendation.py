@@ -105,6 +105,7 @@ class ClickSet:
         shown, topic_of = np.unique(self.clicks.topics[samples], return_inverse=True)
         tokens = self.pieces.take(shown, self.config.max_tokens)
         texts = np.split(tokens.ids.astype(np.int64), tokens.offsets[1:-1])
-        labels = 1 - self.clicks.clicked[samples]
-        fields = self.catalogue.both_ways(texts, topic_of, self.clicks.items[samples], labels, allocate)
-        return {**fields, "sample_ids": np.resize(samples, len(fields["sample_ids"]))}
+        items = self.clicks.items[samples]
+        fields = self.catalogue.both_ways(texts, topic_of, items, (topic_of, items), allocate)
+        labels = np.tile(1 - self.clicks.clicked[samples], 2)
+        return {**fields, "labels": labels, "sample_ids": np.resize(samples, len(fields["sample_ids"]))}

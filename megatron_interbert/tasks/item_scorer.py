@@ -1,4 +1,4 @@
-"""Texts and items judged by the matching head, in full and alone: the training task, and the scorer of evaluations and of the service."""
+"""Scores of texts and items by the matching head, in full and alone; for evaluations and the service."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -11,14 +11,13 @@ from megatron_interbert.data.downstream.pairs import Text
 from megatron_interbert.data.packing import PackedBatch, to_batch
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
-from megatron_interbert.model.interbert import InterBert, InterBertOutput
+from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.task_config import (
     EvaluateProductSearchConfig,
     EvaluateRecommendationConfig,
     ItemConfig,
     ScoreTopicsConfig,
 )
-from megatron_interbert.tasks.classification import ClassificationTask
 from megatron_interbert.tasks.parts import open_stores
 
 TOKENS_AT_ONCE = 16384  # of texts and regions in a forward pass
@@ -40,18 +39,6 @@ def catalogue_to_judge_by(config: ItemConfig, trained: Catalogue) -> Catalogue:
     valid = open_stores([config.valid_data_path], config)
     trained.corpus.check_alike(valid.stores[0], config.allow_other_detector, "--valid-data-path")
     return catalogue_of(valid, trained.tokenizer, config)
-
-
-class ItemMatchTask(ClassificationTask):
-    """Two-class losses of the matching head: of pairs in one sequence, and of the same pairs whose sides are encoded alone."""
-
-    KINDS = ("match", "alone")
-
-    def answers(self, output: InterBertOutput, batch: PackedBatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return list(zip(output.itm_logits.chunk(2), batch.labels.chunk(2), strict=True))
-
-    def count_targets(self, batch: PackedBatch) -> torch.Tensor:
-        return torch.full((2,), len(batch.labels) // 2, dtype=torch.float64)
 
 
 class ItemScorer:
