@@ -235,7 +235,9 @@ class EvaluateProductSearchConfig(EvaluateConfig):
 
     data_path: str = option("sample_shop/test", "region store of the products")
     queries: str = option("", "jsonl of query_id, query_text and, to measure, item_ids; candidate_ids limit the choice")
-    titles: bool = option(True, "read the products' titles; --no-titles sees their images only")
+    titles: bool = option(
+        True, "read the products' titles; --no-titles sees their images only; default: as the weights were trained"
+    )
     first_stage: int = option(0, "also search in two stages: so many products by vectors, then these in full; 0: no")
     exhaustive: bool = option(True, "score all products in full; --no-exhaustive leaves only --first-stage")
     submission: str = option("", "write the file that a benchmark's server takes", ("", "muge", "kddcup2020"))
@@ -260,7 +262,7 @@ class EvaluateRecommendationConfig(EvaluateConfig):
     data_path: str = option("sample_shop/test", "region store of the items")
     topics: str = option("", "jsonl of topic_id, name, description, keywords")
     clicks: str = option("", "jsonl of topic_id, item_id, clicked, to measure by")
-    titles: bool = option(True, "read the items' titles; --no-titles sees their images only")
+    titles: bool = option(True, "read the items' titles; --no-titles sees their images only; default: as the weights were trained")
     max_regions: int = option(0, "regions per image; default: as the weights were trained, else 36")
     max_tokens: int = option(0, "tokens of a topic and a title; default: as the weights were trained, else 64")
     TASK: ClassVar[str] = "recommendation"
@@ -274,7 +276,7 @@ class ScoreTopicsConfig(EvaluateConfig):
 
     data_path: str = option("sample_shop/test", "region store of the items")
     topics: str = option("", "jsonl of topic_id, name, description, keywords")
-    titles: bool = option(True, "read the items' titles; --no-titles sees their images only")
+    titles: bool = option(True, "read the items' titles; --no-titles sees their images only; default: as the weights were trained")
     max_regions: int = option(0, "regions per image; default: as the weights were trained, else 36")
     max_tokens: int = option(0, "tokens of a topic and a title; default: as the weights were trained, else 64")
     items_of_part: int = option(1024, "items of a part, the unit of work that is kept when the scoring is stopped")
@@ -305,7 +307,7 @@ class ServeConfig(Flags):
     )
     rebuild: bool = option(False, "make a new version of the index, even if there is one")
     build_only: bool = option(False, "make a new version of the index and end; a running service takes it over")
-    titles: bool = option(True, "read the items' titles; --no-titles sees their images only")
+    titles: bool = option(True, "read the items' titles; --no-titles sees their images only; default: as the weights were trained")
     max_regions: int = option(0, "regions per image; default: as the weights were trained, else 36")
     max_tokens: int = option(0, "tokens of a text and a title; default: as the weights were trained, else 64")
     kernels: str = option("auto", "fused kernels", ("auto", "torch", "triton", "apex"))

@@ -36,7 +36,7 @@ class Opened:
     def __init__(self, config: ServeConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.model, self.source = load_model(config.load, ("itm",), config.kernels, device, averaged=config.averaged)
-        as_trained(config, self.source, max_regions=36, max_tokens=64)
+        as_trained(config, self.source, max_regions=36, max_tokens=64, titles=True)
         check_length(config.max_tokens, self.source.config)
         self.corpus, self.tokenizer = open_for(config, self.source, split_paths(config.data_path))
         run = self.source.path.parent if self.source.kind == "checkpoint" or self.source.path.is_file() else self.source.path

@@ -35,7 +35,7 @@ def open_items(
 ) -> tuple[ItemScorer, Source, Corpus, Any]:
     """The scorer over the items of --data-path, where its weights came from, their stores, and the folder for results."""
     model, source = load_model(config.load, ("itm",), config.kernels, device, state, config.averaged)
-    as_trained(config, source, max_regions=36, max_tokens=64)
+    as_trained(config, source, max_regions=36, max_tokens=64, titles=True)
     corpus, tokenizer = open_for(config, source, [config.data_path])
     check_length(config.max_tokens, source.config)
     folder = agree_on_inputs(config, state, source, tokenizer, [f"{config.data_path}/{MANIFEST}", *filter(None, files)])

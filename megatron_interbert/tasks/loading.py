@@ -18,7 +18,7 @@ from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.presets import fit_to_data
 from megatron_interbert.parallel.agreement import check_alike, together
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.task_config import EvaluateConfig
+from megatron_interbert.task_config import EvaluateConfig, ServeConfig
 from megatron_interbert.tasks.parts import open_stores, open_vocabulary
 from megatron_interbert.tasks.results import output_folder
 from megatron_interbert.weights.files import check_writable
@@ -64,12 +64,15 @@ def weight_files(path: Path) -> list[Path]:
     return sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]) if path.is_dir() else [path]
 
 
-def as_trained(config: EvaluateConfig, source: Source, task: str = "", **otherwise: int) -> None:
-    """Fill in sizes of 0 with those of the run that made the weights, where it trained for `task`, else with `otherwise`."""
+def as_trained(config: EvaluateConfig | ServeConfig, source: Source, task: str = "", **otherwise: int | bool) -> None:
+    """Fill in sizes of 0, and switches that are not given, with those of the run that made the weights, where it trained for `task`, else
+    with `otherwise`."""
     fits = str(source.facts.get("task") or "").startswith(task)
     trained = (source.facts.get("run") or {}) if fits else {}
     for name, value in otherwise.items():
-        setattr(config, name, getattr(config, name) or trained.get(name) or value)
+        chosen = name in config.given if isinstance(value, bool) else getattr(config, name)
+        if not chosen:
+            setattr(config, name, trained.get(name, value))
 
 
 def open_for(config: EvaluateConfig, source: Source, stores: Sequence[str]) -> tuple[Corpus | None, CaptionTokenizer]:

@@ -57,7 +57,7 @@ def test_twenty_real_images_find_their_captions(tmp_path, request):
     if CHROMIUM is None:
         pytest.skip("needs chromium (apt-get install chromium) for the page")
     visit = request.getfixturevalue("visit")  # noqa: F811
-    serving = ("--load", tmp_path / "run", "--data-path", tmp_path / "store", "--no-titles", "--image-folder", data / "images")
+    serving = ("--load", tmp_path / "run", "--data-path", tmp_path / "store", "--image-folder", data / "images")
     with Service(*serving) as service:
         page = visit(service.url)
         for caption in chinese[:: len(chinese) // 5]:
