@@ -54,6 +54,27 @@ def test_contenders_side_by_side(tmp_path):
     assert err.strip().endswith("recorded.json: measured with --batch 8, now it is 4")
 
 
+def test_ranks_together_and_apart(tmp_path):
+    command = (*COMMAND, "--ranks", 2, "--only", "ours,LXMERT", "--output", tmp_path / "two.json", "--plot", tmp_path / "bars.svg")
+    code, out, err = launch(*command)
+    assert code == 0, out + err
+    two = json.loads((tmp_path / "two.json").read_text())
+    code, out, err = launch(*COMMAND, "--only", "ours,LXMERT", "--output", tmp_path / "one.json")
+    assert code == 0, out + err
+    one = json.loads((tmp_path / "one.json").read_text())
+    assert "on each of 2 ranks" in (tmp_path / "bars.svg").read_text()
+    for name, figures in two["contenders"].items():
+        assert list(figures["parts"])[-1] == "communication"
+        assert math.isfinite(figures["parts"]["communication"])
+        single = one["contenders"][name]
+        assert "communication" not in single["parts"]
+        assert (figures["tokens"], figures["parameters"]) == (2 * single["tokens"], single["parameters"])
+        assert figures["flops"] == 2 * single["flops"], "each rank does the work of a batch of its own"
+    code, _, err = launch(*COMMAND, "--compare", tmp_path / "two.json")
+    assert code == 2
+    assert err.strip().endswith("two.json: measured with --ranks 2, now it is 1")
+
+
 def test_wrong_use_is_one_line(tmp_path):
     known = "ours, ours by plain twins, padded InterBERT, LXMERT, VisualBERT"
     (tmp_path / "recorded.json").write_text("{}")
@@ -62,6 +83,7 @@ def test_wrong_use_is_one_line(tmp_path):
         (("--only", "LXMERT"), "--only needs one of ours: the others are measured against it"),
         (("--rounds", 0), "--rounds is 0, expected 1 or more"),
         (("--batch", 0), "--batch is 0, expected 1 or more"),
+        (("--ranks", 0), "--ranks is 0, expected 1 or more"),
         (("--tolerance", 5), "--tolerance is 5.0, expected a share from 0 up to 1, such as 0.2"),
         (("--bf16", "--zero-stage", 0), "--bf16 needs --zero-stage 1 or higher"),
         (("--plot", "/proc/nowhere/x.svg"), "--plot /proc/nowhere: nothing can be written there"),

@@ -10,11 +10,12 @@ def bars(result: dict[str, Any]) -> str:
     """SVG text; each bar is labelled with its rate and with its time in times of ours."""
     contenders = result["contenders"]
     most = max(figures["samples_per_second"] for figures in contenders.values())
+    ranks = f" on each of {result['ranks']} ranks" if result["ranks"] > 1 else ""
     height = ROW * len(contenders) + 40
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{NAMES + WIDTH + 220}" height="{height}" font-family="sans-serif" font-size="14">',
         "<style>text { fill: #24292f } @media (prefers-color-scheme: dark) { text { fill: #d0d7de } }</style>",
-        f'<text x="0" y="18">training steps, {result["samples"]} samples each: samples/s</text>',
+        f'<text x="0" y="18">training steps, {result["samples"]} samples each{ranks}: samples/s</text>',
     ]
     for number, (name, figures) in enumerate(contenders.items()):
         top, rate = 32 + ROW * number, figures["samples_per_second"]

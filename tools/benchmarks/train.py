@@ -1,8 +1,14 @@
-"""Training steps of our model and of what a user would run instead, on the same samples; in turn, each in a process of its own."""
+"""Training steps of our model and of what a user would run instead, on the same samples; in turn, each in processes of its own.
+
+With several data-parallel ranks each contender is there twice: once its ranks train together, once each for itself, at the same time. What
+a step takes longer together is its communication, as far as no work hides it.
+"""
 
 import argparse
 import contextlib
+import os
 import resource
+import socket
 import statistics
 import time
 from abc import ABC, abstractmethod
@@ -13,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -36,7 +44,16 @@ from tools.benchmarks.batches import PaddedBatch, pad, random_examples, sizes_of
 from tools.benchmarks.padded import Lxmert, PaddedInterBert, VisualBert, parameters
 
 TWIN = Kernels(plain.attention, plain.bias_gelu, plain.dropout_add_norm)
-SAME_WORK = ("model", "batch", "words", "regions", "max_tokens", "max_regions", "bf16")  # without which times do not compare
+SAME_WORK = (
+    "model",
+    "batch",
+    "ranks",
+    "words",
+    "regions",
+    "max_tokens",
+    "max_regions",
+    "bf16",
+)  # without which times do not compare
 PARTS = ("data", "forward", "backward", "optimizer")
 
 
@@ -104,17 +121,19 @@ class Ours(Contender):
         self, sizes: ModelConfig, examples: list[Example], device: torch.device, bf16: bool, kernels: Kernels, zero_stage: int
     ) -> None:
         super().__init__(examples, device)
-        config = RunConfig(micro_batch_size=len(examples), global_batch_size=len(examples), bf16=bf16, zero_stage=zero_stage)
-        state = ParallelState()
-        model = InterBert(sizes, state=state, kernels=kernels)
-        initialise(model, sizes, 0, state)
-        self.engine, self.task = Engine(model.to(device), config, state), PretrainingTask()
+        self.state, batch = ParallelState(), len(examples)
+        together = batch * self.state.data_size
+        config = RunConfig(micro_batch_size=batch, global_batch_size=together, bf16=bf16, zero_stage=zero_stage)
+        model = InterBert(sizes, state=self.state, kernels=kernels)
+        initialise(model, sizes, 0, self.state)
+        self.engine, self.task = Engine(model.to(device), config, self.state), PretrainingTask()
 
     def make_batch(self) -> None:
         self.batch = pack(self.examples, self.examples[0].features.shape[1]).to(self.device)
 
     def forward(self) -> None:
-        self.loss = self.task.loss(self.engine.forward(self.batch), self.batch, self.batch.target_counts())[0]
+        totals = self.state.sum_over_data(self.batch.target_counts().to(self.device))
+        self.loss = self.task.loss(self.engine.forward(self.batch), self.batch, totals)[0]
 
     def backward(self) -> None:
         self.engine.backward(self.loss, last=True)
@@ -127,7 +146,7 @@ class Ours(Contender):
 
 
 class Padded(Contender):
-    """A module over padded batches with torch's AdamW, autocast and clipping, as training scripts write it."""
+    """A module over padded batches with torch's AdamW, autocast, clipping and DistributedDataParallel, as training scripts write it."""
 
     def __init__(
         self, model: nn.Module, examples: list[Example], tokens: int, regions: int, device: torch.device, bf16: bool
@@ -135,6 +154,9 @@ class Padded(Contender):
         super().__init__(examples, device)
         self.model, self.tokens, self.regions, self.bf16 = model.to(device).train(), tokens, regions, bf16
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.parameters = parameters(model)
+        if dist.is_initialized():
+            self.model = DistributedDataParallel(self.model)
 
     def make_batch(self) -> None:
         batch = pad(self.examples, self.tokens, self.regions)
@@ -153,7 +175,7 @@ class Padded(Contender):
         self.optimizer.zero_grad()
 
     def own_figures(self) -> dict[str, Any]:
-        return {"parameters": parameters(self.model), "padded_tokens": len(self.examples) * (self.tokens + self.regions)}
+        return {"parameters": self.parameters, "padded_tokens": len(self.examples) * (self.tokens + self.regions)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,6 +188,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-regions", type=int, default=0, help="regions to which others pad; default: the most there are")
     parser.add_argument("--rounds", type=int, default=5, help="rounds in which all contenders run one after another")
     parser.add_argument("--steps", type=int, default=2, help="steps of a contender in a round")
+    parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks of each contender, with a batch each")
     parser.add_argument("--bf16", action="store_true", help="bfloat16: our engine's, and autocast for the others")
     parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), help="of our engine; default: 0, or 1 with --bf16")
     parser.add_argument("--only", default="", help="contenders, by commas; default: all of them")
@@ -209,32 +232,57 @@ def contenders(arguments: argparse.Namespace, device: torch.device) -> dict[str,
 
 
 class Worker:
-    """A contender in a process of its own, which waits while the others run; ready when it is made."""
+    """The ranks of a contender, each in a process of its own, which wait while the others run; ready when it is made."""
 
-    def __init__(self, arguments: argparse.Namespace, name: str) -> None:
-        context = get_context("spawn")
-        self.line, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, arguments, name), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.name = name
+    def __init__(self, arguments: argparse.Namespace, name: str, together: bool = True) -> None:
+        context, port = get_context("spawn"), free_port()
+        self.name, self.lines, self.processes = name, [], []
+        for rank in range(arguments.ranks):
+            mine, theirs = context.Pipe()
+            place = {"RANK": rank, "WORLD_SIZE": arguments.ranks} if together else {"RANK": 0, "WORLD_SIZE": 1}
+            place |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": arguments.ranks, "MASTER_PORT": port if together else free_port()}
+            self.processes.append(context.Process(target=_serve, args=(theirs, arguments, name, place), daemon=True))
+            self.processes[-1].start()
+            theirs.close()
+            self.lines.append(mine)
         self._receive()  # else it would still be at its first step while the others are timed
 
-    def ask(self, what: str) -> Any:
-        """`step`: seconds of one; `figures`: what there is to say at the end."""
-        self.line.send(what)
+    def step(self) -> float:
+        """Seconds of a step, of the slowest rank."""
+        return max(self._ask("step"))
+
+    def figures(self) -> dict[str, Any]:
+        """What the first rank has to say at the end."""
+        return self._ask("figures")[0]
+
+    def stop(self) -> None:
+        """End the processes."""
+        for process in self.processes:
+            process.kill()
+
+    def _ask(self, what: str) -> list[Any]:
+        for line in self.lines:
+            line.send(what)
         return self._receive()
 
-    def _receive(self) -> Any:
+    def _receive(self) -> list[Any]:
         try:
-            return self.line.recv()
+            return [line.recv() for line in self.lines]
         except EOFError:
             raise TrainingStopped(f"{self.name} has ended before it was measured; why stands above") from None
 
 
-def _serve(line: Connection, arguments: argparse.Namespace, name: str) -> None:
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(line: Connection, arguments: argparse.Namespace, name: str, place: dict[str, int]) -> None:
+    os.environ.update({variable: str(value) for variable, value in place.items()}, MASTER_ADDR="127.0.0.1")
     device = this_device()
-    if name.startswith("ours"):
+    if name.startswith("ours") or arguments.ranks > 1:
         start_processes()
     before = peak_resident()
     contender = contenders(arguments, device)[name]()
@@ -257,20 +305,28 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     names = list(contenders(arguments, device))
     if recorded and not set(names[1:]) & set(recorded["contenders"]):
         raise UsageError(f"--compare {arguments.compare}: none of {', '.join(names[1:]) or 'the others'} was measured then")
+    ranks = arguments.ranks
     workers = {name: Worker(arguments, name) for name in names}
+    apart = {name: Worker(arguments, name, together=False) for name in names} if ranks > 1 else {}
     rounds: dict[str, list[float]] = {name: [] for name in names}
+    longer: dict[str, list[float]] = {name: [] for name in names}  # a step takes together than apart
     with tqdm(total=arguments.rounds * len(names), unit="contender", disable=None, leave=False) as bar:
         for _ in range(arguments.rounds):
             for name, worker in workers.items():
-                rounds[name].append(statistics.median(worker.ask("step") for _ in range(arguments.steps)))
+                rounds[name].append(statistics.median(worker.step() for _ in range(arguments.steps)))
+                if apart:
+                    longer[name].append(rounds[name][-1] - statistics.median(apart[name].step() for _ in range(arguments.steps)))
                 bar.update()
-    result: dict[str, Any] = {"samples": arguments.batch, "contenders": {}}
-    peak, needed = peak_tflops(device, arguments.peak_tflops), needed_flops(arguments)
+    result: dict[str, Any] = {"samples": arguments.batch, "ranks": ranks, "contenders": {}}
+    peak, needed = ranks * peak_tflops(device, arguments.peak_tflops), ranks * needed_flops(arguments)
     for name, worker in workers.items():
-        seconds, figures = statistics.median(rounds[name]), worker.ask("figures")
+        seconds, figures = statistics.median(rounds[name]), worker.figures()
         ratios = [mine / base for mine, base in zip(rounds[name], rounds[names[0]], strict=True)]
+        figures |= {each: ranks * figures[each] for each in ("tokens", "flops", "padded_tokens") if each in figures}
+        if apart:
+            figures["parts"]["communication"] = statistics.median(longer[name])
         figures |= {
-            "samples_per_second": arguments.batch / seconds,
+            "samples_per_second": ranks * arguments.batch / seconds,
             "real_tokens_per_second": figures["tokens"] / seconds,
             "time_of_ours": statistics.median(ratios),
             "time_of_ours_range": [min(ratios), max(ratios)],
@@ -281,7 +337,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         if "padded_tokens" in figures:
             figures["padded_tokens_per_second"] = figures.pop("padded_tokens") / seconds
         result["contenders"][name] = figures
-        worker.process.kill()
+    for worker in (*workers.values(), *apart.values()):
+        worker.stop()
     print("\n".join(table(result)))
     if arguments.plot:
         arguments.plot.parent.mkdir(parents=True, exist_ok=True)
@@ -295,7 +352,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def check(arguments: argparse.Namespace) -> None:
     """UsageError for numbers that measure nothing."""
-    for name in ("batch", "rounds", "steps"):
+    for name in ("batch", "rounds", "steps", "ranks"):
         if getattr(arguments, name) < 1:
             raise UsageError(f"--{name} is {getattr(arguments, name)}, expected 1 or more")
     if not 0 <= arguments.tolerance < 1:
@@ -348,7 +405,7 @@ def table(result: dict[str, Any]) -> list[str]:
         "on real tokens",
         "times our time (range)",
         "memory GiB",
-        *PARTS,
+        *next(iter(result["contenders"].values()))["parts"],
     )
     rows = []
     for name, f in result["contenders"].items():
@@ -363,7 +420,7 @@ def table(result: dict[str, Any]) -> list[str]:
                 f"{f['tflops_on_real_tokens']:.3f}",
                 f"{f['time_of_ours']:.2f} ({low:.2f}-{high:.2f})",
                 f"{f['peak_memory_gib']:.2f}",
-                *(f"{1000 * f['parts'][part]:.0f} ms" for part in PARTS),
+                *(f"{1000 * seconds:.0f} ms" for seconds in f["parts"].values()),
             )
         )
     return aligned([head, *rows])
