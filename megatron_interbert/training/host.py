@@ -3,7 +3,9 @@
 import contextlib
 import ctypes
 import os
+from pathlib import Path
 
+import psutil
 import torch
 
 from megatron_interbert.parallel.launch import Launch
@@ -30,6 +32,27 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def free_memory(own_groups: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process may still take: what is free on the machine, or less where one of its control groups (a Slurm job's
+    --mem, a container) has a limit. Cached files that can be dropped count as free."""
+    free = psutil.virtual_memory().available
+    lines = own_groups.read_text().splitlines() if own_groups.exists() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers == "":  # version 2
+            top, limit, used, droppable = groups, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, limit, used, droppable = groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        inside = top / path.lstrip("/")
+        for group in (inside, *(above for above in inside.parents if above.is_relative_to(top))):
+            if not (group / limit).exists() or (allowed := (group / limit).read_text().strip()) == "max":
+                continue
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            free = min(free, int(allowed) - int((group / used).read_text()) + int(stat.get(droppable, 0)))
+    return max(free, 0)
 
 
 def same_bits_every_time() -> None:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 
-import psutil
 import torch
 
 from megatron_interbert.config import TrainConfig
@@ -14,6 +13,7 @@ from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.task import Job
+from megatron_interbert.training.host import free_memory
 from megatron_interbert.training.memory import Layout, Load, predict
 
 USED = 0.8  # share of the memory that a step may take by arithmetic, which is right to a tenth
@@ -99,8 +99,15 @@ def choose_micro_batch(trial: Trial, make_model: Callable[[], InterBert], global
     return best
 
 
+def still_fits(trial: Trial, samples: int) -> bool:
+    """Whether micro-batches of a run before fit on the machines of this one."""
+    with local_errors():
+        batch = trial.batch(samples)
+    return trial.fits(batch, memory_of(trial.device) * USED)
+
+
 def memory_of(device: torch.device) -> float:
     """Bytes that this rank may use: of its GPU, or its part of what is free on the machine."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    return psutil.virtual_memory().available / read_launch().local_size
+    return free_memory() / read_launch().local_size

@@ -33,7 +33,7 @@ from megatron_interbert.training.evaluation import DownstreamEvaluation, Evaluat
 from megatron_interbert.training.first_weights import load_initial_weights
 from megatron_interbert.training.host import same_bits_every_time
 from megatron_interbert.training.loop import Trainer
-from megatron_interbert.training.micro_batch import Trial, choose_micro_batch
+from megatron_interbert.training.micro_batch import Trial, choose_micro_batch, still_fits
 from megatron_interbert.training.node_facts import facts_of_run
 from megatron_interbert.training.processes import describe_launch, start_processes
 from megatron_interbert.training.resume import claim_folder, find_checkpoint, resumed_batch, resumed_micro_batch
@@ -94,10 +94,13 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
         check_alike(state, facts_of_run(config, job))  # before ranks that differ wait for one another in a trial
         global_batch = config.global_batch_size or resumed_batch(resume)
         trial = Trial(config, job, state, device)
-        config.micro_batch_size = resumed_micro_batch(resume, global_batch // state.data_size)
-        if config.micro_batch_size:
-            say(state, f"micro-batch size {config.micro_batch_size}, as the run before chose; --micro-batch-size N changes it")
+        before = resumed_micro_batch(resume, global_batch // state.data_size)
+        if before and still_fits(trial, before):
+            config.micro_batch_size = before
+            say(state, f"micro-batch size {before}, as the run before chose; --micro-batch-size N changes it")
         else:
+            if before:
+                say(state, f"micro-batch size {before}, which the run before chose, does not fit here")
             config.micro_batch_size = choose_micro_batch(trial, make_model, global_batch, lambda: watchdog.enter("start", 0))
             watchdog.enter("start", 0)
     merge(config, state.data_size, resumed_batch(resume))

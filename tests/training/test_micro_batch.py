@@ -9,7 +9,7 @@ import torch
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training import micro_batch
-from megatron_interbert.training.micro_batch import choose_micro_batch
+from megatron_interbert.training.micro_batch import choose_micro_batch, still_fits
 from tests.corpus import write_store
 from tests.launching import launch, losses, pretrain, train
 
@@ -83,6 +83,12 @@ def test_runs_choose_together_and_resume_with_it(tmp_path):
     code, out, err = train(2, *common, "--micro-batch-size", chosen, "--save", tmp_path / "whole")
     assert code == 0, out + err
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_what_a_run_before_chose_must_fit_here():
+    trial = Pretended(lambda samples: 0.01, room=16)
+    assert still_fits(trial, 16)
+    assert not still_fits(trial, 24)
 
 
 def test_a_bad_record_in_a_trial_is_named(tmp_path):
