@@ -72,10 +72,11 @@ def write_split(
     def shown() -> Iterable[dict[str, Any]]:
         for key, each in found.items():
             for number in clicks.choice(len(made), min(SEEN, len(made)), replace=False):
-                clicked = clicks.random() < 0.02 + 0.9 * each.appeal(made[number]) ** 2
+                product = made[number]
+                clicked = clicks.random() < 0.02 + 0.9 * each.appeal(product.kind, product.colour, product.place) ** 2
                 yield {
                     "topic_id": key,
-                    "item_id": made[number].item_id,
+                    "item_id": product.item_id,
                     "user_id": f"u{clicks.integers(USERS):03d}",
                     "clicked": int(clicked),
                 }

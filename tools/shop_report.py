@@ -1,40 +1,48 @@
 #!/usr/bin/env python3
-"""How far a product search beats TF-IDF over titles, for queries that need the picture and for others; for the generated shop.
+"""How well models search and recommend in the generated shop, beside TF-IDF over titles and chance; mean and deviation over several runs.
 
-    python tools/shop_report.py --load runs/shop_product_search --data-path sample_shop/test
+    python tools/shop_report.py --search runs/shop_product_search --recommendation runs/shop_recommendation --data-path sample_shop/test
 
-Queries say what they need (tools/make_shop.py). TF-IDF compares single characters and pairs of them. Chance is a shuffled list.
+Queries say what they need (tools/make_shop.py): the picture, the title, or either. TF-IDF compares single characters and pairs of them.
+Chance is a shuffled list. The clicks were drawn by what a product has of what a topic wants, so no score orders them better than that does.
 """
 
 import argparse
-import json
+import statistics
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.downstream.items import Catalogue
 from megatron_interbert.data.downstream.product_search import read_queries
+from megatron_interbert.data.downstream.recommendation import read_clicks, read_topics
 from megatron_interbert.data.downstream.records import read_records
 from megatron_interbert.data.text import CaptionTokenizer
-from megatron_interbert.errors import run_entry
+from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.parallel.state import ParallelState, this_device
 from megatron_interbert.tasks.item_scorer import ItemScorer
 from megatron_interbert.tasks.loading import load_model
 from megatron_interbert.tasks.product_search import search
 from megatron_interbert.tasks.ranking import search_metrics
+from megatron_interbert.tasks.recommendation import click_metrics, showing_scores
 from megatron_interbert.training.processes import aligned
 from megatron_interbert.weights.files import write_json
+from tools.shop_world import COLOURS, KINDS, PLACES, Topic
+
+Figures = dict[str, list[dict[str, float]]]  # of each way, one for each run
 
 
 class TitleIndex:
     """TF-IDF of characters and pairs of characters."""
 
-    def __init__(self, titles: list[str]) -> None:
+    def __init__(self, titles: Sequence[str]) -> None:
         counts = [self.grams(title) for title in titles]
         found = Counter(gram for count in counts for gram in count)
         self.weight = {gram: np.log(len(titles) / number) for gram, number in found.items()}
@@ -52,54 +60,120 @@ class TitleIndex:
         length = sum(value * value for value in raw.values()) ** 0.5 or 1.0
         return {gram: value / length for gram, value in raw.items()}
 
-    def order(self, query: str) -> np.ndarray:
-        """Titles by number, best first."""
-        wanted = self.vector(self.grams(query))
-        scores = [sum(value * title.get(gram, 0.0) for gram, value in wanted.items()) for title in self.titles]
-        return np.argsort(-np.array(scores), kind="stable")
+    def scores(self, text: str) -> np.ndarray:
+        """Cosines of a text with all titles."""
+        wanted = self.vector(self.grams(text))
+        return np.array([sum(value * title.get(gram, 0.0) for gram, value in wanted.items()) for title in self.titles])
+
+
+def open_run(load: str, data_path: str) -> ItemScorer:
+    """A run's model over the shop's products, which it reads as it was trained."""
+    device = this_device()
+    model, source = load_model(load, ("itm",), "auto", device)
+    trained = source.facts.get("run") or {}
+    tokenizer = CaptionTokenizer(f"{data_path}/vocab.txt", source.config.text_normalisation)
+    sizes = (trained.get("max_tokens") or 64, trained.get("max_regions") or 36)
+    return ItemScorer(model, Catalogue(Corpus([data_path]), tokenizer, trained.get("titles", True), *sizes), device)
+
+
+def search_figures(runs: Sequence[str], data_path: str, first_stage: int) -> dict[str, Figures]:
+    """Figures by what a query needs and by way of searching."""
+    path = f"{data_path}/queries.jsonl"
+    needs = [record["needs"] for _, record in read_records(path, "--data-path", {"needs": str})]
+    result: dict[str, Figures] = {need: defaultdict(list) for need in ("picture", "either", "title")}
+
+    def note(way: str, found: Sequence[np.ndarray]) -> None:
+        for need, figures in result.items():
+            chosen = [number for number, of in enumerate(needs) if of == need]
+            figures[way].append(search_metrics([found[n] for n in chosen], [queries.products[n] for n in chosen]))
+
+    shared = []
+    for run in tqdm(runs, unit="run", desc="searching", disable=None):
+        scorer = open_run(run, data_path)
+        queries = read_queries(path, scorer.catalogue, "--data-path")
+        full = search(scorer, queries, ParallelState()).found
+        note("InterBERT", full)
+        if first_stage:
+            staged = search(scorer, queries, ParallelState(), first_stage).found
+            note(f"first {first_stage} by vectors", staged)
+            shared.append(np.mean([len(np.intersect1d(a[:10], b[:10])) / 10 for a, b in zip(full, staged, strict=True)]))
+    catalogue, random = scorer.catalogue, np.random.default_rng(0)
+    titles = TitleIndex([catalogue.title(number) for number in range(len(catalogue))])
+    note("TF-IDF of titles", [np.argsort(-titles.scores(text), kind="stable") for text in queries.texts])
+    note("chance", [random.permutation(len(catalogue)) for _ in queries.texts])
+    if first_stage:
+        print(f"first ten of the full search that the first {first_stage} by vectors hold: {100 * np.mean(shared):.2f} %")
+    return result
+
+
+def recommendation_figures(runs: Sequence[str], data_path: str) -> Figures:
+    """Figures of the order of what each topic showed."""
+    result: Figures = defaultdict(list)
+    for run in tqdm(runs, unit="run", desc="recommending", disable=None):
+        scorer = open_run(run, data_path)
+        topics = read_topics(f"{data_path}/topics.jsonl", "--data-path")
+        clicks = read_clicks(f"{data_path}/clicks.jsonl", topics, scorer.catalogue, "--data-path")
+        result["InterBERT"].append(click_metrics(clicks, showing_scores(scorer, topics, clicks, ParallelState())))
+    catalogue, random = scorer.catalogue, np.random.default_rng(0)
+    titles = TitleIndex([catalogue.title(number) for number in range(len(catalogue))])
+    by_title = np.stack([titles.scores(text) for text in topics.texts])
+    result["TF-IDF of titles"].append(click_metrics(clicks, by_title[clicks.topics, clicks.items]))
+    wanted = [wishes(record) for _, record in read_records(f"{data_path}/topics.jsonl", "--data-path", {"keywords": list})]
+    had = [record for _, record in read_records(f"{data_path}/items.jsonl", "--data-path", {"item_id": str})]
+    appeal = [wanted[topic].appeal(*had_of(had[item])) for topic, item in zip(clicks.topics, clicks.items, strict=True)]
+    result["what clicks were drawn by"].append(click_metrics(clicks, np.array(appeal)))
+    result["chance"].append(click_metrics(clicks, random.random(len(clicks.items))))
+    return result
+
+
+def wishes(record: dict) -> Topic:
+    """A topic read back from its words."""
+    *kinds, place = record["keywords"]
+    colours = [number for number, colour in enumerate(COLOURS) if colour in record["description"]]
+    return Topic(record["name"], np.array([KINDS.index(kind) for kind in kinds]), np.array(colours), PLACES.index(place))
+
+
+def had_of(record: dict) -> tuple[int, int, int]:
+    """Kind, colour and place of a product, by number."""
+    return KINDS.index(record["kind"]), COLOURS.index(record["colour"]), PLACES.index(record["place"])
+
+
+def rows(figures: Figures, prefix: str = "") -> list[tuple[str, ...]]:
+    """Lines of a table: names, then each figure's mean, and its deviation where there are several runs."""
+    return [
+        (prefix + way, *(spread([values[name] for values in of_runs]) for name in of_runs[0])) for way, of_runs in figures.items()
+    ]
+
+
+def spread(values: Sequence[float]) -> str:
+    """`71.2`, or `71.2 ± 0.8`."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
 
 
 def run() -> None:
-    """Parse the command line and print the table."""
+    """Parse the command line and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", required=True, help="a finetuned product search")
+    parser.add_argument("--search", nargs="+", default=[], metavar="RUN", help="runs that were finetuned for product search")
     parser.add_argument(
-        "--data-path", default="sample_shop/test", help="generated products with queries.jsonl (default: %(default)s)"
+        "--recommendation", nargs="+", default=[], metavar="RUN", help="runs that were finetuned for recommendation"
     )
-    parser.add_argument("--first-stage", type=int, default=0, help="search in two stages; 0: all products in full")
+    parser.add_argument("--data-path", default="sample_shop/test", help="generated shop (default: %(default)s)")
+    parser.add_argument("--first-stage", type=int, default=0, help="also search in two stages: so many products by vectors; 0: no")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
-    device = this_device()
-    model, source = load_model(options.load, ("itm",), "auto", device)
-    trained = source.facts.get("run") or {}
-    tokenizer = CaptionTokenizer(f"{options.data_path}/vocab.txt", source.config.text_normalisation)
-    sizes = (trained.get("max_tokens") or 64, trained.get("max_regions") or 36)
-    catalogue = Catalogue(Corpus([options.data_path]), tokenizer, trained.get("titles", True), *sizes)
-    queries = read_queries(f"{options.data_path}/queries.jsonl", catalogue, "--data-path")
-    needs = [record["needs"] for _, record in read_records(f"{options.data_path}/queries.jsonl", "--data-path", {"needs": str})]
-    titles = TitleIndex([catalogue.corpus.caption(number) for number in range(len(catalogue))])
-    random = np.random.default_rng(0)
-    ways = {
-        "InterBERT": search(ItemScorer(model, catalogue, device), queries, ParallelState(), options.first_stage).found,
-        "TF-IDF of titles": [titles.order(text) for text in queries.texts],
-        "chance": [random.permutation(len(catalogue)) for _ in queries.texts],
-    }
-    figures = {}
-    for kind in ("picture", "either", "title"):
-        chosen = [number for number, need in enumerate(needs) if need == kind]
-        for way, found in ways.items():
-            metrics = search_metrics([found[n] for n in chosen], [queries.products[n] for n in chosen])
-            figures[f"{kind}: {way}"] = {"queries": len(chosen), **metrics}
-    head = ("what tells: way", *next(iter(figures.values())))
-    print(
-        "\n".join(
-            aligned(
-                [head, *((name, *(f"{v:.1f}" if isinstance(v, float) else v for v in f.values())) for name, f in figures.items())]
-            )
-        )
-    )
+    if not options.search and not options.recommendation:
+        raise UsageError("nothing to report on; give --search RUN or --recommendation RUN")
+    report: dict[str, dict[str, Figures] | Figures] = {}
+    if options.search:
+        report["search"] = found = search_figures(options.search, options.data_path, options.first_stage)
+        head = ("what tells: way", *found["title"]["chance"][0])
+        print("\n".join(aligned([head, *(row for need, figures in found.items() for row in rows(figures, f"{need}: "))])))
+    if options.recommendation:
+        report["recommendation"] = shown = recommendation_figures(options.recommendation, options.data_path)
+        print("\n".join(aligned([("way", *shown["chance"][0]), *rows(shown)])))
     if options.output:
-        write_json(options.output, json.loads(json.dumps(figures)))
+        write_json(options.output, report)
 
 
 if __name__ == "__main__":

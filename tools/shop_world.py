@@ -164,9 +164,9 @@ class Topic:
         """In words."""
         return [KINDS[k] for k in self.kinds] + [PLACES[self.place]]
 
-    def appeal(self, product: Product) -> float:
+    def appeal(self, kind: int, colour: int, place: int) -> float:
         """How well a product fits, from 0 to 1."""
-        return 0.5 * (product.kind in self.kinds) + 0.3 * (product.colour in self.colours) + 0.2 * (product.place == self.place)
+        return 0.5 * (kind in self.kinds) + 0.3 * (colour in self.colours) + 0.2 * (place == self.place)
 
 
 def topic(random: np.random.Generator) -> Topic:
