@@ -13,8 +13,9 @@ import torch
 
 from megatron_interbert.data.packing import to_batch
 from megatron_interbert.errors import UsageError
-from megatron_interbert.serving.index import Journal, Record, Version, collapsed
+from megatron_interbert.serving.index import Version, versions_in
 from megatron_interbert.serving.items import Item, LiveItems
+from megatron_interbert.serving.journal import Journal, Record, collapsed, read_journal
 from megatron_interbert.tasks.item_scorer import ItemScorer
 
 
@@ -44,7 +45,7 @@ class Score:
 
 
 class Shop:
-    """The served state: of one version of the index, with all changes since. `writes`: whether more may come, to this process only."""
+    """The served state: of one version of the index, with all changes since."""
 
     def __init__(self, scorer: ItemScorer, version: Version) -> None:
         self.scorer, self.version = scorer, version
@@ -55,8 +56,8 @@ class Shop:
         self._check_images(items)
         for place in self.items.stage(items):
             self.items.show(place)
-        self._seen = version.changes()
-        self._apply(self._seen)
+        records, self._read_to = read_journal(version.path.parent, version.place)
+        self._apply(records)
 
     def _check_images(self, items: Sequence[Item]) -> None:
         for item in items:
@@ -66,13 +67,16 @@ class Shop:
                     f" {self.items.corpus.path}; give the store that holds it"
                 )
 
-    def begin_to_write(self) -> None:
-        """Take the journal, after the last changes that the version before this one has seen."""
-        late = self.version.changes()[len(self._seen) :]
+    def begin_to_write(self, journal: Journal) -> None:
+        """Take the journal over, with what came since it was read."""
+        late, self._read_to = read_journal(self.version.path.parent, self._read_to)
         self._apply(late)
-        self.journal = Journal(self.version.path)
-        if not self.version.has_taken:
-            self.journal.write({"taken": [*self._seen, *late]})
+        self.journal = journal
+
+    def trim(self) -> None:
+        """Have the journal forget what no version needs."""
+        if self.journal is not None:
+            self.journal.trim(min(version.place for version in versions_in(self.version.path.parent)))
 
     def _apply(self, records: Sequence[Record]) -> None:
         """Changes in common passes; vectors come first, for only they can fail."""

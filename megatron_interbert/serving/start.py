@@ -1,9 +1,11 @@
 """From flags to a service: model, stores, index, topics; and the thread that takes over new versions of the index."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from megatron_interbert.data.downstream.records import read_records
 from megatron_interbert.errors import UsageError
 from megatron_interbert.serving.app import Service, Topic
 from megatron_interbert.serving.batching import ModelThread
-from megatron_interbert.serving.index import CURRENT, Version, alone, point_to, prune, write_version
+from megatron_interbert.serving.index import CURRENT, Version, point_to, prune, write_version
 from megatron_interbert.serving.items import Item, LiveItems
+from megatron_interbert.serving.journal import Journal, alone, journal_end
 from megatron_interbert.serving.shop import Shop
 from megatron_interbert.task_config import ServeConfig
 from megatron_interbert.tasks.item_scorer import ItemScorer
@@ -65,12 +68,12 @@ class Opened:
         current version with all changes; else all images of the stores."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with alone(self.folder / "building", "another process builds this index; wait for it"):
-            scorer, parent = self.scorer(), {}
-            there = (self.folder / CURRENT).exists()
+            scorer, place = self.scorer(), journal_end(self.folder)
+            there, kept = (self.folder / CURRENT).exists(), []
             if self.config.items and (self.config.rebuild or not there):
                 items = read_items(self.config.items, scorer.catalogue)
             elif there:
-                items, parent = Version.current(self.folder).items_now()
+                items, place = Version.current(self.folder).items_now()
             else:
                 items = list(scorer.catalogue.stored())
             if not items:
@@ -81,7 +84,16 @@ class Opened:
             places = np.array(scorer.catalogue.stage(items))
             with tqdm(total=len(items), unit="item", desc="vectors", mininterval=1.0, disable=None) as bar:
                 vectors = scorer.item_vectors(places, bar.update)
-            return write_version(self.folder, items, vectors, self.config.index_kind, self.facts, parent)
+            if there:
+                kept = [(self.folder / CURRENT).resolve().name]  # a service may answer by it, and go back to it
+            version = write_version(self.folder, items, vectors, self.config.index_kind, self.facts, place)
+            prune(self.folder, kept)
+            return version
+
+    def journal(self) -> Journal:
+        """The journal, to write to. UsageError where another process does."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return Journal(self.folder, Version.current(self.folder).place if (self.folder / CURRENT).exists() else 0)
 
     def shop(self) -> Shop:
         """The current version, ready to answer. UsageError where it was made with other weights or settings."""
@@ -110,13 +122,14 @@ def read_items(path: str, items: LiveItems) -> list[Item]:
 
 def open_service(config: ServeConfig, opened: Opened) -> Service:
     """The service with the current version of the index; one is made where there is none."""
+    journal = opened.journal() if config.api_key else None  # before anything is built: another one may write
     if config.rebuild or not (opened.folder / CURRENT).exists():
         opened.build()
     elif config.items:
         log.info("%s is there: --items is read again only with --rebuild", opened.folder)
     shop = opened.shop()
-    if config.api_key:
-        shop.begin_to_write()
+    if journal is not None:
+        shop.begin_to_write(journal)
     model = ModelThread(shop, config.queue_size, config.pairs_at_once)
     service = Service(model, config, opened.weights_sha256, any(s.manifest.get("generated") for s in opened.corpus.stores))
     if config.topics:
@@ -129,28 +142,26 @@ def open_service(config: ServeConfig, opened: Opened) -> Service:
 def watch(opened: Opened, model: ModelThread) -> None:
     """Take over new versions of the index as they come. One that does not fit is named, and the link is put back."""
     while True:
-        threading.Event().wait(LOOK_EVERY)
-        served = model.shop.version.name
-        version = (opened.folder / CURRENT).resolve().name
-        if version == served:
-            continue
+        time.sleep(LOOK_EVERY)
+        served, version = model.shop.version.name, ""
         try:
-            newer = opened.shop()
-            model.change(lambda shop, newer=newer: take_over(model, shop, newer))
+            version = (opened.folder / CURRENT).resolve().name
+            if version != served:
+                newer = opened.shop()
+                model.change(lambda shop, newer=newer: take_over(model, shop, newer))
+                log.info("index %s is served now", newer.version.name)
+                model.change(Shop.trim)
         except Exception as error:
-            log.error("index %s is not taken over, %s stays: %s", version, served, error)
-            if opened.config.api_key:
-                point_to(opened.folder, served)
-            else:
-                threading.Event().wait(60 * LOOK_EVERY)  # a replica's folder is not ours to change
-            continue
-        log.info("index %s is served now", newer.version.name)
-        prune(opened.folder, [newer.version.name, served])
+            log.error("index %s: %s; %s is served", version, error, model.shop.version.name)
+            if not opened.config.api_key:
+                time.sleep(60 * LOOK_EVERY)  # a replica's folder is not ours to change
+            elif model.shop.version.name == served:
+                with contextlib.suppress(OSError):
+                    point_to(opened.folder, served)
 
 
 def take_over(model: ModelThread, older: Shop, newer: Shop) -> None:
     """In the model's thread: nothing that was changed while the newer version was made is lost."""
     if older.journal is not None:
-        newer.begin_to_write()
-    older.close()
+        newer.begin_to_write(older.journal)
     model.swap(newer)

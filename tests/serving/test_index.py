@@ -9,8 +9,10 @@ import pytest
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.serving import index as index_module
-from megatron_interbert.serving.index import CURRENT, JOURNAL, VECTORS, Journal, VectorIndex, Version, prune, write_version
+from megatron_interbert.serving import journal as journal_module
+from megatron_interbert.serving.index import CURRENT, VECTORS, VectorIndex, Version, prune, write_version
 from megatron_interbert.serving.items import Item
+from megatron_interbert.serving.journal import JOURNAL, Journal, read_journal
 
 MODEL = {"weights": {"a": "b"}}
 ITEMS = [Item(f"i{n}", f"p{n}", f"title {n}", {"price": str(n)}) for n in range(50)]
@@ -42,26 +44,26 @@ def test_the_nearest_are_found_whatever_comes_and_goes(kind):
 def test_a_version_comes_back_as_it_was_written(tmp_path):
     """Whatever stands in titles: also the characters that some readers take for ends of lines."""
     odd = [*ITEMS, Item("odd", "p", "红\u2028色\u2029连\x85衣\x0b裙\r\n", {"a\u2028": "\x1c"})]
-    name = write_version(tmp_path, odd, vectors(51), "exact", MODEL, {})
+    name = write_version(tmp_path, odd, vectors(51), "exact", MODEL, 0)
     version = Version.current(tmp_path)
     assert version.name == name == (tmp_path / CURRENT).resolve().name
     assert version.items() == odd
     best = version.vectors().search(vectors(1, 3), 4)[0]
     assert best.tolist() == np.argsort(-(vectors(51) @ vectors(1, 3)[0]))[:4].tolist()
-    newer = write_version(tmp_path, ITEMS[:3], vectors(3), "hnsw", MODEL, {})
+    newer = write_version(tmp_path, ITEMS[:3], vectors(3), "hnsw", MODEL, 0)
     assert Version.current(tmp_path).name == newer
     assert len(Version.current(tmp_path).items()) == 3
 
 
 def test_a_version_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    version = write_version(tmp_path, ITEMS, vectors(), "exact", MODEL, {})
+    version = write_version(tmp_path, ITEMS, vectors(), "exact", MODEL, 0)
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(index_module, "write_text", fail)
     with pytest.raises(OSError, match="No space"):
-        write_version(tmp_path, ITEMS, vectors(), "exact", MODEL, {})
+        write_version(tmp_path, ITEMS, vectors(), "exact", MODEL, 0)
     assert Version.current(tmp_path).name == version
     assert {path.name for path in tmp_path.iterdir()} == {version, CURRENT}
 
@@ -69,7 +71,7 @@ def test_a_version_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypat
 def test_damage_is_named(tmp_path):
     with pytest.raises(UsageError, match="no index there"):
         Version.current(tmp_path)
-    write_version(tmp_path, ITEMS, vectors(), "exact", MODEL, {})
+    write_version(tmp_path, ITEMS, vectors(), "exact", MODEL, 0)
     file = tmp_path / CURRENT / VECTORS
     text = bytearray(file.read_bytes())
     text[-1] ^= 1
@@ -85,7 +87,7 @@ def test_only_versions_are_pruned(tmp_path):
         (tmp_path / name).mkdir()
     versions = []
     for number in range(5):
-        versions.append(write_version(tmp_path, ITEMS, vectors(), "exact", MODEL, {}))
+        versions.append(write_version(tmp_path, ITEMS, vectors(), "exact", MODEL, 0))
         os.utime(tmp_path / versions[-1], (number, number))
     prune(tmp_path, [versions[0], versions[-1]])
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -97,85 +99,118 @@ def test_only_versions_are_pruned(tmp_path):
 @pytest.mark.parametrize("cut", range(1, 30, 4))
 def test_a_journal_that_was_cut_keeps_what_was_promised(tmp_path, cut):
     """A crash in the middle of a line: that change was promised to nobody, those before it and after the restart are kept."""
-    write_version(tmp_path, ITEMS, vectors(), "exact", MODEL, {})
-    folder = (tmp_path / CURRENT).resolve()
-    journal = Journal(folder)
+    write_version(tmp_path, ITEMS, vectors(), "exact", MODEL, 0)
+    journal = Journal(tmp_path, 0)
     journal.write({"remove": "i3"})
-    journal.write({"put": Item("new", "p1", "一件").record()})
+    journal.write({"put": Item("new", "p1", "一\u2028件").record()})
     journal.close()
-    (folder / JOURNAL).write_bytes((folder / JOURNAL).read_bytes() + json.dumps({"remove": "i4" * 10}).encode()[:cut])
-    assert [list(record) for record in Version(folder).records()] == [["remove"], ["put"]]
-    journal = Journal(folder)
+    file = tmp_path / JOURNAL
+    file.write_bytes(file.read_bytes() + json.dumps({"remove": "i4" * 10}).encode()[:cut])
+    assert kinds(tmp_path) == ["remove", "put"]
+    journal = Journal(tmp_path, 0)
     journal.write({"remove": "i5"})
     journal.close()
-    version = Version(folder)
-    assert [list(record) for record in version.records()] == [["remove"], ["put"], ["remove"]]
-    items, parent = version.items_now()
+    assert kinds(tmp_path) == ["remove", "put", "remove"]
+    items, place = Version.current(tmp_path).items_now()
     assert {item.item_id for item in items} == {item.item_id for item in ITEMS} - {"i3", "i5"} | {"new"}
-    assert parent == {"version": version.name, "journal_bytes": (folder / JOURNAL).stat().st_size}
+    assert next(item.title for item in items if item.item_id == "new") == "一\u2028件"
+    assert place == file.stat().st_size - len(b'{"trimmed": 0}\n')
+
+
+def kinds(folder, place=0):
+    return [next(iter(record)) for record in read_journal(folder, place)[0]]
 
 
 def test_what_cannot_be_written_does_not_stay(tmp_path, monkeypatch):
     """A disk that is full in the middle of a line, and one that fails when it is flushed."""
-    write_version(tmp_path, ITEMS, vectors(), "exact", MODEL, {})
-    folder = (tmp_path / CURRENT).resolve()
-    journal, write, fsync = Journal(folder), os.write, os.fsync
+    journal, write, fsync = Journal(tmp_path, 0), os.write, os.fsync
     journal.write({"remove": "i1"})
     halves = iter([lambda f, text: write(f, text[:5]), lambda *_: fail()])
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(index_module.os, "write", lambda *arguments: next(halves)(*arguments))
+    monkeypatch.setattr(journal_module.os, "write", lambda *arguments: next(halves)(*arguments))
     with pytest.raises(OSError, match="No space"):
         journal.write({"remove": "i2"})
-    monkeypatch.setattr(index_module.os, "write", write)
-    monkeypatch.setattr(index_module.os, "fsync", fail)
+    monkeypatch.setattr(journal_module.os, "write", write)
+    monkeypatch.setattr(journal_module.os, "fsync", fail)
     with pytest.raises(OSError, match="No space"):
         journal.write({"remove": "i3"})
-    monkeypatch.setattr(index_module.os, "fsync", fsync)
+    monkeypatch.setattr(journal_module.os, "fsync", fsync)
     journal.write({"remove": "i4"})
-    assert Version(folder).records() == [{"remove": "i1"}, {"remove": "i4"}]
-    with pytest.raises(UsageError, match="another service with a key writes to this index"):
-        Journal(folder)
+    assert read_journal(tmp_path, 0)[0] == [{"remove": "i1"}, {"remove": "i4"}]
     journal.close()
+
+
+def test_one_process_writes(tmp_path):
+    """Whatever version it is at, and whether or not anything was written."""
+    journal = Journal(tmp_path, 0)
+    write_version(tmp_path, ITEMS, vectors(), "exact", MODEL, 0)
+    with pytest.raises(UsageError, match="another service with a key writes to this index"):
+        Journal(tmp_path, 0)
+    journal.close()
+    Journal(tmp_path, 0).close()
 
 
 def put(number):
     return {"put": Item(f"n{number}", "p1", f"title {number}").record()}
 
 
-def test_no_change_is_lost_whichever_version_takes_over(tmp_path):
-    """Changes go to the served version while others are built of it, of each other, overlapping; and it is stopped before it takes over."""
+def test_no_change_is_lost_whichever_version_is_served(tmp_path):
+    """Changes come while versions are built of one another, overlapping; some are never served, older ones are pruned, the journal is
+    trimmed."""
 
-    def build(parent):
-        items, facts = parent.items_now()
-        return Version(tmp_path / write_version(tmp_path, items, vectors(len(items)), "exact", MODEL, facts))
+    def build(version):
+        items, place = version.items_now()
+        return Version(tmp_path / write_version(tmp_path, items, vectors(len(items)), "exact", MODEL, place))
 
     def there(version):
         return {item.item_id for item in version.items_now()[0]}
 
-    first = Version(tmp_path / write_version(tmp_path, ITEMS, vectors(), "exact", MODEL, {}))
-    journal = Journal(first.path)
+    first = Version(tmp_path / write_version(tmp_path, ITEMS, vectors(), "exact", MODEL, 0))
+    journal = Journal(tmp_path, 0)
     journal.write(put(1))
     second = build(first)
     journal.write(put(2))
-    beside = build(first)  # of the same parent
+    beside = build(first)
     third = build(second)  # before the second was served
     journal.write({"remove": "n1"})
     journal.write(put(3))
-    journal.close()
     expected = {item.item_id for item in ITEMS} | {"n2", "n3"}
-    assert there(second) == there(beside) == there(third) == expected
-    taken = Journal(third.path)
-    taken.write({"taken": third.inherited()})
-    taken.write(put(4))
-    taken.close()
-    assert there(third) == expected | {"n4"}
-    fourth = build(third)
-    assert fourth.inherited() == []
-    assert there(fourth) == expected | {"n4"}
+    assert there(first) == there(second) == there(beside) == there(third) == expected
     shutil.rmtree(first.path)
-    assert there(third) == expected | {"n4"}, "it has taken over what it needs"
-    with pytest.raises(UsageError, match="is gone, with changes that came later"):
-        second.changes()
+    shutil.rmtree(second.path)
+    size = (tmp_path / JOURNAL).stat().st_size
+    journal.trim(min(beside.place, third.place))
+    assert (tmp_path / JOURNAL).stat().st_size < size
+    journal.write(put(4))
+    journal.trim(0)  # less than was trimmed before: nothing to do
+    journal.close()
+    journal = Journal(tmp_path, 0)
+    journal.write(put(5))
+    expected |= {"n4", "n5"}
+    assert there(beside) == there(third) == expected
+    with pytest.raises(UsageError, match=r"holds bytes \d+ to \d+, but the index goes on from 0; restore the file"):
+        first.items_now()
+    everything = build(third)
+    journal.trim(everything.place)
+    assert read_journal(tmp_path, everything.place) == ([], everything.place)
+    journal.write(put(6))
+    journal.close()
+    assert there(everything) == expected | {"n6"}
+    (tmp_path / JOURNAL).unlink()  # a copy of a version alone
+    assert there(everything) == expected
+    journal = Journal(tmp_path, everything.place)
+    journal.write(put(7))
+    journal.close()
+    assert there(everything) == expected | {"n7"}
+
+
+def test_an_index_of_an_earlier_package_is_named(tmp_path):
+    version = tmp_path / write_version(tmp_path, ITEMS, vectors(), "exact", MODEL, 0)
+    facts = json.loads((version / "manifest.json").read_text())
+    del facts["journal"]
+    (version / "manifest.json").write_text(json.dumps(facts))
+    with pytest.raises(UsageError, match="made by an earlier version of this package; remove"):
+        Version.current(tmp_path)
