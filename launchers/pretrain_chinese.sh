@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 """:"
-# The Chinese model: the recipe of pretrain.sh with the flags below before your own, which win. Without --data-path it trains a small model
-# on the generated sample shop (python tools/make_shop.py). Two languages in one file, see pretrain.sh.
+# The Chinese model: as pretrain.sh, with the flags below for all that neither your flags nor your --config say. Without a data path it
+# trains a small model on the generated sample shop (python tools/make_shop.py). Two languages in one file, see pretrain.sh.
 exec deepspeed --log_level error ${LAUNCH_ARGS:-} "$0" "$@"
 ":"""
 import sys
@@ -16,6 +16,4 @@ RECIPE = ("--model", "base-chinese", "--language", "zh", "--lr", "1e-4", "--lr-w
 if __name__ == "__main__":
     from megatron_interbert.pretrain import main
 
-    own_data = any(word.replace("_", "-").split("=")[0] == "--data-path" for word in sys.argv)
-    sys.argv[1:1] = RECIPE if own_data else SAMPLE
-    main()
+    main(lambda told: RECIPE if "data_path" in told.given else SAMPLE)

@@ -33,8 +33,9 @@ def build_parser(config_class: type, description: str) -> argparse.ArgumentParse
     return parser
 
 
-def parse(config_class: type, description: str, argv: Sequence[str] | None = None) -> Any:
-    """Command line (and `--config` YAML) -> an instance of `config_class` with `.given`, the names set explicitly."""
+def parse(config_class: type, description: str, argv: Sequence[str] | None = None, recipe: Sequence[str] = ()) -> Any:
+    """Command line (and `--config` YAML) -> an instance of `config_class` with `.given`, the names set explicitly. `recipe`: flags that
+    hold where neither says anything."""
     argv = list(sys.argv[1:] if argv is None else argv)
     argv = [a.split("=", 1)[0].replace("_", "-") + a[len(a.split("=", 1)[0]) :] if a.startswith("--") else a for a in argv]
     parser = build_parser(config_class, description)
@@ -45,7 +46,8 @@ def parse(config_class: type, description: str, argv: Sequence[str] | None = Non
         raise UsageError(f"unknown argument '{wrong}'{nearest(wrong, map(flag, known))}; --help lists all")
     values = vars(namespace)
     values.pop("local_rank", None)
-    given = {**read_yaml(config_class, values.pop("config")), **values} if "config" in values else values
+    by_file = read_yaml(config_class, values.pop("config")) if "config" in values else {}
+    given = {**vars(parser.parse_args(recipe)), **by_file, **values}
     config = config_class(**given)
     config.given = set(given)
     return config

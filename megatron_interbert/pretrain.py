@@ -1,22 +1,27 @@
 """Pretraining: `deepspeed launchers/pretrain.sh ARGS`, `torchrun -m megatron_interbert.pretrain`, or one plain process."""
 
+from collections.abc import Callable, Sequence
+
 from megatron_interbert.command_line import parse
 from megatron_interbert.config import RunConfig
 from megatron_interbert.errors import end_at_once, run_entry
 from megatron_interbert.signals import STOPPING, take_over
 from megatron_interbert.training.setup import prepare
 
+ABOUT = "Pretrain InterBERT on a region store."
+Recipe = Callable[[RunConfig], Sequence[str]]  # flags for what a run was not told, by what it was told
 
-def run() -> None:
+
+def run(recipe: Recipe) -> None:
     """Parse, build the parts, train."""
     take_over(STOPPING, end_at_once)  # until the run takes them over itself
-    config = parse(RunConfig, "Pretrain InterBERT on a region store.")
+    config = parse(RunConfig, ABOUT, recipe=recipe(parse(RunConfig, ABOUT)))
     prepare(config).train()
 
 
-def main() -> None:
+def main(recipe: Recipe = lambda told: ()) -> None:
     """Entry point: one-line errors, exit code 2 for wrong use."""
-    run_entry(run)
+    run_entry(lambda: run(recipe))
 
 
 if __name__ == "__main__":

@@ -340,5 +340,7 @@ class ServeConfig(Flags):
                 raise UsageError(f"{flag(name)} is {getattr(self, name)}, expected more than 0")
         if self.port > 65535:
             raise UsageError(f"--port is {self.port}, expected 65535 or less")
+        if not self.api_key.isascii() or not self.api_key.isprintable() or self.api_key != self.api_key.strip():
+            raise UsageError("INTERBERT_API_KEY: a header cannot carry it; take printable ASCII characters, no space at its ends")
         if self.protect_reads and not self.api_key:
             raise UsageError("--protect-reads needs a key: export INTERBERT_API_KEY=.. before the service is started")

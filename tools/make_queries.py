@@ -39,11 +39,15 @@ def read_rows(path: Path) -> Iterator[tuple[str, str, str]]:
                 values = line.rstrip("\r\n").split("\t")
                 if tuple(values) == COLUMNS or not line.strip():
                     continue
-                if len(values) != len(COLUMNS) or not all((values[0], values[7].strip(), values[8])):
+                if len(values) != len(COLUMNS):
                     raise UsageError(
                         f"{path}: line {number} has {len(values)} columns, expected {len(COLUMNS)}: {', '.join(COLUMNS)}"
                     )
-                yield values[8], values[7], values[0]
+                row = dict(zip(COLUMNS, values, strict=True))
+                for name in ("query_id", "query", "product_id"):
+                    if not row[name].strip():
+                        raise UsageError(f"{path}: line {number} has an empty {name}")
+                yield row["query_id"], row["query"], row["product_id"]
         except UnicodeDecodeError as error:
             raise UsageError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
 
@@ -69,6 +73,8 @@ def run() -> None:
         raise UsageError(f"{options.source}: no rows in it")
     if options.answers and (missing := next((key for key in texts if key not in answers), None)):
         raise UsageError(f"{options.answers}: nothing for query {missing} of {options.source}; give the answers of that file")
+    if wrong := next((key for key in texts if options.answers and not isinstance(answers[key], list)), None):
+        raise UsageError(f"{options.answers}: the answer of query {wrong} is no list of products")
     lines = []
     for query_id, text in texts.items():
         listed = list(dict.fromkeys(products[query_id]))

@@ -19,16 +19,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.downstream.items import Catalogue
 from megatron_interbert.data.downstream.product_search import read_queries
-from megatron_interbert.data.downstream.recommendation import read_clicks, read_topics
+from megatron_interbert.data.downstream.recommendation import Clicks, read_clicks, read_topics
 from megatron_interbert.data.downstream.records import read_records
-from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.parallel.state import ParallelState, this_device
-from megatron_interbert.tasks.item_scorer import ItemScorer
-from megatron_interbert.tasks.loading import load_model
+from megatron_interbert.task_config import EvaluateProductSearchConfig
+from megatron_interbert.tasks.item_scorer import ItemScorer, catalogue_of
+from megatron_interbert.tasks.loading import as_trained, load_model, open_for
 from megatron_interbert.tasks.product_search import search
 from megatron_interbert.tasks.ranking import search_metrics
 from megatron_interbert.tasks.recommendation import click_metrics, showing_scores
@@ -68,12 +67,17 @@ class TitleIndex:
 
 def open_run(load: str, data_path: str) -> ItemScorer:
     """A run's model over the shop's products, which it reads as it was trained."""
-    device = this_device()
+    device, config = this_device(), EvaluateProductSearchConfig(load=load, data_path=data_path)
     model, source = load_model(load, ("itm",), "auto", device)
-    trained = source.facts.get("run") or {}
-    tokenizer = CaptionTokenizer(f"{data_path}/vocab.txt", source.config.text_normalisation)
-    sizes = (trained.get("max_tokens") or 64, trained.get("max_regions") or 36)
-    return ItemScorer(model, Catalogue(Corpus([data_path]), tokenizer, trained.get("titles", True), *sizes), device)
+    as_trained(config, source, max_regions=36, max_tokens=64, titles=True)
+    corpus, tokenizer = open_for(config, source, [data_path])
+    return ItemScorer(model, catalogue_of(corpus, tokenizer, config), device)
+
+
+def index_titles(catalogue: Catalogue) -> TitleIndex:
+    """Of all products, whether or not a model reads them."""
+    read = Catalogue(catalogue.corpus, catalogue.tokenizer, True, catalogue.max_tokens, catalogue.max_regions)
+    return TitleIndex([read.title(number) for number in range(len(read))])
 
 
 def search_figures(runs: Sequence[str], data_path: str, first_stage: int) -> dict[str, Figures]:
@@ -97,32 +101,36 @@ def search_figures(runs: Sequence[str], data_path: str, first_stage: int) -> dic
             staged = search(scorer, queries, ParallelState(), first_stage).found
             note(f"first {first_stage} by vectors", staged)
             shared.append(np.mean([len(np.intersect1d(a[:10], b[:10])) / 10 for a, b in zip(full, staged, strict=True)]))
-    catalogue, random = scorer.catalogue, np.random.default_rng(0)
-    titles = TitleIndex([catalogue.title(number) for number in range(len(catalogue))])
+    titles, random = index_titles(scorer.catalogue), np.random.default_rng(0)
     note("TF-IDF of titles", [np.argsort(-titles.scores(text), kind="stable") for text in queries.texts])
-    note("chance", [random.permutation(len(catalogue)) for _ in queries.texts])
+    note("chance", [random.permutation(len(scorer.catalogue)) for _ in queries.texts])
     if first_stage:
         print(f"first ten of the full search that the first {first_stage} by vectors hold: {100 * np.mean(shared):.2f} %")
     return result
 
 
-def recommendation_figures(runs: Sequence[str], data_path: str) -> Figures:
-    """Figures of the order of what each topic showed."""
-    result: Figures = defaultdict(list)
+def recommendation_figures(runs: Sequence[str], data_path: str) -> dict[str, Figures]:
+    """Figures of the order of what each topic showed: of all of it, and of products of the kinds that it wants, among which the title tells
+    little."""
+    scores: dict[str, list[np.ndarray]] = defaultdict(list)
     for run in tqdm(runs, unit="run", desc="recommending", disable=None):
         scorer = open_run(run, data_path)
         topics = read_topics(f"{data_path}/topics.jsonl", "--data-path")
         clicks = read_clicks(f"{data_path}/clicks.jsonl", topics, scorer.catalogue, "--data-path")
-        result["InterBERT"].append(click_metrics(clicks, showing_scores(scorer, topics, clicks, ParallelState())))
-    catalogue, random = scorer.catalogue, np.random.default_rng(0)
-    titles = TitleIndex([catalogue.title(number) for number in range(len(catalogue))])
+        scores["InterBERT"].append(showing_scores(scorer, topics, clicks, ParallelState()))
+    titles = index_titles(scorer.catalogue)
     by_title = np.stack([titles.scores(text) for text in topics.texts])
-    result["TF-IDF of titles"].append(click_metrics(clicks, by_title[clicks.topics, clicks.items]))
+    scores["TF-IDF of titles"].append(by_title[clicks.topics, clicks.items])
     wanted = [wishes(record) for _, record in read_records(f"{data_path}/topics.jsonl", "--data-path", {"keywords": list})]
-    had = [record for _, record in read_records(f"{data_path}/items.jsonl", "--data-path", {"item_id": str})]
-    appeal = [wanted[topic].appeal(*had_of(had[item])) for topic, item in zip(clicks.topics, clicks.items, strict=True)]
-    result["what clicks were drawn by"].append(click_metrics(clicks, np.array(appeal)))
-    result["chance"].append(click_metrics(clicks, random.random(len(clicks.items))))
+    had = [had_of(record) for _, record in read_records(f"{data_path}/items.jsonl", "--data-path", {"item_id": str})]
+    shown = [(wanted[topic], had[item]) for topic, item in zip(clicks.topics, clicks.items, strict=True)]
+    scores["what clicks were drawn by"].append(np.array([topic.appeal(*product) for topic, product in shown]))
+    scores["chance"].append(np.random.default_rng(0).random(len(shown)))
+    right_kind = np.array([kind in topic.kinds for topic, (kind, _, _) in shown])
+    result: dict[str, Figures] = {}
+    for name, chosen in (("all that was shown", np.ones(len(shown), bool)), ("wanted kinds", right_kind)):
+        some = Clicks(clicks.topics[chosen], clicks.items[chosen], clicks.clicked[chosen])
+        result[name] = {way: [click_metrics(some, values[chosen]) for values in of_runs] for way, of_runs in scores.items()}
     return result
 
 
@@ -138,11 +146,14 @@ def had_of(record: dict) -> tuple[int, int, int]:
     return KINDS.index(record["kind"]), COLOURS.index(record["colour"]), PLACES.index(record["place"])
 
 
-def rows(figures: Figures, prefix: str = "") -> list[tuple[str, ...]]:
-    """Lines of a table: names, then each figure's mean, and its deviation where there are several runs."""
-    return [
-        (prefix + way, *(spread([values[name] for values in of_runs]) for name in of_runs[0])) for way, of_runs in figures.items()
+def table(head: str, parts: dict[str, Figures]) -> list[str]:
+    """Lines: part and way, then each figure's mean, and its deviation where there are several runs."""
+    rows = [
+        (f"{part}: {way}", *(spread([values[name] for values in of_runs]) for name in of_runs[0]))
+        for part, figures in parts.items()
+        for way, of_runs in figures.items()
     ]
+    return aligned([(head, *next(iter(parts.values()))["chance"][0]), *rows])
 
 
 def spread(values: Sequence[float]) -> str:
@@ -164,14 +175,13 @@ def run() -> None:
     options = parser.parse_args()
     if not options.search and not options.recommendation:
         raise UsageError("nothing to report on; give --search RUN or --recommendation RUN")
-    report: dict[str, dict[str, Figures] | Figures] = {}
+    report: dict[str, dict[str, Figures]] = {}
     if options.search:
-        report["search"] = found = search_figures(options.search, options.data_path, options.first_stage)
-        head = ("what tells: way", *found["title"]["chance"][0])
-        print("\n".join(aligned([head, *(row for need, figures in found.items() for row in rows(figures, f"{need}: "))])))
+        report["search"] = search_figures(options.search, options.data_path, options.first_stage)
+        print("\n".join(table("what tells: way", report["search"])))
     if options.recommendation:
-        report["recommendation"] = shown = recommendation_figures(options.recommendation, options.data_path)
-        print("\n".join(aligned([("way", *shown["chance"][0]), *rows(shown)])))
+        report["recommendation"] = recommendation_figures(options.recommendation, options.data_path)
+        print("\n".join(table("among: way", report["recommendation"])))
     if options.output:
         write_json(options.output, report)
 

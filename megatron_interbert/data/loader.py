@@ -106,6 +106,8 @@ def _into_slot(
         return dataset.fields(pairs)
 
     def allocate(shape: tuple[int, int]) -> np.ndarray:
+        if 2 * shape[0] * shape[1] > slot_bytes:  # it would write into the next batch
+            raise ValueError(f"{shape[0]} regions, more than most_rows of {type(dataset).__name__} says")
         return np.frombuffer(mapping, np.float16, shape[0] * shape[1], slot * slot_bytes).reshape(shape)
 
     fields = dataset.fields(pairs, allocate)
@@ -208,7 +210,7 @@ class BatchStream:
 
     def _pairs(self) -> Iterator[list[tuple[int, int]]]:
         for positions in self.positions:
-            yield [self.dataset.order.at(position) for position in positions]
+            yield self.dataset.order.pairs(positions, self.positions.step_start(positions[0]))
 
     def _here(self) -> Iterator[PackedBatch]:
         for pairs in self._pairs():

@@ -18,7 +18,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from megatron_interbert.config import TrainConfig
 from megatron_interbert.data.randomness import CounterRandom
 from megatron_interbert.errors import UsageError
 
@@ -95,6 +94,10 @@ class SampleOrder:
         number, sample = self._epoch_of(epoch, partition)[index]
         return int(number), int(sample)
 
+    def pairs(self, positions: Sequence[int], step_start: int) -> list[tuple[int, int]]:
+        """(pass, sample id) at positions of one optimizer step, which begins at `step_start`."""
+        return [self.at(position) for position in positions]
+
     def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k != "_epoch_of"}
 
@@ -104,15 +107,11 @@ class SampleOrder:
 
 
 class StepOrder(SampleOrder):
-    """The same order, but its pairs are (optimizer step, sample): for samples that share something with all others of their step."""
+    """The same order, but its pairs are (first position of the optimizer step, sample): for samples that share something with all others of
+    their step."""
 
-    def __init__(self, samples: np.ndarray, config: TrainConfig) -> None:
-        super().__init__([samples], config.data_partitions, config.seed)
-        self.config = config  # its global batch may be known only when the run starts
-
-    def at(self, position: int) -> tuple[int, int]:
-        """(optimizer step, counted from 0; sample) at a position of the endless stream."""
-        return position // self.config.global_batch_size, super().at(position)[1]
+    def pairs(self, positions: Sequence[int], step_start: int) -> list[tuple[int, int]]:
+        return [(step_start, self.at(position)[1]) for position in positions]
 
 
 def epochs_from_weights(weights: Sequence[float], sizes: Sequence[int]) -> list[float]:
@@ -134,6 +133,10 @@ class MicroBatches:
             for first in range(0, len(mine), self.micro_batch):
                 yield list(mine[first : first + self.micro_batch])
             start += self.global_batch
+
+    def step_start(self, position: int) -> int:
+        """The first position of the optimizer step that a position belongs to."""
+        return position - (position - self.consumed) % self.global_batch
 
 
 def check_partitions(partitions: int, data_parallel_size: int) -> None:

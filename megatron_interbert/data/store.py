@@ -6,6 +6,7 @@ Sizes and schema are checked when a store or a shard is opened, hashes on demand
 import bisect
 import itertools
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,11 +52,12 @@ class RegionStore:
 
     def _forget_handles(self) -> None:
         self._pid = os.getpid()
+        self._lock = threading.RLock()  # files are closed for others to be opened, while other threads may read them
         self._known: dict[int, OpenShard] = {}  # what was learned of shards stays, some 20 kB each
         self._open: OrderedDict[int, OpenShard] = OrderedDict()  # those of them with open files
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_known")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_known", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -79,6 +81,10 @@ class RegionStore:
     def open_shard(self, index: int) -> OpenShard:
         """A shard by its number; at most 64 stay open in a process."""
         self.forget_foreign_handles()
+        with self._lock:
+            return self._opened(index)
+
+    def _opened(self, index: int) -> OpenShard:
         if index in self._open:
             self._open.move_to_end(index)
             return self._open[index]
@@ -158,18 +164,19 @@ class RegionStore:
         rows = (images - np.array(self._first_image)[numbers]).tolist()
         sizes = np.empty((len(images), 2), np.float32)
         self.forget_foreign_handles()
-        opened, features = self._open, out[0]
-        for i, (number, row, start, stop) in enumerate(zip(numbers.tolist(), rows, starts, stops, strict=True)):
-            shard = opened.get(number) or self.open_shard(number)
-            if shard.counts[row] < stop - start or start == stop:
-                raise UsageError(f"{self._where(number, row)} has {shard.counts[row]} regions; rebuild the store without it")
-            try:
-                shard.read(row, out, start, stop)
-            except HDF5_ERRORS as error:
-                raise UsageError(f"{self._where(number, row)} cannot be read ({error}); restore the shard") from error
-            if has_non_finite(features[start:stop]):
-                self.read(int(images[i]))  # says which record and what is wrong
-            sizes[i] = shard.sizes[row]
+        with self._lock:
+            opened, features = self._open, out[0]
+            for i, (number, row, start, stop) in enumerate(zip(numbers.tolist(), rows, starts, stops, strict=True)):
+                shard = opened.get(number) or self.open_shard(number)
+                if shard.counts[row] < stop - start or start == stop:
+                    raise UsageError(f"{self._where(number, row)} has {shard.counts[row]} regions; rebuild the store without it")
+                try:
+                    shard.read(row, out, start, stop)
+                except HDF5_ERRORS as error:
+                    raise UsageError(f"{self._where(number, row)} cannot be read ({error}); restore the shard") from error
+                if has_non_finite(features[start:stop]):
+                    self.read(int(images[i]))  # says which record and what is wrong
+                sizes[i] = shard.sizes[row]
         return sizes
 
     def label_width(self) -> int:
@@ -182,6 +189,11 @@ class RegionStore:
     def read(self, index: int, max_regions: int | None = None) -> Regions:
         """Regions of one image, the first `max_regions` as stored. UsageError names file and image of a bad record."""
         number, row = self.locate(index)
+        self.forget_foreign_handles()
+        with self._lock:
+            return self._read(number, row, max_regions)
+
+    def _read(self, number: int, row: int, max_regions: int | None) -> Regions:
         shard = self.open_shard(number)
         start, stop = (int(v) for v in shard.ranges[row])
         stop = stop if max_regions is None else min(stop, start + max_regions)

@@ -109,11 +109,16 @@ def read_items(path: str, items: LiveItems) -> list[Item]:
     found: dict[str, Item] = {}
     for where, record in read_records(path, "--items", {"item_id": (str, int), "title": str}):
         item_id = str(record.pop("item_id"))
-        image_id, title = str(record.pop("image_id", item_id)), record.pop("title")
-        attributes = record.pop("attributes", {})
+        image_id, title, attributes = record.pop("image_id", item_id), record.pop("title"), record.pop("attributes", {})
         if not isinstance(attributes, dict):
             raise UsageError(f"{where}: 'attributes' is no JSON object")
         attributes |= record
+        for name, value in {"image_id": image_id, **attributes}.items():
+            if not isinstance(value, str | int | float):
+                raise UsageError(f"{where}: '{name}' is {json.dumps(value, ensure_ascii=False)[:60]}, expected a text or a number")
+        image_id = str(image_id)
+        if item_id in found:
+            raise UsageError(f"{where}: item {item_id} stands there twice")
         if image_id not in items.image_numbers:
             raise UsageError(f"{where}: image {image_id} is not in {items.corpus.path}; give the store that holds it")
         found[item_id] = Item(item_id, image_id, title, {str(key): str(value) for key, value in attributes.items()})

@@ -35,7 +35,7 @@ class Trial:
         """The first samples of this rank."""
         found: TrainingSet = self.job.samples
         positions = range(self.state.data_rank, self.state.data_rank + samples * self.state.data_size, self.state.data_size)
-        return to_batch(found.fields([found.order.at(position) for position in positions]))
+        return to_batch(found.fields(found.order.pairs(positions, 0)))
 
     def fits(self, batch: PackedBatch, room: float) -> bool:
         """Whether a step with such batches stays within `room` bytes on every rank."""
@@ -100,10 +100,10 @@ def choose_micro_batch(trial: Trial, make_model: Callable[[], InterBert], global
 
 
 def still_fits(trial: Trial, samples: int) -> bool:
-    """Whether micro-batches of a run before fit on the machines of this one."""
+    """Whether micro-batches that a run before chose fit here: into all that is free, for what is free has its ups and downs."""
     with local_errors():
         batch = trial.batch(samples)
-    return trial.fits(batch, memory_of(trial.device) * USED)
+    return trial.fits(batch, memory_of(trial.device))
 
 
 def memory_of(device: torch.device) -> float:

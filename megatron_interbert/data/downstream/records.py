@@ -18,6 +18,12 @@ def read_records(path: str, flag: str, keys: Mapping[str, type | tuple[type, ...
             record = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
             raise UsageError(f"{where} is no JSON ({error}); {flag} is a file with one JSON object a line") from None
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"{where}: half a surrogate pair (\\ud800 to \\udfff), which is no character; write it anew as UTF-8"
+            ) from None
         if not isinstance(record, dict):
             raise UsageError(f"{where} is no JSON object; {flag} is a file with one JSON object a line")
         for key, kind in keys.items():

@@ -39,7 +39,9 @@ async function call(path, body) {
       return call(path, body);
     }
   }
-  const answer = await response.json();
+  const answer = await response.json().catch(() => { // a proxy's page, not ours
+    throw new Error(say("offline"));
+  });
   if (!response.ok) throw new Error(answer.error);
   return answer;
 }
@@ -85,17 +87,21 @@ async function find(path, body, text) {
 async function picture(image, item) {
   const source = `pictures/${encodeURIComponent(item.item_id)}`;
   image.alt = item.title || item.item_id;
+  image.dataset.of = item.item_id; // what comes late for another product is not shown
   if (!facts.protected) {
     image.src = source;
     return;
   }
   try { // an image cannot carry a key
     const response = await fetch(source, { headers: { authorization: `Bearer ${sessionStorage.getItem("key") || ""}` } });
+    if (!response.ok) throw new Error(response.statusText);
     const reader = new FileReader();
-    reader.onload = () => (image.src = reader.result);
+    reader.onload = () => {
+      if (image.dataset.of === item.item_id) image.src = reader.result;
+    };
     reader.readAsDataURL(await response.blob());
   } catch {
-    image.removeAttribute("src"); // its title is shown
+    if (image.dataset.of === item.item_id) image.removeAttribute("src"); // its title is shown
   }
 }
 
@@ -139,7 +145,7 @@ async function open(item) {
       svg.append(rectangle);
     }
   } catch (error) {
-    dialog.querySelector(".score").textContent = error.message;
+    if (mine === opened) dialog.querySelector(".score").textContent = error.message;
   }
 }
 
