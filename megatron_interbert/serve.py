@@ -9,7 +9,7 @@ from megatron_interbert.command_line import parse
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.parallel.state import this_device
 from megatron_interbert.serving.app import make_app
-from megatron_interbert.serving.start import Opened, open_service
+from megatron_interbert.serving.start import open_models, open_service
 from megatron_interbert.task_config import ServeConfig
 
 
@@ -19,7 +19,7 @@ class Announced(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         host, port = sockets[0].getsockname()[:2]
-        items = len(self.config.app.state.service.model.shop.items)
+        items = len(self.config.app.state.service.searcher.shop.items)
         print(f"serving {items} items at http://{host}:{port}/", flush=True)
 
 
@@ -28,11 +28,12 @@ def run() -> None:
     config = parse(ServeConfig, ServeConfig.__doc__ or "")
     config.check()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    opened = Opened(config, this_device())
+    models = open_models(config, this_device())
     if config.build_only:
-        print(f"index {opened.build()} of {opened.folder}")
+        for opened in models:
+            print(f"index {opened.build()} of {opened.folder}")
         return
-    app = make_app(open_service(config, opened))
+    app = make_app(open_service(config, models))
     server = Announced(
         uvicorn.Config(
             app,

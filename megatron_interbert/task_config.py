@@ -301,7 +301,9 @@ class ServeConfig(Flags):
     items: str = option(
         "", "jsonl of item_id, image_id (default: item_id), title and attributes to begin with; default: all images"
     )
+    load_recommendation: str = option("", "weights that answer topics, finetuned from clicks; default: those of --load do")
     index: str = option("", "folder of the index; default: `index` in the run's folder")
+    recommendation_index: str = option("", "folder of the index for topics; default: `index` in the folder of that run")
     index_kind: str = option(
         "exact", "exact compares with all vectors, hnsw walks a graph: for millions of items", ("exact", "hnsw")
     )
@@ -338,6 +340,8 @@ class ServeConfig(Flags):
         for name in ("deadline", "body_seconds"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{flag(name)} is {getattr(self, name)}, expected more than 0")
+        if self.recommendation_index and not self.load_recommendation:
+            raise UsageError("--recommendation-index needs --load-recommendation: without it topics are answered by --load")
         if self.port > 65535:
             raise UsageError(f"--port is {self.port}, expected 65535 or less")
         if not self.api_key.isascii() or not self.api_key.isprintable() or self.api_key != self.api_key.strip():

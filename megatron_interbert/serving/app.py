@@ -40,7 +40,7 @@ from megatron_interbert.task_config import ServeConfig
 class Metrics:
     """Prometheus figures of one application."""
 
-    def __init__(self, model: ModelThread) -> None:
+    def __init__(self, service: "Service") -> None:
         self.registry = prometheus.CollectorRegistry()
         make = {"registry": self.registry}
         self.requests = prometheus.Counter("interbert_requests", "requests by route and status", ["route", "status"], **make)
@@ -49,9 +49,10 @@ class Metrics:
         for name, what in (("batches", "passes"), ("questions", "answered"), ("late", "past their deadline"), ("gone", "left by clients"),
                            ("full", "turned away")):  # fmt: skip
             gauge = prometheus.Gauge(f"interbert_{name}_total", f"questions: {what}", **make)
-            gauge.set_function(lambda name=name: model.answered[name])
-        prometheus.Gauge("interbert_waiting", "questions in the queue", **make).set_function(lambda: model.waiting)
-        prometheus.Gauge("interbert_items", "items", **make).set_function(lambda: len(model.shop.items))
+            gauge.set_function(lambda name=name: sum(thread.answered[name] for thread in service.threads))
+        waiting = prometheus.Gauge("interbert_waiting", "questions in the queue", **make)
+        waiting.set_function(lambda: sum(thread.waiting for thread in service.threads))
+        prometheus.Gauge("interbert_items", "items", **make).set_function(lambda: len(service.searcher.shop.items))
 
     def count(self, route: str, status: int, seconds: float) -> None:
         """A request that has ended."""
@@ -70,18 +71,27 @@ class Topic:
 
 @dataclass
 class Service:
-    """What the routes share."""
+    """What the routes share: what answers searches and what answers topics, which may be the same."""
 
-    model: ModelThread
+    searcher: ModelThread
+    recommender: ModelThread
     config: ServeConfig
-    model_sha256: str
     generated: bool
     topics: dict[str, Topic] = field(default_factory=dict)
 
-    async def ask(self, asked: Find | Score | Callable[[Shop], Any]) -> Answer:
-        """By the model's thread; HTTPException 429 when too many wait, 503 when it took too long."""
+    @property
+    def threads(self) -> list[ModelThread]:
+        """Each once."""
+        return [self.searcher] if self.recommender is self.searcher else [self.searcher, self.recommender]
+
+    async def change(self, function: Callable[[Shop], bool]) -> list[bool]:
+        """Of all models, one after the other: who is told of a failure sends it again, and what was done does no harm then."""
+        return [(await self.ask(function, thread)).result for thread in self.threads]
+
+    async def ask(self, asked: Find | Score | Callable[[Shop], Any], thread: ModelThread) -> Answer:
+        """By a model's thread; HTTPException 429 when too many wait, 503 when it took too long."""
         try:
-            return await self.model.ask(asked, self.config.deadline)
+            return await thread.ask(asked, self.config.deadline)
         except QueueFull:
             raise HTTPException(429, "too many requests wait; come again", {"retry-after": "1"}) from None
         except Late:
@@ -91,7 +101,7 @@ class Service:
         """An answer as JSON."""
         return {
             "results": [{**hit.item.record(), "score": hit.score} for hit in hits],
-            "model": self.model_sha256[:12],
+            "model": answer.weights[:12],
             "index": answer.version,
             "timings": {
                 "waited_ms": round(1000 * answer.waited, 2),
@@ -108,12 +118,13 @@ def make_app(service: Service) -> FastAPI:
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(service.model.close)
+        for thread in service.threads:
+            await asyncio.to_thread(thread.close)
 
     errors = {status: {"model": ErrorAnswer} for status in (400, 408, 413, 422, 429, 503)}
     app = FastAPI(title="InterBERT product search", version="1", lifespan=life, docs_url=None, redoc_url=None, responses=errors)
     app.state.service = service
-    metrics = Metrics(service.model)
+    metrics = Metrics(service)
     config = service.config
     app.add_middleware(Guard, max_body=config.max_body, body_seconds=config.body_seconds, count=metrics.count)
 
@@ -173,7 +184,7 @@ def add_questions(app: FastAPI, service: Service, reads: list[Any]) -> None:
     @app.post("/search", dependencies=reads, response_model=Results)
     async def search(body: SearchRequest) -> dict[str, Any]:
         """The items that fit a query best."""
-        answer = await service.ask(Find(body.query, body.k, max(body.k, body.candidates)))
+        answer = await service.ask(Find(body.query, body.k, max(body.k, body.candidates)), service.searcher)
         return service.results(answer, answer.result)
 
     @app.post("/recommend", dependencies=reads, response_model=Results, responses={404: {"model": ErrorAnswer}})
@@ -187,7 +198,7 @@ def add_questions(app: FastAPI, service: Service, reads: list[Any]) -> None:
             text = service.topics[body.topic_id].text
         else:
             raise HTTPException(404, "no such topic")
-        answer = await service.ask(Find(text, body.k, max(body.k, body.candidates)))
+        answer = await service.ask(Find(text, body.k, max(body.k, body.candidates)), service.recommender)
         return service.results(answer, answer.result)
 
     @app.post("/score", dependencies=reads, response_model=Scores, responses={404: {"model": ErrorAnswer}})
@@ -195,9 +206,12 @@ def add_questions(app: FastAPI, service: Service, reads: list[Any]) -> None:
         """How well a text and some items match, in the order given."""
         if body.explain and len(body.item_ids) > 1:
             raise HTTPException(422, "explain: give one item")
+        thread = service.recommender if body.task == "recommendation" else service.searcher
+        explained = None
         try:
-            answer = await service.ask(Score(body.text, body.item_ids))
-            explained = await service.ask(lambda shop: shop.regions(body.text, body.item_ids[0])) if body.explain else None
+            answer = await service.ask(Score(body.text, body.item_ids), thread)
+            if body.explain:
+                explained = await service.ask(lambda shop: shop.regions(body.text, body.item_ids[0]), thread)
         except KeyError as error:
             raise HTTPException(404, f"item {error.args[0]} of the list: no such item") from None
         regions = explained.result if explained else None
@@ -213,7 +227,7 @@ def add_items(app: FastAPI, service: Service, reads: list[Any], writes: list[Any
     """Items and their pictures."""
 
     def found_item(item_id: str) -> Item:
-        items = service.model.shop.items  # one shop: another may be served in the next moment
+        items = service.searcher.shop.items  # one shop: another may be served in the next moment
         place = items.place(item_id)
         if place is None:
             raise HTTPException(404, "no such item")
@@ -235,24 +249,24 @@ def add_items(app: FastAPI, service: Service, reads: list[Any], writes: list[Any
         except ValueError as error:
             raise HTTPException(422, f"item_id or title: {error}") from None
         try:
-            answer = await service.ask(lambda shop: shop.put(item))
+            added, *_ = await service.change(lambda shop: shop.put(item))
         except KeyError:
             raise HTTPException(422, "image_id: no such image in the region stores") from None
-        response.status_code = 201 if answer.result else 200
+        response.status_code = 201 if added else 200
         return item.record()
 
     @app.delete("/items/{item_id:path}", dependencies=writes, status_code=204,
                 responses={401: {"model": ErrorAnswer}, 403: {"model": ErrorAnswer}, 404: {"model": ErrorAnswer}})  # fmt: skip
     async def delete_item(item_id: str) -> Response:
         """Take an item out; no search finds it when this answers."""
-        if not (await service.ask(lambda shop: shop.remove(item_id))).result:
+        if not any(await service.change(lambda shop: shop.remove(item_id))):
             raise HTTPException(404, "no such item")
         return Response(status_code=204)
 
     @app.get("/pictures/{item_id:path}", dependencies=reads, response_class=Response, responses={404: {"model": ErrorAnswer}})
     async def picture(item_id: str) -> Response:
         """The photo of an item, or a drawing of its regions where there is none."""
-        shop, item = service.model.shop, found_item(item_id)
+        shop, item = service.searcher.shop, found_item(item_id)
         return await asyncio.to_thread(picture_of, shop, shop.items.image_numbers[item.image_id], service.config.image_folder)
 
 
@@ -265,9 +279,11 @@ def add_facts(app: FastAPI, service: Service, metrics: Metrics) -> None:
 
     @app.get("/readyz", include_in_schema=False)
     async def readiness() -> Response:
-        shop = service.model.shop
-        ready = service.model.alive
-        facts = {"ready": ready, "items": len(shop.items), "index": shop.version.name, "model": service.model_sha256[:12]}
+        def of(shop: Shop) -> dict[str, Any]:
+            return {"items": len(shop.items), "index": shop.version.name, "model": shop.weights[:12]}
+
+        ready = all(thread.alive for thread in service.threads)
+        facts = {"ready": ready, **of(service.searcher.shop), "recommendation": of(service.recommender.shop)}
         return JSONResponse(facts, 200 if ready else 503)
 
     @app.get("/metrics", include_in_schema=False)

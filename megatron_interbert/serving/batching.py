@@ -56,13 +56,15 @@ class Job:
 
 @dataclass
 class Answer:
-    """Hits, or what a change gave; how long it waited, how long it took with all that was answered beside it, and the version asked."""
+    """Hits, or what a change gave; how long it waited, how long it took with all that was answered beside it, and the shop asked: index
+    version, sha256 of weights."""
 
     result: list[Hit] | Any
     waited: float
     took: float
     together: int
     version: str
+    weights: str
 
 
 class ModelThread:
@@ -153,7 +155,7 @@ class ModelThread:
             results = [jobs[0].asked(self.shop)] if callable(jobs[0].asked) else self.shop.answer([job.asked for job in jobs])
             took = time.monotonic() - started
             answers = [
-                Answer(result, started - job.asked_at, took, len(jobs), self.shop.version.name)
+                Answer(result, started - job.asked_at, took, len(jobs), self.shop.version.name, self.shop.weights)
                 for job, result in zip(jobs, results, strict=True)
             ]
         except Exception as error:

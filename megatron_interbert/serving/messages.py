@@ -1,6 +1,6 @@
 """What clients say and are told: the schema, with its limits and examples."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -52,6 +52,7 @@ class RecommendRequest(Body):
 
 class ScoreRequest(Body):
     text: Text = Field(examples=["红色条纹连衣裙"])
+    task: Literal["search", "recommendation"] = Field("search", description="which model scores, where there are two")
     item_ids: list[Id] = Field(min_length=1, max_length=100, examples=[["test-000000", "test-000001"]])
     explain: bool = Field(False, description="also which regions of the picture speak for the match; one item only")
 

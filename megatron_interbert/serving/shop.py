@@ -45,10 +45,10 @@ class Score:
 
 
 class Shop:
-    """The served state: of one version of the index, with all changes since."""
+    """The served state: of one version of the index, with all changes since. `weights`: sha256 of the model's."""
 
-    def __init__(self, scorer: ItemScorer, version: Version) -> None:
-        self.scorer, self.version = scorer, version
+    def __init__(self, scorer: ItemScorer, version: Version, weights: str) -> None:
+        self.scorer, self.version, self.weights = scorer, version, weights
         self.items: LiveItems = scorer.catalogue
         self.index = version.vectors()
         self.journal: Journal | None = None

@@ -1,6 +1,7 @@
 """From flags to a service: model, stores, index, topics; and the thread that takes over new versions of the index."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -100,7 +101,7 @@ class Opened:
         version = Version.current(self.folder)
         if version.facts["model"] != self.facts:
             raise UsageError(f"{version.path}: made with other weights or settings than these; build it again (--rebuild)")
-        return Shop(self.scorer(), version)
+        return Shop(self.scorer(), version, self.weights_sha256)
 
 
 def read_items(path: str, items: LiveItems) -> list[Item]:
@@ -125,8 +126,34 @@ def read_items(path: str, items: LiveItems) -> list[Item]:
     return list(found.values())
 
 
-def open_service(config: ServeConfig, opened: Opened) -> Service:
-    """The service with the current version of the index; one is made where there is none."""
+def open_models(config: ServeConfig, device: torch.device) -> list[Opened]:
+    """What answers searches, and, where it is another one, what answers topics."""
+    found = [Opened(config, device)]
+    if config.load_recommendation:
+        own = dataclasses.replace(config, load=config.load_recommendation, index=config.recommendation_index)
+        own.given = config.given
+        found.append(Opened(own, device))
+        if found[0].folder.resolve() == found[1].folder.resolve():
+            raise UsageError(f"{found[0].folder}: two models need an index each; give --recommendation-index another folder")
+    return found
+
+
+def open_service(config: ServeConfig, models: list[Opened]) -> Service:
+    """The service with the current version of each index; one is made where there is none."""
+    threads = [start_answering(opened) for opened in models]
+    generated = any(store.manifest.get("generated") for store in models[0].corpus.stores)
+    service = Service(threads[0], threads[-1], config, generated)
+    if config.topics:
+        topics = read_topics(config.topics, "--topics")
+        service.topics = {key: Topic(key, *rest) for key, *rest in zip(topics.ids, topics.names, topics.texts, strict=True)}
+    for opened, thread in zip(models, threads, strict=True):
+        threading.Thread(target=watch, args=(opened, thread), name="index", daemon=True).start()
+    return service
+
+
+def start_answering(opened: Opened) -> ModelThread:
+    """The thread of a model with the current version of its index."""
+    config = opened.config
     journal = opened.journal() if config.api_key else None  # before anything is built: another one may write
     if config.rebuild or not (opened.folder / CURRENT).exists():
         opened.build()
@@ -135,13 +162,7 @@ def open_service(config: ServeConfig, opened: Opened) -> Service:
     shop = opened.shop()
     if journal is not None:
         shop.begin_to_write(journal)
-    model = ModelThread(shop, config.queue_size, config.pairs_at_once)
-    service = Service(model, config, opened.weights_sha256, any(s.manifest.get("generated") for s in opened.corpus.stores))
-    if config.topics:
-        topics = read_topics(config.topics, "--topics")
-        service.topics = {key: Topic(key, *rest) for key, *rest in zip(topics.ids, topics.names, topics.texts, strict=True)}
-    threading.Thread(target=watch, args=(opened, model), name="index", daemon=True).start()
-    return service
+    return ModelThread(shop, config.queue_size, config.pairs_at_once)
 
 
 def watch(opened: Opened, model: ModelThread) -> None:

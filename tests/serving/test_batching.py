@@ -14,7 +14,8 @@ class Pretended:
     """A shop that answers a question with its text, slowly where it is told to, and not at all to `poison`."""
 
     def __init__(self):
-        self.version, self.batches, self.gate, self.closed = SimpleNamespace(name="v1"), [], threading.Event(), False
+        self.version, self.weights = SimpleNamespace(name="v1"), "sha256"
+        self.batches, self.gate, self.closed = [], threading.Event(), False
         self.gate.set()
         self.entered = threading.Event()
 

@@ -146,6 +146,7 @@ def test_a_protected_service_asks_for_the_key(visit, shop, tmp_path, request):  
         page.on("dialog", lambda dialog: dialog.accept(KEY))
         request.node.allowed = ("401", "Failed to load", service.url)
         page.goto(service.url)
+        page.wait_for_selector("#topics li")  # the key was asked for and given
         page.fill("#query", "红色")
         page.keyboard.press("Enter")
         page.wait_for_selector("#results li")

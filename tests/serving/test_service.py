@@ -49,11 +49,15 @@ def shop(tmp_path_factory):
     tokenizer, corpus = CaptionTokenizer(str(store / "vocab.txt"), "chinese"), Corpus([str(store)])
     sizes = fit_to_data(PRESETS["sample-chinese"], tokenizer.vocab_size, corpus.feature_dim, corpus.num_classes, "test")
     sizes = dataclasses.replace(sizes, initializer_range=0.4)
-    torch.manual_seed(0)
+    return folder, random_model(folder / "model", sizes, store, seed=0), store
+
+
+def random_model(folder, sizes, store, seed):
+    torch.manual_seed(seed)
     model = InterBertForImageTextRetrieval(InterBertConfig.from_model_config(sizes))
-    model.save_pretrained(folder / "model")
-    shutil.copy(store / "vocab.txt", folder / "model" / "vocab.txt")
-    return folder, model.eval(), store
+    model.save_pretrained(folder)
+    shutil.copy(store / "vocab.txt", folder / "vocab.txt")
+    return model.eval()
 
 
 def flags(shop, index, *more):
@@ -71,6 +75,10 @@ def service(shop, tmp_path_factory):
 @pytest.fixture(scope="module")
 def scorer(shop):
     _, model, store = shop
+    return scorer_of(model, store)
+
+
+def scorer_of(model, store):
     tokenizer = CaptionTokenizer(str(store / "vocab.txt"), "chinese")
     return ItemScorer(model.interbert, Catalogue(Corpus([str(store)]), tokenizer, True, 64, 36), torch.device("cpu"))
 
@@ -284,6 +292,43 @@ def test_changes_and_new_versions_under_load_lose_nothing(shop, tmp_path, scorer
     with Service(*(flag for flag in flags(shop, index) if flag not in ("--items", store / "items.jsonl"))) as again:
         assert again.call("GET", "/readyz")[1]["items"] == 40 + len(there)
         assert all(again.call("GET", f"/items/{key}")[0] == 200 for key in sorted(there)[:5])
+
+
+def test_two_models_answer_searches_and_topics(shop, scorer, tmp_path):
+    """Each by its own vectors and scores; changes of items reach both, and are there after a restart."""
+    folder, model, store = shop
+    other = random_model(folder / "topics model", model.config.model_config(), store, seed=5)
+    both = ("--load-recommendation", folder / "topics model", "--recommendation-index", tmp_path / "topics index")
+    everything = flags(shop, tmp_path / "index", *both)
+    path, body = "/items/new", {"image_id": "test-000003", "title": "红色条纹连衣裙"}
+    with Service(*everything) as service:
+        topic = service.call("GET", "/topics")[1][0]
+        asked = {"topic_id": topic["topic_id"], "k": 5, "candidates": 40}
+        answer = service.call("POST", "/recommend", asked)[1]
+        alike([(i["item_id"], i["score"]) for i in answer["results"]], expected(scorer_of(other, store), topic["text"], 5))
+        alike(service.search(topic["text"], k=5, candidates=40), expected(scorer, topic["text"], 5))
+        ready = service.call("GET", "/readyz")[1]
+        assert (answer["model"], answer["index"]) == (ready["recommendation"]["model"], ready["recommendation"]["index"])
+        assert answer["model"] != ready["model"]
+        ids = [item["item_id"] for item in answer["results"]]
+        again = service.call("POST", "/score", {"text": topic["text"], "item_ids": ids, "task": "recommendation"})[1]
+        assert [i["score"] for i in again["results"]] == pytest.approx([i["score"] for i in answer["results"]], rel=1e-4)
+        assert [service.call("PUT", path, body, key=KEY)[0] for _ in range(2)] == [201, 200]
+        assert service.call("DELETE", "/items/" + ids[0], key=KEY)[0] == 204
+        assert service.call("DELETE", "/items/" + ids[0], key=KEY)[0] == 404
+    with Service(*everything) as service:
+        found = [i["item_id"] for i in service.call("POST", "/recommend", {**asked, "k": 40})[1]["results"]]
+        assert "new" in found
+        assert ids[0] not in found
+        assert service.call("GET", "/readyz")[1]["recommendation"]["items"] == 40
+    known = ("--load", folder / "model", "--data-path", store, "--index", tmp_path / "index")
+    code, out, err = launch(sys.executable, "-m", "megatron_interbert.serve", "--build-only", *known, *both)
+    assert code == 0, out + err
+    assert len(out.splitlines()) == 2, "a line for each"
+    code, _, err = launch(
+        sys.executable, "-m", "megatron_interbert.serve", *known, *both[:2], "--recommendation-index", tmp_path / "index"
+    )
+    assert (code, "two models need an index each" in err) == (2, True)
 
 
 def test_a_service_without_a_key_follows_builds(shop, tmp_path):

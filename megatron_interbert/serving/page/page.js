@@ -20,7 +20,7 @@ const facts = JSON.parse(document.documentElement.dataset.facts);
 let language = localStorage.getItem("language") || (navigator.language.startsWith("zh") ? "zh" : "en");
 let asked = 0; // the newest question; older answers are not shown
 let opened = 0; // the newest product; boxes of another one are not drawn
-let shown = null; // {text, answer}
+let shown = null; // {text, task, answer}
 const say = (name, ...values) => (typeof words[language][name] === "function" ? words[language][name](...values) : words[language][name]);
 
 async function call(path, body) {
@@ -73,7 +73,7 @@ async function find(path, body, text) {
   try {
     const answer = await call(path, body);
     if (mine !== asked) return;
-    shown = { text, answer };
+    shown = { text, task: path === "recommend" ? "recommendation" : "search", answer };
     report();
     $("#results").replaceChildren(...answer.results.map(card));
   } catch (error) {
@@ -135,7 +135,8 @@ async function open(item) {
   }
   dialog.showModal();
   try {
-    const { regions } = await call("score", { text: shown.text, item_ids: [item.item_id], explain: true });
+    const { text, task } = shown;
+    const { regions } = await call("score", { text, task, item_ids: [item.item_id], explain: true });
     if (mine !== opened) return;
     for (const { box: [x1, y1, x2, y2], weight } of regions) {
       const rectangle = document.createElementNS("http://www.w3.org/2000/svg", "rect");
