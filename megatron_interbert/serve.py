@@ -1,5 +1,6 @@
 """Product search and recommendation over HTTP: `python -m megatron_interbert.serve --load RUN --data-path STORE`."""
 
+import asyncio
 import logging
 import socket
 
@@ -13,14 +14,28 @@ from megatron_interbert.serving.start import open_models, open_service
 from megatron_interbert.task_config import ServeConfig
 
 
-class Announced(uvicorn.Server):
-    """Says where it listens when it does."""
+class Server(uvicorn.Server):
+    """Says where it listens when it does, and ends when what is under way has ended."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         host, port = sockets[0].getsockname()[:2]
         items = len(self.config.app.state.service.searcher.shop.items)
         print(f"serving {items} items at http://{host}:{port}/", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asking = asyncio.create_task(self._ask_to_end())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            asking.cancel()
+
+    async def _ask_to_end(self) -> None:
+        """uvicorn asks connections once: one that is accepted in that moment would be waited for until the time is up."""
+        while True:
+            await asyncio.sleep(0.2)
+            for connection in list(self.server_state.connections):
+                connection.shutdown()
 
 
 def run() -> None:
@@ -34,7 +49,7 @@ def run() -> None:
             print(f"index {opened.build()} of {opened.folder}")
         return
     app = make_app(open_service(config, models))
-    server = Announced(
+    server = Server(
         uvicorn.Config(
             app,
             host=config.host,

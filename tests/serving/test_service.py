@@ -365,6 +365,33 @@ def test_it_drains(shop, tmp_path):
         assert service.process.wait(30) in (0, -signal.SIGTERM)
 
 
+def test_connections_that_ask_nothing_do_not_hold_it_up(shop, tmp_path):
+    """Also those that come in the moment in which it is told to end."""
+    with Service(*flags(shop, tmp_path / "index")) as service:
+        host, port = service.url.removeprefix("http://").split(":")
+        stop, held = threading.Event(), []
+
+        def connect():
+            while not stop.is_set():
+                try:
+                    held.append(socket.create_connection((host, int(port)), 1))
+                except OSError:
+                    return
+                time.sleep(0.002)
+
+        threads = [threading.Thread(target=connect) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(held) > 100, "many connections")
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(15) in (0, -signal.SIGTERM), "half of --drain-seconds"
+        stop.set()
+        for thread in threads:
+            thread.join()
+        for connection in held:
+            connection.close()
+
+
 def test_wrong_use_is_one_line(shop, tmp_path):
     folder, _, store = shop
 
