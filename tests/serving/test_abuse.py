@@ -9,12 +9,12 @@ import pytest
 
 from tests.campaigns.requests import campaign
 from tests.launching import ENVIRONMENT
-from tests.serving.test_service import flags, shop  # noqa: F401 - a fixture
+from tests.serving.made_shop import flags
 from tests.serving_client import KEY, Service
 
 
 @pytest.fixture(scope="module")
-def service(shop, tmp_path_factory):  # noqa: F811
+def service(shop, tmp_path_factory):
     with Service(*flags(shop, tmp_path_factory.mktemp("index") / "index", "--deadline", 20)) as running:
         yield running
 

@@ -1,50 +1,14 @@
-"""The page in a real browser (Debian's chromium, headless): search, open a product, switch language, a topic, an error, keyboard, phone."""
-
-import shutil
+"""The page in a real browser: search, open a product, switch language, a topic, an error, keyboard, phone."""
 
 import pytest
 
 from tests.launching import until
-from tests.serving.test_service import flags, shop  # noqa: F401 - a fixture
+from tests.serving.made_shop import flags
 from tests.serving_client import KEY, Service
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install -r requirements.txt)")
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
-
 
 @pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def visit(browser, request):
-    """visit(url, width): a page of a fresh visitor; no error may reach its console, no request may leave for elsewhere."""
-    problems, contexts = [], []
-
-    def go(url, width=1280, language="zh-CN"):
-        context = browser.new_context(viewport={"width": width, "height": 800}, locale=language)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        page.on("request", lambda asked: problems.append(asked.url) if not asked.url.startswith((url, "data:")) else None)
-        page.goto(url)
-        return page
-
-    yield go
-    for context in contexts:
-        context.close()
-    allowed = getattr(request.node, "allowed", ())
-    assert [problem for problem in problems if not any(word in problem for word in allowed)] == []
-
-
-@pytest.fixture(scope="module")
-def url(shop, tmp_path_factory):  # noqa: F811
+def url(shop, tmp_path_factory):
     _, _, store = shop
     with Service(*flags(shop, tmp_path_factory.mktemp("index") / "index", "--image-folder", store / "pictures")) as service:
         yield service.url
@@ -112,7 +76,7 @@ def test_a_topic_and_an_error(visit, url, request):
     assert page.evaluate("document.activeElement.id") == "query"
 
 
-def test_titles_are_text_and_never_markup(visit, shop, tmp_path):  # noqa: F811
+def test_titles_are_text_and_never_markup(visit, shop, tmp_path):
     with Service(*flags(shop, tmp_path / "index")) as service:
         body = {
             "image_id": "test-000001",
@@ -139,7 +103,7 @@ def test_titles_are_text_and_never_markup(visit, shop, tmp_path):  # noqa: F811
         page.close()  # before the service ends: pictures are fetched as they come into view
 
 
-def test_a_protected_service_asks_for_the_key(visit, shop, tmp_path, request):  # noqa: F811
+def test_a_protected_service_asks_for_the_key(visit, shop, tmp_path, request):
     request.node.allowed = ("401", "Failed to load")
     with Service(*flags(shop, tmp_path / "index", "--protect-reads")) as service:
         page = visit("about:blank")

@@ -1,8 +1,6 @@
 """The service as users start it: answers against brute force, changes and new versions under load, wrong input, keys, drain."""
 
 import concurrent.futures
-import dataclasses
-import shutil
 import signal
 import socket
 import sys
@@ -12,86 +10,17 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
-import torch
 
 from megatron_interbert.data.corpus import Corpus
-from megatron_interbert.data.downstream.items import Catalogue
-from megatron_interbert.data.text import CaptionTokenizer
-from megatron_interbert.hf import InterBertForImageTextRetrieval
-from megatron_interbert.hf.configuration import InterBertConfig
-from megatron_interbert.model.presets import PRESETS, fit_to_data
-from megatron_interbert.tasks.item_scorer import ItemScorer
 from tests.launching import launch, until
+from tests.serving.made_shop import alike, expected, flags
 from tests.serving_client import KEY, Service
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    """A generated shop of 40 products, and weights that are random but far from nothing, as a Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("serving")
-    sizes = (
-        "--train-products",
-        2,
-        "--test-products",
-        40,
-        "--train-queries",
-        2,
-        "--test-queries",
-        8,
-        "--train-topics",
-        2,
-        "--test-topics",
-        3,
-    )
-    code, out, err = launch(sys.executable, "tools/make_shop.py", "--output", folder / "shop", *sizes)
-    assert code == 0, out + err
-    store = folder / "shop" / "test"
-    tokenizer, corpus = CaptionTokenizer(str(store / "vocab.txt"), "chinese"), Corpus([str(store)])
-    sizes = fit_to_data(PRESETS["sample-chinese"], tokenizer.vocab_size, corpus.feature_dim, corpus.num_classes, "test")
-    sizes = dataclasses.replace(sizes, initializer_range=0.4)
-    return folder, random_model(folder / "model", sizes, store, seed=0), store
-
-
-def random_model(folder, sizes, store, seed):
-    torch.manual_seed(seed)
-    model = InterBertForImageTextRetrieval(InterBertConfig.from_model_config(sizes))
-    model.save_pretrained(folder)
-    shutil.copy(store / "vocab.txt", folder / "vocab.txt")
-    return model.eval()
-
-
-def flags(shop, index, *more):
-    folder, _, store = shop
-    return ("--load", folder / "model", "--data-path", store, "--index", index, "--topics", store / "topics.jsonl",
-            "--items", store / "items.jsonl", *more)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def service(shop, tmp_path_factory):
     with Service(*flags(shop, tmp_path_factory.mktemp("index") / "index")) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def scorer(shop):
-    _, model, store = shop
-    return scorer_of(model, store)
-
-
-def scorer_of(model, store):
-    tokenizer = CaptionTokenizer(str(store / "vocab.txt"), "chinese")
-    return ItemScorer(model.interbert, Catalogue(Corpus([str(store)]), tokenizer, True, 64, 36), torch.device("cpu"))
-
-
-def expected(scorer, text, k):
-    scores = scorer.match(scorer.pieces([text]), np.zeros(40, np.int64), np.arange(40))
-    order = np.argsort(-scores, kind="stable")[:k]
-    return [(scorer.catalogue.ids[item], float(scores[item])) for item in order]
-
-
-def alike(found, wanted):
-    assert [item for item, _ in found] == [item for item, _ in wanted]
-    assert [score for _, score in found] == pytest.approx([score for _, score in wanted], rel=1e-3, abs=1e-3)
 
 
 def test_answers_are_those_of_the_model(service, scorer):
@@ -232,121 +161,6 @@ def test_a_full_queue_and_deadlines(shop, tmp_path):
         assert service.search("红色条纹连衣裙")
 
 
-def test_changes_and_new_versions_under_load_lose_nothing(shop, tmp_path, scorer):
-    """While searches go on, items come and go and a new version of the index is built by another process and taken over; the changes
-    survive that, and a restart."""
-    index = tmp_path / "index"
-    failures, stop = [], threading.Event()
-    with Service(*flags(shop, index)) as service:
-        first = service.call("GET", "/readyz")[1]["index"]
-
-        def ask():
-            while not stop.is_set():
-                status, answer, _ = service.call("POST", "/search", {"query": "红色", "k": 3})
-                if status != 200 or len(answer["results"]) != 3:
-                    failures.append((status, answer))
-
-        def change():
-            number = 0
-            while not stop.is_set():
-                number += 1
-                body = {"image_id": f"test-{number % 40:06d}", "title": f"新款{number}"}
-                status, answer, _ = service.call("PUT", f"/items/n{number}", body, key=KEY)
-                if status != 201:
-                    failures.append((status, answer))
-                if number % 3 == 0 and service.call("DELETE", f"/items/n{number}", key=KEY)[0] != 204:
-                    failures.append(("delete", number))
-                time.sleep(0.01)
-            return number
-
-        with concurrent.futures.ThreadPoolExecutor(5) as pool:
-            writer = pool.submit(change)
-            readers = [pool.submit(ask) for _ in range(4)]
-            folder, _, store = shop
-            code, out, err = launch(
-                *(
-                    sys.executable,
-                    "-m",
-                    "megatron_interbert.serve",
-                    "--build-only",
-                    "--load",
-                    folder / "model",
-                    "--data-path",
-                    store,
-                ),
-                *("--index", index),
-            )
-            assert code == 0, out + err
-            until(lambda: service.call("GET", "/readyz")[1]["index"] != first, "the new version is served")
-            time.sleep(0.3)
-            stop.set()
-            written = writer.result()
-            for reader in readers:
-                reader.result()
-        assert not failures
-        assert "is served now" in "".join(service.lines["stderr"])
-        there = {f"n{number}" for number in range(1, written + 1) if number % 3}
-        listed = {key for key in there if service.call("GET", f"/items/{key}")[0] == 200}
-        assert listed == there
-        assert service.call("GET", "/readyz")[1]["items"] == 40 + len(there)
-    with Service(*(flag for flag in flags(shop, index) if flag not in ("--items", store / "items.jsonl"))) as again:
-        assert again.call("GET", "/readyz")[1]["items"] == 40 + len(there)
-        assert all(again.call("GET", f"/items/{key}")[0] == 200 for key in sorted(there)[:5])
-
-
-def test_two_models_answer_searches_and_topics(shop, scorer, tmp_path):
-    """Each by its own vectors and scores; changes of items reach both, and are there after a restart."""
-    folder, model, store = shop
-    other = random_model(folder / "topics model", model.config.model_config(), store, seed=5)
-    both = ("--load-recommendation", folder / "topics model", "--recommendation-index", tmp_path / "topics index")
-    everything = flags(shop, tmp_path / "index", *both)
-    path, body = "/items/new", {"image_id": "test-000003", "title": "红色条纹连衣裙"}
-    with Service(*everything) as service:
-        topic = service.call("GET", "/topics")[1][0]
-        asked = {"topic_id": topic["topic_id"], "k": 5, "candidates": 40}
-        answer = service.call("POST", "/recommend", asked)[1]
-        alike([(i["item_id"], i["score"]) for i in answer["results"]], expected(scorer_of(other, store), topic["text"], 5))
-        alike(service.search(topic["text"], k=5, candidates=40), expected(scorer, topic["text"], 5))
-        ready = service.call("GET", "/readyz")[1]
-        assert (answer["model"], answer["index"]) == (ready["recommendation"]["model"], ready["recommendation"]["index"])
-        assert answer["model"] != ready["model"]
-        ids = [item["item_id"] for item in answer["results"]]
-        again = service.call("POST", "/score", {"text": topic["text"], "item_ids": ids, "task": "recommendation"})[1]
-        assert [i["score"] for i in again["results"]] == pytest.approx([i["score"] for i in answer["results"]], rel=1e-4)
-        assert [service.call("PUT", path, body, key=KEY)[0] for _ in range(2)] == [201, 200]
-        assert service.call("DELETE", "/items/" + ids[0], key=KEY)[0] == 204
-        assert service.call("DELETE", "/items/" + ids[0], key=KEY)[0] == 404
-    with Service(*everything) as service:
-        found = [i["item_id"] for i in service.call("POST", "/recommend", {**asked, "k": 40})[1]["results"]]
-        assert "new" in found
-        assert ids[0] not in found
-        assert service.call("GET", "/readyz")[1]["recommendation"]["items"] == 40
-    known = ("--load", folder / "model", "--data-path", store, "--index", tmp_path / "index")
-    code, out, err = launch(sys.executable, "-m", "megatron_interbert.serve", "--build-only", *known, *both)
-    assert code == 0, out + err
-    assert len(out.splitlines()) == 2, "a line for each"
-    code, _, err = launch(
-        sys.executable, "-m", "megatron_interbert.serve", *known, *both[:2], "--recommendation-index", tmp_path / "index"
-    )
-    assert (code, "two models need an index each" in err) == (2, True)
-
-
-def test_a_service_without_a_key_follows_builds(shop, tmp_path):
-    """However many; and it can be started again afterwards."""
-    folder, _, store = shop
-    known = ("--load", folder / "model", "--data-path", store, "--index", tmp_path / "index")
-    with Service(*known, key="") as service:
-        for _ in range(3):
-            served = service.call("GET", "/readyz")[1]["index"]
-            code, out, err = launch(sys.executable, "-m", "megatron_interbert.serve", "--build-only", *known)
-            assert code == 0, out + err
-            until(lambda served=served: service.call("GET", "/readyz")[1]["index"] != served, "the new version is served")
-        assert service.search("红色")
-    with Service(*known, key="") as again:
-        assert again.call("GET", "/readyz")[1]["items"] == 40
-    assert len([path for path in (tmp_path / "index").iterdir() if len(path.name) == 12]) <= 3
-
-
 def test_it_drains(shop, tmp_path):
     """What is under way when SIGTERM comes is answered: every question, while most of them still wait."""
     more = ("--pairs-at-once", 1, "--deadline", 60)
@@ -434,27 +248,3 @@ def test_a_client_that_goes_is_not_computed_for(shop, tmp_path):
         gone = float(next(line for line in text.splitlines() if line.startswith("interbert_gone_total")).split()[1])
         assert gone > 5
         assert 'interbert_requests_total{route="/search",status="499"}' in text
-
-
-def test_a_second_writer_and_lost_pictures_are_refused(shop, tmp_path):
-    folder, _, store = shop
-    index = tmp_path / "index"
-    command = (sys.executable, "-m", "megatron_interbert.serve", "--load", folder / "model", "--index", index, "--data-path")
-    with Service(*flags(shop, index)) as service:
-        assert service.call("PUT", "/items/x", {"image_id": "test-000001", "title": "红\u2028色"}, key=KEY)[0] == 201
-        assert service.call("PUT", "/items/x", {"image_id": "test-000001", "title": "红\u2028色"}, key=KEY)[0] == 200, "nothing new"
-        code, _, err = launch(*command, store, "--port", 0, INTERBERT_API_KEY="k")
-        assert code == 2
-        assert "another service with a key writes to this index" in err.strip().splitlines()[-1]
-        code, _, err = launch(*command, store, "--port", 0, "--rebuild", INTERBERT_API_KEY="k")
-        assert (code, "another service with a key writes to this index" in err) == (2, True), "also one that brings its own version"
-        with Service(*flags(shop, index), key="") as reader:
-            assert reader.call("GET", "/items/x")[0] == 200
-    code, out, err = launch(*command, store, "--build-only", "--items", store / "items.jsonl")
-    assert code == 0, out + err
-    with Service(*flags(shop, index)) as service:
-        assert service.call("GET", "/items/x")[1]["title"] == "红\u2028色", "it is still there after a build, whatever --items says"
-    code, _, err = launch(*command, folder / "shop" / "train", "--port", 0)
-    assert code == 2
-    assert "Traceback" not in err
-    assert "made with other weights" in err or "which is not in" in err

@@ -10,8 +10,6 @@ import os
 import resource
 import socket
 import statistics
-import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -19,28 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from megatron_interbert.config import ModelConfig, RunConfig, read_json
-from megatron_interbert.data.packing import Example, pack
+from megatron_interbert.config import read_json
+from megatron_interbert.data.packing import pack
 from megatron_interbert.errors import TrainingStopped, UsageError
 from megatron_interbert.kernels import plain
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
 from megatron_interbert.model.flops import training_flops
-from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
-from megatron_interbert.parallel.state import ParallelState, this_device
-from megatron_interbert.tasks.pretraining import PretrainingTask
-from megatron_interbert.training.engine import Engine
+from megatron_interbert.parallel.state import this_device
 from megatron_interbert.training.metrics import peak_tflops
 from megatron_interbert.training.processes import aligned, start_processes
 from megatron_interbert.weights.files import check_writable
 from tools.benchmarks.bars import bars
-from tools.benchmarks.batches import PaddedBatch, pad, random_examples, sizes_of, span
+from tools.benchmarks.batches import random_examples, sizes_of, span
+from tools.benchmarks.contenders import Contender, Ours, Padded
 from tools.benchmarks.padded import Lxmert, PaddedInterBert, VisualBert, parameters
 
 TWIN = Kernels(plain.attention, plain.bias_gelu, plain.dropout_add_norm)
@@ -54,128 +47,6 @@ SAME_WORK = (
     "max_regions",
     "bf16",
 )  # without which times do not compare
-PARTS = ("data", "forward", "backward", "optimizer")
-
-
-class Contender(ABC):
-    """One way to train: `step()` makes its batch from the samples and trains on it, and notes the seconds of each part."""
-
-    def __init__(self, examples: list[Example], device: torch.device) -> None:
-        self.examples, self.device = examples, device
-        self.seconds: dict[str, list[float]] = {name: [] for name in PARTS}
-
-    def step(self) -> float:
-        """Seconds of one whole step."""
-        marks = [self._now()]
-        for part in (self.make_batch, self.forward, self.backward, self.update):
-            part()
-            marks.append(self._now())
-        for name, begin, end in zip(PARTS, marks[:-1], marks[1:], strict=True):
-            self.seconds[name].append(end - begin)
-        return marks[-1] - marks[0]
-
-    def figures(self) -> dict[str, Any]:
-        """What there is to say beside the seconds of steps."""
-        batch = pack(self.examples, self.examples[0].features.shape[1])
-        parts = {part: statistics.median(values) for part, values in self.seconds.items()}
-        return {"parts": parts, "tokens": len(batch.joint_order), "flops": self.flops, **self.own_figures()}
-
-    def first_step(self) -> None:
-        """Buffers and choices of the first step; its matrix products are counted as they are called."""
-        counter = FlopCounterMode(display=False)
-        with counter:
-            self.step()
-        self.flops = counter.get_total_flops()
-        self.seconds = {name: [] for name in PARTS}
-
-    @abstractmethod
-    def own_figures(self) -> dict[str, Any]:
-        """`parameters`, and `padded_tokens` where there are any."""
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    @abstractmethod
-    def make_batch(self) -> None:
-        """From samples to tensors on the device."""
-
-    @abstractmethod
-    def forward(self) -> None:
-        """To the loss."""
-
-    @abstractmethod
-    def backward(self) -> None:
-        """To the gradients."""
-
-    @abstractmethod
-    def update(self) -> None:
-        """Clip and update."""
-
-
-class Ours(Contender):
-    """Our model through our engine, as `pretrain` steps it."""
-
-    def __init__(
-        self, sizes: ModelConfig, examples: list[Example], device: torch.device, bf16: bool, kernels: Kernels, zero_stage: int
-    ) -> None:
-        super().__init__(examples, device)
-        self.state, batch = ParallelState(), len(examples)
-        together = batch * self.state.data_size
-        config = RunConfig(micro_batch_size=batch, global_batch_size=together, bf16=bf16, zero_stage=zero_stage)
-        model = InterBert(sizes, state=self.state, kernels=kernels)
-        initialise(model, sizes, 0, self.state)
-        self.engine, self.task = Engine(model.to(device), config, self.state), PretrainingTask()
-
-    def make_batch(self) -> None:
-        self.batch = pack(self.examples, self.examples[0].features.shape[1]).to(self.device)
-
-    def forward(self) -> None:
-        totals = self.state.sum_over_data(self.batch.target_counts().to(self.device))
-        self.loss = self.task.loss(self.engine.forward(self.batch), self.batch, totals)[0]
-
-    def backward(self) -> None:
-        self.engine.backward(self.loss, last=True)
-
-    def update(self) -> None:
-        self.engine.step(1e-4)
-
-    def own_figures(self) -> dict[str, Any]:
-        return {"parameters": parameters(self.engine.model)}
-
-
-class Padded(Contender):
-    """A module over padded batches with torch's AdamW, autocast, clipping and DistributedDataParallel, as training scripts write it."""
-
-    def __init__(
-        self, model: nn.Module, examples: list[Example], tokens: int, regions: int, device: torch.device, bf16: bool
-    ) -> None:
-        super().__init__(examples, device)
-        self.model, self.tokens, self.regions, self.bf16 = model.to(device).train(), tokens, regions, bf16
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
-        self.parameters = parameters(model)
-        if dist.is_initialized():
-            self.model = DistributedDataParallel(self.model)
-
-    def make_batch(self) -> None:
-        batch = pad(self.examples, self.tokens, self.regions)
-        self.batch = PaddedBatch(**{name: value.to(self.device) for name, value in vars(batch).items()})
-
-    def forward(self) -> None:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            self.loss = self.model(self.batch)
-
-    def backward(self) -> None:
-        self.loss.backward()
-
-    def update(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def own_figures(self) -> dict[str, Any]:
-        return {"parameters": self.parameters, "padded_tokens": len(self.examples) * (self.tokens + self.regions)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
