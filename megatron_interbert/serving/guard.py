@@ -50,6 +50,7 @@ class Guard:
                 request.cancel()
 
         async def limited() -> Message:
+            """`receive`, within the limits; when the whole body is there, its client is watched."""
             nonlocal read, whole, watching
             if whole:  # what comes now is that the client has gone
                 return await receive()

@@ -92,17 +92,7 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
 
     if config.micro_batch_size == AUTO:
         check_alike(state, facts_of_run(config, job))  # before ranks that differ wait for one another in a trial
-        global_batch = config.global_batch_size or resumed_batch(resume)
-        trial = Trial(config, job, state, device)
-        before = resumed_micro_batch(resume, global_batch // state.data_size)
-        if before and still_fits(trial, before):
-            config.micro_batch_size = before
-            say(state, f"micro-batch size {before}, as the run before chose; --micro-batch-size N changes it")
-        else:
-            if before:
-                say(state, f"micro-batch size {before}, which the run before chose, does not fit here")
-            config.micro_batch_size = choose_micro_batch(trial, make_model, global_batch, lambda: watchdog.enter("start", 0))
-            watchdog.enter("start", 0)
+        settle_micro_batch(Trial(config, job, state, device), make_model, resume, watchdog)
     merge(config, state.data_size, resumed_batch(resume))
     if job.valid_samples is not None:
         job.valid_samples.config.micro_batch_size = config.micro_batch_size  # a DeepSpeed JSON may have said it
@@ -154,6 +144,21 @@ def make_evaluation(
         return None
     parts = {**parts, "state": state.with_replicated_rows()}  # evaluations go through layers one by one
     return DownstreamEvaluation(InterBert(job.model_config, job.heads, **parts).to(device), job.evaluate, state, device)
+
+
+def settle_micro_batch(trial: Trial, make_model: Callable[[], InterBert], resume: Path | None, watchdog: Watchdog) -> None:
+    """What the run before chose, as long as it fits, else by trial."""
+    config, state = trial.config, trial.state
+    global_batch = config.global_batch_size or resumed_batch(resume)
+    before = resumed_micro_batch(resume, global_batch // state.data_size)
+    if before and still_fits(trial, before):
+        config.micro_batch_size = before
+        say(state, f"micro-batch size {before}, as the run before chose; --micro-batch-size N changes it")
+        return
+    if before:
+        say(state, f"micro-batch size {before}, which the run before chose, does not fit here")
+    config.micro_batch_size = choose_micro_batch(trial, make_model, global_batch, lambda: watchdog.enter("start", 0))
+    watchdog.enter("start", 0)
 
 
 def settle_length(config: TrainConfig, job: Job) -> None:
