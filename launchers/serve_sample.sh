@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
 # From nothing to a shop that answers: environment, generated shop, pretraining, a model finetuned for search, from that one for topics,
 # their indexes, the service. Safe to run again: what is done is not done twice. The address is printed. STEPS is the length of the
-# pretraining (kinds are learnt first, colours last: fewer than the default leave colours out), PROCESSES the GPUs or CPU processes that
-# train, PORT the port; arguments go to the service.
+# pretraining (kinds are learnt first, colours last: fewer than the default leave colours out) and names the folder of the runs, PROCESSES
+# the GPUs or CPU processes that train, PORT the port; arguments go to the service.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launchers/environment.sh
 
 steps=${STEPS:-12000} processes=${PROCESSES:-2}
-data=sample_shop
+data=sample_shop runs=runs/shop_$steps
 [ -f $data/test/clicks.jsonl ] || python tools/make_shop.py --output $data
 [ -f $data/train/hard_images.npy ] || python tools/mine_neighbours.py $data/train
 
 LAUNCH_ARGS="--num_gpus $processes" launchers/pretrain_chinese.sh --micro-batch-size $((64 / processes)) --global-batch-size 64 \
-  --train-iters "$steps" --save runs/shop_pretrained --save-interval 1000 --log-interval 200
+  --train-iters "$steps" --save "$runs/pretrained" --save-interval 1000 --log-interval 200
 
 finetune() { # task, first weights, steps, peak learning rate, further flags
-  deepspeed --log_level error --num_gpus "$processes" launchers/finetune.sh "$1" --init-from "$2" --save "runs/shop_$1" --train-iters "$3" \
+  deepspeed --log_level error --num_gpus "$processes" launchers/finetune.sh "$1" --init-from "$2" --save "$runs/$1" --train-iters "$3" \
     --lr "$4" --lr-decay-style linear --adam-beta2 0.98 --micro-batch-size $((32 / processes)) --global-batch-size 32 --num-workers 0 \
     --data-path $data/train --valid-data-path $data/test --ema-decay 0 --log-interval 200 --eval-interval "$3" "${@:5}"
 }
-finetune product_search runs/shop_pretrained $((steps / 2)) 1e-3 --queries $data/train/queries.jsonl --valid-queries $data/test/queries.jsonl
-finetune recommendation runs/shop_product_search $((steps / 4)) 5e-4 --topics $data/train/topics.jsonl --clicks $data/train/clicks.jsonl \
+finetune product_search "$runs/pretrained" $((steps / 2)) 1e-3 --queries $data/train/queries.jsonl --valid-queries $data/test/queries.jsonl
+finetune recommendation "$runs/product_search" $((steps / 4)) 5e-4 --topics $data/train/topics.jsonl --clicks $data/train/clicks.jsonl \
   --valid-topics $data/test/topics.jsonl --valid-clicks $data/test/clicks.jsonl
 
-exec python -m megatron_interbert.serve --load runs/shop_product_search --load-recommendation runs/shop_recommendation \
+exec python -m megatron_interbert.serve --load "$runs/product_search" --load-recommendation "$runs/recommendation" \
   --data-path $data/test --items $data/test/items.jsonl --topics $data/test/topics.jsonl --image-folder $data/test/pictures \
   --port "${PORT:-8080}" "$@"

@@ -54,7 +54,7 @@ class Service:
                 status, text, found = response.status, response.read(), response.headers
         except urllib.error.HTTPError as error:
             status, text, found = error.code, error.read(), error.headers
-        return status, json.loads(text) if "json" in found.get("content-type", "") else text, found
+        return status, json.loads(text) if text and "json" in found.get("content-type", "") else text, found
 
     def search(self, query, **more):
         """Item ids and scores of a query."""

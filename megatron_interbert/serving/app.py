@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import prometheus_client as prometheus
-from fastapi import Depends, FastAPI, Header, HTTPException, Request
+from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from megatron_interbert.data.downstream.recommendation import topic_text
@@ -144,7 +145,12 @@ def answer_errors_alike(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return JSONResponse({"error": f"{where or 'body'}: {first['msg']}"[:300]}, 422)
+        text = f"{where or 'body'}: {first['msg'].removeprefix('Value error, ')}"
+        if first["type"] == "json_invalid":
+            text = f"body: no JSON, from byte {where} on"
+        elif not where:
+            text = "body: no JSON object; send one, with content-type: application/json"
+        return JSONResponse({"error": text[:300]}, 422)
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> JSONResponse:
@@ -155,25 +161,28 @@ def answer_errors_alike(app: FastAPI) -> None:
         return JSONResponse({"error": str(error.detail)}, error.status_code, headers=error.headers)
 
 
+Sent = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False, description="INTERBERT_API_KEY"))]
+
+
 class Keys:
     """Who may do what: the key of INTERBERT_API_KEY, compared in constant time."""
 
     def __init__(self, config: ServeConfig) -> None:
         self.config = config
 
-    def may_write(self, authorization: Annotated[str | None, Header()] = None) -> None:
+    def may_write(self, sent: Sent = None) -> None:
         """HTTPException 403 where nobody may, 401 without the key."""
         if not self.config.api_key:
             raise HTTPException(403, "items cannot be changed: the service was started without INTERBERT_API_KEY")
-        self._compare(authorization)
+        self._compare(sent)
 
-    def may_read(self, authorization: Annotated[str | None, Header()] = None) -> None:
+    def may_read(self, sent: Sent = None) -> None:
         """HTTPException 401 without the key, where it is asked for."""
         if self.config.protect_reads:
-            self._compare(authorization)
+            self._compare(sent)
 
-    def _compare(self, header: str | None) -> None:
-        given = (header or "").removeprefix("Bearer ")
+    def _compare(self, sent: HTTPAuthorizationCredentials | None) -> None:
+        given = sent.credentials if sent else ""
         if not secrets.compare_digest(given.encode(), self.config.api_key.encode()):
             raise HTTPException(401, "a wrong key, or none: Authorization: Bearer KEY", {"www-authenticate": "Bearer"})
 
@@ -273,11 +282,11 @@ def add_items(app: FastAPI, service: Service, reads: list[Any], writes: list[Any
 def add_facts(app: FastAPI, service: Service, metrics: Metrics) -> None:
     """What the service says of itself."""
 
-    @app.get("/healthz", include_in_schema=False)
+    @app.api_route("/healthz", methods=["GET", "HEAD"], include_in_schema=False)
     async def health() -> dict[str, str]:
         return {"status": "alive"}
 
-    @app.get("/readyz", include_in_schema=False)
+    @app.api_route("/readyz", methods=["GET", "HEAD"], include_in_schema=False)
     async def readiness() -> Response:
         def of(shop: Shop) -> dict[str, Any]:
             return {"items": len(shop.items), "index": shop.version.name, "model": shop.weights[:12]}
@@ -295,7 +304,7 @@ def add_page(app: FastAPI, service: Service) -> None:
     """The page and its files."""
     page = resources.files("megatron_interbert.serving").joinpath("page")
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def index() -> HTMLResponse:
         text = page.joinpath("index.html").read_text(encoding="utf-8")
         facts = {"generated": service.generated, "protected": service.config.protect_reads}

@@ -29,7 +29,16 @@ def read_journal(folder: Path, place: int) -> tuple[list[Record], int]:
             f"{folder / JOURNAL}: holds bytes {start} to {start + len(text)}, but the index goes on from {place};"
             " restore the file, or begin anew from your items (--rebuild --items FILE)"
         )
-    return [json.loads(line) for line in text[place - start :].split(b"\n")[:-1]], start + len(text)
+    records = []
+    for line in text[place - start :].split(b"\n")[:-1]:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            raise UsageError(
+                f"{folder / JOURNAL}: a line that is no JSON (corrupt): {line[:60].decode(errors='replace')}; restore the file, or begin"
+                " anew from your items (--rebuild --items FILE)"
+            ) from None
+    return records, start + len(text)
 
 
 def journal_end(folder: Path) -> int:

@@ -13,7 +13,9 @@ def speakable(text: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError("half a character (a lone surrogate)") from None
-    if "\0" in text or not text.strip():
+    if "\0" in text:
+        raise ValueError("a NUL character")
+    if not text.strip():
         raise ValueError("no text")
     return text
 
@@ -61,6 +63,12 @@ class ItemBody(Body):
     image_id: Id = Field(description="an image of the region stores that the service was started with", examples=["test-000003"])
     title: Annotated[str, Field(max_length=256)] = Field("", examples=["青禾2026夏季红色纯棉连衣裙"])
     attributes: dict[Words, Words] = Field({}, max_length=16, examples=[{"shop": "青禾旗舰店", "price": "99.9"}])
+
+
+class ItemFile(ItemBody):
+    """A line of --items."""
+
+    item_id: Id
 
 
 class ItemAnswer(BaseModel):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from megatron_interbert.config import split_paths
@@ -22,7 +23,8 @@ from megatron_interbert.serving.app import Service, Topic
 from megatron_interbert.serving.batching import ModelThread
 from megatron_interbert.serving.index import CURRENT, Version, point_to, prune, write_version
 from megatron_interbert.serving.items import Item, LiveItems
-from megatron_interbert.serving.journal import Journal, alone, journal_end
+from megatron_interbert.serving.journal import Journal, alone, journal_end, read_journal
+from megatron_interbert.serving.messages import ItemFile
 from megatron_interbert.serving.shop import Shop
 from megatron_interbert.task_config import ServeConfig
 from megatron_interbert.tasks.item_scorer import ItemScorer
@@ -46,6 +48,8 @@ class Opened:
         run = self.source.path.parent if self.source.kind == "checkpoint" or self.source.path.is_file() else self.source.path
         self.folder = Path(config.index) if config.index else run / "index"
         check_writable(self.folder, "--index")
+        if config.image_folder and not Path(config.image_folder).is_dir():
+            raise UsageError(f"--image-folder {config.image_folder}: no such folder")
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -70,11 +74,16 @@ class Opened:
         self.folder.mkdir(parents=True, exist_ok=True)
         with alone(self.folder / "building", "another process builds this index; wait for it"):
             scorer, place = self.scorer(), journal_end(self.folder)
-            there, kept = (self.folder / CURRENT).exists(), []
+            there = (self.folder / CURRENT).exists()
+            current = Version.current(self.folder) if there else None
+            if current and current.facts["model"] != self.facts and not self.config.rebuild:
+                raise UsageError(f"{current.path}: made with other weights or settings; --rebuild makes the index anew for these")
             if self.config.items and (self.config.rebuild or not there):
                 items = read_items(self.config.items, scorer.catalogue)
-            elif there:
-                items, place = Version.current(self.folder).items_now()
+                if dropped := len(read_journal(self.folder, current.place)[0]) if current else 0:
+                    log.warning("%s changes of items are dropped: the items are those of %s now", dropped, self.config.items)
+            elif current:
+                items, place = current.items_now()
             else:
                 items = list(scorer.catalogue.stored())
             if not items:
@@ -85,10 +94,8 @@ class Opened:
             places = np.array(scorer.catalogue.stage(items))
             with tqdm(total=len(items), unit="item", desc="vectors", mininterval=1.0, disable=None) as bar:
                 vectors = scorer.item_vectors(places, bar.update)
-            if there:
-                kept = [(self.folder / CURRENT).resolve().name]  # a service may answer by it, and go back to it
             version = write_version(self.folder, items, vectors, self.config.index_kind, self.facts, place)
-            prune(self.folder, kept)
+            prune(self.folder, [current.name] if current else [])  # a service may answer by it, and go back to it
             return version
 
     def journal(self) -> Journal:
@@ -117,12 +124,17 @@ def read_items(path: str, items: LiveItems) -> list[Item]:
         for name, value in {"image_id": image_id, **attributes}.items():
             if not isinstance(value, str | int | float):
                 raise UsageError(f"{where}: '{name}' is {json.dumps(value, ensure_ascii=False)[:60]}, expected a text or a number")
-        image_id = str(image_id)
+        image_id, attributes = str(image_id), {str(key): str(value) for key, value in attributes.items()}
         if item_id in found:
             raise UsageError(f"{where}: item {item_id} stands there twice")
+        try:
+            ItemFile(item_id=item_id, image_id=image_id, title=title, attributes=attributes)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UsageError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
         if image_id not in items.image_numbers:
             raise UsageError(f"{where}: image {image_id} is not in {items.corpus.path}; give the store that holds it")
-        found[item_id] = Item(item_id, image_id, title, {str(key): str(value) for key, value in attributes.items()})
+        found[item_id] = Item(item_id, image_id, title, attributes)
     return list(found.values())
 
 

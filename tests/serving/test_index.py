@@ -207,6 +207,15 @@ def test_no_change_is_lost_whichever_version_is_served(tmp_path):
     assert there(everything) == expected | {"n7"}
 
 
+def test_a_damaged_line_is_named(tmp_path):
+    version = Version(tmp_path / write_version(tmp_path, ITEMS, vectors(), "exact", MODEL, 0))
+    Journal(tmp_path, 0).close()
+    with open(tmp_path / JOURNAL, "a") as file:
+        file.write('{"put": {"item_id": "half\n')
+    with pytest.raises(UsageError, match=r"journal\.jsonl: a line that is no JSON \(corrupt\): .*half; restore the file"):
+        version.items_now()
+
+
 def test_an_index_of_an_earlier_package_is_named(tmp_path):
     version = tmp_path / write_version(tmp_path, ITEMS, vectors(), "exact", MODEL, 0)
     facts = json.loads((version / "manifest.json").read_text())
