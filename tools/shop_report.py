@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How well models search and recommend in the generated shop, beside TF-IDF over titles and chance; mean and deviation over several runs.
 
-    python tools/shop_report.py --search runs/shop_12000/product_search --recommendation runs/shop_12000/recommendation --data-path sample_shop/test
+    python tools/shop_report.py --search runs/shop_12000/product_search --recommendation runs/shop_12000/recommendation
 
 Queries say what they need (tools/make_shop.py): the picture, the title, or either. TF-IDF compares single characters and pairs of them.
 Chance is a shuffled list. The clicks were drawn by what a product has of what a topic wants, so no score orders them better than that does.
