@@ -32,6 +32,7 @@ def test_a_search_and_a_product(visit, url, width):
     page.locator("#results li:first-child button").focus()
     page.keyboard.press("Enter")
     page.wait_for_selector("dialog[open] rect", state="attached")
+    assert page.locator("#product img").bounding_box() == page.locator("#product svg").bounding_box(), "boxes lie on the picture"
     assert page.inner_text("dialog h2") == title
     assert "匹配分" in page.inner_text("dialog .score")
     inside = "[...document.querySelectorAll('dialog rect')].every(r => +r.getAttribute('x') >= 0 && +r.getAttribute('width') <= 1)"
