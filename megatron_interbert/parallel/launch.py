@@ -53,10 +53,7 @@ def read_launch() -> Launch:
         env.setdefault("LOCAL_WORLD_SIZE", _first(env.get("SLURM_STEP_TASKS_PER_NODE", "1")))
         env["MASTER_ADDR"], env["MASTER_PORT"] = meeting_place()
     else:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     rank, ranks = _number("RANK", 0), _number("WORLD_SIZE", 1)
     if not 0 <= rank < ranks:
         raise UsageError(
@@ -69,6 +66,13 @@ def read_launch() -> Launch:
     return Launch(
         launcher, rank, ranks, _number("LOCAL_RANK", 0), local_size, node_name(), env["MASTER_ADDR"], _number("MASTER_PORT", 0)
     )
+
+
+def free_port() -> int:
+    """A port of this machine at which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def node_name() -> str:

@@ -23,7 +23,7 @@ from megatron_interbert.serving.app import Service, Topic
 from megatron_interbert.serving.batching import ModelThread
 from megatron_interbert.serving.index import CURRENT, Version, point_to, prune, write_version
 from megatron_interbert.serving.items import Item, LiveItems
-from megatron_interbert.serving.journal import Journal, alone, journal_end, read_journal
+from megatron_interbert.serving.journal import Journal, alone, journal_end
 from megatron_interbert.serving.messages import ItemFile
 from megatron_interbert.serving.shop import Shop
 from megatron_interbert.task_config import ServeConfig
@@ -74,14 +74,15 @@ class Opened:
         self.folder.mkdir(parents=True, exist_ok=True)
         with alone(self.folder / "building", "another process builds this index; wait for it"):
             scorer, place = self.scorer(), journal_end(self.folder)
-            there = (self.folder / CURRENT).exists()
-            current = Version.current(self.folder) if there else None
+            current = Version.current(self.folder) if (self.folder / CURRENT).exists() else None
             if current and current.facts["model"] != self.facts and not self.config.rebuild:
                 raise UsageError(f"{current.path}: made with other weights or settings; --rebuild makes the index anew for these")
-            if self.config.items and (self.config.rebuild or not there):
+            if self.config.items and (self.config.rebuild or not current):
                 items = read_items(self.config.items, scorer.catalogue)
-                if dropped := len(read_journal(self.folder, current.place)[0]) if current else 0:
-                    log.warning("%s changes of items are dropped: the items are those of %s now", dropped, self.config.items)
+                if current and place > current.place:
+                    log.warning(
+                        "changes of items since %s was made are dropped: they are those of %s now", current.path, self.config.items
+                    )
             elif current:
                 items, place = current.items_now()
             else:

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import os
 import resource
-import socket
 import statistics
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -27,6 +26,7 @@ from megatron_interbert.kernels import plain
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
 from megatron_interbert.model.flops import training_flops
 from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.parallel.launch import free_port
 from megatron_interbert.parallel.state import this_device
 from megatron_interbert.training.metrics import peak_tflops
 from megatron_interbert.training.processes import aligned, start_processes
@@ -138,16 +138,12 @@ class Worker:
 
     def _receive(self) -> list[Any]:
         try:
+            while not all(line.poll(0.2) for line in self.lines):
+                if not all(process.is_alive() for process in self.processes):  # the others would wait for it for ever
+                    raise EOFError
             return [line.recv() for line in self.lines]
         except EOFError:
             raise TrainingStopped(f"{self.name} has ended before it was measured; why stands above") from None
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _serve(line: Connection, arguments: argparse.Namespace, name: str, place: dict[str, int]) -> None:
