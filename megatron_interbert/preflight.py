@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from megatron_interbert.command_line import parse
 from megatron_interbert.config import AUTO, RunConfig, option
@@ -31,6 +30,7 @@ from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState, this_device
+from megatron_interbert.progress import progress
 from megatron_interbert.tasks.parts import fitted_sizes, open_stores, vocabulary_of_run
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.deepspeed_config import agree_with_json, merge
@@ -120,9 +120,7 @@ def check_data(config: PreflightConfig) -> str:
 
 def count_repaired(store: RegionStore) -> int:
     """Boxes that reach outside their image or are inverted; reads, and so checks, every record."""
-    for index in tqdm(
-        range(store.num_images), desc="records", unit="image", unit_scale=True, mininterval=1.0, disable=None, leave=False
-    ):
+    for index in progress(range(store.num_images), desc="records", unit="image", unit_scale=True, leave=False):
         store.read(index)
     return store.repaired_boxes + store.manifest.get("repaired_boxes", 0)
 

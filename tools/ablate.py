@@ -22,12 +22,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from tqdm import tqdm
 
 from megatron_interbert.config import ModelConfig, nearest
 from megatron_interbert.data.manifest import HARD_NEGATIVES, MANIFEST
 from megatron_interbert.errors import TrainingStopped, UsageError, run_entry
 from megatron_interbert.model.presets import load_model_config
+from megatron_interbert.progress import progress
 from megatron_interbert.weights.files import write_json, write_text
 from megatron_interbert.weights.manifest import newest_checkpoint, versions
 
@@ -190,13 +190,13 @@ def run() -> None:
                          " tools/mine_negatives.py, or leave the variant out by --only")  # fmt: skip
     runs = [Run(name, every[name], seed, options) for seed in seeds for name in chosen]
     found: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in chosen}
-    with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(runs), unit="run", disable=None, desc="ablation") as bar:
+    with ThreadPoolExecutor(options.jobs) as pool, progress(total=len(runs), unit="run", desc="ablation") as bar:
         futures = [pool.submit(one.results) for one in runs]
         try:
             for one, future in zip(runs, futures, strict=True):
                 found[one.name].append(future.result())
                 bar.update()
-                tqdm.write(f"{one.name}, seed {one.seed}: {json.dumps(found[one.name][-1]['finetuned'])}")
+                bar.write(f"{one.name}, seed {one.seed}: {json.dumps(found[one.name][-1]['finetuned'])}")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from megatron_interbert.command_line import parse
 from megatron_interbert.config import ModelConfig
@@ -27,6 +26,7 @@ from megatron_interbert.errors import TrainingStopped, UsageError, run_entry
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert, InterBertOutput
 from megatron_interbert.parallel.state import ParallelState, this_device
+from megatron_interbert.progress import progress
 from megatron_interbert.task_config import GlueConfig
 from megatron_interbert.tasks.glue import glue_job, labels_of
 from megatron_interbert.training.first_weights import load_initial_weights
@@ -96,7 +96,7 @@ def train_bert(config: GlueConfig) -> tuple[list[float], dict[str, float]]:
     optimizer = build_optimizer(parameter_groups(model, config), config)
     stream = iter(BatchStream(job.samples, 0, config.global_batch_size, 0, 1, workers=0))
     losses = []
-    for step in tqdm(range(1, config.train_iters + 1), desc="BERT", unit="step", mininterval=1.0, disable=None):
+    for step in progress(range(1, config.train_iters + 1), desc="BERT", unit="step"):
         batches = [next(stream).to(device) for _ in range(config.accumulation_steps(1))]
         totals = sum(job.task.count_targets(batch) for batch in batches)
         step_losses = []

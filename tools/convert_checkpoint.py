@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+
+from megatron_interbert.progress import progress
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -102,7 +103,7 @@ def main() -> None:
     card = model_card_for(source, arguments.results) if arguments.to == "huggingface" else ""
     vocabulary = vocabulary_of(source, arguments.vocab_file)
     output = Output(source, TYPES[arguments.dtype], arguments.tp, vocabulary, card)
-    with tqdm(total=output.bytes(), unit="B", unit_scale=True, desc="writing", mininterval=0.5, disable=None) as bar:
+    with progress(total=output.bytes(), unit="B", unit_scale=True, desc="writing") as bar:
         write_target(arguments.to, output, arguments.output, bar.update)
     print(f"wrote {arguments.output} ({arguments.to}, {output.bytes() / 1e6:.1f} MB of tensors)")
     if arguments.verify:

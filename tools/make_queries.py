@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
+from megatron_interbert.progress import progress
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,7 +32,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, str, str]]:
         handle = open(path, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-    with handle, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, mininterval=1.0, disable=None) as bar:
+    with handle, progress(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name) as bar:
         try:
             for number, line in enumerate(handle, 1):
                 bar.update(len(line))

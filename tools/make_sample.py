@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+
+from megatron_interbert.progress import progress
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -206,7 +207,7 @@ def vocabulary() -> list[str]:
 def write_split(world: World, folder: Path, split: str, scenes: int, seed: int) -> None:
     """One region store of generated scenes, with its vocabulary beside."""
     with generated_store(folder / split, seed, NAMES, vocabulary()) as writer:
-        for number in tqdm(range(scenes), desc=f"{split} scenes", unit="scene", mininterval=1.0, disable=None):
+        for number in progress(range(scenes), desc=f"{split} scenes", unit="scene"):
             writer.add(*world.scene(_random(seed, split, number), f"{split}-{number:06d}"))
 
 
@@ -214,7 +215,7 @@ def write_questions(world: World, folder: Path, split: str, scenes: int, seed: i
     """vcr/SPLIT.jsonl, a question about each scene in the form of VCR, and vcr/SPLIT, a store of the exact boxes it refers to."""
     lines = []
     with generated_store(folder / "vcr" / split, seed, NAMES, vocabulary()) as writer:
-        for number in tqdm(range(scenes), desc=f"{split} questions", unit="scene", mininterval=1.0, disable=None):
+        for number in progress(range(scenes), desc=f"{split} questions", unit="scene"):
             name, scene = f"{split}-{number:06d}", world.draw(_random(seed, split, number))
             random = _random(seed, split, number, 1)
             writer.add(world.annotated(scene, random, name), [])

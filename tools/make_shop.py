@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
+
+from megatron_interbert.progress import progress
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,7 +27,7 @@ from tools.generated import generated_store
 from tools.shop_pictures import draw_product
 from tools.shop_world import KINDS, PLACES, Asker, Product, ShopWorld, topic, vocabulary
 
-SEEN = 60  # products that are shown for a topic in the clicks
+SEEN = 60  # products that are shown for a topic in the clicks, half of them of kinds that it wants
 USERS = 500
 SPLITS = {"train": 1, "test": 2}
 
@@ -42,7 +43,7 @@ def write_split(
     made: list[Product] = []
     drawn: dict[str, Image.Image] = {}
     with generated_store(folder / split, seed, [*KINDS, *PLACES], vocabulary(), "chinese") as writer:
-        for number in tqdm(range(products), desc=f"{split} products", unit="product", mininterval=1.0, disable=None):
+        for number in progress(range(products), desc=f"{split} products", unit="product"):
             made.append(world.product(random(0, number), f"{split}-{number:06d}"))
             things, boxes = world.scene(random(1, number), made[-1])
             written = random(6, number)
@@ -70,8 +71,11 @@ def write_split(
     )
 
     def shown() -> Iterable[dict[str, Any]]:
+        kinds = np.array([product.kind for product in made])
         for key, each in found.items():
-            for number in clicks.choice(len(made), min(SEEN, len(made)), replace=False):
+            wanted_kind = np.isin(kinds, each.kinds)
+            some = [clicks.permutation(np.flatnonzero(which))[: SEEN // 2] for which in (wanted_kind, ~wanted_kind)]
+            for number in clicks.permutation(np.concatenate(some)):
                 product = made[number]
                 clicked = clicks.random() < 0.02 + 0.9 * each.appeal(product.kind, product.colour, product.place) ** 2
                 yield {

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tqdm import tqdm
+from megatron_interbert.progress import progress
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,7 +26,7 @@ from megatron_interbert.errors import UsageError, run_entry
 @contextmanager
 def bar(stage: str, total: int) -> Iterator[Callable[[int], object]]:
     """A progress bar with the time left, on a terminal."""
-    with tqdm(total=total, desc=stage, unit="caption", unit_scale=True, mininterval=1.0, disable=None) as shown:
+    with progress(total=total, desc=stage, unit="caption", unit_scale=True) as shown:
         yield shown.update
 
 

@@ -14,19 +14,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import HARD_IMAGES
 from megatron_interbert.data.region_batch import read_regions
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.progress import progress
 
 
 def mean_features(corpus: Corpus, block: int = 256) -> torch.Tensor:
     """float32 [images, F]: the mean of each image's region features."""
     means = np.empty((corpus.num_images, corpus.feature_dim), np.float32)
     blocks = range(0, corpus.num_images, block)
-    for start in tqdm(blocks, desc="mean features", unit="block", mininterval=1.0, disable=None):
+    for start in progress(blocks, desc="mean features", unit="block"):
         images = np.arange(start, min(start + block, corpus.num_images))
         regions = read_regions(corpus, images, int(corpus.region_counts.max()))
         sums = np.add.reduceat(regions.features.astype(np.float32), regions.offsets[:-1], axis=0)
@@ -39,7 +39,7 @@ def nearest(means: torch.Tensor, neighbours: int, block: int) -> np.ndarray:
     images = len(means)
     squares = means.square().sum(dim=1)
     found = np.empty((images, neighbours), np.int32)
-    for start in tqdm(range(0, images, block), desc="neighbours", unit="block", mininterval=1.0, disable=None):
+    for start in progress(range(0, images, block), desc="neighbours", unit="block"):
         rows = means[start : start + block]
         distance = squares - 2 * rows @ means.T  # the rows' own squares change no order
         distance[torch.arange(len(rows)), torch.arange(start, start + len(rows))] = torch.inf

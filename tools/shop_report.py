@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+
+from megatron_interbert.progress import progress
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -92,7 +93,7 @@ def search_figures(runs: Sequence[str], data_path: str, first_stage: int) -> dic
             figures[way].append(search_metrics([found[n] for n in chosen], [queries.products[n] for n in chosen]))
 
     shared = []
-    for run in tqdm(runs, unit="run", desc="searching", disable=None):
+    for run in progress(runs, unit="run", desc="searching"):
         scorer = open_run(run, data_path)
         queries = read_queries(path, scorer.catalogue, "--data-path")
         full = search(scorer, queries, ParallelState()).found
@@ -113,7 +114,7 @@ def recommendation_figures(runs: Sequence[str], data_path: str) -> dict[str, Fig
     """Figures of the order of what each topic showed: of all of it, and of products of the kinds that it wants, among which the title tells
     little."""
     scores: dict[str, list[np.ndarray]] = defaultdict(list)
-    for run in tqdm(runs, unit="run", desc="recommending", disable=None):
+    for run in progress(runs, unit="run", desc="recommending"):
         scorer = open_run(run, data_path)
         topics = read_topics(f"{data_path}/topics.jsonl", "--data-path")
         clicks = read_clicks(f"{data_path}/clicks.jsonl", topics, scorer.catalogue, "--data-path")

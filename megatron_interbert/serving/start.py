@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import ValidationError
-from tqdm import tqdm
 
 from megatron_interbert.config import split_paths
 from megatron_interbert.data.downstream.recommendation import read_topics
 from megatron_interbert.data.downstream.records import read_records
 from megatron_interbert.errors import UsageError
+from megatron_interbert.progress import progress
 from megatron_interbert.serving.app import Service, Topic
 from megatron_interbert.serving.batching import ModelThread
 from megatron_interbert.serving.index import CURRENT, Version, point_to, prune, write_version
@@ -93,7 +93,7 @@ class Opened:
                 if item.image_id not in scorer.catalogue.image_numbers:
                     raise UsageError(f"item {item.item_id} has the image {item.image_id}, which is not in {self.corpus.path}")
             places = np.array(scorer.catalogue.stage(items))
-            with tqdm(total=len(items), unit="item", desc="vectors", mininterval=1.0, disable=None) as bar:
+            with progress(total=len(items), unit="item", desc="vectors") as bar:
                 vectors = scorer.item_vectors(places, bar.update)
             version = write_version(self.folder, items, vectors, self.config.index_kind, self.facts, place)
             prune(self.folder, [current.name] if current else [])  # a service may answer by it, and go back to it

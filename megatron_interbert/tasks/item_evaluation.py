@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.downstream.items import Catalogue
@@ -14,6 +13,7 @@ from megatron_interbert.data.downstream.recommendation import read_clicks, read_
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.progress import progress
 from megatron_interbert.task_config import EvaluateProductSearchConfig, EvaluateRecommendationConfig, ScoreTopicsConfig
 from megatron_interbert.tasks.item_scorer import ItemScorer, catalogue_of
 from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, load_model, open_for
@@ -51,9 +51,7 @@ def evaluate_product_search(config: EvaluateProductSearchConfig, state: Parallel
     metrics: dict[str, float] = {}
     runs = ([("", 0)] if config.exhaustive else []) + ([("two_stage_", config.first_stage)] if config.first_stage else [])
     for prefix, first_stage in runs:
-        with tqdm(
-            total=len(queries), unit="query", desc=prefix or "searching", mininterval=1.0, disable=None if state.is_main else True
-        ) as bar:
+        with progress(total=len(queries), unit="query", desc=prefix or "searching", shown=state.is_main) as bar:
             found = search(scorer, queries, state, first_stage, lambda count: bar.update(count * state.data_size))
         if queries.labelled:
             metrics |= {f"{prefix}{name}": value for name, value in search_metrics(found.found, queries.products).items()}
@@ -108,9 +106,7 @@ def evaluate_recommendation(config: EvaluateRecommendationConfig, state: Paralle
     scorer, source, corpus, folder = open_items(config, state, device, [config.topics, config.clicks])
     topics = read_topics(config.topics, "--topics")
     clicks = read_clicks(config.clicks, topics, scorer.catalogue, "--clicks")
-    with tqdm(
-        total=len(clicks.topics), unit="pair", desc="scoring", mininterval=1.0, disable=None if state.is_main else True
-    ) as bar:
+    with progress(total=len(clicks.topics), unit="pair", desc="scoring", shown=state.is_main) as bar:
         scores = showing_scores(scorer, topics, clicks, state, lambda count: bar.update(count * state.data_size))
     result = result_of(config, "finetuned" if source.facts.get("task") else "zero-shot", click_metrics(clicks, scores), source, corpus,
                        [config.topics, config.clicks], topics=len(topics), showings=len(clicks.topics))  # fmt: skip

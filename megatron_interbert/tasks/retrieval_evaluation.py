@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.pair_scorer import PairScorer
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.progress import progress
 from megatron_interbert.task_config import EvaluateRetrievalConfig
 from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, load_model, open_for
 from megatron_interbert.tasks.pair_tiles import Pairs, ScoreTiles, fill
@@ -91,9 +91,7 @@ def score_tiles(
     total = sum(tiles.pairs(place) for place in mine)
     if state.is_main and len(missing) < len(tiles.places):
         print(f"{len(tiles.places) - len(missing)} of {len(tiles.places)} tiles are there already", flush=True)
-    with tqdm(
-        total=total, unit="pair", unit_scale=True, desc="scoring", mininterval=1.0, disable=None if state.is_main else True
-    ) as bar:
+    with progress(total=total, unit="pair", unit_scale=True, desc="scoring", shown=state.is_main) as bar:
         fill(tiles, mine, pairs, scorer, device, config.batch_pairs, bar.update)
     state.barrier()
     return tiles

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from megatron_interbert.config import read_json
 from megatron_interbert.data.downstream.recommendation import read_topics
@@ -19,6 +18,7 @@ from megatron_interbert.data.manifest import MANIFEST, file_sha256
 from megatron_interbert.errors import UsageError, local_errors
 from megatron_interbert.parallel.agreement import together
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.progress import progress
 from megatron_interbert.task_config import ScoreTopicsConfig
 from megatron_interbert.tasks.item_evaluation import open_items
 from megatron_interbert.weights.files import write_json
@@ -47,7 +47,7 @@ def score_topics(config: ScoreTopicsConfig, state: ParallelState, device: torch.
     ids, pieces = np.array(items.ids), scorer.pieces(topics.texts)
     mine = missing[state.data_rank :: state.data_size]
     with (
-        tqdm(total=len(missing), unit="part", desc="scoring", mininterval=1.0, disable=None if state.is_main else True) as bar,
+        progress(total=len(missing), unit="part", desc="scoring", shown=state.is_main) as bar,
         local_errors(),
     ):
         for start in mine:

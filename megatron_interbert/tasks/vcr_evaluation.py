@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from megatron_interbert.data.downstream.vcr import Question, VcrImages, VcrTexts, read_questions
 from megatron_interbert.data.drawing import STYLE, draw_image
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.progress import progress
 from megatron_interbert.task_config import EvaluateVcrConfig
 from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, load_model, open_for
 from megatron_interbert.tasks.parts import check_length
@@ -45,7 +45,7 @@ def evaluate_vcr(config: EvaluateVcrConfig, state: ParallelState, device: torch.
     if not config.submission:
         check_labels(questions)
     texts, every = VcrTexts(tokenizer, config.max_tokens, config.max_rationale_tokens), config.submission
-    with tqdm(total=len(items), unit="question", desc="answering", mininterval=1.0, disable=None if state.is_main else True) as bar:
+    with progress(total=len(items), unit="question", desc="answering", shown=state.is_main) as bar:
         answers, rationales = predict(
             *(model, items, images, texts, state, device, config.batch_size),
             every_answer=every,

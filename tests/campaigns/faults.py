@@ -27,9 +27,8 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tqdm import tqdm
-
 from megatron_interbert import pretrain
+from megatron_interbert.progress import progress
 from megatron_interbert.weights.manifest import MANIFEST, complete_checkpoints, verify
 from tests.corpus import write_store
 from tests.launching import free_ports, losses
@@ -126,7 +125,7 @@ class Campaign:
     def run(self, kills):
         """Runs one after another until so many ranks have been killed and some damage has been met; the counts."""
         number = 0
-        with tqdm(total=kills, unit="kill", disable=True if self.quiet else None) as bar:
+        with progress(total=kills, unit="kill", desc="kills", shown=not self.quiet) as bar:
             while self.counts["kills"] < kills or not self.counts["damage named"]:
                 kills = max(kills, self.counts["kills"] + 1)
                 before = self.counts["kills"]

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from urllib.parse import quote, urlsplit
 
-from tqdm import tqdm
+from megatron_interbert.progress import progress
 
 SEEDS = {
     "/search": {"query": "红色条纹连衣裙", "k": 3, "candidates": 10},
@@ -133,7 +133,7 @@ def send(host: str, method: str, path: str, body: bytes, headers: dict[str, str]
 def campaign(url: str, count: int, seed: int, key: str) -> Counter:
     """Statuses of `count` requests; AssertionError for the first that is answered as none should be."""
     host, found, random_ = urlsplit(url).netloc, Counter(), random.Random(seed)
-    for number in tqdm(range(count), unit="request", mininterval=1.0, disable=None):
+    for number in progress(range(count), unit="request", desc="requests"):
         asked = request(random_, key)
         started = time.monotonic()
         status = send(host, *asked)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from tqdm import tqdm
 
 from megatron_interbert.data.downstream.records import read_records
 from megatron_interbert.errors import UsageError
+from megatron_interbert.progress import progress
 from megatron_interbert.training.processes import aligned
 
 PATIENCE = 60.0  # seconds that a client waits for an answer
@@ -114,7 +114,7 @@ async def load(service: Served, bodies: list[bytes], clients: int, seconds: floa
                 await asyncio.sleep(draw.uniform(0.05, 0.5))  # it was told to come again later
 
     tasks = [asyncio.create_task(client(number)) for number in range(clients)]
-    with tqdm(total=round(seconds), unit="s", desc=name, disable=None, leave=False) as bar:
+    with progress(total=round(seconds), unit="s", desc=name, leave=False) as bar:
         while any(not task.done() for task in tasks):
             await asyncio.sleep(1)
             bar.update()

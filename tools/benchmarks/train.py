@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from megatron_interbert.config import read_json
 from megatron_interbert.data.packing import pack
@@ -28,6 +27,7 @@ from megatron_interbert.model.flops import training_flops
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.launch import free_port
 from megatron_interbert.parallel.state import this_device
+from megatron_interbert.progress import progress
 from megatron_interbert.training.metrics import peak_tflops
 from megatron_interbert.training.processes import aligned, start_processes
 from megatron_interbert.weights.files import check_writable
@@ -177,7 +177,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     apart = {name: Worker(arguments, name, together=False) for name in names} if ranks > 1 else {}
     rounds: dict[str, list[float]] = {name: [] for name in names}
     longer: dict[str, list[float]] = {name: [] for name in names}  # a step takes together than apart
-    with tqdm(total=arguments.rounds * len(names), unit="contender", disable=None, leave=False) as bar:
+    with progress(total=arguments.rounds * len(names), unit="contender", desc="contenders", leave=False) as bar:
         for _ in range(arguments.rounds):
             for name, worker in workers.items():
                 rounds[name].append(statistics.median(worker.step() for _ in range(arguments.steps)))

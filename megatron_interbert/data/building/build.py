@@ -28,8 +28,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_interbert.data.building.captions import CaptionTable, image_key
 from megatron_interbert.data.building.conversion import EXPECTED, NO_CAPTION, TWICE, UnitJob, convert_unit, done_file
 from megatron_interbert.data.building.duplicates import drop_duplicates
@@ -38,6 +36,7 @@ from megatron_interbert.data.building.sources.base import Source, SourceFacts
 from megatron_interbert.data.building.store_writer import finish_store, new_manifest
 from megatron_interbert.data.manifest import MANIFEST, PLAN, REPORT, VOCABULARY, files_of
 from megatron_interbert.errors import TrainingStopped, UsageError
+from megatron_interbert.progress import progress
 
 CAPTIONS_DONE = "captions.json"  # in the work folder: complaints about caption lines; written when images.db is whole
 LMDB_LOCK = "lock.mdb"  # changes whenever an LMDB is read
@@ -227,7 +226,7 @@ def _caption_table(plan: BuildPlan, work: Path) -> CaptionTable | None:
 def _run_jobs(jobs: list[UnitJob], total: int, sources: list[Source], workers: int, max_dropped: float) -> None:
     """All units, in this process or several; stops early when far too much is dropped."""
     counts: Counter[str] = Counter()
-    with tqdm(total=total, initial=total - len(jobs), unit="shard", mininterval=1.0, disable=None, desc="building") as bar:
+    with progress(total=total, initial=total - len(jobs), unit="shard", desc="building") as bar:
         for done in _results(jobs, sources, workers):
             counts.update(read=done["read"], faults=done["faults"])
             bar.update()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-from tqdm import tqdm
 
 from megatron_interbert.data.building.shard_writer import (
     SHARD_NAME,
@@ -25,6 +24,7 @@ from megatron_interbert.data.manifest import MANIFEST, PLAN, SCHEMA_VERSION, TOK
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
+from megatron_interbert.progress import progress
 
 
 def new_manifest(
@@ -74,7 +74,7 @@ def finish_store(folder: Path, manifest: dict[str, Any], vocabulary: str = "") -
 
 
 def _texts(folder: Path, shards: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
-    for shard in tqdm(shards, unit="shard", mininterval=1.0, disable=None, desc="tokenising"):
+    for shard in progress(shards, unit="shard", desc="tokenising"):
         with h5py.File(folder / shard["file"], "r") as file:
             yield file["caption_text"].asstr()[:].tolist()
 

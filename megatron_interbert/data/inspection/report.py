@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from megatron_interbert.data.inspection.boxes import BoxFormat
 from megatron_interbert.data.inspection.class_ids import ClassShift
@@ -16,6 +15,7 @@ from megatron_interbert.data.inspection.verdicts import Verdict, judge
 from megatron_interbert.data.manifest import file_sha256, files_of
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
+from megatron_interbert.progress import progress
 
 FACTS = ("schema_version", "detector", "soft_labels", "box_format", "feature_dim", "num_classes", "background_class", "generated")
 TOP_CLASSES = 20
@@ -99,7 +99,7 @@ class Inspector:
     def look(self) -> None:
         """Read all chosen images and their captions; bad records become findings."""
         keep = max(len(self.chosen) // 256, 1)
-        for place, number in enumerate(tqdm(self.chosen, desc="inspect", unit="image", mininterval=1.0, disable=None)):
+        for place, number in enumerate(progress(self.chosen, desc="inspect", unit="image")):
             if self._look_at(int(number)) and place % keep == 0:
                 self.readable.append(int(number))
 
@@ -134,7 +134,7 @@ class Inspector:
 
     def wrong_hashes(self) -> Iterator[str]:
         """Files that are not as the manifest says."""
-        for entry in tqdm(files_of(self.store.manifest), desc="hashes", unit="file", mininterval=1.0, disable=None):
+        for entry in progress(files_of(self.store.manifest), desc="hashes", unit="file"):
             if file_sha256(self.store.path / entry["file"]) != entry["sha256"]:
                 yield entry["file"]
 

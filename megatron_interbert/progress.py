@@ -1,0 +1,34 @@
+"""Progress of long work: a bar on a terminal; in a log, a line with the remaining time every half minute."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+SECONDS = 30.0  # between two lines of a log; work that takes less writes none
+LINE = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f} %) | {rate_fmt}{postfix} | eta {remaining}"
+
+
+def progress(iterable: Iterable[Any] | None = None, *, shown: bool = True, **settings: Any) -> tqdm:
+    """A tqdm over `iterable`, or over `total` that is updated by hand; `shown` is false on all ranks but one."""
+    if sys.stderr.isatty():
+        return tqdm(iterable, disable=not shown, mininterval=1.0, dynamic_ncols=True, **settings)
+    return LogLines(
+        iterable, disable=not shown, mininterval=SECONDS, maxinterval=SECONDS, delay=SECONDS, bar_format=LINE, **settings
+    )
+
+
+class LogLines(tqdm):
+    """tqdm that ends its lines instead of writing over them."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """One line to stderr."""
+        print(msg or str(self), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """The last figures, where earlier ones were shown."""
+        if not self.disable and self.last_print_t >= self.start_t + self.delay:
+            self.display()
+        self.delay = float("inf")  # keeps tqdm from cleaning a line up that it did not write
+        super().close()
