@@ -1,75 +1,25 @@
-"""tools/build_features.py: every format gives the same store, the traps of real files, kills, bad input."""
+"""tools/build_features.py: every format gives the same store, the traps of real files."""
 
-import hashlib
 import json
-import os
 import pickle
-import shutil
-import sys
 
 import numpy as np
-import pytest
 
-from megatron_interbert.data.building.build import BuildPlan
-from megatron_interbert.data.building.build import build as run_build
-from megatron_interbert.data.building.sources.fields import ReadOptions
-from megatron_interbert.data.building.sources.opening import open_source
-from megatron_interbert.data.building.store_writer import RegionStoreWriter
-from megatron_interbert.data.store import RegionStore
-from megatron_interbert.errors import UsageError
-from tests.corpus import VOCABULARY
 from tests.data.formats import (
     adaptive_hdf5,
     bottom_up_line,
-    encoded,
     lxmert_line,
-    made_up_images,
     npz_fields,
     real_images,
     tensorpack_lmdb,
     vilbert_lmdb,
-    write_lmdb,
     write_npz,
 )
-from tests.launching import launch
 from tests.shared import SHARED, needs_shared
+from tests.tools.building import build, content, refused, tsv
 
 DATA = SHARED / "data"
 CLASSES = "image_id,image_w,image_h,num_boxes,boxes,features,objects_id,objects_conf"
-
-
-def command(*flags):
-    return (sys.executable, "tools/build_features.py", *flags)
-
-
-def build(output, *flags):
-    """Build and open; the output must not complain."""
-    code, out, err = launch(*command(*flags, "--output", output))
-    assert code == 0, out + err
-    return RegionStore(str(output)), out
-
-
-def refused(*flags):
-    """The one line of a refusal."""
-    code, out, err = launch(*command(*flags))
-    assert code == 2, out + err
-    assert "Traceback" not in err
-    return err.strip().splitlines()[-1]
-
-
-def content(folder):
-    """Hashes of all files of a store."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
-
-
-@pytest.fixture
-def images():
-    return made_up_images(12)
-
-
-def tsv(path, images, line=lxmert_line):
-    path.write_text("".join(map(line, images)))
-    return path
 
 
 @needs_shared
@@ -179,30 +129,6 @@ def test_adaptive_hdf5_finds_sizes_and_names(tmp_path, images):
     assert store.manifest["soft_labels"] == "none"
 
 
-class Planted:
-    """Its pickle would make a file when loaded by the ordinary unpickler."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
-def test_pickles_need_leave_and_never_run(tmp_path, images):
-    lmdb = vilbert_lmdb(tmp_path / "a.lmdb", images, protocol=2)
-    assert "its rows are pickles; give --trust-pickle" in refused(lmdb, "--output", tmp_path / "none")
-    planted = tmp_path / "planted"
-    bad = write_lmdb(tmp_path / "b.lmdb", [(b"a", pickle.dumps({"image_id": Planted(planted)}))])
-    assert "pickle with more than data" not in refused(lmdb, "--output", tmp_path / "none", "--format", "npz")
-    assert "names io.open" in refused(bad, "--trust-pickle", "--output", tmp_path / "none")
-    npz = write_npz(tmp_path / "npz", images)
-    np.savez(npz / "zz.npz", info=np.array(Planted(planted), dtype=object))
-    _, out = build(tmp_path / "store", npz, "--trust-pickle")
-    assert "dropped: 1 images, pickle with more than data in it" in out
-    assert not planted.exists()
-
-
 def test_labels_in_a_pickle_are_not_lost_in_silence(tmp_path, images):
     """The npz files of bottom-up-attention.pytorch: x, bbox, and everything else in a pickled `info`."""
     (tmp_path / "npz").mkdir()
@@ -218,19 +144,6 @@ def test_labels_in_a_pickle_are_not_lost_in_silence(tmp_path, images):
     by_id = {str(image["image_id"]): image for image in images}
     for number in range(12):
         np.testing.assert_array_equal(store.read(number).class_ids[:, 0], by_id[store.image_id(number)]["cls_id_1601"])
-
-
-def test_wrong_caption_file_and_vocabulary_are_refused_before_anything_is_written(tmp_path, images):
-    path = tsv(tmp_path / "x.tsv", images)
-    assert "nope.json: no such file" in refused(path, "--captions", tmp_path / "nope.json", "--output", tmp_path / "a")
-    (tmp_path / "words.txt").write_text("a\nb\n")
-    assert f"{tmp_path / 'words.txt'}: no [PAD] in it" in refused(
-        path, "--vocab-file", tmp_path / "words.txt", "--output", tmp_path / "a"
-    )
-    captions = tmp_path / "captions.jsonl"
-    captions.write_text("".join(json.dumps({"image_id": str(i["image_id"]), "caption": "a dog"}) + "\n" for i in images))
-    assert "hold no splits" in refused(path, "--captions", captions, "--split", "train", "--output", tmp_path / "a")
-    assert not list(tmp_path.glob("a*"))
 
 
 def test_one_image_under_two_spellings_of_its_name_comes_once(tmp_path, images):
@@ -275,19 +188,6 @@ def test_stores_are_joined_cut_anew_and_taken_apart(tmp_path, images):
     }
 
 
-def test_a_damaged_shard_of_a_store_costs_its_images_only(tmp_path, images):
-    """Bits flipped where HDF5 keeps strings can make it loop for ever: the shard is not opened."""
-    store, _ = build(tmp_path / "store", write_npz(tmp_path / "npz", images), "--images-per-shard", 4)
-    shard = tmp_path / "store" / "shard-00001.h5"
-    data = bytearray(shard.read_bytes())
-    for place in range(len(data) // 2, len(data) // 2 + 400, 7):
-        data[place] ^= 0x55
-    shard.write_bytes(data)
-    again, out = build(tmp_path / "again", tmp_path / "store", "--max-dropped", "0.5", "--workers", 1)
-    assert "dropped: 4 images, shard is damaged (sha256 differs)" in out
-    assert [again.image_id(i) for i in range(8)] == [store.image_id(i) for i in (*range(4), *range(8, 12))]
-
-
 def test_a_header_does_not_decide_the_size_of_shards(tmp_path, images):
     names = "\t".join(
         ["img_id", "img_h", "img_w", "objects_id", "objects_conf", "attrs_id", "attrs_conf", "num_boxes", "boxes", "features"]
@@ -303,162 +203,3 @@ def test_processes_leave_no_trace(tmp_path, images):
     for name, workers in (("one", 1), ("two", 2)):
         build(tmp_path / name, path, "--workers", workers, "--images-per-shard", 3)
     assert content(tmp_path / "one") == content(tmp_path / "two")
-
-
-def test_bad_records_are_reported_and_the_others_kept(tmp_path, images):
-    lines = [lxmert_line(image) for image in images]
-    lines[2] = lines[2].replace("\t", " ", 3)
-    lines[4] = lines[4][:-40] + "\n"
-    images[6]["features"][0, 0] = np.nan
-    lines[6] = lxmert_line(images[6])
-    lines[8] = lines[8].replace("\t", "\t!", 3)
-    (tmp_path / "x.tsv").write_text("".join(lines))
-    message = refused(tmp_path / "x.tsv", "--output", tmp_path / "store")
-    assert "4 of 12 images cannot be used" in message
-    assert "--max-dropped" in message
-    store, _ = build(tmp_path / "store", tmp_path / "x.tsv", "--max-dropped", "0.5")
-    assert store.num_images == 8
-    reported = [json.loads(line) for line in (tmp_path / "store" / "dropped.jsonl").read_text().splitlines()]
-    assert {r["reason"] for r in reported} >= {"wrong number of columns", "features hold NaN or infinity, or values beyond float16"}
-    assert len(reported) == 4
-    assert not (tmp_path / "store.partial").exists()
-
-
-def test_records_of_odd_shapes_and_names_are_reported(tmp_path, images):
-    """Confidences in float64, boxes that are one number, a file name that is no UTF-8: a report line each."""
-    values = lxmert_line(images[1]).rstrip("\n").split("\t")
-    values[4] = encoded(images[1]["cls_conf"], np.float64)
-    (tmp_path / "x.tsv").write_text(lxmert_line(images[0]) + "\t".join(values) + "\n" + lxmert_line(images[2]))
-    store, out = build(tmp_path / "a", tmp_path / "x.tsv", "--max-dropped", 1)
-    assert store.num_images == 2
-    assert "class confidences do not fit" in out
-    folder = write_npz(tmp_path / "npz", images)
-    np.savez(folder / "image-3.npz", **{**images[3], "boxes": np.array(5.0)})
-    nameless = {name: value for name, value in images[4].items() if name != "image_id"}
-    with open(os.fsencode(folder) + b"/\xc4\xe3.npz", "wb") as handle:
-        np.savez(handle, **nameless)
-    store, out = build(tmp_path / "b", folder, "--max-dropped", 1)
-    assert store.num_images == 11
-    assert "dropped: 1 images, image id is no text" in out
-
-
-@pytest.mark.parametrize(
-    ("kilobytes", "words", "file"), [(6, 1, "images.db"), (100, 1, "shard-00000.h5"), (1500, 2000, "tokens.h5")]
-)
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, kilobytes, words, file):
-    """A limit on the size of files meets the table of captions, a shard, or the tokens; without it the build ends well."""
-    path = tsv(tmp_path / "x.tsv", made_up_images(60, features=2048))
-    (tmp_path / "captions.tsv").write_text("".join(f"image-{i}\t{'a red cat ' * words}\n" for i in range(60)))
-    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
-    more = (
-        "--captions",
-        tmp_path / "captions.tsv",
-        "--vocab-file",
-        tmp_path / "vocab.txt",
-        "--workers",
-        1,
-        "--images-per-shard",
-        15,
-    )
-    flags = command(path, *more, "--output", tmp_path / "store")
-    code, out, err = launch("bash", "-c", f"ulimit -f {kilobytes}; exec {' '.join(map(str, flags))}")
-    assert code == 2, out + err
-    assert "Traceback" not in err
-    assert "the same command goes on" in err
-    left = {path.name for path in (tmp_path / "store.partial").glob("*")}
-    assert not any(name.endswith(".new") for name in left)
-    assert ("shard-00003.h5" in left) == (file == "tokens.h5"), left
-    assert build(tmp_path / "store", path, *more)[0].num_captions == 60
-
-
-@pytest.mark.parametrize("stage", ["plan.json.99.new", "all but the last rename"])
-def test_left_by_a_kill_at_the_very_start_or_end(tmp_path, images, monkeypatch, stage):
-    path = tsv(tmp_path / "x.tsv", images)
-    work = tmp_path / "store.partial"
-    if stage == "plan.json.99.new":
-        work.mkdir()
-        (work / stage).write_text("{")
-    else:
-        plan = BuildPlan([open_source(str(path), "auto", ReadOptions())], str(tmp_path / "store"), detector={"name": "x"})
-
-        def killed(*_):
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patched:
-            patched.setattr("megatron_interbert.data.building.build.os.rename", killed)
-            with pytest.raises(KeyboardInterrupt):
-                run_build(plan)
-        assert (work / "manifest.json").exists()
-        assert run_build(plan)["counts"]["images"] == 12
-        return
-    assert build(tmp_path / "store", path)[0].num_images == 12
-
-
-@needs_shared
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda npz, captions: [f.write_bytes(b"PK") for f in npz.glob("*.npz")], "not a readable npz"),
-        (lambda npz, captions: captions.write_text('{"image_id": 1}\n'), "is not a caption record"),
-        (lambda npz, captions: [f.unlink() for f in npz.glob("*.npz")], "neither manifest.json"),
-        (
-            lambda npz, captions: captions.write_text(captions.read_text().replace('"image_id": "', '"image_id": "x')),
-            "image_id differs",
-        ),
-        (lambda npz, captions: captions.write_bytes(b"\xff\xfe"), "cannot be read as UTF-8"),
-    ],
-)
-def test_input_without_any_use_is_one_line_and_leaves_nothing(tmp_path, damage, message):
-    npz = shutil.copytree(DATA / "region_features" / "npz", tmp_path / "npz", copy_function=shutil.copyfile)
-    captions = tmp_path / "captions.jsonl"
-    shutil.copyfile(DATA / "region_features" / "captions.jsonl", captions)
-    damage(npz, captions)
-    assert message in refused(npz, "--captions", captions, "--output", tmp_path / "store")
-    assert not list(tmp_path.glob("store*"))
-
-
-def test_unfinished_builds_are_not_mixed_up(tmp_path, images):
-    path = tsv(tmp_path / "x.tsv", images)
-    (tmp_path / "store.partial").mkdir()
-    (tmp_path / "store.partial" / "thesis.txt").write_text("mine")
-    assert "is no unfinished build" in refused(path, "--output", tmp_path / "store")
-    assert (tmp_path / "store.partial" / "thesis.txt").read_text() == "mine"
-    assert "is no unfinished build" in refused(path, "--output", tmp_path / "store", "--restart")
-    assert (tmp_path / "store.partial" / "thesis.txt").read_text() == "mine"
-    shutil.rmtree(tmp_path / "store.partial")
-    images[0]["features"][:] = np.nan
-    images[1]["features"][:] = np.nan
-    assert "--max-dropped" in refused(tsv(path, images), "--output", tmp_path / "store")
-    assert "box_format" not in refused(path, "--output", tmp_path / "store")
-    message = refused(path, "--output", tmp_path / "store", "--images-per-shard", 5)
-    assert "left by a build with other settings (images_per_shard, units differ)" in message
-    images[2]["features"][:] = np.nan
-    assert "(source_files" in refused(tsv(path, images), "--output", tmp_path / "store"), "a source that was changed meanwhile"
-    assert "--max-dropped" in refused(write_npz(tmp_path / "npz", images), "--output", tmp_path / "from-npz", "--max-dropped", 0.01)
-    images[2]["features"][:] = 1
-    shutil.rmtree(tmp_path / "npz")
-    changed = refused(write_npz(tmp_path / "npz", images), "--output", tmp_path / "from-npz", "--max-dropped", 0.01)
-    assert "(source_files differ)" in changed, "a file of a folder that was changed meanwhile"
-    with pytest.raises(UsageError, match="an unfinished build"):
-        RegionStoreWriter(tmp_path / "store", feature_dim=4, num_classes=3, detector={}, soft_labels="none")
-    tsv(path, images)
-    store, _ = build(tmp_path / "store", path, "--images-per-shard", 5, "--restart", "--max-dropped", 1)
-    assert store.num_images == 10
-    assert len(store.shards) in (2, 3)
-
-
-def test_killed_at_any_moment_the_same_command_goes_on():
-    """The short form of tests/campaigns/builds.py --kills 50."""
-    code, out, err = launch(sys.executable, "tests/campaigns/builds.py", "--kills", 6, "--seed", 3)
-    assert code == 0, out + err
-    assert "builds compared" in out
-
-
-def test_mutated_inputs_end_in_clear_errors():
-    """1,050 files of seven kinds; more: tests/campaigns/fuzzing.py --cases 20000."""
-    code, out, err = launch(sys.executable, "tests/campaigns/fuzzing.py", "--cases", 1050, "--seed", 0)
-    assert code == 0, out + err
-    assert "1050 mutated inputs: no crash, no hang, nothing half-written" in out
-    assert "without words" not in out
-    for kind in ("tsv", "json", "npz", "hdf5", "lmdb", "manifest", "shard"):
-        assert f"{kind} used" in out, "too much damage tests nothing but the front door"

@@ -63,6 +63,7 @@ class PaddedInterBert(nn.Module):
         self.dropout = nn.Dropout(sizes.hidden_dropout)
 
     def forward(self, batch: PaddedBatch) -> torch.Tensor:
+        """The sum of the three mean losses, a scalar."""
         places = torch.arange(batch.token_ids.shape[1], device=batch.token_ids.device)
         types = torch.zeros_like(batch.token_ids)
         text = self.word(batch.token_ids) + self.position(places) + self.token_type(types)
@@ -103,6 +104,7 @@ class Lxmert(nn.Module):
         from transformers import LxmertConfig, LxmertForPreTraining
 
         def make(count: int) -> nn.Module:
+            """`count` layers over words, the others in proportion."""
             layers = {"l_layers": count, "x_layers": max(1, round(count * 5 / 9)), "r_layers": max(1, round(count * 5 / 9))}
             return LxmertForPreTraining(
                 LxmertConfig(

@@ -1,0 +1,39 @@
+"""Region stores by tools/build_features.py, for tests: built, refused, compared."""
+
+import hashlib
+import sys
+
+from megatron_interbert.data.store import RegionStore
+from tests.data.formats import (
+    lxmert_line,
+)
+from tests.launching import launch
+
+
+def command(*flags):
+    return (sys.executable, "tools/build_features.py", *flags)
+
+
+def build(output, *flags):
+    """Build and open; the output must not complain."""
+    code, out, err = launch(*command(*flags, "--output", output))
+    assert code == 0, out + err
+    return RegionStore(str(output)), out
+
+
+def refused(*flags):
+    """The one line of a refusal."""
+    code, out, err = launch(*command(*flags))
+    assert code == 2, out + err
+    assert "Traceback" not in err
+    return err.strip().splitlines()[-1]
+
+
+def content(folder):
+    """Hashes of all files of a store."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def tsv(path, images, line=lxmert_line):
+    path.write_text("".join(map(line, images)))
+    return path
