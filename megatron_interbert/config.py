@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from megatron_interbert.errors import UsageError
 
+FLOAT8_MULTIPLE = 16  # of the inner size, and of the columns of the result, of a GPU's 8-bit product
 AUTO = -(1 << 62)  # `auto` on the command line and in YAML: a number that is found out when the run starts, and that nobody gives
 
 
@@ -69,6 +70,15 @@ class ModelConfig:
                 raise UsageError(
                     f"--tensor-model-parallel-size {size} does not divide {name} {getattr(self, name)} of the model;"
                     f" use a size that divides it"
+                )
+
+    def check_float8(self, ranks: int) -> None:
+        """Raise UsageError when the layers' products on each of `ranks` have no sizes for 8 bits."""
+        for name in ("hidden_size", "ffn_hidden_size"):
+            if getattr(self, name) % (FLOAT8_MULTIPLE * ranks):
+                raise UsageError(
+                    f"--fp8: {name} {getattr(self, name)} of the model over {ranks} tensor-parallel ranks is no multiple of"
+                    f" {FLOAT8_MULTIPLE} on each; leave it out or choose other sizes"
                 )
 
     def without_dropout(self) -> "ModelConfig":
@@ -152,6 +162,7 @@ class TrainConfig(Flags):
     deepspeed_config: str = option("", "DeepSpeed JSON (see ds_configs/); 'auto' values are resolved from the flags")
     fp16: bool = option(False, "half precision with dynamic loss scale")
     bf16: bool = option(False, "bfloat16 with fp32 master weights (ZeRO stage 1 or higher)")
+    fp8: bool = option(False, "with --bf16: the layers' matrix products in 8 bits (Hopper and Ada; a CPU emulates them)")
     recompute_activations: bool = option(False, "recompute each layer in the backward pass instead of keeping it")
     kernels: str = option("auto", "fused kernels", ("auto", "torch", "triton", "apex"))
     deterministic: bool = option(False, "only operations that give the same bits every time, on GPUs too (slower there)")
@@ -224,6 +235,8 @@ class TrainConfig(Flags):
                 f"--{'fp16' if self.fp16 else 'bf16'} needs --zero-stage 1 or higher: DeepSpeed's stage 0 takes one optimizer step too"
                 " many in half precision, and its gradient norm is wrong there under tensor parallelism"
             )
+        if self.fp8 and not self.bf16:
+            raise UsageError("--fp8 needs --bf16: everything but the layers' products is computed in it")
         if not 0 <= self.ema_decay < 1:
             raise UsageError(f"--ema-decay is {self.ema_decay}, expected 0 (none) or a decay below 1 such as 0.9999")
         if self.deterministic and self.micro_batch_size == AUTO:

@@ -64,7 +64,7 @@ def check_environment(config: PreflightConfig) -> str:
     device = this_device()
     if config.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise UsageError(f"{torch.cuda.get_device_name()} has no bfloat16; use --fp16")
-    choose_kernels(config.kernels, device)
+    choose_kernels(config.kernels, device, fp8=config.fp8)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
     return (
         f"Python {sys.version.split()[0]}, torch {torch.__version__}, deepspeed {importlib.metadata.version('deepspeed')}, {name}"
@@ -96,7 +96,10 @@ def check_batch(config: PreflightConfig) -> str:
 def check_data(config: PreflightConfig) -> str:
     """Store and vocabulary; without --fast every hash and every record."""
     corpus, tokenizer = open_stores(config.stores(), config), vocabulary_of_run(config, config.stores())
-    fitted_sizes(config, tokenizer, corpus).check_tensor_parallel(config.tensor_model_parallel_size)
+    sizes = fitted_sizes(config, tokenizer, corpus)
+    sizes.check_tensor_parallel(config.tensor_model_parallel_size)
+    if config.fp8:
+        sizes.check_float8(config.tensor_model_parallel_size)
     dataset = PretrainingSet(corpus, tokenizer, config)
     some = np.arange(min(1000, corpus.num_captions))
     pieces = corpus.tokens(some, tokenizer, config.max_tokens - 2).ids
@@ -153,7 +156,7 @@ def check_step(config: PreflightConfig) -> str:
     model_config = fitted_sizes(config, tokenizer, corpus)
     model = InterBert(
         model_config,
-        kernels=choose_kernels(config.kernels, device),
+        kernels=choose_kernels(config.kernels, device, fp8=config.fp8),
         recompute=config.recompute_activations,
         streams=RandomStreams(config.seed, device=device),
     )

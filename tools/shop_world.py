@@ -166,7 +166,7 @@ class Topic:
 
     def appeal(self, kind: int, colour: int, place: int) -> float:
         """How well a product fits, from 0 to 1."""
-        return 0.5 * (kind in self.kinds) + 0.3 * (colour in self.colours) + 0.2 * (place == self.place)
+        return 0.4 * (kind in self.kinds) + 0.3 * (colour in self.colours) + 0.3 * (place == self.place)
 
 
 def topic(random: np.random.Generator) -> Topic:

@@ -1,12 +1,13 @@
 """Which kernel serves each operation: decided once at start from the device and `--kernels`, and printed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.kernels import attention, cpu_ops, plain
+from megatron_interbert.kernels.products import Float8Products, PlainProducts
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,29 @@ class Kernels:
     embed_image: Callable[..., torch.Tensor] = plain.embed_image
     vocab_statistics: Callable[..., tuple[torch.Tensor, ...]] = plain.vocab_statistics
     vocab_gradient: Callable[..., torch.Tensor] = plain.vocab_gradient
+    products: PlainProducts = field(default_factory=PlainProducts)
 
     def describe(self) -> str:
         """One line: operation=module.function of each."""
-        return ", ".join(
-            f"{name}={function.__module__.rsplit('.', 1)[-1]}.{function.__name__}" for name, function in vars(self).items()
-        )
+        named = {name: type(one) if isinstance(one, PlainProducts) else one for name, one in vars(self).items()}
+        return ", ".join(f"{name}={one.__module__.rsplit('.', 1)[-1]}.{one.__name__}" for name, one in named.items())
 
 
-def choose_kernels(name: str, device: torch.device, attention_dropout: bool = False, deterministic: bool = False) -> Kernels:
-    """Kernels for `--kernels auto|torch|triton|apex` on a device; UsageError when the choice cannot run there.
+def choose_kernels(
+    name: str, device: torch.device, attention_dropout: bool = False, deterministic: bool = False, fp8: bool = False
+) -> Kernels:
+    """Kernels for `--kernels auto|torch|triton|apex` on a device, with `fp8` the layers' products in 8 bits (on a CPU too, slowly: for
+    checks); UsageError when the choice cannot run there."""
+    kernels = _kernels_by_name(name, device, attention_dropout, deterministic)
+    if not fp8:
+        return kernels
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise UsageError(f"--fp8: {torch.cuda.get_device_name(device)} has no 8-bit products (Hopper and Ada have); leave it out")
+    return replace(kernels, products=Float8Products())
+
+
+def _kernels_by_name(name: str, device: torch.device, attention_dropout: bool, deterministic: bool) -> Kernels:
+    """Of all operations but the products.
 
     Variable-length flash attention has no dropout: with `attention_dropout` (training) the kernel for short sequences takes its
     place, or padded SDPA where there is no Triton. So it does if its gradients must be `deterministic`.

@@ -26,8 +26,8 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_size, self.dropout, self.kernels, self.streams = hidden // heads, dropout, kernels, streams
-        self.qkv = ColumnParallelLinear(hidden, 3 * hidden, placement)
-        self.output = RowParallelLinear(hidden, hidden, placement)
+        self.qkv = ColumnParallelLinear(hidden, 3 * hidden, placement, kernels.products)
+        self.output = RowParallelLinear(hidden, hidden, placement, kernels.products)
 
     def attend(self, qkv: torch.Tensor, offsets: torch.Tensor, max_length: int) -> torch.Tensor:
         """Attention over projected tokens [N, 3 H / ranks] -> [N, H / ranks], before the output projection."""
@@ -46,8 +46,8 @@ class Mlp(nn.Module):
 
     def __init__(self, hidden: int, ffn: int, placement: Placement, kernels: Kernels) -> None:
         super().__init__()
-        self.up = ColumnParallelLinear(hidden, ffn, placement, activation=kernels.bias_gelu)
-        self.down = RowParallelLinear(ffn, hidden, placement)
+        self.up = ColumnParallelLinear(hidden, ffn, placement, kernels.products, activation=kernels.bias_gelu)
+        self.down = RowParallelLinear(ffn, hidden, placement, kernels.products)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(self.up(x))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_interbert.parallel.collectives import group_rank, group_size, reduce_from_group
-from megatron_interbert.parallel.placement import Placement
+from megatron_interbert.parallel.placement import Placement, Products
 
 Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -21,16 +21,23 @@ Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class ColumnParallelLinear(nn.Module):
     """y = activation(x W^T, b) with the rows of W [out, in] shared out: [N, in] placed so -> all of [N, out / ranks]."""
 
-    def __init__(self, in_features: int, out_features: int, placement: Placement, activation: Activation | None = None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        placement: Placement,
+        products: Products,
+        activation: Activation | None = None,
+    ) -> None:
         super().__init__()
-        self.placement, self.activation = placement, activation
+        self.placement, self.products, self.activation = placement, products, activation
         self.weight = nn.Parameter(torch.empty(out_features // placement.ranks, in_features))
         self.bias = nn.Parameter(torch.empty(out_features // placement.ranks))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.activation is None:
-            return self.placement.column_linear(x, self.weight, self.bias)
-        return self.activation(self.placement.column_linear(x, self.weight, None), self.bias)
+            return self.placement.column_linear(x, self.weight, self.bias, self.products)
+        return self.activation(self.placement.column_linear(x, self.weight, None, self.products), self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -39,13 +46,13 @@ class RowParallelLinear(nn.Module):
     It has no bias: that is replicated, is added once after the reduction, and lives in the layer that adds it.
     """
 
-    def __init__(self, in_features: int, out_features: int, placement: Placement) -> None:
+    def __init__(self, in_features: int, out_features: int, placement: Placement, products: Products) -> None:
         super().__init__()
-        self.placement = placement
+        self.placement, self.products = placement, products
         self.weight = nn.Parameter(torch.empty(out_features, in_features // placement.ranks))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.placement.reduce(F.linear(x, self.weight))
+        return self.placement.reduce(self.products.linear(x, self.weight))
 
 
 class VocabParallelEmbedding(nn.Module):

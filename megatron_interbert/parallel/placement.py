@@ -7,11 +7,10 @@ recomputation in large transformer models" (arXiv 2205.05198).
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from megatron_interbert.parallel.collectives import (
     copy_to_group,
@@ -27,6 +26,22 @@ from megatron_interbert.parallel.collectives import (
 )
 
 
+class Products(Protocol):
+    """How a layer y = x W^T + b multiplies: x [N, in], weight [out, in], bias [out], grad [N, out]."""
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, out], with gradients by autograd."""
+
+    def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """[N, out], for a caller that makes the gradients itself."""
+
+    def input_gradient(self, grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """[N, in]."""
+
+    def weight_gradient(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """[out, in]."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """Of one tensor-parallel group. `shared`: between the sharded layers each rank holds an equal part of the rows, in order."""
@@ -39,11 +54,11 @@ class Placement:
         """Number of ranks."""
         return group_size(self.group)
 
-    def column_linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def column_linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, products: Products) -> torch.Tensor:
         """All rows [N, out / ranks] of x W^T + b; x [N, in], or this rank's rows of it."""
         if self.ranks == 1:
-            return F.linear(x, weight, bias)
-        return _ColumnLinear.apply(x, weight, bias, self)
+            return products.linear(x, weight, bias)
+        return _ColumnLinear.apply(x, weight, bias, self, products)
 
     def reduce(self, partial: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' partial results [N, H]: all rows of it, or this rank's."""
@@ -72,26 +87,28 @@ class _ColumnLinear(torch.autograd.Function):
     """The backward pass communicates while it multiplies: rows arrive during the first product, gradients leave during the second."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, placement: Placement) -> torch.Tensor:
-        ctx.placement = placement
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, placement: Placement, products: Products
+    ) -> torch.Tensor:
+        ctx.placement, ctx.products = placement, products
         ctx.save_for_backward(x, weight)  # this rank's rows: the others come again
         if placement.shared:
             x, arrived = start_gather(x, placement.group)
             arrived.wait()
-        return F.linear(x, weight, bias)
+        return products.forward(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, None]:
-        (x, weight), group = ctx.saved_tensors, ctx.placement.group
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, None, None]:
+        (x, weight), group, products = ctx.saved_tensors, ctx.placement.group, ctx.products
         if ctx.placement.shared:
             x, arrived = start_gather(x, group)
-            whole = grad @ weight
+            whole = products.input_gradient(grad, weight)
             arrived.wait()
             grad_x, summed = start_reduce_scatter(whole, group)
         else:
-            grad_x = grad @ weight
+            grad_x = products.input_gradient(grad, weight)
             summed = dist.all_reduce(grad_x, group=group, async_op=True)
-        grad_weight = grad.t() @ x
+        grad_weight = products.weight_gradient(grad, x)
         grad_bias = grad.sum(dim=0) if ctx.needs_input_grad[2] else None
         summed.wait()
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias, None, None

@@ -15,7 +15,7 @@ from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.order import MicroBatches
 from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.text import CaptionTokenizer
-from megatron_interbert.kernels.choice import Kernels
+from megatron_interbert.kernels.choice import choose_kernels
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.partition import partition_dimension, unshard
@@ -52,7 +52,8 @@ def parts(config, state, streams):
     tokenizer = CaptionTokenizer(config.data_path + "/vocab.txt")
     sizes = fit_to_data(PRESETS["tiny"], tokenizer.vocab_size, store.feature_dim, store.num_classes, "test")
     sizes = sizes if config.dropout else sizes.without_dropout()
-    model = InterBert(sizes, state=state, kernels=Kernels(), streams=streams, recompute=config.recompute_activations)
+    kernels = choose_kernels("torch", torch.device("cpu"), fp8=config.fp8)
+    model = InterBert(sizes, state=state, kernels=kernels, streams=streams, recompute=config.recompute_activations)
     initialise(model, sizes, config.seed, state)
     return model, PretrainingSet(store, tokenizer, config), PretrainingTask()
 
@@ -133,12 +134,14 @@ def check_all(store, expected, processes):
         case = f"DP{state.data_size} TP{tensor_parallel} ZeRO-{stage} accumulation {accumulation}"
         config = run_config(store, zero_stage=stage, micro_batch_size=micro, tensor_model_parallel_size=tensor_parallel)
         compare(train(config, state), expected, case, loss=1e-4, norm=1e-4, weight=2e-5)
+        shared = ParallelState(tensor_parallel, sequence_parallel=tensor_parallel > 1)
         if tensor_parallel > 1 and accumulation == 2:
-            shared = ParallelState(tensor_parallel, sequence_parallel=True)
             compare(train(config, shared), expected, case + " sequence parallel", loss=1e-4, norm=1e-4, weight=2e-5)
         if accumulation == 1 and stage >= 1:
             half = train(dataclasses.replace(config, bf16=True), state)
             compare(half, expected, case + " bf16", loss=0.02, norm=0.1, weight=None)
+            eighth = train(dataclasses.replace(config, bf16=True, fp8=True), shared)
+            compare(eighth, expected, case + " fp8", loss=0.02, norm=0.1, weight=None)
             if half_precision_supported():
                 half = train(dataclasses.replace(config, fp16=True, deepspeed_config="fp16.json"), state)
                 compare(half, expected, case + " fp16", loss=0.01, norm=0.05, weight=None)

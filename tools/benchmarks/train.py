@@ -94,6 +94,9 @@ def contenders(arguments: argparse.Namespace, device: torch.device) -> dict[str,
     }
     with contextlib.suppress(UsageError):  # where NVIDIA's apex is installed
         found["ours by apex"] = ours(choose_kernels("apex", device, dropout))
+    if arguments.bf16 and device.type == "cuda":
+        with contextlib.suppress(UsageError):  # where the GPU multiplies 8-bit numbers
+            found["ours in 8 bits"] = ours(choose_kernels("auto", device, dropout, fp8=True))
     wanted = [name.strip() for name in arguments.only.split(",")] if arguments.only else list(found)
     if unknown := [name for name in wanted if name not in found]:
         raise UsageError(f"--only {unknown[0]}: no such contender; there are {', '.join(found)}")

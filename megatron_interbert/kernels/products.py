@@ -1,0 +1,91 @@
+"""The matrix products of a linear layer, y = x W^T + b, and of its gradients: in the numbers' own type, or in 8 bits.
+
+In 8 bits each operand is divided by its own scale, so that its largest value is the largest of the format: e4m3 (4 bits of exponent, 3 of
+mantissa) for values and weights, e5m2 for gradients, which spread wider; the sums are made in float32. Formats and their use as in
+Micikevicius et al., "FP8 formats for deep learning" (arXiv 2209.05433); scales are those of the tensor at hand, not of earlier steps.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.functional import ScalingType
+
+from megatron_interbert.config import FLOAT8_MULTIPLE
+
+
+class PlainProducts:
+    """In the type of the operands: x [N, in], weight [out, in], bias [out], grad [N, out]."""
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, out], with gradients by autograd."""
+        return F.linear(x, weight, bias)
+
+    def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """[N, out], for a caller that makes the gradients itself."""
+        return F.linear(x, weight, bias)
+
+    def input_gradient(self, grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """[N, in]."""
+        return grad @ weight
+
+    def weight_gradient(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """[out, in]."""
+        return grad.t() @ x
+
+
+class Float8Products(PlainProducts):
+    """The same in 8 bits; results have the type of x. Sizes of weights are multiples of FLOAT8_MULTIPLE, N is any."""
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return _Float8Linear.apply(x, weight, bias, self)
+
+    def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return scaled_product(quantise(x), quantise(weight), x.dtype, bias, fast=True)
+
+    def input_gradient(self, grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return scaled_product(quantise(grad, torch.float8_e5m2), quantise(weight, transposed=True), grad.dtype)
+
+    def weight_gradient(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        more = (0, 0, 0, -len(x) % FLOAT8_MULTIPLE)  # here the sum runs over the tokens; empty ones add nothing
+        grad, x = F.pad(grad, more), F.pad(x, more)
+        return scaled_product(quantise(grad, torch.float8_e5m2, transposed=True), quantise(x, transposed=True), x.dtype)
+
+
+def quantise(
+    x: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn, transposed: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x divided by its scale, in 8 bits and row-major, of x^T if `transposed`; the scale, float32). No host sync."""
+    largest = x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
+    # A scale that is not finite gives NaN or 0 everywhere; the gradient norm must see it, so it is not clamped from above.
+    scale = (largest / torch.finfo(dtype).max).clamp(min=torch.finfo(torch.float32).tiny)
+    eight = (x / scale).to(dtype)
+    return (eight.t() if transposed else eight).contiguous(), scale
+
+
+def scaled_product(
+    a: tuple[torch.Tensor, torch.Tensor],
+    b: tuple[torch.Tensor, torch.Tensor],
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+    fast: bool = False,
+) -> torch.Tensor:
+    """a [M, K] times the transpose of b [N, K], both quantised; `fast` sums in the tensor cores' own registers (Hopper)."""
+    whole = ScalingType.TensorWise
+    return F.scaled_mm(a[0], b[0].t(), a[1], whole, b[1], whole, bias=bias, output_dtype=dtype, use_fast_accum=fast)
+
+
+class _Float8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, products: Float8Products
+    ) -> torch.Tensor:
+        ctx.products = products
+        ctx.save_for_backward(x, weight)
+        return products.forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        grad_bias = grad.sum(dim=0) if ctx.needs_input_grad[2] else None
+        return ctx.products.input_gradient(grad, weight), ctx.products.weight_gradient(grad, x), grad_bias, None
