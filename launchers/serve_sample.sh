@@ -21,7 +21,7 @@ finetune() { # task, first weights, steps, peak learning rate, further flags
     --data-path $data/train --valid-data-path $data/test --ema-decay 0 --log-interval 200 --eval-interval "$3" "${@:5}"
 }
 finetune product_search "$runs/pretrained" $((steps / 2)) 1e-3 --queries $data/train/queries.jsonl --valid-queries $data/test/queries.jsonl
-finetune recommendation "$runs/product_search" $((steps / 2)) 5e-4 --topics $data/train/topics.jsonl --clicks $data/train/clicks.jsonl \
+finetune recommendation "$runs/product_search" $((steps * 3 / 4)) 5e-4 --topics $data/train/topics.jsonl --clicks $data/train/clicks.jsonl \
   --valid-topics $data/test/topics.jsonl --valid-clicks $data/test/clicks.jsonl
 
 exec python -m megatron_interbert.serve --load "$runs/product_search" --load-recommendation "$runs/recommendation" \

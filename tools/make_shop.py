@@ -102,7 +102,7 @@ def run() -> None:
     parser.add_argument("--test-products", type=int, default=500, help="default: %(default)s")
     parser.add_argument("--train-queries", type=int, default=16000, help="default: %(default)s")
     parser.add_argument("--test-queries", type=int, default=400, help="default: %(default)s")
-    parser.add_argument("--train-topics", type=int, default=1600, help="default: %(default)s")
+    parser.add_argument("--train-topics", type=int, default=3200, help="default: %(default)s")
     parser.add_argument("--test-topics", type=int, default=40, help="default: %(default)s")
     parser.add_argument("--noise", type=float, default=0.3, help="of the features, against prototypes of norm 1 per entry")
     parser.add_argument("--seed", type=int, default=0)

@@ -137,9 +137,10 @@ def recommendation_figures(runs: Sequence[str], data_path: str) -> dict[str, Fig
 
 def wishes(record: dict) -> Topic:
     """A topic read back from its words."""
-    *kinds, place = record["keywords"]
-    colours = [number for number, colour in enumerate(COLOURS) if colour in record["description"]]
-    return Topic(record["name"], np.array([KINDS.index(kind) for kind in kinds]), np.array(colours), PLACES.index(place))
+    kinds, colours, places = (
+        [table.index(word) for word in record["keywords"] if word in table] for table in (KINDS, COLOURS, PLACES)
+    )
+    return Topic(record["name"], np.array(kinds), np.array(colours), places[0])
 
 
 def had_of(record: dict) -> tuple[int, int, int]:

@@ -162,7 +162,7 @@ class Topic:
 
     def keywords(self) -> list[str]:
         """In words."""
-        return [KINDS[k] for k in self.kinds] + [PLACES[self.place]]
+        return [*(KINDS[k] for k in self.kinds), *(COLOURS[c] for c in self.colours), PLACES[self.place]]
 
     def appeal(self, kind: int, colour: int, place: int) -> float:
         """How well a product fits, from 0 to 1."""
