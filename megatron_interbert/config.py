@@ -72,15 +72,6 @@ class ModelConfig:
                     f" use a size that divides it"
                 )
 
-    def check_float8(self, ranks: int) -> None:
-        """Raise UsageError when the layers' products on each of `ranks` have no sizes for 8 bits."""
-        for name in ("hidden_size", "ffn_hidden_size"):
-            if getattr(self, name) % (FLOAT8_MULTIPLE * ranks):
-                raise UsageError(
-                    f"--fp8: {name} {getattr(self, name)} of the model over {ranks} tensor-parallel ranks is no multiple of"
-                    f" {FLOAT8_MULTIPLE} on each; leave it out or choose other sizes"
-                )
-
     def without_dropout(self) -> "ModelConfig":
         """The same model with every dropout at 0 (exact comparisons between layouts)."""
         names = [f.name for f in dataclasses.fields(self) if f.name.endswith("dropout")]
@@ -162,7 +153,7 @@ class TrainConfig(Flags):
     deepspeed_config: str = option("", "DeepSpeed JSON (see ds_configs/); 'auto' values are resolved from the flags")
     fp16: bool = option(False, "half precision with dynamic loss scale")
     bf16: bool = option(False, "bfloat16 with fp32 master weights (ZeRO stage 1 or higher)")
-    fp8: bool = option(False, "with --bf16: the layers' matrix products in 8 bits (Hopper and Ada; a CPU emulates them)")
+    fp8: bool = option(False, "with --bf16: the layers' matrix products in 8 bits (Ada, Hopper and newer; a CPU emulates them)")
     recompute_activations: bool = option(False, "recompute each layer in the backward pass instead of keeping it")
     kernels: str = option("auto", "fused kernels", ("auto", "torch", "triton", "apex"))
     deterministic: bool = option(False, "only operations that give the same bits every time, on GPUs too (slower there)")
@@ -235,8 +226,6 @@ class TrainConfig(Flags):
                 f"--{'fp16' if self.fp16 else 'bf16'} needs --zero-stage 1 or higher: DeepSpeed's stage 0 takes one optimizer step too"
                 " many in half precision, and its gradient norm is wrong there under tensor parallelism"
             )
-        if self.fp8 and not self.bf16:
-            raise UsageError("--fp8 needs --bf16: everything but the layers' products is computed in it")
         if not 0 <= self.ema_decay < 1:
             raise UsageError(f"--ema-decay is {self.ema_decay}, expected 0 (none) or a decay below 1 such as 0.9999")
         if self.deterministic and self.micro_batch_size == AUTO:
@@ -244,6 +233,19 @@ class TrainConfig(Flags):
                 "--deterministic and --micro-batch-size auto: a trial does not choose the same every time; give a number"
             )
         self.milestones()
+
+    def check_float8(self, sizes: ModelConfig) -> None:
+        """UsageError where --fp8 is given and cannot be: bf16 may be set by a DeepSpeed JSON, `sizes` by the data."""
+        if not self.fp8:
+            return
+        if not self.bf16:
+            raise UsageError("--fp8 needs --bf16: all but the layers' products is computed in it")
+        for name in ("hidden_size", "ffn_hidden_size"):
+            if getattr(sizes, name) % (FLOAT8_MULTIPLE * self.tensor_model_parallel_size):
+                raise UsageError(
+                    f"--fp8: {name} {getattr(sizes, name)} of the model is no multiple of {FLOAT8_MULTIPLE} on each of"
+                    f" {self.tensor_model_parallel_size} tensor-parallel ranks; leave it out or choose other sizes"
+                )
 
 
 @dataclass

@@ -98,8 +98,7 @@ def check_data(config: PreflightConfig) -> str:
     corpus, tokenizer = open_stores(config.stores(), config), vocabulary_of_run(config, config.stores())
     sizes = fitted_sizes(config, tokenizer, corpus)
     sizes.check_tensor_parallel(config.tensor_model_parallel_size)
-    if config.fp8:
-        sizes.check_float8(config.tensor_model_parallel_size)
+    config.check_float8(sizes)
     dataset = PretrainingSet(corpus, tokenizer, config)
     some = np.arange(min(1000, corpus.num_captions))
     pieces = corpus.tokens(some, tokenizer, config.max_tokens - 2).ids

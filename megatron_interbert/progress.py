@@ -14,9 +14,8 @@ def progress(iterable: Iterable[Any] | None = None, *, shown: bool = True, **set
     """A tqdm over `iterable`, or over `total` that is updated by hand; `shown` is false on all ranks but one."""
     if sys.stderr.isatty():
         return tqdm(iterable, disable=not shown, mininterval=1.0, dynamic_ncols=True, **settings)
-    return LogLines(
-        iterable, disable=not shown, mininterval=SECONDS, maxinterval=SECONDS, delay=SECONDS, bar_format=LINE, **settings
-    )
+    pace = {"mininterval": SECONDS, "maxinterval": SECONDS, "delay": SECONDS, "miniters": 1}
+    return LogLines(iterable, disable=not shown, bar_format=LINE, **pace, **settings)
 
 
 class LogLines(tqdm):
@@ -24,11 +23,18 @@ class LogLines(tqdm):
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """One line to stderr."""
+        self.n = min(self.n, self.total) if self.total else self.n  # counts of ranks' shares can come out a little high
+        self.shown_at = self.n
         print(msg or str(self), file=sys.stderr, flush=True)
+
+    @classmethod
+    def write(cls, s: str, file: Any = None, end: str = "\n", nolock: bool = False) -> None:
+        """A line of its own; there is no bar to move out of its way."""
+        print(s, file=file or sys.stdout, end=end, flush=True)
 
     def close(self) -> None:
         """The last figures, where earlier ones were shown."""
-        if not self.disable and self.last_print_t >= self.start_t + self.delay:
+        if not self.disable and getattr(self, "shown_at", self.n) != self.n:
             self.display()
         self.delay = float("inf")  # keeps tqdm from cleaning a line up that it did not write
         super().close()

@@ -101,7 +101,7 @@ def test_wrong_use_on_two_ranks_is_said_once(store, tmp_path):
 
 def test_preflight_says_what_is_wrong_and_how_to_mend_it(store, tmp_path):
     command = (sys.executable, "-m", "megatron_interbert.preflight", "--data-path", store, *FLAGS)
-    code, out, err = launch(*command)
+    code, out, err = launch(*command, "--bf16", "--fp8")
     assert code == 0, out + err
     assert out.count("ok  ") == 5
     bad = damaged(store, tmp_path / "store", lambda f: f["image_features"].__setitem__((0, 0), np.nan))

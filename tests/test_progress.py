@@ -1,5 +1,7 @@
 """Progress in a log: lines that end, with the remaining time; none for short work, none on other ranks."""
 
+import time
+
 import pytest
 
 from megatron_interbert import progress
@@ -32,3 +34,26 @@ def test_short_work_and_other_ranks_are_silent(
     monkeypatch.setattr(progress, "SECONDS", seconds)
     assert list(progress.progress([1, 2], shown=shown, desc="reading")) == [1, 2]
     assert capsys.readouterr().err == ""
+
+
+def test_lines_are_true_when_the_pace_falls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "SECONDS", 0.05)
+    done = 0
+    for done in progress.progress(range(1, 301), desc="reading"):
+        time.sleep(0 if done < 200 else 0.004)
+    shown = [int(line.split()[1].split("/")[0]) for line in capsys.readouterr().err.splitlines()]
+    assert shown == sorted(set(shown))
+    assert len(shown) >= 5
+    assert shown[-1] == done
+
+
+def test_counts_past_the_end_and_other_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ranks with shares of unequal size count a little high."""
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    with progress.progress(total=401, desc="searching") as bar:
+        bar.update(402)
+        bar.write("by the way")
+    written = capsys.readouterr()
+    assert [line.split(" | ")[0] for line in written.err.splitlines()][-1] == "searching: 401/401 (100 %)"
+    assert written.err.count("401/401") == 1
+    assert written.out == "by the way\n"

@@ -15,12 +15,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_interbert.progress import progress
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.config import read_json
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.progress import progress
 from megatron_interbert.weights.files import check_writable, write_text
 
 COLUMNS = ("product_id", "image_h", "image_w", "num_boxes", "boxes", "features", "class_labels", "query", "query_id")

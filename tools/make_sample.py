@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_interbert.progress import progress
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.progress import progress
 from tools.generated import FEATURES, SOFT_LABELS, Detector, generated_store
 from tools.sample_questions import question
 

@@ -17,17 +17,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from megatron_interbert.progress import progress
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.data.building.shard_writer import commit
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.progress import progress
 from tools.generated import generated_store
 from tools.shop_pictures import draw_product
 from tools.shop_world import KINDS, PLACES, Asker, Product, ShopWorld, topic, vocabulary
 
-SEEN = 60  # products that are shown for a topic in the clicks, half of them of kinds that it wants
+SEEN = 60  # products that are shown for a topic in the clicks, up to half of them of kinds that it wants
 USERS = 500
 SPLITS = {"train": 1, "test": 2}
 

@@ -13,19 +13,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_interbert.progress import progress
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.data.manifest import HARD_NEGATIVES
 from megatron_interbert.data.mining.search import MiningOptions, mine
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.progress import progress
 
 
 @contextmanager
 def bar(stage: str, total: int) -> Iterator[Callable[[int], object]]:
-    """A progress bar with the time left, on a terminal."""
+    """Progress with the time left."""
     with progress(total=total, desc=stage, unit="caption", unit_scale=True) as shown:
         yield shown.update
 

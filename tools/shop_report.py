@@ -16,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_interbert.progress import progress
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.data.downstream.items import Catalogue
@@ -26,6 +24,7 @@ from megatron_interbert.data.downstream.recommendation import Clicks, read_click
 from megatron_interbert.data.downstream.records import read_records
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.parallel.state import ParallelState, this_device
+from megatron_interbert.progress import progress
 from megatron_interbert.task_config import EvaluateProductSearchConfig
 from megatron_interbert.tasks.item_scorer import ItemScorer, catalogue_of
 from megatron_interbert.tasks.loading import as_trained, load_model, open_for
@@ -140,6 +139,8 @@ def wishes(record: dict) -> Topic:
     kinds, colours, places = (
         [table.index(word) for word in record["keywords"] if word in table] for table in (KINDS, COLOURS, PLACES)
     )
+    if not (kinds and colours and places):
+        raise UsageError(f"topic {record['topic_id']}: no kind, colour or place among its keywords; not of this tools/make_shop.py")
     return Topic(record["name"], np.array(kinds), np.array(colours), places[0])
 
 

@@ -39,7 +39,9 @@ def choose_kernels(
     if not fp8:
         return kernels
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise UsageError(f"--fp8: {torch.cuda.get_device_name(device)} has no 8-bit products (Hopper and Ada have); leave it out")
+        raise UsageError(
+            f"--fp8: {torch.cuda.get_device_name(device)} has no 8-bit products (Ada, Hopper and newer have); leave it out"
+        )
     return replace(kernels, products=Float8Products())
 
 

@@ -1,7 +1,8 @@
 """The matrix products of a linear layer, y = x W^T + b, and of its gradients: in the numbers' own type, or in 8 bits.
 
 In 8 bits each operand is divided by its own scale, so that its largest value is the largest of the format: e4m3 (4 bits of exponent, 3 of
-mantissa) for values and weights, e5m2 for gradients, which spread wider; the sums are made in float32. Formats and their use as in
+mantissa) for values and weights, e5m2 for gradients, which spread wider. Sums are float32, in the forward pass on Hopper those of the
+tensor cores, which hold less. Formats and their use as in
 Micikevicius et al., "FP8 formats for deep learning" (arXiv 2209.05433); scales are those of the tensor at hand, not of earlier steps.
 """
 
@@ -47,8 +48,8 @@ class Float8Products(PlainProducts):
         return scaled_product(quantise(grad, torch.float8_e5m2), quantise(weight, transposed=True), grad.dtype)
 
     def weight_gradient(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        more = (0, 0, 0, -len(x) % FLOAT8_MULTIPLE)  # here the sum runs over the tokens; empty ones add nothing
-        grad, x = F.pad(grad, more), F.pad(x, more)
+        if more := -len(x) % FLOAT8_MULTIPLE:  # here the sum runs over the tokens; empty ones add nothing
+            grad, x = F.pad(grad, (0, 0, 0, more)), F.pad(x, (0, 0, 0, more))
         return scaled_product(quantise(grad, torch.float8_e5m2, transposed=True), quantise(x, transposed=True), x.dtype)
 
 
@@ -59,7 +60,7 @@ def quantise(
     largest = x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
     # A scale that is not finite gives NaN or 0 everywhere; the gradient norm must see it, so it is not clamped from above.
     scale = (largest / torch.finfo(dtype).max).clamp(min=torch.finfo(torch.float32).tiny)
-    eight = (x / scale).to(dtype)
+    eight = (x.float() / scale).to(dtype)  # in float32: a GPU would round a scale that is a tensor to the type of x
     return (eight.t() if transposed else eight).contiguous(), scale
 
 

@@ -80,8 +80,9 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 def table(result: dict[str, Any]) -> str:
     """The figures, one a line, with the official ones beside where the data are the same."""
     official = result.get("official", {})
-    lines = [f"{'per cent':<18}{'ours':>9}" + (f"{'official':>10}" if official else "")]
+    lines = [f"{'':<22}{'ours':>9}" + (f"{'official':>10}" if official else "")]
     for name, value in result["metrics"].items():
         beside = f"{official[name]:>10.1f}" if name in official else ""
-        lines.append(f"{name:<18}{value:>9.2f}{beside}")
+        label = name if name.endswith("rank") else f"{name} %"
+        lines.append(f"{label:<22}{value:>9.2f}{beside}")
     return "\n".join(lines)

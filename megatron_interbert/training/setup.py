@@ -80,8 +80,7 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
     if job.metric and job.evaluate is not None and job.metric not in job.figures:
         raise UsageError(f"--metric {job.metric}: expected one of {', '.join(job.figures)}")
     job.model_config.check_tensor_parallel(state.tensor_size)
-    if config.fp8:
-        job.model_config.check_float8(state.tensor_size)
+    config.check_float8(job.model_config)
     attention_dropout = max(job.model_config.attention_dropout, job.model_config.image_attention_dropout) > 0
     kernels = choose_kernels(config.kernels, device, attention_dropout, config.deterministic, config.fp8)
     streams = RandomStreams(config.seed, state.data_rank, state.tensor_rank, device)

@@ -58,6 +58,12 @@ def test_scales_reach_the_ends_of_the_formats() -> None:
     assert quantise(torch.zeros(0, 3))[0].shape == (0, 3)
 
 
+def test_half_precision_is_rounded_once() -> None:
+    x = made(33, torch.bfloat16, 5)[0]
+    for once, twice in zip(quantise(x.float(), transposed=True), quantise(x, transposed=True), strict=True):
+        assert torch.equal(once.float(), twice.float())
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_are_not_hidden(wrong: float) -> None:
     x, weight, bias, grad = made(5, torch.bfloat16, 0)

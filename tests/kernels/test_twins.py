@@ -109,6 +109,14 @@ def test_deterministic_kernels_for_a_gpu():
     assert "attention=triton_attention.short_attention" in chosen[True]
 
 
+def test_float8_is_refused_where_a_gpu_has_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(UsageError, match="--fp8: NVIDIA A100 has no 8-bit products"):
+        choose_kernels("torch", torch.device("cuda"), fp8=True)
+    assert "products=products.Float8Products" in choose_kernels("torch", torch.device("cpu"), fp8=True).describe()
+
+
 def test_deterministic_switches_of_torch():
     """In a process of its own, for they hold for all of it."""
     code = """

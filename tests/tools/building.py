@@ -4,9 +4,7 @@ import hashlib
 import sys
 
 from megatron_interbert.data.store import RegionStore
-from tests.data.formats import (
-    lxmert_line,
-)
+from tests.data.formats import lxmert_line
 from tests.launching import launch
 
 

@@ -8,6 +8,7 @@ import pytest
 from megatron_interbert.command_line import parse
 from megatron_interbert.config import RunConfig
 from megatron_interbert.errors import UsageError
+from megatron_interbert.model.presets import PRESETS
 from megatron_interbert.training.deepspeed_config import merge
 
 TEMPLATES = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
@@ -99,3 +100,13 @@ def test_broken_json_is_one_line(tmp_path):
 def test_half_precision_needs_stage_one(tmp_path, precision):
     with pytest.raises(UsageError, match="--zero-stage 1"):
         merged(tmp_path, {}, f"--{precision}", "--zero-stage", "0")
+
+
+def test_float8_needs_bfloat16_and_sizes_that_divide(tmp_path):
+    config, _ = merged(tmp_path, {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}, "--fp8")
+    config.check_float8(PRESETS["base"])  # bf16 may come from either
+    config.tensor_model_parallel_size = 32
+    with pytest.raises(UsageError, match=r"--fp8: hidden_size 768 of the model is no multiple of 16 on each of 32"):
+        config.check_float8(PRESETS["base"])
+    with pytest.raises(UsageError, match="--fp8 needs --bf16"):
+        merged(tmp_path, {}, "--fp8")[0].check_float8(PRESETS["base"])

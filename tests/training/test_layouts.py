@@ -140,8 +140,8 @@ def check_all(store, expected, processes):
         if accumulation == 1 and stage >= 1:
             half = train(dataclasses.replace(config, bf16=True), state)
             compare(half, expected, case + " bf16", loss=0.02, norm=0.1, weight=None)
-            eighth = train(dataclasses.replace(config, bf16=True, fp8=True), shared)
-            compare(eighth, expected, case + " fp8", loss=0.02, norm=0.1, weight=None)
+            eight = train(dataclasses.replace(config, bf16=True, fp8=True), state if stage == 1 else shared)
+            compare(eight, expected, case + " fp8", loss=0.02, norm=0.1, weight=None)
             if half_precision_supported():
                 half = train(dataclasses.replace(config, fp16=True, deepspeed_config="fp16.json"), state)
                 compare(half, expected, case + " fp16", loss=0.01, norm=0.05, weight=None)
@@ -173,6 +173,8 @@ def check_parameters_that_do_not_stay(store, expected):
         )
         recomputing = dataclasses.replace(config, recompute_activations=True)
         compare(train(recomputing, state), expected, "ZeRO-3 recomputing", loss=1e-4, norm=1e-4, weight=2e-5)
+        eight = train(dataclasses.replace(recomputing, bf16=True, fp8=True), state)
+        compare(eight, expected, "ZeRO-3 recomputing fp8", loss=0.02, norm=0.1, weight=None)
 
 
 def check_templates(store, expected):
