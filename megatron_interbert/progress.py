@@ -23,8 +23,7 @@ class LogLines(tqdm):
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """One line to stderr."""
-        self.n = min(self.n, self.total) if self.total else self.n  # counts of ranks' shares can come out a little high
-        self.shown_at = self.n
+        self.shown_at = self._cap()
         print(msg or str(self), file=sys.stderr, flush=True)
 
     @classmethod
@@ -34,7 +33,12 @@ class LogLines(tqdm):
 
     def close(self) -> None:
         """The last figures, where earlier ones were shown."""
-        if not self.disable and getattr(self, "shown_at", self.n) != self.n:
+        if not self.disable and getattr(self, "shown_at", self.n) != self._cap():
             self.display()
         self.delay = float("inf")  # keeps tqdm from cleaning a line up that it did not write
         super().close()
+
+    def _cap(self) -> float:
+        """How much is done. Counts of ranks' shares, or of seconds, can come out a little high."""
+        self.n = min(self.n, self.total) if self.total else self.n
+        return self.n
