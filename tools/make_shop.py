@@ -73,8 +73,9 @@ def write_split(
         kinds = np.array([product.kind for product in made])
         for key, each in found.items():
             wanted_kind = np.isin(kinds, each.kinds)
-            some = [clicks.permutation(np.flatnonzero(which))[: SEEN // 2] for which in (wanted_kind, ~wanted_kind)]
-            for number in clicks.permutation(np.concatenate(some)):
+            fit = clicks.permutation(np.flatnonzero(wanted_kind))[: SEEN // 2]
+            other = clicks.permutation(np.flatnonzero(~wanted_kind))[: SEEN - len(fit)]
+            for number in clicks.permutation(np.concatenate([fit, other])):
                 product = made[number]
                 clicked = clicks.random() < 0.02 + 0.9 * each.appeal(product.kind, product.colour, product.place) ** 2
                 yield {
