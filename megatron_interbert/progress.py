@@ -21,6 +21,8 @@ def progress(iterable: Iterable[Any] | None = None, *, shown: bool = True, **set
 class LogLines(tqdm):
     """tqdm that ends its lines instead of writing over them."""
 
+    shown_at: float | None = None  # how much was done when the last line was written
+
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """One line to stderr."""
         self.shown_at = self._cap()
@@ -33,7 +35,7 @@ class LogLines(tqdm):
 
     def close(self) -> None:
         """The last figures, where earlier ones were shown."""
-        if not self.disable and getattr(self, "shown_at", self.n) != self._cap():
+        if not self.disable and self.shown_at not in (None, self._cap()):
             self.display()
         self.delay = float("inf")  # keeps tqdm from cleaning a line up that it did not write
         super().close()

@@ -1,7 +1,7 @@
 """Which kernel serves each operation: decided once at start from the device and `--kernels`, and printed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,12 +22,11 @@ class Kernels:
     embed_image: Callable[..., torch.Tensor] = plain.embed_image
     vocab_statistics: Callable[..., tuple[torch.Tensor, ...]] = plain.vocab_statistics
     vocab_gradient: Callable[..., torch.Tensor] = plain.vocab_gradient
-    products: PlainProducts = field(default_factory=PlainProducts)
+    products: type = PlainProducts
 
     def describe(self) -> str:
         """One line: operation=module.function of each."""
-        named = {name: type(one) if isinstance(one, PlainProducts) else one for name, one in vars(self).items()}
-        return ", ".join(f"{name}={one.__module__.rsplit('.', 1)[-1]}.{one.__name__}" for name, one in named.items())
+        return ", ".join(f"{name}={one.__module__.rsplit('.', 1)[-1]}.{one.__name__}" for name, one in vars(self).items())
 
 
 def choose_kernels(
@@ -42,7 +41,7 @@ def choose_kernels(
         raise UsageError(
             f"--fp8: {torch.cuda.get_device_name(device)} has no 8-bit products (Ada, Hopper and newer have); leave it out"
         )
-    return replace(kernels, products=Float8Products())
+    return replace(kernels, products=Float8Products)
 
 
 def _kernels_by_name(name: str, device: torch.device, attention_dropout: bool, deterministic: bool) -> Kernels:

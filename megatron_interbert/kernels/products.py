@@ -2,8 +2,8 @@
 
 In 8 bits each operand is divided by its own scale, so that its largest value is the largest of the format: e4m3 (4 bits of exponent, 3 of
 mantissa) for values and weights, e5m2 for gradients, which spread wider. Sums are float32, in the forward pass on Hopper those of the
-tensor cores, which hold less. Formats and their use as in
-Micikevicius et al., "FP8 formats for deep learning" (arXiv 2209.05433); scales are those of the tensor at hand, not of earlier steps.
+tensor cores, which hold less. Formats and their use as in Micikevicius et al., "FP8 formats for deep learning" (arXiv 2209.05433); scales
+are those of the tensor at hand, not of earlier steps.
 """
 
 from typing import Any
@@ -18,36 +18,38 @@ from megatron_interbert.config import FLOAT8_MULTIPLE
 class PlainProducts:
     """In the type of the operands: x [N, in], weight [out, in], bias [out], grad [N, out]."""
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    @staticmethod
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[N, out], with gradients by autograd."""
         return F.linear(x, weight, bias)
 
-    def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """[N, out], for a caller that makes the gradients itself."""
-        return F.linear(x, weight, bias)
-
-    def input_gradient(self, grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """[N, in]."""
         return grad @ weight
 
-    def weight_gradient(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """[out, in]."""
         return grad.t() @ x
 
 
-class Float8Products(PlainProducts):
+class Float8Products:
     """The same in 8 bits; results have the type of x. Sizes of weights are multiples of FLOAT8_MULTIPLE, N is any."""
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return _Float8Linear.apply(x, weight, bias, self)
+    @staticmethod
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, out], with gradients by autograd."""
+        return _Float8Linear.apply(x, weight, bias)
 
-    def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return scaled_product(quantise(x), quantise(weight), x.dtype, bias, fast=True)
-
-    def input_gradient(self, grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """[N, in]."""
         return scaled_product(quantise(grad, torch.float8_e5m2), quantise(weight, transposed=True), grad.dtype)
 
-    def weight_gradient(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """[out, in]."""
         if more := -len(x) % FLOAT8_MULTIPLE:  # here the sum runs over the tokens; empty ones add nothing
             grad, x = F.pad(grad, (0, 0, 0, more)), F.pad(x, (0, 0, 0, more))
         return scaled_product(quantise(grad, torch.float8_e5m2, transposed=True), quantise(x, transposed=True), x.dtype)
@@ -78,15 +80,12 @@ def scaled_product(
 
 class _Float8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, products: Float8Products
-    ) -> torch.Tensor:
-        ctx.products = products
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        return products.forward(x, weight, bias)
+        return scaled_product(quantise(x), quantise(weight), x.dtype, bias, fast=True)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         x, weight = ctx.saved_tensors
         grad_bias = grad.sum(dim=0) if ctx.needs_input_grad[2] else None
-        return ctx.products.input_gradient(grad, weight), ctx.products.weight_gradient(grad, x), grad_bias, None
+        return Float8Products.input_gradient(grad, weight), Float8Products.weight_gradient(grad, x), grad_bias

@@ -29,16 +29,16 @@ from megatron_interbert.parallel.collectives import (
 class Products(Protocol):
     """How a layer y = x W^T + b multiplies: x [N, in], weight [out, in], bias [out], grad [N, out]."""
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    @staticmethod
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[N, out], with gradients by autograd."""
 
-    def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """[N, out], for a caller that makes the gradients itself."""
-
-    def input_gradient(self, grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """[N, in]."""
 
-    def weight_gradient(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """[out, in]."""
 
 
@@ -95,7 +95,7 @@ class _ColumnLinear(torch.autograd.Function):
         if placement.shared:
             x, arrived = start_gather(x, placement.group)
             arrived.wait()
-        return products.forward(x, weight, bias)
+        return products.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, None, None]:

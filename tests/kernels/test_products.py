@@ -27,12 +27,12 @@ def whole(x: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> torch.Te
 def test_results_and_gradients(tokens: int, dtype: torch.dtype) -> None:
     x, weight, bias, grad = made(tokens, dtype, tokens)
     leaves = [leaf.clone().requires_grad_() for leaf in (x, weight, bias)]
-    result = Float8Products().linear(*leaves)
+    result = Float8Products.linear(*leaves)
     result.backward(grad)
     x8, weight8, grad8 = whole(x), whole(weight), whole(grad, torch.float8_e5m2)
     quantised = (x8 @ weight8.t() + bias.double(), grad8 @ weight8, grad8.t() @ x8, grad.double().sum(dim=0))
     unharmed = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    plain = PlainProducts().linear(*unharmed)
+    plain = PlainProducts.linear(*unharmed)
     plain.backward(grad.double())
     exact = (plain.detach(), *(leaf.grad for leaf in unharmed))
     for name, found, expected, true in zip(
@@ -69,13 +69,13 @@ def test_numbers_that_are_not_finite_are_not_hidden(wrong: float) -> None:
     x, weight, bias, grad = made(5, torch.bfloat16, 0)
     grad[2, 3] = wrong
     leaves = [leaf.requires_grad_() for leaf in (x, weight, bias)]
-    Float8Products().linear(*leaves).backward(grad)
+    Float8Products.linear(*leaves).backward(grad)
     assert not any(bool(leaf.grad.isfinite().all()) for leaf in leaves)
 
 
 def test_no_rows() -> None:
     x, weight = torch.zeros(0, IN, dtype=torch.bfloat16, requires_grad=True), made(1, torch.bfloat16, 0)[1].requires_grad_()
-    result = Float8Products().linear(x, weight)
+    result = Float8Products.linear(x, weight)
     assert result.shape == (0, OUT)
     result.sum().backward()
     assert x.grad.shape == (0, IN)

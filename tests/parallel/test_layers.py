@@ -39,8 +39,8 @@ def check_linear_pair(state):
     expected = F.linear(torch.tanh(F.linear(x, plain[0], plain[1])), plain[2])
     gradients = torch.autograd.grad((expected * weight).sum(), [x, *plain])
 
-    column = ColumnParallelLinear(8, 24, state.placement, PlainProducts(), activation=lambda y, b: torch.tanh(y + b)).double()
-    row = RowParallelLinear(24, 8, state.placement, PlainProducts()).double()
+    column = ColumnParallelLinear(8, 24, state.placement, PlainProducts, activation=lambda y, b: torch.tanh(y + b)).double()
+    row = RowParallelLinear(24, 8, state.placement, PlainProducts).double()
     with torch.no_grad():
         column.weight.copy_(slice_of(up, 0, state))
         column.bias.copy_(slice_of(bias, 0, state))
