@@ -22,6 +22,8 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   echo "environment ready"
 fi
 export PATH=$VENV/bin:$PATH
-if ! command -v nvidia-smi >/dev/null 2>&1; then
-  export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
-fi
+gpus=$(python -c 'from megatron_interbert.errors import run_entry
+from megatron_interbert.parallel.device import gpus
+run_entry(lambda: print(gpus()))') || exit
+# Else DeepSpeed says in each of its processes that it has found no GPU.
+[ "$gpus" != 0 ] || export DS_ACCELERATOR=cpu

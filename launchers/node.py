@@ -5,10 +5,11 @@
 
 torchrun ends with code 1 whatever its ranks end with, and it answers SIGTERM by ending them after 30 s. Here the code of the first
 rank that failed becomes the code of the node, so that Slurm can tell a preempted run (75) from a failed one (1) and from wrong use
-(2), and SIGTERM and SIGUSR1 go to the ranks, which save and end by themselves. SIGHUP goes to them when the process that has started
-this one (slurmstepd) dies, for Slurm would not notice.
+(2), and SIGTERM, SIGUSR1 and Ctrl-C go to the ranks, which save and end by themselves. SIGHUP goes to them when the process that has
+started this one (slurmstepd) dies, for Slurm would not notice.
 
-PROCESSES_PER_NODE is the number of ranks (default: the GPUs, else 1).
+It serves on a single machine too, without Slurm: PROCESSES_PER_NODE ranks (default: as many as there
+are GPUs, else 1) on the GPUs that CUDA_VISIBLE_DEVICES leaves, which `deepspeed --num_gpus` ignores.
 """
 
 import contextlib
@@ -23,18 +24,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import psutil
 
 from megatron_interbert.errors import UsageError, end_at_once, run_entry
-from megatron_interbert.parallel.launch import MEETING_SECONDS, meeting_place, node_name
-from megatron_interbert.signals import STOPPING, signal_at_parents_death, take_over
+from megatron_interbert.parallel.launch import (
+    MEETING_SECONDS,
+    free_port,
+    meeting_place,
+    node_name,
+)
+from megatron_interbert.signals import (
+    STOPPING,
+    killed_by,
+    signal_at_parents_death,
+    take_over,
+)
 
 
 def command(arguments: list[str]) -> list[str]:
-    """torchrun's command line for this node of the job."""
-    import torch
+    """Make torchrun's command line for this node of the job."""
+    from megatron_interbert.parallel.device import gpus  # torch takes seconds
 
     env = os.environ
-    master, port = meeting_place()
     nodes, node = env.get("SLURM_STEP_NUM_NODES", "1"), env.get("SLURM_NODEID", "0")
-    ranks = env.get("PROCESSES_PER_NODE") or str(torch.cuda.device_count() or 1)
+    if nodes == "1":
+        env.setdefault("MASTER_PORT", str(free_port()))
+    master, port = meeting_place()
+    ranks = env.get("PROCESSES_PER_NODE") or str(gpus() or 1)
     return [
         *("--nnodes", nodes, "--node-rank", node, "--nproc-per-node", ranks),
         *("--master-addr", master, "--master-port", port, "--rdzv-conf", f"timeout={MEETING_SECONDS}"),
@@ -64,8 +77,8 @@ def run() -> None:
     if os.environ.get("SLURM_NODEID", "0") == "0":
         print(f"on each node: torchrun {' '.join(words)}", flush=True)
     options = get_args_parser().parse_args(words)
-    options.signals_to_handle = "SIGINT,SIGQUIT"
-    take_over(STOPPING, pass_on)
+    options.signals_to_handle = "SIGQUIT"
+    take_over((*STOPPING, signal.SIGINT), pass_on)
     signal_at_parents_death(signal.SIGHUP)
     logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.CRITICAL)  # ranks say themselves why they end
     try:
@@ -73,8 +86,8 @@ def run() -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # unless they are killed
-            how = signal.Signals(-failure.exitcode).name
-            print(f"error: rank {rank} on {node_name()} (pid {failure.pid}) was killed by {how}", file=sys.stderr, flush=True)
+            how = killed_by(-failure.exitcode)
+            print(f"error: rank {rank} on {node_name()} (pid {failure.pid}) was {how}", file=sys.stderr, flush=True)
         os._exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
     except (DistError, TimeoutError) as error:
         text = str(error).strip().splitlines()[0]

@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # From nothing to a result in five to eight minutes on two cores: environment, generated sample corpus, pretraining with two
-# processes, zero-shot retrieval on unseen scenes. Safe to run again: what is done is not done twice.
+# processes (one where there is one GPU), zero-shot retrieval on unseen scenes. Safe to run again: what is done is not done twice.
 # STEPS and PROCESSES change the length of the training and the number of processes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launchers/environment.sh
 
 steps=${STEPS:-5000}
+processes=${PROCESSES:-$((gpus == 1 ? 1 : 2))}
+micro_batch=$((processes > 1 ? 64 / processes : 32))
 run=runs/sample
 [ -f sample_corpus/test/manifest.json ] || python tools/make_sample.py --output sample_corpus
 
-deepspeed --log_level error --num_gpus "${PROCESSES:-2}" launchers/pretrain.sh --model sample --data-path sample_corpus/train \
-  --valid-data-path sample_corpus/test --language en --train-iters "$steps" --micro-batch-size 32 --global-batch-size 64 \
+PROCESSES_PER_NODE=$processes python launchers/node.py launchers/pretrain.sh --model sample --data-path sample_corpus/train \
+  --valid-data-path sample_corpus/test --language en --train-iters "$steps" --micro-batch-size $micro_batch --global-batch-size 64 \
   --lr 2e-3 --lr-warmup-fraction 0.05 --adam-beta2 0.98 --no-msm-on-mismatched --num-workers 0 \
   --save "$run" --save-interval 1000 --eval-interval 500 --log-interval 100
 

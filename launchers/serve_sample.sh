@@ -7,16 +7,20 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . launchers/environment.sh
 
-steps=${STEPS:-12000} processes=${PROCESSES:-2}
+steps=${STEPS:-12000}
+processes=${PROCESSES:-$((gpus == 1 ? 1 : 2))}
 data=sample_shop runs=runs/shop_$steps
 [ -f $data/test/clicks.jsonl ] || python tools/make_shop.py --output $data
 [ -f $data/train/hard_images.npy ] || python tools/mine_neighbours.py $data/train
 
-LAUNCH_ARGS="--num_gpus $processes" launchers/pretrain_chinese.sh --micro-batch-size $((64 / processes)) --global-batch-size 64 \
+train() { # on the GPUs that are visible, else on the CPU
+  PROCESSES_PER_NODE=$processes python launchers/node.py "$@"
+}
+train launchers/pretrain_chinese.sh --micro-batch-size $((64 / processes)) --global-batch-size 64 \
   --train-iters "$steps" --save "$runs/pretrained" --save-interval 1000 --log-interval 200
 
 finetune() { # task, first weights, steps, peak learning rate, further flags
-  deepspeed --log_level error --num_gpus "$processes" launchers/finetune.sh "$1" --init-from "$2" --save "$runs/$1" --train-iters "$3" \
+  train launchers/finetune.sh "$1" --init-from "$2" --save "$runs/$1" --train-iters "$3" \
     --lr "$4" --lr-decay-style linear --adam-beta2 0.98 --micro-batch-size $((32 / processes)) --global-batch-size 32 --num-workers 0 \
     --data-path $data/train --valid-data-path $data/test --ema-decay 0 --log-interval 200 --eval-interval "$3" "${@:5}"
 }

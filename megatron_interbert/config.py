@@ -167,7 +167,10 @@ class TrainConfig(Flags):
     data_timeout: int = option(300, "seconds without a batch after which the loader is given up (a disk that hangs)")
     strict_boxes: bool = option(False, "refuse boxes outside the image instead of clipping them")
 
-    save_interval: int = option(0, "steps between checkpoints; 0: only at the end")
+    save_interval: int = option(0, "steps between checkpoints; default: by the clock; 0: only at the end")
+    save_interval_in_mins: float = option(
+        10.0, "minutes between checkpoints unless --save-interval is given; 0: only at the end"
+    )
     keep_last: int = option(2, "newest checkpoints to keep; 0: all")
     keep_every: int = option(0, "also keep those whose step is a multiple of this; 0: none")
     async_save: bool = option(True, "write checkpoints in the background; training waits only for the copy to host memory")
@@ -175,8 +178,8 @@ class TrainConfig(Flags):
     log_interval: int = option(10, "steps between log lines")
     tensorboard_dir: str = option("", "default: SAVE/tensorboard")
     peak_tflops: float = option(0.0, "dense peak of one device for MFU; default: looked up by the device's name")
-    exit_interval: int = option(0, "save and end after a step that is a multiple of this; the same command goes on; 0: never")
-    exit_duration_in_mins: float = option(0.0, "save and end after so many minutes; the same command goes on; 0: never")
+    exit_interval: int = option(0, "save and end after a step that is a multiple of this; the same command resumes; 0: never")
+    exit_duration_in_mins: float = option(0.0, "save and end after so many minutes; the same command resumes; 0: never")
     hang_timeout: int = option(300, "end the run when no rank moves for so many seconds, or 10 times what is usual; 0: never")
     print_launch: bool = option(False, "show which rank would run where, and end")
 
@@ -188,7 +191,7 @@ class TrainConfig(Flags):
     )
     NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (
         *("global_batch_size", "save_interval", "keep_last", "keep_every", "eval_interval", "num_workers"),
-        *("exit_interval", "exit_duration_in_mins", "hang_timeout"),
+        *("exit_interval", "exit_duration_in_mins", "hang_timeout", "save_interval_in_mins"),
     )
 
     def accumulation_steps(self, data_parallel_size: int) -> int:
@@ -205,6 +208,11 @@ class TrainConfig(Flags):
     def global_batch(self, data_parallel_size: int) -> int:
         """Samples per optimizer step over all ranks."""
         return self.micro_batch_size * data_parallel_size * self.accumulation_steps(data_parallel_size)
+
+    def minutes_between_saves(self) -> float:
+        """Minutes after which a checkpoint is due; 0 where only steps count."""
+        by_steps = "save_interval" in self.given and "save_interval_in_mins" not in self.given
+        return 0.0 if by_steps else self.save_interval_in_mins
 
     def milestones(self) -> list[float]:
         """The shares of --lr-milestones; UsageError unless they rise between 0 and 1."""

@@ -27,21 +27,34 @@ class TrainingStopped(RuntimeError):
     """Work that began well and cannot go on (gradients stay non-finite, a checkpoint cannot be written). Exit code 1."""
 
 
+PREEMPTED, INTERRUPTED = 75, 130  # exit codes: EX_TEMPFAIL of sysexits.h, and a shell's for SIGINT
+
+
 class Preempted(Exception):
-    """The machine is wanted back: all ranks have saved and end; the same command goes on. Exit code 75 (EX_TEMPFAIL of sysexits.h),
-    on which the Slurm scripts queue the job again."""
+    """All ranks have ended for a signal, after saving where there is a --save.
+
+    Exit code 75, on which the Slurm scripts queue the job again; 130 after Ctrl-C.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.code = exit_code(number)
 
 
-PREEMPTED = 75
+def exit_code(number: int) -> int:
+    """Choose the exit code of a process that ends for a signal."""
+    return INTERRUPTED if number == signal.SIGINT else PREEMPTED
 
 
 def end_at_once(number: int, frame: FrameType | None = None) -> None:
-    """The answer to a signal where nothing needs to be saved: before a run has begun, or where all that is finished lies on disk.
+    """Answer a signal where nothing needs to be saved: before a run has begun, or where all that is
+    finished lies on disk.
 
     It goes past Python's own end, for a second signal may come at any moment.
     """
-    os.write(2, f"{signal.Signals(number).name}: ended; the same command goes on\n".encode())
-    os._exit(PREEMPTED)
+    name = signal.Signals(number).name
+    os.write(2, f"{name}: ended; the same command starts again or resumes\n".encode())
+    os._exit(exit_code(number))
 
 
 def run_entry(main: Callable[[], None]) -> None:
@@ -62,21 +75,22 @@ def run_entry(main: Callable[[], None]) -> None:
         # Not sys.exit: destructors of process groups and loader workers may wait for ranks that are already gone.
         sys.stdout.flush()
         os._exit(2 if isinstance(error, UsageError) else 1)
-    except Preempted:
+    except Preempted as reason:
         sys.stdout.flush()
-        os._exit(PREEMPTED)
+        os._exit(reason.code)
     except RuntimeError as error:
         if not any(text in str(error) for text in ("Connection closed by peer", "Connection reset by peer")):
             raise
-        print(f"rank {os.environ.get('RANK')}: another rank has gone; its message says why", file=sys.stderr, flush=True)
+        print(
+            f"rank {os.environ.get('RANK')}: lost the connection to another rank, which has ended;"
+            " if no line says why, it was killed: did memory run out?",
+            file=sys.stderr,
+            flush=True,
+        )
         time.sleep(5)  # launchers report the first exit code they see: let it be that of the rank with the reason
         os._exit(1)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print(
-                "\nstopped; the same command goes on from what was saved",
-                file=sys.stderr,
-                flush=True,
-            )
+            print("\ninterrupted", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(130)
+        os._exit(INTERRUPTED)

@@ -6,8 +6,9 @@ from typing import Any
 from megatron_interbert.command_line import parse_task
 from megatron_interbert.errors import end_at_once, run_entry
 from megatron_interbert.parallel.agreement import check_alike
+from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.launch import read_launch
-from megatron_interbert.parallel.state import ParallelState, this_device
+from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.signals import STOPPING, take_over
 from megatron_interbert.task_config import (
     EvaluateConfig,

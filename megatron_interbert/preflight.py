@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +26,10 @@ from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.kernels.choice import choose_kernels
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
+from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.rng import RandomStreams
-from megatron_interbert.parallel.state import ParallelState, this_device
+from megatron_interbert.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
 from megatron_interbert.progress import progress
 from megatron_interbert.tasks.parts import fitted_sizes, open_stores, vocabulary_of_run
 from megatron_interbert.tasks.pretraining import PretrainingTask
@@ -187,7 +187,7 @@ def check_nodes(config: PreflightConfig) -> None:
         print(table, flush=True)
     if wrong:
         raise UsageError(f"preflight: the machines do not fit together: {'; '.join(wrong)}")
-    patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
+    patient = torch.distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     code = 0
     if state.is_main:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}

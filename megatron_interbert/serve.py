@@ -8,7 +8,7 @@ import uvicorn
 
 from megatron_interbert.command_line import parse
 from megatron_interbert.errors import UsageError, run_entry
-from megatron_interbert.parallel.state import this_device
+from megatron_interbert.parallel.device import this_device
 from megatron_interbert.serving.app import make_app
 from megatron_interbert.serving.start import open_models, open_service
 from megatron_interbert.task_config import ServeConfig

@@ -25,7 +25,8 @@ from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.errors import TrainingStopped, UsageError, run_entry
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert, InterBertOutput
-from megatron_interbert.parallel.state import ParallelState, this_device
+from megatron_interbert.parallel.device import this_device
+from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
 from megatron_interbert.task_config import GlueConfig
 from megatron_interbert.tasks.glue import glue_job, labels_of

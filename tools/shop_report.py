@@ -23,7 +23,8 @@ from megatron_interbert.data.downstream.product_search import read_queries
 from megatron_interbert.data.downstream.recommendation import Clicks, read_clicks, read_topics
 from megatron_interbert.data.downstream.records import read_records
 from megatron_interbert.errors import UsageError, run_entry
-from megatron_interbert.parallel.state import ParallelState, this_device
+from megatron_interbert.parallel.device import this_device
+from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
 from megatron_interbert.task_config import EvaluateProductSearchConfig
 from megatron_interbert.tasks.item_scorer import ItemScorer, catalogue_of

@@ -169,14 +169,14 @@ class LoaderProcess:
             return local(
                 TrainingStopped(
                     f"loader process {self.number} (pid {self.process.pid}) has given no batch for {timeout:g} s: the disk of the region"
-                    " store hangs or is far too slow; the same command goes on from the newest checkpoint (--data-timeout changes this)"
+                    " store hangs or is far too slow (--data-timeout changes the limit)"
                 )
             )
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         return local(
             TrainingStopped(
                 f"loader process {self.number} (pid {self.process.pid}) {how}; memory may have run out: lower --num-workers or"
-                " --micro-batch-size; the same command goes on from the newest checkpoint"
+                " --micro-batch-size"
             )
         )
 

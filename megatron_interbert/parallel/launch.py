@@ -30,25 +30,63 @@ class Launch:
         return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
     @property
+    def on_one_machine(self) -> bool:
+        """Whether `deepspeed` has started all ranks as children of one process of this machine."""
+        return self.launcher == "deepspeed" and self.local_size == self.world_size
+
+    @property
     def attempt(self) -> str:
         """Tells the processes of this start from those of one before on the same store."""
         return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
-def read_launch() -> Launch:
-    """The launch of this process; sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which libraries look at.
+@dataclass(frozen=True)
+class LocalPlace:
+    """The number of a process among the `size` of its machine, and whether it sees all devices there."""
 
-    deepspeed and torchrun set them; under a plain `srun` they come from Slurm; otherwise this is a single process. UsageError for
-    values that make no sense.
+    rank: int
+    size: int
+    sees_all_devices: bool
+
+
+def local_place() -> LocalPlace:
+    """Read where this process stands on its machine; changes nothing.
+
+    deepspeed and torchrun show all devices to each of their processes. srun, mpirun and scripts may
+    show one to each.
+    """
+    slurm = _by_srun() and "LOCAL_RANK" not in os.environ
+    rank = _number("SLURM_LOCALID" if slurm else "LOCAL_RANK", 0)
+    size = _number("LOCAL_WORLD_SIZE", _number("LOCAL_SIZE", 1))
+    return LocalPlace(rank, size, read_launcher() in ("deepspeed", "torchrun"))
+
+
+def read_launcher() -> str:
+    """Name what has started this process: torchrun, deepspeed, srun or python."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "torchrun"
+    if "CROSS_RANK" in os.environ:
+        return "deepspeed"
+    return "srun" if _by_srun() else "python"
+
+
+def _by_srun() -> bool:
+    """Whether this is one of several tasks of a step; a batch script has SLURM_NTASKS, and is one."""
+    return _number("SLURM_STEP_NUM_TASKS", 1) > 1
+
+
+def read_launch() -> Launch:
+    """Read the launch of this process, and set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+    MASTER_PORT, which libraries look at.
+
+    deepspeed and torchrun set them; under a plain `srun` they come from Slurm; otherwise this is a
+    single process. UsageError for variables that make no sense.
     """
     env = os.environ
-    by_srun = _number("SLURM_STEP_NUM_TASKS", 1) > 1  # of a step: a batch script has SLURM_NTASKS, and is one process
-    launcher = (
-        "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed" if "CROSS_RANK" in env else "srun" if by_srun else "python"
-    )
+    launcher = read_launcher()
     if "RANK" in env and "WORLD_SIZE" in env:
         pass  # as they say
-    elif by_srun:
+    elif launcher == "srun":
         env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
         env.setdefault("LOCAL_WORLD_SIZE", _first(env.get("SLURM_STEP_TASKS_PER_NODE", "1")))
         env["MASTER_ADDR"], env["MASTER_PORT"] = meeting_place()
@@ -62,9 +100,16 @@ def read_launch() -> Launch:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not env.get(name):
             raise UsageError(f"{name} is not set, so {ranks} processes cannot meet; start them by deepspeed, torchrun or sbatch")
-    local_size = _number("LOCAL_WORLD_SIZE", _number("LOCAL_SIZE", 1))
+    place = local_place()
     return Launch(
-        launcher, rank, ranks, _number("LOCAL_RANK", 0), local_size, node_name(), env["MASTER_ADDR"], _number("MASTER_PORT", 0)
+        launcher,
+        rank,
+        ranks,
+        place.rank,
+        place.size,
+        node_name(),
+        env["MASTER_ADDR"],
+        _number("MASTER_PORT", 0),
     )
 
 

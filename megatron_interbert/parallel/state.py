@@ -1,15 +1,19 @@
 """The data-parallel and tensor-parallel groups; the object is handed to DeepSpeed as its `mpu`."""
 
 import copy
-import os
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_interbert.errors import UsageError
+from megatron_interbert.parallel.device import this_device as this_device  # part of this interface
 from megatron_interbert.parallel.launch import node_name
 from megatron_interbert.parallel.placement import Placement
+
+# The watchdog ends a run that hangs, and says why: no collective may give up before it does.
+COLLECTIVE_TIMEOUT = timedelta(days=1)
 
 
 class ParallelState:
@@ -40,12 +44,12 @@ class ParallelState:
     def _make_groups(self) -> None:
         for first in range(0, self.world_size, self.tensor_size):  # every rank takes part in making every group
             ranks = list(range(first, first + self.tensor_size))
-            group = dist.new_group(ranks)
+            group = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)
             if self.rank in ranks:
                 self.tensor_group = group
         for first in range(self.tensor_size):
             ranks = list(range(first, self.world_size, self.tensor_size))
-            group = dist.new_group(ranks)
+            group = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)
             if self.rank in ranks:
                 self.data_group = group
 
@@ -115,19 +119,3 @@ class ParallelState:
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         return self._data_ranks
-
-
-def this_device() -> torch.device:
-    """The GPU of this process's local rank, else the CPU. UsageError where there are more ranks than GPUs."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if there == 1 and "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
-        number = 0  # srun --gpus-per-task=1 shows each task its own GPU only
-    if number >= there:
-        raise UsageError(
-            f"local rank {number} has no GPU: {node_name()} shows {there} of them; start as many ranks as there are GPUs"
-        )
-    device = torch.device("cuda", number)
-    torch.cuda.set_device(device)
-    return device

@@ -16,7 +16,6 @@ import subprocess
 import threading
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,7 +26,7 @@ import torch.distributed as dist
 from megatron_interbert.config import ModelConfig, TrainConfig
 from megatron_interbert.errors import TrainingStopped
 from megatron_interbert.model.partition import full_shape
-from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.fragments import FragmentedState
 from megatron_interbert.training.resume import changed_settings, check_same_run, partial_folder, set_aside
@@ -99,8 +98,11 @@ class Checkpoints:
         self._problem: str | None = None
         self._failures = 0
         self._messages: list[str] = []
+        self.newest: Path | None = None  # that a run with this --save or --load resumes from
         # Threads that write must not share the groups on which training communicates.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=2)) if state.world_size > 1 else None
+        self._group = None
+        if state.world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
     def save(self, engine: Engine, progress: Progress) -> None:
         """Copy the state and start to write it; waits for the save before. TrainingStopped when saves keep failing."""
@@ -121,8 +123,8 @@ class Checkpoints:
         self._failures = self._failures + 1 if self._problem else 0
         if self._failures > allowed:
             raise TrainingStopped(
-                f"{self.config.save}: the checkpoint cannot be written ({self._problem}); make room there and start the same"
-                " command again: it goes on from the newest checkpoint"
+                f"{self.config.save}: the checkpoint cannot be written ({self._problem});"
+                " make room there and give the same command again"
             )
 
     def writing(self) -> bool:
@@ -151,7 +153,7 @@ class Checkpoints:
                 buffer.copy_(tensor, non_blocking=True)
                 files[file][key] = buffer.view(fragment.shape) if whole else buffer
                 pieces[file][key] = (fragment.start, fragment.shape)
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return Snapshot(progress.step, files, pieces, self._manifest(engine, training_state, progress))
 
@@ -203,6 +205,7 @@ class Checkpoints:
         if self._problem:
             self._messages.append(f"checkpoint {final} could not be written: {self._problem}; the one before is untouched")
         else:
+            self.newest = final
             stall, total = copied - started, time.monotonic() - started
             self._messages.append(f"saved {final} (training waited {stall:.2f} s, on disk after {total:.2f} s)")
 
@@ -262,6 +265,7 @@ class Checkpoints:
             if before != now:
                 print(f"resharding {path.name}: {before} -> {now}", flush=True)
         FragmentedState(engine).fill(reader, manifest["training_state"])
+        self.newest = path
         best = manifest.get("best", {})
         if best.get("metric", self.metric) != self.metric:  # figures of another kind do not compare
             best = {}

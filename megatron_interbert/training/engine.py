@@ -1,6 +1,7 @@
 """The DeepSpeed engine around a model: one way to step for every ZeRO stage and precision."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -39,8 +40,15 @@ class Engine:
         if self.bare:
             self.deepspeed_config["gradient_clipping"] = 0.0
         optimizer = build_optimizer(parameter_groups(model, config, pretrained), config)
+        device = next(model.parameters()).device
         self.deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=self.deepspeed_config, mpu=state, dist_init_required=False
+            # Else it takes LOCAL_RANK for the number of the GPU, which is 0 where a process sees one.
+            args=SimpleNamespace(device_rank=device.index or 0),
+            model=model,
+            optimizer=optimizer,
+            config=self.deepspeed_config,
+            mpu=state,
+            dist_init_required=False,
         )
         if self.bare and state.data_size == 1:  # nothing to sum: else gradients would be copied into a bucket and back
             self.deepspeed.enable_backward_allreduce = False

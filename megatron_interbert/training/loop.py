@@ -58,59 +58,92 @@ class Trainer:
 
         Preempted after a signal, with everything saved.
         """
-        config = self.config
-        self.make_up_for_evaluation()
-        step = self.progress.step
-        last = step if self.out_of_patience() else config.train_iters
-        if step >= last:
-            self.writer.say(f"already at step {step} of {last}: nothing to train")
         try:
-            while self.progress.step < last:
-                self.train_step()
-                step = self.progress.step
-                self.writer.advance()
-                due = self.progress.owes_evaluation = self.evaluation_is_due(step, last)
-                if self.stopping.agreed(step):
-                    last = step
-                if step % config.log_interval == 0 or step == last:
-                    self.log()
-                pause = time.monotonic()
-                best = due and not self.stopping.urgent and self.evaluate()
-                if self.stopping.reason:
-                    last = step  # it may have come in the evaluation
-                    self.say_why(self.stopping.reason)
-                elif self.out_of_patience():
-                    self.writer.say(
-                        f"step {step}: {self.progress.stale} evaluations without a better {self.checkpoints.metric}: the run ends"
-                    )
-                    last = step
-                if config.save and (best or (config.save_interval and step % config.save_interval == 0) or step == last):
-                    self.watchdog.enter("save", step)
-                    self.checkpoints.save(self.engine, self.progress)
-                self.window_started += time.monotonic() - pause  # rates are those of training alone
-                self.say_what_was_saved()
+            self.run_steps()
             self.checkpoints.wait()
         except (TrainingStopped, UsageError):
-            self.checkpoints.wait(allowed=1)  # the newest checkpoint must not be lost to the reason for which the run ends
+            # The newest checkpoint must not be lost to the reason for which the run ends.
+            self.checkpoints.wait(allowed=1)
             raise
         finally:
             self.say_what_was_saved()
+            self.say_how_to_resume()
             self.writer.close()
+
         self.watchdog.close()
-        if self.stopping.preempted and self.progress.step < config.train_iters:
-            if not config.save:
-                raise TrainingStopped("stopped by a signal, and without --save nothing could be kept")
-            raise Preempted
+        if self.stopping.signal and not self.complete:
+            raise Preempted(self.stopping.signal)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all steps of the run are done."""
+        return self.progress.step >= self.config.train_iters or self.out_of_patience()
+
+    def run_steps(self) -> None:
+        """Train step by step until the run is complete or all ranks agree to stop."""
+        self.make_up_for_evaluation()
+        if self.complete:
+            step, last = self.progress.step, self.config.train_iters
+            self.writer.say(f"already at step {step} of {last}: nothing to train")
+
+        ended = self.complete
+        while not ended:
+            self.train_step()
+            step = self.progress.step
+            self.writer.advance()
+
+            due = self.progress.owes_evaluation = self.evaluation_is_due(step)
+            ended = bool(self.stopping.agreed(step)) or self.complete
+            if step % self.config.log_interval == 0 or ended:
+                self.log()
+
+            pause = time.monotonic()
+            best = due and not self.stopping.urgent and self.evaluate()
+            if self.out_of_patience():
+                self.say_out_of_patience()
+            ended = ended or bool(self.stopping.reason) or self.complete  # also in the evaluation
+            if best or ended or self.save_is_due(step):
+                self.save()
+            self.window_started += time.monotonic() - pause  # rates are those of training alone
+            self.say_what_was_saved()
+
+    def save_is_due(self, step: int) -> bool:
+        """Whether a checkpoint belongs after this step, by --save-interval or by the clock."""
+        interval = self.config.save_interval
+        return self.stopping.save_is_due or bool(interval and step % interval == 0)
+
+    def save(self) -> None:
+        """Begin a checkpoint of this step, where --save is given."""
+        if not self.config.save:
+            return
+        self.watchdog.enter("save", self.progress.step)
+        self.checkpoints.save(self.engine, self.progress)
+        self.stopping.saved()
 
     def make_up_for_evaluation(self) -> None:
         """The evaluation for which the run that is gone on with had no time: what is best and when to stop early must not depend on it."""
         if self.progress.owes_evaluation and self.evaluation and self.evaluate():
             self.checkpoints.point_to_best(self.progress)
 
-    def say_why(self, reason: str) -> None:
-        """The line of a run that ends before its time."""
-        left = "; its evaluation is left for then" if self.progress.owes_evaluation else ""
-        self.writer.say(f"step {self.progress.step}: {reason}, the run ends here; the same command goes on{left}")
+    def say_out_of_patience(self) -> None:
+        """The line of a run that stops early, as its task asks."""
+        step, stale = self.progress.step, self.progress.stale
+        metric = self.checkpoints.metric
+        self.writer.say(f"step {step}: {stale} evaluations without a better {metric}: the run ends")
+
+    def say_how_to_resume(self) -> None:
+        """The last line of a run that ends before its time: which checkpoint stands for it."""
+        newest = self.checkpoints.newest
+        if self.complete or not (self.stopping.reason or newest):
+            return
+        reason = f"stopped after step {self.progress.step}"
+        if self.stopping.reason:
+            reason += f" ({self.stopping.reason})"
+        if newest is None:
+            self.writer.say(reason)
+        else:
+            left = " and makes up for its evaluation" if self.progress.owes_evaluation else ""
+            self.writer.say(f"{reason}; the same command resumes from {newest}{left}")
 
     def say_what_was_saved(self) -> None:
         """The lines of saves that have ended in the background."""
@@ -203,9 +236,11 @@ class Trainer:
         self.flops, self.tokens, self.data_wait, self.steps_in_window, self.skipped = 0.0, 0, 0.0, 0, 0
         self.window_started = time.monotonic()
 
-    def evaluation_is_due(self, step: int, last: int) -> bool:
-        """Every --eval-interval steps and at the end."""
-        return bool(self.evaluation and self.config.eval_interval) and (step % self.config.eval_interval == 0 or step == last)
+    def evaluation_is_due(self, step: int) -> bool:
+        """Whether there is one to make: every --eval-interval steps and at the end."""
+        if not self.evaluation or not self.config.eval_interval:
+            return False
+        return step == self.config.train_iters or step % self.config.eval_interval == 0
 
     def evaluate(self) -> bool:
         """Figures on unseen samples, unless it is given up for a stop; whether they are the best so far by the job's metric."""

@@ -27,7 +27,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.signals import identity
+from megatron_interbert.signals import exit_status, identity, killed_by
 
 ROOM = {"start": 4, "data": 1, "step": 1, "evaluation": 4, "save": 4}  # times `least`; in the order in which a step meets them
 LEARNED = 10  # times the longest so far
@@ -165,6 +165,19 @@ class Watchdog:
         os._exit(1)
 
 
+def how_it_ended(who: str, when: str, pid: int, name: str) -> str:
+    """Say how a rank has come to its end, as far as this machine can tell.
+
+    `name` is its identity: nothing is known of processes of other machines.
+    """
+    code = exit_status(pid, name)
+    if code is None:
+        return f"{who} has gone {when}; if it has said nothing, it was killed: did memory run out?"
+    if code < 0:
+        return f"{who} (pid {pid}) was {killed_by(-code)} {when}"
+    return f"{who} (pid {pid}) has ended with code {code} {when}; its message says why"
+
+
 def doing(phase: str, step: int) -> str:
     """A phase in words."""
     return {
@@ -181,6 +194,7 @@ class Connection:
 
     def __init__(self, meeting: dict[str, Any], state: ParallelState) -> None:
         address = "127.0.0.1" if state.is_main else os.environ["MASTER_ADDR"]
+        self._rank_0 = meeting["pid"], meeting["identity"]
         try:
             self.socket = socket.create_connection((address, meeting["port"]), timeout=20)
         except OSError as error:
@@ -213,7 +227,10 @@ class Connection:
         for message in self._received():
             if message:  # an empty one only says that rank 0 is alive
                 return message
-        return {"gone": "rank 0 has gone; its message says why"} if self.broken else None
+        if not self.broken:
+            return None
+        when = f"while this rank was in {doing(pulse.phase, pulse.step)}"
+        return {"gone": how_it_ended("rank 0", when, *self._rank_0)}
 
     def _received(self) -> list[dict[str, Any]]:
         try:
@@ -237,7 +254,12 @@ class Hub:
         self.limit = limit
         self.server = socket.create_server(("", 0), backlog=ranks)
         self.server.setblocking(False)
-        self.meeting = {"port": self.server.getsockname()[1], "token": secrets.token_hex(16)}
+        self.meeting = {
+            "port": self.server.getsockname()[1],
+            "token": secrets.token_hex(16),
+            "pid": os.getpid(),
+            "identity": identity(os.getpid()),
+        }
         self._lines: dict[socket.socket, bytes] = {}
         self._rank_of: dict[socket.socket, int] = {}
         self.seen: dict[int, Seen] = {}
@@ -308,7 +330,10 @@ class Hub:
         connection.close()
         del self._lines[connection]
         seen = self.seen.pop(rank, None) if (rank := self._rank_of.pop(connection, None)) is not None else None
-        return {"gone": f"rank {rank} on {seen.node} has died during {doing(seen.phase, seen.step)}"} if seen else None
+        if seen is None:
+            return None
+        when = f"during {doing(seen.phase, seen.step)}"
+        return {"gone": how_it_ended(f"rank {rank} on {seen.node}", when, seen.pid, seen.identity)}
 
     def _judge(self, now: float) -> dict[str, Any] | None:
         """A verdict when no rank has moved within its limit."""

@@ -26,7 +26,8 @@ from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
 from megatron_interbert.model.pair_scorer import PairScorer
 from megatron_interbert.model.presets import fit_to_data, load_model_config
 from megatron_interbert.model.transformer import TransformerLayer
-from megatron_interbert.parallel.state import ParallelState, this_device
+from megatron_interbert.parallel.device import this_device
+from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pair_tiles import Pairs, score_block
 from megatron_interbert.tasks.retrieval import choose_pairs
 from tools.benchmarks.data import captions_for

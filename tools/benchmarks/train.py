@@ -25,8 +25,8 @@ from megatron_interbert.kernels import plain
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
 from megatron_interbert.model.flops import training_flops
 from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.launch import free_port
-from megatron_interbert.parallel.state import this_device
 from megatron_interbert.progress import progress
 from megatron_interbert.training.metrics import peak_tflops
 from megatron_interbert.training.processes import aligned, start_processes

@@ -1,0 +1,109 @@
+"""Which device this process computes on: decided here, by the rule that DeepSpeed follows too.
+
+DS_ACCELERATOR=cpu or cuda decides where it is set, else whether torch sees a GPU (of AMD as well:
+torch calls those cuda). `check_deepspeed` holds DeepSpeed's own choice against ours.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+from megatron_interbert.errors import UsageError
+from megatron_interbert.parallel.launch import local_place, node_name
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+ACCELERATOR = "DS_ACCELERATOR"
+
+
+def gpus() -> int:
+    """Count the GPUs that this process may use; 0 means that it computes on the CPU.
+
+    UsageError where DS_ACCELERATOR names a device that is not there, or one that we do not know.
+    """
+    asked = os.environ.get(ACCELERATOR, "")
+    if asked not in ("", "cpu", "cuda"):
+        raise UsageError(
+            f"{ACCELERATOR} is '{asked}', expected cpu or cuda (which stands for AMD's GPUs too);"
+            " unset it to take the GPUs that torch sees, else the CPU"
+        )
+    if asked == "cpu":
+        return 0
+
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "cuda" and not there:
+        reason = why_no_gpu() or "there is none on this machine"
+        raise UsageError(
+            f"{ACCELERATOR} is cuda, but torch {torch.__version__} sees no GPU on {node_name()}"
+            f" ({reason}); unset it, or set it to cpu, to train on the CPU"
+        )
+    return there
+
+
+def this_device() -> torch.device:
+    """Choose the GPU of this process's local rank, else the CPU, and make it torch's current device.
+
+    Where a launcher shows each process a GPU of its own (srun --gpus-per-task=1), that is number 0
+    for all of them. UsageError, the same on all ranks of a machine, where these are more than its
+    GPUs.
+    """
+    there = gpus()
+    if not there:
+        return torch.device("cpu")
+
+    place = local_place()
+    one_each = there == 1 and not place.sees_all_devices
+    number = 0 if one_each else place.rank
+    if not one_each and max(place.size, number + 1) > there:
+        raise UsageError(
+            f"{max(place.size, number + 1)} processes on {node_name()}, but torch sees {there}"
+            f" GPU{'s' * (there > 1)} there; start {there} (deepspeed --num_gpus {there}, torchrun"
+            f" --nproc-per-node {there}), or set {ACCELERATOR}=cpu to train on the CPU"
+        )
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
+
+
+def gpu_identity(device: torch.device) -> str:
+    """Name the physical GPU behind a device, whatever number it has here; empty for the CPU."""
+    if device.type != "cuda":
+        return ""
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+
+
+def why_no_gpu() -> str:
+    """Say why torch sees no GPU on a machine that seems to have one; empty where nothing is odd."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None:
+        return f"CUDA_VISIBLE_DEVICES is '{hidden}'"
+    if not NVIDIA_DRIVER.exists():
+        return ""
+    if torch.version.cuda is None:
+        return "it has an NVIDIA driver, but this torch is a build for CPUs"
+    return f"its NVIDIA driver does not serve CUDA {torch.version.cuda}, which this torch is built for"
+
+
+def unused_gpu_note() -> str:
+    """A line for a user whose GPU will stay idle without being asked to; empty where all is well."""
+    if os.environ.get(ACCELERATOR) or "CUDA_VISIBLE_DEVICES" in os.environ or gpus():
+        return ""
+    reason = why_no_gpu()
+    if not reason:
+        return ""
+    return (
+        f"note: training on the CPU of {node_name()}: {reason} (torch {torch.__version__});"
+        f" install a build of torch that fits, or set {ACCELERATOR}=cpu if this is meant"
+    )
+
+
+def check_deepspeed(device: torch.device) -> None:
+    """Raise UsageError where DeepSpeed has chosen another kind of device than we have."""
+    from deepspeed.accelerator import get_accelerator
+
+    theirs = get_accelerator().device_name()
+    if theirs != device.type:
+        raise UsageError(
+            f"DeepSpeed would use '{theirs}' on {node_name()}, we use '{device.type}';"
+            f" set {ACCELERATOR}={device.type} before the start"
+        )
