@@ -27,23 +27,19 @@ class TrainingStopped(RuntimeError):
     """Work that began well and cannot go on (gradients stay non-finite, a checkpoint cannot be written). Exit code 1."""
 
 
-PREEMPTED, INTERRUPTED = 75, 130  # exit codes: EX_TEMPFAIL of sysexits.h, and a shell's for SIGINT
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the Slurm scripts queue the job again
+INTERRUPTED = 128 + signal.SIGINT
 
 
-class Preempted(Exception):
+class StoppedBySignal(Exception):
     """All ranks have ended for a signal, after saving where there is a --save.
 
-    Exit code 75, on which the Slurm scripts queue the job again; 130 after Ctrl-C.
+    Exit code 75 for a run that has saved; otherwise, and after Ctrl-C, a shell's code of the signal.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, saved: bool) -> None:
         super().__init__(signal.Signals(number).name)
-        self.code = exit_code(number)
-
-
-def exit_code(number: int) -> int:
-    """Choose the exit code of a process that ends for a signal."""
-    return INTERRUPTED if number == signal.SIGINT else PREEMPTED
+        self.code = PREEMPTED if saved and number != signal.SIGINT else 128 + number
 
 
 def end_at_once(number: int, frame: FrameType | None = None) -> None:
@@ -54,7 +50,7 @@ def end_at_once(number: int, frame: FrameType | None = None) -> None:
     """
     name = signal.Signals(number).name
     os.write(2, f"{name}: ended; the same command starts again or resumes\n".encode())
-    os._exit(exit_code(number))
+    os._exit(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
 
 
 def run_entry(main: Callable[[], None]) -> None:
@@ -75,7 +71,7 @@ def run_entry(main: Callable[[], None]) -> None:
         # Not sys.exit: destructors of process groups and loader workers may wait for ranks that are already gone.
         sys.stdout.flush()
         os._exit(2 if isinstance(error, UsageError) else 1)
-    except Preempted as reason:
+    except StoppedBySignal as reason:
         sys.stdout.flush()
         os._exit(reason.code)
     except RuntimeError as error:

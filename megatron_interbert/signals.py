@@ -49,7 +49,7 @@ def exit_status(pid: int, name: str, patience: float = 0.5) -> int | None:
         with contextlib.suppress(OSError):
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
             status = int(fields[EXIT_STATUS])
-            if fields[0] == "Z":
+            if fields[0] == "Z" or status:
                 return -(status & 0x7F) if status & 0x7F else status >> 8
         if time.monotonic() > deadline:
             break

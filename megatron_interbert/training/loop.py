@@ -8,7 +8,7 @@ import torch
 
 from megatron_interbert.config import ModelConfig, TrainConfig
 from megatron_interbert.data.packing import PackedBatch
-from megatron_interbert.errors import Preempted, TrainingStopped, UsageError
+from megatron_interbert.errors import StoppedBySignal, TrainingStopped, UsageError
 from megatron_interbert.model.flops import training_flops
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
@@ -56,7 +56,7 @@ class Trainer:
     def train(self) -> None:
         """Run to --train-iters, or until all ranks agree to stop, saving and evaluating on the way.
 
-        Preempted after a signal, with everything saved.
+        StoppedBySignal after a signal, with everything saved.
         """
         try:
             self.run_steps()
@@ -72,7 +72,7 @@ class Trainer:
 
         self.watchdog.close()
         if self.stopping.signal and not self.complete:
-            raise Preempted(self.stopping.signal)
+            raise StoppedBySignal(self.stopping.signal, saved=bool(self.config.save))
 
     @property
     def complete(self) -> bool:

@@ -13,6 +13,7 @@ import faulthandler
 import json
 import os
 import secrets
+import select
 import selectors
 import signal
 import socket
@@ -130,7 +131,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def _until_the_end(self) -> None:
-        while not self._ended.wait(BEAT):
+        while not self._pause():
             pulse, now = self._pulse, time.monotonic()
             # For a main thread that hangs without giving up Python's lock, so that this thread does not run either.
             faulthandler.dump_traceback_later(pulse.limit + 60, exit=True)
@@ -147,6 +148,13 @@ class Watchdog:
                                    " its process is stopped, or its machine is gone"}  # fmt: skip
             if verdict and not self._ended.is_set():
                 self._end(verdict)
+
+    def _pause(self) -> bool:
+        """Wait for the next beat, or until rank 0 says something; whether nothing is watched any more."""
+        if self._connection is not None:
+            select.select([self._connection.socket], [], [], BEAT)
+            return self._ended.is_set()
+        return self._ended.wait(BEAT)
 
     def _end(self, verdict: dict[str, Any]) -> None:
         where = f"rank {self.state.rank} on {self.state.node}"

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
+from megatron_interbert.config import RunConfig
 from megatron_interbert.signals import STOPPING
 from megatron_interbert.training import stopping
 
@@ -14,10 +15,11 @@ from megatron_interbert.training import stopping
 @pytest.fixture
 def stop(monkeypatch):
     """The vote of one rank of two, of which the other never wants to end; the signals' handlers are given back."""
-    before = {number: signal.getsignal(number) for number in STOPPING}
-    monkeypatch.setattr(dist, "new_group", lambda backend: backend)
+    before = {number: signal.getsignal(number) for number in (*STOPPING, signal.SIGINT)}
+    monkeypatch.setattr(dist, "new_group", lambda backend, timeout: backend)
     monkeypatch.setattr(stopping, "read_launch", lambda: SimpleNamespace(launcher="python"))
-    yield stopping.Stopping(SimpleNamespace(exit_duration_in_mins=0, exit_interval=0), SimpleNamespace(world_size=2))
+    monkeypatch.setattr(stopping, "end_at_second_interrupt", lambda: None)
+    yield stopping.Stopping(RunConfig(save="run"), SimpleNamespace(world_size=2, is_main=True))
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -26,7 +28,33 @@ def test_a_signal_in_the_middle_of_a_vote_is_not_lost(stop, monkeypatch):
     """It has come too late for this vote and counts in the next."""
     monkeypatch.setattr(dist, "all_reduce", lambda vote, op, group: os.kill(os.getpid(), signal.SIGUSR1))
     assert stop.agreed(1) == ""
-    assert not stop.preempted
+    assert not stop.signal
     monkeypatch.setattr(dist, "all_reduce", lambda vote, op, group: None)
     assert stop.agreed(2) == "SIGUSR1"
-    assert stop.preempted
+    assert stop.signal == signal.SIGUSR1
+
+
+def test_the_clock_of_rank_0_asks_for_checkpoints(stop, monkeypatch):
+    """Every ten minutes unless --save-interval is given; --save-interval-in-mins holds beside it."""
+    monkeypatch.setattr(dist, "all_reduce", lambda vote, op, group: None)
+    now = [1000.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    stop.saved()
+    for minutes, due in ((9.9, False), (10.1, True)):
+        now[0] = 1000.0 + 60 * minutes
+        stop.agreed(1)
+        assert stop.save_is_due == due
+    stop.saved()
+    stop.agreed(2)
+    assert not stop.save_is_due
+
+    now[0] += 3600
+    stop.config.given = {"save_interval"}
+    stop.agreed(3)
+    assert not stop.save_is_due
+    stop.config.given = {"save_interval", "save_interval_in_mins"}
+    stop.agreed(4)
+    assert stop.save_is_due
+    stop.state.is_main = False
+    stop.agreed(5)
+    assert not stop.save_is_due, "the others do not ask by their own clocks"
