@@ -11,6 +11,8 @@ import yaml
 from megatron_interbert.config import AUTO, flag, nearest, read_text
 from megatron_interbert.errors import UsageError
 
+RECIPE = "the launcher's recipe"  # origin of settings that a launcher gives where the user does not
+
 
 def build_parser(config_class: type, description: str) -> argparse.ArgumentParser:
     """An argument parser with one flag per dataclass field. Absent flags stay absent from the namespace."""
@@ -29,6 +31,8 @@ def build_parser(config_class: type, description: str) -> argparse.ArgumentParse
             parser.add_argument(flag(entry.name), type=kind, choices=entry.metadata["choices"], help=text)
     parser.add_argument("--config", help="YAML file with any of these flags as keys")
     parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher, unused
+    # Users of Megatron-DeepSpeed type it by habit; there is no other engine here.
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.error = lambda message: (_ for _ in ()).throw(UsageError(message))  # one line and exit code 2, as everywhere
     return parser
 
@@ -46,10 +50,15 @@ def parse(config_class: type, description: str, argv: Sequence[str] | None = Non
         raise UsageError(f"unknown argument '{wrong}'{nearest(wrong, map(flag, known))}; --help lists all")
     values = vars(namespace)
     values.pop("local_rank", None)
-    by_file = read_yaml(config_class, values.pop("config")) if "config" in values else {}
-    given = {**vars(parser.parse_args(recipe)), **by_file, **values}
+    values.pop("deepspeed", None)
+    file = values.pop("config", "")
+    by_file = read_yaml(config_class, file) if file else {}
+    by_recipe = vars(parser.parse_args(recipe))
+    given = {**by_recipe, **by_file, **values}
     config = config_class(**given)
     config.given = set(given)
+    config.origins |= {name: RECIPE for name in by_recipe if name not in values}
+    config.origins |= {name: file for name in by_file if name not in values}
     return config
 
 

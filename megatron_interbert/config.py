@@ -97,6 +97,31 @@ class Flags:
 
     def __post_init__(self) -> None:
         self.given: set[str] = set()
+        self.origins: dict[str, str] = {}  # where settings come from that no flag has given
+        self.notes: list[str] = []  # lines about settings that were fitted, for the user
+
+    def is_default(self, name: str) -> bool:
+        """Whether nobody has said this setting: no flag, file or checkpoint."""
+        return name not in self.given and name not in self.origins
+
+    def settle(self, name: str, value: Any, origin: str) -> None:
+        """Take a setting from `origin` (`ds.json`, `RUN/global_step10`)."""
+        setattr(self, name, value)
+        self.origins[name] = origin
+
+    def fit(self, name: str, value: Any, reason: str) -> None:
+        """Replace a default by what fits, and note it for the user."""
+        if value != getattr(self, name):
+            self.notes.append(f"note: {flag(name)} {value} instead of {getattr(self, name)}: {reason}")
+            setattr(self, name, value)
+
+    def told(self, name: str) -> str:
+        """Name a setting, its number and where it comes from: `--lr 0.1 (of run.yaml)`."""
+        value = getattr(self, name)
+        origin = " (default)" if self.is_default(name) else ""
+        if name in self.origins:
+            origin = f" (of {self.origins[name]})"
+        return f"{flag(name)} {'auto' if value == AUTO else value}{origin}"
 
     def check(self) -> None:
         """UsageError for values that contradict each other or have no meaning."""
@@ -129,7 +154,9 @@ class TrainConfig(Flags):
     allow_other_detector: bool = option(False, "accept stores, or a checkpoint, whose features come from another detector")
 
     train_iters: int = option(1000, "optimizer steps in the whole run")
-    micro_batch_size: int = option(32, "samples per rank and forward pass; auto: by trial", auto=True)
+    micro_batch_size: int = option(
+        32, "samples per rank and forward pass; auto: by trial", auto=True
+    )
     global_batch_size: int = option(0, "samples per optimizer step over all ranks; default: micro batch x data parallel")
     seed: int = option(1234, "seeds weights, order, masks and dropout")
     lr: float = option(1e-4, "peak learning rate")
@@ -149,7 +176,9 @@ class TrainConfig(Flags):
 
     tensor_model_parallel_size: int = option(1, "ranks that share each layer")
     sequence_parallel: bool = option(False, "these ranks also share the tokens between the layers: less memory, more traffic")
-    zero_stage: int = option(1, "DeepSpeed ZeRO stage", (0, 1, 2, 3))
+    zero_stage: int = option(
+        1, "DeepSpeed ZeRO stage; one process in fp32 takes 0 unless it is given", (0, 1, 2, 3)
+    )
     deepspeed_config: str = option("", "DeepSpeed JSON (see ds_configs/); 'auto' values are resolved from the flags")
     fp16: bool = option(False, "half precision with dynamic loss scale")
     bf16: bool = option(False, "bfloat16 with fp32 master weights (ZeRO stage 1 or higher)")
@@ -161,7 +190,11 @@ class TrainConfig(Flags):
 
     max_regions: int = option(36, "regions per image, first ones as stored")
     max_tokens: int = option(36, "tokens per caption with [CLS] and [SEP]")
-    data_partitions: int = option(64, "logical partitions of the data; the data-parallel size must divide it")
+    data_partitions: int = option(
+        64,
+        "logical partitions of the data, a multiple of the data-parallel size; default: 64, or as many"
+        " as fit",
+    )
     num_workers: int = option(2, "loader processes per rank; 0: load in the training process")
     worker_start: str = option("fork", "how loader processes start", ("fork", "spawn", "forkserver"))
     data_timeout: int = option(300, "seconds without a batch after which the loader is given up (a disk that hangs)")
@@ -183,6 +216,10 @@ class TrainConfig(Flags):
     hang_timeout: int = option(300, "end the run when no rank moves for so many seconds, or 10 times what is usual; 0: never")
     print_launch: bool = option(False, "show which rank would run where, and end")
 
+    data_parallel_size: ClassVar[int] = 1  # a run sets its own, when it knows how many ranks there are
+
+    # Settings that are fitted to data and model; a resumed run keeps what was fitted at first.
+    FITTED: ClassVar[tuple[str, ...]] = ("data_partitions", "max_tokens")
     # Settings on which the samples and losses of a step depend: a resumed run must have the same.
     SAME_SAMPLES: ClassVar[tuple[str, ...]] = ("seed", "data_partitions", "max_regions", "max_tokens", "dropout")
     POSITIVE: ClassVar[tuple[str, ...]] = (
@@ -200,10 +237,46 @@ class TrainConfig(Flags):
         batch = self.global_batch_size or per_pass
         if batch % per_pass:
             raise UsageError(
-                f"--global-batch-size {batch} is not a multiple of --micro-batch-size {self.micro_batch_size}"
-                f" x data-parallel size {data_parallel_size} = {per_pass}"
+                f"{self.told('global_batch_size')} is not a multiple of"
+                f" {self.told('micro_batch_size')} x data-parallel size {data_parallel_size}"
+                f" = {per_pass}; change one of them"
             )
         return batch // per_pass
+
+    def fit_batches(self, data_parallel_size: int) -> None:
+        """Fit batch sizes that nobody has said to the number of data-parallel ranks."""
+        ranks = data_parallel_size
+        if self.global_batch_size % ranks and self.is_default("global_batch_size"):
+            whole = max(self.global_batch_size // ranks, 1) * ranks
+            self.fit("global_batch_size", whole, f"{ranks} data-parallel ranks share it")
+
+        if self.micro_batch_size == AUTO or not self.is_default("micro_batch_size"):
+            return
+        share = self.global_batch_size // ranks
+        if share and self.global_batch_size % ranks == 0:
+            fits = max(n for n in range(1, min(self.micro_batch_size, share) + 1) if share % n == 0)
+            reason = f"a rank's share of {self.told('global_batch_size')} is {share}"
+            self.fit("micro_batch_size", fits, reason)
+
+    def fit_partitions(self, samples: int) -> int:
+        """Settle in how many partitions so many `samples` are cut, and give that number.
+
+        As given; a default becomes fewer where there are too few samples, in steps that keep it
+        divisible by the data-parallel size and the same for 1, 2, 4, .. ranks.
+        """
+        ranks = self.data_parallel_size
+        if self.is_default("data_partitions") and samples >= ranks:
+            times = min(self.data_partitions, samples) // ranks
+            fits = ranks << max(times.bit_length() - 1, 0)
+            reason = f"{samples} samples, {ranks} data-parallel rank{'s' * (ranks > 1)}"
+            self.fit("data_partitions", fits, reason)
+        return self.data_partitions
+
+    def fit_zero_stage(self, processes: int) -> None:
+        """Take ZeRO stage 0 for one process in fp32, which shares nothing: it is fastest there."""
+        alone = processes == 1 and not (self.fp16 or self.bf16)
+        if alone and self.is_default("zero_stage") and not self.deepspeed_config:
+            self.zero_stage = 0
 
     def global_batch(self, data_parallel_size: int) -> int:
         """Samples per optimizer step over all ranks."""

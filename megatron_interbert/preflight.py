@@ -79,12 +79,15 @@ def check_batch(config: PreflightConfig) -> str:
             f" {config.tensor_model_parallel_size}; give another one of them"
         )
     ranks = config.world_size // config.tensor_model_parallel_size
+    config.data_parallel_size = ranks
+    config.fit_zero_stage(config.world_size)
     by_trial = config.micro_batch_size == AUTO
     if by_trial:  # the run tries sizes that fit; here the smallest stands for all
         agree_with_json(config)
         config.micro_batch_size = 1
     engine = merge(config, ranks)
-    check_partitions(config.data_partitions, ranks)
+    if not config.is_default("data_partitions"):
+        check_partitions(config.told("data_partitions"), config.data_partitions, ranks)
     if by_trial:
         return f"global batch {config.global_batch_size}, micro-batches by trial when the run starts (checked here: 1); DP {ranks}"
     return (

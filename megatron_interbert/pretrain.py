@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from megatron_interbert.command_line import parse
 from megatron_interbert.config import RunConfig
 from megatron_interbert.errors import end_at_once, run_entry
+from megatron_interbert.parallel.device import this_device
+from megatron_interbert.sample_data import make_missing_sample
 from megatron_interbert.signals import STOPPING, take_over
 from megatron_interbert.training.setup import prepare
 
@@ -16,6 +18,9 @@ def run(recipe: Recipe) -> None:
     """Parse, build the parts, train."""
     take_over(STOPPING, end_at_once)  # until the run takes them over itself
     config = parse(RunConfig, ABOUT, recipe=recipe(parse(RunConfig, ABOUT)))
+    config.check()
+    this_device()  # too many processes for this machine: said before anything is made
+    make_missing_sample(config)
     prepare(config).train()
 
 

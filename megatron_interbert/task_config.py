@@ -19,7 +19,11 @@ class FinetuneConfig(TrainConfig):
     epochs: float = option(20.0, "passes over the training data")
     micro_batch_size: int = option(8, "samples per rank and forward pass; auto: by trial", auto=True)
     global_batch_size: int = option(64, "samples per optimizer step over all ranks")
-    data_partitions: int = option(8, "logical partitions of the data; the data-parallel size must divide it")
+    data_partitions: int = option(
+        8,
+        "logical partitions of the data, a multiple of the data-parallel size; default: 8, or as many"
+        " as fit",
+    )
     early_stopping: int = option(0, "stop after so many evaluations without a better --metric; 0: never")
     metric: str = option("", "figure of the evaluation that decides which checkpoint is best; default: the task's")
     eval_batch_size: int = option(64, "samples per forward pass of an evaluation")
@@ -115,6 +119,7 @@ class VcrConfig(FinetuneConfig):
     max_rationale_tokens: int = option(80, "tokens of question, answer and rationale, [CLS] and two [SEP] included")
     eval_batch_size: int = option(16, "questions per forward pass of an evaluation")
 
+    FITTED: ClassVar[tuple[str, ...]] = (*FinetuneConfig.FITTED, "max_rationale_tokens")
     SAME_SAMPLES: ClassVar[tuple[str, ...]] = (*FinetuneConfig.SAME_SAMPLES, "max_rationale_tokens")
     POSITIVE: ClassVar[tuple[str, ...]] = (*FinetuneConfig.POSITIVE, "max_rationale_tokens")
     SHORTEST: ClassVar[str] = TWO_TEXTS

@@ -139,10 +139,10 @@ class MicroBatches:
         return position - (position - self.consumed) % self.global_batch
 
 
-def check_partitions(partitions: int, data_parallel_size: int) -> None:
-    """UsageError unless the data-parallel size divides the partitions."""
+def check_partitions(told: str, partitions: int, data_parallel_size: int) -> None:
+    """UsageError unless the data-parallel size divides the partitions; `told` says where they are from."""
     if partitions % data_parallel_size:
         raise UsageError(
-            f"data-parallel size {data_parallel_size} does not divide --data-partitions {partitions};"
+            f"data-parallel size {data_parallel_size} does not divide {told};"
             " start another number of processes, or a new run with another --data-partitions"
         )

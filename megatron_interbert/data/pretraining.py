@@ -33,7 +33,7 @@ class PretrainingSet:
         ]
         self.order = SampleOrder(
             parts,
-            config.data_partitions,
+            config.fit_partitions(min(len(part) for part in parts)),
             config.seed,
             passes_over_stores(config, [len(part) for part in parts]),
             self._lengths() if config.balance_tokens else None,

@@ -29,7 +29,7 @@ from megatron_interbert.serving.shop import Shop
 from megatron_interbert.task_config import ServeConfig
 from megatron_interbert.tasks.item_scorer import ItemScorer
 from megatron_interbert.tasks.loading import as_trained, load_model, open_for
-from megatron_interbert.tasks.parts import check_length
+from megatron_interbert.tasks.parts import fit_length
 from megatron_interbert.weights.files import check_writable
 
 log = logging.getLogger("megatron_interbert.serving")
@@ -43,7 +43,7 @@ class Opened:
         self.config, self.device = config, device
         self.model, self.source = load_model(config.load, ("itm",), config.kernels, device, averaged=config.averaged)
         as_trained(config, self.source, max_regions=36, max_tokens=64, titles=True)
-        check_length(config.max_tokens, self.source.config)
+        fit_length(config, self.source.config)
         self.corpus, self.tokenizer = open_for(config, self.source, split_paths(config.data_path))
         run = self.source.path.parent if self.source.kind == "checkpoint" or self.source.path.is_file() else self.source.path
         self.folder = Path(config.index) if config.index else run / "index"

@@ -10,7 +10,7 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import EvaluateGlueConfig
 from megatron_interbert.tasks.glue import glue_metrics, labels_of, predict, prediction_lines
 from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, load_model, open_for
-from megatron_interbert.tasks.parts import check_length
+from megatron_interbert.tasks.parts import fit_length
 from megatron_interbert.tasks.results import result_of, table, write_result
 from megatron_interbert.weights.files import write_text
 
@@ -27,7 +27,7 @@ def evaluate_glue(config: EvaluateGlueConfig, state: ParallelState, device: torc
         raise UsageError(f"--load {config.load}: finetuned on {trained}; give --task {trained}, or the weights of {config.task}")
     _, tokenizer = open_for(config, source, [])
     as_trained(config, source, "glue", max_tokens=128)
-    check_length(config.max_tokens, source.config)
+    fit_length(config, source.config)
     format, metrics, dropped = FORMATS[config.task], {}, {}
     names = format.submission or (config.task,)
     files = [find_file(config.data_path, config.task, split) for split in (format.test if config.split == "test" else format.dev)]

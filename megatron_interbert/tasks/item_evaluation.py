@@ -17,7 +17,7 @@ from megatron_interbert.progress import progress
 from megatron_interbert.task_config import EvaluateProductSearchConfig, EvaluateRecommendationConfig, ScoreTopicsConfig
 from megatron_interbert.tasks.item_scorer import ItemScorer, catalogue_of
 from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, load_model, open_for
-from megatron_interbert.tasks.parts import check_length
+from megatron_interbert.tasks.parts import fit_length
 from megatron_interbert.tasks.product_search import Search, check_labelled, search
 from megatron_interbert.tasks.ranking import search_metrics
 from megatron_interbert.tasks.recommendation import click_metrics, showing_scores
@@ -37,7 +37,7 @@ def open_items(
     model, source = load_model(config.load, ("itm",), config.kernels, device, state, config.averaged)
     as_trained(config, source, max_regions=36, max_tokens=64, titles=True)
     corpus, tokenizer = open_for(config, source, [config.data_path])
-    check_length(config.max_tokens, source.config)
+    fit_length(config, source.config)
     folder = agree_on_inputs(config, state, source, tokenizer, [f"{config.data_path}/{MANIFEST}", *filter(None, files)])
     return ItemScorer(model, catalogue_of(corpus, tokenizer, config), device), source, corpus, folder
 

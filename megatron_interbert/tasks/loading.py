@@ -104,6 +104,8 @@ def agree_on_inputs(
     different things: weights, vocabulary, or `files` (of the data)."""
     folder = output_folder(config, source)
     together(state, lambda: check_writable(folder, "--output") if state.is_main else None)
+    if state.is_main:
+        print(*config.notes, sep="\n", end="\n" * bool(config.notes), flush=True)
     flags = {flag(f.name): getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in OF_A_NODE}
     data = [file_sha256(file) for file in files]
     check_alike(state, {"weights": source.facts["files"], "data": data, "vocabulary": tokenizer.sha256, **flags})

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_interbert.config import ModelConfig, TrainConfig
+from megatron_interbert.config import Flags, ModelConfig, TrainConfig
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import MANIFEST, VOCABULARY, file_sha256
 from megatron_interbert.data.text import CaptionTokenizer
@@ -38,12 +38,16 @@ def vocabulary_of_run(config: TrainConfig, stores: Sequence[str] = ()) -> Captio
     return open_vocabulary(config.vocab_file, [*stores, *weights], sizes_of_model(config), segmenter)
 
 
-def check_length(longest: int, sizes: ModelConfig, flag: str = "--max-tokens") -> None:
-    """UsageError for texts longer than the model's positions."""
-    if longest > sizes.max_position_embeddings:
+def fit_length(config: Flags, sizes: ModelConfig, name: str = "max_tokens") -> None:
+    """Cut a default length of texts to the model's positions; UsageError for one that was asked for."""
+    most = sizes.max_position_embeddings
+    if getattr(config, name) <= most:
+        return
+    if not config.is_default(name):
         raise UsageError(
-            f"{flag} {longest} is more than the model's {sizes.max_position_embeddings} positions; give that many or fewer"
+            f"{config.told(name)} is more than the model's {most} positions; give that many or fewer"
         )
+    config.fit(name, most, f"the model has {most} positions")
 
 
 def sizes_of_model(config: TrainConfig) -> ModelConfig:
@@ -59,7 +63,7 @@ def fitted_sizes(config: TrainConfig, tokenizer: CaptionTokenizer, corpus: Corpu
     like = corpus or sizes
     where = f"{corpus.path} with {tokenizer.vocab_file}" if corpus else tokenizer.vocab_file
     sizes = fit_to_data(sizes, tokenizer.vocab_size, like.feature_dim or 1, like.num_classes or 2, where)
-    check_length(config.max_tokens, sizes)
+    fit_length(config, sizes)
     return sizes if config.dropout else sizes.without_dropout()
 
 

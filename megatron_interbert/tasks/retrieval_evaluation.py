@@ -14,7 +14,7 @@ from megatron_interbert.progress import progress
 from megatron_interbert.task_config import EvaluateRetrievalConfig
 from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, load_model, open_for
 from megatron_interbert.tasks.pair_tiles import Pairs, ScoreTiles, fill
-from megatron_interbert.tasks.parts import check_length
+from megatron_interbert.tasks.parts import fit_length
 from megatron_interbert.tasks.results import result_of, table, write_result
 from megatron_interbert.tasks.retrieval import choose_pairs, flat_metrics, ranks_of_tiles, recall_metrics
 from megatron_interbert.tasks.retrieval_page import result_page
@@ -32,7 +32,7 @@ def evaluate_retrieval(config: EvaluateRetrievalConfig, state: ParallelState, de
         raise UsageError(f"--zero-shot: {config.load} was finetuned ({source.facts['task']}); leave the flag out")
     corpus, tokenizer = open_for(config, source, [config.data_path])
     as_trained(config, source, max_regions=36, max_tokens=36)
-    check_length(config.max_tokens, source.config)
+    fit_length(config, source.config)
     if config.bf16:
         model = model.bfloat16()
     scorer = PairScorer(model)

@@ -14,7 +14,7 @@ from megatron_interbert.model.interbert import InterBert, InterBertOutput
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import EvaluateVcrConfig, VcrConfig
 from megatron_interbert.tasks.classification import ClassificationTask
-from megatron_interbert.tasks.parts import check_length, describe_data, fitted_sizes, open_stores, vocabulary_of_run
+from megatron_interbert.tasks.parts import describe_data, fit_length, fitted_sizes, open_stores, vocabulary_of_run
 from megatron_interbert.tasks.task import Job
 
 Inputs = list[tuple[np.ndarray, np.ndarray]]
@@ -47,7 +47,7 @@ def vcr_job(config: VcrConfig, state: ParallelState) -> Job:
     tokenizer = vocabulary_of_run(config, [path for path in (config.data_path, config.annotated_path) if path])
     corpus = images.detected or images.annotated
     sizes = fitted_sizes(config, tokenizer, corpus)
-    check_length(config.max_rationale_tokens, sizes, "--max-rationale-tokens")
+    fit_length(config, sizes, "max_rationale_tokens")
     questions = read_questions(config.annotations, images)
     texts = VcrTexts(tokenizer, config.max_tokens, config.max_rationale_tokens)
     if state.is_main:

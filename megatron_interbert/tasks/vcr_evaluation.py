@@ -14,7 +14,7 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
 from megatron_interbert.task_config import EvaluateVcrConfig
 from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, load_model, open_for
-from megatron_interbert.tasks.parts import check_length
+from megatron_interbert.tasks.parts import fit_length
 from megatron_interbert.tasks.results import result_of, table, write_result
 from megatron_interbert.tasks.vcr import check_labels, open_images, predict, softmax, submission_lines, vcr_metrics
 from megatron_interbert.weights.files import write_text
@@ -34,8 +34,8 @@ def evaluate_vcr(config: EvaluateVcrConfig, state: ParallelState, device: torch.
     images = open_images(config.annotated_path, config.data_path, config)
     paths = [path for path in (config.annotated_path, config.data_path) if path]
     corpus, tokenizer = open_for(config, source, paths[:1])
-    check_length(config.max_tokens, source.config)
-    check_length(config.max_rationale_tokens, source.config, "--max-rationale-tokens")
+    fit_length(config, source.config)
+    fit_length(config, source.config, "max_rationale_tokens")
     files = [*(f"{path}/{MANIFEST}" for path in paths), config.annotations]
     folder = agree_on_inputs(config, state, source, tokenizer, files)
     questions = read_questions(config.annotations, images, whole=config.submission)

@@ -29,7 +29,7 @@ from megatron_interbert.model.partition import full_shape
 from megatron_interbert.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.fragments import FragmentedState
-from megatron_interbert.training.resume import changed_settings, check_same_run, partial_folder, set_aside
+from megatron_interbert.training.resume import changed_rate, changed_settings, check_same_run, partial_folder, set_aside
 from megatron_interbert.weights.files import TensorLayout, file_entry, flush_folder, write_tensors, write_text
 from megatron_interbert.weights.manifest import (
     BEST,
@@ -260,6 +260,8 @@ class Checkpoints:
                 print(
                     f"note: changed since {path.name}: {', '.join(notes)}; the losses will not be those of the old run", flush=True
                 )
+            if note := changed_rate(manifest, self.config):
+                print(note, flush=True)
             before = f"{describe(manifest['topology'])}, {manifest['precision']}"
             now = f"{describe(topology(self.config, self.state))}, {engine.precision}"
             if before != now:

@@ -110,11 +110,16 @@ def merge(config: TrainConfig, data_parallel_size: int, resumed_batch: int = 0) 
 
     `resumed_batch` is the global batch of the checkpoint to resume from: it holds unless another one is given.
     """
+    resumes = resumed_batch and config.is_default("global_batch_size")
     values = agree_with_json(config)
     accumulation = values.get("gradient_accumulation_steps", "auto")
     if accumulation != "auto" and not config.global_batch_size:
-        config.global_batch_size = accumulation * config.micro_batch_size * data_parallel_size
-    config.global_batch_size = config.global_batch_size or resumed_batch
+        together = accumulation * config.micro_batch_size * data_parallel_size
+        origin = f"gradient_accumulation_steps of {config.deepspeed_config}"
+        config.settle("global_batch_size", together, origin)
+    elif resumes:
+        config.settle("global_batch_size", resumed_batch, "the checkpoint")
+    config.fit_batches(data_parallel_size)
     if any(block.get("device") == "nvme" for block in _offload_blocks(values)):
         raise UsageError(
             f"{config.deepspeed_config}: offload to nvme is not supported (checkpoints could not be written); use 'cpu'"
@@ -149,7 +154,8 @@ def _agree(config: TrainConfig, values: dict[str, Any], path: str, name: str) ->
             f"{flag(name)} is {'auto' if ours == AUTO else ours}, but {config.deepspeed_config} says {path} = {theirs};"
             ' make them equal, or write "auto" there'
         )
-    setattr(config, name, type(ours)(theirs))
+    if name not in config.given:
+        config.settle(name, type(ours)(theirs), f"{path} of {config.deepspeed_config}")
 
 
 def _for_engine(config: TrainConfig, values: dict[str, Any], accumulation: int) -> dict[str, Any]:

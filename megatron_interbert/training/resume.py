@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, and whether it is of this run."""
 
+import copy
 import dataclasses
 import fcntl
 import os
@@ -12,6 +13,7 @@ from typing import IO, Any
 from megatron_interbert.config import ModelConfig, TrainConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.training.optimizer import learning_rate
 from megatron_interbert.weights.manifest import MANIFEST, STEP_FOLDER, complete_checkpoints, read_manifest, verify
 
 # Settings that may change on resume; a change is said.
@@ -49,6 +51,24 @@ def claim_folder(folder: str, state: ParallelState) -> IO | None:
     if problem:
         raise UsageError(problem)
     return handle
+
+
+def keep_fitted(config: TrainConfig, state: ParallelState) -> None:
+    """Take settings that are fitted to the data from the newest checkpoint, where no flag gives them.
+
+    It is not verified yet: one that turns out to be damaged is of the same run as those before it.
+    """
+    if config.resume == "never":
+        return
+    folders = [Path(folder) for folder in (config.save, config.load) if folder]
+    found = [path for folder in folders for path in complete_checkpoints(folder)]
+    path = state.gather(found[0] if found and state.is_main else None)[0]
+    if path is None:
+        return
+    before = state.gather(read_manifest(path)["configs"]["run"] if state.is_main else None)[0]
+    for name in config.FITTED:
+        if name in before and config.is_default(name):
+            config.settle(name, before[name], str(path))
 
 
 def find_checkpoint(config: TrainConfig, state: ParallelState) -> Path | None:
@@ -119,6 +139,22 @@ def changed_settings(manifest: dict[str, Any], config: TrainConfig) -> list[str]
     """`name old -> new` of the settings that may change and did."""
     before = manifest["configs"]["run"]
     return [f"{n} {before[n]} -> {getattr(config, n)}" for n in SCHEDULE if n in before and before[n] != getattr(config, n)]
+
+
+def changed_rate(manifest: dict[str, Any], config: TrainConfig) -> str:
+    """What the learning rate does where a resumed run has another length; empty where it has not."""
+    before = {**manifest["configs"]["run"]}
+    step, length = manifest["iteration"], before["train_iters"]
+    if length == config.train_iters or step >= config.train_iters:
+        return ""
+    old = copy.copy(config)
+    for name in SCHEDULE:
+        setattr(old, name, before.get(name, getattr(old, name)))
+    return (
+        f"note: {length} steps become {config.train_iters}: the learning rate was"
+        f" {learning_rate(step, old):.2e} at step {step} and is"
+        f" {learning_rate(step + 1, config):.2e} at step {step + 1}, on the schedule of the new length"
+    )
 
 
 def defaults(config: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """From a configuration to a Trainer: data, model, first weights, engine, checkpoint."""
 
-import dataclasses
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,7 +36,13 @@ from megatron_interbert.training.loop import Trainer
 from megatron_interbert.training.micro_batch import Trial, choose_micro_batch, still_fits
 from megatron_interbert.training.node_facts import facts_of_run
 from megatron_interbert.training.processes import describe_launch, start_processes
-from megatron_interbert.training.resume import claim_folder, find_checkpoint, resumed_batch, resumed_micro_batch
+from megatron_interbert.training.resume import (
+    claim_folder,
+    find_checkpoint,
+    keep_fitted,
+    resumed_batch,
+    resumed_micro_batch,
+)
 from megatron_interbert.training.stopping import Stopping
 from megatron_interbert.training.watchdog import Watchdog
 
@@ -50,12 +56,20 @@ def pretraining_job(config: RunConfig, state: ParallelState) -> Job:
     if config.valid_data_path:
         valid_corpus = open_stores([config.valid_data_path], config)
         corpus.check_alike(valid_corpus.stores[0], config.allow_other_detector, "--valid-data-path")
-        one_each = dataclasses.replace(config, data_epochs="", data_weights="")
-        one_each.given = config.given
-        valid = PretrainingSet(valid_corpus, tokenizer, one_each)
+        valid = PretrainingSet(valid_corpus, tokenizer, config_of_validation(config))
     task = PretrainingTask(config.objective_names())
     data = describe_data(tokenizer, corpus)
     return Job(task, samples, sizes, PRETRAINING_HEADS, data, tokenizer.vocab_file, valid_samples=valid)
+
+
+def config_of_validation(config: RunConfig) -> RunConfig:
+    """The same settings for one other store, which has partitions of its own."""
+    own = copy.copy(config)
+    own.data_epochs = own.data_weights = ""
+    own.given = config.given - {"data_partitions"}
+    own.origins = {name: of for name, of in config.origins.items() if name != "data_partitions"}
+    own.notes = []
+    return own
 
 
 def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] = pretraining_job) -> Trainer:
@@ -72,11 +86,14 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
             print(text, flush=True)
         raise SystemExit
     watchdog, stopping = Watchdog(state, config.hang_timeout), Stopping(config, state)
+    config.data_parallel_size = state.data_size
+    config.fit_zero_stage(state.world_size)
+    keep_fitted(config, state)
     job = together(state, lambda: make_job(config, state))
     begun = state.gather(Path(config.save).exists())[0]
     lock = claim_folder(config.save, state) if begun else None
     resume = find_checkpoint(config, state)
-    check_partitions(config.data_partitions, state.data_size)
+    check_partitions(config.told("data_partitions"), config.data_partitions, state.data_size)
     if job.metric and job.evaluate is not None and job.metric not in job.figures:
         raise UsageError(f"--metric {job.metric}: expected one of {', '.join(job.figures)}")
     job.model_config.check_tensor_parallel(state.tensor_size)
@@ -109,6 +126,7 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
     checkpoints = Checkpoints(config, job.model_config, state, job.data, job.vocabulary, lock, job.metric)
     progress = checkpoints.load(engine, resume) if resume else Progress()
     if state.is_main:
+        print(*config.notes, sep="\n", end="\n" * bool(config.notes))
         print(describe_run(config, job.model_config, model, state, engine, kernels.describe(), resume), flush=True)
     return Trainer(
         engine,

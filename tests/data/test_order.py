@@ -71,7 +71,7 @@ def test_wrong_sizes_are_refused():
     with pytest.raises(UsageError, match="--data-partitions 32 or less"):
         SampleOrder([np.arange(40)], 64, seed=0)
     with pytest.raises(UsageError, match="does not divide"):
-        check_partitions(64, 3)
+        check_partitions("--data-partitions 64", 64, 3)
 
 
 def test_the_generator_is_uniform_and_keyed():

@@ -157,7 +157,7 @@ class GlueSet:
         self.config, self.labels, self.feature_dim = config, rows.labels, feature_dim
         self.texts = GlueTexts(rows, tokenizer, config.max_tokens)
         samples = np.arange(len(rows.texts))
-        self.order = SampleOrder([samples], config.data_partitions, config.seed, lengths=self.texts.lengths())
+        self.order = SampleOrder([samples], config.fit_partitions(len(samples)), config.seed, lengths=self.texts.lengths())
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
         """The fields of a PackedBatch of text alone, with `labels` [B]."""

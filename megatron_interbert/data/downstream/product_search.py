@@ -97,7 +97,8 @@ class ProductSearchSet:
         if len(self.asked) < 2 or len(catalogue) < 2:
             raise UsageError(f"{queries.path}: training needs two queries with products or more, and two products")
         self.pieces = catalogue.tokenizer.encode_batch(self.names)
-        self.order = StepOrder([np.arange(len(self.known))], config.data_partitions, config.seed)
+        partitions = config.fit_partitions(len(self.known))
+        self.order = StepOrder([np.arange(len(self.known))], partitions, config.seed)
         by_product = np.argsort(self.product_of, kind="stable")
         self.queries_by_product = self.query_of[by_product]
         self.first_of = np.searchsorted(self.product_of[by_product], np.arange(len(catalogue) + 1))

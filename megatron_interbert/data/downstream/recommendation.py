@@ -91,7 +91,8 @@ class ClickSet:
     def __init__(self, topics: Topics, clicks: Clicks, catalogue: Catalogue, config: RecommendationConfig) -> None:
         self.clicks, self.catalogue, self.config = clicks, catalogue, config
         self.pieces = catalogue.tokenizer.encode_batch(topics.texts)
-        self.order = SampleOrder([np.arange(len(clicks.topics))], config.data_partitions, config.seed)
+        partitions = config.fit_partitions(len(clicks.topics))
+        self.order = SampleOrder([np.arange(len(clicks.topics))], partitions, config.seed)
         self.feature_dim = catalogue.corpus.feature_dim
 
     @property

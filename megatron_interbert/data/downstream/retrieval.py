@@ -36,7 +36,7 @@ class RetrievalSet:
         images = corpus.caption_image[self.samples]
         if not len(images) or (images == images[0]).all():
             raise UsageError(f"--data-path {corpus.path}: retrieval needs captions of two images or more")
-        self.order = SampleOrder([self.samples], config.data_partitions, config.seed)
+        self.order = SampleOrder([self.samples], config.fit_partitions(len(self.samples)), config.seed)
         self.by_image = self.samples[np.argsort(images, kind="stable")]  # captions, those of one image together
         self.first_of = np.searchsorted(np.sort(images), np.arange(corpus.num_images + 1))
         self.has_hard_images = corpus.has_hard_images()

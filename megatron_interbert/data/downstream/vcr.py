@@ -256,7 +256,8 @@ class VcrSet:
         self.questions, self.images, self.texts, self.config = questions.items, images, texts, config
         if not questions.labelled:
             raise UsageError(f"{questions.path}: questions without labels cannot be trained on; give train.jsonl")
-        self.order = SampleOrder([np.arange(len(self.questions))], config.data_partitions, config.seed)
+        partitions = config.fit_partitions(len(self.questions))
+        self.order = SampleOrder([np.arange(len(self.questions))], partitions, config.seed)
         self.feature_dim = images.feature_dim
 
     @property
