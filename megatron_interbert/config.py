@@ -116,11 +116,11 @@ class Flags:
             setattr(self, name, value)
 
     def told(self, name: str) -> str:
-        """Name a setting, its number and where it comes from: `--lr 0.1 (of run.yaml)`."""
+        """Name a setting, its number and where it comes from: `--lr 0.1 (from run.yaml)`."""
         value = getattr(self, name)
         origin = " (default)" if self.is_default(name) else ""
         if name in self.origins:
-            origin = f" (of {self.origins[name]})"
+            origin = f" (from {self.origins[name]})"
         return f"{flag(name)} {'auto' if value == AUTO else value}{origin}"
 
     def check(self) -> None:

@@ -1,5 +1,9 @@
 """What many test files share."""
 
+import os
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # on GPU machines too; tests/gpu take theirs from torch
+
 import pytest
 
 from tests.corpus import write_store

@@ -37,15 +37,15 @@ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
     ENVIRONMENT.pop(name, None)
 
 
-def start(*command, warm=True, **changes):
+def start(*command, warm=True, cwd=ROOT, **changes):
     """A running process with its output captured, in a session of its own so that it can be killed whole. `python -m` starts warm
     where that is allowed and it does not have an environment of Python's own."""
     command, environment = [str(c) for c in command], {**ENVIRONMENT, **changes}
     if warm and command[:2] == [sys.executable, "-m"] and not any(name.startswith("PYTHON") for name in changes):
-        return WarmProcess(command[2], command[3:], environment, ROOT)
+        return WarmProcess(command[2], command[3:], environment, cwd)
     return subprocess.Popen(
         command,
-        cwd=ROOT,
+        cwd=cwd,
         env=environment,
         text=True,
         start_new_session=True,

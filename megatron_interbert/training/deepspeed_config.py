@@ -115,7 +115,7 @@ def merge(config: TrainConfig, data_parallel_size: int, resumed_batch: int = 0) 
     accumulation = values.get("gradient_accumulation_steps", "auto")
     if accumulation != "auto" and not config.global_batch_size:
         together = accumulation * config.micro_batch_size * data_parallel_size
-        origin = f"gradient_accumulation_steps of {config.deepspeed_config}"
+        origin = f"gradient_accumulation_steps in {config.deepspeed_config}"
         config.settle("global_batch_size", together, origin)
     elif resumes:
         config.settle("global_batch_size", resumed_batch, "the checkpoint")
@@ -155,7 +155,7 @@ def _agree(config: TrainConfig, values: dict[str, Any], path: str, name: str) ->
             ' make them equal, or write "auto" there'
         )
     if name not in config.given:
-        config.settle(name, type(ours)(theirs), f"{path} of {config.deepspeed_config}")
+        config.settle(name, type(ours)(theirs), f"{path} in {config.deepspeed_config}")
 
 
 def _for_engine(config: TrainConfig, values: dict[str, Any], accumulation: int) -> dict[str, Any]:

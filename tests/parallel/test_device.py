@@ -38,9 +38,7 @@ def machine(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.version, "hip", hip)
         there = tmp_path / "driver"
         there.touch()
-        monkeypatch.setattr(
-            devices, "NVIDIA_DRIVER", there if driver else tmp_path / "none"
-        )
+        monkeypatch.setattr(devices, "NVIDIA_DRIVER", there if driver else tmp_path / "none")
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         return chosen

@@ -77,7 +77,7 @@ def test_json_values_reach_the_run(tmp_path):
             ["--micro-batch-size", "2", "--global-batch-size", "8"],
             "gradient_accumulation_steps is 4",
         ),
-        ({"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4}, [], "--global-batch-size 10 is not a multiple of"),
+        ({"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4}, [], "--global-batch-size 10 .*ds.json. is not a multiple of"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, [], "--fp16 and --bf16 exclude each other"),
     ],
 )
