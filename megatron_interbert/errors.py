@@ -53,6 +53,11 @@ def end_at_once(number: int, frame: FrameType | None = None) -> None:
     os._exit(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch says that a GPU, or this machine, has no memory left."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
 def run_entry(main: Callable[[], None]) -> None:
     """Run an entry point; our own errors become one line on stderr and exit code 2 (wrong use) or 1 (failed work).
 
@@ -75,6 +80,16 @@ def run_entry(main: Callable[[], None]) -> None:
         sys.stdout.flush()
         os._exit(reason.code)
     except RuntimeError as error:
+        if out_of_memory(error):
+            rank, text = os.environ.get("RANK", "0"), " ".join(str(error).split())
+            print(
+                f"error (rank {rank}): memory ran out ({text[:200]}); lower --micro-batch-size (or let"
+                " auto choose it), add --recompute-activations, raise --zero-stage or share layers"
+                " by --tensor-model-parallel-size; python tools/plan.py lists what fits",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)
         if not any(text in str(error) for text in ("Connection closed by peer", "Connection reset by peer")):
             raise
         print(

@@ -17,8 +17,9 @@ from megatron_interbert.training.checkpoint import Checkpoints, Progress
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.evaluation import Evaluation
 from megatron_interbert.training.fragments import FragmentedState
-from megatron_interbert.training.metrics import MetricsWriter, memory_gib, peak_tflops
+from megatron_interbert.training.metrics import MetricsWriter, memory_gib
 from megatron_interbert.training.optimizer import learning_rate
+from megatron_interbert.training.peaks import peak_tflops
 from megatron_interbert.training.stopping import Stopping
 from megatron_interbert.training.watchdog import Watchdog
 

@@ -13,29 +13,6 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# Dense peaks without sparsity, TFLOP/s in 16 bit, from the makers' datasheets.
-PEAK_TFLOPS = {
-    "H200": 989.0,
-    "H100": 989.0,
-    "H800": 989.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "L40": 181.0,
-    "A10": 125.0,
-    "V100": 125.0,
-    "T4": 65.0,
-    "4090": 165.0,
-    "B200": 2250.0,
-}
-
-
-def peak_tflops(device: torch.device, given: float) -> float:
-    """Dense peak of the device in TFLOP/s: as given, else by its name, else 0 (unknown: no MFU is shown)."""
-    if given or device.type != "cuda":
-        return given
-    name = torch.cuda.get_device_name(device)
-    return next((value for key, value in PEAK_TFLOPS.items() if key in name), 0.0)
-
 
 def memory_gib(device: torch.device) -> float:
     """Peak memory of this process: on the GPU, or resident on the CPU."""

@@ -8,7 +8,7 @@ import torch
 from megatron_interbert.config import TrainConfig
 from megatron_interbert.data.packing import PackedBatch, to_batch
 from megatron_interbert.data.training_set import TrainingSet
-from megatron_interbert.errors import UsageError, local_errors
+from megatron_interbert.errors import UsageError, local_errors, out_of_memory
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.state import ParallelState
@@ -43,18 +43,41 @@ class Trial:
         load = Load(rows, len(batch.token_ids) / rows, regions / rows, batch.max_text, max(batch.max_image - 1, 0))
         return all(self.state.gather(predict(self.job.model_config, self.layout, load).peak <= room))
 
-    def seconds(self, model: InterBert, batch: PackedBatch) -> float:
-        """Of a forward and a backward pass, on the slowest rank; the best of three, for others may disturb one."""
-        batch, times = batch.to(self.device), []
-        totals = self.job.task.count_targets(batch).to(self.device)
+    def seconds(self, model: InterBert, batch: PackedBatch) -> float | None:
+        """Time a forward and a backward pass on the slowest rank; None where a rank lacks memory.
+
+        The best of three, for others may disturb one.
+        """
+        times = []
         for _ in range(3):
+            gathered = self.state.gather(self._seconds_here(model, batch))
+            if None in gathered:
+                return None
+            times.append(max(gathered))
+        return min(times)
+
+    def _seconds_here(self, model: InterBert, batch: PackedBatch) -> float | None:
+        """Time the passes on this rank; None where memory has run out, which is then free again."""
+        try:
+            batch = batch.to(self.device)
+            totals = self.job.task.count_targets(batch).to(self.device)
             self.synchronise()
             started = time.monotonic()
             self.job.task.loss(model(batch), batch, totals)[0].backward()
             self.synchronise()
-            times.append(max(self.state.gather(time.monotonic() - started)))
+            return time.monotonic() - started
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            if self.state.tensor_size > 1:  # the others wait for this one in a collective
+                with local_errors():
+                    raise UsageError(
+                        f"--micro-batch-size auto: memory ran out with {len(batch)} samples, which"
+                        " was predicted to fit; give a number below that"
+                    ) from error
+            return None
+        finally:
             model.zero_grad()
-        return min(times)
 
     def synchronise(self) -> None:
         """Wait for the device."""
@@ -82,6 +105,8 @@ def choose_micro_batch(trial: Trial, make_model: Callable[[], InterBert], global
         if not trial.fits(batch, room):
             break
         seconds = trial.seconds(model, batch)
+        if seconds is None:  # arithmetic is right to a tenth; the device has the last word
+            break
         rates[samples] = samples / seconds
         worse = len(rates) > 3 and all(rate < AS_GOOD * max(rates.values()) for rate in list(rates.values())[-3:])
         if seconds > LONGEST_TRIAL or worse:

@@ -1,6 +1,7 @@
 """--micro-batch-size auto: the choice from given rates, and real runs that make it, resume with it, and refuse what cannot be."""
 
 import sys
+from types import SimpleNamespace
 
 import h5py
 import pytest
@@ -51,6 +52,34 @@ def test_the_largest_of_the_fastest_that_divides_and_fits():
     long = Pretended(lambda samples: micro_batch.LONGEST_TRIAL / 3)
     assert choose(long, 64) == 4
     assert long.tried == [1, 2, 4]
+
+
+def test_a_trial_that_runs_out_of_memory_ends_the_search():
+    """Predicted to fit; the next smaller size is taken, on all ranks alike."""
+    trial = Pretended(lambda samples: 0.01)
+    trial.seconds = lambda model, batch: None if batch > 8 else 0.01
+    assert choose(trial, 64) == 8
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_lack_of_memory_is_noticed_and_nothing_else(error):
+    trial = object.__new__(micro_batch.Trial)
+    trial.state, trial.device = ParallelState(), torch.device("cpu")
+    trial.job = SimpleNamespace(task=SimpleNamespace(count_targets=lambda batch: torch.zeros(1)))
+    batch = SimpleNamespace(to=lambda device: batch)
+
+    def passes(batch):
+        raise error
+
+    passes.zero_grad = lambda: None
+    assert trial.seconds(passes, batch) is None
+    error.args = ("shape mismatch",)
+    if type(error) is RuntimeError:
+        with pytest.raises(RuntimeError, match="shape mismatch"):
+            trial.seconds(passes, batch)
 
 
 def test_nothing_to_choose_from():

@@ -156,7 +156,7 @@ def test_every_damage_is_named_and_the_run_goes_on_elsewhere(store, undisturbed,
         assert message in line
     assert f"note: {save}/global_step13 has no manifest.json" in out
     assert f"resumed from {save}/global_step12" in out
-    assert "resharding global_step12: DP2 x TP1, ZeRO-1, fp32 -> DP1 x TP1, ZeRO-1, fp32" in out
+    assert "resharding global_step12: DP2 x TP1, ZeRO-1, fp32 -> DP1 x TP1, ZeRO-0, fp32" in out
     assert "batch: 16 = micro 4 x DP 1 x accumulation 4" in out
     assert len(list(save.glob("damaged-global_step*"))) == len(DAMAGE)
     assert (save / "latest").read_text() == "global_step14"

@@ -28,7 +28,7 @@ from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.launch import free_port
 from megatron_interbert.progress import progress
-from megatron_interbert.training.metrics import peak_tflops
+from megatron_interbert.training.peaks import peak_tflops
 from megatron_interbert.training.processes import aligned, start_processes
 from megatron_interbert.weights.files import check_writable
 from tools.benchmarks.bars import bars

@@ -1,0 +1,10 @@
+"""The short form of the campaign of stops; the long one is `python -m tests.campaigns.stops`."""
+
+from tests.campaigns.stops import run
+
+
+def test_whatever_stops_a_run_its_words_are_true(tmp_path):
+    counts = run(rounds=6, seed=1, ranks=2, folder=tmp_path)
+    assert counts["SIGINT"] == counts["SIGTERM"] == counts["SIGKILL"] == 2
+    assert counts["resumed"] >= 2
+    assert counts["steps compared"] > 0
