@@ -68,7 +68,8 @@ def test_a_trial_that_runs_out_of_memory_ends_the_search():
 def test_lack_of_memory_is_noticed_and_nothing_else(error):
     trial = object.__new__(micro_batch.Trial)
     trial.state, trial.device = ParallelState(), torch.device("cpu")
-    trial.job = SimpleNamespace(task=SimpleNamespace(count_targets=lambda batch: torch.zeros(1)))
+    task = SimpleNamespace(count_targets=lambda batch: torch.zeros(1), loss=None)
+    trial.job = SimpleNamespace(task=task)
     batch = SimpleNamespace(to=lambda device: batch)
 
     def passes(batch):
