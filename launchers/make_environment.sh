@@ -101,5 +101,15 @@ grep -vE "^($present)==" requirements.txt >"$folder/requirements.txt"
 install -c "$folder/torch.txt" "setuptools>=77" -r "$folder/requirements.txt"
 install --no-build-isolation --no-deps -e .
 
+# A script that pip copies as it is, like DeepSpeed's, names its interpreter after `#!`, where no space may be.
+{ grep -lsF "#!$folder/bin/python" "$folder"/bin/* || true; } | while IFS= read -r script; do
+  cat - <(tail -n +2 "$script") >"$folder/script" <<END
+#!/bin/sh
+'''exec' "$folder/bin/python" "\$0" "\$@"
+' '''
+END
+  cat "$folder/script" >"$script"
+done
+
 printf '%s\n' "$index" "$wanted" >"$mark"
-echo "environment ready"
+echo "environment ready, with $(cat "$folder/torch.txt")"

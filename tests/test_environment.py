@@ -13,13 +13,14 @@ import pytest
 
 from tests.launching import ROOT
 
-# Says which interpreter came first in PATH, and which torch and triton it has.
+# Says which interpreter came first in PATH, and which torch and triton it has; starts a script.
 REPORT = """
 set -euo pipefail
 . launchers/environment.sh
 python -c '
 import importlib.metadata as m, demo, sys, triton
 print(sys.prefix, m.version("torch"), triton.BRAND, demo.__file__)'
+fast-script >/dev/null
 """
 SETUP = "[build-system]\nrequires = []\nbuild-backend = 'backend'\nbackend-path = ['.']\n"
 BACKEND = """
@@ -37,7 +38,7 @@ def build_editable(folder, *_):
 
 
 def write_wheel(folder: Path, name: str, version: str, module: str = "", needs: str = "") -> Path:
-    """A package of one module with a variable BRAND."""
+    """A package of one module with a variable BRAND, and a script that pip copies as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{name.replace('-', '_')}-{version}"
     path = folder / f"{stem}-py3-none-any.whl"
@@ -46,6 +47,9 @@ def write_wheel(folder: Path, name: str, version: str, module: str = "", needs: 
         about += f"Requires-Dist: {needs}\n"
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr(f"{module or name}.py", f"BRAND = '{name} {version}'\n")
+        script = zipfile.ZipInfo(f"{stem}.data/scripts/{name}-script")
+        script.external_attr = 0o100755 << 16
+        wheel.writestr(script, f"#!python\nimport {module or name}\n")
         wheel.writestr(f"{stem}.dist-info/METADATA", about)
         wheel.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n")
         wheel.writestr(f"{stem}.dist-info/RECORD", "")
@@ -134,7 +138,7 @@ def test_from_half_made_to_another_torch(checkout, tmp_path):
     assert (code, complaints) == (0, [])
     assert said == [
         f"installing the pinned versions into {folder} (a few minutes, once)",
-        "environment ready",
+        "environment ready, with torch==2.13.0",
         f"{folder} 2.13.0 triton 3.7.1 {checkout / 'demo.py'}",
     ]
     assert link.is_symlink()
