@@ -74,8 +74,9 @@ def gradient_norm(
     if partitioned:
         state.sum_over_data(squares)
 
-    once, shards = squares
-    total = float(once + state.sum_over_tensor(shards))
+    # Replicated gradients are the same on all tensor-parallel ranks: the mean is each of them, and not finite if one is not.
+    replicas, shards = state.sum_over_tensor(squares)
+    total = float(replicas / state.tensor_size + shards)
 
     return math.sqrt(total) if math.isfinite(total) else math.inf
 
