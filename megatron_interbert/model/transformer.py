@@ -26,7 +26,6 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_size, self.dropout, self.kernels, self.streams = hidden // heads, dropout, kernels, streams
-        self.placement = placement
         self.qkv = ColumnParallelLinear(hidden, 3 * hidden, placement, kernels.products)
         self.output = RowParallelLinear(hidden, hidden, placement, kernels.products)
 
@@ -34,8 +33,10 @@ class SelfAttention(nn.Module):
         """Attention over projected tokens [N, 3 H / ranks] -> [N, H / ranks], before the output projection."""
         q, k, v = qkv.view(len(qkv), -1, 3, self.head_size).unbind(dim=2)
         p = self.dropout if self.training else 0.0
-        # Heads that are shared out are not those of the other ranks: each drops for itself.
-        with self.streams.sharded() if self.placement.ranks > 1 and p > 0 else nullcontext():
+        if p > 0:  # heads are sharded: each rank drops for itself
+            with self.streams.sharded():
+                attended = self.kernels.attention(q, k, v, offsets, max_length, p)
+        else:
             attended = self.kernels.attention(q, k, v, offsets, max_length, p)
         return attended.flatten(1)
 
