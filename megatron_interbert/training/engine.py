@@ -56,8 +56,10 @@ class Engine:
         return self.deepspeed(*inputs)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Accumulate the gradient of a loss that is a share of the step's loss. DeepSpeed averages over data-parallel
-        ranks; the factor here makes that a sum."""
+        """Accumulate the gradient of a loss that is a share of the step's loss.
+
+        DeepSpeed averages over data-parallel ranks; the factor here makes that a sum.
+        """
         self.deepspeed.set_gradient_accumulation_boundary(last)
         if self.state.data_size > 1:
             loss = loss * self.state.data_size

@@ -1,4 +1,4 @@
-"""The fp32 weights that Adam updates, of a model that computes in 16 bits. Each rank holds them whole."""
+"""The fp32 weights that Adam updates, of a model that computes in 16 bits; whole on every rank."""
 
 from collections.abc import Sequence
 
@@ -9,14 +9,15 @@ from megatron_interbert.training.optimizer import is_sharded
 
 
 class MasterWeights:
-    """fp32 twins of a model's parameters, which are rounded to `dtype` here and follow their twins from then on.
+    """Keeps fp32 twins of a model's parameters, which are rounded to `dtype` here and follow them.
 
-    Gradients are added up in fp32, however many micro-batches a step has. The memory for that is taken when the first of
-    them arrive and given back after the step, so that the passes of a step with one micro-batch do without it.
+    Gradients are added up in fp32, however many micro-batches a step has. The memory for that is
+    taken when the first of them arrive and given back after the step, so that the passes of a step
+    with one micro-batch do without it.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        # Replicated parameters first: in the gradient norm these and the shards are counted apart.
+        # Replicated parameters first: the gradient norm counts these and the shards apart.
         self.followers = sorted(model.parameters(), key=is_sharded)
         self.twins = [nn.Parameter(follower.detach()) for follower in self.followers]
 
@@ -25,17 +26,21 @@ class MasterWeights:
 
         sizes = [twin.numel() for twin in self.twins]
         self._line = torch.empty(sum(sizes), dtype=torch.float32, device=self.twins[0].device)
-        self._gradients = [piece.view(twin.shape) for piece, twin in zip(self._line.split(sizes), self.twins, strict=True)]
-        self._replicated = sum(twin.numel() for twin, follower in self.pairs() if not is_sharded(follower))
+        pieces = zip(self._line.split(sizes), self.twins, strict=True)
+        self._gradients = [piece.view(twin.shape) for piece, twin in pieces]
+        self._replicated = sum(p.numel() for p in self.followers if not is_sharded(p))
         self.drop_gradients()
 
     def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """(fp32 weight, the model's parameter that follows it) of all parameters."""
+        """List (fp32 weight, the model's parameter that follows it)."""
         return list(zip(self.twins, self.followers, strict=True))
 
     @torch.no_grad()
     def take_gradients(self) -> None:
-        """Add the model's gradients to those held here, and remove them there. One that is missing counts as zeros."""
+        """Add the model's gradients to those held here, and remove them there.
+
+        A parameter without a gradient counts as one with zeros.
+        """
         new = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.followers]
 
         if self._holds_gradients:
@@ -51,7 +56,7 @@ class MasterWeights:
             twin.grad = gradient
 
     def gradients(self) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-        """What is held, flat: (of replicated parameters, of shards)."""
+        """Give what is held, flat: (of replicated parameters, of shards)."""
         return [self._line[: self._replicated]], [self._line[self._replicated :]]
 
     def drop_gradients(self) -> None:

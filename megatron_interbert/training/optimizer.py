@@ -9,7 +9,9 @@ from torch import nn
 from megatron_interbert.config import TrainConfig
 from megatron_interbert.parallel.state import ParallelState
 
-RUN = 1 << 18  # squares that are added up in float32, in which a CPU is wrong by 1 in 1,000 for 20 M of them; beyond it in float64
+# Squares that are added up in float32, beyond them in float64. A CPU that adds 20 M of them up in
+# float32 is wrong by 1 in 1,000.
+RUN = 1 << 18
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig, pretrained: Collection[str] = ()) -> list[dict]:
@@ -61,28 +63,33 @@ def is_sharded(parameter: nn.Parameter) -> bool:
 
 
 def gradient_norm(
-    replicated: Sequence[torch.Tensor], sharded: Sequence[torch.Tensor], state: ParallelState, partitioned: bool = False
+    replicated: Sequence[torch.Tensor],
+    sharded: Sequence[torch.Tensor],
+    state: ParallelState,
+    device: torch.device | str,
+    partitioned: bool = False,
 ) -> float:
-    """Global norm of gradients; inf where it is not finite, on every rank. One wait for the device.
+    """Compute the global norm of gradients; inf on every rank where it is not finite on one.
 
-    Over tensor-parallel ranks those of shards are summed and replicated ones count once. `partitioned`: data-parallel ranks hold
-    different gradients, else the same.
+    Over tensor-parallel ranks those of shards are summed and replicated ones count once.
+    `partitioned`: data-parallel ranks hold different gradients, else the same. The host waits for
+    the device once.
     """
-    device = next(tensor.device for tensor in (*replicated, *sharded))
     squares = torch.stack([_square_sum(tensors, device) for tensors in (replicated, sharded)])
 
     if partitioned:
         state.sum_over_data(squares)
 
-    # Replicated gradients are the same on all tensor-parallel ranks: the mean is each of them, and not finite if one is not.
+    # Replicated gradients are alike on all tensor-parallel ranks, so their mean is each of them;
+    # and it is not finite if one of them is not.
     replicas, shards = state.sum_over_tensor(squares)
     total = float(replicas / state.tensor_size + shards)
 
     return math.sqrt(total) if math.isfinite(total) else math.inf
 
 
-def _square_sum(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """float64 []: the sum of all squares. Few operations, however many tensors there are."""
+def _square_sum(tensors: Sequence[torch.Tensor], device: torch.device | str) -> torch.Tensor:
+    """Sum all squares: float64 []. The operations are few, however many tensors there are."""
     if not tensors:
         return torch.zeros((), dtype=torch.float64, device=device)
 
@@ -93,7 +100,7 @@ def _square_sum(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.
 
 
 def _runs(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-    """A tensor cut into groups of rows so small that their squares may be added up in float32."""
+    """Cut a tensor into groups of rows so small that their squares may be added up in float32."""
     if tensor.numel() <= RUN:
         return [tensor]
 

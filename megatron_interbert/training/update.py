@@ -1,13 +1,14 @@
-"""The update: gradient norm, clipping, AdamW. By us wherever that is right and faster, else by DeepSpeed.
+"""What a step does with its gradients: norm, clipping, AdamW; by us where that is faster.
 
-| | where | gradient norm, clipping, check | AdamW |
-|---|---|---|---|
-| `WholeUpdate` | fp32 or bf16 on one data-parallel rank, whatever the ZeRO stage; fp32 at stage 0 | ours | ours |
-| `PartitionedUpdate` | fp32 or bf16 at ZeRO stages 1 and 2 | ours | DeepSpeed's, on a rank's part |
-| `DeepSpeedUpdate` | fp16 with its loss scale, ZeRO stage 3, offload | DeepSpeed's | DeepSpeed's |
+- `WholeUpdate`: all of it by us. For fp32 and bf16 on one data-parallel rank, whatever the ZeRO
+  stage, and for fp32 at stage 0.
+- `PartitionedUpdate`: norm, clipping and the check for bad gradients by us, AdamW by DeepSpeed on
+  a rank's part. For fp32 and bf16 at ZeRO stages 1 and 2.
+- `DeepSpeedUpdate`: all of it by DeepSpeed. For fp16 with its loss scale, ZeRO stage 3, offload.
 
-On one data-parallel rank there is nothing for ZeRO to share out, but its hooks, copies and checks for each parameter
-would stay. Its own check for gradients that are not finite takes 13 operations for each of them; the norm says the same.
+On one data-parallel rank ZeRO has nothing to share out, but its hooks and copies for each parameter
+would stay. Its check for gradients that are not finite takes 13 operations for each of them, and
+the norm says the same.
 """
 
 import math
@@ -44,17 +45,20 @@ class DeepSpeedUpdate:
         """Of each micro-batch."""
 
     def step(self) -> tuple[float, bool]:
-        """(Gradient norm before clipping, whether weights were updated), the same on all ranks."""
+        """(Gradient norm before clipping, whether weights were updated); alike on all ranks."""
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
 
         return math.nan if norm is None else float(norm), self.engine.was_step_applied()
 
     def clip(self, norm: float) -> None:
-        """Have AdamW divide gradients while it updates, so that clipping needs no pass of its own."""
-        if self.config.clip_grad:
-            excess = max(1.0, norm / self.config.clip_grad)
-            self.optimizer.grad_scale = torch.full((), excess, dtype=torch.float32, device=self.engine.device)
+        """Have AdamW divide gradients while it updates: clipping needs no pass of its own."""
+        if not self.config.clip_grad:
+            return
+
+        excess = max(1.0, norm / self.config.clip_grad)
+        scale = torch.full((), excess, dtype=torch.float32, device=self.engine.device)
+        self.optimizer.grad_scale = scale
 
 
 class PartitionedUpdate(DeepSpeedUpdate):
@@ -66,11 +70,15 @@ class PartitionedUpdate(DeepSpeedUpdate):
             **deepspeed_config,
             "gradient_clipping": 0.0,
             "bf16": {**deepspeed_config["bf16"], "check_grad_overflow": False},
-            "zero_optimization": {**deepspeed_config["zero_optimization"], "compute_grad_norm": False},
+            "zero_optimization": {
+                **deepspeed_config["zero_optimization"],
+                "compute_grad_norm": False,
+            },
         }
 
     def step(self) -> tuple[float, bool]:
-        norm = gradient_norm(*self._gradients(), self.state, partitioned=True)
+        gradients = self._gradients()
+        norm = gradient_norm(*gradients, self.state, self.engine.device, partitioned=True)
 
         if math.isfinite(norm):
             self.clip(norm)
@@ -86,31 +94,45 @@ class PartitionedUpdate(DeepSpeedUpdate):
         kinds: dict[bool, list[torch.Tensor]] = {False: [], True: []}
 
         for number, parameters in enumerate(zero.params_in_partition):
-            # What fills the last rank's part up to the size of the others stands at the end, and there is no parameter for it.
-            for gradient, parameter in zip(zero.averaged_gradients[number], parameters, strict=False):
+            gradients = zero.averaged_gradients[number]
+            # Zeros that fill a part up to the size of the others belong to no parameter.
+            real = [g for g in gradients if not getattr(g, "_zero_padding", False)]
+            for gradient, parameter in zip(real, parameters, strict=False):
                 kinds[is_sharded(parameter)].append(gradient)
 
         return kinds[False], kinds[True]
 
     def _discard(self) -> None:
-        """A step that DeepSpeed gives up, for its own check, on for this once, finds a NaN: so it drops all that it holds."""
+        """Have DeepSpeed give the step up and drop all that it holds for it."""
         zero = self.engine.optimizer
-        zero.averaged_gradients[0][0].fill_(math.nan)  # the norm may be infinite though no gradient is
+        # Its own check, on for this once, must find something; the norm may be infinite though
+        # no gradient is.
+        zero.averaged_gradients[0][0].fill_(math.nan)
         zero.check_grad_overflow = True
         self.engine.step()
         zero.check_grad_overflow = False
 
 
 class WholeUpdate(DeepSpeedUpdate):
-    """By us, of the weights that a rank holds whole (its tensor-parallel slice); DeepSpeed knows of no ZeRO and no bf16."""
+    """By us, of the weights that each rank holds whole (its tensor-parallel slice of them).
 
-    def __init__(self, groups: list[dict], config: TrainConfig, state: ParallelState, model: nn.Module) -> None:
-        self.model, self.masters = model, None
+    DeepSpeed is told of no ZeRO and no bf16: it has a model and an optimizer, and steps them.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict],
+        config: TrainConfig,
+        state: ParallelState,
+        model: nn.Module,
+    ) -> None:
+        self.model = model
+        self.masters: MasterWeights | None = None
 
         if config.bf16:
             self.masters = MasterWeights(model, torch.bfloat16)
             twins = {follower: twin for twin, follower in self.masters.pairs()}
-            groups = [{**group, "params": [twins[parameter] for parameter in group["params"]]} for group in groups]
+            groups = [{**group, "params": [twins[p] for p in group["params"]]} for group in groups]
 
         super().__init__(groups, config, state)
         self.stage = 0
@@ -129,7 +151,10 @@ class WholeUpdate(DeepSpeedUpdate):
         engine.enable_backward_allreduce = self.state.data_size > 1
 
     def weights(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """(fp32 weight that Adam updates, the model's parameter) of all parameters; with fp32 these are the same."""
+        """(fp32 weight that Adam updates, the model's parameter) of all parameters.
+
+        A model in fp32 has its own weights updated: both are the same.
+        """
         return self.masters.pairs() if self.masters else [(p, p) for p in self.model.parameters()]
 
     def refresh_model(self) -> None:
@@ -142,7 +167,7 @@ class WholeUpdate(DeepSpeedUpdate):
             self.masters.take_gradients()
 
     def step(self) -> tuple[float, bool]:
-        norm = gradient_norm(*self._gradients(), self.state)
+        norm = gradient_norm(*self._gradients(), self.state, self.engine.device)
         finite = math.isfinite(norm)
 
         if finite:
@@ -173,9 +198,13 @@ class WholeUpdate(DeepSpeedUpdate):
 
 
 def choose_update(
-    model: nn.Module, groups: list[dict], config: TrainConfig, state: ParallelState, deepspeed_config: dict[str, Any]
+    model: nn.Module,
+    groups: list[dict],
+    config: TrainConfig,
+    state: ParallelState,
+    deepspeed_config: dict[str, Any],
 ) -> DeepSpeedUpdate:
-    """The kind of update of a run; see the table above."""
+    """Take the kind of update that fits a run; see above."""
     if config.fp16 or offloads(deepspeed_config):
         return DeepSpeedUpdate(groups, config, state)
 

@@ -24,7 +24,9 @@ from megatron_interbert.training.fragments import FragmentedState
 from megatron_interbert.training.master_weights import MasterWeights
 from megatron_interbert.training.processes import start_processes
 from megatron_interbert.training.update import DeepSpeedUpdate, PartitionedUpdate, WholeUpdate
+from tests.corpus import write_store
 from tests.dist import run_on_ranks
+from tests.launching import train
 from tools.benchmarks.batches import random_examples
 
 SAMPLES = 4
@@ -179,6 +181,21 @@ def chosen(kind):
 
 def test_ours_is_deepspeeds_step():
     run_on_ranks(1, check_against_deepspeed)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_of_bad_steps_ends(processes, tmp_path):
+    """A learning rate that blows the weights up: every gradient after the first step is NaN, and the third of them ends the run."""
+    store = write_store(tmp_path / "store")
+    flags = ("--model", "tiny", "--data-path", store, "--language", "en", "--train-iters", 20, "--micro-batch-size", 2,
+             "--lr", "1e37", "--lr-warmup-fraction", 0, "--bf16", "--data-partitions", 4, "--num-workers", 0,
+             "--max-bad-steps", 3)  # fmt: skip
+    code, out, err = train(processes, *flags)
+    assert code != 0
+    assert "step 4: the gradient was not finite for 3 steps in a row and the run stops" in out + err
+    assert [line for line in out.splitlines() if "step skipped" in line] == [
+        f"step {step}: gradient is not finite, step skipped on all ranks" for step in (2, 3)
+    ]
 
 
 class Counting(TorchDispatchMode):
