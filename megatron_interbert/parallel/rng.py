@@ -15,10 +15,20 @@ from torch.utils.checkpoint import checkpoint
 
 
 class RandomStreams:
-    """The sharded stream of one device. `data_rank` and `tensor_rank` keep ranks apart where they must differ."""
+    """The sharded stream of one device. `data_rank` and `tensor_rank` keep ranks apart where they must differ.
 
-    def __init__(self, seed: int, data_rank: int = 0, tensor_rank: int = 0, device: torch.device | str = "cpu") -> None:
-        self.seed, self.data_rank, self.tensor_rank = seed, data_rank, tensor_rank
+    `alone`: there is no other tensor-parallel rank, so one stream serves for both, and nothing is read and written.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        data_rank: int = 0,
+        tensor_rank: int = 0,
+        device: torch.device | str = "cpu",
+        alone: bool = False,
+    ) -> None:
+        self.seed, self.data_rank, self.tensor_rank, self.alone = seed, data_rank, tensor_rank, alone
         self.on_gpu = torch.device(device).type == "cuda"
         self.start_step(0)
 
@@ -42,6 +52,10 @@ class RandomStreams:
     @contextmanager
     def sharded(self) -> Iterator[None]:
         """Random numbers drawn inside differ between the ranks of a tensor-parallel group."""
+        if self.alone:
+            yield
+            return
+
         replicated = self._read()
         self._write(self._sharded_state)
         try:

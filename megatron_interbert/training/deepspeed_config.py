@@ -135,6 +135,11 @@ def merge(config: TrainConfig, data_parallel_size: int, resumed_batch: int = 0) 
     return _for_engine(config, values, steps)
 
 
+def offloads(values: dict[str, Any]) -> bool:
+    """Whether a DeepSpeed configuration keeps weights or moments in host memory."""
+    return any(block.get("device", "none") != "none" for block in _offload_blocks(values))
+
+
 def _offload_blocks(values: dict[str, Any]) -> list[dict[str, Any]]:
     return [_get(values, f"zero_optimization.{name}") or {} for name in ("offload_optimizer", "offload_param")]
 

@@ -1,6 +1,5 @@
 """The DeepSpeed engine around a model: one way to step for every ZeRO stage and precision."""
 
-import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +13,8 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.deepspeed_config import merge
 from megatron_interbert.training.ema import AveragedWeights
 from megatron_interbert.training.memory import BUCKET
-from megatron_interbert.training.optimizer import build_optimizer, gradient_norm, parameter_groups, set_learning_rate
+from megatron_interbert.training.optimizer import parameter_groups, set_learning_rate
+from megatron_interbert.training.update import choose_update
 
 
 def half_precision_supported() -> bool:
@@ -35,23 +35,19 @@ class Engine:
         self.precision = "fp16" if config.fp16 else "bf16" if config.bf16 else "fp32"
         if config.fp16 and not half_precision_supported():
             raise UsageError("--fp16: this processor cannot compute in half precision; use --bf16")
-        # Plain fp32 training at stage 0 has no DeepSpeed optimizer around it: norm, clipping and skipping are ours there.
-        self.bare = config.zero_stage == 0 and self.precision == "fp32"
-        if self.bare:
-            self.deepspeed_config["gradient_clipping"] = 0.0
-        optimizer = build_optimizer(parameter_groups(model, config, pretrained), config)
+        groups = parameter_groups(model, config, pretrained)
+        self.update = choose_update(model, groups, config, state, self.deepspeed_config)
         device = next(model.parameters()).device
         self.deepspeed, *_ = deepspeed.initialize(
             # Else it takes LOCAL_RANK for the number of the GPU, which is 0 where a process sees one.
             args=SimpleNamespace(device_rank=device.index or 0),
             model=model,
-            optimizer=optimizer,
-            config=self.deepspeed_config,
+            optimizer=self.update.optimizer,
+            config=self.update.settings(self.deepspeed_config),
             mpu=state,
             dist_init_required=False,
         )
-        if self.bare and state.data_size == 1:  # nothing to sum: else gradients would be copied into a bucket and back
-            self.deepspeed.enable_backward_allreduce = False
+        self.update.start(self.deepspeed)
         self.ema = AveragedWeights(config.ema_decay) if config.ema_decay else None
 
     @property
@@ -64,30 +60,23 @@ class Engine:
         return self.deepspeed(*inputs)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Accumulate the gradient of a loss that is a share of the step's loss. DeepSpeed averages over data-parallel
-        ranks and accumulation steps; the factor here makes that a sum."""
+        """Accumulate the gradient of a loss that is a share of the step's loss.
+
+        DeepSpeed averages over data-parallel ranks; the factor here makes that a sum.
+        """
         self.deepspeed.set_gradient_accumulation_boundary(last)
-        self.deepspeed.backward(loss * (self.state.data_size * self.accumulation))
+        if self.state.data_size > 1:
+            loss = loss * self.state.data_size
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+        self.update.after_backward()
 
     def step(self, rate: float) -> tuple[float, bool]:
         """Clip and update; (gradient norm before clipping, whether weights were updated).
 
-        A non-finite norm on any rank leaves the weights as they were on all ranks.
+        A non-finite norm on any rank leaves weights and moments as they were on all ranks.
         """
         set_learning_rate(self.deepspeed.optimizer, rate)
-        if not self.bare:
-            self.deepspeed.step()
-            norm = self.deepspeed.get_global_grad_norm()
-            return float(norm) if norm is not None else math.nan, self.deepspeed.was_step_applied()
-        norm = gradient_norm(list(self.model.parameters()), self.state)
-        if not math.isfinite(norm):
-            self.deepspeed.zero_grad()
-            return norm, False
-        if self.config.clip_grad:  # torch's AdamW divides by this while it updates: clipping needs no pass of its own
-            excess = max(1.0, norm / self.config.clip_grad)
-            self.deepspeed.optimizer.grad_scale = torch.full((), excess, dtype=torch.float32, device=self.deepspeed.device)
-        self.deepspeed.step()
-        return norm, True
+        return self.update.step()
 
     def loss_scale(self) -> float:
         """The current loss scale; 1 where none is used."""

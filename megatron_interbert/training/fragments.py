@@ -41,9 +41,9 @@ class FragmentedState:
     """The training state of an engine as fragments, for writing and for filling in."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.stage, self.state = engine, engine.config.zero_stage, engine.state
+        self.engine, self.stage, self.state = engine, engine.update.stage, engine.state
         self.zero = engine.deepspeed.optimizer
-        self.adam: torch.optim.Optimizer = self.zero.optimizer if self.stage else self.zero
+        self.adam = engine.update.optimizer
         self.names = {id(p): name for name, p in engine.model.named_parameters()}
 
     def held(self) -> Iterator[Fragment]:
@@ -77,9 +77,8 @@ class FragmentedState:
         """fp32 tensors that Adam updates, and of each the runs in it: (parameter, slice's shape, start in the parameter,
         offset in the tensor, length)."""
         if self.stage == 0:
-            for group in self.adam.param_groups:
-                for p in group["params"]:
-                    yield p, [(p, p.shape, 0, 0, p.numel())]
+            for weight, p in self.engine.update.weights():
+                yield weight, [(p, p.shape, 0, 0, p.numel())]
         elif self.stage < 3:
             for flat, group in zip(self.zero.single_partition_of_fp32_groups, self.zero.bit16_groups, strict=True):
                 mapped = [(p, p._hp_mapping) for p in group if p._hp_mapping is not None]
@@ -148,9 +147,11 @@ class FragmentedState:
 
     def _refresh_model(self) -> None:
         """Cast the fp32 weights into those that the model computes with, as a step of DeepSpeed does at its end."""
-        if self.stage in (1, 2):
+        if self.stage == 0:
+            self.engine.update.refresh_model()
+        elif self.stage < 3:
             self.zero.update_lp_params()
-        elif self.stage == 3:
+        else:
             self.zero.checkpoint_event_prologue()  # parameters kept whole on every rank are cut up,
             for flat, low in zip(self.zero.fp32_partitioned_groups_flat, self.zero.fp16_partitioned_groups_flat, strict=True):
                 low.copy_(flat)

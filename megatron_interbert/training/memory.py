@@ -31,6 +31,12 @@ class Layout:
     fused: bool = False
     recompute: bool = False
     sequence_parallel: bool = False
+    loss_scale: bool = False  # the 16 bits are fp16's
+
+    @property
+    def shares_nothing(self) -> bool:
+        """Whether the update is ours, of all weights: see training/update.py."""
+        return self.zero_stage == 0 or (self.data == 1 and not self.loss_scale)
 
     @property
     def element(self) -> int:
@@ -118,7 +124,8 @@ def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
     """Memory of a training step (the second one, when the moments are there).
 
     A step is largest at one of three times: when the backward pass begins and holds all activations, when it ends and holds all
-    gradients, or when the optimizer converts them.
+    gradients, or when these are converted for the optimizer. A step of one micro-batch, that is: with more of them, what the first
+    ones gave is held during the passes of the others too.
     """
     values, element, ranks = rank_values(sizes, layout.tensor), layout.element, layout.data
     all_of, share = element * values, element * values / ranks
@@ -126,9 +133,13 @@ def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
     table = element * sizes.padded_vocab_size * sizes.hidden_size / layout.tensor  # it has two gradients, of decoder and embedding
     converted = FP32 * values / ranks if layout.half else 0.0
     optimizer = (FP32 + ADAM) * values / ranks
-    if layout.zero_stage == 0:
-        weights, optimizer, gradients, buffers = all_of, ADAM * values, all_of, bucket if ranks > 1 else 0.0
+    if layout.shares_nothing:
+        weights, gradients, buffers = all_of, all_of, bucket if ranks > 1 else 0.0
         begin, end, step = 0.0, gradients + max(buffers, table), gradients
+        if layout.half:
+            step += FP32 * values
+        else:
+            optimizer = ADAM * values
     elif layout.zero_stage == 3:
         weights, gradients, buffers = share, share, bucket  # both stay from the first step on
         # Gathered weights, all of a model of this kind, and the memory in which they arrive.

@@ -29,7 +29,8 @@ class Trial:
         half, fused = config.bf16 or config.fp16, device.type == "cuda" and config.kernels in ("auto", "triton")
         self.dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
         recompute, sequence_parallel = config.recompute_activations, config.sequence_parallel
-        self.layout = Layout(state.data_size, state.tensor_size, config.zero_stage, half, fused, recompute, sequence_parallel)
+        sizes = (state.data_size, state.tensor_size, config.zero_stage)
+        self.layout = Layout(*sizes, half, fused, recompute, sequence_parallel, loss_scale=config.fp16)
 
     def batch(self, samples: int) -> PackedBatch:
         """The first samples of this rank."""

@@ -100,7 +100,7 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
     config.check_float8(job.model_config)
     attention_dropout = max(job.model_config.attention_dropout, job.model_config.image_attention_dropout) > 0
     kernels = choose_kernels(config.kernels, device, attention_dropout, config.deterministic, config.fp8)
-    streams = RandomStreams(config.seed, state.data_rank, state.tensor_rank, device)
+    streams = RandomStreams(config.seed, state.data_rank, state.tensor_rank, device, alone=state.tensor_size == 1)
     parts = {"state": state, "kernels": kernels, **job.model_options}
 
     def make_model() -> InterBert:

@@ -202,3 +202,57 @@ def change_precision(store, folder):
 @needs_half_precision()
 def test_precisions(corpus):
     run_on_ranks(2, change_precision, *corpus)
+
+
+BF16 = ((2, 2), (1, 1), (1, 3))  # (tensor parallel, ZeRO stage): our own update, our norm around DeepSpeed's, DeepSpeed's alone
+
+
+def change_update(store, folder):
+    """Runs in bf16 go on from one another whoever updates: weights, moments and average bit for bit, and so do runs in fp32."""
+    from megatron_interbert.training.fragments import FragmentedState
+    from megatron_interbert.weights.reader import CheckpointReader
+
+    start()
+    for number, (tensor, stage) in enumerate(BF16):
+        source = Run(store, f"{folder}/bf16-{number}", tensor, stage, bf16=True, ema_decay=0.9)
+        source.engine.ema.update(1, FragmentedState(source.engine).tensors())
+        source.train(SAVED)
+        source.engine.ema.update(SAVED, FragmentedState(source.engine).tensors())
+        check_whole_copy(source)
+        source.save()
+        path = Path(folder, f"bf16-{number}", f"global_step{SAVED}")
+        undisturbed = source.train(LAST)
+
+        for layout in (*BF16, (2, 0)):
+            bf16 = layout[1] > 0
+            run = Run(store, f"{folder}/x", *layout, load=path, bf16=bf16, ema_decay=0.9)
+            where = f"{tensor, stage} -> {layout}"
+            check_every_bit(CheckpointReader(path), FragmentedState(run.engine), run.state, where)
+            check_whole_copy(run)
+            results = run.train(LAST)
+            if layout == (tensor, stage):
+                assert results == undisturbed, where
+            for step, (loss, norm) in results.items():
+                assert abs(loss - undisturbed[step][0]) < 0.01 * loss, (where, step)
+                assert abs(norm - undisturbed[step][1]) < 0.05 * norm, (where, step)
+
+
+def check_whole_copy(run):
+    """The model for evaluation holds fp32 weights, of which the run computes with the nearest numbers in bf16."""
+    import deepspeed
+
+    from megatron_interbert.training.fragments import FragmentedState
+
+    copy = parts(run.config, run.state, run.streams)[0]
+    FragmentedState(run.engine).copy_into(copy)
+    weights = {name: weight.detach().clone() for name, weight in copy.named_parameters()}
+    for name, parameter in run.engine.model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=run.config.zero_stage == 3):
+            assert torch.equal(weights[name].to(parameter.dtype), parameter), name
+    FragmentedState(run.engine).copy_into(copy, "ema")
+    moved = sum(not torch.equal(average, weights[name]) for name, average in copy.named_parameters())
+    assert moved > 0
+
+
+def test_every_update_goes_on_from_every_other(corpus):
+    run_on_ranks(2, change_update, *corpus)

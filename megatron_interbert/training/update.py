@@ -1,0 +1,215 @@
+"""What a step does with its gradients: norm, clipping, AdamW; by us where that is faster.
+
+- `WholeUpdate`: all of it by us. For fp32 and bf16 on one data-parallel rank, whatever the ZeRO
+  stage, and for fp32 at stage 0.
+- `PartitionedUpdate`: norm, clipping and the check for bad gradients by us, AdamW by DeepSpeed on
+  a rank's part. For fp32 and bf16 at ZeRO stages 1 and 2.
+- `DeepSpeedUpdate`: all of it by DeepSpeed. For fp16 with its loss scale, ZeRO stage 3, offload.
+
+On one data-parallel rank ZeRO has nothing to share out, but its hooks and copies for each parameter
+would stay. Its check for gradients that are not finite takes 13 operations for each of them, and
+the norm says the same.
+"""
+
+import math
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import nn
+
+from megatron_interbert.config import TrainConfig
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.training.deepspeed_config import offloads
+from megatron_interbert.training.master_weights import MasterWeights
+from megatron_interbert.training.optimizer import build_optimizer, gradient_norm, is_sharded
+
+
+class DeepSpeedUpdate:
+    """All of it by DeepSpeed."""
+
+    def __init__(self, groups: list[dict], config: TrainConfig, state: ParallelState) -> None:
+        self.config, self.state = config, state
+        self.stage = config.zero_stage  # at which weights and moments are shared out
+        self.optimizer = build_optimizer(groups, config)
+
+    def settings(self, deepspeed_config: dict[str, Any]) -> dict[str, Any]:
+        """DeepSpeed's configuration as this kind of update needs it."""
+        return deepspeed_config
+
+    def start(self, engine: DeepSpeedEngine) -> None:
+        """Take the engine that was made with `settings` and `optimizer`."""
+        self.engine = engine
+
+    def after_backward(self) -> None:
+        """Of each micro-batch."""
+
+    def step(self) -> tuple[float, bool]:
+        """(Gradient norm before clipping, whether weights were updated); alike on all ranks."""
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+
+        return math.nan if norm is None else float(norm), self.engine.was_step_applied()
+
+    def clip(self, norm: float) -> None:
+        """Have AdamW divide gradients while it updates: clipping needs no pass of its own."""
+        if not self.config.clip_grad:
+            return
+
+        excess = max(1.0, norm / self.config.clip_grad)
+        scale = torch.full((), excess, dtype=torch.float32, device=self.engine.device)
+        self.optimizer.grad_scale = scale
+
+
+class PartitionedUpdate(DeepSpeedUpdate):
+    """By DeepSpeed on each rank's part of the gradients, whose norm is ours."""
+
+    def settings(self, deepspeed_config: dict[str, Any]) -> dict[str, Any]:
+        """Without DeepSpeed's norm, clipping and check."""
+        return {
+            **deepspeed_config,
+            "gradient_clipping": 0.0,
+            "bf16": {**deepspeed_config["bf16"], "check_grad_overflow": False},
+            "zero_optimization": {
+                **deepspeed_config["zero_optimization"],
+                "compute_grad_norm": False,
+            },
+        }
+
+    def step(self) -> tuple[float, bool]:
+        gradients = self._gradients()
+        norm = gradient_norm(*gradients, self.state, self.engine.device, partitioned=True)
+
+        if math.isfinite(norm):
+            self.clip(norm)
+            self.engine.step()
+        else:
+            self._discard()
+
+        return norm, self.engine.was_step_applied()
+
+    def _gradients(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """This rank's part: (of replicated parameters, of shards)."""
+        zero = self.engine.optimizer
+        kinds: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+
+        for number, parameters in enumerate(zero.params_in_partition):
+            gradients = zero.averaged_gradients[number]
+            # Zeros that fill a part up to the size of the others belong to no parameter.
+            real = [g for g in gradients if not getattr(g, "_zero_padding", False)]
+            for gradient, parameter in zip(real, parameters, strict=False):
+                kinds[is_sharded(parameter)].append(gradient)
+
+        return kinds[False], kinds[True]
+
+    def _discard(self) -> None:
+        """Have DeepSpeed give the step up and drop all that it holds for it."""
+        zero = self.engine.optimizer
+        # Its own check, on for this once, must find something; the norm may be infinite though
+        # no gradient is.
+        zero.averaged_gradients[0][0].fill_(math.nan)
+        zero.check_grad_overflow = True
+        self.engine.step()
+        zero.check_grad_overflow = False
+
+
+class WholeUpdate(DeepSpeedUpdate):
+    """By us, of the weights that each rank holds whole (its tensor-parallel slice of them).
+
+    DeepSpeed is told of no ZeRO and no bf16: it has a model and an optimizer, and steps them.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict],
+        config: TrainConfig,
+        state: ParallelState,
+        model: nn.Module,
+    ) -> None:
+        self.model = model
+        self.masters: MasterWeights | None = None
+
+        if config.bf16:
+            self.masters = MasterWeights(model, torch.bfloat16)
+            twins = {follower: twin for twin, follower in self.masters.pairs()}
+            groups = [{**group, "params": [twins[p] for p in group["params"]]} for group in groups]
+
+        super().__init__(groups, config, state)
+        self.stage = 0
+
+    def settings(self, deepspeed_config: dict[str, Any]) -> dict[str, Any]:
+        return {
+            **deepspeed_config,
+            "gradient_clipping": 0.0,
+            "bf16": {"enabled": False},
+            "zero_optimization": {"stage": 0},
+        }
+
+    def start(self, engine: DeepSpeedEngine) -> None:
+        super().start(engine)
+        # With nothing to sum, gradients would be copied into a bucket and back.
+        engine.enable_backward_allreduce = self.state.data_size > 1
+
+    def weights(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """(fp32 weight that Adam updates, the model's parameter) of all parameters.
+
+        A model in fp32 has its own weights updated: both are the same.
+        """
+        return self.masters.pairs() if self.masters else [(p, p) for p in self.model.parameters()]
+
+    def refresh_model(self) -> None:
+        """Have the model compute with the fp32 weights as they are now."""
+        if self.masters is not None:
+            self.masters.refresh_model()
+
+    def after_backward(self) -> None:
+        if self.masters is not None:
+            self.masters.take_gradients()
+
+    def step(self) -> tuple[float, bool]:
+        norm = gradient_norm(*self._gradients(), self.state, self.engine.device)
+        finite = math.isfinite(norm)
+
+        if finite:
+            self.clip(norm)
+            self.engine.step()
+        else:
+            self.engine.zero_grad()
+
+        if self.masters is not None:
+            self.masters.drop_gradients()
+            if finite:
+                self.masters.refresh_model()
+
+        return norm, finite
+
+    def _gradients(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(Of replicated parameters, of shards)."""
+        if self.masters is not None:
+            return self.masters.gradients()
+
+        kinds: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+        for parameter in self.model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            kinds[is_sharded(parameter)].append(parameter.grad)
+
+        return kinds[False], kinds[True]
+
+
+def choose_update(
+    model: nn.Module,
+    groups: list[dict],
+    config: TrainConfig,
+    state: ParallelState,
+    deepspeed_config: dict[str, Any],
+) -> DeepSpeedUpdate:
+    """Take the kind of update that fits a run; see above."""
+    if config.fp16 or offloads(deepspeed_config):
+        return DeepSpeedUpdate(groups, config, state)
+
+    if state.data_size == 1 or config.zero_stage == 0:
+        return WholeUpdate(groups, config, state, model)
+
+    kind = PartitionedUpdate if config.zero_stage < 3 else DeepSpeedUpdate
+    return kind(groups, config, state)
