@@ -18,13 +18,13 @@ from tests.launching import ROOT
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_padded_sdpa_equals_one_sequence_at_a_time(lengths, dtype):
     torch.manual_seed(0)
-    (q, k, v), offsets = packed(lengths, dtype=dtype)
+    qkv, offsets = packed(lengths, dtype=dtype)
     weight = torch.randn(sum(lengths), 3, 8, dtype=dtype)
     results, gradients = [], []
     for function in (plain.attention, attention.padded_sdpa, cpu_ops.attention):
         # So small a rate drops nothing, but takes the path of those that do.
-        out = function(q, k, v, offsets, max(lengths), 1e-9 if function is cpu_ops.attention else 0.0)
-        gradients.append(torch.autograd.grad((out * weight).sum(), (q, k, v)))
+        out = function(qkv, offsets, max(lengths), 1e-9 if function is cpu_ops.attention else 0.0)
+        gradients.append(torch.autograd.grad((out * weight).sum(), qkv))
         results.append(out)
     tolerance = {"rtol": 1e-6, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 0.05, "atol": 0.05}
     for other, its_gradients in zip(results[1:], gradients[1:], strict=True):
@@ -38,10 +38,11 @@ def test_padded_sdpa_equals_one_sequence_at_a_time(lengths, dtype):
 def test_attention_dropout_drops_at_its_rate_and_scales_the_rest(function):
     """With one-hot values an output is the row of attention weights itself: each is 0 or its plain value / (1 - p)."""
     torch.manual_seed(0)
-    (q, k, _), offsets = packed([8] * 400, heads=2)
-    v = torch.eye(8).repeat(400, 1)[:, None, :].expand(-1, 2, -1).contiguous()
-    plain_weights = attention.padded_sdpa(q, k, v, offsets, 8, 0.0)
-    dropped_weights = function(q, k, v, offsets, 8, 0.25)
+    qkv, offsets = packed([8] * 400, heads=2)
+    with torch.no_grad():
+        qkv[:, :, 2] = torch.eye(8).repeat(400, 1)[:, None, :]
+    plain_weights = attention.padded_sdpa(qkv, offsets, 8, 0.0)
+    dropped_weights = function(qkv, offsets, 8, 0.25)
     gone = dropped_weights == 0
     assert abs(gone.float().mean().item() - 0.25) < 0.01
     torch.testing.assert_close(dropped_weights[~gone], plain_weights[~gone] / 0.75)
