@@ -82,7 +82,10 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
     job.model_config.check_tensor_parallel(state.tensor_size)
     config.check_float8(job.model_config)
     attention_dropout = max(job.model_config.attention_dropout, job.model_config.image_attention_dropout) > 0
-    kernels = choose_kernels(config.kernels, device, attention_dropout, config.deterministic, config.fp8)
+    dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+    kernels = choose_kernels(
+        config.kernels, device, attention_dropout, config.deterministic, config.fp8, job.model_config.head_sizes, dtype
+    )
     streams = RandomStreams(config.seed, state.data_rank, state.tensor_rank, device)
     parts = {"state": state, "kernels": kernels, **job.model_options}
 
