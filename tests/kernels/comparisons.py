@@ -1,4 +1,4 @@
-"""What every fused kernel must compute, against float64: run on a GPU by tests/gpu, in Triton's interpreter by tests/kernels/interpreted.py.
+"""What every fused kernel must compute, against float64: on a GPU for tests/gpu, in Triton's interpreter for tests/kernels/interpreted.py.
 
 Inputs are rounded to the type under test first, so that only the kernel's own errors count. Dropout is not taken on trust: a mask is read
 off the results of chosen inputs, held against its rate, and then given to the twin, which must agree in values and gradients.
