@@ -63,6 +63,11 @@ class ModelConfig:
         """Vocabulary rounded up to a multiple of 128, the same for every tensor-parallel size."""
         return -(-self.vocab_size // 128) * 128
 
+    @property
+    def head_sizes(self) -> tuple[int, int]:
+        """Of the attention of text and joint tokens, and of that of images."""
+        return self.hidden_size // self.num_attention_heads, self.hidden_size // self.image_attention_heads
+
     def check_tensor_parallel(self, size: int) -> None:
         """Raise UsageError when `size` ranks cannot share the heads, the MLP or the vocabulary evenly."""
         for name in ("num_attention_heads", "image_attention_heads", "ffn_hidden_size", "padded_vocab_size"):

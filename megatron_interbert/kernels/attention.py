@@ -6,19 +6,26 @@ import torch.nn.functional as F
 from megatron_interbert.kernels.gather import gather_rows
 
 
-def padded_sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, max_length: int, dropout_p: float
-) -> torch.Tensor:
-    """Pads to `max_length` inside the call only; q, k, v [N, heads, D], offsets [B+1] -> [N, heads, D]."""
-    count, samples = len(q), len(offsets) - 1
-    if count == samples * max_length:  # all of one length: nothing to pad
-        queries, keys, values = (x.view(samples, max_length, *q.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout_p).transpose(1, 2).flatten(0, 1)
-    rows, slots, mask = padded_places(offsets, max_length, count)
-    padded = gather_rows(torch.cat([q, k, v], dim=1), rows, slots)
-    queries, keys, values = padded.view(samples, max_length, 3, *q.shape[1:]).permute(2, 0, 3, 1, 4)
-    result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None, None, :], dropout_p=dropout_p)
-    return result.transpose(1, 2).reshape(samples * max_length, *q.shape[1:]).index_select(0, slots)
+def padded_sdpa(qkv: torch.Tensor, offsets: torch.Tensor, max_length: int, dropout_p: float) -> torch.Tensor:
+    """See plain.attention: pads to `max_length` inside the call only."""
+    tokens, heads, _three, size = qkv.shape
+    samples = len(offsets) - 1
+    if tokens == samples * max_length:  # all of one length: nothing to pad
+        queries, keys, values = by_head(qkv, samples, max_length)
+        attended = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout_p)
+        return attended.transpose(1, 2).flatten(0, 1)
+
+    rows, slots, mask = padded_places(offsets, max_length, tokens)
+    queries, keys, values = by_head(gather_rows(qkv, rows, slots), samples, max_length)
+    mask = mask[:, None, None, :]
+    attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout_p)
+    return attended.transpose(1, 2).reshape(samples * max_length, heads, size).index_select(0, slots)
+
+
+def by_head(qkv: torch.Tensor, samples: int, length: int) -> tuple[torch.Tensor, ...]:
+    """q, k, v [B, heads, L, D] as views of tokens [B L, heads, 3, D]; their gradients come together again in one tensor."""
+    parts = qkv.view(samples, length, *qkv.shape[1:]).unbind(3)
+    return tuple(part.transpose(1, 2) for part in parts)
 
 
 def padded_places(offsets: torch.Tensor, max_length: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -38,12 +45,15 @@ def padded_places(offsets: torch.Tensor, max_length: int, count: int) -> tuple[t
     return rows, slots, mask
 
 
-def varlen_flash(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, max_length: int, dropout_p: float
-) -> torch.Tensor:
-    """torch's varlen_attn (CUDA, half precision); it has no dropout, so calls with dropout take padded SDPA."""
-    if dropout_p > 0 or q.dtype not in (torch.float16, torch.bfloat16):
-        return padded_sdpa(q, k, v, offsets, max_length, dropout_p)
+def flash_takes(qkv: torch.Tensor, dropout_p: float) -> bool:
+    """Whether torch's variable-length flash attention computes this: it has no dropout, and knows 16 bits only."""
+    return dropout_p == 0 and qkv.dtype in (torch.float16, torch.bfloat16)
+
+
+def varlen_flash(qkv: torch.Tensor, offsets: torch.Tensor, max_length: int, dropout_p: float) -> torch.Tensor:
+    """See plain.attention: torch's varlen_attn (CUDA, compute capability 8.0); what it does not take goes to padded SDPA."""
+    if not flash_takes(qkv, dropout_p):
+        return padded_sdpa(qkv, offsets, max_length, dropout_p)
     from torch.nn.attention.varlen import varlen_attn  # CUDA only, absent from some CPU builds
 
-    return varlen_attn(q, k, v, offsets, offsets, max_length, max_length)
+    return varlen_attn(*qkv.unbind(2), offsets, offsets, max_length, max_length)

@@ -1,18 +1,23 @@
 """Which kernel serves each operation: decided once at start from the device and `--kernels`, and printed."""
 
-from collections.abc import Callable
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.kernels import attention, cpu_ops, plain
-from megatron_interbert.kernels.products import Float8Products, PlainProducts
+from megatron_interbert.kernels.fit import OLDEST, WIDEST, Gpu, gpu_of, tile_bytes, tile_for
+from megatron_interbert.kernels.products import Float8Products, PlainProducts, has_scaled_products
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Operations with the signatures of `plain`, and the name of each for the log."""
+    """Operations with the signatures of `plain`, and what is to be said about the choice."""
 
     attention: Callable[..., torch.Tensor] = attention.padded_sdpa
     bias_gelu: Callable[..., torch.Tensor] = plain.bias_gelu
@@ -23,52 +28,100 @@ class Kernels:
     vocab_statistics: Callable[..., tuple[torch.Tensor, ...]] = plain.vocab_statistics
     vocab_gradient: Callable[..., torch.Tensor] = plain.vocab_gradient
     products: type = PlainProducts
+    remarks: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """One line: operation=module.function of each."""
-        return ", ".join(f"{name}={one.__module__.rsplit('.', 1)[-1]}.{one.__name__}" for name, one in vars(self).items())
+        """One line: operation=module.function of each, then why something went elsewhere."""
+        operations = {name: one for name, one in vars(self).items() if name != "remarks"}
+        chosen = ", ".join(f"{name}={one.__module__.rsplit('.', 1)[-1]}.{one.__name__}" for name, one in operations.items())
+        return "; ".join([chosen, *self.remarks])
 
 
 def choose_kernels(
-    name: str, device: torch.device, attention_dropout: bool = False, deterministic: bool = False, fp8: bool = False
+    name: str,
+    device: torch.device,
+    attention_dropout: bool = False,
+    deterministic: bool = False,
+    fp8: bool = False,
+    head_sizes: Sequence[int] = (),
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Kernels:
     """Kernels for `--kernels auto|torch|triton|apex` on a device, with `fp8` the layers' products in 8 bits (on a CPU too, slowly: for
-    checks); UsageError when the choice cannot run there."""
+    checks); UsageError when the choice cannot run there.
+
+    What is said of attention is said of `head_sizes` in `dtype`; the kernels themselves look at what they are given.
+    """
     kernels = _kernels_by_name(name, device, attention_dropout, deterministic)
-    if not fp8:
+    if fp8:
+        check_float8(device)
+        kernels = replace(kernels, products=Float8Products)
+    if kernels.bias_gelu is plain.bias_gelu or device.type != "cuda":  # not Triton's, or in its interpreter
         return kernels
+    return replace(kernels, remarks=(*kernels.remarks, *attention_remarks(head_sizes, dtype, gpu_of(device))))
+
+
+def check_float8(device: torch.device) -> None:
+    """UsageError where there are no products in 8 bits."""
+    if not has_scaled_products():
+        raise UsageError(
+            f"--fp8: torch {torch.__version__} has no torch.nn.functional.scaled_mm; install torch 2.13 or leave --fp8 out"
+        )
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise UsageError(
             f"--fp8: {torch.cuda.get_device_name(device)} has no 8-bit products (Ada, Hopper and newer have); leave it out"
         )
-    return replace(kernels, products=Float8Products)
+
+
+def attention_remarks(head_sizes: Sequence[int], dtype: torch.dtype, gpu: Gpu) -> list[str]:
+    """What Triton's attention does with heads of these sizes on a GPU."""
+    remarks = []
+    kind = str(dtype).removeprefix("torch.")
+    for head in sorted(set(head_sizes)):
+        tile = tile_for(head, dtype, gpu.shared_memory)
+        room = f"{gpu.shared_memory / 1024:.0f} KiB of shared memory a block"
+        if tile is not None:
+            needed = tile_bytes(tile, head, dtype.itemsize) / 1024
+            remarks.append(f"heads of {head} in {kind}: tiles of {tile} tokens, {needed:.0f} of {room}")
+        elif head > WIDEST:
+            remarks.append(f"heads of {head}: padded SDPA, for Triton's tiles are at most {WIDEST} wide")
+        else:
+            remarks.append(f"heads of {head} in {kind}: padded SDPA, for no tile of Triton's fits in {room}")
+    return remarks
 
 
 def _kernels_by_name(name: str, device: torch.device, attention_dropout: bool, deterministic: bool) -> Kernels:
     """Of all operations but the products.
 
-    Variable-length flash attention has no dropout: with `attention_dropout` (training) the kernel for short sequences takes its
-    place, or padded SDPA where there is no Triton. So it does if its gradients must be `deterministic`.
+    Variable-length flash attention has no dropout: with `attention_dropout` (training) Triton's kernel takes its place, or padded SDPA
+    where there is no Triton. So it does if its gradients must be `deterministic`.
     """
     on_gpu = device.type == "cuda"
-    flash = on_gpu and not attention_dropout and not deterministic
-    packed_attention = attention.varlen_flash if flash else attention.padded_sdpa
     if name == "torch":
         return Kernels()
     if name == "auto" and not on_gpu:
         return Kernels(attention=cpu_ops.attention, dropout_add_norm=cpu_ops.dropout_add_norm)
+
+    flash = on_gpu and not gpu_of(device).is_too_old and not attention_dropout and not deterministic
     if name == "apex":
         from megatron_interbert.kernels import apex_adapters
 
+        packed_attention = attention.varlen_flash if flash else attention.padded_sdpa
         return Kernels(attention=packed_attention, dropout_add_norm=apex_adapters.load_dropout_add_norm())
+
+    hindrance = why_no_triton(device)
+    if hindrance and name == "auto":
+        return Kernels(remarks=(f"plain torch: {hindrance}",))
+    if hindrance:
+        raise UsageError(f"--kernels triton: {hindrance}; use --kernels auto")
+    return _triton_kernels(flash)
+
+
+def _triton_kernels(flash: bool) -> Kernels:
+    """All of Triton's; `flash`: attention by torch's variable-length flash attention where that can."""
     from megatron_interbert.kernels import triton_attention, triton_embedding, triton_ops, triton_vocab
 
-    if not (on_gpu or triton_ops.interpreted()):
-        raise UsageError("--kernels triton needs a GPU (or TRITON_INTERPRET=1 to check the kernels on a CPU); use --kernels torch")
-    if not flash:
-        packed_attention = triton_attention.short_attention
     return Kernels(
-        packed_attention,
+        triton_attention.flash_attention if flash else triton_attention.packed_attention,
         triton_ops.bias_gelu,
         triton_ops.dropout_add_norm,
         triton_embedding.region_rows,
@@ -77,3 +130,34 @@ def _kernels_by_name(name: str, device: torch.device, attention_dropout: bool, d
         triton_vocab.vocab_statistics,
         triton_vocab.vocab_gradient,
     )
+
+
+def why_no_triton(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on a device; None where they can."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed"
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda":
+        return "a CPU runs Triton's kernels only for checks, in its interpreter (TRITON_INTERPRET=1)"
+
+    gpu = gpu_of(device)
+    if gpu.is_too_old:
+        return f"{gpu} is older than Triton's kernels and flash attention ask for ({OLDEST[0]}.{OLDEST[1]})"
+    if torch.cuda.is_available():
+        return why_no_launcher()
+    return None
+
+
+def why_no_launcher() -> str | None:
+    """What is missing of what Triton builds its launcher with, on the machine that runs the kernels; None where nothing is."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton finds no C compiler to build its launcher with (apt-get install gcc, or set CC)"
+
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.exists():
+        return f"Triton builds its launcher with {header}, which is missing (apt-get install python3-dev)"
+    return None

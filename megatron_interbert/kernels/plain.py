@@ -72,18 +72,18 @@ def embed_image(
     return F.dropout(F.layer_norm(embedded, weight.shape, weight, bias, eps), dropout_p)
 
 
-def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, max_length: int, dropout_p: float
-) -> torch.Tensor:
+def attention(qkv: torch.Tensor, offsets: torch.Tensor, max_length: int, dropout_p: float) -> torch.Tensor:
     """Attention within each sequence of a packed batch, one sequence at a time.
 
-    q, k, v [N, heads, D]; offsets [B+1] of the sequences; gives [N, heads, D].
+    qkv [N, heads, 3, D]: queries, keys and values, which get one gradient of the same form; offsets [B+1] of the sequences, of which
+    the longest has `max_length` tokens. Gives [N, heads, D].
     """
     parts = []
     for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        scores = torch.einsum("qhd,khd->hqk", q[start:stop], k[start:stop]) * q.shape[-1] ** -0.5
-        weights = F.dropout(scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype), dropout_p)
-        parts.append(torch.einsum("hqk,khd->qhd", weights, v[start:stop]))
+        q, k, v = qkv[start:stop].unbind(2)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+        weights = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        parts.append(torch.einsum("hqk,khd->qhd", F.dropout(weights, dropout_p), v))
     return torch.cat(parts)
 
 

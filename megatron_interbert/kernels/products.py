@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.functional import ScalingType
 
 from megatron_interbert.config import FLOAT8_MULTIPLE
+
+
+def has_scaled_products() -> bool:
+    """Whether this torch has the products in 8 bits that `scaled_product` asks for."""
+    return hasattr(F, "scaled_mm") and hasattr(F, "ScalingType")
 
 
 class PlainProducts:
@@ -74,7 +78,7 @@ def scaled_product(
     fast: bool = False,
 ) -> torch.Tensor:
     """a [M, K] times the transpose of b [N, K], both quantised; `fast` sums in the tensor cores' own registers (Hopper)."""
-    whole = ScalingType.TensorWise
+    whole = F.ScalingType.TensorWise
     return F.scaled_mm(a[0], b[0].t(), a[1], whole, b[1], whole, bias=bias, output_dtype=dtype, use_fast_accum=fast)
 
 

@@ -1,9 +1,13 @@
-"""Attention over short packed sequences in Triton: one program for each sequence and head, whole score rows, dropout inside.
+"""Attention over packed sequences in Triton: nothing is padded in memory, and dropout happens inside.
 
-A program holds all scores of its sequence, so the softmax needs no second pass, nothing is padded in memory, and each gradient is
-written once by one program: the same bits every time. The scores and the dropout mask are computed again in the backward pass.
+Sequences that fit in one tile take the whole-row kernels: one program for each sequence and head holds all its scores, so that the
+softmax needs no second pass and the backward pass one look at them. Longer ones take the tiled kernels: a program has some rows of the
+scores and goes over the columns tile by tile (the online softmax of FlashAttention, arXiv 2205.14135 and 2307.08691).
 
-The numbers of warps are those with which ptxas for sm_90 spills least (tiles of 64: nothing).
+Both compute scores and dropout mask again in the backward pass. Each gradient is written once, by one program: the same bits every
+time. Queries, keys and values come as one tensor, and so do their gradients.
+
+Legend: N tokens of all sequences, B sequences, D size of a head, WIDTH the tile's columns for it.
 """
 
 from typing import Any
@@ -12,133 +16,282 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_interbert.kernels import attention
+from megatron_interbert.kernels.fit import gpu_of, tile_for, tile_width
 from megatron_interbert.kernels.triton_ops import draw_seed
 
-LONGEST = 128  # tokens of a sequence; the score tile must stay in registers
-WIDEST = 128  # size of a head
+SMALLEST = 32  # tokens of a whole-row tile: fewer sizes are fewer compilations
+INTERPRETED_MEMORY = 1 << 30  # bytes: the interpreter knows no limit
+
+QUERY, KEY, VALUE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def _attend(
-    q_ptr, k_ptr, v_ptr, offsets_ptr, row_stride, head_stride, scale, p, seed, width,
-    LENGTH: tl.constexpr, WIDTH: tl.constexpr, DROPOUT: tl.constexpr,
-):  # fmt: skip
-    """What both passes need of this program's sequence and head: tiles q, k, v [LENGTH, WIDTH], the weights [LENGTH, LENGTH] before
-    dropout in float32, and what dropout multiplies them by. Places past the end hold 0."""
-    sample, head = tl.program_id(0), tl.program_id(1)
-    first = tl.load(offsets_ptr + sample)
-    length = tl.load(offsets_ptr + sample + 1) - first
-    rows, columns = tl.arange(0, LENGTH), tl.arange(0, WIDTH)
-    inside = (rows[:, None] < length) & (columns[None, :] < width)
-    at = (first + rows)[:, None].to(tl.int64) * row_stride + head * head_stride + columns[None, :]
-    q = tl.load(q_ptr + at, mask=inside, other=0.0)
-    k = tl.load(k_ptr + at, mask=inside, other=0.0)
-    v = tl.load(v_ptr + at, mask=inside, other=0.0)
-    there = (rows[:, None] < length) & (rows[None, :] < length)
-    scores = tl.where(there, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, -1.0e30)
-    weights = tl.where(there, tl.exp(scores - tl.max(scores, axis=1)[:, None]), 0.0)
-    total = tl.sum(weights, axis=1)
-    weights = weights / tl.where(total > 0.0, total, 1.0)[:, None]
-    kept = tl.full([LENGTH, LENGTH], 1.0, tl.float32)
-    if DROPOUT:  # from a counter that each weight of the batch has for itself
-        program = sample * tl.num_programs(1) + head
-        counter = (program * LENGTH + rows)[:, None] * LENGTH + rows[None, :]
-        kept = tl.where(tl.rand(seed, counter) >= p, 1.0 / (1.0 - p), 0.0)
-    return q, k, v, weights, kept
-
-
-@triton.jit
-def _places(offsets_ptr, width, LENGTH: tl.constexpr, WIDTH: tl.constexpr):
-    """Where this program's results lie in a contiguous [N, heads, width], and which of them there are."""
-    first = tl.load(offsets_ptr + tl.program_id(0))
-    length = tl.load(offsets_ptr + tl.program_id(0) + 1) - first
-    rows, columns = tl.arange(0, LENGTH), tl.arange(0, WIDTH)
-    at = ((first + rows)[:, None].to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * width + columns[None, :]
+def _places(first, rows, length, part, PARTS: tl.constexpr, width, WIDTH: tl.constexpr):
+    """Where `rows` of this program's sequence and head lie in a contiguous [N, heads, PARTS, D], and which of these places there are."""
+    columns = tl.arange(0, WIDTH)
+    token = (first + rows).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    at = (token * PARTS + part)[:, None] * width + columns[None, :]
     return at, (rows[:, None] < length) & (columns[None, :] < width)
 
 
 @triton.jit
-def _forward(
-    out_ptr, q_ptr, k_ptr, v_ptr, offsets_ptr, row_stride, head_stride, scale, p, seed, width,
-    LENGTH: tl.constexpr, WIDTH: tl.constexpr, DROPOUT: tl.constexpr,
-):  # fmt: skip
-    _q, _k, v, weights, kept = _attend(
-        q_ptr, k_ptr, v_ptr, offsets_ptr, row_stride, head_stride, scale, p, seed, width, LENGTH, WIDTH, DROPOUT
-    )
-    at, inside = _places(offsets_ptr, width, LENGTH, WIDTH)
-    out = tl.dot((weights * kept).to(v.dtype), v, input_precision="ieee")
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+def _load(ptr, first, rows, length, part, PARTS: tl.constexpr, width, WIDTH: tl.constexpr):
+    """A tile [rows, WIDTH]; places that there are not hold 0."""
+    at, inside = _places(first, rows, length, part, PARTS, width, WIDTH)
+    return tl.load(ptr + at, mask=inside, other=0.0)
 
 
 @triton.jit
-def _backward(
-    dout_ptr, dq_ptr, dk_ptr, dv_ptr, q_ptr, k_ptr, v_ptr, offsets_ptr, row_stride, head_stride, scale, p, seed, width,
-    LENGTH: tl.constexpr, WIDTH: tl.constexpr, DROPOUT: tl.constexpr,
+def _store(ptr, tile, first, rows, length, part, PARTS: tl.constexpr, width, WIDTH: tl.constexpr):
+    at, inside = _places(first, rows, length, part, PARTS, width, WIDTH)
+    tl.store(ptr + at, tile.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sequence(offsets_ptr):
+    """(First token, length) of this program's sequence."""
+    first = tl.load(offsets_ptr + tl.program_id(0))
+    return first, tl.load(offsets_ptr + tl.program_id(0) + 1) - first
+
+
+@triton.jit
+def _scores(q, k, rows, columns, length, scale):
+    """Scaled scores [rows, columns] in float32; columns past the end of the sequence get what no softmax sees."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    return tl.where((rows[:, None] < length) & (columns[None, :] < length), scores, -1.0e30)
+
+
+@triton.jit
+def _kept(first, rows, columns, p, seed):
+    """What dropout multiplies the weights [rows, columns] by: drawn from the seed and the weight's own place in the batch, whatever the
+    tile."""
+    row = ((first + rows) * tl.num_programs(1) + tl.program_id(1))[:, None] + tl.zeros_like(columns)[None, :]
+    column = tl.zeros_like(rows)[:, None] + columns[None, :]
+    word, _second, _third, _fourth = tl.philox(seed, row, column, 0, 0)
+    return tl.where(tl.uint_to_uniform_float(word) >= p, 1.0 / (1.0 - p), 0.0)
+
+
+@triton.jit
+def _whole_rows(qkv_ptr, first, length, scale, width, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    """(q, k, v, softmax of their scores in float32) of a sequence that one tile holds. Rows past its end are 0."""
+    rows = tl.arange(0, TILE)
+    q = _load(qkv_ptr, first, rows, length, QUERY, 3, width, WIDTH)
+    k = _load(qkv_ptr, first, rows, length, KEY, 3, width, WIDTH)
+    v = _load(qkv_ptr, first, rows, length, VALUE, 3, width, WIDTH)
+    scores = _scores(q, k, rows, rows, length, scale)
+    weights = tl.exp(scores - tl.max(scores, axis=1)[:, None])
+    weights = weights / tl.sum(weights, axis=1)[:, None]
+    return q, k, v, tl.where(rows[:, None] < length, weights, 0.0)
+
+
+@triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["offsets_ptr"])
+def _row_forward(
+    qkv_ptr, offsets_ptr, out_ptr, scale, p, seed, width, TILE: tl.constexpr, WIDTH: tl.constexpr, DROPOUT: tl.constexpr
 ):  # fmt: skip
-    q, k, v, weights, kept = _attend(
-        q_ptr, k_ptr, v_ptr, offsets_ptr, row_stride, head_stride, scale, p, seed, width, LENGTH, WIDTH, DROPOUT
+    first, length = _sequence(offsets_ptr)
+    rows = tl.arange(0, TILE)
+    _q, _k, v, weights = _whole_rows(qkv_ptr, first, length, scale, width, TILE, WIDTH)
+    if DROPOUT:
+        weights *= _kept(first, rows, rows, p, seed)
+    out = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    _store(out_ptr, out, first, rows, length, 0, 1, width, WIDTH)
+
+
+@triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["offsets_ptr"])
+def _row_backward(
+    qkv_ptr, offsets_ptr, dout_ptr, dqkv_ptr, scale, p, seed, width, TILE: tl.constexpr, WIDTH: tl.constexpr, DROPOUT: tl.constexpr
+):  # fmt: skip
+    first, length = _sequence(offsets_ptr)
+    rows = tl.arange(0, TILE)
+    q, k, v, weights = _whole_rows(qkv_ptr, first, length, scale, width, TILE, WIDTH)
+    dout = _load(dout_ptr, first, rows, length, 0, 1, width, WIDTH)
+    dweights = tl.dot(dout, tl.trans(v), input_precision="ieee")
+    dropped = weights
+    if DROPOUT:
+        kept = _kept(first, rows, rows, p, seed)
+        dropped = weights * kept
+        dweights *= kept
+    dv = tl.dot(tl.trans(dropped).to(v.dtype), dout, input_precision="ieee")
+    _store(dqkv_ptr, dv, first, rows, length, VALUE, 3, width, WIDTH)
+    dscores = (weights * (dweights - tl.sum(weights * dweights, axis=1)[:, None]) * scale).to(q.dtype)
+    dq = tl.dot(dscores, k, input_precision="ieee")
+    _store(dqkv_ptr, dq, first, rows, length, QUERY, 3, width, WIDTH)
+    dk = tl.dot(tl.trans(dscores), q, input_precision="ieee")
+    _store(dqkv_ptr, dk, first, rows, length, KEY, 3, width, WIDTH)
+
+
+@triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["offsets_ptr"])
+def _tiled_forward(
+    qkv_ptr, offsets_ptr, out_ptr, normaliser_ptr, scale, p, seed, width,
+    TILE: tl.constexpr, WIDTH: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Of one tile of rows: the result, and the logarithm of each row's sum of exponentials [N, heads]."""
+    first, length = _sequence(offsets_ptr)
+    start = tl.program_id(2) * TILE
+    if start >= length:
+        return
+
+    rows = start + tl.arange(0, TILE)
+    q = _load(qkv_ptr, first, rows, length, QUERY, 3, width, WIDTH)
+    largest = tl.full([TILE], -1.0e30, tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    out = tl.zeros([TILE, WIDTH], tl.float32)
+    for begin in range(0, length, TILE):
+        columns = begin + tl.arange(0, TILE)
+        k = _load(qkv_ptr, first, columns, length, KEY, 3, width, WIDTH)
+        v = _load(qkv_ptr, first, columns, length, VALUE, 3, width, WIDTH)
+        scores = _scores(q, k, rows, columns, length, scale)
+        new = tl.maximum(largest, tl.max(scores, axis=1))
+        shrink = tl.exp(largest - new)
+        weights = tl.exp(scores - new[:, None])
+        total = total * shrink + tl.sum(weights, axis=1)
+        if DROPOUT:  # the sum above is that of all weights
+            weights *= _kept(first, rows, columns, p, seed)
+        out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        largest = new
+    _store(out_ptr, out / total[:, None], first, rows, length, 0, 1, width, WIDTH)
+    at = (first + rows).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(normaliser_ptr + at, largest + tl.log(total), mask=rows < length)
+
+
+@triton.jit
+def _weights_again(q, k, normaliser, first, rows, columns, length, scale, p, seed, DROPOUT: tl.constexpr):
+    """(softmax of a tile of scores by the rows' normalisers, what dropout multiplies it by)."""
+    weights = tl.exp(_scores(q, k, rows, columns, length, scale) - normaliser[:, None])
+    weights = tl.where(rows[:, None] < length, weights, 0.0)
+    kept = tl.full(weights.shape, 1.0, tl.float32)
+    if DROPOUT:
+        kept = _kept(first, rows, columns, p, seed)
+    return weights, kept
+
+
+@triton.jit
+def _rows_of_backward(
+    qkv_ptr, out_ptr, dout_ptr, normaliser_ptr, first, rows, length, width, WIDTH: tl.constexpr
+):  # fmt: skip
+    """What the backward pass reads of a tile of rows: q, gradient of the result, normaliser, and the sum over the row of weights times
+    their gradients, which is that of the result times its own."""
+    q = _load(qkv_ptr, first, rows, length, QUERY, 3, width, WIDTH)
+    out = _load(out_ptr, first, rows, length, 0, 1, width, WIDTH)
+    dout = _load(dout_ptr, first, rows, length, 0, 1, width, WIDTH)
+    at = (first + rows).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    normaliser = tl.load(normaliser_ptr + at, mask=rows < length, other=0.0)
+    return q, dout, normaliser, tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)
+
+
+@triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["offsets_ptr"])
+def _tiled_backward(
+    qkv_ptr, offsets_ptr, out_ptr, dout_ptr, normaliser_ptr, dqkv_ptr, scale, p, seed, width,
+    TILE: tl.constexpr, WIDTH: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the keys and values of one tile of tokens, over all queries; then of its queries, over all keys."""
+    first, length = _sequence(offsets_ptr)
+    start = tl.program_id(2) * TILE
+    if start >= length:
+        return
+
+    mine = start + tl.arange(0, TILE)
+    k = _load(qkv_ptr, first, mine, length, KEY, 3, width, WIDTH)
+    v = _load(qkv_ptr, first, mine, length, VALUE, 3, width, WIDTH)
+    dk = tl.zeros([TILE, WIDTH], tl.float32)
+    dv = tl.zeros([TILE, WIDTH], tl.float32)
+    for begin in range(0, length, TILE):
+        rows = begin + tl.arange(0, TILE)
+        q, dout, normaliser, shared = _rows_of_backward(
+            qkv_ptr, out_ptr, dout_ptr, normaliser_ptr, first, rows, length, width, WIDTH
+        )
+        weights, kept = _weights_again(q, k, normaliser, first, rows, mine, length, scale, p, seed, DROPOUT)
+        dv += tl.dot(tl.trans(weights * kept).to(v.dtype), dout, input_precision="ieee")
+        dweights = tl.dot(dout, tl.trans(v), input_precision="ieee") * kept
+        dscores = weights * (dweights - shared[:, None]) * scale
+        dk += tl.dot(tl.trans(dscores).to(q.dtype), q, input_precision="ieee")
+    _store(dqkv_ptr, dk, first, mine, length, KEY, 3, width, WIDTH)
+    _store(dqkv_ptr, dv, first, mine, length, VALUE, 3, width, WIDTH)
+
+    q, dout, normaliser, shared = _rows_of_backward(
+        qkv_ptr, out_ptr, dout_ptr, normaliser_ptr, first, mine, length, width, WIDTH
     )
-    at, inside = _places(offsets_ptr, width, LENGTH, WIDTH)
-    dout = tl.load(dout_ptr + at, mask=inside, other=0.0)
-    dv = tl.dot(tl.trans(weights * kept).to(v.dtype), dout, input_precision="ieee")
-    dweights = tl.dot(dout, tl.trans(v), input_precision="ieee") * kept
-    dscores = weights * (dweights - tl.sum(weights * dweights, axis=1)[:, None]) * scale
-    dq = tl.dot(dscores.to(k.dtype), k, input_precision="ieee")
-    dk = tl.dot(tl.trans(dscores).to(q.dtype), q, input_precision="ieee")
-    tl.store(dq_ptr + at, dq.to(dq_ptr.dtype.element_ty), mask=inside)
-    tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=inside)
-    tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+    dq = tl.zeros([TILE, WIDTH], tl.float32)
+    for begin in range(0, length, TILE):
+        columns = begin + tl.arange(0, TILE)
+        k = _load(qkv_ptr, first, columns, length, KEY, 3, width, WIDTH)
+        v = _load(qkv_ptr, first, columns, length, VALUE, 3, width, WIDTH)
+        weights, kept = _weights_again(q, k, normaliser, first, mine, columns, length, scale, p, seed, DROPOUT)
+        dweights = tl.dot(dout, tl.trans(v), input_precision="ieee") * kept
+        dscores = weights * (dweights - shared[:, None]) * scale
+        dq += tl.dot(dscores.to(k.dtype), k, input_precision="ieee")
+    _store(dqkv_ptr, dq, first, mine, length, QUERY, 3, width, WIDTH)
 
 
-def _block(size: int) -> int:
-    """The tile that holds `size`; matrix products want 16 at least."""
-    return max(16, triton.next_power_of_2(size))
+def warps(tile: int, width: int, element: int, tiled: bool) -> int:
+    """Warps of a program: as few as keep its tiles in registers on every GPU (tests/campaigns/tiles.py counts what is spilled)."""
+    if element > 2:
+        return 16 if tile * width > 32 * 64 else 8
+    return 8 if tiled and tile > 32 else 4
 
 
-class _ShortAttention(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        offsets: torch.Tensor,
-        max_length: int,
-        dropout_p: float,
-        seed: int,
+        ctx: Any, qkv: torch.Tensor, offsets: torch.Tensor, max_length: int, dropout_p: float, seed: int, tile: int
     ) -> torch.Tensor:
-        """Keeps q, k, v: scores and mask are computed again."""
-        if not (q.stride() == k.stride() == v.stride() and q.stride(2) == 1):  # not views of one projection
-            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        ctx.save_for_backward(q, k, v, offsets)
-        ctx.grid = (len(offsets) - 1, q.shape[1])
+        """Keeps qkv, and of the tiled kernels the result and the rows' normalisers: scores and mask are computed again."""
+        qkv = qkv.contiguous()
+        tokens, heads, _three, head = qkv.shape
+        out = torch.empty(tokens, heads, head, dtype=qkv.dtype, device=qkv.device)
+
+        ctx.tiled = max_length > tile
+        if not ctx.tiled:
+            tile = min(tile, max(SMALLEST, triton.next_power_of_2(max_length)))
+        width = tile_width(head)
+        ctx.grid = (len(offsets) - 1, heads, triton.cdiv(max_length, tile))
+        ctx.numbers = (head**-0.5, dropout_p, seed, head)
         ctx.settings = {
-            **{"row_stride": q.stride(0), "head_stride": q.stride(1), "scale": q.shape[2] ** -0.5, "p": dropout_p, "seed": seed},
-            **{"width": q.shape[2], "LENGTH": _block(max_length), "WIDTH": _block(q.shape[2]), "DROPOUT": dropout_p > 0},
+            "TILE": tile,
+            "WIDTH": width,
+            "DROPOUT": dropout_p > 0,
+            "num_warps": warps(tile, width, qkv.element_size(), ctx.tiled),
+            "num_stages": 1,  # each stage more would keep one more pair of tiles in shared memory
         }
-        _forward[ctx.grid](out, q, k, v, offsets, **ctx.settings, num_warps=16 if max_length > 64 else 8)
+
+        if ctx.tiled:
+            normaliser = torch.empty(tokens, heads, dtype=torch.float32, device=qkv.device)
+            _tiled_forward[ctx.grid](qkv, offsets, out, normaliser, *ctx.numbers, **ctx.settings)
+            ctx.save_for_backward(qkv, offsets, out, normaliser)
+        else:
+            _row_forward[ctx.grid](qkv, offsets, out, *ctx.numbers, **ctx.settings)
+            ctx.save_for_backward(qkv, offsets)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """One gradient for queries, keys and values."""
+        qkv, offsets, *of_tiles = ctx.saved_tensors
         dout = dout.contiguous()
-        dq, dk, dv = (torch.empty_like(dout) for _ in range(3))
-        _backward[ctx.grid](dout, dq, dk, dv, *ctx.saved_tensors, **ctx.settings, num_warps=8)
-        return dq, dk, dv, None, None, None, None
+        dqkv = torch.empty_like(qkv)
+        if ctx.tiled:
+            out, normaliser = of_tiles
+            _tiled_backward[ctx.grid](qkv, offsets, out, dout, normaliser, dqkv, *ctx.numbers, **ctx.settings)
+        else:
+            _row_backward[ctx.grid](qkv, offsets, dout, dqkv, *ctx.numbers, **ctx.settings)
+        return dqkv, None, None, None, None, None
 
 
-def takes(q: torch.Tensor, max_length: int) -> bool:
-    """Whether the kernel has room for sequences of this length and heads of this size."""
-    return 0 < max_length <= LONGEST and q.shape[2] <= WIDEST and len(q) > 0
+def packed_attention(qkv: torch.Tensor, offsets: torch.Tensor, max_length: int, dropout_p: float) -> torch.Tensor:
+    """See plain.attention; heads for which no tile fits on this device go to padded SDPA."""
+    if len(qkv) == 0:
+        return qkv[:, :, 0]
+
+    room = gpu_of(qkv.device).shared_memory if qkv.is_cuda else INTERPRETED_MEMORY
+    tile = tile_for(qkv.shape[-1], qkv.dtype, room)
+    if tile is None:
+        return attention.padded_sdpa(qkv, offsets, max_length, dropout_p)
+    return _Attention.apply(qkv, offsets, max_length, dropout_p, draw_seed(dropout_p), tile)
 
 
-def short_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, max_length: int, dropout_p: float
-) -> torch.Tensor:
-    """See plain.attention; longer sequences or wider heads go to padded SDPA."""
-    if not takes(q, max_length):
-        from megatron_interbert.kernels.attention import padded_sdpa
-
-        return padded_sdpa(q, k, v, offsets, max_length, dropout_p)
-    return _ShortAttention.apply(q, k, v, offsets, max_length, dropout_p, draw_seed(dropout_p))
+def flash_attention(qkv: torch.Tensor, offsets: torch.Tensor, max_length: int, dropout_p: float) -> torch.Tensor:
+    """See plain.attention: torch's variable-length flash attention in 16 bits without dropout, else `packed_attention`."""
+    if attention.flash_takes(qkv, dropout_p):
+        return attention.varlen_flash(qkv, offsets, max_length, dropout_p)
+    return packed_attention(qkv, offsets, max_length, dropout_p)

@@ -16,7 +16,7 @@ from megatron_interbert.kernels.triton_ops import MAX_PROGRAMS, draw_seed, norma
 LOCATION = 5  # numbers that say where a region is
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["shown_ptr", "starts_ptr", "summary_ptr"])
 def _region_rows(
     features_ptr, shown_ptr, starts_ptr, summary_ptr, out_ptr, width, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def _normalise(z, row, column, inside, weight_ptr, bias_ptr, z_ptr, y_ptr, mean_
     tl.store(rstd_ptr + row, rstd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["positions_ptr", "types_ptr"])
 def _embed_text_forward(
     words_ptr, positions_ptr, types_ptr, position_table_ptr, type_table_ptr, weight_ptr, bias_ptr,
     z_ptr, y_ptr, mean_ptr, rstd_ptr, width, p, eps, seed, BLOCK: tl.constexpr,
@@ -87,7 +87,7 @@ def _embed_text_forward(
     _normalise(z, row, column, inside, weight_ptr, bias_ptr, z_ptr, y_ptr, mean_ptr, rstd_ptr, width, p, eps, seed)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["locations_ptr"])
 def _embed_image_forward(
     projected_ptr, locations_ptr, location_weight_ptr, location_bias_ptr, weight_ptr, bias_ptr,
     z_ptr, y_ptr, mean_ptr, rstd_ptr, width, p, eps, seed, LOCATION: tl.constexpr, BLOCK: tl.constexpr,
@@ -102,16 +102,17 @@ def _embed_image_forward(
     _normalise(z, row, column, inside, weight_ptr, bias_ptr, z_ptr, y_ptr, mean_ptr, rstd_ptr, width, p, eps, seed)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "seed"])
 def _embed_backward(
-    dy_ptr, z_ptr, weight_ptr, mean_ptr, rstd_ptr, dz_ptr, partial_ptr, rows, width, p, seed,
-    PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
+    dy_ptr, z_ptr, weight_ptr, mean_ptr, rstd_ptr, dz_ptr, partial_ptr, rows, width, p, seed, BLOCK: tl.constexpr
 ):  # fmt: skip
-    program, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    program = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0)
+    column = tl.arange(0, BLOCK)
     inside = column < width
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     dweight, dbias = tl.zeros([BLOCK], dtype=tl.float32), tl.zeros([BLOCK], dtype=tl.float32)
-    for row in range(program, rows, PROGRAMS):
+    for row in range(program, rows, programs):
         at = row * width + column
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if p > 0:
@@ -124,7 +125,7 @@ def _embed_backward(
         dweight += dy * normal
         dbias += dy
     tl.store(partial_ptr + program * width + column, dweight, mask=inside)
-    tl.store(partial_ptr + (PROGRAMS + program) * width + column, dbias, mask=inside)
+    tl.store(partial_ptr + (programs + program) * width + column, dbias, mask=inside)
 
 
 def _begin(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, p: float, eps: float, seed: int) -> tuple:
@@ -144,7 +145,7 @@ def _gradients(ctx: Any, dy: torch.Tensor, z: torch.Tensor, weight: torch.Tensor
     partial = torch.empty(2, programs, width, dtype=torch.float32, device=z.device)
     _embed_backward[(programs,)](
         dy.contiguous(), z, weight, mean, rstd, dz, partial, rows, width, ctx.p, ctx.seed,
-        PROGRAMS=programs, BLOCK=triton.next_power_of_2(width),
+        BLOCK=triton.next_power_of_2(width),
     )  # fmt: skip
     return dz, *partial.sum(dim=1).to(weight.dtype)
 

@@ -2,6 +2,9 @@
 
 Dropout masks are drawn anew from (seed, element) in the backward pass, so no mask is kept. Parameter gradients are summed
 per program and then over programs, always in the same order. TRITON_INTERPRET=1 runs them on a CPU, for checking only.
+
+Triton compiles a kernel anew for each type, alignment and divisibility by 16 of its arguments. Numbers that vary from batch to batch
+(rows, seeds) are therefore not specialised, and how many programs there are is asked for inside.
 """
 
 import os
@@ -26,10 +29,10 @@ def draw_seed(dropout_p: float) -> int:
     return int(torch.randint(2**31 - 1, (1,))) if dropout_p > 0 else 0
 
 
-@triton.jit
-def _bias_gelu_forward(x_ptr, bias_ptr, y_ptr, count, width, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])
+def _bias_gelu_forward(x_ptr, bias_ptr, y_ptr, rows, width, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
+    inside = at < rows.to(tl.int64) * width  # a product of `width`, so that the compiler knows what divides it
     z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + tl.load(bias_ptr + at % width, mask=inside, other=0.0).to(
         tl.float32
     )
@@ -37,16 +40,16 @@ def _bias_gelu_forward(x_ptr, bias_ptr, y_ptr, count, width, BLOCK: tl.constexpr
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _bias_gelu_backward(
-    dy_ptr, x_ptr, bias_ptr, dx_ptr, partial_ptr, rows, width, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    dy_ptr, x_ptr, bias_ptr, dx_ptr, partial_ptr, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Some columns of every PROGRAMS-th group of ROWS rows, and what they add to the gradient of the bias."""
+    """Some columns of this program's groups of ROWS rows, and what they add to the gradient of the bias."""
     program = tl.program_id(1)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     bias = tl.load(bias_ptr + column, mask=column < width, other=0.0).to(tl.float32)
     dbias = tl.zeros([BLOCK], dtype=tl.float32)
-    for first in range(program * ROWS, rows, PROGRAMS * ROWS):
+    for first in range(program * ROWS, rows, tl.num_programs(1) * ROWS):
         row = first + tl.arange(0, ROWS)
         at = row[:, None].to(tl.int64) * width + column[None, :]
         inside = (row[:, None] < rows) & (column[None, :] < width)
@@ -63,8 +66,10 @@ class _BiasGelu(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         y = torch.empty_like(x)
+        width = x.shape[-1]
+        rows = x.numel() // width
         ctx.save_for_backward(x, bias)
-        _bias_gelu_forward[(triton.cdiv(x.numel(), 1024),)](x, bias, y, x.numel(), x.shape[-1], BLOCK=1024)
+        _bias_gelu_forward[(triton.cdiv(x.numel(), 1024),)](x, bias, y, rows, width, BLOCK=1024)
         return y
 
     @staticmethod
@@ -76,7 +81,7 @@ class _BiasGelu(torch.autograd.Function):
         dx = torch.empty_like(x)
         partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
         _bias_gelu_backward[(triton.cdiv(width, TILE_COLUMNS), programs)](
-            dy.contiguous(), x, bias, dx, partial, rows, width, PROGRAMS=programs, ROWS=TILE_ROWS, BLOCK=TILE_COLUMNS
+            dy.contiguous(), x, bias, dx, partial, rows, width, ROWS=TILE_ROWS, BLOCK=TILE_COLUMNS
         )
         return dx, partial.sum(dim=0).to(bias.dtype)
 
@@ -108,7 +113,7 @@ def through_norm(dy, weight, normal, rstd, width):
     return (scaled - tl.sum(scaled, axis=0) / width - normal * tl.sum(scaled * normal, axis=0) / width) * rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _add_norm_forward(
     x_ptr,
     bias_ptr,
@@ -144,7 +149,7 @@ def _add_norm_forward(
     tl.store(rstd_ptr + row, rstd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "seed"])
 def _add_norm_backward(
     dy_ptr,
     sum_ptr,
@@ -158,17 +163,17 @@ def _add_norm_backward(
     width,
     p,
     seed,
-    PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0)
     column = tl.arange(0, BLOCK)
     inside = column < width
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     dweight = tl.zeros([BLOCK], dtype=tl.float32)
     dnorm_bias = tl.zeros([BLOCK], dtype=tl.float32)
     dbias = tl.zeros([BLOCK], dtype=tl.float32)
-    for row in range(program, rows, PROGRAMS):
+    for row in range(program, rows, programs):
         at = row * width + column
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         z = tl.load(sum_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -185,8 +190,8 @@ def _add_norm_backward(
         dnorm_bias += dy
         dbias += dx
     tl.store(partial_ptr + program * width + column, dweight, mask=inside)
-    tl.store(partial_ptr + (PROGRAMS + program) * width + column, dnorm_bias, mask=inside)
-    tl.store(partial_ptr + (2 * PROGRAMS + program) * width + column, dbias, mask=inside)
+    tl.store(partial_ptr + (programs + program) * width + column, dnorm_bias, mask=inside)
+    tl.store(partial_ptr + (2 * programs + program) * width + column, dbias, mask=inside)
 
 
 class _DropoutAddNorm(torch.autograd.Function):
@@ -235,7 +240,6 @@ class _DropoutAddNorm(torch.autograd.Function):
             width,
             ctx.p,
             ctx.seed,
-            PROGRAMS=programs,
             BLOCK=triton.next_power_of_2(width),
         )
         dweight, dnorm_bias, dbias = partial.sum(dim=1).to(weight.dtype)

@@ -7,7 +7,7 @@ import triton.language as tl
 BLOCK = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["labels_ptr"])
 def _row_statistics(logits_ptr, labels_ptr, largest_ptr, total_ptr, own_ptr, best_ptr, columns, words, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     largest, total, best = -3.4028234663852886e38, 0.0, 0
@@ -28,7 +28,7 @@ def _row_statistics(logits_ptr, labels_ptr, largest_ptr, total_ptr, own_ptr, bes
     tl.store(best_ptr + row, best)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["labels_ptr", "normaliser_ptr", "grad_ptr"])
 def _row_gradient(logits_ptr, labels_ptr, normaliser_ptr, grad_ptr, columns, words, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -31,13 +31,13 @@ class SelfAttention(nn.Module):
 
     def attend(self, qkv: torch.Tensor, offsets: torch.Tensor, max_length: int) -> torch.Tensor:
         """Attention over projected tokens [N, 3 H / ranks] -> [N, H / ranks], before the output projection."""
-        q, k, v = qkv.view(len(qkv), -1, 3, self.head_size).unbind(dim=2)
+        qkv = qkv.view(len(qkv), -1, 3, self.head_size)
         p = self.dropout if self.training else 0.0
         if p > 0:  # heads are sharded: each rank drops for itself
             with self.streams.sharded():
-                attended = self.kernels.attention(q, k, v, offsets, max_length, p)
+                attended = self.kernels.attention(qkv, offsets, max_length, p)
         else:
-            attended = self.kernels.attention(q, k, v, offsets, max_length, p)
+            attended = self.kernels.attention(qkv, offsets, max_length, p)
         return attended.flatten(1)
 
 

@@ -99,8 +99,12 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
     job.model_config.check_tensor_parallel(state.tensor_size)
     config.check_float8(job.model_config)
     attention_dropout = max(job.model_config.attention_dropout, job.model_config.image_attention_dropout) > 0
-    kernels = choose_kernels(config.kernels, device, attention_dropout, config.deterministic, config.fp8)
-    streams = RandomStreams(config.seed, state.data_rank, state.tensor_rank, device, alone=state.tensor_size == 1)
+    dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+    kernels = choose_kernels(
+        config.kernels, device, attention_dropout, config.deterministic, config.fp8, job.model_config.head_sizes, dtype
+    )
+    alone = state.tensor_size == 1
+    streams = RandomStreams(config.seed, state.data_rank, state.tensor_rank, device, alone=alone)
     parts = {"state": state, "kernels": kernels, **job.model_options}
 
     def make_model() -> InterBert:

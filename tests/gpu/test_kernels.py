@@ -1,81 +1,82 @@
-"""Kernels on a real GPU against their plain twins. Skips where there is no CUDA device."""
-
-import itertools
+"""Kernels on a real GPU against float64, by the comparisons that tests/kernels also makes in Triton's interpreter. Skips where there is
+no CUDA device."""
 
 import pytest
 import torch
 
 from megatron_interbert.data.packing import pack
-from megatron_interbert.kernels import attention, plain
+from megatron_interbert.kernels import attention
 from megatron_interbert.kernels.choice import choose_kernels
+from megatron_interbert.kernels.fit import gpu_of
 from megatron_interbert.kernels.products import Float8Products, quantise
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.presets import PRESETS
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pretraining import PretrainingTask
+from tests.kernels import comparisons
 from tools.benchmarks.batches import random_examples
+
+triton_attention = pytest.importorskip(
+    "megatron_interbert.kernels.triton_attention", reason="triton is not installed (pip install -r requirements.txt)"
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 
 
-def test_varlen_attention_equals_the_plain_twin():
-    lengths = [37, 5, 73, 1]
-    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
-    q, k, v = (torch.randn(sum(lengths), 12, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    weight = torch.randn_like(q)
-    results = []
-    for function in (plain.attention, attention.varlen_flash, attention.padded_sdpa):
-        out = function(q, k, v, offsets, max(lengths), 0.0)
-        results.append([out, *torch.autograd.grad((out * weight).sum(), (q, k, v))])
-    for other in results[1:]:
-        for ours, theirs in zip(results[0], other, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+LENGTHS = [[1], [37, 1, 64, 0, 23], [93, 128, 5], [161, 37, 200, 1]]
+HEADS = [(12, 64), (8, 96)]  # of the base model: (how many, their size)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_triton_kernels_equal_their_twins(dtype):
-    kernels = choose_kernels("triton", torch.device("cuda"))
-
-    def leaf(*shape):
-        return torch.randn(*shape, device="cuda", dtype=dtype, requires_grad=True)
-
-    def numbers(most):
-        return torch.randint(most, (rows,), device="cuda")
-
-    rows, width = 1000, 768
-    places = torch.rand(rows, 5, device="cuda", dtype=dtype)
-    cases = [
-        (kernels.bias_gelu, plain.bias_gelu, (leaf(rows, 3072), leaf(3072))),
-        (kernels.dropout_add_norm, plain.dropout_add_norm,
-         (leaf(rows, width), leaf(width), leaf(rows, width), leaf(width), leaf(width), 0.0, 1e-12)),
-        (kernels.embed_text, plain.embed_text,
-         (leaf(rows, width), numbers(40), numbers(2), leaf(40, width), leaf(2, width), leaf(width), leaf(width), 0.0, 1e-12)),
-        (kernels.embed_image, plain.embed_image,
-         (leaf(rows, width), places, leaf(width, 5), leaf(width), leaf(width), leaf(width), 0.0, 1e-12)),
-    ]  # fmt: skip
-    tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.5}
-    for ours, twin, inputs in cases:
-        outputs = [function(*inputs) for function in (ours, twin)]
-        torch.testing.assert_close(*outputs, **tolerance)
-        weight = torch.randn_like(outputs[0])
-        tensors = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
-        for a, b in zip(*(torch.autograd.grad((o * weight).sum(), tensors) for o in outputs), strict=True):
-            torch.testing.assert_close(a, b, **tolerance)
+@pytest.fixture(scope="module")
+def kernels():
+    return choose_kernels("triton", torch.device("cuda"), attention_dropout=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_passes_of_cross_entropy_equal_their_twins(dtype):
-    kernels = choose_kernels("triton", torch.device("cuda"))
-    rows, columns, words = 300, 30592, 30522
-    logits = (torch.randn(rows, columns, device="cuda") * 5).to(dtype)
-    labels, grad = torch.randint(words, (rows,), device="cuda"), torch.randn(rows, device="cuda")
-    expected = plain.vocab_statistics(logits, labels, words)
-    for ours, twin in zip(kernels.vocab_statistics(logits, labels, words), expected, strict=True):
-        torch.testing.assert_close(ours, twin, rtol=1e-4, atol=1e-4)
-    normaliser = expected[1].log() + expected[0]
-    twin = plain.vocab_gradient(logits.clone(), labels, normaliser, grad, words)
-    torch.testing.assert_close(kernels.vocab_gradient(logits, labels, normaliser, grad, words), twin, rtol=0.02, atol=1e-4)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "width"), HEADS)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_attention(kernels, lengths, heads, width, dtype):
+    """By Triton, by flash attention where that takes the type, and padded: values and gradients."""
+    for attend in (kernels.attention, triton_attention.flash_attention, attention.padded_sdpa):
+        comparisons.check_attention(attend, lengths, heads, width, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "width"), HEADS)
+@pytest.mark.parametrize("lengths", LENGTHS[1:], ids=str)
+def test_attention_dropout(kernels, lengths, heads, width, dtype):
+    """Its rate, and the same mask in the values and in the gradients."""
+    comparisons.check_attention_dropout(kernels.attention, lengths, heads, width, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 768), (1000, 768), (5000, 1024)])
+def test_elementwise_parts_and_embeddings(kernels, rows, width, dtype):
+    comparisons.check_bias_gelu(kernels, rows, 4 * width, dtype, "cuda")
+    comparisons.check_dropout_add_norm(kernels, rows, width, dtype, "cuda")
+    comparisons.check_embeddings(kernels, rows, width, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_regions_are_hidden_and_averaged(kernels, dtype):
+    comparisons.check_region_rows(kernels, [1, 36, 10, 100], 2048, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns", "words"), [(300, 30592, 30522), (5, 256, 250), (3, 128, 0)])
+def test_the_passes_of_cross_entropy(kernels, rows, columns, words, dtype):
+    comparisons.check_vocabulary(kernels, rows, columns, words, dtype, "cuda")
+
+
+def test_every_kernel_stays_within_this_card(kernels):
+    """What was compiled above for this very card: shared memory within its limit."""
+    limit = gpu_of(torch.device("cuda")).shared_memory
+    for name in ("_row_forward", "_row_backward", "_tiled_forward", "_tiled_backward"):
+        compiled = [one for cache, *_ in getattr(triton_attention, name).device_caches.values() for one in cache.values()]
+        assert compiled, f"{name} was not launched"
+        assert max(one.metadata.shared for one in compiled) <= limit, name
 
 
 def test_deterministic_passes_give_the_same_bits():

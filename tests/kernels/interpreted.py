@@ -1,4 +1,4 @@
-"""The Triton kernels against their plain twins in Triton's CPU interpreter: TRITON_INTERPRET=1 pytest tests/kernels/interpreted.py.
+"""The Triton kernels against float64 in Triton's CPU interpreter: TRITON_INTERPRET=1 pytest tests/kernels/interpreted.py.
 
 test_triton.py runs it so. Inputs are new each time; a failure prints the seed.
 """
@@ -6,14 +6,17 @@ test_triton.py runs it so. Inputs are new each time; a failure prints the seed.
 import dataclasses
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from megatron_interbert.data.packing import pack
-from megatron_interbert.kernels import plain, triton_ops, triton_vocab
+from megatron_interbert.kernels import plain, triton_embedding, triton_ops, triton_vocab
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
-from megatron_interbert.kernels.triton_attention import _ShortAttention, short_attention
+from megatron_interbert.kernels.triton_attention import _Attention, packed_attention
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.partition import partition_dimension
@@ -23,10 +26,12 @@ from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from tests.dist import run_on_ranks
+from tests.kernels import comparisons
 from tests.kernels.sequences import packed
 from tests.model.test_model import SMALL, examples
 
 KERNELS = choose_kernels("triton", torch.device("cpu"))
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)
@@ -37,151 +42,101 @@ def seed():
     return number
 
 
-def leaf(*shape, dtype=torch.float32):
-    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+@pytest.fixture(autouse=True)
+def bfloat16_products(monkeypatch):
+    """Triton's interpreter keeps bfloat16 as its bits and would multiply these as whole numbers: products of them, in float32 here."""
+    products = InterpreterBuilder.create_dot
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return products(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
 
-def compare(ours, twin, inputs):
-    """Values and gradients; the twin computes in float64."""
-    wide = [
-        x.detach().double().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-        for x in inputs
-    ]
-    outputs = ours(*inputs), twin(*wide)
-    torch.testing.assert_close(outputs[0].double(), outputs[1], rtol=1e-5, atol=1e-5)
-    weight = torch.randn_like(outputs[0])
-    gradients = [
-        torch.autograd.grad((out * weight).sum(), [t for t in of if isinstance(t, torch.Tensor) and t.requires_grad])
-        for out, of in zip(outputs, (inputs, wide), strict=True)
-    ]
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("rows", "width"), [(1, 8), (7, 48), (33, 300)])
-def test_elementwise_parts(rows, width):
-    compare(KERNELS.bias_gelu, plain.bias_gelu, (leaf(rows, width), leaf(width)))
-    inputs = (leaf(rows, width), leaf(width), leaf(rows, width), leaf(width), leaf(width), 0.0, 1e-12)
-    compare(KERNELS.dropout_add_norm, plain.dropout_add_norm, inputs)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (7, 48), (33, 96)])
+def test_elementwise_parts(rows, width, dtype):
+    comparisons.check_bias_gelu(KERNELS, rows, 3 * width, dtype, "cpu")
+    comparisons.check_dropout_add_norm(KERNELS, rows, width, dtype, "cpu")
+    comparisons.check_embeddings(KERNELS, rows, width, dtype, "cpu")
 
 
 def test_several_rows_for_each_program(monkeypatch):
     monkeypatch.setattr(triton_ops, "MAX_PROGRAMS", 4)
-    inputs = (leaf(11, 16), leaf(16), leaf(11, 16), leaf(16), leaf(16), 0.0, 1e-12)
-    compare(KERNELS.dropout_add_norm, plain.dropout_add_norm, inputs)
+    monkeypatch.setattr(triton_embedding, "MAX_PROGRAMS", 3)
+    comparisons.check_bias_gelu(KERNELS, 70, 16, torch.float32, "cpu")
+    comparisons.check_dropout_add_norm(KERNELS, 11, 16, torch.float32, "cpu")
+    comparisons.check_embeddings(KERNELS, 11, 16, torch.float32, "cpu")
 
 
-def test_dropout_before_the_norm():
-    """Rate, and a backward mask equal to the forward one. With gain 1 and a zero residual the mask shows in the output."""
-    rows, width, p = 64, 64, 0.3
-    x, zero = torch.ones(rows, width, requires_grad=True), torch.zeros(width)
-    residual = torch.zeros(rows, width, requires_grad=True)
-    out = KERNELS.dropout_add_norm(x, zero, residual, torch.ones(width), zero, p, 1e-12)
-    dropped = out < 0
-    assert abs(float(dropped.float().mean()) - p) < 0.04, float(dropped.float().mean())
-    weight = torch.randn(rows, width)
-    dx, dresidual = torch.autograd.grad((out * weight).sum(), (x, residual))
-    torch.testing.assert_close(dx, torch.where(dropped, 0.0, dresidual / (1 - p)))
-
-
-def check_rate(dropped, whole, p):
-    """Every element is gone or larger by 1 / (1 - p)."""
-    gone = dropped == 0
-    assert abs(gone.float().mean().item() - p) < 0.03
-    torch.testing.assert_close(dropped[~gone], whole[~gone] / (1 - p))
-
-
-@pytest.mark.parametrize(("rows", "width"), [(1, 8), (7, 48), (33, 96)])
-def test_embeddings(rows, width):
-    positions, types = torch.randint(5, (rows,)), torch.randint(2, (rows,))
-    norm = (leaf(width), leaf(width))
-    text = (leaf(rows, width), positions, types, leaf(5, width), leaf(2, width), *norm)
-    image = (leaf(rows, width), torch.rand(rows, 5), leaf(width, 5), leaf(width), *norm)
-    compare(KERNELS.embed_text, plain.embed_text, (*text, 0.0, 1e-12))
-    compare(KERNELS.embed_image, plain.embed_image, (*image, 0.0, 1e-12))
-
-
-@pytest.mark.parametrize("name", ["embed_text", "embed_image"])
-def test_dropout_behind_the_norm(name):
-    """Its rate, its scale, and the same mask for the gradient: by finite differences along a direction, whose mask is the seed's."""
-    rows, width, p = 64, 64, 0.3
-    rest = (
-        (torch.randint(5, (rows,)), torch.randint(2, (rows,)), leaf(5, width), leaf(2, width))
-        if name == "embed_text"
-        else (torch.rand(rows, 5), leaf(width, 5), leaf(width))
-    )
-    x, norm = leaf(rows, width), (leaf(width), leaf(width))
-
-    def out(x, p):
-        torch.manual_seed(1)
-        return getattr(KERNELS, name)(x, *rest, *norm, p, 1e-12)
-
-    check_rate(out(x, p), out(x, 0.0), p)
-    weight, direction, step = torch.randn(rows, width), torch.randn(rows, width), 1e-2
-    (gradient,) = torch.autograd.grad((out(x, p) * weight).sum(), x)
-    with torch.no_grad():
-        slope = ((out(x + step * direction, p) - out(x - step * direction, p)) * weight).sum() / (2 * step)
-    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-2, atol=0.5)
-
-
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [8, 1500])
-def test_regions_are_hidden_and_averaged(seed, width):
+def test_regions_are_hidden_and_averaged(seed, width, dtype):
     ragged = random.Random(seed)
-    counts = torch.tensor([1, *(ragged.randint(1, 9) for _ in range(4))])
-    features = torch.randn(int(counts.sum()), width).half()
-    summaries = torch.cat([torch.zeros(1, dtype=torch.int64), (counts + 1).cumsum(0)[:-1]])
-    rows = torch.tensor([s + 1 + i for s, c in zip(summaries.tolist(), counts.tolist(), strict=True) for i in range(c)])
-    hidden = torch.nonzero(torch.rand(len(features)) < 0.3).flatten()
-    inputs = (features, hidden, counts, rows, summaries, torch.float32)
-    torch.testing.assert_close(KERNELS.region_rows(*inputs), plain.region_rows(*inputs), rtol=1e-5, atol=1e-5)
+    counts = [1, *(ragged.randint(1, 9) for _ in range(4))]
+    comparisons.check_region_rows(KERNELS, counts, width, dtype, "cpu")
 
 
 @pytest.mark.parametrize(("rows", "columns", "words"), [(1, 128, 128), (5, 256, 250), (3, 128, 1), (4, 128, 0)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_passes_of_cross_entropy(rows, columns, words, dtype, monkeypatch):
     monkeypatch.setattr(triton_vocab, "BLOCK", 64)
-    logits, labels = (torch.randn(rows, columns) * 10).to(dtype), torch.randint(-20, columns + 20, (rows,))
-    if words > 100:
-        logits[0, 90] = logits[0, 7] = 99.0  # a tie
-    found = KERNELS.vocab_statistics(logits, labels, words)
-    expected = plain.vocab_statistics(logits, labels, words)
-    for ours, twin in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, twin)
-    normaliser, grad = expected[1].clamp(min=1e-30).log() + expected[0].clamp(min=-99), torch.randn(rows)
-    twin = plain.vocab_gradient(logits.clone(), labels, normaliser, grad, words)
-    torch.testing.assert_close(KERNELS.vocab_gradient(logits.clone(), labels, normaliser, grad, words), twin)
+    comparisons.check_vocabulary(KERNELS, rows, columns, words, dtype, "cpu")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [8, 64, 96])
-def test_attention_of_ragged_lengths(seed, width):
-    ragged = random.Random(seed)
-    for lengths in ([1], [5], [4, 0, 2], [0, 3], [128, 1, 17], [ragged.randint(1, 128) for _ in range(4)]):
-        qkv, offsets = packed(lengths, 2, width)
-        compare(short_attention, plain.attention, (*qkv, offsets, max(lengths), 0.0))
+def test_attention_of_ragged_lengths(width, dtype):
+    for lengths in ([1], [5], [4, 0, 2], [0, 3], [37, 1, 64], [93, 0, 33]):
+        comparisons.check_attention(packed_attention, lengths, 2, width, dtype, "cpu")
+    comparisons.check_attention(packed_attention, [161, 1, 128, 17], 1, width, dtype, "cpu")
 
 
-def test_longer_sequences_go_to_padded_attention():
-    qkv, offsets = packed([130, 2], 1, 8)
-    compare(short_attention, plain.attention, (*qkv, offsets, 130, 0.0))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("lengths", "width"), [([16] * 12, 8), ([37, 64, 1, 23], 64), ([93, 7, 70], 96), ([161, 5], 64)])
+def test_attention_dropout(lengths, width, dtype):
+    heads = 1 if max(lengths) > 128 else 2
+    comparisons.check_attention_dropout(packed_attention, lengths, heads, width, dtype, "cpu")
 
 
+@pytest.mark.parametrize("tile", [16, 32, 64])
+def test_a_mask_is_the_same_whatever_the_tile(tile):
+    """So whole rows and tiles are one operation: a sequence of 40 tokens by each."""
+    qkv, offsets = packed([40, 3, 29], 2, 16)
+    weight = torch.randn(72, 2, 16)
+    results = []
+    for size in (tile, 64):
+        out = _Attention.apply(qkv, offsets, 40, 0.4, 11, size)
+        results.append([out, *torch.autograd.grad(out, qkv, weight)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tile", [16, 32])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_attention_gradients_by_finite_differences(p):
-    """In float64, with a dropout mask that stays the same."""
-    qkv, offsets = packed([3, 1, 5], 2, 4, torch.float64)
-    assert torch.autograd.gradcheck(lambda q, k, v: _ShortAttention.apply(q, k, v, offsets, 5, p, 11), qkv, fast_mode=True)
+def test_attention_gradients_by_finite_differences(p, tile):
+    """In float64, with a dropout mask that stays the same; whole rows, and tiles of which one is not full."""
+    qkv, offsets = packed([3, 1, 20], 2, 4, torch.float64)
+    assert torch.autograd.gradcheck(lambda x: _Attention.apply(x, offsets, 20, p, 11, tile), (qkv,), fast_mode=True, atol=1e-4)
 
 
-def test_attention_dropout_drops_at_its_rate_and_scales_the_rest():
-    """With one-hot values an output is the row of weights itself."""
-    (q, k, _), offsets = packed([16] * 50, 2, 16)
-    v = torch.eye(16).repeat(50, 1)[:, None, :].expand(-1, 2, -1).contiguous()
-    whole, dropped = short_attention(q, k, v, offsets, 16, 0.0), short_attention(q, k, v, offsets, 16, 0.25)
-    gone = dropped == 0
-    share = gone.float().view(50, 16, 2, 16)
-    assert abs(share.mean().item() - 0.25) < 0.02
-    assert share.mean(dim=(1, 3)).std() > 0.01, "sequences and heads have masks of their own"
-    torch.testing.assert_close(dropped[~gone], whole[~gone] / 0.75)
+def test_wide_heads_go_to_padded_attention(monkeypatch):
+    def refused(*args):
+        raise AssertionError("no tile holds heads of 136")
+
+    monkeypatch.setattr(_Attention, "apply", refused)
+    qkv, offsets = packed([3, 2], 1, 136)
+    comparisons.compare(packed_attention, plain.attention, (qkv, offsets, 3, 0.0), ("qkv",), torch.float32)
+
+
+def test_nothing_to_attend_to():
+    qkv, offsets = packed([0, 0], 2, 8)
+    assert packed_attention(qkv, offsets, 0, 0.3).shape == (0, 2, 8)
 
 
 def test_recomputation_replays_every_mask():

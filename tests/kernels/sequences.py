@@ -5,8 +5,10 @@ import itertools
 import torch
 
 
-def packed(lengths, heads=3, width=8, dtype=torch.float32):
-    """q, k, v [N, heads, width] as views of one projection, as the model has them, and the offsets."""
-    qkv = torch.randn(sum(lengths), heads, 3, width, dtype=dtype)
-    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    return [x.requires_grad_() for x in qkv.unbind(2)], offsets
+def packed(
+    lengths: list[int], heads: int = 3, width: int = 8, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """qkv [N, heads, 3, width], which wants a gradient, and the offsets."""
+    qkv = torch.randn(sum(lengths), heads, 3, width).to(device, dtype)
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    return qkv.requires_grad_(), offsets

@@ -6,9 +6,7 @@ import sys
 import pytest
 import torch
 
-from megatron_interbert.errors import UsageError
 from megatron_interbert.kernels import attention, cpu_ops, plain
-from megatron_interbert.kernels.choice import choose_kernels
 from megatron_interbert.kernels.gather import gather_rows
 from tests.kernels.sequences import packed
 from tests.launching import ROOT
@@ -18,13 +16,13 @@ from tests.launching import ROOT
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_padded_sdpa_equals_one_sequence_at_a_time(lengths, dtype):
     torch.manual_seed(0)
-    (q, k, v), offsets = packed(lengths, dtype=dtype)
+    qkv, offsets = packed(lengths, dtype=dtype)
     weight = torch.randn(sum(lengths), 3, 8, dtype=dtype)
     results, gradients = [], []
     for function in (plain.attention, attention.padded_sdpa, cpu_ops.attention):
         # So small a rate drops nothing, but takes the path of those that do.
-        out = function(q, k, v, offsets, max(lengths), 1e-9 if function is cpu_ops.attention else 0.0)
-        gradients.append(torch.autograd.grad((out * weight).sum(), (q, k, v)))
+        out = function(qkv, offsets, max(lengths), 1e-9 if function is cpu_ops.attention else 0.0)
+        gradients.append(torch.autograd.grad((out * weight).sum(), qkv))
         results.append(out)
     tolerance = {"rtol": 1e-6, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 0.05, "atol": 0.05}
     for other, its_gradients in zip(results[1:], gradients[1:], strict=True):
@@ -38,10 +36,11 @@ def test_padded_sdpa_equals_one_sequence_at_a_time(lengths, dtype):
 def test_attention_dropout_drops_at_its_rate_and_scales_the_rest(function):
     """With one-hot values an output is the row of attention weights itself: each is 0 or its plain value / (1 - p)."""
     torch.manual_seed(0)
-    (q, k, _), offsets = packed([8] * 400, heads=2)
-    v = torch.eye(8).repeat(400, 1)[:, None, :].expand(-1, 2, -1).contiguous()
-    plain_weights = attention.padded_sdpa(q, k, v, offsets, 8, 0.0)
-    dropped_weights = function(q, k, v, offsets, 8, 0.25)
+    qkv, offsets = packed([8] * 400, heads=2)
+    with torch.no_grad():
+        qkv[:, :, 2] = torch.eye(8).repeat(400, 1)[:, None, :]
+    plain_weights = attention.padded_sdpa(qkv, offsets, 8, 0.0)
+    dropped_weights = function(qkv, offsets, 8, 0.25)
     gone = dropped_weights == 0
     assert abs(gone.float().mean().item() - 0.25) < 0.01
     torch.testing.assert_close(dropped_weights[~gone], plain_weights[~gone] / 0.75)
@@ -86,6 +85,17 @@ def test_dropout_of_a_cpu_before_the_norm():
     torch.testing.assert_close(cpu_ops.dropout_add_norm(x, bias, residual, gain, shift, 0.4, 1e-5), expected)
 
 
+def test_attention_of_a_cpu_keeps_its_mask_in_the_backward_pass():
+    """By finite differences in float64, with the same draw each time."""
+    qkv, offsets = packed([3, 1, 5], 2, 4, torch.float64)
+
+    def attend(x):
+        torch.manual_seed(3)
+        return cpu_ops.attention(x, offsets, 5, 0.4)
+
+    assert torch.autograd.gradcheck(attend, (qkv,))
+
+
 def test_gather_rows_has_the_gradient_of_indexing():
     x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     order = torch.tensor([4, 2, 0, 5, 1, 3])
@@ -93,28 +103,6 @@ def test_gather_rows_has_the_gradient_of_indexing():
     (ours,) = torch.autograd.grad((gather_rows(x, order, order.argsort()) * weight).sum(), x)
     (theirs,) = torch.autograd.grad((x[order] * weight).sum(), x)
     assert torch.equal(ours, theirs)
-
-
-def test_choice_names_what_it_takes_and_refuses_what_cannot_run():
-    assert "attention=cpu_ops.attention" in choose_kernels("auto", torch.device("cpu")).describe()
-    with pytest.raises(UsageError, match="apex"):
-        choose_kernels("apex", torch.device("cpu"))
-
-
-def test_deterministic_kernels_for_a_gpu():
-    """The choice itself needs none: flash attention's gradient is summed in any order, ours is not."""
-    pytest.importorskip("triton", reason="triton is not installed (pip install -r requirements.txt)")
-    chosen = {flag: choose_kernels("auto", torch.device("cuda"), False, deterministic=flag).describe() for flag in (False, True)}
-    assert "attention=attention.varlen_flash" in chosen[False]
-    assert "attention=triton_attention.short_attention" in chosen[True]
-
-
-def test_float8_is_refused_where_a_gpu_has_none(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    with pytest.raises(UsageError, match="--fp8: NVIDIA A100 has no 8-bit products"):
-        choose_kernels("torch", torch.device("cuda"), fp8=True)
-    assert "products=products.Float8Products" in choose_kernels("torch", torch.device("cpu"), fp8=True).describe()
 
 
 def test_deterministic_switches_of_torch():
