@@ -18,6 +18,7 @@ from megatron_interbert.parallel.vocab_loss import CHUNK
 BUCKET = 500_000_000  # most gradients that are reduced at once
 FP32, ADAM = 4, 8  # bytes of a value; of its two moments
 ROW_STATISTICS = 8  # mean and deviation that a norm keeps of a row
+ROW_NUMBERS = 32  # of each token and head, where its query, key, value and result stand among padded ones: attention on a CPU
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,12 @@ def activations(sizes: ModelConfig, layout: Layout, load: Load) -> tuple[float, 
         masks = 0.0 if layout.fused or not hidden_p else 2 * hidden
         attended = (3 * padded + behind) * hidden / layout.tensor
         if not layout.fused:
-            weights = 3 if attention_p else 0  # softmax, mask, and what is left of the weights
+            weights = 2 if attention_p else 0  # softmax and mask
             attended += weights * padded * longest * heads / layout.tensor + (0 if attention_p else padded * hidden / layout.tensor)
         between = behind * (3 * hidden + masks) + tokens * hidden
         inner = behind * 2 * ffn / layout.tensor
-        return element * (attended + inner + between / sharing) + 2 * ROW_STATISTICS * behind / sharing
+        numbers = ROW_NUMBERS * tokens * heads / layout.tensor if attention_p and not layout.fused else 0.0
+        return element * (attended + inner + between / sharing) + numbers + 2 * ROW_STATISTICS * behind / sharing
 
     words, shown = max(1.0, load.masked * load.words), max(1.0, load.masked * load.regions) / 2
     like_text = (sizes.num_attention_heads, sizes.hidden_dropout, sizes.attention_dropout)
