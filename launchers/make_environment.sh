@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Makes the virtual environment FOLDER with the versions of requirements.txt. Where it is ready, nothing is done.
+# Makes the virtual environment FOLDER with the versions of requirements.txt; does nothing where it
+# is ready.
 #
 #   bash launchers/make_environment.sh FOLDER
 #
-# TORCH_INDEX is the package index that torch comes from. Unset: pip's own, PyPI, whose torch brings CUDA.
-# https://download.pytorch.org/whl/cpu has the build without. `none` takes the torch that python3 has already, that of
-# a container or of a cluster's module, and leaves it alone. The choice is remembered in FOLDER.
+# TORCH_INDEX is the package index that torch comes from. Unset: pip's own, PyPI, whose torch brings
+# CUDA. https://download.pytorch.org/whl/cpu has the build without. `none` takes the torch that
+# python3 has already, a container's or a cluster module's, and leaves it alone. It is remembered.
 #
-# FOLDER/.megatron_interbert marks what was made here: only a folder that bears it is ever emptied. It holds TORCH_INDEX
-# and, once all is installed, a checksum of what was wanted. It is the first file made and the lock between two starts.
+# FOLDER/.megatron_interbert marks what was made here: only a folder that bears it is ever emptied.
+# Its lines are TORCH_INDEX and, once all is installed, a checksum of what was wanted. It is the
+# first file made, and the lock between two starts.
 set -euo pipefail
 
 folder=$(realpath -m -- "${1:?usage: bash launchers/make_environment.sh FOLDER}")
@@ -28,88 +30,108 @@ give_up() { # what was tried did not work
 
 ready() { # whether FOLDER holds what is wanted; sets `index` and `wanted`
   index=${TORCH_INDEX-$(sed -n 1p "$mark" 2>/dev/null || true)}
-  # The path counts too, for scripts of an environment that was moved start the old place's interpreter.
+  # With the path: scripts of an environment that was moved start the old place's interpreter.
   wanted=$({ cat requirements.txt setup.py; echo "$folder" "$index"; } | cksum)
   [ -x "$folder/bin/python" ] && [ "$(sed -n 2p "$mark" 2>/dev/null)" = "$wanted" ]
 }
 
-find_python() { # sets `python`: the first interpreter that is new enough
+find_python() { # sets `python`: the first interpreter that the pins have wheels for
   local name
-  for name in python3 python3.13 python3.12 python3.11; do
-    # Not the interpreter of an activated environment but the one below it: the former may lie in FOLDER.
-    python=$("$name" -c 'import sys
-print("%s/bin/python%d.%d" % (sys.base_prefix, sys.version_info[0], sys.version_info[1]))
-sys.exit(sys.version_info < (3, 11))' 2>/dev/null) && return
+  # Not the interpreter of an activated environment but the one below it: FOLDER may be the former.
+  local below='import sys
+print("%s/bin/python%d.%d" % ((sys.base_prefix,) + tuple(sys.version_info[:2])))
+sys.exit(not (3, 11) <= sys.version_info < (3, 15))'
+  for name in python3 python3.13 python3.12 python3.11 python3.14; do
+    python=$("$name" -c "$below" 2>/dev/null) && return
   done
-  refuse "Python 3.11 or newer is needed; python3 is $(python3 --version 2>&1 || true)"
+  refuse "Python 3.11 to 3.14 is needed; python3 is $(python3 --version 2>&1 || true)"
 }
 
-install() { # pip install ARGUMENTS; its output goes to the log, and one line of it to the user when it fails
-  "$folder/bin/python" -m pip install "$@" >>"$log" 2>&1 && return
-  if grep -q "connection broken by" "$log"; then
-    give_up "the package index cannot be reached (network? HTTPS_PROXY?); the same command tries again. pip's output: $log"
+check() { # refuses before anything is changed
+  if [ -e "$folder" ] && [ ! -d "$folder" ]; then
+    refuse "VENV=$folder is no folder; set VENV to another place"
   fi
-  give_up "pip: $(grep -im 1 '^error' "$log" || echo "it ended without a word"). All of its output: $log"
+  if [ ! -e "$mark" ] && [ -n "$(ls -A "$folder" 2>/dev/null)" ]; then
+    refuse "VENV=$folder was not made by this project and is left as it is:" \
+      "remove it yourself, or set VENV to another folder"
+  fi
+  find_python
+  "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+    refuse "$python cannot make virtual environments;" \
+      "on Debian and Ubuntu: apt-get install ${python##*/}-venv"
+  [ "$index" != none ] || installed_torch "$python" >/dev/null 2>&1 ||
+    refuse "TORCH_INDEX=none, but $python has no torch" \
+      "(that of an activated virtual environment cannot be taken over)"
+  mkdir -p "$folder" || refuse "VENV=$folder cannot be made; set VENV to another folder"
+}
+
+installed_torch() { # of an interpreter, as a pin
+  "$1" -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))'
+}
+
+install() { # pip install ARGUMENTS: its output goes to the log, one line to the user if it fails
+  "$folder/bin/python" -m pip install --disable-pip-version-check "$@" >>"$log" 2>&1 && return
+  if grep -q "connection broken by" "$log"; then
+    give_up "the package index cannot be reached (network? HTTPS_PROXY?);" \
+      "the same command tries again. pip's output: $log"
+  fi
+  give_up "pip: $(grep -im 1 '^error' "$log" || echo "ended without a word"). Its output: $log"
+}
+
+make_environment() {
+  local below=()
+  [ "$index" != none ] || below=(--system-site-packages)
+  "$python" -m venv ${below[@]+"${below[@]}"} "$folder" >"$log" 2>&1 ||
+    give_up "$python -m venv: $(grep -im 1 error "$log" || tail -n 1 "$log")"
+}
+
+install_all() {
+  if [ "$index" = none ]; then
+    # An image's constraints name the versions of all that is in it; torch is what must stay.
+    unset PIP_CONSTRAINT
+  else
+    # First and alone: the range of another package would choose the build.
+    install ${index:+--index-url "$index"} "$(grep '^torch==' requirements.txt)"
+  fi
+  installed_torch "$folder/bin/python" >"$folder/torch.txt"
+
+  # Where torch has brought a triton ours stays away: ROCm's has another name and the same files.
+  local there=torch
+  "$folder/bin/python" -c 'from importlib.util import find_spec as f; exit(not f("triton"))' &&
+    there="torch|triton"
+  grep -vE "^($there)==" requirements.txt >"$folder/requirements.txt"
+
+  install -c "$folder/torch.txt" "setuptools>=77" -r "$folder/requirements.txt"
+  install --no-build-isolation --no-deps -e .
+}
+
+mend_scripts() { # a script that pip copies as it is, like DeepSpeed's: no space may follow its `#!`
+  local script
+  { grep -lsF "#!$folder/bin/python" "$folder"/bin/* || true; } | while IFS= read -r script; do
+    cat - <(tail -n +2 "$script") >"$folder/script" <<END
+#!/bin/sh
+'''exec' "$folder/bin/python" "\$0" "\$@"
+' '''
+END
+    cat "$folder/script" >"$script"
+  done
 }
 
 ready && exit
-
-[ -d "$folder" ] || [ ! -e "$folder" ] || refuse "VENV=$folder is no folder; set VENV to another place"
-if [ ! -e "$mark" ] && [ -n "$(ls -A "$folder" 2>/dev/null)" ]; then
-  refuse "VENV=$folder was not made by this project and is left as it is: remove it yourself, or set VENV to another folder"
-fi
-find_python
-"$python" -c 'import venv, ensurepip' 2>/dev/null ||
-  refuse "$python cannot make virtual environments; on Debian and Ubuntu: apt-get install ${python##*/}-venv"
-[ "$index" != none ] || "$python" -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null ||
-  refuse "TORCH_INDEX=none, but $python has no torch (that of an activated virtual environment cannot be taken over)"
-mkdir -p "$folder" || refuse "VENV=$folder cannot be made; set VENV to another folder"
+check
 
 exec 9>>"$mark"
 if ! flock -n 9; then
   echo "another start is making $folder: waiting for it"
-  flock 9 || true # a file system without locks: two starts at a time are then the user's to avoid
+  flock 9 || true # a file system without locks
 fi
 ready && exit
 
 echo "installing the pinned versions into $folder (a few minutes, once)"
 echo "$index" >"$mark"
 find "$folder" -mindepth 1 -maxdepth 1 ! -path "$mark" -exec rm -rf {} +
-
-below=()
-[ "$index" != none ] || below=(--system-site-packages)
-"$python" -m venv ${below[@]+"${below[@]}"} "$folder" >"$log" 2>&1 ||
-  give_up "$python -m venv: $(grep -im 1 error "$log" || tail -n 1 "$log")"
-
-export PIP_DISABLE_PIP_VERSION_CHECK=1
-if [ "$index" = none ]; then
-  # An image's constraints hold the versions of all that is in it, ours among them; torch is what must stay.
-  unset PIP_CONSTRAINT
-else
-  # First and alone: the range of another package would choose the build.
-  install ${index:+--index-url "$index"} "$(grep '^torch==' requirements.txt)"
-fi
-"$folder/bin/python" -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' \
-  >"$folder/torch.txt"
-
-# Where torch has brought a triton ours stays away: ROCm's has another name, and ours would overwrite its files.
-present=torch
-"$folder/bin/python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("triton"))' &&
-  present="torch|triton"
-grep -vE "^($present)==" requirements.txt >"$folder/requirements.txt"
-
-install -c "$folder/torch.txt" "setuptools>=77" -r "$folder/requirements.txt"
-install --no-build-isolation --no-deps -e .
-
-# A script that pip copies as it is, like DeepSpeed's, names its interpreter after `#!`, where no space may be.
-{ grep -lsF "#!$folder/bin/python" "$folder"/bin/* || true; } | while IFS= read -r script; do
-  cat - <(tail -n +2 "$script") >"$folder/script" <<END
-#!/bin/sh
-'''exec' "$folder/bin/python" "\$0" "\$@"
-' '''
-END
-  cat "$folder/script" >"$script"
-done
-
+make_environment
+install_all
+mend_scripts
 printf '%s\n' "$index" "$wanted" >"$mark"
 echo "environment ready, with $(cat "$folder/torch.txt")"

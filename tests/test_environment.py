@@ -1,4 +1,4 @@
-"""launchers/environment.sh as users start it, on a small checkout with small packages: real pip, no network."""
+"""launchers/environment.sh as users start it, with real pip, on a small checkout; no network."""
 
 import os
 import shutil
@@ -30,7 +30,8 @@ from pathlib import Path
 def build_editable(folder, *_):
     with zipfile.ZipFile(Path(folder, "demo-1-py3-none-any.whl"), "w") as wheel:
         wheel.writestr("demo.pth", str(Path.cwd()))
-        wheel.writestr("demo-1.dist-info/METADATA", "Metadata-Version: 2.1\\nName: demo\\nVersion: 1\\n")
+        about = "Metadata-Version: 2.1\\nName: demo\\nVersion: 1\\n"
+        wheel.writestr("demo-1.dist-info/METADATA", about)
         wheel.writestr("demo-1.dist-info/WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\n")
         wheel.writestr("demo-1.dist-info/RECORD", "")
     return "demo-1-py3-none-any.whl"
@@ -117,13 +118,13 @@ def ended(process: subprocess.Popen) -> tuple[int, list[str], list[str]]:
 
 
 def test_from_half_made_to_another_torch(checkout, tmp_path):
-    """One environment through its life, behind a symlink and in a folder with a space in its name."""
+    """One environment through its life, behind a symlink, with a space in its path."""
     folder = tmp_path / "far away" / "venv"
     folder.mkdir(parents=True)
     link = tmp_path / "link"
     link.symlink_to(folder)
 
-    # The first start waits for its index; the second waits for the first, and takes over when that is killed.
+    # The first start waits for its index, the second for the first, which is killed.
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         first = start(checkout, link, PIP_INDEX_URL=f"http://127.0.0.1:{port}/simple")
@@ -168,7 +169,7 @@ def test_from_half_made_to_another_torch(checkout, tmp_path):
 
 
 def test_the_torch_that_is_there_stays(checkout, tmp_path):
-    """TORCH_INDEX=none in a container: torch lies outside, the image's constraints contradict our pins."""
+    """TORCH_INDEX=none in a container, whose pip constraints contradict our pins."""
     folder = tmp_path / "venv"
     code, said, complaints = ended(start(checkout, folder, TORCH_INDEX="none"))
     assert (code, said, len(complaints)) == (2, [], 1)
@@ -179,7 +180,9 @@ def test_the_torch_that_is_there_stays(checkout, tmp_path):
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     image = tmp_path / "image" / "lib" / version / "site-packages"
     for name, module in (("torch", "torch"), ("pytorch-triton", "triton")):
-        with zipfile.ZipFile(write_wheel(tmp_path / "wheels", name, "2.13.0a0+8145d6.nv26.6", module)) as wheel:
+        with zipfile.ZipFile(
+            write_wheel(tmp_path / "wheels", name, "2.13.0a0+8145d6.nv26.6", module)
+        ) as wheel:
             wheel.extractall(image)
     constraints = tmp_path / "constraint.txt"
     constraints.write_text("fast==0.9\n")
@@ -205,7 +208,13 @@ def test_what_was_not_made_here_is_left_alone(checkout, tmp_path):
     file.write_text("mine")
     before = sorted(theirs.rglob("*"))
 
-    for place, shown in ((theirs, theirs), (link, theirs), (f"{theirs}/", theirs), (file, file), (checkout, checkout)):
+    for place, shown in (
+        (theirs, theirs),
+        (link, theirs),
+        (f"{theirs}/", theirs),
+        (file, file),
+        (checkout, checkout),
+    ):
         code, said, complaints = ended(start(checkout, place))
         assert (code, said, len(complaints)) == (2, [], 1)
         assert complaints[0].startswith(f"error: VENV={shown} ")
@@ -218,11 +227,13 @@ def test_what_was_not_made_here_is_left_alone(checkout, tmp_path):
 def test_no_index(checkout, tmp_path):
     folder = tmp_path / "venv"
 
-    code, said, complaints = ended(start(checkout, folder, PIP_INDEX_URL="http://127.0.0.1:9/simple"))
+    code, said, complaints = ended(
+        start(checkout, folder, PIP_INDEX_URL="http://127.0.0.1:9/simple")
+    )
     assert (code, len(said), len(complaints)) == (1, 1, 1)
     assert complaints[0].startswith("error: the package index cannot be reached ")
 
-    # The half-made environment is ours: the next start makes it anew. This one finds the index, and no such pin.
+    # What is half-made is ours: the next start makes it anew. Here the index lacks a pin.
     (checkout / "requirements.txt").write_text("torch==2.13.0\nfast==2.0\n")
     code, said, complaints = ended(start(checkout, folder))
     assert (code, len(said), len(complaints)) == (1, 1, 1)
@@ -231,8 +242,8 @@ def test_no_index(checkout, tmp_path):
 
 
 def test_interpreters(checkout, tmp_path):
-    """Too old; one that lacks venv; the first that is new enough is taken. Pretended ones, for none is installed here."""
-    names = ("python3", "python3.13", "python3.12", "python3.11")
+    """Too old, absent, without venv: pretended ones, for none such is installed here."""
+    names = ("python3", "python3.13", "python3.12", "python3.11", "python3.14")
 
     def pretend(name, answer):
         path = tmp_path / "bin" / name
@@ -248,11 +259,13 @@ def test_interpreters(checkout, tmp_path):
         assert (code, said, len(complaints)) == (2, [], 1)
         return complaints[0]
 
-    assert said_with() == "error: Python 3.11 or newer is needed; python3 is Python 3.9.2"
-    assert said_with(python3="exit 127").startswith("error: Python 3.11 or newer is needed")
+    assert said_with() == "error: Python 3.11 to 3.14 is needed; python3 is Python 3.9.2"
+    assert said_with(python3="exit 127").startswith("error: Python 3.11 to 3.14 is needed")
 
     pretend("bare", "exit 1")
     bare = tmp_path / "bin" / "bare"
     line = said_with(python3_12=f"echo {bare}")
-    assert line.startswith(f"error: {bare} cannot make virtual environments; on Debian and Ubuntu: apt-get install ")
+    assert line.startswith(
+        f"error: {bare} cannot make virtual environments; on Debian and Ubuntu: apt-get install "
+    )
     assert not (tmp_path / "venv").exists()

@@ -3,10 +3,10 @@
 
     python tools/check_pins.py
 
-torch is judged by the metadata of PyPI's wheels for Linux x86-64, the builds with CUDA: they ask for more packages
-than the CPU build that may be installed here. The needs of the other pins, and setup.py's, are those installed here.
-Every pin must have files for each Python and machine. No wheel is downloaded. Exit code 1 if anything contradicts
-or the index does not answer.
+torch is judged by the metadata of PyPI's wheels for Linux x86-64, the builds with CUDA: they ask
+for more packages than a CPU build that may be installed here. The needs of the other pins, and
+setup.py's ranges, are those installed here. Every pin must have files for each Python and machine.
+No wheel is downloaded. Exit code 1 if anything contradicts or the index does not answer.
 """
 
 import argparse
@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.errors import UsageError, run_entry
 
-PYTHONS = ("3.11", "3.12", "3.13")
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")  # those of launchers/make_environment.sh
 MACHINES = ("x86_64", "aarch64")
 GLIBC = 28  # 2.28: that of torch's own wheels
 OURSELVES = "megatron_interbert"
@@ -64,7 +64,7 @@ class Pin:
 
 @dataclasses.dataclass(frozen=True)
 class IndexFile:
-    """One file of a release: its address, the Pythons it is for, its wheel tags (none: an sdist)."""
+    """One file of a release: address, Pythons it is for, wheel tags (none: an sdist)."""
 
     url: str
     pythons: SpecifierSet
@@ -93,7 +93,7 @@ def supported_tags(python: str, machine: str) -> frozenset[Tag]:
 
 
 def read_pins(path: Path) -> dict[str, Pin]:
-    """{canonical name: pin} of a requirements file; UsageError for a line that pins no exact version."""
+    """{canonical name: pin} of a requirements file; UsageError for a line that pins nothing."""
     pins = {}
     for number, line in enumerate(path.read_text().splitlines(), 1):
         text = line.split("#")[0].strip()
@@ -130,9 +130,7 @@ def fetch(url: str, accept: str = "*/*") -> bytes:
 
 def release_files(index: str, pin: Pin) -> list[IndexFile]:
     """The files of a pinned release."""
-    page = fetch(
-        f"{index}/{canonicalize_name(pin.name)}/", "application/vnd.pypi.simple.v1+json"
-    )
+    page = fetch(f"{index}/{canonicalize_name(pin.name)}/", "application/vnd.pypi.simple.v1+json")
     files = []
     for entry in json.loads(page)["files"]:
         name = entry["filename"]
@@ -151,7 +149,7 @@ def release_files(index: str, pin: Pin) -> list[IndexFile]:
 
 
 def missing_files(pin: Pin, files: list[IndexFile]) -> Iterator[str]:
-    """A complaint for each Python and machine that gets nothing, or only a source that must be compiled."""
+    """A complaint for each machine whose Pythons get nothing, or a source to compile."""
     if not files:
         yield f"{pin} (line {pin.line}): the index has no such release"
         return
@@ -164,7 +162,8 @@ def missing_files(pin: Pin, files: list[IndexFile]) -> Iterator[str]:
             if not any(file.fits(python, machine) for file in wheels or files)
         ]
         if lacking:
-            yield f"{pin} (line {pin.line}): no wheel for Python {' and '.join(lacking)}, Linux {machine}"
+            pythons = ", ".join(lacking)
+            yield f"{pin} (line {pin.line}): no wheel for Python {pythons} on Linux {machine}"
 
 
 def needs_on_index(pin: Pin, files: list[IndexFile], python: str) -> list[Requirement]:
@@ -190,7 +189,7 @@ def installed_version(name: str) -> Version | None:
 
 
 def applies(need: Requirement, python: str, extras: Iterable[str]) -> bool:
-    """Whether a requirement counts on Linux x86-64 with that Python, for any of the extras ("": for none)."""
+    """Whether a need counts on Linux x86-64 with that Python, for any extra ("": for none)."""
     environment = {
         "implementation_name": "cpython",
         "os_name": "posix",
@@ -202,13 +201,18 @@ def applies(need: Requirement, python: str, extras: Iterable[str]) -> bool:
         "sys_platform": "linux",
     }
     marker = need.marker
-    return marker is None or any(marker.evaluate({**environment, "extra": extra}) for extra in extras)
+    return marker is None or any(
+        marker.evaluate({**environment, "extra": extra}) for extra in extras
+    )
 
 
 def contradictions(
-    pins: dict[str, Pin], owner: str, needs: dict[str, list[Requirement]], extras: Iterable[str] = ("",)
+    pins: dict[str, Pin],
+    owner: str,
+    needs: dict[str, list[Requirement]],
+    extras: Iterable[str] = ("",),
 ) -> list[str]:
-    """A line for each pin that lies outside what `owner` needs; `needs` is {Python: requirements}."""
+    """A line for each pin outside what `owner` needs; `needs` is {Python: requirements}."""
     found: dict[tuple[Pin, str], list[str]] = defaultdict(list)
     for python, requirements in needs.items():
         for need in requirements:
@@ -239,7 +243,9 @@ def check(path: Path, index: str) -> tuple[list[str], list[str]]:
         elif installed_version(name) == pin.version:
             wrong += contradictions(pins, str(pin), dict.fromkeys(PYTHONS, needs_installed(name)))
         else:
-            unjudged.append(f"what {pin} needs (installed here: {installed_version(name) or 'none'})")
+            unjudged.append(
+                f"what {pin} needs (installed here: {installed_version(name) or 'none'})"
+            )
     if installed_version(OURSELVES):
         extras = importlib.metadata.metadata(OURSELVES).get_all("Provides-Extra") or []
         needs = dict.fromkeys(PYTHONS, needs_installed(OURSELVES))
@@ -255,10 +261,14 @@ def run() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--requirements", type=Path, default=Path("requirements.txt"))
-    parser.add_argument("--index", default="https://pypi.org/simple", help="package index (PEP 691)")
+    parser.add_argument(
+        "--index", default="https://pypi.org/simple", help="package index (PEP 691)"
+    )
     options = parser.parse_args()
     if not options.requirements.is_file():
-        raise UsageError(f"--requirements {options.requirements}: no such file; run this in the checkout")
+        raise UsageError(
+            f"--requirements {options.requirements}: no such file; run this in the checkout"
+        )
     index = options.index.rstrip("/")
     try:
         wrong, unjudged = check(options.requirements, index)
