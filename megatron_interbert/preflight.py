@@ -4,12 +4,14 @@
 Started by deepspeed, torchrun or launchers/preflight.sbatch on all machines it first compares them, in a table with the odd one out.
 """
 
+import copy
 import importlib.metadata
 import math
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,23 +22,32 @@ import torch
 from megatron_interbert.command_line import parse
 from megatron_interbert.config import AUTO, RunConfig, option
 from megatron_interbert.data.order import check_partitions
+from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.kernels.choice import choose_kernels
-from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
 from megatron_interbert.parallel.device import this_device
-from megatron_interbert.parallel.launch import read_launch
-from megatron_interbert.parallel.rng import RandomStreams
+from megatron_interbert.parallel.launch import environment_of_one_process, read_launch
 from megatron_interbert.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
 from megatron_interbert.progress import progress
 from megatron_interbert.tasks.parts import fitted_sizes, open_stores, vocabulary_of_run
-from megatron_interbert.tasks.pretraining import PretrainingTask
-from megatron_interbert.training.deepspeed_config import agree_with_json, merge
-from megatron_interbert.training.node_table import compare_nodes
+from megatron_interbert.tasks.task import Job
+from megatron_interbert.training.deepspeed_config import (
+    agree_with_json,
+    merge,
+    read_deepspeed_config,
+)
+from megatron_interbert.training.engine import Engine
+from megatron_interbert.training.host import same_bits_every_time
+from megatron_interbert.training.memory import predict
+from megatron_interbert.training.micro_batch import Trial, layout_of, load_of
+from megatron_interbert.training.node_table import compare_nodes, device_in_use
+from megatron_interbert.training.optimizer import learning_rate
 from megatron_interbert.training.processes import start_processes
-from megatron_interbert.weights.files import check_writable, nearest_folder
+from megatron_interbert.training.setup import parts_of_model, pretraining_job
+from megatron_interbert.weights.files import check_writable, nearest_folder, write_json
 
 REQUIRED = {"torch": (2, 10), "deepspeed": (0, 19, 6), "h5py": (3, 11), "safetensors": (0, 6), "tokenizers": (0, 21)}
 
@@ -151,41 +162,84 @@ def check_disk(config: PreflightConfig) -> str:
     return f"{wanted / 2**30:.2f} GiB needed for checkpoints, {free / 2**30:.1f} GiB free"
 
 
+def config_of_one_process(config: PreflightConfig) -> PreflightConfig:
+    """The same run on one process: one micro-batch a step, whole layers."""
+    alone = copy.copy(config)
+    alone.tensor_model_parallel_size = 1
+    alone.sequence_parallel = False
+    alone.global_batch_size = 0
+    if config.deepspeed_config:  # all but the batch sizes, which are those of all ranks
+        settings = read_deepspeed_config(config)
+        for name in ("train_batch_size", "gradient_accumulation_steps"):
+            settings.pop(name, None)
+        alone.deepspeed_config = str(Path(tempfile.mkdtemp()) / "deepspeed.json")
+        write_json(Path(alone.deepspeed_config), settings)
+    return alone
+
+
 def check_step(config: PreflightConfig) -> str:
-    """One micro-batch forward and backward on one process, whole model."""
-    device = this_device()
-    corpus, tokenizer = open_stores(config.stores(), config), vocabulary_of_run(config, config.stores())
-    model_config = fitted_sizes(config, tokenizer, corpus)
-    model = InterBert(
-        model_config,
-        kernels=choose_kernels(config.kernels, device, fp8=config.fp8),
-        recompute=config.recompute_activations,
-        streams=RandomStreams(config.seed, device=device),
-    )
-    initialise(model, model_config, config.seed, ParallelState())
-    model = model.to(
-        device, torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 and device.type == "cuda" else torch.float32
-    )
-    batch = PretrainingSet(corpus, tokenizer, config)[list(range(config.micro_batch_size))]
-    batch = batch.to(device)
-    loss, report = PretrainingTask().loss(model(batch), batch, batch.target_counts())
-    loss.backward()
-    bad = [name for name, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
-    if bad or not torch.isfinite(loss):
+    """One training step on one process, whole model: the kernels, engine and optimizer of the run."""
+    if config.deterministic:
+        same_bits_every_time()
+    device, state = start_processes(), ParallelState()
+    alone = config_of_one_process(config)
+    job = pretraining_job(alone, state)
+    kernels, streams, make_model = parts_of_model(alone, job, state, device)
+    batch = Trial(alone, job, state, device).batch(alone.micro_batch_size)
+
+    engine = Engine(make_model().to(device), alone, state)
+    streams.start_step(1)
+    totals = job.task.count_targets(batch).to(device)
+    on_device = batch.to(device)
+    loss, report = job.task.loss(engine.forward(on_device), on_device, totals)
+    engine.backward(loss, last=True)
+    norm, applied = engine.step(learning_rate(1, alone))
+    if not torch.isfinite(loss) or (not applied and not config.fp16):  # fp16 finds its loss scale yet
         raise UsageError(
-            f"the first step is not finite (loss {loss.item()}, gradients {bad[:3]}); check the data with --strict-boxes,"
-            " lower --lr or use --bf16"
+            f"the first step is not finite (loss {loss.item()}, gradient norm {norm}); check the"
+            " data with --strict-boxes, lower --lr or use --bf16"
         )
-    values = PretrainingTask().metrics(report)
-    return f"losses msm {values['msm_loss']:.3f}, mrm {values['mrm_loss']:.3f}, itm {values['itm_loss']:.3f}; all gradients finite"
+    figures = job.task.metrics(report, 1)
+    losses = ", ".join(f"{name} {figures[f'{name}_loss']:.3f}" for name in config.objective_names())
+    return (
+        f"losses {losses}; gradient norm {norm:.2f}; {memory_of_step(config, job, batch, device)};"
+        f" kernels: {kernels.describe()}"
+    )
+
+
+def memory_of_step(
+    config: PreflightConfig, job: Job, batch: PackedBatch, device: torch.device
+) -> str:
+    """The peak of this step, and that of a rank of the run by arithmetic, against what there is.
+
+    UsageError where the run would not fit.
+    """
+    ranks = config.world_size // config.tensor_model_parallel_size
+    layout = layout_of(config, ranks, device)
+    predicted = predict(job.model_config, layout, load_of(batch)).peak / 2**30
+    if device.type != "cuda":
+        return f"a rank of the run takes {predicted:.2f} GiB by arithmetic"
+
+    there = torch.cuda.get_device_properties(device).total_memory / 2**30
+    if predicted > there:
+        raise UsageError(
+            f"a rank of the run takes {predicted:.1f} GiB by arithmetic, the GPU has {there:.1f};"
+            " lower --micro-batch-size (or let auto choose it), or see python tools/plan.py"
+        )
+    seen = torch.cuda.max_memory_allocated(device) / 2**30
+    return (
+        f"peak {seen:.2f} GiB here on one process, {predicted:.2f} by arithmetic on a rank of the"
+        f" run, of {there:.1f} GiB"
+    )
 
 
 def check_nodes(config: PreflightConfig) -> None:
     """Several ranks: the table of machines, printed by rank 0, then the other checks in a process of its own, for which the other
     ranks wait (a launcher takes a rank that has ended for the end of the run). UsageError on all ranks when one is odd."""
+    in_use = device_in_use(this_device())
     start_processes()
     state = ParallelState()
-    table, wrong = compare_nodes(config, read_launch(), state)
+    table, wrong = compare_nodes(config, read_launch(), state, in_use)
     if state.is_main:
         print(table, flush=True)
     if wrong:
@@ -193,10 +247,9 @@ def check_nodes(config: PreflightConfig) -> None:
     patient = torch.distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     code = 0
     if state.is_main:
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         ranks = () if config.world_size else ("--world-size", str(state.world_size))
         command = [sys.executable, "-m", "megatron_interbert.preflight", *sys.argv[1:], *ranks]
-        code = subprocess.run(command, env={**os.environ, **alone}, check=False).returncode
+        code = subprocess.run(command, env=environment_of_one_process(), check=False).returncode
     code = state.gather(code, patient)[0]
     sys.stdout.flush()
     os._exit(code)  # the lines of the checks have said why

@@ -66,7 +66,8 @@ def check_float8(device: torch.device) -> None:
         raise UsageError(
             f"--fp8: torch {torch.__version__} has no torch.nn.functional.scaled_mm; install torch 2.13 or leave --fp8 out"
         )
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+    amd = torch.version.hip is not None  # whose capabilities are numbered otherwise
+    if device.type == "cuda" and (amd or torch.cuda.get_device_capability(device) < (8, 9)):
         raise UsageError(
             f"--fp8: {torch.cuda.get_device_name(device)} has no 8-bit products (Ada, Hopper and newer have); leave it out"
         )
@@ -101,7 +102,8 @@ def _kernels_by_name(name: str, device: torch.device, attention_dropout: bool, d
     if name == "auto" and not on_gpu:
         return Kernels(attention=cpu_ops.attention, dropout_add_norm=cpu_ops.dropout_add_norm)
 
-    flash = on_gpu and not gpu_of(device).is_too_old and not attention_dropout and not deterministic
+    newer = on_gpu and torch.version.hip is None and not gpu_of(device).is_too_old
+    flash = newer and not attention_dropout and not deterministic
     if name == "apex":
         from megatron_interbert.kernels import apex_adapters
 
@@ -143,6 +145,9 @@ def why_no_triton(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return "a CPU runs Triton's kernels only for checks, in its interpreter (TRITON_INTERPRET=1)"
+
+    if torch.version.hip is not None:
+        return "the kernels are made for NVIDIA's GPUs, and this torch is a build for AMD's (ROCm)"
 
     gpu = gpu_of(device)
     if gpu.is_too_old:

@@ -113,6 +113,17 @@ def read_launch() -> Launch:
     )
 
 
+def environment_of_one_process() -> dict[str, str]:
+    """Give this process's environment without what says that it is one of several."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    meeting = ("MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE", "SLURM_STEP_NUM_TASKS")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in (*ours, *meeting) and not name.startswith("TORCHELASTIC_")
+    }
+
+
 def free_port() -> int:
     """A port of this machine at which nobody listens."""
     with socket.socket() as probe:

@@ -21,16 +21,39 @@ AS_GOOD = 0.97  # share of the best rate that is as good
 LONGEST_TRIAL = 20.0  # seconds of a pass after which no larger one is tried
 
 
+def layout_of(config: TrainConfig, data_parallel_size: int, device: torch.device) -> Layout:
+    """Describe how a run trains for the arithmetic of memory."""
+    return Layout(
+        data=data_parallel_size,
+        tensor=config.tensor_model_parallel_size,
+        zero_stage=config.zero_stage,
+        half=config.bf16 or config.fp16,
+        fused=device.type == "cuda" and config.kernels in ("auto", "triton"),
+        recompute=config.recompute_activations,
+        sequence_parallel=config.sequence_parallel,
+        loss_scale=config.fp16,
+    )
+
+
+def load_of(batch: PackedBatch) -> Load:
+    """Describe a micro-batch for the arithmetic of memory."""
+    rows = len(batch)
+    return Load(
+        rows,
+        len(batch.token_ids) / rows,
+        len(batch.features) / rows,
+        batch.max_text,
+        max(batch.max_image - 1, 0),
+    )
+
+
 class Trial:
     """Passes of a model over real samples, on all ranks at once."""
 
     def __init__(self, config: TrainConfig, job: Job, state: ParallelState, device: torch.device) -> None:
         self.config, self.job, self.state, self.device = config, job, state, device
-        half, fused = config.bf16 or config.fp16, device.type == "cuda" and config.kernels in ("auto", "triton")
         self.dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
-        recompute, sequence_parallel = config.recompute_activations, config.sequence_parallel
-        sizes = (state.data_size, state.tensor_size, config.zero_stage)
-        self.layout = Layout(*sizes, half, fused, recompute, sequence_parallel, loss_scale=config.fp16)
+        self.layout = layout_of(config, state.data_size, device)
 
     def batch(self, samples: int) -> PackedBatch:
         """The first samples of this rank."""
@@ -40,9 +63,8 @@ class Trial:
 
     def fits(self, batch: PackedBatch, room: float) -> bool:
         """Whether a step with such batches stays within `room` bytes on every rank."""
-        rows, regions = len(batch), len(batch.features)
-        load = Load(rows, len(batch.token_ids) / rows, regions / rows, batch.max_text, max(batch.max_image - 1, 0))
-        return all(self.state.gather(predict(self.job.model_config, self.layout, load).peak <= room))
+        peak = predict(self.job.model_config, self.layout, load_of(batch)).peak
+        return all(self.state.gather(peak <= room))
 
     def seconds(self, model: InterBert, batch: PackedBatch) -> float | None:
         """Time a forward and a backward pass on the slowest rank; None where a rank lacks memory.

@@ -34,12 +34,25 @@ class Column:
     wrong: dict[str, str]
 
 
-def compare_nodes(config: RunConfig, launch: Launch, state: ParallelState) -> tuple[str, list[str]]:
-    """(a heading and a table with one line a node, what is wrong in words)."""
+def device_in_use(device: torch.device) -> tuple[str, float]:
+    """(Name, GiB in use by others); to be asked before this process itself computes there."""
+    if device.type == "cpu":
+        return f"CPU, {len(os.sched_getaffinity(0))} cores", 0.0
+    free, total = torch.cuda.mem_get_info(device)
+    return torch.cuda.get_device_name(device), (total - free) / 2**30
+
+
+def compare_nodes(
+    config: RunConfig, launch: Launch, state: ParallelState, device: tuple[str, float]
+) -> tuple[str, list[str]]:
+    """(A heading and a table with one line a node, what is wrong in words).
+
+    `device` is what `device_in_use` said before the ranks met: nccl takes memory of its own.
+    """
     state.barrier()
     clock = time.time()
     probe = _probe(config, state)
-    gathered = state.gather({"node": state.node, "clock": clock, **_facts(config, probe)})
+    gathered = state.gather({"node": state.node, "clock": clock, "device": device, **_facts(config, probe)})
     if probe and state.is_main:
         probe.unlink(missing_ok=True)
     ranks: dict[str, list[int]] = {}
@@ -78,7 +91,6 @@ def _facts(config: RunConfig, probe: Path | None) -> dict[str, Any]:
             "code": code_fingerprint()[:8],
             "data": ", ".join(file_sha256(path)[:8] if path.is_file() else "missing" for path in manifests),
         },
-        "device": _device(),
         "shared_memory": shutil.disk_usage("/dev/shm").free / 2**30 if os.path.isdir("/dev/shm") else 0.0,
         "sees_save": probe is None or probe.exists(),
         "save_problem": _save_problem(config),
@@ -92,14 +104,6 @@ def _save_problem(config: RunConfig) -> str:
     except UsageError as error:
         return str(error)
     return ""
-
-
-def _device() -> tuple[str, float]:
-    """(name, GiB in use)."""
-    if not torch.cuda.is_available():
-        return f"CPU, {len(os.sched_getaffinity(0))} cores", 0.0
-    free, total = torch.cuda.mem_get_info()
-    return torch.cuda.get_device_name(), (total - free) / 2**30
 
 
 def _same(name: str, values: dict[str, str]) -> Column:

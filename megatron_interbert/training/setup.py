@@ -16,7 +16,7 @@ from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.training_set import TrainingSet
 from megatron_interbert.errors import UsageError
-from megatron_interbert.kernels.choice import choose_kernels
+from megatron_interbert.kernels.choice import Kernels, choose_kernels
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
 from megatron_interbert.parallel.agreement import check_alike, together
@@ -98,19 +98,8 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
         raise UsageError(f"--metric {job.metric}: expected one of {', '.join(job.figures)}")
     job.model_config.check_tensor_parallel(state.tensor_size)
     config.check_float8(job.model_config)
-    attention_dropout = max(job.model_config.attention_dropout, job.model_config.image_attention_dropout) > 0
-    dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
-    kernels = choose_kernels(
-        config.kernels, device, attention_dropout, config.deterministic, config.fp8, job.model_config.head_sizes, dtype
-    )
-    alone = state.tensor_size == 1
-    streams = RandomStreams(config.seed, state.data_rank, state.tensor_rank, device, alone=alone)
+    kernels, streams, make_model = parts_of_model(config, job, state, device)
     parts = {"state": state, "kernels": kernels, **job.model_options}
-
-    def make_model() -> InterBert:
-        model = InterBert(job.model_config, job.heads, streams=streams, recompute=config.recompute_activations, **parts)
-        initialise(model, job.model_config, config.seed, state)
-        return model
 
     if config.micro_batch_size == AUTO:
         check_alike(state, facts_of_run(config, job))  # before ranks that differ wait for one another in a trial
@@ -148,6 +137,46 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
         stopping=stopping,
         watchdog=watchdog,
     )
+
+
+def parts_of_model(
+    config: TrainConfig, job: Job, state: ParallelState, device: torch.device
+) -> tuple[Kernels, RandomStreams, Callable[[], InterBert]]:
+    """(The kernels of a run, its streams of random numbers, what makes its model with first weights)."""
+    sizes = job.model_config
+    dropout = max(sizes.attention_dropout, sizes.image_attention_dropout) > 0
+    dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+    kernels = choose_kernels(
+        config.kernels,
+        device,
+        dropout,
+        config.deterministic,
+        config.fp8,
+        sizes.head_sizes,
+        dtype,
+    )
+    streams = RandomStreams(
+        config.seed,
+        state.data_rank,
+        state.tensor_rank,
+        device,
+        alone=state.tensor_size == 1,
+    )
+
+    def make_model() -> InterBert:
+        model = InterBert(
+            sizes,
+            job.heads,
+            state=state,
+            kernels=kernels,
+            streams=streams,
+            recompute=config.recompute_activations,
+            **job.model_options,
+        )
+        initialise(model, sizes, config.seed, state)
+        return model
+
+    return kernels, streams, make_model
 
 
 def say(state: ParallelState, line: str) -> None:
