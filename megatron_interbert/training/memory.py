@@ -92,11 +92,11 @@ def activations(sizes: ModelConfig, layout: Layout, load: Load) -> tuple[float, 
         masks = 0.0 if layout.fused or not hidden_p else 2 * hidden
         attended = (3 * padded + behind) * hidden / layout.tensor
         if not layout.fused:
-            weights = 2 if attention_p else 0  # softmax and mask
-            attended += weights * padded * longest * heads / layout.tensor + (0 if attention_p else padded * hidden / layout.tensor)
+            weights = 2 if attention_p else 1  # softmax, and the mask of dropout
+            attended += weights * padded * longest * heads / layout.tensor
         between = behind * (3 * hidden + masks) + tokens * hidden
         inner = behind * 2 * ffn / layout.tensor
-        numbers = ROW_NUMBERS * tokens * heads / layout.tensor if attention_p and not layout.fused else 0.0
+        numbers = ROW_NUMBERS * tokens * heads / layout.tensor if not layout.fused else 0.0
         return element * (attended + inner + between / sharing) + numbers + 2 * ROW_STATISTICS * behind / sharing
 
     words, shown = max(1.0, load.masked * load.words), max(1.0, load.masked * load.regions) / 2
