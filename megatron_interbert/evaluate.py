@@ -21,6 +21,7 @@ from megatron_interbert.task_config import (
 )
 from megatron_interbert.tasks.glue_evaluation import evaluate_glue
 from megatron_interbert.tasks.item_evaluation import evaluate_product_search, evaluate_recommendation
+from megatron_interbert.tasks.precision import settle_precision
 from megatron_interbert.tasks.retrieval_evaluation import evaluate_retrieval
 from megatron_interbert.tasks.topic_scores import score_topics
 from megatron_interbert.tasks.vcr_evaluation import evaluate_vcr
@@ -51,7 +52,8 @@ def run() -> None:
     check_alike(state, {"code": code_fingerprint(), **library_versions()})
     watchdog = Watchdog(state, config.hang_timeout)
     watchdog.enter("evaluation", 0)
-    with watchdog.fed_by_modules():
+    precision = settle_precision(config, device)
+    with watchdog.fed_by_modules(), precision.products():
         evaluate(config, state, device)
     watchdog.close()
 

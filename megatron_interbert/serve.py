@@ -4,6 +4,7 @@ import asyncio
 import logging
 import socket
 
+import torch
 import uvicorn
 
 from megatron_interbert.command_line import parse
@@ -12,6 +13,7 @@ from megatron_interbert.parallel.device import this_device
 from megatron_interbert.serving.app import make_app
 from megatron_interbert.serving.start import open_models, open_service
 from megatron_interbert.task_config import ServeConfig
+from megatron_interbert.tasks.precision import settle_precision
 
 
 class Server(uvicorn.Server):
@@ -43,7 +45,16 @@ def run() -> None:
     config = parse(ServeConfig, ServeConfig.__doc__ or "")
     config.check()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    models = open_models(config, this_device())
+    device = this_device()
+    precision = settle_precision(config, device)
+    logging.info("precision: %s", precision)
+    with precision.products():
+        serve(config, device)
+
+
+def serve(config: ServeConfig, device: torch.device) -> None:
+    """Build the indexes, or answer until told to end."""
+    models = open_models(config, device)
     if config.build_only:
         for opened in models:
             print(f"index {opened.build()} of {opened.folder}")

@@ -8,6 +8,7 @@ from megatron_interbert.config import Flags, TrainConfig, flag, option, split_pa
 from megatron_interbert.errors import UsageError
 
 TWO_TEXTS = "[CLS] word [SEP] word [SEP]"
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")  # of evaluations; what auto is: tasks/precision.py
 
 
 @dataclass
@@ -27,6 +28,7 @@ class FinetuneConfig(TrainConfig):
     early_stopping: int = option(0, "stop after so many evaluations without a better --metric; 0: never")
     metric: str = option("", "figure of the evaluation that decides which checkpoint is best; default: the task's")
     eval_batch_size: int = option(64, "samples per forward pass of an evaluation")
+    eval_precision: str = option("auto", "of evaluations; auto: TF32 where the GPU has it, else fp32", PRECISIONS)
 
     POSITIVE: ClassVar[tuple[str, ...]] = (*(name for name in TrainConfig.POSITIVE if name != "train_iters"), "eval_batch_size")
     NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (*TrainConfig.NOT_NEGATIVE, "train_iters", "early_stopping")
@@ -155,6 +157,7 @@ class EvaluateConfig(Flags):
     vocab_file: str = option("", "WordPiece vocabulary; default: that of the data or of the weights")
     output: str = option("", "folder for result.json and result.html; default: evaluation/TASK in the run's folder")
     tensor_model_parallel_size: int = option(1, "ranks that share each layer, under deepspeed or torchrun")
+    precision: str = option("auto", "auto: TF32 where the GPU has it, else fp32; bf16: heads in fp32", PRECISIONS)
     kernels: str = option("auto", "fused kernels", ("auto", "torch", "triton", "apex"))
     allow_other_detector: bool = option(False, "accept features of another detector than the model was trained on")
     strict_boxes: bool = option(False, "refuse boxes outside the image instead of clipping them")
@@ -175,7 +178,7 @@ class EvaluateRetrievalConfig(EvaluateConfig):
     max_images: int = option(0, "only the first images of the store; 0: all")
     max_regions: int = option(0, "regions per image; default: as the weights were trained, else 36")
     max_tokens: int = option(0, "tokens per caption with [CLS] and [SEP]; default: as the weights were trained, else 36")
-    bf16: bool = option(False, "compute in bfloat16, scores in float32")
+    bf16: bool = option(False, "as --precision bf16; --no-bf16 as --precision fp32")
     batch_pairs: int = option(512, "pairs per forward pass")
     tile_captions: int = option(1024, "captions of a tile, the unit of work that is kept when an evaluation is stopped")
     tile_images: int = option(256, "images of a tile")
@@ -191,6 +194,12 @@ class EvaluateRetrievalConfig(EvaluateConfig):
         super().check()
         if not self.exhaustive and not self.two_stage:
             raise UsageError("--no-exhaustive leaves nothing to do without --two-stage K")
+        if self.bf16 and self.precision not in ("auto", "bf16"):
+            raise UsageError(f"--bf16 and --precision {self.precision} exclude each other; leave one out")
+        if self.bf16:
+            self.precision = "bf16"
+        elif "bf16" in self.given and self.precision == "auto":
+            self.precision = "fp32"
 
 
 @dataclass
@@ -317,6 +326,7 @@ class ServeConfig(Flags):
     titles: bool = option(True, "read the items' titles; --no-titles sees their images only; default: as the weights were trained")
     max_regions: int = option(0, "regions per image; default: as the weights were trained, else 36")
     max_tokens: int = option(0, "tokens of a text and a title; default: as the weights were trained, else 64")
+    precision: str = option("auto", "auto: TF32 where the GPU has it, else fp32; bf16: heads in fp32", PRECISIONS)
     kernels: str = option("auto", "fused kernels", ("auto", "torch", "triton", "apex"))
     allow_other_detector: bool = option(False, "accept features of another detector than the model was trained on")
     strict_boxes: bool = option(False, "refuse boxes outside the image instead of clipping them")

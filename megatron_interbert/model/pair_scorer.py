@@ -5,15 +5,20 @@ layer's queries, keys and values. Done once for each pair, only as far as the ma
 stream computes keys and values of all its tokens, and everything else for its first token, which alone is pooled. Word and region
 heads are not run at all. What a token attends to is the same as in `InterBert.forward`, so the scores are equal to rounding.
 
+Which tokens meet is worked out on the host, and sent: the host never waits for the device, but runs ahead of it until somebody
+asks for the scores.
+
 Legend: n tokens of one side, N of all pairs, H hidden, B pairs.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from megatron_interbert.data.packing import PackedBatch
+from megatron_interbert.data.sending import send_batch, send_indexes
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.transformer import SelfAttention, TransformerStack
@@ -21,23 +26,82 @@ from megatron_interbert.model.transformer import SelfAttention, TransformerStack
 
 @dataclass
 class Side:
-    """Images or captions made ready: hidden states [n, H], first layer's projection [n, 3 H / ranks], offsets [items + 1]."""
+    """Images or captions made ready.
+
+    On the device: hidden states [n, H] and the first layer's projection [n, 3 H / ranks]. On the host: int64 offsets [items + 1]
+    of their tokens.
+    """
 
     hidden: torch.Tensor
     qkv: torch.Tensor
-    offsets: torch.Tensor
-    longest: int
+    offsets: np.ndarray
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def rows(self, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [items]: tokens of each."""
+        return np.diff(self.offsets)
+
+    def rows(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(token rows, end to end, of some items [B]; their lengths [B])."""
-        starts, lengths = self.offsets[items], self.offsets[items + 1] - self.offsets[items]
-        ends = lengths.cumsum(0)
-        return torch.arange(int(ends[-1]), device=ends.device) + torch.repeat_interleave(
-            starts - (ends - lengths), lengths
-        ), lengths
+        starts = self.offsets[items]
+        lengths = self.offsets[items + 1] - starts
+        ends = np.cumsum(lengths)
+        return np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths), lengths
+
+
+@dataclass
+class PairLayout:
+    """Where the tokens of B pairs come from and where they stand: each pair's image tokens, then its text tokens.
+
+    On the device, int64: rows of the sides and their places among the joint tokens, offsets [B + 1].
+    """
+
+    image_rows: torch.Tensor
+    text_rows: torch.Tensor
+    image_index: torch.Tensor
+    text_index: torch.Tensor
+    image_offsets: torch.Tensor
+    text_offsets: torch.Tensor
+    joint_offsets: torch.Tensor
+    longest_image: int  # of these pairs, not of all
+    longest_text: int
+    longest: int  # of both together
+
+    def together(self, of_images: torch.Tensor, of_texts: torch.Tensor) -> torch.Tensor:
+        """[N, ..] of the pairs from [n, ..] of the sides."""
+        rows = of_images.new_empty(len(self.image_index) + len(self.text_index), of_images.shape[1])
+        rows[self.image_index] = of_images[self.image_rows]
+        rows[self.text_index] = of_texts[self.text_rows]
+        return rows
+
+
+def lay_out_pairs(images: Side, captions: Side, image_of: np.ndarray, caption_of: np.ndarray) -> PairLayout:
+    """Lay out pairs given by their numbers in both sides [B]."""
+    image_rows, image_lengths = images.rows(image_of)
+    text_rows, text_lengths = captions.rows(caption_of)
+    image_offsets = _offsets(image_lengths)
+    text_offsets = _offsets(text_lengths)
+    sent = send_indexes(
+        [
+            image_rows,
+            text_rows,
+            np.arange(len(image_rows)) + np.repeat(text_offsets[:-1], image_lengths),
+            np.arange(len(text_rows)) + np.repeat(image_offsets[1:], text_lengths),
+            image_offsets,
+            text_offsets,
+            image_offsets + text_offsets,
+        ],
+        images.hidden.device,
+    )
+    return PairLayout(
+        *sent,
+        longest_image=int(image_lengths.max()),
+        longest_text=int(text_lengths.max()),
+        longest=int((image_lengths + text_lengths).max()),
+    )
 
 
 class PairScorer:
@@ -49,68 +113,54 @@ class PairScorer:
         self.model = model
         self.first = next((layer for layer in model.interaction.layers), None)
 
-    def images(self, batch: PackedBatch) -> Side:
-        """The images of a batch; its texts are not looked at."""
-        hidden = self.model.image_embedding(batch)
-        return Side(hidden, self._project(hidden), batch.image_offsets.long(), batch.max_image)
+    def images(self, batch: PackedBatch, device: torch.device) -> Side:
+        """Make the images of a batch on the host ready; its texts are not looked at."""
+        hidden = self.model.image_embedding(send_batch(batch, device))
+        return Side(hidden, self._project(hidden), batch.image_offsets.numpy().astype(np.int64))
 
-    def captions(self, batch: PackedBatch) -> Side:
-        """The texts of a batch."""
-        hidden = self.model.text_embedding(batch.token_ids, batch.token_positions, batch.token_types)
-        return Side(hidden, self._project(hidden), batch.text_offsets.long(), batch.max_text)
+    def captions(self, batch: PackedBatch, device: torch.device) -> Side:
+        """Make the texts of a batch on the host ready."""
+        sent = send_batch(batch, device)
+        hidden = self.model.text_embedding(sent.token_ids, sent.token_positions, sent.token_types)
+        return Side(hidden, self._project(hidden), batch.text_offsets.numpy().astype(np.int64))
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.first.attention.qkv(hidden) if self.first is not None else hidden[:, :0]
 
-    def margins(self, images: Side, captions: Side, image_of: torch.Tensor, caption_of: torch.Tensor) -> torch.Tensor:
-        """float32 [B]: logit(matched) - logit(mismatched) of pairs given by their numbers in both sides."""
-        pooled = self.pooled(images, captions, image_of, caption_of)
+    def margins(self, images: Side, captions: Side, image_of: np.ndarray, caption_of: np.ndarray) -> torch.Tensor:
+        """float32 [B] on the device: logit(matched) - logit(mismatched) of pairs given by their numbers in both sides."""
+        text, image = self.pooled(images, captions, image_of, caption_of)
         head = self.model.itm_head  # in float32: two logits rounded to 16 bits would often tie
-        logits = F.linear(self.model.fuse(*pooled).float(), head.weight.float(), head.bias.float())
+        logits = F.linear(self.model.fuse(text.float(), image.float()), head.weight.float(), head.bias.float())
         return logits[:, 0] - logits[:, 1]
 
     def pooled(
-        self, images: Side, captions: Side, image_of: torch.Tensor, caption_of: torch.Tensor
+        self, images: Side, captions: Side, image_of: np.ndarray, caption_of: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Pooled text and image [B, P] of pairs."""
         model = self.model
-        image_rows, image_lengths = images.rows(image_of)
-        text_rows, text_lengths = captions.rows(caption_of)
-        image_offsets, text_offsets = _offsets(image_lengths), _offsets(text_lengths)
-        joint_offsets = image_offsets + text_offsets
-        # Where the tokens of each kind stand among those of their pair: image tokens first.
-        image_index = torch.arange(len(image_rows), device=image_rows.device) + torch.repeat_interleave(
-            text_offsets[:-1], image_lengths
-        )
-        text_index = torch.arange(len(text_rows), device=text_rows.device) + torch.repeat_interleave(
-            image_offsets[1:], text_lengths
-        )
-
-        def together(of_images: torch.Tensor, of_texts: torch.Tensor) -> torch.Tensor:
-            rows = of_images.new_empty(len(image_index) + len(text_index), of_images.shape[1])
-            rows[image_index], rows[text_index] = of_images[image_rows], of_texts[text_rows]
-            return rows
-
-        joint = together(images.hidden, captions.hidden)
-        longest_image, longest_text = int(image_lengths.max()), int(text_lengths.max())  # of these pairs, not of all
-        longest = int((image_lengths + text_lengths).max())
+        pairs = lay_out_pairs(images, captions, image_of, caption_of)
+        joint = pairs.together(images.hidden, captions.hidden)
+        offsets = pairs.joint_offsets.int()
         for number, layer in enumerate(model.interaction.layers):
-            qkv = together(images.qkv, captions.qkv) if number == 0 else layer.attention.qkv(joint)
-            joint = layer.after_attention(layer.attention.attend(qkv, joint_offsets.int(), longest), joint)
-        image = last_layer_of_first(model.image_stream, joint[image_index], image_offsets, longest_image)
-        text = last_layer_of_first(model.text_stream, joint[text_index], text_offsets, longest_text)
+            qkv = pairs.together(images.qkv, captions.qkv) if number == 0 else layer.attention.qkv(joint)
+            joint = layer.after_attention(layer.attention.attend(qkv, offsets, pairs.longest), joint)
+
+        image = last_layer_of_first(model.image_stream, joint[pairs.image_index], pairs.image_offsets, pairs.longest_image)
+        text = last_layer_of_first(model.text_stream, joint[pairs.text_index], pairs.text_offsets, pairs.longest_text)
         return model.text_pooler(text), model.image_pooler(image)
 
 
-def _offsets(lengths: torch.Tensor) -> torch.Tensor:
-    return F.pad(lengths.cumsum(0), (1, 0))
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)])
 
 
 def last_layer_of_first(stack: TransformerStack, x: torch.Tensor, offsets: torch.Tensor, longest: int) -> torch.Tensor:
-    """The first token's state [B, H] behind a stack over packed x [N, H]."""
+    """The first token's state [B, H] behind a stack over packed x [N, H]; offsets int64 [B + 1]."""
     *before, last = stack.layers or [None]
+    short_offsets = offsets.int()
     for layer in before:
-        x = layer(x, offsets.int(), longest)
+        x = layer(x, short_offsets, longest)
     first = x[offsets[:-1]]
     if last is None:
         return first

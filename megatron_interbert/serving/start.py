@@ -41,7 +41,9 @@ class Opened:
 
     def __init__(self, config: ServeConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.model, self.source = load_model(config.load, ("itm",), config.kernels, device, averaged=config.averaged)
+        self.model, self.source = load_model(
+            config.load, ("itm",), config.kernels, device, averaged=config.averaged, precision=config.precision
+        )
         as_trained(config, self.source, max_regions=36, max_tokens=64, titles=True)
         fit_length(config, self.source.config)
         self.corpus, self.tokenizer = open_for(config, self.source, split_paths(config.data_path))
@@ -55,7 +57,8 @@ class Opened:
     def facts(self) -> dict[str, Any]:
         """What vectors depend on."""
         sizes = {name: getattr(self.config, name) for name in ("titles", "max_regions", "max_tokens")}
-        return {"weights": self.source.facts["files"], "vocabulary": self.tokenizer.sha256, **sizes}
+        rounded = {"precision": "bf16"} if self.config.precision == "bf16" else {}  # fp32 and TF32 share an index
+        return {"weights": self.source.facts["files"], "vocabulary": self.tokenizer.sha256, **sizes, **rounded}
 
     @property
     def weights_sha256(self) -> str:

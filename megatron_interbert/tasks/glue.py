@@ -8,6 +8,7 @@ import torch
 from megatron_interbert.data.downstream.glue import FORMATS, GlueRows, GlueSet, GlueTexts, find_file, read_rows
 from megatron_interbert.data.downstream.pairs import NOTHING, pair_fields
 from megatron_interbert.data.packing import PackedBatch, to_batch
+from megatron_interbert.data.sending import send_batch
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.interbert import InterBert, InterBertOutput
 from megatron_interbert.parallel.state import ParallelState
@@ -80,9 +81,12 @@ def predict(model: InterBert, texts: GlueTexts, state: ParallelState, device: to
     parts = []
     for start in range(0, len(mine), batch_size):
         fields = pair_fields(texts.inputs(mine[start : start + batch_size]), None, NOTHING, 1)
-        parts.append(model(to_batch(fields).to(device)).sentence_logits.cpu().numpy())
-    found = [(rows, values) for rows, values in state.gather((mine, parts)) if values]  # more ranks than rows: some have none
-    rows, values = np.concatenate([r for r, _ in found]), np.concatenate([v for _, vs in found for v in vs])
+        parts.append(model(send_batch(to_batch(fields), device)).sentence_logits)
+    logits = torch.cat(parts).cpu().numpy() if parts else None  # more ranks than rows: some have none
+
+    found = [(rows, values) for rows, values in state.gather((mine, logits)) if values is not None]
+    rows = np.concatenate([rows for rows, _ in found])
+    values = np.concatenate([values for _, values in found])
     return values[np.unique(rows, return_index=True)[1]]
 
 

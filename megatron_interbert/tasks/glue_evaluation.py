@@ -18,7 +18,7 @@ from megatron_interbert.weights.files import write_text
 def evaluate_glue(config: EvaluateGlueConfig, state: ParallelState, device: torch.device) -> dict[str, Any]:
     """Writes result.json and, for each file, TASK.tsv (or MNLI-m.tsv, MNLI-mm.tsv); all ranks of a launch call it."""
     model, source = load_model(
-        *(config.load, ("sentence",), config.kernels, device, state, config.averaged),
+        *(config.load, ("sentence",), config.kernels, device, state, config.averaged, config.precision),
         num_labels=labels_of(config.task),
         text_only=True,
     )

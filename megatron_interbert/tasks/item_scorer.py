@@ -9,6 +9,7 @@ from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.downstream.items import Catalogue
 from megatron_interbert.data.downstream.pairs import Text
 from megatron_interbert.data.packing import PackedBatch, to_batch
+from megatron_interbert.data.sending import send_batch
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.interbert import InterBert
@@ -64,10 +65,9 @@ class ItemScorer:
     def text_vectors(self, pieces: Sequence[np.ndarray]) -> np.ndarray:
         """[n, P]: vectors of texts, to be multiplied with those of items."""
         rows = [self.catalogue.text_alone(text) for text in pieces]
-        found = [
-            (self.model(batch).pooled_text.float() * self.direction).cpu() for batch in self._batches(rows, np.full(len(rows), -1))
-        ]
-        return torch.cat(found).numpy()
+        batches = self._batches(rows, np.full(len(rows), -1))
+        found = [self.model(batch).pooled_text.float() * self.direction for batch in batches]
+        return torch.cat(found).cpu().numpy()
 
     @torch.no_grad()
     def item_vectors(self, items: np.ndarray, progress: Callable[[int], None] = lambda items: None) -> np.ndarray:
@@ -75,9 +75,11 @@ class ItemScorer:
         found = [np.zeros((0, self.model.config.pooled_size), np.float32)]
         for start in range(0, len(items), 1024):  # regions of a run of items are in memory at once
             some = items[start : start + 1024]
+            vectors = []
             for batch in self._batches(self.catalogue.items_alone(some), some):
-                found.append(self.model(batch).pooled_image.float().cpu().numpy())
-                progress(len(found[-1]))
+                vectors.append(self.model(batch).pooled_image.float())
+                progress(len(vectors[-1]))
+            found.append(torch.cat(vectors).cpu().numpy())  # the one wait for a run
         return np.concatenate(found)
 
     @torch.no_grad()
@@ -89,15 +91,15 @@ class ItemScorer:
         progress: Callable[[int], None] = lambda pairs: None,
     ) -> np.ndarray:
         """[n]: margins of pairs of a text, by its place in `pieces`, and an item."""
-        found = [np.zeros(0, np.float32)]
+        found = [torch.zeros(0, device=self.device)]
         for start in range(0, len(items), 1024):
             some = slice(start, start + 1024)
             rows = self.catalogue.in_full([pieces[t] for t in text_of[some]], items[some])
             for batch in self._batches(rows, items[some]):
                 logits = self.model(batch).itm_logits
-                found.append((logits[:, 0] - logits[:, 1]).cpu().numpy())
+                found.append(logits[:, 0] - logits[:, 1])
                 progress(len(found[-1]))
-        return np.concatenate(found)
+        return torch.cat(found).cpu().numpy()  # the one wait for the device
 
     def _batches(self, rows: Sequence[Text], items: np.ndarray) -> Iterator[PackedBatch]:
         """Runs of rows of about `tokens_at_once` tokens and regions; at least one row in each."""
@@ -106,8 +108,12 @@ class ItemScorer:
         first, total = 0, 0
         for row, tokens in enumerate(cost.tolist()):
             if row > first and total + tokens > self.tokens_at_once:
-                yield to_batch(self.catalogue.fields(rows[first:row], items[first:row])).to(self.device)
+                yield self._sent(rows[first:row], items[first:row])
                 first, total = row, 0
             total += tokens
         if len(rows):
-            yield to_batch(self.catalogue.fields(rows[first:], items[first:])).to(self.device)
+            yield self._sent(rows[first:], items[first:])
+
+    def _sent(self, rows: Sequence[Text], items: np.ndarray) -> PackedBatch:
+        """A batch of rows on the device."""
+        return send_batch(to_batch(self.catalogue.fields(rows, items)), self.device)

@@ -20,6 +20,7 @@ from megatron_interbert.parallel.agreement import check_alike, together
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import EvaluateConfig, ServeConfig
 from megatron_interbert.tasks.parts import open_stores, open_vocabulary
+from megatron_interbert.tasks.precision import choose_precision
 from megatron_interbert.tasks.results import output_folder
 from megatron_interbert.weights.files import check_writable
 from megatron_interbert.weights.manifest import BEST
@@ -42,10 +43,13 @@ def load_model(
     device: torch.device,
     state: ParallelState | None = None,
     averaged: bool = False,
+    precision: str = "fp32",
     **options: Any,
 ) -> tuple[InterBert, Source]:
-    """The model (`options` of InterBert) in evaluation mode and where its weights came from: of a run's folder the best checkpoint,
-    else the newest."""
+    """Open the model (`options` of InterBert), in evaluation mode and a precision, and say where its weights came from.
+
+    Of a run's folder these are the best checkpoint, else the newest.
+    """
     if not load:
         raise UsageError("--load is missing; give the folder of a checkpoint")
     state = state or ParallelState()
@@ -56,7 +60,7 @@ def load_model(
     source.config.check_tensor_parallel(state.tensor_size)
     model = InterBert(source.config, heads, state=state, kernels=choose_kernels(kernels, device), **options)
     load_full_state(model, source.state(), state, load)
-    return model.to(device).eval(), source
+    return choose_precision(precision, device).convert(model.to(device)).eval(), source
 
 
 def weight_files(path: Path) -> list[Path]:

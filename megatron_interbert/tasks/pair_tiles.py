@@ -48,12 +48,12 @@ class Pairs:
         regions = read_regions(self.corpus, self.images[part], self.max_regions)
         nothing = (np.array([self.tokenizer.cls]), np.zeros(1, np.int64))
         fields = pair_fields([nothing] * len(part), regions, np.arange(len(part)), self.corpus.feature_dim)
-        return scorer.images(to_batch(fields).to(device))
+        return scorer.images(to_batch(fields), device)
 
     def caption_side(self, scorer: PairScorer, part: np.ndarray, device: torch.device) -> Side:
         """Some of the captions made ready."""
         texts = caption_texts(self.corpus, self.tokenizer, self.captions[part], self.max_tokens)
-        return scorer.captions(to_batch(pair_fields(texts, None, NOTHING, self.corpus.feature_dim)).to(device))
+        return scorer.captions(to_batch(pair_fields(texts, None, NOTHING, self.corpus.feature_dim)), device)
 
     def by_length(self) -> np.ndarray:
         """int64 [C]: captions from short to long, so that those of a batch are alike."""
@@ -67,23 +67,23 @@ class Pairs:
 
 @torch.no_grad()
 def score_block(scorer: PairScorer, images: Side, captions: Side, pairs_per_batch: int) -> torch.Tensor:
-    """float32 [captions, images]: all pairs of two sides, about so many at a time."""
-    device = images.hidden.device
-    result = torch.empty(len(captions), len(images), device=device)
+    """float32 [captions, images] on the device: all pairs of two sides, about so many at a time. Nobody waits for them here."""
+    result = torch.empty(len(captions), len(images), device=images.hidden.device)
     width = min(len(images), pairs_per_batch)
     height = max(1, pairs_per_batch // width)
     for top, bottom in runs_of_one_length(captions, height):
-        rows = torch.arange(top, bottom, device=device)
+        rows = np.arange(top, bottom)
         for left in range(0, len(images), width):
-            columns = torch.arange(left, min(left + width, len(images)), device=device)
-            margins = scorer.margins(images, captions, columns.repeat(len(rows)), rows.repeat_interleave(len(columns)))
-            result[top : top + len(rows), left : left + len(columns)] = margins.view(len(rows), len(columns))
+            right = min(left + width, len(images))
+            columns = np.arange(left, right)
+            margins = scorer.margins(images, captions, np.tile(columns, len(rows)), np.repeat(rows, len(columns)))
+            result[top:bottom, left:right] = margins.view(len(rows), len(columns))
     return result
 
 
 def runs_of_one_length(side: Side, most: int) -> list[tuple[int, int]]:
     """(first, last + 1) of runs of at most `most` neighbours of equal length, so that nothing is padded inside the attention."""
-    lengths = (side.offsets[1:] - side.offsets[:-1]).tolist()
+    lengths = side.lengths
     runs, first = [], 0
     for item in range(1, len(lengths) + 1):
         if item == len(lengths) or lengths[item] != lengths[first] or item - first == most:

@@ -36,6 +36,7 @@ def result_of(
     return {
         "task": config.TASK,
         "protocol": protocol,
+        "precision": config.precision,
         "metrics": metrics,
         **({"official": official} if official else {}),
         **more,

@@ -27,14 +27,12 @@ SHOWN = 40  # captions on the page
 
 def evaluate_retrieval(config: EvaluateRetrievalConfig, state: ParallelState, device: torch.device) -> dict[str, Any]:
     """Writes result.json and result.html and gives the result; all ranks of a launch call it."""
-    model, source = load_model(config.load, ("itm",), config.kernels, device, state, config.averaged)
+    model, source = load_model(config.load, ("itm",), config.kernels, device, state, config.averaged, config.precision)
     if config.zero_shot and source.facts.get("task"):
         raise UsageError(f"--zero-shot: {config.load} was finetuned ({source.facts['task']}); leave the flag out")
     corpus, tokenizer = open_for(config, source, [config.data_path])
     as_trained(config, source, max_regions=36, max_tokens=36)
     fit_length(config, source.config)
-    if config.bf16:
-        model = model.bfloat16()
     scorer = PairScorer(model)
     pairs = choose_pairs(corpus, tokenizer, config.language, config.max_images, config.max_regions, config.max_tokens)
     folder = agree_on_inputs(config, state, source, tokenizer, [store.path / MANIFEST for store in corpus.stores])
@@ -81,7 +79,7 @@ def score_tiles(
     weights: dict[str, str],
 ) -> ScoreTiles:
     """All tiles on disk; those of an evaluation of the same weights, data and settings that was stopped are kept."""
-    settings = {name: getattr(config, name) for name in ("language", "max_images", "max_regions", "max_tokens", "averaged", "bf16")}
+    settings = {name: getattr(config, name) for name in ("language", "max_images", "max_regions", "max_tokens", "averaged", "precision")}
     data = [store.manifest.get("shards") for store in pairs.corpus.stores]
     identity = {"weights": weights, "data": data, "vocabulary": pairs.tokenizer.sha256, **settings, "by": versions()}
     shape = len(pairs.captions), len(pairs.images)

@@ -39,7 +39,7 @@ def score_topics(config: ScoreTopicsConfig, state: ParallelState, device: torch.
         "weights": source.facts["files"],
         "store": [file_sha256(store.path / MANIFEST) for store in corpus.stores],
         "topics": file_sha256(config.topics),
-        **{name: getattr(config, name) for name in ("titles", "max_regions", "max_tokens", "items_of_part")},
+        **{name: getattr(config, name) for name in ("titles", "max_regions", "max_tokens", "items_of_part", "precision")},
     }
     together(state, lambda: claim(folder, plan) if state.is_main else None)
     starts = list(range(0, len(items), config.items_of_part))

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import torch
 
+from megatron_interbert.data.sending import send_indexes
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.pair_scorer import PairScorer, Side, last_layer_of_first
 from megatron_interbert.parallel.state import ParallelState
@@ -22,9 +23,11 @@ AT_ONCE = 256
 def alone(scorer: PairScorer, side: Side, images: bool) -> torch.Tensor:
     """Pooled vectors [items, P] of one side without the other."""
     model = scorer.model
-    hidden = model.interaction(side.hidden, side.offsets.int(), side.longest)
+    (offsets,) = send_indexes([side.offsets], side.hidden.device)
+    longest = int(side.lengths.max())
+    hidden = model.interaction(side.hidden, offsets.int(), longest)
     stack, pooler = (model.image_stream, model.image_pooler) if images else (model.text_stream, model.text_pooler)
-    return pooler(last_layer_of_first(stack, hidden, side.offsets, side.longest))
+    return pooler(last_layer_of_first(stack, hidden, offsets, longest))
 
 
 @torch.no_grad()
@@ -35,48 +38,65 @@ def two_stage_search(
     first stage itself, and seconds; the same on all ranks."""
     if scorer.model.config.fusion != "product":
         raise UsageError("--two-stage: with a summed fusion the first stage gives every caption the same images; leave it out")
-    started, keep = time.monotonic(), min(keep, len(pairs.images))
+    started = time.monotonic()
+    keep = min(keep, len(pairs.images))
     weight = scorer.model.itm_head.weight.float()
     direction = weight[0] - weight[1]
     vectors = torch.cat(
         [alone(scorer, pairs.image_side(scorer, part, device), True).float() for part in _runs(np.arange(len(pairs.images)))]
     )
     check_finite(vectors.cpu().numpy())
+
     mine = np.arange(len(pairs.captions))[state.data_rank :: state.data_size]
-    own = torch.from_numpy(pairs.own_image()).to(device)
+    own = torch.from_numpy(pairs.own_image())
     found = []
     for part in _runs(mine):
         side = pairs.caption_side(scorer, part, device)
-        coarse = (alone(scorer, side, False).float() * direction) @ vectors.T  # [part, images]
-        right = own[part]
-        rank = (coarse >= coarse.gather(1, right[:, None])).sum(1)
-        kept = coarse.topk(keep, dim=1).indices
-        margins = _rescored(scorer, pairs, side, kept, device, pairs_per_batch)
-        check_finite(torch.cat([coarse, margins], dim=1).cpu().numpy())
-        inside = kept == right[:, None]
-        mine_score = torch.where(inside, margins, -torch.inf).amax(1, keepdim=True)
-        fine = 1 + ((margins >= mine_score) & ~inside).sum(1)
-        found.append(torch.stack([torch.where(inside.any(1), fine, rank.clamp(min=keep + 1)), inside.any(1)]).cpu())
+        scores = (alone(scorer, side, False).float() * direction) @ vectors.T  # [part, images]
+        best = scores.topk(keep, dim=1).indices
+        coarse = scores.cpu()
+        kept = best.cpu()
+        margins = _rescored(scorer, pairs, side, kept.numpy(), device, pairs_per_batch)
+        check_finite(torch.cat([coarse, margins], dim=1).numpy())
+        found.append(_ranks(coarse, kept, margins, own[part]))
+
     mine_found = torch.cat([torch.zeros(2, 0, dtype=torch.long), *found], dim=1).numpy()
     ranks, inside = np.concatenate(state.gather(mine_found)[:: state.tensor_size], axis=1)
     return {**recall_metrics(ranks), f"first_stage_R@{keep}": 100.0 * float(inside.mean()), "seconds": time.monotonic() - started}
 
 
+def _ranks(coarse: torch.Tensor, kept: torch.Tensor, margins: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """int64 [2, captions]: the rank of each caption's own image, and whether it was kept.
+
+    From scores of the first stage [captions, images], the images that are kept and their margins [captions, keep], and the own
+    image [captions]. One that is not kept ranks as in the first stage, behind all that are.
+    """
+    rank = (coarse >= coarse.gather(1, right[:, None])).sum(1)
+    inside = kept == right[:, None]
+    own_margin = torch.where(inside, margins, -torch.inf).amax(1, keepdim=True)
+    fine = 1 + ((margins >= own_margin) & ~inside).sum(1)
+    behind = rank.clamp(min=kept.shape[1] + 1)
+    return torch.stack([torch.where(inside.any(1), fine, behind), inside.any(1)])
+
+
 def _rescored(
-    scorer: PairScorer, pairs: Pairs, captions: Side, kept: torch.Tensor, device: torch.device, pairs_per_batch: int
+    scorer: PairScorer, pairs: Pairs, captions: Side, kept: np.ndarray, device: torch.device, pairs_per_batch: int
 ) -> torch.Tensor:
-    """Margins [captions, keep] of the kept images of each caption."""
-    numbers, place = torch.unique(kept, return_inverse=True)
-    margins = torch.empty(kept.numel(), device=device)
-    caption_of = torch.arange(len(kept), device=device).repeat_interleave(kept.shape[1])
-    place = place.flatten()
+    """Margins [captions, keep], on the host, of the kept images of each caption."""
+    numbers, place = np.unique(kept.ravel(), return_inverse=True)
+    caption_of = np.repeat(np.arange(len(kept)), kept.shape[1])
+    order, found = [], []
     for part in _runs(np.arange(len(numbers))):
-        images = pairs.image_side(scorer, numbers[torch.from_numpy(part).to(device)].cpu().numpy(), device)
-        here = torch.nonzero((place >= int(part[0])) & (place <= int(part[-1])))[:, 0]
-        for rows in here.split(pairs_per_batch):
-            margins[rows] = scorer.margins(images, captions, place[rows] - int(part[0]), caption_of[rows])
-    return margins.view_as(kept)
+        images = pairs.image_side(scorer, numbers[part], device)
+        here = np.flatnonzero((place >= part[0]) & (place <= part[-1]))
+        for rows in _runs(here, pairs_per_batch):
+            order.append(rows)
+            found.append(scorer.margins(images, captions, place[rows] - part[0], caption_of[rows]))
+
+    margins = torch.empty(kept.size)
+    margins[np.concatenate(order)] = torch.cat(found).cpu()
+    return margins.view(kept.shape)
 
 
-def _runs(items: np.ndarray) -> list[np.ndarray]:
-    return [items[start : start + AT_ONCE] for start in range(0, len(items), AT_ONCE)]
+def _runs(items: np.ndarray, most: int = AT_ONCE) -> list[np.ndarray]:
+    return [items[start : start + most] for start in range(0, len(items), most)]

@@ -9,6 +9,7 @@ from megatron_interbert.data.downstream.pairs import pair_fields
 from megatron_interbert.data.downstream.vcr import OPTIONS, Question, Questions, VcrImages, VcrSet, VcrTexts, read_questions
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.data.packing import PackedBatch, to_batch
+from megatron_interbert.data.sending import send_batch
 from megatron_interbert.errors import UsageError, local_errors
 from megatron_interbert.model.interbert import InterBert, InterBertOutput
 from megatron_interbert.parallel.state import ParallelState
@@ -102,7 +103,7 @@ def predict(
     the same on all ranks, each computes a share."""
     mine = np.arange(len(questions))[state.data_rank :: state.data_size]
     given = OPTIONS if every_answer else 1
-    parts = [np.zeros((0, 1 + given, OPTIONS), np.float32)]
+    parts = [torch.zeros(0, 1 + given, OPTIONS, device=device)]
     for start in range(0, len(mine), batch_size):
         some = [questions[i] for i in mine[start : start + batch_size]]
         rows: Inputs = []
@@ -113,11 +114,12 @@ def predict(
         image_of = np.repeat(np.arange(len(some)), (1 + given) * OPTIONS)
         with local_errors():
             regions = images.read(some)
-        batch = to_batch(pair_fields(rows, regions, image_of, images.feature_dim)).to(device)
-        parts.append(model(batch).choice_logit.view(len(some), 1 + given, OPTIONS).cpu().numpy())
+        batch = send_batch(to_batch(pair_fields(rows, regions, image_of, images.feature_dim)), device)
+        parts.append(model(batch).choice_logit.view(len(some), 1 + given, OPTIONS))
         progress(len(some))
+    found = torch.cat(parts).cpu().numpy()  # the one wait for the device
     logits = np.empty((len(questions), 1 + given, OPTIONS), np.float32)
-    for rows_of, values in state.gather((mine, np.concatenate(parts))):
+    for rows_of, values in state.gather((mine, found)):
         logits[rows_of] = values
     return logits[:, 0], logits[:, 1:] if every_answer else logits[:, 1]
 

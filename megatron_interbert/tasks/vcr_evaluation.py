@@ -29,7 +29,7 @@ PAGE_STYLE = STYLE + (
 
 def evaluate_vcr(config: EvaluateVcrConfig, state: ParallelState, device: torch.device) -> dict[str, Any]:
     """Writes result.json, result.html and, with --submission, submission.csv; all ranks of a launch call it."""
-    model, source = load_model(config.load, ("choice",), config.kernels, device, state, config.averaged)
+    model, source = load_model(config.load, ("choice",), config.kernels, device, state, config.averaged, config.precision)
     as_trained(config, source, "vcr", max_regions=100, max_tokens=60, max_rationale_tokens=80)
     images = open_images(config.annotated_path, config.data_path, config)
     paths = [path for path in (config.annotated_path, config.data_path) if path]

@@ -8,6 +8,7 @@ import torch
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.tasks.precision import Precision
 from megatron_interbert.tasks.task import Evaluate, Task
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.fragments import FragmentedState
@@ -55,17 +56,21 @@ class LossEvaluation:
 class DownstreamEvaluation:
     """A task's own figures, of a copy of the model that holds the averaged weights where there are such, else the current ones.
 
-    The copy is whole on every data-parallel rank (a tensor-parallel slice), whatever the ZeRO stage. It is not given up half-way: the
+    The copy is whole on every data-parallel rank (a tensor-parallel slice), whatever the ZeRO stage, and computes in a `precision` of
+    its own. It is not given up half-way: the
     ranks share out its work unequally and have no common moment to agree.
     """
 
-    def __init__(self, copy: InterBert, evaluate: Evaluate, state: ParallelState, device: torch.device) -> None:
-        self.copy, self.evaluate, self.state, self.device = copy, evaluate, state, device
+    def __init__(
+        self, copy: InterBert, evaluate: Evaluate, state: ParallelState, device: torch.device, precision: Precision
+    ) -> None:
+        self.copy = precision.convert(copy.to(device))
+        self.evaluate, self.state, self.device, self.precision = evaluate, state, device, precision
 
     @torch.no_grad()
     def run(self, engine: Engine, watchdog: Watchdog, stop: Callable[[], bool]) -> tuple[dict[str, float], str]:
         kind = "ema" if engine.ema is not None else "weight"
         FragmentedState(engine).copy_into(self.copy, kind)
-        with watchdog.fed_by_modules():
+        with watchdog.fed_by_modules(), self.precision.products():
             values = self.evaluate(self.copy.eval(), self.state, self.device)
         return values, " | ".join(f"{name} {value:.2f}" for name, value in values.items())

@@ -24,6 +24,7 @@ from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, vocabulary_of_run
+from megatron_interbert.tasks.precision import choose_precision
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.checkpoint import Checkpoints, Progress
@@ -195,7 +196,9 @@ def make_evaluation(
     if job.evaluate is None:
         return None
     parts = {**parts, "state": state.with_replicated_rows()}  # evaluations go through layers one by one
-    return DownstreamEvaluation(InterBert(job.model_config, job.heads, **parts).to(device), job.evaluate, state, device)
+    precision = choose_precision(config.eval_precision, device)
+    say(state, f"evaluations: {precision}")
+    return DownstreamEvaluation(InterBert(job.model_config, job.heads, **parts), job.evaluate, state, device, precision)
 
 
 def settle_micro_batch(trial: Trial, make_model: Callable[[], InterBert], resume: Path | None, watchdog: Watchdog) -> None:

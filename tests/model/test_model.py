@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_interbert.config import ModelConfig
 from megatron_interbert.data.packing import Example, pack
@@ -23,6 +22,7 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.weights.foreign import fuse_qkv, split_qkv
 from tests.dist import run_on_ranks
+from tests.readings import Readings
 
 HEADS = ("msm", "mrm", "itm", "choice")
 SMALL = ModelConfig(
@@ -220,19 +220,6 @@ def test_recomputation_changes_nothing():
         results.append((loss.detach(), [p.grad for p in model.parameters()]))
     assert torch.equal(results[0][0], results[1][0])
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
-
-
-class Readings(TorchDispatchMode):
-    """The operations that hand values, or sizes that depend on values, back to the host: it would wait for the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
-        if any(name in str(operation) for name in ("_local_scalar_dense", "nonzero", "masked_select", "unique")):
-            self.found.append(str(operation))
-        return operation(*arguments, **keywords or {})
 
 
 def test_a_pass_hands_nothing_back_to_the_host():
