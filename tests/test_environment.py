@@ -65,6 +65,14 @@ def write_index(folder: Path, *packages: tuple[str, ...]) -> str:
     return folder.as_uri()
 
 
+def write_package(folder: Path) -> None:
+    """Our package as far as environment.sh asks it: for the number of GPUs. The small torch has none."""
+    package = folder / "megatron_interbert"
+    (package / "parallel").mkdir(parents=True)
+    (package / "errors.py").write_text("def run_entry(main):\n    main()\n")
+    (package / "parallel" / "device.py").write_text("def gpus():\n    return 0\n")
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """A checkout whose environment takes seconds: three pins, of which `fast` wants any torch."""
@@ -77,6 +85,7 @@ def checkout(tmp_path):
     (folder / "demo.py").write_text("")
     (folder / "pyproject.toml").write_text(SETUP)
     (folder / "backend.py").write_text(BACKEND)
+    write_package(folder)
     write_index(
         tmp_path / "index",
         ("torch", "2.13.0"),
