@@ -3,9 +3,8 @@
     python tests/campaigns/tiles.py --write
     python tests/campaigns/tiles.py --capabilities 8.0 9.0 --dtypes float32
 
-No GPU is needed. All of it takes about ten minutes on two cores; a line a row tells how far it is. The first command writes the tables of
-docs/kernels.md. It fails where a tile takes more than
-`kernels/fit.py` says, where one that is chosen does not fit, or where a thread spills more than a few registers.
+No GPU is needed. All of it takes eight minutes on two cores; a line a row tells how far it is. The first command writes the tables of
+docs/kernels.md. It fails where a tile takes more than `kernels/fit.py` says, or where a thread spills more than a few registers.
 """
 
 import argparse
