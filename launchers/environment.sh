@@ -5,7 +5,7 @@ VENV=$(realpath -m -- "${VENV:-.venv}")
 bash launchers/make_environment.sh "$VENV" || exit
 export PATH=$VENV/bin:$PATH
 gpus=$(python -c 'from megatron_interbert.errors import run_entry
-from megatron_interbert.parallel.device import gpus
-run_entry(lambda: print(gpus()))') || exit
+from megatron_interbert.parallel.device import report_gpus
+run_entry(report_gpus)') || exit
 # Else DeepSpeed says in each of its processes that it has found no GPU.
 [ "$gpus" != 0 ] || export DS_ACCELERATOR=cpu

@@ -51,6 +51,10 @@ check() { # refuses before anything is changed
   if [ -e "$folder" ] && [ ! -d "$folder" ]; then
     refuse "VENV=$folder is no folder; set VENV to another place"
   fi
+  if [ ! -e "$mark" ] && [ -e "$folder/.installed" ]; then
+    refuse "VENV=$folder was made by an older version of this project:" \
+      "rm -r it, or set VENV to another folder"
+  fi
   if [ ! -e "$mark" ] && [ -n "$(ls -A "$folder" 2>/dev/null)" ]; then
     refuse "VENV=$folder was not made by this project and is left as it is:" \
       "remove it yourself, or set VENV to another folder"

@@ -48,6 +48,9 @@ def command(arguments: list[str]) -> list[str]:
         env.setdefault("MASTER_PORT", str(free_port()))
     master, port = meeting_place()
     ranks = env.get("PROCESSES_PER_NODE") or str(gpus() or 1)
+    if ranks.isdecimal():  # else torchrun gives each of several ranks one thread, on any machine
+        share = len(os.sched_getaffinity(0)) // max(int(ranks), 1)
+        env.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
     return [
         *("--nnodes", nodes, "--node-rank", node, "--nproc-per-node", ranks),
         *("--master-addr", master, "--master-port", port, "--rdzv-conf", f"timeout={MEETING_SECONDS}"),

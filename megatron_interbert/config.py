@@ -103,6 +103,7 @@ class Flags:
     def __post_init__(self) -> None:
         self.given: set[str] = set()
         self.origins: dict[str, str] = {}  # where settings come from that no flag has given
+        self.fitted: set[str] = set()
         self.notes: list[str] = []  # lines about settings that were fitted, for the user
 
     def is_default(self, name: str) -> bool:
@@ -119,11 +120,14 @@ class Flags:
         if value != getattr(self, name):
             self.notes.append(f"note: {flag(name)} {value} instead of {getattr(self, name)}: {reason}")
             setattr(self, name, value)
+            self.fitted.add(name)
 
     def told(self, name: str) -> str:
         """Name a setting, its number and where it comes from: `--lr 0.1 (from run.yaml)`."""
         value = getattr(self, name)
         origin = " (default)" if self.is_default(name) else ""
+        if name in self.fitted:
+            origin = " (fitted)"
         if name in self.origins:
             origin = f" (from {self.origins[name]})"
         return f"{flag(name)} {'auto' if value == AUTO else value}{origin}"
@@ -251,11 +255,15 @@ class TrainConfig(Flags):
     def fit_batches(self, data_parallel_size: int) -> None:
         """Fit batch sizes that nobody has said to the number of data-parallel ranks."""
         ranks = data_parallel_size
-        if self.global_batch_size % ranks and self.is_default("global_batch_size"):
-            whole = max(self.global_batch_size // ranks, 1) * ranks
-            self.fit("global_batch_size", whole, f"{ranks} data-parallel ranks share it")
+        told = self.micro_batch_size != AUTO and not self.is_default("micro_batch_size")
+        least = ranks * self.micro_batch_size if told else ranks
+        if self.global_batch_size % least and self.is_default("global_batch_size"):
+            whole = max(self.global_batch_size // least, 1) * least
+            reason = f" with {self.told('micro_batch_size')}" if told else ""
+            plural = "s share" if ranks > 1 else " takes"
+            self.fit("global_batch_size", whole, f"{ranks} data-parallel rank{plural} it{reason}")
 
-        if self.micro_batch_size == AUTO or not self.is_default("micro_batch_size"):
+        if self.micro_batch_size == AUTO or told:
             return
         share = self.global_batch_size // ranks
         if share and self.global_batch_size % ranks == 0:
@@ -270,7 +278,8 @@ class TrainConfig(Flags):
         divisible by the data-parallel size and the same for 1, 2, 4, .. ranks.
         """
         ranks = self.data_parallel_size
-        if self.is_default("data_partitions") and samples >= ranks:
+        fit = self.data_partitions <= samples and self.data_partitions % ranks == 0
+        if self.is_default("data_partitions") and samples >= ranks and not fit:
             times = min(self.data_partitions, samples) // ranks
             fits = ranks << max(times.bit_length() - 1, 0)
             reason = f"{samples} samples, {ranks} data-parallel rank{'s' * (ranks > 1)}"

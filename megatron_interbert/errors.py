@@ -55,7 +55,8 @@ def end_at_once(number: int, frame: FrameType | None = None) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether torch says that a GPU, or this machine, has no memory left."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+    return type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in said)
 
 
 def run_entry(main: Callable[[], None]) -> None:
@@ -84,8 +85,8 @@ def run_entry(main: Callable[[], None]) -> None:
             rank, text = os.environ.get("RANK", "0"), " ".join(str(error).split())
             print(
                 f"error (rank {rank}): memory ran out ({text[:200]}); lower --micro-batch-size (or let"
-                " auto choose it), add --recompute-activations, raise --zero-stage or share layers"
-                " by --tensor-model-parallel-size; python tools/plan.py lists what fits",
+                " auto choose it), add --recompute-activations, or share the model over more ranks"
+                " (--zero-stage, --tensor-model-parallel-size); python tools/plan.py lists what fits",
                 file=sys.stderr,
                 flush=True,
             )

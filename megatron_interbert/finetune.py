@@ -1,5 +1,6 @@
 """Finetuning: `deepspeed launchers/finetune.sh TASK ARGS`, or `python -m megatron_interbert.finetune TASK ARGS` in one process."""
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,7 @@ TASKS: dict[str, tuple[type[FinetuneConfig], Callable[..., Any]]] = {
 
 def run() -> None:
     """`finetune TASK FLAGS`: parse, build the parts, train."""
-    take_over(STOPPING, end_at_once)  # until the run takes them over itself
+    take_over((*STOPPING, signal.SIGINT), end_at_once)  # until the run takes them over itself
     config, make_job = parse_task(TASKS, "finetune retrieval --init-from RUN --data-path STORE")
     prepare(config, make_job).train()
 

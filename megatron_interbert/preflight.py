@@ -26,7 +26,7 @@ from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError, run_entry
-from megatron_interbert.kernels.choice import choose_kernels
+from megatron_interbert.kernels.choice import Kernels, choose_kernels
 from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.launch import environment_of_one_process, read_launch
@@ -37,12 +37,13 @@ from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.deepspeed_config import (
     agree_with_json,
     merge,
+    offloads,
     read_deepspeed_config,
 )
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.host import same_bits_every_time
 from megatron_interbert.training.memory import predict
-from megatron_interbert.training.micro_batch import Trial, layout_of, load_of
+from megatron_interbert.training.micro_batch import Trial, layout_of, load_of, memory_of
 from megatron_interbert.training.node_table import compare_nodes, device_in_use
 from megatron_interbert.training.optimizer import learning_rate
 from megatron_interbert.training.processes import start_processes
@@ -89,7 +90,7 @@ def check_batch(config: PreflightConfig) -> str:
             f"--world-size {config.world_size} is not a multiple of --tensor-model-parallel-size"
             f" {config.tensor_model_parallel_size}; give another one of them"
         )
-    ranks = config.world_size // config.tensor_model_parallel_size
+    ranks = ranks_of(config)
     config.data_parallel_size = ranks
     config.fit_zero_stage(config.world_size)
     by_trial = config.micro_batch_size == AUTO
@@ -178,59 +179,83 @@ def config_of_one_process(config: PreflightConfig) -> PreflightConfig:
 
 
 def check_step(config: PreflightConfig) -> str:
-    """One training step on one process, whole model: the kernels, engine and optimizer of the run."""
+    """One training step on one process: the run's data, kernels, precision and optimizer.
+
+    What only several ranks have is left out: their communication, and DeepSpeed's update of shared
+    weights.
+    """
     if config.deterministic:
         same_bits_every_time()
     device, state = start_processes(), ParallelState()
     alone = config_of_one_process(config)
     job = pretraining_job(alone, state)
     kernels, streams, make_model = parts_of_model(alone, job, state, device)
-    batch = Trial(alone, job, state, device).batch(alone.micro_batch_size)
+    trial = Trial(alone, job, state, device, kernels)
+    offloaded = offloads(merge(copy.copy(config), ranks_of(config)))
+    samples = config.micro_batch_size if offloaded else samples_for_one_process(trial)
+    memory = "memory not predicted: arithmetic does not know offload"
+    if not offloaded:
+        whole = trial.batch(config.micro_batch_size)
+        memory = memory_of_run(config, job, whole, kernels, device)
+    if not samples:
+        return f"not tried: the whole model does not fit one GPU; {memory}"
 
     engine = Engine(make_model().to(device), alone, state)
     streams.start_step(1)
+    batch = trial.batch(samples)
     totals = job.task.count_targets(batch).to(device)
-    on_device = batch.to(device)
-    loss, report = job.task.loss(engine.forward(on_device), on_device, totals)
+    batch = batch.to(device)
+    loss, report = job.task.loss(engine.forward(batch), batch, totals)
     engine.backward(loss, last=True)
     norm, applied = engine.step(learning_rate(1, alone))
-    if not torch.isfinite(loss) or (not applied and not config.fp16):  # fp16 finds its loss scale yet
+    if not torch.isfinite(loss) or not (applied or config.fp16):  # fp16 is still finding its scale
         raise UsageError(
             f"the first step is not finite (loss {loss.item()}, gradient norm {norm}); check the"
             " data with --strict-boxes, lower --lr or use --bf16"
         )
+
     figures = job.task.metrics(report, 1)
     losses = ", ".join(f"{name} {figures[f'{name}_loss']:.3f}" for name in config.objective_names())
-    return (
-        f"losses {losses}; gradient norm {norm:.2f}; {memory_of_step(config, job, batch, device)};"
-        f" kernels: {kernels.describe()}"
-    )
+    notes = [f"losses {losses}", f"gradient norm {norm:.2f}"]
+    if samples < config.micro_batch_size:
+        notes.append(f"{samples} of {config.micro_batch_size} samples: it holds the whole model")
+    if device.type == "cuda":
+        seen = torch.cuda.max_memory_allocated(device) / 2**30
+        notes.append(f"peak {seen:.2f} GiB in this one-process step")
+    return "; ".join([*notes, memory, f"kernels: {kernels.describe()}"])
 
 
-def memory_of_step(
-    config: PreflightConfig, job: Job, batch: PackedBatch, device: torch.device
+def ranks_of(config: PreflightConfig) -> int:
+    """The data-parallel size of the run."""
+    return config.world_size // config.tensor_model_parallel_size
+
+
+def samples_for_one_process(trial: Trial) -> int:
+    """How much of a micro-batch one process has memory for, which holds the whole model; 0: none."""
+    samples = trial.config.micro_batch_size
+    if trial.device.type == "cuda":
+        room = memory_of(trial.device)
+        while samples and not trial.fits(trial.batch(samples), room):
+            samples //= 2
+    return samples
+
+
+def memory_of_run(
+    config: PreflightConfig, job: Job, batch: PackedBatch, kernels: Kernels, device: torch.device
 ) -> str:
-    """The peak of this step, and that of a rank of the run by arithmetic, against what there is.
-
-    UsageError where the run would not fit.
-    """
-    ranks = config.world_size // config.tensor_model_parallel_size
-    layout = layout_of(config, ranks, device)
+    """The peak that arithmetic predicts for a rank of the run; UsageError where a GPU has less."""
+    layout = layout_of(config, ranks_of(config), kernels)
     predicted = predict(job.model_config, layout, load_of(batch)).peak / 2**30
     if device.type != "cuda":
-        return f"a rank of the run takes {predicted:.2f} GiB by arithmetic"
+        return f"{predicted:.2f} GiB predicted per rank"
 
     there = torch.cuda.get_device_properties(device).total_memory / 2**30
     if predicted > there:
         raise UsageError(
-            f"a rank of the run takes {predicted:.1f} GiB by arithmetic, the GPU has {there:.1f};"
-            " lower --micro-batch-size (or let auto choose it), or see python tools/plan.py"
+            f"{predicted:.1f} GiB predicted per rank, the GPU has {there:.1f}; lower"
+            " --micro-batch-size (or let auto choose it), or see python tools/plan.py"
         )
-    seen = torch.cuda.max_memory_allocated(device) / 2**30
-    return (
-        f"peak {seen:.2f} GiB here on one process, {predicted:.2f} by arithmetic on a rank of the"
-        f" run, of {there:.1f} GiB"
-    )
+    return f"{predicted:.2f} GiB predicted per rank; the GPU has {there:.1f} GiB"
 
 
 def check_nodes(config: PreflightConfig) -> None:

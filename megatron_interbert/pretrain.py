@@ -1,11 +1,13 @@
 """Pretraining: `deepspeed launchers/pretrain.sh ARGS`, `torchrun -m megatron_interbert.pretrain`, or one plain process."""
 
+import signal
 from collections.abc import Callable, Sequence
 
 from megatron_interbert.command_line import parse
 from megatron_interbert.config import RunConfig
 from megatron_interbert.errors import end_at_once, run_entry
 from megatron_interbert.parallel.device import this_device
+from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.sample_data import make_missing_sample
 from megatron_interbert.signals import STOPPING, take_over
 from megatron_interbert.training.setup import prepare
@@ -16,9 +18,10 @@ Recipe = Callable[[RunConfig], Sequence[str]]  # flags for what a run was not to
 
 def run(recipe: Recipe) -> None:
     """Parse, build the parts, train."""
-    take_over(STOPPING, end_at_once)  # until the run takes them over itself
+    take_over((*STOPPING, signal.SIGINT), end_at_once)  # until the run takes them over itself
     config = parse(RunConfig, ABOUT, recipe=recipe(parse(RunConfig, ABOUT)))
     config.check()
+    read_launch()
     this_device()  # too many processes for this machine: said before anything is made
     make_missing_sample(config)
     prepare(config).train()

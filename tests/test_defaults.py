@@ -162,3 +162,24 @@ def test_preflight_takes_the_same_defaults(tmp_path):
     out = ran(*command, *TINY[:2], "--global-batch-size", 8, "--world-size", 2)
     assert "global batch 8 = micro 4 x DP 2" in out
     assert out.rstrip().endswith("ready")
+
+
+def test_a_default_global_batch_fits_a_given_micro_batch(tmp_path):
+    config = parse(GlueConfig, "", ["--micro-batch-size", "24"])
+    merge(config, 1)
+    assert config.global_batch_size == 24
+    assert "with --micro-batch-size 24" in config.notes[0]
+
+    json = tmp_path / "ds.json"
+    json.write_text('{"gradient_accumulation_steps": 4}')
+    config = parse(GlueConfig, "", ["--deepspeed_config", str(json)])
+    merge(config, 2)
+    assert config.global_batch_size == 4 * 32 * 2
+
+
+def test_partitions_that_fit_are_left_alone():
+    """The validation set of a run with 48 partitions has 48 on any number of ranks that divides it."""
+    for ranks in (1, 2, 3, 4):
+        config = RunConfig(data_partitions=48)
+        config.data_parallel_size = ranks
+        assert config.fit_partitions(200) == 48

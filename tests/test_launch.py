@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import subprocess
 import sys
 
 import h5py
 import numpy as np
 import pytest
 
-from tests.launching import ROOT, TINY, deepspeed, launch, losses, pretrain
+from tests.launching import ENVIRONMENT, ROOT, TINY, deepspeed, launch, losses, pretrain
 
 FLAGS = (*TINY, "--train-iters", 3, "--num-workers", 1)
 
@@ -57,6 +58,25 @@ def test_a_bad_record_ends_the_run_with_its_name(store, tmp_path):
     assert "shard-00000.h5: image" in err
     assert "features hold NaN or infinity" in err
     assert not list((tmp_path / "run").glob("global_step*"))
+
+
+def test_a_machine_gives_its_cores_to_the_ranks_of_node_py(store):
+    """torchrun alone would give each of several ranks one thread."""
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "OMP_NUM_THREADS"}
+    code = (
+        "import os; os.sched_getaffinity = lambda pid: set(range(16)); import runpy, sys;"
+        "sys.path.insert(0, 'launchers'); import node; node.command(['script']);"
+        "print(os.environ['OMP_NUM_THREADS'])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environment, "PROCESSES_PER_NODE": "2"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout.split() == ["8"], result.stderr
 
 
 BAD_FLAGS = {

@@ -30,6 +30,11 @@ class Kernels:
     products: type = PlainProducts
     remarks: tuple[str, ...] = ()
 
+    @property
+    def fused(self) -> bool:
+        """Whether they are Triton's, which keep less for the backward pass than torch's operations."""
+        return self.bias_gelu is not plain.bias_gelu
+
     def describe(self) -> str:
         """One line: operation=module.function of each, then why something went elsewhere."""
         operations = {name: one for name, one in vars(self).items() if name != "remarks"}
@@ -55,9 +60,13 @@ def choose_kernels(
     if fp8:
         check_float8(device)
         kernels = replace(kernels, products=Float8Products)
-    if kernels.bias_gelu is plain.bias_gelu or device.type != "cuda":  # not Triton's, or in its interpreter
+    if not kernels.fused or device.type != "cuda":  # not Triton's, or in its interpreter
         return kernels
-    return replace(kernels, remarks=(*kernels.remarks, *attention_remarks(head_sizes, dtype, gpu_of(device))))
+
+    remarks = attention_remarks(head_sizes, dtype, gpu_of(device))
+    if kernels.attention.__name__ == "flash_attention" and dtype.itemsize == 2:
+        remarks = ["torch's flash attention, for there is no dropout"]
+    return replace(kernels, remarks=(*kernels.remarks, *remarks))
 
 
 def check_float8(device: torch.device) -> None:

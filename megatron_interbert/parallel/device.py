@@ -5,6 +5,7 @@ torch calls those cuda). `check_deepspeed` holds DeepSpeed's own choice against 
 """
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -95,6 +96,13 @@ def unused_gpu_note() -> str:
         f"note: training on the CPU of {node_name()}: {reason} (torch {torch.__version__});"
         f" install a build of torch that fits, or set {ACCELERATOR}=cpu if this is meant"
     )
+
+
+def report_gpus() -> None:
+    """Print the number of GPUs for a shell script, and a note to stderr where one stays idle."""
+    print(gpus())
+    if note := unused_gpu_note():
+        print(note, file=sys.stderr)
 
 
 def check_deepspeed(device: torch.device) -> None:

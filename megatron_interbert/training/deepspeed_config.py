@@ -10,6 +10,7 @@ from typing import Any
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+from pydantic import ValidationError
 
 from megatron_interbert.config import AUTO, TrainConfig, flag, nearest, read_json
 from megatron_interbert.errors import UsageError
@@ -80,10 +81,25 @@ def read_deepspeed_config(config: TrainConfig) -> dict[str, Any]:
         for key in block or {}:
             if key not in known:
                 raise UsageError(f"{where}: unknown key '{key}' in '{path}'{nearest(key, known)}")
+    check_numbers(values, where)
     kind = _get(values, "optimizer.type")
     if kind not in (None, "auto", "AdamW", "Adam"):
         raise UsageError(f"{where}: optimizer type '{kind}', expected 'AdamW'")
     return values
+
+
+def check_numbers(values: dict[str, Any], where: str) -> None:
+    """Raise UsageError for what DeepSpeed's own models of a block refuse."""
+    for path in ("zero_optimization", "fp16", "bf16"):
+        block = _without_auto(_get(values, path) or {})
+        block = {key: value for key, value in block.items() if key not in ("stage", "enabled")}  # flags
+        try:
+            BLOCKS[path](**block)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            said = f"{first['msg']} (it is {first['input']!r})"
+            raise UsageError(f"{where}: '{path}.{key}': {said}") from error
 
 
 def agree_with_json(config: TrainConfig) -> dict[str, Any]:
@@ -113,7 +129,7 @@ def merge(config: TrainConfig, data_parallel_size: int, resumed_batch: int = 0) 
     resumes = resumed_batch and config.is_default("global_batch_size")
     values = agree_with_json(config)
     accumulation = values.get("gradient_accumulation_steps", "auto")
-    if accumulation != "auto" and not config.global_batch_size:
+    if accumulation != "auto" and config.is_default("global_batch_size"):
         together = accumulation * config.micro_batch_size * data_parallel_size
         origin = f"gradient_accumulation_steps in {config.deepspeed_config}"
         config.settle("global_batch_size", together, origin)
@@ -128,8 +144,8 @@ def merge(config: TrainConfig, data_parallel_size: int, resumed_batch: int = 0) 
     steps = config.accumulation_steps(data_parallel_size)
     if accumulation not in ("auto", steps):
         raise UsageError(
-            f"{config.deepspeed_config}: gradient_accumulation_steps is {accumulation}, but --global-batch-size"
-            f" {config.global_batch_size} needs {steps}; remove one of them"
+            f"{config.deepspeed_config}: gradient_accumulation_steps is {accumulation}, but"
+            f" {config.told('global_batch_size')} needs {steps}; remove one of them"
         )
     config.global_batch_size = config.global_batch(data_parallel_size)
     return _for_engine(config, values, steps)

@@ -111,6 +111,8 @@ class Trainer:
     def save_is_due(self, step: int) -> bool:
         """Whether a checkpoint belongs after this step, by --save-interval or by the clock."""
         interval = self.config.save_interval
+        if self.config.minutes_between_saves():  # what is to be kept for good must be written at all
+            interval = interval or self.config.keep_every
         return self.stopping.save_is_due or bool(interval and step % interval == 0)
 
     def save(self) -> None:
@@ -143,8 +145,9 @@ class Trainer:
         if newest is None:
             self.writer.say(reason)
         else:
+            how = "without --resume never" if self.config.resume == "never" else "the same command"
             left = " and makes up for its evaluation" if self.progress.owes_evaluation else ""
-            self.writer.say(f"{reason}; the same command resumes from {newest}{left}")
+            self.writer.say(f"{reason}; {how} resumes from {newest}{left}")
 
     def say_what_was_saved(self) -> None:
         """The lines of saves that have ended in the background."""

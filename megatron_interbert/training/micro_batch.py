@@ -9,6 +9,7 @@ from megatron_interbert.config import TrainConfig
 from megatron_interbert.data.packing import PackedBatch, to_batch
 from megatron_interbert.data.training_set import TrainingSet
 from megatron_interbert.errors import UsageError, local_errors, out_of_memory
+from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.state import ParallelState
@@ -21,14 +22,14 @@ AS_GOOD = 0.97  # share of the best rate that is as good
 LONGEST_TRIAL = 20.0  # seconds of a pass after which no larger one is tried
 
 
-def layout_of(config: TrainConfig, data_parallel_size: int, device: torch.device) -> Layout:
+def layout_of(config: TrainConfig, data_parallel_size: int, kernels: Kernels) -> Layout:
     """Describe how a run trains for the arithmetic of memory."""
     return Layout(
         data=data_parallel_size,
         tensor=config.tensor_model_parallel_size,
         zero_stage=config.zero_stage,
         half=config.bf16 or config.fp16,
-        fused=device.type == "cuda" and config.kernels in ("auto", "triton"),
+        fused=kernels.fused,
         recompute=config.recompute_activations,
         sequence_parallel=config.sequence_parallel,
         loss_scale=config.fp16,
@@ -50,10 +51,17 @@ def load_of(batch: PackedBatch) -> Load:
 class Trial:
     """Passes of a model over real samples, on all ranks at once."""
 
-    def __init__(self, config: TrainConfig, job: Job, state: ParallelState, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        job: Job,
+        state: ParallelState,
+        device: torch.device,
+        kernels: Kernels,
+    ) -> None:
         self.config, self.job, self.state, self.device = config, job, state, device
         self.dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
-        self.layout = layout_of(config, state.data_size, device)
+        self.layout = layout_of(config, state.data_size, kernels)
 
     def batch(self, samples: int) -> PackedBatch:
         """The first samples of this rank."""

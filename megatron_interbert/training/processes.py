@@ -113,8 +113,11 @@ def meet(launch: Launch, gpu: str = "", seconds: float = MEETING_SECONDS) -> dis
     try:
         store = host_store(launch, seconds) if hosts else reach_store(launch, deadline)
         where = f"{store.host}:{store.port}"
+        os.environ["MASTER_PORT"] = str(store.port)  # for all that read the launch from now on
         store = dist.PrefixStore(f"start {launch.attempt}", store)
         store.set(f"rank {launch.rank}", f"{launch.node} {gpu}")
+    except UsageError:
+        raise
     except (RuntimeError, ValueError) as error:
         if hosts:
             raise UsageError(

@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, and whether it is of this run."""
 
+import contextlib
 import copy
 import dataclasses
 import fcntl
@@ -56,19 +57,25 @@ def claim_folder(folder: str, state: ParallelState) -> IO | None:
 def keep_fitted(config: TrainConfig, state: ParallelState) -> None:
     """Take settings that are fitted to the data from the newest checkpoint, where no flag gives them.
 
-    It is not verified yet: one that turns out to be damaged is of the same run as those before it.
+    Nothing is verified yet; a manifest that cannot be read is passed over, the one before it is of
+    the same run.
     """
     if config.resume == "never":
         return
-    folders = [Path(folder) for folder in (config.save, config.load) if folder]
-    found = [path for folder in folders for path in complete_checkpoints(folder)]
-    path = state.gather(found[0] if found and state.is_main else None)[0]
-    if path is None:
-        return
-    before = state.gather(read_manifest(path)["configs"]["run"] if state.is_main else None)[0]
+    found = newest_settings(config) if state.is_main else None
+    path, before = state.gather(found)[0] or ("", {})
     for name in config.FITTED:
         if name in before and config.is_default(name):
-            config.settle(name, before[name], str(path))
+            config.settle(name, before[name], path)
+
+
+def newest_settings(config: TrainConfig) -> tuple[str, dict[str, Any]] | None:
+    """(Folder, the run's settings) of the newest checkpoint of --save or --load that can be read."""
+    for folder in (config.save, config.load):
+        for path in complete_checkpoints(Path(folder)) if folder else []:
+            with contextlib.suppress(UsageError, KeyError, TypeError):
+                return str(path), read_manifest(path)["configs"]["run"]
+    return None
 
 
 def find_checkpoint(config: TrainConfig, state: ParallelState) -> Path | None:

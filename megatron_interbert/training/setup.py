@@ -104,7 +104,7 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
 
     if config.micro_batch_size == AUTO:
         check_alike(state, facts_of_run(config, job))  # before ranks that differ wait for one another in a trial
-        settle_micro_batch(Trial(config, job, state, device), make_model, resume, watchdog)
+        settle_micro_batch(Trial(config, job, state, device, kernels), make_model, resume, watchdog)
     merge(config, state.data_size, resumed_batch(resume))
     if job.valid_samples is not None:
         job.valid_samples.config.micro_batch_size = config.micro_batch_size  # a DeepSpeed JSON may have said it

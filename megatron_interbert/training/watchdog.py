@@ -180,7 +180,7 @@ def how_it_ended(who: str, when: str, pid: int, name: str) -> str:
     """
     code = exit_status(pid, name)
     if code is None:
-        return f"{who} has gone {when}; if it has said nothing, it was killed: did memory run out?"
+        return f"{who} has gone {when}; if it printed no error, it was killed (out of memory?)"
     if code < 0:
         return f"{who} (pid {pid}) was {killed_by(-code)} {when}"
     return f"{who} (pid {pid}) has ended with code {code} {when}; its message says why"

@@ -24,7 +24,7 @@ from tests.launching import ends, losses, start_ranks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 INTERVAL = 3.0  # seconds between checkpoints
-SLACK = 6.0  # seconds that a step and a save may take on a machine that does other things as well
+SLACK = 5.0  # seconds that a step and a save may take on a machine that does other things as well
 LAST = re.compile(r"stopped after step (\d+) \((\w+)\)(?:; the same command resumes from (\S+))?")
 RESUMED = re.compile(r"^resumed from (\S+)$", re.MULTILINE)
 
@@ -52,8 +52,8 @@ def check_words(out, err, codes, number, save):
         return newest
     name = signal.Signals(number).name
     last = LAST.search(out)
-    if last is None:  # before the first step
-        assert f"{name}: ended; the same command" in err, out + err
+    if last is None:  # before the run has taken its signals over
+        assert "train step" not in out, out + err
         return newest
     step, reason, path = last.groups()
     assert reason == name, last.group()
@@ -78,7 +78,7 @@ def one_life(store, save, ranks, number, seconds):
     err = "".join(result[1] for result in results)
     codes = [result[2] for result in results]
     assert "Traceback" not in err, err
-    if number == signal.SIGKILL and before and trained and seconds > 2 * SLACK:
+    if number == signal.SIGKILL and before and trained:
         assert age <= INTERVAL + SLACK, f"the newest checkpoint was {age:.1f} s old"
     return out, check_words(out, err, codes, number, save)
 
@@ -92,7 +92,8 @@ def run(rounds, seed, ranks, folder):
     expected = None
     for turn in progress(range(rounds), desc="stops", unit="stop"):
         number = SIGNALS[turn % len(SIGNALS)]
-        out, newest = one_life(store, save, ranks, number, draw.uniform(1.0, 9.0))
+        least = 9.0 if number == signal.SIGKILL else 1.0  # a killed run must have had time to save
+        out, newest = one_life(store, save, ranks, number, draw.uniform(least, least + 5.0))
         resumed = RESUMED.search(out)
         if resumed and expected:
             assert Path(resumed.group(1)) == expected, f"resumed from {resumed.group(1)}, not {expected}"

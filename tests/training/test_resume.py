@@ -14,8 +14,8 @@ import pytest
 from megatron_interbert.config import ModelConfig, RunConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.training.checkpoint import to_prune
-from megatron_interbert.training.resume import check_same_run
-from megatron_interbert.weights.manifest import verify
+from megatron_interbert.training.resume import check_same_run, newest_settings
+from megatron_interbert.weights.manifest import complete_checkpoints, read_manifest, verify
 from tests.launching import deepspeed, launch, losses, pretrain, start, train
 from tests.shared import needs_half_precision
 
@@ -285,3 +285,13 @@ def test_a_checkpoint_of_an_older_version_is_of_the_same_run():
         check_same_run(manifest, dataclasses.replace(config, segmenter="jieba"), sizes, data, "x")
     with pytest.raises(UsageError, match="text_normalisation none against chinese"):
         check_same_run(manifest, config, dataclasses.replace(sizes, text_normalisation="chinese"), data, "x")
+
+
+def test_fitted_settings_come_from_a_manifest_that_can_be_read(undisturbed, tmp_path):
+    """A damaged newest one is passed over here, and set aside when checkpoints are verified."""
+    save = shutil.copytree(undisturbed, tmp_path / "damaged")
+    newest, before = complete_checkpoints(save)[:2]
+    (newest / "manifest.json").write_text("{")
+    path, settings = newest_settings(RunConfig(save=str(save)))
+    assert path == str(before)
+    assert settings["data_partitions"] == read_manifest(before)["configs"]["run"]["data_partitions"]
