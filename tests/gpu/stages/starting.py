@@ -1,0 +1,69 @@
+"""What is said before a long run: preflight, the micro-batch by trial, and a lack of memory."""
+
+import re
+import resource
+from collections.abc import Callable
+
+import torch
+
+from tests.gpu.stages.data import base_store
+from tests.gpu.stages.place import Place, Record
+from tests.gpu.stages.programs import module
+
+LITTLE = 3 << 30  # bytes of the GPU that are left to a run that must fail
+
+
+def check_preflight(place: Place, record: Record) -> None:
+    """Preflight of the base model in bf16."""
+    batch = place.choose(256, 8)
+    ended = module(
+        "preflight",
+        *("--model", place.model, "--data-path", base_store(place), "--bf16"),
+        *("--micro-batch-size", batch, "--save", place.scratch / "never"),
+    ).wait()
+    lines = [line for line in ended.text.splitlines() if re.match(r"(ok|FAILED|-) ", line)]
+    record.note(code=ended.code, lines=lines)
+    record.expect(ended.code == 0, f"code {ended.code}: {ended.last}")
+    for line in lines:
+        record.expect(line.startswith("ok "), line)
+    record.say(f"{len(lines)} checks, micro-batch {batch}: {ended.last}")
+
+
+def check_memory(place: Place, record: Record) -> None:
+    """`--micro-batch-size auto` takes a size and trains; without memory one line says what to do."""
+    together = place.choose(512, 16)
+    flags = (
+        *("--model", place.model, "--data-path", base_store(place), "--bf16"),
+        *("--global-batch-size", together, "--train-iters", 2, "--log-interval", 1),
+    )
+    ended = module("pretrain", *flags, "--micro-batch-size", "auto").wait()
+    chosen = re.search(r"micro-batch size (\d+) of .*", ended.text)
+    record.note(auto_code=ended.code, auto_said=chosen and chosen[0])
+    record.expect(ended.code == 0 and chosen is not None, f"auto: code {ended.code}: {ended.last}")
+    if chosen:
+        record.say(chosen[0][:150])
+
+    taken, limit = leave_little(place)
+    ended = module("pretrain", *flags, "--micro-batch-size", together, prepare=limit).wait()
+    del taken
+    record.note(lack_code=ended.code, lack_said=ended.errors)
+    one_line = len(ended.errors) == 1 and "Traceback" not in ended.text
+    record.expect(
+        ended.code in (1, 2) and one_line and "--micro-batch-size" in ended.errors[0],
+        f"lack of memory: code {ended.code}, expected one line that names --micro-batch-size: {ended.last}",
+    )
+    if ended.errors:
+        record.say(f"lack of memory: code {ended.code}, {ended.errors[0][:80]}")
+
+
+def leave_little(place: Place) -> tuple[torch.Tensor | None, Callable[[], None] | None]:
+    """Take the GPU's memory but LITTLE; pretended: the function that limits a child's own memory."""
+    if place.pretended:
+        return None, limit_memory
+    free = torch.cuda.mem_get_info()[0]
+    return torch.empty(max(free - LITTLE, 1), dtype=torch.uint8, device=place.device), None
+
+
+def limit_memory() -> None:
+    """Let this process have less than a training step takes beside its libraries."""
+    resource.setrlimit(resource.RLIMIT_DATA, (900 << 20, 900 << 20))
