@@ -21,7 +21,7 @@ def main() -> None:
     module, _, name = arguments.function.partition(":")
     record = Record(arguments.record)
     try:
-        stage = getattr(importlib.import_module(f"{__package__}.{module}"), name)
+        stage = getattr(importlib.import_module(module), name)
         stage(Place(arguments.scratch, arguments.pretend), record)
     except Exception as error:
         traceback.print_exc()

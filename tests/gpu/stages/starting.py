@@ -1,11 +1,14 @@
 """What is said before a long run: preflight, the micro-batch by trial, and a lack of memory."""
 
+import dataclasses
+import json
 import re
 import resource
-from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from megatron_interbert.model.presets import PRESETS
 from tests.gpu.stages.data import base_store
 from tests.gpu.stages.place import Place, Record
 from tests.gpu.stages.programs import module
@@ -43,8 +46,17 @@ def check_memory(place: Place, record: Record) -> None:
     if chosen:
         record.say(chosen[0][:150])
 
-    taken, limit = leave_little(place)
-    ended = module("pretrain", *flags, "--micro-batch-size", together, prepare=limit).wait()
+    check_lack(place, record, flags, together)
+
+
+def check_lack(place: Place, record: Record, flags: tuple, together: int) -> None:
+    """A run with too little memory: on a GPU that is nearly full, pretended with a limit of its own."""
+    options = {}
+    if place.pretended:
+        flags = (*flags, "--model", wide_model(place))
+        options["prepare"] = limit_memory
+    taken = leave_little(place)
+    ended = module("pretrain", *flags, "--micro-batch-size", together, **options).wait()
     del taken
     record.note(lack_code=ended.code, lack_said=ended.errors)
     one_line = len(ended.errors) == 1 and "Traceback" not in ended.text
@@ -56,14 +68,22 @@ def check_memory(place: Place, record: Record) -> None:
         record.say(f"lack of memory: code {ended.code}, {ended.errors[0][:80]}")
 
 
-def leave_little(place: Place) -> tuple[torch.Tensor | None, Callable[[], None] | None]:
-    """Take the GPU's memory but LITTLE; pretended: the function that limits a child's own memory."""
+def leave_little(place: Place) -> torch.Tensor | None:
+    """Take the GPU's memory but LITTLE, for as long as the result lives."""
     if place.pretended:
-        return None, limit_memory
+        return None
     free = torch.cuda.mem_get_info()[0]
-    return torch.empty(max(free - LITTLE, 1), dtype=torch.uint8, device=place.device), None
+    return torch.empty(max(free - LITTLE, 1), dtype=torch.uint8, device=place.device)
+
+
+def wide_model(place: Place) -> Path:
+    """Sizes of a model whose weights and moments take 1.4 GB; limit_memory() allows less."""
+    path = place.scratch / "wide.json"
+    sizes = dataclasses.replace(PRESETS["tiny"], ffn_hidden_size=200_000)
+    path.write_text(json.dumps(dataclasses.asdict(sizes)))
+    return path
 
 
 def limit_memory() -> None:
-    """Let this process have less than a training step takes beside its libraries."""
-    resource.setrlimit(resource.RLIMIT_DATA, (900 << 20, 900 << 20))
+    """Let this process have little memory beside its libraries."""
+    resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, 1 << 30))

@@ -5,6 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 from tests.gpu.stages.data import small_store
@@ -56,19 +57,22 @@ def compare(whole: Path, stopped: Path, number: int, at: int, record: Record) ->
     record.expect(len(theirs) == number, f"{len(theirs)} steps recorded, expected {number}")
     odd = [step for step in sorted(theirs) if ours.get(step) != theirs[step]]
     record.expect(not odd, f"stopped after {at}: losses differ from step {odd[0] if odd else 0} on")
-    weights = [load_file(weights_of(folder)) for folder in (whole, stopped)]
-    wrong = [name for name, value in weights[0].items() if not value.equal(weights[1][name])]
-    record.expect(not wrong, f"weights differ in the end: {', '.join(wrong[:3])}")
-    record.note(same_steps=number - len(odd), weights=len(weights[0]), different_weights=len(wrong))
+    last = [state_of(folder) for folder in (whole, stopped)]
+    wrong = [name for name, value in last[0].items() if not value.equal(last[1][name])]
+    record.expect(bool(last[0]), "the last checkpoint holds no tensors")
+    record.expect(not wrong, f"the last checkpoints differ in {', '.join(wrong[:3])}")
+    record.note(same_steps=number - len(odd), tensors=len(last[0]), different=len(wrong))
     if not odd and not wrong:
         record.say(f"stopped after {at} of {number} steps (code 75), resumed: same bits to the end")
 
 
-def weights_of(folder: Path) -> Path:
-    """The weights of the newest checkpoint in a folder."""
-    name = (folder / "latest").read_text().strip()
-    (path,) = (folder / name).rglob("model.safetensors")
-    return path
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the newest checkpoint: weights and moments, by file and name."""
+    newest = folder / (folder / "latest").read_text().strip()
+    found = {}
+    for path in sorted(newest.rglob("*.safetensors")):
+        found |= {f"{path.stem}: {name}": value for name, value in load_file(path).items()}
+    return found
 
 
 def start_two(place: Place, flags: tuple) -> Program:
