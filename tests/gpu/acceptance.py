@@ -56,7 +56,9 @@ STAGES = [
 ]
 
 
-def run_stage(stage: Stage, seconds: float, scratch: Path, log: Path, pretend: bool) -> dict[str, Any]:
+def run_stage(
+    stage: Stage, seconds: float, scratch: Path, log: Path, pretend: bool
+) -> dict[str, Any]:
     """Run one stage to its end, for `seconds` at most: {stage, result, seconds, said, failed, figures}."""
     record = scratch / f"{stage.name}.record"
     command = [
@@ -104,7 +106,14 @@ def environment(scratch: Path, pretend: bool) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(scratch / "triton"),
         "TORCH_EXTENSIONS_DIR": str(scratch / "extensions"),
     }
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):
         env.pop(name, None)
     if pretend:
         env |= {ACCELERATOR: "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -210,7 +219,9 @@ def run_all(
     print(headline(report))
     print(table(results, {stage.name: stage.about for stage in stages}))
     passed = sum(result["result"] == "passed" for result in results)
-    print(f"{passed} of {len(results)} stages passed in {report['seconds']:.0f} s: {output}, logs in {logs}")
+    print(
+        f"{passed} of {len(results)} stages passed in {report['seconds']:.0f} s: {output}, logs in {logs}"
+    )
     return report["passed"]
 
 

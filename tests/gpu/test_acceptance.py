@@ -62,7 +62,10 @@ def test_a_failed_stage_is_named_and_the_others_go_on(tmp_path, capsys):
     }
     assert not report["passed"]
     assert report["pretended"]
-    assert found["fails"]["failed"] == ["two and two are not five", "ValueError: and this came of it"]
+    assert found["fails"]["failed"] == [
+        "two and two are not five",
+        "ValueError: and this came of it",
+    ]
     assert found["hangs"]["failed"] == ["took longer than its 12 s"], "four times as long as a GPU"
     assert not psutil.pid_exists(found["hangs"]["figures"]["child"])
     assert found["dies"]["failed"] == ["killed by SIGKILL"]
@@ -75,7 +78,13 @@ def test_a_failed_stage_is_named_and_the_others_go_on(tmp_path, capsys):
     assert [line["stage"] for line in lines] == ["fails", "hangs", "dies", "finds"]
     assert lines[-1]["figures"] == {"answer": 42}, "without long lists"
     table = printed[printed.index("PRETENDED") :]
-    for words in ("FAILED  fails", "killed by SIGKILL", "passed  finds", "found the answer", "1 of 4 stages passed"):
+    for words in (
+        "FAILED  fails",
+        "killed by SIGKILL",
+        "passed  finds",
+        "found the answer",
+        "1 of 4 stages passed",
+    ):
         assert words in table
 
 
@@ -91,8 +100,14 @@ def wheel(folder):
     folder.mkdir()
     with zipfile.ZipFile(folder / "of_a_wheel-1.0-py3-none-any.whl", "w") as file:
         file.writestr("of_a_wheel.py", "HERE = True\n")
-        file.writestr("of_a_wheel-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: of_a_wheel\nVersion: 1.0\n")
-        file.writestr("of_a_wheel-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(
+            "of_a_wheel-1.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: of_a_wheel\nVersion: 1.0\n",
+        )
+        file.writestr(
+            "of_a_wheel-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         file.writestr("of_a_wheel-1.0.dist-info/RECORD", "")
     return folder
 
@@ -114,7 +129,9 @@ def run_script(*flags, **changes):
 def test_stages_run_with_packages_from_wheels(tmp_path):
     """The command of a machine without an index: exit code, table and JSON of real stages."""
     output = tmp_path / "a.json"
-    before = subprocess.run(["git", "status", "--short"], cwd=ROOT, capture_output=True, check=False).stdout
+    before = subprocess.run(
+        ["git", "status", "--short"], cwd=ROOT, capture_output=True, check=False
+    ).stdout
     code, out, err = run_script(
         *("--pretend", "--stages", "machine,preflight", "--output", output),
         WHEELS=str(wheel(tmp_path / "wheels")),
@@ -128,11 +145,15 @@ def test_stages_run_with_packages_from_wheels(tmp_path):
     assert all(line.startswith("ok ") for line in report["stages"][1]["figures"]["lines"])
     assert "PRETENDED on the CPU" in out
     assert "2 of 2 stages passed" in out
-    after = subprocess.run(["git", "status", "--short"], cwd=ROOT, capture_output=True, check=False).stdout
+    after = subprocess.run(
+        ["git", "status", "--short"], cwd=ROOT, capture_output=True, check=False
+    ).stdout
     assert after == before
 
 
-@pytest.mark.skipif(NVIDIA_DRIVER.exists() or torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.skipif(
+    NVIDIA_DRIVER.exists() or torch.cuda.is_available(), reason="there is a GPU here"
+)
 def test_wrong_use_is_one_line(tmp_path):
     cases = {
         "this machine shows no GPU": run_script(),
@@ -147,7 +168,12 @@ def test_wrong_use_is_one_line(tmp_path):
         assert line.startswith("error: ")
         assert words in line
     direct = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.acceptance"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tests.gpu.acceptance"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert direct.returncode == 2
     assert direct.stderr.startswith("error: no GPU to accept: DS_ACCELERATOR is cpu")
@@ -159,7 +185,10 @@ def test_every_stage_is_there():
     assert [stage.name for stage in chosen("zero, machine")] == ["machine", "zero"]
     for stage in STAGES:
         module, name = stage.function.split(":")
-        assert f"def {name}(place: Place, record: Record)" in (ROOT / f"{module.replace('.', '/')}.py").read_text()
+        assert (
+            f"def {name}(place: Place, record: Record)"
+            in (ROOT / f"{module.replace('.', '/')}.py").read_text()
+        )
         assert stage.seconds < BUDGET / 2
 
 

@@ -77,7 +77,9 @@ def check_one(
     rate = 1 - float(kept.double().mean())
     spread = (p * (1 - p) / kept.numel()) ** 0.5
     limit = comparisons.tolerance(dtype)
-    record.note(**{where: {"errors": errors, "with_dropout": dropped, "rate": rate, "first_call_s": first}})
+    record.note(
+        **{where: {"errors": errors, "with_dropout": dropped, "rate": rate, "first_call_s": first}}
+    )
     record.expect(max(errors) <= limit, f"{where}: off by {max(errors):.1e}, more than {limit:.1e}")
     record.expect(
         max(dropped) <= limit,
@@ -88,15 +90,20 @@ def check_one(
 
 
 def errors_of(
-    ours: Callable, exact: Callable, qkv: torch.Tensor, offsets: torch.Tensor, longest: int, p: float
+    ours: Callable,
+    exact: Callable,
+    qkv: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: int,
+    p: float,
 ) -> tuple[float, float]:
     """Of the values and of the gradient, relative to their length."""
     wide = qkv.detach().double().requires_grad_()
     theirs = exact(wide, offsets, longest, p)
-    weight = torch.randn_like(theirs)
     found = ours(qkv, offsets, longest, p)
-    gradient = torch.autograd.grad(found, qkv, weight.to(found.dtype))[0]
-    expected = torch.autograd.grad(theirs, wide, weight)[0]
+    weight = torch.randn_like(found)
+    gradient = torch.autograd.grad(found, qkv, weight)[0]
+    expected = torch.autograd.grad(theirs, wide, weight.double())[0]
     return relative(found, theirs), relative(gradient, expected)
 
 
@@ -123,7 +130,12 @@ def note_programs(record: Record, kernels: object) -> None:
 
 
 def time_attention(
-    place: Place, record: Record, attend: comparisons.Attention, heads: int, size: int, dtype: torch.dtype
+    place: Place,
+    record: Record,
+    attend: comparisons.Attention,
+    heads: int,
+    size: int,
+    dtype: torch.dtype,
 ) -> None:
     """Forward and backward on ragged joint tokens, beside padded SDPA."""
     samples, joint = place.choose((256, (45, 58)), (2, (5, 9)))

@@ -44,7 +44,14 @@ def check_recall(place: Place, record: Record) -> None:
         *("--model", "sample", "--data-path", data / "train", "--language", "en", "--bf16"),
         *("--train-iters", place.choose(1000, 5), "--micro-batch-size", 64, "--lr", "2e-3"),
         *("--lr-warmup-fraction", 0.05, "--adam-beta2", 0.98, "--no-msm-on-mismatched"),
-        *("--save", run, "--log-interval", place.choose(100, 1), "--num-workers", place.choose(4, 0)),
+        *(
+            "--save",
+            run,
+            "--log-interval",
+            place.choose(100, 1),
+            "--num-workers",
+            place.choose(4, 0),
+        ),
     ).wait()
     record.expect(ended.code == 0, f"training for it: code {ended.code}: {ended.last}")
     if ended.code:
@@ -52,7 +59,16 @@ def check_recall(place: Place, record: Record) -> None:
     programs = {
         name: module(
             "evaluate",
-            *("retrieval", "--zero-shot", "--load", run, "--data-path", data / "test", "--language", "en"),
+            *(
+                "retrieval",
+                "--zero-shot",
+                "--load",
+                run,
+                "--data-path",
+                data / "test",
+                "--language",
+                "en",
+            ),
             *("--output", place.scratch / f"retrieval-{name}", flag),
         )
         for name, flag in PRECISIONS.items()
@@ -135,11 +151,15 @@ def check_long_batch(place: Place, record: Record) -> None:
     """
     words, regions = place.choose((60, 100), (30, 50))
     samples, device, sizes = place.choose(64, 2), place.device, place.sizes
-    batch = pack(random_examples(sizes, samples, (words, words), (regions, regions)), sizes.feature_dim)
+    batch = pack(
+        random_examples(sizes, samples, (words, words), (regions, regions)), sizes.feature_dim
+    )
     batch = batch.to(device)
     found = {}
     for name in ("auto", "torch"):
-        kernels = choose_kernels(name, device, True, head_sizes=sizes.head_sizes, dtype=torch.bfloat16)
+        kernels = choose_kernels(
+            name, device, True, head_sizes=sizes.head_sizes, dtype=torch.bfloat16
+        )
         streams = RandomStreams(0, device=device, alone=True)
         model = InterBert(sizes, kernels=kernels, streams=streams)
         initialise(model, sizes, 0, ParallelState())
@@ -149,12 +169,30 @@ def check_long_batch(place: Place, record: Record) -> None:
             model.zero_grad()
             loss, _ = PretrainingTask().loss(model(batch), batch, batch.target_counts().to(device))
             loss.backward()
-            found[name] = float(loss)
+            found[name] = loss.item()
 
         seconds = [place.seconds(passes) for _ in range(3)]
-        bad = [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
-        record.expect(not bad, f"{words + regions + 1} joint tokens, {name}: gradients not finite: {bad[:3]}")
-        record.note(**{f"long_{name}": {"loss": found[name], "ms": 1000 * min(seconds), "kernels": kernels.describe()}})
+        bad = [
+            n
+            for n, p in model.named_parameters()
+            if p.grad is None or not torch.isfinite(p.grad).all()
+        ]
+        record.expect(
+            not bad, f"{words + regions + 1} joint tokens, {name}: gradients not finite: {bad[:3]}"
+        )
+        record.note(
+            **{
+                f"long_{name}": {
+                    "loss": found[name],
+                    "ms": 1000 * min(seconds),
+                    "kernels": kernels.describe(),
+                }
+            }
+        )
     off = abs(found["auto"] - found["torch"]) / found["torch"]
-    record.expect(off < 0.05, f"{words + regions + 1} joint tokens: losses {found} are {off:.1%} apart")
-    record.say(f"{words + regions + 1} joint tokens with dropout: losses {off:.2%} apart from plain torch's")
+    record.expect(
+        off < 0.05, f"{words + regions + 1} joint tokens: losses {found} are {off:.1%} apart"
+    )
+    record.say(
+        f"{words + regions + 1} joint tokens with dropout: losses {off:.2%} apart from plain torch's"
+    )

@@ -84,7 +84,11 @@ def step_one_linear(place: Place, record: Record) -> None:
 
     device = start_processes()
     model = torch.nn.Linear(16, 16, device=device)
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": True},
+    }
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=settings, dist_init_required=False
@@ -100,7 +104,9 @@ def step_one_linear(place: Place, record: Record) -> None:
     record.note(deepspeed_seconds=seconds, deepspeed_built=built)
     record.say(f"DeepSpeed stepped in {seconds:.1f} s, built {', '.join(built) or 'nothing'}")
     record.expect(device.type == place.device.type, f"our processes take {device}")
-    record.expect(not built, f"DeepSpeed compiles {', '.join(built)} at every start on a new machine")
+    record.expect(
+        not built, f"DeepSpeed compiles {', '.join(built)} at every start on a new machine"
+    )
 
 
 def run_gpu_tests(place: Place, record: Record) -> None:
@@ -117,7 +123,9 @@ def run_gpu_tests(place: Place, record: Record) -> None:
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
     record.note(**counts, passed=passed)
-    record.say(f"{passed} passed, {counts['failures'] + counts['errors']} failed, {counts['skipped']} skipped")
+    record.say(
+        f"{passed} passed, {counts['failures'] + counts['errors']} failed, {counts['skipped']} skipped"
+    )
     for case in suite.iter("testcase"):
         for problem in (*case.iter("failure"), *case.iter("error")):
             text = " ".join(problem.get("message", "").split())

@@ -51,23 +51,43 @@ def check_precision(place: Place, record: Record, precision: str, ways: dict[str
     """All runs of one precision, several at a time."""
     folder = place.scratch / "zero" / precision
     whole = start(place, folder / "whole", precision, stage(1))
-    first = {name: start(place, folder / name, precision, way[0], stop=True) for name, way in ways.items()}
+    first = {
+        name: start(place, folder / name, precision, way[0], stop=True)
+        for name, way in ways.items()
+    }
     reference = whole.wait()
     ended = {name: program.wait() for name, program in first.items()}
-    again = {name: start(place, folder / name, precision, way[1]) for name, way in ways.items() if not ended[name].code}
+    again = {
+        name: start(place, folder / name, precision, way[1])
+        for name, way in ways.items()
+        if not ended[name].code
+    }
     ended |= {name: program.wait() for name, program in again.items()}
-    record.expect(reference.code == 0, f"{precision}, stage 1: code {reference.code}: {reference.last}")
+    record.expect(
+        reference.code == 0, f"{precision}, stage 1: code {reference.code}: {reference.last}"
+    )
     for name, one in ended.items():
         record.expect(one.code == 0, f"{precision}, {name}: code {one.code}: {one.last}")
     if reference.code == 0:
         compare(record, folder, precision, ended)
 
 
-def start(place: Place, save: Path, precision: str, flags: tuple[Any, ...], stop: bool = False) -> Program:
+def start(
+    place: Place, save: Path, precision: str, flags: tuple[Any, ...], stop: bool = False
+) -> Program:
     """A run of STEPS steps, to its end or to STOP."""
     return module(
         "pretrain",
-        *("--model", "tiny", "--data-path", small_store(place), "--micro-batch-size", 16, "--lr", "1e-3"),
+        *(
+            "--model",
+            "tiny",
+            "--data-path",
+            small_store(place),
+            "--micro-batch-size",
+            16,
+            "--lr",
+            "1e-3",
+        ),
         *("--train-iters", STEPS, "--log-interval", 1, "--num-workers", 0, "--save", save),
         *(["--exit-interval", STOP] if stop else []),
         *([] if precision == "fp32" else [f"--{precision}"]),
@@ -83,12 +103,15 @@ def compare(record: Record, folder: Path, precision: str, ended: dict[str, Ended
             continue
         found = records(folder / name)
         record.expect(
-            sorted(found) == sorted(expected), f"{precision}, {name}: {len(found)} steps of {len(expected)} recorded"
+            sorted(found) == sorted(expected),
+            f"{precision}, {name}: {len(found)} steps of {len(expected)} recorded",
         )
         off = max(difference(found[step], expected[step]) for step in found)
         worst = max(worst, off)
         record.note(**{f"{precision}, {name}": off})
-        record.expect(off < NEAR[precision], f"{precision}, {name}: losses or norms are off by {off:.1e}")
+        record.expect(
+            off < NEAR[precision], f"{precision}, {name}: losses or norms are off by {off:.1e}"
+        )
     record.say(f"{precision}: {', '.join(ended)}: worst relative difference {worst:.1e}")
 
 
