@@ -59,7 +59,7 @@ STAGES = [
 def run_stage(
     stage: Stage, seconds: float, scratch: Path, log: Path, pretend: bool
 ) -> dict[str, Any]:
-    """Run one stage to its end, for `seconds` at most: {stage, result, seconds, said, failed, figures}."""
+    """Run one stage, for `seconds` at most: {stage, result, seconds, said, failed, figures}."""
     record = scratch / f"{stage.name}.record"
     command = [
         *(sys.executable, "-m", "tests.gpu.stages", stage.function),
@@ -220,7 +220,8 @@ def run_all(
     print(table(results, {stage.name: stage.about for stage in stages}))
     passed = sum(result["result"] == "passed" for result in results)
     print(
-        f"{passed} of {len(results)} stages passed in {report['seconds']:.0f} s: {output}, logs in {logs}"
+        f"{passed} of {len(results)} stages passed in {report['seconds']:.0f} s:"
+        f" {output}, logs in {logs}"
     )
     return report["passed"]
 
@@ -253,7 +254,8 @@ def check_gpu() -> None:
     asked = os.environ.get(ACCELERATOR)
     why = f"{ACCELERATOR} is {asked}" if asked else why_no_gpu() or "torch sees none"
     raise UsageError(
-        f"no GPU to accept: {why}; mend that, or add --pretend to run every stage on the CPU at tiny sizes"
+        f"no GPU to accept: {why}; mend that, or add --pretend to run every stage on the CPU"
+        " at tiny sizes"
     )
 
 
@@ -261,12 +263,12 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="bash tests/gpu/run.sh", description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "gpu" / "acceptance.json",
-                        help="JSON file for the figures (default: runs/gpu/acceptance.json)")  # fmt: skip
+                        help="JSON file (default: runs/gpu/acceptance.json)")  # fmt: skip
     parser.add_argument("--stages", default="", help="only these, by commas; default: all of them")
     parser.add_argument("--seconds", type=float, default=BUDGET,
                         help="of all stages together (default: %(default)s)")  # fmt: skip
     parser.add_argument("--pretend", action="store_true",
-                        help="every stage at tiny sizes on the CPU: tries the run itself, no GPU")  # fmt: skip
+                        help="every stage on the CPU at tiny sizes")  # fmt: skip
     arguments = parser.parse_args()
     if arguments.output.suffix != ".json":
         raise UsageError(f"--output {arguments.output}: expected a name that ends with .json")

@@ -1,1 +1,1 @@
-"""What an acceptance run tries, a function each; see tests/gpu/acceptance.py for their order and limits."""
+"""What an acceptance run tries, a function each; tests/gpu/acceptance.py has order and limits."""

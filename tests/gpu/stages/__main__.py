@@ -1,4 +1,4 @@
-"""Runs one stage: python -m tests.gpu.stages MODULE:FUNCTION --record FILE --scratch FOLDER [--pretend]."""
+"""Runs one stage: python -m tests.gpu.stages MODULE:FUNCTION --record FILE --scratch FOLDER."""
 
 import argparse
 import importlib
@@ -11,7 +11,7 @@ from tests.gpu.stages.place import Place, Record
 
 
 def main() -> None:
-    """Call the function; what it raises is one more thing that failed. Exit code 1 where any did."""
+    """Call the function; what it raises is one more failure. Exit code 1 where there are any."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("function")
     parser.add_argument("--record", type=Path, required=True)

@@ -22,7 +22,7 @@ def small_store(place: Place) -> Path:
 
 
 def base_store(place: Place) -> Path:
-    """A store of noise in the sizes that `place.model` asks for: 10 to 36 regions, 6 to 18 words."""
+    """A store of noise in the sizes of `place.model`: images of 10 to 36 regions, 6 to 18 words."""
     path = place.scratch / "base"
     if path.exists():
         return path

@@ -1,4 +1,4 @@
-"""Retrieval in fp32 and bf16: what it finds and how fast; and a long batch of VCR's kind with dropout."""
+"""Retrieval in fp32 and bf16: what it finds and how fast; a long batch of VCR's kind."""
 
 import json
 from pathlib import Path
@@ -103,7 +103,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def compare_recalls(place: Place, record: Record, found: dict[str, dict[str, float]]) -> None:
-    """R@1 alike in both precisions, and above chance, where the training was long enough to tell."""
+    """R@1 alike in both precisions; above chance, where the training was long enough to tell."""
     first = [name for name in found["fp32"] if name.lower().endswith("r@1")]
     record.expect(bool(first), f"no R@1 among {', '.join(found['fp32'])}")
     for name in first:
@@ -145,7 +145,7 @@ def measure_pairs(place: Place, record: Record, name: str, dtype: torch.dtype) -
 
 
 def check_long_batch(place: Place, record: Record) -> None:
-    """Forward and backward on 60 tokens and 100 regions with their mean: 161 joint tokens, with dropout.
+    """Both passes with dropout on 161 joint tokens: 60 words, 100 regions and their mean.
 
     By our kernels and by plain torch's, from the same weights: losses alike as far as masks allow.
     """
@@ -194,5 +194,5 @@ def check_long_batch(place: Place, record: Record) -> None:
         off < 0.05, f"{words + regions + 1} joint tokens: losses {found} are {off:.1%} apart"
     )
     record.say(
-        f"{words + regions + 1} joint tokens with dropout: losses {off:.2%} apart from plain torch's"
+        f"{words + regions + 1} joint tokens with dropout: loss {off:.2%} apart from plain torch's"
     )

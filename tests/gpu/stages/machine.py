@@ -23,7 +23,7 @@ COMPILERS = (("gcc", "--version"), ("nvcc", "--version"), ("ninja", "--version")
 
 
 def check_machine(place: Place, record: Record) -> None:
-    """Versions, driver, compilers; deepspeed.initialize of one Linear, and whether that compiles."""
+    """Versions, driver, compilers; deepspeed.initialize of one Linear: does that compile?"""
     record.note(python=platform.python_version(), system=platform.platform(), cores=os.cpu_count())
     for name in PACKAGES:
         try:
@@ -123,9 +123,8 @@ def run_gpu_tests(place: Place, record: Record) -> None:
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
     record.note(**counts, passed=passed)
-    record.say(
-        f"{passed} passed, {counts['failures'] + counts['errors']} failed, {counts['skipped']} skipped"
-    )
+    wrong = counts["failures"] + counts["errors"]
+    record.say(f"{passed} passed, {wrong} failed, {counts['skipped']} skipped")
     for case in suite.iter("testcase"):
         for problem in (*case.iter("failure"), *case.iter("error")):
             text = " ".join(problem.get("message", "").split())

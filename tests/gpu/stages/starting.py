@@ -33,7 +33,7 @@ def check_preflight(place: Place, record: Record) -> None:
 
 
 def check_memory(place: Place, record: Record) -> None:
-    """`--micro-batch-size auto` takes a size and trains; without memory one line says what to do."""
+    """`--micro-batch-size auto` trains; where memory lacks one line says what to do."""
     together = place.choose(512, 16)
     flags = (
         *("--model", place.model, "--data-path", base_store(place), "--bf16"),
@@ -50,7 +50,7 @@ def check_memory(place: Place, record: Record) -> None:
 
 
 def check_lack(place: Place, record: Record, flags: tuple, together: int) -> None:
-    """A run with too little memory: on a GPU that is nearly full, pretended with a limit of its own."""
+    """A run with too little memory: on a nearly full GPU; pretended by a limit of its own."""
     options = {}
     if place.pretended:
         flags = (*flags, "--model", wide_model(place))
@@ -62,7 +62,8 @@ def check_lack(place: Place, record: Record, flags: tuple, together: int) -> Non
     one_line = len(ended.errors) == 1 and "Traceback" not in ended.text
     record.expect(
         ended.code in (1, 2) and one_line and "--micro-batch-size" in ended.errors[0],
-        f"lack of memory: code {ended.code}, expected one line that names --micro-batch-size: {ended.last}",
+        f"lack of memory: code {ended.code}, expected one line that names --micro-batch-size:"
+        f" {ended.last}",
     )
     if ended.errors:
         record.say(f"lack of memory: code {ended.code}, {ended.errors[0][:80]}")

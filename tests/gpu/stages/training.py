@@ -1,4 +1,4 @@
-"""Steps of the base model in bf16 through our engine, as `pretrain` makes them, and where their time goes."""
+"""Steps of the base model in bf16 through our engine, and where their time goes."""
 
 import functools
 import gc
@@ -218,7 +218,9 @@ def note_profile(
     batches: Batches,
     step: float,
 ) -> None:
-    """Of PROFILED steps; the idle share is of a step's seconds without the profiler, which slows the host."""
+    """Of PROFILED steps. The idle share is of a step of `step` seconds, timed without the profiler:
+    that slows the host.
+    """
     some = [batches.next() for _ in range(PROFILED)]
 
     def work() -> None:
@@ -239,8 +241,9 @@ def say_figures(record: Record, setting: Setting, figures: dict[str, Any]) -> No
     """A line for the table."""
     mfu = f"MFU {figures['mfu']:.1%}" if figures["mfu"] else "MFU not known"
     record.say(
-        f"{setting.name} regions: {figures['samples_per_second']:.0f} samples/s, {figures['step_ms']:.1f} ms,"
-        f" {figures['tflops']:.3g} TFLOP/s, {mfu}, compiled {figures['compiled_first']} + {figures['compiled_later']}"
+        f"{setting.name} regions: {figures['samples_per_second']:.0f} samples/s,"
+        f" {figures['step_ms']:.1f} ms, {figures['tflops']:.3g} TFLOP/s, {mfu},"
+        f" compiled {figures['compiled_first']} + {figures['compiled_later']}"
     )
     if "peak_gib" in figures:
         peak, expected = figures["peak_gib"], figures["predicted_gib"]
@@ -306,7 +309,7 @@ def measure_program(place: Place, record: Record) -> None:
 
 
 def measure_ratios(place: Place, record: Record) -> None:
-    """Steps by Triton's kernels, by plain torch's and with products in 8 bits, on the same batches."""
+    """Steps by Triton's kernels, by plain torch's, and in 8 bits, on the same batches."""
     start_processes()
     setting = place.choose(Setting(256, (36, 36)), Setting(8, (6, 6)))
     batches = Batches(place, setting)

@@ -1,4 +1,4 @@
-"""ZeRO stages and offload: runs that are stopped at one stage go on at another as if nothing had been."""
+"""ZeRO stages and offload: a run stopped at one goes on at another as if nothing had been."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ WAYS = {
 
 
 def check_stages(place: Place, record: Record) -> None:
-    """An undisturbed run of each precision, and beside it those that change their stage after five steps."""
+    """Of each precision an undisturbed run, and those that change their stage after five steps."""
     for precision, ways in WAYS.items():
         if precision == "fp16" and place.pretended and not half_is_there():
             precision = "fp32"
