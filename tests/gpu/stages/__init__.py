@@ -1,0 +1,1 @@
+"""What an acceptance run tries, a function each; tests/gpu/acceptance.py has order and limits."""

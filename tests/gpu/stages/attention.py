@@ -1,0 +1,162 @@
+"""The attention kernels against float64: values, gradients, dropout, and what they cost."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from megatron_interbert.kernels import plain
+from megatron_interbert.kernels.attention import padded_sdpa
+from tests.gpu.stages.place import Place, Record
+from tests.kernels import comparisons
+from tests.kernels.sequences import packed
+
+LENGTHS = {"one tile": [1, 37, 64, 23], "longer": [93, 128, 5], "beyond 128": [161, 37, 200]}
+HEADS = [(12, 64), (8, 96)]  # of the base model: how many, and their size
+DROPOUT = 0.1
+
+
+def check_attention(place: Place, record: Record) -> None:
+    """Worst errors by type, head size and lengths; microseconds of a call; compilation, spills."""
+    if place.pretended:
+        os.environ["TRITON_INTERPRET"] = "1"
+    from megatron_interbert.kernels import triton_attention
+
+    attend = triton_attention.packed_attention
+    heads = place.choose(HEADS, [(1, 8), (1, 24)])
+    lengths = place.choose(LENGTHS, {"one tile": [1, 17, 9], "longer": [37, 5]})
+    # The interpreter takes bfloat16 for whole numbers.
+    types = [place.choose(torch.bfloat16, torch.float16), torch.float32]
+    torch.manual_seed(0)
+    worst: dict[torch.dtype, float] = {}
+    slowest = 0.0  # of the first calls, which compile
+    for dtype in types:
+        for count, size in heads:
+            for name, some in lengths.items():
+                where = f"{dtype}, heads of {size}, {name}".removeprefix("torch.")
+                error, first = check_one(place, record, attend, some, count, size, dtype, where)
+                slowest = max(slowest, first)
+                worst[dtype] = max(worst.get(dtype, 0.0), error)
+    told = ", ".join(f"{e:.1e} in {str(d).removeprefix('torch.')}" for d, e in worst.items())
+    record.note(worst_error={str(dtype): error for dtype, error in worst.items()})
+    record.say(f"worst error {told}; the slowest first call took {slowest:.1f} s")
+    note_programs(record, triton_attention)
+    for count, size in heads:
+        time_attention(place, record, attend, count, size, types[0])
+
+
+def check_one(
+    place: Place,
+    record: Record,
+    attend: comparisons.Attention,
+    lengths: list[int],
+    heads: int,
+    size: int,
+    dtype: torch.dtype,
+    where: str,
+) -> tuple[float, float]:
+    """Largest |ours - exact| / |exact| of values and gradients.
+
+    With dropout, exact is float64 with the mask that v = identity shows.
+    """
+    began = time.monotonic()
+    qkv, offsets = packed(lengths, heads, size, dtype, place.device.type)
+    longest = max(lengths)
+    errors = errors_of(attend, plain.attention, qkv, offsets, longest, 0.0)
+    first = time.monotonic() - began
+
+    p = 0.3
+    masks = comparisons.attention_masks(attend, qkv, offsets, longest, p, comparisons.SEED)
+
+    def masked(qkv: torch.Tensor, offsets: torch.Tensor, _longest: int, p: float) -> torch.Tensor:
+        return comparisons.masked_attention(qkv, offsets, masks, p)
+
+    def seeded(*inputs: object) -> torch.Tensor:
+        torch.manual_seed(comparisons.SEED)
+        return attend(*inputs)
+
+    dropped = errors_of(seeded, masked, qkv, offsets, longest, p)
+    kept = torch.cat([mask.flatten() for mask in masks])
+    rate = 1 - float(kept.double().mean())
+    spread = (p * (1 - p) / kept.numel()) ** 0.5
+    limit = comparisons.tolerance(dtype)
+    record.note(
+        **{where: {"errors": errors, "with_dropout": dropped, "rate": rate, "first_call_s": first}}
+    )
+    record.expect(max(errors) <= limit, f"{where}: off by {max(errors):.1e}, more than {limit:.1e}")
+    record.expect(
+        max(dropped) <= limit,
+        f"{where}, dropout: values off by {dropped[0]:.1e}, gradient by {dropped[1]:.1e}",
+    )
+    record.expect(abs(rate - p) < 5 * spread + 1e-3, f"{where}: dropout of {p} drops {rate:.4f}")
+    return max(*errors, *dropped), first
+
+
+def errors_of(
+    ours: Callable,
+    exact: Callable,
+    qkv: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: int,
+    p: float,
+) -> tuple[float, float]:
+    """Of the values and of the gradient, relative to their length."""
+    wide = qkv.detach().double().requires_grad_()
+    theirs = exact(wide, offsets, longest, p)
+    found = ours(qkv, offsets, longest, p)
+    weight = torch.randn_like(found)
+    gradient = torch.autograd.grad(found, qkv, weight)[0]
+    expected = torch.autograd.grad(theirs, wide, weight.double())[0]
+    return relative(found, theirs), relative(gradient, expected)
+
+
+def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Length of the difference over that of the exact one; infinite where it is not a number."""
+    error = float((found.double() - exact).norm() / exact.norm())
+    return error if error == error else float("inf")
+
+
+def note_programs(record: Record, kernels: object) -> None:
+    """Shared memory, registers and spills of what was compiled for this card."""
+    programs = []
+    for name in ("_row_forward", "_row_backward", "_tiled_forward", "_tiled_backward"):
+        caches = getattr(getattr(kernels, name), "device_caches", {})  # the interpreter has none
+        for cache, *_ in caches.values():
+            for program in cache.values():
+                facts = {"kernel": name, "shared": program.metadata.shared}
+                facts |= {n: getattr(program, n, None) for n in ("n_regs", "n_spills")}
+                programs.append(facts)
+    if programs:
+        spilled = max(facts["n_spills"] or 0 for facts in programs)
+        record.say(f"{len(programs)} programs compiled, at most {spilled} registers spilled in one")
+    record.note(programs=programs)
+
+
+def time_attention(
+    place: Place,
+    record: Record,
+    attend: comparisons.Attention,
+    heads: int,
+    size: int,
+    dtype: torch.dtype,
+) -> None:
+    """Forward and backward on ragged joint tokens, beside padded SDPA."""
+    samples, joint = place.choose((256, (45, 58)), (2, (5, 9)))
+    lengths = torch.randint(*joint, (samples,)).tolist()
+    took = {}
+    for name, one in (("triton", attend), ("padded", padded_sdpa)):
+        qkv, offsets = packed(lengths, heads, size, dtype, place.device.type)
+        weight = torch.ones(len(qkv), heads, size, device=qkv.device, dtype=dtype)
+
+        def both(one=one, qkv=qkv, offsets=offsets, weight=weight) -> None:
+            torch.autograd.grad(one(qkv, offsets, max(lengths), DROPOUT), qkv, weight)
+
+        calls = [place.seconds(both) for _ in range(place.choose(23, 2))]
+        took[name] = 1e6 * statistics.median(calls[-20:])
+        record.note(**{f"{name}_{size}_us": took[name], f"{name}_{size}_first_s": calls[0]})
+    record.say(
+        f"{samples} samples, {heads} heads of {size}, both passes: {took['triton']:.0f} us,"
+        f" padded SDPA {took['padded']:.0f} us"
+    )

@@ -1,0 +1,198 @@
+"""Retrieval in fp32 and bf16: what it finds and how fast; a long batch of VCR's kind."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.data.packing import pack
+from megatron_interbert.data.text import CaptionTokenizer
+from megatron_interbert.kernels.choice import choose_kernels
+from megatron_interbert.model.initialise import initialise
+from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.model.pair_scorer import PairScorer
+from megatron_interbert.parallel.rng import RandomStreams
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.tasks.pair_tiles import score_block
+from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.tasks.retrieval import choose_pairs
+from tests.gpu.stages.data import base_store, sample_corpus
+from tests.gpu.stages.place import Place, Record
+from tests.gpu.stages.programs import module
+from tools.benchmarks.batches import random_examples
+
+PRECISIONS = {"fp32": "--no-bf16", "bf16": "--bf16"}
+RECALL_NOISE = 3.0  # percentage points between the precisions
+
+
+def check_evaluation(place: Place, record: Record) -> None:
+    """The program on weights that have learnt something; rates of the base model; VCR's lengths."""
+    check_recall(place, record)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        measure_pairs(place, record, name, dtype)
+    check_long_batch(place, record)
+
+
+def check_recall(place: Place, record: Record) -> None:
+    """Train the sample model for a while, and evaluate it in both precisions."""
+    data, run = sample_corpus(place), place.scratch / "sample_run"
+    ended = module(
+        "pretrain",
+        *("--model", "sample", "--data-path", data / "train", "--language", "en", "--bf16"),
+        *("--train-iters", place.choose(1000, 5), "--micro-batch-size", 64, "--lr", "2e-3"),
+        *("--lr-warmup-fraction", 0.05, "--adam-beta2", 0.98, "--no-msm-on-mismatched"),
+        *(
+            "--save",
+            run,
+            "--log-interval",
+            place.choose(100, 1),
+            "--num-workers",
+            place.choose(4, 0),
+        ),
+    ).wait()
+    record.expect(ended.code == 0, f"training for it: code {ended.code}: {ended.last}")
+    if ended.code:
+        return
+    programs = {
+        name: module(
+            "evaluate",
+            *(
+                "retrieval",
+                "--zero-shot",
+                "--load",
+                run,
+                "--data-path",
+                data / "test",
+                "--language",
+                "en",
+            ),
+            *("--output", place.scratch / f"retrieval-{name}", flag),
+        )
+        for name, flag in PRECISIONS.items()
+    }
+    found = {}
+    for name, program in programs.items():
+        ended = program.wait()
+        record.expect(ended.code == 0, f"evaluation in {name}: code {ended.code}: {ended.last}")
+        if ended.code == 0:
+            found[name] = recalls(place.scratch / f"retrieval-{name}")
+    record.note(recall=found)
+    if len(found) == len(PRECISIONS):
+        compare_recalls(place, record, found)
+
+
+def recalls(folder: Path) -> dict[str, float]:
+    """R@K of both directions, in percent, by `direction/name`."""
+    (path,) = folder.rglob("result.json")
+    metrics: dict[str, Any] = json.loads(path.read_text())["metrics"]
+    return flat(metrics)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Numbers of nested dictionaries under joined names."""
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            found[f"{prefix}{name}"] = float(value)
+    return found
+
+
+def compare_recalls(place: Place, record: Record, found: dict[str, dict[str, float]]) -> None:
+    """R@1 alike in both precisions; above chance, where the training was long enough to tell."""
+    first = [name for name in found["fp32"] if name.lower().endswith("r@1")]
+    record.expect(bool(first), f"no R@1 among {', '.join(found['fp32'])}")
+    for name in first:
+        exact, half = found["fp32"][name], found["bf16"][name]
+        record.expect(
+            abs(exact - half) <= RECALL_NOISE, f"{name}: {exact:.1f} in fp32, {half:.1f} in bf16"
+        )
+        record.say(f"{name}: {exact:.1f} in fp32, {half:.1f} in bf16")
+        if not place.pretended:
+            record.expect(exact > 2.0, f"{name} is {exact:.1f}: the run before has learnt nothing")
+
+
+def measure_pairs(place: Place, record: Record, name: str, dtype: torch.dtype) -> None:
+    """Pairs/s of the base model with random weights, as `evaluate retrieval` scores a tile."""
+    device, store = place.device, base_store(place)
+    sizes = place.sizes.without_dropout()
+    kernels = choose_kernels("auto", device, head_sizes=sizes.head_sizes, dtype=dtype)
+    model = InterBert(sizes, kernels=kernels)
+    initialise(model, sizes, 0, ParallelState())
+    scorer = PairScorer(model.to(device, dtype).eval())
+    tokenizer = CaptionTokenizer(str(store / "vocab.txt"))
+    pairs = choose_pairs(Corpus([str(store)]), tokenizer, "", place.choose(100, 4), 36, 36)
+    order = pairs.by_length()
+    with torch.no_grad():
+        images = pairs.image_side(scorer, np.arange(len(pairs.images)), device)
+        captions = pairs.caption_side(scorer, order, device)
+        kept = {}
+
+        def score() -> None:
+            kept["scores"] = score_block(scorer, images, captions, 512)
+
+        seconds = [place.seconds(score) for _ in range(2)]
+    count = len(pairs.images) * len(pairs.captions)
+    finite = bool(torch.isfinite(kept["scores"]).all())
+    record.expect(finite, f"{name}: scores of pairs are not finite")
+    record.note(**{f"pairs_{name}": {"pairs_per_second": count / seconds[-1], "seconds": seconds,
+                                     "pairs": count, "kernels": kernels.describe()}})  # fmt: skip
+    record.say(f"{place.model}, {count} pairs in {name}: {count / seconds[-1]:.0f} pairs/s")
+
+
+def check_long_batch(place: Place, record: Record) -> None:
+    """Both passes with dropout on 161 joint tokens: 60 words, 100 regions and their mean.
+
+    By our kernels and by plain torch's, from the same weights: losses alike as far as masks allow.
+    """
+    words, regions = place.choose((60, 100), (30, 50))
+    samples, device, sizes = place.choose(64, 2), place.device, place.sizes
+    batch = pack(
+        random_examples(sizes, samples, (words, words), (regions, regions)), sizes.feature_dim
+    )
+    batch = batch.to(device)
+    found = {}
+    for name in ("auto", "torch"):
+        kernels = choose_kernels(
+            name, device, True, head_sizes=sizes.head_sizes, dtype=torch.bfloat16
+        )
+        streams = RandomStreams(0, device=device, alone=True)
+        model = InterBert(sizes, kernels=kernels, streams=streams)
+        initialise(model, sizes, 0, ParallelState())
+        model = model.to(device, torch.bfloat16).train()
+
+        def passes(model=model, name=name) -> None:
+            model.zero_grad()
+            loss, _ = PretrainingTask().loss(model(batch), batch, batch.target_counts().to(device))
+            loss.backward()
+            found[name] = loss.item()
+
+        seconds = [place.seconds(passes) for _ in range(3)]
+        bad = [
+            n
+            for n, p in model.named_parameters()
+            if p.grad is None or not torch.isfinite(p.grad).all()
+        ]
+        record.expect(
+            not bad, f"{words + regions + 1} joint tokens, {name}: gradients not finite: {bad[:3]}"
+        )
+        record.note(
+            **{
+                f"long_{name}": {
+                    "loss": found[name],
+                    "ms": 1000 * min(seconds),
+                    "kernels": kernels.describe(),
+                }
+            }
+        )
+    off = abs(found["auto"] - found["torch"]) / found["torch"]
+    record.expect(
+        off < 0.05, f"{words + regions + 1} joint tokens: losses {found} are {off:.1%} apart"
+    )
+    record.say(
+        f"{words + regions + 1} joint tokens with dropout: loss {off:.2%} apart from plain torch's"
+    )
