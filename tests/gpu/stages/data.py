@@ -13,6 +13,7 @@ from tests.gpu.stages.programs import Program
 
 SPECIAL = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 CAPTIONS = 2  # of each image
+TEST_SCENES = (200, 20)  # of the generated world; the second where a GPU is pretended
 
 
 def small_store(place: Place) -> Path:
@@ -65,7 +66,12 @@ def sample_corpus(place: Place) -> Path:
     """The generated world, from which something can be learnt: stores train and test."""
     path = place.scratch / "sample_corpus"
     if not path.exists():
-        scenes = ("--train-scenes", place.choose(4000, 200), "--test-scenes", place.choose(200, 20))
+        scenes = (
+            "--train-scenes",
+            place.choose(4000, 200),
+            "--test-scenes",
+            place.choose(*TEST_SCENES),
+        )
         ended = Program(sys.executable, "tools/make_sample.py", "--output", path, *scenes).wait()
         if ended.code:
             raise RuntimeError(f"make_sample.py ended with code {ended.code}: {ended.last}")

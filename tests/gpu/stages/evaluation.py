@@ -19,12 +19,14 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pair_tiles import score_block
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.tasks.retrieval import choose_pairs
-from tests.gpu.stages.data import base_store, sample_corpus
+from tests.gpu.stages.data import TEST_SCENES, base_store, sample_corpus
 from tests.gpu.stages.place import Place, Record
 from tests.gpu.stages.programs import module
+from tests.launching import records
 from tools.benchmarks.batches import random_examples
 
 PRECISIONS = {"fp32": "--no-bf16", "bf16": "--bf16"}
+WORDS_LEARNT = 0.4  # share of the hidden words that a model guesses once it has learnt something
 RECALL_NOISE = 3.0  # percentage points between the precisions
 
 
@@ -42,7 +44,7 @@ def check_recall(place: Place, record: Record) -> None:
     ended = module(
         "pretrain",
         *("--model", "sample", "--data-path", data / "train", "--language", "en", "--bf16"),
-        *("--train-iters", place.choose(1000, 5), "--micro-batch-size", 64, "--lr", "2e-3"),
+        *("--train-iters", place.choose(2000, 5), "--micro-batch-size", 64, "--lr", "2e-3"),
         *("--lr-warmup-fraction", 0.05, "--adam-beta2", 0.98, "--no-msm-on-mismatched"),
         *(
             "--save",
@@ -56,6 +58,7 @@ def check_recall(place: Place, record: Record) -> None:
     record.expect(ended.code == 0, f"training for it: code {ended.code}: {ended.last}")
     if ended.code:
         return
+    check_learnt(place, record, run)
     programs = {
         name: module(
             "evaluate",
@@ -84,6 +87,18 @@ def check_recall(place: Place, record: Record) -> None:
         compare_recalls(place, record, found)
 
 
+def check_learnt(place: Place, record: Record, run: Path) -> None:
+    """Words of the generated world are guessed: on a CPU 55 % of them after 272 steps."""
+    last = records(run)[max(records(run))]
+    record.note(words_right=last["msm_accuracy"], matches_right=last["itm_accuracy"])
+    if place.pretended:
+        return
+    right = last["msm_accuracy"]
+    record.expect(
+        right > WORDS_LEARNT, f"only {right:.0%} of hidden words are guessed: no learning"
+    )
+
+
 def recalls(folder: Path) -> dict[str, float]:
     """R@K of both directions, in percent, by `direction/name`."""
     (path,) = folder.rglob("result.json")
@@ -103,17 +118,16 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def compare_recalls(place: Place, record: Record, found: dict[str, dict[str, float]]) -> None:
-    """R@1 alike in both precisions; above chance, where the training was long enough to tell."""
+    """R@1 alike in both precisions; near `chance` it says little, so that is said as well."""
     first = [name for name in found["fp32"] if name.lower().endswith("r@1")]
     record.expect(bool(first), f"no R@1 among {', '.join(found['fp32'])}")
+    chance = 100 / place.choose(*TEST_SCENES)
     for name in first:
         exact, half = found["fp32"][name], found["bf16"][name]
         record.expect(
             abs(exact - half) <= RECALL_NOISE, f"{name}: {exact:.1f} in fp32, {half:.1f} in bf16"
         )
-        record.say(f"{name}: {exact:.1f} in fp32, {half:.1f} in bf16")
-        if not place.pretended:
-            record.expect(exact > 2.0, f"{name} is {exact:.1f}: the run before has learnt nothing")
+        record.say(f"{name}: {exact:.1f} in fp32, {half:.1f} in bf16, by chance {chance:.1f}")
 
 
 def measure_pairs(place: Place, record: Record, name: str, dtype: torch.dtype) -> None:
