@@ -69,14 +69,22 @@ def run_entry(main: Callable[[], None]) -> None:
         main()
     except (UsageError, TrainingStopped) as error:
         rank = int(os.environ.get("RANK", "0"))
-        if rank == 0 or os.environ.get("LOCAL_RANK") == "0" or getattr(error, "local", False):
+        code = 2 if isinstance(error, UsageError) else 1
+        alone = getattr(error, "local", False)
+        speaks = rank == 0 or os.environ.get("LOCAL_RANK") == "0" or alone
+        if speaks:
             where = f" (rank {rank})" if rank else ""
             print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not getattr(error, "local", False):
-            time.sleep(1)  # the other ranks are about to meet the same error; vanishing now would break a collective of theirs
-        # Not sys.exit: destructors of process groups and loader workers may wait for ranks that are already gone.
         sys.stdout.flush()
-        os._exit(2 if isinstance(error, UsageError) else 1)
+
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not alone:
+            # The other ranks are about to meet the same error; vanishing now would break a
+            # collective of theirs. Who has spoken ends first: launchers then end the others.
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+            time.sleep(1 if speaks else 5)
+        # Not sys.exit: destructors of process groups and loader workers may wait for ranks that are
+        # already gone.
+        os._exit(code)
     except StoppedBySignal as reason:
         sys.stdout.flush()
         os._exit(reason.code)
