@@ -72,8 +72,8 @@ class Trainer:
             self.writer.close()
 
         self.watchdog.close()
-        if self.stopping.signal and not self.complete:
-            raise StoppedBySignal(self.stopping.signal, saved=bool(self.config.save))
+        if self.stopping.signal_number and not self.complete:
+            raise StoppedBySignal(self.stopping.signal_number, saved=bool(self.config.save))
 
     @property
     def complete(self) -> bool:

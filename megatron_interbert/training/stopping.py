@@ -90,7 +90,7 @@ class Stopping:
         return f"--exit-interval {interval}" if interval and step % interval == 0 else ""
 
     @property
-    def signal(self) -> int:
+    def signal_number(self) -> int:
         """The signal that ends the run, else 0."""
         return self._signal
 

@@ -167,6 +167,7 @@ class WholeUpdate(DeepSpeedUpdate):
             self.masters.take_gradients()
 
     def step(self) -> tuple[float, bool]:
+        """Update and have the model follow; a norm that is not finite changes nothing."""
         norm = gradient_norm(*self._gradients(), self.state, self.engine.device)
         finite = math.isfinite(norm)
 

@@ -28,10 +28,10 @@ def test_a_signal_in_the_middle_of_a_vote_is_not_lost(stop, monkeypatch):
     """It has come too late for this vote and counts in the next."""
     monkeypatch.setattr(dist, "all_reduce", lambda vote, op, group: os.kill(os.getpid(), signal.SIGUSR1))
     assert stop.agreed(1) == ""
-    assert not stop.signal
+    assert not stop.signal_number
     monkeypatch.setattr(dist, "all_reduce", lambda vote, op, group: None)
     assert stop.agreed(2) == "SIGUSR1"
-    assert stop.signal == signal.SIGUSR1
+    assert stop.signal_number == signal.SIGUSR1
 
 
 def test_the_clock_of_rank_0_asks_for_checkpoints(stop, monkeypatch):
