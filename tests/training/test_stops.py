@@ -4,7 +4,7 @@ from tests.campaigns.stops import run
 
 
 def test_whatever_stops_a_run_its_words_are_true(tmp_path):
-    counts = run(rounds=6, seed=1, ranks=2, folder=tmp_path)
-    assert counts["SIGINT"] == counts["SIGTERM"] == counts["SIGKILL"] == 2
-    assert counts["resumed"] >= 2
+    counts = run(rounds=3, seed=1, ranks=2, folder=tmp_path)
+    assert counts["SIGINT"] == counts["SIGTERM"] == counts["SIGKILL"] == 1
+    assert counts["resumed"] >= 1
     assert counts["steps compared"] > 0
