@@ -12,7 +12,13 @@ import torch
 from megatron_interbert.errors import UsageError
 from megatron_interbert.kernels import attention, cpu_ops, plain
 from megatron_interbert.kernels.fit import OLDEST, WIDEST, Gpu, gpu_of, tile_bytes, tile_for
-from megatron_interbert.kernels.products import Float8Products, PlainProducts, has_scaled_products
+from megatron_interbert.kernels.products import (
+    Float8Products,
+    OneDnnProducts,
+    PlainProducts,
+    has_onednn,
+    has_scaled_products,
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ def _kernels_by_name(name: str, device: torch.device, attention_dropout: bool, d
     if name == "torch":
         return Kernels()
     if name == "auto" and not on_gpu:
-        return Kernels(attention=cpu_ops.attention, dropout_add_norm=cpu_ops.dropout_add_norm)
+        return _cpu_kernels()
 
     newer = on_gpu and torch.version.hip is None and not gpu_of(device).is_too_old
     flash = newer and not attention_dropout and not deterministic
@@ -125,6 +131,17 @@ def _kernels_by_name(name: str, device: torch.device, attention_dropout: bool, d
     if hindrance:
         raise UsageError(f"--kernels triton: {hindrance}; use --kernels auto")
     return _triton_kernels(flash)
+
+
+def _cpu_kernels() -> Kernels:
+    """Plain torch, but for what a CPU does faster in another way."""
+    return Kernels(
+        attention=cpu_ops.attention,
+        dropout_add_norm=cpu_ops.dropout_add_norm,
+        embed_text=cpu_ops.embed_text,
+        embed_image=cpu_ops.embed_image,
+        products=OneDnnProducts if has_onednn() else PlainProducts,
+    )
 
 
 def _triton_kernels(flash: bool) -> Kernels:

@@ -23,8 +23,10 @@ class VocabMath(NamedTuple):
 
 
 class _ProjectedCrossEntropy(torch.autograd.Function):
-    """Logits exist chunk by chunk, in both passes: kept for all rows they would be the largest tensor of a step. Computing them again
-    costs a third more of the head's products, 0.4 % of the base model's step."""
+    """Logits exist chunk by chunk, in both passes: of all rows they would be the largest tensor of a step.
+
+    Those of the last chunk are kept, for the backward pass begins with it; others are computed again.
+    """
 
     @staticmethod
     def forward(
@@ -40,10 +42,11 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         """Keeps the inputs and the logarithm of each row's sum of exponentials."""
         local = labels - len(weight) * group_rank(group)
         rows = max(1, CHUNK // len(weight))
-        found = [
-            math.statistics(F.linear(part, weight, bias), of_part, words)
-            for part, of_part in zip(hidden.split(rows), local.split(rows), strict=True)
-        ]
+        found = []
+        for part, of_part in zip(hidden.split(rows), local.split(rows), strict=True):
+            logits = F.linear(part, weight, bias)
+            found.append(math.statistics(logits, of_part, words))
+
         largest, total, own, best = (torch.cat(values) for values in zip(*found, strict=True))
         overall = _reduced(largest, group, dist.ReduceOp.MAX)
         total, own = _reduced(torch.stack([total * (largest - overall).exp(), own]), group, dist.ReduceOp.SUM)
@@ -51,22 +54,28 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         best = (best + len(weight) * group_rank(group)).masked_fill(largest < overall, torch.iinfo(best.dtype).max)
         right = _reduced(best, group, dist.ReduceOp.MIN) == labels
         normaliser = total.log() + overall
-        ctx.save_for_backward(hidden, weight, bias, local, normaliser)
+        ctx.save_for_backward(hidden, weight, bias, local, normaliser, logits)
         ctx.words, ctx.math, ctx.rows = words, math, rows
         ctx.mark_non_differentiable(right)
         return normaliser - own, right
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, _right: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias, local, normaliser = ctx.saved_tensors
+        hidden, weight, bias, local, normaliser, logits = ctx.saved_tensors
         dhidden = torch.empty_like(hidden)
-        dweight, dbias = torch.zeros_like(weight), torch.zeros_like(bias)
+        dweight, dbias = torch.empty_like(weight), torch.zeros_like(bias)
         pieces = [x.split(ctx.rows) for x in (hidden, dhidden, local, normaliser, grad)]
-        for part, dpart, of_part, normal, dloss in zip(*pieces, strict=True):
-            dlogits = ctx.math.gradient(F.linear(part, weight, bias), of_part, normal, dloss, ctx.words)
+
+        beta = 0.0  # of what stands in dweight: nothing yet
+        for part, dpart, of_part, normal, dloss in reversed(list(zip(*pieces, strict=True))):
+            if logits is None:
+                logits = F.linear(part, weight, bias)
+            dlogits = ctx.math.gradient(logits, of_part, normal, dloss, ctx.words)
             torch.mm(dlogits, weight, out=dpart)
-            dweight.addmm_(dlogits.t(), part)
+            dweight.addmm_(dlogits.t(), part, beta=beta)
             dbias += dlogits.sum(dim=0)
+            logits, beta = None, 1.0
+
         return dhidden, dweight, dbias, None, None, None, None
 
 

@@ -3,6 +3,7 @@
 import statistics
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_interbert.config import ModelConfig, RunConfig
 from megatron_interbert.data.packing import Example, pack
 from megatron_interbert.kernels.choice import Kernels
+from megatron_interbert.kernels.products import has_onednn
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
@@ -25,9 +27,23 @@ from tools.benchmarks.padded import parameters
 PARTS = ("data", "forward", "backward", "optimizer")
 
 
-def eight_bit_flops(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
-    """Of torch.nn.functional.scaled_mm, which torch's counter does not know: shapes [M, K] and [K, N]."""
+def product_flops(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
+    """Count those of torch.nn.functional.scaled_mm: shapes [M, K] and [K, N]."""
     return 2 * a[0] * a[1] * b[1]
+
+
+def linear_flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    """Count those of oneDNN's linear layer: shapes [N, in] and [out, in]."""
+    return 2 * x[0] * x[1] * weight[0]
+
+
+def counted_by_us() -> dict[Any, Callable[..., int]]:
+    """Give the products that torch's counter does not know, as far as this torch has them."""
+    own = {torch.ops.aten._scaled_mm_v2: product_flops}
+    if has_onednn():
+        own[torch.ops.mkldnn._linear_pointwise] = linear_flops
+
+    return own
 
 
 class Contender(ABC):
@@ -55,7 +71,7 @@ class Contender(ABC):
 
     def first_step(self) -> None:
         """Buffers and choices of the first step; its matrix products are counted as they are called."""
-        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._scaled_mm_v2: eight_bit_flops})
+        counter = FlopCounterMode(display=False, custom_mapping=counted_by_us())
         with counter:
             self.step()
         self.flops = counter.get_total_flops()
