@@ -4,6 +4,7 @@ Importing the package registers its Auto classes with transformers, without impo
 """
 
 import importlib
+import os
 import sys
 import warnings
 from importlib.machinery import ModuleSpec
@@ -11,6 +12,9 @@ from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
+
+if os.environ.get("DS_ACCELERATOR") == "":  # DeepSpeed takes it for the name of a device
+    del os.environ["DS_ACCELERATOR"]
 
 
 def _register_auto_classes() -> None:

@@ -46,15 +46,16 @@ def run() -> None:
     config.check()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     device = this_device()
-    precision = settle_precision(config, device)
-    logging.info("precision: %s", precision)
-    with precision.products():
+    with settle_precision(config, device).products():
         serve(config, device)
 
 
 def serve(config: ServeConfig, device: torch.device) -> None:
     """Build the indexes, or answer until told to end."""
     models = open_models(config, device)
+    for note in dict.fromkeys(note for opened in models for note in opened.config.notes):
+        logging.info(note)
+
     if config.build_only:
         for opened in models:
             print(f"index {opened.build()} of {opened.folder}")

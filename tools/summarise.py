@@ -17,7 +17,7 @@ from megatron_interbert.config import read_json
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.weights.files import write_json
 
-SAME = ("task", "protocol")
+SAME = ("task", "protocol", "precision")
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

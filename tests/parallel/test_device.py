@@ -140,3 +140,20 @@ def test_deepspeed_sets_the_device_that_we_have_chosen():
     )
     assert result.returncode == 0, result.stderr
     assert set(json.loads(result.stdout.splitlines()[-1])) == {0}
+
+
+def test_deepspeed_takes_an_empty_variable_for_an_unset_one():
+    program = (
+        "import megatron_interbert; from deepspeed.accelerator import get_accelerator;"
+        " print(get_accelerator().device_name())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "DS_ACCELERATOR": "", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "cpu"

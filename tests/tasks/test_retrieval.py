@@ -287,6 +287,7 @@ def result_file(path, figure, **changes):
     result = {
         "task": "retrieval",
         "protocol": "finetuned",
+        "precision": "fp32",
         "metrics": {"t2i_R@1": figure},
         "data": {"files": {"m": "1"}},
         **changes,
@@ -305,6 +306,7 @@ def test_results_of_seeds_are_averaged(tmp_path):
     assert "43.00" in out
     for change, words in (
         ({"protocol": "zero-shot"}, "protocol is zero-shot, the first has finetuned"),
+        ({"precision": "bf16"}, "precision is bf16, the first has fp32"),
         ({"data": {"files": {"m": "2"}}}, "evaluated on other data"),
         ({"configuration": {"max_regions": 9}}, "or with other limits"),
         ({"metrics": {}}, "no figures in it"),

@@ -29,6 +29,8 @@ def test_contenders_side_by_side(tmp_path):
         assert figures["tokens"] == contenders["ours"]["tokens"]
         assert abs(figures["parameters"] / contenders["ours"]["parameters"] - 1) < 0.25, name
         assert set(figures["parts"]) == {"data", "forward", "backward", "optimizer"}
+        assert set(figures["products"]) == {"forward", "backward"}
+        assert all(0 < seconds < math.inf for seconds in figures["products"].values())
     assert abs(contenders["padded InterBERT"]["parameters"] / contenders["ours"]["parameters"] - 1) < 0.01
     assert contenders["ours"]["time_of_ours"] == 1
     counted = {name: figures["flops"] for name, figures in contenders.items()}

@@ -3,7 +3,6 @@
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_interbert.config import ModelConfig, RunConfig
 from megatron_interbert.data.packing import Example, pack
 from megatron_interbert.kernels.choice import Kernels
-from megatron_interbert.kernels.products import has_onednn
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
@@ -23,27 +21,9 @@ from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.engine import Engine
 from tools.benchmarks.batches import PaddedBatch, pad
 from tools.benchmarks.padded import parameters
+from tools.benchmarks.products import ProductTimer, flops_of_ours
 
 PARTS = ("data", "forward", "backward", "optimizer")
-
-
-def product_flops(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
-    """Count those of torch.nn.functional.scaled_mm: shapes [M, K] and [K, N]."""
-    return 2 * a[0] * a[1] * b[1]
-
-
-def linear_flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
-    """Count those of oneDNN's linear layer: shapes [N, in] and [out, in]."""
-    return 2 * x[0] * x[1] * weight[0]
-
-
-def counted_by_us() -> dict[Any, Callable[..., int]]:
-    """Give the products that torch's counter does not know, as far as this torch has them."""
-    own = {torch.ops.aten._scaled_mm_v2: product_flops}
-    if has_onednn():
-        own[torch.ops.mkldnn._linear_pointwise] = linear_flops
-
-    return own
 
 
 class Contender(ABC):
@@ -67,11 +47,29 @@ class Contender(ABC):
         """What there is to say beside the seconds of steps."""
         batch = pack(self.examples, self.examples[0].features.shape[1])
         parts = {part: statistics.median(values) for part, values in self.seconds.items()}
-        return {"parts": parts, "tokens": len(batch.joint_order), "flops": self.flops, **self.own_figures()}
+        return {
+            "parts": parts,
+            "products": self._time_of_products(),
+            "tokens": len(batch.joint_order),
+            "flops": self.flops,
+            **self.own_figures(),
+        }
+
+    def _time_of_products(self) -> dict[str, float]:
+        """Seconds that matrix products alone take, of one more forward and backward pass."""
+        self.make_batch()
+        seconds = {}
+        for name, part in (("forward", self.forward), ("backward", self.backward)):
+            with ProductTimer(self.device) as timer:
+                part()
+            seconds[name] = timer.seconds
+
+        self.update()
+        return seconds
 
     def first_step(self) -> None:
         """Buffers and choices of the first step; its matrix products are counted as they are called."""
-        counter = FlopCounterMode(display=False, custom_mapping=counted_by_us())
+        counter = FlopCounterMode(display=False, custom_mapping=flops_of_ours())
         with counter:
             self.step()
         self.flops = counter.get_total_flops()

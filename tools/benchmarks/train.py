@@ -276,6 +276,8 @@ def table(result: dict[str, Any]) -> list[str]:
         "times our time (range)",
         "memory GiB",
         *next(iter(result["contenders"].values()))["parts"],
+        "products forward",
+        "backward",
     )
     rows = []
     for name, f in result["contenders"].items():
@@ -291,6 +293,7 @@ def table(result: dict[str, Any]) -> list[str]:
                 f"{f['time_of_ours']:.2f} ({low:.2f}-{high:.2f})",
                 f"{f['peak_memory_gib']:.2f}",
                 *(f"{1000 * seconds:.0f} ms" for seconds in f["parts"].values()),
+                *(f"{1000 * seconds:.0f} ms" for seconds in f["products"].values()),
             )
         )
     return aligned([head, *rows])

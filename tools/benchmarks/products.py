@@ -1,0 +1,74 @@
+"""The matrix products of a step: how many operations they are, and how long they alone take."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_interbert.kernels.products import has_onednn
+
+BY_TORCH = ("mm", "addmm", "bmm", "baddbmm", "addmm_", "baddbmm_", "mm.out", "bmm.out")
+ATTENTION = "_scaled_dot_product"  # and its gradient: products and softmax in one
+
+
+def flops_of_ours() -> dict[Any, Callable[..., int]]:
+    """Give the counts of products that torch's FlopCounterMode does not know."""
+    counts = {torch.ops.aten._scaled_mm_v2: product_flops}
+    if has_onednn():
+        counts[torch.ops.mkldnn._linear_pointwise] = linear_flops
+
+    return counts
+
+
+def product_flops(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
+    """Count those of torch.nn.functional.scaled_mm: shapes [M, K] and [K, N]."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+def linear_flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    """Count those of oneDNN's linear layer: shapes [N, in] and [out, in]."""
+    return 2 * x[0] * x[1] * weight[0]
+
+
+class ProductTimer(TorchDispatchMode):
+    """Adds up the seconds of all matrix products, and of torch's fused attention, that run under it.
+
+    On a GPU it waits for the device before and after each: for the share of a step, not for its pace.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        self.seconds = 0.0
+
+    def __torch_dispatch__(
+        self,
+        operation: Any,
+        types: Any,
+        arguments: tuple = (),
+        keywords: dict | None = None,
+    ) -> Any:
+        if not is_product(str(operation)):
+            return operation(*arguments, **(keywords or {}))
+
+        begin = self._now()
+        result = operation(*arguments, **(keywords or {}))
+        self.seconds += self._now() - begin
+        return result
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+        return time.perf_counter()
+
+
+def is_product(operation: str) -> bool:
+    """Whether an operation of the dispatcher, such as aten.mm.default, is a matrix product."""
+    space, name = operation.split(".", 1)
+    if space == "mkldnn":
+        return name.startswith("_linear_pointwise")
+
+    return name.removesuffix(".default") in BY_TORCH or name.startswith((ATTENTION, "_scaled_mm"))
