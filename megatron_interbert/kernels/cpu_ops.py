@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_interbert.kernels import plain
-from megatron_interbert.kernels.attention import padded_places, padded_sdpa
+from megatron_interbert.kernels.attention import padded_sdpa
+from megatron_interbert.kernels.sequences import Sequences, padded_places
 
 LEVELS = 1 << 16
 
@@ -52,13 +53,16 @@ def dropout_add_norm(
     eps: float,
 ) -> torch.Tensor:
     """See plain.dropout_add_norm."""
-    added = x + bias
-    if round(dropout_p * LEVELS) == 0:
-        total = residual + added
-    else:
-        total = torch.addcmul(residual, added, dropout_mask(added, dropout_p))
-
+    total = _residual_sum(x + bias, residual, dropout_p)
     return F.layer_norm(total, weight.shape, weight, norm_bias, eps)
+
+
+def _residual_sum(x: torch.Tensor, residual: torch.Tensor, p: float) -> torch.Tensor:
+    """Give residual + dropout(x), in one pass over both."""
+    if round(p * LEVELS) == 0:
+        return residual + x
+
+    return torch.addcmul(residual, x, dropout_mask(x, p))
 
 
 def embed_text(*inputs: Any) -> torch.Tensor:
@@ -73,14 +77,14 @@ def embed_image(*inputs: Any) -> torch.Tensor:
     return dropout(plain.embed_image(*embedded, 0.0, eps), dropout_p)
 
 
-def attention(qkv: torch.Tensor, offsets: torch.Tensor, max_length: int, dropout_p: float) -> torch.Tensor:
+def attention(qkv: torch.Tensor, sequences: Sequences, dropout_p: float) -> torch.Tensor:
     """See plain.attention: as padded_sdpa where no gradient is asked for, else with whole score matrices.
 
     In bfloat16 torch's SDPA with its gradient takes 3 to 4 times as long (measured without AMX).
     """
     if len(qkv) == 0 or (dropout_p == 0 and not (qkv.requires_grad and torch.is_grad_enabled())):
-        return padded_sdpa(qkv, offsets, max_length, dropout_p)
-    return _TrainedAttention.apply(qkv, offsets, max_length, dropout_p)
+        return padded_sdpa(qkv, sequences, dropout_p)
+    return _TrainedAttention.apply(qkv, sequences, dropout_p)
 
 
 class _TrainedAttention(torch.autograd.Function):
@@ -91,17 +95,15 @@ class _TrainedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: torch.Tensor, offsets: torch.Tensor, max_length: int, dropout_p: float) -> torch.Tensor:
+    def forward(ctx: Any, qkv: torch.Tensor, sequences: Sequences, dropout_p: float) -> torch.Tensor:
         """Keeps the padded rows, the softmax, the mask of dropout, and where the rows of D came from."""
         tokens, heads, _three, size = qkv.shape
-        samples = len(offsets) - 1
-        rows, slots, seen = padded_places(offsets, max_length, tokens)
-        there, back_of_result, back = _row_numbers(rows, slots, max_length, heads)
+        there, back_of_result, back = sequences.once(_row_numbers, tokens, heads)
+        hidden = sequences.once(_score_bias, tokens, heads, qkv.dtype)
 
-        padded = qkv.reshape(-1, size).index_select(0, there).view(3, samples * heads, max_length, size)
+        padded = qkv.reshape(-1, size).index_select(0, there)
+        padded = padded.view(3, len(sequences) * heads, sequences.longest, size)
         queries, keys, values = padded
-        hidden = torch.zeros(seen.shape, dtype=qkv.dtype).masked_fill_(~seen, float("-inf"))
-        hidden = hidden[:, None, None, :].expand(-1, heads, -1, -1).reshape(samples * heads, 1, max_length)
         scores = torch.baddbmm(hidden, queries, keys.transpose(1, 2), alpha=size**-0.5)
         wide = torch.promote_types(qkv.dtype, torch.float32)
         weights = scores.to(wide).softmax(dim=-1).to(qkv.dtype)  # in 16 bits it takes three times as long
@@ -130,20 +132,34 @@ class _TrainedAttention(torch.autograd.Function):
         of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(size**-0.5)
         torch.bmm(of_scores, keys, out=of_queries)
         torch.bmm(of_scores.transpose(1, 2), queries, out=of_keys)
-        return gradients.view(-1, size).index_select(0, back).view(tokens, heads, 3, size), None, None, None
+        return gradients.view(-1, size).index_select(0, back).view(tokens, heads, 3, size), None, None
 
 
 def _row_numbers(
-    rows: torch.Tensor, slots: torch.Tensor, length: int, heads: int
+    sequences: Sequences, tokens: int, heads: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Numbers of rows of D, from those of tokens by `padded_places`.
+    """Number rows of D, from the places of tokens.
 
-    Of packed [N, heads, 3] for each place in [3, B, heads, L]; of places in [B, heads, L] for each of [N, heads], and of places in
-    [3, B, heads, L] for each of [N, heads, 3].
+    Of packed [N, heads, 3] for each place in [3, B, heads, L]; of places in [B, heads, L] for each
+    of [N, heads], and of places in [3, B, heads, L] for each of [N, heads, 3].
     """
+    rows, slots, _seen = sequences.once(padded_places, tokens)
     head, part = torch.arange(heads), torch.arange(3)
+    length = sequences.longest
+
     there = (rows.view(-1, 1, length) * heads + head[:, None]) * 3 + part[:, None, None, None]
     sample = torch.div(slots, length, rounding_mode="floor")
     of_result = (sample * (heads - 1) * length + slots)[:, None] + head * length
     back = of_result[:, :, None] + part * (len(rows) * heads)
+
     return there.flatten(), of_result.flatten(), back.flatten()
+
+
+def _score_bias(
+    sequences: Sequences, tokens: int, heads: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Give what is added to the scores [B heads, 1, L]: 0, or -inf where there is only padding."""
+    _rows, _slots, seen = sequences.once(padded_places, tokens)
+    bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
+
+    return bias[:, None, None, :].expand(-1, heads, -1, -1).reshape(-1, 1, sequences.longest)

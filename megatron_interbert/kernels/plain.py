@@ -1,7 +1,11 @@
 """The plain twins: what the fused kernels must equal, in ordinary torch operations on any device."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
+
+from megatron_interbert.kernels.sequences import Sequences
 
 
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -73,14 +77,15 @@ def embed_image(
     return F.dropout(F.layer_norm(embedded, weight.shape, weight, bias, eps), dropout_p)
 
 
-def attention(qkv: torch.Tensor, offsets: torch.Tensor, max_length: int, dropout_p: float) -> torch.Tensor:
-    """Attention within each sequence of a packed batch, one sequence at a time.
+def attention(qkv: torch.Tensor, sequences: Sequences, dropout_p: float) -> torch.Tensor:
+    """Attend within each sequence of a packed batch, one sequence at a time.
 
-    qkv [N, heads, 3, D]: queries, keys and values, which get one gradient of the same form; offsets [B+1] of the sequences, of which
-    the longest has `max_length` tokens. Gives [N, heads, D].
+    qkv [N, heads, 3, D]: queries, keys and values, which get one gradient of the same form. Gives
+    [N, heads, D].
     """
     parts = []
-    for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+    offsets = sequences.offsets.tolist()
+    for start, stop in itertools.pairwise(offsets):
         q, k, v = qkv[start:stop].unbind(2)
         scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
         weights = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)

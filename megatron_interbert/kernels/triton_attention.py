@@ -18,6 +18,7 @@ import triton.language as tl
 
 from megatron_interbert.kernels import attention
 from megatron_interbert.kernels.fit import gpu_of, tile_for, tile_width
+from megatron_interbert.kernels.sequences import Sequences
 from megatron_interbert.kernels.triton_ops import draw_seed
 
 SMALLEST = 32  # tokens of a whole-row tile: fewer sizes are fewer compilations
@@ -234,18 +235,24 @@ def warps(tile: int, width: int, element: int, tiled: bool) -> int:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: torch.Tensor, offsets: torch.Tensor, max_length: int, dropout_p: float, seed: int, tile: int
+        ctx: Any,
+        qkv: torch.Tensor,
+        sequences: Sequences,
+        dropout_p: float,
+        seed: int,
+        tile: int,
     ) -> torch.Tensor:
         """Keeps qkv, and of the tiled kernels the result and the rows' normalisers: scores and mask are computed again."""
         qkv = qkv.contiguous()
         tokens, heads, _three, head = qkv.shape
+        offsets, longest = sequences.offsets, sequences.longest
         out = torch.empty(tokens, heads, head, dtype=qkv.dtype, device=qkv.device)
 
-        ctx.tiled = max_length > tile
+        ctx.tiled = longest > tile
         if not ctx.tiled:
-            tile = min(tile, max(SMALLEST, triton.next_power_of_2(max_length)))
+            tile = min(tile, max(SMALLEST, triton.next_power_of_2(longest)))
         width = tile_width(head)
-        ctx.grid = (len(offsets) - 1, heads, triton.cdiv(max_length, tile))
+        ctx.grid = (len(sequences), heads, triton.cdiv(longest, tile))
         ctx.numbers = (head**-0.5, dropout_p, seed, head)
         ctx.settings = {
             "TILE": tile,
@@ -275,10 +282,10 @@ class _Attention(torch.autograd.Function):
             _tiled_backward[ctx.grid](qkv, offsets, out, dout, normaliser, dqkv, *ctx.numbers, **ctx.settings)
         else:
             _row_backward[ctx.grid](qkv, offsets, dout, dqkv, *ctx.numbers, **ctx.settings)
-        return dqkv, None, None, None, None, None
+        return dqkv, None, None, None, None
 
 
-def packed_attention(qkv: torch.Tensor, offsets: torch.Tensor, max_length: int, dropout_p: float) -> torch.Tensor:
+def packed_attention(qkv: torch.Tensor, sequences: Sequences, dropout_p: float) -> torch.Tensor:
     """See plain.attention; heads for which no tile fits on this device go to padded SDPA."""
     if len(qkv) == 0:
         return qkv[:, :, 0]
@@ -286,12 +293,12 @@ def packed_attention(qkv: torch.Tensor, offsets: torch.Tensor, max_length: int, 
     room = gpu_of(qkv.device).shared_memory if qkv.is_cuda else INTERPRETED_MEMORY
     tile = tile_for(qkv.shape[-1], qkv.dtype, room)
     if tile is None:
-        return attention.padded_sdpa(qkv, offsets, max_length, dropout_p)
-    return _Attention.apply(qkv, offsets, max_length, dropout_p, draw_seed(dropout_p), tile)
+        return attention.padded_sdpa(qkv, sequences, dropout_p)
+    return _Attention.apply(qkv, sequences, dropout_p, draw_seed(dropout_p), tile)
 
 
-def flash_attention(qkv: torch.Tensor, offsets: torch.Tensor, max_length: int, dropout_p: float) -> torch.Tensor:
-    """See plain.attention: torch's variable-length flash attention in 16 bits without dropout, else `packed_attention`."""
+def flash_attention(qkv: torch.Tensor, sequences: Sequences, dropout_p: float) -> torch.Tensor:
+    """See plain.attention: torch's own in 16 bits without dropout, else `packed_attention`."""
     if attention.flash_takes(qkv, dropout_p):
-        return attention.varlen_flash(qkv, offsets, max_length, dropout_p)
-    return packed_attention(qkv, offsets, max_length, dropout_p)
+        return attention.varlen_flash(qkv, sequences, dropout_p)
+    return packed_attention(qkv, sequences, dropout_p)

@@ -14,6 +14,7 @@ from megatron_interbert.config import ModelConfig
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.kernels.gather import gather_rows
+from megatron_interbert.kernels.sequences import Sequences
 from megatron_interbert.model.embeddings import ImageEmbedding, TextEmbedding
 from megatron_interbert.model.heads import Pooler, RegionHead, SentenceHead, WordHead
 from megatron_interbert.model.partition import mark_shards
@@ -157,16 +158,19 @@ class InterBert(nn.Module):
         and image tokens that are `read`."""
         text_rows, image_rows = read or (None, None)
         text = self.text_embedding(batch.token_ids, batch.token_positions, batch.token_types)
+        texts = Sequences(batch.text_offsets, batch.max_text)
         if not len(batch.locations):  # text only: the joint order is the text order
-            text = self.interaction(text, batch.text_offsets, batch.max_text)
-            text = self.text_stream(text, batch.text_offsets, batch.max_text, text_rows)
+            text = self.text_stream(self.interaction(text, texts), texts, text_rows)
             return text, text[:0]
+
         by_kind = torch.cat([batch.image_index, batch.text_index])
         joint = gather_rows(torch.cat([self.image_embedding(batch), text]), batch.joint_order, by_kind)
-        joint = self.interaction(joint, batch.joint_offsets, batch.max_joint)
+        joint = self.interaction(joint, Sequences(batch.joint_offsets, batch.max_joint))
+
         image, text = gather_rows(joint, by_kind, batch.joint_order).split([len(batch.image_index), len(batch.text_index)])
-        text = self.text_stream(text, batch.text_offsets, batch.max_text, text_rows)
-        image = self.image_stream(image, batch.image_offsets, batch.max_image, image_rows)
+        text = self.text_stream(text, texts, text_rows)
+        images = Sequences(batch.image_offsets, batch.max_image)
+        image = self.image_stream(image, images, image_rows)
         return text, image
 
     def fuse(self, pooled_text: torch.Tensor, pooled_image: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.sending import send_batch, send_indexes
 from megatron_interbert.errors import UsageError
+from megatron_interbert.kernels.sequences import Sequences
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.transformer import SelfAttention, TransformerStack
 
@@ -141,10 +142,10 @@ class PairScorer:
         model = self.model
         pairs = lay_out_pairs(images, captions, image_of, caption_of)
         joint = pairs.together(images.hidden, captions.hidden)
-        offsets = pairs.joint_offsets.int()
+        sequences = Sequences(pairs.joint_offsets.int(), pairs.longest)
         for number, layer in enumerate(model.interaction.layers):
             qkv = pairs.together(images.qkv, captions.qkv) if number == 0 else layer.attention.qkv(joint)
-            joint = layer.after_attention(layer.attention.attend(qkv, offsets, pairs.longest), joint)
+            joint = layer.after_attention(layer.attention.attend(qkv, sequences), joint)
 
         image = last_layer_of_first(model.image_stream, joint[pairs.image_index], pairs.image_offsets, pairs.longest_image)
         text = last_layer_of_first(model.text_stream, joint[pairs.text_index], pairs.text_offsets, pairs.longest_text)
@@ -158,9 +159,9 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
 def last_layer_of_first(stack: TransformerStack, x: torch.Tensor, offsets: torch.Tensor, longest: int) -> torch.Tensor:
     """The first token's state [B, H] behind a stack over packed x [N, H]; offsets int64 [B + 1]."""
     *before, last = stack.layers or [None]
-    short_offsets = offsets.int()
+    sequences = Sequences(offsets.int(), longest)
     for layer in before:
-        x = layer(x, short_offsets, longest)
+        x = layer(x, sequences)
     first = x[offsets[:-1]]
     if last is None:
         return first

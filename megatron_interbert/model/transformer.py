@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_interbert.kernels.choice import Kernels
+from megatron_interbert.kernels.sequences import Sequences
 from megatron_interbert.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_interbert.parallel.placement import Placement
 from megatron_interbert.parallel.rng import RandomStreams
@@ -29,15 +30,15 @@ class SelfAttention(nn.Module):
         self.qkv = ColumnParallelLinear(hidden, 3 * hidden, placement, kernels.products)
         self.output = RowParallelLinear(hidden, hidden, placement, kernels.products)
 
-    def attend(self, qkv: torch.Tensor, offsets: torch.Tensor, max_length: int) -> torch.Tensor:
-        """Attention over projected tokens [N, 3 H / ranks] -> [N, H / ranks], before the output projection."""
+    def attend(self, qkv: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        """Attend over projected tokens [N, 3 H / ranks] -> [N, H / ranks]; the output projection is not in it."""
         qkv = qkv.view(len(qkv), -1, 3, self.head_size)
         p = self.dropout if self.training else 0.0
         if p > 0:  # heads are sharded: each rank drops for itself
             with self.streams.sharded():
-                attended = self.kernels.attention(qkv, offsets, max_length, p)
+                attended = self.kernels.attention(qkv, sequences, p)
         else:
-            attended = self.kernels.attention(qkv, offsets, max_length, p)
+            attended = self.kernels.attention(qkv, sequences, p)
         return attended.flatten(1)
 
 
@@ -74,7 +75,7 @@ class ResidualNorm(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """x = norm(x + attention(x)); x = norm(x + mlp(x)), over [N, H] with sequence offsets [B+1]."""
+    """x = norm(x + attention(x)); x = norm(x + mlp(x)), over the tokens [N, H] of packed sequences."""
 
     def __init__(
         self,
@@ -95,9 +96,11 @@ class TransformerLayer(nn.Module):
         self.mlp = Mlp(hidden, ffn, placement, kernels)
         self.mlp_norm = ResidualNorm(hidden, hidden_dropout, eps, placement, kernels, streams)
 
-    def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_length: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, sequences: Sequences, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """All tokens, or only those of `rows` [R] (each at most once), which still attend to all of their sequence."""
-        attended = self.attention.attend(self.attention.qkv(x), offsets, max_length)
+        attended = self.attention.attend(self.attention.qkv(x), sequences)
         if rows is not None:
             attended, x = attended.index_select(0, rows), self.placement.select(x, rows)
         return self.after_attention(attended, x)
@@ -116,27 +119,30 @@ class TransformerStack(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.placement, self.streams, self.recompute = placement, streams, recompute
 
-    def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_length: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, sequences: Sequences, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """[N, H] -> [N, H], or [R, H]: the last layer is computed only where `rows` say that it is read."""
         if rows is not None and not len(self.layers):
             return x.index_select(0, rows)
         asked = len(x) if rows is None else len(rows)
         if self.placement.shared:
-            x, offsets, max_length, rows = self._filled(x, offsets, max_length, rows)
+            x, sequences, rows = self._filled(x, sequences, rows)
             x = self.placement.split(x)
         for number, layer in enumerate(self.layers, 1):
-            inputs = (x, offsets, max_length, rows if number == len(self.layers) else None)
+            inputs = (x, sequences, rows if number == len(self.layers) else None)
             x = self.streams.recompute(layer, *inputs) if self.recompute and self.training else layer(*inputs)
         return self.placement.join(x)[:asked] if self.placement.shared else x
 
     def _filled(
-        self, x: torch.Tensor, offsets: torch.Tensor, max_length: int, rows: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor | None]:
+        self, x: torch.Tensor, sequences: Sequences, rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Sequences, torch.Tensor | None]:
         """The inputs with one more sequence, of as many empty tokens as make equal parts for the ranks; and the `rows` filled up with the
         first of these."""
         tokens, ranks = len(x), self.placement.ranks
         more = ranks - tokens % ranks  # at least one: no sequence is ever empty
-        x, offsets = F.pad(x, (0, 0, 0, more)), F.pad(offsets, (0, 1), value=tokens + more)
+        x = F.pad(x, (0, 0, 0, more))
+        offsets = F.pad(sequences.offsets, (0, 1), value=tokens + more)
         if rows is not None:
             rows = torch.cat([rows, rows.new_full((-len(rows) % ranks,), tokens)])
-        return x, offsets, max(max_length, more), rows
+        return x, Sequences(offsets, max(sequences.longest, more)), rows

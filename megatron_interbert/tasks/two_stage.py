@@ -12,6 +12,7 @@ import torch
 
 from megatron_interbert.data.sending import send_indexes
 from megatron_interbert.errors import UsageError
+from megatron_interbert.kernels.sequences import Sequences
 from megatron_interbert.model.pair_scorer import PairScorer, Side, last_layer_of_first
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pair_tiles import Pairs
@@ -25,7 +26,7 @@ def alone(scorer: PairScorer, side: Side, images: bool) -> torch.Tensor:
     model = scorer.model
     (offsets,) = send_indexes([side.offsets], side.hidden.device)
     longest = int(side.lengths.max())
-    hidden = model.interaction(side.hidden, offsets.int(), longest)
+    hidden = model.interaction(side.hidden, Sequences(offsets.int(), longest))
     stack, pooler = (model.image_stream, model.image_pooler) if images else (model.text_stream, model.text_pooler)
     return pooler(last_layer_of_first(stack, hidden, offsets, longest))
 

@@ -4,6 +4,7 @@ Inputs are rounded to the type under test first, so that only the kernel's own e
 off the results of chosen inputs, held against its rate, and then given to the twin, which must agree in values and gradients.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 
 from megatron_interbert.kernels import plain
 from megatron_interbert.kernels.choice import Kernels
+from megatron_interbert.kernels.sequences import Sequences
 from tests.kernels.sequences import packed
 
-Attention = Callable[[torch.Tensor, torch.Tensor, int, float], torch.Tensor]
+Attention = Callable[[torch.Tensor, Sequences, float], torch.Tensor]
 
 SEED = 7
 
@@ -77,56 +79,59 @@ def check_rate(kept: torch.Tensor, p: float) -> None:
 
 def check_attention(attention: Attention, lengths: list[int], heads: int, width: int, dtype: torch.dtype, device: str) -> None:
     """Values and gradients without dropout."""
-    qkv, offsets = packed(lengths, heads, width, dtype, device)
-    compare(attention, plain.attention, (qkv, offsets, max(lengths), 0.0), ("qkv",), dtype)
+    qkv, sequences = packed(lengths, heads, width, dtype, device)
+    compare(attention, plain.attention, (qkv, sequences, 0.0), ("qkv",), dtype)
 
 
 def check_attention_dropout(
     attention: Attention, lengths: list[int], heads: int, width: int, dtype: torch.dtype, device: str, p: float = 0.3
 ) -> None:
     """The mask's rate; values and gradients with that very mask; another mask for another seed."""
-    qkv, offsets = packed(lengths, heads, width, dtype, device)
-    longest = max(lengths)
-    masks = attention_masks(attention, qkv, offsets, longest, p, SEED)
+    qkv, sequences = packed(lengths, heads, width, dtype, device)
+    masks = attention_masks(attention, qkv, sequences, p, SEED)
     tokens = torch.cat([mask.flatten(1) for mask in masks], dim=1)
     check_rate(tokens, p)
-    again = attention_masks(attention, qkv, offsets, longest, p, SEED + 1)
+    again = attention_masks(attention, qkv, sequences, p, SEED + 1)
     assert not all(torch.equal(a, b) for a, b in zip(masks, again, strict=True))
 
     def ours(*inputs: Any) -> torch.Tensor:
         torch.manual_seed(SEED)
         return attention(*inputs)
 
-    def twin(qkv: torch.Tensor, offsets: torch.Tensor, _longest: int, p: float) -> torch.Tensor:
-        return masked_attention(qkv, offsets, masks, p)
+    def twin(qkv: torch.Tensor, sequences: Sequences, p: float) -> torch.Tensor:
+        return masked_attention(qkv, sequences, masks, p)
 
-    compare(ours, twin, (qkv, offsets, longest, p), ("qkv",), dtype)
+    compare(ours, twin, (qkv, sequences, p), ("qkv",), dtype)
 
 
 def attention_masks(
-    attention: Attention, qkv: torch.Tensor, offsets: torch.Tensor, longest: int, p: float, seed: int
+    attention: Attention, qkv: torch.Tensor, sequences: Sequences, p: float, seed: int
 ) -> list[torch.Tensor]:
     """What dropout keeps [heads, L, L] of each sequence's weights.
 
     Where values are one-hot the result is a row of weights itself. As values have only D columns, they show D keys at a time.
     """
     width = qkv.shape[-1]
+    offsets = sequences.offsets
     place = torch.cat([torch.arange(length, device=qkv.device) for length in offsets.diff().tolist()])
     windows = []
-    for start in range(0, longest, width):
+    for start in range(0, sequences.longest, width):
         shown = qkv.detach().clone()
         shown[:, :, 2] = (place[:, None] - start == torch.arange(width, device=qkv.device))[:, None, :].to(qkv.dtype)
         torch.manual_seed(seed)
-        windows.append(attention(shown, offsets, longest, p))
+        windows.append(attention(shown, sequences, p))
     kept = torch.cat(windows, dim=-1) != 0
-    bounds = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+    bounds = itertools.pairwise(offsets.tolist())
     return [kept[start:stop, :, : stop - start].transpose(0, 1) for start, stop in bounds]
 
 
-def masked_attention(qkv: torch.Tensor, offsets: torch.Tensor, masks: list[torch.Tensor], p: float) -> torch.Tensor:
-    """plain.attention with the dropout masks given."""
+def masked_attention(
+    qkv: torch.Tensor, sequences: Sequences, masks: list[torch.Tensor], p: float
+) -> torch.Tensor:
+    """Attend as plain.attention does, with the dropout masks given."""
     parts = []
-    for start, stop, mask in zip(offsets[:-1].tolist(), offsets[1:].tolist(), masks, strict=True):
+    bounds = itertools.pairwise(sequences.offsets.tolist())
+    for (start, stop), mask in zip(bounds, masks, strict=True):
         q, k, v = qkv[start:stop].permute(2, 1, 0, 3)
         weights = (q @ k.transpose(1, 2) * qkv.shape[-1] ** -0.5).softmax(dim=-1)
         parts.append((weights * mask / (1 - p) @ v).transpose(0, 1))

@@ -16,6 +16,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from megatron_interbert.data.packing import pack
 from megatron_interbert.kernels import plain, triton_embedding, triton_ops, triton_vocab
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
+from megatron_interbert.kernels.sequences import Sequences
 from megatron_interbert.kernels.triton_attention import _Attention, packed_attention
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
@@ -107,11 +108,11 @@ def test_attention_dropout(lengths, width, dtype):
 @pytest.mark.parametrize("tile", [16, 32, 64])
 def test_a_mask_is_the_same_whatever_the_tile(tile):
     """So whole rows and tiles are one operation: a sequence of 40 tokens by each."""
-    qkv, offsets = packed([40, 3, 29], 2, 16)
+    qkv, sequences = packed([40, 3, 29], 2, 16)
     weight = torch.randn(72, 2, 16)
     results = []
     for size in (tile, 64):
-        out = _Attention.apply(qkv, offsets, 40, 0.4, 11, size)
+        out = _Attention.apply(qkv, sequences, 0.4, 11, size)
         results.append([out, *torch.autograd.grad(out, qkv, weight)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -121,8 +122,12 @@ def test_a_mask_is_the_same_whatever_the_tile(tile):
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_attention_gradients_by_finite_differences(p, tile):
     """In float64, with a dropout mask that stays the same; whole rows, and tiles of which one is not full."""
-    qkv, offsets = packed([3, 1, 20], 2, 4, torch.float64)
-    assert torch.autograd.gradcheck(lambda x: _Attention.apply(x, offsets, 20, p, 11, tile), (qkv,), fast_mode=True, atol=1e-4)
+    qkv, sequences = packed([3, 1, 20], 2, 4, torch.float64)
+
+    def attend(x):
+        return _Attention.apply(x, sequences, p, 11, tile)
+
+    assert torch.autograd.gradcheck(attend, (qkv,), fast_mode=True, atol=1e-4)
 
 
 def test_wide_heads_go_to_padded_attention(monkeypatch):
@@ -130,13 +135,13 @@ def test_wide_heads_go_to_padded_attention(monkeypatch):
         raise AssertionError("no tile holds heads of 136")
 
     monkeypatch.setattr(_Attention, "apply", refused)
-    qkv, offsets = packed([3, 2], 1, 136)
-    comparisons.compare(packed_attention, plain.attention, (qkv, offsets, 3, 0.0), ("qkv",), torch.float32)
+    inputs = (*packed([3, 2], 1, 136), 0.0)
+    comparisons.compare(packed_attention, plain.attention, inputs, ("qkv",), torch.float32)
 
 
 def test_nothing_to_attend_to():
-    qkv, offsets = packed([0, 0], 2, 8)
-    assert packed_attention(qkv, offsets, 0, 0.3).shape == (0, 2, 8)
+    qkv, sequences = packed([0, 0], 2, 8)
+    assert packed_attention(qkv, sequences, 0.3).shape == (0, 2, 8)
 
 
 def test_recomputation_replays_every_mask():
@@ -145,12 +150,12 @@ def test_recomputation_replays_every_mask():
     layer = TransformerLayer(32, 2, 64, 0.2, 0.3, 1e-12, Placement(), KERNELS, streams)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    offsets, results = torch.tensor([0, 5, 9], dtype=torch.int32), []
+    sequences, results = Sequences(torch.tensor([0, 5, 9], dtype=torch.int32), 5), []
     x = torch.randn(9, 32)
     for run in (layer, lambda *inputs: streams.recompute(layer, *inputs)):
         streams.start_step(1)
         inputs = x.clone().requires_grad_()
-        out = run(inputs, offsets, 5)
+        out = run(inputs, sequences)
         gradients = torch.autograd.grad(out.square().sum(), [inputs, *layer.parameters()])
         results.append([out, *gradients])
     for a, b in zip(*results, strict=True):

@@ -4,11 +4,17 @@ import itertools
 
 import torch
 
+from megatron_interbert.kernels.sequences import Sequences
+
 
 def packed(
-    lengths: list[int], heads: int = 3, width: int = 8, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """qkv [N, heads, 3, width], which wants a gradient, and the offsets."""
+    lengths: list[int],
+    heads: int = 3,
+    width: int = 8,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> tuple[torch.Tensor, Sequences]:
+    """Make qkv [N, heads, 3, width], which wants a gradient, and say where its sequences lie."""
     qkv = torch.randn(sum(lengths), heads, 3, width).to(device, dtype)
     offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-    return qkv.requires_grad_(), offsets
+    return qkv.requires_grad_(), Sequences(offsets, max(lengths))

@@ -14,6 +14,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from megatron_interbert.kernels import triton_ops, triton_vocab
+from megatron_interbert.kernels.sequences import Sequences
 from megatron_interbert.kernels.triton_attention import packed_attention
 from megatron_interbert.kernels.triton_embedding import embed_image, embed_text, region_rows
 from tests.kernels.compiling import launched_kernels
@@ -85,7 +86,8 @@ def backward(result: torch.Tensor) -> None:
 
 def attend(lengths: torch.Tensor, heads: int, head: int, dropout_p: float) -> None:
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    backward(packed_attention(leaf(int(offsets[-1]), heads, 3, head), offsets, int(lengths.max()), dropout_p))
+    qkv = leaf(int(offsets[-1]), heads, 3, head)
+    backward(packed_attention(qkv, Sequences(offsets, int(lengths.max())), dropout_p))
 
 
 def step(micro_batch: int, ragged: torch.Generator) -> None:

@@ -16,12 +16,12 @@ from tests.launching import ROOT
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_padded_sdpa_equals_one_sequence_at_a_time(lengths, dtype):
     torch.manual_seed(0)
-    qkv, offsets = packed(lengths, dtype=dtype)
+    qkv, sequences = packed(lengths, dtype=dtype)
     weight = torch.randn(sum(lengths), 3, 8, dtype=dtype)
     results, gradients = [], []
     for function in (plain.attention, attention.padded_sdpa, cpu_ops.attention):
         # So small a rate drops nothing, but takes the path of those that do.
-        out = function(qkv, offsets, max(lengths), 1e-9 if function is cpu_ops.attention else 0.0)
+        out = function(qkv, sequences, 1e-9 if function is cpu_ops.attention else 0.0)
         gradients.append(torch.autograd.grad((out * weight).sum(), qkv))
         results.append(out)
     tolerance = {"rtol": 1e-6, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 0.05, "atol": 0.05}
@@ -36,11 +36,11 @@ def test_padded_sdpa_equals_one_sequence_at_a_time(lengths, dtype):
 def test_attention_dropout_drops_at_its_rate_and_scales_the_rest(function):
     """With one-hot values an output is the row of attention weights itself: each is 0 or its plain value / (1 - p)."""
     torch.manual_seed(0)
-    qkv, offsets = packed([8] * 400, heads=2)
+    qkv, sequences = packed([8] * 400, heads=2)
     with torch.no_grad():
         qkv[:, :, 2] = torch.eye(8).repeat(400, 1)[:, None, :]
-    plain_weights = attention.padded_sdpa(qkv, offsets, 8, 0.0)
-    dropped_weights = function(qkv, offsets, 8, 0.25)
+    plain_weights = attention.padded_sdpa(qkv, sequences, 0.0)
+    dropped_weights = function(qkv, sequences, 0.25)
     gone = dropped_weights == 0
     assert abs(gone.float().mean().item() - 0.25) < 0.01
     torch.testing.assert_close(dropped_weights[~gone], plain_weights[~gone] / 0.75)
@@ -87,11 +87,11 @@ def test_dropout_of_a_cpu_before_the_norm():
 
 def test_attention_of_a_cpu_keeps_its_mask_in_the_backward_pass():
     """By finite differences in float64, with the same draw each time."""
-    qkv, offsets = packed([3, 1, 5], 2, 4, torch.float64)
+    qkv, sequences = packed([3, 1, 5], 2, 4, torch.float64)
 
     def attend(x):
         torch.manual_seed(3)
-        return cpu_ops.attention(x, offsets, 5, 0.4)
+        return cpu_ops.attention(x, sequences, 0.4)
 
     assert torch.autograd.gradcheck(attend, (qkv,))
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from megatron_interbert.kernels import plain
 from megatron_interbert.kernels.choice import Kernels
+from megatron_interbert.kernels.sequences import Sequences
 from megatron_interbert.kernels.products import PlainProducts
 from megatron_interbert.model.partition import shard
 from megatron_interbert.model.transformer import TransformerLayer, TransformerStack
@@ -71,7 +72,8 @@ def check_shared_rows(state):
         tokens, offsets = sum(lengths), torch.tensor([0, *lengths]).cumsum(0).int()
         for rows in (None, torch.randperm(tokens)[: (tokens + 1) // 2]):
             x = torch.randn(tokens, 8, **DOUBLE, requires_grad=True)
-            expected, result = (s(x, offsets, max(lengths), rows) for s in (plain, ours))
+            sequences = Sequences(offsets, max(lengths))
+            expected, result = (s(x, sequences, rows) for s in (plain, ours))
             torch.testing.assert_close(result, expected)
             weight = torch.randn_like(expected)
             gradients, wanted = (

@@ -9,6 +9,7 @@ import torch
 
 from megatron_interbert.kernels import plain
 from megatron_interbert.kernels.attention import padded_sdpa
+from megatron_interbert.kernels.sequences import Sequences
 from tests.gpu.stages.place import Place, Record
 from tests.kernels import comparisons
 from tests.kernels.sequences import packed
@@ -62,22 +63,21 @@ def check_one(
     With dropout, exact is float64 with the mask that v = identity shows.
     """
     began = time.monotonic()
-    qkv, offsets = packed(lengths, heads, size, dtype, place.device.type)
-    longest = max(lengths)
-    errors = errors_of(attend, plain.attention, qkv, offsets, longest, 0.0)
+    qkv, sequences = packed(lengths, heads, size, dtype, place.device.type)
+    errors = errors_of(attend, plain.attention, qkv, sequences, 0.0)
     first = time.monotonic() - began
 
     p = 0.3
-    masks = comparisons.attention_masks(attend, qkv, offsets, longest, p, comparisons.SEED)
+    masks = comparisons.attention_masks(attend, qkv, sequences, p, comparisons.SEED)
 
-    def masked(qkv: torch.Tensor, offsets: torch.Tensor, _longest: int, p: float) -> torch.Tensor:
-        return comparisons.masked_attention(qkv, offsets, masks, p)
+    def masked(qkv: torch.Tensor, sequences: Sequences, p: float) -> torch.Tensor:
+        return comparisons.masked_attention(qkv, sequences, masks, p)
 
     def seeded(*inputs: object) -> torch.Tensor:
         torch.manual_seed(comparisons.SEED)
         return attend(*inputs)
 
-    dropped = errors_of(seeded, masked, qkv, offsets, longest, p)
+    dropped = errors_of(seeded, masked, qkv, sequences, p)
     kept = torch.cat([mask.flatten() for mask in masks])
     rate = 1 - float(kept.double().mean())
     spread = (p * (1 - p) / kept.numel()) ** 0.5
@@ -98,14 +98,13 @@ def errors_of(
     ours: Callable,
     exact: Callable,
     qkv: torch.Tensor,
-    offsets: torch.Tensor,
-    longest: int,
+    sequences: Sequences,
     p: float,
 ) -> tuple[float, float]:
     """Of the values and of the gradient, relative to their length."""
     wide = qkv.detach().double().requires_grad_()
-    theirs = exact(wide, offsets, longest, p)
-    found = ours(qkv, offsets, longest, p)
+    theirs = exact(wide, sequences, p)
+    found = ours(qkv, sequences, p)
     weight = torch.randn_like(found)
     gradient = torch.autograd.grad(found, qkv, weight)[0]
     expected = torch.autograd.grad(theirs, wide, weight.double())[0]
@@ -147,11 +146,11 @@ def time_attention(
     lengths = torch.randint(*joint, (samples,)).tolist()
     took = {}
     for name, one in (("triton", attend), ("padded", padded_sdpa)):
-        qkv, offsets = packed(lengths, heads, size, dtype, place.device.type)
+        qkv, sequences = packed(lengths, heads, size, dtype, place.device.type)
         weight = torch.ones(len(qkv), heads, size, device=qkv.device, dtype=dtype)
 
-        def both(one=one, qkv=qkv, offsets=offsets, weight=weight) -> None:
-            torch.autograd.grad(one(qkv, offsets, max(lengths), DROPOUT), qkv, weight)
+        def both(one=one, qkv=qkv, sequences=sequences, weight=weight) -> None:
+            torch.autograd.grad(one(qkv, sequences, DROPOUT), qkv, weight)
 
         calls = [place.seconds(both) for _ in range(place.choose(23, 2))]
         took[name] = 1e6 * statistics.median(calls[-20:])
