@@ -10,8 +10,8 @@ from torch import nn
 
 from megatron_interbert.kernels import plain
 from megatron_interbert.kernels.choice import Kernels
-from megatron_interbert.kernels.sequences import Sequences
 from megatron_interbert.kernels.products import PlainProducts
+from megatron_interbert.kernels.sequences import Sequences
 from megatron_interbert.model.partition import shard
 from megatron_interbert.model.transformer import TransformerLayer, TransformerStack
 from megatron_interbert.parallel import vocab_loss
