@@ -9,11 +9,12 @@ cd "$(dirname "$0")/.."
 steps=${STEPS:-5000}
 processes=${PROCESSES:-$((gpus == 1 ? 1 : 2))}
 micro_batch=$((processes > 1 ? 64 / processes : 32))
+global_batch=$((64 / processes * processes))
 run=runs/sample
 [ -f sample_corpus/test/manifest.json ] || python tools/make_sample.py --output sample_corpus
 
 PROCESSES_PER_NODE=$processes python launchers/node.py launchers/pretrain.sh --model sample --data-path sample_corpus/train \
-  --valid-data-path sample_corpus/test --language en --train-iters "$steps" --micro-batch-size $micro_batch --global-batch-size 64 \
+  --valid-data-path sample_corpus/test --language en --train-iters "$steps" --micro-batch-size $micro_batch --global-batch-size $global_batch \
   --lr 2e-3 --lr-warmup-fraction 0.05 --adam-beta2 0.98 --no-msm-on-mismatched --num-workers 0 \
   --save "$run" --save-interval 1000 --eval-interval 500 --log-interval 100
 

@@ -16,12 +16,12 @@ data=sample_shop runs=runs/shop_$steps
 train() { # on the GPUs that are visible, else on the CPU
   PROCESSES_PER_NODE=$processes python launchers/node.py "$@"
 }
-train launchers/pretrain_chinese.sh --micro-batch-size $((64 / processes)) --global-batch-size 64 \
+train launchers/pretrain_chinese.sh --micro-batch-size $((64 / processes)) --global-batch-size $((64 / processes * processes)) \
   --train-iters "$steps" --save "$runs/pretrained" --save-interval 1000 --log-interval 200
 
 finetune() { # task, first weights, steps, peak learning rate, further flags
   train launchers/finetune.sh "$1" --init-from "$2" --save "$runs/$1" --train-iters "$3" \
-    --lr "$4" --lr-decay-style linear --adam-beta2 0.98 --micro-batch-size $((32 / processes)) --global-batch-size 32 --num-workers 0 \
+    --lr "$4" --lr-decay-style linear --adam-beta2 0.98 --micro-batch-size $((32 / processes)) --global-batch-size $((32 / processes * processes)) --num-workers 0 \
     --data-path $data/train --valid-data-path $data/test --ema-decay 0 --log-interval 200 --eval-interval "$3" "${@:5}"
 }
 finetune product_search "$runs/pretrained" $((steps / 2)) 1e-3 --queries $data/train/queries.jsonl --valid-queries $data/test/queries.jsonl

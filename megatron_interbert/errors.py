@@ -55,8 +55,9 @@ def end_at_once(number: int, frame: FrameType | None = None) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether torch says that a GPU, or this machine, has no memory left."""
-    said = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
-    return type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in said)
+    said = ("out of memory", "can't allocate memory", "alloc_failed")
+    text = str(error).lower()
+    return type(error).__name__ == "OutOfMemoryError" or any(part in text for part in said)
 
 
 def run_entry(main: Callable[[], None]) -> None:

@@ -153,14 +153,25 @@ def check_disk(config: PreflightConfig) -> str:
         parameters = sum(p.numel() for p in InterBert(sizes, PRETRAINING_HEADS).parameters())
     weight = 4 if not (config.fp16 or config.bf16) else 2
     each = parameters * (12 + 2 * weight)  # master weights and two moments in fp32; weights for DeepSpeed and as safetensors
-    wanted = each * ((config.keep_last or math.ceil(config.train_iters / (config.save_interval or config.train_iters))) + 1)
+    wanted = each * (checkpoints_kept(config) + 1)  # the next one is whole before an old one goes
     free = shutil.disk_usage(nearest_folder(Path(config.save))).free
     if free < wanted:
         raise UsageError(
             f"--save {config.save}: {free / 2**30:.1f} GiB free, the checkpoints need {wanted / 2**30:.1f} GiB;"
             " free some, choose another folder, or lower --keep-last"
         )
-    return f"{wanted / 2**30:.2f} GiB needed for checkpoints, {free / 2**30:.1f} GiB free"
+    unknown = not config.keep_last and not config.save_interval
+    more = f", and {each / 2**30:.2f} for each one more, for --keep-last 0 keeps all" if unknown else ""
+    return f"{wanted / 2**30:.2f} GiB needed for checkpoints{more}, {free / 2**30:.1f} GiB free"
+
+
+def checkpoints_kept(config: PreflightConfig) -> int:
+    """Count the checkpoints that lie on disk at the end of a run; 1 where the clock decides."""
+    steps = config.train_iters
+    if not config.keep_last:
+        return math.ceil(steps / (config.save_interval or steps))
+
+    return config.keep_last + (steps // config.keep_every if config.keep_every else 0)
 
 
 def config_of_one_process(config: PreflightConfig) -> PreflightConfig:

@@ -17,7 +17,7 @@ from megatron_interbert.config import read_json
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.weights.files import write_json
 
-SAME = ("task", "protocol", "precision")
+SAME = {"task": None, "protocol": None, "precision": "fp32"}  # and what results before they had it mean
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -47,9 +47,10 @@ def run() -> None:
     for path, result in zip(options.results, results, strict=True):
         if not isinstance(result.get("metrics"), dict) or not result["metrics"]:
             raise UsageError(f"{path}: no figures in it; give the result.json of an evaluation")
-        for name in SAME:
-            if result.get(name) != results[0].get(name):
-                raise UsageError(f"{path}: {name} is {result.get(name)}, the first has {results[0].get(name)}; they do not average")
+        for name, earlier in SAME.items():
+            here, first = (each.get(name, earlier) for each in (result, results[0]))
+            if here != first:
+                raise UsageError(f"{path}: {name} is {here}, the first has {first}; they do not average")
         if deciding(result) != deciding(results[0]):
             raise UsageError(f"{path}: evaluated on other data or with other limits than {options.results[0]}; they do not average")
         if result["metrics"].keys() != results[0]["metrics"].keys():

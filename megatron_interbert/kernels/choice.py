@@ -12,13 +12,9 @@ import torch
 from megatron_interbert.errors import UsageError
 from megatron_interbert.kernels import attention, cpu_ops, plain
 from megatron_interbert.kernels.fit import OLDEST, WIDEST, Gpu, gpu_of, tile_bytes, tile_for
-from megatron_interbert.kernels.products import (
-    Float8Products,
-    OneDnnProducts,
-    PlainProducts,
-    has_onednn,
-    has_scaled_products,
-)
+from megatron_interbert.kernels.products import Float8Products, PlainProducts, has_scaled_products
+
+ROW_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,7 @@ class Kernels:
     vocab_statistics: Callable[..., tuple[torch.Tensor, ...]] = plain.vocab_statistics
     vocab_gradient: Callable[..., torch.Tensor] = plain.vocab_gradient
     products: type = PlainProducts
+    row_multiple: int = 1  # token rows of a stack of layers are filled up to a multiple of this
     remarks: tuple[str, ...] = ()
 
     @property
@@ -43,7 +40,7 @@ class Kernels:
 
     def describe(self) -> str:
         """One line: operation=module.function of each, then why something went elsewhere."""
-        operations = {name: one for name, one in vars(self).items() if name != "remarks"}
+        operations = {name: one for name, one in vars(self).items() if callable(one)}
         chosen = ", ".join(f"{name}={one.__module__.rsplit('.', 1)[-1]}.{one.__name__}" for name, one in operations.items())
         return "; ".join([chosen, *self.remarks])
 
@@ -55,14 +52,14 @@ def choose_kernels(
     deterministic: bool = False,
     fp8: bool = False,
     head_sizes: Sequence[int] = (),
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.float32,
 ) -> Kernels:
     """Kernels for `--kernels auto|torch|triton|apex` on a device, with `fp8` the layers' products in 8 bits (on a CPU too, slowly: for
     checks); UsageError when the choice cannot run there.
 
     What is said of attention is said of `head_sizes` in `dtype`; the kernels themselves look at what they are given.
     """
-    kernels = _kernels_by_name(name, device, attention_dropout, deterministic)
+    kernels = _kernels_by_name(name, device, attention_dropout, deterministic, dtype)
     if fp8:
         check_float8(device)
         kernels = replace(kernels, products=Float8Products)
@@ -105,7 +102,13 @@ def attention_remarks(head_sizes: Sequence[int], dtype: torch.dtype, gpu: Gpu) -
     return remarks
 
 
-def _kernels_by_name(name: str, device: torch.device, attention_dropout: bool, deterministic: bool) -> Kernels:
+def _kernels_by_name(
+    name: str,
+    device: torch.device,
+    attention_dropout: bool,
+    deterministic: bool,
+    dtype: torch.dtype,
+) -> Kernels:
     """Of all operations but the products.
 
     Variable-length flash attention has no dropout: with `attention_dropout` (training) Triton's kernel takes its place, or padded SDPA
@@ -115,7 +118,7 @@ def _kernels_by_name(name: str, device: torch.device, attention_dropout: bool, d
     if name == "torch":
         return Kernels()
     if name == "auto" and not on_gpu:
-        return _cpu_kernels()
+        return _cpu_kernels(dtype)
 
     newer = on_gpu and torch.version.hip is None and not gpu_of(device).is_too_old
     flash = newer and not attention_dropout and not deterministic
@@ -133,14 +136,19 @@ def _kernels_by_name(name: str, device: torch.device, attention_dropout: bool, d
     return _triton_kernels(flash)
 
 
-def _cpu_kernels() -> Kernels:
-    """Plain torch, but for what a CPU does faster in another way."""
+def _cpu_kernels(dtype: torch.dtype) -> Kernels:
+    """Plain torch, but for what a CPU does faster in another way.
+
+    In 16 bits torch multiplies by oneDNN, which builds a program for each new number of rows. Batches
+    have another number of tokens at every step: without a multiple, a step of the sample model with
+    8 samples takes half as long again.
+    """
     return Kernels(
         attention=cpu_ops.attention,
         dropout_add_norm=cpu_ops.dropout_add_norm,
         embed_text=cpu_ops.embed_text,
         embed_image=cpu_ops.embed_image,
-        products=OneDnnProducts if has_onednn() else PlainProducts,
+        row_multiple=ROW_MULTIPLE if dtype.itemsize == 2 else 1,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from megatron_interbert.kernels import plain
 from megatron_interbert.kernels.attention import padded_sdpa
@@ -29,14 +30,15 @@ def dropout_mask(x: torch.Tensor, p: float) -> torch.Tensor:
 
     bits = _random_bits(x.numel()).view(x.shape)
     kept = torch.empty(x.shape, dtype=x.dtype)
-    torch.ge(bits, dropped - LEVELS // 2, out=kept)  # by way of a bool it takes five times as long
+    torch.ge(bits, dropped - LEVELS // 2, out=kept)  # no bool in between: that takes longer
     return kept.mul_(LEVELS / (LEVELS - dropped))
 
 
 def _random_bits(count: int) -> torch.Tensor:
     """Give `count` int16 of random bits, four from a draw of NumPy's SFC64.
 
-    That takes half the time of torch's generator, which gives it its seed.
+    SFC64 takes half the time of torch's own generator. It is seeded from that one, so masks are
+    repeated where torch's generator is.
     """
     seed = torch.empty(1, dtype=torch.int64).random_().numpy()
     draws = np.random.SFC64(seed).random_raw(-(-count // 4))
@@ -65,16 +67,37 @@ def _residual_sum(x: torch.Tensor, residual: torch.Tensor, p: float) -> torch.Te
     return torch.addcmul(residual, x, dropout_mask(x, p))
 
 
-def embed_text(*inputs: Any) -> torch.Tensor:
+def embed_text(
+    words: torch.Tensor,
+    positions: torch.Tensor,
+    types: torch.Tensor,
+    position_table: torch.Tensor,
+    type_table: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    dropout_p: float,
+    eps: float,
+) -> torch.Tensor:
     """See plain.embed_text."""
-    *embedded, dropout_p, eps = inputs
-    return dropout(plain.embed_text(*embedded, 0.0, eps), dropout_p)
+    tables = (position_table, type_table)
+    embedded = plain.embed_text(words, positions, types, *tables, weight, bias, 0.0, eps)
+    return dropout(embedded, dropout_p)
 
 
-def embed_image(*inputs: Any) -> torch.Tensor:
+def embed_image(
+    projected: torch.Tensor,
+    locations: torch.Tensor,
+    location_weight: torch.Tensor,
+    location_bias: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    dropout_p: float,
+    eps: float,
+) -> torch.Tensor:
     """See plain.embed_image."""
-    *embedded, dropout_p, eps = inputs
-    return dropout(plain.embed_image(*embedded, 0.0, eps), dropout_p)
+    location = (location_weight, location_bias)
+    embedded = plain.embed_image(projected, locations, *location, weight, bias, 0.0, eps)
+    return dropout(embedded, dropout_p)
 
 
 def attention(qkv: torch.Tensor, sequences: Sequences, dropout_p: float) -> torch.Tensor:
@@ -106,7 +129,7 @@ class _TrainedAttention(torch.autograd.Function):
         queries, keys, values = padded
         scores = torch.baddbmm(hidden, queries, keys.transpose(1, 2), alpha=size**-0.5)
         wide = torch.promote_types(qkv.dtype, torch.float32)
-        weights = scores.to(wide).softmax(dim=-1).to(qkv.dtype)  # in 16 bits it takes three times as long
+        weights = scores.to(wide).softmax(dim=-1).to(qkv.dtype)  # torch is slower in 16 bits
         kept = dropout_mask(weights, dropout_p) if dropout_p > 0 else None
         attended = torch.bmm(weights if kept is None else weights * kept, values)
 
@@ -114,6 +137,7 @@ class _TrainedAttention(torch.autograd.Function):
         return attended.view(-1, size).index_select(0, back_of_result).view(tokens, heads, size)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """One gradient for queries, keys and values."""
         padded, weights, kept, back_of_result, back = ctx.saved_tensors

@@ -38,25 +38,6 @@ class PlainProducts:
         return grad.t() @ x
 
 
-class OneDnnProducts(PlainProducts):
-    """Of float32 on a CPU by oneDNN, where torch itself takes MKL; other types as in PlainProducts.
-
-    On an AMD EPYC the two products that have the weight as an operand take 7 to 18 % less time.
-    """
-
-    @staticmethod
-    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if x.dtype != torch.float32 or len(x) == 0:
-            return F.linear(x, weight, bias)
-        return _OneDnnLinear.apply(x, weight, bias)
-
-    @staticmethod
-    def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if grad.dtype != torch.float32 or len(grad) == 0:
-            return grad @ weight
-        return _onednn_linear(grad, weight.t(), None)
-
-
 class Float8Products:
     """The same in 8 bits; results have the type of x. Sizes of weights are multiples of FLOAT8_MULTIPLE, N is any."""
 
@@ -99,33 +80,6 @@ def scaled_product(
     """a [M, K] times the transpose of b [N, K], both quantised; `fast` sums in the tensor cores' own registers (Hopper)."""
     whole = F.ScalingType.TensorWise
     return F.scaled_mm(a[0], b[0].t(), a[1], whole, b[1], whole, bias=bias, output_dtype=dtype, use_fast_accum=fast)
-
-
-def has_onednn() -> bool:
-    """Whether this torch has oneDNN, and its products for operands in torch's own layout."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def _onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x W^T + b by the operation that torch.compile takes on CPUs; it has no gradient of its own."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-class _OneDnnLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        return _onednn_linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad
-        return (
-            OneDnnProducts.input_gradient(grad, weight) if of_x else None,
-            OneDnnProducts.weight_gradient(grad, x) if of_weight else None,
-            grad.sum(dim=0) if of_bias else None,
-        )
 
 
 class _Float8Linear(torch.autograd.Function):

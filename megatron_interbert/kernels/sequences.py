@@ -9,7 +9,7 @@ Derived = TypeVar("Derived")
 
 
 class Sequences:
-    """B sequences that begin and end at `offsets` (int32 [B+1]); `longest` is the most tokens of one.
+    """B sequences that begin and end at `offsets` (int32 [B+1]); the longest has `longest` tokens.
 
     All layers of a stack attend to the same sequences. What a kernel derives from them it asks for
     by `once`, so that the first layer makes it and the others find it.

@@ -87,7 +87,7 @@ class InterBert(nn.Module):
                 )
                 for _ in range(count)
             ]
-            return TransformerStack(layers, state.placement, streams, recompute)
+            return TransformerStack(layers, state.placement, streams, recompute, kernels.row_multiple)
 
         text_like = (config.num_attention_heads, config.hidden_dropout, config.attention_dropout)
         self.interaction = stack(config.interaction_layers, *text_like)

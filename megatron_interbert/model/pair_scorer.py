@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.sending import send_batch, send_indexes
 from megatron_interbert.errors import UsageError
-from megatron_interbert.kernels.sequences import Sequences
+from megatron_interbert.kernels.sequences import Sequences, padded_places
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.transformer import SelfAttention, TransformerStack
 
@@ -147,8 +147,10 @@ class PairScorer:
             qkv = pairs.together(images.qkv, captions.qkv) if number == 0 else layer.attention.qkv(joint)
             joint = layer.after_attention(layer.attention.attend(qkv, sequences), joint)
 
-        image = last_layer_of_first(model.image_stream, joint[pairs.image_index], pairs.image_offsets, pairs.longest_image)
-        text = last_layer_of_first(model.text_stream, joint[pairs.text_index], pairs.text_offsets, pairs.longest_text)
+        images_here = Sequences(pairs.image_offsets.int(), pairs.longest_image)
+        image = last_layer_of_first(model.image_stream, joint[pairs.image_index], images_here)
+        texts_here = Sequences(pairs.text_offsets.int(), pairs.longest_text)
+        text = last_layer_of_first(model.text_stream, joint[pairs.text_index], texts_here)
         return model.text_pooler(text), model.image_pooler(image)
 
 
@@ -156,28 +158,36 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)])
 
 
-def last_layer_of_first(stack: TransformerStack, x: torch.Tensor, offsets: torch.Tensor, longest: int) -> torch.Tensor:
-    """The first token's state [B, H] behind a stack over packed x [N, H]; offsets int64 [B + 1]."""
+def last_layer_of_first(
+    stack: TransformerStack, x: torch.Tensor, sequences: Sequences
+) -> torch.Tensor:
+    """Give the first token's state [B, H] behind a stack over packed x [N, H]."""
     *before, last = stack.layers or [None]
-    sequences = Sequences(offsets.int(), longest)
     for layer in before:
         x = layer(x, sequences)
-    first = x[offsets[:-1]]
+
+    first = x.index_select(0, sequences.offsets[:-1])
     if last is None:
         return first
-    return last.after_attention(_first_token_attention(last.attention, x, first, offsets, longest), first)
+
+    attended = _first_token_attention(last.attention, x, first, sequences)
+    return last.after_attention(attended, first)
 
 
 def _first_token_attention(
-    attention: SelfAttention, x: torch.Tensor, first: torch.Tensor, offsets: torch.Tensor, longest: int
+    attention: SelfAttention, x: torch.Tensor, first: torch.Tensor, sequences: Sequences
 ) -> torch.Tensor:
     """What the first token of each sequence attends to [B, H / ranks], from all tokens x [N, H]."""
     size = attention.head_size
     weight, bias = attention.qkv.weight.view(-1, 3, size, x.shape[1]), attention.qkv.bias.view(-1, 3, size)
     heads = len(weight)
     query = F.linear(first, weight[:, 0].reshape(-1, x.shape[1]), bias[:, 0].reshape(-1)).view(-1, heads, 1, size)
-    rows = torch.minimum(offsets[:-1, None] + torch.arange(longest, device=x.device), offsets[1:, None] - 1)  # [B, longest]
-    real = torch.arange(longest, device=x.device) < (offsets[1:] - offsets[:-1])[:, None]
-    keyed = F.linear(x, weight[:, 1:].reshape(-1, x.shape[1]), bias[:, 1:].reshape(-1))[rows]
-    key, value = keyed.view(len(first), longest, heads, 2, size).permute(3, 0, 2, 1, 4)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=real[:, None, None, :]).reshape(len(first), -1)
+
+    rows, _slots, seen = sequences.once(padded_places, len(x))
+    keyed = F.linear(x, weight[:, 1:].reshape(-1, x.shape[1]), bias[:, 1:].reshape(-1))
+    padded = keyed.index_select(0, rows).view(len(first), sequences.longest, heads, 2, size)
+    key, value = padded.permute(3, 0, 2, 1, 4)
+
+    mask = seen[:, None, None, :]
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return attended.reshape(len(first), -1)

@@ -3,6 +3,7 @@
 Legend: N tokens of all samples, H hidden. With sequence parallelism a rank's x holds its part of the N rows (parallel/placement.py).
 """
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -112,11 +113,22 @@ class TransformerLayer(nn.Module):
 
 
 class TransformerStack(nn.Module):
-    """Layers one after another; `recompute` keeps only their inputs for the backward pass."""
+    """Layers one after another; `recompute` keeps only their inputs for the backward pass.
 
-    def __init__(self, layers: list[TransformerLayer], placement: Placement, streams: RandomStreams, recompute: bool) -> None:
+    Rows are filled up to a multiple of `row_multiple`, and of the ranks that share them out.
+    """
+
+    def __init__(
+        self,
+        layers: list[TransformerLayer],
+        placement: Placement,
+        streams: RandomStreams,
+        recompute: bool,
+        row_multiple: int = 1,
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.multiple = math.lcm(row_multiple, placement.ranks if placement.shared else 1)
         self.placement, self.streams, self.recompute = placement, streams, recompute
 
     def forward(
@@ -126,23 +138,30 @@ class TransformerStack(nn.Module):
         if rows is not None and not len(self.layers):
             return x.index_select(0, rows)
         asked = len(x) if rows is None else len(rows)
-        if self.placement.shared:
+        if self.multiple > 1:
             x, sequences, rows = self._filled(x, sequences, rows)
+        if self.placement.shared:
             x = self.placement.split(x)
+
         for number, layer in enumerate(self.layers, 1):
             inputs = (x, sequences, rows if number == len(self.layers) else None)
             x = self.streams.recompute(layer, *inputs) if self.recompute and self.training else layer(*inputs)
-        return self.placement.join(x)[:asked] if self.placement.shared else x
+
+        if self.placement.shared:
+            x = self.placement.join(x)
+        return x[:asked] if self.multiple > 1 else x
 
     def _filled(
         self, x: torch.Tensor, sequences: Sequences, rows: torch.Tensor | None
     ) -> tuple[torch.Tensor, Sequences, torch.Tensor | None]:
-        """The inputs with one more sequence, of as many empty tokens as make equal parts for the ranks; and the `rows` filled up with the
-        first of these."""
-        tokens, ranks = len(x), self.placement.ranks
-        more = ranks - tokens % ranks  # at least one: no sequence is ever empty
+        """Add one more sequence, of as many empty tokens as are missing, and fill `rows` with its first.
+
+        Nothing reads the empty tokens, so they get no gradient and give none.
+        """
+        tokens = len(x)
+        more = self.multiple - tokens % self.multiple  # at least one: no sequence is ever empty
         x = F.pad(x, (0, 0, 0, more))
         offsets = F.pad(sequences.offsets, (0, 1), value=tokens + more)
         if rows is not None:
-            rows = torch.cat([rows, rows.new_full((-len(rows) % ranks,), tokens)])
+            rows = torch.cat([rows, rows.new_full((-len(rows) % self.multiple,), tokens)])
         return x, Sequences(offsets, max(sequences.longest, more)), rows

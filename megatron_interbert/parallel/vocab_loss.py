@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from megatron_interbert.parallel.collectives import group_rank, group_size
 
@@ -23,9 +24,9 @@ class VocabMath(NamedTuple):
 
 
 class _ProjectedCrossEntropy(torch.autograd.Function):
-    """Logits exist chunk by chunk, in both passes: of all rows they would be the largest tensor of a step.
+    """Logits of all rows would be the largest tensor of a step: they exist chunk by chunk.
 
-    Those of the last chunk are kept, for the backward pass begins with it; others are computed again.
+    Where one chunk holds all rows, the backward pass finds it kept. Several are computed again.
     """
 
     @staticmethod
@@ -42,8 +43,9 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         """Keeps the inputs and the logarithm of each row's sum of exponentials."""
         local = labels - len(weight) * group_rank(group)
         rows = max(1, CHUNK // len(weight))
-        found = []
+        found, logits = [], None
         for part, of_part in zip(hidden.split(rows), local.split(rows), strict=True):
+            logits = None  # before there are others
             logits = F.linear(part, weight, bias)
             found.append(math.statistics(logits, of_part, words))
 
@@ -54,27 +56,29 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         best = (best + len(weight) * group_rank(group)).masked_fill(largest < overall, torch.iinfo(best.dtype).max)
         right = _reduced(best, group, dist.ReduceOp.MIN) == labels
         normaliser = total.log() + overall
-        ctx.save_for_backward(hidden, weight, bias, local, normaliser, logits)
+        ctx.save_for_backward(hidden, weight, bias, local, normaliser)
+        ctx.logits = logits if len(found) == 1 else None
         ctx.words, ctx.math, ctx.rows = words, math, rows
         ctx.mark_non_differentiable(right)
         return normaliser - own, right
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _right: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias, local, normaliser, logits = ctx.saved_tensors
+        hidden, weight, bias, local, normaliser = ctx.saved_tensors
+        logits, ctx.logits = ctx.logits, None  # whose memory the gradient takes
         dhidden = torch.empty_like(hidden)
         dweight, dbias = torch.empty_like(weight), torch.zeros_like(bias)
         pieces = [x.split(ctx.rows) for x in (hidden, dhidden, local, normaliser, grad)]
 
-        beta = 0.0  # of what stands in dweight: nothing yet
-        for part, dpart, of_part, normal, dloss in reversed(list(zip(*pieces, strict=True))):
+        for number, (part, dpart, of_part, normal, dloss) in enumerate(zip(*pieces, strict=True)):
             if logits is None:
                 logits = F.linear(part, weight, bias)
             dlogits = ctx.math.gradient(logits, of_part, normal, dloss, ctx.words)
             torch.mm(dlogits, weight, out=dpart)
-            dweight.addmm_(dlogits.t(), part, beta=beta)
+            dweight.addmm_(dlogits.t(), part, beta=float(number > 0))  # there is nothing in it yet
             dbias += dlogits.sum(dim=0)
-            logits, beta = None, 1.0
+            logits = dlogits = None  # before there are others
 
         return dhidden, dweight, dbias, None, None, None, None
 

@@ -25,10 +25,14 @@ def alone(scorer: PairScorer, side: Side, images: bool) -> torch.Tensor:
     """Pooled vectors [items, P] of one side without the other."""
     model = scorer.model
     (offsets,) = send_indexes([side.offsets], side.hidden.device)
-    longest = int(side.lengths.max())
-    hidden = model.interaction(side.hidden, Sequences(offsets.int(), longest))
-    stack, pooler = (model.image_stream, model.image_pooler) if images else (model.text_stream, model.text_pooler)
-    return pooler(last_layer_of_first(stack, hidden, offsets, longest))
+    sequences = Sequences(offsets.int(), int(side.lengths.max()))
+    hidden = model.interaction(side.hidden, sequences)
+
+    stack, pooler = model.text_stream, model.text_pooler
+    if images:
+        stack, pooler = model.image_stream, model.image_pooler
+
+    return pooler(last_layer_of_first(stack, hidden, sequences))
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ from megatron_interbert.parallel.vocab_loss import CHUNK
 BUCKET = 500_000_000  # most gradients that are reduced at once
 FP32, ADAM = 4, 8  # bytes of a value; of its two moments
 ROW_STATISTICS = 8  # mean and deviation that a norm keeps of a row
-ROW_NUMBERS = 32  # of each token and head, where its query, key, value and result stand among padded ones: attention on a CPU
+INDEX = 8  # bytes of the number of a row
+ROW_NUMBERS = 4 * INDEX  # of each token and head on a CPU: where its query, key, value and result are among padded ones
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,20 @@ def activations(sizes: ModelConfig, layout: Layout, load: Load) -> tuple[float, 
             attended += weights * padded * longest * heads / layout.tensor
         between = behind * (3 * hidden + masks) + tokens * hidden
         inner = behind * 2 * ffn / layout.tensor
-        numbers = ROW_NUMBERS * tokens * heads / layout.tensor if not layout.fused else 0.0
-        return element * (attended + inner + between / sharing) + numbers + 2 * ROW_STATISTICS * behind / sharing
+        return element * (attended + inner + between / sharing) + 2 * ROW_STATISTICS * behind / sharing
+
+    def numbers(tokens: float, longest: float, heads: int) -> float:
+        """Of one sample: where rows come from and go to, which all layers of a stack share."""
+        if layout.fused:
+            return 0.0
+
+        back = ROW_NUMBERS * tokens * heads / layout.tensor
+        if not layout.recompute:  # what the way there needs is gone with the forward pass
+            return back
+
+        there = (3 * INDEX + element) * longest * heads / layout.tensor
+        places = INDEX * (tokens + longest)
+        return back + there + places
 
     words, shown = max(1.0, load.masked * load.words), max(1.0, load.masked * load.regions) / 2
     like_text = (sizes.num_attention_heads, sizes.hidden_dropout, sizes.attention_dropout)
@@ -111,6 +124,7 @@ def activations(sizes: ModelConfig, layout: Layout, load: Load) -> tuple[float, 
     total = largest = 0.0
     for count, shape, read in stacks:
         whole = layer(*shape)
+        total += numbers(*shape[:3]) if count else 0.0
         if layout.recompute:
             total += count * element * hidden * shape[0] / sharing
             largest = max(largest, whole if count else 0.0)
@@ -119,7 +133,20 @@ def activations(sizes: ModelConfig, layout: Layout, load: Load) -> tuple[float, 
     masks = 0 if layout.fused or not sizes.hidden_dropout else hidden
     embedded = image * (sizes.feature_dim + hidden + masks) + load.words * (hidden + masks)
     heads = (words + shown) * 3 * hidden + 4 * shown * sizes.num_classes + 6 * sizes.pooled_size
-    return load.samples * (total + element * (embedded + heads)), load.samples * largest
+    kept = load.samples * (total + element * (embedded + heads)) + kept_logits(sizes, layout, load)
+    return kept, load.samples * largest
+
+
+def kept_logits(sizes: ModelConfig, layout: Layout, load: Load) -> float:
+    """Give the bytes of word logits that wait for the backward pass: of one chunk, or none."""
+    count = logits_at_once(sizes, layout, load)
+    return layout.element * count if count < CHUNK else 0.0
+
+
+def logits_at_once(sizes: ModelConfig, layout: Layout, load: Load) -> float:
+    """Count the word logits that exist at a time."""
+    targets = load.samples * max(1.0, load.masked * load.words)
+    return min(targets * sizes.padded_vocab_size / layout.tensor, CHUNK)
 
 
 def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
@@ -152,8 +179,8 @@ def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
         gradients = all_of if layout.zero_stage == 1 else share
         begin, end, step = bucket, gradients + bucket + table * (layout.zero_stage == 1), gradients + share + converted
     kept, again = activations(sizes, layout, load)
-    targets = load.samples * max(1.0, load.masked * load.words)
-    logits = min(targets * sizes.padded_vocab_size / layout.tensor, CHUNK) * (element if layout.fused else 2 * FP32)
+    each = element if layout.fused else 2 * FP32  # fused, the gradient takes the logits' own memory
+    logits = each * logits_at_once(sizes, layout, load) - kept_logits(sizes, layout, load)
     peak = weights + optimizer + max(begin + kept + max(again, logits + table), end + again, step)
     return Memory(weights, optimizer, gradients, buffers, kept + again, peak)
 

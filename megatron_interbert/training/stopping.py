@@ -41,7 +41,7 @@ class Stopping:
             self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
         take_over((*STOPPING, signal.SIGINT), self._note)
-        end_at_second_interrupt()
+        end_at_second_interrupt(speaks=state.is_main)
 
         # The deepspeed command starts a process that starts the ranks; a signal to the command ends
         # it without a word to either.
@@ -100,8 +100,8 @@ class Stopping:
         return bool(self._signal) or self._late
 
 
-def end_at_second_interrupt() -> None:
-    """End this process at its second SIGINT, whatever its main thread is doing.
+def end_at_second_interrupt(speaks: bool) -> None:
+    """End this process at its second SIGINT, whatever its main thread is doing; say so if it `speaks`.
 
     Python runs a handler between two instructions of the main thread, which may sit in a collective
     that never ends. The number of each signal is also written to a socket at once, and a thread of
@@ -122,7 +122,8 @@ def end_at_second_interrupt() -> None:
         with reading, writing:  # they stay open as long as this thread runs
             while interrupts < 2:
                 interrupts += reading.recv(1)[0] == signal.SIGINT
-        os.write(2, b"SIGINT again: ended at once\n")
+        if speaks:
+            os.write(2, b"SIGINT again: ended at once\n")
         os._exit(INTERRUPTED)
 
     threading.Thread(target=count, name="interrupts", daemon=True).start()

@@ -1,18 +1,9 @@
-"""Products of linear layers against float64.
-
-In 8 bits: of the quantised numbers exactly, of the numbers themselves within the formats' precision.
-"""
+"""Products in 8 bits against float64: of the quantised numbers exactly, of the numbers themselves within the formats' precision."""
 
 import pytest
 import torch
 
-from megatron_interbert.kernels.products import (
-    Float8Products,
-    OneDnnProducts,
-    PlainProducts,
-    has_onednn,
-    quantise,
-)
+from megatron_interbert.kernels.products import Float8Products, PlainProducts, quantise
 
 IN, OUT = 64, 48
 
@@ -89,34 +80,3 @@ def test_no_rows() -> None:
     result.sum().backward()
     assert x.grad.shape == (0, IN)
     assert not weight.grad.any()
-
-
-@pytest.mark.skipif(not has_onednn(), reason="this torch is built without oneDNN")
-@pytest.mark.parametrize("tokens", [0, 1, 7, 33])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("biased", [True, False])
-def test_onednn(tokens: int, dtype: torch.dtype, biased: bool) -> None:
-    x, weight, bias, grad = made(tokens, dtype, tokens)
-    inputs = (x, weight, bias) if biased else (x, weight)
-    leaves = [leaf.clone().requires_grad_() for leaf in inputs]
-    result = OneDnnProducts.linear(*leaves)
-    result.backward(grad)
-
-    exact = [leaf.double().requires_grad_() for leaf in inputs]
-    expected = PlainProducts.linear(*exact)
-    expected.backward(grad.double())
-
-    assert result.dtype == dtype
-    pairs = [(result, expected), *((leaf.grad, true.grad) for leaf, true in zip(leaves, exact, strict=True))]
-    pairs.append((OneDnnProducts.input_gradient(grad, weight), exact[0].grad))
-    for found, true in pairs:
-        step = torch.finfo(dtype).eps * float(true.detach().abs().amax() if true.numel() else 0.0)
-        torch.testing.assert_close(found.double(), true.double(), rtol=0.0, atol=8 * step)
-
-
-@pytest.mark.skipif(not has_onednn(), reason="this torch is built without oneDNN")
-def test_onednn_takes_what_is_not_contiguous() -> None:
-    x, weight, bias, grad = made(12, torch.float32, 3)
-    strided = x.t().contiguous().t()
-    torch.testing.assert_close(OneDnnProducts.linear(strided, weight, bias), x @ weight.t() + bias)
-    torch.testing.assert_close(OneDnnProducts.input_gradient(grad[::2], weight), grad[::2] @ weight)

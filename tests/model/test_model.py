@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_interbert.config import ModelConfig
 from megatron_interbert.data.packing import Example, pack
@@ -224,7 +225,7 @@ def test_recomputation_changes_nothing():
 
 def test_a_pass_hands_nothing_back_to_the_host():
     batch = pack(examples(4), 20)
-    for kernels in (Kernels(), choose_kernels("auto", torch.device("cpu"), attention_dropout=True)):
+    for kernels in (Kernels(), choose_kernels("auto", torch.device("cpu"), True, dtype=torch.bfloat16)):
         model = make(heads=("msm", "mrm", "itm"), kernels=kernels)
         with Readings() as readings:
             loss, _ = PretrainingTask().loss(model(batch), batch, batch.target_counts())
@@ -233,6 +234,43 @@ def test_a_pass_hands_nothing_back_to_the_host():
         with readings:
             loss.item()
         assert readings.found
+
+
+class RowsOfProducts(TorchDispatchMode):
+    """The numbers of rows that products with the layers' weights have."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        if operation._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            x, weight = arguments[-2:]
+            of_layer = {*weight.shape} <= {SMALL.hidden_size, SMALL.ffn_hidden_size, 3 * SMALL.hidden_size}
+            if of_layer and len(x) > SMALL.ffn_hidden_size:
+                self.found.add(len(x))
+        return operation(*arguments, **(keywords or {}))
+
+
+def test_rows_are_filled_up_and_change_nothing():
+    """16 ragged batches in float64: results and gradients are equal, and there are few numbers of rows."""
+    config = SMALL.without_dropout()
+    models = [make(config, kernels=Kernels(row_multiple=multiple)).double() for multiple in (1, 32)]
+    numbers = []
+    for seed in range(16):
+        batch = pack(examples(count=12, seed=seed), 20)
+        found = []
+        for model in models:
+            with RowsOfProducts() as rows:
+                output = model(batch)
+            loss = sum(part.double().sum() for part in output if part is not None and part.is_floating_point())
+            found.append([loss, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)])
+            numbers.append(rows.found)
+        for plain, filled in zip(*found, strict=True):
+            torch.testing.assert_close(filled, plain, rtol=1e-9, atol=1e-12)
+
+    by_tokens, by_multiples = set().union(*numbers[::2]), set().union(*numbers[1::2])
+    assert len(by_multiples) <= 6 < len(by_tokens), (by_multiples, by_tokens)
 
 
 def test_flops_are_those_counted_for_the_base_model():

@@ -67,7 +67,12 @@ def measure(layout, state, sizes=SIZES, samples=SAMPLES, steps=2):
         config = RunConfig(
             micro_batch_size=samples, bf16=layout.half, zero_stage=layout.zero_stage, tensor_model_parallel_size=layout.tensor
         )
-        kernels = choose_kernels("triton" if layout.fused else "auto", torch.device("cpu"), attention_dropout=True)
+        kernels = choose_kernels(
+            "triton" if layout.fused else "auto",
+            torch.device("cpu"),
+            attention_dropout=True,
+            dtype=torch.bfloat16 if layout.half else torch.float32,
+        )
         streams = RandomStreams(0, state.data_rank, state.tensor_rank)
         model = InterBert(sizes, state=state, kernels=kernels, streams=streams, recompute=layout.recompute)
         initialise(model, sizes, 0, state)

@@ -63,7 +63,15 @@ def test_a_trial_that_runs_out_of_memory_ends_the_search():
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("HIP error: out of memory"),
+        RuntimeError("NCCL error: Cuda failure 2 'out of memory'"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
 )
 def test_lack_of_memory_is_noticed_and_nothing_else(error):
     trial = object.__new__(micro_batch.Trial)

@@ -18,7 +18,7 @@ def stop(monkeypatch):
     before = {number: signal.getsignal(number) for number in (*STOPPING, signal.SIGINT)}
     monkeypatch.setattr(dist, "new_group", lambda backend, timeout: backend)
     monkeypatch.setattr(stopping, "read_launch", lambda: SimpleNamespace(launcher="python"))
-    monkeypatch.setattr(stopping, "end_at_second_interrupt", lambda: None)
+    monkeypatch.setattr(stopping, "end_at_second_interrupt", lambda speaks: None)
     yield stopping.Stopping(RunConfig(save="run"), SimpleNamespace(world_size=2, is_main=True))
     for number, handler in before.items():
         signal.signal(number, handler)

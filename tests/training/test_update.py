@@ -42,7 +42,8 @@ class Run:
     def __init__(self, state, sizes=TINY, **settings):
         self.state, self.sizes, self.task = state, sizes, PretrainingTask()
         self.config = RunConfig(micro_batch_size=SAMPLES, tensor_model_parallel_size=state.tensor_size, **settings)
-        kernels = choose_kernels("auto", torch.device("cpu"), attention_dropout=True)
+        dtype = torch.bfloat16 if self.config.bf16 else torch.float32
+        kernels = choose_kernels("auto", torch.device("cpu"), attention_dropout=True, dtype=dtype)
         self.streams = RandomStreams(0, state.data_rank, state.tensor_rank)
         model = InterBert(sizes, state=state, kernels=kernels, streams=self.streams)
         initialise(model, sizes, 0, state)

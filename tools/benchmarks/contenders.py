@@ -24,6 +24,7 @@ from tools.benchmarks.padded import parameters
 from tools.benchmarks.products import ProductTimer, flops_of_ours
 
 PARTS = ("data", "forward", "backward", "optimizer")
+PRODUCT_STEPS = 3  # in which products are timed one by one, after all rounds
 
 
 class Contender(ABC):
@@ -56,16 +57,18 @@ class Contender(ABC):
         }
 
     def _time_of_products(self) -> dict[str, float]:
-        """Seconds that matrix products alone take, of one more forward and backward pass."""
-        self.make_batch()
-        seconds = {}
-        for name, part in (("forward", self.forward), ("backward", self.backward)):
-            with ProductTimer(self.device) as timer:
-                part()
-            seconds[name] = timer.seconds
+        """Give the median seconds that matrix products alone take of both passes of a step."""
+        found: dict[str, list[float]] = {"forward": [], "backward": []}
+        for _ in range(PRODUCT_STEPS):
+            self.make_batch()
+            for name, part in (("forward", self.forward), ("backward", self.backward)):
+                with ProductTimer(self.device) as timer:
+                    part()
+                found[name].append(timer.seconds)
 
-        self.update()
-        return seconds
+            self.update()
+
+        return {name: statistics.median(seconds) for name, seconds in found.items()}
 
     def first_step(self) -> None:
         """Buffers and choices of the first step; its matrix products are counted as they are called."""

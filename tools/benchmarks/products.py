@@ -7,19 +7,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_interbert.kernels.products import has_onednn
-
-BY_TORCH = ("mm", "addmm", "bmm", "baddbmm", "addmm_", "baddbmm_", "mm.out", "bmm.out")
-ATTENTION = "_scaled_dot_product"  # and its gradient: products and softmax in one
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmm_", "baddbmm_", "mm.out", "bmm.out")
 
 
 def flops_of_ours() -> dict[Any, Callable[..., int]]:
     """Give the counts of products that torch's FlopCounterMode does not know."""
-    counts = {torch.ops.aten._scaled_mm_v2: product_flops}
-    if has_onednn():
-        counts[torch.ops.mkldnn._linear_pointwise] = linear_flops
-
-    return counts
+    return {torch.ops.aten._scaled_mm_v2: product_flops}
 
 
 def product_flops(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
@@ -27,15 +20,11 @@ def product_flops(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * a[0] * a[1] * b[1]
 
 
-def linear_flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
-    """Count those of oneDNN's linear layer: shapes [N, in] and [out, in]."""
-    return 2 * x[0] * x[1] * weight[0]
-
-
 class ProductTimer(TorchDispatchMode):
-    """Adds up the seconds of all matrix products, and of torch's fused attention, that run under it.
+    """Adds up the seconds of all matrix products that run under it.
 
-    On a GPU it waits for the device before and after each: for the share of a step, not for its pace.
+    Attention that is one operation with its softmax (SDPA, Triton's) is not among them. On a GPU
+    it waits for the device before and after each: for the share of a step, not for its pace.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -67,8 +56,5 @@ class ProductTimer(TorchDispatchMode):
 
 def is_product(operation: str) -> bool:
     """Whether an operation of the dispatcher, such as aten.mm.default, is a matrix product."""
-    space, name = operation.split(".", 1)
-    if space == "mkldnn":
-        return name.startswith("_linear_pointwise")
-
-    return name.removesuffix(".default") in BY_TORCH or name.startswith((ATTENTION, "_scaled_mm"))
+    name = operation.split(".", 1)[1]
+    return name.removesuffix(".default") in PRODUCTS or name.startswith("_scaled_mm")

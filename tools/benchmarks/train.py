@@ -37,6 +37,7 @@ from tools.benchmarks.contenders import Contender, Ours, Padded
 from tools.benchmarks.padded import Lxmert, PaddedInterBert, VisualBert, parameters
 
 TWIN = Kernels(plain.attention, plain.bias_gelu, plain.dropout_add_norm)
+FIGURES = 0  # asked of a worker; any other number asks for so many steps
 SAME_WORK = (
     "model",
     "batch",
@@ -74,6 +75,7 @@ def contenders(arguments: argparse.Namespace, device: torch.device) -> dict[str,
     sizes = sizes_of(arguments.model)
     examples = random_examples(sizes, arguments.batch, arguments.words, arguments.regions)
     dropout = max(sizes.attention_dropout, sizes.image_attention_dropout) > 0
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     with torch.device("meta"):
         values = parameters(InterBert(sizes))
 
@@ -86,17 +88,17 @@ def contenders(arguments: argparse.Namespace, device: torch.device) -> dict[str,
         return lambda: Padded(make(), examples, arguments.max_tokens, regions, device, arguments.bf16)
 
     found = {
-        "ours": ours(choose_kernels("auto", device, dropout)),
+        "ours": ours(choose_kernels("auto", device, dropout, dtype=dtype)),
         "ours by plain twins": ours(TWIN),
         "padded InterBERT": padded(lambda: PaddedInterBert(sizes)),
         "LXMERT": padded(lambda: Lxmert(sizes, values)),
         "VisualBERT": padded(lambda: VisualBert(sizes, values)),
     }
     with contextlib.suppress(UsageError):  # where NVIDIA's apex is installed
-        found["ours by apex"] = ours(choose_kernels("apex", device, dropout))
+        found["ours by apex"] = ours(choose_kernels("apex", device, dropout, dtype=dtype))
     if arguments.bf16 and device.type == "cuda":
         with contextlib.suppress(UsageError):  # where the GPU multiplies 8-bit numbers
-            found["ours in 8 bits"] = ours(choose_kernels("auto", device, dropout, fp8=True))
+            found["ours in 8 bits"] = ours(choose_kernels("auto", device, dropout, fp8=True, dtype=dtype))
     wanted = [name.strip() for name in arguments.only.split(",")] if arguments.only else list(found)
     if unknown := [name for name in wanted if name not in found]:
         raise UsageError(f"--only {unknown[0]}: no such contender; there are {', '.join(found)}")
@@ -121,20 +123,21 @@ class Worker:
             self.lines.append(mine)
         self._receive()  # else it would still be at its first step while the others are timed
 
-    def step(self) -> float:
-        """Seconds of a step, of the slowest rank."""
-        return max(self._ask("step"))
+    def turn(self, steps: int) -> float:
+        """Give the median seconds of so many steps, each that of the slowest rank."""
+        of_ranks = self._ask(steps)
+        return statistics.median(max(seconds) for seconds in zip(*of_ranks, strict=True))
 
     def figures(self) -> dict[str, Any]:
-        """What the first rank has to say at the end."""
-        return self._ask("figures")[0]
+        """Give what the first rank has to say at the end."""
+        return self._ask(FIGURES)[0]
 
     def stop(self) -> None:
         """End the processes."""
         for process in self.processes:
             process.kill()
 
-    def _ask(self, what: str) -> list[Any]:
+    def _ask(self, what: int) -> list[Any]:
         for line in self.lines:
             line.send(what)
         return self._receive()
@@ -157,14 +160,32 @@ def _serve(line: Connection, arguments: argparse.Namespace, name: str, place: di
     before = peak_resident()
     contender = contenders(arguments, device)[name]()
     contender.first_step()
+    leave_memory(device)
     line.send("ready")
     while True:
-        if line.recv() == "step":
-            line.send(contender.step())
+        asked = line.recv()
+        if asked != FIGURES:
+            line.send(take_turn(contender, asked))
         else:
             on_gpu = device.type == "cuda"
             memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else peak_resident() - before
             line.send({**contender.figures(), "peak_memory_gib": memory})
+
+
+def take_turn(contender: Contender, steps: int) -> list[float]:
+    """Give the seconds of so many steps; leave a GPU's memory to the next contender."""
+    if contender.device.type == "cuda":
+        contender.step()  # takes memory anew
+
+    seconds = [contender.step() for _ in range(steps)]
+    leave_memory(contender.device)
+    return seconds
+
+
+def leave_memory(device: torch.device) -> None:
+    """Give back what torch holds of a GPU's memory without need."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -183,9 +204,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with progress(total=arguments.rounds * len(names), unit="contender", desc="contenders", leave=False) as bar:
         for _ in range(arguments.rounds):
             for name, worker in workers.items():
-                rounds[name].append(statistics.median(worker.step() for _ in range(arguments.steps)))
+                rounds[name].append(worker.turn(arguments.steps))
                 if apart:
-                    longer[name].append(rounds[name][-1] - statistics.median(apart[name].step() for _ in range(arguments.steps)))
+                    longer[name].append(rounds[name][-1] - apart[name].turn(arguments.steps))
                 bar.update()
     result: dict[str, Any] = {"samples": arguments.batch, "ranks": ranks, "contenders": {}}
     peak, needed = ranks * peak_tflops(device, arguments.peak_tflops), ranks * needed_flops(arguments)
@@ -277,7 +298,7 @@ def table(result: dict[str, Any]) -> list[str]:
         "memory GiB",
         *next(iter(result["contenders"].values()))["parts"],
         "products forward",
-        "backward",
+        "products backward",
     )
     rows = []
     for name, f in result["contenders"].items():
