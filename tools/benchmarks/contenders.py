@@ -3,6 +3,7 @@
 import statistics
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,15 +28,35 @@ PARTS = ("data", "forward", "backward", "optimizer")
 PRODUCT_STEPS = 3  # in which products are timed one by one, after all rounds
 
 
-class Contender(ABC):
-    """One way to train: `step()` makes its batch from the samples and trains on it, and notes the seconds of each part."""
+def real_tokens(examples: list[Example]) -> int:
+    """Count words, regions and [IMG] of samples."""
+    return sum(len(e.token_ids) + len(e.features) + 1 for e in examples)
 
-    def __init__(self, examples: list[Example], device: torch.device) -> None:
-        self.examples, self.device = examples, device
+
+class Contender(ABC):
+    """One way to train: `step()` makes a batch of new samples, trains on it, and notes the seconds of each part.
+
+    `draw` gives the samples of a step by its number: all contenders see the same ones, and each step
+    has other lengths than the one before, as in training.
+    """
+
+    def __init__(self, draw: Callable[[int], list[Example]], device: torch.device) -> None:
+        self.draw, self.device = draw, device
+        self.drawn = 0
+        self.examples: list[Example] = []
         self.seconds: dict[str, list[float]] = {name: [] for name in PARTS}
+        self.real_tokens: list[int] = []  # of each step, without padding
+
+    def next_samples(self) -> None:
+        """Draw the samples of the next step."""
+        self.examples = self.draw(self.drawn)
+        self.drawn += 1
 
     def step(self) -> float:
-        """Seconds of one whole step."""
+        """Give the seconds of one whole step."""
+        self.next_samples()
+        self.real_tokens.append(real_tokens(self.examples))
+
         marks = [self._now()]
         for part in (self.make_batch, self.forward, self.backward, self.update):
             part()
@@ -45,13 +66,12 @@ class Contender(ABC):
         return marks[-1] - marks[0]
 
     def figures(self) -> dict[str, Any]:
-        """What there is to say beside the seconds of steps."""
-        batch = pack(self.examples, self.examples[0].features.shape[1])
+        """Give what there is to say beside the seconds of steps."""
         parts = {part: statistics.median(values) for part, values in self.seconds.items()}
         return {
             "parts": parts,
             "products": self._time_of_products(),
-            "tokens": len(batch.joint_order),
+            "tokens": statistics.mean(self.real_tokens),
             "flops": self.flops,
             **self.own_figures(),
         }
@@ -60,6 +80,7 @@ class Contender(ABC):
         """Give the median seconds that matrix products alone take of both passes of a step."""
         found: dict[str, list[float]] = {"forward": [], "backward": []}
         for _ in range(PRODUCT_STEPS):
+            self.next_samples()
             self.make_batch()
             for name, part in (("forward", self.forward), ("backward", self.backward)):
                 with ProductTimer(self.device) as timer:
@@ -77,6 +98,7 @@ class Contender(ABC):
             self.step()
         self.flops = counter.get_total_flops()
         self.seconds = {name: [] for name in PARTS}
+        self.real_tokens = []
 
     @abstractmethod
     def own_figures(self) -> dict[str, Any]:
@@ -108,10 +130,16 @@ class Ours(Contender):
     """Our model through our engine, as `pretrain` steps it."""
 
     def __init__(
-        self, sizes: ModelConfig, examples: list[Example], device: torch.device, bf16: bool, kernels: Kernels, zero_stage: int
+        self,
+        sizes: ModelConfig,
+        draw: Callable[[int], list[Example]],
+        device: torch.device,
+        bf16: bool,
+        kernels: Kernels,
+        zero_stage: int,
     ) -> None:
-        super().__init__(examples, device)
-        self.state, batch = ParallelState(), len(examples)
+        super().__init__(draw, device)
+        self.state, batch = ParallelState(), len(draw(0))
         together = batch * self.state.data_size
         config = RunConfig(micro_batch_size=batch, global_batch_size=together, bf16=bf16, zero_stage=zero_stage)
         model = InterBert(sizes, state=self.state, kernels=kernels)
@@ -139,9 +167,15 @@ class Padded(Contender):
     """A module over padded batches with torch's AdamW, autocast, clipping and DistributedDataParallel, as training scripts write it."""
 
     def __init__(
-        self, model: nn.Module, examples: list[Example], tokens: int, regions: int, device: torch.device, bf16: bool
+        self,
+        model: nn.Module,
+        draw: Callable[[int], list[Example]],
+        tokens: int,
+        regions: int,
+        device: torch.device,
+        bf16: bool,
     ) -> None:
-        super().__init__(examples, device)
+        super().__init__(draw, device)
         self.model, self.tokens, self.regions, self.bf16 = model.to(device).train(), tokens, regions, bf16
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.parameters = parameters(model)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from megatron_interbert.config import read_json
-from megatron_interbert.data.packing import pack
+from megatron_interbert.data.packing import Example, pack
 from megatron_interbert.errors import TrainingStopped, UsageError
 from megatron_interbert.kernels import plain
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
@@ -73,7 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def contenders(arguments: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], Contender]]:
     """Makers of all that take part, by name; ours is the first."""
     sizes = sizes_of(arguments.model)
-    examples = random_examples(sizes, arguments.batch, arguments.words, arguments.regions)
+
+    def draw(number: int) -> list[Example]:
+        return random_examples(sizes, arguments.batch, arguments.words, arguments.regions, number)
+
     dropout = max(sizes.attention_dropout, sizes.image_attention_dropout) > 0
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     with torch.device("meta"):
@@ -81,11 +84,11 @@ def contenders(arguments: argparse.Namespace, device: torch.device) -> dict[str,
 
     def ours(kernels: Kernels) -> Callable[[], Contender]:
         stage = int(arguments.bf16) if arguments.zero_stage is None else arguments.zero_stage
-        return lambda: Ours(sizes, examples, device, arguments.bf16, kernels, stage)
+        return lambda: Ours(sizes, draw, device, arguments.bf16, kernels, stage)
 
     def padded(make: Callable[[], nn.Module]) -> Callable[[], Contender]:
         regions = arguments.max_regions or arguments.regions[1]
-        return lambda: Padded(make(), examples, arguments.max_tokens, regions, device, arguments.bf16)
+        return lambda: Padded(make(), draw, arguments.max_tokens, regions, device, arguments.bf16)
 
     found = {
         "ours": ours(choose_kernels("auto", device, dropout, dtype=dtype)),
