@@ -258,7 +258,7 @@ def describe_run(
         f"model {name}: {parameters / 1e6:.1f} M parameters, hidden {sizes.hidden_size}, layers {sizes.interaction_layers} +"
         f" {sizes.text_layers} + {sizes.image_layers}, vocabulary {sizes.vocab_size}, features {sizes.feature_dim},"
         f" classes {sizes.num_classes}",
-        f"layout: DP{state.data_size} x TP{state.tensor_size}{shared} ({state.world_size} ranks, {dist.get_backend()}),"
+        f"layout: DP{state.data_size} x TP{state.tensor_size}{shared} ({state.world_size} rank{"s" * (state.world_size > 1)}, {dist.get_backend()}),"
         f" ZeRO-{config.zero_stage}, {engine.precision}",
         f"batch: {config.global_batch_size} = micro {config.micro_batch_size} x DP {state.data_size} x accumulation {engine.accumulation}",
         f"kernels: {kernels}",
