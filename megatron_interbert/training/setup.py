@@ -254,11 +254,12 @@ def describe_run(
     shared = " with sequence parallelism" if state.placement.shared else ""
     if config.sequence_parallel and not shared:
         shared = " (--sequence-parallel has nothing to share)"
+    ranks = f"{state.world_size} rank{'s' * (state.world_size > 1)}"
     lines = [
         f"model {name}: {parameters / 1e6:.1f} M parameters, hidden {sizes.hidden_size}, layers {sizes.interaction_layers} +"
         f" {sizes.text_layers} + {sizes.image_layers}, vocabulary {sizes.vocab_size}, features {sizes.feature_dim},"
         f" classes {sizes.num_classes}",
-        f"layout: DP{state.data_size} x TP{state.tensor_size}{shared} ({state.world_size} rank{"s" * (state.world_size > 1)}, {dist.get_backend()}),"
+        f"layout: DP{state.data_size} x TP{state.tensor_size}{shared} ({ranks}, {dist.get_backend()}),"
         f" ZeRO-{config.zero_stage}, {engine.precision}",
         f"batch: {config.global_batch_size} = micro {config.micro_batch_size} x DP {state.data_size} x accumulation {engine.accumulation}",
         f"kernels: {kernels}",
