@@ -32,7 +32,7 @@ from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.launch import environment_of_one_process, read_launch
 from megatron_interbert.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
 from megatron_interbert.progress import progress
-from megatron_interbert.tasks.parts import fitted_sizes, open_stores, vocabulary_of_run
+from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, vocabulary_of_run
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.deepspeed_config import (
     agree_with_json,
@@ -47,6 +47,7 @@ from megatron_interbert.training.micro_batch import Trial, layout_of, load_of, m
 from megatron_interbert.training.node_table import compare_nodes, device_in_use
 from megatron_interbert.training.optimizer import learning_rate
 from megatron_interbert.training.processes import start_processes
+from megatron_interbert.training.resume import check_same_model, newest_manifest
 from megatron_interbert.training.setup import parts_of_model, pretraining_job
 from megatron_interbert.weights.files import check_writable, nearest_folder, write_json
 
@@ -151,6 +152,12 @@ def check_disk(config: PreflightConfig) -> str:
     with torch.device("meta"):
         sizes = fitted_sizes(config, tokenizer, corpus)
         parameters = sum(p.numel() for p in InterBert(sizes, PRETRAINING_HEADS).parameters())
+
+    resumed = newest_manifest(config) if config.resume != "never" else None
+    if resumed:
+        path, manifest = resumed
+        check_same_model(manifest, sizes, describe_data(tokenizer, corpus), str(path))
+
     weight = 4 if not (config.fp16 or config.bf16) else 2
     each = parameters * (12 + 2 * weight)  # master weights and two moments in fp32; weights for DeepSpeed and as safetensors
     wanted = each * (checkpoints_kept(config) + 1)  # the next one is whole before an old one goes
@@ -162,7 +169,8 @@ def check_disk(config: PreflightConfig) -> str:
         )
     unknown = not config.keep_last and not config.save_interval
     more = f", and {each / 2**30:.2f} for each one more, for --keep-last 0 keeps all" if unknown else ""
-    return f"{wanted / 2**30:.2f} GiB needed for checkpoints{more}, {free / 2**30:.1f} GiB free"
+    start = f"resumes from {resumed[0]}; " if resumed else ""
+    return f"{start}{wanted / 2**30:.2f} GiB needed for checkpoints{more}, {free / 2**30:.1f} GiB free"
 
 
 def checkpoints_kept(config: PreflightConfig) -> int:

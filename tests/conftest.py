@@ -8,6 +8,34 @@ import pytest
 
 from tests.corpus import write_store
 
+# Files are tested side by side. Those that take a minute or more begin first, the longest at the
+# head, so that none is left to run alone at the end.
+LONGEST_FILES = (
+    "test_together.py",
+    "test_slurm.py",
+    "test_layouts.py",
+    "test_retrieval.py",
+    "test_launch.py",
+    "test_benchmark.py",
+    "test_finetune.py",
+    "test_topologies.py",
+    "test_triton.py",
+    "test_hostfile.py",
+    "test_convert.py",
+    "test_resume.py",
+    "test_build_features_faults.py",
+    "test_defaults.py",
+    "test_fast_path.py",
+    "test_real_images.py",
+    "test_extract_features.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Put the files that take longest first; all others stay in their order."""
+    rank = {name: number for number, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory):

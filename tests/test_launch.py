@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
-from tests.launching import ENVIRONMENT, ROOT, TINY, deepspeed, launch, losses, pretrain
+from tests.launching import ENVIRONMENT, ROOT, TINY, deepspeed, launch, losses, pretrain, train
 
 FLAGS = (*TINY, "--train-iters", 3, "--num-workers", 1)
 
@@ -130,3 +130,18 @@ def test_preflight_says_what_is_wrong_and_how_to_mend_it(store, tmp_path):
     assert "FAILED  batch" in out
     assert "sha256 differs" in out
     assert "preflight: batch, data" in err
+
+
+def test_preflight_looks_at_what_would_be_resumed(store, tmp_path):
+    run = tmp_path / "run"
+    code, out, err = train(1, "--data-path", store, *FLAGS, "--train-iters", 1, "--save", run)
+    assert code == 0, out + err
+
+    command = (sys.executable, "-m", "megatron_interbert.preflight", "--data-path", store, *FLAGS)
+    code, out, err = launch(*command, "--fast", "--save", run)
+    assert code == 0, out + err
+    assert f"resumes from {run}/global_step1; " in out
+
+    code, out, err = launch(*command, "--fast", "--save", run, "--model", "sample")
+    assert code == 2
+    assert f"{run}/global_step1: made with other model sizes (" in out

@@ -70,11 +70,19 @@ def keep_fitted(config: TrainConfig, state: ParallelState) -> None:
 
 
 def newest_settings(config: TrainConfig) -> tuple[str, dict[str, Any]] | None:
-    """(Folder, the run's settings) of the newest checkpoint of --save or --load that can be read."""
+    """Give (folder, the run's settings) of the newest checkpoint of --save or --load that can be read."""
+    found = newest_manifest(config)
+    return found and (str(found[0]), found[1]["configs"]["run"])
+
+
+def newest_manifest(config: TrainConfig) -> tuple[Path, dict[str, Any]] | None:
+    """Give (folder, manifest) of the newest checkpoint of --save or --load that can be read."""
     for folder in (config.save, config.load):
         for path in complete_checkpoints(Path(folder)) if folder else []:
             with contextlib.suppress(UsageError, KeyError, TypeError):
-                return str(path), read_manifest(path)["configs"]["run"]
+                manifest = read_manifest(path)
+                if isinstance(manifest["configs"]["run"], dict):
+                    return path, manifest
     return None
 
 
@@ -172,7 +180,22 @@ def defaults(config: Any) -> dict[str, Any]:
 def check_same_run(
     manifest: dict[str, Any], config: TrainConfig, model_config: ModelConfig, data: dict[str, Any], where: str
 ) -> None:
-    """UsageError unless a checkpoint is of this model, these data and these samples. What an older version did not know had its default."""
+    """Raise UsageError unless a checkpoint is of this model, these data and these samples.
+
+    What an older version did not know had its default.
+    """
+    check_same_model(manifest, model_config, data, where)
+    for name in config.SAME_SAMPLES:
+        before, now = {**defaults(config), **manifest["configs"]["run"]}[name], getattr(config, name)
+        if before != now:
+            raise UsageError(f"{where}: made with {name} = {before}, this run has {now}, so samples or losses would differ;"
+                             " use the same value, or another --save")  # fmt: skip
+
+
+def check_same_model(
+    manifest: dict[str, Any], model_config: ModelConfig, data: dict[str, Any], where: str
+) -> None:
+    """Raise UsageError unless a checkpoint is of this model, task and data."""
     theirs, ours = {**defaults(model_config), **manifest["configs"]["model"]}, dataclasses.asdict(model_config)
     differing = [k for k in ours if theirs.get(k) != ours[k] and not k.endswith("dropout")]
     if differing:
@@ -186,8 +209,3 @@ def check_same_run(
     if manifest["data"]["manifest_sha256"] != data["manifest_sha256"]:
         raise UsageError(f"{where}: the region store has changed since ({data['store']}), so samples would differ;"
                          " give the store it was made on, or take only its weights by --init-from")  # fmt: skip
-    for name in config.SAME_SAMPLES:
-        before, now = {**defaults(config), **manifest["configs"]["run"]}[name], getattr(config, name)
-        if before != now:
-            raise UsageError(f"{where}: made with {name} = {before}, this run has {now}, so samples or losses would differ;"
-                             " use the same value, or another --save")  # fmt: skip
