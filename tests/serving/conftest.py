@@ -46,7 +46,7 @@ def scorer(shop):
     return scorer_of(model, store)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it is open, nothing else can run an event loop in this thread
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install -r requirements.txt)")
     chromium = shutil.which("chromium")
