@@ -2,10 +2,6 @@
 """:"
 # Two languages in one file. A shell runs the next line and never comes further; Python reads this block as a docstring.
 # LAUNCH_ARGS goes to the deepspeed launcher, for example LAUNCH_ARGS="--num_gpus 8 --hostfile hosts".
-command -v deepspeed >/dev/null || {
-  echo "error: there is no deepspeed command; activate the environment first (. .venv/bin/activate)" >&2
-  exit 2
-}
 exec deepspeed --log_level error ${LAUNCH_ARGS:-} "$0" "$@"
 ":"""
 import sys

@@ -2,10 +2,6 @@
 """:"
 # The Chinese model: as pretrain.sh, with the flags below for all that neither your flags nor your --config say. Without a data path it
 # trains a small model on the generated sample shop (python tools/make_shop.py). Two languages in one file, see pretrain.sh.
-command -v deepspeed >/dev/null || {
-  echo "error: there is no deepspeed command; activate the environment first (. .venv/bin/activate)" >&2
-  exit 2
-}
 exec deepspeed --log_level error ${LAUNCH_ARGS:-} "$0" "$@"
 ":"""
 import sys

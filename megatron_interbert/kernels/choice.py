@@ -146,8 +146,6 @@ def _cpu_kernels(dtype: torch.dtype) -> Kernels:
     return Kernels(
         attention=cpu_ops.attention,
         dropout_add_norm=cpu_ops.dropout_add_norm,
-        embed_text=cpu_ops.embed_text,
-        embed_image=cpu_ops.embed_image,
         row_multiple=ROW_MULTIPLE if dtype.itemsize == 2 else 1,
     )
 

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from megatron_interbert.kernels import plain
 from megatron_interbert.kernels.attention import padded_sdpa
 from megatron_interbert.kernels.sequences import Sequences, padded_places
 
@@ -65,39 +64,6 @@ def _residual_sum(x: torch.Tensor, residual: torch.Tensor, p: float) -> torch.Te
         return residual + x
 
     return torch.addcmul(residual, x, dropout_mask(x, p))
-
-
-def embed_text(
-    words: torch.Tensor,
-    positions: torch.Tensor,
-    types: torch.Tensor,
-    position_table: torch.Tensor,
-    type_table: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    dropout_p: float,
-    eps: float,
-) -> torch.Tensor:
-    """See plain.embed_text."""
-    tables = (position_table, type_table)
-    embedded = plain.embed_text(words, positions, types, *tables, weight, bias, 0.0, eps)
-    return dropout(embedded, dropout_p)
-
-
-def embed_image(
-    projected: torch.Tensor,
-    locations: torch.Tensor,
-    location_weight: torch.Tensor,
-    location_bias: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    dropout_p: float,
-    eps: float,
-) -> torch.Tensor:
-    """See plain.embed_image."""
-    location = (location_weight, location_bias)
-    embedded = plain.embed_image(projected, locations, *location, weight, bias, 0.0, eps)
-    return dropout(embedded, dropout_p)
 
 
 def attention(qkv: torch.Tensor, sequences: Sequences, dropout_p: float) -> torch.Tensor:

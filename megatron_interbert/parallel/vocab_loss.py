@@ -45,7 +45,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         rows = max(1, CHUNK // len(weight))
         found, logits = [], None
         for part, of_part in zip(hidden.split(rows), local.split(rows), strict=True):
-            logits = None  # before there are others
+            logits = None  # frees the last chunk before the next is made
             logits = F.linear(part, weight, bias)
             found.append(math.statistics(logits, of_part, words))
 
@@ -65,6 +65,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _right: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Give the gradients of hidden, weight and bias; a kept chunk of logits is used up."""
         hidden, weight, bias, local, normaliser = ctx.saved_tensors
         logits, ctx.logits = ctx.logits, None  # whose memory the gradient takes
         dhidden = torch.empty_like(hidden)
@@ -76,9 +77,9 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
                 logits = F.linear(part, weight, bias)
             dlogits = ctx.math.gradient(logits, of_part, normal, dloss, ctx.words)
             torch.mm(dlogits, weight, out=dpart)
-            dweight.addmm_(dlogits.t(), part, beta=float(number > 0))  # there is nothing in it yet
+            dweight.addmm_(dlogits.t(), part, beta=float(number > 0))  # the first one overwrites
             dbias += dlogits.sum(dim=0)
-            logits = dlogits = None  # before there are others
+            logits = dlogits = None  # frees both before the next chunk is made
 
         return dhidden, dweight, dbias, None, None, None, None
 
