@@ -2,13 +2,14 @@
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
-from megatron_interbert.config import AUTO, flag, nearest, read_text
+from megatron_interbert.config import AUTO, LARGEST_SEED, flag, nearest, read_text
 from megatron_interbert.errors import UsageError
 
 RECIPE = "the launcher's recipe"  # origin of settings that a launcher gives where the user does not
@@ -84,8 +85,11 @@ def read_yaml(config_class: type, path: str) -> dict[str, Any]:
     text = read_text(path, "--config")
     try:
         values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UsageError(f"{path}: not valid YAML ({error})") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: holds a {type(values).__name__}, expected flags with their settings, such as 'lr: 1e-4'")
+
     entries = {f.name: f for f in dataclasses.fields(config_class)}
     result = {}
     for key, value in values.items():
@@ -112,6 +116,25 @@ def to_float(value: Any, path: str, name: str) -> float:
         return float(value)
     except ValueError:
         raise UsageError(f"{path}: '{name}' is {value!r}, expected a number") from None
+
+
+def finite_number(text: str) -> float:
+    """Read the number of a flag; NaN and infinity are none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"'{text}', expected a finite number")
+    return value
+
+
+def seed_number(text: str) -> int:
+    """Read the seed of a flag, which all generators can take."""
+    value = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
+    if not 0 <= value <= LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"'{text}', expected 0 to {LARGEST_SEED}")
+    return value
 
 
 def number_or_auto(text: str) -> int:

@@ -7,14 +7,17 @@ Precedence: flag, then YAML (`--config`), then DeepSpeed JSON where it names the
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import reading
 
 FLOAT8_MULTIPLE = 16  # of the inner size, and of the columns of the result, of a GPU's 8-bit product
+LARGEST_SEED = (1 << 63) - 1  # what all generators take
 AUTO = -(1 << 62)  # `auto` on the command line and in YAML: a number that is found out when the run starts, and that nobody gives
 
 
@@ -114,6 +117,13 @@ class Flags:
         """Take a setting from `origin` (`ds.json`, `RUN/global_step10`)."""
         setattr(self, name, value)
         self.origins[name] = origin
+        self.check_finite(name)
+
+    def check_finite(self, name: str) -> None:
+        """UsageError for a number that is none, or is infinite."""
+        value = getattr(self, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{self.told(name)}: expected a finite number")
 
     def fit(self, name: str, value: Any, reason: str) -> None:
         """Replace a default by what fits, and note it for the user."""
@@ -134,6 +144,11 @@ class Flags:
 
     def check(self) -> None:
         """UsageError for values that contradict each other or have no meaning."""
+        for entry in dataclasses.fields(self):
+            self.check_finite(entry.name)
+        if not 0 <= getattr(self, "seed", 0) <= LARGEST_SEED:
+            raise UsageError(f"{self.told('seed')}: expected 0 to {LARGEST_SEED}")
+
         found_out = {entry.name for entry in dataclasses.fields(self) if entry.metadata.get("auto")}
         for names, least in ((self.POSITIVE, 1), (self.NOT_NEGATIVE, 0)):
             for name in names:
@@ -394,7 +409,9 @@ class RunConfig(TrainConfig):
 
 
 def split_paths(text: str) -> list[str]:
-    """`a, b` -> [a, b]."""
+    """`a, b` -> [a, b]; the name of a folder may hold a comma where the whole is one."""
+    if "," in text and Path(text).is_dir():
+        return [text]
     return [path.strip() for path in text.split(",") if path.strip()]
 
 
@@ -412,7 +429,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def read_text(path: str | Path, what: str) -> str:
     """A text file's content; UsageError naming `what` when it cannot be read."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        with reading(path):
+            return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{what}: cannot read {path} ({error})") from error
 
@@ -420,9 +438,14 @@ def read_text(path: str | Path, what: str) -> str:
 def read_json(path: str | Path, what: str) -> dict[str, Any]:
     """A JSON object from a file; UsageError naming `what` when it is missing or malformed."""
     try:
-        value = json.loads(read_text(path, what))
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(read_text(path, what), parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{what}: {path} is not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise UsageError(f"{what}: {path} holds a {type(value).__name__}, expected an object")
     return value
+
+
+def refuse_constant(name: str) -> None:
+    """ValueError for NaN, Infinity and -Infinity, which Python's reader takes for JSON."""
+    raise ValueError(f"{name} is no number")

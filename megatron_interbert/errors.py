@@ -1,6 +1,7 @@
 """One line for the user instead of a traceback: what is wrong, where, and the command that mends it."""
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -8,9 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from megatron_interbert.output import speak_any_language
+
 
 class UsageError(ValueError):
     """Wrong flags, files or records. Entries print it as one line and exit with code 2."""
+
+
+class Unreadable(UsageError):
+    """Something is there and cannot be read now: permissions, disk, descriptors. It is not damaged."""
 
 
 @contextlib.contextmanager
@@ -60,12 +67,21 @@ def out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or any(part in text for part in said)
 
 
+NETWORK = (errno.ECONNRESET, errno.EPIPE, errno.ECONNREFUSED, errno.ECONNABORTED)
+
+
+def of_the_machine(error: BaseException) -> bool:
+    """Whether it says that a file or the system has failed us, which no traceback explains better."""
+    return isinstance(error, OSError) and bool(error.errno) and error.errno not in NETWORK
+
+
 def run_entry(main: Callable[[], None]) -> None:
     """Run an entry point; our own errors become one line on stderr and exit code 2 (wrong use) or 1 (failed work).
 
     Every rank exits. The same error on all ranks is printed once on each machine, by its first rank, unless it carries
     `local = True` (a bad record that one rank alone has read).
     """
+    speak_any_language()
     try:
         main()
     except (UsageError, TrainingStopped) as error:
@@ -89,6 +105,13 @@ def run_entry(main: Callable[[], None]) -> None:
     except StoppedBySignal as reason:
         sys.stdout.flush()
         os._exit(reason.code)
+    except OSError as error:
+        if not of_the_machine(error):
+            raise
+        rank = os.environ.get("RANK", "0")
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error (rank {rank}): {where}{error.strerror}", file=sys.stderr, flush=True)
+        os._exit(1)
     except RuntimeError as error:
         if out_of_memory(error):
             rank, text = os.environ.get("RANK", "0"), " ".join(str(error).split())

@@ -26,6 +26,7 @@ from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.files import check_writable, nearest_folder, write_json
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
 from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
 from megatron_interbert.parallel.device import this_device
@@ -49,7 +50,6 @@ from megatron_interbert.training.optimizer import learning_rate
 from megatron_interbert.training.processes import start_processes
 from megatron_interbert.training.resume import check_same_model, newest_manifest
 from megatron_interbert.training.setup import parts_of_model, pretraining_job
-from megatron_interbert.weights.files import check_writable, nearest_folder, write_json
 
 REQUIRED = {"torch": (2, 10), "deepspeed": (0, 19, 6), "h5py": (3, 11), "safetensors": (0, 6), "tokenizers": (0, 21)}
 

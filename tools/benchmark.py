@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.errors import run_entry
-from megatron_interbert.weights.files import write_json
+from megatron_interbert.files import write_json
 from megatron_interbert.weights.manifest import versions
 from tools.benchmarks import checkpoint, data, retrieval, serve, train
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_interbert.command_line import finite_number
 from megatron_interbert.config import read_text
 from megatron_interbert.data.building.build import BuildPlan, build
 from megatron_interbert.data.building.captions import FORMATS as CAPTION_FORMATS
@@ -24,9 +25,9 @@ from megatron_interbert.data.building.sources.base import Source
 from megatron_interbert.data.building.sources.fields import BACKGROUND_FIRST, BACKGROUND_NONE, ReadOptions
 from megatron_interbert.data.building.sources.opening import FORMATS, open_source
 from megatron_interbert.data.building.sources.stores import StoreSource
-from megatron_interbert.data.manifest import file_sha256
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.files import file_sha256
 
 DETECTOR = "Faster R-CNN ResNet-101, Visual Genome"
 
@@ -68,7 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images-per-shard", type=int, default=1024, help="default: %(default)s")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
     parser.add_argument(
-        "--max-dropped", type=float, default=0.1, help="share of unusable images that is allowed (default: %(default)s)"
+        "--max-dropped", type=finite_number, default=0.1, help="share of unusable images that is allowed (default: %(default)s)"
     )
     parser.add_argument("--strict-boxes", action="store_true", help="drop images with boxes outside instead of clipping these")
     parser.add_argument("--restart", action="store_true", help="throw away what an unfinished build has left and begin anew")

@@ -23,6 +23,7 @@ from megatron_interbert.config import ModelConfig
 from megatron_interbert.data.loader import BatchStream
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.errors import TrainingStopped, UsageError, run_entry
+from megatron_interbert.files import write_json
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert, InterBertOutput
 from megatron_interbert.parallel.device import this_device
@@ -33,7 +34,6 @@ from megatron_interbert.tasks.glue import glue_job, labels_of
 from megatron_interbert.training.first_weights import load_initial_weights
 from megatron_interbert.training.optimizer import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 from megatron_interbert.training.setup import settle_length
-from megatron_interbert.weights.files import write_json
 from megatron_interbert.weights.foreign import bert_links
 
 

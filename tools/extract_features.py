@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from megatron_interbert.command_line import finite_number
 from megatron_interbert.config import read_text
 from megatron_interbert.data.building.build import BuildPlan, build
 from megatron_interbert.data.building.detectors import BACKGROUND, DetectorChoice
@@ -41,7 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-regions", type=int, default=36, help="kept of a photo at most (default: %(default)s)")
     parser.add_argument("--min-regions", type=int, default=10, help="kept even below --min-score (default: %(default)s)")
     parser.add_argument(
-        "--min-score", type=float, default=0.2, help="of the best class that is not background (default: %(default)s)"
+        "--min-score", type=finite_number, default=0.2, help="of the best class that is not background (default: %(default)s)"
     )
     parser.add_argument("--soft-labels", type=int, default=10, help="label entries kept for a region (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="photos of one size that run together (default: %(default)s)")
@@ -49,7 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=0, help="processes (default: 1 with a GPU, else one for each core)")
     parser.add_argument("--images-per-shard", type=int, default=1024, help="and of one piece of work (default: %(default)s)")
     parser.add_argument(
-        "--max-dropped", type=float, default=0.1, help="share of unusable photos that is allowed (default: %(default)s)"
+        "--max-dropped", type=finite_number, default=0.1, help="share of unusable photos that is allowed (default: %(default)s)"
     )
     parser.add_argument("--restart", action="store_true", help="throw away what a killed run with other settings has left")
     options = parser.parse_args()

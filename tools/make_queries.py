@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.config import read_json
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.files import check_writable, write_text
 from megatron_interbert.progress import progress
-from megatron_interbert.weights.files import check_writable, write_text
 
 COLUMNS = ("product_id", "image_h", "image_w", "num_boxes", "boxes", "features", "class_labels", "query", "query_id")
 

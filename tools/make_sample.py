@@ -16,6 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_interbert.command_line import finite_number, seed_number
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.progress import progress
@@ -233,8 +234,8 @@ def run() -> None:
     parser.add_argument("--output", default="sample_corpus", help="folder for the stores train/ and test/ (default: %(default)s)")
     parser.add_argument("--train-scenes", type=int, default=20000, help="default: %(default)s")
     parser.add_argument("--test-scenes", type=int, default=200, help="unseen scenes for evaluation (default: %(default)s)")
-    parser.add_argument("--noise", type=float, default=0.3, help="of the features, against prototypes of norm 1 per entry")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--noise", type=finite_number, default=0.3, help="of the features, against prototypes of norm 1 per entry")
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--vcr", action="store_true", help="also a question about each scene in the form of VCR, in vcr/")
     options = parser.parse_args()
     if min(options.train_scenes, options.test_scenes) < 2:

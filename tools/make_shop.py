@@ -19,6 +19,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_interbert.command_line import finite_number, seed_number
 from megatron_interbert.data.building.shard_writer import commit
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.progress import progress
@@ -104,8 +105,8 @@ def run() -> None:
     parser.add_argument("--test-queries", type=int, default=400, help="default: %(default)s")
     parser.add_argument("--train-topics", type=int, default=3200, help="default: %(default)s")
     parser.add_argument("--test-topics", type=int, default=40, help="default: %(default)s")
-    parser.add_argument("--noise", type=float, default=0.3, help="of the features, against prototypes of norm 1 per entry")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--noise", type=finite_number, default=0.3, help="of the features, against prototypes of norm 1 per entry")
+    parser.add_argument("--seed", type=seed_number, default=0)
     options = parser.parse_args()
     for name, value in vars(options).items():
         if name.startswith(("train_", "test_")) and value < 2:

@@ -23,6 +23,7 @@ from megatron_interbert.data.downstream.product_search import read_queries
 from megatron_interbert.data.downstream.recommendation import Clicks, read_clicks, read_topics
 from megatron_interbert.data.downstream.records import read_records
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.files import write_json
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
@@ -33,7 +34,6 @@ from megatron_interbert.tasks.product_search import search
 from megatron_interbert.tasks.ranking import search_metrics
 from megatron_interbert.tasks.recommendation import click_metrics, showing_scores
 from megatron_interbert.training.processes import aligned
-from megatron_interbert.weights.files import write_json
 from tools.shop_world import COLOURS, KINDS, PLACES, Topic
 
 Figures = dict[str, list[dict[str, float]]]  # of each way, one for each run

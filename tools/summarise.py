@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.config import read_json
 from megatron_interbert.errors import UsageError, run_entry
-from megatron_interbert.weights.files import write_json
+from megatron_interbert.files import write_json
 
 SAME = {"task": None, "protocol": None, "precision": "fp32"}  # and what results before they had it mean
 

@@ -1,6 +1,5 @@
 """`manifest.json` of a region store: names of the files, reading and checking."""
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,13 @@ FILE_FIELDS = {"file": str, "bytes": int, "sha256": str}
 SHARD_FIELDS = {**FILE_FIELDS, "images": int, "regions": int, "captions": int}
 
 
-def file_sha256(path: str | Path) -> str:
-    """Hex sha256 of a file."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def read_manifest(store: Path) -> dict[str, Any]:
     """The manifest of a store with all its fields of the right kind, and every file of it there with its size."""
     path = store / MANIFEST
     if not path.is_file():
         raise UsageError(
-            f"{store}: no {MANIFEST} there, expected a region store; make one with tools/build_features.py or tools/make_sample.py"
+            f"{store}: no {MANIFEST} there, expected a region store (commas stand between several); make one with"
+            " tools/build_features.py or tools/make_sample.py"
         )
     manifest = read_json(path, "region store")
     version = manifest.get("schema_version")

@@ -15,18 +15,11 @@ from typing import Any
 import numpy as np
 
 from megatron_interbert.data.caption_file import CaptionFile
-from megatron_interbert.data.manifest import (
-    CAPTIONS,
-    HARD_IMAGES,
-    HARD_NEGATIVES,
-    MANIFEST,
-    file_sha256,
-    files_of,
-    read_manifest,
-)
+from megatron_interbert.data.manifest import CAPTIONS, HARD_IMAGES, HARD_NEGATIVES, MANIFEST, files_of, read_manifest
 from megatron_interbert.data.regions import Regions, has_non_finite, record_problem, repair_boxes
 from megatron_interbert.data.shard_file import COLUMNS, HDF5_ERRORS, OpenShard
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import file_sha256
 
 MAX_OPEN_SHARDS = 64
 

@@ -9,8 +9,8 @@ from tokenizers.models import WordPiece
 
 from megatron_interbert.config import read_text
 from megatron_interbert.data.chinese import one_form, word_begins
-from megatron_interbert.data.manifest import file_sha256
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import file_sha256
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 

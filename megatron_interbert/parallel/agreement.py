@@ -1,6 +1,6 @@
 """What all ranks must agree on before they work together: an error on one is an error on all, and who is odd is named."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from megatron_interbert.errors import UsageError
@@ -39,6 +39,6 @@ def check_alike(state: ParallelState, facts: dict[str, Any]) -> None:
             )
 
 
-def some(ranks: list[int]) -> str:
-    """`1, 2, 3, ..` for people."""
-    return ", ".join(map(str, ranks[:8])) + (", .." if len(ranks) > 8 else "")
+def some(things: Sequence[Any]) -> str:
+    """Name the first of some things, `1, 2, 3, ..`, for people."""
+    return ", ".join(map(str, things[:8])) + (", .." if len(things) > 8 else "")

@@ -2,7 +2,7 @@
 
     INDEX/<version>/vectors.faiss   vectors by the number of their item in items.jsonl
     INDEX/<version>/items.jsonl     the items
-    INDEX/<version>/manifest.json   the version, where the journal stood when the items were read, sha256 of weights and of both files
+    INDEX/<version>/manifest.json   its number, where the journal stood when the items were read, sha256 of weights and of both files
     INDEX/current                   link to the version that is served
     INDEX/journal.jsonl             what was added, changed and removed, in order (journal.py)
 
@@ -11,8 +11,9 @@ with which its vectors were made; others are refused. Its items are those of ite
 so whichever version is served, no change is lost.
 """
 
+import dataclasses
 import json
-import os
+import logging
 import re
 import shutil
 import threading
@@ -25,14 +26,25 @@ import faiss
 import numpy as np
 
 from megatron_interbert.config import read_json
-from megatron_interbert.data.manifest import file_sha256
-from megatron_interbert.errors import UsageError
-from megatron_interbert.serving.items import Item
-from megatron_interbert.serving.journal import collapsed, read_journal
-from megatron_interbert.weights.files import flush_file, flush_folder, write_json, write_text
+from megatron_interbert.errors import Unreadable, UsageError
+from megatron_interbert.files import (
+    file_sha256,
+    flush_file,
+    flush_folder,
+    list_folder,
+    point_to,
+    reading,
+    sibling,
+    write_json,
+    write_text,
+)
+from megatron_interbert.serving.items import Item, item_of
+from megatron_interbert.serving.journal import JOURNAL, Mark, collapsed, has_changes, read_journal
+from megatron_interbert.weights.manifest import seal
 
 CURRENT, VECTORS, ITEMS, FACTS = "current", "vectors.faiss", "items.jsonl", "manifest.json"
 NAME = re.compile(r"[0-9a-f]{12}")
+log = logging.getLogger("megatron_interbert.serving")
 LINKS, BREADTH = 32, 128  # of an HNSW graph; candidates that a search looks at
 
 
@@ -91,47 +103,116 @@ class Version:
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
         self.facts = read_json(path / FACTS, "--index")
-        if "journal" not in self.facts:
-            raise UsageError(
-                f"{path}: made by an earlier version of this package; remove {path.parent} and begin anew (--items FILE)"
-            )
-        self.place: int = self.facts["journal"]  # from which on the journal's changes are to be made
+        self._check_facts()
+        self.number: int = self.facts.get("number", 0)  # versions are ordered by it
+        self.mark = mark_of(self.facts["journal"])  # from which on the journal's changes are to be made
 
-    @classmethod
-    def current(cls, folder: Path) -> "Version":
-        """The one that is served. UsageError where there is none."""
-        if not (folder / CURRENT).is_dir():
-            raise UsageError(f"{folder}: no index there; make one with python -m megatron_interbert.serve --build-only")
-        return cls((folder / CURRENT).resolve())
+    def _check_facts(self) -> None:
+        """UsageError for a manifest that is not as it was written, or of an earlier version that is not read."""
+        facts, where = self.facts, self.path / FACTS
+        if "journal" not in facts:
+            raise UsageError(
+                f"{self.path}: made by an earlier version of this package; remove {self.path.parent} and begin anew (--items FILE)"
+            )
+        kinds = {"version": str, "kind": str, "model": dict, "items": int, "sha256": dict}
+        sound = all(isinstance(facts.get(name), kind) for name, kind in kinds.items())
+        sealed = facts == seal(facts) or type(facts["journal"]) is int
+        if not (sound and sealed and mark_of(facts["journal"]) is not None and {VECTORS, ITEMS} <= set(facts["sha256"])):
+            raise UsageError(
+                f"{where}: not as it was written; restore it, or remove {self.path} and build the index again (--build-only)"
+            )
 
     def _checked(self, name: str) -> Path:
-        if file_sha256(self.path / name) != self.facts["sha256"][name]:
-            raise UsageError(f"{self.path / name}: sha256 differs from {FACTS} (corrupt); build the index again (--build-only)")
-        return self.path / name
+        path = self.path / name
+        try:
+            with reading(path):
+                digest = file_sha256(path)
+        except OSError:
+            raise UsageError(f"{path}: missing; restore it, or build the index again (--build-only)") from None
+        if digest != self.facts["sha256"][name]:
+            raise UsageError(f"{path}: sha256 differs from {FACTS} (corrupt); build the index again (--build-only)")
+        return path
+
+    def is_whole(self) -> bool:
+        """Whether its files are as they were written; Unreadable where nobody can say."""
+        try:
+            self._checked(ITEMS)
+            self._checked(VECTORS)
+        except Unreadable:
+            raise
+        except UsageError:
+            return False
+        return True
 
     def items(self) -> list[Item]:
         """Those that the vectors are of."""
-        return [Item(**json.loads(line)) for line in self._checked(ITEMS).read_text(encoding="utf-8").split("\n")[:-1]]
+        path = self._checked(ITEMS)
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [item_of(json.loads(line), str(path)) for line in lines]
 
     def vectors(self) -> VectorIndex:
         """Of the items."""
         return VectorIndex.read(self._checked(VECTORS), self.facts["kind"])
 
-    def items_now(self) -> tuple[list[Item], int]:
+    def items_now(self) -> tuple[list[Item], Mark]:
         """The items with all changes, and the journal's place behind them."""
-        records, place = read_journal(self.path.parent, self.place)
+        records, mark = read_journal(self.path.parent, self.mark)
         items = {item.item_id: item for item in self.items()}
         for item_id, item in collapsed(records).items():
             if item is None:
                 items.pop(item_id, None)
             else:
                 items[item_id] = item
-        return list(items.values()), place
+        return list(items.values()), mark
 
 
-def write_version(folder: Path, items: Sequence[Item], vectors: np.ndarray, kind: str, model: dict[str, Any], place: int) -> str:
-    """Write items, as they are before the journal's `place`, and their vectors [n, P] as a new version and make it the current one; its
-    name."""
+def mark_of(value: Any) -> Mark | int | None:
+    """Give the place in the journal that a manifest names; a number of bytes in those of earlier versions."""
+    if type(value) is int and value >= 0:
+        return value
+    kinds = {"journal": str, "place": int, "sum": str}
+    if isinstance(value, dict) and {name: type(entry) for name, entry in value.items()} == kinds:
+        return Mark(**value)
+    return None
+
+
+def served_version(folder: Path) -> Version | None:
+    """Find the version that is served: the one that `current` names, else the newest whole one.
+
+    None where there is no trace of an index. UsageError where there are traces, and no version that
+    can be served: nothing that was confirmed may be dropped in silence.
+    """
+    named = sibling(folder / CURRENT)
+    if named is not None and NAME.fullmatch(named.name):
+        return Version(named)
+
+    names = version_names(folder)
+    for version in reversed(versions_in(folder)):
+        if version.is_whole():
+            log.warning("%s names no version; the newest whole one is %s", folder / CURRENT, version.name)
+            return version
+
+    if names or has_changes(folder):
+        raise UsageError(
+            f"{folder}: no version of the index is usable, but there are traces of one"
+            f" ({', '.join(names[:3]) or JOURNAL}); restore them from a backup, or begin anew from your"
+            " items (--rebuild --items FILE)"
+        )
+    return None
+
+
+def write_version(
+    folder: Path,
+    items: Sequence[Item],
+    vectors: np.ndarray,
+    kind: str,
+    model: dict[str, Any],
+    mark: Mark,
+) -> str:
+    """Write a new version and make it the current one; its name.
+
+    Its items, with vectors [n, P], are as they are before the journal's `mark`.
+    """
     index = VectorIndex(vectors.shape[1], kind)
     index.add(range(len(items)), vectors)
     version = uuid.uuid4().hex[:12]
@@ -141,36 +222,79 @@ def write_version(folder: Path, items: Sequence[Item], vectors: np.ndarray, kind
         faiss.write_index(index.faiss, str(beside / VECTORS))
         flush_file(beside / VECTORS)
         write_text(beside / ITEMS, "".join(json.dumps(item.record(), ensure_ascii=False) + "\n" for item in items))
-        hashes = {name: file_sha256(beside / name) for name in (VECTORS, ITEMS)}
-        facts = {"version": version, "kind": kind, "model": model, "journal": place, "items": len(items), "sha256": hashes}
-        write_json(beside / FACTS, facts)
+        facts = {
+            "version": version,
+            "number": 1 + max((old.number for old in versions_in(folder)), default=0),
+            "kind": kind,
+            "model": model,
+            "journal": dataclasses.asdict(mark),
+            "items": len(items),
+            "sha256": {name: file_sha256(beside / name) for name in (VECTORS, ITEMS)},
+        }
+        write_json(beside / FACTS, seal(facts))
         flush_folder(beside)
         beside.rename(folder / version)
         flush_folder(folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    point_to(folder, version)
+    serve_from_now_on(folder, version)
     return version
 
 
-def point_to(folder: Path, version: str) -> None:
+def serve_from_now_on(folder: Path, version: str) -> None:
     """Make a version the current one, in one step."""
-    link = folder / f".{version}.link"
-    link.unlink(missing_ok=True)
-    link.symlink_to(version)
-    os.replace(link, folder / CURRENT)
+    if (folder / CURRENT).is_dir() and not (folder / CURRENT).is_symlink():
+        raise UsageError(f"{folder / CURRENT}: a folder, expected a link to a version; remove it")
+    point_to(folder / CURRENT, version)
     flush_folder(folder)
 
 
+def version_names(folder: Path) -> list[str]:
+    """Names of what looks like a version; whatever else lies in the folder is somebody else's."""
+    return [name for name in list_folder(folder) if NAME.fullmatch(name) and not (folder / name).is_symlink()]
+
+
 def versions_in(folder: Path) -> list[Version]:
-    """All whole versions, oldest first; whatever else lies in the folder is somebody else's."""
-    names = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and (path / FACTS).is_file() and not path.is_symlink()]
-    return [Version(path) for path in sorted(names, key=lambda path: path.stat().st_mtime)]
+    """All versions with a sound manifest, oldest first: by the number that each was given, never by the clock."""
+    found = []
+    for name in version_names(folder):
+        try:
+            found.append(Version(folder / name))
+        except Unreadable:
+            raise
+        except UsageError as error:
+            log.warning("%s is not counted: %s", folder / name, error)
+    return sorted(found, key=lambda version: (version.number, old_place(version), version.name))
+
+
+def old_place(version: Version) -> int:
+    """Order versions of earlier versions of this package, which have no numbers."""
+    return version.mark if isinstance(version.mark, int) else 0
 
 
 def prune(folder: Path, kept: Sequence[str], newest: int = 2) -> None:
-    """Remove versions but the newest few and those that are `kept`; by the process that builds, so that two never do it at once."""
-    for version in versions_in(folder)[:-newest]:
-        if version.name not in kept:
+    """Remove versions but the newest few, those that are `kept` and the one that is served.
+
+    By the process that builds, so that two never do it at once. What is damaged pushes nothing out.
+    """
+    served = sibling(folder / CURRENT)
+    kept = [*kept, *([served.name] if served else [])]
+    whole = 0
+    for version in reversed(versions_in(folder)):
+        if whole >= newest and version.name not in kept:
             shutil.rmtree(version.path, ignore_errors=True)
+        elif version.is_whole():
+            whole += 1
+
+
+def needed_from(folder: Path, journal: str) -> int:
+    """Give the number of a journal's changes that no version in a folder needs any more.
+
+    0 where one cannot tell, for a version's manifest is damaged or of an earlier kind.
+    """
+    versions = versions_in(folder)
+    marks = [version.mark for version in versions]
+    if len(versions) < len(version_names(folder)) or any(isinstance(mark, int) for mark in marks):
+        return 0
+    return min((mark.place for mark in marks if mark.journal == journal), default=0)

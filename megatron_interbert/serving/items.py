@@ -31,6 +31,21 @@ class Item:
         return asdict(self)
 
 
+def item_of(record: Any, where: str) -> Item:
+    """Give the item of a record; UsageError where its fields are not an item's."""
+    fields = record if isinstance(record, dict) else {}
+    texts = [fields.get(name) for name in ("item_id", "image_id", "title")]
+    attributes = fields.get("attributes", {})
+    known = set(fields) <= {"item_id", "image_id", "title", "attributes"}
+    plain = isinstance(attributes, dict) and all(
+        isinstance(part, str) for pair in attributes.items() for part in pair
+    )
+
+    if not (known and plain and all(isinstance(text, str) for text in texts)):
+        raise UsageError(f"{where}: no item with item_id, image_id, title and attributes: {str(record)[:60]}")
+    return Item(*texts, attributes)
+
+
 class LiveItems(Catalogue):
     """A catalogue whose items come and go. Safe to read from several threads while one writes."""
 

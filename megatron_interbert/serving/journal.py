@@ -1,130 +1,377 @@
-"""What was added, changed and removed of an index's items, in order: one file for all its versions, written by one process at a time.
+"""What was added, changed and removed of an index's items, in order: one file for all its versions.
 
-A line is {"put": item} or {"remove": item id}. A place in the journal is the number of bytes that were ever written before it; the first
-line says how many of them have been trimmed, because no version needs them any more.
+The first line names the journal and says how many changes have been trimmed, because no version needs
+them any more. Each further line is `<sum> {"put": item}` or `<sum> {"remove": item id}`; a sum covers
+the line and all before it, so nothing can be altered, left out or exchanged unseen. A version of the
+index remembers the `Mark` behind the last change that is in it.
 """
 
-import fcntl
+import contextlib
+import dataclasses
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.serving.items import Item
-from megatron_interbert.weights.files import flush_folder, write_text
+from megatron_interbert.files import alone, flush_folder, new_file, reading, write_all
+from megatron_interbert.serving.items import Item, item_of
 
 JOURNAL, WRITING = "journal.jsonl", "writing"
+MEND = "restore the file, or begin anew from your items (--rebuild --items FILE)"
+BYTES = "bytes "  # stands for the sum before the first change of a journal that an earlier version began
 Record = dict[str, Any]
 
 
-def read_journal(folder: Path, place: int) -> tuple[list[Record], int]:
-    """What stands from a place on, and the place behind it. Nothing, where there is no journal yet. UsageError where it does not hold the
-    place. A last line that was cut by a crash is none: nobody was told that it had happened."""
-    start, text = _whole_lines(folder, place)
-    if not start <= place <= start + len(text):
-        raise UsageError(
-            f"{folder / JOURNAL}: holds bytes {start} to {start + len(text)}, but the index goes on from {place};"
-            " restore the file, or begin anew from your items (--rebuild --items FILE)"
-        )
-    records = []
-    for line in text[place - start :].split(b"\n")[:-1]:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            raise UsageError(
-                f"{folder / JOURNAL}: a line that is no JSON (corrupt): {line[:60].decode(errors='replace')}; restore the file, or begin"
-                " anew from your items (--rebuild --items FILE)"
-            ) from None
-    return records, start + len(text)
+class NotKept(RuntimeError):
+    """A change that could not be written down, and so did not happen."""
 
 
-def journal_end(folder: Path) -> int:
-    """The place behind all that stands there."""
-    start, text = _whole_lines(folder, 0)
-    return start + len(text)
+@dataclass(frozen=True)
+class Mark:
+    """A place in a journal: its name, the changes ever written before the place, the sum over them."""
+
+    journal: str
+    place: int
+    sum: str
 
 
-def _whole_lines(folder: Path, otherwise: int) -> tuple[int, bytes]:
-    """(the place of the first change, the changes); (`otherwise`, nothing) where there is no journal."""
+@dataclass
+class Content:
+    """A journal as it stands on disk: its name, changes, and the sums before and behind each of them.
+
+    Where it is not `whole`, it must be written anew before a line is added.
+    """
+
+    name: str
+    trimmed: int
+    changes: list[Record]
+    sums: list[str]
+    lines: list[bytes]
+    whole: bool
+
+    def take(self, line: bytes, where: str) -> bool:
+        """Add a line as it stands in the file; False where its sum is not right."""
+        given, _, text = line.partition(b" ")
+        expected = sum_of(self.sums[-1], text)
+        if given != expected.encode():
+            return False
+
+        self.changes.append(parse_change(text, where))
+        self.sums.append(expected)
+        self.lines.append(line)
+        return True
+
+    @property
+    def end(self) -> Mark:
+        """The place behind the last change."""
+        return Mark(self.name, self.trimmed + len(self.changes), self.sums[-1])
+
+
+def sum_of(before: str, text: bytes) -> str:
+    """Give the sum behind a change from the one before it."""
+    return hashlib.blake2b(before.encode() + text, digest_size=8).hexdigest()
+
+
+def head_of(name: str, trimmed: int, first: str) -> bytes:
+    """Give the first line of a journal; its own sum is the last of its fields."""
+    fields = {"journal": name, "trimmed": trimmed, "first": first}
+    return json.dumps({**fields, "sum": sum_of("", json.dumps(fields).encode())}).encode() + b"\n"
+
+
+def as_text(change: Record) -> bytes:
+    """Give a change as it stands in a line."""
+    return json.dumps(change, ensure_ascii=False).encode()
+
+
+def parse(data: bytes, where: str) -> Content:
+    """Take a journal apart; UsageError names a line that is not as it was written.
+
+    A last line without its end was cut by a crash, and nobody was told that it had happened; but one
+    whose sum is right has lost its end alone.
+    """
+    head, *lines, tail = data.split(b"\n")
+    name, trimmed, first = parse_head(head, where)
+    content = Content(name, trimmed, [], [first], [], whole=not tail)
+
+    for number, line in enumerate(lines, start=2):
+        if not content.take(line, f"{where}: line {number}"):
+            told = line[:60].decode(errors="replace")
+            raise UsageError(f"{where}: line {number} is not as it was written (its sum differs): {told}; {MEND}")
+
+    for line in (tail, tail[:-1]):
+        if content.take(line, f"{where}: last line"):
+            break
+    return content
+
+
+def parse_head(line: bytes, where: str) -> tuple[str, int, str]:
+    """Give (name, trimmed, sum before the first change) of the first line."""
     try:
-        text = (folder / JOURNAL).read_bytes()
+        fields = json.loads(line)
+        name, trimmed, first = fields["journal"], fields["trimmed"], fields["first"]
+        if head_of(name, trimmed, first) == line + b"\n" and type(trimmed) is int:
+            return name, trimmed, first
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    told = line[:60].decode(errors="replace")
+    raise UsageError(f"{where}: its first line is damaged or missing: {told!r}; {MEND}")
+
+
+def parse_change(text: bytes, where: str) -> Record:
+    """Give a change, checked: {"put": item} or {"remove": item id}."""
+    try:
+        change = json.loads(text)
+    except (ValueError, RecursionError):
+        change = None
+
+    if isinstance(change, dict) and len(change) == 1:
+        if "put" in change:
+            item_of(change["put"], where)
+            return change
+        if isinstance(change.get("remove"), str):
+            return change
+    raise UsageError(f"{where}: no change of an item: {text[:60].decode(errors='replace')}; {MEND}")
+
+
+def read_content(folder: Path, where: str = "") -> Content | None:
+    """Give the journal of an index; None where there is none. UsageError where it is damaged."""
+    path = folder / JOURNAL
+    where = where or str(path)
+    try:
+        with reading(where):
+            data = path.read_bytes()
     except FileNotFoundError:
-        return otherwise, b""
-    head, _, rest = text[: text.rfind(b"\n") + 1].partition(b"\n")
-    return json.loads(head)["trimmed"], rest
+        return None
+    except OSError as error:
+        raise UsageError(f"{where}: is no file ({error.strerror}); {MEND}") from error
+
+    old = OldJournal.parse(data, where)
+    return old.renewed() if old else parse(data, where)
+
+
+def read_journal(folder: Path, mark: "Mark | int") -> tuple[list[Record], Mark]:
+    """Give the changes from a place on, and the place behind them. UsageError where they are not all there."""
+    content = read_content(folder)
+    where = folder / JOURNAL
+    if isinstance(mark, int):  # of a version made by an earlier version of this package
+        return read_from_old_place(content, mark, where)
+
+    if content is None:
+        raise UsageError(f"{where}: missing, and with it the changes since the index was made; {MEND}")
+    if content.name != mark.journal:
+        raise UsageError(f"{where}: of another index ({content.name}, expected {mark.journal}); {MEND}")
+
+    before = mark.place - content.trimmed
+    if not 0 <= before <= len(content.changes):
+        raise UsageError(
+            f"{where}: holds changes {content.trimmed} to {content.end.place}, but the index goes on"
+            f" from {mark.place}; {MEND}"
+        )
+    if content.sums[before] != mark.sum:
+        raise UsageError(f"{where}: its first {mark.place} changes are not those that the index was made with; {MEND}")
+    return content.changes[before:], content.end
+
+
+def has_changes(folder: Path) -> bool:
+    """Whether a journal is there that says that something was ever changed; a damaged one may."""
+    try:
+        content = read_content(folder)
+    except UsageError:
+        return True
+    return content is not None and content.end.place > 0
 
 
 def collapsed(records: Sequence[Record]) -> dict[str, Item | None]:
-    """What came last of each item: the item, or None where it was removed."""
+    """Give what came last of each item: the item, or None where it was removed."""
     found: dict[str, Item | None] = {}
     for record in records:
-        item = Item(**record["put"]) if "put" in record else None
-        found.pop(item.item_id if item else record["remove"], None)
-        found[item.item_id if item else record["remove"]] = item
+        item = item_of(record["put"], JOURNAL) if "put" in record else None
+        item_id = item.item_id if item else record["remove"]
+        found.pop(item_id, None)
+        found[item_id] = item
     return found
 
 
-@contextmanager
-def alone(path: Path, what: str) -> Iterator[None]:
-    """A file that only this process holds. UsageError when another one does."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+class OldJournal:
+    """A journal of an earlier version of this package: without name and sums, its places are bytes."""
+
+    def __init__(self, trimmed: int, lines: list[bytes], where: str) -> None:
+        self.trimmed, self.lines, self.where = trimmed, lines, where
+
+    @classmethod
+    def parse(cls, data: bytes, where: str) -> "OldJournal | None":
+        """Take it apart; None where it is of another kind."""
+        head, *lines = data[: data.rfind(b"\n") + 1].split(b"\n")[:-1] or [b""]
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"{path.parent}: {what}") from None
-        yield
-    finally:
-        os.close(handle)
+            fields = json.loads(head)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(fields, dict) or set(fields) != {"trimmed"} or type(fields["trimmed"]) is not int:
+            return None
+        return cls(fields["trimmed"], lines, where)
+
+    def renewed(self) -> Content:
+        """Give it as one of today, by a name that follows from its content."""
+        name = hashlib.sha256(b"\n".join(self.lines) + str(self.trimmed).encode()).hexdigest()[:12]
+        first = f"{BYTES}{self.trimmed}"
+        content = Content(name, 0, [], [first], [], whole=False)
+        for number, text in enumerate(self.lines, start=2):
+            content.changes.append(parse_change(text, f"{self.where}: line {number}"))
+            content.sums.append(sum_of(content.sums[-1], text))
+            content.lines.append(content.sums[-1].encode() + b" " + text)
+        return content
+
+
+def read_from_old_place(content: Content | None, place: int, where: Path) -> tuple[list[Record], Mark]:
+    """Give all changes of a journal to a version that knows only a number of bytes.
+
+    To make a change again that is in the version already does no harm: what comes last of an item
+    counts.
+    """
+    if content is None:
+        if place:
+            raise UsageError(f"{where}: missing, and with it the changes since the index was made; {MEND}")
+        return [], Mark("", 0, "")
+
+    first = content.sums[0]
+    begins = int(first.removeprefix(BYTES)) if first.startswith(BYTES) else None
+    reaches_back = not place if begins is None else begins <= place
+    if content.trimmed or not reaches_back:
+        raise UsageError(f"{where}: begins behind the place from which the index goes on; {MEND}")
+    return content.changes, content.end
+
+
+def begin(folder: Path) -> Mark:
+    """Make a journal without changes; by the process that builds. One that holds changes is set aside."""
+    if has_changes(folder):
+        set_aside(folder)
+    name = uuid.uuid4().hex[:12]
+    first = sum_of("", name.encode())
+    beside = folder / f"{JOURNAL}.{name}.new"
+    with new_file(beside) as file:
+        write_all(file.fileno(), head_of(name, 0, first))
+    os.replace(beside, folder / JOURNAL)
+    flush_folder(folder)
+    return Mark(name, 0, first)
+
+
+def set_aside(folder: Path) -> None:
+    """Give a journal that is not used any more another name: a person can still read it."""
+    os.rename(folder / JOURNAL, folder / f"unused-{JOURNAL}-{uuid.uuid4().hex[:12]}")
 
 
 class Journal:
-    """Writes to the journal of a folder, for one process at a time: what was written survives a crash, what could not is not there."""
+    """Writes to the journal of a folder, one process at a time.
 
-    def __init__(self, folder: Path, place: int) -> None:
-        """`place`: that of the first change, where there is no journal yet. UsageError where another process writes."""
+    What was written survives a crash, what could not be is not there. The folder may be renamed
+    meanwhile: it is held open.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Keep other writers out; UsageError where there is one. The file is opened by `open`."""
         self.folder = folder
         self._alone = alone(folder / WRITING, "another service with a key writes to this index; give each its own --index")
         self._alone.__enter__()
-        if not (folder / JOURNAL).exists():
-            self._begin(place, b"")
-        self._open()
+        self._folder = os.open(folder, os.O_RDONLY)
+        self._file = -1
+
+    def open(self) -> Mark:
+        """Open the file and check it; the place behind its last change."""
+        self.release()
+        content = self._content()
+        self._file = os.open(JOURNAL, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW, dir_fd=self._folder)
+        self._size = os.fstat(self._file).st_size
+        self.end = content.end
+        return self.end
+
+    def _content(self) -> Content:
+        """Read it, and write anew what was cut by a crash or made by an earlier version of this package."""
+        content = read_content(self._place, str(self.folder / JOURNAL))
+        if content is None:
+            raise UsageError(f"{self.folder / JOURNAL}: missing; {MEND}")
+        if not content.whole:
+            self._replace(content)
+        return content
+
+    @property
+    def _place(self) -> Path:
+        """The folder, whatever its name is now."""
+        return Path(f"/proc/self/fd/{self._folder}")
 
     def write(self, record: Record) -> None:
-        """One more line, on disk when this returns. OSError where it cannot be; then nothing of it stays."""
-        before = os.fstat(self._file).st_size
-        text = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        """Append a change, on disk when this returns. NotKept where it cannot be; then nothing of it stays."""
+        text = as_text(record)
+        sum_behind = sum_of(self.end.sum, text)
         try:
-            while text:
-                text = text[os.write(self._file, text) :]
+            self._check_place()
+            write_all(self._file, sum_behind.encode() + b" " + text + b"\n")
             os.fsync(self._file)
-        except OSError:
-            os.ftruncate(self._file, before)
-            raise
+        except (OSError, UsageError) as error:
+            with contextlib.suppress(OSError):  # else before the next change
+                os.ftruncate(self._file, self._size)
+            raise NotKept(f"{self.folder / JOURNAL}: the change cannot be kept ({error})") from error
+
+        self._size = os.fstat(self._file).st_size
+        self.end = Mark(self.end.journal, self.end.place + 1, sum_behind)
+
+    def _check_place(self) -> None:
+        """See that what is written will be found: our file is there, by its name, and ends where we did.
+
+        One that somebody has deleted is put back: we hold it open. NotKept where another one is there.
+        """
+        ours = os.fstat(self._file)
+        try:
+            there = os.stat(JOURNAL, dir_fd=self._folder, follow_symlinks=False)
+        except FileNotFoundError:
+            content = parse(os.pread(self._file, ours.st_size, 0), str(self.folder / JOURNAL))
+            self._replace(content)
+            self.open()
+            return
+
+        if (there.st_ino, there.st_dev) != (ours.st_ino, ours.st_dev):
+            raise NotKept(f"{self.folder / JOURNAL}: another file is there than the one that was opened; start again")
+        if ours.st_size != self._size:
+            os.ftruncate(self._file, self._size)
 
     def trim(self, place: int) -> None:
-        """Forget what stands before a place. Those who read see the file before or after."""
-        start, text = _whole_lines(self.folder, 0)
-        if start < place <= start + len(text):
+        """Forget the changes before a place. Those who read see the file before or after."""
+        content = self._content()
+        gone = place - content.trimmed
+        if 0 < gone <= len(content.changes):
+            self._replace(
+                dataclasses.replace(
+                    content,
+                    trimmed=place,
+                    changes=content.changes[gone:],
+                    sums=content.sums[gone:],
+                    lines=content.lines[gone:],
+                )
+            )
+            self.open()
+
+    def _replace(self, content: Content) -> None:
+        """Put a content in the place of the file's."""
+        head = head_of(content.name, content.trimmed, content.sums[0])
+        data = b"".join([head, *(line + b"\n" for line in content.lines)])
+        beside = self._place / f"{JOURNAL}.new"
+        with new_file(beside) as file:
+            write_all(file.fileno(), data)
+        os.replace(beside, self._place / JOURNAL)
+        os.fsync(self._folder)
+
+    def release(self) -> None:
+        """Close the file; others still cannot write."""
+        if self._file >= 0:
             os.close(self._file)
-            try:
-                self._begin(place, text[place - start :])
-            finally:
-                self._open()
+            self._file = -1
 
     def close(self) -> None:
-        """No more lines."""
-        os.close(self._file)
+        """No more changes."""
+        self.release()
+        os.close(self._folder)
         self._alone.__exit__(None, None, None)
-
-    def _begin(self, place: int, text: bytes) -> None:
-        write_text(self.folder / JOURNAL, json.dumps({"trimmed": place}) + "\n" + text.decode())
-
-    def _open(self) -> None:
-        whole = (self.folder / JOURNAL).read_bytes().rfind(b"\n") + 1
-        self._file = os.open(self.folder / JOURNAL, os.O_WRONLY | os.O_APPEND)
-        os.ftruncate(self._file, whole)
-        flush_folder(self.folder)

@@ -13,7 +13,7 @@ import torch
 
 from megatron_interbert.data.packing import to_batch
 from megatron_interbert.errors import UsageError
-from megatron_interbert.serving.index import Version, versions_in
+from megatron_interbert.serving.index import Version, needed_from
 from megatron_interbert.serving.items import Item, LiveItems
 from megatron_interbert.serving.journal import Journal, Record, collapsed, read_journal
 from megatron_interbert.tasks.item_scorer import ItemScorer
@@ -56,7 +56,7 @@ class Shop:
         self._check_images(items)
         for place in self.items.stage(items):
             self.items.show(place)
-        records, self._read_to = read_journal(version.path.parent, version.place)
+        records, self._read_to = read_journal(version.path.parent, version.mark)
         self._apply(records)
 
     def _check_images(self, items: Sequence[Item]) -> None:
@@ -68,7 +68,7 @@ class Shop:
                 )
 
     def begin_to_write(self, journal: Journal) -> None:
-        """Take the journal over, with what came since it was read."""
+        """Take the journal over, opened, with what came since it was read."""
         late, self._read_to = read_journal(self.version.path.parent, self._read_to)
         self._apply(late)
         self.journal = journal
@@ -76,7 +76,7 @@ class Shop:
     def trim(self) -> None:
         """Have the journal forget what no version needs."""
         if self.journal is not None:
-            self.journal.trim(min(version.place for version in versions_in(self.version.path.parent)))
+            self.journal.trim(needed_from(self.version.path.parent, self.journal.end.journal))
 
     def _apply(self, records: Sequence[Record]) -> None:
         """Changes in common passes; vectors come first, for only they can fail."""
@@ -98,7 +98,10 @@ class Shop:
                 self.index.remove(place)
 
     def put(self, item: Item) -> bool:
-        """Add or change an item; whether it is new. It is on disk, and found, when this returns. KeyError where no store has its image."""
+        """Add or change an item; whether it is new. It is on disk, and found, when this returns.
+
+        KeyError where no store has its image, NotKept where the change cannot be written down.
+        """
         place = self.items.place(item.item_id)
         if place is not None and self.items.item(place) == item:
             return False

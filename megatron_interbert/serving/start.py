@@ -17,20 +17,27 @@ from pydantic import ValidationError
 from megatron_interbert.config import split_paths
 from megatron_interbert.data.downstream.recommendation import read_topics
 from megatron_interbert.data.downstream.records import read_records
-from megatron_interbert.errors import UsageError
+from megatron_interbert.errors import Unreadable, UsageError
+from megatron_interbert.files import alone, check_writable, is_there, sibling
 from megatron_interbert.progress import progress
 from megatron_interbert.serving.app import Service, Topic
 from megatron_interbert.serving.batching import ModelThread
-from megatron_interbert.serving.index import CURRENT, Version, point_to, prune, write_version
+from megatron_interbert.serving.index import (
+    CURRENT,
+    Version,
+    prune,
+    serve_from_now_on,
+    served_version,
+    write_version,
+)
 from megatron_interbert.serving.items import Item, LiveItems
-from megatron_interbert.serving.journal import Journal, alone, journal_end
+from megatron_interbert.serving.journal import JOURNAL, WRITING, Journal, Mark, begin, read_journal
 from megatron_interbert.serving.messages import ItemFile
 from megatron_interbert.serving.shop import Shop
 from megatron_interbert.task_config import ServeConfig
 from megatron_interbert.tasks.item_scorer import ItemScorer
 from megatron_interbert.tasks.loading import as_trained, load_model, open_for
 from megatron_interbert.tasks.parts import fit_length
-from megatron_interbert.weights.files import check_writable
 
 log = logging.getLogger("megatron_interbert.serving")
 LOOK_EVERY = 1.0  # seconds between looks for a new version
@@ -49,6 +56,7 @@ class Opened:
         self.corpus, self.tokenizer = open_for(config, self.source, split_paths(config.data_path))
         run = self.source.path.parent if self.source.kind == "checkpoint" or self.source.path.is_file() else self.source.path
         self.folder = Path(config.index) if config.index else run / "index"
+        self.writes: Journal | None = None  # for the one process that changes items
         check_writable(self.folder, "--index")
         if config.image_folder and not Path(config.image_folder).is_dir():
             raise UsageError(f"--image-folder {config.image_folder}: no such folder")
@@ -72,44 +80,87 @@ class Opened:
         return ItemScorer(self.model, items, self.device)
 
     def build(self) -> str:
-        """A new version. Its items are those of --items, where that is given and there is no index yet or --rebuild; else those of the
-        current version with all changes; else all images of the stores."""
+        """Make a new version, and give its name. UsageError where another process makes one, or none can be made.
+
+        Its items are those of --items, where that is given and there is no index yet or --rebuild;
+        else those of the version that is served with all changes; else all images of the stores.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         with alone(self.folder / "building", "another process builds this index; wait for it"):
-            scorer, place = self.scorer(), journal_end(self.folder)
-            current = Version.current(self.folder) if (self.folder / CURRENT).exists() else None
-            if current and current.facts["model"] != self.facts and not self.config.rebuild:
-                raise UsageError(f"{current.path}: made with other weights or settings; --rebuild makes the index anew for these")
-            if self.config.items and (self.config.rebuild or not current):
-                items = read_items(self.config.items, scorer.catalogue)
-                if current and place > current.place:
-                    log.warning(
-                        "changes of items since %s was made are dropped: they are those of %s now", current.path, self.config.items
-                    )
-            elif current:
-                items, place = current.items_now()
-            else:
-                items = list(scorer.catalogue.stored())
-            if not items:
-                raise UsageError("no items: an index of nothing would find nothing")
-            for item in items:
-                if item.image_id not in scorer.catalogue.image_numbers:
-                    raise UsageError(f"item {item.item_id} has the image {item.image_id}, which is not in {self.corpus.path}")
-            places = np.array(scorer.catalogue.stage(items))
-            with progress(total=len(items), unit="item", desc="vectors") as bar:
-                vectors = scorer.item_vectors(places, bar.update)
-            version = write_version(self.folder, items, vectors, self.config.index_kind, self.facts, place)
-            prune(self.folder, [current.name] if current else [])  # a service may answer by it, and go back to it
+            scorer = self.scorer()
+            served = self._served()
+            items, mark = self._items(scorer.catalogue, served)
+            vectors = self._vectors(scorer, items)
+            version = write_version(self.folder, items, vectors, self.config.index_kind, self.facts, mark)
+            prune(self.folder, [served.name] if served else [])  # a service may answer by it, and go back to it
             return version
 
-    def journal(self) -> Journal:
-        """The journal, to write to. UsageError where another process does."""
+    def _served(self) -> Version | None:
+        """The version that is served so far; with --rebuild one that cannot be used is as none."""
+        try:
+            served = served_version(self.folder)
+        except Unreadable:
+            raise
+        except UsageError as error:
+            if not self.config.rebuild:
+                raise
+            log.warning("the index is begun anew: %s", error)
+            return None
+
+        if served and served.facts["model"] != self.facts and not self.config.rebuild:
+            raise UsageError(f"{served.path}: made with other weights or settings; --rebuild makes the index anew for these")
+        return served
+
+    def _items(self, stored: LiveItems, served: Version | None) -> tuple[list[Item], Mark]:
+        """The items of a new version, and the place in the journal from which on changes are to be added."""
+        given = self.config.items and (self.config.rebuild or not served)
+        try:
+            now = served.items_now() if served else None
+        except Unreadable:
+            raise
+        except UsageError as error:
+            if not self.config.rebuild:
+                raise
+            log.warning("changes of items are dropped, the index is begun anew: %s", error)
+            now = None
+
+        if given:
+            items = read_items(self.config.items, stored)
+            if now and now[1] != served.mark:
+                log.warning("changes of items since %s was made are dropped: they are those of %s now", served.path, self.config.items)
+        else:
+            items = now[0] if now else list(stored.stored())
+
+        if not items:
+            raise UsageError("no items: an index of nothing would find nothing")
+        for item in items:
+            if item.image_id not in stored.image_numbers:
+                raise UsageError(f"item {item.item_id} has the image {item.image_id}, which is not in {self.corpus.path}")
+        return items, now[1] if now and now[1].journal else self._new_journal()
+
+    def _new_journal(self) -> Mark:
+        """Begin a journal; one that cannot be used is set aside. UsageError where a service writes to it."""
+        if self.writes is not None:
+            return begin(self.folder)
+        with alone(self.folder / WRITING, "a service with a key writes to this index; end it first"):
+            return begin(self.folder)
+
+    def _vectors(self, scorer: ItemScorer, items: list[Item]) -> np.ndarray:
+        """float32 [items, P], with progress."""
+        places = np.array(scorer.catalogue.stage(items))
+        with progress(total=len(items), unit="item", desc="vectors") as bar:
+            return scorer.item_vectors(places, bar.update)
+
+    def keep_writers_out(self) -> None:
+        """Be the one process that writes to the journal. UsageError where another one does."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return Journal(self.folder, Version.current(self.folder).place if (self.folder / CURRENT).exists() else 0)
+        self.writes = Journal(self.folder)
 
     def shop(self) -> Shop:
-        """The current version, ready to answer. UsageError where it was made with other weights or settings."""
-        version = Version.current(self.folder)
+        """The version that is served, ready to answer. UsageError where it was made with other weights or settings."""
+        version = served_version(self.folder)
+        if version is None:
+            raise UsageError(f"{self.folder}: no index there; make one with python -m megatron_interbert.serve --build-only")
         if version.facts["model"] != self.facts:
             raise UsageError(f"{version.path}: made with other weights or settings than these; build it again (--rebuild)")
         return Shop(self.scorer(), version, self.weights_sha256)
@@ -168,17 +219,32 @@ def open_service(config: ServeConfig, models: list[Opened]) -> Service:
 
 
 def start_answering(opened: Opened) -> ModelThread:
-    """The thread of a model with the current version of its index."""
+    """The thread of a model with the version of its index that is served; one is made where there is no trace of an index."""
     config = opened.config
-    journal = opened.journal() if config.api_key else None  # before anything is built: another one may write
-    if config.rebuild or not (opened.folder / CURRENT).exists():
+    if config.api_key:
+        opened.keep_writers_out()  # before anything is built: another one may write
+    if config.rebuild or served_version(opened.folder) is None:
         opened.build()
     elif config.items:
         log.info("%s is there: --items is read again only with --rebuild", opened.folder)
+
+    if opened.writes is not None:
+        bring_up_to_date(opened)
     shop = opened.shop()
-    if journal is not None:
-        shop.begin_to_write(journal)
+    if opened.writes is not None:
+        shop.begin_to_write(opened.writes)
     return ModelThread(shop, config.queue_size, config.pairs_at_once)
+
+
+def bring_up_to_date(opened: Opened) -> None:
+    """Open the journal, and mend what a backup without links, or an earlier version of this package, has left."""
+    version = served_version(opened.folder)
+    if isinstance(version.mark, int) and not is_there(opened.folder / JOURNAL):
+        read_journal(opened.folder, version.mark)  # UsageError where there should be one
+        begin(opened.folder)
+    opened.writes.open()
+    if sibling(opened.folder / CURRENT) is None:
+        serve_from_now_on(opened.folder, version.name)
 
 
 def watch(opened: Opened, model: ModelThread) -> None:
@@ -187,7 +253,8 @@ def watch(opened: Opened, model: ModelThread) -> None:
         time.sleep(LOOK_EVERY)
         served, version = model.shop.version.name, ""
         try:
-            version = (opened.folder / CURRENT).resolve().name
+            current = sibling(opened.folder / CURRENT)
+            version = current.name if current else served
             if version != served:
                 newer = opened.shop()
                 model.change(lambda shop, newer=newer: take_over(model, shop, newer))
@@ -198,8 +265,8 @@ def watch(opened: Opened, model: ModelThread) -> None:
             if not opened.config.api_key:
                 time.sleep(60 * LOOK_EVERY)  # a replica's folder is not ours to change
             elif model.shop.version.name == served:
-                with contextlib.suppress(OSError):
-                    point_to(opened.folder, served)
+                with contextlib.suppress(OSError, UsageError):
+                    serve_from_now_on(opened.folder, served)
 
 
 def take_over(model: ModelThread, older: Shop, newer: Shop) -> None:

@@ -6,13 +6,13 @@ import torch
 
 from megatron_interbert.data.downstream.glue import FORMATS, GlueTexts, find_file, read_rows
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import write_text
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import EvaluateGlueConfig
 from megatron_interbert.tasks.glue import glue_metrics, labels_of, predict, prediction_lines
 from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, load_model, open_for
 from megatron_interbert.tasks.parts import fit_length
 from megatron_interbert.tasks.results import result_of, table, write_result
-from megatron_interbert.weights.files import write_text
 
 
 def evaluate_glue(config: EvaluateGlueConfig, state: ParallelState, device: torch.device) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from megatron_interbert.data.downstream.product_search import Queries, read_quer
 from megatron_interbert.data.downstream.recommendation import read_clicks, read_topics
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import write_text
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
 from megatron_interbert.task_config import EvaluateProductSearchConfig, EvaluateRecommendationConfig, ScoreTopicsConfig
@@ -23,7 +24,6 @@ from megatron_interbert.tasks.ranking import search_metrics
 from megatron_interbert.tasks.recommendation import click_metrics, showing_scores
 from megatron_interbert.tasks.results import result_of, table, write_result
 from megatron_interbert.tasks.search_page import search_page
-from megatron_interbert.weights.files import write_text
 from megatron_interbert.weights.sources import Source
 
 

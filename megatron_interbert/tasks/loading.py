@@ -9,9 +9,9 @@ import torch
 
 from megatron_interbert.config import flag
 from megatron_interbert.data.corpus import Corpus, check_detector
-from megatron_interbert.data.manifest import file_sha256
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import check_writable, file_sha256, sibling
 from megatron_interbert.kernels.choice import choose_kernels
 from megatron_interbert.model.initialise import load_full_state
 from megatron_interbert.model.interbert import InterBert
@@ -22,7 +22,6 @@ from megatron_interbert.task_config import EvaluateConfig, ServeConfig
 from megatron_interbert.tasks.parts import open_stores, open_vocabulary
 from megatron_interbert.tasks.precision import choose_precision
 from megatron_interbert.tasks.results import output_folder
-from megatron_interbert.weights.files import check_writable
 from megatron_interbert.weights.manifest import BEST
 from megatron_interbert.weights.sources import Source, open_source
 
@@ -53,9 +52,7 @@ def load_model(
     if not load:
         raise UsageError("--load is missing; give the folder of a checkpoint")
     state = state or ParallelState()
-    best = Path(load) / BEST
-    source = open_source(best if best.is_dir() else load, averaged=averaged)
-    source.path = source.path.resolve() if best.is_dir() else source.path
+    source = open_source(sibling(Path(load) / BEST) or load, averaged=averaged)
     source.facts.setdefault("files", {path.name: file_sha256(path) for path in weight_files(source.path)})
     source.config.check_tensor_parallel(state.tensor_size)
     model = InterBert(source.config, heads, state=state, kernels=choose_kernels(kernels, device), **options)

@@ -7,9 +7,10 @@ from typing import Any
 
 from megatron_interbert.config import Flags, ModelConfig, TrainConfig
 from megatron_interbert.data.corpus import Corpus
-from megatron_interbert.data.manifest import MANIFEST, VOCABULARY, file_sha256
+from megatron_interbert.data.manifest import MANIFEST, VOCABULARY
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import file_sha256
 from megatron_interbert.model.presets import fit_to_data, load_model_config
 from megatron_interbert.task_config import EvaluateConfig
 from megatron_interbert.weights.manifest import newest_checkpoint

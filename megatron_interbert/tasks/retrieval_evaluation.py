@@ -8,6 +8,7 @@ import torch
 
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import write_text
 from megatron_interbert.model.pair_scorer import PairScorer
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
@@ -19,7 +20,6 @@ from megatron_interbert.tasks.results import result_of, table, write_result
 from megatron_interbert.tasks.retrieval import choose_pairs, flat_metrics, ranks_of_tiles, recall_metrics
 from megatron_interbert.tasks.retrieval_page import result_page
 from megatron_interbert.tasks.two_stage import two_stage_search
-from megatron_interbert.weights.files import write_text
 from megatron_interbert.weights.manifest import versions
 
 SHOWN = 40  # captions on the page

@@ -14,14 +14,14 @@ import torch
 
 from megatron_interbert.config import read_json
 from megatron_interbert.data.downstream.recommendation import read_topics
-from megatron_interbert.data.manifest import MANIFEST, file_sha256
+from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError, local_errors
+from megatron_interbert.files import file_sha256, write_json
 from megatron_interbert.parallel.agreement import together
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
 from megatron_interbert.task_config import ScoreTopicsConfig
 from megatron_interbert.tasks.item_evaluation import open_items
-from megatron_interbert.weights.files import write_json
 
 PLAN = "_plan.json"  # readers of Parquet folders pass over names that begin so
 

@@ -10,6 +10,7 @@ import torch
 from megatron_interbert.data.downstream.vcr import Question, VcrImages, VcrTexts, read_questions
 from megatron_interbert.data.drawing import STYLE, draw_image
 from megatron_interbert.data.manifest import MANIFEST
+from megatron_interbert.files import write_text
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
 from megatron_interbert.task_config import EvaluateVcrConfig
@@ -17,7 +18,6 @@ from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, load_m
 from megatron_interbert.tasks.parts import fit_length
 from megatron_interbert.tasks.results import result_of, table, write_result
 from megatron_interbert.tasks.vcr import check_labels, open_images, predict, softmax, submission_lines, vcr_metrics
-from megatron_interbert.weights.files import write_text
 
 PAGE_STYLE = STYLE + (
     "section{display:grid;grid-template-columns:minmax(220px,360px) 1fr;gap:1rem}@media(max-width:700px){section{display:block}}"

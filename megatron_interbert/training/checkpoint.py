@@ -15,34 +15,47 @@ import shutil
 import subprocess
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
 from megatron_interbert.config import ModelConfig, TrainConfig
-from megatron_interbert.errors import TrainingStopped
+from megatron_interbert.errors import TrainingStopped, UsageError
+from megatron_interbert.files import file_entry, flush_folder, is_there, point_to, write_bytes, write_text
 from megatron_interbert.model.partition import full_shape
 from megatron_interbert.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.fragments import FragmentedState
-from megatron_interbert.training.resume import changed_rate, changed_settings, check_same_run, partial_folder, set_aside
-from megatron_interbert.weights.files import TensorLayout, file_entry, flush_folder, write_tensors, write_text
+from megatron_interbert.training.resume import (
+    POINTER,
+    Claim,
+    changed_rate,
+    changed_settings,
+    check_same_run,
+    partial_folder,
+    set_aside,
+)
+from megatron_interbert.weights.files import TensorLayout, write_tensors
 from megatron_interbert.weights.manifest import (
     BEST,
+    MANIFEST,
     STEP_FOLDER,
     VOCABULARY,
     complete_checkpoints,
+    of_right_size,
+    verify,
     versions,
     weights_name,
     write_manifest,
 )
 from megatron_interbert.weights.reader import KINDS, CheckpointReader, describe_pieces, piece_key
 
-POINTER, MEGATRON_POINTER = "latest", "latest_checkpointed_iteration.txt"
+MEGATRON_POINTER = "latest_checkpointed_iteration.txt"
 FAILURES_ALLOWED = 1  # a save that fails is reported and training goes on; a second one in a row ends the run
 
 
@@ -67,6 +80,28 @@ class Progress:
 
 
 @dataclass
+class Problem:
+    """Why a checkpoint was not written, and whether the next one cannot be better."""
+
+    text: str
+    hopeless: bool = False
+
+
+class NotFinite(ValueError):
+    """The state that was to be saved is of no use any more."""
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """NotFinite names a tensor [any shape] with NaN or infinity in it. A sum in float64 cannot overflow otherwise."""
+    for name, tensor in tensors.items():
+        if not math.isfinite(tensor.sum(dtype=torch.float64)):
+            raise NotFinite(
+                f"{name} has elements that are not finite and is not saved: the run has diverged;"
+                " lower --lr and resume from the newest checkpoint"
+            )
+
+
+@dataclass
 class Snapshot:
     """A copy in host memory of what this rank writes: tensors by kind of file, where each lies, and the manifest."""
 
@@ -74,6 +109,7 @@ class Snapshot:
     files: dict[str, dict[str, torch.Tensor]]
     pieces: dict[str, dict[str, tuple[int, tuple[int, ...]]]]
     manifest: dict[str, Any]
+    prune: bool = True  # older checkpoints afterwards
 
 
 class Checkpoints:
@@ -86,16 +122,17 @@ class Checkpoints:
         state: ParallelState,
         data: dict[str, Any],
         vocabulary: str,
-        lock: IO | None = None,
+        claim: Claim | None = None,
         metric: str = "",
     ) -> None:
         self.config, self.model_config, self.state, self.data, self.metric = config, model_config, state, data, metric
         self.vocabulary = Path(vocabulary).read_bytes()  # goes into every checkpoint; the file may be gone by then
-        self._lock = lock  # held open: it keeps other runs out of --save
+        self._claim = claim or Claim()  # held open: it keeps other runs out of --save
+        self._token = state.gather(f"{os.getpid()}-{time.time_ns()}")[0]
         self.revision = git_revision()
         self._host: dict[str, dict[str, torch.Tensor]] = {}
         self._thread: threading.Thread | None = None
-        self._problem: str | None = None
+        self._problem: Problem | None = None
         self._failures = 0
         self._messages: list[str] = []
         self.newest: Path | None = None  # that a run with this --save or --load resumes from
@@ -104,11 +141,15 @@ class Checkpoints:
         if state.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
-    def save(self, engine: Engine, progress: Progress) -> None:
-        """Copy the state and start to write it; waits for the save before. TrainingStopped when saves keep failing."""
+    def save(self, engine: Engine, progress: Progress, prune: bool = True) -> None:
+        """Copy the state and start to write it; waits for the save before. TrainingStopped when saves keep failing.
+
+        Older checkpoints are pruned afterwards, unless told otherwise.
+        """
         self.wait(allowed=FAILURES_ALLOWED)
         started = time.monotonic()
         snapshot = self._snapshot(engine, progress)
+        snapshot.prune = prune
         self._thread = threading.Thread(target=self._write, args=(snapshot, started, time.monotonic()), daemon=True)
         self._thread.start()
         if not self.config.async_save:
@@ -121,9 +162,11 @@ class Checkpoints:
         self._thread.join()
         self._thread = None
         self._failures = self._failures + 1 if self._problem else 0
+        if self._problem and self._problem.hopeless:
+            raise TrainingStopped(f"{self.config.save}: {self._problem.text}")
         if self._failures > allowed:
             raise TrainingStopped(
-                f"{self.config.save}: the checkpoint cannot be written ({self._problem});"
+                f"{self.config.save}: the checkpoint cannot be written ({self._problem.text});"
                 " make room there and give the same command again"
             )
 
@@ -184,26 +227,36 @@ class Checkpoints:
 
     def _write(self, snapshot: Snapshot, started: float, copied: float) -> None:
         final = Path(self.config.save) / f"{STEP_FOLDER}{snapshot.step}"
-        work = partial_folder(final)
-        outcome: dict[str, Any] | str
+        work = partial_folder(final, self._token)
+        outcome: dict[str, Any] | Problem
         try:
             outcome = self._write_files(snapshot, work)
+        except NotFinite as error:
+            outcome = Problem(f"rank {self.state.rank}: {error}", hopeless=True)
         except Exception as error:  # whatever it is, the other ranks must hear of it and not wait
-            outcome = f"rank {self.state.rank}: {error}"
+            outcome = Problem(f"rank {self.state.rank}: {error}")
+
         try:
-            problems, files = [], {}
+            files: dict[str, Any] = {}
+            problem = None
             for result in self._gather(outcome):
-                problems.append(result) if isinstance(result, str) else files.update(result)
-            problem = "; ".join(problems) or None
+                if isinstance(result, Problem):
+                    problem = problem or result
+                else:
+                    files.update(result)
+
             if self.state.is_main:
-                problem = problem or self._publish(work, final, {**snapshot.manifest, "files": files})
+                problem = problem or self._publish(work, final, snapshot, files)
                 if problem:
                     shutil.rmtree(work, ignore_errors=True)
             self._problem = self._gather(problem)[0]
         except Exception as error:  # a rank has gone, in most cases; the training step of this one ends soon too
-            self._problem = f"the ranks could not agree on it ({' '.join(str(error).split())[:120]})"
+            self._problem = Problem(f"the ranks could not agree on it ({' '.join(str(error).split())[:120]})")
+
         if self._problem:
-            self._messages.append(f"checkpoint {final} could not be written: {self._problem}; the one before is untouched")
+            self._messages.append(
+                f"checkpoint {final} could not be written: {self._problem.text}; the one before is untouched"
+            )
         else:
             self.newest = final
             stall, total = copied - started, time.monotonic() - started
@@ -211,6 +264,8 @@ class Checkpoints:
 
     def _write_files(self, snapshot: Snapshot, work: Path) -> dict[str, Any]:
         """This rank's files, flushed; {name: {bytes, sha256}}."""
+        for tensors in snapshot.files.values():
+            check_finite(tensors)
         work.mkdir(parents=True, exist_ok=True)
         state, entries = self.state, {}
         for kind, tensors in snapshot.files.items():
@@ -218,36 +273,54 @@ class Checkpoints:
             layout = {key: TensorLayout(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
             entries[name] = write_tensors(work / name, layout, tensors.values(), describe_pieces(snapshot.pieces[kind]))
         if state.is_main:
-            (work / VOCABULARY).write_bytes(self.vocabulary)
+            write_bytes(work / VOCABULARY, self.vocabulary)
             entries[VOCABULARY] = file_entry(work / VOCABULARY)
         return entries
 
     def _gather(self, value: Any) -> list[Any]:
         return self.state.gather(value, self._group)
 
-    def _publish(self, work: Path, final: Path, manifest: dict[str, Any]) -> str | None:
-        """Manifest, rename, pointers, pruning; what went wrong, if anything did before the rename."""
+    def _publish(self, work: Path, final: Path, snapshot: Snapshot, files: dict[str, Any]) -> Problem | None:
+        """Write the manifest, rename, move pointers, prune; what went wrong, if anything did before the rename."""
         try:
-            write_manifest(work, manifest)
+            write_manifest(work, {**snapshot.manifest, "files": files})
             flush_folder(work)
-            if final.exists():  # not a checkpoint, else the run would have resumed from it; whose it is we cannot know
-                set_aside(final)
+            if is_there(final):
+                self._make_way(final)
             os.rename(work, final)
             flush_folder(final.parent)
-        except OSError as error:
-            return str(error)
+        except (OSError, UsageError) as error:
+            return Problem(str(error))
+
+        best = f"{STEP_FOLDER}{snapshot.manifest['best']['step']}"
         try:
             write_text(final.parent / POINTER, final.name)
-            write_text(final.parent / MEGATRON_POINTER, str(manifest["iteration"]))
-            best = f"{STEP_FOLDER}{manifest['best']['step']}"
-            if manifest["best"]["step"] and (final.parent / best).is_dir():
+            write_text(final.parent / MEGATRON_POINTER, str(snapshot.step))
+            if snapshot.manifest["best"]["step"] and (final.parent / best).is_dir():
                 point_to(final.parent / BEST, best)
-            for old in to_prune(complete_checkpoints(final.parent), self.config.keep_last, self.config.keep_every, best):
-                os.rename(old, doomed := partial_folder(old))  # a kill halfway must not leave half a checkpoint
-                shutil.rmtree(doomed)
-        except OSError as error:  # the checkpoint is there all the same
+            if snapshot.prune:
+                self._prune(final, best)
+        except (OSError, UsageError) as error:  # the checkpoint is there all the same
             self._messages.append(f"note: {final.parent}: pointers or old checkpoints could not be brought up to date ({error})")
         return None
+
+    def _make_way(self, final: Path) -> None:
+        """Set aside what has a new checkpoint's name; UsageError where it is one, which this run has not made."""
+        if not self._claim.locked or (is_there(final / MANIFEST) and verify(final) is None):
+            raise UsageError(
+                f"{final} is there already and not of this run; do two runs write to {final.parent}?"
+                " Give each its own --save"
+            )
+        set_aside(final)
+
+    def _prune(self, made: Path, best: str) -> None:
+        """Remove old checkpoints, never the one just made, and none for the sake of one that is torn."""
+        whole = [path for path in complete_checkpoints(made.parent) if path == made or of_right_size(path)]
+        for old in to_prune(whole, self.config.keep_last, self.config.keep_every, best):
+            if old == made:
+                continue
+            os.rename(old, doomed := partial_folder(old, self._token))  # a kill halfway must not leave half a checkpoint
+            shutil.rmtree(doomed)
 
     def load(self, engine: Engine, path: Path) -> Progress:
         """Weights, optimizer and progress from a verified checkpoint; UsageError when it is of another run."""
@@ -286,14 +359,6 @@ class Checkpoints:
         best = f"{STEP_FOLDER}{progress.best_step}"
         if self.state.is_main and folder and (folder / best).is_dir():
             point_to(folder / BEST, best)
-
-
-def point_to(link: Path, name: str) -> None:
-    """A symbolic link, replaced at once."""
-    beside = link.with_name(f".{link.name}.new")
-    beside.unlink(missing_ok=True)
-    beside.symlink_to(name)
-    os.replace(beside, link)
 
 
 def to_prune(newest_first: list[Path], keep_last: int, keep_every: int, best: str = "") -> list[Path]:

@@ -1,5 +1,6 @@
 """The loop: load the micro-batches of a step, count their targets, forward and backward, update, vote, log, evaluate, save."""
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ import torch
 
 from megatron_interbert.config import ModelConfig, TrainConfig
 from megatron_interbert.data.packing import PackedBatch
-from megatron_interbert.errors import StoppedBySignal, TrainingStopped, UsageError
+from megatron_interbert.errors import StoppedBySignal, TrainingStopped
 from megatron_interbert.model.flops import training_flops
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
@@ -51,6 +52,7 @@ class Trainer:
         self.peak = peak_tflops(device, config.peak_tflops)
         self.stopping, self.watchdog = stopping, watchdog
         self.bad_steps = 0
+        self.save_is_owed = False  # one that was due while steps were bad
         self.writer = MetricsWriter(config.save, config.tensorboard_dir, state.is_main, config.train_iters, progress.step)
         self._start_window()
 
@@ -62,9 +64,10 @@ class Trainer:
         try:
             self.run_steps()
             self.checkpoints.wait()
-        except (TrainingStopped, UsageError):
+        except BaseException:
             # The newest checkpoint must not be lost to the reason for which the run ends.
-            self.checkpoints.wait(allowed=1)
+            with contextlib.suppress(TrainingStopped):
+                self.checkpoints.wait(allowed=1)
             raise
         finally:
             self.say_what_was_saved()
@@ -93,18 +96,18 @@ class Trainer:
             step = self.progress.step
             self.writer.advance()
 
-            due = self.progress.owes_evaluation = self.evaluation_is_due(step)
+            self.progress.owes_evaluation |= self.evaluation_is_due(step)
             ended = bool(self.stopping.agreed(step)) or self.complete
             if step % self.config.log_interval == 0 or ended:
                 self.log()
 
             pause = time.monotonic()
-            best = due and not self.stopping.urgent and self.evaluate()
+            best = self.evaluation_is_possible() and self.evaluate()
             if self.out_of_patience():
                 self.say_out_of_patience()
             ended = ended or bool(self.stopping.reason) or self.complete  # also in the evaluation
             if best or ended or self.save_is_due(step):
-                self.save()
+                self.save(last=ended)
             self.window_started += time.monotonic() - pause  # rates are those of training alone
             self.say_what_was_saved()
 
@@ -113,15 +116,45 @@ class Trainer:
         interval = self.config.save_interval
         if self.config.minutes_between_saves():  # what is to be kept for good must be written at all
             interval = interval or self.config.keep_every
-        return self.stopping.save_is_due or bool(interval and step % interval == 0)
+        by_steps = self.save_is_owed or bool(interval and step % interval == 0)
+        return by_steps or self.stopping.save_is_due
 
-    def save(self) -> None:
-        """Begin a checkpoint of this step, where --save is given."""
+    def save(self, last: bool) -> None:
+        """Begin a checkpoint of this step, where --save is given; put it off while steps are bad.
+
+        `last`: the run ends with it.
+        """
         if not self.config.save:
             return
+
+        if self.bad_steps and not (last and self.bad_step_may_be_saved()):
+            self.save_is_owed = True
+            if last:
+                self.give_up_last_save()
+            return
+
         self.watchdog.enter("save", self.progress.step)
-        self.checkpoints.save(self.engine, self.progress)
+        self.checkpoints.save(self.engine, self.progress, prune=not self.bad_steps)
         self.stopping.saved()
+        self.save_is_owed = False
+
+    def bad_step_may_be_saved(self) -> bool:
+        """Whether a run may end with a checkpoint of a bad step.
+
+        With fp16 an overflow is part of finding the loss scale; and the first checkpoint pushes no
+        other out.
+        """
+        return self.engine.precision == "fp16" or self.checkpoints.newest is None
+
+    def give_up_last_save(self) -> None:
+        """Say that the run ends without a checkpoint of its end; TrainingStopped where it should have had one."""
+        text = (
+            f"step {self.progress.step}: the gradient was not finite for the last {self.bad_steps} steps:"
+            f" nothing is saved, {self.checkpoints.newest} stands"
+        )
+        if self.complete:
+            raise TrainingStopped(f"{text}; lower --lr, or look at the data of these steps")
+        self.writer.say(text)
 
     def make_up_for_evaluation(self) -> None:
         """The evaluation for which the run that is gone on with had no time: what is best and when to stop early must not depend on it."""
@@ -239,6 +272,10 @@ class Trainer:
         self.report = torch.zeros(self.task.report_shape, device=self.device)
         self.flops, self.tokens, self.data_wait, self.steps_in_window, self.skipped = 0.0, 0, 0.0, 0, 0
         self.window_started = time.monotonic()
+
+    def evaluation_is_possible(self) -> bool:
+        """Whether one is owed and there is time for it; weights are not judged while steps are bad."""
+        return self.progress.owes_evaluation and not self.bad_steps and not self.stopping.urgent
 
     def evaluation_is_due(self, step: int) -> bool:
         """Whether there is one to make: every --eval-interval steps and at the end."""

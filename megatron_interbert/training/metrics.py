@@ -1,17 +1,25 @@
-"""What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
+"""What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard. None of them can stop it."""
 
+import io
 import json
 import math
 import os
 import resource
+import socket
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TextIO
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
+
+from megatron_interbert.files import append, encoded, write_text
+
+RECORDS = "metrics.jsonl"
 
 
 def memory_gib(device: torch.device) -> float:
@@ -21,24 +29,106 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+class Records:
+    """metrics.jsonl: one JSON object a line. Records past the step that is resumed from are dropped first."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self.path, self.first_step = path, first_step
+        self._begun = False
+        self.dropped = 0  # lines that were no records
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Append a record of named figures; OSError where it cannot be, then nothing of it is there."""
+        if not self._begun:
+            self._begin()
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        append(self.path, encoded(json.dumps({"step": step, "split": split, **finite}) + "\n"))
+
+    def _begin(self) -> None:
+        """Keep the records up to the first step, in a file that is written beside and renamed."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        for line in self._lines():
+            step = step_of(line)
+            if step is None:
+                self.dropped += 1
+            elif step <= self.first_step:
+                kept.append(line + "\n")
+
+        write_text(self.path, "".join(kept))
+        self._begun = True
+
+    def _lines(self) -> list[str]:
+        try:
+            text = self.path.read_bytes().decode("utf-8", "replace")
+        except FileNotFoundError:
+            return []
+
+        whole, _, cut = text.rpartition("\n")  # a killed run may leave half a line
+        return [line for line in [*whole.split("\n"), cut if step_of(cut) is not None else ""] if line]
+
+
+def step_of(line: str) -> int | None:
+    """Give the step of a line of metrics.jsonl; None where it is no record."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return step if type(step) is int else None
+
+
+class Board:
+    """A TensorBoard event file, written without a thread of its own: an error belongs to who writes."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self.path, self.first_step = folder / name, first_step
+        self._begun = False
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Append the scalars of a step; OSError where they cannot be, then none of them is there."""
+        if not self._begun:
+            self._begin()
+        summary = Summary(
+            value=[Summary.Value(tag=f"{split}/{name}", simple_value=value) for name, value in values.items()]
+        )
+        append(self.path, record(Event(wall_time=time.time(), step=step, summary=summary)))
+
+    def _begin(self) -> None:
+        """Write the head, and that what an earlier run has told of later steps is void."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        head = Event(wall_time=time.time(), file_version="brain.Event:2")
+        void = SessionLog(status=SessionLog.START)
+        start = Event(wall_time=time.time(), step=self.first_step + 1, session_log=void)
+        append(self.path, record(head) + record(start))
+        self._begun = True
+
+
+def record(event: Event) -> bytes:
+    """Give an event as it stands in an event file."""
+    buffer = io.BytesIO()
+    RecordWriter(buffer).write(event.SerializeToString())
+    return buffer.getvalue()
+
+
 class MetricsWriter:
-    """Rank 0 writes; the others stay silent. On resume, records past the resumed step are dropped first."""
+    """Rank 0 writes; the others stay silent."""
 
     def __init__(self, save: str, tensorboard_dir: str, is_main: bool, train_iters: int, first_step: int) -> None:
         self.is_main, self.train_iters, self.first_step = is_main, train_iters, first_step
         self.started = time.monotonic()
-        self.file: TextIO | None = None
-        self.board: SummaryWriter | None = None
+        self.sinks: list[Records | Board] = []
         self.bar: tqdm | None = None
+        self._failing: set[Path] = set()
         if not is_main:
             return
+
         if sys.stderr.isatty():
             self.bar = tqdm(total=train_iters, initial=first_step, unit="step", dynamic_ncols=True)
         if save:
-            self.file = _open_records(Path(save) / "metrics.jsonl", first_step)
+            self.sinks.append(Records(Path(save) / RECORDS, first_step))
         if tensorboard_dir or save:
-            folder = tensorboard_dir or str(Path(save) / "tensorboard")
-            self.board = SummaryWriter(folder, purge_step=first_step + 1)
+            self.sinks.append(Board(Path(tensorboard_dir or Path(save) / "tensorboard"), first_step))
 
     def advance(self, steps: int = 1) -> None:
         """Move the progress bar."""
@@ -49,14 +139,29 @@ class MetricsWriter:
         """One record of named figures for a step; `summary` is the task's part of the line for people."""
         if not self.is_main:
             return
-        if self.file is not None:
-            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
-            self.file.write(json.dumps({"step": step, "split": prefix, **finite}) + "\n")
-            self.file.flush()
-        if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(f"{prefix}/{name}", value, step)
+
+        for sink in self.sinks:
+            self._try(sink.path, lambda sink=sink: sink.write(step, prefix, values))
+            dropped = getattr(sink, "dropped", 0)
+            if dropped:
+                self.say(f"note: {sink.path}: {dropped} lines were no records and are dropped")
+                sink.dropped = 0
+
         self.say(self._line(step, values, summary, prefix))
+
+    def _try(self, path: Path, write: Callable[[], None]) -> None:
+        """Write what can be written; say once that it cannot, and that it can again."""
+        try:
+            write()
+        except OSError as error:
+            if path not in self._failing:
+                self.say(f"note: {path} cannot be written ({error.strerror}); training goes on without it")
+            self._failing.add(path)
+            return
+
+        if path in self._failing:
+            self._failing.remove(path)
+            self.say(f"note: {path} is written again")
 
     def _line(self, step: int, values: dict[str, float], summary: str, prefix: str) -> str:
         parts = [f"{prefix} step {step}/{self.train_iters}", summary]
@@ -77,24 +182,6 @@ class MetricsWriter:
             tqdm.write(line, file=sys.stdout) if self.bar is not None else print(line, flush=True)
 
     def close(self) -> None:
-        """Flush and close everything."""
-        for target in (self.bar, self.file, self.board):
-            if target is not None:
-                target.close()
-
-
-def _open_records(path: Path, first_step: int) -> TextIO:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the last line of a killed run
-            if record["step"] <= first_step:
-                kept.append(line)
-    beside = path.with_suffix(".partial")
-    beside.write_text("".join(line + "\n" for line in kept))
-    os.replace(beside, path)
-    return open(path, "a", encoding="utf-8")
+        """End the progress bar; records are on disk."""
+        if self.bar is not None:
+            self.bar.close()

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from megatron_interbert.config import RunConfig
-from megatron_interbert.data.manifest import MANIFEST, file_sha256
+from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import check_writable, file_sha256, nearest_folder
 from megatron_interbert.parallel.launch import Launch
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.node_facts import code_fingerprint, library_versions
 from megatron_interbert.training.processes import aligned, heading
-from megatron_interbert.weights.files import check_writable, nearest_folder
 
 CLOCK_SECONDS = 2.0  # more than the ranks need to read their clocks after a barrier
 SHARED_MEMORY_GIB = 1.0  # what NCCL wants for the ranks of one machine

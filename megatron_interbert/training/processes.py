@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import write_text
 from megatron_interbert.parallel.agreement import some
 from megatron_interbert.parallel.device import (
     check_deepspeed,
@@ -30,7 +31,6 @@ from megatron_interbert.parallel.launch import MEETING_SECONDS, Launch, read_lau
 from megatron_interbert.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
 from megatron_interbert.signals import identity
 from megatron_interbert.training.host import keep_freed_memory, use_cores
-from megatron_interbert.weights.files import write_text
 
 START_SECONDS = 300  # for nccl or gloo to connect ranks that have met already
 SAY_NOTHING = (

@@ -4,18 +4,30 @@ import contextlib
 import copy
 import dataclasses
 import fcntl
+import functools
 import os
 import shutil
 import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_interbert.config import ModelConfig, TrainConfig
-from megatron_interbert.errors import UsageError
+from megatron_interbert.errors import Unreadable, UsageError
+from megatron_interbert.files import HELD, list_folder, open_lock
+from megatron_interbert.parallel.agreement import some, together
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.optimizer import learning_rate
-from megatron_interbert.weights.manifest import MANIFEST, STEP_FOLDER, complete_checkpoints, read_manifest, verify
+from megatron_interbert.weights.manifest import (
+    BEST,
+    MANIFEST,
+    STEP_FOLDER,
+    complete_checkpoints,
+    read_manifest,
+    step_folders,
+    verify,
+)
 
 # Settings that may change on resume; a change is said.
 SCHEDULE = (
@@ -24,34 +36,64 @@ SCHEDULE = (
     *("lr_decay_factor", "ema_decay"),
 )
 LOCK = ".lock"
+PARTIAL = ".partial"
+DAMAGED = "damaged-"
+POINTER = "latest"  # a file that names the newest checkpoint
 
 
-def claim_folder(folder: str, state: ParallelState) -> IO | None:
-    """Lock --save for this run as long as the returned file is open (on rank 0); UsageError when another run holds it."""
-    handle, problem = None, None
+@dataclass
+class Claim:
+    """What rank 0 holds of a run's --save; the other ranks hold nothing."""
+
+    handle: int | None = None  # of the lock file; open as long as the run lives
+    locked: bool = False  # only who has the lock may rename or remove what is not its own
+
+
+def claim_folder(folder: str, state: ParallelState) -> Claim:
+    """Lock --save for this run, on rank 0; UsageError on all ranks when another run holds it."""
+    claim, problem = Claim(), None
     if folder and state.is_main:
         try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            handle = open(Path(folder) / LOCK, "a+")
-        except OSError as error:
-            problem = f"--save {folder}: nothing can be written there ({error.strerror}); choose another folder"
-    if handle:
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a lock of the process: workers forked later do not inherit it
-            handle.truncate(0)
-            print(f"process {os.getpid()} on {socket.gethostname()}", file=handle, flush=True)
-        except BlockingIOError:
-            handle.seek(0)
-            problem = (
-                f"--save {folder}: another run writes there ({handle.read().strip()}); end that process (SIGTERM: it saves"
-                " first), or choose another --save"
-            )
-        except OSError as error:
-            print(f"note: --save {folder} cannot be locked ({error.strerror}); see that no other run writes there", flush=True)
+            claim = _locked(Path(folder))
+        except UsageError as error:
+            problem = str(error)
+
     problem = state.gather(problem)[0]
     if problem:
         raise UsageError(problem)
-    return handle
+    return claim
+
+
+def _locked(folder: Path) -> Claim:
+    """Make the folder and take its lock, one of the process: workers forked later do not inherit it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open_lock(folder / LOCK)
+    except OSError as error:
+        raise UsageError(
+            f"--save {folder}: nothing can be written there ({error.strerror}); choose another folder"
+        ) from error
+
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in HELD:
+            holder = " ".join(os.pread(handle, 200, 0).decode("utf-8", "replace").split())
+            raise UsageError(
+                f"--save {folder}: another run writes there ({holder}); end that process (SIGTERM: it"
+                " saves first), or choose another --save"
+            ) from None
+        print(
+            f"note: --save {folder} cannot be locked ({error.strerror}): nothing that lies there is"
+            " renamed or cleaned up by this run; see that no other run writes there",
+            flush=True,
+        )
+        return Claim(handle)
+
+    with contextlib.suppress(OSError):  # a full disk: the name is only for people
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return Claim(handle, locked=True)
 
 
 def keep_fitted(config: TrainConfig, state: ParallelState) -> None:
@@ -62,7 +104,7 @@ def keep_fitted(config: TrainConfig, state: ParallelState) -> None:
     """
     if config.resume == "never":
         return
-    found = newest_settings(config) if state.is_main else None
+    found = together(state, lambda: newest_settings(config) if state.is_main else None)
     path, before = state.gather(found)[0] or ("", {})
     for name in config.FITTED:
         if name in before and config.is_default(name):
@@ -76,40 +118,51 @@ def newest_settings(config: TrainConfig) -> tuple[str, dict[str, Any]] | None:
 
 
 def newest_manifest(config: TrainConfig) -> tuple[Path, dict[str, Any]] | None:
-    """Give (folder, manifest) of the newest checkpoint of --save or --load that can be read."""
+    """Give (folder, manifest) of the newest checkpoint of --save or --load whose manifest is sound."""
     for folder in (config.save, config.load):
         for path in complete_checkpoints(Path(folder)) if folder else []:
-            with contextlib.suppress(UsageError, KeyError, TypeError):
+            try:
                 manifest = read_manifest(path)
+            except Unreadable:
+                raise
+            except UsageError:
+                continue
+            with contextlib.suppress(KeyError, TypeError):
                 if isinstance(manifest["configs"]["run"], dict):
                     return path, manifest
     return None
 
 
-def find_checkpoint(config: TrainConfig, state: ParallelState) -> Path | None:
-    """The newest good checkpoint to resume from, of --save, else of --load; None to start anew.
+def find_checkpoint(config: TrainConfig, state: ParallelState, locked: bool = True) -> Path | None:
+    """Find the newest good checkpoint of --save, else of --load; None to start anew.
 
-    Every rank hashes its share of the files. A damaged checkpoint of --save is set aside under another name, so that nothing
-    counts it again.
+    Every rank hashes its share of the files. A damaged checkpoint of --save is set aside under
+    another name where the folder is `locked`, so that nothing counts it again. UsageError where
+    there are traces of checkpoints in --save and none of them can be used.
     """
     own = Path(config.save) if config.save else None
-    if own and state.is_main:
-        for leftover in own.glob(f".{STEP_FOLDER}*.partial"):
-            shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed while it wrote
+    if own and locked and state.is_main:
+        remove_leftovers(own)
+
     if config.resume == "never":
         if own and _candidates(own, state):
-            raise UsageError(f"--resume never: {own} holds checkpoints; choose another --save, or give --resume auto to go on")
+            raise UsageError(
+                f"--resume never: {own} holds checkpoints; choose another --save, or give --resume auto"
+                " to resume from them"
+            )
         return None
-    for folder in (own, Path(config.load) if config.load else None):
-        for candidate in _candidates(folder, state) if folder else []:
-            problem = next((p for p in state.gather(verify(candidate, state.rank, state.world_size)) if p), None)
-            if problem is None:
-                return candidate
-            if state.is_main:
-                print(f"checkpoint {candidate} is damaged ({problem}); trying the one before it", flush=True)
-                if folder == own:
-                    set_aside(candidate)
-            state.barrier()
+
+    if own:
+        found = newest_sound(_candidates(own, state), state, rename=locked)
+        if found:
+            return found
+        together(state, lambda: check_no_trace(own) if state.is_main else None)
+
+    if config.load:
+        found = newest_sound(_candidates(Path(config.load), state), state, rename=False)
+        if found:
+            return found
+
     if config.resume == "must":
         raise UsageError(f"--resume must: no complete checkpoint in {own or config.load or '--save, which is not given'}")
     if config.load:
@@ -117,25 +170,70 @@ def find_checkpoint(config: TrainConfig, state: ParallelState) -> Path | None:
     return None
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a run has left that was killed while it wrote."""
+    for name in list_folder(folder):
+        if name.startswith(f".{STEP_FOLDER}") and name.endswith(PARTIAL):
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def newest_sound(candidates: list[Path], state: ParallelState, rename: bool) -> Path | None:
+    """Give the first of some checkpoints whose files are as they were written; all ranks check.
+
+    UsageError on all ranks where a file cannot be read: it may be sound, and nothing is renamed.
+    """
+    for candidate in candidates:
+        found = functools.partial(verify, candidate, state.rank, state.world_size)
+        damage = next((text for text in state.gather(together(state, found)) if text), None)
+        if damage is None:
+            return candidate
+
+        if state.is_main:
+            print(f"checkpoint {candidate} is damaged ({damage}); trying the one before it", flush=True)
+        together(state, lambda path=candidate: set_aside(path) if rename and state.is_main else None)
+    return None
+
+
+def check_no_trace(folder: Path) -> None:
+    """UsageError where a run has committed checkpoints of which none is left that can be used.
+
+    A temporary folder of a first save that was killed is no trace.
+    """
+    names = list_folder(folder)
+    traces = [name for name in names if name.startswith(DAMAGED) or name in (POINTER, BEST)]
+    traces += [path.name for path in step_folders(folder)]
+    if traces:
+        raise UsageError(
+            f"--save {folder}: no usable checkpoint is left there, but traces of earlier ones"
+            f" ({some(traces)}); restore one from a backup, choose another --save, or give --resume"
+            " never to start anew"
+        )
+
+
 def _candidates(folder: Path, state: ParallelState) -> list[Path]:
-    """What rank 0 sees (on a network disk the others might see less), newest first."""
-    found = None
+    """List what rank 0 sees (on a network disk the others might see less), newest first."""
+    found = together(state, lambda: complete_checkpoints(folder) if state.is_main else None)
     if state.is_main:
-        found = complete_checkpoints(folder)
-        for path in sorted(folder.glob(f"{STEP_FOLDER}*")):
-            if path.is_dir() and not (path / MANIFEST).exists():
+        for path in step_folders(folder):
+            if path not in found and path.is_dir():
                 print(f"note: {path} has no {MANIFEST}: not a checkpoint of ours, or damaged; it is not counted", flush=True)
     return state.gather(found)[0]
 
 
 def set_aside(path: Path) -> None:
-    """Give a folder a name under which nothing takes it for a checkpoint."""
-    os.rename(path, path.with_name(f"damaged-{path.name}-{time.time_ns()}"))
+    """Give a folder a name under which nothing takes it for a checkpoint; UsageError where it cannot be."""
+    try:
+        os.rename(path, path.with_name(f"{DAMAGED}{path.name}-{time.time_ns()}"))
+    except OSError as error:
+        raise UsageError(f"{path}: damaged, and cannot be set aside ({error.strerror})") from error
 
 
-def partial_folder(final: Path) -> Path:
-    """Where a checkpoint grows before it is renamed, and where it goes to be removed."""
-    return final.with_name(f".{final.name}.partial")
+def partial_folder(final: Path, token: str = "") -> Path:
+    """Where a checkpoint grows before it is renamed, and where it goes to be removed.
+
+    `token` keeps two runs apart that write to one folder where there are no locks.
+    """
+    return final.with_name(f".{final.name}{token and '.'}{token}{PARTIAL}")
 
 
 def resumed_batch(path: Path | None) -> int:

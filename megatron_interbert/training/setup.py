@@ -16,9 +16,11 @@ from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.training_set import TrainingSet
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import is_there
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
+from megatron_interbert.output import keep_speaking
 from megatron_interbert.parallel.agreement import check_alike, together
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.rng import RandomStreams
@@ -38,6 +40,7 @@ from megatron_interbert.training.micro_batch import Trial, choose_micro_batch, s
 from megatron_interbert.training.node_facts import facts_of_run
 from megatron_interbert.training.processes import describe_launch, start_processes
 from megatron_interbert.training.resume import (
+    Claim,
     claim_folder,
     find_checkpoint,
     keep_fitted,
@@ -75,6 +78,7 @@ def config_of_validation(config: RunConfig) -> RunConfig:
 
 def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] = pretraining_job) -> Trainer:
     """Everything a run needs, checked in the order in which it is cheap to fail."""
+    keep_speaking()
     config.check()
     agree_with_json(config)
     if config.deterministic:
@@ -91,9 +95,9 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
     config.fit_zero_stage(state.world_size)
     keep_fitted(config, state)
     job = together(state, lambda: make_job(config, state))
-    begun = state.gather(Path(config.save).exists())[0]
-    lock = claim_folder(config.save, state) if begun else None
-    resume = find_checkpoint(config, state)
+    begun = state.gather(together(state, lambda: is_there(Path(config.save))))[0]
+    claim = claim_folder(config.save, state) if begun else Claim()
+    resume = find_checkpoint(config, state, claim.locked)
     check_partitions(config.told("data_partitions"), config.data_partitions, state.data_size)
     if job.metric and job.evaluate is not None and job.metric not in job.figures:
         raise UsageError(f"--metric {job.metric}: expected one of {', '.join(job.figures)}")
@@ -116,8 +120,8 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
         pretrained = load_initial_weights(model, job.model_config, config.init_from, state, job.data, config.allow_other_detector)
     engine = Engine(model.to(device), config, state, pretrained)
     if not begun:  # not before everything else has been found right: wrong use leaves nothing behind
-        lock = claim_folder(config.save, state)
-    checkpoints = Checkpoints(config, job.model_config, state, job.data, job.vocabulary, lock, job.metric)
+        claim = claim_folder(config.save, state)
+    checkpoints = Checkpoints(config, job.model_config, state, job.data, job.vocabulary, claim, job.metric)
     progress = checkpoints.load(engine, resume) if resume else Progress()
     if state.is_main:
         print(*config.notes, sep="\n", end="\n" * bool(config.notes))

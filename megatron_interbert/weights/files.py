@@ -1,9 +1,8 @@
-"""Files that are whole or absent: safetensors written tensor by tensor with their hash, texts written beside and renamed."""
+"""Safetensors files, written and read tensor by tensor."""
 
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,55 +101,3 @@ class TensorFile:
     def get(self, name: str) -> torch.Tensor:
         """One tensor."""
         return self._file.get_tensor(name)
-
-
-def flush_file(path: Path) -> None:
-    """Until a file's content is on disk."""
-    with open(path, "rb+") as handle:
-        os.fsync(handle.fileno())
-
-
-def file_entry(path: Path) -> dict[str, Any]:
-    """{bytes, sha256} of a file that is already there, flushed to disk."""
-    flush_file(path)
-    with open(path, "rb") as handle:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write beside, flush, rename."""
-    beside = path.with_name(path.name + ".partial")
-    with open(beside, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(beside, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON, written beside and renamed."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
-
-
-def flush_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def check_writable(folder: Path, flag: str) -> None:
-    """UsageError where files cannot be written to a folder, or to the nearest one above it that is there. Leaves nothing behind."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=nearest_folder(folder), prefix=".writable-"):
-            pass
-    except OSError as error:
-        raise UsageError(f"{flag} {folder}: nothing can be written there ({error.strerror}); choose another folder") from None
-
-
-def nearest_folder(folder: Path) -> Path:
-    """The folder, or the one above it in which it would be made."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    return place

@@ -5,16 +5,17 @@ A folder without a valid manifest does not exist: the manifest is written after 
 
 import hashlib
 import json
+import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_interbert import __version__
-from megatron_interbert.data.manifest import file_sha256
-from megatron_interbert.errors import UsageError
-from megatron_interbert.weights.files import write_json
+from megatron_interbert.errors import Unreadable, UsageError
+from megatron_interbert.files import encoded, file_sha256, is_there, list_folder, reading, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -30,7 +31,8 @@ def seal(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _digest(manifest: dict[str, Any]) -> str:
     content = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(encoded(text)).hexdigest()
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -39,11 +41,16 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder; UsageError when it is missing, damaged or of another format."""
+    """Read the manifest of a checkpoint folder.
+
+    UsageError when it is missing, damaged or of another format, Unreadable when nobody can say.
+    """
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        with reading(file):
+            text = file.read_text(encoding="utf-8")
+        manifest = json.loads(text)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: no readable {MANIFEST} ({error})") from error
     if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in ("files", "topology")):
         raise UsageError(f"{file}: not the manifest of a checkpoint (a region store has one of its own)")
@@ -55,37 +62,72 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path, rank: int = 0, ranks: int = 1, only: str = "") -> str | None:
-    """None when the files are as the manifest says, else what is wrong. Of several ranks each checks its share.
+    """Say what is wrong with a checkpoint's files; None when they are as the manifest says.
 
-    `only` limits the check to files whose names begin so.
+    Of several ranks each checks its share. `only` limits the check to files whose names begin so.
+    Unreadable where a file is there and cannot be read: it may be sound.
     """
+    problem = wrong_size(path, only)  # sizes are cheap: every rank looks at all
+    if problem:
+        return problem
+
+    files = read_manifest(path)["files"]
+    for name in sorted(name for name in files if name.startswith(only))[rank::ranks]:
+        try:
+            with reading(path / name):
+                digest = file_sha256(path / name)
+        except OSError:  # what `reading` lets through
+            return f"{name} is missing"
+        if digest != files[name]["sha256"]:
+            return f"{name} has another sha256"
+
+    return None
+
+
+def wrong_size(path: Path, only: str = "") -> str | None:
+    """Say what is wrong with manifest and file sizes of a checkpoint; None where they agree."""
     try:
         files = read_manifest(path)["files"]
+    except Unreadable:
+        raise
     except UsageError as error:
         return str(error)
     if not all(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values()):
         return f"{MANIFEST} lists files without their sizes and hashes"
-    names = sorted(name for name in files if name.startswith(only))
-    for name in names:  # sizes are cheap: every rank looks at all
-        if not (path / name).is_file():
+
+    for name in sorted(name for name in files if name.startswith(only)):
+        try:
+            with reading(path / name):
+                size = os.stat(path / name).st_size
+        except OSError:  # what `reading` lets through
             return f"{name} is missing"
-        size = (path / name).stat().st_size
         if size != files[name]["bytes"]:
             return f"{name} has {size} bytes, expected {files[name]['bytes']}"
-    for name in names[rank::ranks]:
-        try:
-            if file_sha256(path / name) != files[name]["sha256"]:
-                return f"{name} has another sha256"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+
     return None
 
 
+def of_right_size(path: Path) -> bool:
+    """Whether manifest and file sizes of a checkpoint agree; what cannot be read does not."""
+    try:
+        return wrong_size(path) is None
+    except UsageError:
+        return False
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders of a run that have a manifest, newest first."""
-    start = len(STEP_FOLDER)
-    found = [p for p in folder.glob(f"{STEP_FOLDER}*") if (p / MANIFEST).is_file() and p.name[start:].isdigit()]
-    return sorted(found, key=lambda p: int(p.name[start:]), reverse=True)
+    """List the checkpoint folders of a run that have a manifest, newest first.
+
+    Unreadable where the run's folder or one of them cannot be looked into.
+    """
+    return [path for path in step_folders(folder) if is_there(path / MANIFEST)]
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """List what has the name of a checkpoint, the highest step first."""
+    steps = (name.removeprefix(STEP_FOLDER) for name in list_folder(folder) if name.startswith(STEP_FOLDER))
+    numbers = sorted((step for step in steps if re.fullmatch("[0-9]{1,18}", step)), key=int, reverse=True)
+    return [folder / f"{STEP_FOLDER}{number}" for number in numbers]
 
 
 def newest_checkpoint(path: str | Path) -> Path | None:

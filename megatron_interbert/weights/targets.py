@@ -16,8 +16,9 @@ import torch
 
 from megatron_interbert.config import ModelConfig
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import file_entry, flush_file, flush_folder, write_json
 from megatron_interbert.model.partition import partition_dimension, shard
-from megatron_interbert.weights.files import TensorLayout, file_entry, flush_file, flush_folder, write_json, write_tensors
+from megatron_interbert.weights.files import TensorLayout, write_tensors
 from megatron_interbert.weights.foreign import DECODER, EXTRA, Link, bert_links, config_to_official, official_links
 from megatron_interbert.weights.manifest import VOCABULARY, versions, weights_name, write_manifest
 from megatron_interbert.weights.reader import describe_pieces

@@ -21,8 +21,8 @@ from typing import Any
 import psutil
 
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.files import check_writable, write_json
 from megatron_interbert.parallel.device import ACCELERATOR, gpus, why_no_gpu
-from megatron_interbert.weights.files import check_writable, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = 600.0  # seconds of all stages together

@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from megatron_interbert.data.manifest import file_sha256
 from megatron_interbert.data.pretraining import trainable_captions
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.data.text import CaptionTokenizer
+from megatron_interbert.files import file_sha256
 from tests.launching import ROOT, launch, losses, pretrain
 
 FLAGS = ("--train-scenes", 60, "--test-scenes", 12)

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from megatron_interbert.command_line import finite_number
 from megatron_interbert.data.downstream.records import read_records
 from megatron_interbert.errors import UsageError
 from megatron_interbert.progress import progress
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clients", type=int, default=512, help="connections, each of which asks again as soon as it has an answer"
     )
-    parser.add_argument("--seconds", type=float, default=60.0, help="of each measurement")
+    parser.add_argument("--seconds", type=finite_number, default=60.0, help="of each measurement")
     parser.add_argument("--candidates", type=int, default=50, help="items that the model scores for a query")
 
 

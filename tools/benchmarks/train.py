@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_interbert.command_line import finite_number
 from megatron_interbert.config import read_json
 from megatron_interbert.data.packing import Example, pack
 from megatron_interbert.errors import TrainingStopped, UsageError
+from megatron_interbert.files import check_writable
 from megatron_interbert.kernels import plain
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
 from megatron_interbert.model.flops import training_flops
@@ -30,7 +32,6 @@ from megatron_interbert.parallel.launch import free_port
 from megatron_interbert.progress import progress
 from megatron_interbert.training.peaks import peak_tflops
 from megatron_interbert.training.processes import aligned, start_processes
-from megatron_interbert.weights.files import check_writable
 from tools.benchmarks.bars import bars
 from tools.benchmarks.batches import random_examples, sizes_of, span
 from tools.benchmarks.contenders import Contender, Ours, Padded
@@ -66,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="", help="contenders, by commas; default: all of them")
     parser.add_argument("--plot", type=Path, help="SVG file for a picture of the table")
     parser.add_argument("--compare", type=Path, help="recorded JSON: fail where our lead over a contender has shrunk since")
-    parser.add_argument("--tolerance", type=float, default=0.2, help="share of the recorded ratio that may be lost")
-    parser.add_argument("--peak-tflops", type=float, default=0.0, help="peak of the device, where it is not known")
+    parser.add_argument("--tolerance", type=finite_number, default=0.2, help="share of the recorded ratio that may be lost")
+    parser.add_argument("--peak-tflops", type=finite_number, default=0.0, help="peak of the device, where it is not known")
 
 
 def contenders(arguments: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], Contender]]:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from megatron_interbert.data.manifest import file_sha256
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import file_sha256
 
 if TYPE_CHECKING:
     from PIL.Image import Image

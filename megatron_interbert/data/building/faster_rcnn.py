@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from megatron_interbert.data.building.detectors import BACKGROUND, TORCHVISION, Detections, Detector, DetectorChoice, state_sha256
-from megatron_interbert.data.manifest import file_sha256
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import file_sha256
 
 if TYPE_CHECKING:
     from PIL.Image import Image

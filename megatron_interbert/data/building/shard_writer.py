@@ -13,10 +13,11 @@ from typing import IO, Any
 import h5py
 import numpy as np
 
-from megatron_interbert.data.manifest import CAPTIONS, TOKENS, file_sha256
+from megatron_interbert.data.manifest import CAPTIONS, TOKENS
 from megatron_interbert.data.regions import Regions, record_problem, repair_boxes
 from megatron_interbert.data.shard_file import COLUMNS
 from megatron_interbert.data.text import CaptionTokenizer
+from megatron_interbert.files import file_sha256
 
 Caption = tuple[str, str]  # text, language tag
 SHARD_NAME = "shard-{:05d}.h5"

@@ -12,9 +12,10 @@ from megatron_interbert.data.inspection.class_ids import ClassShift
 from megatron_interbert.data.inspection.counts import Counts
 from megatron_interbert.data.inspection.layout import describe_shards, measure_reads, slow_reasons
 from megatron_interbert.data.inspection.verdicts import Verdict, judge
-from megatron_interbert.data.manifest import file_sha256, files_of
+from megatron_interbert.data.manifest import files_of
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import file_sha256
 from megatron_interbert.progress import progress
 
 FACTS = ("schema_version", "detector", "soft_labels", "box_format", "feature_dim", "num_classes", "background_class", "generated")

@@ -11,9 +11,10 @@ from typing import IO, Any
 import numpy as np
 
 from megatron_interbert.config import read_json
-from megatron_interbert.data.manifest import HARD_NEGATIVES, MANIFEST, file_sha256
+from megatron_interbert.data.manifest import HARD_NEGATIVES, MANIFEST
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import file_sha256
 
 FORMAT = 1
 PLAN, ASSEMBLED, DONE = "plan.json", "assembled.npy", "done.json"

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from megatron_interbert.data.building.sources.base import Dropped, Record, SourceFacts
 from megatron_interbert.data.building.sources.fields import ReadOptions
-from megatron_interbert.data.manifest import file_sha256
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import file_sha256
 
 
 class StoreSource:

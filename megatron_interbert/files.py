@@ -1,0 +1,237 @@
+"""Files that are whole or absent: texts, locks and links beside others' files, which are never followed elsewhere."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_interbert.errors import Unreadable, UsageError
+
+# What a system answers where no file of that name is there. All else (EACCES, EIO, EMFILE, ESTALE,
+# ..) says nothing about the content of a file.
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+HELD = (errno.EAGAIN, errno.EACCES)  # what a lock that another process holds answers
+
+
+@contextlib.contextmanager
+def reading(what: str | Path) -> Iterator[None]:
+    """Turn a failure to read `what` into Unreadable; FileNotFoundError and the like pass through."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_FILE or error.errno is None:
+            raise
+        raise Unreadable(
+            f"{error.filename or what}: cannot be read ({error.strerror}); this says nothing of its"
+            " content: mend permissions, disk or limits and give the same command again"
+        ) from error
+
+
+def list_folder(folder: Path) -> list[str]:
+    """Give the names in a folder, sorted; none where it is absent. Unreadable where it cannot be read.
+
+    `Path.glob` takes a folder that it may not read for an empty one.
+    """
+    try:
+        with reading(folder):
+            return sorted(os.listdir(folder))
+    except OSError:
+        return []
+
+
+def is_there(path: Path) -> bool:
+    """Whether something of that name exists; Unreadable where the system cannot say."""
+    try:
+        with reading(path):
+            os.stat(path)
+    except OSError:
+        return False
+    return True
+
+
+def file_sha256(path: str | Path, progress: Callable[[int], None] = lambda count: None) -> str:
+    """Give the hex sha256 of a file; `progress` hears of each chunk's bytes."""
+    digest = hashlib.sha256()
+    chunk = memoryview(bytearray(1 << 20))
+
+    with open(path, "rb", buffering=0) as handle:
+        while count := handle.readinto(chunk):
+            digest.update(chunk[:count])
+            progress(count)
+
+    return digest.hexdigest()
+
+
+def flush_file(path: Path) -> None:
+    """Wait until a file's content is on disk."""
+    with open(path, "rb+") as handle:
+        os.fsync(handle.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Flush a file that is already there and give {bytes, sha256}."""
+    flush_file(path)
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file of that name that was not there before; what was there is unlinked, never followed.
+
+    It is flushed at the end, and removed where that or anything before it fails.
+    """
+    path.unlink(missing_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    try:
+        with open(handle, "wb", buffering=0) as file:
+            yield file
+            os.fsync(handle)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise
+
+
+def write_all(handle: int, data: bytes | memoryview) -> None:
+    """Write all bytes to a descriptor, which may take them in parts."""
+    left = memoryview(data)
+    while len(left):
+        left = left[os.write(handle, left) :]
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write beside, flush, rename."""
+    beside = path.with_name(path.name + ".partial")
+    with new_file(beside) as handle:
+        write_all(handle.fileno(), data)
+    os.replace(beside, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 beside, flush, rename."""
+    write_bytes(path, encoded(text))
+
+
+def encoded(text: str) -> bytes:
+    """Encode as UTF-8. Half characters, of file names that are no UTF-8, become escapes as in JSON."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON beside and rename it."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def append(path: Path, data: bytes) -> None:
+    """Append all of some bytes, or nothing: OSError where they cannot be written."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+    try:
+        before = os.fstat(handle).st_size
+        try:
+            write_all(handle, data)
+        except OSError:
+            os.ftruncate(handle, before)
+            raise
+    finally:
+        os.close(handle)
+
+
+def open_lock(path: Path) -> int:
+    """Open a file to lock, made where it is absent: a file of its own, never a link to another one.
+
+    UsageError where something else has that name, OSError where it cannot be opened.
+    """
+    wrong = f"{path}: expected a lock file, found something else, which is left alone; remove it"
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise UsageError(wrong) from None
+        raise
+
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(handle)
+        raise UsageError(wrong)
+    return handle
+
+
+@contextlib.contextmanager
+def alone(path: Path, what: str) -> Iterator[None]:
+    """Hold a file's lock. UsageError with `what` where another process holds it."""
+    handle = open_lock(path)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in HELD:
+                raise UsageError(f"{path}: cannot be locked ({error.strerror}); use a disk with locks") from error
+            raise UsageError(f"{path.parent}: {what}") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def point_to(link: Path, name: str) -> None:
+    """Make a link to a sibling, or have it point there, in one step."""
+    beside = link.with_name(f".{link.name}.new")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(name)
+    os.replace(beside, link)
+
+
+def sibling(link: Path) -> Path | None:
+    """Give the folder beside it that a link of ours names; None where there is none, or it leads nowhere.
+
+    A folder of the link's name, as copies without links have it, stands for itself. UsageError where
+    the link leads elsewhere, or through another link.
+    """
+    if not link.is_symlink():
+        return link if link.is_dir() else None
+
+    name = os.readlink(link)
+    place = link.parent / name
+    if not is_plain_name(name) or place.is_symlink():
+        raise UsageError(f"{link}: names {name[:80]!r}, expected a folder beside it; remove that link")
+    return place if place.is_dir() else None
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether a text can only name something in the folder at hand."""
+    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """UsageError where files cannot be written to a folder, or to the nearest one above it that is there.
+
+    Leaves nothing behind.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(dir=nearest_folder(folder), prefix=".writable-"):
+            pass
+    except OSError as error:
+        raise UsageError(f"{flag} {folder}: nothing can be written there ({error.strerror}); choose another folder") from None
+
+
+def nearest_folder(folder: Path) -> Path:
+    """Give the folder, or the one above it in which it would be made."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return place

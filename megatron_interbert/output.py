@@ -1,0 +1,43 @@
+"""Standard output and error of work that must not end because nobody can read or store its lines."""
+
+import io
+import sys
+
+
+class Lasting(io.FileIO):
+    """A descriptor that takes everything: what a full disk or a closed pipe refuses is dropped."""
+
+    def write(self, data: bytes) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def speak_any_language() -> None:
+    """Have messages in any language printed where the locale is POSIX's, and never fail for a character."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            ascii_only = stream.encoding.lower() in ("ascii", "us-ascii", "ansi_x3.4-1968", "646")
+            encoding = "utf-8" if ascii_only else stream.encoding
+            stream.reconfigure(encoding=encoding, errors="backslashreplace")
+
+
+def keep_speaking() -> None:
+    """From now on a line that cannot be written is dropped; the work that wanted to say it goes on."""
+    sys.stdout = lasting(sys.stdout, sys.__stdout__)
+    sys.stderr = lasting(sys.stderr, sys.__stderr__)
+
+
+def lasting(stream: io.TextIOBase, ordinary: io.TextIOBase | None) -> io.TextIOBase:
+    """Give a stream like the process's own that never fails; others, as tests have them, stay."""
+    if stream is not ordinary or not isinstance(stream, io.TextIOWrapper):
+        return stream
+
+    raw = Lasting(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=stream.encoding,
+        errors="backslashreplace",
+        line_buffering=True,
+    )
