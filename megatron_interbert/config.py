@@ -408,6 +408,15 @@ class RunConfig(TrainConfig):
         self.objective_names()
 
 
+STORE_FLAGS = ("data_path", "valid_data_path", "annotated_path", "valid_annotated_path")
+
+
+def paths_of_stores(config: Any) -> list[str]:
+    """List the paths that a configuration gives for region stores; tasks may have other data there."""
+    given = (getattr(config, name, "") for name in STORE_FLAGS)
+    return [path for text in given for path in split_paths(text)]
+
+
 def split_paths(text: str) -> list[str]:
     """`a, b` -> [a, b]; the name of a folder may hold a comma where the whole is one."""
     if "," in text and Path(text).is_dir():

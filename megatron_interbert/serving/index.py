@@ -5,6 +5,7 @@
     INDEX/<version>/manifest.json   its number, where the journal stood when the items were read, sha256 of weights and of both files
     INDEX/current                   link to the version that is served
     INDEX/journal.jsonl             what was added, changed and removed, in order (journal.py)
+    INDEX/journal.end               the last change that was confirmed
 
 A version is written beside, flushed and renamed, then the link is swapped: a reader sees a whole one, old or new. It belongs to the weights
 with which its vectors were made; others are refused. Its items are those of items.jsonl with all that the journal holds from its place on,

@@ -3,7 +3,8 @@
 The first line names the journal and says how many changes have been trimmed, because no version needs
 them any more. Each further line is `<sum> {"put": item}` or `<sum> {"remove": item id}`; a sum covers
 the line and all before it, so nothing can be altered, left out or exchanged unseen. A version of the
-index remembers the `Mark` behind the last change that is in it.
+index remembers the `Mark` behind the last change that is in it, and journal.end the last one that was
+confirmed.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from megatron_interbert.files import alone, flush_folder, new_file, reading, wri
 from megatron_interbert.serving.items import Item, item_of
 
 JOURNAL, WRITING = "journal.jsonl", "writing"
+END = "journal.end"  # the place behind the last change that was confirmed
 MEND = "restore the file, or begin anew from your items (--rebuild --items FILE)"
 BYTES = "bytes "  # stands for the sum before the first change of a journal that an earlier version began
 Record = dict[str, Any]
@@ -94,7 +96,8 @@ def parse(data: bytes, where: str) -> Content:
     A last line without its end was cut by a crash, and nobody was told that it had happened; but one
     whose sum is right has lost its end alone.
     """
-    head, *lines, tail = data.split(b"\n")
+    head, *rest = data.split(b"\n")
+    *lines, tail = rest or [b"cut"]
     name, trimmed, first = parse_head(head, where)
     content = Content(name, trimmed, [], [first], [], whole=not tail)
 
@@ -151,7 +154,25 @@ def read_content(folder: Path, where: str = "") -> Content | None:
         raise UsageError(f"{where}: is no file ({error.strerror}); {MEND}") from error
 
     old = OldJournal.parse(data, where)
-    return old.renewed() if old else parse(data, where)
+    content = old.renewed() if old else parse(data, where)
+    check_reaches_end(content, folder, where)
+    return content
+
+
+def check_reaches_end(content: Content, folder: Path, where: str) -> None:
+    """UsageError for a journal that ends before a change that was confirmed: one that was cut, or an older copy."""
+    try:
+        with reading(folder / END):
+            confirmed = Mark(**json.loads((folder / END).read_bytes()))
+        missing = confirmed.journal == content.name and confirmed.place > content.end.place
+    except (OSError, ValueError, TypeError, RecursionError):
+        return  # there is none, or it was cut itself
+
+    if missing:
+        raise UsageError(
+            f"{where}: ends with change {content.end.place}, but {confirmed.place} were confirmed; restore the"
+            f" file, or remove {folder / END} to do without the others"
+        )
 
 
 def read_journal(folder: Path, mark: "Mark | int") -> tuple[list[Record], Mark]:
@@ -278,7 +299,7 @@ class Journal:
         self._alone = alone(folder / WRITING, "another service with a key writes to this index; give each its own --index")
         self._alone.__enter__()
         self._folder = os.open(folder, os.O_RDONLY)
-        self._file = -1
+        self._file = self._end = -1
 
     def open(self) -> Mark:
         """Open the file and check it; the place behind its last change."""
@@ -286,7 +307,9 @@ class Journal:
         content = self._content()
         self._file = os.open(JOURNAL, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW, dir_fd=self._folder)
         self._size = os.fstat(self._file).st_size
+        self._end = os.open(END, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=self._folder)
         self.end = content.end
+        self._note_end()
         return self.end
 
     def _content(self) -> Content:
@@ -318,6 +341,12 @@ class Journal:
 
         self._size = os.fstat(self._file).st_size
         self.end = Mark(self.end.journal, self.end.place + 1, sum_behind)
+        self._note_end()
+
+    def _note_end(self) -> None:
+        """Remember what was confirmed; it may lag behind the journal and never be ahead of it."""
+        with contextlib.suppress(OSError):
+            os.pwrite(self._end, json.dumps(dataclasses.asdict(self.end)).ljust(120).encode(), 0)
 
     def _check_place(self) -> None:
         """See that what is written will be found: our file is there, by its name, and ends where we did.
@@ -365,10 +394,11 @@ class Journal:
         os.fsync(self._folder)
 
     def release(self) -> None:
-        """Close the file; others still cannot write."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        """Close the files; others still cannot write."""
+        for handle in (self._file, self._end):
+            if handle >= 0:
+                os.close(handle)
+        self._file = self._end = -1
 
     def close(self) -> None:
         """No more changes."""

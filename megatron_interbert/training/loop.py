@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron_interbert.config import ModelConfig, TrainConfig
+from megatron_interbert.data.integrity import Integrity
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.errors import StoppedBySignal, TrainingStopped
 from megatron_interbert.model.flops import training_flops
@@ -23,6 +24,8 @@ from megatron_interbert.training.optimizer import learning_rate
 from megatron_interbert.training.peaks import peak_tflops
 from megatron_interbert.training.stopping import Stopping
 from megatron_interbert.training.watchdog import Watchdog
+
+SECONDS_TO_VERIFY = 10.0  # that a run waits at its end for what is being hashed
 
 
 class Trainer:
@@ -45,12 +48,13 @@ class Trainer:
         progress: Progress,
         stopping: Stopping,
         watchdog: Watchdog,
+        integrity: Integrity,
     ) -> None:
         self.engine, self.task, self.config, self.model_config = engine, task, config, model_config
         self.batches, self.evaluation, self.state, self.streams, self.device = batches, evaluation, state, streams, device
         self.checkpoints, self.progress, self.patience = checkpoints, progress, patience
         self.peak = peak_tflops(device, config.peak_tflops)
-        self.stopping, self.watchdog = stopping, watchdog
+        self.stopping, self.watchdog, self.integrity = stopping, watchdog, integrity
         self.bad_steps = 0
         self.save_is_owed = False  # one that was due while steps were bad
         self.writer = MetricsWriter(config.save, config.tensorboard_dir, state.is_main, config.train_iters, progress.step)
@@ -59,10 +63,13 @@ class Trainer:
     def train(self) -> None:
         """Run to --train-iters, or until all ranks agree to stop, saving and evaluating on the way.
 
-        StoppedBySignal after a signal, with everything saved.
+        StoppedBySignal after a signal, with everything saved. TrainingStopped where the data are not
+        as they were written.
         """
         try:
             self.run_steps()
+            self.integrity.wait(SECONDS_TO_VERIFY)  # at least small stores as a whole
+            self.stopping.agree_on_data(self.integrity.problem)
             self.checkpoints.wait()
         except BaseException:
             # The newest checkpoint must not be lost to the reason for which the run ends.
@@ -95,9 +102,10 @@ class Trainer:
             self.train_step()
             step = self.progress.step
             self.writer.advance()
+            self.integrity.start()  # after loader processes were forked
 
             self.progress.owes_evaluation |= self.evaluation_is_due(step)
-            ended = bool(self.stopping.agreed(step)) or self.complete
+            ended = bool(self.stopping.agreed(step, self.integrity.problem)) or self.complete
             if step % self.config.log_interval == 0 or ended:
                 self.log()
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_interbert.config import AUTO, ModelConfig, RunConfig, TrainConfig
+from megatron_interbert.config import AUTO, ModelConfig, RunConfig, TrainConfig, paths_of_stores
+from megatron_interbert.data.integrity import Integrity
 from megatron_interbert.data.loader import BatchStream
+from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.data.order import check_partitions
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.pretraining import PretrainingSet
@@ -98,6 +100,7 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
     begun = state.gather(together(state, lambda: is_there(Path(config.save))))[0]
     claim = claim_folder(config.save, state) if begun else Claim()
     resume = find_checkpoint(config, state, claim.locked)
+    integrity = verify_stores(config, state)
     check_partitions(config.told("data_partitions"), config.data_partitions, state.data_size)
     if job.metric and job.evaluate is not None and job.metric not in job.figures:
         raise UsageError(f"--metric {job.metric}: expected one of {', '.join(job.figures)}")
@@ -141,7 +144,17 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
         progress=progress,
         stopping=stopping,
         watchdog=watchdog,
+        integrity=integrity,
     )
+
+
+def verify_stores(config: TrainConfig, state: ParallelState) -> Integrity:
+    """What verifies the region stores of a run on this machine; UsageError for files that have changed since it has."""
+    first = read_launch().local_rank == 0
+    stores = [path for path in paths_of_stores(config) if first and (Path(path) / MANIFEST).is_file()]
+    integrity = together(state, lambda: Integrity(stores))
+    together(state, integrity.check_at_once)
+    return integrity
 
 
 def parts_of_model(

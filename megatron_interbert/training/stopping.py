@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_interbert.config import TrainConfig
-from megatron_interbert.errors import INTERRUPTED
+from megatron_interbert.errors import INTERRUPTED, TrainingStopped
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
 from megatron_interbert.signals import STOPPING, take_over
@@ -54,20 +54,34 @@ class Stopping:
             os.write(2, line.encode())
         self._noted = self._noted or number
 
-    def agreed(self, step: int) -> str:
-        """Vote after a step, on all ranks: the same `reason` on all to end now, or an empty string."""
+    def agreed(self, step: int, bad_data: str = "") -> str:
+        """Vote after a step, on all ranks: the same `reason` on all to end now, or an empty string.
+
+        TrainingStopped on all ranks where one of them has found `bad_data`.
+        """
         minutes = self.config.exit_duration_in_mins
         late = bool(minutes) and time.monotonic() - self.started > minutes * 60
         if self._command and grandparent() != self._command:
             self._note(signal.SIGHUP)
 
-        vote = torch.tensor([self._noted, late, self._save_is_due()], dtype=torch.int64)
+        vote = torch.tensor([self._noted, late, self._save_is_due(), bool(bad_data)], dtype=torch.int64)
         if self._group is not None:
             dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._group)
         self._signal, self._late = int(vote[0]), bool(vote[1])
         self.save_is_due = bool(vote[2])
+        if vote[3]:
+            self.agree_on_data(bad_data)
         self.reason = self._in_words(step)
         return self.reason
+
+    def agree_on_data(self, problem: str) -> None:
+        """TrainingStopped on all ranks where one of them has found its data not as they were written."""
+        found = next((text for text in self.state.gather(problem, self._group) if text), "")
+        if found:
+            raise TrainingStopped(
+                f"{found}. What this run has trained on is not known, and it saves no more; its"
+                " checkpoints so far are whole"
+            )
 
     def _save_is_due(self) -> bool:
         """Whether the clock of rank 0 asks for a checkpoint."""

@@ -171,6 +171,11 @@ class Campaign:
                     raise Failure(f"{layout}: the run stopped: {life.text()[-2000:]}")
                 self.counts["full disks"] += 1
                 subprocess.run(["mount", "-o", "remount,size=60m", small], check=True)
+            elif codes == [2, 2]:
+                if committed or "no usable checkpoint is left there" not in life.text():
+                    raise Failure(f"{layout}: the run refuses to start: {life.text()[-2000:]}")
+                self.counts["stops, for nothing is left"] += 1
+                shutil.rmtree(save)  # as its owner would who begins anew
             elif self.random.random() < self.spoil:
                 spoiled = self._spoil(save)
 

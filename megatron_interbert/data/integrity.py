@@ -1,0 +1,147 @@
+"""Whether the files of region stores are as they were written: hashed once for a store and machine.
+
+What was verified is remembered on the machine, with size and times of each file: an unchanged file is
+not read again. A file that has changed since is hashed before work begins, as are small stores; large
+files that were never seen are hashed while it goes on.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_interbert.data.manifest import MANIFEST, files_of, read_manifest
+from megatron_interbert.errors import UsageError
+from megatron_interbert.files import file_sha256, write_json
+from megatron_interbert.progress import log_lines, progress
+
+SMALL = 1 << 28  # bytes that are hashed before work begins: a fraction of a second
+NICE = 10  # of the thread that hashes: training comes first
+Stamp = list[int]
+
+
+@dataclass
+class StoreFile:
+    """A file of a store, and the sha256 that its manifest gives."""
+
+    path: Path
+    sha256: str
+
+    def stamp(self) -> Stamp:
+        """What changes when the content does: size, times, the file itself."""
+        found = os.stat(self.path)
+        return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+class Memory:
+    """What this machine has verified of one store: name of a file -> [stamp, sha256]."""
+
+    def __init__(self, store: Path) -> None:
+        place = hashlib.sha256(os.fsencode(os.path.realpath(store))).hexdigest()[:16]
+        folder = cache_folder()
+        self.path = folder and folder / "verified" / f"{socket.gethostname()}-{place}.json"
+        self.entries: dict[str, Any] = {}
+        try:
+            found = json.loads(self.path.read_bytes()) if self.path else {}
+            self.entries = found if isinstance(found, dict) else {}
+        except (OSError, ValueError, RecursionError):
+            pass  # what is not remembered is verified again
+
+    def knows(self, file: StoreFile) -> bool:
+        """Whether the file was verified and is as it was then."""
+        return self.entries.get(file.path.name) == [file.stamp(), file.sha256]
+
+    def knew(self, file: StoreFile) -> bool:
+        """Whether a file of that name was verified, which may have changed since."""
+        return file.path.name in self.entries
+
+    def add(self, file: StoreFile, stamp: Stamp) -> None:
+        """Remember a file that had its sha256 when it had this stamp."""
+        self.entries[file.path.name] = [stamp, file.sha256]
+        try:
+            if self.path:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(self.path, self.entries)
+        except OSError:
+            self.path = None  # a home that cannot be written: verified again next time
+
+
+def cache_folder() -> Path | None:
+    """Give the folder for what can be made again, by the XDG rules; None for a user without a home."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        place = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return place / "megatron_interbert"
+
+
+class Integrity:
+    """Verifies region stores. One process of each machine does: `check_at_once`, then `start`."""
+
+    def __init__(self, paths: Iterable[str | Path]) -> None:
+        self.problem = ""  # the first file that is not as it was written
+        self._unseen: list[tuple[Memory, StoreFile]] = []
+        self._at_once: list[tuple[Memory, StoreFile]] = []
+        self._thread: threading.Thread | None = None
+
+        for store in dict.fromkeys(map(Path, paths)):
+            memory = Memory(store)
+            for entry in files_of(read_manifest(store)):
+                file = StoreFile(store / entry["file"], entry["sha256"])
+                if not memory.knows(file):
+                    (self._at_once if memory.knew(file) else self._unseen).append((memory, file))
+
+        if sum(file.stamp()[0] for _, file in self._unseen) <= SMALL:
+            self._at_once += self._unseen
+            self._unseen = []
+
+    def check_at_once(self) -> None:
+        """Hash small stores, and files that have changed since they were verified.
+
+        UsageError names one that is not as it was written.
+        """
+        problem = verify(self._at_once, progress)
+        if problem:
+            raise UsageError(problem)
+
+    def start(self) -> None:
+        """Hash the files that this machine has never seen, in a thread; what it finds stands in `problem`."""
+        if self._unseen and self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="integrity", daemon=True)
+            self._thread.start()
+
+    def wait(self, seconds: float) -> None:
+        """Wait for the thread, at most so long."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
+    def _run(self) -> None:
+        try:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            self.problem = verify(self._unseen, log_lines)
+        except OSError as error:
+            print(f"note: the region stores cannot be verified ({error})", flush=True)
+
+
+def verify(files: Sequence[tuple[Memory, StoreFile]], bar_of: Callable[..., tqdm]) -> str:
+    """Hash files and remember those that are as they were written; says which one is not, else nothing."""
+    total = sum(file.stamp()[0] for _, file in files)
+    unit = {"unit": "B", "unit_scale": True, "desc": "verifying region stores"}
+    with bar_of(total=total, **unit) as bar:
+        for memory, file in files:
+            stamp = file.stamp()
+            if file_sha256(file.path, bar.update) != file.sha256:
+                return (
+                    f"{file.path}: sha256 differs from {MANIFEST}: the file has changed since the store"
+                    " was made; restore it, or rebuild the store"
+                )
+            memory.add(file, stamp)
+    return ""

@@ -1,0 +1,311 @@
+"""Changes that were confirmed are there whatever happens to an index's folder, or the index is refused by name."""
+
+import json
+import os
+import random
+import shutil
+
+import numpy as np
+import pytest
+
+from megatron_interbert.errors import UsageError
+from megatron_interbert.serving.index import (
+    CURRENT,
+    FACTS,
+    VECTORS,
+    Version,
+    needed_from,
+    prune,
+    served_version,
+    version_names,
+    write_version,
+)
+from megatron_interbert.serving.items import Item
+from megatron_interbert.serving.journal import JOURNAL, Journal, NotKept, begin, read_journal
+from tests.launching import ENVIRONMENT
+from tests.serving.made_shop import flags
+from tests.serving_client import KEY, Service
+
+MODEL = {"weights": {"a": "b"}}
+ITEMS = [Item(f"i{n}", f"p{n}", f"title {n}", {"price": str(n)}) for n in range(20)]
+
+
+def vectors(count):
+    return np.random.default_rng(0).normal(size=(count, 8)).astype(np.float32)
+
+
+def write(folder, mark, items=ITEMS):
+    return write_version(folder, items, vectors(len(items)), "exact", MODEL, mark)
+
+
+@pytest.fixture
+def index(tmp_path):
+    """An index with two versions and, after the second, two changes: i3 is gone, new has come."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    mark = begin(folder)
+    write(folder, mark)
+    write(folder, mark)
+    journal = Journal(folder)
+    journal.open()
+    journal.write({"remove": "i3"})
+    journal.write({"put": Item("new", "p1", "一件").record()})
+    journal.close()
+    return folder
+
+
+EXPECTED = {item.item_id for item in ITEMS} - {"i3"} | {"new"}
+
+
+def there(folder):
+    return {item.item_id for item in served_version(folder).items_now()[0]}
+
+
+@pytest.mark.parametrize("link", ["missing", "dangling", "a copy without links"])
+def test_changes_survive_without_the_link(index, link):
+    """A backup that keeps no links, one that lacks the version that was served, one that has it as a folder."""
+    newest = (index / CURRENT).resolve().name
+    (index / CURRENT).unlink()
+    if link == "dangling":
+        (index / CURRENT).symlink_to("0123456789ab")
+    if link == "a copy without links":
+        shutil.copytree(index / newest, index / CURRENT)
+    assert served_version(index).name == newest
+    assert there(index) == EXPECTED
+
+
+def test_a_version_that_is_damaged_stands_for_nothing(index):
+    """Without the link the newest whole version is found; without any, the index is refused, and so is a journal alone."""
+    older, newest = sorted(version_names(index), key=lambda name: Version(index / name).number)
+    (index / CURRENT).unlink()
+    for name, left in ((newest, older), (older, None)):
+        with open(index / name / VECTORS, "r+b") as file:
+            file.write(b"\xff")
+        if left:
+            assert served_version(index).name == left
+            assert there(index) == EXPECTED
+    with pytest.raises(UsageError, match="no version of the index is usable, but there are traces of one"):
+        served_version(index)
+    for name in (older, newest):
+        shutil.rmtree(index / name)
+    with pytest.raises(UsageError, match=r"traces of one \(journal\.jsonl\)"):
+        served_version(index)
+
+
+@pytest.mark.parametrize("target", ["../elsewhere", "/tmp", "."])
+def test_our_link_names_a_sibling_only(index, target):
+    (index / CURRENT).unlink()
+    (index / CURRENT).symlink_to(target)
+    with pytest.raises(UsageError, match="expected a folder beside it"):
+        served_version(index)
+
+
+def test_no_clock_decides_what_is_pruned(index):
+    """Folders of the future, as a machine leaves them whose clock was ahead; and what is damaged pushes nothing out."""
+    for name in version_names(index):
+        os.utime(index / name, (4e9, 4e9))
+    mark = served_version(index).items_now()[1]
+    for _ in range(3):
+        made = write(index, mark)
+        prune(index, [])
+        assert served_version(index).name == made
+    assert len(version_names(index)) == 2
+
+    good = served_version(index).name
+    for _ in range(2):
+        made = write(index, mark)
+        with open(index / made / VECTORS, "r+b") as file:
+            file.write(b"\xff")
+    (index / CURRENT).unlink()
+    prune(index, [])
+    assert good in version_names(index)
+
+
+@pytest.mark.parametrize("damage", ["deleted", "empty", "of another index", "a folder", "older copy"])
+def test_a_journal_that_is_not_the_one_is_refused(index, tmp_path, damage):
+    file = index / JOURNAL
+    begun = file.read_bytes().split(b"\n")[0] + b"\n"
+    served = served_version(index)
+    write(index, served.items_now()[1])  # it has both changes in it: an older copy of the journal does not reach it
+    file.unlink()
+    if damage == "empty":
+        file.touch()
+    if damage == "of another index":
+        other = tmp_path / "other"
+        other.mkdir()
+        begin(other)
+        shutil.copy(other / JOURNAL, file)
+    if damage == "a folder":
+        file.mkdir()
+    if damage == "older copy":
+        file.write_bytes(begun)
+    with pytest.raises(UsageError, match=r"journal\.jsonl: .*(restore the file|begin anew)"):
+        there(index)
+
+
+def test_a_place_that_was_moved_and_a_letter_that_was_altered_are_named(index):
+    """In a version's manifest, in a title, in the journal's first line; a line left out, two exchanged."""
+    served = served_version(index)
+    facts = json.loads((served.path / FACTS).read_text())
+    for change in ({"place": 1}, {"sum": "0" * 16}, {"journal": "0" * 12}):
+        (served.path / FACTS).write_text(json.dumps({**facts, "journal": {**facts["journal"], **change}}))
+        with pytest.raises(UsageError, match="not as it was written"):
+            served_version(index)
+    (served.path / FACTS).write_text(json.dumps(facts))
+
+    file = index / JOURNAL
+    whole = file.read_bytes()
+    head, first, second = whole.split(b"\n")[:-1]
+    for lines in (
+        (head, first, second.replace("一".encode(), "二".encode())),
+        (head.replace(b'"trimmed": 0', b'"trimmed": 1'), first, second),
+        (head, second),
+        (head, second, first),
+        (head, first, b"123", second),
+        (head, first, b'{"put": {}}'),
+    ):
+        file.write_bytes(b"\n".join(lines) + b"\n")
+        with pytest.raises(UsageError, match=r"journal\.jsonl: "):
+            there(index)
+    file.write_bytes(whole[:-1])  # the end of the last line alone is no loss
+    assert there(index) == EXPECTED
+    file.write_bytes(whole[:-1] + b"\x0b")
+    assert there(index) == EXPECTED
+
+
+def test_a_journal_that_is_deleted_while_it_is_written_comes_back(index):
+    """With all that it held; another file in its place takes no change."""
+    mark = served_version(index).mark
+    journal = Journal(index)
+    journal.open()
+    (index / JOURNAL).unlink()
+    journal.write({"remove": "i5"})
+    assert [change.get("remove") for change in read_journal(index, mark)[0]] == ["i3", None, "i5"]
+
+    moved = index.with_name("moved")
+    index.rename(moved)  # writes follow the folder
+    journal.write({"remove": "i6"})
+    assert there(moved) == EXPECTED - {"i5", "i6"}
+
+    shutil.copy(moved / JOURNAL, moved / "copy")
+    os.replace(moved / "copy", moved / JOURNAL)
+    with pytest.raises(NotKept, match="another file is there"):
+        journal.write({"remove": "i7"})
+    journal.close()
+    assert there(moved) == EXPECTED - {"i5", "i6"}
+
+
+def old_index(folder, lines, trimmed=0, places=(0,)):
+    """An index as an earlier version of this package has left it: places are bytes, lines have no sums."""
+    for place in places:
+        made = folder / write(folder, begin(folder))
+        facts = json.loads((made / FACTS).read_text())
+        for key in ("number", "manifest_sha256"):
+            del facts[key]
+        (made / FACTS).write_text(json.dumps({**facts, "journal": place}))
+    (folder / JOURNAL).write_text("".join(json.dumps(line) + "\n" for line in [{"trimmed": trimmed}, *lines]))
+
+
+def test_an_index_of_an_earlier_version_keeps_its_changes(tmp_path):
+    """Read as it stands; renewed by who writes; a version that its journal does not reach is refused."""
+    changes = [{"remove": "i3"}, {"put": Item("new", "p1", "一件").record()}]
+    second = len(json.dumps(changes[0])) + 1
+    old_index(tmp_path, changes, places=(0, second))
+    assert there(tmp_path) == EXPECTED
+    assert needed_from(tmp_path, "") == 0
+
+    items, mark = served_version(tmp_path).items_now()
+    made = write(tmp_path, mark, items)
+    journal = Journal(tmp_path)
+    journal.open()
+    journal.write({"remove": "i9"})
+    journal.close()
+    assert made == served_version(tmp_path).name
+    for name in version_names(tmp_path):
+        assert {item.item_id for item in Version(tmp_path / name).items_now()[0]} == EXPECTED - {"i9"}
+
+    other = tmp_path / "other"
+    other.mkdir()
+    old_index(other, changes, trimmed=500, places=(20,))
+    with pytest.raises(UsageError, match="begins behind the place"):
+        there(other)
+    (other / JOURNAL).unlink()
+    with pytest.raises(UsageError, match="missing"):
+        there(other)
+
+
+def mutated(data, draw):
+    """Bytes with a few of them altered, cut, repeated or exchanged."""
+    data = bytearray(data)
+    for _ in range(draw.randint(1, 3)):
+        at = draw.randrange(len(data)) if data else 0
+        kind = draw.randrange(6)
+        if kind == 0 and data:
+            data[at] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            del data[at:]
+        elif kind == 2:
+            del data[at : at + draw.randint(1, 40)]
+        elif kind == 3:
+            data[at:at] = data[at : at + draw.randint(1, 60)]
+        elif kind == 4:
+            data[at:at] = draw.choice([b"\0", b"\n", b"{}", b"[" * 3000, b"\xff", b"-1", b"1e400", b'"', b"NaN"])
+        else:
+            data[at : at + 1] = draw.choice([b"0", b"9", b"null", b"true", b'{"a": 1}', b"[]"])
+    return bytes(data)
+
+
+def test_mutated_journals_and_manifests_are_refused_by_name_or_lose_nothing(index):
+    """1,500 of them: never a traceback, and where the index is accepted all confirmed changes are in it."""
+    draw, refused, named = random.Random(0), 0, 0
+    served = served_version(index)
+    for file in (index / JOURNAL, served.path / FACTS, served.path / "items.jsonl"):
+        whole = file.read_bytes()
+        for _ in range(500):
+            file.write_bytes(mutated(whole, draw))
+            try:
+                found = there(index)
+            except UsageError as error:
+                refused += 1
+                named += str(index) in str(error)
+                continue
+            assert found == EXPECTED
+        file.write_bytes(whole)
+    assert refused == named > 1200
+    assert there(index) == EXPECTED
+
+
+def test_a_service_keeps_what_it_has_confirmed(shop, tmp_path):
+    """Through a lost link, a deleted journal, a journal in whose place something else lies; --rebuild begins anew."""
+    index = tmp_path / "index"
+    body = {"image_id": "test-000001", "title": "红色"}
+    with Service(*flags(shop, index)) as service:
+        assert service.call("PUT", "/items/new-1", body, key=KEY)[0] == 201
+        assert service.call("DELETE", "/items/test-000005", key=KEY)[0] == 204
+        (index / JOURNAL).unlink()
+        assert service.call("PUT", "/items/new-2", body, key=KEY)[0] == 201
+        shutil.copy(index / JOURNAL, tmp_path / "kept")
+        shutil.copy(tmp_path / "kept", index / "copy")
+        os.replace(index / "copy", index / JOURNAL)
+        status, answer, _ = service.call("PUT", "/items/new-3", body, key=KEY)
+        assert (status, "cannot be kept" in answer["error"]) == (503, True)
+        assert service.call("GET", "/items/new-3")[0] == 404
+    assert "Traceback" not in "".join(service.lines["stderr"])
+
+    (index / CURRENT).unlink()
+    with Service(*flags(shop, index)) as service:
+        statuses = [service.call("GET", f"/items/{name}")[0] for name in ("new-1", "new-2", "test-000005")]
+        assert statuses == [200, 200, 404]
+    assert (index / CURRENT).is_symlink(), "it is put back by who writes"
+
+    (index / JOURNAL).unlink()
+    from tests.launching import launch
+
+    serve = ("python", "-m", "megatron_interbert.serve", *flags(shop, index))
+    code, _, err = launch(*serve, **{**ENVIRONMENT, "INTERBERT_API_KEY": KEY})
+    assert (code, "journal.jsonl: missing, and with it the changes" in err) == (2, True)
+    code, out, err = launch(*serve, "--rebuild", "--build-only")
+    assert code == 0, out + err
+    with Service(*flags(shop, index)) as service:
+        assert service.call("GET", "/items/new-1")[0] == 404
+        assert service.call("PUT", "/items/new-1", body, key=KEY)[0] == 201

@@ -1,0 +1,360 @@
+"""A run never starts from nothing where something was committed, and nothing bad pushes out what is good."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_interbert.command_line import parse
+from megatron_interbert.config import RunConfig
+from megatron_interbert.errors import UsageError
+from megatron_interbert.files import open_lock, point_to, sibling, write_text
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.training import resume
+from megatron_interbert.training.checkpoint import Checkpoints, NotFinite, Snapshot, check_finite
+from megatron_interbert.training.deepspeed_config import agree_with_json
+from megatron_interbert.training.metrics import MetricsWriter
+from megatron_interbert.weights.manifest import complete_checkpoints, verify
+from tests.corpus import write_store
+from tests.launching import ENVIRONMENT, ROOT, TINY, launch, losses, start, until
+
+PRETRAIN = (sys.executable, "-m", "megatron_interbert.pretrain")
+
+
+def train(store, save, *more, **changes):
+    """(Exit code, output, errors) of a short run that saves every third step."""
+    flags = ("--data-path", store, "--save", save, "--save-interval", 3, "--num-workers", 0)
+    return launch(*PRETRAIN, *TINY, *flags, *more, **changes)
+
+
+def one_line(code, err, expected=2):
+    assert code == expected, err
+    assert "Traceback" not in err
+    return err.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(Store, a run of 12 steps with the checkpoints 9 and 12)."""
+    folder = tmp_path_factory.mktemp("made")
+    store = write_store(folder / "store")
+    code, out, err = train(store, folder / "run", "--train-iters", 12)
+    assert code == 0, out + err
+    return store, folder / "run"
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """A copy of the run, to be spoiled."""
+    return shutil.copytree(made[1], tmp_path / "run", symlinks=True)
+
+
+def names(run):
+    return sorted(path.name for path in run.iterdir() if "global_step" in path.name)
+
+
+def weights_of(run, step):
+    return next((run / f"global_step{step}").glob("weights*"))
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def without_privilege(*command):
+    """Run as a user for whom permissions hold, which they do not for root."""
+    ordinary = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
+    done = subprocess.run(
+        [*ordinary, *map(str, command)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("what", ["weights", "manifest", "folder", "run"])
+def test_what_cannot_be_read_is_not_damaged(made, run, what):
+    """Files, a manifest, a checkpoint, the whole run that another user owns: nothing is renamed or begun."""
+    forbidden = {
+        "weights": [weights_of(run, 9), weights_of(run, 12)],
+        "manifest": [run / "global_step12" / "manifest.json"],
+        "folder": [run / "global_step12"],
+        "run": [run],
+    }[what]
+    before = names(run)
+    for path in forbidden:
+        path.chmod(0o300 if what == "run" else 0)
+    try:
+        code, out, err = without_privilege(
+            *(*PRETRAIN, *TINY, "--data-path", made[0], "--save", run, "--train-iters", 15, "--num-workers", 0)
+        )
+    finally:
+        for path in forbidden:
+            path.chmod(0o755)
+    assert "cannot be read (Permission denied)" in one_line(code, err)
+    assert "train step" not in out
+    assert names(run) == before
+    assert verify(run / "global_step12") is None
+
+
+def test_no_start_from_nothing_where_something_was_committed(made, run):
+    """All checkpoints damaged; their remains under other names; a pointer alone. Not: what a killed first save has left."""
+    for step in (9, 12):
+        flip(weights_of(run, step))
+    for attempt in ("damaged now", "set aside before"):
+        code, out, err = train(made[0], run, "--train-iters", 15)
+        line = one_line(code, err)
+        assert "no usable checkpoint is left there, but traces of earlier ones" in line, attempt
+        assert "--resume never to start anew" in line
+        assert "train step" not in out
+    assert all(name.startswith("damaged-global_step") for name in names(run))
+
+    for path in run.glob("damaged-*"):
+        shutil.rmtree(path)
+    assert "(best, latest" in one_line(*end_of(train(made[0], run, "--train-iters", 15))) or "(latest" in one_line(
+        *end_of(train(made[0], run, "--train-iters", 15))
+    )
+    code, out, err = train(made[0], run, "--train-iters", 4, "--resume", "never")
+    assert code == 0, out + err
+    assert "train step 1/" in out
+
+    fresh = run.with_name("fresh")
+    (fresh / ".global_step3.partial").mkdir(parents=True)
+    code, out, err = train(made[0], fresh, "--train-iters", 3)
+    assert code == 0, out + err
+    assert names(fresh) == ["global_step3"]
+
+
+def end_of(finished):
+    return finished[0], finished[2]
+
+
+def test_diverged_steps_push_nothing_out(made, run):
+    """A rate that makes the weights useless: what was saved before stays, and the old rate goes on from it."""
+    code, out, err = train(made[0], run, "--train-iters", 40, "--lr", 3e38)
+    assert "the gradient was not finite for 10 steps in a row" in one_line(code, err, 1)
+    assert verify(run / "global_step12") is None
+    good = {path.name for path in complete_checkpoints(run)}
+    assert "global_step9" in good
+    assert not {"global_step15", "global_step18", "global_step21"} & good
+
+    code, out, err = train(made[0], run, "--train-iters", 14, "--lr", 3e38)  # ends while steps are bad
+    assert "nothing is saved" in one_line(code, err, 1)
+    assert {path.name for path in complete_checkpoints(run)} == good
+
+    code, out, err = train(made[0], run, "--train-iters", 15)
+    assert code == 0, out + err
+    assert verify(run / "global_step15") is None
+    assert all(math.isfinite(loss) for loss in losses(run)[15])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--lr", "inf"), ("--clip-grad", "nan"), ("--weight-decay=-inf",), ("--seed", "-1"), ("--min-lr", "1e999"), ("--seed", str(1 << 64))],
+)
+def test_flags_that_are_no_numbers_are_refused(flags):
+    with pytest.raises(UsageError, match=flags[0].split("=")[0]):
+        parse(RunConfig, "", flags).check()
+
+
+@pytest.mark.parametrize("text", ["lr: .inf", "lr: .nan", "- lr", "seed: -5", "lr: 1e999", "lr", "1: [2"])
+def test_settings_of_files_are_checked_as_flags_are(tmp_path, text):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"run\.yaml"):
+        parse(RunConfig, "", ["--config", str(tmp_path / "run.yaml")]).check()
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999", "-1e999"])
+def test_deepspeed_json_with_numbers_that_are_none(tmp_path, number):
+    (tmp_path / "ds.json").write_text('{"gradient_clipping": NUMBER}'.replace("NUMBER", number))
+    config = parse(RunConfig, "", ["--deepspeed_config", str(tmp_path / "ds.json")])
+    with pytest.raises(UsageError, match=r"ds\.json"):
+        agree_with_json(config)
+
+
+def test_state_that_is_not_finite_is_not_saved():
+    """NaN and infinity anywhere; large numbers whose sum no float32 holds are sound."""
+    check_finite({"large": torch.full((1000,), 3e38), "empty": torch.zeros(0)})
+    for bad in (math.nan, math.inf, -math.inf):
+        tensor = torch.zeros(3, 50)
+        tensor[2, 49] = bad
+        with pytest.raises(NotFinite, match="layer has elements that are not finite"):
+            check_finite({"fine": torch.ones(3), "layer": tensor})
+
+
+def test_metrics_never_stop_a_run(made, run):
+    """Odd lines, a folder in place of the file, a file in place of the board's folder: a note, and training goes on."""
+    records = run / "metrics.jsonl"
+    odd = ["123", '{"step": "x"}', "[1]", "half a li", '"step"', "\ufffd"]
+    records.write_text("".join(line + "\n" for line in odd) + records.read_text() + '{"step": 12')
+    code, out, err = train(made[0], run, "--train-iters", 13)
+    assert code == 0, out + err
+    assert "metrics.jsonl: 6 lines were no records and are dropped" in out
+    assert [json.loads(line)["step"] for line in records.read_text().splitlines()] == list(range(1, 14))
+
+    records.unlink()
+    records.mkdir()
+    shutil.rmtree(run / "tensorboard")
+    (run / "tensorboard").write_text("not a folder")
+    code, out, err = train(made[0], run, "--train-iters", 15)
+    assert code == 0, out + err
+    assert "Traceback" not in err
+    assert out.count("metrics.jsonl cannot be written (Is a directory); training goes on") == 1
+    assert out.count("cannot be written (File exists); training goes on") == 1
+    assert verify(run / "global_step15") is None
+
+
+def test_metrics_are_written_again_when_the_disk_has_room(tmp_path, capsys):
+    """A full disk, as /dev/full answers, then another file: no record is cut, and both changes are said once."""
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    writer = MetricsWriter(str(tmp_path), "", True, 10, 0)
+    writer.sinks[0]._begun = True  # else it would put a file of its own there
+    for step in (1, 2):
+        writer.write(step, {"loss": 1.0}, "loss 1")
+    (tmp_path / "metrics.jsonl").unlink()
+    for step in (3, 4):
+        writer.write(step, {"loss": math.nan}, "loss")
+    told = capsys.readouterr().out
+    assert told.count("metrics.jsonl cannot be written") == told.count("metrics.jsonl is written again") == 1
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(3, None), (4, None)]
+
+
+def test_output_that_nobody_can_store_does_not_end_a_run(made, tmp_path):
+    """Standard output on a full disk."""
+    command = [*PRETRAIN, *TINY, "--data-path", made[0], "--save", tmp_path / "save", "--train-iters", 3, "--num-workers", 0]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [str(part) for part in command], cwd=ROOT, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=200
+        )
+    assert done.returncode == 0, done.stderr
+    assert verify(tmp_path / "save" / "global_step3") is None
+
+
+def test_a_folder_that_is_removed_while_a_run_writes(made, tmp_path):
+    """Lines instead of tracebacks; the next checkpoint makes the folder anew."""
+    save = tmp_path / "save"
+    process = start(
+        *(*PRETRAIN, *TINY, "--data-path", made[0], "--save", save, "--save-interval", 3, "--train-iters", 60, "--num-workers", 0)
+    )
+    until(lambda: (save / "global_step3").exists(), "a checkpoint is there")
+    shutil.rmtree(save, ignore_errors=True)
+    out, err = process.communicate(timeout=200)
+    assert "Traceback" not in err + out
+    assert process.returncode in (0, 1), err
+    if process.returncode == 0:
+        assert verify(save / "global_step60") is None
+
+
+def test_links_in_a_shared_folder_are_not_followed(made, run, tmp_path):
+    """A lock or a pointer that somebody has planted leads to a file of ours; so does a best checkpoint elsewhere."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for plant in (os.symlink, os.link):
+        (run / ".lock").unlink()
+        plant(victim, run / ".lock")
+        assert "expected a lock file, found something else" in one_line(*end_of(train(made[0], run, "--train-iters", 15)))
+        assert victim.read_text() == "mine"
+    (run / ".lock").unlink()
+    for name in ("latest.partial", "metrics.jsonl.partial", "latest_checkpointed_iteration.txt.partial"):
+        (run / name).symlink_to(victim)
+    code, out, err = train(made[0], run, "--train-iters", 15)
+    assert code == 0, out + err
+    assert victim.read_text() == "mine"
+    assert (run / "latest").read_text() == "global_step15"
+
+    elsewhere = shutil.copytree(run / "global_step15", tmp_path / "elsewhere")
+    for target in (elsewhere, Path("..") / "elsewhere", Path(".")):
+        point_to(run / "best", str(target))
+        with pytest.raises(UsageError, match="expected a folder beside it"):
+            sibling(run / "best")
+    point_to(run / "best", "global_step15")
+    assert sibling(run / "best") == run / "global_step15"
+
+
+def test_a_lock_and_a_text_stay_what_they_are(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(UsageError, match="expected a lock file"):
+            os.close(open_lock(tmp_path / name))
+    write_text(tmp_path / "text", "half \udce4 of a name")
+    assert json.loads('"' + (tmp_path / "text").read_text() + '"') == "half \udce4 of a name"
+
+
+def test_without_locks_nothing_of_another_run_is_renamed(made, run, monkeypatch, capsys):
+    """A disk that knows no locks (ENOLCK): the run says so, names nothing damaged, and takes no name that is taken."""
+
+    def no_locks(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(resume.fcntl, "lockf", no_locks)
+    state = ParallelState()
+    claim = resume.claim_folder(str(run), state)
+    assert not claim.locked
+    assert "cannot be locked (No locks available): nothing that lies there is renamed" in capsys.readouterr().out
+    flip(weights_of(run, 12))
+    (run / ".global_step15.other.partial").mkdir()
+    config = type("Config", (), {"save": str(run), "load": "", "resume": "auto"})
+    before = names(run)
+    assert resume.find_checkpoint(config, state, claim.locked) == run / "global_step9"
+    assert names(run) == before
+
+    shutil.rmtree(run / "global_step12")
+    shutil.copytree(made[1] / "global_step12", run / "global_step12")
+    for locked in (False, True):  # the other run's is whole: not even who has the lock may take its name
+        checkpoints = Checkpoints.__new__(Checkpoints)
+        checkpoints._claim = resume.Claim(locked=locked)
+        work = run / ".global_step12.ours.partial"
+        work.mkdir()
+        snapshot = Snapshot(12, {}, {}, {"topology": {}, "best": {"step": 0}})
+        problem = checkpoints._publish(work, run / "global_step12", snapshot, {})
+        assert "is there already and not of this run; do two runs write" in problem.text
+        assert verify(run / "global_step12") is None
+        shutil.rmtree(work)
+
+
+@pytest.mark.parametrize("spoil", ["features", "captions", "labels"])
+def test_data_that_have_changed_in_place_are_named(tmp_path, spoil):
+    """A column overwritten, a letter of a caption, labels: a run that was verified before stops at its start and says which file."""
+    import h5py
+
+    store = write_store(tmp_path / "store")
+    home = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    code, out, err = train(store, tmp_path / "save", "--train-iters", 3, **home)
+    assert code == 0, out + err
+    assert list((tmp_path / "cache").rglob("*.json")), "what was verified is remembered"
+
+    name = "captions.h5" if spoil == "captions" else "shard-00001.h5"
+    with h5py.File(store / name, "r+") as file:
+        if spoil == "captions":
+            file["text"][5] ^= 1
+        elif spoil == "features":
+            file["image_features"][:, 3] = 60000
+        else:
+            file["class_probs"][0] = file["class_probs"][0][::-1]
+    code, out, err = train(store, tmp_path / "save", "--train-iters", 6, **home)
+    line = one_line(code, err)
+    assert f"{name}: sha256 differs" in line
+    assert "train step" not in out
+    assert names(tmp_path / "save") == ["global_step3"]
+
+
+def test_names_and_locales_of_all_kinds(tmp_path):
+    """A comma in a store's path, an ASCII locale, a folder with Chinese letters."""
+    store = write_store(tmp_path / "一, 二")
+    posix = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    code, out, err = train(store, tmp_path / "运行", "--train-iters", 3, **posix)
+    assert code == 0, out + err
+    assert "Traceback" not in err
+    code, out, err = train(store, tmp_path / "运行", "--train-iters", 4)
+    assert code == 0, out + err
+    assert "train step 4/4" in out
+    code, out, err = train("a,b", tmp_path / "no", "--train-iters", 3)
+    assert "commas stand between several" in one_line(code, err)
