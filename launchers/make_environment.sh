@@ -112,12 +112,12 @@ pip() { # its complaints go to the log, one line to the user if it fails
   local said
   said=$(culprit "DO NOT MATCH THE HASHES")
   [ -z "$said" ] ||
-    refuse "$said has not the hash that ${lock:+requirements/$lock.lock or }its index names:" \
+    refuse "$said has not the hash that ${lock:+requirements/*.lock or }its index names:" \
       "damaged on its way, or from another index (pip config list). pip's output: $log"
   said=$(culprit "--require-hashes mode")
   [ -z "$said" ] ||
-    refuse "requirements/$lock.lock lacks a version or a hash of $said:" \
-      "python tools/lock.py makes it again. pip's output: $log"
+    refuse "requirements/*.lock lack a version or a hash of ${said%% from *}:" \
+      "python tools/lock.py makes them again. pip's output: $log"
   if grep -q "connection broken by" "$log"; then
     give_up "the package index cannot be reached (network? HTTPS_PROXY?);" \
       "the same command tries again. pip's output: $log"

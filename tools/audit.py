@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.errors import run_entry
 from tools import pypi
-from tools.check_pins import IndexFailure
+from tools.check_pins import IndexFailure, Unreachable
 from tools.locks import FOLDER, Locked, read_locks
 
 AT_A_TIME = 8
@@ -47,8 +47,13 @@ def describe(entry: Locked, advisory: dict[str, Any]) -> str:
 def audit(address: str, locked: Iterable[Locked]) -> tuple[list[str], list[str]]:
     """(a line for each advisory, why a version could not be looked up for each such)."""
     entries = list(locked)
+    answers = [ask(address, entry) for entry in entries[:1]]
+    # Where nothing answers, each more would wait for a time-out.
+    if answers and isinstance(answers[0], Unreachable):
+        return [], [str(answers[0])] * len(entries)
+
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        answers = list(pool.map(lambda entry: ask(address, entry), entries))
+        answers += pool.map(lambda entry: ask(address, entry), entries[1:])
 
     found = []
     unknown = []

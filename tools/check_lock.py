@@ -78,11 +78,14 @@ def installed() -> dict[str, str]:
     for distribution in importlib.metadata.distributions():
         name = canonicalize_name(distribution.metadata["Name"] or "")
         if name and name not in NOT_OURS:
-            found.setdefault(name, distribution.version)  # the first in sys.path is what is imported
+            # The first in sys.path is what is imported.
+            found.setdefault(name, distribution.version)
     return found
 
 
-def wrongly_installed(packages: dict[str, str], locked: Iterable[Locked], machine: str) -> Iterator[str]:
+def wrongly_installed(
+    packages: dict[str, str], locked: Iterable[Locked], machine: str
+) -> Iterator[str]:
     """A complaint for each installed package that is not the locked one."""
     there = locked_there(locked, THIS_PYTHON, machine)
     for name, text in sorted(packages.items()):
@@ -113,8 +116,6 @@ def check(requirements: Path, folder: Path, packages: dict[str, str]) -> list[st
         *twice(locked),
         *wrongly_installed(packages, locked, machine),
     ]
-
-
 
 
 def run() -> None:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.errors import UsageError, run_entry
 from tools.check_pins import PYTHONS, read_pins
-from tools.locks import COMMON, CUDA, FOLDER, linux, places
+from tools.locks import COMMON, CUDA, FOLDER, linux, places, read_lock, write
 
 HEADS = {
     COMMON: """\
@@ -58,6 +58,21 @@ def blocks(text: str) -> Iterator[str]:
         yield "".join(block)
 
 
+def remembered(folder: Path) -> str:
+    """What the locks have already, as uv writes it; a damaged lock counts for nothing, with a note."""
+    text = ""
+    for path in (folder / COMMON, folder / CUDA):
+        if not path.exists():
+            continue
+        try:
+            read_lock(path)
+        except UsageError as error:
+            print(f"note: its versions are chosen anew: {error}", file=sys.stderr)
+        else:
+            text += "".join(blocks(path.read_text(encoding="utf-8")))
+    return text
+
+
 def compile_pins(requirements: Path, folder: Path, index: str, upgrade: bool) -> str:
     """uv's resolution of the pins for all Pythons and machines; UsageError if there is none."""
     uv = shutil.which("uv")
@@ -67,15 +82,16 @@ def compile_pins(requirements: Path, folder: Path, index: str, upgrade: bool) ->
     with tempfile.TemporaryDirectory() as place:
         shutil.copy(requirements, Path(place, "requirements.txt"))
         output = Path(place, "all.lock")
-        old = [folder / COMMON, folder / CUDA]
-        output.write_text("".join(b for path in old if path.exists() for b in blocks(path.read_text())))
+        output.write_text(remembered(folder))
         command = [uv, "pip", "compile", "requirements.txt", "--output-file", output.name]
         command += ["--quiet", "--no-config", "--no-header", "--generate-hashes", "--universal"]
         command += ["--python", sys.executable, "--python-version", PYTHONS[0]]
         command += ["--default-index", index]
         command += ["--upgrade"] if upgrade else []
         environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("UV_", "PIP_"))
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("UV_", "PIP_"))
         }
 
         ended = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
@@ -97,13 +113,6 @@ def split(text: str) -> dict[str, str]:
     return locks
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file as a whole."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text)
-    beside.replace(path)
-
-
 def run() -> None:
     """Make both locks and say how many packages they hold."""
     parser = argparse.ArgumentParser(
@@ -112,7 +121,9 @@ def run() -> None:
     parser.add_argument("--requirements", type=Path, default=Path("requirements.txt"))
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the locks")
     parser.add_argument("--index", default="https://pypi.org/simple")
-    parser.add_argument("--upgrade", action="store_true", help="newest versions of what is not pinned")
+    parser.add_argument(
+        "--upgrade", action="store_true", help="newest versions of what is not pinned"
+    )
     options = parser.parse_args()
     if not options.requirements.is_file():
         raise UsageError(
