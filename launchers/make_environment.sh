@@ -167,7 +167,8 @@ install_locked() {
 }
 
 locked() { # the lines of a package in the locks
-  sed -n "/^$1==/,/[^\\\\]\$/p" requirements/*.lock
+  awk -v begin="$1==" 'index($0, begin) == 1 { on = 1 } on { print } !/\\$/ { on = 0 }' \
+    requirements/*.lock
 }
 
 install_unlocked() {
