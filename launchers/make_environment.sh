@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the virtual environment FOLDER with the versions of requirements.txt; does nothing where it
-# is ready.
+# is ready. Where requirements/*.lock fit, every file is held against their hashes.
 #
 #   bash launchers/make_environment.sh FOLDER
 #
@@ -31,7 +31,8 @@ give_up() { # what was tried did not work
 ready() { # whether FOLDER holds what is wanted; sets `index` and `wanted`
   index=${TORCH_INDEX-$(sed -n 1p "$mark" 2>/dev/null || true)}
   # With the path: scripts of an environment that was moved start the old place's interpreter.
-  wanted=$({ cat requirements.txt setup.py; echo "$folder" "$index"; } | cksum)
+  local files=(requirements.txt requirements/*.lock setup.py)
+  wanted=$({ cat "${files[@]}" 2>/dev/null || true; echo "$folder" "$index"; } | cksum)
   [ -x "$folder/bin/python" ] && [ "$(sed -n 2p "$mark" 2>/dev/null)" = "$wanted" ]
 }
 
@@ -73,13 +74,63 @@ installed_torch() { # of an interpreter, as a pin
   "$1" -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))'
 }
 
-install() { # pip install ARGUMENTS: its output goes to the log, one line to the user if it fails
-  "$folder/bin/python" -m pip install --disable-pip-version-check "$@" >>"$log" 2>&1 && return
+choose_lock() { # sets `lock`: cuda, common (for torch's CPU build), or nothing, and says why
+  lock=
+  local misfit torch offered
+  torch=$(torch_pin)
+  misfit=$(comm -23 <(pins) <(awk '{ print $1 }' requirements/*.lock 2>/dev/null | sort) | head -n 1)
+  if [ "$index" = none ]; then
+    misfit="torch is taken from $python"
+  elif [ -n "$misfit" ]; then
+    misfit="$misfit of requirements.txt is not in requirements/*.lock (python tools/lock.py)"
+  elif [[ "$(uname -sm)" != Linux\ @(x86_64|aarch64) ]]; then
+    misfit="the locks are for Linux on x86_64 and aarch64"
+  else
+    # The index says what it has, the best first; of equal versions the local build goes before.
+    pip index versions torch ${index:+--index-url "$index"} >"$folder/torch.txt"
+    offered=$(tr -s ' ,' '\n' <"$folder/torch.txt" |
+      grep -xm 1 -e "${torch#torch==}" -e "${torch#torch==}+.*" || true)
+    case $offered in
+      *+cpu) lock=common ;;
+      *+* | "") misfit="the index has torch ${offered:-in another version}" ;;
+      *) lock=cuda ;;
+    esac
+  fi
+  [ -n "$lock" ] || echo "note: installing without hashes, for no lock fits: $misfit"
+}
+
+pins() { # the lines of requirements.txt as the locks write them
+  sed -E 's/[[:space:]]*(#.*)?$//; /^$/d' requirements.txt | tr 'A-Z_' 'a-z-' | sort
+}
+
+torch_pin() {
+  pins | grep '^torch=='
+}
+
+pip() { # its complaints go to the log, one line to the user if it fails
+  "$folder/bin/python" -m pip --disable-pip-version-check "$@" 2>>"$log" && return
+  local said
+  said=$(culprit "DO NOT MATCH THE HASHES")
+  [ -z "$said" ] ||
+    refuse "$said has not the hash that ${lock:+requirements/*.lock or }its index names:" \
+      "damaged on its way, or from another index (pip config list). pip's output: $log"
+  said=$(culprit "--require-hashes mode")
+  [ -z "$said" ] ||
+    refuse "requirements/*.lock lack a version or a hash of ${said%% from *}:" \
+      "python tools/lock.py makes them again. pip's output: $log"
   if grep -q "connection broken by" "$log"; then
     give_up "the package index cannot be reached (network? HTTPS_PROXY?);" \
       "the same command tries again. pip's output: $log"
   fi
   give_up "pip: $(grep -im 1 '^error' "$log" || echo "ended without a word"). Its output: $log"
+}
+
+culprit() { # the first file that pip names below a line of its log
+  sed -nE "/$1/{n;s/^ *//;s/ (\\(from|--hash).*//p;q}" "$log"
+}
+
+install() { # pip install ARGUMENTS
+  pip install "$@" >>"$log"
 }
 
 make_environment() {
@@ -90,12 +141,43 @@ make_environment() {
 }
 
 install_all() {
+  if [ -n "$lock" ]; then
+    install_locked
+  else
+    install_unlocked
+  fi
+  install --no-build-isolation --no-deps -e .
+}
+
+install_locked() {
+  local wanted=$folder/requirements.txt
+  # First and alone, from its own index. The CPU build's hash is not known to the lock.
+  if [ "$lock" = common ]; then
+    install --no-deps ${index:+--index-url "$index"} "$(torch_pin)"
+  else
+    locked torch >"$wanted"
+    install --no-deps ${index:+--index-url "$index"} --require-hashes -r "$wanted"
+  fi
+  installed_torch "$folder/bin/python" >"$folder/torch.txt"
+
+  # Then what builds the sources among the rest: pip would fetch that without a hash.
+  locked setuptools >"$wanted"
+  install --require-hashes -r "$wanted"
+  install --require-hashes --no-build-isolation --use-pep517 -r "requirements/$lock.lock"
+}
+
+locked() { # the lines of a package in the locks
+  awk -v begin="$1==" 'index($0, begin) == 1 { on = 1 } on { print } !/\\$/ { on = 0 }' \
+    requirements/*.lock
+}
+
+install_unlocked() {
   if [ "$index" = none ]; then
     # An image's constraints name the versions of all that is in it; torch is what must stay.
     unset PIP_CONSTRAINT
   else
     # First and alone: the range of another package would choose the build.
-    install ${index:+--index-url "$index"} "$(grep '^torch==' requirements.txt)"
+    install ${index:+--index-url "$index"} "$(torch_pin)"
   fi
   installed_torch "$folder/bin/python" >"$folder/torch.txt"
 
@@ -106,7 +188,6 @@ install_all() {
   grep -vE "^($there)==" requirements.txt >"$folder/requirements.txt"
 
   install -c "$folder/torch.txt" "setuptools>=77" -r "$folder/requirements.txt"
-  install --no-build-isolation --no-deps -e .
 }
 
 mend_scripts() { # a script that pip copies as it is, like DeepSpeed's: no space may follow its `#!`
@@ -135,6 +216,7 @@ echo "installing the pinned versions into $folder (a few minutes, once)"
 echo "$index" >"$mark"
 find "$folder" -mindepth 1 -maxdepth 1 ! -path "$mark" -exec rm -rf {} +
 make_environment
+choose_lock
 install_all
 mend_scripts
 printf '%s\n' "$index" "$wanted" >"$mark"

@@ -1,129 +1,20 @@
 """launchers/environment.sh as users start it, with real pip, on a small checkout; no network."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT
-
-# Says which interpreter came first in PATH, and which torch and triton it has; starts a script.
-REPORT = """
-set -euo pipefail
-. launchers/environment.sh
-python -c '
-import importlib.metadata as m, demo, sys, triton
-print(sys.prefix, m.version("torch"), triton.BRAND, demo.__file__)'
-fast-script >/dev/null
-"""
-SETUP = "[build-system]\nrequires = []\nbuild-backend = 'backend'\nbackend-path = ['.']\n"
-BACKEND = """
-import zipfile
-from pathlib import Path
-
-def build_editable(folder, *_):
-    with zipfile.ZipFile(Path(folder, "demo-1-py3-none-any.whl"), "w") as wheel:
-        wheel.writestr("demo.pth", str(Path.cwd()))
-        about = "Metadata-Version: 2.1\\nName: demo\\nVersion: 1\\n"
-        wheel.writestr("demo-1.dist-info/METADATA", about)
-        wheel.writestr("demo-1.dist-info/WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\n")
-        wheel.writestr("demo-1.dist-info/RECORD", "")
-    return "demo-1-py3-none-any.whl"
-"""
-
-
-def write_wheel(folder: Path, name: str, version: str, module: str = "", needs: str = "") -> Path:
-    """A package of one module with a variable BRAND, and a script that pip copies as it is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{name.replace('-', '_')}-{version}"
-    path = folder / f"{stem}-py3-none-any.whl"
-    about = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-    if needs:
-        about += f"Requires-Dist: {needs}\n"
-    with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr(f"{module or name}.py", f"BRAND = '{name} {version}'\n")
-        script = zipfile.ZipInfo(f"{stem}.data/scripts/{name}-script")
-        script.external_attr = 0o100755 << 16
-        wheel.writestr(script, f"#!python\nimport {module or name}\n")
-        wheel.writestr(f"{stem}.dist-info/METADATA", about)
-        wheel.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n")
-        wheel.writestr(f"{stem}.dist-info/RECORD", "")
-    return path
-
-
-def write_index(folder: Path, *packages: tuple[str, ...]) -> str:
-    """A package index on disk; its address."""
-    for name, *rest in packages:
-        wheel = write_wheel(folder / name, name, *rest)
-        (folder / name / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
-    return folder.as_uri()
-
-
-def write_package(folder: Path) -> None:
-    """Our package as far as environment.sh asks it: for the number of GPUs. The small torch has none."""
-    package = folder / "megatron_interbert"
-    (package / "parallel").mkdir(parents=True)
-    (package / "errors.py").write_text("def run_entry(main):\n    main()\n")
-    (package / "parallel" / "device.py").write_text("def report_gpus():\n    print(0)\n")
+from tests.small_checkout import ended, make_checkout, start, write_index, write_wheel
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout whose environment takes seconds: three pins, of which `fast` wants any torch."""
-    folder = tmp_path / "checkout"
-    (folder / "launchers").mkdir(parents=True)
-    for name in ("environment.sh", "make_environment.sh"):
-        shutil.copy(ROOT / "launchers" / name, folder / "launchers")
-    (folder / "requirements.txt").write_text("torch==2.13.0\nfast==1.0\ntriton==3.7.1\n")
-    (folder / "setup.py").write_text("")
-    (folder / "demo.py").write_text("")
-    (folder / "pyproject.toml").write_text(SETUP)
-    (folder / "backend.py").write_text(BACKEND)
-    write_package(folder)
-    write_index(
-        tmp_path / "index",
-        ("torch", "2.13.0"),
-        ("fast", "1.0", "", "torch>=2.0"),
-        ("triton", "3.7.1"),
-        ("setuptools", "80.0"),
-    )
-    return folder
-
-
-def start(checkout: Path, folder: Path, command: str = REPORT, **changes: str) -> subprocess.Popen:
-    """A shell in the checkout, with pip on the small index."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
-    for name in ("VENV", "TORCH_INDEX", "PYTHONPATH"):
-        environment.pop(name, None)
-    environment |= {
-        "PIP_CONFIG_FILE": os.devnull,
-        "PIP_INDEX_URL": (checkout.parent / "index").as_uri(),
-        "PIP_NO_CACHE_DIR": "1",
-        "PIP_RETRIES": "1",
-        "VENV": str(folder),
-        **changes,
-    }
-    return subprocess.Popen(
-        ["bash", "-c", command],
-        cwd=checkout,
-        env=environment,
-        text=True,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def ended(process: subprocess.Popen) -> tuple[int, list[str], list[str]]:
-    """(exit code, lines of stdout, lines of stderr)."""
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out.splitlines(), err.splitlines()
+    return make_checkout(tmp_path)
 
 
 def test_from_half_made_to_another_torch(checkout, tmp_path):
@@ -168,6 +59,8 @@ def test_from_half_made_to_another_torch(checkout, tmp_path):
     )
     code, said, complaints = ended(start(checkout, link, TORCH_INDEX=rocm))
     assert (code, complaints) == (0, [])
+    note = "note: installing without hashes, for no lock fits: the index has torch 2.13.0+rocm"
+    assert said[1] == note
     assert said[-1] == f"{folder} 2.13.0+rocm triton-rocm 3.7.1 {checkout / 'demo.py'}"
     assert not theirs.exists()
     assert not list(folder.glob("lib/python*/site-packages/triton-3*"))
@@ -245,7 +138,8 @@ def test_no_index(checkout, tmp_path):
     # What is half-made is ours: the next start makes it anew. Here the index lacks a pin.
     (checkout / "requirements.txt").write_text("torch==2.13.0\nfast==2.0\n")
     code, said, complaints = ended(start(checkout, folder))
-    assert (code, len(said), len(complaints)) == (1, 1, 1)
+    assert (code, len(said), len(complaints)) == (1, 2, 1)
+    assert said[1].startswith("note: installing without hashes, for no lock fits: fast==2.0 of ")
     assert "fast==2.0" in complaints[0]
     assert str(folder / "install.log") in complaints[0]
 

@@ -50,6 +50,10 @@ class IndexFailure(Exception):
     """The index doesn't answer, or lacks what it must have."""
 
 
+class Unreachable(IndexFailure):
+    """Nothing answers at the index's address."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Pin:
     """`name==version` in line `line` of the requirements."""
@@ -123,7 +127,7 @@ def fetch(url: str, accept: str = "*/*") -> bytes:
                 raise IndexFailure(f"{url}: {error.code} {error.reason}") from None
         except OSError as error:
             if attempt == TRIES:
-                raise IndexFailure(f"{url}: {getattr(error, 'reason', error)}") from None
+                raise Unreachable(f"{url}: {getattr(error, 'reason', error)}") from None
         time.sleep(attempt)
     raise AssertionError("not reached")
 
