@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ REPORT = "dropped.jsonl"
 PLAN = "plan.json"  # what a build was asked for
 REBUILD = "restore it or rebuild the store with tools/build_features.py"
 FIELDS = {"feature_dim": int, "num_classes": int, "detector": dict, "shards": list, "captions_file": dict}
+LONGEST_NAME = 255  # bytes, in every file system of today
 FILE_FIELDS = {"file": str, "bytes": int, "sha256": str}
 SHARD_FIELDS = {**FILE_FIELDS, "images": int, "regions": int, "captions": int}
 
@@ -27,6 +29,24 @@ def file_sha256(path: str | Path) -> str:
     """Hex sha256 of a file."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_of(store: Path, entry: dict[str, Any]) -> str:
+    """Hex sha256 of a file of a store; UsageError when the system does not let it be read, which is no damage."""
+    path = store / entry["file"]
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        raise UsageError(_not_read(path, error)) from error
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether a name that a file gives us can only be that of a file in the folder where we look for it."""
+    if not isinstance(name, str) or name in ("", ".", ".."):
+        return False
+    if any(letter in "/\\" or not letter.isprintable() for letter in name):
+        return False
+    return len(name.encode("utf-8", "surrogatepass")) <= LONGEST_NAME
 
 
 def read_manifest(store: Path) -> dict[str, Any]:
@@ -47,6 +67,8 @@ def read_manifest(store: Path) -> dict[str, Any]:
         _check_fields(shard, SHARD_FIELDS, f"{path}: shards")
     for entry in files_of(manifest):
         _check_fields(entry, FILE_FIELDS, f"{path}: file entry")
+        if not is_plain_name(entry["file"]):
+            raise UsageError(f"{path}: file {entry['file'][:200]!r}, expected a name without folders; {REBUILD}")
         _check_file(store, entry)
     return manifest
 
@@ -65,9 +87,20 @@ def _check_fields(values: Any, fields: dict[str, type], where: str) -> None:
 
 
 def _check_file(store: Path, entry: dict[str, Any]) -> None:
-    path = store / Path(entry["file"]).name
-    if not os.path.isfile(path):  # also False for a name that no file can have
-        raise UsageError(f"{str(path)[:500]}: missing, but listed in {MANIFEST}; {REBUILD}")
-    size = path.stat().st_size
+    path = store / entry["file"]
+    try:
+        facts = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{path}: missing, but listed in {MANIFEST}; {REBUILD}") from None
+    except OSError as error:
+        raise UsageError(_not_read(path, error)) from error
+
+    if not stat.S_ISREG(facts.st_mode):
+        raise UsageError(f"{path}: no regular file, but listed in {MANIFEST}; {REBUILD}")
+    size = facts.st_size
     if size != entry["bytes"]:
         raise UsageError(f"{path}: {size} bytes, expected {entry['bytes']} (truncated?); {REBUILD}")
+
+
+def _not_read(path: Path, error: OSError) -> str:
+    return f"{path}: could not be read ({error.strerror}), which says nothing against the file; mend that and try again"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_interbert import __version__
-from megatron_interbert.data.manifest import file_sha256
+from megatron_interbert.data.manifest import file_sha256, is_plain_name
 from megatron_interbert.errors import UsageError
 from megatron_interbert.weights.files import write_json
 
@@ -51,6 +51,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UsageError(f"{file}: checkpoint format {manifest.get('format')}, this version reads {FORMAT}")
     if manifest.get("manifest_sha256") != _digest(manifest):
         raise UsageError(f"{MANIFEST} is not as it was written (its own sha256 differs)")
+    if foreign := next((name for name in manifest["files"] if not is_plain_name(name)), None):
+        raise UsageError(f"{file}: file {foreign[:200]!r}, expected a name without folders; restore the checkpoint")
     return manifest
 
 
