@@ -4,17 +4,19 @@ HDF5 can name other files, load code for its filters and declare more than a fil
 allocates that: a dataset is looked at before any of it is read, and whatever is wrong becomes one line.
 """
 
+import atexit
 import errno
 import functools
 import itertools
 import os
 import re
+import weakref
 from pathlib import Path
 from types import TracebackType
 
 import h5py
 import numpy as np
-from h5py import h5a, h5d, h5l, h5o, h5pl, h5t, h5z
+from h5py import h5a, h5d, h5f, h5fd, h5i, h5l, h5o, h5p, h5pl, h5t, h5z
 
 from megatron_interbert.data.hdf5_bytes import FileBytes
 from megatron_interbert.errors import UsageError
@@ -40,6 +42,8 @@ STRING_BYTES_AT_ONCE = 128 << 20
 ATTRIBUTE_STRINGS = 256
 ATTRIBUTE_BYTES = 4 << 30
 
+OPEN: "weakref.WeakSet[Hdf5File]" = weakref.WeakSet()
+
 # No code is loaded for the sake of a file, whatever HDF5_PLUGIN_PATH says.
 while h5pl.size():
     h5pl.remove(0)
@@ -62,6 +66,30 @@ def reading_problem(where: str | Path, error: BaseException, mend: str = MEND, w
         return UsageError(f"{where}: could not be read ({reason}), which says nothing against the file; mend that and try again")
 
     return UsageError(f"{where}: cannot be read{' ' if what else ''}{what} ({error}); {mend}")
+
+
+def _open_through(source: FileBytes) -> h5py.File:
+    """Open a file of which HDF5 sees only what `source` gives it.
+
+    The list of properties is closed here and not when Python comes to it: one that is left when Python has ended, held by
+    the traceback of some error, makes HDF5 crash.
+    """
+    properties = h5p.create(h5p.FILE_ACCESS)
+    source.quiet = True
+    try:
+        properties.set_fileobj_driver(h5fd.fileobj_driver, source)
+        properties.set_fclose_degree(h5f.CLOSE_STRONG)
+        return h5py.File(h5f.open(b"file", h5f.ACC_RDONLY, properties))
+    finally:
+        source.quiet = False
+        h5i.dec_ref(properties)
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close what is open when Python ends: HDF5 would ask Python for it afterwards."""
+    for file in list(OPEN):
+        file.close()
 
 
 class Hdf5File:
@@ -108,7 +136,11 @@ class Hdf5File:
     @functools.cached_property
     def _file(self) -> h5py.File:
         """Opened when first asked for: who needs only the descriptor does not pay for it."""
-        file = h5py.File(self.bytes, "r")
+        file = _open_through(self.bytes)
+        OPEN.add(self)
+        if self.bytes.failure:
+            file.close()
+            raise self.bytes.failure
         if file.id.get_create_plist().get_sizes() != (8, 8):
             file.close()
             raise self._refusal("the file", "has addresses of an unusual size")

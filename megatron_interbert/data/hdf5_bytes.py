@@ -18,12 +18,15 @@ WORD = 1 << 64
 class FileBytes:
     """A regular file, open for reading, with the methods that h5py asks of a file object. OSError when it cannot be opened.
 
-    failure: the OSError of the last read that the system refused, or None.
+    failure: what the last read that went wrong met, or None.
+    quiet: give zeros where a read goes wrong instead of raising. HDF5 crashes later where an exception ends the opening of a
+    file, so who opens one is quiet and looks at `failure` afterwards.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not make us wait
-        self.failure: OSError | None = None
+        self.failure: OSError | ValueError | None = None
+        self.quiet = False
         self._place = 0
         try:
             facts = os.fstat(self.descriptor)
@@ -62,18 +65,24 @@ class FileBytes:
     def readinto(self, buffer: memoryview) -> int:
         """Fill the buffer; what lies behind the end of the file is zero, as in HDF5's own drivers."""
         length, done = len(buffer), 0
+        within = min(length, max(self.size - self._place, 0))  # a damaged file may name any place
         try:
-            while done < length:
-                count = os.preadv(self.descriptor, (buffer[done:],), self._place + done)
+            while done < within:
+                count = os.preadv(self.descriptor, (buffer[done:within],), self._place + done)
                 if count == 0:
-                    buffer[done:] = bytes(length - done)
-                    break
+                    break  # cut short since it was opened
                 done += count
 
-            self._check_heaps(self._place, length)
-        except OSError as error:
-            self.failure = error
-            raise
+            buffer[done:] = bytes(length - done)
+            if done:
+                self._check_heaps(self._place, done)
+        except (OSError, ValueError) as error:
+            self.failure = _without_traceback(error)
+            if not self.quiet:
+                raise
+            buffer[:] = bytes(length)
+        else:
+            self.failure = self.failure if self.quiet else None
 
         self._place += length
         return length
@@ -112,3 +121,8 @@ class FileBytes:
             if step == 0:
                 raise ValueError(f"the heap of strings at byte {address} holds an object without end")
             place += step
+
+
+def _without_traceback(error: OSError | ValueError) -> OSError | ValueError:
+    """The same error, holding nothing alive of the place where it was met."""
+    return type(error)(*error.args)

@@ -38,8 +38,8 @@ def external_link(file, name, secret):
 def soft_link(file, name, secret):
     """The name is a path, which might lead through a link into another file."""
     taken(file, name)
-    file["outside"] = h5py.ExternalLink(beside(secret, file, name), "/")
-    file[name] = h5py.SoftLink("/outside/stolen")
+    file[f"outside {name}"] = h5py.ExternalLink(beside(secret, file, name), "/")
+    file[name] = h5py.SoftLink(f"/outside {name}/stolen")
 
 
 def virtual(file, name, secret):
@@ -58,7 +58,7 @@ def plugin_filter(file, name, secret):
     properties.set_filter(UNKNOWN_FILTER, h5py.h5z.FLAG_OPTIONAL, (1,))
     space = h5py.h5s.create_simple(shape)
     made = h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype), space, properties)
-    made.write(h5py.h5s.ALL, h5py.h5s.ALL, np.zeros(shape, dtype))
+    made.write_direct_chunk((0,) * len(shape), bytes(int(np.prod(shape)) * dtype.itemsize), filter_mask=0)
 
 
 def sparse(file, name, secret):
@@ -82,8 +82,8 @@ def never_written(file, name, secret):
 def committed_type(file, name, secret):
     """The type is an object of its own."""
     shape, dtype = taken(file, name)
-    file["a type"] = dtype
-    file.create_dataset(name, data=np.zeros(shape, dtype), dtype=file["a type"])
+    file[f"type of {name}"] = dtype
+    file.create_dataset(name, data=np.zeros(shape, dtype), dtype=file[f"type of {name}"])
 
 
 def references(file, name, secret):
