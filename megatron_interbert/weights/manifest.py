@@ -51,8 +51,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UsageError(f"{file}: checkpoint format {manifest.get('format')}, this version reads {FORMAT}")
     if manifest.get("manifest_sha256") != _digest(manifest):
         raise UsageError(f"{MANIFEST} is not as it was written (its own sha256 differs)")
-    if foreign := next((name for name in manifest["files"] if not is_plain_name(name)), None):
-        raise UsageError(f"{file}: file {foreign[:200]!r}, expected a name without folders; restore the checkpoint")
+    for name in manifest["files"]:
+        if not is_plain_name(name):
+            raise UsageError(f"{file}: file {name[:200]!r}, expected a name without folders; restore the checkpoint")
     return manifest
 
 
