@@ -17,6 +17,7 @@ from megatron_interbert.errors import Unreadable, UsageError
 # What a system answers where no file of that name is there. All else (EACCES, EIO, EMFILE, ESTALE,
 # ..) says nothing about the content of a file.
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+LONGEST_NAME = 255  # bytes of a file's name
 HELD = (errno.EAGAIN, errno.EACCES)  # what a lock that another process holds answers
 
 
@@ -214,7 +215,11 @@ def sibling(link: Path) -> Path | None:
 
 def is_plain_name(name: Any) -> bool:
     """Whether a text can only name something in the folder at hand."""
-    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name
+    if not isinstance(name, str) or name in ("", ".", ".."):
+        return False
+    if any(letter in "/\\" or not letter.isprintable() for letter in name):
+        return False
+    return len(encoded(name)) <= LONGEST_NAME
 
 
 def check_writable(folder: Path, flag: str) -> None:

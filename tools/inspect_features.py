@@ -13,10 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.config import read_text
-from megatron_interbert.data.drawing import find_photo
 from megatron_interbert.data.inspection.page import report_page
 from megatron_interbert.data.inspection.report import Options, inspect_store
 from megatron_interbert.data.inspection.text import report_text, write_beside
+from megatron_interbert.data.photo_folder import photos_in
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError, run_entry
 
@@ -62,12 +62,12 @@ def run() -> None:
     report = inspect_store(store, Options(options.max_images, options.verify_hashes, names))
     folder = Path(options.output or f"{options.store.rstrip('/')}-inspection")
     report_file = Path(options.json) if options.json else folder / "inspection.json"
-    photos = Path(options.photos) if options.photos else None
+    photos = photos_in(options.photos or "")
     write_beside(folder / "inspection.html", report_page(report, store, photos, options.examples))
     write_beside(report_file, report.as_json())
     print(report_text(report))
-    if photos and not any(find_photo(photos, store.image_id(image)) for image in report.readable):
-        print(f"--photos {photos}: no photo there has the name of an image, {store.image_id(0)}.jpg for one", file=sys.stderr)
+    if photos and not any(photos.has(store.image_id(image)) for image in report.readable):
+        print(f"--photos {options.photos}: no photo there has the name of an image, {store.image_id(0)}.jpg for one", file=sys.stderr)
     print(f"page: {folder / 'inspection.html'}, report: {report_file}")
     sys.exit(1 if report.problems else 0)
 

@@ -3,15 +3,13 @@
 Any process may draw from the whole corpus, while region features are read from a rank's own shards.
 """
 
-import contextlib
-from collections.abc import Iterator
+import os
 from pathlib import Path
 
-import h5py
 import numpy as np
 
+from megatron_interbert.data.hdf5 import Hdf5File
 from megatron_interbert.data.manifest import CAPTIONS, TOKENS
-from megatron_interbert.data.shard_file import HDF5_ERRORS
 from megatron_interbert.data.text import TokenBatch
 from megatron_interbert.errors import UsageError
 
@@ -28,8 +26,8 @@ class CaptionFile:
         self.tokens: TokenBatch | None = None
         self.token_vocabulary = ""
         if (folder / TOKENS).is_file():
-            with _open(folder / TOKENS) as file:
-                self.token_vocabulary = str(file.attrs.get("vocabulary", ""))
+            with Hdf5File(folder / TOKENS) as file:
+                self.token_vocabulary = str(file.attribute("vocabulary") or "")
             self.tokens = TokenBatch(*_map_all(folder / TOKENS, ("ids", "word_starts", "offsets")))
             captions = len(self.tokens.offsets) - 1
             if captions != len(self) or self.tokens.offsets[-1] != len(self.tokens.ids):
@@ -49,35 +47,36 @@ class CaptionFile:
 
     def languages(self) -> np.ndarray:
         """Language tag of each caption, array of str [captions]; empty string where unknown."""
-        with _open(self.folder / CAPTIONS) as file:
-            names = [n.decode() if isinstance(n, bytes) else str(n) for n in file.attrs["languages"]]
+        with Hdf5File(self.folder / CAPTIONS) as file:
+            listed = file.attribute("languages")
+            if listed is None:
+                raise KeyError("attribute 'languages' is missing")
+            names = [n.decode() if isinstance(n, bytes) else str(n) for n in listed]
             return np.array(names, dtype=object)[self._language]
 
     def image_regions(self) -> np.ndarray | None:
         """int32 [images]: regions of each image; None in stores that were written before this was kept."""
-        with _open(self.folder / CAPTIONS) as file:
+        with Hdf5File(self.folder / CAPTIONS) as file:
             return file["image_regions"][:] if "image_regions" in file else None
 
 
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[h5py.File]:
-    """The file, with whatever goes wrong while reading it as one line."""
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except UsageError:
-        raise
-    except HDF5_ERRORS as error:
-        raise UsageError(f"{path}: cannot be read as HDF5 ({error}); restore it or rebuild the store") from error
-
-
 def _map_all(path: Path, names: tuple[str, ...]) -> tuple[np.ndarray, ...]:
-    with _open(path) as file:
-        return tuple(_map(path, file[name]) for name in names)
+    with Hdf5File(path) as file:
+        return tuple(_map(file, name) for name in names)
 
 
-def _map(path: Path, dataset: h5py.Dataset) -> np.ndarray:
-    """A contiguous HDF5 dataset as a read-only memory map; one that is stored otherwise is read whole."""
-    if dataset.size == 0 or dataset.id.get_offset() is None:
+def _map(file: Hdf5File, name: str) -> np.ndarray:
+    """A contiguous list of whole numbers as a read-only memory map; one that is stored otherwise is read whole."""
+    dataset = file[name]
+    if dataset.ndim != 1 or dataset.dtype.kind not in "iu":
+        raise UsageError(
+            f"{file.path}: dataset '{name}' is {dataset.dtype} {list(dataset.shape)}, expected a list of whole numbers;"
+            " rebuild the store"
+        )
+
+    offset = dataset.id.get_offset()
+    if dataset.size == 0 or offset is None:
         return dataset[:]
-    return np.memmap(path, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape)
+
+    with open(os.dup(file.bytes.descriptor), "rb") as handle:  # the file that was checked, not what has its name by now
+        return np.memmap(handle, dataset.dtype, "r", offset, dataset.shape)

@@ -3,10 +3,10 @@
 import base64
 import html
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
+from megatron_interbert.data.photo_folder import PhotoFolder
 from megatron_interbert.data.store import RegionStore
 
 STYLE = """
@@ -19,28 +19,20 @@ display:flex;justify-content:space-between;gap:.5rem}figcaption span{overflow-wr
 svg{display:block;width:100%;aspect-ratio:4/3;background:#eef1f5}.symbols{position:absolute;width:0;height:0}.note{color:#5c6675}
 """
 COLOURS = ("#2b6cb0", "#b7791f", "#2f855a", "#9b2c2c", "#6b46c1", "#0987a0", "#b83280", "#4a5568")
-PHOTO_TYPES = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png"}
-
-
-def find_photo(photos: Path | None, image_id: str) -> Path | None:
-    """The photo of an image in a folder of photos named by image_id, or None."""
-    if photos is None:
-        return None
-    return next((path for suffix in PHOTO_TYPES if (path := photos / f"{image_id}{suffix}").is_file()), None)
 
 
 def draw_image(
-    store: RegionStore, image: int, photos: Path | None, max_boxes: int = 12, class_names: Sequence[str] | None = None
+    store: RegionStore, image: int, photos: PhotoFolder | None, max_boxes: int = 12, class_names: Sequence[str] | None = None
 ) -> str:
     """An SVG symbol, to be used wherever the image is shown: photo if there is one, confident boxes with class names."""
     regions = store.read(image)
     names = (store.manifest.get("class_names") or []) if class_names is None else class_names
     width, height = regions.size
     parts = [f'<symbol id="image-{image}" viewBox="0 0 {width:g} {height:g}">']
-    photo = find_photo(photos, regions.image_id)
+    photo = photos.read(regions.image_id) if photos else None
     if photo is not None:
-        kind, data = PHOTO_TYPES[photo.suffix], base64.b64encode(photo.read_bytes()).decode()
-        parts.append(f'<image href="data:image/{kind};base64,{data}" width="{width:g}" height="{height:g}"/>')
+        data = base64.b64encode(photo.data).decode()
+        parts.append(f'<image href="data:image/{photo.kind};base64,{data}" width="{width:g}" height="{height:g}"/>')
     scale = max(width, height * 4 / 3)  # frames are 4:3: the same letters in wide and tall images
     seen: list[tuple[str, np.ndarray]] = []
     taken: list[np.ndarray] = []

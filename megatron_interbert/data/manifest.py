@@ -1,11 +1,13 @@
 """`manifest.json` of a region store: names of the files, reading and checking."""
 
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
 from megatron_interbert.config import read_json
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import file_sha256, is_plain_name
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -20,6 +22,15 @@ REBUILD = "restore it or rebuild the store with tools/build_features.py"
 FIELDS = {"feature_dim": int, "num_classes": int, "detector": dict, "shards": list, "captions_file": dict}
 FILE_FIELDS = {"file": str, "bytes": int, "sha256": str}
 SHARD_FIELDS = {**FILE_FIELDS, "images": int, "regions": int, "captions": int}
+
+
+def sha256_of(store: Path, entry: dict[str, Any]) -> str:
+    """Hex sha256 of a file of a store; UsageError when the system does not let it be read, which is no damage."""
+    path = store / entry["file"]
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        raise UsageError(_not_read(path, error)) from error
 
 
 def read_manifest(store: Path) -> dict[str, Any]:
@@ -41,6 +52,8 @@ def read_manifest(store: Path) -> dict[str, Any]:
         _check_fields(shard, SHARD_FIELDS, f"{path}: shards")
     for entry in files_of(manifest):
         _check_fields(entry, FILE_FIELDS, f"{path}: file entry")
+        if not is_plain_name(entry["file"]):
+            raise UsageError(f"{path}: file {entry['file'][:200]!r}, expected a name without folders; {REBUILD}")
         _check_file(store, entry)
     return manifest
 
@@ -59,9 +72,20 @@ def _check_fields(values: Any, fields: dict[str, type], where: str) -> None:
 
 
 def _check_file(store: Path, entry: dict[str, Any]) -> None:
-    path = store / Path(entry["file"]).name
-    if not os.path.isfile(path):  # also False for a name that no file can have
-        raise UsageError(f"{str(path)[:500]}: missing, but listed in {MANIFEST}; {REBUILD}")
-    size = path.stat().st_size
+    path = store / entry["file"]
+    try:
+        facts = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{path}: missing, but listed in {MANIFEST}; {REBUILD}") from None
+    except OSError as error:
+        raise UsageError(_not_read(path, error)) from error
+
+    if not stat.S_ISREG(facts.st_mode):
+        raise UsageError(f"{path}: no regular file, but listed in {MANIFEST}; {REBUILD}")
+    size = facts.st_size
     if size != entry["bytes"]:
         raise UsageError(f"{path}: {size} bytes, expected {entry['bytes']} (truncated?); {REBUILD}")
+
+
+def _not_read(path: Path, error: OSError) -> str:
+    return f"{path}: could not be read ({error.strerror}), which says nothing against the file; mend that and try again"

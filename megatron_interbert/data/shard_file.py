@@ -3,22 +3,20 @@
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
+from megatron_interbert.data.hdf5 import Hdf5File, reading_problem
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError
 
 # dataset -> type; one row a region
 COLUMNS = {"image_features": np.float16, "image_bb": np.float32, "class_ids": np.int32, "class_probs": np.float32}
 OTHERS = ("pos_boxes", "image_ids", "image_sizes", "caption_text", "caption_image")
-# What h5py raises for damaged files, depending on where the damage is.
-HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError, MemoryError)
-
 CLOSED = -1  # as a descriptor
 
 
@@ -29,46 +27,59 @@ class OpenShard:
 
     def __init__(self, path: Path, entry: dict[str, Any], feature_dim: int, label_width: int | None = None) -> None:
         self.path, self.descriptor, self.file = path, CLOSED, None
-        with self.hdf5() as file:
-            self._check(file, entry, feature_dim)
-            self.places = [(name, *_place(file[name], dtype)) for name, dtype in COLUMNS.items()]
-        if label_width is not None and self.label_width != label_width:
-            raise UsageError(
-                f"{path}: soft labels with {self.label_width} entries, {MANIFEST} says {label_width}; rebuild the store"
-            )
-        self.starts, self.counts = self.ranges[:, 0], self.ranges[:, 1] - self.ranges[:, 0]
+        self.expected = (entry, feature_dim, label_width)
+        self.identity: tuple[int, ...] = ()  # of the file that the rest is known of
         self.open()
 
-    @contextlib.contextmanager
-    def hdf5(self) -> Iterator[h5py.File]:
+    def hdf5(self) -> Hdf5File:
         """The file through HDF5, with whatever goes wrong while reading it as one line."""
-        try:
-            with h5py.File(self.path, "r") as file:
-                yield file
-        except UsageError:
-            raise
-        except HDF5_ERRORS as error:
-            raise UsageError(f"{self.path}: cannot be read as HDF5 ({error}); restore it or rebuild") from error
+        return Hdf5File(self.path)
 
     def open(self) -> None:
-        """Take a file handle, and a second one where a column is not contiguous and HDF5 has to read it."""
-        try:
-            self.descriptor = os.open(self.path, os.O_RDONLY)
-            self.file = h5py.File(self.path, "r") if any(offset is None for _, offset, _ in self.places) else None
-        except OSError as error:
-            raise UsageError(f"{self.path}: cannot be opened ({error}); restore it or rebuild") from error
+        """Take the file, and learn about it where it is new or another one than before.
+
+        What is read later comes from the very file that was checked. HDF5 stays only where a column is not contiguous.
+        """
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(Hdf5File(self.path))
+            if file.bytes.identity != self.identity:
+                self._learn(file)
+
+            if any(offset is None for _, offset, _ in self.places):
+                stack.pop_all()
+                self.file, self.descriptor = file, file.bytes.descriptor
+            else:
+                self.descriptor = file.keep_descriptor()
+
+    def _learn(self, file: Hdf5File) -> None:
+        """Check the schema, and keep what is needed to read rows."""
+        entry, feature_dim, label_width = self.expected
+        self._check(file, entry, feature_dim)
+        if label_width is not None and self.label_width != label_width:
+            raise UsageError(
+                f"{self.path}: soft labels with {self.label_width} entries, {MANIFEST} says {label_width}; rebuild the store"
+            )
+
+        self.places = [(name, *_place(file[name], dtype)) for name, dtype in COLUMNS.items()]
+        self.starts = self.ranges[:, 0]
+        self.counts = self.ranges[:, 1] - self.starts
+        self.identity = file.bytes.identity
+        self.__dict__.pop("ids", None)
 
     @functools.cached_property
     def ids(self) -> np.ndarray:
         """Names of the images, read when first asked for: training needs none."""
         with self.hdf5() as file:
-            return file["image_ids"].asstr()[:]
+            return file.strings("image_ids")
 
-    def _check(self, file: h5py.File, entry: dict[str, Any], feature_dim: int) -> None:
+    def _check(self, file: Hdf5File, entry: dict[str, Any], feature_dim: int) -> None:
         path = self.path
         for name in (*COLUMNS, *OTHERS):
             if name not in file:
                 raise UsageError(f"{path}: dataset '{name}' is missing; rebuild the store with tools/build_features.py")
+        for name in (*COLUMNS, "pos_boxes", "image_sizes"):
+            if file[name].ndim != 2:
+                raise UsageError(f"{path}: {name} has shape {file[name].shape}, expected rows and columns; rebuild the store")
         rows, width = file["image_features"].shape
         if width != feature_dim:
             raise UsageError(f"{path}: image_features has {width} columns, expected feature_dim {feature_dim} of {MANIFEST}")
@@ -81,7 +92,12 @@ class OpenShard:
         wanted = {"image_bb": (rows, 4), "class_ids": (rows, self.label_width), "class_probs": (rows, self.label_width)}
         if shapes != wanted:
             raise UsageError(f"{path}: boxes and labels have shapes {shapes}, expected {wanted}; rebuild the store")
-        self.ranges, self.sizes = file["pos_boxes"][:], file["image_sizes"][:]
+        if file["pos_boxes"].shape[1] != 2 or file["pos_boxes"].dtype.kind not in "iu":
+            raise UsageError(f"{path}: pos_boxes is {_described(file['pos_boxes'])}, expected two row numbers an image; rebuild")
+        if file["image_sizes"].dtype.kind not in "iuf":
+            raise UsageError(f"{path}: image_sizes is {_described(file['image_sizes'])}, expected width and height; rebuild")
+        self.ranges = file["pos_boxes"].astype(np.int64)[:]
+        self.sizes = file["image_sizes"][:]
         if len(self.ranges) and (self.ranges.max() > rows or self.ranges.min() < 0):
             raise UsageError(f"{path}: pos_boxes points beyond the {rows} rows of image_features")
         if self.sizes.shape != (len(self.ranges), 2) or len(file["image_ids"]) != len(self.ranges):
@@ -104,16 +120,32 @@ class OpenShard:
     def captions(self) -> list[tuple[str, str, int]]:
         """(text, language, image of this shard) of each caption."""
         with self.hdf5() as file:
-            texts, images = file["caption_text"].asstr()[:], file["caption_image"][:]
-            languages = file["caption_language"].asstr()[:] if "caption_language" in file else [""] * len(texts)
+            texts, images = file.strings("caption_text"), file["caption_image"][:]
+            languages = file.strings("caption_language") if "caption_language" in file else [""] * len(texts)
+            if not len(texts) == len(images) == len(languages):
+                raise UsageError(
+                    f"{self.path}: {len(texts)} texts, {len(images)} images, {len(languages)} languages of captions;"
+                    " expected as many of each; rebuild the store"
+                )
         return [(str(t), str(tag), int(image)) for t, tag, image in zip(texts, languages, images, strict=True)]
 
     def close(self) -> None:
         """Give the file handles back; what is known of the shard stays."""
-        os.close(self.descriptor)
         if self.file is not None:
-            self.file.close()
+            self.file.close()  # and the descriptor, which is its own
+        elif self.descriptor != CLOSED:
+            os.close(self.descriptor)
         self.descriptor, self.file = CLOSED, None
+
+    def problem(self, where: str, error: BaseException) -> UsageError:
+        """The one line for an error of `read`: damage, or a file that the system would not read."""
+        if self.file is not None:
+            return self.file.problem(error, where, "restore the shard", "")
+        return reading_problem(where, error, "restore the shard", "")
+
+
+def _described(dataset: h5py.Dataset) -> str:
+    return f"{dataset.dtype} {list(dataset.shape)}"
 
 
 def _place(dataset: h5py.Dataset, dtype: type) -> tuple[int | None, int]:

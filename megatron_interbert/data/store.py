@@ -15,11 +15,19 @@ from typing import Any
 import numpy as np
 
 from megatron_interbert.data.caption_file import CaptionFile
-from megatron_interbert.data.manifest import CAPTIONS, HARD_IMAGES, HARD_NEGATIVES, MANIFEST, files_of, read_manifest
+from megatron_interbert.data.hdf5 import HDF5_ERRORS, reading_problem
+from megatron_interbert.data.manifest import (
+    CAPTIONS,
+    HARD_IMAGES,
+    HARD_NEGATIVES,
+    MANIFEST,
+    files_of,
+    read_manifest,
+    sha256_of,
+)
 from megatron_interbert.data.regions import Regions, has_non_finite, record_problem, repair_boxes
-from megatron_interbert.data.shard_file import COLUMNS, HDF5_ERRORS, OpenShard
+from megatron_interbert.data.shard_file import COLUMNS, OpenShard
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import file_sha256
 
 MAX_OPEN_SHARDS = 64
 
@@ -68,7 +76,7 @@ class RegionStore:
     def verify_hashes(self) -> None:
         """Read every file and compare its sha256 with the manifest; UsageError names the first that differs."""
         for entry in files_of(self.manifest):
-            if file_sha256(self.path / entry["file"]) != entry["sha256"]:
+            if sha256_of(self.path, entry) != entry["sha256"]:
                 raise UsageError(f"{self.path / entry['file']}: sha256 differs from {MANIFEST} (corrupt); restore the file")
 
     def open_shard(self, index: int) -> OpenShard:
@@ -117,7 +125,7 @@ class RegionStore:
         try:
             table = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise UsageError(f"{path}: cannot be read ({error}); mine it again with {tool}") from error
+            raise reading_problem(path, error, f"mine it again with {tool}", "") from error
         if table.ndim != 2 or len(table) != count or table.max(initial=-1) >= count:
             raise UsageError(
                 f"{path}: shape {table.shape}, largest index {table.max(initial=-1)}; expected one row for each of"
@@ -166,7 +174,7 @@ class RegionStore:
                 try:
                     shard.read(row, out, start, stop)
                 except HDF5_ERRORS as error:
-                    raise UsageError(f"{self._where(number, row)} cannot be read ({error}); restore the shard") from error
+                    raise shard.problem(self._where(number, row), error) from error
                 if has_non_finite(features[start:stop]):
                     self.read(int(images[i]))  # says which record and what is wrong
                 sizes[i] = shard.sizes[row]
@@ -198,7 +206,7 @@ class RegionStore:
         try:
             shard.read(row, list(arrays.values()), 0, stop - start)
         except HDF5_ERRORS as error:
-            raise UsageError(f"{where} cannot be read ({error}); restore the shard") from error
+            raise shard.problem(where, error) from error
         size = (float(shard.sizes[row, 0]), float(shard.sizes[row, 1]))
         labels = (arrays["class_ids"], arrays["class_probs"])
         regions = Regions(shard.ids[row], size, arrays["image_features"], arrays["image_bb"], *labels)

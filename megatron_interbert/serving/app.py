@@ -3,23 +3,25 @@
 import asyncio
 import html
 import json
+import logging
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any
 
 import prometheus_client as prometheus
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from megatron_interbert.data.downstream.recommendation import topic_text
-from megatron_interbert.data.drawing import PHOTO_TYPES, draw_image, find_photo
+from megatron_interbert.data.drawing import draw_image
+from megatron_interbert.data.photo_folder import photos_in
+from megatron_interbert.errors import UsageError
 from megatron_interbert.serving.batching import Answer, Late, ModelThread, QueueFull
 from megatron_interbert.serving.guard import Guard
 from megatron_interbert.serving.items import Item
@@ -319,15 +321,24 @@ def add_page(app: FastAPI, service: Service) -> None:
 
 
 def picture_of(shop: Shop, image: int, folder: str) -> Response:
-    """A photo named by its image id in the folder, else an SVG."""
+    """A photo named by its image id in the folder, else an SVG.
+
+    The photo goes out from memory: a response that opens its path again could be led elsewhere by then.
+    """
     corpus = shop.items.corpus
     store = int((corpus.first_image[1:] <= image).sum())
     local = image - int(corpus.first_image[store])
     name = corpus.stores[store].image_id(local)
-    photo = find_photo(Path(folder) if folder else None, name) if "/" not in name and not name.startswith(".") else None
+    photos = photos_in(folder)
+    try:
+        photo = photos.read(name) if photos else None
+    except UsageError as error:
+        logging.getLogger("uvicorn.error").warning("%s", error)
+        raise HTTPException(503, "the photo cannot be read now; try again later") from None
+
     cached = {"cache-control": "private, max-age=60"}  # an item may be given another picture
     if photo is not None:
-        return FileResponse(photo, media_type=f"image/{PHOTO_TYPES[photo.suffix]}", headers=cached)
+        return Response(photo.data, media_type=f"image/{photo.kind}", headers=cached)
     symbol = draw_image(corpus.stores[store], local, None)
     box = symbol[symbol.index("viewBox=") : symbol.index(">")]
     body = symbol[symbol.index(">") + 1 : symbol.rindex("</symbol>")]

@@ -1,7 +1,6 @@
 """`evaluate product_search` and `evaluate recommendation`: figures, and files for servers of benchmarks."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from megatron_interbert.data.downstream.items import Catalogue
 from megatron_interbert.data.downstream.product_search import Queries, read_queries
 from megatron_interbert.data.downstream.recommendation import read_clicks, read_topics
 from megatron_interbert.data.manifest import MANIFEST
+from megatron_interbert.data.photo_folder import photos_in
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import write_text
 from megatron_interbert.parallel.state import ParallelState
@@ -64,7 +64,7 @@ def evaluate_product_search(config: EvaluateProductSearchConfig, state: Parallel
                        queries=len(queries), products=len(scorer.catalogue))  # fmt: skip
     if state.is_main:
         write_result(folder, result)
-        photos = Path(config.image_folder) if config.image_folder else None
+        photos = photos_in(config.image_folder)
         write_text(folder / "result.html", search_page(result, queries, best, scorer.catalogue, photos))
         if config.submission:
             name, text = submission(config.submission, queries, best, scorer.catalogue)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from megatron_interbert.data.manifest import MANIFEST
+from megatron_interbert.data.photo_folder import PhotoFolder, photos_in
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import write_text
 from megatron_interbert.model.pair_scorer import PairScorer
@@ -60,7 +61,7 @@ def evaluate_retrieval(config: EvaluateRetrievalConfig, state: ParallelState, de
     if state.is_main:
         write_result(folder, result)
         if tiles is not None:
-            photos = Path(config.image_folder) if config.image_folder else None
+            photos = photos_in(config.image_folder)
             write_text(folder / "result.html", page_of(result, tiles, pairs, photos))
         report(result, folder)
     state.barrier()
@@ -103,7 +104,7 @@ def metrics_of(tiles: ScoreTiles, pairs: Pairs) -> dict[str, float]:
     return flat_metrics({"text_to_image": recall_metrics(of_captions), "image_to_text": recall_metrics(of_images)})
 
 
-def page_of(result: dict[str, Any], tiles: ScoreTiles, pairs: Pairs, photos: Path | None) -> str:
+def page_of(result: dict[str, Any], tiles: ScoreTiles, pairs: Pairs, photos: PhotoFolder | None) -> str:
     """The page with some captions from all over the store."""
     shown = np.linspace(0, len(pairs.captions) - 1, min(SHOWN, len(pairs.captions))).astype(int)
     place = {int(caption): row for row, caption in enumerate(pairs.by_length())}

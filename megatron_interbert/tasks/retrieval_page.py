@@ -1,11 +1,11 @@
 """One HTML page of retrieval results: each query with its top images, drawn as boxes over the photo where there is one."""
 
 import html
-from pathlib import Path
 
 import numpy as np
 
 from megatron_interbert.data.drawing import STYLE, draw_image
+from megatron_interbert.data.photo_folder import PhotoFolder
 from megatron_interbert.data.store import RegionStore
 
 PAGE_STYLE = (
@@ -29,7 +29,7 @@ def result_page(
     store: RegionStore,
     captions: np.ndarray,
     images: np.ndarray,
-    photos: Path | None = None,
+    photos: PhotoFolder | None = None,
     top: int = 5,
 ) -> str:
     """The page as text. scores [captions shown, images]; captions and images are numbers in the store."""

@@ -1,7 +1,6 @@
 """The result of a product search as one HTML file without outside resources: queries, each with its best products."""
 
 import html
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ import numpy as np
 from megatron_interbert.data.downstream.items import Catalogue
 from megatron_interbert.data.downstream.product_search import Queries
 from megatron_interbert.data.drawing import STYLE, draw_image
+from megatron_interbert.data.photo_folder import PhotoFolder
 from megatron_interbert.tasks.product_search import Search
 
 PAGE_STYLE = (
@@ -18,7 +18,7 @@ PAGE_STYLE = (
 
 
 def search_page(
-    result: dict[str, Any], queries: Queries, found: Search, catalogue: Catalogue, photos: Path | None, most: int = 40, top: int = 8
+    result: dict[str, Any], queries: Queries, found: Search, catalogue: Catalogue, photos: PhotoFolder | None, most: int = 40, top: int = 8
 ) -> str:
     """Up to `most` queries, with the first `top` products of each; those that a query is for have a green frame."""
     ids, sections, symbols = catalogue.ids, [], {}
@@ -50,7 +50,7 @@ def search_page(
     )
 
 
-def picture(catalogue: Catalogue, item: int, photos: Path | None) -> str:
+def picture(catalogue: Catalogue, item: int, photos: PhotoFolder | None) -> str:
     """An SVG symbol of an item."""
     image = int(catalogue.images(np.array([item]))[0])
     store = int(np.searchsorted(catalogue.corpus.first_image, image, side="right")) - 1

@@ -1,7 +1,6 @@
 """`evaluate vcr`: the three accuracies, the test server's CSV, a page with each question."""
 
 import html
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from megatron_interbert.data.downstream.vcr import Question, VcrImages, VcrTexts, read_questions
 from megatron_interbert.data.drawing import STYLE, draw_image
 from megatron_interbert.data.manifest import MANIFEST
+from megatron_interbert.data.photo_folder import PhotoFolder, photos_in
 from megatron_interbert.files import write_text
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
@@ -62,7 +62,7 @@ def evaluate_vcr(config: EvaluateVcrConfig, state: ParallelState, device: torch.
         if every:
             write_text(folder / "submission.csv", "\n".join(submission_lines(items, answers, rationales)) + "\n")
         if labelled:
-            photos = Path(config.image_folder) if config.image_folder else None
+            photos = photos_in(config.image_folder)
             write_text(folder / "result.html", page(result, items, answers, given_right, images, config.examples, photos))
         print(table(result) if metrics else "these annotations hold no labels, so no figure is given")
         print(f"result: {folder / 'result.json'}" + (f"\npage:   {folder / 'result.html'}" if labelled else ""))
@@ -78,7 +78,7 @@ def page(
     rationales: np.ndarray,
     images: VcrImages,
     most: int,
-    photos: Path | None,
+    photos: PhotoFolder | None,
 ) -> str:
     """Questions from all over the file: image, options with their probabilities, the right ones outlined."""
     corpus = images.annotated or images.detected

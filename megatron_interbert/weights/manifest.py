@@ -15,7 +15,7 @@ import torch
 
 from megatron_interbert import __version__
 from megatron_interbert.errors import Unreadable, UsageError
-from megatron_interbert.files import encoded, file_sha256, is_there, list_folder, reading, write_json
+from megatron_interbert.files import encoded, file_sha256, is_plain_name, is_there, list_folder, reading, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -58,6 +58,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UsageError(f"{file}: checkpoint format {manifest.get('format')}, this version reads {FORMAT}")
     if manifest.get("manifest_sha256") != _digest(manifest):
         raise UsageError(f"{MANIFEST} is not as it was written (its own sha256 differs)")
+    for name in manifest["files"]:
+        if not is_plain_name(name):
+            raise UsageError(f"{file}: file {name[:200]!r}, expected a name without folders; restore the checkpoint")
     return manifest
 
 

@@ -4,9 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import h5py
-
 from megatron_interbert.data.building.shard_writer import write_shard
+from megatron_interbert.data.hdf5 import Hdf5File
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.data.shard_file import COLUMNS, OpenShard
 
@@ -22,8 +21,8 @@ def drop_duplicates(
     seen: set[str] = set()
     kept_entries, dropped = [], []
     for entry in entries:
-        with h5py.File(folder / entry["file"], "r") as file:
-            ids = file["image_ids"].asstr()[:]
+        with Hdf5File(folder / entry["file"]) as file:
+            ids = file.strings("image_ids")
         rows = []
         for row, name in enumerate(ids):
             if (key := spelling(name)) in seen:
@@ -40,7 +39,7 @@ def drop_duplicates(
 
 def _write_rows(folder: Path, entry: dict[str, Any], rows: list[int]) -> dict[str, Any]:
     """A copy of a shard with some of its images."""
-    with h5py.File(folder / entry["file"], "r") as file:
+    with Hdf5File(folder / entry["file"]) as file:
         width = file["image_features"].shape[1]
     shard = OpenShard(folder / entry["file"], entry, width)
     captions: dict[int, list[tuple[str, str]]] = {}

@@ -13,6 +13,7 @@ from typing import IO, Any
 import h5py
 import numpy as np
 
+from megatron_interbert.data.hdf5 import Hdf5File
 from megatron_interbert.data.manifest import CAPTIONS, TOKENS
 from megatron_interbert.data.regions import Regions, record_problem, repair_boxes
 from megatron_interbert.data.shard_file import COLUMNS
@@ -142,10 +143,9 @@ def write_caption_file(folder: Path, shards: Sequence[dict[str, Any]]) -> dict[s
     """The caption file over all shards of a folder, one shard in memory at a time; gives its manifest entry."""
     languages, total_bytes = set(), 0
     for shard in shards:
-        with h5py.File(folder / shard["file"], "r") as file:
-            texts = file["caption_text"][:]
-            total_bytes += sum(map(len, texts))
-            languages |= set(file["caption_language"].asstr()[:])
+        with Hdf5File(folder / shard["file"]) as file:
+            total_bytes += sum(len(text.encode()) for text in file.strings("caption_text"))
+            languages |= set(file.strings("caption_language"))
     names = sorted(languages) or [""]
     captions, images = (sum(shard[kind] for shard in shards) for kind in ("captions", "images"))
 
@@ -165,14 +165,15 @@ def write_caption_file(folder: Path, shards: Sequence[dict[str, Any]]) -> dict[s
 
 
 def _append_captions(target: h5py.File, shard: Path, names: list[str], place: dict[str, int]) -> None:
-    with h5py.File(shard, "r") as file:
-        texts, ranges = list(file["caption_text"][:]), file["pos_boxes"][:]
+    with Hdf5File(shard) as file:
+        texts = [text.encode() for text in file.strings("caption_text")]
+        ranges = file["pos_boxes"][:]
         start, captions, images = place["caption"], len(texts), len(ranges)
         ends = place["text"] + np.cumsum([len(t) for t in texts], dtype=np.int64)
         target["text"][place["text"] : place["text"] + sum(map(len, texts))] = np.frombuffer(b"".join(texts), np.uint8)
         target["offsets"][start + 1 : start + captions + 1] = ends
         target["image"][start : start + captions] = file["caption_image"][:] + place["image"]
-        tags = file["caption_language"].asstr()[:]
+        tags = file.strings("caption_language")
         target["language"][start : start + captions] = np.array([names.index(tag) for tag in tags], dtype=np.int16)
         target["image_regions"][place["image"] : place["image"] + images] = ranges[:, 1] - ranges[:, 0]
         place["text"] += sum(map(len, texts))

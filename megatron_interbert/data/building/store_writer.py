@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import h5py
-
 from megatron_interbert.data.building.shard_writer import (
     SHARD_NAME,
     Caption,
@@ -20,6 +18,7 @@ from megatron_interbert.data.building.shard_writer import (
     write_shard,
     write_token_file,
 )
+from megatron_interbert.data.hdf5 import Hdf5File
 from megatron_interbert.data.manifest import MANIFEST, PLAN, SCHEMA_VERSION, TOKENS, VOCABULARY
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.data.text import CaptionTokenizer
@@ -60,7 +59,7 @@ def finish_store(folder: Path, manifest: dict[str, Any], vocabulary: str = "") -
     manifest["counts"] = {kind: sum(shard[kind] for shard in shards) for kind in ("images", "regions", "captions")}
     if not shards:
         raise UsageError(f"{folder}: no images, so there is no store to make")
-    with h5py.File(folder / shards[0]["file"], "r") as first:
+    with Hdf5File(folder / shards[0]["file"]) as first:
         manifest["label_width"] = first["class_ids"].shape[1]
     manifest["captions_file"] = write_caption_file(folder, shards)
     if vocabulary:
@@ -75,8 +74,8 @@ def finish_store(folder: Path, manifest: dict[str, Any], vocabulary: str = "") -
 
 def _texts(folder: Path, shards: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
     for shard in progress(shards, unit="shard", desc="tokenising"):
-        with h5py.File(folder / shard["file"], "r") as file:
-            yield file["caption_text"].asstr()[:].tolist()
+        with Hdf5File(folder / shard["file"]) as file:
+            yield file.strings("caption_text").tolist()
 
 
 class RegionStoreWriter:

@@ -6,7 +6,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from megatron_interbert.data.shard_file import COLUMNS, HDF5_ERRORS
+from megatron_interbert.data.hdf5 import Hdf5File
+from megatron_interbert.data.shard_file import COLUMNS
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
 
@@ -17,9 +18,9 @@ def describe_shards(store: RegionStore) -> list[dict[str, Any]]:
     for entry in store.shards:
         row: dict[str, Any] = {name: entry[name] for name in ("file", "bytes", "images", "regions", "captions")}
         try:
-            with h5py.File(store.path / entry["file"], "r") as file:
-                row["datasets"] = {name: _describe(item) for name, item in file.items() if isinstance(item, h5py.Dataset)}
-        except HDF5_ERRORS as error:
+            with Hdf5File(store.path / entry["file"]) as file:
+                row["datasets"] = {name: _describe(file[name]) for name in file.names()}
+        except UsageError as error:
             row["error"] = str(error)
         described.append(row)
     return described

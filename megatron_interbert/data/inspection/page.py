@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_interbert.data.drawing import STYLE, draw_image, find_photo
+from megatron_interbert.data.drawing import STYLE, draw_image
 from megatron_interbert.data.inspection.report import CaptionsOfImages, Report
 from megatron_interbert.data.inspection.text import BOX_FIGURES, NUMBERS, box_figure, group
+from megatron_interbert.data.photo_folder import PhotoFolder
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
 
@@ -40,8 +41,8 @@ td.text,th.text{text-align:left}details{margin:.5rem 0}summary{cursor:pointer}co
 BAR = "#3b73b9"
 
 
-def report_page(report: Report, store: RegionStore, photos: Path | None, examples: int) -> str:
-    """The page as text. photos: folder with IMAGE_ID.jpg, .jpeg or .png."""
+def report_page(report: Report, store: RegionStore, photos: PhotoFolder | None, examples: int) -> str:
+    """The page as text."""
     name = html.escape(Path(report.store).name)
     symbols, figures = _examples(report, store, photos, examples)
     return (
@@ -168,10 +169,11 @@ def _boxes(report: Report) -> str:
     return f'<p>{html.escape(boxes["said"])}</p><div class="scroll"><table>{rows}</table></div>'
 
 
-def _examples(report: Report, store: RegionStore, photos: Path | None, most: int) -> tuple[str, str]:
+def _examples(report: Report, store: RegionStore, photos: PhotoFolder | None, most: int) -> tuple[str, str]:
     """Symbols and figures of up to `most` images that could be read; images with a photo come first."""
-    images = sorted(report.readable, key=lambda image: find_photo(photos, store.image_id(image)) is None)
-    with_photo = sum(find_photo(photos, store.image_id(image)) is not None for image in images)
+    shown = {image: photos is not None and photos.has(store.image_id(image)) for image in report.readable}
+    images = sorted(report.readable, key=lambda image: not shown[image])
+    with_photo = sum(shown.values())
     pool = images[:with_photo] if with_photo >= most else images
     picks = [pool[place] for place in np.unique(np.linspace(0, len(pool) - 1, min(most, len(pool)), dtype=int))] if pool else []
     captions, symbols, figures = CaptionsOfImages(store), [], []

@@ -12,10 +12,9 @@ from megatron_interbert.data.inspection.class_ids import ClassShift
 from megatron_interbert.data.inspection.counts import Counts
 from megatron_interbert.data.inspection.layout import describe_shards, measure_reads, slow_reasons
 from megatron_interbert.data.inspection.verdicts import Verdict, judge
-from megatron_interbert.data.manifest import files_of
+from megatron_interbert.data.manifest import files_of, sha256_of
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import file_sha256
 from megatron_interbert.progress import progress
 
 FACTS = ("schema_version", "detector", "soft_labels", "box_format", "feature_dim", "num_classes", "background_class", "generated")
@@ -136,7 +135,7 @@ class Inspector:
     def wrong_hashes(self) -> Iterator[str]:
         """Files that are not as the manifest says."""
         for entry in progress(files_of(self.store.manifest), desc="hashes", unit="file"):
-            if file_sha256(self.store.path / entry["file"]) != entry["sha256"]:
+            if sha256_of(self.store.path, entry) != entry["sha256"]:
                 yield entry["file"]
 
     def repeated_images(self) -> tuple[int, list[str]]:

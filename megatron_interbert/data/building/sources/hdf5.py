@@ -13,8 +13,10 @@ from megatron_interbert.config import read_text
 from megatron_interbert.data.building import safe_pickle
 from megatron_interbert.data.building.sources.base import Dropped, Record, SourceFacts
 from megatron_interbert.data.building.sources.fields import BadRecord, ReadOptions, make_regions
-from megatron_interbert.data.shard_file import HDF5_ERRORS
+from megatron_interbert.data.hdf5 import HDF5_ERRORS, Hdf5File, system_reason
 from megatron_interbert.errors import UsageError
+
+MEND = "get the file anew, or convert it to one that holds all of its data itself"
 
 
 class Hdf5Source:
@@ -22,19 +24,14 @@ class Hdf5Source:
 
     def __init__(self, path: str, options: ReadOptions, image_ids: str = "") -> None:
         self.path, self.options = path, options
-        try:
-            with h5py.File(path, "r") as file:
-                self._check(file)
-                self.ids = read_image_ids(image_ids, self.images, options.trust_pickle) if image_ids else self._own_ids(file)
-        except UsageError:
-            raise
-        except HDF5_ERRORS as error:
-            raise UsageError(f"{path}: cannot be read as HDF5 ({error})") from error
+        with Hdf5File(path, MEND) as file:
+            self._check(file)
+            self.ids = read_image_ids(image_ids, self.images, options.trust_pickle) if image_ids else self._own_ids(file)
 
-    def _check(self, file: h5py.File) -> None:
+    def _check(self, file: Hdf5File) -> None:
         for name in ("image_features", "image_bb"):
             if name not in file:
-                raise UsageError(f"{self.path}: dataset '{name}' is missing, found {', '.join(list(file)[:20])}")
+                raise UsageError(f"{self.path}: dataset '{name}' is missing, found {', '.join(file.names(20))}")
         if "spatial_features" not in file and "image_sizes" not in file:
             raise UsageError(f"{self.path}: neither spatial_features nor image_sizes, so the sizes of its images are not known")
         self.fixed = file["image_features"].ndim == 3
@@ -42,10 +39,17 @@ class Hdf5Source:
             raise UsageError(f"{self.path}: dataset 'pos_boxes' is missing, so the regions of an image are not known")
         self.images, self.feature_dim = len(file["image_features" if self.fixed else "pos_boxes"]), file["image_features"].shape[-1]
 
-    def _own_ids(self, file: h5py.File) -> list[str]:
+    def _own_ids(self, file: Hdf5File) -> list[str]:
         if "image_ids" not in file:
             raise UsageError(f"{self.path}: names no images; give the file that does by --image-ids (imgid2idx as JSON or pickle)")
-        return [v.decode() if isinstance(v, bytes) else str(v) for v in file["image_ids"][:].tolist()]
+
+        dataset = file["image_ids"]
+        if dataset.shape != (self.images,):
+            raise UsageError(f"{self.path}: image_ids has shape {list(dataset.shape)}, expected the names of {self.images} images")
+
+        if h5py.check_string_dtype(dataset.dtype):
+            return file.strings("image_ids").tolist()
+        return [str(value) for value in dataset[:].tolist()]
 
     def facts(self) -> SourceFacts:
         """Without labels."""
@@ -57,7 +61,7 @@ class Hdf5Source:
 
     def read(self, unit: list[int]) -> Iterator[Record | Dropped]:
         """A range of images."""
-        with h5py.File(self.path, "r") as file:
+        with Hdf5File(self.path, MEND) as file:
             for row in range(*unit):
                 where = f"{self.path}: image {row}"
                 try:
@@ -65,10 +69,14 @@ class Hdf5Source:
                     yield Record(regions, where, labels=kind)
                 except BadRecord as error:
                     yield Dropped(where, self.ids[row], error.reason, error.details)
+                except UsageError:
+                    raise
                 except HDF5_ERRORS as error:
+                    if system_reason(file.bytes.failure or error):
+                        raise  # the file may be sound: none of its images is given up for this
                     yield Dropped(where, self.ids[row], "HDF5 cannot be read here", f"{type(error).__name__}: {error}")
 
-    def _fields(self, file: h5py.File, row: int) -> dict[str, Any]:
+    def _fields(self, file: Hdf5File, row: int) -> dict[str, Any]:
         if self.fixed:
             at: Any = row
         else:

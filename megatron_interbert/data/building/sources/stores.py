@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from megatron_interbert.data.building.sources.base import Dropped, Record, SourceFacts
 from megatron_interbert.data.building.sources.fields import ReadOptions
+from megatron_interbert.data.manifest import sha256_of
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import file_sha256
 
 
 class StoreSource:
@@ -40,7 +40,7 @@ class StoreSource:
             where = f"{self.path}: image {index}"
             if number not in sound:  # HDF5 may not come back from a damaged file, so it is not opened
                 entry = self.store.shards[number]
-                sound[number] = file_sha256(self.store.path / entry["file"]) == entry["sha256"]
+                sound[number] = sha256_of(self.store.path, entry) == entry["sha256"]
             if not sound[number]:
                 yield Dropped(where, "", "shard is damaged (sha256 differs)", self.store.shards[number]["file"])
                 continue

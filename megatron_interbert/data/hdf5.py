@@ -1,0 +1,265 @@
+"""The one door through which HDF5 files are read, ours and those of others.
+
+HDF5 can name other files, load code for its filters and declare more than a file holds. Nothing here follows, loads or
+allocates that: a dataset is looked at before any of it is read, and whatever is wrong becomes one line.
+"""
+
+import atexit
+import errno
+import functools
+import itertools
+import os
+import re
+import weakref
+from pathlib import Path
+from types import TracebackType
+
+import h5py
+import numpy as np
+from h5py import h5a, h5d, h5f, h5fd, h5i, h5l, h5o, h5p, h5pl, h5t, h5z
+
+from megatron_interbert.data.hdf5_bytes import FileBytes
+from megatron_interbert.errors import UsageError
+
+# What h5py raises for damaged files, depending on where the damage is.
+HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError, MemoryError)
+MEND = "restore it or rebuild the store"
+
+FILTERS = {
+    h5z.FILTER_DEFLATE,
+    h5z.FILTER_SHUFFLE,
+    h5z.FILTER_FLETCHER32,
+    h5z.FILTER_SZIP,
+    h5z.FILTER_LZF,
+}
+KINDS = {h5t.INTEGER, h5t.FLOAT, h5t.STRING}
+LINKS = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "a link into another file"}
+
+TIMES_THE_FILE = 64  # a dataset may be so many times as large as its file, by compression or by parts never written,
+AND_BYTES = 64 << 20  # and so many bytes more
+STRINGS_AT_ONCE = 32  # each of them may be as long as the file, or together they take
+STRING_BYTES_AT_ONCE = 128 << 20
+ATTRIBUTE_STRINGS = 256
+ATTRIBUTE_BYTES = 4 << 30
+
+OPEN: "weakref.WeakSet[Hdf5File]" = weakref.WeakSet()
+
+# No code is loaded for the sake of a file, whatever HDF5_PLUGIN_PATH says.
+while h5pl.size():
+    h5pl.remove(0)
+
+
+def system_reason(error: BaseException | None) -> str:
+    """What the system says where it, not the file, is to blame; empty where the bytes themselves are wrong."""
+    if isinstance(error, MemoryError) or "memory allocation failed" in str(error):
+        return os.strerror(errno.ENOMEM)
+
+    number = getattr(error, "errno", None)
+    if number is None and (told := re.search(r"\berrno = (\d+)", str(error))):
+        number = int(told[1])
+    return os.strerror(number) if number else ""
+
+
+def reading_problem(where: str | Path, error: BaseException, mend: str = MEND, what: str = "as HDF5") -> UsageError:
+    """The one line for a file that could not be read: a refusal of the system is no damage and is not called so."""
+    if reason := system_reason(error):
+        return UsageError(f"{where}: could not be read ({reason}), which says nothing against the file; mend that and try again")
+
+    return UsageError(f"{where}: cannot be read{' ' if what else ''}{what} ({error}); {mend}")
+
+
+def _open_through(source: FileBytes) -> h5py.File:
+    """Open a file of which HDF5 sees only what `source` gives it.
+
+    The list of properties is closed here and not when Python comes to it: one that is left when Python has ended, held by
+    the traceback of some error, makes HDF5 crash.
+    """
+    properties = h5p.create(h5p.FILE_ACCESS)
+    source.quiet = True
+    try:
+        properties.set_fileobj_driver(h5fd.fileobj_driver, source)
+        properties.set_fclose_degree(h5f.CLOSE_STRONG)
+        return h5py.File(h5f.open(b"file", h5f.ACC_RDONLY, properties))
+    finally:
+        source.quiet = False
+        h5i.dec_ref(properties)
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close what is open when Python ends: HDF5 would ask Python for it afterwards."""
+    for file in list(OPEN):
+        file.close()
+
+
+class Hdf5File:
+    """An HDF5 file, open for reading. Only datasets and attributes of its root that are safe to read can be had.
+
+    A context manager in which every error of HDF5 becomes one line. `mend` ends that line.
+    """
+
+    def __init__(self, path: str | Path, mend: str = MEND) -> None:
+        self.path, self.mend = Path(path), mend
+        self._datasets: dict[str, h5py.Dataset] = {}
+        try:
+            self.bytes = FileBytes(path)
+        except (OSError, ValueError) as error:
+            raise self.problem(error) from error
+
+    def __enter__(self) -> "Hdf5File":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+        if isinstance(error, HDF5_ERRORS) and not isinstance(error, UsageError):
+            raise self.problem(error) from error
+
+    def problem(self, error: BaseException, where: str | Path = "", mend: str = "", what: str = "as HDF5") -> UsageError:
+        """The line for an error of HDF5 in this file."""
+        opened = getattr(self, "bytes", None)
+        cause = (opened.failure if opened else None) or error
+        return reading_problem(where or self.path, cause, mend or self.mend, what)
+
+    def close(self) -> None:
+        """Close the file; its datasets can no longer be read."""
+        self._datasets.clear()
+        if "_file" in self.__dict__:
+            self.__dict__.pop("_file").close()
+        self.bytes.close()
+
+    def keep_descriptor(self) -> int:
+        """Close HDF5 and give the descriptor of the open file, which is the caller's to close from now on."""
+        descriptor = os.dup(self.bytes.descriptor)
+        self.close()
+        return descriptor
+
+    @functools.cached_property
+    def _file(self) -> h5py.File:
+        """Opened when first asked for: who needs only the descriptor does not pay for it."""
+        file = _open_through(self.bytes)
+        OPEN.add(self)
+        if self.bytes.failure:
+            file.close()
+            raise self.bytes.failure
+        if file.id.get_create_plist().get_sizes() != (8, 8):
+            file.close()
+            raise self._refusal("the file", "has addresses of an unusual size")
+        return file
+
+    def __contains__(self, name: str) -> bool:
+        return self._file.id.links.exists(name.encode())
+
+    def names(self, most: int = 64) -> list[str]:
+        """Some names of the root, in their order."""
+        return list(itertools.islice(self._file, most))
+
+    def __getitem__(self, name: str) -> h5py.Dataset:
+        """A dataset of the root, looked at before any of it is read; UsageError says what about it is not safe."""
+        if name not in self._datasets:
+            self._datasets[name] = self._open(name)
+        return self._datasets[name]
+
+    def strings(self, name: str) -> np.ndarray:
+        """All texts of a one-dimensional dataset, object [n]."""
+        dataset = self[name]
+        if dataset.ndim != 1 or dataset.id.get_type().get_class() != h5t.STRING:
+            raise self._refusal(f"'{name}'", f"is {dataset.dtype} {list(dataset.shape)}, expected a list of texts")
+        if not dataset.id.get_type().is_variable_str():
+            return dataset.asstr()[:]
+
+        texts = np.empty(len(dataset), object)
+        step = max(STRINGS_AT_ONCE, STRING_BYTES_AT_ONCE // max(self.bytes.size, 1))
+        total = 0
+        for start in range(0, len(dataset), step):
+            part = dataset[start : start + step]
+            total += sum(map(len, part))
+            if total > self.bytes.size:  # every text has a place of its own, so together they fit
+                raise self._refusal(f"'{name}'", "repeats texts until they are longer than the file")
+            texts[start : start + step] = [text.decode("utf-8") for text in part]
+        return texts
+
+    def attribute(self, name: str) -> np.ndarray | None:
+        """An attribute of the root: number, text, or array of these; None where there is none."""
+        if not h5a.exists(self._file.id, name.encode()):
+            return None
+
+        attribute = h5a.open(self._file.id, name.encode())
+        kind = attribute.get_type()
+        if kind.committed() or kind.get_class() not in KINDS:
+            raise self._refusal(f"attribute '{name}'", "is neither numbers nor texts")
+
+        count = int(np.prod(attribute.shape, dtype=object))
+        longest = self.bytes.size
+        if count > ATTRIBUTE_STRINGS and count * longest > ATTRIBUTE_BYTES:
+            raise self._refusal(f"attribute '{name}'", f"holds {count} values, too many for a file of {longest} bytes")
+        return self._file.attrs[name]
+
+    def _open(self, name: str) -> h5py.Dataset:
+        shown = f"dataset '{name}'"
+        if name not in self:
+            raise self._refusal(shown, "is missing")
+
+        link = self._file.id.links.get_info(name.encode()).type
+        if link != h5l.TYPE_HARD:
+            raise self._refusal(shown, f"is {LINKS.get(link, 'a link of a foreign kind')}, expected data in the file itself")
+
+        found = h5o.open(self._file.id, name.encode())
+        if not isinstance(found, h5d.DatasetID):
+            raise self._refusal(shown, "is a group or a type, expected a dataset")
+
+        problem = _layout_problem(found) or _type_problem(found) or self._size_problem(found)
+        if problem:
+            raise self._refusal(shown, problem)
+        return h5py.Dataset(found, readonly=True)
+
+    def _refusal(self, what: str, problem: str) -> UsageError:
+        return UsageError(f"{self.path}: {what} {problem}; {self.mend}")
+
+    def _size_problem(self, dataset: h5d.DatasetID) -> str:
+        """Why what a dataset declares cannot be in a file of this size. Its shape is safe to ask for by now."""
+        held = self.bytes.size
+        count = int(np.prod(dataset.shape, dtype=object))
+        if count == 0:
+            return ""
+
+        declared = count * dataset.get_type().get_size()
+        offset = dataset.get_offset()
+        if offset is not None:
+            last = offset + max(dataset.get_storage_size(), declared)
+            return f"ends at byte {last}, but the file has {held}" if last > held else ""
+
+        properties = dataset.get_create_plist()
+        if properties.get_layout() == h5d.CONTIGUOUS:
+            return "has a shape but no values: they were never written"
+
+        if properties.get_layout() == h5d.CHUNKED:
+            chunk = int(np.prod(properties.get_chunk(), dtype=object)) * dataset.get_type().get_size()
+            declared = max(declared, chunk)
+        if declared > TIMES_THE_FILE * held + AND_BYTES:
+            return f"declares {declared} bytes, too many for a file of {held}"
+        return ""
+
+
+def _layout_problem(dataset: h5d.DatasetID) -> str:
+    """Why the values of a dataset come from elsewhere, or by code that is not HDF5's own."""
+    properties = dataset.get_create_plist()
+    if properties.get_layout() == h5d.VIRTUAL:
+        return "is virtual (made of other files), expected data in the file itself"
+    if properties.get_external_count():
+        return "keeps its values in another file (external storage), expected them in the file itself"
+
+    for number in range(properties.get_nfilters()):
+        code, _, _, name = properties.get_filter(number)
+        if code not in FILTERS:
+            shown = name.decode("utf-8", "replace")[:40] or code
+            return f"is packed by the filter {shown!r}, expected gzip, lzf, szip or none (h5repack -f GZIP=1)"
+    return ""
+
+
+def _type_problem(dataset: h5d.DatasetID) -> str:
+    kind = dataset.get_type()
+    if kind.committed():
+        return "is of a type that is kept elsewhere in the file (committed)"
+    if kind.get_class() not in KINDS:
+        return "holds neither numbers nor texts"
+    return ""

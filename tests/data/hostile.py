@@ -1,0 +1,129 @@
+"""HDF5 files with features that reach out of the file, load code or declare too much: what tests of reading are given."""
+
+import json
+
+import h5py
+import numpy as np
+
+from megatron_interbert.files import file_sha256
+
+UNKNOWN_FILTER = 32015  # zstd, which HDF5 loads from a plug-in
+HUGE = 10**10
+
+
+def renew(store):
+    """Bring sizes and hashes of the manifest up to date: whoever makes a hostile store does so too."""
+    path = store / "manifest.json"
+    manifest = json.loads(path.read_text())
+    others = [manifest[name] for name in ("captions_file", "tokens_file") if name in manifest]
+    for entry in [*manifest["shards"], *others]:
+        entry["bytes"] = (store / entry["file"]).stat().st_size
+        entry["sha256"] = file_sha256(store / entry["file"])
+    path.write_text(json.dumps(manifest))
+
+
+def external_storage(file, name, secret):
+    """The values are the bytes of another file."""
+    shape, dtype = taken(file, name)
+    count = int(np.prod(shape)) * dtype.itemsize
+    file.create_dataset(name, shape, dtype, external=[(str(secret), 0, count)])
+
+
+def external_link(file, name, secret):
+    """The dataset is in another HDF5 file."""
+    taken(file, name)
+    file[name] = h5py.ExternalLink(beside(secret, file, name), "/stolen")
+
+
+def soft_link(file, name, secret):
+    """The name is a path, which might lead through a link into another file."""
+    taken(file, name)
+    file[f"outside {name}"] = h5py.ExternalLink(beside(secret, file, name), "/")
+    file[name] = h5py.SoftLink(f"/outside {name}/stolen")
+
+
+def virtual(file, name, secret):
+    """The values are put together from another HDF5 file."""
+    shape, dtype = taken(file, name)
+    layout = h5py.VirtualLayout(shape, dtype)
+    layout[...] = h5py.VirtualSource(beside(secret, file, name), "stolen", shape)
+    file.create_virtual_dataset(name, layout)
+
+
+def plugin_filter(file, name, secret):
+    """The values are packed by code that HDF5 would have to load."""
+    shape, dtype = taken(file, name)
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_chunk(shape)
+    properties.set_filter(UNKNOWN_FILTER, h5py.h5z.FLAG_OPTIONAL, (1,))
+    space = h5py.h5s.create_simple(shape)
+    made = h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype), space, properties)
+    made.write_direct_chunk((0,) * len(shape), bytes(int(np.prod(shape)) * dtype.itemsize), filter_mask=0)
+
+
+def sparse(file, name, secret):
+    """Tens of gigabytes are declared and nothing is stored."""
+    shape, dtype = taken(file, name)
+    file.create_dataset(name, (HUGE, *shape[1:]), dtype, chunks=(1000, *shape[1:]))
+
+
+def huge_chunk(file, name, secret):
+    """One chunk is larger than any memory, the dataset itself is small."""
+    shape, dtype = taken(file, name)
+    file.create_dataset(name, shape, dtype, chunks=(1 << 28, *shape[1:]), maxshape=(None, *shape[1:]))
+
+
+def never_written(file, name, secret):
+    """A contiguous dataset without a place in the file."""
+    shape, dtype = taken(file, name)
+    file.create_dataset(name, shape, dtype)
+
+
+def committed_type(file, name, secret):
+    """The type is an object of its own."""
+    shape, dtype = taken(file, name)
+    file[f"type of {name}"] = dtype
+    file.create_dataset(name, data=np.zeros(shape, dtype), dtype=file[f"type of {name}"])
+
+
+def references(file, name, secret):
+    """Pointers to objects instead of values."""
+    shape, _ = taken(file, name)
+    file.create_dataset(name, data=np.full(shape, file.ref, h5py.ref_dtype), dtype=h5py.ref_dtype)
+
+
+def group(file, name, secret):
+    """A group where a dataset should be."""
+    taken(file, name)
+    file.create_group(name)
+
+
+# Each feature and what the line about it says.
+HOSTILE = {
+    external_storage: "keeps its values in another file",
+    external_link: "is a link into another file",
+    soft_link: "is a soft link",
+    virtual: "is virtual",
+    plugin_filter: "is packed by the filter",
+    sparse: r"declares \d+ bytes",
+    huge_chunk: r"declares \d+ bytes",
+    never_written: "has a shape but no values",
+    committed_type: "is of a type that is kept elsewhere",
+    references: "holds neither numbers nor texts",
+    group: "is a group or a type",
+}
+
+
+def taken(file, name):
+    """Shape and type of a dataset of numbers, which is removed."""
+    shape, dtype = file[name].shape, file[name].dtype
+    del file[name]
+    return shape, dtype if dtype.kind in "iuf" else np.dtype(np.int64)
+
+
+def beside(secret, file, name):
+    """An HDF5 file outside that holds the secret in place of the dataset."""
+    path = secret.with_name(f"{secret.name}-{name}.h5")
+    with h5py.File(path, "w") as other:
+        other["stolen"] = np.frombuffer(secret.read_bytes(), np.uint8)
+    return str(path)
