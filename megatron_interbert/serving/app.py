@@ -134,7 +134,7 @@ def make_app(service: Service, hosts: AllowedHosts, crowd: Crowd) -> FastAPI:
     app.state.service = service
     metrics = Metrics(service, crowd)
     config = service.config
-    app.add_middleware(Guard, config=config, hosts=hosts, count=metrics.count)
+    app.add_middleware(Guard, config=config, hosts=hosts, crowd=crowd, count=metrics.count)
 
     answer_errors_alike(app)
     keys = Keys(config)

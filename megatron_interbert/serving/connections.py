@@ -22,7 +22,7 @@ SPARE = 16  # connections beyond the limit: health checks are answered when all 
 ACCEPTED_AT_ONCE = 8  # asyncio accepts so many before it looks at any; they need descriptors
 RESERVE = 64  # descriptors for SPARE, for connections that are being accepted or closed, and for files
 FEWEST = 8
-SEND_SECONDS = 30.0  # in which a client must read something of an answer
+SEND_SECONDS = 60.0  # in which a client must read something of an answer
 LARGEST_HEAD = 32768  # bytes of a request before its body
 BARE_LF = re.compile(rb"(?<!\r)\n")
 PHRASES = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large", 501: "Not Implemented"}
@@ -53,7 +53,7 @@ def fit_connections(config: ServeConfig) -> None:
 
 
 class Crowd:
-    """All connections together. `waiting` are those that wait for their clients, the longest first, with the time since when.
+    """All connections together: `waiting` for their clients, the longest first, with the time since when; or `at_work`.
 
     `ended` counts those that the service has ended, by reason. Seconds are those of the event loop.
     """
@@ -65,6 +65,12 @@ class Crowd:
         self.open = 0
         self.ended = Counter(crowded=0, slow=0, malformed=0)
         self.waiting: dict[Connection, float] = {}
+        self.at_work: set[Connection] = set()
+
+    @property
+    def too_busy(self) -> bool:
+        """Whether more requests are being answered than --max-connections."""
+        return len(self.at_work) > self.most
 
     def make_room(self, newest: "Connection") -> None:
         """End the connection that has waited longest: of those that only wait there can always be one less."""
@@ -78,7 +84,10 @@ class Crowd:
     def look(self, now: float) -> None:
         """End the connections that have kept the service waiting too long."""
         for connection, since in list(self.waiting.items()):
-            if now - since > connection.patience():
+            if connection.moves():
+                del self.waiting[connection]
+                self.waiting[connection] = now
+            elif now - since > connection.patience():
                 self.ended["slow"] += 1
                 connection.give_up()
 
@@ -89,6 +98,7 @@ class Connection(H11Protocol):
     def __init__(self, crowd: Crowd, **given: Any) -> None:
         super().__init__(**given)
         self.crowd = crowd
+        self.unread = 0  # bytes of an answer, when it was last looked at
         self.conn = Requests(h11.SERVER, LARGEST_HEAD)
 
     def connection_made(self, transport: Transport) -> None:
@@ -102,6 +112,7 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
         self.crowd.open -= 1
         self.crowd.waiting.pop(self, None)
+        self.crowd.at_work.discard(self)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -124,9 +135,15 @@ class Connection(H11Protocol):
         self.crowd.ended["malformed"] += 1
         self.refuse(*self.conn.wrong)
 
+    def moves(self) -> bool:
+        """Say whether the client has taken some of an answer, or there is more of it, since this was last asked."""
+        before = self.unread
+        self.unread = self.transport.get_write_buffer_size()
+        return self.unread != before
+
     def patience(self) -> float:
         """Say how many seconds the client may be waited for; a body has its own time in `Guard`."""
-        if self.flow.write_paused:
+        if self.unread:
             return SEND_SECONDS
         if self._asked():
             return math.inf
@@ -134,7 +151,7 @@ class Connection(H11Protocol):
 
     def give_up(self) -> None:
         """End a connection that is out of time, with an answer where it had begun to ask."""
-        if self.transport.is_closing() or self.flow.write_paused:
+        if self.unread or self.transport.is_closing():
             self.leave()
         elif self.conn.trailing_data[0]:
             self.refuse(408, f"the headers took more than {self.crowd.header_seconds:g} s")
@@ -163,10 +180,14 @@ class Connection(H11Protocol):
 
     def _note(self) -> None:
         """Keep in mind whether it is the client's turn now, and since when."""
-        at_work = self._asked() and not self.cycle.more_body and not self.flow.write_paused
-        if at_work:
+        if self not in self.connections:
+            return
+
+        if self._asked() and not self.cycle.more_body and not self.flow.write_paused:
+            self.crowd.at_work.add(self)
             self.crowd.waiting.pop(self, None)
-        elif self in self.connections:
+        else:
+            self.crowd.at_work.discard(self)
             self.crowd.waiting.setdefault(self, self.loop.time())
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 
+from megatron_interbert.serving.connections import Crowd
 from megatron_interbert.serving.hosts import AllowedHosts
 from megatron_interbert.task_config import ServeConfig
 
@@ -31,17 +32,17 @@ HEALTH = ("/healthz", "/readyz", "/metrics")  # answered however many requests a
 
 class Guard:
     """ASGI around an application: bodies of at most `max_body` bytes within `body_seconds`, else 413 or 408; a Host that is ours, else
-    400; at most `max_connections` requests at once, else 503.
+    400; no more requests at once than there may be connections, else 503.
 
     A request whose client goes away is cancelled (499 in the log and the figures). The line of a request in the log has method, route,
     status and milliseconds: no query, no body, no key, no address.
     """
 
-    def __init__(self, app: Any, config: ServeConfig, hosts: AllowedHosts, count: Callable[[str, int, float], None]) -> None:
-        self.app, self.hosts, self.count = app, hosts, count
+    def __init__(
+        self, app: Any, config: ServeConfig, hosts: AllowedHosts, crowd: Crowd, count: Callable[[str, int, float], None]
+    ) -> None:
+        self.app, self.hosts, self.crowd, self.count = app, hosts, crowd, count
         self.max_body, self.body_seconds = config.max_body, config.body_seconds
-        self.most_at_once = config.max_connections
-        self.under_way = 0
 
     def refusal(self, scope: Message) -> JSONResponse | None:
         """Give the answer to a request that is not looked at further; None for all others."""
@@ -49,7 +50,7 @@ class Guard:
         if sent is not None and not self.hosts.allow(sent.decode("latin-1")):
             return JSONResponse({"error": "Host: not a name of this service; it is started with --allowed-hosts NAME"}, 400, CLOSE)
 
-        if self.under_way >= self.most_at_once and scope["path"] not in HEALTH:
+        if self.crowd.too_busy and scope["path"] not in HEALTH:
             return JSONResponse({"error": "too many requests at once; come again"}, 503, {"retry-after": "1", **CLOSE})
         return None
 
@@ -96,7 +97,6 @@ class Guard:
                 message = {**message, "headers": [*message["headers"], *(h for h in HEADERS if h[0] not in known)]}
             await send(message)
 
-        self.under_way += 1
         try:
             await answer(scope, limited, noted)
         except asyncio.CancelledError:
@@ -105,7 +105,6 @@ class Guard:
             request.uncancel()
             status = 499
         finally:
-            self.under_way -= 1
             if watching is not None:
                 watching.cancel()
             route, took = getattr(scope.get("route"), "path", "other"), time.monotonic() - started
