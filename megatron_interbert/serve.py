@@ -54,6 +54,7 @@ class Server(uvicorn.Server):
         """uvicorn asks connections once: one that is accepted in that moment would be waited for until the time is up."""
         while True:
             await asyncio.sleep(0.2)
+            self.crowd.look(asyncio.get_running_loop().time())
             for connection in list(self.server_state.connections):
                 connection.shutdown()
 

@@ -45,9 +45,10 @@ def fit_connections(config: ServeConfig) -> None:
     if room >= config.max_connections:
         return
     if room < FEWEST or not config.is_default("max_connections"):
+        less = f" or give at most {room}" if room >= FEWEST else ""
         raise UsageError(
             f"{config.told('max_connections')}: that takes {needed} descriptors and the process may have {most};"
-            f" raise the limit (ulimit -n {needed}) or give at most {max(room, 0)}"
+            f" raise the limit (ulimit -n {needed}){less}"
         )
     config.fit("max_connections", room, f"the process may have {most} descriptors (ulimit -n {needed} allows all)")
 
@@ -74,12 +75,16 @@ class Crowd:
 
     def make_room(self, newest: "Connection") -> None:
         """End the connection that has waited longest: of those that only wait there can always be one less."""
-        self.ended["crowded"] += 1
         log.warning("more than %d connections are open: those that wait longest for their clients are ended", self.most)
         if self.waiting:
-            next(iter(self.waiting)).leave()
+            leaving = next(iter(self.waiting))
         elif self.open > self.most + SPARE:
-            newest.leave()
+            leaving = newest
+        else:
+            return
+
+        self.ended["crowded"] += 1
+        leaving.leave()
 
     def look(self, now: float) -> None:
         """End the connections that have kept the service waiting too long."""
