@@ -1,29 +1,47 @@
 """Product search and recommendation over HTTP: `python -m megatron_interbert.serve --load RUN --data-path STORE`."""
 
 import asyncio
+import functools
 import logging
 import socket
 
 import torch
 import uvicorn
+from fastapi import FastAPI
 
 from megatron_interbert.command_line import parse
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.serving.app import make_app
+from megatron_interbert.serving.connections import ACCEPTED_AT_ONCE, Connection, Crowd, fit_connections
+from megatron_interbert.serving.hosts import AllowedHosts
+from megatron_interbert.serving.log_limit import Allowance, LimitedHandler
 from megatron_interbert.serving.start import open_models, open_service
 from megatron_interbert.task_config import ServeConfig
 from megatron_interbert.tasks.precision import settle_precision
 
+REQUEST_LINES = Allowance(200, 1.0)  # in the log
+WAITING_TO_BE_ACCEPTED = 1024  # connections that the kernel keeps
+
 
 class Server(uvicorn.Server):
-    """Says where it listens when it does, and ends when what is under way has ended."""
+    """Says where it listens when it does, ends connections that are out of time, and ends when what is under way has ended."""
+
+    def __init__(self, config: uvicorn.Config, crowd: Crowd) -> None:
+        super().__init__(config)
+        self.crowd = crowd
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        sockets[0].listen(WAITING_TO_BE_ACCEPTED)  # asyncio takes one number for this and for ACCEPTED_AT_ONCE
         host, port = sockets[0].getsockname()[:2]
         items = len(self.config.app.state.service.searcher.shop.items)
         print(f"serving {items} items at http://{host}:{port}/", flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 5 == 0:  # each half of a second
+            self.crowd.look(asyncio.get_running_loop().time())
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         asking = asyncio.create_task(self._ask_to_end())
@@ -36,6 +54,7 @@ class Server(uvicorn.Server):
         """uvicorn asks connections once: one that is accepted in that moment would be waited for until the time is up."""
         while True:
             await asyncio.sleep(0.2)
+            self.crowd.look(asyncio.get_running_loop().time())
             for connection in list(self.server_state.connections):
                 connection.shutdown()
 
@@ -44,15 +63,19 @@ def run() -> None:
     """Parse, open, serve until SIGTERM or SIGINT."""
     config = parse(ServeConfig, ServeConfig.__doc__ or "")
     config.check()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    hosts = AllowedHosts.of(config.host, config.allowed_hosts)
+    handler = LimitedHandler({"megatron_interbert.serving.requests": REQUEST_LINES})
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=[handler])
     device = this_device()
     with settle_precision(config, device).products():
-        serve(config, device)
+        serve(config, device, hosts)
 
 
-def serve(config: ServeConfig, device: torch.device) -> None:
+def serve(config: ServeConfig, device: torch.device, hosts: AllowedHosts) -> None:
     """Build the indexes, or answer until told to end."""
     models = open_models(config, device)
+    if not config.build_only:
+        fit_connections(config)
     for note in dict.fromkeys(note for opened in models for note in opened.config.notes):
         logging.info(note)
 
@@ -60,24 +83,35 @@ def serve(config: ServeConfig, device: torch.device) -> None:
         for opened in models:
             print(f"index {opened.build()} of {opened.folder}")
         return
-    app = make_app(open_service(config, models))
-    server = Server(
-        uvicorn.Config(
-            app,
-            host=config.host,
-            port=config.port,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=config.drain_seconds,
-            h11_max_incomplete_event_size=32768,
-        )
-    )
+
+    service = open_service(config, models)
+    logging.info(hosts.told())
+    crowd = Crowd(config)
+    server = Server(server_config(config, make_app(service, hosts, crowd), crowd), crowd)
     try:
         listening = server.config.bind_socket()
     except SystemExit:
         raise UsageError(f"--port {config.port}: cannot listen at {config.host}:{config.port}; is another service there?") from None
     server.run(sockets=[listening])
+
+
+def server_config(config: ServeConfig, app: FastAPI, crowd: Crowd) -> uvicorn.Config:
+    """What uvicorn is told. Its loop and protocols are named, so that no other package that is installed changes them."""
+    return uvicorn.Config(
+        app,
+        host=config.host,
+        port=config.port,
+        loop="asyncio",
+        http=functools.partial(Connection, crowd),
+        ws="none",
+        backlog=ACCEPTED_AT_ONCE,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=config.keep_alive_timeout,
+        timeout_graceful_shutdown=config.drain_seconds,
+    )
 
 
 def main() -> None:

@@ -333,7 +333,11 @@ class ServeConfig(Flags):
     image_folder: str = option("", "photos named IMAGE_ID.jpg; default: drawings of the regions")
     host: str = option("127.0.0.1", "address to listen at; put it behind a proxy before others reach it")
     port: int = option(8080, "port to listen at; 0: any free one")
+    allowed_hosts: str = option("", "names that Host headers may have besides this machine's own: A,*.B; *: any")
     protect_reads: bool = option(False, "searches need the API key too")
+    max_connections: int = option(1000, "connections open at once; beyond, those that wait longest for their clients are ended")
+    header_timeout: float = option(10.0, "seconds within which the headers of a request must come")
+    keep_alive_timeout: float = option(5.0, "seconds that a connection is kept for another request")
     queue_size: int = option(256, "questions that may wait; what comes beyond is answered 429")
     pairs_at_once: int = option(2048, "pairs of texts and items that are scored together")
     deadline: float = option(5.0, "seconds that a question may wait; then it is answered 503")
@@ -341,7 +345,7 @@ class ServeConfig(Flags):
     body_seconds: float = option(10.0, "seconds within which a body must come")
     drain_seconds: int = option(30, "seconds for what is under way when the service is told to end")
 
-    POSITIVE: ClassVar[tuple[str, ...]] = ("queue_size", "pairs_at_once", "max_body")
+    POSITIVE: ClassVar[tuple[str, ...]] = ("queue_size", "pairs_at_once", "max_body", "max_connections")
     NOT_NEGATIVE: ClassVar[tuple[str, ...]] = ("max_regions", "max_tokens", "port", "drain_seconds")
     SHORTEST: ClassVar[str] = TWO_TEXTS
 
@@ -352,8 +356,8 @@ class ServeConfig(Flags):
     def check(self) -> None:
         """UsageError for values that contradict each other or have no meaning."""
         super().check()
-        for name in ("deadline", "body_seconds"):
-            if getattr(self, name) <= 0:
+        for name in ("deadline", "body_seconds", "header_timeout", "keep_alive_timeout"):
+            if not getattr(self, name) > 0:  # nor NaN
                 raise UsageError(f"{flag(name)} is {getattr(self, name)}, expected more than 0")
         if self.recommendation_index and not self.load_recommendation:
             raise UsageError("--recommendation-index needs --load-recommendation: without it topics are answered by --load")

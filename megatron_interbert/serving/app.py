@@ -17,13 +17,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.routing import Route
 
 from megatron_interbert.data.downstream.recommendation import topic_text
 from megatron_interbert.data.drawing import draw_image
 from megatron_interbert.data.photo_folder import photos_in
 from megatron_interbert.errors import UsageError
 from megatron_interbert.serving.batching import Answer, Late, ModelThread, QueueFull
+from megatron_interbert.serving.connections import Crowd
 from megatron_interbert.serving.guard import Guard
+from megatron_interbert.serving.hosts import AllowedHosts
 from megatron_interbert.serving.items import Item
 from megatron_interbert.serving.messages import (
     ErrorAnswer,
@@ -43,7 +46,7 @@ from megatron_interbert.task_config import ServeConfig
 class Metrics:
     """Prometheus figures of one application."""
 
-    def __init__(self, service: "Service") -> None:
+    def __init__(self, service: "Service", crowd: Crowd) -> None:
         self.registry = prometheus.CollectorRegistry()
         make = {"registry": self.registry}
         self.requests = prometheus.Counter("interbert_requests", "requests by route and status", ["route", "status"], **make)
@@ -56,6 +59,10 @@ class Metrics:
         waiting = prometheus.Gauge("interbert_waiting", "questions in the queue", **make)
         waiting.set_function(lambda: sum(thread.waiting for thread in service.threads))
         prometheus.Gauge("interbert_items", "items", **make).set_function(lambda: len(service.searcher.shop.items))
+        prometheus.Gauge("interbert_connections", "connections that are open", **make).set_function(lambda: crowd.open)
+        ended = prometheus.Gauge("interbert_connections_ended_total", "connections ended by the service", ["reason"], **make)
+        for reason in crowd.ended:
+            ended.labels(reason).set_function(lambda reason=reason: crowd.ended[reason])
 
     def count(self, route: str, status: int, seconds: float) -> None:
         """A request that has ended."""
@@ -115,8 +122,8 @@ class Service:
         }
 
 
-def make_app(service: Service) -> FastAPI:
-    """The application around a service."""
+def make_app(service: Service, hosts: AllowedHosts, crowd: Crowd) -> FastAPI:
+    """The application around a service, for requests to these hosts; its figures are also of the connections."""
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -127,9 +134,9 @@ def make_app(service: Service) -> FastAPI:
     errors = {status: {"model": ErrorAnswer} for status in (400, 408, 413, 422, 429, 503)}
     app = FastAPI(title="InterBERT product search", version="1", lifespan=life, docs_url=None, redoc_url=None, responses=errors)
     app.state.service = service
-    metrics = Metrics(service)
+    metrics = Metrics(service, crowd)
     config = service.config
-    app.add_middleware(Guard, max_body=config.max_body, body_seconds=config.body_seconds, count=metrics.count)
+    app.add_middleware(Guard, config=config, hosts=hosts, crowd=crowd, count=metrics.count)
 
     answer_errors_alike(app)
     keys = Keys(config)
@@ -137,7 +144,16 @@ def make_app(service: Service) -> FastAPI:
     add_items(app, service, [Depends(keys.may_read)], [Depends(keys.may_write)])
     add_facts(app, service, metrics)
     add_page(app, service)
+    answer_heads(app)
     return app
+
+
+def answer_heads(app: FastAPI) -> None:
+    """Answer HEAD wherever GET is answered: the same without a body, which the server leaves out."""
+    app.openapi()  # made and kept before: a schema of GETs says it all
+    for route in app.routes:
+        if isinstance(route, Route) and "GET" in route.methods:
+            route.methods.add("HEAD")
 
 
 def answer_errors_alike(app: FastAPI) -> None:
@@ -278,17 +294,21 @@ def add_items(app: FastAPI, service: Service, reads: list[Any], writes: list[Any
     async def picture(item_id: str) -> Response:
         """The photo of an item, or a drawing of its regions where there is none."""
         shop, item = service.searcher.shop, found_item(item_id)
-        return await asyncio.to_thread(picture_of, shop, shop.items.image_numbers[item.image_id], service.config.image_folder)
+        number = shop.items.image_numbers[item.image_id]
+        try:
+            return await asyncio.to_thread(picture_of, shop, number, service.config.image_folder)
+        except OSError:  # its id is not the name of any file: too long, say
+            return await asyncio.to_thread(picture_of, shop, number, "")
 
 
 def add_facts(app: FastAPI, service: Service, metrics: Metrics) -> None:
     """What the service says of itself."""
 
-    @app.api_route("/healthz", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.get("/healthz", include_in_schema=False)
     async def health() -> dict[str, str]:
         return {"status": "alive"}
 
-    @app.api_route("/readyz", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.get("/readyz", include_in_schema=False)
     async def readiness() -> Response:
         def of(shop: Shop) -> dict[str, Any]:
             return {"items": len(shop.items), "index": shop.version.name, "model": shop.weights[:12]}
@@ -306,7 +326,7 @@ def add_page(app: FastAPI, service: Service) -> None:
     """The page and its files."""
     page = resources.files("megatron_interbert.serving").joinpath("page")
 
-    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
         text = page.joinpath("index.html").read_text(encoding="utf-8")
         facts = {"generated": service.generated, "protected": service.config.protect_reads}

@@ -1,4 +1,4 @@
-"""What stands before the application: limits of size and time for requests, headers for answers, and one line for each request."""
+"""What stands before the application: whom it answers to, limits of requests, headers for answers, one line for each request."""
 
 import asyncio
 import logging
@@ -7,10 +7,15 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from fastapi import HTTPException
+from fastapi.responses import JSONResponse
+
+from megatron_interbert.serving.connections import Crowd
+from megatron_interbert.serving.hosts import AllowedHosts
+from megatron_interbert.task_config import ServeConfig
 
 Message = MutableMapping[str, Any]
 Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
-log = logging.getLogger("megatron_interbert.serving")
+log = logging.getLogger("megatron_interbert.serving.requests")
 
 HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -22,22 +27,38 @@ HEADERS = [
     ),
 ]
 CLOSE = {"connection": "close"}  # the rest of a body is not read
+HEALTH = ("/healthz", "/readyz", "/metrics")  # answered however many requests are under way
 
 
 class Guard:
-    """ASGI around an application: bodies of at most `max_body` bytes within `body_seconds`, else 413 or 408.
+    """ASGI around an application: bodies of at most `max_body` bytes within `body_seconds`, else 413 or 408; a Host that is ours, else
+    400; no more requests at once than there may be connections, else 503.
 
     A request whose client goes away is cancelled (499 in the log and the figures). The line of a request in the log has method, route,
     status and milliseconds: no query, no body, no key, no address.
     """
 
-    def __init__(self, app: Any, max_body: int, body_seconds: float, count: Callable[[str, int, float], None]) -> None:
-        self.app, self.max_body, self.body_seconds, self.count = app, max_body, body_seconds, count
+    def __init__(
+        self, app: Any, config: ServeConfig, hosts: AllowedHosts, crowd: Crowd, count: Callable[[str, int, float], None]
+    ) -> None:
+        self.app, self.hosts, self.crowd, self.count = app, hosts, crowd, count
+        self.max_body, self.body_seconds = config.max_body, config.body_seconds
+
+    def refusal(self, scope: Message) -> JSONResponse | None:
+        """Give the answer to a request that is not looked at further; None for all others."""
+        sent = next((value for name, value in scope["headers"] if name == b"host"), None)
+        if sent is not None and not self.hosts.allow(sent.decode("latin-1")):
+            return JSONResponse({"error": "Host: not a name of this service; it is started with --allowed-hosts NAME"}, 400, CLOSE)
+
+        if self.crowd.too_busy and scope["path"] not in HEALTH:
+            return JSONResponse({"error": "too many requests at once; come again"}, 503, {"retry-after": "1", **CLOSE})
+        return None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        answer = self.refusal(scope) or self.app
         started, status, read, whole, answered, gone = time.monotonic(), 500, 0, False, False, False
         request, watching = asyncio.current_task(), None
 
@@ -77,7 +98,7 @@ class Guard:
             await send(message)
 
         try:
-            await self.app(scope, limited, noted)
+            await answer(scope, limited, noted)
         except asyncio.CancelledError:
             if not gone:
                 raise

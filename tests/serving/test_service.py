@@ -141,7 +141,7 @@ def test_slow_bodies_end(shop, tmp_path):
     with Service(*flags(shop, tmp_path / "index", "--body-seconds", 1)) as service:
         host, port = service.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as line:
-            line.sendall(b"POST /search HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{")
+            line.sendall(b"POST /search HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{")
             started = time.monotonic()
             answer = line.recv(65536)
         assert b" 408 " in answer.split(b"\r\n")[0]
@@ -253,7 +253,7 @@ def test_a_client_that_goes_is_not_computed_for(shop, tmp_path):
     with Service(*flags(shop, tmp_path / "index", "--pairs-at-once", 40)) as service:
         host, port = service.url.removeprefix("http://").split(":")
         body = b'{"query": "\xe7\xba\xa2\xe8\x89\xb2", "candidates": 40}'
-        head = f"POST /search HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        head = f"POST /search HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode()
         lines = [socket.create_connection((host, int(port))) for _ in range(100)]
         for line in lines:
             line.sendall(head + body)
