@@ -182,7 +182,9 @@ def alone(path: Path, what: str) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in HELD:
-                raise UsageError(f"{path}: cannot be locked ({error.strerror}); use a disk with locks") from error
+                raise UsageError(
+                    f"{path}: cannot be locked ({error.strerror}); use a disk with locks"
+                ) from error
             raise UsageError(f"{path.parent}: {what}") from None
         yield
     finally:
@@ -209,7 +211,9 @@ def sibling(link: Path) -> Path | None:
     name = os.readlink(link)
     place = link.parent / name
     if not is_plain_name(name) or place.is_symlink():
-        raise UsageError(f"{link}: names {name[:80]!r}, expected a folder beside it; remove that link")
+        raise UsageError(
+            f"{link}: names {name[:80]!r}, expected a folder beside it; remove that link"
+        )
     return place if place.is_dir() else None
 
 
@@ -231,7 +235,9 @@ def check_writable(folder: Path, flag: str) -> None:
         with tempfile.NamedTemporaryFile(dir=nearest_folder(folder), prefix=".writable-"):
             pass
     except OSError as error:
-        raise UsageError(f"{flag} {folder}: nothing can be written there ({error.strerror}); choose another folder") from None
+        raise UsageError(
+            f"{flag} {folder}: nothing can be written there ({error.strerror}); choose another folder"
+        ) from None
 
 
 def nearest_folder(folder: Path) -> Path:

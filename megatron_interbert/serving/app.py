@@ -28,6 +28,7 @@ from megatron_interbert.serving.connections import Crowd
 from megatron_interbert.serving.guard import Guard
 from megatron_interbert.serving.hosts import AllowedHosts
 from megatron_interbert.serving.items import Item
+from megatron_interbert.serving.journal import NotKept
 from megatron_interbert.serving.messages import (
     ErrorAnswer,
     ItemAnswer,
@@ -169,6 +170,11 @@ def answer_errors_alike(app: FastAPI) -> None:
         elif not where:
             text = "body: no JSON object; send one, with content-type: application/json"
         return JSONResponse({"error": text[:300]}, 422)
+
+    @app.exception_handler(NotKept)
+    async def not_kept(request: Request, error: NotKept) -> JSONResponse:
+        logging.getLogger("megatron_interbert.serving").error("%s", error)
+        return JSONResponse({"error": "the change cannot be kept, and was not made; the reason is in the log"}, 503)
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> JSONResponse:

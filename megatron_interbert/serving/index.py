@@ -40,7 +40,8 @@ from megatron_interbert.files import (
     write_text,
 )
 from megatron_interbert.serving.items import Item, item_of
-from megatron_interbert.serving.journal import JOURNAL, Mark, collapsed, has_changes, read_journal
+from megatron_interbert.serving.journal import JOURNAL, collapsed, has_changes, read_journal
+from megatron_interbert.serving.journal_format import Mark
 from megatron_interbert.weights.manifest import seal
 
 CURRENT, VECTORS, ITEMS, FACTS = "current", "vectors.faiss", "items.jsonl", "manifest.json"

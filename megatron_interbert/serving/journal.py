@@ -1,144 +1,39 @@
 """What was added, changed and removed of an index's items, in order: one file for all its versions.
 
-The first line names the journal and says how many changes have been trimmed, because no version needs
-them any more. Each further line is `<sum> {"put": item}` or `<sum> {"remove": item id}`; a sum covers
-the line and all before it, so nothing can be altered, left out or exchanged unseen. A version of the
-index remembers the `Mark` behind the last change that is in it, and journal.end the last one that was
-confirmed.
+A version of the index remembers the `Mark` behind the last change that is in it, and journal.end the
+last one that was confirmed.
 """
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import alone, flush_folder, new_file, reading, write_all
 from megatron_interbert.serving.items import Item, item_of
+from megatron_interbert.serving.journal_format import (
+    MEND,
+    Content,
+    Mark,
+    OldJournal,
+    Record,
+    as_text,
+    head_of,
+    parse,
+    read_from_old_place,
+    sum_of,
+)
 
 JOURNAL, WRITING = "journal.jsonl", "writing"
 END = "journal.end"  # the place behind the last change that was confirmed
-MEND = "restore the file, or begin anew from your items (--rebuild --items FILE)"
-BYTES = "bytes "  # stands for the sum before the first change of a journal that an earlier version began
-Record = dict[str, Any]
 
 
 class NotKept(RuntimeError):
     """A change that could not be written down, and so did not happen."""
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A place in a journal: its name, the changes ever written before the place, the sum over them."""
-
-    journal: str
-    place: int
-    sum: str
-
-
-@dataclass
-class Content:
-    """A journal as it stands on disk: its name, changes, and the sums before and behind each of them.
-
-    Where it is not `whole`, it must be written anew before a line is added.
-    """
-
-    name: str
-    trimmed: int
-    changes: list[Record]
-    sums: list[str]
-    lines: list[bytes]
-    whole: bool
-
-    def take(self, line: bytes, where: str) -> bool:
-        """Add a line as it stands in the file; False where its sum is not right."""
-        given, _, text = line.partition(b" ")
-        expected = sum_of(self.sums[-1], text)
-        if given != expected.encode():
-            return False
-
-        self.changes.append(parse_change(text, where))
-        self.sums.append(expected)
-        self.lines.append(line)
-        return True
-
-    @property
-    def end(self) -> Mark:
-        """The place behind the last change."""
-        return Mark(self.name, self.trimmed + len(self.changes), self.sums[-1])
-
-
-def sum_of(before: str, text: bytes) -> str:
-    """Give the sum behind a change from the one before it."""
-    return hashlib.blake2b(before.encode() + text, digest_size=8).hexdigest()
-
-
-def head_of(name: str, trimmed: int, first: str) -> bytes:
-    """Give the first line of a journal; its own sum is the last of its fields."""
-    fields = {"journal": name, "trimmed": trimmed, "first": first}
-    return json.dumps({**fields, "sum": sum_of("", json.dumps(fields).encode())}).encode() + b"\n"
-
-
-def as_text(change: Record) -> bytes:
-    """Give a change as it stands in a line."""
-    return json.dumps(change, ensure_ascii=False).encode()
-
-
-def parse(data: bytes, where: str) -> Content:
-    """Take a journal apart; UsageError names a line that is not as it was written.
-
-    A last line without its end was cut by a crash, and nobody was told that it had happened; but one
-    whose sum is right has lost its end alone.
-    """
-    head, *rest = data.split(b"\n")
-    *lines, tail = rest or [b"cut"]
-    name, trimmed, first = parse_head(head, where)
-    content = Content(name, trimmed, [], [first], [], whole=not tail)
-
-    for number, line in enumerate(lines, start=2):
-        if not content.take(line, f"{where}: line {number}"):
-            told = line[:60].decode(errors="replace")
-            raise UsageError(f"{where}: line {number} is not as it was written (its sum differs): {told}; {MEND}")
-
-    for line in (tail, tail[:-1]):
-        if content.take(line, f"{where}: last line"):
-            break
-    return content
-
-
-def parse_head(line: bytes, where: str) -> tuple[str, int, str]:
-    """Give (name, trimmed, sum before the first change) of the first line."""
-    try:
-        fields = json.loads(line)
-        name, trimmed, first = fields["journal"], fields["trimmed"], fields["first"]
-        if head_of(name, trimmed, first) == line + b"\n" and type(trimmed) is int:
-            return name, trimmed, first
-    except (ValueError, TypeError, KeyError, RecursionError):
-        pass
-    told = line[:60].decode(errors="replace")
-    raise UsageError(f"{where}: its first line is damaged or missing: {told!r}; {MEND}")
-
-
-def parse_change(text: bytes, where: str) -> Record:
-    """Give a change, checked: {"put": item} or {"remove": item id}."""
-    try:
-        change = json.loads(text)
-    except (ValueError, RecursionError):
-        change = None
-
-    if isinstance(change, dict) and len(change) == 1:
-        if "put" in change:
-            item_of(change["put"], where)
-            return change
-        if isinstance(change.get("remove"), str):
-            return change
-    raise UsageError(f"{where}: no change of an item: {text[:60].decode(errors='replace')}; {MEND}")
 
 
 def read_content(folder: Path, where: str = "") -> Content | None:
@@ -183,9 +78,13 @@ def read_journal(folder: Path, mark: "Mark | int") -> tuple[list[Record], Mark]:
         return read_from_old_place(content, mark, where)
 
     if content is None:
-        raise UsageError(f"{where}: missing, and with it the changes since the index was made; {MEND}")
+        raise UsageError(
+            f"{where}: missing, and with it the changes since the index was made; {MEND}"
+        )
     if content.name != mark.journal:
-        raise UsageError(f"{where}: of another index ({content.name}, expected {mark.journal}); {MEND}")
+        raise UsageError(
+            f"{where}: of another index ({content.name}, expected {mark.journal}); {MEND}"
+        )
 
     before = mark.place - content.trimmed
     if not 0 <= before <= len(content.changes):
@@ -194,7 +93,9 @@ def read_journal(folder: Path, mark: "Mark | int") -> tuple[list[Record], Mark]:
             f" from {mark.place}; {MEND}"
         )
     if content.sums[before] != mark.sum:
-        raise UsageError(f"{where}: its first {mark.place} changes are not those that the index was made with; {MEND}")
+        raise UsageError(
+            f"{where}: its first {mark.place} changes are not those that the index was made with; {MEND}"
+        )
     return content.changes[before:], content.end
 
 
@@ -216,55 +117,6 @@ def collapsed(records: Sequence[Record]) -> dict[str, Item | None]:
         found.pop(item_id, None)
         found[item_id] = item
     return found
-
-
-class OldJournal:
-    """A journal of an earlier version of this package: without name and sums, its places are bytes."""
-
-    def __init__(self, trimmed: int, lines: list[bytes], where: str) -> None:
-        self.trimmed, self.lines, self.where = trimmed, lines, where
-
-    @classmethod
-    def parse(cls, data: bytes, where: str) -> "OldJournal | None":
-        """Take it apart; None where it is of another kind."""
-        head, *lines = data[: data.rfind(b"\n") + 1].split(b"\n")[:-1] or [b""]
-        try:
-            fields = json.loads(head)
-        except (ValueError, RecursionError):
-            return None
-        if not isinstance(fields, dict) or set(fields) != {"trimmed"} or type(fields["trimmed"]) is not int:
-            return None
-        return cls(fields["trimmed"], lines, where)
-
-    def renewed(self) -> Content:
-        """Give it as one of today, by a name that follows from its content."""
-        name = hashlib.sha256(b"\n".join(self.lines) + str(self.trimmed).encode()).hexdigest()[:12]
-        first = f"{BYTES}{self.trimmed}"
-        content = Content(name, 0, [], [first], [], whole=False)
-        for number, text in enumerate(self.lines, start=2):
-            content.changes.append(parse_change(text, f"{self.where}: line {number}"))
-            content.sums.append(sum_of(content.sums[-1], text))
-            content.lines.append(content.sums[-1].encode() + b" " + text)
-        return content
-
-
-def read_from_old_place(content: Content | None, place: int, where: Path) -> tuple[list[Record], Mark]:
-    """Give all changes of a journal to a version that knows only a number of bytes.
-
-    To make a change again that is in the version already does no harm: what comes last of an item
-    counts.
-    """
-    if content is None:
-        if place:
-            raise UsageError(f"{where}: missing, and with it the changes since the index was made; {MEND}")
-        return [], Mark("", 0, "")
-
-    first = content.sums[0]
-    begins = int(first.removeprefix(BYTES)) if first.startswith(BYTES) else None
-    reaches_back = not place if begins is None else begins <= place
-    if content.trimmed or not reaches_back:
-        raise UsageError(f"{where}: begins behind the place from which the index goes on; {MEND}")
-    return content.changes, content.end
 
 
 def begin(folder: Path) -> Mark:
@@ -296,7 +148,10 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         """Keep other writers out; UsageError where there is one. The file is opened by `open`."""
         self.folder = folder
-        self._alone = alone(folder / WRITING, "another service with a key writes to this index; give each its own --index")
+        self._alone = alone(
+            folder / WRITING,
+            "another service with a key writes to this index; give each its own --index",
+        )
         self._alone.__enter__()
         self._folder = os.open(folder, os.O_RDONLY)
         self._file = self._end = -1
@@ -337,7 +192,9 @@ class Journal:
         except (OSError, UsageError) as error:
             with contextlib.suppress(OSError):  # else before the next change
                 os.ftruncate(self._file, self._size)
-            raise NotKept(f"{self.folder / JOURNAL}: the change cannot be kept ({error})") from error
+            raise NotKept(
+                f"{self.folder / JOURNAL}: the change cannot be kept ({error})"
+            ) from error
 
         self._size = os.fstat(self._file).st_size
         self.end = Mark(self.end.journal, self.end.place + 1, sum_behind)
@@ -363,7 +220,9 @@ class Journal:
             return
 
         if (there.st_ino, there.st_dev) != (ours.st_ino, ours.st_dev):
-            raise NotKept(f"{self.folder / JOURNAL}: another file is there than the one that was opened; start again")
+            raise NotKept(
+                f"{self.folder / JOURNAL}: another file is there than the one that was opened; start again"
+            )
         if ours.st_size != self._size:
             os.ftruncate(self._file, self._size)
 

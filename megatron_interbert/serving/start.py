@@ -31,7 +31,8 @@ from megatron_interbert.serving.index import (
     write_version,
 )
 from megatron_interbert.serving.items import Item, LiveItems
-from megatron_interbert.serving.journal import JOURNAL, WRITING, Journal, Mark, begin, read_journal
+from megatron_interbert.serving.journal import JOURNAL, WRITING, Journal, begin, read_journal
+from megatron_interbert.serving.journal_format import Mark
 from megatron_interbert.serving.messages import ItemFile
 from megatron_interbert.serving.shop import Shop
 from megatron_interbert.task_config import ServeConfig

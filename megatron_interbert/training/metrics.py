@@ -41,7 +41,9 @@ class Records:
         """Append a record of named figures; OSError where it cannot be, then nothing of it is there."""
         if not self._begun:
             self._begin()
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        finite = {
+            name: value if math.isfinite(value) else None for name, value in values.items()
+        }  # JSON has no NaN
         append(self.path, encoded(json.dumps({"step": step, "split": split, **finite}) + "\n"))
 
     def _begin(self) -> None:
@@ -65,7 +67,9 @@ class Records:
             return []
 
         whole, _, cut = text.rpartition("\n")  # a killed run may leave half a line
-        return [line for line in [*whole.split("\n"), cut if step_of(cut) is not None else ""] if line]
+        return [
+            line for line in [*whole.split("\n"), cut if step_of(cut) is not None else ""] if line
+        ]
 
 
 def step_of(line: str) -> int | None:
@@ -90,7 +94,10 @@ class Board:
         if not self._begun:
             self._begin()
         summary = Summary(
-            value=[Summary.Value(tag=f"{split}/{name}", simple_value=value) for name, value in values.items()]
+            value=[
+                Summary.Value(tag=f"{split}/{name}", simple_value=value)
+                for name, value in values.items()
+            ]
         )
         append(self.path, record(Event(wall_time=time.time(), step=step, summary=summary)))
 
@@ -114,7 +121,9 @@ def record(event: Event) -> bytes:
 class MetricsWriter:
     """Rank 0 writes; the others stay silent."""
 
-    def __init__(self, save: str, tensorboard_dir: str, is_main: bool, train_iters: int, first_step: int) -> None:
+    def __init__(
+        self, save: str, tensorboard_dir: str, is_main: bool, train_iters: int, first_step: int
+    ) -> None:
         self.is_main, self.train_iters, self.first_step = is_main, train_iters, first_step
         self.started = time.monotonic()
         self.sinks: list[Records | Board] = []
@@ -128,14 +137,18 @@ class MetricsWriter:
         if save:
             self.sinks.append(Records(Path(save) / RECORDS, first_step))
         if tensorboard_dir or save:
-            self.sinks.append(Board(Path(tensorboard_dir or Path(save) / "tensorboard"), first_step))
+            self.sinks.append(
+                Board(Path(tensorboard_dir or Path(save) / "tensorboard"), first_step)
+            )
 
     def advance(self, steps: int = 1) -> None:
         """Move the progress bar."""
         if self.bar is not None:
             self.bar.update(steps)
 
-    def write(self, step: int, values: dict[str, float], summary: str, prefix: str = "train") -> None:
+    def write(
+        self, step: int, values: dict[str, float], summary: str, prefix: str = "train"
+    ) -> None:
         """One record of named figures for a step; `summary` is the task's part of the line for people."""
         if not self.is_main:
             return
@@ -155,7 +168,9 @@ class MetricsWriter:
             write()
         except OSError as error:
             if path not in self._failing:
-                self.say(f"note: {path} cannot be written ({error.strerror}); training goes on without it")
+                self.say(
+                    f"note: {path} cannot be written ({error.strerror}); training goes on"
+                )
             self._failing.add(path)
             return
 

@@ -33,7 +33,13 @@ import numpy as np
 from megatron_interbert import pretrain
 from megatron_interbert.errors import run_entry
 from megatron_interbert.progress import progress
-from megatron_interbert.serving.index import Version, prune, served_version, version_names, write_version
+from megatron_interbert.serving.index import (
+    Version,
+    prune,
+    served_version,
+    version_names,
+    write_version,
+)
 from megatron_interbert.serving.items import Item
 from megatron_interbert.serving.journal import Journal, NotKept, begin
 from megatron_interbert.weights.manifest import complete_checkpoints, verify
@@ -105,7 +111,9 @@ class Life:
             raise Failure(f"a traceback: {self.text[-3000:]}")
         errors = [line for line in self.text.splitlines() if line.startswith("error")]
         if len(errors) != (self.code != 0):
-            raise Failure(f"code {self.code} with {len(errors)} lines of errors: {self.text[-3000:]}")
+            raise Failure(
+                f"code {self.code} with {len(errors)} lines of errors: {self.text[-3000:]}"
+            )
 
 
 class Training:
@@ -135,31 +143,55 @@ class Training:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_ports(1)[0]))
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
         flags = {
-            **{"data-path": folder / "store", "save": folder / "save", "model": "tiny", "train-iters": self.steps},
+            **{
+                "data-path": folder / "store",
+                "save": folder / "save",
+                "model": "tiny",
+                "train-iters": self.steps,
+            },
             **{"save-interval": 2, "keep-last": 2, "micro-batch-size": 2, "global-batch-size": 2},
-            **{"data-partitions": 2, "num-workers": 0, "log-interval": 1, "lr": "1e-3", "zero-stage": 0},
+            **{
+                "data-partitions": 2,
+                "num-workers": 0,
+                "log-interval": 1,
+                "lr": "1e-3",
+                "zero-stage": 0,
+            },
         }
-        sys.argv = ["pretrain", *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
+        sys.argv = [
+            "pretrain",
+            *(str(part) for name, value in flags.items() for part in (f"--{name}", value)),
+        ]
         pretrain.run(lambda told: ())
 
     def check(self, folder, life):
         """Nothing that was committed is gone but for newer ones; the same command then reaches the same end."""
         save = folder / "save"
         before = {path.name for path in complete_checkpoints(self.base / "save")}
-        said = {line.split()[1].rsplit("/", 1)[1] for line in life.text.splitlines() if line.startswith("saved ")}
+        said = {
+            line.split()[1].rsplit("/", 1)[1]
+            for line in life.text.splitlines()
+            if line.startswith("saved ")
+        }
         now = {path.name: verify(path) for path in complete_checkpoints(save)}
         newest = max((int(name[11:]) for name, damage in now.items() if damage is None), default=0)
         for name in before | said:
             if now.get(name, "gone") is not None and int(name[11:]) >= newest:
-                raise Failure(f"{name} was committed and is {now.get(name, 'gone')}: {life.text[-3000:]}")
+                raise Failure(
+                    f"{name} was committed and is {now.get(name, 'gone')}: {life.text[-3000:]}"
+                )
         if before and "train step 1/" in life.text:
             raise Failure(f"the run has started from nothing: {life.text[-3000:]}")
 
         again = Life(folder, self.work, NEVER)
         if again.code or verify(save / f"global_step{STEPS}") is not None:
-            raise Failure(f"does not reach its end any more: {life.text[-2000:]} {again.text[-2000:]}")
+            raise Failure(
+                f"does not reach its end any more: {life.text[-2000:]} {again.text[-2000:]}"
+            )
         known = losses(save)
-        if not known.keys() <= self.expected.keys() or any(known[step] != self.expected[step] for step in known):
+        if not known.keys() <= self.expected.keys() or any(
+            known[step] != self.expected[step] for step in known
+        ):
             raise Failure(f"losses differ from the undisturbed run's: {life.text[-2000:]}")
 
 
@@ -211,10 +243,15 @@ class Building:
         before = served_version(self.base).name
         expected = {item.item_id for item in ITEMS} - {"i3"}
         for version in (served_version(folder), Version(folder / before)):
-            if not version.is_whole() or {item.item_id for item in version.items_now()[0]} != expected:
+            if (
+                not version.is_whole()
+                or {item.item_id for item in version.items_now()[0]} != expected
+            ):
                 raise Failure(f"{version.name} is not as it should be: {life.text[-2000:]}")
         if life.code == 0 and served_version(folder).name == before:
-            raise Failure(f"it says nothing, and the new version is not served: {life.text[-2000:]}")
+            raise Failure(
+                f"it says nothing, and the new version is not served: {life.text[-2000:]}"
+            )
         self.work(folder, None)
         if len(version_names(folder)) > 5:
             raise Failure("old versions pile up")
@@ -237,7 +274,11 @@ class Writing:
         journal = Journal(folder)
         journal.open()
         for number in range(12):
-            change = {"put": Item(f"n{number}", "p1", f"新{number}").record()} if number % 3 else {"remove": f"i{number}"}
+            change = (
+                {"put": Item(f"n{number}", "p1", f"新{number}").record()}
+                if number % 3
+                else {"remove": f"i{number}"}
+            )
             try:
                 journal.write(change)
             except NotKept as error:
@@ -255,12 +296,20 @@ class Writing:
         lines = Path(life.confirmed.name).read_bytes().splitlines()
         expected = {item.item_id for item in ITEMS}
         for change in map(json.loads, lines):
-            expected = expected | {change["put"]["item_id"]} if "put" in change else expected - {change["remove"]}
+            expected = (
+                expected | {change["put"]["item_id"]}
+                if "put" in change
+                else expected - {change["remove"]}
+            )
         found = {item.item_id for item in served_version(folder).items_now()[0]}
         refused = {f"n{number}" for number in range(12)} | {f"i{number}" for number in range(12)}
-        refused -= {change.get("remove") or change["put"]["item_id"] for change in map(json.loads, lines)}
+        refused -= {
+            change.get("remove") or change["put"]["item_id"] for change in map(json.loads, lines)
+        }
         if (found ^ expected) - (refused if life.sticky else set()):
-            raise Failure(f"lost {expected - found}, unconfirmed {found - expected}: {life.text[-2000:]}")
+            raise Failure(
+                f"lost {expected - found}, unconfirmed {found - expected}: {life.text[-2000:]}"
+            )
         journal = Journal(folder)
         journal.open()
         journal.write({"remove": "i29"})
@@ -280,13 +329,17 @@ def disturb(scenario, nth, seed, sticky):
         scenario.check(folder, life)
         return life.calls >= nth, life.code
     except Failure as error:
-        raise Failure(f"{scenario.name}, call {nth} of {scenario.calls}, seed {seed}, sticky {sticky}: {error}") from None
+        raise Failure(
+            f"{scenario.name}, call {nth} of {scenario.calls}, seed {seed}, sticky {sticky}: {error}"
+        ) from None
     finally:
         shutil.rmtree(folder)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--faults", type=int, default=500)
     parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS), choices=SCENARIOS)
     parser.add_argument("--seed", type=int, default=0)
@@ -303,9 +356,13 @@ def main():
             scenarios.append(SCENARIOS[name](place))
             counts[f"calls of {name}"] = scenarios[-1].calls
 
-        for number in progress(range(options.faults), unit="fault", desc="faults", shown=not options.quiet):
+        for number in progress(
+            range(options.faults), unit="fault", desc="faults", shown=not options.quiet
+        ):
             scenario = scenarios[number % len(scenarios)]
-            met, code = disturb(scenario, draw.randint(1, scenario.calls), draw.randrange(8), draw.random() < 0.3)
+            met, code = disturb(
+                scenario, draw.randint(1, scenario.calls), draw.randrange(8), draw.random() < 0.3
+            )
             counts[f"{scenario.name}: code {code}"] += met
             counts["faults"] += met
         print(json.dumps(counts))

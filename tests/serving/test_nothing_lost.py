@@ -84,7 +84,9 @@ def test_a_version_that_is_damaged_stands_for_nothing(index):
         if left:
             assert served_version(index).name == left
             assert there(index) == EXPECTED
-    with pytest.raises(UsageError, match="no version of the index is usable, but there are traces of one"):
+    with pytest.raises(
+        UsageError, match="no version of the index is usable, but there are traces of one"
+    ):
         served_version(index)
     for name in (older, newest):
         shutil.rmtree(index / name)
@@ -121,12 +123,16 @@ def test_no_clock_decides_what_is_pruned(index):
     assert good in version_names(index)
 
 
-@pytest.mark.parametrize("damage", ["deleted", "empty", "of another index", "a folder", "older copy"])
+@pytest.mark.parametrize(
+    "damage", ["deleted", "empty", "of another index", "a folder", "older copy"]
+)
 def test_a_journal_that_is_not_the_one_is_refused(index, tmp_path, damage):
     file = index / JOURNAL
     begun = file.read_bytes().split(b"\n")[0] + b"\n"
     served = served_version(index)
-    write(index, served.items_now()[1])  # it has both changes in it: an older copy of the journal does not reach it
+    write(
+        index, served.items_now()[1]
+    )  # it has both changes in it: an older copy of the journal does not reach it
     file.unlink()
     if damage == "empty":
         file.touch()
@@ -148,7 +154,9 @@ def test_a_place_that_was_moved_and_a_letter_that_was_altered_are_named(index):
     served = served_version(index)
     facts = json.loads((served.path / FACTS).read_text())
     for change in ({"place": 1}, {"sum": "0" * 16}, {"journal": "0" * 12}):
-        (served.path / FACTS).write_text(json.dumps({**facts, "journal": {**facts["journal"], **change}}))
+        (served.path / FACTS).write_text(
+            json.dumps({**facts, "journal": {**facts["journal"], **change}})
+        )
         with pytest.raises(UsageError, match="not as it was written"):
             served_version(index)
     (served.path / FACTS).write_text(json.dumps(facts))
@@ -203,7 +211,9 @@ def old_index(folder, lines, trimmed=0, places=(0,)):
         for key in ("number", "manifest_sha256"):
             del facts[key]
         (made / FACTS).write_text(json.dumps({**facts, "journal": place}))
-    (folder / JOURNAL).write_text("".join(json.dumps(line) + "\n" for line in [{"trimmed": trimmed}, *lines]))
+    (folder / JOURNAL).write_text(
+        "".join(json.dumps(line) + "\n" for line in [{"trimmed": trimmed}, *lines])
+    )
 
 
 def test_an_index_of_an_earlier_version_keeps_its_changes(tmp_path):
@@ -222,7 +232,9 @@ def test_an_index_of_an_earlier_version_keeps_its_changes(tmp_path):
     journal.close()
     assert made == served_version(tmp_path).name
     for name in version_names(tmp_path):
-        assert {item.item_id for item in Version(tmp_path / name).items_now()[0]} == EXPECTED - {"i9"}
+        assert {item.item_id for item in Version(tmp_path / name).items_now()[0]} == EXPECTED - {
+            "i9"
+        }
 
     other = tmp_path / "other"
     other.mkdir()
@@ -249,7 +261,9 @@ def mutated(data, draw):
         elif kind == 3:
             data[at:at] = data[at : at + draw.randint(1, 60)]
         elif kind == 4:
-            data[at:at] = draw.choice([b"\0", b"\n", b"{}", b"[" * 3000, b"\xff", b"-1", b"1e400", b'"', b"NaN"])
+            data[at:at] = draw.choice(
+                [b"\0", b"\n", b"{}", b"[" * 3000, b"\xff", b"-1", b"1e400", b'"', b"NaN"]
+            )
         else:
             data[at : at + 1] = draw.choice([b"0", b"9", b"null", b"true", b'{"a": 1}', b"[]"])
     return bytes(data)
@@ -294,7 +308,9 @@ def test_a_service_keeps_what_it_has_confirmed(shop, tmp_path):
 
     (index / CURRENT).unlink()
     with Service(*flags(shop, index)) as service:
-        statuses = [service.call("GET", f"/items/{name}")[0] for name in ("new-1", "new-2", "test-000005")]
+        statuses = [
+            service.call("GET", f"/items/{name}")[0] for name in ("new-1", "new-2", "test-000005")
+        ]
         assert statuses == [200, 200, 404]
     assert (index / CURRENT).is_symlink(), "it is put back by who writes"
 

@@ -71,9 +71,16 @@ def flip(file):
 
 def without_privilege(*command):
     """Run as a user for whom permissions hold, which they do not for root."""
-    ordinary = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
+    ordinary = (
+        ("setpriv", "--bounding-set", "-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
+    )
     done = subprocess.run(
-        [*ordinary, *map(str, command)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200
+        [*ordinary, *map(str, command)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -92,7 +99,18 @@ def test_what_cannot_be_read_is_not_damaged(made, run, what):
         path.chmod(0o300 if what == "run" else 0)
     try:
         code, out, err = without_privilege(
-            *(*PRETRAIN, *TINY, "--data-path", made[0], "--save", run, "--train-iters", 15, "--num-workers", 0)
+            *(
+                *PRETRAIN,
+                *TINY,
+                "--data-path",
+                made[0],
+                "--save",
+                run,
+                "--train-iters",
+                15,
+                "--num-workers",
+                0,
+            )
         )
     finally:
         for path in forbidden:
@@ -117,9 +135,9 @@ def test_no_start_from_nothing_where_something_was_committed(made, run):
 
     for path in run.glob("damaged-*"):
         shutil.rmtree(path)
-    assert "(best, latest" in one_line(*end_of(train(made[0], run, "--train-iters", 15))) or "(latest" in one_line(
+    assert "(best, latest" in one_line(
         *end_of(train(made[0], run, "--train-iters", 15))
-    )
+    ) or "(latest" in one_line(*end_of(train(made[0], run, "--train-iters", 15)))
     code, out, err = train(made[0], run, "--train-iters", 4, "--resume", "never")
     assert code == 0, out + err
     assert "train step 1/" in out
@@ -144,7 +162,9 @@ def test_diverged_steps_push_nothing_out(made, run):
     assert "global_step9" in good
     assert not {"global_step15", "global_step18", "global_step21"} & good
 
-    code, out, err = train(made[0], run, "--train-iters", 14, "--lr", 3e38)  # ends while steps are bad
+    code, out, err = train(
+        made[0], run, "--train-iters", 14, "--lr", 3e38
+    )  # ends while steps are bad
     assert "nothing is saved" in one_line(code, err, 1)
     assert {path.name for path in complete_checkpoints(run)} == good
 
@@ -156,14 +176,23 @@ def test_diverged_steps_push_nothing_out(made, run):
 
 @pytest.mark.parametrize(
     "flags",
-    [("--lr", "inf"), ("--clip-grad", "nan"), ("--weight-decay=-inf",), ("--seed", "-1"), ("--min-lr", "1e999"), ("--seed", str(1 << 64))],
+    [
+        ("--lr", "inf"),
+        ("--clip-grad", "nan"),
+        ("--weight-decay=-inf",),
+        ("--seed", "-1"),
+        ("--min-lr", "1e999"),
+        ("--seed", str(1 << 64)),
+    ],
 )
 def test_flags_that_are_no_numbers_are_refused(flags):
     with pytest.raises(UsageError, match=flags[0].split("=")[0]):
         parse(RunConfig, "", flags).check()
 
 
-@pytest.mark.parametrize("text", ["lr: .inf", "lr: .nan", "- lr", "seed: -5", "lr: 1e999", "lr", "1: [2"])
+@pytest.mark.parametrize(
+    "text", ["lr: .inf", "lr: .nan", "- lr", "seed: -5", "lr: 1e999", "lr", "1: [2"]
+)
 def test_settings_of_files_are_checked_as_flags_are(tmp_path, text):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(UsageError, match=r"run\.yaml"):
@@ -196,7 +225,9 @@ def test_metrics_never_stop_a_run(made, run):
     code, out, err = train(made[0], run, "--train-iters", 13)
     assert code == 0, out + err
     assert "metrics.jsonl: 6 lines were no records and are dropped" in out
-    assert [json.loads(line)["step"] for line in records.read_text().splitlines()] == list(range(1, 14))
+    assert [json.loads(line)["step"] for line in records.read_text().splitlines()] == list(
+        range(1, 14)
+    )
 
     records.unlink()
     records.mkdir()
@@ -221,17 +252,38 @@ def test_metrics_are_written_again_when_the_disk_has_room(tmp_path, capsys):
     for step in (3, 4):
         writer.write(step, {"loss": math.nan}, "loss")
     told = capsys.readouterr().out
-    assert told.count("metrics.jsonl cannot be written") == told.count("metrics.jsonl is written again") == 1
+    assert (
+        told.count("metrics.jsonl cannot be written")
+        == told.count("metrics.jsonl is written again")
+        == 1
+    )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(3, None), (4, None)]
 
 
 def test_output_that_nobody_can_store_does_not_end_a_run(made, tmp_path):
     """Standard output on a full disk."""
-    command = [*PRETRAIN, *TINY, "--data-path", made[0], "--save", tmp_path / "save", "--train-iters", 3, "--num-workers", 0]
+    command = [
+        *PRETRAIN,
+        *TINY,
+        "--data-path",
+        made[0],
+        "--save",
+        tmp_path / "save",
+        "--train-iters",
+        3,
+        "--num-workers",
+        0,
+    ]
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [str(part) for part in command], cwd=ROOT, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=200
+            [str(part) for part in command],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=200,
         )
     assert done.returncode == 0, done.stderr
     assert verify(tmp_path / "save" / "global_step3") is None
@@ -241,7 +293,20 @@ def test_a_folder_that_is_removed_while_a_run_writes(made, tmp_path):
     """Lines instead of tracebacks; the next checkpoint makes the folder anew."""
     save = tmp_path / "save"
     process = start(
-        *(*PRETRAIN, *TINY, "--data-path", made[0], "--save", save, "--save-interval", 3, "--train-iters", 60, "--num-workers", 0)
+        *(
+            *PRETRAIN,
+            *TINY,
+            "--data-path",
+            made[0],
+            "--save",
+            save,
+            "--save-interval",
+            3,
+            "--train-iters",
+            60,
+            "--num-workers",
+            0,
+        )
     )
     until(lambda: (save / "global_step3").exists(), "a checkpoint is there")
     shutil.rmtree(save, ignore_errors=True)
@@ -259,10 +324,16 @@ def test_links_in_a_shared_folder_are_not_followed(made, run, tmp_path):
     for plant in (os.symlink, os.link):
         (run / ".lock").unlink()
         plant(victim, run / ".lock")
-        assert "expected a lock file, found something else" in one_line(*end_of(train(made[0], run, "--train-iters", 15)))
+        assert "expected a lock file, found something else" in one_line(
+            *end_of(train(made[0], run, "--train-iters", 15))
+        )
         assert victim.read_text() == "mine"
     (run / ".lock").unlink()
-    for name in ("latest.partial", "metrics.jsonl.partial", "latest_checkpointed_iteration.txt.partial"):
+    for name in (
+        "latest.partial",
+        "metrics.jsonl.partial",
+        "latest_checkpointed_iteration.txt.partial",
+    ):
         (run / name).symlink_to(victim)
     code, out, err = train(made[0], run, "--train-iters", 15)
     assert code == 0, out + err
@@ -298,7 +369,10 @@ def test_without_locks_nothing_of_another_run_is_renamed(made, run, monkeypatch,
     state = ParallelState()
     claim = resume.claim_folder(str(run), state)
     assert not claim.locked
-    assert "cannot be locked (No locks available): nothing that lies there is renamed" in capsys.readouterr().out
+    assert (
+        "cannot be locked (No locks available): nothing that lies there is renamed"
+        in capsys.readouterr().out
+    )
     flip(weights_of(run, 12))
     (run / ".global_step15.other.partial").mkdir()
     config = type("Config", (), {"save": str(run), "load": "", "resume": "auto"})
@@ -308,7 +382,10 @@ def test_without_locks_nothing_of_another_run_is_renamed(made, run, monkeypatch,
 
     shutil.rmtree(run / "global_step12")
     shutil.copytree(made[1] / "global_step12", run / "global_step12")
-    for locked in (False, True):  # the other run's is whole: not even who has the lock may take its name
+    for locked in (
+        False,
+        True,
+    ):  # the other run's is whole: not even who has the lock may take its name
         checkpoints = Checkpoints.__new__(Checkpoints)
         checkpoints._claim = resume.Claim(locked=locked)
         work = run / ".global_step12.ours.partial"
