@@ -112,10 +112,13 @@ class Integrity:
         if problem:
             raise UsageError(problem)
 
-    def start(self) -> None:
-        """Hash the files that this machine has never seen, in a thread; what it finds stands in `problem`."""
+    def start(self, tell: Callable[[str], None] = lambda problem: None) -> None:
+        """Hash the files that this machine has never seen, in a thread.
+
+        What it finds stands in `problem`, and `tell` hears of it.
+        """
         if self._unseen and self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="integrity", daemon=True)
+            self._thread = threading.Thread(target=self._run, args=(tell,), name="integrity", daemon=True)
             self._thread.start()
 
     def wait(self, seconds: float) -> None:
@@ -123,12 +126,14 @@ class Integrity:
         if self._thread is not None:
             self._thread.join(seconds)
 
-    def _run(self) -> None:
+    def _run(self, tell: Callable[[str], None]) -> None:
         try:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
             self.problem = verify(self._unseen, log_lines)
         except OSError as error:
             print(f"note: the region stores cannot be verified ({error})", flush=True)
+        if self.problem:
+            tell(self.problem)
 
 
 def verify(files: Sequence[tuple[Memory, StoreFile]], bar_of: Callable[..., tqdm]) -> str:

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from megatron_interbert.config import split_paths
+from megatron_interbert.config import paths_of_stores, split_paths
 from megatron_interbert.data.downstream.recommendation import read_topics
 from megatron_interbert.data.downstream.records import read_records
+from megatron_interbert.data.integrity import Integrity
 from megatron_interbert.errors import Unreadable, UsageError
 from megatron_interbert.files import alone, check_writable, is_there, sibling
 from megatron_interbert.progress import progress
@@ -196,6 +197,10 @@ def read_items(path: str, items: LiveItems) -> list[Item]:
 
 def open_models(config: ServeConfig, device: torch.device) -> list[Opened]:
     """What answers searches, and, where it is another one, what answers topics."""
+    integrity = Integrity(paths_of_stores(config))
+    integrity.check_at_once()
+    integrity.start(lambda problem: log.error("%s", problem))
+
     found = [Opened(config, device)]
     if config.load_recommendation:
         own = dataclasses.replace(config, load=config.load_recommendation, index=config.recommendation_index)

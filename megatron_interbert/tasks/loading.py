@@ -1,6 +1,7 @@
 """What an evaluation opens: a model from weights of any format on any layout, stores, vocabulary; the same on all ranks."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from megatron_interbert.model.presets import fit_to_data
 from megatron_interbert.parallel.agreement import check_alike, together
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import EvaluateConfig, ServeConfig
-from megatron_interbert.tasks.parts import open_stores, open_vocabulary
+from megatron_interbert.tasks.parts import open_stores, open_vocabulary, verify_stores
 from megatron_interbert.tasks.precision import choose_precision
 from megatron_interbert.tasks.results import output_folder
 from megatron_interbert.weights.manifest import BEST
@@ -94,6 +95,12 @@ def open_for(config: EvaluateConfig, source: Source, stores: Sequence[str]) -> t
     return corpus, tokenizer
 
 
+def give_up(problem: str) -> None:
+    """End an evaluation whose data are found not to be as they were written: its figures mean nothing."""
+    os.write(2, f"error: {problem}\n".encode())
+    os._exit(1)
+
+
 def agree_on_inputs(
     config: EvaluateConfig,
     state: ParallelState,
@@ -102,7 +109,8 @@ def agree_on_inputs(
     files: Sequence[str | Path],
 ) -> Path:
     """The folder for the results; UsageError on all ranks when it cannot be written or when they have opened
-    different things: weights, vocabulary, or `files` (of the data)."""
+    different things: weights, vocabulary, or `files` (of the data); or when stores are not as they were written."""
+    verify_stores(config, state).start(give_up)
     folder = output_folder(config, source)
     together(state, lambda: check_writable(folder, "--output") if state.is_main else None)
     if state.is_main:

@@ -5,13 +5,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_interbert.config import Flags, ModelConfig, TrainConfig
+from megatron_interbert.config import Flags, ModelConfig, TrainConfig, paths_of_stores
 from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.data.integrity import Integrity
 from megatron_interbert.data.manifest import MANIFEST, VOCABULARY
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import file_sha256
 from megatron_interbert.model.presets import fit_to_data, load_model_config
+from megatron_interbert.parallel.agreement import together
+from megatron_interbert.parallel.launch import read_launch
+from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.task_config import EvaluateConfig
 from megatron_interbert.weights.manifest import newest_checkpoint
 from megatron_interbert.weights.sources import open_source, recognise
@@ -20,6 +24,19 @@ from megatron_interbert.weights.sources import open_source, recognise
 def open_stores(paths: Sequence[str], config: TrainConfig | EvaluateConfig) -> Corpus:
     """Region stores as one corpus."""
     return Corpus(paths, config.strict_boxes, config.allow_other_detector)
+
+
+def verify_stores(config: TrainConfig | EvaluateConfig, state: ParallelState) -> Integrity:
+    """Verify the region stores of a configuration, by one process on each machine.
+
+    UsageError on all ranks for a small store, or a file that has changed since it was verified here,
+    that is not as it was written; the rest is verified once the returned object is started.
+    """
+    first = read_launch().local_rank == 0
+    stores = [path for path in paths_of_stores(config) if first and (Path(path) / MANIFEST).is_file()]
+    integrity = together(state, lambda: Integrity(stores))
+    together(state, integrity.check_at_once)
+    return integrity
 
 
 def open_vocabulary(

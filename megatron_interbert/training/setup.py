@@ -9,10 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_interbert.config import AUTO, ModelConfig, RunConfig, TrainConfig, paths_of_stores
-from megatron_interbert.data.integrity import Integrity
+from megatron_interbert.config import AUTO, ModelConfig, RunConfig, TrainConfig
 from megatron_interbert.data.loader import BatchStream
-from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.data.order import check_partitions
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.pretraining import PretrainingSet
@@ -27,7 +25,7 @@ from megatron_interbert.parallel.agreement import check_alike, together
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, vocabulary_of_run
+from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, verify_stores, vocabulary_of_run
 from megatron_interbert.tasks.precision import choose_precision
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.tasks.task import Job
@@ -146,15 +144,6 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
         watchdog=watchdog,
         integrity=integrity,
     )
-
-
-def verify_stores(config: TrainConfig, state: ParallelState) -> Integrity:
-    """What verifies the region stores of a run on this machine; UsageError for files that have changed since it has."""
-    first = read_launch().local_rank == 0
-    stores = [path for path in paths_of_stores(config) if first and (Path(path) / MANIFEST).is_file()]
-    integrity = together(state, lambda: Integrity(stores))
-    together(state, integrity.check_at_once)
-    return integrity
 
 
 def parts_of_model(
