@@ -21,6 +21,8 @@ from megatron_interbert.data.building.pickles.nodes import (
     UnsafePickle,
 )
 
+TOO_LARGE = (DAMAGED, b"needs too much memory", b"")  # ready: there is no memory to make it then
+
 
 def answer(data: bytes) -> tuple[int, bytes, bytes | bytearray]:
     """Decode one pickle: (VALUE, JSON, tail), or (DAMAGED or UNSAFE, reason, nothing)."""
@@ -32,6 +34,9 @@ def answer(data: bytes) -> tuple[int, bytes, bytes | bytearray]:
 
     except UnsafePickle as error:
         return UNSAFE, str(error).encode("utf-8", "backslashreplace"), b""
+
+    except MemoryError:
+        return TOO_LARGE
 
     except Exception as error:  # what a damaged pickle raises tells what is wrong with it
         reason = f"{type(error).__name__}: {error}"[:300]

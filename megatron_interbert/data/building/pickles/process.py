@@ -1,5 +1,6 @@
 """The reader's side of the process that decodes: starts it when first needed, and anew when it has died."""
 
+import atexit
 import os
 import signal
 import socket
@@ -83,8 +84,11 @@ class PickleProcess:
             raise
 
     def _start(self) -> None:
+        """Start the process and wait until it is ready. UsageError when that cannot be."""
         self.close()
         self.owner = os.getpid()
+        atexit.unregister(self.close)
+        atexit.register(self.close)
         self.channel, theirs = socket.socketpair()
         limits = [str(int(self.seconds) + 1), str(self.memory)]
         try:

@@ -56,6 +56,9 @@ def is_pickle(data: bytes) -> bool:
 
 def _value(node: Any, space: Space, depth: int = 0) -> Any:
     """Put a value together; ValueError when its node is not as nodes are."""
+    if isinstance(node, dict):
+        raise ValueError("a part of no kind")
+
     if not isinstance(node, list):
         return node
 

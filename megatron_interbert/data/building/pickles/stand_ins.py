@@ -20,6 +20,7 @@ from megatron_interbert.data.building.pickles.nodes import Node, Space, UnsafePi
 UNFINISHED = "unfinished array"
 OBJECTS = ("O", "O8", "O4")
 PLAIN_FLAGS = (0, 8)  # 8: text must be zeroed first; any other flag tells of objects or records
+OBJECT_FLAGS = (63,)  # references, counted
 FLOATS = {2: "e", 4: "f", 8: "d"}
 WIDE_TEXT = {"<": codecs.lookup("utf-32-le"), ">": codecs.lookup("utf-32-be")}  # now: no file later
 
@@ -102,13 +103,13 @@ def set_dtype(dtype: Dtype, state: Any) -> None:
         raise UnsafePickle(f"type {dtype.code} with a state of an unknown kind")
 
     _, order, *fields = parts[:5]
-    sizes = (-1,) if dtype.code == "O" else (-1, item_size(dtype.code))
-    flags = parts[7] if len(parts) == 8 else 0
+    objects = dtype.code == "O"
+    sizes = (-1,) if objects else (-1, item_size(dtype.code))
     if fields != [None, None, None] or parts[5] not in sizes:
         raise UnsafePickle(f"type {dtype.code} with fields or a size that it does not have")
 
-    if dtype.code != "O" and flags not in PLAIN_FLAGS:
-        raise UnsafePickle(f"type {dtype.code} with flags of objects or records")
+    if len(parts) == 8 and parts[7] not in (OBJECT_FLAGS if objects else PLAIN_FLAGS):
+        raise UnsafePickle(f"type {dtype.code} with flags of another type")
 
     dtype.order = order.replace("=", "")
 
