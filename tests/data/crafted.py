@@ -20,7 +20,7 @@ class Call:
 
 
 def dtype_call(code, *state):
-    """A type with a state of one's own: (version, order, subtype, names, fields, size, alignment, flags)."""
+    """A type with a state: order, subtype, names, fields, size, alignment, flags."""
     return Call(np.dtype, (code, False, True), (3, *state))
 
 
@@ -30,13 +30,14 @@ def array_call(dtype, shape=(1,), data=POINTERS):
 
 OBJECTS = ("|", None, None, None, -1, -1, 63)
 HONEST = dtype_call("O8", *OBJECTS)
-RECORD = dtype_call("V8", "|", None, ("a",), {"a": (HONEST, 0)}, 8, 1, 0)  # of an object, said to have none
-DISGUISED = dtype_call("O8", "|", None, None, None, -1, -1, 0)  # of objects, said to be none
-NUMBERS = dtype_call("f8", "<", None, ("a",), {"a": (HONEST, 0)}, 8, 1, 0)  # numbers made into a record
+# A record of an object, said to have none; objects, said to be none; numbers made into a record.
+RECORD = dtype_call("V8", "|", None, ("a",), {"a": (HONEST, 0)}, 8, 1, 0)
+DISGUISED = dtype_call("O8", "|", None, None, None, -1, -1, 0)
+NUMBERS = dtype_call("f8", "<", None, ("a",), {"a": (HONEST, 0)}, 8, 1, 0)
 
 
 def with_pointers():
-    """Values by name whose eight bytes of data an ordinary NumPy would take for the address of an object."""
+    """Values by name whose eight bytes of data NumPy would take for the address of an object."""
     return {
         "record of an object": array_call(RECORD),
         "objects said to be none": array_call(DISGUISED),
@@ -48,16 +49,18 @@ def with_pointers():
 
 
 def python_2(array, protocol):
-    """A dictionary {"features": array, "n": 5} as Python 2 with its NumPy wrote it, byte for byte."""
+    """A dictionary {"features": array, "n": 5} as Python 2 wrote it."""
     data = array.tobytes()
     order, code = array.dtype.str[0].encode(), array.dtype.str[1:].encode()
     size, alignment = (array.itemsize, 1) if code.startswith(b"S") else (-1, -1)
     if protocol == 0:
         shape = b"".join(b"I%d\n" % length for length in array.shape)
         return (
-            b"(dp0\nS'features'\np1\ncnumpy.core.multiarray\n_reconstruct\np2\n(cnumpy\nndarray\np3\n"
-            b"(I0\ntp4\nS'b'\np5\ntp6\nRp7\n(I1\n(%stp8\ncnumpy\ndtype\np9\n(S'%s'\np10\nI0\nI1\n"
-            b"tp11\nRp12\n(I3\nS'%s'\np13\nNNNI%d\nI%d\nI0\ntp14\nbI00\nS%s\np15\ntp16\nbsS'n'\np17\nL5L\ns."
+            b"(dp0\nS'features'\np1\ncnumpy.core.multiarray\n_reconstruct\np2\n"
+            b"(cnumpy\nndarray\np3\n(I0\ntp4\nS'b'\np5\ntp6\nRp7\n(I1\n(%stp8\ncnumpy\n"
+            b"dtype\np9\n(S'%s'\np10\nI0\nI1\n"
+            b"tp11\nRp12\n(I3\nS'%s'\np13\nNNNI%d\nI%d\nI0\ntp14\nbI00\nS%s\np15\n"
+            b"tp16\nbsS'n'\np17\nL5L\ns."
             % (shape, code, order, size, alignment, repr(data)[1:].encode())
         )
 
@@ -65,8 +68,8 @@ def python_2(array, protocol):
     length = len(data).to_bytes(4, "little")
     return (
         (b"\x80\x02" if protocol == 2 else b"")
-        + b"}q\x00(U\x08featuresq\x01cnumpy.core.multiarray\n_reconstruct\nq\x02(cnumpy\nndarray\nq\x03"
-        + b"(K\x00tq\x04U\x01bq\x05tq\x06Rq\x07"
+        + b"}q\x00(U\x08featuresq\x01cnumpy.core.multiarray\n_reconstruct\nq\x02"
+        + b"(cnumpy\nndarray\nq\x03(K\x00tq\x04U\x01bq\x05tq\x06Rq\x07"
         + b"(K\x01(" + shape + b"tq\x08cnumpy\ndtype\nq\x09(U" + bytes([len(code)]) + code
         + b"q\x0aK\x00K\x01tq\x0bRq\x0c(K\x03U\x01" + order
         + b"q\x0dNNN" + struct.pack("<cici", b"J", size, b"J", alignment)

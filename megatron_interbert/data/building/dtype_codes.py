@@ -1,4 +1,4 @@
-"""The types of array elements that foreign files may name: plain numbers, booleans and text of fixed width.
+"""The types of arrays that foreign files may name: numbers, booleans, text of fixed width.
 
 A type of objects or records would make their bytes into pointers. Without NumPy, for the process
 that decodes pickles has none.
@@ -18,7 +18,7 @@ class NotPlain(ValueError):
 
 
 def item_size(code: object) -> int:
-    """Give the bytes of one element of `code`, such as <f4 or U12; NotPlain when it is no such code."""
+    """Give the bytes of one element of `code` (<f4, U12, ..); NotPlain for any other."""
     if not isinstance(code, str) or not CODE.fullmatch(code):
         raise NotPlain(f"array of type {str(code)[:60]!r}, neither plain numbers nor text")
 

@@ -1,1 +1,1 @@
-"""Pickles from strangers, decoded in a confined process of its own: reading.loads is all that others need."""
+"""Pickles from strangers, decoded in a confined process; reading.loads is the way in."""

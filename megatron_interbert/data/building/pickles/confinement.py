@@ -1,4 +1,4 @@
-"""Takes away from a process what decoding does not need: files, network, other programs, endless memory.
+"""Takes from a process what decoding does not need: files, network, programs, endless memory.
 
 Limits of resources hold on every Unix. Linux's seccomp, on x86_64 and aarch64, refuses all other
 system calls; where it cannot be set up, the limits alone stand.

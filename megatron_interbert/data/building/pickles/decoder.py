@@ -1,4 +1,4 @@
-"""The opcodes of a pickle, read one by one into nodes. Nothing that a pickle names is looked up or called.
+"""The opcodes of a pickle, read one by one into nodes. Nothing named is looked up or called.
 
 Reads what protocols 0 to 5 of Python 2 and 3 write of numbers, text, containers and NumPy's arrays.
 """

@@ -1,4 +1,4 @@
-"""The process that decodes: pickles come in on its standard input, nodes go out, until the input ends.
+"""The process that decodes: pickles come in on standard input, nodes go out.
 
 Imports nothing but Python's own library, so that it starts in milliseconds and has little to abuse.
 """
@@ -44,7 +44,10 @@ def answer(data: bytes) -> tuple[int, bytes, bytes | bytearray]:
 
 
 def serve(seconds: int, memory: int) -> None:
-    """Confine this process, then answer until the input ends. One answer ends it when it takes `seconds`."""
+    """Confine this process, then answer until the input ends.
+
+    It dies over an answer that takes `seconds`.
+    """
     source = open(0, "rb")
     sink = open(1, "wb")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the reader, whose end ends this

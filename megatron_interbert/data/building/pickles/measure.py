@@ -1,4 +1,4 @@
-"""How much a decoded value comes to when it is written out: shared parts count each time they occur.
+"""How much a decoded value comes to: shared parts count each time they occur.
 
 A few bytes of pickle can name one list in ten places of the next, again and again.
 """
@@ -22,10 +22,13 @@ class Measure:
     def __init__(self, length: int) -> None:
         self.max_values = min(MAX_VALUES, SPARE_VALUES + length)
         self.max_bytes = SPARE_BYTES + 2 * length
-        self.known: dict[int, Size | None] = {}  # by the node's id; None: its parts are being measured
+        self.known: dict[int, Size | None] = {}  # by the node's id; None: not yet done
 
     def check(self, node: Any, depth: int = 0) -> Size:
-        """Measure a value; ValueError when it is too large or holds itself, UnsafePickle when it is none."""
+        """Measure a value; ValueError when it is too large or holds itself.
+
+        UnsafePickle when a name or a type is left in it.
+        """
         if isinstance(node, str):
             return 1, len(node), 0
 

@@ -1,4 +1,4 @@
-"""What crosses from the process that decodes: JSON that stands for values, and bytes by their place.
+"""What the process that decodes sends: JSON that stands for values, and bytes by their place.
 
     null, booleans, numbers, text                    themselves
     ["list", item, ..], also tuple, set, frozenset

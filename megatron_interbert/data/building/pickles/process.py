@@ -1,4 +1,4 @@
-"""The reader's side of the process that decodes: starts it when first needed, and anew when it has died."""
+"""The reader's side of the process that decodes: starts it when first needed, anew when it died."""
 
 import atexit
 import os
@@ -26,7 +26,7 @@ Reply = tuple[int, bytearray, bytearray]  # kind, text, tail
 
 
 class PickleProcess:
-    """One process that decodes pickles, for one process that reads them. It ends with its reader."""
+    """One process that decodes pickles, for one that reads them. It ends with its reader."""
 
     def __init__(self, seconds: float = SECONDS, memory: int = MEMORY) -> None:
         self.seconds = seconds
@@ -44,13 +44,14 @@ class PickleProcess:
         with self.lock:
             try:
                 return self._ask(data)
-            except EOFError:  # by the pickle, or by something else, such as a lack of memory elsewhere
+            except EOFError:  # not always by the pickle: memory may be short elsewhere
                 pass
 
             try:
                 return self._ask(data)
             except EOFError as error:
-                raise ValueError(f"the process that decodes pickles ended over it ({error})") from None
+                reason = f"the process that decodes pickles ended over it ({error})"
+                raise ValueError(reason) from None
 
     def close(self) -> None:
         """End the process, if there is one."""
@@ -79,7 +80,7 @@ class PickleProcess:
         except (OSError, EOFError):
             raise EOFError(self._end()) from None
 
-        except BaseException:  # interrupted in the middle: what comes next would be taken for another answer
+        except BaseException:  # interrupted: the answer would be taken for that to the next
             self.close()
             raise
 
@@ -106,8 +107,8 @@ class PickleProcess:
             reason = self._end() if isinstance(error, EOFError) else error
             self.close()
             raise UsageError(
-                f"cannot start the process that decodes pickles ({reason}); is memory left, or room for"
-                " processes (ulimit -u)? The same command goes on"
+                f"cannot start the process that decodes pickles ({reason}); is memory left, or room"
+                " for processes (ulimit -u)? The same command goes on"
             ) from None
 
     def _exchange(self, data: bytes) -> Reply:
@@ -125,7 +126,7 @@ class PickleProcess:
         return kind, text, tail
 
     def _receive(self, length: int, deadline: float) -> bytearray:
-        """Receive exactly `length` bytes. EOFError when no more come, TimeoutError when they are late."""
+        """Receive exactly `length` bytes. EOFError when no more come, TimeoutError when late."""
         content = bytearray(length)
         left = memoryview(content)
         while left:

@@ -1,4 +1,4 @@
-"""Pickled values from strangers: decoded in a confined process, put together here from checked parts."""
+"""Pickled values from strangers: decoded in a confined process, put together from checked parts."""
 
 import json
 from typing import Any

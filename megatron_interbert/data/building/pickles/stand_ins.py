@@ -1,4 +1,4 @@
-"""What stands for the functions and classes that pickles of plain data name. Nothing real is ever called.
+"""What stands for the functions and classes that pickles of plain data name. None is ever called.
 
 NumPy's own would take any type and any state, and make pointers of the bytes in a crafted one.
 """
@@ -97,7 +97,7 @@ def _dtype(space: Space, code: Any, align: Any = 0, copy: Any = 1) -> Dtype:
 
 
 def set_dtype(dtype: Dtype, state: Any) -> None:
-    """Stand for dtype.__setstate__: the byte order. UnsafePickle when it makes another type of it."""
+    """Stand for dtype.__setstate__: the byte order. UnsafePickle when it asks for more."""
     parts = parts_of(state, "tuple")
     if len(parts) not in (7, 8) or parts[1] not in ("<", ">", "|", "="):
         raise UnsafePickle(f"type {dtype.code} with a state of an unknown kind")
@@ -173,7 +173,7 @@ def _scalar(space: Space, dtype: Any, data: Any = None) -> Any:
     if not isinstance(dtype, Dtype) or dtype.code == "O":
         raise UnsafePickle("NumPy's scalar of an object")
 
-    content = data.encode("latin-1") if isinstance(data, str) else space.read(*parts_of(data, "bytes"))
+    content = space.read(*bytes_of(space, data)[1:])
     if len(content) != item_size(dtype.full):
         raise ValueError(f"scalar of type {dtype.full} with {len(content)} bytes")
 
@@ -212,8 +212,10 @@ def _ordered(space: Space, pairs: Any = None) -> Node:
 
     node: Node = ["dict"]
     for pair in parts_of(pairs, "list"):
-        key, value = parts_of(pair, "list" if isinstance(pair, list) and pair[0] == "list" else "tuple")
-        add_pairs(node, [key, value])
+        if not isinstance(pair, list) or pair[0] not in ("list", "tuple") or len(pair) != 3:
+            raise ValueError("an ordered dictionary of something else than pairs")
+
+        add_pairs(node, pair[1:])
 
     return node
 
@@ -252,7 +254,7 @@ def add_pairs(mapping: Any, pairs: list[Any]) -> None:
 
 
 def check_key(key: Any) -> None:
-    """Take text, bytes and numbers for keys; others could be made to share one hash by the million."""
+    """Take text, bytes and numbers for keys; others could share one hash by the million."""
     if isinstance(key, list) and key[0] != "bytes":
         raise ValueError(f"a key or a set's member that is a {key[0]}")
 
