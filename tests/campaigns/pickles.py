@@ -40,7 +40,7 @@ PIECES = (
 
 
 def honest_pickles() -> list[bytes]:
-    """Make rows and arrays in every protocol, and crafted ones: together they reach every corner."""
+    """Make rows and arrays in every protocol, and crafted ones, to reach every corner."""
     random_numbers = np.random.default_rng(0)
     features = random_numbers.normal(size=(4, 8)).astype(np.float32)
     row = {
