@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 
 from megatron_interbert.config import read_text
-from megatron_interbert.data.building import safe_pickle
+from megatron_interbert.data.building.pickles.reading import MAX_PICKLE, loads
 from megatron_interbert.data.building.sources.base import Dropped, Record, SourceFacts
 from megatron_interbert.data.building.sources.fields import BadRecord, ReadOptions, make_regions
 from megatron_interbert.data.hdf5 import HDF5_ERRORS, Hdf5File, system_reason
@@ -110,7 +110,10 @@ def read_image_ids(path: str, images: int, trust_pickle: bool) -> list[str]:
         if not trust_pickle:
             raise UsageError(f"--image-ids {path}: is a pickle; give --trust-pickle to read the numbers and strings in it")
         try:
-            value = safe_pickle.loads(Path(path).read_bytes())
+            with open(path, "rb") as handle:
+                value = loads(handle.read(MAX_PICKLE + 1))
+        except UsageError:
+            raise
         except (OSError, ValueError) as error:
             raise UsageError(f"--image-ids {path}: {error}") from error
     else:

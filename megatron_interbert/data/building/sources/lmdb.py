@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_interbert.data.building import safe_pickle
 from megatron_interbert.data.building.captions import guess_language
+from megatron_interbert.data.building.dtype_codes import NotPlain
+from megatron_interbert.data.building.pickles.nodes import UnsafePickle
+from megatron_interbert.data.building.pickles.reading import is_pickle, loads
+from megatron_interbert.data.building.plain_arrays import make_array
 from megatron_interbert.data.building.sources.base import Dropped, Record, SourceFacts
 from megatron_interbert.data.building.sources.fields import NONE, BadRecord, ReadOptions, decode_array, make_regions, number
 from megatron_interbert.data.building.sources.tsv import ENCODED, SAME
@@ -18,6 +21,8 @@ from megatron_interbert.errors import UsageError
 
 ROW = ("features", "class_probs", "boxes", "num_boxes", "height", "width", "image_id", "caption")
 NOT_IMAGES = (b"keys", b"__keys__", b"__len__", b"__size__")
+CONTAINERS = (list, tuple, dict, set, frozenset)
+MAX_ITEMS = 100_000  # of one list or dictionary in msgpack; memory is taken before they are read
 
 
 class LmdbSource:
@@ -29,7 +34,7 @@ class LmdbSource:
             first = next((value for key, value in view.cursor() if key not in NOT_IMAGES), None)
         if first is None:
             raise UsageError(f"{path}: no images in this LMDB")
-        if first[:1] == b"\x80" and not options.trust_pickle:
+        if is_pickle(first) and not options.trust_pickle:
             raise UsageError(f"{path}: its rows are pickles; give --trust-pickle to read the numbers, strings and arrays in them")
 
     def _open(self) -> Any:
@@ -84,30 +89,49 @@ class LmdbSource:
             return Record(regions, where, [(caption, guess_language(caption))] if caption else [], labels=kind)
         except BadRecord as error:
             return Dropped(where, name, error.reason, error.details)
-        except safe_pickle.UnsafePickle as error:
+        except UnsafePickle as error:
             return Dropped(where, name, "pickle with more than data in it", str(error))
+        except NotPlain as error:
+            return Dropped(where, name, "array of neither numbers nor text", str(error))
+        except UsageError:  # no pickle can be read at all: not this row's fault
+            raise
         except Exception as error:  # a damaged row can raise anything while it is taken apart
             return Dropped(where, name, "row that cannot be decoded", f"{type(error).__name__}: {error}")
 
     def _decode(self, value: bytes) -> Any:
-        if value[:1] == b"\x80" and value[1:2] in b"\x02\x03\x04\x05":
+        """Take a row apart by what it begins with: a pickle or msgpack."""
+        if is_pickle(value):
             if not self.options.trust_pickle:
                 raise BadRecord("row is a pickle and --trust-pickle was not given")
-            return safe_pickle.loads(value)
+
+            return loads(value)
+
         import msgpack
 
-        return msgpack.unpackb(value, raw=False, strict_map_key=False, object_hook=_numpy_of_msgpack)
+        return msgpack.unpackb(
+            value,
+            raw=False,
+            strict_map_key=False,
+            object_hook=_numpy_of_msgpack,
+            max_array_len=MAX_ITEMS,
+            max_map_len=MAX_ITEMS,
+        )
 
 
 def _numpy_of_msgpack(value: dict[Any, Any]) -> Any:
-    """msgpack-numpy's dictionaries as arrays."""
+    """Make arrays of msgpack-numpy's dictionaries; NotPlain or ValueError for what is no plain one."""
     plain = {k.decode() if isinstance(k, bytes) else k: v for k, v in value.items()}
     if "nd" not in plain:
         return plain
-    kind = plain["type"]
-    dtype = np.dtype(kind.decode() if isinstance(kind, bytes) else kind)
-    array = np.frombuffer(plain["data"], dtype)
-    return array.reshape(plain["shape"]) if plain["nd"] else array[0]
+
+    code = plain["type"]
+    if isinstance(code, bytes):
+        code = code.decode()
+
+    if plain["nd"]:
+        return make_array(code, plain["shape"], plain["data"])
+
+    return make_array(code, (1,), plain["data"])[0]
 
 
 def row_fields(row: Any, key: str) -> tuple[dict[str, Any], str]:
@@ -124,6 +148,10 @@ def row_fields(row: Any, key: str) -> tuple[dict[str, Any], str]:
     missing = [name for name in ("width", "height", "num_boxes", "boxes", "features") if name not in raw]
     if missing:
         raise BadRecord(f"'{missing[0]}' is missing", f"found {', '.join(map(str, sorted(raw, key=str)))[:200]}")
+    for name in ("image_id", "width", "height", "num_boxes"):
+        if isinstance(raw[name], CONTAINERS):  # NumPy would make one array of it, of any size
+            raise BadRecord(f"{name} is no single value", f"a {type(raw[name]).__name__}")
+
     rows = int(number(raw, "num_boxes"))
     fields = {name: raw[name] for name in ("image_id", "width", "height")}
     if isinstance(fields["image_id"], bytes):

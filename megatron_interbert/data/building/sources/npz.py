@@ -10,7 +10,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from megatron_interbert.data.building import safe_pickle
+from megatron_interbert.data.building.dtype_codes import array_bytes
+from megatron_interbert.data.building.pickles.nodes import UnsafePickle
+from megatron_interbert.data.building.pickles.reading import loads
+from megatron_interbert.data.building.plain_arrays import make_array
 from megatron_interbert.data.building.sources.base import Dropped, Record, SourceFacts
 from megatron_interbert.data.building.sources.fields import (
     BACKGROUND_FIRST,
@@ -36,7 +39,8 @@ CLASS_IDS = {"cls_id_1601": BACKGROUND_FIRST, "objects_id": BACKGROUND_NONE, "ob
 DAMAGE = (*(OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError, RuntimeError),
           *(TypeError, AttributeError, IndexError, SyntaxError, tokenize.TokenError))  # fmt: skip
 PICKLED = "a pickle that was not read"
-LARGEST_ARRAY = 1 << 30  # bytes; a header that asks for more is damaged
+LARGEST_IMAGE = 256 << 20  # bytes of all arrays of a file, unpacked
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # those of NumPy
 
 
 class NpzSource:
@@ -72,8 +76,10 @@ class NpzSource:
                 yield Record(regions, str(path), labels=kind)
             except BadRecord as error:
                 yield Dropped(str(path), path.stem, error.reason, error.details)
-            except safe_pickle.UnsafePickle as error:
+            except UnsafePickle as error:
                 yield Dropped(str(path), path.stem, "pickle with more than data in it", str(error))
+            except UsageError:  # no pickle can be read at all: not this file's fault
+                raise
             except DAMAGE as error:
                 yield Dropped(str(path), path.stem, "not a readable npz without pickles", f"{type(error).__name__}: {error}")
 
@@ -97,33 +103,69 @@ class NpzSource:
 
 
 def read_npz(path: Path, trust_pickle: bool) -> dict[str, Any]:
-    """All arrays of an npz. A pickled `info` dictionary is merged in when pickles are trusted, else named under PICKLED."""
+    """Read all arrays of an npz. A pickled `info` dictionary is merged in when pickles are trusted, else named under PICKLED.
+
+    BadRecord for an archive that would take more memory than any image, and what DAMAGE names.
+    """
     fields: dict[str, Any] = {}
     with zipfile.ZipFile(path) as archive:
-        for member in archive.namelist():
+        members = archive.infolist()
+        _check_archive(members)
+        for member in members:
+            name = member.filename.removesuffix(".npy")
             with archive.open(member) as handle:
-                value = _read_array(handle, trust_pickle)
+                value = _read_array(handle, member.file_size, trust_pickle)
             if value is PICKLED:
-                fields[PICKLED] = member.removesuffix(".npy")
-                continue
-            if isinstance(value, dict):
-                fields.update({str(k): np.asarray(v) for k, v in value.items()})
+                fields[PICKLED] = name
+            elif isinstance(value, dict):
+                fields.update({str(key): _as_array(item) for key, item in value.items()})
             elif value is not None:
-                fields[member.removesuffix(".npy")] = value
+                fields[name] = _as_array(value)
     return fields
 
 
-def _read_array(handle: IO[bytes], trust_pickle: bool) -> Any:
+def _check_archive(members: list[zipfile.ZipInfo]) -> None:
+    """Raise BadRecord for what NumPy does not write; no member unpacks to more than its stated size."""
+    size = sum(member.file_size for member in members)
+    if size > LARGEST_IMAGE:
+        raise BadRecord("larger than any image's", f"{size} bytes unpacked, at most {LARGEST_IMAGE}")
+
+    for member in members:
+        if member.compress_type not in COMPRESSIONS:
+            kind = f"{member.filename}: method {member.compress_type}"
+            raise BadRecord("compressed as NumPy does not", kind)
+
+
+def _read_array(handle: IO[bytes], size: int, trust_pickle: bool) -> Any:
+    """Read one member of `size` bytes: an array, or what its pickle holds."""
     version = np.lib.format.read_magic(handle)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read_header(handle)
+    if version == (1, 0):
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(handle)
+    else:
+        shape, fortran, dtype = np.lib.format.read_array_header_2_0(handle)
+
     if dtype.hasobject:
-        value = safe_pickle.loads(handle.read()) if trust_pickle else PICKLED
+        value = loads(handle.read()) if trust_pickle else PICKLED
         return value.item() if isinstance(value, np.ndarray) and value.shape == () else value
-    count = int(np.prod(shape, dtype=np.float64)) if shape else 1
-    if count * dtype.itemsize > LARGEST_ARRAY:
-        raise BadRecord("array larger than any image's", f"{shape} of {dtype}")
-    data = handle.read(count * dtype.itemsize)
-    if len(data) != count * dtype.itemsize:
-        raise BadRecord("not a readable npz without pickles", f"an array ends after {len(data)} bytes")
-    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+
+    expected = array_bytes(dtype.str, shape)  # records are of type V here and refused
+    if expected > size:
+        ends = f"an array of {expected} bytes in {size}"
+        raise BadRecord("not a readable npz without pickles", ends)
+
+    return make_array(dtype.str, shape, handle.read(expected), "F" if fortran else "C")
+
+
+def _as_array(value: Any) -> np.ndarray:
+    """Make an array of a pickle's value. Of a list with text, which no field of ours is, an empty one.
+
+    NumPy gives each text the width of the longest, which may be a thousand times as much memory.
+    """
+    return np.empty(0, object) if _holds_text(value) else np.asarray(value)
+
+
+def _holds_text(value: Any) -> bool:
+    if not isinstance(value, list | tuple):
+        return False
+
+    return any(isinstance(item, str | bytes) or _holds_text(item) for item in value)

@@ -1,0 +1,1 @@
+"""Pickles from strangers, decoded in a confined process; reading.loads is the way in."""
