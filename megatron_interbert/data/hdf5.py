@@ -222,16 +222,13 @@ class Hdf5File:
         if count == 0:
             return ""
 
-        declared = count * dataset.get_type().get_size()
+        declared = count * dataset.get_type().get_size()  # what was never written has no offset and reads as zeros
         offset = dataset.get_offset()
         if offset is not None:
             last = offset + max(dataset.get_storage_size(), declared)
             return f"ends at byte {last}, but the file has {held}" if last > held else ""
 
         properties = dataset.get_create_plist()
-        if properties.get_layout() == h5d.CONTIGUOUS:
-            return "has a shape but no values: they were never written"
-
         if properties.get_layout() == h5d.CHUNKED:
             chunk = int(np.prod(properties.get_chunk(), dtype=object)) * dataset.get_type().get_size()
             declared = max(declared, chunk)

@@ -74,9 +74,9 @@ def huge_chunk(file, name, secret):
 
 
 def never_written(file, name, secret):
-    """A contiguous dataset without a place in the file."""
+    """Tens of gigabytes without a place in the file."""
     shape, dtype = taken(file, name)
-    file.create_dataset(name, shape, dtype)
+    file.create_dataset(name, (HUGE, *shape[1:]), dtype)
 
 
 def committed_type(file, name, secret):
@@ -107,7 +107,7 @@ HOSTILE = {
     plugin_filter: "is packed by the filter",
     sparse: r"declares \d+ bytes",
     huge_chunk: r"declares \d+ bytes",
-    never_written: "has a shape but no values",
+    never_written: r"declares \d+ bytes",
     committed_type: "is of a type that is kept elsewhere",
     references: "holds neither numbers nor texts",
     group: "is a group or a type",

@@ -367,3 +367,16 @@ def test_mutated_files_do_no_harm(tmp_path):
     outcomes = hostile_hdf5.campaign(120, 5, tmp_path)
     assert outcomes["refused"] > 40, outcomes
     assert outcomes["read"] > 10, outcomes
+
+
+def test_a_list_that_was_never_written_reads_as_zeros(tmp_path):
+    """A store without captions has such a one: the offsets of no caption are a single zero."""
+    from megatron_interbert.data.hdf5 import Hdf5File
+
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("offsets", (1,), np.int64)
+    with Hdf5File(path) as file:
+        assert file["offsets"][:].tolist() == [0]
+    store = write_store(tmp_path / "store", captions_each=0)
+    assert RegionStore(str(store)).num_captions == 0
