@@ -93,8 +93,8 @@ def test_clients_that_do_not_read_are_ended(size, monkeypatch):
 
 @pytest.mark.parametrize("request_", [REQUEST, LAST], ids=["kept", "closed"])
 def test_a_client_that_reads_slowly_but_steadily_gets_all(request_, monkeypatch):
-    monkeypatch.setattr(connections, "SEND_SECONDS", 2.0)
-    size = 9_000_000
+    monkeypatch.setattr(connections, "SEND_SECONDS", 1.5)
+    size = 7_000_000
 
     async def answer(scope, receive, send):
         await respond(send, b"x" * size)
