@@ -15,7 +15,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_interbert.command_line import finite_number
 from megatron_interbert.data.manifest import HARD_NEGATIVES
 from megatron_interbert.data.mining.search import MiningOptions, mine
 from megatron_interbert.data.store import RegionStore
@@ -50,7 +49,7 @@ def parse(defaults: MiningOptions) -> argparse.Namespace:
         "--candidates", type=int, default=defaults.candidates, help="captions scored exactly (default: %(default)s)"
     )
     parser.add_argument("--top", type=int, default=defaults.top, help="negatives kept for a caption (default: %(default)s)")
-    parser.add_argument("--max-similarity", type=finite_number, default=defaults.max_similarity, help="below this (default: %(default)s)")
+    parser.add_argument("--max-similarity", type=float, default=defaults.max_similarity, help="below this (default: %(default)s)")
     parser.add_argument(
         "--ngrams", default=",".join(map(str, defaults.ngrams)), help="of Chinese characters (default: %(default)s)"
     )

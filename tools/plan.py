@@ -16,7 +16,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_interbert.command_line import finite_number
 from megatron_interbert.config import ModelConfig
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.files import check_writable, write_json
@@ -38,8 +37,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--model", default="base", help="preset or JSON file of model sizes")
     parser.add_argument("--gpus", type=int, default=8, help="devices in all")
-    parser.add_argument("--gpu-memory", type=finite_number, default=80.0, help="GiB of one")
-    parser.add_argument("--reserve", type=finite_number, default=0.1, help="share of the memory to leave free")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, help="GiB of one")
+    parser.add_argument("--reserve", type=float, default=0.1, help="share of the memory to leave free")
     parser.add_argument("--words", type=span, default=(8, 20), help="tokens of a sample with [CLS] and [SEP], from-to")
     parser.add_argument("--regions", type=span, default=(36, 36), help="regions of a sample, from-to")
     parser.add_argument("--micro-batch-size", type=int, help="samples at a time; default: as many as fit")

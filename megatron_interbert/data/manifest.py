@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_interbert.config import read_json
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import file_sha256, is_plain_name
+from megatron_interbert.files import file_sha256, is_plain_name, reading
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -36,7 +36,9 @@ def sha256_of(store: Path, entry: dict[str, Any]) -> str:
 def read_manifest(store: Path) -> dict[str, Any]:
     """The manifest of a store with all its fields of the right kind, and every file of it there with its size."""
     path = store / MANIFEST
-    if not path.is_file():
+    with reading(path):
+        there = path.is_file()
+    if not there:
         raise UsageError(
             f"{store}: no {MANIFEST} there, expected a region store (commas stand between several); make one with"
             " tools/build_features.py or tools/make_sample.py"
