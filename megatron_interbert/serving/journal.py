@@ -17,6 +17,7 @@ from megatron_interbert.files import alone, flush_folder, new_file, reading, wri
 from megatron_interbert.serving.items import Item, item_of
 from megatron_interbert.serving.journal_format import (
     MEND,
+    MISSING,
     Content,
     Mark,
     OldJournal,
@@ -79,7 +80,7 @@ def read_journal(folder: Path, mark: "Mark | int") -> tuple[list[Record], Mark]:
 
     if content is None:
         raise UsageError(
-            f"{where}: missing, and with it the changes since the index was made; {MEND}"
+            f"{where}: {MISSING}; {MEND}"
         )
     if content.name != mark.journal:
         raise UsageError(
@@ -171,7 +172,7 @@ class Journal:
         """Read it, and write anew what was cut by a crash or made by an earlier version of this package."""
         content = read_content(self._place, str(self.folder / JOURNAL))
         if content is None:
-            raise UsageError(f"{self.folder / JOURNAL}: missing; {MEND}")
+            raise UsageError(f"{self.folder / JOURNAL}: {MISSING}; {MEND}")
         if not content.whole:
             self._replace(content)
         return content

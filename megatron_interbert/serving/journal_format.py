@@ -14,6 +14,7 @@ from typing import Any
 from megatron_interbert.errors import UsageError
 from megatron_interbert.serving.items import item_of
 
+MISSING = "missing, and with it the changes since the index was made"
 MEND = "restore the file, or begin anew from your items (--rebuild --items FILE)"
 BYTES = "bytes "  # stands for the sum before the first change of a journal that an earlier version began
 Record = dict[str, Any]
@@ -174,7 +175,7 @@ def read_from_old_place(
     if content is None:
         if place:
             raise UsageError(
-                f"{where}: missing, and with it the changes since the index was made; {MEND}"
+                f"{where}: {MISSING}; {MEND}"
             )
         return [], Mark("", 0, "")
 

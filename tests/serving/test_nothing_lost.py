@@ -319,7 +319,7 @@ def test_a_service_keeps_what_it_has_confirmed(shop, tmp_path):
 
     serve = ("python", "-m", "megatron_interbert.serve", *flags(shop, index))
     code, _, err = launch(*serve, **{**ENVIRONMENT, "INTERBERT_API_KEY": KEY})
-    assert (code, "journal.jsonl: missing, and with it the changes" in err) == (2, True)
+    assert (code, "journal.jsonl: missing, and with it the changes" in err) == (2, True), err
     code, out, err = launch(*serve, "--rebuild", "--build-only")
     assert code == 0, out + err
     with Service(*flags(shop, index)) as service:
