@@ -1,8 +1,8 @@
 """Whether the files of region stores are as they were written: hashed once for a store and machine.
 
 What was verified is remembered on the machine, with size and times of each file: an unchanged file is
-not read again. A file that has changed since is hashed before work begins, as are small stores; large
-files that were never seen are hashed while it goes on.
+not read again. Small stores, and files that have changed since, are hashed before work begins; what
+takes longer is hashed while it goes on, changed files first.
 """
 
 import hashlib
@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from megatron_interbert.data.manifest import MANIFEST, files_of, read_manifest
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import file_sha256, write_json
+from megatron_interbert.files import file_sha256, reading, write_json
 from megatron_interbert.progress import log_lines, progress
 
-SMALL = 1 << 28  # bytes that are hashed before work begins: a fraction of a second
+SMALL = 1 << 28  # bytes of unknown files that are hashed before work begins: a fraction of a second
+LARGE = 1 << 34  # and of changed ones: some 20 s, far below what other ranks wait
 NICE = 10  # of the thread that hashes: training comes first
 Stamp = list[int]
 
@@ -88,37 +89,43 @@ class Integrity:
 
     def __init__(self, paths: Iterable[str | Path]) -> None:
         self.problem = ""  # the first file that is not as it was written
-        self._unseen: list[tuple[Memory, StoreFile]] = []
-        self._at_once: list[tuple[Memory, StoreFile]] = []
         self._thread: threading.Thread | None = None
 
+        changed: list[tuple[Memory, StoreFile]] = []
+        unseen: list[tuple[Memory, StoreFile]] = []
         for store in dict.fromkeys(map(Path, paths)):
             memory = Memory(store)
             for entry in files_of(read_manifest(store)):
                 file = StoreFile(store / entry["file"], entry["sha256"])
                 if not memory.knows(file):
-                    (self._at_once if memory.knew(file) else self._unseen).append((memory, file))
+                    (changed if memory.knew(file) else unseen).append((memory, file))
 
-        if sum(file.stamp()[0] for _, file in self._unseen) <= SMALL:
-            self._at_once += self._unseen
-            self._unseen = []
+        self._at_once: list[tuple[Memory, StoreFile]] = []
+        self._beside: list[tuple[Memory, StoreFile]] = []
+        for files, most in ((changed, LARGE), (unseen, SMALL)):
+            (self._at_once if size_of(files) <= most else self._beside).extend(files)
 
     def check_at_once(self) -> None:
         """Hash small stores, and files that have changed since they were verified.
 
-        UsageError names one that is not as it was written.
+        UsageError names one that is not as it was written, or cannot be read.
         """
-        problem = verify(self._at_once, progress)
+        try:
+            problem = verify(self._at_once, progress)
+        except OSError as error:
+            raise UsageError(f"{error.filename}: {error.strerror}") from error
         if problem:
             raise UsageError(problem)
 
     def start(self, tell: Callable[[str], None] = lambda problem: None) -> None:
-        """Hash the files that this machine has never seen, in a thread.
+        """Hash what is left in a thread.
 
         What it finds stands in `problem`, and `tell` hears of it.
         """
-        if self._unseen and self._thread is None:
-            self._thread = threading.Thread(target=self._run, args=(tell,), name="integrity", daemon=True)
+        if self._beside and self._thread is None:
+            self._thread = threading.Thread(
+                target=self._run, args=(tell,), name="integrity", daemon=True
+            )
             self._thread.start()
 
     def wait(self, seconds: float) -> None:
@@ -129,21 +136,28 @@ class Integrity:
     def _run(self, tell: Callable[[str], None]) -> None:
         try:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-            self.problem = verify(self._unseen, log_lines)
-        except OSError as error:
+            self.problem = verify(self._beside, log_lines)
+        except (OSError, UsageError) as error:
             print(f"note: the region stores cannot be verified ({error})", flush=True)
         if self.problem:
             tell(self.problem)
 
 
+def size_of(files: Sequence[tuple[Memory, StoreFile]]) -> int:
+    """Give the bytes of some files together."""
+    return sum(file.stamp()[0] for _, file in files)
+
+
 def verify(files: Sequence[tuple[Memory, StoreFile]], bar_of: Callable[..., tqdm]) -> str:
     """Hash files and remember those that are as they were written; says which one is not, else nothing."""
-    total = sum(file.stamp()[0] for _, file in files)
+    total = size_of(files)
     unit = {"unit": "B", "unit_scale": True, "desc": "verifying region stores"}
     with bar_of(total=total, **unit) as bar:
         for memory, file in files:
             stamp = file.stamp()
-            if file_sha256(file.path, bar.update) != file.sha256:
+            with reading(file.path):
+                digest = file_sha256(file.path, bar.update)
+            if digest != file.sha256:
                 return (
                     f"{file.path}: sha256 differs from {MANIFEST}: the file has changed since the store"
                     " was made; restore it, or rebuild the store"
