@@ -5,6 +5,7 @@ allocates that: a dataset is looked at before any of it is read, and whatever is
 """
 
 import atexit
+import ctypes
 import errno
 import functools
 import itertools
@@ -87,9 +88,16 @@ def _open_through(source: FileBytes) -> h5py.File:
 
 @atexit.register
 def _close_all() -> None:
-    """Close what is open when Python ends: HDF5 would ask Python for it afterwards."""
+    """Close what is open before Python ends: HDF5 would call Python for it afterwards, and crash.
+
+    Where HDF5 fails to read an object it keeps pieces of the file's properties, which only its own end gives back.
+    """
     for file in list(OPEN):
         file.close()
+
+    if Hdf5File.met_errors:
+        with h5py.h5.phil:
+            ctypes.CDLL(h5py.h5.__file__).H5close()
 
 
 class Hdf5File:
@@ -97,6 +105,8 @@ class Hdf5File:
 
     A context manager in which every error of HDF5 becomes one line. `mend` ends that line.
     """
+
+    met_errors = False  # in this process
 
     def __init__(self, path: str | Path, mend: str = MEND) -> None:
         self.path, self.mend = Path(path), mend
@@ -116,9 +126,13 @@ class Hdf5File:
 
     def problem(self, error: BaseException, where: str | Path = "", mend: str = "", what: str = "as HDF5") -> UsageError:
         """The line for an error of HDF5 in this file."""
+        return reading_problem(where or self.path, self.cause(error), mend or self.mend, what)
+
+    def cause(self, error: BaseException) -> BaseException:
+        """What is behind an error of HDF5: a read that went wrong, or the error itself."""
+        Hdf5File.met_errors = True
         opened = getattr(self, "bytes", None)
-        cause = (opened.failure if opened else None) or error
-        return reading_problem(where or self.path, cause, mend or self.mend, what)
+        return (opened.failure if opened else None) or error
 
     def close(self) -> None:
         """Close the file; its datasets can no longer be read."""

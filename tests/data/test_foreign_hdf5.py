@@ -383,3 +383,20 @@ def test_a_list_that_was_never_written_reads_as_zeros(tmp_path):
         assert file["offsets"][:].tolist() == [0]
     store = write_store(tmp_path / "store", captions_each=0)
     assert RegionStore(str(store)).num_captions == 0
+
+
+def test_a_process_that_met_a_damaged_dataset_ends_as_any_other(tmp_path, secret):
+    """HDF5 keeps pieces of a virtual dataset that it failed to open, and called Python for them when Python had ended."""
+    path = source(tmp_path)
+    with h5py.File(path, "r+") as file:
+        virtual(file, "pos_boxes", secret)
+    with h5py.File(path) as file:
+        header = h5py.h5o.get_info(file["pos_boxes"].id).addr
+    data = bytearray(path.read_bytes())
+    message = data.index(b"\x05\x00\x08\x00", header)  # the fill value, and how long it is
+    data[message + 8] = 99
+    path.write_bytes(data)
+    command = (sys.executable, "-m", "tests.campaigns.hostile_hdf5", "--read", str(path))
+    ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    assert "bad version number for fill value" in ended.stdout

@@ -72,7 +72,7 @@ class Hdf5Source:
                 except UsageError:
                     raise
                 except HDF5_ERRORS as error:
-                    if system_reason(file.bytes.failure or error):
+                    if system_reason(file.cause(error)):
                         raise  # the file may be sound: none of its images is given up for this
                     yield Dropped(where, self.ids[row], "HDF5 cannot be read here", f"{type(error).__name__}: {error}")
 
