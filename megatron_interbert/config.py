@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -419,7 +420,7 @@ def paths_of_stores(config: Any) -> list[str]:
 
 def split_paths(text: str) -> list[str]:
     """`a, b` -> [a, b]; the name of a folder may hold a comma where the whole is one."""
-    if "," in text and Path(text).is_dir():
+    if "," in text and os.path.isdir(text):
         return [text]
     return [path.strip() for path in text.split(",") if path.strip()]
 
@@ -446,8 +447,9 @@ def read_text(path: str | Path, what: str) -> str:
 
 def read_json(path: str | Path, what: str) -> dict[str, Any]:
     """A JSON object from a file; UsageError naming `what` when it is missing or malformed."""
+    text = read_text(path, what)
     try:
-        value = json.loads(read_text(path, what), parse_constant=refuse_constant)
+        value = json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{what}: {path} is not valid JSON ({error})") from error
     if not isinstance(value, dict):

@@ -203,6 +203,35 @@ def served_version(folder: Path) -> Version | None:
     return None
 
 
+def version_to_replay(folder: Path) -> tuple[Version, list[Item], Mark] | None:
+    """Find what a new version can be made of: a version, its items with all changes, the place behind them.
+
+    The one that is served, else the newest whose files and changes are all there; None where there is
+    no trace of an index. UsageError where no version can be replayed.
+    """
+    problem = None
+    try:
+        served = served_version(folder)
+        if served is None:
+            return None
+        return served, *served.items_now()
+    except Unreadable:
+        raise
+    except UsageError as error:
+        problem = error
+
+    for version in reversed(versions_in(folder)):
+        try:
+            found = version, *version.items_now()
+        except Unreadable:
+            raise
+        except UsageError:
+            continue
+        log.warning("%s; its items are taken from %s, with all changes", problem, version.path)
+        return found
+    raise problem
+
+
 def write_version(
     folder: Path,
     items: Sequence[Item],
@@ -246,8 +275,9 @@ def write_version(
 
 def serve_from_now_on(folder: Path, version: str) -> None:
     """Make a version the current one, in one step."""
-    if (folder / CURRENT).is_dir() and not (folder / CURRENT).is_symlink():
-        raise UsageError(f"{folder / CURRENT}: a folder, expected a link to a version; remove it")
+    link = folder / CURRENT
+    if link.is_dir() and not link.is_symlink():  # a copy without links has a folder there
+        link.rename(folder / f"unused-{CURRENT}-{uuid.uuid4().hex[:12]}")
     point_to(folder / CURRENT, version)
     flush_folder(folder)
 
@@ -278,7 +308,8 @@ def old_place(version: Version) -> int:
 def prune(folder: Path, kept: Sequence[str], newest: int = 2) -> None:
     """Remove versions but the newest few, those that are `kept` and the one that is served.
 
-    By the process that builds, so that two never do it at once. What is damaged pushes nothing out.
+    By the process that builds, so that two never do it at once. What is damaged pushes nothing out,
+    and what cannot be read is left alone.
     """
     served = sibling(folder / CURRENT)
     kept = [*kept, *([served.name] if served else [])]
@@ -286,8 +317,11 @@ def prune(folder: Path, kept: Sequence[str], newest: int = 2) -> None:
     for version in reversed(versions_in(folder)):
         if whole >= newest and version.name not in kept:
             shutil.rmtree(version.path, ignore_errors=True)
-        elif version.is_whole():
-            whole += 1
+            continue
+        try:
+            whole += version.is_whole()
+        except Unreadable as error:
+            log.warning("%s", error)
 
 
 def needed_from(folder: Path, journal: str) -> int:

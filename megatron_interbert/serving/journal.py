@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_interbert.errors import UsageError
+from megatron_interbert.errors import Unreadable, UsageError
 from megatron_interbert.files import alone, flush_folder, new_file, reading, write_all
 from megatron_interbert.serving.items import Item, item_of
 from megatron_interbert.serving.journal_format import (
@@ -41,6 +41,7 @@ def read_content(folder: Path, where: str = "") -> Content | None:
     """Give the journal of an index; None where there is none. UsageError where it is damaged."""
     path = folder / JOURNAL
     where = where or str(path)
+    confirmed = read_end(folder)  # first: a writer may confirm a change while we read
     try:
         with reading(where):
             data = path.read_bytes()
@@ -51,24 +52,28 @@ def read_content(folder: Path, where: str = "") -> Content | None:
 
     old = OldJournal.parse(data, where)
     content = old.renewed() if old else parse(data, where)
-    check_reaches_end(content, folder, where)
+    if confirmed and confirmed.journal == content.name and confirmed.place > content.end.place:
+        raise UsageError(
+            f"{where}: ends with change {content.end.place}, but {confirmed.place} were confirmed;"
+            f" restore the file, or remove {folder / END} to do without the others"
+        )
     return content
 
 
-def check_reaches_end(content: Content, folder: Path, where: str) -> None:
-    """UsageError for a journal that ends before a change that was confirmed: one that was cut, or an older copy."""
+def read_end(folder: Path) -> Mark | None:
+    """Give the place behind the last change that was confirmed; None where it is not told."""
     try:
         with reading(folder / END):
-            confirmed = Mark(**json.loads((folder / END).read_bytes()))
-        missing = confirmed.journal == content.name and confirmed.place > content.end.place
-    except (OSError, ValueError, TypeError, RecursionError):
-        return  # there is none, or it was cut itself
+            fields = json.loads((folder / END).read_bytes())
+    except Unreadable:
+        raise
+    except (OSError, ValueError, RecursionError):
+        return None  # there is none, or a crash has cut it
 
-    if missing:
-        raise UsageError(
-            f"{where}: ends with change {content.end.place}, but {confirmed.place} were confirmed; restore the"
-            f" file, or remove {folder / END} to do without the others"
-        )
+    kinds = {"journal": str, "place": int, "sum": str}
+    if isinstance(fields, dict) and {name: type(value) for name, value in fields.items()} == kinds:
+        return Mark(**fields)
+    return None
 
 
 def read_journal(folder: Path, mark: "Mark | int") -> tuple[list[Record], Mark]:
@@ -79,9 +84,7 @@ def read_journal(folder: Path, mark: "Mark | int") -> tuple[list[Record], Mark]:
         return read_from_old_place(content, mark, where)
 
     if content is None:
-        raise UsageError(
-            f"{where}: {MISSING}; {MEND}"
-        )
+        raise UsageError(f"{where}: {MISSING}; {MEND}")
     if content.name != mark.journal:
         raise UsageError(
             f"{where}: of another index ({content.name}, expected {mark.journal}); {MEND}"
@@ -104,6 +107,8 @@ def has_changes(folder: Path) -> bool:
     """Whether a journal is there that says that something was ever changed; a damaged one may."""
     try:
         content = read_content(folder)
+    except Unreadable:
+        raise
     except UsageError:
         return True
     return content is not None and content.end.place > 0
@@ -158,12 +163,19 @@ class Journal:
         self._file = self._end = -1
 
     def open(self) -> Mark:
-        """Open the file and check it; the place behind its last change."""
-        self.release()
+        """Open the file and check it; the place behind its last change. What was open stays so until then."""
         content = self._content()
-        self._file = os.open(JOURNAL, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW, dir_fd=self._folder)
-        self._size = os.fstat(self._file).st_size
-        self._end = os.open(END, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=self._folder)
+        file = os.open(JOURNAL, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW, dir_fd=self._folder)
+        try:
+            end = os.open(END, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=self._folder)
+        except OSError:
+            os.close(file)
+            raise
+
+        self.release()
+        self._file = file
+        self._end = end
+        self._size = os.fstat(file).st_size
         self.end = content.end
         self._note_end()
         return self.end
@@ -185,9 +197,9 @@ class Journal:
     def write(self, record: Record) -> None:
         """Append a change, on disk when this returns. NotKept where it cannot be; then nothing of it stays."""
         text = as_text(record)
-        sum_behind = sum_of(self.end.sum, text)
         try:
             self._check_place()
+            sum_behind = sum_of(self.end.sum, text)
             write_all(self._file, sum_behind.encode() + b" " + text + b"\n")
             os.fsync(self._file)
         except (OSError, UsageError) as error:
@@ -215,17 +227,24 @@ class Journal:
         try:
             there = os.stat(JOURNAL, dir_fd=self._folder, follow_symlinks=False)
         except FileNotFoundError:
-            content = parse(os.pread(self._file, ours.st_size, 0), str(self.folder / JOURNAL))
-            self._replace(content)
+            whole = os.pread(self._file, self._size, 0)
+            self._replace(parse(whole, str(self.folder / JOURNAL)))
             self.open()
             return
 
         if (there.st_ino, there.st_dev) != (ours.st_ino, ours.st_dev):
+            self._take_other()
+        elif ours.st_size != self._size:
+            os.ftruncate(self._file, self._size)
+
+    def _take_other(self) -> None:
+        """Go on with another file in the place of ours that holds the same changes; NotKept where it does not."""
+        content = self._content()
+        if content.end != self.end:
             raise NotKept(
                 f"{self.folder / JOURNAL}: another file is there than the one that was opened; start again"
             )
-        if ours.st_size != self._size:
-            os.ftruncate(self._file, self._size)
+        self.open()
 
     def trim(self, place: int) -> None:
         """Forget the changes before a place. Those who read see the file before or after."""

@@ -25,10 +25,10 @@ from megatron_interbert.serving.app import Service, Topic
 from megatron_interbert.serving.batching import ModelThread
 from megatron_interbert.serving.index import (
     CURRENT,
-    Version,
     prune,
     serve_from_now_on,
     served_version,
+    version_to_replay,
     write_version,
 )
 from megatron_interbert.serving.items import Item, LiveItems
@@ -90,55 +90,46 @@ class Opened:
         self.folder.mkdir(parents=True, exist_ok=True)
         with alone(self.folder / "building", "another process builds this index; wait for it"):
             scorer = self.scorer()
-            served = self._served()
-            items, mark = self._items(scorer.catalogue, served)
+            served, items, mark = self._items(scorer.catalogue)
             vectors = self._vectors(scorer, items)
             version = write_version(self.folder, items, vectors, self.config.index_kind, self.facts, mark)
-            prune(self.folder, [served.name] if served else [])  # a service may answer by it, and go back to it
+            prune(self.folder, [served] if served else [])  # a service may answer by it, and go back to it
             return version
 
-    def _served(self) -> Version | None:
-        """The version that is served so far; with --rebuild one that cannot be used is as none."""
+    def _items(self, stored: LiveItems) -> tuple[str, list[Item], Mark]:
+        """(Version that a new one is made of, its items, the place in the journal from which changes are added)."""
+        begins_anew = bool(self.config.rebuild and self.config.items)
         try:
-            served = served_version(self.folder)
+            found = version_to_replay(self.folder)
         except Unreadable:
             raise
         except UsageError as error:
-            if not self.config.rebuild:
+            if not begins_anew:
                 raise
-            log.warning("the index is begun anew: %s", error)
-            return None
+            log.warning("the changes of items are dropped, the index is begun anew: %s", error)
+            found = None
 
+        served, items, mark = found or (None, list(stored.stored()), None)
         if served and served.facts["model"] != self.facts and not self.config.rebuild:
             raise UsageError(f"{served.path}: made with other weights or settings; --rebuild makes the index anew for these")
-        return served
 
-    def _items(self, stored: LiveItems, served: Version | None) -> tuple[list[Item], Mark]:
-        """The items of a new version, and the place in the journal from which on changes are to be added."""
-        given = self.config.items and (self.config.rebuild or not served)
-        try:
-            now = served.items_now() if served else None
-        except Unreadable:
-            raise
-        except UsageError as error:
-            if not self.config.rebuild:
-                raise
-            log.warning("changes of items are dropped, the index is begun anew: %s", error)
-            now = None
-
-        if given:
+        if begins_anew or (self.config.items and not served):
             items = read_items(self.config.items, stored)
-            if now and now[1] != served.mark:
+            if served and mark != served.mark:
                 log.warning("changes of items since %s was made are dropped: they are those of %s now", served.path, self.config.items)
-        else:
-            items = now[0] if now else list(stored.stored())
 
+        self._check(items, stored)
+        if mark is None or not mark.journal:
+            mark = self._new_journal()
+        return served.name if served else "", items, mark
+
+    def _check(self, items: list[Item], stored: LiveItems) -> None:
+        """UsageError where there are no items, or one has an image that no store holds."""
         if not items:
             raise UsageError("no items: an index of nothing would find nothing")
         for item in items:
             if item.image_id not in stored.image_numbers:
                 raise UsageError(f"item {item.item_id} has the image {item.image_id}, which is not in {self.corpus.path}")
-        return items, now[1] if now and now[1].journal else self._new_journal()
 
     def _new_journal(self) -> Mark:
         """Begin a journal; one that cannot be used is set aside. UsageError where a service writes to it."""
@@ -249,7 +240,7 @@ def bring_up_to_date(opened: Opened) -> None:
         read_journal(opened.folder, version.mark)  # UsageError where there should be one
         begin(opened.folder)
     opened.writes.open()
-    if sibling(opened.folder / CURRENT) is None:
+    if not (opened.folder / CURRENT).is_symlink() or sibling(opened.folder / CURRENT) is None:
         serve_from_now_on(opened.folder, version.name)
 
 
@@ -266,6 +257,9 @@ def watch(opened: Opened, model: ModelThread) -> None:
                 model.change(lambda shop, newer=newer: take_over(model, shop, newer))
                 log.info("index %s is served now", newer.version.name)
                 model.change(Shop.trim)
+        except (OSError, Unreadable) as error:  # it may be sound: tried again
+            log.error("index %s cannot be read: %s; %s is served", version, error, model.shop.version.name)
+            time.sleep(10 * LOOK_EVERY)
         except Exception as error:
             log.error("index %s: %s; %s is served", version, error, model.shop.version.name)
             if not opened.config.api_key:

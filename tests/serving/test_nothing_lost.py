@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from megatron_interbert.errors import UsageError
+from megatron_interbert.errors import Unreadable, UsageError
 from megatron_interbert.serving.index import (
     CURRENT,
     FACTS,
@@ -18,10 +18,11 @@ from megatron_interbert.serving.index import (
     prune,
     served_version,
     version_names,
+    version_to_replay,
     write_version,
 )
 from megatron_interbert.serving.items import Item
-from megatron_interbert.serving.journal import JOURNAL, Journal, NotKept, begin, read_journal
+from megatron_interbert.serving.journal import JOURNAL, Journal, NotKept, begin, has_changes, read_journal
 from tests.launching import ENVIRONMENT
 from tests.serving.made_shop import flags
 from tests.serving_client import KEY, Service
@@ -196,11 +197,114 @@ def test_a_journal_that_is_deleted_while_it_is_written_comes_back(index):
     assert there(moved) == EXPECTED - {"i5", "i6"}
 
     shutil.copy(moved / JOURNAL, moved / "copy")
-    os.replace(moved / "copy", moved / JOURNAL)
-    with pytest.raises(NotKept, match="another file is there"):
-        journal.write({"remove": "i7"})
+    os.replace(moved / "copy", moved / JOURNAL)  # the same changes in another file
+    journal.write({"remove": "i7"})
+    assert there(moved) == EXPECTED - {"i5", "i6", "i7"}
+
+    whole = (moved / JOURNAL).read_bytes()
+    (moved / "copy").write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+    os.replace(moved / "copy", moved / JOURNAL)  # an older one
+    with pytest.raises(NotKept, match="cannot be kept"):
+        journal.write({"remove": "i8"})
     journal.close()
-    assert there(moved) == EXPECTED - {"i5", "i6"}
+    (moved / JOURNAL).write_bytes(whole)
+    assert there(moved) == EXPECTED - {"i5", "i6", "i7"}
+
+
+def test_readers_and_a_writer_at_the_same_time(index):
+    """A healthy journal is never called cut, however fast changes are confirmed."""
+    mark = served_version(index).mark
+    child = os.fork()
+    if not child:
+        journal = Journal(index)
+        journal.open()
+        for number in range(300):
+            journal.write({"put": Item(f"n{number}", "p1", "title").record()})
+        os._exit(0)
+    counts, status = [], 0
+    while not status:
+        counts.append(len(read_journal(index, mark)[0]))
+        status, code = os.waitpid(child, os.WNOHANG)
+    assert code == 0
+    assert counts == sorted(counts)
+    assert len(counts) > 20
+    assert len(read_journal(index, mark)[0]) == 302
+
+
+def test_failures_in_a_row_confirm_nothing_into_a_broken_journal(index, monkeypatch):
+    """A change that cannot be flushed nor taken back, then the file is deleted: what is confirmed afterwards is there, and no more."""
+    journal = Journal(index)
+    journal.open()
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        patch.setattr(os, "ftruncate", fail)
+        with pytest.raises(NotKept):
+            journal.write({"remove": "i7"})
+    (index / JOURNAL).unlink()
+    for name in ("i8", "i9"):
+        journal.write({"remove": name})
+    assert there(index) == EXPECTED - {"i8", "i9"}
+
+    with monkeypatch.context() as patch:  # no descriptors in the middle of a trim
+        opened = os.open
+        patch.setattr(os, "open", lambda name, *more, **keys: fail() if name == JOURNAL else opened(name, *more, **keys))
+        with pytest.raises(OSError, match="Input/output"):
+            journal.trim(1)
+    journal.write({"remove": "i10"})
+    journal.close()
+    assert {change.get("remove") for change in journal_changes(index)} >= {"i8", "i9", "i10"}
+
+
+def journal_changes(folder):
+    from megatron_interbert.serving.journal import read_content
+
+    return read_content(folder).changes
+
+
+def test_what_cannot_be_read_is_not_given_up(index):
+    """A manifest and a journal that another user owns: nothing is begun anew, whatever the flags."""
+    served = served_version(index)
+
+    def refused(look):
+        child = os.fork()
+        if not child:
+            if os.geteuid() == 0:
+                os.setuid(65534)
+            try:
+                look()
+            except Unreadable:
+                os._exit(0)
+            except BaseException:
+                os._exit(1)
+            os._exit(2)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    for path in (index, *index.parents[:3]):
+        path.chmod(0o755)
+    for file, looks in (
+        (served.path / FACTS, [served_version, version_to_replay, lambda folder: Version(served.path)]),
+        (index / JOURNAL, [version_to_replay, has_changes, begin]),
+    ):
+        file.chmod(0)
+        assert all(refused(lambda look=look: look(index)) for look in looks)
+        file.chmod(0o644)
+
+
+def test_a_damaged_version_is_made_anew_from_the_one_before(index):
+    """With all changes, also those that are in the damaged one."""
+    served = served_version(index)
+    for name in ("items.jsonl", FACTS):
+        file = served.path / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-20])
+        version, items, _ = version_to_replay(index)
+        assert version.name != served.name
+        assert {item.item_id for item in items} == EXPECTED
+        file.write_bytes(whole)
 
 
 def old_index(folder, lines, trimmed=0, places=(0,)):
@@ -298,12 +402,13 @@ def test_a_service_keeps_what_it_has_confirmed(shop, tmp_path):
         assert service.call("DELETE", "/items/test-000005", key=KEY)[0] == 204
         (index / JOURNAL).unlink()
         assert service.call("PUT", "/items/new-2", body, key=KEY)[0] == 201
-        shutil.copy(index / JOURNAL, tmp_path / "kept")
-        shutil.copy(tmp_path / "kept", index / "copy")
+        whole = (index / JOURNAL).read_bytes()
+        (index / "copy").write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
         os.replace(index / "copy", index / JOURNAL)
         status, answer, _ = service.call("PUT", "/items/new-3", body, key=KEY)
         assert (status, "cannot be kept" in answer["error"]) == (503, True)
         assert service.call("GET", "/items/new-3")[0] == 404
+        (index / JOURNAL).write_bytes(whole)
     assert "Traceback" not in "".join(service.lines["stderr"])
 
     (index / CURRENT).unlink()
