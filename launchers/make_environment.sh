@@ -87,7 +87,9 @@ choose_lock() { # sets `lock`: cuda, common (for torch's CPU build), or nothing,
     misfit="the locks are for Linux on x86_64 and aarch64"
   else
     # The index says what it has, the best first; of equal versions the local build goes before.
-    pip index versions torch ${index:+--index-url "$index"} >"$folder/torch.txt"
+    # An index that does not say so may install all the same.
+    "$folder/bin/python" -m pip --disable-pip-version-check index versions torch \
+      ${index:+--index-url "$index"} >"$folder/torch.txt" 2>>"$log" || true
     offered=$(tr -s ' ,' '\n' <"$folder/torch.txt" |
       grep -xm 1 -e "${torch#torch==}" -e "${torch#torch==}+.*" || true)
     case $offered in

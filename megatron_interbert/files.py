@@ -100,8 +100,9 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
     path.unlink(missing_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
-        with open(handle, "wb", buffering=0) as file:
+        with open(handle, "wb") as file:
             yield file
+            file.flush()
             os.fsync(handle)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -140,9 +141,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Append all of some bytes, or nothing: OSError where they cannot be written."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+    """Append all of some bytes to a file, or nothing: OSError where they cannot be written."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "is no file", str(path))
         before = os.fstat(handle).st_size
         try:
             write_all(handle, data)
@@ -166,8 +169,7 @@ def open_lock(path: Path) -> int:
             raise UsageError(wrong) from None
         raise
 
-    found = os.fstat(handle)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise UsageError(wrong)
     return handle

@@ -9,9 +9,10 @@ class Lasting(io.FileIO):
 
     def write(self, data: bytes) -> int:
         try:
-            return super().write(data)
+            done = super().write(data)
         except OSError:
-            return len(data)
+            done = None
+        return len(data) if done is None else done  # None: a pipe that does not wait is full
 
 
 def speak_any_language() -> None:

@@ -19,6 +19,7 @@ from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import HARD_IMAGES
 from megatron_interbert.data.region_batch import read_regions
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.files import new_file
 from megatron_interbert.progress import progress
 
 
@@ -63,7 +64,7 @@ def run() -> None:
     path = Path(options.store) / HARD_IMAGES
     beside = path.with_suffix(f".{os.getpid()}.new")
     try:
-        with open(beside, "wb") as handle:
+        with new_file(beside) as handle:
             np.save(handle, found)
         os.replace(beside, path)
     except OSError as error:

@@ -30,6 +30,14 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return figures
 
 
+def is_result(result: dict[str, Any]) -> bool:
+    """Whether it is what an evaluation writes: figures, which are numbers, and what they were made on."""
+    metrics = result.get("metrics")
+    numbers = isinstance(metrics, dict) and all(type(value) in (int, float) for value in metrics.values())
+    files = result.get("data", {}).get("files", {}) if isinstance(result.get("data", {}), dict) else None
+    return numbers and bool(metrics) and isinstance(files, dict) and isinstance(result.get("configuration", {}), dict)
+
+
 def deciding(result: dict[str, Any]) -> list[Any]:
     """Hashes of the data, wherever they lie, and the settings on which the samples depend."""
     settings = result.get("configuration", {})
@@ -45,7 +53,7 @@ def run() -> None:
     options = parser.parse_args()
     results = [read_json(path, "result") for path in options.results]
     for path, result in zip(options.results, results, strict=True):
-        if not isinstance(result.get("metrics"), dict) or not result["metrics"]:
+        if not is_result(result):
             raise UsageError(f"{path}: no figures in it; give the result.json of an evaluation")
         for name, earlier in SAME.items():
             here, first = (each.get(name, earlier) for each in (result, results[0]))

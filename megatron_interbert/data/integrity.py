@@ -1,15 +1,17 @@
 """Whether the files of region stores are as they were written: hashed once for a store and machine.
 
 What was verified is remembered on the machine, with size and times of each file: an unchanged file is
-not read again. Small stores, and files that have changed since, are hashed before work begins; what
-takes longer is hashed while it goes on, changed files first.
+not read again. Small stores, and files that have another size or time since, are hashed before work
+begins; what takes longer is hashed while it goes on, changed files first.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from megatron_interbert.progress import log_lines, progress
 
 SMALL = 1 << 28  # bytes of unknown files that are hashed before work begins: a fraction of a second
 LARGE = 1 << 34  # and of changed ones: some 20 s, far below what other ranks wait
+SECONDS_TO_REMEMBER = 10.0  # between two writes of what was verified
 NICE = 10  # of the thread that hashes: training comes first
 Stamp = list[int]
 
@@ -48,30 +51,49 @@ class Memory:
         place = hashlib.sha256(os.fsencode(os.path.realpath(store))).hexdigest()[:16]
         folder = cache_folder()
         self.path = folder and folder / "verified" / f"{socket.gethostname()}-{place}.json"
-        self.entries: dict[str, Any] = {}
+        self.entries = self._read()
+        self._new: dict[str, Any] = {}
+        self._written = time.monotonic()
+
+    def _read(self) -> dict[str, Any]:
         try:
             found = json.loads(self.path.read_bytes()) if self.path else {}
-            self.entries = found if isinstance(found, dict) else {}
         except (OSError, ValueError, RecursionError):
-            pass  # what is not remembered is verified again
+            return {}  # what is not remembered is verified again
+        return found if isinstance(found, dict) else {}
 
     def knows(self, file: StoreFile) -> bool:
         """Whether the file was verified and is as it was then."""
         return self.entries.get(file.path.name) == [file.stamp(), file.sha256]
 
-    def knew(self, file: StoreFile) -> bool:
-        """Whether a file of that name was verified, which may have changed since."""
-        return file.path.name in self.entries
+    def saw_change(self, file: StoreFile) -> bool:
+        """Whether a file was verified whose size or time of change is another now.
+
+        A change of owner, permissions or place is none.
+        """
+        try:
+            stamp, _ = self.entries[file.path.name]
+            return stamp[:2] != file.stamp()[:2]
+        except (KeyError, TypeError, ValueError):
+            return False
 
     def add(self, file: StoreFile, stamp: Stamp) -> None:
-        """Remember a file that had its sha256 when it had this stamp."""
-        self.entries[file.path.name] = [stamp, file.sha256]
-        try:
-            if self.path:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(self.path, self.entries)
-        except OSError:
-            self.path = None  # a home that cannot be written: verified again next time
+        """Remember a file that had its sha256 when it had this stamp; on disk now and then."""
+        self._new[file.path.name] = [stamp, file.sha256]
+        if time.monotonic() - self._written > SECONDS_TO_REMEMBER:
+            self.write()
+
+    def write(self) -> None:
+        """Put what is new on disk, beside what other processes have verified meanwhile."""
+        self._written = time.monotonic()
+        self.entries = {**self._read(), **self._new}
+        if not self.path or not self._new:
+            return
+        with contextlib.suppress(
+            OSError
+        ):  # a home that cannot be written: verified again next time
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, self.entries)
 
 
 def cache_folder() -> Path | None:
@@ -98,7 +120,7 @@ class Integrity:
             for entry in files_of(read_manifest(store)):
                 file = StoreFile(store / entry["file"], entry["sha256"])
                 if not memory.knows(file):
-                    (changed if memory.knew(file) else unseen).append((memory, file))
+                    (changed if memory.saw_change(file) else unseen).append((memory, file))
 
         self._at_once: list[tuple[Memory, StoreFile]] = []
         self._beside: list[tuple[Memory, StoreFile]] = []
@@ -135,7 +157,8 @@ class Integrity:
 
     def _run(self, tell: Callable[[str], None]) -> None:
         try:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            with contextlib.suppress(OSError):  # it may be nicer than that
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
             self.problem = verify(self._beside, log_lines)
         except (OSError, UsageError) as error:
             print(f"note: the region stores cannot be verified ({error})", flush=True)
@@ -152,15 +175,19 @@ def verify(files: Sequence[tuple[Memory, StoreFile]], bar_of: Callable[..., tqdm
     """Hash files and remember those that are as they were written; says which one is not, else nothing."""
     total = size_of(files)
     unit = {"unit": "B", "unit_scale": True, "desc": "verifying region stores"}
-    with bar_of(total=total, **unit) as bar:
-        for memory, file in files:
-            stamp = file.stamp()
-            with reading(file.path):
-                digest = file_sha256(file.path, bar.update)
-            if digest != file.sha256:
-                return (
-                    f"{file.path}: sha256 differs from {MANIFEST}: the file has changed since the store"
-                    " was made; restore it, or rebuild the store"
-                )
-            memory.add(file, stamp)
+    try:
+        with bar_of(total=total, **unit) as bar:
+            for memory, file in files:
+                stamp = file.stamp()
+                with reading(file.path):
+                    digest = file_sha256(file.path, bar.update)
+                if digest != file.sha256:
+                    return (
+                        f"{file.path}: sha256 differs from {MANIFEST}: the file has changed since the"
+                        " store was made; restore it, or rebuild the store"
+                    )
+                memory.add(file, stamp)
+    finally:
+        for memory in {id(memory): memory for memory, _ in files}.values():
+            memory.write()
     return ""

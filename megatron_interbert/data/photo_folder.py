@@ -4,6 +4,7 @@ listing of the folder, and what is found is opened without following a link.
 
 import errno
 import functools
+import logging
 import os
 import stat
 import threading
@@ -17,6 +18,7 @@ TYPES = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png"}  # in the order of pref
 MOST_BYTES = 256 << 20  # a larger file is no photo that a page could show
 SETTLED = 2.0  # seconds after which another change of a folder shows in its time
 PAUSE = 10  # times as long as a listing takes, before the next one: a folder that always changes is not always listed
+log = logging.getLogger("megatron_interbert.data")
 GONE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO}
 
 
@@ -109,6 +111,7 @@ class PhotoFolder:
         files: dict[str, str] = {}
         links: dict[str, str] = {}
         folders: dict[str, PhotoFolder] = {}
+        left_out = 0
 
         with os.scandir(self.path) as entries:
             for entry in entries:
@@ -127,7 +130,11 @@ class PhotoFolder:
                 elif entry.is_symlink() and (target := _file_inside(entry.path, inside)):
                     files[stem] = path
                     links[path] = target
+                elif entry.is_symlink():
+                    left_out += 1
 
+        if left_out and self._listing is None:
+            log.warning("%s: %d links to photos outside of the folder are not followed", self.path, left_out)
         took = time.monotonic() - begun
         return _Listing(files, links, folders, stamp, settled, begun + (1 + PAUSE) * took)
 

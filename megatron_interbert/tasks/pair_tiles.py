@@ -22,6 +22,7 @@ from megatron_interbert.data.packing import to_batch
 from megatron_interbert.data.region_batch import read_regions
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError, local_errors
+from megatron_interbert.files import HELD, new_file
 from megatron_interbert.model.pair_scorer import PairScorer, Side
 from megatron_interbert.parallel.state import ParallelState
 
@@ -147,7 +148,7 @@ class ScoreTiles:
         if self.state.tensor_rank:
             return
         beside = self._file(place).with_suffix(f".{os.getpid()}.new")
-        with open(beside, "wb") as handle:
+        with new_file(beside) as handle:
             np.save(handle, scores)
         os.replace(beside, self._file(place))
 
@@ -172,13 +173,15 @@ class ScoreTiles:
 
 
 def _locked(folder: Path) -> int | None:
-    """A lock on a folder, held until its descriptor is closed; None when somebody has it."""
+    """Lock a folder until the descriptor is closed; None when somebody has it. OSError on a disk without locks."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(handle)
-        return None
+        if error.errno in HELD:
+            return None
+        raise
     return handle
 
 

@@ -128,6 +128,7 @@ class Checkpoints:
         self.config, self.model_config, self.state, self.data, self.metric = config, model_config, state, data, metric
         self.vocabulary = Path(vocabulary).read_bytes()  # goes into every checkpoint; the file may be gone by then
         self._claim = claim or Claim()  # held open: it keeps other runs out of --save
+        self._ours: set[str] = set()  # names of checkpoints that this run has made or resumed from
         self._token = state.gather(f"{os.getpid()}-{time.time_ns()}")[0]
         self.revision = git_revision()
         self._host: dict[str, dict[str, torch.Tensor]] = {}
@@ -292,17 +293,31 @@ class Checkpoints:
         except (OSError, UsageError) as error:
             return Problem(str(error))
 
+        self._ours.add(final.name)
         best = f"{STEP_FOLDER}{snapshot.manifest['best']['step']}"
-        try:
-            write_text(final.parent / POINTER, final.name)
-            write_text(final.parent / MEGATRON_POINTER, str(snapshot.step))
-            if snapshot.manifest["best"]["step"] and (final.parent / best).is_dir():
-                point_to(final.parent / BEST, best)
-            if snapshot.prune:
-                self._prune(final, best)
-        except (OSError, UsageError) as error:  # the checkpoint is there all the same
-            self._messages.append(f"note: {final.parent}: pointers or old checkpoints could not be brought up to date ({error})")
+        for step in (lambda: self._move_pointers(final, best), lambda: snapshot.prune and self._prune(final, best)):
+            try:
+                step()
+            except (OSError, UsageError) as error:  # the checkpoint is there all the same
+                self._messages.append(
+                    f"note: {final.parent}: pointers or old checkpoints could not be brought up to date ({error})"
+                )
         return None
+
+    def _move_pointers(self, final: Path, best: str) -> None:
+        """Have the pointers name the newest and the best checkpoint."""
+        write_text(final.parent / POINTER, final.name)
+        write_text(final.parent / MEGATRON_POINTER, final.name.removeprefix(STEP_FOLDER))
+        self._link_best(final.parent, best)
+
+    def _link_best(self, folder: Path, best: str) -> None:
+        """Link the best checkpoint where it is there. A folder of that name, as copies have it, is replaced."""
+        link = folder / BEST
+        if best == f"{STEP_FOLDER}0" or not (folder / best).is_dir():
+            return
+        if link.is_dir() and not link.is_symlink() and self._claim.locked:
+            os.rename(link, folder / f"unused-{BEST}-{time.time_ns()}")
+        point_to(link, best)
 
     def _make_way(self, final: Path) -> None:
         """Set aside what has a new checkpoint's name; UsageError where it is one, which this run has not made."""
@@ -314,8 +329,14 @@ class Checkpoints:
         set_aside(final)
 
     def _prune(self, made: Path, best: str) -> None:
-        """Remove old checkpoints, never the one just made, and none for the sake of one that is torn."""
-        whole = [path for path in complete_checkpoints(made.parent) if path == made or of_right_size(path)]
+        """Remove old checkpoints, never the one just made, and none for the sake of one that is torn.
+
+        Where there are no locks, only what this run has made or resumed from.
+        """
+        found = complete_checkpoints(made.parent)
+        if not self._claim.locked:
+            found = [path for path in found if path.name in self._ours]
+        whole = [path for path in found if path == made or of_right_size(path)]
         for old in to_prune(whole, self.config.keep_last, self.config.keep_every, best):
             if old == made:
                 continue
@@ -341,6 +362,8 @@ class Checkpoints:
                 print(f"resharding {path.name}: {before} -> {now}", flush=True)
         FragmentedState(engine).fill(reader, manifest["training_state"])
         self.newest = path
+        if path.parent == Path(self.config.save):
+            self._ours.add(path.name)
         best = manifest.get("best", {})
         if best.get("metric", self.metric) != self.metric:  # figures of another kind do not compare
             best = {}
@@ -355,10 +378,12 @@ class Checkpoints:
 
     def point_to_best(self, progress: Progress) -> None:
         """Link the best checkpoint, where it lies in --save already."""
-        folder = Path(self.config.save) if self.config.save else None
-        best = f"{STEP_FOLDER}{progress.best_step}"
-        if self.state.is_main and folder and (folder / best).is_dir():
-            point_to(folder / BEST, best)
+        if not self.state.is_main or not self.config.save:
+            return
+        try:
+            self._link_best(Path(self.config.save), f"{STEP_FOLDER}{progress.best_step}")
+        except OSError as error:
+            self._messages.append(f"note: {self.config.save}: the link {BEST} cannot be made ({error})")
 
 
 def to_prune(newest_first: list[Path], keep_last: int, keep_every: int, best: str = "") -> list[Path]:
@@ -378,8 +403,9 @@ def describe(layout: dict[str, int]) -> str:
 
 
 def git_revision() -> str:
-    """Revision of the code, empty outside a checkout."""
-    result = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip()
+    """Revision of the code, empty outside a checkout and without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""

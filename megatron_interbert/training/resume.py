@@ -91,6 +91,8 @@ def _locked(folder: Path) -> Claim:
         return Claim(handle)
 
     with contextlib.suppress(OSError):  # a full disk: the name is only for people
+        if os.fstat(handle).st_nlink > 1:  # a backup by hard links shares this file, or somebody planted it
+            return Claim(handle, locked=True)
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     return Claim(handle, locked=True)
@@ -145,6 +147,8 @@ def find_checkpoint(config: TrainConfig, state: ParallelState, locked: bool = Tr
         remove_leftovers(own)
 
     if config.resume == "never":
+        if config.load:
+            raise UsageError("--resume never and --load contradict each other; leave one of them out")
         if own and _candidates(own, state):
             raise UsageError(
                 f"--resume never: {own} holds checkpoints; choose another --save, or give --resume auto"
@@ -156,12 +160,14 @@ def find_checkpoint(config: TrainConfig, state: ParallelState, locked: bool = Tr
         found = newest_sound(_candidates(own, state), state, rename=locked)
         if found:
             return found
-        together(state, lambda: check_no_trace(own) if state.is_main else None)
 
     if config.load:
         found = newest_sound(_candidates(Path(config.load), state), state, rename=False)
         if found:
             return found
+
+    if own:
+        together(state, lambda: check_no_trace(own) if state.is_main else None)
 
     if config.resume == "must":
         raise UsageError(f"--resume must: no complete checkpoint in {own or config.load or '--save, which is not given'}")
@@ -180,13 +186,23 @@ def remove_leftovers(folder: Path) -> None:
 def newest_sound(candidates: list[Path], state: ParallelState, rename: bool) -> Path | None:
     """Give the first of some checkpoints whose files are as they were written; all ranks check.
 
-    UsageError on all ranks where a file cannot be read: it may be sound, and nothing is renamed.
+    UsageError on all ranks where a file cannot be read, or rank 0 does not see the damage that another
+    one sees: it may be sound, and nothing is renamed.
     """
     for candidate in candidates:
         found = functools.partial(verify, candidate, state.rank, state.world_size)
-        damage = next((text for text in state.gather(together(state, found)) if text), None)
-        if damage is None:
+        told = state.gather((together(state, found), state.node))
+        if not any(text for text, _ in told):
             return candidate
+
+        damage = told[0][0] or together(state, lambda path=candidate: verify(path) if state.is_main else None)
+        damage = state.gather(damage)[0]
+        if damage is None:
+            text, node = next((text, node) for text, node in told if text)
+            raise UsageError(
+                f"{candidate}: {text} as {node} sees it, but not as {told[0][1]} does (rank 0); it must lie"
+                " on a disk that all machines share"
+            )
 
         if state.is_main:
             print(f"checkpoint {candidate} is damaged ({damage}); trying the one before it", flush=True)
@@ -205,8 +221,8 @@ def check_no_trace(folder: Path) -> None:
     if traces:
         raise UsageError(
             f"--save {folder}: no usable checkpoint is left there, but traces of earlier ones"
-            f" ({some(traces)}); restore one from a backup, choose another --save, or give --resume"
-            " never to start anew"
+            f" ({some(traces)}); restore one from a backup, give the backup as --load, choose another"
+            " --save, or give --resume never to start anew"
         )
 
 
@@ -283,6 +299,11 @@ def check_same_run(
     What an older version did not know had its default.
     """
     check_same_model(manifest, model_config, data, where)
+    if manifest["data"].get("mined", data.get("mined")) != data.get("mined"):
+        raise UsageError(
+            f"{where}: the mined negatives of {data['store']} have changed since, so samples would differ;"
+            " restore them, or take only the weights by --init-from"
+        )
     for name in config.SAME_SAMPLES:
         before, now = {**defaults(config), **manifest["configs"]["run"]}[name], getattr(config, name)
         if before != now:

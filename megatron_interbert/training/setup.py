@@ -11,12 +11,13 @@ import torch.distributed as dist
 
 from megatron_interbert.config import AUTO, ModelConfig, RunConfig, TrainConfig
 from megatron_interbert.data.loader import BatchStream
+from megatron_interbert.data.manifest import HARD_NEGATIVES
 from megatron_interbert.data.order import check_partitions
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.training_set import TrainingSet
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import is_there
+from megatron_interbert.files import file_sha256, is_there
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
@@ -63,6 +64,9 @@ def pretraining_job(config: RunConfig, state: ParallelState) -> Job:
         valid = PretrainingSet(valid_corpus, tokenizer, config_of_validation(config))
     task = PretrainingTask(config.objective_names())
     data = describe_data(tokenizer, corpus)
+    if config.hard_negatives and samples.has_hard_negatives:
+        tables = [store.path / HARD_NEGATIVES for store in corpus.stores]
+        data["mined"] = [file_sha256(path) for path in tables if path.is_file()]
     return Job(task, samples, sizes, PRETRAINING_HEADS, data, tokenizer.vocab_file, valid_samples=valid)
 
 

@@ -50,7 +50,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         with reading(file):
             text = file.read_text(encoding="utf-8")
         manifest = json.loads(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except Unreadable:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: no readable {MANIFEST} ({error})") from error
     if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in ("files", "topology")):
         raise UsageError(f"{file}: not the manifest of a checkpoint (a region store has one of its own)")

@@ -16,7 +16,7 @@ import torch
 
 from megatron_interbert.config import ModelConfig
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import file_entry, flush_file, flush_folder, write_json
+from megatron_interbert.files import file_entry, flush_file, flush_folder, write_bytes, write_json, write_text
 from megatron_interbert.model.partition import partition_dimension, shard
 from megatron_interbert.weights.files import TensorLayout, write_tensors
 from megatron_interbert.weights.foreign import DECODER, EXTRA, Link, bert_links, config_to_official, official_links
@@ -133,7 +133,7 @@ def write_sharded(output: Output, work: Path, progress: Progress) -> None:
         file = weights_name((rank, ranks))
         files[file] = write_tensors(work / file, layout, tensors, describe_pieces(pieces), progress)
     if output.vocabulary:
-        (work / VOCABULARY).write_bytes(output.vocabulary)
+        write_bytes(work / VOCABULARY, output.vocabulary)
         files[VOCABULARY] = file_entry(work / VOCABULARY)
     data = {key: source.facts[key] for key in ("detector", "vocabulary", "store", "manifest_sha256") if key in source.facts}
     write_manifest(
@@ -170,11 +170,11 @@ def write_huggingface(output: Output, work: Path, progress: Progress) -> None:
     }
     write_json(work / "config.json", {**config, **({"training_facts": facts} if facts else {})})
     if output.vocabulary:
-        (work / VOCABULARY).write_bytes(output.vocabulary)
+        write_bytes(work / VOCABULARY, output.vocabulary)
         limits = {"model_max_length": source.config.max_position_embeddings, "do_lower_case": True}
         write_json(work / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", **limits})
     if output.card:
-        (work / "README.md").write_text(output.card, encoding="utf-8")
+        write_text(work / "README.md", output.card)
 
 
 def write_bert(output: Output, work: Path, progress: Progress) -> None:
@@ -204,7 +204,7 @@ def write_bert(output: Output, work: Path, progress: Progress) -> None:
         },
     )
     if output.vocabulary:
-        (work / VOCABULARY).write_bytes(output.vocabulary)
+        write_bytes(work / VOCABULARY, output.vocabulary)
 
 
 def write_official(output: Output, work: Path, progress: Progress) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from megatron_interbert.command_line import parse
 from megatron_interbert.config import RunConfig
+from megatron_interbert.data import integrity
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import open_lock, point_to, sibling, write_text
 from megatron_interbert.parallel.state import ParallelState
@@ -321,14 +322,13 @@ def test_links_in_a_shared_folder_are_not_followed(made, run, tmp_path):
     """A lock or a pointer that somebody has planted leads to a file of ours; so does a best checkpoint elsewhere."""
     victim = tmp_path / "victim"
     victim.write_text("mine")
-    for plant in (os.symlink, os.link):
-        (run / ".lock").unlink()
-        plant(victim, run / ".lock")
-        assert "expected a lock file, found something else" in one_line(
-            *end_of(train(made[0], run, "--train-iters", 15))
-        )
-        assert victim.read_text() == "mine"
     (run / ".lock").unlink()
+    os.symlink(victim, run / ".lock")
+    assert "expected a lock file, found something else" in one_line(
+        *end_of(train(made[0], run, "--train-iters", 15))
+    )
+    (run / ".lock").unlink()
+    os.link(victim, run / ".lock")  # as a backup by hard links has it: locked, and not written to
     for name in (
         "latest.partial",
         "metrics.jsonl.partial",
@@ -380,8 +380,15 @@ def test_without_locks_nothing_of_another_run_is_renamed(made, run, monkeypatch,
     assert resume.find_checkpoint(config, state, claim.locked) == run / "global_step9"
     assert names(run) == before
 
-    shutil.rmtree(run / "global_step12")
-    shutil.copytree(made[1] / "global_step12", run / "global_step12")
+    for step in (12,):
+        shutil.rmtree(run / f"global_step{step}")
+        shutil.copytree(made[1] / f"global_step{step}", run / f"global_step{step}")
+    ours = Checkpoints.__new__(Checkpoints)
+    ours._claim, ours._token, ours._ours = claim, "ours", {"global_step99"}
+    ours.config = type("Keep", (), {"keep_last": 1, "keep_every": 0})
+    ours._prune(run / "global_step99", "")
+    assert names(run) == before, "the other run's are not ours to prune"
+
     for locked in (
         False,
         True,
@@ -395,6 +402,75 @@ def test_without_locks_nothing_of_another_run_is_renamed(made, run, monkeypatch,
         assert "is there already and not of this run; do two runs write" in problem.text
         assert verify(run / "global_step12") is None
         shutil.rmtree(work)
+
+
+def test_damage_that_rank_0_does_not_see_is_no_damage(run, monkeypatch):
+    """A machine whose mount is missing, or whose view of the disk is late: nothing is renamed, the machine is named."""
+
+    class Two(ParallelState):
+        """Rank 0 of two; the other one does not see a file."""
+
+        def gather(self, value, group=None):
+            if (
+                isinstance(value, tuple)
+                and value[0] is None
+                and isinstance(value[1], str)
+                and not asking
+            ):
+                return [value, ("weights are missing", "node-b")]
+            return [value, value]
+
+    asking = []
+    state = Two()
+    monkeypatch.setattr(resume, "together", lambda state, action: action())
+    before = names(run)
+    with pytest.raises(
+        UsageError, match=r"as node-b sees it, but not as .* disk that all machines share"
+    ):
+        resume.newest_sound([run / "global_step12"], state, rename=True)
+    assert names(run) == before
+
+
+def test_a_store_that_was_only_moved_or_given_away_is_not_hashed_before_work(tmp_path, monkeypatch):
+    """Another owner, permissions, a copy that keeps times: verified beside the work, if it is large; another time: before it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(integrity, "SMALL", 0)
+    store = write_store(tmp_path / "store")
+    first = integrity.Integrity([store])
+    assert not first._at_once
+    first.start()
+    first.wait(60)
+    assert not first.problem
+    assert not integrity.Integrity([store])._beside
+
+    for file in store.iterdir():
+        file.chmod(0o600)
+    again = integrity.Integrity([store])
+    assert len(again._beside) > 2
+    assert not again._at_once
+    os.utime(store / "captions.h5")
+    assert [file.path.name for _, file in integrity.Integrity([store])._at_once] == ["captions.h5"]
+
+    heard = []
+    flip(store / "shard-00000.h5")
+    os.utime(store / "shard-00000.h5", (1, 1))
+    monkeypatch.setattr(integrity, "LARGE", 0)
+    large = integrity.Integrity([store])
+    large.start(heard.append)
+    large.wait(60)
+    assert heard == [large.problem]
+    assert "shard-00000.h5: sha256 differs" in large.problem
+
+
+def test_a_copied_run_is_pruned_as_before(made, tmp_path):
+    """`cp -rL` makes a folder of the link to the best checkpoint; a backup by hard links shares the lock file."""
+    run = shutil.copytree(made[1], tmp_path / "run")
+    shutil.copytree(run / "global_step9", run / "best")
+    subprocess.run(["cp", "-al", run, tmp_path / "backup"], check=True)
+    code, out, err = train(made[0], run, "--train-iters", 15)
+    assert code == 0, out + err
+    assert names(run) == ["global_step12", "global_step15"]
+    assert "process" in (tmp_path / "backup" / ".lock").read_text()
 
 
 @pytest.mark.parametrize("spoil", ["features", "captions", "labels"])

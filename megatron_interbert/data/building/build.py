@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_interbert.config import read_json
 from megatron_interbert.data.building.captions import CaptionTable, image_key
 from megatron_interbert.data.building.conversion import EXPECTED, NO_CAPTION, TWICE, UnitJob, convert_unit, done_file
 from megatron_interbert.data.building.duplicates import drop_duplicates
@@ -36,6 +37,7 @@ from megatron_interbert.data.building.sources.base import Source, SourceFacts
 from megatron_interbert.data.building.store_writer import finish_store, new_manifest
 from megatron_interbert.data.manifest import MANIFEST, PLAN, REPORT, VOCABULARY, files_of
 from megatron_interbert.errors import TrainingStopped, UsageError
+from megatron_interbert.files import HELD
 from megatron_interbert.progress import progress
 
 CAPTIONS_DONE = "captions.json"  # in the work folder: complaints about caption lines; written when images.db is whole
@@ -184,8 +186,12 @@ class WorkFolder:
             raise UsageError(f"--output: cannot make {self.work} ({error})") from error
         try:
             fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"{self.work}: another process is building there; wait for it or choose another --output") from None
+        except OSError as error:
+            if error.errno in HELD:
+                raise UsageError(
+                    f"{self.work}: another process is building there; wait for it or choose another --output"
+                ) from None
+            print(f"note: {self.work} cannot be locked ({error.strerror}); see that no other process builds there", flush=True)
         plan = self.work / PLAN
         if not plan.exists() and any(not path.name.endswith(".new") for path in self.work.iterdir()):
             raise UsageError(f"{self.work}: exists and is no unfinished build of this tool; remove it or choose another --output")
@@ -194,8 +200,9 @@ class WorkFolder:
         if self.restart:
             for path in self.work.iterdir():
                 path.unlink()
-        if plan.exists() and json.loads(plan.read_text()) != self.fingerprint:
-            changed = [k for k, v in json.loads(plan.read_text()).items() if self.fingerprint.get(k) != v]
+        before = read_json(plan, "plan of the build") if plan.exists() else self.fingerprint
+        if before != self.fingerprint:
+            changed = [name for name, value in before.items() if self.fingerprint.get(name) != value]
             raise UsageError(
                 f"{self.work}: left by a build with other settings ({', '.join(changed)} differ); give the same ones to go on with it,"
                 " or --restart to begin anew"
@@ -348,7 +355,7 @@ def _write_report(path: Path, lines: Iterator[dict[str, str]]) -> None:
 
 
 def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path, "unfinished build (--restart begins it anew)")
 
 
 def _explain_nothing(plan: BuildPlan, work: Path, read: int, reasons: Counter[str], units: int) -> None:

@@ -117,7 +117,7 @@ def guess_format(path: str) -> str:
         try:
             if isinstance(json.loads(first), dict) and len(start) > len(first) + 1:
                 return "jsonl"
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             pass
         return _guess_json(path)
     if re.match(r"^\S+#\S*\d\s", first):
@@ -137,9 +137,10 @@ def _guess_json(path: str) -> str:
 
 
 def _load_json(path: str) -> Any:
+    text = read_text(path, "--captions")
     try:
-        return json.loads(read_text(path, "--captions"))
-    except (json.JSONDecodeError, RecursionError) as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"--captions {path}: not valid JSON ({error})") from error
 
 

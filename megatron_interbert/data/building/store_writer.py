@@ -23,6 +23,7 @@ from megatron_interbert.data.manifest import MANIFEST, PLAN, SCHEMA_VERSION, TOK
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import write_text
 from megatron_interbert.progress import progress
 
 
@@ -63,7 +64,7 @@ def finish_store(folder: Path, manifest: dict[str, Any], vocabulary: str = "") -
         manifest["label_width"] = first["class_ids"].shape[1]
     manifest["captions_file"] = write_caption_file(folder, shards)
     if vocabulary:
-        (folder / VOCABULARY).write_text(vocabulary, encoding="utf-8")
+        write_text(folder / VOCABULARY, vocabulary)
         tokenizer = CaptionTokenizer(str(folder / VOCABULARY), manifest.get("text_normalisation", "none"))
         manifest["tokens_file"] = write_token_file(folder, _texts(folder, shards), manifest["counts"]["captions"], tokenizer)
     else:

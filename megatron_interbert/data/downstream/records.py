@@ -16,7 +16,7 @@ def read_records(path: str, flag: str, keys: Mapping[str, type | tuple[type, ...
         where = f"{path}: line {number}"
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{where} is no JSON ({error}); {flag} is a file with one JSON object a line") from None
         try:
             json.dumps(record, ensure_ascii=False).encode()

@@ -97,7 +97,7 @@ def read_questions(path: str, stores: "VcrImages", whole: bool = False) -> Quest
         try:
             record = json.loads(line)
             missing = [name for name in NEEDED if name not in record]
-        except (json.JSONDecodeError, RecursionError, TypeError) as error:
+        except (ValueError, RecursionError, TypeError) as error:
             raise UsageError(f"{path}: line {number} is no JSON object ({error}); give a jsonl of VCR") from error
         if missing:
             raise UsageError(f"{path}: line {number} has no '{missing[0]}'; give a jsonl of VCR")

@@ -1,10 +1,10 @@
 """The report of an inspection as lines for a terminal."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 from megatron_interbert.data.inspection.report import Report
+from megatron_interbert.files import write_text
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 NUMBERS = {
@@ -30,9 +30,7 @@ def sparkline(bars: list[int]) -> str:
 def write_beside(path: Path, text: str) -> None:
     """Write a text file whole or not at all, with its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, text)
 
 
 def report_text(report: Report) -> str:

@@ -13,8 +13,8 @@ import numpy as np
 from megatron_interbert.config import read_json
 from megatron_interbert.data.manifest import HARD_NEGATIVES, MANIFEST
 from megatron_interbert.data.store import RegionStore
-from megatron_interbert.errors import UsageError
-from megatron_interbert.files import file_sha256
+from megatron_interbert.errors import Unreadable, UsageError
+from megatron_interbert.files import file_sha256, new_file, reading
 
 FORMAT = 1
 PLAN, ASSEMBLED, DONE = "plan.json", "assembled.npy", "done.json"
@@ -76,9 +76,13 @@ class WorkFolder:
         return range(number * self.block, min((number + 1) * self.block, self.captions))
 
     def read_block(self, number: int) -> np.ndarray | None:
-        """The rows of a block, or None when its file is not there or not whole."""
+        """The rows of a block, or None when its file is not there or not whole. Unreadable where nobody can say."""
+        path = self._block_path(number)
         try:
-            rows = np.load(self._block_path(number), allow_pickle=False)
+            with reading(path):
+                rows = np.load(path, allow_pickle=False)
+        except Unreadable:
+            raise
         except (OSError, ValueError, EOFError):
             return None
         return rows if rows.shape == (len(self.rows_of(number)), self.top) and rows.dtype == np.int32 else None
@@ -95,8 +99,10 @@ class WorkFolder:
         """All blocks in one file of the work folder, as a read-only map."""
         table = np.lib.format.open_memmap(self.path / ASSEMBLED, "w+", np.int32, (self.captions, self.top))
         for number in range(self.blocks):
-            rows = self.rows_of(number)
-            table[rows.start : rows.stop] = self.read_block(number)
+            rows, block = self.rows_of(number), self.read_block(number)
+            if block is None:
+                raise UsageError(f"{self._block_path(number)}: damaged since it was made; give the same command again")
+            table[rows.start : rows.stop] = block
         table.flush()
         with open(self.path / ASSEMBLED, "rb") as handle:
             os.fsync(handle.fileno())
@@ -129,10 +135,8 @@ class WorkFolder:
 def _published(path: Path) -> Iterator[IO[bytes]]:
     """A file that gets its name when it is whole and on disk."""
     beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as handle:
+    with new_file(beside) as handle:
         yield handle
-        handle.flush()
-        os.fsync(handle.fileno())
     os.replace(beside, path)
 
 

@@ -124,7 +124,7 @@ def read_image_ids(path: str, images: int, trust_pickle: bool) -> list[str]:
                 if text.lstrip()[:1] in ("{", "[")
                 else [line.strip() for line in text.splitlines() if line.strip()]
             )
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"--image-ids {path}: not valid JSON ({error})") from error
     if isinstance(value, dict):
         names = [""] * images
