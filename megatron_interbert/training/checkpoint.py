@@ -38,6 +38,7 @@ from megatron_interbert.training.resume import (
     changed_settings,
     check_same_run,
     partial_folder,
+    renewed,
     set_aside,
 )
 from megatron_interbert.weights.files import TensorLayout, write_tensors
@@ -267,6 +268,7 @@ class Checkpoints:
         """This rank's files, flushed; {name: {bytes, sha256}}."""
         for tensors in snapshot.files.values():
             check_finite(tensors)
+        self._claim = renewed(self._claim, work.parent)
         work.mkdir(parents=True, exist_ok=True)
         state, entries = self.state, {}
         for kind, tensors in snapshot.files.items():

@@ -54,7 +54,7 @@ def claim_folder(folder: str, state: ParallelState) -> Claim:
     claim, problem = Claim(), None
     if folder and state.is_main:
         try:
-            claim = _locked(Path(folder))
+            claim = lock_folder(Path(folder))
         except UsageError as error:
             problem = str(error)
 
@@ -64,7 +64,24 @@ def claim_folder(folder: str, state: ParallelState) -> Claim:
     return claim
 
 
-def _locked(folder: Path) -> Claim:
+def renewed(claim: Claim, folder: Path) -> Claim:
+    """Give a claim that holds for a folder as it is now: somebody may have removed it, and its lock.
+
+    UsageError where another run has taken it since.
+    """
+    if claim.handle is None:
+        return claim
+
+    try:
+        there, ours = os.stat(folder / LOCK), os.fstat(claim.handle)
+        if os.path.samestat(there, ours):
+            return claim
+    except FileNotFoundError:
+        pass
+    return lock_folder(folder)
+
+
+def lock_folder(folder: Path) -> Claim:
     """Make the folder and take its lock, one of the process: workers forked later do not inherit it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

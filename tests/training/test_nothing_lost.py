@@ -316,6 +316,7 @@ def test_a_folder_that_is_removed_while_a_run_writes(made, tmp_path):
     assert process.returncode in (0, 1), err
     if process.returncode == 0:
         assert verify(save / "global_step60") is None
+        assert "process" in (save / ".lock").read_text(), "it is locked again"
 
 
 def test_links_in_a_shared_folder_are_not_followed(made, run, tmp_path):
