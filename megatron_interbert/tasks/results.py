@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_interbert.board import Board
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.files import file_sha256, write_json
@@ -71,11 +72,15 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
     """result.json, and the figures in the TensorBoard of the run."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "result.json", result)
-    from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-    with SummaryWriter(str(folder / "tensorboard")) as board:
-        for name, value in result["metrics"].items():
-            board.add_scalar(f"{result['task']}/{result['protocol']}/{name}", value, result["checkpoint"]["iteration"] or 0)
+    board = Board(folder / "tensorboard")
+    try:
+        board.write(
+            result["checkpoint"]["iteration"] or 0,
+            f"{result['task']}/{result['protocol']}",
+            result["metrics"],
+        )
+    except OSError as error:
+        print(f"note: {board.path} cannot be written ({error.strerror}); result.json has the figures", flush=True)
 
 
 def table(result: dict[str, Any]) -> str:

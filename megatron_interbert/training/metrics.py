@@ -1,22 +1,17 @@
 """What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard. None of them can stop it."""
 
-import io
 import json
 import math
-import os
 import resource
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
+from megatron_interbert.board import Board
 from megatron_interbert.files import append, encoded, write_text
 
 RECORDS = "metrics.jsonl"
@@ -79,43 +74,6 @@ def step_of(line: str) -> int | None:
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return step if type(step) is int else None
-
-
-class Board:
-    """A TensorBoard event file, written without a thread of its own: an error belongs to who writes."""
-
-    def __init__(self, folder: Path, first_step: int) -> None:
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        self.path, self.first_step = folder / name, first_step
-        self._begun = False
-
-    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Append the scalars of a step; OSError where they cannot be, then none of them is there."""
-        if not self._begun:
-            self._begin()
-        summary = Summary(
-            value=[
-                Summary.Value(tag=f"{split}/{name}", simple_value=value)
-                for name, value in values.items()
-            ]
-        )
-        append(self.path, record(Event(wall_time=time.time(), step=step, summary=summary)))
-
-    def _begin(self) -> None:
-        """Write the head, and that what an earlier run has told of later steps is void."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        head = Event(wall_time=time.time(), file_version="brain.Event:2")
-        void = SessionLog(status=SessionLog.START)
-        start = Event(wall_time=time.time(), step=self.first_step + 1, session_log=void)
-        append(self.path, record(head) + record(start))
-        self._begun = True
-
-
-def record(event: Event) -> bytes:
-    """Give an event as it stands in an event file."""
-    buffer = io.BytesIO()
-    RecordWriter(buffer).write(event.SerializeToString())
-    return buffer.getvalue()
 
 
 class MetricsWriter:
