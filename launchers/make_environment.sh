@@ -92,7 +92,9 @@ choose_lock() { # sets `lock`: cuda, common (for torch's CPU build), or nothing,
       ${index:+--index-url "$index"} >"$folder/torch.txt" 2>>"$log" || true
     offered=$(tr -s ' ,' '\n' <"$folder/torch.txt" |
       grep -xm 1 -e "${torch#torch==}" -e "${torch#torch==}+.*" || true)
+    [ -s "$folder/torch.txt" ] || offered=unknown
     case $offered in
+      unknown) misfit="the index does not say which torch it has" ;;
       *+cpu) lock=common ;;
       *+* | "") misfit="the index has torch ${offered:-in another version}" ;;
       *) lock=cuda ;;

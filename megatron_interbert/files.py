@@ -97,7 +97,8 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
 
     It is flushed at the end, and removed where that or anything before it fails.
     """
-    path.unlink(missing_ok=True)
+    if os.path.lexists(path):
+        path.unlink(missing_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
         with open(handle, "wb") as file:

@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
+from tests.data.hostile import renew
 from tests.launching import ENVIRONMENT, ROOT, TINY, deepspeed, launch, losses, pretrain, train
 
 FLAGS = (*TINY, "--train-iters", 3, "--num-workers", 1)
@@ -35,10 +36,12 @@ def test_every_way_in_gives_the_same_losses(store, tmp_path):
         assert result == results["python"], name
 
 
-def damaged(store, folder, change, shard="shard-00000.h5"):
+def damaged(store, folder, change, shard="shard-00000.h5", renewed=False):
     copy = shutil.copytree(store, folder)
     with h5py.File(copy / shard, "r+") as file:
         change(file)
+    if renewed:  # it was made so: its hashes are right
+        renew(copy)
     return copy
 
 
@@ -52,7 +55,7 @@ def expect_refusal(message, command):
 
 def test_a_bad_record_ends_the_run_with_its_name(store, tmp_path):
     """On two ranks: the one that reads it says so, the other goes down with it."""
-    bad = damaged(store, tmp_path / "store", lambda f: f["image_features"].__setitem__(slice(None), np.nan))
+    bad = damaged(store, tmp_path / "store", lambda f: f["image_features"].__setitem__(slice(None), np.nan), renewed=True)
     code, out, err = launch(*deepspeed(2, "--data-path", bad, "--save", tmp_path / "run", *FLAGS))
     assert code == 2, out + err
     assert "shard-00000.h5: image" in err

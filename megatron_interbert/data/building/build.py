@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_interbert.config import read_json
+from megatron_interbert.config import read_json, read_text
 from megatron_interbert.data.building.captions import CaptionTable, image_key
 from megatron_interbert.data.building.conversion import EXPECTED, NO_CAPTION, TWICE, UnitJob, convert_unit, done_file
 from megatron_interbert.data.building.duplicates import drop_duplicates
@@ -355,7 +355,11 @@ def _write_report(path: Path, lines: Iterator[dict[str, str]]) -> None:
 
 
 def _read_json(path: Path) -> Any:
-    return read_json(path, "unfinished build (--restart begins it anew)")
+    text = read_text(path, "unfinished build")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: damaged ({error}); --restart begins the build anew") from error
 
 
 def _explain_nothing(plan: BuildPlan, work: Path, read: int, reasons: Counter[str], units: int) -> None:
