@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_interbert.errors import Unreadable, UsageError
-from megatron_interbert.files import alone, flush_folder, new_file, reading, write_all
+from megatron_interbert.files import alone, flush_folder, reading, write_all, write_bytes
 from megatron_interbert.serving.items import Item, item_of
 from megatron_interbert.serving.journal_format import (
     MEND,
@@ -131,10 +131,7 @@ def begin(folder: Path) -> Mark:
         set_aside(folder)
     name = uuid.uuid4().hex[:12]
     first = sum_of("", name.encode())
-    beside = folder / f"{JOURNAL}.{name}.new"
-    with new_file(beside) as file:
-        write_all(file.fileno(), head_of(name, 0, first))
-    os.replace(beside, folder / JOURNAL)
+    write_bytes(folder / JOURNAL, head_of(name, 0, first))
     flush_folder(folder)
     return Mark(name, 0, first)
 
@@ -266,10 +263,7 @@ class Journal:
         """Put a content in the place of the file's."""
         head = head_of(content.name, content.trimmed, content.sums[0])
         data = b"".join([head, *(line + b"\n" for line in content.lines)])
-        beside = self._place / f"{JOURNAL}.new"
-        with new_file(beside) as file:
-            write_all(file.fileno(), data)
-        os.replace(beside, self._place / JOURNAL)
+        write_bytes(self._place / JOURNAL, data)
         os.fsync(self._folder)
 
     def release(self) -> None:

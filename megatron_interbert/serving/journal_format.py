@@ -169,14 +169,11 @@ def read_from_old_place(
 ) -> tuple[list[Record], Mark]:
     """Give all changes of a journal to a version that knows only a number of bytes.
 
-    To make a change again that is in the version already does no harm: what comes last of an item
-    counts.
+    Replaying a change that the version already holds does no harm: the last change of an item counts.
     """
     if content is None:
         if place:
-            raise UsageError(
-                f"{where}: {MISSING}; {MEND}"
-            )
+            raise UsageError(f"{where}: {MISSING}; {MEND}")
         return [], Mark("", 0, "")
 
     first = content.sums[0]

@@ -8,6 +8,7 @@ checkpoint can run code. Fragments of fp32 weights and moments are cut anew when
 and does not cut tensor-parallel slices there).
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -15,7 +16,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -297,14 +298,20 @@ class Checkpoints:
 
         self._ours.add(final.name)
         best = f"{STEP_FOLDER}{snapshot.manifest['best']['step']}"
-        for step in (lambda: self._move_pointers(final, best), lambda: snapshot.prune and self._prune(final, best)):
-            try:
-                step()
-            except (OSError, UsageError) as error:  # the checkpoint is there all the same
-                self._messages.append(
-                    f"note: {final.parent}: pointers or old checkpoints could not be brought up to date ({error})"
-                )
+        with self._noted(final.parent, "the pointers could not be moved"):
+            self._move_pointers(final, best)
+        if snapshot.prune:
+            with self._noted(final.parent, "old checkpoints could not be removed"):
+                self._prune(final, best)
         return None
+
+    @contextlib.contextmanager
+    def _noted(self, folder: Path, what: str) -> Iterator[None]:
+        """Note a failure of what follows a commit: the checkpoint is there all the same."""
+        try:
+            yield
+        except (OSError, UsageError) as error:
+            self._messages.append(f"note: {folder}: {what} ({error})")
 
     def _move_pointers(self, final: Path, best: str) -> None:
         """Have the pointers name the newest and the best checkpoint."""
@@ -382,10 +389,9 @@ class Checkpoints:
         """Link the best checkpoint, where it lies in --save already."""
         if not self.state.is_main or not self.config.save:
             return
-        try:
-            self._link_best(Path(self.config.save), f"{STEP_FOLDER}{progress.best_step}")
-        except OSError as error:
-            self._messages.append(f"note: {self.config.save}: the link {BEST} cannot be made ({error})")
+        folder = Path(self.config.save)
+        with self._noted(folder, f"the link {BEST} could not be made"):
+            self._link_best(folder, f"{STEP_FOLDER}{progress.best_step}")
 
 
 def to_prune(newest_first: list[Path], keep_last: int, keep_every: int, best: str = "") -> list[Path]:

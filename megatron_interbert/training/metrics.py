@@ -27,10 +27,9 @@ def memory_gib(device: torch.device) -> float:
 class Records:
     """metrics.jsonl: one JSON object a line. Records past the step that is resumed from are dropped first."""
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        self.path, self.first_step = path, first_step
+    def __init__(self, path: Path, first_step: int, say: Callable[[str], None]) -> None:
+        self.path, self.first_step, self.say = path, first_step, say
         self._begun = False
-        self.dropped = 0  # lines that were no records
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Append a record of named figures; OSError where it cannot be, then nothing of it is there."""
@@ -44,16 +43,15 @@ class Records:
     def _begin(self) -> None:
         """Keep the records up to the first step, in a file that is written beside and renamed."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        for line in self._lines():
-            step = step_of(line)
-            if step is None:
-                self.dropped += 1
-            elif step <= self.first_step:
-                kept.append(line + "\n")
-
+        lines = self._lines()
+        records = [line for line in lines if step_of(line) is not None]
+        kept = [line + "\n" for line in records if step_of(line) <= self.first_step]
         write_text(self.path, "".join(kept))
         self._begun = True
+
+        if len(records) < len(lines):
+            dropped = len(lines) - len(records)
+            self.say(f"note: {self.path}: {dropped} lines were no records and are dropped")
 
     def _lines(self) -> list[str]:
         try:
@@ -93,7 +91,7 @@ class MetricsWriter:
         if sys.stderr.isatty():
             self.bar = tqdm(total=train_iters, initial=first_step, unit="step", dynamic_ncols=True)
         if save:
-            self.sinks.append(Records(Path(save) / RECORDS, first_step))
+            self.sinks.append(Records(Path(save) / RECORDS, first_step, self.say))
         if tensorboard_dir or save:
             self.sinks.append(
                 Board(Path(tensorboard_dir or Path(save) / "tensorboard"), first_step)
@@ -113,10 +111,6 @@ class MetricsWriter:
 
         for sink in self.sinks:
             self._try(sink.path, lambda sink=sink: sink.write(step, prefix, values))
-            dropped = getattr(sink, "dropped", 0)
-            if dropped:
-                self.say(f"note: {sink.path}: {dropped} lines were no records and are dropped")
-                sink.dropped = 0
 
         self.say(self._line(step, values, summary, prefix))
 
@@ -126,9 +120,7 @@ class MetricsWriter:
             write()
         except OSError as error:
             if path not in self._failing:
-                self.say(
-                    f"note: {path} cannot be written ({error.strerror}); training goes on"
-                )
+                self.say(f"note: {path} cannot be written ({error.strerror}); training goes on")
             self._failing.add(path)
             return
 

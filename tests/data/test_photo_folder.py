@@ -7,25 +7,9 @@ import numpy as np
 import pytest
 
 from megatron_interbert.data.photo_folder import PhotoFolder, photos_in
+from tests.data.secret_photos import LONG
 
-SECRET = b"what nobody outside of this folder may see"
-LONG = "x" * 300
 ESCAPES = ["../secret/private", "sub/../../secret/private", "/etc/passwd", "ABSOLUTE", ".", "..", "", "a\0b", "sub//inner", LONG]
-
-
-@pytest.fixture
-def photos(tmp_path):
-    """A folder of photos beside a secret one."""
-    (tmp_path / "secret").mkdir()
-    (tmp_path / "secret" / "private.jpg").write_bytes(SECRET)
-    folder = tmp_path / "photos"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "plain.jpg").write_bytes(b"jpeg")
-    (folder / "picture.png").write_bytes(b"png")
-    (folder / "both.png").write_bytes(b"second")
-    (folder / "both.jpg").write_bytes(b"first")
-    (folder / "sub" / "inner.jpeg").write_bytes(b"inner")
-    return folder
 
 
 def test_photos_are_found_by_their_names(photos):

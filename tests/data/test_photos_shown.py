@@ -12,22 +12,8 @@ from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.serving.app import picture_of
 from tests.corpus import write_store
 from tests.data.hostile import renew
+from tests.data.secret_photos import LONG, SECRET
 from tests.launching import launch
-
-SECRET = b"what nobody outside of this folder may see"
-LONG = "x" * 300
-
-
-@pytest.fixture
-def photos(tmp_path):
-    """A folder of photos beside a secret one."""
-    (tmp_path / "secret").mkdir()
-    (tmp_path / "secret" / "private.jpg").write_bytes(SECRET)
-    folder = tmp_path / "photos"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "plain.jpg").write_bytes(b"jpeg")
-    (folder / "sub" / "inner.jpeg").write_bytes(b"inner")
-    return folder
 
 
 def renamed(path, names):
