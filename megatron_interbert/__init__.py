@@ -5,6 +5,7 @@ Importing the package registers its Auto classes with transformers, without impo
 
 import importlib
 import os
+import signal
 import sys
 import warnings
 from importlib.machinery import ModuleSpec
@@ -15,6 +16,11 @@ __version__ = "0.1.0"
 
 if os.environ.get("DS_ACCELERATOR") == "":  # DeepSpeed takes it for the name of a device
     del os.environ["DS_ACCELERATOR"]
+
+_is_command = sys.argv[:1] == ["-m"]  # what Python writes there until it has found the module to run
+if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C while torch is imported ends the process without a traceback; run_entry takes it back.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _register_auto_classes() -> None:

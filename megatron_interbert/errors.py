@@ -82,6 +82,8 @@ def run_entry(main: Callable[[], None]) -> None:
     `local = True` (a bad record that one rank alone has read).
     """
     speak_any_language()
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except (UsageError, TrainingStopped) as error:

@@ -13,12 +13,15 @@ KEY = "a key of tests"
 
 
 class Service:
-    """`with Service(flags) as service`: service.url, service.call(method, path, body); ends with SIGTERM."""
+    """`with Service(flags) as service`: service.url, service.call(method, path, body); ends with SIGTERM.
 
-    def __init__(self, *flags, key=KEY):
+    `through` may wrap the command, for limits of that process alone.
+    """
+
+    def __init__(self, *flags, key=KEY, through=list):
         command = [sys.executable, "-m", "megatron_interbert.serve", "--port", "0", *map(str, flags)]
         self.process = subprocess.Popen(
-            command,
+            through(command),
             cwd=ROOT,
             env={**ENVIRONMENT, "INTERBERT_API_KEY": key},
             text=True,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -148,3 +149,24 @@ def test_preflight_looks_at_what_would_be_resumed(store, tmp_path):
     code, out, err = launch(*command, "--fast", "--save", run, "--model", "sample")
     assert code == 2
     assert f"{run}/global_step1: made with other model sizes (" in out
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "evaluate", "serve", "preflight"])
+def test_ctrl_c_during_the_imports_is_no_traceback(command, tmp_path):
+    """A torch that is interrupted while it is imported: seconds on a cold disk, where users change their minds."""
+    (tmp_path / "torch").mkdir()
+    interrupted = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    (tmp_path / "torch" / "__init__.py").write_text(interrupted)
+    path = f"{tmp_path}:{ROOT}"
+    whole = (sys.executable, "-m", f"megatron_interbert.{command}", "--help")
+    code, out, err = launch(*whole, warm=False, cwd=tmp_path, timeout=30, PYTHONPATH=path)
+    assert (code, out, err) == (-signal.SIGINT, "", "")
+
+
+def test_the_package_leaves_the_signals_of_a_program_that_imports_it_alone():
+    program = (
+        "import signal, megatron_interbert;"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    )
+    code, out, err = launch(sys.executable, "-c", program, warm=False)
+    assert code == 0, out + err

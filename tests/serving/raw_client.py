@@ -1,7 +1,6 @@
 """Bytes over sockets of our own, for what no client library would send; and a service beside a limit of descriptors."""
 
 import contextlib
-import resource
 import socket
 import time
 
@@ -57,12 +56,6 @@ def held(url, count, sent=b""):
             line.close()
 
 
-@contextlib.contextmanager
-def descriptors(most):
-    """Processes that are started meanwhile have so many descriptors."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+def limited(most, command):
+    """Give a command for one process that may open so many descriptors; this one may have more open."""
+    return ["bash", "-c", f'ulimit -n {most}; exec "$@"', "-", *command]
