@@ -8,15 +8,15 @@ checkpoint can run code. Fragments of fp32 weights and moments are cut anew when
 and does not cut tensor-parallel slices there).
 """
 
-import contextlib
 import dataclasses
 import math
 import os
+import queue
 import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,37 +27,23 @@ import torch.distributed as dist
 
 from megatron_interbert.config import ModelConfig, TrainConfig
 from megatron_interbert.errors import TrainingStopped, UsageError
-from megatron_interbert.files import file_entry, flush_folder, is_there, point_to, write_bytes, write_text
+from megatron_interbert.files import file_entry, write_bytes
 from megatron_interbert.model.partition import full_shape
 from megatron_interbert.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.fragments import FragmentedState
-from megatron_interbert.training.resume import (
-    POINTER,
-    Claim,
-    changed_rate,
-    changed_settings,
-    check_same_run,
-    partial_folder,
-    renewed,
-    set_aside,
-)
+from megatron_interbert.training.resume import changed_rate, changed_settings, check_same_run
+from megatron_interbert.training.run_folder import Claim, RunFolder
 from megatron_interbert.weights.files import TensorLayout, write_tensors
 from megatron_interbert.weights.manifest import (
-    BEST,
-    MANIFEST,
     STEP_FOLDER,
     VOCABULARY,
-    complete_checkpoints,
-    of_right_size,
-    verify,
     versions,
     weights_name,
     write_manifest,
 )
 from megatron_interbert.weights.reader import KINDS, CheckpointReader, describe_pieces, piece_key
 
-MEGATRON_POINTER = "latest_checkpointed_iteration.txt"
 FAILURES_ALLOWED = 1  # a save that fails is reported and training goes on; a second one in a row ends the run
 
 
@@ -129,15 +115,14 @@ class Checkpoints:
     ) -> None:
         self.config, self.model_config, self.state, self.data, self.metric = config, model_config, state, data, metric
         self.vocabulary = Path(vocabulary).read_bytes()  # goes into every checkpoint; the file may be gone by then
-        self._claim = claim or Claim()  # held open: it keeps other runs out of --save
-        self._ours: set[str] = set()  # names of checkpoints that this run has made or resumed from
-        self._token = state.gather(f"{os.getpid()}-{time.time_ns()}")[0]
+        self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()  # of the thread, for the log
+        token = state.gather(f"{os.getpid()}-{time.time_ns()}")[0]
+        self.folder = RunFolder(Path(config.save), claim or Claim(), token, self._messages.put)
         self.revision = git_revision()
         self._host: dict[str, dict[str, torch.Tensor]] = {}
         self._thread: threading.Thread | None = None
         self._problem: Problem | None = None
         self._failures = 0
-        self._messages: list[str] = []
         self.newest: Path | None = None  # that a run with this --save or --load resumes from
         # Threads that write must not share the groups on which training communicates.
         self._group = None
@@ -165,13 +150,19 @@ class Checkpoints:
         self._thread.join()
         self._thread = None
         self._failures = self._failures + 1 if self._problem else 0
-        if self._problem and self._problem.hopeless:
-            raise TrainingStopped(f"{self.config.save}: {self._problem.text}")
+        if self.hopeless:
+            raise TrainingStopped(self.hopeless)
         if self._failures > allowed:
             raise TrainingStopped(
                 f"{self.config.save}: the checkpoint cannot be written ({self._problem.text});"
                 " make room there and give the same command again"
             )
+
+    @property
+    def hopeless(self) -> str:
+        """What the last save has met that no later one can mend; the ranks hear of it one by one."""
+        problem = self._problem
+        return f"{self.config.save}: {problem.text}" if problem and problem.hopeless else ""
 
     def writing(self) -> bool:
         """Whether a save is under way in the background."""
@@ -179,7 +170,9 @@ class Checkpoints:
 
     def messages(self) -> list[str]:
         """Lines about saves that have ended since the last call, for the log."""
-        lines, self._messages = self._messages, []
+        lines = []
+        while not self._messages.empty():
+            lines.append(self._messages.get())
         return lines
 
     def _snapshot(self, engine: Engine, progress: Progress) -> Snapshot:
@@ -229,8 +222,8 @@ class Checkpoints:
     # What follows up to `load` runs in the thread.
 
     def _write(self, snapshot: Snapshot, started: float, copied: float) -> None:
-        final = Path(self.config.save) / f"{STEP_FOLDER}{snapshot.step}"
-        work = partial_folder(final, self._token)
+        final = self.folder.path / f"{STEP_FOLDER}{snapshot.step}"
+        work = self.folder.partial(final)
         outcome: dict[str, Any] | Problem
         try:
             outcome = self._write_files(snapshot, work)
@@ -257,19 +250,19 @@ class Checkpoints:
             self._problem = Problem(f"the ranks could not agree on it ({' '.join(str(error).split())[:120]})")
 
         if self._problem:
-            self._messages.append(
+            self._messages.put(
                 f"checkpoint {final} could not be written: {self._problem.text}; the one before is untouched"
             )
         else:
             self.newest = final
             stall, total = copied - started, time.monotonic() - started
-            self._messages.append(f"saved {final} (training waited {stall:.2f} s, on disk after {total:.2f} s)")
+            self._messages.put(f"saved {final} (training waited {stall:.2f} s, on disk after {total:.2f} s)")
 
     def _write_files(self, snapshot: Snapshot, work: Path) -> dict[str, Any]:
         """This rank's files, flushed; {name: {bytes, sha256}}."""
         for tensors in snapshot.files.values():
             check_finite(tensors)
-        self._claim = renewed(self._claim, work.parent)
+        self.folder.renew()
         work.mkdir(parents=True, exist_ok=True)
         state, entries = self.state, {}
         for kind, tensors in snapshot.files.items():
@@ -285,72 +278,18 @@ class Checkpoints:
         return self.state.gather(value, self._group)
 
     def _publish(self, work: Path, final: Path, snapshot: Snapshot, files: dict[str, Any]) -> Problem | None:
-        """Write the manifest, rename, move pointers, prune; what went wrong, if anything did before the rename."""
+        """Write the manifest, publish, move pointers, prune; what went wrong before it was published, if anything did."""
         try:
             write_manifest(work, {**snapshot.manifest, "files": files})
-            flush_folder(work)
-            if is_there(final):
-                self._make_way(final)
-            os.rename(work, final)
-            flush_folder(final.parent)
+            self.folder.publish(work, final)
         except (OSError, UsageError) as error:
             return Problem(str(error))
 
-        self._ours.add(final.name)
         best = f"{STEP_FOLDER}{snapshot.manifest['best']['step']}"
-        with self._noted(final.parent, "the pointers could not be moved"):
-            self._move_pointers(final, best)
+        self.folder.move_pointers(final, best)
         if snapshot.prune:
-            with self._noted(final.parent, "old checkpoints could not be removed"):
-                self._prune(final, best)
+            self.folder.prune(final, best, self.config.keep_last, self.config.keep_every)
         return None
-
-    @contextlib.contextmanager
-    def _noted(self, folder: Path, what: str) -> Iterator[None]:
-        """Note a failure of what follows a commit: the checkpoint is there all the same."""
-        try:
-            yield
-        except (OSError, UsageError) as error:
-            self._messages.append(f"note: {folder}: {what} ({error})")
-
-    def _move_pointers(self, final: Path, best: str) -> None:
-        """Have the pointers name the newest and the best checkpoint."""
-        write_text(final.parent / POINTER, final.name)
-        write_text(final.parent / MEGATRON_POINTER, final.name.removeprefix(STEP_FOLDER))
-        self._link_best(final.parent, best)
-
-    def _link_best(self, folder: Path, best: str) -> None:
-        """Link the best checkpoint where it is there. A folder of that name, as copies have it, is replaced."""
-        link = folder / BEST
-        if best == f"{STEP_FOLDER}0" or not (folder / best).is_dir():
-            return
-        if link.is_dir() and not link.is_symlink() and self._claim.locked:
-            os.rename(link, folder / f"unused-{BEST}-{time.time_ns()}")
-        point_to(link, best)
-
-    def _make_way(self, final: Path) -> None:
-        """Set aside what has a new checkpoint's name; UsageError where it is one, which this run has not made."""
-        if not self._claim.locked or (is_there(final / MANIFEST) and verify(final) is None):
-            raise UsageError(
-                f"{final} is there already and not of this run; do two runs write to {final.parent}?"
-                " Give each its own --save"
-            )
-        set_aside(final)
-
-    def _prune(self, made: Path, best: str) -> None:
-        """Remove old checkpoints, never the one just made, and none for the sake of one that is torn.
-
-        Where there are no locks, only what this run has made or resumed from.
-        """
-        found = complete_checkpoints(made.parent)
-        if not self._claim.locked:
-            found = [path for path in found if path.name in self._ours]
-        whole = [path for path in found if path == made or of_right_size(path)]
-        for old in to_prune(whole, self.config.keep_last, self.config.keep_every, best):
-            if old == made:
-                continue
-            os.rename(old, doomed := partial_folder(old, self._token))  # a kill halfway must not leave half a checkpoint
-            shutil.rmtree(doomed)
 
     def load(self, engine: Engine, path: Path) -> Progress:
         """Weights, optimizer and progress from a verified checkpoint; UsageError when it is of another run."""
@@ -371,8 +310,7 @@ class Checkpoints:
                 print(f"resharding {path.name}: {before} -> {now}", flush=True)
         FragmentedState(engine).fill(reader, manifest["training_state"])
         self.newest = path
-        if path.parent == Path(self.config.save):
-            self._ours.add(path.name)
+        self.folder.count_as_ours(path)
         best = manifest.get("best", {})
         if best.get("metric", self.metric) != self.metric:  # figures of another kind do not compare
             best = {}
@@ -387,17 +325,8 @@ class Checkpoints:
 
     def point_to_best(self, progress: Progress) -> None:
         """Link the best checkpoint, where it lies in --save already."""
-        if not self.state.is_main or not self.config.save:
-            return
-        folder = Path(self.config.save)
-        with self._noted(folder, f"the link {BEST} could not be made"):
-            self._link_best(folder, f"{STEP_FOLDER}{progress.best_step}")
-
-
-def to_prune(newest_first: list[Path], keep_last: int, keep_every: int, best: str = "") -> list[Path]:
-    """Checkpoints to remove: all but the last N (0: none is removed), those whose step is a multiple of M, and the best."""
-    old = [path for path in newest_first[keep_last:] if path.name != best] if keep_last else []
-    return [path for path in old if not keep_every or int(path.name[len(STEP_FOLDER) :]) % keep_every]
+        if self.state.is_main and self.config.save:
+            self.folder.point_to_best(f"{STEP_FOLDER}{progress.best_step}")
 
 
 def topology(config: TrainConfig, state: ParallelState) -> dict[str, int]:

@@ -69,7 +69,7 @@ class Trainer:
         try:
             self.run_steps()
             self.integrity.wait(SECONDS_TO_VERIFY)  # at least small stores as a whole
-            self.stopping.agree_on_data(self.integrity.problem)
+            self.stopping.agree_on(self.problem)
             self.checkpoints.wait()
         except BaseException:
             # The newest checkpoint must not be lost to the reason for which the run ends.
@@ -90,6 +90,16 @@ class Trainer:
         """Whether all steps of the run are done."""
         return self.progress.step >= self.config.train_iters or self.out_of_patience()
 
+    @property
+    def problem(self) -> str:
+        """What has been found beside the steps, on this rank, that ends the run."""
+        if self.integrity.problem:
+            return (
+                f"{self.integrity.problem}. What this run has trained on is not known, and it saves no"
+                " more; its checkpoints so far are whole"
+            )
+        return self.checkpoints.hopeless
+
     def run_steps(self) -> None:
         """Train step by step until the run is complete or all ranks agree to stop."""
         self.make_up_for_evaluation()
@@ -105,7 +115,7 @@ class Trainer:
             self.integrity.start()  # after loader processes were forked
 
             self.progress.owes_evaluation |= self.evaluation_is_due(step)
-            ended = bool(self.stopping.agreed(step, self.integrity.problem)) or self.complete
+            ended = bool(self.stopping.agreed(step, self.problem)) or self.complete
             if step % self.config.log_interval == 0 or ended:
                 self.log()
 
@@ -161,7 +171,9 @@ class Trainer:
             f" nothing is saved, {self.checkpoints.newest} stands"
         )
         if self.complete:
-            raise TrainingStopped(f"{text}; lower --lr, or look at the data of these steps")
+            raise TrainingStopped(
+                f"{text}; lower --lr, look at the data of these steps, or end before them (--train-iters)"
+            )
         self.writer.say(text)
 
     def make_up_for_evaluation(self) -> None:

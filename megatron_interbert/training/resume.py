@@ -3,26 +3,20 @@
 import contextlib
 import copy
 import dataclasses
-import fcntl
 import functools
-import os
-import shutil
-import socket
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_interbert.config import ModelConfig, TrainConfig
 from megatron_interbert.errors import Unreadable, UsageError
-from megatron_interbert.files import HELD, list_folder, open_lock
+from megatron_interbert.files import list_folder
 from megatron_interbert.parallel.agreement import some, together
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.optimizer import learning_rate
+from megatron_interbert.training.run_folder import DAMAGED, POINTER, remove_leftovers, set_aside
 from megatron_interbert.weights.manifest import (
     BEST,
     MANIFEST,
-    STEP_FOLDER,
     complete_checkpoints,
     read_manifest,
     step_folders,
@@ -35,84 +29,6 @@ SCHEDULE = (
     *("adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "lr_milestones"),
     *("lr_decay_factor", "ema_decay"),
 )
-LOCK = ".lock"
-PARTIAL = ".partial"
-DAMAGED = "damaged-"
-POINTER = "latest"  # a file that names the newest checkpoint
-
-
-@dataclass
-class Claim:
-    """What rank 0 holds of a run's --save; the other ranks hold nothing."""
-
-    handle: int | None = None  # of the lock file; open as long as the run lives
-    locked: bool = False  # only who has the lock may rename or remove what is not its own
-
-
-def claim_folder(folder: str, state: ParallelState) -> Claim:
-    """Lock --save for this run, on rank 0; UsageError on all ranks when another run holds it."""
-    claim, problem = Claim(), None
-    if folder and state.is_main:
-        try:
-            claim = lock_folder(Path(folder))
-        except UsageError as error:
-            problem = str(error)
-
-    problem = state.gather(problem)[0]
-    if problem:
-        raise UsageError(problem)
-    return claim
-
-
-def renewed(claim: Claim, folder: Path) -> Claim:
-    """Give a claim that holds for a folder as it is now: somebody may have removed it, and its lock.
-
-    UsageError where another run has taken it since.
-    """
-    if claim.handle is None:
-        return claim
-
-    try:
-        there, ours = os.stat(folder / LOCK), os.fstat(claim.handle)
-        if os.path.samestat(there, ours):
-            return claim
-    except FileNotFoundError:
-        pass
-    return lock_folder(folder)
-
-
-def lock_folder(folder: Path) -> Claim:
-    """Make the folder and take its lock, one of the process: workers forked later do not inherit it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open_lock(folder / LOCK)
-    except OSError as error:
-        raise UsageError(
-            f"--save {folder}: nothing can be written there ({error.strerror}); choose another folder"
-        ) from error
-
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in HELD:
-            holder = " ".join(os.pread(handle, 200, 0).decode("utf-8", "replace").split())
-            raise UsageError(
-                f"--save {folder}: another run writes there ({holder}); end that process (SIGTERM: it"
-                " saves first), or choose another --save"
-            ) from None
-        print(
-            f"note: --save {folder} cannot be locked ({error.strerror}): nothing that lies there is"
-            " renamed or cleaned up by this run; see that no other run writes there",
-            flush=True,
-        )
-        return Claim(handle)
-
-    with contextlib.suppress(OSError):  # a full disk: the name is only for people
-        if os.fstat(handle).st_nlink > 1:  # a backup by hard links shares this file, or somebody planted it
-            return Claim(handle, locked=True)
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    return Claim(handle, locked=True)
 
 
 def keep_fitted(config: TrainConfig, state: ParallelState) -> None:
@@ -193,13 +109,6 @@ def find_checkpoint(config: TrainConfig, state: ParallelState, locked: bool = Tr
     return None
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a run has left that was killed while it wrote."""
-    for name in list_folder(folder):
-        if name.startswith(f".{STEP_FOLDER}") and name.endswith(PARTIAL):
-            shutil.rmtree(folder / name, ignore_errors=True)
-
-
 def newest_sound(candidates: list[Path], state: ParallelState, rename: bool) -> Path | None:
     """Give the first of some checkpoints whose files are as they were written; all ranks check.
 
@@ -251,22 +160,6 @@ def _candidates(folder: Path, state: ParallelState) -> list[Path]:
             if path not in found and path.is_dir():
                 print(f"note: {path} has no {MANIFEST}: not a checkpoint of ours, or damaged; it is not counted", flush=True)
     return state.gather(found)[0]
-
-
-def set_aside(path: Path) -> None:
-    """Give a folder a name under which nothing takes it for a checkpoint; UsageError where it cannot be."""
-    try:
-        os.rename(path, path.with_name(f"{DAMAGED}{path.name}-{time.time_ns()}"))
-    except OSError as error:
-        raise UsageError(f"{path}: damaged, and cannot be set aside ({error.strerror})") from error
-
-
-def partial_folder(final: Path, token: str = "") -> Path:
-    """Where a checkpoint grows before it is renamed, and where it goes to be removed.
-
-    `token` keeps two runs apart that write to one folder where there are no locks.
-    """
-    return final.with_name(f".{final.name}{token and '.'}{token}{PARTIAL}")
 
 
 def resumed_batch(path: Path | None) -> int:

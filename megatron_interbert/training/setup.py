@@ -41,13 +41,12 @@ from megatron_interbert.training.micro_batch import Trial, choose_micro_batch, s
 from megatron_interbert.training.node_facts import facts_of_run
 from megatron_interbert.training.processes import describe_launch, start_processes
 from megatron_interbert.training.resume import (
-    Claim,
-    claim_folder,
     find_checkpoint,
     keep_fitted,
     resumed_batch,
     resumed_micro_batch,
 )
+from megatron_interbert.training.run_folder import Claim, claim_folder
 from megatron_interbert.training.stopping import Stopping
 from megatron_interbert.training.watchdog import Watchdog
 

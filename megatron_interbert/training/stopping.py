@@ -54,34 +54,31 @@ class Stopping:
             os.write(2, line.encode())
         self._noted = self._noted or number
 
-    def agreed(self, step: int, bad_data: str = "") -> str:
+    def agreed(self, step: int, problem: str = "") -> str:
         """Vote after a step, on all ranks: the same `reason` on all to end now, or an empty string.
 
-        TrainingStopped on all ranks where one of them has found `bad_data`.
+        TrainingStopped on all ranks where one of them has a `problem` that ends the run.
         """
         minutes = self.config.exit_duration_in_mins
         late = bool(minutes) and time.monotonic() - self.started > minutes * 60
         if self._command and grandparent() != self._command:
             self._note(signal.SIGHUP)
 
-        vote = torch.tensor([self._noted, late, self._save_is_due(), bool(bad_data)], dtype=torch.int64)
+        vote = torch.tensor([self._noted, late, self._save_is_due(), bool(problem)], dtype=torch.int64)
         if self._group is not None:
             dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._group)
         self._signal, self._late = int(vote[0]), bool(vote[1])
         self.save_is_due = bool(vote[2])
         if vote[3]:
-            self.agree_on_data(bad_data)
+            self.agree_on(problem)
         self.reason = self._in_words(step)
         return self.reason
 
-    def agree_on_data(self, problem: str) -> None:
-        """TrainingStopped on all ranks where one of them has found its data not as they were written."""
+    def agree_on(self, problem: str) -> None:
+        """Raise TrainingStopped on all ranks where one of them has a problem."""
         found = next((text for text in self.state.gather(problem, self._group) if text), "")
         if found:
-            raise TrainingStopped(
-                f"{found}. What this run has trained on is not known, and it saves no more; its"
-                " checkpoints so far are whole"
-            )
+            raise TrainingStopped(found)
 
     def _save_is_due(self) -> bool:
         """Whether the clock of rank 0 asks for a checkpoint."""

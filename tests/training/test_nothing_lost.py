@@ -17,8 +17,8 @@ from megatron_interbert.data import integrity
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import open_lock, point_to, sibling, write_text
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.training import resume
-from megatron_interbert.training.checkpoint import Checkpoints, NotFinite, Snapshot, check_finite
+from megatron_interbert.training import resume, run_folder
+from megatron_interbert.training.checkpoint import NotFinite, check_finite
 from megatron_interbert.training.deepspeed_config import agree_with_json
 from megatron_interbert.training.metrics import MetricsWriter
 from megatron_interbert.weights.manifest import complete_checkpoints, verify
@@ -218,6 +218,16 @@ def test_state_that_is_not_finite_is_not_saved():
             check_finite({"fine": torch.ones(3), "layer": tensor})
 
 
+def test_a_run_ends_when_a_save_has_met_infinity(made, tmp_path):
+    """Long before the next checkpoint is due: what it would train until then is lost."""
+    rate = ("--lr", 3e38, "--lr-warmup-fraction", 0)
+    flags = ("--train-iters", 2000, "--save-interval", 1, "--max-bad-steps", 1000)
+    code, out, err = train(made[0], tmp_path / "run", *rate, *flags)
+    assert "elements that are not finite and is not saved: the run has diverged" in one_line(code, err, 1)
+    assert not names(tmp_path / "run")
+    assert "train step 100/" not in out
+
+
 def test_metrics_never_stop_a_run(made, run):
     """Odd lines, a folder in place of the file, a file in place of the board's folder: a note, and training goes on."""
     records = run / "metrics.jsonl"
@@ -366,14 +376,13 @@ def test_without_locks_nothing_of_another_run_is_renamed(made, run, monkeypatch,
     def no_locks(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(resume.fcntl, "lockf", no_locks)
+    monkeypatch.setattr(run_folder.fcntl, "lockf", no_locks)
     state = ParallelState()
-    claim = resume.claim_folder(str(run), state)
+    claim = run_folder.claim_folder(str(run), state)
     assert not claim.locked
-    assert (
-        "cannot be locked (No locks available): nothing that lies there is renamed"
-        in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "cannot be locked (No locks available): nothing that lies there is renamed" in said
+
     flip(weights_of(run, 12))
     (run / ".global_step15.other.partial").mkdir()
     config = type("Config", (), {"save": str(run), "load": "", "resume": "auto"})
@@ -381,28 +390,22 @@ def test_without_locks_nothing_of_another_run_is_renamed(made, run, monkeypatch,
     assert resume.find_checkpoint(config, state, claim.locked) == run / "global_step9"
     assert names(run) == before
 
-    for step in (12,):
-        shutil.rmtree(run / f"global_step{step}")
-        shutil.copytree(made[1] / f"global_step{step}", run / f"global_step{step}")
-    ours = Checkpoints.__new__(Checkpoints)
-    ours._claim, ours._token, ours._ours = claim, "ours", {"global_step99"}
-    ours.config = type("Keep", (), {"keep_last": 1, "keep_every": 0})
-    ours._prune(run / "global_step99", "")
+    shutil.rmtree(run / "global_step12")
+    shutil.copytree(made[1] / "global_step12", run / "global_step12")
+    ours = run_folder.RunFolder(run, claim, "ours", print)
+    ours.prune(run / "global_step99", "", keep_last=1, keep_every=0)
     assert names(run) == before, "the other run's are not ours to prune"
 
-    for locked in (
-        False,
-        True,
-    ):  # the other run's is whole: not even who has the lock may take its name
-        checkpoints = Checkpoints.__new__(Checkpoints)
-        checkpoints._claim = resume.Claim(locked=locked)
-        work = run / ".global_step12.ours.partial"
-        work.mkdir()
-        snapshot = Snapshot(12, {}, {}, {"topology": {}, "best": {"step": 0}})
-        problem = checkpoints._publish(work, run / "global_step12", snapshot, {})
-        assert "is there already and not of this run; do two runs write" in problem.text
-        assert verify(run / "global_step12") is None
-        shutil.rmtree(work)
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_a_checkpoint_of_another_run_keeps_its_name(run, locked):
+    """Not even who has the lock may take it."""
+    ours = run_folder.RunFolder(run, run_folder.Claim(locked=locked), "ours", print)
+    work = ours.partial(run / "global_step12")
+    work.mkdir()
+    with pytest.raises(UsageError, match="is there already and not of this run; do two runs write"):
+        ours.publish(work, run / "global_step12")
+    assert verify(run / "global_step12") is None
 
 
 def test_damage_that_rank_0_does_not_see_is_no_damage(run, monkeypatch):

@@ -13,8 +13,8 @@ import pytest
 
 from megatron_interbert.config import ModelConfig, RunConfig
 from megatron_interbert.errors import UsageError
-from megatron_interbert.training.checkpoint import to_prune
 from megatron_interbert.training.resume import check_same_run, newest_settings
+from megatron_interbert.training.run_folder import to_prune
 from megatron_interbert.weights.manifest import complete_checkpoints, read_manifest, verify
 from tests.launching import deepspeed, launch, losses, pretrain, start, train
 from tests.shared import needs_half_precision

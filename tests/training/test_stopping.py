@@ -8,6 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_interbert.config import RunConfig
+from megatron_interbert.errors import TrainingStopped
 from megatron_interbert.signals import STOPPING
 from megatron_interbert.training import stopping
 
@@ -32,6 +33,15 @@ def test_a_signal_in_the_middle_of_a_vote_is_not_lost(stop, monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", lambda vote, op, group: None)
     assert stop.agreed(2) == "SIGUSR1"
     assert stop.signal_number == signal.SIGUSR1
+
+
+def test_a_problem_of_one_rank_ends_all(stop, monkeypatch):
+    """The one that has it and the one that only hears of it in the vote."""
+    stop.state.gather = lambda value, group: [value, "a shard has changed"]
+    monkeypatch.setattr(dist, "all_reduce", lambda vote, op, group: vote.fill_(1))
+    for own in ("", "a shard has changed"):
+        with pytest.raises(TrainingStopped, match="a shard has changed"):
+            stop.agreed(1, own)
 
 
 def test_the_clock_of_rank_0_asks_for_checkpoints(stop, monkeypatch):
