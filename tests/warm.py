@@ -70,6 +70,7 @@ class WarmProcess:
         self._process.join(timeout)
         if self.returncode is None:
             raise subprocess.TimeoutExpired(self.args, timeout, self.so_far(), "".join(self._text["stderr"]))
+        atexit.unregister(self.kill)  # which would hold this object, and its pipes, to the end of all tests
         return self.returncode
 
     def communicate(self, timeout=None):

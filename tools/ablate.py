@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from megatron_interbert.config import ModelConfig, nearest
+from megatron_interbert.config import ModelConfig, nearest, read_json, read_text
 from megatron_interbert.data.manifest import HARD_NEGATIVES, MANIFEST
 from megatron_interbert.errors import TrainingStopped, UsageError, run_entry
 from megatron_interbert.files import write_json, write_text
@@ -115,7 +115,7 @@ class Run:
                 zero = ("--zero-shot",) if protocol == "zero-shot" else ()
                 self._call("evaluate", "retrieval", "--load", run, "--data-path", options.test_data_path, "--language", options.language,
                            *zero, "--output", result.parent)  # fmt: skip
-            found[protocol] = json.loads(result.read_text(encoding="utf-8"))["metrics"]
+            found[protocol] = read_json(result, "--output").get("metrics", {})
         return found
 
     def _model(self) -> str:
@@ -137,10 +137,11 @@ class Run:
     def _same(self, place: Path, command: list[str]) -> None:
         """UsageError where a stage was made with other flags; else it is written down what it is made with."""
         record = place.with_name(f"{place.name}.flags.json")
-        if record.is_file() and json.loads(record.read_text(encoding="utf-8")) != command:
+        text = json.dumps(command)
+        if record.is_file() and read_text(record, "--output") != text:
             raise UsageError(f"{place}: made with other options than now; choose another --output, or remove {self.folder}")
         record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(command), encoding="utf-8")
+        write_text(record, text)
 
     def _call(self, entry: str, *flags: object) -> None:
         command = [sys.executable, "-m", f"megatron_interbert.{entry}", *map(str, flags)]
@@ -200,7 +201,7 @@ def run() -> None:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    generated = bool(json.loads((Path(options.test_data_path) / MANIFEST).read_text(encoding="utf-8")).get("generated"))
+    generated = bool(read_json(Path(options.test_data_path) / MANIFEST, "--test-data-path").get("generated"))
     note = f"{options.train_iters} + {options.finetune_iters} steps of {options.batch_size}, seeds {options.seeds}" + (
         "; generated scenes" if generated else ""
     )
