@@ -31,11 +31,16 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def is_result(result: dict[str, Any]) -> bool:
-    """Whether it is what an evaluation writes: figures, which are numbers, and what they were made on."""
-    metrics = result.get("metrics")
-    numbers = isinstance(metrics, dict) and all(type(value) in (int, float) for value in metrics.values())
-    files = result.get("data", {}).get("files", {}) if isinstance(result.get("data", {}), dict) else None
-    return numbers and bool(metrics) and isinstance(files, dict) and isinstance(result.get("configuration", {}), dict)
+    """Whether it is what an evaluation writes: its task, figures, and what they were made on."""
+    metrics, data = result.get("metrics"), result.get("data", {})
+    if not isinstance(metrics, dict) or not isinstance(data, dict):
+        return False
+
+    named = all(isinstance(result.get(name), str) for name in ("task", "protocol"))
+    figures = bool(metrics) and all(type(value) in (int, float) for value in metrics.values())
+    files = data.get("files", {})
+    hashed = isinstance(files, dict) and all(isinstance(value, str) for value in files.values())
+    return named and figures and hashed and isinstance(result.get("configuration", {}), dict)
 
 
 def deciding(result: dict[str, Any]) -> list[Any]:

@@ -1,0 +1,461 @@
+"""Gives every command odd things in place of each file and folder that it takes.
+
+    python -m tests.campaigns.odd_input --mutations 20
+
+Missing and empty files, folders, garbage, wrong kinds of JSON, links that lead nowhere, and sound
+files with one part exchanged. Each attempt must end within its time, in success or in one line with
+exit code 2 (1 for work that failed), never in a traceback.
+"""
+
+import argparse
+import json
+import os
+import random
+import runpy
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tests.warm_imports  # noqa: F401  # once, for all that are forked
+from megatron_interbert.progress import progress
+from tests.corpus import write_store
+from tests.launching import ROOT
+
+SECONDS = 60.0  # that one attempt may take
+ODD_TEXTS = {
+    "empty": b"",
+    "a blank line": b"\n",
+    "garbage": bytes(range(256)) * 40,
+    "a list": b"[1, 2]\n",
+    "a number": b"7\n",
+    "a text": b'"text"\n',
+    "no number": b'{"x": NaN}\n',
+    "deep": b"[" * 5000,
+    "half": b'{"image_id": "im',
+    "another object": b'{"hello": {"world": [null]}}\n',
+    "another encoding": "image-1\t图\tzh\n".encode("gbk"),
+    "a wide row": b"a\t" * 3000 + b"\n",
+}
+ODD_PARTS = (None, True, -1, 1e308, "", "x" * 400, "../x", [], {}, [[1]], {"a": None}, 10**30)
+
+
+# Refused even with sound files: no detector is there, and an analysis would take minutes.
+ENDS_EARLY = ("tools/extract_features.py", "tools/ablate.py --model tiny --only no-such")
+
+
+@dataclass
+class Command:
+    """A module or script with sound arguments; `files` are those whose file is exchanged."""
+
+    name: str
+    arguments: dict[str, str]  # by flag; names without dashes are places
+    files: tuple[str, ...]
+
+    def line(self, **changes: str) -> list[str]:
+        """Its arguments, some of them changed."""
+        found = []
+        for flag, value in {**self.arguments, **changes}.items():
+            found += [flag, value] if flag.startswith("--") else [value]
+        return found
+
+
+class World:
+    """One sound file or folder of each kind."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.store = str(write_store(folder / "store", images=12))
+        names = [f"image-{number}" for number in range(12)]
+        self.captions = self.lines("captions", [{"image_id": n, "caption": "a cat"} for n in names])
+        self.items = self.lines("items", [{"item_id": n, "title": "a red cat"} for n in names])
+        self.topics = self.lines("topics", [{"topic_id": "t", "name": "cats", "keywords": ["cat"]}])
+        self.clicks = self.lines(
+            "clicks", [{"topic_id": "t", "item_id": n, "clicked": 1} for n in names]
+        )
+        queries = [{"query_id": n, "query_text": f"cat {n}", "item_ids": [n]} for n in names]
+        self.queries = self.lines("queries", queries)
+        self.annotations = self.lines("vcr", [vcr_question(n) for n in names])
+        result = {"metrics": {"R@1": 1.5}, "task": "retrieval", "protocol": "zero-shot"}
+        self.result = self.text("result.json", json.dumps(result))
+        self.settings = self.text("run.json", json.dumps({"lr": 1e-4, "train_iters": 1}))
+        self.engine = self.text("engine.json", json.dumps({"train_batch_size": 2}))
+        self.sizes = self.text(
+            "sizes.json", json.dumps({"hidden_size": 64, "num_attention_heads": 4})
+        )
+        self.names = self.text(
+            "names.txt", "\n".join(f"class {number}" for number in range(10)) + "\n"
+        )
+        self.ids = self.text("ids.txt", "\n".join(names) + "\n")
+        rows = "sentence\tlabel\n" + "a cat\t1\na dog\t0\n" * 8
+        self.glue = self.folder_of("glue", "train.tsv", rows)
+        self.text("glue/dev.tsv", rows)
+        self.photos = self.folder_of("photos", "image-1.jpg", "no picture")
+        self.weights = str(folder / "weights")
+        self.vcr_weights, self.glue_weights = f"{self.weights}-vcr", f"{self.weights}-glue"
+        header = "product_id image_h image_w num_boxes boxes features class_labels query query_id"
+        row = "1 4 4 0 - - - cat 7"
+        kdd = "".join(line.replace(" ", "\t").replace("-", "") + "\n" for line in (header, row))
+        self.kdd = self.text("kdd.tsv", kdd)
+        self.answers = self.text("answers.json", '{"7": [1]}')
+
+    def text(self, name: str, text: str) -> str:
+        """The path of a file with this content."""
+        (self.folder / name).write_text(text, encoding="utf-8")
+        return str(self.folder / name)
+
+    def lines(self, name: str, records: list) -> str:
+        """The path of a file with a JSON object on each line."""
+        return self.text(f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+    def folder_of(self, name: str, file: str, text: str) -> str:
+        """The path of a folder with one file in it."""
+        (self.folder / name).mkdir()
+        self.text(f"{name}/{file}", text)
+        return str(self.folder / name)
+
+
+def vcr_question(image: str) -> dict:
+    """A record of VCR's annotations."""
+    return {
+        "objects": ["person"],
+        "img_fn": image,
+        "annot_id": f"train-{image}",
+        "question": ["is", [0], "?"],
+        "answer_choices": [["a"], ["cat"], ["the"], ["old"]],
+        "answer_label": 2,
+        "rationale_choices": [["a"], ["the"], ["red"], ["runs"]],
+        "rationale_label": 3,
+    }
+
+
+def commands(world: World) -> list[Command]:
+    """Every command that reads what users bring."""
+    store, weights = world.store, world.weights
+    run = {
+        "--data-path": store,
+        "--train-iters": "1",
+        "--num-workers": "0",
+        "--micro-batch-size": "2",
+    }
+    run |= {"--save": "out", "--data-partitions": "4"}
+    tuned = {**run, "--model": "tiny", "--epochs": "1"}
+    read = {"--load": weights, "--data-path": store, "--output": "out"}
+    vcr, glue = {"--load": world.vcr_weights}, {"--load": world.glue_weights, "--task": "SST-2"}
+    of_run = (
+        "--data-path",
+        "--config",
+        "--deepspeed_config",
+        "--init-from",
+        "--load",
+        "--save",
+        "--vocab-file",
+    )
+    return [
+        Command("pretrain", {**run, "--model": "tiny"}, (*of_run, "--model", "--valid-data-path")),
+        Command(
+            "preflight", {**run, "--model": "tiny"}, ("--data-path", "--model", "--load", "--save")
+        ),
+        Command("finetune retrieval", tuned, (*of_run, "--valid-data-path")),
+        Command(
+            "finetune vcr",
+            {**tuned, "--annotations": world.annotations},
+            ("--annotations", "--annotated-path", "--valid-annotations"),
+        ),
+        Command(
+            "finetune glue",
+            {
+                **tuned,
+                "--task": "SST-2",
+                "--data-path": world.glue,
+                "--vocab-file": f"{store}/vocab.txt",
+            },
+            ("--data-path",),
+        ),
+        Command("finetune product_search", {**tuned, "--queries": world.queries}, ("--queries",)),
+        Command(
+            "finetune recommendation",
+            {**tuned, "--topics": world.topics, "--clicks": world.clicks},
+            ("--topics", "--clicks"),
+        ),
+        Command(
+            "evaluate retrieval", read, ("--load", "--data-path", "--output", "--image-folder")
+        ),
+        Command(
+            "evaluate vcr", {**read, **vcr, "--annotations": world.annotations}, ("--annotations",)
+        ),
+        Command(
+            "evaluate glue",
+            {**read, **glue, "--data-path": world.glue},
+            ("--data-path",),
+        ),
+        Command("evaluate product_search", {**read, "--queries": world.queries}, ("--queries",)),
+        Command(
+            "evaluate recommendation",
+            {**read, "--topics": world.topics, "--clicks": world.clicks},
+            ("--topics", "--clicks"),
+        ),
+        Command(
+            "evaluate topic_scores", {**read, "--topics": world.topics}, ("--topics", "--output")
+        ),
+        Command(
+            "serve --build-only",
+            {"--load": weights, "--data-path": store, "--items": world.items, "--index": "index"},
+            ("--load", "--data-path", "--items", "--index", "--image-folder", "--vocab-file"),
+        ),
+        Command(
+            "tools/build_features.py",
+            {"source": store, "--output": "out"},
+            (
+                "source",
+                "--output",
+                "--captions",
+                "--only",
+                "--class-names",
+                "--vocab-file",
+                "--image-ids",
+            ),
+        ),
+        Command(
+            "tools/inspect_features.py",
+            {"store": store},
+            ("store", "--photos", "--class-names", "--json"),
+        ),
+        Command("tools/mine_negatives.py", {"store": store}, ("store",)),
+        Command("tools/mine_neighbours.py", {"store": store}, ("store",)),
+        Command(
+            "tools/make_queries.py",
+            {"source": world.kdd, "--output": "out"},
+            ("source", "--answers"),
+        ),
+        Command(
+            "tools/convert_checkpoint.py --to sharded",
+            {"input": weights, "--output": "out"},
+            ("input", "--output", "--model", "--vocab-file", "--results"),
+        ),
+        Command("tools/summarise.py", {"results": world.result, "--output": "out"}, ("results",)),
+        Command("tools/plan.py", {"--model": world.sizes}, ("--model", "--output")),
+        Command(
+            "tools/extract_features.py",
+            {"photos": world.photos, "--detector": world.folder.name, "--output": "out"},
+            ("photos", "--detector", "--captions"),
+        ),
+        Command(
+            "tools/ablate.py --model tiny --only no-such",
+            {"--data-path": store, "--test-data-path": store, "--output": "out"},
+            ("--data-path", "--test-data-path"),
+        ),
+    ]
+
+
+def sound_files(world: World) -> dict[str, str]:
+    """A file of JSON for each flag, to be mutated."""
+    return {
+        "--config": world.settings,
+        "--deepspeed_config": world.engine,
+        "--model": world.sizes,
+        "--annotations": world.annotations,
+        "--queries": world.queries,
+        "--topics": world.topics,
+        "--clicks": world.clicks,
+        "--items": world.items,
+        "--captions": world.captions,
+        "--results": world.result,
+        "--answers": world.answers,
+        "results": world.result,
+    }
+
+
+def odd_things(folder: Path) -> Iterator[tuple[str, str]]:
+    """(Name, path) of each odd file or folder, made in `folder`."""
+    for name, data in ODD_TEXTS.items():
+        path = folder / f"{name.replace(' ', '-')}.json"
+        path.write_bytes(data)
+        yield name, str(path)
+    (folder / "empty-folder").mkdir()
+    (folder / "loop").symlink_to("loop")
+    yield "a folder", str(folder / "empty-folder")
+    yield "missing", str(folder / "missing.json")
+    yield "a link to itself", str(folder / "loop")
+    yield "beside a file", str(folder / "empty.json" / "below")
+    yield "a long name", str(folder / ("x" * 300))
+    yield "no name", ""
+    yield "/dev/null", "/dev/null"
+
+
+def exchanged(value: object, chance: random.Random) -> object:
+    """A JSON value with one part in it exchanged for an odd one."""
+    if isinstance(value, dict) and value and chance.random() < 0.9:
+        key = chance.choice(sorted(value))
+        if chance.random() < 0.1:
+            return {name: part for name, part in value.items() if name != key}
+        return {**value, key: exchanged(value[key], chance)}
+    if isinstance(value, list) and value and chance.random() < 0.7:
+        place = chance.randrange(len(value))
+        return [*value[:place], exchanged(value[place], chance), *value[place + 1 :]]
+    return chance.choice(ODD_PARTS)
+
+
+def mutated(path: str, chance: random.Random) -> str:
+    """The text of a file of JSON, or of lines of it, with one part exchanged."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    place = chance.randrange(len(lines))
+    lines[place] = json.dumps(exchanged(json.loads(lines[place]), chance))
+    return "\n".join(lines) + "\n"
+
+
+def end_of(command: Command, changes: dict[str, str], folder: Path) -> tuple[int, str]:
+    """(Exit code, minus the signal that ended it, or -1000 where it hung; all that was printed)."""
+    log = folder / "log"
+    child = os.fork()
+    if child == 0:
+        run_as_command(command, changes, folder, log)
+    deadline = time.monotonic() + SECONDS
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status), log.read_text(errors="replace")
+        if time.monotonic() > deadline:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return -1000, log.read_text(errors="replace")
+        time.sleep(0.005)
+
+
+def run_as_command(command: Command, changes: dict[str, str], folder: Path, log: Path) -> None:
+    """Become the command, as a shell starts it in `folder`; never returns."""
+    code = 70
+    try:
+        os.setsid()
+        os.chdir(folder)
+        handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        for number in (1, 2):
+            os.dup2(handle, number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        name, *first = command.name.split()
+        sys.argv = [name, *first, *command.line(**changes)]
+        if name.endswith(".py"):
+            sys.argv[0] = str(ROOT / name)
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        else:
+            sys.modules.pop(f"megatron_interbert.{name}", None)
+            runpy.run_module(f"megatron_interbert.{name}", run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def fault(code: int, printed: str) -> str:
+    """What is wrong with how a command has ended; empty where nothing is."""
+    if "Traceback" in printed:
+        return "a traceback"
+    if code == -1000:
+        return f"no end within {SECONDS:g} s"
+    if code not in (0, 1, 2):
+        return f"exit code {code}"
+    if code and "error" not in printed.strip().rpartition("\n")[2] and "error:" not in printed:
+        return "no line that says why"
+    return ""
+
+
+def attempts(
+    world: World, mutations: int, chance: random.Random
+) -> list[tuple[Command, str, str, str]]:
+    """(Command, flag, what is odd, path) of each attempt."""
+    things = world.folder / "odd"
+    things.mkdir()
+    found = [
+        (command, flag, name, path)
+        for name, path in odd_things(things)
+        for command in commands(world)
+        for flag in command.files
+    ]
+    sound = sound_files(world)
+    for command in commands(world):
+        for flag in command.files:
+            for number in range(mutations if flag in sound else 0):
+                name = f"mutation {number}"
+                path = things / f"{len(found)}{Path(sound[flag]).suffix}"
+                path.write_text(mutated(sound[flag], chance), encoding="utf-8")
+                found.append((command, flag, name, str(path)))
+    return found
+
+
+def make_weights(world: World) -> None:
+    """Train a step of each model that others load."""
+    saved = {
+        "pretrain": world.weights,
+        "finetune vcr": world.vcr_weights,
+        "finetune glue": world.glue_weights,
+    }
+    for command in commands(world):
+        if folder := saved.get(command.name):
+            code, printed = end_of(command, {"--save": folder}, world.folder)
+            assert code == 0, printed
+
+
+def hold_sound(world: World) -> None:
+    """Run every command as it is: attempts with odd files say nothing if the others are odd as well."""
+    for command in commands(world):
+        work = world.folder / "sound"
+        work.mkdir()
+        code, printed = end_of(command, {}, work)
+        assert code == 0 or command.name in ENDS_EARLY, f"{command.name}: {printed}"
+        shutil.rmtree(work)
+
+
+def run(mutations: int, share: float, seed: int, folder: Path) -> tuple[Counter, list[str]]:
+    """Make all attempts, or a random share of them; (exit codes, a text for each fault)."""
+    chance = random.Random(seed)
+    world = World(folder)
+    make_weights(world)
+    hold_sound(world)
+    chosen = [one for one in attempts(world, mutations, chance) if chance.random() < share]
+    codes: Counter = Counter()
+    faults = []
+    for command, flag, name, path in progress(chosen, desc="odd input", unit="attempt"):
+        work = folder / "work"
+        work.mkdir()
+        code, printed = end_of(command, {flag: path}, work)
+        codes[code] += 1
+        if wrong := fault(code, printed):
+            faults.append(f"{command.name} {flag} {name} ({path}): {wrong}\n{printed[-3000:]}")
+        shutil.rmtree(work)
+    return codes, faults
+
+
+def main() -> int:
+    """Parse the command line, run, print the counts and the faults."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--mutations", type=int, default=20, help="of each file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="of all attempts (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        codes, faults = run(options.mutations, options.share, options.seed, Path(folder))
+    print(*faults, sep="\n\n")
+    print(f"exit codes {dict(codes)}, {len(faults)} faults")
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
