@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from megatron_interbert.config import AUTO, LARGEST_SEED, flag, nearest, read_text
+from megatron_interbert.config import AUTO, LARGEST_INTEGER, flag, nearest, read_text
 from megatron_interbert.errors import UsageError
 
 RECIPE = "the launcher's recipe"  # origin of settings that a launcher gives where the user does not
@@ -132,8 +132,8 @@ def finite_number(text: str) -> float:
 def seed_number(text: str) -> int:
     """Read the seed of a flag, which all generators can take."""
     value = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
-    if not 0 <= value <= LARGEST_SEED:
-        raise argparse.ArgumentTypeError(f"'{text}', expected 0 to {LARGEST_SEED}")
+    if not 0 <= value <= LARGEST_INTEGER:
+        raise argparse.ArgumentTypeError(f"'{text}', expected 0 to {LARGEST_INTEGER}")
     return value
 
 

@@ -18,13 +18,27 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.files import reading
 
 FLOAT8_MULTIPLE = 16  # of the inner size, and of the columns of the result, of a GPU's 8-bit product
-LARGEST_SEED = (1 << 63) - 1  # what all generators take
+LARGEST_INTEGER = (1 << 63) - 1  # what generators, tensors and files hold
+LARGEST_SIZE = 1 << 24  # of anything in a model
+BELOW_1 = math.nextafter(1.0, 0.0)
 AUTO = -(1 << 62)  # `auto` on the command line and in YAML: a number that is found out when the run starts, and that nobody gives
 
 
-def option(default: Any, help: str, choices: Sequence[Any] | None = None, auto: bool = False) -> Any:
-    """A dataclass field that also is a flag: default, the sentence of `--help`, allowed values, whether `auto` stands for AUTO."""
-    return field(default=default, metadata={"help": help, "choices": choices, "auto": auto})
+def option(
+    default: Any,
+    help: str,
+    choices: Sequence[Any] | None = None,
+    auto: bool = False,
+    least: float = -math.inf,
+    most: float = math.inf,
+) -> Any:
+    """Declare a dataclass field that also is a flag.
+
+    `help` is its sentence in --help, `auto` says whether that word stands for AUTO; a number lies from
+    `least` to `most`.
+    """
+    facts = {"help": help, "choices": choices, "auto": auto, "least": least, "most": most}
+    return field(default=default, metadata=facts)
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,14 @@ class ModelConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
 
+    MAY_BE_0: ClassVar[tuple[str, ...]] = (
+        *("vocab_size", "feature_dim", "num_classes"),
+        *("interaction_layers", "text_layers", "image_layers"),
+    )
+
     def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):
+            self.check_size(entry.name, entry.type)
         for name in ("num_attention_heads", "image_attention_heads"):
             if self.hidden_size % getattr(self, name):
                 raise UsageError(f"model: hidden_size {self.hidden_size} is not a multiple of {name} {getattr(self, name)}")
@@ -61,6 +82,22 @@ class ModelConfig:
             raise UsageError(f"model: fusion is '{self.fusion}', expected 'product' or 'sum'")
         if self.text_normalisation not in ("none", "chinese"):
             raise UsageError(f"model: text_normalisation is '{self.text_normalisation}', expected 'none' or 'chinese'")
+
+    def check_size(self, name: str, kind: type) -> None:
+        """Raise UsageError for a size that no model can have; it may come from anybody's JSON file."""
+        value = getattr(self, name)
+        if kind is int:
+            least = 0 if name in self.MAY_BE_0 else 1
+            sound = type(value) is int and least <= value <= LARGEST_SIZE
+            expected = f"a whole number from {least} to {LARGEST_SIZE}"
+        elif kind is float:
+            below = 1.0 if name.endswith("dropout") else math.inf
+            sound = type(value) in (int, float) and 0 <= value < below
+            expected = "a number from 0 up to 1" if below == 1.0 else "a finite number of 0 or more"
+        else:
+            sound, expected = isinstance(value, str), "a text"
+        if not sound:
+            raise UsageError(f"model: {name} is {value!r:.60}, expected {expected}")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -118,13 +155,23 @@ class Flags:
         """Take a setting from `origin` (`ds.json`, `RUN/global_step10`)."""
         setattr(self, name, value)
         self.origins[name] = origin
-        self.check_finite(name)
+        self.check_number(name)
 
-    def check_finite(self, name: str) -> None:
-        """UsageError for a number that is none, or is infinite."""
+    def check_number(self, name: str) -> None:
+        """Raise UsageError for a number that is none, or lies outside the limits of its field."""
         value = getattr(self, name)
-        if isinstance(value, float) and not math.isfinite(value):
+        if not isinstance(value, int | float) or value == AUTO:
+            return
+        if not -LARGEST_INTEGER <= value <= LARGEST_INTEGER and isinstance(value, int):
+            raise UsageError(f"{flag(name)}: expected a number of less than 20 digits")
+        if not math.isfinite(value):
             raise UsageError(f"{self.told(name)}: expected a finite number")
+
+        facts = self.__dataclass_fields__[name].metadata
+        least, most = facts["least"], facts["most"]
+        if not least <= value <= most:
+            expected = f"{least:g} or more" if math.isinf(most) else f"{least:g} to {most:g}"
+            raise UsageError(f"{self.told(name)}: expected {expected}")
 
     def fit(self, name: str, value: Any, reason: str) -> None:
         """Replace a default by what fits, and note it for the user."""
@@ -146,9 +193,9 @@ class Flags:
     def check(self) -> None:
         """UsageError for values that contradict each other or have no meaning."""
         for entry in dataclasses.fields(self):
-            self.check_finite(entry.name)
-        if not 0 <= getattr(self, "seed", 0) <= LARGEST_SEED:
-            raise UsageError(f"{self.told('seed')}: expected 0 to {LARGEST_SEED}")
+            self.check_number(entry.name)
+        if not 0 <= getattr(self, "seed", 0) <= LARGEST_INTEGER:
+            raise UsageError(f"{self.told('seed')}: expected 0 to {LARGEST_INTEGER}")
 
         found_out = {entry.name for entry in dataclasses.fields(self) if entry.metadata.get("auto")}
         for names, least in ((self.POSITIVE, 1), (self.NOT_NEGATIVE, 0)):
@@ -184,18 +231,24 @@ class TrainConfig(Flags):
     )
     global_batch_size: int = option(0, "samples per optimizer step over all ranks; default: micro batch x data parallel")
     seed: int = option(1234, "seeds weights, order, masks and dropout")
-    lr: float = option(1e-4, "peak learning rate")
-    min_lr: float = option(0.0, "learning rate at the end of the decay")
-    lr_warmup_fraction: float = option(0.1, "share of the steps that warm up linearly from 0")
+    lr: float = option(1e-4, "peak learning rate", least=0)
+    min_lr: float = option(0.0, "learning rate at the end of the decay", least=0)
+    lr_warmup_fraction: float = option(
+        0.1, "share of the steps that warm up linearly from 0", least=0, most=1
+    )
     lr_decay_style: str = option("linear", "shape after the warm-up", ("linear", "cosine", "constant", "multistep"))
     lr_milestones: str = option("0.6,0.8", "shares of the steps after which a multistep rate is multiplied by --lr-decay-factor")
-    lr_decay_factor: float = option(0.1, "factor of a multistep rate at each milestone")
-    pretrained_lr_scale: float = option(1.0, "factor on the learning rate of weights that came from --init-from bert (paper: 0.1)")
-    weight_decay: float = option(0.01, "on matrices only; biases and LayerNorm have none")
-    adam_beta1: float = option(0.9, "Adam's first-moment decay")
-    adam_beta2: float = option(0.999, "Adam's second-moment decay")
-    adam_eps: float = option(1e-8, "Adam's epsilon")
-    clip_grad: float = option(1.0, "largest global gradient norm; 0: no clipping")
+    lr_decay_factor: float = option(0.1, "factor of a multistep rate at each milestone", least=0)
+    pretrained_lr_scale: float = option(
+        1.0,
+        "factor on the learning rate of weights that came from --init-from bert (paper: 0.1)",
+        least=0,
+    )
+    weight_decay: float = option(0.01, "on matrices only; biases and LayerNorm have none", least=0)
+    adam_beta1: float = option(0.9, "Adam's first-moment decay", least=0, most=BELOW_1)
+    adam_beta2: float = option(0.999, "Adam's second-moment decay", least=0, most=BELOW_1)
+    adam_eps: float = option(1e-8, "Adam's epsilon", least=0)
+    clip_grad: float = option(1.0, "largest global gradient norm; 0: no clipping", least=0)
     ema_decay: float = option(0.0, "keep an average of the weights with this decay (official finetuning: 0.9999); 0: none")
     max_bad_steps: int = option(10, "stop after so many non-finite steps in a row")
 
@@ -235,7 +288,9 @@ class TrainConfig(Flags):
     eval_interval: int = option(0, "steps between evaluations")
     log_interval: int = option(10, "steps between log lines")
     tensorboard_dir: str = option("", "default: SAVE/tensorboard")
-    peak_tflops: float = option(0.0, "dense peak of one device for MFU; default: looked up by the device's name")
+    peak_tflops: float = option(
+        0.0, "dense peak of one device for MFU; default: looked up by the device's name", least=0
+    )
     exit_interval: int = option(0, "save and end after a step that is a multiple of this; the same command resumes; 0: never")
     exit_duration_in_mins: float = option(0.0, "save and end after so many minutes; the same command resumes; 0: never")
     hang_timeout: int = option(300, "end the run when no rank moves for so many seconds, or 10 times what is usual; 0: never")
@@ -372,7 +427,12 @@ class RunConfig(TrainConfig):
     eval_iters: int = option(10, "batches per evaluation")
     masking: str = option("paper", "rules of the paper or of the official code", ("paper", "official"))
     msm_on_mismatched: bool = option(True, "also predict masked words of mismatched captions")
-    hard_negatives: float = option(0.2, "share of the mismatched captions drawn from hard_negatives.npy, when present")
+    hard_negatives: float = option(
+        0.2,
+        "share of the mismatched captions drawn from hard_negatives.npy, when present",
+        least=0,
+        most=1,
+    )
     objectives: str = option("msm,mrm,itm", "comma-separated losses to train on (for ablations)")
     language: str = option("", "train only on captions of this language tag (en, zh); default: all")
     segmenter: str = option(

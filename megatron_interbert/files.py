@@ -120,6 +120,8 @@ def write_all(handle: int, data: bytes | memoryview) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write beside, flush, rename."""
+    if not path.name:  # `.` or `/`
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     beside = path.with_name(path.name + ".partial")
     with new_file(beside) as handle:
         write_all(handle.fileno(), data)

@@ -1,5 +1,7 @@
 """Command line and YAML: both spellings, precedence, unknown names with the nearest right one."""
 
+import math
+
 import pytest
 
 from megatron_interbert.command_line import parse
@@ -92,3 +94,35 @@ def test_model_files_and_presets(tmp_path):
     with pytest.raises(UsageError, match="--tensor-model-parallel-size 5 does not divide"):
         PRESETS["base"].check_tensor_parallel(5)
     assert PRESETS["base"].padded_vocab_size == 30592
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--lr", "-1"),
+        ("--adam-beta1", "1"),
+        ("--adam-beta2=-0.1",),
+        ("--lr-warmup-fraction", "1.5"),
+        ("--hard-negatives", "2"),
+        ("--train-iters", "9" * 30),
+        ("--weight-decay=-1e-9",),
+    ],
+)
+def test_numbers_outside_their_limits_are_refused(given):
+    """Torch, or an array of so many steps, would end in a traceback later."""
+    name = given[0].partition("=")[0]
+    with pytest.raises(UsageError, match=f"^{name}"):
+        parse(RunConfig, "", given).check()
+
+
+@pytest.mark.parametrize("value", [None, "64", True, -1, 1.5, [64], {}, 10**30])
+@pytest.mark.parametrize("name", ["hidden_size", "num_attention_heads", "text_layers", "vocab_size"])
+def test_sizes_that_no_model_can_have(name, value):
+    with pytest.raises(UsageError, match=f"model: {name} is .*expected a whole number from"):
+        model_config_from_dict({name: value}, "sizes.json")
+
+
+@pytest.mark.parametrize("value", [None, "0.1", True, -0.1, 1.0, math.nan, math.inf, []])
+def test_dropouts_that_no_model_can_have(value):
+    with pytest.raises(UsageError, match=r"model: hidden_dropout is .*expected a number from 0 up to 1"):
+        model_config_from_dict({"hidden_dropout": value}, "sizes.json")
