@@ -38,19 +38,26 @@ from megatron_interbert.signals import (
 )
 
 
+def number(variable: str, default: str, least: int) -> str:
+    """Read a whole number from the environment; UsageError for anything else."""
+    text = os.environ.get(variable) or default
+    if not text.isdecimal() or int(text) < least:
+        raise UsageError(f"{variable} is '{text}', expected a number, {least} or more")
+    return text
+
+
 def command(arguments: list[str]) -> list[str]:
     """Make torchrun's command line for this node of the job."""
     from megatron_interbert.parallel.device import gpus  # torch takes seconds
 
     env = os.environ
-    nodes, node = env.get("SLURM_STEP_NUM_NODES", "1"), env.get("SLURM_NODEID", "0")
+    nodes, node = number("SLURM_STEP_NUM_NODES", "1", least=1), number("SLURM_NODEID", "0", least=0)
     if nodes == "1":
         env.setdefault("MASTER_PORT", str(free_port()))
     master, port = meeting_place()
-    ranks = env.get("PROCESSES_PER_NODE") or str(gpus() or 1)
-    if ranks.isdecimal():  # else torchrun gives each of several ranks one thread, on any machine
-        share = len(os.sched_getaffinity(0)) // max(int(ranks), 1)
-        env.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
+    ranks = number("PROCESSES_PER_NODE", str(gpus() or 1), least=1)
+    share = len(os.sched_getaffinity(0)) // int(ranks)  # torchrun gives each of several ranks one thread
+    env.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
     return [
         *("--nnodes", nodes, "--node-rank", node, "--nproc-per-node", ranks),
         *("--master-addr", master, "--master-port", port, "--rdzv-conf", f"timeout={MEETING_SECONDS}"),
@@ -70,7 +77,7 @@ def pass_on(number: int, frame: object) -> None:
 
 def run() -> None:
     """Start the ranks and wait for them."""
-    take_over(STOPPING, end_at_once)
+    take_over((*STOPPING, signal.SIGINT), end_at_once)
     from torch.distributed import DistError  # it takes seconds: not before signals have an answer
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser

@@ -14,13 +14,17 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-if os.environ.get("DS_ACCELERATOR") == "":  # DeepSpeed takes it for the name of a device
+_device = os.environ.get("DS_ACCELERATOR")
+if _device == "":  # DeepSpeed takes it for the name of a device
     del os.environ["DS_ACCELERATOR"]
 
 _is_command = sys.argv[:1] == ["-m"]  # what Python writes there until it has found the module to run
 if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # Ctrl-C while torch is imported ends the process without a traceback; run_entry takes it back.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+if _is_command and _device not in (None, "", "cpu", "cuda"):  # DeepSpeed's import is a traceback
+    print(f"error: DS_ACCELERATOR is '{_device}', expected cpu or cuda, or unset it", file=sys.stderr)
+    sys.exit(2)
 
 
 def _register_auto_classes() -> None:

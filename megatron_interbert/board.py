@@ -24,7 +24,7 @@ class Board:
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Append the scalars of a step; OSError where they cannot be, then none of them is there."""
-        if not self._begun:
+        if not self._begun or not self.path.exists():  # somebody may have removed the folder
             self._begin()
         summary = Summary(
             value=[

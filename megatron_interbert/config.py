@@ -501,8 +501,10 @@ def read_text(path: str | Path, what: str) -> str:
     try:
         with reading(path):
             return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{what}: cannot read {path} ({error})") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{what}: {path} is no text in UTF-8 (byte {error.start}: {error.reason})") from error
+    except OSError as error:
+        raise UsageError(f"{what}: cannot read {path} ({error.strerror})") from error
 
 
 def read_json(path: str | Path, what: str) -> dict[str, Any]:

@@ -8,8 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
-from megatron_interbert.output import speak_any_language
+from megatron_interbert.output import (
+    keep_speaking,
+    open_standard_streams,
+    say_what_was_lost,
+    speak_any_language,
+)
 
 
 class UsageError(ValueError):
@@ -75,68 +81,100 @@ def of_the_machine(error: BaseException) -> bool:
     return isinstance(error, OSError) and bool(error.errno) and error.errno not in NETWORK
 
 
+def number_of(variable: str, default: int) -> int:
+    """Read a number from the environment; the default where it is none (parallel/launch.py refuses it)."""
+    text = os.environ.get(variable, "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else default
+
+
+def begin_entry() -> None:
+    """Prepare the process for work that neither its standard streams nor a signal may cut short."""
+    open_standard_streams()
+    speak_any_language()
+    keep_speaking()
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def end_entry(code: int) -> NoReturn:
+    """End the process with an exit code, past destructors of process groups and loader workers: they
+    may wait for ranks that are already gone.
+    """
+    say_what_was_lost()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def say_error(text: str) -> None:
+    """Print one line for the user, with the rank where there are several."""
+    rank = os.environ.get("RANK", "") if number_of("WORLD_SIZE", 1) > 1 else ""
+    where = f" (rank {rank})" if rank not in ("", "0") else ""
+    print(f"error{where}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
 def run_entry(main: Callable[[], None]) -> None:
     """Run an entry point; our own errors become one line on stderr and exit code 2 (wrong use) or 1 (failed work).
 
     Every rank exits. The same error on all ranks is printed once on each machine, by its first rank, unless it carries
     `local = True` (a bad record that one rank alone has read).
     """
-    speak_any_language()
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    begin_entry()
     try:
         main()
     except (UsageError, TrainingStopped) as error:
-        rank = int(os.environ.get("RANK", "0"))
-        code = 2 if isinstance(error, UsageError) else 1
-        alone = getattr(error, "local", False)
-        speaks = rank == 0 or os.environ.get("LOCAL_RANK") == "0" or alone
-        if speaks:
-            where = f" (rank {rank})" if rank else ""
-            print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not alone:
-            # The other ranks are about to meet the same error; vanishing now would break a
-            # collective of theirs. Who has spoken ends first: launchers then end the others.
-            signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
-            time.sleep(1 if speaks else 5)
-        # Not sys.exit: destructors of process groups and loader workers may wait for ranks that are
-        # already gone.
-        os._exit(code)
+        end_for(error, 2 if isinstance(error, UsageError) else 1)
     except StoppedBySignal as reason:
-        sys.stdout.flush()
-        os._exit(reason.code)
+        end_entry(reason.code)
     except OSError as error:
         if not of_the_machine(error):
             raise
-        rank = os.environ.get("RANK", "0")
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error (rank {rank}): {where}{error.strerror}", file=sys.stderr, flush=True)
-        os._exit(1)
+        say_error(f"{where}{error.strerror}")
+        end_entry(1)
     except RuntimeError as error:
-        if out_of_memory(error):
-            rank, text = os.environ.get("RANK", "0"), " ".join(str(error).split())
-            print(
-                f"error (rank {rank}): memory ran out ({text[:200]}); lower --micro-batch-size (or let"
-                " auto choose it), add --recompute-activations, or share the model over more ranks"
-                " (--zero-stage, --tensor-model-parallel-size); python tools/plan.py lists what fits",
-                file=sys.stderr,
-                flush=True,
-            )
-            os._exit(1)
-        if not any(text in str(error) for text in ("Connection closed by peer", "Connection reset by peer")):
-            raise
-        print(
-            f"rank {os.environ.get('RANK')}: lost the connection to another rank, which has ended;"
-            " if no line says why, it was killed: did memory run out?",
-            file=sys.stderr,
-            flush=True,
-        )
-        time.sleep(5)  # launchers report the first exit code they see: let it be that of the rank with the reason
-        os._exit(1)
+        end_for_runtime_error(error)
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if number_of("RANK", 0) == 0:
             print("\ninterrupted", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(INTERRUPTED)
+        end_entry(INTERRUPTED)
+    finally:
+        say_what_was_lost()
+
+
+def end_for(error: UsageError | TrainingStopped, code: int) -> NoReturn:
+    """Say what is wrong, on one rank of each machine, and end."""
+    alone = getattr(error, "local", False)
+    speaks = number_of("RANK", 0) == 0 or os.environ.get("LOCAL_RANK") == "0" or alone
+    if speaks:
+        say_error(str(error))
+
+    sys.stdout.flush()
+    if number_of("WORLD_SIZE", 1) > 1 and not alone:
+        # The other ranks are about to meet the same error; vanishing now would break a collective
+        # of theirs. Who has spoken ends first: launchers then end the others.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+        time.sleep(1 if speaks else 5)
+    end_entry(code)
+
+
+def end_for_runtime_error(error: RuntimeError) -> NoReturn:
+    """Say in a line that memory ran out, or that another rank has gone; raise what is neither."""
+    if out_of_memory(error):
+        say_error(
+            f"memory ran out ({' '.join(str(error).split())[:200]}); lower --micro-batch-size (or let"
+            " auto choose it), add --recompute-activations, or share the model over more ranks"
+            " (--zero-stage, --tensor-model-parallel-size); python tools/plan.py lists what fits"
+        )
+        end_entry(1)
+
+    lost = ("Connection closed by peer", "Connection reset by peer")
+    if not any(text in str(error) for text in lost):
+        raise error
+    print(
+        f"rank {os.environ.get('RANK')}: lost the connection to another rank, which has ended;"
+        " if no line says why, it was killed: did memory run out?",
+        file=sys.stderr,
+        flush=True,
+    )
+    time.sleep(5)  # launchers report the first exit code they see: let it be that of the rank with the reason
+    end_entry(1)

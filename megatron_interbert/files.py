@@ -18,6 +18,7 @@ from megatron_interbert.errors import Unreadable, UsageError
 # ..) says nothing about the content of a file.
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 LONGEST_NAME = 255  # bytes of a file's name
+REPLACED = (stat.S_IFREG, stat.S_IFLNK, stat.S_IFDIR)  # the system itself refuses a folder
 HELD = (errno.EAGAIN, errno.EACCES)  # what a lock that another process holds answers
 
 
@@ -33,6 +34,15 @@ def reading(what: str | Path) -> Iterator[None]:
             f"{error.filename or what}: cannot be read ({error.strerror}); this says nothing of its"
             " content: mend permissions, disk or limits and give the same command again"
         ) from error
+
+
+def read_regular(path: Path) -> bytes:
+    """Read a file of ours; OSError where something else has its name (a pipe would never end)."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "is no file", str(path))
+        return file.read()
 
 
 def list_folder(folder: Path) -> list[str]:
@@ -119,9 +129,11 @@ def write_all(handle: int, data: bytes | memoryview) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write beside, flush, rename."""
+    """Write beside, flush, rename; UsageError where the name belongs to a device, a pipe or a socket."""
     if not path.name:  # `.` or `/`
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if os.path.lexists(path) and stat.S_IFMT(os.lstat(path).st_mode) not in REPLACED:
+        raise UsageError(f"{path}: is no file, and is not replaced by one; choose another name")
     beside = path.with_name(path.name + ".partial")
     with new_file(beside) as handle:
         write_all(handle.fileno(), data)
@@ -140,7 +152,28 @@ def encoded(text: str) -> bytes:
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON beside and rename it."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+    write_text(path, json_text(value))
+
+
+def write_output(path: Path, text: str, name: str) -> None:
+    """Write the text file that the flag `name` asks for, whole or not at all.
+
+    What a link or a device leads to (`/dev/stdout`, `/dev/null`) is written in place. UsageError where
+    a folder is there.
+    """
+    if path.is_dir():
+        raise UsageError(f"{name} {path}: is a folder, expected a file to write")
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_bytes(encoded(text))
+    else:
+        write_text(path, text)
+
+
+def json_text(value: Any) -> str:
+    """Give indented JSON that people can read."""
+    return json.dumps(value, indent=1, ensure_ascii=False)
 
 
 def append(path: Path, data: bytes) -> None:

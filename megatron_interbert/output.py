@@ -1,18 +1,41 @@
 """Standard output and error of work that must not end because nobody can read or store its lines."""
 
+import contextlib
+import errno
 import io
+import os
 import sys
+
+STANDARD = (0, 1, 2)  # descriptors of standard input, output and error
 
 
 class Lasting(io.FileIO):
     """A descriptor that takes everything: what a full disk or a closed pipe refuses is dropped."""
 
+    lost = ""  # why something was dropped that somebody wanted to keep
+
     def write(self, data: bytes) -> int:
         try:
             done = super().write(data)
-        except OSError:
+        except OSError as error:
+            if error.errno != errno.EPIPE:  # `| head` has read enough
+                self.lost = error.strerror
             done = None
         return len(data) if done is None else done  # None: a pipe that does not wait is full
+
+
+def open_standard_streams() -> None:
+    """Lead closed standard streams to /dev/null: else the next file to be opened gets their number,
+    and what is printed goes into it.
+    """
+    for number in STANDARD:
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
 
 
 def speak_any_language() -> None:
@@ -42,3 +65,10 @@ def lasting(stream: io.TextIOBase, ordinary: io.TextIOBase | None) -> io.TextIOB
         errors="backslashreplace",
         line_buffering=True,
     )
+
+
+def say_what_was_lost() -> None:
+    """Say on standard error that standard output could not be written; the exit code says how work ended."""
+    with contextlib.suppress(AttributeError):
+        if reason := sys.stdout.buffer.raw.lost:
+            print(f"note: standard output could not be written ({reason}): lines are missing", file=sys.stderr)

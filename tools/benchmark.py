@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.errors import run_entry
-from megatron_interbert.files import write_json
+from megatron_interbert.files import json_text, write_output
 from megatron_interbert.weights.manifest import versions
 from tools.benchmarks import checkpoint, data, retrieval, serve, train
 
@@ -42,8 +42,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
     }
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.output, result)
+        write_output(arguments.output, json_text(result), "--output")
 
 
 if __name__ == "__main__":

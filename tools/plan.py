@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.config import ModelConfig
 from megatron_interbert.errors import UsageError, run_entry
-from megatron_interbert.files import check_writable, write_json
+from megatron_interbert.files import check_writable, json_text, write_output
 from megatron_interbert.model.presets import load_model_config
 from megatron_interbert.training.memory import Layout, Load, Memory, largest_micro_batch, predict
 from megatron_interbert.training.processes import aligned
@@ -68,8 +68,8 @@ def main() -> None:
         raise UsageError(f"nothing fits {arguments.gpus} devices of {arguments.gpu_memory:g} GiB; more of them, or {less}")
     print("\n".join(table(rows, arguments)))
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.output, {"layouts": [{**vars(row[0]), "micro_batch_size": row[1], **vars(row[2])} for row in rows]})
+        found = [{**vars(row[0]), "micro_batch_size": row[1], **vars(row[2])} for row in rows]
+        write_output(arguments.output, json_text({"layouts": found}), "--output")
 
 
 def layouts(sizes: ModelConfig, arguments: argparse.Namespace) -> Iterator[Layout]:

@@ -23,7 +23,7 @@ from megatron_interbert.data.downstream.product_search import read_queries
 from megatron_interbert.data.downstream.recommendation import Clicks, read_clicks, read_topics
 from megatron_interbert.data.downstream.records import read_records
 from megatron_interbert.errors import UsageError, run_entry
-from megatron_interbert.files import write_json
+from megatron_interbert.files import json_text, write_output
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
@@ -187,7 +187,7 @@ def run() -> None:
         report["recommendation"] = recommendation_figures(options.recommendation, options.data_path)
         print("\n".join(table("among: way", report["recommendation"])))
     if options.output:
-        write_json(options.output, report)
+        write_output(options.output, json_text(report), "--output")
 
 
 if __name__ == "__main__":

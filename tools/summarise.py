@@ -5,7 +5,6 @@ python tools/summarise.py runs/seed-*/evaluation/retrieval/result.json
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.config import read_json
 from megatron_interbert.errors import UsageError, run_entry
-from megatron_interbert.files import write_json
+from megatron_interbert.files import json_text, write_output
 
 SAME = {"task": None, "protocol": None, "precision": "fp32"}  # and what results before they had it mean
 
@@ -74,7 +73,8 @@ def run() -> None:
     for name, row in table.items():
         print(f"{name:<18}" + "".join(f"{row[column]:>9.2f}" for column in ("mean", "spread", "least", "most")))
     if options.output:
-        write_json(Path(options.output), {"results": options.results, "figures": json.loads(json.dumps(table))})
+        found = json_text({"results": options.results, "figures": table})
+        write_output(Path(options.output), found, "--output")
 
 
 if __name__ == "__main__":

@@ -75,6 +75,13 @@ def _by_srun() -> bool:
     return _number("SLURM_STEP_NUM_TASKS", 1) > 1
 
 
+def _set_by_srun(name: str) -> str:
+    """Read a variable of Slurm's; UsageError where it is missing beside those that are there."""
+    if name not in os.environ:
+        raise UsageError(f"SLURM_STEP_NUM_TASKS is set and {name} is not; start the processes by srun")
+    return os.environ[name]
+
+
 def read_launch() -> Launch:
     """Read the launch of this process, and set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
     MASTER_PORT, which libraries look at.
@@ -87,7 +94,11 @@ def read_launch() -> Launch:
     if "RANK" in env and "WORLD_SIZE" in env:
         pass  # as they say
     elif launcher == "srun":
-        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
+        env.update(
+            RANK=_set_by_srun("SLURM_PROCID"),
+            WORLD_SIZE=_set_by_srun("SLURM_STEP_NUM_TASKS"),
+            LOCAL_RANK=_set_by_srun("SLURM_LOCALID"),
+        )
         env.setdefault("LOCAL_WORLD_SIZE", _first(env.get("SLURM_STEP_TASKS_PER_NODE", "1")))
         env["MASTER_ADDR"], env["MASTER_PORT"] = meeting_place()
     else:
@@ -100,6 +111,10 @@ def read_launch() -> Launch:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not env.get(name):
             raise UsageError(f"{name} is not set, so {ranks} processes cannot meet; start them by deepspeed, torchrun or sbatch")
+    port = _number("MASTER_PORT", 0)
+    if not 0 < port < 1 << 16:
+        raise UsageError(f"MASTER_PORT is {port}, expected 1 to 65535")
+
     place = local_place()
     return Launch(
         launcher,
@@ -109,7 +124,7 @@ def read_launch() -> Launch:
         place.size,
         node_name(),
         env["MASTER_ADDR"],
-        _number("MASTER_PORT", 0),
+        port,
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_interbert.config import Flags, ModelConfig, TrainConfig, paths_of_stores
+from megatron_interbert.config import Flags, ModelConfig, TrainConfig, paths_of_stores, split_paths
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.integrity import Integrity
 from megatron_interbert.data.manifest import MANIFEST, VOCABULARY
@@ -98,3 +98,19 @@ def describe_data(
         "vocabulary": tokenizer.sha256,
         **({"task": task} if task else {}),
     }
+
+
+def validation_digest(config: TrainConfig) -> str:
+    """Give one sha256 for what a run is judged on: all that the flags --valid-.. say, and what they name."""
+    digest = hashlib.sha256()
+    for name, value in sorted(vars(config).items()):
+        if name.startswith("valid_"):
+            digest.update(f"{name} {content_of(value)}\n".encode())
+    return digest.hexdigest()
+
+
+def content_of(value: Any) -> str:
+    """Give the hashes of the stores or files that a flag names, or else its text."""
+    paths = [Path(path) for path in split_paths(value)] if isinstance(value, str) else []
+    named = [path / MANIFEST if path.is_dir() else path for path in paths]
+    return " ".join(map(file_sha256, named)) if named else str(value)

@@ -67,6 +67,14 @@ class Progress:
         return False
 
 
+@dataclass(frozen=True)
+class Judge:
+    """By what checkpoints are compared: a figure, and the digest of what it is measured on."""
+
+    metric: str = ""
+    data: str = ""
+
+
 @dataclass
 class Problem:
     """Why a checkpoint was not written, and whether the next one cannot be better."""
@@ -111,9 +119,10 @@ class Checkpoints:
         data: dict[str, Any],
         vocabulary: str,
         claim: Claim | None = None,
-        metric: str = "",
+        judge: Judge | None = None,
     ) -> None:
-        self.config, self.model_config, self.state, self.data, self.metric = config, model_config, state, data, metric
+        self.config, self.model_config, self.state, self.data = config, model_config, state, data
+        self.judge = judge or Judge()
         self.vocabulary = Path(vocabulary).read_bytes()  # goes into every checkpoint; the file may be gone by then
         self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()  # of the thread, for the log
         token = state.gather(f"{os.getpid()}-{time.time_ns()}")[0]
@@ -155,7 +164,7 @@ class Checkpoints:
         if self._failures > allowed:
             raise TrainingStopped(
                 f"{self.config.save}: the checkpoint cannot be written ({self._problem.text});"
-                " make room there and give the same command again"
+                " make room there, or raise the limit (ulimit -f), and give the same command again"
             )
 
     @property
@@ -163,6 +172,11 @@ class Checkpoints:
         """What the last save has met that no later one can mend; the ranks hear of it one by one."""
         problem = self._problem
         return f"{self.config.save}: {problem.text}" if problem and problem.hopeless else ""
+
+    @property
+    def came_from_elsewhere(self) -> bool:
+        """Whether what the run has resumed from lies outside --save."""
+        return self.newest is not None and self.newest.parent != self.folder.path
 
     def writing(self) -> bool:
         """Whether a save is under way in the background."""
@@ -203,7 +217,13 @@ class Checkpoints:
             "iteration": progress.step,
             "consumed_samples": progress.consumed_samples,
             "owes_evaluation": progress.owes_evaluation,
-            "best": {"step": progress.best_step, "value": progress.best_value, "stale": progress.stale, "metric": self.metric},
+            "best": {
+                "step": progress.best_step,
+                "value": progress.best_value,
+                "stale": progress.stale,
+                "metric": self.judge.metric,
+                "data": self.judge.data,
+            },
             "topology": topology(engine.config, self.state),
             "precision": engine.precision,
             "training_state": training_state.scalars(),
@@ -250,9 +270,8 @@ class Checkpoints:
             self._problem = Problem(f"the ranks could not agree on it ({' '.join(str(error).split())[:120]})")
 
         if self._problem:
-            self._messages.put(
-                f"checkpoint {final} could not be written: {self._problem.text}; the one before is untouched"
-            )
+            kept = f"; {self.newest} is untouched" if self.newest else ""
+            self._messages.put(f"checkpoint {final} could not be written: {self._problem.text}{kept}")
         else:
             self.newest = final
             stall, total = copied - started, time.monotonic() - started
@@ -311,9 +330,7 @@ class Checkpoints:
         FragmentedState(engine).fill(reader, manifest["training_state"])
         self.newest = path
         self.folder.count_as_ours(path)
-        best = manifest.get("best", {})
-        if best.get("metric", self.metric) != self.metric:  # figures of another kind do not compare
-            best = {}
+        best = self._comparable(manifest.get("best", {}))
         return Progress(
             manifest["iteration"],
             manifest["consumed_samples"],
@@ -322,6 +339,20 @@ class Checkpoints:
             best.get("stale", 0),
             manifest.get("owes_evaluation", False),
         )
+
+    def _comparable(self, best: dict[str, Any]) -> dict[str, Any]:
+        """What is known of the best checkpoint so far; nothing where it was judged otherwise than now."""
+        before = Judge(best.get("metric", self.judge.metric), best.get("data", self.judge.data))
+        if before == self.judge or not best.get("step"):
+            return best
+
+        if self.state.is_main:
+            print(
+                f"note: step {best['step']}, the best so far, was judged by another figure or on other"
+                " validation data: it does not compare, the best is sought from here on",
+                flush=True,
+            )
+        return {}
 
     def point_to_best(self, progress: Progress) -> None:
         """Link the best checkpoint, where it lies in --save already."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import signal
 import time
 from collections.abc import Iterator
 
@@ -82,6 +83,8 @@ class Trainer:
             self.writer.close()
 
         self.watchdog.close()
+        if self.stopping.interrupted:  # whoever pressed Ctrl-C wants what follows to end as well
+            raise StoppedBySignal(signal.SIGINT, saved=bool(self.config.save))
         if self.stopping.signal_number and not self.complete:
             raise StoppedBySignal(self.stopping.signal_number, saved=bool(self.config.save))
 
@@ -106,6 +109,8 @@ class Trainer:
         if self.complete:
             step, last = self.progress.step, self.config.train_iters
             self.writer.say(f"already at step {step} of {last}: nothing to train")
+            if self.checkpoints.came_from_elsewhere:  # by --load, which may be a backup that goes away
+                self.save(last=True)
 
         ended = self.complete
         while not ended:
@@ -184,7 +189,7 @@ class Trainer:
     def say_out_of_patience(self) -> None:
         """The line of a run that stops early, as its task asks."""
         step, stale = self.progress.step, self.progress.stale
-        metric = self.checkpoints.metric
+        metric = self.checkpoints.judge.metric
         self.writer.say(f"step {step}: {stale} evaluations without a better {metric}: the run ends")
 
     def say_how_to_resume(self) -> None:
@@ -315,9 +320,9 @@ class Trainer:
         self.progress.owes_evaluation = False
         values, summary = figures
         self.writer.write(self.progress.step, values, summary, prefix="valid")
-        if not self.checkpoints.metric:
+        if not self.checkpoints.judge.metric:
             return False
-        return self.progress.note(values[self.checkpoints.metric])
+        return self.progress.note(values[self.checkpoints.judge.metric])
 
     def out_of_patience(self) -> bool:
         """Whether the last evaluations were no better, too many of them."""

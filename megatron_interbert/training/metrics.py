@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_interbert.board import Board
-from megatron_interbert.files import append, encoded, write_text
+from megatron_interbert.files import append, encoded, read_regular, write_text
 
 RECORDS = "metrics.jsonl"
 
@@ -55,7 +55,7 @@ class Records:
 
     def _lines(self) -> list[str]:
         try:
-            text = self.path.read_bytes().decode("utf-8", "replace")
+            text = read_regular(self.path).decode("utf-8", "replace")
         except FileNotFoundError:
             return []
 

@@ -13,7 +13,13 @@ from megatron_interbert.files import list_folder
 from megatron_interbert.parallel.agreement import some, together
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.optimizer import learning_rate
-from megatron_interbert.training.run_folder import DAMAGED, POINTER, remove_leftovers, set_aside
+from megatron_interbert.training.run_folder import (
+    DAMAGED,
+    MEGATRON_POINTER,
+    POINTER,
+    remove_leftovers,
+    set_aside,
+)
 from megatron_interbert.weights.manifest import (
     BEST,
     MANIFEST,
@@ -142,7 +148,7 @@ def check_no_trace(folder: Path) -> None:
     A temporary folder of a first save that was killed is no trace.
     """
     names = list_folder(folder)
-    traces = [name for name in names if name.startswith(DAMAGED) or name in (POINTER, BEST)]
+    traces = [name for name in names if name.startswith(DAMAGED) or name in (POINTER, MEGATRON_POINTER, BEST)]
     traces += [path.name for path in step_folders(folder)]
     if traces:
         raise UsageError(
@@ -209,16 +215,18 @@ def check_same_run(
     What an older version did not know had its default.
     """
     check_same_model(manifest, model_config, data, where)
-    if manifest["data"].get("mined", data.get("mined")) != data.get("mined"):
-        raise UsageError(
-            f"{where}: the mined negatives of {data['store']} have changed since, so samples would differ;"
-            " restore them, or take only the weights by --init-from"
-        )
     for name in config.SAME_SAMPLES:
         before, now = {**defaults(config), **manifest["configs"]["run"]}[name], getattr(config, name)
         if before != now:
             raise UsageError(f"{where}: made with {name} = {before}, this run has {now}, so samples or losses would differ;"
                              " use the same value, or another --save")  # fmt: skip
+
+    mined = data.get("mined", [])
+    if manifest["data"].get("mined", mined) != mined:
+        raise UsageError(
+            f"{where}: mined negatives of {data['store']} have come, gone or changed since, so samples"
+            " would differ; put back what was there, or take only the weights by --init-from"
+        )
 
 
 def check_same_model(

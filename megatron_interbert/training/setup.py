@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_interbert.config import AUTO, ModelConfig, RunConfig, TrainConfig
+from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.loader import BatchStream
 from megatron_interbert.data.manifest import HARD_NEGATIVES
 from megatron_interbert.data.order import check_partitions
@@ -21,16 +22,22 @@ from megatron_interbert.files import file_sha256, is_there
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
-from megatron_interbert.output import keep_speaking
 from megatron_interbert.parallel.agreement import check_alike, together
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, verify_stores, vocabulary_of_run
+from megatron_interbert.tasks.parts import (
+    describe_data,
+    fitted_sizes,
+    open_stores,
+    validation_digest,
+    verify_stores,
+    vocabulary_of_run,
+)
 from megatron_interbert.tasks.precision import choose_precision
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.tasks.task import Job
-from megatron_interbert.training.checkpoint import Checkpoints, Progress
+from megatron_interbert.training.checkpoint import Checkpoints, Judge, Progress
 from megatron_interbert.training.deepspeed_config import agree_with_json, merge
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.evaluation import DownstreamEvaluation, Evaluation, LossEvaluation
@@ -63,10 +70,14 @@ def pretraining_job(config: RunConfig, state: ParallelState) -> Job:
         valid = PretrainingSet(valid_corpus, tokenizer, config_of_validation(config))
     task = PretrainingTask(config.objective_names())
     data = describe_data(tokenizer, corpus)
-    if config.hard_negatives and samples.has_hard_negatives:
-        tables = [store.path / HARD_NEGATIVES for store in corpus.stores]
-        data["mined"] = [file_sha256(path) for path in tables if path.is_file()]
+    data["mined"] = mined_negatives(corpus) if config.hard_negatives and samples.has_hard_negatives else []
     return Job(task, samples, sizes, PRETRAINING_HEADS, data, tokenizer.vocab_file, valid_samples=valid)
+
+
+def mined_negatives(corpus: Corpus) -> list[str]:
+    """Give the hashes of the tables of mined negatives, on which the samples depend."""
+    tables = [store.path / HARD_NEGATIVES for store in corpus.stores]
+    return [file_sha256(path) for path in tables if path.is_file()]
 
 
 def config_of_validation(config: RunConfig) -> RunConfig:
@@ -81,7 +92,6 @@ def config_of_validation(config: RunConfig) -> RunConfig:
 
 def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] = pretraining_job) -> Trainer:
     """Everything a run needs, checked in the order in which it is cheap to fail."""
-    keep_speaking()
     config.check()
     agree_with_json(config)
     if config.deterministic:
@@ -103,7 +113,7 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
     resume = find_checkpoint(config, state, claim.locked)
     integrity = verify_stores(config, state)
     check_partitions(config.told("data_partitions"), config.data_partitions, state.data_size)
-    if job.metric and job.evaluate is not None and job.metric not in job.figures:
+    if job.metric and job.metric not in job.figures:
         raise UsageError(f"--metric {job.metric}: expected one of {', '.join(job.figures)}")
     job.model_config.check_tensor_parallel(state.tensor_size)
     config.check_float8(job.model_config)
@@ -125,7 +135,8 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
     engine = Engine(model.to(device), config, state, pretrained)
     if not begun:  # not before everything else has been found right: wrong use leaves nothing behind
         claim = claim_folder(config.save, state)
-    checkpoints = Checkpoints(config, job.model_config, state, job.data, job.vocabulary, claim, job.metric)
+    judge = Judge(job.metric, validation_digest(config)) if job.metric else None
+    checkpoints = Checkpoints(config, job.model_config, state, job.data, job.vocabulary, claim, judge)
     progress = checkpoints.load(engine, resume) if resume else Progress()
     if state.is_main:
         print(*config.notes, sep="\n", end="\n" * bool(config.notes))

@@ -106,6 +106,11 @@ class Stopping:
         return self._signal
 
     @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C has reached this process, also after the last vote."""
+        return signal.SIGINT in (self._noted, self._signal)
+
+    @property
     def urgent(self) -> bool:
         """Whether a signal or the clock ends it: nothing but saving has time left."""
         return bool(self._signal) or self._late

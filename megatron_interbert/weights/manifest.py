@@ -15,7 +15,7 @@ import torch
 
 from megatron_interbert import __version__
 from megatron_interbert.errors import Unreadable, UsageError
-from megatron_interbert.files import encoded, file_sha256, is_plain_name, is_there, list_folder, reading, write_json
+from megatron_interbert.files import encoded, file_sha256, is_plain_name, is_there, list_folder, read_regular, reading, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -48,7 +48,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     try:
         with reading(file):
-            text = file.read_text(encoding="utf-8")
+            text = read_regular(file).decode()
         manifest = json.loads(text)
     except Unreadable:
         raise

@@ -139,6 +139,18 @@ def test_early_stopping_keeps_the_best(store, tmp_path):
         "--data-path", store, "--save", run, "--data-partitions", 8, "--max-tokens", 20, "--micro-batch-size", 8)  # fmt: skip
 
 
+def test_the_best_on_other_data_does_not_compare(store, tmp_path):
+    """A lucky figure on three images must not stand against those on all of them."""
+    run = tmp_path / "run"
+    few = ("--valid-images", 3, "--eval-interval", 2, "--keep-last", 0)
+    ran(*finetune(*flags(store, run, *few, "--train-iters", 2)))
+    assert (run / "best").resolve() == (run / "global_step2").resolve()
+
+    out = ran(*finetune(*flags(store, run, "--eval-interval", 2, "--train-iters", 4)))
+    assert "note: step 2, the best so far, was judged by another figure or on other validation data" in out
+    assert (run / "best").resolve() == (run / "global_step4").resolve()
+
+
 def test_resumed_run_repeats_losses(store, tmp_path):
     shared = ("--train-iters", 6, "--epochs", 9)
     ran(*finetune(*flags(store, tmp_path / "a", *shared)))

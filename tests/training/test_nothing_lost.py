@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_interbert.board import Board
 from megatron_interbert.command_line import parse
 from megatron_interbert.config import RunConfig
 from megatron_interbert.data import integrity
@@ -136,6 +137,11 @@ def test_no_start_from_nothing_where_something_was_committed(made, run):
 
     for path in run.glob("damaged-*"):
         shutil.rmtree(path)
+    (run / "latest").rename(run / "kept")
+    (run / "best").unlink(missing_ok=True)
+    code, out, err = train(made[0], run, "--train-iters", 15)
+    assert "(latest_checkpointed_iteration.txt)" in one_line(code, err)
+    (run / "kept").rename(run / "latest")
     assert "(best, latest" in one_line(
         *end_of(train(made[0], run, "--train-iters", 15))
     ) or "(latest" in one_line(*end_of(train(made[0], run, "--train-iters", 15)))
@@ -250,6 +256,28 @@ def test_metrics_never_stop_a_run(made, run):
     assert out.count("metrics.jsonl cannot be written (Is a directory); training goes on") == 1
     assert out.count("cannot be written (File exists); training goes on") == 1
     assert verify(run / "global_step15") is None
+
+
+def test_a_pipe_in_place_of_a_file_holds_nothing_up(made, run):
+    """Reading it would never end."""
+    (run / "metrics.jsonl").unlink()
+    os.mkfifo(run / "metrics.jsonl")
+    code, out, err = train(made[0], run, "--train-iters", 13, timeout=60)
+    assert code == 0, out + err
+    assert "metrics.jsonl cannot be written (is no file); training goes on" in out
+
+    (run / "global_step13" / "manifest.json").unlink()
+    os.mkfifo(run / "global_step13" / "manifest.json")
+    code, out, err = train(made[0], run, "--train-iters", 13, timeout=60)
+    assert "manifest.json: cannot be read (is no file)" in one_line(code, err)
+
+
+def test_event_files_come_back_with_the_folder(tmp_path):
+    board = Board(tmp_path / "tensorboard", 0)
+    board.write(1, "train", {"loss": 1.0})
+    shutil.rmtree(tmp_path / "tensorboard")
+    board.write(2, "train", {"loss": 1.0})
+    assert board.path.read_bytes().count(b"loss") == 1
 
 
 def test_metrics_are_written_again_when_the_disk_has_room(tmp_path, capsys):

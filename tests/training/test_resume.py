@@ -273,6 +273,28 @@ def test_load_from_one_folder_save_to_another(store, undisturbed, tmp_path):
     assert f"resumed from {tmp_path / 'own'}/global_step15" in out
 
 
+def test_a_finished_backup_is_kept_by_the_run_that_loads_it(store, undisturbed, tmp_path):
+    """There is nothing to train, but the backup may go away."""
+    own = tmp_path / "own"
+    code, out, err = train(2, "--data-path", store, "--load", undisturbed, "--save", own, *FLAGS)
+    assert code == 0, out + err
+    assert "nothing to train" in out
+    assert verify(own / "global_step14") is None
+
+
+@pytest.mark.parametrize(
+    ("before", "now"), [([], ["a"]), (["a"], []), (["a"], ["b"]), (["a"], ["a", "b"])]
+)
+def test_mined_negatives_that_come_go_or_change_are_another_run(before, now):
+    config, sizes = RunConfig(), ModelConfig()
+    data = {"vocabulary": "v", "manifest_sha256": "m", "store": "s", "mined": now}
+    configs = {"run": dataclasses.asdict(config), "model": dataclasses.asdict(sizes)}
+    manifest = {"configs": configs, "data": {**data, "mined": before}}
+    with pytest.raises(UsageError, match="mined negatives of s have come, gone or changed"):
+        check_same_run(manifest, config, sizes, data, "x")
+    check_same_run({**manifest, "data": data}, config, sizes, data, "x")
+
+
 def test_a_checkpoint_of_an_older_version_is_of_the_same_run():
     """Settings that it does not know are taken as their defaults; others still differ."""
     config, sizes = RunConfig(), ModelConfig()
