@@ -14,17 +14,35 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_device = os.environ.get("DS_ACCELERATOR")
-if _device == "":  # DeepSpeed takes it for the name of a device
-    del os.environ["DS_ACCELERATOR"]
+def _begin_command() -> None:
+    """Prepare a process of one of our commands for imports that take seconds.
 
-_is_command = sys.argv[:1] == ["-m"]  # what Python writes there until it has found the module to run
-if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Ctrl-C while torch is imported ends the process without a traceback; run_entry takes it back.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-if _is_command and _device not in (None, "", "cpu", "cuda"):  # DeepSpeed's import is a traceback
-    print(f"error: DS_ACCELERATOR is '{_device}', expected cpu or cuda, or unset it", file=sys.stderr)
-    sys.exit(2)
+    Ctrl-C ends it without a traceback (run_entry takes the signal back), and DS_ACCELERATOR is sound
+    before DeepSpeed looks at it.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    device = os.environ.get("DS_ACCELERATOR", "cpu")
+    if device not in ("cpu", "cuda"):
+        print(f"error: DS_ACCELERATOR is '{device}', expected cpu or cuda, or unset it", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_command() -> bool:
+    """Whether this process runs `python -m megatron_interbert..`, a launcher or a tool."""
+    script = sys.argv[0] if sys.argv else ""
+    if script == "-m":  # what Python writes there until it has found the module to run
+        return True
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    place = os.path.dirname(os.path.abspath(script))
+    return place in (os.path.join(root, "launchers"), os.path.join(root, "tools"))
+
+
+if os.environ.get("DS_ACCELERATOR") == "":  # DeepSpeed takes it for the name of a device
+    del os.environ["DS_ACCELERATOR"]
+if _is_command():
+    _begin_command()
 
 
 def _register_auto_classes() -> None:

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -151,15 +152,18 @@ def test_preflight_looks_at_what_would_be_resumed(store, tmp_path):
     assert f"{run}/global_step1: made with other model sizes (" in out
 
 
-@pytest.mark.parametrize("command", ["pretrain", "finetune", "evaluate", "serve", "preflight"])
+COMMANDS = [("-m", f"megatron_interbert.{name}") for name in ("pretrain", "finetune", "evaluate", "serve", "preflight")]
+COMMANDS += [(str(ROOT / "launchers" / "pretrain.sh"),), (str(ROOT / "tools" / "plan.py"),)]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: Path(words[-1]).name)
 def test_ctrl_c_during_the_imports_is_no_traceback(command, tmp_path):
     """A torch that is interrupted while it is imported: seconds on a cold disk, where users change their minds."""
     (tmp_path / "torch").mkdir()
     interrupted = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
     (tmp_path / "torch" / "__init__.py").write_text(interrupted)
     path = f"{tmp_path}:{ROOT}"
-    whole = (sys.executable, "-m", f"megatron_interbert.{command}", "--help")
-    code, out, err = launch(*whole, warm=False, cwd=tmp_path, timeout=30, PYTHONPATH=path)
+    code, out, err = launch(sys.executable, *command, "--help", warm=False, cwd=tmp_path, timeout=30, PYTHONPATH=path)
     assert (code, out, err) == (-signal.SIGINT, "", "")
 
 
