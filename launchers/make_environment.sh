@@ -157,6 +157,7 @@ install_locked() {
   local wanted=$folder/requirements.txt
   # First and alone, from its own index. The CPU build's hash is not known to the lock.
   if [ "$lock" = common ]; then
+    echo "note: the index has torch's CPU build, which has no hash in the locks; all else has"
     install --no-deps ${index:+--index-url "$index"} "$(torch_pin)"
   else
     locked torch >"$wanted"

@@ -105,7 +105,7 @@ def test_a_killed_slurmstepd_saves_and_queues_the_job_again(slurm, store, tmp_pa
     job, rank, daemon = running_on_both(slurm, store, tmp_path / "run")
     os.kill(daemon, signal.SIGKILL)
     until(lambda: "it is queued again" in slurm.log(job), "the job is queued again", seconds=100)
-    assert "(SIGHUP (a terminal or a launcher has gone)); the same command resumes from" in slurm.log(job)
+    assert "(SIGHUP: a terminal or a launcher has gone); the same command resumes from" in slurm.log(job)
     until(lambda: not Path(f"/proc/{rank}").exists(), "nothing stays behind")
     assert list((tmp_path / "run").glob("global_step*/manifest.json"))
     slurm.run("scancel", job)

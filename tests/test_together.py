@@ -125,7 +125,7 @@ def test_a_launcher_passes_the_signal_on(store, tmp_path):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=90)  # until the last rank has closed its output
     last = max(records(tmp_path / "run"))
-    stopped = f"stopped after step {last} (SIGHUP (a terminal or a launcher has gone));"
+    stopped = f"stopped after step {last} (SIGHUP: a terminal or a launcher has gone);"
     assert f"{stopped} the same command resumes from {tmp_path}/run/global_step{last}" in out, out + err
     assert (tmp_path / "run" / f"global_step{last}" / "manifest.json").is_file(), out + err
 

@@ -93,7 +93,7 @@ class Stopping:
 
     def _in_words(self, step: int) -> str:
         if self._signal:
-            gone = " (a terminal or a launcher has gone)" if self._signal == signal.SIGHUP else ""
+            gone = ": a terminal or a launcher has gone" if self._signal == signal.SIGHUP else ""
             return signal.Signals(self._signal).name + gone
         if self._late:
             return f"--exit-duration-in-mins {self.config.exit_duration_in_mins:g}"
