@@ -184,11 +184,11 @@ class Version:
                 yield file
 
     def is_whole(self) -> bool:
-        """Whether its files are as they were written; Unreadable where nobody can say."""
+        """Whether its files are as they were written, and can be served; Unreadable where nobody can say."""
         try:
-            for name in (ITEMS, VECTORS):
-                with self._checked(name):
-                    pass
+            with self._checked(ITEMS):
+                pass
+            self._stored()
         except Unreadable:
             raise
         except UsageError:
@@ -208,15 +208,25 @@ class Version:
 
     def vectors(self) -> VectorIndex:
         """Of the items. UsageError where the file is not one that we write, whatever its sha256."""
-        with self._checked(VECTORS) as file:
-            try:
-                kind = self.facts["kind"]
-                stored = read_vectors(file, kind, os.fstat(file.fileno()).st_size)
-                if len(stored.ids) != self.facts["items"]:
-                    raise Foreign(f"it holds {len(stored.ids)} vectors, expected {self.facts['items']}")
-                return VectorIndex.of(stored, kind)
-            except Foreign as error:
-                raise UsageError(f"{self.path / VECTORS}: no file of vectors as we write it ({error}); {WAY_OUT}") from None
+        with self._ours():
+            return VectorIndex.of(self._stored(), self.facts["kind"])
+
+    def _stored(self) -> Stored:
+        """Read the vectors of the items; UsageError as above."""
+        with self._checked(VECTORS) as file, self._ours():
+            stored = read_vectors(file, self.facts["kind"], os.fstat(file.fileno()).st_size)
+            if len(stored.ids) != self.facts["items"]:
+                raise Foreign(f"it holds {len(stored.ids)} vectors, expected {self.facts['items']}")
+            return stored
+
+    @contextlib.contextmanager
+    def _ours(self) -> Iterator[None]:
+        """Name the file of vectors that is not one of ours."""
+        try:
+            yield
+        except Foreign as error:
+            where = self.path / VECTORS
+            raise UsageError(f"{where}: no file of vectors as we write it ({error}); {WAY_OUT}") from None
 
     def items_now(self) -> tuple[list[Item], Mark]:
         """The items with all changes, and the journal's place behind them."""

@@ -144,7 +144,7 @@ def read_array(file: IO[bytes], kind: type, size: int) -> np.ndarray:
     if count * width > size - file.tell():
         raise Foreign("it ends too early")
     values = np.empty(count, kind)
-    if file.readinto(values.data.cast("B") if count else b"") != count * width:
+    if file.readinto(values.view(np.uint8)) != count * width:
         raise Foreign("it ends too early")
     return values
 
