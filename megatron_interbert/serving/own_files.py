@@ -16,7 +16,10 @@ def open_own(path: Path) -> IO[bytes]:
     FileNotFoundError where there is none, UsageError where a link or something else has its name,
     Unreadable where the system cannot say.
     """
-    wrong = f"{path}: expected a plain file, found a link or something else, which is not read; restore the file"
+    wrong = (
+        f"{path}: expected a plain file, found a link or something else, which is not read; restore"
+        " the file, or remove what is there"
+    )
     try:
         with reading(path):
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
