@@ -97,7 +97,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
-    except (OSError, UnicodeError) as error:
+    except (OSError, TypeError) as error:  # TypeError: letters that no name of a machine has
         listening.close()
         reason = getattr(error, "strerror", None) or "no name of a machine"
         raise UsageError(

@@ -52,12 +52,23 @@ from megatron_interbert.weights.manifest import seal
 CURRENT, VECTORS, ITEMS, FACTS = "current", "vectors.faiss", "items.jsonl", "manifest.json"
 NAME = re.compile(r"[0-9a-f]{12}")
 log = logging.getLogger("megatron_interbert.serving")
-WAY_OUT = (
-    "restore it from a backup, or make a new version of the one before it (--build-only), or, where"
-    " there is none, begin anew from your items (--rebuild --items FILE), which drops the changes"
-)
 KINDS = ("exact", "hnsw")
 LINKS, BREADTH = 32, 128  # of an HNSW graph; candidates that a search looks at
+
+
+ANEW = "begin anew from your items (--rebuild --items FILE), which drops the changes"
+
+
+class Damaged(UsageError):
+    """A version that is not as it was written. `problem` says what is wrong, without the ways out."""
+
+    def __init__(self, problem: str) -> None:
+        ways_out = (
+            "restore it from a backup, or make a new version of its items or those of the version before"
+            f" it (--build-only), or, where neither can be read, {ANEW}"
+        )
+        super().__init__(f"{problem}; {ways_out}")
+        self.problem = problem
 
 
 class VectorIndex:
@@ -146,12 +157,12 @@ class Version:
         except UsageError:
             raise
         except OSError:
-            raise UsageError(f"{where}: missing; {WAY_OUT}") from None
+            raise Damaged(f"{where}: missing") from None
         except (ValueError, RecursionError):
             facts = None
 
         if not isinstance(facts, dict):
-            raise UsageError(f"{where}: not as it was written; {WAY_OUT}")
+            raise Damaged(f"{where}: not as it was written")
         return facts
 
     def _check_facts(self) -> None:
@@ -165,7 +176,7 @@ class Version:
         sound = all(isinstance(facts.get(name), kind) for name, kind in kinds.items()) and facts["kind"] in KINDS
         sealed = facts == seal(facts) or type(facts["journal"]) is int
         if not (sound and sealed and mark_of(facts["journal"]) is not None and {VECTORS, ITEMS} <= set(facts["sha256"])):
-            raise UsageError(f"{where}: not as it was written; {WAY_OUT}")
+            raise Damaged(f"{where}: not as it was written")
 
     @contextlib.contextmanager
     def _checked(self, name: str) -> Iterator[IO[bytes]]:
@@ -175,11 +186,11 @@ class Version:
             try:
                 file = open_own(path)
             except OSError:
-                raise UsageError(f"{path}: missing; {WAY_OUT}") from None
+                raise Damaged(f"{path}: missing") from None
             with file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 if digest != self.facts["sha256"][name]:
-                    raise UsageError(f"{path}: sha256 differs from {FACTS} (corrupt); {WAY_OUT}")
+                    raise Damaged(f"{path}: sha256 differs from {FACTS} (corrupt)")
                 file.seek(0)
                 yield file
 
@@ -203,7 +214,7 @@ class Version:
         try:
             records = [json.loads(line) for line in data.decode().split("\n")[:-1]]
         except (ValueError, RecursionError):
-            raise UsageError(f"{where}: not as it was written; {WAY_OUT}") from None
+            raise Damaged(f"{where}: not as it was written") from None
         return [item_of(record, str(where)) for record in records]
 
     def vectors(self) -> VectorIndex:
@@ -226,7 +237,7 @@ class Version:
             yield
         except Foreign as error:
             where = self.path / VECTORS
-            raise UsageError(f"{where}: no file of vectors as we write it ({error}); {WAY_OUT}") from None
+            raise Damaged(f"{where}: no file of vectors as we write it ({error})") from None
 
     def items_now(self) -> tuple[list[Item], Mark]:
         """The items with all changes, and the journal's place behind them."""
@@ -292,6 +303,7 @@ def version_to_replay(folder: Path) -> tuple[Version, list[Item], Mark] | None:
     except UsageError as error:
         problem = error
 
+    told = problem.problem if isinstance(problem, Damaged) else problem
     for version in reversed(versions_in(folder)):
         try:
             found = version, *version.items_now()
@@ -299,8 +311,13 @@ def version_to_replay(folder: Path) -> tuple[Version, list[Item], Mark] | None:
             raise
         except UsageError:
             continue
-        log.warning("%s; its items are taken from %s, with all changes", problem, version.path)
+        log.warning("%s; items are taken from %s, with all changes", told, version.path)
         return found
+
+    if isinstance(problem, Damaged):
+        raise UsageError(
+            f"{told}, and no version before it is whole; restore it from a backup, or {ANEW}"
+        )
     raise problem
 
 
@@ -381,6 +398,8 @@ def versions_in(folder: Path) -> list[Version]:
             found.append(Version(folder / name))
         except Unreadable:
             raise
+        except Damaged as error:
+            log.warning("a version is not counted: %s", error.problem)
         except UsageError as error:
             log.warning("%s is not counted: %s", folder / name, error)
     return sorted(found, key=lambda version: (version.number, old_place(version), version.name))

@@ -13,7 +13,7 @@ import torch
 
 from megatron_interbert.data.packing import to_batch
 from megatron_interbert.errors import UsageError
-from megatron_interbert.serving.index import WAY_OUT, Version, check_finite, needed_from
+from megatron_interbert.serving.index import Damaged, Version, check_finite, needed_from
 from megatron_interbert.serving.items import Item, LiveItems
 from megatron_interbert.serving.journal import Journal, NotKept, Record, collapsed, read_journal
 from megatron_interbert.tasks.item_scorer import ItemScorer
@@ -52,9 +52,9 @@ class Shop:
         self.items: LiveItems = scorer.catalogue
         self.index = version.vectors()
         if self.index.width != scorer.model.config.pooled_size:
-            raise UsageError(
+            raise Damaged(
                 f"{version.path}: vectors of {self.index.width} numbers, expected"
-                f" {scorer.model.config.pooled_size}; {WAY_OUT}"
+                f" {scorer.model.config.pooled_size}"
             )
         self.journal: Journal | None = None
         items = version.items()

@@ -101,8 +101,8 @@ def test_an_address_that_cannot_be_had_is_told_with_its_reason():
         for host, reason in (
             ("127.0.0.1", r"Address already in use"),
             ("192.0.2.1", r"Cannot assign requested address"),
-            ("nope.invalid", r"[Nn]ame .*"),
-            ("a" * 70, r"no name of a machine"),
+            ("nope.invalid", r".*[Nn]ame.*"),
+            ("é..b", r"no name of a machine"),
         ):
             with pytest.raises(
                 UsageError, match=rf"cannot listen at {host}:{port} \({reason}\); give"
