@@ -26,6 +26,7 @@ from megatron_interbert.serving.batching import ModelThread
 from megatron_interbert.serving.index import (
     CURRENT,
     Version,
+    check_finite,
     prune,
     serve_from_now_on,
     served_version,
@@ -104,12 +105,14 @@ class Opened:
             scorer = self.scorer()
             served, items, mark = self._items(scorer.catalogue)
             vectors = self._vectors(scorer, items)
+            if mark is None or not mark.journal:  # last: it may take the place of one that cannot be used
+                mark = self._new_journal()
             version = write_version(self.folder, items, vectors, self.config.index_kind, self.facts, mark)
             prune(self.folder, [served] if served else [])  # a service may answer by it, and go back to it
             return version
 
-    def _items(self, stored: LiveItems) -> tuple[str, list[Item], Mark]:
-        """(Version that a new one is made of, its items, the place in the journal from which changes are added)."""
+    def _items(self, stored: LiveItems) -> tuple[str, list[Item], Mark | None]:
+        """(Version that a new one is made of, its items, the place in the journal from which changes are added; None: of a new one)."""
         begins_anew = bool(self.config.rebuild and self.config.items)
         try:
             found = version_to_replay(self.folder)
@@ -131,8 +134,6 @@ class Opened:
                 log.warning("changes of items since %s was made are dropped: they are those of %s now", served.path, self.config.items)
 
         self._check(items, stored)
-        if mark is None or not mark.journal:
-            mark = self._new_journal()
         return served.name if served else "", items, mark
 
     def _check(self, items: list[Item], stored: LiveItems) -> None:
@@ -151,10 +152,12 @@ class Opened:
             return begin(self.folder)
 
     def _vectors(self, scorer: ItemScorer, items: list[Item]) -> np.ndarray:
-        """float32 [items, P], with progress."""
+        """float32 [items, P], with progress. UsageError where they are not finite."""
         places = np.array(scorer.catalogue.stage(items))
         with progress(total=len(items), unit="item", desc="vectors") as bar:
-            return scorer.item_vectors(places, bar.update)
+            vectors = scorer.item_vectors(places, bar.update)
+        check_finite(items, vectors)
+        return vectors
 
     def keep_writers_out(self) -> None:
         """Be the one process that writes to the journal. UsageError where another one does."""

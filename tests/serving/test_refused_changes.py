@@ -15,6 +15,7 @@ from megatron_interbert.serving.app import KeptInPart, Service, answer_errors_al
 from megatron_interbert.serving.items import Item
 from megatron_interbert.serving.journal import JOURNAL, Journal, NotKept, begin, read_content
 from megatron_interbert.serving.shop import Shop
+from megatron_interbert.serving.start import Opened
 
 
 class Model:
@@ -93,6 +94,23 @@ def test_an_item_without_a_finite_vector_is_not_kept(models):
     with pytest.raises(NotKept, match="not finite, the first of item new"):
         shop.put(Item("new", "p1", "title"))
     assert models[0].changes == 0
+
+
+def test_a_build_without_finite_vectors_leaves_the_folder_as_it_was(tmp_path):
+    """Also where a new journal would take the place of one that cannot be used."""
+    (tmp_path / JOURNAL).write_text("not ours")
+    opened = Opened.__new__(Opened)
+    opened.folder = tmp_path
+    opened.writes = None
+    opened.scorer = lambda: SimpleNamespace(
+        catalogue=SimpleNamespace(stage=lambda items: [0]),
+        item_vectors=lambda places, told: np.full((1, 8), np.inf, np.float32),
+    )
+    opened._items = lambda stored: ("", [Item("new", "p1", "title")], None)
+    with pytest.raises(UsageError, match="not finite, the first of item new"):
+        opened.build()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["building", JOURNAL]
+    assert (tmp_path / JOURNAL).read_text() == "not ours"
 
 
 def test_an_address_that_cannot_be_had_is_told_with_its_reason():
