@@ -88,11 +88,23 @@ def serve(config: ServeConfig, device: torch.device, hosts: AllowedHosts) -> Non
     logging.info(hosts.told())
     crowd = Crowd(config)
     server = Server(server_config(config, make_app(service, hosts, crowd), crowd), crowd)
+    server.run(sockets=[bind(config.host, config.port)])
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take an address, at which nobody is answered yet. UsageError with the system's reason where it cannot be had."""
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        listening = server.config.bind_socket()
-    except SystemExit:
-        raise UsageError(f"--port {config.port}: cannot listen at {config.host}:{config.port}; is another service there?") from None
-    server.run(sockets=[listening])
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+    except (OSError, TypeError) as error:  # TypeError: letters that no name of a machine has
+        listening.close()
+        reason = getattr(error, "strerror", None) or "no name of a machine"
+        raise UsageError(
+            f"--host {host} --port {port}: cannot listen at {host}:{port} ({reason}); give an address of this"
+            " machine and a port that no other service has"
+        ) from None
+    return listening
 
 
 def server_config(config: ServeConfig, app: FastAPI, crowd: Crowd) -> uvicorn.Config:

@@ -43,6 +43,12 @@ from megatron_interbert.serving.messages import (
 from megatron_interbert.serving.shop import Find, Hit, Score, Shop
 from megatron_interbert.task_config import ServeConfig
 
+log = logging.getLogger("megatron_interbert.serving")
+
+
+class KeptInPart(RuntimeError):
+    """A change that one of two models has, and the other could not take."""
+
 
 class Metrics:
     """Prometheus figures of one application."""
@@ -96,8 +102,25 @@ class Service:
         return [self.searcher] if self.recommender is self.searcher else [self.searcher, self.recommender]
 
     async def change(self, function: Callable[[Shop], bool]) -> list[bool]:
-        """Of all models, one after the other: who is told of a failure sends it again, and what was done does no harm then."""
-        return [(await self.ask(function, thread)).result for thread in self.threads]
+        """Of all models, one after the other, as soon as all can keep it.
+
+        NotKept where nothing was changed. KeptInPart where the first model alone has the change: who
+        sends it again completes it, and what was done does no harm then.
+        """
+        if len(self.threads) > 1:
+            for thread in self.threads:
+                await self.ask(Shop.check_journal, thread)
+
+        results = []
+        for thread in self.threads:
+            try:
+                answer = await self.ask(function, thread)
+            except (NotKept, HTTPException) as error:
+                if not results:
+                    raise
+                raise KeptInPart(str(error)) from error
+            results.append(answer.result)
+        return results
 
     async def ask(self, asked: Find | Score | Callable[[Shop], Any], thread: ModelThread) -> Answer:
         """By a model's thread; HTTPException 429 when too many wait, 503 when it took too long."""
@@ -173,8 +196,14 @@ def answer_errors_alike(app: FastAPI) -> None:
 
     @app.exception_handler(NotKept)
     async def not_kept(request: Request, error: NotKept) -> JSONResponse:
-        logging.getLogger("megatron_interbert.serving").error("%s", error)
+        log.error("%s", error)
         return JSONResponse({"error": "the change cannot be kept, and was not made; the reason is in the log"}, 503)
+
+    @app.exception_handler(KeptInPart)
+    async def kept_in_part(request: Request, error: KeptInPart) -> JSONResponse:
+        log.error("a change was made for searches and not for recommendations: %s", error)
+        told = "the change was made for searches and not for recommendations; send it again"
+        return JSONResponse({"error": told}, 503, headers={"retry-after": "1"})
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> JSONResponse:

@@ -12,21 +12,24 @@ with which its vectors were made; others are refused. Its items are those of ite
 so whichever version is served, no change is lost.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import faiss
 import numpy as np
 
-from megatron_interbert.config import read_json
+from megatron_interbert.config import refuse_constant
 from megatron_interbert.errors import Unreadable, UsageError
 from megatron_interbert.files import (
     file_sha256,
@@ -42,12 +45,30 @@ from megatron_interbert.files import (
 from megatron_interbert.serving.items import Item, item_of
 from megatron_interbert.serving.journal import JOURNAL, collapsed, has_changes, read_journal
 from megatron_interbert.serving.journal_format import Mark
+from megatron_interbert.serving.own_files import open_own, read_own
+from megatron_interbert.serving.vector_file import Foreign, Stored, read_vectors
 from megatron_interbert.weights.manifest import seal
 
 CURRENT, VECTORS, ITEMS, FACTS = "current", "vectors.faiss", "items.jsonl", "manifest.json"
 NAME = re.compile(r"[0-9a-f]{12}")
 log = logging.getLogger("megatron_interbert.serving")
+KINDS = ("exact", "hnsw")
 LINKS, BREADTH = 32, 128  # of an HNSW graph; candidates that a search looks at
+
+
+ANEW = "begin anew from your items (--rebuild --items FILE), which drops the changes"
+
+
+class Damaged(UsageError):
+    """A version that is not as it was written. `problem` says what is wrong, without the ways out."""
+
+    def __init__(self, problem: str) -> None:
+        ways_out = (
+            "restore it from a backup, or make a new version of its items or those of the version before"
+            f" it (--build-only), or, where neither can be read, {ANEW}"
+        )
+        super().__init__(f"{problem}; {ways_out}")
+        self.problem = problem
 
 
 class VectorIndex:
@@ -63,14 +84,33 @@ class VectorIndex:
         self._lock = threading.Lock()
 
     @classmethod
-    def read(cls, path: Path, kind: str) -> "VectorIndex":
-        """Of a file."""
-        index = cls(1)
-        index.faiss, index.kind = faiss.read_index(str(path)), kind
+    def of(cls, stored: Stored, kind: str) -> "VectorIndex":
+        """Give what a file holds; Foreign where its graph is of another shape than ours."""
+        index = cls(stored.vectors.shape[1], kind)
+        if stored.graph is None or not len(stored.ids):
+            index.add(stored.ids, stored.vectors)
+            return index
+
+        inner = faiss.downcast_index(index.faiss.index)
+        ours = faiss.vector_to_array(inner.hnsw.cum_nneighbor_per_level)
+        if not np.array_equal(stored.graph.sizes, ours):
+            raise Foreign(f"its graph does not have {LINKS} links for each vector")
+        inner.storage.add(stored.vectors)
+        for name, values in stored.graph.arrays().items():
+            faiss.copy_array_to_vector(values, getattr(inner.hnsw, name))
+        inner.hnsw.entry_point = stored.graph.entry
+        inner.hnsw.max_level = stored.graph.highest
+        faiss.copy_array_to_vector(stored.ids, index.faiss.id_map)
+        inner.ntotal = index.faiss.ntotal = len(stored.ids)
         return index
 
     def __len__(self) -> int:
         return self.faiss.ntotal - len(self.gone)
+
+    @property
+    def width(self) -> int:
+        """P."""
+        return self.faiss.d
 
     def add(self, places: Sequence[int], vectors: np.ndarray) -> None:
         """Vectors [n, P] at places that no vector has had."""
@@ -104,10 +144,26 @@ class Version:
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
-        self.facts = read_json(path / FACTS, "--index")
+        self.facts = self._read_facts()
         self._check_facts()
         self.number: int = self.facts.get("number", 0)  # versions are ordered by it
         self.mark = mark_of(self.facts["journal"])  # from which on the journal's changes are to be made
+
+    def _read_facts(self) -> dict[str, Any]:
+        """Read the manifest; UsageError where it is missing or no JSON object."""
+        where = self.path / FACTS
+        try:
+            facts = json.loads(read_own(where), parse_constant=refuse_constant)
+        except UsageError:
+            raise
+        except OSError:
+            raise Damaged(f"{where}: missing") from None
+        except (ValueError, RecursionError):
+            facts = None
+
+        if not isinstance(facts, dict):
+            raise Damaged(f"{where}: not as it was written")
+        return facts
 
     def _check_facts(self) -> None:
         """UsageError for a manifest that is not as it was written, or of an earlier version that is not read."""
@@ -117,29 +173,33 @@ class Version:
                 f"{self.path}: made by an earlier version of this package; remove {self.path.parent} and begin anew (--items FILE)"
             )
         kinds = {"version": str, "kind": str, "model": dict, "items": int, "sha256": dict}
-        sound = all(isinstance(facts.get(name), kind) for name, kind in kinds.items())
+        sound = all(isinstance(facts.get(name), kind) for name, kind in kinds.items()) and facts["kind"] in KINDS
         sealed = facts == seal(facts) or type(facts["journal"]) is int
         if not (sound and sealed and mark_of(facts["journal"]) is not None and {VECTORS, ITEMS} <= set(facts["sha256"])):
-            raise UsageError(
-                f"{where}: not as it was written; restore it, or remove {self.path} and build the index again (--build-only)"
-            )
+            raise Damaged(f"{where}: not as it was written")
 
-    def _checked(self, name: str) -> Path:
+    @contextlib.contextmanager
+    def _checked(self, name: str) -> Iterator[IO[bytes]]:
+        """Open a file that is as it was written; the one that was checked is the one that is read."""
         path = self.path / name
-        try:
-            with reading(path):
-                digest = file_sha256(path)
-        except OSError:
-            raise UsageError(f"{path}: missing; restore it, or build the index again (--build-only)") from None
-        if digest != self.facts["sha256"][name]:
-            raise UsageError(f"{path}: sha256 differs from {FACTS} (corrupt); build the index again (--build-only)")
-        return path
+        with reading(path):
+            try:
+                file = open_own(path)
+            except OSError:
+                raise Damaged(f"{path}: missing") from None
+            with file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if digest != self.facts["sha256"][name]:
+                    raise Damaged(f"{path}: sha256 differs from {FACTS} (corrupt)")
+                file.seek(0)
+                yield file
 
     def is_whole(self) -> bool:
-        """Whether its files are as they were written; Unreadable where nobody can say."""
+        """Whether its files are as they were written, and can be served; Unreadable where nobody can say."""
         try:
-            self._checked(ITEMS)
-            self._checked(VECTORS)
+            with self._checked(ITEMS):
+                pass
+            self._stored()
         except Unreadable:
             raise
         except UsageError:
@@ -148,13 +208,36 @@ class Version:
 
     def items(self) -> list[Item]:
         """Those that the vectors are of."""
-        path = self._checked(ITEMS)
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [item_of(json.loads(line), str(path)) for line in lines]
+        where = self.path / ITEMS
+        with self._checked(ITEMS) as file:
+            data = file.read()
+        try:
+            records = [json.loads(line) for line in data.decode().split("\n")[:-1]]
+        except (ValueError, RecursionError):
+            raise Damaged(f"{where}: not as it was written") from None
+        return [item_of(record, str(where)) for record in records]
 
     def vectors(self) -> VectorIndex:
-        """Of the items."""
-        return VectorIndex.read(self._checked(VECTORS), self.facts["kind"])
+        """Of the items. UsageError where the file is not one that we write, whatever its sha256."""
+        with self._ours():
+            return VectorIndex.of(self._stored(), self.facts["kind"])
+
+    def _stored(self) -> Stored:
+        """Read the vectors of the items; UsageError as above."""
+        with self._checked(VECTORS) as file, self._ours():
+            stored = read_vectors(file, self.facts["kind"], os.fstat(file.fileno()).st_size)
+            if len(stored.ids) != self.facts["items"]:
+                raise Foreign(f"it holds {len(stored.ids)} vectors, expected {self.facts['items']}")
+            return stored
+
+    @contextlib.contextmanager
+    def _ours(self) -> Iterator[None]:
+        """Name the file of vectors that is not one of ours."""
+        try:
+            yield
+        except Foreign as error:
+            where = self.path / VECTORS
+            raise Damaged(f"{where}: no file of vectors as we write it ({error})") from None
 
     def items_now(self) -> tuple[list[Item], Mark]:
         """The items with all changes, and the journal's place behind them."""
@@ -220,6 +303,7 @@ def version_to_replay(folder: Path) -> tuple[Version, list[Item], Mark] | None:
     except UsageError as error:
         problem = error
 
+    told = problem.problem if isinstance(problem, Damaged) else problem
     for version in reversed(versions_in(folder)):
         try:
             found = version, *version.items_now()
@@ -227,8 +311,13 @@ def version_to_replay(folder: Path) -> tuple[Version, list[Item], Mark] | None:
             raise
         except UsageError:
             continue
-        log.warning("%s; its items are taken from %s, with all changes", problem, version.path)
+        log.warning("%s; items are taken from %s, with all changes", told, version.path)
         return found
+
+    if isinstance(problem, Damaged):
+        raise UsageError(
+            f"{told}, and no version before it is whole; restore it from a backup, or {ANEW}"
+        )
     raise problem
 
 
@@ -242,8 +331,10 @@ def write_version(
 ) -> str:
     """Write a new version and make it the current one; its name.
 
-    Its items, with vectors [n, P], are as they are before the journal's `mark`.
+    Its items, with vectors [n, P], are as they are before the journal's `mark`. UsageError, and
+    nothing is written, where the vectors are not finite.
     """
+    check_finite(items, vectors)
     index = VectorIndex(vectors.shape[1], kind)
     index.add(range(len(items)), vectors)
     version = uuid.uuid4().hex[:12]
@@ -273,11 +364,23 @@ def write_version(
     return version
 
 
+def check_finite(items: Sequence[Item], vectors: np.ndarray) -> None:
+    """UsageError where the model gives an item a vector with NaN or infinity: it would never be found."""
+    wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(wrong):
+        raise UsageError(
+            f"--load: the model gives {len(wrong)} of {len(items)} items vectors that are not finite,"
+            f" the first of item {items[wrong[0]].item_id}; nothing was changed: use other weights"
+        )
+
+
 def serve_from_now_on(folder: Path, version: str) -> None:
     """Make a version the current one, in one step."""
     link = folder / CURRENT
     if link.is_dir() and not link.is_symlink():  # a copy without links has a folder there
-        link.rename(folder / f"unused-{CURRENT}-{uuid.uuid4().hex[:12]}")
+        unused = folder / f"unused-{CURRENT}-{uuid.uuid4().hex[:12]}"
+        link.rename(unused)
+        log.warning("%s is a folder, as copies without links have it; it is kept as %s", link, unused)
     point_to(folder / CURRENT, version)
     flush_folder(folder)
 
@@ -295,6 +398,8 @@ def versions_in(folder: Path) -> list[Version]:
             found.append(Version(folder / name))
         except Unreadable:
             raise
+        except Damaged as error:
+            log.warning("a version is not counted: %s", error.problem)
         except UsageError as error:
             log.warning("%s is not counted: %s", folder / name, error)
     return sorted(found, key=lambda version: (version.number, old_place(version), version.name))

@@ -6,16 +6,19 @@ last one that was confirmed.
 
 import contextlib
 import dataclasses
+import fcntl
 import json
+import logging
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_interbert.errors import Unreadable, UsageError
-from megatron_interbert.files import alone, flush_folder, reading, write_all, write_bytes
+from megatron_interbert.files import HELD, flush_folder, open_lock, write_all, write_bytes
 from megatron_interbert.serving.items import Item, item_of
 from megatron_interbert.serving.journal_format import (
+    BYTES,
     MEND,
     MISSING,
     Content,
@@ -28,33 +31,31 @@ from megatron_interbert.serving.journal_format import (
     read_from_old_place,
     sum_of,
 )
+from megatron_interbert.serving.own_files import read_own
 
 JOURNAL, WRITING = "journal.jsonl", "writing"
 END = "journal.end"  # the place behind the last change that was confirmed
+log = logging.getLogger("megatron_interbert.serving")
 
 
 class NotKept(RuntimeError):
     """A change that could not be written down, and so did not happen."""
 
 
-def read_content(folder: Path, where: str = "") -> Content | None:
+def read_content(folder: Path) -> Content | None:
     """Give the journal of an index; None where there is none. UsageError where it is damaged."""
     path = folder / JOURNAL
-    where = where or str(path)
     confirmed = read_end(folder)  # first: a writer may confirm a change while we read
     try:
-        with reading(where):
-            data = path.read_bytes()
-    except FileNotFoundError:
+        data = read_own(path)
+    except OSError:
         return None
-    except OSError as error:
-        raise UsageError(f"{where}: is no file ({error.strerror}); {MEND}") from error
 
-    old = OldJournal.parse(data, where)
-    content = old.renewed() if old else parse(data, where)
+    old = OldJournal.parse(data, str(path))
+    content = old.renewed() if old else parse(data, str(path))
     if confirmed and confirmed.journal == content.name and confirmed.place > content.end.place:
         raise UsageError(
-            f"{where}: ends with change {content.end.place}, but {confirmed.place} were confirmed;"
+            f"{path}: ends with change {content.end.place}, but {confirmed.place} were confirmed;"
             f" restore the file, or remove {folder / END} to do without the others"
         )
     return content
@@ -63,9 +64,8 @@ def read_content(folder: Path, where: str = "") -> Content | None:
 def read_end(folder: Path) -> Mark | None:
     """Give the place behind the last change that was confirmed; None where it is not told."""
     try:
-        with reading(folder / END):
-            fields = json.loads((folder / END).read_bytes())
-    except Unreadable:
+        fields = json.loads(read_own(folder / END))
+    except UsageError:
         raise
     except (OSError, ValueError, RecursionError):
         return None  # there is none, or a crash has cut it
@@ -74,6 +74,15 @@ def read_end(folder: Path) -> Mark | None:
     if isinstance(fields, dict) and {name: type(value) for name, value in fields.items()} == kinds:
         return Mark(**fields)
     return None
+
+
+def end_is_known(folder: Path) -> bool:
+    """Whether it can be told that all confirmed changes are in the journal of an index, or it holds none."""
+    content = read_content(folder)
+    if content is None or not content.end.place or content.sums[0].startswith(BYTES):
+        return True
+    confirmed = read_end(folder)
+    return confirmed is not None and confirmed.journal == content.name
 
 
 def read_journal(folder: Path, mark: "Mark | int") -> tuple[list[Record], Mark]:
@@ -145,136 +154,231 @@ class Journal:
     """Writes to the journal of a folder, one process at a time.
 
     What was written survives a crash, what could not be is not there. The folder may be renamed
-    meanwhile: it is held open.
+    meanwhile: it is held open. What was confirmed is held in memory too, as it stands in the file, so
+    that somebody who cuts or deletes the file takes nothing away.
     """
 
     def __init__(self, folder: Path) -> None:
         """Keep other writers out; UsageError where there is one. The file is opened by `open`."""
         self.folder = folder
-        self._alone = alone(
-            folder / WRITING,
-            "another service with a key writes to this index; give each its own --index",
-        )
-        self._alone.__enter__()
-        self._folder = os.open(folder, os.O_RDONLY)
-        self._file = self._end = -1
-
-    def open(self) -> Mark:
-        """Open the file and check it; the place behind its last change. What was open stays so until then."""
-        content = self._content()
-        file = os.open(JOURNAL, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW, dir_fd=self._folder)
+        self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._lock = self._file = -1
+        self._confirmed = bytearray()  # all of the file
+        self._tried = b""  # a line that could not be written: some of it may stand behind the others
+        self._seen: os.stat_result | None = None  # the file after our last look at it
         try:
-            end = os.open(END, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=self._folder)
-        except OSError:
-            os.close(file)
+            with self._as_named():
+                self._keep_others_out()
+        except BaseException:
+            self.close()
             raise
 
-        self.release()
-        self._file = file
-        self._end = end
-        self._size = os.fstat(file).st_size
+    def open(self) -> Mark:
+        """Open the file and check it; the place behind its last change."""
+        with self._as_named():
+            content = read_content(self._place)
+            if content is None:
+                raise UsageError(f"{self.folder / JOURNAL}: {MISSING}; {MEND}")
+
+            self._confirmed = bytearray(content.as_bytes())
+            if content.whole:
+                self._hold()
+            else:  # cut by a crash, or made by an earlier version of this package
+                self._replace(self._confirmed)
         self.end = content.end
         self._note_end()
         return self.end
-
-    def _content(self) -> Content:
-        """Read it, and write anew what was cut by a crash or made by an earlier version of this package."""
-        content = read_content(self._place, str(self.folder / JOURNAL))
-        if content is None:
-            raise UsageError(f"{self.folder / JOURNAL}: {MISSING}; {MEND}")
-        if not content.whole:
-            self._replace(content)
-        return content
 
     @property
     def _place(self) -> Path:
         """The folder, whatever its name is now."""
         return Path(f"/proc/self/fd/{self._folder}")
 
+    @contextlib.contextmanager
+    def _as_named(self) -> Iterator[None]:
+        """Have errors name the folder as the user did, not as it is held."""
+        try:
+            yield
+        except UsageError as error:
+            told = str(error).replace(str(self._place), str(self.folder))
+            raise type(error)(told) from error
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.folder / JOURNAL)) from error
+
     def write(self, record: Record) -> None:
         """Append a change, on disk when this returns. NotKept where it cannot be; then nothing of it stays."""
         text = as_text(record)
-        try:
-            self._check_place()
-            sum_behind = sum_of(self.end.sum, text)
-            write_all(self._file, sum_behind.encode() + b" " + text + b"\n")
-            os.fsync(self._file)
-        except (OSError, UsageError) as error:
-            with contextlib.suppress(OSError):  # else before the next change
-                os.ftruncate(self._file, self._size)
-            raise NotKept(
-                f"{self.folder / JOURNAL}: the change cannot be kept ({error})"
-            ) from error
+        sum_behind = sum_of(self.end.sum, text)
+        line = sum_behind.encode() + b" " + text + b"\n"
+        self.check()
+        with self._or_not_kept():
+            self._append(line)
 
-        self._size = os.fstat(self._file).st_size
+        self._confirmed += line
         self.end = Mark(self.end.journal, self.end.place + 1, sum_behind)
         self._note_end()
 
+    def _append(self, line: bytes) -> None:
+        """Add a line to the file, or nothing."""
+        self._tried = line
+        try:
+            write_all(self._file, line)
+            os.fsync(self._file)
+            self._seen = os.fstat(self._file)
+        except OSError:
+            with contextlib.suppress(OSError):  # else before the next change
+                os.ftruncate(self._file, len(self._confirmed))
+            raise
+        self._tried = b""
+
+    @contextlib.contextmanager
+    def _or_not_kept(self) -> Iterator[None]:
+        """Make NotKept of what a system or a file refuses."""
+        try:
+            with self._as_named():
+                yield
+        except OSError as error:
+            raise NotKept(
+                f"{self.folder / JOURNAL}: the change cannot be kept ({error.strerror})"
+            ) from error
+        except UsageError as error:
+            raise NotKept(f"the change cannot be kept: {error}") from error
+
     def _note_end(self) -> None:
         """Remember what was confirmed; it may lag behind the journal and never be ahead of it."""
+        told = json.dumps(dataclasses.asdict(self.end)).ljust(120).encode()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         with contextlib.suppress(OSError):
-            os.pwrite(self._end, json.dumps(dataclasses.asdict(self.end)).ljust(120).encode(), 0)
+            handle = os.open(END, flags, 0o666, dir_fd=self._folder)
+            try:
+                os.pwrite(handle, told, 0)
+            finally:
+                os.close(handle)
 
-    def _check_place(self) -> None:
-        """See that what is written will be found: our file is there, by its name, and ends where we did.
+    def check(self) -> None:
+        """See that what is written will be found, and that nobody else writes. NotKept where it is not so."""
+        with self._or_not_kept():
+            self._check_folder()
+            if not is_file(self._lock, self._stat(WRITING)):
+                self._keep_others_out()
+            self._check_file()
 
-        One that somebody has deleted is put back: we hold it open. NotKept where another one is there.
-        """
-        ours = os.fstat(self._file)
+    def _check_folder(self) -> None:
+        """UsageError where another folder lies in the place of ours; one that was renamed is still ours."""
         try:
-            there = os.stat(JOURNAL, dir_fd=self._folder, follow_symlinks=False)
+            there = os.stat(self.folder)
         except FileNotFoundError:
-            whole = os.pread(self._file, self._size, 0)
-            self._replace(parse(whole, str(self.folder / JOURNAL)))
-            self.open()
+            return
+        if not is_file(self._folder, there):
+            raise UsageError(
+                f"{self.folder}: another folder is there than the one that was opened, which takes no more"
+                " changes; start the service again"
+            )
+
+    def _keep_others_out(self) -> None:
+        """Take the lock, again where somebody has removed its file. UsageError where another process has it."""
+        handle = open_lock(self._place / WRITING)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            if error.errno not in HELD:
+                raise UsageError(
+                    f"{self.folder / WRITING}: cannot be locked ({error.strerror}); use a disk with locks"
+                ) from error
+            raise UsageError(
+                f"{self.folder}: another service with a key writes to this index; give each its own --index"
+            ) from None
+
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = handle
+
+    def _check_file(self) -> None:
+        """See that our file is there, by its name, and holds what was confirmed; put back what is gone.
+
+        UsageError where it holds anything else.
+        """
+        there = self._stat(JOURNAL)
+        if there is None:
+            log.warning("%s was removed; it is put back with all changes", self.folder / JOURNAL)
+            self._replace(self._confirmed)
+            return
+        if self._as_seen(there):
             return
 
-        if (there.st_ino, there.st_dev) != (ours.st_ino, ours.st_dev):
-            self._take_other()
-        elif ours.st_size != self._size:
-            os.ftruncate(self._file, self._size)
-
-    def _take_other(self) -> None:
-        """Go on with another file in the place of ours that holds the same changes; NotKept where it does not."""
-        content = self._content()
-        if content.end != self.end:
-            raise NotKept(
-                f"{self.folder / JOURNAL}: another file is there than the one that was opened; start again"
+        found = read_own(self._place / JOURNAL)
+        ours = is_file(self._file, there)
+        behind = found[len(self._confirmed) :]
+        if found == self._confirmed:
+            self._hold()
+        elif ours and self._confirmed.startswith(found):
+            log.warning("%s was cut; it is put back with all changes", self.folder / JOURNAL)
+            self._replace(self._confirmed)
+        elif ours and found.startswith(self._confirmed) and self._tried.startswith(behind):
+            os.ftruncate(self._file, len(self._confirmed))
+            self._seen = os.fstat(self._file)
+        else:
+            raise UsageError(
+                f"{self.folder / JOURNAL}: holds something else than the changes that were confirmed; see"
+                " that nobody else writes there and move that file away: with the next change all are put"
+                " back"
             )
-        self.open()
+
+    def _as_seen(self, there: os.stat_result) -> bool:
+        """Whether the file is the one that we hold, and nobody has written to it since."""
+        return (
+            is_file(self._file, there)
+            and there.st_size == len(self._confirmed)
+            and there.st_mtime_ns == self._seen.st_mtime_ns
+        )
+
+    def _stat(self, name: str) -> os.stat_result | None:
+        """Look at what has a name in the folder; None where nothing has."""
+        try:
+            return os.stat(name, dir_fd=self._folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
 
     def trim(self, place: int) -> None:
         """Forget the changes before a place. Those who read see the file before or after."""
-        content = self._content()
+        self.check()
+        content = parse(bytes(self._confirmed), str(self.folder / JOURNAL))
         gone = place - content.trimmed
         if 0 < gone <= len(content.changes):
-            self._replace(
-                dataclasses.replace(
-                    content,
-                    trimmed=place,
-                    changes=content.changes[gone:],
-                    sums=content.sums[gone:],
-                    lines=content.lines[gone:],
-                )
-            )
-            self.open()
+            with self._as_named():
+                self._replace(content.without_first(gone).as_bytes())
 
-    def _replace(self, content: Content) -> None:
-        """Put a content in the place of the file's."""
-        head = head_of(content.name, content.trimmed, content.sums[0])
-        data = b"".join([head, *(line + b"\n" for line in content.lines)])
-        write_bytes(self._place / JOURNAL, data)
+    def _replace(self, data: bytes | bytearray) -> None:
+        """Put other bytes in the place of the file's: those that are confirmed from now on."""
+        write_bytes(self._place / JOURNAL, bytes(data))
+        self._confirmed = bytearray(data)
         os.fsync(self._folder)
+        self._hold()
 
-    def release(self) -> None:
-        """Close the files; others still cannot write."""
-        for handle in (self._file, self._end):
-            if handle >= 0:
-                os.close(handle)
-        self._file = self._end = -1
+    def _hold(self) -> None:
+        """Open the file that is there; what was open stays so until then."""
+        flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        file = os.open(JOURNAL, flags, dir_fd=self._folder)
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = file
+        self._seen = os.fstat(file)
+        self._tried = b""
 
     def close(self) -> None:
-        """No more changes."""
-        self.release()
-        os.close(self._folder)
-        self._alone.__exit__(None, None, None)
+        """No more changes. What was cut or removed meanwhile is put back."""
+        if self._file >= 0:
+            try:
+                self.check()
+            except NotKept as error:
+                log.error("%s", error)
+        for handle in (self._file, self._lock, self._folder):
+            if handle >= 0:
+                os.close(handle)
+        self._file = self._lock = self._folder = -1
+
+
+def is_file(handle: int, there: os.stat_result | None) -> bool:
+    """Whether something that was looked at is what a descriptor holds."""
+    return there is not None and os.path.samestat(os.fstat(handle), there)

@@ -60,6 +60,22 @@ class Content:
         """The place behind the last change."""
         return Mark(self.name, self.trimmed + len(self.changes), self.sums[-1])
 
+    def without_first(self, count: int) -> "Content":
+        """Give it without its first changes."""
+        return Content(
+            self.name,
+            self.trimmed + count,
+            self.changes[count:],
+            self.sums[count:],
+            self.lines[count:],
+            whole=True,
+        )
+
+    def as_bytes(self) -> bytes:
+        """Give it as it stands in its file when it is whole."""
+        head = head_of(self.name, self.trimmed, self.sums[0])
+        return b"".join([head, *(line + b"\n" for line in self.lines)])
+
 
 def sum_of(before: str, text: bytes) -> str:
     """Give the sum behind a change from the one before it."""
@@ -110,8 +126,8 @@ def parse_head(line: bytes, where: str) -> tuple[str, int, str]:
             return name, trimmed, first
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
-    told = line[:60].decode(errors="replace")
-    raise UsageError(f"{where}: its first line is damaged or missing: {told!r}; {MEND}")
+    # What stands there is not told: the file may be another one altogether.
+    raise UsageError(f"{where}: its first line is damaged or missing; {MEND}")
 
 
 def parse_change(text: bytes, where: str) -> Record:

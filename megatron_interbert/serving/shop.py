@@ -13,9 +13,9 @@ import torch
 
 from megatron_interbert.data.packing import to_batch
 from megatron_interbert.errors import UsageError
-from megatron_interbert.serving.index import Version, needed_from
+from megatron_interbert.serving.index import Damaged, Version, check_finite, needed_from
 from megatron_interbert.serving.items import Item, LiveItems
-from megatron_interbert.serving.journal import Journal, Record, collapsed, read_journal
+from megatron_interbert.serving.journal import Journal, NotKept, Record, collapsed, read_journal
 from megatron_interbert.tasks.item_scorer import ItemScorer
 
 
@@ -51,6 +51,11 @@ class Shop:
         self.scorer, self.version, self.weights = scorer, version, weights
         self.items: LiveItems = scorer.catalogue
         self.index = version.vectors()
+        if self.index.width != scorer.model.config.pooled_size:
+            raise Damaged(
+                f"{version.path}: vectors of {self.index.width} numbers, expected"
+                f" {scorer.model.config.pooled_size}"
+            )
         self.journal: Journal | None = None
         items = version.items()
         self._check_images(items)
@@ -73,6 +78,10 @@ class Shop:
         self._apply(late)
         self.journal = journal
 
+    def check_journal(self) -> None:
+        """NotKept where a change could not be written down now."""
+        self.journal.check()
+
     def trim(self) -> None:
         """Have the journal forget what no version needs."""
         if self.journal is not None:
@@ -85,6 +94,7 @@ class Shop:
         self._check_images(items)
         places = self.items.stage(items)
         vectors = self.scorer.item_vectors(np.array(places, np.int64))
+        check_finite(items, vectors)
         self._show(places, vectors, [item_id for item_id, item in changed.items() if item is None])
 
     def _show(self, places: Sequence[int], vectors: np.ndarray, removed: Sequence[str]) -> None:
@@ -100,13 +110,18 @@ class Shop:
     def put(self, item: Item) -> bool:
         """Add or change an item; whether it is new. It is on disk, and found, when this returns.
 
-        KeyError where no store has its image, NotKept where the change cannot be written down.
+        KeyError where no store has its image, NotKept where it has no finite vector or cannot be
+        written down.
         """
         place = self.items.place(item.item_id)
         if place is not None and self.items.item(place) == item:
             return False
         places = self.items.stage([item])
         vectors = self.scorer.item_vectors(np.array(places))
+        try:
+            check_finite([item], vectors)
+        except UsageError as error:
+            raise NotKept(str(error)) from None
         self.journal.write({"put": item.record()})  # what cannot be kept does not happen
         self._show(places, vectors, [])
         return place is None

@@ -25,6 +25,8 @@ from megatron_interbert.serving.app import Service, Topic
 from megatron_interbert.serving.batching import ModelThread
 from megatron_interbert.serving.index import (
     CURRENT,
+    Version,
+    check_finite,
     prune,
     serve_from_now_on,
     served_version,
@@ -32,7 +34,7 @@ from megatron_interbert.serving.index import (
     write_version,
 )
 from megatron_interbert.serving.items import Item, LiveItems
-from megatron_interbert.serving.journal import JOURNAL, WRITING, Journal, begin, read_journal
+from megatron_interbert.serving.journal import END, JOURNAL, WRITING, Journal, begin, end_is_known, read_journal
 from megatron_interbert.serving.journal_format import Mark
 from megatron_interbert.serving.messages import ItemFile
 from megatron_interbert.serving.shop import Shop
@@ -60,8 +62,19 @@ class Opened:
         self.folder = Path(config.index) if config.index else run / "index"
         self.writes: Journal | None = None  # for the one process that changes items
         check_writable(self.folder, "--index")
+        self._warn_of_lost_end()
         if config.image_folder and not Path(config.image_folder).is_dir():
             raise UsageError(f"--image-folder {config.image_folder}: no such folder")
+
+    def _warn_of_lost_end(self) -> None:
+        """Say it where nobody can tell whether the journal of the index holds all that was confirmed."""
+        with contextlib.suppress(UsageError):  # told when the journal is read for its changes
+            if not end_is_known(self.folder):
+                log.warning(
+                    "%s: missing or cut; whether the last changes that were confirmed are in %s cannot be checked",
+                    self.folder / END,
+                    JOURNAL,
+                )
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -92,12 +105,14 @@ class Opened:
             scorer = self.scorer()
             served, items, mark = self._items(scorer.catalogue)
             vectors = self._vectors(scorer, items)
+            if mark is None or not mark.journal:  # last: it may take the place of one that cannot be used
+                mark = self._new_journal()
             version = write_version(self.folder, items, vectors, self.config.index_kind, self.facts, mark)
             prune(self.folder, [served] if served else [])  # a service may answer by it, and go back to it
             return version
 
-    def _items(self, stored: LiveItems) -> tuple[str, list[Item], Mark]:
-        """(Version that a new one is made of, its items, the place in the journal from which changes are added)."""
+    def _items(self, stored: LiveItems) -> tuple[str, list[Item], Mark | None]:
+        """(Version that a new one is made of, its items, the place in the journal from which changes are added; None: of a new one)."""
         begins_anew = bool(self.config.rebuild and self.config.items)
         try:
             found = version_to_replay(self.folder)
@@ -119,8 +134,6 @@ class Opened:
                 log.warning("changes of items since %s was made are dropped: they are those of %s now", served.path, self.config.items)
 
         self._check(items, stored)
-        if mark is None or not mark.journal:
-            mark = self._new_journal()
         return served.name if served else "", items, mark
 
     def _check(self, items: list[Item], stored: LiveItems) -> None:
@@ -139,21 +152,20 @@ class Opened:
             return begin(self.folder)
 
     def _vectors(self, scorer: ItemScorer, items: list[Item]) -> np.ndarray:
-        """float32 [items, P], with progress."""
+        """float32 [items, P], with progress. UsageError where they are not finite."""
         places = np.array(scorer.catalogue.stage(items))
         with progress(total=len(items), unit="item", desc="vectors") as bar:
-            return scorer.item_vectors(places, bar.update)
+            vectors = scorer.item_vectors(places, bar.update)
+        check_finite(items, vectors)
+        return vectors
 
     def keep_writers_out(self) -> None:
         """Be the one process that writes to the journal. UsageError where another one does."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.writes = Journal(self.folder)
 
-    def shop(self) -> Shop:
-        """The version that is served, ready to answer. UsageError where it was made with other weights or settings."""
-        version = served_version(self.folder)
-        if version is None:
-            raise UsageError(f"{self.folder}: no index there; make one with python -m megatron_interbert.serve --build-only")
+    def shop(self, version: Version) -> Shop:
+        """A version, ready to answer. UsageError where it was made with other weights or settings."""
         if version.facts["model"] != self.facts:
             raise UsageError(f"{version.path}: made with other weights or settings than these; build it again (--rebuild)")
         return Shop(self.scorer(), version, self.weights_sha256)
@@ -220,22 +232,23 @@ def start_answering(opened: Opened) -> ModelThread:
     config = opened.config
     if config.api_key:
         opened.keep_writers_out()  # before anything is built: another one may write
-    if config.rebuild or served_version(opened.folder) is None:
+    version = None if config.rebuild else served_version(opened.folder)
+    if version is None:
         opened.build()
+        version = served_version(opened.folder)
     elif config.items:
         log.info("%s is there: --items is read again only with --rebuild", opened.folder)
 
     if opened.writes is not None:
-        bring_up_to_date(opened)
-    shop = opened.shop()
+        bring_up_to_date(opened, version)
+    shop = opened.shop(version)
     if opened.writes is not None:
         shop.begin_to_write(opened.writes)
     return ModelThread(shop, config.queue_size, config.pairs_at_once)
 
 
-def bring_up_to_date(opened: Opened) -> None:
+def bring_up_to_date(opened: Opened, version: Version) -> None:
     """Open the journal, and mend what a backup without links, or an earlier version of this package, has left."""
-    version = served_version(opened.folder)
     if isinstance(version.mark, int) and not is_there(opened.folder / JOURNAL):
         read_journal(opened.folder, version.mark)  # UsageError where there should be one
         begin(opened.folder)
@@ -253,7 +266,7 @@ def watch(opened: Opened, model: ModelThread) -> None:
             current = sibling(opened.folder / CURRENT)
             version = current.name if current else served
             if version != served:
-                newer = opened.shop()
+                newer = opened.shop(served_version(opened.folder))
                 model.change(lambda shop, newer=newer: take_over(model, shop, newer))
                 log.info("index %s is served now", newer.version.name)
                 model.change(Shop.trim)
@@ -264,7 +277,7 @@ def watch(opened: Opened, model: ModelThread) -> None:
             log.error("index %s: %s; %s is served", version, error, model.shop.version.name)
             if not opened.config.api_key:
                 time.sleep(60 * LOOK_EVERY)  # a replica's folder is not ours to change
-            elif model.shop.version.name == served:
+            elif model.shop.version.name == served and is_there(opened.folder / served):
                 with contextlib.suppress(OSError, UsageError):
                     serve_from_now_on(opened.folder, served)
 

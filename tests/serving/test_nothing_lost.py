@@ -24,7 +24,7 @@ from megatron_interbert.serving.index import (
     write_version,
 )
 from megatron_interbert.serving.items import Item
-from megatron_interbert.serving.journal import JOURNAL, Journal, NotKept, begin, has_changes, read_journal
+from megatron_interbert.serving.journal import END, JOURNAL, Journal, NotKept, begin, has_changes, read_journal
 from tests.launching import ENVIRONMENT
 from tests.serving.made_shop import flags
 from tests.serving_client import KEY, Service
@@ -416,7 +416,11 @@ def test_a_service_keeps_what_it_has_confirmed(shop, tmp_path):
     assert "Traceback" not in "".join(service.lines["stderr"])
 
     (index / CURRENT).unlink()
+    (index / END).unlink()
     with Service(*flags(shop, index)) as service:
+        told = "".join(service.lines["stderr"])
+        assert told.count("names no version; the newest whole one is") == 1
+        assert told.count("journal.end: missing or cut; whether the last changes") == 1
         statuses = [
             service.call("GET", f"/items/{name}")[0] for name in ("new-1", "new-2", "test-000005")
         ]

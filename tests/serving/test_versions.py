@@ -96,6 +96,14 @@ def test_two_models_answer_searches_and_topics(shop, scorer, tmp_path):
         assert [service.call("PUT", path, body, key=KEY)[0] for _ in range(2)] == [201, 200]
         assert service.call("DELETE", "/items/" + ids[0], key=KEY)[0] == 204
         assert service.call("DELETE", "/items/" + ids[0], key=KEY)[0] == 404
+
+        journal, aside = tmp_path / "topics index" / "journal.jsonl", tmp_path / "aside"
+        journal.rename(aside)
+        journal.write_text("of others\n")
+        assert service.call("PUT", "/items/half", body, key=KEY)[0] == 503
+        assert service.call("DELETE", "/items/new", key=KEY)[0] == 503
+        assert [service.call("GET", f"/items/{name}")[0] for name in ("half", "new")] == [404, 200], "not made in one of them either"
+        aside.rename(journal)
     with Service(*everything) as service:
         found = [i["item_id"] for i in service.call("POST", "/recommend", {**asked, "k": 40})[1]["results"]]
         assert "new" in found
