@@ -36,12 +36,22 @@ def reading(what: str | Path) -> Iterator[None]:
         ) from error
 
 
+def open_regular(path: Path, follow: bool = True) -> IO[bytes]:
+    """Open a file to read; OSError where something else has its name (reading a pipe would never end).
+
+    Without `follow` a link is something else as well.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    handle = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "is no file", str(path))
+    return open(handle, "rb")
+
+
 def read_regular(path: Path) -> bytes:
-    """Read a file of ours; OSError where something else has its name (a pipe would never end)."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    with open(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "is no file", str(path))
+    """Give the content of a file; OSError where something else has its name."""
+    with open_regular(path) as file:
         return file.read()
 
 
