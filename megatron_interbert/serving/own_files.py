@@ -18,7 +18,7 @@ def open_own(path: Path) -> IO[bytes]:
         try:
             return open_regular(path, follow=False)
         except OSError as error:
-            if error.errno not in (errno.ELOOP, errno.EINVAL):
+            if error.errno not in (errno.ELOOP, errno.EISDIR, errno.EINVAL):
                 raise
             raise UsageError(
                 f"{path}: expected a plain file, found a link or something else, which is not read;"
