@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import shutil
 import sys
 
 import numpy as np
@@ -15,7 +17,7 @@ from megatron_interbert.data.downstream.retrieval import RetrievalSet
 from megatron_interbert.data.packing import to_batch
 from megatron_interbert.data.region_batch import read_regions
 from megatron_interbert.data.text import CaptionTokenizer
-from megatron_interbert.errors import UsageError
+from megatron_interbert.errors import TrainingStopped, UsageError
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.pair_scorer import PairScorer
@@ -138,7 +140,7 @@ def test_an_interrupted_evaluation_goes_on(store, tmp_path):
     assert len(places) == 4 * 4
     scored = []
     fill(tiles, places[:6], pairs, scorer, CPU, 50, scored.append)
-    (tiles.folder / "scores-00000027-00000012.npy.77.new").write_bytes(b"half a tile")
+    (tiles.folder / "scores-00000027-00000012.77.new").write_bytes(b"half a tile")
     with pytest.raises(UsageError, match="the same evaluation is running there"):
         ScoreTiles(tmp_path / "tiles", shape, (9, 4), {"weights": 1})
     tiles.release()
@@ -156,6 +158,74 @@ def test_an_interrupted_evaluation_goes_on(store, tmp_path):
     other.release()
     ScoreTiles(tmp_path / "tiles", shape, (9, 4), {"weights": 3}).remove()
     assert not list((tmp_path / "tiles").iterdir()), "what was left by stopped evaluations is gone"
+
+
+def test_folders_of_others_stay(tmp_path):
+    """Whatever they are called; of our own folders only our own files go."""
+    left = ScoreTiles(tmp_path, (4, 4), (2, 2), {"weights": 1})
+    left.write((0, 0), np.zeros((2, 2), np.float32))
+    kept = ScoreTiles(tmp_path, (4, 4), (2, 2), {"weights": 2})
+    kept.write((0, 0), np.zeros((2, 2), np.float32))
+    left.release()
+    kept.release()
+    (kept.folder / "notes.txt").write_text("mine")
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(left.folder, elsewhere)
+    (tmp_path / "tiles-00000000deadbeef").symlink_to(elsewhere)
+    for name in ("tiles-bathroom", "tiles-0123456789abcdef"):
+        shutil.copytree(elsewhere, tmp_path / name)
+    (tmp_path / "tiles-ffffffffffffffff").write_text("a file")
+
+    ScoreTiles(tmp_path, (4, 4), (2, 2), {"weights": 3}).remove()
+    assert not left.folder.exists()
+    assert [path.name for path in kept.folder.iterdir()] == ["notes.txt"]
+    names = {path.name for path in tmp_path.iterdir()} - {kept.folder.name}
+    assert names == {
+        *("elsewhere", "tiles-00000000deadbeef", "tiles-bathroom"),
+        *("tiles-0123456789abcdef", "tiles-ffffffffffffffff"),
+    }
+    for name in ("elsewhere", "tiles-bathroom", "tiles-0123456789abcdef"):
+        assert {path.name for path in (tmp_path / name).iterdir()} == {"plan.json", "scores-00000000-00000000.npy"}
+
+
+@pytest.mark.parametrize("make_other", [lambda path: path.symlink_to("elsewhere"), lambda path: path.write_text("a file")])
+def test_tiles_are_not_written_through_what_is_no_folder(tmp_path, make_other):
+    tiles = ScoreTiles(tmp_path, (4, 4), (2, 2), {})
+    tiles.remove()
+    (tmp_path / "elsewhere").mkdir()
+    make_other(tiles.folder)
+    with pytest.raises(UsageError, match="expected a folder of tiles, found something else"):
+        ScoreTiles(tmp_path, (4, 4), (2, 2), {})
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def other_numbers(file, other):
+    np.save(file.open("wb"), np.ones((2, 2), np.float32))
+
+
+def cut_off(file, other):
+    os.truncate(file, 100)
+
+
+def of_another_place(file, other):
+    shutil.copyfile(other, file)
+
+
+@pytest.mark.parametrize("spoil", [other_numbers, cut_off, of_another_place])
+def test_a_tile_that_was_changed_is_scored_anew(tmp_path, capsys, spoil):
+    tiles = ScoreTiles(tmp_path, (4, 4), (2, 2), {})
+    for number, place in enumerate(tiles.places):
+        tiles.write(place, np.full((2, 2), number, np.float32))
+    assert tiles.missing() == []
+    assert [scores[0, 0] for _, _, scores in tiles.read()] == [0, 1, 2, 3]
+    assert capsys.readouterr().out == ""
+
+    files = sorted(tiles.folder.glob("scores-*"))
+    spoil(files[1], files[2])
+    with pytest.raises(TrainingStopped, match="has changed since it was written"):
+        list(tiles.read())
+    assert tiles.missing() == [(0, 2)]
+    assert "tiles that are not as they were written are scored anew: scores-00000000-00000002.npy" in capsys.readouterr().out
 
 
 def same_on_ranks(path, folder, tensor, expected):
