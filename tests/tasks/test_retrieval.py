@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from megatron_interbert.data.packing import to_batch
 from megatron_interbert.data.region_batch import read_regions
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import TrainingStopped, UsageError
+from megatron_interbert.files import write_json
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.pair_scorer import PairScorer
@@ -30,6 +32,7 @@ from megatron_interbert.tasks.two_stage import two_stage_search
 from tests.corpus import CLASSES, FEATURES, VOCABULARY, write_store
 from tests.dist import run_on_ranks
 from tests.launching import launch
+from tools import ablate
 from tools.mine_neighbours import mean_features, nearest
 
 CPU = torch.device("cpu")
@@ -407,3 +410,43 @@ def test_ablation_from_runs_to_table(tmp_path):
                          (("--seeds", "a"), "--seeds is 'a'")):  # fmt: skip
         code, _, err = launch(*command, *flags)
         assert (code, words in err) == (2, True), err
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """A variant of an ablation whose runs and evaluations are there, and options that it was made with."""
+    monkeypatch.setattr("sys.argv", ["ablate.py", "--data-path", "a", "--test-data-path", "b", "--output", str(tmp_path),
+                                     "--model", "tiny", "--train-iters", "2", "--finetune-iters", "2"])  # fmt: skip
+    options = ablate.parse()
+    run = ablate.Run("full", ablate.Variant("everything"), 5, options)
+
+    def call(entry, *flags):
+        given = dict(itertools.pairwise(flags))
+        if entry == "evaluate":
+            Path(given["--output"]).mkdir()
+            write_json(Path(given["--output"]) / "result.json", {"metrics": {"t2i_R@1": 9.0}})
+        else:
+            (Path(given["--save"]) / "global_step2").mkdir(parents=True)
+            (Path(given["--save"]) / "global_step2" / "manifest.json").write_text("{}")
+
+    monkeypatch.setattr(run, "_call", call)
+    run.results()
+    monkeypatch.setattr(run, "_call", lambda *flags: pytest.fail("nothing is to be made"))
+    assert run.results()["finetuned"] == {"t2i_R@1": 9.0}
+    return run
+
+
+@pytest.mark.parametrize(
+    "record", ["model.json", "pretrained.flags.json", "finetuned.flags.json", "finetuned/result.flags.json"]
+)
+def test_results_of_unknown_options_are_not_taken(finished, record):
+    (finished.folder / record).unlink()
+    with pytest.raises(UsageError, match="is missing, which says with what options it was made; choose another --output"):
+        finished.results()
+    assert not (finished.folder / record).exists(), "it is not made up"
+
+
+def test_results_of_another_model_are_not_taken(finished):
+    finished.options.model = "sample"
+    with pytest.raises(UsageError, match=r"pretrained: made with other options than now \(model.json\)"):
+        finished.results()
