@@ -93,7 +93,7 @@ def main() -> None:
     source = open_source(arguments.input, arguments.source, config, arguments.averaged)
     if arguments.averaged and not source.facts.get("averaged"):
         raise UsageError(f"--averaged: {arguments.input} holds no averaged weights; leave it out")
-    print(describe_source(source), flush=True)
+    print(*source.notes, describe_source(source), sep="\n", flush=True)
     if arguments.list:
         list_tensors(source)
         return
@@ -105,6 +105,12 @@ def main() -> None:
     with progress(total=output.bytes(), unit="B", unit_scale=True, desc="writing") as bar:
         write_target(arguments.to, output, arguments.output, bar.update)
     print(f"wrote {arguments.output} ({arguments.to}, {output.bytes() / 1e6:.1f} MB of tensors)")
+    if output.not_finite:
+        print(
+            f"warning: {len(output.not_finite)} tensors hold NaN or infinity, first {next(iter(output.not_finite))}:"
+            " the training has diverged; they were written as they are, an earlier checkpoint may be sound",
+            file=sys.stderr,
+        )
     if arguments.verify:
         from megatron_interbert.hf.compare import largest_difference
 

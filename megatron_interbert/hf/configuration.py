@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from megatron_interbert.config import ModelConfig
 from megatron_interbert.errors import UsageError
+from megatron_interbert.weights.sources import MOST_LAYERS
 
 FIELDS = dataclasses.fields(ModelConfig)
 
@@ -47,6 +48,8 @@ def checked(name: str, value: Any, kind: type) -> Any:
     least = 0 if kind is float or name.endswith("_layers") else 1
     if number and value < least:
         raise UsageError(f"config: {name} is {value!r}, expected {least} or more")
+    if name.endswith("_layers") and value > MOST_LAYERS:
+        raise UsageError(f"config: {name} is {value!r}, expected {MOST_LAYERS} or fewer")
     if name.endswith("dropout") and value >= 1:
         raise UsageError(f"config: {name} is {value!r}, expected a share from 0 to below 1")
     return kind(value)

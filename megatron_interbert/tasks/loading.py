@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,14 @@ def load_model(
     if not load:
         raise UsageError("--load is missing; give the folder of a checkpoint")
     state = state or ParallelState()
-    source = open_source(sibling(Path(load) / BEST) or load, averaged=averaged)
+    link = Path(load) / BEST
+    best = sibling(link)
+    source = open_source(best or load, averaged=averaged)
+    if best is None and os.path.lexists(link):
+        source.notes.insert(0, f"note: {link} leads nowhere; {source.path.name}, the newest checkpoint, is taken instead")
+    if state.is_main:
+        for note in source.notes:
+            print(note, file=sys.stderr, flush=True)
     source.facts.setdefault("files", {path.name: file_sha256(path) for path in weight_files(source.path)})
     source.config.check_tensor_parallel(state.tensor_size)
     model = InterBert(source.config, heads, state=state, kernels=choose_kernels(kernels, device), **options)

@@ -39,6 +39,7 @@ class Output:
     tensor_parallel: int = 1
     vocabulary: bytes | None = None
     card: str = ""
+    not_finite: dict[str, None] = dataclasses.field(default_factory=dict)  # tensors that were found to hold NaN or infinity
 
     def layout(self, name: str, shape: Iterable[int] | None = None) -> TensorLayout:
         """Type and shape of a tensor as it will be written."""
@@ -46,9 +47,17 @@ class Output:
         return TensorLayout(self.dtype or found.dtype, tuple(found.shape if shape is None else shape))
 
     def get(self, name: str) -> torch.Tensor:
-        """A full tensor in the type that is written."""
+        """A full tensor in the type that is written; UsageError where values become infinite in that type."""
         tensor = self.source.get(name)
-        return tensor.to(self.dtype) if self.dtype else tensor
+        written = tensor.to(self.dtype) if self.dtype else tensor
+        if not written.isfinite().all():
+            if tensor.isfinite().all():
+                raise UsageError(
+                    f"{self.source.path}: {name} holds {tensor.abs().max():.3g}, more than {self.dtype} can;"
+                    " give --dtype bfloat16 or float32"
+                )
+            self.not_finite[name] = None
+        return written
 
     def bytes(self) -> int:
         """Size of all tensors as they will be written; every rank's file holds the replicated ones."""

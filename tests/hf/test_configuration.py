@@ -39,6 +39,7 @@ def test_there_and_back_through_a_folder(tmp_path):
         ({"hidden_size": None}, "hidden_size is None, expected int"),
         ({"text_layers": True}, "text_layers is True, expected int"),
         ({"image_layers": -1}, "image_layers is -1, expected 0 or more"),
+        ({"text_layers": 10**8}, "text_layers is 100000000, expected 1000 or fewer"),
         ({"vocab_size": 0}, "vocab_size is 0, expected 1 or more"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0, expected 1 or more"),
         ({"hidden_size": 100}, "hidden_size 100 is not a multiple of num_attention_heads 12"),
