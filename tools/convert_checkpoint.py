@@ -107,8 +107,8 @@ def main() -> None:
     print(f"wrote {arguments.output} ({arguments.to}, {output.bytes() / 1e6:.1f} MB of tensors)")
     if output.not_finite:
         print(
-            f"warning: {len(output.not_finite)} tensors hold NaN or infinity, first {next(iter(output.not_finite))}:"
-            " the training has diverged; they were written as they are, an earlier checkpoint may be sound",
+            f"note: NaN or infinity in {len(output.not_finite)} of {len(source.layouts)} tensors, first in"
+            f" {output.not_finite[0]}; written as they are, but no model works with them: take an earlier checkpoint",
             file=sys.stderr,
         )
     if arguments.verify:

@@ -39,7 +39,7 @@ class Output:
     tensor_parallel: int = 1
     vocabulary: bytes | None = None
     card: str = ""
-    not_finite: dict[str, None] = dataclasses.field(default_factory=dict)  # tensors that were found to hold NaN or infinity
+    not_finite: list[str] = dataclasses.field(default_factory=list)  # tensors that were found to hold NaN or infinity
 
     def layout(self, name: str, shape: Iterable[int] | None = None) -> TensorLayout:
         """Type and shape of a tensor as it will be written."""
@@ -56,7 +56,8 @@ class Output:
                     f"{self.source.path}: {name} holds {tensor.abs().max():.3g}, more than {self.dtype} can;"
                     " give --dtype bfloat16 or float32"
                 )
-            self.not_finite[name] = None
+            if name not in self.not_finite:  # each rank's file asks for it
+                self.not_finite.append(name)
         return written
 
     def bytes(self) -> int:

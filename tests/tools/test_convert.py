@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.presets import PRESETS
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.tasks.loading import load_model
 from megatron_interbert.weights.manifest import verify, write_manifest
 from megatron_interbert.weights.sources import open_source, recognise
 from megatron_interbert.weights.targets import Output, write_target
@@ -343,7 +345,6 @@ def test_exit_code_and_one_line(tmp_path):
 
 def test_every_format_starts_a_model(tmp_path, monkeypatch):
     """`--init-from` and `evaluate --load` read what the converter writes."""
-    from megatron_interbert.tasks.loading import load_model
     from megatron_interbert.training.first_weights import load_initial_weights
 
     state = random_source(SIZES, tmp_path / "tp1")
@@ -439,3 +440,52 @@ def test_names_of_tensors_are_texts(tmp_path):
     torch.save({1: torch.zeros(2)}, tmp_path / "numbers.bin")
     with pytest.raises(UsageError, match="not a state dict, expected a mapping from names to tensors"):
         recognise(tmp_path / "numbers.bin")
+
+
+def test_what_is_passed_over_is_said(tmp_path, monkeypatch, capsys):
+    """A checkpoint without its manifest, and a `best` that leads nowhere."""
+    run = tmp_path / "run"
+    for step in (1, 3):
+        random_source(SIZES, run / f"global_step{step}")
+    (run / "best").symlink_to("global_step1")
+    load_model(str(run), ("itm",), "torch", torch.device("cpu"))
+    convert(monkeypatch, run, "--list")
+    assert "note: " not in "".join(capsys.readouterr())
+
+    (run / "best").unlink()
+    (run / "best").symlink_to("global_step2")
+    _, source = load_model(str(run), ("itm",), "torch", torch.device("cpu"))
+    assert source.path.name == "global_step3"
+    line = f"note: {run}/best leads nowhere; global_step3, the newest checkpoint, is taken instead\n"
+    assert capsys.readouterr().err == line
+
+    (run / "global_step3" / "manifest.json").unlink()
+    line = f"note: {run}/global_step3 has no manifest.json and is no whole checkpoint; global_step1 is taken instead\n"
+    convert(monkeypatch, run, "--list")
+    assert capsys.readouterr().out.startswith(line)
+    load_model(str(run), ("itm",), "torch", torch.device("cpu"))
+    assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [("sharded", "--tp", 2), ("huggingface",), ("official",), ("bert",)])
+def test_weights_that_are_not_finite_are_named(exported, tmp_path, monkeypatch, capsys, flags):
+    spoilt = spoil(exported, tmp_path, float("nan"))
+    convert(monkeypatch, spoilt, "--to", *flags, "--output", tmp_path / "out")
+    assert re.search("note: NaN or infinity in 1 of [0-9]+ tensors, first in text_embedding.norm.bias; ", capsys.readouterr().err)
+
+
+def test_values_that_a_type_cannot_hold_are_refused(exported, tmp_path, monkeypatch):
+    spoilt = spoil(exported, tmp_path, 1e6)
+    with pytest.raises(UsageError, match=r"text_embedding.norm.bias holds 1e\+06, more than torch.float16 can"):
+        convert(monkeypatch, spoilt, "--to", "sharded", "--dtype", "float16", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    convert(monkeypatch, spoilt, "--to", "sharded", "--dtype", "bfloat16", "--output", tmp_path / "out")
+
+
+def spoil(exported, tmp_path, value):
+    """A copy of a Hugging Face folder with one odd number."""
+    folder = shutil.copytree(exported, tmp_path / "spoilt")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["interbert.text_embedding.norm.bias"][0] = value
+    save_file(tensors, folder / "model.safetensors")
+    return folder
