@@ -13,7 +13,7 @@ from megatron_interbert.config import flag
 from megatron_interbert.data.corpus import Corpus, check_detector
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import check_writable, file_sha256, sibling
+from megatron_interbert.files import check_writable, file_sha256, list_folder, sibling
 from megatron_interbert.kernels.choice import choose_kernels
 from megatron_interbert.model.initialise import load_full_state
 from megatron_interbert.model.interbert import InterBert
@@ -67,6 +67,18 @@ def load_model(
     model = InterBert(source.config, heads, state=state, kernels=choose_kernels(kernels, device), **options)
     load_full_state(model, source.state(), state, load)
     return choose_precision(precision, device).convert(model.to(device)).eval(), source
+
+
+def check_photos(folder: str, state: ParallelState) -> None:
+    """UsageError on all ranks where --image-folder names no folder that rank 0, which draws the page, can list."""
+
+    def check() -> None:
+        if folder and state.is_main:
+            if not Path(folder).is_dir():
+                raise UsageError(f"--image-folder {folder}: no such folder")
+            list_folder(Path(folder))
+
+    together(state, check)
 
 
 def weight_files(path: Path) -> list[Path]:
