@@ -31,7 +31,11 @@ def test_what_cannot_be_is_one_line():
     for flags, line in (
         (("--gpu-memory", 0.3), "error: nothing fits 8 devices of 0.3 GiB; more of them, or a smaller model"),
         (("--micro-batch-size", -4), "error: --micro-batch-size is -4, expected more than 0"),
-        (("--gpu-memory", "nan"), "error: --gpu-memory is nan, expected more than 0"),
+        (("--gpu-memory", "nan"), "error: argument --gpu-memory: 'nan', expected a finite number"),
+        (("--gpu-memory", "inf"), "error: argument --gpu-memory: 'inf', expected a finite number"),
+        (("--gpu-memory", -1), "error: --gpu-memory is -1.0, expected more than 0"),
+        (("--gpus", "many"), "error: argument --gpus: invalid int value: 'many'"),
+        (("--output", "."), "error: --output .: a folder, expected the name of a file"),
         (("--micro-batch-size", 10**6), "error: nothing fits 8 devices of 80 GiB; more of them, or fewer samples at a time"),
         (("--global-batch-size", -3), "error: --global-batch-size is -3, expected 0 or more"),
         (("--gpus", 0), "error: --gpus is 0, expected more than 0"),
@@ -42,7 +46,14 @@ def test_what_cannot_be_is_one_line():
 
 
 def test_spans_go_from_small_to_large():
-    for text in ("20-8", "0", "-3", "many"):
+    for text in ("20-8", "0", "0-0", "-3", "many", "8-20-30", "nan"):
         code, out, err = launch(*COMMAND, f"--words={text}")
         assert (code, out) == (2, "")
-        assert err.strip().endswith(f"'{text}', expected a number above 0, or two from small to large, such as 10-100")
+        expected = "expected a number above 0, or two from small to large, such as 10-100"
+        assert err.strip() == f"error: argument --words: '{text}', {expected}"
+
+
+def test_any_number_of_devices_is_answered():
+    code, out, err = launch(*COMMAND, "--gpus", 10**15, "--micro-batch-size", 1)
+    assert code == 0, err
+    assert {line.split()[1] for line in out.splitlines()[3:]} == {"1", "2", "4"}
