@@ -26,7 +26,7 @@ import torch
 from megatron_interbert.config import ModelConfig, nearest, read_json, read_text
 from megatron_interbert.data.manifest import HARD_NEGATIVES, MANIFEST
 from megatron_interbert.errors import TrainingStopped, UsageError, run_entry
-from megatron_interbert.files import write_json, write_text
+from megatron_interbert.files import check_writable, write_json, write_text
 from megatron_interbert.model.presets import load_model_config
 from megatron_interbert.progress import progress
 from megatron_interbert.weights.manifest import newest_checkpoint, versions
@@ -194,6 +194,15 @@ def run() -> None:
     if "no-hard-negatives" in chosen and not (Path(options.data_path) / HARD_NEGATIVES).is_file():
         raise UsageError(f"{options.data_path}: no {HARD_NEGATIVES}, so leaving hard negatives out changes nothing; make it with"
                          " tools/mine_negatives.py, or leave the variant out by --only")  # fmt: skip
+    for name in ("train_iters", "finetune_iters", "batch_size", "jobs"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected 1 or more")
+    for name in ("pretrain_flags", "finetune_flags"):
+        try:
+            shlex.split(getattr(options, name))
+        except ValueError as error:
+            raise UsageError(f"--{name.replace('_', '-')}: {error}; expected flags as in a shell") from None
+    check_writable(Path(options.output), "--output")
     runs = [Run(name, every[name], seed, options) for seed in seeds for name in chosen]
     found: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in chosen}
     with ThreadPoolExecutor(options.jobs) as pool, progress(total=len(runs), unit="run", desc="ablation") as bar:

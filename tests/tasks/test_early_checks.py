@@ -19,6 +19,8 @@ from megatron_interbert.tasks.item_evaluation import evaluate_product_search
 from megatron_interbert.tasks.retrieval_evaluation import evaluate_retrieval
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.tasks.vcr_evaluation import evaluate_vcr
+from tests.corpus import write_store
+from tools import ablate, shop_report
 
 EVALUATIONS = (
     (EvaluateRetrievalConfig, evaluate_retrieval),
@@ -62,3 +64,36 @@ def test_a_metric_is_a_figure_of_the_task() -> None:
         UsageError, match=r"--metric q_aa: expected one of q_a, qa_r, q_ar; did you mean 'q_a"
     ):
         Job(**parts, metric="q_aa", figures=("q_a", "qa_r", "q_ar"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--jobs", "0"), "--jobs is 0, expected 1 or more"),
+        (("--train-iters", "-1"), "--train-iters is -1, expected 1 or more"),
+        (
+            ("--pretrain-flags", "'"),
+            "--pretrain-flags: No closing quotation; expected flags as in a shell",
+        ),
+    ],
+)
+def test_an_ablation_needs_numbers_and_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], line: str
+) -> None:
+    store = str(write_store(tmp_path / "store"))
+    places = ("--data-path", store, "--test-data-path", store, "--output", str(tmp_path / "out"))
+    monkeypatch.setattr("sys.argv", ["ablate.py", *places, "--only", "full", *flags])
+    with pytest.raises(UsageError) as caught:
+        ablate.run()
+    assert str(caught.value) == line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_needs_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the runs are opened, of which there are none here."""
+    monkeypatch.setattr("sys.argv", ["shop_report.py", "--search", "x", "--output", str(tmp_path)])
+    with pytest.raises(UsageError, match="a folder, expected the name of a file"):
+        shop_report.run()
+    monkeypatch.setattr("sys.argv", ["shop_report.py", "--search", "x", "--first-stage", "-1"])
+    with pytest.raises(UsageError, match="--first-stage is -1, expected 0 or more"):
+        shop_report.run()
