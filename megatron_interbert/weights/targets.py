@@ -50,8 +50,8 @@ class Output:
         """A full tensor in the type that is written; UsageError where values become infinite in that type."""
         tensor = self.source.get(name)
         written = tensor.to(self.dtype) if self.dtype else tensor
-        if not written.isfinite().all():
-            if tensor.isfinite().all():
+        if not is_finite(written):
+            if is_finite(tensor):
                 raise UsageError(
                     f"{self.source.path}: {name} holds {tensor.abs().max():.3g}, more than {self.dtype} can;"
                     " give --dtype bfloat16 or float32"
@@ -65,6 +65,11 @@ class Output:
         ranks = self.tensor_parallel
         copies = {name: ranks if partition_dimension(name) is None else 1 for name in self.source.layouts}
         return sum(self.layout(name).bytes * count for name, count in copies.items())
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether there is neither NaN nor infinity in a tensor, without another one of its size in memory."""
+    return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 def heads_of(source: Source) -> tuple[str, ...]:
