@@ -71,7 +71,8 @@ def score_topics(config: ScoreTopicsConfig, state: ParallelState, device: torch.
                     parquet.write_table(table, handle, write_page_checksum=True)
                 os.replace(beside, part(folder, start))
             bar.update(state.data_size)
-    flush_folder(folder)
+    if mine:
+        flush_folder(folder)
     state.barrier()
     result = {"parts": len(starts), "pairs": len(topics) * len(items), "scored_now": len(missing), "folder": str(folder)}
     if state.is_main:

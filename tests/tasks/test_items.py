@@ -401,7 +401,7 @@ def missing(folder):
     return topic_scores.missing_parts(folder, {0: 40, 2: 40}, topic_scores.digest_of(PLAN))
 
 
-def test_parts_of_nobody_knows_what_are_refused(tmp_path, parts):
+def test_parts_without_a_plan_are_refused(tmp_path, parts):
     """Those of other weights would pass for the model's own."""
     (tmp_path / "_plan.json").unlink()
     with pytest.raises(UsageError, match=r"holds part-000000000.parquet, but no _plan.json that says of which weights"):
