@@ -20,6 +20,7 @@ from megatron_interbert.files import reading
 FLOAT8_MULTIPLE = 16  # of the inner size, and of the columns of the result, of a GPU's 8-bit product
 LARGEST_INTEGER = (1 << 63) - 1  # what generators, tensors and files hold
 LARGEST_SIZE = 1 << 24  # of anything in a model
+MOST_LAYERS = 1000  # of a kind: a model of a million would be built until memory is full
 BELOW_1 = math.nextafter(1.0, 0.0)
 AUTO = -(1 << 62)  # `auto` on the command line and in YAML: a number that is found out when the run starts, and that nobody gives
 
@@ -88,14 +89,16 @@ class ModelConfig:
         value = getattr(self, name)
         if kind is int:
             least = 0 if name in self.MAY_BE_0 else 1
-            sound = type(value) is int and least <= value <= LARGEST_SIZE
-            expected = f"a whole number from {least} to {LARGEST_SIZE}"
+            most = MOST_LAYERS if name.endswith("_layers") else LARGEST_SIZE
+            sound = type(value) is int and least <= value <= most
+            expected = f"a whole number from {least} to {most}"
         elif kind is float:
             below = 1.0 if name.endswith("dropout") else math.inf
             sound = type(value) in (int, float) and 0 <= value < below
             expected = "a number from 0 up to 1" if below == 1.0 else "a finite number of 0 or more"
         else:
             sound, expected = isinstance(value, str), "a text"
+
         if not sound:
             raise UsageError(f"model: {name} is {value!r:.60}, expected {expected}")
 

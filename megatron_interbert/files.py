@@ -151,7 +151,11 @@ def write_bytes(path: Path, data: bytes) -> None:
     beside = path.with_name(path.name + ".partial")
     with new_file(beside) as handle:
         write_all(handle.fileno(), data)
-    os.replace(beside, path)
+    try:
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -172,12 +176,9 @@ def write_json(path: Path, value: Any) -> None:
 def write_output(path: Path, text: str, name: str) -> None:
     """Write the text file that the flag `name` asks for, whole or not at all.
 
-    What a link or a device leads to (`/dev/stdout`, `/dev/null`) is written in place. UsageError where
-    a folder is there.
+    What a link or a device leads to (`/dev/stdout`, `/dev/null`) is written in place.
     """
-    if path.is_dir():
-        raise UsageError(f"{name} {path}: is a folder, expected a file to write")
-
+    check_output(path, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_symlink() or (path.exists() and not path.is_file()):
         path.write_bytes(encoded(text))
@@ -290,6 +291,14 @@ def check_writable(folder: Path, flag: str) -> None:
         raise UsageError(
             f"{flag} {folder}: nothing can be written there ({error.strerror}); choose another folder"
         ) from None
+
+
+def check_output(path: Path, flag: str) -> None:
+    """UsageError where no file can be written under a name; leaves nothing behind."""
+    if path.is_dir():
+        raise UsageError(f"{flag} {path}: is a folder, expected a file to write")
+    if not path.exists() or path.is_file():
+        check_writable(path.parent, flag)
 
 
 def nearest_folder(folder: Path) -> Path:

@@ -58,14 +58,8 @@ REQUIRED = {"torch": (2, 10), "deepspeed": (0, 19, 6), "h5py": (3, 11), "safeten
 class PreflightConfig(RunConfig):
     """The flags of the run and two of our own."""
 
-    world_size: int = option(0, "processes the run will have (default: those that are started)")
+    world_size: int = option(0, "processes the run will have (default: those that are started)", least=0)
     fast: bool = option(False, "skip hashing the shards and reading every record")
-
-    def check(self) -> None:
-        """UsageError for values that contradict each other or have no meaning."""
-        super().check()
-        if self.micro_batch_size == AUTO and not self.global_batch_size:
-            raise UsageError("--micro-batch-size auto needs --global-batch-size, which it divides")
 
 
 def check_environment(config: PreflightConfig) -> str:
@@ -97,6 +91,8 @@ def check_batch(config: PreflightConfig) -> str:
     by_trial = config.micro_batch_size == AUTO
     if by_trial:  # the run tries sizes that fit; here the smallest stands for all
         agree_with_json(config)
+        if not config.global_batch_size:
+            raise UsageError("--micro-batch-size auto needs --global-batch-size, which it divides")
         config.micro_batch_size = 1
     engine = merge(config, ranks)
     if not config.is_default("data_partitions"):
@@ -302,6 +298,7 @@ def check_nodes(config: PreflightConfig) -> None:
 def run() -> None:
     """All checks in order; a failed one does not hide the next, and the exit code is 2 if any failed."""
     config = parse(PreflightConfig, "Check machines, environment, data and one step before a long run.")
+    config.check()
     if read_launch().world_size > 1:
         check_nodes(config)
     config.world_size = config.world_size or 1
@@ -314,8 +311,9 @@ def run() -> None:
     ]
     failed = []
     for name, check in checks:
-        if "data" in failed:
-            print(f"-       {name:<12} not tried, for it needs the data", flush=True)
+        needed = ("data", "batch") if name == "step" else ("data",)
+        if missing := [other for other in needed if other in failed]:
+            print(f"-       {name:<12} not tried, for it needs the {missing[0]}", flush=True)
             continue
         try:
             print(f"ok      {name:<12} {check(config)}", flush=True)

@@ -26,7 +26,7 @@ import torch
 from megatron_interbert.config import ModelConfig, nearest, read_json, read_text
 from megatron_interbert.data.manifest import HARD_NEGATIVES, MANIFEST
 from megatron_interbert.errors import TrainingStopped, UsageError, run_entry
-from megatron_interbert.files import write_json, write_text
+from megatron_interbert.files import check_writable, write_json, write_text
 from megatron_interbert.model.presets import load_model_config
 from megatron_interbert.progress import progress
 from megatron_interbert.weights.manifest import newest_checkpoint, versions
@@ -110,7 +110,7 @@ class Run:
         found = {}
         for protocol, run in (("zero-shot", pretrained), ("finetuned", tuned)):
             result = run / "result" / "result.json"
-            self._same(result.parent, [options.test_data_path, options.language])
+            self._same(result.parent, flags_of(result.parent), json.dumps([options.test_data_path, options.language]))
             if not result.is_file():
                 zero = ("--zero-shot",) if protocol == "zero-shot" else ()
                 self._call("evaluate", "retrieval", "--load", run, "--data-path", options.test_data_path, "--language", options.language,
@@ -124,22 +124,22 @@ class Run:
             names = ("interaction_layers", "text_layers", "image_layers")
             sizes = dataclasses.replace(sizes, **dict(zip(names, self.variant.layers, strict=True)))
         path = self.folder / "model.json"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, dataclasses.asdict(sizes))
+        self._same(self.folder / "pretrained", path, json.dumps(dataclasses.asdict(sizes), indent=1))
         return str(path)
 
     def _train(self, save: Path, iterations: int, entry: str, *flags: object) -> None:
         done = newest_checkpoint(save) if save.is_dir() else None
-        self._same(save, [entry, *map(str, flags), str(iterations)])
+        self._same(save, flags_of(save), json.dumps([entry, *map(str, flags), str(iterations)]))
         if done is None or done.name != f"global_step{iterations}":
             self._call(entry, *flags, "--seed", self.seed, "--train-iters", iterations, "--save", save)
 
-    def _same(self, place: Path, command: list[str]) -> None:
-        """UsageError where a stage was made with other flags; else it is written down what it is made with."""
-        record = place.with_name(f"{place.name}.flags.json")
-        text = json.dumps(command)
+    def _same(self, place: Path, record: Path, text: str) -> None:
+        """Write down with what a stage is made. UsageError where it was made with something else, or nobody knows with what."""
+        mend = f"choose another --output, or remove {self.folder}"
         if record.is_file() and read_text(record, "--output") != text:
-            raise UsageError(f"{place}: made with other options than now; choose another --output, or remove {self.folder}")
+            raise UsageError(f"{place}: made with other options than now ({record.name}); {mend}")
+        if os.path.lexists(place) and not record.is_file():
+            raise UsageError(f"{place}: {record.name} is missing, which says with what options it was made; {mend}")
         record.parent.mkdir(parents=True, exist_ok=True)
         write_text(record, text)
 
@@ -152,6 +152,11 @@ class Run:
         if ended.returncode:
             last = (ended.stderr.strip() or ended.stdout.strip()).splitlines()[-1:]
             raise TrainingStopped(f"{self.folder}: {shlex.join(command)} ended with code {ended.returncode}: {''.join(last)}")
+
+
+def flags_of(place: Path) -> Path:
+    """The file that says with what flags a stage was made."""
+    return place.with_name(f"{place.name}.flags.json")
 
 
 def table(found: dict[str, list[dict[str, dict[str, float]]]], all_variants: dict[str, Variant]) -> str:
@@ -189,6 +194,15 @@ def run() -> None:
     if "no-hard-negatives" in chosen and not (Path(options.data_path) / HARD_NEGATIVES).is_file():
         raise UsageError(f"{options.data_path}: no {HARD_NEGATIVES}, so leaving hard negatives out changes nothing; make it with"
                          " tools/mine_negatives.py, or leave the variant out by --only")  # fmt: skip
+    for name in ("train_iters", "finetune_iters", "batch_size", "jobs"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected 1 or more")
+    for name in ("pretrain_flags", "finetune_flags"):
+        try:
+            shlex.split(getattr(options, name))
+        except ValueError as error:
+            raise UsageError(f"--{name.replace('_', '-')}: {error}; expected flags as in a shell") from None
+    check_writable(Path(options.output), "--output")
     runs = [Run(name, every[name], seed, options) for seed in seeds for name in chosen]
     found: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in chosen}
     with ThreadPoolExecutor(options.jobs) as pool, progress(total=len(runs), unit="run", desc="ablation") as bar:

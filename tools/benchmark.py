@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.errors import run_entry
-from megatron_interbert.files import json_text, write_output
+from megatron_interbert.files import check_output, json_text, write_output
 from megatron_interbert.weights.manifest import versions
 from tools.benchmarks import checkpoint, data, retrieval, serve, train
 
@@ -35,6 +35,8 @@ def main() -> None:
         own.add_argument("--folder", help="disk to measure on; default: that of temporary files")
         own.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
+    if arguments.output:
+        check_output(arguments.output, "--output")
     result = {
         **SUBJECTS[arguments.subject].measure(arguments),
         "arguments": {name: str(value) for name, value in vars(arguments).items()},

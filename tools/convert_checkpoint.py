@@ -93,7 +93,7 @@ def main() -> None:
     source = open_source(arguments.input, arguments.source, config, arguments.averaged)
     if arguments.averaged and not source.facts.get("averaged"):
         raise UsageError(f"--averaged: {arguments.input} holds no averaged weights; leave it out")
-    print(describe_source(source), flush=True)
+    print(*source.notes, describe_source(source), sep="\n", flush=True)
     if arguments.list:
         list_tensors(source)
         return
@@ -105,6 +105,12 @@ def main() -> None:
     with progress(total=output.bytes(), unit="B", unit_scale=True, desc="writing") as bar:
         write_target(arguments.to, output, arguments.output, bar.update)
     print(f"wrote {arguments.output} ({arguments.to}, {output.bytes() / 1e6:.1f} MB of tensors)")
+    if output.not_finite:
+        print(
+            f"note: NaN or infinity in {len(output.not_finite)} of {len(source.layouts)} tensors, first in"
+            f" {output.not_finite[0]}; written as they are, but no model works with them: take an earlier checkpoint",
+            file=sys.stderr,
+        )
     if arguments.verify:
         from megatron_interbert.hf.compare import largest_difference
 

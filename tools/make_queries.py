@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.config import read_json
 from megatron_interbert.errors import UsageError, run_entry
-from megatron_interbert.files import check_writable, write_text
+from megatron_interbert.files import check_output, write_output
 from megatron_interbert.progress import progress
 
 COLUMNS = ("product_id", "image_h", "image_w", "num_boxes", "boxes", "features", "class_labels", "query", "query_id")
@@ -61,7 +61,7 @@ def run() -> None:
     parser.add_argument("--candidates", action="store_true", help="the rows are candidates, and the answers are not known")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines")
     options = parser.parse_args()
-    check_writable(options.output.parent, "--output")
+    check_output(options.output, "--output")
     answers = read_json(options.answers, "--answers") if options.answers else {}
     texts: dict[str, str] = {}
     products: dict[str, list[str]] = {}
@@ -83,8 +83,7 @@ def run() -> None:
         else:
             record |= {"candidate_ids" if options.candidates else "item_ids": listed}
         lines.append(json.dumps(record, ensure_ascii=False))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(options.output, "\n".join(lines) + "\n")
+    write_output(options.output, "\n".join(lines) + "\n", "--output")
     print(f"{options.output}: {len(texts)} queries, {sum(map(len, products.values()))} rows")
 
 

@@ -13,12 +13,14 @@ import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_interbert.command_line import finite_number
 from megatron_interbert.config import ModelConfig
 from megatron_interbert.errors import UsageError, run_entry
-from megatron_interbert.files import check_writable, json_text, write_output
+from megatron_interbert.files import check_output, json_text, write_output
 from megatron_interbert.model.presets import load_model_config
 from megatron_interbert.training.memory import Layout, Load, Memory, largest_micro_batch, predict
 from megatron_interbert.training.processes import aligned
@@ -28,16 +30,24 @@ GIB = 2**30
 MOST = 1 << 16  # samples at a time beyond which it is not asked
 
 
+class Parser(argparse.ArgumentParser):
+    """One line for a wrong flag, as everywhere."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it, for `run_entry` to print."""
+        raise UsageError(message)
+
+
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The text above as it stands, and the default of each flag."""
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(description=__doc__, formatter_class=Help)
     parser.add_argument("--model", default="base", help="preset or JSON file of model sizes")
     parser.add_argument("--gpus", type=int, default=8, help="devices in all")
-    parser.add_argument("--gpu-memory", type=float, default=80.0, help="GiB of one")
+    parser.add_argument("--gpu-memory", type=finite_number, default=80.0, help="GiB of one")
     parser.add_argument("--reserve", type=float, default=0.1, help="share of the memory to leave free")
     parser.add_argument("--words", type=span, default=(8, 20), help="tokens of a sample with [CLS] and [SEP], from-to")
     parser.add_argument("--regions", type=span, default=(36, 36), help="regions of a sample, from-to")
@@ -56,7 +66,7 @@ def main() -> None:
     if arguments.global_batch_size < 0:
         raise UsageError(f"--global-batch-size is {arguments.global_batch_size}, expected 0 or more")
     if arguments.output:
-        check_writable(arguments.output.parent, "--output")
+        check_output(arguments.output, "--output")
     if not 0 <= arguments.reserve < 1:
         raise UsageError(f"--reserve is {arguments.reserve}, expected a share of the memory from 0 up to 1, such as 0.1")
     sizes = load_model_config(arguments.model)
@@ -74,7 +84,8 @@ def main() -> None:
 
 def layouts(sizes: ModelConfig, arguments: argparse.Namespace) -> Iterator[Layout]:
     """All that divide the devices and the model evenly, the simplest first."""
-    tensors = [size for size in range(1, arguments.gpus + 1) if arguments.gpus % size == 0]
+    most = min(arguments.gpus, sizes.num_attention_heads)  # each rank has a head
+    tensors = [size for size in range(1, most + 1) if arguments.gpus % size == 0]
     for recompute, tensor, stage in itertools.product((False, True), tensors, (0, 1, 2, 3)):
         data = arguments.gpus // tensor
         try:

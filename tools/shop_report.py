@@ -23,7 +23,7 @@ from megatron_interbert.data.downstream.product_search import read_queries
 from megatron_interbert.data.downstream.recommendation import Clicks, read_clicks, read_topics
 from megatron_interbert.data.downstream.records import read_records
 from megatron_interbert.errors import UsageError, run_entry
-from megatron_interbert.files import json_text, write_output
+from megatron_interbert.files import check_output, json_text, write_output
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
@@ -179,6 +179,10 @@ def run() -> None:
     options = parser.parse_args()
     if not options.search and not options.recommendation:
         raise UsageError("nothing to report on; give --search RUN or --recommendation RUN")
+    if options.first_stage < 0:
+        raise UsageError(f"--first-stage is {options.first_stage}, expected 0 or more")
+    if options.output:  # before hours of work
+        check_output(options.output, "--output")
     report: dict[str, dict[str, Figures]] = {}
     if options.search:
         report["search"] = search_figures(options.search, options.data_path, options.first_stage)

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.config import read_json
 from megatron_interbert.errors import UsageError, run_entry
-from megatron_interbert.files import json_text, write_output
+from megatron_interbert.files import check_output, json_text, write_output
 
 SAME = {"task": None, "protocol": None, "precision": "fp32"}  # and what results before they had it mean
 
@@ -55,6 +55,8 @@ def run() -> None:
     parser.add_argument("results", nargs="+", help="result.json files of evaluations")
     parser.add_argument("--output", help="JSON file for the table")
     options = parser.parse_args()
+    if options.output:
+        check_output(Path(options.output), "--output")
     results = [read_json(path, "result") for path in options.results]
     for path, result in zip(options.results, results, strict=True):
         if not is_result(result):

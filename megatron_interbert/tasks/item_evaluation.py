@@ -17,7 +17,7 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
 from megatron_interbert.task_config import EvaluateProductSearchConfig, EvaluateRecommendationConfig, ScoreTopicsConfig
 from megatron_interbert.tasks.item_scorer import ItemScorer, catalogue_of
-from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, load_model, open_for
+from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, check_photos, load_model, open_for
 from megatron_interbert.tasks.parts import fit_length
 from megatron_interbert.tasks.product_search import Search, check_labelled, search
 from megatron_interbert.tasks.ranking import search_metrics
@@ -44,6 +44,7 @@ def open_items(
 
 def evaluate_product_search(config: EvaluateProductSearchConfig, state: ParallelState, device: torch.device) -> dict[str, Any]:
     """Writes result.json, result.html and, with --submission, the file for a server; all ranks of a launch call it."""
+    check_photos(config.image_folder, state)
     scorer, source, corpus, folder = open_items(config, state, device, [config.queries])
     queries = read_queries(config.queries, scorer.catalogue, "--queries")
     if not config.submission:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from megatron_interbert.config import flag
 from megatron_interbert.data.corpus import Corpus, check_detector
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import check_writable, file_sha256, sibling
+from megatron_interbert.files import check_writable, file_sha256, list_folder, sibling
 from megatron_interbert.kernels.choice import choose_kernels
 from megatron_interbert.model.initialise import load_full_state
 from megatron_interbert.model.interbert import InterBert
@@ -53,12 +54,31 @@ def load_model(
     if not load:
         raise UsageError("--load is missing; give the folder of a checkpoint")
     state = state or ParallelState()
-    source = open_source(sibling(Path(load) / BEST) or load, averaged=averaged)
+    link = Path(load) / BEST
+    best = sibling(link)
+    source = open_source(best or load, averaged=averaged)
+    if best is None and os.path.lexists(link):
+        source.notes.insert(0, f"note: {link} leads nowhere; {source.path.name}, the newest checkpoint, is taken instead")
+    if state.is_main:
+        for note in source.notes:
+            print(note, file=sys.stderr, flush=True)
     source.facts.setdefault("files", {path.name: file_sha256(path) for path in weight_files(source.path)})
     source.config.check_tensor_parallel(state.tensor_size)
     model = InterBert(source.config, heads, state=state, kernels=choose_kernels(kernels, device), **options)
     load_full_state(model, source.state(), state, load)
     return choose_precision(precision, device).convert(model.to(device)).eval(), source
+
+
+def check_photos(folder: str, state: ParallelState) -> None:
+    """UsageError on all ranks where --image-folder names no folder that rank 0, which draws the page, can list."""
+
+    def check() -> None:
+        if folder and state.is_main:
+            if not Path(folder).is_dir():
+                raise UsageError(f"--image-folder {folder}: no such folder")
+            list_folder(Path(folder))
+
+    together(state, check)
 
 
 def weight_files(path: Path) -> list[Path]:

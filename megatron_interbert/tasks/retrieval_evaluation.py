@@ -14,7 +14,7 @@ from megatron_interbert.model.pair_scorer import PairScorer
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
 from megatron_interbert.task_config import EvaluateRetrievalConfig
-from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, load_model, open_for
+from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, check_photos, load_model, open_for
 from megatron_interbert.tasks.pair_tiles import Pairs, ScoreTiles, fill
 from megatron_interbert.tasks.parts import fit_length
 from megatron_interbert.tasks.results import result_of, table, write_result
@@ -28,6 +28,7 @@ SHOWN = 40  # captions on the page
 
 def evaluate_retrieval(config: EvaluateRetrievalConfig, state: ParallelState, device: torch.device) -> dict[str, Any]:
     """Writes result.json and result.html and gives the result; all ranks of a launch call it."""
+    check_photos(config.image_folder, state)
     model, source = load_model(config.load, ("itm",), config.kernels, device, state, config.averaged, config.precision)
     if config.zero_shot and source.facts.get("task"):
         raise UsageError(f"--zero-shot: {config.load} was finetuned ({source.facts['task']}); leave the flag out")

@@ -7,8 +7,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config import ModelConfig, nearest
 from megatron_interbert.data.training_set import TrainingSet
+from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
 
 
@@ -53,3 +54,7 @@ class Job:
     figures: tuple[str, ...] = ()  # names that may be the metric
     patience: int = 0  # evaluations without a better figure after which the run ends; 0: never
     valid_samples: TrainingSet | None = None  # for the losses of pretraining
+
+    def __post_init__(self) -> None:
+        if self.metric and self.metric not in self.figures:
+            raise UsageError(f"--metric {self.metric}: expected one of {', '.join(self.figures)}{nearest(self.metric, self.figures)}")

@@ -1,11 +1,13 @@
 """Scores of all topics and items as Parquet: shared out over ranks, gone on with after a stop.
 
 A part holds a run of items and all topics: columns topic_id, item_id, score. It appears whole; a part that is there is not scored again.
-The folder remembers what it holds: other weights, data or settings are refused.
+The folder remembers what it holds, and so does each part: other weights, data or settings are refused.
 """
 
+import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,17 @@ from megatron_interbert.config import read_json
 from megatron_interbert.data.downstream.recommendation import read_topics
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError, local_errors
-from megatron_interbert.files import file_sha256, write_json
-from megatron_interbert.parallel.agreement import together
+from megatron_interbert.files import file_sha256, flush_folder, list_folder, new_file, reading, write_json
+from megatron_interbert.parallel.agreement import some, together
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
 from megatron_interbert.task_config import ScoreTopicsConfig
 from megatron_interbert.tasks.item_evaluation import open_items
 
 PLAN = "_plan.json"  # readers of Parquet folders pass over names that begin so
+PART = re.compile(r"part-[0-9]{9,}\.parquet")
+UNFINISHED = re.compile(r"_part-[0-9]{9,}\.parquet\.[0-9]+\.new")
+PLAN_SHA256 = b"megatron_interbert.plan_sha256"  # in the metadata of each part
 
 
 def score_topics(config: ScoreTopicsConfig, state: ParallelState, device: torch.device) -> dict[str, Any]:
@@ -42,8 +47,10 @@ def score_topics(config: ScoreTopicsConfig, state: ParallelState, device: torch.
         **{name: getattr(config, name) for name in ("titles", "max_regions", "max_tokens", "items_of_part", "precision")},
     }
     together(state, lambda: claim(folder, plan) if state.is_main else None)
-    starts = list(range(0, len(items), config.items_of_part))
-    missing = state.gather([start for start in starts if not part(folder, start).is_file()])[0]
+    starts = range(0, len(items), config.items_of_part)
+    rows_of = {start: len(topics) * min(config.items_of_part, len(items) - start) for start in starts}
+    missing = together(state, lambda: missing_parts(folder, rows_of, digest_of(plan)) if state.is_main else None)
+    missing = state.gather(missing)[0]
     ids, pieces = np.array(items.ids), scorer.pieces(topics.texts)
     mine = missing[state.data_rank :: state.data_size]
     with (
@@ -58,10 +65,14 @@ def score_topics(config: ScoreTopicsConfig, state: ParallelState, device: torch.
                 raise UsageError(f"{config.load}: scores are not finite; the weights have diverged, take an earlier checkpoint")
             if state.tensor_rank == 0:
                 columns = {"topic_id": np.array(topics.ids)[text_of], "item_id": ids[item_of], "score": scores}
+                table = pyarrow.table(columns, metadata={PLAN_SHA256: digest_of(plan)})
                 beside = folder / f"_{part(folder, start).name}.{os.getpid()}.new"
-                parquet.write_table(pyarrow.table(columns), beside)
+                with new_file(beside) as handle:
+                    parquet.write_table(table, handle, write_page_checksum=True)
                 os.replace(beside, part(folder, start))
             bar.update(state.data_size)
+    if mine:
+        flush_folder(folder)
     state.barrier()
     result = {"parts": len(starts), "pairs": len(topics) * len(items), "scored_now": len(missing), "folder": str(folder)}
     if state.is_main:
@@ -74,16 +85,59 @@ def part(folder: Path, start: int) -> Path:
     return folder / f"part-{start:09d}.parquet"
 
 
+def digest_of(plan: dict[str, Any]) -> bytes:
+    """The hash of a plan, in hex."""
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest().encode()
+
+
 def claim(folder: Path, plan: dict[str, Any]) -> None:
-    """Note what the folder holds; UsageError where it holds something else."""
+    """Note what the folder holds; UsageError where it holds something else, or parts of which nobody knows."""
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / PLAN).is_file():
+    names = list_folder(folder)
+    if PLAN in names:
         found = read_json(folder / PLAN, "--output")
         if different := [name for name in plan if json.loads(json.dumps(plan[name])) != found.get(name)]:
             raise UsageError(
                 f"--output {folder}: holds scores of other {', '.join(different)}; choose another folder, or remove it"
             )
+    elif parts := [name for name in names if PART.fullmatch(name)]:
+        raise UsageError(
+            f"--output {folder}: holds {some(parts)}, but no {PLAN} that says of which weights and data they are;"
+            " put it back, choose another folder, or remove them"
+        )
     else:
         write_json(folder / PLAN, plan)
-    for left in folder.glob("*.new"):
-        left.unlink(missing_ok=True)
+
+    for name in names:
+        if UNFINISHED.fullmatch(name):
+            (folder / name).unlink(missing_ok=True)
+
+
+def missing_parts(folder: Path, rows_of: dict[int, int], digest: bytes) -> list[int]:
+    """Starts of parts that are not there yet, or not as they were written. UsageError for a part of another plan."""
+    missing = [start for start, rows in rows_of.items() if not is_whole(part(folder, start), rows, digest)]
+    damaged = [part(folder, start).name for start in missing if part(folder, start).exists()]
+    if damaged:
+        print(f"{folder}: parts that are not as they were written are scored anew: {some(damaged)}", flush=True)
+    return missing
+
+
+def is_whole(path: Path, rows: int, digest: bytes) -> bool:
+    """Whether a part is there and can be read to its end. UsageError where it is of another plan."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        with reading(path), open(path, "rb") as handle:
+            table = parquet.read_table(handle, page_checksum_verification=True)
+    except UsageError:
+        raise
+    except (OSError, pyarrow.ArrowException):
+        return False
+
+    if (table.schema.metadata or {}).get(PLAN_SHA256) != digest:
+        raise UsageError(
+            f"{path}: holds scores of other weights, data or settings than {PLAN} says, or of an earlier version;"
+            " choose another --output, or remove it"
+        )
+    return table.num_rows == rows

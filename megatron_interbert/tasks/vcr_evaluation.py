@@ -14,7 +14,7 @@ from megatron_interbert.files import write_text
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
 from megatron_interbert.task_config import EvaluateVcrConfig
-from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, load_model, open_for
+from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, check_photos, load_model, open_for
 from megatron_interbert.tasks.parts import fit_length
 from megatron_interbert.tasks.results import result_of, table, write_result
 from megatron_interbert.tasks.vcr import check_labels, open_images, predict, softmax, submission_lines, vcr_metrics
@@ -29,6 +29,7 @@ PAGE_STYLE = STYLE + (
 
 def evaluate_vcr(config: EvaluateVcrConfig, state: ParallelState, device: torch.device) -> dict[str, Any]:
     """Writes result.json, result.html and, with --submission, submission.csv; all ranks of a launch call it."""
+    check_photos(config.image_folder, state)
     model, source = load_model(config.load, ("choice",), config.kernels, device, state, config.averaged, config.precision)
     as_trained(config, source, "vcr", max_regions=100, max_tokens=60, max_rationale_tokens=80)
     images = open_images(config.annotated_path, config.data_path, config)

@@ -29,6 +29,8 @@ def load_initial_weights(
     try:
         kind = recognise(path)
         source = open_source(path, kind, config if kind in ("official", "bert") else None)
+        if state.is_main:
+            print(*source.notes, sep="\n", end="\n" * bool(source.notes), flush=True)
         theirs = source.facts.get("vocabulary")
         if theirs and theirs != data.get("vocabulary"):
             raise UsageError(f"{path}: made with another vocabulary; give that vocabulary by --vocab-file")

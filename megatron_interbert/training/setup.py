@@ -17,7 +17,6 @@ from megatron_interbert.data.order import check_partitions
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.training_set import TrainingSet
-from megatron_interbert.errors import UsageError
 from megatron_interbert.files import file_sha256, is_there
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
 from megatron_interbert.model.initialise import initialise
@@ -113,8 +112,6 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
     resume = find_checkpoint(config, state, claim.locked)
     integrity = verify_stores(config, state)
     check_partitions(config.told("data_partitions"), config.data_partitions, state.data_size)
-    if job.metric and job.metric not in job.figures:
-        raise UsageError(f"--metric {job.metric}: expected one of {', '.join(job.figures)}")
     job.model_config.check_tensor_parallel(state.tensor_size)
     config.check_float8(job.model_config)
     kernels, streams, make_model = parts_of_model(config, job, state, device)

@@ -142,6 +142,12 @@ def newest_checkpoint(path: str | Path) -> Path | None:
     return next(iter(complete_checkpoints(Path(path))), None)
 
 
+def passed_over(run: Path, taken: Path) -> list[Path]:
+    """List folders of later steps than the checkpoint that is taken of a run, the newest first."""
+    steps = step_folders(run)
+    return steps[: steps.index(taken)] if taken in steps else []
+
+
 def versions() -> dict[str, str]:
     """What wrote a file."""
     return {"megatron_interbert": __version__, "torch": torch.__version__, "python": platform.python_version()}

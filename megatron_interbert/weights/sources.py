@@ -3,16 +3,18 @@
 Nothing here runs code from a file: safetensors, JSON, and `torch.load(weights_only=True)`.
 """
 
+import contextlib
 import dataclasses
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_interbert.config import ModelConfig, model_config_from_dict, read_json
-from megatron_interbert.errors import UsageError
+from megatron_interbert.errors import UsageError, out_of_memory
+from megatron_interbert.files import is_plain_name, reading
 from megatron_interbert.model.presets import PRESETS
 from megatron_interbert.weights.files import TensorFile, TensorLayout
 from megatron_interbert.weights.foreign import (
@@ -26,7 +28,7 @@ from megatron_interbert.weights.foreign import (
     plain_name,
     present,
 )
-from megatron_interbert.weights.manifest import MANIFEST, newest_checkpoint, read_manifest, verify
+from megatron_interbert.weights.manifest import MANIFEST, newest_checkpoint, passed_over, read_manifest, verify
 from megatron_interbert.weights.reader import KINDS as FILE_OF
 from megatron_interbert.weights.reader import CheckpointReader, holds
 
@@ -34,6 +36,8 @@ KINDS = ("checkpoint", "huggingface", "official", "bert")
 HF_PREFIX = "interbert."
 HF_FILE, HF_INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_FILE = "pytorch_model.bin"
+FACTS = {"iteration": int, "consumed_samples": int, "detector": dict, "vocabulary": str}  # that our converter writes to a config.json
+TORCH_BEGINS = (b"PK\3\4", *(bytes([0x80, protocol]) for protocol in range(2, 6)))  # a zip archive; a pickle, before torch 1.6
 
 
 @dataclasses.dataclass
@@ -47,6 +51,7 @@ class Source:
     get: Callable[[str], torch.Tensor]
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # detector, vocabulary, iteration .. where known
     left_out: list[str] = dataclasses.field(default_factory=list)  # tensors of the file that have no place in our model
+    notes: list[str] = dataclasses.field(default_factory=list)  # lines for the user about what was chosen
 
     def state(self) -> dict[str, torch.Tensor]:
         """All tensors at once."""
@@ -90,12 +95,44 @@ def open_source(path: str | Path, kind: str = "auto", config: ModelConfig | None
     if not Path(path).exists():
         raise UsageError(f"{path}: no such file or folder")
     read = {"huggingface": _huggingface, "official": _official, "bert": _bert}
+    with sound(path, kind):
+        source = _checkpoint(Path(path), averaged) if kind == "checkpoint" else read[kind](Path(path), config)
+    source.get = _checked(source)
+    return source
+
+
+@contextlib.contextmanager
+def sound(where: str | Path, kind: str) -> Iterator[None]:
+    """Turn what well-formed files of nonsense raise into a UsageError that names them."""
     try:
-        return _checkpoint(Path(path), averaged) if kind == "checkpoint" else read[kind](Path(path), config)
+        yield
     except UsageError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:  # well-formed files of nonsense
-        raise UsageError(f"{path}: not a sound {kind} source ({type(error).__name__}: {error})") from error
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"{where}: not a sound {kind} source ({type(error).__name__}: {reason})") from error
+
+
+def _checked(source: Source) -> Callable[[str], torch.Tensor]:
+    """`get` of a source, whose parts may not fit together."""
+    get = source.get
+
+    def checked(name: str) -> torch.Tensor:
+        with sound(f"{source.path}: {name}", source.kind):
+            return get(name)
+
+    return checked
+
+
+@contextlib.contextmanager
+def sizes_of(where: Path) -> Iterator[None]:
+    """Name the file whose sizes no model can have."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
 
 
 def _checkpoint(path: Path, averaged: bool) -> Source:
@@ -116,11 +153,14 @@ def _checkpoint(path: Path, averaged: bool) -> Source:
         **manifest.get("data", {}),
         "files": {name: entry["sha256"] for name, entry in manifest["files"].items() if name.startswith(f"{FILE_OF[weights]}-")},
         "averaged": weights == "ema",
-        "run": manifest.get("configs", {}).get("run"),
+        "run": dict(manifest.get("configs", {}).get("run") or {}),
         "topology": manifest["topology"],
     }
     layouts = {n: reader.layout(n) for n in reader.names}
-    return Source("checkpoint", folder, reader.config, layouts, lambda name: reader.get(name, weights), facts)
+    source = Source("checkpoint", folder, reader.config, layouts, lambda name: reader.get(name, weights), facts)
+    if newer := passed_over(path, folder):
+        source.notes.append(f"note: {newer[0]} has no {MANIFEST} and is no whole checkpoint; {folder.name} is taken instead")
+    return source
 
 
 def _huggingface(path: Path, config: ModelConfig | None) -> Source:
@@ -128,13 +168,28 @@ def _huggingface(path: Path, config: ModelConfig | None) -> Source:
     if values.get("model_type") != "interbert":
         raise UsageError(f"{path}/config.json: model_type is {values.get('model_type')!r}, expected 'interbert'")
     known = {f.name for f in dataclasses.fields(ModelConfig)}
-    sizes = model_config_from_dict({k: v for k, v in values.items() if k in known}, str(path))
+    with sizes_of(path / "config.json"):
+        sizes = model_config_from_dict({k: v for k, v in values.items() if k in known}, str(path))
     tensors = open_tensors(path)
     ours = {name.removeprefix(HF_PREFIX): name for name in tensor_names(tensors) if name.startswith(HF_PREFIX)}
     left_out = [name for name in tensor_names(tensors) if not name.startswith(HF_PREFIX)]
     layouts = {name: tensors.layout(theirs) for name, theirs in ours.items()}
-    facts = values.get("training_facts") or {}
+    facts = facts_of(values.get("training_facts") or {}, path / "config.json")
     return Source("huggingface", path, sizes, layouts, lambda name: tensors.get(ours[name]), facts, left_out)
+
+
+def facts_of(values: Any, where: Path) -> dict[str, Any]:
+    """What our converter has written down of the training; UsageError where it is something else."""
+    if not isinstance(values, dict):
+        raise UsageError(f"{where}: training_facts is {values!r:.60}, expected an object; leave it out, or export anew")
+    facts = {name: values[name] for name in FACTS if values.get(name) is not None}
+    for name, value in facts.items():
+        if type(value) is not FACTS[name]:
+            raise UsageError(
+                f"{where}: {name} of training_facts is {value!r:.60}, expected {FACTS[name].__name__};"
+                " leave it out, or export anew"
+            )
+    return facts
 
 
 def _official(path: Path, config: ModelConfig | None) -> Source:
@@ -201,7 +256,8 @@ def _official_sizes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> ModelC
     if beside.is_file():
         values = read_json(beside, str(path))
         if "v_feature_size" in values:
-            return config_from_official(values, str(beside))
+            with sizes_of(beside):
+                return config_from_official(values, str(beside))
     word = shapes.get("bert.embeddings.word_embeddings.weight", (0, 0))
     like = {"hidden_size": word[1], "feature_dim": shapes.get("bert.v_embeddings.image_embeddings.weight", (0, 0))[1]}
     return dataclasses.replace(_preset_like(path, like), vocab_size=word[0])
@@ -243,8 +299,11 @@ def open_tensors(path: Path) -> Tensors:
     """A .safetensors or torch file, or the model file(s) of a Hugging Face folder. Never runs pickled code."""
     if path.is_dir():
         if (path / HF_INDEX).is_file():
-            parts = read_json(path / HF_INDEX, str(path)).get("weight_map", {})
+            parts = read_index(path / HF_INDEX)
             opened = {file: TensorFile(path / file) for file in set(parts.values())}
+            for name, file in parts.items():
+                if name not in opened[file].names:
+                    raise UsageError(f"{path / HF_INDEX}: {name[:200]} is not in {file}; restore the folder")
             return Tensors({name: opened[file] for name, file in parts.items()})
         found = next((path / name for name in (HF_FILE, TORCH_FILE) if (path / name).is_file()), None)
         if found is None:
@@ -257,8 +316,32 @@ def open_tensors(path: Path) -> Tensors:
     return Tensors(dict.fromkeys(state, state))
 
 
+def read_index(path: Path) -> dict[str, str]:
+    """Names of tensors with the files, beside the index, that hold them."""
+    parts = read_json(path, str(path)).get("weight_map")
+    if not isinstance(parts, dict) or not parts:
+        raise UsageError(f"{path}: weight_map is {parts!r:.60}, expected names of tensors with names of files; restore the folder")
+    for name, file in parts.items():
+        if not is_plain_name(file):
+            raise UsageError(
+                f"{path}: the file of {name[:200]} is {file!r:.200}, expected a name without folders; restore the folder"
+            )
+    return parts
+
+
 def load_torch_file(path: Path) -> dict[str, torch.Tensor]:
     """A state dict saved by torch, without running code; UsageError for anything else."""
+    try:
+        with reading(path), open(path, "rb") as handle:
+            begins = handle.read(4)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+    if not begins.startswith(TORCH_BEGINS):
+        raise UsageError(
+            f"{path}: no file of weights; expected one of safetensors (NAME.safetensors), a state dict saved by torch,"
+            " or the folder of a run, of a checkpoint or of a Hugging Face model"
+        )
+
     try:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -271,7 +354,9 @@ def load_torch_file(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # torch raises many kinds for a damaged file
         raise UsageError(f"{path}: cannot be read as a torch file ({type(error).__name__}: {_reason(error)})") from error
     state = state.get("model", state.get("state_dict", state)) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not state or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
+    ):
         raise UsageError(f"{path}: not a state dict, expected a mapping from names to tensors")
     return state
 

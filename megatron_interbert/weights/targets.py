@@ -39,6 +39,7 @@ class Output:
     tensor_parallel: int = 1
     vocabulary: bytes | None = None
     card: str = ""
+    not_finite: list[str] = dataclasses.field(default_factory=list)  # tensors that were found to hold NaN or infinity
 
     def layout(self, name: str, shape: Iterable[int] | None = None) -> TensorLayout:
         """Type and shape of a tensor as it will be written."""
@@ -46,15 +47,29 @@ class Output:
         return TensorLayout(self.dtype or found.dtype, tuple(found.shape if shape is None else shape))
 
     def get(self, name: str) -> torch.Tensor:
-        """A full tensor in the type that is written."""
+        """A full tensor in the type that is written; UsageError where values become infinite in that type."""
         tensor = self.source.get(name)
-        return tensor.to(self.dtype) if self.dtype else tensor
+        written = tensor.to(self.dtype) if self.dtype else tensor
+        if not is_finite(written):
+            if is_finite(tensor):
+                raise UsageError(
+                    f"{self.source.path}: {name} holds {tensor.abs().max():.3g}, more than {self.dtype} can;"
+                    " give --dtype bfloat16 or float32"
+                )
+            if name not in self.not_finite:  # each rank's file asks for it
+                self.not_finite.append(name)
+        return written
 
     def bytes(self) -> int:
         """Size of all tensors as they will be written; every rank's file holds the replicated ones."""
         ranks = self.tensor_parallel
         copies = {name: ranks if partition_dimension(name) is None else 1 for name in self.source.layouts}
         return sum(self.layout(name).bytes * count for name, count in copies.items())
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether there is neither NaN nor infinity in a tensor, without another one of its size in memory."""
+    return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 def heads_of(source: Source) -> tuple[str, ...]:

@@ -1,6 +1,8 @@
 """Saving and loading: bit-equal, strict with a list of what is wrong, files that others can read, first weights of new heads."""
 
+import json
 import os
+import shutil
 import stat
 
 import pytest
@@ -197,3 +199,32 @@ def test_random_numbers_of_the_process_are_left_alone(pretrained, tmp_path):
     before = torch.get_rng_state()
     InterBertForPreTraining.from_pretrained(pretrained[0]).save_pretrained(tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_files_outside_of_the_folder_are_not_read(pretrained, tmp_path):
+    """Names of files in an index are somebody's; transformers would open them wherever they are."""
+    folder = tmp_path / "model"
+    shutil.copytree(pretrained[0], folder)
+    (folder / "model.safetensors").unlink()
+    names = load_file(pretrained[0] / "model.safetensors")
+    outside = os.path.relpath(pretrained[0] / "model.safetensors", folder)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, outside)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UsageError, match=r"model.safetensors', expected a name without folders"):
+        InterBertForPreTraining.from_pretrained(folder)
+
+
+def test_a_model_in_parts_is_read(pretrained, tmp_path):
+    model = InterBertForPreTraining.from_pretrained(pretrained[0])
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    again = InterBertForPreTraining.from_pretrained(tmp_path)
+    assert all(torch.equal(p, again.state_dict()[name]) for name, p in model.state_dict().items())
+
+
+def test_rights_of_other_files_stay(pretrained, tmp_path):
+    private = tmp_path / "private.safetensors"
+    private.write_bytes(b"")
+    private.chmod(0o600)
+    InterBertForPreTraining.from_pretrained(pretrained[0]).save_pretrained(tmp_path)
+    assert stat.S_IMODE(private.stat().st_mode) == 0o600

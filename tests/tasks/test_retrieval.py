@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +18,8 @@ from megatron_interbert.data.downstream.retrieval import RetrievalSet
 from megatron_interbert.data.packing import to_batch
 from megatron_interbert.data.region_batch import read_regions
 from megatron_interbert.data.text import CaptionTokenizer
-from megatron_interbert.errors import UsageError
+from megatron_interbert.errors import TrainingStopped, UsageError
+from megatron_interbert.files import write_json
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.pair_scorer import PairScorer
@@ -28,6 +32,7 @@ from megatron_interbert.tasks.two_stage import two_stage_search
 from tests.corpus import CLASSES, FEATURES, VOCABULARY, write_store
 from tests.dist import run_on_ranks
 from tests.launching import launch
+from tools import ablate
 from tools.mine_neighbours import mean_features, nearest
 
 CPU = torch.device("cpu")
@@ -138,7 +143,7 @@ def test_an_interrupted_evaluation_goes_on(store, tmp_path):
     assert len(places) == 4 * 4
     scored = []
     fill(tiles, places[:6], pairs, scorer, CPU, 50, scored.append)
-    (tiles.folder / "scores-00000027-00000012.npy.77.new").write_bytes(b"half a tile")
+    (tiles.folder / "scores-00000027-00000012.77.new").write_bytes(b"half a tile")
     with pytest.raises(UsageError, match="the same evaluation is running there"):
         ScoreTiles(tmp_path / "tiles", shape, (9, 4), {"weights": 1})
     tiles.release()
@@ -156,6 +161,74 @@ def test_an_interrupted_evaluation_goes_on(store, tmp_path):
     other.release()
     ScoreTiles(tmp_path / "tiles", shape, (9, 4), {"weights": 3}).remove()
     assert not list((tmp_path / "tiles").iterdir()), "what was left by stopped evaluations is gone"
+
+
+def test_folders_of_others_stay(tmp_path):
+    """Whatever they are called; of our own folders only our own files go."""
+    left = ScoreTiles(tmp_path, (4, 4), (2, 2), {"weights": 1})
+    left.write((0, 0), np.zeros((2, 2), np.float32))
+    kept = ScoreTiles(tmp_path, (4, 4), (2, 2), {"weights": 2})
+    kept.write((0, 0), np.zeros((2, 2), np.float32))
+    left.release()
+    kept.release()
+    (kept.folder / "notes.txt").write_text("mine")
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(left.folder, elsewhere)
+    (tmp_path / "tiles-00000000deadbeef").symlink_to(elsewhere)
+    for name in ("tiles-bathroom", "tiles-0123456789abcdef"):
+        shutil.copytree(elsewhere, tmp_path / name)
+    (tmp_path / "tiles-ffffffffffffffff").write_text("a file")
+
+    ScoreTiles(tmp_path, (4, 4), (2, 2), {"weights": 3}).remove()
+    assert not left.folder.exists()
+    assert [path.name for path in kept.folder.iterdir()] == ["notes.txt"]
+    names = {path.name for path in tmp_path.iterdir()} - {kept.folder.name}
+    assert names == {
+        *("elsewhere", "tiles-00000000deadbeef", "tiles-bathroom"),
+        *("tiles-0123456789abcdef", "tiles-ffffffffffffffff"),
+    }
+    for name in ("elsewhere", "tiles-bathroom", "tiles-0123456789abcdef"):
+        assert {path.name for path in (tmp_path / name).iterdir()} == {"plan.json", "scores-00000000-00000000.npy"}
+
+
+@pytest.mark.parametrize("make_other", [lambda path: path.symlink_to("elsewhere"), lambda path: path.write_text("a file")])
+def test_tiles_are_not_written_through_what_is_no_folder(tmp_path, make_other):
+    tiles = ScoreTiles(tmp_path, (4, 4), (2, 2), {})
+    tiles.remove()
+    (tmp_path / "elsewhere").mkdir()
+    make_other(tiles.folder)
+    with pytest.raises(UsageError, match="expected a folder of tiles, found something else"):
+        ScoreTiles(tmp_path, (4, 4), (2, 2), {})
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def other_numbers(file, other):
+    np.save(file.open("wb"), np.ones((2, 2), np.float32))
+
+
+def cut_off(file, other):
+    os.truncate(file, 100)
+
+
+def of_another_place(file, other):
+    shutil.copyfile(other, file)
+
+
+@pytest.mark.parametrize("spoil", [other_numbers, cut_off, of_another_place])
+def test_a_tile_that_was_changed_is_scored_anew(tmp_path, capsys, spoil):
+    tiles = ScoreTiles(tmp_path, (4, 4), (2, 2), {})
+    for number, place in enumerate(tiles.places):
+        tiles.write(place, np.full((2, 2), number, np.float32))
+    assert tiles.missing() == []
+    assert [scores[0, 0] for _, _, scores in tiles.read()] == [0, 1, 2, 3]
+    assert capsys.readouterr().out == ""
+
+    files = sorted(tiles.folder.glob("scores-*"))
+    spoil(files[1], files[2])
+    with pytest.raises(TrainingStopped, match="has changed since it was written"):
+        list(tiles.read())
+    assert tiles.missing() == [(0, 2)]
+    assert "tiles that are not as they were written are scored anew: scores-00000000-00000002.npy" in capsys.readouterr().out
 
 
 def same_on_ranks(path, folder, tensor, expected):
@@ -337,3 +410,43 @@ def test_ablation_from_runs_to_table(tmp_path):
                          (("--seeds", "a"), "--seeds is 'a'")):  # fmt: skip
         code, _, err = launch(*command, *flags)
         assert (code, words in err) == (2, True), err
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """A variant of an ablation whose runs and evaluations are there, and options that it was made with."""
+    monkeypatch.setattr("sys.argv", ["ablate.py", "--data-path", "a", "--test-data-path", "b", "--output", str(tmp_path),
+                                     "--model", "tiny", "--train-iters", "2", "--finetune-iters", "2"])  # fmt: skip
+    options = ablate.parse()
+    run = ablate.Run("full", ablate.Variant("everything"), 5, options)
+
+    def call(entry, *flags):
+        given = dict(itertools.pairwise(flags))
+        if entry == "evaluate":
+            Path(given["--output"]).mkdir()
+            write_json(Path(given["--output"]) / "result.json", {"metrics": {"t2i_R@1": 9.0}})
+        else:
+            (Path(given["--save"]) / "global_step2").mkdir(parents=True)
+            (Path(given["--save"]) / "global_step2" / "manifest.json").write_text("{}")
+
+    monkeypatch.setattr(run, "_call", call)
+    run.results()
+    monkeypatch.setattr(run, "_call", lambda *flags: pytest.fail("nothing is to be made"))
+    assert run.results()["finetuned"] == {"t2i_R@1": 9.0}
+    return run
+
+
+@pytest.mark.parametrize(
+    "record", ["model.json", "pretrained.flags.json", "finetuned.flags.json", "finetuned/result.flags.json"]
+)
+def test_results_of_unknown_options_are_not_taken(finished, record):
+    (finished.folder / record).unlink()
+    with pytest.raises(UsageError, match="is missing, which says with what options it was made; choose another --output"):
+        finished.results()
+    assert not (finished.folder / record).exists(), "it is not made up"
+
+
+def test_results_of_another_model_are_not_taken(finished):
+    finished.options.model = "sample"
+    with pytest.raises(UsageError, match=r"pretrained: made with other options than now \(model.json\)"):
+        finished.results()

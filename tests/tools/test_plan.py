@@ -3,9 +3,20 @@
 import json
 import sys
 
+import pytest
+
+from megatron_interbert.errors import UsageError
 from tests.launching import launch
+from tools import plan
 
 COMMAND = (sys.executable, "tools/plan.py")
+
+
+def refused(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, flags)])
+    with pytest.raises(UsageError) as caught:
+        plan.main()
+    return str(caught.value)
 
 
 def test_a_table_of_layouts_that_fit(tmp_path):
@@ -27,22 +38,32 @@ def test_a_given_micro_batch_must_fit():
     assert [line.split()[3] for line in out.splitlines()[3:]] == ["yes"], "only with recomputation"
 
 
-def test_what_cannot_be_is_one_line():
+def test_what_cannot_be_is_one_line(monkeypatch):
     for flags, line in (
-        (("--gpu-memory", 0.3), "error: nothing fits 8 devices of 0.3 GiB; more of them, or a smaller model"),
-        (("--micro-batch-size", -4), "error: --micro-batch-size is -4, expected more than 0"),
-        (("--gpu-memory", "nan"), "error: --gpu-memory is nan, expected more than 0"),
-        (("--micro-batch-size", 10**6), "error: nothing fits 8 devices of 80 GiB; more of them, or fewer samples at a time"),
-        (("--global-batch-size", -3), "error: --global-batch-size is -3, expected 0 or more"),
-        (("--gpus", 0), "error: --gpus is 0, expected more than 0"),
-        (("--model", "sample"), "error: --model sample takes sizes from its data; give a JSON file with all sizes, or base"),
+        (("--gpu-memory", 0.3), "nothing fits 8 devices of 0.3 GiB; more of them, or a smaller model"),
+        (("--micro-batch-size", -4), "--micro-batch-size is -4, expected more than 0"),
+        (("--gpu-memory", "nan"), "argument --gpu-memory: 'nan', expected a finite number"),
+        (("--gpu-memory", "inf"), "argument --gpu-memory: 'inf', expected a finite number"),
+        (("--gpu-memory", -1), "--gpu-memory is -1.0, expected more than 0"),
+        (("--gpus", "many"), "argument --gpus: invalid int value: 'many'"),
+        (("--output", "."), "--output .: is a folder, expected a file to write"),
+        (("--micro-batch-size", 10**6), "nothing fits 8 devices of 80 GiB; more of them, or fewer samples at a time"),
+        (("--global-batch-size", -3), "--global-batch-size is -3, expected 0 or more"),
+        (("--gpus", 0), "--gpus is 0, expected more than 0"),
+        (("--model", "sample"), "--model sample takes sizes from its data; give a JSON file with all sizes, or base"),
     ):
-        code, out, err = launch(*COMMAND, *flags)
-        assert (code, out, err.strip()) == (2, "", line)
+        assert refused(monkeypatch, *flags) == line
+    code, out, err = launch(*COMMAND, *flags)
+    assert (code, out, err.strip()) == (2, "", f"error: {line}")
 
 
-def test_spans_go_from_small_to_large():
-    for text in ("20-8", "0", "-3", "many"):
-        code, out, err = launch(*COMMAND, f"--words={text}")
-        assert (code, out) == (2, "")
-        assert err.strip().endswith(f"'{text}', expected a number above 0, or two from small to large, such as 10-100")
+def test_spans_go_from_small_to_large(monkeypatch):
+    for text in ("20-8", "0", "0-0", "-3", "many", "8-20-30", "nan"):
+        expected = "expected a number above 0, or two from small to large, such as 10-100"
+        assert refused(monkeypatch, f"--words={text}") == f"argument --words: '{text}', {expected}"
+
+
+def test_any_number_of_devices_is_answered():
+    code, out, err = launch(*COMMAND, "--gpus", 10**15, "--micro-batch-size", 1)
+    assert code == 0, err
+    assert {line.split()[1] for line in out.splitlines()[3:]} == {"1", "2", "4"}

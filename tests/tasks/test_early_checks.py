@@ -1,0 +1,99 @@
+"""What is wrong with an evaluation or a finetuning is said before any work."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_interbert.errors import Unreadable, UsageError
+from megatron_interbert.files import list_folder
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.task_config import (
+    EvaluateConfig,
+    EvaluateProductSearchConfig,
+    EvaluateRetrievalConfig,
+    EvaluateVcrConfig,
+)
+from megatron_interbert.tasks import loading
+from megatron_interbert.tasks.item_evaluation import evaluate_product_search
+from megatron_interbert.tasks.retrieval_evaluation import evaluate_retrieval
+from megatron_interbert.tasks.task import Job
+from megatron_interbert.tasks.vcr_evaluation import evaluate_vcr
+from tests.corpus import write_store
+from tools import ablate, shop_report
+
+EVALUATIONS = (
+    (EvaluateRetrievalConfig, evaluate_retrieval),
+    (EvaluateVcrConfig, evaluate_vcr),
+    (EvaluateProductSearchConfig, evaluate_product_search),
+)
+
+
+@pytest.mark.parametrize(("config_class", "evaluate"), EVALUATIONS)
+@pytest.mark.parametrize("name", ["photo.jpg", "nowhere"])
+def test_photos_come_from_a_folder(
+    tmp_path: Path, config_class: type[EvaluateConfig], evaluate: object, name: str
+) -> None:
+    """Before the weights are opened, of which there are none here."""
+    (tmp_path / "photo.jpg").write_bytes(b"x")
+    config = config_class(image_folder=str(tmp_path / name))
+    with pytest.raises(UsageError, match=f"--image-folder {tmp_path / name}: no such folder"):
+        evaluate(config, ParallelState(), torch.device("cpu"))
+
+
+def test_a_folder_that_cannot_be_listed_is_no_folder_without_photos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading.check_photos(str(tmp_path), ParallelState())
+
+    def no_right(folder: Path) -> list[str]:
+        raise Unreadable(f"{folder}: cannot be read (Permission denied)")
+
+    monkeypatch.setattr(loading, "list_folder", no_right)
+    assert list_folder(tmp_path) == []
+    with pytest.raises(UsageError, match="Permission denied"):
+        loading.check_photos(str(tmp_path), ParallelState())
+
+
+def test_a_metric_is_a_figure_of_the_task() -> None:
+    """Whether there are data to measure it on or not."""
+    parts = dict.fromkeys(("task", "samples", "model_config", "heads", "data", "vocabulary"))
+    Job(**parts, metric="q_ar", figures=("q_a", "qa_r", "q_ar"))
+    Job(**parts)
+    with pytest.raises(
+        UsageError, match=r"--metric q_aa: expected one of q_a, qa_r, q_ar; did you mean 'q_a"
+    ):
+        Job(**parts, metric="q_aa", figures=("q_a", "qa_r", "q_ar"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--jobs", "0"), "--jobs is 0, expected 1 or more"),
+        (("--train-iters", "-1"), "--train-iters is -1, expected 1 or more"),
+        (
+            ("--pretrain-flags", "'"),
+            "--pretrain-flags: No closing quotation; expected flags as in a shell",
+        ),
+    ],
+)
+def test_an_ablation_needs_numbers_and_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], line: str
+) -> None:
+    store = str(write_store(tmp_path / "store"))
+    places = ("--data-path", store, "--test-data-path", store, "--output", str(tmp_path / "out"))
+    monkeypatch.setattr("sys.argv", ["ablate.py", *places, "--only", "full", *flags])
+    with pytest.raises(UsageError) as caught:
+        ablate.run()
+    assert str(caught.value) == line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_needs_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the runs are opened, of which there are none here."""
+    monkeypatch.setattr("sys.argv", ["shop_report.py", "--search", "x", "--output", str(tmp_path)])
+    with pytest.raises(UsageError, match="is a folder, expected a file to write"):
+        shop_report.run()
+    monkeypatch.setattr("sys.argv", ["shop_report.py", "--search", "x", "--first-stage", "-1"])
+    with pytest.raises(UsageError, match="--first-stage is -1, expected 0 or more"):
+        shop_report.run()

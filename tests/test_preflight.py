@@ -1,0 +1,43 @@
+"""Flags of preflight that mean nothing are refused before anything is checked; what is found later: tests/test_launch.py."""
+
+import sys
+
+import pytest
+
+from tests.corpus import write_store
+from tests.launching import TINY, launch
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--world-size", -1), "error: --world-size -1: expected 0 or more"),
+        (("--lr", -1), "error: --lr -1.0: expected 0 or more"),
+        (("--micro-batch-size", 0), "error: --micro-batch-size is 0, expected 1 or more"),
+    ],
+)
+def test_numbers_without_meaning_are_refused_at_once(flags, line):
+    code, out, err = launch(
+        sys.executable, "-m", "megatron_interbert.preflight", "--data-path", "none", *flags
+    )
+    assert (code, out, err.strip()) == (2, "", line)
+
+
+def test_a_trial_needs_a_batch_to_divide(tmp_path):
+    store = write_store(tmp_path / "store")
+    command = (
+        sys.executable,
+        "-m",
+        "megatron_interbert.preflight",
+        "--data-path",
+        store,
+        *TINY,
+        "--fast",
+    )
+    code, out, err = launch(*command, "--micro-batch-size", "auto", "--global-batch-size", 0)
+    assert code == 2, out + err
+    assert (
+        "FAILED  batch        --micro-batch-size auto needs --global-batch-size, which it divides"
+        in out
+    )
+    assert "-       step         not tried, for it needs the batch" in out
