@@ -21,10 +21,13 @@ def read_neighbours(path: Path, rows: int, below: int) -> np.ndarray:
     except Exception as error:  # whatever NumPy says of a header that it cannot use
         raise NoTable(f"no NumPy file ({error})") from error
 
-    if table.ndim != 2 or len(table) != rows or table.dtype.kind not in "iu":
-        raise NoTable(f"{table.dtype} {list(table.shape)}, expected whole numbers in {rows} rows")
+    fits = table.ndim == 2 and len(table) == rows and table.shape[1] > 0
+    if not fits or table.dtype.kind not in "iu":
+        raise NoTable(
+            f"{table.dtype} {list(table.shape)}, expected whole numbers in {rows} rows and a column or more"
+        )
 
-    least, most = table.min(initial=0), table.max(initial=-1)
+    least, most = table.min(initial=0), table.max(initial=0)
     if least < -1 or most >= below:
         raise NoTable(f"indexes from {least} to {most}, expected -1 to {below - 1}")
     return table

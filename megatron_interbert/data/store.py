@@ -126,7 +126,7 @@ class RegionStore:
         try:
             return read_neighbours(path, count, count)
         except (OSError, NoTable) as error:
-            raise reading_problem(path, error, f"expected a row for each of {count} {what}; mine it again with {tool}", "") from error
+            raise reading_problem(path, error, f"expected one row for each of {count} {what}; mine it again with {tool}", "") from error
 
     def languages(self) -> np.ndarray:
         """Language tag of each caption, array of str [captions]; empty string where unknown."""
