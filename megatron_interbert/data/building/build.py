@@ -30,6 +30,7 @@ from megatron_interbert.config import read_json, read_text
 from megatron_interbert.data.building.captions import CaptionTable, image_key
 from megatron_interbert.data.building.conversion import EXPECTED, NO_CAPTION, TWICE, UnitJob, convert_unit, done_file
 from megatron_interbert.data.building.duplicates import drop_duplicates
+from megatron_interbert.data.building.interrupts import LOOK, deaf_children, keeping_interrupts
 from megatron_interbert.data.building.shard_writer import commit
 from megatron_interbert.data.building.sources.base import Source, SourceFacts
 from megatron_interbert.data.building.store_writer import OURS as OF_STORES
@@ -249,24 +250,31 @@ def _results(jobs: list[UnitJob], sources: list[Source], workers: int) -> Iterat
             yield convert_unit(job, sources)
         return
     context = multiprocessing.get_context("spawn")  # no handle, lock or thread of this process goes along
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_start_process, initargs=(sources,))
-    waiting, running = iter(jobs), set[Future]()
-    try:
-        while True:
-            while len(running) < 2 * workers and (job := next(waiting, None)) is not None:
-                running.add(pool.submit(_convert, job))
-            if not running:
-                return
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-    except BrokenProcessPool as error:
-        raise TrainingStopped(
-            "a process of the build has died (killed, or out of memory?); finished shards are kept: the same command goes on,"
-            " with fewer --workers if memory was short"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with keeping_interrupts() as check:
+        pool = ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_start_process, initargs=(sources,))
+        waiting, running = iter(jobs), set[Future]()
+        try:
+            while True:
+                with deaf_children():
+                    while len(running) < 2 * workers and (job := next(waiting, None)) is not None:
+                        running.add(pool.submit(_convert, job))
+                if not running:
+                    return
+                done, running = wait(running, LOOK, FIRST_COMPLETED)
+                check()
+                for future in done:
+                    yield future.result()
+        except BrokenProcessPool as error:
+            raise TrainingStopped(
+                "a process of the build has died (killed, or out of memory?); finished shards are kept: the same command goes on,"
+                " with fewer --workers if memory was short"
+            ) from error
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.kill()  # a unit is done or not, whenever its process ends
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 _sources: list[Source] = []  # of a process of the pool: sent once, not with each of its jobs
