@@ -19,6 +19,7 @@ from megatron_interbert.data.inspection.text import report_text, write_beside
 from megatron_interbert.data.photo_folder import photos_in
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.files import check_writable
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,13 +56,18 @@ def run() -> None:
         raise UsageError("--examples must be 0 or more and --max-images 1 or more")
     if options.photos and not Path(options.photos).is_dir():
         raise UsageError(f"--photos {options.photos}: no such folder")
+    folder = Path(options.output or f"{options.store.rstrip('/')}-inspection")
+    report_file = Path(options.json) if options.json else folder / "inspection.json"
+    check_writable(folder, "--output")
+    check_writable(report_file.parent, "--json")
+    if report_file.is_dir():
+        raise UsageError(f"--json {report_file}: is a folder, expected the name of a file")
+
     store = RegionStore(options.store)
     names = None
     if options.class_names:
         names = read_names(options.class_names, store.num_classes, store.manifest.get("background_class"))
     report = inspect_store(store, Options(options.max_images, options.verify_hashes, names))
-    folder = Path(options.output or f"{options.store.rstrip('/')}-inspection")
-    report_file = Path(options.json) if options.json else folder / "inspection.json"
     photos = photos_in(options.photos or "")
     write_beside(folder / "inspection.html", report_page(report, store, photos, options.examples))
     write_beside(report_file, report.as_json())

@@ -62,6 +62,8 @@ def run() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON lines")
     options = parser.parse_args()
     check_writable(options.output.parent, "--output")
+    if options.output.is_dir():
+        raise UsageError(f"--output {options.output}: is a folder, expected the name of a file")
     answers = read_json(options.answers, "--answers") if options.answers else {}
     texts: dict[str, str] = {}
     products: dict[str, list[str]] = {}

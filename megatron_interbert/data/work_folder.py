@@ -19,7 +19,12 @@ def lock_folder(folder: Path, busy: str) -> int:
     UsageError where a link or a file has its name, or, with `busy`, where another process holds it.
     """
     refuse_link(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UsageError(
+            f"{error.filename}: is no folder, expected one that this command makes; move it elsewhere"
+        ) from None
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     try:
@@ -79,7 +84,7 @@ def remove_folder(folder: Path, ours: Sequence[str]) -> None:
     try:
         folder.rmdir()
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR):
             raise
 
 
