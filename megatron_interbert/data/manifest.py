@@ -107,8 +107,8 @@ def read_manifest(store: Path) -> dict[str, Any]:
             raise UsageError(f"{path}: file {entry['file'][:200]!r}, expected a name without folders; {REBUILD}")
         _check_file(store, entry)
 
-    for shard in manifest["shards"]:  # nothing that is counted takes less than a byte
-        _check_fields(shard, dict.fromkeys(COUNTED, _whole(0, shard["bytes"])), f"{path}: {shard['file']}")
+    for shard in manifest["shards"]:
+        _check_fields(shard, _counts(shard), f"{path}: {shard['file']}")
     return manifest
 
 
@@ -116,6 +116,18 @@ def files_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """The entries (file, bytes, sha256) of all files of a store."""
     others = [manifest[name] for name in ("captions_file", "tokens_file") if name in manifest]
     return [*manifest["shards"], *others]
+
+
+def entry_fits(shard: Any) -> bool:
+    """Whether it is an entry of a shard: all fields there and of their kinds."""
+    if not isinstance(shard, dict) or not all(kind.fits(shard.get(name)) for name, kind in OF_FILES.items()):
+        return False
+    return all(kind.fits(shard.get(name)) for name, kind in _counts(shard).items())
+
+
+def _counts(shard: dict[str, Any]) -> dict[str, Kind]:
+    """Nothing that is counted takes less than a byte."""
+    return dict.fromkeys(COUNTED, _whole(0, shard["bytes"]))
 
 
 def _check_fields(values: Any, fields: dict[str, Kind], where: str) -> None:

@@ -28,14 +28,14 @@ from typing import Any
 
 from megatron_interbert.config import read_json, read_text
 from megatron_interbert.data.building.captions import CaptionTable, image_key
-from megatron_interbert.data.building.conversion import EXPECTED, NO_CAPTION, TWICE, UnitJob, convert_unit, done_file
+from megatron_interbert.data.building.conversion import EXPECTED, NO_CAPTION, TWICE, UnitJob, convert_unit, done_file, is_done
 from megatron_interbert.data.building.duplicates import drop_duplicates
 from megatron_interbert.data.building.interrupts import LOOK, deaf_children, keeping_interrupts
 from megatron_interbert.data.building.shard_writer import commit
 from megatron_interbert.data.building.sources.base import Source, SourceFacts
 from megatron_interbert.data.building.store_writer import OURS as OF_STORES
 from megatron_interbert.data.building.store_writer import finish_store, new_manifest
-from megatron_interbert.data.manifest import MANIFEST, PLAN, REPORT, VOCABULARY, files_of
+from megatron_interbert.data.manifest import MANIFEST, PLAN, REPORT, TEXTS, VOCABULARY, files_of, read_manifest
 from megatron_interbert.data.work_folder import lock_folder, own_names, refuse_strangers, remove_folder, remove_own
 from megatron_interbert.errors import TrainingStopped, UsageError
 from megatron_interbert.progress import progress
@@ -124,7 +124,7 @@ def build(plan: BuildPlan, workers: int = 1, max_dropped: float = 0.1, restart: 
             table = _caption_table(plan, work)
             shared = (work, facts, table, bool(plan.caption_files), plan.only is not None, plan.soft_labels, plan.strict_boxes)
             jobs = [UnitJob(source, unit, number, *shared) for number, (source, unit) in enumerate(units)]
-            left = [job for job in jobs if not done_file(work, job.number).exists()]
+            left = [job for job in jobs if not is_done(work, job.number)]
             _run_jobs(left, len(jobs), plan.sources, workers, max_dropped)
             _finish(plan, facts, work, len(jobs), max_dropped)
         return _publish(work, output, bool(plan.vocabulary))
@@ -143,7 +143,7 @@ def _one_line_for_the_disk(work: Path) -> Iterator[None]:
 
 def _publish(work: Path, output: Path, has_vocabulary: bool) -> dict[str, Any]:
     """Remove what only the build needed and give the folder its name; the manifest."""
-    manifest = json.loads((work / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_manifest(work)
     keep = {MANIFEST, REPORT, PLAN, *([VOCABULARY] if has_vocabulary else []), *(entry["file"] for entry in files_of(manifest))}
     for name in own_names(work, OURS):
         if name not in keep:
@@ -341,8 +341,12 @@ def _finish(plan: BuildPlan, facts: SourceFacts, work: Path, units: int, max_dro
 
 
 def _caption_complaints(work: Path) -> Iterator[dict[str, str]]:
-    if (work / CAPTIONS_DONE).exists():
-        for line in _read_json(work / CAPTIONS_DONE):
+    path = work / CAPTIONS_DONE
+    if path.exists():
+        lines = _read_json(path)
+        if not TEXTS.fits(lines):
+            raise UsageError(f"{path}: damaged (expected {TEXTS.words}); --restart begins the build anew")
+        for line in lines:
             yield {"where": line, "image_id": "", "reason": "caption line", "details": ""}
 
 
