@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +63,19 @@ def test_it_is_kept_until_it_is_asked_for():
             check()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_process_that_crashes_is_one_line(tmp_path):
+    """As a fault of memory in a library would end it."""
+    npz = write_npz(tmp_path / "npz", made_up_images(600, features=256))
+    flags = (npz, "--output", tmp_path / "store", "--workers", 2, "--images-per-shard", 5)
+    process = start(*command(*flags))
+    until(lambda: list((tmp_path / "store.partial").glob("shard-*.json")))
+    for number in processes_of(process.pid):
+        if "spawn_main" in Path(f"/proc/{number}/cmdline").read_text():
+            os.kill(number, signal.SIGSEGV)
+            break
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert len(err.strip().splitlines()) == 1
+    assert "a process of the build has died" in err
