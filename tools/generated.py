@@ -1,19 +1,25 @@
 """What generated worlds share: what a detector would say of their things, and stores that say that they are made up."""
 
 import contextlib
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from megatron_interbert.config import read_json
-from megatron_interbert.data.building.store_writer import RegionStoreWriter
-from megatron_interbert.data.manifest import MANIFEST
+from megatron_interbert.data.building.store_writer import STORE_FILES, RegionStoreWriter
+from megatron_interbert.data.manifest import HARD_IMAGES, HARD_NEGATIVES, MANIFEST
 from megatron_interbert.data.regions import Regions
+from megatron_interbert.data.work_folder import refuse_link, refuse_strangers, remove_folder
 from megatron_interbert.errors import UsageError
 
 FEATURES, SOFT_LABELS = 64, 5
+PICTURES = "pictures"  # of a shop, a folder in its store
+OF_SHOPS = tuple(f"{name}.jsonl" for name in ("items", "queries", "topics", "clicks"))
+MINED = (HARD_NEGATIVES, HARD_IMAGES)
+HALF_WRITTEN = (*(f"{name}.[0-9]*.new" for name in OF_SHOPS), "hard_images.[0-9]*.new")
+OURS = (*HALF_WRITTEN, *OF_SHOPS, *MINED, *STORE_FILES)
+PICTURE = "*-[0-9]*.png"
 
 
 class Detector:
@@ -63,7 +69,12 @@ def generated_store(
         raise UsageError(f"{path}: exists and is no generated corpus; choose another --output")
     if path.exists() and not read_json(path / MANIFEST, str(path)).get("generated"):
         raise UsageError(f"{path}: holds a region store that was not generated; choose another --output")
-    shutil.rmtree(beside, ignore_errors=True)
+    for store in (path, beside):
+        refuse_link(store)
+        refuse_strangers(store, (*OURS, f"{PICTURES}/"))
+        refuse_link(store / PICTURES)
+        refuse_strangers(store / PICTURES, (PICTURE,))
+    remove_generated(beside)
     with RegionStoreWriter(
         beside,
         feature_dim=FEATURES,
@@ -76,5 +87,12 @@ def generated_store(
         images_per_shard=2048,
     ) as writer:
         yield writer
-    shutil.rmtree(path, ignore_errors=True)
+    remove_generated(path)
     beside.rename(path)
+
+
+def remove_generated(path: Path) -> None:
+    """Remove a generated store, where there is one."""
+    if (path / PICTURES).is_dir():
+        remove_folder(path / PICTURES, (PICTURE,))
+    remove_folder(path, OURS)

@@ -15,10 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_interbert.config import read_text
 from megatron_interbert.data.inspection.page import report_page
 from megatron_interbert.data.inspection.report import Options, inspect_store
-from megatron_interbert.data.inspection.text import report_text, write_beside
+from megatron_interbert.data.inspection.text import report_text
 from megatron_interbert.data.photo_folder import photos_in
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.files import check_output, check_writable, write_output
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,16 +56,19 @@ def run() -> None:
         raise UsageError("--examples must be 0 or more and --max-images 1 or more")
     if options.photos and not Path(options.photos).is_dir():
         raise UsageError(f"--photos {options.photos}: no such folder")
+    folder = Path(options.output or f"{options.store.rstrip('/')}-inspection")
+    report_file = Path(options.json) if options.json else folder / "inspection.json"
+    check_writable(folder, "--output")
+    check_output(report_file, "--json")
+
     store = RegionStore(options.store)
     names = None
     if options.class_names:
         names = read_names(options.class_names, store.num_classes, store.manifest.get("background_class"))
     report = inspect_store(store, Options(options.max_images, options.verify_hashes, names))
-    folder = Path(options.output or f"{options.store.rstrip('/')}-inspection")
-    report_file = Path(options.json) if options.json else folder / "inspection.json"
     photos = photos_in(options.photos or "")
-    write_beside(folder / "inspection.html", report_page(report, store, photos, options.examples))
-    write_beside(report_file, report.as_json())
+    write_output(folder / "inspection.html", report_page(report, store, photos, options.examples), "--output")
+    write_output(report_file, report.as_json(), "--json")
     print(report_text(report))
     if photos and not any(photos.has(store.image_id(image)) for image in report.readable):
         print(f"--photos {options.photos}: no photo there has the name of an image, {store.image_id(0)}.jpg for one", file=sys.stderr)

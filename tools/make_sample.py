@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_interbert.command_line import finite_number, seed_number
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.files import check_writable, write_text
 from megatron_interbert.progress import progress
 from tools.generated import FEATURES, SOFT_LABELS, Detector, generated_store
 from tools.sample_questions import question
@@ -221,7 +222,7 @@ def write_questions(world: World, folder: Path, split: str, scenes: int, seed: i
             writer.add(world.annotated(scene, random, name), [])
             kinds, colours = [NAMES[i] for i in scene.kinds], [COLOUR_NAMES[i] for i in scene.colours]
             lines.append(json.dumps(question(random, name, kinds, colours, NAMES, COLOUR_NAMES)))
-    (folder / "vcr" / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(folder / "vcr" / f"{split}.jsonl", "\n".join(lines) + "\n")
 
 
 def _random(seed: int, split: str, number: int, *more: int) -> np.random.Generator:
@@ -240,6 +241,7 @@ def run() -> None:
     options = parser.parse_args()
     if min(options.train_scenes, options.test_scenes) < 2:
         raise UsageError("--train-scenes and --test-scenes must be 2 or more: a mismatched pair needs another image")
+    check_writable(Path(options.output), "--output")
     world = World(options.seed, options.noise)
     for split, scenes in (("train", options.train_scenes), ("test", options.test_scenes)):
         write_split(world, Path(options.output), split, scenes, options.seed)

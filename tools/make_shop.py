@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_interbert.command_line import finite_number, seed_number
 from megatron_interbert.data.building.shard_writer import commit
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.files import check_writable
 from megatron_interbert.progress import progress
 from tools.generated import generated_store
 from tools.shop_pictures import draw_product
@@ -111,6 +112,7 @@ def run() -> None:
     for name, value in vars(options).items():
         if name.startswith(("train_", "test_")) and value < 2:
             raise UsageError(f"--{name.replace('_', '-')} is {value}, expected 2 or more")
+    check_writable(Path(options.output), "--output")
     world = ShopWorld(options.seed, options.noise)
     for split in SPLITS:
         sizes = (getattr(options, f"{split}_{kind}") for kind in ("products", "queries", "topics"))

@@ -2,6 +2,8 @@
 
 import os
 import stat
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,56 @@ HARD_IMAGES = "hard_images.npy"  # images near each image
 REPORT = "dropped.jsonl"
 PLAN = "plan.json"  # what a build was asked for
 REBUILD = "restore it or rebuild the store with tools/build_features.py"
-FIELDS = {"feature_dim": int, "num_classes": int, "detector": dict, "shards": list, "captions_file": dict}
-FILE_FIELDS = {"file": str, "bytes": int, "sha256": str}
-SHARD_FIELDS = {**FILE_FIELDS, "images": int, "regions": int, "captions": int}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a field may be: in words, and as a test."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+def _whole(least: int = 0, most: int = 1 << 53) -> Kind:
+    return Kind(f"a whole number from {least} to {most}", lambda value: type(value) is int and least <= value <= most)
+
+
+def _one_of(*choices: str) -> Kind:
+    return Kind(" or ".join(choices), lambda value: value in choices)
+
+
+def _is_a(kind: type, words: str) -> Kind:
+    return Kind(words, lambda value: isinstance(value, kind))
+
+
+WIDEST = 100_000  # classes of a detector, or entries of a feature vector; memory is taken by them
+TEXT, OBJECT = _is_a(str, "a text"), _is_a(dict, "an object")
+TEXTS = Kind("a list of texts", lambda value: isinstance(value, list) and all(isinstance(entry, str) for entry in value))
+NEEDED = {
+    "feature_dim": _whole(1, WIDEST),
+    "num_classes": _whole(1, WIDEST),
+    "detector": OBJECT,
+    "shards": Kind("a list of one file or more", lambda value: isinstance(value, list) and bool(value)),
+    "captions_file": OBJECT,
+}
+OPTIONAL = {  # some are not in older stores
+    "tokens_file": OBJECT,
+    "label_width": _whole(1, WIDEST),
+    "class_names": TEXTS,
+    "background_class": Kind("a class or null", lambda value: value is None or _whole(0, WIDEST).fits(value)),
+    "text_normalisation": _one_of("none", "chinese"),
+    "soft_labels": TEXT,
+    "box_format": TEXT,
+    "generated": _is_a(bool, "true or false"),
+    "repaired_boxes": _whole(),
+    "inverted_boxes": _whole(),
+    "counts": OBJECT,
+    "images_read": _whole(),
+    "images_by_label_kind": OBJECT,
+    "dropped": OBJECT,
+}
+OF_FILES = {"file": TEXT, "bytes": _whole(), "sha256": TEXT}
+COUNTED = ("images", "regions", "captions")
 
 
 def sha256_of(store: Path, entry: dict[str, Any]) -> str:
@@ -49,14 +98,17 @@ def read_manifest(store: Path) -> dict[str, Any]:
         raise UsageError(
             f"{path}: schema_version {version}, this version reads {SCHEMA_VERSION}; rebuild the store with tools/build_features.py"
         )
-    _check_fields(manifest, FIELDS, str(path))
-    for shard in manifest["shards"]:
-        _check_fields(shard, SHARD_FIELDS, f"{path}: shards")
+    _check_fields(manifest, NEEDED, str(path))
+    _check_fields(manifest, {name: kind for name, kind in OPTIONAL.items() if name in manifest}, str(path))
+    _check_classes(manifest, str(path))
     for entry in files_of(manifest):
-        _check_fields(entry, FILE_FIELDS, f"{path}: file entry")
+        _check_fields(entry, OF_FILES, f"{path}: file entry")
         if not is_plain_name(entry["file"]):
             raise UsageError(f"{path}: file {entry['file'][:200]!r}, expected a name without folders; {REBUILD}")
         _check_file(store, entry)
+
+    for shard in manifest["shards"]:
+        _check_fields(shard, _counts(shard), f"{path}: {shard['file']}")
     return manifest
 
 
@@ -66,11 +118,33 @@ def files_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return [*manifest["shards"], *others]
 
 
-def _check_fields(values: Any, fields: dict[str, type], where: str) -> None:
+def entry_fits(shard: Any) -> bool:
+    """Whether it is an entry of a shard: all fields there and of their kinds."""
+    if not isinstance(shard, dict) or not all(kind.fits(shard.get(name)) for name, kind in OF_FILES.items()):
+        return False
+    return all(kind.fits(shard.get(name)) for name, kind in _counts(shard).items())
+
+
+def _counts(shard: dict[str, Any]) -> dict[str, Kind]:
+    """Nothing that is counted takes less than a byte."""
+    return dict.fromkeys(COUNTED, _whole(0, shard["bytes"]))
+
+
+def _check_fields(values: Any, fields: dict[str, Kind], where: str) -> None:
     for name, kind in fields.items():
         value = values.get(name) if isinstance(values, dict) else None
-        if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
-            raise UsageError(f"{where}: '{name}' is {str(value)[:60]!r}, expected {kind.__name__}; {REBUILD}")
+        if not kind.fits(value):
+            raise UsageError(f"{where}: '{name}' is {str(value)[:60]!r}, expected {kind.words}; {REBUILD}")
+
+
+def _check_classes(manifest: dict[str, Any], where: str) -> None:
+    """No label is wider than there are classes, and background is one of them."""
+    classes = manifest["num_classes"]
+    if manifest.get("label_width", 1) > classes or (manifest.get("background_class") or 0) >= classes:
+        raise UsageError(
+            f"{where}: 'label_width' is {manifest.get('label_width')} and 'background_class' {manifest.get('background_class')},"
+            f" expected them to fit {classes} classes; {REBUILD}"
+        )
 
 
 def _check_file(store: Path, entry: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from megatron_interbert.data.manifest import (
     read_manifest,
     sha256_of,
 )
+from megatron_interbert.data.neighbours import NoTable, read_neighbours
 from megatron_interbert.data.regions import Regions, has_non_finite, record_problem, repair_boxes
 from megatron_interbert.data.shard_file import COLUMNS, OpenShard
 from megatron_interbert.errors import UsageError
@@ -123,15 +124,9 @@ class RegionStore:
         if not path.is_file():
             return None
         try:
-            table = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise reading_problem(path, error, f"mine it again with {tool}", "") from error
-        if table.ndim != 2 or len(table) != count or table.max(initial=-1) >= count:
-            raise UsageError(
-                f"{path}: shape {table.shape}, largest index {table.max(initial=-1)}; expected one row for each of"
-                f" {count} {what} and indexes below that; mine it again with {tool}"
-            )
-        return table
+            return read_neighbours(path, count, count)
+        except (OSError, NoTable) as error:
+            raise reading_problem(path, error, f"expected one row for each of {count} {what}; mine it again with {tool}", "") from error
 
     def languages(self) -> np.ndarray:
         """Language tag of each caption, array of str [captions]; empty string where unknown."""

@@ -1,6 +1,7 @@
 """Photos to a region store with small, randomly initialised detectors, against the detectors' own outputs and processors."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -276,6 +277,33 @@ def test_turned_and_unusual_pictures(folders, tmp_path):
     assert len(found) == 5
     assert found["turned"].size == (60.0, 90.0)
     np.testing.assert_array_equal(found["turned"].features, found["plain"].features)
+
+
+def test_links_out_of_the_folder_are_not_followed(folders, tmp_path, monkeypatch):
+    """Nor what is swapped for one while photos are read; a link within the folder is as good as its file."""
+    from PIL import Image
+
+    photos, private = tmp_path / "photos", tmp_path / "private"
+    for folder in (photos / "deep", private):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (100, 80)).save(folder / "own.png")
+    (photos / "out.png").symlink_to(private / "own.png")
+    (photos / "up.png").symlink_to("../private/own.png")
+    (photos / "nowhere.png").symlink_to("absent.png")
+    (photos / "within.png").symlink_to("deep/own.png")
+    (photos / "folder").symlink_to(private)
+    os.mkfifo(photos / "pipe.png")
+    source = PhotoSource(photos, choice(folders["detr"]))
+    results = dict(zip(source.names, source.read(source.names), strict=True))
+    assert {name for name, result in results.items() if isinstance(result, Record)} == {"deep/own.png", "within.png"}
+    for name in ("out.png", "up.png", "nowhere.png", "pipe.png"):
+        assert results[name].reason == "no file of the folder", name
+
+    def swapped(path, inside):
+        return "out.png"
+
+    monkeypatch.setattr("megatron_interbert.data.building.sources.photos.file_inside", swapped)
+    assert [type(result) for result in source.read(["within.png"])] == [Dropped]
 
 
 def test_a_photo_that_the_detector_cannot_take_does_not_stop_the_others(folders, tmp_path, monkeypatch):

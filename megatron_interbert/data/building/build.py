@@ -10,13 +10,11 @@ A unit's result depends on nothing but the unit, so the number of processes and 
 """
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
 import multiprocessing
 import os
-import shutil
 import sqlite3
 import sys
 import threading
@@ -30,17 +28,22 @@ from typing import Any
 
 from megatron_interbert.config import read_json, read_text
 from megatron_interbert.data.building.captions import CaptionTable, image_key
-from megatron_interbert.data.building.conversion import EXPECTED, NO_CAPTION, TWICE, UnitJob, convert_unit, done_file
+from megatron_interbert.data.building.conversion import EXPECTED, NO_CAPTION, TWICE, UnitJob, convert_unit, done_file, is_done
 from megatron_interbert.data.building.duplicates import drop_duplicates
+from megatron_interbert.data.building.interrupts import LOOK, deaf_children, keeping_interrupts
 from megatron_interbert.data.building.shard_writer import commit
 from megatron_interbert.data.building.sources.base import Source, SourceFacts
+from megatron_interbert.data.building.store_writer import OURS as OF_STORES
 from megatron_interbert.data.building.store_writer import finish_store, new_manifest
-from megatron_interbert.data.manifest import MANIFEST, PLAN, REPORT, VOCABULARY, files_of
+from megatron_interbert.data.manifest import MANIFEST, PLAN, REPORT, TEXTS, VOCABULARY, files_of, read_manifest
+from megatron_interbert.data.work_folder import lock_folder, own_names, refuse_strangers, remove_folder, remove_own
 from megatron_interbert.errors import TrainingStopped, UsageError
-from megatron_interbert.files import HELD
 from megatron_interbert.progress import progress
 
 CAPTIONS_DONE = "captions.json"  # in the work folder: complaints about caption lines; written when images.db is whole
+OF_BUILDS = ("shard-[0-9]*.h5.json", CAPTIONS_DONE, "images.db*", REPORT)
+# All that a work folder holds, in the order in which it is removed: without its plan it is no build.
+OURS = (*OF_BUILDS, *(f"{name}.[0-9]*.new" for name in (*OF_BUILDS, PLAN)), *OF_STORES, PLAN)
 LMDB_LOCK = "lock.mdb"  # changes whenever an LMDB is read
 
 
@@ -108,7 +111,7 @@ def _digest(value: Any) -> str:
 def build(plan: BuildPlan, workers: int = 1, max_dropped: float = 0.1, restart: bool = False) -> dict[str, Any]:
     """Build a store and give its manifest. Same plan after a kill: goes on. UsageError when the input is wrong."""
     output = Path(plan.output)
-    if output.exists():
+    if os.path.lexists(output):
         raise UsageError(f"--output {output}: already exists; choose another folder or remove it")
     for path in plan.caption_files:
         if not os.path.isfile(path):
@@ -121,7 +124,7 @@ def build(plan: BuildPlan, workers: int = 1, max_dropped: float = 0.1, restart: 
             table = _caption_table(plan, work)
             shared = (work, facts, table, bool(plan.caption_files), plan.only is not None, plan.soft_labels, plan.strict_boxes)
             jobs = [UnitJob(source, unit, number, *shared) for number, (source, unit) in enumerate(units)]
-            left = [job for job in jobs if not done_file(work, job.number).exists()]
+            left = [job for job in jobs if not is_done(work, job.number)]
             _run_jobs(left, len(jobs), plan.sources, workers, max_dropped)
             _finish(plan, facts, work, len(jobs), max_dropped)
         return _publish(work, output, bool(plan.vocabulary))
@@ -140,11 +143,11 @@ def _one_line_for_the_disk(work: Path) -> Iterator[None]:
 
 def _publish(work: Path, output: Path, has_vocabulary: bool) -> dict[str, Any]:
     """Remove what only the build needed and give the folder its name; the manifest."""
-    manifest = json.loads((work / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_manifest(work)
     keep = {MANIFEST, REPORT, PLAN, *([VOCABULARY] if has_vocabulary else []), *(entry["file"] for entry in files_of(manifest))}
-    for path in work.iterdir():
-        if path.name not in keep:
-            path.unlink()
+    for name in own_names(work, OURS):
+        if name not in keep:
+            (work / name).unlink()
     os.rename(work, output)
     return manifest
 
@@ -180,26 +183,25 @@ class WorkFolder:
 
     def __enter__(self) -> None:
         try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            self.handle = os.open(self.work, os.O_RDONLY)
+            self.handle = lock_folder(self.work, "another process is building there; wait for it or choose another --output")
         except OSError as error:
             raise UsageError(f"--output: cannot make {self.work} ({error})") from error
         try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in HELD:
-                raise UsageError(
-                    f"{self.work}: another process is building there; wait for it or choose another --output"
-                ) from None
-            print(f"note: {self.work} cannot be locked ({error.strerror}); see that no other process builds there", flush=True)
+            self._take_over()
+        except BaseException:
+            os.close(self.handle)
+            raise
+
+    def _take_over(self) -> None:
+        """Go on with what the same plan has left, or begin anew."""
+        refuse_strangers(self.work, OURS)
+        remove_own(self.work, [name for name in OURS if name.endswith(".new")])
         plan = self.work / PLAN
-        if not plan.exists() and any(not path.name.endswith(".new") for path in self.work.iterdir()):
+        if not plan.exists() and own_names(self.work, OURS):
             raise UsageError(f"{self.work}: exists and is no unfinished build of this tool; remove it or choose another --output")
-        for path in self.work.glob("*.new"):
-            path.unlink()
         if self.restart:
-            for path in self.work.iterdir():
-                path.unlink()
+            remove_own(self.work, OURS)
+
         before = read_json(plan, "plan of the build") if plan.exists() else self.fingerprint
         if before != self.fingerprint:
             changed = [name for name, value in before.items() if self.fingerprint.get(name) != value]
@@ -212,7 +214,7 @@ class WorkFolder:
     def __exit__(self, *failure: Any) -> None:
         useful = list(self.work.glob("shard-*.json")) or (self.work / MANIFEST).exists()
         if any(failure) and self.work.exists() and not useful:
-            shutil.rmtree(self.work)  # nothing in it that another try could use
+            remove_folder(self.work, OURS)  # nothing in it that another try could use
         os.close(self.handle)
 
 
@@ -248,24 +250,31 @@ def _results(jobs: list[UnitJob], sources: list[Source], workers: int) -> Iterat
             yield convert_unit(job, sources)
         return
     context = multiprocessing.get_context("spawn")  # no handle, lock or thread of this process goes along
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_start_process, initargs=(sources,))
-    waiting, running = iter(jobs), set[Future]()
-    try:
-        while True:
-            while len(running) < 2 * workers and (job := next(waiting, None)) is not None:
-                running.add(pool.submit(_convert, job))
-            if not running:
-                return
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-    except BrokenProcessPool as error:
-        raise TrainingStopped(
-            "a process of the build has died (killed, or out of memory?); finished shards are kept: the same command goes on,"
-            " with fewer --workers if memory was short"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with keeping_interrupts() as check:
+        pool = ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_start_process, initargs=(sources,))
+        waiting, running = iter(jobs), set[Future]()
+        try:
+            while True:
+                with deaf_children():
+                    while len(running) < 2 * workers and (job := next(waiting, None)) is not None:
+                        running.add(pool.submit(_convert, job))
+                if not running:
+                    return
+                done, running = wait(running, LOOK, FIRST_COMPLETED)
+                check()
+                for future in done:
+                    yield future.result()
+        except BrokenProcessPool as error:
+            raise TrainingStopped(
+                "a process of the build has died (killed, or out of memory?); finished shards are kept: the same command goes on,"
+                " with fewer --workers if memory was short"
+            ) from error
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.kill()  # a unit is done or not, whenever its process ends
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 _sources: list[Source] = []  # of a process of the pool: sent once, not with each of its jobs
@@ -332,8 +341,12 @@ def _finish(plan: BuildPlan, facts: SourceFacts, work: Path, units: int, max_dro
 
 
 def _caption_complaints(work: Path) -> Iterator[dict[str, str]]:
-    if (work / CAPTIONS_DONE).exists():
-        for line in _read_json(work / CAPTIONS_DONE):
+    path = work / CAPTIONS_DONE
+    if path.exists():
+        lines = _read_json(path)
+        if not TEXTS.fits(lines):
+            raise UsageError(f"{path}: damaged (expected {TEXTS.words}); --restart begins the build anew")
+        for line in lines:
             yield {"where": line, "image_id": "", "reason": "caption line", "details": ""}
 
 
@@ -365,7 +378,7 @@ def _read_json(path: Path) -> Any:
 def _explain_nothing(plan: BuildPlan, work: Path, read: int, reasons: Counter[str], units: int) -> None:
     reason = NO_CAPTION if reasons[NO_CAPTION] else next((reason for reason, _ in reasons.most_common(1)), "the sources are empty")
     first = next((line for line in _dropped(work, units) if line["reason"] == reason), {"where": "", "details": ""})
-    shutil.rmtree(work)  # done units without one image are of no use
+    remove_folder(work, OURS)  # done units without one image are of no use
     if reason == NO_CAPTION:
         raise UsageError(
             f"none of the {read} images has a caption in {', '.join(plan.caption_files)}: image_id differs"

@@ -1,6 +1,7 @@
 """One unit of work of a build: read its images, keep what can be used, write one shard, say what was dropped and why."""
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,10 @@ import numpy as np
 from megatron_interbert.data.building.captions import CaptionTable
 from megatron_interbert.data.building.shard_writer import SHARD_NAME, commit, prepare_record, storable, write_shard
 from megatron_interbert.data.building.sources.base import Dropped, Record, Source, SourceFacts
+from megatron_interbert.data.manifest import entry_fits
 from megatron_interbert.data.regions import Regions
+from megatron_interbert.errors import Unreadable
+from megatron_interbert.files import is_there, reading
 
 NO_CAPTION, NOT_WANTED, TWICE = "no caption", "not in --only", "image id seen before"
 EXPECTED = (NO_CAPTION, NOT_WANTED, TWICE)  # dropped on purpose, not for a fault
@@ -37,6 +41,54 @@ class UnitJob:
 def done_file(work: Path, number: int) -> Path:
     """What says that a unit is done; written after its shard."""
     return work / (SHARD_NAME.format(number) + ".json")
+
+
+MARK = {"read": int, "repaired": int, "inverted": int, "faults": int, "labels": list, "reasons": dict, "dropped": list}
+LINE = {"where", "image_id", "reason", "details"}  # of an image that was dropped
+
+
+def is_done(work: Path, number: int) -> bool:
+    """Whether a unit is done: what says so is whole, and its shard is there with its size.
+
+    One that does not fit is done anew, and that is said.
+    """
+    path = done_file(work, number)
+    try:
+        with reading(path):
+            done = json.loads(path.read_bytes())
+            fits = _is_mark(done) and _has_shard(work, number, done)
+    except Unreadable:
+        raise
+    except FileNotFoundError:
+        if not is_there(path):
+            return False
+        fits = False
+    except (ValueError, RecursionError):
+        fits = False
+
+    if not fits:
+        print(f"note: {path}: damaged, or its shard is; that part of the build is done anew", file=sys.stderr, flush=True)
+    return fits
+
+
+def _is_mark(done: Any) -> bool:
+    if not isinstance(done, dict) or "entry" not in done:
+        return False
+    if not all(isinstance(done.get(name), kind) for name, kind in MARK.items()):
+        return False
+    counts = all(isinstance(count, int) for count in done["reasons"].values())
+    lines = all(isinstance(line, dict) and line.keys() == LINE for line in done["dropped"])
+    return counts and lines and all(isinstance(label, str) for label in done["labels"])
+
+
+def _has_shard(work: Path, number: int, done: dict[str, Any]) -> bool:
+    """Whether the shard of a unit is as its entry says; there is none where nothing was kept."""
+    entry, path = done["entry"], work / SHARD_NAME.format(number)
+    if entry is None:
+        return True
+    if not entry_fits(entry) or entry["file"] != path.name or entry["images"] != len(done["labels"]):
+        return False
+    return path.stat().st_size == entry["bytes"]
 
 
 def convert_unit(job: UnitJob, sources: Sequence[Source]) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 """
 
 import json
-import shutil
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,17 @@ from megatron_interbert.data.building.shard_writer import (
     write_token_file,
 )
 from megatron_interbert.data.hdf5 import Hdf5File
-from megatron_interbert.data.manifest import MANIFEST, PLAN, SCHEMA_VERSION, TOKENS, VOCABULARY
+from megatron_interbert.data.manifest import CAPTIONS, MANIFEST, PLAN, SCHEMA_VERSION, TOKENS, VOCABULARY
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.data.text import CaptionTokenizer
+from megatron_interbert.data.work_folder import lock_folder, refuse_link, refuse_strangers, remove_folder, remove_own
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import write_text
 from megatron_interbert.progress import progress
+
+# What is written into a store, in the order in which it is removed: the manifest says what the rest is.
+STORE_FILES = ("shard-[0-9]*.h5", CAPTIONS, TOKENS, VOCABULARY, MANIFEST)
+OURS = (*(f"{name}.[0-9]*.new" for name in STORE_FILES), f"{VOCABULARY}.partial", *STORE_FILES)
 
 
 def new_manifest(
@@ -97,14 +102,16 @@ class RegionStoreWriter:
         **facts: Any,
     ) -> None:
         self.path = Path(path)
-        if self.path.exists():
+        if os.path.lexists(self.path):
             raise UsageError(f"{path}: already exists; choose another folder or remove it")
         self.manifest = new_manifest(**facts, **(extra or {}))
         self.work = self.path.with_name(self.path.name + ".partial")
+        refuse_link(self.work)
         if (self.work / PLAN).exists():
             raise UsageError(f"{self.work}: an unfinished build of the tools; finish it, remove it or choose another folder")
-        shutil.rmtree(self.work, ignore_errors=True)
-        self.work.mkdir(parents=True)
+        refuse_strangers(self.work, OURS)
+        self._lock = lock_folder(self.work, "another process is writing there; wait for it or choose another folder")
+        remove_own(self.work, OURS)
         self.images_per_shard, self.strict_boxes, self.vocabulary = images_per_shard, strict_boxes, vocabulary
         self._pending: list[tuple[Regions, list[Caption]]] = []
         self._label_width = 0
@@ -117,7 +124,8 @@ class RegionStoreWriter:
             if kind is None:
                 self._finish()
         finally:
-            shutil.rmtree(self.work, ignore_errors=True)
+            remove_folder(self.work, OURS)
+            os.close(self._lock)
 
     def add(self, regions: Regions, captions: Sequence[Caption]) -> None:
         """One image and its captions as (text, language tag); UsageError names a record that cannot be stored."""

@@ -1,10 +1,8 @@
 """The report of an inspection as lines for a terminal."""
 
-from pathlib import Path
 from typing import Any
 
 from megatron_interbert.data.inspection.report import Report
-from megatron_interbert.files import write_text
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 NUMBERS = {
@@ -25,12 +23,6 @@ def sparkline(bars: list[int]) -> str:
     """Bars as one line of block letters; what is not 0 is always seen."""
     highest = max(bars, default=0) or 1
     return "".join(BLOCKS[-(-bar * (len(BLOCKS) - 1) // highest)] for bar in bars)
-
-
-def write_beside(path: Path, text: str) -> None:
-    """Write a text file whole or not at all, with its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
 
 
 def report_text(report: Report) -> str:

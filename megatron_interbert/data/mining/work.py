@@ -1,8 +1,8 @@
 """What mining has done so far, kept beside hard_negatives.npy so that a killed command goes on and ends in the same table."""
 
-import fcntl
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +12,25 @@ import numpy as np
 
 from megatron_interbert.config import read_json
 from megatron_interbert.data.manifest import HARD_NEGATIVES, MANIFEST
+from megatron_interbert.data.neighbours import NoTable, read_neighbours
 from megatron_interbert.data.store import RegionStore
-from megatron_interbert.errors import Unreadable, UsageError
-from megatron_interbert.files import file_sha256, new_file, reading
+from megatron_interbert.data.work_folder import (
+    lock_folder,
+    own_names,
+    refuse_link,
+    refuse_strangers,
+    remove_folder,
+    remove_own,
+)
+from megatron_interbert.errors import UsageError
+from megatron_interbert.files import file_sha256, flush_folder, new_file, reading
 
 FORMAT = 1
 PLAN, ASSEMBLED, DONE = "plan.json", "assembled.npy", "done.json"
+BLOCKS = ("block-" + 6 * "[0-9]" + "*.npy",)
+# All that a work folder holds, in the order in which it goes: the plan says what blocks belong to,
+# and the mark that all is done goes last.
+OURS = (*BLOCKS, "block-*.npy.tmp", ASSEMBLED, PLAN, f"{PLAN}.tmp", f"{DONE}.tmp", DONE)
 
 
 class WorkFolder:
@@ -48,20 +61,17 @@ class WorkFolder:
 
     def open(self, restart: bool) -> None:
         """Make the folder, or find the one of the same plan; UsageError when it belongs to another plan or process."""
-        self.path.mkdir(exist_ok=True)
-        self._lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{self.path}: another command is mining this store; let it end first") from None
+        self._lock = lock_folder(self.path, "another command is mining this store; let it end first")
+        refuse_strangers(self.path, OURS)
         if restart:
-            for path in self.path.iterdir():
-                path.unlink()
+            remove_own(self.path, OURS)
+
         if not (self.path / PLAN).exists():
-            for path in self.path.iterdir():  # blocks of a plan that was already removed when its command was killed
-                path.unlink()
+            if own_names(self.path, BLOCKS):
+                raise UsageError(f"{self.path}: finished blocks without their {PLAN}; put it back, or --restart to throw them away")
             _write_json(self.path / PLAN, self.plan)
             return
+
         found = read_json(self.path / PLAN, "mining plan")
         differing = [key for key in self.plan if found.get(key) != self.plan[key]]
         if differing:
@@ -76,16 +86,21 @@ class WorkFolder:
         return range(number * self.block, min((number + 1) * self.block, self.captions))
 
     def read_block(self, number: int) -> np.ndarray | None:
-        """The rows of a block, or None when its file is not there or not whole. Unreadable where nobody can say."""
+        """The rows of a block, or None when there is none that can be used, said where there is one that cannot. Unreadable
+        where nobody can say.
+        """
         path = self._block_path(number)
         try:
             with reading(path):
-                rows = np.load(path, allow_pickle=False)
-        except Unreadable:
-            raise
-        except (OSError, ValueError, EOFError):
+                rows = read_neighbours(path, len(self.rows_of(number)), self.captions)
+            if rows.shape[1] != self.top or rows.dtype != np.int32:
+                raise NoTable(f"{rows.dtype} with {rows.shape[1]} columns, expected int32 with {self.top}")
+        except FileNotFoundError:
             return None
-        return rows if rows.shape == (len(self.rows_of(number)), self.top) and rows.dtype == np.int32 else None
+        except NoTable as error:
+            print(f"note: {path}: {error}; it is made anew", file=sys.stderr, flush=True)
+            return None
+        return rows
 
     def write_block(self, number: int, rows: np.ndarray) -> None:
         """Publish the rows [captions of the block, K]."""
@@ -97,38 +112,33 @@ class WorkFolder:
 
     def assemble(self) -> np.ndarray:
         """All blocks in one file of the work folder, as a read-only map."""
-        table = np.lib.format.open_memmap(self.path / ASSEMBLED, "w+", np.int32, (self.captions, self.top))
-        for number in range(self.blocks):
-            rows, block = self.rows_of(number), self.read_block(number)
-            if block is None:
-                raise UsageError(f"{self._block_path(number)}: damaged since it was made; give the same command again")
-            table[rows.start : rows.stop] = block
-        table.flush()
-        with open(self.path / ASSEMBLED, "rb") as handle:
-            os.fsync(handle.fileno())
+        header = {"descr": np.dtype(np.int32).str, "fortran_order": False, "shape": (self.captions, self.top)}
+        with new_file(self.path / ASSEMBLED) as handle:
+            np.lib.format.write_array_header_1_0(handle, header)
+            for number in range(self.blocks):
+                block = self.read_block(number)
+                if block is None:
+                    raise UsageError(f"{self._block_path(number)}: damaged since it was made; give the same command again")
+                handle.write(block.tobytes())
         return np.load(self.path / ASSEMBLED, mmap_mode="r", allow_pickle=False)
 
     def publish(self, summary: dict[str, Any]) -> None:
         """The assembled table becomes the output, and the folder goes."""
         _write_json(self.path / DONE, {"plan": self.plan, "summary": summary})
         os.replace(self.path / ASSEMBLED, self.output)
-        _sync(self.output.parent)
-        self._remove()
+        flush_folder(self.output.parent)
+        remove_folder(self.path, OURS)
 
     def published(self) -> dict[str, Any] | None:
         """Summary of the same command if it was killed when its table was in place already; the folder goes."""
+        refuse_link(self.path)
         if not (self.path / DONE).is_file() or (self.path / ASSEMBLED).exists() or not self.output.exists():
             return None
         done = read_json(self.path / DONE, "mining summary")
-        if done["plan"] != self.plan:
+        if done.get("plan") != self.plan or not isinstance(done.get("summary"), dict):
             return None
-        self._remove()
+        remove_folder(self.path, OURS)
         return done["summary"]
-
-    def _remove(self) -> None:
-        for path in sorted(self.path.iterdir(), key=lambda path: path.name == DONE):  # the mark that all is done goes last
-            path.unlink()
-        self.path.rmdir()
 
 
 @contextmanager
@@ -143,9 +153,3 @@ def _published(path: Path) -> Iterator[IO[bytes]]:
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     with _published(path) as handle:
         handle.write(json.dumps(value, indent=1, ensure_ascii=False).encode())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

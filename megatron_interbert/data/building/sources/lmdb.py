@@ -3,8 +3,8 @@
 A tensorpack row is the list: features, class distribution, boxes, number of boxes, height, width, image id, caption.
 """
 
+import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from megatron_interbert.data.building.pickles.reading import is_pickle, loads
 from megatron_interbert.data.building.plain_arrays import make_array
 from megatron_interbert.data.building.sources.base import Dropped, Record, SourceFacts
 from megatron_interbert.data.building.sources.fields import NONE, BadRecord, ReadOptions, decode_array, make_regions, number
+from megatron_interbert.data.building.sources.lmdb_file import LmdbFile
 from megatron_interbert.data.building.sources.tsv import ENCODED, SAME
 from megatron_interbert.errors import UsageError
 
@@ -30,22 +31,12 @@ class LmdbSource:
 
     def __init__(self, path: str, options: ReadOptions) -> None:
         self.path, self.options = path, options
-        with self._open() as environment, environment.begin() as view:
-            first = next((value for key, value in view.cursor() if key not in NOT_IMAGES), None)
+        with LmdbFile(path) as file:
+            first = next((file.value(row) for row in file.rows() if row.key not in NOT_IMAGES), None)
         if first is None:
             raise UsageError(f"{path}: no images in this LMDB")
         if is_pickle(first) and not options.trust_pickle:
             raise UsageError(f"{path}: its rows are pickles; give --trust-pickle to read the numbers, strings and arrays in them")
-
-    def _open(self) -> Any:
-        try:
-            import lmdb
-        except ImportError as error:
-            raise UsageError(f"{self.path}: reading LMDB needs the package lmdb; pip install lmdb msgpack") from error
-        try:
-            return lmdb.open(self.path, subdir=Path(self.path).is_dir(), readonly=True, lock=False, readahead=False)
-        except (lmdb.Error, OSError) as error:
-            raise UsageError(f"{self.path}: cannot be read as LMDB ({error})") from error
 
     def facts(self) -> SourceFacts:
         """Feature size from the first good row."""
@@ -59,25 +50,20 @@ class LmdbSource:
     def units(self, images_per_unit: int) -> list[list[Any]]:
         """[first key in hex, number of images]; reads keys only."""
         found: list[list[Any]] = []
-        with self._open() as environment, environment.begin() as view:
-            for number_, key in enumerate(k for k in view.cursor().iternext(values=False) if k not in NOT_IMAGES):
+        with LmdbFile(self.path) as file:
+            for number_, row in enumerate(row for row in file.rows() if row.key not in NOT_IMAGES):
                 if number_ % images_per_unit == 0:
-                    found.append([key.hex(), 0])
+                    found.append([row.key.hex(), 0])
                 found[-1][1] += 1
         return found
 
     def read(self, unit: list[Any]) -> Iterator[Record | Dropped]:
         """Rows from a key on, in the order of the keys."""
         start, wanted = unit
-        with self._open() as environment, environment.begin(buffers=False) as view:
-            cursor = view.cursor()
-            there = cursor.set_range(bytes.fromhex(start)) if start else cursor.first()
-            while there and wanted:
-                key, value = cursor.item()
-                if key not in NOT_IMAGES:
-                    wanted -= 1
-                    yield self._record(key, value)
-                there = cursor.next()
+        with LmdbFile(self.path) as file:
+            images = (row for row in file.rows(bytes.fromhex(start)) if row.key not in NOT_IMAGES)
+            for row in itertools.islice(images, wanted):
+                yield self._record(row.key, file.value(row))
 
     def _record(self, key: bytes, value: bytes) -> Record | Dropped:
         name = key[:80].decode("utf-8", "replace")
@@ -106,7 +92,10 @@ class LmdbSource:
 
             return loads(value)
 
-        import msgpack
+        try:
+            import msgpack
+        except ImportError as error:
+            raise UsageError(f"{self.path}: reading its rows needs the package msgpack; pip install msgpack") from error
 
         return msgpack.unpackb(
             value,

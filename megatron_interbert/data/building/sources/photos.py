@@ -5,13 +5,14 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
 
 from megatron_interbert.data.building.detectors import Detections, Detector, DetectorChoice, load_detector
 from megatron_interbert.data.building.sources.base import Dropped, Record, SourceFacts
+from megatron_interbert.data.photo_folder import file_inside, open_below
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.errors import TrainingStopped, UsageError
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class NotInside(ValueError):
+    """A name in a folder that stands for no file of it."""
 
 
 class PhotoSource:
@@ -93,18 +98,27 @@ class PhotoSource:
         if name in self.repeated:
             return self._dropped(name, "image id seen before", f"first in {self.repeated[name]}")
         try:
-            if os.path.getsize(self.path / name) == 0:
-                return self._dropped(name, "empty file")
-            with warnings.catch_warnings():
+            with self._open(name) as file, warnings.catch_warnings():
+                if os.fstat(file.fileno()).st_size == 0:
+                    return self._dropped(name, "empty file")
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(self.path / name) as picture:
+                with Image.open(file) as picture:
                     return picture.size
+        except NotInside as error:
+            return self._dropped(name, "no file of the folder", str(error))
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             return self._dropped(name, "too many pixels", f"more than {Image.MAX_IMAGE_PIXELS}; make it smaller")
         except UnidentifiedImageError:
             return self._dropped(name, "not a picture")
         except Exception as error:  # a decoder may raise anything on a broken file; one photo must not stop the others
             return self._dropped(name, "picture cannot be read", str(error))
+
+    def _open(self, name: str) -> BinaryIO:
+        """Open a photo as the folder has it; a link is followed to another file of the folder, and nowhere else."""
+        target = file_inside(self.path / name, Path(os.path.realpath(self.path)))
+        if target is None:
+            raise NotInside("a link that leads out of it or nowhere, or no regular file; put the photo itself there")
+        return open_below(self.path, target)
 
     def _decoded(self, names: Sequence[str]) -> Iterator[dict[str, "Image | Dropped"]]:
         """Batches of decoded photos; a thread decodes the next one while the detector works on this one."""
@@ -121,7 +135,8 @@ class PhotoSource:
         pictures: dict[str, Image | Dropped] = {}
         for name in names:
             try:
-                pictures[name] = open_photo(self.path / name)
+                with self._open(name) as file:
+                    pictures[name] = open_photo(file)
             except Exception as error:  # as above
                 pictures[name] = self._dropped(name, "picture cannot be decoded", str(error))
         return pictures
@@ -152,7 +167,7 @@ class PhotoSource:
         return Dropped(str(self.path / name), Path(name).stem, reason, " ".join(details.split())[:200])
 
 
-def open_photo(path: Path) -> "Image":
+def open_photo(path: Path | BinaryIO) -> "Image":
     """A photo as RGB, turned as its EXIF data say. Raises whatever the decoder raises on a broken file."""
     from PIL import Image, ImageOps
 

@@ -1,0 +1,96 @@
+"""Folders of unfinished work: held by one process, never reached through a link, emptied of our own files alone."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from megatron_interbert.errors import UsageError
+from megatron_interbert.files import HELD, list_folder
+
+
+def lock_folder(folder: Path, busy: str) -> int:
+    """Make a folder, or take the one that is there, and lock it; gives the descriptor that holds the lock.
+
+    UsageError where a link or a file has its name, or, with `busy`, where another process holds it.
+    """
+    refuse_link(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UsageError(
+            f"{error.filename}: is no folder, expected one that this command makes; move it elsewhere"
+        ) from None
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in HELD:
+            os.close(handle)
+            raise UsageError(f"{folder}: {busy}") from None
+        print(
+            f"note: {folder} cannot be locked ({error.strerror}); see that no other process works there",
+            flush=True,
+        )
+    return handle
+
+
+def refuse_link(path: Path) -> None:
+    """UsageError where a link has the name of a folder of ours."""
+    if path.is_symlink():
+        raise UsageError(
+            f"{path}: is a link to {os.readlink(path)[:200]!r}, expected a folder that this command"
+            " has made; nothing was touched; remove the link"
+        )
+
+
+def own_names(folder: Path, ours: Sequence[str]) -> list[str]:
+    """List what matches the patterns `ours`, in their order; a pattern for folders ends with a slash."""
+    found = []
+    for name in list_folder(folder):
+        place = _place(folder, name, ours)
+        if place is not None:
+            found.append((place, name))
+    return [name for _, name in sorted(found)]
+
+
+def refuse_strangers(folder: Path, ours: Sequence[str]) -> None:
+    """UsageError names a file that matches none of the patterns `ours`.
+
+    Hidden files are passed over: systems and network disks leave theirs anywhere.
+    """
+    for name in list_folder(folder):
+        if not name.startswith(".") and _place(folder, name, ours) is None:
+            raise UsageError(
+                f"{folder}: holds {name[:200]!r}, which this command has not made; nothing was removed;"
+                " move it elsewhere, or remove the folder if all in it can go"
+            )
+
+
+def remove_own(folder: Path, ours: Sequence[str]) -> None:
+    """Remove the files that match the patterns `ours`, in their order; everything else stays."""
+    for name in own_names(folder, ours):
+        (folder / name).unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path, ours: Sequence[str]) -> None:
+    """Remove the files that match the patterns `ours`, and the folder if nothing else is in it."""
+    remove_own(folder, ours)
+    try:
+        folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR):
+            raise
+
+
+def _place(folder: Path, name: str, ours: Sequence[str]) -> int | None:
+    """Give the number of the first pattern that fits; None where there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISDIR((folder / name).lstat().st_mode):
+            name += "/"
+    return next((place for place, pattern in enumerate(ours) if fnmatchcase(name, pattern)), None)

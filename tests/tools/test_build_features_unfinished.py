@@ -1,0 +1,100 @@
+"""What an interrupted build has left, spoilt before the same command is given again."""
+
+import functools
+import json
+import os
+
+import pytest
+
+from megatron_interbert.data.building.build import BuildPlan, build
+from megatron_interbert.data.building.sources.fields import ReadOptions
+from megatron_interbert.data.building.sources.opening import open_source
+from megatron_interbert.errors import UsageError
+from tests.data.formats import made_up_images, write_npz
+from tests.tools.building import content
+
+
+def changed(mark, **fields):
+    mark.write_text(json.dumps({**json.loads(mark.read_text()), **fields}))
+
+
+SPOILED = {
+    "no fields": lambda mark, shard: mark.write_text("{}"),
+    "a list": lambda mark, shard: mark.write_text("[]"),
+    "half": lambda mark, shard: os.truncate(mark, 30),
+    "no text": lambda mark, shard: mark.write_bytes(b"\xff\xfe"),
+    "deep": lambda mark, shard: mark.write_text(100_000 * "["),
+    "odd reasons": lambda mark, shard: changed(mark, reasons={"x": "y"}),
+    "odd lines": lambda mark, shard: changed(mark, dropped=[1]),
+    "odd labels": lambda mark, shard: changed(mark, labels=[]),
+    "odd entry": lambda mark, shard: changed(mark, entry={"file": "../../x"}),
+    "odd count": lambda mark, shard: changed(mark, read="many"),
+    "a cut shard": lambda mark, shard: os.truncate(shard, 3000),
+    "no shard": lambda mark, shard: shard.unlink(),
+}
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    """Plans of one store by its folder, and what it holds when nothing happens meanwhile."""
+    place = tmp_path_factory.mktemp("unfinished")
+    npz = write_npz(place / "npz", made_up_images(12))
+    captions = place / "captions.tsv"
+    captions.write_text("no tab\n" + "".join(f"image-{n}\ta cat\n" for n in range(12)))
+    source = open_source(str(npz), "auto", ReadOptions())
+    plan = functools.partial(
+        BuildPlan,
+        [source],
+        caption_files=[str(captions)],
+        captions_format="tsv",
+        images_per_shard=3,
+    )
+    build(plan(str(place / "whole")))
+    return plan, content(place / "whole")
+
+
+@pytest.fixture
+def interrupted(plans, tmp_path, monkeypatch):
+    """The work folder of a build that has done two shards of four."""
+    from megatron_interbert.data.building.build import convert_unit
+
+    def some(job, sources):
+        if job.number == 2:
+            raise KeyboardInterrupt
+        return convert_unit(job, sources)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_interbert.data.building.build.convert_unit", some)
+        with pytest.raises(KeyboardInterrupt):
+            build(plans[0](str(tmp_path / "store")))
+    return tmp_path / "store.partial"
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_a_part_that_does_not_fit_is_done_anew_and_said(plans, interrupted, capfd, what):
+    plan, whole = plans
+    shard = interrupted / "shard-00001.h5"
+    SPOILED[what](shard.with_name("shard-00001.h5.json"), shard)
+    build(plan(str(interrupted.with_name("store"))))
+    assert content(interrupted.with_name("store")) == whole
+    err = capfd.readouterr().err
+    assert err.count("is done anew") == 1
+    assert "shard-00001.h5.json" in err
+
+
+def test_what_fits_is_kept_without_a_word(plans, interrupted, capfd):
+    plan, whole = plans
+    build(plan(str(interrupted.with_name("store"))))
+    assert content(interrupted.with_name("store")) == whole
+    assert "anew" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("plan.json", b"[1"), ("captions.json", b"5"), ("captions.json", b"[1]"), ("images.db", b"x")],
+)
+def test_what_cannot_be_done_anew_in_part_is_one_line(plans, interrupted, name, data):
+    (interrupted / name).write_bytes(data)
+    with pytest.raises(UsageError, match=name.replace("images.db", "store.partial")) as refusal:
+        build(plans[0](str(interrupted.with_name("store"))))
+    assert "\n" not in str(refusal.value)
