@@ -37,8 +37,10 @@ from megatron_interbert.signals import (
     take_over,
 )
 
+BY_TORCHRUN = ("auto", "cpu", "gpu")  # words for a number of processes that it finds out itself
 
-def number(variable: str, default: str, least: int) -> str:
+
+def number_of(variable: str, default: str, least: int) -> str:
     """Read a whole number from the environment; UsageError for anything else."""
     text = os.environ.get(variable) or default
     if not text.isdecimal() or int(text) < least:
@@ -51,13 +53,15 @@ def command(arguments: list[str]) -> list[str]:
     from megatron_interbert.parallel.device import gpus  # torch takes seconds
 
     env = os.environ
-    nodes, node = number("SLURM_STEP_NUM_NODES", "1", least=1), number("SLURM_NODEID", "0", least=0)
+    nodes, node = number_of("SLURM_STEP_NUM_NODES", "1", least=1), number_of("SLURM_NODEID", "0", least=0)
     if nodes == "1":
         env.setdefault("MASTER_PORT", str(free_port()))
     master, port = meeting_place()
-    ranks = number("PROCESSES_PER_NODE", str(gpus() or 1), least=1)
-    share = len(os.sched_getaffinity(0)) // int(ranks)  # torchrun gives each of several ranks one thread
-    env.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
+    ranks = env.get("PROCESSES_PER_NODE", "")
+    if ranks not in BY_TORCHRUN:
+        ranks = number_of("PROCESSES_PER_NODE", str(gpus() or 1), least=1)
+        share = len(os.sched_getaffinity(0)) // int(ranks)  # torchrun gives each of several ranks one thread
+        env.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
     return [
         *("--nnodes", nodes, "--node-rank", node, "--nproc-per-node", ranks),
         *("--master-addr", master, "--master-port", port, "--rdzv-conf", f"timeout={MEETING_SECONDS}"),

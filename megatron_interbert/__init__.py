@@ -4,6 +4,7 @@ Importing the package registers its Auto classes with transformers, without impo
 """
 
 import importlib
+import itertools
 import os
 import signal
 import sys
@@ -33,7 +34,8 @@ def _is_command() -> bool:
     """Whether this process runs `python -m megatron_interbert..`, a launcher or a tool."""
     script = sys.argv[0] if sys.argv else ""
     if script == "-m":  # what Python writes there until it has found the module to run
-        return True
+        name = next((word for before, word in itertools.pairwise(sys.orig_argv) if before == "-m"), "")
+        return name.startswith("megatron_interbert.")
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     place = os.path.dirname(os.path.abspath(script))
     return place in (os.path.join(root, "launchers"), os.path.join(root, "tools"))

@@ -68,8 +68,9 @@ class ModelConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
 
+    FROM_DATA: ClassVar[tuple[str, ...]] = ("vocab_size", "feature_dim", "num_classes")
     MAY_BE_0: ClassVar[tuple[str, ...]] = (
-        *("vocab_size", "feature_dim", "num_classes"),
+        *FROM_DATA,
         *("interaction_layers", "text_layers", "image_layers"),
     )
 

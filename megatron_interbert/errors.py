@@ -101,8 +101,13 @@ def end_entry(code: int) -> NoReturn:
     may wait for ranks that are already gone.
     """
     say_what_was_lost()
-    sys.stdout.flush()
     os._exit(code)
+
+
+def end_report(reports: bool) -> None:
+    """Say what standard output has lost; end with code 1 where it was the result."""
+    if say_what_was_lost() and reports:
+        os._exit(1)
 
 
 def say_error(text: str) -> None:
@@ -112,8 +117,10 @@ def say_error(text: str) -> None:
     print(f"error{where}: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
-def run_entry(main: Callable[[], None]) -> None:
+def run_entry(main: Callable[[], None], reports: bool = False) -> None:
     """Run an entry point; our own errors become one line on stderr and exit code 2 (wrong use) or 1 (failed work).
+
+    One that `reports` has its result on standard output: code 1 where that could not be written.
 
     Every rank exits. The same error on all ranks is printed once on each machine, by its first rank, unless it carries
     `local = True` (a bad record that one rank alone has read).
@@ -137,8 +144,10 @@ def run_entry(main: Callable[[], None]) -> None:
         if number_of("RANK", 0) == 0:
             print("\ninterrupted", file=sys.stderr, flush=True)
         end_entry(INTERRUPTED)
-    finally:
-        say_what_was_lost()
+    except SystemExit:
+        end_report(reports)
+        raise
+    end_report(reports)
 
 
 def end_for(error: UsageError | TrainingStopped, code: int) -> NoReturn:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,7 +51,7 @@ def open_regular(path: Path, follow: bool = True) -> IO[bytes]:
     os.close(handle)
     if kind == stat.S_IFDIR:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    raise OSError(errno.EINVAL, "is no file", str(path))
+    raise OSError(errno.EINVAL, "is not a regular file", str(path))
 
 
 def read_regular(path: Path) -> bytes:
@@ -174,16 +175,31 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_output(path: Path, text: str, name: str) -> None:
-    """Write the text file that the flag `name` asks for, whole or not at all.
+    """Write the text file that the flag `name` asks for.
 
-    What a link or a device leads to (`/dev/stdout`, `/dev/null`) is written in place.
+    A plain file, or the one that a link leads to, is replaced as a whole; a device or a pipe is written
+    to (`/dev/null`, `/dev/stdout`). UsageError where that cannot be done.
     """
     check_output(path, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        path.write_bytes(encoded(text))
-    else:
-        write_text(path, text)
+    try:
+        if is_standard_output(path):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        elif path.exists() and not path.is_file():
+            path.write_bytes(encoded(text))
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path.resolve(), text)
+    except OSError as error:
+        raise UsageError(f"{name} {path}: cannot be written ({error.strerror})") from error
+
+
+def is_standard_output(path: Path) -> bool:
+    """Whether a path leads to where standard output goes."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError):  # nothing is there, or this stream is no file
+        return False
 
 
 def json_text(value: Any) -> str:
@@ -196,7 +212,7 @@ def append(path: Path, data: bytes) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "is no file", str(path))
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
         before = os.fstat(handle).st_size
         try:
             write_all(handle, data)

@@ -1,6 +1,5 @@
 """Standard output and error of work that must not end because nobody can read or store its lines."""
 
-import contextlib
 import errno
 import io
 import os
@@ -67,8 +66,11 @@ def lasting(stream: io.TextIOBase, ordinary: io.TextIOBase | None) -> io.TextIOB
     )
 
 
-def say_what_was_lost() -> None:
-    """Say on standard error that standard output could not be written; the exit code says how work ended."""
-    with contextlib.suppress(AttributeError):
-        if reason := sys.stdout.buffer.raw.lost:
-            print(f"note: standard output could not be written ({reason}): lines are missing", file=sys.stderr)
+def say_what_was_lost() -> bool:
+    """Say on standard error that standard output could not be written, where it is so; gives whether."""
+    sys.stdout.flush()
+    reason = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "lost", "")
+    if reason:
+        text = f"note: standard output could not be written ({reason}): lines are missing"
+        print(text, file=sys.stderr, flush=True)
+    return bool(reason)

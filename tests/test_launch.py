@@ -167,10 +167,16 @@ def test_ctrl_c_during_the_imports_is_no_traceback(command, tmp_path):
     assert (code, out, err) == (-signal.SIGINT, "", "")
 
 
-def test_the_package_leaves_the_signals_of_a_program_that_imports_it_alone():
+def test_the_package_leaves_the_signals_of_a_program_that_imports_it_alone(tmp_path):
+    """Also of a package of somebody else's that is started by its name, and with a device of its own."""
     program = (
         "import signal, megatron_interbert;"
         "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
     )
-    code, out, err = launch(sys.executable, "-c", program, warm=False)
-    assert code == 0, out + err
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "__init__.py").write_text(program)
+    (tmp_path / "theirs" / "train.py").write_text("")
+    changes = {"DS_ACCELERATOR": "xpu", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    for command in (("-c", program), ("-m", "theirs.train")):
+        code, out, err = launch(sys.executable, *command, warm=False, cwd=tmp_path, **changes)
+        assert code == 0, out + err

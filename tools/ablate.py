@@ -115,7 +115,7 @@ class Run:
                 zero = ("--zero-shot",) if protocol == "zero-shot" else ()
                 self._call("evaluate", "retrieval", "--load", run, "--data-path", options.test_data_path, "--language", options.language,
                            *zero, "--output", result.parent)  # fmt: skip
-            found[protocol] = read_json(result, "--output").get("metrics", {})
+            found[protocol] = figures_of(result)
         return found
 
     def _model(self) -> str:
@@ -169,6 +169,15 @@ def table(found: dict[str, list[dict[str, dict[str, float]]]], all_variants: dic
         change = f"{mine - statistics.mean(full):+.1f}" if full and name != "full" else ""
         lines.append(f"| {all_variants[name].what} | {' | '.join(cells)} | {change} |")
     return "\n".join(lines)
+
+
+def figures_of(result: Path) -> dict[str, float]:
+    """Read the figures of an evaluation; UsageError where one that the table needs is not there."""
+    metrics = read_json(result, "--output").get("metrics")
+    needed = {figure for _, figure in FIGURES.values()}
+    if not isinstance(metrics, dict) or not all(type(metrics.get(name)) in (int, float) for name in needed):
+        raise UsageError(f"{result}: expected the figures {', '.join(sorted(needed))}; remove it, it is made again")
+    return metrics
 
 
 def _mean(values: list[float]) -> str:

@@ -1,6 +1,7 @@
 """What generated worlds share: what a detector would say of their things, and stores that say that they are made up."""
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -87,8 +88,20 @@ def generated_store(
         images_per_shard=2048,
     ) as writer:
         yield writer
-    remove_generated(path)
+    replace_generated(path, beside)
+
+
+def replace_generated(path: Path, beside: Path) -> None:
+    """Put a new store in the place of an old one, which goes when the new one is there.
+
+    Hidden files that systems leave (.DS_Store, .nfs..) stay, in the folder that was set aside.
+    """
+    old = path.with_name(f"{path.name}.old-{time.time_ns()}")
+    if path.exists():
+        path.rename(old)
     beside.rename(path)
+    if old.exists():
+        remove_generated(old)
 
 
 def remove_generated(path: Path) -> None:

@@ -77,4 +77,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run_entry(run)
+    run_entry(run, reports=True)

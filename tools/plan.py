@@ -149,4 +149,4 @@ def table(rows: list[tuple[Layout, int, Memory]], arguments: argparse.Namespace)
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_entry(main, reports=True)

@@ -16,7 +16,7 @@ from megatron_interbert.config import read_json
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.files import check_output, json_text, write_output
 
-SAME = {"task": None, "protocol": None, "precision": "fp32"}  # and what results before they had it mean
+SAME = {"task": "", "protocol": "", "precision": "fp32"}  # with what earlier results mean that lack it
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -80,4 +80,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run_entry(run)
+    run_entry(run, reports=True)

@@ -11,7 +11,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from megatron_interbert.errors import UsageError
 
@@ -128,7 +128,7 @@ class PhotoFolder:
                     continue
                 if entry.is_file(follow_symlinks=False):
                     files[stem] = path
-                elif entry.is_symlink() and (target := file_inside(entry.path, inside)):
+                elif entry.is_symlink() and (target := _file_inside(entry.path, inside)):
                     files[stem] = path
                     links[path] = target
                 elif entry.is_symlink():
@@ -155,7 +155,7 @@ def _preferred(suffix: str, known: str | None) -> bool:
     return kinds.index(suffix) < kinds.index(os.path.splitext(known)[1])
 
 
-def file_inside(link: str | Path, inside: Path) -> str | None:
+def _file_inside(link: str | Path, inside: Path) -> str | None:
     """The path below `inside` of the file that a link leads to; None where it leads elsewhere."""
     target = Path(os.path.realpath(link))
     if not target.is_relative_to(inside) or not os.path.isfile(target):
@@ -174,14 +174,14 @@ def _not_read(path: Path, error: OSError) -> UsageError:
 
 def _read_below(folder: Path, path: str) -> bytes | None:
     """The bytes of a file below a folder; None where it is no regular file, or too large."""
-    with open_below(folder, path) as file:
+    with _open_below(folder, path) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return None
         data = file.read(MOST_BYTES + 1)
     return data if len(data) <= MOST_BYTES else None
 
 
-def open_below(folder: Path, path: str) -> BinaryIO:
+def _open_below(folder: Path, path: str) -> IO[bytes]:
     """Open what lies below a folder.
 
     Each part of the path is opened in the one before it and none of them may be a link, so what is swapped for a link after

@@ -17,7 +17,7 @@ from megatron_interbert.hf.padding import PaddedInputs, Slots, pack_padded, to_p
 from megatron_interbert.hf.stream import TorchStream
 from megatron_interbert.model.interbert import InterBert, InterBertOutput
 from megatron_interbert.parallel.layers import VocabParallelEmbedding
-from megatron_interbert.weights.sources import HF_INDEX, read_index
+from megatron_interbert.weights.sources import read_index
 
 HEADS = ("msm", "mrm", "itm", "choice", "sentence")
 NEW_BY_NATURE = re.compile(r"classifier\..*|interbert\.choice_head\..*")  # of downstream tasks: no pretraining has them
@@ -109,8 +109,8 @@ class InterBertPreTrainedModel(PreTrainedModel):
         Heads that this class lacks may be in the file; the classifier and the choice head may be missing from it.
         """
         where = pretrained_model_name_or_path
-        index = Path(str(where)) / HF_INDEX
-        if index.is_file():
+        folder = Path(str(where)) / kwargs.get("subfolder", "")
+        for index in folder.glob("*.index*.json"):  # of any variant
             read_index(index)  # transformers would follow names of files out of the folder
         model, found = super().from_pretrained(where, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
         mismatched = [] if ignore_mismatched_sizes else found["mismatched_keys"]

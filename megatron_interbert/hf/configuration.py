@@ -9,7 +9,6 @@ from megatron_interbert.config import ModelConfig
 from megatron_interbert.errors import UsageError
 
 FIELDS = dataclasses.fields(ModelConfig)
-FROM_DATA = ("vocab_size", "feature_dim", "num_classes")
 
 
 class InterBertConfig(PreTrainedConfig):
@@ -37,7 +36,7 @@ class InterBertConfig(PreTrainedConfig):
     def model_config(self) -> ModelConfig:
         """Our own sizes; UsageError for wrong values, also those set after construction."""
         sizes = ModelConfig(**{field.name: getattr(self, field.name) for field in FIELDS})
-        for name in FROM_DATA:
+        for name in ModelConfig.FROM_DATA:
             if not getattr(sizes, name):
                 raise UsageError(f"model: {name} is 0, expected the size of a whole model: 1 or more")
         return sizes

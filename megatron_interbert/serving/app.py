@@ -115,7 +115,7 @@ class Service:
         for thread in self.threads:
             try:
                 answer = await self.ask(function, thread)
-            except (NotKept, HTTPException) as error:
+            except Exception as error:
                 if not results:
                     raise
                 raise KeptInPart(str(error)) from error

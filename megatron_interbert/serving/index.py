@@ -343,6 +343,7 @@ def write_version(
     try:
         faiss.write_index(index.faiss, str(beside / VECTORS))
         flush_file(beside / VECTORS)
+        check_readable(beside / VECTORS, kind)
         write_text(beside / ITEMS, "".join(json.dumps(item.record(), ensure_ascii=False) + "\n" for item in items))
         facts = {
             "version": version,
@@ -362,6 +363,18 @@ def write_version(
         raise
     serve_from_now_on(folder, version)
     return version
+
+
+def check_readable(path: Path, kind: str) -> None:
+    """UsageError where FAISS has written vectors in another form than the one that we read."""
+    with open(path, "rb") as file:
+        try:
+            read_vectors(file, kind, path.stat().st_size)
+        except Foreign as error:
+            raise UsageError(
+                f"{path}: FAISS {faiss.__version__} writes another form of file ({error}); install the"
+                " version of requirements.txt"
+            ) from None
 
 
 def check_finite(items: Sequence[Item], vectors: np.ndarray) -> None:

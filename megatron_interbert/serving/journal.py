@@ -320,9 +320,9 @@ class Journal:
             self._seen = os.fstat(self._file)
         else:
             raise UsageError(
-                f"{self.folder / JOURNAL}: holds something else than the changes that were confirmed; see"
-                " that nobody else writes there and move that file away: with the next change all are put"
-                " back"
+                f"{self.folder / JOURNAL}: holds something else than the changes that were confirmed here;"
+                " start this service again to go on with that file, or move it away to go on without it:"
+                " with the next change all that were confirmed here are put back"
             )
 
     def _as_seen(self, there: os.stat_result) -> bool:

@@ -226,14 +226,17 @@ def folder_name(plan: bytes) -> str:
 def remove_left(folder: Path) -> None:
     """Remove what a stopped evaluation has left, unless somebody works with it.
 
-    A link, or a folder that holds no plan of ours, is somebody else's and is left alone.
+    A link, or a folder that holds neither a plan of ours nor, as earlier versions left it, nothing but
+    tiles, is somebody else's and is left alone.
     """
     with contextlib.suppress(OSError):
         handle = _locked(folder)
         if handle is None:
             return
         try:
-            if folder_name((folder / PLAN).read_bytes()) == folder.name:
+            names = list_folder(folder)
+            only_tiles = PLAN not in names and all(map(OWN_FILE.fullmatch, names))
+            if only_tiles or folder_name((folder / PLAN).read_bytes()) == folder.name:
                 remove_own_files(folder)
         finally:
             os.close(handle)

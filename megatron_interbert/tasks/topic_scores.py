@@ -135,9 +135,12 @@ def is_whole(path: Path, rows: int, digest: bytes) -> bool:
     except (OSError, pyarrow.ArrowException):
         return False
 
-    if (table.schema.metadata or {}).get(PLAN_SHA256) != digest:
+    written_for = (table.schema.metadata or {}).get(PLAN_SHA256)
+    if written_for is None:  # of an earlier version, which wrote no sums either
+        return False
+    if written_for != digest:
         raise UsageError(
-            f"{path}: holds scores of other weights, data or settings than {PLAN} says, or of an earlier version;"
+            f"{path}: holds scores of other weights, data or settings than {PLAN} says;"
             " choose another --output, or remove it"
         )
     return table.num_rows == rows

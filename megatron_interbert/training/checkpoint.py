@@ -69,7 +69,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Judge:
-    """By what checkpoints are compared: a figure, and the digest of what it is measured on."""
+    """What decides which checkpoint is best: a figure, and the digest of the data that it is measured on."""
 
     metric: str = ""
     data: str = ""

@@ -104,9 +104,8 @@ def lock_folder(folder: Path) -> Claim:
         return Claim(handle)
 
     with contextlib.suppress(OSError):  # a full disk: the name is only for people
-        if (
-            os.fstat(handle).st_nlink > 1
-        ):  # a backup by hard links shares this file, or somebody planted it
+        # A backup by hard links shares this file, or somebody has planted it.
+        if os.fstat(handle).st_nlink > 1:
             return Claim(handle, locked=True)
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)

@@ -132,7 +132,8 @@ def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] =
     engine = Engine(model.to(device), config, state, pretrained)
     if not begun:  # not before everything else has been found right: wrong use leaves nothing behind
         claim = claim_folder(config.save, state)
-    judge = Judge(job.metric, validation_digest(config)) if job.metric else None
+    digest = together(state, lambda: validation_digest(config) if job.metric else "")
+    judge = Judge(job.metric, state.gather(digest)[0])
     checkpoints = Checkpoints(config, job.model_config, state, job.data, job.vocabulary, claim, judge)
     progress = checkpoints.load(engine, resume) if resume else Progress()
     if state.is_main:

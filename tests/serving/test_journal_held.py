@@ -129,7 +129,7 @@ def test_a_journal_that_is_overwritten_in_place_takes_no_change(folder, journal,
     os.utime(folder / JOURNAL)
     there = (folder / JOURNAL).read_bytes()
     for _ in range(2):
-        refused(journal, "move that file away: with the next change all are put back")
+        refused(journal, "start this service again to go on with that file, or move it away")
     assert (folder / JOURNAL).read_bytes() == there
 
     (folder / JOURNAL).rename(folder / "elsewhere")

@@ -279,31 +279,24 @@ def test_turned_and_unusual_pictures(folders, tmp_path):
     np.testing.assert_array_equal(found["turned"].features, found["plain"].features)
 
 
-def test_links_out_of_the_folder_are_not_followed(folders, tmp_path, monkeypatch):
-    """Nor what is swapped for one while photos are read; a link within the folder is as good as its file."""
+def test_links_to_photos_are_photos_and_pipes_are_not(folders, tmp_path):
+    """A folder of links is how people choose some of their photos."""
     from PIL import Image
 
-    photos, private = tmp_path / "photos", tmp_path / "private"
-    for folder in (photos / "deep", private):
-        folder.mkdir(parents=True)
-        Image.new("RGB", (100, 80)).save(folder / "own.png")
-    (photos / "out.png").symlink_to(private / "own.png")
-    (photos / "up.png").symlink_to("../private/own.png")
+    photos, others = tmp_path / "photos", tmp_path / "others"
+    for folder in (photos, others):
+        folder.mkdir()
+    Image.new("RGB", (100, 80)).save(others / "own.png")
+    (photos / "chosen.png").symlink_to("../others/own.png")
     (photos / "nowhere.png").symlink_to("absent.png")
-    (photos / "within.png").symlink_to("deep/own.png")
-    (photos / "folder").symlink_to(private)
     os.mkfifo(photos / "pipe.png")
+
     source = PhotoSource(photos, choice(folders["detr"]))
     results = dict(zip(source.names, source.read(source.names), strict=True))
-    assert {name for name, result in results.items() if isinstance(result, Record)} == {"deep/own.png", "within.png"}
-    for name in ("out.png", "up.png", "nowhere.png", "pipe.png"):
-        assert results[name].reason == "no file of the folder", name
 
-    def swapped(path, inside):
-        return "out.png"
-
-    monkeypatch.setattr("megatron_interbert.data.building.sources.photos.file_inside", swapped)
-    assert [type(result) for result in source.read(["within.png"])] == [Dropped]
+    assert isinstance(results["chosen.png"], Record)
+    for name in ("nowhere.png", "pipe.png"):
+        assert results[name].reason == "picture cannot be read", name
 
 
 def test_a_photo_that_the_detector_cannot_take_does_not_stop_the_others(folders, tmp_path, monkeypatch):

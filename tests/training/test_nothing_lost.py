@@ -264,12 +264,12 @@ def test_a_pipe_in_place_of_a_file_holds_nothing_up(made, run):
     os.mkfifo(run / "metrics.jsonl")
     code, out, err = train(made[0], run, "--train-iters", 13, timeout=60)
     assert code == 0, out + err
-    assert "metrics.jsonl cannot be written (is no file); training goes on" in out
+    assert "metrics.jsonl cannot be written (is not a regular file); training goes on" in out
 
     (run / "global_step13" / "manifest.json").unlink()
     os.mkfifo(run / "global_step13" / "manifest.json")
     code, out, err = train(made[0], run, "--train-iters", 13, timeout=60)
-    assert "manifest.json: cannot be read (is no file)" in one_line(code, err)
+    assert "manifest.json: cannot be read (is not a regular file)" in one_line(code, err)
 
 
 def test_event_files_come_back_with_the_folder(tmp_path):

@@ -258,10 +258,10 @@ def _results(jobs: list[UnitJob], sources: list[Source], workers: int) -> Iterat
                 with deaf_children():
                     while len(running) < 2 * workers and (job := next(waiting, None)) is not None:
                         running.add(pool.submit(_convert, job))
+                check()
                 if not running:
                     return
                 done, running = wait(running, LOOK, FIRST_COMPLETED)
-                check()
                 for future in done:
                     yield future.result()
         except BrokenProcessPool as error:

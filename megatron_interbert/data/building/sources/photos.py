@@ -5,25 +5,21 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from megatron_interbert.data.building.detectors import Detections, Detector, DetectorChoice, load_detector
 from megatron_interbert.data.building.sources.base import Dropped, Record, SourceFacts
-from megatron_interbert.data.photo_folder import file_inside, open_below
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.errors import TrainingStopped, UsageError
+from megatron_interbert.files import open_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
-
-
-class NotInside(ValueError):
-    """A name in a folder that stands for no file of it."""
 
 
 class PhotoSource:
@@ -104,8 +100,6 @@ class PhotoSource:
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with Image.open(file) as picture:
                     return picture.size
-        except NotInside as error:
-            return self._dropped(name, "no file of the folder", str(error))
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             return self._dropped(name, "too many pixels", f"more than {Image.MAX_IMAGE_PIXELS}; make it smaller")
         except UnidentifiedImageError:
@@ -113,12 +107,9 @@ class PhotoSource:
         except Exception as error:  # a decoder may raise anything on a broken file; one photo must not stop the others
             return self._dropped(name, "picture cannot be read", str(error))
 
-    def _open(self, name: str) -> BinaryIO:
-        """Open a photo as the folder has it; a link is followed to another file of the folder, and nowhere else."""
-        target = file_inside(self.path / name, Path(os.path.realpath(self.path)))
-        if target is None:
-            raise NotInside("a link that leads out of it or nowhere, or no regular file; put the photo itself there")
-        return open_below(self.path, target)
+    def _open(self, name: str) -> IO[bytes]:
+        """Open a photo. Links are followed: a folder of them is how people choose some of their photos."""
+        return open_regular(self.path / name)
 
     def _decoded(self, names: Sequence[str]) -> Iterator[dict[str, "Image | Dropped"]]:
         """Batches of decoded photos; a thread decodes the next one while the detector works on this one."""
@@ -167,7 +158,7 @@ class PhotoSource:
         return Dropped(str(self.path / name), Path(name).stem, reason, " ".join(details.split())[:200])
 
 
-def open_photo(path: Path | BinaryIO) -> "Image":
+def open_photo(path: Path | IO[bytes]) -> "Image":
     """A photo as RGB, turned as its EXIF data say. Raises whatever the decoder raises on a broken file."""
     from PIL import Image, ImageOps
 
