@@ -167,7 +167,7 @@ class Flags:
         if not isinstance(value, int | float) or value == AUTO:
             return
         if not -LARGEST_INTEGER <= value <= LARGEST_INTEGER and isinstance(value, int):
-            raise UsageError(f"{flag(name)}: expected a number of less than 20 digits")
+            raise UsageError(f"{flag(name)}{self.origin(name)}: expected a number of less than 20 digits")
         if not math.isfinite(value):
             raise UsageError(f"{self.told(name)}: expected a finite number")
 
@@ -187,12 +187,15 @@ class Flags:
     def told(self, name: str) -> str:
         """Name a setting, its number and where it comes from: `--lr 0.1 (from run.yaml)`."""
         value = getattr(self, name)
-        origin = " (default)" if self.is_default(name) else ""
-        if name in self.fitted:
-            origin = " (fitted)"
+        return f"{flag(name)} {'auto' if value == AUTO else value}{self.origin(name)}"
+
+    def origin(self, name: str) -> str:
+        """Say where a setting comes from, if no flag has given it."""
         if name in self.origins:
-            origin = f" (from {self.origins[name]})"
-        return f"{flag(name)} {'auto' if value == AUTO else value}{origin}"
+            return f" (from {self.origins[name]})"
+        if name in self.fitted:
+            return " (fitted)"
+        return " (default)" if self.is_default(name) else ""
 
     def check(self) -> None:
         """UsageError for values that contradict each other or have no meaning."""

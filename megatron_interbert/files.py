@@ -189,7 +189,7 @@ def write_output(path: Path, text: str, name: str) -> None:
             path.write_bytes(encoded(text))
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path.resolve(), text)
+            write_text(Path(os.path.realpath(path)), text)
     except OSError as error:
         raise UsageError(f"{name} {path}: cannot be written ({error.strerror})") from error
 
@@ -311,9 +311,16 @@ def check_writable(folder: Path, flag: str) -> None:
 
 def check_output(path: Path, flag: str) -> None:
     """UsageError where no file can be written under a name; leaves nothing behind."""
-    if path.is_dir():
+    try:
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        kind = stat.S_IFREG  # it will be one
+    except OSError as error:  # a link to itself, a name that is too long
+        raise UsageError(f"{flag} {path}: cannot be written ({error.strerror})") from None
+
+    if kind == stat.S_IFDIR:
         raise UsageError(f"{flag} {path}: is a folder, expected a file to write")
-    if not path.exists() or path.is_file():
+    if kind == stat.S_IFREG:
         check_writable(path.parent, flag)
 
 

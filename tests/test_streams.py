@@ -117,6 +117,10 @@ def test_outputs_go_through_links_and_devices(tmp_path):
     with pytest.raises(UsageError, match=r"--output .*: is a folder, expected a file to write"):
         write_output(tmp_path, "text", "--output")
 
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UsageError, match=r"--output .*loop: cannot be written \(Too many levels"):
+        write_output(tmp_path / "loop", "text", "--output")
+
     os.mkfifo(pipe)
     with pytest.raises(UsageError, match="is no file, and is not replaced by one"):
         write_bytes(pipe, b"text")
