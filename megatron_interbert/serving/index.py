@@ -343,6 +343,7 @@ def write_version(
     try:
         faiss.write_index(index.faiss, str(beside / VECTORS))
         flush_file(beside / VECTORS)
+        del index  # as large as the vectors, which are about to be read once more
         check_readable(beside / VECTORS, kind)
         write_text(beside / ITEMS, "".join(json.dumps(item.record(), ensure_ascii=False) + "\n" for item in items))
         facts = {
