@@ -412,6 +412,9 @@ def test_ablation_from_runs_to_table(tmp_path):
         assert (code, words in err) == (2, True), err
 
 
+FIGURES = {"t2i_R@1": 9.0, "i2t_R@1": 8.0}
+
+
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
     """A variant of an ablation whose runs and evaluations are there, and options that it was made with."""
@@ -424,7 +427,7 @@ def finished(tmp_path, monkeypatch):
         given = dict(itertools.pairwise(flags))
         if entry == "evaluate":
             Path(given["--output"]).mkdir()
-            write_json(Path(given["--output"]) / "result.json", {"metrics": {"t2i_R@1": 9.0}})
+            write_json(Path(given["--output"]) / "result.json", {"metrics": FIGURES})
         else:
             (Path(given["--save"]) / "global_step2").mkdir(parents=True)
             (Path(given["--save"]) / "global_step2" / "manifest.json").write_text("{}")
@@ -432,7 +435,7 @@ def finished(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_call", call)
     run.results()
     monkeypatch.setattr(run, "_call", lambda *flags: pytest.fail("nothing is to be made"))
-    assert run.results()["finetuned"] == {"t2i_R@1": 9.0}
+    assert run.results()["finetuned"] == FIGURES
     return run
 
 
@@ -444,6 +447,14 @@ def test_results_of_unknown_options_are_not_taken(finished, record):
     with pytest.raises(UsageError, match="is missing, which says with what options it was made; choose another --output"):
         finished.results()
     assert not (finished.folder / record).exists(), "it is not made up"
+
+
+@pytest.mark.parametrize("metrics", [{}, [], None, {"t2i_R@1": "9", "i2t_R@1": 8.0}])
+def test_a_result_without_its_figures_is_one_line(finished, metrics):
+    """After all the runs, with the table to be made."""
+    write_json(finished.folder / "finetuned" / "result" / "result.json", {"metrics": metrics})
+    with pytest.raises(UsageError, match=r"result\.json: expected the figures i2t_R@1, t2i_R@1"):
+        finished.results()
 
 
 def test_results_of_another_model_are_not_taken(finished):
