@@ -134,7 +134,10 @@ def model_config_from_dict(values: dict[str, Any], where: str) -> ModelConfig:
     for name in values:
         if name not in known:
             raise UsageError(f"{where}: unknown model key '{name}'{nearest(name, known)}")
-    return ModelConfig(**values)
+    try:
+        return ModelConfig(**values)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
 
 
 @dataclass

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Passes the tests: lint, import rules, pytest. Makes its own environment; arguments go to pytest.
-# TEST_PROCESSES files are tested at a time (default: 4, also on two cores: tests start up to four
+# TEST_PROCESSES files are tested at a time (default: 3, also on two cores: tests start up to four
 # processes, most of which wait).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launchers/environment.sh
 ruff check .
 lint-imports
-exec python -m pytest -n "${TEST_PROCESSES:-4}" --dist loadfile --no-loadscope-reorder "$@"
+exec python -m pytest -n "${TEST_PROCESSES:-3}" --dist loadfile --no-loadscope-reorder "$@"

@@ -127,8 +127,8 @@ def _checked(source: Source) -> Callable[[str], torch.Tensor]:
 
 
 @contextlib.contextmanager
-def sizes_of(where: Path) -> Iterator[None]:
-    """Name the file whose sizes no model can have."""
+def naming(where: Path) -> Iterator[None]:
+    """Have errors about sizes that no model can have name their file."""
     try:
         yield
     except UsageError as error:
@@ -168,8 +168,7 @@ def _huggingface(path: Path, config: ModelConfig | None) -> Source:
     if values.get("model_type") != "interbert":
         raise UsageError(f"{path}/config.json: model_type is {values.get('model_type')!r}, expected 'interbert'")
     known = {f.name for f in dataclasses.fields(ModelConfig)}
-    with sizes_of(path / "config.json"):
-        sizes = model_config_from_dict({k: v for k, v in values.items() if k in known}, str(path))
+    sizes = model_config_from_dict({k: v for k, v in values.items() if k in known}, str(path / "config.json"))
     tensors = open_tensors(path)
     ours = {name.removeprefix(HF_PREFIX): name for name in tensor_names(tensors) if name.startswith(HF_PREFIX)}
     left_out = [name for name in tensor_names(tensors) if not name.startswith(HF_PREFIX)]
@@ -256,7 +255,7 @@ def _official_sizes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> ModelC
     if beside.is_file():
         values = read_json(beside, str(path))
         if "v_feature_size" in values:
-            with sizes_of(beside):
+            with naming(beside):
                 return config_from_official(values, str(beside))
     word = shapes.get("bert.embeddings.word_embeddings.weight", (0, 0))
     like = {"hidden_size": word[1], "feature_dim": shapes.get("bert.v_embeddings.image_embeddings.weight", (0, 0))[1]}

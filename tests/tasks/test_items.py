@@ -409,10 +409,15 @@ def test_parts_without_a_plan_are_refused(tmp_path, parts):
     assert [path.name for path in tmp_path.iterdir()] == ["part-000000000.parquet"]
 
 
-@pytest.mark.parametrize("plan", [{"weights": {"w": "2"}, "items_of_part": 2}, None])
-def test_a_part_of_another_plan_is_refused(tmp_path, parts, plan):
+def test_a_part_of_an_earlier_version_is_scored_anew(tmp_path, parts):
+    """It says nothing of its plan, and has no sums."""
+    parts("part-000000002.parquet", 40, None)
     assert missing(tmp_path) == [2]
-    parts("part-000000002.parquet", 40, plan)
+
+
+def test_a_part_of_another_plan_is_refused(tmp_path, parts):
+    assert missing(tmp_path) == [2]
+    parts("part-000000002.parquet", 40, {"weights": {"w": "2"}, "items_of_part": 2})
     with pytest.raises(UsageError, match=r"part-000000002.parquet: holds scores of other weights, data or settings"):
         missing(tmp_path)
 
