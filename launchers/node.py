@@ -29,6 +29,7 @@ from megatron_interbert.parallel.launch import (
     free_port,
     meeting_place,
     node_name,
+    number,
 )
 from megatron_interbert.signals import (
     STOPPING,
@@ -40,43 +41,36 @@ from megatron_interbert.signals import (
 BY_TORCHRUN = ("auto", "cpu", "gpu")  # words for a number of processes that it finds out itself
 
 
-def number_of(variable: str, default: str, least: int) -> str:
-    """Read a whole number from the environment; UsageError for anything else."""
-    text = os.environ.get(variable) or default
-    if not text.isdecimal() or int(text) < least:
-        raise UsageError(f"{variable} is '{text}', expected a number, {least} or more")
-    return text
-
-
 def command(arguments: list[str]) -> list[str]:
     """Make torchrun's command line for this node of the job."""
     from megatron_interbert.parallel.device import gpus  # torch takes seconds
 
     env = os.environ
-    nodes, node = number_of("SLURM_STEP_NUM_NODES", "1", least=1), number_of("SLURM_NODEID", "0", least=0)
-    if nodes == "1":
+    nodes = number("SLURM_STEP_NUM_NODES", 1, least=1)
+    node = number("SLURM_NODEID", 0)
+    if nodes == 1:
         env.setdefault("MASTER_PORT", str(free_port()))
     master, port = meeting_place()
     ranks = env.get("PROCESSES_PER_NODE", "")
     if ranks not in BY_TORCHRUN:
-        ranks = number_of("PROCESSES_PER_NODE", str(gpus() or 1), least=1)
+        ranks = str(number("PROCESSES_PER_NODE", gpus() or 1, least=1))
         share = len(os.sched_getaffinity(0)) // int(ranks)  # torchrun gives each of several ranks one thread
         env.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
     return [
-        *("--nnodes", nodes, "--node-rank", node, "--nproc-per-node", ranks),
+        *("--nnodes", str(nodes), "--node-rank", str(node), "--nproc-per-node", ranks),
         *("--master-addr", master, "--master-port", port, "--rdzv-conf", f"timeout={MEETING_SECONDS}"),
         *arguments,
     ]
 
 
-def pass_on(number: int, frame: object) -> None:
+def pass_on(signal_number: int, frame: object) -> None:
     """A signal to all ranks of this node; before there are any, the end."""
     ranks = psutil.Process().children()
     if not ranks:
-        end_at_once(number)
+        end_at_once(signal_number)
     for rank in ranks:
         with contextlib.suppress(psutil.Error):
-            rank.send_signal(number)
+            rank.send_signal(signal_number)
 
 
 def run() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+
 def _begin_command() -> None:
     """Prepare a process of one of our commands for imports that take seconds.
 

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -15,9 +15,17 @@ from megatron_interbert.errors import UsageError
 RECIPE = "the launcher's recipe"  # origin of settings that a launcher gives where the user does not
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line, as everything here does."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError, which `run_entry` prints."""
+        raise UsageError(message)
+
+
 def build_parser(config_class: type, description: str) -> argparse.ArgumentParser:
     """An argument parser with one flag per dataclass field. Absent flags stay absent from the namespace."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -34,7 +42,6 @@ def build_parser(config_class: type, description: str) -> argparse.ArgumentParse
     parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher, unused
     # Users of Megatron-DeepSpeed type it by habit; there is no other engine here.
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
-    parser.error = lambda message: (_ for _ in ()).throw(UsageError(message))  # one line and exit code 2, as everywhere
     return parser
 
 

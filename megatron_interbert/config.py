@@ -204,8 +204,6 @@ class Flags:
         """UsageError for values that contradict each other or have no meaning."""
         for entry in dataclasses.fields(self):
             self.check_number(entry.name)
-        if not 0 <= getattr(self, "seed", 0) <= LARGEST_INTEGER:
-            raise UsageError(f"{self.told('seed')}: expected 0 to {LARGEST_INTEGER}")
 
         found_out = {entry.name for entry in dataclasses.fields(self) if entry.metadata.get("auto")}
         for names, least in ((self.POSITIVE, 1), (self.NOT_NEGATIVE, 0)):
@@ -240,7 +238,7 @@ class TrainConfig(Flags):
         32, "samples per rank and forward pass; auto: by trial", auto=True
     )
     global_batch_size: int = option(0, "samples per optimizer step over all ranks; default: micro batch x data parallel")
-    seed: int = option(1234, "seeds weights, order, masks and dropout")
+    seed: int = option(1234, "seeds weights, order, masks and dropout", least=0)
     lr: float = option(1e-4, "peak learning rate", least=0)
     min_lr: float = option(0.0, "learning rate at the end of the decay", least=0)
     lr_warmup_fraction: float = option(
@@ -259,7 +257,12 @@ class TrainConfig(Flags):
     adam_beta2: float = option(0.999, "Adam's second-moment decay", least=0, most=BELOW_1)
     adam_eps: float = option(1e-8, "Adam's epsilon", least=0)
     clip_grad: float = option(1.0, "largest global gradient norm; 0: no clipping", least=0)
-    ema_decay: float = option(0.0, "keep an average of the weights with this decay (official finetuning: 0.9999); 0: none")
+    ema_decay: float = option(
+        0.0,
+        "keep an average of the weights with this decay (official finetuning: 0.9999); 0: none",
+        least=0,
+        most=BELOW_1,
+    )
     max_bad_steps: int = option(10, "stop after so many non-finite steps in a row")
 
     tensor_model_parallel_size: int = option(1, "ranks that share each layer")
@@ -402,8 +405,6 @@ class TrainConfig(Flags):
                 f"--{'fp16' if self.fp16 else 'bf16'} needs --zero-stage 1 or higher: DeepSpeed's stage 0 takes one optimizer step too"
                 " many in half precision, and its gradient norm is wrong there under tensor parallelism"
             )
-        if not 0 <= self.ema_decay < 1:
-            raise UsageError(f"--ema-decay is {self.ema_decay}, expected 0 (none) or a decay below 1 such as 0.9999")
         if self.deterministic and self.micro_batch_size == AUTO:
             raise UsageError(
                 "--deterministic and --micro-batch-size auto: a trial does not choose the same every time; give a number"

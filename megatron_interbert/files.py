@@ -242,19 +242,34 @@ def open_lock(path: Path) -> int:
     return handle
 
 
+def take_lock(handle: int) -> bool:
+    """Lock an open file or folder until it is closed; False where another process holds it.
+
+    OSError on a disk that knows no locks.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in HELD:
+            return False
+        raise
+    return True
+
+
 @contextlib.contextmanager
 def alone(path: Path, what: str) -> Iterator[None]:
     """Hold a file's lock. UsageError with `what` where another process holds it."""
     handle = open_lock(path)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = take_lock(handle)
         except OSError as error:
-            if error.errno not in HELD:
-                raise UsageError(
-                    f"{path}: cannot be locked ({error.strerror}); use a disk with locks"
-                ) from error
-            raise UsageError(f"{path.parent}: {what}") from None
+            raise UsageError(
+                f"{path}: cannot be locked ({error.strerror}); use a disk with locks"
+            ) from error
+
+        if not taken:
+            raise UsageError(f"{path.parent}: {what}")
         yield
     finally:
         os.close(handle)

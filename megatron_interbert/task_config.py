@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron_interbert.config import Flags, TrainConfig, flag, option, split_paths
+from megatron_interbert.config import BELOW_1, Flags, TrainConfig, flag, option, split_paths
 from megatron_interbert.errors import UsageError
 
 TWO_TEXTS = "[CLS] word [SEP] word [SEP]"
@@ -50,7 +50,12 @@ class RetrievalConfig(FinetuneConfig):
     valid_images: int = option(0, "evaluate on the first images of the store only; 0: all")
     lr: float = option(4e-5, "peak learning rate", least=0)
     lr_decay_style: str = option("multistep", "shape after the warm-up", ("linear", "cosine", "constant", "multistep"))
-    ema_decay: float = option(0.9999, "keep an average of the weights with this decay and evaluate it; 0: none")
+    ema_decay: float = option(
+        0.9999,
+        "keep an average of the weights with this decay and evaluate it; 0: none",
+        least=0,
+        most=BELOW_1,
+    )
     max_regions: int = option(101, "regions per image, first ones as stored")
     max_tokens: int = option(30, "tokens per caption with [CLS] and [SEP]")
 
@@ -115,7 +120,12 @@ class VcrConfig(FinetuneConfig):
     global_batch_size: int = option(32, "questions per optimizer step over all ranks, each for both tasks")
     micro_batch_size: int = option(4, "questions per rank and forward pass, 8 pairs each; auto: by trial", auto=True)
     lr: float = option(2e-5, "peak learning rate", least=0)
-    ema_decay: float = option(0.9999, "keep an average of the weights with this decay and evaluate it; 0: none")
+    ema_decay: float = option(
+        0.9999,
+        "keep an average of the weights with this decay and evaluate it; 0: none",
+        least=0,
+        most=BELOW_1,
+    )
     max_regions: int = option(100, "regions per image, annotated ones first")
     max_tokens: int = option(60, "tokens of a question with an answer, [CLS] and two [SEP] included")
     max_rationale_tokens: int = option(80, "tokens of question, answer and rationale, [CLS] and two [SEP] included")

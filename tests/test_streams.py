@@ -68,7 +68,7 @@ def test_variables_of_a_node_that_make_no_sense(variable, text):
     command = (sys.executable, "launchers/node.py", "-m", "megatron_interbert.pretrain")
     code, out, err = launch(*command, warm=False, **{variable: text})
     assert (code, out) == (2, "")
-    assert err == f"error: {variable} is '{text}', expected a number, 1 or more\n"
+    assert err == f"error: {variable} is '{text}', expected a number, 1 or more; look at the launch command\n"
 
 
 def test_a_device_that_nobody_knows_is_one_line():

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from megatron_interbert.command_line import Parser
 from megatron_interbert.config import ModelConfig, nearest, read_json, read_text
 from megatron_interbert.data.manifest import HARD_NEGATIVES, MANIFEST
 from megatron_interbert.errors import TrainingStopped, UsageError, run_entry
@@ -60,7 +61,7 @@ def variants(sizes: ModelConfig) -> dict[str, Variant]:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-path", required=True, help="region store to pretrain and finetune on")
     parser.add_argument("--test-data-path", required=True, help="region store of unseen images")
     parser.add_argument("--output", required=True, help="folder for all runs and the table")

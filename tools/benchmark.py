@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_interbert.command_line import Parser
 from megatron_interbert.errors import run_entry
 from megatron_interbert.files import check_output, json_text, write_output
 from megatron_interbert.weights.manifest import versions
@@ -27,7 +28,7 @@ SUBJECTS = {"checkpoint": checkpoint, "data": data, "retrieval": retrieval, "ser
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subjects = parser.add_subparsers(dest="subject", required=True)
     for name, module in SUBJECTS.items():
         own = subjects.add_parser(name, help=module.__doc__.splitlines()[0])

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_interbert.command_line import finite_number
+from megatron_interbert.command_line import Parser, finite_number
 from megatron_interbert.config import read_text
 from megatron_interbert.data.building.build import BuildPlan, build
 from megatron_interbert.data.building.captions import FORMATS as CAPTION_FORMATS
@@ -34,7 +34,7 @@ DETECTOR = "Faster R-CNN ResNet-101, Visual Genome"
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="files or folders of features, in the order of the store")
     parser.add_argument("--output", required=True, help="folder of the new store")
     parser.add_argument("--format", default="auto", choices=FORMATS, help="what SOURCE is (default: by its content)")

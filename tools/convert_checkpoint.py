@@ -18,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_interbert.command_line import Parser
 from megatron_interbert.config import read_json
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.model.partition import partition_kind
@@ -32,7 +33,7 @@ TYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "fl
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", help="file or folder to read")
     parser.add_argument("--from", dest="source", default="auto", choices=("auto", *KINDS), help="format of the input")
     parser.add_argument("--to", choices=TARGETS, help="format to write")

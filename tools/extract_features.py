@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from megatron_interbert.command_line import finite_number
+from megatron_interbert.command_line import Parser, finite_number
 from megatron_interbert.config import read_text
 from megatron_interbert.data.building.build import BuildPlan, build
 from megatron_interbert.data.building.detectors import BACKGROUND, DetectorChoice
@@ -28,7 +28,7 @@ from megatron_interbert.errors import UsageError, run_entry
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "photos", metavar="PHOTOS", help="folder with jpg, png and webp files, at any depth; file names are image ids"
     )

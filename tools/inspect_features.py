@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_interbert.command_line import Parser
 from megatron_interbert.config import read_text
 from megatron_interbert.data.inspection.page import report_page
 from megatron_interbert.data.inspection.report import Options, inspect_store
@@ -24,7 +25,7 @@ from megatron_interbert.files import check_output, check_writable, write_output
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", help="folder of the region store")
     parser.add_argument("--output", help="folder for inspection.html and inspection.json (default: STORE-inspection)")
     parser.add_argument("--json", help="where the report as JSON goes (default: inspection.json in --output)")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_interbert.command_line import Parser
 from megatron_interbert.config import read_json
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.files import check_output, write_output
@@ -53,7 +54,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, str, str]]:
 
 def run() -> None:
     """Parse the command line and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="TSV of the benchmark")
     parser.add_argument(
         "--answers", type=Path, help="valid_answer.json: the products of each query; the rows are its candidates then"

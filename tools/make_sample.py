@@ -6,7 +6,6 @@ features are noisy prototypes, boxes overlap as a detector's do, soft labels are
 seed gives the same corpus. Train and test scenes are drawn apart.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_interbert.command_line import finite_number, seed_number
+from megatron_interbert.command_line import Parser, finite_number, seed_number
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.files import check_writable, write_text
@@ -231,7 +230,7 @@ def _random(seed: int, split: str, number: int, *more: int) -> np.random.Generat
 
 def run() -> None:
     """Parse the command line and write both splits."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="sample_corpus", help="folder for the stores train/ and test/ (default: %(default)s)")
     parser.add_argument("--train-scenes", type=int, default=20000, help="default: %(default)s")
     parser.add_argument("--test-scenes", type=int, default=200, help="unseen scenes for evaluation (default: %(default)s)")

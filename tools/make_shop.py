@@ -19,7 +19,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_interbert.command_line import finite_number, seed_number
+from megatron_interbert.command_line import Parser, finite_number, seed_number
 from megatron_interbert.data.building.shard_writer import commit
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.files import check_writable
@@ -98,7 +98,7 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 def run() -> None:
     """Parse the command line and write both splits."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="sample_shop", help="folder for train/ and test/ (default: %(default)s)")
     parser.add_argument("--train-products", type=int, default=8000, help="default: %(default)s")
     parser.add_argument("--test-products", type=int, default=500, help="default: %(default)s")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_interbert.command_line import Parser
 from megatron_interbert.data.manifest import HARD_NEGATIVES
 from megatron_interbert.data.mining.search import MiningOptions, mine
 from megatron_interbert.data.store import RegionStore
@@ -39,7 +40,7 @@ def lengths(text: str) -> tuple[int, ...]:
 
 def parse(defaults: MiningOptions) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", help="folder of a region store")
     parser.add_argument("--mode", default=defaults.mode, help="pruned: within a budget; exact: all of it (default: %(default)s)")
     parser.add_argument(

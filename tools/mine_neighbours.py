@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
+from megatron_interbert.command_line import Parser
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import HARD_IMAGES
 from megatron_interbert.data.region_batch import read_regions
@@ -50,7 +51,7 @@ def nearest(means: torch.Tensor, neighbours: int, block: int) -> np.ndarray:
 
 def run() -> None:
     """Parse the command line, search, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", help="region store")
     parser.add_argument("--neighbours", type=int, default=100, help="images kept for an image (default: %(default)s)")
     parser.add_argument("--block", type=int, default=2048, help="images compared with all at a time (default: %(default)s)")

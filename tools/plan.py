@@ -13,11 +13,10 @@ import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_interbert.command_line import finite_number
+from megatron_interbert.command_line import Parser, finite_number
 from megatron_interbert.config import ModelConfig
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.files import check_output, json_text, write_output
@@ -28,14 +27,6 @@ from tools.benchmarks.batches import span
 
 GIB = 2**30
 MOST = 1 << 16  # samples at a time beyond which it is not asked
-
-
-class Parser(argparse.ArgumentParser):
-    """One line for a wrong flag, as everywhere."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise it, for `run_entry` to print."""
-        raise UsageError(message)
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

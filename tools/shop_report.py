@@ -18,6 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_interbert.command_line import Parser
 from megatron_interbert.data.downstream.items import Catalogue
 from megatron_interbert.data.downstream.product_search import read_queries
 from megatron_interbert.data.downstream.recommendation import Clicks, read_clicks, read_topics
@@ -168,7 +169,7 @@ def spread(values: Sequence[float]) -> str:
 
 def run() -> None:
     """Parse the command line and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--search", nargs="+", default=[], metavar="RUN", help="runs that were finetuned for product search")
     parser.add_argument(
         "--recommendation", nargs="+", default=[], metavar="RUN", help="runs that were finetuned for recommendation"

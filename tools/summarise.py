@@ -12,6 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_interbert.command_line import Parser
 from megatron_interbert.config import read_json
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.files import check_output, json_text, write_output
@@ -51,7 +52,7 @@ def deciding(result: dict[str, Any]) -> list[Any]:
 
 def run() -> None:
     """Read, check that they are of one kind, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", help="result.json files of evaluations")
     parser.add_argument("--output", help="JSON file for the table")
     options = parser.parse_args()

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import stat
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import HELD, list_folder
+from megatron_interbert.files import list_folder, take_lock
 
 
 def lock_folder(folder: Path, busy: str) -> int:
@@ -28,15 +27,17 @@ def lock_folder(folder: Path, busy: str) -> int:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        taken = take_lock(handle)
     except OSError as error:
-        if error.errno in HELD:
-            os.close(handle)
-            raise UsageError(f"{folder}: {busy}") from None
+        taken = True
         print(
             f"note: {folder} cannot be locked ({error.strerror}); see that no other process works there",
             flush=True,
         )
+
+    if not taken:
+        os.close(handle)
+        raise UsageError(f"{folder}: {busy}")
     return handle
 
 

@@ -56,8 +56,8 @@ def local_place() -> LocalPlace:
     show one to each.
     """
     slurm = _by_srun() and "LOCAL_RANK" not in os.environ
-    rank = _number("SLURM_LOCALID" if slurm else "LOCAL_RANK", 0)
-    size = _number("LOCAL_WORLD_SIZE", _number("LOCAL_SIZE", 1))
+    rank = number("SLURM_LOCALID" if slurm else "LOCAL_RANK", 0)
+    size = number("LOCAL_WORLD_SIZE", number("LOCAL_SIZE", 1))
     return LocalPlace(rank, size, read_launcher() in ("deepspeed", "torchrun"))
 
 
@@ -72,7 +72,7 @@ def read_launcher() -> str:
 
 def _by_srun() -> bool:
     """Whether this is one of several tasks of a step; a batch script has SLURM_NTASKS, and is one."""
-    return _number("SLURM_STEP_NUM_TASKS", 1) > 1
+    return number("SLURM_STEP_NUM_TASKS", 1) > 1
 
 
 def _set_by_srun(name: str) -> str:
@@ -103,7 +103,7 @@ def read_launch() -> Launch:
         env["MASTER_ADDR"], env["MASTER_PORT"] = meeting_place()
     else:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    rank, ranks = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    rank, ranks = number("RANK", 0), number("WORLD_SIZE", 1)
     if not 0 <= rank < ranks:
         raise UsageError(
             f"RANK is {rank} and WORLD_SIZE {ranks}, expected a rank from 0 to {ranks - 1}; look at the launch command"
@@ -111,7 +111,7 @@ def read_launch() -> Launch:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not env.get(name):
             raise UsageError(f"{name} is not set, so {ranks} processes cannot meet; start them by deepspeed, torchrun or sbatch")
-    port = _number("MASTER_PORT", 0)
+    port = number("MASTER_PORT", 0)
     if not 0 < port < 1 << 16:
         raise UsageError(f"MASTER_PORT is {port}, expected 1 to 65535")
 
@@ -151,12 +151,12 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def _number(name: str, default: int) -> int:
+def number(name: str, default: int, least: int = 0) -> int:
+    """Read a whole number from the environment; UsageError for anything else."""
     text = os.environ.get(name) or str(default)
-    try:
-        return int(text)
-    except ValueError:
-        raise UsageError(f"{name} is '{text}', expected a number; look at the launch command") from None
+    if not text.isdecimal() or int(text) < least:
+        raise UsageError(f"{name} is '{text}', expected a number, {least} or more; look at the launch command")
+    return int(text)
 
 
 def _first(tasks_per_node: str) -> str:
@@ -172,5 +172,5 @@ def first_host(nodes: str) -> str:
 
 def meeting_place() -> tuple[str, str]:
     """(address, port) of MASTER_ADDR and MASTER_PORT, else the first machine of the Slurm step and a port that only this job has."""
-    nodes, job = os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"), _number("SLURM_JOB_ID", 0)
+    nodes, job = os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"), number("SLURM_JOB_ID", 0)
     return os.environ.get("MASTER_ADDR") or first_host(nodes), os.environ.get("MASTER_PORT") or str(PORTS[job % len(PORTS)])

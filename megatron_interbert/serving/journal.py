@@ -6,7 +6,6 @@ last one that was confirmed.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_interbert.errors import Unreadable, UsageError
-from megatron_interbert.files import HELD, flush_folder, open_lock, write_all, write_bytes
+from megatron_interbert.files import flush_folder, open_lock, take_lock, write_all, write_bytes
 from megatron_interbert.serving.items import Item, item_of
 from megatron_interbert.serving.journal_format import (
     BYTES,
@@ -279,17 +278,18 @@ class Journal:
         """Take the lock, again where somebody has removed its file. UsageError where another process has it."""
         handle = open_lock(self._place / WRITING)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = take_lock(handle)
         except OSError as error:
             os.close(handle)
-            if error.errno not in HELD:
-                raise UsageError(
-                    f"{self.folder / WRITING}: cannot be locked ({error.strerror}); use a disk with locks"
-                ) from error
+            raise UsageError(
+                f"{self.folder / WRITING}: cannot be locked ({error.strerror}); use a disk with locks"
+            ) from error
+
+        if not taken:
+            os.close(handle)
             raise UsageError(
                 f"{self.folder}: another service with a key writes to this index; give each its own --index"
-            ) from None
-
+            )
         if self._lock >= 0:
             os.close(self._lock)
         self._lock = handle

@@ -5,7 +5,6 @@ pair, and a sum behind them. Data-parallel ranks take tiles in turn, the ranks o
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -24,7 +23,7 @@ from megatron_interbert.data.packing import to_batch
 from megatron_interbert.data.region_batch import read_regions
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import TrainingStopped, UsageError, local_errors
-from megatron_interbert.files import HELD, list_folder, new_file, reading, write_bytes
+from megatron_interbert.files import list_folder, new_file, reading, take_lock, write_bytes
 from megatron_interbert.model.pair_scorer import PairScorer, Side
 from megatron_interbert.parallel.agreement import some, together
 from megatron_interbert.parallel.state import ParallelState
@@ -258,12 +257,14 @@ def _locked(folder: Path) -> int | None:
     """
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        taken = take_lock(handle)
+    except OSError:
         os.close(handle)
-        if error.errno in HELD:
-            return None
         raise
+
+    if not taken:
+        os.close(handle)
+        return None
     return handle
 
 

@@ -34,7 +34,7 @@ from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.fragments import FragmentedState
 from megatron_interbert.training.resume import changed_rate, changed_settings, check_same_run
 from megatron_interbert.training.run_folder import Claim, RunFolder
-from megatron_interbert.weights.files import TensorLayout, write_tensors
+from megatron_interbert.weights.files import TensorLayout, is_finite, write_tensors
 from megatron_interbert.weights.manifest import (
     STEP_FOLDER,
     VOCABULARY,
@@ -88,9 +88,9 @@ class NotFinite(ValueError):
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
-    """NotFinite names a tensor [any shape] with NaN or infinity in it. A sum in float64 cannot overflow otherwise."""
+    """NotFinite names a tensor [any shape] with NaN or infinity in it."""
     for name, tensor in tensors.items():
-        if not math.isfinite(tensor.sum(dtype=torch.float64)):
+        if not is_finite(tensor):
             raise NotFinite(
                 f"{name} has elements that are not finite and is not saved: the run has diverged;"
                 " lower --lr and resume from the newest checkpoint"

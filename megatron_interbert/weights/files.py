@@ -101,3 +101,10 @@ class TensorFile:
     def get(self, name: str) -> torch.Tensor:
         """One tensor."""
         return self._file.get_tensor(name)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether there is neither NaN nor infinity in a tensor, without another one of its size in memory."""
+    if tensor.is_floating_point() and tensor.element_size() == 1:  # torch has no least and most of 8 bits
+        tensor = tensor.float()
+    return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config import ModelConfig, model_config_from_dict
 from megatron_interbert.errors import UsageError
 
 LAYER = {  # ours -> BERT's, inside one layer; QKV apart
@@ -236,7 +236,8 @@ def config_from_official(values: Mapping[str, object], where: str) -> ModelConfi
         if key not in values:
             raise UsageError(f"{where}: '{key}' is missing; not an official InterBERT configuration")
     fusion = FUSIONS.get(str(values.get("pooling_method", "mul")), str(values.get("pooling_method")))
-    return ModelConfig(**{ours: values[theirs] for ours, theirs in OFFICIAL_CONFIG.items()}, fusion=fusion)
+    sizes = {ours: values[theirs] for ours, theirs in OFFICIAL_CONFIG.items()}
+    return model_config_from_dict({**sizes, "fusion": fusion}, where)
 
 
 def config_to_official(config: ModelConfig) -> dict[str, object]:

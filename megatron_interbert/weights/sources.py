@@ -126,15 +126,6 @@ def _checked(source: Source) -> Callable[[str], torch.Tensor]:
     return checked
 
 
-@contextlib.contextmanager
-def naming(where: Path) -> Iterator[None]:
-    """Have errors about sizes that no model can have name their file."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
-
-
 def _checkpoint(path: Path, averaged: bool) -> Source:
     folder = newest_checkpoint(path)
     if folder is None:
@@ -255,8 +246,7 @@ def _official_sizes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> ModelC
     if beside.is_file():
         values = read_json(beside, str(path))
         if "v_feature_size" in values:
-            with naming(beside):
-                return config_from_official(values, str(beside))
+            return config_from_official(values, str(beside))
     word = shapes.get("bert.embeddings.word_embeddings.weight", (0, 0))
     like = {"hidden_size": word[1], "feature_dim": shapes.get("bert.v_embeddings.image_embeddings.weight", (0, 0))[1]}
     return dataclasses.replace(_preset_like(path, like), vocab_size=word[0])

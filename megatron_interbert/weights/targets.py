@@ -18,7 +18,7 @@ from megatron_interbert.config import ModelConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import file_entry, flush_file, flush_folder, write_bytes, write_json, write_text
 from megatron_interbert.model.partition import partition_dimension, shard
-from megatron_interbert.weights.files import TensorLayout, write_tensors
+from megatron_interbert.weights.files import TensorLayout, is_finite, write_tensors
 from megatron_interbert.weights.foreign import DECODER, EXTRA, Link, bert_links, config_to_official, official_links
 from megatron_interbert.weights.manifest import VOCABULARY, versions, weights_name, write_manifest
 from megatron_interbert.weights.reader import describe_pieces
@@ -65,13 +65,6 @@ class Output:
         ranks = self.tensor_parallel
         copies = {name: ranks if partition_dimension(name) is None else 1 for name in self.source.layouts}
         return sum(self.layout(name).bytes * count for name, count in copies.items())
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether there is neither NaN nor infinity in a tensor, without another one of its size in memory."""
-    if tensor.is_floating_point() and tensor.element_size() == 1:  # torch has no least and most of 8 bits
-        tensor = tensor.float()
-    return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 def heads_of(source: Source) -> tuple[str, ...]:
