@@ -9,9 +9,10 @@ import pytest
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.serving import index as index_module
-from megatron_interbert.serving.index import CURRENT, VECTORS, VectorIndex, Version, prune, served_version, write_version
+from megatron_interbert.serving.index import CURRENT, VECTORS, Version, prune, served_version, write_version
 from megatron_interbert.serving.items import Item
 from megatron_interbert.serving.journal import JOURNAL, Journal, Mark, NotKept, begin, read_journal
+from megatron_interbert.serving.vector_index import VectorIndex
 
 MODEL = {"weights": {"a": "b"}}
 NO_CHANGE = Mark("a", 0, "b")

@@ -15,7 +15,6 @@ from megatron_interbert.files import file_sha256
 from megatron_interbert.serving.index import (
     FACTS,
     VECTORS,
-    VectorIndex,
     Version,
     prune,
     version_names,
@@ -24,6 +23,7 @@ from megatron_interbert.serving.index import (
 from megatron_interbert.serving.items import Item
 from megatron_interbert.serving.journal import begin
 from megatron_interbert.serving.vector_file import Foreign, read_vectors
+from megatron_interbert.serving.vector_index import VectorIndex
 from megatron_interbert.weights.manifest import seal
 
 COUNT, WIDTH = 300, 8
