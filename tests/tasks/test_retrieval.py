@@ -1,11 +1,6 @@
-"""Caption retrieval: fast scores against one pair at a time, ranks against brute force, tiles, two stages, training pairs."""
+"""Caption retrieval: fast scores against one pair at a time, ranks against brute force, interrupted evaluations, two stages, training pairs."""
 
 import itertools
-import json
-import os
-import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +13,7 @@ from megatron_interbert.data.downstream.retrieval import RetrievalSet
 from megatron_interbert.data.packing import to_batch
 from megatron_interbert.data.region_batch import read_regions
 from megatron_interbert.data.text import CaptionTokenizer
-from megatron_interbert.errors import TrainingStopped, UsageError
-from megatron_interbert.files import write_json
+from megatron_interbert.errors import UsageError
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.pair_scorer import PairScorer
@@ -31,8 +25,6 @@ from megatron_interbert.tasks.retrieval_evaluation import metrics_of
 from megatron_interbert.tasks.two_stage import two_stage_search
 from tests.corpus import CLASSES, FEATURES, VOCABULARY, write_store
 from tests.dist import run_on_ranks
-from tests.launching import launch
-from tools import ablate
 from tools.mine_neighbours import mean_features, nearest
 
 CPU = torch.device("cpu")
@@ -163,74 +155,6 @@ def test_an_interrupted_evaluation_goes_on(store, tmp_path):
     assert not list((tmp_path / "tiles").iterdir()), "what was left by stopped evaluations is gone"
 
 
-def test_folders_of_others_stay(tmp_path):
-    """Whatever they are called; of our own folders only our own files go."""
-    left = ScoreTiles(tmp_path, (4, 4), (2, 2), {"weights": 1})
-    left.write((0, 0), np.zeros((2, 2), np.float32))
-    kept = ScoreTiles(tmp_path, (4, 4), (2, 2), {"weights": 2})
-    kept.write((0, 0), np.zeros((2, 2), np.float32))
-    left.release()
-    kept.release()
-    (kept.folder / "notes.txt").write_text("mine")
-    elsewhere = tmp_path / "elsewhere"
-    shutil.copytree(left.folder, elsewhere)
-    (tmp_path / "tiles-00000000deadbeef").symlink_to(elsewhere)
-    for name in ("tiles-bathroom", "tiles-0123456789abcdef"):
-        shutil.copytree(elsewhere, tmp_path / name)
-    (tmp_path / "tiles-ffffffffffffffff").write_text("a file")
-
-    ScoreTiles(tmp_path, (4, 4), (2, 2), {"weights": 3}).remove()
-    assert not left.folder.exists()
-    assert [path.name for path in kept.folder.iterdir()] == ["notes.txt"]
-    names = {path.name for path in tmp_path.iterdir()} - {kept.folder.name}
-    assert names == {
-        *("elsewhere", "tiles-00000000deadbeef", "tiles-bathroom"),
-        *("tiles-0123456789abcdef", "tiles-ffffffffffffffff"),
-    }
-    for name in ("elsewhere", "tiles-bathroom", "tiles-0123456789abcdef"):
-        assert {path.name for path in (tmp_path / name).iterdir()} == {"plan.json", "scores-00000000-00000000.npy"}
-
-
-@pytest.mark.parametrize("make_other", [lambda path: path.symlink_to("elsewhere"), lambda path: path.write_text("a file")])
-def test_tiles_are_not_written_through_what_is_no_folder(tmp_path, make_other):
-    tiles = ScoreTiles(tmp_path, (4, 4), (2, 2), {})
-    tiles.remove()
-    (tmp_path / "elsewhere").mkdir()
-    make_other(tiles.folder)
-    with pytest.raises(UsageError, match="expected a folder of tiles, found something else"):
-        ScoreTiles(tmp_path, (4, 4), (2, 2), {})
-    assert not list((tmp_path / "elsewhere").iterdir())
-
-
-def other_numbers(file, other):
-    np.save(file.open("wb"), np.ones((2, 2), np.float32))
-
-
-def cut_off(file, other):
-    os.truncate(file, 100)
-
-
-def of_another_place(file, other):
-    shutil.copyfile(other, file)
-
-
-@pytest.mark.parametrize("spoil", [other_numbers, cut_off, of_another_place])
-def test_a_tile_that_was_changed_is_scored_anew(tmp_path, capsys, spoil):
-    tiles = ScoreTiles(tmp_path, (4, 4), (2, 2), {})
-    for number, place in enumerate(tiles.places):
-        tiles.write(place, np.full((2, 2), number, np.float32))
-    assert tiles.missing() == []
-    assert [scores[0, 0] for _, _, scores in tiles.read()] == [0, 1, 2, 3]
-    assert capsys.readouterr().out == ""
-
-    files = sorted(tiles.folder.glob("scores-*"))
-    spoil(files[1], files[2])
-    with pytest.raises(TrainingStopped, match="has changed since it was written"):
-        list(tiles.read())
-    assert tiles.missing() == [(0, 2)]
-    assert "tiles that are not as they were written are scored anew: scores-00000000-00000002.npy" in capsys.readouterr().out
-
-
 def same_on_ranks(path, folder, tensor, expected):
     state = ParallelState(tensor)
     pairs, scorer = open_pairs(path), PairScorer(make(sizes(), state))
@@ -354,110 +278,3 @@ def test_what_cannot_be_trained_on(tmp_path):
     np.save(path / "hard_images.npy", np.zeros((3, 2), np.int32))
     with pytest.raises(UsageError, match=r"expected one row for each of 20 images.*mine_neighbours"):
         training_set(path)
-
-
-def result_file(path, figure, **changes):
-    result = {
-        "task": "retrieval",
-        "protocol": "finetuned",
-        "precision": "fp32",
-        "metrics": {"t2i_R@1": figure},
-        "data": {"files": {"m": "1"}},
-        **changes,
-    }
-    path.write_text(json.dumps(result))
-    return path
-
-
-def test_results_of_seeds_are_averaged(tmp_path):
-    command = (sys.executable, "tools/summarise.py")
-    paths = [result_file(tmp_path / f"{i}.json", figure) for i, figure in enumerate((40.0, 43.0, 46.0))]
-    code, out, err = launch(*command, *paths, "--output", tmp_path / "table.json")
-    assert code == 0, err
-    row = json.loads((tmp_path / "table.json").read_text())["figures"]["t2i_R@1"]
-    assert row == {"mean": 43.0, "spread": 3.0, "least": 40.0, "most": 46.0}
-    assert "43.00" in out
-    for change, words in (
-        ({"protocol": "zero-shot"}, "protocol is zero-shot, the first has finetuned"),
-        ({"precision": "bf16"}, "precision is bf16, the first has fp32"),
-        ({"data": {"files": {"m": "2"}}}, "evaluated on other data"),
-        ({"configuration": {"max_regions": 9}}, "or with other limits"),
-        ({"metrics": {}}, "no figures in it"),
-    ):
-        code, _, err = launch(*command, paths[0], result_file(tmp_path / "other.json", 1.0, **change))
-        assert (code, words in err) == (2, True), err
-
-
-def test_ablation_from_runs_to_table(tmp_path):
-    """Two variants, one seed, two steps each; a second call finds everything done; wrong use."""
-    store = write_store(tmp_path / "s", images=70)
-    command = (sys.executable, "tools/ablate.py", "--data-path", store, "--test-data-path", store, "--output", tmp_path / "out", "--model",
-               "tiny", "--train-iters", 2, "--finetune-iters", 2, "--batch-size", 8, "--jobs", 2)  # fmt: skip
-    code, out, err = launch(*command, "--seeds", "5", "--only", "full,no-streams")
-    assert code == 0, out + err
-    found = json.loads((tmp_path / "out" / "ablation.json").read_text())["results"]
-    assert found.keys() == {"full", "no-streams"}
-    assert "interaction module only, no streams" in (tmp_path / "out" / "ablation.md").read_text()
-    model = json.loads((tmp_path / "out" / "no-streams" / "seed-5" / "model.json").read_text())
-    assert (model["interaction_layers"], model["text_layers"], model["image_layers"]) == (3, 0, 0)
-    before = (tmp_path / "out" / "full" / "seed-5" / "pretrained" / "metrics.jsonl").stat().st_mtime_ns
-    code, again, _ = launch(*command, "--seeds", "5", "--only", "full,no-streams")
-    assert (code, again) == (0, out)
-    assert (tmp_path / "out" / "full" / "seed-5" / "pretrained" / "metrics.jsonl").stat().st_mtime_ns == before
-    code, _, err = launch(*command, "--seeds", "5", "--only", "full", "--finetune-flags", "--lr 1e-4")
-    assert (code, "made with other options than now" in err) == (2, True), err
-    for flags, words in ((("--only", "no-strems"), "did you mean 'no-streams'"), (("--only", "no-hard-negatives"), "no hard_negatives.npy"),
-                         (("--seeds", "a"), "--seeds is 'a'")):  # fmt: skip
-        code, _, err = launch(*command, *flags)
-        assert (code, words in err) == (2, True), err
-
-
-FIGURES = {"t2i_R@1": 9.0, "i2t_R@1": 8.0}
-
-
-@pytest.fixture
-def finished(tmp_path, monkeypatch):
-    """A variant of an ablation whose runs and evaluations are there, and options that it was made with."""
-    monkeypatch.setattr("sys.argv", ["ablate.py", "--data-path", "a", "--test-data-path", "b", "--output", str(tmp_path),
-                                     "--model", "tiny", "--train-iters", "2", "--finetune-iters", "2"])  # fmt: skip
-    options = ablate.parse()
-    run = ablate.Run("full", ablate.Variant("everything"), 5, options)
-
-    def call(entry, *flags):
-        given = dict(itertools.pairwise(flags))
-        if entry == "evaluate":
-            Path(given["--output"]).mkdir()
-            write_json(Path(given["--output"]) / "result.json", {"metrics": FIGURES})
-        else:
-            (Path(given["--save"]) / "global_step2").mkdir(parents=True)
-            (Path(given["--save"]) / "global_step2" / "manifest.json").write_text("{}")
-
-    monkeypatch.setattr(run, "_call", call)
-    run.results()
-    monkeypatch.setattr(run, "_call", lambda *flags: pytest.fail("nothing is to be made"))
-    assert run.results()["finetuned"] == FIGURES
-    return run
-
-
-@pytest.mark.parametrize(
-    "record", ["model.json", "pretrained.flags.json", "finetuned.flags.json", "finetuned/result.flags.json"]
-)
-def test_results_of_unknown_options_are_not_taken(finished, record):
-    (finished.folder / record).unlink()
-    with pytest.raises(UsageError, match="is missing, which says with what options it was made; choose another --output"):
-        finished.results()
-    assert not (finished.folder / record).exists(), "it is not made up"
-
-
-@pytest.mark.parametrize("metrics", [{}, [], None, {"t2i_R@1": "9", "i2t_R@1": 8.0}])
-def test_a_result_without_its_figures_is_one_line(finished, metrics):
-    """After all the runs, with the table to be made."""
-    write_json(finished.folder / "finetuned" / "result" / "result.json", {"metrics": metrics})
-    with pytest.raises(UsageError, match=r"result\.json: expected the figures i2t_R@1, t2i_R@1"):
-        finished.results()
-
-
-def test_results_of_another_model_are_not_taken(finished):
-    finished.options.model = "sample"
-    with pytest.raises(UsageError, match=r"pretrained: made with other options than now \(model.json\)"):
-        finished.results()

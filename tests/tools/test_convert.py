@@ -6,7 +6,6 @@ import io
 import json
 import os
 import pickle
-import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from megatron_interbert.config import ModelConfig
 from megatron_interbert.errors import UsageError
@@ -29,7 +27,7 @@ from megatron_interbert.model.presets import PRESETS
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.loading import load_model
 from megatron_interbert.weights.manifest import verify, write_manifest
-from megatron_interbert.weights.sources import open_source, recognise
+from megatron_interbert.weights.sources import open_source
 from megatron_interbert.weights.targets import Output, write_target
 from tests.corpus import write_store
 from tests.dist import run_on_ranks
@@ -357,135 +355,3 @@ def test_every_format_starts_a_model(tmp_path, monkeypatch):
         loaded, source = load_model(str(tmp_path / kind), ("itm",), "auto", torch.device("cpu"))
         assert all(torch.equal(p, state[n]) for n, p in loaded.named_parameters()), kind
         assert source.config == SIZES
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exported")
-    random_source(SIZES, folder / "ours")
-    write_target("huggingface", Output(open_source(folder / "ours")), folder / "hf")
-    return folder / "hf"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"training_facts": [1]}, r"config.json: training_facts is \[1\], expected an object"),
-        ({"training_facts": "a"}, r"config.json: training_facts is 'a', expected an object"),
-        ({"training_facts": {"vocabulary": ["a"]}}, r"vocabulary of training_facts is \['a'\], expected str"),
-        ({"training_facts": {"detector": 5}}, "detector of training_facts is 5, expected dict"),
-        ({"num_attention_heads": 0}, "config.json: model: num_attention_heads is 0, expected a whole number"),
-        ({"num_attention_heads": 5}, "config.json: model: hidden_size 32 is not a multiple"),
-        ({"interaction_layers": 10**7}, "interaction_layers is 10000000, expected a whole number from 0 to 1000"),
-    ],
-)
-def test_odd_configurations_are_one_line(exported, tmp_path, changes, message):
-    folder = shutil.copytree(exported, tmp_path / "hf")
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**values, **changes}))
-    with pytest.raises(UsageError, match=message):
-        open_source(folder)
-
-
-def test_only_facts_that_the_converter_writes_are_believed(exported, tmp_path):
-    """A `run` or `files` in somebody's config.json would stand for what our own checkpoints say."""
-    folder = shutil.copytree(exported, tmp_path / "hf")
-    values = json.loads((folder / "config.json").read_text())
-    facts = {"run": 5, "files": [1], "task": {}, "iteration": 7, "detector": None}
-    (folder / "config.json").write_text(json.dumps({**values, "training_facts": facts}))
-    assert open_source(folder).facts == {"iteration": 7}
-
-
-@pytest.mark.parametrize(
-    ("parts", "message"),
-    [
-        (["a"], r"index.json: weight_map is \['a'\], expected names of tensors with names of files"),
-        (None, "weight_map is None"),
-        ({"a": 5}, "the file of a is 5, expected a name without folders"),
-        ({"a": "../hf/model.safetensors"}, "the file of a is '../hf/model.safetensors', expected a name without folders"),
-        ({"a": "/etc/passwd"}, "the file of a is '/etc/passwd', expected a name without folders"),
-        ({"a": "one.safetensors"}, "index.json: a is not in one.safetensors"),
-    ],
-)
-def test_odd_indexes_are_one_line(exported, tmp_path, parts, message):
-    folder = shutil.copytree(exported, tmp_path / "hf")
-    (folder / "model.safetensors").rename(folder / "one.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
-    for kind in ("auto", "huggingface", "bert", "official"):
-        with pytest.raises(UsageError, match=message):
-            open_source(folder, kind)
-    with pytest.raises(UsageError, match=r"index.json"):
-        recognise(shutil.copytree(folder, tmp_path / "bert", ignore=lambda *_: ["config.json"]))
-
-
-def test_parts_that_do_not_fit_are_one_line(tmp_path):
-    random_source(SIZES, tmp_path / "ours")
-    write_target("bert", Output(open_source(tmp_path / "ours")), tmp_path / "bert")
-    tensors = load_file(tmp_path / "bert" / "model.safetensors")
-    tensors["bert.encoder.layer.0.attention.self.query.weight"] = torch.zeros(3, 5)
-    save_file(tensors, tmp_path / "bert" / "model.safetensors")
-    source = open_source(tmp_path / "bert", config=SIZES)
-    with pytest.raises(UsageError, match=r"bert: interaction.layers.0.attention.qkv.weight: not a sound bert source"):
-        source.state()
-
-
-@pytest.mark.parametrize("content", [b"\xff\xd8\xff\xe0\0\x10JFIF", b"\x89PNG\r\n", b"", b"hello", b"\x80PNG"])
-def test_what_is_no_file_of_weights_is_called_so(tmp_path, content):
-    (tmp_path / "photo.jpg").write_bytes(content)
-    with pytest.raises(UsageError, match=r"photo.jpg: no file of weights; expected one of safetensors"):
-        open_source(tmp_path / "photo.jpg")
-
-
-def test_names_of_tensors_are_texts(tmp_path):
-    torch.save({1: torch.zeros(2)}, tmp_path / "numbers.bin")
-    with pytest.raises(UsageError, match="not a state dict, expected a mapping from names to tensors"):
-        recognise(tmp_path / "numbers.bin")
-
-
-def test_what_is_passed_over_is_said(tmp_path, monkeypatch, capsys):
-    """A checkpoint without its manifest, and a `best` that leads nowhere."""
-    run = tmp_path / "run"
-    for step in (1, 3):
-        random_source(SIZES, run / f"global_step{step}")
-    (run / "best").symlink_to("global_step1")
-    load_model(str(run), ("itm",), "torch", torch.device("cpu"))
-    convert(monkeypatch, run, "--list")
-    assert "note: " not in "".join(capsys.readouterr())
-
-    (run / "best").unlink()
-    (run / "best").symlink_to("global_step2")
-    _, source = load_model(str(run), ("itm",), "torch", torch.device("cpu"))
-    assert source.path.name == "global_step3"
-    line = f"note: {run}/best leads nowhere; global_step3, the newest checkpoint, is taken instead\n"
-    assert capsys.readouterr().err == line
-
-    (run / "global_step3" / "manifest.json").unlink()
-    line = f"note: {run}/global_step3 has no manifest.json and is no whole checkpoint; global_step1 is taken instead\n"
-    convert(monkeypatch, run, "--list")
-    assert capsys.readouterr().out.startswith(line)
-    load_model(str(run), ("itm",), "torch", torch.device("cpu"))
-    assert line in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("flags", [("sharded", "--tp", 2), ("huggingface",), ("official",), ("bert",)])
-def test_weights_that_are_not_finite_are_named(exported, tmp_path, monkeypatch, capsys, flags):
-    spoilt = spoil(exported, tmp_path, float("nan"))
-    convert(monkeypatch, spoilt, "--to", *flags, "--output", tmp_path / "out")
-    assert re.search("note: NaN or infinity in 1 of [0-9]+ tensors, first in text_embedding.norm.bias; ", capsys.readouterr().err)
-
-
-def test_values_that_a_type_cannot_hold_are_refused(exported, tmp_path, monkeypatch):
-    spoilt = spoil(exported, tmp_path, 1e6)
-    with pytest.raises(UsageError, match=r"text_embedding.norm.bias holds 1e\+06, more than torch.float16 can"):
-        convert(monkeypatch, spoilt, "--to", "sharded", "--dtype", "float16", "--output", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    convert(monkeypatch, spoilt, "--to", "sharded", "--dtype", "bfloat16", "--output", tmp_path / "out")
-
-
-def spoil(exported, tmp_path, value):
-    """A copy of a Hugging Face folder with one odd number."""
-    folder = shutil.copytree(exported, tmp_path / "spoilt")
-    tensors = load_file(folder / "model.safetensors")
-    tensors["interbert.text_embedding.norm.bias"][0] = value
-    save_file(tensors, folder / "model.safetensors")
-    return folder

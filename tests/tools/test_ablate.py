@@ -1,0 +1,101 @@
+"""The analysis of the paper as one command: from runs to the table, and what is not taken for a result."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_interbert.errors import UsageError
+from megatron_interbert.files import write_json
+from tests.corpus import write_store
+from tests.launching import launch
+from tools import ablate
+
+
+def test_ablation_from_runs_to_table(tmp_path):
+    """Two variants, one seed, two steps each; a second call finds everything done; wrong use."""
+    store = write_store(tmp_path / "s", images=70)
+    command = (sys.executable, "tools/ablate.py", "--data-path", store, "--test-data-path", store, "--output", tmp_path / "out", "--model",
+               "tiny", "--train-iters", 2, "--finetune-iters", 2, "--batch-size", 8, "--jobs", 2)  # fmt: skip
+    code, out, err = launch(*command, "--seeds", "5", "--only", "full,no-streams")
+    assert code == 0, out + err
+    found = json.loads((tmp_path / "out" / "ablation.json").read_text())["results"]
+    assert found.keys() == {"full", "no-streams"}
+    assert "interaction module only, no streams" in (tmp_path / "out" / "ablation.md").read_text()
+    model = json.loads((tmp_path / "out" / "no-streams" / "seed-5" / "model.json").read_text())
+    assert (model["interaction_layers"], model["text_layers"], model["image_layers"]) == (3, 0, 0)
+    before = (
+        (tmp_path / "out" / "full" / "seed-5" / "pretrained" / "metrics.jsonl").stat().st_mtime_ns
+    )
+    code, again, _ = launch(*command, "--seeds", "5", "--only", "full,no-streams")
+    assert (code, again) == (0, out)
+    assert (
+        tmp_path / "out" / "full" / "seed-5" / "pretrained" / "metrics.jsonl"
+    ).stat().st_mtime_ns == before
+    code, _, err = launch(
+        *command, "--seeds", "5", "--only", "full", "--finetune-flags", "--lr 1e-4"
+    )
+    assert (code, "made with other options than now" in err) == (2, True), err
+    for flags, words in ((("--only", "no-strems"), "did you mean 'no-streams'"), (("--only", "no-hard-negatives"), "no hard_negatives.npy"),
+                         (("--seeds", "a"), "--seeds is 'a'")):  # fmt: skip
+        code, _, err = launch(*command, *flags)
+        assert (code, words in err) == (2, True), err
+
+
+FIGURES = {"t2i_R@1": 9.0, "i2t_R@1": 8.0}
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """A variant of an ablation whose runs and evaluations are there, and options that it was made with."""
+    monkeypatch.setattr("sys.argv", ["ablate.py", "--data-path", "a", "--test-data-path", "b", "--output", str(tmp_path),
+                                     "--model", "tiny", "--train-iters", "2", "--finetune-iters", "2"])  # fmt: skip
+    options = ablate.parse()
+    run = ablate.Run("full", ablate.Variant("everything"), 5, options)
+
+    def call(entry, *flags):
+        given = dict(itertools.pairwise(flags))
+        if entry == "evaluate":
+            Path(given["--output"]).mkdir()
+            write_json(Path(given["--output"]) / "result.json", {"metrics": FIGURES})
+        else:
+            (Path(given["--save"]) / "global_step2").mkdir(parents=True)
+            (Path(given["--save"]) / "global_step2" / "manifest.json").write_text("{}")
+
+    monkeypatch.setattr(run, "_call", call)
+    run.results()
+    monkeypatch.setattr(run, "_call", lambda *flags: pytest.fail("nothing is to be made"))
+    assert run.results()["finetuned"] == FIGURES
+    return run
+
+
+@pytest.mark.parametrize(
+    "record",
+    ["model.json", "pretrained.flags.json", "finetuned.flags.json", "finetuned/result.flags.json"],
+)
+def test_results_of_unknown_options_are_not_taken(finished, record):
+    (finished.folder / record).unlink()
+    with pytest.raises(
+        UsageError,
+        match="is missing, which says with what options it was made; choose another --output",
+    ):
+        finished.results()
+    assert not (finished.folder / record).exists(), "it is not made up"
+
+
+@pytest.mark.parametrize("metrics", [{}, [], None, {"t2i_R@1": "9", "i2t_R@1": 8.0}])
+def test_a_result_without_its_figures_is_one_line(finished, metrics):
+    """After all the runs, with the table to be made."""
+    write_json(finished.folder / "finetuned" / "result" / "result.json", {"metrics": metrics})
+    with pytest.raises(UsageError, match=r"result\.json: expected the figures i2t_R@1, t2i_R@1"):
+        finished.results()
+
+
+def test_results_of_another_model_are_not_taken(finished):
+    finished.options.model = "sample"
+    with pytest.raises(
+        UsageError, match=r"pretrained: made with other options than now \(model.json\)"
+    ):
+        finished.results()
