@@ -1,4 +1,4 @@
-"""Caption retrieval: fast scores against one pair at a time, ranks against brute force, interrupted evaluations, two stages, training pairs."""
+"""Caption retrieval: fast scores against one pair at a time, ranks against brute force, tiles, two stages, training pairs."""
 
 import itertools
 
