@@ -27,7 +27,7 @@ def _begin_command() -> None:
 
     device = os.environ.get("DS_ACCELERATOR", "cpu")
     if device not in ("cpu", "cuda"):
-        print(f"error: DS_ACCELERATOR is '{device}', expected cpu or cuda, or unset it", file=sys.stderr)
+        print(f"error: DS_ACCELERATOR is '{device}', expected cpu or cuda; unset it to let torch decide", file=sys.stderr)
         sys.exit(2)
 
 

@@ -165,7 +165,7 @@ class Flags:
         self.check_number(name)
 
     def check_number(self, name: str) -> None:
-        """Raise UsageError for a number that is none, or lies outside the limits of its field."""
+        """Raise UsageError for NaN, infinity, or a number outside the limits of its field."""
         value = getattr(self, name)
         if not isinstance(value, int | float) or value == AUTO:
             return

@@ -148,7 +148,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     if not path.name:  # `.` or `/`
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if os.path.lexists(path) and stat.S_IFMT(os.lstat(path).st_mode) not in REPLACED:
-        raise UsageError(f"{path}: is no file, and is not replaced by one; choose another name")
+        raise UsageError(f"{path}: is a device, a pipe or a socket and is not overwritten; choose another name")
     beside = path.with_name(path.name + ".partial")
     with new_file(beside) as handle:
         write_all(handle.fileno(), data)

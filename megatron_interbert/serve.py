@@ -92,7 +92,7 @@ def serve(config: ServeConfig, device: torch.device, hosts: AllowedHosts) -> Non
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take an address, at which nobody is answered yet. UsageError with the system's reason where it cannot be had."""
+    """Bind the address of the service. UsageError with the system's reason where that fails."""
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -74,7 +74,7 @@ def test_variables_of_a_node_that_make_no_sense(variable, text):
 def test_a_device_that_nobody_knows_is_one_line():
     code, out, err = launch(*PRETRAIN, warm=False, DS_ACCELERATOR="odd")
     assert (code, out) == (2, "")
-    assert err == "error: DS_ACCELERATOR is 'odd', expected cpu or cuda, or unset it\n"
+    assert err == "error: DS_ACCELERATOR is 'odd', expected cpu or cuda; unset it to let torch decide\n"
 
 
 INTERRUPTED_AT_ITS_START = """
@@ -122,7 +122,7 @@ def test_outputs_go_through_links_and_devices(tmp_path):
         write_output(tmp_path / "loop", "text", "--output")
 
     os.mkfifo(pipe)
-    with pytest.raises(UsageError, match="is no file, and is not replaced by one"):
+    with pytest.raises(UsageError, match="is a device, a pipe or a socket and is not overwritten"):
         write_bytes(pipe, b"text")
     if os.geteuid() == 0:
         os.mknod(device := tmp_path / "null", 0o600 | 0o020000, os.makedev(1, 3))

@@ -126,7 +126,7 @@ def entry_fits(shard: Any) -> bool:
 
 
 def _counts(shard: dict[str, Any]) -> dict[str, Kind]:
-    """Nothing that is counted takes less than a byte."""
+    """A shard cannot hold more images, regions or captions than it has bytes."""
     return dict.fromkeys(COUNTED, _whole(0, shard["bytes"]))
 
 

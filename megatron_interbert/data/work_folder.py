@@ -68,7 +68,7 @@ def refuse_strangers(folder: Path, ours: Sequence[str]) -> None:
     for name in list_folder(folder):
         if not name.startswith(".") and _place(folder, name, ours) is None:
             raise UsageError(
-                f"{folder}: holds {name[:200]!r}, which this command has not made; nothing was removed;"
+                f"{folder}: holds {name[:200]!r}, which this command did not make; nothing was removed;"
                 " move it elsewhere, or remove the folder if all in it can go"
             )
 

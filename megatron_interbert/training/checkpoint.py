@@ -169,7 +169,7 @@ class Checkpoints:
 
     @property
     def hopeless(self) -> str:
-        """What the last save has met that no later one can mend; the ranks hear of it one by one."""
+        """Why no later save can succeed either; the ranks learn of it at different times."""
         problem = self._problem
         return f"{self.config.save}: {problem.text}" if problem and problem.hopeless else ""
 
@@ -348,8 +348,8 @@ class Checkpoints:
 
         if self.state.is_main:
             print(
-                f"note: step {best['step']}, the best so far, was judged by another figure or on other"
-                " validation data: it does not compare, the best is sought from here on",
+                f"note: the best checkpoint so far, step {best['step']}, was judged by another metric or on"
+                " other validation data; it no longer counts as the best",
                 flush=True,
             )
         return {}

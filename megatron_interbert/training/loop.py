@@ -95,7 +95,7 @@ class Trainer:
 
     @property
     def problem(self) -> str:
-        """What has been found beside the steps, on this rank, that ends the run."""
+        """Why this rank asks to end the run, apart from the steps themselves; empty where it does not."""
         if self.integrity.problem:
             return (
                 f"{self.integrity.problem}. What this run has trained on is not known, and it saves no"

@@ -224,7 +224,7 @@ def check_same_run(
     mined = data.get("mined", [])
     if manifest["data"].get("mined", mined) != mined:
         raise UsageError(
-            f"{where}: mined negatives of {data['store']} have come, gone or changed since, so samples"
+            f"{where}: mined negatives of {data['store']} have been added, removed or changed since, so samples"
             " would differ; put back what was there, or take only the weights by --init-from"
         )
 

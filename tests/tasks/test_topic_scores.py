@@ -73,6 +73,6 @@ def test_a_part_that_was_changed_is_scored_anew(tmp_path, parts, capsys):
     ):
         path.write_bytes(content)
         assert missing(tmp_path) == [2]
-        assert "scored anew: part-000000002.parquet" in capsys.readouterr().out
+        assert "scored again: part-000000002.parquet" in capsys.readouterr().out
     parts("part-000000002.parquet", 39, PLAN)
     assert missing(tmp_path) == [2]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_interbert.data.building.interrupts import deaf_children, keeping_interrupts
+from megatron_interbert.data.building.interrupts import interrupts_blocked, keeping_interrupts
 from tests.data.formats import made_up_images, write_npz
 from tests.launching import start
 from tests.tools.building import command
@@ -59,7 +59,7 @@ def test_it_is_kept_until_it_is_asked_for():
     with keeping_interrupts() as check:
         check()
         signal.raise_signal(signal.SIGINT)
-        with deaf_children():
+        with interrupts_blocked():
             assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
         with pytest.raises(KeyboardInterrupt):
             check()

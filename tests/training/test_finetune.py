@@ -147,7 +147,7 @@ def test_the_best_on_other_data_does_not_compare(store, tmp_path):
     assert (run / "best").resolve() == (run / "global_step2").resolve()
 
     out = ran(*finetune(*flags(store, run, "--eval-interval", 2, "--train-iters", 4)))
-    assert "note: step 2, the best so far, was judged by another figure or on other validation data" in out
+    assert "note: the best checkpoint so far, step 2, was judged by another metric or on other validation data" in out
     assert (run / "best").resolve() == (run / "global_step4").resolve()
 
 

@@ -290,7 +290,7 @@ def test_mined_negatives_that_come_go_or_change_are_another_run(before, now):
     data = {"vocabulary": "v", "manifest_sha256": "m", "store": "s", "mined": now}
     configs = {"run": dataclasses.asdict(config), "model": dataclasses.asdict(sizes)}
     manifest = {"configs": configs, "data": {**data, "mined": before}}
-    with pytest.raises(UsageError, match="mined negatives of s have come, gone or changed"):
+    with pytest.raises(UsageError, match="mined negatives of s have been added, removed or changed"):
         check_same_run(manifest, config, sizes, data, "x")
     check_same_run({**manifest, "data": data}, config, sizes, data, "x")
 

@@ -30,7 +30,7 @@ from megatron_interbert.config import read_json, read_text
 from megatron_interbert.data.building.captions import CaptionTable, image_key
 from megatron_interbert.data.building.conversion import EXPECTED, NO_CAPTION, TWICE, UnitJob, convert_unit, done_file, is_done
 from megatron_interbert.data.building.duplicates import drop_duplicates
-from megatron_interbert.data.building.interrupts import LOOK, deaf_children, keeping_interrupts
+from megatron_interbert.data.building.interrupts import LOOK, interrupts_blocked, keeping_interrupts
 from megatron_interbert.data.building.shard_writer import commit
 from megatron_interbert.data.building.sources.base import Source, SourceFacts
 from megatron_interbert.data.building.store_writer import OURS as OF_STORES
@@ -255,7 +255,7 @@ def _results(jobs: list[UnitJob], sources: list[Source], workers: int) -> Iterat
         waiting, running = iter(jobs), set[Future]()
         try:
             while True:
-                with deaf_children():
+                with interrupts_blocked():
                     while len(running) < 2 * workers and (job := next(waiting, None)) is not None:
                         running.add(pool.submit(_convert, job))
                 check()

@@ -1,4 +1,4 @@
-"""Ctrl-C while processes work for this one: they never hear of it, and this one ends between two steps."""
+"""Ctrl-C while worker processes run: they ignore it, and this process stops between two steps."""
 
 import contextlib
 import signal
@@ -27,8 +27,8 @@ def keeping_interrupts() -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def deaf_children() -> Iterator[None]:
-    """Start processes inside that never hear of Ctrl-C, from their first moment on; it waits meanwhile."""
+def interrupts_blocked() -> Iterator[None]:
+    """Start processes inside that ignore Ctrl-C from their first moment on; here it waits until the end."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield

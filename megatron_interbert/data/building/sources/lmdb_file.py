@@ -113,7 +113,7 @@ class LmdbFile:
         if newest.root != NO_ROOT and not 1 <= newest.depth <= DEEPEST:
             raise self._damaged(f"a tree of {newest.depth} levels")
         if newest.rules:
-            raise self._no_lmdb("its keys are in an order of their own; copy it to a plain one")
+            raise self._no_lmdb("its keys have a custom order; copy its rows to a plain database")
         return newest
 
     def _meta_at(self, offset: int) -> Meta:
@@ -146,7 +146,7 @@ class LmdbFile:
         found, flags, lower, upper = HEAD.unpack_from(page)
         sound = HEAD.size < lower <= upper <= len(page) and lower % 2 == 0
         if found != number or flags & KINDS != kind or not sound:
-            raise self._damaged(f"page {number} is not what it should be")
+            raise self._damaged(f"page {number} is malformed")
 
         nodes = []
         for place in struct.unpack_from(f"<{(lower - HEAD.size) // 2}H", page, HEAD.size):
