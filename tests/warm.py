@@ -14,17 +14,25 @@ import sys
 import threading
 from multiprocessing import forkserver
 from multiprocessing.reduction import DupFd
+from pathlib import Path
 from unittest import mock
 
 from megatron_interbert.signals import signal_at_parents_death
+
+ROOT = Path(__file__).resolve().parents[1]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.warm_imports"])
 
 
 def start_server():
-    """The fork server, unless it runs; libraries read these settings when they are loaded."""
-    with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"):
+    """Start the fork server unless it runs; libraries read these settings when they are loaded.
+
+    PYTHONPATH, because a test that has changed its folder may be the first to ask: a server that does
+    not find what it should import says nothing, and all its processes import torch for themselves.
+    """
+    settings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with mock.patch.dict(os.environ, settings):
         forkserver.ensure_running()
 
 
@@ -100,6 +108,7 @@ class _Start:
         return {**self.__dict__, "ends": {name: DupFd(end) for name, end in self.ends.items()}}
 
     def __call__(self):
+        assert "tests.warm_imports" in sys.modules, "the fork server has not imported what runs need"
         os.setsid()
         # The fork server ends with the tests, however they end, unless somebody else holds this line to it; and we with the server.
         os.close(forkserver._forkserver._forkserver_alive_fd)
@@ -111,6 +120,7 @@ class _Start:
             os.dup2(self.ends[name].detach(), number)
         sys.stdout = open(1, "w", closefd=False)
         sys.stderr = open(2, "w", buffering=1, closefd=False)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the package does when its command begins
         sys.modules.pop(self.module, None)
         sys.argv = [self.module, *self.arguments]
         runpy.run_module(self.module, run_name="__main__", alter_sys=True)
