@@ -3,6 +3,7 @@
 import os
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # on GPU machines too; tests/gpu take theirs from torch
+os.environ["OMP_NUM_THREADS"] = "1"  # several files are tested at a time, on all cores
 
 import pytest
 

@@ -81,7 +81,7 @@ def test_a_work_folder_with_files_of_others_is_refused(tmp_path, work, place, re
     (tmp_path / place).mkdir()
     for name in ("assembled.npy", "shard-00000.h5", "thesis.tex"):
         (tmp_path / place / name).write_text("years")
-    with pytest.raises(UsageError, match="which this command has not made; nothing was removed"):
+    with pytest.raises(UsageError, match="which this command did not make; nothing was removed"):
         work(tmp_path, restart)
     assert len(list((tmp_path / place).iterdir())) == 3
 

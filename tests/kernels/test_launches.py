@@ -68,14 +68,11 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list]]:
         program = kernel.device_caches[device][0][key] = Program()
         return program
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # of this thread: sums of what nothing has filled would take long
     monkeypatch.setattr(driver, "_active", Card(), raising=False)
     monkeypatch.setattr(JITFunction, "_do_compile", compile_nothing)
     yield keys
     torch.set_flush_denormal(False)
-    torch.set_num_threads(threads)
     for kernel in touched:
         kernel.device_caches.clear()
 

@@ -30,15 +30,6 @@ from tools.mine_neighbours import mean_features, nearest
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products lose more by threads than they win, above all beside other processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def sizes(interaction=2, text=1, image=2, fusion="product"):
     return ModelConfig(
         vocab_size=len(VOCABULARY), hidden_size=32, interaction_layers=interaction, text_layers=text, image_layers=image,

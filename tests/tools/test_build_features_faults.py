@@ -197,7 +197,7 @@ def test_unfinished_builds_are_not_mixed_up(tmp_path, images):
     path = tsv(tmp_path / "x.tsv", images)
     (tmp_path / "store.partial").mkdir()
     (tmp_path / "store.partial" / "thesis.txt").write_text("mine")
-    assert "holds 'thesis.txt', which this command has not made" in refused(path, "--output", tmp_path / "store")
+    assert "holds 'thesis.txt', which this command did not make" in refused(path, "--output", tmp_path / "store")
     assert (tmp_path / "store.partial" / "thesis.txt").read_text() == "mine"
     (tmp_path / "store.partial" / "plan.json").write_text("{}")
     assert "nothing was removed" in refused(path, "--output", tmp_path / "store", "--restart")

@@ -30,15 +30,6 @@ KINDS = ("detr", "yolos", "rt_detr", "deformable_detr")
 SOFTMAX = ("detr", "yolos")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small models on shared cores lose more by threads than they win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """One saved detector of each kind, with its image processor."""
