@@ -32,7 +32,7 @@ from megatron_interbert.training import evaluation
 from megatron_interbert.training.evaluation import DownstreamEvaluation
 from tests.corpus import write_store
 from tests.model.test_model import SMALL, examples
-from tests.tasks.test_retrieval import one_thread, open_pairs, sizes  # noqa: F401 (one thread for all tests here)
+from tests.tasks.test_retrieval import open_pairs, sizes
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")

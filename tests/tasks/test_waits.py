@@ -24,7 +24,7 @@ from megatron_interbert.tasks.retrieval import score_matrix
 from megatron_interbert.tasks.two_stage import two_stage_search
 from tests.corpus import VOCABULARY, write_store
 from tests.readings import Waits
-from tests.tasks.test_retrieval import one_thread, open_pairs, sizes  # noqa: F401 (one thread for all tests here)
+from tests.tasks.test_retrieval import open_pairs, sizes
 from tests.tasks.test_vcr import RECORD, write_regions
 
 CPU = torch.device("cpu")
