@@ -38,11 +38,16 @@ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
 
 
 def start(*command, warm=True, cwd=ROOT, **changes):
-    """A running process with its output captured, in a session of its own so that it can be killed whole. `python -m` starts warm
-    where that is allowed and it does not have an environment of Python's own."""
-    command, environment = [str(c) for c in command], {**ENVIRONMENT, **changes}
-    if warm and command[:2] == [sys.executable, "-m"] and not any(name.startswith("PYTHON") for name in changes):
-        return WarmProcess(command[2], command[3:], environment, cwd)
+    """Start a command with its output captured, in a session of its own so that it can be killed whole.
+
+    `python -m ..` and `python tools/..` start warm where that is allowed and no setting of Python's own
+    is changed.
+    """
+    command = [str(word) for word in command]
+    environment = {**ENVIRONMENT, **changes}
+    ours = command[0] == sys.executable and (command[1] == "-m" or command[1].startswith("tools/"))
+    if warm and ours and not any(name.startswith("PYTHON") for name in changes):
+        return WarmProcess(command[1:], environment, cwd)
     return subprocess.Popen(
         command,
         cwd=cwd,

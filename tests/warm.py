@@ -1,7 +1,8 @@
-"""Processes of the package's modules that start in half a second instead of nine.
+"""Processes of the package's modules and tools that start at once instead of in seconds.
 
-They are forked by Python's fork server, which has imported everything that a run imports; pid, session, pipes, signals and exit code
-are their own, as after `python -m`. What users type is tried cold: tests/test_launch.py, test_slurm.py, test_hostfile.py.
+They are forked by Python's fork server, which has imported everything that a run imports; pid, session,
+pipes, signals and exit code are their own, as after `python -m MODULE` and `python SCRIPT`. What users
+type is tried cold: tests/test_launch.py, test_slurm.py, test_hostfile.py.
 """
 
 import atexit
@@ -37,17 +38,21 @@ def start_server():
 
 
 class WarmProcess:
-    """`python -m MODULE ARGUMENTS` with stdout and stderr captured; what subprocess.Popen offers and tests use."""
+    """`python ARGUMENTS`, a script's or those of -m, with stdout and stderr captured.
 
-    def __init__(self, module, arguments, environment, folder):
+    It offers what subprocess.Popen does and tests use.
+    """
+
+    def __init__(self, arguments, environment, folder):
         self._text = {"stdout": [], "stderr": []}
         ends = {name: os.pipe() for name in self._text}
-        here = _Start(module, arguments, environment, folder, {name: end for name, (_, end) in ends.items()})
+        here = _Start(arguments, environment, folder, {name: end for name, (_, end) in ends.items()})
         self._process = _context.Process(target=here)
         start_server()
         self._process.start()
         atexit.register(self.kill)  # a test that fails must not leave a run that never ends
-        self.pid, self.args = self._process.pid, ["python", "-m", module, *arguments]
+        self.pid = self._process.pid
+        self.args = ["python", *arguments]
         self._readers = []
         for name, (ours, theirs) in ends.items():
             os.close(theirs)
@@ -99,10 +104,13 @@ class WarmProcess:
 
 
 class _Start:
-    """What the new process does first: become what `python -m` would have made of it."""
+    """What the new process does first: become what `python` would have made of it."""
 
-    def __init__(self, module, arguments, environment, folder, ends):
-        self.module, self.arguments, self.environment, self.folder, self.ends = module, arguments, environment, folder, ends
+    def __init__(self, arguments, environment, folder, ends):
+        self.arguments = arguments
+        self.environment = environment
+        self.folder = folder
+        self.ends = ends
 
     def __getstate__(self):
         return {**self.__dict__, "ends": {name: DupFd(end) for name, end in self.ends.items()}}
@@ -121,6 +129,21 @@ class _Start:
         sys.stdout = open(1, "w", closefd=False)
         sys.stderr = open(2, "w", buffering=1, closefd=False)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the package does when its command begins
-        sys.modules.pop(self.module, None)
-        sys.argv = [self.module, *self.arguments]
-        runpy.run_module(self.module, run_name="__main__", alter_sys=True)
+        if self.arguments[0] == "-m":
+            self.run_module(*self.arguments[1:])
+        else:
+            self.run_script(*self.arguments)
+
+    @staticmethod
+    def run_module(module, *arguments):
+        """As `python -m`."""
+        sys.modules.pop(module, None)
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+    @staticmethod
+    def run_script(script, *arguments):
+        """As `python SCRIPT`."""
+        sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
+        sys.argv = [script, *arguments]
+        runpy.run_path(script, run_name="__main__")

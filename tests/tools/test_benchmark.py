@@ -5,6 +5,7 @@ import math
 import sys
 from xml.etree import ElementTree
 
+import pytest
 import torch
 
 from megatron_interbert.model.presets import load_model_config
@@ -15,10 +16,18 @@ from tools.benchmarks.train import shrunk
 COMMAND = (sys.executable, "tools/benchmark.py", "train", "--model", "tiny", "--batch", 4, "--rounds", 2, "--steps", 1)
 
 
-def test_contenders_side_by_side(tmp_path):
-    code, out, err = launch(*COMMAND, "--output", tmp_path / "figures.json", "--plot", tmp_path / "bars.svg")
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """(what is printed, folder of figures.json and bars.svg) of all contenders."""
+    folder = tmp_path_factory.mktemp("measured")
+    code, out, err = launch(*COMMAND, "--output", folder / "figures.json", "--plot", folder / "bars.svg")
     assert code == 0, out + err
-    result = json.loads((tmp_path / "figures.json").read_text())
+    return out, folder
+
+
+def test_contenders_side_by_side(measured, tmp_path):
+    out, folder = measured
+    result = json.loads((folder / "figures.json").read_text())
     contenders = result["contenders"]
     assert list(contenders) == ["ours", "ours by plain twins", "padded InterBERT", "LXMERT", "VisualBERT"]
     for name, figures in contenders.items():
@@ -37,10 +46,10 @@ def test_contenders_side_by_side(tmp_path):
     needed = contenders["ours"]["tflops_on_real_tokens"] / contenders["ours"]["tflops"] * counted["ours"]
     assert abs(counted["ours"] / needed - 1) < 0.05, "products as torch counts them, and by our formula"
     assert counted["padded InterBERT"] > 1.5 * counted["ours"]
-    picture = ElementTree.parse(tmp_path / "bars.svg").getroot()
+    picture = ElementTree.parse(folder / "bars.svg").getroot()
     texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert [text for text in texts if text in contenders] == list(contenders)
-    code, out, err = launch(*COMMAND, "--only", "ours,LXMERT", "--compare", tmp_path / "figures.json", "--tolerance", 0.99)
+    code, out, err = launch(*COMMAND, "--only", "ours,LXMERT", "--compare", folder / "figures.json", "--tolerance", 0.99)
     assert code == 0, out + err
     assert "no lead has shrunk by more than 99%" in out
     for figures in contenders.values():
@@ -56,14 +65,12 @@ def test_contenders_side_by_side(tmp_path):
     assert err.strip().endswith("recorded.json: measured with --batch 8, now it is 4")
 
 
-def test_ranks_together_and_apart(tmp_path):
+def test_ranks_together_and_apart(measured, tmp_path):
     command = (*COMMAND, "--ranks", 2, "--only", "ours,LXMERT", "--output", tmp_path / "two.json", "--plot", tmp_path / "bars.svg")
     code, out, err = launch(*command)
     assert code == 0, out + err
     two = json.loads((tmp_path / "two.json").read_text())
-    code, out, err = launch(*COMMAND, "--only", "ours,LXMERT", "--output", tmp_path / "one.json")
-    assert code == 0, out + err
-    one = json.loads((tmp_path / "one.json").read_text())
+    one = json.loads((measured[1] / "figures.json").read_text())
     assert "on each of 2 ranks" in (tmp_path / "bars.svg").read_text()
     for name, figures in two["contenders"].items():
         assert list(figures["parts"])[-1] == "communication"
