@@ -37,17 +37,19 @@ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
     ENVIRONMENT.pop(name, None)
 
 
-def start(*command, warm=True, cwd=ROOT, **changes):
+def start(*command, warm=True, cwd=ROOT, files=None, **changes):
     """Start a command with its output captured, in a session of its own so that it can be killed whole.
 
     `python -m ..` and `python tools/..` start warm where that is allowed and no setting of Python's own
-    is changed.
+    is changed. `files` limits how many descriptors it may have open.
     """
     command = [str(word) for word in command]
     environment = {**ENVIRONMENT, **changes}
     ours = command[0] == sys.executable and (command[1] == "-m" or command[1].startswith("tools/"))
     if warm and ours and not any(name.startswith("PYTHON") for name in changes):
-        return WarmProcess(command[1:], environment, cwd)
+        return WarmProcess(command[1:], environment, cwd, files)
+    if files:
+        command = ["bash", "-c", f'ulimit -n {files}; exec "$@"', "-", *command]
     return subprocess.Popen(
         command,
         cwd=cwd,

@@ -1,13 +1,11 @@
 """A service in a process of its own, as users start it, for tests that talk to it."""
 
 import json
-import subprocess
 import sys
-import threading
 import urllib.error
 import urllib.request
 
-from tests.launching import ENVIRONMENT, ROOT, until
+from tests.launching import start, until
 
 KEY = "a key of tests"
 
@@ -15,25 +13,15 @@ KEY = "a key of tests"
 class Service:
     """`with Service(flags) as service`: service.url, service.call(method, path, body); ends with SIGTERM.
 
-    `through` may wrap the command, for limits of that process alone.
+    `files` limits how many it may have open.
     """
 
-    def __init__(self, *flags, key=KEY, through=list):
-        command = [sys.executable, "-m", "megatron_interbert.serve", "--port", "0", *map(str, flags)]
-        self.process = subprocess.Popen(
-            through(command),
-            cwd=ROOT,
-            env={**ENVIRONMENT, "INTERBERT_API_KEY": key},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        self.lines = {"stdout": [], "stderr": []}
-        for name, lines in self.lines.items():
-            threading.Thread(
-                target=lambda pipe, to: to.extend(pipe), args=(getattr(self.process, name), lines), daemon=True
-            ).start()
-        self.key, self.url = key, ""
+    def __init__(self, *flags, key=KEY, files=None):
+        command = (sys.executable, "-m", "megatron_interbert.serve", "--port", 0, *flags)
+        self.process = start(*command, files=files, INTERBERT_API_KEY=key)
+        self.lines = self.process.lines
+        self.key = key
+        self.url = ""
 
     def __enter__(self):
         def address():

@@ -147,7 +147,7 @@ def test_the_users_own_command_on_a_fresh_checkout(tmp_path):
     assert "resume" not in out + err
 
     both = [
-        start(*command, "--train-iters", 30, "--save", tmp_path / name, cwd=tmp_path)
+        start(*command, "--train-iters", 3, "--save", tmp_path / name, cwd=tmp_path)
         for name in ("first", "second")
     ]
     for code, out, err in ends(both):

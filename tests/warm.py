@@ -8,6 +8,7 @@ type is tried cold: tests/test_launch.py, test_slurm.py, test_hostfile.py.
 import atexit
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import subprocess
@@ -43,10 +44,11 @@ class WarmProcess:
     It offers what subprocess.Popen does and tests use.
     """
 
-    def __init__(self, arguments, environment, folder):
-        self._text = {"stdout": [], "stderr": []}
-        ends = {name: os.pipe() for name in self._text}
-        here = _Start(arguments, environment, folder, {name: end for name, (_, end) in ends.items()})
+    def __init__(self, arguments, environment, folder, files=None):
+        self.lines = {"stdout": [], "stderr": []}  # so far
+        ends = {name: os.pipe() for name in self.lines}
+        theirs = {name: end for name, (_, end) in ends.items()}
+        here = _Start(arguments, environment, folder, files, theirs)
         self._process = _context.Process(target=here)
         start_server()
         self._process.start()
@@ -56,7 +58,7 @@ class WarmProcess:
         self._readers = []
         for name, (ours, theirs) in ends.items():
             os.close(theirs)
-            reader = threading.Thread(target=self._read, args=(ours, self._text[name]), daemon=True)
+            reader = threading.Thread(target=self._read, args=(ours, self.lines[name]), daemon=True)
             reader.start()
             self._readers.append(reader)
 
@@ -72,7 +74,7 @@ class WarmProcess:
 
     def so_far(self):
         """What it has printed to stdout."""
-        return "".join(self._text["stdout"])
+        return "".join(self.lines["stdout"])
 
     def poll(self):
         """As of Popen."""
@@ -82,7 +84,7 @@ class WarmProcess:
         """As of Popen."""
         self._process.join(timeout)
         if self.returncode is None:
-            raise subprocess.TimeoutExpired(self.args, timeout, self.so_far(), "".join(self._text["stderr"]))
+            raise subprocess.TimeoutExpired(self.args, timeout, self.so_far(), "".join(self.lines["stderr"]))
         atexit.unregister(self.kill)  # which would hold this object, and its pipes, to the end of all tests
         return self.returncode
 
@@ -91,12 +93,16 @@ class WarmProcess:
         self.wait(timeout)
         for reader in self._readers:
             reader.join(5)
-        return self.so_far(), "".join(self._text["stderr"])
+        return self.so_far(), "".join(self.lines["stderr"])
 
     def send_signal(self, number):
         """As of Popen."""
         if self.returncode is None:
             os.kill(self.pid, number)
+
+    def terminate(self):
+        """As of Popen."""
+        self.send_signal(signal.SIGTERM)
 
     def kill(self):
         """As of Popen."""
@@ -106,10 +112,11 @@ class WarmProcess:
 class _Start:
     """What the new process does first: become what `python` would have made of it."""
 
-    def __init__(self, arguments, environment, folder, ends):
+    def __init__(self, arguments, environment, folder, files, ends):
         self.arguments = arguments
         self.environment = environment
         self.folder = folder
+        self.files = files
         self.ends = ends
 
     def __getstate__(self):
@@ -128,6 +135,8 @@ class _Start:
             os.dup2(self.ends[name].detach(), number)
         sys.stdout = open(1, "w", closefd=False)
         sys.stderr = open(2, "w", buffering=1, closefd=False)
+        if self.files:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (self.files, self.files))
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the package does when its command begins
         if self.arguments[0] == "-m":
             self.run_module(*self.arguments[1:])

@@ -8,4 +8,5 @@ import megatron_interbert.evaluate
 import megatron_interbert.finetune
 import megatron_interbert.preflight
 import megatron_interbert.pretrain
+import megatron_interbert.serve
 import megatron_interbert.training.setup

@@ -35,6 +35,14 @@ KERNELS = choose_kernels("triton", torch.device("cpu"))
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
+def of_each_type(*cases):
+    """[(dtype, case)]: all cases in float32, the last in the others; on a GPU tests/gpu try all in all.
+
+    The interpreter takes seconds for each.
+    """
+    return [(DTYPES[0], case) for case in cases] + [(dtype, cases[-1]) for dtype in DTYPES[1:]]
+
+
 @pytest.fixture(autouse=True)
 def seed():
     number = random.SystemRandom().randrange(2**31)
@@ -59,9 +67,9 @@ def bfloat16_products(monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "width"), [(1, 8), (7, 48), (33, 96)])
-def test_elementwise_parts(rows, width, dtype):
+@pytest.mark.parametrize(("dtype", "sizes"), of_each_type((1, 8), (7, 48), (33, 96)))
+def test_elementwise_parts(dtype, sizes):
+    rows, width = sizes
     comparisons.check_bias_gelu(KERNELS, rows, 3 * width, dtype, "cpu")
     comparisons.check_dropout_add_norm(KERNELS, rows, width, dtype, "cpu")
     comparisons.check_embeddings(KERNELS, rows, width, dtype, "cpu")
@@ -90,17 +98,19 @@ def test_the_passes_of_cross_entropy(rows, columns, words, dtype, monkeypatch):
     comparisons.check_vocabulary(KERNELS, rows, columns, words, dtype, "cpu")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [8, 64, 96])
-def test_attention_of_ragged_lengths(width, dtype):
+@pytest.mark.parametrize(("dtype", "width"), of_each_type(8, 64, 96))
+def test_attention_of_ragged_lengths(dtype, width):
     for lengths in ([1], [5], [4, 0, 2], [0, 3], [37, 1, 64], [93, 0, 33]):
         comparisons.check_attention(packed_attention, lengths, 2, width, dtype, "cpu")
     comparisons.check_attention(packed_attention, [161, 1, 128, 17], 1, width, dtype, "cpu")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("lengths", "width"), [([16] * 12, 8), ([37, 64, 1, 23], 64), ([93, 7, 70], 96), ([161, 5], 64)])
-def test_attention_dropout(lengths, width, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "case"),
+    of_each_type(([16] * 12, 8), ([93, 7, 70], 96), ([161, 5], 64), ([37, 64, 1, 23], 64)),
+)
+def test_attention_dropout(dtype, case):
+    lengths, width = case
     heads = 1 if max(lengths) > 128 else 2
     comparisons.check_attention_dropout(packed_attention, lengths, heads, width, dtype, "cpu")
 

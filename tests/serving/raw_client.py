@@ -54,8 +54,3 @@ def held(url, count, sent=b""):
     finally:
         for line in lines:
             line.close()
-
-
-def limited(most, command):
-    """Give a command for one process that may open so many descriptors; this one may have more open."""
-    return ["bash", "-c", f'ulimit -n {most}; exec "$@"', "-", *command]

@@ -18,7 +18,7 @@ import pytest
 
 from tests.launching import launch, until
 from tests.serving.made_shop import flags
-from tests.serving.raw_client import connect, exchange, held, limited, read_to_end, status_of
+from tests.serving.raw_client import connect, exchange, held, read_to_end, status_of
 from tests.serving_client import Service
 
 HEAD = b"POST /search HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
@@ -31,7 +31,7 @@ def service(shop, tmp_path_factory):
     """256 descriptors, short times."""
     times = ("--header-timeout", 2, "--keep-alive-timeout", 1, "--body-seconds", 4)
     index = tmp_path_factory.mktemp("index") / "index"
-    with Service(*flags(shop, index, *times), through=lambda command: limited(256, command)) as running:
+    with Service(*flags(shop, index, *times), files=256) as running:
         yield running
 
 
@@ -302,7 +302,7 @@ def test_limits_that_cannot_be_kept_are_refused(shop, tmp_path):
     """Where the number was given, or next to nothing is left; the line says what to do."""
     command = (sys.executable, "-m", "megatron_interbert.serve", "--port", 0, *flags(shop, tmp_path / "index"))
     for most, more in ((256, ("--max-connections", 200)), (82, ()), (80, ("--max-connections", 8))):
-        code, out, err = launch(*limited(most, (*command, *more)), warm=False, timeout=60)
+        code, out, err = launch(*command, *more, files=most, warm=False, timeout=60)
         assert code == 2, out + err
         last = err.strip().splitlines()[-1]
         assert re.match(r"error: --max-connections \d+( \(default\))?: that takes \d+ descriptors and", last), err

@@ -30,7 +30,7 @@ def test_twenty_real_images_find_their_captions(tmp_path, request):
     common = ("--data-path", tmp_path / "store", "--queries", tmp_path / "queries.jsonl", "--no-titles")
     code, out, err = launch(
         *(sys.executable, "-m", "megatron_interbert.finetune", "product_search", "--model", tmp_path / "model.json", *common),
-        *("--train-iters", 250, "--lr", "2e-3", "--adam-beta2", 0.98, "--micro-batch-size", 16, "--global-batch-size", 16),
+        *("--train-iters", 160, "--lr", "2e-3", "--adam-beta2", 0.98, "--micro-batch-size", 16, "--global-batch-size", 16),
         *("--data-partitions", 1, "--ema-decay", 0, "--zero-stage", 0, "--num-workers", 0, "--save", tmp_path / "run"),
     )
     assert code == 0, out + err

@@ -27,7 +27,8 @@ from megatron_interbert.training.optimizer import learning_rate, parameter_group
 from tests.corpus import write_store
 from tests.dist import run_on_ranks
 
-BATCH, STEPS = 8, 6
+BATCH = 8
+STEPS = 4
 LAYOUTS = {1: [1], 2: [1, 2], 4: [2]}  # processes -> tensor-parallel sizes
 
 
