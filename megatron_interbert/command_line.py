@@ -5,22 +5,15 @@ import dataclasses
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from megatron_interbert.config import AUTO, LARGEST_INTEGER, flag, nearest, read_text
 from megatron_interbert.errors import UsageError
+from megatron_interbert.parser import Parser
 
 RECIPE = "the launcher's recipe"  # origin of settings that a launcher gives where the user does not
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that says what is wrong in one line, as everything here does."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UsageError, which `run_entry` prints."""
-        raise UsageError(message)
 
 
 def build_parser(config_class: type, description: str) -> argparse.ArgumentParser:

@@ -176,9 +176,14 @@ class Flags:
 
         facts = self.__dataclass_fields__[name].metadata
         least, most = facts["least"], facts["most"]
-        if not least <= value <= most:
-            expected = f"{least:g} or more" if math.isinf(most) else f"{least:g} to {most:g}"
-            raise UsageError(f"{self.told(name)}: expected {expected}")
+        if least <= value <= most:
+            return
+        expected = f"{least:g} to {most:g}"
+        if math.isinf(most):
+            expected = f"{least:g} or more"
+        elif most == BELOW_1:
+            expected = f"{least:g} or more and below 1"
+        raise UsageError(f"{self.told(name)}: expected {expected}")
 
     def fit(self, name: str, value: Any, reason: str) -> None:
         """Replace a default by what fits, and note it for the user."""

@@ -1,6 +1,5 @@
 """The generated data that a run takes when it is told none: made first where they are missing."""
 
-import os
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from megatron_interbert.command_line import RECIPE
 from megatron_interbert.config import RunConfig
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError
+from megatron_interbert.parallel.launch import number
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"  # of a checkout; an installed package has none
 MAKERS = {"sample_corpus/train": "make_sample.py", "sample_shop/train": "make_shop.py"}
@@ -27,7 +27,7 @@ def make_missing_sample(config: RunConfig) -> None:
     if by_user or there.exists() or not maker.is_file():
         return
 
-    if int(os.environ.get("RANK", "0")):
+    if number("RANK", 0):
         deadline = time.monotonic() + PATIENCE
         while not there.exists() and time.monotonic() < deadline:
             time.sleep(0.2)

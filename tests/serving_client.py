@@ -1,4 +1,4 @@
-"""A service in a process of its own, as users start it, for tests that talk to it."""
+"""A service in a process of its own, for tests that talk to it."""
 
 import json
 import sys

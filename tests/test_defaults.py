@@ -1,5 +1,7 @@
 """What nobody has given is made to fit, and said; an error names where a number came from."""
 
+import contextlib
+import socket
 import sys
 
 import pytest
@@ -136,6 +138,15 @@ def test_a_small_store_trains_by_default_and_resumes(tmp_path):
     assert sorted(losses(tmp_path / "run")) == [*range(1, 9)]
 
 
+@contextlib.contextmanager
+def port_of_deepspeed_taken():
+    """Listen at the port that its launcher gives to every run, unless somebody else does."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            stack.enter_context(socket.create_server(("127.0.0.1", 29500)))
+        yield
+
+
 def test_the_users_own_command_on_a_fresh_checkout(tmp_path):
     """`deepspeed launchers/pretrain.sh` where there is no corpus yet, on two ranks; twice at once."""
     command = ("deepspeed", "--num_gpus", 2, ROOT / "launchers/pretrain.sh", "--deepspeed")
@@ -146,13 +157,14 @@ def test_the_users_own_command_on_a_fresh_checkout(tmp_path):
     assert "train step 3/3" in out
     assert "resume" not in out + err
 
-    both = [
-        start(*command, "--train-iters", 3, "--save", tmp_path / name, cwd=tmp_path)
-        for name in ("first", "second")
-    ]
-    for code, out, err in ends(both):
-        assert code == 0, out + err
-        assert "layout: DP2 x TP1 (2 ranks, gloo)" in out
+    with port_of_deepspeed_taken():
+        both = [
+            start(*command, "--train-iters", 3, "--save", tmp_path / name, cwd=tmp_path)
+            for name in ("first", "second")
+        ]
+        for code, out, err in ends(both):
+            assert code == 0, out + err
+            assert "layout: DP2 x TP1 (2 ranks, gloo)" in out
     assert losses(tmp_path / "first") == losses(tmp_path / "second")
 
 

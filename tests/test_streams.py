@@ -49,7 +49,11 @@ def test_what_could_not_be_printed_is_said(store, tmp_path):
     ("changes", "line"),
     [
         ({"RANK": "abc", "WORLD_SIZE": "2"}, "RANK is 'abc', expected a number"),
-        ({"RANK": "0", "WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc', expected a number"),
+        ({"RANK": "0", "WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc', expected a number, 1 or more"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE is '0', expected a number, 1 or more"),
+        ({"RANK": "9" * 5000, "WORLD_SIZE": "2"}, "RANK is '9{40}', expected a number"),
+        ({"RANK": "٣", "WORLD_SIZE": "4"}, "RANK is '٣', expected a number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 and WORLD_SIZE 2, expected a rank from 0 to 1"),
         ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "99999"}, "MASTER_PORT is"),
         ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID is not; start the processes by srun"),
     ],
@@ -68,7 +72,7 @@ def test_variables_of_a_node_that_make_no_sense(variable, text):
     command = (sys.executable, "launchers/node.py", "-m", "megatron_interbert.pretrain")
     code, out, err = launch(*command, warm=False, **{variable: text})
     assert (code, out) == (2, "")
-    assert err == f"error: {variable} is '{text}', expected a number, 1 or more; look at the launch command\n"
+    assert err == f"error: {variable} is '{text}', expected a number, 1 or more; see how the job was started\n"
 
 
 def test_a_device_that_nobody_knows_is_one_line():

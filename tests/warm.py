@@ -2,7 +2,7 @@
 
 They are forked by Python's fork server, which has imported everything that a run imports; pid, session,
 pipes, signals and exit code are their own, as after `python -m MODULE` and `python SCRIPT`. What users
-type is tried cold: tests/test_launch.py, test_slurm.py, test_hostfile.py.
+type is tried cold: tests/test_launch.py, test_slurm.py, test_hostfile.py, tools/test_help.py.
 """
 
 import atexit
@@ -33,13 +33,14 @@ def start_server():
     PYTHONPATH, because a test that has changed its folder may be the first to ask: a server that does
     not find what it should import says nothing, and all its processes import torch for themselves.
     """
-    settings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    settings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     with mock.patch.dict(os.environ, settings):
         forkserver.ensure_running()
 
 
 class WarmProcess:
-    """`python ARGUMENTS`, a script's or those of -m, with stdout and stderr captured.
+    """`python SCRIPT ..` or `python -m MODULE ..`, with stdout and stderr captured.
 
     It offers what subprocess.Popen does and tests use.
     """

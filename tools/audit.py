@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.errors import run_entry
+from megatron_interbert.parser import Parser
 from tools import pypi
 from tools.check_pins import IndexFailure, Unreachable
 from tools.locks import FOLDER, Locked, read_locks
@@ -67,7 +68,7 @@ def audit(address: str, locked: Iterable[Locked]) -> tuple[list[str], list[str]]
 
 def run() -> None:
     """Audit and say what was found, one line each."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--locks", type=Path, default=FOLDER, help="folder of the locks")

@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_interbert.command_line import Parser
 from megatron_interbert.errors import run_entry
 from megatron_interbert.files import check_output, json_text, write_output
+from megatron_interbert.parser import Parser
 from megatron_interbert.weights.manifest import versions
 from tools.benchmarks import checkpoint, data, retrieval, serve, train
 

@@ -21,6 +21,7 @@ from packaging.version import InvalidVersion, Version
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.parser import Parser
 from tools.check_pins import MACHINES, OURSELVES, PYTHONS, Pin, read_pins
 from tools.locks import FOLDER, HASH, MEND, Locked, places, read_locks
 
@@ -120,7 +121,7 @@ def check(requirements: Path, folder: Path, packages: dict[str, str]) -> list[st
 
 def run() -> None:
     """Check and say what was found, one line each."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--requirements", type=Path, default=Path("requirements.txt"))

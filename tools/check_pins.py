@@ -38,6 +38,7 @@ from packaging.version import InvalidVersion, Version
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.parser import Parser
 
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")  # those of launchers/make_environment.sh
 MACHINES = ("x86_64", "aarch64")
@@ -261,7 +262,7 @@ def check(path: Path, index: str) -> tuple[list[str], list[str]]:
 
 def run() -> None:
     """Check and say what was found, one line each."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--requirements", type=Path, default=Path("requirements.txt"))

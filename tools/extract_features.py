@@ -18,12 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from megatron_interbert.command_line import Parser, finite_number
+from megatron_interbert.command_line import finite_number
 from megatron_interbert.config import read_text
 from megatron_interbert.data.building.build import BuildPlan, build
 from megatron_interbert.data.building.detectors import BACKGROUND, DetectorChoice
 from megatron_interbert.data.building.sources.photos import PhotoSource
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.parser import Parser
 
 
 def parse() -> argparse.Namespace:

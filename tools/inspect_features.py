@@ -12,7 +12,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_interbert.command_line import Parser
 from megatron_interbert.config import read_text
 from megatron_interbert.data.inspection.page import report_page
 from megatron_interbert.data.inspection.report import Options, inspect_store
@@ -21,6 +20,7 @@ from megatron_interbert.data.photo_folder import photos_in
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.files import check_output, check_writable, write_output
+from megatron_interbert.parser import Parser
 
 
 def build_parser() -> argparse.ArgumentParser:

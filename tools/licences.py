@@ -21,6 +21,7 @@ from packaging.metadata import parse_email
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.parser import Parser
 from tools import pypi
 from tools.check_pins import PYTHONS, IndexFailure, Pin, fetch, installed_version, release_files
 from tools.locks import CUDA, FOLDER, Locked, read_locks, write
@@ -173,7 +174,7 @@ def check(path: Path, locked: list[Locked]) -> list[str]:
 
 def run() -> None:
     """Write or check the list."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--locks", type=Path, default=FOLDER, help="folder of the locks")

@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.parser import Parser
 from tools.check_pins import PYTHONS, read_pins
 from tools.locks import COMMON, CUDA, FOLDER, linux, places, read_lock, write
 
@@ -115,7 +116,7 @@ def split(text: str) -> dict[str, str]:
 
 def run() -> None:
     """Make both locks and say how many packages they hold."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--requirements", type=Path, default=Path("requirements.txt"))

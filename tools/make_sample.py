@@ -15,10 +15,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_interbert.command_line import Parser, finite_number, seed_number
+from megatron_interbert.command_line import finite_number, seed_number
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.files import check_writable, write_text
+from megatron_interbert.parser import Parser
 from megatron_interbert.progress import progress
 from tools.generated import FEATURES, SOFT_LABELS, Detector, generated_store
 from tools.sample_questions import question

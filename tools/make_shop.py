@@ -19,10 +19,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_interbert.command_line import Parser, finite_number, seed_number
+from megatron_interbert.command_line import finite_number, seed_number
 from megatron_interbert.data.building.shard_writer import commit
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.files import check_writable
+from megatron_interbert.parser import Parser
 from megatron_interbert.progress import progress
 from tools.generated import generated_store
 from tools.shop_pictures import draw_product

@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from megatron_interbert.command_line import Parser
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import HARD_IMAGES
 from megatron_interbert.data.region_batch import read_regions
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.files import new_file
+from megatron_interbert.parser import Parser
 from megatron_interbert.progress import progress
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_interbert.command_line import Parser, finite_number
+from megatron_interbert.command_line import finite_number
 from megatron_interbert.config import ModelConfig
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.files import check_output, json_text, write_output
 from megatron_interbert.model.presets import load_model_config
+from megatron_interbert.parser import Parser
 from megatron_interbert.training.memory import Layout, Load, Memory, largest_micro_batch, predict
 from megatron_interbert.training.processes import aligned
 from tools.benchmarks.batches import span

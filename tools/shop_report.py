@@ -18,7 +18,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_interbert.command_line import Parser
 from megatron_interbert.data.downstream.items import Catalogue
 from megatron_interbert.data.downstream.product_search import read_queries
 from megatron_interbert.data.downstream.recommendation import Clicks, read_clicks, read_topics
@@ -27,6 +26,7 @@ from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.files import check_output, json_text, write_output
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.parser import Parser
 from megatron_interbert.progress import progress
 from megatron_interbert.task_config import EvaluateProductSearchConfig
 from megatron_interbert.tasks.item_scorer import ItemScorer, catalogue_of

@@ -57,7 +57,7 @@ def local_place() -> LocalPlace:
     """
     slurm = _by_srun() and "LOCAL_RANK" not in os.environ
     rank = number("SLURM_LOCALID" if slurm else "LOCAL_RANK", 0)
-    size = number("LOCAL_WORLD_SIZE", number("LOCAL_SIZE", 1))
+    size = number("LOCAL_WORLD_SIZE", number("LOCAL_SIZE", 1, least=1), least=1)
     return LocalPlace(rank, size, read_launcher() in ("deepspeed", "torchrun"))
 
 
@@ -72,7 +72,7 @@ def read_launcher() -> str:
 
 def _by_srun() -> bool:
     """Whether this is one of several tasks of a step; a batch script has SLURM_NTASKS, and is one."""
-    return number("SLURM_STEP_NUM_TASKS", 1) > 1
+    return number("SLURM_STEP_NUM_TASKS", 1, least=1) > 1
 
 
 def _set_by_srun(name: str) -> str:
@@ -103,16 +103,17 @@ def read_launch() -> Launch:
         env["MASTER_ADDR"], env["MASTER_PORT"] = meeting_place()
     else:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    rank, ranks = number("RANK", 0), number("WORLD_SIZE", 1)
-    if not 0 <= rank < ranks:
+    rank = number("RANK", 0)
+    ranks = number("WORLD_SIZE", 1, least=1)
+    if rank >= ranks:
         raise UsageError(
-            f"RANK is {rank} and WORLD_SIZE {ranks}, expected a rank from 0 to {ranks - 1}; look at the launch command"
+            f"RANK is {rank} and WORLD_SIZE {ranks}, expected a rank from 0 to {ranks - 1}; see how the job was started"
         )
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not env.get(name):
             raise UsageError(f"{name} is not set, so {ranks} processes cannot meet; start them by deepspeed, torchrun or sbatch")
-    port = number("MASTER_PORT", 0)
-    if not 0 < port < 1 << 16:
+    port = number("MASTER_PORT", 0, least=1)
+    if port >= 1 << 16:
         raise UsageError(f"MASTER_PORT is {port}, expected 1 to 65535")
 
     place = local_place()
@@ -154,8 +155,11 @@ def node_name() -> str:
 def number(name: str, default: int, least: int = 0) -> int:
     """Read a whole number from the environment; UsageError for anything else."""
     text = os.environ.get(name) or str(default)
-    if not text.isdecimal() or int(text) < least:
-        raise UsageError(f"{name} is '{text}', expected a number, {least} or more; look at the launch command")
+    plain = text.isascii() and text.isdigit() and len(text) < 20
+    if not plain or int(text) < least:
+        raise UsageError(
+            f"{name} is '{text[:40]}', expected a number, {least} or more; see how the job was started"
+        )
     return int(text)
 
 

@@ -153,7 +153,7 @@ class ScoreTiles:
         damaged = [self._file(place).name for place in missing if self._file(place).exists()]
         if damaged:
             print(
-                f"{self.folder}: damaged tiles are scored again: {some(damaged)}",
+                f"{self.folder}: tiles that are damaged or of an earlier version are scored again: {some(damaged)}",
                 flush=True,
             )
         return missing
@@ -189,7 +189,7 @@ class ScoreTiles:
                 scores = self._scores(place)
                 if scores is None:
                     raise TrainingStopped(
-                        f"{self._file(place)}: has changed since it was written; give the same command again to score it anew"
+                        f"{self._file(place)}: has changed since it was written; give the same command again to score it again"
                     )
             yield *self.extent(place), scores
 

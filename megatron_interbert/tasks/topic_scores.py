@@ -118,7 +118,7 @@ def missing_parts(folder: Path, rows_of: dict[int, int], digest: bytes) -> list[
     missing = [start for start, rows in rows_of.items() if not is_whole(part(folder, start), rows, digest)]
     damaged = [part(folder, start).name for start in missing if part(folder, start).exists()]
     if damaged:
-        print(f"{folder}: damaged parts are scored again: {some(damaged)}", flush=True)
+        print(f"{folder}: parts that are damaged or of an earlier version are scored again: {some(damaged)}", flush=True)
     return missing
 
 

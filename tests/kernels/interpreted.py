@@ -36,11 +36,13 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def of_each_type(*cases):
-    """[(dtype, case)]: all cases in float32, the last in the others; on a GPU tests/gpu try all in all.
+    """[(dtype, case)]: all cases in float32; in each other type the first and the last.
 
-    The interpreter takes seconds for each.
+    The interpreter takes seconds for each. On a GPU tests/gpu try all types, at larger sizes.
     """
-    return [(DTYPES[0], case) for case in cases] + [(dtype, cases[-1]) for dtype in DTYPES[1:]]
+    return [(DTYPES[0], case) for case in cases] + [
+        (dtype, case) for dtype in DTYPES[1:] for case in (cases[0], cases[-1])
+    ]
 
 
 @pytest.fixture(autouse=True)

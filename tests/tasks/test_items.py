@@ -365,7 +365,7 @@ def test_all_topics_and_items_as_parquet(shop, tmp_path):
     code, out, err = train(2, *asked, module="megatron_interbert.evaluate")
     assert code == 0, out + err
     assert "160 pairs in 6 parts, 3 of them scored now" in out
-    assert "damaged parts are scored again: part-000000014.parquet" in out
+    assert "parts that are damaged or of an earlier version are scored again: part-000000014.parquet" in out
     again = parquet.read_table(tmp_path / "scores").to_pydict()
     assert dict(zip(zip(again["topic_id"], again["item_id"], strict=True), again["score"], strict=True)) == pytest.approx(
         whole, rel=1e-4

@@ -82,6 +82,6 @@ def test_a_tile_that_was_changed_is_scored_anew(tmp_path, capsys, spoil):
         list(tiles.read())
     assert tiles.missing() == [(0, 2)]
     assert (
-        "damaged tiles are scored again: scores-00000000-00000002.npy"
+        "tiles that are damaged or of an earlier version are scored again: scores-00000000-00000002.npy"
         in capsys.readouterr().out
     )
