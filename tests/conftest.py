@@ -9,26 +9,37 @@ import pytest
 
 from tests.corpus import write_store
 
-# Files are tested side by side. Those that take a minute or more begin first, the longest at the
+# Files are tested side by side. Those that take half a minute or more begin first, the longest at the
 # head, so that none is left to run alone at the end.
 LONGEST_FILES = (
     "test_together.py",
     "test_slurm.py",
+    "test_triton.py",
     "test_layouts.py",
-    "test_retrieval.py",
-    "test_launch.py",
     "test_benchmark.py",
+    "test_build_features_faults.py",
     "test_finetune.py",
     "test_topologies.py",
-    "test_triton.py",
+    "test_launch.py",
     "test_hostfile.py",
-    "test_convert.py",
-    "test_resume.py",
-    "test_build_features_faults.py",
     "test_defaults.py",
-    "test_fast_path.py",
+    "test_locked_environment.py",
     "test_real_images.py",
-    "test_extract_features.py",
+    "test_convert.py",
+    "test_memory.py",
+    "test_injection.py",
+    "test_fast_path.py",
+    "test_faults.py",
+    "test_resume.py",
+    "test_environment.py",
+    "test_ablate.py",
+    "test_acceptance.py",
+    "test_loader.py",
+    "test_retrieval.py",
+    "test_odd_input.py",
+    "test_tiles.py",
+    "test_stops.py",
+    "test_streams.py",
 )
 
 

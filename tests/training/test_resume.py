@@ -53,11 +53,12 @@ def undisturbed(store, tmp_path_factory):
 
 
 def kill_after_step(process, save, step):
-    """SIGKILL to the whole session as soon as metrics.jsonl shows a step."""
+    """SIGKILL to the whole session as soon as it has saved and metrics.jsonl shows a step."""
+    saved = Path(save) / "latest"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         file = Path(save) / "metrics.jsonl"
-        if file.exists() and any(f'"step": {s},' in file.read_text() for s in range(step, 20)):
+        if saved.exists() and file.exists() and any(f'"step": {s},' in file.read_text() for s in range(step, 20)):
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             return
