@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -113,6 +114,13 @@ def ends(processes, timeout=120):
         out, err = process.communicate(timeout=timeout)
         results.append((process.returncode, out, err))
     return results
+
+
+def kill_session(process):
+    """SIGKILL to a process and to all that it has started; it may have ended by itself."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 def until(condition, what, seconds=90):

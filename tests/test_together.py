@@ -220,8 +220,13 @@ def running(store, tmp_path):
     def begin(*more, **changes):
         flags = ("--data-path", store, "--save", tmp_path / "run", *TINY, *ENDLESS, *HANGS, *more)
         started.extend(start_ranks(flags, flags, **changes))
-        until(lambda: steps(tmp_path / "run") >= 3, "three steps")
+        until(three_steps, "three steps")
         return started
+
+    def three_steps():
+        ended = [process for process in started if process.poll() is not None]
+        assert not ended, ends(ended)
+        return steps(tmp_path / "run") >= 3
 
     yield begin
     for process in started:
@@ -296,7 +301,8 @@ def test_an_evaluation_ends_at_a_signal_and_does_not_hang(store, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_takes_the_other_with_it(running, rank):
     """How it ended can be read until its parent has asked: so not by the fork server, which is quick."""
-    ranks = running("--num-workers", 0, PYTHONUNBUFFERED="1")
+    # Cold processes on a busy machine may take more than HANGS in their first step.
+    ranks = running("--num-workers", 0, "--hang-timeout", 60, PYTHONUNBUFFERED="1")
     ranks[rank].kill()
     [(code, out, err)] = ends([ranks[1 - rank]], timeout=30)
     assert code == 1, out + err

@@ -3,7 +3,6 @@
 import os
 import random
 import shutil
-import signal
 import sys
 import time
 
@@ -13,7 +12,7 @@ import pytest
 from megatron_interbert.data.manifest import HARD_NEGATIVES
 from megatron_interbert.data.store import RegionStore
 from tests.corpus import write_store
-from tests.launching import launch, start
+from tests.launching import kill_session, launch, start
 
 COMMAND = (sys.executable, "tools/mine_negatives.py")
 MANY_BLOCKS = ("--block", 10, "--budget", 500, "--candidates", 60, "--threads", 2)
@@ -68,8 +67,7 @@ def test_killed_at_random_it_ends_in_the_same_bytes(copy):
         while process.poll() is None and len(list(partial.glob("block-*.npy"))) < wanted:
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.02))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill_session(process)
         went_on += partial.exists()
     assert went_on >= 3
     if not output.exists() or partial.exists():
@@ -84,8 +82,7 @@ def test_other_options_on_unfinished_work(copy):
     partial = copy / f"{HARD_NEGATIVES}.partial"
     while process.poll() is None and not list(partial.glob("block-*.npy")):
         time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill_session(process)
     assert partial.exists()
     error = refused(copy, *MANY_BLOCKS, "--ngrams", "2", "--top", 5)
     assert "unfinished work with top 30, ngrams [1, 2], now top 5, ngrams [2]" in error

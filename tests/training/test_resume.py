@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.training.resume import check_same_run, newest_settings
 from megatron_interbert.training.run_folder import to_prune
 from megatron_interbert.weights.manifest import complete_checkpoints, read_manifest, verify
-from tests.launching import deepspeed, launch, losses, pretrain, start, train
+from tests.launching import deepspeed, kill_session, launch, losses, pretrain, start, train
 from tests.shared import needs_half_precision
 
 FLAGS = (
@@ -59,8 +58,7 @@ def kill_after_step(process, save, step):
     while time.monotonic() < deadline and process.poll() is None:
         file = Path(save) / "metrics.jsonl"
         if saved.exists() and file.exists() and any(f'"step": {s},' in file.read_text() for s in range(step, 20)):
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            kill_session(process)
             return
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached: {process.communicate()}")
