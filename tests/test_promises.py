@@ -5,6 +5,14 @@ import re
 from tests.launching import ROOT
 
 
+def test_each_campaign_is_there():
+    text = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+    campaigns = re.findall(r"`python -m (tests[a-z0-9_.]+)", text)
+    assert len(campaigns) >= 5
+    for name in campaigns:
+        assert (ROOT / name.replace(".", "/")).with_suffix(".py").is_file(), name
+
+
 def test_each_promise_names_its_tests():
     lines = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in lines if line.startswith("|") and not line.startswith(("| Fault |", "|---"))]

@@ -33,6 +33,7 @@ FILTERS = {
     h5z.FILTER_SZIP,
     h5z.FILTER_LZF,
 }
+CHECKSUM_BYTES = 4  # of Fletcher's
 KINDS = {h5t.INTEGER, h5t.FLOAT, h5t.STRING}
 LINKS = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "a link into another file"}
 
@@ -221,7 +222,12 @@ class Hdf5File:
         if not isinstance(found, h5d.DatasetID):
             raise self._refusal(shown, "is a group or a type, expected a dataset")
 
-        problem = _layout_problem(found) or _type_problem(found) or self._size_problem(found)
+        problem = (
+            _layout_problem(found)
+            or _checksum_problem(found)
+            or _type_problem(found)
+            or self._size_problem(found)
+        )
         if problem:
             raise self._refusal(shown, problem)
         return h5py.Dataset(found, readonly=True)
@@ -265,6 +271,28 @@ def _layout_problem(dataset: h5d.DatasetID) -> str:
             shown = name.decode("utf-8", "replace")[:40] or code
             return f"is packed by the filter {shown!r}, expected gzip, lzf, szip or none (h5repack -f GZIP=1)"
     return ""
+
+
+def _checksum_problem(dataset: h5d.DatasetID) -> str:
+    """Say which chunk is too short for the checksum that should end it.
+
+    HDF5 (2.0.0) takes the checksum's bytes off the length without looking whether there are so many,
+    and then reads beyond the chunk.
+    """
+    properties = dataset.get_create_plist()
+    filters = [properties.get_filter(number)[0] for number in range(properties.get_nfilters())]
+    if h5z.FILTER_FLETCHER32 not in filters:
+        return ""
+    last = len(filters) - 1
+    if filters.index(h5z.FILTER_FLETCHER32) != last:
+        return "has checksums of what is packed again, expected them last (h5repack -f GZIP=1)"
+
+    def place_of_short(chunk: h5d.StoreInfo) -> tuple[int, ...] | None:
+        checked = not chunk.filter_mask >> last & 1
+        return chunk.chunk_offset if checked and chunk.size < CHECKSUM_BYTES else None
+
+    place = dataset.chunk_iter(place_of_short)
+    return "" if place is None else f"has a chunk at {place} that is too short for its checksum"
 
 
 def _type_problem(dataset: h5d.DatasetID) -> str:

@@ -400,3 +400,51 @@ def test_a_process_that_met_a_damaged_dataset_ends_as_any_other(tmp_path, secret
     ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
     assert "bad version number for fill value" in ended.stdout
+
+
+def with_checksums(path, order=("deflate", "fletcher32")):
+    """Pack `pos_boxes` of a source in one chunk, through filters in this order."""
+    with h5py.File(path, "r+") as file:
+        values = file["pos_boxes"][:]
+        del file["pos_boxes"]
+        creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        creation.set_chunk(values.shape)
+        for name in order:
+            getattr(creation, f"set_{name}")()
+        kind = h5py.h5t.py_create(values.dtype)
+        space = h5py.h5s.create_simple(values.shape)
+        made = h5py.h5d.create(file.id, b"pos_boxes", kind, space, creation)
+        made.write(h5py.h5s.ALL, h5py.h5s.ALL, values)
+        return made.get_chunk_info(0).size
+
+
+def test_packed_values_with_checksums_are_read(tmp_path):
+    path = source(tmp_path)
+    plain = [record.regions.boxes.tolist() for record in source_of(path)]
+    with_checksums(path)
+    assert [record.regions.boxes.tolist() for record in source_of(path)] == plain
+
+
+@pytest.mark.parametrize("length", [0, 1, 3])
+def test_a_chunk_too_short_for_its_checksum(tmp_path, length):
+    """HDF5 2.0.0 ended the process by SIGSEGV: it took four bytes off a length of none."""
+    path = source(tmp_path)
+    size = with_checksums(path)
+    data = bytearray(path.read_bytes())
+    keys = [
+        at
+        for at in range(len(data) - 8)
+        if data[at : at + 8] == size.to_bytes(4, "little") + bytes(4)
+    ]
+    for at in keys:  # that of the chunk in its tree, and what only looks like it
+        data[at : at + 4] = length.to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match=r"'pos_boxes' has a chunk at .* too short for its checksum"):
+        source_of(path)
+
+
+def test_checksums_of_what_is_packed_again(tmp_path):
+    path = source(tmp_path)
+    with_checksums(path, order=("fletcher32", "deflate"))
+    with pytest.raises(UsageError, match="'pos_boxes' has checksums of what is packed again"):
+        source_of(path)

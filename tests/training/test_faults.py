@@ -1,4 +1,4 @@
-"""The short form of the fault campaign; the long one is `python tests/campaigns/faults.py --kills 200`."""
+"""The short form of the fault campaign; the long one is `python -m tests.campaigns.faults --kills 200`."""
 
 import json
 import subprocess
