@@ -12,9 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from tests.warm import WarmProcess
+from tests.warm import ROOT, WarmProcess
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = (
     "--model",
     "tiny",

@@ -30,8 +30,8 @@ _context.set_forkserver_preload(["tests.warm_imports"])
 def start_server():
     """Start the fork server unless it runs; libraries read these settings when they are loaded.
 
-    PYTHONPATH, because a test that has changed its folder may be the first to ask: a server that does
-    not find what it should import says nothing, and all its processes import torch for themselves.
+    PYTHONPATH is among them because the first test to ask may have changed its folder: a server that
+    cannot import what it should stays silent, and each of its processes then imports torch itself.
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     settings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
@@ -138,7 +138,7 @@ class _Start:
         sys.stderr = open(2, "w", buffering=1, closefd=False)
         if self.files:
             resource.setrlimit(resource.RLIMIT_NOFILE, (self.files, self.files))
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the package does when its command begins
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the package sets it when a command begins
         if self.arguments[0] == "-m":
             self.run_module(*self.arguments[1:])
         else:

@@ -274,10 +274,10 @@ def _layout_problem(dataset: h5d.DatasetID) -> str:
 
 
 def _checksum_problem(dataset: h5d.DatasetID) -> str:
-    """Say which chunk is too short for the checksum that should end it.
+    """Why a chunk cannot hold the checksum at its end; empty where every chunk can.
 
-    HDF5 (2.0.0) takes the checksum's bytes off the length without looking whether there are so many,
-    and then reads beyond the chunk.
+    HDF5 2.0.0 subtracts the size of the checksum from the size of the chunk without a check, and then
+    reads past its end.
     """
     properties = dataset.get_create_plist()
     filters = [properties.get_filter(number)[0] for number in range(properties.get_nfilters())]
@@ -285,7 +285,7 @@ def _checksum_problem(dataset: h5d.DatasetID) -> str:
         return ""
     last = len(filters) - 1
     if filters.index(h5z.FILTER_FLETCHER32) != last:
-        return "has checksums of what is packed again, expected them last (h5repack -f GZIP=1)"
+        return "is compressed after its checksums are added, expected checksums last (h5repack -f GZIP=1)"
 
     def place_of_short(chunk: h5d.StoreInfo) -> tuple[int, ...] | None:
         checked = not chunk.filter_mask >> last & 1

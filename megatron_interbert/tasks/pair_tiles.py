@@ -150,10 +150,10 @@ class ScoreTiles:
 
     def _look(self) -> list[tuple[int, int]]:
         missing = [place for place in self.places if self._scores(place) is None]
-        damaged = [self._file(place).name for place in missing if self._file(place).exists()]
-        if damaged:
+        again = [self._file(place).name for place in missing if self._file(place).exists()]
+        if again:
             print(
-                f"{self.folder}: tiles that are damaged or of an earlier version are scored again: {some(damaged)}",
+                f"{self.folder}: tiles that are damaged or of an earlier version are scored again: {some(again)}",
                 flush=True,
             )
         return missing
@@ -189,7 +189,7 @@ class ScoreTiles:
                 scores = self._scores(place)
                 if scores is None:
                     raise TrainingStopped(
-                        f"{self._file(place)}: has changed since it was written; give the same command again to score it again"
+                        f"{self._file(place)}: has changed since it was written; repeat the command to score it again"
                     )
             yield *self.extent(place), scores
 

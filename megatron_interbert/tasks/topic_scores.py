@@ -116,9 +116,9 @@ def claim(folder: Path, plan: dict[str, Any]) -> None:
 def missing_parts(folder: Path, rows_of: dict[int, int], digest: bytes) -> list[int]:
     """Starts of parts that are not there yet, or not as they were written. UsageError for a part of another plan."""
     missing = [start for start, rows in rows_of.items() if not is_whole(part(folder, start), rows, digest)]
-    damaged = [part(folder, start).name for start in missing if part(folder, start).exists()]
-    if damaged:
-        print(f"{folder}: parts that are damaged or of an earlier version are scored again: {some(damaged)}", flush=True)
+    again = [part(folder, start).name for start in missing if part(folder, start).exists()]
+    if again:
+        print(f"{folder}: parts that are damaged or of an earlier version are scored again: {some(again)}", flush=True)
     return missing
 
 

@@ -427,7 +427,7 @@ def test_packed_values_with_checksums_are_read(tmp_path):
 
 @pytest.mark.parametrize("length", [0, 1, 3])
 def test_a_chunk_too_short_for_its_checksum(tmp_path, length):
-    """HDF5 2.0.0 ended the process by SIGSEGV: it took four bytes off a length of none."""
+    """HDF5 2.0.0 subtracts four bytes from a size of zero, and the process ended by SIGSEGV."""
     path = source(tmp_path)
     size = with_checksums(path)
     data = bytearray(path.read_bytes())
@@ -443,8 +443,8 @@ def test_a_chunk_too_short_for_its_checksum(tmp_path, length):
         source_of(path)
 
 
-def test_checksums_of_what_is_packed_again(tmp_path):
+def test_checksums_before_compression(tmp_path):
     path = source(tmp_path)
     with_checksums(path, order=("fletcher32", "deflate"))
-    with pytest.raises(UsageError, match="'pos_boxes' has checksums of what is packed again"):
+    with pytest.raises(UsageError, match="'pos_boxes' is compressed after its checksums are added"):
         source_of(path)
