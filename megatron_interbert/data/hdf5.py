@@ -33,7 +33,7 @@ FILTERS = {
     h5z.FILTER_SZIP,
     h5z.FILTER_LZF,
 }
-CHECKSUM_BYTES = 4  # of Fletcher's
+CHECKSUM_BYTES = 4  # what the filter fletcher32 appends to a chunk
 KINDS = {h5t.INTEGER, h5t.FLOAT, h5t.STRING}
 LINKS = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "a link into another file"}
 
@@ -276,13 +276,15 @@ def _layout_problem(dataset: h5d.DatasetID) -> str:
 def _checksum_problem(dataset: h5d.DatasetID) -> str:
     """Why a chunk cannot hold the checksum at its end; empty where every chunk can.
 
-    HDF5 2.0.0 subtracts the size of the checksum from the size of the chunk without a check, and then
-    reads past its end.
+    HDF5 2.0.0 takes the size of the checksum from the size of the chunk, even from a smaller one, and
+    then reads past the end. How long a chunk is before its checksum can be seen only where the
+    checksum was added last.
     """
     properties = dataset.get_create_plist()
     filters = [properties.get_filter(number)[0] for number in range(properties.get_nfilters())]
     if h5z.FILTER_FLETCHER32 not in filters:
         return ""
+
     last = len(filters) - 1
     if filters.index(h5z.FILTER_FLETCHER32) != last:
         return "is compressed after its checksums are added, expected checksums last (h5repack -f GZIP=1)"

@@ -1,7 +1,8 @@
-"""Scores of all topics and items as Parquet: shared out over ranks, gone on with after a stop.
+"""Scores of all topics and items as Parquet: shared out over ranks, resumable after a stop.
 
-A part holds a run of items and all topics: columns topic_id, item_id, score. It appears whole; a part that is there is not scored again.
-The folder remembers what it holds, and so does each part: other weights, data or settings are refused.
+A part holds a run of items and all topics, in the columns topic_id, item_id and score. Parts are
+written whole, and whole parts are not scored again. The folder records what it was made from, and so
+does each part: other weights, data or settings are refused.
 """
 
 import hashlib

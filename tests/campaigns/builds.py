@@ -1,6 +1,6 @@
 """Kills builds of region stores at random moments, starts them again, and compares the result with an undisturbed one.
 
-    python tests/campaigns/builds.py --kills 50
+    python -m tests.campaigns.builds --kills 50
 
 Each build is the real command with two processes. It is killed as a whole or only its first process (the others must then end by
 themselves), until one life comes through; then all bytes of the store must be those of the undisturbed build.
@@ -17,8 +17,6 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.corpus import VOCABULARY
 from tests.data.formats import lxmert_line, made_up_images, tensorpack_lmdb, write_npz

@@ -1,6 +1,6 @@
 """Kills training runs, spoils their checkpoints and fills their disk, again and again; checks after each that nothing is lost.
 
-    python tests/campaigns/faults.py --kills 200
+    python -m tests.campaigns.faults --kills 200
 
 Ranks are real processes that train, save and resume as launched ones do. They are forked from this process, which has
 imported everything, so that a life costs one second instead of ten. After each death:
@@ -25,8 +25,6 @@ from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from megatron_interbert import pretrain
 from megatron_interbert.progress import progress
 from megatron_interbert.weights.manifest import MANIFEST, complete_checkpoints, verify

@@ -1,6 +1,6 @@
 """Mutated inputs: each must end in one clear error or in report lines, never in a crash, a hang or a half-written shard.
 
-python tests/campaigns/fuzzing.py --cases 2000 --seed 1
+    python -m tests.campaigns.fuzzing --cases 2000 --seed 1
 """
 
 import argparse
@@ -9,12 +9,9 @@ import json
 import random
 import shutil
 import signal
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 

@@ -1,18 +1,14 @@
 """Mutated pickles: each gives a value or a ValueError, in bounded memory; the helper survives.
 
-python tests/campaigns/pickles.py --cases 200000 --seed 1
+    python -m tests.campaigns.pickles --cases 200000 --seed 1
 """
 
 import argparse
 import pickle
 import random
 import resource
-import sys
 import time
 from collections import Counter
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 

@@ -1,7 +1,7 @@
 """Compiles every Triton kernel for every kind of card, and compares what it takes with what the card offers.
 
-    python tests/campaigns/tiles.py --write
-    python tests/campaigns/tiles.py --capabilities 8.0 9.0 --dtypes float32
+    python -m tests.campaigns.tiles --write
+    python -m tests.campaigns.tiles --capabilities 8.0 9.0 --dtypes float32
 
 No GPU is needed. All of it takes eight minutes on two cores; a line a row tells how far it is. The first command writes the tables of
 docs/kernels.md. It fails where a tile takes more than `kernels/fit.py` says, or where a thread spills more than a few registers.
@@ -16,8 +16,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_interbert.kernels.fit import SHARED_MEMORY, TILES, tile_bytes, tile_for
 

@@ -225,15 +225,16 @@ def test_unfinished_builds_are_not_mixed_up(tmp_path, images):
 
 
 def test_killed_at_any_moment_the_same_command_goes_on():
-    """The short form of tests/campaigns/builds.py --kills 50."""
-    code, out, err = launch(sys.executable, "tests/campaigns/builds.py", "--kills", 4, "--seed", 3)
+    """The short form of `python -m tests.campaigns.builds --kills 50`."""
+    code, out, err = launch(sys.executable, "-m", "tests.campaigns.builds", "--kills", 4, "--seed", 3)
     assert code == 0, out + err
     assert "builds compared" in out
 
 
 def test_mutated_inputs_end_in_clear_errors():
-    """700 files of seven kinds; more: tests/campaigns/fuzzing.py --cases 20000."""
-    code, out, err = launch(sys.executable, "tests/campaigns/fuzzing.py", "--cases", 700, "--seed", 0)
+    """700 files of seven kinds; more: `python -m tests.campaigns.fuzzing --cases 20000`."""
+    command = (sys.executable, "-m", "tests.campaigns.fuzzing")
+    code, out, err = launch(*command, "--cases", 700, "--seed", 0)
     assert code == 0, out + err
     assert "700 mutated inputs: no crash, no hang, nothing half-written" in out
     assert "without words" not in out

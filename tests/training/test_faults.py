@@ -6,10 +6,12 @@ import sys
 
 from tests.launching import ENVIRONMENT, ROOT
 
+COMMAND = (sys.executable, "-m", "tests.campaigns.faults")
+
 
 def test_kills_and_damage_lose_nothing():
     result = subprocess.run(
-        [sys.executable, "tests/campaigns/faults.py", "--kills", "6", "--layouts", "1", "--spoil", "0.8", "--quiet"],
+        [*COMMAND, "--kills", "6", "--layouts", "1", "--spoil", "0.8", "--quiet"],
         cwd=ROOT,
         env=ENVIRONMENT,
         capture_output=True,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -54,10 +55,12 @@ def undisturbed(store, tmp_path_factory):
 def kill_after_step(process, save, step):
     """SIGKILL to the whole session as soon as it has saved and metrics.jsonl shows a step."""
     saved = Path(save) / "latest"
+    metrics = Path(save) / "metrics.jsonl"
+    shown = re.compile("|".join(f'"step": {later},' for later in range(step, 20)))
+
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        file = Path(save) / "metrics.jsonl"
-        if saved.exists() and file.exists() and any(f'"step": {s},' in file.read_text() for s in range(step, 20)):
+        if saved.exists() and metrics.exists() and shown.search(metrics.read_text()):
             kill_session(process)
             return
         time.sleep(0.02)
