@@ -5,28 +5,24 @@ from typing import Any
 
 from megatron_interbert.command_line import parse_task
 from megatron_interbert.errors import end_at_once, run_entry
+from megatron_interbert.machines.facts import code_fingerprint, library_versions
+from megatron_interbert.machines.watchdog import Watchdog
 from megatron_interbert.parallel.agreement import check_alike
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.signals import STOPPING, take_over
-from megatron_interbert.task_config import (
-    EvaluateConfig,
-    EvaluateGlueConfig,
-    EvaluateProductSearchConfig,
-    EvaluateRecommendationConfig,
-    EvaluateRetrievalConfig,
-    EvaluateVcrConfig,
-    ScoreTopicsConfig,
-)
-from megatron_interbert.tasks.glue_evaluation import evaluate_glue
-from megatron_interbert.tasks.item_evaluation import evaluate_product_search, evaluate_recommendation
+from megatron_interbert.tasks.config import EvaluateConfig
+from megatron_interbert.tasks.glue.config import EvaluateGlueConfig
+from megatron_interbert.tasks.glue.evaluation import evaluate_glue
 from megatron_interbert.tasks.precision import settle_precision
-from megatron_interbert.tasks.retrieval_evaluation import evaluate_retrieval
-from megatron_interbert.tasks.topic_scores import score_topics
-from megatron_interbert.tasks.vcr_evaluation import evaluate_vcr
-from megatron_interbert.training.node_facts import code_fingerprint, library_versions
-from megatron_interbert.training.watchdog import Watchdog
+from megatron_interbert.tasks.retrieval.config import EvaluateRetrievalConfig
+from megatron_interbert.tasks.retrieval.evaluation import evaluate_retrieval
+from megatron_interbert.tasks.shop.config import EvaluateProductSearchConfig, EvaluateRecommendationConfig, ScoreTopicsConfig
+from megatron_interbert.tasks.shop.evaluation import evaluate_product_search, evaluate_recommendation
+from megatron_interbert.tasks.shop.topic_scores import score_topics
+from megatron_interbert.tasks.vcr.config import EvaluateVcrConfig
+from megatron_interbert.tasks.vcr.evaluation import evaluate_vcr
 
 TASKS: dict[str, tuple[type[EvaluateConfig], Callable[..., Any]]] = {
     "retrieval": (EvaluateRetrievalConfig, evaluate_retrieval),
@@ -43,7 +39,7 @@ def run() -> None:
     take_over(STOPPING, end_at_once)  # what is finished lies on disk
     config, evaluate = parse_task(TASKS, "evaluate retrieval --load RUN --data-path STORE")
     if read_launch().world_size > 1:
-        from megatron_interbert.training.processes import start_processes  # a single process needs no DeepSpeed
+        from megatron_interbert.machines.processes import start_processes  # a single process needs no DeepSpeed
 
         device = start_processes()
     else:

@@ -7,19 +7,16 @@ from typing import Any
 from megatron_interbert.command_line import parse_task
 from megatron_interbert.errors import end_at_once, run_entry
 from megatron_interbert.signals import STOPPING, take_over
-from megatron_interbert.task_config import (
-    FinetuneConfig,
-    GlueConfig,
-    ProductSearchConfig,
-    RecommendationConfig,
-    RetrievalConfig,
-    VcrConfig,
-)
-from megatron_interbert.tasks.glue import glue_job
-from megatron_interbert.tasks.product_search import product_search_job
-from megatron_interbert.tasks.recommendation import recommendation_job
-from megatron_interbert.tasks.retrieval import retrieval_job
-from megatron_interbert.tasks.vcr import vcr_job
+from megatron_interbert.tasks.config import FinetuneConfig
+from megatron_interbert.tasks.glue.config import GlueConfig
+from megatron_interbert.tasks.glue.job import glue_job
+from megatron_interbert.tasks.retrieval.config import RetrievalConfig
+from megatron_interbert.tasks.retrieval.job import retrieval_job
+from megatron_interbert.tasks.shop.config import ProductSearchConfig, RecommendationConfig
+from megatron_interbert.tasks.shop.search import product_search_job
+from megatron_interbert.tasks.shop.topics import recommendation_job
+from megatron_interbert.tasks.vcr.config import VcrConfig
+from megatron_interbert.tasks.vcr.job import vcr_job
 from megatron_interbert.training.setup import prepare
 
 TASKS: dict[str, tuple[type[FinetuneConfig], Callable[..., Any]]] = {

@@ -28,6 +28,9 @@ from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.files import check_writable, nearest_folder, write_json
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
+from megatron_interbert.machines.host import same_bits_every_time
+from megatron_interbert.machines.node_table import compare_nodes, device_in_use
+from megatron_interbert.machines.processes import start_processes
 from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.launch import environment_of_one_process, read_launch
@@ -42,12 +45,9 @@ from megatron_interbert.training.deepspeed_config import (
     read_deepspeed_config,
 )
 from megatron_interbert.training.engine import Engine
-from megatron_interbert.training.host import same_bits_every_time
 from megatron_interbert.training.memory import predict
 from megatron_interbert.training.micro_batch import Trial, layout_of, load_of, memory_of
-from megatron_interbert.training.node_table import compare_nodes, device_in_use
 from megatron_interbert.training.optimizer import learning_rate
-from megatron_interbert.training.processes import start_processes
 from megatron_interbert.training.resume import check_same_model, newest_manifest
 from megatron_interbert.training.setup import parts_of_model, pretraining_job
 

@@ -8,7 +8,7 @@ from megatron_interbert.config import RunConfig
 from megatron_interbert.errors import end_at_once, run_entry
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.launch import read_launch
-from megatron_interbert.sample_data import make_missing_sample
+from megatron_interbert.sample.missing import make_missing_sample
 from megatron_interbert.signals import STOPPING, take_over
 from megatron_interbert.training.setup import prepare
 

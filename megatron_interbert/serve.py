@@ -13,11 +13,11 @@ from megatron_interbert.command_line import parse
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.serving.app import make_app
+from megatron_interbert.serving.config import ServeConfig
 from megatron_interbert.serving.connections import ACCEPTED_AT_ONCE, Connection, Crowd, fit_connections
 from megatron_interbert.serving.hosts import AllowedHosts
 from megatron_interbert.serving.log_limit import Allowance, LimitedHandler
 from megatron_interbert.serving.start import open_models, open_service
-from megatron_interbert.task_config import ServeConfig
 from megatron_interbert.tasks.precision import settle_precision
 
 REQUEST_LINES = Allowance(200, 1.0)  # in the log

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_interbert.data.building.store_writer import RegionStoreWriter
 from megatron_interbert.data.regions import Regions
+from megatron_interbert.preparation.building.store_writer import RegionStoreWriter
 
 WORDS = [
     "a",

@@ -10,7 +10,7 @@ from megatron_interbert.command_line import parse
 from megatron_interbert.config import RunConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.presets import PRESETS
-from megatron_interbert.task_config import GlueConfig
+from megatron_interbert.tasks.glue.config import GlueConfig
 from megatron_interbert.tasks.parts import fit_length
 from megatron_interbert.training.deepspeed_config import merge
 from tests.corpus import write_store

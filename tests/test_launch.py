@@ -11,8 +11,8 @@ import h5py
 import numpy as np
 import pytest
 
-from tests.data.hostile import renew
 from tests.launching import ENVIRONMENT, ROOT, TINY, deepspeed, launch, losses, pretrain, train
+from tests.preparation.hostile import renew
 
 FLAGS = (*TINY, "--train-iters", 3, "--num-workers", 1)
 

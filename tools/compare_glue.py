@@ -29,8 +29,8 @@ from megatron_interbert.model.interbert import InterBert, InterBertOutput
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
-from megatron_interbert.task_config import GlueConfig
-from megatron_interbert.tasks.glue import glue_job, labels_of
+from megatron_interbert.tasks.glue.config import GlueConfig
+from megatron_interbert.tasks.glue.job import glue_job, labels_of
 from megatron_interbert.training.first_weights import load_initial_weights
 from megatron_interbert.training.optimizer import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 from megatron_interbert.training.setup import settle_length

@@ -16,10 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.data.manifest import HARD_NEGATIVES
-from megatron_interbert.data.mining.search import MiningOptions, mine
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.parser import Parser
+from megatron_interbert.preparation.mining.search import MiningOptions, mine
 from megatron_interbert.progress import progress
 
 

@@ -20,10 +20,10 @@ from megatron_interbert.command_line import finite_number
 from megatron_interbert.config import ModelConfig
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.files import check_output, json_text, write_output
+from megatron_interbert.machines.processes import aligned
 from megatron_interbert.model.presets import load_model_config
 from megatron_interbert.parser import Parser
 from megatron_interbert.training.memory import Layout, Load, Memory, largest_micro_batch, predict
-from megatron_interbert.training.processes import aligned
 from tools.benchmarks.batches import span
 
 GIB = 2**30

@@ -19,11 +19,11 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.routing import Route
 
-from megatron_interbert.data.downstream.recommendation import topic_text
-from megatron_interbert.data.drawing import draw_image
-from megatron_interbert.data.photo_folder import photos_in
 from megatron_interbert.errors import UsageError
+from megatron_interbert.pages.drawing import draw_image
+from megatron_interbert.pages.photo_folder import photos_in
 from megatron_interbert.serving.batching import Answer, Late, ModelThread, QueueFull
+from megatron_interbert.serving.config import ServeConfig
 from megatron_interbert.serving.connections import Crowd
 from megatron_interbert.serving.guard import Guard
 from megatron_interbert.serving.hosts import AllowedHosts
@@ -41,7 +41,7 @@ from megatron_interbert.serving.messages import (
     speakable,
 )
 from megatron_interbert.serving.shop import Find, Hit, Score, Shop
-from megatron_interbert.task_config import ServeConfig
+from megatron_interbert.tasks.shop.topic_samples import topic_text
 
 log = logging.getLogger("megatron_interbert.serving")
 

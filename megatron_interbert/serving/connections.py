@@ -14,7 +14,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.task_config import ServeConfig
+from megatron_interbert.serving.config import ServeConfig
 
 log = logging.getLogger("megatron_interbert.serving.connections")
 

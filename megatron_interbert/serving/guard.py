@@ -9,9 +9,9 @@ from typing import Any
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 
+from megatron_interbert.serving.config import ServeConfig
 from megatron_interbert.serving.connections import Crowd
 from megatron_interbert.serving.hosts import AllowedHosts
-from megatron_interbert.task_config import ServeConfig
 
 Message = MutableMapping[str, Any]
 Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from megatron_interbert.data.corpus import Corpus
-from megatron_interbert.data.downstream.items import Catalogue
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
+from megatron_interbert.tasks.shop.catalogue import Catalogue
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.serving.index import Damaged, Version, check_finite, needed_from
 from megatron_interbert.serving.items import Item, LiveItems
 from megatron_interbert.serving.journal import Journal, NotKept, Record, collapsed, read_journal
-from megatron_interbert.tasks.item_scorer import ItemScorer
+from megatron_interbert.tasks.shop.scorer import ItemScorer
 
 
 @dataclass

@@ -15,14 +15,13 @@ import torch
 from pydantic import ValidationError
 
 from megatron_interbert.config import paths_of_stores, split_paths
-from megatron_interbert.data.downstream.recommendation import read_topics
-from megatron_interbert.data.downstream.records import read_records
 from megatron_interbert.data.integrity import Integrity
 from megatron_interbert.errors import Unreadable, UsageError
 from megatron_interbert.files import alone, check_writable, is_there, sibling
 from megatron_interbert.progress import progress
 from megatron_interbert.serving.app import Service, Topic
 from megatron_interbert.serving.batching import ModelThread
+from megatron_interbert.serving.config import ServeConfig
 from megatron_interbert.serving.index import (
     CURRENT,
     Version,
@@ -38,10 +37,11 @@ from megatron_interbert.serving.journal import END, JOURNAL, WRITING, Journal, b
 from megatron_interbert.serving.journal_format import Mark
 from megatron_interbert.serving.messages import ItemFile
 from megatron_interbert.serving.shop import Shop
-from megatron_interbert.task_config import ServeConfig
-from megatron_interbert.tasks.item_scorer import ItemScorer
 from megatron_interbert.tasks.loading import as_trained, load_model, open_for
 from megatron_interbert.tasks.parts import fit_length
+from megatron_interbert.tasks.records import read_records
+from megatron_interbert.tasks.shop.scorer import ItemScorer
+from megatron_interbert.tasks.shop.topic_samples import read_topics
 
 log = logging.getLogger("megatron_interbert.serving")
 LOOK_EVERY = 1.0  # seconds between looks for a new version

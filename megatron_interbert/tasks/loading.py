@@ -20,7 +20,7 @@ from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.presets import fit_to_data
 from megatron_interbert.parallel.agreement import check_alike, together
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.task_config import EvaluateConfig, ServeConfig
+from megatron_interbert.tasks.config import EvaluateConfig, LoadConfig
 from megatron_interbert.tasks.parts import open_stores, open_vocabulary, verify_stores
 from megatron_interbert.tasks.precision import choose_precision
 from megatron_interbert.tasks.results import output_folder
@@ -86,7 +86,7 @@ def weight_files(path: Path) -> list[Path]:
     return sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]) if path.is_dir() else [path]
 
 
-def as_trained(config: EvaluateConfig | ServeConfig, source: Source, task: str = "", **otherwise: int | bool) -> None:
+def as_trained(config: LoadConfig, source: Source, task: str = "", **otherwise: int | bool) -> None:
     """Fill in sizes of 0, and switches that are not given, with those of the run that made the weights, where it trained for `task`, else
     with `otherwise`."""
     fits = str(source.facts.get("task") or "").startswith(task)

@@ -16,17 +16,17 @@ from megatron_interbert.model.presets import fit_to_data, load_model_config
 from megatron_interbert.parallel.agreement import together
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.task_config import EvaluateConfig
+from megatron_interbert.tasks.config import LoadConfig
 from megatron_interbert.weights.manifest import newest_checkpoint
 from megatron_interbert.weights.sources import open_source, recognise
 
 
-def open_stores(paths: Sequence[str], config: TrainConfig | EvaluateConfig) -> Corpus:
+def open_stores(paths: Sequence[str], config: TrainConfig | LoadConfig) -> Corpus:
     """Region stores as one corpus."""
     return Corpus(paths, config.strict_boxes, config.allow_other_detector)
 
 
-def verify_stores(config: TrainConfig | EvaluateConfig, state: ParallelState) -> Integrity:
+def verify_stores(config: TrainConfig | LoadConfig, state: ParallelState) -> Integrity:
     """Verify the region stores of a configuration, by one process on each machine.
 
     UsageError on all ranks for a small store, or a file that has changed since it was verified here,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from megatron_interbert.kernels.fit import gpu_of
-from megatron_interbert.task_config import EvaluateConfig, ServeConfig
+from megatron_interbert.tasks.config import LoadConfig
 
 HEADS = ("itm_head", "choice_head", "sentence_head")
 MEANING = {
@@ -84,7 +84,7 @@ def choose_precision(asked: str, device: torch.device) -> Precision:
     return Precision("tf32")
 
 
-def settle_precision(config: EvaluateConfig | ServeConfig, device: torch.device) -> Precision:
+def settle_precision(config: LoadConfig, device: torch.device) -> Precision:
     """Choose, put what was chosen in place of `config.precision`, and note it for the user."""
     precision = choose_precision(config.precision, device)
     config.precision = precision.name

@@ -10,7 +10,7 @@ from megatron_interbert.board import Board
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.files import file_sha256, write_json
-from megatron_interbert.task_config import EvaluateConfig
+from megatron_interbert.tasks.config import EvaluateConfig
 from megatron_interbert.weights.manifest import versions
 from megatron_interbert.weights.sources import Source
 

@@ -34,7 +34,6 @@ from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.fragments import FragmentedState
 from megatron_interbert.training.resume import changed_rate, changed_settings, check_same_run
 from megatron_interbert.training.run_folder import Claim, RunFolder
-from megatron_interbert.weights.files import TensorLayout, is_finite, write_tensors
 from megatron_interbert.weights.manifest import (
     STEP_FOLDER,
     VOCABULARY,
@@ -43,6 +42,7 @@ from megatron_interbert.weights.manifest import (
     write_manifest,
 )
 from megatron_interbert.weights.reader import KINDS, CheckpointReader, describe_pieces, piece_key
+from megatron_interbert.weights.tensor_files import TensorLayout, is_finite, write_tensors
 
 FAILURES_ALLOWED = 1  # a save that fails is reported and training goes on; a second one in a row ends the run
 

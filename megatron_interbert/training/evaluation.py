@@ -6,13 +6,13 @@ from typing import Protocol
 import torch
 
 from megatron_interbert.data.packing import PackedBatch
+from megatron_interbert.machines.watchdog import Watchdog
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.precision import Precision
 from megatron_interbert.tasks.task import Evaluate, Task
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.fragments import FragmentedState
-from megatron_interbert.training.watchdog import Watchdog
 
 
 class Evaluation(Protocol):

@@ -12,6 +12,7 @@ from megatron_interbert.config import ModelConfig, TrainConfig
 from megatron_interbert.data.integrity import Integrity
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.errors import StoppedBySignal, TrainingStopped
+from megatron_interbert.machines.watchdog import Watchdog
 from megatron_interbert.model.flops import training_flops
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
@@ -24,7 +25,6 @@ from megatron_interbert.training.metrics import MetricsWriter, memory_gib
 from megatron_interbert.training.optimizer import learning_rate
 from megatron_interbert.training.peaks import peak_tflops
 from megatron_interbert.training.stopping import Stopping
-from megatron_interbert.training.watchdog import Watchdog
 
 SECONDS_TO_VERIFY = 10.0  # that a run waits at its end for what is being hashed
 

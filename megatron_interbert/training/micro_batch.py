@@ -10,11 +10,11 @@ from megatron_interbert.data.packing import PackedBatch, to_batch
 from megatron_interbert.data.training_set import TrainingSet
 from megatron_interbert.errors import UsageError, local_errors, out_of_memory
 from megatron_interbert.kernels.choice import Kernels
+from megatron_interbert.machines.host import free_memory
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.task import Job
-from megatron_interbert.training.host import free_memory
 from megatron_interbert.training.memory import Layout, Load, predict
 
 USED = 0.8  # share of the memory that a step may take by arithmetic, which is right to a tenth

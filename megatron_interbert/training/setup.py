@@ -19,6 +19,9 @@ from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.training_set import TrainingSet
 from megatron_interbert.files import file_sha256, is_there
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
+from megatron_interbert.machines.host import same_bits_every_time
+from megatron_interbert.machines.processes import describe_launch, start_processes
+from megatron_interbert.machines.watchdog import Watchdog
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
 from megatron_interbert.parallel.agreement import check_alike, together
@@ -41,20 +44,17 @@ from megatron_interbert.training.deepspeed_config import agree_with_json, merge
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.evaluation import DownstreamEvaluation, Evaluation, LossEvaluation
 from megatron_interbert.training.first_weights import load_initial_weights
-from megatron_interbert.training.host import same_bits_every_time
 from megatron_interbert.training.loop import Trainer
 from megatron_interbert.training.micro_batch import Trial, choose_micro_batch, still_fits
-from megatron_interbert.training.node_facts import facts_of_run
-from megatron_interbert.training.processes import describe_launch, start_processes
 from megatron_interbert.training.resume import (
     find_checkpoint,
     keep_fitted,
     resumed_batch,
     resumed_micro_batch,
 )
+from megatron_interbert.training.run_facts import facts_of_run
 from megatron_interbert.training.run_folder import Claim, claim_folder
 from megatron_interbert.training.stopping import Stopping
-from megatron_interbert.training.watchdog import Watchdog
 
 
 def pretraining_job(config: RunConfig, state: ParallelState) -> Job:

@@ -16,8 +16,8 @@ import torch
 from megatron_interbert.config import ModelConfig, model_config_from_dict
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.partition import full_shape, shard, unshard
-from megatron_interbert.weights.files import TensorFile, TensorLayout
 from megatron_interbert.weights.manifest import read_manifest, weights_name
+from megatron_interbert.weights.tensor_files import TensorFile, TensorLayout
 
 KINDS = {"weight": "weights", "exp_avg": "optimizer", "exp_avg_sq": "optimizer", "ema": "ema"}  # kind of tensor -> file
 PIECES = "pieces"

@@ -16,7 +16,6 @@ from megatron_interbert.config import ModelConfig, model_config_from_dict, read_
 from megatron_interbert.errors import UsageError, out_of_memory
 from megatron_interbert.files import is_plain_name, reading
 from megatron_interbert.model.presets import PRESETS
-from megatron_interbert.weights.files import TensorFile, TensorLayout
 from megatron_interbert.weights.foreign import (
     DECODER,
     EXTRA,
@@ -31,6 +30,7 @@ from megatron_interbert.weights.foreign import (
 from megatron_interbert.weights.manifest import MANIFEST, newest_checkpoint, passed_over, read_manifest, verify
 from megatron_interbert.weights.reader import KINDS as FILE_OF
 from megatron_interbert.weights.reader import CheckpointReader, holds
+from megatron_interbert.weights.tensor_files import TensorFile, TensorLayout
 
 KINDS = ("checkpoint", "huggingface", "official", "bert")
 HF_PREFIX = "interbert."

@@ -18,11 +18,11 @@ from megatron_interbert.config import ModelConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import file_entry, flush_file, flush_folder, write_bytes, write_json, write_text
 from megatron_interbert.model.partition import partition_dimension, shard
-from megatron_interbert.weights.files import TensorLayout, is_finite, write_tensors
 from megatron_interbert.weights.foreign import DECODER, EXTRA, Link, bert_links, config_to_official, official_links
 from megatron_interbert.weights.manifest import VOCABULARY, versions, weights_name, write_manifest
 from megatron_interbert.weights.reader import describe_pieces
 from megatron_interbert.weights.sources import HF_FILE, HF_PREFIX, TORCH_FILE, Source
+from megatron_interbert.weights.tensor_files import TensorLayout, is_finite, write_tensors
 
 TARGETS = ("sharded", "huggingface", "official", "bert")
 HEADS = {"msm_head.bias": "msm", "mrm_head.decoder.weight": "mrm", "itm_head.weight": "itm", "choice_head.weight": "choice"}

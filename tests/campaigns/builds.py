@@ -19,8 +19,8 @@ from collections import Counter
 from pathlib import Path
 
 from tests.corpus import VOCABULARY
-from tests.data.formats import lxmert_line, made_up_images, tensorpack_lmdb, write_npz
 from tests.launching import start
+from tests.preparation.formats import lxmert_line, made_up_images, tensorpack_lmdb, write_npz
 
 IMAGES = 400
 

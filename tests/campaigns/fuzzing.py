@@ -15,12 +15,20 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_interbert.data.building.build import BuildPlan, build
-from megatron_interbert.data.building.sources.fields import ReadOptions
-from megatron_interbert.data.building.sources.opening import open_source
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
-from tests.data.formats import adaptive_hdf5, lxmert_line, made_up_images, tensorpack_lmdb, vilbert_lmdb, write_lmdb, write_npz
+from megatron_interbert.preparation.building.build import BuildPlan, build
+from megatron_interbert.preparation.building.sources.fields import ReadOptions
+from megatron_interbert.preparation.building.sources.opening import open_source
+from tests.preparation.formats import (
+    adaptive_hdf5,
+    lxmert_line,
+    made_up_images,
+    tensorpack_lmdb,
+    vilbert_lmdb,
+    write_lmdb,
+    write_npz,
+)
 
 SECONDS = 20  # that one case may take
 OPTIONS = ReadOptions(trust_pickle=True)

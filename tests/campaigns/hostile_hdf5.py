@@ -17,14 +17,14 @@ from pathlib import Path
 
 import h5py
 
-from megatron_interbert.data.building.sources.fields import ReadOptions
-from megatron_interbert.data.building.sources.opening import open_source
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
+from megatron_interbert.preparation.building.sources.fields import ReadOptions
+from megatron_interbert.preparation.building.sources.opening import open_source
 from tests.corpus import write_store
-from tests.data.formats import adaptive_hdf5, made_up_images
-from tests.data.hostile import HOSTILE, renew
 from tests.launching import ENVIRONMENT, ROOT
+from tests.preparation.formats import adaptive_hdf5, made_up_images
+from tests.preparation.hostile import HOSTILE, renew
 
 SECRET = b"secret of another folder; " * 300
 BATCH = 50  # cases that one process reads

@@ -12,9 +12,9 @@ from collections import Counter
 
 import numpy as np
 
-from megatron_interbert.data.building.pickles.nodes import UnsafePickle
-from megatron_interbert.data.building.pickles.reading import _process, loads
-from tests.data.crafted import python_2, with_pointers
+from megatron_interbert.preparation.building.pickles.nodes import UnsafePickle
+from megatron_interbert.preparation.building.pickles.reading import _process, loads
+from tests.preparation.crafted import python_2, with_pointers
 
 MEGABYTES = 300  # that the reader may grow by
 PIECES = (

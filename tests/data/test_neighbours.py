@@ -11,11 +11,11 @@ import pytest
 
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import HARD_IMAGES, HARD_NEGATIVES
-from megatron_interbert.data.mining.search import MiningOptions, mine
-from megatron_interbert.data.mining.work import WorkFolder
 from megatron_interbert.data.neighbours import NoTable, read_neighbours
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
+from megatron_interbert.preparation.mining.search import MiningOptions, mine
+from megatron_interbert.preparation.mining.work import WorkFolder
 from tests.corpus import write_store
 from tests.launching import ROOT, launch
 
@@ -122,7 +122,7 @@ def test_a_block_cut_between_a_kill_and_the_next_command(store, tmp_path):
     flags = (store, "--block", 2, "--threads", 1)
     killed = (
         "import os, runpy, sys\n"
-        "from megatron_interbert.data.mining.work import WorkFolder\n"
+        "from megatron_interbert.preparation.mining.work import WorkFolder\n"
         "write = WorkFolder.write_block\n"
         "def last(self, number, rows):\n"
         "    write(self, number, rows)\n"

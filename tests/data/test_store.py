@@ -9,10 +9,10 @@ import h5py
 import numpy as np
 import pytest
 
-from megatron_interbert.data.building.store_writer import RegionStoreWriter
 from megatron_interbert.data.regions import Regions, has_non_finite, repair_boxes
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
+from megatron_interbert.preparation.building.store_writer import RegionStoreWriter
 from tests.corpus import CLASSES, FEATURES, random_regions, write_store
 
 

@@ -11,8 +11,8 @@ from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.pair_scorer import PairScorer
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.pair_tiles import score_block
 from megatron_interbert.tasks.precision import choose_precision
+from megatron_interbert.tasks.retrieval.pairs import score_block
 from tests.corpus import write_store
 from tests.tasks.test_retrieval import open_pairs, sizes
 

@@ -19,7 +19,7 @@ from megatron_interbert.hf import (
     InterBertScorer,
 )
 from megatron_interbert.model.pair_scorer import PairScorer
-from megatron_interbert.tasks.retrieval import choose_pairs, score_matrix
+from megatron_interbert.tasks.retrieval.job import choose_pairs, score_matrix
 from tests.corpus import CLASSES, FEATURES, VOCABULARY, write_store
 from tests.hf.small import SMALL
 

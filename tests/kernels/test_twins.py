@@ -108,7 +108,7 @@ def test_gather_rows_has_the_gradient_of_indexing():
 def test_deterministic_switches_of_torch():
     """In a process of its own, for they hold for all of it."""
     code = """
-from megatron_interbert.training.host import same_bits_every_time
+from megatron_interbert.machines.host import same_bits_every_time
 import os, torch
 same_bits_every_time()
 assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

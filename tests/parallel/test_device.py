@@ -118,7 +118,7 @@ CPU_Accelerator.set_device = lambda self, number: calls.append(number)
 from megatron_interbert.config import RunConfig
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.engine import Engine
-from megatron_interbert.training.processes import start_processes
+from megatron_interbert.machines.processes import start_processes
 config = RunConfig()
 device = start_processes()
 Engine(torch.nn.Linear(4, 4).to(device), config, ParallelState())

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from megatron_interbert.data.corpus import Corpus
-from megatron_interbert.data.downstream.items import Catalogue
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.hf import InterBertForImageTextRetrieval
 from megatron_interbert.hf.configuration import InterBertConfig
-from megatron_interbert.tasks.item_scorer import ItemScorer
+from megatron_interbert.tasks.shop.catalogue import Catalogue
+from megatron_interbert.tasks.shop.scorer import ItemScorer
 
 
 def random_model(folder, sizes, store, seed):

@@ -6,10 +6,10 @@ import threading
 from types import SimpleNamespace
 
 from megatron_interbert.serve import Server, server_config
+from megatron_interbert.serving.config import ServeConfig
 from megatron_interbert.serving.connections import Crowd
 from megatron_interbert.serving.guard import Guard
 from megatron_interbert.serving.hosts import AllowedHosts
-from megatron_interbert.task_config import ServeConfig
 from tests.launching import until
 
 

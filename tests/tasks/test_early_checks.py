@@ -8,19 +8,18 @@ import torch
 from megatron_interbert.errors import Unreadable, UsageError
 from megatron_interbert.files import list_folder
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.task_config import (
-    EvaluateConfig,
-    EvaluateProductSearchConfig,
-    EvaluateRetrievalConfig,
-    EvaluateVcrConfig,
-)
+from megatron_interbert.sample import shop_report
 from megatron_interbert.tasks import loading
-from megatron_interbert.tasks.item_evaluation import evaluate_product_search
-from megatron_interbert.tasks.retrieval_evaluation import evaluate_retrieval
+from megatron_interbert.tasks.config import EvaluateConfig
+from megatron_interbert.tasks.retrieval.config import EvaluateRetrievalConfig
+from megatron_interbert.tasks.retrieval.evaluation import evaluate_retrieval
+from megatron_interbert.tasks.shop.config import EvaluateProductSearchConfig
+from megatron_interbert.tasks.shop.evaluation import evaluate_product_search
 from megatron_interbert.tasks.task import Job
-from megatron_interbert.tasks.vcr_evaluation import evaluate_vcr
+from megatron_interbert.tasks.vcr.config import EvaluateVcrConfig
+from megatron_interbert.tasks.vcr.evaluation import evaluate_vcr
 from tests.corpus import write_store
-from tools import ablate, shop_report
+from tools import ablate
 
 EVALUATIONS = (
     (EvaluateRetrievalConfig, evaluate_retrieval),

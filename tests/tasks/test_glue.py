@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_interbert.data.downstream.glue import FORMATS, GlueTexts, find_file, read_rows
-from megatron_interbert.data.downstream.pairs import frame
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.task_config import GLUE_TASKS
-from megatron_interbert.tasks.glue import glue_metrics, labels_of, mean_ranks, metric_names, predict, prediction_lines
+from megatron_interbert.tasks.glue.config import GLUE_TASKS
+from megatron_interbert.tasks.glue.job import glue_metrics, labels_of, mean_ranks, metric_names, predict, prediction_lines
+from megatron_interbert.tasks.glue.samples import FORMATS, GlueTexts, find_file, read_rows
+from megatron_interbert.tasks.pairs import frame
 from megatron_interbert.training.first_weights import load_initial_weights
 from tests.corpus import VOCABULARY
 from tests.model.test_bert import CONFIG

@@ -12,9 +12,6 @@ import pytest
 import torch
 
 from megatron_interbert.data.corpus import Corpus
-from megatron_interbert.data.downstream.items import Catalogue
-from megatron_interbert.data.downstream.product_search import ProductSearchSet, read_queries
-from megatron_interbert.data.downstream.recommendation import ClickSet, read_clicks, read_topics, topic_text
 from megatron_interbert.data.packing import to_batch
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
@@ -22,12 +19,15 @@ from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.presets import PRESETS, fit_to_data
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.task_config import ProductSearchConfig, RecommendationConfig
-from megatron_interbert.tasks.item_scorer import ItemScorer
 from megatron_interbert.tasks.loading import load_model
-from megatron_interbert.tasks.product_search import SearchTask, search
-from megatron_interbert.tasks.ranking import search_metrics
-from megatron_interbert.tasks.recommendation import ClickTask
+from megatron_interbert.tasks.shop.catalogue import Catalogue
+from megatron_interbert.tasks.shop.config import ProductSearchConfig, RecommendationConfig
+from megatron_interbert.tasks.shop.figures import search_metrics
+from megatron_interbert.tasks.shop.scorer import ItemScorer
+from megatron_interbert.tasks.shop.search import SearchTask, search
+from megatron_interbert.tasks.shop.search_samples import ProductSearchSet, read_queries
+from megatron_interbert.tasks.shop.topic_samples import ClickSet, read_clicks, read_topics, topic_text
+from megatron_interbert.tasks.shop.topics import ClickTask
 from tests.launching import evaluate, finetune, launch, ran, records, train
 
 CPU = torch.device("cpu")

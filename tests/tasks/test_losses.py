@@ -6,7 +6,7 @@ import torch
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.tasks.pretraining import PretrainingTask, hard_label, soft_label_kl
-from megatron_interbert.tasks.retrieval import ranks, recall_metrics, retrieval_metrics
+from megatron_interbert.tasks.retrieval.job import ranks, recall_metrics, retrieval_metrics
 
 
 def dense_label(ids, probs, classes):

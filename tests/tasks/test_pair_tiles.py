@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_interbert.errors import TrainingStopped, UsageError
-from megatron_interbert.tasks.pair_tiles import ScoreTiles
+from megatron_interbert.tasks.retrieval.tiles import ScoreTiles
 
 
 def test_folders_of_others_stay(tmp_path):

@@ -12,7 +12,6 @@ import torch
 
 from megatron_interbert.command_line import parse
 from megatron_interbert.data.corpus import Corpus
-from megatron_interbert.data.downstream.items import Catalogue
 from megatron_interbert.data.packing import PackedBatch, pack
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
@@ -23,11 +22,14 @@ from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.pair_scorer import PairScorer
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.task_config import EvaluateRetrievalConfig, ServeConfig
-from megatron_interbert.tasks import precision, retrieval_evaluation
-from megatron_interbert.tasks.item_scorer import ItemScorer
+from megatron_interbert.serving.config import ServeConfig
+from megatron_interbert.tasks import precision
 from megatron_interbert.tasks.precision import Precision, choose_precision, settle_precision
-from megatron_interbert.tasks.retrieval import score_matrix
+from megatron_interbert.tasks.retrieval import evaluation as retrieval_evaluation
+from megatron_interbert.tasks.retrieval.config import EvaluateRetrievalConfig
+from megatron_interbert.tasks.retrieval.job import score_matrix
+from megatron_interbert.tasks.shop.catalogue import Catalogue
+from megatron_interbert.tasks.shop.scorer import ItemScorer
 from megatron_interbert.training import evaluation
 from megatron_interbert.training.evaluation import DownstreamEvaluation
 from tests.corpus import write_store

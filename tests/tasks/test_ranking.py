@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_interbert.tasks.ranking import auc, dcg, ndcg, order_of, recommendation_metrics, search_metrics
+from megatron_interbert.tasks.shop.figures import auc, dcg, ndcg, order_of, recommendation_metrics, search_metrics
 
 
 def test_order_counts_ties_against_the_model():

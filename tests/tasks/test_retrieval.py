@@ -8,8 +8,6 @@ import torch
 
 from megatron_interbert.config import ModelConfig
 from megatron_interbert.data.corpus import Corpus
-from megatron_interbert.data.downstream.pairs import pair_fields
-from megatron_interbert.data.downstream.retrieval import RetrievalSet
 from megatron_interbert.data.packing import to_batch
 from megatron_interbert.data.region_batch import read_regions
 from megatron_interbert.data.text import CaptionTokenizer
@@ -18,11 +16,13 @@ from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.pair_scorer import PairScorer
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.task_config import RetrievalConfig
-from megatron_interbert.tasks.pair_tiles import ScoreTiles, fill
-from megatron_interbert.tasks.retrieval import choose_pairs, ranks_of_tiles, retrieval_metrics, score_matrix
-from megatron_interbert.tasks.retrieval_evaluation import metrics_of
-from megatron_interbert.tasks.two_stage import two_stage_search
+from megatron_interbert.tasks.pairs import pair_fields
+from megatron_interbert.tasks.retrieval.config import RetrievalConfig
+from megatron_interbert.tasks.retrieval.evaluation import metrics_of
+from megatron_interbert.tasks.retrieval.job import choose_pairs, ranks_of_tiles, retrieval_metrics, score_matrix
+from megatron_interbert.tasks.retrieval.samples import RetrievalSet
+from megatron_interbert.tasks.retrieval.tiles import ScoreTiles, fill
+from megatron_interbert.tasks.retrieval.two_stage import two_stage_search
 from tests.corpus import CLASSES, FEATURES, VOCABULARY, write_store
 from tests.dist import run_on_ranks
 from tools.mine_neighbours import mean_features, nearest
@@ -189,7 +189,7 @@ def test_two_stages_with_all_images_kept_are_exhaustive(store):
 @torch.no_grad()
 def test_first_stage_is_the_matching_head_on_sides_alone(store):
     """Its vectors are those of the model when the other side has no tokens at all (text), or is not there (images)."""
-    from megatron_interbert.tasks.two_stage import alone
+    from megatron_interbert.tasks.retrieval.two_stage import alone
 
     model, pairs = make(sizes()), open_pairs(store)
     scorer = PairScorer(model)

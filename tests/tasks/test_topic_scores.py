@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.tasks import topic_scores
+from megatron_interbert.tasks.shop import topic_scores
 
 PLAN = {"weights": {"w": "1"}, "items_of_part": 2}
 

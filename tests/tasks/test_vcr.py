@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_interbert.data.building.store_writer import RegionStoreWriter
 from megatron_interbert.data.corpus import Corpus
-from megatron_interbert.data.downstream.vcr import BadQuestion, VcrImages, VcrSet, VcrTexts, parse_question, read_questions, render
 from megatron_interbert.data.packing import to_batch
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.task_config import VcrConfig
-from megatron_interbert.tasks.vcr import VcrTask, check_labels, predict, submission_lines, vcr_metrics
+from megatron_interbert.preparation.building.store_writer import RegionStoreWriter
+from megatron_interbert.tasks.vcr.config import VcrConfig
+from megatron_interbert.tasks.vcr.job import VcrTask, check_labels, predict, submission_lines, vcr_metrics
+from megatron_interbert.tasks.vcr.samples import BadQuestion, VcrImages, VcrSet, VcrTexts, parse_question, read_questions, render
 from tests.corpus import CLASSES, FEATURES, VOCABULARY, random_regions
 from tests.shared import SHARED, needs_shared
 from tests.tasks.test_retrieval import sizes

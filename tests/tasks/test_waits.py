@@ -9,19 +9,20 @@ import pytest
 import torch
 
 from megatron_interbert.data.corpus import Corpus
-from megatron_interbert.data.downstream.glue import GlueTexts, read_rows
-from megatron_interbert.data.downstream.items import Catalogue
-from megatron_interbert.data.downstream.vcr import VcrImages, VcrTexts, read_questions
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.pair_scorer import PairScorer
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks import glue, vcr
-from megatron_interbert.tasks.item_scorer import ItemScorer
-from megatron_interbert.tasks.pair_tiles import ScoreTiles, fill
-from megatron_interbert.tasks.retrieval import score_matrix
-from megatron_interbert.tasks.two_stage import two_stage_search
+from megatron_interbert.tasks.glue import job as glue
+from megatron_interbert.tasks.glue.samples import GlueTexts, read_rows
+from megatron_interbert.tasks.retrieval.job import score_matrix
+from megatron_interbert.tasks.retrieval.tiles import ScoreTiles, fill
+from megatron_interbert.tasks.retrieval.two_stage import two_stage_search
+from megatron_interbert.tasks.shop.catalogue import Catalogue
+from megatron_interbert.tasks.shop.scorer import ItemScorer
+from megatron_interbert.tasks.vcr import job as vcr
+from megatron_interbert.tasks.vcr.samples import VcrImages, VcrTexts, read_questions
 from tests.corpus import VOCABULARY, write_store
 from tests.readings import Waits
 from tests.tasks.test_retrieval import open_pairs, sizes

@@ -4,8 +4,8 @@ import hashlib
 import sys
 
 from megatron_interbert.data.store import RegionStore
-from tests.data.formats import lxmert_line
 from tests.launching import launch
+from tests.preparation.formats import lxmert_line
 
 
 def command(*flags):

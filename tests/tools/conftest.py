@@ -1,6 +1,6 @@
 import pytest
 
-from tests.data.formats import made_up_images
+from tests.preparation.formats import made_up_images
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 
-from tests.data.formats import (
+from tests.preparation.formats import (
     adaptive_hdf5,
     bottom_up_line,
     lxmert_line,

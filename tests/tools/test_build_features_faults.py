@@ -9,14 +9,15 @@ import sys
 import numpy as np
 import pytest
 
-from megatron_interbert.data.building.build import BuildPlan
-from megatron_interbert.data.building.build import build as run_build
-from megatron_interbert.data.building.sources.fields import ReadOptions
-from megatron_interbert.data.building.sources.opening import open_source
-from megatron_interbert.data.building.store_writer import RegionStoreWriter
 from megatron_interbert.errors import UsageError
+from megatron_interbert.preparation.building.build import BuildPlan
+from megatron_interbert.preparation.building.build import build as run_build
+from megatron_interbert.preparation.building.sources.fields import ReadOptions
+from megatron_interbert.preparation.building.sources.opening import open_source
+from megatron_interbert.preparation.building.store_writer import RegionStoreWriter
 from tests.corpus import VOCABULARY
-from tests.data.formats import (
+from tests.launching import launch
+from tests.preparation.formats import (
     encoded,
     lxmert_line,
     made_up_images,
@@ -24,7 +25,6 @@ from tests.data.formats import (
     write_lmdb,
     write_npz,
 )
-from tests.launching import launch
 from tests.shared import SHARED, needs_shared
 from tests.tools.building import build, command, refused, tsv
 
@@ -161,7 +161,7 @@ def test_left_by_a_kill_at_the_very_start_or_end(tmp_path, images, monkeypatch, 
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
-            patched.setattr("megatron_interbert.data.building.build.os.rename", killed)
+            patched.setattr("megatron_interbert.preparation.building.build.os.rename", killed)
             with pytest.raises(KeyboardInterrupt):
                 run_build(plan)
         assert (work / "manifest.json").exists()

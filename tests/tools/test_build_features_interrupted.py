@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_interbert.data.building.interrupts import interrupts_blocked, keeping_interrupts
-from tests.data.formats import made_up_images, write_npz
+from megatron_interbert.preparation.building.interrupts import interrupts_blocked, keeping_interrupts
 from tests.launching import start
+from tests.preparation.formats import made_up_images, write_npz
 from tests.tools.building import command
 
 

@@ -8,8 +8,8 @@ import msgpack
 import numpy as np
 import pytest
 
-from tests.data.crafted import with_pointers
-from tests.data.formats import adaptive_hdf5, tensorpack_lmdb, vilbert_lmdb, write_lmdb, write_npz
+from tests.preparation.crafted import with_pointers
+from tests.preparation.formats import adaptive_hdf5, tensorpack_lmdb, vilbert_lmdb, write_lmdb, write_npz
 from tests.tools.building import build, content, refused
 
 

@@ -6,11 +6,11 @@ import os
 
 import pytest
 
-from megatron_interbert.data.building.build import BuildPlan, build
-from megatron_interbert.data.building.sources.fields import ReadOptions
-from megatron_interbert.data.building.sources.opening import open_source
 from megatron_interbert.errors import UsageError
-from tests.data.formats import made_up_images, write_npz
+from megatron_interbert.preparation.building.build import BuildPlan, build
+from megatron_interbert.preparation.building.sources.fields import ReadOptions
+from megatron_interbert.preparation.building.sources.opening import open_source
+from tests.preparation.formats import made_up_images, write_npz
 from tests.tools.building import content
 
 
@@ -56,7 +56,7 @@ def plans(tmp_path_factory):
 @pytest.fixture
 def interrupted(plans, tmp_path, monkeypatch):
     """The work folder of a build that has done two shards of four."""
-    from megatron_interbert.data.building.build import convert_unit
+    from megatron_interbert.preparation.building.build import convert_unit
 
     def some(job, sources):
         if job.number == 2:
@@ -64,7 +64,7 @@ def interrupted(plans, tmp_path, monkeypatch):
         return convert_unit(job, sources)
 
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_interbert.data.building.build.convert_unit", some)
+        patch.setattr("megatron_interbert.preparation.building.build.convert_unit", some)
         with pytest.raises(KeyboardInterrupt):
             build(plans[0](str(tmp_path / "store")))
     return tmp_path / "store.partial"

@@ -63,8 +63,8 @@ def convert(monkeypatch, *arguments):
 
 def random_source(sizes, folder):
     """A sharded folder of random weights, biases included, made without the converter's readers."""
-    from megatron_interbert.weights.files import TensorLayout
     from megatron_interbert.weights.sources import Source
+    from megatron_interbert.weights.tensor_files import TensorLayout
 
     model = InterBert(sizes)
     initialise(model, sizes, 7, ParallelState())

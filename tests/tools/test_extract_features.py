@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_interbert.data.building.detectors import (
+from megatron_interbert.data.store import RegionStore
+from megatron_interbert.errors import UsageError
+from megatron_interbert.preparation.building.choosing import load_detector
+from megatron_interbert.preparation.building.detectors import (
     DetectorChoice,
     TransformersDetector,
     class_distribution,
-    load_detector,
     pixel_boxes,
 )
-from megatron_interbert.data.building.sources.base import Dropped, Record
-from megatron_interbert.data.building.sources.photos import PhotoSource, open_photo
-from megatron_interbert.data.store import RegionStore
-from megatron_interbert.errors import UsageError
+from megatron_interbert.preparation.building.sources.base import Dropped, Record
+from megatron_interbert.preparation.building.sources.photos import PhotoSource, open_photo
 from tests.launching import launch
 from tests.shared import SHARED, needs_shared
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.corpus import write_store
-from tests.data.test_inspection import DATA, WRONG, write_real
 from tests.launching import launch
+from tests.preparation.test_inspection import DATA, WRONG, write_real
 from tests.shared import needs_shared
 
 NAMES = ["background", "cat", "dog", "car", "tree", "house", "bird", "bus", "boat", "cup", "bed"]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from megatron_interbert.data.corpus import Corpus
-from megatron_interbert.data.downstream.items import Catalogue
-from megatron_interbert.data.downstream.product_search import read_queries
 from megatron_interbert.data.text import CaptionTokenizer
+from megatron_interbert.tasks.shop.catalogue import Catalogue
+from megatron_interbert.tasks.shop.search_samples import read_queries
 from tests.corpus import VOCABULARY
 from tests.launching import launch
 

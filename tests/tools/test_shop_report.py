@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
+from megatron_interbert.sample.shop_report import TitleIndex, spread
 from tests.launching import evaluate, finetune, launch, ran
-from tools.shop_report import TitleIndex, spread
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.task_config import RetrievalConfig
+from megatron_interbert.tasks.retrieval.config import RetrievalConfig
 from megatron_interbert.training.checkpoint import Progress
 from megatron_interbert.training.optimizer import learning_rate
 from megatron_interbert.weights.reader import CheckpointReader

@@ -124,8 +124,8 @@ def gather(tensor, name, state):
 
 def check_all(store, expected, processes):
     """Every ZeRO stage, accumulation and precision on the layouts of this many processes."""
+    from megatron_interbert.machines.processes import start_processes
     from megatron_interbert.training.engine import half_precision_supported
-    from megatron_interbert.training.processes import start_processes
 
     start_processes()
     Path("fp16.json").write_text('{"fp16": {"initial_scale_power": 8}}')  # a scale that does not overflow: no step is skipped

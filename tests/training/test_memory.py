@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from megatron_interbert.config import ModelConfig, RunConfig
 from megatron_interbert.data.packing import pack
 from megatron_interbert.kernels.choice import choose_kernels
+from megatron_interbert.machines.processes import start_processes
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.rng import RandomStreams
@@ -20,7 +21,6 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.memory import Layout, Load, activations, largest_micro_batch, predict, rank_values
-from megatron_interbert.training.processes import start_processes
 from tests.dist import run_on_ranks
 from tests.launching import ROOT
 from tools.benchmarks.batches import random_examples

@@ -29,7 +29,7 @@ ALL = [f"dp{ranks // tensor}-tp{tensor}-zero{stage}" for ranks, layouts in LAYOU
 
 def start():
     """Set this process up as a launched rank is; the number of ranks."""
-    from megatron_interbert.training.processes import start_processes
+    from megatron_interbert.machines.processes import start_processes
 
     start_processes()
     return ParallelState().world_size

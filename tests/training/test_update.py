@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_interbert.config import RunConfig
 from megatron_interbert.data.packing import pack
 from megatron_interbert.kernels.choice import choose_kernels
+from megatron_interbert.machines.processes import start_processes
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.presets import PRESETS
@@ -22,7 +23,6 @@ from megatron_interbert.training import engine as engine_module
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.fragments import FragmentedState
 from megatron_interbert.training.master_weights import MasterWeights
-from megatron_interbert.training.processes import start_processes
 from megatron_interbert.training.update import DeepSpeedUpdate, PartitionedUpdate, WholeUpdate
 from tests.corpus import write_store
 from tests.dist import run_on_ranks

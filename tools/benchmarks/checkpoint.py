@@ -15,13 +15,13 @@ from megatron_interbert.config import RunConfig
 from megatron_interbert.data.packing import pack
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import flush_file
+from megatron_interbert.machines.processes import start_processes
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.checkpoint import Checkpoints, Progress
 from megatron_interbert.training.engine import Engine
-from megatron_interbert.training.processes import start_processes
 from megatron_interbert.weights.sources import open_source
 from megatron_interbert.weights.targets import Output, write_target
 from tools.benchmarks.batches import random_examples, sizes_of

@@ -17,7 +17,6 @@ import lmdb
 import numpy as np
 
 from megatron_interbert.config import RunConfig
-from megatron_interbert.data.building.store_writer import RegionStoreWriter
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.loader import BatchStream
 from megatron_interbert.data.packing import PackedBatch
@@ -25,6 +24,7 @@ from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.data.shard_file import COLUMNS
 from megatron_interbert.data.text import CaptionTokenizer
+from megatron_interbert.preparation.building.store_writer import RegionStoreWriter
 from tools.benchmarks.mining import grow, made_up_captions, measure_mining, read_coco
 
 REGIONS, FEATURES, CLASSES, LABELS = 36, 2048, 1601, 10

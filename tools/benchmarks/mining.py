@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_interbert.data.mining.search import MiningOptions, Searcher
-from megatron_interbert.data.mining.text import build_index
+from megatron_interbert.preparation.mining.search import MiningOptions, Searcher
+from megatron_interbert.preparation.mining.terms import build_index
 
 CONCEPTUAL_CAPTIONS = 3_300_000  # captions of the paper's largest corpus
 

@@ -12,9 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from megatron_interbert.data.building.store_writer import RegionStoreWriter
 from megatron_interbert.data.corpus import Corpus
-from megatron_interbert.data.downstream.pairs import caption_texts, pair_fields
 from megatron_interbert.data.packing import PackedBatch, to_batch
 from megatron_interbert.data.region_batch import read_regions
 from megatron_interbert.data.regions import Regions
@@ -28,8 +26,10 @@ from megatron_interbert.model.presets import fit_to_data, load_model_config
 from megatron_interbert.model.transformer import TransformerLayer
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.pair_tiles import Pairs, score_block
-from megatron_interbert.tasks.retrieval import choose_pairs
+from megatron_interbert.preparation.building.store_writer import RegionStoreWriter
+from megatron_interbert.tasks.pairs import caption_texts, pair_fields
+from megatron_interbert.tasks.retrieval.job import choose_pairs
+from megatron_interbert.tasks.retrieval.pairs import Pairs, score_block
 from tools.benchmarks.data import captions_for
 
 FIXED, MOST = 36, 100  # regions of an image: always so many, or between 10 and these

@@ -16,10 +16,10 @@ from typing import Any
 import psutil
 
 from megatron_interbert.command_line import finite_number
-from megatron_interbert.data.downstream.records import read_records
 from megatron_interbert.errors import UsageError
+from megatron_interbert.machines.processes import aligned
 from megatron_interbert.progress import progress
-from megatron_interbert.training.processes import aligned
+from megatron_interbert.tasks.records import read_records
 
 PATIENCE = 60.0  # seconds that a client waits for an answer
 

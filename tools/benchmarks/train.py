@@ -25,13 +25,13 @@ from megatron_interbert.errors import TrainingStopped, UsageError
 from megatron_interbert.files import check_writable
 from megatron_interbert.kernels import plain
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
+from megatron_interbert.machines.processes import aligned, start_processes
 from megatron_interbert.model.flops import training_flops
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.launch import free_port
 from megatron_interbert.progress import progress
 from megatron_interbert.training.peaks import peak_tflops
-from megatron_interbert.training.processes import aligned, start_processes
 from tools.benchmarks.bars import bars
 from tools.benchmarks.batches import random_examples, sizes_of, span
 from tools.benchmarks.contenders import Contender, Ours, Padded

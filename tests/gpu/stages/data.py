@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_interbert.data.building.store_writer import RegionStoreWriter
 from megatron_interbert.data.regions import Regions
+from megatron_interbert.preparation.building.store_writer import RegionStoreWriter
 from tests.corpus import write_store
 from tests.gpu.stages.place import Place
 from tests.gpu.stages.programs import Program

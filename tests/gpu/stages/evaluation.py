@@ -16,9 +16,9 @@ from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.pair_scorer import PairScorer
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.pair_tiles import score_block
 from megatron_interbert.tasks.pretraining import PretrainingTask
-from megatron_interbert.tasks.retrieval import choose_pairs
+from megatron_interbert.tasks.retrieval.job import choose_pairs
+from megatron_interbert.tasks.retrieval.pairs import score_block
 from tests.gpu.stages.data import TEST_SCENES, base_store, sample_corpus
 from tests.gpu.stages.place import Place, Record
 from tests.gpu.stages.programs import module

@@ -80,7 +80,7 @@ def step_one_linear(place: Place, record: Record) -> None:
     began = time.monotonic()
     import deepspeed
 
-    from megatron_interbert.training.processes import start_processes
+    from megatron_interbert.machines.processes import start_processes
 
     device = start_processes()
     model = torch.nn.Linear(16, 16, device=device)

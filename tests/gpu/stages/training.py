@@ -17,6 +17,7 @@ from megatron_interbert.config import RunConfig
 from megatron_interbert.data.packing import Example, PackedBatch, pack
 from megatron_interbert.errors import UsageError
 from megatron_interbert.kernels.choice import choose_kernels
+from megatron_interbert.machines.processes import start_processes
 from megatron_interbert.model.flops import training_flops
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
@@ -26,7 +27,6 @@ from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.memory import Layout, Load, predict
 from megatron_interbert.training.peaks import peak_tflops
-from megatron_interbert.training.processes import start_processes
 from tests.gpu.stages.data import base_store
 from tests.gpu.stages.place import Place, Record
 from tests.gpu.stages.programs import module

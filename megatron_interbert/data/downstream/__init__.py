@@ -1,1 +1,0 @@
-"""Samples of the downstream tasks: caption retrieval, VCR, GLUE."""

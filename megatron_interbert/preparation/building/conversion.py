@@ -1,0 +1,161 @@
+"""One unit of work of a build: read its images, keep what can be used, write one shard, say what was dropped and why."""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_interbert.data.manifest import entry_fits
+from megatron_interbert.data.regions import Regions
+from megatron_interbert.errors import Unreadable
+from megatron_interbert.files import is_there, reading
+from megatron_interbert.preparation.building.captions import CaptionTable
+from megatron_interbert.preparation.building.shard_writer import SHARD_NAME, commit, prepare_record, storable, write_shard
+from megatron_interbert.preparation.building.sources.base import Dropped, Record, Source, SourceFacts
+
+NO_CAPTION, NOT_WANTED, TWICE = "no caption", "not in --only", "image id seen before"
+EXPECTED = (NO_CAPTION, NOT_WANTED, TWICE)  # dropped on purpose, not for a fault
+
+
+@dataclass
+class UnitJob:
+    """What a process needs, beside the sources, to turn one unit into one shard; small, for there are thousands of them."""
+
+    source: int  # its number
+    unit: Any
+    number: int
+    folder: Path
+    facts: SourceFacts
+    table: CaptionTable | None
+    use_captions: bool
+    only: bool
+    soft_labels: int
+    strict_boxes: bool
+
+
+def done_file(work: Path, number: int) -> Path:
+    """What says that a unit is done; written after its shard."""
+    return work / (SHARD_NAME.format(number) + ".json")
+
+
+MARK = {"read": int, "repaired": int, "inverted": int, "faults": int, "labels": list, "reasons": dict, "dropped": list}
+LINE = {"where", "image_id", "reason", "details"}  # of an image that was dropped
+
+
+def is_done(work: Path, number: int) -> bool:
+    """Whether a unit is done: what says so is whole, and its shard is there with its size.
+
+    One that does not fit is done anew, and that is said.
+    """
+    path = done_file(work, number)
+    try:
+        with reading(path):
+            done = json.loads(path.read_bytes())
+            fits = _is_mark(done) and _has_shard(work, number, done)
+    except Unreadable:
+        raise
+    except FileNotFoundError:
+        if not is_there(path):
+            return False
+        fits = False
+    except (ValueError, RecursionError):
+        fits = False
+
+    if not fits:
+        print(f"note: {path}: damaged, or its shard is; that part of the build is done anew", file=sys.stderr, flush=True)
+    return fits
+
+
+def _is_mark(done: Any) -> bool:
+    if not isinstance(done, dict) or "entry" not in done:
+        return False
+    if not all(isinstance(done.get(name), kind) for name, kind in MARK.items()):
+        return False
+    counts = all(isinstance(count, int) for count in done["reasons"].values())
+    lines = all(isinstance(line, dict) and line.keys() == LINE for line in done["dropped"])
+    return counts and lines and all(isinstance(label, str) for label in done["labels"])
+
+
+def _has_shard(work: Path, number: int, done: dict[str, Any]) -> bool:
+    """Whether the shard of a unit is as its entry says; there is none where nothing was kept."""
+    entry, path = done["entry"], work / SHARD_NAME.format(number)
+    if entry is None:
+        return True
+    if not entry_fits(entry) or entry["file"] != path.name or entry["images"] != len(done["labels"]):
+        return False
+    return path.stat().st_size == entry["bytes"]
+
+
+def convert_unit(job: UnitJob, sources: Sequence[Source]) -> dict[str, Any]:
+    """One unit to one shard (none when nothing of it is kept), then the file that says it is done; gives that file's content."""
+    records, report = [], []
+    counts: Counter[str] = Counter()
+    labels: list[str] = []
+    for found in sources[job.source].read(job.unit):
+        counts["read"] += 1
+        kept = _keep(found, job)
+        if isinstance(kept, Dropped):
+            report.append(kept)
+            continue
+        ready, captions = kept
+        records.append((ready.regions, captions))
+        labels.append(found.labels or job.facts.soft_labels)
+        counts["repaired"] += ready.repaired
+        counts["inverted"] += ready.inverted
+    path = job.folder / SHARD_NAME.format(job.number)
+    reasons = Counter(dropped.reason for dropped in report)
+    entry = write_shard(path, records) if records else None
+    done = {
+        **{name: counts[name] for name in ("read", "repaired", "inverted")},
+        "faults": sum(n for reason, n in reasons.items() if reason not in EXPECTED),
+        "entry": entry,
+        "labels": labels,
+        "reasons": dict(sorted(reasons.items())),
+        "dropped": [vars(dropped) for dropped in report],
+    }
+    commit(done_file(job.folder, job.number), lambda to: to.write_text(json.dumps(done), encoding="utf-8"))
+    return done
+
+
+def _keep(found: Record | Dropped, job: UnitJob) -> Any:
+    """(prepared record, captions) of an image that is kept, or why it is not."""
+    if isinstance(found, Dropped):
+        return found
+    image_id = found.regions.image_id
+    if not storable(image_id):
+        return Dropped(found.where, repr(image_id)[:80], "image id is no text")
+    if job.only and not job.table.is_wanted(image_id):
+        return Dropped(found.where, image_id, NOT_WANTED)
+    captions = job.table.of_image(image_id) if job.use_captions else found.captions
+    if job.use_captions and not captions:
+        return Dropped(found.where, image_id, NO_CAPTION)
+    regions = found.regions
+    fitted = Regions(
+        image_id, regions.size, regions.features, regions.boxes, *fit_labels(regions, job.soft_labels, job.facts.num_classes)
+    )
+    ready = prepare_record(fitted, job.facts.feature_dim, job.facts.num_classes)
+    if ready.problem:
+        return Dropped(found.where, image_id, ready.problem, ready.details)
+    if ready.repaired and job.strict_boxes:
+        return Dropped(found.where, image_id, "boxes outside the image or inverted", f"{ready.repaired}")
+    return ready, captions
+
+
+def fit_labels(regions: Regions, width: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Soft labels with `width` entries: the first ones, or filled up with classes of probability 0."""
+    ids, probs = np.asarray(regions.class_ids), np.asarray(regions.class_probs)
+    width = min(width, num_classes)
+    if ids.ndim != 2 or ids.shape != probs.shape or ids.shape[1] >= width:
+        return ids[..., :width], probs[..., :width]
+    missing = width - ids.shape[1]
+    fill = np.array(
+        [[c for c in range(num_classes) if c not in row][:missing] for row in (set(r.tolist()) for r in ids)], ids.dtype
+    )
+    return np.concatenate([ids, fill.reshape(len(ids), missing)], 1), np.concatenate(
+        [probs, np.zeros((len(ids), missing), probs.dtype)], 1
+    )

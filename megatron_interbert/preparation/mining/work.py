@@ -1,0 +1,155 @@
+"""What mining has done so far, kept beside hard_negatives.npy so that a killed command goes on and ends in the same table."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from megatron_interbert.config import read_json
+from megatron_interbert.data.manifest import HARD_NEGATIVES, MANIFEST
+from megatron_interbert.data.neighbours import NoTable, read_neighbours
+from megatron_interbert.data.store import RegionStore
+from megatron_interbert.errors import UsageError
+from megatron_interbert.files import file_sha256, flush_folder, new_file, reading
+from megatron_interbert.preparation.work_folder import (
+    lock_folder,
+    own_names,
+    refuse_link,
+    refuse_strangers,
+    remove_folder,
+    remove_own,
+)
+
+FORMAT = 1
+PLAN, ASSEMBLED, DONE = "plan.json", "assembled.npy", "done.json"
+BLOCKS = ("block-" + 6 * "[0-9]" + "*.npy",)
+# All that a work folder holds, in the order in which it goes: the plan says what blocks belong to,
+# and the mark that all is done goes last.
+OURS = (*BLOCKS, "block-*.npy.tmp", ASSEMBLED, PLAN, f"{PLAN}.tmp", f"{DONE}.tmp", DONE)
+
+
+class WorkFolder:
+    """`hard_negatives.npy.partial` beside the output: the plan, a file for each finished block, the table being assembled.
+
+    Held by one process at a time. A command killed anywhere finds here what it needs to end in the same table.
+    """
+
+    def __init__(self, store: RegionStore, options: dict[str, Any]) -> None:
+        self.output = store.path / HARD_NEGATIVES
+        self.path = store.path / f"{HARD_NEGATIVES}.partial"
+        self.block, self.top, self.captions = options["block"], options["top"], store.num_captions
+        self.plan = {
+            "format": FORMAT,
+            "store_sha256": file_sha256(store.path / MANIFEST),
+            "captions": store.num_captions,
+            **json.loads(json.dumps(options)),
+        }
+        self.blocks = -(-self.captions // self.block)
+
+    def __enter__(self) -> "WorkFolder":
+        self._lock: int | None = None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def open(self, restart: bool) -> None:
+        """Make the folder, or find the one of the same plan; UsageError when it belongs to another plan or process."""
+        self._lock = lock_folder(self.path, "another command is mining this store; let it end first")
+        refuse_strangers(self.path, OURS)
+        if restart:
+            remove_own(self.path, OURS)
+
+        if not (self.path / PLAN).exists():
+            if own_names(self.path, BLOCKS):
+                raise UsageError(f"{self.path}: finished blocks without their {PLAN}; put it back, or --restart to throw them away")
+            _write_json(self.path / PLAN, self.plan)
+            return
+
+        found = read_json(self.path / PLAN, "mining plan")
+        differing = [key for key in self.plan if found.get(key) != self.plan[key]]
+        if differing:
+            was, now = (", ".join(f"{key} {plan.get(key)}" for key in differing) for plan in (found, self.plan))
+            raise UsageError(
+                f"{self.path}: unfinished work with {was}, now {now}; give the command as it was,"
+                " or --restart to throw that work away"
+            )
+
+    def rows_of(self, number: int) -> range:
+        """Captions of a block."""
+        return range(number * self.block, min((number + 1) * self.block, self.captions))
+
+    def read_block(self, number: int) -> np.ndarray | None:
+        """The rows of a block, or None when there is none that can be used, said where there is one that cannot. Unreadable
+        where nobody can say.
+        """
+        path = self._block_path(number)
+        try:
+            with reading(path):
+                rows = read_neighbours(path, len(self.rows_of(number)), self.captions)
+            if rows.shape[1] != self.top or rows.dtype != np.int32:
+                raise NoTable(f"{rows.dtype} with {rows.shape[1]} columns, expected int32 with {self.top}")
+        except FileNotFoundError:
+            return None
+        except NoTable as error:
+            print(f"note: {path}: {error}; it is made anew", file=sys.stderr, flush=True)
+            return None
+        return rows
+
+    def write_block(self, number: int, rows: np.ndarray) -> None:
+        """Publish the rows [captions of the block, K]."""
+        with _published(self._block_path(number)) as handle:
+            np.save(handle, rows, allow_pickle=False)
+
+    def _block_path(self, number: int) -> Path:
+        return self.path / f"block-{number:06d}.npy"
+
+    def assemble(self) -> np.ndarray:
+        """All blocks in one file of the work folder, as a read-only map."""
+        header = {"descr": np.dtype(np.int32).str, "fortran_order": False, "shape": (self.captions, self.top)}
+        with new_file(self.path / ASSEMBLED) as handle:
+            np.lib.format.write_array_header_1_0(handle, header)
+            for number in range(self.blocks):
+                block = self.read_block(number)
+                if block is None:
+                    raise UsageError(f"{self._block_path(number)}: damaged since it was made; give the same command again")
+                handle.write(block.tobytes())
+        return np.load(self.path / ASSEMBLED, mmap_mode="r", allow_pickle=False)
+
+    def publish(self, summary: dict[str, Any]) -> None:
+        """The assembled table becomes the output, and the folder goes."""
+        _write_json(self.path / DONE, {"plan": self.plan, "summary": summary})
+        os.replace(self.path / ASSEMBLED, self.output)
+        flush_folder(self.output.parent)
+        remove_folder(self.path, OURS)
+
+    def published(self) -> dict[str, Any] | None:
+        """Summary of the same command if it was killed when its table was in place already; the folder goes."""
+        refuse_link(self.path)
+        if not (self.path / DONE).is_file() or (self.path / ASSEMBLED).exists() or not self.output.exists():
+            return None
+        done = read_json(self.path / DONE, "mining summary")
+        if done.get("plan") != self.plan or not isinstance(done.get("summary"), dict):
+            return None
+        remove_folder(self.path, OURS)
+        return done["summary"]
+
+
+@contextmanager
+def _published(path: Path) -> Iterator[IO[bytes]]:
+    """A file that gets its name when it is whole and on disk."""
+    beside = path.with_name(path.name + ".tmp")
+    with new_file(beside) as handle:
+        yield handle
+    os.replace(beside, path)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with _published(path) as handle:
+        handle.write(json.dumps(value, indent=1, ensure_ascii=False).encode())

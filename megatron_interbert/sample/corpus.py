@@ -1,0 +1,246 @@
+"""Writes the sample corpus: a generated world with captions in English and Chinese, for trying things out.
+
+Everything in it is made up: 60 kinds of objects in 6 colours stand in 20 places that decide which of them meet. Region
+features are noisy prototypes, boxes overlap as a detector's do, soft labels are confused between near classes. The same
+seed gives the same corpus. Train and test scenes are drawn apart.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_interbert.command_line import finite_number, seed_number
+from megatron_interbert.data.regions import Regions
+from megatron_interbert.errors import UsageError
+from megatron_interbert.files import check_writable, write_text
+from megatron_interbert.parser import Parser
+from megatron_interbert.progress import progress
+from megatron_interbert.sample.detector import FEATURES, SOFT_LABELS, Detector, generated_store
+from megatron_interbert.sample.questions import question
+
+PLACES = {
+    "kitchen": "厨房",
+    "street": "街道",
+    "office": "办公室",
+    "garden": "花园",
+    "beach": "海滩",
+    "bedroom": "卧室",
+    "park": "公园",
+    "farm": "农场",
+    "school": "学校",
+    "station": "车站",
+    "market": "市场",
+    "harbour": "港口",
+    "forest": "森林",
+    "library": "图书馆",
+    "museum": "博物馆",
+    "hospital": "医院",
+    "garage": "车库",
+    "theatre": "剧院",
+    "bakery": "面包店",
+    "hotel": "酒店",
+}
+COLOURS = {"red": "红色", "blue": "蓝色", "green": "绿色", "yellow": "黄色", "black": "黑色", "white": "白色"}
+OBJECTS = {
+    "cup": "杯子",
+    "plate": "盘子",
+    "knife": "刀",
+    "pan": "锅",
+    "kettle": "水壶",
+    "apple": "苹果",
+    "bottle": "瓶子",
+    "bowl": "碗",
+    "spoon": "勺子",
+    "oven": "烤箱",
+    "car": "汽车",
+    "bus": "公交车",
+    "bicycle": "自行车",
+    "sign": "路牌",
+    "bench": "长椅",
+    "truck": "卡车",
+    "lamp": "灯",
+    "dog": "狗",
+    "door": "门",
+    "motorcycle": "摩托车",
+    "desk": "书桌",
+    "chair": "椅子",
+    "laptop": "电脑",
+    "phone": "手机",
+    "pen": "钢笔",
+    "book": "书",
+    "clock": "时钟",
+    "printer": "打印机",
+    "bag": "包",
+    "screen": "屏幕",
+    "tree": "树",
+    "flower": "花",
+    "bird": "鸟",
+    "cat": "猫",
+    "fence": "栅栏",
+    "hose": "水管",
+    "rake": "耙子",
+    "pot": "花盆",
+    "bush": "灌木",
+    "swing": "秋千",
+    "umbrella": "雨伞",
+    "towel": "毛巾",
+    "ball": "球",
+    "boat": "船",
+    "kite": "风筝",
+    "hat": "帽子",
+    "bucket": "桶",
+    "surfboard": "冲浪板",
+    "crab": "螃蟹",
+    "shell": "贝壳",
+    "bed": "床",
+    "pillow": "枕头",
+    "blanket": "毯子",
+    "mirror": "镜子",
+    "curtain": "窗帘",
+    "dresser": "衣柜",
+    "rug": "地毯",
+    "doll": "娃娃",
+    "vase": "花瓶",
+    "picture": "画",
+}
+WORDS = ["a", "and", "in", "the", "is", "next", "to", "left", "right", "of", "there", "with", "scene", "on"]
+NAMES, COLOUR_NAMES, PLACE_NAMES = list(OBJECTS), list(COLOURS), list(PLACES)
+WIDTH, HEIGHT = 640, 480
+
+
+@dataclass
+class Scene:
+    """A place, and kind, colour and box of each object in it."""
+
+    place: int
+    kinds: np.ndarray
+    colours: np.ndarray
+    boxes: np.ndarray
+
+
+class World:
+    """Prototypes and rules, a function of the seed alone."""
+
+    def __init__(self, seed: int, noise: float) -> None:
+        random = np.random.default_rng([seed, 0])
+        self.noise = noise
+        self.object_features = random.normal(size=(len(NAMES), FEATURES))
+        self.colour_features = random.normal(size=(len(COLOURS), FEATURES))
+        self.sizes = random.uniform(60, 200, size=(len(NAMES), 2))
+        # Eight objects are at home in each place and each object in two or three places: what stands around a hidden object
+        # tells something of it, but not all. Without places nothing would, and nothing is learned.
+        order = np.concatenate([random.permutation(len(NAMES)) for _ in range(3)])[: 8 * len(PLACES)]
+        self.homes = [np.unique(home) for home in order.reshape(len(PLACES), 8)]
+        self.detector = Detector(self.object_features, noise)
+
+    def draw(self, random: np.random.Generator) -> Scene:
+        """What stands where."""
+        place = int(random.integers(len(PLACES)))
+        count = int(random.integers(3, 7))
+        kinds = random.permutation(self.homes[place])[:count]
+        count = len(kinds)
+        colours = random.integers(len(COLOURS), size=count)
+        size = self.sizes[kinds] * random.uniform(0.7, 1.3, size=(count, 1))
+        corner = random.uniform(0, 1, size=(count, 2)) * ([WIDTH, HEIGHT] - size)
+        return Scene(place, kinds, colours, np.concatenate([corner, corner + size], axis=1))
+
+    def scene(self, random: np.random.Generator, name: str) -> tuple[Regions, list[tuple[str, str]]]:
+        """One image and its two captions [(text, language)]."""
+        found = self.draw(random)
+        features = self.object_features[found.kinds] + self.colour_features[found.colours]
+        regions = self.detector.detect(random, name, (WIDTH, HEIGHT), found.kinds, features, found.boxes)
+        what = (found.place, found.kinds, found.colours, found.boxes)
+        return regions, [(self.english(random, *what), "en"), (self.chinese(random, *what), "zh")]
+
+    def annotated(self, scene: Scene, random: np.random.Generator, name: str) -> Regions:
+        """The scene's objects in their order, as annotators draw boxes: exact; features as the detector's."""
+        features = self.object_features[scene.kinds] + self.colour_features[scene.colours]
+        features = features + random.normal(scale=self.noise, size=features.shape)
+        ids, probs = self.detector.neighbours[scene.kinds] + 1, np.zeros((len(scene.kinds), SOFT_LABELS), np.float32)
+        probs[:, 0] = 1.0
+        return Regions(name, (WIDTH, HEIGHT), features.astype(np.float16), scene.boxes.astype(np.float32), ids, probs)
+
+    def english(self, random: np.random.Generator, place: int, kinds: np.ndarray, colours: np.ndarray, boxes: np.ndarray) -> str:
+        """A caption that names two to four of the objects."""
+        picked = random.choice(len(kinds), size=int(random.integers(2, 4)), replace=False)
+        things = [f"{COLOUR_NAMES[colours[i]]} {NAMES[kinds[i]]}" for i in picked]
+        where = f" in the {PLACE_NAMES[place]}" if random.random() < 0.5 else ""
+        if len(picked) > 2:
+            return "a " + ", a ".join(things[:-1]) + f" and a {things[-1]}{where}"
+        side = "left" if boxes[picked[0], 0] < boxes[picked[1], 0] else "right"
+        return [
+            f"a {things[0]} and a {things[1]}{where}",
+            f"there is a {things[0]} next to a {things[1]}{where}",
+            f"the {things[0]} is to the {side} of the {things[1]}{where}",
+        ][int(random.integers(3))]
+
+    def chinese(self, random: np.random.Generator, place: int, kinds: np.ndarray, colours: np.ndarray, boxes: np.ndarray) -> str:
+        """The same kind of caption in Chinese."""
+        picked = random.choice(len(kinds), size=int(random.integers(2, 4)), replace=False)
+        things = [f"{COLOURS[COLOUR_NAMES[colours[i]]]}的{OBJECTS[NAMES[kinds[i]]]}" for i in picked]
+        where = f"{PLACES[PLACE_NAMES[place]]}里" if random.random() < 0.5 else ""
+        if len(picked) > 2:
+            return f"{where}有{'、'.join(things[:-1])}和{things[-1]}"
+        side = "左" if boxes[picked[0], 0] < boxes[picked[1], 0] else "右"
+        return [
+            f"{where}有{things[0]}和{things[1]}",
+            f"{where}{things[0]}在{things[1]}旁边",
+            f"{where}{things[0]}在{things[1]}的{side}边",
+        ][int(random.integers(3))]
+
+
+def vocabulary() -> list[str]:
+    """Special tokens, every word and character of the grammar, and letters, so that any other word can be spelled."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    characters = sorted(set("".join([*PLACES.values(), *COLOURS.values(), *OBJECTS.values(), "的里有和在旁边左右、"])))
+    words = [*WORDS, *PLACES, *COLOURS, *OBJECTS, ",", "."]
+    return list(
+        dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), *words, *characters])
+    )
+
+
+def write_split(world: World, folder: Path, split: str, scenes: int, seed: int) -> None:
+    """One region store of generated scenes, with its vocabulary beside."""
+    with generated_store(folder / split, seed, NAMES, vocabulary()) as writer:
+        for number in progress(range(scenes), desc=f"{split} scenes", unit="scene"):
+            writer.add(*world.scene(_random(seed, split, number), f"{split}-{number:06d}"))
+
+
+def write_questions(world: World, folder: Path, split: str, scenes: int, seed: int) -> None:
+    """vcr/SPLIT.jsonl, a question about each scene in the form of VCR, and vcr/SPLIT, a store of the exact boxes it refers to."""
+    lines = []
+    with generated_store(folder / "vcr" / split, seed, NAMES, vocabulary()) as writer:
+        for number in progress(range(scenes), desc=f"{split} questions", unit="scene"):
+            name, scene = f"{split}-{number:06d}", world.draw(_random(seed, split, number))
+            random = _random(seed, split, number, 1)
+            writer.add(world.annotated(scene, random, name), [])
+            kinds, colours = [NAMES[i] for i in scene.kinds], [COLOUR_NAMES[i] for i in scene.colours]
+            lines.append(json.dumps(question(random, name, kinds, colours, NAMES, COLOUR_NAMES)))
+    write_text(folder / "vcr" / f"{split}.jsonl", "\n".join(lines) + "\n")
+
+
+def _random(seed: int, split: str, number: int, *more: int) -> np.random.Generator:
+    return np.random.default_rng([seed, {"train": 1, "test": 2}[split], number, *more])
+
+
+def run() -> None:
+    """Parse the command line and write both splits."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", default="sample_corpus", help="folder for the stores train/ and test/ (default: %(default)s)")
+    parser.add_argument("--train-scenes", type=int, default=20000, help="default: %(default)s")
+    parser.add_argument("--test-scenes", type=int, default=200, help="unseen scenes for evaluation (default: %(default)s)")
+    parser.add_argument("--noise", type=finite_number, default=0.3, help="of the features, against prototypes of norm 1 per entry")
+    parser.add_argument("--seed", type=seed_number, default=0)
+    parser.add_argument("--vcr", action="store_true", help="also a question about each scene in the form of VCR, in vcr/")
+    options = parser.parse_args()
+    if min(options.train_scenes, options.test_scenes) < 2:
+        raise UsageError("--train-scenes and --test-scenes must be 2 or more: a mismatched pair needs another image")
+    check_writable(Path(options.output), "--output")
+    world = World(options.seed, options.noise)
+    for split, scenes in (("train", options.train_scenes), ("test", options.test_scenes)):
+        write_split(world, Path(options.output), split, scenes, options.seed)
+        if options.vcr:
+            write_questions(world, Path(options.output), split, scenes, options.seed)
+    print(f"generated corpus in {options.output}: {options.train_scenes} training and {options.test_scenes} unseen test scenes")

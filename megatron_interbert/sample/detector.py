@@ -1,0 +1,111 @@
+"""What generated worlds share: what a detector would say of their things, and stores that say that they are made up."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_interbert.config import read_json
+from megatron_interbert.data.manifest import HARD_IMAGES, HARD_NEGATIVES, MANIFEST
+from megatron_interbert.data.regions import Regions
+from megatron_interbert.errors import UsageError
+from megatron_interbert.preparation.building.store_writer import STORE_FILES, RegionStoreWriter
+from megatron_interbert.preparation.work_folder import refuse_link, refuse_strangers, remove_folder
+
+FEATURES, SOFT_LABELS = 64, 5
+PICTURES = "pictures"  # of a shop, a folder in its store
+OF_SHOPS = tuple(f"{name}.jsonl" for name in ("items", "queries", "topics", "clicks"))
+MINED = (HARD_NEGATIVES, HARD_IMAGES)
+HALF_WRITTEN = (*(f"{name}.[0-9]*.new" for name in OF_SHOPS), "hard_images.[0-9]*.new")
+OURS = (*HALF_WRITTEN, *OF_SHOPS, *MINED, *STORE_FILES)
+PICTURE = "*-[0-9]*.png"
+
+
+class Detector:
+    """Noisy features of things, overlapping boxes, and soft labels that are confused between near classes."""
+
+    def __init__(self, prototypes: np.ndarray, noise: float) -> None:
+        """Prototypes [classes, FEATURES] of the classes without background."""
+        self.noise = noise
+        distance = np.linalg.norm(prototypes[:, None] - prototypes[None], axis=2)
+        self.neighbours = np.argsort(distance, axis=1)[:, :SOFT_LABELS]  # itself first
+
+    def detect(
+        self,
+        random: np.random.Generator,
+        name: str,
+        size: tuple[int, int],
+        classes: np.ndarray,
+        features: np.ndarray,
+        boxes: np.ndarray,
+    ) -> Regions:
+        """One or two overlapping boxes for each thing (classes [n], features [n, FEATURES], boxes [n, 4]), most confident first."""
+        owner = np.repeat(np.arange(len(classes)), random.integers(1, 3, size=len(classes)))
+        extent = np.tile(boxes[owner, 2:] - boxes[owner, :2], 2)
+        jittered = boxes[owner] + random.normal(scale=0.08, size=(len(owner), 4)) * extent
+        seen = features[owner] + random.normal(scale=self.noise, size=(len(owner), FEATURES))
+        confidence = random.uniform(0.4, 0.95, size=len(owner))
+        near = random.dirichlet(np.ones(SOFT_LABELS), size=len(owner)) * (1 - confidence)[:, None] * 0.9
+        near[:, 0] += confidence
+        order = np.argsort(-confidence)
+        return Regions(
+            name,
+            size,
+            seen[order].astype(np.float16),
+            jittered[order].astype(np.float32),
+            self.neighbours[classes[owner]][order] + 1,
+            near[order].astype(np.float32),
+        )
+
+
+@contextlib.contextmanager
+def generated_store(
+    path: Path, seed: int, class_names: Sequence[str], vocabulary: Sequence[str], text_normalisation: str = "none"
+) -> Iterator[RegionStoreWriter]:
+    """Writes a store beside `path` and puts it there when it is whole; UsageError where something else is in the way."""
+    beside = path.with_name(f"{path.name}.new")
+    if path.exists() and not (path / MANIFEST).is_file():
+        raise UsageError(f"{path}: exists and is no generated corpus; choose another --output")
+    if path.exists() and not read_json(path / MANIFEST, str(path)).get("generated"):
+        raise UsageError(f"{path}: holds a region store that was not generated; choose another --output")
+    for store in (path, beside):
+        refuse_link(store)
+        refuse_strangers(store, (*OURS, f"{PICTURES}/"))
+        refuse_link(store / PICTURES)
+        refuse_strangers(store / PICTURES, (PICTURE,))
+    remove_generated(beside)
+    with RegionStoreWriter(
+        beside,
+        feature_dim=FEATURES,
+        num_classes=len(class_names) + 1,
+        class_names=["background", *class_names],
+        detector={"name": "generated world", "revision": f"seed {seed}"},
+        soft_labels="top_k",
+        vocabulary="\n".join(vocabulary) + "\n",
+        extra={"generated": True, "text_normalisation": text_normalisation},
+        images_per_shard=2048,
+    ) as writer:
+        yield writer
+    replace_generated(path, beside)
+
+
+def replace_generated(path: Path, beside: Path) -> None:
+    """Put a new store in the place of an old one, which goes when the new one is there.
+
+    Hidden files that systems leave (.DS_Store, .nfs..) stay, in the folder that was set aside.
+    """
+    old = path.with_name(f"{path.name}.old-{time.time_ns()}")
+    if path.exists():
+        path.rename(old)
+    beside.rename(path)
+    if old.exists():
+        remove_generated(old)
+
+
+def remove_generated(path: Path) -> None:
+    """Remove a generated store, where there is one."""
+    if (path / PICTURES).is_dir():
+        remove_folder(path / PICTURES, (PICTURE,))
+    remove_folder(path, OURS)

@@ -1,0 +1,191 @@
+"""How well models search and recommend in the generated shop, beside TF-IDF over titles and chance; mean and deviation over several runs.
+
+    python tools/shop_report.py --search runs/shop_12000/product_search --recommendation runs/shop_12000/recommendation
+
+Queries say what they need (tools/make_shop.py): the picture, the title, or either. TF-IDF compares single characters and pairs of them.
+Chance is a shuffled list. The clicks were drawn by what a product has of what a topic wants, so no score orders them better than that does.
+"""
+
+import argparse
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_interbert.errors import UsageError
+from megatron_interbert.files import check_output, json_text, write_output
+from megatron_interbert.machines.processes import aligned
+from megatron_interbert.parallel.device import this_device
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.parser import Parser
+from megatron_interbert.progress import progress
+from megatron_interbert.sample.shop_world import COLOURS, KINDS, PLACES, Topic
+from megatron_interbert.tasks.loading import as_trained, load_model, open_for
+from megatron_interbert.tasks.records import read_records
+from megatron_interbert.tasks.shop.catalogue import Catalogue
+from megatron_interbert.tasks.shop.config import EvaluateProductSearchConfig
+from megatron_interbert.tasks.shop.figures import search_metrics
+from megatron_interbert.tasks.shop.scorer import ItemScorer, catalogue_of
+from megatron_interbert.tasks.shop.search import search
+from megatron_interbert.tasks.shop.search_samples import read_queries
+from megatron_interbert.tasks.shop.topic_samples import Clicks, read_clicks, read_topics
+from megatron_interbert.tasks.shop.topics import click_metrics, showing_scores
+
+Figures = dict[str, list[dict[str, float]]]  # of each way, one for each run
+
+
+class TitleIndex:
+    """TF-IDF of characters and pairs of characters."""
+
+    def __init__(self, titles: Sequence[str]) -> None:
+        counts = [self.grams(title) for title in titles]
+        found = Counter(gram for count in counts for gram in count)
+        self.weight = {gram: np.log(len(titles) / number) for gram, number in found.items()}
+        self.titles = [self.vector(count) for count in counts]
+
+    @staticmethod
+    def grams(text: str) -> Counter[str]:
+        """Counts of a text."""
+        text = text.lower()
+        return Counter(text[at : at + size] for size in (1, 2) for at in range(len(text) - size + 1))
+
+    def vector(self, counts: Counter[str]) -> dict[str, float]:
+        """Of length 1."""
+        raw = {gram: number * self.weight[gram] for gram, number in counts.items() if gram in self.weight}
+        length = sum(value * value for value in raw.values()) ** 0.5 or 1.0
+        return {gram: value / length for gram, value in raw.items()}
+
+    def scores(self, text: str) -> np.ndarray:
+        """Cosines of a text with all titles."""
+        wanted = self.vector(self.grams(text))
+        return np.array([sum(value * title.get(gram, 0.0) for gram, value in wanted.items()) for title in self.titles])
+
+
+def open_run(load: str, data_path: str) -> ItemScorer:
+    """A run's model over the shop's products, which it reads as it was trained."""
+    device, config = this_device(), EvaluateProductSearchConfig(load=load, data_path=data_path)
+    model, source = load_model(load, ("itm",), "auto", device)
+    as_trained(config, source, max_regions=36, max_tokens=64, titles=True)
+    corpus, tokenizer = open_for(config, source, [data_path])
+    return ItemScorer(model, catalogue_of(corpus, tokenizer, config), device)
+
+
+def index_titles(catalogue: Catalogue) -> TitleIndex:
+    """Of all products, whether or not a model reads them."""
+    read = Catalogue(catalogue.corpus, catalogue.tokenizer, True, catalogue.max_tokens, catalogue.max_regions)
+    return TitleIndex([read.title(number) for number in range(len(read))])
+
+
+def search_figures(runs: Sequence[str], data_path: str, first_stage: int) -> dict[str, Figures]:
+    """Figures by what a query needs and by way of searching."""
+    path = f"{data_path}/queries.jsonl"
+    needs = [record["needs"] for _, record in read_records(path, "--data-path", {"needs": str})]
+    result: dict[str, Figures] = {need: defaultdict(list) for need in ("picture", "either", "title")}
+
+    def note(way: str, found: Sequence[np.ndarray]) -> None:
+        for need, figures in result.items():
+            chosen = [number for number, of in enumerate(needs) if of == need]
+            figures[way].append(search_metrics([found[n] for n in chosen], [queries.products[n] for n in chosen]))
+
+    shared = []
+    for run in progress(runs, unit="run", desc="searching"):
+        scorer = open_run(run, data_path)
+        queries = read_queries(path, scorer.catalogue, "--data-path")
+        full = search(scorer, queries, ParallelState()).found
+        note("InterBERT", full)
+        if first_stage:
+            staged = search(scorer, queries, ParallelState(), first_stage).found
+            note(f"first {first_stage} by vectors", staged)
+            shared.append(np.mean([len(np.intersect1d(a[:10], b[:10])) / 10 for a, b in zip(full, staged, strict=True)]))
+    titles, random = index_titles(scorer.catalogue), np.random.default_rng(0)
+    note("TF-IDF of titles", [np.argsort(-titles.scores(text), kind="stable") for text in queries.texts])
+    note("chance", [random.permutation(len(scorer.catalogue)) for _ in queries.texts])
+    if first_stage:
+        print(f"first ten of the full search that the first {first_stage} by vectors hold: {100 * np.mean(shared):.2f} %")
+    return result
+
+
+def recommendation_figures(runs: Sequence[str], data_path: str) -> dict[str, Figures]:
+    """Figures of the order of what each topic showed: of all of it, and of products of the kinds that it wants, among which the title tells
+    little."""
+    scores: dict[str, list[np.ndarray]] = defaultdict(list)
+    for run in progress(runs, unit="run", desc="recommending"):
+        scorer = open_run(run, data_path)
+        topics = read_topics(f"{data_path}/topics.jsonl", "--data-path")
+        clicks = read_clicks(f"{data_path}/clicks.jsonl", topics, scorer.catalogue, "--data-path")
+        scores["InterBERT"].append(showing_scores(scorer, topics, clicks, ParallelState()))
+    titles = index_titles(scorer.catalogue)
+    by_title = np.stack([titles.scores(text) for text in topics.texts])
+    scores["TF-IDF of titles"].append(by_title[clicks.topics, clicks.items])
+    wanted = [wishes(record) for _, record in read_records(f"{data_path}/topics.jsonl", "--data-path", {"keywords": list})]
+    had = [had_of(record) for _, record in read_records(f"{data_path}/items.jsonl", "--data-path", {"item_id": str})]
+    shown = [(wanted[topic], had[item]) for topic, item in zip(clicks.topics, clicks.items, strict=True)]
+    scores["what clicks were drawn by"].append(np.array([topic.appeal(*product) for topic, product in shown]))
+    scores["chance"].append(np.random.default_rng(0).random(len(shown)))
+    right_kind = np.array([kind in topic.kinds for topic, (kind, _, _) in shown])
+    result: dict[str, Figures] = {}
+    for name, chosen in (("all that was shown", np.ones(len(shown), bool)), ("wanted kinds", right_kind)):
+        some = Clicks(clicks.topics[chosen], clicks.items[chosen], clicks.clicked[chosen])
+        result[name] = {way: [click_metrics(some, values[chosen]) for values in of_runs] for way, of_runs in scores.items()}
+    return result
+
+
+def wishes(record: dict) -> Topic:
+    """A topic read back from its words."""
+    kinds, colours, places = (
+        [table.index(word) for word in record["keywords"] if word in table] for table in (KINDS, COLOURS, PLACES)
+    )
+    if not (kinds and colours and places):
+        raise UsageError(f"topic {record['topic_id']}: no kind, colour or place among its keywords; not of this tools/make_shop.py")
+    return Topic(record["name"], np.array(kinds), np.array(colours), places[0])
+
+
+def had_of(record: dict) -> tuple[int, int, int]:
+    """Kind, colour and place of a product, by number."""
+    return KINDS.index(record["kind"]), COLOURS.index(record["colour"]), PLACES.index(record["place"])
+
+
+def table(head: str, parts: dict[str, Figures]) -> list[str]:
+    """Lines: part and way, then each figure's mean, and its deviation where there are several runs."""
+    rows = [
+        (f"{part}: {way}", *(spread([values[name] for values in of_runs]) for name in of_runs[0]))
+        for part, figures in parts.items()
+        for way, of_runs in figures.items()
+    ]
+    return aligned([(head, *next(iter(parts.values()))["chance"][0]), *rows])
+
+
+def spread(values: Sequence[float]) -> str:
+    """`71.2`, or `71.2 ± 0.8`."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def run() -> None:
+    """Parse the command line and print the tables."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--search", nargs="+", default=[], metavar="RUN", help="runs that were finetuned for product search")
+    parser.add_argument(
+        "--recommendation", nargs="+", default=[], metavar="RUN", help="runs that were finetuned for recommendation"
+    )
+    parser.add_argument("--data-path", default="sample_shop/test", help="generated shop (default: %(default)s)")
+    parser.add_argument("--first-stage", type=int, default=0, help="also search in two stages: so many products by vectors; 0: no")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    options = parser.parse_args()
+    if not options.search and not options.recommendation:
+        raise UsageError("nothing to report on; give --search RUN or --recommendation RUN")
+    if options.first_stage < 0:
+        raise UsageError(f"--first-stage is {options.first_stage}, expected 0 or more")
+    if options.output:  # before hours of work
+        check_output(options.output, "--output")
+    report: dict[str, dict[str, Figures]] = {}
+    if options.search:
+        report["search"] = search_figures(options.search, options.data_path, options.first_stage)
+        print("\n".join(table("what tells: way", report["search"])))
+    if options.recommendation:
+        report["recommendation"] = recommendation_figures(options.recommendation, options.data_path)
+        print("\n".join(table("among: way", report["recommendation"])))
+    if options.output:
+        write_output(options.output, json_text(report), "--output")

@@ -1,0 +1,1 @@
+"""GLUE on the text path: config, samples, job, evaluation."""

@@ -1,0 +1,1 @@
+"""Caption-based image retrieval: config, samples, job, pairs and tiles, evaluation, page."""

@@ -1,0 +1,1 @@
+"""Product search and topic-based recommendation: config, catalogue, samples, jobs, scorer, evaluation, page."""

@@ -1,0 +1,1 @@
+"""Visual commonsense reasoning: config, samples, job, evaluation, page."""

@@ -1,0 +1,256 @@
+"""Mined hard negatives against a dense float64 TF-IDF written here, on random, English and Chinese captions."""
+
+import itertools
+import json
+import math
+import os
+import unicodedata
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from megatron_interbert.data.manifest import HARD_NEGATIVES
+from megatron_interbert.data.store import RegionStore
+from megatron_interbert.errors import UsageError
+from megatron_interbert.preparation.mining.search import MiningOptions, Searcher, mine
+from megatron_interbert.preparation.mining.terms import build_index, normalise, terms_of
+from megatron_interbert.preparation.mining.work import WorkFolder
+from tests.corpus import write_store
+from tests.shared import SHARED, needs_shared
+
+CLOSE = 1e-6  # similarities nearer than this count as equal
+CAPTIONS = SHARED / "data" / "captions"
+
+
+def slow_terms(text, ngrams=(1, 2)):
+    """Character by character: a term ends where letters end or the script changes."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    kinds = ["cjk" if "\u3041" <= c <= "\u9fff" or "\uac00" <= c <= "\ud7a3" else "word" if c.isalnum() else "" for c in text]
+    terms = []
+    for kind, group in itertools.groupby(zip(kinds, text, strict=True), key=lambda pair: pair[0]):
+        run = "".join(character for _, character in group)
+        if kind == "word":
+            terms.append(run)
+        elif kind == "cjk":
+            terms += [run[i : i + n] for n in ngrams for i in range(len(run)) if i + n <= len(run)]
+    return terms
+
+
+def dense_similarity(captions):
+    """All pairs [N, N] float64."""
+    counted = [Counter(slow_terms(caption)) for caption in captions]
+    frequency = Counter(term for row in counted for term in row)
+    column = {term: i for i, term in enumerate(frequency)}
+    matrix = np.zeros((len(captions), len(column)))
+    for row, terms in enumerate(counted):
+        for term, count in terms.items():
+            matrix[row, column[term]] = count * (math.log((1 + len(captions)) / (1 + frequency[term])) + 1)
+    length = np.linalg.norm(matrix, axis=1, keepdims=True)
+    matrix /= np.where(length > 0, length, 1)
+    return matrix @ matrix.T
+
+
+def check(captions, images, found, scores, top, below=0.5):
+    """Each row holds allowed captions only, in order, and the most similar ones of those, but for equal similarities."""
+    similarity = dense_similarity(captions)
+    same = [unicodedata.normalize("NFKC", c).lower().strip() for c in captions]
+    codes = np.unique(same, return_inverse=True)[1]
+    for row in range(len(captions)):
+        mine = found[row][found[row] >= 0]
+        assert len(set(mine.tolist())) == len(mine)
+        allowed = (similarity[row] < below - CLOSE) & (images != images[row]) & (codes != codes[row]) & (similarity[row] > 1e-9)
+        border = np.zeros(len(captions), dtype=bool)
+        border[mine] = np.abs(similarity[row, mine] - below) < CLOSE
+        assert (allowed | border)[mine].all(), (captions[row], [captions[i] for i in mine])
+        wanted = np.sort(similarity[row, allowed | border])[::-1][:top]
+        np.testing.assert_allclose(similarity[row, mine], wanted, atol=CLOSE)
+        np.testing.assert_allclose(scores[row, : len(mine)], similarity[row, mine], atol=CLOSE)
+        assert (found[row, len(mine) :] == -1).all()
+        if len(wanted) == top:
+            surely = set(np.flatnonzero(allowed & (similarity[row] > wanted[-1] + CLOSE)))
+            assert surely <= set(mine.tolist())
+
+
+def search(captions, images, threads=1, mode="exact", **options):
+    searcher = Searcher(build_index(captions, images), MiningOptions(mode=mode, **options), threads)
+    return searcher, *searcher.search(np.arange(len(captions)))
+
+
+def random_captions(number, seed=0):
+    """Few words of very different frequency, with repeats, empty captions, the same text again, and equal word sets."""
+    random = np.random.default_rng(seed)
+    words = [f"w{i}" for i in range(60)]
+    chance = 1 / np.arange(1, 61)
+    rows = [" ".join(random.choice(words, size=random.integers(0, 10), p=chance / chance.sum())) for _ in range(number)]
+    return rows + rows[: number // 10] + [" ".join(reversed(row.split())) for row in rows[: number // 10]]
+
+
+def coco():
+    records = json.loads((CAPTIONS / "coco_val2017.json").read_text())["annotations"]
+    return [r["caption"] for r in records], np.array([r["image_id"] for r in records])
+
+
+def chinese():
+    pairs = [line.split(maxsplit=1) for line in (CAPTIONS / "flickr8k_zh.txt").read_text().splitlines() if line.strip()]
+    names = [pair[0].split("#")[0] for pair in pairs]
+    return [pair[1] if len(pair) > 1 else "" for pair in pairs], np.unique(names, return_inverse=True)[1]
+
+
+def test_terms():
+    assert terms_of(normalise("Two CATS, don't_touch 3!")) == ["two", "cats", "don", "t", "touch", "3"]
+    assert terms_of(normalise("红色杯子")) == ["红", "色", "杯", "子", "红色", "色杯", "杯子"]
+    assert terms_of(normalise("A红猫b")) == ["a", "红", "猫", "红猫", "b"]
+    assert terms_of(normalise("Ｃafé 猫"), (2, 3)) == ["café", "猫"], "a run too short for any n-gram is a term itself"
+    assert terms_of(normalise(" \n…")) == []
+    for text in ("Ein Hünd läuft", "猫と犬がいる", "고양이 two", "a\u3000b", "x²"):
+        assert sorted(terms_of(normalise(text))) == sorted(slow_terms(text))
+
+
+@pytest.mark.parametrize(("top", "below"), [(30, 0.5), (5, 0.3), (200, 1.0)])
+def test_exact_search_is_the_dense_one(top, below):
+    captions = random_captions(500)
+    images = np.random.default_rng(1).integers(150, size=len(captions))
+    _, found, scores = search(captions, images, top=top, max_similarity=below)
+    check(captions, images, found, scores, top, below)
+    empty = [i for i, caption in enumerate(captions) if not caption]
+    assert len(empty) > 10
+    assert (found[empty] == -1).all()
+
+
+def test_few_candidates_at_a_time_change_nothing():
+    captions = random_captions(500)
+    images = np.arange(len(captions))
+    _, found, _ = search(captions, images)
+    np.testing.assert_array_equal(search(captions, images, candidates=1)[1], found)
+
+
+def test_the_same_image_and_the_same_text_are_never_negatives():
+    captions = ["a red cat", "A red cat ", "a red dog", "a red dog sits", "red red tree"] * 4
+    images = np.repeat(np.arange(4), 5)
+    _, found, _ = search(captions, images, max_similarity=1.0)
+    keys = [caption.strip().lower() for caption in captions]
+    for row, others in enumerate(found):
+        others = others[others >= 0]
+        assert len(others)
+        assert all(images[o] != images[row] and keys[o] != keys[row] for o in others)
+
+
+def test_threads_change_nothing():
+    captions = random_captions(1500)
+    images = np.arange(len(captions)) // 3
+    for options in ({"mode": "exact"}, {"mode": "pruned", "budget": 300, "candidates": 60}):
+        _, found, scores = search(captions, images, threads=1, **options)
+        for threads in (2, 5):
+            _, again, same = search(captions, images, threads=threads, **options)
+            np.testing.assert_array_equal(again, found)
+            np.testing.assert_array_equal(same, scores)
+
+
+def test_a_small_budget_still_keeps_the_rule_and_fills_the_rows():
+    captions = random_captions(1500)
+    images = np.arange(len(captions)) // 3
+    searcher, found, scores = search(captions, images, mode="pruned", budget=20, candidates=30)
+    assert (scores[found >= 0] < 0.5).all()
+    assert (images[found] != images[:, None])[found >= 0].all()
+    _, exact, _ = search(captions, images)
+    np.testing.assert_array_equal((found >= 0).sum(1), (exact >= 0).sum(1))
+    recall, lost = searcher.recall(found, 300)
+    assert 0.05 < recall < 1
+    assert lost > 0
+    assert searcher.recall(exact, 300) == (1.0, 0.0)
+
+
+@needs_shared
+def test_real_english_captions():
+    captions, images = coco()
+    _, found, scores = search(captions[:3000], images[:3000])
+    check(captions[:3000], images[:3000], found, scores, 30)
+    index = build_index(captions, images)
+    for options in (MiningOptions(), MiningOptions(budget=2000, candidates=300)):
+        searcher = Searcher(index, options, threads=2)
+        drawn = np.random.default_rng(0).permutation(len(captions))[:500]
+        table = np.full((len(captions), 30), -1, dtype=np.int32)
+        table[drawn] = searcher.search(drawn)[0]
+        recall, lost = searcher.recall(table, 500)
+        assert recall >= 0.8
+        assert lost < 0.01
+
+
+@needs_shared
+def test_real_chinese_captions():
+    captions, images = chinese()
+    assert len(captions) > 40_000
+    _, found, scores = search(captions[:2000], images[:2000])
+    check(captions[:2000], images[:2000], found, scores, 30)
+    _, found, scores = search(captions, images, threads=2, mode="pruned", budget=5000, candidates=300)
+    assert (scores < 0.5).all()
+    assert (images[found] != images[:, None])[found >= 0].all()
+    assert (found >= 0).sum(1).mean() > 29
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+def kill_at(monkeypatch, number, after):
+    """Make the numbered change of a name, of all that mining makes, the last thing the process did."""
+    calls = itertools.count()
+
+    def wrap(function):
+        def change(*args, **kwargs):
+            last = next(calls) == number
+            if last and not after:
+                raise Killed
+            function(*args, **kwargs)
+            if last:
+                raise Killed
+
+        return change
+
+    for name in ("replace", "unlink", "rmdir", "mkdir"):
+        monkeypatch.setattr(os, name, wrap(getattr(os, name)))
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_table(tmp_path, monkeypatch):
+    store = RegionStore(str(write_store(tmp_path / "store", images=40)))
+    options = MiningOptions(mode="pruned", budget=500, candidates=60, block=17)
+    output = store.path / HARD_NEGATIVES
+    summary = mine(store, options)
+    whole = output.read_bytes()
+    np.testing.assert_array_equal(np.load(output), store.hard_negatives())
+    kills = 0
+    for number, after in itertools.product(range(1000), (False, True)):
+        output.unlink(missing_ok=True)
+        with monkeypatch.context() as patch:
+            kill_at(patch, number, after)
+            try:
+                mine(store, options)
+            except Killed:
+                kills += 1
+            else:
+                break
+        if output.exists() and not (store.path / f"{HARD_NEGATIVES}.partial" / "done.json").exists():
+            with pytest.raises(UsageError, match="exists already"):  # killed when all was done
+                mine(store, options)
+        else:
+            assert mine(store, options) == summary
+        assert output.read_bytes() == whole
+    assert kills > 30
+
+
+def test_blocks_and_broken_block_files_change_nothing(tmp_path):
+    store = RegionStore(str(write_store(tmp_path / "store", images=60)))
+    mine(store, MiningOptions())
+    whole = (store.path / HARD_NEGATIVES).read_bytes()
+    for block in (1, 50, 120):
+        mine(store, MiningOptions(block=block), threads=2, overwrite=True)
+        assert (store.path / HARD_NEGATIVES).read_bytes() == whole
+    with WorkFolder(store, {**vars(MiningOptions(block=50))}) as folder:
+        folder.open(restart=False)
+        folder.write_block(0, np.zeros((50, 7), dtype=np.int32))
+        (folder.path / "block-000001.npy").write_bytes(b"half of a")
+        with pytest.raises(UsageError, match="another command is mining"):
+            mine(store, MiningOptions(block=50), overwrite=True)
+    mine(store, MiningOptions(block=50), overwrite=True)
+    assert (store.path / HARD_NEGATIVES).read_bytes() == whole
