@@ -1,4 +1,4 @@
-"""From the command line and YAML to the dataclasses of `config`."""
+"""From the command line and YAML to the dataclasses of options, and from these to --help."""
 
 import argparse
 import dataclasses
@@ -9,46 +9,132 @@ from typing import Any
 
 import yaml
 
-from megatron_interbert.config import AUTO, LARGEST_INTEGER, flag, nearest, read_text
+from megatron_interbert.config.options import (
+    AUTO,
+    GROUPS,
+    LARGEST_INTEGER,
+    Facts,
+    declaring_class,
+    facts_of,
+    flag,
+    nearest,
+    rows,
+)
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import read_text
 from megatron_interbert.parser import Parser
 
 RECIPE = "the launcher's recipe"  # origin of settings that a launcher gives where the user does not
+TITLES = {
+    "parallelism": "parallelism, precision and kernels",
+    "logging": "logging and evaluation",
+}
+
+
+class Help(argparse.HelpFormatter):
+    """Format --help with one short line for the name of each flag."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return "--[no-]" + action.option_strings[0].removeprefix("--")
+        return super()._format_action_invocation(action)
 
 
 def build_parser(config_class: type, description: str) -> argparse.ArgumentParser:
-    """An argument parser with one flag per dataclass field. Absent flags stay absent from the namespace."""
+    """Make a parser with one flag per dataclass field; absent flags stay absent from the namespace."""
     parser = Parser(
         description=description,
+        usage="%(prog)s [FLAGS]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
-    for entry in dataclasses.fields(config_class):
-        text = f"{entry.metadata['help']} (default: {entry.default!r})"
-        if entry.type is bool:
-            parser.add_argument(flag(entry.name), action=argparse.BooleanOptionalAction, help=text)
-        else:
-            kind = number_or_auto if entry.metadata.get("auto") else entry.type
-            parser.add_argument(flag(entry.name), type=kind, choices=entry.metadata["choices"], help=text)
-    parser.add_argument("--config", help="YAML file with any of these flags as keys")
-    parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher, unused
-    # Users of Megatron-DeepSpeed type it by habit; there is no other engine here.
+    for title, entries in grouped(config_class).items():
+        group = parser.add_argument_group(TITLES.get(title, title))
+        for entry in entries:
+            add_flag(group, entry)
+        if title == "more":
+            group.add_argument("--config", metavar="FILE", help="YAML with any of these flags as keys")
+
+    # Given by the deepspeed launcher, and by users of Megatron-DeepSpeed out of habit; neither is used.
+    parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
+def grouped(config_class: type) -> dict[str, list[dataclasses.Field]]:
+    """Sort the flags of a command by the title under which --help shows them.
+
+    What is a command's own comes before what it shares with others.
+    """
+    found: dict[str, list[dataclasses.Field]] = {"more": []}
+    for declaring in config_class.__mro__:
+        for entry in dataclasses.fields(config_class):
+            if declaring_class(config_class, entry.name) is declaring:
+                title = entry.metadata["facts"].group or declaring.GROUP
+                found.setdefault(title, []).append(entry)
+
+    own = [title for title in found if title not in GROUPS]
+    first = GROUPS.index("optimisation")
+    order = (*GROUPS[:first], *own, *GROUPS[first:])
+    return {title: found[title] for title in order if title in found}
+
+
+def add_flag(group: Any, entry: dataclasses.Field) -> None:
+    """Add the flag of one field to a group of a parser, with its old spellings."""
+    facts: Facts = entry.metadata["facts"]
+    text = facts.help.replace("%", "%%") + default_of(entry)
+    if entry.type is bool:
+        kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+    else:
+        kind = {
+            "type": number_or_auto if facts.auto else entry.type,
+            "choices": facts.choices,
+            "metavar": metavar(entry) if facts.choices is None else None,
+        }
+    group.add_argument(flag(entry.name), help=text, **kind)
+    for old in facts.old_names:
+        group.add_argument(old, dest=entry.name, help=argparse.SUPPRESS, **kind)
+
+
+def metavar(entry: dataclasses.Field) -> str:
+    """Name what a flag takes: N for a whole number, X for a number, else its own last word."""
+    if entry.type is int:
+        return "N"
+    return "X" if entry.type is float else entry.name.split("_")[-1].upper()
+
+
+def default_of(entry: dataclasses.Field) -> str:
+    """Say the default of a flag, unless its sentence does or there is none."""
+    facts: Facts = entry.metadata["facts"]
+    if facts.as_trained is not None:
+        otherwise = "" if isinstance(facts.as_trained, bool) else f", else {facts.as_trained}"
+        return f"; default: as the weights were trained{otherwise}"
+    if entry.type is bool:
+        return " (default)" if entry.default and "--no-" not in facts.help else ""
+    if "default:" in facts.help or entry.default == "":
+        return ""
+    if not entry.default and f"{entry.default:g}:" in facts.help:  # `0: never`
+        return " (default: 0)"
+    return f" (default: {entry.default})"
+
+
 def parse(config_class: type, description: str, argv: Sequence[str] | None = None, recipe: Sequence[str] = ()) -> Any:
-    """Command line (and `--config` YAML) -> an instance of `config_class` with `.given`, the names set explicitly. `recipe`: flags that
-    hold where neither says anything."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    argv = [a.split("=", 1)[0].replace("_", "-") + a[len(a.split("=", 1)[0]) :] if a.startswith("--") else a for a in argv]
+    """Read the command line and the YAML of --config into an instance of `config_class`.
+
+    Its `.given` are the names that were set. `recipe`: flags that hold where neither says anything.
+    """
+    argv = [with_dashes(word) for word in (sys.argv[1:] if argv is None else argv)]
     parser = build_parser(config_class, description)
     namespace, unknown = parser.parse_known_args(argv)
-    known = {f.name for f in dataclasses.fields(config_class)}
+    known = {entry.name for entry in dataclasses.fields(config_class)}
     if unknown:
         wrong = unknown[0].split("=")[0]
         raise UsageError(f"unknown argument '{wrong}'{nearest(wrong, map(flag, known))}; --help lists all")
+
     values = vars(namespace)
     values.pop("local_rank", None)
     values.pop("deepspeed", None)
@@ -56,6 +142,7 @@ def parse(config_class: type, description: str, argv: Sequence[str] | None = Non
     by_file = read_yaml(config_class, file) if file else {}
     by_recipe = vars(parser.parse_args(recipe))
     given = {**by_recipe, **by_file, **values}
+
     config = config_class(**given)
     config.given = set(given)
     config.origins |= {name: RECIPE for name in by_recipe if name not in values}
@@ -63,21 +150,39 @@ def parse(config_class: type, description: str, argv: Sequence[str] | None = Non
     return config
 
 
+def with_dashes(word: str) -> str:
+    """Give `--data-path=a_b` for `--data_path=a_b`."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
 def parse_task(tasks: Mapping[str, tuple[type, Any]], example: str) -> tuple[Any, Any]:
-    """`TASK FLAGS` of the command line -> (its checked configuration, what stands beside the configuration's class in `tasks`).
+    """Read `TASK FLAGS`; give (its checked configuration, what stands beside its class in `tasks`).
 
     UsageError for an unknown task. The deepspeed launcher may put --local_rank before it.
     """
     words = [word for word in sys.argv[1:] if not word.startswith("--local")]
     task, flags = (words[0], words[1:]) if words else ("", [])
     if task in ("-h", "--help"):
-        task, flags = next(iter(tasks)), ["--help"]
+        print(help_of_tasks(tasks, example))
+        raise SystemExit
     if task not in tasks:
         raise UsageError(f"task '{task}', expected one of {', '.join(tasks)}{nearest(task, tasks)}, for example: {example}")
     config_class, function = tasks[task]
     config = parse(config_class, config_class.__doc__ or "", flags)
     config.check()
     return config, function
+
+
+def help_of_tasks(tasks: Mapping[str, tuple[type, Any]], example: str) -> str:
+    """List the tasks of a command, a line each."""
+    command = example.split()[0]
+    width = max(map(len, tasks))
+    about = {name: (kind.__doc__ or "").splitlines()[0] for name, (kind, _) in tasks.items()}
+    head = [f"usage: {command} TASK [FLAGS]", "", "tasks:"]
+    rows = [f"  {name:<{width}}  {sentence}" for name, sentence in about.items()]
+    tail = ["", f"{command} TASK --help lists the flags of a task. Example:", f"  {example}"]
+    return "\n".join([*head, *rows, *tail])
 
 
 def read_yaml(config_class: type, path: str) -> dict[str, Any]:
@@ -90,22 +195,27 @@ def read_yaml(config_class: type, path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"{path}: holds a {type(values).__name__}, expected flags with their settings, such as 'lr: 1e-4'")
 
-    entries = {f.name: f for f in dataclasses.fields(config_class)}
+    entries = {entry.name: entry for entry in dataclasses.fields(config_class)}
+    old_names = {
+        old.lstrip("-").replace("-", "_"): name
+        for name, facts in rows(config_class)
+        for old in facts.old_names
+    }
     result = {}
     for key, value in values.items():
         name = str(key).lstrip("-").replace("-", "_")
+        name = old_names.get(name, name)
         if name not in entries:
             raise UsageError(f"{path}: unknown key '{key}'{nearest(name, entries)}")
-        kind = entries[name].type
-        if entries[name].metadata.get("auto") and value == "auto":
+        kind, facts = entries[name].type, facts_of(config_class, name)
+        if facts.auto and value == "auto":
             value = AUTO
         if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
             value = to_float(value, path, name)  # YAML 1.1 reads 1e-4 as a string
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise UsageError(f"{path}: '{key}' is {value!r}, expected {kind.__name__}")
-        choices = entries[name].metadata["choices"]
-        if choices and value not in choices:
-            raise UsageError(f"{path}: '{key}' is {value!r}, expected one of {', '.join(map(str, choices))}")
+        if facts.choices and value not in facts.choices:
+            raise UsageError(f"{path}: '{key}' is {value!r}, expected one of {', '.join(map(str, facts.choices))}")
         result[name] = value
     return result
 

@@ -345,3 +345,31 @@ def nearest_folder(folder: Path) -> Path:
     while not place.exists():
         place = place.parent
     return place
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """A text file's content; UsageError naming `what` when it cannot be read."""
+    try:
+        with reading(path):
+            return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{what}: {path} is no text in UTF-8 (byte {error.start}: {error.reason})") from error
+    except OSError as error:
+        raise UsageError(f"{what}: cannot read {path} ({error.strerror})") from error
+
+
+def read_json(path: str | Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file; UsageError naming `what` when it is missing or malformed."""
+    text = read_text(path, what)
+    try:
+        value = json.loads(text, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{what}: {path} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{what}: {path} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def refuse_constant(name: str) -> None:
+    """ValueError for NaN, Infinity and -Infinity, which Python's reader takes for JSON."""
+    raise ValueError(f"{name} is no number")

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from megatron_interbert.command_line import parse
-from megatron_interbert.config import AUTO, RunConfig, option
+from megatron_interbert.config.options import AUTO, option
+from megatron_interbert.config.training import RunConfig
 from megatron_interbert.data.order import check_partitions
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.pretraining import PretrainingSet

@@ -4,8 +4,11 @@ import math
 
 import pytest
 
-from megatron_interbert.command_line import parse
-from megatron_interbert.config import ModelConfig, RunConfig, model_config_from_dict
+from megatron_interbert import evaluate, finetune
+from megatron_interbert.command_line import build_parser, parse
+from megatron_interbert.config.model import ModelConfig, model_config_from_dict
+from megatron_interbert.config.options import rows
+from megatron_interbert.config.training import RunConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.presets import PRESETS, load_model_config
 
@@ -127,3 +130,38 @@ def test_sizes_that_no_model_can_have(name, value):
 def test_dropouts_that_no_model_can_have(value):
     with pytest.raises(UsageError, match=r"model: hidden_dropout is .*expected a number from 0 up to 1"):
         model_config_from_dict({"hidden_dropout": value}, "sizes.json")
+
+
+TRAINED = [RunConfig, *(config for config, _ in finetune.TASKS.values())]
+USED = [config for config, _ in evaluate.TASKS.values()]
+
+
+@pytest.mark.parametrize("config", TRAINED)
+def test_each_setting_of_a_run_says_what_a_resume_does_with_it(config):
+    assert [name for name, facts in rows(config) if facts.resume is None] == []
+
+
+@pytest.mark.parametrize("config", [*TRAINED, *USED])
+def test_where_machines_may_differ(config):
+    """Paths of data may; what samples or scores depend on may not."""
+    may = {name for name, facts in rows(config) if facts.may_differ}
+    assert may >= {"data_path", "vocab_file"}
+    assert not may & {"annotations", "queries", "seed", "max_tokens", "precision"}
+
+
+@pytest.mark.parametrize("config", [*TRAINED, *USED])
+def test_help_has_each_flag_once_in_a_group(config):
+    text = build_parser(config, "about").format_help()
+    for name, facts in rows(config):
+        words = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
+        shown = name.replace("_", "-")
+        assert sum(word in (f"--{shown}", f"--[no-]{shown}") for word in words) == 1, name
+        assert not any(old in words for old in facts.old_names)
+    assert "--local-rank" not in text
+    assert [line for line in text.splitlines() if line.endswith(":") and line[0] != " "][1] == "data:"
+
+
+def test_old_names_are_still_accepted(tmp_path):
+    assert read("--tp", "2").tensor_model_parallel_size == 2
+    (tmp_path / "run.yaml").write_text("tp: 4\n")
+    assert read("--config", str(tmp_path / "run.yaml")).tensor_model_parallel_size == 4

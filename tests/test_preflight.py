@@ -11,7 +11,7 @@ from tests.launching import TINY, launch
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (("--world-size", -1), "error: --world-size -1: expected 0 or more"),
+        (("--world-size", -1), "error: --world-size is -1, expected 0 or more"),
         (("--lr", -1), "error: --lr -1.0: expected 0 or more"),
         (("--micro-batch-size", 0), "error: --micro-batch-size is 0, expected 1 or more"),
     ],

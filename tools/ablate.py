@@ -23,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from megatron_interbert.config import ModelConfig, nearest, read_json, read_text
+from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.config.options import nearest
 from megatron_interbert.data.manifest import HARD_NEGATIVES, MANIFEST
 from megatron_interbert.errors import TrainingStopped, UsageError, run_entry
-from megatron_interbert.files import check_writable, write_json, write_text
+from megatron_interbert.files import check_writable, read_json, read_text, write_json, write_text
 from megatron_interbert.model.presets import load_model_config
 from megatron_interbert.parser import Parser
 from megatron_interbert.progress import progress

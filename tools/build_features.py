@@ -18,10 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.command_line import finite_number
-from megatron_interbert.config import read_text
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError, run_entry
-from megatron_interbert.files import file_sha256
+from megatron_interbert.files import file_sha256, read_text
 from megatron_interbert.parser import Parser
 from megatron_interbert.preparation.building.build import BuildPlan, build
 from megatron_interbert.preparation.building.captions import FORMATS as CAPTION_FORMATS

@@ -19,7 +19,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_interbert.command_line import parse
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.data.loader import BatchStream
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.errors import TrainingStopped, UsageError, run_entry

@@ -18,8 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_interbert.config import read_json
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.files import read_json
 from megatron_interbert.model.partition import partition_kind
 from megatron_interbert.model.presets import load_model_config
 from megatron_interbert.parser import Parser

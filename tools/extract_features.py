@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from megatron_interbert.command_line import finite_number
-from megatron_interbert.config import read_text
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.files import read_text
 from megatron_interbert.parser import Parser
 from megatron_interbert.preparation.building.build import BuildPlan, build
 from megatron_interbert.preparation.building.detectors import BACKGROUND, DetectorChoice

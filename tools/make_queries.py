@@ -17,9 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_interbert.config import read_json
 from megatron_interbert.errors import UsageError, run_entry
-from megatron_interbert.files import check_output, write_output
+from megatron_interbert.files import check_output, read_json, write_output
 from megatron_interbert.parser import Parser
 from megatron_interbert.progress import progress
 

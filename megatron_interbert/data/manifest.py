@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_interbert.config import read_json
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import file_sha256, is_plain_name, reading
+from megatron_interbert.files import file_sha256, is_plain_name, read_json, reading
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"

@@ -7,10 +7,9 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
 
-from megatron_interbert.config import read_text
 from megatron_interbert.data.chinese import one_form, word_begins
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import file_sha256
+from megatron_interbert.files import file_sha256, read_text
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 

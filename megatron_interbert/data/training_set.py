@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_interbert.config import TrainConfig
+from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.data.order import SampleOrder
 from megatron_interbert.data.region_batch import Allocate
 

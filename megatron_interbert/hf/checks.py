@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.errors import UsageError
 
 Given = Mapping[str, Any]

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.data.packing import FULL_IMAGE, Example, PackedBatch, pack
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.initialise import load_full_state

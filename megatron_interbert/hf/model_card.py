@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.hf.stream import TorchStream
 from megatron_interbert.model.interbert import InterBert

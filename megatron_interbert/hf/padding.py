@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.data.packing import FULL_IMAGE, PackedBatch
 from megatron_interbert.hf.checks import check_inputs, refuse_empty_samples, refuse_unknown_values, value_ranges
 

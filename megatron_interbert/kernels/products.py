@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_interbert.config import FLOAT8_MULTIPLE
+from megatron_interbert.config.model import FLOAT8_MULTIPLE
 
 
 def has_scaled_products() -> bool:

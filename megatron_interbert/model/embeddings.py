@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.parallel.layers import VocabParallelEmbedding

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.data.packing import PackedBatch
 
 

@@ -5,7 +5,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.parallel.collectives import copy_to_group, group_rank, group_size
 from megatron_interbert.parallel.vocab_loss import VocabMath, vocab_parallel_loss

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.partition import full_shape, shard
 from megatron_interbert.parallel.state import ParallelState

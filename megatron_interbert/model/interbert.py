@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.kernels.gather import gather_rows

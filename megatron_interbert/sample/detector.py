@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_interbert.config import read_json
 from megatron_interbert.data.manifest import HARD_IMAGES, HARD_NEGATIVES, MANIFEST
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import read_json
 from megatron_interbert.preparation.building.store_writer import STORE_FILES, RegionStoreWriter
 from megatron_interbert.preparation.work_folder import refuse_link, refuse_strangers, remove_folder
 

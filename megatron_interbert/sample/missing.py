@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from megatron_interbert.command_line import RECIPE
-from megatron_interbert.config import RunConfig
+from megatron_interbert.config.training import RunConfig
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.launch import number

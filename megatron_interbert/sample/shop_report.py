@@ -67,7 +67,7 @@ def open_run(load: str, data_path: str) -> ItemScorer:
     """A run's model over the shop's products, which it reads as it was trained."""
     device, config = this_device(), EvaluateProductSearchConfig(load=load, data_path=data_path)
     model, source = load_model(load, ("itm",), "auto", device)
-    as_trained(config, source, max_regions=36, max_tokens=64, titles=True)
+    as_trained(config, source)
     corpus, tokenizer = open_for(config, source, [data_path])
     return ItemScorer(model, catalogue_of(corpus, tokenizer, config), device)
 

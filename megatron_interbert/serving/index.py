@@ -28,7 +28,6 @@ from typing import IO, Any
 import faiss
 import numpy as np
 
-from megatron_interbert.config import refuse_constant
 from megatron_interbert.errors import Unreadable, UsageError
 from megatron_interbert.files import (
     file_sha256,
@@ -37,6 +36,7 @@ from megatron_interbert.files import (
     list_folder,
     point_to,
     reading,
+    refuse_constant,
     sibling,
     write_json,
     write_text,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from megatron_interbert.config import paths_of_stores, split_paths
+from megatron_interbert.config.training import paths_of_stores, split_paths
 from megatron_interbert.data.integrity import Integrity
 from megatron_interbert.errors import Unreadable, UsageError
 from megatron_interbert.files import alone, check_writable, is_there, sibling
@@ -55,7 +55,7 @@ class Opened:
         self.model, self.source = load_model(
             config.load, ("itm",), config.kernels, device, averaged=config.averaged, precision=config.precision
         )
-        as_trained(config, self.source, max_regions=36, max_tokens=64, titles=True)
+        as_trained(config, self.source)
         fit_length(config, self.source.config)
         self.corpus, self.tokenizer = open_for(config, self.source, split_paths(config.data_path))
         run = self.source.path.parent if self.source.kind == "checkpoint" or self.source.path.is_file() else self.source.path

@@ -1,6 +1,5 @@
 """What an evaluation opens: a model from weights of any format on any layout, stores, vocabulary; the same on all ranks."""
 
-import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_interbert.config import flag
+from megatron_interbert.config.options import flag, rows
 from megatron_interbert.data.corpus import Corpus, check_detector
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
@@ -26,15 +25,6 @@ from megatron_interbert.tasks.precision import choose_precision
 from megatron_interbert.tasks.results import output_folder
 from megatron_interbert.weights.manifest import BEST
 from megatron_interbert.weights.sources import Source, open_source
-
-OF_A_NODE = (
-    "data_path",
-    "annotated_path",
-    "annotations",
-    "vocab_file",
-    "load",
-    "image_folder",
-)  # may lie elsewhere on each machine
 
 
 def load_model(
@@ -86,15 +76,19 @@ def weight_files(path: Path) -> list[Path]:
     return sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]) if path.is_dir() else [path]
 
 
-def as_trained(config: LoadConfig, source: Source, task: str = "", **otherwise: int | bool) -> None:
-    """Fill in sizes of 0, and switches that are not given, with those of the run that made the weights, where it trained for `task`, else
-    with `otherwise`."""
+def as_trained(config: LoadConfig, source: Source, task: str = "") -> None:
+    """Fill in what is not given with what the weights were trained with, where that was for `task`.
+
+    Rows say what holds otherwise (`as_trained` of `Facts`).
+    """
     fits = str(source.facts.get("task") or "").startswith(task)
     trained = (source.facts.get("run") or {}) if fits else {}
-    for name, value in otherwise.items():
-        chosen = name in config.given if isinstance(value, bool) else getattr(config, name)
-        if not chosen:
-            setattr(config, name, trained.get(name, value))
+    for name, facts in rows(config):
+        if facts.as_trained is None:
+            continue
+        given = name in config.given if isinstance(facts.as_trained, bool) else getattr(config, name)
+        if not given:
+            setattr(config, name, trained.get(name, facts.as_trained))
 
 
 def open_for(config: EvaluateConfig, source: Source, stores: Sequence[str]) -> tuple[Corpus | None, CaptionTokenizer]:
@@ -135,7 +129,7 @@ def agree_on_inputs(
     together(state, lambda: check_writable(folder, "--output") if state.is_main else None)
     if state.is_main:
         print(*config.notes, sep="\n", end="\n" * bool(config.notes), flush=True)
-    flags = {flag(f.name): getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in OF_A_NODE}
+    flags = {flag(name): getattr(config, name) for name, facts in rows(config) if not facts.may_differ}
     data = [file_sha256(file) for file in files]
     check_alike(state, {"weights": source.facts["files"], "data": data, "vocabulary": tokenizer.sha256, **flags})
     return folder

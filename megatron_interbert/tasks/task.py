@@ -7,7 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from megatron_interbert.config import ModelConfig, nearest
+from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.config.options import nearest
 from megatron_interbert.data.training_set import TrainingSet
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState

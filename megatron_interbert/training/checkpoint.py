@@ -25,7 +25,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from megatron_interbert.config import ModelConfig, TrainConfig
+from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.errors import TrainingStopped, UsageError
 from megatron_interbert.files import file_entry, write_bytes
 from megatron_interbert.model.partition import full_shape

@@ -4,7 +4,6 @@ DeepSpeed itself does neither: it ignores an unknown top-level key, and takes "a
 """
 
 import copy
-import dataclasses
 from typing import Any
 
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
@@ -12,21 +11,11 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from pydantic import ValidationError
 
-from megatron_interbert.config import AUTO, TrainConfig, flag, nearest, read_json
+from megatron_interbert.config.options import AUTO, facts_of, flag, nearest, rows
+from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import read_json
 
-# JSON path -> the flag that means the same
-SHARED = {
-    "train_batch_size": "global_batch_size",
-    "train_micro_batch_size_per_gpu": "micro_batch_size",
-    "gradient_clipping": "clip_grad",
-    "fp16.enabled": "fp16",
-    "bf16.enabled": "bf16",
-    "zero_optimization.stage": "zero_stage",
-    "optimizer.params.lr": "lr",
-    "optimizer.params.weight_decay": "weight_decay",
-    "optimizer.params.eps": "adam_eps",
-}
 PASSED_THROUGH = {
     "zero_optimization",
     "fp16",
@@ -82,6 +71,9 @@ def read_deepspeed_config(config: TrainConfig) -> dict[str, Any]:
             if key not in known:
                 raise UsageError(f"{where}: unknown key '{key}' in '{path}'{nearest(key, known)}")
     check_numbers(values, where)
+    betas = _get(values, "optimizer.params.betas")
+    if betas not in (None, "auto") and not (isinstance(betas, list) and len(betas) == 2):
+        raise UsageError(f"{where}: optimizer.params.betas is {betas!r}, expected two numbers")
     kind = _get(values, "optimizer.type")
     if kind not in (None, "auto", "AdamW", "Adam"):
         raise UsageError(f"{where}: optimizer type '{kind}', expected 'AdamW'")
@@ -106,12 +98,9 @@ def agree_with_json(config: TrainConfig) -> dict[str, Any]:
     """The JSON of --deepspeed_config, whose values for what flags say too are written into `config`. UsageError where both are given
     and differ."""
     values = copy.deepcopy(read_deepspeed_config(config))
-    for path, name in SHARED.items():
-        _agree(config, values, path, name)
-    betas = _get(values, "optimizer.params.betas")
-    if betas not in (None, "auto"):
-        for name, value in zip(("adam_beta1", "adam_beta2"), betas, strict=True):
-            _agree(config, {name: value}, name, name)
+    for name, facts in rows(config):
+        if facts.deepspeed:
+            _agree(config, values, facts.deepspeed, name)
     accumulation = values.get("gradient_accumulation_steps", "auto")
     if config.micro_batch_size == AUTO and accumulation != "auto":
         raise UsageError(
@@ -166,7 +155,7 @@ def _agree(config: TrainConfig, values: dict[str, Any], path: str, name: str) ->
     if theirs is None or theirs == "auto":
         return
     ours = getattr(config, name)
-    choices = next((f.metadata["choices"] for f in dataclasses.fields(config) if f.name == name), None)
+    choices = facts_of(config, name).choices
     if not isinstance(theirs, (int, float)) or (choices and theirs not in choices):
         expected = f"one of {', '.join(map(str, choices))}" if choices else type(ours).__name__
         raise UsageError(f"{config.deepspeed_config}: {path} is {theirs!r}, expected {expected}")
@@ -196,10 +185,14 @@ def _for_engine(config: TrainConfig, values: dict[str, Any], accumulation: int) 
 
 
 def _get(values: dict[str, Any], path: str) -> Any:
+    """Give what stands at a path such as `optimizer.params.betas.0`; None where nothing does."""
     for key in path.split("."):
-        if not isinstance(values, dict) or key not in values:
+        if isinstance(values, list) and key.isdigit() and int(key) < len(values):
+            values = values[int(key)]
+        elif isinstance(values, dict) and key in values:
+            values = values[key]
+        else:
             return None
-        values = values[key]
     return values
 
 

@@ -7,7 +7,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from megatron_interbert.config import TrainConfig
+from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.deepspeed_config import merge

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.data.corpus import check_detector
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.initialise import load_full_state

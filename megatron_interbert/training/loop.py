@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_interbert.config import ModelConfig, TrainConfig
+from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.data.integrity import Integrity
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.errors import StoppedBySignal, TrainingStopped

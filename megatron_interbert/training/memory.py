@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.partition import partition_dimension
 from megatron_interbert.parallel.state import ParallelState

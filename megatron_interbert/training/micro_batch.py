@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_interbert.config import TrainConfig
+from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.data.packing import PackedBatch, to_batch
 from megatron_interbert.data.training_set import TrainingSet
 from megatron_interbert.errors import UsageError, local_errors, out_of_memory

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import nn
 
-from megatron_interbert.config import TrainConfig
+from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.parallel.state import ParallelState
 
 # Squares that are added up in float32, beyond them in float64. A CPU that adds 20 M of them up in

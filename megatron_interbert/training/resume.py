@@ -7,7 +7,9 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from megatron_interbert.config import ModelConfig, TrainConfig
+from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.config.options import NOTE, SAME, Resume, rows
+from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.errors import Unreadable, UsageError
 from megatron_interbert.files import list_folder
 from megatron_interbert.parallel.agreement import some, together
@@ -29,12 +31,10 @@ from megatron_interbert.weights.manifest import (
     verify,
 )
 
-# Settings that may change on resume; a change is said.
-SCHEDULE = (
-    *("train_iters", "global_batch_size", "lr", "min_lr", "lr_warmup_fraction", "lr_decay_style", "weight_decay"),
-    *("adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "lr_milestones"),
-    *("lr_decay_factor", "ema_decay"),
-)
+
+def settings_that(config: TrainConfig, resume: Resume) -> list[str]:
+    """List the settings with which a resumed run does the same when they have changed."""
+    return [name for name, facts in rows(config) if facts.resume is resume]
 
 
 def keep_fitted(config: TrainConfig, state: ParallelState) -> None:
@@ -47,8 +47,8 @@ def keep_fitted(config: TrainConfig, state: ParallelState) -> None:
         return
     found = together(state, lambda: newest_settings(config) if state.is_main else None)
     path, before = state.gather(found)[0] or ("", {})
-    for name in config.FITTED:
-        if name in before and config.is_default(name):
+    for name, facts in rows(config):
+        if facts.fitted and name in before and config.is_default(name):
             config.settle(name, before[name], path)
 
 
@@ -182,8 +182,13 @@ def resumed_micro_batch(path: Path | None, share: int) -> int:
 
 def changed_settings(manifest: dict[str, Any], config: TrainConfig) -> list[str]:
     """`name old -> new` of the settings that may change and did."""
-    before = manifest["configs"]["run"]
-    return [f"{n} {before[n]} -> {getattr(config, n)}" for n in SCHEDULE if n in before and before[n] != getattr(config, n)]
+    before = {**defaults(config), **manifest["configs"]["run"]}
+    changed = []
+    for name in settings_that(config, NOTE):
+        now = getattr(config, name)
+        if before[name] != now:
+            changed.append(f"{name} {before[name]} -> {now}")
+    return changed
 
 
 def changed_rate(manifest: dict[str, Any], config: TrainConfig) -> str:
@@ -193,7 +198,7 @@ def changed_rate(manifest: dict[str, Any], config: TrainConfig) -> str:
     if length == config.train_iters or step >= config.train_iters:
         return ""
     old = copy.copy(config)
-    for name in SCHEDULE:
+    for name in settings_that(config, NOTE):
         setattr(old, name, before.get(name, getattr(old, name)))
     return (
         f"note: {length} steps become {config.train_iters}: the learning rate was"
@@ -215,7 +220,7 @@ def check_same_run(
     What an older version did not know had its default.
     """
     check_same_model(manifest, model_config, data, where)
-    for name in config.SAME_SAMPLES:
+    for name in settings_that(config, SAME):
         before, now = {**defaults(config), **manifest["configs"]["run"]}[name], getattr(config, name)
         if before != now:
             raise UsageError(f"{where}: made with {name} = {before}, this run has {now}, so samples or losses would differ;"

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_interbert.config import AUTO, ModelConfig, RunConfig, TrainConfig
+from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.config.options import AUTO
+from megatron_interbert.config.training import RunConfig, TrainConfig
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.loader import BatchStream
 from megatron_interbert.data.manifest import HARD_NEGATIVES

@@ -15,7 +15,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from megatron_interbert.config import TrainConfig
+from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.errors import INTERRUPTED, TrainingStopped
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.state import COLLECTIVE_TIMEOUT, ParallelState

@@ -18,7 +18,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import nn
 
-from megatron_interbert.config import TrainConfig
+from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.deepspeed_config import offloads
 from megatron_interbert.training.master_weights import MasterWeights

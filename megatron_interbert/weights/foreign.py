@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_interbert.config import ModelConfig, model_config_from_dict
+from megatron_interbert.config.model import ModelConfig, model_config_from_dict
 from megatron_interbert.errors import UsageError
 
 LAYER = {  # ours -> BERT's, inside one layer; QKV apart

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_interbert.config import ModelConfig, model_config_from_dict
+from megatron_interbert.config.model import ModelConfig, model_config_from_dict
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.partition import full_shape, shard, unshard
 from megatron_interbert.weights.manifest import read_manifest, weights_name

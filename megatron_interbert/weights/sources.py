@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from megatron_interbert.config import ModelConfig, model_config_from_dict, read_json
+from megatron_interbert.config.model import ModelConfig, model_config_from_dict
 from megatron_interbert.errors import UsageError, out_of_memory
-from megatron_interbert.files import is_plain_name, reading
+from megatron_interbert.files import is_plain_name, read_json, reading
 from megatron_interbert.model.presets import PRESETS
 from megatron_interbert.weights.foreign import (
     DECODER,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import file_entry, flush_file, flush_folder, write_bytes, write_json, write_text
 from megatron_interbert.model.partition import partition_dimension, shard

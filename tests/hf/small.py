@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.hf import InterBertConfig
 from megatron_interbert.weights.foreign import from_bert, from_official, to_official
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM
 
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.hf import InterBertConfig, InterBertForMultipleChoice, InterBertForPreTraining
 from tests.hf.small import SMALL, TEXT, TEXT_HOLES, build, from_bert, from_official, padded_inputs, text_only, to_official
 from tests.model.test_official import CONFIG

@@ -6,7 +6,7 @@ import json
 import pytest
 from transformers import AutoConfig
 
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.hf import InterBertConfig, InterBertModel
 from megatron_interbert.model.presets import PRESETS

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.data.packing import Example, pack
 from megatron_interbert.model.initialise import load_full_state
 from megatron_interbert.model.interbert import InterBert

@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 
-from megatron_interbert.config import RunConfig
+from megatron_interbert.config.training import RunConfig
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.packing import to_batch
 from megatron_interbert.data.pretraining import PretrainingSet

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.packing import to_batch
 from megatron_interbert.data.region_batch import read_regions

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.hf import InterBertForPreTraining
 from megatron_interbert.hf.compare import load_core, random_batch

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_interbert.config import ModelConfig, RunConfig
+from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.config.training import RunConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.training.resume import check_same_run, newest_settings
 from megatron_interbert.training.run_folder import to_prune
@@ -319,3 +320,16 @@ def test_fitted_settings_come_from_a_manifest_that_can_be_read(undisturbed, tmp_
     path, settings = newest_settings(RunConfig(save=str(save)))
     assert path == str(before)
     assert settings["data_partitions"] == read_manifest(before)["configs"]["run"]["data_partitions"]
+
+
+def test_another_precision_of_products_or_scale_of_rates_is_said(store, tmp_path):
+    flags = ("--data-path", store, "--save", tmp_path, *FLAGS, "--bf16", "--zero-stage", "1")
+    code, out, err = launch(*pretrain(*flags, "--train-iters", "2"))
+    assert code == 0, out + err
+    assert "->" not in out
+
+    changed = ("--train-iters", "4", "--fp8", "--pretrained-lr-scale", "0.5")
+    code, out, err = launch(*pretrain(*flags, *changed))
+    assert code == 0, out + err
+    assert "fp8 False -> True" in out
+    assert "pretrained_lr_scale 1.0 -> 0.5" in out

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.data.packing import Example
 from megatron_interbert.model.presets import load_model_config
 

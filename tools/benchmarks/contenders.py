@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_interbert.config import ModelConfig, RunConfig
+from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.config.training import RunConfig
 from megatron_interbert.data.packing import Example, pack
 from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.model.initialise import initialise

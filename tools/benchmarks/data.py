@@ -16,7 +16,7 @@ from typing import Any
 import lmdb
 import numpy as np
 
-from megatron_interbert.config import RunConfig
+from megatron_interbert.config.training import RunConfig
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.loader import BatchStream
 from megatron_interbert.data.packing import PackedBatch

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config.model import ModelConfig
 from tools.benchmarks.batches import IGNORED, PaddedBatch
 
 HIDDEN_PLACE = -10000.0  # added to the scores of what is not there

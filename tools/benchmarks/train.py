@@ -19,10 +19,9 @@ import torch
 from torch import nn
 
 from megatron_interbert.command_line import finite_number
-from megatron_interbert.config import read_json
 from megatron_interbert.data.packing import Example, pack
 from megatron_interbert.errors import TrainingStopped, UsageError
-from megatron_interbert.files import check_writable
+from megatron_interbert.files import check_writable, read_json
 from megatron_interbert.kernels import plain
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
 from megatron_interbert.machines.processes import aligned, start_processes

@@ -26,9 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_interbert.config import read_json, read_text
 from megatron_interbert.data.manifest import MANIFEST, PLAN, REPORT, TEXTS, VOCABULARY, files_of, read_manifest
 from megatron_interbert.errors import TrainingStopped, UsageError
+from megatron_interbert.files import read_json, read_text
 from megatron_interbert.preparation.building.captions import CaptionTable, image_key
 from megatron_interbert.preparation.building.conversion import (
     EXPECTED,

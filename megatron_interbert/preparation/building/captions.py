@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_interbert.config import read_text
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import read_text
 
 CaptionRow = tuple[list[str], str, str]
 IMAGE_SUFFIX = re.compile(r"\.(jpe?g|png|webp|gif|bmp|npz|npy)$", re.IGNORECASE)

@@ -10,12 +10,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from megatron_interbert.config import read_json
 from megatron_interbert.data.manifest import HARD_NEGATIVES, MANIFEST
 from megatron_interbert.data.neighbours import NoTable, read_neighbours
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import file_sha256, flush_folder, new_file, reading
+from megatron_interbert.files import file_sha256, flush_folder, new_file, read_json, reading
 from megatron_interbert.preparation.work_folder import (
     lock_folder,
     own_names,

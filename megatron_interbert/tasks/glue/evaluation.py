@@ -26,7 +26,7 @@ def evaluate_glue(config: EvaluateGlueConfig, state: ParallelState, device: torc
     if trained and trained != config.task:
         raise UsageError(f"--load {config.load}: finetuned on {trained}; give --task {trained}, or the weights of {config.task}")
     _, tokenizer = open_for(config, source, [])
-    as_trained(config, source, "glue", max_tokens=128)
+    as_trained(config, source, "glue")
     fit_length(config, source.config)
     format, metrics, dropped = FORMATS[config.task], {}, {}
     names = format.submission or (config.task,)

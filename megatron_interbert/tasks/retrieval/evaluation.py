@@ -34,7 +34,7 @@ def evaluate_retrieval(config: EvaluateRetrievalConfig, state: ParallelState, de
     if config.zero_shot and source.facts.get("task"):
         raise UsageError(f"--zero-shot: {config.load} was finetuned ({source.facts['task']}); leave the flag out")
     corpus, tokenizer = open_for(config, source, [config.data_path])
-    as_trained(config, source, max_regions=36, max_tokens=36)
+    as_trained(config, source)
     fit_length(config, source.config)
     scorer = PairScorer(model)
     pairs = choose_pairs(corpus, tokenizer, config.language, config.max_images, config.max_regions, config.max_tokens)

@@ -35,7 +35,7 @@ def open_items(
 ) -> tuple[ItemScorer, Source, Corpus, Any]:
     """The scorer over the items of --data-path, where its weights came from, their stores, and the folder for results."""
     model, source = load_model(config.load, ("itm",), config.kernels, device, state, config.averaged, config.precision)
-    as_trained(config, source, max_regions=36, max_tokens=64, titles=True)
+    as_trained(config, source)
     corpus, tokenizer = open_for(config, source, [config.data_path])
     fit_length(config, source.config)
     folder = agree_on_inputs(config, state, source, tokenizer, [f"{config.data_path}/{MANIFEST}", *filter(None, files)])

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_interbert.config import read_json
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError, local_errors
-from megatron_interbert.files import file_sha256, flush_folder, list_folder, new_file, reading, write_json
+from megatron_interbert.files import file_sha256, flush_folder, list_folder, new_file, read_json, reading, write_json
 from megatron_interbert.parallel.agreement import some, together
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress

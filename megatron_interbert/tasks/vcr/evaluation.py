@@ -23,7 +23,7 @@ def evaluate_vcr(config: EvaluateVcrConfig, state: ParallelState, device: torch.
     """Writes result.json, result.html and, with --submission, submission.csv; all ranks of a launch call it."""
     check_photos(config.image_folder, state)
     model, source = load_model(config.load, ("choice",), config.kernels, device, state, config.averaged, config.precision)
-    as_trained(config, source, "vcr", max_regions=100, max_tokens=60, max_rationale_tokens=80)
+    as_trained(config, source, "vcr")
     images = open_images(config.annotated_path, config.data_path, config)
     paths = [path for path in (config.annotated_path, config.data_path) if path]
     corpus, tokenizer = open_for(config, source, paths[:1])

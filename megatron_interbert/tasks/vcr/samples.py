@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_interbert.config import read_text
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.order import SampleOrder
 from megatron_interbert.data.region_batch import Allocate, RegionBatch, plain_memory, read_regions
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.data.training_set import Fields
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import read_text
 from megatron_interbert.tasks.pairs import Text, frame, pair_fields
 from megatron_interbert.tasks.vcr.config import VcrConfig
 

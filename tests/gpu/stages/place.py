@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_interbert.config import ModelConfig
+from megatron_interbert.config.model import ModelConfig
 from tools.benchmarks.batches import sizes_of
 
 

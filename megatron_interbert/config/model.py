@@ -1,0 +1,111 @@
+"""Sizes of a model, as presets, JSON files and checkpoints hold them."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from megatron_interbert.config.options import nearest
+from megatron_interbert.errors import UsageError
+
+FLOAT8_MULTIPLE = 16  # of the inner size, and of the columns of the result, of a GPU's 8-bit product
+LARGEST_SIZE = 1 << 24  # of anything in a model
+MOST_LAYERS = 1000  # of a kind: a model of a million would be built until memory is full
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of one InterBERT. A size of 0 for vocabulary, feature or classes means: take it from the data."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    interaction_layers: int = 6
+    text_layers: int = 6
+    image_layers: int = 6
+    num_attention_heads: int = 12
+    image_attention_heads: int = 8
+    ffn_hidden_size: int = 3072
+    pooled_size: int = 1024
+    feature_dim: int = 2048
+    num_classes: int = 1601
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    image_hidden_dropout: float = 0.2
+    image_attention_dropout: float = 0.1
+    fusion: str = "product"
+    text_normalisation: str = "none"  # or "chinese": full-width and traditional forms are read as their usual ones
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+
+    FROM_DATA: ClassVar[tuple[str, ...]] = ("vocab_size", "feature_dim", "num_classes")
+    MAY_BE_0: ClassVar[tuple[str, ...]] = (
+        *FROM_DATA,
+        *("interaction_layers", "text_layers", "image_layers"),
+    )
+
+    def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):
+            self.check_size(entry.name, entry.type)
+        for name in ("num_attention_heads", "image_attention_heads"):
+            if self.hidden_size % getattr(self, name):
+                raise UsageError(f"model: hidden_size {self.hidden_size} is not a multiple of {name} {getattr(self, name)}")
+        if self.fusion not in ("product", "sum"):
+            raise UsageError(f"model: fusion is '{self.fusion}', expected 'product' or 'sum'")
+        if self.text_normalisation not in ("none", "chinese"):
+            raise UsageError(f"model: text_normalisation is '{self.text_normalisation}', expected 'none' or 'chinese'")
+
+    def check_size(self, name: str, kind: type) -> None:
+        """Raise UsageError for a size that no model can have; it may come from anybody's JSON file."""
+        value = getattr(self, name)
+        if kind is int:
+            least = 0 if name in self.MAY_BE_0 else 1
+            most = MOST_LAYERS if name.endswith("_layers") else LARGEST_SIZE
+            sound = type(value) is int and least <= value <= most
+            expected = f"a whole number from {least} to {most}"
+        elif kind is float:
+            below = 1.0 if name.endswith("dropout") else math.inf
+            sound = type(value) in (int, float) and 0 <= value < below
+            expected = "a number from 0 up to 1" if below == 1.0 else "a finite number of 0 or more"
+        else:
+            sound, expected = isinstance(value, str), "a text"
+
+        if not sound:
+            raise UsageError(f"model: {name} is {value!r:.60}, expected {expected}")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Vocabulary rounded up to a multiple of 128, the same for every tensor-parallel size."""
+        return -(-self.vocab_size // 128) * 128
+
+    @property
+    def head_sizes(self) -> tuple[int, int]:
+        """Of the attention of text and joint tokens, and of that of images."""
+        return self.hidden_size // self.num_attention_heads, self.hidden_size // self.image_attention_heads
+
+    def check_tensor_parallel(self, size: int) -> None:
+        """Raise UsageError when `size` ranks cannot share the heads, the MLP or the vocabulary evenly."""
+        for name in ("num_attention_heads", "image_attention_heads", "ffn_hidden_size", "padded_vocab_size"):
+            if getattr(self, name) % size:
+                raise UsageError(
+                    f"--tensor-model-parallel-size {size} does not divide {name} {getattr(self, name)} of the model;"
+                    f" use a size that divides it"
+                )
+
+    def without_dropout(self) -> "ModelConfig":
+        """The same model with every dropout at 0 (exact comparisons between layouts)."""
+        names = [f.name for f in dataclasses.fields(self) if f.name.endswith("dropout")]
+        return dataclasses.replace(self, **dict.fromkeys(names, 0.0))
+
+
+def model_config_from_dict(values: dict[str, Any], where: str) -> ModelConfig:
+    """Build a ModelConfig from JSON values; unknown keys raise UsageError with the nearest right name."""
+    known = {f.name for f in dataclasses.fields(ModelConfig)}
+    for name in values:
+        if name not in known:
+            raise UsageError(f"{where}: unknown model key '{name}'{nearest(name, known)}")
+    try:
+        return ModelConfig(**values)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
