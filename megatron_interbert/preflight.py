@@ -38,6 +38,7 @@ from megatron_interbert.parallel.launch import environment_of_one_process, read_
 from megatron_interbert.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
 from megatron_interbert.progress import progress
 from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, vocabulary_of_run
+from megatron_interbert.tasks.pretraining import pretraining_job
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.deepspeed_config import (
     agree_with_json,
@@ -48,9 +49,10 @@ from megatron_interbert.training.deepspeed_config import (
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.memory import predict
 from megatron_interbert.training.micro_batch import Trial, layout_of, load_of, memory_of
+from megatron_interbert.training.model_plan import plan_model
 from megatron_interbert.training.optimizer import learning_rate
 from megatron_interbert.training.resume import check_same_model, newest_manifest
-from megatron_interbert.training.setup import parts_of_model, pretraining_job
+from megatron_interbert.training.run import random_streams
 
 REQUIRED = {"torch": (2, 10), "deepspeed": (0, 19, 6), "h5py": (3, 11), "safetensors": (0, 6), "tokenizers": (0, 21)}
 
@@ -205,7 +207,8 @@ def check_step(config: PreflightConfig) -> str:
     device, state = start_processes(), ParallelState()
     alone = config_of_one_process(config)
     job = pretraining_job(alone, state)
-    kernels, streams, make_model = parts_of_model(alone, job, state, device)
+    plan, streams = plan_model(alone, job, state, device), random_streams(alone, state, device)
+    kernels = plan.kernels
     trial = Trial(alone, job, state, device, kernels)
     offloaded = offloads(merge(copy.copy(config), ranks_of(config)))
     samples = config.micro_batch_size if offloaded else samples_for_one_process(trial)
@@ -216,7 +219,7 @@ def check_step(config: PreflightConfig) -> str:
     if not samples:
         return f"not tried: the whole model does not fit one GPU; {memory}"
 
-    engine = Engine(make_model().to(device), alone, state)
+    engine = Engine(plan.with_first_weights(streams).to(device), alone, state)
     streams.start_step(1)
     batch = trial.batch(samples)
     totals = job.task.count_targets(batch).to(device)

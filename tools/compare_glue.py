@@ -33,7 +33,7 @@ from megatron_interbert.tasks.glue.config import GlueConfig
 from megatron_interbert.tasks.glue.job import glue_job, labels_of
 from megatron_interbert.training.first_weights import load_initial_weights
 from megatron_interbert.training.optimizer import build_optimizer, learning_rate, parameter_groups, set_learning_rate
-from megatron_interbert.training.setup import settle_length
+from megatron_interbert.training.settling import settle_length
 from megatron_interbert.weights.foreign import bert_links
 
 

@@ -106,6 +106,17 @@ class Flags:
         self.origins: dict[str, str] = {}  # where settings come from that no flag has given
         self.fitted: set[str] = set()
         self.notes: list[str] = []  # lines about settings that were fitted, for the user
+        self.frozen = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; TypeError where it changes a setting of a configuration that is frozen."""
+        if self.__dict__.get("frozen") and getattr(self, name) != value:
+            raise TypeError(f"{name} is settled at {getattr(self, name)!r} and cannot become {value!r}")
+        super().__setattr__(name, value)
+
+    def freeze(self) -> None:
+        """Keep all settings as they are from now on."""
+        self.frozen = True
 
     def is_default(self, name: str) -> bool:
         """Whether nobody has said this setting: no flag, file or checkpoint."""

@@ -4,13 +4,22 @@ Each is divided by the number of its targets in the whole optimizer step (over r
 batch gives the same loss and gradient on every layout.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
+from megatron_interbert.config.training import RunConfig
+from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.data.manifest import HARD_NEGATIVES
 from megatron_interbert.data.packing import PackedBatch
-from megatron_interbert.model.interbert import InterBertOutput
+from megatron_interbert.data.pretraining import PretrainingSet
+from megatron_interbert.files import file_sha256
+from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBertOutput
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, vocabulary_of_run
+from megatron_interbert.tasks.task import Job
 
 OBJECTIVES = ("msm", "mrm", "itm")
 
@@ -83,3 +92,35 @@ def soft_label_kl(logits: torch.Tensor, class_ids: torch.Tensor, class_probs: to
 def hard_label(class_ids: torch.Tensor, class_probs: torch.Tensor) -> torch.Tensor:
     """The detector's most likely class [M] of top-k labels [M, k]."""
     return class_ids.gather(1, class_probs.argmax(dim=1, keepdim=True)).squeeze(1)
+
+
+def pretraining_job(config: RunConfig, state: ParallelState) -> Job:
+    """Pretraining on the region stores of --data-path."""
+    corpus = open_stores(config.stores(), config)
+    tokenizer = vocabulary_of_run(config, config.stores())
+    sizes = fitted_sizes(config, tokenizer, corpus)
+    samples, valid = PretrainingSet(corpus, tokenizer, config), None
+    if config.valid_data_path:
+        valid_corpus = open_stores([config.valid_data_path], config)
+        corpus.check_alike(valid_corpus.stores[0], config.allow_other_detector, "--valid-data-path")
+        valid = PretrainingSet(valid_corpus, tokenizer, config_of_validation(config))
+    task = PretrainingTask(config.objective_names())
+    data = describe_data(tokenizer, corpus)
+    data["mined"] = mined_negatives(corpus) if config.hard_negatives and samples.has_hard_negatives else []
+    return Job(task, samples, sizes, PRETRAINING_HEADS, data, tokenizer.vocab_file, valid_samples=valid)
+
+
+def mined_negatives(corpus: Corpus) -> list[str]:
+    """Give the hashes of the tables of mined negatives, on which the samples depend."""
+    tables = [store.path / HARD_NEGATIVES for store in corpus.stores]
+    return [file_sha256(path) for path in tables if path.is_file()]
+
+
+def config_of_validation(config: RunConfig) -> RunConfig:
+    """The same settings for one other store, which has partitions of its own."""
+    own = copy.copy(config)
+    own.data_epochs = own.data_weights = ""
+    own.given = config.given - {"data_partitions"}
+    own.origins = {name: of for name, of in config.origins.items() if name != "data_partitions"}
+    own.notes = []
+    return own

@@ -8,16 +8,11 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_interbert.config.model import ModelConfig
-from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.data.integrity import Integrity
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.errors import StoppedBySignal, TrainingStopped
-from megatron_interbert.machines.watchdog import Watchdog
 from megatron_interbert.model.flops import training_flops
-from megatron_interbert.parallel.rng import RandomStreams
-from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.task import Task
+from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.checkpoint import Checkpoints, Progress
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.evaluation import Evaluation
@@ -25,41 +20,42 @@ from megatron_interbert.training.fragments import FragmentedState
 from megatron_interbert.training.metrics import MetricsWriter, memory_gib
 from megatron_interbert.training.optimizer import learning_rate
 from megatron_interbert.training.peaks import peak_tflops
-from megatron_interbert.training.stopping import Stopping
+from megatron_interbert.training.run import Run
 
 SECONDS_TO_VERIFY = 10.0  # that a run waits at its end for what is being hashed
 
 
 class Trainer:
-    """Trains `engine` on `task` from an endless stream of micro-batches, starting at `progress`."""
+    """Trains the model of `engine` on a job, from an endless stream of micro-batches."""
 
     def __init__(
         self,
+        run: Run,
+        job: Job,
         engine: Engine,
-        task: Task,
-        config: TrainConfig,
-        model_config: ModelConfig,
         *,
         batches: Iterator[PackedBatch],
         evaluation: Evaluation | None,
-        patience: int,
-        state: ParallelState,
-        streams: RandomStreams,
-        device: torch.device,
         checkpoints: Checkpoints,
         progress: Progress,
-        stopping: Stopping,
-        watchdog: Watchdog,
         integrity: Integrity,
     ) -> None:
-        self.engine, self.task, self.config, self.model_config = engine, task, config, model_config
-        self.batches, self.evaluation, self.state, self.streams, self.device = batches, evaluation, state, streams, device
-        self.checkpoints, self.progress, self.patience = checkpoints, progress, patience
-        self.peak = peak_tflops(device, config.peak_tflops)
-        self.stopping, self.watchdog, self.integrity = stopping, watchdog, integrity
+        self.config, self.state, self.device = run.config, run.state, run.device
+        self.streams, self.watchdog, self.stopping = run.streams, run.watchdog, run.stopping
+        self.job, self.task, self.engine = job, job.task, engine
+        self.batches, self.evaluation, self.integrity = batches, evaluation, integrity
+        self.checkpoints, self.progress = checkpoints, progress
+
+        self.peak = peak_tflops(self.device, self.config.peak_tflops)
         self.bad_steps = 0
         self.save_is_owed = False  # one that was due while steps were bad
-        self.writer = MetricsWriter(config.save, config.tensorboard_dir, state.is_main, config.train_iters, progress.step)
+        self.writer = MetricsWriter(
+            self.config.save,
+            self.config.tensorboard_dir,
+            self.state.is_main,
+            self.config.train_iters,
+            progress.step,
+        )
         self._start_window()
 
     def train(self) -> None:
@@ -244,7 +240,7 @@ class Trainer:
         batches = [next(self.batches) for _ in range(self.engine.accumulation)]
         self.data_wait += time.monotonic() - started
         for batch in batches:
-            self.flops += training_flops(self.model_config, batch)
+            self.flops += training_flops(self.job.model_config, batch)
             self.tokens += len(batch.joint_order)
         return [batch.to(self.device) for batch in batches]
 
@@ -327,4 +323,4 @@ class Trainer:
 
     def out_of_patience(self) -> bool:
         """Whether the last evaluations were no better, too many of them."""
-        return bool(self.patience) and self.progress.stale >= self.patience
+        return bool(self.job.patience) and self.progress.stale >= self.job.patience

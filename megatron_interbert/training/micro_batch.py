@@ -16,6 +16,7 @@ from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.memory import Layout, Load, predict
+from megatron_interbert.training.model_plan import working_dtype
 
 USED = 0.8  # share of the memory that a step may take by arithmetic, which is right to a tenth
 AS_GOOD = 0.97  # share of the best rate that is as good
@@ -60,7 +61,7 @@ class Trial:
         kernels: Kernels,
     ) -> None:
         self.config, self.job, self.state, self.device = config, job, state, device
-        self.dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+        self.dtype = working_dtype(config)
         self.layout = layout_of(config, state.data_size, kernels)
 
     def batch(self, samples: int) -> PackedBatch:

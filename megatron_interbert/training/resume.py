@@ -1,7 +1,6 @@
 """Which checkpoint a run goes on from, and whether it is of this run."""
 
 import contextlib
-import copy
 import dataclasses
 import functools
 from pathlib import Path
@@ -197,9 +196,8 @@ def changed_rate(manifest: dict[str, Any], config: TrainConfig) -> str:
     step, length = manifest["iteration"], before["train_iters"]
     if length == config.train_iters or step >= config.train_iters:
         return ""
-    old = copy.copy(config)
-    for name in settings_that(config, NOTE):
-        setattr(old, name, before.get(name, getattr(old, name)))
+    noted = settings_that(config, NOTE)
+    old = dataclasses.replace(config, **{name: before[name] for name in noted if name in before})
     return (
         f"note: {length} steps become {config.train_iters}: the learning rate was"
         f" {learning_rate(step, old):.2e} at step {step} and is"

@@ -1,272 +1,159 @@
-"""From a configuration to a Trainer: data, model, first weights, engine, checkpoint."""
+"""From a configuration to a Trainer: ranks, data, settings, model, checkpoint."""
 
-import copy
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_interbert.config.model import ModelConfig
-from megatron_interbert.config.options import AUTO
-from megatron_interbert.config.training import RunConfig, TrainConfig
-from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.config.training import TrainConfig
+from megatron_interbert.data.integrity import Integrity
 from megatron_interbert.data.loader import BatchStream
-from megatron_interbert.data.manifest import HARD_NEGATIVES
 from megatron_interbert.data.order import check_partitions
 from megatron_interbert.data.packing import PackedBatch
-from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.training_set import TrainingSet
-from megatron_interbert.files import file_sha256, is_there
-from megatron_interbert.kernels.choice import Kernels, choose_kernels
-from megatron_interbert.machines.host import same_bits_every_time
-from megatron_interbert.machines.processes import describe_launch, start_processes
-from megatron_interbert.machines.watchdog import Watchdog
-from megatron_interbert.model.initialise import initialise
-from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
-from megatron_interbert.parallel.agreement import check_alike, together
-from megatron_interbert.parallel.launch import read_launch
-from megatron_interbert.parallel.rng import RandomStreams
+from megatron_interbert.files import is_there
+from megatron_interbert.parallel.agreement import together
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.parts import (
-    describe_data,
-    fitted_sizes,
-    open_stores,
-    validation_digest,
-    verify_stores,
-    vocabulary_of_run,
-)
+from megatron_interbert.tasks.parts import validation_digest, verify_stores
 from megatron_interbert.tasks.precision import choose_precision
-from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.tasks.pretraining import pretraining_job
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.checkpoint import Checkpoints, Judge, Progress
-from megatron_interbert.training.deepspeed_config import agree_with_json, merge
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.evaluation import DownstreamEvaluation, Evaluation, LossEvaluation
 from megatron_interbert.training.first_weights import load_initial_weights
 from megatron_interbert.training.loop import Trainer
-from megatron_interbert.training.micro_batch import Trial, choose_micro_batch, still_fits
-from megatron_interbert.training.resume import (
-    find_checkpoint,
-    keep_fitted,
-    resumed_batch,
-    resumed_micro_batch,
-)
-from megatron_interbert.training.run_facts import facts_of_run
+from megatron_interbert.training.model_plan import ModelPlan, plan_model
+from megatron_interbert.training.resume import find_checkpoint, keep_fitted
+from megatron_interbert.training.run import Run, meet
 from megatron_interbert.training.run_folder import Claim, claim_folder
-from megatron_interbert.training.stopping import Stopping
+from megatron_interbert.training.settling import settle
+
+MakeJob = Callable[[Any, ParallelState], Job]
 
 
-def pretraining_job(config: RunConfig, state: ParallelState) -> Job:
-    """Pretraining on the region stores of --data-path."""
-    corpus = open_stores(config.stores(), config)
-    tokenizer = vocabulary_of_run(config, config.stores())
-    sizes = fitted_sizes(config, tokenizer, corpus)
-    samples, valid = PretrainingSet(corpus, tokenizer, config), None
-    if config.valid_data_path:
-        valid_corpus = open_stores([config.valid_data_path], config)
-        corpus.check_alike(valid_corpus.stores[0], config.allow_other_detector, "--valid-data-path")
-        valid = PretrainingSet(valid_corpus, tokenizer, config_of_validation(config))
-    task = PretrainingTask(config.objective_names())
-    data = describe_data(tokenizer, corpus)
-    data["mined"] = mined_negatives(corpus) if config.hard_negatives and samples.has_hard_negatives else []
-    return Job(task, samples, sizes, PRETRAINING_HEADS, data, tokenizer.vocab_file, valid_samples=valid)
+@dataclass
+class Start:
+    """What a run starts from: its folder, the checkpoint that it resumes, the check of its stores."""
+
+    claim: Claim | None  # None: nothing of this run is on disk yet, and nothing is made before it must
+    resume: Path | None
+    integrity: Integrity
 
 
-def mined_negatives(corpus: Corpus) -> list[str]:
-    """Give the hashes of the tables of mined negatives, on which the samples depend."""
-    tables = [store.path / HARD_NEGATIVES for store in corpus.stores]
-    return [file_sha256(path) for path in tables if path.is_file()]
+def prepare(config: TrainConfig, make_job: MakeJob = pretraining_job) -> Trainer:
+    """Put a run together, checked in the order in which it is cheap to fail."""
+    run = meet(config)
+    job, start = open_data(run, make_job)
+    plan = plan_model(config, job, run.state, run.device)
+    settle(run, job, plan, start.resume)
+    engine = build_engine(run, job, plan)
+    return begin(run, job, plan, engine, start)
 
 
-def config_of_validation(config: RunConfig) -> RunConfig:
-    """The same settings for one other store, which has partitions of its own."""
-    own = copy.copy(config)
-    own.data_epochs = own.data_weights = ""
-    own.given = config.given - {"data_partitions"}
-    own.origins = {name: of for name, of in config.origins.items() if name != "data_partitions"}
-    own.notes = []
-    return own
-
-
-def prepare(config: TrainConfig, make_job: Callable[[Any, ParallelState], Job] = pretraining_job) -> Trainer:
-    """Everything a run needs, checked in the order in which it is cheap to fail."""
-    config.check()
-    agree_with_json(config)
-    if config.deterministic:
-        same_bits_every_time()
-    device = start_processes()
-    state = ParallelState(config.tensor_model_parallel_size, config.sequence_parallel)
-    if config.print_launch:
-        text = describe_launch(read_launch(), state, device)
-        if state.is_main:
-            print(text, flush=True)
-        raise SystemExit
-    watchdog, stopping = Watchdog(state, config.hang_timeout), Stopping(config, state)
-    config.data_parallel_size = state.data_size
-    config.fit_zero_stage(state.world_size)
+def open_data(run: Run, make_job: MakeJob) -> tuple[Job, Start]:
+    """Open the data, and find the checkpoint to resume from; all ranks call it."""
+    config, state = run.config, run.state
     keep_fitted(config, state)
     job = together(state, lambda: make_job(config, state))
+
     begun = state.gather(together(state, lambda: is_there(Path(config.save))))[0]
-    claim = claim_folder(config.save, state) if begun else Claim()
-    resume = find_checkpoint(config, state, claim.locked)
+    claim = claim_folder(config.save, state) if begun else None
+    resume = find_checkpoint(config, state, claim is not None and claim.locked)
     integrity = verify_stores(config, state)
     check_partitions(config.told("data_partitions"), config.data_partitions, state.data_size)
-    job.model_config.check_tensor_parallel(state.tensor_size)
-    config.check_float8(job.model_config)
-    kernels, streams, make_model = parts_of_model(config, job, state, device)
-    parts = {"state": state, "kernels": kernels, **job.model_options}
+    return job, Start(claim, resume, integrity)
 
-    if config.micro_batch_size == AUTO:
-        check_alike(state, facts_of_run(config, job))  # before ranks that differ wait for one another in a trial
-        settle_micro_batch(Trial(config, job, state, device, kernels), make_model, resume, watchdog)
-    merge(config, state.data_size, resumed_batch(resume))
-    if job.valid_samples is not None:
-        job.valid_samples.config.micro_batch_size = config.micro_batch_size  # a DeepSpeed JSON may have said it
-    settle_length(config, job)
-    check_alike(state, facts_of_run(config, job))
-    model = make_model()
-    pretrained = set()
-    if config.init_from:  # also on resume: which weights came from BERT decides the parameter groups
-        pretrained = load_initial_weights(model, job.model_config, config.init_from, state, job.data, config.allow_other_detector)
-    engine = Engine(model.to(device), config, state, pretrained)
-    if not begun:  # not before everything else has been found right: wrong use leaves nothing behind
-        claim = claim_folder(config.save, state)
+
+def build_engine(run: Run, job: Job, plan: ModelPlan) -> Engine:
+    """Build the model with its first weights, and the engine around it."""
+    config, state = run.config, run.state
+    model = plan.with_first_weights(run.streams)
+    pretrained: set[str] = set()
+    if config.init_from:  # also on resume: which weights came from BERT decides their groups
+        pretrained = load_initial_weights(
+            model,
+            job.model_config,
+            config.init_from,
+            state,
+            job.data,
+            config.allow_other_detector,
+        )
+    return Engine(model.to(run.device), config, state, pretrained)
+
+
+def begin(run: Run, job: Job, plan: ModelPlan, engine: Engine, start: Start) -> Trainer:
+    """Claim the folder, load the checkpoint, say what begins, and give the Trainer."""
+    config, state = run.config, run.state
+    claim = start.claim or claim_folder(config.save, state)  # not before all has been found right
     digest = together(state, lambda: validation_digest(config) if job.metric else "")
     judge = Judge(job.metric, state.gather(digest)[0])
-    checkpoints = Checkpoints(config, job.model_config, state, job.data, job.vocabulary, claim, judge)
-    progress = checkpoints.load(engine, resume) if resume else Progress()
-    if state.is_main:
-        print(*config.notes, sep="\n", end="\n" * bool(config.notes))
-        print(describe_run(config, job.model_config, model, state, engine, kernels.describe(), resume), flush=True)
+    checkpoints = Checkpoints(
+        config, job.model_config, state, job.data, job.vocabulary, claim, judge
+    )
+    progress = checkpoints.load(engine, start.resume) if start.resume else Progress()
+
+    run.say(*config.notes)
+    run.say(*describe_run(run, job, plan, engine, start.resume))
+    batch = config.global_batch_size
     return Trainer(
+        run,
+        job,
         engine,
-        job.task,
-        config,
-        job.model_config,
-        batches=batches(job.samples, progress.consumed_samples, config.global_batch_size, state, device),
-        evaluation=make_evaluation(config, job, parts, state, device),
-        patience=job.patience,
-        state=state,
-        streams=streams,
-        device=device,
+        batches=batches(job.samples, progress.consumed_samples, batch, state, run.device),
+        evaluation=make_evaluation(run, job, plan),
         checkpoints=checkpoints,
         progress=progress,
-        stopping=stopping,
-        watchdog=watchdog,
-        integrity=integrity,
+        integrity=start.integrity,
     )
 
 
-def parts_of_model(
-    config: TrainConfig, job: Job, state: ParallelState, device: torch.device
-) -> tuple[Kernels, RandomStreams, Callable[[], InterBert]]:
-    """(The kernels of a run, its streams of random numbers, what makes its model with first weights)."""
-    sizes = job.model_config
-    dropout = max(sizes.attention_dropout, sizes.image_attention_dropout) > 0
-    dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
-    kernels = choose_kernels(
-        config.kernels,
-        device,
-        dropout,
-        config.deterministic,
-        config.fp8,
-        sizes.head_sizes,
-        dtype,
-    )
-    streams = RandomStreams(
-        config.seed,
-        state.data_rank,
-        state.tensor_rank,
-        device,
-        alone=state.tensor_size == 1,
-    )
-
-    def make_model() -> InterBert:
-        model = InterBert(
-            sizes,
-            job.heads,
-            state=state,
-            kernels=kernels,
-            streams=streams,
-            recompute=config.recompute_activations,
-            **job.model_options,
-        )
-        initialise(model, sizes, config.seed, state)
-        return model
-
-    return kernels, streams, make_model
-
-
-def say(state: ParallelState, line: str) -> None:
-    """A line of rank 0."""
-    if state.is_main:
-        print(line, flush=True)
-
-
-def make_evaluation(
-    config: TrainConfig, job: Job, parts: dict[str, Any], state: ParallelState, device: torch.device
-) -> Evaluation | None:
-    """Losses on unseen samples, or the figures of a downstream task by a model of its own made of `parts`; None where there is neither."""
+def make_evaluation(run: Run, job: Job, plan: ModelPlan) -> Evaluation | None:
+    """Give what evaluates a run: losses on unseen samples, or figures of a downstream task."""
+    config, state, device = run.config, run.state, run.device
     if job.valid_samples is not None:
-        stream = functools.partial(batches, job.valid_samples, 0, config.global_batch_size, state, device, workers=0)
+        batch = config.global_batch_size
+        stream = functools.partial(batches, job.valid_samples, 0, batch, state, device, workers=0)
         return LossEvaluation(job.task, stream, config.eval_iters, state, device)
     if job.evaluate is None:
         return None
-    parts = {**parts, "state": state.with_replicated_rows()}  # evaluations go through layers one by one
+
     precision = choose_precision(config.eval_precision, device)
-    say(state, f"evaluations: {precision}")
-    return DownstreamEvaluation(InterBert(job.model_config, job.heads, **parts), job.evaluate, state, device, precision)
-
-
-def settle_micro_batch(trial: Trial, make_model: Callable[[], InterBert], resume: Path | None, watchdog: Watchdog) -> None:
-    """What the run before chose, as long as it fits, else by trial."""
-    config, state = trial.config, trial.state
-    global_batch = config.global_batch_size or resumed_batch(resume)
-    before = resumed_micro_batch(resume, global_batch // state.data_size)
-    if before and still_fits(trial, before):
-        config.micro_batch_size = before
-        say(state, f"micro-batch size {before}, as the run before chose; --micro-batch-size N changes it")
-        return
-    if before:
-        say(state, f"micro-batch size {before}, which the run before chose, does not fit here")
-    config.micro_batch_size = choose_micro_batch(trial, make_model, global_batch, lambda: watchdog.enter("start", 0))
-    watchdog.enter("start", 0)
-
-
-def settle_length(config: TrainConfig, job: Job) -> None:
-    """Steps from --epochs, and an evaluation at the end of each, where nothing else is said."""
-    epoch = job.samples.order.epoch_length / config.global_batch_size
-    if not config.train_iters:
-        config.train_iters = max(1, round(config.epochs * epoch))
-    if job.evaluate is not None and not config.eval_interval:
-        config.eval_interval = max(1, round(epoch))
+    run.say(f"evaluations: {precision}")
+    return DownstreamEvaluation(plan.for_evaluation(), job.evaluate, state, device, precision)
 
 
 def batches(
-    samples: TrainingSet, consumed: int, global_batch: int, state: ParallelState, device: torch.device, workers: int | None = None
+    samples: TrainingSet,
+    consumed: int,
+    global_batch: int,
+    state: ParallelState,
+    device: torch.device,
+    workers: int | None = None,
 ) -> Iterator[PackedBatch]:
-    """This rank's endless micro-batches after `consumed` samples."""
-    pin = device.type == "cuda"
-    return iter(BatchStream(samples, consumed, global_batch, state.data_rank, state.data_size, pin_memory=pin, workers=workers))
+    """Give this rank's endless micro-batches after `consumed` samples."""
+    return iter(
+        BatchStream(
+            samples,
+            consumed,
+            global_batch,
+            state.data_rank,
+            state.data_size,
+            pin_memory=device.type == "cuda",
+            workers=workers,
+        )
+    )
 
 
 def describe_run(
-    config: TrainConfig,
-    sizes: ModelConfig,
-    model: InterBert,
-    state: ParallelState,
-    engine: Engine,
-    kernels: str,
-    resume: Path | None,
-) -> str:
-    """The lines printed once at start."""
-    parameters = sum(
-        getattr(p, "ds_numel", p.numel()) * (state.tensor_size if hasattr(p, "tensor_model_parallel") else 1)
-        for p in model.parameters()
-    )
+    run: Run, job: Job, plan: ModelPlan, engine: Engine, resume: Path | None
+) -> list[str]:
+    """Give the lines printed once at start."""
+    config, state, sizes = run.config, run.state, job.model_config
     name = config.model or f"of {config.init_from}"
     start = f"resumed from {resume}" if resume else "starting anew"
     if not config.save:
@@ -275,14 +162,25 @@ def describe_run(
     if config.sequence_parallel and not shared:
         shared = " (--sequence-parallel has nothing to share)"
     ranks = f"{state.world_size} rank{'s' * (state.world_size > 1)}"
-    lines = [
-        f"model {name}: {parameters / 1e6:.1f} M parameters, hidden {sizes.hidden_size}, layers {sizes.interaction_layers} +"
-        f" {sizes.text_layers} + {sizes.image_layers}, vocabulary {sizes.vocab_size}, features {sizes.feature_dim},"
+
+    return [
+        f"model {name}: {count_parameters(engine, state) / 1e6:.1f} M parameters,"
+        f" hidden {sizes.hidden_size}, layers {sizes.interaction_layers} + {sizes.text_layers} +"
+        f" {sizes.image_layers}, vocabulary {sizes.vocab_size}, features {sizes.feature_dim},"
         f" classes {sizes.num_classes}",
-        f"layout: DP{state.data_size} x TP{state.tensor_size}{shared} ({ranks}, {dist.get_backend()}),"
-        f" ZeRO-{config.zero_stage}, {engine.precision}",
-        f"batch: {config.global_batch_size} = micro {config.micro_batch_size} x DP {state.data_size} x accumulation {engine.accumulation}",
-        f"kernels: {kernels}",
+        f"layout: DP{state.data_size} x TP{state.tensor_size}{shared}"
+        f" ({ranks}, {dist.get_backend()}), ZeRO-{config.zero_stage}, {engine.precision}",
+        f"batch: {config.global_batch_size} = micro {config.micro_batch_size} x"
+        f" DP {state.data_size} x accumulation {engine.accumulation}",
+        f"kernels: {plan.kernels.describe()}",
         start,
     ]
-    return "\n".join(lines)
+
+
+def count_parameters(engine: Engine, state: ParallelState) -> int:
+    """Count the parameters of the whole model, whatever its layout."""
+    total = 0
+    for parameter in engine.model.parameters():
+        shards = state.tensor_size if hasattr(parameter, "tensor_model_parallel") else 1
+        total += getattr(parameter, "ds_numel", parameter.numel()) * shards
+    return total

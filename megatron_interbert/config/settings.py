@@ -1,0 +1,266 @@
+"""Settings of every training run, a row each. Names are Megatron's where Megatron has one."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_interbert.config.options import BELOW_1, FREE, NOTE, ONE_TEXT, SAME, Flags, setting
+
+
+@dataclass
+class DataSettings(Flags):
+    """How samples are read, whatever they are."""
+
+    GROUP: ClassVar[str] = "data"
+
+    vocab_file: str = setting(
+        "",
+        "WordPiece vocabulary; default: vocab.txt in the region store, or that of --init-from",
+        FREE,
+        may_differ=True,
+    )
+    max_regions: int = setting(36, "regions per image, first ones as stored", SAME, least=1)
+    max_tokens: int = setting(
+        36,
+        "tokens per caption with [CLS] and [SEP]",
+        SAME,
+        least=1,
+        room_for=ONE_TEXT,
+        fitted=True,
+    )
+    data_partitions: int = setting(
+        64,
+        "logical partitions of the data, a multiple of the data-parallel size; default: 64, or as"
+        " many as fit",
+        SAME,
+        least=1,
+        fitted=True,
+    )
+    num_workers: int = setting(
+        2, "loader processes per rank; 0: load in the training process", FREE, least=0
+    )
+    worker_start: str = setting(
+        "fork", "how loader processes start", FREE, ("fork", "spawn", "forkserver")
+    )
+    data_timeout: int = setting(
+        300,
+        "seconds without a batch after which the loader is given up (a disk that hangs)",
+        FREE,
+        least=1,
+    )
+    strict_boxes: bool = setting(
+        False, "refuse boxes outside the image instead of clipping them", FREE
+    )
+    allow_other_detector: bool = setting(
+        False, "accept stores, or a checkpoint, whose features come from another detector", FREE
+    )
+
+
+@dataclass
+class ModelSettings(Flags):
+    """The model and the weights that it starts from."""
+
+    GROUP: ClassVar[str] = "model"
+
+    model: str = setting(
+        "sample",
+        "preset (tiny, sample, sample-chinese, base, base-chinese, large) or a JSON file of sizes",
+        FREE,
+    )
+    init_from: str = setting(
+        "",
+        "weights to start from: Hugging Face BERT or InterBERT, an official InterBERT .bin, or one"
+        " of our checkpoints",
+        FREE,
+    )
+    dropout: bool = setting(True, "--no-dropout sets every dropout to 0", SAME)
+    seed: int = setting(1234, "seeds weights, order, masks and dropout", SAME, least=0)
+
+
+@dataclass
+class OptimisationSettings(Flags):
+    """Length, batches, learning rate and optimizer."""
+
+    GROUP: ClassVar[str] = "optimisation"
+
+    train_iters: int = setting(1000, "optimizer steps in the whole run", NOTE, least=1)
+    micro_batch_size: int = setting(
+        32,
+        "samples per rank and forward pass; auto: by trial",
+        FREE,
+        least=1,
+        auto=True,
+        deepspeed="train_micro_batch_size_per_gpu",
+    )
+    global_batch_size: int = setting(
+        0,
+        "samples per optimizer step over all ranks; default: micro batch x data parallel",
+        NOTE,
+        least=0,
+        deepspeed="train_batch_size",
+    )
+    lr: float = setting(
+        1e-4, "peak learning rate", NOTE, least=0, deepspeed="optimizer.params.lr"
+    )
+    min_lr: float = setting(0.0, "learning rate at the end of the decay", NOTE, least=0)
+    lr_warmup_fraction: float = setting(
+        0.1, "share of the steps that warm up linearly from 0", NOTE, least=0, most=1
+    )
+    lr_decay_style: str = setting(
+        "linear", "shape after the warm-up", NOTE, ("linear", "cosine", "constant", "multistep")
+    )
+    lr_milestones: str = setting(
+        "0.6,0.8",
+        "shares of the steps after which a multistep rate is multiplied by --lr-decay-factor",
+        NOTE,
+    )
+    lr_decay_factor: float = setting(
+        0.1, "factor of a multistep rate at each milestone", NOTE, least=0
+    )
+    pretrained_lr_scale: float = setting(
+        1.0,
+        "factor on the learning rate of weights that came from --init-from bert (paper: 0.1)",
+        NOTE,
+        least=0,
+    )
+    weight_decay: float = setting(
+        0.01,
+        "on matrices only; biases and LayerNorm have none",
+        NOTE,
+        least=0,
+        deepspeed="optimizer.params.weight_decay",
+    )
+    adam_beta1: float = setting(
+        0.9,
+        "Adam's first-moment decay",
+        NOTE,
+        least=0,
+        most=BELOW_1,
+        deepspeed="optimizer.params.betas.0",
+    )
+    adam_beta2: float = setting(
+        0.999,
+        "Adam's second-moment decay",
+        NOTE,
+        least=0,
+        most=BELOW_1,
+        deepspeed="optimizer.params.betas.1",
+    )
+    adam_eps: float = setting(
+        1e-8, "Adam's epsilon", NOTE, least=0, deepspeed="optimizer.params.eps"
+    )
+    clip_grad: float = setting(
+        1.0,
+        "largest global gradient norm; 0: no clipping",
+        NOTE,
+        least=0,
+        deepspeed="gradient_clipping",
+    )
+    ema_decay: float = setting(
+        0.0,
+        "keep an average of the weights with this decay (official finetuning: 0.9999); 0: none",
+        NOTE,
+        least=0,
+        most=BELOW_1,
+    )
+    max_bad_steps: int = setting(10, "stop after so many non-finite steps in a row", FREE)
+
+
+@dataclass
+class ParallelismSettings(Flags):
+    """How ranks share the work, and in which precision and with which kernels they do it."""
+
+    GROUP: ClassVar[str] = "parallelism"
+
+    tensor_model_parallel_size: int = setting(
+        1, "ranks that share each layer", FREE, least=1, old_names=("--tp",)
+    )
+    sequence_parallel: bool = setting(
+        False,
+        "these ranks also share the tokens between the layers: less memory, more traffic",
+        FREE,
+    )
+    zero_stage: int = setting(
+        1,
+        "DeepSpeed ZeRO stage; one process in fp32 takes 0 unless it is given",
+        FREE,
+        (0, 1, 2, 3),
+        deepspeed="zero_optimization.stage",
+    )
+    deepspeed_config: str = setting(
+        "", "DeepSpeed JSON (see ds_configs/); 'auto' is resolved from the flags", FREE
+    )
+    fp16: bool = setting(
+        False, "half precision with dynamic loss scale", FREE, deepspeed="fp16.enabled"
+    )
+    bf16: bool = setting(
+        False,
+        "bfloat16 with fp32 master weights (ZeRO stage 1 or higher)",
+        FREE,
+        deepspeed="bf16.enabled",
+    )
+    fp8: bool = setting(
+        False,
+        "with --bf16: the layers' matrix products in 8 bits (Ada, Hopper and newer; a CPU emulates"
+        " them)",
+        NOTE,
+    )
+    recompute_activations: bool = setting(
+        False, "recompute each layer in the backward pass instead of keeping it", FREE
+    )
+    kernels: str = setting("auto", "fused kernels", FREE, ("auto", "torch", "triton", "apex"))
+    deterministic: bool = setting(
+        False, "only operations that give the same bits every time, on GPUs too (slower there)", FREE
+    )
+
+
+@dataclass
+class CheckpointSettings(Flags):
+    """Where checkpoints go, when they are written, and which one a run resumes from."""
+
+    GROUP: ClassVar[str] = "checkpoints"
+
+    save: str = setting(
+        "", "folder for checkpoints, logs and metrics; none: nothing is saved", FREE
+    )
+    load: str = setting("", "folder to resume from when it is not the one of --save", FREE)
+    resume: str = setting(
+        "auto",
+        "auto: resume if a checkpoint is there; must: fail if none; never: start anew",
+        FREE,
+        ("auto", "never", "must"),
+    )
+    save_interval: int = setting(
+        0, "steps between checkpoints; default: by the clock; 0: only at the end", FREE, least=0
+    )
+    save_interval_in_mins: float = setting(
+        10.0,
+        "minutes between checkpoints unless --save-interval is given; 0: only at the end",
+        FREE,
+        least=0,
+    )
+    keep_last: int = setting(2, "newest checkpoints to keep; 0: all", FREE, least=0)
+    keep_every: int = setting(
+        0, "also keep those whose step is a multiple of this; 0: none", FREE, least=0
+    )
+    async_save: bool = setting(
+        True,
+        "write checkpoints in the background; training waits only for the copy to host memory",
+        FREE,
+    )
+
+
+@dataclass
+class LoggingSettings(Flags):
+    """What is told of a run, and how often it is evaluated."""
+
+    GROUP: ClassVar[str] = "logging"
+
+    log_interval: int = setting(10, "steps between log lines", FREE, least=1)
+    eval_interval: int = setting(0, "steps between evaluations", FREE, least=0)
+    tensorboard_dir: str = setting("", "default: SAVE/tensorboard", FREE, may_differ=True)
+    peak_tflops: float = setting(
+        0.0,
+        "dense peak of one device for MFU; default: looked up by the device's name",
+        FREE,
+        least=0,
+    )

@@ -1,0 +1,68 @@
+"""Settling what a run goes by: numbers that follow from its data, its ranks and its checkpoint."""
+
+from pathlib import Path
+
+from megatron_interbert.config.options import AUTO
+from megatron_interbert.config.training import TrainConfig
+from megatron_interbert.parallel.agreement import check_alike
+from megatron_interbert.tasks.task import Job
+from megatron_interbert.training.deepspeed_config import merge
+from megatron_interbert.training.micro_batch import Trial, choose_micro_batch, still_fits
+from megatron_interbert.training.model_plan import ModelPlan
+from megatron_interbert.training.resume import resumed_batch, resumed_micro_batch
+from megatron_interbert.training.run import Run
+from megatron_interbert.training.run_facts import facts_of_run
+
+
+def settle(run: Run, job: Job, plan: ModelPlan, resume: Path | None) -> None:
+    """Settle batch sizes, length and intervals, alike on all ranks, and freeze the configuration.
+
+    UsageError where settings contradict each other or ranks differ.
+    """
+    config, state = run.config, run.state
+    if config.micro_batch_size == AUTO:
+        check_alike(state, facts_of_run(config, job))  # ranks that differ would wait in a trial
+        settle_micro_batch(run, job, plan, resume)
+    merge(config, state.data_size, resumed_batch(resume))
+    settle_length(config, job)
+    check_alike(state, facts_of_run(config, job))
+
+    config.freeze()
+    if job.valid_samples is not None:
+        own = job.valid_samples.config
+        own.settle("micro_batch_size", config.micro_batch_size, "the run")
+        own.freeze()
+
+
+def settle_micro_batch(run: Run, job: Job, plan: ModelPlan, resume: Path | None) -> None:
+    """Take the micro-batch size that the run before chose, as long as it fits, else try."""
+    config, state = run.config, run.state
+    trial = Trial(config, job, state, run.device, plan.kernels)
+    global_batch = config.global_batch_size or resumed_batch(resume)
+    before = resumed_micro_batch(resume, global_batch // state.data_size)
+    if before and still_fits(trial, before):
+        config.settle("micro_batch_size", before, str(resume))
+        run.say(
+            f"micro-batch size {before}, as the run before chose; --micro-batch-size N changes it"
+        )
+        return
+
+    if before:
+        run.say(f"micro-batch size {before}, which the run before chose, does not fit here")
+    found = choose_micro_batch(
+        trial,
+        lambda: plan.with_first_weights(run.streams),
+        global_batch,
+        lambda: run.watchdog.enter("start", 0),
+    )
+    config.settle("micro_batch_size", found, "a trial")
+    run.watchdog.enter("start", 0)
+
+
+def settle_length(config: TrainConfig, job: Job) -> None:
+    """Settle the steps of --epochs, and an evaluation at the end of each, unless told otherwise."""
+    epoch = job.samples.order.epoch_length / config.global_batch_size
+    if not config.train_iters:
+        config.settle("train_iters", max(1, round(config.epochs * epoch)), "--epochs")
+    if job.evaluate is not None and not config.eval_interval:
+        config.settle("eval_interval", max(1, round(epoch)), "an epoch")
