@@ -21,8 +21,8 @@ from megatron_interbert.config.options import (
     rows,
 )
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import read_text
 from megatron_interbert.parser import Parser
+from megatron_interbert.reading import read_text
 
 RECIPE = "the launcher's recipe"  # origin of settings that a launcher gives where the user does not
 TITLES = {

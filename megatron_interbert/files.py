@@ -1,4 +1,7 @@
-"""Files that are whole or absent: texts, locks and links beside others' files, which are never followed elsewhere."""
+"""Writing: files and folders that are whole or absent, their hashes, locks, and links to siblings.
+
+Nothing here follows a link of somebody else out of its folder.
+"""
 
 import contextlib
 import errno
@@ -13,73 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_interbert.errors import Unreadable, UsageError
+from megatron_interbert.errors import UsageError
 
-# What a system answers where no file of that name is there. All else (EACCES, EIO, EMFILE, ESTALE,
-# ..) says nothing about the content of a file.
-NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 LONGEST_NAME = 255  # bytes of a file's name
 REPLACED = (stat.S_IFREG, stat.S_IFLNK, stat.S_IFDIR)  # the system itself refuses a folder
 HELD = (errno.EAGAIN, errno.EACCES)  # what a lock that another process holds answers
-
-
-@contextlib.contextmanager
-def reading(what: str | Path) -> Iterator[None]:
-    """Turn a failure to read `what` into Unreadable; FileNotFoundError and the like pass through."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in NO_FILE or error.errno is None:
-            raise
-        raise Unreadable(
-            f"{error.filename or what}: cannot be read ({error.strerror}); this says nothing of its"
-            " content: mend permissions, disk or limits and give the same command again"
-        ) from error
-
-
-def open_regular(path: Path, follow: bool = True) -> IO[bytes]:
-    """Open a file to read; OSError where something else has its name (reading a pipe would never end).
-
-    Without `follow` a link is something else as well.
-    """
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
-    handle = os.open(path, flags)
-    kind = stat.S_IFMT(os.fstat(handle).st_mode)
-    if kind == stat.S_IFREG:
-        return open(handle, "rb")
-
-    os.close(handle)
-    if kind == stat.S_IFDIR:
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    raise OSError(errno.EINVAL, "is not a regular file", str(path))
-
-
-def read_regular(path: Path) -> bytes:
-    """Give the content of a file; OSError where something else has its name."""
-    with open_regular(path) as file:
-        return file.read()
-
-
-def list_folder(folder: Path) -> list[str]:
-    """Give the names in a folder, sorted; none where it is absent. Unreadable where it cannot be read.
-
-    `Path.glob` takes a folder that it may not read for an empty one.
-    """
-    try:
-        with reading(folder):
-            return sorted(os.listdir(folder))
-    except OSError:
-        return []
-
-
-def is_there(path: Path) -> bool:
-    """Whether something of that name exists; Unreadable where the system cannot say."""
-    try:
-        with reading(path):
-            os.stat(path)
-    except OSError:
-        return False
-    return True
 
 
 def file_sha256(path: str | Path, progress: Callable[[int], None] = lambda count: None) -> str:
@@ -116,6 +57,11 @@ def file_entry(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
+def json_sha256(value: Any) -> str:
+    """Give the hex sha256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a file of that name that was not there before; what was there is unlinked, never followed.
@@ -136,6 +82,55 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+@contextlib.contextmanager
+def whole_file(path: Path, beside: Path | None = None) -> Iterator[IO[bytes]]:
+    """Open a file that gets its name when it is whole and on disk, and leaves nothing where it fails.
+
+    It grows `beside`: NAME.partial, unless other processes may write a file of that name too.
+    """
+    beside = beside or path.with_name(path.name + ".partial")
+    with new_file(beside) as handle:
+        yield handle
+    try:
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def own_name(path: Path) -> Path:
+    """Give a name beside a file that no other process takes."""
+    return path.with_name(f"{path.name}.{os.getpid()}.new")
+
+
+def write_by_name(path: Path, write: Callable[[Path], Any], room: int = 0) -> dict[str, Any]:
+    """Have a library write a whole file under another name, flush it, give it its own.
+
+    `room`: bytes that must be free first; HDF5 that meets a full disk in the middle fails again when
+    the file is closed, and crashes when the process ends. Gives the entry of a manifest: file,
+    bytes, sha256. OSError where it cannot be done.
+    """
+    beside = own_name(path)
+    try:
+        if room:
+            with open(beside, "wb") as handle:
+                os.posix_fallocate(handle.fileno(), 0, room)
+        write(beside)
+        entry = {"file": path.name, **file_entry(beside)}
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    return entry
+
+
+def publish_folder(work: Path, final: Path) -> None:
+    """Give a folder whose files are on disk its final name, for good."""
+    flush_folder(work)
+    os.rename(work, final)
+    flush_folder(final.absolute().parent)
+
+
 def write_all(handle: int, data: bytes | memoryview) -> None:
     """Write all bytes to a descriptor, which may take them in parts."""
     left = memoryview(data)
@@ -149,14 +144,8 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if os.path.lexists(path) and stat.S_IFMT(os.lstat(path).st_mode) not in REPLACED:
         raise UsageError(f"{path}: is a device, a pipe or a socket and is not overwritten; choose another name")
-    beside = path.with_name(path.name + ".partial")
-    with new_file(beside) as handle:
+    with whole_file(path) as handle:
         write_all(handle.fileno(), data)
-    try:
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -242,13 +231,15 @@ def open_lock(path: Path) -> int:
     return handle
 
 
-def take_lock(handle: int) -> bool:
+def take_lock(handle: int, of_process: bool = False) -> bool:
     """Lock an open file or folder until it is closed; False where another process holds it.
 
-    OSError on a disk that knows no locks.
+    A lock `of_process` is not inherited by processes that are forked later, and its file must be open
+    for writing. OSError on a disk that knows no locks.
     """
+    lock = fcntl.lockf if of_process else fcntl.flock
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in HELD:
             return False
@@ -256,8 +247,13 @@ def take_lock(handle: int) -> bool:
     return True
 
 
+def open_folder(folder: Path) -> int:
+    """Open a folder to lock it; OSError for a link, and for what is no folder."""
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
 @contextlib.contextmanager
-def alone(path: Path, what: str) -> Iterator[None]:
+def only_one(path: Path, what: str) -> Iterator[None]:
     """Hold a file's lock. UsageError with `what` where another process holds it."""
     handle = open_lock(path)
     try:
@@ -347,29 +343,3 @@ def nearest_folder(folder: Path) -> Path:
     return place
 
 
-def read_text(path: str | Path, what: str) -> str:
-    """A text file's content; UsageError naming `what` when it cannot be read."""
-    try:
-        with reading(path):
-            return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{what}: {path} is no text in UTF-8 (byte {error.start}: {error.reason})") from error
-    except OSError as error:
-        raise UsageError(f"{what}: cannot read {path} ({error.strerror})") from error
-
-
-def read_json(path: str | Path, what: str) -> dict[str, Any]:
-    """A JSON object from a file; UsageError naming `what` when it is missing or malformed."""
-    text = read_text(path, what)
-    try:
-        value = json.loads(text, parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{what}: {path} is not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UsageError(f"{what}: {path} holds a {type(value).__name__}, expected an object")
-    return value
-
-
-def refuse_constant(name: str) -> None:
-    """ValueError for NaN, Infinity and -Infinity, which Python's reader takes for JSON."""
-    raise ValueError(f"{name} is no number")

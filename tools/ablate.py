@@ -27,10 +27,11 @@ from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.config.options import nearest
 from megatron_interbert.data.manifest import HARD_NEGATIVES, MANIFEST
 from megatron_interbert.errors import TrainingStopped, UsageError, run_entry
-from megatron_interbert.files import check_writable, read_json, read_text, write_json, write_text
+from megatron_interbert.files import check_writable, write_json, write_text
 from megatron_interbert.model.presets import load_model_config
 from megatron_interbert.parser import Parser
 from megatron_interbert.progress import progress
+from megatron_interbert.reading import read_json, read_text
 from megatron_interbert.weights.manifest import newest_checkpoint, versions
 
 FIGURES = {"zero-shot t2i R@1": ("zero-shot", "t2i_R@1"), "zero-shot i2t R@1": ("zero-shot", "i2t_R@1"),

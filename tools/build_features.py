@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_interbert.command_line import finite_number
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError, run_entry
-from megatron_interbert.files import file_sha256, read_text
+from megatron_interbert.files import file_sha256
 from megatron_interbert.parser import Parser
 from megatron_interbert.preparation.building.build import BuildPlan, build
 from megatron_interbert.preparation.building.captions import FORMATS as CAPTION_FORMATS
@@ -28,6 +28,7 @@ from megatron_interbert.preparation.building.sources.base import Source
 from megatron_interbert.preparation.building.sources.fields import BACKGROUND_FIRST, BACKGROUND_NONE, ReadOptions
 from megatron_interbert.preparation.building.sources.opening import FORMATS, open_source
 from megatron_interbert.preparation.building.sources.stores import StoreSource
+from megatron_interbert.reading import read_text
 
 DETECTOR = "Faster R-CNN ResNet-101, Visual Genome"
 

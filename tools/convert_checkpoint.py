@@ -19,11 +19,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.errors import UsageError, run_entry
-from megatron_interbert.files import read_json
 from megatron_interbert.model.partition import partition_kind
 from megatron_interbert.model.presets import load_model_config
 from megatron_interbert.parser import Parser
 from megatron_interbert.progress import progress
+from megatron_interbert.reading import read_json
 from megatron_interbert.weights.manifest import VOCABULARY
 from megatron_interbert.weights.sources import KINDS, Source, open_source
 from megatron_interbert.weights.targets import TARGETS, Output, describe_source, write_target

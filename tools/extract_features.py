@@ -20,11 +20,11 @@ import torch
 
 from megatron_interbert.command_line import finite_number
 from megatron_interbert.errors import UsageError, run_entry
-from megatron_interbert.files import read_text
 from megatron_interbert.parser import Parser
 from megatron_interbert.preparation.building.build import BuildPlan, build
 from megatron_interbert.preparation.building.detectors import BACKGROUND, DetectorChoice
 from megatron_interbert.preparation.building.sources.photos import PhotoSource
+from megatron_interbert.reading import read_text
 
 
 def parse() -> argparse.Namespace:

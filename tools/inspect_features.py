@@ -14,12 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError, run_entry
-from megatron_interbert.files import check_output, check_writable, read_text, write_output
+from megatron_interbert.files import check_output, check_writable, write_output
 from megatron_interbert.pages.photo_folder import photos_in
 from megatron_interbert.parser import Parser
 from megatron_interbert.preparation.inspection.page import report_page
 from megatron_interbert.preparation.inspection.report import Options, inspect_store
 from megatron_interbert.preparation.inspection.terminal import report_text
+from megatron_interbert.reading import read_text
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -21,10 +21,11 @@ from packaging.metadata import parse_email
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.files import write_text
 from megatron_interbert.parser import Parser
 from tools import pypi
 from tools.check_pins import PYTHONS, IndexFailure, Pin, fetch, installed_version, release_files
-from tools.locks import CUDA, FOLDER, Locked, read_locks, write
+from tools.locks import CUDA, FOLDER, Locked, read_locks
 
 LIST = Path("docs/licences.md")
 INDEX = "https://pypi.org/simple"
@@ -188,7 +189,7 @@ def run() -> None:
             text = HEAD + "\n".join(rows(locked)) + "\n"
         except IndexFailure as failure:
             raise UsageError(f"{options.list} is not written: {failure}") from None
-        write(options.list, text)
+        write_text(options.list, text)
 
     wrong = check(options.list, locked)
     for line in wrong:

@@ -21,9 +21,10 @@ from packaging.requirements import Requirement
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.files import write_text
 from megatron_interbert.parser import Parser
 from tools.check_pins import PYTHONS, read_pins
-from tools.locks import COMMON, CUDA, FOLDER, linux, places, read_lock, write
+from tools.locks import COMMON, CUDA, FOLDER, linux, places, read_lock
 
 HEADS = {
     COMMON: """\
@@ -137,7 +138,7 @@ def run() -> None:
 
     options.output.mkdir(exist_ok=True)
     for name, content in locks.items():
-        write(options.output / name, content)
+        write_text(options.output / name, content)
         print(f"{options.output / name}: {sum(1 for _ in blocks(content))} packages")
 
 

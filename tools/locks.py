@@ -118,10 +118,3 @@ def read_lock(path: Path) -> list[Locked]:
 def read_locks(folder: Path) -> list[Locked]:
     """The versions of both locks of a folder."""
     return read_lock(folder / COMMON) + read_lock(folder / CUDA)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file as a whole."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)

@@ -18,9 +18,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.errors import UsageError, run_entry
-from megatron_interbert.files import check_output, read_json, write_output
+from megatron_interbert.files import check_output, write_output
 from megatron_interbert.parser import Parser
 from megatron_interbert.progress import progress
+from megatron_interbert.reading import read_json
 
 COLUMNS = ("product_id", "image_h", "image_w", "num_boxes", "boxes", "features", "class_labels", "query", "query_id")
 

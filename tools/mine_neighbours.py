@@ -19,7 +19,7 @@ from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import HARD_IMAGES
 from megatron_interbert.data.region_batch import read_regions
 from megatron_interbert.errors import UsageError, run_entry
-from megatron_interbert.files import new_file
+from megatron_interbert.files import whole_file
 from megatron_interbert.parser import Parser
 from megatron_interbert.progress import progress
 
@@ -63,13 +63,10 @@ def run() -> None:
         raise UsageError(f"{options.store}: one image has no neighbours")
     found = nearest(mean_features(corpus), min(options.neighbours, corpus.num_images - 1), options.block)
     path = Path(options.store) / HARD_IMAGES
-    beside = path.with_suffix(f".{os.getpid()}.new")
     try:
-        with new_file(beside) as handle:
+        with whole_file(path, path.with_suffix(f".{os.getpid()}.new")) as handle:
             np.save(handle, found)
-        os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise UsageError(f"{path}: cannot be written ({error}); make room or choose a store that can be written to") from error
     print(f"{path}: {found.shape[1]} neighbours of each of {len(found)} images")
 

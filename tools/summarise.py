@@ -13,8 +13,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_interbert.errors import UsageError, run_entry
-from megatron_interbert.files import check_output, json_text, read_json, write_output
+from megatron_interbert.files import check_output, json_text, write_output
 from megatron_interbert.parser import Parser
+from megatron_interbert.reading import read_json
 
 SAME = {"task": "", "protocol": "", "precision": "fp32"}  # with what earlier results mean that lack it
 

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from megatron_interbert.data.manifest import MANIFEST, files_of, read_manifest
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import file_sha256, reading, write_json
+from megatron_interbert.files import file_sha256, write_json
 from megatron_interbert.progress import log_lines, progress
+from megatron_interbert.reading import reading
 
 SMALL = 1 << 28  # bytes of unknown files that are hashed before work begins: a fraction of a second
 LARGE = 1 << 34  # and of changed ones: some 20 s, far below what other ranks wait

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import file_sha256, is_plain_name, read_json, reading
+from megatron_interbert.files import file_sha256, is_plain_name
+from megatron_interbert.reading import read_json, reading
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"

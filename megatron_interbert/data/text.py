@@ -9,7 +9,8 @@ from tokenizers.models import WordPiece
 
 from megatron_interbert.data.chinese import one_form, word_begins
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import file_sha256, read_text
+from megatron_interbert.files import file_sha256
+from megatron_interbert.reading import read_text
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import write_text
 from megatron_interbert.hf.configuration import InterBertConfig
 from megatron_interbert.hf.model_card import model_card
 from megatron_interbert.hf.padding import PaddedInputs, Slots, pack_padded, to_padded
@@ -141,7 +142,7 @@ class InterBertPreTrainedModel(PreTrainedModel):
             shutil.copymode(folder / "config.json", weights)
         card = folder / "README.md"
         if card_facts is not None or not card.exists():
-            card.write_text(model_card(self.interbert.config, card_facts or {}), encoding="utf-8")
+            write_text(card, model_card(self.interbert.config, card_facts or {}))
 
 
 def listing(names: Any) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_interbert.config.model import ModelConfig, model_config_from_dict
 from megatron_interbert.config.options import nearest
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import read_json
+from megatron_interbert.reading import read_json
 
 # Both small presets take vocabulary, features and classes from the data. Their first weights are wider: a layer's share of the
 # signal at width 64 is then what 0.02 makes it at 768 (0.02 x sqrt(768) = 0.55), without which attention learns nothing for long.

@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import list_folder, take_lock
+from megatron_interbert.files import open_folder, take_lock
+from megatron_interbert.reading import list_folder
 
 
 def lock_folder(folder: Path, busy: str) -> int:
@@ -24,7 +25,7 @@ def lock_folder(folder: Path, busy: str) -> int:
         raise UsageError(
             f"{error.filename}: is no folder, expected one that this command makes; move it elsewhere"
         ) from None
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    handle = open_folder(folder)
 
     try:
         taken = take_lock(handle)

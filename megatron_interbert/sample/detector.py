@@ -10,15 +10,16 @@ import numpy as np
 from megatron_interbert.data.manifest import HARD_IMAGES, HARD_NEGATIVES, MANIFEST
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import read_json
+from megatron_interbert.files import publish_folder
 from megatron_interbert.preparation.building.store_writer import STORE_FILES, RegionStoreWriter
 from megatron_interbert.preparation.work_folder import refuse_link, refuse_strangers, remove_folder
+from megatron_interbert.reading import read_json
 
 FEATURES, SOFT_LABELS = 64, 5
 PICTURES = "pictures"  # of a shop, a folder in its store
 OF_SHOPS = tuple(f"{name}.jsonl" for name in ("items", "queries", "topics", "clicks"))
 MINED = (HARD_NEGATIVES, HARD_IMAGES)
-HALF_WRITTEN = (*(f"{name}.[0-9]*.new" for name in OF_SHOPS), "hard_images.[0-9]*.new")
+HALF_WRITTEN = (*(f"{name}{end}" for name in OF_SHOPS for end in (".[0-9]*.new", ".partial")), "hard_images.[0-9]*.new")
 OURS = (*HALF_WRITTEN, *OF_SHOPS, *MINED, *STORE_FILES)
 PICTURE = "*-[0-9]*.png"
 
@@ -99,7 +100,7 @@ def replace_generated(path: Path, beside: Path) -> None:
     old = path.with_name(f"{path.name}.old-{time.time_ns()}")
     if path.exists():
         path.rename(old)
-    beside.rename(path)
+    publish_folder(beside, path)
     if old.exists():
         remove_generated(old)
 

@@ -17,9 +17,8 @@ from PIL import Image
 
 from megatron_interbert.command_line import finite_number, seed_number
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import check_writable
+from megatron_interbert.files import check_writable, write_text
 from megatron_interbert.parser import Parser
-from megatron_interbert.preparation.building.shard_writer import commit
 from megatron_interbert.progress import progress
 from megatron_interbert.sample.detector import generated_store
 from megatron_interbert.sample.shop_pictures import draw_product
@@ -90,7 +89,7 @@ def write_split(
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """A JSON object a line."""
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    commit(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    write_text(path, text)
 
 
 def run() -> None:

@@ -33,14 +33,13 @@ from megatron_interbert.files import (
     file_sha256,
     flush_file,
     flush_folder,
-    list_folder,
     point_to,
-    reading,
-    refuse_constant,
+    publish_folder,
     sibling,
     write_json,
     write_text,
 )
+from megatron_interbert.reading import list_folder, reading, refuse_constant
 from megatron_interbert.serving.items import Item, item_of
 from megatron_interbert.serving.journal import JOURNAL, collapsed, has_changes, read_journal
 from megatron_interbert.serving.journal_format import Mark
@@ -284,9 +283,7 @@ def write_version(
             "sha256": {name: file_sha256(beside / name) for name in (VECTORS, ITEMS)},
         }
         write_json(beside / FACTS, seal(facts))
-        flush_folder(beside)
-        beside.rename(folder / version)
-        flush_folder(folder)
+        publish_folder(beside, folder / version)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import open_regular, reading
+from megatron_interbert.reading import open_regular, reading
 
 
 def open_own(path: Path) -> IO[bytes]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import threading
@@ -17,8 +16,9 @@ from pydantic import ValidationError
 from megatron_interbert.config.training import paths_of_stores, split_paths
 from megatron_interbert.data.integrity import Integrity
 from megatron_interbert.errors import Unreadable, UsageError
-from megatron_interbert.files import alone, check_writable, is_there, sibling
+from megatron_interbert.files import check_writable, json_sha256, only_one, sibling
 from megatron_interbert.progress import progress
+from megatron_interbert.reading import is_there
 from megatron_interbert.serving.app import Service, Topic
 from megatron_interbert.serving.batching import ModelThread
 from megatron_interbert.serving.config import ServeConfig
@@ -86,7 +86,7 @@ class Opened:
     @property
     def weights_sha256(self) -> str:
         """One digest for all weight files."""
-        return hashlib.sha256(json.dumps(self.source.facts["files"], sort_keys=True).encode()).hexdigest()
+        return json_sha256(self.source.facts["files"])
 
     def scorer(self) -> ItemScorer:
         """Of no items yet."""
@@ -101,7 +101,7 @@ class Opened:
         else those of the version that is served with all changes; else all images of the stores.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with alone(self.folder / "building", "another process builds this index; wait for it"):
+        with only_one(self.folder / "building", "another process builds this index; wait for it"):
             scorer = self.scorer()
             served, items, mark = self._items(scorer.catalogue)
             vectors = self._vectors(scorer, items)
@@ -148,7 +148,7 @@ class Opened:
         """Begin a journal; one that cannot be used is set aside. UsageError where a service writes to it."""
         if self.writes is not None:
             return begin(self.folder)
-        with alone(self.folder / WRITING, "a service with a key writes to this index; end it first"):
+        with only_one(self.folder / WRITING, "a service with a key writes to this index; end it first"):
             return begin(self.folder)
 
     def _vectors(self, scorer: ItemScorer, items: list[Item]) -> np.ndarray:

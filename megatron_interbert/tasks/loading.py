@@ -12,13 +12,14 @@ from megatron_interbert.config.options import flag, rows
 from megatron_interbert.data.corpus import Corpus, check_detector
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import check_writable, file_sha256, list_folder, sibling
+from megatron_interbert.files import check_writable, file_sha256, sibling
 from megatron_interbert.kernels.choice import choose_kernels
 from megatron_interbert.model.initialise import load_full_state
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.presets import fit_to_data
 from megatron_interbert.parallel.agreement import check_alike, together
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.reading import list_folder
 from megatron_interbert.tasks.config import EvaluateConfig, LoadConfig
 from megatron_interbert.tasks.parts import open_stores, open_vocabulary, verify_stores
 from megatron_interbert.tasks.precision import choose_precision

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import read_text
+from megatron_interbert.reading import read_text
 
 
 def read_records(path: str, flag: str, keys: Mapping[str, type | tuple[type, ...]]) -> Iterator[tuple[str, dict[str, Any]]]:

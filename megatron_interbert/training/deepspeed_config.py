@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from megatron_interbert.config.options import AUTO, facts_of, flag, nearest, rows
 from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import read_json
+from megatron_interbert.reading import read_json
 
 PASSED_THROUGH = {
     "zero_optimization",

@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 
 from megatron_interbert.board import Board
-from megatron_interbert.files import append, encoded, read_regular, write_text
+from megatron_interbert.files import append, encoded, write_text
+from megatron_interbert.reading import read_regular
 
 RECORDS = "metrics.jsonl"
 

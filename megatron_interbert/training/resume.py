@@ -10,9 +10,9 @@ from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.config.options import NOTE, SAME, Resume, rows
 from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.errors import Unreadable, UsageError
-from megatron_interbert.files import list_folder
 from megatron_interbert.parallel.agreement import some, together
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.reading import list_folder
 from megatron_interbert.training.optimizer import learning_rate
 from megatron_interbert.training.run_folder import (
     DAMAGED,

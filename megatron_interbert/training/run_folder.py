@@ -1,7 +1,6 @@
 """The folder --save of a run: its lock, the names in it, how checkpoints are published and removed."""
 
 import contextlib
-import fcntl
 import os
 import shutil
 import socket
@@ -11,16 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import (
-    HELD,
-    flush_folder,
-    is_there,
-    list_folder,
-    open_lock,
-    point_to,
-    write_text,
-)
+from megatron_interbert.files import open_lock, point_to, publish_folder, take_lock, write_text
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.reading import is_there, list_folder
 from megatron_interbert.weights.manifest import (
     BEST,
     MANIFEST,
@@ -88,20 +80,21 @@ def lock_folder(folder: Path) -> Claim:
         ) from error
 
     try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        taken = take_lock(handle, of_process=True)
     except OSError as error:
-        if error.errno in HELD:
-            holder = " ".join(os.pread(handle, 200, 0).decode("utf-8", "replace").split())
-            raise UsageError(
-                f"--save {folder}: another run writes there ({holder}); end that process (SIGTERM: it"
-                " saves first), or choose another --save"
-            ) from None
         print(
             f"note: --save {folder} cannot be locked ({error.strerror}): nothing that lies there is"
             " renamed or cleaned up by this run; see that no other run writes there",
             flush=True,
         )
         return Claim(handle)
+
+    if not taken:
+        holder = " ".join(os.pread(handle, 200, 0).decode("utf-8", "replace").split())
+        raise UsageError(
+            f"--save {folder}: another run writes there ({holder}); end that process (SIGTERM: it"
+            " saves first), or choose another --save"
+        )
 
     with contextlib.suppress(OSError):  # a full disk: the name is only for people
         # A backup by hard links shares this file, or somebody has planted it.
@@ -164,11 +157,9 @@ class RunFolder:
 
     def publish(self, work: Path, final: Path) -> None:
         """Flush a finished folder and give it its final name; OSError or UsageError where that fails."""
-        flush_folder(work)
         if is_there(final):
             self._make_way(final)
-        os.rename(work, final)
-        flush_folder(self.path)
+        publish_folder(work, final)
         self.count_as_ours(final)
 
     def _make_way(self, final: Path) -> None:

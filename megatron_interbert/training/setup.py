@@ -15,9 +15,9 @@ from megatron_interbert.data.loader import BatchStream
 from megatron_interbert.data.order import check_partitions
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.training_set import TrainingSet
-from megatron_interbert.files import is_there
 from megatron_interbert.parallel.agreement import together
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.reading import is_there
 from megatron_interbert.tasks.parts import validation_digest, verify_stores
 from megatron_interbert.tasks.precision import choose_precision
 from megatron_interbert.tasks.pretraining import pretraining_job

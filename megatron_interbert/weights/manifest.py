@@ -15,7 +15,8 @@ import torch
 
 from megatron_interbert import __version__
 from megatron_interbert.errors import Unreadable, UsageError
-from megatron_interbert.files import encoded, file_sha256, is_plain_name, is_there, list_folder, read_regular, reading, write_json
+from megatron_interbert.files import encoded, file_sha256, is_plain_name, write_json
+from megatron_interbert.reading import is_there, list_folder, read_regular, reading
 
 MANIFEST = "manifest.json"
 FORMAT = 2

@@ -14,8 +14,9 @@ import torch
 
 from megatron_interbert.config.model import ModelConfig, model_config_from_dict
 from megatron_interbert.errors import UsageError, out_of_memory
-from megatron_interbert.files import is_plain_name, read_json, reading
+from megatron_interbert.files import is_plain_name
 from megatron_interbert.model.presets import PRESETS
+from megatron_interbert.reading import read_json, reading
 from megatron_interbert.weights.foreign import (
     DECODER,
     EXTRA,

@@ -16,7 +16,7 @@ import torch
 
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import file_entry, flush_file, flush_folder, write_bytes, write_json, write_text
+from megatron_interbert.files import file_entry, flush_file, publish_folder, write_bytes, write_json, write_text
 from megatron_interbert.model.partition import partition_dimension, shard
 from megatron_interbert.weights.foreign import DECODER, EXTRA, Link, bert_links, config_to_official, official_links
 from megatron_interbert.weights.manifest import VOCABULARY, versions, weights_name, write_manifest
@@ -115,9 +115,7 @@ def _new_folder(folder: Path, size: int) -> Iterator[Path]:
     try:
         os.chmod(work, 0o777 & ~_umask())
         yield work
-        flush_folder(work)
-        os.rename(work, folder)
-        flush_folder(parent)
+        publish_folder(work, folder)
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written ({error.strerror or error}); nothing was left behind") from error
     finally:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_interbert.errors import Unreadable, UsageError
-from megatron_interbert.files import list_folder
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.reading import list_folder
 from megatron_interbert.sample import shop_report
 from megatron_interbert.tasks import loading
 from megatron_interbert.tasks.config import EvaluateConfig

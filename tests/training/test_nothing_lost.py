@@ -404,7 +404,7 @@ def test_without_locks_nothing_of_another_run_is_renamed(made, run, monkeypatch,
     def no_locks(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(run_folder.fcntl, "lockf", no_locks)
+    monkeypatch.setattr("megatron_interbert.files.fcntl.lockf", no_locks)
     state = ParallelState()
     claim = run_folder.claim_folder(str(run), state)
     assert not claim.locked

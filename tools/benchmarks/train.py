@@ -21,7 +21,7 @@ from torch import nn
 from megatron_interbert.command_line import finite_number
 from megatron_interbert.data.packing import Example, pack
 from megatron_interbert.errors import TrainingStopped, UsageError
-from megatron_interbert.files import check_writable, read_json
+from megatron_interbert.files import check_writable
 from megatron_interbert.kernels import plain
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
 from megatron_interbert.machines.processes import aligned, start_processes
@@ -30,6 +30,7 @@ from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.launch import free_port
 from megatron_interbert.progress import progress
+from megatron_interbert.reading import read_json
 from megatron_interbert.training.peaks import peak_tflops
 from tools.benchmarks.bars import bars
 from tools.benchmarks.batches import random_examples, sizes_of, span

@@ -28,7 +28,7 @@ from typing import Any
 
 from megatron_interbert.data.manifest import MANIFEST, PLAN, REPORT, TEXTS, VOCABULARY, files_of, read_manifest
 from megatron_interbert.errors import TrainingStopped, UsageError
-from megatron_interbert.files import read_json, read_text
+from megatron_interbert.files import encoded, json_sha256, publish_folder, whole_file, write_text
 from megatron_interbert.preparation.building.captions import CaptionTable, image_key
 from megatron_interbert.preparation.building.conversion import (
     EXPECTED,
@@ -41,17 +41,18 @@ from megatron_interbert.preparation.building.conversion import (
 )
 from megatron_interbert.preparation.building.duplicates import drop_duplicates
 from megatron_interbert.preparation.building.interrupts import LOOK, interrupts_blocked, keeping_interrupts
-from megatron_interbert.preparation.building.shard_writer import commit
 from megatron_interbert.preparation.building.sources.base import Source, SourceFacts
 from megatron_interbert.preparation.building.store_writer import OURS as OF_STORES
 from megatron_interbert.preparation.building.store_writer import finish_store, new_manifest
 from megatron_interbert.preparation.work_folder import lock_folder, own_names, refuse_strangers, remove_folder, remove_own
 from megatron_interbert.progress import progress
+from megatron_interbert.reading import read_json, read_text
 
 CAPTIONS_DONE = "captions.json"  # in the work folder: complaints about caption lines; written when images.db is whole
 OF_BUILDS = ("shard-[0-9]*.h5.json", CAPTIONS_DONE, "images.db*", REPORT)
 # All that a work folder holds, in the order in which it is removed: without its plan it is no build.
-OURS = (*OF_BUILDS, *(f"{name}.[0-9]*.new" for name in (*OF_BUILDS, PLAN)), *OF_STORES, PLAN)
+UNFINISHED = tuple(f"{name}{end}" for name in (*OF_BUILDS, PLAN) for end in (".[0-9]*.new", ".partial"))
+OURS = (*OF_BUILDS, *UNFINISHED, *OF_STORES, PLAN)
 LMDB_LOCK = "lock.mdb"  # changes whenever an LMDB is read
 
 
@@ -113,7 +114,7 @@ def _size_and_time(path: Path) -> tuple[int, int]:
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return json_sha256(value)
 
 
 def build(plan: BuildPlan, workers: int = 1, max_dropped: float = 0.1, restart: bool = False) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def _publish(work: Path, output: Path, has_vocabulary: bool) -> dict[str, Any]:
     for name in own_names(work, OURS):
         if name not in keep:
             (work / name).unlink()
-    os.rename(work, output)
+    publish_folder(work, output)
     return manifest
 
 
@@ -203,7 +204,7 @@ class WorkFolder:
     def _take_over(self) -> None:
         """Go on with what the same plan has left, or begin anew."""
         refuse_strangers(self.work, OURS)
-        remove_own(self.work, [name for name in OURS if name.endswith(".new")])
+        remove_own(self.work, [name for name in OURS if name.endswith((".new", ".partial"))])
         plan = self.work / PLAN
         if not plan.exists() and own_names(self.work, OURS):
             raise UsageError(f"{self.work}: exists and is no unfinished build of this tool; remove it or choose another --output")
@@ -217,7 +218,7 @@ class WorkFolder:
                 f"{self.work}: left by a build with other settings ({', '.join(changed)} differ); give the same ones to go on with it,"
                 " or --restart to begin anew"
             )
-        commit(plan, lambda path: path.write_text(json.dumps(self.fingerprint, indent=1)))
+        write_text(plan, json.dumps(self.fingerprint, indent=1))
 
     def __exit__(self, *failure: Any) -> None:
         useful = list(self.work.glob("shard-*.json")) or (self.work / MANIFEST).exists()
@@ -236,7 +237,7 @@ def _caption_table(plan: BuildPlan, work: Path) -> CaptionTable | None:
         table = CaptionTable.create(path, plan.caption_files, plan.captions_format, plan.split, complaints.append, plan.only or ())
         if plan.caption_files and not len(table):
             raise UsageError(f"--captions {', '.join(plan.caption_files)}: no captions there ({(complaints or ['empty'])[0]})")
-        commit(done, lambda to: to.write_text(json.dumps(complaints)))
+        write_text(done, json.dumps(complaints))
     return CaptionTable(path)
 
 
@@ -341,9 +342,9 @@ def _finish(plan: BuildPlan, facts: SourceFacts, work: Path, units: int, max_dro
         dropped=dict(sorted(reasons.items())),
     )
     manifest["shards"] = entries
-    commit(
+    _write_report(
         work / REPORT,
-        lambda to: _write_report(to, itertools.chain(_caption_complaints(work), _dropped(work, units), _twice(twice))),
+        itertools.chain(_caption_complaints(work), _dropped(work, units), _twice(twice)),
     )
     finish_store(work, manifest, plan.vocabulary)
 
@@ -370,9 +371,9 @@ def _twice(images: list[tuple[str, int, str]]) -> Iterator[dict[str, str]]:
 
 def _write_report(path: Path, lines: Iterator[dict[str, str]]) -> None:
     """One at a time: a part of a large store may leave millions of images out."""
-    with open(path, "w", encoding="utf-8", errors="backslashreplace") as handle:
+    with whole_file(path) as handle:
         for line in lines:
-            handle.write(json.dumps(line, ensure_ascii=False) + "\n")
+            handle.write(encoded(json.dumps(line, ensure_ascii=False) + "\n"))
 
 
 def _read_json(path: Path) -> Any:

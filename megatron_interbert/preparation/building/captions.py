@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import read_text
+from megatron_interbert.reading import read_text
 
 CaptionRow = tuple[list[str], str, str]
 IMAGE_SUFFIX = re.compile(r"\.(jpe?g|png|webp|gif|bmp|npz|npy)$", re.IGNORECASE)

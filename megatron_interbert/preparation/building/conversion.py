@@ -13,10 +13,11 @@ import numpy as np
 from megatron_interbert.data.manifest import entry_fits
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.errors import Unreadable
-from megatron_interbert.files import is_there, reading
+from megatron_interbert.files import write_text
 from megatron_interbert.preparation.building.captions import CaptionTable
-from megatron_interbert.preparation.building.shard_writer import SHARD_NAME, commit, prepare_record, storable, write_shard
+from megatron_interbert.preparation.building.shard_writer import SHARD_NAME, prepare_record, storable, write_shard
 from megatron_interbert.preparation.building.sources.base import Dropped, Record, Source, SourceFacts
+from megatron_interbert.reading import is_there, reading
 
 NO_CAPTION, NOT_WANTED, TWICE = "no caption", "not in --only", "image id seen before"
 EXPECTED = (NO_CAPTION, NOT_WANTED, TWICE)  # dropped on purpose, not for a fault
@@ -118,7 +119,7 @@ def convert_unit(job: UnitJob, sources: Sequence[Source]) -> dict[str, Any]:
         "reasons": dict(sorted(reasons.items())),
         "dropped": [vars(dropped) for dropped in report],
     }
-    commit(done_file(job.folder, job.number), lambda to: to.write_text(json.dumps(done), encoding="utf-8"))
+    write_text(done_file(job.folder, job.number), json.dumps(done))
     return done
 
 

@@ -3,9 +3,8 @@
 Every file is written beside its name, flushed and renamed, so a file with its right name is whole.
 """
 
-import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +17,7 @@ from megatron_interbert.data.manifest import CAPTIONS, TOKENS
 from megatron_interbert.data.regions import Regions, record_problem, repair_boxes
 from megatron_interbert.data.shard_file import COLUMNS
 from megatron_interbert.data.text import CaptionTokenizer
-from megatron_interbert.files import file_sha256
+from megatron_interbert.files import write_by_name
 
 Caption = tuple[str, str]  # text, language tag
 SHARD_NAME = "shard-{:05d}.h5"
@@ -71,28 +70,6 @@ def storable(name: str) -> bool:
         return False
 
 
-def commit(path: Path, write: Callable[[Path], Any], size: int = 0) -> dict[str, Any]:
-    """Call write(temporary path), flush, rename to `path`; its manifest entry: name, bytes, sha256. OSError when it cannot be done.
-
-    `size`: bytes that must be free first. HDF5 that meets a full disk in the middle fails again when the file is closed and
-    crashes when the process ends.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        if size:
-            with open(temporary, "wb") as handle:
-                os.posix_fallocate(handle.fileno(), 0, size)
-        write(temporary)
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        entry = {"file": path.name, "bytes": temporary.stat().st_size, "sha256": file_sha256(temporary)}
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return entry
-
-
 def write_shard(path: Path, records: Sequence[tuple[Regions, Sequence[Caption]]]) -> dict[str, Any]:
     """One shard of prepared images and their captions; gives its manifest entry."""
     counts: dict[str, int] = {}
@@ -103,7 +80,7 @@ def write_shard(path: Path, records: Sequence[tuple[Regions, Sequence[Caption]]]
 
     strings = [text for regions, captions in records for text in (regions.image_id, *(part for c in captions for part in c))]
     arrays = (array for regions, _ in records for array in list(vars(regions).values())[2:])
-    return {**commit(path, write, sum(array.nbytes for array in arrays) + _heap_bytes(strings)), **counts}
+    return {**write_by_name(path, write, sum(array.nbytes for array in arrays) + _heap_bytes(strings)), **counts}
 
 
 def _heap_bytes(strings: Sequence[str]) -> int:
@@ -161,7 +138,7 @@ def write_caption_file(folder: Path, shards: Sequence[dict[str, Any]]) -> dict[s
             for shard in shards:
                 _append_captions(file, folder / shard["file"], names, place)
 
-    return commit(folder / CAPTIONS, write, total_bytes + 18 * captions + 4 * images + (1 << 16))
+    return write_by_name(folder / CAPTIONS, write, total_bytes + 18 * captions + 4 * images + (1 << 16))
 
 
 def _append_captions(target: h5py.File, shard: Path, names: list[str], place: dict[str, int]) -> None:
@@ -201,7 +178,7 @@ def write_token_file(folder: Path, captions: Iterable[list[str]], count: int, to
                 _copy_into(file.create_dataset("word_starts", (tokens,), np.uint8), starts)
                 file.attrs["vocabulary"] = tokenizer.sha256
 
-        return commit(folder / TOKENS, write, 5 * tokens + offsets.nbytes + (1 << 16))
+        return write_by_name(folder / TOKENS, write, 5 * tokens + offsets.nbytes + (1 << 16))
 
 
 def _copy_into(dataset: h5py.Dataset, spool: IO[bytes], step: int = 1 << 22) -> None:

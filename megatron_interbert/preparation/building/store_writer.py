@@ -3,7 +3,6 @@
 `build.py` does the same with several processes and survives kills; both write the files through `shard_writer.py`.
 """
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,11 +13,10 @@ from megatron_interbert.data.manifest import CAPTIONS, MANIFEST, PLAN, SCHEMA_VE
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import write_text
+from megatron_interbert.files import publish_folder, write_json, write_text
 from megatron_interbert.preparation.building.shard_writer import (
     SHARD_NAME,
     Caption,
-    commit,
     prepare_record,
     write_caption_file,
     write_shard,
@@ -29,7 +27,8 @@ from megatron_interbert.progress import progress
 
 # What is written into a store, in the order in which it is removed: the manifest says what the rest is.
 STORE_FILES = ("shard-[0-9]*.h5", CAPTIONS, TOKENS, VOCABULARY, MANIFEST)
-OURS = (*(f"{name}.[0-9]*.new" for name in STORE_FILES), f"{VOCABULARY}.partial", *STORE_FILES)
+UNFINISHED = tuple(f"{name}{end}" for name in STORE_FILES for end in (".[0-9]*.new", ".partial"))
+OURS = (*UNFINISHED, *STORE_FILES)
 
 
 def new_manifest(
@@ -75,7 +74,7 @@ def finish_store(folder: Path, manifest: dict[str, Any], vocabulary: str = "") -
     else:
         for name in (VOCABULARY, TOKENS):
             (folder / name).unlink(missing_ok=True)
-    commit(folder / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8"))
+    write_json(folder / MANIFEST, manifest)
 
 
 def _texts(folder: Path, shards: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
@@ -152,4 +151,4 @@ class RegionStoreWriter:
         if self._pending:
             self._write_shard()
         finish_store(self.work, self.manifest, self.vocabulary)
-        self.work.rename(self.path)
+        publish_folder(self.work, self.path)

@@ -3,10 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +12,7 @@ from megatron_interbert.data.manifest import HARD_NEGATIVES, MANIFEST
 from megatron_interbert.data.neighbours import NoTable, read_neighbours
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import file_sha256, flush_folder, new_file, read_json, reading
+from megatron_interbert.files import file_sha256, flush_folder, new_file, whole_file, write_json
 from megatron_interbert.preparation.work_folder import (
     lock_folder,
     own_names,
@@ -23,13 +21,15 @@ from megatron_interbert.preparation.work_folder import (
     remove_folder,
     remove_own,
 )
+from megatron_interbert.reading import read_json, reading
 
 FORMAT = 1
 PLAN, ASSEMBLED, DONE = "plan.json", "assembled.npy", "done.json"
 BLOCKS = ("block-" + 6 * "[0-9]" + "*.npy",)
 # All that a work folder holds, in the order in which it goes: the plan says what blocks belong to,
 # and the mark that all is done goes last.
-OURS = (*BLOCKS, "block-*.npy.tmp", ASSEMBLED, PLAN, f"{PLAN}.tmp", f"{DONE}.tmp", DONE)
+UNFINISHED = tuple(f"{name}{end}" for name in ("block-*.npy", PLAN, DONE) for end in (".tmp", ".partial"))
+OURS = (*BLOCKS, *UNFINISHED, ASSEMBLED, PLAN, DONE)
 
 
 class WorkFolder:
@@ -68,7 +68,7 @@ class WorkFolder:
         if not (self.path / PLAN).exists():
             if own_names(self.path, BLOCKS):
                 raise UsageError(f"{self.path}: finished blocks without their {PLAN}; put it back, or --restart to throw them away")
-            _write_json(self.path / PLAN, self.plan)
+            write_json(self.path / PLAN, self.plan)
             return
 
         found = read_json(self.path / PLAN, "mining plan")
@@ -103,7 +103,7 @@ class WorkFolder:
 
     def write_block(self, number: int, rows: np.ndarray) -> None:
         """Publish the rows [captions of the block, K]."""
-        with _published(self._block_path(number)) as handle:
+        with whole_file(self._block_path(number)) as handle:
             np.save(handle, rows, allow_pickle=False)
 
     def _block_path(self, number: int) -> Path:
@@ -123,7 +123,7 @@ class WorkFolder:
 
     def publish(self, summary: dict[str, Any]) -> None:
         """The assembled table becomes the output, and the folder goes."""
-        _write_json(self.path / DONE, {"plan": self.plan, "summary": summary})
+        write_json(self.path / DONE, {"plan": self.plan, "summary": summary})
         os.replace(self.path / ASSEMBLED, self.output)
         flush_folder(self.output.parent)
         remove_folder(self.path, OURS)
@@ -138,17 +138,3 @@ class WorkFolder:
             return None
         remove_folder(self.path, OURS)
         return done["summary"]
-
-
-@contextmanager
-def _published(path: Path) -> Iterator[IO[bytes]]:
-    """A file that gets its name when it is whole and on disk."""
-    beside = path.with_name(path.name + ".tmp")
-    with new_file(beside) as handle:
-        yield handle
-    os.replace(beside, path)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with _published(path) as handle:
-        handle.write(json.dumps(value, indent=1, ensure_ascii=False).encode())

@@ -15,7 +15,7 @@ from megatron_interbert.data.region_batch import Allocate, plain_memory
 from megatron_interbert.data.text import CaptionTokenizer, TokenBatch
 from megatron_interbert.data.training_set import Fields
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import read_text
+from megatron_interbert.reading import read_text
 from megatron_interbert.tasks.glue.config import GlueConfig
 from megatron_interbert.tasks.pairs import NOTHING, Text, frame, pair_fields
 

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from megatron_interbert.errors import TrainingStopped, UsageError, local_errors
-from megatron_interbert.files import list_folder, new_file, reading, take_lock, write_bytes
+from megatron_interbert.files import open_folder, take_lock, whole_file, write_bytes
 from megatron_interbert.model.pair_scorer import PairScorer, Side
 from megatron_interbert.parallel.agreement import some, together
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.reading import list_folder, reading
 from megatron_interbert.tasks.retrieval.pairs import Pairs, score_block
 
 PLAN = "plan.json"  # its hash is in the name of the folder, which is how we know ours again
@@ -100,9 +101,8 @@ class ScoreTiles:
         beside = self._file(place).with_suffix(f".{os.getpid()}.new")
         data = io.BytesIO()
         np.save(data, scores)
-        with new_file(beside) as handle:
+        with whole_file(self._file(place), beside) as handle:
             handle.write(self._with_sum(place, data.getvalue()))
-        os.replace(beside, self._file(place))
 
     def extent(self, place: tuple[int, int]) -> tuple[slice, slice]:
         """Captions and images of a tile."""
@@ -186,7 +186,7 @@ def _locked(folder: Path) -> int | None:
 
     OSError for a link, for what is no folder, and on a disk without locks.
     """
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    handle = open_folder(folder)
     try:
         taken = take_lock(handle)
     except OSError:

@@ -5,7 +5,6 @@ written whole, and whole parts are not scored again. The folder records what it 
 does each part: other weights, data or settings are refused.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -17,10 +16,11 @@ import torch
 
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError, local_errors
-from megatron_interbert.files import file_sha256, flush_folder, list_folder, new_file, read_json, reading, write_json
+from megatron_interbert.files import file_sha256, flush_folder, json_sha256, whole_file, write_json
 from megatron_interbert.parallel.agreement import some, together
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
+from megatron_interbert.reading import list_folder, read_json, reading
 from megatron_interbert.tasks.shop.config import ScoreTopicsConfig
 from megatron_interbert.tasks.shop.evaluation import open_items
 from megatron_interbert.tasks.shop.topic_samples import read_topics
@@ -67,9 +67,8 @@ def score_topics(config: ScoreTopicsConfig, state: ParallelState, device: torch.
                 columns = {"topic_id": np.array(topics.ids)[text_of], "item_id": ids[item_of], "score": scores}
                 table = pyarrow.table(columns, metadata={PLAN_SHA256: digest_of(plan)})
                 beside = folder / f"_{part(folder, start).name}.{os.getpid()}.new"
-                with new_file(beside) as handle:
+                with whole_file(part(folder, start), beside) as handle:
                     parquet.write_table(table, handle, write_page_checksum=True)
-                os.replace(beside, part(folder, start))
             bar.update(state.data_size)
     if mine:
         flush_folder(folder)
@@ -87,7 +86,7 @@ def part(folder: Path, start: int) -> Path:
 
 def digest_of(plan: dict[str, Any]) -> bytes:
     """The hash of a plan, in hex."""
-    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest().encode()
+    return json_sha256(plan).encode()
 
 
 def claim(folder: Path, plan: dict[str, Any]) -> None:

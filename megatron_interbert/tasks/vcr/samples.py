@@ -22,7 +22,7 @@ from megatron_interbert.data.region_batch import Allocate, RegionBatch, plain_me
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.data.training_set import Fields
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import read_text
+from megatron_interbert.reading import read_text
 from megatron_interbert.tasks.pairs import Text, frame, pair_fields
 from megatron_interbert.tasks.vcr.config import VcrConfig
 

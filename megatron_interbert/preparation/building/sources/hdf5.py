@@ -11,10 +11,10 @@ import numpy as np
 
 from megatron_interbert.data.hdf5 import HDF5_ERRORS, Hdf5File, system_reason
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import read_text
 from megatron_interbert.preparation.building.pickles.reading import MAX_PICKLE, loads
 from megatron_interbert.preparation.building.sources.base import Dropped, Record, SourceFacts
 from megatron_interbert.preparation.building.sources.fields import BadRecord, ReadOptions, make_regions
+from megatron_interbert.reading import read_text
 
 MEND = "get the file anew, or convert it to one that holds all of its data itself"
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import reading
+from megatron_interbert.reading import reading
 
 MAGIC, VERSION = 0xBEEFC0DE, 1
 META = struct.Struct("<16x I I 16x I 44x 4x H H 24x Q Q Q Q")

@@ -12,10 +12,10 @@ import torch
 
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.errors import TrainingStopped, UsageError
-from megatron_interbert.files import open_regular
 from megatron_interbert.preparation.building.choosing import load_detector
 from megatron_interbert.preparation.building.detectors import Detections, Detector, DetectorChoice
 from megatron_interbert.preparation.building.sources.base import Dropped, Record, SourceFacts
+from megatron_interbert.reading import open_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
