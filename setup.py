@@ -16,8 +16,16 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["megatron_interbert", "megatron_interbert.*"]),
-    package_data={"megatron_interbert.serving": ["page/*"]},
+    packages=[
+        *find_packages(include=["megatron_interbert", "megatron_interbert.*"]),
+        "megatron_interbert.ds_configs",
+    ],
+    package_dir={"megatron_interbert.ds_configs": "ds_configs"},
+    package_data={
+        "megatron_interbert.ds_configs": ["*.json"],
+        "megatron_interbert.serving": ["page/*"],
+    },
+    entry_points={"console_scripts": ["interbert = megatron_interbert.__main__:main"]},
     install_requires=[
         "torch>=2.10",  # 2.9.1 and older corrupt memory on crafted files, even with weights_only
         "deepspeed>=0.19.6,<0.20",

@@ -1,109 +1,17 @@
 #!/usr/bin/env python3
-"""The ranks of one machine, by torchrun, for Slurm: started once on each node by the .sbatch files, as `srun torchrun` would be.
+"""The ranks of one machine: `interbert launch` from a checkout; started once on each node by Slurm.
 
-    srun --ntasks-per-node=1 python launchers/node.py -m megatron_interbert.pretrain ARGS
-
-torchrun ends with code 1 whatever its ranks end with, and it answers SIGTERM by ending them after 30 s. Here the code of the first
-rank that failed becomes the code of the node, so that Slurm can tell a preempted run (75) from a failed one (1) and from wrong use
-(2), and SIGTERM, SIGUSR1 and Ctrl-C go to the ranks, which save and end by themselves. SIGHUP goes to them when the process that has
-started this one (slurmstepd) dies, for Slurm would not notice.
-
-It serves on a single machine too, without Slurm: PROCESSES_PER_NODE ranks (default: as many as there
-are GPUs, else 1) on the GPUs that CUDA_VISIBLE_DEVICES leaves, which `deepspeed --num_gpus` ignores.
+    srun --ntasks-per-node=1 python launchers/node.py -m megatron_interbert.pretrain FLAGS
 """
 
-import contextlib
-import logging
-import os
-import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import psutil
+from megatron_interbert.launch import command, main
 
-from megatron_interbert.errors import UsageError, end_at_once, run_entry
-from megatron_interbert.parallel.launch import (
-    MEETING_SECONDS,
-    free_port,
-    meeting_place,
-    node_name,
-    number,
-)
-from megatron_interbert.signals import (
-    STOPPING,
-    killed_by,
-    signal_at_parents_death,
-    take_over,
-)
-
-BY_TORCHRUN = ("auto", "cpu", "gpu")  # words for a number of processes that it finds out itself
-
-
-def command(arguments: list[str]) -> list[str]:
-    """Make torchrun's command line for this node of the job."""
-    from megatron_interbert.parallel.device import gpus  # torch takes seconds
-
-    env = os.environ
-    nodes = number("SLURM_STEP_NUM_NODES", 1, least=1)
-    node = number("SLURM_NODEID", 0)
-    if nodes == 1:
-        env.setdefault("MASTER_PORT", str(free_port()))
-    master, port = meeting_place()
-    ranks = env.get("PROCESSES_PER_NODE", "")
-    if ranks not in BY_TORCHRUN:
-        ranks = str(number("PROCESSES_PER_NODE", gpus() or 1, least=1))
-        share = len(os.sched_getaffinity(0)) // int(ranks)  # torchrun gives each of several ranks one thread
-        env.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
-    return [
-        *("--nnodes", str(nodes), "--node-rank", str(node), "--nproc-per-node", ranks),
-        *("--master-addr", master, "--master-port", port, "--rdzv-conf", f"timeout={MEETING_SECONDS}"),
-        *arguments,
-    ]
-
-
-def pass_on(signal_number: int, frame: object) -> None:
-    """A signal to all ranks of this node; before there are any, the end."""
-    ranks = psutil.Process().children()
-    if not ranks:
-        end_at_once(signal_number)
-    for rank in ranks:
-        with contextlib.suppress(psutil.Error):
-            rank.send_signal(signal_number)
-
-
-def run() -> None:
-    """Start the ranks and wait for them."""
-    take_over((*STOPPING, signal.SIGINT), end_at_once)
-    from torch.distributed import DistError  # it takes seconds: not before signals have an answer
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import get_args_parser
-    from torch.distributed.run import run as torchrun
-
-    words = command(sys.argv[1:])
-    if os.environ.get("SLURM_NODEID", "0") == "0":
-        print(f"on each node: torchrun {' '.join(words)}", flush=True)
-    options = get_args_parser().parse_args(words)
-    options.signals_to_handle = "SIGQUIT"
-    take_over((*STOPPING, signal.SIGINT), pass_on)
-    signal_at_parents_death(signal.SIGHUP)
-    logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.CRITICAL)  # ranks say themselves why they end
-    try:
-        torchrun(options)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:  # unless they are killed
-            how = killed_by(-failure.exitcode)
-            print(f"error: rank {rank} on {node_name()} (pid {failure.pid}) was {how}", file=sys.stderr, flush=True)
-        os._exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
-    except (DistError, TimeoutError) as error:
-        text = str(error).strip().splitlines()[0]
-        raise UsageError(
-            f"node {options.node_rank} of {options.nnodes}: the nodes cannot meet at {options.master_addr}:{options.master_port} within"
-            f" {MEETING_SECONDS} s ({text[:160]}); are all nodes up, is the port free on the first, and open between them?"
-        ) from error
-
+__all__ = ["command", "main"]
 
 if __name__ == "__main__":
-    run_entry(run)
+    main()

@@ -9,11 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-SAMPLE = ("--model", "sample-chinese", "--data-path", "sample_shop/train", "--micro-batch-size", "32", "--lr", "2e-3",
-          "--lr-warmup-fraction", "0.05", "--adam-beta2", "0.98", "--no-msm-on-mismatched", "--num-workers", "0")  # fmt: skip
-RECIPE = ("--model", "base-chinese", "--language", "zh", "--lr", "1e-4", "--lr-warmup-fraction", "0.1", "--max-tokens", "64")
-
 if __name__ == "__main__":
-    from megatron_interbert.pretrain import main
+    from megatron_interbert.pretrain_chinese import main
 
-    main(lambda told: RECIPE if "data_path" in told.given else SAMPLE)
+    main()

@@ -36,7 +36,9 @@ def _is_command() -> bool:
     script = sys.argv[0] if sys.argv else ""
     if script == "-m":  # what Python writes there until it has found the module to run
         name = next((word for before, word in itertools.pairwise(sys.orig_argv) if before == "-m"), "")
-        return name.startswith("megatron_interbert.")
+        return name == "megatron_interbert" or name.startswith("megatron_interbert.")
+    if os.path.basename(script).startswith("interbert"):
+        return True
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     place = os.path.dirname(os.path.abspath(script))
     return place in (os.path.join(root, "launchers"), os.path.join(root, "tools"))

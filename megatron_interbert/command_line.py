@@ -2,9 +2,10 @@
 
 import argparse
 import dataclasses
+import inspect
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -15,12 +16,11 @@ from megatron_interbert.config.options import (
     LARGEST_INTEGER,
     Facts,
     declaring_class,
-    facts_of,
     flag,
     nearest,
     rows,
 )
-from megatron_interbert.errors import UsageError
+from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.parser import Parser
 from megatron_interbert.reading import read_text
 
@@ -31,8 +31,8 @@ TITLES = {
 }
 
 
-class Help(argparse.HelpFormatter):
-    """Format --help with one short line for the name of each flag."""
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Format --help: the description as it stands, and one short name for each flag."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34)
@@ -45,9 +45,10 @@ class Help(argparse.HelpFormatter):
 
 def build_parser(config_class: type, description: str) -> argparse.ArgumentParser:
     """Make a parser with one flag per dataclass field; absent flags stay absent from the namespace."""
+    arguments = [metavar(entry) for entry in dataclasses.fields(config_class) if is_argument(entry)]
     parser = Parser(
-        description=description,
-        usage="%(prog)s [FLAGS]",
+        description=inspect.cleandoc(description),
+        usage=" ".join(["%(prog)s", *arguments, "[FLAGS]"]),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=Help,
@@ -87,21 +88,42 @@ def add_flag(group: Any, entry: dataclasses.Field) -> None:
     """Add the flag of one field to a group of a parser, with its old spellings."""
     facts: Facts = entry.metadata["facts"]
     text = facts.help.replace("%", "%%") + default_of(entry)
+    kind: dict[str, Any] = {"choices": facts.choices, "type": reader(entry)}
+    if facts.choices is None:
+        kind["metavar"] = metavar(entry)
+    if facts.several:
+        kind["nargs"] = "+"
     if entry.type is bool:
-        kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-    else:
-        kind = {
-            "type": number_or_auto if facts.auto else entry.type,
-            "choices": facts.choices,
-            "metavar": metavar(entry) if facts.choices is None else None,
-        }
-    group.add_argument(flag(entry.name), help=text, **kind)
+        kind = {"action": argparse.BooleanOptionalAction}
+
+    if facts.positional:
+        group.add_argument(entry.name, help=text, **kind)
+        return
+    group.add_argument(facts.flag or flag(entry.name), dest=entry.name, help=text, **kind)
     for old in facts.old_names:
         group.add_argument(old, dest=entry.name, help=argparse.SUPPRESS, **kind)
 
 
+def is_argument(entry: dataclasses.Field) -> bool:
+    """Whether a field stands for words without a flag."""
+    return entry.metadata["facts"].positional
+
+
+def reader(entry: dataclasses.Field) -> Any:
+    """Give what reads one word of a flag."""
+    facts: Facts = entry.metadata["facts"]
+    if facts.read:
+        return facts.read
+    if facts.auto:
+        return number_or_auto
+    return entry.type if entry.type in (int, float) else str
+
+
 def metavar(entry: dataclasses.Field) -> str:
     """Name what a flag takes: N for a whole number, X for a number, else its own last word."""
+    facts: Facts = entry.metadata["facts"]
+    if facts.positional:
+        return entry.name.upper()
     if entry.type is int:
         return "N"
     return "X" if entry.type is float else entry.name.split("_")[-1].upper()
@@ -115,8 +137,8 @@ def default_of(entry: dataclasses.Field) -> str:
         return f"; default: as the weights were trained{otherwise}"
     if entry.type is bool:
         return " (default)" if entry.default and "--no-" not in facts.help else ""
-    if "default:" in facts.help or entry.default == "":
-        return ""
+    if "default:" in facts.help or entry.default in ("", (), None):
+        return " (required)" if facts.required and not facts.positional else ""
     if not entry.default and f"{entry.default:g}:" in facts.help:  # `0: never`
         return " (default: 0)"
     return f" (default: {entry.default})"
@@ -140,14 +162,40 @@ def parse(config_class: type, description: str, argv: Sequence[str] | None = Non
     values.pop("deepspeed", None)
     file = values.pop("config", "")
     by_file = read_yaml(config_class, file) if file else {}
-    by_recipe = vars(parser.parse_args(recipe))
+    by_recipe = vars(parser.parse_args(recipe)) if recipe else {}
     given = {**by_recipe, **by_file, **values}
+    check_required(config_class, given)
 
     config = config_class(**given)
     config.given = set(given)
     config.origins |= {name: RECIPE for name in by_recipe if name not in values}
     config.origins |= {name: file for name in by_file if name not in values}
     return config
+
+
+def check_required(config_class: type, given: Mapping[str, Any]) -> None:
+    """UsageError names the flags that a command cannot do without."""
+    missing = [
+        facts.flag or flag(name)
+        for name, facts in rows(config_class)
+        if facts.required and not facts.positional and name not in given
+    ]
+    if missing:
+        raise UsageError(f"the following arguments are required: {', '.join(missing)}")
+
+
+def run_command(
+    config_class: type, about: str, work: Callable[[Any], None], reports: bool = False
+) -> None:
+    """Run a command from its command line; `reports` as of `run_entry`."""
+    run_entry(lambda: work(read_options(config_class, about)), reports)
+
+
+def read_options(config_class: type, about: str = "") -> Any:
+    """Read the command line into options that make sense; UsageError where they do not."""
+    options = parse(config_class, about)
+    options.check()
+    return options
 
 
 def with_dashes(word: str) -> str:
@@ -207,25 +255,41 @@ def read_yaml(config_class: type, path: str) -> dict[str, Any]:
         name = old_names.get(name, name)
         if name not in entries:
             raise UsageError(f"{path}: unknown key '{key}'{nearest(name, entries)}")
-        kind, facts = entries[name].type, facts_of(config_class, name)
-        if facts.auto and value == "auto":
-            value = AUTO
-        if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-            value = to_float(value, path, name)  # YAML 1.1 reads 1e-4 as a string
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise UsageError(f"{path}: '{key}' is {value!r}, expected {kind.__name__}")
-        if facts.choices and value not in facts.choices:
-            raise UsageError(f"{path}: '{key}' is {value!r}, expected one of {', '.join(map(str, facts.choices))}")
-        result[name] = value
+        result[name] = from_yaml(entries[name], value, f"{path}: '{key}'")
     return result
 
 
-def to_float(value: Any, path: str, name: str) -> float:
-    """float(value), or UsageError that names the file and the key."""
+def from_yaml(entry: dataclasses.Field, value: Any, where: str) -> Any:
+    """Give a setting as a file has it; UsageError where its type or choice is wrong."""
+    facts, kind = entry.metadata["facts"], entry.type
+    if facts.auto and value == "auto":
+        return AUTO
+    if facts.several and not isinstance(value, list):
+        raise UsageError(f"{where} is {value!r}, expected a list")
+    if facts.several or facts.read:
+        words = value if facts.several else [value]
+        try:
+            found = [reader(entry)(str(word)) for word in words]
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise UsageError(f"{where}: {error}") from None
+        return found if facts.several else found[0]
+
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        value = to_float(value, where)  # YAML 1.1 reads 1e-4 as a string
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UsageError(f"{where} is {value!r}, expected {kind.__name__}")
+    if facts.choices and value not in facts.choices:
+        expected = ", ".join(map(str, facts.choices))
+        raise UsageError(f"{where} is {value!r}, expected one of {expected}")
+    return value
+
+
+def to_float(value: Any, where: str) -> float:
+    """Give the number that a file has at `where`; UsageError where it is none."""
     try:
         return float(value)
     except ValueError:
-        raise UsageError(f"{path}: '{name}' is {value!r}, expected a number") from None
+        raise UsageError(f"{where} is {value!r}, expected a number") from None
 
 
 def finite_number(text: str) -> float:
@@ -245,6 +309,20 @@ def seed_number(text: str) -> int:
     if not 0 <= value <= LARGEST_INTEGER:
         raise argparse.ArgumentTypeError(f"'{text}', expected 0 to {LARGEST_INTEGER}")
     return value
+
+
+def span(text: str) -> tuple[int, int]:
+    """Read (36, 36) from `36`, and (10, 100) from `10-100`."""
+    low, _, high = text.partition("-")
+    try:
+        found = int(low), int(high or low)
+    except ValueError:
+        found = (0, 0)
+    if not 0 < found[0] <= found[1]:
+        raise argparse.ArgumentTypeError(
+            f"'{text}', expected a number above 0, or two from small to large, such as 10-100"
+        )
+    return found
 
 
 def number_or_auto(text: str) -> int:

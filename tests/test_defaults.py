@@ -152,7 +152,7 @@ def test_the_users_own_command_on_a_fresh_checkout(tmp_path):
     command = ("deepspeed", "--num_gpus", 2, ROOT / "launchers/pretrain.sh", "--deepspeed")
     code, out, err = launch(*command, "--train-iters", 3, "--log-interval", 1, cwd=tmp_path)
     assert code == 0, out + err
-    assert "sample_corpus is missing: it is generated first, by tools/make_sample.py" in out
+    assert "sample_corpus is missing: it is generated first, by interbert make-sample" in out
     assert "no --save: nothing will be kept" in out
     assert "train step 3/3" in out
     assert "resume" not in out + err

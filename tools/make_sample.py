@@ -1,13 +1,10 @@
 #!/usr/bin/env python3
-"""Write the sample corpus, a generated world with captions in English and Chinese."""
+"""Write the sample corpus: a generated world with captions in English and Chinese, to try things out."""
 
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from megatron_interbert.errors import run_entry
-from megatron_interbert.sample.corpus import run
+from runpy import run_path
 
 if __name__ == "__main__":
-    run_entry(run)
+    checkout = Path(__file__).resolve().parents[1]
+    command = {"MODULE": "megatron_interbert.commands.make_sample", "TOOL": __file__}
+    run_path(str(checkout / "launchers/checkout.py"), command)

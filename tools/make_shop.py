@@ -1,13 +1,10 @@
 #!/usr/bin/env python3
-"""Write the sample shop, a generated world of products, queries, topics and clicks in Chinese."""
+"""Write the sample shop in Chinese: products, queries, topics and clicks of users, all of it made up."""
 
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from megatron_interbert.errors import run_entry
-from megatron_interbert.sample.shop import run
+from runpy import run_path
 
 if __name__ == "__main__":
-    run_entry(run)
+    checkout = Path(__file__).resolve().parents[1]
+    command = {"MODULE": "megatron_interbert.commands.make_shop", "TOOL": __file__}
+    run_path(str(checkout / "launchers/checkout.py"), command)

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
@@ -56,12 +56,26 @@ class Facts:
     deepspeed: str = ""  # path of the DeepSpeed JSON that means the same
     group: str = ""  # in --help; default: that of the class that declares the flag
     positional: bool = False  # an argument without a flag
+    several: bool = False  # one or more words, a list of texts or numbers
+    required: bool = False
+    read: Callable[[str], Any] | None = None  # from a word; default: the field's type
+    flag: str = ""  # where it is not the field's name, which Python may not allow
     old_names: tuple[str, ...] = ()  # spellings of before, still accepted
 
 
 def option(default: Any, help: str, choices: Sequence[Any] | None = None, **facts: Any) -> Any:
     """Declare a flag as a field of a `Flags` dataclass; `facts` are those of `Facts`."""
-    return field(default=default, metadata={"facts": Facts(help, choices, **facts)})
+    return _field(default, Facts(help, choices, **facts))
+
+
+def argument(help: str, several: bool = False, **facts: Any) -> Any:
+    """Declare what a command takes without a flag, one word or several."""
+    default: Any = () if several else ""
+    return option(default, help, positional=True, several=several, required=True, **facts)
+
+
+def _field(default: Any, facts: Facts) -> Any:
+    return field(default=default, metadata={"facts": facts})
 
 
 def setting(
@@ -75,7 +89,7 @@ def redefault(config_class: type, name: str, default: Any, help: str = "", **fac
     """Declare a flag of a base class with another default; its other facts hold unless given."""
     changed = {"help": help, **facts} if help else facts
     inherited = facts_of(config_class, name)
-    return field(default=default, metadata={"facts": dataclasses.replace(inherited, **changed)})
+    return _field(default, dataclasses.replace(inherited, **changed))
 
 
 def facts_of(config: Any, name: str) -> Facts:

@@ -187,7 +187,11 @@ class ParallelismSettings(Flags):
         deepspeed="zero_optimization.stage",
     )
     deepspeed_config: str = setting(
-        "", "DeepSpeed JSON (see ds_configs/); 'auto' is resolved from the flags", FREE
+        "",
+        "DeepSpeed JSON, or the name of one of ours (zero2, zero3_offload, ..: ds_configs/); 'auto' is"
+        " resolved from the flags",
+        FREE,
+
     )
     fp16: bool = setting(
         False, "half precision with dynamic loss scale", FREE, deepspeed="fp16.enabled"

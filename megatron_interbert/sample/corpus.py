@@ -11,11 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_interbert.command_line import finite_number, seed_number
 from megatron_interbert.data.regions import Regions
-from megatron_interbert.errors import UsageError
-from megatron_interbert.files import check_writable, write_text
-from megatron_interbert.parser import Parser
+from megatron_interbert.files import write_text
 from megatron_interbert.progress import progress
 from megatron_interbert.sample.detector import FEATURES, SOFT_LABELS, Detector, generated_store
 from megatron_interbert.sample.questions import question
@@ -223,24 +220,3 @@ def write_questions(world: World, folder: Path, split: str, scenes: int, seed: i
 
 def _random(seed: int, split: str, number: int, *more: int) -> np.random.Generator:
     return np.random.default_rng([seed, {"train": 1, "test": 2}[split], number, *more])
-
-
-def run() -> None:
-    """Parse the command line and write both splits."""
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default="sample_corpus", help="folder for the stores train/ and test/ (default: %(default)s)")
-    parser.add_argument("--train-scenes", type=int, default=20000, help="default: %(default)s")
-    parser.add_argument("--test-scenes", type=int, default=200, help="unseen scenes for evaluation (default: %(default)s)")
-    parser.add_argument("--noise", type=finite_number, default=0.3, help="of the features, against prototypes of norm 1 per entry")
-    parser.add_argument("--seed", type=seed_number, default=0)
-    parser.add_argument("--vcr", action="store_true", help="also a question about each scene in the form of VCR, in vcr/")
-    options = parser.parse_args()
-    if min(options.train_scenes, options.test_scenes) < 2:
-        raise UsageError("--train-scenes and --test-scenes must be 2 or more: a mismatched pair needs another image")
-    check_writable(Path(options.output), "--output")
-    world = World(options.seed, options.noise)
-    for split, scenes in (("train", options.train_scenes), ("test", options.test_scenes)):
-        write_split(world, Path(options.output), split, scenes, options.seed)
-        if options.vcr:
-            write_questions(world, Path(options.output), split, scenes, options.seed)
-    print(f"generated corpus in {options.output}: {options.train_scenes} training and {options.test_scenes} unseen test scenes")

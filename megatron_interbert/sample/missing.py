@@ -1,18 +1,19 @@
 """The generated data that a run takes when it is told none: made first where they are missing."""
 
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import megatron_interbert
 from megatron_interbert.command_line import RECIPE
 from megatron_interbert.config.training import RunConfig
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.launch import number
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"  # of a checkout; an installed package has none
-MAKERS = {"sample_corpus/train": "make_sample.py", "sample_shop/train": "make_shop.py"}
+MAKERS = {"sample_corpus/train": "make-sample", "sample_shop/train": "make-shop"}
 PATIENCE = 600.0  # seconds that the other ranks wait for the one that makes the data
 
 
@@ -22,9 +23,9 @@ def make_missing_sample(config: RunConfig) -> None:
     Rank 0 makes it, the others wait until it is there. UsageError when that fails.
     """
     by_user = not config.is_default("data_path") and config.origins.get("data_path") != RECIPE
-    maker = TOOLS / MAKERS.get(config.data_path, "")
+    maker = MAKERS.get(config.data_path, "")
     there = Path(config.data_path) / MANIFEST
-    if by_user or there.exists() or not maker.is_file():
+    if by_user or there.exists() or not maker:
         return
 
     if number("RANK", 0):
@@ -34,7 +35,10 @@ def make_missing_sample(config: RunConfig) -> None:
         return
 
     folder = there.parents[1]
-    print(f"{folder} is missing: it is generated first, by tools/{maker.name}", flush=True)
-    made = subprocess.run([sys.executable, maker, "--output", folder], check=False)
+    print(f"{folder} is missing: it is generated first, by interbert {maker}", flush=True)
+    checkout = str(Path(megatron_interbert.__file__).parents[1])
+    path = os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH", "")]))
+    command = [sys.executable, "-m", "megatron_interbert", maker, "--output", str(folder)]
+    made = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False)
     if made.returncode:
         raise UsageError(f"{folder} could not be made; see the lines above, or give --data-path")

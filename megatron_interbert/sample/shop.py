@@ -6,7 +6,6 @@ clicks.jsonl (topic_id, item_id, user_id, clicked). The test products, which a s
 queries and topics of the two splits are drawn apart. The same seed gives the same shop.
 """
 
-import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,10 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from megatron_interbert.command_line import finite_number, seed_number
-from megatron_interbert.errors import UsageError
-from megatron_interbert.files import check_writable, write_text
-from megatron_interbert.parser import Parser
+from megatron_interbert.files import write_text
 from megatron_interbert.progress import progress
 from megatron_interbert.sample.detector import generated_store
 from megatron_interbert.sample.shop_pictures import draw_product
@@ -90,29 +86,3 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """A JSON object a line."""
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_text(path, text)
-
-
-def run() -> None:
-    """Parse the command line and write both splits."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="sample_shop", help="folder for train/ and test/ (default: %(default)s)")
-    parser.add_argument("--train-products", type=int, default=8000, help="default: %(default)s")
-    parser.add_argument("--test-products", type=int, default=500, help="default: %(default)s")
-    parser.add_argument("--train-queries", type=int, default=16000, help="default: %(default)s")
-    parser.add_argument("--test-queries", type=int, default=400, help="default: %(default)s")
-    parser.add_argument("--train-topics", type=int, default=3200, help="default: %(default)s")
-    parser.add_argument("--test-topics", type=int, default=40, help="default: %(default)s")
-    parser.add_argument("--noise", type=finite_number, default=0.3, help="of the features, against prototypes of norm 1 per entry")
-    parser.add_argument("--seed", type=seed_number, default=0)
-    options = parser.parse_args()
-    for name, value in vars(options).items():
-        if name.startswith(("train_", "test_")) and value < 2:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}, expected 2 or more")
-    check_writable(Path(options.output), "--output")
-    world = ShopWorld(options.seed, options.noise)
-    for split in SPLITS:
-        sizes = (getattr(options, f"{split}_{kind}") for kind in ("products", "queries", "topics"))
-        write_split(world, Path(options.output), split, *sizes, options.seed, pictures=split == "test")
-    print(
-        f"generated shop in {options.output}: {options.train_products} products to train on and {options.test_products} unseen ones"
-    )

@@ -1,25 +1,16 @@
-"""How well models search and recommend in the generated shop, beside TF-IDF over titles and chance; mean and deviation over several runs.
-
-    python tools/shop_report.py --search runs/shop_12000/product_search --recommendation runs/shop_12000/recommendation
-
-Queries say what they need (tools/make_shop.py): the picture, the title, or either. TF-IDF compares single characters and pairs of them.
-Chance is a shuffled list. The clicks were drawn by what a product has of what a topic wants, so no score orders them better than that does.
+"""Figures of models in the generated shop, by what a query needs, beside TF-IDF over titles and chance.
 """
 
-import argparse
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import check_output, json_text, write_output
 from megatron_interbert.machines.processes import aligned
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.parser import Parser
 from megatron_interbert.progress import progress
 from megatron_interbert.sample.shop_world import COLOURS, KINDS, PLACES, Topic
 from megatron_interbert.tasks.loading import as_trained, load_model, open_for
@@ -161,31 +152,3 @@ def spread(values: Sequence[float]) -> str:
     """`71.2`, or `71.2 ± 0.8`."""
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{deviation}"
-
-
-def run() -> None:
-    """Parse the command line and print the tables."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--search", nargs="+", default=[], metavar="RUN", help="runs that were finetuned for product search")
-    parser.add_argument(
-        "--recommendation", nargs="+", default=[], metavar="RUN", help="runs that were finetuned for recommendation"
-    )
-    parser.add_argument("--data-path", default="sample_shop/test", help="generated shop (default: %(default)s)")
-    parser.add_argument("--first-stage", type=int, default=0, help="also search in two stages: so many products by vectors; 0: no")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
-    options = parser.parse_args()
-    if not options.search and not options.recommendation:
-        raise UsageError("nothing to report on; give --search RUN or --recommendation RUN")
-    if options.first_stage < 0:
-        raise UsageError(f"--first-stage is {options.first_stage}, expected 0 or more")
-    if options.output:  # before hours of work
-        check_output(options.output, "--output")
-    report: dict[str, dict[str, Figures]] = {}
-    if options.search:
-        report["search"] = search_figures(options.search, options.data_path, options.first_stage)
-        print("\n".join(table("what tells: way", report["search"])))
-    if options.recommendation:
-        report["recommendation"] = recommendation_figures(options.recommendation, options.data_path)
-        print("\n".join(table("among: way", report["recommendation"])))
-    if options.output:
-        write_output(options.output, json_text(report), "--output")

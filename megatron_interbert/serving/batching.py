@@ -68,10 +68,10 @@ class Answer:
 
 
 class ModelThread:
-    """`ask` from a coroutine; `queue_size` questions may wait, about `pairs_at_once` pairs are answered together."""
+    """`ask` from a coroutine; `queue_size` questions may wait, about `batch_pairs` pairs are answered together."""
 
-    def __init__(self, shop: Shop, queue_size: int, pairs_at_once: int) -> None:
-        self.shop, self.queue_size, self.pairs_at_once = shop, queue_size, pairs_at_once
+    def __init__(self, shop: Shop, queue_size: int, batch_pairs: int) -> None:
+        self.shop, self.queue_size, self.batch_pairs = shop, queue_size, batch_pairs
         self.answered = collections.Counter()  # batches, questions, late, gone, full
         self._waiting: collections.deque[Job] = collections.deque()
         self._changed = threading.Condition()
@@ -180,7 +180,7 @@ class ModelThread:
                 self._waiting
                 and not callable(jobs[0].asked)
                 and not callable(self._waiting[0].asked)
-                and sum(job.pairs for job in jobs) + self._waiting[0].pairs <= self.pairs_at_once
+                and sum(job.pairs for job in jobs) + self._waiting[0].pairs <= self.batch_pairs
             ):
                 jobs.append(self._waiting.popleft())
             for job in jobs:

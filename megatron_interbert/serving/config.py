@@ -83,8 +83,11 @@ class ServeConfig(ItemReading, LoadConfig):
     queue_size: int = option(
         256, "questions that may wait; what comes beyond is answered 429", least=1
     )
-    pairs_at_once: int = option(
-        2048, "pairs of texts and items that are scored together", least=1
+    batch_pairs: int = option(
+        2048,
+        "pairs of texts and items that are scored together",
+        least=1,
+        old_names=("--pairs-at-once",),
     )
     deadline: float = option(
         5.0, "seconds that a question may wait; then it is answered 503", least=ABOVE_0

@@ -244,7 +244,7 @@ def start_answering(opened: Opened) -> ModelThread:
     shop = opened.shop(version)
     if opened.writes is not None:
         shop.begin_to_write(opened.writes)
-    return ModelThread(shop, config.queue_size, config.pairs_at_once)
+    return ModelThread(shop, config.queue_size, config.batch_pairs)
 
 
 def bring_up_to_date(opened: Opened, version: Version) -> None:

@@ -4,6 +4,7 @@ DeepSpeed itself does neither: it ignores an unknown top-level key, and takes "a
 """
 
 import copy
+from pathlib import Path
 from typing import Any
 
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
@@ -11,6 +12,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from pydantic import ValidationError
 
+import megatron_interbert
 from megatron_interbert.config.options import AUTO, facts_of, flag, nearest, rows
 from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.errors import UsageError
@@ -55,8 +57,8 @@ def read_deepspeed_config(config: TrainConfig) -> dict[str, Any]:
     """The JSON of --deepspeed_config with its keys checked; empty without one."""
     if not config.deepspeed_config:
         return {}
-    values = read_json(config.deepspeed_config, "--deepspeed_config")
     where = config.deepspeed_config
+    values = read_json(shipped(where) or where, "--deepspeed_config")
     for key in values:
         if key in REFUSED:
             raise UsageError(f"{where}: '{key}' is not used here; {REFUSED[key]}")
@@ -78,6 +80,16 @@ def read_deepspeed_config(config: TrainConfig) -> dict[str, Any]:
     if kind not in (None, "auto", "AdamW", "Adam"):
         raise UsageError(f"{where}: optimizer type '{kind}', expected 'AdamW'")
     return values
+
+
+def shipped(name: str) -> Path | None:
+    """Give the file of a name such as `zero2` among those that come with this package."""
+    if "/" in name or Path(name).exists():
+        return None
+    package = Path(megatron_interbert.__file__).parent
+    file = f"{name.removesuffix('.json')}.json"
+    places = (package / "ds_configs" / file, package.parent / "ds_configs" / file)
+    return next((path for path in places if path.is_file()), None)
 
 
 def check_numbers(values: dict[str, Any], where: str) -> None:

@@ -93,12 +93,7 @@ def write_target(kind: str, output: Output, folder: Path, progress: Progress = l
 
 def check_sharing(config: ModelConfig, ranks: int) -> None:
     """UsageError when `ranks` cannot share the model evenly."""
-    if ranks < 1:
-        raise UsageError(f"--tp {ranks}: expected 1 or more")
-    try:
-        config.check_tensor_parallel(ranks)
-    except UsageError as error:
-        raise UsageError(str(error).replace("--tensor-model-parallel-size", "--tp")) from error
+    config.check_tensor_parallel(ranks)
 
 
 @contextmanager

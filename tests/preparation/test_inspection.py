@@ -12,7 +12,7 @@ from megatron_interbert.preparation.building.store_writer import RegionStoreWrit
 from megatron_interbert.preparation.inspection.boxes import BoxFormat
 from megatron_interbert.preparation.inspection.class_ids import SHIFTS, ClassShift, caption_words, decide, stem
 from megatron_interbert.preparation.inspection.counts import Histogram
-from megatron_interbert.preparation.inspection.report import Options, inspect_store
+from megatron_interbert.preparation.inspection.report import InspectionOptions, inspect_store
 from megatron_interbert.sample import corpus
 from tests.corpus import CLASSES, write_store
 from tests.shared import SHARED, needs_shared
@@ -73,7 +73,7 @@ def levels(report, *kinds):
 @pytest.mark.parametrize("shift", [0, -1, 1, -2])
 @pytest.mark.parametrize("languages", [("en", "zh"), ("zh",)])
 def test_shifted_ids_of_real_images_are_found(tmp_path, shift, languages):
-    report = inspect_store(RegionStore(write_real(tmp_path / "real", shift, languages=languages)), Options())
+    report = inspect_store(RegionStore(write_real(tmp_path / "real", shift, languages=languages)), InspectionOptions())
     found = report.class_shift
     assert found["evidence"] == ("captions" if "en" in languages else "places")
     assert found["shift"] == -shift
@@ -96,7 +96,7 @@ def test_wrong_boxes_of_real_images_are_found(tmp_path, kind, recorded):
     store = RegionStore(write_real(tmp_path / "real", boxes=WRONG[kind]))
     if not recorded:
         del store.manifest["inverted_boxes"], store.manifest["repaired_boxes"]
-    report = inspect_store(store, Options())
+    report = inspect_store(store, InspectionOptions())
     assert report.box_format["found"] == kind
     problems = levels(report, "problem")
     assert list(problems) == (["box format"] if kind else [])
@@ -196,7 +196,7 @@ def test_shares_whole_images_and_grids(boxes, size, found):
 
 def test_counts_are_those_of_a_plain_loop(tmp_path):
     store = RegionStore(write_store(tmp_path / "store", images=40))
-    report = inspect_store(store, Options())
+    report = inspect_store(store, InspectionOptions())
     records = [store.read(number) for number in range(40)]
     rows = [len(regions.features) for regions in records]
     bars = report.histograms["regions_per_image"]
@@ -215,7 +215,7 @@ def test_counts_are_those_of_a_plain_loop(tmp_path):
 
 def test_a_sample_of_a_store_is_spread_evenly(tmp_path):
     store = RegionStore(write_store(tmp_path / "store", images=40))
-    report = inspect_store(store, Options(max_images=5))
+    report = inspect_store(store, InspectionOptions(max_images=5))
     assert report.counts["inspected"]["images"] == 5
     assert report.readable == [0, 9, 19, 29, 39]
     assert report.counts["images"] == 40
@@ -252,7 +252,7 @@ def test_repeats_emptiness_and_background_are_told(tmp_path):
         captions[7] = []
         for number, (features, texts) in enumerate(zip(rows, captions, strict=True)):
             writer.add(hidden_regions(random, f"i{number}", features, probs), texts)
-    report = inspect_store(RegionStore(tmp_path / "store"), Options())
+    report = inspect_store(RegionStore(tmp_path / "store"), InspectionOptions())
     said = {verdict.about: verdict for verdict in report.verdicts}
     assert said["zero features"].where == ["shard-00001.h5: image 1 (i4)"]
     assert said["repeated features"].where == ["shard-00001.h5: image 2 (i5)"]
@@ -272,7 +272,7 @@ def test_regions_without_labels_are_told(tmp_path):
         for n in range(3):
             probs = np.zeros((2, 2), np.float32)
             writer.add(hidden_regions(random, f"i{n}", random.normal(size=(2, 4)), probs), [(f"words {n}", "en")])
-    report = inspect_store(RegionStore(tmp_path / "store"), Options())
+    report = inspect_store(RegionStore(tmp_path / "store"), InspectionOptions())
     assert report.classes["top"] == []
     assert levels(report, "warning")["labels"].what == "no region has a label"
     assert report.problems == 0

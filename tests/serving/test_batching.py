@@ -38,7 +38,7 @@ def shop():
 
 @pytest.fixture
 def model(shop):
-    thread = ModelThread(shop, queue_size=8, pairs_at_once=25)
+    thread = ModelThread(shop, queue_size=8, batch_pairs=25)
     yield thread
     shop.gate.set()
     thread.close()

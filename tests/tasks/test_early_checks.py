@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_interbert.command_line import read_options
+from megatron_interbert.commands import shop_report
 from megatron_interbert.errors import Unreadable, UsageError
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.reading import list_folder
-from megatron_interbert.sample import shop_report
 from megatron_interbert.tasks import loading
 from megatron_interbert.tasks.config import EvaluateConfig
 from megatron_interbert.tasks.retrieval.config import EvaluateRetrievalConfig
@@ -19,7 +20,7 @@ from megatron_interbert.tasks.task import Job
 from megatron_interbert.tasks.vcr.config import EvaluateVcrConfig
 from megatron_interbert.tasks.vcr.evaluation import evaluate_vcr
 from tests.corpus import write_store
-from tools import ablate
+from tools.studies import ablate
 
 EVALUATIONS = (
     (EvaluateRetrievalConfig, evaluate_retrieval),
@@ -83,7 +84,7 @@ def test_an_ablation_needs_numbers_and_flags(
     places = ("--data-path", store, "--test-data-path", store, "--output", str(tmp_path / "out"))
     monkeypatch.setattr("sys.argv", ["ablate.py", *places, "--only", "full", *flags])
     with pytest.raises(UsageError) as caught:
-        ablate.run()
+        ablate.run(read_options(ablate.Options))
     assert str(caught.value) == line
     assert not (tmp_path / "out").exists()
 
@@ -92,7 +93,7 @@ def test_a_report_needs_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Before the runs are opened, of which there are none here."""
     monkeypatch.setattr("sys.argv", ["shop_report.py", "--search", "x", "--output", str(tmp_path)])
     with pytest.raises(UsageError, match="is a folder, expected a file to write"):
-        shop_report.run()
-    monkeypatch.setattr("sys.argv", ["shop_report.py", "--search", "x", "--first-stage", "-1"])
-    with pytest.raises(UsageError, match="--first-stage is -1, expected 0 or more"):
-        shop_report.run()
+        shop_report.run(read_options(shop_report.Options))
+    monkeypatch.setattr("sys.argv", ["shop_report.py", "--search", "x", "--two-stage", "-1"])
+    with pytest.raises(UsageError, match="--two-stage is -1, expected 0 or more"):
+        shop_report.run(read_options(shop_report.Options))

@@ -16,6 +16,7 @@ from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.pair_scorer import PairScorer
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.preparation.mining.neighbours import mean_features, nearest_images
 from megatron_interbert.tasks.pairs import pair_fields
 from megatron_interbert.tasks.retrieval.config import RetrievalConfig
 from megatron_interbert.tasks.retrieval.evaluation import metrics_of
@@ -25,7 +26,6 @@ from megatron_interbert.tasks.retrieval.tiles import ScoreTiles, fill
 from megatron_interbert.tasks.retrieval.two_stage import two_stage_search
 from tests.corpus import CLASSES, FEATURES, VOCABULARY, write_store
 from tests.dist import run_on_ranks
-from tools.mine_neighbours import mean_features, nearest
 
 CPU = torch.device("cpu")
 
@@ -212,7 +212,7 @@ def test_four_pairs_of_a_caption(tmp_path):
     means = mean_features(corpus, block=7)
     by_hand = np.stack([corpus.stores[0].read(i).features.astype(np.float64).mean(0) for i in range(20)])
     np.testing.assert_allclose(means.numpy(), by_hand, atol=1e-3)
-    table = nearest(means, 5, block=6)
+    table = nearest_images(means, 5, block=6)
     distance = np.linalg.norm(by_hand[:, None] - by_hand[None], axis=2) + 1e9 * np.eye(20)
     assert (table == np.argsort(distance, axis=1)[:, :5]).all()
     assert not training_set(path).has_hard_images

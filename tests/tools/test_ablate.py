@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_interbert.command_line import read_options
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import write_json
 from tests.corpus import write_store
 from tests.launching import launch
-from tools import ablate
+from tools.studies import ablate
 
 
 def test_ablation_from_runs_to_table(tmp_path):
@@ -52,7 +53,7 @@ def finished(tmp_path, monkeypatch):
     """A variant of an ablation whose runs and evaluations are there, and options that it was made with."""
     monkeypatch.setattr("sys.argv", ["ablate.py", "--data-path", "a", "--test-data-path", "b", "--output", str(tmp_path),
                                      "--model", "tiny", "--train-iters", "2", "--finetune-iters", "2"])  # fmt: skip
-    options = ablate.parse()
+    options = read_options(ablate.Options)
     run = ablate.Run("full", ablate.Variant("everything"), 5, options)
 
     def call(entry, *flags):

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_interbert.errors import UsageError
 from tests.launching import ROOT
-from tools.check_pins import check, read_pins
+from tools.locks.check_pins import check, read_pins
 
 NUMPY = importlib.metadata.version("numpy")
 

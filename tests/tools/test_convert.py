@@ -1,7 +1,6 @@
 """Conversion between all formats: bits survive every way there and back, sources are refused or named when they are bad."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -17,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_interbert.command_line import read_options
+from megatron_interbert.commands import convert as command
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.hf import InterBertForPreTraining
@@ -54,11 +55,8 @@ SIZES = ModelConfig(
 
 def convert(monkeypatch, *arguments):
     """The tool's main in this process."""
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-    module.main()
+    command.run(read_options(command.Options))
 
 
 def random_source(sizes, folder):
@@ -282,7 +280,7 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
         ("foreign",): "a DeepSpeed checkpoint that we did not write",
         ("evil.bin",): "would run code",
         ("plain.bin",): "would run code",
-        ("good", "--tp", 3): "--tp 3 does not divide",
+        ("good", "--tp", 3): "--tensor-model-parallel-size 3 does not divide",
         ("good", "--tp", 2, "--to", "official"): "only 'sharded' has one file per tensor-parallel rank",
         ("good", "--output", tmp_path / "other"): "exists already",
         ("good", "--from", "official"): "neither manifest.json, nor model.safetensors",

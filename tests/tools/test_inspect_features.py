@@ -156,7 +156,7 @@ def test_names_from_a_file(tmp_path):
         (["STORE", "--photos", "missing"], "--photos missing: no such folder"),
         (["STORE", "--class-names", "NAMES"], "3 lines, but the store has 11 classes"),
         (["STORE", "--class-names", "missing.txt"], "--class-names: cannot read missing.txt"),
-        (["STORE", "--max-images", "0"], "--max-images 1 or more"),
+        (["STORE", "--max-images", "0"], "--max-images is 0, expected 1 or more"),
     ],
 )
 def test_wrong_use_is_one_line(tmp_path, flags, message):

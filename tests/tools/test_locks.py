@@ -12,11 +12,11 @@ import pytest
 
 from megatron_interbert.errors import UsageError
 from tests.launching import ROOT
-from tools import licences
-from tools.audit import audit
-from tools.check_lock import check
-from tools.lock import split
-from tools.locks import read_lock, read_locks
+from tools.locks import licences
+from tools.locks.audit import audit
+from tools.locks.check_lock import check
+from tools.locks.lock import split
+from tools.locks.locked import read_lock, read_locks
 
 GOOD = "sha256:" + "a" * 64
 PINS = "torch==2.13.0\nPyYAML==6.0.3\nprometheus_client==0.26.0\n"

@@ -99,11 +99,11 @@ def test_wrong_use_is_one_line(copy, tmp_path):
         (("--top", 0), "--top 0: expected a number above 0"),
         (("--budget", -1), "--budget -1: expected"),
         (("--max-similarity", 1.5), "--max-similarity 1.5: expected above 0, up to 1"),
-        (("--max-similarity", "nan"), "--max-similarity nan: expected above 0, up to 1"),
+        (("--max-similarity", "nan"), "--max-similarity nan: expected a finite number"),
         (("--ngrams", "0,2"), "--ngrams 0,2: expected lengths from 1 to 8"),
         (("--ngrams", "two"), "--ngrams two: expected lengths from 1 to 8"),
-        (("--threads", 0), "--threads 0: expected 1 or more"),
-        (("--check-recall", -1), "--check-recall -1: expected"),
+        (("--threads", 0), "--threads is 0, expected 1 or more"),
+        (("--check-recall", -1), "--check-recall is -1, expected"),
     ):
         assert text in refused(copy, *flags), flags
     assert sorted(p.name for p in copy.iterdir() if HARD_NEGATIVES in p.name) == []

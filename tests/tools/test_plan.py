@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
+from megatron_interbert.commands import plan
 from megatron_interbert.errors import UsageError
 from tests.launching import launch
-from tools import plan
 
 COMMAND = (sys.executable, "tools/plan.py")
 

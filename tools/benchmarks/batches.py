@@ -1,6 +1,5 @@
 """Random samples of realistic sizes, packed as our model takes them or padded as others do."""
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,18 +21,6 @@ def sizes_of(model: str) -> ModelConfig:
     if sizes.vocab_size and sizes.feature_dim and sizes.num_classes:
         return sizes
     return dataclasses.replace(sizes, vocab_size=1000, feature_dim=64, num_classes=100)
-
-
-def span(text: str) -> tuple[int, int]:
-    """`36` or `10-100`."""
-    low, _, high = text.partition("-")
-    try:
-        found = int(low), int(high or low)
-    except ValueError:
-        found = (0, 0)
-    if not 0 < found[0] <= found[1]:
-        raise argparse.ArgumentTypeError(f"'{text}', expected a number above 0, or two from small to large, such as 10-100")
-    return found
 
 
 def random_examples(

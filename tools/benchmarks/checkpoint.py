@@ -1,16 +1,17 @@
 """What a save costs training, and how fast weights convert."""
 
-import argparse
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_interbert.config.options import option
 from megatron_interbert.config.training import RunConfig
 from megatron_interbert.data.packing import pack
 from megatron_interbert.errors import UsageError
@@ -25,29 +26,41 @@ from megatron_interbert.training.engine import Engine
 from megatron_interbert.weights.sources import open_source
 from megatron_interbert.weights.targets import Output, write_target
 from tools.benchmarks.batches import random_examples, sizes_of
+from tools.benchmarks.options import BenchmarkOptions
+
+
+@dataclass
+class Options(BenchmarkOptions):
+    """What is measured."""
+
+    model: str = option("base", "preset or JSON of sizes", group="model")
+    batch: int = option(32, "samples of a step", least=1)
+    zero_stage: int = option(1, "of the engine", (0, 1, 2, 3))
+    bf16: bool = option(False, "bfloat16 with fp32 master weights")
+    repeats: int = option(5, "of each measurement", least=1)
 
 
 class TrainingStep:
     """Training steps of a model on one fixed random batch through the engine."""
 
-    def __init__(self, arguments: argparse.Namespace, save: Path) -> None:
+    def __init__(self, options: Options, save: Path) -> None:
         device = start_processes()
         self.config = RunConfig(
             save=str(save),
-            micro_batch_size=arguments.batch,
-            global_batch_size=arguments.batch,
-            zero_stage=arguments.zero_stage,
-            bf16=arguments.bf16,
+            micro_batch_size=options.batch,
+            global_batch_size=options.batch,
+            zero_stage=options.zero_stage,
+            bf16=options.bf16,
             keep_last=1,
         )
         self.state = ParallelState()
         if self.state.world_size > 1:
             raise UsageError("benchmark checkpoint: start it as one process")
-        sizes = sizes_of(arguments.model)
+        sizes = sizes_of(options.model)
         model = InterBert(sizes, state=self.state)
         initialise(model, sizes, 0, self.state)
         self.engine, self.task = Engine(model.to(device), self.config, self.state), PretrainingTask()
-        self.batch = pack(random_examples(sizes, arguments.batch), sizes.feature_dim).to(device)
+        self.batch = pack(random_examples(sizes, options.batch), sizes.feature_dim).to(device)
         vocabulary = save.parent / "vocab.txt"
         vocabulary.write_text("[PAD]\n")
         described = {"store": "", "manifest_sha256": "", "vocabulary": "", "detector": {}}
@@ -110,24 +123,15 @@ def measure_conversion(step: TrainingStep, folder: Path, repeats: int) -> dict[s
     return {name: statistics.median(values) for name, values in speeds.items()}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of this benchmark."""
-    parser.add_argument("--model", default="base", help="preset or JSON of sizes")
-    parser.add_argument("--batch", type=int, default=32, help="samples of a step")
-    parser.add_argument("--zero-stage", type=int, default=1, choices=(0, 1, 2, 3))
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--repeats", type=int, default=5)
-
-
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(options: Options) -> dict[str, Any]:
     """A table and its figures."""
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+    with tempfile.TemporaryDirectory(dir=options.folder or None) as name:
         folder = Path(name)
-        step = TrainingStep(arguments, folder / "run")
-        saves = measure_saves(step, folder, arguments.repeats)
-        speeds = measure_conversion(step, folder, arguments.repeats)
-    print(f"model {arguments.model}, batch {arguments.batch}, ZeRO-{arguments.zero_stage}, {step.engine.precision}, medians of"
-          f" {arguments.repeats}")  # fmt: skip
+        step = TrainingStep(options, folder / "run")
+        saves = measure_saves(step, folder, options.repeats)
+        speeds = measure_conversion(step, folder, options.repeats)
+    print(f"model {options.model}, batch {options.batch}, ZeRO-{options.zero_stage}, {step.engine.precision}, medians of"
+          f" {options.repeats}")  # fmt: skip
     print(f"{'training step':<46}{saves['step']:>9.3f} s")
     rows = [
         ("training waits for our save", "stall"),

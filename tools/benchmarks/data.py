@@ -1,6 +1,5 @@
 """Loader against bare reads and LMDB, memory over many steps, building of stores, mining of negatives."""
 
-import argparse
 import base64
 import multiprocessing
 import os
@@ -10,12 +9,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lmdb
 import numpy as np
 
+from megatron_interbert.config.options import option
 from megatron_interbert.config.training import RunConfig
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.loader import BatchStream
@@ -26,6 +27,7 @@ from megatron_interbert.data.shard_file import COLUMNS
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.preparation.building.store_writer import RegionStoreWriter
 from tools.benchmarks.mining import grow, made_up_captions, measure_mining, read_coco
+from tools.benchmarks.options import BenchmarkOptions
 
 REGIONS, FEATURES, CLASSES, LABELS = 36, 2048, 1601, 10
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,28 +35,36 @@ AIM = 20_000  # samples/s of the fastest GPU figure aimed at
 WORKERS = 16  # loader processes of one GPU, for the arithmetic
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of this benchmark."""
-    parser.add_argument("--parts", default="loader,memory,building,mining", help="comma-separated (default: all)")
-    parser.add_argument("--images", type=int, default=4000, help="of the loader's store, 150 kB each (default: %(default)s)")
-    parser.add_argument("--images-per-shard", type=int, default=1024, help="of the loader's store (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=64, help="samples of a micro-batch (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="alternating repeats of each way (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=10_000, help="batches over which memory is watched (default: %(default)s)")
-    parser.add_argument("--mining-sizes", type=int, nargs="+", default=[25_000, 100_000, 400_000])
-    parser.add_argument("--mining-sample", type=int, default=0, help="search only so many captions of each size (default: all)")
-    parser.add_argument("--captions", help="captions_*.json of COCO for realistic texts (default: made-up words)")
-    parser.add_argument("--vocab-file", help="WordPiece vocabulary (default: the words of the captions)")
+@dataclass
+class Options(BenchmarkOptions):
+    """What is measured."""
+
+    parts: str = option("loader,memory,building,mining", "comma-separated")
+    images: int = option(4000, "of the loader's store, 150 kB each", least=1)
+    images_per_shard: int = option(1024, "of the loader's store", least=1)
+    batch: int = option(64, "samples of a micro-batch", least=1)
+    rounds: int = option(7, "alternating repeats of each way", least=1)
+    steps: int = option(10_000, "batches over which memory is watched", least=1)
+    mining_sizes: list[int] = option(
+        (25_000, 100_000, 400_000), "captions that are mined", several=True, read=int
+    )
+    mining_sample: int = option(0, "search only so many captions of each size; 0: all")
+    captions: str = option(
+        "", "captions_*.json of COCO for realistic texts; default: made-up words", group="data"
+    )
+    vocab_file: str = option(
+        "", "WordPiece vocabulary; default: the words of the captions", group="data"
+    )
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(options: Options) -> dict[str, Any]:
     """Tables and their figures."""
     parts = {"loader": loader, "memory": memory, "building": building, "mining": mining}
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+    with tempfile.TemporaryDirectory(dir=options.folder or None) as name:
         folder = Path(name)
-        if {"loader", "memory"} & set(arguments.parts.split(",")):
-            write_store(folder / "store", arguments)
-        return {part: parts[part](folder, arguments) for part in arguments.parts.split(",")}
+        if {"loader", "memory"} & set(options.parts.split(",")):
+            write_store(folder / "store", options)
+        return {part: parts[part](folder, options) for part in options.parts.split(",")}
 
 
 def made_up_image(random: np.random.Generator, number: int) -> Regions:
@@ -66,30 +76,30 @@ def made_up_image(random: np.random.Generator, number: int) -> Regions:
     return Regions(f"{number:08d}", (640.0, 480.0), features, boxes.astype(np.float32), ids, np.full(ids.shape, 0.09, np.float32))
 
 
-def captions_for(count: int, arguments: argparse.Namespace) -> list[str]:
+def captions_for(count: int, options: Options) -> list[str]:
     """So many captions, real ones first."""
-    return grow(read_coco(arguments.captions) if arguments.captions else made_up_captions(25_000), count)
+    return grow(read_coco(options.captions) if options.captions else made_up_captions(25_000), count)
 
 
-def write_store(path: Path, arguments: argparse.Namespace) -> None:
+def write_store(path: Path, options: Options) -> None:
     """The loader's store; its features are noise, for reading does not look at them."""
-    random, captions = np.random.default_rng(0), captions_for(arguments.images, arguments)
+    random, captions = np.random.default_rng(0), captions_for(options.images, options)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({w for c in captions for w in c.lower().split()})]
-    vocabulary = Path(arguments.vocab_file).read_text(encoding="utf-8") if arguments.vocab_file else "\n".join(words) + "\n"
+    vocabulary = Path(options.vocab_file).read_text(encoding="utf-8") if options.vocab_file else "\n".join(words) + "\n"
     facts = {"feature_dim": FEATURES, "num_classes": CLASSES, "detector": {"name": "noise"}, "soft_labels": "top_k"}
     some = [made_up_image(random, number) for number in range(64)]
-    with RegionStoreWriter(path, **facts, vocabulary=vocabulary, images_per_shard=arguments.images_per_shard) as writer:
+    with RegionStoreWriter(path, **facts, vocabulary=vocabulary, images_per_shard=options.images_per_shard) as writer:
         for number, caption in enumerate(captions):
             regions = some[number % len(some)]
             writer.add(Regions(f"{number:08d}", regions.size, *list(vars(regions).values())[2:]), [(caption, "en")])
 
 
-def stream(folder: Path, arguments: argparse.Namespace, workers: int) -> Iterator[PackedBatch]:
+def stream(folder: Path, options: Options, workers: int) -> Iterator[PackedBatch]:
     """Pretraining batches with everything on: masks, negatives, balance, packing."""
-    config = RunConfig(micro_batch_size=arguments.batch, global_batch_size=arguments.batch, num_workers=workers, data_partitions=8)
+    config = RunConfig(micro_batch_size=options.batch, global_batch_size=options.batch, num_workers=workers, data_partitions=8)
     store = str(folder / "store")
     return iter(
-        BatchStream(PretrainingSet(Corpus([store]), CaptionTokenizer(f"{store}/vocab.txt"), config), 0, arguments.batch, 0, 1)
+        BatchStream(PretrainingSet(Corpus([store]), CaptionTokenizer(f"{store}/vocab.txt"), config), 0, options.batch, 0, 1)
     )
 
 
@@ -111,7 +121,7 @@ def bare_reads(folder: Path, batch: int) -> Callable[[], int]:
     return read
 
 
-def lmdb_reads(folder: Path, arguments: argparse.Namespace) -> Callable[[], int]:
+def lmdb_reads(folder: Path, options: Options) -> Callable[[], int]:
     """The same records as values of an LMDB in random order, each copied into its batch's memory as a loader must."""
     corpus = Corpus([str(folder / "store")])
     store, random = corpus.stores[0], np.random.default_rng(1)
@@ -122,22 +132,22 @@ def lmdb_reads(folder: Path, arguments: argparse.Namespace) -> Callable[[], int]
             parts = (r.features, r.boxes, r.class_ids, r.class_probs)
             transaction.put(b"%08d" % number, b"".join(part.tobytes() for part in parts))
     size = REGIONS * (FEATURES * 2 + 16 + LABELS * 8)
-    memory = np.empty((arguments.batch, size), np.uint8)
+    memory = np.empty((options.batch, size), np.uint8)
 
     def read() -> int:
         with environment.begin(buffers=True) as view:
             for place, number in enumerate(random.permutation(store.num_images)):
-                memory[place % arguments.batch] = np.frombuffer(view.get(b"%08d" % number), np.uint8)
+                memory[place % options.batch] = np.frombuffer(view.get(b"%08d" % number), np.uint8)
         return store.num_images
 
     return read
 
 
-def loader_reads(batches: Iterator[PackedBatch], arguments: argparse.Namespace) -> Callable[[], int]:
+def loader_reads(batches: Iterator[PackedBatch], options: Options) -> Callable[[], int]:
     """An epoch's worth of batches."""
 
     def read() -> int:
-        return sum(len(next(batches)) for _ in range(arguments.images // arguments.batch))
+        return sum(len(next(batches)) for _ in range(options.images // options.batch))
 
     return read
 
@@ -154,19 +164,19 @@ def rates(ways: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[flo
     return found
 
 
-def loader(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def loader(folder: Path, options: Options) -> dict[str, Any]:
     """images/s of one loader process and of the ways it is measured against."""
-    streams = {f"loader, {n} process{'es' * (n > 1)}": stream(folder, arguments, n) for n in (1, 2)}
+    streams = {f"loader, {n} process{'es' * (n > 1)}": stream(folder, options, n) for n in (1, 2)}
     ways = {
-        "bare sequential read of the same bytes, one core": bare_reads(folder, arguments.batch),
-        "LMDB of the same records, random, one core": lmdb_reads(folder, arguments),
-        "batches made in the training process": loader_reads(stream(folder, arguments, 0), arguments),
-        **{name: loader_reads(batches, arguments) for name, batches in streams.items()},
+        "bare sequential read of the same bytes, one core": bare_reads(folder, options.batch),
+        "LMDB of the same records, random, one core": lmdb_reads(folder, options),
+        "batches made in the training process": loader_reads(stream(folder, options, 0), options),
+        **{name: loader_reads(batches, options) for name, batches in streams.items()},
     }
-    found = rates(ways, arguments.rounds)
+    found = rates(ways, options.rounds)
     bare = found["bare sequential read of the same bytes, one core"]
     print(
-        f"{arguments.images} images of {REGIONS} x {FEATURES}, batch {arguments.batch}, medians of {arguments.rounds} rounds in turns"
+        f"{options.images} images of {REGIONS} x {FEATURES}, batch {options.batch}, medians of {options.rounds} rounds in turns"
     )
     result: dict[str, Any] = {}
     for name, values in found.items():
@@ -185,23 +195,23 @@ def resident(pid: int) -> int:
         return next(int(line.split()[1]) for line in handle if line.startswith("RssAnon"))
 
 
-def memory(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def memory(folder: Path, options: Options) -> dict[str, Any]:
     """Memory of the training process and of a loader process over many steps."""
     others = {child.pid for child in multiprocessing.active_children()}
-    batches = stream(folder, arguments, 1)
-    first = max(arguments.steps // 20, 1)
+    batches = stream(folder, options, 1)
+    first = max(options.steps // 20, 1)
     for _ in range(first):
         next(batches)
     (mine,) = {child.pid for child in multiprocessing.active_children()} - others
     pids = {"training process": os.getpid(), "loader process": mine}
     before = {name: resident(pid) for name, pid in pids.items()}
-    for _ in range(arguments.steps - first):
+    for _ in range(options.steps - first):
         next(batches)
     after = {name: resident(pid) for name, pid in pids.items()}
     for name in pids:
         grown = after[name] - before[name]
-        print(f"{name}: {before[name] / 1024:.1f} MiB after {first} steps, {grown / 1024:+.1f} MiB after {arguments.steps}")
-    return {"steps": arguments.steps, "kilobytes_before": before, "kilobytes_after": after}
+        print(f"{name}: {before[name] / 1024:.1f} MiB after {first} steps, {grown / 1024:+.1f} MiB after {options.steps}")
+    return {"steps": options.steps, "kilobytes_before": before, "kilobytes_after": after}
 
 
 def write_tsv(path: Path, images: int) -> None:
@@ -228,10 +238,10 @@ def decode_only(path: Path) -> None:
             np.frombuffer(base64.b64decode(line.rsplit(b"\t", 1)[1]), np.float32).astype(np.float16)
 
 
-def building(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def building(folder: Path, options: Options) -> dict[str, Any]:
     """MB/s of TSV turned into a store by the command, its start included, against reading and decoding it alone."""
     path = folder / "features.tsv"
-    write_tsv(path, max(arguments.images // 2, 64))
+    write_tsv(path, max(options.images // 2, 64))
     megabytes = path.stat().st_size / 1e6
     speeds: dict[str, list[float]] = {}
 
@@ -246,7 +256,7 @@ def building(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             [*map(str, command), "--images-per-shard", "128", "--workers", str(workers)], check=True, capture_output=True
         )
 
-    for number in range(max(arguments.rounds // 2, 1)):
+    for number in range(max(options.rounds // 2, 1)):
         timed("read and decode only, one core", lambda: decode_only(path))
         for workers in (1, 2):
             timed(f"build, {workers} process{'es' * (workers > 1)}", lambda w=workers, n=number: convert(w, n))
@@ -256,10 +266,10 @@ def building(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: statistics.median(values) for name, values in speeds.items()}
 
 
-def mining(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def mining(folder: Path, options: Options) -> dict[str, Any]:
     """Seconds, recall and growth of TF-IDF mining."""
-    sizes: Sequence[int] = arguments.mining_sizes
-    found = measure_mining(sizes, os.cpu_count() or 1, 300, arguments.captions, arguments.mining_sample)
+    sizes: Sequence[int] = options.mining_sizes
+    found = measure_mining(sizes, os.cpu_count() or 1, 300, options.captions, options.mining_sample)
     for run in found["runs"]:
         print(
             "mining:",

@@ -1,10 +1,10 @@
 """Exhaustive retrieval: pairs/s of our tiles against padded batches of the same model, and how time grows."""
 
-import argparse
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from megatron_interbert.config.options import option
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.packing import PackedBatch, to_batch
 from megatron_interbert.data.region_batch import read_regions
@@ -31,51 +32,59 @@ from megatron_interbert.tasks.pairs import caption_texts, pair_fields
 from megatron_interbert.tasks.retrieval.job import choose_pairs
 from megatron_interbert.tasks.retrieval.pairs import Pairs, score_block
 from tools.benchmarks.data import captions_for
+from tools.benchmarks.options import BenchmarkOptions
 
 FIXED, MOST = 36, 100  # regions of an image: always so many, or between 10 and these
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of this benchmark."""
-    parser.add_argument("--model", default="base", help="preset or JSON of sizes (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=16, help="default: %(default)s")
-    parser.add_argument("--captions-of-each", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--max-tokens", type=int, default=36, help="that padded captions have (default: %(default)s)")
-    parser.add_argument("--regions", choices=("fixed", "adaptive"), default="fixed",
-                        help="36 an image, or 10 to 100 (mean 36), which padded batches fill up to 100 (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--pairs", type=int, default=64, help="of a forward pass (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="alternating repeats (default: %(default)s)")
-    parser.add_argument("--bf16", action="store_true", help="both in bfloat16")
-    parser.add_argument("--captions", help="captions_*.json of COCO for realistic lengths (default: made-up words)")
-    parser.add_argument("--vocab-file", required=True, help="WordPiece vocabulary")
+@dataclass
+class Options(BenchmarkOptions):
+    """What is measured."""
+
+    model: str = option("base", "preset or JSON of sizes", group="model")
+    images: int = option(16, "images that are scored", least=1)
+    captions_of_each: int = option(2, "captions of each image", least=1)
+    max_tokens: int = option(36, "that padded captions have", least=1)
+    regions: str = option(
+        "fixed",
+        "36 an image, or 10 to 100 (mean 36), which padded batches fill up to 100",
+        ("fixed", "adaptive"),
+    )
+    pairs: int = option(64, "of a forward pass", least=1)
+    rounds: int = option(3, "alternating repeats", least=1)
+    bf16: bool = option(False, "both in bfloat16")
+    captions: str = option(
+        "", "captions_*.json of COCO for realistic lengths; default: made-up words", group="data"
+    )
+    vocab_file: str = option("", "WordPiece vocabulary", required=True, group="data")
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(options: Options) -> dict[str, Any]:
     """Rates of both ways on the same pairs, the largest difference of their scores, and the growth of ours."""
     device = this_device()
-    tokenizer = CaptionTokenizer(arguments.vocab_file)
-    config = fit_to_data(load_model_config(arguments.model), tokenizer.vocab_size, 2048, 1601, "benchmark").without_dropout()
+    tokenizer = CaptionTokenizer(options.vocab_file)
+    config = fit_to_data(load_model_config(options.model), tokenizer.vocab_size, 2048, 1601, "benchmark").without_dropout()
     model = InterBert(config, PRETRAINING_HEADS, kernels=choose_kernels("auto", device))
     initialise(model, config, 0, ParallelState())
-    model = model.to(device, torch.bfloat16 if arguments.bf16 else torch.float32).eval()
+    model = model.to(device, torch.bfloat16 if options.bf16 else torch.float32).eval()
     scorer = PairScorer(model)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        pairs = choose_pairs(store_of(Path(folder) / "store", arguments), tokenizer, "", 0, MOST, arguments.max_tokens)
+    with tempfile.TemporaryDirectory(dir=options.folder or None) as folder:
+        pairs = choose_pairs(store_of(Path(folder) / "store", options), tokenizer, "", 0, MOST, options.max_tokens)
         ways: dict[str, Callable[[], torch.Tensor]] = {
-            "padded batches, all heads (official style)": lambda: padded_scores(model, pairs, device, arguments, heads=True),
-            "padded batches, matching head only": lambda: padded_scores(model, pairs, device, arguments, heads=False),
-            "ours": lambda: our_scores(scorer, pairs, device, arguments.pairs, len(pairs.captions)),
+            "padded batches, all heads (official style)": lambda: padded_scores(model, pairs, device, options, heads=True),
+            "padded batches, matching head only": lambda: padded_scores(model, pairs, device, options, heads=False),
+            "ours": lambda: our_scores(scorer, pairs, device, options.pairs, len(pairs.captions)),
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         scores: dict[str, torch.Tensor] = {}
-        for _ in range(arguments.rounds + 1):
+        for _ in range(options.rounds + 1):
             for name, way in ways.items():
                 seconds[name].append(timed(way, scores, name, device))
         count = scores["ours"].numel()
         naive = statistics.median(seconds["padded batches, all heads (official style)"][1:])
         result: dict[str, Any] = {}
         print(
-            f"{len(pairs.captions)} captions x {len(pairs.images)} images, {arguments.regions} regions, {arguments.model}, {device.type}"
+            f"{len(pairs.captions)} captions x {len(pairs.images)} images, {options.regions} regions, {options.model}, {device.type}"
         )
         for name, values in seconds.items():
             median = statistics.median(values[1:])
@@ -85,7 +94,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         result["largest_difference"] = float((scores["ours"] - plain).abs().max())
         result["spread_of_scores"] = float(plain.std())
         print(f"largest difference of scores {result['largest_difference']:.2e} (their spread: {result['spread_of_scores']:.2e})")
-        result["growth"] = growth(scorer, pairs, device, arguments)
+        result["growth"] = growth(scorer, pairs, device, options)
         at_paper = 5_000_000 / (result["growth"][-1]["pairs_per_second"])
         print(f"1,000 images x 5,000 captions at this rate: {at_paper:.0f} s")
         result["seconds_for_1000_x_5000"] = at_paper
@@ -102,31 +111,31 @@ def timed(way: Callable[[], torch.Tensor], scores: dict[str, torch.Tensor], name
     return time.perf_counter() - started
 
 
-def growth(scorer: PairScorer, pairs: Pairs, device: torch.device, arguments: argparse.Namespace) -> list[dict[str, float]]:
+def growth(scorer: PairScorer, pairs: Pairs, device: torch.device, options: Options) -> list[dict[str, float]]:
     """Time of ours for a quarter, a half and all of the captions."""
     rows = []
     for share in (4, 2, 1):
         captions = max(1, len(pairs.captions) // share)
-        seconds = timed(lambda c=captions: our_scores(scorer, pairs, device, arguments.pairs, c), {}, "ours", device)
+        seconds = timed(lambda c=captions: our_scores(scorer, pairs, device, options.pairs, c), {}, "ours", device)
         rows.append({"captions": captions, "seconds": seconds, "pairs_per_second": captions * len(pairs.images) / seconds})
         print(f"ours, {captions} captions: {seconds:.2f} s, {rows[-1]['pairs_per_second']:.1f} pairs/s")
     return rows
 
 
-def store_of(path: Path, arguments: argparse.Namespace) -> Corpus:
+def store_of(path: Path, options: Options) -> Corpus:
     """Noise for features, real captions."""
     random = np.random.default_rng(0)
-    texts = captions_for(arguments.images * arguments.captions_of_each, arguments)
+    texts = captions_for(options.images * options.captions_of_each, options)
     facts = {"feature_dim": 2048, "num_classes": 1601, "detector": {"name": "noise"}, "soft_labels": "top_k"}
     with RegionStoreWriter(path, **facts) as writer:
-        for number in range(arguments.images):
-            count = FIXED if arguments.regions == "fixed" else int(np.clip(random.lognormal(3.45, 0.5), 10, MOST))
+        for number in range(options.images):
+            count = FIXED if options.regions == "fixed" else int(np.clip(random.lognormal(3.45, 0.5), 10, MOST))
             corner = random.uniform(0, 300, size=(count, 2))
             boxes = np.concatenate([corner, corner + random.uniform(20, 150, size=(count, 2))], axis=1).astype(np.float32)
             features = random.normal(size=(count, 2048)).clip(0).astype(np.float16)
             labels = np.zeros((count, 1), np.int32), np.ones((count, 1), np.float32)
-            first = number * arguments.captions_of_each
-            captions = [(text, "en") for text in texts[first : first + arguments.captions_of_each]]
+            first = number * options.captions_of_each
+            captions = [(text, "en") for text in texts[first : first + options.captions_of_each]]
             writer.add(Regions(str(number), (480.0, 480.0), features, boxes, *labels), captions)
     return Corpus([str(path)])
 
@@ -143,17 +152,17 @@ def our_scores(scorer: PairScorer, pairs: Pairs, device: torch.device, pairs_per
     return scores
 
 
-def padded_scores(model: InterBert, pairs: Pairs, device: torch.device, arguments: argparse.Namespace, heads: bool) -> torch.Tensor:
+def padded_scores(model: InterBert, pairs: Pairs, device: torch.device, options: Options, heads: bool) -> torch.Tensor:
     """[captions, images]: each caption with all images in padded batches, everything anew for every pair."""
     images = np.arange(len(pairs.images))
     scores = torch.empty(len(pairs.captions), len(images))
-    regions, most = read_regions(pairs.corpus, pairs.images, MOST), FIXED if arguments.regions == "fixed" else MOST
+    regions, most = read_regions(pairs.corpus, pairs.images, MOST), FIXED if options.regions == "fixed" else MOST
     for row in range(len(pairs.captions)):
-        (text,) = caption_texts(pairs.corpus, pairs.tokenizer, pairs.captions[row : row + 1], arguments.max_tokens)
-        for start in range(0, len(images), arguments.pairs):
-            part = images[start : start + arguments.pairs]
+        (text,) = caption_texts(pairs.corpus, pairs.tokenizer, pairs.captions[row : row + 1], options.max_tokens)
+        for start in range(0, len(images), options.pairs):
+            part = images[start : start + options.pairs]
             batch = to_batch(pair_fields([text] * len(part), regions, part, 2048)).to(device)
-            scores[row, part] = padded_margins(model, batch, arguments.max_tokens, most + 1, heads).float().cpu()
+            scores[row, part] = padded_margins(model, batch, options.max_tokens, most + 1, heads).float().cpu()
     return scores
 
 

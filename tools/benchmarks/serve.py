@@ -1,6 +1,5 @@
 """The service under many clients at once: throughput, waiting times, memory; questions answered together and one by one."""
 
-import argparse
 import asyncio
 import json
 import os
@@ -10,42 +9,48 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from megatron_interbert.command_line import finite_number
+from megatron_interbert.config.options import option
 from megatron_interbert.errors import UsageError
 from megatron_interbert.machines.processes import aligned
 from megatron_interbert.progress import progress
 from megatron_interbert.tasks.records import read_records
+from tools.benchmarks.options import BenchmarkOptions
 
 PATIENCE = 60.0  # seconds that a client waits for an answer
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of this subject."""
-    parser.add_argument("--load", required=True, help="weights, as of `megatron_interbert.serve`")
-    parser.add_argument("--data-path", required=True, help="region store of the items")
-    parser.add_argument("--queries", required=True, help="jsonl with query_text: what the clients ask")
-    parser.add_argument(
-        "--clients", type=int, default=512, help="connections, each of which asks again as soon as it has an answer"
+@dataclass
+class Options(BenchmarkOptions):
+    """What is measured."""
+
+    load: str = option("", "weights, as of `interbert serve`", required=True, group="model")
+    data_path: str = option("", "region store of the items", required=True, group="data")
+    queries: str = option(
+        "", "jsonl with query_text: what the clients ask", required=True, group="data"
     )
-    parser.add_argument("--seconds", type=finite_number, default=60.0, help="of each measurement")
-    parser.add_argument("--candidates", type=int, default=50, help="items that the model scores for a query")
+    clients: int = option(
+        512, "connections, each of which asks again as soon as it has an answer", least=1
+    )
+    seconds: float = option(60.0, "of each measurement")
+    candidates: int = option(50, "items that the model scores for a query")
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(options: Options) -> dict[str, Any]:
     """Figures of both ways, printed as a table."""
-    queries = [record["query_text"] for _, record in read_records(arguments.queries, "--queries", {"query_text": str})]
+    queries = [record["query_text"] for _, record in read_records(options.queries, "--queries", {"query_text": str})]
     if not queries:
-        raise UsageError(f"--queries {arguments.queries}: no queries in it")
-    bodies = [json.dumps({"query": query, "candidates": arguments.candidates}).encode() for query in queries]
+        raise UsageError(f"--queries {options.queries}: no queries in it")
+    bodies = [json.dumps({"query": query, "candidates": options.candidates}).encode() for query in queries]
     result = {}
-    for name, flags in (("one by one", ("--pairs-at-once", "1")), ("together", ())):
-        with Served(arguments, flags) as service:
-            result[name] = asyncio.run(load(service, bodies, arguments.clients, arguments.seconds, name))
+    for name, flags in (("one by one", ("--batch-pairs", "1")), ("together", ())):
+        with Served(options, flags) as service:
+            result[name] = asyncio.run(load(service, bodies, options.clients, options.seconds, name))
     head = ("", "answers/s", "p50 ms", "p95 ms", "p99 ms", "together", "statuses", "memory MiB, before and after")
     lines = [
         (
@@ -67,8 +72,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 class Served:
     """A service of its own for a measurement."""
 
-    def __init__(self, arguments: argparse.Namespace, flags: tuple[str, ...]) -> None:
-        command = [sys.executable, "-m", "megatron_interbert.serve", "--load", arguments.load, "--data-path", arguments.data_path,
+    def __init__(self, options: Options, flags: tuple[str, ...]) -> None:
+        command = [sys.executable, "-m", "megatron_interbert.serve", "--load", options.load, "--data-path", options.data_path,
                    "--port", "0", *flags]  # fmt: skip
         root = Path(__file__).resolve().parents[2]
         environment = {**os.environ, "PYTHONPATH": str(root)}

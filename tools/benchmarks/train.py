@@ -4,12 +4,12 @@ With several data-parallel ranks each contender is there twice: once its ranks t
 a step takes longer together is its communication, as far as no work hides it.
 """
 
-import argparse
 import contextlib
 import os
 import resource
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_interbert.command_line import finite_number
+from megatron_interbert.command_line import span
+from megatron_interbert.config.options import option
 from megatron_interbert.data.packing import Example, pack
 from megatron_interbert.errors import TrainingStopped, UsageError
 from megatron_interbert.files import check_writable
@@ -33,8 +34,9 @@ from megatron_interbert.progress import progress
 from megatron_interbert.reading import read_json
 from megatron_interbert.training.peaks import peak_tflops
 from tools.benchmarks.bars import bars
-from tools.benchmarks.batches import random_examples, sizes_of, span
+from tools.benchmarks.batches import random_examples, sizes_of
 from tools.benchmarks.contenders import Contender, Ours, Padded
+from tools.benchmarks.options import BenchmarkOptions
 from tools.benchmarks.padded import Lxmert, PaddedInterBert, VisualBert, parameters
 
 TWIN = Kernels(plain.attention, plain.bias_gelu, plain.dropout_add_norm)
@@ -51,45 +53,60 @@ SAME_WORK = (
 )  # without which times do not compare
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of this subject."""
-    parser.add_argument("--model", default="base", help="preset or JSON file of model sizes")
-    parser.add_argument("--batch", type=int, default=16, help="samples of a step")
-    parser.add_argument("--words", type=span, default=(8, 20), help="tokens of a sample with [CLS] and [SEP], from-to")
-    parser.add_argument("--regions", type=span, default=(36, 36), help="regions of a sample, from-to")
-    parser.add_argument("--max-tokens", type=int, default=36, help="tokens to which others pad")
-    parser.add_argument("--max-regions", type=int, default=0, help="regions to which others pad; default: the most there are")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds in which all contenders run one after another")
-    parser.add_argument("--steps", type=int, default=2, help="steps of a contender in a round")
-    parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks of each contender, with a batch each")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16: our engine's, and autocast for the others")
-    parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), help="of our engine; default: 0, or 1 with --bf16")
-    parser.add_argument("--only", default="", help="contenders, by commas; default: all of them")
-    parser.add_argument("--plot", type=Path, help="SVG file for a picture of the table")
-    parser.add_argument("--compare", type=Path, help="recorded JSON: fail where our lead over a contender has shrunk since")
-    parser.add_argument("--tolerance", type=finite_number, default=0.2, help="share of the recorded ratio that may be lost")
-    parser.add_argument("--peak-tflops", type=finite_number, default=0.0, help="peak of the device, where it is not known")
+@dataclass
+class Options(BenchmarkOptions):
+    """What is measured."""
+
+    model: str = option("base", "preset or JSON file of model sizes", group="model")
+    batch: int = option(16, "samples of a step", least=1)
+    words: tuple[int, int] = option(
+        (8, 20), "tokens of a sample with [CLS] and [SEP], from-to; default: 8-20", read=span
+    )
+    regions: tuple[int, int] = option(
+        (36, 36), "regions of a sample, from-to; default: 36", read=span
+    )
+    max_tokens: int = option(36, "tokens to which others pad")
+    max_regions: int = option(0, "regions to which others pad; default: the most there are")
+    rounds: int = option(5, "rounds in which all contenders run one after another", least=1)
+    steps: int = option(2, "steps of a contender in a round", least=1)
+    ranks: int = option(1, "data-parallel ranks of each contender, with a batch each", least=1)
+    bf16: bool = option(False, "bfloat16: our engine's, and autocast for the others")
+    zero_stage: int = option(
+        0, "of our engine; default: 0, or 1 with --bf16", (0, 1, 2, 3)
+    )
+    only: str = option("", "contenders, by commas; default: all of them")
+    peak_tflops: float = option(0.0, "peak of the device, where it is not known; 0: looked up")
+    plot: Path | None = option(
+        None, "SVG file for a picture of the table", read=Path, group="logging"
+    )
+    compare: Path | None = option(
+        None,
+        "recorded JSON: fail where our lead over a contender has shrunk since",
+        read=Path,
+        group="logging",
+    )
+    tolerance: float = option(0.2, "share of the recorded ratio that may be lost", group="logging")
 
 
-def contenders(arguments: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], Contender]]:
+def contenders(options: Options, device: torch.device) -> dict[str, Callable[[], Contender]]:
     """Makers of all that take part, by name; ours is the first."""
-    sizes = sizes_of(arguments.model)
+    sizes = sizes_of(options.model)
 
     def draw(number: int) -> list[Example]:
-        return random_examples(sizes, arguments.batch, arguments.words, arguments.regions, number)
+        return random_examples(sizes, options.batch, options.words, options.regions, number)
 
     dropout = max(sizes.attention_dropout, sizes.image_attention_dropout) > 0
-    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
     with torch.device("meta"):
         values = parameters(InterBert(sizes))
 
     def ours(kernels: Kernels) -> Callable[[], Contender]:
-        stage = int(arguments.bf16) if arguments.zero_stage is None else arguments.zero_stage
-        return lambda: Ours(sizes, draw, device, arguments.bf16, kernels, stage)
+        stage = options.zero_stage if "zero_stage" in options.given else int(options.bf16)
+        return lambda: Ours(sizes, draw, device, options.bf16, kernels, stage)
 
     def padded(make: Callable[[], nn.Module]) -> Callable[[], Contender]:
-        regions = arguments.max_regions or arguments.regions[1]
-        return lambda: Padded(make(), draw, arguments.max_tokens, regions, device, arguments.bf16)
+        regions = options.max_regions or options.regions[1]
+        return lambda: Padded(make(), draw, options.max_tokens, regions, device, options.bf16)
 
     found = {
         "ours": ours(choose_kernels("auto", device, dropout, dtype=dtype)),
@@ -100,10 +117,10 @@ def contenders(arguments: argparse.Namespace, device: torch.device) -> dict[str,
     }
     with contextlib.suppress(UsageError):  # where NVIDIA's apex is installed
         found["ours by apex"] = ours(choose_kernels("apex", device, dropout, dtype=dtype))
-    if arguments.bf16 and device.type == "cuda":
+    if options.bf16 and device.type == "cuda":
         with contextlib.suppress(UsageError):  # where the GPU multiplies 8-bit numbers
             found["ours in 8 bits"] = ours(choose_kernels("auto", device, dropout, fp8=True, dtype=dtype))
-    wanted = [name.strip() for name in arguments.only.split(",")] if arguments.only else list(found)
+    wanted = [name.strip() for name in options.only.split(",")] if options.only else list(found)
     if unknown := [name for name in wanted if name not in found]:
         raise UsageError(f"--only {unknown[0]}: no such contender; there are {', '.join(found)}")
     if not any(name.startswith("ours") for name in wanted):
@@ -114,14 +131,14 @@ def contenders(arguments: argparse.Namespace, device: torch.device) -> dict[str,
 class Worker:
     """The ranks of a contender, each in a process of its own, which wait while the others run; ready when it is made."""
 
-    def __init__(self, arguments: argparse.Namespace, name: str, together: bool = True) -> None:
+    def __init__(self, options: Options, name: str, together: bool = True) -> None:
         context, port = get_context("spawn"), free_port()
         self.name, self.lines, self.processes = name, [], []
-        for rank in range(arguments.ranks):
+        for rank in range(options.ranks):
             mine, theirs = context.Pipe()
-            place = {"RANK": rank, "WORLD_SIZE": arguments.ranks} if together else {"RANK": 0, "WORLD_SIZE": 1}
-            place |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": arguments.ranks, "MASTER_PORT": port if together else free_port()}
-            self.processes.append(context.Process(target=_serve, args=(theirs, arguments, name, place), daemon=True))
+            place = {"RANK": rank, "WORLD_SIZE": options.ranks} if together else {"RANK": 0, "WORLD_SIZE": 1}
+            place |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": options.ranks, "MASTER_PORT": port if together else free_port()}
+            self.processes.append(context.Process(target=_serve, args=(theirs, options, name, place), daemon=True))
             self.processes[-1].start()
             theirs.close()
             self.lines.append(mine)
@@ -156,13 +173,13 @@ class Worker:
             raise TrainingStopped(f"{self.name} has ended before it was measured; why stands above") from None
 
 
-def _serve(line: Connection, arguments: argparse.Namespace, name: str, place: dict[str, int]) -> None:
+def _serve(line: Connection, options: Options, name: str, place: dict[str, int]) -> None:
     os.environ.update({variable: str(value) for variable, value in place.items()}, MASTER_ADDR="127.0.0.1")
     device = this_device()
-    if name.startswith("ours") or arguments.ranks > 1:
+    if name.startswith("ours") or options.ranks > 1:
         start_processes()
     before = peak_resident()
-    contender = contenders(arguments, device)[name]()
+    contender = contenders(options, device)[name]()
     contender.first_step()
     leave_memory(device)
     line.send("ready")
@@ -192,28 +209,28 @@ def leave_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(options: Options) -> dict[str, Any]:
     """Figures of all contenders, printed as a table."""
-    check(arguments)
+    check(options)
     device = this_device()
-    recorded = read_recorded(arguments) if arguments.compare else None
-    names = list(contenders(arguments, device))
+    recorded = read_recorded(options) if options.compare else None
+    names = list(contenders(options, device))
     if recorded and not set(names[1:]) & set(recorded["contenders"]):
-        raise UsageError(f"--compare {arguments.compare}: none of {', '.join(names[1:]) or 'the others'} was measured then")
-    ranks = arguments.ranks
-    workers = {name: Worker(arguments, name) for name in names}
-    apart = {name: Worker(arguments, name, together=False) for name in names} if ranks > 1 else {}
+        raise UsageError(f"--compare {options.compare}: none of {', '.join(names[1:]) or 'the others'} was measured then")
+    ranks = options.ranks
+    workers = {name: Worker(options, name) for name in names}
+    apart = {name: Worker(options, name, together=False) for name in names} if ranks > 1 else {}
     rounds: dict[str, list[float]] = {name: [] for name in names}
     longer: dict[str, list[float]] = {name: [] for name in names}  # a step takes together than apart
-    with progress(total=arguments.rounds * len(names), unit="contender", desc="contenders", leave=False) as bar:
-        for _ in range(arguments.rounds):
+    with progress(total=options.rounds * len(names), unit="contender", desc="contenders", leave=False) as bar:
+        for _ in range(options.rounds):
             for name, worker in workers.items():
-                rounds[name].append(worker.turn(arguments.steps))
+                rounds[name].append(worker.turn(options.steps))
                 if apart:
-                    longer[name].append(rounds[name][-1] - apart[name].turn(arguments.steps))
+                    longer[name].append(rounds[name][-1] - apart[name].turn(options.steps))
                 bar.update()
-    result: dict[str, Any] = {"samples": arguments.batch, "ranks": ranks, "contenders": {}}
-    peak, needed = ranks * peak_tflops(device, arguments.peak_tflops), ranks * needed_flops(arguments)
+    result: dict[str, Any] = {"samples": options.batch, "ranks": ranks, "contenders": {}}
+    peak, needed = ranks * peak_tflops(device, options.peak_tflops), ranks * needed_flops(options)
     for name, worker in workers.items():
         seconds, figures = statistics.median(rounds[name]), worker.figures()
         ratios = [mine / base for mine, base in zip(rounds[name], rounds[names[0]], strict=True)]
@@ -221,7 +238,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         if apart:
             figures["parts"]["communication"] = statistics.median(longer[name])
         figures |= {
-            "samples_per_second": ranks * arguments.batch / seconds,
+            "samples_per_second": ranks * options.batch / seconds,
             "real_tokens_per_second": figures["tokens"] / seconds,
             "time_of_ours": statistics.median(ratios),
             "time_of_ours_range": [min(ratios), max(ratios)],
@@ -235,39 +252,36 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for worker in (*workers.values(), *apart.values()):
         worker.stop()
     print("\n".join(table(result)))
-    if arguments.plot:
-        arguments.plot.parent.mkdir(parents=True, exist_ok=True)
-        arguments.plot.write_text(bars(result), encoding="utf-8")
+    if options.plot:
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
+        options.plot.write_text(bars(result), encoding="utf-8")
     if recorded:
-        if lost := shrunk(result, recorded, arguments.tolerance):
-            raise TrainingStopped(f"our lead has shrunk since {arguments.compare}: {'; '.join(lost)}")
-        print(f"no lead has shrunk by more than {arguments.tolerance:.0%} since {arguments.compare}")
+        if lost := shrunk(result, recorded, options.tolerance):
+            raise TrainingStopped(f"our lead has shrunk since {options.compare}: {'; '.join(lost)}")
+        print(f"no lead has shrunk by more than {options.tolerance:.0%} since {options.compare}")
     return result
 
 
-def check(arguments: argparse.Namespace) -> None:
+def check(options: Options) -> None:
     """UsageError for numbers that measure nothing."""
-    for name in ("batch", "rounds", "steps", "ranks"):
-        if getattr(arguments, name) < 1:
-            raise UsageError(f"--{name} is {getattr(arguments, name)}, expected 1 or more")
-    if not 0 <= arguments.tolerance < 1:
-        raise UsageError(f"--tolerance is {arguments.tolerance}, expected a share from 0 up to 1, such as 0.2")
-    if arguments.bf16 and arguments.zero_stage == 0:
+    if not 0 <= options.tolerance < 1:
+        raise UsageError(f"--tolerance is {options.tolerance}, expected a share from 0 up to 1, such as 0.2")
+    if options.bf16 and not options.zero_stage and "zero_stage" in options.given:
         raise UsageError("--bf16 needs --zero-stage 1 or higher")
-    for flag, path in (("--plot", arguments.plot), ("--output", arguments.output)):
+    for flag, path in (("--plot", options.plot), ("--output", options.output)):
         if path:
-            check_writable(path.parent, flag)
+            check_writable(Path(path).parent, flag)
 
 
-def read_recorded(arguments: argparse.Namespace) -> dict[str, Any]:
+def read_recorded(options: Options) -> dict[str, Any]:
     """What an earlier measurement of the same work has written to --compare; UsageError for anything else."""
-    recorded = read_json(arguments.compare, "--compare")
+    recorded = read_json(options.compare, "--compare")
     if not {"contenders", "arguments"} <= recorded.keys():
-        raise UsageError(f"--compare {arguments.compare}: not written by `tools/benchmark.py train --output`")
+        raise UsageError(f"--compare {options.compare}: not written by `tools/benchmark.py train --output`")
     for name in SAME_WORK:
-        before, now = recorded["arguments"].get(name), str(getattr(arguments, name))
+        before, now = recorded["arguments"].get(name), str(getattr(options, name))
         if before != now:
-            raise UsageError(f"--compare {arguments.compare}: measured with --{name.replace('_', '-')} {before}, now it is {now}")
+            raise UsageError(f"--compare {options.compare}: measured with --{name.replace('_', '-')} {before}, now it is {now}")
     return recorded
 
 
@@ -281,11 +295,11 @@ def shrunk(result: dict[str, Any], recorded: dict[str, Any], tolerance: float) -
     ]
 
 
-def needed_flops(arguments: argparse.Namespace) -> float:
+def needed_flops(options: Options) -> float:
     """What the samples of a step need without padding, for our model; others are held to it too."""
-    sizes = sizes_of(arguments.model)
+    sizes = sizes_of(options.model)
     return training_flops(
-        sizes, pack(random_examples(sizes, arguments.batch, arguments.words, arguments.regions), sizes.feature_dim)
+        sizes, pack(random_examples(sizes, options.batch, options.words, options.regions), sizes.feature_dim)
     )
 
 

@@ -22,7 +22,7 @@ TOP_CLASSES = 20
 
 
 @dataclass(frozen=True)
-class Options:
+class InspectionOptions:
     """max_images: look at so many, evenly spread (None: all). class_names: by class id, instead of the store's own."""
 
     max_images: int | None = None
@@ -50,7 +50,7 @@ class CaptionsOfImages:
 class Inspector:
     """One pass over images of a store; all sums live here."""
 
-    def __init__(self, store: RegionStore, options: Options) -> None:
+    def __init__(self, store: RegionStore, options: InspectionOptions) -> None:
         self.store, self.options = store, options
         self.names = list(options.class_names if options.class_names is not None else store.manifest.get("class_names") or [])
         background = store.manifest.get("background_class")
@@ -116,7 +116,7 @@ class Inspector:
         return round(inverted / regions, 4) if isinstance(inverted, int) and regions else None
 
 
-def inspect_store(store: RegionStore, options: Options) -> Report:
+def inspect_store(store: RegionStore, options: InspectionOptions) -> Report:
     """Look at a store; never stops at a bad record."""
     inspector = Inspector(store, options)
     inspector.look()

@@ -102,15 +102,16 @@ class EvaluateProductSearchConfig(ItemReading, EvaluateConfig):
         "jsonl of query_id, query_text and, to measure, item_ids; candidate_ids limit the choice",
     )
     image_folder: str = photos("photos named IMAGE_ID.jpg or .png to show on the page")
-    first_stage: int = option(
+    two_stage: int = option(
         0,
         "also search in two stages: so many products by vectors, then these in full; 0: no",
         least=0,
         group="scoring",
+        old_names=("--first-stage",),
     )
     exhaustive: bool = option(
         True,
-        "score all products in full; --no-exhaustive leaves only --first-stage",
+        "score all products in full; --no-exhaustive leaves only --two-stage",
         group="scoring",
     )
     submission: str = option(
@@ -123,8 +124,8 @@ class EvaluateProductSearchConfig(ItemReading, EvaluateConfig):
     def check(self) -> None:
         """Raise UsageError for settings that contradict each other or have no meaning."""
         super().check()
-        if not self.exhaustive and not self.first_stage:
-            raise UsageError("--no-exhaustive leaves nothing to do without --first-stage K")
+        if not self.exhaustive and not self.two_stage:
+            raise UsageError("--no-exhaustive leaves nothing to do without --two-stage K")
 
 
 @dataclass

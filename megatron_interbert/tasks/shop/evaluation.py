@@ -50,7 +50,7 @@ def evaluate_product_search(config: EvaluateProductSearchConfig, state: Parallel
     if not config.submission:
         check_labelled(queries)
     metrics: dict[str, float] = {}
-    runs = ([("", 0)] if config.exhaustive else []) + ([("two_stage_", config.first_stage)] if config.first_stage else [])
+    runs = ([("", 0)] if config.exhaustive else []) + ([("two_stage_", config.two_stage)] if config.two_stage else [])
     for prefix, first_stage in runs:
         with progress(total=len(queries), unit="query", desc=prefix or "searching", shown=state.is_main) as bar:
             found = search(scorer, queries, state, first_stage, lambda count: bar.update(count * state.data_size))

@@ -5,7 +5,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from tools.check_pins import IndexFailure, fetch
+from tools.locks.check_pins import IndexFailure, fetch
 
 ADDRESS = "https://pypi.org/pypi"
 

@@ -6,7 +6,6 @@ tools/lock.py makes them; pip reads them with --require-hashes.
 
 import dataclasses
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +14,8 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from megatron_interbert.errors import UsageError
-from tools.check_pins import MACHINES, PYTHONS
+from tools.locks.check_pins import MACHINES, PYTHONS
 
 FOLDER = Path("requirements")
 COMMON = "common.lock"

@@ -1,0 +1,1 @@
+"""Commands beside the five entries: preparing data, converting weights, planning. One file each."""

@@ -1,0 +1,177 @@
+"""Convert weights between all formats: official InterBERT, Hugging Face, BERT, our checkpoints.
+
+    interbert convert RUN --to huggingface --output exported --verify
+    interbert convert official/pytorch_model.bin --to sharded --tensor-model-parallel-size 4 \\
+        --output base-tp4
+    interbert convert RUN/global_step2000 --list
+
+--from auto recognises: one of our checkpoints (a run's folder: its newest; any data-parallel,
+tensor-parallel and ZeRO layout), an official .bin (pretraining or downstream; config.json beside it,
+or --model), Hugging Face folders of InterBERT and of BERT. Tensors pass one at a time. No pickled
+code is ever run.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from megatron_interbert.command_line import run_command
+from megatron_interbert.config.options import Flags, argument, option
+from megatron_interbert.errors import UsageError
+from megatron_interbert.model.partition import partition_kind
+from megatron_interbert.model.presets import load_model_config
+from megatron_interbert.progress import progress
+from megatron_interbert.reading import read_json
+from megatron_interbert.weights.manifest import VOCABULARY
+from megatron_interbert.weights.sources import KINDS, Source, open_source
+from megatron_interbert.weights.targets import TARGETS, Output, describe_source, write_target
+
+TYPES = {
+    "keep": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass
+class Options(Flags):
+    """What is read, and what is written."""
+
+    GROUP: ClassVar[str] = "data"
+
+    input: str = argument("file or folder to read")
+    source: str = option("auto", "format of the input", ("auto", *KINDS), flag="--from")
+    to: str = option("", "format to write", tuple(TARGETS))
+    output: str = option("", "folder to write; must not exist")
+    list_only: bool = option(
+        False, "print names, shapes and partition, write nothing", flag="--list"
+    )
+    verify: bool = option(
+        False, "run a batch through both sides and print the largest difference"
+    )
+
+    model: str = option(
+        "",
+        "preset or JSON of sizes, for inputs that do not hold theirs (official, BERT)",
+        group="model",
+    )
+    vocab_file: str = option(
+        "", "vocabulary to put beside the weights; default: the input's", group="model"
+    )
+    averaged: bool = option(
+        False, "take the averaged weights (--ema-decay) of a checkpoint that has such", group="model"
+    )
+    dtype: str = option("keep", "type of all tensors written", tuple(TYPES), group="model")
+    tensor_model_parallel_size: int = option(
+        1,
+        "files (tensor-parallel ranks) of --to sharded",
+        least=1,
+        group="parallelism",
+        old_names=("--tp",),
+    )
+    results: list[str] = option(
+        (), "result.json files to show on the model card", several=True, group="more"
+    )
+
+
+def list_tensors(source: Source) -> None:
+    """Print name, shape, type and partition of every parameter."""
+    width = max(map(len, source.layouts))
+    for name, entry in source.layouts.items():
+        shape = " x ".join(map(str, entry.shape))
+        dtype = str(entry.dtype).removeprefix("torch.")
+        print(f"{name:<{width}}  {shape:<14} {dtype:<9} {partition_kind(name)}")
+    count = sum(torch.Size(entry.shape).numel() for entry in source.layouts.values())
+    print(
+        f"{len(source.layouts)} tensors, {count / 1e6:.1f} M parameters (padding of the vocabulary"
+        " counted)"
+    )
+
+
+def vocabulary_of(source: Source, given: str) -> bytes | None:
+    """Read the vocabulary that goes with the weights, where there is one."""
+    folder = source.path if source.path.is_dir() else source.path.parent
+    file = Path(given) if given else folder / VOCABULARY
+    if given and not file.is_file():
+        raise UsageError(f"--vocab-file {given}: no such file")
+    if not file.is_file():
+        return None
+
+    content = file.read_bytes()
+    entries = content.count(b"\n") + (not content.endswith(b"\n"))
+    if entries != source.config.vocab_size:
+        raise UsageError(
+            f"{file}: {entries} entries, the model has {source.config.vocab_size}; give its own by"
+            " --vocab-file"
+        )
+    return content
+
+
+def model_card_for(source: Source, results: list[str]) -> str:
+    """Write the README.md of a Hugging Face folder."""
+    try:
+        from megatron_interbert.hf.model_card import model_card
+    except ImportError as error:
+        raise UsageError(
+            "--to huggingface needs transformers: pip install 'transformers>=5.3,<6'"
+        ) from error
+    read = [read_json(path, "--results") for path in results]
+    return model_card(source.config, {**source.facts, "source": source.kind, "results": read})
+
+
+def run(options: Options) -> None:
+    """List the tensors, or convert and verify."""
+    config = load_model_config(options.model) if options.model else None
+    source = open_source(options.input, options.source, config, options.averaged)
+    if options.averaged and not source.facts.get("averaged"):
+        raise UsageError(f"--averaged: {options.input} holds no averaged weights; leave it out")
+    print(*source.notes, describe_source(source), sep="\n", flush=True)
+    if options.list_only:
+        list_tensors(source)
+        return
+    if not options.to or not options.output:
+        raise UsageError(f"give --to {'|'.join(TARGETS)} and --output FOLDER, or --list")
+
+    card = model_card_for(source, options.results) if options.to == "huggingface" else ""
+    output = Output(
+        source,
+        TYPES[options.dtype],
+        options.tensor_model_parallel_size,
+        vocabulary_of(source, options.vocab_file),
+        card,
+    )
+    folder = Path(options.output)
+    with progress(total=output.bytes(), unit="B", unit_scale=True, desc="writing") as bar:
+        write_target(options.to, output, folder, bar.update)
+    print(f"wrote {folder} ({options.to}, {output.bytes() / 1e6:.1f} MB of tensors)")
+    say_not_finite(output)
+    if options.verify:
+        verify(source, options.to, folder)
+
+
+def say_not_finite(output: Output) -> None:
+    """Note tensors that hold NaN or infinity."""
+    if output.not_finite:
+        print(
+            f"note: NaN or infinity in {len(output.not_finite)} of {len(output.source.layouts)}"
+            f" tensors, first in {output.not_finite[0]}; written as they are, but no model works with"
+            " them: take an earlier checkpoint",
+            file=sys.stderr,
+        )
+
+
+def verify(source: Source, to: str, folder: Path) -> None:
+    """Print how far the outputs of the two sides differ."""
+    from megatron_interbert.hf.compare import largest_difference
+
+    for name, difference in largest_difference(source, to, folder).items():
+        print(f"verify {name}: largest difference {difference:.3g}")
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(Options, __doc__, run)

@@ -1,0 +1,120 @@
+"""Turn a folder of photos into a region store with an object detector.
+
+    interbert extract-features photos --detector PekingU/rtdetr_r50vd --output store
+
+The detector is a DETR-like model of transformers (a folder or a name on the hub: RT-DETR, Deformable
+DETR, DETR, ...) or torchvision:fasterrcnn_resnet50_fpn and its relatives. Photos that cannot be used
+are listed with the reason in dropped.jsonl of the store. A run that was killed is resumable: give the
+same command again.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+# Processes share the work, not threads: that is faster here, and results do not depend on how many.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from megatron_interbert.command_line import run_command
+from megatron_interbert.commands.build_features import BuildingOptions
+from megatron_interbert.config.options import argument, option
+from megatron_interbert.errors import UsageError
+from megatron_interbert.preparation.building.build import BuildPlan, build
+from megatron_interbert.preparation.building.detectors import BACKGROUND, DetectorChoice
+from megatron_interbert.preparation.building.sources.photos import PhotoSource
+from megatron_interbert.reading import read_text
+
+
+@dataclass
+class Options(BuildingOptions):
+    """Which photos are seen by which detector."""
+
+    GROUP: ClassVar[str] = "detector"
+
+    photos: str = argument(
+        "folder with jpg, png and webp files, at any depth; file names are image ids", group="data"
+    )
+    detector: str = option("", "folder, name on the hub, or torchvision:NAME", required=True)
+    revision: str = option("", "branch, tag or commit on the hub")
+    weights: str = option(
+        "", "state dict for a torchvision detector; default: the published one"
+    )
+    max_regions: int = option(36, "kept of a photo at most", least=1)
+    min_regions: int = option(10, "kept even below --min-score")
+    min_score: float = option(0.2, "of the best class that is not background")
+    soft_labels: int = option(10, "label entries kept for a region", least=1)
+
+    batch_size: int = option(8, "photos of one size that run together", least=1, group="work")
+    device: str = option("auto", "where the detector runs", ("auto", "cpu", "cuda"), group="work")
+    workers: int = option(
+        0, "processes; default: 1 with a GPU, else one for each core", group="work"
+    )
+
+    def check(self) -> None:
+        """Raise UsageError for settings that contradict each other or have no meaning."""
+        super().check()
+        if self.min_regions > self.max_regions:
+            raise UsageError(
+                f"--min-regions {self.min_regions}: more than --max-regions {self.max_regions}"
+            )
+
+
+def read_class_names(path: str) -> list[str]:
+    """Read names with background first; none without a file."""
+    if not path:
+        return []
+    return [BACKGROUND, *read_text(path, "--class-names").rstrip("\n").split("\n")]
+
+
+def plan_of(options: Options) -> BuildPlan:
+    """Say what is to be built: one source, the photos, seen by the detector."""
+    choice = DetectorChoice(
+        options.detector,
+        options.revision,
+        options.weights,
+        options.device,
+        options.soft_labels,
+    )
+    names = ("max_regions", "min_regions", "min_score")
+    limits = {name: getattr(options, name) for name in names}
+    source = PhotoSource(options.photos, choice, batch_size=options.batch_size, **limits)
+    vocabulary = read_text(options.vocab_file, "--vocab-file") if options.vocab_file else ""
+    return BuildPlan(
+        sources=[source],
+        output=options.output,
+        caption_files=list(options.captions),
+        detector=source.facts().detector,
+        class_names=read_class_names(options.class_names),
+        soft_labels=options.soft_labels,
+        vocabulary=vocabulary,
+        images_per_shard=options.images_per_shard,
+        options=limits,
+    )
+
+
+def run(options: Options) -> None:
+    """Write the store, and say what is in it."""
+    plan = plan_of(options)
+    gpu = (torch.cuda.is_available() and options.device != "cpu") or options.device == "cuda"
+    workers = options.workers or (1 if gpu else os.cpu_count() or 1)
+    started = time.monotonic()
+    manifest = build(plan, workers, options.max_dropped, options.restart)
+    rate = manifest["images_read"] / (time.monotonic() - started)
+
+    counts, dropped = manifest["counts"], manifest["dropped"]
+    why = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
+    print(
+        f"{options.output}: {counts['images']} images, {counts['regions']} regions of"
+        f" {manifest['feature_dim']} features, {counts['captions']} captions,"
+        f" {sum(dropped.values())} photos dropped"
+        + (f" ({why}; see dropped.jsonl)" if why else "")
+        + f"; {rate:.1f} photos/s"
+    )
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(Options, __doc__, run)

@@ -1,0 +1,49 @@
+"""Write the sample corpus: a generated world with captions in English and Chinese, to try things out.
+
+    interbert make-sample --output sample_corpus
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from megatron_interbert.command_line import run_command
+from megatron_interbert.config.options import Flags, option
+from megatron_interbert.files import check_writable
+from megatron_interbert.sample.corpus import World, write_questions, write_split
+
+TWO = "a mismatched pair needs another image"
+
+
+@dataclass
+class Options(Flags):
+    """How large the world is, and where it goes."""
+
+    GROUP: ClassVar[str] = "data"
+
+    output: str = option("sample_corpus", "folder for the stores train/ and test/")
+    train_scenes: int = option(20000, f"scenes to train on; {TWO}", least=2)
+    test_scenes: int = option(200, "unseen scenes for evaluation", least=2)
+    noise: float = option(0.3, "of the features, against prototypes of norm 1 per entry")
+    seed: int = option(0, "the same seed gives the same corpus", least=0)
+    vcr: bool = option(False, "also a question about each scene in the form of VCR, in vcr/")
+
+
+def run(options: Options) -> None:
+    """Write both splits."""
+    folder = Path(options.output)
+    check_writable(folder, "--output")
+    world = World(options.seed, options.noise)
+    for split, scenes in (("train", options.train_scenes), ("test", options.test_scenes)):
+        write_split(world, folder, split, scenes, options.seed)
+        if options.vcr:
+            write_questions(world, folder, split, scenes, options.seed)
+    print(
+        f"generated corpus in {options.output}: {options.train_scenes} training and"
+        f" {options.test_scenes} unseen test scenes"
+    )
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(Options, __doc__, run)

@@ -1,0 +1,106 @@
+"""Mine hard negatives of a region store: captions of other images that are alike, but not too alike.
+
+    interbert mine-negatives coco
+
+For each caption the most similar ones below a TF-IDF similarity. Writes hard_negatives.npy into the
+store, from which training draws a part of its mismatched captions (--hard-negatives). Stopped or
+killed, it is resumable: give the same command again.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from megatron_interbert.command_line import run_command
+from megatron_interbert.config.options import Flags, argument, option
+from megatron_interbert.data.manifest import HARD_NEGATIVES
+from megatron_interbert.data.store import RegionStore
+from megatron_interbert.errors import UsageError
+from megatron_interbert.preparation.mining.search import MiningOptions, mine
+from megatron_interbert.progress import progress
+
+DEFAULTS = MiningOptions()
+
+
+@dataclass
+class Options(Flags):
+    """What is searched, and how much of it is kept."""
+
+    GROUP: ClassVar[str] = "search"
+
+    store: str = argument("folder of a region store", group="data")
+    overwrite: bool = option(False, f"replace {HARD_NEGATIVES} of the store", group="data")
+    mode: str = option(DEFAULTS.mode, "pruned: within a budget; exact: all of it")
+    budget: int = option(DEFAULTS.budget, "list entries read for a caption")
+    candidates: int = option(DEFAULTS.candidates, "captions scored exactly")
+    top: int = option(DEFAULTS.top, "negatives kept for a caption")
+    max_similarity: float = option(DEFAULTS.max_similarity, "below this")
+    ngrams: str = option(
+        ",".join(map(str, DEFAULTS.ngrams)), "lengths of n-grams of Chinese characters"
+    )
+
+    block: int = option(DEFAULTS.block, "captions between two saves", group="work")
+    threads: int = option(len(os.sched_getaffinity(0)), "of the search", least=1, group="work")
+    restart: bool = option(False, "throw unfinished work away", group="work")
+    check_recall: int = option(
+        0, "compare so many captions with the exact search", least=0, group="report"
+    )
+    show: int = option(
+        0, "print so many captions with their hardest negatives", least=0, group="report"
+    )
+
+
+def lengths(text: str) -> tuple[int, ...]:
+    """Read (1, 2) from `1,2`."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--ngrams {text}: expected lengths from 1 to 8, such as 1,2") from None
+
+
+@contextmanager
+def bar(stage: str, total: int) -> Iterator[Callable[[int], object]]:
+    """Show progress with the time left."""
+    with progress(total=total, desc=stage, unit="caption", unit_scale=True) as shown:
+        yield shown.update
+
+
+def run(options: Options) -> None:
+    """Mine, and say what was found."""
+    begun = time.monotonic()
+    names = ("mode", "budget", "candidates", "top", "max_similarity", "block")
+    told = {name: getattr(options, name) for name in names}
+    chosen = MiningOptions(**told, ngrams=lengths(options.ngrams))
+    found = mine(
+        RegionStore(options.store),
+        chosen,
+        options.threads,
+        options.restart,
+        options.overwrite,
+        options.check_recall,
+        options.show,
+        progress=bar,
+    )
+    for line in found["examples"]:
+        print(line)
+    print(
+        f"{Path(options.store) / HARD_NEGATIVES}: {found['captions']} captions,"
+        f" {found['negatives']:.1f} negatives each, {found['without']} with none; mean similarity"
+        f" {found['first']:.3f} for the first kept, {found['last']:.3f} for the last;"
+        f" {time.monotonic() - begun:.1f} seconds"
+    )
+    if "recall" in found:
+        print(
+            f"recall {found['recall']:.3f} of the exact search's negatives on"
+            f" {min(options.check_recall, found['captions'])} captions; mean similarity lower by"
+            f" {found['lost']:.4f}"
+        )
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(Options, __doc__, run)

@@ -1,0 +1,58 @@
+"""Find for each image of a region store those that look most alike, for hard captions in finetuning.
+
+    interbert mine-neighbours coco
+
+Writes hard_images.npy [images, K] into the store, nearest first (Euclidean distance of mean region
+features), never the image itself. The search is exact. Memory holds the mean features and
+--block x images distances.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from megatron_interbert.command_line import run_command
+from megatron_interbert.config.options import Flags, argument, option
+from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.data.manifest import HARD_IMAGES
+from megatron_interbert.errors import UsageError
+from megatron_interbert.files import whole_file
+from megatron_interbert.preparation.mining.neighbours import mean_features, nearest_images
+
+
+@dataclass
+class Options(Flags):
+    """What is searched, and how much of it is kept."""
+
+    GROUP: ClassVar[str] = "search"
+
+    store: str = argument("region store", group="data")
+    neighbours: int = option(100, "images kept for an image", least=1)
+    block: int = option(2048, "images compared with all at a time", least=1)
+
+
+def run(options: Options) -> None:
+    """Search and write."""
+    corpus = Corpus([options.store])
+    if corpus.num_images < 2:
+        raise UsageError(f"{options.store}: one image has no neighbours")
+    most = min(options.neighbours, corpus.num_images - 1)
+    found = nearest_images(mean_features(corpus), most, options.block)
+
+    path = Path(options.store) / HARD_IMAGES
+    try:
+        with whole_file(path, path.with_suffix(f".{os.getpid()}.new")) as handle:
+            np.save(handle, found)
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot be written ({error}); make room or choose a store that can be written to"
+        ) from error
+    print(f"{path}: {found.shape[1]} neighbours of each of {len(found)} images")
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(Options, __doc__, run)

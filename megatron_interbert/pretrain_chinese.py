@@ -1,0 +1,41 @@
+"""Pretraining of the Chinese model: as `pretrain`, with a recipe for all that you do not say yourself.
+
+Without a data path it trains a small model on the generated sample shop.
+"""
+
+from collections.abc import Sequence
+
+from megatron_interbert import pretrain
+from megatron_interbert.config.training import RunConfig
+
+SAMPLE = (
+    *("--model", "sample-chinese"),
+    *("--data-path", "sample_shop/train"),
+    *("--micro-batch-size", "32"),
+    *("--lr", "2e-3"),
+    *("--lr-warmup-fraction", "0.05"),
+    *("--adam-beta2", "0.98"),
+    "--no-msm-on-mismatched",
+    *("--num-workers", "0"),
+)
+RECIPE = (
+    *("--model", "base-chinese"),
+    *("--language", "zh"),
+    *("--lr", "1e-4"),
+    *("--lr-warmup-fraction", "0.1"),
+    *("--max-tokens", "64"),
+)
+
+
+def recipe(told: RunConfig) -> Sequence[str]:
+    """Give the flags that hold where neither the command line nor --config says anything."""
+    return RECIPE if "data_path" in told.given else SAMPLE
+
+
+def main() -> None:
+    """Entry point."""
+    pretrain.main(recipe)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""What every benchmark is told."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_interbert.config.options import Flags, option
+
+
+@dataclass
+class BenchmarkOptions(Flags):
+    """Where it measures, and where the figures go."""
+
+    GROUP: ClassVar[str] = "measuring"
+
+    folder: str = option(
+        "", "disk to measure on; default: that of temporary files", group="logging"
+    )
+    output: str = option("", "JSON file for the figures", group="logging")

@@ -1,0 +1,241 @@
+"""The paper's analysis as one command: what each part of the pretraining and of the model is worth.
+
+For every variant and seed: pretrain, zero-shot retrieval, finetune retrieval, evaluate; the same steps and samples for all. Runs that
+are done are not done again, so a stopped analysis goes on. Writes OUTPUT/ablation.json and OUTPUT/ablation.md.
+
+    python tools/ablate.py --data-path sample_corpus/train --test-data-path sample_corpus/test --output ablation --language en
+"""
+
+import dataclasses
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from megatron_interbert.command_line import run_command
+from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.config.options import Flags, nearest, option
+from megatron_interbert.data.manifest import HARD_NEGATIVES, MANIFEST
+from megatron_interbert.errors import TrainingStopped, UsageError
+from megatron_interbert.files import check_writable, write_json, write_text
+from megatron_interbert.model.presets import load_model_config
+from megatron_interbert.progress import progress
+from megatron_interbert.reading import read_json, read_text
+from megatron_interbert.weights.manifest import newest_checkpoint, versions
+
+FIGURES = {"zero-shot t2i R@1": ("zero-shot", "t2i_R@1"), "zero-shot i2t R@1": ("zero-shot", "i2t_R@1"),
+           "finetuned t2i R@1": ("finetuned", "t2i_R@1"), "finetuned i2t R@1": ("finetuned", "i2t_R@1")}  # fmt: skip
+
+
+@dataclass
+class Variant:
+    """One row of the table: what is said of it, flags of its pretraining, changes of the model's sizes."""
+
+    what: str
+    flags: tuple[str, ...] = ()
+    layers: tuple[int, int, int] | None = None  # interaction, text, image
+
+
+def variants(sizes: ModelConfig) -> dict[str, Variant]:
+    """All variants, of the same depth each."""
+    joint, text, image = sizes.interaction_layers, sizes.text_layers, sizes.image_layers
+    return {
+        "full": Variant("everything"),
+        "no-msm": Variant("without masked segments", ("--objectives", "mrm,itm")),
+        "no-mrm": Variant("without masked regions", ("--objectives", "msm,itm")),
+        "no-itm": Variant("without image-text matching", ("--objectives", "msm,mrm")),
+        "no-hard-negatives": Variant("random negatives only", ("--hard-negatives", "0")),
+        "no-interaction": Variant("streams only, no interaction module", layers=(0, text + joint, image + joint)),
+        "no-streams": Variant("interaction module only, no streams", layers=(joint + max(text, image), 0, 0)),
+    }
+
+
+@dataclass
+class Options(Flags):
+    """What is trained, how long, and on what."""
+
+    GROUP: ClassVar[str] = "data"
+
+    data_path: str = option("", "region store to pretrain and finetune on", required=True)
+    test_data_path: str = option("", "region store of unseen images", required=True)
+    output: str = option("", "folder for all runs and the table", required=True)
+    language: str = option("", "only captions of this language tag")
+    model: str = option("sample", "preset or JSON file of sizes", group="model")
+    only: str = option("", "variants, comma-separated; default: all", group="study")
+    seeds: str = option("1,2,3", "comma-separated", group="study")
+    train_iters: int = option(2000, "steps of each pretraining", least=1, group="optimisation")
+    finetune_iters: int = option(300, "steps of each finetuning", least=1, group="optimisation")
+    batch_size: int = option(64, "samples of a step", least=1, group="optimisation")
+    pretrain_flags: str = option(
+        "--lr 2e-3 --lr-warmup-fraction 0.05 --adam-beta2 0.98 --no-msm-on-mismatched",
+        "further flags of all pretrainings",
+        group="optimisation",
+    )
+    finetune_flags: str = option(
+        "--lr 1e-3 --lr-warmup-fraction 0.05 --ema-decay 0.99",
+        "further flags of all finetunings",
+        group="optimisation",
+    )
+    jobs: int = option(os.cpu_count() or 1, "runs at a time, one core each", least=1, group="study")
+
+
+class Run:
+    """One variant with one seed, in a folder of its own."""
+
+    def __init__(self, name: str, variant: Variant, seed: int, options: Options) -> None:
+        self.name, self.variant, self.seed, self.options = name, variant, seed, options
+        self.folder = Path(options.output) / name / f"seed-{seed}"
+
+    def results(self) -> dict[str, dict[str, float]]:
+        """Figures by protocol, computed where they are not there yet."""
+        options, folder = self.options, self.folder
+        shared = (
+            "--language",
+            options.language,
+            "--micro-batch-size",
+            options.batch_size,
+            "--num-workers",
+            0,
+            "--log-interval",
+            100,
+        )
+        pretrained, tuned = folder / "pretrained", folder / "finetuned"
+        self._train(pretrained, options.train_iters, "pretrain", "--model", self._model(), "--data-path", options.data_path, *shared,
+                    *self.variant.flags, *shlex.split(options.pretrain_flags))  # fmt: skip
+        self._train(tuned, options.finetune_iters, "finetune", "retrieval", "--init-from", pretrained, "--max-regions", 36,
+                    "--data-path", options.data_path, *shared, "--global-batch-size", options.batch_size,
+                    *shlex.split(options.finetune_flags))  # fmt: skip
+        found = {}
+        for protocol, run in (("zero-shot", pretrained), ("finetuned", tuned)):
+            result = run / "result" / "result.json"
+            self._same(result.parent, flags_of(result.parent), json.dumps([options.test_data_path, options.language]))
+            if not result.is_file():
+                zero = ("--zero-shot",) if protocol == "zero-shot" else ()
+                self._call("evaluate", "retrieval", "--load", run, "--data-path", options.test_data_path, "--language", options.language,
+                           *zero, "--output", result.parent)  # fmt: skip
+            found[protocol] = figures_of(result)
+        return found
+
+    def _model(self) -> str:
+        sizes = load_model_config(self.options.model)
+        if self.variant.layers:
+            names = ("interaction_layers", "text_layers", "image_layers")
+            sizes = dataclasses.replace(sizes, **dict(zip(names, self.variant.layers, strict=True)))
+        path = self.folder / "model.json"
+        self._same(self.folder / "pretrained", path, json.dumps(dataclasses.asdict(sizes), indent=1))
+        return str(path)
+
+    def _train(self, save: Path, iterations: int, entry: str, *flags: object) -> None:
+        done = newest_checkpoint(save) if save.is_dir() else None
+        self._same(save, flags_of(save), json.dumps([entry, *map(str, flags), str(iterations)]))
+        if done is None or done.name != f"global_step{iterations}":
+            self._call(entry, *flags, "--seed", self.seed, "--train-iters", iterations, "--save", save)
+
+    def _same(self, place: Path, record: Path, text: str) -> None:
+        """Write down with what a stage is made. UsageError where it was made with something else, or nobody knows with what."""
+        mend = f"choose another --output, or remove {self.folder}"
+        if record.is_file() and read_text(record, "--output") != text:
+            raise UsageError(f"{place}: made with other options than now ({record.name}); {mend}")
+        if os.path.lexists(place) and not record.is_file():
+            raise UsageError(f"{place}: {record.name} is missing, which says with what options it was made; {mend}")
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_text(record, text)
+
+    def _call(self, entry: str, *flags: object) -> None:
+        command = [sys.executable, "-m", f"megatron_interbert.{entry}", *map(str, flags)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})}
+        root = Path(__file__).resolve().parents[1]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
+        ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if ended.returncode:
+            last = (ended.stderr.strip() or ended.stdout.strip()).splitlines()[-1:]
+            raise TrainingStopped(f"{self.folder}: {shlex.join(command)} ended with code {ended.returncode}: {''.join(last)}")
+
+
+def flags_of(place: Path) -> Path:
+    """The file that says with what flags a stage was made."""
+    return place.with_name(f"{place.name}.flags.json")
+
+
+def table(found: dict[str, list[dict[str, dict[str, float]]]], all_variants: dict[str, Variant]) -> str:
+    """Markdown: mean and spread (standard deviation over seeds) of each figure; the last column is the change against `full`."""
+    lines = ["| variant | " + " | ".join(FIGURES) + " | change, finetuned t2i |", "|---" * (len(FIGURES) + 2) + "|"]
+    full = [r["finetuned"]["t2i_R@1"] for r in found.get("full", [])]
+    for name, results in found.items():
+        cells = [_mean([r[protocol][metric] for r in results]) for protocol, metric in FIGURES.values()]
+        mine = statistics.mean(r["finetuned"]["t2i_R@1"] for r in results)
+        change = f"{mine - statistics.mean(full):+.1f}" if full and name != "full" else ""
+        lines.append(f"| {all_variants[name].what} | {' | '.join(cells)} | {change} |")
+    return "\n".join(lines)
+
+
+def figures_of(result: Path) -> dict[str, float]:
+    """Read the figures of an evaluation; UsageError where one that the table needs is not there."""
+    metrics = read_json(result, "--output").get("metrics")
+    needed = {figure for _, figure in FIGURES.values()}
+    if not isinstance(metrics, dict) or not all(type(metrics.get(name)) in (int, float) for name in needed):
+        raise UsageError(f"{result}: expected the figures {', '.join(sorted(needed))}; remove it, it is made again")
+    return metrics
+
+
+def _mean(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def run(options: Options) -> None:
+    """Run what is missing and write the table."""
+    try:
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+    except ValueError:
+        raise UsageError(f"--seeds is '{options.seeds}', expected numbers with commas between them") from None
+    for name in ("data_path", "test_data_path"):
+        if not (Path(getattr(options, name)) / MANIFEST).is_file():
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(options, name)}: no region store there")
+    every = variants(load_model_config(options.model))
+    chosen = [name for name in options.only.split(",") if name] or list(every)
+    for name in chosen:
+        if name not in every:
+            raise UsageError(f"--only: no variant '{name}'{nearest(name, every)}; there are {', '.join(every)}")
+    if "no-hard-negatives" in chosen and not (Path(options.data_path) / HARD_NEGATIVES).is_file():
+        raise UsageError(f"{options.data_path}: no {HARD_NEGATIVES}, so leaving hard negatives out changes nothing; make it with"
+                         " tools/mine_negatives.py, or leave the variant out by --only")  # fmt: skip
+    for name in ("pretrain_flags", "finetune_flags"):
+        try:
+            shlex.split(getattr(options, name))
+        except ValueError as error:
+            raise UsageError(f"--{name.replace('_', '-')}: {error}; expected flags as in a shell") from None
+    check_writable(Path(options.output), "--output")
+    runs = [Run(name, every[name], seed, options) for seed in seeds for name in chosen]
+    found: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in chosen}
+    with ThreadPoolExecutor(options.jobs) as pool, progress(total=len(runs), unit="run", desc="ablation") as bar:
+        futures = [pool.submit(one.results) for one in runs]
+        try:
+            for one, future in zip(runs, futures, strict=True):
+                found[one.name].append(future.result())
+                bar.update()
+                bar.write(f"{one.name}, seed {one.seed}: {json.dumps(found[one.name][-1]['finetuned'])}")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    generated = bool(read_json(Path(options.test_data_path) / MANIFEST, "--test-data-path").get("generated"))
+    note = f"{options.train_iters} + {options.finetune_iters} steps of {options.batch_size}, seeds {options.seeds}" + (
+        "; generated scenes" if generated else ""
+    )
+    text = f"{table(found, every)}\n\n{note}\n"
+    write_json(Path(options.output) / "ablation.json", {"results": found, "options": dataclasses.asdict(options), "versions": versions()})
+    write_text(Path(options.output) / "ablation.md", text)
+    print(text)
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(Options, __doc__, run)
