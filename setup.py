@@ -1,17 +1,25 @@
-"""Package metadata. Exact tested versions are in requirements.txt; here stand the ranges that should work."""
+"""Package metadata.
+
+Exact tested versions are in requirements.txt; here stand the ranges that should work.
+"""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-VERSION = next(line for line in Path("megatron_interbert/__init__.py").read_text().splitlines() if "__version__" in line).split(
-    '"'
-)[1]
+VERSION = next(
+    line
+    for line in Path("megatron_interbert/__init__.py").read_text().splitlines()
+    if "__version__" in line
+).split('"')[1]
 
 setup(
     name="megatron_interbert",
     version=VERSION,
-    description="InterBERT pretraining over region features at any scale: tensor parallelism, ZeRO, exact resume",
+    description=(
+        "InterBERT pretraining over region features at any scale: tensor parallelism, ZeRO, exact"
+        " resume"
+    ),
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -23,13 +31,18 @@ setup(
     package_dir={"megatron_interbert.ds_configs": "ds_configs"},
     package_data={
         "megatron_interbert.ds_configs": ["*.json"],
+        "megatron_interbert.hf": ["*.md.j2"],
+        "megatron_interbert.pages": ["templates/*"],
+        "megatron_interbert.preparation.inspection": ["*.html"],
         "megatron_interbert.serving": ["page/*"],
+        **{f"megatron_interbert.tasks.{task}": ["*.html"] for task in ("retrieval", "shop", "vcr")},
     },
     entry_points={"console_scripts": ["interbert = megatron_interbert.__main__:main"]},
     install_requires=[
         "torch>=2.10",  # 2.9.1 and older corrupt memory on crafted files, even with weights_only
         "deepspeed>=0.19.6,<0.20",
         "h5py>=3.11",
+        "jinja2>=3.1",
         "numpy>=2.0",
         "psutil>=5.9",
         "pyyaml>=6",

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The ranks of one machine: `interbert launch` from a checkout; started once on each node by Slurm.
 
-    srun --ntasks-per-node=1 python launchers/node.py -m megatron_interbert.pretrain FLAGS
+srun --ntasks-per-node=1 python launchers/node.py -m megatron_interbert.pretrain FLAGS
 """
 
 import sys

@@ -18,7 +18,10 @@ COMMANDS = {
     "plan": ("commands.plan", "layouts of a model that fit the memory of a device"),
     "build-features": ("commands.build_features", "a region store from published features"),
     "extract-features": ("commands.extract_features", "a region store from photos"),
-    "inspect-features": ("commands.inspect_features", "what is in a region store, and what is wrong"),
+    "inspect-features": (
+        "commands.inspect_features",
+        "what is in a region store, and what is wrong",
+    ),
     "mine-negatives": ("commands.mine_negatives", "hard captions for pretraining"),
     "mine-neighbours": ("commands.mine_neighbours", "hard images for finetuning"),
     "make-queries": ("commands.make_queries", "queries of KDD Cup 2020 for product search"),
@@ -34,6 +37,7 @@ def help_text() -> str:
     """List all commands, a line each."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {about}" for name, (_, about) in COMMANDS.items()]
+
     return "\n".join(
         [
             "usage: interbert COMMAND ..",
@@ -51,8 +55,12 @@ def choose() -> str:
     if name in ("-h", "--help"):
         print(help_text())
         raise SystemExit
+
     if name not in COMMANDS:
-        raise UsageError(f"no command '{name}'{nearest(name, COMMANDS)}; interbert --help lists all")
+        raise UsageError(
+            f"no command '{name}'{nearest(name, COMMANDS)}; interbert --help lists all"
+        )
+
     return COMMANDS[name][0]
 
 

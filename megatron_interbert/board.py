@@ -15,17 +15,24 @@ from megatron_interbert.files import append
 
 
 class Board:
-    """A TensorBoard event file in a folder, of a run that begins behind `first_step`, where it is one."""
+    """A TensorBoard event file in a folder, of a run that begins behind `first_step`, where it is
+    one.
+    """
 
     def __init__(self, folder: Path, first_step: int | None = None) -> None:
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        self.path, self.first_step = folder / name, first_step
+        self.path = folder / name
+        self.first_step = first_step
         self._begun = False
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Append the scalars of a step; OSError where they cannot be, then none of them is there."""
+        """Append the scalars of a step.
+
+        OSError where they cannot be, then none of them is there.
+        """
         if not self._begun or not self.path.exists():  # somebody may have removed the folder
             self._begin()
+
         summary = Summary(
             value=[
                 Summary.Value(tag=f"{split}/{name}", simple_value=value)
@@ -41,6 +48,7 @@ class Board:
         if self.first_step is not None:
             void = SessionLog(status=SessionLog.START)
             head += record(Event(wall_time=time.time(), step=self.first_step + 1, session_log=void))
+
         append(self.path, head)
         self._begun = True
 

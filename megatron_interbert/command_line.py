@@ -44,7 +44,10 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 def build_parser(config_class: type, description: str) -> argparse.ArgumentParser:
-    """Make a parser with one flag per dataclass field; absent flags stay absent from the namespace."""
+    """Make a parser with one flag per dataclass field.
+
+    Absent flags stay absent from the namespace.
+    """
     arguments = [metavar(entry) for entry in dataclasses.fields(config_class) if is_argument(entry)]
     parser = Parser(
         description=inspect.cleandoc(description),
@@ -53,16 +56,21 @@ def build_parser(config_class: type, description: str) -> argparse.ArgumentParse
         argument_default=argparse.SUPPRESS,
         formatter_class=Help,
     )
+
     for title, entries in grouped(config_class).items():
         group = parser.add_argument_group(TITLES.get(title, title))
         for entry in entries:
             add_flag(group, entry)
         if title == "more":
-            group.add_argument("--config", metavar="FILE", help="YAML with any of these flags as keys")
+            group.add_argument(
+                "--config", metavar="FILE", help="YAML with any of these flags as keys"
+            )
 
-    # Given by the deepspeed launcher, and by users of Megatron-DeepSpeed out of habit; neither is used.
+    # Given by the deepspeed launcher, and by users of Megatron-DeepSpeed out of habit; neither is
+    # used.
     parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+
     return parser
 
 
@@ -72,6 +80,7 @@ def grouped(config_class: type) -> dict[str, list[dataclasses.Field]]:
     What is a command's own comes before what it shares with others.
     """
     found: dict[str, list[dataclasses.Field]] = {"more": []}
+
     for declaring in config_class.__mro__:
         for entry in dataclasses.fields(config_class):
             if declaring_class(config_class, entry.name) is declaring:
@@ -81,6 +90,7 @@ def grouped(config_class: type) -> dict[str, list[dataclasses.Field]]:
     own = [title for title in found if title not in GROUPS]
     first = GROUPS.index("optimisation")
     order = (*GROUPS[:first], *own, *GROUPS[first:])
+
     return {title: found[title] for title in order if title in found}
 
 
@@ -99,6 +109,7 @@ def add_flag(group: Any, entry: dataclasses.Field) -> None:
     if facts.positional:
         group.add_argument(entry.name, help=text, **kind)
         return
+
     group.add_argument(facts.flag or flag(entry.name), dest=entry.name, help=text, **kind)
     for old in facts.old_names:
         group.add_argument(old, dest=entry.name, help=argparse.SUPPRESS, **kind)
@@ -116,6 +127,7 @@ def reader(entry: dataclasses.Field) -> Any:
         return facts.read
     if facts.auto:
         return number_or_auto
+
     return entry.type if entry.type in (int, float) else str
 
 
@@ -126,6 +138,7 @@ def metavar(entry: dataclasses.Field) -> str:
         return entry.name.upper()
     if entry.type is int:
         return "N"
+
     return "X" if entry.type is float else entry.name.split("_")[-1].upper()
 
 
@@ -135,16 +148,23 @@ def default_of(entry: dataclasses.Field) -> str:
     if facts.as_trained is not None:
         otherwise = "" if isinstance(facts.as_trained, bool) else f", else {facts.as_trained}"
         return f"; default: as the weights were trained{otherwise}"
+
     if entry.type is bool:
         return " (default)" if entry.default and "--no-" not in facts.help else ""
     if "default:" in facts.help or entry.default in ("", (), None):
         return " (required)" if facts.required and not facts.positional else ""
     if not entry.default and f"{entry.default:g}:" in facts.help:  # `0: never`
         return " (default: 0)"
+
     return f" (default: {entry.default})"
 
 
-def parse(config_class: type, description: str, argv: Sequence[str] | None = None, recipe: Sequence[str] = ()) -> Any:
+def parse(
+    config_class: type,
+    description: str,
+    argv: Sequence[str] | None = None,
+    recipe: Sequence[str] = (),
+) -> Any:
     """Read the command line and the YAML of --config into an instance of `config_class`.
 
     Its `.given` are the names that were set. `recipe`: flags that hold where neither says anything.
@@ -153,9 +173,12 @@ def parse(config_class: type, description: str, argv: Sequence[str] | None = Non
     parser = build_parser(config_class, description)
     namespace, unknown = parser.parse_known_args(argv)
     known = {entry.name for entry in dataclasses.fields(config_class)}
+
     if unknown:
         wrong = unknown[0].split("=")[0]
-        raise UsageError(f"unknown argument '{wrong}'{nearest(wrong, map(flag, known))}; --help lists all")
+        raise UsageError(
+            f"unknown argument '{wrong}'{nearest(wrong, map(flag, known))}; --help lists all"
+        )
 
     values = vars(namespace)
     values.pop("local_rank", None)
@@ -170,6 +193,7 @@ def parse(config_class: type, description: str, argv: Sequence[str] | None = Non
     config.given = set(given)
     config.origins |= {name: RECIPE for name in by_recipe if name not in values}
     config.origins |= {name: file for name in by_file if name not in values}
+
     return config
 
 
@@ -214,11 +238,17 @@ def parse_task(tasks: Mapping[str, tuple[type, Any]], example: str) -> tuple[Any
     if task in ("-h", "--help"):
         print(help_of_tasks(tasks, example))
         raise SystemExit
+
     if task not in tasks:
-        raise UsageError(f"task '{task}', expected one of {', '.join(tasks)}{nearest(task, tasks)}, for example: {example}")
+        raise UsageError(
+            f"task '{task}', expected one of {', '.join(tasks)}{nearest(task, tasks)}, for example:"
+            f" {example}"
+        )
+
     config_class, function = tasks[task]
     config = parse(config_class, config_class.__doc__ or "", flags)
     config.check()
+
     return config, function
 
 
@@ -230,18 +260,27 @@ def help_of_tasks(tasks: Mapping[str, tuple[type, Any]], example: str) -> str:
     head = [f"usage: {command} TASK [FLAGS]", "", "tasks:"]
     rows = [f"  {name:<{width}}  {sentence}" for name, sentence in about.items()]
     tail = ["", f"{command} TASK --help lists the flags of a task. Example:", f"  {example}"]
+
     return "\n".join([*head, *rows, *tail])
 
 
 def read_yaml(config_class: type, path: str) -> dict[str, Any]:
-    """YAML with flag names as keys (`-` or `_`), types and choices checked; UsageError names file and key."""
+    """YAML with flag names as keys (`-` or `_`), types and choices checked.
+
+    UsageError names file and key.
+    """
     text = read_text(path, "--config")
+
     try:
         values = yaml.safe_load(text) or {}
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UsageError(f"{path}: not valid YAML ({error})") from error
+
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: holds a {type(values).__name__}, expected flags with their settings, such as 'lr: 1e-4'")
+        raise UsageError(
+            f"{path}: holds a {type(values).__name__}, expected flags with their settings, such as"
+            " 'lr: 1e-4'"
+        )
 
     entries = {entry.name: entry for entry in dataclasses.fields(config_class)}
     old_names = {
@@ -250,18 +289,21 @@ def read_yaml(config_class: type, path: str) -> dict[str, Any]:
         for old in facts.old_names
     }
     result = {}
+
     for key, value in values.items():
         name = str(key).lstrip("-").replace("-", "_")
         name = old_names.get(name, name)
         if name not in entries:
             raise UsageError(f"{path}: unknown key '{key}'{nearest(name, entries)}")
         result[name] = from_yaml(entries[name], value, f"{path}: '{key}'")
+
     return result
 
 
 def from_yaml(entry: dataclasses.Field, value: Any, where: str) -> Any:
     """Give a setting as a file has it; UsageError where its type or choice is wrong."""
-    facts, kind = entry.metadata["facts"], entry.type
+    facts = entry.metadata["facts"]
+    kind = entry.type
     if facts.auto and value == "auto":
         return AUTO
     if facts.several and not isinstance(value, list):
@@ -272,6 +314,7 @@ def from_yaml(entry: dataclasses.Field, value: Any, where: str) -> Any:
             found = [reader(entry)(str(word)) for word in words]
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise UsageError(f"{where}: {error}") from None
+
         return found if facts.several else found[0]
 
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
@@ -281,6 +324,7 @@ def from_yaml(entry: dataclasses.Field, value: Any, where: str) -> Any:
     if facts.choices and value not in facts.choices:
         expected = ", ".join(map(str, facts.choices))
         raise UsageError(f"{where} is {value!r}, expected one of {expected}")
+
     return value
 
 
@@ -298,8 +342,10 @@ def finite_number(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
+
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"'{text}', expected a finite number")
+
     return value
 
 
@@ -314,14 +360,17 @@ def seed_number(text: str) -> int:
 def span(text: str) -> tuple[int, int]:
     """Read (36, 36) from `36`, and (10, 100) from `10-100`."""
     low, _, high = text.partition("-")
+
     try:
         found = int(low), int(high or low)
     except ValueError:
         found = (0, 0)
+
     if not 0 < found[0] <= found[1]:
         raise argparse.ArgumentTypeError(
             f"'{text}', expected a number above 0, or two from small to large, such as 10-100"
         )
+
     return found
 
 

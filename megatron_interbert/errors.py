@@ -1,4 +1,6 @@
-"""One line for the user instead of a traceback: what is wrong, where, and the command that mends it."""
+"""One line for the user instead of a traceback: what is wrong, where, and the command that mends
+it.
+"""
 
 import contextlib
 import errno
@@ -18,26 +20,41 @@ from megatron_interbert.output import (
 )
 
 
-class UsageError(ValueError):
-    """Wrong flags, files or records. Entries print it as one line and exit with code 2."""
+class RunError(Exception):
+    """An error of ours: entries print it as one line instead of a traceback.
+
+    One that is `local` is known to this rank alone, so this rank must speak, not rank 0.
+    """
+
+    local = False
+
+
+class UsageError(RunError, ValueError):
+    """Wrong flags, files or records; exit code 2."""
 
 
 class Unreadable(UsageError):
-    """Something is there and cannot be read now: permissions, disk, descriptors. It is not damaged."""
+    """Something is there and cannot be read now: permissions, disk, descriptors.
+
+    That does not mean that it is damaged.
+    """
 
 
 @contextlib.contextmanager
 def local_errors() -> Iterator[None]:
-    """Marks errors raised inside as known to this rank alone: it must speak, not rank 0."""
+    """Mark errors raised inside as known to this rank alone."""
     try:
         yield
-    except (UsageError, TrainingStopped) as error:
+    except RunError as error:
         error.local = True
         raise
 
 
-class TrainingStopped(RuntimeError):
-    """Work that began well and cannot go on (gradients stay non-finite, a checkpoint cannot be written). Exit code 1."""
+class TrainingStopped(RunError, RuntimeError):
+    """Work that began well and cannot continue; exit code 1.
+
+    Gradients stay non-finite, or a checkpoint cannot be written.
+    """
 
 
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the Slurm scripts queue the job again
@@ -47,7 +64,8 @@ INTERRUPTED = 128 + signal.SIGINT
 class StoppedBySignal(Exception):
     """All ranks have ended for a signal, after saving where there is a --save.
 
-    Exit code 75 for a run that has saved; otherwise, and after Ctrl-C, a shell's code of the signal.
+    Exit code 75 for a run that has saved; otherwise, and after Ctrl-C, a shell's code of the
+    signal.
     """
 
     def __init__(self, number: int, saved: bool) -> None:
@@ -77,12 +95,16 @@ NETWORK = (errno.ECONNRESET, errno.EPIPE, errno.ECONNREFUSED, errno.ECONNABORTED
 
 
 def of_the_machine(error: BaseException) -> bool:
-    """Whether it says that a file or the system has failed us, which no traceback explains better."""
+    """Whether it says that a file or the system has failed us, which no traceback explains
+    better.
+    """
     return isinstance(error, OSError) and bool(error.errno) and error.errno not in NETWORK
 
 
 def number_of(variable: str, default: int) -> int:
-    """Read a number from the environment; the default where it is none (parallel/launch.py refuses it)."""
+    """Read a number from the environment; the default where it is none (parallel/launch.py refuses
+    it).
+    """
     text = os.environ.get(variable, "")
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else default
 
@@ -97,8 +119,8 @@ def begin_entry() -> None:
 
 
 def end_entry(code: int) -> NoReturn:
-    """End the process with an exit code, past destructors of process groups and loader workers: they
-    may wait for ranks that are already gone.
+    """End the process with an exit code, past destructors of process groups and loader workers:
+    they may wait for ranks that are already gone.
     """
     say_what_was_lost()
     os._exit(code)
@@ -118,17 +140,19 @@ def say_error(text: str) -> None:
 
 
 def run_entry(main: Callable[[], None], reports: bool = False) -> None:
-    """Run an entry point; our own errors become one line on stderr and exit code 2 (wrong use) or 1 (failed work).
+    """Run an entry point; our own errors become one line on stderr and exit code 2 (wrong use) or 1
+    (failed work).
 
     One that `reports` has its result on standard output: code 1 where that could not be written.
 
-    Every rank exits. The same error on all ranks is printed once on each machine, by its first rank, unless it carries
-    `local = True` (a bad record that one rank alone has read).
+    Every rank exits. The same error on all ranks is printed once on each machine, by its first
+    rank, unless it carries `local = True` (a bad record that one rank alone has read).
     """
     begin_entry()
+
     try:
         main()
-    except (UsageError, TrainingStopped) as error:
+    except RunError as error:
         end_for(error, 2 if isinstance(error, UsageError) else 1)
     except StoppedBySignal as reason:
         end_entry(reason.code)
@@ -147,12 +171,13 @@ def run_entry(main: Callable[[], None], reports: bool = False) -> None:
     except SystemExit:
         end_report(reports)
         raise
+
     end_report(reports)
 
 
-def end_for(error: UsageError | TrainingStopped, code: int) -> NoReturn:
+def end_for(error: RunError, code: int) -> NoReturn:
     """Say what is wrong, on one rank of each machine, and end."""
-    alone = getattr(error, "local", False)
+    alone = error.local
     speaks = number_of("RANK", 0) == 0 or os.environ.get("LOCAL_RANK") == "0" or alone
     if speaks:
         say_error(str(error))
@@ -163,6 +188,7 @@ def end_for(error: UsageError | TrainingStopped, code: int) -> NoReturn:
         # of theirs. Who has spoken ends first: launchers then end the others.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
         time.sleep(1 if speaks else 5)
+
     end_entry(code)
 
 
@@ -170,8 +196,8 @@ def end_for_runtime_error(error: RuntimeError) -> NoReturn:
     """Say in a line that memory ran out, or that another rank has gone; raise what is neither."""
     if out_of_memory(error):
         say_error(
-            f"memory ran out ({' '.join(str(error).split())[:200]}); lower --micro-batch-size (or let"
-            " auto choose it), add --recompute-activations, or share the model over more ranks"
+            f"memory ran out ({' '.join(str(error).split())[:200]}); lower --micro-batch-size (or"
+            " let auto choose it), add --recompute-activations, or share the model over more ranks"
             " (--zero-stage, --tensor-model-parallel-size); python tools/plan.py lists what fits"
         )
         end_entry(1)
@@ -179,11 +205,13 @@ def end_for_runtime_error(error: RuntimeError) -> NoReturn:
     lost = ("Connection closed by peer", "Connection reset by peer")
     if not any(text in str(error) for text in lost):
         raise error
+
     print(
         f"rank {os.environ.get('RANK')}: lost the connection to another rank, which has ended;"
         " if no line says why, it was killed: did memory run out?",
         file=sys.stderr,
         flush=True,
     )
-    time.sleep(5)  # launchers report the first exit code they see: let it be that of the rank with the reason
+    # launchers report the first exit code they see: let it be that of the rank with the reason
+    time.sleep(5)
     end_entry(1)

@@ -1,4 +1,6 @@
-"""Evaluation of a checkpoint: `python -m megatron_interbert.evaluate TASK --load RUN ..`, or under deepspeed or torchrun on many."""
+"""Evaluation of a checkpoint: `python -m megatron_interbert.evaluate TASK --load RUN ..`, or under
+deepspeed or torchrun on many.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +20,15 @@ from megatron_interbert.tasks.glue.evaluation import evaluate_glue
 from megatron_interbert.tasks.precision import settle_precision
 from megatron_interbert.tasks.retrieval.config import EvaluateRetrievalConfig
 from megatron_interbert.tasks.retrieval.evaluation import evaluate_retrieval
-from megatron_interbert.tasks.shop.config import EvaluateProductSearchConfig, EvaluateRecommendationConfig, ScoreTopicsConfig
-from megatron_interbert.tasks.shop.evaluation import evaluate_product_search, evaluate_recommendation
+from megatron_interbert.tasks.shop.config import (
+    EvaluateProductSearchConfig,
+    EvaluateRecommendationConfig,
+    ScoreTopicsConfig,
+)
+from megatron_interbert.tasks.shop.evaluation import (
+    evaluate_product_search,
+    evaluate_recommendation,
+)
 from megatron_interbert.tasks.shop.topic_scores import score_topics
 from megatron_interbert.tasks.vcr.config import EvaluateVcrConfig
 from megatron_interbert.tasks.vcr.evaluation import evaluate_vcr
@@ -38,12 +47,15 @@ def run() -> None:
     """`evaluate TASK FLAGS`."""
     take_over(STOPPING, end_at_once)  # what is finished lies on disk
     config, evaluate = parse_task(TASKS, "evaluate retrieval --load RUN --data-path STORE")
+
     if read_launch().world_size > 1:
-        from megatron_interbert.machines.processes import start_processes  # a single process needs no DeepSpeed
+        # a single process needs no DeepSpeed
+        from megatron_interbert.machines.processes import start_processes
 
         device = start_processes()
     else:
         device = this_device()
+
     state = ParallelState(config.tensor_model_parallel_size)
     check_alike(state, {"code": code_fingerprint(), **library_versions()})
     watchdog = Watchdog(state, config.hang_timeout)
@@ -51,6 +63,7 @@ def run() -> None:
     precision = settle_precision(config, device)
     with watchdog.fed_by_modules(), precision.products():
         evaluate(config, state, device)
+
     watchdog.close()
 
 

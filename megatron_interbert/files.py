@@ -64,12 +64,14 @@ def json_sha256(value: Any) -> str:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file of that name that was not there before; what was there is unlinked, never followed.
+    """Open a file of that name that was not there before; what was there is unlinked, never
+    followed.
 
     It is flushed at the end, and removed where that or anything before it fails.
     """
     if os.path.lexists(path):
         path.unlink(missing_ok=True)
+
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
         with open(handle, "wb") as file:
@@ -84,7 +86,8 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def whole_file(path: Path, beside: Path | None = None) -> Iterator[IO[bytes]]:
-    """Open a file that gets its name when it is whole and on disk, and leaves nothing where it fails.
+    """Open a file that gets its name when it is whole and on disk, and leaves nothing where it
+    fails.
 
     It grows `beside`: NAME.partial, unless other processes may write a file of that name too.
     """
@@ -106,21 +109,24 @@ def own_name(path: Path) -> Path:
 def write_by_name(path: Path, write: Callable[[Path], Any], room: int = 0) -> dict[str, Any]:
     """Have a library write a whole file under another name, flush it, give it its own.
 
-    `room`: bytes that must be free first; HDF5 that meets a full disk in the middle fails again when
-    the file is closed, and crashes when the process ends. Gives the entry of a manifest: file,
+    `room`: bytes that must be free first; HDF5 that meets a full disk in the middle fails again
+    when the file is closed, and crashes when the process ends. Gives the entry of a manifest: file,
     bytes, sha256. OSError where it cannot be done.
     """
     beside = own_name(path)
+
     try:
         if room:
             with open(beside, "wb") as handle:
                 os.posix_fallocate(handle.fileno(), 0, room)
+
         write(beside)
         entry = {"file": path.name, **file_entry(beside)}
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
     return entry
 
 
@@ -139,11 +145,17 @@ def write_all(handle: int, data: bytes | memoryview) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write beside, flush, rename; UsageError where the name belongs to a device, a pipe or a socket."""
+    """Write beside, flush, rename.
+
+    UsageError where the name belongs to a device, a pipe or a socket.
+    """
     if not path.name:  # `.` or `/`
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if os.path.lexists(path) and stat.S_IFMT(os.lstat(path).st_mode) not in REPLACED:
-        raise UsageError(f"{path}: is a device, a pipe or a socket and is not overwritten; choose another name")
+        raise UsageError(
+            f"{path}: is a device, a pipe or a socket and is not overwritten; choose another name"
+        )
+
     with whole_file(path) as handle:
         write_all(handle.fileno(), data)
 
@@ -154,7 +166,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def encoded(text: str) -> bytes:
-    """Encode as UTF-8. Half characters, of file names that are no UTF-8, become escapes as in JSON."""
+    """Encode as UTF-8. Half characters, of file names that are no UTF-8, become escapes as in
+    JSON.
+    """
     return text.encode("utf-8", "backslashreplace")
 
 
@@ -166,10 +180,11 @@ def write_json(path: Path, value: Any) -> None:
 def write_output(path: Path, text: str, name: str) -> None:
     """Write the text file that the flag `name` asks for.
 
-    A plain file, or the one that a link leads to, is replaced as a whole; a device or a pipe is written
-    to (`/dev/null`, `/dev/stdout`). UsageError where that cannot be done.
+    A plain file, or the one that a link leads to, is replaced as a whole; a device or a pipe is
+    written to (`/dev/null`, `/dev/stdout`). UsageError where that cannot be done.
     """
     check_output(path, name)
+
     try:
         if is_standard_output(path):
             sys.stdout.write(text)
@@ -198,10 +213,14 @@ def json_text(value: Any) -> str:
 
 def append(path: Path, data: bytes) -> None:
     """Append all of some bytes to a file, or nothing: OSError where they cannot be written."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    handle = os.open(
+        path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666
+    )
+
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise OSError(errno.EINVAL, "is not a regular file", str(path))
+
         before = os.fstat(handle).st_size
         try:
             write_all(handle, data)
@@ -218,6 +237,7 @@ def open_lock(path: Path) -> int:
     UsageError where something else has that name, OSError where it cannot be opened.
     """
     wrong = f"{path}: expected a lock file, found something else, which is left alone; remove it"
+
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     except OSError as error:
@@ -228,22 +248,25 @@ def open_lock(path: Path) -> int:
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise UsageError(wrong)
+
     return handle
 
 
 def take_lock(handle: int, of_process: bool = False) -> bool:
     """Lock an open file or folder until it is closed; False where another process holds it.
 
-    A lock `of_process` is not inherited by processes that are forked later, and its file must be open
-    for writing. OSError on a disk that knows no locks.
+    A lock `of_process` is not inherited by processes that are forked later, and its file must be
+    open for writing. OSError on a disk that knows no locks.
     """
     lock = fcntl.lockf if of_process else fcntl.flock
+
     try:
         lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in HELD:
             return False
         raise
+
     return True
 
 
@@ -256,6 +279,7 @@ def open_folder(folder: Path) -> int:
 def only_one(path: Path, what: str) -> Iterator[None]:
     """Hold a file's lock. UsageError with `what` where another process holds it."""
     handle = open_lock(path)
+
     try:
         try:
             taken = take_lock(handle)
@@ -266,6 +290,7 @@ def only_one(path: Path, what: str) -> Iterator[None]:
 
         if not taken:
             raise UsageError(f"{path.parent}: {what}")
+
         yield
     finally:
         os.close(handle)
@@ -280,10 +305,12 @@ def point_to(link: Path, name: str) -> None:
 
 
 def sibling(link: Path) -> Path | None:
-    """Give the folder beside it that a link of ours names; None where there is none, or it leads nowhere.
+    """Give the folder beside it that a link of ours names.
 
-    A folder of the link's name, as copies without links have it, stands for itself. UsageError where
-    the link leads elsewhere, or through another link.
+    None where there is none, or it leads nowhere.
+
+    A folder of the link's name, as copies without links have it, stands for itself. UsageError
+    where the link leads elsewhere, or through another link.
     """
     if not link.is_symlink():
         return link if link.is_dir() else None
@@ -294,6 +321,7 @@ def sibling(link: Path) -> Path | None:
         raise UsageError(
             f"{link}: names {name[:80]!r}, expected a folder beside it; remove that link"
         )
+
     return place if place.is_dir() else None
 
 
@@ -307,7 +335,8 @@ def is_plain_name(name: Any) -> bool:
 
 
 def check_writable(folder: Path, flag: str) -> None:
-    """UsageError where files cannot be written to a folder, or to the nearest one above it that is there.
+    """UsageError where files cannot be written to a folder, or to the nearest one above it that is
+    there.
 
     Leaves nothing behind.
     """
@@ -316,7 +345,8 @@ def check_writable(folder: Path, flag: str) -> None:
             pass
     except OSError as error:
         raise UsageError(
-            f"{flag} {folder}: nothing can be written there ({error.strerror}); choose another folder"
+            f"{flag} {folder}: nothing can be written there ({error.strerror}); choose another"
+            " folder"
         ) from None
 
 
@@ -341,5 +371,3 @@ def nearest_folder(folder: Path) -> Path:
     while not place.exists():
         place = place.parent
     return place
-
-

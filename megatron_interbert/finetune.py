@@ -1,4 +1,6 @@
-"""Finetuning: `deepspeed launchers/finetune.sh TASK ARGS`, or `python -m megatron_interbert.finetune TASK ARGS` in one process."""
+"""Finetuning: `deepspeed launchers/finetune.sh TASK ARGS`, or `python -m
+megatron_interbert.finetune TASK ARGS` in one process.
+"""
 
 import signal
 from collections.abc import Callable

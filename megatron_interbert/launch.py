@@ -1,14 +1,15 @@
-"""The ranks of one machine, by torchrun: `interbert launch pretrain FLAGS`, and what Slurm starts on each node.
+"""The ranks of one machine, by torchrun: `interbert launch pretrain FLAGS`, and what Slurm starts
+on each node.
 
     interbert launch pretrain --data-path STORE ..          # a rank for each GPU, or one on the CPU
     interbert launch --processes 2 finetune retrieval ..
     srun --ntasks-per-node=1 python launchers/node.py -m megatron_interbert.pretrain FLAGS
 
 torchrun ends with code 1 whatever its ranks end with, and it answers SIGTERM by ending them after
-30 s. Here the code of the first rank that failed becomes the code of the node, so that Slurm can tell
-a preempted run (75) from a failed one (1) and from wrong use (2), and SIGTERM, SIGUSR1 and Ctrl-C go
-to the ranks, which save and end by themselves. SIGHUP goes to them when the process that has started
-this one (slurmstepd) dies, for Slurm would not notice.
+30 s. Here the code of the first rank that failed becomes the code of the node, so that Slurm can
+tell a preempted run (75) from a failed one (1) and from wrong use (2), and SIGTERM, SIGUSR1 and
+Ctrl-C go to the ranks, which save and end by themselves. SIGHUP goes to them when the process that
+has started this one (slurmstepd) dies, for Slurm would not notice.
 
 PROCESSES_PER_NODE says the number of ranks as well. They take the GPUs that CUDA_VISIBLE_DEVICES
 leaves, which `deepspeed --num_gpus` ignores.
@@ -58,9 +59,11 @@ def arguments_of(words: list[str]) -> list[str]:
     if not words or words[0] in ("-h", "--help"):
         print(__doc__, end="")
         raise SystemExit
+
     if words[0] == "--processes":
         os.environ["PROCESSES_PER_NODE"] = words[1] if len(words) > 1 else ""
         words = words[2:]
+
     if words and words[0] in ENTRIES:
         return ["-m", f"megatron_interbert.{ENTRIES[words[0]]}", *words[1:]]
     if not words or (words[0] != "-m" and not words[0].endswith((".py", ".sh"))):
@@ -69,6 +72,7 @@ def arguments_of(words: list[str]) -> list[str]:
             f"launch: '{name}', expected one of {', '.join(ENTRIES)}{nearest(name, ENTRIES)}, or"
             " -m MODULE, or a script"
         )
+
     return words
 
 
@@ -81,15 +85,25 @@ def command(arguments: list[str]) -> list[str]:
     node = number("SLURM_NODEID", 0)
     if nodes == 1:
         env.setdefault("MASTER_PORT", str(free_port()))
+
     master, port = meeting_place()
     ranks = env.get("PROCESSES_PER_NODE", "")
     if ranks not in BY_TORCHRUN:
         ranks = str(number("PROCESSES_PER_NODE", gpus() or 1, least=1))
-        share = len(os.sched_getaffinity(0)) // int(ranks)  # torchrun gives each of several ranks one thread
+        # torchrun gives each of several ranks one thread
+        share = len(os.sched_getaffinity(0)) // int(ranks)
         env.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
+
     return [
         *("--nnodes", str(nodes), "--node-rank", str(node), "--nproc-per-node", ranks),
-        *("--master-addr", master, "--master-port", port, "--rdzv-conf", f"timeout={MEETING_SECONDS}"),
+        *(
+            "--master-addr",
+            master,
+            "--master-port",
+            port,
+            "--rdzv-conf",
+            f"timeout={MEETING_SECONDS}",
+        ),
         *arguments,
     ]
 
@@ -116,24 +130,34 @@ def run() -> None:
     words = command(arguments)
     if os.environ.get("SLURM_NODEID", "0") == "0":
         print(f"on each node: torchrun {' '.join(words)}", flush=True)
+
     options = get_args_parser().parse_args(words)
     options.signals_to_handle = "SIGQUIT"
     take_over((*STOPPING, signal.SIGINT), pass_on)
     signal_at_parents_death(signal.SIGHUP)
-    logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.CRITICAL)  # ranks say themselves why they end
+    # ranks say themselves why they end
+    logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.CRITICAL)
+
     try:
         torchrun(options)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # unless they are killed
             how = killed_by(-failure.exitcode)
-            print(f"error: rank {rank} on {node_name()} (pid {failure.pid}) was {how}", file=sys.stderr, flush=True)
+            print(
+                f"error: rank {rank} on {node_name()} (pid {failure.pid}) was {how}",
+                file=sys.stderr,
+                flush=True,
+            )
+
         os._exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
     except (DistError, TimeoutError) as error:
         text = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"node {options.node_rank} of {options.nnodes}: the nodes cannot meet at {options.master_addr}:{options.master_port} within"
-            f" {MEETING_SECONDS} s ({text[:160]}); are all nodes up, is the port free on the first, and open between them?"
+            f"node {options.node_rank} of {options.nnodes}: the nodes cannot meet at"
+            f" {options.master_addr}:{options.master_port} within {MEETING_SECONDS} s"
+            f" ({text[:160]}); are all nodes up, is the port free on the first, and open between"
+            " them?"
         ) from error
 
 

@@ -1,4 +1,6 @@
-"""Standard output and error of work that must not end because nobody can read or store its lines."""
+"""Standard output and error of work that must not end because nobody can read or store its
+lines.
+"""
 
 import errno
 import io
@@ -20,6 +22,7 @@ class Lasting(io.FileIO):
             if error.errno != errno.EPIPE:  # `| head` has read enough
                 self.lost = error.strerror
             done = None
+
         return len(data) if done is None else done  # None: a pipe that does not wait is full
 
 
@@ -38,7 +41,9 @@ def open_standard_streams() -> None:
 
 
 def speak_any_language() -> None:
-    """Have messages in any language printed where the locale is POSIX's, and never fail for a character."""
+    """Have messages in any language printed where the locale is POSIX's, and never fail for a
+    character.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             ascii_only = stream.encoding.lower() in ("ascii", "us-ascii", "ansi_x3.4-1968", "646")
@@ -47,7 +52,10 @@ def speak_any_language() -> None:
 
 
 def keep_speaking() -> None:
-    """From now on a line that cannot be written is dropped; the work that wanted to say it goes on."""
+    """From now on a line that cannot be written is dropped.
+
+    The work that wanted to say it goes on.
+    """
     sys.stdout = lasting(sys.stdout, sys.__stdout__)
     sys.stderr = lasting(sys.stderr, sys.__stderr__)
 
@@ -58,6 +66,7 @@ def lasting(stream: io.TextIOBase, ordinary: io.TextIOBase | None) -> io.TextIOB
         return stream
 
     raw = Lasting(stream.fileno(), "w", closefd=False)
+
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding=stream.encoding,
@@ -67,10 +76,13 @@ def lasting(stream: io.TextIOBase, ordinary: io.TextIOBase | None) -> io.TextIOB
 
 
 def say_what_was_lost() -> bool:
-    """Say on standard error that standard output could not be written, where it is so; gives whether."""
+    """Say on standard error that standard output could not be written, where it is so; gives
+    whether.
+    """
     sys.stdout.flush()
     reason = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "lost", "")
     if reason:
         text = f"note: standard output could not be written ({reason}): lines are missing"
         print(text, file=sys.stderr, flush=True)
+
     return bool(reason)

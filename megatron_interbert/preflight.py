@@ -1,7 +1,8 @@
 """Checks before a long run, with the flags of the run: every failure comes with what mends it.
 
-`python -m megatron_interbert.preflight FLAGS --world-size N` on one machine: environment, batch arithmetic, data, disk, one step.
-Started by deepspeed, torchrun or launchers/preflight.sbatch on all machines it first compares them, in a table with the odd one out.
+`python -m megatron_interbert.preflight FLAGS --world-size N` on one machine: environment, batch
+arithmetic, data, disk, one step. Started by deepspeed, torchrun or launchers/preflight.sbatch on
+all machines it first compares them, in a table with the odd one out.
 """
 
 import copy
@@ -37,7 +38,12 @@ from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.launch import environment_of_one_process, read_launch
 from megatron_interbert.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
 from megatron_interbert.progress import progress
-from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, vocabulary_of_run
+from megatron_interbert.tasks.parts import (
+    describe_data,
+    fitted_sizes,
+    open_stores,
+    vocabulary_of_run,
+)
 from megatron_interbert.tasks.pretraining import pretraining_job
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.deepspeed_config import (
@@ -54,14 +60,22 @@ from megatron_interbert.training.optimizer import learning_rate
 from megatron_interbert.training.resume import check_same_model, newest_manifest
 from megatron_interbert.training.run import random_streams
 
-REQUIRED = {"torch": (2, 10), "deepspeed": (0, 19, 6), "h5py": (3, 11), "safetensors": (0, 6), "tokenizers": (0, 21)}
+REQUIRED = {
+    "torch": (2, 10),
+    "deepspeed": (0, 19, 6),
+    "h5py": (3, 11),
+    "safetensors": (0, 6),
+    "tokenizers": (0, 21),
+}
 
 
 @dataclass
 class PreflightConfig(RunConfig):
     """The flags of the run and two of our own."""
 
-    world_size: int = option(0, "processes the run will have (default: those that are started)", least=0)
+    world_size: int = option(
+        0, "processes the run will have (default: those that are started)", least=0
+    )
     fast: bool = option(False, "skip hashing the shards and reading every record")
 
 
@@ -69,15 +83,25 @@ def check_environment(config: PreflightConfig) -> str:
     """Versions, device, precision."""
     for name, wanted in REQUIRED.items():
         version = importlib.metadata.version(name)
-        if tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit()) < wanted:
-            raise UsageError(f"{name} {version} is older than {'.'.join(map(str, wanted))}; pip install -r requirements.txt")
+        if (
+            tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+            < wanted
+        ):
+            raise UsageError(
+                f"{name} {version} is older than {'.'.join(map(str, wanted))}; pip install -r"
+                " requirements.txt"
+            )
+
     device = this_device()
     if config.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise UsageError(f"{torch.cuda.get_device_name()} has no bfloat16; use --fp16")
+
     choose_kernels(config.kernels, device, fp8=config.fp8)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
+
     return (
-        f"Python {sys.version.split()[0]}, torch {torch.__version__}, deepspeed {importlib.metadata.version('deepspeed')}, {name}"
+        f"Python {sys.version.split()[0]}, torch {torch.__version__}, deepspeed"
+        f" {importlib.metadata.version('deepspeed')}, {name}"
     )
 
 
@@ -88,29 +112,38 @@ def check_batch(config: PreflightConfig) -> str:
             f"--world-size {config.world_size} is not a multiple of --tensor-model-parallel-size"
             f" {config.tensor_model_parallel_size}; give another one of them"
         )
+
     ranks = ranks_of(config)
     config.data_parallel_size = ranks
     config.fit_zero_stage(config.world_size)
     by_trial = config.micro_batch_size == AUTO
+
     if by_trial:  # the run tries sizes that fit; here the smallest stands for all
         agree_with_json(config)
         if not config.global_batch_size:
             raise UsageError("--micro-batch-size auto needs --global-batch-size, which it divides")
         config.micro_batch_size = 1
+
     engine = merge(config, ranks)
     if not config.is_default("data_partitions"):
         check_partitions(config.told("data_partitions"), config.data_partitions, ranks)
     if by_trial:
-        return f"global batch {config.global_batch_size}, micro-batches by trial when the run starts (checked here: 1); DP {ranks}"
+        return (
+            f"global batch {config.global_batch_size}, micro-batches by trial when the run starts"
+            f" (checked here: 1); DP {ranks}"
+        )
+
     return (
-        f"global batch {config.global_batch_size} = micro {config.micro_batch_size} x DP {ranks} x accumulation"
-        f" {engine['gradient_accumulation_steps']}; TP {config.tensor_model_parallel_size}, ZeRO-{config.zero_stage}"
+        f"global batch {config.global_batch_size} = micro {config.micro_batch_size} x DP {ranks} x"
+        f" accumulation {engine['gradient_accumulation_steps']}; TP"
+        f" {config.tensor_model_parallel_size}, ZeRO-{config.zero_stage}"
     )
 
 
 def check_data(config: PreflightConfig) -> str:
     """Store and vocabulary; without --fast every hash and every record."""
-    corpus, tokenizer = open_stores(config.stores(), config), vocabulary_of_run(config, config.stores())
+    corpus = open_stores(config.stores(), config)
+    tokenizer = vocabulary_of_run(config, config.stores())
     sizes = fitted_sizes(config, tokenizer, corpus)
     sizes.check_tensor_parallel(config.tensor_model_parallel_size)
     config.check_float8(sizes)
@@ -119,26 +152,45 @@ def check_data(config: PreflightConfig) -> str:
     pieces = corpus.tokens(some, tokenizer, config.max_tokens - 2).ids
     unknown = int((pieces == tokenizer.unknown).sum())
     shards = sum(len(store.shards) for store in corpus.stores)
+    batch = config.global_batch_size or config.micro_batch_size
     notes = [
-        f"{corpus.num_images} images, {corpus.num_captions} captions, {shards} shards, vocabulary {tokenizer.vocab_size}",
+        (
+            f"{corpus.num_images} images, {corpus.num_captions} captions, {shards} shards,"
+            f" vocabulary {tokenizer.vocab_size}"
+        ),
         f"{unknown} [UNK] in the first {len(some)} captions"
-        + (" (many: is it the vocabulary of their language? see --vocab-file, --language)" if unknown > 0.02 * len(pieces) else ""),
-        f"{dataset.order.epoch_length / (config.global_batch_size or config.micro_batch_size):.0f} steps an epoch",
+        + (
+            " (many: is it the vocabulary of their language? see --vocab-file, --language)"
+            if unknown > 0.02 * len(pieces)
+            else ""
+        ),
+        f"{dataset.order.epoch_length / batch:.0f} steps an epoch",
     ]
+
     if any(store.captions.token_vocabulary != tokenizer.sha256 for store in corpus.stores):
-        notes.append("captions are tokenised while loading (build the store with this --vocab-file to spare that)")
+        notes.append(
+            "captions are tokenised while loading (build the store with this --vocab-file to spare"
+            " that)"
+        )
+
     if not config.fast:
         for store in corpus.stores:
             store.verify_hashes()
         repaired = sum(count_repaired(store) for store in corpus.stores)
-        notes.append(f"hashes right, {repaired} boxes outside their image, clipped when built or read")
+        notes.append(
+            f"hashes right, {repaired} boxes outside their image, clipped when built or read"
+        )
+
     return "; ".join(notes)
 
 
 def count_repaired(store: RegionStore) -> int:
     """Boxes that reach outside their image or are inverted; reads, and so checks, every record."""
-    for index in progress(range(store.num_images), desc="records", unit="image", unit_scale=True, leave=False):
+    for index in progress(
+        range(store.num_images), desc="records", unit="image", unit_scale=True, leave=False
+    ):
         store.read(index)
+
     return store.repaired_boxes + store.manifest.get("repaired_boxes", 0)
 
 
@@ -146,8 +198,10 @@ def check_disk(config: PreflightConfig) -> str:
     """A folder that can be written, with room for the checkpoints that will be kept."""
     if not config.save:
         return "no --save: nothing will be written"
+
     check_writable(Path(config.save), "--save")
-    corpus, tokenizer = open_stores(config.stores(), config), vocabulary_of_run(config, config.stores())
+    corpus = open_stores(config.stores(), config)
+    tokenizer = vocabulary_of_run(config, config.stores())
     with torch.device("meta"):
         sizes = fitted_sizes(config, tokenizer, corpus)
         parameters = sum(p.numel() for p in InterBert(sizes, PRETRAINING_HEADS).parameters())
@@ -158,18 +212,28 @@ def check_disk(config: PreflightConfig) -> str:
         check_same_model(manifest, sizes, describe_data(tokenizer, corpus), str(path))
 
     weight = 4 if not (config.fp16 or config.bf16) else 2
-    each = parameters * (12 + 2 * weight)  # master weights and two moments in fp32; weights for DeepSpeed and as safetensors
+    # master weights and two moments in fp32; weights for DeepSpeed and as safetensors
+    each = parameters * (12 + 2 * weight)
     wanted = each * (checkpoints_kept(config) + 1)  # the next one is whole before an old one goes
     free = shutil.disk_usage(nearest_folder(Path(config.save))).free
+
     if free < wanted:
         raise UsageError(
-            f"--save {config.save}: {free / 2**30:.1f} GiB free, the checkpoints need {wanted / 2**30:.1f} GiB;"
-            " free some, choose another folder, or lower --keep-last"
+            f"--save {config.save}: {free / 2**30:.1f} GiB free, the checkpoints need"
+            f" {wanted / 2**30:.1f} GiB; free some, choose another folder, or lower --keep-last"
         )
+
     unknown = not config.keep_last and not config.save_interval
-    more = f", and {each / 2**30:.2f} for each one more, for --keep-last 0 keeps all" if unknown else ""
+    more = (
+        f", and {each / 2**30:.2f} for each one more, for --keep-last 0 keeps all"
+        if unknown
+        else ""
+    )
     start = f"resumes from {resumed[0]}; " if resumed else ""
-    return f"{start}{wanted / 2**30:.2f} GiB needed for checkpoints{more}, {free / 2**30:.1f} GiB free"
+
+    return (
+        f"{start}{wanted / 2**30:.2f} GiB needed for checkpoints{more}, {free / 2**30:.1f} GiB free"
+    )
 
 
 def checkpoints_kept(config: PreflightConfig) -> int:
@@ -187,12 +251,14 @@ def config_of_one_process(config: PreflightConfig) -> PreflightConfig:
     alone.tensor_model_parallel_size = 1
     alone.sequence_parallel = False
     alone.global_batch_size = 0
+
     if config.deepspeed_config:  # all but the batch sizes, which are those of all ranks
         settings = read_deepspeed_config(config)
         for name in ("train_batch_size", "gradient_accumulation_steps"):
             settings.pop(name, None)
         alone.deepspeed_config = str(Path(tempfile.mkdtemp()) / "deepspeed.json")
         write_json(Path(alone.deepspeed_config), settings)
+
     return alone
 
 
@@ -204,10 +270,13 @@ def check_step(config: PreflightConfig) -> str:
     """
     if config.deterministic:
         same_bits_every_time()
-    device, state = start_processes(), ParallelState()
+
+    device = start_processes()
+    state = ParallelState()
     alone = config_of_one_process(config)
     job = pretraining_job(alone, state)
-    plan, streams = plan_model(alone, job, state, device), random_streams(alone, state, device)
+    plan = plan_model(alone, job, state, device)
+    streams = random_streams(alone, state, device)
     kernels = plan.kernels
     trial = Trial(alone, job, state, device, kernels)
     offloaded = offloads(merge(copy.copy(config), ranks_of(config)))
@@ -216,6 +285,7 @@ def check_step(config: PreflightConfig) -> str:
     if not offloaded:
         whole = trial.batch(config.micro_batch_size)
         memory = memory_of_run(config, job, whole, kernels, device)
+
     if not samples:
         return f"not tried: the whole model does not fit one GPU; {memory}"
 
@@ -227,6 +297,7 @@ def check_step(config: PreflightConfig) -> str:
     loss, report = job.task.loss(engine.forward(batch), batch, totals)
     engine.backward(loss, last=True)
     norm, applied = engine.step(learning_rate(1, alone))
+
     if not torch.isfinite(loss) or not (applied or config.fp16):  # fp16 is still finding its scale
         raise UsageError(
             f"the first step is not finite (loss {loss.item()}, gradient norm {norm}); check the"
@@ -241,6 +312,7 @@ def check_step(config: PreflightConfig) -> str:
     if device.type == "cuda":
         seen = torch.cuda.max_memory_allocated(device) / 2**30
         notes.append(f"peak {seen:.2f} GiB in this one-process step")
+
     return "; ".join([*notes, memory, f"kernels: {kernels.describe()}"])
 
 
@@ -250,12 +322,17 @@ def ranks_of(config: PreflightConfig) -> int:
 
 
 def samples_for_one_process(trial: Trial) -> int:
-    """How much of a micro-batch one process has memory for, which holds the whole model; 0: none."""
+    """How much of a micro-batch one process has memory for, which holds the whole model.
+
+    0: none.
+    """
     samples = trial.config.micro_batch_size
+
     if trial.device.type == "cuda":
         room = memory_of(trial.device)
         while samples and not trial.fits(trial.batch(samples), room):
             samples //= 2
+
     return samples
 
 
@@ -274,12 +351,15 @@ def memory_of_run(
             f"{predicted:.1f} GiB predicted per rank, the GPU has {there:.1f}; lower"
             " --micro-batch-size (or let auto choose it), or see python tools/plan.py"
         )
+
     return f"{predicted:.2f} GiB predicted per rank; the GPU has {there:.1f} GiB"
 
 
 def check_nodes(config: PreflightConfig) -> None:
-    """Several ranks: the table of machines, printed by rank 0, then the other checks in a process of its own, for which the other
-    ranks wait (a launcher takes a rank that has ended for the end of the run). UsageError on all ranks when one is odd."""
+    """Several ranks: the table of machines, printed by rank 0, then the other checks in a process
+    of its own, for which the other ranks wait (a launcher takes a rank that has ended for the end
+    of the run). UsageError on all ranks when one is odd.
+    """
     in_use = device_in_use(this_device())
     start_processes()
     state = ParallelState()
@@ -288,23 +368,31 @@ def check_nodes(config: PreflightConfig) -> None:
         print(table, flush=True)
     if wrong:
         raise UsageError(f"preflight: the machines do not fit together: {'; '.join(wrong)}")
+
     patient = torch.distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     code = 0
+
     if state.is_main:
         ranks = () if config.world_size else ("--world-size", str(state.world_size))
         command = [sys.executable, "-m", "megatron_interbert.preflight", *sys.argv[1:], *ranks]
         code = subprocess.run(command, env=environment_of_one_process(), check=False).returncode
+
     code = state.gather(code, patient)[0]
     sys.stdout.flush()
     os._exit(code)  # the lines of the checks have said why
 
 
 def run() -> None:
-    """All checks in order; a failed one does not hide the next, and the exit code is 2 if any failed."""
-    config = parse(PreflightConfig, "Check machines, environment, data and one step before a long run.")
+    """All checks in order; a failed one does not hide the next, and the exit code is 2 if any
+    failed.
+    """
+    config = parse(
+        PreflightConfig, "Check machines, environment, data and one step before a long run."
+    )
     config.check()
     if read_launch().world_size > 1:
         check_nodes(config)
+
     config.world_size = config.world_size or 1
     checks: list[tuple[str, Callable[[PreflightConfig], str]]] = [
         ("environment", check_environment),
@@ -314,22 +402,31 @@ def run() -> None:
         ("step", check_step),
     ]
     failed = []
+
     for name, check in checks:
         needed = ("data", "batch") if name == "step" else ("data",)
         if missing := [other for other in needed if other in failed]:
             print(f"-       {name:<12} not tried, for it needs the {missing[0]}", flush=True)
             continue
+
         try:
             print(f"ok      {name:<12} {check(config)}", flush=True)
         except UsageError as error:
             failed.append(name)
             print(f"FAILED  {name:<12} {error}", flush=True)
-        except (RuntimeError, ImportError, OSError) as error:  # out of memory, a missing package: still one line for each check
+        # out of memory, a missing package: still one line for each check
+        except (RuntimeError, ImportError, OSError) as error:
             failed.append(name)
             text = str(error).splitlines()[0] if str(error) else ""
-            print(f"FAILED  {name:<12} {type(error).__name__}: {text}; for memory lower --micro-batch-size", flush=True)
+            print(
+                f"FAILED  {name:<12} {type(error).__name__}: {text}; for memory lower"
+                " --micro-batch-size",
+                flush=True,
+            )
+
     if failed:
         raise UsageError(f"preflight: {', '.join(failed)} failed; see the lines above")
+
     print("ready")
 
 

@@ -1,4 +1,6 @@
-"""Pretraining: `deepspeed launchers/pretrain.sh ARGS`, `torchrun -m megatron_interbert.pretrain`, or one plain process."""
+"""Pretraining: `deepspeed launchers/pretrain.sh ARGS`, `torchrun -m megatron_interbert.pretrain`,
+or one plain process.
+"""
 
 import signal
 from collections.abc import Callable, Sequence
@@ -13,7 +15,8 @@ from megatron_interbert.signals import STOPPING, take_over
 from megatron_interbert.training.setup import prepare
 
 ABOUT = "Pretrain InterBERT on a region store."
-Recipe = Callable[[RunConfig], Sequence[str]]  # flags for what a run was not told, by what it was told
+# flags for what a run was not told, by what it was told
+Recipe = Callable[[RunConfig], Sequence[str]]
 
 
 def run(recipe: Recipe) -> None:

@@ -1,4 +1,5 @@
-"""Pretraining of the Chinese model: as `pretrain`, with a recipe for all that you do not say yourself.
+"""Pretraining of the Chinese model: as `pretrain`, with a recipe for all that you do not say
+yourself.
 
 Without a data path it trains a small model on the generated sample shop.
 """

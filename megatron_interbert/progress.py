@@ -1,4 +1,6 @@
-"""Progress of long work: a bar on a terminal; in a log, a line with the remaining time every half minute."""
+"""Progress of long work: a bar on a terminal; in a log, a line with the remaining time every half
+minute.
+"""
 
 import sys
 from collections.abc import Iterable
@@ -11,13 +13,19 @@ LINE = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f} %) | {rate_fmt}{postfix} |
 
 
 def progress(iterable: Iterable[Any] | None = None, *, shown: bool = True, **settings: Any) -> tqdm:
-    """A tqdm over `iterable`, or over `total` that is updated by hand; `shown` is false on all ranks but one."""
+    """A tqdm over `iterable`, or over `total` that is updated by hand.
+
+    `shown` is false on all ranks but one.
+    """
     if sys.stderr.isatty():
         return tqdm(iterable, disable=not shown, mininterval=1.0, dynamic_ncols=True, **settings)
+
     return log_lines(iterable, shown=shown, **settings)
 
 
-def log_lines(iterable: Iterable[Any] | None = None, *, shown: bool = True, **settings: Any) -> tqdm:
+def log_lines(
+    iterable: Iterable[Any] | None = None, *, shown: bool = True, **settings: Any
+) -> tqdm:
     """As in a log, also on a terminal: for work beside other work that has the bar."""
     pace = {"mininterval": SECONDS, "maxinterval": SECONDS, "delay": SECONDS, "miniters": 1}
     return LogLines(iterable, disable=not shown, bar_format=LINE, **pace, **settings)

@@ -18,7 +18,10 @@ NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETO
 
 @contextlib.contextmanager
 def reading(what: str | Path) -> Iterator[None]:
-    """Turn a failure to read `what` into Unreadable; FileNotFoundError and the like pass through."""
+    """Turn a failure to read `what` into Unreadable.
+
+    FileNotFoundError and the like pass through.
+    """
     try:
         yield
     except OSError as error:
@@ -31,7 +34,9 @@ def reading(what: str | Path) -> Iterator[None]:
 
 
 def open_regular(path: Path, follow: bool = True) -> IO[bytes]:
-    """Open a file to read; OSError where something else has its name (reading a pipe would never end).
+    """Open a file to read.
+
+    OSError where something else has its name (reading a pipe would never end).
 
     Without `follow` a link is something else as well.
     """
@@ -44,6 +49,7 @@ def open_regular(path: Path, follow: bool = True) -> IO[bytes]:
     os.close(handle)
     if kind == stat.S_IFDIR:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+
     raise OSError(errno.EINVAL, "is not a regular file", str(path))
 
 
@@ -54,7 +60,9 @@ def read_regular(path: Path) -> bytes:
 
 
 def list_folder(folder: Path) -> list[str]:
-    """Give the names in a folder, sorted; none where it is absent. Unreadable where it cannot be read.
+    """Give the names in a folder, sorted; none where it is absent.
+
+    Unreadable where it cannot be read.
 
     `Path.glob` takes a folder that it may not read for an empty one.
     """
@@ -72,6 +80,7 @@ def is_there(path: Path) -> bool:
             os.stat(path)
     except OSError:
         return False
+
     return True
 
 
@@ -81,7 +90,9 @@ def read_text(path: str | Path, what: str) -> str:
         with reading(path):
             return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{what}: {path} is no text in UTF-8 (byte {error.start}: {error.reason})") from error
+        raise UsageError(
+            f"{what}: {path} is no text in UTF-8 (byte {error.start}: {error.reason})"
+        ) from error
     except OSError as error:
         raise UsageError(f"{what}: cannot read {path} ({error.strerror})") from error
 
@@ -89,12 +100,15 @@ def read_text(path: str | Path, what: str) -> str:
 def read_json(path: str | Path, what: str) -> dict[str, Any]:
     """A JSON object from a file; UsageError naming `what` when it is missing or malformed."""
     text = read_text(path, what)
+
     try:
         value = json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{what}: {path} is not valid JSON ({error})") from error
+
     if not isinstance(value, dict):
         raise UsageError(f"{what}: {path} holds a {type(value).__name__}, expected an object")
+
     return value
 
 

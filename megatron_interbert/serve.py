@@ -1,4 +1,6 @@
-"""Product search and recommendation over HTTP: `python -m megatron_interbert.serve --load RUN --data-path STORE`."""
+"""Product search and recommendation over HTTP: `python -m megatron_interbert.serve --load RUN
+--data-path STORE`.
+"""
 
 import asyncio
 import functools
@@ -14,7 +16,12 @@ from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.serving.app import make_app
 from megatron_interbert.serving.config import ServeConfig
-from megatron_interbert.serving.connections import ACCEPTED_AT_ONCE, Connection, Crowd, fit_connections
+from megatron_interbert.serving.connections import (
+    ACCEPTED_AT_ONCE,
+    Connection,
+    Crowd,
+    fit_connections,
+)
 from megatron_interbert.serving.hosts import AllowedHosts
 from megatron_interbert.serving.log_limit import Allowance, LimitedHandler
 from megatron_interbert.serving.start import open_models, open_service
@@ -25,7 +32,9 @@ WAITING_TO_BE_ACCEPTED = 1024  # connections that the kernel keeps
 
 
 class Server(uvicorn.Server):
-    """Says where it listens when it does, ends connections that are out of time, and ends when what is under way has ended."""
+    """Says where it listens when it does, ends connections that are out of time, and ends when what
+    is under way has ended.
+    """
 
     def __init__(self, config: uvicorn.Config, crowd: Crowd) -> None:
         super().__init__(config)
@@ -33,7 +42,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        sockets[0].listen(WAITING_TO_BE_ACCEPTED)  # asyncio takes one number for this and for ACCEPTED_AT_ONCE
+        # asyncio takes one number for this and for ACCEPTED_AT_ONCE
+        sockets[0].listen(WAITING_TO_BE_ACCEPTED)
         host, port = sockets[0].getsockname()[:2]
         items = len(self.config.app.state.service.searcher.shop.items)
         print(f"serving {items} items at http://{host}:{port}/", flush=True)
@@ -51,7 +61,9 @@ class Server(uvicorn.Server):
             asking.cancel()
 
     async def _ask_to_end(self) -> None:
-        """uvicorn asks connections once: one that is accepted in that moment would be waited for until the time is up."""
+        """uvicorn asks connections once: one that is accepted in that moment would be waited for
+        until the time is up.
+        """
         while True:
             await asyncio.sleep(0.2)
             self.crowd.look(asyncio.get_running_loop().time())
@@ -94,6 +106,7 @@ def serve(config: ServeConfig, device: torch.device, hosts: AllowedHosts) -> Non
 def bind(host: str, port: int) -> socket.socket:
     """Bind the address of the service. UsageError with the system's reason where that fails."""
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
@@ -101,14 +114,18 @@ def bind(host: str, port: int) -> socket.socket:
         listening.close()
         reason = getattr(error, "strerror", None) or "no name of a machine"
         raise UsageError(
-            f"--host {host} --port {port}: cannot listen at {host}:{port} ({reason}); give an address of this"
-            " machine and a port that no other service has"
+            f"--host {host} --port {port}: cannot listen at {host}:{port} ({reason}); give an"
+            " address of this machine and a port that no other service has"
         ) from None
+
     return listening
 
 
 def server_config(config: ServeConfig, app: FastAPI, crowd: Crowd) -> uvicorn.Config:
-    """What uvicorn is told. Its loop and protocols are named, so that no other package that is installed changes them."""
+    """What uvicorn is told.
+
+    Its loop and protocols are named, so that no other package that is installed changes them.
+    """
     return uvicorn.Config(
         app,
         host=config.host,

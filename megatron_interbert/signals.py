@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 
-# They ask a run to save and end: a machine is about to be taken away, or a terminal or the launcher of a node has gone.
+# They ask a run to save and end: a machine is about to be taken away, or a terminal or the launcher
+# of a node has gone.
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 EXIT_STATUS = 49  # of /proc/PID/stat, counted from the process's state
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def take_over(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> None:
-    """`handler` answers these signals from now on, but for those that were to be ignored (SIGHUP under nohup)."""
+    """`handler` answers these signals from now on, but for those that were to be ignored (SIGHUP
+    under nohup).
+    """
     for number in numbers:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
@@ -29,7 +32,9 @@ def killed_by(number: int) -> str:
 
 
 def identity(pid: int) -> str:
-    """Tells a process from all others, on whatever machine, in whatever container and before or after it; empty when it is gone."""
+    """Tells a process from all others, on whatever machine, in whatever container and before or
+    after it; empty when it is gone.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         started = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[19]
@@ -45,19 +50,26 @@ def exit_status(pid: int, name: str, patience: float = 0.5) -> int | None:
     not of this machine (`name` is its identity), or its parent was faster.
     """
     deadline = time.monotonic() + patience
+
     while name and identity(pid) == name:
         with contextlib.suppress(OSError):
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
             status = int(fields[EXIT_STATUS])
             if fields[0] == "Z" or status:
                 return -(status & 0x7F) if status & 0x7F else status >> 8
+
         if time.monotonic() > deadline:
             break
+
         time.sleep(0.01)
+
     return None
 
 
 def signal_at_parents_death(number: int) -> None:
-    """From now on this process gets a signal when its parent dies, however it dies. Does nothing where there is no Linux."""
+    """From now on this process gets a signal when its parent dies, however it dies.
+
+    Does nothing where there is no Linux.
+    """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))

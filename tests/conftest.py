@@ -9,8 +9,8 @@ import pytest
 
 from tests.corpus import write_store
 
-# Files are tested side by side. Those that take half a minute or more begin first, the longest at the
-# head, so that none is left to run alone at the end.
+# Files are tested side by side. Those that take half a minute or more begin first, the longest at
+# the head, so that none is left to run alone at the end.
 LONGEST_FILES = (
     "test_together.py",
     "test_slurm.py",
@@ -51,5 +51,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory):
-    """A small region store that nobody changes; a file that needs another one has a fixture of this name itself."""
+    """A small region store that nobody changes; a file that needs another one has a fixture of this
+    name itself.
+    """
     return write_store(tmp_path_factory.mktemp("data") / "store")

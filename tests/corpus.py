@@ -31,12 +31,23 @@ WORDS = [
     ",",
 ]
 VOCABULARY = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-FEATURES, CLASSES = 24, 11
+FEATURES = 24
+CLASSES = 11
 
 
-def write_store(path: Path, images: int = 40, captions_each: int = 2, seed: int = 0, images_per_shard: int = 16, **options) -> Path:
-    """A store of `images` with 2 to 9 regions each, soft labels with three entries, and its vocab.txt."""
+def write_store(
+    path: Path,
+    images: int = 40,
+    captions_each: int = 2,
+    seed: int = 0,
+    images_per_shard: int = 16,
+    **options,
+) -> Path:
+    """A store of `images` with 2 to 9 regions each, soft labels with three entries, and its
+    vocab.txt.
+    """
     random = np.random.default_rng(seed)
+
     with RegionStoreWriter(
         path,
         feature_dim=FEATURES,
@@ -52,8 +63,12 @@ def write_store(path: Path, images: int = 40, captions_each: int = 2, seed: int 
         for number in range(images):
             writer.add(
                 random_regions(random, f"image-{number}"),
-                [(" ".join(random.choice(WORDS[:18], size=random.integers(1, 12))), "en") for _ in range(captions_each)],
+                [
+                    (" ".join(random.choice(WORDS[:18], size=random.integers(1, 12))), "en")
+                    for _ in range(captions_each)
+                ],
             )
+
     return path
 
 
@@ -64,6 +79,7 @@ def random_regions(random: np.random.Generator, name: str) -> Regions:
     boxes = np.concatenate([corner, corner + random.uniform(5, 40, size=(count, 2))], axis=1)
     ids = np.stack([random.permutation(CLASSES)[:3] for _ in range(count)])
     probs = random.dirichlet(np.ones(4), size=count)[:, :3]
+
     return Regions(
         name,
         (100.0, 80.0),

@@ -1,4 +1,6 @@
-"""Runs a function on several gloo ranks in processes of their own; a failing rank fails the test with its traceback."""
+"""Runs a function on several gloo ranks in processes of their own; a failing rank fails the test
+with its traceback.
+"""
 
 import sys
 import traceback
@@ -14,11 +16,18 @@ from tests.launching import free_ports
 from tests.warm import start_server
 
 
-def _rank(rank: int, ranks: int, port: int, function: Callable[..., None], arguments: tuple) -> None:
+def _rank(
+    rank: int, ranks: int, port: int, function: Callable[..., None], arguments: tuple
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks, timeout=timedelta(seconds=120)
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=120),
     )
+
     try:
         function(*arguments)
     except BaseException:
@@ -31,4 +40,9 @@ def _rank(rank: int, ranks: int, port: int, function: Callable[..., None], argum
 def run_on_ranks(ranks: int, function: Callable[..., None], *arguments: Any) -> None:
     """Call function(*arguments) on every rank; it must be importable (a module-level function)."""
     start_server()
-    mp.start_processes(_rank, (ranks, free_ports(1)[0], function, arguments), nprocs=ranks, start_method="forkserver")
+    mp.start_processes(
+        _rank,
+        (ranks, free_ports(1)[0], function, arguments),
+        nprocs=ranks,
+        start_method="forkserver",
+    )

@@ -1,4 +1,6 @@
-"""Two machines made of network namespaces, each with an address and an sshd of its own, on one cable that can be pulled."""
+"""Two machines made of network namespaces, each with an address and an sshd of its own, on one
+cable that can be pulled.
+"""
 
 import contextlib
 import os
@@ -32,15 +34,25 @@ def missing():
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
     if absent:
         return f"needs {', '.join(absent)}"
+
     probe = f"probe-{os.getpid()}"
-    if os.geteuid() or subprocess.run(["ip", "netns", "add", probe], capture_output=True, check=False).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["ip", "netns", "add", probe], capture_output=True, check=False
+        ).returncode
+    ):
         return "this machine allows no network namespaces"
+
     subprocess.run(["ip", "netns", "del", probe], check=True)
+
     return ""
 
 
 class Hosts:
-    """`with Hosts(folder) as hosts`: hosts.addresses, hosts.deepspeed(flags) from the first, hosts.pull_the_cable()."""
+    """`with Hosts(folder) as hosts`: hosts.addresses, hosts.deepspeed(flags) from the first,
+    hosts.pull_the_cable().
+    """
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -49,21 +61,38 @@ class Hosts:
         self.daemons = []
         (self.folder / "bin").mkdir()
         wrapper = self.folder / "bin" / "ssh"
-        wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {self.folder}/ssh_config "$@"\n')
+        wrapper.write_text(
+            f'#!/bin/sh\nexec {shutil.which("ssh")} -F {self.folder}/ssh_config "$@"\n'
+        )
         wrapper.chmod(0o755)
         (self.folder / "ssh_config").write_text(SSH.format(folder=self.folder))
-        # Variables that the launcher carries to the other machines; names of these machines do not resolve, so gloo takes the cable.
-        wanted = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable", "PATH": ENVIRONMENT["PATH"]}
-        (self.folder / "deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in wanted.items()))
-        (self.folder / "hostfile").write_text("".join(f"{address} slots=1\n" for address in self.addresses))
-        self.environment = {**ENVIRONMENT, **wanted, "PATH": f"{self.folder}/bin:{ENVIRONMENT['PATH']}",
-                            "DS_ENV_FILE": f"{self.folder}/deepspeed_env"}  # fmt: skip
+        # Variables that the launcher carries to the other machines; names of these machines do not
+        # resolve, so gloo takes the cable.
+        wanted = {
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "cable",
+            "PATH": ENVIRONMENT["PATH"],
+        }
+        (self.folder / "deepspeed_env").write_text(
+            "".join(f"{name}={value}\n" for name, value in wanted.items())
+        )
+        (self.folder / "hostfile").write_text(
+            "".join(f"{address} slots=1\n" for address in self.addresses)
+        )
+        self.environment = {
+            **ENVIRONMENT,
+            **wanted,
+            "PATH": f"{self.folder}/bin:{ENVIRONMENT['PATH']}",
+            "DS_ENV_FILE": f"{self.folder}/deepspeed_env",
+        }
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
             stack.push(self)
             self._begin()
             stack.pop_all()
+
         return self
 
     def _begin(self):
@@ -71,9 +100,25 @@ class Hosts:
             _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / key)
         for name in self.names:
             _run("ip", "netns", "add", name)
+
         a, b = self.names
-        _run("ip", "link", "add", "cable", "netns", a, "type", "veth", "peer", "name", "cable", "netns", b)
+        _run(
+            "ip",
+            "link",
+            "add",
+            "cable",
+            "netns",
+            a,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "cable",
+            "netns",
+            b,
+        )
         Path("/run/sshd").mkdir(exist_ok=True)
+
         for name, address in zip(self.names, self.addresses, strict=True):
             for words in (
                 ("addr", "add", f"{address}/24", "dev", "cable"),
@@ -81,20 +126,51 @@ class Hosts:
                 ("link", "set", "lo", "up"),
             ):
                 _run("ip", "-n", name, *words)
+
             (self.folder / f"sshd-{name}").write_text(SSHD.format(folder=self.folder, name=name))
-            command = ["ip", "netns", "exec", name, "/usr/sbin/sshd", "-D", "-f", str(self.folder / f"sshd-{name}")]
+            command = [
+                "ip",
+                "netns",
+                "exec",
+                name,
+                "/usr/sbin/sshd",
+                "-D",
+                "-f",
+                str(self.folder / f"sshd-{name}"),
+            ]
             self.daemons.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
-        until(lambda: all(self.reaches(address) for address in self.addresses), "both answer by ssh", seconds=20)
+
+        until(
+            lambda: all(self.reaches(address) for address in self.addresses),
+            "both answer by ssh",
+            seconds=20,
+        )
 
     def reaches(self, address):
-        command = ["ip", "netns", "exec", self.names[0], str(self.folder / "bin" / "ssh"), address, "true"]
+        command = [
+            "ip",
+            "netns",
+            "exec",
+            self.names[0],
+            str(self.folder / "bin" / "ssh"),
+            address,
+            "true",
+        ]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     def start(self, *command):
         """A process on the first machine; what it and its children print is in `log()`."""
         words = ["ip", "netns", "exec", self.names[0], *map(str, command)]
+
         with open(self.folder / "log", "w") as log:
-            return subprocess.Popen(words, cwd=ROOT, env=self.environment, start_new_session=True, stdout=log, stderr=log)
+            return subprocess.Popen(
+                words,
+                cwd=ROOT,
+                env=self.environment,
+                start_new_session=True,
+                stdout=log,
+                stderr=log,
+            )
 
     def log(self):
         """What the newest process has printed."""
@@ -102,15 +178,28 @@ class Hosts:
 
     def deepspeed(self, *flags):
         """The launcher on the first machine, with a hostfile of both."""
-        return self.start("deepspeed", "--log_level", "error", "--hostfile", self.folder / "hostfile", "--master_addr", self.addresses[0],
-                          "--master_port", free_ports(1)[0], "launchers/pretrain.sh", *flags)  # fmt: skip
+        return self.start(
+            "deepspeed",
+            "--log_level",
+            "error",
+            "--hostfile",
+            self.folder / "hostfile",
+            "--master_addr",
+            self.addresses[0],
+            "--master_port",
+            free_ports(1)[0],
+            "launchers/pretrain.sh",
+            *flags,
+        )
 
     def ranks(self):
         """Process numbers of the ranks on both machines."""
         pids = [
             p
             for n in self.names
-            for p in subprocess.run(["ip", "netns", "pids", n], capture_output=True, text=True, check=True).stdout.split()
+            for p in subprocess.run(
+                ["ip", "netns", "pids", n], capture_output=True, text=True, check=True
+            ).stdout.split()
         ]
         return [pid for pid in pids if "RANK" in environment(pid)]
 
@@ -120,9 +209,13 @@ class Hosts:
 
     def __exit__(self, *_):
         for name in self.names:
-            for pid in subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout.split():
+            for pid in subprocess.run(
+                ["ip", "netns", "pids", name], capture_output=True, text=True, check=False
+            ).stdout.split():
                 subprocess.run(["kill", "-9", pid], capture_output=True, check=False)
+
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
         for daemon in self.daemons:
             daemon.wait(10)
 

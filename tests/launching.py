@@ -38,10 +38,11 @@ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
 
 
 def start(*command, warm=True, cwd=ROOT, files=None, **changes):
-    """Start a command with its output captured, in a session of its own so that it can be killed whole.
+    """Start a command with its output captured, in a session of its own so that it can be killed
+    whole.
 
-    `python -m ..` and `python tools/..` start warm where that is allowed and no setting of Python's own
-    is changed. `files` limits how many descriptors it may have open.
+    `python -m ..` and `python tools/..` start warm where that is allowed and no setting of Python's
+    own is changed. `files` limits how many descriptors it may have open.
     """
     command = [str(word) for word in command]
     environment = {**ENVIRONMENT, **changes}
@@ -50,6 +51,7 @@ def start(*command, warm=True, cwd=ROOT, files=None, **changes):
         return WarmProcess(command[1:], environment, cwd, files)
     if files:
         command = ["bash", "-c", f'ulimit -n {files}; exec "$@"', "-", *command]
+
     return subprocess.Popen(
         command,
         cwd=cwd,
@@ -62,8 +64,10 @@ def start(*command, warm=True, cwd=ROOT, files=None, **changes):
 
 
 def _ports_of_this_worker():
-    """Ports in turn, a block for each of pytest's workers, below those that the kernel hands out to connections (32,768 and up): one that
-    is free when we look is still free when the ranks, seconds later, come to listen on it."""
+    """Ports in turn, a block for each of pytest's workers, below those that the kernel hands out to
+    connections (32,768 and up): one that is free when we look is still free when the ranks, seconds
+    later, come to listen on it.
+    """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     block = range(10_000 + 2_000 * (worker % 11), 12_000 + 2_000 * (worker % 11))
     start = random.SystemRandom().randrange(len(block))  # other tests may run on this machine
@@ -84,25 +88,45 @@ def _is_free(port):
     return False
 
 
-def start_ranks(*of_each, module="megatron_interbert.pretrain", port=None, world_size=None, first=0, **changes):
-    """Ranks started by hand, as on machines of their own: no launcher that would end the others. `of_each`: flags
-    by rank, from `first` on."""
-    common = {"WORLD_SIZE": str(world_size or len(of_each)), "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-              "MASTER_PORT": str(port or free_ports(1)[0]), **changes}  # fmt: skip
+def start_ranks(
+    *of_each, module="megatron_interbert.pretrain", port=None, world_size=None, first=0, **changes
+):
+    """Ranks started by hand, as on machines of their own: no launcher that would end the others.
+
+    `of_each`: flags by rank, from `first` on.
+    """
+    common = {
+        "WORLD_SIZE": str(world_size or len(of_each)),
+        "MASTER_ADDR": "127.0.0.1",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_PORT": str(port or free_ports(1)[0]),
+        **changes,
+    }
     command = (sys.executable, "-m", module)
+
     return [
-        start(*command, *flags, **common, RANK=str(rank), SLURMD_NODENAME=f"n{rank}") for rank, flags in enumerate(of_each, first)
+        start(*command, *flags, **common, RANK=str(rank), SLURMD_NODENAME=f"n{rank}")
+        for rank, flags in enumerate(of_each, first)
     ]
 
 
 def train(processes, *flags, module="megatron_interbert.pretrain", timeout=300):
-    """Ranks of one machine to their end, as a launcher starts them: (largest exit code, stdout, stderr of all)."""
-    common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": str(free_ports(1)[0])}  # fmt: skip
+    """Ranks of one machine to their end, as a launcher starts them: (largest exit code, stdout,
+    stderr of all).
+    """
+    common = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_ports(1)[0]),
+    }
     ranks = [
-        start(sys.executable, "-m", module, *flags, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)
+        start(sys.executable, "-m", module, *flags, **common, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank in range(processes)
     ]
     codes, outs, errs = zip(*ends(ranks, timeout), strict=True)
+
     return max(codes, key=abs), "".join(outs), "".join(errs)
 
 
@@ -112,6 +136,7 @@ def ends(processes, timeout=120):
     for process in processes:
         out, err = process.communicate(timeout=timeout)
         results.append((process.returncode, out, err))
+
     return results
 
 
@@ -128,6 +153,7 @@ def until(condition, what, seconds=90):
     while not (found := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         time.sleep(0.05)
+
     return found
 
 
@@ -137,6 +163,7 @@ def environment(pid):
         text = Path(f"/proc/{pid}/environ").read_text(errors="replace")
     except OSError:
         return {}
+
     return dict(word.split("=", 1) for word in text.split("\0") if "=" in word)
 
 
@@ -171,7 +198,15 @@ def ran(*command):
 
 def deepspeed(processes, *flags):
     """Command line of the DeepSpeed launcher, with a port that is free now."""
-    return ("deepspeed", "--num_gpus", processes, "--master_port", free_ports(1)[0], "launchers/pretrain.sh", *flags)
+    return (
+        "deepspeed",
+        "--num_gpus",
+        processes,
+        "--master_port",
+        free_ports(1)[0],
+        "launchers/pretrain.sh",
+        *flags,
+    )
 
 
 def records(folder, split="train"):

@@ -1,4 +1,6 @@
-"""What makes the host wait for a device, found on the CPU: there it costs nothing, but can be seen."""
+"""What makes the host wait for a device, found on the CPU: there it costs nothing, but can be
+seen.
+"""
 
 from typing import Any
 
@@ -10,18 +12,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 READING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "aten.equal.")
 INDEXING = ("aten.index.", "aten.index_put")
 
-# numpy() and __array__ are missing: of a tensor on a GPU they raise an error, so nobody waits there unseen.
+# numpy() and __array__ are missing: of a tensor on a GPU they raise an error, so nobody waits there
+# unseen.
 FETCHES = ("cpu", "tolist", "item", "__bool__", "__int__", "__float__", "__index__")
 
 
 class Readings(TorchDispatchMode):
-    """The operations that hand values, or sizes that depend on values, back to the host: it would wait for the device."""
+    """The operations that hand values, or sizes that depend on values, back to the host: it would
+    wait for the device.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
 
-    def __torch_dispatch__(self, operation: Any, types: Any, arguments: tuple = (), keywords: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, arguments: tuple = (), keywords: dict | None = None
+    ) -> Any:
         keywords = keywords or {}
         if is_reading(str(operation), arguments, keywords):
             self.found.append(str(operation))
@@ -35,13 +42,18 @@ def is_reading(name: str, arguments: tuple, keywords: dict[str, Any]) -> bool:
     if name.startswith("aten.segment_reduce."):
         return not keywords.get("unsafe")  # else it looks whether the lengths fit
     if name.startswith(INDEXING):
-        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in arguments[1])
+        return any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in arguments[1]
+        )
+
     return any(part in name for part in READING)
 
 
 class Waits(TorchFunctionMode):
-    """What `Readings` finds, in `found`; besides it the calls that fetch tensors to the host, in `fetched`, and those that send some
-    there and wait for it, in `sent`. Of these the dispatcher knows nothing where the device is a CPU."""
+    """What `Readings` finds, in `found`; besides it the calls that fetch tensors to the host, in
+    `fetched`, and those that send some there and wait for it, in `sent`. Of these the dispatcher
+    knows nothing where the device is a CPU.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +75,9 @@ class Waits(TorchFunctionMode):
         self.readings.__exit__(*error)
         super().__exit__(*error)
 
-    def __torch_function__(self, function: Any, types: Any, arguments: tuple = (), keywords: dict | None = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple = (), keywords: dict | None = None
+    ) -> Any:
         keywords = keywords or {}
         name = getattr(function, "__name__", "")
         if name in FETCHES:
@@ -72,6 +86,7 @@ class Waits(TorchFunctionMode):
             self.sent.append(name)
         if name in ("tensor", "as_tensor") and keywords.get("device") is not None:
             self.sent.append(name)
+
         return function(*arguments, **keywords)
 
 

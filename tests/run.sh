@@ -6,5 +6,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . launchers/environment.sh
 ruff check .
+ruff format --check --quiet .
 lint-imports
 exec python -m pytest -n "${TEST_PROCESSES:-3}" --dist loadfile --no-loadscope-reorder "$@"

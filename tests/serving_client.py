@@ -11,7 +11,8 @@ KEY = "a key of tests"
 
 
 class Service:
-    """`with Service(flags) as service`: service.url, service.call(method, path, body); ends with SIGTERM.
+    """`with Service(flags) as service`: service.url, service.call(method, path, body); ends with
+    SIGTERM.
 
     `files` limits how many it may have open.
     """
@@ -38,14 +39,28 @@ class Service:
     def call(self, method, path, body=None, key=None, raw=None, headers=None):
         """(status, answer as JSON or bytes, headers)."""
         data = raw if raw is not None else None if body is None else json.dumps(body).encode()
-        given = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {}), **(headers or {})}
+        given = {
+            "content-type": "application/json",
+            **({"authorization": f"Bearer {key}"} if key else {}),
+            **(headers or {}),
+        }
         request = urllib.request.Request(self.url + path, data=data, method=method, headers=given)
+
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
-                status, text, found = response.status, response.read(), response.headers
+                status = response.status
+                text = response.read()
+                found = response.headers
         except urllib.error.HTTPError as error:
-            status, text, found = error.code, error.read(), error.headers
-        return status, json.loads(text) if text and "json" in found.get("content-type", "") else text, found
+            status = error.code
+            text = error.read()
+            found = error.headers
+
+        return (
+            status,
+            json.loads(text) if text and "json" in found.get("content-type", "") else text,
+            found,
+        )
 
     def search(self, query, **more):
         """Item ids and scores of a query."""

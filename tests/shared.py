@@ -1,11 +1,15 @@
-"""Real data and the official model's answers beside the checkout; tests that need them skip only where they are absent."""
+"""Real data and the official model's answers beside the checkout; tests that need them skip only
+where they are absent.
+"""
 
 from pathlib import Path
 
 import pytest
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared (real data, official answers) is not here")
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="../shared (real data, official answers) is not here"
+)
 ORACLE = SHARED / "oracle" / "official_small"
 
 
@@ -13,4 +17,6 @@ def needs_half_precision():
     """A mark for tests that train in float16, which not every processor can."""
     from megatron_interbert.training.engine import half_precision_supported
 
-    return pytest.mark.skipif(not half_precision_supported(), reason="this processor cannot compute in float16")
+    return pytest.mark.skipif(
+        not half_precision_supported(), reason="this processor cannot compute in float16"
+    )

@@ -1,4 +1,6 @@
-"""A real Slurm of two nodes on this machine, from Debian's packages, with munge, ports and folders of its own."""
+"""A real Slurm of two nodes on this machine, from Debian's packages, with munge, ports and folders
+of its own.
+"""
 
 import contextlib
 import os
@@ -44,7 +46,8 @@ class Slurm:
     """`with Slurm(folder) as slurm`: slurm.submit(..), slurm.wait(..); all daemons end with it."""
 
     def __init__(self, folder):
-        self.folder, self.daemons = Path(folder), []
+        self.folder = Path(folder)
+        self.daemons = []
         self.environment = {
             **ENVIRONMENT,
             "SLURM_CONF": f"{folder}/slurm.conf",
@@ -58,41 +61,82 @@ class Slurm:
             stack.push(self)
             self._begin()
             stack.pop_all()
+
         return self
 
     def _begin(self):
         for name in ("state", "spool-n0", "spool-n1"):
             (self.folder / name).mkdir()
+
         (self.folder / "munge.key").write_bytes(os.urandom(1024))
         (self.folder / "munge.key").chmod(0o400)
         host = socket.gethostname()
-        (self.folder / "slurm.conf").write_text(CONF.format(folder=self.folder, host=host, ports=free_ports(3)))
-        files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
-        self._start("munged", "--foreground", "--force", *(f"--{name}={self.folder}/munge.{end}" for name, end in files.items()))
+        (self.folder / "slurm.conf").write_text(
+            CONF.format(folder=self.folder, host=host, ports=free_ports(3))
+        )
+        files = {
+            "socket": "socket",
+            "key-file": "key",
+            "pid-file": "pid",
+            "log-file": "log",
+            "seed-file": "seed",
+        }
+
+        self._start(
+            "munged",
+            "--foreground",
+            "--force",
+            *(f"--{name}={self.folder}/munge.{end}" for name, end in files.items()),
+        )
         self._start("slurmctld", "-D")
         for node in ("n0", "n1"):
             self._start("slurmd", "-D", "-N", node)
-        until(lambda: self.run("sinfo", "-h", "-o", "%T %D").split() == ["idle", "2"], "both nodes are idle")
+
+        until(
+            lambda: self.run("sinfo", "-h", "-o", "%T %D").split() == ["idle", "2"],
+            "both nodes are idle",
+        )
 
     def _start(self, *command):
-        self.daemons.append(subprocess.Popen(command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        self.daemons.append(
+            subprocess.Popen(
+                command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+        )
 
     def __exit__(self, *_):
         for pid in self.processes():
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
+
         for daemon in self.daemons:
             daemon.wait(20)
 
     def processes(self, job=None):
-        """{pid: environment} of all processes of this cluster, daemons included, or of those that a job has started."""
+        """{pid: environment} of all processes of this cluster, daemons included, or of those that a
+        job has started.
+        """
         pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-        ours = {pid: env for pid in pids if (env := environment(pid)).get("SLURM_CONF") == self.environment["SLURM_CONF"]}
-        return ours if job is None else {pid: env for pid, env in ours.items() if env.get("SLURM_JOB_ID") == job}
+        ours = {
+            pid: env
+            for pid in pids
+            if (env := environment(pid)).get("SLURM_CONF") == self.environment["SLURM_CONF"]
+        }
+
+        return (
+            ours
+            if job is None
+            else {pid: env for pid, env in ours.items() if env.get("SLURM_JOB_ID") == job}
+        )
 
     def run(self, *command, check=True):
         ended = subprocess.run(
-            [str(c) for c in command], env=self.environment, cwd=ROOT, text=True, capture_output=True, check=False
+            [str(c) for c in command],
+            env=self.environment,
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            check=False,
         )
         assert ended.returncode == 0 or not check, f"{command}: {ended.stdout}{ended.stderr}"
         return ended.stdout
@@ -101,8 +145,11 @@ class Slurm:
         """Job number of `sbatch WORDS`."""
         before = dict(self.environment)
         self.environment |= changes
+
         try:
-            return self.run("sbatch", "--parsable", f"--output={self.folder}/%j.log", *words).strip()
+            return self.run(
+                "sbatch", "--parsable", f"--output={self.folder}/%j.log", *words
+            ).strip()
         finally:
             self.environment = before
 
@@ -118,4 +165,8 @@ class Slurm:
     def wait(self, number, seconds=120):
         """The job's fields when it has ended."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        return until(lambda: (j := self.job(number)).get("JobState") in ended and j, f"job {number} ends", seconds)
+        return until(
+            lambda: (j := self.job(number)).get("JobState") in ended and j,
+            f"job {number} ends",
+            seconds,
+        )

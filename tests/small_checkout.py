@@ -50,6 +50,7 @@ def write_wheel(folder: Path, name: str, version: str, module: str = "", needs: 
         wheel.writestr(f"{stem}.dist-info/METADATA", about)
         wheel.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n")
         wheel.writestr(f"{stem}.dist-info/RECORD", "")
+
     return path
 
 
@@ -60,11 +61,15 @@ def write_index(folder: Path, *packages: tuple[str, ...]) -> str:
         wheels = sorted(path.name for path in (folder / name).glob("*.whl"))
         page = "".join(f'<a href="{wheel}">{wheel}</a>\n' for wheel in wheels)
         (folder / name / "index.html").write_text(page)
+
     return folder.as_uri()
 
 
 def write_package(folder: Path) -> None:
-    """Our package as far as environment.sh asks it: for the number of GPUs. The small torch has none."""
+    """Our package as far as environment.sh asks it: for the number of GPUs.
+
+    The small torch has none.
+    """
     package = folder / "megatron_interbert"
     (package / "parallel").mkdir(parents=True)
     (package / "errors.py").write_text("def run_entry(main):\n    main()\n")
@@ -94,6 +99,7 @@ def make_checkout(place: Path) -> Path:
     (folder / "launchers").mkdir(parents=True)
     for name in ("environment.sh", "make_environment.sh"):
         shutil.copy(ROOT / "launchers" / name, folder / "launchers")
+
     (folder / "requirements.txt").write_text("torch==2.13.0\nfast==1.0\ntriton==3.7.1\n")
     (folder / "setup.py").write_text("")
     (folder / "demo.py").write_text("")
@@ -108,6 +114,7 @@ def make_checkout(place: Path) -> Path:
         ("setuptools", "80.0"),
     )
     lock(folder, "fast==1.0", "triton==3.7.1", "setuptools==80.0")
+
     return folder
 
 
@@ -116,6 +123,7 @@ def start(checkout: Path, folder: Path, command: str = REPORT, **changes: str) -
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
     for name in ("VENV", "TORCH_INDEX", "PYTHONPATH"):
         environment.pop(name, None)
+
     environment |= {
         "PIP_CONFIG_FILE": os.devnull,
         "PIP_INDEX_URL": (checkout.parent / "index").as_uri(),
@@ -124,6 +132,7 @@ def start(checkout: Path, folder: Path, command: str = REPORT, **changes: str) -
         "VENV": str(folder),
         **changes,
     }
+
     return subprocess.Popen(
         ["bash", "-c", command],
         cwd=checkout,

@@ -18,6 +18,7 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     board = Board(tmp_path, first_step=0)
     for step in range(1, 5):
         board.write(step, "train", {"loss": 0.5 * step, "grad_norm": 1.0})
+
     assert scalars(tmp_path, "train/loss") == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]
     assert len(scalars(tmp_path, "train/grad_norm")) == 4
 
@@ -41,5 +42,6 @@ def test_a_record_that_cannot_be_written_is_not_there(tmp_path, monkeypatch):
         patch.setattr(os, "write", full)
         with pytest.raises(OSError, match="No space"):
             board.write(2, "train", {"loss": 2.0})
+
     board.write(3, "train", {"loss": 3.0})
     assert scalars(tmp_path, "train/loss") == [(1, 1.0), (3, 3.0)]

@@ -52,7 +52,10 @@ def test_bad_yaml(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--micro-batchsize", "3"], "unknown argument '--micro-batchsize'; did you mean '--micro-batch-size'"),
+        (
+            ["--micro-batchsize", "3"],
+            "unknown argument '--micro-batchsize'; did you mean '--micro-batch-size'",
+        ),
         (["--masking", "mine"], "invalid choice"),
         (["--train-iters", "x"], "invalid int value"),
         (["--config", "/nowhere.yaml"], "cannot read /nowhere.yaml"),
@@ -90,12 +93,16 @@ def test_model_files_and_presets(tmp_path):
     assert load_model_config(str(tmp_path / "m.json")).hidden_size == 96
     with pytest.raises(UsageError, match="did you mean 'base'"):
         load_model_config("bass")
-    with pytest.raises(UsageError, match="unknown model key 'hiden_size'; did you mean 'hidden_size'"):
+    with pytest.raises(
+        UsageError, match="unknown model key 'hiden_size'; did you mean 'hidden_size'"
+    ):
         model_config_from_dict({"hiden_size": 1}, "x")
+
     with pytest.raises(UsageError, match="not a multiple of num_attention_heads"):
         ModelConfig(hidden_size=100)
     with pytest.raises(UsageError, match="--tensor-model-parallel-size 5 does not divide"):
         PRESETS["base"].check_tensor_parallel(5)
+
     assert PRESETS["base"].padded_vocab_size == 30592
 
 
@@ -120,7 +127,9 @@ def test_numbers_outside_their_limits_are_refused(given, expected):
 
 
 @pytest.mark.parametrize("value", [None, "64", True, -1, 1.5, [64], {}, 10**30])
-@pytest.mark.parametrize("name", ["hidden_size", "num_attention_heads", "text_layers", "vocab_size"])
+@pytest.mark.parametrize(
+    "name", ["hidden_size", "num_attention_heads", "text_layers", "vocab_size"]
+)
 def test_sizes_that_no_model_can_have(name, value):
     with pytest.raises(UsageError, match=f"model: {name} is .*expected a whole number from"):
         model_config_from_dict({name: value}, "sizes.json")
@@ -128,7 +137,9 @@ def test_sizes_that_no_model_can_have(name, value):
 
 @pytest.mark.parametrize("value", [None, "0.1", True, -0.1, 1.0, math.nan, math.inf, []])
 def test_dropouts_that_no_model_can_have(value):
-    with pytest.raises(UsageError, match=r"model: hidden_dropout is .*expected a number from 0 up to 1"):
+    with pytest.raises(
+        UsageError, match=r"model: hidden_dropout is .*expected a number from 0 up to 1"
+    ):
         model_config_from_dict({"hidden_dropout": value}, "sizes.json")
 
 
@@ -157,8 +168,11 @@ def test_help_has_each_flag_once_in_a_group(config):
         shown = name.replace("_", "-")
         assert sum(word in (f"--{shown}", f"--[no-]{shown}") for word in words) == 1, name
         assert not any(old in words for old in facts.old_names)
+
     assert "--local-rank" not in text
-    assert [line for line in text.splitlines() if line.endswith(":") and line[0] != " "][1] == "data:"
+    assert [line for line in text.splitlines() if line.endswith(":") and line[0] != " "][
+        1
+    ] == "data:"
 
 
 def test_old_names_are_still_accepted(tmp_path):

@@ -97,6 +97,7 @@ def test_an_error_names_where_a_number_came_from(tmp_path):
     config = config_of("--config", file, "--deepspeed_config", json)
     with pytest.raises(UsageError) as raised:
         merge(config, 1)
+
     assert f"--global-batch-size 8 (from train_batch_size in {json})" in str(raised.value)
     assert f"--micro-batch-size 3 (from {file})" in str(raised.value)
 
@@ -133,7 +134,10 @@ def test_a_small_store_trains_by_default_and_resumes(tmp_path):
     assert "note: --micro-batch-size 6 instead of 32" in out
     out = ran(*pretrain(*flags, "--train-iters", 8))
     assert "batch: 6 = micro 6" in out
-    assert "2 steps become 8: the learning rate was 5.00e-05 at step 2 and is 8.57e-05 at step 3" in out
+    assert (
+        "2 steps become 8: the learning rate was 5.00e-05 at step 2 and is 8.57e-05 at step 3"
+        in out
+    )
     assert "ZeRO-0, fp32" in out
     assert sorted(losses(tmp_path / "run")) == [*range(1, 9)]
 
@@ -148,7 +152,10 @@ def port_of_deepspeed_taken():
 
 
 def test_the_users_own_command_on_a_fresh_checkout(tmp_path):
-    """`deepspeed launchers/pretrain.sh` where there is no corpus yet, on two ranks; twice at once."""
+    """`deepspeed launchers/pretrain.sh` where there is no corpus yet, on two ranks.
+
+    Twice at once.
+    """
     command = ("deepspeed", "--num_gpus", 2, ROOT / "launchers/pretrain.sh", "--deepspeed")
     code, out, err = launch(*command, "--train-iters", 3, "--log-interval", 1, cwd=tmp_path)
     assert code == 0, out + err
@@ -165,6 +172,7 @@ def test_the_users_own_command_on_a_fresh_checkout(tmp_path):
         for code, out, err in ends(both):
             assert code == 0, out + err
             assert "layout: DP2 x TP1 (2 ranks, gloo)" in out
+
     assert losses(tmp_path / "first") == losses(tmp_path / "second")
 
 
@@ -190,7 +198,9 @@ def test_a_default_global_batch_fits_a_given_micro_batch(tmp_path):
 
 
 def test_partitions_that_fit_are_left_alone():
-    """The validation set of a run with 48 partitions has 48 on any number of ranks that divides it."""
+    """The validation set of a run with 48 partitions has 48 on any number of ranks that
+    divides it.
+    """
     for ranks in (1, 2, 3, 4):
         config = RunConfig(data_partitions=48)
         config.data_parallel_size = ranks

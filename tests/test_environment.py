@@ -34,6 +34,7 @@ def test_from_half_made_to_another_torch(checkout, tmp_path):
         assert second.stdout.readline() == f"another start is making {folder}: waiting for it\n"
         os.killpg(first.pid, signal.SIGKILL)
         connection.close()
+
     ended(first)
     code, said, complaints = ended(second)
     assert (code, complaints) == (0, [])
@@ -81,11 +82,13 @@ def test_the_torch_that_is_there_stays(checkout, tmp_path):
     # An image's own packages, as far as they can be put beside an interpreter without touching it.
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     image = tmp_path / "image" / "lib" / version / "site-packages"
+
     for name, module in (("torch", "torch"), ("pytorch-triton", "triton")):
         with zipfile.ZipFile(
             write_wheel(tmp_path / "wheels", name, "2.13.0a0+8145d6.nv26.6", module)
         ) as wheel:
             wheel.extractall(image)
+
     constraints = tmp_path / "constraint.txt"
     constraints.write_text("fast==0.9\n")
     changes = {"PYTHONUSERBASE": str(tmp_path / "image"), "PIP_CONSTRAINT": str(constraints)}
@@ -160,6 +163,7 @@ def test_interpreters(checkout, tmp_path):
         changes = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
         code, said, complaints = ended(start(checkout, tmp_path / "venv", **changes))
         assert (code, said, len(complaints)) == (2, [], 1)
+
         return complaints[0]
 
     assert said_with() == "error: Python 3.11 to 3.14 is needed; python3 is Python 3.9.2"

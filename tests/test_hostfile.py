@@ -1,4 +1,6 @@
-"""The deepspeed launcher and a hostfile, between two machines with their own addresses and sshd (network namespaces)."""
+"""The deepspeed launcher and a hostfile, between two machines with their own addresses and sshd
+(network namespaces).
+"""
 
 import pytest
 
@@ -28,9 +30,14 @@ def test_two_machines_train_as_two_processes_do(hosts, store, tmp_path):
 
 
 def test_a_pulled_cable_ends_the_run(hosts, store, tmp_path):
-    """No packet and no error gets through: both sides find out by themselves. (The last test: the cable stays out.)"""
+    """No packet and no error gets through: both sides find out by themselves.
+
+    (The last test: the cable stays out.)
+    """
     run = tmp_path / "run"
-    process = hosts.deepspeed("--data-path", store, "--save", run, *FLAGS, "--train-iters", 1_000_000, "--hang-timeout", 8)
+    process = hosts.deepspeed(
+        "--data-path", store, "--save", run, *FLAGS, "--train-iters", 1_000_000, "--hang-timeout", 8
+    )
     until(lambda: steps(run) >= 3, "three steps")
     ranks = until(hosts.ranks, "ranks")
     assert len(ranks) == 2

@@ -1,4 +1,6 @@
-"""Every way in trains alike, and bad input is one clear line with exit code 2 and nothing half-written."""
+"""Every way in trains alike, and bad input is one clear line with exit code 2 and nothing half-
+written.
+"""
 
 import json
 import shutil
@@ -26,12 +28,20 @@ def test_every_way_in_gives_the_same_losses(store, tmp_path):
         "deepspeed": ("deepspeed", "--num_gpus", 1, "launchers/pretrain.sh", *flags("deepspeed")),
         "bash": ("bash", "launchers/pretrain.sh", *flags("bash")),
         "executable": (ROOT / "launchers" / "pretrain.sh", *flags("executable")),
-        "torchrun": ("torchrun", "--nproc-per-node", 1, "-m", "megatron_interbert.pretrain", *flags("torchrun")),
+        "torchrun": (
+            "torchrun",
+            "--nproc-per-node",
+            1,
+            "-m",
+            "megatron_interbert.pretrain",
+            *flags("torchrun"),
+        ),
         "spawned loader": pretrain(*flags("spawned loader"), "--worker-start", "spawn"),
     }
     for name, command in ways.items():
         code, out, err = launch(*command, warm=False, LAUNCH_ARGS="--num_gpus 1")
         assert code == 0, f"{name}: {out}{err}"
+
     results = {name: losses(tmp_path / name) for name in ways}
     assert sorted(results["python"]) == [1, 2, 3]
     for name, result in results.items():
@@ -57,7 +67,12 @@ def expect_refusal(message, command):
 
 def test_a_bad_record_ends_the_run_with_its_name(store, tmp_path):
     """On two ranks: the one that reads it says so, the other goes down with it."""
-    bad = damaged(store, tmp_path / "store", lambda f: f["image_features"].__setitem__(slice(None), np.nan), renewed=True)
+    bad = damaged(
+        store,
+        tmp_path / "store",
+        lambda f: f["image_features"].__setitem__(slice(None), np.nan),
+        renewed=True,
+    )
     code, out, err = launch(*deepspeed(2, "--data-path", bad, "--save", tmp_path / "run", *FLAGS))
     assert code == 2, out + err
     assert "shard-00000.h5: image" in err
@@ -73,6 +88,7 @@ def test_a_machine_gives_its_cores_to_the_ranks_of_node_py(store):
         "sys.path.insert(0, 'launchers'); import node; node.command(['script']);"
         "print(os.environ['OMP_NUM_THREADS'])"
     )
+
     result = subprocess.run(
         [sys.executable, "-c", code],
         env={**environment, "PROCESSES_PER_NODE": "2"},
@@ -87,11 +103,20 @@ def test_a_machine_gives_its_cores_to_the_ranks_of_node_py(store):
 BAD_FLAGS = {
     "no store": (("--data-path", "/nowhere"), "no manifest.json there"),
     "unknown flag": (("--micro-bach-size", "4"), "did you mean '--micro-batch-size'"),
-    "tensor parallel and processes": (("--tensor-model-parallel-size", "3"), "does not divide the 1 processes"),
+    "tensor parallel and processes": (
+        ("--tensor-model-parallel-size", "3"),
+        "does not divide the 1 processes",
+    ),
     "batch": (("--global-batch-size", "7"), "not a multiple of --micro-batch-size 4"),
-    "partitions": (("--data-partitions", "1024"), "--data-partitions 1024 is more than the 80 captions"),
+    "partitions": (
+        ("--data-partitions", "1024"),
+        "--data-partitions 1024 is more than the 80 captions",
+    ),
     "vocabulary and model": (("--model", "base"), "vocab_size is 27, but the model has 30522"),
-    "positions": (("--max-tokens", "100"), "--max-tokens 100 is more than the model's 64 positions"),
+    "positions": (
+        ("--max-tokens", "100"),
+        "--max-tokens 100 is more than the model's 64 positions",
+    ),
     "apex": (("--kernels", "apex"), "NVIDIA apex is not installed"),
     "init": (("--init-from", "/nowhere"), "--init-from /nowhere: no such file"),
 }
@@ -100,12 +125,16 @@ BAD_FLAGS = {
 @pytest.mark.parametrize("kind", BAD_FLAGS)
 def test_wrong_use(store, tmp_path, kind):
     flags, message = BAD_FLAGS[kind]
-    expect_refusal(message, pretrain("--data-path", store, "--save", tmp_path / "run", *FLAGS, *flags))
+    expect_refusal(
+        message, pretrain("--data-path", store, "--save", tmp_path / "run", *FLAGS, *flags)
+    )
     assert not (tmp_path / "run").exists(), "nothing half-written"
 
 
 def test_wrong_use_on_two_ranks_is_said_once(store, tmp_path):
-    """Heads that two ranks cannot share, and a data-parallel size that does not divide the partitions."""
+    """Heads that two ranks cannot share, and a data-parallel size that does not divide the
+    partitions.
+    """
     sizes = {
         "hidden_size": 33,
         "num_attention_heads": 3,
@@ -116,7 +145,9 @@ def test_wrong_use_on_two_ranks_is_said_once(store, tmp_path):
     }
     (tmp_path / "m.json").write_text(json.dumps(sizes))
     flags = ("--data-path", store, *FLAGS)
-    code, _, err = launch(*deepspeed(2, *flags, "--model", tmp_path / "m.json", "--tensor-model-parallel-size", 2))
+    code, _, err = launch(
+        *deepspeed(2, *flags, "--model", tmp_path / "m.json", "--tensor-model-parallel-size", 2)
+    )
     assert code == 2
     assert err.count("--tensor-model-parallel-size 2 does not divide num_attention_heads 3") == 1
     code, _, err = launch(*deepspeed(2, *flags, "--data-partitions", 7))
@@ -129,7 +160,9 @@ def test_preflight_says_what_is_wrong_and_how_to_mend_it(store, tmp_path):
     code, out, err = launch(*command, "--bf16", "--fp8")
     assert code == 0, out + err
     assert out.count("ok  ") == 5
-    bad = damaged(store, tmp_path / "store", lambda f: f["image_features"].__setitem__((0, 0), np.nan))
+    bad = damaged(
+        store, tmp_path / "store", lambda f: f["image_features"].__setitem__((0, 0), np.nan)
+    )
     code, out, err = launch(*command, "--data-path", bad, "--world-size", 3)
     assert code == 2
     assert "FAILED  batch" in out
@@ -152,23 +185,32 @@ def test_preflight_looks_at_what_would_be_resumed(store, tmp_path):
     assert f"{run}/global_step1: made with other model sizes (" in out
 
 
-COMMANDS = [("-m", f"megatron_interbert.{name}") for name in ("pretrain", "finetune", "evaluate", "serve", "preflight")]
+COMMANDS = [
+    ("-m", f"megatron_interbert.{name}")
+    for name in ("pretrain", "finetune", "evaluate", "serve", "preflight")
+]
 COMMANDS += [(str(ROOT / "launchers" / "pretrain.sh"),), (str(ROOT / "tools" / "plan.py"),)]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda words: Path(words[-1]).name)
 def test_ctrl_c_during_the_imports_is_no_traceback(command, tmp_path):
-    """A torch that is interrupted while it is imported: seconds on a cold disk, where users change their minds."""
+    """A torch that is interrupted while it is imported: seconds on a cold disk, where users change
+    their minds.
+    """
     (tmp_path / "torch").mkdir()
     interrupted = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
     (tmp_path / "torch" / "__init__.py").write_text(interrupted)
     path = f"{tmp_path}:{ROOT}"
-    code, out, err = launch(sys.executable, *command, "--help", warm=False, cwd=tmp_path, timeout=30, PYTHONPATH=path)
+    code, out, err = launch(
+        sys.executable, *command, "--help", warm=False, cwd=tmp_path, timeout=30, PYTHONPATH=path
+    )
     assert (code, out, err) == (-signal.SIGINT, "", "")
 
 
 def test_the_package_leaves_the_signals_of_a_program_that_imports_it_alone(tmp_path):
-    """Also of a package of somebody else's that is started by its name, and with a device of its own."""
+    """Also of a package of somebody else's that is started by its name, and with a device of its
+    own.
+    """
     program = (
         "import signal, megatron_interbert;"
         "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"

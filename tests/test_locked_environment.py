@@ -1,4 +1,6 @@
-"""launchers/environment.sh with locks: what fits, what is refused; real pip, a small index on disk."""
+"""launchers/environment.sh with locks: what fits, what is refused; real pip, a small index on
+disk.
+"""
 
 from pathlib import Path
 
@@ -22,6 +24,7 @@ def checkout(tmp_path):
     index = tmp_path / "index"
     write_index(index, ("deep", "1.0"), ("deep", "2.0"), ("fast", "1.0", "", "deep"))
     lock(folder, "fast==1.0", "deep==1.0", "triton==3.7.1", "setuptools==80.0")
+
     return folder
 
 
@@ -38,13 +41,15 @@ def test_the_lock_that_fits(checkout, tmp_path):
     assert (code, complaints, len(said)) == (0, [], 3)
     assert packages(folder) == {"torch-2.13.0", "fast-1.0", "deep-1.0", "triton-3.7.1"}
 
-    # A changed lock is installed anew. It has no hash for a CPU build, and that of PyPI's torch does
-    # not matter. The rest comes from pip's index, not from torch's.
+    # A changed lock is installed anew. It has no hash for a CPU build, and that of PyPI's torch
+    # does not matter. The rest comes from pip's index, not from torch's.
     (checkout / "requirements/cuda.lock").write_text(f"torch==2.13.0 --hash=sha256:{'0' * 64}\n")
     cpu = write_index(tmp_path / "cpu", ("torch", "2.13.0+cpu"), ("deep", "3.0"))
     code, said, complaints = ended(start(checkout, folder, TORCH_INDEX=cpu))
     assert (code, complaints, len(said)) == (0, [], 4)
-    assert said[1].startswith("note: the index has torch's CPU build, which has no hash in the locks")
+    assert said[1].startswith(
+        "note: the index has torch's CPU build, which has no hash in the locks"
+    )
     assert packages(folder) == {"torch-2.13.0+cpu", "fast-1.0", "deep-1.0", "triton-3.7.1"}
 
 
@@ -61,7 +66,10 @@ def test_a_lock_of_other_versions(checkout, tmp_path):
 
 
 def test_another_file_than_the_locked_one(checkout, tmp_path):
-    """A wrong hash in the lock, for torch, for a package below; a file of the index that changed."""
+    """A wrong hash in the lock, for torch, for a package below.
+
+    A file of the index that changed.
+    """
     index = tmp_path / "index"
     common = checkout / "requirements/common.lock"
     cuda = checkout / "requirements/cuda.lock"

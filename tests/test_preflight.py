@@ -1,4 +1,6 @@
-"""Flags of preflight that mean nothing are refused before anything is checked; what is found later: tests/test_launch.py."""
+"""Flags of preflight that mean nothing are refused before anything is checked; what is found later:
+tests/test_launch.py.
+"""
 
 import sys
 

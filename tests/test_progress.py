@@ -1,4 +1,6 @@
-"""Progress in a log: lines that end, with the remaining time; none for short work, none on other ranks."""
+"""Progress in a log: lines that end, with the remaining time; none for short work, none on other
+ranks.
+"""
 
 import time
 
@@ -7,12 +9,15 @@ import pytest
 from megatron_interbert import progress
 
 
-def test_a_log_gets_lines_and_the_last_figures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_gets_lines_and_the_last_figures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(progress, "SECONDS", 0.0)
     with progress.progress(total=4, unit="shard", desc="building") as bar:
         bar.update(3)
         bar.set_postfix(dropped=2, refresh=False)
         bar.update(1)
+
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("building: 4/4 (100 %) | ")
     assert lines[-1].endswith(", dropped=2 | eta 00:00")
@@ -21,7 +26,9 @@ def test_a_log_gets_lines_and_the_last_figures(monkeypatch: pytest.MonkeyPatch, 
     assert "\r" not in "".join(lines)
 
 
-def test_unknown_lengths_have_lines_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_lengths_have_lines_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(progress, "SECONDS", 0.0)
     assert list(progress.progress(iter("ab"), desc="reading")) == ["a", "b"]
     assert capsys.readouterr().err.splitlines()[-1].startswith("reading: 2/? ")
@@ -36,25 +43,34 @@ def test_short_work_and_other_ranks_are_silent(
     assert capsys.readouterr().err == ""
 
 
-def test_lines_are_true_when_the_pace_falls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_are_true_when_the_pace_falls(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(progress, "SECONDS", 0.05)
     done = 0
     for done in progress.progress(range(1, 301), desc="reading"):
         time.sleep(0 if done < 200 else 0.004)
+
     shown = [int(line.split()[1].split("/")[0]) for line in capsys.readouterr().err.splitlines()]
     assert shown == sorted(set(shown))
     assert len(shown) >= 5
     assert shown[-1] == done
 
 
-def test_counts_past_the_end_and_other_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_counts_past_the_end_and_other_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Ranks with shares of unequal size count a little high."""
     monkeypatch.setattr(progress, "SECONDS", 0.0)
+
     with progress.progress(total=401, desc="searching") as bar:
         bar.update(401)
         bar.update(1)
         bar.write("by the way")
+
     written = capsys.readouterr()
-    assert [line.split(" | ")[0] for line in written.err.splitlines()][-1] == "searching: 401/401 (100 %)"
+    assert [line.split(" | ")[0] for line in written.err.splitlines()][
+        -1
+    ] == "searching: 401/401 (100 %)"
     assert written.err.count("401/401") == 2  # of the updates, none of the end
     assert written.out == "by the way\n"

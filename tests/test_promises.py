@@ -15,8 +15,13 @@ def test_each_campaign_is_there():
 
 def test_each_promise_names_its_tests():
     lines = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8").splitlines()
-    rows = [line for line in lines if line.startswith("|") and not line.startswith(("| Fault |", "|---"))]
+    rows = [
+        line
+        for line in lines
+        if line.startswith("|") and not line.startswith(("| Fault |", "|---"))
+    ]
     assert len(rows) > 50
+
     for row in rows:
         named = re.findall(r"`([a-z_/]*test_[a-z0-9_]+\.py)`", row.rpartition(" | ")[2])
         assert named, row

@@ -1,4 +1,6 @@
-"""The shipped .sbatch files on a real Slurm of two nodes: preemption, time limit, killed ranks, fewer nodes, all other ways in."""
+"""The shipped .sbatch files on a real Slurm of two nodes: preemption, time limit, killed ranks,
+fewer nodes, all other ways in.
+"""
 
 import os
 import signal
@@ -11,9 +13,13 @@ import pytest
 from tests.launching import TINY, deepspeed, launch, losses, records, steps, until
 from tests.slurm import MISSING, Slurm
 
-pytestmark = pytest.mark.skipif(bool(MISSING or os.geteuid()), reason=f"needs root and Debian's slurm-wlm and munge: {MISSING}")
+pytestmark = pytest.mark.skipif(
+    bool(MISSING or os.geteuid()), reason=f"needs root and Debian's slurm-wlm and munge: {MISSING}"
+)
 FLAGS = (*TINY, "--num-workers", 1)
-GOAL, SPAN = 60, ("--train-iters", 1_000_000, "--exit-interval", 60)  # the same schedule for all
+# the same schedule for all
+GOAL = 60
+SPAN = ("--train-iters", 1_000_000, "--exit-interval", 60)
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +40,25 @@ def undisturbed(store, tmp_path_factory):
 def hasten(slurm, job):
     """Slurm lets a job that was queued again wait for two minutes."""
     until(lambda: slurm.job(job).get("JobState") == "PENDING", f"job {job} is queued again")
-    time.sleep(2)  # a start in the second in which the nodes gave up the last one is refused: "Job credential revoked"
+    # a start in the second in which the nodes gave up the last one is refused: "Job credential
+    # revoked"
+    time.sleep(2)
     slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
 def test_two_nodes_train_as_two_processes_do(slurm, store, undisturbed, tmp_path):
-    job = slurm.submit("-N2", "launchers/pretrain.sbatch", "--data-path", store, "--save", tmp_path / "run", *FLAGS, *SPAN)
-    fields, log = slurm.wait(job), slurm.log(job)
+    job = slurm.submit(
+        "-N2",
+        "launchers/pretrain.sbatch",
+        "--data-path",
+        store,
+        "--save",
+        tmp_path / "run",
+        *FLAGS,
+        *SPAN,
+    )
+    fields = slurm.wait(job)
+    log = slurm.log(job)
     assert fields["JobState"] == "COMPLETED", log
     assert "job 1 on n[0-1], start 1: srun" in log
     assert "layout: DP2 x TP1 (2 ranks, gloo)" in log
@@ -75,7 +93,10 @@ def test_the_time_limit_queues_the_job_again(slurm, store, tmp_path):
     job = slurm.submit("-N2", "--time=1", "--signal=USR1@20", "launchers/pretrain.sbatch", *more)
     until(lambda: "it is queued again" in slurm.log(job), "the job is queued again", seconds=150)
     saved = max(records(run))
-    assert f"stopped after step {saved} (SIGUSR1); the same command resumes from {run}/" in slurm.log(job)
+    assert (
+        f"stopped after step {saved} (SIGUSR1); the same command resumes from {run}/"
+        in slurm.log(job)
+    )
     hasten(slurm, job)
     until(lambda: steps(run) > saved, "it goes on", seconds=60)
     slurm.run("scancel", job)
@@ -89,7 +110,9 @@ def running_on_both(slurm, store, run):
     until(lambda: steps(run) >= 3, "three steps")
     ranks = [pid for pid, env in slurm.processes(job).items() if env.get("RANK") == "1"]
     rank = next(pid for pid in ranks if psutil.Process(pid).ppid() not in ranks)  # not its loader
-    return job, rank, psutil.Process(psutil.Process(rank).ppid()).ppid()  # above the rank stands node.py, above that slurmstepd
+
+    # above the rank stands node.py, above that slurmstepd
+    return job, rank, psutil.Process(psutil.Process(rank).ppid()).ppid()
 
 
 def test_a_killed_rank_ends_the_job_with_the_reason(slurm, store, tmp_path):
@@ -105,14 +128,25 @@ def test_a_killed_slurmstepd_saves_and_queues_the_job_again(slurm, store, tmp_pa
     job, rank, daemon = running_on_both(slurm, store, tmp_path / "run")
     os.kill(daemon, signal.SIGKILL)
     until(lambda: "it is queued again" in slurm.log(job), "the job is queued again", seconds=100)
-    assert "(SIGHUP: a terminal or a launcher has gone); the same command resumes from" in slurm.log(job)
+    assert (
+        "(SIGHUP: a terminal or a launcher has gone); the same command resumes from"
+        in slurm.log(job)
+    )
     until(lambda: not Path(f"/proc/{rank}").exists(), "nothing stays behind")
     assert list((tmp_path / "run").glob("global_step*/manifest.json"))
     slurm.run("scancel", job)
 
 
 def test_wrong_use_is_said_in_the_log(slurm, store):
-    job = slurm.submit("-N2", "launchers/pretrain.sbatch", "--data-path", store, *FLAGS, "--tensor-model-parallel-size", 3)
+    job = slurm.submit(
+        "-N2",
+        "launchers/pretrain.sbatch",
+        "--data-path",
+        store,
+        *FLAGS,
+        "--tensor-model-parallel-size",
+        3,
+    )
     assert slurm.wait(job)["ExitCode"] == "2:0"
     assert "--tensor-model-parallel-size 3 does not divide the 2 processes" in slurm.log(job)
     assert "Traceback" not in slurm.log(job)
@@ -124,17 +158,28 @@ def test_other_files_and_what_would_run(slurm, store, tmp_path):
     assert slurm.wait(job)["JobState"] == "COMPLETED", slurm.log(job)
     assert "ready" in slurm.log(job)
     flags = ("--data-path", store, "--model", "tiny", "--print-launch", "--save", f"{tmp_path}/%a")
-    array = slurm.submit("--array=7", f"--output={slurm.folder}/array-%a.log", "launchers/finetune.sbatch", "retrieval", *flags)
+    array = slurm.submit(
+        "--array=7",
+        f"--output={slurm.folder}/array-%a.log",
+        "launchers/finetune.sbatch",
+        "retrieval",
+        *flags,
+    )
     until(lambda: "data parallel" in slurm.log("array-7"), f"array {array}")
     assert f"--save {tmp_path}/7" in slurm.log("array-7")
     code, _, err = launch("bash", "launchers/pretrain.sbatch", "--model", "tiny")
     assert code == 2
-    assert "error: start this by sbatch; it would run: srun --kill-on-bad-exit=1 --wait=20 --ntasks-per-node=1" in err
+    assert (
+        "error: start this by sbatch; it would run: srun --kill-on-bad-exit=1 --wait=20"
+        " --ntasks-per-node=1" in err
+    )
 
 
 ARRAY = """#!/usr/bin/env bash
 . launchers/slurm.sh
-srun() { # what is stopped is the last task, whose number is that of the whole array; the others have ended or go on
+# What is stopped is the last task, whose number is that of the whole array; the others have
+# ended, or are still running.
+srun() {
   echo $SLURM_ARRAY_TASK_ID >>STARTS
   [ "$SLURM_ARRAY_TASK_ID" = 3 ] && [ "$(grep -c 3 STARTS)" = 1 ] && sleep 4 && return 75
   [ "$SLURM_ARRAY_TASK_ID" = 2 ] && sleep 15
@@ -154,7 +199,14 @@ def test_a_stopped_task_of_an_array_is_queued_again_alone(slurm, tmp_path):
         text = slurm.run("squeue", "-h", "-j", job, "-o", "%K %T", check=False)
         return dict(line.split() for line in text.splitlines())
 
-    until(lambda: starts.exists() and starts.read_text().split().count("3") and states().get("3") == "PENDING", "queued again")
+    until(
+        lambda: (
+            starts.exists()
+            and starts.read_text().split().count("3")
+            and states().get("3") == "PENDING"
+        ),
+        "queued again",
+    )
     assert states().get("2") == "RUNNING", states()
     hasten(slurm, f"{job}_3")
     until(lambda: not states(), "all have ended")

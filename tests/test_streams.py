@@ -1,4 +1,6 @@
-"""Standard streams that are closed, full or read by nobody, and the environment: no command ends for them."""
+"""Standard streams that are closed, full or read by nobody, and the environment: no command ends
+for them.
+"""
 
 import os
 import sys
@@ -10,7 +12,12 @@ from megatron_interbert.files import write_bytes, write_output
 from megatron_interbert.parallel.launch import read_launch
 from tests.launching import ROOT, TINY, launch
 
-CLOSED = {"output": ">&-", "errors": "2>&-", "all": "<&- >&- 2>&-", "full": ">/dev/full 2>/dev/full"}
+CLOSED = {
+    "output": ">&-",
+    "errors": "2>&-",
+    "all": "<&- >&- 2>&-",
+    "full": ">/dev/full 2>/dev/full",
+}
 PRETRAIN = (sys.executable, "-m", "megatron_interbert.pretrain")
 
 
@@ -53,8 +60,14 @@ def test_what_could_not_be_printed_is_said(store, tmp_path):
         ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE is '0', expected a number, 1 or more"),
         ({"RANK": "9" * 5000, "WORLD_SIZE": "2"}, "RANK is '9{40}', expected a number"),
         ({"RANK": "٣", "WORLD_SIZE": "4"}, "RANK is '٣', expected a number"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 and WORLD_SIZE 2, expected a rank from 0 to 1"),
-        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "99999"}, "MASTER_PORT is"),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2"},
+            "RANK is 2 and WORLD_SIZE 2, expected a rank from 0 to 1",
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "99999"},
+            "MASTER_PORT is",
+        ),
         ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID is not; start the processes by srun"),
     ],
 )
@@ -72,13 +85,19 @@ def test_variables_of_a_node_that_make_no_sense(variable, text):
     command = (sys.executable, "launchers/node.py", "-m", "megatron_interbert.pretrain")
     code, out, err = launch(*command, warm=False, **{variable: text})
     assert (code, out) == (2, "")
-    assert err == f"error: {variable} is '{text}', expected a number, 1 or more; see how the job was started\n"
+    assert (
+        err == f"error: {variable} is '{text}', expected a number, 1 or more; see how the job was"
+        " started\n"
+    )
 
 
 def test_a_device_that_nobody_knows_is_one_line():
     code, out, err = launch(*PRETRAIN, warm=False, DS_ACCELERATOR="odd")
     assert (code, out) == (2, "")
-    assert err == "error: DS_ACCELERATOR is 'odd', expected cpu or cuda; unset it to let torch decide\n"
+    assert (
+        err
+        == "error: DS_ACCELERATOR is 'odd', expected cpu or cuda; unset it to let torch decide\n"
+    )
 
 
 INTERRUPTED_AT_ITS_START = """
@@ -103,14 +122,19 @@ def test_ctrl_c_counts_where_there_is_nothing_to_train(store, tmp_path):
 
 def test_outputs_go_through_links_and_devices(tmp_path):
     """And a folder is refused; nothing that is no file is ever replaced by one."""
-    target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
+    target = tmp_path / "target"
+    link = tmp_path / "link"
+    pipe = tmp_path / "pipe"
     target.write_text("old")
     link.symlink_to(target)
     write_output(link, "new", "--output")
     assert link.is_symlink()
     assert target.read_text() == "new"
 
-    said = "print('first', flush=True); write_output(Path('/dev/stdout'), 'text', '--output'); print('last')"
+    said = (
+        "print('first', flush=True); write_output(Path('/dev/stdout'), 'text', '--output');"
+        " print('last')"
+    )
     imports = "from pathlib import Path; from megatron_interbert.files import write_output"
     whole = (sys.executable, "-c", f"{imports}; {said}")
     assert by_shell(f"> {tmp_path / 'log'}", *whole)[0] == 0

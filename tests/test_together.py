@@ -1,4 +1,6 @@
-"""Ranks on machines of their own (started by hand, no launcher beside them): they meet, fit together, stop together, and never hang."""
+"""Ranks on machines of their own (started by hand, no launcher beside them): they meet, fit
+together, stop together, and never hang.
+"""
 
 import os
 import re
@@ -11,7 +13,20 @@ import psutil
 import pytest
 
 from tests.corpus import write_store
-from tests.launching import ROOT, TINY, deepspeed, ends, free_ports, losses, pretrain, records, start, start_ranks, steps, until
+from tests.launching import (
+    ROOT,
+    TINY,
+    deepspeed,
+    ends,
+    free_ports,
+    losses,
+    pretrain,
+    records,
+    start,
+    start_ranks,
+    steps,
+    until,
+)
 
 ENDLESS = ("--train-iters", 1_000_000)
 HANGS = ("--hang-timeout", 6)
@@ -28,6 +43,7 @@ def test_what_keeps_ranks_apart_is_said_in_one_line(store):
     flags = ("--data-path", store, *TINY, "--train-iters", 2)
     alone = start_ranks(flags, world_size=2)  # the other one never starts
     nobody = start_ranks(flags, world_size=2, first=1)  # rank 0 never starts
+
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port_taken = start_ranks(flags, world_size=2, port=taken.getsockname()[1])
         cases = {
@@ -35,6 +51,7 @@ def test_what_keeps_ranks_apart_is_said_in_one_line(store):
             "rank 1 on n1 has not reached rank 0 at 127.0.0.1": ends(nobody),
             "rank 0 on n0 cannot listen at 127.0.0.1": ends(port_taken),
         }
+
     for message, [(code, out, err)] in cases.items():
         assert code == 2, out + err
         assert message in error_line(err)
@@ -42,7 +59,9 @@ def test_what_keeps_ranks_apart_is_said_in_one_line(store):
 
 
 def test_ranks_that_do_not_fit_together_do_not_start(store, tmp_path):
-    """Data missing or other, other code, other flags: all ranks end alike and name the odd one; nothing is written."""
+    """Data missing or other, other code, other flags: all ranks end alike and name the odd one;
+    nothing is written.
+    """
     other = write_store(tmp_path / "other", seed=5)
     copy = shutil.copytree(ROOT / "megatron_interbert", tmp_path / "code" / "megatron_interbert")
     (copy / "errors.py").write_text((copy / "errors.py").read_text() + "# changed\n")
@@ -54,25 +73,39 @@ def test_ranks_that_do_not_fit_together_do_not_start(store, tmp_path):
     cases = {
         "on n1 (ranks 1 of 2): /nowhere: no manifest.json there": [flags(store), flags("/nowhere")],
         "the ranks differ in data: ": [flags(store), flags(other)],
-        "the ranks differ in --seed: 1234 on n0 (rank 0), 7 on n1 (rank 1)": [flags(store), flags(store, "--seed", 7)],
+        "the ranks differ in --seed: 1234 on n0 (rank 0), 7 on n1 (rank 1)": [
+            flags(store),
+            flags(store, "--seed", 7),
+        ],
     }
     for message, each in cases.items():
         for code, out, err in ends(start_ranks(*each)):
             assert code == 2, out + err
             assert message in error_line(err)
             assert "Traceback" not in err
+
     port = free_ports(1)[0]
     first = start_ranks(flags(store), world_size=2, port=port)
-    second = start_ranks(flags(store), world_size=2, first=1, port=port, PYTHONPATH=str(tmp_path / "code"), PYTHONSAFEPATH="1")
+    second = start_ranks(
+        flags(store),
+        world_size=2,
+        first=1,
+        port=port,
+        PYTHONPATH=str(tmp_path / "code"),
+        PYTHONSAFEPATH="1",
+    )
     for code, out, err in ends(first + second):
         assert code == 2, out + err
         assert "the ranks differ in code: " in error_line(err)
+
     assert not save.exists()
 
 
 def test_a_folder_that_cannot_be_written(store, tmp_path):
     (tmp_path / "file").write_text("")
-    for code, out, err in ends(start_ranks(*[("--data-path", store, "--save", tmp_path / "file" / "run", *TINY)] * 2)):
+    for code, out, err in ends(
+        start_ranks(*[("--data-path", store, "--save", tmp_path / "file" / "run", *TINY)] * 2)
+    ):
         assert code == 2, out + err
         assert "nothing can be written there (Not a directory)" in error_line(err)
 
@@ -88,9 +121,13 @@ def test_preflight_shows_the_machines_and_the_odd_one(store, tmp_path):
     assert "shared" in table[3]
     assert out.rstrip().endswith("ready")
     odd = write_store(tmp_path / "odd", seed=9)
-    results = ends(start_ranks(flags, ("--data-path", odd, *flags[2:]), module="megatron_interbert.preflight"))
+    results = ends(
+        start_ranks(flags, ("--data-path", odd, *flags[2:]), module="megatron_interbert.preflight")
+    )
     assert [code for code, _, _ in results] == [2, 2]
-    assert next(line for line in results[0][1].splitlines() if line.startswith("n1")).endswith("<- data")
+    assert next(line for line in results[0][1].splitlines() if line.startswith("n1")).endswith(
+        "<- data"
+    )
     assert "n1: data is " in results[0][2]
     assert not list(tmp_path.glob(".shared-*"))
 
@@ -100,7 +137,9 @@ def test_preflight_shows_the_machines_and_the_odd_one(store, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_any_rank_stops_all_and_the_losses_go_on(store, tmp_path, number):
-    """Saved after the same step on both ranks, code 75; started again, bit for bit as if nothing had been."""
+    """Saved after the same step on both ranks, code 75; started again, bit for bit as if nothing
+    had been.
+    """
     flags = ("--data-path", store, *TINY, "--num-workers", 1, "--tensor-model-parallel-size", 2)
     flags = (*flags, "--worker-start", "spawn" if number == signal.SIGTERM else "fork")
     stopped = start_ranks(*[(*flags, *ENDLESS, "--save", tmp_path / "run")] * 2)
@@ -108,39 +147,64 @@ def test_a_signal_to_any_rank_stops_all_and_the_losses_go_on(store, tmp_path, nu
     stopped[1].send_signal(number)
     for code, out, err in ends(stopped):
         assert code == 75, out + err
+
     last = max(records(tmp_path / "run"))
     assert (tmp_path / "run" / f"global_step{last}" / "manifest.json").is_file()
     goal = (*flags, *ENDLESS, "--exit-interval", last + 4)
     for folder in ("run", "whole"):
         for code, out, err in ends(start_ranks(*[(*goal, "--save", tmp_path / folder)] * 2)):
             assert code == 0, out + err
+
     assert max(losses(tmp_path / "whole")) == last + 4
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 def test_a_launcher_passes_the_signal_on(store, tmp_path):
-    """SIGTERM to the deepspeed command alone, which ends without a word to its ranks: they save and end."""
-    process = start(*deepspeed(2, "--data-path", store, "--save", tmp_path / "run", *TINY, *ENDLESS))
+    """SIGTERM to the deepspeed command alone, which ends without a word to its ranks: they save and
+    end.
+    """
+    process = start(
+        *deepspeed(2, "--data-path", store, "--save", tmp_path / "run", *TINY, *ENDLESS)
+    )
     until(lambda: steps(tmp_path / "run") >= 3, "three steps")
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=90)  # until the last rank has closed its output
     last = max(records(tmp_path / "run"))
     stopped = f"stopped after step {last} (SIGHUP: a terminal or a launcher has gone);"
-    assert f"{stopped} the same command resumes from {tmp_path}/run/global_step{last}" in out, out + err
+    assert f"{stopped} the same command resumes from {tmp_path}/run/global_step{last}" in out, (
+        out + err
+    )
     assert (tmp_path / "run" / f"global_step{last}" / "manifest.json").is_file(), out + err
 
 
 def test_a_run_ends_after_its_minutes(store, tmp_path):
     """The clock of rank 0 decides for all."""
-    run = start_ranks(*[("--data-path", store, "--save", tmp_path / "run", *TINY, *ENDLESS, "--exit-duration-in-mins", 0.15)] * 2)
+    run = start_ranks(
+        *[
+            (
+                "--data-path",
+                store,
+                "--save",
+                tmp_path / "run",
+                *TINY,
+                *ENDLESS,
+                "--exit-duration-in-mins",
+                0.15,
+            )
+        ]
+        * 2
+    )
     for code, out, err in ends(run):
         assert code == 0, out + err
+
     last = max(records(tmp_path / "run"))
     assert (tmp_path / "run" / f"global_step{last}" / "manifest.json").is_file()
 
 
 def test_a_signal_ends_an_evaluation_of_losses_early(store, tmp_path):
-    """One that would last for ever: both ranks give it up after the same batch and save; the same command does it first."""
+    """One that would last for ever: both ranks give it up after the same batch and save; the same
+    command does it first.
+    """
     flags = (
         "--data-path",
         store,
@@ -160,11 +224,15 @@ def test_a_signal_ends_an_evaluation_of_losses_early(store, tmp_path):
     run[1].send_signal(signal.SIGTERM)
     for code, out, err in ends(run):
         assert code == 75, out + err
+
     assert (tmp_path / "run" / "global_step4" / "manifest.json").is_file()
     assert not records(tmp_path / "run", "valid")
-    run = start_ranks(*[(*flags, "--eval-iters", 1, "--exit-interval", 8, "--save", tmp_path / "run")] * 2)
+    run = start_ranks(
+        *[(*flags, "--eval-iters", 1, "--exit-interval", 8, "--save", tmp_path / "run")] * 2
+    )
     for code, out, err in ends(run):
         assert code == 0, out + err
+
     assert sorted(records(tmp_path / "run", "valid")) == [4, 8]
 
 
@@ -187,12 +255,16 @@ def test_ctrl_c_saves_and_the_second_one_ends_at_once(store, tmp_path):
     until(lambda: steps(tmp_path / "run") >= 3, "three steps")
     for rank in ranks:
         rank.send_signal(signal.SIGINT)
+
     results = ends(ranks)
     last = max(records(tmp_path / "run"))
     saved = tmp_path / "run" / f"global_step{last}"
     assert [code for code, _, _ in results] == [130, 130], results
     assert "SIGINT: the run saves and ends after this step; Ctrl-C again ends it" in results[0][2]
-    assert f"stopped after step {last} (SIGINT); the same command resumes from {saved}" in results[0][1]
+    assert (
+        f"stopped after step {last} (SIGINT); the same command resumes from {saved}"
+        in results[0][1]
+    )
     assert (saved / "manifest.json").is_file()
 
     ranks = start_ranks(flags, flags)
@@ -239,7 +311,9 @@ def test_a_stopped_rank_is_named_and_the_run_ends(running, rank):
     ranks[rank].send_signal(signal.SIGSTOP)
     [(code, out, err)] = ends([ranks[1 - rank]])
     assert code == 1, out + err
-    named = "rank 1 on n1 has shown no sign of life for" if rank else "rank 0 does not answer and step"
+    named = (
+        "rank 1 on n1 has shown no sign of life for" if rank else "rank 0 does not answer and step"
+    )
     assert named in error_line(err)
     assert "loop.py" in err, "the stacks of all threads"
     if rank:  # it is on this machine, whatever its node is called
@@ -265,14 +339,34 @@ def test_a_rank_that_waits_for_its_data_is_named(running):
     results = ends(ranks)
     until(lambda: dead(loader), "stopped as it was, it dies with its rank", seconds=10)
     assert [code for code, _, _ in results] == [1, 1]
-    assert "the run hangs: rank 1 on n1 is in waiting for the data of step" in error_line(results[0][2])
+    assert "the run hangs: rank 1 on n1 is in waiting for the data of step" in error_line(
+        results[0][2]
+    )
     assert "loader.py" in results[1][2]
 
 
 def test_an_evaluation_ends_at_a_signal_and_does_not_hang(store, tmp_path):
-    [(code, out, err)] = ends([start(*pretrain("--data-path", store, "--save", tmp_path / "run", *TINY, "--train-iters", 1))])
+    [(code, out, err)] = ends(
+        [
+            start(
+                *pretrain(
+                    "--data-path", store, "--save", tmp_path / "run", *TINY, "--train-iters", 1
+                )
+            )
+        ]
+    )
     assert code == 0, out + err
-    flags = ("retrieval", "--load", tmp_path / "run", "--data-path", store, "--output", tmp_path / "result", "--hang-timeout", 2)
+    flags = (
+        "retrieval",
+        "--load",
+        tmp_path / "run",
+        "--data-path",
+        store,
+        "--output",
+        tmp_path / "result",
+        "--hang-timeout",
+        2,
+    )
     flags = (*flags, "--tile-captions", 1, "--tile-images", 4, "--batch-pairs", 4)  # 800 tiles
 
     def tiles():
@@ -285,9 +379,11 @@ def test_an_evaluation_ends_at_a_signal_and_does_not_hang(store, tmp_path):
     for code, out, err in ends(ranks):
         assert code == 75, out + err
         assert "SIGUSR1: ended; the same command starts again or resumes" in err
+
     kept = tiles()
     assert kept < 800
     ranks = start_ranks(flags, flags, module="megatron_interbert.evaluate")
+
     try:
         until(lambda: tiles() > kept, "another tile")
         ranks[1].send_signal(signal.SIGSTOP)
@@ -300,7 +396,9 @@ def test_an_evaluation_ends_at_a_signal_and_does_not_hang(store, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_takes_the_other_with_it(running, rank):
-    """How it ended can be read until its parent has asked: so not by the fork server, which is quick."""
+    """How it ended can be read until its parent has asked: so not by the fork server, which is
+    quick.
+    """
     # Cold processes on a busy machine may take more than HANGS in their first step.
     ranks = running("--num-workers", 0, "--hang-timeout", 60, PYTHONUNBUFFERED="1")
     ranks[rank].kill()

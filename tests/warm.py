@@ -1,8 +1,9 @@
 """Processes of the package's modules and tools that start at once instead of in seconds.
 
-They are forked by Python's fork server, which has imported everything that a run imports; pid, session,
-pipes, signals and exit code are their own, as after `python -m MODULE` and `python SCRIPT`. What users
-type is tried cold: tests/test_launch.py, test_slurm.py, test_hostfile.py, tools/test_help.py.
+They are forked by Python's fork server, which has imported everything that a run imports; pid,
+session, pipes, signals and exit code are their own, as after `python -m MODULE` and `python
+SCRIPT`. What users type is tried cold: tests/test_launch.py, test_slurm.py, test_hostfile.py,
+tools/test_help.py.
 """
 
 import atexit
@@ -30,8 +31,9 @@ _context.set_forkserver_preload(["tests.warm_imports"])
 def start_server():
     """Start the fork server unless it runs; libraries read these settings when they are loaded.
 
-    PYTHONPATH is among them because the first test to ask may have changed its folder: a server that
-    cannot import what it should stays silent, and each of its processes then imports torch itself.
+    PYTHONPATH is among them because the first test to ask may have changed its folder: a server
+    that cannot import what it should stays silent, and each of its processes then imports torch
+    itself.
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     settings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
@@ -57,6 +59,7 @@ class WarmProcess:
         self.pid = self._process.pid
         self.args = ["python", *arguments]
         self._readers = []
+
         for name, (ours, theirs) in ends.items():
             os.close(theirs)
             reader = threading.Thread(target=self._read, args=(ours, self.lines[name]), daemon=True)
@@ -84,9 +87,15 @@ class WarmProcess:
     def wait(self, timeout=None):
         """As of Popen."""
         self._process.join(timeout)
+
         if self.returncode is None:
-            raise subprocess.TimeoutExpired(self.args, timeout, self.so_far(), "".join(self.lines["stderr"]))
-        atexit.unregister(self.kill)  # which would hold this object, and its pipes, to the end of all tests
+            raise subprocess.TimeoutExpired(
+                self.args, timeout, self.so_far(), "".join(self.lines["stderr"])
+            )
+
+        # which would hold this object, and its pipes, to the end of all tests
+        atexit.unregister(self.kill)
+
         return self.returncode
 
     def communicate(self, timeout=None):
@@ -124,9 +133,12 @@ class _Start:
         return {**self.__dict__, "ends": {name: DupFd(end) for name, end in self.ends.items()}}
 
     def __call__(self):
-        assert "tests.warm_imports" in sys.modules, "the fork server has not imported what runs need"
+        assert "tests.warm_imports" in sys.modules, (
+            "the fork server has not imported what runs need"
+        )
         os.setsid()
-        # The fork server ends with the tests, however they end, unless somebody else holds this line to it; and we with the server.
+        # The fork server ends with the tests, however they end, unless somebody else holds this
+        # line to it; and we with the server.
         os.close(forkserver._forkserver._forkserver_alive_fd)
         signal_at_parents_death(signal.SIGKILL)
         os.chdir(self.folder)
@@ -134,10 +146,12 @@ class _Start:
         os.environ.update(self.environment)
         for number, name in enumerate(("stdout", "stderr"), 1):
             os.dup2(self.ends[name].detach(), number)
+
         sys.stdout = open(1, "w", closefd=False)
         sys.stderr = open(2, "w", buffering=1, closefd=False)
         if self.files:
             resource.setrlimit(resource.RLIMIT_NOFILE, (self.files, self.files))
+
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the package sets it when a command begins
         if self.arguments[0] == "-m":
             self.run_module(*self.arguments[1:])

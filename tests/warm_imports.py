@@ -1,7 +1,10 @@
-"""Imported once by the fork server of tests/warm.py: all that a run imports sooner or later, with no thread started."""
+"""Imported once by the fork server of tests/warm.py: all that a run imports sooner or later, with
+no thread started.
+"""
 
 # ruff: noqa: F401
-import deepspeed.runtime.zero.muon.muon_optimizer  # DeepSpeed imports it when an engine is made, and it the compiler
+# DeepSpeed imports it when an engine is made, and it the compiler
+import deepspeed.runtime.zero.muon.muon_optimizer
 import torch._dynamo  # torch imports it when the first optimizer is made
 
 import megatron_interbert.evaluate

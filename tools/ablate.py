@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""The paper's analysis as one command: what each part of the pretraining and of the model is worth."""
+"""The paper's analysis as one command: what each part of the pretraining and of the model is
+worth.
+"""
 
 from pathlib import Path
 from runpy import run_path

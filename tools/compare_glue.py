@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Finetunes one GLUE task twice with the same flags, data, order and first weights: InterBERT's text path and BERT of transformers."""
+"""Finetunes one GLUE task twice with the same flags, data, order and first weights: InterBERT's
+text path and BERT of transformers.
+"""
 
 from pathlib import Path
 from runpy import run_path

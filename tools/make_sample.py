@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Write the sample corpus: a generated world with captions in English and Chinese, to try things out."""
+"""Write the sample corpus: a generated world with captions in English and Chinese, to try things
+out.
+"""
 
 from pathlib import Path
 from runpy import run_path

@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Write the sample shop in Chinese: products, queries, topics and clicks of users, all of it made up."""
+"""Write the sample shop in Chinese: products, queries, topics and clicks of users, all of it made
+up.
+"""
 
 from pathlib import Path
 from runpy import run_path

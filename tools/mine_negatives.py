@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Mine hard negatives of a region store: captions of other images that are alike, but not too alike."""
+"""Mine hard negatives of a region store: captions of other images that are alike, but not too
+alike.
+"""
 
 from pathlib import Path
 from runpy import run_path

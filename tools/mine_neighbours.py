@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Find for each image of a region store those that look most alike, for hard captions in finetuning."""
+"""Find for each image of a region store those that look most alike, for hard captions in
+finetuning.
+"""
 
 from pathlib import Path
 from runpy import run_path

@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""How well models search and recommend in the generated shop, beside TF-IDF over titles and chance."""
+"""How well models search and recommend in the generated shop, beside TF-IDF over titles and
+chance.
+"""
 
 from pathlib import Path
 from runpy import run_path

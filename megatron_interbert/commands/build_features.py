@@ -2,12 +2,14 @@
 
     interbert build-features train2014_obj36.tsv --captions captions_train2014.json \\
         --output coco --vocab-file vocab.txt
-    interbert build-features cc_store sbu_store --output both     # join, cut anew, take a part (--only)
+    interbert build-features cc_store sbu_store --output both
+
+Stores are joined, cut anew, or a part of them is taken (--only).
 
 Features: base64 TSV (LXMERT, bottom-up attention), LMDB (ViLBERT, InterBERT), folders of npz, HDF5
 (adaptive or fixed bottom-up attention), region stores. Captions: COCO and Karpathy JSON, Flickr30K
-lines and token files, Conceptual Captions TSV, SBU JSON, MUGE and KDD Cup queries, plain TSV and JSON
-lines. Stopped or killed, a build is resumable: give the same command again.
+lines and token files, Conceptual Captions TSV, SBU JSON, MUGE and KDD Cup queries, plain TSV and
+JSON lines. Stopped or killed, a build is resumable: give the same command again.
 """
 
 import os
@@ -52,7 +54,9 @@ class BuildingOptions(Flags):
     class_names: str = option(
         "", "detector classes without background, one a line; default: those of the detector"
     )
-    images_per_shard: int = option(1024, "images of a shard, the unit of work that is kept", least=1)
+    images_per_shard: int = option(
+        1024, "images of a shard, the unit of work that is kept", least=1
+    )
     max_dropped: float = option(
         0.1, "share of unusable images that is allowed", least=0, most=1, group="work"
     )
@@ -116,9 +120,7 @@ class Options(BuildingOptions):
     )
     detector: str = option("", f"recorded in the store; default: {DETECTOR}", group="store")
     detector_revision: str = option("", "recorded in the store", group="store")
-    allow_other_detector: bool = option(
-        False, "join stores of different detectors", group="store"
-    )
+    allow_other_detector: bool = option(False, "join stores of different detectors", group="store")
     strict_boxes: bool = option(
         False, "drop images with boxes outside instead of clipping these", group="store"
     )
@@ -134,15 +136,18 @@ def detector_of(sources: list[Source], options: Options) -> dict[str, Any]:
                 f"stores of different detectors, {known[0]} and {other}; join them with"
                 " --allow-other-detector"
             )
+
     if known and (options.detector or options.detector_revision):
         raise UsageError(
             "--detector and --detector-revision are for published features; a region store knows"
             " its own"
         )
+
     if not known:
         return {"name": options.detector or DETECTOR, "revision": options.detector_revision}
 
     others = [detector for i, detector in enumerate(known) if detector not in known[:i]][1:]
+
     return {**known[0], **({"joined_with": others} if others else {})}
 
 
@@ -151,8 +156,10 @@ def vocabulary_of(sources: list[Source], options: Options) -> str:
     if options.vocab_file:
         CaptionTokenizer(options.vocab_file)  # before anything is written: is it one?
         return read_text(options.vocab_file, "--vocab-file")
+
     stores = [source.path for source in sources if isinstance(source, StoreSource)]
     files = [Path(path) / "vocab.txt" for path in stores]
+
     return next((read_text(file, "vocab.txt") for file in files if file.is_file()), "")
 
 
@@ -226,8 +233,8 @@ def report(output: str, manifest: dict[str, Any], seconds: float) -> None:
         print(f"each is listed in {Path(output) / 'dropped.jsonl'}")
     if manifest["inverted_boxes"] > 0.05 * counts["regions"]:
         print(
-            f"warning: {manifest['inverted_boxes']} of {counts['regions']} boxes were inverted; they"
-            " look like x, y, width, height: --box-format xywh"
+            f"warning: {manifest['inverted_boxes']} of {counts['regions']} boxes were inverted;"
+            " they look like x, y, width, height: --box-format xywh"
         )
 
 

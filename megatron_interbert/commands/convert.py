@@ -6,9 +6,9 @@
     interbert convert RUN/global_step2000 --list
 
 --from auto recognises: one of our checkpoints (a run's folder: its newest; any data-parallel,
-tensor-parallel and ZeRO layout), an official .bin (pretraining or downstream; config.json beside it,
-or --model), Hugging Face folders of InterBERT and of BERT. Tensors pass one at a time. No pickled
-code is ever run.
+tensor-parallel and ZeRO layout), an official .bin (pretraining or downstream; config.json beside
+it, or --model), Hugging Face folders of InterBERT and of BERT. Tensors pass one at a time. No
+pickled code is ever run.
 """
 
 import sys
@@ -50,9 +50,7 @@ class Options(Flags):
     list_only: bool = option(
         False, "print names, shapes and partition, write nothing", flag="--list"
     )
-    verify: bool = option(
-        False, "run a batch through both sides and print the largest difference"
-    )
+    verify: bool = option(False, "run a batch through both sides and print the largest difference")
 
     model: str = option(
         "",
@@ -63,7 +61,9 @@ class Options(Flags):
         "", "vocabulary to put beside the weights; default: the input's", group="model"
     )
     averaged: bool = option(
-        False, "take the averaged weights (--ema-decay) of a checkpoint that has such", group="model"
+        False,
+        "take the averaged weights (--ema-decay) of a checkpoint that has such",
+        group="model",
     )
     dtype: str = option("keep", "type of all tensors written", tuple(TYPES), group="model")
     tensor_model_parallel_size: int = option(
@@ -81,10 +81,12 @@ class Options(Flags):
 def list_tensors(source: Source) -> None:
     """Print name, shape, type and partition of every parameter."""
     width = max(map(len, source.layouts))
+
     for name, entry in source.layouts.items():
         shape = " x ".join(map(str, entry.shape))
         dtype = str(entry.dtype).removeprefix("torch.")
         print(f"{name:<{width}}  {shape:<14} {dtype:<9} {partition_kind(name)}")
+
     count = sum(torch.Size(entry.shape).numel() for entry in source.layouts.values())
     print(
         f"{len(source.layouts)} tensors, {count / 1e6:.1f} M parameters (padding of the vocabulary"
@@ -108,6 +110,7 @@ def vocabulary_of(source: Source, given: str) -> bytes | None:
             f"{file}: {entries} entries, the model has {source.config.vocab_size}; give its own by"
             " --vocab-file"
         )
+
     return content
 
 
@@ -119,7 +122,9 @@ def model_card_for(source: Source, results: list[str]) -> str:
         raise UsageError(
             "--to huggingface needs transformers: pip install 'transformers>=5.3,<6'"
         ) from error
+
     read = [read_json(path, "--results") for path in results]
+
     return model_card(source.config, {**source.facts, "source": source.kind, "results": read})
 
 
@@ -129,10 +134,12 @@ def run(options: Options) -> None:
     source = open_source(options.input, options.source, config, options.averaged)
     if options.averaged and not source.facts.get("averaged"):
         raise UsageError(f"--averaged: {options.input} holds no averaged weights; leave it out")
+
     print(*source.notes, describe_source(source), sep="\n", flush=True)
     if options.list_only:
         list_tensors(source)
         return
+
     if not options.to or not options.output:
         raise UsageError(f"give --to {'|'.join(TARGETS)} and --output FOLDER, or --list")
 
@@ -147,6 +154,7 @@ def run(options: Options) -> None:
     folder = Path(options.output)
     with progress(total=output.bytes(), unit="B", unit_scale=True, desc="writing") as bar:
         write_target(options.to, output, folder, bar.update)
+
     print(f"wrote {folder} ({options.to}, {output.bytes() / 1e6:.1f} MB of tensors)")
     say_not_finite(output)
     if options.verify:
@@ -158,8 +166,8 @@ def say_not_finite(output: Output) -> None:
     if output.not_finite:
         print(
             f"note: NaN or infinity in {len(output.not_finite)} of {len(output.source.layouts)}"
-            f" tensors, first in {output.not_finite[0]}; written as they are, but no model works with"
-            " them: take an earlier checkpoint",
+            f" tensors, first in {output.not_finite[0]}; written as they are, but no model works"
+            " with them: take an earlier checkpoint",
             file=sys.stderr,
         )
 

@@ -2,10 +2,10 @@
 
     interbert extract-features photos --detector PekingU/rtdetr_r50vd --output store
 
-The detector is a DETR-like model of transformers (a folder or a name on the hub: RT-DETR, Deformable
-DETR, DETR, ...) or torchvision:fasterrcnn_resnet50_fpn and its relatives. Photos that cannot be used
-are listed with the reason in dropped.jsonl of the store. A run that was killed is resumable: give the
-same command again.
+The detector is a DETR-like model of transformers (a folder or a name on the hub: RT-DETR,
+Deformable DETR, DETR, ...) or torchvision:fasterrcnn_resnet50_fpn and its relatives. Photos that
+cannot be used are listed with the reason in dropped.jsonl of the store. A run that was killed is
+resumable: give the same command again.
 """
 
 import os
@@ -39,9 +39,7 @@ class Options(BuildingOptions):
     )
     detector: str = option("", "folder, name on the hub, or torchvision:NAME", required=True)
     revision: str = option("", "branch, tag or commit on the hub")
-    weights: str = option(
-        "", "state dict for a torchvision detector; default: the published one"
-    )
+    weights: str = option("", "state dict for a torchvision detector; default: the published one")
     max_regions: int = option(36, "kept of a photo at most", least=1)
     min_regions: int = option(10, "kept even below --min-score")
     min_score: float = option(0.2, "of the best class that is not background")
@@ -82,6 +80,7 @@ def plan_of(options: Options) -> BuildPlan:
     limits = {name: getattr(options, name) for name in names}
     source = PhotoSource(options.photos, choice, batch_size=options.batch_size, **limits)
     vocabulary = read_text(options.vocab_file, "--vocab-file") if options.vocab_file else ""
+
     return BuildPlan(
         sources=[source],
         output=options.output,
@@ -104,7 +103,8 @@ def run(options: Options) -> None:
     manifest = build(plan, workers, options.max_dropped, options.restart)
     rate = manifest["images_read"] / (time.monotonic() - started)
 
-    counts, dropped = manifest["counts"], manifest["dropped"]
+    counts = manifest["counts"]
+    dropped = manifest["dropped"]
     why = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
     print(
         f"{options.output}: {counts['images']} images, {counts['regions']} regions of"

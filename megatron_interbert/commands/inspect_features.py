@@ -4,7 +4,8 @@
 
 Counts regions, boxes, captions and classes; finds broken records, repeats and empty captions; tells
 from the data whether class ids are shifted or boxes in a wrong format; says whether its layout is
-fast. Writes inspection.html and inspection.json. Exit code 1 when there are problems, 2 for wrong use.
+fast. Writes inspection.html and inspection.json. Exit code 1 when there are problems, 2 for wrong
+use.
 """
 
 import sys
@@ -72,6 +73,7 @@ def read_names(path: str, num_classes: int, background: int | None) -> list[str]
             f"--class-names {path}: {len(names)} lines, but the store has {num_classes} classes"
             " (with background)"
         )
+
     return names
 
 
@@ -87,6 +89,7 @@ def run(options: Options) -> None:
     if options.class_names:
         background = store.manifest.get("background_class")
         names = read_names(options.class_names, store.num_classes, background)
+
     chosen = InspectionOptions(options.max_images or None, options.verify_hashes, names)
     report = inspect_store(store, chosen)
 
@@ -95,12 +98,14 @@ def run(options: Options) -> None:
     write_output(folder / "inspection.html", page, "--output")
     write_output(report_file, report.as_json(), "--json")
     print(report_text(report))
+
     if photos and not any(photos.has(store.image_id(image)) for image in report.readable):
         print(
             f"--photos {options.photos}: no photo there has the name of an image,"
             f" {store.image_id(0)}.jpg for one",
             file=sys.stderr,
         )
+
     print(f"page: {folder / 'inspection.html'}, report: {report_file}")
     sys.exit(1 if report.problems else 0)
 

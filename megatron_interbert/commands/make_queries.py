@@ -1,6 +1,6 @@
 """Queries of KDD Cup 2020 (Multimodalities Recall) as the JSON lines that product search takes.
 
-    interbert make-queries train.tsv --output train.jsonl            # each row: a query, its product
+    interbert make-queries train.tsv --output train.jsonl         # rows: query and product
     interbert make-queries valid.tsv --answers valid_answer.json --output valid.jsonl
     interbert make-queries testA.tsv --candidates --output testA.jsonl       # without answers
 
@@ -75,10 +75,12 @@ def read_row(values: list[str], where: str) -> tuple[str, str, str]:
     if len(values) != len(COLUMNS):
         expected = f"{len(COLUMNS)}: {', '.join(COLUMNS)}"
         raise UsageError(f"{where} has {len(values)} columns, expected {expected}")
+
     row = dict(zip(COLUMNS, values, strict=True))
     for name in ("query_id", "query", "product_id"):
         if not row[name].strip():
             raise UsageError(f"{where} has an empty {name}")
+
     return row["query_id"], row["query"], row["product_id"]
 
 
@@ -86,17 +88,20 @@ def read_answers(options: Options, queries: dict[str, str]) -> dict[str, list[An
     """Read the products of each query; UsageError where a query has none."""
     if not options.answers:
         return {}
+
     answers = read_json(options.answers, "--answers")
     for query in queries:
         if query not in answers:
             raise UsageError(
-                f"{options.answers}: nothing for query {query} of {options.source}; give the answers"
-                " of that file"
+                f"{options.answers}: nothing for query {query} of {options.source}; give the"
+                " answers of that file"
             )
+
         if not isinstance(answers[query], list):
             raise UsageError(
                 f"{options.answers}: the answer of query {query} is no list of products"
             )
+
     return answers
 
 
@@ -109,20 +114,25 @@ def run(options: Options) -> None:
     for query_id, text, product in read_rows(Path(options.source)):
         texts.setdefault(query_id, text)
         products.setdefault(query_id, []).append(product)
+
     if not texts:
         raise UsageError(f"{options.source}: no rows in it")
 
     answers = read_answers(options, texts)
     lines = []
+
     for query_id, text in texts.items():
         listed = list(dict.fromkeys(products[query_id]))
         record: dict[str, Any] = {"query_id": query_id, "query_text": text}
+
         if options.answers:
             right = [str(item) for item in answers[query_id]]
             record |= {"item_ids": right, "candidate_ids": listed}
         else:
             record |= {"candidate_ids" if options.candidates else "item_ids": listed}
+
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+
     write_output(output, "".join(lines), "--output")
     rows = sum(map(len, products.values()))
     print(f"{options.output}: {len(texts)} queries, {rows} rows")

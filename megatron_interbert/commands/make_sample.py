@@ -1,6 +1,7 @@
-"""Write the sample corpus: a generated world with captions in English and Chinese, to try things out.
+"""Write the sample corpus: a generated world with captions in English and Chinese, to try things
+out.
 
-    interbert make-sample --output sample_corpus
+interbert make-sample --output sample_corpus
 """
 
 from dataclasses import dataclass
@@ -34,10 +35,12 @@ def run(options: Options) -> None:
     folder = Path(options.output)
     check_writable(folder, "--output")
     world = World(options.seed, options.noise)
+
     for split, scenes in (("train", options.train_scenes), ("test", options.test_scenes)):
         write_split(world, folder, split, scenes, options.seed)
         if options.vcr:
             write_questions(world, folder, split, scenes, options.seed)
+
     print(
         f"generated corpus in {options.output}: {options.train_scenes} training and"
         f" {options.test_scenes} unseen test scenes"

@@ -1,12 +1,13 @@
-"""Write the sample shop in Chinese: products, queries, topics and clicks of users, all of it made up.
+"""Write the sample shop in Chinese: products, queries, topics and clicks of users, all of it made
+up.
 
     interbert make-shop --output sample_shop
 
 For each split (train, test): a region store of the products, whose captions are their titles (and
 descriptions, for training); items.jsonl with their attributes; queries.jsonl in the form of MUGE
-(query_id, query_text, item_ids); topics.jsonl (name, description, keywords); clicks.jsonl (topic_id,
-item_id, user_id, clicked). The test products, which a service may show, have pictures/ITEM_ID.png
-too. Products, queries and topics of the two splits are drawn apart.
+(query_id, query_text, item_ids); topics.jsonl (name, description, keywords); clicks.jsonl
+(topic_id, item_id, user_id, clicked). The test products, which a service may show, have
+pictures/ITEM_ID.png too. Products, queries and topics of the two splits are drawn apart.
 """
 
 from dataclasses import dataclass
@@ -42,10 +43,12 @@ def run(options: Options) -> None:
     folder = Path(options.output)
     check_writable(folder, "--output")
     world = ShopWorld(options.seed, options.noise)
+
     for split in SPLITS:
         kinds = ("products", "queries", "topics")
         sizes = [getattr(options, f"{split}_{kind}") for kind in kinds]
         write_split(world, folder, split, *sizes, options.seed, pictures=split == "test")
+
     print(
         f"generated shop in {options.output}: {options.train_products} products to train on and"
         f" {options.test_products} unseen ones"

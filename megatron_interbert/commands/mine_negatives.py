@@ -1,4 +1,5 @@
-"""Mine hard negatives of a region store: captions of other images that are alike, but not too alike.
+"""Mine hard negatives of a region store: captions of other images that are alike, but not too
+alike.
 
     interbert mine-negatives coco
 
@@ -87,6 +88,7 @@ def run(options: Options) -> None:
     )
     for line in found["examples"]:
         print(line)
+
     print(
         f"{Path(options.store) / HARD_NEGATIVES}: {found['captions']} captions,"
         f" {found['negatives']:.1f} negatives each, {found['without']} with none; mean similarity"

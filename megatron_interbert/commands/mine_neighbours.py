@@ -1,4 +1,5 @@
-"""Find for each image of a region store those that look most alike, for hard captions in finetuning.
+"""Find for each image of a region store those that look most alike, for hard captions in
+finetuning.
 
     interbert mine-neighbours coco
 
@@ -39,6 +40,7 @@ def run(options: Options) -> None:
     corpus = Corpus([options.store])
     if corpus.num_images < 2:
         raise UsageError(f"{options.store}: one image has no neighbours")
+
     most = min(options.neighbours, corpus.num_images - 1)
     found = nearest_images(mean_features(corpus), most, options.block)
 
@@ -48,8 +50,10 @@ def run(options: Options) -> None:
             np.save(handle, found)
     except OSError as error:
         raise UsageError(
-            f"{path}: cannot be written ({error}); make room or choose a store that can be written to"
+            f"{path}: cannot be written ({error}); make room or choose a store that can be"
+            " written to"
         ) from error
+
     print(f"{path}: {found.shape[1]} neighbours of each of {len(found)} images")
 
 

@@ -3,8 +3,8 @@
     interbert plan --model base --gpus 8 --gpu-memory 80
     interbert plan --model large --gpus 64 --gpu-memory 40 --regions 10-100 --global-batch-size 4096
 
-By arithmetic (training/memory.py), which tests hold to within 10 % of what torch's allocator counts on
-a CPU; on GPUs it was not counted. A device also holds its driver's context and the allocator's
+By arithmetic (training/memory.py), which tests hold to within 10 % of what torch's allocator counts
+on a CPU; on GPUs it was not counted. A device also holds its driver's context and the allocator's
 leftovers: --reserve keeps room for them.
 """
 
@@ -68,9 +68,7 @@ class Options(Flags):
         """Raise UsageError for settings that contradict each other or have no meaning."""
         super().check()
         if "micro_batch_size" in self.given and self.micro_batch_size < 1:
-            raise UsageError(
-                f"--micro-batch-size is {self.micro_batch_size}, expected more than 0"
-            )
+            raise UsageError(f"--micro-batch-size is {self.micro_batch_size}, expected more than 0")
         if not 0 <= self.reserve < 1:
             raise UsageError(
                 f"--reserve is {self.reserve}, expected a share of the memory from 0 up to 1, such"
@@ -97,10 +95,12 @@ def layouts(sizes: ModelConfig, options: Options) -> Iterator[Layout]:
             sizes.check_tensor_parallel(tensor)
         except UsageError:
             continue
+
         if (stage == 0 and not options.fp32) or (stage > 1 and data == 1):
             continue
         if options.global_batch_size % data:
             continue
+
         yield Layout(
             data,
             tensor,
@@ -125,8 +125,10 @@ def fit(sizes: ModelConfig, layout: Layout, options: Options) -> Row | None:
     samples = options.micro_batch_size or largest_micro_batch(sizes, layout, one, room, most)
     if not samples:
         return None
+
     load = Load(samples, mean_words, mean_regions, most_words, most_regions)
     memory = predict(sizes, layout, load)
+
     return Row(layout, samples, memory) if memory.peak <= room else None
 
 
@@ -134,6 +136,7 @@ def table(rows: list[Row], options: Options) -> list[str]:
     """Give a line for each layout that fits, under a heading."""
     head = ("data", "tensor", "ZeRO", "recompute", "micro-batch", *MEMORY)
     lines = []
+
     for row in rows:
         layout = row.layout
         samples = f"{row.samples}+" if row.samples == MOST else row.samples
@@ -144,10 +147,13 @@ def table(rows: list[Row], options: Options) -> list[str]:
     room = options.gpu_memory * (1 - options.reserve)
     bits = "32 bits" if options.fp32 else "16 bits (ZeRO 1 to 3)"
     how = ", sequence parallel where tensor is more than 1" if options.sequence_parallel else ""
+
     return [
         f"GiB of each of {options.gpus} devices, {room:g} of {options.gpu_memory:g} used at most",
-        f"{bits}, {options.kernels} kernels{how}; {'-'.join(map(str, options.words))} words and"
-        f" {'-'.join(map(str, options.regions))} regions a sample",
+        (
+            f"{bits}, {options.kernels} kernels{how}; {'-'.join(map(str, options.words))} words and"
+            f" {'-'.join(map(str, options.regions))} regions a sample"
+        ),
         *aligned([head, *lines]),
     ]
 
@@ -156,11 +162,12 @@ def run(options: Options) -> None:
     """Print the table of what fits."""
     if options.output:
         check_output(Path(options.output), "--output")
+
     sizes = load_model_config(options.model)
     if not (sizes.vocab_size and sizes.feature_dim and sizes.num_classes):
         raise UsageError(
-            f"--model {options.model} takes sizes from its data; give a JSON file with all sizes, or"
-            " base"
+            f"--model {options.model} takes sizes from its data; give a JSON file with all sizes,"
+            " or base"
         )
 
     rows = [row for layout in layouts(sizes, options) if (row := fit(sizes, layout, options))]
@@ -170,6 +177,7 @@ def run(options: Options) -> None:
             f"nothing fits {options.gpus} devices of {options.gpu_memory:g} GiB; more of them, or"
             f" {less}"
         )
+
     print("\n".join(table(rows, options)))
     if options.output:
         found = [as_record(row) for row in rows]

@@ -3,10 +3,10 @@
     interbert shop-report --search runs/shop_12000/product_search \\
         --recommendation runs/shop_12000/recommendation
 
-Mean and deviation over several runs. Queries say what they need (`interbert make-shop`): the picture,
-the title, or either. TF-IDF compares single characters and pairs of them. Chance is a shuffled list.
-The clicks were drawn by what a product has of what a topic wants, so no score orders them better than
-that does.
+Mean and deviation over several runs. Queries say what they need (`interbert make-shop`): the
+picture, the title, or either. TF-IDF compares single characters and pairs of them. Chance is a
+shuffled list. The clicks were drawn by what a product has of what a topic wants, so no score orders
+them better than that does.
 """
 
 from dataclasses import dataclass
@@ -31,9 +31,7 @@ class Options(Flags):
 
     GROUP: ClassVar[str] = "data"
 
-    search: list[str] = option(
-        (), "runs that were finetuned for product search", several=True
-    )
+    search: list[str] = option((), "runs that were finetuned for product search", several=True)
     recommendation: list[str] = option(
         (), "runs that were finetuned for recommendation", several=True
     )
@@ -59,10 +57,12 @@ def run(options: Options) -> None:
     if options.search:
         report["search"] = search_figures(options.search, options.data_path, options.two_stage)
         print("\n".join(table("what tells: way", report["search"])))
+
     if options.recommendation:
         figures = recommendation_figures(options.recommendation, options.data_path)
         report["recommendation"] = figures
         print("\n".join(table("among: way", figures)))
+
     if options.output:
         write_output(Path(options.output), json_text(report), "--output")
 

@@ -1,6 +1,6 @@
 """Mean and spread of several results (seeds of one setting): each figure over result.json files.
 
-    interbert summarise runs/seed-*/evaluation/retrieval/result.json
+interbert summarise runs/seed-*/evaluation/retrieval/result.json
 """
 
 import statistics
@@ -43,6 +43,7 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     The spread is the sample's standard deviation, 0 of one alone.
     """
     figures = {}
+
     for name in results[0]["metrics"]:
         values = [result["metrics"][name] for result in results]
         figures[name] = {
@@ -51,12 +52,14 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
             "least": min(values),
             "most": max(values),
         }
+
     return figures
 
 
 def is_result(result: dict[str, Any]) -> bool:
     """Whether it is what an evaluation writes: task, figures, and what they were made on."""
-    metrics, data = result.get("metrics"), result.get("data", {})
+    metrics = result.get("metrics")
+    data = result.get("data", {})
     if not isinstance(metrics, dict) or not isinstance(data, dict):
         return False
 
@@ -64,6 +67,7 @@ def is_result(result: dict[str, Any]) -> bool:
     figures = bool(metrics) and all(type(value) in (int, float) for value in metrics.values())
     files = data.get("files", {})
     hashed = isinstance(files, dict) and all(isinstance(value, str) for value in files.values())
+
     return named and figures and hashed and isinstance(result.get("configuration", {}), dict)
 
 
@@ -77,20 +81,24 @@ def deciding(result: dict[str, Any]) -> list[Any]:
 def check_alike(paths: list[str], results: list[dict[str, Any]]) -> None:
     """Raise UsageError for a result that does not average with the first."""
     first = results[0]
+
     for path, result in zip(paths, results, strict=True):
         if not is_result(result):
             raise UsageError(f"{path}: no figures in it; give the result.json of an evaluation")
         for name, earlier in SAME.items():
-            here, there = result.get(name, earlier), first.get(name, earlier)
+            here = result.get(name, earlier)
+            there = first.get(name, earlier)
             if here != there:
                 raise UsageError(
                     f"{path}: {name} is {here}, the first has {there}; they do not average"
                 )
+
         if deciding(result) != deciding(first):
             raise UsageError(
                 f"{path}: evaluated on other data or with other limits than {paths[0]}; they do not"
                 " average"
             )
+
         if result["metrics"].keys() != first["metrics"].keys():
             raise UsageError(
                 f"{path}: has figures {', '.join(result['metrics'])}; {paths[0]} has others"
@@ -101,6 +109,7 @@ def run(options: Options) -> None:
     """Read, check that they are of one kind, print."""
     if options.output:
         check_output(Path(options.output), "--output")
+
     results = [read_json(path, "result") for path in options.results]
     check_alike(options.results, results)
 

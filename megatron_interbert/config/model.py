@@ -8,14 +8,18 @@ from typing import Any, ClassVar
 from megatron_interbert.config.options import nearest
 from megatron_interbert.errors import UsageError
 
-FLOAT8_MULTIPLE = 16  # of the inner size, and of the columns of the result, of a GPU's 8-bit product
+# of the inner size, and of the columns of the result, of a GPU's 8-bit product
+FLOAT8_MULTIPLE = 16
 LARGEST_SIZE = 1 << 24  # of anything in a model
 MOST_LAYERS = 1000  # of a kind: a model of a million would be built until memory is full
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of one InterBERT. A size of 0 for vocabulary, feature or classes means: take it from the data."""
+    """Sizes of one InterBERT.
+
+    A size of 0 for vocabulary, feature or classes means: take it from the data.
+    """
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -35,7 +39,8 @@ class ModelConfig:
     image_hidden_dropout: float = 0.2
     image_attention_dropout: float = 0.1
     fusion: str = "product"
-    text_normalisation: str = "none"  # or "chinese": full-width and traditional forms are read as their usual ones
+    # or "chinese": full-width and traditional forms are read as their usual ones
+    text_normalisation: str = "none"
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
 
@@ -50,15 +55,26 @@ class ModelConfig:
             self.check_size(entry.name, entry.type)
         for name in ("num_attention_heads", "image_attention_heads"):
             if self.hidden_size % getattr(self, name):
-                raise UsageError(f"model: hidden_size {self.hidden_size} is not a multiple of {name} {getattr(self, name)}")
+                raise UsageError(
+                    f"model: hidden_size {self.hidden_size} is not a multiple of {name}"
+                    f" {getattr(self, name)}"
+                )
+
         if self.fusion not in ("product", "sum"):
             raise UsageError(f"model: fusion is '{self.fusion}', expected 'product' or 'sum'")
         if self.text_normalisation not in ("none", "chinese"):
-            raise UsageError(f"model: text_normalisation is '{self.text_normalisation}', expected 'none' or 'chinese'")
+            raise UsageError(
+                f"model: text_normalisation is '{self.text_normalisation}', expected 'none' or"
+                " 'chinese'"
+            )
 
     def check_size(self, name: str, kind: type) -> None:
-        """Raise UsageError for a size that no model can have; it may come from anybody's JSON file."""
+        """Raise UsageError for a size that no model can have.
+
+        It may come from anybody's JSON file.
+        """
         value = getattr(self, name)
+
         if kind is int:
             least = 0 if name in self.MAY_BE_0 else 1
             most = MOST_LAYERS if name.endswith("_layers") else LARGEST_SIZE
@@ -69,7 +85,8 @@ class ModelConfig:
             sound = type(value) in (int, float) and 0 <= value < below
             expected = "a number from 0 up to 1" if below == 1.0 else "a finite number of 0 or more"
         else:
-            sound, expected = isinstance(value, str), "a text"
+            sound = isinstance(value, str)
+            expected = "a text"
 
         if not sound:
             raise UsageError(f"model: {name} is {value!r:.60}, expected {expected}")
@@ -82,15 +99,25 @@ class ModelConfig:
     @property
     def head_sizes(self) -> tuple[int, int]:
         """Of the attention of text and joint tokens, and of that of images."""
-        return self.hidden_size // self.num_attention_heads, self.hidden_size // self.image_attention_heads
+        return (
+            self.hidden_size // self.num_attention_heads,
+            self.hidden_size // self.image_attention_heads,
+        )
 
     def check_tensor_parallel(self, size: int) -> None:
-        """Raise UsageError when `size` ranks cannot share the heads, the MLP or the vocabulary evenly."""
-        for name in ("num_attention_heads", "image_attention_heads", "ffn_hidden_size", "padded_vocab_size"):
+        """Raise UsageError when `size` ranks cannot share the heads, the MLP or the vocabulary
+        evenly.
+        """
+        for name in (
+            "num_attention_heads",
+            "image_attention_heads",
+            "ffn_hidden_size",
+            "padded_vocab_size",
+        ):
             if getattr(self, name) % size:
                 raise UsageError(
-                    f"--tensor-model-parallel-size {size} does not divide {name} {getattr(self, name)} of the model;"
-                    f" use a size that divides it"
+                    f"--tensor-model-parallel-size {size} does not divide {name}"
+                    f" {getattr(self, name)} of the model; use a size that divides it"
                 )
 
     def without_dropout(self) -> "ModelConfig":
@@ -100,11 +127,14 @@ class ModelConfig:
 
 
 def model_config_from_dict(values: dict[str, Any], where: str) -> ModelConfig:
-    """Build a ModelConfig from JSON values; unknown keys raise UsageError with the nearest right name."""
+    """Build a ModelConfig from JSON values; unknown keys raise UsageError with the nearest right
+    name.
+    """
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     for name in values:
         if name not in known:
             raise UsageError(f"{where}: unknown model key '{name}'{nearest(name, known)}")
+
     try:
         return ModelConfig(**values)
     except UsageError as error:

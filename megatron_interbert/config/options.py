@@ -1,7 +1,8 @@
 """Options of a command: one row a flag, and on it everything that is known about the flag.
 
-Precedence: flag, then YAML (`--config`), then DeepSpeed JSON where it names the same thing, then the
-default of the row. `training/deepspeed_config.py` is the one place that merges the DeepSpeed JSON.
+Precedence: flag, then YAML (`--config`), then DeepSpeed JSON where it names the same thing, then
+the default of the row. `training/deepspeed_config.py` is the one place that merges the DeepSpeed
+JSON.
 """
 
 import dataclasses
@@ -111,7 +112,9 @@ def declaring_class(config_class: type, name: str) -> type:
 
 @dataclass
 class Flags:
-    """What every command is told: its settings, which of them were given, and whether they make sense."""
+    """What every command is told: its settings, which of them were given, and whether they make
+    sense.
+    """
 
     GROUP: ClassVar[str] = "more"
 
@@ -123,9 +126,15 @@ class Flags:
         self.frozen = False
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; TypeError where it changes a setting of a configuration that is frozen."""
+        """Set an attribute.
+
+        TypeError where it changes a setting of a configuration that is frozen.
+        """
         if self.__dict__.get("frozen") and getattr(self, name) != value:
-            raise TypeError(f"{name} is settled at {getattr(self, name)!r} and cannot become {value!r}")
+            raise TypeError(
+                f"{name} is settled at {getattr(self, name)!r} and cannot become {value!r}"
+            )
+
         super().__setattr__(name, value)
 
     def freeze(self) -> None:
@@ -170,13 +179,17 @@ class Flags:
 
     def check_limits(self, name: str) -> None:
         """Raise UsageError for NaN, infinity, or a number outside the limits of its row."""
-        value, facts = getattr(self, name), facts_of(self, name)
+        value = getattr(self, name)
+        facts = facts_of(self, name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             return
         if value == AUTO and facts.auto:
             return
         if isinstance(value, int) and not -LARGEST_INTEGER <= value <= LARGEST_INTEGER:
-            raise UsageError(f"{flag(name)}{self.origin(name)}: expected a number of less than 20 digits")
+            raise UsageError(
+                f"{flag(name)}{self.origin(name)}: expected a number of less than 20 digits"
+            )
+
         if not math.isfinite(value):
             raise UsageError(f"{self.told(name)}: expected a finite number")
 
@@ -184,7 +197,9 @@ class Flags:
             raise UsageError(f"{self.told_as_number(name)} expected {limits(facts)}")
         if facts.room_for and 0 < value < len(facts.room_for.split()):
             least = len(facts.room_for.split())
-            raise UsageError(f"{self.told_as_number(name)} expected {least} or more ({facts.room_for})")
+            raise UsageError(
+                f"{self.told_as_number(name)} expected {least} or more ({facts.room_for})"
+            )
 
     def told_as_number(self, name: str) -> str:
         """Name a setting that is out of its limits, as the first words of a message."""
@@ -204,6 +219,7 @@ def limits(facts: Facts) -> str:
         return f"{facts.least:g} or more and below 1"
     if math.isinf(facts.least):
         return f"{facts.most:g} or less"
+
     return f"{facts.least:g} to {facts.most:g}"
 
 

@@ -98,9 +98,7 @@ class OptimisationSettings(Flags):
         least=0,
         deepspeed="train_batch_size",
     )
-    lr: float = setting(
-        1e-4, "peak learning rate", NOTE, least=0, deepspeed="optimizer.params.lr"
-    )
+    lr: float = setting(1e-4, "peak learning rate", NOTE, least=0, deepspeed="optimizer.params.lr")
     min_lr: float = setting(0.0, "learning rate at the end of the decay", NOTE, least=0)
     lr_warmup_fraction: float = setting(
         0.1, "share of the steps that warm up linearly from 0", NOTE, least=0, most=1
@@ -188,10 +186,9 @@ class ParallelismSettings(Flags):
     )
     deepspeed_config: str = setting(
         "",
-        "DeepSpeed JSON, or the name of one of ours (zero2, zero3_offload, ..: ds_configs/); 'auto' is"
-        " resolved from the flags",
+        "DeepSpeed JSON, or the name of one of ours (zero2, zero3_offload, ..: ds_configs/); 'auto'"
+        " is resolved from the flags",
         FREE,
-
     )
     fp16: bool = setting(
         False, "half precision with dynamic loss scale", FREE, deepspeed="fp16.enabled"
@@ -213,7 +210,9 @@ class ParallelismSettings(Flags):
     )
     kernels: str = setting("auto", "fused kernels", FREE, ("auto", "torch", "triton", "apex"))
     deterministic: bool = setting(
-        False, "only operations that give the same bits every time, on GPUs too (slower there)", FREE
+        False,
+        "only operations that give the same bits every time, on GPUs too (slower there)",
+        FREE,
     )
 
 

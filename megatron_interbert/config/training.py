@@ -47,10 +47,14 @@ class TrainConfig(
     )
     print_launch: bool = setting(False, "show which rank would run where, and end", FREE)
 
-    data_parallel_size: ClassVar[int] = 1  # a run sets its own, when it knows how many ranks there are
+    # a run sets its own, when it knows how many ranks there are
+    data_parallel_size: ClassVar[int] = 1
 
     def accumulation_steps(self, data_parallel_size: int) -> int:
-        """Micro-batches per optimizer step and rank; UsageError when the batch sizes do not divide."""
+        """Micro-batches per optimizer step and rank.
+
+        UsageError when the batch sizes do not divide.
+        """
         per_pass = self.micro_batch_size * data_parallel_size
         batch = self.global_batch_size or per_pass
         if batch % per_pass:
@@ -59,6 +63,7 @@ class TrainConfig(
                 f" {self.told('micro_batch_size')} x data-parallel size {data_parallel_size}"
                 f" = {per_pass}; change one of them"
             )
+
         return batch // per_pass
 
     def fit_batches(self, data_parallel_size: int) -> None:
@@ -66,6 +71,7 @@ class TrainConfig(
         ranks = data_parallel_size
         told = self.micro_batch_size != AUTO and not self.is_default("micro_batch_size")
         least = ranks * self.micro_batch_size if told else ranks
+
         if self.global_batch_size % least and self.is_default("global_batch_size"):
             whole = max(self.global_batch_size // least, 1) * least
             reason = f" with {self.told('micro_batch_size')}" if told else ""
@@ -74,6 +80,7 @@ class TrainConfig(
 
         if self.micro_batch_size == AUTO or told:
             return
+
         share = self.global_batch_size // ranks
         if share and self.global_batch_size % ranks == 0:
             fits = max(n for n in range(1, min(self.micro_batch_size, share) + 1) if share % n == 0)
@@ -93,6 +100,7 @@ class TrainConfig(
             fits = ranks << max(times.bit_length() - 1, 0)
             reason = f"{samples} samples, {ranks} data-parallel rank{'s' * (ranks > 1)}"
             self.fit("data_partitions", fits, reason)
+
         return self.data_partitions
 
     def fit_zero_stage(self, processes: int) -> None:
@@ -103,7 +111,9 @@ class TrainConfig(
 
     def global_batch(self, data_parallel_size: int) -> int:
         """Samples per optimizer step over all ranks."""
-        return self.micro_batch_size * data_parallel_size * self.accumulation_steps(data_parallel_size)
+        return (
+            self.micro_batch_size * data_parallel_size * self.accumulation_steps(data_parallel_size)
+        )
 
     def minutes_between_saves(self) -> float:
         """Minutes after which a checkpoint is due; 0 where only steps count."""
@@ -116,8 +126,13 @@ class TrainConfig(
             shares = [float(part) for part in self.lr_milestones.split(",") if part]
         except ValueError:
             shares = [2.0]
+
         if shares != sorted(shares) or not all(0 < share < 1 for share in shares):
-            raise UsageError(f"--lr-milestones is '{self.lr_milestones}', expected rising shares of the run such as 0.6,0.8")
+            raise UsageError(
+                f"--lr-milestones is '{self.lr_milestones}', expected rising shares of the run such"
+                " as 0.6,0.8"
+            )
+
         return shares
 
     def check(self) -> None:
@@ -127,17 +142,23 @@ class TrainConfig(
             raise UsageError("--fp16 and --bf16 exclude each other; give one")
         if (self.fp16 or self.bf16) and self.zero_stage == 0:
             raise UsageError(
-                f"--{'fp16' if self.fp16 else 'bf16'} needs --zero-stage 1 or higher: DeepSpeed's stage 0 takes one optimizer step too"
-                " many in half precision, and its gradient norm is wrong there under tensor parallelism"
+                f"--{'fp16' if self.fp16 else 'bf16'} needs --zero-stage 1 or higher: DeepSpeed's"
+                " stage 0 takes one optimizer step too many in half precision, and its gradient"
+                " norm is wrong there under tensor parallelism"
             )
+
         if self.deterministic and self.micro_batch_size == AUTO:
             raise UsageError(
-                "--deterministic and --micro-batch-size auto: a trial does not choose the same every time; give a number"
+                "--deterministic and --micro-batch-size auto: a trial does not choose the same"
+                " every time; give a number"
             )
+
         self.milestones()
 
     def check_float8(self, sizes: ModelConfig) -> None:
-        """UsageError where --fp8 is given and cannot be: bf16 may be set by a DeepSpeed JSON, `sizes` by the data."""
+        """UsageError where --fp8 is given and cannot be: bf16 may be set by a DeepSpeed JSON,
+        `sizes` by the data.
+        """
         if not self.fp8:
             return
         if not self.bf16:
@@ -145,8 +166,9 @@ class TrainConfig(
         for name in ("hidden_size", "ffn_hidden_size"):
             if getattr(sizes, name) % (FLOAT8_MULTIPLE * self.tensor_model_parallel_size):
                 raise UsageError(
-                    f"--fp8: {name} {getattr(sizes, name)} of the model is no multiple of {FLOAT8_MULTIPLE} on each of"
-                    f" {self.tensor_model_parallel_size} tensor-parallel ranks; leave it out or choose other sizes"
+                    f"--fp8: {name} {getattr(sizes, name)} of the model is no multiple of"
+                    f" {FLOAT8_MULTIPLE} on each of {self.tensor_model_parallel_size}"
+                    " tensor-parallel ranks; leave it out or choose other sizes"
                 )
 
 
@@ -222,15 +244,23 @@ class RunConfig(TrainConfig):
         for name in names:
             if name not in ("msm", "mrm", "itm"):
                 raise UsageError(f"--objectives: unknown '{name}', expected some of msm,mrm,itm")
+
         return names
 
     def check(self) -> None:
         """UsageError for values that contradict each other or have no meaning."""
         super().check()
+
         if self.data_epochs and self.data_weights:
-            raise UsageError("--data-epochs and --data-weights say the same thing in two ways; give one")
+            raise UsageError(
+                "--data-epochs and --data-weights say the same thing in two ways; give one"
+            )
+
         if self.eval_interval and not self.valid_data_path:
-            raise UsageError("--eval-interval needs --valid-data-path, the region store to evaluate on")
+            raise UsageError(
+                "--eval-interval needs --valid-data-path, the region store to evaluate on"
+            )
+
         self.objective_names()
 
 

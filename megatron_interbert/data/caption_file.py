@@ -1,4 +1,5 @@
-"""Captions of a whole store, memory-mapped: texts, their images, languages, and their token ids where they were written.
+"""Captions of a whole store, memory-mapped: texts, their images, languages, and their token ids
+where they were written.
 
 Any process may draw from the whole corpus, while region features are read from a rank's own shards.
 """
@@ -15,23 +16,40 @@ from megatron_interbert.errors import UsageError
 
 
 class CaptionFile:
-    """`captions.h5` and `tokens.h5` of a store. Cheap to pickle: each process maps the files anew."""
+    """`captions.h5` and `tokens.h5` of a store.
+
+    Cheap to pickle: each process maps the files anew.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         maps = _map_all(folder / CAPTIONS, ("text", "offsets", "image", "language"))
         self.text, self.offsets, self.image, self._language = maps
-        if len(self.offsets) != len(self.image) + 1 or len(self._language) != len(self.image) or self.offsets[-1] != len(self.text):
-            raise UsageError(f"{folder / CAPTIONS}: texts, offsets and images do not fit together; rebuild the store")
+
+        if (
+            len(self.offsets) != len(self.image) + 1
+            or len(self._language) != len(self.image)
+            or self.offsets[-1] != len(self.text)
+        ):
+            raise UsageError(
+                f"{folder / CAPTIONS}: texts, offsets and images do not fit together; rebuild the"
+                " store"
+            )
+
         self.tokens: TokenBatch | None = None
         self.token_vocabulary = ""
+
         if (folder / TOKENS).is_file():
             with Hdf5File(folder / TOKENS) as file:
                 self.token_vocabulary = str(file.attribute("vocabulary") or "")
+
             self.tokens = TokenBatch(*_map_all(folder / TOKENS, ("ids", "word_starts", "offsets")))
             captions = len(self.tokens.offsets) - 1
             if captions != len(self) or self.tokens.offsets[-1] != len(self.tokens.ids):
-                raise UsageError(f"{folder / TOKENS}: tokens of {captions} captions, expected {len(self)}; rebuild the store")
+                raise UsageError(
+                    f"{folder / TOKENS}: tokens of {captions} captions, expected {len(self)};"
+                    " rebuild the store"
+                )
 
     def __len__(self) -> int:
         return len(self.image)
@@ -43,7 +61,10 @@ class CaptionFile:
         try:
             return bytes(self.text[self.offsets[index] : self.offsets[index + 1]]).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UsageError(f"{self.folder / CAPTIONS}: caption {index} is not UTF-8 ({error}); restore the file") from error
+            raise UsageError(
+                f"{self.folder / CAPTIONS}: caption {index} is not UTF-8 ({error}); restore the"
+                " file"
+            ) from error
 
     def languages(self) -> np.ndarray:
         """Language tag of each caption, array of str [captions]; empty string where unknown."""
@@ -55,7 +76,10 @@ class CaptionFile:
             return np.array(names, dtype=object)[self._language]
 
     def image_regions(self) -> np.ndarray | None:
-        """int32 [images]: regions of each image; None in stores that were written before this was kept."""
+        """int32 [images]: regions of each image.
+
+        None in stores that were written before this was kept.
+        """
         with Hdf5File(self.folder / CAPTIONS) as file:
             return file["image_regions"][:] if "image_regions" in file else None
 
@@ -66,17 +90,20 @@ def _map_all(path: Path, names: tuple[str, ...]) -> tuple[np.ndarray, ...]:
 
 
 def _map(file: Hdf5File, name: str) -> np.ndarray:
-    """A contiguous list of whole numbers as a read-only memory map; one that is stored otherwise is read whole."""
+    """A contiguous list of whole numbers as a read-only memory map; one that is stored otherwise is
+    read whole.
+    """
     dataset = file[name]
     if dataset.ndim != 1 or dataset.dtype.kind not in "iu":
         raise UsageError(
-            f"{file.path}: dataset '{name}' is {dataset.dtype} {list(dataset.shape)}, expected a list of whole numbers;"
-            " rebuild the store"
+            f"{file.path}: dataset '{name}' is {dataset.dtype} {list(dataset.shape)}, expected a"
+            " list of whole numbers; rebuild the store"
         )
 
     offset = dataset.id.get_offset()
     if dataset.size == 0 or offset is None:
         return dataset[:]
 
-    with open(os.dup(file.bytes.descriptor), "rb") as handle:  # the file that was checked, not what has its name by now
+    # the file that was checked, not what has its name by now
+    with open(os.dup(file.bytes.descriptor), "rb") as handle:
         return np.memmap(handle, dataset.dtype, "r", offset, dataset.shape)

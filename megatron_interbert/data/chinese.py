@@ -1,7 +1,7 @@
 """One way to write Chinese text: half-width letters and digits, simplified characters.
 
-Shop titles mix forms that mean the same: Ａ４ and A4, 連衣裙 and 连衣裙. Full-width punctuation stays: it is what the vocabulary of
-bert-base-chinese and its weights know.
+Shop titles mix forms that mean the same: Ａ４ and A4, 連衣裙 and 连衣裙. Full-width punctuation
+stays: it is what the vocabulary of bert-base-chinese and its weights know.
 """
 
 import functools
@@ -9,7 +9,9 @@ from typing import Any
 
 from megatron_interbert.errors import UsageError
 
-HALF_WIDTH = {0xFF00 + code - 0x20: code for code in range(0x21, 0x7F) if chr(code).isalnum()} | {0x3000: 0x20}
+HALF_WIDTH = {0xFF00 + code - 0x20: code for code in range(0x21, 0x7F) if chr(code).isalnum()} | {
+    0x3000: 0x20
+}
 
 
 @functools.cache
@@ -17,7 +19,10 @@ def _simplifier() -> Any:
     try:
         import opencc
     except ImportError:
-        raise UsageError("Chinese text needs OpenCC: pip install 'megatron_interbert[chinese]'") from None
+        raise UsageError(
+            "Chinese text needs OpenCC: pip install 'megatron_interbert[chinese]'"
+        ) from None
+
     return opencc.OpenCC("t2s")
 
 
@@ -27,8 +32,10 @@ def _segmenter() -> Any:
         import jieba
     except ImportError:
         raise UsageError("--segmenter jieba needs it: pip install jieba") from None
+
     jieba.setLogLevel("WARNING")
     jieba.initialize()
+
     return jieba
 
 
@@ -38,5 +45,7 @@ def word_begins(text: str) -> set[int]:
 
 
 def one_form(text: str) -> str:
-    """The text with full-width letters, digits and spaces as half-width ones, and traditional characters as simplified ones."""
+    """The text with full-width letters, digits and spaces as half-width ones, and traditional
+    characters as simplified ones.
+    """
     return _simplifier().convert(text.translate(HALF_WIDTH))

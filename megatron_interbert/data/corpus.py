@@ -1,4 +1,6 @@
-"""One region store or several as one corpus: captions and images are numbered through, in the order of the stores."""
+"""One region store or several as one corpus: captions and images are numbered through, in the order
+of the stores.
+"""
 
 from collections.abc import Sequence
 
@@ -10,35 +12,59 @@ from megatron_interbert.errors import UsageError
 
 
 class Corpus:
-    """Captions 0 .. num_captions-1 and images 0 .. num_images-1 over all stores, which must be of one detector."""
+    """Captions 0 .. num_captions-1 and images 0 .. num_images-1 over all stores, which must be of
+    one detector.
+    """
 
-    def __init__(self, paths: Sequence[str], strict_boxes: bool = False, allow_other_detector: bool = False) -> None:
+    def __init__(
+        self, paths: Sequence[str], strict_boxes: bool = False, allow_other_detector: bool = False
+    ) -> None:
         if not paths:
-            raise UsageError("--data-path is missing; give a region store, or make the sample corpus with tools/make_sample.py")
+            raise UsageError(
+                "--data-path is missing; give a region store, or make the sample corpus with"
+                " tools/make_sample.py"
+            )
+
         self.stores = [RegionStore(path, strict_boxes) for path in paths]
         first = self.stores[0]
         self.strict_boxes = strict_boxes
-        self.feature_dim, self.num_classes = first.feature_dim, first.num_classes
+        self.feature_dim = first.feature_dim
+        self.num_classes = first.num_classes
         for other in self.stores[1:]:
             self.check_alike(other, allow_other_detector)
+
         self.first_image = np.cumsum([0, *(store.num_images for store in self.stores)])
         self.first_caption = np.cumsum([0, *(store.num_captions for store in self.stores)])
-        self.num_images, self.num_captions = int(self.first_image[-1]), int(self.first_caption[-1])
+        self.num_images = int(self.first_image[-1])
+        self.num_captions = int(self.first_caption[-1])
         self.caption_image = np.concatenate(
-            [s.caption_image + start for s, start in zip(self.stores, self.first_image, strict=False)]
+            [
+                s.caption_image + start
+                for s, start in zip(self.stores, self.first_image, strict=False)
+            ]
         )
         self.region_counts = np.concatenate([store.region_counts() for store in self.stores])
-        self._opened: dict[str, list[np.ndarray | None]] = {}  # tables of mined neighbours, by the store's method
+        # tables of mined neighbours, by the store's method
+        self._opened: dict[str, list[np.ndarray | None]] = {}
 
-    def check_alike(self, other: RegionStore, allow_other_detector: bool, flag: str = "--data-path") -> None:
+    def check_alike(
+        self, other: RegionStore, allow_other_detector: bool, flag: str = "--data-path"
+    ) -> None:
         """UsageError unless a store has features like those of this corpus."""
         first = self.stores[0]
         if (other.feature_dim, other.num_classes) != (first.feature_dim, first.num_classes):
             raise UsageError(
-                f"{flag} {other.path}: features of {other.feature_dim} and {other.num_classes} classes,"
-                f" but {first.path} has {first.feature_dim} and {first.num_classes}; use stores of one detector"
+                f"{flag} {other.path}: features of {other.feature_dim} and {other.num_classes}"
+                f" classes, but {first.path} has {first.feature_dim} and {first.num_classes}; use"
+                " stores of one detector"
             )
-        check_detector(first.manifest["detector"], other.manifest["detector"], f"{flag} {other.path}", allow_other_detector)
+
+        check_detector(
+            first.manifest["detector"],
+            other.manifest["detector"],
+            f"{flag} {other.path}",
+            allow_other_detector,
+        )
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_opened": {}}
@@ -51,7 +77,10 @@ class Corpus:
     @property
     def has_labels(self) -> bool:
         """Whether all regions have class labels."""
-        return all("none" not in str(store.manifest.get("soft_labels", "")).split(" and ") for store in self.stores)
+        return all(
+            "none" not in str(store.manifest.get("soft_labels", "")).split(" and ")
+            for store in self.stores
+        )
 
     def caption(self, index: int) -> str:
         """Text of a caption."""
@@ -63,26 +92,49 @@ class Corpus:
         return np.concatenate([store.languages() for store in self.stores])
 
     def tokens(self, captions: np.ndarray, tokenizer: CaptionTokenizer, longest: int) -> TokenBatch:
-        """Pieces of some captions [n], the first `longest` of each: from the stores' token files where they fit the vocabulary."""
+        """Pieces of some captions [n], the first `longest` of each: from the stores' token files
+        where they fit the vocabulary.
+        """
         owner = np.searchsorted(self.first_caption, captions, side="right") - 1
-        parts, rows = [], []
+        parts = []
+        rows = []
+
         for number in np.unique(owner):
             mine = np.flatnonzero(owner == number)
-            parts.append(self._tokens_of(self.stores[number], captions[mine] - self.first_caption[number], tokenizer, longest))
+            parts.append(
+                self._tokens_of(
+                    self.stores[number],
+                    captions[mine] - self.first_caption[number],
+                    tokenizer,
+                    longest,
+                )
+            )
             rows.append(mine)
+
         if len(parts) == 1:
             return parts[0]
+
         return TokenBatch.join(parts).take(np.argsort(np.concatenate(rows)), longest)
 
     @staticmethod
-    def _tokens_of(store: RegionStore, captions: np.ndarray, tokenizer: CaptionTokenizer, longest: int) -> TokenBatch:
-        if store.captions.token_vocabulary == tokenizer.sha256 and tokenizer.segmenter == "characters":
+    def _tokens_of(
+        store: RegionStore, captions: np.ndarray, tokenizer: CaptionTokenizer, longest: int
+    ) -> TokenBatch:
+        if (
+            store.captions.token_vocabulary == tokenizer.sha256
+            and tokenizer.segmenter == "characters"
+        ):
             return store.captions.tokens.take(captions, longest)
-        return tokenizer.encode_batch([store.caption(int(c)) for c in captions]).take(np.arange(len(captions)), longest)
+
+        return tokenizer.encode_batch([store.caption(int(c)) for c in captions]).take(
+            np.arange(len(captions)), longest
+        )
 
     def caption_bytes(self) -> np.ndarray:
         """int32 [captions]: bytes of each caption, a measure of its tokens that costs nothing."""
-        return np.concatenate([np.diff(store.captions.offsets) for store in self.stores]).astype(np.int32)
+        return np.concatenate([np.diff(store.captions.offsets) for store in self.stores]).astype(
+            np.int32
+        )
 
     def has_hard_negatives(self) -> bool:
         """Whether any store has mined negatives; reads and so checks their tables."""
@@ -101,12 +153,17 @@ class Corpus:
         return self._mined("hard_images", self.first_image, image)
 
     def _mined(self, kind: str, first: np.ndarray, number: int) -> np.ndarray:
-        """A row of a table of the stores, numbered through; `first` are the first numbers of each store."""
+        """A row of a table of the stores, numbered through.
+
+        `first` are the first numbers of each store.
+        """
         store = int(np.searchsorted(first, number, side="right")) - 1
         table = self._tables(kind)[store]
         if table is None:
             return np.zeros(0, np.int64)
+
         row = np.asarray(table[number - first[store]], dtype=np.int64)
+
         return row[row >= 0] + first[store]
 
     def _tables(self, kind: str) -> list[np.ndarray | None]:
@@ -114,19 +171,30 @@ class Corpus:
             self._opened[kind] = [getattr(store, kind)() for store in self.stores]
         return self._opened[kind]
 
-    def read_batch(self, images: np.ndarray, offsets: np.ndarray, out: Sequence[np.ndarray]) -> np.ndarray:
-        """The first regions of some images [B] into rows offsets[i] .. offsets[i + 1] of arrays; see RegionStore.read_batch."""
-        starts, stops = offsets[:-1], offsets[1:]
+    def read_batch(
+        self, images: np.ndarray, offsets: np.ndarray, out: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """The first regions of some images [B] into rows offsets[i] .. offsets[i + 1] of arrays;
+        see RegionStore.read_batch.
+        """
+        starts = offsets[:-1]
+        stops = offsets[1:]
         owner = np.searchsorted(self.first_image, images, side="right") - 1
         sizes = np.empty((len(images), 2), np.float32)
+
         for number in np.unique(owner):
             mine = owner == number
             local = images[mine] - self.first_image[number]
-            sizes[mine] = self.stores[number].read_batch(local, starts[mine].tolist(), stops[mine].tolist(), out)
+            sizes[mine] = self.stores[number].read_batch(
+                local, starts[mine].tolist(), stops[mine].tolist(), out
+            )
+
         return sizes
 
     def complain(self, image: int) -> None:
-        """Read an image with every check, so that the UsageError names its file and what is wrong."""
+        """Read an image with every check, so that the UsageError names its file and what is
+        wrong.
+        """
         store = int(np.searchsorted(self.first_image, image, side="right")) - 1
         self.stores[store].read(image - int(self.first_image[store]))
 
@@ -135,9 +203,10 @@ class Corpus:
         widths = {store.label_width() for store in self.stores}
         if len(widths) > 1:
             raise UsageError(
-                f"--data-path {self.path}: soft labels with {', '.join(map(str, sorted(widths)))} entries;"
-                " build the stores with one --soft-labels"
+                f"--data-path {self.path}: soft labels with {', '.join(map(str, sorted(widths)))}"
+                " entries; build the stores with one --soft-labels"
             )
+
         return widths.pop()
 
 
@@ -145,6 +214,6 @@ def check_detector(expected: dict | None, found: dict | None, where: str, allowe
     """UsageError when two detectors are known and differ: their features mean different things."""
     if expected and found and expected != found and not allowed:
         raise UsageError(
-            f"{where}: features of the detector {found}, expected those of {expected}; use features of that detector,"
-            " or give --allow-other-detector"
+            f"{where}: features of the detector {found}, expected those of {expected}; use features"
+            " of that detector, or give --allow-other-detector"
         )

@@ -1,7 +1,8 @@
 """The one door through which HDF5 files are read, ours and those of others.
 
-HDF5 can name other files, load code for its filters and declare more than a file holds. Nothing here follows, loads or
-allocates that: a dataset is looked at before any of it is read, and whatever is wrong becomes one line.
+HDF5 can name other files, load code for its filters and declare more than a file holds. Nothing
+here follows, loads or allocates that: a dataset is looked at before any of it is read, and whatever
+is wrong becomes one line.
 """
 
 import atexit
@@ -23,7 +24,16 @@ from megatron_interbert.data.hdf5_bytes import FileBytes
 from megatron_interbert.errors import UsageError
 
 # What h5py raises for damaged files, depending on where the damage is.
-HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError, MemoryError)
+HDF5_ERRORS = (
+    OSError,
+    RuntimeError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    MemoryError,
+)
 MEND = "restore it or rebuild the store"
 
 FILTERS = {
@@ -37,7 +47,8 @@ CHECKSUM_BYTES = 4  # what the filter fletcher32 appends to a chunk
 KINDS = {h5t.INTEGER, h5t.FLOAT, h5t.STRING}
 LINKS = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "a link into another file"}
 
-TIMES_THE_FILE = 64  # a dataset may be so many times as large as its file, by compression or by parts never written,
+# a dataset may be so many times as large as its file, by compression or by parts never written,
+TIMES_THE_FILE = 64
 AND_BYTES = 64 << 20  # and so many bytes more
 STRINGS_AT_ONCE = 32  # each of them may be as long as the file, or together they take
 STRING_BYTES_AT_ONCE = 128 << 20
@@ -52,20 +63,30 @@ while h5pl.size():
 
 
 def system_reason(error: BaseException | None) -> str:
-    """What the system says where it, not the file, is to blame; empty where the bytes themselves are wrong."""
+    """What the system says where it, not the file, is to blame; empty where the bytes themselves
+    are wrong.
+    """
     if isinstance(error, MemoryError) or "memory allocation failed" in str(error):
         return os.strerror(errno.ENOMEM)
 
     number = getattr(error, "errno", None)
     if number is None and (told := re.search(r"\berrno = (\d+)", str(error))):
         number = int(told[1])
+
     return os.strerror(number) if number else ""
 
 
-def reading_problem(where: str | Path, error: BaseException, mend: str = MEND, what: str = "as HDF5") -> UsageError:
-    """The one line for a file that could not be read: a refusal of the system is no damage and is not called so."""
+def reading_problem(
+    where: str | Path, error: BaseException, mend: str = MEND, what: str = "as HDF5"
+) -> UsageError:
+    """The one line for a file that could not be read: a refusal of the system is no damage and is
+    not called so.
+    """
     if reason := system_reason(error):
-        return UsageError(f"{where}: could not be read ({reason}), which says nothing against the file; mend that and try again")
+        return UsageError(
+            f"{where}: could not be read ({reason}), which says nothing against the file; mend that"
+            " and try again"
+        )
 
     return UsageError(f"{where}: cannot be read{' ' if what else ''}{what} ({error}); {mend}")
 
@@ -73,11 +94,12 @@ def reading_problem(where: str | Path, error: BaseException, mend: str = MEND, w
 def _open_through(source: FileBytes) -> h5py.File:
     """Open a file of which HDF5 sees only what `source` gives it.
 
-    The list of properties is closed here and not when Python comes to it: one that is left when Python has ended, held by
-    the traceback of some error, makes HDF5 crash.
+    The list of properties is closed here and not when Python comes to it: one that is left when
+    Python has ended, held by the traceback of some error, makes HDF5 crash.
     """
     properties = h5p.create(h5p.FILE_ACCESS)
     source.quiet = True
+
     try:
         properties.set_fileobj_driver(h5fd.fileobj_driver, source)
         properties.set_fclose_degree(h5f.CLOSE_STRONG)
@@ -91,7 +113,8 @@ def _open_through(source: FileBytes) -> h5py.File:
 def _close_all() -> None:
     """Close what is open before Python ends: HDF5 would call Python for it afterwards, and crash.
 
-    Where HDF5 fails to read an object it keeps pieces of the file's properties, which only its own end gives back.
+    Where HDF5 fails to read an object it keeps pieces of the file's properties, which only its own
+    end gives back.
     """
     for file in list(OPEN):
         file.close()
@@ -102,7 +125,9 @@ def _close_all() -> None:
 
 
 class Hdf5File:
-    """An HDF5 file, open for reading. Only datasets and attributes of its root that are safe to read can be had.
+    """An HDF5 file, open for reading.
+
+    Only datasets and attributes of its root that are safe to read can be had.
 
     A context manager in which every error of HDF5 becomes one line. `mend` ends that line.
     """
@@ -110,7 +135,8 @@ class Hdf5File:
     met_errors = False  # in this process
 
     def __init__(self, path: str | Path, mend: str = MEND) -> None:
-        self.path, self.mend = Path(path), mend
+        self.path = Path(path)
+        self.mend = mend
         self._datasets: dict[str, h5py.Dataset] = {}
         try:
             self.bytes = FileBytes(path)
@@ -120,12 +146,16 @@ class Hdf5File:
     def __enter__(self) -> "Hdf5File":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
         if isinstance(error, HDF5_ERRORS) and not isinstance(error, UsageError):
             raise self.problem(error) from error
 
-    def problem(self, error: BaseException, where: str | Path = "", mend: str = "", what: str = "as HDF5") -> UsageError:
+    def problem(
+        self, error: BaseException, where: str | Path = "", mend: str = "", what: str = "as HDF5"
+    ) -> UsageError:
         """The line for an error of HDF5 in this file."""
         return reading_problem(where or self.path, self.cause(error), mend or self.mend, what)
 
@@ -143,9 +173,12 @@ class Hdf5File:
         self.bytes.close()
 
     def keep_descriptor(self) -> int:
-        """Close HDF5 and give the descriptor of the open file, which is the caller's to close from now on."""
+        """Close HDF5 and give the descriptor of the open file, which is the caller's to close from
+        now on.
+        """
         descriptor = os.dup(self.bytes.descriptor)
         self.close()
+
         return descriptor
 
     @functools.cached_property
@@ -156,9 +189,11 @@ class Hdf5File:
         if self.bytes.failure:
             file.close()
             raise self.bytes.failure
+
         if file.id.get_create_plist().get_sizes() != (8, 8):
             file.close()
             raise self._refusal("the file", "has addresses of an unusual size")
+
         return file
 
     def __contains__(self, name: str) -> bool:
@@ -169,28 +204,40 @@ class Hdf5File:
         return list(itertools.islice(self._file, most))
 
     def __getitem__(self, name: str) -> h5py.Dataset:
-        """A dataset of the root, looked at before any of it is read; UsageError says what about it is not safe."""
+        """A dataset of the root, looked at before any of it is read.
+
+        UsageError says what about it is not safe.
+        """
         if name not in self._datasets:
             self._datasets[name] = self._open(name)
+
         return self._datasets[name]
 
     def strings(self, name: str) -> np.ndarray:
         """All texts of a one-dimensional dataset, object [n]."""
         dataset = self[name]
         if dataset.ndim != 1 or dataset.id.get_type().get_class() != h5t.STRING:
-            raise self._refusal(f"'{name}'", f"is {dataset.dtype} {list(dataset.shape)}, expected a list of texts")
+            raise self._refusal(
+                f"'{name}'", f"is {dataset.dtype} {list(dataset.shape)}, expected a list of texts"
+            )
+
         if not dataset.id.get_type().is_variable_str():
             return dataset.asstr()[:]
 
         texts = np.empty(len(dataset), object)
         step = max(STRINGS_AT_ONCE, STRING_BYTES_AT_ONCE // max(self.bytes.size, 1))
         total = 0
+
         for start in range(0, len(dataset), step):
             part = dataset[start : start + step]
             total += sum(map(len, part))
             if total > self.bytes.size:  # every text has a place of its own, so together they fit
-                raise self._refusal(f"'{name}'", "repeats texts until they are longer than the file")
+                raise self._refusal(
+                    f"'{name}'", "repeats texts until they are longer than the file"
+                )
+
             texts[start : start + step] = [text.decode("utf-8") for text in part]
+
         return texts
 
     def attribute(self, name: str) -> np.ndarray | None:
@@ -206,7 +253,11 @@ class Hdf5File:
         count = int(np.prod(attribute.shape, dtype=object))
         longest = self.bytes.size
         if count > ATTRIBUTE_STRINGS and count * longest > ATTRIBUTE_BYTES:
-            raise self._refusal(f"attribute '{name}'", f"holds {count} values, too many for a file of {longest} bytes")
+            raise self._refusal(
+                f"attribute '{name}'",
+                f"holds {count} values, too many for a file of {longest} bytes",
+            )
+
         return self._file.attrs[name]
 
     def _open(self, name: str) -> h5py.Dataset:
@@ -216,7 +267,11 @@ class Hdf5File:
 
         link = self._file.id.links.get_info(name.encode()).type
         if link != h5l.TYPE_HARD:
-            raise self._refusal(shown, f"is {LINKS.get(link, 'a link of a foreign kind')}, expected data in the file itself")
+            raise self._refusal(
+                shown,
+                f"is {LINKS.get(link, 'a link of a foreign kind')}, expected data in the file"
+                " itself",
+            )
 
         found = h5o.open(self._file.id, name.encode())
         if not isinstance(found, h5d.DatasetID):
@@ -230,19 +285,24 @@ class Hdf5File:
         )
         if problem:
             raise self._refusal(shown, problem)
+
         return h5py.Dataset(found, readonly=True)
 
     def _refusal(self, what: str, problem: str) -> UsageError:
         return UsageError(f"{self.path}: {what} {problem}; {self.mend}")
 
     def _size_problem(self, dataset: h5d.DatasetID) -> str:
-        """Why what a dataset declares cannot be in a file of this size. Its shape is safe to ask for by now."""
+        """Why what a dataset declares cannot be in a file of this size.
+
+        Its shape is safe to ask for by now.
+        """
         held = self.bytes.size
         count = int(np.prod(dataset.shape, dtype=object))
         if count == 0:
             return ""
 
-        declared = count * dataset.get_type().get_size()  # what was never written has no offset and reads as zeros
+        # what was never written has no offset and reads as zeros
+        declared = count * dataset.get_type().get_size()
         offset = dataset.get_offset()
         if offset is not None:
             last = offset + max(dataset.get_storage_size(), declared)
@@ -250,10 +310,14 @@ class Hdf5File:
 
         properties = dataset.get_create_plist()
         if properties.get_layout() == h5d.CHUNKED:
-            chunk = int(np.prod(properties.get_chunk(), dtype=object)) * dataset.get_type().get_size()
+            chunk = (
+                int(np.prod(properties.get_chunk(), dtype=object)) * dataset.get_type().get_size()
+            )
             declared = max(declared, chunk)
+
         if declared > TIMES_THE_FILE * held + AND_BYTES:
             return f"declares {declared} bytes, too many for a file of {held}"
+
         return ""
 
 
@@ -263,21 +327,27 @@ def _layout_problem(dataset: h5d.DatasetID) -> str:
     if properties.get_layout() == h5d.VIRTUAL:
         return "is virtual (made of other files), expected data in the file itself"
     if properties.get_external_count():
-        return "keeps its values in another file (external storage), expected them in the file itself"
+        return (
+            "keeps its values in another file (external storage), expected them in the file itself"
+        )
 
     for number in range(properties.get_nfilters()):
         code, _, _, name = properties.get_filter(number)
         if code not in FILTERS:
             shown = name.decode("utf-8", "replace")[:40] or code
-            return f"is packed by the filter {shown!r}, expected gzip, lzf, szip or none (h5repack -f GZIP=1)"
+            return (
+                f"is packed by the filter {shown!r}, expected gzip, lzf, szip or none (h5repack -f"
+                " GZIP=1)"
+            )
+
     return ""
 
 
 def _checksum_problem(dataset: h5d.DatasetID) -> str:
     """Why a chunk cannot hold the checksum at its end; empty where every chunk can.
 
-    HDF5 2.0.0 takes the size of the checksum from the size of the chunk, even from a smaller one, and
-    then reads past the end. How long a chunk is before its checksum can be seen only where the
+    HDF5 2.0.0 takes the size of the checksum from the size of the chunk, even from a smaller one,
+    and then reads past the end. How long a chunk is before its checksum can be seen only where the
     checksum was added last.
     """
     properties = dataset.get_create_plist()
@@ -287,13 +357,17 @@ def _checksum_problem(dataset: h5d.DatasetID) -> str:
 
     last = len(filters) - 1
     if filters.index(h5z.FILTER_FLETCHER32) != last:
-        return "is compressed after its checksums are added, expected checksums last (h5repack -f GZIP=1)"
+        return (
+            "is compressed after its checksums are added, expected checksums last (h5repack -f"
+            " GZIP=1)"
+        )
 
     def place_of_short(chunk: h5d.StoreInfo) -> tuple[int, ...] | None:
         checked = not chunk.filter_mask >> last & 1
         return chunk.chunk_offset if checked and chunk.size < CHECKSUM_BYTES else None
 
     place = dataset.chunk_iter(place_of_short)
+
     return "" if place is None else f"has a chunk at {place} that is too short for its checksum"
 
 

@@ -1,7 +1,8 @@
-"""An open file as the HDF5 library sees it: every byte that reaches the library passes through here.
+"""An open file as the HDF5 library sees it: every byte that reaches the library passes through
+here.
 
-So the file that was looked at is the file that is read, what the system says of a failed read is known exactly, and a heap
-of strings that would keep the library busy for ever never gets to it.
+So the file that was looked at is the file that is read, what the system says of a failed read is
+known exactly, and a heap of strings that would keep the library busy for ever never gets to it.
 """
 
 import os
@@ -16,18 +17,22 @@ WORD = 1 << 64
 
 
 class FileBytes:
-    """A regular file, open for reading, with the methods that h5py asks of a file object. OSError when it cannot be opened.
+    """A regular file, open for reading, with the methods that h5py asks of a file object.
 
-    failure: what the last read that went wrong met, or None.
-    quiet: give zeros where a read goes wrong instead of raising. HDF5 crashes later where an exception ends the opening of a
-    file, so who opens one is quiet and looks at `failure` afterwards.
+    OSError when it cannot be opened.
+
+    failure: what the last read that went wrong met, or None. quiet: give zeros where a read goes
+    wrong instead of raising. HDF5 crashes later where an exception ends the opening of a file, so
+    who opens one is quiet and looks at `failure` afterwards.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not make us wait
+        # a pipe must not make us wait
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         self.failure: OSError | ValueError | None = None
         self.quiet = False
         self._place = 0
+
         try:
             facts = os.fstat(self.descriptor)
 
@@ -48,7 +53,9 @@ class FileBytes:
             self.descriptor = -1
 
     def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
-        """Remember where the next read begins; nothing is shared with the processes that a fork makes."""
+        """Remember where the next read begins; nothing is shared with the processes that a fork
+        makes.
+        """
         self._place = place + (self.size if whence == os.SEEK_END else 0)
         return self._place
 
@@ -63,9 +70,13 @@ class FileBytes:
         return bytes(buffer)
 
     def readinto(self, buffer: memoryview) -> int:
-        """Fill the buffer; what lies behind the end of the file is zero, as in HDF5's own drivers."""
-        length, done = len(buffer), 0
+        """Fill the buffer; what lies behind the end of the file is zero, as in HDF5's own
+        drivers.
+        """
+        length = len(buffer)
+        done = 0
         within = min(length, max(self.size - self._place, 0))  # a damaged file may name any place
+
         try:
             while done < within:
                 count = os.preadv(self.descriptor, (buffer[done:within],), self._place + done)
@@ -85,13 +96,17 @@ class FileBytes:
             self.failure = self.failure if self.quiet else None
 
         self._place += length
+
         return length
 
     def flush(self) -> None:
         """Do nothing: there is nothing to write."""
 
     def _check_heaps(self, place: int, length: int) -> None:
-        """Refuse the bytes just read when a heap that begins among them would never end. ValueError."""
+        """Refuse the bytes just read when a heap that begins among them would never end.
+
+        ValueError.
+        """
         first = max(place - len(HEAP) + 1, 0)  # it may begin in one read and end in the next
         data = os.pread(self.descriptor, place + length + len(HEAP) - 1 - first, first)
         at = data.find(HEAP)
@@ -101,7 +116,9 @@ class FileBytes:
             at = data.find(HEAP, at + 1)
 
     def _check_heap(self, address: int) -> None:
-        """Walk over the objects of a collection as the library does: a step of no bytes is a loop without end."""
+        """Walk over the objects of a collection as the library does: a step of no bytes is a loop
+        without end.
+        """
         header = os.pread(self.descriptor, HEAP_HEADER.size, address)
         if len(header) < HEAP_HEADER.size:
             return  # the library sees that itself
@@ -119,7 +136,10 @@ class FileBytes:
                 step = (HEAP_OBJECT.size + (length + 7) // 8 * 8) % WORD
 
             if step == 0:
-                raise ValueError(f"the heap of strings at byte {address} holds an object without end")
+                raise ValueError(
+                    f"the heap of strings at byte {address} holds an object without end"
+                )
+
             place += step
 
 

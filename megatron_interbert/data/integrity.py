@@ -1,8 +1,8 @@
 """Whether the files of region stores are as they were written: hashed once for a store and machine.
 
-What was verified is remembered on the machine, with size and times of each file: an unchanged file is
-not read again. Small stores, and files that have another size or time since, are hashed before work
-begins; what takes longer is hashed while it goes on, changed files first.
+What was verified is remembered on the machine, with size and times of each file: an unchanged file
+is not read again. Small stores, and files that have another size or time since, are hashed before
+work begins; what takes longer is hashed while it goes on, changed files first.
 """
 
 import contextlib
@@ -61,6 +61,7 @@ class Memory:
             found = json.loads(self.path.read_bytes()) if self.path else {}
         except (OSError, ValueError, RecursionError):
             return {}  # what is not remembered is verified again
+
         return found if isinstance(found, dict) else {}
 
     def knows(self, file: StoreFile) -> bool:
@@ -98,12 +99,17 @@ class Memory:
 
 
 def cache_folder() -> Path | None:
-    """Give the folder for what can be made again, by the XDG rules; None for a user without a home."""
+    """Give the folder for what can be made again, by the XDG rules.
+
+    None for a user without a home.
+    """
     given = os.environ.get("XDG_CACHE_HOME", "")
+
     try:
         place = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
     except RuntimeError:
         return None
+
     return place / "megatron_interbert"
 
 
@@ -116,6 +122,7 @@ class Integrity:
 
         changed: list[tuple[Memory, StoreFile]] = []
         unseen: list[tuple[Memory, StoreFile]] = []
+
         for store in dict.fromkeys(map(Path, paths)):
             memory = Memory(store)
             for entry in files_of(read_manifest(store)):
@@ -137,6 +144,7 @@ class Integrity:
             problem = verify(self._at_once, progress)
         except OSError as error:
             raise UsageError(f"{error.filename}: {error.strerror}") from error
+
         if problem:
             raise UsageError(problem)
 
@@ -163,6 +171,7 @@ class Integrity:
             self.problem = verify(self._beside, log_lines)
         except (OSError, UsageError) as error:
             print(f"note: the region stores cannot be verified ({error})", flush=True)
+
         if self.problem:
             tell(self.problem)
 
@@ -173,9 +182,12 @@ def size_of(files: Sequence[tuple[Memory, StoreFile]]) -> int:
 
 
 def verify(files: Sequence[tuple[Memory, StoreFile]], bar_of: Callable[..., tqdm]) -> str:
-    """Hash files and remember those that are as they were written; says which one is not, else nothing."""
+    """Hash files and remember those that are as they were written; says which one is not, else
+    nothing.
+    """
     total = size_of(files)
     unit = {"unit": "B", "unit_scale": True, "desc": "verifying region stores"}
+
     try:
         with bar_of(total=total, **unit) as bar:
             for memory, file in files:
@@ -184,11 +196,13 @@ def verify(files: Sequence[tuple[Memory, StoreFile]], bar_of: Callable[..., tqdm
                     digest = file_sha256(file.path, bar.update)
                 if digest != file.sha256:
                     return (
-                        f"{file.path}: sha256 differs from {MANIFEST}: the file has changed since the"
-                        " store was made; restore it, or rebuild the store"
+                        f"{file.path}: sha256 differs from {MANIFEST}: the file has changed since"
+                        " the store was made; restore it, or rebuild the store"
                     )
+
                 memory.add(file, stamp)
     finally:
         for memory in {id(memory): memory for memory, _ in files}.values():
             memory.write()
+
     return ""

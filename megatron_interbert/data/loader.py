@@ -1,10 +1,13 @@
-"""Loader processes: batches in the order of the stream, features in shared memory that is used again and again.
+"""Loader processes: batches in the order of the stream, features in shared memory that is used
+again and again.
 
-Each process owns a few slots of one shared mapping. It reads the regions of a batch from disk straight into a slot; the training
-process sees the same memory as the batch's features, and the slot is free again when the last tensor on it is gone. So features
-are copied once, by the kernel, and memory does not grow. The small fields of a batch travel through a pipe.
+Each process owns a few slots of one shared mapping. It reads the regions of a batch from disk
+straight into a slot; the training process sees the same memory as the batch's features, and the
+slot is free again when the last tensor on it is gone. So features are copied once, by the kernel,
+and memory does not grow. The small fields of a batch travel through a pipe.
 
-A process that dies is noticed at once, an error in one comes as its message, a read that hangs ends after `data_timeout` seconds.
+A process that dies is noticed at once, an error in one comes as its message, a read that hangs ends
+after `data_timeout` seconds.
 """
 
 import contextlib
@@ -29,14 +32,16 @@ import torch
 from megatron_interbert.data.order import MicroBatches
 from megatron_interbert.data.packing import PackedBatch, to_batch
 from megatron_interbert.data.training_set import TrainingSet
-from megatron_interbert.errors import TrainingStopped, UsageError
+from megatron_interbert.errors import RunError, TrainingStopped, UsageError
 from megatron_interbert.signals import STOPPING, signal_at_parents_death
 
 SLOTS = 4  # batches that one process may have ready or in use
 
 
 class SharedFile:
-    """Anonymous shared memory by its file descriptor: no name, so nothing is left behind when a process is killed."""
+    """Anonymous shared memory by its file descriptor: no name, so nothing is left behind when a
+    process is killed.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -47,7 +52,8 @@ class SharedFile:
         return {"size": self.size, "descriptor": multiprocessing.reduction.DupFd(self.descriptor)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.size, self.descriptor = state["size"], state["descriptor"].detach()
+        self.size = state["size"]
+        self.descriptor = state["descriptor"].detach()
 
     def map(self) -> mmap.mmap:
         """The memory, in this process."""
@@ -55,34 +61,55 @@ class SharedFile:
 
 
 class SlotMemory:
-    """One use of a slot. NumPy keeps it alive as the owner of its memory, so its end is the end of the last array on it."""
+    """One use of a slot.
+
+    NumPy keeps it alive as the owner of its memory, so its end is the end of the last array on it.
+    """
 
     def __init__(self, mapping: mmap.mmap, start: int, shape: tuple[int, int]) -> None:
         self.mapping = mapping
         address = np.frombuffer(mapping, np.uint8).__array_interface__["data"][0] + start
-        self.__array_interface__ = {"shape": shape, "typestr": "<f2", "data": (address, False), "version": 3}
+        self.__array_interface__ = {
+            "shape": shape,
+            "typestr": "<f2",
+            "data": (address, False),
+            "version": 3,
+        }
 
 
-def _work(dataset: TrainingSet, connection: Connection, memory: SharedFile, slot_bytes: int, others: Sequence[Connection]) -> None:
+def _work(
+    dataset: TrainingSet,
+    connection: Connection,
+    memory: SharedFile,
+    slot_bytes: int,
+    others: Sequence[Connection],
+) -> None:
     """A loader process: (slot, pairs) in, fields of the batch out, until the other side is gone."""
-    for number in (signal.SIGINT, *STOPPING):  # for the training process, which ends this one when it is time
+    # for the training process, which ends this one when it is time
+    for number in (signal.SIGINT, *STOPPING):
         signal.signal(number, signal.SIG_IGN)
+
     signal_at_parents_death(signal.SIGKILL)  # even while this one is stopped or hangs in a read
     for other in others:
-        other.close()  # copies of pipe ends from the fork would keep pipes open whose owner has died
+        # copies of pipe ends from the fork would keep pipes open whose owner has died
+        other.close()
+
     torch.set_num_threads(1)
     mapping = memory.map()
     requests: queue.SimpleQueue[tuple[int | None, list[tuple[int, int]]]] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, requests), daemon=True).start()
+
     while True:
         slot, pairs = requests.get()
         result: tuple[str, Any]
+
         try:
             result = "batch", _into_slot(dataset, pairs, mapping, slot, slot_bytes)
         except UsageError as error:
             result = "wrong input", str(error)
         except BaseException:  # whatever it is, the training process must hear of it
             result = "failure", traceback.format_exc()
+
         try:
             connection.send_bytes(pickle.dumps(result, protocol=5))
         except OSError:
@@ -90,7 +117,9 @@ def _work(dataset: TrainingSet, connection: Connection, memory: SharedFile, slot
 
 
 def _receive(connection: Connection, requests: queue.SimpleQueue) -> None:
-    """Takes requests out of the pipe at once: with both ends waiting to write into full pipes nothing would ever move."""
+    """Takes requests out of the pipe at once: with both ends waiting to write into full pipes
+    nothing would ever move.
+    """
     while True:
         try:
             requests.put(connection.recv())
@@ -99,7 +128,11 @@ def _receive(connection: Connection, requests: queue.SimpleQueue) -> None:
 
 
 def _into_slot(
-    dataset: TrainingSet, pairs: list[tuple[int, int]], mapping: mmap.mmap, slot: int | None, slot_bytes: int
+    dataset: TrainingSet,
+    pairs: list[tuple[int, int]],
+    mapping: mmap.mmap,
+    slot: int | None,
+    slot_bytes: int,
 ) -> dict[str, Any]:
     """The fields of a batch; with a slot the features stay there and their shape goes instead."""
     if slot is None:
@@ -107,20 +140,31 @@ def _into_slot(
 
     def allocate(shape: tuple[int, int]) -> np.ndarray:
         if 2 * shape[0] * shape[1] > slot_bytes:  # it would write into the next batch
-            raise ValueError(f"{shape[0]} regions, more than most_rows of {type(dataset).__name__} says")
-        return np.frombuffer(mapping, np.float16, shape[0] * shape[1], slot * slot_bytes).reshape(shape)
+            raise ValueError(
+                f"{shape[0]} regions, more than most_rows of {type(dataset).__name__} says"
+            )
+
+        return np.frombuffer(mapping, np.float16, shape[0] * shape[1], slot * slot_bytes).reshape(
+            shape
+        )
 
     fields = dataset.fields(pairs, allocate)
     fields["features"] = fields["features"].shape
+
     return fields
 
 
 class LoaderProcess:
     """One loader process as the training process sees it."""
 
-    def __init__(self, number: int, dataset: TrainingSet, start: str, others: list[Connection]) -> None:
-        self.slot_bytes = -(-max(dataset.most_rows * dataset.feature_dim * 2, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.number, self.memory = number, SharedFile(SLOTS * self.slot_bytes)
+    def __init__(
+        self, number: int, dataset: TrainingSet, start: str, others: list[Connection]
+    ) -> None:
+        self.slot_bytes = (
+            -(-max(dataset.most_rows * dataset.feature_dim * 2, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+        )
+        self.number = number
+        self.memory = SharedFile(SLOTS * self.slot_bytes)
         self.mapping = self.memory.map()
         self.free = deque(range(SLOTS))
         self.asked: deque[int | None] = deque()  # slots of the batches under way, in their order
@@ -128,20 +172,30 @@ class LoaderProcess:
         self.connection, theirs = context.Pipe()
         inherited = [*others, self.connection] if start == "fork" else []
         self.process = context.Process(
-            target=_work, args=(dataset, theirs, self.memory, self.slot_bytes, inherited), daemon=True, name=f"loader {number}"
+            target=_work,
+            args=(dataset, theirs, self.memory, self.slot_bytes, inherited),
+            daemon=True,
+            name=f"loader {number}",
         )
         self.process.start()
         theirs.close()
 
     def ask(self, pairs: list[tuple[int, int]]) -> None:
-        """Order a batch. Without a free slot it comes through the pipe: slower, but a caller may keep as many as it likes."""
+        """Order a batch.
+
+        Without a free slot it comes through the pipe: slower, but a caller may keep as many as it
+        likes.
+        """
         slot = self.free.popleft() if self.free else None
         self.asked.append(slot)
         with contextlib.suppress(OSError):  # it has died: `take` says so
             self.connection.send((slot, pairs))
 
     def take(self, timeout: float) -> PackedBatch:
-        """The next batch in order; UsageError or TrainingStopped, local to this rank, when there is none."""
+        """The next batch in order.
+
+        UsageError or TrainingStopped, local to this rank, when there is none.
+        """
         slot = self.asked.popleft()
         if self.connection not in wait([self.connection, self.process.sentinel], timeout):
             raise self._gone(timeout)
@@ -149,46 +203,61 @@ class LoaderProcess:
             kind, content = pickle.loads(self.connection.recv_bytes())
         except (EOFError, OSError):
             raise self._gone(timeout) from None
+
         if kind == "batch":
             if slot is not None:
                 content["features"] = self._features(slot, content["features"])
             return to_batch(content)
+
         if kind == "wrong input":
             raise local(UsageError(content))
-        raise local(TrainingStopped(f"loader process {self.number} failed: {content.strip().splitlines()[-1]}\n{content}"))
+
+        raise local(
+            TrainingStopped(
+                f"loader process {self.number} failed:"
+                f" {content.strip().splitlines()[-1]}\n{content}"
+            )
+        )
 
     def _features(self, slot: int, shape: tuple[int, int]) -> np.ndarray:
         memory = SlotMemory(self.mapping, slot * self.slot_bytes, shape)
         weakref.finalize(memory, self.free.append, slot)
         return np.asarray(memory)
 
-    def _gone(self, timeout: float) -> Exception:
+    def _gone(self, timeout: float) -> RunError:
         self.process.join(0.5)
         code = self.process.exitcode
         if code is None:
             return local(
                 TrainingStopped(
-                    f"loader process {self.number} (pid {self.process.pid}) has given no batch for {timeout:g} s: the disk of the region"
-                    " store hangs or is far too slow (--data-timeout changes the limit)"
+                    f"loader process {self.number} (pid {self.process.pid}) has given no batch for"
+                    f" {timeout:g} s: the disk of the region store hangs or is far too slow"
+                    " (--data-timeout changes the limit)"
                 )
             )
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+
+        how = (
+            f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        )
+
         return local(
             TrainingStopped(
-                f"loader process {self.number} (pid {self.process.pid}) {how}; memory may have run out: lower --num-workers or"
-                " --micro-batch-size"
+                f"loader process {self.number} (pid {self.process.pid}) {how}; memory may have run"
+                " out: lower --num-workers or --micro-batch-size"
             )
         )
 
 
-def local(error: Exception) -> Exception:
-    """Mark an error that the other ranks do not know of: this one must speak."""
+def local(error: RunError) -> RunError:
+    """Mark an error that the other ranks do not know of."""
     error.local = True
     return error
 
 
 class BatchStream:
-    """Endless micro-batches of one data-parallel rank after `consumed` samples, `num_workers` processes ahead."""
+    """Endless micro-batches of one data-parallel rank after `consumed` samples, `num_workers`
+    processes ahead.
+    """
 
     def __init__(
         self,
@@ -200,9 +269,12 @@ class BatchStream:
         pin_memory: bool = False,
         workers: int | None = None,
     ) -> None:
-        self.dataset, self.pin_memory = dataset, pin_memory
+        self.dataset = dataset
+        self.pin_memory = pin_memory
         self.workers = dataset.config.num_workers if workers is None else workers
-        self.positions = MicroBatches(consumed, global_batch, dataset.config.micro_batch_size, rank, ranks)
+        self.positions = MicroBatches(
+            consumed, global_batch, dataset.config.micro_batch_size, rank, ranks
+        )
 
     def __iter__(self) -> Iterator[PackedBatch]:
         batches = self._from_processes() if self.workers else self._here()
@@ -223,13 +295,21 @@ class BatchStream:
         config = self.dataset.config
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it forks; parallelism is ours
         processes: list[LoaderProcess] = []
+
         try:
             for number in range(self.workers):
-                processes.append(LoaderProcess(number, self.dataset, config.worker_start, [p.connection for p in processes]))
-            pairs, turn = self._pairs(), 0
+                processes.append(
+                    LoaderProcess(
+                        number, self.dataset, config.worker_start, [p.connection for p in processes]
+                    )
+                )
+
+            pairs = self._pairs()
+            turn = 0
             for _ in range(SLOTS - 1):
                 for process in processes:
                     process.ask(next(pairs))
+
             while True:
                 process = processes[turn % self.workers]
                 batch = process.take(config.data_timeout)
@@ -244,7 +324,9 @@ class BatchStream:
 
 
 def pinned_ahead(batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
-    """The same batches in page-locked memory, one ahead: a thread copies while the device computes."""
+    """The same batches in page-locked memory, one ahead: a thread copies while the device
+    computes.
+    """
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(lambda: next(batches).pin_memory())
         while True:

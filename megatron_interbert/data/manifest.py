@@ -32,7 +32,10 @@ class Kind:
 
 
 def _whole(least: int = 0, most: int = 1 << 53) -> Kind:
-    return Kind(f"a whole number from {least} to {most}", lambda value: type(value) is int and least <= value <= most)
+    return Kind(
+        f"a whole number from {least} to {most}",
+        lambda value: type(value) is int and least <= value <= most,
+    )
 
 
 def _one_of(*choices: str) -> Kind:
@@ -44,20 +47,28 @@ def _is_a(kind: type, words: str) -> Kind:
 
 
 WIDEST = 100_000  # classes of a detector, or entries of a feature vector; memory is taken by them
-TEXT, OBJECT = _is_a(str, "a text"), _is_a(dict, "an object")
-TEXTS = Kind("a list of texts", lambda value: isinstance(value, list) and all(isinstance(entry, str) for entry in value))
+TEXT = _is_a(str, "a text")
+OBJECT = _is_a(dict, "an object")
+TEXTS = Kind(
+    "a list of texts",
+    lambda value: isinstance(value, list) and all(isinstance(entry, str) for entry in value),
+)
 NEEDED = {
     "feature_dim": _whole(1, WIDEST),
     "num_classes": _whole(1, WIDEST),
     "detector": OBJECT,
-    "shards": Kind("a list of one file or more", lambda value: isinstance(value, list) and bool(value)),
+    "shards": Kind(
+        "a list of one file or more", lambda value: isinstance(value, list) and bool(value)
+    ),
     "captions_file": OBJECT,
 }
 OPTIONAL = {  # some are not in older stores
     "tokens_file": OBJECT,
     "label_width": _whole(1, WIDEST),
     "class_names": TEXTS,
-    "background_class": Kind("a class or null", lambda value: value is None or _whole(0, WIDEST).fits(value)),
+    "background_class": Kind(
+        "a class or null", lambda value: value is None or _whole(0, WIDEST).fits(value)
+    ),
     "text_normalisation": _one_of("none", "chinese"),
     "soft_labels": TEXT,
     "box_format": TEXT,
@@ -74,8 +85,12 @@ COUNTED = ("images", "regions", "captions")
 
 
 def sha256_of(store: Path, entry: dict[str, Any]) -> str:
-    """Hex sha256 of a file of a store; UsageError when the system does not let it be read, which is no damage."""
+    """Hex sha256 of a file of a store.
+
+    UsageError when the system does not let it be read, which is no damage.
+    """
     path = store / entry["file"]
+
     try:
         return file_sha256(path)
     except OSError as error:
@@ -83,32 +98,44 @@ def sha256_of(store: Path, entry: dict[str, Any]) -> str:
 
 
 def read_manifest(store: Path) -> dict[str, Any]:
-    """The manifest of a store with all its fields of the right kind, and every file of it there with its size."""
+    """The manifest of a store with all its fields of the right kind, and every file of it there
+    with its size.
+    """
     path = store / MANIFEST
     with reading(path):
         there = path.is_file()
     if not there:
         raise UsageError(
-            f"{store}: no {MANIFEST} there, expected a region store (commas stand between several); make one with"
-            " tools/build_features.py or tools/make_sample.py"
+            f"{store}: no {MANIFEST} there, expected a region store (commas stand between several);"
+            " make one with tools/build_features.py or tools/make_sample.py"
         )
+
     manifest = read_json(path, "region store")
     version = manifest.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UsageError(
-            f"{path}: schema_version {version}, this version reads {SCHEMA_VERSION}; rebuild the store with tools/build_features.py"
+            f"{path}: schema_version {version}, this version reads {SCHEMA_VERSION}; rebuild the"
+            " store with tools/build_features.py"
         )
+
     _check_fields(manifest, NEEDED, str(path))
-    _check_fields(manifest, {name: kind for name, kind in OPTIONAL.items() if name in manifest}, str(path))
+    _check_fields(
+        manifest, {name: kind for name, kind in OPTIONAL.items() if name in manifest}, str(path)
+    )
     _check_classes(manifest, str(path))
+
     for entry in files_of(manifest):
         _check_fields(entry, OF_FILES, f"{path}: file entry")
         if not is_plain_name(entry["file"]):
-            raise UsageError(f"{path}: file {entry['file'][:200]!r}, expected a name without folders; {REBUILD}")
+            raise UsageError(
+                f"{path}: file {entry['file'][:200]!r}, expected a name without folders; {REBUILD}"
+            )
+
         _check_file(store, entry)
 
     for shard in manifest["shards"]:
         _check_fields(shard, _counts(shard), f"{path}: {shard['file']}")
+
     return manifest
 
 
@@ -120,8 +147,11 @@ def files_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 
 def entry_fits(shard: Any) -> bool:
     """Whether it is an entry of a shard: all fields there and of their kinds."""
-    if not isinstance(shard, dict) or not all(kind.fits(shard.get(name)) for name, kind in OF_FILES.items()):
+    if not isinstance(shard, dict) or not all(
+        kind.fits(shard.get(name)) for name, kind in OF_FILES.items()
+    ):
         return False
+
     return all(kind.fits(shard.get(name)) for name, kind in _counts(shard).items())
 
 
@@ -134,16 +164,22 @@ def _check_fields(values: Any, fields: dict[str, Kind], where: str) -> None:
     for name, kind in fields.items():
         value = values.get(name) if isinstance(values, dict) else None
         if not kind.fits(value):
-            raise UsageError(f"{where}: '{name}' is {str(value)[:60]!r}, expected {kind.words}; {REBUILD}")
+            raise UsageError(
+                f"{where}: '{name}' is {str(value)[:60]!r}, expected {kind.words}; {REBUILD}"
+            )
 
 
 def _check_classes(manifest: dict[str, Any], where: str) -> None:
     """No label is wider than there are classes, and background is one of them."""
     classes = manifest["num_classes"]
-    if manifest.get("label_width", 1) > classes or (manifest.get("background_class") or 0) >= classes:
+    if (
+        manifest.get("label_width", 1) > classes
+        or (manifest.get("background_class") or 0) >= classes
+    ):
         raise UsageError(
-            f"{where}: 'label_width' is {manifest.get('label_width')} and 'background_class' {manifest.get('background_class')},"
-            f" expected them to fit {classes} classes; {REBUILD}"
+            f"{where}: 'label_width' is {manifest.get('label_width')} and 'background_class'"
+            f" {manifest.get('background_class')}, expected them to fit {classes} classes;"
+            f" {REBUILD}"
         )
 
 
@@ -158,10 +194,14 @@ def _check_file(store: Path, entry: dict[str, Any]) -> None:
 
     if not stat.S_ISREG(facts.st_mode):
         raise UsageError(f"{path}: no regular file, but listed in {MANIFEST}; {REBUILD}")
+
     size = facts.st_size
     if size != entry["bytes"]:
         raise UsageError(f"{path}: {size} bytes, expected {entry['bytes']} (truncated?); {REBUILD}")
 
 
 def _not_read(path: Path, error: OSError) -> str:
-    return f"{path}: could not be read ({error.strerror}), which says nothing against the file; mend that and try again"
+    return (
+        f"{path}: could not be read ({error.strerror}), which says nothing against the file; mend"
+        " that and try again"
+    )

@@ -1,20 +1,24 @@
-"""Which words and regions are hidden, by the paper's rules or the official code's (`--masking`), for a whole batch at once.
+"""Which words and regions are hidden, by the paper's rules or the official code's (`--masking`),
+for a whole batch at once.
 
-paper     MSM: each word is an anchor with p = 0.10; the anchor and the next 0, 1 or 2 words become [MASK].
-          MRM: each region is an anchor with p = 0.15; it and every region with IoU > 0.4 to it are hidden.
-official  MSM: one span of pieces, start and length uniform (a start at the very end hides nothing; captions under four
-          pieces are left alone), 80/10/10 mask/random/keep. MRM: anchors with p = 0.10, IoU >= 0.4.
-Two faults of the official code are not carried over: random words are never [PAD] or [unused], and the IoU is that of the
-boxes themselves.
+paper     MSM: each word is an anchor with p = 0.10; the anchor and the next 0, 1 or 2 words become
+[MASK]. MRM: each region is an anchor with p = 0.15; it and every region with IoU > 0.4 to it are
+hidden. official  MSM: one span of pieces, start and length uniform (a start at the very end hides
+nothing; captions under four pieces are left alone), 80/10/10 mask/random/keep. MRM: anchors with p
+= 0.10, IoU >= 0.4. Two faults of the official code are not carried over: random words are never
+[PAD] or [unused], and the IoU is that of the boxes themselves.
 
-Legend: B samples, T pieces and R regions of all of them end to end, draws [B, n] uniform numbers of each sample.
+Legend: B samples, T pieces and R regions of all of them end to end, draws [B, n] uniform numbers of
+each sample.
 """
 
 import numpy as np
 
 from megatron_interbert.data.text import CaptionTokenizer, TokenBatch
 
-WORD_ANCHOR, REGION_ANCHOR, REGION_IOU = 0.10, 0.15, 0.4
+WORD_ANCHOR = 0.10
+REGION_ANCHOR = 0.15
+REGION_IOU = 0.4
 OFFICIAL_REGION_ANCHOR = 0.10
 
 
@@ -23,23 +27,33 @@ def word_draws(max_pieces: int) -> int:
     return 2 * max_pieces + 2
 
 
-def mask_tokens(tokens: TokenBatch, tokenizer: CaptionTokenizer, rules: str, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(ids [T] as the model sees them, bool [T] the targets, which may be shown unchanged); `rules` is "paper" or "official".
+def mask_tokens(
+    tokens: TokenBatch, tokenizer: CaptionTokenizer, rules: str, draws: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids [T] as the model sees them, bool [T] the targets, which may be shown unchanged).
 
-    draws [B, word_draws(longest)]: two of them belong to each word (paper) or piece (official) by its place.
+    `rules` is "paper" or "official".
+
+    draws [B, word_draws(longest)]: two of them belong to each word (paper) or piece (official) by
+    its place.
     """
     hide = _paper_segments if rules == "paper" else _official_span
     return hide(tokens, tokenizer, draws)
 
 
 def within(offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(sample, place in it) of each row [rows], from offsets [B + 1]: [0, 2, 5] -> [0, 0, 1, 1, 1], [0, 1, 0, 1, 2]."""
+    """(sample, place in it) of each row [rows], from offsets [B + 1]: [0, 2, 5] -> [0, 0, 1, 1, 1],
+    [0, 1, 0, 1, 2].
+    """
     lengths = np.diff(offsets)
     owner = np.repeat(np.arange(len(lengths)), lengths)
+
     return owner, np.arange(offsets[-1]) - offsets[:-1][owner]
 
 
-def _paper_segments(tokens: TokenBatch, tokenizer: CaptionTokenizer, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _paper_segments(
+    tokens: TokenBatch, tokenizer: CaptionTokenizer, draws: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     owner, _ = within(tokens.offsets)
     begun = np.concatenate([[0], np.cumsum(tokens.word_starts, dtype=np.int64)])
     word = begun[1:] - 1 - begun[tokens.offsets[:-1]][owner]
@@ -50,45 +64,63 @@ def _paper_segments(tokens: TokenBatch, tokenizer: CaptionTokenizer, draws: np.n
     hidden = anchors.copy()
     for step in (1, 2):
         hidden[:, step:] |= (anchors & (more >= step))[:, :-step]
+
     targets = hidden[owner, word] if len(word) else np.zeros(0, bool)
+
     return np.where(targets, tokenizer.mask, tokens.ids), targets
 
 
-def _official_span(tokens: TokenBatch, tokenizer: CaptionTokenizer, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _official_span(
+    tokens: TokenBatch, tokenizer: CaptionTokenizer, draws: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     owner, place = within(tokens.offsets)
     length = np.diff(tokens.offsets)
     start = (draws[:, 0] * (length + 1)).astype(np.int64)
     stop = start + 1 + (draws[:, 1] * np.maximum(length, 1)).astype(np.int64)
     targets = (place >= start[owner]) & (place < stop[owner]) & (length >= 4)[owner]
-    choice, word = draws[owner, 2 + 2 * place], draws[owner, 3 + 2 * place]
+    choice = draws[owner, 2 + 2 * place]
+    word = draws[owner, 3 + 2 * place]
     other = tokenizer.ordinary[(word * len(tokenizer.ordinary)).astype(np.int64)]
     shown = np.where(choice < 0.8, tokenizer.mask, np.where(choice < 0.9, other, tokens.ids))
+
     return np.where(targets, shown, tokens.ids), targets
 
 
-def mask_regions(boxes: np.ndarray, offsets: np.ndarray, rules: str, draws: np.ndarray) -> np.ndarray:
-    """bool [R]: the regions whose features are zeroed, from boxes [R, 4] x1 y1 x2 y2 and draws [B, >= most regions]."""
+def mask_regions(
+    boxes: np.ndarray, offsets: np.ndarray, rules: str, draws: np.ndarray
+) -> np.ndarray:
+    """bool [R]: the regions whose features are zeroed, from boxes [R, 4] x1 y1 x2 y2 and draws [B,
+    >= most regions].
+    """
     owner, place = within(offsets)
     hidden = draws[owner, place] < (REGION_ANCHOR if rules == "paper" else OFFICIAL_REGION_ANCHOR)
     anchors = np.flatnonzero(hidden)
     if not len(anchors):
         return hidden
-    grid = np.zeros((4, len(offsets) - 1, int(place.max()) + 1), boxes.dtype)  # each sample's boxes side by side
+
+    # each sample's boxes side by side
+    grid = np.zeros((4, len(offsets) - 1, int(place.max()) + 1), boxes.dtype)
     grid[:, owner, place] = boxes.T
     overlap = iou(boxes[anchors].T[:, :, None], grid[:, owner[anchors]])
     near = overlap > REGION_IOU if rules == "paper" else overlap >= REGION_IOU
     with_anchor, first = np.unique(owner[anchors], return_index=True)
     covered = np.zeros(grid.shape[1:], bool)
     covered[with_anchor] = np.logical_or.reduceat(near, first, axis=0)
+
     return hidden | covered[owner, place]  # an anchor stays hidden, also when its box has no area
 
 
 def iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Intersection over union of boxes, corners in the first axis [4, ..] and the others broadcast; 0 where both have no area."""
+    """Intersection over union of boxes, corners in the first axis [4, ..] and the others broadcast;
+    0 where both have no area.
+    """
     width = np.minimum(first[2], second[2]) - np.maximum(first[0], second[0])
     height = np.minimum(first[3], second[3]) - np.maximum(first[1], second[1])
     shared = np.maximum(width, 0) * np.maximum(height, 0)
-    areas = (first[2] - first[0]) * (first[3] - first[1]) + (second[2] - second[0]) * (second[3] - second[1])
+    areas = (first[2] - first[0]) * (first[3] - first[1]) + (second[2] - second[0]) * (
+        second[3] - second[1]
+    )
+
     return shared / np.maximum(areas - shared, 1e-12)
 
 

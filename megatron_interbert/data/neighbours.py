@@ -24,10 +24,13 @@ def read_neighbours(path: Path, rows: int, below: int) -> np.ndarray:
     fits = table.ndim == 2 and len(table) == rows and table.shape[1] > 0
     if not fits or table.dtype.kind not in "iu":
         raise NoTable(
-            f"{table.dtype} {list(table.shape)}, expected whole numbers in {rows} rows and a column or more"
+            f"{table.dtype} {list(table.shape)}, expected whole numbers in {rows} rows and a column"
+            " or more"
         )
 
-    least, most = table.min(initial=0), table.max(initial=0)
+    least = table.min(initial=0)
+    most = table.max(initial=0)
     if least < -1 or most >= below:
         raise NoTable(f"indexes from {least} to {most}, expected -1 to {below - 1}")
+
     return table

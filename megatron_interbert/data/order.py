@@ -1,16 +1,19 @@
 """Which sample comes when: a pure function of (seed, epoch) and nothing else.
 
-The captions of each store, in its own order, are cut into P contiguous partitions. Position i of an epoch takes the next sample
-of partition i mod P. A data-parallel rank r of D serves the positions i = r (mod D). When D divides P these are exactly the
-samples of the partitions p = r (mod D): a rank reads only those, and the global batches are the same for every D. The whole
-state is one integer, the samples consumed so far.
+The captions of each store, in its own order, are cut into P contiguous partitions. Position i of an
+epoch takes the next sample of partition i mod P. A data-parallel rank r of D serves the positions i
+= r (mod D). When D divides P these are exactly the samples of the partitions p = r (mod D): a rank
+reads only those, and the global batches are the same for every D. The whole state is one integer,
+the samples consumed so far.
 
-Each store is an endless stream of shuffled passes over itself. An epoch takes the next `epochs` passes (a fraction is fine) of
-every store and shuffles them together, partition by partition, so every sample comes equally often over time.
+Each store is an endless stream of shuffled passes over itself. An epoch takes the next `epochs`
+passes (a fraction is fine) of every store and shuffles them together, partition by partition, so
+every sample comes equally often over time.
 
-With lengths given, samples of like length meet: in each window of 256 rounds over the partitions all of them sort their samples
-by length and then follow one shuffled order of places. So the ranks of a global batch get nearly the same number of tokens,
-whatever their number, and each still reads only its own partitions.
+With lengths given, samples of like length meet: in each window of 256 rounds over the partitions
+all of them sort their samples by length and then follow one shuffled order of places. So the ranks
+of a global batch get nearly the same number of tokens, whatever their number, and each still reads
+only its own partitions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,15 +24,20 @@ import numpy as np
 from megatron_interbert.data.randomness import CounterRandom
 from megatron_interbert.errors import UsageError
 
-SHUFFLE, MIX, WINDOW = 1, 5, 6  # purpose tags of CounterRandom
+# purpose tags of CounterRandom
+SHUFFLE = 1
+MIX = 5
+WINDOW = 6
 WINDOW_ROUNDS = 256
 STORE = 1 << 32  # sets the passes of different stores apart
 
 
 class SampleOrder:
-    """The endless stream of (pass, sample) pairs over `parts`, one array of sample ids for each store.
+    """The endless stream of (pass, sample) pairs over `parts`, one array of sample ids for each
+    store.
 
-    `epochs`: passes over each store in one epoch. `lengths`: tokens of every sample id, for balance over ranks.
+    `epochs`: passes over each store in one epoch. `lengths`: tokens of every sample id, for balance
+    over ranks.
     """
 
     def __init__(
@@ -43,12 +51,20 @@ class SampleOrder:
         for samples in parts:
             if len(samples) < partitions:
                 raise UsageError(
-                    f"--data-partitions {partitions} is more than the {len(samples)} captions to train on;"
-                    f" give --data-partitions {1 << (max(len(samples), 1).bit_length() - 1)} or less"
+                    f"--data-partitions {partitions} is more than the {len(samples)} captions to"
+                    " train on; give --data-partitions"
+                    f" {1 << (max(len(samples), 1).bit_length() - 1)} or less"
                 )
-        self.parts, self.partitions, self.seed, self.lengths = list(parts), partitions, seed, lengths
-        self.bounds = [np.linspace(0, len(samples), partitions + 1).astype(np.int64) for samples in parts]
-        self.per_pass = [len(samples) // partitions for samples in parts]  # the tail is dropped, another one in each pass
+
+        self.parts = list(parts)
+        self.partitions = partitions
+        self.seed = seed
+        self.lengths = lengths
+        self.bounds = [
+            np.linspace(0, len(samples), partitions + 1).astype(np.int64) for samples in parts
+        ]
+        # the tail is dropped, another one in each pass
+        self.per_pass = [len(samples) // partitions for samples in parts]
         passes = epochs or [1.0] * len(self.parts)
         self.per_epoch = [max(1, round(e * n)) for e, n in zip(passes, self.per_pass, strict=True)]
         self.per_partition = sum(self.per_epoch)
@@ -61,37 +77,56 @@ class SampleOrder:
     def _pass(self, store: int, number: int, partition: int) -> np.ndarray:
         """The samples of one pass over one partition of a store, shuffled."""
         start, stop = self.bounds[store][partition : partition + 2]
-        order = CounterRandom(self.seed, SHUFFLE, number, partition + store * STORE).permutation(int(stop - start))
+        order = CounterRandom(self.seed, SHUFFLE, number, partition + store * STORE).permutation(
+            int(stop - start)
+        )
+
         return self.parts[store][start + order][: self.per_pass[store]]
 
     def _make_epoch(self, epoch: int, partition: int) -> np.ndarray:
         """int64 [per_partition, 2]: (pass, sample) of one partition in one epoch."""
         taken = []
+
         for store, (count, per_pass) in enumerate(zip(self.per_epoch, self.per_pass, strict=True)):
             number, place = np.divmod(np.arange(epoch * count, (epoch + 1) * count), per_pass)
             samples = np.empty(count, np.int64)
             for one in np.unique(number):
-                samples[number == one] = self._pass(store, int(one), partition)[place[number == one]]
+                samples[number == one] = self._pass(store, int(one), partition)[
+                    place[number == one]
+                ]
+
             taken.append(np.stack([number, samples], axis=1))
+
         pairs = np.concatenate(taken)
         if len(taken) > 1:
             pairs = pairs[CounterRandom(self.seed, MIX, epoch, partition).permutation(len(pairs))]
+
         return pairs if self.lengths is None else pairs[self._balanced(pairs[:, 1], epoch)]
 
     def _balanced(self, samples: np.ndarray, epoch: int) -> np.ndarray:
         order = np.empty(len(samples), np.int64)
         for start in range(0, len(samples), WINDOW_ROUNDS):
-            by_length = np.argsort(self.lengths[samples[start : start + WINDOW_ROUNDS]], kind="stable")
-            order[start : start + len(by_length)] = (
-                start + by_length[CounterRandom(self.seed, WINDOW, epoch, start).permutation(len(by_length))]
+            by_length = np.argsort(
+                self.lengths[samples[start : start + WINDOW_ROUNDS]], kind="stable"
             )
+            order[start : start + len(by_length)] = (
+                start
+                + by_length[
+                    CounterRandom(self.seed, WINDOW, epoch, start).permutation(len(by_length))
+                ]
+            )
+
         return order
 
     def at(self, position: int) -> tuple[int, int]:
-        """(pass, sample id) at a position of the endless stream. The pass is the epoch where a store is read once an epoch."""
+        """(pass, sample id) at a position of the endless stream.
+
+        The pass is the epoch where a store is read once an epoch.
+        """
         epoch, inside = divmod(position, self.epoch_length)
         index, partition = divmod(inside, self.partitions)
         number, sample = self._epoch_of(epoch, partition)[index]
+
         return int(number), int(sample)
 
     def pairs(self, positions: Sequence[int], step_start: int) -> list[tuple[int, int]]:
@@ -107,29 +142,42 @@ class SampleOrder:
 
 
 class StepOrder(SampleOrder):
-    """The same order, but its pairs are (first position of the optimizer step, sample): for samples that share something with all others of
-    their step."""
+    """The same order, but its pairs are (first position of the optimizer step, sample): for samples
+    that share something with all others of their step.
+    """
 
     def pairs(self, positions: Sequence[int], step_start: int) -> list[tuple[int, int]]:
         return [(step_start, self.at(position)[1]) for position in positions]
 
 
 def epochs_from_weights(weights: Sequence[float], sizes: Sequence[int]) -> list[float]:
-    """Passes over each store so that they share an epoch of sum(sizes) samples in the proportion of `weights`."""
+    """Passes over each store so that they share an epoch of sum(sizes) samples in the proportion of
+    `weights`.
+    """
     share = np.array(weights, dtype=np.float64) / sum(weights)
     return (share * sum(sizes) / np.array(sizes)).tolist()
 
 
 class MicroBatches:
-    """Sampler for one data-parallel rank: positions of its micro-batches, starting after `consumed` samples."""
+    """Sampler for one data-parallel rank: positions of its micro-batches, starting after `consumed`
+    samples.
+    """
 
-    def __init__(self, consumed: int, global_batch: int, micro_batch: int, rank: int, ranks: int) -> None:
-        self.consumed, self.global_batch, self.micro_batch, self.rank, self.ranks = consumed, global_batch, micro_batch, rank, ranks
+    def __init__(
+        self, consumed: int, global_batch: int, micro_batch: int, rank: int, ranks: int
+    ) -> None:
+        self.consumed = consumed
+        self.global_batch = global_batch
+        self.micro_batch = micro_batch
+        self.rank = rank
+        self.ranks = ranks
 
     def __iter__(self) -> Iterator[list[int]]:
         start = self.consumed
         while True:
-            mine = range(start + (self.rank - start) % self.ranks, start + self.global_batch, self.ranks)
+            mine = range(
+                start + (self.rank - start) % self.ranks, start + self.global_batch, self.ranks
+            )
             for first in range(0, len(mine), self.micro_batch):
                 yield list(mine[first : first + self.micro_batch])
             start += self.global_batch
@@ -140,7 +188,10 @@ class MicroBatches:
 
 
 def check_partitions(told: str, partitions: int, data_parallel_size: int) -> None:
-    """UsageError unless the data-parallel size divides the partitions; `told` says where they are from."""
+    """UsageError unless the data-parallel size divides the partitions.
+
+    `told` says where they are from.
+    """
     if partitions % data_parallel_size:
         raise UsageError(
             f"data-parallel size {data_parallel_size} does not divide {told};"

@@ -1,7 +1,8 @@
 """PackedBatch: a batch as flat tensors with offsets; nothing is ever padded.
 
-Legend: B samples, Nt text tokens, Ni image tokens (one [IMG] then the regions, per sample), N = Nt + Ni, R regions,
-F feature size, Mt and Mr masked tokens and regions that are targets, k soft-label entries.
+Legend: B samples, Nt text tokens, Ni image tokens (one [IMG] then the regions, per sample), N = Nt
++ Ni, R regions, F feature size, Mt and Mr masked tokens and regions that are targets, k soft-label
+entries.
 """
 
 import dataclasses
@@ -16,7 +17,9 @@ FULL_IMAGE = np.array([[0.0, 0.0, 1.0, 1.0, 1.0]], dtype=np.float32)
 
 @dataclass
 class Example:
-    """One sample before packing. token_ids hold [CLS] and [SEP]; without regions it is a text-only sample."""
+    """One sample before packing. token_ids hold [CLS] and [SEP]; without regions it is a text-only
+    sample.
+    """
 
     token_ids: np.ndarray
     token_types: np.ndarray
@@ -52,21 +55,23 @@ class PackedBatch:
     hidden_regions: torch.Tensor  # [hidden] regions whose features are zeroed
     msm_positions: torch.Tensor  # [Mt] text tokens that are targets
     msm_labels: torch.Tensor  # [Mt]
-    mrm_positions: torch.Tensor  # [Mr] image tokens that are targets: hidden regions of matched samples
+    # [Mr] image tokens that are targets: hidden regions of matched samples
+    mrm_positions: torch.Tensor
     mrm_class_ids: torch.Tensor  # [Mr, k]
     mrm_class_probs: torch.Tensor  # [Mr, k]
     mismatched: torch.Tensor  # [B] 0 = matched, the class index of the matching head
     sample_ids: torch.Tensor  # [B]
-    labels: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # answers of a downstream task
+    # answers of a downstream task
+    labels: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     pair_text: torch.Tensor = field(
         default_factory=lambda: torch.zeros(0, dtype=torch.int64)
     )  # [P] pairs to judge, by the number of
     pair_image: torch.Tensor = field(
         default_factory=lambda: torch.zeros(0, dtype=torch.int64)
     )  # [P] text and image; none: sample i's
-    no_choice: torch.Tensor = field(
-        default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool)
-    )  # [Q, I] of a batch whose last Q I pairs are Q texts with each of I images: images among which a text does not choose
+    # [Q, I] of a batch whose last Q I pairs are Q texts with each of I images: images among which a
+    # text does not choose
+    no_choice: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
     max_text: int = 0  # longest caption, longest image, longest of both together
     max_image: int = 0
     max_joint: int = 0
@@ -76,7 +81,10 @@ class PackedBatch:
 
     def _map(self, function) -> "PackedBatch":
         return PackedBatch(
-            **{f.name: function(v) if isinstance(v := getattr(self, f.name), torch.Tensor) else v for f in dataclasses.fields(self)}
+            **{
+                f.name: function(v) if isinstance(v := getattr(self, f.name), torch.Tensor) else v
+                for f in dataclasses.fields(self)
+            }
         )
 
     def to(self, device: torch.device) -> "PackedBatch":
@@ -89,7 +97,9 @@ class PackedBatch:
 
     def target_counts(self) -> torch.Tensor:
         """float64 [3]: targets of MSM, MRM, ITM in this batch."""
-        return torch.tensor([len(self.msm_labels), len(self.mrm_positions), len(self)], dtype=torch.float64)
+        return torch.tensor(
+            [len(self.msm_labels), len(self.mrm_positions), len(self)], dtype=torch.float64
+        )
 
 
 def normalised_locations(boxes: np.ndarray, size: tuple[float, float]) -> np.ndarray:
@@ -100,9 +110,13 @@ def normalised_locations(boxes: np.ndarray, size: tuple[float, float]) -> np.nda
 
 
 def lay_out(text_lengths: np.ndarray, region_counts: np.ndarray) -> dict[str, np.ndarray | int]:
-    """The index fields of a PackedBatch, from tokens and regions of each sample [B]. All index work happens on the loader's side."""
+    """The index fields of a PackedBatch, from tokens and regions of each sample [B].
+
+    All index work happens on the loader's side.
+    """
     image_lengths = region_counts + (region_counts > 0)
-    text_offsets, image_offsets = _offsets(text_lengths), _offsets(image_lengths)
+    text_offsets = _offsets(text_lengths)
+    image_offsets = _offsets(image_lengths)
     joint_offsets = text_offsets + image_offsets
     image_index = _within(image_lengths) + np.repeat(joint_offsets[:-1], image_lengths)
     token_positions = _within(text_lengths)
@@ -111,6 +125,7 @@ def lay_out(text_lengths: np.ndarray, region_counts: np.ndarray) -> dict[str, np
     joint_order[np.concatenate([image_index, text_index])] = np.arange(joint_offsets[-1])
     counts = region_counts[region_counts > 0]
     summary_rows = image_offsets[:-1][region_counts > 0]
+
     return {
         "token_positions": token_positions,
         "text_offsets": text_offsets.astype(np.int32),
@@ -138,7 +153,12 @@ def image_locations(layout: dict[str, np.ndarray | int], regions: np.ndarray) ->
 
 def to_batch(fields: dict[str, np.ndarray | int]) -> PackedBatch:
     """Arrays by field name as a PackedBatch, without copying."""
-    return PackedBatch(**{name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in fields.items()})
+    return PackedBatch(
+        **{
+            name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v
+            for name, v in fields.items()
+        }
+    )
 
 
 def pack(examples: Sequence[Example], feature_dim: int) -> PackedBatch:
@@ -148,26 +168,46 @@ def pack(examples: Sequence[Example], feature_dim: int) -> PackedBatch:
     layout = lay_out(text_lengths, region_counts)
     pictured = [e for e in examples if e.features is not None]
     hidden = np.concatenate(
-        [e.hidden_regions if e.hidden_regions is not None else np.zeros(len(e.features), bool) for e in pictured]
+        [
+            e.hidden_regions if e.hidden_regions is not None else np.zeros(len(e.features), bool)
+            for e in pictured
+        ]
         or [np.zeros(0, bool)]
     )
-    is_target = hidden & np.repeat([e.mismatched == 0 for e in pictured], layout["region_counts"]).astype(bool)
+    is_target = hidden & np.repeat(
+        [e.mismatched == 0 for e in pictured], layout["region_counts"]
+    ).astype(bool)
     width = max((e.class_ids.shape[1] for e in pictured if e.class_ids is not None), default=1)
     labelled = all(e.class_ids is not None for e in pictured)
     starts = layout["text_offsets"][:-1]
+
     return to_batch(
         {
             **layout,
             "token_ids": _join([e.token_ids for e in examples], np.int64),
             "token_types": _join([e.token_types for e in examples], np.int64),
             "features": _join([e.features for e in pictured], np.float16, (feature_dim,)),
-            "locations": image_locations(layout, _join([e.locations for e in pictured], np.float32, (5,))),
+            "locations": image_locations(
+                layout, _join([e.locations for e in pictured], np.float32, (5,))
+            ),
             "hidden_regions": np.flatnonzero(hidden),
-            "msm_positions": _join([e.msm_positions + start for e, start in zip(examples, starts, strict=True)], np.int64),
+            "msm_positions": _join(
+                [e.msm_positions + start for e, start in zip(examples, starts, strict=True)],
+                np.int64,
+            ),
             "msm_labels": _join([e.msm_labels for e in examples], np.int64),
-            "mrm_positions": layout["region_rows"][is_target] if labelled else np.zeros(0, np.int64),
-            "mrm_class_ids": _join([e.class_ids for e in pictured] if labelled else [], np.int64, (width,), is_target),
-            "mrm_class_probs": _join([e.class_probs for e in pictured] if labelled else [], np.float32, (width,), is_target),
+            "mrm_positions": (
+                layout["region_rows"][is_target] if labelled else np.zeros(0, np.int64)
+            ),
+            "mrm_class_ids": _join(
+                [e.class_ids for e in pictured] if labelled else [], np.int64, (width,), is_target
+            ),
+            "mrm_class_probs": _join(
+                [e.class_probs for e in pictured] if labelled else [],
+                np.float32,
+                (width,),
+                is_target,
+            ),
             "mismatched": np.array([e.mismatched for e in examples]),
             "sample_ids": np.array([e.sample_id for e in examples]),
         }
@@ -183,6 +223,10 @@ def _within(lengths: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum()) - np.repeat(_offsets(lengths)[:-1], lengths)
 
 
-def _join(parts: list[np.ndarray], dtype: type, tail: tuple[int, ...] = (), keep: np.ndarray | None = None) -> np.ndarray:
-    joined = np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros((0, *tail), dtype)
+def _join(
+    parts: list[np.ndarray], dtype: type, tail: tuple[int, ...] = (), keep: np.ndarray | None = None
+) -> np.ndarray:
+    joined = (
+        np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros((0, *tail), dtype)
+    )
     return joined if keep is None or not parts else joined[keep]

@@ -1,4 +1,6 @@
-"""Batches of the three pretraining tasks: captions or negative ones, masks, labels; everything for a whole batch at once."""
+"""Batches of the three pretraining tasks: captions or negative ones, masks, labels; everything for
+a whole batch at once.
+"""
 
 from collections.abc import Sequence
 
@@ -15,17 +17,29 @@ from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.data.training_set import Fields
 from megatron_interbert.errors import UsageError
 
-NEGATIVE, WORDS, REGIONS = 2, 3, 4  # purpose tags of `uniforms`
+# purpose tags of `uniforms`
+NEGATIVE = 2
+WORDS = 3
+REGIONS = 4
 
 
 class PretrainingSet:
-    """Indexed by a list of positions of the stream; gives one PackedBatch. The same sample and epoch give the same
-    example on every rank, worker and restart, because all draws are keyed by (seed, epoch, sample)."""
+    """Indexed by a list of positions of the stream; gives one PackedBatch.
+
+    The same sample and epoch give the same example on every rank, worker and restart, because all
+    draws are keyed by (seed, epoch, sample).
+    """
 
     def __init__(self, corpus: Corpus, tokenizer: CaptionTokenizer, config: RunConfig) -> None:
-        self.corpus, self.tokenizer, self.config = corpus, tokenizer, config
+        self.corpus = corpus
+        self.tokenizer = tokenizer
+        self.config = config
+
         if not corpus.num_captions:
-            raise UsageError(f"{corpus.path}: holds no captions to train on; build it with --captions")
+            raise UsageError(
+                f"{corpus.path}: holds no captions to train on; build it with --captions"
+            )
+
         self.samples = trainable_captions(corpus, config.language)
         parts = [
             self.samples[(self.samples >= a) & (self.samples < b)]
@@ -39,13 +53,20 @@ class PretrainingSet:
             self._lengths() if config.balance_tokens else None,
         )
         images = corpus.caption_image[self.samples]
+
         if (images == images[0]).all():
-            raise UsageError(f"{corpus.path}: all captions to train on belong to one image, so no mismatched pair can be drawn")
+            raise UsageError(
+                f"{corpus.path}: all captions to train on belong to one image, so no mismatched"
+                " pair can be drawn"
+            )
+
         if "mrm" in config.objective_names() and not corpus.has_labels:
             raise UsageError(
-                f"--data-path {corpus.path}: its regions have no class labels, so masked regions cannot be predicted; train"
-                " with --objectives msm,itm or build the store from features with labels"
+                f"--data-path {corpus.path}: its regions have no class labels, so masked regions"
+                " cannot be predicted; train with --objectives msm,itm or build the store from"
+                " features with labels"
             )
+
         self.has_hard_negatives = corpus.has_hard_negatives()
         corpus.label_width()  # the same in all stores
         self.feature_dim = corpus.feature_dim
@@ -53,29 +74,40 @@ class PretrainingSet:
     @property
     def most_rows(self) -> int:
         """Regions that a micro-batch can have."""
-        return self.config.micro_batch_size * min(self.config.max_regions, int(self.corpus.region_counts.max()))
+        return self.config.micro_batch_size * min(
+            self.config.max_regions, int(self.corpus.region_counts.max())
+        )
 
     def _lengths(self) -> np.ndarray:
-        """int32 [captions]: about how many tokens a sample has: its regions and a fifth of its caption's bytes."""
-        regions = np.minimum(self.corpus.region_counts, self.config.max_regions)[self.corpus.caption_image]
+        """int32 [captions]: about how many tokens a sample has: its regions and a fifth of its
+        caption's bytes.
+        """
+        regions = np.minimum(self.corpus.region_counts, self.config.max_regions)[
+            self.corpus.caption_image
+        ]
         return regions + np.minimum(self.corpus.caption_bytes() // 5, self.config.max_tokens)
 
     def __getitem__(self, positions: Sequence[int]) -> PackedBatch:
         return to_batch(self.fields([self.order.at(position) for position in positions]))
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
-        """The fields of a PackedBatch for (epoch, sample) pairs [B]; the features lie in the memory that `allocate` gives."""
+        """The fields of a PackedBatch for (epoch, sample) pairs [B]; the features lie in the memory
+        that `allocate` gives.
+        """
         epochs, samples = np.array(pairs, dtype=np.int64).T
         words = word_draws(self.config.max_tokens - 2)
         wanted = [(NEGATIVE, 0, 8), (WORDS, 0, words), (REGIONS, 0, self.config.max_regions)]
         for_captions, for_words, for_regions = uniforms(self.config.seed, epochs, samples, wanted)
         captions = self._draw_captions(epochs, samples, for_captions)
         text = self._text(samples, captions, for_words)
-        regions = read_regions(self.corpus, self.corpus.caption_image[samples], self.config.max_regions, allocate)
+        regions = read_regions(
+            self.corpus, self.corpus.caption_image[samples], self.config.max_regions, allocate
+        )
         layout = lay_out(text.pop("lengths"), regions.counts)
         hidden = mask_regions(regions.boxes, regions.offsets, self.config.masking, for_regions)
         owner, _ = within(regions.offsets)
         is_target = hidden & (captions == samples)[owner]
+
         return {
             **layout,
             **text,
@@ -90,50 +122,76 @@ class PretrainingSet:
         }
 
     def draw_captions(self, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """int64 [B]: the caption shown with each sample's image: half the time its own, else a random or hard one of another."""
-        return self._draw_captions(epochs, samples, uniforms(self.config.seed, epochs, samples, [(NEGATIVE, 0, 8)])[0])
+        """int64 [B]: the caption shown with each sample's image: half the time its own, else a
+        random or hard one of another.
+        """
+        return self._draw_captions(
+            epochs, samples, uniforms(self.config.seed, epochs, samples, [(NEGATIVE, 0, 8)])[0]
+        )
 
-    def _draw_captions(self, epochs: np.ndarray, samples: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        config, corpus = self.config, self.corpus
+    def _draw_captions(
+        self, epochs: np.ndarray, samples: np.ndarray, draws: np.ndarray
+    ) -> np.ndarray:
+        config = self.config
+        corpus = self.corpus
         chosen = samples.copy()
         images = corpus.caption_image[samples]
         open_rows = draws[:, 0] >= 0.5
+
         if self.has_hard_negatives:
             for row in np.flatnonzero(open_rows & (draws[:, 1] < config.hard_negatives)):
                 candidates = self._hard_candidates(int(samples[row]))
                 if len(candidates):
                     chosen[row] = candidates[int(draws[row, 2] * len(candidates))]
                     open_rows[row] = False
-        rows, draw, place = np.flatnonzero(open_rows), draws[open_rows, 4], 8
+
+        rows = np.flatnonzero(open_rows)
+        draw = draws[open_rows, 4]
+        place = 8
+
         while len(rows):
             chosen[rows] = self.samples[(draw * len(self.samples)).astype(np.int64)]
-            rows = rows[corpus.caption_image[chosen[rows]] == images[rows]]  # of the same image: drawn again
-            draw = uniforms(config.seed, epochs[rows], samples[rows], [(NEGATIVE, place, 1)])[0][:, 0]
+            # of the same image: drawn again
+            rows = rows[corpus.caption_image[chosen[rows]] == images[rows]]
+            draw = uniforms(config.seed, epochs[rows], samples[rows], [(NEGATIVE, place, 1)])[0][
+                :, 0
+            ]
             place += 4
+
         return chosen
 
     def _hard_candidates(self, sample: int) -> np.ndarray:
         candidates = self.corpus.hard_negatives(sample)
-        candidates = candidates[self.corpus.caption_image[candidates] != self.corpus.caption_image[sample]]
+        candidates = candidates[
+            self.corpus.caption_image[candidates] != self.corpus.caption_image[sample]
+        ]
         if not self.config.language:
             return candidates
+
         place = np.searchsorted(self.samples, candidates).clip(max=len(self.samples) - 1)
+
         return candidates[self.samples[place] == candidates]
 
     def _text(self, samples: np.ndarray, captions: np.ndarray, draws: np.ndarray) -> Fields:
         """Token fields, with lengths [B] that count [CLS] and [SEP]."""
-        config, tokenizer = self.config, self.tokenizer
+        config = self.config
+        tokenizer = self.tokenizer
         longest = config.max_tokens - 2
         tokens = self.corpus.tokens(captions, tokenizer, longest)
         shown, targets = mask_tokens(tokens, tokenizer, config.masking, draws)
         owner, _ = within(tokens.offsets)
         if not config.msm_on_mismatched:
             targets &= (captions == samples)[owner]
-        place = np.arange(len(shown)) + 2 * owner + 1  # behind one [CLS] for each caption so far and one [SEP] for those before
+
+        # behind one [CLS] for each caption so far and one [SEP] for those before
+        place = np.arange(len(shown)) + 2 * owner + 1
         lengths = np.diff(tokens.offsets) + 2
         ends = np.cumsum(lengths)
         ids = np.empty(int(ends[-1]), np.int64)
-        ids[ends - lengths], ids[ends - 1], ids[place] = tokenizer.cls, tokenizer.sep, shown
+        ids[ends - lengths] = tokenizer.cls
+        ids[ends - 1] = tokenizer.sep
+        ids[place] = shown
+
         return {
             "token_ids": ids,
             "token_types": np.zeros(len(ids), np.int64),
@@ -147,23 +205,39 @@ def trainable_captions(corpus: Corpus, language: str) -> np.ndarray:
     """int64 [n]: captions of a language tag, or all for an empty one."""
     if not language:
         return np.arange(corpus.num_captions)
+
     tags = corpus.languages()
     chosen = np.flatnonzero(tags == language)
     if not len(chosen):
-        raise UsageError(f"--language {language}: no such captions in {corpus.path}, which has {sorted(set(tags))}")
+        raise UsageError(
+            f"--language {language}: no such captions in {corpus.path}, which has"
+            f" {sorted(set(tags))}"
+        )
+
     return chosen
 
 
 def passes_over_stores(config: RunConfig, sizes: Sequence[int]) -> list[float]:
     """How often each store is read in one epoch, from --data-epochs or --data-weights."""
-    for name, text in (("--data-epochs", config.data_epochs), ("--data-weights", config.data_weights)):
+    for name, text in (
+        ("--data-epochs", config.data_epochs),
+        ("--data-weights", config.data_weights),
+    ):
         if not text:
             continue
         try:
             values = [float(part) for part in text.split(",")]
         except ValueError:
-            raise UsageError(f"{name} is '{text}', expected numbers with commas between them, one for each store") from None
+            raise UsageError(
+                f"{name} is '{text}', expected numbers with commas between them, one for each store"
+            ) from None
+
         if len(values) != len(sizes) or not all(0 < value < float("inf") for value in values):
-            raise UsageError(f"{name} is '{text}', expected {len(sizes)} positive numbers, one for each store of --data-path")
+            raise UsageError(
+                f"{name} is '{text}', expected {len(sizes)} positive numbers, one for each store of"
+                " --data-path"
+            )
+
         return values if name == "--data-epochs" else epochs_from_weights(values, sizes)
+
     return [1.0] * len(sizes)

@@ -1,8 +1,10 @@
-"""Random numbers as a pure function of a key, so that no worker, rank or restart has a state of its own.
+"""Random numbers as a pure function of a key, so that no worker, rank or restart has a state of its
+own.
 
-`CounterRandom` gives the numbers of one key; it is built on `Philox.random_raw`, whose stream NumPy guarantees never to change.
-`uniforms` gives those of many samples at once: Philox 4x32 with 10 rounds (Salmon et al., 2011), the generator of cuRAND, written
-with array operations because making a NumPy generator for each sample costs more than reading the sample.
+`CounterRandom` gives the numbers of one key; it is built on `Philox.random_raw`, whose stream NumPy
+guarantees never to change. `uniforms` gives those of many samples at once: Philox 4x32 with 10
+rounds (Salmon et al., 2011), the generator of cuRAND, written with array operations because making
+a NumPy generator for each sample costs more than reading the sample.
 """
 
 from collections.abc import Sequence
@@ -20,7 +22,9 @@ class CounterRandom:
     """The numbers that belong to (seed, purpose, epoch, item), in the order they are drawn."""
 
     def __init__(self, seed: int, purpose: int, epoch: int, item: int) -> None:
-        self._bits = np.random.Philox(key=[seed & MASK64, item & MASK64], counter=[0, 0, epoch & MASK64, purpose & MASK64])
+        self._bits = np.random.Philox(
+            key=[seed & MASK64, item & MASK64], counter=[0, 0, epoch & MASK64, purpose & MASK64]
+        )
 
     def uniform(self, count: int) -> np.ndarray:
         """float64 [count] in [0, 1)."""
@@ -36,33 +40,51 @@ class CounterRandom:
 
 
 def philox(counter: tuple[np.ndarray, ...], key: tuple[int, int]) -> tuple[np.ndarray, ...]:
-    """Philox 4x32-10 of four counter words (uint64 arrays of one shape holding 32 bits each) and a key of two words."""
+    """Philox 4x32-10 of four counter words (uint64 arrays of one shape holding 32 bits each) and a
+    key of two words.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     shift = np.uint64(32)
+
     for _ in range(ROUNDS):
-        first, second = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            (second >> shift) ^ c1 ^ np.uint64(k0),
-            second & MASK32,
-            (first >> shift) ^ c3 ^ np.uint64(k1),
-            first & MASK32,
-        )
-        k0, k1 = (k0 + WEYL[0]) & 0xFFFFFFFF, (k1 + WEYL[1]) & 0xFFFFFFFF
+        first = c0 * MULTIPLIERS[0]
+        second = c2 * MULTIPLIERS[1]
+        c0 = (second >> shift) ^ c1 ^ np.uint64(k0)
+        c1 = second & MASK32
+        c2 = (first >> shift) ^ c3 ^ np.uint64(k1)
+        c3 = first & MASK32
+        k0 = (k0 + WEYL[0]) & 0xFFFFFFFF
+        k1 = (k1 + WEYL[1]) & 0xFFFFFFFF
+
     return c0, c1, c2, c3
 
 
-def uniforms(seed: int, epochs: np.ndarray, samples: np.ndarray, wanted: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
-    """float64 arrays in [0, 1) for B epochs and samples, one for each (purpose, first, count) wanted: [B, count].
+def uniforms(
+    seed: int, epochs: np.ndarray, samples: np.ndarray, wanted: Sequence[tuple[int, int, int]]
+) -> list[np.ndarray]:
+    """float64 arrays in [0, 1) for B epochs and samples, one for each (purpose, first, count)
+    wanted: [B, count].
 
-    A number depends on the key (seed, purpose, epoch, sample) and its place first .. alone; `first` is a multiple of 4.
+    A number depends on the key (seed, purpose, epoch, sample) and its place first .. alone; `first`
+    is a multiple of 4.
     """
-    blocks = [np.arange(first // 4, (first + count + 3) // 4) | purpose << 24 for purpose, first, count in wanted]
+    blocks = [
+        np.arange(first // 4, (first + count + 3) // 4) | purpose << 24
+        for purpose, first, count in wanted
+    ]
     block = np.concatenate(blocks).astype(np.uint64)
     epoch, sample = (np.asarray(values).astype(np.uint64)[:, None] for values in (epochs, samples))
     shape = (len(sample), len(block))
-    counter = [np.broadcast_to(word, shape) for word in (block, epoch & MASK32, sample & MASK32, sample >> np.uint64(32))]
+    counter = [
+        np.broadcast_to(word, shape)
+        for word in (block, epoch & MASK32, sample & MASK32, sample >> np.uint64(32))
+    ]
     words = philox(tuple(counter), (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
     numbers = np.stack(words, axis=2).reshape(len(sample), 4 * len(block)) * 2.0**-32
     starts = 4 * np.cumsum([0, *(len(b) for b in blocks)])
-    return [numbers[:, start : start + count] for start, (_, _, count) in zip(starts, wanted, strict=False)]
+
+    return [
+        numbers[:, start : start + count]
+        for start, (_, _, count) in zip(starts, wanted, strict=False)
+    ]

@@ -1,4 +1,6 @@
-"""Regions of several images end to end, read straight into the memory of a batch and checked for all of them at once."""
+"""Regions of several images end to end, read straight into the memory of a batch and checked for
+all of them at once.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +11,8 @@ from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.masking import box_area, within
 from megatron_interbert.data.shard_file import COLUMNS
 
-Allocate = Callable[[tuple[int, int]], np.ndarray]  # shape -> float16 memory for the features of a batch
+# shape -> float16 memory for the features of a batch
+Allocate = Callable[[tuple[int, int]], np.ndarray]
 
 
 def plain_memory(shape: tuple[int, int]) -> np.ndarray:
@@ -19,8 +22,9 @@ def plain_memory(shape: tuple[int, int]) -> np.ndarray:
 
 @dataclass
 class RegionBatch:
-    """R regions of B images: features float16 [R, F], boxes [R, 4] inside their images, soft labels [R, k], sizes (w, h) [B, 2],
-    offsets [B + 1]."""
+    """R regions of B images: features float16 [R, F], boxes [R, 4] inside their images, soft labels
+    [R, k], sizes (w, h) [B, 2], offsets [B + 1].
+    """
 
     features: np.ndarray
     boxes: np.ndarray
@@ -41,16 +45,25 @@ class RegionBatch:
         return np.concatenate([unit, box_area(unit)[:, None]], axis=1)
 
 
-def read_regions(corpus: Corpus, images: np.ndarray, most: int, allocate: Allocate = plain_memory) -> RegionBatch:
-    """The first `most` regions of some images [B]; UsageError names the file and what is wrong with a record."""
-    offsets = np.concatenate([[0], np.cumsum(np.minimum(corpus.region_counts[images], most).astype(np.int64))])
-    total, labels = int(offsets[-1]), corpus.label_width()
+def read_regions(
+    corpus: Corpus, images: np.ndarray, most: int, allocate: Allocate = plain_memory
+) -> RegionBatch:
+    """The first `most` regions of some images [B].
+
+    UsageError names the file and what is wrong with a record.
+    """
+    offsets = np.concatenate(
+        [[0], np.cumsum(np.minimum(corpus.region_counts[images], most).astype(np.int64))]
+    )
+    total = int(offsets[-1])
+    labels = corpus.label_width()
     widths = {"image_bb": 4, "class_ids": labels, "class_probs": labels}
     rows = {"image_features": allocate((total, corpus.feature_dim))}
     rows |= {name: np.empty((total, width), COLUMNS[name]) for name, width in widths.items()}
     sizes = corpus.read_batch(images, offsets, list(rows.values()))
     features, boxes, class_ids, class_probs = rows.values()
     boxes = _checked_boxes(corpus, images, boxes, class_ids, class_probs, sizes, offsets)
+
     return RegionBatch(features, boxes, class_ids, class_probs, sizes, offsets)
 
 
@@ -63,17 +76,33 @@ def _checked_boxes(
     sizes: np.ndarray,
     offsets: np.ndarray,
 ) -> np.ndarray:
-    """Boxes [R, 4] sorted and clipped into their images; UsageError for a record with wrong boxes, sizes or labels."""
+    """Boxes [R, 4] sorted and clipped into their images.
+
+    UsageError for a record with wrong boxes, sizes or labels.
+    """
     owner, _ = within(offsets)
     bound = np.tile(sizes, 2)[owner]
+
     with np.errstate(invalid="ignore", over="ignore"):
-        low, high = np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])
+        low = np.minimum(boxes[:, :2], boxes[:, 2:])
+        high = np.maximum(boxes[:, :2], boxes[:, 2:])
         fixed = np.clip(np.concatenate([low, high], axis=1), 0, bound)
-        # Minima and sums of a whole batch: NaN and infinity come through them, and they cost a pass each.
-        whole = sizes.min() > 0 and np.isfinite(sizes.sum(dtype=np.float64)) and np.isfinite(boxes.sum(dtype=np.float64))
+        # Minima and sums of a whole batch: NaN and infinity come through them, and they cost a pass
+        # each.
+        whole = (
+            sizes.min() > 0
+            and np.isfinite(sizes.sum(dtype=np.float64))
+            and np.isfinite(boxes.sum(dtype=np.float64))
+        )
         whole = whole and ids.min() >= 0 and ids.max() < corpus.num_classes
-        whole = whole and probs.min() >= 0 and (probs @ np.ones(probs.shape[1], np.float32)).max() <= 1.001
+        whole = (
+            whole
+            and probs.min() >= 0
+            and (probs @ np.ones(probs.shape[1], np.float32)).max() <= 1.001
+        )
+
     if not whole or (corpus.strict_boxes and (fixed != boxes).any()):
         for image in images.tolist():
             corpus.complain(image)
+
     return fixed

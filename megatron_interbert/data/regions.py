@@ -7,7 +7,9 @@ import numpy as np
 
 @dataclass
 class Regions:
-    """One image: features [R, F] float16, boxes [R, 4] pixels x1 y1 x2 y2, size (w, h), soft labels [R, k]."""
+    """One image: features [R, F] float16, boxes [R, 4] pixels x1 y1 x2 y2, size (w, h), soft labels
+    [R, k].
+    """
 
     image_id: str
     size: tuple[float, float]
@@ -19,29 +21,42 @@ class Regions:
 
 def repair_boxes(boxes: np.ndarray, size: tuple[float, float]) -> tuple[np.ndarray, int]:
     """Boxes [R, 4] sorted and clipped into the image, and how many of them were not so before."""
-    fixed = np.concatenate([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])], axis=1)
+    fixed = np.concatenate(
+        [np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])], axis=1
+    )
     np.clip(fixed, 0, np.array([*size, *size], dtype=fixed.dtype), out=fixed)
+
     return fixed, int((fixed != boxes).any(axis=1).sum())
 
 
 def record_problem(regions: Regions, num_classes: int) -> str | None:
-    """What makes a record unusable, or None. Boxes outside the image are not a problem here: they can be repaired."""
+    """What makes a record unusable, or None.
+
+    Boxes outside the image are not a problem here: they can be repaired.
+    """
     if has_non_finite(regions.features):
-        return "features hold NaN or infinity, or values beyond float16; extract it again or drop it"
+        return (
+            "features hold NaN or infinity, or values beyond float16; extract it again or drop it"
+        )
+
     if not np.isfinite(regions.boxes).all():
         return "boxes hold NaN or infinity; extract it again or drop it"
     if not (np.isfinite(regions.size).all() and min(regions.size) > 0):
         return f"image size is {regions.size}, expected width and height above 0"
-    low, high = regions.class_ids.min(), regions.class_ids.max()
+
+    low = regions.class_ids.min()
+    high = regions.class_ids.max()
     if low < 0 or high >= num_classes:
         return f"class ids {low} to {high}, expected 0 to {num_classes - 1}"
     if not ((regions.class_probs >= 0).all() and (regions.class_probs.sum(axis=1) <= 1.001).all()):
         return "class_probs are no probabilities (negative, NaN, or more than 1 in sum)"
+
     return None
 
 
 def has_non_finite(features: np.ndarray) -> bool:
-    """Whether a float16 array holds NaN or infinity, by integer maxima over its bits, far faster than np.isfinite.
+    """Whether a float16 array holds NaN or infinity, by integer maxima over its bits, far faster
+    than np.isfinite.
 
     One pass is enough for features that are never negative, as those after a ReLU.
     """
@@ -49,4 +64,5 @@ def has_non_finite(features: np.ndarray) -> bool:
     highest = np.maximum.reduce  # without the wrappers around it, which cost as much for one record
     if not bits.size or (most := highest(bits)) < 0x7C00:
         return False
+
     return bool(most >= 0xFC00 or highest(bits.view(np.int16)) >= 0x7C00)

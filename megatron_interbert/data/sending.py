@@ -1,4 +1,5 @@
-"""From the host to a device without the host waiting: by way of page-locked memory where that is a GPU.
+"""From the host to a device without the host waiting: by way of page-locked memory where that is a
+GPU.
 
 A copy out of ordinary memory waits until the driver has read it, and so for the work before it.
 """

@@ -1,4 +1,6 @@
-"""Reading one shard: its schema is checked when it is opened, its rows are read straight into the caller's memory."""
+"""Reading one shard: its schema is checked when it is opened, its rows are read straight into the
+caller's memory.
+"""
 
 import contextlib
 import functools
@@ -15,18 +17,28 @@ from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError
 
 # dataset -> type; one row a region
-COLUMNS = {"image_features": np.float16, "image_bb": np.float32, "class_ids": np.int32, "class_probs": np.float32}
+COLUMNS = {
+    "image_features": np.float16,
+    "image_bb": np.float32,
+    "class_ids": np.int32,
+    "class_probs": np.float32,
+}
 OTHERS = ("pos_boxes", "image_ids", "image_sizes", "caption_text", "caption_image")
 CLOSED = -1  # as a descriptor
 
 
 class OpenShard:
-    """One shard: row ranges [images, 2], image sizes [images, 2] and where its columns lie, which stay known when its file is
-    closed, so that opening it again costs microseconds. `label_width`: entries of a soft label, where the store says so.
+    """One shard: row ranges [images, 2], image sizes [images, 2] and where its columns lie, which
+    stay known when its file is closed, so that opening it again costs microseconds. `label_width`:
+    entries of a soft label, where the store says so.
     """
 
-    def __init__(self, path: Path, entry: dict[str, Any], feature_dim: int, label_width: int | None = None) -> None:
-        self.path, self.descriptor, self.file = path, CLOSED, None
+    def __init__(
+        self, path: Path, entry: dict[str, Any], feature_dim: int, label_width: int | None = None
+    ) -> None:
+        self.path = path
+        self.descriptor = CLOSED
+        self.file = None
         self.expected = (entry, feature_dim, label_width)
         self.identity: tuple[int, ...] = ()  # of the file that the rest is known of
         self.open()
@@ -38,7 +50,8 @@ class OpenShard:
     def open(self) -> None:
         """Take the file, and learn about it where it is new or another one than before.
 
-        What is read later comes from the very file that was checked. HDF5 stays only where a column is not contiguous.
+        What is read later comes from the very file that was checked. HDF5 stays only where a column
+        is not contiguous.
         """
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(Hdf5File(self.path))
@@ -47,7 +60,8 @@ class OpenShard:
 
             if any(offset is None for _, offset, _ in self.places):
                 stack.pop_all()
-                self.file, self.descriptor = file, file.bytes.descriptor
+                self.file = file
+                self.descriptor = file.bytes.descriptor
             else:
                 self.descriptor = file.keep_descriptor()
 
@@ -55,9 +69,11 @@ class OpenShard:
         """Check the schema, and keep what is needed to read rows."""
         entry, feature_dim, label_width = self.expected
         self._check(file, entry, feature_dim)
+
         if label_width is not None and self.label_width != label_width:
             raise UsageError(
-                f"{self.path}: soft labels with {self.label_width} entries, {MANIFEST} says {label_width}; rebuild the store"
+                f"{self.path}: soft labels with {self.label_width} entries, {MANIFEST} says"
+                f" {label_width}; rebuild the store"
             )
 
         self.places = [(name, *_place(file[name], dtype)) for name, dtype in COLUMNS.items()]
@@ -76,40 +92,77 @@ class OpenShard:
         path = self.path
         for name in (*COLUMNS, *OTHERS):
             if name not in file:
-                raise UsageError(f"{path}: dataset '{name}' is missing; rebuild the store with tools/build_features.py")
+                raise UsageError(
+                    f"{path}: dataset '{name}' is missing; rebuild the store with"
+                    " tools/build_features.py"
+                )
+
         for name in (*COLUMNS, "pos_boxes", "image_sizes"):
             if file[name].ndim != 2:
-                raise UsageError(f"{path}: {name} has shape {file[name].shape}, expected rows and columns; rebuild the store")
+                raise UsageError(
+                    f"{path}: {name} has shape {file[name].shape}, expected rows and columns;"
+                    " rebuild the store"
+                )
+
         rows, width = file["image_features"].shape
         if width != feature_dim:
-            raise UsageError(f"{path}: image_features has {width} columns, expected feature_dim {feature_dim} of {MANIFEST}")
+            raise UsageError(
+                f"{path}: image_features has {width} columns, expected feature_dim {feature_dim} of"
+                f" {MANIFEST}"
+            )
+
         found = (len(file["pos_boxes"]), rows, len(file["caption_image"]))
         expected = (entry["images"], entry["regions"], entry["captions"])
         if found != expected:
-            raise UsageError(f"{path}: {found} images, regions, captions; {MANIFEST} says {expected}")
+            raise UsageError(
+                f"{path}: {found} images, regions, captions; {MANIFEST} says {expected}"
+            )
+
         self.label_width = file["class_ids"].shape[1]
         shapes = {name: file[name].shape for name in COLUMNS if name != "image_features"}
-        wanted = {"image_bb": (rows, 4), "class_ids": (rows, self.label_width), "class_probs": (rows, self.label_width)}
+        wanted = {
+            "image_bb": (rows, 4),
+            "class_ids": (rows, self.label_width),
+            "class_probs": (rows, self.label_width),
+        }
         if shapes != wanted:
-            raise UsageError(f"{path}: boxes and labels have shapes {shapes}, expected {wanted}; rebuild the store")
+            raise UsageError(
+                f"{path}: boxes and labels have shapes {shapes}, expected {wanted}; rebuild the"
+                " store"
+            )
+
         if file["pos_boxes"].shape[1] != 2 or file["pos_boxes"].dtype.kind not in "iu":
-            raise UsageError(f"{path}: pos_boxes is {_described(file['pos_boxes'])}, expected two row numbers an image; rebuild")
+            raise UsageError(
+                f"{path}: pos_boxes is {_described(file['pos_boxes'])}, expected two row numbers an"
+                " image; rebuild"
+            )
+
         if file["image_sizes"].dtype.kind not in "iuf":
-            raise UsageError(f"{path}: image_sizes is {_described(file['image_sizes'])}, expected width and height; rebuild")
+            raise UsageError(
+                f"{path}: image_sizes is {_described(file['image_sizes'])}, expected width and"
+                " height; rebuild"
+            )
+
         self.ranges = file["pos_boxes"].astype(np.int64)[:]
         self.sizes = file["image_sizes"][:]
         if len(self.ranges) and (self.ranges.max() > rows or self.ranges.min() < 0):
             raise UsageError(f"{path}: pos_boxes points beyond the {rows} rows of image_features")
         if self.sizes.shape != (len(self.ranges), 2) or len(file["image_ids"]) != len(self.ranges):
             raise UsageError(
-                f"{path}: {len(self.ranges)} images with {self.sizes.shape} sizes, {len(file['image_ids'])} ids; rebuild"
+                f"{path}: {len(self.ranges)} images with {self.sizes.shape} sizes,"
+                f" {len(file['image_ids'])} ids; rebuild"
             )
 
     def read(self, image: int, out: Sequence[np.ndarray], start: int, stop: int) -> None:
-        """The first rows of an image into rows start .. stop of arrays [rows, width], one for each of COLUMNS; OSError when they
-        are not there. Contiguous datasets, as we write them, are read by one `preadv` each, others through HDF5.
+        """The first rows of an image into rows start .. stop of arrays [rows, width], one for each
+        of COLUMNS; OSError when they are not there. Contiguous datasets, as we write them, are read
+        by one `preadv` each, others through HDF5.
         """
-        first, descriptor, preadv = int(self.starts[image]), self.descriptor, os.preadv  # a few microseconds matter here
+        # a few microseconds matter here
+        first = int(self.starts[image])
+        descriptor = self.descriptor
+        preadv = os.preadv
+
         for (name, offset, row_bytes), column in zip(self.places, out):  # noqa: B905
             rows = column[start:stop]
             if offset is None:
@@ -120,14 +173,23 @@ class OpenShard:
     def captions(self) -> list[tuple[str, str, int]]:
         """(text, language, image of this shard) of each caption."""
         with self.hdf5() as file:
-            texts, images = file.strings("caption_text"), file["caption_image"][:]
-            languages = file.strings("caption_language") if "caption_language" in file else [""] * len(texts)
+            texts = file.strings("caption_text")
+            images = file["caption_image"][:]
+            languages = (
+                file.strings("caption_language")
+                if "caption_language" in file
+                else [""] * len(texts)
+            )
             if not len(texts) == len(images) == len(languages):
                 raise UsageError(
-                    f"{self.path}: {len(texts)} texts, {len(images)} images, {len(languages)} languages of captions;"
-                    " expected as many of each; rebuild the store"
+                    f"{self.path}: {len(texts)} texts, {len(images)} images, {len(languages)}"
+                    " languages of captions; expected as many of each; rebuild the store"
                 )
-        return [(str(t), str(tag), int(image)) for t, tag, image in zip(texts, languages, images, strict=True)]
+
+        return [
+            (str(t), str(tag), int(image))
+            for t, tag, image in zip(texts, languages, images, strict=True)
+        ]
 
     def close(self) -> None:
         """Give the file handles back; what is known of the shard stays."""
@@ -135,7 +197,9 @@ class OpenShard:
             self.file.close()  # and the descriptor, which is its own
         elif self.descriptor != CLOSED:
             os.close(self.descriptor)
-        self.descriptor, self.file = CLOSED, None
+
+        self.descriptor = CLOSED
+        self.file = None
 
     def problem(self, where: str, error: BaseException) -> UsageError:
         """The one line for an error of `read`: damage, or a file that the system would not read."""
@@ -149,6 +213,8 @@ def _described(dataset: h5py.Dataset) -> str:
 
 
 def _place(dataset: h5py.Dataset, dtype: type) -> tuple[int | None, int]:
-    """(offset in the file, bytes of a row); no offset where the dataset is not contiguous or of another type."""
+    """(offset in the file, bytes of a row); no offset where the dataset is not contiguous or of
+    another type.
+    """
     offset = dataset.id.get_offset()
     return offset if dataset.dtype == dtype else None, dataset.shape[1] * dataset.dtype.itemsize

@@ -1,6 +1,7 @@
 """Reading a region store: HDF5 shards and manifest.json (contract: docs/region_store.md).
 
-Sizes and schema are checked when a store or a shard is opened, hashes on demand, records when they are read.
+Sizes and schema are checked when a store or a shard is opened, hashes on demand, records when they
+are read.
 """
 
 import bisect
@@ -34,7 +35,10 @@ MAX_OPEN_SHARDS = 64
 
 
 class RegionStore:
-    """Random access to images and captions of a store. Cheap to pickle: files are opened by the process that reads."""
+    """Random access to images and captions of a store.
+
+    Cheap to pickle: files are opened by the process that reads.
+    """
 
     def __init__(self, path: str, strict_boxes: bool = False) -> None:
         self.path = Path(path)
@@ -45,7 +49,9 @@ class RegionStore:
         self.num_classes: int = self.manifest["num_classes"]
         self.shards: list[dict[str, Any]] = self.manifest["shards"]
         self.num_images = sum(s["images"] for s in self.shards)
-        self._first_image = list(itertools.accumulate((s["images"] for s in self.shards), initial=0))
+        self._first_image = list(
+            itertools.accumulate((s["images"] for s in self.shards), initial=0)
+        )
         self._forget_handles()
         self.captions = CaptionFile(self.path)
         self.caption_image = np.array(self.captions.image)
@@ -54,12 +60,17 @@ class RegionStore:
 
     def _forget_handles(self) -> None:
         self._pid = os.getpid()
-        self._lock = threading.RLock()  # files are closed for others to be opened, while other threads may read them
+        # files are closed for others to be opened, while other threads may read them
+        self._lock = threading.RLock()
         self._known: dict[int, OpenShard] = {}  # what was learned of shards stays, some 20 kB each
         self._open: OrderedDict[int, OpenShard] = OrderedDict()  # those of them with open files
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_known", "_lock")}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("_open", "_known", "_lock")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -75,10 +86,16 @@ class RegionStore:
             )
 
     def verify_hashes(self) -> None:
-        """Read every file and compare its sha256 with the manifest; UsageError names the first that differs."""
+        """Read every file and compare its sha256 with the manifest.
+
+        UsageError names the first that differs.
+        """
         for entry in files_of(self.manifest):
             if sha256_of(self.path, entry) != entry["sha256"]:
-                raise UsageError(f"{self.path / entry['file']}: sha256 differs from {MANIFEST} (corrupt); restore the file")
+                raise UsageError(
+                    f"{self.path / entry['file']}: sha256 differs from {MANIFEST} (corrupt);"
+                    " restore the file"
+                )
 
     def open_shard(self, index: int) -> OpenShard:
         """A shard by its number; at most 64 stay open in a process."""
@@ -90,16 +107,21 @@ class RegionStore:
         if index in self._open:
             self._open.move_to_end(index)
             return self._open[index]
+
         shard = self._known.get(index)
         if shard is None:
             entry = self.shards[index]
-            shard = OpenShard(self.path / entry["file"], entry, self.feature_dim, self.manifest.get("label_width"))
+            shard = OpenShard(
+                self.path / entry["file"], entry, self.feature_dim, self.manifest.get("label_width")
+            )
             self._known[index] = shard
         else:
             shard.open()
+
         self._open[index] = shard
         if len(self._open) > MAX_OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()
+
         return shard
 
     def forget_foreign_handles(self) -> None:
@@ -112,11 +134,17 @@ class RegionStore:
         return self.captions[index]
 
     def hard_negatives(self) -> np.ndarray | None:
-        """int32 [captions, K] of caption indexes, -1 where there are fewer, or None when none were mined."""
-        return self._neighbours(HARD_NEGATIVES, self.num_captions, "captions", "tools/mine_negatives.py")
+        """int32 [captions, K] of caption indexes, -1 where there are fewer, or None when none were
+        mined.
+        """
+        return self._neighbours(
+            HARD_NEGATIVES, self.num_captions, "captions", "tools/mine_negatives.py"
+        )
 
     def hard_images(self) -> np.ndarray | None:
-        """int32 [images, K] of image indexes, nearest first, -1 where there are fewer, or None when none were mined."""
+        """int32 [images, K] of image indexes, nearest first, -1 where there are fewer, or None when
+        none were mined.
+        """
         return self._neighbours(HARD_IMAGES, self.num_images, "images", "tools/mine_neighbours.py")
 
     def _neighbours(self, file: str, count: int, what: str, tool: str) -> np.ndarray | None:
@@ -126,7 +154,12 @@ class RegionStore:
         try:
             return read_neighbours(path, count, count)
         except (OSError, NoTable) as error:
-            raise reading_problem(path, error, f"expected one row for each of {count} {what}; mine it again with {tool}", "") from error
+            raise reading_problem(
+                path,
+                error,
+                f"expected one row for each of {count} {what}; mine it again with {tool}",
+                "",
+            ) from error
 
     def languages(self) -> np.ndarray:
         """Language tag of each caption, array of str [captions]; empty string where unknown."""
@@ -137,7 +170,12 @@ class RegionStore:
         known = self.captions.image_regions()
         if known is not None and len(known) == self.num_images:
             return known
-        parts = [np.diff(self.open_shard(index).ranges, axis=1)[:, 0] for index in range(len(self.shards))]
+
+        parts = [
+            np.diff(self.open_shard(index).ranges, axis=1)[:, 0]
+            for index in range(len(self.shards))
+        ]
+
         return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
 
     def image_id(self, index: int) -> str:
@@ -150,9 +188,15 @@ class RegionStore:
         shard = bisect.bisect_right(self._first_image, index) - 1
         return shard, index - self._first_image[shard]
 
-    def read_batch(self, images: np.ndarray, starts: Sequence[int], stops: Sequence[int], out: Sequence[np.ndarray]) -> np.ndarray:
-        """The first regions of some images [B] straight into rows starts[i] .. stops[i] of arrays, one for each of COLUMNS; gives
-        the sizes float32 [B, 2].
+    def read_batch(
+        self,
+        images: np.ndarray,
+        starts: Sequence[int],
+        stops: Sequence[int],
+        out: Sequence[np.ndarray],
+    ) -> np.ndarray:
+        """The first regions of some images [B] straight into rows starts[i] .. stops[i] of arrays,
+        one for each of COLUMNS; gives the sizes float32 [B, 2].
 
         Only features are checked here; `read` names what is wrong when the rest turns out to be.
         """
@@ -160,30 +204,46 @@ class RegionStore:
         rows = (images - np.array(self._first_image)[numbers]).tolist()
         sizes = np.empty((len(images), 2), np.float32)
         self.forget_foreign_handles()
+
         with self._lock:
-            opened, features = self._open, out[0]
-            for i, (number, row, start, stop) in enumerate(zip(numbers.tolist(), rows, starts, stops, strict=True)):
+            opened = self._open
+            features = out[0]
+
+            for i, (number, row, start, stop) in enumerate(
+                zip(numbers.tolist(), rows, starts, stops, strict=True)
+            ):
                 shard = opened.get(number) or self.open_shard(number)
                 if shard.counts[row] < stop - start or start == stop:
-                    raise UsageError(f"{self._where(number, row)} has {shard.counts[row]} regions; rebuild the store without it")
+                    raise UsageError(
+                        f"{self._where(number, row)} has {shard.counts[row]} regions; rebuild the"
+                        " store without it"
+                    )
+
                 try:
                     shard.read(row, out, start, stop)
                 except HDF5_ERRORS as error:
                     raise shard.problem(self._where(number, row), error) from error
+
                 if has_non_finite(features[start:stop]):
                     self.read(int(images[i]))  # says which record and what is wrong
+
                 sizes[i] = shard.sizes[row]
+
         return sizes
 
     def label_width(self) -> int:
         """Entries of a soft label, the same in all shards."""
-        return self.manifest.get("label_width") or self.open_shard(0).label_width  # older stores do not say
+        # older stores do not say
+        return self.manifest.get("label_width") or self.open_shard(0).label_width
 
     def _where(self, shard: int, row: int) -> str:
         return f"{self.path / self.shards[shard]['file']}: image {row}"
 
     def read(self, index: int, max_regions: int | None = None) -> Regions:
-        """Regions of one image, the first `max_regions` as stored. UsageError names file and image of a bad record."""
+        """Regions of one image, the first `max_regions` as stored.
+
+        UsageError names file and image of a bad record.
+        """
         number, row = self.locate(index)
         self.forget_foreign_handles()
         with self._lock:
@@ -196,22 +256,34 @@ class RegionStore:
         where = self._where(number, row)
         if stop <= start:
             raise UsageError(f"{where} has no regions; rebuild the store without it")
+
         widths = {"image_features": self.feature_dim, "image_bb": 4}
-        arrays = {n: np.empty((stop - start, widths.get(n, shard.label_width)), dtype) for n, dtype in COLUMNS.items()}
+        arrays = {
+            n: np.empty((stop - start, widths.get(n, shard.label_width)), dtype)
+            for n, dtype in COLUMNS.items()
+        }
+
         try:
             shard.read(row, list(arrays.values()), 0, stop - start)
         except HDF5_ERRORS as error:
             raise shard.problem(where, error) from error
+
         size = (float(shard.sizes[row, 0]), float(shard.sizes[row, 1]))
         labels = (arrays["class_ids"], arrays["class_probs"])
-        regions = Regions(shard.ids[row], size, arrays["image_features"], arrays["image_bb"], *labels)
+        regions = Regions(
+            shard.ids[row], size, arrays["image_features"], arrays["image_bb"], *labels
+        )
         problem = record_problem(regions, self.num_classes)
         if problem:
             raise UsageError(f"{where} ({regions.image_id}): {problem}")
+
         regions.boxes, repaired = repair_boxes(regions.boxes, size)
         if repaired and self.strict_boxes:
             raise UsageError(
-                f"{where} ({regions.image_id}): {repaired} boxes outside the image or inverted; drop --strict-boxes to clip them"
+                f"{where} ({regions.image_id}): {repaired} boxes outside the image or inverted;"
+                " drop --strict-boxes to clip them"
             )
+
         self.repaired_boxes += repaired
+
         return regions

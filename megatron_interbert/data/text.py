@@ -25,7 +25,9 @@ class Tokens:
 
 @dataclass
 class TokenBatch:
-    """Several captions end to end: ids [T] int32, whether a piece begins a word [T] uint8, offsets [captions + 1] int64."""
+    """Several captions end to end: ids [T] int32, whether a piece begins a word [T] uint8, offsets
+    [captions + 1] int64.
+    """
 
     ids: np.ndarray
     word_starts: np.ndarray
@@ -36,44 +38,78 @@ class TokenBatch:
         begin = self.offsets[captions]
         lengths = np.minimum(self.offsets[captions + 1] - begin, longest)
         ends = np.cumsum(lengths)
-        rows = np.arange(ends[-1] if len(ends) else 0) + np.repeat(begin - (ends - lengths), lengths)
-        return TokenBatch(self.ids[rows], self.word_starts[rows], np.concatenate([[0], ends]).astype(np.int64))
+        rows = np.arange(ends[-1] if len(ends) else 0) + np.repeat(
+            begin - (ends - lengths), lengths
+        )
+
+        return TokenBatch(
+            self.ids[rows], self.word_starts[rows], np.concatenate([[0], ends]).astype(np.int64)
+        )
 
     @staticmethod
     def join(parts: list["TokenBatch"]) -> "TokenBatch":
         """Batches one after another."""
         lengths = np.concatenate([np.diff(part.offsets) for part in parts])
-        ids, starts = (np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "word_starts"))
+        ids, starts = (
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("ids", "word_starts")
+        )
+
         return TokenBatch(ids, starts, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
 
 class CaptionTokenizer:
     """BERT's tokenizer (lower case, Chinese characters apart) over a vocab.txt.
 
-    `text_normalisation` is that of ModelConfig: with "chinese", texts are first brought into one form. `segmenter`: "jieba" joins
-    characters to Chinese words, which are masked whole; the pieces are the same.
+    `text_normalisation` is that of ModelConfig: with "chinese", texts are first brought into one
+    form. `segmenter`: "jieba" joins characters to Chinese words, which are masked whole; the pieces
+    are the same.
     """
 
-    def __init__(self, vocab_file: str, text_normalisation: str = "none", segmenter: str = "characters") -> None:
+    def __init__(
+        self, vocab_file: str, text_normalisation: str = "none", segmenter: str = "characters"
+    ) -> None:
         if not Path(vocab_file).is_file():
-            raise UsageError(f"--vocab-file {vocab_file}: no such file; give the WordPiece vocabulary of the model")
+            raise UsageError(
+                f"--vocab-file {vocab_file}: no such file; give the WordPiece vocabulary of the"
+                " model"
+            )
+
         words = read_text(vocab_file, "--vocab-file").rstrip("\n").split("\n")
         words = [word.rstrip("\r") for word in words]
         vocabulary = {word: index for index, word in enumerate(words)}
+
         for name in SPECIAL:
             if name not in vocabulary:
-                raise UsageError(f"{vocab_file}: no {name} in it, expected a BERT vocabulary with one entry per line")
+                raise UsageError(
+                    f"{vocab_file}: no {name} in it, expected a BERT vocabulary with one entry per"
+                    " line"
+                )
+
         self.segmenter = segmenter
         if segmenter != "characters":
             word_begins("")  # is it installed?
-        self.vocab_file, self.words, self.vocab_size = str(vocab_file), words, len(words)
+
+        self.vocab_file = str(vocab_file)
+        self.words = words
+        self.vocab_size = len(words)
         self.prepare = one_form if text_normalisation == "chinese" else str
-        self.sha256 = file_sha256(vocab_file) + ("" if text_normalisation == "none" else f" {text_normalisation}")
-        self.pad, self.unknown, self.cls, self.sep, self.mask = (vocabulary[name] for name in SPECIAL)
+        self.sha256 = file_sha256(vocab_file) + (
+            "" if text_normalisation == "none" else f" {text_normalisation}"
+        )
+        self.pad, self.unknown, self.cls, self.sep, self.mask = (
+            vocabulary[name] for name in SPECIAL
+        )
         # What a random replacement may be: no special and no unused entry.
-        self.ordinary = np.array([i for i, w in enumerate(words) if w and not (w.startswith("[") and w.endswith("]"))])
-        self._tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
-        self._tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, handle_chinese_chars=True)
+        self.ordinary = np.array(
+            [i for i, w in enumerate(words) if w and not (w.startswith("[") and w.endswith("]"))]
+        )
+        self._tokenizer = Tokenizer(
+            WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100)
+        )
+        self._tokenizer.normalizer = normalizers.BertNormalizer(
+            lowercase=True, handle_chinese_chars=True
+        )
         self._tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         self._tokenizer.decoder = decoders.WordPiece()
 
@@ -81,7 +117,11 @@ class CaptionTokenizer:
         """Pieces of a caption, cut so that [CLS] and [SEP] still fit into `max_tokens`."""
         encoding = self._tokenizer.encode(self.prepare(caption), add_special_tokens=False)
         length = min(len(encoding.ids), max_tokens - 2)
-        return Tokens(np.array(encoding.ids[:length], dtype=np.int64), np.array(encoding.word_ids[:length], dtype=np.int64))
+
+        return Tokens(
+            np.array(encoding.ids[:length], dtype=np.int64),
+            np.array(encoding.word_ids[:length], dtype=np.int64),
+        )
 
     def encode_batch(self, captions: list[str]) -> TokenBatch:
         """Whole captions, without [CLS] and [SEP]."""
@@ -94,16 +134,23 @@ class CaptionTokenizer:
         starts[1:] = words[1:] != words[:-1]
         if self.segmenter == "jieba":
             starts &= self._begin_chinese_words(prepared, encodings)
+
         starts[offsets[:-1][np.diff(offsets) > 0]] = 1
+
         return TokenBatch(ids, starts, offsets)
 
     @staticmethod
     def _begin_chinese_words(texts: list[str], encodings: list) -> np.ndarray:
         """uint8 of each piece: 0 where it is a character inside a Chinese word."""
         found = []
+
         for text, encoding in zip(texts, encodings, strict=True):
             begins = word_begins(text)
-            found += [begin in begins or not "\u4e00" <= text[begin] <= "\u9fff" for begin, _ in encoding.offsets]
+            found += [
+                begin in begins or not "\u4e00" <= text[begin] <= "\u9fff"
+                for begin, _ in encoding.offsets
+            ]
+
         return np.array(found, np.uint8)
 
     def decode(self, ids: list[int]) -> str:

@@ -1,4 +1,7 @@
-"""Thin Hugging Face doors over the packed model. Importing this package registers the Auto classes of transformers."""
+"""Thin Hugging Face doors over the packed model.
+
+Importing this package registers the Auto classes of transformers.
+"""
 
 from transformers import (
     AutoConfig,
@@ -45,4 +48,5 @@ for auto_class, model_class in (
     (AutoModelForNextSentencePrediction, InterBertForImageTextRetrieval),
 ):
     auto_class.register(InterBertConfig, model_class, exist_ok=True)
-AutoTokenizer.register(InterBertConfig, BertTokenizer, exist_ok=True)  # reads vocab.txt just as data/text.py does
+# reads vocab.txt just as data/text.py does
+AutoTokenizer.register(InterBertConfig, BertTokenizer, exist_ok=True)

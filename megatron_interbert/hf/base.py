@@ -1,4 +1,6 @@
-"""What all Hugging Face classes share: the packed core inside, first weights, strict loading, saving with a model card."""
+"""What all Hugging Face classes share: the packed core inside, first weights, strict loading,
+saving with a model card.
+"""
 
 import re
 import shutil
@@ -21,12 +23,16 @@ from megatron_interbert.parallel.layers import VocabParallelEmbedding
 from megatron_interbert.weights.sources import read_index
 
 HEADS = ("msm", "mrm", "itm", "choice", "sentence")
-NEW_BY_NATURE = re.compile(r"classifier\..*|interbert\.choice_head\..*")  # of downstream tasks: no pretraining has them
+# of downstream tasks: no pretraining has them
+NEW_BY_NATURE = re.compile(r"classifier\..*|interbert\.choice_head\..*")
 LISTED = 20  # names of wrong parameters in an error; more are counted
 
 
 class InterBertPreTrainedModel(PreTrainedModel):
-    """A core with the heads named by the class. All its parameters are `interbert.<our name>`, whatever the class."""
+    """A core with the heads named by the class.
+
+    All its parameters are `interbert.<our name>`, whatever the class.
+    """
 
     config_class = InterBertConfig
     input_modalities = ("image", "text")
@@ -43,28 +49,43 @@ class InterBertPreTrainedModel(PreTrainedModel):
         self._keys_to_ignore_on_load_unexpected = [rf"^interbert\.({absent})_head\."]
         if not hasattr(self, "classifier"):
             self._keys_to_ignore_on_load_unexpected.append(r"^classifier\.")
+
         self.post_init()
 
     def add_parts(self, config: InterBertConfig) -> None:
         """Modules beside the core, made before weights are drawn; none here."""
 
     def run(
-        self, inputs: PaddedInputs, hidden_regions: torch.Tensor | None = None, everything: bool = False
+        self,
+        inputs: PaddedInputs,
+        hidden_regions: torch.Tensor | None = None,
+        everything: bool = False,
     ) -> tuple[InterBertOutput, Slots]:
-        """The core on the packed inputs, with the hidden states of all tokens if `everything` is wanted, and where its rows belong."""
+        """The core on the packed inputs, with the hidden states of all tokens if `everything` is
+        wanted, and where its rows belong.
+        """
         batch, slots = pack_padded(inputs, self.interbert.config, hidden_regions)
         return self.interbert(batch, everything), slots
 
     @staticmethod
-    def streams(output: InterBertOutput, slots: Slots, inputs: PaddedInputs) -> dict[str, torch.Tensor | None]:
-        """Hidden states of both streams, padded again, and pooled vectors, under the names of the outputs."""
+    def streams(
+        output: InterBertOutput, slots: Slots, inputs: PaddedInputs
+    ) -> dict[str, torch.Tensor | None]:
+        """Hidden states of both streams, padded again, and pooled vectors, under the names of the
+        outputs.
+        """
         samples, columns = inputs.input_ids.shape
         pictured = inputs.visual_feats is not None
+
         return {
             "text_hidden": to_padded(output.text_hidden, slots.text, samples, columns),
-            "image_hidden": to_padded(output.image_hidden, slots.image, samples, 1 + inputs.visual_feats.shape[1])
-            if pictured
-            else None,
+            "image_hidden": (
+                to_padded(
+                    output.image_hidden, slots.image, samples, 1 + inputs.visual_feats.shape[1]
+                )
+                if pictured
+                else None
+            ),
             "pooled_text": output.pooled_text,
             "pooled_image": output.pooled_image,
         }
@@ -73,7 +94,8 @@ class InterBertPreTrainedModel(PreTrainedModel):
         return self.interbert.text_embedding.word
 
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, initializer_range) for matrices, 1 for LayerNorm gains, 0 for biases and padded vocabulary rows.
+        """N(0, initializer_range) for matrices, 1 for LayerNorm gains, 0 for biases and padded
+        vocabulary rows.
 
         transformers calls it for each module; its `init` leaves alone what was loaded.
         """
@@ -88,12 +110,24 @@ class InterBertPreTrainedModel(PreTrainedModel):
                 if isinstance(module, VocabParallelEmbedding) and not loaded:
                     parameter[self.config.vocab_size :] = 0.0
 
-    def _set_gradient_checkpointing(self, enable: bool = True, every_n_layers: int = 1, **_: Any) -> None:
-        """Switches the core's own recomputation, which takes the place of the function that transformers offers."""
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, every_n_layers: int = 1, **_: Any
+    ) -> None:
+        """Switches the core's own recomputation, which takes the place of the function that
+        transformers offers.
+        """
         if every_n_layers != 1:
-            raise UsageError(f"every_n_layers is {every_n_layers}, but InterBERT recomputes every layer or none; leave it at 1")
+            raise UsageError(
+                f"every_n_layers is {every_n_layers}, but InterBERT recomputes every layer or none;"
+                " leave it at 1"
+            )
+
         self.gradient_checkpointing = enable
-        for stack in (self.interbert.interaction, self.interbert.text_stream, self.interbert.image_stream):
+        for stack in (
+            self.interbert.interaction,
+            self.interbert.text_stream,
+            self.interbert.image_stream,
+        ):
             stack.recompute = enable
 
     @classmethod
@@ -105,24 +139,37 @@ class InterBertPreTrainedModel(PreTrainedModel):
         ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As in transformers, but weights that do not fit are an error that lists them: missing, unexpected, wrong shapes.
+        """As in transformers, but weights that do not fit are an error that lists them: missing,
+        unexpected, wrong shapes.
 
-        Heads that this class lacks may be in the file; the classifier and the choice head may be missing from it.
+        Heads that this class lacks may be in the file; the classifier and the choice head may be
+        missing from it.
         """
         where = pretrained_model_name_or_path
         folder = Path(str(where)) / kwargs.get("subfolder", "")
         for index in folder.glob("*.index*.json"):  # of any variant
             read_index(index)  # transformers would follow names of files out of the folder
-        model, found = super().from_pretrained(where, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+
+        model, found = super().from_pretrained(
+            where, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
         mismatched = [] if ignore_mismatched_sizes else found["mismatched_keys"]
         problems = {
-            "missing": [name for name in found["missing_keys"] if not NEW_BY_NATURE.fullmatch(name)],
+            "missing": [
+                name for name in found["missing_keys"] if not NEW_BY_NATURE.fullmatch(name)
+            ],
             "unexpected": found["unexpected_keys"],
-            "of another shape": [f"{name} {[*shape]} instead of {[*own]}" for name, shape, own in mismatched],
+            "of another shape": [
+                f"{name} {[*shape]} instead of {[*own]}" for name, shape, own in mismatched
+            ],
         }
         listed = [f"{kind}: {listing(names)}" for kind, names in problems.items() if names]
+
         if listed:
-            raise UsageError(f"{where}: not the weights of this {cls.__name__}; {'; '.join(listed)}")
+            raise UsageError(
+                f"{where}: not the weights of this {cls.__name__}; {'; '.join(listed)}"
+            )
+
         return (model, found) if output_loading_info else model
 
     def save_pretrained(
@@ -133,13 +180,18 @@ class InterBertPreTrainedModel(PreTrainedModel):
         card_facts: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """As in transformers, and a model card: with `card_facts` (see `model_card`), or where no README.md is yet."""
+        """As in transformers, and a model card: with `card_facts` (see `model_card`), or where no
+        README.md is yet.
+        """
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if not is_main_process:
             return
+
         folder = Path(save_directory)
-        for weights in folder.glob("model*.safetensors"):  # safetensors writes them as 0600, readable by no other user
+        # safetensors writes them as 0600, readable by no other user
+        for weights in folder.glob("model*.safetensors"):
             shutil.copymode(folder / "config.json", weights)
+
         card = folder / "README.md"
         if card_facts is not None or not card.exists():
             write_text(card, model_card(self.interbert.config, card_facts or {}))

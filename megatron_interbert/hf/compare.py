@@ -14,16 +14,21 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.weights.sources import Source, open_source
 from megatron_interbert.weights.targets import heads_of
 
-TOKENS, REGIONS, SAMPLES = 12, 9, 3
+TOKENS = 12
+REGIONS = 9
+SAMPLES = 3
 
 
 def largest_difference(source: Source, kind: str, folder: Path) -> dict[str, float]:
-    """Largest absolute difference of each output between the source in our model and what was written as `kind`:
-    ours again, InterBertForPreTraining, or transformers' BertForMaskedLM for the text path."""
+    """Largest absolute difference of each output between the source in our model and what was
+    written as `kind`: ours again, InterBertForPreTraining, or transformers' BertForMaskedLM for the
+    text path.
+    """
     ours = load_core(source)
     random = np.random.default_rng(0)
     if kind == "bert":
         return _against_bert(ours, source, folder, random)
+
     batch = random_batch(source.config, random)
     with torch.no_grad():
         expected = ours(batch, everything=True)._asdict()
@@ -31,16 +36,27 @@ def largest_difference(source: Source, kind: str, folder: Path) -> dict[str, flo
             found = _through_the_door(folder, batch, source.config)
             expected = {name: expected[name] for name in found}
         else:
-            found = load_core(open_source(folder, "official" if kind == "official" else "checkpoint"))(
-                batch, everything=True
-            )._asdict()
-    return {name: _difference(value, found[name]) for name, value in expected.items() if value is not None}
+            found = load_core(
+                open_source(folder, "official" if kind == "official" else "checkpoint")
+            )(batch, everything=True)._asdict()
+
+    return {
+        name: _difference(value, found[name])
+        for name, value in expected.items()
+        if value is not None
+    }
 
 
 def load_core(source: Source) -> InterBert:
     """The model in float32 with all heads that the source has."""
     model = InterBert(source.config, heads_of(source))
-    load_full_state(model, {name: source.get(name).float() for name in source.layouts}, ParallelState(), str(source.path))
+    load_full_state(
+        model,
+        {name: source.get(name).float() for name in source.layouts},
+        ParallelState(),
+        str(source.path),
+    )
+
     return model.eval()
 
 
@@ -48,6 +64,7 @@ def random_batch(config: ModelConfig, random: np.random.Generator) -> PackedBatc
     """Samples of equal length, all words and regions targets, none hidden."""
     length = min(TOKENS, config.max_position_embeddings)
     examples = []
+
     for _ in range(SAMPLES):
         ids = random.integers(0, config.vocab_size, length)
         corner = random.uniform(0, 0.5, (REGIONS, 2))
@@ -63,12 +80,16 @@ def random_batch(config: ModelConfig, random: np.random.Generator) -> PackedBatc
                 msm_labels=ids,
             )
         )
+
     batch = pack(examples, config.feature_dim)
     batch.mrm_positions = batch.region_rows
+
     return batch
 
 
-def _through_the_door(folder: Path, batch: PackedBatch, config: ModelConfig) -> dict[str, torch.Tensor]:
+def _through_the_door(
+    folder: Path, batch: PackedBatch, config: ModelConfig
+) -> dict[str, torch.Tensor]:
     from megatron_interbert.hf import InterBertForPreTraining, InterBertModel
 
     samples = len(batch)
@@ -78,34 +99,60 @@ def _through_the_door(folder: Path, batch: PackedBatch, config: ModelConfig) -> 
         "visual_feats": batch.features.float().view(samples, REGIONS, -1),
         "visual_pos": locations,
     }
+
     try:
-        output = InterBertForPreTraining.from_pretrained(folder, dtype=torch.float32).eval()(**inputs)
-        logits = {"msm_logits": output.msm_logits.flatten(0, 1), "mrm_logits": output.mrm_logits.flatten(0, 1)}
+        output = InterBertForPreTraining.from_pretrained(folder, dtype=torch.float32).eval()(
+            **inputs
+        )
+        logits = {
+            "msm_logits": output.msm_logits.flatten(0, 1),
+            "mrm_logits": output.mrm_logits.flatten(0, 1),
+        }
         logits["itm_logits"] = output.itm_logits
     except UsageError:  # weights without the pretraining heads
-        output, logits = InterBertModel.from_pretrained(folder, dtype=torch.float32).eval()(**inputs), {}
-    return {"text_hidden": output.text_hidden.flatten(0, 1), "image_hidden": output.image_hidden.flatten(0, 1), **logits}
+        output = InterBertModel.from_pretrained(folder, dtype=torch.float32).eval()(**inputs)
+        logits = {}
+
+    return {
+        "text_hidden": output.text_hidden.flatten(0, 1),
+        "image_hidden": output.image_hidden.flatten(0, 1),
+        **logits,
+    }
 
 
-def _against_bert(ours: InterBert, source: Source, folder: Path, random: np.random.Generator) -> dict[str, float]:
+def _against_bert(
+    ours: InterBert, source: Source, folder: Path, random: np.random.Generator
+) -> dict[str, float]:
     from transformers import BertForMaskedLM, BertModel
 
     length = min(TOKENS, source.config.max_position_embeddings)
     ids = random.integers(0, source.config.vocab_size, (SAMPLES, length))
     empty = np.zeros(length, np.int64)
-    examples = [Example(token_ids=row, token_types=empty, msm_positions=np.arange(length), msm_labels=row) for row in ids]
+    examples = [
+        Example(token_ids=row, token_types=empty, msm_positions=np.arange(length), msm_labels=row)
+        for row in ids
+    ]
     has_words = "msm" in heads_of(source)
-    theirs = (BertForMaskedLM if has_words else BertModel).from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = (
+        (BertForMaskedLM if has_words else BertModel)
+        .from_pretrained(folder, dtype=torch.float32)
+        .eval()
+    )
     with torch.no_grad():
         output = ours(pack(examples, source.config.feature_dim), everything=True)
         expected = theirs(torch.from_numpy(ids), output_hidden_states=True)
-    differences = {"text_hidden": _difference(output.text_hidden, expected.hidden_states[-1].flatten(0, 1))}
+
+    differences = {
+        "text_hidden": _difference(output.text_hidden, expected.hidden_states[-1].flatten(0, 1))
+    }
     if has_words:
         differences["msm_logits"] = _difference(output.msm_logits, expected.logits.flatten(0, 1))
+
     return differences
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     columns = min(ours.shape[-1], theirs.shape[-1])  # the padding of our vocabulary holds -inf
-    a, b = ours[..., :columns].float(), theirs[..., :columns].float()
+    a = ours[..., :columns].float()
+    b = theirs[..., :columns].float()
     return float(torch.where(a == b, 0.0, a - b).abs().max())

@@ -1,4 +1,5 @@
-"""Pretraining losses from padded labels: each the mean over its targets in the batch, 0 where there are none.
+"""Pretraining losses from padded labels: each the mean over its targets in the batch, 0 where there
+are none.
 
 Legend: B samples, T text columns, R region columns, C classes; Nt and Nr real tokens and regions.
 """
@@ -27,26 +28,35 @@ def region_loss(
     matched_label: torch.Tensor | None,
     slots: Slots,
 ) -> torch.Tensor:
-    """KL summed over classes, of logits [Nr, C] against class ids [B, R] (-100 = no target) or distributions [B, R, C].
+    """KL summed over classes, of logits [Nr, C] against class ids [B, R] (-100 = no target) or
+    distributions [B, R, C].
 
-    Only hidden regions count (`region_mask` [B, R]), and only those of matched pairs (`matched_label` [B] is 0).
+    Only hidden regions count (`region_mask` [B, R]), and only those of matched pairs
+    (`matched_label` [B] is 0).
     """
     wanted = region_mask != 0
     if matched_label is not None:
         wanted = wanted & (matched_label == 0)[:, None]
-    wanted, targets = wanted.flatten()[slots.regions], targets.flatten(0, 1)[slots.regions]
+
+    wanted = wanted.flatten()[slots.regions]
+    targets = targets.flatten(0, 1)[slots.regions]
     if targets.dim() == 1:
         wanted = wanted & (targets != NO_TARGET)
         class_ids = targets.where(wanted, 0)[:, None]
         probabilities = torch.ones_like(class_ids, dtype=torch.float32)
     else:
-        probabilities = targets.float().where(wanted[:, None], 0.0)  # before the loss: NaN there would reach the gradient
+        # before the loss: NaN there would reach the gradient
+        probabilities = targets.float().where(wanted[:, None], 0.0)
         class_ids = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
+
     divergence = soft_label_kl(logits, class_ids, probabilities)
+
     return divergence.where(wanted, 0.0).sum() / wanted.sum().clamp(min=1)
 
 
 def check_labels(name: str, labels: torch.Tensor | None, *shapes: list[int]) -> None:
     """UsageError when labels are given and have none of the shapes."""
     if labels is not None and list(labels.shape) not in shapes:
-        raise UsageError(f"{name} has shape {list(labels.shape)}, expected {' or '.join(map(str, shapes))}")
+        raise UsageError(
+            f"{name} has shape {list(labels.shape)}, expected {' or '.join(map(str, shapes))}"
+        )

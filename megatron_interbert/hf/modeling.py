@@ -1,4 +1,5 @@
-"""InterBERT for Hugging Face users: padded inputs in (see `padding.PaddedInputs`), the packed core inside, ModelOutputs out.
+"""InterBERT for Hugging Face users: padded inputs in (see `padding.PaddedInputs`), the packed core
+inside, ModelOutputs out.
 
 Legend: B samples, T text columns, R region columns, C region classes or choices.
 """
@@ -38,7 +39,14 @@ class InterBertModel(InterBertPreTrainedModel):
         visual_attention_mask: Tensor | None = None,
     ) -> InterBertModelOutput:
         """Hidden states and pooled vectors; text only when no visual input is given."""
-        inputs = PaddedInputs(input_ids, attention_mask, token_type_ids, visual_feats, visual_pos, visual_attention_mask)
+        inputs = PaddedInputs(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            visual_feats,
+            visual_pos,
+            visual_attention_mask,
+        )
         return InterBertModelOutput(**self.streams(*self.run(inputs, everything=True), inputs))
 
 
@@ -63,30 +71,50 @@ class InterBertForPreTraining(InterBertPreTrainedModel):
     ) -> InterBertForPreTrainingOutput:
         """`loss` sums the losses whose labels are given.
 
-        labels [B, T]: words to predict, -100 elsewhere (input_ids hold the masked text). region_mask [B, R]: regions hidden
-        from the model. region_targets: their class ids [B, R] or distributions [B, R, C]. matched_label [B]: 0 = matched.
+        labels [B, T]: words to predict, -100 elsewhere (input_ids hold the masked text).
+        region_mask [B, R]: regions hidden from the model. region_targets: their class ids [B, R] or
+        distributions [B, R, C]. matched_label [B]: 0 = matched.
         """
-        inputs = PaddedInputs(input_ids, attention_mask, token_type_ids, visual_feats, visual_pos, visual_attention_mask)
+        inputs = PaddedInputs(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            visual_feats,
+            visual_pos,
+            visual_attention_mask,
+        )
         output, slots = self.run(inputs, region_mask, everything=True)
-        words, regions = output.msm_logits[:, : self.config.vocab_size], output.mrm_logits
+        words = output.msm_logits[:, : self.config.vocab_size]
+        regions = output.mrm_logits
         losses = []
         if labels is not None:
             check_labels("labels", labels, [*input_ids.shape])
             losses.append(word_loss(words, labels, slots))
+
         if matched_label is not None:
             needs_images(self, visual_feats, "matched_label")
             check_labels("matched_label", matched_label, [len(input_ids)])
             losses.append(F.cross_entropy(output.itm_logits, matched_label))
+
         if region_targets is not None:
             if region_mask is None:
-                raise UsageError("region_targets is given without region_mask [samples, regions], the regions to hide and predict")
+                raise UsageError(
+                    "region_targets is given without region_mask [samples, regions], the regions to"
+                    " hide and predict"
+                )
+
             shape = [*visual_feats.shape[:2]]
             check_labels("region_targets", region_targets, shape, [*shape, self.config.num_classes])
             losses.append(region_loss(regions, region_targets, region_mask, matched_label, slots))
+
         return InterBertForPreTrainingOutput(
             loss=sum(losses) if losses else None,
             msm_logits=to_padded(words, slots.text, *input_ids.shape),
-            mrm_logits=None if visual_feats is None else to_padded(regions, slots.regions, *visual_feats.shape[:2]),
+            mrm_logits=(
+                None
+                if visual_feats is None
+                else to_padded(regions, slots.regions, *visual_feats.shape[:2])
+            ),
             itm_logits=output.itm_logits,
             **self.streams(output, slots, inputs),
         )
@@ -110,9 +138,17 @@ class InterBertForImageTextRetrieval(InterBertPreTrainedModel):
     ) -> InterBertForImageTextRetrievalOutput:
         """labels [B]: 0 = matched, 1 = mismatched."""
         needs_images(self, visual_feats)
-        inputs = PaddedInputs(input_ids, attention_mask, token_type_ids, visual_feats, visual_pos, visual_attention_mask)
+        inputs = PaddedInputs(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            visual_feats,
+            visual_pos,
+            visual_attention_mask,
+        )
         logits = self.run(inputs)[0].itm_logits
         check_labels("labels", labels, [len(logits)])
+
         return InterBertForImageTextRetrievalOutput(
             loss=None if labels is None else F.cross_entropy(logits, labels),
             itm_logits=logits,
@@ -136,21 +172,44 @@ class InterBertForMultipleChoice(InterBertPreTrainedModel):
         visual_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> MultipleChoiceModelOutput:
-        """Text inputs [B, C, T]; visual ones [B, R, ..], shared by the choices, or [B, C, R, ..]; labels [B] the right choice."""
+        """Text inputs [B, C, T]; visual ones [B, R, ..], shared by the choices, or [B, C, R, ..];
+        labels [B] the right choice.
+        """
         needs_images(self, visual_feats)
-        inputs = PaddedInputs(input_ids, attention_mask, token_type_ids, visual_feats, visual_pos, visual_attention_mask)
+        inputs = PaddedInputs(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            visual_feats,
+            visual_pos,
+            visual_attention_mask,
+        )
         check_choices(inputs._asdict(), self.interbert.config)
         samples, choices = input_ids.shape[:2]
         check_labels("labels", labels, [samples])
         text = [None if x is None else x.flatten(0, 1) for x in inputs[:3]]
         shared = visual_feats.dim() == 3
-        visual = [None if x is None else x.repeat_interleave(choices, dim=0) if shared else x.flatten(0, 1) for x in inputs[3:]]
+        visual = [
+            (
+                None
+                if x is None
+                else x.repeat_interleave(choices, dim=0)
+                if shared
+                else x.flatten(0, 1)
+            )
+            for x in inputs[3:]
+        ]
         logits = self.run(PaddedInputs(*text, *visual))[0].choice_logit.view(samples, choices)
-        return MultipleChoiceModelOutput(loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits)
+
+        return MultipleChoiceModelOutput(
+            loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits
+        )
 
 
 class InterBertForSequenceClassification(InterBertPreTrainedModel):
-    """A new linear classifier (or regressor) of `num_labels`: over the pooled text, or over text and image together."""
+    """A new linear classifier (or regressor) of `num_labels`: over the pooled text, or over text
+    and image together.
+    """
 
     def add_parts(self, config: InterBertConfig) -> None:
         self.classifier = nn.Linear(config.pooled_size, config.num_labels)
@@ -166,18 +225,38 @@ class InterBertForSequenceClassification(InterBertPreTrainedModel):
         visual_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> SequenceClassifierOutput:
-        """labels [B] (classes, or numbers for regression) or [B, num_labels], by `config.problem_type` as in transformers."""
-        inputs = PaddedInputs(input_ids, attention_mask, token_type_ids, visual_feats, visual_pos, visual_attention_mask)
+        """labels [B] (classes, or numbers for regression) or [B, num_labels], by
+        `config.problem_type` as in transformers.
+        """
+        inputs = PaddedInputs(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            visual_feats,
+            visual_pos,
+            visual_attention_mask,
+        )
         output = self.run(inputs)[0]
         pooled = output.pooled_text
         if output.pooled_image is not None:
             pooled = self.interbert.fuse(pooled, output.pooled_image)
+
         logits = self.classifier(F.dropout(pooled, self.config.hidden_dropout, self.training))
-        loss = None if labels is None else self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        loss = (
+            None
+            if labels is None
+            else self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        )
+
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-def needs_images(model: InterBertPreTrainedModel, visual_feats: Tensor | None, what: str = "") -> None:
+def needs_images(
+    model: InterBertPreTrainedModel, visual_feats: Tensor | None, what: str = ""
+) -> None:
     """UsageError for text-only inputs where image and text are compared."""
     if visual_feats is None:
-        raise UsageError(f"{type(model).__name__}: {what or 'this head'} needs visual_feats and visual_pos beside the text")
+        raise UsageError(
+            f"{type(model).__name__}: {what or 'this head'} needs visual_feats and visual_pos"
+            " beside the text"
+        )

@@ -1,6 +1,9 @@
-"""What the Hugging Face classes return. Padded places hold zeros. `loss` is there when labels were given.
+"""What the Hugging Face classes return.
 
-Legend: B samples, T text columns, R region columns, H hidden, P pooled size, V vocabulary, C region classes.
+Padded places hold zeros. `loss` is there when labels were given.
+
+Legend: B samples, T text columns, R region columns, H hidden, P pooled size, V vocabulary, C region
+classes.
 """
 
 from dataclasses import dataclass

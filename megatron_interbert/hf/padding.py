@@ -1,7 +1,8 @@
-"""From padded tensors, as Hugging Face users hold them, to a PackedBatch on the same device, and back.
+"""From padded tensors, as Hugging Face users hold them, to a PackedBatch on the same device, and
+back.
 
-Legend: B samples, T text columns, R region columns, F feature size; Nt real tokens, Nr real regions, Ni = B + Nr image
-tokens (one [IMG] in front of each sample's regions).
+Legend: B samples, T text columns, R region columns, F feature size; Nt real tokens, Nr real
+regions, Ni = B + Nr image tokens (one [IMG] in front of each sample's regions).
 """
 
 from dataclasses import dataclass
@@ -11,11 +12,19 @@ import torch
 
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.data.packing import FULL_IMAGE, PackedBatch
-from megatron_interbert.hf.checks import check_inputs, refuse_empty_samples, refuse_unknown_values, value_ranges
+from megatron_interbert.hf.checks import (
+    check_inputs,
+    refuse_empty_samples,
+    refuse_unknown_values,
+    value_ranges,
+)
 
 
 class PaddedInputs(NamedTuple):
-    """Inputs under LXMERT's names. Real positions may stand anywhere; what padded places hold does not matter."""
+    """Inputs under LXMERT's names.
+
+    Real positions may stand anywhere; what padded places hold does not matter.
+    """
 
     input_ids: torch.Tensor | None  # [B, T]
     attention_mask: torch.Tensor | None = None  # [B, T], 1 = real; default: all
@@ -27,27 +36,40 @@ class PaddedInputs(NamedTuple):
 
 @dataclass
 class Slots:
-    """Where packed rows stand in the padded tensors, as indexes into their first two axes laid flat."""
+    """Where packed rows stand in the padded tensors, as indexes into their first two axes laid
+    flat.
+    """
 
     text: torch.Tensor  # [Nt] in [B, T]
     regions: torch.Tensor  # [Nr] in [B, R]
     image: torch.Tensor  # [Ni] in [B, 1 + R]
 
 
-def pack_padded(inputs: PaddedInputs, config: ModelConfig, hidden_regions: torch.Tensor | None = None) -> tuple[PackedBatch, Slots]:
-    """Real tokens and regions end to end, every word and region a target of its head, and the slots they came from.
+def pack_padded(
+    inputs: PaddedInputs, config: ModelConfig, hidden_regions: torch.Tensor | None = None
+) -> tuple[PackedBatch, Slots]:
+    """Real tokens and regions end to end, every word and region a target of its head, and the slots
+    they came from.
 
-    A token's position is its column, as in BERT. `hidden_regions` [B, R] bool reach the model as zeros.
-    UsageError for shapes that do not fit, for ids the model does not know, and for a sample without a real token or region.
+    A token's position is its column, as in BERT. `hidden_regions` [B, R] bool reach the model as
+    zeros. UsageError for shapes that do not fit, for ids the model does not know, and for a sample
+    without a real token or region.
     """
     check_inputs({**inputs._asdict(), "region_mask": hidden_regions}, config)
-    ids, pictured = inputs.input_ids, inputs.visual_feats is not None
+    ids = inputs.input_ids
+    pictured = inputs.visual_feats is not None
     tokens = is_real(inputs.attention_mask, ids)
-    regions = is_real(inputs.visual_attention_mask, inputs.visual_feats[..., 0]) if pictured else tokens[:, :0]
-    image = torch.cat([torch.ones_like(tokens[:, : int(pictured)]), regions], dim=1)  # with the column of [IMG]
+    regions = (
+        is_real(inputs.visual_attention_mask, inputs.visual_feats[..., 0])
+        if pictured
+        else tokens[:, :0]
+    )
+    # with the column of [IMG]
+    image = torch.cat([torch.ones_like(tokens[:, : int(pictured)]), regions], dim=1)
     lengths = torch.stack([tokens.sum(dim=1), image.sum(dim=1)])
     ranges = value_ranges(ids, inputs.token_type_ids, tokens)
-    found = torch.cat([lengths.flatten(), ranges]).cpu()  # the one time that the host waits for the device
+    # the one time that the host waits for the device
+    found = torch.cat([lengths.flatten(), ranges]).cpu()
     on_host = found[: -len(ranges)].view_as(lengths)
     refuse_empty_samples(on_host, pictured)
     refuse_unknown_values(found[-len(ranges) :].tolist(), config)
@@ -57,7 +79,16 @@ def pack_padded(inputs: PaddedInputs, config: ModelConfig, hidden_regions: torch
         regions=real_slots(regions, image_count - len(ids) * pictured),
         image=real_slots(image, image_count),
     )
-    unused = ("hidden_regions", "msm_labels", "mrm_class_ids", "mrm_class_probs", "mismatched", "sample_ids")
+
+    unused = (
+        "hidden_regions",
+        "msm_labels",
+        "mrm_class_ids",
+        "mrm_class_probs",
+        "mismatched",
+        "sample_ids",
+    )
+
     batch = PackedBatch(
         **text_tokens(inputs, slots),
         **image_tokens(inputs, config, image, slots, hidden_regions),
@@ -70,6 +101,7 @@ def pack_padded(inputs: PaddedInputs, config: ModelConfig, hidden_regions: torch
         max_joint=int(on_host.sum(dim=0).max()),
         **dict.fromkeys(unused, slots.text[:0]),
     )
+
     return batch, slots
 
 
@@ -80,12 +112,17 @@ def to_padded(rows: torch.Tensor, slots: torch.Tensor, samples: int, columns: in
 
 
 def joint_order(tokens: torch.Tensor, image: torch.Tensor, slots: Slots) -> dict[str, torch.Tensor]:
-    """Fields of the order [image tokens, text tokens] of each sample, from both masks [B, T] and [B, 1 + R]."""
+    """Fields of the order [image tokens, text tokens] of each sample, from both masks [B, T] and
+    [B, 1 + R].
+    """
     rows = row_numbers(torch.cat([image, tokens], dim=1))
     image_index = rows[:, : image.shape[1]].flatten()[slots.image]
     text_index = rows[:, image.shape[1] :].flatten()[slots.text]
     by_kind = torch.cat([image_index, text_index])
-    order = torch.empty_like(by_kind).index_copy_(0, by_kind, torch.arange(len(by_kind), device=by_kind.device))
+    order = torch.empty_like(by_kind).index_copy_(
+        0, by_kind, torch.arange(len(by_kind), device=by_kind.device)
+    )
+
     return {"joint_order": order, "text_index": text_index, "image_index": image_index}
 
 
@@ -93,6 +130,7 @@ def text_tokens(inputs: PaddedInputs, slots: Slots) -> dict[str, torch.Tensor]:
     """Fields of the text side."""
     ids = inputs.input_ids
     types = torch.zeros_like(ids) if inputs.token_type_ids is None else inputs.token_type_ids
+
     return {
         "token_ids": ids.flatten()[slots.text].long(),
         "token_types": types.flatten()[slots.text].long(),
@@ -102,20 +140,29 @@ def text_tokens(inputs: PaddedInputs, slots: Slots) -> dict[str, torch.Tensor]:
 
 
 def image_tokens(
-    inputs: PaddedInputs, config: ModelConfig, image: torch.Tensor, slots: Slots, hidden_regions: torch.Tensor | None
+    inputs: PaddedInputs,
+    config: ModelConfig,
+    image: torch.Tensor,
+    slots: Slots,
+    hidden_regions: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
     """Fields of the image side; `image` [B, 1 + R] is its mask with the column of [IMG]."""
     if inputs.visual_feats is None:
-        indexes = dict.fromkeys(("region_rows", "region_counts", "summary_rows", "mrm_positions"), slots.image)
+        indexes = dict.fromkeys(
+            ("region_rows", "region_counts", "summary_rows", "mrm_positions"), slots.image
+        )
         floats = torch.zeros(0, 5 + config.feature_dim, device=image.device)
         return {"features": floats[:, 5:], "locations": floats[:, :5], **indexes}
+
     features = inputs.visual_feats.flatten(0, 1)[slots.regions]
     if hidden_regions is not None:
         features = features.masked_fill(hidden_regions.flatten()[slots.regions, None] != 0, 0.0)
+
     whole = torch.as_tensor(FULL_IMAGE, device=image.device).expand(len(image), 1, 5)
     locations = torch.cat([whole, inputs.visual_pos.float()], dim=1).flatten(0, 1)[slots.image]
     rows = row_numbers(image)
     region_rows = rows[:, 1:].flatten()[slots.regions]
+
     return {
         "features": features,
         "locations": locations,
@@ -132,12 +179,17 @@ def is_real(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 
 
 def real_slots(mask: torch.Tensor, count: int) -> torch.Tensor:
-    """Flat indexes of the `count` true places, ascending. Not `nonzero`: the host would wait for the device to count."""
+    """Flat indexes of the `count` true places, ascending.
+
+    Not `nonzero`: the host would wait for the device to count.
+    """
     return mask.flatten().int().argsort(stable=True, descending=True)[:count]
 
 
 def row_numbers(mask: torch.Tensor) -> torch.Tensor:
-    """The number of each true place among all true ones, row by row; places that are not true hold nothing of use."""
+    """The number of each true place among all true ones, row by row; places that are not true hold
+    nothing of use.
+    """
     return (mask.flatten().cumsum(0) - 1).view_as(mask)
 
 

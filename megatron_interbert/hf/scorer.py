@@ -29,7 +29,9 @@ class ImageTensors(NamedTuple):
 
 
 class InterBertScorer:
-    """Scores are margins of the matching head, logit(matched) - logit(mismatched): the higher, the better the fit."""
+    """Scores are margins of the matching head, logit(matched) - logit(mismatched): the higher, the
+    better the fit.
+    """
 
     def __init__(
         self,
@@ -37,26 +39,35 @@ class InterBertScorer:
         tokenizer: CaptionTokenizer,
         max_tokens: int | None = None,
     ) -> None:
-        """Captions are cut to `max_tokens` with [CLS] and [SEP], by default to as many as the model has positions."""
+        """Captions are cut to `max_tokens` with [CLS] and [SEP], by default to as many as the model
+        has positions.
+        """
         if "itm" not in model.heads:
             raise UsageError(
-                f"InterBertScorer: {type(model).__name__} has no matching head; give an InterBertForImageTextRetrieval"
+                f"InterBertScorer: {type(model).__name__} has no matching head; give an"
+                " InterBertForImageTextRetrieval"
             )
+
         if tokenizer.vocab_size != model.config.vocab_size:
             raise UsageError(
-                f"{tokenizer.vocab_file}: {tokenizer.vocab_size} entries, the model has {model.config.vocab_size};"
-                " give the vocabulary it was trained with"
+                f"{tokenizer.vocab_file}: {tokenizer.vocab_size} entries, the model has"
+                f" {model.config.vocab_size}; give the vocabulary it was trained with"
             )
-        self.model, self.tokenizer = model.eval(), tokenizer
+
+        self.model = model.eval()
+        self.tokenizer = tokenizer
         self.max_tokens = max_tokens or model.config.max_position_embeddings
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: torch.device | str | None = None) -> "InterBertScorer":
+    def from_pretrained(
+        cls, folder: str | Path, device: torch.device | str | None = None
+    ) -> "InterBertScorer":
         """Model and vocab.txt of a folder, on a device (default: the GPU if there is one)."""
         vocabulary = str(Path(folder) / VOCABULARY)
         CaptionTokenizer(vocabulary)  # is there one? Before the weights are read
         model = InterBertForImageTextRetrieval.from_pretrained(folder)
         tokenizer = CaptionTokenizer(vocabulary, model.config.text_normalisation)
+
         return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer)
 
     def score(
@@ -68,29 +79,50 @@ class InterBertScorer:
     ) -> np.ndarray:
         """float32 [I, C] scores of all pairs, or [I] of image i with caption i when `paired`.
 
-        An image is a `Regions` of a store or a dict of features [R, F], boxes [R, 4] (pixels x1 y1 x2 y2) and size (w, h);
-        a single one and a single caption may stand without a list. UsageError names the image or caption that is wrong.
+        An image is a `Regions` of a store or a dict of features [R, F], boxes [R, 4] (pixels x1 y1
+        x2 y2) and size (w, h); a single one and a single caption may stand without a list.
+        UsageError names the image or caption that is wrong.
         """
         if batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}, expected 1 or more")
-        images = [image_regions] if isinstance(image_regions, (Regions, Mapping)) else list(image_regions)
-        texts = [self.token_ids(i, text) for i, text in enumerate([captions] if isinstance(captions, str) else captions)]
+
+        images = (
+            [image_regions]
+            if isinstance(image_regions, (Regions, Mapping))
+            else list(image_regions)
+        )
+        texts = [
+            self.token_ids(i, text)
+            for i, text in enumerate([captions] if isinstance(captions, str) else captions)
+        ]
         if paired and len(images) != len(texts):
-            raise UsageError(f"paired: {len(images)} images and {len(texts)} captions, expected as many of one as of the other")
+            raise UsageError(
+                f"paired: {len(images)} images and {len(texts)} captions, expected as many of one"
+                " as of the other"
+            )
+
         shape = (len(images),) if paired else (len(images), len(texts))
         scores = np.empty(shape, dtype=np.float32).reshape(-1)
         if not scores.size:
             return scores.reshape(shape)
+
         tensors = self.image_tensors(images)
-        pairs = np.indices(shape).reshape(len(shape), -1)[[0, -1]]  # image and caption of each score
-        by_length = np.argsort([len(texts[c]) for c in pairs[1]], kind="stable")  # like lengths share a batch: little padding
+        # image and caption of each score
+        pairs = np.indices(shape).reshape(len(shape), -1)[[0, -1]]
+        # like lengths share a batch: little padding
+        by_length = np.argsort([len(texts[c]) for c in pairs[1]], kind="stable")
         for start in range(0, len(by_length), batch_size):
             chunk = by_length[start : start + batch_size]
-            scores[chunk] = self.margins(tensors, pairs[0][chunk], [texts[c] for c in pairs[1][chunk]])
+            scores[chunk] = self.margins(
+                tensors, pairs[0][chunk], [texts[c] for c in pairs[1][chunk]]
+            )
+
         return scores.reshape(shape)
 
     @torch.inference_mode()
-    def margins(self, images: ImageTensors, chosen: np.ndarray, texts: list[torch.Tensor]) -> np.ndarray:
+    def margins(
+        self, images: ImageTensors, chosen: np.ndarray, texts: list[torch.Tensor]
+    ) -> np.ndarray:
         """float32 [pairs]: image number `chosen[i]` with token ids `texts[i]`."""
         device = images.visual_feats.device
         lengths = torch.tensor([len(ids) for ids in texts])
@@ -99,6 +131,7 @@ class InterBertScorer:
         chosen = torch.from_numpy(chosen).to(device)
         regions = {name: tensor[chosen] for name, tensor in images._asdict().items()}
         logits = self.model(input_ids.to(device), mask.to(device), **regions).itm_logits
+
         return (logits[:, 0] - logits[:, 1]).cpu().numpy()
 
     def token_ids(self, number: int, caption: str) -> torch.Tensor:
@@ -110,17 +143,22 @@ class InterBertScorer:
 
     def image_tensors(self, images: Sequence[Image]) -> ImageTensors:
         """Features and locations of all images, padded to the one with most regions."""
-        parts = [read_image(number, image, self.model.config.feature_dim) for number, image in enumerate(images)]
+        parts = [
+            read_image(number, image, self.model.config.feature_dim)
+            for number, image in enumerate(images)
+        ]
         features, locations = ([torch.from_numpy(part[i]) for part in parts] for i in (0, 1))
         counts = torch.tensor([len(part) for part in features])
         pad = torch.nn.utils.rnn.pad_sequence
         mask = torch.arange(int(counts.max())) < counts[:, None]
         tensors = (pad(features, batch_first=True), pad(locations, batch_first=True), mask)
+
         return ImageTensors(*(tensor.to(self.model.device) for tensor in tensors))
 
 
 def read_image(number: int, image: Image, feature_dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Features [R, F] float32 and locations [R, 5] float32 of one image; boxes outside it are clipped, as a store does.
+    """Features [R, F] float32 and locations [R, 5] float32 of one image; boxes outside it are
+    clipped, as a store does.
 
     UsageError names the image and what is wrong with it.
     """
@@ -128,15 +166,29 @@ def read_image(number: int, image: Image, feature_dim: int) -> tuple[np.ndarray,
     for name in ("features", "boxes", "size"):
         if name not in values:
             raise UsageError(f"image {number}: no '{name}', expected features, boxes and size")
+
     features, boxes = (np.asarray(values[name], dtype=np.float32) for name in ("features", "boxes"))
     size = np.asarray(values["size"], dtype=np.float32)
+
     if features.ndim != 2 or not len(features) or features.shape[1] != feature_dim:
-        raise UsageError(f"image {number}: features have shape {list(features.shape)}, expected [regions, {feature_dim}]")
+        raise UsageError(
+            f"image {number}: features have shape {list(features.shape)}, expected [regions,"
+            f" {feature_dim}]"
+        )
+
     if boxes.shape != (len(features), 4):
-        raise UsageError(f"image {number}: boxes have shape {list(boxes.shape)}, expected [{len(features)}, 4]")
+        raise UsageError(
+            f"image {number}: boxes have shape {list(boxes.shape)}, expected [{len(features)}, 4]"
+        )
+
     if size.shape != (2,) or not np.isfinite(size).all() or size.min() <= 0:
-        raise UsageError(f"image {number}: size is {values['size']}, expected width and height above 0")
+        raise UsageError(
+            f"image {number}: size is {values['size']}, expected width and height above 0"
+        )
+
     if not (np.isfinite(features).all() and np.isfinite(boxes).all()):
         raise UsageError(f"image {number}: features or boxes hold NaN or infinity")
+
     repaired, _ = repair_boxes(boxes, tuple(size))
+
     return features, normalised_locations(repaired, tuple(size))

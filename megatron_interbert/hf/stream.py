@@ -9,7 +9,8 @@ from megatron_interbert.parallel.rng import RandomStreams
 class TorchStream(RandomStreams):
     """All dropout draws from torch's own generator, so that torch.manual_seed alone governs it.
 
-    The parent seeds that generator when it is made, and keeps a second state for tensor-parallel shards; there are none here.
+    The parent seeds that generator when it is made, and keeps a second state for tensor-parallel
+    shards; there are none here.
     """
 
     def __init__(self) -> None:

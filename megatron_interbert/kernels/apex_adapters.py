@@ -1,4 +1,7 @@
-"""NVIDIA apex behind our signatures. The package called apex on PyPI is something else, so its use is probed, not its name."""
+"""NVIDIA apex behind our signatures.
+
+The package called apex on PyPI is something else, so its use is probed, not its name.
+"""
 
 from collections.abc import Callable
 
@@ -9,11 +12,16 @@ from megatron_interbert.errors import UsageError
 
 
 def load_dropout_add_norm() -> Callable[..., torch.Tensor]:
-    """`plain.dropout_add_norm` with apex's fused LayerNorm; UsageError when NVIDIA's apex is not there."""
+    """`plain.dropout_add_norm` with apex's fused LayerNorm.
+
+    UsageError when NVIDIA's apex is not there.
+    """
     try:
         from apex.normalization.fused_layer_norm import fused_layer_norm_affine
     except ImportError as error:
-        raise UsageError(f"--kernels apex: NVIDIA apex is not installed ({error}); use --kernels auto") from error
+        raise UsageError(
+            f"--kernels apex: NVIDIA apex is not installed ({error}); use --kernels auto"
+        ) from error
 
     def dropout_add_norm(
         x: torch.Tensor,
@@ -24,6 +32,8 @@ def load_dropout_add_norm() -> Callable[..., torch.Tensor]:
         dropout_p: float,
         eps: float,
     ) -> torch.Tensor:
-        return fused_layer_norm_affine(residual + F.dropout(x + bias, dropout_p), weight, norm_bias, weight.shape, eps)
+        return fused_layer_norm_affine(
+            residual + F.dropout(x + bias, dropout_p), weight, norm_bias, weight.shape, eps
+        )
 
     return dropout_add_norm

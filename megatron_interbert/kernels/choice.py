@@ -1,4 +1,6 @@
-"""Which kernel serves each operation: decided once at start from the device and `--kernels`, and printed."""
+"""Which kernel serves each operation: decided once at start from the device and `--kernels`, and
+printed.
+"""
 
 import os
 import shutil
@@ -35,13 +37,19 @@ class Kernels:
 
     @property
     def fused(self) -> bool:
-        """Whether they are Triton's, which keep less for the backward pass than torch's operations."""
+        """Whether they are Triton's, which keep less for the backward pass than torch's
+        operations.
+        """
         return self.bias_gelu is not plain.bias_gelu
 
     def describe(self) -> str:
         """One line: operation=module.function of each, then why something went elsewhere."""
         operations = {name: one for name, one in vars(self).items() if callable(one)}
-        chosen = ", ".join(f"{name}={one.__module__.rsplit('.', 1)[-1]}.{one.__name__}" for name, one in operations.items())
+        chosen = ", ".join(
+            f"{name}={one.__module__.rsplit('.', 1)[-1]}.{one.__name__}"
+            for name, one in operations.items()
+        )
+
         return "; ".join([chosen, *self.remarks])
 
 
@@ -54,21 +62,24 @@ def choose_kernels(
     head_sizes: Sequence[int] = (),
     dtype: torch.dtype = torch.float32,
 ) -> Kernels:
-    """Kernels for `--kernels auto|torch|triton|apex` on a device, with `fp8` the layers' products in 8 bits (on a CPU too, slowly: for
-    checks); UsageError when the choice cannot run there.
+    """Kernels for `--kernels auto|torch|triton|apex` on a device, with `fp8` the layers' products
+    in 8 bits (on a CPU too, slowly: for checks); UsageError when the choice cannot run there.
 
-    What is said of attention is said of `head_sizes` in `dtype`; the kernels themselves look at what they are given.
+    What is said of attention is said of `head_sizes` in `dtype`; the kernels themselves look at
+    what they are given.
     """
     kernels = _kernels_by_name(name, device, attention_dropout, deterministic, dtype)
     if fp8:
         check_float8(device)
         kernels = replace(kernels, products=Float8Products)
+
     if not kernels.fused or device.type != "cuda":  # not Triton's, or in its interpreter
         return kernels
 
     remarks = attention_remarks(head_sizes, dtype, gpu_of(device))
     if kernels.attention.__name__ == "flash_attention" and dtype.itemsize == 2:
         remarks = ["torch's flash attention, for there is no dropout"]
+
     return replace(kernels, remarks=(*kernels.remarks, *remarks))
 
 
@@ -76,12 +87,15 @@ def check_float8(device: torch.device) -> None:
     """UsageError where there are no products in 8 bits."""
     if not has_scaled_products():
         raise UsageError(
-            f"--fp8: torch {torch.__version__} has no torch.nn.functional.scaled_mm; install torch 2.13 or leave --fp8 out"
+            f"--fp8: torch {torch.__version__} has no torch.nn.functional.scaled_mm; install torch"
+            " 2.13 or leave --fp8 out"
         )
+
     amd = torch.version.hip is not None  # whose capabilities are numbered otherwise
     if device.type == "cuda" and (amd or torch.cuda.get_device_capability(device) < (8, 9)):
         raise UsageError(
-            f"--fp8: {torch.cuda.get_device_name(device)} has no 8-bit products (Ada, Hopper and newer have); leave it out"
+            f"--fp8: {torch.cuda.get_device_name(device)} has no 8-bit products (Ada, Hopper and"
+            " newer have); leave it out"
         )
 
 
@@ -89,16 +103,25 @@ def attention_remarks(head_sizes: Sequence[int], dtype: torch.dtype, gpu: Gpu) -
     """What Triton's attention does with heads of these sizes on a GPU."""
     remarks = []
     kind = str(dtype).removeprefix("torch.")
+
     for head in sorted(set(head_sizes)):
         tile = tile_for(head, dtype, gpu.shared_memory)
         room = f"{gpu.shared_memory / 1024:.0f} KiB of shared memory a block"
+
         if tile is not None:
             needed = tile_bytes(tile, head, dtype.itemsize) / 1024
-            remarks.append(f"heads of {head} in {kind}: tiles of {tile} tokens, {needed:.0f} of {room}")
+            remarks.append(
+                f"heads of {head} in {kind}: tiles of {tile} tokens, {needed:.0f} of {room}"
+            )
         elif head > WIDEST:
-            remarks.append(f"heads of {head}: padded SDPA, for Triton's tiles are at most {WIDEST} wide")
+            remarks.append(
+                f"heads of {head}: padded SDPA, for Triton's tiles are at most {WIDEST} wide"
+            )
         else:
-            remarks.append(f"heads of {head} in {kind}: padded SDPA, for no tile of Triton's fits in {room}")
+            remarks.append(
+                f"heads of {head} in {kind}: padded SDPA, for no tile of Triton's fits in {room}"
+            )
+
     return remarks
 
 
@@ -111,8 +134,9 @@ def _kernels_by_name(
 ) -> Kernels:
     """Of all operations but the products.
 
-    Variable-length flash attention has no dropout: with `attention_dropout` (training) Triton's kernel takes its place, or padded SDPA
-    where there is no Triton. So it does if its gradients must be `deterministic`.
+    Variable-length flash attention has no dropout: with `attention_dropout` (training) Triton's
+    kernel takes its place, or padded SDPA where there is no Triton. So it does if its gradients
+    must be `deterministic`.
     """
     on_gpu = device.type == "cuda"
     if name == "torch":
@@ -122,26 +146,30 @@ def _kernels_by_name(
 
     newer = on_gpu and torch.version.hip is None and not gpu_of(device).is_too_old
     flash = newer and not attention_dropout and not deterministic
+
     if name == "apex":
         from megatron_interbert.kernels import apex_adapters
 
         packed_attention = attention.varlen_flash if flash else attention.padded_sdpa
-        return Kernels(attention=packed_attention, dropout_add_norm=apex_adapters.load_dropout_add_norm())
+        return Kernels(
+            attention=packed_attention, dropout_add_norm=apex_adapters.load_dropout_add_norm()
+        )
 
     hindrance = why_no_triton(device)
     if hindrance and name == "auto":
         return Kernels(remarks=(f"plain torch: {hindrance}",))
     if hindrance:
         raise UsageError(f"--kernels triton: {hindrance}; use --kernels auto")
+
     return _triton_kernels(flash)
 
 
 def _cpu_kernels(dtype: torch.dtype) -> Kernels:
     """Plain torch, but for what a CPU does faster in another way.
 
-    In 16 bits torch multiplies by oneDNN, which builds a program for each new number of rows. Batches
-    have another number of tokens at every step: without a multiple, a step of the sample model with
-    8 samples takes half as long again.
+    In 16 bits torch multiplies by oneDNN, which builds a program for each new number of rows.
+    Batches have another number of tokens at every step: without a multiple, a step of the sample
+    model with 8 samples takes half as long again.
     """
     return Kernels(
         attention=cpu_ops.attention,
@@ -151,8 +179,16 @@ def _cpu_kernels(dtype: torch.dtype) -> Kernels:
 
 
 def _triton_kernels(flash: bool) -> Kernels:
-    """All of Triton's; `flash`: attention by torch's variable-length flash attention where that can."""
-    from megatron_interbert.kernels import triton_attention, triton_embedding, triton_ops, triton_vocab
+    """All of Triton's.
+
+    `flash`: attention by torch's variable-length flash attention where that can.
+    """
+    from megatron_interbert.kernels import (
+        triton_attention,
+        triton_embedding,
+        triton_ops,
+        triton_vocab,
+    )
 
     return Kernels(
         triton_attention.flash_attention if flash else triton_attention.packed_attention,
@@ -176,25 +212,40 @@ def why_no_triton(device: torch.device) -> str | None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if device.type != "cuda":
-        return "a CPU runs Triton's kernels only for checks, in its interpreter (TRITON_INTERPRET=1)"
+        return (
+            "a CPU runs Triton's kernels only for checks, in its interpreter (TRITON_INTERPRET=1)"
+        )
 
     if torch.version.hip is not None:
         return "the kernels are made for NVIDIA's GPUs, and this torch is a build for AMD's (ROCm)"
 
     gpu = gpu_of(device)
     if gpu.is_too_old:
-        return f"{gpu} is older than Triton's kernels and flash attention ask for ({OLDEST[0]}.{OLDEST[1]})"
+        return (
+            f"{gpu} is older than Triton's kernels and flash attention ask for"
+            f" ({OLDEST[0]}.{OLDEST[1]})"
+        )
+
     if torch.cuda.is_available():
         return why_no_launcher()
+
     return None
 
 
 def why_no_launcher() -> str | None:
-    """What is missing of what Triton builds its launcher with, on the machine that runs the kernels; None where nothing is."""
+    """What is missing of what Triton builds its launcher with, on the machine that runs the
+    kernels; None where nothing is.
+    """
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "Triton finds no C compiler to build its launcher with (apt-get install gcc, or set CC)"
+        return (
+            "Triton finds no C compiler to build its launcher with (apt-get install gcc, or set CC)"
+        )
 
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not header.exists():
-        return f"Triton builds its launcher with {header}, which is missing (apt-get install python3-dev)"
+        return (
+            f"Triton builds its launcher with {header}, which is missing (apt-get install"
+            " python3-dev)"
+        )
+
     return None

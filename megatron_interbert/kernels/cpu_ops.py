@@ -1,6 +1,7 @@
 """Operations with dropout as a CPU does them fastest; rates are rounded to 1/65,536.
 
-A mask of 1.3 M elements takes 0.9 ms on two cores, torch's own 8 to 12. Everything else is as in `plain`.
+A mask of 1.3 M elements takes 0.9 ms on two cores, torch's own 8 to 12. Everything else is as in
+`plain`.
 """
 
 from typing import Any
@@ -30,6 +31,7 @@ def dropout_mask(x: torch.Tensor, p: float) -> torch.Tensor:
     bits = _random_bits(x.numel()).view(x.shape)
     kept = torch.empty(x.shape, dtype=x.dtype)
     torch.ge(bits, dropped - LEVELS // 2, out=kept)  # no bool in between: that takes longer
+
     return kept.mul_(LEVELS / (LEVELS - dropped))
 
 
@@ -41,6 +43,7 @@ def _random_bits(count: int) -> torch.Tensor:
     """
     seed = torch.empty(1, dtype=torch.int64).random_().numpy()
     draws = np.random.SFC64(seed).random_raw(-(-count // 4))
+
     return torch.from_numpy(draws.view(np.int16))[:count]
 
 
@@ -67,25 +70,32 @@ def _residual_sum(x: torch.Tensor, residual: torch.Tensor, p: float) -> torch.Te
 
 
 def attention(qkv: torch.Tensor, sequences: Sequences, dropout_p: float) -> torch.Tensor:
-    """See plain.attention: as padded_sdpa where no gradient is asked for, else with whole score matrices.
+    """See plain.attention: as padded_sdpa where no gradient is asked for, else with whole score
+    matrices.
 
     In bfloat16 torch's SDPA with its gradient takes 3 to 4 times as long (measured without AMX).
     """
     if len(qkv) == 0 or (dropout_p == 0 and not (qkv.requires_grad and torch.is_grad_enabled())):
         return padded_sdpa(qkv, sequences, dropout_p)
+
     return _TrainedAttention.apply(qkv, sequences, dropout_p)
 
 
 class _TrainedAttention(torch.autograd.Function):
     """Attention and its gradient, head by head over padded sequences.
 
-    Each row of D numbers goes straight from the packed tokens to its place in [3, B heads, L, D] and back: no copy only turns axes
-    around, and the gradients of queries, keys and values are written into one tensor.
+    Each row of D numbers goes straight from the packed tokens to its place in [3, B heads, L, D]
+    and back: no copy only turns axes around, and the gradients of queries, keys and values are
+    written into one tensor.
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: torch.Tensor, sequences: Sequences, dropout_p: float) -> torch.Tensor:
-        """Keeps the padded rows, the softmax, the mask of dropout, and where the rows of D came from."""
+    def forward(
+        ctx: Any, qkv: torch.Tensor, sequences: Sequences, dropout_p: float
+    ) -> torch.Tensor:
+        """Keeps the padded rows, the softmax, the mask of dropout, and where the rows of D came
+        from.
+        """
         tokens, heads, _three, size = qkv.shape
         there, back_of_result, back = sequences.once(_row_numbers, tokens, heads)
         hidden = sequences.once(_score_bias, tokens, heads, qkv.dtype)
@@ -100,6 +110,7 @@ class _TrainedAttention(torch.autograd.Function):
         attended = torch.bmm(weights if kept is None else weights * kept, values)
 
         ctx.save_for_backward(padded, weights, kept, back_of_result, back)
+
         return attended.view(-1, size).index_select(0, back_of_result).view(tokens, heads, size)
 
     @staticmethod
@@ -119,10 +130,18 @@ class _TrainedAttention(torch.autograd.Function):
         of_weights = torch.bmm(padded_grad, values.transpose(1, 2))
         if kept is not None:
             of_weights.mul_(kept)
-        of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(size**-0.5)
+
+        of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(
+            size**-0.5
+        )
         torch.bmm(of_scores, keys, out=of_queries)
         torch.bmm(of_scores.transpose(1, 2), queries, out=of_keys)
-        return gradients.view(-1, size).index_select(0, back).view(tokens, heads, 3, size), None, None
+
+        return (
+            gradients.view(-1, size).index_select(0, back).view(tokens, heads, 3, size),
+            None,
+            None,
+        )
 
 
 def _row_numbers(
@@ -134,7 +153,8 @@ def _row_numbers(
     of [N, heads], and of places in [3, B, heads, L] for each of [N, heads, 3].
     """
     rows, slots, _seen = sequences.once(padded_places, tokens)
-    head, part = torch.arange(heads), torch.arange(3)
+    head = torch.arange(heads)
+    part = torch.arange(3)
     length = sequences.longest
 
     there = (rows.view(-1, 1, length) * heads + head[:, None]) * 3 + part[:, None, None, None]
@@ -145,9 +165,7 @@ def _row_numbers(
     return there.flatten(), of_result.flatten(), back.flatten()
 
 
-def _score_bias(
-    sequences: Sequences, tokens: int, heads: int, dtype: torch.dtype
-) -> torch.Tensor:
+def _score_bias(sequences: Sequences, tokens: int, heads: int, dtype: torch.dtype) -> torch.Tensor:
     """Give what is added to the scores [B heads, 1, L]: 0, or -inf where there is only padding."""
     _rows, _slots, seen = sequences.once(padded_places, tokens)
     bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))

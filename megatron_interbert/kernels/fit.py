@@ -1,7 +1,7 @@
 """What a GPU offers a block of threads, and the tile of the attention kernels that fits in it.
 
-Nothing here needs a GPU or Triton: the table of limits also serves the compilation ahead of time in tests/campaigns/tiles.py, which
-holds every tile's real need against `tile_bytes`.
+Nothing here needs a GPU or Triton: the table of limits also serves the compilation ahead of time in
+tests/campaigns/tiles.py, which holds every tile's real need against `tile_bytes`.
 """
 
 from dataclasses import dataclass
@@ -9,10 +9,12 @@ from functools import lru_cache
 
 import torch
 
-OLDEST = (8, 0)  # compute capability: bfloat16 in the tensor cores, flash attention, Triton's compiler
+# compute capability: bfloat16 in the tensor cores, flash attention, Triton's compiler
+OLDEST = (8, 0)
 WIDEST = 128  # size of a head
 
-# Bytes of shared memory that a block may ask for, by compute capability (CUDA C++ Programming Guide, technical specifications).
+# Bytes of shared memory that a block may ask for, by compute capability (CUDA C++ Programming
+# Guide, technical specifications).
 SHARED_MEMORY = {
     (8, 0): 166912,
     (8, 6): 101376,
@@ -22,14 +24,16 @@ SHARED_MEMORY = {
     (12, 0): 101376,
 }
 
-# Tokens of a tile by the bytes of an element, the best first. In 32 bits products are no tensor cores' work: larger tiles spill
-# registers without end.
+# Tokens of a tile by the bytes of an element, the best first. In 32 bits products are no tensor
+# cores' work: larger tiles spill registers without end.
 TILES = {2: (64, 32, 16), 4: (32, 16)}
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as far as kernels care: its name, compute capability, and the bytes of shared memory that a block may take."""
+    """A GPU as far as kernels care: its name, compute capability, and the bytes of shared memory
+    that a block may take.
+    """
 
     name: str
     capability: tuple[int, int]
@@ -53,7 +57,10 @@ def gpu_of(device: torch.device) -> Gpu:
 
     facts = torch.cuda.get_device_properties(device)
     known = SHARED_MEMORY.get((facts.major, facts.minor), min(SHARED_MEMORY.values()))
-    offered = getattr(facts, "shared_memory_per_block_optin", 0) or getattr(facts, "shared_memory_per_block", 0)
+    offered = getattr(facts, "shared_memory_per_block_optin", 0) or getattr(
+        facts, "shared_memory_per_block", 0
+    )
+
     return Gpu(facts.name, (facts.major, facts.minor), offered or known)
 
 
@@ -63,14 +70,24 @@ def tile_width(head: int) -> int:
 
 
 def tile_bytes(tile: int, head: int, element: int) -> int:
-    """The most shared memory that an attention kernel takes: four tiles of tokens (q, k, v and a gradient), one of scores."""
+    """The most shared memory that an attention kernel takes: four tiles of tokens (q, k, v and a
+    gradient), one of scores.
+    """
     return (4 * tile * tile_width(head) + tile * tile) * element
 
 
 def tile_for(head: int, dtype: torch.dtype, shared_memory: int) -> int | None:
-    """Tokens of the largest tile that fits for heads of this size; None where none does, or the head is too wide."""
+    """Tokens of the largest tile that fits for heads of this size.
+
+    None where none does, or the head is too wide.
+    """
     if head > WIDEST:
         return None
 
-    fitting = (tile for tile in TILES.get(dtype.itemsize, ()) if tile_bytes(tile, head, dtype.itemsize) <= shared_memory)
+    fitting = (
+        tile
+        for tile in TILES.get(dtype.itemsize, ())
+        if tile_bytes(tile, head, dtype.itemsize) <= shared_memory
+    )
+
     return next(fitting, None)

@@ -1,4 +1,6 @@
-"""The plain twins: what the fused kernels must equal, in ordinary torch operations on any device."""
+"""The plain twins: what the fused kernels must equal, in ordinary torch operations on any
+device.
+"""
 
 import itertools
 
@@ -23,7 +25,9 @@ def dropout_add_norm(
     eps: float,
 ) -> torch.Tensor:
     """LayerNorm(residual + dropout(x + bias)) over the last axis of x [N, H]."""
-    return F.layer_norm(residual + F.dropout(x + bias, dropout_p), weight.shape, weight, norm_bias, eps)
+    return F.layer_norm(
+        residual + F.dropout(x + bias, dropout_p), weight.shape, weight, norm_bias, eps
+    )
 
 
 def region_rows(
@@ -34,15 +38,19 @@ def region_rows(
     summary_rows: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """[Ni, F] of `dtype`: each image's mean region at its summary row [images], then its regions, from features [R, F].
+    """[Ni, F] of `dtype`: each image's mean region at its summary row [images], then its regions,
+    from features [R, F].
 
-    The regions numbered in `hidden` are zeroed, and count as zeros in the mean; `counts` [images] are regions of each image.
+    The regions numbered in `hidden` are zeroed, and count as zeros in the mean; `counts` [images]
+    are regions of each image.
     """
     regions = features.float().index_fill(0, hidden, 0.0)
-    # No atomics: the same bits on every rank. Unsafe: without a look at whether the counts fit, for which the host would wait.
+    # No atomics: the same bits on every rank. Unsafe: without a look at whether the counts fit, for
+    # which the host would wait.
     means = torch.segment_reduce(regions, "mean", lengths=counts, unsafe=True)
     result = regions.new_empty(len(region_rows) + len(summary_rows), regions.shape[1])
     result.index_copy_(0, summary_rows, means)
+
     return result.index_copy_(0, region_rows, regions).to(dtype)
 
 
@@ -57,7 +65,9 @@ def embed_text(
     dropout_p: float,
     eps: float,
 ) -> torch.Tensor:
-    """dropout(LayerNorm(words + position + type)) of word embeddings [Nt, H], with the tables' rows by number [Nt]."""
+    """dropout(LayerNorm(words + position + type)) of word embeddings [Nt, H], with the tables' rows
+    by number [Nt].
+    """
     embedded = words + F.embedding(positions, position_table) + F.embedding(types, type_table)
     return F.dropout(F.layer_norm(embedded, weight.shape, weight, bias, eps), dropout_p)
 
@@ -72,7 +82,9 @@ def embed_image(
     dropout_p: float,
     eps: float,
 ) -> torch.Tensor:
-    """dropout(LayerNorm(projected + Linear(locations))) of projected features [Ni, H] and locations [Ni, 5]."""
+    """dropout(LayerNorm(projected + Linear(locations))) of projected features [Ni, H] and locations
+    [Ni, 5].
+    """
     embedded = projected + F.linear(locations, location_weight, location_bias)
     return F.dropout(F.layer_norm(embedded, weight.shape, weight, bias, eps), dropout_p)
 
@@ -88,35 +100,55 @@ def attention(qkv: torch.Tensor, sequences: Sequences, dropout_p: float) -> torc
     for start, stop in itertools.pairwise(offsets):
         q, k, v = qkv[start:stop].unbind(2)
         scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
-        weights = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        weights = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(
+            q.dtype
+        )
         parts.append(torch.einsum("hqk,khd->qhd", F.dropout(weights, dropout_p), v))
+
     return torch.cat(parts)
 
 
-def vocab_statistics(logits: torch.Tensor, labels: torch.Tensor, words: int) -> tuple[torch.Tensor, ...]:
-    """Of each row of logits [m, C], over its first `words` columns: the largest, the sum of exp(logit - largest), the label's logit
-    (0 where labels [m] lie outside), the place of the largest (the lowest of equals). In float32 at least."""
+def vocab_statistics(
+    logits: torch.Tensor, labels: torch.Tensor, words: int
+) -> tuple[torch.Tensor, ...]:
+    """Of each row of logits [m, C], over its first `words` columns: the largest, the sum of
+    exp(logit - largest), the label's logit (0 where labels [m] lie outside), the place of the
+    largest (the lowest of equals). In float32 at least.
+    """
     real = logits[:, :words].to(torch.promote_types(logits.dtype, torch.float32))
     if words == 0:  # a rank that holds only padding
         lowest = real.new_full((len(logits),), torch.finfo(real.dtype).min)
         return lowest, torch.zeros_like(lowest), torch.zeros_like(lowest), torch.zeros_like(labels)
+
     largest, best = real.max(dim=1)
     total = (real - largest[:, None]).exp_().sum(dim=1)
     elsewhere = (labels < 0) | (labels >= words)
-    own = real.gather(1, labels.masked_fill(elsewhere, 0)[:, None]).squeeze(1).masked_fill(elsewhere, 0.0)
+    own = (
+        real.gather(1, labels.masked_fill(elsewhere, 0)[:, None])
+        .squeeze(1)
+        .masked_fill(elsewhere, 0.0)
+    )
+
     return largest, total, own, best
 
 
 def vocab_gradient(
-    logits: torch.Tensor, labels: torch.Tensor, normaliser: torch.Tensor, grad: torch.Tensor, words: int
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    normaliser: torch.Tensor,
+    grad: torch.Tensor,
+    words: int,
 ) -> torch.Tensor:
-    """Gradient [m, C] of the rows' cross entropies: (exp(logit - normaliser) - [column is the label]) x grad, 0 beyond `words`.
+    """Gradient [m, C] of the rows' cross entropies: (exp(logit - normaliser) - [column is the
+    label]) x grad, 0 beyond `words`.
 
-    `normaliser` [m] is the logarithm of the sum of all exponentials; the memory of `logits` may be used for the result.
+    `normaliser` [m] is the logarithm of the sum of all exponentials; the memory of `logits` may be
+    used for the result.
     """
     result = (logits.to(normaliser.dtype) - normaliser[:, None]).exp_().mul_(grad[:, None])
     result[:, words:] = 0.0
     elsewhere = (labels < 0) | (labels >= words)
     place = labels.masked_fill(elsewhere, 0)[:, None]
     result.scatter_(1, place, result.gather(1, place) - grad.masked_fill(elsewhere, 0.0)[:, None])
+
     return result.to(logits.dtype)

@@ -1,4 +1,6 @@
-"""Sequences that lie end to end in one tensor of tokens, and what attention derives from where they lie."""
+"""Sequences that lie end to end in one tensor of tokens, and what attention derives from where they
+lie.
+"""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -54,4 +56,5 @@ def padded_places(
 
     seen = place < lengths[:, None]
     seen[:, 0] = True  # an empty sequence would give NaN, also in the gradient
+
     return rows, slots, seen

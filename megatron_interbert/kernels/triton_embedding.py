@@ -1,7 +1,9 @@
-"""Embedding assembly in Triton: one pass over the regions of a batch, and one over the tokens of each kind.
+"""Embedding assembly in Triton: one pass over the regions of a batch, and one over the tokens of
+each kind.
 
-Dropout follows the norm here; its mask is drawn anew from (seed, element) in the backward pass. Gradients of tables and of the location
-projection are torch's: sums over tokens of a gradient that the backward kernel writes once.
+Dropout follows the norm here; its mask is drawn anew from (seed, element) in the backward pass.
+Gradients of tables and of the location projection are torch's: sums over tokens of a gradient that
+the backward kernel writes once.
 """
 
 from typing import Any
@@ -11,7 +13,13 @@ import triton
 import triton.language as tl
 
 from megatron_interbert.kernels import plain
-from megatron_interbert.kernels.triton_ops import MAX_PROGRAMS, draw_seed, normal_row, stays, through_norm
+from megatron_interbert.kernels.triton_ops import (
+    MAX_PROGRAMS,
+    draw_seed,
+    normal_row,
+    stays,
+    through_norm,
+)
 
 LOCATION = 5  # numbers that say where a region is
 
@@ -19,20 +27,29 @@ LOCATION = 5  # numbers that say where a region is
 @triton.jit(do_not_specialize_on_alignment=["shown_ptr", "starts_ptr", "summary_ptr"])
 def _region_rows(
     features_ptr, shown_ptr, starts_ptr, summary_ptr, out_ptr, width, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Of one image and some columns: its regions where they belong, hidden ones as zeros, and their mean before them."""
+):
+    """Of one image and some columns: its regions where they belong, hidden ones as zeros, and their
+    mean before them.
+    """
     image = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    first, last = tl.load(starts_ptr + image), tl.load(starts_ptr + image + 1)
+    first = tl.load(starts_ptr + image)
+    last = tl.load(starts_ptr + image + 1)
     summary = tl.load(summary_ptr + image)
     total = tl.zeros([BLOCK], dtype=tl.float32)
+
     for region in range(first, last):
         at = features_ptr + region * width + column
-        x = tl.where(tl.load(shown_ptr + region) != 0, tl.load(at, mask=inside, other=0.0).to(tl.float32), 0.0)
+        x = tl.where(
+            tl.load(shown_ptr + region) != 0,
+            tl.load(at, mask=inside, other=0.0).to(tl.float32),
+            0.0,
+        )
         total += x
         to = out_ptr + (summary + 1 + region - first) * width + column
         tl.store(to, x.to(out_ptr.dtype.element_ty), mask=inside)
+
     mean = total / (last - first)
     tl.store(out_ptr + summary * width + column, mean.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -48,19 +65,40 @@ def region_rows(
     """See plain.region_rows; features that want a gradient go there."""
     if features.requires_grad or not len(counts):
         return plain.region_rows(features, hidden, counts, region_rows, summary_rows, dtype)
+
     width = features.shape[1]
-    out = torch.empty(len(region_rows) + len(summary_rows), width, dtype=dtype, device=features.device)
-    shown = torch.ones(len(features), dtype=torch.bool, device=features.device).index_fill_(0, hidden, False)
+    out = torch.empty(
+        len(region_rows) + len(summary_rows), width, dtype=dtype, device=features.device
+    )
+    shown = torch.ones(len(features), dtype=torch.bool, device=features.device).index_fill_(
+        0, hidden, False
+    )
     starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     block = min(1024, triton.next_power_of_2(width))
     _region_rows[(len(counts), triton.cdiv(width, block))](
         features.contiguous(), shown, starts, summary_rows, out, width, BLOCK=block
     )
+
     return out
 
 
 @triton.jit
-def _normalise(z, row, column, inside, weight_ptr, bias_ptr, z_ptr, y_ptr, mean_ptr, rstd_ptr, width, p, eps, seed):
+def _normalise(
+    z,
+    row,
+    column,
+    inside,
+    weight_ptr,
+    bias_ptr,
+    z_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    width,
+    p,
+    eps,
+    seed,
+):
     """Keep the sum z of a row, and write dropout(LayerNorm(z))."""
     at = row.to(tl.int64) * width + column
     normal, mean, rstd = normal_row(z, inside, width, eps)
@@ -68,55 +106,144 @@ def _normalise(z, row, column, inside, weight_ptr, bias_ptr, z_ptr, y_ptr, mean_
     y += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
     if p > 0:
         y = tl.where(stays(seed, at, p), y / (1.0 - p), 0.0)
+
     tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=inside)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
     tl.store(mean_ptr + row, mean)
     tl.store(rstd_ptr + row, rstd)
 
 
-@triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["positions_ptr", "types_ptr"])
+@triton.jit(
+    do_not_specialize=["seed"], do_not_specialize_on_alignment=["positions_ptr", "types_ptr"]
+)
 def _embed_text_forward(
-    words_ptr, positions_ptr, types_ptr, position_table_ptr, type_table_ptr, weight_ptr, bias_ptr,
-    z_ptr, y_ptr, mean_ptr, rstd_ptr, width, p, eps, seed, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+    words_ptr,
+    positions_ptr,
+    types_ptr,
+    position_table_ptr,
+    type_table_ptr,
+    weight_ptr,
+    bias_ptr,
+    z_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    width,
+    p,
+    eps,
+    seed,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
     inside = column < width
-    z = tl.load(words_ptr + row.to(tl.int64) * width + column, mask=inside, other=0.0).to(tl.float32)
-    z += tl.load(position_table_ptr + tl.load(positions_ptr + row) * width + column, mask=inside, other=0.0).to(tl.float32)
-    z += tl.load(type_table_ptr + tl.load(types_ptr + row) * width + column, mask=inside, other=0.0).to(tl.float32)
-    _normalise(z, row, column, inside, weight_ptr, bias_ptr, z_ptr, y_ptr, mean_ptr, rstd_ptr, width, p, eps, seed)
+    z = tl.load(words_ptr + row.to(tl.int64) * width + column, mask=inside, other=0.0).to(
+        tl.float32
+    )
+    z += tl.load(
+        position_table_ptr + tl.load(positions_ptr + row) * width + column, mask=inside, other=0.0
+    ).to(tl.float32)
+    z += tl.load(
+        type_table_ptr + tl.load(types_ptr + row) * width + column, mask=inside, other=0.0
+    ).to(tl.float32)
+    _normalise(
+        z,
+        row,
+        column,
+        inside,
+        weight_ptr,
+        bias_ptr,
+        z_ptr,
+        y_ptr,
+        mean_ptr,
+        rstd_ptr,
+        width,
+        p,
+        eps,
+        seed,
+    )
 
 
 @triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["locations_ptr"])
 def _embed_image_forward(
-    projected_ptr, locations_ptr, location_weight_ptr, location_bias_ptr, weight_ptr, bias_ptr,
-    z_ptr, y_ptr, mean_ptr, rstd_ptr, width, p, eps, seed, LOCATION: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+    projected_ptr,
+    locations_ptr,
+    location_weight_ptr,
+    location_bias_ptr,
+    weight_ptr,
+    bias_ptr,
+    z_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    width,
+    p,
+    eps,
+    seed,
+    LOCATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
     inside = column < width
-    z = tl.load(projected_ptr + row.to(tl.int64) * width + column, mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(projected_ptr + row.to(tl.int64) * width + column, mask=inside, other=0.0).to(
+        tl.float32
+    )
     z += tl.load(location_bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+
     for number in tl.static_range(LOCATION):
         place = tl.load(locations_ptr + row * LOCATION + number).to(tl.float32)
-        z += place * tl.load(location_weight_ptr + column * LOCATION + number, mask=inside, other=0.0).to(tl.float32)
-    _normalise(z, row, column, inside, weight_ptr, bias_ptr, z_ptr, y_ptr, mean_ptr, rstd_ptr, width, p, eps, seed)
+        z += place * tl.load(
+            location_weight_ptr + column * LOCATION + number, mask=inside, other=0.0
+        ).to(tl.float32)
+
+    _normalise(
+        z,
+        row,
+        column,
+        inside,
+        weight_ptr,
+        bias_ptr,
+        z_ptr,
+        y_ptr,
+        mean_ptr,
+        rstd_ptr,
+        width,
+        p,
+        eps,
+        seed,
+    )
 
 
 @triton.jit(do_not_specialize=["rows", "seed"])
 def _embed_backward(
-    dy_ptr, z_ptr, weight_ptr, mean_ptr, rstd_ptr, dz_ptr, partial_ptr, rows, width, p, seed, BLOCK: tl.constexpr
-):  # fmt: skip
+    dy_ptr,
+    z_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dz_ptr,
+    partial_ptr,
+    rows,
+    width,
+    p,
+    seed,
+    BLOCK: tl.constexpr,
+):
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
     column = tl.arange(0, BLOCK)
     inside = column < width
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    dweight, dbias = tl.zeros([BLOCK], dtype=tl.float32), tl.zeros([BLOCK], dtype=tl.float32)
+    dweight = tl.zeros([BLOCK], dtype=tl.float32)
+    dbias = tl.zeros([BLOCK], dtype=tl.float32)
+
     for row in range(program, rows, programs):
         at = row * width + column
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if p > 0:
             dy = tl.where(stays(seed, at, p), dy / (1.0 - p), 0.0)
+
         rstd = tl.load(rstd_ptr + row)
         z = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
         normal = tl.where(inside, (z - tl.load(mean_ptr + row)) * rstd, 0.0)
@@ -124,29 +251,66 @@ def _embed_backward(
         tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
         dweight += dy * normal
         dbias += dy
+
     tl.store(partial_ptr + program * width + column, dweight, mask=inside)
     tl.store(partial_ptr + (programs + program) * width + column, dbias, mask=inside)
 
 
-def _begin(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, p: float, eps: float, seed: int) -> tuple:
-    """(Result, grid and last arguments of a forward kernel, what its gradient needs of the norm)."""
-    z, y = torch.empty_like(rows), torch.empty_like(rows)
+def _begin(
+    ctx: Any,
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    p: float,
+    eps: float,
+    seed: int,
+) -> tuple:
+    """(Result, grid and last arguments of a forward kernel, what its gradient needs of the
+    norm).
+    """
+    z = torch.empty_like(rows)
+    y = torch.empty_like(rows)
     mean, rstd = (torch.empty(len(rows), dtype=torch.float32, device=rows.device) for _ in range(2))
     width = rows.shape[1]
-    ctx.p, ctx.seed = p, seed
-    return y, (len(rows),), (weight, bias, z, y, mean, rstd, width, p, eps, seed), (z, weight, mean, rstd)
+    ctx.p = p
+    ctx.seed = seed
+
+    return (
+        y,
+        (len(rows),),
+        (weight, bias, z, y, mean, rstd, width, p, eps, seed),
+        (z, weight, mean, rstd),
+    )
 
 
-def _gradients(ctx: Any, dy: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor) -> tuple:
+def _gradients(
+    ctx: Any,
+    dy: torch.Tensor,
+    z: torch.Tensor,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+) -> tuple:
     """(gradient of the sum, of the norm's weight, of its bias)."""
     rows, width = z.shape
     programs = min(rows, MAX_PROGRAMS)
     dz = torch.empty_like(z)
     partial = torch.empty(2, programs, width, dtype=torch.float32, device=z.device)
     _embed_backward[(programs,)](
-        dy.contiguous(), z, weight, mean, rstd, dz, partial, rows, width, ctx.p, ctx.seed,
+        dy.contiguous(),
+        z,
+        weight,
+        mean,
+        rstd,
+        dz,
+        partial,
+        rows,
+        width,
+        ctx.p,
+        ctx.seed,
         BLOCK=triton.next_power_of_2(width),
-    )  # fmt: skip
+    )
+
     return dz, *partial.sum(dim=1).to(weight.dtype)
 
 
@@ -165,14 +329,23 @@ class _EmbedText(torch.autograd.Function):
         eps: float,
         seed: int,
     ) -> torch.Tensor:
-        """Keeps the sum before the norm, mean and deviation of each row, and the numbers of the tables' rows."""
+        """Keeps the sum before the norm, mean and deviation of each row, and the numbers of the
+        tables' rows.
+        """
         words = words.contiguous()
         y, grid, rest, norm = _begin(ctx, words, weight, bias, p, eps, seed)
         _embed_text_forward[grid](
-            words, positions, types, position_table, type_table, *rest, BLOCK=triton.next_power_of_2(words.shape[1])
+            words,
+            positions,
+            types,
+            position_table,
+            type_table,
+            *rest,
+            BLOCK=triton.next_power_of_2(words.shape[1]),
         )
         ctx.save_for_backward(positions, types, *norm)
         ctx.sizes = len(position_table), len(type_table)
+
         return y
 
     @staticmethod
@@ -183,6 +356,7 @@ class _EmbedText(torch.autograd.Function):
             torch.ops.aten.embedding_dense_backward(dz, index, size, -1, False)
             for index, size in zip((positions, types), ctx.sizes, strict=True)
         ]
+
         return dz, None, None, *tables, dweight, dbias, None, None, None
 
 
@@ -201,13 +375,20 @@ class _EmbedImage(torch.autograd.Function):
         seed: int,
     ) -> torch.Tensor:
         """Keeps the sum before the norm, mean and deviation of each row, and the locations."""
-        projected, locations = projected.contiguous(), locations.contiguous()
+        projected = projected.contiguous()
+        locations = locations.contiguous()
         y, grid, rest, norm = _begin(ctx, projected, weight, bias, p, eps, seed)
         _embed_image_forward[grid](
-            projected, locations, location_weight, location_bias, *rest,
-            LOCATION=LOCATION, BLOCK=triton.next_power_of_2(projected.shape[1]),
-        )  # fmt: skip
+            projected,
+            locations,
+            location_weight,
+            location_bias,
+            *rest,
+            LOCATION=LOCATION,
+            BLOCK=triton.next_power_of_2(projected.shape[1]),
+        )
         ctx.save_for_backward(locations, *norm)
+
         return y
 
     @staticmethod
@@ -215,7 +396,18 @@ class _EmbedImage(torch.autograd.Function):
         locations, *norm = ctx.saved_tensors
         dz, dweight, dbias = _gradients(ctx, dy, *norm)
         dlocation = dz.t() @ locations.to(dz.dtype)
-        return dz, None, dlocation, dz.sum(dim=0, dtype=torch.float32).to(dz.dtype), dweight, dbias, None, None, None
+
+        return (
+            dz,
+            None,
+            dlocation,
+            dz.sum(dim=0, dtype=torch.float32).to(dz.dtype),
+            dweight,
+            dbias,
+            None,
+            None,
+            None,
+        )
 
 
 def embed_text(
@@ -232,7 +424,19 @@ def embed_text(
     """See plain.embed_text."""
     if len(words) == 0:
         return words
-    return _EmbedText.apply(words, positions, types, position_table, type_table, weight, bias, dropout_p, eps, draw_seed(dropout_p))
+
+    return _EmbedText.apply(
+        words,
+        positions,
+        types,
+        position_table,
+        type_table,
+        weight,
+        bias,
+        dropout_p,
+        eps,
+        draw_seed(dropout_p),
+    )
 
 
 def embed_image(
@@ -247,4 +451,6 @@ def embed_image(
 ) -> torch.Tensor:
     """See plain.embed_image; locations get no gradient."""
     seed = draw_seed(dropout_p)
-    return _EmbedImage.apply(projected, locations, location_weight, location_bias, weight, bias, dropout_p, eps, seed)
+    return _EmbedImage.apply(
+        projected, locations, location_weight, location_bias, weight, bias, dropout_p, eps, seed
+    )

@@ -1,10 +1,13 @@
-"""Triton kernels for the memory-bound parts of a layer: bias + GELU, and bias + dropout + residual + LayerNorm.
+"""Triton kernels for the memory-bound parts of a layer: bias + GELU, and bias + dropout + residual
++ LayerNorm.
 
-Dropout masks are drawn anew from (seed, element) in the backward pass, so no mask is kept. Parameter gradients are summed
-per program and then over programs, always in the same order. TRITON_INTERPRET=1 runs them on a CPU, for checking only.
+Dropout masks are drawn anew from (seed, element) in the backward pass, so no mask is kept.
+Parameter gradients are summed per program and then over programs, always in the same order.
+TRITON_INTERPRET=1 runs them on a CPU, for checking only.
 
-Triton compiles a kernel anew for each type, alignment and divisibility by 16 of its arguments. Numbers that vary from batch to batch
-(rows, seeds) are therefore not specialised, and how many programs there are is asked for inside.
+Triton compiles a kernel anew for each type, alignment and divisibility by 16 of its arguments.
+Numbers that vary from batch to batch (rows, seeds) are therefore not specialised, and how many
+programs there are is asked for inside.
 """
 
 import os
@@ -14,8 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-MAX_PROGRAMS = 512  # programs that share the rows of a backward pass; each keeps one partial sum per column
-TILE_ROWS, TILE_COLUMNS = 8, 256
+# programs that share the rows of a backward pass; each keeps one partial sum per column
+MAX_PROGRAMS = 512
+TILE_ROWS = 8
+TILE_COLUMNS = 256
 
 
 def interpreted() -> bool:
@@ -24,40 +29,58 @@ def interpreted() -> bool:
 
 
 def draw_seed(dropout_p: float) -> int:
-    """The seed of a dropout mask, from the CPU generator, which tensor-parallel ranks share (or not, for what is sharded) and
-    recomputation restores, and which costs no synchronisation with the device."""
+    """The seed of a dropout mask, from the CPU generator, which tensor-parallel ranks share (or
+    not, for what is sharded) and recomputation restores, and which costs no synchronisation with
+    the device.
+    """
     return int(torch.randint(2**31 - 1, (1,))) if dropout_p > 0 else 0
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _bias_gelu_forward(x_ptr, bias_ptr, y_ptr, rows, width, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < rows.to(tl.int64) * width  # a product of `width`, so that the compiler knows what divides it
-    z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + tl.load(bias_ptr + at % width, mask=inside, other=0.0).to(
-        tl.float32
-    )
+    # a product of `width`, so that the compiler knows what divides it
+    inside = at < rows.to(tl.int64) * width
+    z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + tl.load(
+        bias_ptr + at % width, mask=inside, other=0.0
+    ).to(tl.float32)
     y = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _bias_gelu_backward(
-    dy_ptr, x_ptr, bias_ptr, dx_ptr, partial_ptr, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Some columns of this program's groups of ROWS rows, and what they add to the gradient of the bias."""
+    dy_ptr,
+    x_ptr,
+    bias_ptr,
+    dx_ptr,
+    partial_ptr,
+    rows,
+    width,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Some columns of this program's groups of ROWS rows, and what they add to the gradient of the
+    bias.
+    """
     program = tl.program_id(1)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     bias = tl.load(bias_ptr + column, mask=column < width, other=0.0).to(tl.float32)
     dbias = tl.zeros([BLOCK], dtype=tl.float32)
+
     for first in range(program * ROWS, rows, tl.num_programs(1) * ROWS):
         row = first + tl.arange(0, ROWS)
         at = row[:, None].to(tl.int64) * width + column[None, :]
         inside = (row[:, None] < rows) & (column[None, :] < width)
         z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
-        slope = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+        slope = (
+            0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+            + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+        )
         dx = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32) * slope
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         dbias += tl.sum(dx, axis=0)
+
     tl.store(partial_ptr + program * width + column, dbias, mask=column < width)
 
 
@@ -70,6 +93,7 @@ class _BiasGelu(torch.autograd.Function):
         rows = x.numel() // width
         ctx.save_for_backward(x, bias)
         _bias_gelu_forward[(triton.cdiv(x.numel(), 1024),)](x, bias, y, rows, width, BLOCK=1024)
+
         return y
 
     @staticmethod
@@ -83,6 +107,7 @@ class _BiasGelu(torch.autograd.Function):
         _bias_gelu_backward[(triton.cdiv(width, TILE_COLUMNS), programs)](
             dy.contiguous(), x, bias, dx, partial, rows, width, ROWS=TILE_ROWS, BLOCK=TILE_COLUMNS
         )
+
         return dx, partial.sum(dim=0).to(bias.dtype)
 
 
@@ -93,16 +118,22 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def stays(seed, at, p):
-    """Whether dropout lets the elements `at` stay: a function of their numbers, of which 32 bits make cheap draws and tell enough."""
+    """Whether dropout lets the elements `at` stay: a function of their numbers, of which 32 bits
+    make cheap draws and tell enough.
+    """
     return tl.rand(seed, at.to(tl.int32)) >= p
 
 
 @triton.jit
 def normal_row(z, inside, width, eps):
-    """(z with mean 0 and deviation 1, its mean, 1 / its deviation) of a row; places outside stay 0."""
+    """(z with mean 0 and deviation 1, its mean, 1 / its deviation) of a row.
+
+    Places outside stay 0.
+    """
     mean = tl.sum(z, axis=0) / width
     centred = tl.where(inside, z - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / width + eps)
+
     return centred * rstd, mean, rstd
 
 
@@ -110,7 +141,9 @@ def normal_row(z, inside, width, eps):
 def through_norm(dy, weight, normal, rstd, width):
     """Gradient of a row before its LayerNorm, from that behind it."""
     scaled = dy * weight
-    return (scaled - tl.sum(scaled, axis=0) / width - normal * tl.sum(scaled * normal, axis=0) / width) * rstd
+    return (
+        scaled - tl.sum(scaled, axis=0) / width - normal * tl.sum(scaled * normal, axis=0) / width
+    ) * rstd
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -134,11 +167,12 @@ def _add_norm_forward(
     column = tl.arange(0, BLOCK)
     inside = column < width
     at = row * width + column
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + tl.load(bias_ptr + column, mask=inside, other=0.0).to(
-        tl.float32
-    )
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + tl.load(
+        bias_ptr + column, mask=inside, other=0.0
+    ).to(tl.float32)
     if p > 0:
         x = tl.where(stays(seed, at, p), x / (1.0 - p), 0.0)
+
     z = x + tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     normal, mean, rstd = normal_row(z, inside, width, eps)
     y = normal * tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
@@ -173,6 +207,7 @@ def _add_norm_backward(
     dweight = tl.zeros([BLOCK], dtype=tl.float32)
     dnorm_bias = tl.zeros([BLOCK], dtype=tl.float32)
     dbias = tl.zeros([BLOCK], dtype=tl.float32)
+
     for row in range(program, rows, programs):
         at = row * width + column
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -183,12 +218,14 @@ def _add_norm_backward(
         dx = dz
         if p > 0:
             dx = tl.where(stays(seed, at, p), dz / (1.0 - p), 0.0)
+
         dx = tl.where(inside, dx, 0.0)
         tl.store(dresidual_ptr + at, dz.to(dresidual_ptr.dtype.element_ty), mask=inside)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         dweight += dy * normal
         dnorm_bias += dy
         dbias += dx
+
     tl.store(partial_ptr + program * width + column, dweight, mask=inside)
     tl.store(partial_ptr + (programs + program) * width + column, dnorm_bias, mask=inside)
     tl.store(partial_ptr + (2 * programs + program) * width + column, dbias, mask=inside)
@@ -208,15 +245,32 @@ class _DropoutAddNorm(torch.autograd.Function):
         seed: int,
     ) -> torch.Tensor:
         """Keeps the sum before the norm, and mean and deviation of each row."""
-        x, residual = x.contiguous(), residual.contiguous()
+        x = x.contiguous()
+        residual = residual.contiguous()
         rows, width = x.shape
-        total, y = torch.empty_like(x), torch.empty_like(x)
+        total = torch.empty_like(x)
+        y = torch.empty_like(x)
         mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
         _add_norm_forward[(rows,)](
-            x, bias, residual, weight, norm_bias, total, y, mean, rstd, width, p, eps, seed, BLOCK=triton.next_power_of_2(width)
+            x,
+            bias,
+            residual,
+            weight,
+            norm_bias,
+            total,
+            y,
+            mean,
+            rstd,
+            width,
+            p,
+            eps,
+            seed,
+            BLOCK=triton.next_power_of_2(width),
         )
         ctx.save_for_backward(total, weight, mean, rstd)
-        ctx.p, ctx.seed = p, seed
+        ctx.p = p
+        ctx.seed = seed
+
         return y
 
     @staticmethod
@@ -225,7 +279,8 @@ class _DropoutAddNorm(torch.autograd.Function):
         total, weight, mean, rstd = ctx.saved_tensors
         rows, width = total.shape
         programs = min(rows, MAX_PROGRAMS)
-        dx, dresidual = torch.empty_like(total), torch.empty_like(total)
+        dx = torch.empty_like(total)
+        dresidual = torch.empty_like(total)
         partial = torch.empty(3, programs, width, dtype=torch.float32, device=dy.device)
         _add_norm_backward[(programs,)](
             dy.contiguous(),
@@ -243,6 +298,7 @@ class _DropoutAddNorm(torch.autograd.Function):
             BLOCK=triton.next_power_of_2(width),
         )
         dweight, dnorm_bias, dbias = partial.sum(dim=1).to(weight.dtype)
+
         return dx, dbias, dresidual, dweight, dnorm_bias, None, None, None
 
 
@@ -258,4 +314,6 @@ def dropout_add_norm(
     """See plain.dropout_add_norm."""
     if x.shape[0] == 0:
         return x
-    return _DropoutAddNorm.apply(x, bias, residual, weight, norm_bias, dropout_p, eps, draw_seed(dropout_p))
+    return _DropoutAddNorm.apply(
+        x, bias, residual, weight, norm_bias, dropout_p, eps, draw_seed(dropout_p)
+    )

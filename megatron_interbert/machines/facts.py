@@ -11,16 +11,20 @@ import megatron_interbert
 
 @cache
 def code_fingerprint() -> str:
-    """First digits of a hash over the Python files of this package: a git revision would not show uncommitted changes."""
+    """First digits of a hash over the Python files of this package: a git revision would not show
+    uncommitted changes.
+    """
     digest = hashlib.sha256()
     root = Path(megatron_interbert.__file__).parent
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+
     return digest.hexdigest()[:12]
 
 
 def library_versions() -> dict[str, str]:
     """Versions on which results depend."""
     return {"Python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "numpy", "tokenizers")
+        name: importlib.metadata.version(name)
+        for name in ("torch", "deepspeed", "numpy", "tokenizers")
     }

@@ -1,4 +1,6 @@
-"""What a process sets for itself before it trains: threads and memory where its device is the CPU, determinism."""
+"""What a process sets for itself before it trains: threads and memory where its device is the CPU,
+determinism.
+"""
 
 import contextlib
 import ctypes
@@ -10,13 +12,16 @@ import torch
 
 from megatron_interbert.parallel.launch import Launch
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+# of malloc.h
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
 
 
 def use_cores(launch: Launch) -> None:
     """Give this rank its share of the cores, unless OMP_NUM_THREADS says how many.
 
-    Without it the threads of ranks spin against one another: 75 against 1,165 samples/s was measured for two ranks on two cores.
+    Without it the threads of ranks spin against one another: 75 against 1,165 samples/s was
+    measured for two ranks on two cores.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_size))
@@ -25,8 +30,9 @@ def use_cores(launch: Launch) -> None:
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed for the next tensor, as the caching allocator of a GPU does.
 
-    Else every large tensor comes fresh from the kernel, which zeroes its pages: of a step of the base model on two cores (batch 16,
-    fp32) 6.8 s became 4.9 s, for a tenth more memory at the peak. Does nothing with another C library.
+    Else every large tensor comes fresh from the kernel, which zeroes its pages: of a step of the
+    base model on two cores (batch 16, fp32) 6.8 s became 4.9 s, for a tenth more memory at the
+    peak. Does nothing with another C library.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
@@ -34,30 +40,52 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def free_memory(own_groups: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process may still take: what is free on the machine, or less where one of its control groups (a Slurm job's
-    --mem, a container) has a limit. Cached files that can be dropped count as free."""
+def free_memory(
+    own_groups: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")
+) -> int:
+    """Bytes that this process may still take: what is free on the machine, or less where one of its
+    control groups (a Slurm job's --mem, a container) has a limit. Cached files that can be dropped
+    count as free.
+    """
     free = psutil.virtual_memory().available
     lines = own_groups.read_text().splitlines() if own_groups.exists() else []
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if controllers == "":  # version 2
-            top, limit, used, droppable = groups, "memory.max", "memory.current", "inactive_file"
+            top = groups
+            limit = "memory.max"
+            used = "memory.current"
+            droppable = "inactive_file"
         elif "memory" in controllers.split(","):
-            top, limit, used, droppable = groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+            top = groups / "memory"
+            limit = "memory.limit_in_bytes"
+            used = "memory.usage_in_bytes"
+            droppable = "total_inactive_file"
         else:
             continue
+
         inside = top / path.lstrip("/")
         for group in (inside, *(above for above in inside.parents if above.is_relative_to(top))):
-            if not (group / limit).exists() or (allowed := (group / limit).read_text().strip()) == "max":
+            if (
+                not (group / limit).exists()
+                or (allowed := (group / limit).read_text().strip()) == "max"
+            ):
                 continue
+
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            free = min(free, int(allowed) - int((group / used).read_text()) + int(stat.get(droppable, 0)))
+            free = min(
+                free, int(allowed) - int((group / used).read_text()) + int(stat.get(droppable, 0))
+            )
+
     return max(free, 0)
 
 
 def same_bits_every_time() -> None:
-    """Refuse operations whose result depends on the order in which a GPU's threads come. To be called before a GPU is first used."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it its products are refused
+    """Refuse operations whose result depends on the order in which a GPU's threads come.
+
+    To be called before a GPU is first used.
+    """
+    # without it its products are refused
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing of ours reads it
     torch.backends.cuda.enable_mem_efficient_sdp(False)  # its gradients are summed in any order

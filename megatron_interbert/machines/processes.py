@@ -1,4 +1,6 @@
-"""Joining the other processes of a run: early and clear when they cannot meet, and nothing half-started when one of them is wrong."""
+"""Joining the other processes of a run: early and clear when they cannot meet, and nothing half-
+started when one of them is wrong.
+"""
 
 import contextlib
 import hashlib
@@ -35,7 +37,8 @@ from megatron_interbert.signals import identity
 START_SECONDS = 300  # for nccl or gloo to connect ranks that have met already
 SAY_NOTHING = (
     "OVERFLOW! Skipping step",  # the loop says so itself
-    "unknown inputs or outputs type (<class 'megatron_interbert.data.packing.PackedBatch'>)",  # inputs without gradients
+    # inputs without gradients
+    "unknown inputs or outputs type (<class 'megatron_interbert.data.packing.PackedBatch'>)",
 )
 
 
@@ -55,13 +58,16 @@ def start_processes() -> torch.device:
         use_cores(launch)
         keep_freed_memory()
 
-    # The one place that changes a value of DeepSpeed's. It would compile a shared-memory operation for inference here, which
-    # training never calls, and a run that is killed while it compiles leaves a lock on which the next one hangs.
+    # The one place that changes a value of DeepSpeed's. It would compile a shared-memory operation
+    # for inference here, which training never calls, and a run that is killed while it compiles
+    # leaves a lock on which the next one hangs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():  # a program around this one may have joined already
         join(launch, device, backend)
+
     deepspeed.init_distributed(dist_backend=backend, verbose=False)  # takes the group that is there
+
     return device
 
 
@@ -71,6 +77,7 @@ def join(launch: Launch, device: torch.device, backend: str) -> None:
     overdue = threading.Timer(START_SECONDS, give_up, [launch, backend])
     overdue.daemon = True
     overdue.start()
+
     try:
         dist.init_process_group(
             backend,
@@ -110,6 +117,7 @@ def meet(launch: Launch, gpu: str = "", seconds: float = MEETING_SECONDS) -> dis
     deadline = time.monotonic() + seconds
     hosts = launch.rank == 0 and not launch.hosted_by_agent
     where = f"{launch.master}:{launch.port}"
+
     try:
         store = host_store(launch, seconds) if hosts else reach_store(launch, deadline)
         where = f"{store.host}:{store.port}"
@@ -125,6 +133,7 @@ def meet(launch: Launch, gpu: str = "", seconds: float = MEETING_SECONDS) -> dis
                 " that was killed left processes behind, end them, or choose another port"
                 " (deepspeed --master_port N, MASTER_PORT=N)"
             ) from error
+
         raise UsageError(
             f"rank {launch.rank} on {launch.node} has not reached rank 0 at {where} within"
             f" {seconds:g} s ({first_line(error)}); is rank 0 running, is that the right address,"
@@ -140,8 +149,10 @@ def meet(launch: Launch, gpu: str = "", seconds: float = MEETING_SECONDS) -> dis
             f" {seconds:g} s: {some(missing)}; start all of them at the same time, with the same"
             " number of nodes everywhere, or fewer"
         )
+
     if gpu:
         check_own_gpus(store, launch)
+
     return store
 
 
@@ -164,24 +175,30 @@ def host_store(launch: Launch, seconds: float) -> dist.TCPStore:
         store = dist.TCPStore(launch.master, launch.port, **options)
     except RuntimeError:
         store = dist.TCPStore(launch.master, 0, **options)
+
     note = port_note()
     note.parent.mkdir(mode=0o700, exist_ok=True)
     if note.parent.lstat().st_uid != os.getuid():
         raise UsageError(f"{note.parent} is another user's; set TMPDIR to a folder of your own")
+
     write_text(note, str(store.port))
+
     return store
 
 
 def reach_store(launch: Launch, deadline: float) -> dist.TCPStore:
     """Connect to the store of rank 0, or of torchrun's agent."""
     port = launch.port
+
     while launch.on_one_machine:
         with contextlib.suppress(OSError):
             port = int(port_note().read_text())
             break
+
         if time.monotonic() > deadline:
             raise ValueError("it has not said at which port it listens")
         time.sleep(0.05)
+
     return dist.TCPStore(
         launch.master,
         port,
@@ -193,7 +210,9 @@ def reach_store(launch: Launch, deadline: float) -> dist.TCPStore:
 
 
 def port_note() -> Path:
-    """Name the file in which rank 0 leaves its port, after the process that has started all ranks."""
+    """Name the file in which rank 0 leaves its port, after the process that has started all
+    ranks.
+    """
     parent = hashlib.sha256(identity(os.getppid()).encode()).hexdigest()[:24]
     folder = Path(tempfile.gettempdir()) / f"megatron_interbert-{os.getuid()}"
     return folder / f"{parent}.port"
@@ -204,6 +223,7 @@ def check_own_gpus(store: dist.Store, launch: Launch) -> None:
     first = launch.rank - launch.local_rank
     ranks = range(first, min(first + launch.local_size, launch.world_size))
     owner: dict[bytes, int] = {}
+
     for rank in ranks:
         gpu = store.get(f"rank {rank}")
         if gpu in owner:
@@ -211,6 +231,7 @@ def check_own_gpus(store: dist.Store, launch: Launch) -> None:
                 f"ranks {owner[gpu]} and {rank} on {launch.node} have the same GPU; start as many"
                 " processes there as it has GPUs, or show each its own (srun --gpus-per-task=1)"
             )
+
         owner[gpu] = rank
 
 
@@ -220,6 +241,7 @@ def _came(store: dist.Store, rank: int, deadline: float) -> bool:
         store.wait([f"rank {rank}"], timedelta(seconds=left))
     except RuntimeError:
         return False
+
     return True
 
 
@@ -230,16 +252,32 @@ def first_line(error: BaseException) -> str:
 
 def describe_launch(launch: Launch, state: ParallelState, device: torch.device) -> str:
     """Which rank runs where; called on all ranks."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{len(os.sched_getaffinity(0))} CPU cores"
-    rows = state.gather((state.rank, state.node, os.getpid(), f"{device} ({name})", state.data_rank, state.tensor_rank))
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{len(os.sched_getaffinity(0))} CPU cores"
+    )
+
+    rows = state.gather(
+        (
+            state.rank,
+            state.node,
+            os.getpid(),
+            f"{device} ({name})",
+            state.data_rank,
+            state.tensor_rank,
+        )
+    )
     head = ("rank", "node", "process", "device", "data parallel", "tensor parallel")
+
     return "\n".join([heading(launch, len({row[1] for row in rows})), *aligned([head, *rows])])
 
 
 def heading(launch: Launch, nodes: int) -> str:
     """`torchrun: 4 ranks on 2 nodes, meeting at n0:29500`."""
     return (
-        f"{launch.launcher}: {launch.world_size} ranks on {nodes} node{'s' * (nodes > 1)}, meeting at {launch.master}:{launch.port}"
+        f"{launch.launcher}: {launch.world_size} ranks on {nodes} node{'s' * (nodes > 1)}, meeting"
+        f" at {launch.master}:{launch.port}"
     )
 
 
@@ -247,14 +285,21 @@ def aligned(rows: Iterable[Iterable[Any]]) -> list[str]:
     """Lines of a table, columns below one another."""
     texts = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in texts]
+
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in texts
+    ]
 
 
 def quiet_libraries() -> None:
-    """Silence what says nothing: DeepSpeed's progress log and its notes on skipped steps (we print our own), the deprecation
-    notes of torch's collectives."""
+    """Silence what says nothing: DeepSpeed's progress log and its notes on skipped steps (we print
+    our own), the deprecation notes of torch's collectives.
+    """
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
     logger.addFilter(lambda record: not any(text in record.getMessage() for text in SAY_NOTHING))
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*|deepspeed.*")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed.*|deepspeed.*"
+    )
     warnings.filterwarnings("ignore", category=UserWarning, message=".*lr_scheduler.step.*")

@@ -1,9 +1,12 @@
-"""No silent hang: every rank says where it is, and a run that has stopped moving ends with the reason.
+"""No silent hang: every rank says where it is, and a run that has stopped moving ends with the
+reason.
 
-A thread on each rank tells rank 0 once a second what its main thread is doing and since when. What is usual is learned: a phase may
-take ten times its longest so far, and no less than `least` seconds. When every rank is over its limit or has fallen silent, nothing
-moves any more: rank 0 names the rank that the others wait for, all ranks print the stacks of their threads and end with code 1. A
-rank whose connection breaks has died, and takes the others with it at once. Where rank 0 itself is silent the others judge alone.
+A thread on each rank tells rank 0 once a second what its main thread is doing and since when. What
+is usual is learned: a phase may take ten times its longest so far, and no less than `least`
+seconds. When every rank is over its limit or has fallen silent, nothing moves any more: rank 0
+names the rank that the others wait for, all ranks print the stacks of their threads and end with
+code 1. A rank whose connection breaks has died, and takes the others with it at once. Where rank 0
+itself is silent the others judge alone.
 
 The threads use sockets of their own, for collectives are what hangs.
 """
@@ -30,11 +33,14 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.signals import exit_status, identity, killed_by
 
-ROOM = {"start": 4, "data": 1, "step": 1, "evaluation": 4, "save": 4}  # times `least`; in the order in which a step meets them
+# times `least`; in the order in which a step meets them
+ROOM = {"start": 4, "data": 1, "step": 1, "evaluation": 4, "save": 4}
 LEARNED = 10  # times the longest so far
-FADING = 0.9  # the longest is forgotten slowly: the first step of a run takes longer than all others
+# the longest is forgotten slowly: the first step of a run takes longer than all others
+FADING = 0.9
 BEAT = 1.0  # seconds
-NO_ANSWER = 10.0  # seconds of silence after which a rank that is over its limit no longer waits for rank 0
+# seconds of silence after which a rank that is over its limit no longer waits for rank 0
+NO_ANSWER = 10.0
 LAST_WORDS = 5.0  # seconds for launchers to see the exit code of the rank that died first
 THE_END = {"end": True}
 
@@ -76,11 +82,15 @@ class Seen:
 
 
 class Watchdog:
-    """Watches the main thread of this rank, which tells it by `enter` and `beat` that it goes on. All ranks make one."""
+    """Watches the main thread of this rank, which tells it by `enter` and `beat` that it goes on.
+
+    All ranks make one.
+    """
 
     def __init__(self, state: ParallelState, least: float) -> None:
         """`least`: shortest limit of a step in seconds; 0 watches nothing."""
-        self.state, self.least = state, least
+        self.state = state
+        self.least = least
         self._longest: dict[str, float] = {}
         self._pulse = Pulse("start", 0, time.monotonic(), least * ROOM["start"])
         self._ended = threading.Event()
@@ -89,15 +99,21 @@ class Watchdog:
             return
         if state.is_main and state.world_size > 1:
             self._hub = Hub(state.world_size, self._pulse.limit)
+
         meeting = state.gather(self._hub.meeting if self._hub else None)[0]
         self._connection = Connection(meeting, state) if meeting else None
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def enter(self, phase: str, step: int) -> None:
         """The main thread begins a phase (a key of ROOM) of a step."""
-        now, before = time.monotonic(), self._pulse
-        self._longest[before.phase] = max(now - before.since, FADING * self._longest.get(before.phase, 0.0))
-        self._pulse = Pulse(phase, step, now, max(self.least * ROOM[phase], LEARNED * self._longest.get(phase, 0.0)))
+        now = time.monotonic()
+        before = self._pulse
+        self._longest[before.phase] = max(
+            now - before.since, FADING * self._longest.get(before.phase, 0.0)
+        )
+        self._pulse = Pulse(
+            phase, step, now, max(self.least * ROOM[phase], LEARNED * self._longest.get(phase, 0.0))
+        )
 
     def beat(self) -> None:
         """The phase goes on (a batch of an evaluation is done)."""
@@ -132,28 +148,49 @@ class Watchdog:
 
     def _until_the_end(self) -> None:
         while not self._pause():
-            pulse, now = self._pulse, time.monotonic()
-            # For a main thread that hangs without giving up Python's lock, so that this thread does not run either.
+            pulse = self._pulse
+            now = time.monotonic()
+            # For a main thread that hangs without giving up Python's lock, so that this thread does
+            # not run either.
             faulthandler.dump_traceback_later(pulse.limit + 60, exit=True)
             over = now - pulse.since > pulse.limit
+
             if self._connection is None:
                 if over:
-                    self._end({"hang": f"{doing(pulse.phase, pulse.step)} has taken more than {pulse.limit:.0f} s"})
+                    self._end(
+                        {
+                            "hang": (
+                                f"{doing(pulse.phase, pulse.step)} has taken more than"
+                                f" {pulse.limit:.0f} s"
+                            )
+                        }
+                    )
+
                 continue
+
             verdict = self._connection.exchange(pulse, now)
             if verdict == THE_END:
                 return
             if verdict is None and over and self._connection.silence() > NO_ANSWER:
-                verdict = {"hang": f"rank 0 does not answer and {doing(pulse.phase, pulse.step)} has taken more than {pulse.limit:.0f} s;"
-                                   " its process is stopped, or its machine is gone"}  # fmt: skip
+                verdict = {
+                    "hang": (
+                        f"rank 0 does not answer and {doing(pulse.phase, pulse.step)} has taken"
+                        f" more than {pulse.limit:.0f} s; its process is stopped, or its machine is"
+                        " gone"
+                    )
+                }
+
             if verdict and not self._ended.is_set():
                 self._end(verdict)
 
     def _pause(self) -> bool:
-        """Wait for the next beat, or until rank 0 says something; whether nothing is watched any more."""
+        """Wait for the next beat, or until rank 0 says something; whether nothing is watched any
+        more.
+        """
         if self._connection is not None:
             select.select([self._connection.socket], [], [], BEAT)
             return self._ended.is_set()
+
         return self._ended.wait(BEAT)
 
     def _end(self, verdict: dict[str, Any]) -> None:
@@ -163,13 +200,21 @@ class Watchdog:
                 print(f"error ({where}): {verdict['gone']}", file=sys.stderr, flush=True)
             time.sleep(LAST_WORDS)
         else:
-            print(f"error ({where}): the run hangs: {verdict['hang']}. What this rank is doing:", file=sys.stderr, flush=True)
+            print(
+                f"error ({where}): the run hangs: {verdict['hang']}. What this rank is doing:",
+                file=sys.stderr,
+                flush=True,
+            )
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+
             for pid, name in verdict.get("kill", []):
-                if name and identity(pid) == name:  # on this machine; a stopped process would not hear its launcher's SIGTERM
+                # on this machine; a stopped process would not hear its launcher's SIGTERM
+                if name and identity(pid) == name:
                     with contextlib.suppress(OSError):
                         os.kill(pid, signal.SIGKILL)
+
             time.sleep(2 * BEAT if self._hub else 0)  # the others have to hear it too
+
         os._exit(1)
 
 
@@ -183,6 +228,7 @@ def how_it_ended(who: str, when: str, pid: int, name: str) -> str:
         return f"{who} has gone {when}; if it printed no error, it was killed (out of memory?)"
     if code < 0:
         return f"{who} (pid {pid}) was {killed_by(-code)} {when}"
+
     return f"{who} (pid {pid}) has ended with code {code} {when}; its message says why"
 
 
@@ -198,17 +244,26 @@ def doing(phase: str, step: int) -> str:
 
 
 class Connection:
-    """The line of a rank to the hub on rank 0: one report out and what has come in, once a second."""
+    """The line of a rank to the hub on rank 0: one report out and what has come in, once a
+    second.
+    """
 
     def __init__(self, meeting: dict[str, Any], state: ParallelState) -> None:
         address = "127.0.0.1" if state.is_main else os.environ["MASTER_ADDR"]
         self._rank_0 = meeting["pid"], meeting["identity"]
+
         try:
             self.socket = socket.create_connection((address, meeting["port"]), timeout=20)
         except OSError as error:
-            raise UsageError(f"{state.node}: the watchdog of rank 0 at {address}:{meeting['port']} cannot be reached ({error}); open the"
-                             " ports between the machines, or give --hang-timeout 0 to do without") from error  # fmt: skip
-        self._heard, self._rest, self.broken = time.monotonic(), b"", False
+            raise UsageError(
+                f"{state.node}: the watchdog of rank 0 at {address}:{meeting['port']} cannot be"
+                f" reached ({error}); open the ports between the machines, or give --hang-timeout 0"
+                " to do without"
+            ) from error
+
+        self._heard = time.monotonic()
+        self._rest = b""
+        self.broken = False
         who = {"node": state.node, "pid": os.getpid(), "identity": identity(os.getpid())}
         self._send({"token": meeting["token"], "rank": state.rank, "who": who})
         self.socket.setblocking(False)
@@ -231,13 +286,23 @@ class Connection:
 
     def exchange(self, pulse: Pulse, now: float) -> dict[str, Any] | None:
         """Report; the verdict if there is one, or that rank 0 has gone."""
-        self._send({"phase": pulse.phase, "step": pulse.step, "seconds": now - pulse.since, "limit": pulse.limit})
+        self._send(
+            {
+                "phase": pulse.phase,
+                "step": pulse.step,
+                "seconds": now - pulse.since,
+                "limit": pulse.limit,
+            }
+        )
         for message in self._received():
             if message:  # an empty one only says that rank 0 is alive
                 return message
+
         if not self.broken:
             return None
+
         when = f"while this rank was in {doing(pulse.phase, pulse.step)}"
+
         return {"gone": how_it_ended("rank 0", when, *self._rank_0)}
 
     def _received(self) -> list[dict[str, Any]]:
@@ -245,17 +310,21 @@ class Connection:
             while chunk := self.socket.recv(65536):
                 self._rest += chunk
                 self._heard = time.monotonic()
+
             self.broken = True
         except BlockingIOError:
             pass
         except OSError:
             self.broken = True
+
         *lines, self._rest = self._rest.split(b"\n")
         return [json.loads(line) for line in lines]
 
 
 class Hub:
-    """On rank 0: hears all ranks, answers each second, and says when nothing moves or a rank has died."""
+    """On rank 0: hears all ranks, answers each second, and says when nothing moves or a rank has
+    died.
+    """
 
     def __init__(self, ranks: int, limit: float) -> None:
         """`limit`: of a rank that has not reported yet."""
@@ -280,18 +349,22 @@ class Hub:
     def _run(self) -> None:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.server, selectors.EVENT_READ)
-        answered, verdict = 0.0, None
+        answered = 0.0
+        verdict = None
+
         while True:
             for key, _ in self._selector.select(BEAT / 2):
                 if key.fileobj is self.server:
                     self._accept()
                 else:
                     verdict = self._read(key.fileobj) or verdict
+
             now = time.monotonic()
             verdict = verdict or self._judge(now)
             if now - answered >= BEAT or verdict:
                 self._tell_all(verdict or {})
                 answered = now
+
             if verdict:
                 time.sleep(BEAT)
 
@@ -309,20 +382,27 @@ class Hub:
             return None
         except OSError:
             chunk = b""
+
         if not chunk:
             return self._lost(connection)
+
         *lines, self._lines[connection] = (self._lines[connection] + chunk).split(b"\n")
-        with contextlib.suppress(ValueError, TypeError, AttributeError):  # what strangers send to an open port
+        # what strangers send to an open port
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
             for line in lines:
                 self._take(connection, json.loads(line))
+
         if connection not in self._rank_of:
             self._lost(connection)
+
         return None
 
     def _take(self, connection: socket.socket, message: dict[str, Any]) -> None:
         if message.get("token") == self.meeting["token"]:
             self._rank_of[connection] = message["rank"]
-            self.seen[message["rank"]] = Seen(**message["who"], limit=self.limit, heard=time.monotonic())
+            self.seen[message["rank"]] = Seen(
+                **message["who"], limit=self.limit, heard=time.monotonic()
+            )
         elif (rank := self._rank_of.get(connection)) is None:
             return
         elif "bye" in message:
@@ -334,37 +414,53 @@ class Hub:
     def _lost(self, connection: socket.socket) -> dict[str, Any] | None:
         if connection not in self._lines:
             return None
+
         self._selector.unregister(connection)
         connection.close()
         del self._lines[connection]
-        seen = self.seen.pop(rank, None) if (rank := self._rank_of.pop(connection, None)) is not None else None
+        seen = (
+            self.seen.pop(rank, None)
+            if (rank := self._rank_of.pop(connection, None)) is not None
+            else None
+        )
         if seen is None:
             return None
+
         when = f"during {doing(seen.phase, seen.step)}"
+
         return {"gone": how_it_ended(f"rank {rank} on {seen.node}", when, seen.pid, seen.identity)}
 
     def _judge(self, now: float) -> dict[str, Any] | None:
         """A verdict when no rank has moved within its limit."""
         if not self.seen or not all(seen.stuck(now) for seen in self.seen.values()):
             return None
+
         silent = {rank: seen for rank, seen in self.seen.items() if seen.silent(now) > 3 * BEAT}
         if silent:
             text = "; ".join(
-                f"rank {rank} on {s.node} has shown no sign of life for {s.silent(now):.0f} s" for rank, s in silent.items()
+                f"rank {rank} on {s.node} has shown no sign of life for {s.silent(now):.0f} s"
+                for rank, s in silent.items()
             )
             return {
                 "hang": f"{text}: its process is stopped, or its machine is gone",
                 "kill": [(s.pid, s.identity) for s in silent.values()],
             }
+
         last = min(seen.place() for seen in self.seen.values())
         behind = {rank: seen for rank, seen in self.seen.items() if seen.place() == last}
         one = next(iter(behind.values()))
         what = f"{doing(one.phase, one.step)} for {one.seconds:.0f} s (limit {one.limit:.0f} s)"
+
         if len(behind) == len(self.seen):
             return {
-                "hang": f"all ranks are in {what}, none behind the others: a collective that cannot end, or a device that hangs"
+                "hang": (
+                    f"all ranks are in {what}, none behind the others: a collective that cannot"
+                    " end, or a device that hangs"
+                )
             }
+
         names = ", ".join(f"rank {rank} on {seen.node}" for rank, seen in behind.items())
+
         return {"hang": f"{names} is in {what} and the others wait for it"}
 
     def _tell_all(self, message: dict[str, Any]) -> None:

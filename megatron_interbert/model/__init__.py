@@ -1,1 +1,3 @@
-"""InterBERT: embeddings, one transformer layer class, interaction and streams, heads, presets, partition table."""
+"""InterBERT: embeddings, one transformer layer class, interaction and streams, heads, presets,
+partition table.
+"""

@@ -1,4 +1,6 @@
-"""Text and region embeddings: ids and stored features to the first hidden states of both token kinds."""
+"""Text and region embeddings: ids and stored features to the first hidden states of both token
+kinds.
+"""
 
 import torch
 import torch.distributed as dist
@@ -13,7 +15,9 @@ from megatron_interbert.parallel.layers import VocabParallelEmbedding
 class TextEmbedding(nn.Module):
     """word + position + type, LayerNorm, dropout: ids [Nt] -> [Nt, H]."""
 
-    def __init__(self, config: ModelConfig, group: dist.ProcessGroup | None, kernels: Kernels) -> None:
+    def __init__(
+        self, config: ModelConfig, group: dist.ProcessGroup | None, kernels: Kernels
+    ) -> None:
         super().__init__()
         self.kernels = kernels
         self.word = VocabParallelEmbedding(config.padded_vocab_size, config.hidden_size, group)
@@ -22,16 +26,23 @@ class TextEmbedding(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = config.hidden_dropout
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, types: torch.Tensor
+    ) -> torch.Tensor:
         p = self.dropout if self.training else 0.0
-        tables, norm = (self.position.weight, self.token_type.weight), self.norm
-        return self.kernels.embed_text(self.word(ids), positions, types, *tables, norm.weight, norm.bias, p, norm.eps)
+        tables = (self.position.weight, self.token_type.weight)
+        norm = self.norm
+
+        return self.kernels.embed_text(
+            self.word(ids), positions, types, *tables, norm.weight, norm.bias, p, norm.eps
+        )
 
 
 class ImageEmbedding(nn.Module):
     """Linear(feature) + Linear(location), LayerNorm, dropout: [IMG] and regions -> [Ni, H].
 
-    Hidden regions are zeroed here, and [IMG] is the mean of a sample's region features as they then stand (zeros count).
+    Hidden regions are zeroed here, and [IMG] is the mean of a sample's region features as they then
+    stand (zeros count).
     """
 
     def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
@@ -46,7 +57,9 @@ class ImageEmbedding(nn.Module):
         dtype = self.feature.weight.dtype
         features = image_features(batch, dtype, self.kernels)
         p = self.dropout if self.training else 0.0
-        location, norm = self.location, self.norm
+        location = self.location
+        norm = self.norm
+
         return self.kernels.embed_image(
             *(self.feature(features), batch.locations.to(dtype), location.weight, location.bias),
             *(norm.weight, norm.bias, p, norm.eps),
@@ -56,4 +69,6 @@ class ImageEmbedding(nn.Module):
 def image_features(batch: PackedBatch, dtype: torch.dtype, kernels: Kernels) -> torch.Tensor:
     """[Ni, F]: the features of all image tokens, [IMG] included, with hidden regions zeroed."""
     rows = (batch.region_rows, batch.summary_rows)
-    return kernels.region_rows(batch.features, batch.hidden_regions, batch.region_counts, *rows, dtype)
+    return kernels.region_rows(
+        batch.features, batch.hidden_regions, batch.region_counts, *rows, dtype
+    )

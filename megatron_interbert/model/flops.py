@@ -1,4 +1,6 @@
-"""Floating-point operations of a training step, counted from the real tokens of a batch (2 per multiply-add)."""
+"""Floating-point operations of a training step, counted from the real tokens of a batch (2 per
+multiply-add).
+"""
 
 import torch
 
@@ -7,19 +9,27 @@ from megatron_interbert.data.packing import PackedBatch
 
 
 def training_flops(config: ModelConfig, batch: PackedBatch) -> float:
-    """FLOPs of forward and backward (three times the forward pass) for one packed batch, matrix products only."""
+    """FLOPs of forward and backward (three times the forward pass) for one packed batch, matrix
+    products only.
+    """
     text = (batch.text_offsets[1:] - batch.text_offsets[:-1]).double()
     image = (batch.image_offsets[1:] - batch.image_offsets[:-1]).double()
     hidden = config.hidden_size
 
     def stack(layers: int, lengths: torch.Tensor, read: float | None = None) -> float:
-        """Layers over sequences; of the last one all but the projection and attention only for the `read` tokens."""
+        """Layers over sequences; of the last one all but the projection and attention only for the
+        `read` tokens.
+        """
         tokens = float(lengths.sum())
-        attention = layers * (2 * hidden * 3 * hidden * tokens + 4 * hidden * float((lengths**2).sum()))
+        attention = layers * (
+            2 * hidden * 3 * hidden * tokens + 4 * hidden * float((lengths**2).sum())
+        )
         behind = tokens * layers if read is None or not layers else tokens * (layers - 1) + read
+
         return attention + 2 * hidden * (hidden + 2 * config.ffn_hidden_size) * behind
 
-    words, regions = len(batch.msm_labels), len(batch.mrm_positions)
+    words = len(batch.msm_labels)
+    regions = len(batch.mrm_positions)
     forward = stack(config.interaction_layers, text + image)
     forward += stack(config.text_layers, text, words + len(batch))
     forward += stack(config.image_layers, image, regions + len(batch.summary_rows))
@@ -27,4 +37,5 @@ def training_flops(config: ModelConfig, batch: PackedBatch) -> float:
     forward += 2 * hidden * (hidden + config.padded_vocab_size) * words
     forward += 2 * hidden * (hidden + config.num_classes) * regions
     forward += 2 * config.pooled_size * (2 * hidden + 2) * len(batch)
+
     return 3 * forward

@@ -24,14 +24,18 @@ class Transform(nn.Module):
 
 
 class WordHead(nn.Module):
-    """MSM over the vocabulary, decoder tied to the word embedding: [M, H] and labels -> (losses [M], right answers [M]).
+    """MSM over the vocabulary, decoder tied to the word embedding: [M, H] and labels -> (losses
+    [M], right answers [M]).
 
     Without labels: logits [M, padded vocabulary / ranks], -inf in the columns of the padding.
     """
 
-    def __init__(self, config: ModelConfig, group: dist.ProcessGroup | None, kernels: Kernels) -> None:
+    def __init__(
+        self, config: ModelConfig, group: dist.ProcessGroup | None, kernels: Kernels
+    ) -> None:
         super().__init__()
-        self.group, self.math = group, VocabMath(kernels.vocab_statistics, kernels.vocab_gradient)
+        self.group = group
+        self.math = VocabMath(kernels.vocab_statistics, kernels.vocab_gradient)
         self.transform = Transform(config)
         columns = config.padded_vocab_size // group_size(group)
         self.bias = nn.Parameter(torch.empty(columns))
@@ -42,9 +46,19 @@ class WordHead(nn.Module):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         transformed = copy_to_group(self.transform(hidden), self.group)
         if labels is not None:
-            return vocab_parallel_loss(transformed, word_embedding, self.bias, labels, self.words_here, self.group, self.math)
+            return vocab_parallel_loss(
+                transformed,
+                word_embedding,
+                self.bias,
+                labels,
+                self.words_here,
+                self.group,
+                self.math,
+            )
+
         logits = F.linear(transformed, word_embedding, self.bias).float()
         padding = torch.arange(logits.shape[1], device=logits.device) >= self.words_here
+
         return logits.masked_fill(padding, float("-inf"))
 
 
@@ -61,7 +75,9 @@ class RegionHead(nn.Module):
 
 
 class SentenceHead(nn.Module):
-    """Text classification as in BERT: [CLS] state [B, H], Linear, tanh, dropout, Linear -> [B, labels]."""
+    """Text classification as in BERT: [CLS] state [B, H], Linear, tanh, dropout, Linear -> [B,
+    labels].
+    """
 
     def __init__(self, config: ModelConfig, labels: int) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""First weights: drawn per parameter name, so that they are the same for every layout; or from another checkpoint."""
+"""First weights: drawn per parameter name, so that they are the same for every layout; or from
+another checkpoint.
+"""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -14,14 +16,17 @@ from megatron_interbert.parallel.state import ParallelState
 
 @torch.no_grad()
 def initialise(model: nn.Module, config: ModelConfig, seed: int, state: ParallelState) -> None:
-    """N(0, initializer_range) for matrices, 1 for LayerNorm gains, 0 for biases and for padded vocabulary rows."""
+    """N(0, initializer_range) for matrices, 1 for LayerNorm gains, 0 for biases and for padded
+    vocabulary rows.
+    """
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()
         elif parameter.dim() == 1:
             parameter.fill_(1.0)
         else:
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # torch takes the lower 32 bits alone
+            # torch takes the lower 32 bits alone
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             full = torch.empty(full_shape(name, parameter.shape, state.tensor_size))
             full.normal_(0.0, config.initializer_range, generator=generator)
             if name == "text_embedding.word.weight":
@@ -40,20 +45,28 @@ def load_full_state(
 ) -> set[str]:
     """Copy this rank's slices of full tensors into the model; the names that were loaded.
 
-    UsageError for a missing parameter (unless `partial`, or its name begins as one of `may_lack`) or a shape that does not fit.
+    UsageError for a missing parameter (unless `partial`, or its name begins as one of `may_lack`)
+    or a shape that does not fit.
     """
     loaded = set()
+
     for name, parameter in model.named_parameters():
         if name not in full:
             if partial or name.startswith(tuple(may_lack)):
                 continue
-            raise UsageError(f"{where}: parameter {name} is missing; the checkpoint is of another model or incomplete")
+            raise UsageError(
+                f"{where}: parameter {name} is missing; the checkpoint is of another model or"
+                " incomplete"
+            )
+
         expected = full_shape(name, parameter.shape, state.tensor_size)
         if list(full[name].shape) != expected:
             raise UsageError(
                 f"{where}: {name} has shape {list(full[name].shape)}, the model expects {expected};"
                 " check --model and the vocabulary"
             )
+
         parameter.copy_(shard(full[name], name, state.tensor_rank, state.tensor_size))
         loaded.add(name)
+
     return loaded

@@ -1,6 +1,8 @@
-"""InterBERT: embeddings -> interaction module over both token kinds -> two independent streams -> poolers and heads.
+"""InterBERT: embeddings -> interaction module over both token kinds -> two independent streams ->
+poolers and heads.
 
-Legend: B samples, Nt text tokens, Ni image tokens, H hidden, P pooled size, Mt and Mr masked words and regions.
+Legend: B samples, Nt text tokens, Ni image tokens, H hidden, P pooled size, Mt and Mr masked words
+and regions.
 """
 
 from collections.abc import Sequence
@@ -26,9 +28,12 @@ PRETRAINING_HEADS = ("msm", "mrm", "itm")
 
 
 class InterBertOutput(NamedTuple):
-    """What one forward pass gives; results only of the heads the model was built with. Losses and logits are float32.
+    """What one forward pass gives; results only of the heads the model was built with.
 
-    A named tuple, because ZeRO-3 looks for the tensors of a module's output in tuples, lists and dicts only.
+    Losses and logits are float32.
+
+    A named tuple, because ZeRO-3 looks for the tensors of a module's output in tuples, lists and
+    dicts only.
     """
 
     text_hidden: torch.Tensor | None  # [Nt, H], when everything is asked for
@@ -37,9 +42,11 @@ class InterBertOutput(NamedTuple):
     pooled_image: torch.Tensor | None = None  # [B with image, P]
     msm_losses: torch.Tensor | None = None  # [Mt]
     msm_right: torch.Tensor | None = None  # [Mt] whether the most likely word is the label
-    msm_logits: torch.Tensor | None = None  # [Mt, padded vocabulary / tensor-parallel ranks], when everything is asked for
+    # [Mt, padded vocabulary / tensor-parallel ranks], when everything is asked for
+    msm_logits: torch.Tensor | None = None
     mrm_logits: torch.Tensor | None = None  # [Mr, classes]
-    itm_logits: torch.Tensor | None = None  # [B, 2], or [P, 2] of a batch that names its pairs; class 0 = matched
+    # [B, 2], or [P, 2] of a batch that names its pairs; class 0 = matched
+    itm_logits: torch.Tensor | None = None
     choice_logit: torch.Tensor | None = None  # [B, 1]
     sentence_logits: torch.Tensor | None = None  # [B, labels]
 
@@ -47,7 +54,8 @@ class InterBertOutput(NamedTuple):
 class InterBert(nn.Module):
     """The whole model. `heads` is any of msm, mrm, itm, choice, sentence (of `num_labels`).
 
-    Parameters are empty until initialised or loaded. `text_only` builds the text path alone: BERT's topology.
+    Parameters are empty until initialised or loaded. `text_only` builds the text path alone: BERT's
+    topology.
     """
 
     def __init__(
@@ -63,7 +71,8 @@ class InterBert(nn.Module):
         text_only: bool = False,
     ) -> None:
         super().__init__()
-        state, kernels = state or ParallelState(), kernels or Kernels()
+        state = state or ParallelState()
+        kernels = kernels or Kernels()
         streams = streams or RandomStreams(0)
         config.check_tensor_parallel(state.tensor_size)
         self.config = config
@@ -71,7 +80,9 @@ class InterBert(nn.Module):
         if not text_only:
             self.image_embedding = ImageEmbedding(config, kernels)
 
-        def stack(count: int, heads: int, hidden_dropout: float, attention_dropout: float) -> TransformerStack:
+        def stack(
+            count: int, heads: int, hidden_dropout: float, attention_dropout: float
+        ) -> TransformerStack:
             """`count` layers of this model's width."""
             layers = [
                 TransformerLayer(
@@ -87,16 +98,24 @@ class InterBert(nn.Module):
                 )
                 for _ in range(count)
             ]
-            return TransformerStack(layers, state.placement, streams, recompute, kernels.row_multiple)
+            return TransformerStack(
+                layers, state.placement, streams, recompute, kernels.row_multiple
+            )
 
         text_like = (config.num_attention_heads, config.hidden_dropout, config.attention_dropout)
         self.interaction = stack(config.interaction_layers, *text_like)
         self.text_stream = stack(config.text_layers, *text_like)
+
         if not text_only:
             self.image_stream = stack(
-                config.image_layers, config.image_attention_heads, config.image_hidden_dropout, config.image_attention_dropout
+                config.image_layers,
+                config.image_attention_heads,
+                config.image_hidden_dropout,
+                config.image_attention_dropout,
             )
-            self.text_pooler, self.image_pooler = Pooler(config), Pooler(config)
+            self.text_pooler = Pooler(config)
+            self.image_pooler = Pooler(config)
+
         if "msm" in heads:
             self.msm_head = WordHead(config, state.tensor_group, kernels)
         if "mrm" in heads:
@@ -107,34 +126,46 @@ class InterBert(nn.Module):
             self.choice_head = nn.Linear(config.pooled_size, 1)
         if "sentence" in heads:
             self.sentence_head = SentenceHead(config, num_labels)
+
         mark_shards(self)
 
     def forward(self, batch: PackedBatch, everything: bool = False) -> InterBertOutput:
         """Pooled vectors and what the heads say: words and regions at target positions only.
 
-        The last layer of each stream is computed only for the tokens that are pooled or predicted, and word logits live only inside
-        their loss. `everything` gives the hidden states of all tokens, and the word logits instead of their losses.
+        The last layer of each stream is computed only for the tokens that are pooled or predicted,
+        and word logits live only inside their loss. `everything` gives the hidden states of all
+        tokens, and the word logits instead of their losses.
         """
-        words, regions = batch.msm_positions, batch.mrm_positions
-        text_rows = [batch.text_offsets[:-1].long(), words if hasattr(self, "msm_head") else words[:0]]
+        words = batch.msm_positions
+        regions = batch.mrm_positions
+        text_rows = [
+            batch.text_offsets[:-1].long(),
+            words if hasattr(self, "msm_head") else words[:0],
+        ]
         image_rows = [batch.summary_rows, regions if hasattr(self, "mrm_head") else regions[:0]]
         read = None if everything else (torch.cat(text_rows), torch.cat(image_rows))
         text, image = self.encode(batch, read)
+
         if everything:
             first, words = (text.index_select(0, rows) for rows in text_rows)
             summaries, regions = (image.index_select(0, rows) for rows in image_rows)
         else:
             first, words = text.split([len(rows) for rows in text_rows])
             summaries, regions = image.split([len(rows) for rows in image_rows])
+
         pooled_text = self.text_pooler(first) if hasattr(self, "text_pooler") else None
         pooled_image = self.image_pooler(summaries) if len(summaries) else None
         found = {}
+
         if hasattr(self, "msm_head"):
             table = self.text_embedding.word.weight
             if everything:
                 found["msm_logits"] = self.msm_head(words, table)
             else:
-                found["msm_losses"], found["msm_right"] = self.msm_head(words, table, batch.msm_labels)
+                found["msm_losses"], found["msm_right"] = self.msm_head(
+                    words, table, batch.msm_labels
+                )
+
         if hasattr(self, "mrm_head") and len(summaries):
             found["mrm_logits"] = self.mrm_head(regions).float()
         if hasattr(self, "sentence_head"):
@@ -143,19 +174,23 @@ class InterBert(nn.Module):
             sides = pooled_text, pooled_image
             if len(batch.pair_text):
                 sides = pooled_text[batch.pair_text], pooled_image[batch.pair_image]
+
             fused = F.dropout(self.fuse(*sides), self.config.hidden_dropout, self.training)
             if hasattr(self, "itm_head"):
                 found["itm_logits"] = self.itm_head(fused).float()
             if hasattr(self, "choice_head"):
                 found["choice_logit"] = self.choice_head(fused).float()
+
         states = (text, image) if everything else (None, None)
+
         return InterBertOutput(*states, pooled_text, pooled_image, **found)
 
     def encode(
         self, batch: PackedBatch, read: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states of both streams: text [Nt, H] and image [Ni, H] (empty for text-only batches), or only those of the text
-        and image tokens that are `read`."""
+        """Hidden states of both streams: text [Nt, H] and image [Ni, H] (empty for text-only
+        batches), or only those of the text and image tokens that are `read`.
+        """
         text_rows, image_rows = read or (None, None)
         text = self.text_embedding(batch.token_ids, batch.token_positions, batch.token_types)
         texts = Sequences(batch.text_offsets, batch.max_text)
@@ -164,15 +199,24 @@ class InterBert(nn.Module):
             return text, text[:0]
 
         by_kind = torch.cat([batch.image_index, batch.text_index])
-        joint = gather_rows(torch.cat([self.image_embedding(batch), text]), batch.joint_order, by_kind)
+        joint = gather_rows(
+            torch.cat([self.image_embedding(batch), text]), batch.joint_order, by_kind
+        )
         joint = self.interaction(joint, Sequences(batch.joint_offsets, batch.max_joint))
 
-        image, text = gather_rows(joint, by_kind, batch.joint_order).split([len(batch.image_index), len(batch.text_index)])
+        image, text = gather_rows(joint, by_kind, batch.joint_order).split(
+            [len(batch.image_index), len(batch.text_index)]
+        )
         text = self.text_stream(text, texts, text_rows)
         images = Sequences(batch.image_offsets, batch.max_image)
         image = self.image_stream(image, images, image_rows)
+
         return text, image
 
     def fuse(self, pooled_text: torch.Tensor, pooled_image: torch.Tensor) -> torch.Tensor:
         """Element-wise product (or sum) of the pooled vectors [B, P]."""
-        return pooled_text * pooled_image if self.config.fusion == "product" else pooled_text + pooled_image
+        return (
+            pooled_text * pooled_image
+            if self.config.fusion == "product"
+            else pooled_text + pooled_image
+        )

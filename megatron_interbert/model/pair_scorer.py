@@ -1,12 +1,15 @@
-"""Scores of all pairs of some images and some captions, exactly those of the model, with little done twice.
+"""Scores of all pairs of some images and some captions, exactly those of the model, with little
+done twice.
 
-Done once for each image and caption, because it does not depend on the partner: both embeddings and, token by token, the first
-layer's queries, keys and values. Done once for each pair, only as far as the matching head can see it: the last layer of each
-stream computes keys and values of all its tokens, and everything else for its first token, which alone is pooled. Word and region
-heads are not run at all. What a token attends to is the same as in `InterBert.forward`, so the scores are equal to rounding.
+Done once for each image and caption, because it does not depend on the partner: both embeddings
+and, token by token, the first layer's queries, keys and values. Done once for each pair, only as
+far as the matching head can see it: the last layer of each stream computes keys and values of all
+its tokens, and everything else for its first token, which alone is pooled. Word and region heads
+are not run at all. What a token attends to is the same as in `InterBert.forward`, so the scores are
+equal to rounding.
 
-Which tokens meet is worked out on the host, and sent: the host never waits for the device, but runs ahead of it until somebody
-asks for the scores.
+Which tokens meet is worked out on the host, and sent: the host never waits for the device, but runs
+ahead of it until somebody asks for the scores.
 
 Legend: n tokens of one side, N of all pairs, H hidden, B pairs.
 """
@@ -29,8 +32,8 @@ from megatron_interbert.model.transformer import SelfAttention, TransformerStack
 class Side:
     """Images or captions made ready.
 
-    On the device: hidden states [n, H] and the first layer's projection [n, 3 H / ranks]. On the host: int64 offsets [items + 1]
-    of their tokens.
+    On the device: hidden states [n, H] and the first layer's projection [n, 3 H / ranks]. On the
+    host: int64 offsets [items + 1] of their tokens.
     """
 
     hidden: torch.Tensor
@@ -55,9 +58,11 @@ class Side:
 
 @dataclass
 class PairLayout:
-    """Where the tokens of B pairs come from and where they stand: each pair's image tokens, then its text tokens.
+    """Where the tokens of B pairs come from and where they stand: each pair's image tokens, then
+    its text tokens.
 
-    On the device, int64: rows of the sides and their places among the joint tokens, offsets [B + 1].
+    On the device, int64: rows of the sides and their places among the joint tokens, offsets [B +
+    1].
     """
 
     image_rows: torch.Tensor
@@ -79,7 +84,9 @@ class PairLayout:
         return rows
 
 
-def lay_out_pairs(images: Side, captions: Side, image_of: np.ndarray, caption_of: np.ndarray) -> PairLayout:
+def lay_out_pairs(
+    images: Side, captions: Side, image_of: np.ndarray, caption_of: np.ndarray
+) -> PairLayout:
     """Lay out pairs given by their numbers in both sides [B]."""
     image_rows, image_lengths = images.rows(image_of)
     text_rows, text_lengths = captions.rows(caption_of)
@@ -97,6 +104,7 @@ def lay_out_pairs(images: Side, captions: Side, image_of: np.ndarray, caption_of
         ],
         images.hidden.device,
     )
+
     return PairLayout(
         *sent,
         longest_image=int(image_lengths.max()),
@@ -106,7 +114,9 @@ def lay_out_pairs(images: Side, captions: Side, image_of: np.ndarray, caption_of
 
 
 class PairScorer:
-    """For a model in evaluation mode with a matching head; works on tensor-parallel slices too (all ranks call alike)."""
+    """For a model in evaluation mode with a matching head; works on tensor-parallel slices too (all
+    ranks call alike).
+    """
 
     def __init__(self, model: InterBert) -> None:
         if not hasattr(model, "itm_head"):
@@ -128,11 +138,18 @@ class PairScorer:
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.first.attention.qkv(hidden) if self.first is not None else hidden[:, :0]
 
-    def margins(self, images: Side, captions: Side, image_of: np.ndarray, caption_of: np.ndarray) -> torch.Tensor:
-        """float32 [B] on the device: logit(matched) - logit(mismatched) of pairs given by their numbers in both sides."""
+    def margins(
+        self, images: Side, captions: Side, image_of: np.ndarray, caption_of: np.ndarray
+    ) -> torch.Tensor:
+        """float32 [B] on the device: logit(matched) - logit(mismatched) of pairs given by their
+        numbers in both sides.
+        """
         text, image = self.pooled(images, captions, image_of, caption_of)
         head = self.model.itm_head  # in float32: two logits rounded to 16 bits would often tie
-        logits = F.linear(self.model.fuse(text.float(), image.float()), head.weight.float(), head.bias.float())
+        logits = F.linear(
+            self.model.fuse(text.float(), image.float()), head.weight.float(), head.bias.float()
+        )
+
         return logits[:, 0] - logits[:, 1]
 
     def pooled(
@@ -143,14 +160,20 @@ class PairScorer:
         pairs = lay_out_pairs(images, captions, image_of, caption_of)
         joint = pairs.together(images.hidden, captions.hidden)
         sequences = Sequences(pairs.joint_offsets.int(), pairs.longest)
+
         for number, layer in enumerate(model.interaction.layers):
-            qkv = pairs.together(images.qkv, captions.qkv) if number == 0 else layer.attention.qkv(joint)
+            qkv = (
+                pairs.together(images.qkv, captions.qkv)
+                if number == 0
+                else layer.attention.qkv(joint)
+            )
             joint = layer.after_attention(layer.attention.attend(qkv, sequences), joint)
 
         images_here = Sequences(pairs.image_offsets.int(), pairs.longest_image)
         image = last_layer_of_first(model.image_stream, joint[pairs.image_index], images_here)
         texts_here = Sequences(pairs.text_offsets.int(), pairs.longest_text)
         text = last_layer_of_first(model.text_stream, joint[pairs.text_index], texts_here)
+
         return model.text_pooler(text), model.image_pooler(image)
 
 
@@ -171,6 +194,7 @@ def last_layer_of_first(
         return first
 
     attended = _first_token_attention(last.attention, x, first, sequences)
+
     return last.after_attention(attended, first)
 
 
@@ -179,9 +203,12 @@ def _first_token_attention(
 ) -> torch.Tensor:
     """What the first token of each sequence attends to [B, H / ranks], from all tokens x [N, H]."""
     size = attention.head_size
-    weight, bias = attention.qkv.weight.view(-1, 3, size, x.shape[1]), attention.qkv.bias.view(-1, 3, size)
+    weight = attention.qkv.weight.view(-1, 3, size, x.shape[1])
+    bias = attention.qkv.bias.view(-1, 3, size)
     heads = len(weight)
-    query = F.linear(first, weight[:, 0].reshape(-1, x.shape[1]), bias[:, 0].reshape(-1)).view(-1, heads, 1, size)
+    query = F.linear(first, weight[:, 0].reshape(-1, x.shape[1]), bias[:, 0].reshape(-1)).view(
+        -1, heads, 1, size
+    )
 
     rows, _slots, seen = sequences.once(padded_places, len(x))
     keyed = F.linear(x, weight[:, 1:].reshape(-1, x.shape[1]), bias[:, 1:].reshape(-1))
@@ -190,4 +217,5 @@ def _first_token_attention(
 
     mask = seen[:, None, None, :]
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
     return attended.reshape(len(first), -1)

@@ -1,7 +1,8 @@
 """The partition table: how each parameter is shared out over tensor-parallel ranks.
 
-It alone feeds the norm tags DeepSpeed reads, the converters, the initialisation and the tests. Fused QKV is head-major,
-so a plain slice of its rows holds whole heads and needs no kind of its own.
+It alone feeds the norm tags DeepSpeed reads, the converters, the initialisation and the tests.
+Fused QKV is head-major, so a plain slice of its rows holds whole heads and needs no kind of its
+own.
 """
 
 import re
@@ -36,6 +37,7 @@ def partition_kind(name: str) -> str:
     for pattern, kind in TABLE:
         if re.fullmatch(pattern, name):
             return kind
+
     raise KeyError(f"parameter {name} has no row in model/partition.py")
 
 
@@ -63,7 +65,9 @@ def full_shape(name: str, shape: Sequence[int], ranks: int) -> list[int]:
 
 
 def mark_shards(model: nn.Module) -> None:
-    """Set the tags by which DeepSpeed tells shards from replicated parameters when it computes norms."""
+    """Set the tags by which DeepSpeed tells shards from replicated parameters when it computes
+    norms.
+    """
     for name, parameter in model.named_parameters():
         dimension = partition_dimension(name)
         if dimension is not None:

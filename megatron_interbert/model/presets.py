@@ -8,8 +8,9 @@ from megatron_interbert.config.options import nearest
 from megatron_interbert.errors import UsageError
 from megatron_interbert.reading import read_json
 
-# Both small presets take vocabulary, features and classes from the data. Their first weights are wider: a layer's share of the
-# signal at width 64 is then what 0.02 makes it at 768 (0.02 x sqrt(768) = 0.55), without which attention learns nothing for long.
+# Both small presets take vocabulary, features and classes from the data. Their first weights are
+# wider: a layer's share of the signal at width 64 is then what 0.02 makes it at 768 (0.02 x
+# sqrt(768) = 0.55), without which attention learns nothing for long.
 SMALL = ModelConfig(
     vocab_size=0,
     feature_dim=0,
@@ -28,9 +29,11 @@ SMALL = ModelConfig(
 
 PRESETS = {
     "tiny": dataclasses.replace(SMALL, ffn_hidden_size=128, pooled_size=64),  # tests
-    "sample": SMALL.without_dropout(),  # the generated sample corpus: learns in minutes on two cores
+    # the generated sample corpus: learns in minutes on two cores
+    "sample": SMALL.without_dropout(),
     "base": ModelConfig(),  # the official sizes, 157.0 M parameters
-    "sample-chinese": dataclasses.replace(SMALL.without_dropout(), text_normalisation="chinese"),  # the generated shop
+    # the generated shop
+    "sample-chinese": dataclasses.replace(SMALL.without_dropout(), text_normalisation="chinese"),
     "base-chinese": ModelConfig(vocab_size=21128, text_normalisation="chinese"),
     "large": ModelConfig(
         hidden_size=1024,
@@ -50,10 +53,16 @@ def load_model_config(model: str) -> ModelConfig:
         return PRESETS[model]
     if model.endswith(".json") or Path(model).is_file():
         return model_config_from_dict(read_json(model, "--model"), model)
-    raise UsageError(f"--model {model}: no such preset or file{nearest(model, PRESETS)}; presets: {', '.join(PRESETS)}")
+
+    raise UsageError(
+        f"--model {model}: no such preset or file{nearest(model, PRESETS)}; presets:"
+        f" {', '.join(PRESETS)}"
+    )
 
 
-def fit_to_data(config: ModelConfig, vocab_size: int, feature_dim: int, num_classes: int, where: str) -> ModelConfig:
+def fit_to_data(
+    config: ModelConfig, vocab_size: int, feature_dim: int, num_classes: int, where: str
+) -> ModelConfig:
     """Fill in sizes of 0 from the data; UsageError where a fixed size disagrees with it."""
     found = {"vocab_size": vocab_size, "feature_dim": feature_dim, "num_classes": num_classes}
     for name, value in found.items():
@@ -63,4 +72,5 @@ def fit_to_data(config: ModelConfig, vocab_size: int, feature_dim: int, num_clas
                 f"{where}: {name} is {value}, but the model has {expected};"
                 " give the data or the vocabulary that the model was made for, or another --model"
             )
+
     return dataclasses.replace(config, **found)

@@ -1,4 +1,6 @@
-"""Photos named by image id. An id comes with the features, from anywhere, so it never becomes a path: it is looked up in a
+"""Photos named by image id.
+
+An id comes with the features, from anywhere, so it never becomes a path: it is looked up in a
 listing of the folder, and what is found is opened without following a link.
 """
 
@@ -18,7 +20,9 @@ from megatron_interbert.errors import UsageError
 TYPES = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png"}  # in the order of preference
 MOST_BYTES = 256 << 20  # a larger file is no photo that a page could show
 SETTLED = 2.0  # seconds after which another change of a folder shows in its time
-PAUSE = 10  # times as long as a listing takes, before the next one: a folder that always changes is not always listed
+# times as long as a listing takes, before the next one: a folder that always changes is not always
+# listed
+PAUSE = 10
 log = logging.getLogger("megatron_interbert.data")
 GONE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO}
 
@@ -44,14 +48,17 @@ class _Listing:
 
 
 class PhotoFolder:
-    """Photos IMAGE_ID.jpg, .jpeg or .png of a folder; the part of an id before a slash names a folder in it.
+    """Photos IMAGE_ID.jpg, .jpeg or .png of a folder; the part of an id before a slash names a
+    folder in it.
 
-    Hidden files and links to folders are left out, and so are links to files outside of the folder. It is listed again when
-    it has changed. `below`: the path of this folder in the one that the user named, whose files alone are shown.
+    Hidden files and links to folders are left out, and so are links to files outside of the folder.
+    It is listed again when it has changed. `below`: the path of this folder in the one that the
+    user named, whose files alone are shown.
     """
 
     def __init__(self, root: str | Path, below: str = "") -> None:
-        self.root, self.below = Path(root), below
+        self.root = Path(root)
+        self.below = below
         self.path = self.root / below
         self._listing: _Listing | None = None
         self._lock = threading.Lock()  # requests that come together wait for one listing
@@ -61,7 +68,10 @@ class PhotoFolder:
         return self._find(image_id) is not None
 
     def read(self, image_id: str) -> Photo | None:
-        """The photo of an image, or None where there is none; UsageError where the system does not let it be read."""
+        """The photo of an image, or None where there is none.
+
+        UsageError where the system does not let it be read.
+        """
         found = self._find(image_id)
         if found is None:
             return None
@@ -73,10 +83,13 @@ class PhotoFolder:
             if error.errno in GONE:
                 return None
             raise _not_read(self.root / path, error) from error
+
         return None if data is None else Photo(TYPES[Path(path).suffix], data)
 
     def _find(self, image_id: str) -> tuple[str, str] | None:
-        """The path of the photo of an image, and that of its file, which is another one for a link."""
+        """The path of the photo of an image, and that of its file, which is another one for a
+        link.
+        """
         first, slash, rest = image_id.partition("/")
         listing = self._current()
         if slash:
@@ -84,6 +97,7 @@ class PhotoFolder:
             return folder._find(rest) if folder else None
 
         path = listing.files.get(image_id)
+
         return (path, listing.links.get(path, path)) if path else None
 
     def _current(self) -> _Listing:
@@ -97,6 +111,7 @@ class PhotoFolder:
             if error.errno in GONE:
                 return _Listing({}, {}, {}, (0, 0, 0), False, 0.0)
             raise _not_read(self.path, error) from error
+
         return known
 
     def _may_differ(self, known: _Listing) -> bool:
@@ -119,7 +134,9 @@ class PhotoFolder:
                 if entry.name.startswith("."):
                     continue
                 if entry.is_dir(follow_symlinks=False):
-                    folders[entry.name] = PhotoFolder(self.root, os.path.join(self.below, entry.name))
+                    folders[entry.name] = PhotoFolder(
+                        self.root, os.path.join(self.below, entry.name)
+                    )
                     continue
 
                 stem, suffix = os.path.splitext(entry.name)
@@ -135,8 +152,12 @@ class PhotoFolder:
                     left_out += 1
 
         if left_out and self._listing is None:
-            log.warning("%s: %d links to photos outside of the folder are not followed", self.path, left_out)
+            log.warning(
+                "%s: %d links to photos outside of the folder are not followed", self.path, left_out
+            )
+
         took = time.monotonic() - begun
+
         return _Listing(files, links, folders, stamp, settled, begun + (1 + PAUSE) * took)
 
 
@@ -147,11 +168,14 @@ def photos_in(folder: str) -> PhotoFolder | None:
 
 
 def _preferred(suffix: str, known: str | None) -> bool:
-    """Whether a photo of this ending is taken rather than the one that is known of the same image."""
+    """Whether a photo of this ending is taken rather than the one that is known of the same
+    image.
+    """
     if known is None:
         return True
 
     kinds = list(TYPES)
+
     return kinds.index(suffix) < kinds.index(os.path.splitext(known)[1])
 
 
@@ -178,24 +202,31 @@ def _read_below(folder: Path, path: str) -> bytes | None:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return None
         data = file.read(MOST_BYTES + 1)
+
     return data if len(data) <= MOST_BYTES else None
 
 
 def _open_below(folder: Path, path: str) -> IO[bytes]:
     """Open what lies below a folder.
 
-    Each part of the path is opened in the one before it and none of them may be a link, so what is swapped for a link after
-    it was listed is not followed: that is an OSError.
+    Each part of the path is opened in the one before it and none of them may be a link, so what is
+    swapped for a link after it was listed is not followed: that is an OSError.
     """
     *parts, name = path.split("/")
     place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
     try:
         for part in parts:
-            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=place)
+            inner = os.open(
+                part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=place
+            )
             os.close(place)
             place = inner
 
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=place)
+        descriptor = os.open(
+            name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=place
+        )
     finally:
         os.close(place)
+
     return open(descriptor, "rb")

@@ -1,1 +1,3 @@
-"""Process groups, collectives with gradients, tensor-parallel layers, vocabulary-parallel loss, random streams."""
+"""Process groups, collectives with gradients, tensor-parallel layers, vocabulary-parallel loss,
+random streams.
+"""

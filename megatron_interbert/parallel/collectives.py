@@ -1,4 +1,7 @@
-"""Collectives over the tensor-parallel group with their gradients. A group of one rank (or None) costs nothing."""
+"""Collectives over the tensor-parallel group with their gradients.
+
+A group of one rank (or None) costs nothing.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,13 +25,19 @@ def group_rank(group: dist.ProcessGroup | None) -> int:
 
 
 def start_gather(x: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, dist.Work]:
-    """All ranks' rows [ranks x n, ..] in the order of the ranks, and what to wait for before they are read."""
+    """All ranks' rows [ranks x n, ..] in the order of the ranks, and what to wait for before they
+    are read.
+    """
     rows = x.new_empty(x.shape[0] * group_size(group), *x.shape[1:])
     return rows, _all_gather(rows, x.contiguous(), group=group, async_op=True)
 
 
-def start_reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, dist.Work]:
-    """This rank's rows [n, ..] of the sum of all ranks' x [ranks x n, ..], and what to wait for before they are read."""
+def start_reduce_scatter(
+    x: torch.Tensor, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, dist.Work]:
+    """This rank's rows [n, ..] of the sum of all ranks' x [ranks x n, ..], and what to wait for
+    before they are read.
+    """
     rows = x.new_empty(x.shape[0] // group_size(group), *x.shape[1:])
     return rows, _reduce_scatter(rows, x.contiguous(), group=group, async_op=True)
 
@@ -66,8 +75,11 @@ class _Collective(torch.autograd.Function):
     """One exchange forward and another one backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, there: Exchange, back: Exchange) -> torch.Tensor:
-        ctx.group, ctx.back = group, back
+    def forward(
+        ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, there: Exchange, back: Exchange
+    ) -> torch.Tensor:
+        ctx.group = group
+        ctx.back = back
         return there(x, group)
 
     @staticmethod
@@ -75,35 +87,49 @@ class _Collective(torch.autograd.Function):
         return ctx.back(grad, ctx.group), None, None, None
 
 
-def _exchange(x: torch.Tensor, group: dist.ProcessGroup | None, there: Exchange, back: Exchange) -> torch.Tensor:
+def _exchange(
+    x: torch.Tensor, group: dist.ProcessGroup | None, there: Exchange, back: Exchange
+) -> torch.Tensor:
     return x if group_size(group) == 1 else _Collective.apply(x, group, there, back)
 
 
 def copy_to_group(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Identity forward, sum of gradients backward: a replicated activation enters sharded layers."""
+    """Identity forward, sum of gradients backward: a replicated activation enters sharded
+    layers.
+    """
     return _exchange(x, group, _same, _summed)
 
 
 def reduce_from_group(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Sum forward, identity backward: partial results of sharded layers become a replicated activation."""
+    """Sum forward, identity backward: partial results of sharded layers become a replicated
+    activation.
+    """
     return _exchange(x, group, _summed, _same)
 
 
 def gather_rows(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Rows shared out [n, ..] enter sharded layers [ranks x n, ..]: gathered forward, gradients summed and shared out backward."""
+    """Rows shared out [n, ..] enter sharded layers [ranks x n, ..]: gathered forward, gradients
+    summed and shared out backward.
+    """
     return _exchange(x, group, _gathered, _scattered)
 
 
 def scatter_sum(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Partial results of sharded layers [ranks x n, ..] become rows shared out [n, ..]: summed forward, gathered backward."""
+    """Partial results of sharded layers [ranks x n, ..] become rows shared out [n, ..]: summed
+    forward, gathered backward.
+    """
     return _exchange(x, group, _scattered, _gathered)
 
 
 def split_rows(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """A replicated activation [ranks x n, ..] becomes rows shared out [n, ..]; gradients are gathered."""
+    """A replicated activation [ranks x n, ..] becomes rows shared out [n, ..]; gradients are
+    gathered.
+    """
     return _exchange(x, group, _own, _gathered)
 
 
 def join_rows(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Rows shared out [n, ..] become a replicated activation [ranks x n, ..], whose gradient is the same on all ranks."""
+    """Rows shared out [n, ..] become a replicated activation [ranks x n, ..], whose gradient is the
+    same on all ranks.
+    """
     return _exchange(x, group, _gathered, _own)

@@ -28,6 +28,7 @@ def gpus() -> int:
             f"{ACCELERATOR} is '{asked}', expected cpu or cuda (which stands for AMD's GPUs too);"
             " unset it to take the GPUs that torch sees, else the CPU"
         )
+
     if asked == "cpu":
         return 0
 
@@ -38,11 +39,13 @@ def gpus() -> int:
             f"{ACCELERATOR} is cuda, but torch {torch.__version__} sees no GPU on {node_name()}"
             f" ({reason}); unset it, or set it to cpu, to train on the CPU"
         )
+
     return there
 
 
 def this_device() -> torch.device:
-    """Choose the GPU of this process's local rank, else the CPU, and make it torch's current device.
+    """Choose the GPU of this process's local rank, else the CPU, and make it torch's current
+    device.
 
     Where a launcher shows each process a GPU of its own (srun --gpus-per-task=1), that is number 0
     for all of them. UsageError, the same on all ranks of a machine, where these are more than its
@@ -61,8 +64,10 @@ def this_device() -> torch.device:
             f" GPU{'s' * (there > 1)} there; start {there} (deepspeed --num_gpus {there}, torchrun"
             f" --nproc-per-node {there}), or set {ACCELERATOR}=cpu to train on the CPU"
         )
+
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
+
     return device
 
 
@@ -82,16 +87,24 @@ def why_no_gpu() -> str:
         return ""
     if torch.version.cuda is None:
         return "it has an NVIDIA driver, but this torch is a build for CPUs"
-    return f"its NVIDIA driver does not serve CUDA {torch.version.cuda}, which this torch is built for"
+
+    return (
+        f"its NVIDIA driver does not serve CUDA {torch.version.cuda}, which this torch is built for"
+    )
 
 
 def unused_gpu_note() -> str:
-    """A line for a user whose GPU will stay idle without being asked to; empty where all is well."""
+    """A line for a user whose GPU will stay idle without being asked to.
+
+    Empty where all is well.
+    """
     if os.environ.get(ACCELERATOR) or "CUDA_VISIBLE_DEVICES" in os.environ or gpus():
         return ""
+
     reason = why_no_gpu()
     if not reason:
         return ""
+
     return (
         f"note: training on the CPU of {node_name()}: {reason} (torch {torch.__version__});"
         f" install a build of torch that fits, or set {ACCELERATOR}=cpu if this is meant"

@@ -1,4 +1,6 @@
-"""Where this process stands among all processes of a run, read in one place from whatever started it."""
+"""Where this process stands among all processes of a run, read in one place from whatever started
+it.
+"""
 
 import os
 import re
@@ -13,7 +15,10 @@ PORTS = range(20000, 30000)  # below the ports that Linux gives to outgoing conn
 
 @dataclass(frozen=True)
 class Launch:
-    """`launcher` is deepspeed, torchrun, srun or python; `node` the machine's name; (`master`, `port`) where all ranks meet."""
+    """`launcher` is deepspeed, torchrun, srun or python.
+
+    `node` the machine's name; (`master`, `port`) where all ranks meet.
+    """
 
     launcher: str
     rank: int
@@ -42,7 +47,9 @@ class Launch:
 
 @dataclass(frozen=True)
 class LocalPlace:
-    """The number of a process among the `size` of its machine, and whether it sees all devices there."""
+    """The number of a process among the `size` of its machine, and whether it sees all devices
+    there.
+    """
 
     rank: int
     size: int
@@ -58,6 +65,7 @@ def local_place() -> LocalPlace:
     slurm = _by_srun() and "LOCAL_RANK" not in os.environ
     rank = number("SLURM_LOCALID" if slurm else "LOCAL_RANK", 0)
     size = number("LOCAL_WORLD_SIZE", number("LOCAL_SIZE", 1, least=1), least=1)
+
     return LocalPlace(rank, size, read_launcher() in ("deepspeed", "torchrun"))
 
 
@@ -71,14 +79,20 @@ def read_launcher() -> str:
 
 
 def _by_srun() -> bool:
-    """Whether this is one of several tasks of a step; a batch script has SLURM_NTASKS, and is one."""
+    """Whether this is one of several tasks of a step.
+
+    A batch script has SLURM_NTASKS, and is one.
+    """
     return number("SLURM_STEP_NUM_TASKS", 1, least=1) > 1
 
 
 def _set_by_srun(name: str) -> str:
     """Read a variable of Slurm's; UsageError where it is missing beside those that are there."""
     if name not in os.environ:
-        raise UsageError(f"SLURM_STEP_NUM_TASKS is set and {name} is not; start the processes by srun")
+        raise UsageError(
+            f"SLURM_STEP_NUM_TASKS is set and {name} is not; start the processes by srun"
+        )
+
     return os.environ[name]
 
 
@@ -91,6 +105,7 @@ def read_launch() -> Launch:
     """
     env = os.environ
     launcher = read_launcher()
+
     if "RANK" in env and "WORLD_SIZE" in env:
         pass  # as they say
     elif launcher == "srun":
@@ -102,21 +117,35 @@ def read_launch() -> Launch:
         env.setdefault("LOCAL_WORLD_SIZE", _first(env.get("SLURM_STEP_TASKS_PER_NODE", "1")))
         env["MASTER_ADDR"], env["MASTER_PORT"] = meeting_place()
     else:
-        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        env.update(
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(free_port()),
+        )
+
     rank = number("RANK", 0)
     ranks = number("WORLD_SIZE", 1, least=1)
     if rank >= ranks:
         raise UsageError(
-            f"RANK is {rank} and WORLD_SIZE {ranks}, expected a rank from 0 to {ranks - 1}; see how the job was started"
+            f"RANK is {rank} and WORLD_SIZE {ranks}, expected a rank from 0 to {ranks - 1}; see how"
+            " the job was started"
         )
+
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not env.get(name):
-            raise UsageError(f"{name} is not set, so {ranks} processes cannot meet; start them by deepspeed, torchrun or sbatch")
+            raise UsageError(
+                f"{name} is not set, so {ranks} processes cannot meet; start them by deepspeed,"
+                " torchrun or sbatch"
+            )
+
     port = number("MASTER_PORT", 0, least=1)
     if port >= 1 << 16:
         raise UsageError(f"MASTER_PORT is {port}, expected 1 to 65535")
 
     place = local_place()
+
     return Launch(
         launcher,
         rank,
@@ -133,6 +162,7 @@ def environment_of_one_process() -> dict[str, str]:
     """Give this process's environment without what says that it is one of several."""
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
     meeting = ("MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE", "SLURM_STEP_NUM_TASKS")
+
     return {
         name: value
         for name, value in os.environ.items()
@@ -158,8 +188,10 @@ def number(name: str, default: int, least: int = 0) -> int:
     plain = text.isascii() and text.isdigit() and len(text) < 20
     if not plain or int(text) < least:
         raise UsageError(
-            f"{name} is '{text[:40]}', expected a number, {least} or more; see how the job was started"
+            f"{name} is '{text[:40]}', expected a number, {least} or more; see how the job was"
+            " started"
         )
+
     return int(text)
 
 
@@ -175,6 +207,12 @@ def first_host(nodes: str) -> str:
 
 
 def meeting_place() -> tuple[str, str]:
-    """(address, port) of MASTER_ADDR and MASTER_PORT, else the first machine of the Slurm step and a port that only this job has."""
-    nodes, job = os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"), number("SLURM_JOB_ID", 0)
-    return os.environ.get("MASTER_ADDR") or first_host(nodes), os.environ.get("MASTER_PORT") or str(PORTS[job % len(PORTS)])
+    """(address, port) of MASTER_ADDR and MASTER_PORT, else the first machine of the Slurm step and
+    a port that only this job has.
+    """
+    nodes = os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")
+    job = number("SLURM_JOB_ID", 0)
+
+    return os.environ.get("MASTER_ADDR") or first_host(nodes), os.environ.get("MASTER_PORT") or str(
+        PORTS[job % len(PORTS)]
+    )

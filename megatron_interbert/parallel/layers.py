@@ -1,8 +1,8 @@
 """Linear and embedding layers whose weights are shared out over a tensor-parallel group.
 
-Each takes the full sizes and its group (the linear ones by the placement of token rows in it), and holds only its own slice. A
-column-parallel layer followed by a row-parallel one costs one all-reduce forward and one backward, or what stands for it where rows
-are shared out.
+Each takes the full sizes and its group (the linear ones by the placement of token rows in it), and
+holds only its own slice. A column-parallel layer followed by a row-parallel one costs one all-
+reduce forward and one backward, or what stands for it where rows are shared out.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,9 @@ Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class ColumnParallelLinear(nn.Module):
-    """y = activation(x W^T, b) with the rows of W [out, in] shared out: [N, in] placed so -> all of [N, out / ranks]."""
+    """y = activation(x W^T, b) with the rows of W [out, in] shared out: [N, in] placed so -> all of
+    [N, out / ranks].
+    """
 
     def __init__(
         self,
@@ -30,25 +32,34 @@ class ColumnParallelLinear(nn.Module):
         activation: Activation | None = None,
     ) -> None:
         super().__init__()
-        self.placement, self.products, self.activation = placement, products, activation
+        self.placement = placement
+        self.products = products
+        self.activation = activation
         self.weight = nn.Parameter(torch.empty(out_features // placement.ranks, in_features))
         self.bias = nn.Parameter(torch.empty(out_features // placement.ranks))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.activation is None:
             return self.placement.column_linear(x, self.weight, self.bias, self.products)
-        return self.activation(self.placement.column_linear(x, self.weight, None, self.products), self.bias)
+        return self.activation(
+            self.placement.column_linear(x, self.weight, None, self.products), self.bias
+        )
 
 
 class RowParallelLinear(nn.Module):
-    """y = x W^T with the columns of W [out, in] shared out: all of [N, in / ranks] -> [N, out] placed so.
+    """y = x W^T with the columns of W [out, in] shared out: all of [N, in / ranks] -> [N, out]
+    placed so.
 
-    It has no bias: that is replicated, is added once after the reduction, and lives in the layer that adds it.
+    It has no bias: that is replicated, is added once after the reduction, and lives in the layer
+    that adds it.
     """
 
-    def __init__(self, in_features: int, out_features: int, placement: Placement, products: Products) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, placement: Placement, products: Products
+    ) -> None:
         super().__init__()
-        self.placement, self.products = placement, products
+        self.placement = placement
+        self.products = products
         self.weight = nn.Parameter(torch.empty(out_features, in_features // placement.ranks))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -56,12 +67,15 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rows of a [padded vocabulary, hidden] table shared out; token ids [Nt] -> [Nt, hidden] replicated.
+    """Rows of a [padded vocabulary, hidden] table shared out; token ids [Nt] -> [Nt, hidden]
+    replicated.
 
     The same weight serves as the decoder of the word head, so its logits are shared out alike.
     """
 
-    def __init__(self, padded_vocab_size: int, hidden_size: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, padded_vocab_size: int, hidden_size: int, group: dist.ProcessGroup | None
+    ) -> None:
         super().__init__()
         self.group = group
         self.rows = padded_vocab_size // group_size(group)
@@ -74,4 +88,5 @@ class VocabParallelEmbedding(nn.Module):
         local = token_ids - self.first
         elsewhere = (local < 0) | (local >= self.rows)
         embedded = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+
         return reduce_from_group(embedded.masked_fill(elsewhere[:, None], 0.0), self.group)

@@ -1,8 +1,10 @@
-"""Where the rows of tokens lie between the sharded layers: all on every rank, or shared out (sequence parallelism).
+"""Where the rows of tokens lie between the sharded layers: all on every rank, or shared out
+(sequence parallelism).
 
-Shared out, what stands between two sharded layers (dropout, residual, norm) is done and remembered once in a tensor-parallel group and
-not by each of its ranks. An all-reduce becomes a reduce-scatter and an all-gather, which send as much; but the backward pass gathers
-what it did not keep once more, so that a quarter to a third more is sent in all. From Korthikanti et al., "Reducing activation
+Shared out, what stands between two sharded layers (dropout, residual, norm) is done and remembered
+once in a tensor-parallel group and not by each of its ranks. An all-reduce becomes a reduce-scatter
+and an all-gather, which send as much; but the backward pass gathers what it did not keep once more,
+so that a quarter to a third more is sent in all. From Korthikanti et al., "Reducing activation
 recomputation in large transformer models" (arXiv 2205.05198).
 """
 
@@ -27,10 +29,14 @@ from megatron_interbert.parallel.collectives import (
 
 
 class Products(Protocol):
-    """How a layer y = x W^T + b multiplies: x [N, in], weight [out, in], bias [out], grad [N, out]."""
+    """How a layer y = x W^T + b multiplies: x [N, in], weight [out, in], bias [out], grad [N,
+    out].
+    """
 
     @staticmethod
-    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """[N, out], with gradients by autograd."""
 
     @staticmethod
@@ -44,7 +50,10 @@ class Products(Protocol):
 
 @dataclass(frozen=True)
 class Placement:
-    """Of one tensor-parallel group. `shared`: between the sharded layers each rank holds an equal part of the rows, in order."""
+    """Of one tensor-parallel group.
+
+    `shared`: between the sharded layers each rank holds an equal part of the rows, in order.
+    """
 
     group: dist.ProcessGroup | None = None
     shared: bool = False
@@ -54,7 +63,9 @@ class Placement:
         """Number of ranks."""
         return group_size(self.group)
 
-    def column_linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, products: Products) -> torch.Tensor:
+    def column_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, products: Products
+    ) -> torch.Tensor:
         """All rows [N, out / ranks] of x W^T + b; x [N, in], or this rank's rows of it."""
         if self.ranks == 1:
             return products.linear(x, weight, bias)
@@ -62,17 +73,25 @@ class Placement:
 
     def reduce(self, partial: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' partial results [N, H]: all rows of it, or this rank's."""
-        return scatter_sum(partial, self.group) if self.shared else reduce_from_group(partial, self.group)
+        return (
+            scatter_sum(partial, self.group)
+            if self.shared
+            else reduce_from_group(partial, self.group)
+        )
 
     def parameters(self, *vectors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Replicated vectors [H] that act on the rows of this rank: their gradients are summed over the ranks."""
+        """Replicated vectors [H] that act on the rows of this rank: their gradients are summed over
+        the ranks.
+        """
         return copy_to_group(torch.stack(vectors), self.group).unbind() if self.shared else vectors
 
     def select(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """The rows [R] of x by their numbers among all; shared out again, if they are."""
         if not self.shared:
             return x.index_select(0, rows)
-        return gather_rows(x, self.group).index_select(0, rows.chunk(self.ranks)[group_rank(self.group)])
+        return gather_rows(x, self.group).index_select(
+            0, rows.chunk(self.ranks)[group_rank(self.group)]
+        )
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's rows of a replicated x, to be shared out."""
@@ -84,21 +103,32 @@ class Placement:
 
 
 class _ColumnLinear(torch.autograd.Function):
-    """The backward pass communicates while it multiplies: rows arrive during the first product, gradients leave during the second."""
+    """The backward pass communicates while it multiplies: rows arrive during the first product,
+    gradients leave during the second.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, placement: Placement, products: Products
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        placement: Placement,
+        products: Products,
     ) -> torch.Tensor:
-        ctx.placement, ctx.products = placement, products
+        ctx.placement = placement
+        ctx.products = products
         ctx.save_for_backward(x, weight)  # this rank's rows: the others come again
         if placement.shared:
             x, arrived = start_gather(x, placement.group)
             arrived.wait()
+
         return products.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, None, None]:
+    def backward(
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, None, None]:
         (x, weight), group, products = ctx.saved_tensors, ctx.placement.group, ctx.products
         if ctx.placement.shared:
             x, arrived = start_gather(x, group)
@@ -108,7 +138,9 @@ class _ColumnLinear(torch.autograd.Function):
         else:
             grad_x = products.input_gradient(grad, weight)
             summed = dist.all_reduce(grad_x, group=group, async_op=True)
+
         grad_weight = products.weight_gradient(grad, x)
         grad_bias = grad.sum(dim=0) if ctx.needs_input_grad[2] else None
         summed.wait()
+
         return grad_x, grad_weight, grad_bias, None, None

@@ -1,8 +1,9 @@
 """Two streams of random numbers for dropout, and recomputation that replays both.
 
-Replicated activations draw from torch's default generator, seeded alike on the ranks of a tensor-parallel group; sharded
-ones draw inside `RandomStreams.sharded()`, seeded apart. Both are seeded anew from (seed, step) at every step, so there is
-no state to save: a resumed step draws what the undisturbed one would have drawn.
+Replicated activations draw from torch's default generator, seeded alike on the ranks of a tensor-
+parallel group; sharded ones draw inside `RandomStreams.sharded()`, seeded apart. Both are seeded
+anew from (seed, step) at every step, so there is no state to save: a resumed step draws what the
+undisturbed one would have drawn.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,9 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 
 class RandomStreams:
-    """The sharded stream of one device. `data_rank` and `tensor_rank` keep ranks apart where they must differ.
+    """The sharded stream of one device.
 
-    `alone`: there is no other tensor-parallel rank, so one stream serves for both, and nothing is read and written.
+    `data_rank` and `tensor_rank` keep ranks apart where they must differ.
+
+    `alone`: there is no other tensor-parallel rank, so one stream serves for both, and nothing is
+    read and written.
     """
 
     def __init__(
@@ -28,14 +32,21 @@ class RandomStreams:
         device: torch.device | str = "cpu",
         alone: bool = False,
     ) -> None:
-        self.seed, self.data_rank, self.tensor_rank, self.alone = seed, data_rank, tensor_rank, alone
+        self.seed = seed
+        self.data_rank = data_rank
+        self.tensor_rank = tensor_rank
+        self.alone = alone
         self.on_gpu = torch.device(device).type == "cuda"
         self.start_step(0)
 
     def start_step(self, step: int) -> None:
         """Seed both streams for an optimizer step."""
-        replicated = np.random.SeedSequence([self.seed, step, self.data_rank]).generate_state(1, np.uint64)[0]
-        sharded = np.random.SeedSequence([self.seed, step, self.data_rank, self.tensor_rank + 1]).generate_state(1, np.uint64)[0]
+        replicated = np.random.SeedSequence([self.seed, step, self.data_rank]).generate_state(
+            1, np.uint64
+        )[0]
+        sharded = np.random.SeedSequence(
+            [self.seed, step, self.data_rank, self.tensor_rank + 1]
+        ).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(sharded))
         self._sharded_state = self._read()
         torch.manual_seed(int(replicated))
@@ -58,6 +69,7 @@ class RandomStreams:
 
         replicated = self._read()
         self._write(self._sharded_state)
+
         try:
             yield
         finally:
@@ -79,7 +91,9 @@ class RandomStreams:
             self._sharded_state = later
 
     def recompute(self, function: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
-        """function(*inputs) whose activations are recomputed in the backward pass, dropout of both streams replayed."""
+        """function(*inputs) whose activations are recomputed in the backward pass, dropout of both
+        streams replayed.
+        """
         memory: dict[str, Any] = {}
         return checkpoint(
             function,

@@ -17,36 +17,50 @@ COLLECTIVE_TIMEOUT = timedelta(days=1)
 
 
 class ParallelState:
-    """Ranks of one tensor-parallel group are neighbours (they talk most); data parallel strides over them.
+    """Ranks of one tensor-parallel group are neighbours (they talk most); data parallel strides
+    over them.
 
-    Without torch.distributed, or `alone`, it describes a single process. Method names are those DeepSpeed asks an mpu for.
+    Without torch.distributed, or `alone`, it describes a single process. Method names are those
+    DeepSpeed asks an mpu for.
     """
 
-    def __init__(self, tensor_parallel_size: int = 1, sequence_parallel: bool = False, alone: bool = False) -> None:
+    def __init__(
+        self, tensor_parallel_size: int = 1, sequence_parallel: bool = False, alone: bool = False
+    ) -> None:
         together = dist.is_initialized() and not alone
         self.node = node_name()
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        self.rank, self.world_size = (
+            (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        )
+
         if self.world_size % tensor_parallel_size:
             raise UsageError(
-                f"--tensor-model-parallel-size {tensor_parallel_size} does not divide the {self.world_size}"
-                " processes; start a multiple of it (deepspeed --num_gpus N)"
+                f"--tensor-model-parallel-size {tensor_parallel_size} does not divide the"
+                f" {self.world_size} processes; start a multiple of it (deepspeed --num_gpus N)"
             )
+
         self.tensor_size = tensor_parallel_size
         self.data_size = self.world_size // tensor_parallel_size
-        self.tensor_rank, self.data_rank = self.rank % tensor_parallel_size, self.rank // tensor_parallel_size
+        self.tensor_rank = self.rank % tensor_parallel_size
+        self.data_rank = self.rank // tensor_parallel_size
         self.tensor_group: dist.ProcessGroup | None = None
         self.data_group: dist.ProcessGroup | None = None
         self._data_ranks = list(range(self.tensor_rank, self.world_size, tensor_parallel_size))
         if together:
             self._make_groups()
-        self.placement = Placement(self.tensor_group, shared=sequence_parallel and self.tensor_size > 1)
+
+        self.placement = Placement(
+            self.tensor_group, shared=sequence_parallel and self.tensor_size > 1
+        )
 
     def _make_groups(self) -> None:
-        for first in range(0, self.world_size, self.tensor_size):  # every rank takes part in making every group
+        # every rank takes part in making every group
+        for first in range(0, self.world_size, self.tensor_size):
             ranks = list(range(first, first + self.tensor_size))
             group = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)
             if self.rank in ranks:
                 self.tensor_group = group
+
         for first in range(self.tensor_size):
             ranks = list(range(first, self.world_size, self.tensor_size))
             group = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)
@@ -87,6 +101,7 @@ class ParallelState:
             return [value]
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=group)
+
         return values
 
     # The mpu interface of DeepSpeed.

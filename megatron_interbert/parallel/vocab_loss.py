@@ -1,6 +1,8 @@
-"""Vocabulary projection and cross entropy in one operation, shared out over a tensor-parallel group.
+"""Vocabulary projection and cross entropy in one operation, shared out over a tensor-parallel
+group.
 
-Legend: M target rows, H hidden, V padded vocabulary, T ranks of the group, C = V / T columns of this rank.
+Legend: M target rows, H hidden, V padded vocabulary, T ranks of the group, C = V / T columns of
+this rank.
 """
 
 from collections.abc import Callable
@@ -17,7 +19,9 @@ CHUNK = 1 << 26  # logits that exist at a time: 128 MiB in 16 bits
 
 
 class VocabMath(NamedTuple):
-    """The two passes over logits [m, C], of which the first `words` columns stand for words (see kernels/plain.py)."""
+    """The two passes over logits [m, C], of which the first `words` columns stand for words (see
+    kernels/plain.py).
+    """
 
     statistics: Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, ...]]
     gradient: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -43,7 +47,9 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         """Keeps the inputs and the logarithm of each row's sum of exponentials."""
         local = labels - len(weight) * group_rank(group)
         rows = max(1, CHUNK // len(weight))
-        found, logits = [], None
+        found = []
+        logits = None
+
         for part, of_part in zip(hidden.split(rows), local.split(rows), strict=True):
             logits = None  # frees the last chunk before the next is made
             logits = F.linear(part, weight, bias)
@@ -51,30 +57,43 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
 
         largest, total, own, best = (torch.cat(values) for values in zip(*found, strict=True))
         overall = _reduced(largest, group, dist.ReduceOp.MAX)
-        total, own = _reduced(torch.stack([total * (largest - overall).exp(), own]), group, dist.ReduceOp.SUM)
+        total, own = _reduced(
+            torch.stack([total * (largest - overall).exp(), own]), group, dist.ReduceOp.SUM
+        )
         # The lowest index wins a tie, on one rank and over all.
-        best = (best + len(weight) * group_rank(group)).masked_fill(largest < overall, torch.iinfo(best.dtype).max)
+        best = (best + len(weight) * group_rank(group)).masked_fill(
+            largest < overall, torch.iinfo(best.dtype).max
+        )
         right = _reduced(best, group, dist.ReduceOp.MIN) == labels
         normaliser = total.log() + overall
         ctx.save_for_backward(hidden, weight, bias, local, normaliser)
         ctx.logits = logits if len(found) == 1 else None
-        ctx.words, ctx.math, ctx.rows = words, math, rows
+        ctx.words = words
+        ctx.math = math
+        ctx.rows = rows
         ctx.mark_non_differentiable(right)
+
         return normaliser - own, right
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor, _right: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad: torch.Tensor, _right: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         """Give the gradients of hidden, weight and bias; a kept chunk of logits is used up."""
         hidden, weight, bias, local, normaliser = ctx.saved_tensors
-        logits, ctx.logits = ctx.logits, None  # whose memory the gradient takes
+        # whose memory the gradient takes
+        logits = ctx.logits
+        ctx.logits = None
         dhidden = torch.empty_like(hidden)
-        dweight, dbias = torch.empty_like(weight), torch.zeros_like(bias)
+        dweight = torch.empty_like(weight)
+        dbias = torch.zeros_like(bias)
         pieces = [x.split(ctx.rows) for x in (hidden, dhidden, local, normaliser, grad)]
 
         for number, (part, dpart, of_part, normal, dloss) in enumerate(zip(*pieces, strict=True)):
             if logits is None:
                 logits = F.linear(part, weight, bias)
+
             dlogits = ctx.math.gradient(logits, of_part, normal, dloss, ctx.words)
             torch.mm(dlogits, weight, out=dpart)
             dweight.addmm_(dlogits.t(), part, beta=float(number > 0))  # the first one overwrites
@@ -84,10 +103,13 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         return dhidden, dweight, dbias, None, None, None, None
 
 
-def _reduced(tensor: torch.Tensor, group: dist.ProcessGroup | None, operation: dist.ReduceOp) -> torch.Tensor:
+def _reduced(
+    tensor: torch.Tensor, group: dist.ProcessGroup | None, operation: dist.ReduceOp
+) -> torch.Tensor:
     if group_size(group) > 1:
         tensor = tensor.clone()
         dist.all_reduce(tensor, op=operation, group=group)
+
     return tensor
 
 
@@ -100,12 +122,15 @@ def vocab_parallel_loss(
     group: dist.ProcessGroup | None,
     math: VocabMath,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cross entropy of each row [M], whether its most likely word is the label [M]), alike on all ranks.
+    """(cross entropy of each row [M], whether its most likely word is the label [M]), alike on all
+    ranks.
 
-    Logits are hidden [M, H] times this rank's rows of the table `weight` [C, H], plus `bias` [C]; `labels` [M] in [0, V). `hidden` is
-    replicated, and its gradient is this rank's part: it must have come through copy_to_group.
+    Logits are hidden [M, H] times this rank's rows of the table `weight` [C, H], plus `bias` [C];
+    `labels` [M] in [0, V). `hidden` is replicated, and its gradient is this rank's part: it must
+    have come through copy_to_group.
     """
     if len(hidden) == 0:  # a gradient of zeros for every parameter, as for any other batch
         nothing = hidden.sum() + weight[:1].sum() * 0.0 + bias[:1].sum() * 0.0
         return nothing.expand(0), labels == labels
+
     return _ProjectedCrossEntropy.apply(hidden, weight, bias, labels, words, group, math)

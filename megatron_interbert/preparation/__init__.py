@@ -1,1 +1,4 @@
-"""Everything before training: building, inspecting and mining region stores. Training does not import it."""
+"""Everything before training: building, inspecting and mining region stores.
+
+Training does not import it.
+"""

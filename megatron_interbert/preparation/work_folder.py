@@ -1,4 +1,6 @@
-"""Folders of unfinished work: held by one process, never reached through a link, emptied of our own files alone."""
+"""Folders of unfinished work: held by one process, never reached through a link, emptied of our own
+files alone.
+"""
 
 import contextlib
 import errno
@@ -14,17 +16,21 @@ from megatron_interbert.reading import list_folder
 
 
 def lock_folder(folder: Path, busy: str) -> int:
-    """Make a folder, or take the one that is there, and lock it; gives the descriptor that holds the lock.
+    """Make a folder, or take the one that is there, and lock it; gives the descriptor that holds
+    the lock.
 
     UsageError where a link or a file has its name, or, with `busy`, where another process holds it.
     """
     refuse_link(folder)
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise UsageError(
-            f"{error.filename}: is no folder, expected one that this command makes; move it elsewhere"
+            f"{error.filename}: is no folder, expected one that this command makes; move it"
+            " elsewhere"
         ) from None
+
     handle = open_folder(folder)
 
     try:
@@ -32,13 +38,15 @@ def lock_folder(folder: Path, busy: str) -> int:
     except OSError as error:
         taken = True
         print(
-            f"note: {folder} cannot be locked ({error.strerror}); see that no other process works there",
+            f"note: {folder} cannot be locked ({error.strerror}); see that no other process works"
+            " there",
             flush=True,
         )
 
     if not taken:
         os.close(handle)
         raise UsageError(f"{folder}: {busy}")
+
     return handle
 
 
@@ -52,12 +60,16 @@ def refuse_link(path: Path) -> None:
 
 
 def own_names(folder: Path, ours: Sequence[str]) -> list[str]:
-    """List what matches the patterns `ours`, in their order; a pattern for folders ends with a slash."""
+    """List what matches the patterns `ours`, in their order; a pattern for folders ends with a
+    slash.
+    """
     found = []
+
     for name in list_folder(folder):
         place = _place(folder, name, ours)
         if place is not None:
             found.append((place, name))
+
     return [name for _, name in sorted(found)]
 
 
@@ -69,8 +81,8 @@ def refuse_strangers(folder: Path, ours: Sequence[str]) -> None:
     for name in list_folder(folder):
         if not name.startswith(".") and _place(folder, name, ours) is None:
             raise UsageError(
-                f"{folder}: holds {name[:200]!r}, which this command did not make; nothing was removed;"
-                " move it elsewhere, or remove the folder if all in it can go"
+                f"{folder}: holds {name[:200]!r}, which this command did not make; nothing was"
+                " removed; move it elsewhere, or remove the folder if all in it can go"
             )
 
 
@@ -95,4 +107,5 @@ def _place(folder: Path, name: str, ours: Sequence[str]) -> int | None:
     with contextlib.suppress(FileNotFoundError):
         if stat.S_ISDIR((folder / name).lstat().st_mode):
             name += "/"
+
     return next((place for place, pattern in enumerate(ours) if fnmatchcase(name, pattern)), None)

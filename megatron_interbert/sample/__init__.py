@@ -1,1 +1,3 @@
-"""Generated worlds to try everything out on: the sample corpus, the sample shop, and what is known about them."""
+"""Generated worlds to try everything out on: the sample corpus, the sample shop, and what is known
+about them.
+"""

@@ -1,8 +1,10 @@
-"""Writes the sample corpus: a generated world with captions in English and Chinese, for trying things out.
+"""Writes the sample corpus: a generated world with captions in English and Chinese, for trying
+things out.
 
-Everything in it is made up: 60 kinds of objects in 6 colours stand in 20 places that decide which of them meet. Region
-features are noisy prototypes, boxes overlap as a detector's do, soft labels are confused between near classes. The same
-seed gives the same corpus. Train and test scenes are drawn apart.
+Everything in it is made up: 60 kinds of objects in 6 colours stand in 20 places that decide which
+of them meet. Region features are noisy prototypes, boxes overlap as a detector's do, soft labels
+are confused between near classes. The same seed gives the same corpus. Train and test scenes are
+drawn apart.
 """
 
 import json
@@ -39,7 +41,14 @@ PLACES = {
     "bakery": "面包店",
     "hotel": "酒店",
 }
-COLOURS = {"red": "红色", "blue": "蓝色", "green": "绿色", "yellow": "黄色", "black": "黑色", "white": "白色"}
+COLOURS = {
+    "red": "红色",
+    "blue": "蓝色",
+    "green": "绿色",
+    "yellow": "黄色",
+    "black": "黑色",
+    "white": "白色",
+}
 OBJECTS = {
     "cup": "杯子",
     "plate": "盘子",
@@ -102,9 +111,27 @@ OBJECTS = {
     "vase": "花瓶",
     "picture": "画",
 }
-WORDS = ["a", "and", "in", "the", "is", "next", "to", "left", "right", "of", "there", "with", "scene", "on"]
-NAMES, COLOUR_NAMES, PLACE_NAMES = list(OBJECTS), list(COLOURS), list(PLACES)
-WIDTH, HEIGHT = 640, 480
+WORDS = [
+    "a",
+    "and",
+    "in",
+    "the",
+    "is",
+    "next",
+    "to",
+    "left",
+    "right",
+    "of",
+    "there",
+    "with",
+    "scene",
+    "on",
+]
+NAMES = list(OBJECTS)
+COLOUR_NAMES = list(COLOURS)
+PLACE_NAMES = list(PLACES)
+WIDTH = 640
+HEIGHT = 480
 
 
 @dataclass
@@ -126,9 +153,12 @@ class World:
         self.object_features = random.normal(size=(len(NAMES), FEATURES))
         self.colour_features = random.normal(size=(len(COLOURS), FEATURES))
         self.sizes = random.uniform(60, 200, size=(len(NAMES), 2))
-        # Eight objects are at home in each place and each object in two or three places: what stands around a hidden object
-        # tells something of it, but not all. Without places nothing would, and nothing is learned.
-        order = np.concatenate([random.permutation(len(NAMES)) for _ in range(3)])[: 8 * len(PLACES)]
+        # Eight objects are at home in each place and each object in two or three places: what
+        # stands around a hidden object tells something of it, but not all. Without places nothing
+        # would, and nothing is learned.
+        order = np.concatenate([random.permutation(len(NAMES)) for _ in range(3)])[
+            : 8 * len(PLACES)
+        ]
         self.homes = [np.unique(home) for home in order.reshape(len(PLACES), 8)]
         self.detector = Detector(self.object_features, noise)
 
@@ -141,46 +171,83 @@ class World:
         colours = random.integers(len(COLOURS), size=count)
         size = self.sizes[kinds] * random.uniform(0.7, 1.3, size=(count, 1))
         corner = random.uniform(0, 1, size=(count, 2)) * ([WIDTH, HEIGHT] - size)
+
         return Scene(place, kinds, colours, np.concatenate([corner, corner + size], axis=1))
 
-    def scene(self, random: np.random.Generator, name: str) -> tuple[Regions, list[tuple[str, str]]]:
+    def scene(
+        self, random: np.random.Generator, name: str
+    ) -> tuple[Regions, list[tuple[str, str]]]:
         """One image and its two captions [(text, language)]."""
         found = self.draw(random)
         features = self.object_features[found.kinds] + self.colour_features[found.colours]
-        regions = self.detector.detect(random, name, (WIDTH, HEIGHT), found.kinds, features, found.boxes)
+        regions = self.detector.detect(
+            random, name, (WIDTH, HEIGHT), found.kinds, features, found.boxes
+        )
         what = (found.place, found.kinds, found.colours, found.boxes)
+
         return regions, [(self.english(random, *what), "en"), (self.chinese(random, *what), "zh")]
 
     def annotated(self, scene: Scene, random: np.random.Generator, name: str) -> Regions:
-        """The scene's objects in their order, as annotators draw boxes: exact; features as the detector's."""
+        """The scene's objects in their order, as annotators draw boxes: exact; features as the
+        detector's.
+        """
         features = self.object_features[scene.kinds] + self.colour_features[scene.colours]
         features = features + random.normal(scale=self.noise, size=features.shape)
-        ids, probs = self.detector.neighbours[scene.kinds] + 1, np.zeros((len(scene.kinds), SOFT_LABELS), np.float32)
+        ids = self.detector.neighbours[scene.kinds] + 1
+        probs = np.zeros((len(scene.kinds), SOFT_LABELS), np.float32)
         probs[:, 0] = 1.0
-        return Regions(name, (WIDTH, HEIGHT), features.astype(np.float16), scene.boxes.astype(np.float32), ids, probs)
 
-    def english(self, random: np.random.Generator, place: int, kinds: np.ndarray, colours: np.ndarray, boxes: np.ndarray) -> str:
+        return Regions(
+            name,
+            (WIDTH, HEIGHT),
+            features.astype(np.float16),
+            scene.boxes.astype(np.float32),
+            ids,
+            probs,
+        )
+
+    def english(
+        self,
+        random: np.random.Generator,
+        place: int,
+        kinds: np.ndarray,
+        colours: np.ndarray,
+        boxes: np.ndarray,
+    ) -> str:
         """A caption that names two to four of the objects."""
         picked = random.choice(len(kinds), size=int(random.integers(2, 4)), replace=False)
         things = [f"{COLOUR_NAMES[colours[i]]} {NAMES[kinds[i]]}" for i in picked]
         where = f" in the {PLACE_NAMES[place]}" if random.random() < 0.5 else ""
         if len(picked) > 2:
             return "a " + ", a ".join(things[:-1]) + f" and a {things[-1]}{where}"
+
         side = "left" if boxes[picked[0], 0] < boxes[picked[1], 0] else "right"
+
         return [
             f"a {things[0]} and a {things[1]}{where}",
             f"there is a {things[0]} next to a {things[1]}{where}",
             f"the {things[0]} is to the {side} of the {things[1]}{where}",
         ][int(random.integers(3))]
 
-    def chinese(self, random: np.random.Generator, place: int, kinds: np.ndarray, colours: np.ndarray, boxes: np.ndarray) -> str:
+    def chinese(
+        self,
+        random: np.random.Generator,
+        place: int,
+        kinds: np.ndarray,
+        colours: np.ndarray,
+        boxes: np.ndarray,
+    ) -> str:
         """The same kind of caption in Chinese."""
         picked = random.choice(len(kinds), size=int(random.integers(2, 4)), replace=False)
-        things = [f"{COLOURS[COLOUR_NAMES[colours[i]]]}的{OBJECTS[NAMES[kinds[i]]]}" for i in picked]
+        things = [
+            f"{COLOURS[COLOUR_NAMES[colours[i]]]}的{OBJECTS[NAMES[kinds[i]]]}" for i in picked
+        ]
         where = f"{PLACES[PLACE_NAMES[place]]}里" if random.random() < 0.5 else ""
         if len(picked) > 2:
             return f"{where}有{'、'.join(things[:-1])}和{things[-1]}"
+
         side = "左" if boxes[picked[0], 0] < boxes[picked[1], 0] else "右"
+
         return [
             f"{where}有{things[0]}和{things[1]}",
             f"{where}{things[0]}在{things[1]}旁边",
@@ -189,12 +256,33 @@ class World:
 
 
 def vocabulary() -> list[str]:
-    """Special tokens, every word and character of the grammar, and letters, so that any other word can be spelled."""
+    """Special tokens, every word and character of the grammar, and letters, so that any other word
+    can be spelled.
+    """
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
-    characters = sorted(set("".join([*PLACES.values(), *COLOURS.values(), *OBJECTS.values(), "的里有和在旁边左右、"])))
+    characters = sorted(
+        set(
+            "".join(
+                [*PLACES.values(), *COLOURS.values(), *OBJECTS.values(), "的里有和在旁边左右、"]
+            )
+        )
+    )
     words = [*WORDS, *PLACES, *COLOURS, *OBJECTS, ",", "."]
+
     return list(
-        dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), *words, *characters])
+        dict.fromkeys(
+            [
+                "[PAD]",
+                "[UNK]",
+                "[CLS]",
+                "[SEP]",
+                "[MASK]",
+                *letters,
+                *(f"##{c}" for c in letters),
+                *words,
+                *characters,
+            ]
+        )
     )
 
 
@@ -206,15 +294,21 @@ def write_split(world: World, folder: Path, split: str, scenes: int, seed: int) 
 
 
 def write_questions(world: World, folder: Path, split: str, scenes: int, seed: int) -> None:
-    """vcr/SPLIT.jsonl, a question about each scene in the form of VCR, and vcr/SPLIT, a store of the exact boxes it refers to."""
+    """vcr/SPLIT.jsonl, a question about each scene in the form of VCR, and vcr/SPLIT, a store of
+    the exact boxes it refers to.
+    """
     lines = []
+
     with generated_store(folder / "vcr" / split, seed, NAMES, vocabulary()) as writer:
         for number in progress(range(scenes), desc=f"{split} questions", unit="scene"):
-            name, scene = f"{split}-{number:06d}", world.draw(_random(seed, split, number))
+            name = f"{split}-{number:06d}"
+            scene = world.draw(_random(seed, split, number))
             random = _random(seed, split, number, 1)
             writer.add(world.annotated(scene, random, name), [])
-            kinds, colours = [NAMES[i] for i in scene.kinds], [COLOUR_NAMES[i] for i in scene.colours]
+            kinds = [NAMES[i] for i in scene.kinds]
+            colours = [COLOUR_NAMES[i] for i in scene.colours]
             lines.append(json.dumps(question(random, name, kinds, colours, NAMES, COLOUR_NAMES)))
+
     write_text(folder / "vcr" / f"{split}.jsonl", "\n".join(lines) + "\n")
 
 

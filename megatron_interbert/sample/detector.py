@@ -1,4 +1,6 @@
-"""What generated worlds share: what a detector would say of their things, and stores that say that they are made up."""
+"""What generated worlds share: what a detector would say of their things, and stores that say that
+they are made up.
+"""
 
 import contextlib
 import time
@@ -15,17 +17,23 @@ from megatron_interbert.preparation.building.store_writer import STORE_FILES, Re
 from megatron_interbert.preparation.work_folder import refuse_link, refuse_strangers, remove_folder
 from megatron_interbert.reading import read_json
 
-FEATURES, SOFT_LABELS = 64, 5
+FEATURES = 64
+SOFT_LABELS = 5
 PICTURES = "pictures"  # of a shop, a folder in its store
 OF_SHOPS = tuple(f"{name}.jsonl" for name in ("items", "queries", "topics", "clicks"))
 MINED = (HARD_NEGATIVES, HARD_IMAGES)
-HALF_WRITTEN = (*(f"{name}{end}" for name in OF_SHOPS for end in (".[0-9]*.new", ".partial")), "hard_images.[0-9]*.new")
+HALF_WRITTEN = (
+    *(f"{name}{end}" for name in OF_SHOPS for end in (".[0-9]*.new", ".partial")),
+    "hard_images.[0-9]*.new",
+)
 OURS = (*HALF_WRITTEN, *OF_SHOPS, *MINED, *STORE_FILES)
 PICTURE = "*-[0-9]*.png"
 
 
 class Detector:
-    """Noisy features of things, overlapping boxes, and soft labels that are confused between near classes."""
+    """Noisy features of things, overlapping boxes, and soft labels that are confused between near
+    classes.
+    """
 
     def __init__(self, prototypes: np.ndarray, noise: float) -> None:
         """Prototypes [classes, FEATURES] of the classes without background."""
@@ -42,15 +50,22 @@ class Detector:
         features: np.ndarray,
         boxes: np.ndarray,
     ) -> Regions:
-        """One or two overlapping boxes for each thing (classes [n], features [n, FEATURES], boxes [n, 4]), most confident first."""
+        """One or two overlapping boxes for each thing (classes [n], features [n, FEATURES], boxes
+        [n, 4]), most confident first.
+        """
         owner = np.repeat(np.arange(len(classes)), random.integers(1, 3, size=len(classes)))
         extent = np.tile(boxes[owner, 2:] - boxes[owner, :2], 2)
         jittered = boxes[owner] + random.normal(scale=0.08, size=(len(owner), 4)) * extent
         seen = features[owner] + random.normal(scale=self.noise, size=(len(owner), FEATURES))
         confidence = random.uniform(0.4, 0.95, size=len(owner))
-        near = random.dirichlet(np.ones(SOFT_LABELS), size=len(owner)) * (1 - confidence)[:, None] * 0.9
+        near = (
+            random.dirichlet(np.ones(SOFT_LABELS), size=len(owner))
+            * (1 - confidence)[:, None]
+            * 0.9
+        )
         near[:, 0] += confidence
         order = np.argsort(-confidence)
+
         return Regions(
             name,
             size,
@@ -63,19 +78,30 @@ class Detector:
 
 @contextlib.contextmanager
 def generated_store(
-    path: Path, seed: int, class_names: Sequence[str], vocabulary: Sequence[str], text_normalisation: str = "none"
+    path: Path,
+    seed: int,
+    class_names: Sequence[str],
+    vocabulary: Sequence[str],
+    text_normalisation: str = "none",
 ) -> Iterator[RegionStoreWriter]:
-    """Writes a store beside `path` and puts it there when it is whole; UsageError where something else is in the way."""
+    """Writes a store beside `path` and puts it there when it is whole.
+
+    UsageError where something else is in the way.
+    """
     beside = path.with_name(f"{path.name}.new")
     if path.exists() and not (path / MANIFEST).is_file():
         raise UsageError(f"{path}: exists and is no generated corpus; choose another --output")
     if path.exists() and not read_json(path / MANIFEST, str(path)).get("generated"):
-        raise UsageError(f"{path}: holds a region store that was not generated; choose another --output")
+        raise UsageError(
+            f"{path}: holds a region store that was not generated; choose another --output"
+        )
+
     for store in (path, beside):
         refuse_link(store)
         refuse_strangers(store, (*OURS, f"{PICTURES}/"))
         refuse_link(store / PICTURES)
         refuse_strangers(store / PICTURES, (PICTURE,))
+
     remove_generated(beside)
     with RegionStoreWriter(
         beside,
@@ -89,6 +115,7 @@ def generated_store(
         images_per_shard=2048,
     ) as writer:
         yield writer
+
     replace_generated(path, beside)
 
 
@@ -100,6 +127,7 @@ def replace_generated(path: Path, beside: Path) -> None:
     old = path.with_name(f"{path.name}.old-{time.time_ns()}")
     if path.exists():
         path.rename(old)
+
     publish_folder(beside, path)
     if old.exists():
         remove_generated(old)

@@ -14,18 +14,27 @@ def question(
     all_kinds: Sequence[str],
     all_colours: Sequence[str],
 ) -> dict[str, Any]:
-    """One annotation about a scene of differing `kinds` in `colours`: what colour has an object, and which description is true.
+    """One annotation about a scene of differing `kinds` in `colours`: what colour has an object,
+    and which description is true.
 
-    Answers differ in the colour. Three of the rationales say something false of two other objects: a colour or a kind.
+    Answers differ in the colour. Three of the rationales say something false of two other objects:
+    a colour or a kind.
     """
     asked, *others = random.permutation(len(kinds)).tolist()
     right = colours[asked]
-    wrong = [str(c) for c in random.choice([c for c in all_colours if c != right], 3, replace=False)]
+    wrong = [
+        str(c) for c in random.choice([c for c in all_colours if c != right], 3, replace=False)
+    ]
     answers = [["the", [asked], "is", colour] for colour in [right, *wrong]]
     pair = (others * 2)[:2] if len(others) > 1 else [others[0], asked]
     true = [(colours[i], kinds[i]) for i in pair]
-    rationales = [_describe(true), *(_describe(false) for false in _false_pairs(random, true, kinds, all_kinds, all_colours))]
-    first, second = random.permutation(4).tolist(), random.permutation(4).tolist()
+    rationales = [
+        _describe(true),
+        *(_describe(false) for false in _false_pairs(random, true, kinds, all_kinds, all_colours)),
+    ]
+    first = random.permutation(4).tolist()
+    second = random.permutation(4).tolist()
+
     return {
         "objects": list(kinds),
         "img_fn": f"{name}.jpg",
@@ -50,11 +59,17 @@ def _false_pairs(
     all_kinds: Sequence[str],
     all_colours: Sequence[str],
 ) -> list[list[tuple[str, str]]]:
-    """Three pairs that differ from the true one: another colour of the first, another colour of the second, a kind that is not there."""
+    """Three pairs that differ from the true one: another colour of the first, another colour of the
+    second, a kind that is not there.
+    """
     absent = [kind for kind in all_kinds if kind not in kinds]
-    (first, second) = true
+    first, second = true
 
     def recoloured(thing: tuple[str, str]) -> tuple[str, str]:
         return str(random.choice([c for c in all_colours if c != thing[0]])), thing[1]
 
-    return [[recoloured(first), second], [first, recoloured(second)], [(first[0], str(random.choice(absent))), second]]
+    return [
+        [recoloured(first), second],
+        [first, recoloured(second)],
+        [(first[0], str(random.choice(absent))), second],
+    ]

@@ -1,4 +1,5 @@
-"""Figures of models in the generated shop, by what a query needs, beside TF-IDF over titles and chance.
+"""Figures of models in the generated shop, by what a query needs, beside TF-IDF over titles and
+chance.
 """
 
 import statistics
@@ -40,32 +41,48 @@ class TitleIndex:
     def grams(text: str) -> Counter[str]:
         """Counts of a text."""
         text = text.lower()
-        return Counter(text[at : at + size] for size in (1, 2) for at in range(len(text) - size + 1))
+        return Counter(
+            text[at : at + size] for size in (1, 2) for at in range(len(text) - size + 1)
+        )
 
     def vector(self, counts: Counter[str]) -> dict[str, float]:
         """Of length 1."""
-        raw = {gram: number * self.weight[gram] for gram, number in counts.items() if gram in self.weight}
+        raw = {
+            gram: number * self.weight[gram]
+            for gram, number in counts.items()
+            if gram in self.weight
+        }
         length = sum(value * value for value in raw.values()) ** 0.5 or 1.0
+
         return {gram: value / length for gram, value in raw.items()}
 
     def scores(self, text: str) -> np.ndarray:
         """Cosines of a text with all titles."""
         wanted = self.vector(self.grams(text))
-        return np.array([sum(value * title.get(gram, 0.0) for gram, value in wanted.items()) for title in self.titles])
+        return np.array(
+            [
+                sum(value * title.get(gram, 0.0) for gram, value in wanted.items())
+                for title in self.titles
+            ]
+        )
 
 
 def open_run(load: str, data_path: str) -> ItemScorer:
     """A run's model over the shop's products, which it reads as it was trained."""
-    device, config = this_device(), EvaluateProductSearchConfig(load=load, data_path=data_path)
+    device = this_device()
+    config = EvaluateProductSearchConfig(load=load, data_path=data_path)
     model, source = load_model(load, ("itm",), "auto", device)
     as_trained(config, source)
     corpus, tokenizer = open_for(config, source, [data_path])
+
     return ItemScorer(model, catalogue_of(corpus, tokenizer, config), device)
 
 
 def index_titles(catalogue: Catalogue) -> TitleIndex:
     """Of all products, whether or not a model reads them."""
-    read = Catalogue(catalogue.corpus, catalogue.tokenizer, True, catalogue.max_tokens, catalogue.max_regions)
+    read = Catalogue(
+        catalogue.corpus, catalogue.tokenizer, True, catalogue.max_tokens, catalogue.max_regions
+    )
     return TitleIndex([read.title(number) for number in range(len(read))])
 
 
@@ -73,12 +90,16 @@ def search_figures(runs: Sequence[str], data_path: str, first_stage: int) -> dic
     """Figures by what a query needs and by way of searching."""
     path = f"{data_path}/queries.jsonl"
     needs = [record["needs"] for _, record in read_records(path, "--data-path", {"needs": str})]
-    result: dict[str, Figures] = {need: defaultdict(list) for need in ("picture", "either", "title")}
+    result: dict[str, Figures] = {
+        need: defaultdict(list) for need in ("picture", "either", "title")
+    }
 
     def note(way: str, found: Sequence[np.ndarray]) -> None:
         for need, figures in result.items():
             chosen = [number for number, of in enumerate(needs) if of == need]
-            figures[way].append(search_metrics([found[n] for n in chosen], [queries.products[n] for n in chosen]))
+            figures[way].append(
+                search_metrics([found[n] for n in chosen], [queries.products[n] for n in chosen])
+            )
 
     shared = []
     for run in progress(runs, unit="run", desc="searching"):
@@ -86,60 +107,112 @@ def search_figures(runs: Sequence[str], data_path: str, first_stage: int) -> dic
         queries = read_queries(path, scorer.catalogue, "--data-path")
         full = search(scorer, queries, ParallelState()).found
         note("InterBERT", full)
+
         if first_stage:
             staged = search(scorer, queries, ParallelState(), first_stage).found
             note(f"first {first_stage} by vectors", staged)
-            shared.append(np.mean([len(np.intersect1d(a[:10], b[:10])) / 10 for a, b in zip(full, staged, strict=True)]))
-    titles, random = index_titles(scorer.catalogue), np.random.default_rng(0)
-    note("TF-IDF of titles", [np.argsort(-titles.scores(text), kind="stable") for text in queries.texts])
+            shared.append(
+                np.mean(
+                    [
+                        len(np.intersect1d(a[:10], b[:10])) / 10
+                        for a, b in zip(full, staged, strict=True)
+                    ]
+                )
+            )
+
+    titles = index_titles(scorer.catalogue)
+    random = np.random.default_rng(0)
+    note(
+        "TF-IDF of titles",
+        [np.argsort(-titles.scores(text), kind="stable") for text in queries.texts],
+    )
     note("chance", [random.permutation(len(scorer.catalogue)) for _ in queries.texts])
+
     if first_stage:
-        print(f"first ten of the full search that the first {first_stage} by vectors hold: {100 * np.mean(shared):.2f} %")
+        print(
+            f"first ten of the full search that the first {first_stage} by vectors hold:"
+            f" {100 * np.mean(shared):.2f} %"
+        )
+
     return result
 
 
 def recommendation_figures(runs: Sequence[str], data_path: str) -> dict[str, Figures]:
-    """Figures of the order of what each topic showed: of all of it, and of products of the kinds that it wants, among which the title tells
-    little."""
+    """Figures of the order of what each topic showed: of all of it, and of products of the kinds
+    that it wants, among which the title tells little.
+    """
     scores: dict[str, list[np.ndarray]] = defaultdict(list)
+
     for run in progress(runs, unit="run", desc="recommending"):
         scorer = open_run(run, data_path)
         topics = read_topics(f"{data_path}/topics.jsonl", "--data-path")
         clicks = read_clicks(f"{data_path}/clicks.jsonl", topics, scorer.catalogue, "--data-path")
         scores["InterBERT"].append(showing_scores(scorer, topics, clicks, ParallelState()))
+
     titles = index_titles(scorer.catalogue)
     by_title = np.stack([titles.scores(text) for text in topics.texts])
     scores["TF-IDF of titles"].append(by_title[clicks.topics, clicks.items])
-    wanted = [wishes(record) for _, record in read_records(f"{data_path}/topics.jsonl", "--data-path", {"keywords": list})]
-    had = [had_of(record) for _, record in read_records(f"{data_path}/items.jsonl", "--data-path", {"item_id": str})]
-    shown = [(wanted[topic], had[item]) for topic, item in zip(clicks.topics, clicks.items, strict=True)]
-    scores["what clicks were drawn by"].append(np.array([topic.appeal(*product) for topic, product in shown]))
+    wanted = [
+        wishes(record)
+        for _, record in read_records(
+            f"{data_path}/topics.jsonl", "--data-path", {"keywords": list}
+        )
+    ]
+    had = [
+        had_of(record)
+        for _, record in read_records(f"{data_path}/items.jsonl", "--data-path", {"item_id": str})
+    ]
+    shown = [
+        (wanted[topic], had[item]) for topic, item in zip(clicks.topics, clicks.items, strict=True)
+    ]
+    scores["what clicks were drawn by"].append(
+        np.array([topic.appeal(*product) for topic, product in shown])
+    )
     scores["chance"].append(np.random.default_rng(0).random(len(shown)))
     right_kind = np.array([kind in topic.kinds for topic, (kind, _, _) in shown])
     result: dict[str, Figures] = {}
-    for name, chosen in (("all that was shown", np.ones(len(shown), bool)), ("wanted kinds", right_kind)):
+
+    for name, chosen in (
+        ("all that was shown", np.ones(len(shown), bool)),
+        ("wanted kinds", right_kind),
+    ):
         some = Clicks(clicks.topics[chosen], clicks.items[chosen], clicks.clicked[chosen])
-        result[name] = {way: [click_metrics(some, values[chosen]) for values in of_runs] for way, of_runs in scores.items()}
+        result[name] = {
+            way: [click_metrics(some, values[chosen]) for values in of_runs]
+            for way, of_runs in scores.items()
+        }
+
     return result
 
 
 def wishes(record: dict) -> Topic:
     """A topic read back from its words."""
     kinds, colours, places = (
-        [table.index(word) for word in record["keywords"] if word in table] for table in (KINDS, COLOURS, PLACES)
+        [table.index(word) for word in record["keywords"] if word in table]
+        for table in (KINDS, COLOURS, PLACES)
     )
     if not (kinds and colours and places):
-        raise UsageError(f"topic {record['topic_id']}: no kind, colour or place among its keywords; not of this tools/make_shop.py")
+        raise UsageError(
+            f"topic {record['topic_id']}: no kind, colour or place among its keywords; not of this"
+            " tools/make_shop.py"
+        )
+
     return Topic(record["name"], np.array(kinds), np.array(colours), places[0])
 
 
 def had_of(record: dict) -> tuple[int, int, int]:
     """Kind, colour and place of a product, by number."""
-    return KINDS.index(record["kind"]), COLOURS.index(record["colour"]), PLACES.index(record["place"])
+    return (
+        KINDS.index(record["kind"]),
+        COLOURS.index(record["colour"]),
+        PLACES.index(record["place"]),
+    )
 
 
 def table(head: str, parts: dict[str, Figures]) -> list[str]:
-    """Lines: part and way, then each figure's mean, and its deviation where there are several runs."""
+    """Lines: part and way, then each figure's mean, and its deviation where there are several
+    runs.
+    """
     rows = [
         (f"{part}: {way}", *(spread([values[name] for values in of_runs]) for name in of_runs[0]))
         for part, figures in parts.items()

@@ -1,7 +1,9 @@
-"""A generated shop of clothes and shoes: what products, titles, queries and topics are made of; used by make_shop.py.
+"""A generated shop of clothes and shoes: what products, titles, queries and topics are made of;
+used by make_shop.py.
 
-Everything is made up. Colour and pattern show in the picture and stand in about half of the titles; material, brand and model stand in
-titles only; where a picture was taken shows in the picture only. A topic wants some kinds, two colours and a place.
+Everything is made up. Colour and pattern show in the picture and stand in about half of the titles;
+material, brand and model stand in titles only; where a picture was taken shows in the picture only.
+A topic wants some kinds, two colours and a place.
 """
 
 from collections.abc import Sequence
@@ -14,8 +16,34 @@ from megatron_interbert.data.regions import Regions
 from megatron_interbert.sample.detector import FEATURES, Detector
 
 KINDS = (
-    *("连衣裙", "半身裙", "衬衫", "T恤", "毛衣", "风衣", "羽绒服", "牛仔裤", "短裤", "西装", "泳衣", "睡衣", "高跟鞋"),
-    *("运动鞋", "凉鞋", "靴子", "拖鞋", "手提包", "双肩包", "草帽", "围巾", "手套", "太阳镜", "腰带"),
+    *(
+        "连衣裙",
+        "半身裙",
+        "衬衫",
+        "T恤",
+        "毛衣",
+        "风衣",
+        "羽绒服",
+        "牛仔裤",
+        "短裤",
+        "西装",
+        "泳衣",
+        "睡衣",
+        "高跟鞋",
+    ),
+    *(
+        "运动鞋",
+        "凉鞋",
+        "靴子",
+        "拖鞋",
+        "手提包",
+        "双肩包",
+        "草帽",
+        "围巾",
+        "手套",
+        "太阳镜",
+        "腰带",
+    ),
 )
 COLOURS = ("红色", "蓝色", "绿色", "黄色", "黑色", "白色", "粉色", "紫色")
 PATTERNS = ("纯色", "条纹", "波点", "格子", "碎花")
@@ -28,7 +56,8 @@ SHOPS = ("青禾旗舰店", "远山女装", "小满鞋包", "木棉之家", "LUM
 MOODS = ("清爽", "温暖", "约会", "通勤", "运动", "节日", "旅行", "校园")
 GRAMMAR = "的在拍适合穿搭主题，系列·和、风-"
 SIZE = (640, 640)
-IN_TITLE = {"colour": 0.5, "pattern": 0.4, "material": 0.7, "brand": 0.8, "season": 0.6}  # how often a title names it
+# how often a title names it
+IN_TITLE = {"colour": 0.5, "pattern": 0.4, "material": 0.7, "brand": 0.8, "season": 0.6}
 # What a query asks for beside the kind.
 ASKED = (
     *(("colour",), ("pattern",), ("colour", "pattern"), ("brand",), ("material",)),
@@ -57,7 +86,14 @@ class Product:
         return {name: table[getattr(self, name)] for name, table in TABLES.items()}
 
 
-TABLES = {"kind": KINDS, "colour": COLOURS, "pattern": PATTERNS, "place": PLACES, "material": MATERIALS, "brand": BRANDS}
+TABLES = {
+    "kind": KINDS,
+    "colour": COLOURS,
+    "pattern": PATTERNS,
+    "place": PLACES,
+    "material": MATERIALS,
+    "brand": BRANDS,
+}
 
 
 class ShopWorld:
@@ -66,7 +102,8 @@ class ShopWorld:
     def __init__(self, seed: int, noise: float) -> None:
         random = np.random.default_rng([seed, 10])
         self.kinds, self.places, self.colours, self.patterns = (
-            random.normal(size=(len(table), FEATURES)) for table in (KINDS, PLACES, COLOURS, PATTERNS)
+            random.normal(size=(len(table), FEATURES))
+            for table in (KINDS, PLACES, COLOURS, PATTERNS)
         )
         self.detector = Detector(np.concatenate([self.kinds, self.places]), noise)
 
@@ -82,42 +119,76 @@ class ShopWorld:
             PATTERNS[drawn["pattern"]] if "pattern" in named else "",
             MATERIALS[drawn["material"]] if "material" in named else "",
             KINDS[drawn["kind"]],
-            f" {chr(65 + int(random.integers(26)))}-{int(random.integers(100, 1000))}" if random.random() < 0.4 else "",
+            (
+                f" {chr(65 + int(random.integers(26)))}-{int(random.integers(100, 1000))}"
+                if random.random() < 0.4
+                else ""
+            ),
         ]
+
         return Product(
-            item_id, **drawn, title="".join(words), shop=str(random.choice(SHOPS)), price=int(random.integers(39, 900)) + 0.9
+            item_id,
+            **drawn,
+            title="".join(words),
+            shop=str(random.choice(SHOPS)),
+            price=int(random.integers(39, 900)) + 0.9,
         )
 
     @staticmethod
     def description(random: np.random.Generator, product: Product) -> str:
         """What a shop writes below the title of most products: what can be seen."""
         said = {
-            name: TABLES[name][getattr(product, name)] if random.random() < 0.8 else "" for name in ("colour", "pattern", "place")
+            name: TABLES[name][getattr(product, name)] if random.random() < 0.8 else ""
+            for name in ("colour", "pattern", "place")
         }
         looks = said["colour"] + said["pattern"]
         where = f"在{said['place']}拍的" if said["place"] else ""
+
         return f"{where}{looks}{'的' if looks else ''}{KINDS[product.kind]}"
 
-    def scene(self, random: np.random.Generator, product: Product) -> tuple[list[tuple[int, int, int]], np.ndarray]:
-        """What the picture shows: the article large in the middle, and sometimes something else beside it; (kind, colour, pattern) of each,
-        and their boxes as shares of the picture."""
+    def scene(
+        self, random: np.random.Generator, product: Product
+    ) -> tuple[list[tuple[int, int, int]], np.ndarray]:
+        """What the picture shows: the article large in the middle, and sometimes something else
+        beside it; (kind, colour, pattern) of each, and their boxes as shares of the picture.
+        """
         things = [(product.kind, product.colour, product.pattern)]
+
         if random.random() < 0.3:
-            things.append(tuple(int(random.integers(len(table))) for table in (KINDS, COLOURS, PATTERNS)))
-        centre, extent = random.uniform(0.4, 0.6, 2), random.uniform(0.4, 0.7, 2)
+            things.append(
+                tuple(int(random.integers(len(table))) for table in (KINDS, COLOURS, PATTERNS))
+            )
+
+        centre = random.uniform(0.4, 0.6, 2)
+        extent = random.uniform(0.4, 0.7, 2)
         corner = random.uniform(0.0, 0.75, 2)
-        return things, np.array([[*(centre - extent / 2), *(centre + extent / 2)], [*corner, *(corner + 0.22)]][: len(things)])
+
+        return things, np.array(
+            [[*(centre - extent / 2), *(centre + extent / 2)], [*corner, *(corner + 0.22)]][
+                : len(things)
+            ]
+        )
 
     def detect(
-        self, random: np.random.Generator, product: Product, things: list[tuple[int, int, int]], boxes: np.ndarray
+        self,
+        random: np.random.Generator,
+        product: Product,
+        things: list[tuple[int, int, int]],
+        boxes: np.ndarray,
     ) -> Regions:
         """What a detector would say of the picture: its things, and the place around them."""
         kinds, colours, patterns = (list(numbers) for numbers in zip(*things, strict=True))
         features = self.kinds[kinds] + self.colours[colours] + self.patterns[patterns]
         everything = np.concatenate([boxes, [[0.02, 0.02, 0.98, 0.98]]]) * SIZE[0]
         classes = np.array([*kinds, len(KINDS) + product.place])
+
         return self.detector.detect(
-            random, product.item_id, SIZE, classes, np.concatenate([features, self.places[[product.place]]]), everything
+            random,
+            product.item_id,
+            SIZE,
+            classes,
+            np.concatenate([features, self.places[[product.place]]]),
+            everything,
         )
 
 
@@ -126,25 +197,34 @@ class Asker:
 
     def __init__(self, products: Sequence[Product]) -> None:
         self.products = products
-        self.numbers = {name: np.array([getattr(product, name) for product in products]) for name in TABLES}
+        self.numbers = {
+            name: np.array([getattr(product, name) for product in products]) for name in TABLES
+        }
 
     def query(self, random: np.random.Generator) -> dict[str, Any]:
         """A query for one of the products by some of its attributes, and all products that it fits.
 
-        It `needs` the picture where no title of a product that it fits says all that it asks for of what is visible; the title where
-        it asks for nothing visible; else either tells.
+        It `needs` the picture where no title of a product that it fits says all that it asks for of
+        what is visible; the title where it asks for nothing visible; else either tells.
         """
         target = self.products[int(random.integers(len(self.products)))]
         asked = ASKED[int(random.integers(len(ASKED)))]
         words = [TABLES[name][getattr(target, name)] for name in asked]
         joined = "的" if random.random() < 0.3 else ""
-        fits = np.all([self.numbers[name] == getattr(target, name) for name in ("kind", *asked)], axis=0)
+        fits = np.all(
+            [self.numbers[name] == getattr(target, name) for name in ("kind", *asked)], axis=0
+        )
         fitting = [self.products[number] for number in np.flatnonzero(fits)]
         seen = [TABLES[name][getattr(target, name)] for name in asked if name in VISIBLE]
         told = any(all(word in product.title for word in seen) for product in fitting)
         needs = "title" if not seen else "either" if told else "picture"
         ids = [product.item_id for product in fitting]
-        return {"query_text": "".join(words) + joined + KINDS[target.kind], "item_ids": ids, "needs": needs}
+
+        return {
+            "query_text": "".join(words) + joined + KINDS[target.kind],
+            "item_ids": ids,
+            "needs": needs,
+        }
 
 
 @dataclass
@@ -158,27 +238,68 @@ class Topic:
 
     def description(self) -> str:
         """In a sentence."""
-        return f"在{PLACES[self.place]}拍的{'、'.join(COLOURS[c] for c in self.colours)}，适合{'和'.join(KINDS[k] for k in self.kinds)}"
+        return (
+            f"在{PLACES[self.place]}拍的{'、'.join(COLOURS[c] for c in self.colours)}，"
+            f"适合{'和'.join(KINDS[k] for k in self.kinds)}"
+        )
 
     def keywords(self) -> list[str]:
         """In words."""
-        return [*(KINDS[k] for k in self.kinds), *(COLOURS[c] for c in self.colours), PLACES[self.place]]
+        return [
+            *(KINDS[k] for k in self.kinds),
+            *(COLOURS[c] for c in self.colours),
+            PLACES[self.place],
+        ]
 
     def appeal(self, kind: int, colour: int, place: int) -> float:
         """How well a product fits, from 0 to 1."""
-        return 0.4 * (kind in self.kinds) + 0.3 * (colour in self.colours) + 0.3 * (place == self.place)
+        return (
+            0.4 * (kind in self.kinds)
+            + 0.3 * (colour in self.colours)
+            + 0.3 * (place == self.place)
+        )
 
 
 def topic(random: np.random.Generator) -> Topic:
     """A new one."""
     place = int(random.integers(len(PLACES)))
     name = f"{random.choice(MOODS)}{PLACES[place]}系列"
-    return Topic(name, random.choice(len(KINDS), 4, replace=False), random.choice(len(COLOURS), 2, replace=False), place)
+
+    return Topic(
+        name,
+        random.choice(len(KINDS), 4, replace=False),
+        random.choice(len(COLOURS), 2, replace=False),
+        place,
+    )
 
 
 def vocabulary() -> list[str]:
-    """Special tokens, every character and word piece of the shop, and letters and digits, so that any other word can be spelled."""
+    """Special tokens, every character and word piece of the shop, and letters and digits, so that
+    any other word can be spelled.
+    """
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
-    texts = [*KINDS, *COLOURS, *PATTERNS, *PLACES, *MATERIALS, *BRANDS, *SEASONS, *PRAISE, *SHOPS, *MOODS, GRAMMAR]
+    texts = [
+        *KINDS,
+        *COLOURS,
+        *PATTERNS,
+        *PLACES,
+        *MATERIALS,
+        *BRANDS,
+        *SEASONS,
+        *PRAISE,
+        *SHOPS,
+        *MOODS,
+        GRAMMAR,
+    ]
     characters = sorted({c for c in "".join(texts).lower() if c not in letters})
-    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), *characters]
+
+    return [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *letters,
+        *(f"##{c}" for c in letters),
+        *characters,
+    ]

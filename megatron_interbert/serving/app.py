@@ -56,18 +56,43 @@ class Metrics:
     def __init__(self, service: "Service", crowd: Crowd) -> None:
         self.registry = prometheus.CollectorRegistry()
         make = {"registry": self.registry}
-        self.requests = prometheus.Counter("interbert_requests", "requests by route and status", ["route", "status"], **make)
-        self.seconds = prometheus.Histogram("interbert_request_seconds", "seconds of requests", ["route"], **make,
-                                            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10))  # fmt: skip
-        for name, what in (("batches", "passes"), ("questions", "answered"), ("late", "past their deadline"), ("gone", "left by clients"),
-                           ("full", "turned away")):  # fmt: skip
+        self.requests = prometheus.Counter(
+            "interbert_requests", "requests by route and status", ["route", "status"], **make
+        )
+        self.seconds = prometheus.Histogram(
+            "interbert_request_seconds",
+            "seconds of requests",
+            ["route"],
+            **make,
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+        )
+
+        for name, what in (
+            ("batches", "passes"),
+            ("questions", "answered"),
+            ("late", "past their deadline"),
+            ("gone", "left by clients"),
+            ("full", "turned away"),
+        ):
             gauge = prometheus.Gauge(f"interbert_{name}_total", f"questions: {what}", **make)
-            gauge.set_function(lambda name=name: sum(thread.answered[name] for thread in service.threads))
+            gauge.set_function(
+                lambda name=name: sum(thread.answered[name] for thread in service.threads)
+            )
+
         waiting = prometheus.Gauge("interbert_waiting", "questions in the queue", **make)
         waiting.set_function(lambda: sum(thread.waiting for thread in service.threads))
-        prometheus.Gauge("interbert_items", "items", **make).set_function(lambda: len(service.searcher.shop.items))
-        prometheus.Gauge("interbert_connections", "connections that are open", **make).set_function(lambda: crowd.open)
-        ended = prometheus.Gauge("interbert_connections_ended_total", "connections ended by the service", ["reason"], **make)
+        prometheus.Gauge("interbert_items", "items", **make).set_function(
+            lambda: len(service.searcher.shop.items)
+        )
+        prometheus.Gauge("interbert_connections", "connections that are open", **make).set_function(
+            lambda: crowd.open
+        )
+        ended = prometheus.Gauge(
+            "interbert_connections_ended_total",
+            "connections ended by the service",
+            ["reason"],
+            **make,
+        )
         for reason in crowd.ended:
             ended.labels(reason).set_function(lambda reason=reason: crowd.ended[reason])
 
@@ -88,7 +113,9 @@ class Topic:
 
 @dataclass
 class Service:
-    """What the routes share: what answers searches and what answers topics, which may be the same."""
+    """What the routes share: what answers searches and what answers topics, which may be the
+    same.
+    """
 
     searcher: ModelThread
     recommender: ModelThread
@@ -99,13 +126,17 @@ class Service:
     @property
     def threads(self) -> list[ModelThread]:
         """Each once."""
-        return [self.searcher] if self.recommender is self.searcher else [self.searcher, self.recommender]
+        return (
+            [self.searcher]
+            if self.recommender is self.searcher
+            else [self.searcher, self.recommender]
+        )
 
     async def change(self, function: Callable[[Shop], bool]) -> list[bool]:
         """Of all models, one after the other, as soon as all can keep it.
 
-        NotKept where nothing was changed. KeptInPart where the first model alone has the change: who
-        sends it again completes it, and what was done does no harm then.
+        NotKept where nothing was changed. KeptInPart where the first model alone has the change:
+        who sends it again completes it, and what was done does no harm then.
         """
         if len(self.threads) > 1:
             for thread in self.threads:
@@ -119,7 +150,9 @@ class Service:
                 if not results:
                     raise
                 raise KeptInPart(str(error)) from error
+
             results.append(answer.result)
+
         return results
 
     async def ask(self, asked: Find | Score | Callable[[Shop], Any], thread: ModelThread) -> Answer:
@@ -127,9 +160,15 @@ class Service:
         try:
             return await thread.ask(asked, self.config.deadline)
         except QueueFull:
-            raise HTTPException(429, "too many requests wait; come again", {"retry-after": "1"}) from None
+            raise HTTPException(
+                429, "too many requests wait; come again", {"retry-after": "1"}
+            ) from None
         except Late:
-            raise HTTPException(503, f"not answered within {self.config.deadline:g} s; come again", {"retry-after": "1"}) from None
+            raise HTTPException(
+                503,
+                f"not answered within {self.config.deadline:g} s; come again",
+                {"retry-after": "1"},
+            ) from None
 
     def results(self, answer: Answer, hits: list[Hit], **more: Any) -> dict[str, Any]:
         """An answer as JSON."""
@@ -138,16 +177,18 @@ class Service:
             "model": answer.weights[:12],
             "index": answer.version,
             "timings": {
-                "waited_ms": round(1000 * answer.waited, 2),
-                "took_ms": round(1000 * answer.took, 2),
-                "together": answer.together,
+                "queue_ms": round(1000 * answer.queue_seconds, 2),
+                "compute_ms": round(1000 * answer.compute_seconds, 2),
+                "batch_size": answer.batch_size,
             },
             **more,
         }
 
 
 def make_app(service: Service, hosts: AllowedHosts, crowd: Crowd) -> FastAPI:
-    """The application around a service, for requests to these hosts; its figures are also of the connections."""
+    """The application around a service, for requests to these hosts; its figures are also of the
+    connections.
+    """
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -156,7 +197,14 @@ def make_app(service: Service, hosts: AllowedHosts, crowd: Crowd) -> FastAPI:
             await asyncio.to_thread(thread.close)
 
     errors = {status: {"model": ErrorAnswer} for status in (400, 408, 413, 422, 429, 503)}
-    app = FastAPI(title="InterBERT product search", version="1", lifespan=life, docs_url=None, redoc_url=None, responses=errors)
+    app = FastAPI(
+        title="InterBERT product search",
+        version="1",
+        lifespan=life,
+        docs_url=None,
+        redoc_url=None,
+        responses=errors,
+    )
     app.state.service = service
     metrics = Metrics(service, crowd)
     config = service.config
@@ -169,11 +217,14 @@ def make_app(service: Service, hosts: AllowedHosts, crowd: Crowd) -> FastAPI:
     add_facts(app, service, metrics)
     add_page(app, service)
     answer_heads(app)
+
     return app
 
 
 def answer_heads(app: FastAPI) -> None:
-    """Answer HEAD wherever GET is answered: the same without a body, which the server leaves out."""
+    """Answer HEAD wherever GET is answered: the same without a body, which the server leaves
+    out.
+    """
     app.openapi()  # made and kept before: a schema of GETs says it all
     for route in app.routes:
         if isinstance(route, Route) and "GET" in route.methods:
@@ -188,16 +239,20 @@ def answer_errors_alike(app: FastAPI) -> None:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         text = f"{where or 'body'}: {first['msg'].removeprefix('Value error, ')}"
+
         if first["type"] == "json_invalid":
             text = f"body: no JSON, from byte {where} on"
         elif not where:
             text = "body: no JSON object; send one, with content-type: application/json"
+
         return JSONResponse({"error": text[:300]}, 422)
 
     @app.exception_handler(NotKept)
     async def not_kept(request: Request, error: NotKept) -> JSONResponse:
         log.error("%s", error)
-        return JSONResponse({"error": "the change cannot be kept, and was not made; the reason is in the log"}, 503)
+        return JSONResponse(
+            {"error": "the change cannot be kept, and was not made; the reason is in the log"}, 503
+        )
 
     @app.exception_handler(KeptInPart)
     async def kept_in_part(request: Request, error: KeptInPart) -> JSONResponse:
@@ -207,14 +262,19 @@ def answer_errors_alike(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"error": "the service has failed at this request; it is in its log"}, 500)
+        return JSONResponse(
+            {"error": "the service has failed at this request; it is in its log"}, 500
+        )
 
     @app.exception_handler(StarletteHTTPException)
     async def failed(request: Request, error: StarletteHTTPException) -> JSONResponse:
         return JSONResponse({"error": str(error.detail)}, error.status_code, headers=error.headers)
 
 
-Sent = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False, description="INTERBERT_API_KEY"))]
+Sent = Annotated[
+    HTTPAuthorizationCredentials | None,
+    Depends(HTTPBearer(auto_error=False, description="INTERBERT_API_KEY")),
+]
 
 
 class Keys:
@@ -226,7 +286,10 @@ class Keys:
     def may_write(self, sent: Sent = None) -> None:
         """HTTPException 403 where nobody may, 401 without the key."""
         if not self.config.api_key:
-            raise HTTPException(403, "items cannot be changed: the service was started without INTERBERT_API_KEY")
+            raise HTTPException(
+                403, "items cannot be changed: the service was started without INTERBERT_API_KEY"
+            )
+
         self._compare(sent)
 
     def may_read(self, sent: Sent = None) -> None:
@@ -237,7 +300,11 @@ class Keys:
     def _compare(self, sent: HTTPAuthorizationCredentials | None) -> None:
         given = sent.credentials if sent else ""
         if not secrets.compare_digest(given.encode(), self.config.api_key.encode()):
-            raise HTTPException(401, "a wrong key, or none: Authorization: Bearer KEY", {"www-authenticate": "Bearer"})
+            raise HTTPException(
+                401,
+                "a wrong key, or none: Authorization: Bearer KEY",
+                {"www-authenticate": "Bearer"},
+            )
 
 
 def add_questions(app: FastAPI, service: Service, reads: list[Any]) -> None:
@@ -246,10 +313,17 @@ def add_questions(app: FastAPI, service: Service, reads: list[Any]) -> None:
     @app.post("/search", dependencies=reads, response_model=Results)
     async def search(body: SearchRequest) -> dict[str, Any]:
         """The items that fit a query best."""
-        answer = await service.ask(Find(body.query, body.k, max(body.k, body.candidates)), service.searcher)
+        answer = await service.ask(
+            Find(body.query, body.k, max(body.k, body.candidates)), service.searcher
+        )
         return service.results(answer, answer.result)
 
-    @app.post("/recommend", dependencies=reads, response_model=Results, responses={404: {"model": ErrorAnswer}})
+    @app.post(
+        "/recommend",
+        dependencies=reads,
+        response_model=Results,
+        responses={404: {"model": ErrorAnswer}},
+    )
     async def recommend(body: RecommendRequest) -> dict[str, Any]:
         """The items that fit a topic best: one of /topics, or one of your own."""
         if (body.topic_id is None) == (body.topic is None):
@@ -260,29 +334,44 @@ def add_questions(app: FastAPI, service: Service, reads: list[Any]) -> None:
             text = service.topics[body.topic_id].text
         else:
             raise HTTPException(404, "no such topic")
-        answer = await service.ask(Find(text, body.k, max(body.k, body.candidates)), service.recommender)
+
+        answer = await service.ask(
+            Find(text, body.k, max(body.k, body.candidates)), service.recommender
+        )
+
         return service.results(answer, answer.result)
 
-    @app.post("/score", dependencies=reads, response_model=Scores, responses={404: {"model": ErrorAnswer}})
+    @app.post(
+        "/score", dependencies=reads, response_model=Scores, responses={404: {"model": ErrorAnswer}}
+    )
     async def score(body: ScoreRequest) -> dict[str, Any]:
         """How well a text and some items match, in the order given."""
         if body.explain and len(body.item_ids) > 1:
             raise HTTPException(422, "explain: give one item")
+
         thread = service.recommender if body.task == "recommendation" else service.searcher
         explained = None
+
         try:
             answer = await service.ask(Score(body.text, body.item_ids), thread)
             if body.explain:
-                explained = await service.ask(lambda shop: shop.regions(body.text, body.item_ids[0]), thread)
+                explained = await service.ask(
+                    lambda shop: shop.regions(body.text, body.item_ids[0]), thread
+                )
         except KeyError as error:
             raise HTTPException(404, f"item {error.args[0]} of the list: no such item") from None
+
         regions = explained.result if explained else None
+
         return service.results(answer, answer.result, regions=regions)
 
     @app.get("/topics", dependencies=reads)
     async def topics() -> list[dict[str, str]]:
         """The topics that can be asked for by their ids."""
-        return [{"topic_id": topic.topic_id, "name": topic.name, "text": topic.text} for topic in service.topics.values()]
+        return [
+            {"topic_id": topic.topic_id, "name": topic.name, "text": topic.text}
+            for topic in service.topics.values()
+        ]
 
 
 def add_items(app: FastAPI, service: Service, reads: list[Any], writes: list[Any]) -> None:
@@ -295,41 +384,77 @@ def add_items(app: FastAPI, service: Service, reads: list[Any], writes: list[Any
             raise HTTPException(404, "no such item")
         return items.item(place)
 
-    @app.get("/items/{item_id:path}", dependencies=reads, response_model=ItemAnswer, responses={404: {"model": ErrorAnswer}})
+    @app.get(
+        "/items/{item_id:path}",
+        dependencies=reads,
+        response_model=ItemAnswer,
+        responses={404: {"model": ErrorAnswer}},
+    )
     async def read_item(item_id: str) -> dict[str, Any]:
         """One item."""
         return found_item(item_id).record()
 
-    @app.put("/items/{item_id:path}", dependencies=writes, response_model=ItemAnswer,
-             responses={201: {"model": ItemAnswer}, 401: {"model": ErrorAnswer}, 403: {"model": ErrorAnswer}})  # fmt: skip
+    @app.put(
+        "/items/{item_id:path}",
+        dependencies=writes,
+        response_model=ItemAnswer,
+        responses={
+            201: {"model": ItemAnswer},
+            401: {"model": ErrorAnswer},
+            403: {"model": ErrorAnswer},
+        },
+    )
     async def put_item(item_id: str, body: ItemBody, response: Response) -> dict[str, Any]:
         """Add an item (201) or change it (200); searches find it when this answers."""
         try:
-            item = Item(speakable(item_id), body.image_id, body.title and speakable(body.title), dict(body.attributes))
+            item = Item(
+                speakable(item_id),
+                body.image_id,
+                body.title and speakable(body.title),
+                dict(body.attributes),
+            )
             if len(item_id) > 128:
                 raise ValueError("more than 128 characters")
         except ValueError as error:
             raise HTTPException(422, f"item_id or title: {error}") from None
+
         try:
             added, *_ = await service.change(lambda shop: shop.put(item))
         except KeyError:
             raise HTTPException(422, "image_id: no such image in the region stores") from None
+
         response.status_code = 201 if added else 200
+
         return item.record()
 
-    @app.delete("/items/{item_id:path}", dependencies=writes, status_code=204,
-                responses={401: {"model": ErrorAnswer}, 403: {"model": ErrorAnswer}, 404: {"model": ErrorAnswer}})  # fmt: skip
+    @app.delete(
+        "/items/{item_id:path}",
+        dependencies=writes,
+        status_code=204,
+        responses={
+            401: {"model": ErrorAnswer},
+            403: {"model": ErrorAnswer},
+            404: {"model": ErrorAnswer},
+        },
+    )
     async def delete_item(item_id: str) -> Response:
         """Take an item out; no search finds it when this answers."""
         if not any(await service.change(lambda shop: shop.remove(item_id))):
             raise HTTPException(404, "no such item")
         return Response(status_code=204)
 
-    @app.get("/pictures/{item_id:path}", dependencies=reads, response_class=Response, responses={404: {"model": ErrorAnswer}})
+    @app.get(
+        "/pictures/{item_id:path}",
+        dependencies=reads,
+        response_class=Response,
+        responses={404: {"model": ErrorAnswer}},
+    )
     async def picture(item_id: str) -> Response:
         """The photo of an item, or a drawing of its regions where there is none."""
-        shop, item = service.searcher.shop, found_item(item_id)
+        shop = service.searcher.shop
+        item = found_item(item_id)
         number = shop.items.image_numbers[item.image_id]
+
         try:
             return await asyncio.to_thread(picture_of, shop, number, service.config.image_folder)
         except OSError:  # its id is not the name of any file: too long, say
@@ -346,15 +471,26 @@ def add_facts(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.get("/readyz", include_in_schema=False)
     async def readiness() -> Response:
         def of(shop: Shop) -> dict[str, Any]:
-            return {"items": len(shop.items), "index": shop.version.name, "model": shop.weights[:12]}
+            return {
+                "items": len(shop.items),
+                "index": shop.version.name,
+                "model": shop.weights[:12],
+            }
 
         ready = all(thread.alive for thread in service.threads)
-        facts = {"ready": ready, **of(service.searcher.shop), "recommendation": of(service.recommender.shop)}
+        facts = {
+            "ready": ready,
+            **of(service.searcher.shop),
+            "recommendation": of(service.recommender.shop),
+        }
+
         return JSONResponse(facts, 200 if ready else 503)
 
     @app.get("/metrics", include_in_schema=False)
     async def exposition() -> Response:
-        return Response(prometheus.generate_latest(metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
+        return Response(
+            prometheus.generate_latest(metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST
+        )
 
 
 def add_page(app: FastAPI, service: Service) -> None:
@@ -372,19 +508,25 @@ def add_page(app: FastAPI, service: Service) -> None:
         kinds = {"page.js": "text/javascript", "page.css": "text/css"}
         if name not in kinds:
             raise HTTPException(404, "no such file")
-        return Response(page.joinpath(name).read_text(encoding="utf-8"), media_type=f"{kinds[name]}; charset=utf-8")
+
+        return Response(
+            page.joinpath(name).read_text(encoding="utf-8"),
+            media_type=f"{kinds[name]}; charset=utf-8",
+        )
 
 
 def picture_of(shop: Shop, image: int, folder: str) -> Response:
     """A photo named by its image id in the folder, else an SVG.
 
-    The photo goes out from memory: a response that opens its path again could be led elsewhere by then.
+    The photo goes out from memory: a response that opens its path again could be led elsewhere by
+    then.
     """
     corpus = shop.items.corpus
     store = int((corpus.first_image[1:] <= image).sum())
     local = image - int(corpus.first_image[store])
     name = corpus.stores[store].image_id(local)
     photos = photos_in(folder)
+
     try:
         photo = photos.read(name) if photos else None
     except UsageError as error:
@@ -394,7 +536,13 @@ def picture_of(shop: Shop, image: int, folder: str) -> Response:
     cached = {"cache-control": "private, max-age=60"}  # an item may be given another picture
     if photo is not None:
         return Response(photo.data, media_type=f"image/{photo.kind}", headers=cached)
+
     symbol = draw_image(corpus.stores[store], local, None)
     box = symbol[symbol.index("viewBox=") : symbol.index(">")]
     body = symbol[symbol.index(">") + 1 : symbol.rindex("</symbol>")]
-    return Response(f'<svg xmlns="http://www.w3.org/2000/svg" {box}>{body}</svg>', media_type="image/svg+xml", headers=cached)
+
+    return Response(
+        f'<svg xmlns="http://www.w3.org/2000/svg" {box}>{body}</svg>',
+        media_type="image/svg+xml",
+        headers=cached,
+    )

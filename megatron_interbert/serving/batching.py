@@ -1,7 +1,9 @@
-"""One thread that computes, and a bounded queue before it: questions that wait are answered together.
+"""One thread that computes, and a bounded queue before it: questions that wait are answered
+together.
 
-A question has a deadline; one that is late, or whose client has gone, is left out before it costs anything. What is begun is answered.
-Changes of items go through the same queue in order, so that nothing is read while it is written.
+A question has a deadline; one that is late, or whose client has gone, is left out before it costs
+anything. What is begun is answered. Changes of items go through the same queue in order, so that
+nothing is read while it is written.
 """
 
 import asyncio
@@ -56,22 +58,29 @@ class Job:
 
 @dataclass
 class Answer:
-    """Hits, or what a change gave; how long it waited, how long it took with all that was answered beside it, and the shop asked: index
-    version, sha256 of weights."""
+    """Hits, or what a change gave; its times and the questions of its batch; the shop asked.
+
+    The shop is said by index version and sha256 of weights.
+    """
 
     result: list[Hit] | Any
-    waited: float
-    took: float
-    together: int
+    queue_seconds: float
+    compute_seconds: float
+    batch_size: int
     version: str
     weights: str
 
 
 class ModelThread:
-    """`ask` from a coroutine; `queue_size` questions may wait, about `batch_pairs` pairs are answered together."""
+    """`ask` from a coroutine.
+
+    `queue_size` questions may wait, about `batch_pairs` pairs are answered together.
+    """
 
     def __init__(self, shop: Shop, queue_size: int, batch_pairs: int) -> None:
-        self.shop, self.queue_size, self.batch_pairs = shop, queue_size, batch_pairs
+        self.shop = shop
+        self.queue_size = queue_size
+        self.batch_pairs = batch_pairs
         self.answered = collections.Counter()  # batches, questions, late, gone, full
         self._waiting: collections.deque[Job] = collections.deque()
         self._changed = threading.Condition()
@@ -85,22 +94,30 @@ class ModelThread:
         return len(self._waiting)
 
     async def ask(self, asked: Find | Score | Callable[[Shop], Any], seconds: float) -> Answer:
-        """The answer, at the latest after so many seconds in the queue. QueueFull, Late, or what the change raises."""
+        """The answer, at the latest after so many seconds in the queue.
+
+        QueueFull, Late, or what the change raises.
+        """
         loop = asyncio.get_running_loop()
         job = Job(asked, loop, loop.create_future())
+
         with self._changed:
             if len(self._waiting) >= self.queue_size or self._closing:
                 self.answered["full"] += 1
                 raise QueueFull
+
             self._waiting.append(job)
             self._changed.notify()
+
         try:
             await asyncio.wait({job.future}, timeout=seconds)
         except asyncio.CancelledError:
             self._drop(job, "gone")
             raise
+
         if not job.future.done() and self._drop(job, "late"):
             raise Late
+
         return await job.future
 
     def _drop(self, job: Job, why: str) -> bool:
@@ -119,7 +136,9 @@ class ModelThread:
         return self._thread.is_alive()
 
     def change(self, function: Callable[[Shop], Any]) -> None:
-        """Call function(shop) in the model's thread as soon as it comes to it, however many wait; returns when it is done."""
+        """Call function(shop) in the model's thread as soon as it comes to it, however many wait;
+        returns when it is done.
+        """
         done = concurrent.futures.Future()
 
         def call(shop: Shop) -> None:
@@ -131,6 +150,7 @@ class ModelThread:
         with self._changed:
             self._waiting.appendleft(Job(call))
             self._changed.notify()
+
         done.result()
 
     def close(self) -> None:
@@ -138,6 +158,7 @@ class ModelThread:
         with self._changed:
             self._closing = True
             self._changed.notify()
+
         self._thread.join()
         self.shop.close()
 
@@ -152,29 +173,45 @@ class ModelThread:
     def _answer(self, jobs: list[Job]) -> None:
         started = time.monotonic()
         try:
-            results = [jobs[0].asked(self.shop)] if callable(jobs[0].asked) else self.shop.answer([job.asked for job in jobs])
+            results = (
+                [jobs[0].asked(self.shop)]
+                if callable(jobs[0].asked)
+                else self.shop.answer([job.asked for job in jobs])
+            )
             took = time.monotonic() - started
             answers = [
-                Answer(result, started - job.asked_at, took, len(jobs), self.shop.version.name, self.shop.weights)
+                Answer(
+                    result,
+                    started - job.asked_at,
+                    took,
+                    len(jobs),
+                    self.shop.version.name,
+                    self.shop.weights,
+                )
                 for job, result in zip(jobs, results, strict=True)
             ]
         except Exception as error:
             if len(jobs) == 1:
                 jobs[0].end(error=error)
-            for job in jobs if len(jobs) > 1 else ():  # one of them is to blame: the others must not suffer
+            # one of them is to blame: the others must not suffer
+            for job in jobs if len(jobs) > 1 else ():
                 self._answer([job])
             return
+
         self.answered.update(batches=1, questions=len(jobs))
         for job, answer in zip(jobs, answers, strict=True):
             job.end(answer)
 
     def _next(self) -> list[Job]:
-        """A change by itself, or questions that stand together in the queue and fit a batch; empty at the end."""
+        """A change by itself, or questions that stand together in the queue and fit a batch; empty
+        at the end.
+        """
         with self._changed:
             while not self._waiting and not self._closing:
                 self._changed.wait()
             if not self._waiting:
                 return []
+
             jobs = [self._waiting.popleft()]
             while (
                 self._waiting
@@ -183,6 +220,8 @@ class ModelThread:
                 and sum(job.pairs for job in jobs) + self._waiting[0].pairs <= self.batch_pairs
             ):
                 jobs.append(self._waiting.popleft())
+
             for job in jobs:
                 job.begun = True
+
             return jobs

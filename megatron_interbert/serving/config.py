@@ -14,7 +14,8 @@ from megatron_interbert.tasks.shop.config import ItemReading
 class ServeConfig(ItemReading, LoadConfig):
     """Product search and topic-based recommendation over HTTP: a model, an index of items, a page.
 
-    The API key comes from the environment (INTERBERT_API_KEY): a command line can be read by others.
+    The API key comes from the environment (INTERBERT_API_KEY): a command line can be read by
+    others.
     """
 
     GROUP: ClassVar[str] = "service"
@@ -63,7 +64,9 @@ class ServeConfig(ItemReading, LoadConfig):
         group="index",
     )
 
-    host: str = option("127.0.0.1", "address to listen at; put it behind a proxy before others reach it")
+    host: str = option(
+        "127.0.0.1", "address to listen at; put it behind a proxy before others reach it"
+    )
     port: int = option(8080, "port to listen at; 0: any free one", least=0, most=65535)
     allowed_hosts: str = option(
         "", "names that Host headers may have besides this machine's own: A,*.B; *: any"
@@ -105,17 +108,20 @@ class ServeConfig(ItemReading, LoadConfig):
     def check(self) -> None:
         """Raise UsageError for settings that contradict each other or have no meaning."""
         super().check()
+
         if self.recommendation_index and not self.load_recommendation:
             raise UsageError(
                 "--recommendation-index needs --load-recommendation: without it topics are answered"
                 " by --load"
             )
+
         key = self.api_key
         if not key.isascii() or not key.isprintable() or key != key.strip():
             raise UsageError(
                 "INTERBERT_API_KEY: a header cannot carry it; take printable ASCII characters, no"
                 " space at its ends"
             )
+
         if self.protect_reads and not key:
             raise UsageError(
                 "--protect-reads needs a key: export INTERBERT_API_KEY=.. before the service is"

@@ -1,4 +1,6 @@
-"""The connections of the service: how many there may be, how long one may keep the service waiting, what is taken for a request."""
+"""The connections of the service: how many there may be, how long one may keep the service waiting,
+what is taken for a request.
+"""
 
 import json
 import logging
@@ -20,13 +22,22 @@ log = logging.getLogger("megatron_interbert.serving.connections")
 
 SPARE = 16  # connections beyond the limit: health checks are answered when all others are at work
 ACCEPTED_AT_ONCE = 8  # asyncio accepts so many before it looks at any; they need descriptors
-RESERVE = 64  # descriptors for SPARE, for connections that are being accepted or closed, and for files
+# descriptors for SPARE, for connections that are being accepted or closed, and for files
+RESERVE = 64
 FEWEST = 8
 SEND_SECONDS = 60.0  # in which a client must read something of an answer
 LARGEST_HEAD = 32768  # bytes of a request before its body
 BARE_LF = re.compile(rb"(?<!\r)\n")
-PHRASES = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large", 501: "Not Implemented"}
-REASONS = {431: f"headers of more than {LARGEST_HEAD} bytes", 501: "a transfer-encoding other than chunked"}
+PHRASES = {
+    400: "Bad Request",
+    408: "Request Timeout",
+    431: "Request Header Fields Too Large",
+    501: "Not Implemented",
+}
+REASONS = {
+    431: f"headers of more than {LARGEST_HEAD} bytes",
+    501: "a transfer-encoding other than chunked",
+}
 
 
 def fit_connections(config: ServeConfig) -> None:
@@ -47,14 +58,20 @@ def fit_connections(config: ServeConfig) -> None:
     if room < FEWEST or not config.is_default("max_connections"):
         less = f" or give at most {room}" if room >= FEWEST else ""
         raise UsageError(
-            f"{config.told('max_connections')}: that takes {needed} descriptors and the process may have {most};"
-            f" raise the limit (ulimit -n {needed}){less}"
+            f"{config.told('max_connections')}: that takes {needed} descriptors and the process may"
+            f" have {most}; raise the limit (ulimit -n {needed}){less}"
         )
-    config.fit("max_connections", room, f"the process may have {most} descriptors (ulimit -n {needed} allows all)")
+
+    config.fit(
+        "max_connections",
+        room,
+        f"the process may have {most} descriptors (ulimit -n {needed} allows all)",
+    )
 
 
 class Crowd:
-    """All connections together: `waiting` for their clients, the longest first, with the time since when; or `at_work`.
+    """All connections together: `waiting` for their clients, the longest first, with the time since
+    when; or `at_work`.
 
     `ended` counts those that the service has ended, by reason. Seconds are those of the event loop.
     """
@@ -74,8 +91,15 @@ class Crowd:
         return len(self.at_work) > self.most
 
     def make_room(self, newest: "Connection") -> None:
-        """End the connection that has waited longest: of those that only wait there can always be one less."""
-        log.warning("more than %d connections are open: those that wait longest for their clients are ended", self.most)
+        """End the connection that has waited longest: of those that only wait there can always be
+        one less.
+        """
+        log.warning(
+            "more than %d connections are open: those that wait longest for their clients are"
+            " ended",
+            self.most,
+        )
+
         if self.waiting:
             leaving = next(iter(self.waiting))
         elif self.open > self.most + SPARE:
@@ -141,9 +165,12 @@ class Connection(H11Protocol):
         self.refuse(*self.conn.wrong)
 
     def moves(self) -> bool:
-        """Say whether the client has taken some of an answer, or there is more of it, since this was last asked."""
+        """Say whether the client has taken some of an answer, or there is more of it, since this
+        was last asked.
+        """
         before = self.unread
         self.unread = self.transport.get_write_buffer_size()
+
         return self.unread != before
 
     def patience(self) -> float:
@@ -172,6 +199,7 @@ class Connection(H11Protocol):
                 f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
             )
             self.transport.write(head.encode() + body)
+
         self.transport.close()
 
     def leave(self) -> None:
@@ -201,12 +229,18 @@ class Ambiguous(h11.RemoteProtocolError):
 
 
 class Requests(h11.Connection):
-    """h11's reader of requests, without its leniency. `wrong` is the status and the reason of a refusal; nothing that was sent."""
+    """h11's reader of requests, without its leniency.
+
+    `wrong` is the status and the reason of a refusal; nothing that was sent.
+    """
 
     wrong = (400, "not a valid HTTP request")
 
     def next_event(self) -> Any:
-        """Read on, as h11 does; h11.RemoteProtocolError also for bare line feeds and two lengths."""
+        """Read on, as h11 does.
+
+        H11.RemoteProtocolError also for bare line feeds and two lengths.
+        """
         try:
             if self.their_state is h11.IDLE:
                 check_lines(self.trailing_data[0])
@@ -215,9 +249,12 @@ class Requests(h11.Connection):
                 check_length(event)
         except h11.RemoteProtocolError as error:
             status = error.error_status_hint
-            reason = str(error) if isinstance(error, Ambiguous) else REASONS.get(status, self.wrong[1])
+            reason = (
+                str(error) if isinstance(error, Ambiguous) else REASONS.get(status, self.wrong[1])
+            )
             self.wrong = (status, reason)
             raise
+
         return event
 
 

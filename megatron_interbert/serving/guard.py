@@ -1,4 +1,6 @@
-"""What stands before the application: whom it answers to, limits of requests, headers for answers, one line for each request."""
+"""What stands before the application: whom it answers to, limits of requests, headers for answers,
+one line for each request.
+"""
 
 import asyncio
 import logging
@@ -14,7 +16,8 @@ from megatron_interbert.serving.connections import Crowd
 from megatron_interbert.serving.hosts import AllowedHosts
 
 Message = MutableMapping[str, Any]
-Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 log = logging.getLogger("megatron_interbert.serving.requests")
 
 HEADERS = [
@@ -23,7 +26,10 @@ HEADERS = [
     (b"cache-control", b"no-store"),
     (
         b"content-security-policy",
-        b"default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'",
+        (
+            b"default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:;"
+            b" frame-ancestors 'none'"
+        ),
     ),
 ]
 CLOSE = {"connection": "close"}  # the rest of a body is not read
@@ -31,36 +37,67 @@ HEALTH = ("/healthz", "/readyz", "/metrics")  # answered however many requests a
 
 
 class Guard:
-    """ASGI around an application: bodies of at most `max_body` bytes within `body_seconds`, else 413 or 408; a Host that is ours, else
-    400; no more requests at once than there may be connections, else 503.
+    """ASGI around an application: bodies of at most `max_body` bytes within `body_seconds`, else
+    413 or 408; a Host that is ours, else 400; no more requests at once than there may be
+    connections, else 503.
 
-    A request whose client goes away is cancelled (499 in the log and the figures). The line of a request in the log has method, route,
-    status and milliseconds: no query, no body, no key, no address.
+    A request whose client goes away is cancelled (499 in the log and the figures). The line of a
+    request in the log has method, route, status and milliseconds: no query, no body, no key, no
+    address.
     """
 
     def __init__(
-        self, app: Any, config: ServeConfig, hosts: AllowedHosts, crowd: Crowd, count: Callable[[str, int, float], None]
+        self,
+        app: Any,
+        config: ServeConfig,
+        hosts: AllowedHosts,
+        crowd: Crowd,
+        count: Callable[[str, int, float], None],
     ) -> None:
-        self.app, self.hosts, self.crowd, self.count = app, hosts, crowd, count
-        self.max_body, self.body_seconds = config.max_body, config.body_seconds
+        self.app = app
+        self.hosts = hosts
+        self.crowd = crowd
+        self.count = count
+        self.max_body = config.max_body
+        self.body_seconds = config.body_seconds
 
     def refusal(self, scope: Message) -> JSONResponse | None:
         """Give the answer to a request that is not looked at further; None for all others."""
         sent = next((value for name, value in scope["headers"] if name == b"host"), None)
         if sent is not None and not self.hosts.allow(sent.decode("latin-1")):
-            return JSONResponse({"error": "Host: not a name of this service; it is started with --allowed-hosts NAME"}, 400, CLOSE)
+            return JSONResponse(
+                {
+                    "error": (
+                        "Host: not a name of this service; it is started with --allowed-hosts NAME"
+                    )
+                },
+                400,
+                CLOSE,
+            )
 
         if self.crowd.too_busy and scope["path"] not in HEALTH:
-            return JSONResponse({"error": "too many requests at once; come again"}, 503, {"retry-after": "1", **CLOSE})
+            return JSONResponse(
+                {"error": "too many requests at once; come again"},
+                503,
+                {"retry-after": "1", **CLOSE},
+            )
+
         return None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+
         answer = self.refusal(scope) or self.app
-        started, status, read, whole, answered, gone = time.monotonic(), 500, 0, False, False, False
-        request, watching = asyncio.current_task(), None
+        started = time.monotonic()
+        status = 500
+        read = 0
+        whole = False
+        answered = False
+        gone = False
+        request = asyncio.current_task()
+        watching = None
 
         async def until_gone() -> None:
             nonlocal gone
@@ -75,26 +112,39 @@ class Guard:
             nonlocal read, whole, watching
             if whole:  # what comes now is that the client has gone
                 return await receive()
+
             left = started + self.body_seconds - time.monotonic()
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, left))
             except TimeoutError:
-                raise HTTPException(408, f"the body took more than {self.body_seconds:g} s", CLOSE) from None
+                raise HTTPException(
+                    408, f"the body took more than {self.body_seconds:g} s", CLOSE
+                ) from None
+
             read += len(message.get("body", b""))
             if read > self.max_body:
                 raise HTTPException(413, f"a body of more than {self.max_body} bytes", CLOSE)
+
             whole = not message.get("more_body")
             if whole and message["type"] == "http.request":
                 watching = asyncio.create_task(until_gone())
+
             return message
 
         async def noted(message: Message) -> None:
             nonlocal status, answered
-            answered = answered or (message["type"] == "http.response.body" and not message.get("more_body"))
+            answered = answered or (
+                message["type"] == "http.response.body" and not message.get("more_body")
+            )
+
             if message["type"] == "http.response.start":
                 status = message["status"]
                 known = {name for name, _ in message["headers"]}
-                message = {**message, "headers": [*message["headers"], *(h for h in HEADERS if h[0] not in known)]}
+                message = {
+                    **message,
+                    "headers": [*message["headers"], *(h for h in HEADERS if h[0] not in known)],
+                }
+
             await send(message)
 
         try:
@@ -107,6 +157,7 @@ class Guard:
         finally:
             if watching is not None:
                 watching.cancel()
-            route, took = getattr(scope.get("route"), "path", "other"), time.monotonic() - started
+            route = getattr(scope.get("route"), "path", "other")
+            took = time.monotonic() - started
             self.count(route, status, took)
             log.info("%s %s %d %.1f ms", scope["method"], route, status, 1000 * took)

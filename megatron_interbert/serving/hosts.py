@@ -1,4 +1,6 @@
-"""Which names a Host header may have: by a name that points at this machine, a page of another site could read the service."""
+"""Which names a Host header may have: by a name that points at this machine, a page of another site
+could read the service.
+"""
 
 import ipaddress
 import re
@@ -37,7 +39,10 @@ class AllowedHosts:
             known_host(pattern.removeprefix("*."), pattern)
 
         addresses = addresses_of(host)
-        names = {known_host(entry, entry) for entry in plain} | own_names() | addresses | {host.lower()}
+        names = (
+            {known_host(entry, entry) for entry in plain} | own_names() | addresses | {host.lower()}
+        )
+
         return cls(
             names=frozenset(names),
             endings=tuple(pattern.removeprefix("*") for pattern in patterns),
@@ -54,27 +59,34 @@ class AllowedHosts:
             host = host_of(header)
         except ValueError:
             return False
+
         if host in self.names or host.endswith(self.endings):
             return True
+
         return self.any_address and is_address(host)
 
     def told(self) -> str:
         """Give a line for the log: what is answered, and what to do for more."""
         if self.any_host:
             return (
-                "--allowed-hosts *: any Host header is answered; where a browser can reach this service, so can pages"
-                " of other sites that point a name at it"
+                "--allowed-hosts *: any Host header is answered; where a browser can reach this"
+                " service, so can pages of other sites that point a name at it"
             )
 
         names = sorted(name for name in self.names if not (self.any_address and is_address(name)))
         names += [f"*{ending}" for ending in self.endings]
         if self.any_address:
             names.append("any IP address")
-        return f"Host headers that are answered: {', '.join(names)}; --allowed-hosts adds others, such as a proxy's"
+
+        return (
+            f"Host headers that are answered: {', '.join(names)}; --allowed-hosts adds others, such"
+            " as a proxy's"
+        )
 
 
 def host_of(header: str) -> str:
-    """Give the name or address in a Host header: lower case, no port, no brackets, no dot at the end.
+    """Give the name or address in a Host header: lower case, no port, no brackets, no dot at the
+    end.
 
     ValueError for anything else.
     """
@@ -89,6 +101,7 @@ def host_of(header: str) -> str:
     host = host.removesuffix(".")
     if not NAME.fullmatch(host):
         raise ValueError("neither a name nor an address")
+
     return host
 
 
@@ -98,20 +111,25 @@ def is_address(host: str) -> bool:
         ipaddress.ip_address(host)
     except ValueError:
         return False
+
     return True
 
 
 def known_host(entry: str, shown: str) -> str:
-    """Give an entry of --allowed-hosts as `host_of` would; UsageError where it has a port, or is none."""
+    """Give an entry of --allowed-hosts as `host_of` would.
+
+    UsageError where it has a port, or is none.
+    """
     bare = entry.removeprefix("[").removesuffix("]")
     if is_address(bare):
         return str(ipaddress.ip_address(bare))
 
     if not NAME.fullmatch(entry):
         raise UsageError(
-            f"--allowed-hosts: '{shown[:80]}' is no host; expected names or addresses without scheme, port or path,"
-            " such as shop.example,*.shop.example,10.0.0.5, or * for any"
+            f"--allowed-hosts: '{shown[:80]}' is no host; expected names or addresses without"
+            " scheme, port or path, such as shop.example,*.shop.example,10.0.0.5, or * for any"
         )
+
     return entry
 
 
@@ -122,9 +140,12 @@ def own_names() -> set[str]:
 
 
 def addresses_of(host: str) -> set[str]:
-    """Look up the addresses that --host stands for; none where it is unknown: listening will say so."""
+    """Look up the addresses that --host stands for; none where it is unknown: listening will say
+    so.
+    """
     try:
         found = socket.getaddrinfo(host or "0.0.0.0", None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return set()
+
     return {address[0].split("%")[0] for *_, address in found}

@@ -2,14 +2,16 @@
 
     INDEX/<version>/vectors.faiss   vectors by the number of their item in items.jsonl
     INDEX/<version>/items.jsonl     the items
-    INDEX/<version>/manifest.json   its number, where the journal stood when the items were read, sha256 of weights and of both files
+    INDEX/<version>/manifest.json   its number, where the journal stood when the items were read,
+                                    sha256 of the weights and of both files
     INDEX/current                   link to the version that is served
     INDEX/journal.jsonl             what was added, changed and removed, in order (journal.py)
     INDEX/journal.end               the last change that was confirmed
 
-A version is written beside, flushed and renamed, then the link is swapped: a reader sees a whole one, old or new. It belongs to the weights
-with which its vectors were made; others are refused. Its items are those of items.jsonl with all that the journal holds from its place on,
-so whichever version is served, no change is lost.
+A version is written beside, flushed and renamed, then the link is swapped: a reader sees a whole
+one, old or new. It belongs to the weights with which its vectors were made; others are refused. Its
+items are those of items.jsonl with all that the journal holds from its place on, so whichever
+version is served, no change is lost.
 """
 
 import contextlib
@@ -48,19 +50,25 @@ from megatron_interbert.serving.vector_file import Foreign, Stored, read_vectors
 from megatron_interbert.serving.vector_index import KINDS, VectorIndex
 from megatron_interbert.weights.manifest import seal
 
-CURRENT, VECTORS, ITEMS, FACTS = "current", "vectors.faiss", "items.jsonl", "manifest.json"
+CURRENT = "current"
+VECTORS = "vectors.faiss"
+ITEMS = "items.jsonl"
+FACTS = "manifest.json"
 NAME = re.compile(r"[0-9a-f]{12}")
 log = logging.getLogger("megatron_interbert.serving")
 ANEW = "begin anew from your items (--rebuild --items FILE), which drops the changes"
 
 
 class Damaged(UsageError):
-    """A version that is not as it was written. `problem` says what is wrong, without the ways out."""
+    """A version that is not as it was written.
+
+    `problem` says what is wrong, without the ways out.
+    """
 
     def __init__(self, problem: str) -> None:
         ways_out = (
-            "restore it from a backup, or make a new version of its items or those of the version before"
-            f" it (--build-only), or, where neither can be read, {ANEW}"
+            "restore it from a backup, or make a new version of its items or those of the version"
+            f" before it (--build-only), or, where neither can be read, {ANEW}"
         )
         super().__init__(f"{problem}; {ways_out}")
         self.problem = problem
@@ -70,15 +78,18 @@ class Version:
     """A version in its folder; what is read of it is checked."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.name = path, path.name
+        self.path = path
+        self.name = path.name
         self.facts = self._read_facts()
         self._check_facts()
         self.number: int = self.facts.get("number", 0)  # versions are ordered by it
-        self.mark = mark_of(self.facts["journal"])  # from which on the journal's changes are to be made
+        # from which on the journal's changes are to be made
+        self.mark = mark_of(self.facts["journal"])
 
     def _read_facts(self) -> dict[str, Any]:
         """Read the manifest; UsageError where it is missing or no JSON object."""
         where = self.path / FACTS
+
         try:
             facts = json.loads(read_own(where), parse_constant=refuse_constant)
         except UsageError:
@@ -90,30 +101,50 @@ class Version:
 
         if not isinstance(facts, dict):
             raise Damaged(f"{where}: not as it was written")
+
         return facts
 
     def _check_facts(self) -> None:
-        """UsageError for a manifest that is not as it was written, or of an earlier version that is not read."""
-        facts, where = self.facts, self.path / FACTS
+        """UsageError for a manifest that is not as it was written, or of an earlier version that is
+        not read.
+        """
+        facts = self.facts
+        where = self.path / FACTS
+
         if "journal" not in facts:
             raise UsageError(
-                f"{self.path}: made by an earlier version of this package; remove {self.path.parent} and begin anew (--items FILE)"
+                f"{self.path}: made by an earlier version of this package; remove"
+                f" {self.path.parent} and begin anew (--items FILE)"
             )
+
         kinds = {"version": str, "kind": str, "model": dict, "items": int, "sha256": dict}
-        sound = all(isinstance(facts.get(name), kind) for name, kind in kinds.items()) and facts["kind"] in KINDS
+        sound = (
+            all(isinstance(facts.get(name), kind) for name, kind in kinds.items())
+            and facts["kind"] in KINDS
+        )
         sealed = facts == seal(facts) or type(facts["journal"]) is int
-        if not (sound and sealed and mark_of(facts["journal"]) is not None and {VECTORS, ITEMS} <= set(facts["sha256"])):
+        if not (
+            sound
+            and sealed
+            and mark_of(facts["journal"]) is not None
+            and {VECTORS, ITEMS} <= set(facts["sha256"])
+        ):
             raise Damaged(f"{where}: not as it was written")
 
     @contextlib.contextmanager
     def _checked(self, name: str) -> Iterator[IO[bytes]]:
-        """Open a file that is as it was written; the one that was checked is the one that is read."""
+        """Open a file that is as it was written.
+
+        The one that was checked is the one that is read.
+        """
         path = self.path / name
+
         with reading(path):
             try:
                 file = open_own(path)
             except OSError:
                 raise Damaged(f"{path}: missing") from None
+
             with file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 if digest != self.facts["sha256"][name]:
@@ -122,7 +153,10 @@ class Version:
                 yield file
 
     def is_whole(self) -> bool:
-        """Whether its files are as they were written, and can be served; Unreadable where nobody can say."""
+        """Whether its files are as they were written, and can be served.
+
+        Unreadable where nobody can say.
+        """
         try:
             with self._checked(ITEMS):
                 pass
@@ -131,6 +165,7 @@ class Version:
             raise
         except UsageError:
             return False
+
         return True
 
     def items(self) -> list[Item]:
@@ -142,6 +177,7 @@ class Version:
             records = [json.loads(line) for line in data.decode().split("\n")[:-1]]
         except (ValueError, RecursionError):
             raise Damaged(f"{where}: not as it was written") from None
+
         return [item_of(record, str(where)) for record in records]
 
     def vectors(self) -> VectorIndex:
@@ -170,21 +206,27 @@ class Version:
         """The items with all changes, and the journal's place behind them."""
         records, mark = read_journal(self.path.parent, self.mark)
         items = {item.item_id: item for item in self.items()}
+
         for item_id, item in collapsed(records).items():
             if item is None:
                 items.pop(item_id, None)
             else:
                 items[item_id] = item
+
         return list(items.values()), mark
 
 
 def mark_of(value: Any) -> Mark | int | None:
-    """Give the place in the journal that a manifest names; a number of bytes in those of earlier versions."""
+    """Give the place in the journal that a manifest names; a number of bytes in those of earlier
+    versions.
+    """
     if type(value) is int and value >= 0:
         return value
+
     kinds = {"journal": str, "place": int, "sum": str}
     if isinstance(value, dict) and {name: type(entry) for name, entry in value.items()} == kinds:
         return Mark(**value)
+
     return None
 
 
@@ -201,25 +243,30 @@ def served_version(folder: Path) -> Version | None:
     names = version_names(folder)
     for version in reversed(versions_in(folder)):
         if version.is_whole():
-            log.warning("%s names no version; the newest whole one is %s", folder / CURRENT, version.name)
+            log.warning(
+                "%s names no version; the newest whole one is %s", folder / CURRENT, version.name
+            )
             return version
 
     if names or has_changes(folder):
         raise UsageError(
             f"{folder}: no version of the index is usable, but there are traces of one"
-            f" ({', '.join(names[:3]) or JOURNAL}); restore them from a backup, or begin anew from your"
-            " items (--rebuild --items FILE)"
+            f" ({', '.join(names[:3]) or JOURNAL}); restore them from a backup, or begin anew from"
+            " your items (--rebuild --items FILE)"
         )
+
     return None
 
 
 def version_to_replay(folder: Path) -> tuple[Version, list[Item], Mark] | None:
-    """Find what a new version can be made of: a version, its items with all changes, the place behind them.
+    """Find what a new version can be made of: a version, its items with all changes, the place
+    behind them.
 
-    The one that is served, else the newest whose files and changes are all there; None where there is
-    no trace of an index. UsageError where no version can be replayed.
+    The one that is served, else the newest whose files and changes are all there; None where there
+    is no trace of an index. UsageError where no version can be replayed.
     """
     problem = None
+
     try:
         served = served_version(folder)
         if served is None:
@@ -238,6 +285,7 @@ def version_to_replay(folder: Path) -> tuple[Version, list[Item], Mark] | None:
             raise
         except UsageError:
             continue
+
         log.warning("%s; items are taken from %s, with all changes", told, version.path)
         return found
 
@@ -245,6 +293,7 @@ def version_to_replay(folder: Path) -> tuple[Version, list[Item], Mark] | None:
         raise UsageError(
             f"{told}, and no version before it is whole; restore it from a backup, or {ANEW}"
         )
+
     raise problem
 
 
@@ -267,12 +316,16 @@ def write_version(
     version = uuid.uuid4().hex[:12]
     beside = folder / f".{version}.new"
     beside.mkdir(parents=True)
+
     try:
         faiss.write_index(index.faiss, str(beside / VECTORS))
         flush_file(beside / VECTORS)
         del index  # as large as the vectors, which are about to be read once more
         check_readable(beside / VECTORS, kind)
-        write_text(beside / ITEMS, "".join(json.dumps(item.record(), ensure_ascii=False) + "\n" for item in items))
+        write_text(
+            beside / ITEMS,
+            "".join(json.dumps(item.record(), ensure_ascii=False) + "\n" for item in items),
+        )
         facts = {
             "version": version,
             "number": 1 + max((old.number for old in versions_in(folder)), default=0),
@@ -287,7 +340,9 @@ def write_version(
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+
     serve_from_now_on(folder, version)
+
     return version
 
 
@@ -298,18 +353,21 @@ def check_readable(path: Path, kind: str) -> None:
             read_vectors(file, kind, path.stat().st_size)
         except Foreign as error:
             raise UsageError(
-                f"{path}: FAISS {faiss.__version__} writes another form of file ({error}); install the"
-                " version of requirements.txt"
+                f"{path}: FAISS {faiss.__version__} writes another form of file ({error}); install"
+                " the version of requirements.txt"
             ) from None
 
 
 def check_finite(items: Sequence[Item], vectors: np.ndarray) -> None:
-    """UsageError where the model gives an item a vector with NaN or infinity: it would never be found."""
+    """UsageError where the model gives an item a vector with NaN or infinity: it would never be
+    found.
+    """
     wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(wrong):
         raise UsageError(
-            f"--load: the model gives {len(wrong)} of {len(items)} items vectors that are not finite,"
-            f" the first of item {items[wrong[0]].item_id}; nothing was changed: use other weights"
+            f"--load: the model gives {len(wrong)} of {len(items)} items vectors that are not"
+            f" finite, the first of item {items[wrong[0]].item_id}; nothing was changed: use other"
+            " weights"
         )
 
 
@@ -319,19 +377,29 @@ def serve_from_now_on(folder: Path, version: str) -> None:
     if link.is_dir() and not link.is_symlink():  # a copy without links has a folder there
         unused = folder / f"unused-{CURRENT}-{uuid.uuid4().hex[:12]}"
         link.rename(unused)
-        log.warning("%s is a folder, as copies without links have it; it is kept as %s", link, unused)
+        log.warning(
+            "%s is a folder, as copies without links have it; it is kept as %s", link, unused
+        )
+
     point_to(folder / CURRENT, version)
     flush_folder(folder)
 
 
 def version_names(folder: Path) -> list[str]:
     """Names of what looks like a version; whatever else lies in the folder is somebody else's."""
-    return [name for name in list_folder(folder) if NAME.fullmatch(name) and not (folder / name).is_symlink()]
+    return [
+        name
+        for name in list_folder(folder)
+        if NAME.fullmatch(name) and not (folder / name).is_symlink()
+    ]
 
 
 def versions_in(folder: Path) -> list[Version]:
-    """All versions with a sound manifest, oldest first: by the number that each was given, never by the clock."""
+    """All versions with a sound manifest, oldest first: by the number that each was given, never by
+    the clock.
+    """
     found = []
+
     for name in version_names(folder):
         try:
             found.append(Version(folder / name))
@@ -341,6 +409,7 @@ def versions_in(folder: Path) -> list[Version]:
             log.warning("a version is not counted: %s", error.problem)
         except UsageError as error:
             log.warning("%s is not counted: %s", folder / name, error)
+
     return sorted(found, key=lambda version: (version.number, old_place(version), version.name))
 
 
@@ -358,10 +427,12 @@ def prune(folder: Path, kept: Sequence[str], newest: int = 2) -> None:
     served = sibling(folder / CURRENT)
     kept = [*kept, *([served.name] if served else [])]
     whole = 0
+
     for version in reversed(versions_in(folder)):
         if whole >= newest and version.name not in kept:
             shutil.rmtree(version.path, ignore_errors=True)
             continue
+
         try:
             whole += version.is_whole()
         except Unreadable as error:
@@ -377,4 +448,5 @@ def needed_from(folder: Path, journal: str) -> int:
     marks = [version.mark for version in versions]
     if len(versions) < len(version_names(folder)) or any(isinstance(mark, int) for mark in marks):
         return 0
+
     return min((mark.place for mark in marks if mark.journal == journal), default=0)

@@ -1,7 +1,9 @@
-"""The items that are served: begun as those of a region store, then added, changed and removed one by one while searches go on.
+"""The items that are served: begun as those of a region store, then added, changed and removed one
+by one while searches go on.
 
-An item has a place, a number that is never given again: who has found it can still score it after it was changed or removed. A change is a
-new place. What the outside says of items is text only; pictures are images of the region stores, named by their ids.
+An item has a place, a number that is never given again: who has found it can still score it after
+it was changed or removed. A change is a new place. What the outside says of items is text only;
+pictures are images of the region stores, named by their ids.
 """
 
 import threading
@@ -42,20 +44,34 @@ def item_of(record: Any, where: str) -> Item:
     )
 
     if not (known and plain and all(isinstance(text, str) for text in texts)):
-        raise UsageError(f"{where}: no item with item_id, image_id, title and attributes: {str(record)[:60]}")
+        raise UsageError(
+            f"{where}: no item with item_id, image_id, title and attributes: {str(record)[:60]}"
+        )
+
     return Item(*texts, attributes)
 
 
 class LiveItems(Catalogue):
     """A catalogue whose items come and go. Safe to read from several threads while one writes."""
 
-    def __init__(self, corpus: Corpus, tokenizer: CaptionTokenizer, max_tokens: int, max_regions: int, titles: bool = True) -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: CaptionTokenizer,
+        max_tokens: int,
+        max_regions: int,
+        titles: bool = True,
+    ) -> None:
         super().__init__(corpus, tokenizer, titles, max_tokens, max_regions)
         self.reads_titles = titles
         self.image_numbers: dict[str, int] = {}
+
         for number, name in enumerate(super().ids):
             if self.image_numbers.setdefault(name, number) != number:
-                raise UsageError(f"{corpus.path}: two images are called {name}; a picture needs an id of its own")
+                raise UsageError(
+                    f"{corpus.path}: two images are called {name}; a picture needs an id of its own"
+                )
+
         self._lock = threading.Lock()
         self._items: list[Item] = []
         self._images: list[int] = []
@@ -63,7 +79,9 @@ class LiveItems(Catalogue):
         self._places: dict[str, int] = {}
 
     def stored(self) -> Iterable[Item]:
-        """The items that a store begins with: each image with its first caption as title, known by its image id."""
+        """The items that a store begins with: each image with its first caption as title, known by
+        its image id.
+        """
         for name, number in self.image_numbers.items():
             caption = int(self.title_of[number])
             yield Item(name, name, self.corpus.caption(caption) if caption >= 0 else "")
@@ -72,13 +90,17 @@ class LiveItems(Catalogue):
         """Places for items that nobody sees yet. KeyError names an image that no store holds."""
         items = list(items)
         images = [self.image_numbers[item.image_id] for item in items]
-        tokens = self.tokenizer.encode_batch([item.title if self.reads_titles else "" for item in items])
+        tokens = self.tokenizer.encode_batch(
+            [item.title if self.reads_titles else "" for item in items]
+        )
         pieces = np.split(tokens.ids.astype(np.int64), tokens.offsets[1:-1])
+
         with self._lock:
             first = len(self._items)
             self._items += items
             self._images += images
             self._pieces += [ids[: self.max_tokens] for ids in pieces]
+
         return list(range(first, first + len(items)))
 
     def show(self, place: int) -> None:
@@ -113,7 +135,9 @@ class LiveItems(Catalogue):
         return [item.item_id for item in self._items]
 
     def images(self, items: np.ndarray) -> np.ndarray:
-        return np.array([self._images[place] if place >= 0 else -1 for place in items.tolist()], np.int64)
+        return np.array(
+            [self._images[place] if place >= 0 else -1 for place in items.tolist()], np.int64
+        )
 
     def title(self, item: int) -> str:
         return self._items[item].title

@@ -1,7 +1,7 @@
 """What was added, changed and removed of an index's items, in order: one file for all its versions.
 
-A version of the index remembers the `Mark` behind the last change that is in it, and journal.end the
-last one that was confirmed.
+A version of the index remembers the `Mark` behind the last change that is in it, and journal.end
+the last one that was confirmed.
 """
 
 import contextlib
@@ -32,7 +32,8 @@ from megatron_interbert.serving.journal_format import (
 )
 from megatron_interbert.serving.own_files import read_own
 
-JOURNAL, WRITING = "journal.jsonl", "writing"
+JOURNAL = "journal.jsonl"
+WRITING = "writing"
 END = "journal.end"  # the place behind the last change that was confirmed
 log = logging.getLogger("megatron_interbert.serving")
 
@@ -45,6 +46,7 @@ def read_content(folder: Path) -> Content | None:
     """Give the journal of an index; None where there is none. UsageError where it is damaged."""
     path = folder / JOURNAL
     confirmed = read_end(folder)  # first: a writer may confirm a change while we read
+
     try:
         data = read_own(path)
     except OSError:
@@ -57,6 +59,7 @@ def read_content(folder: Path) -> Content | None:
             f"{path}: ends with change {content.end.place}, but {confirmed.place} were confirmed;"
             f" restore the file, or remove {folder / END} to do without the others"
         )
+
     return content
 
 
@@ -72,20 +75,28 @@ def read_end(folder: Path) -> Mark | None:
     kinds = {"journal": str, "place": int, "sum": str}
     if isinstance(fields, dict) and {name: type(value) for name, value in fields.items()} == kinds:
         return Mark(**fields)
+
     return None
 
 
 def end_is_known(folder: Path) -> bool:
-    """Whether it can be told that all confirmed changes are in the journal of an index, or it holds none."""
+    """Whether it can be told that all confirmed changes are in the journal of an index, or it holds
+    none.
+    """
     content = read_content(folder)
     if content is None or not content.end.place or content.sums[0].startswith(BYTES):
         return True
+
     confirmed = read_end(folder)
+
     return confirmed is not None and confirmed.journal == content.name
 
 
 def read_journal(folder: Path, mark: "Mark | int") -> tuple[list[Record], Mark]:
-    """Give the changes from a place on, and the place behind them. UsageError where they are not all there."""
+    """Give the changes from a place on, and the place behind them.
+
+    UsageError where they are not all there.
+    """
     content = read_content(folder)
     where = folder / JOURNAL
     if isinstance(mark, int):  # of a version made by an earlier version of this package
@@ -101,13 +112,16 @@ def read_journal(folder: Path, mark: "Mark | int") -> tuple[list[Record], Mark]:
     before = mark.place - content.trimmed
     if not 0 <= before <= len(content.changes):
         raise UsageError(
-            f"{where}: holds changes {content.trimmed} to {content.end.place}, but the index goes on"
-            f" from {mark.place}; {MEND}"
+            f"{where}: holds changes {content.trimmed} to {content.end.place}, but the index goes"
+            f" on from {mark.place}; {MEND}"
         )
+
     if content.sums[before] != mark.sum:
         raise UsageError(
-            f"{where}: its first {mark.place} changes are not those that the index was made with; {MEND}"
+            f"{where}: its first {mark.place} changes are not those that the index was made with;"
+            f" {MEND}"
         )
+
     return content.changes[before:], content.end
 
 
@@ -119,28 +133,36 @@ def has_changes(folder: Path) -> bool:
         raise
     except UsageError:
         return True
+
     return content is not None and content.end.place > 0
 
 
 def collapsed(records: Sequence[Record]) -> dict[str, Item | None]:
     """Give what came last of each item: the item, or None where it was removed."""
     found: dict[str, Item | None] = {}
+
     for record in records:
         item = item_of(record["put"], JOURNAL) if "put" in record else None
         item_id = item.item_id if item else record["remove"]
         found.pop(item_id, None)
         found[item_id] = item
+
     return found
 
 
 def begin(folder: Path) -> Mark:
-    """Make a journal without changes; by the process that builds. One that holds changes is set aside."""
+    """Make a journal without changes; by the process that builds.
+
+    One that holds changes is set aside.
+    """
     if has_changes(folder):
         set_aside(folder)
+
     name = uuid.uuid4().hex[:12]
     first = sum_of("", name.encode())
     write_bytes(folder / JOURNAL, head_of(name, 0, first))
     flush_folder(folder)
+
     return Mark(name, 0, first)
 
 
@@ -153,8 +175,8 @@ class Journal:
     """Writes to the journal of a folder, one process at a time.
 
     What was written survives a crash, what could not be is not there. The folder may be renamed
-    meanwhile: it is held open. What was confirmed is held in memory too, as it stands in the file, so
-    that somebody who cuts or deletes the file takes nothing away.
+    meanwhile: it is held open. What was confirmed is held in memory too, as it stands in the file,
+    so that somebody who cuts or deletes the file takes nothing away.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -163,8 +185,10 @@ class Journal:
         self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._lock = self._file = -1
         self._confirmed = bytearray()  # all of the file
-        self._tried = b""  # a line that could not be written: some of it may stand behind the others
+        # a line that could not be written: some of it may stand behind the others
+        self._tried = b""
         self._seen: os.stat_result | None = None  # the file after our last look at it
+
         try:
             with self._as_named():
                 self._keep_others_out()
@@ -184,8 +208,10 @@ class Journal:
                 self._hold()
             else:  # cut by a crash, or made by an earlier version of this package
                 self._replace(self._confirmed)
+
         self.end = content.end
         self._note_end()
+
         return self.end
 
     @property
@@ -205,7 +231,10 @@ class Journal:
             raise OSError(error.errno, error.strerror, str(self.folder / JOURNAL)) from error
 
     def write(self, record: Record) -> None:
-        """Append a change, on disk when this returns. NotKept where it cannot be; then nothing of it stays."""
+        """Append a change, on disk when this returns.
+
+        NotKept where it cannot be; then nothing of it stays.
+        """
         text = as_text(record)
         sum_behind = sum_of(self.end.sum, text)
         line = sum_behind.encode() + b" " + text + b"\n"
@@ -220,6 +249,7 @@ class Journal:
     def _append(self, line: bytes) -> None:
         """Add a line to the file, or nothing."""
         self._tried = line
+
         try:
             write_all(self._file, line)
             os.fsync(self._file)
@@ -228,6 +258,7 @@ class Journal:
             with contextlib.suppress(OSError):  # else before the next change
                 os.ftruncate(self._file, len(self._confirmed))
             raise
+
         self._tried = b""
 
     @contextlib.contextmanager
@@ -247,6 +278,7 @@ class Journal:
         """Remember what was confirmed; it may lag behind the journal and never be ahead of it."""
         told = json.dumps(dataclasses.asdict(self.end)).ljust(120).encode()
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
         with contextlib.suppress(OSError):
             handle = os.open(END, flags, 0o666, dir_fd=self._folder)
             try:
@@ -255,7 +287,10 @@ class Journal:
                 os.close(handle)
 
     def check(self) -> None:
-        """See that what is written will be found, and that nobody else writes. NotKept where it is not so."""
+        """See that what is written will be found, and that nobody else writes.
+
+        NotKept where it is not so.
+        """
         with self._or_not_kept():
             self._check_folder()
             if not is_file(self._lock, self._stat(WRITING)):
@@ -263,39 +298,51 @@ class Journal:
             self._check_file()
 
     def _check_folder(self) -> None:
-        """UsageError where another folder lies in the place of ours; one that was renamed is still ours."""
+        """UsageError where another folder lies in the place of ours; one that was renamed is still
+        ours.
+        """
         try:
             there = os.stat(self.folder)
         except FileNotFoundError:
             return
+
         if not is_file(self._folder, there):
             raise UsageError(
-                f"{self.folder}: another folder is there than the one that was opened, which takes no more"
-                " changes; start the service again"
+                f"{self.folder}: another folder is there than the one that was opened, which takes"
+                " no more changes; start the service again"
             )
 
     def _keep_others_out(self) -> None:
-        """Take the lock, again where somebody has removed its file. UsageError where another process has it."""
+        """Take the lock, again where somebody has removed its file.
+
+        UsageError where another process has it.
+        """
         handle = open_lock(self._place / WRITING)
+
         try:
             taken = take_lock(handle)
         except OSError as error:
             os.close(handle)
             raise UsageError(
-                f"{self.folder / WRITING}: cannot be locked ({error.strerror}); use a disk with locks"
+                f"{self.folder / WRITING}: cannot be locked ({error.strerror}); use a disk with"
+                " locks"
             ) from error
 
         if not taken:
             os.close(handle)
             raise UsageError(
-                f"{self.folder}: another service with a key writes to this index; give each its own --index"
+                f"{self.folder}: another service with a key writes to this index; give each its own"
+                " --index"
             )
+
         if self._lock >= 0:
             os.close(self._lock)
+
         self._lock = handle
 
     def _check_file(self) -> None:
-        """See that our file is there, by its name, and holds what was confirmed; put back what is gone.
+        """See that our file is there, by its name, and holds what was confirmed; put back what is
+        gone.
 
         UsageError where it holds anything else.
         """
@@ -304,12 +351,14 @@ class Journal:
             log.warning("%s was removed; it is put back with all changes", self.folder / JOURNAL)
             self._replace(self._confirmed)
             return
+
         if self._as_seen(there):
             return
 
         found = read_own(self._place / JOURNAL)
         ours = is_file(self._file, there)
         behind = found[len(self._confirmed) :]
+
         if found == self._confirmed:
             self._hold()
         elif ours and self._confirmed.startswith(found):
@@ -320,9 +369,10 @@ class Journal:
             self._seen = os.fstat(self._file)
         else:
             raise UsageError(
-                f"{self.folder / JOURNAL}: holds something else than the changes that were confirmed here;"
-                " start this service again to go on with that file, or move it away to go on without it:"
-                " with the next change all that were confirmed here are put back"
+                f"{self.folder / JOURNAL}: holds something else than the changes that were"
+                " confirmed here; start this service again to go on with that file, or move it"
+                " away to go on without it: with the next change all that were confirmed here are"
+                " put back"
             )
 
     def _as_seen(self, there: os.stat_result) -> bool:
@@ -362,6 +412,7 @@ class Journal:
         file = os.open(JOURNAL, flags, dir_fd=self._folder)
         if self._file >= 0:
             os.close(self._file)
+
         self._file = file
         self._seen = os.fstat(file)
         self._tried = b""
@@ -373,9 +424,11 @@ class Journal:
                 self.check()
             except NotKept as error:
                 log.error("%s", error)
+
         for handle in (self._file, self._lock, self._folder):
             if handle >= 0:
                 os.close(handle)
+
         self._file = self._lock = self._folder = -1
 
 

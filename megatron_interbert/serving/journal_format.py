@@ -1,8 +1,8 @@
 """How a journal of an index stands in its file.
 
-The first line names the journal and says how many changes have been trimmed, because no version needs
-them any more. Each further line is `<sum> {"put": item}` or `<sum> {"remove": item id}`; a sum covers
-the line and all before it, so nothing can be altered, left out or exchanged unseen.
+The first line names the journal and says how many changes have been trimmed, because no version
+needs them any more. Each further line is `<sum> {"put": item}` or `<sum> {"remove": item id}`; a
+sum covers the line and all before it, so nothing can be altered, left out or exchanged unseen.
 """
 
 import hashlib
@@ -16,13 +16,16 @@ from megatron_interbert.serving.items import item_of
 
 MISSING = "missing, and with it the changes since the index was made"
 MEND = "restore the file, or begin anew from your items (--rebuild --items FILE)"
-BYTES = "bytes "  # stands for the sum before the first change of a journal that an earlier version began
+# stands for the sum before the first change of a journal that an earlier version began
+BYTES = "bytes "
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in a journal: its name, the changes ever written before the place, the sum over them."""
+    """A place in a journal: its name, the changes ever written before the place, the sum over
+    them.
+    """
 
     journal: str
     place: int
@@ -31,7 +34,8 @@ class Mark:
 
 @dataclass
 class Content:
-    """A journal as it stands on disk: its name, changes, and the sums before and behind each of them.
+    """A journal as it stands on disk: its name, changes, and the sums before and behind each of
+    them.
 
     Where it is not `whole`, it must be written anew before a line is added.
     """
@@ -53,6 +57,7 @@ class Content:
         self.changes.append(parse_change(text, where))
         self.sums.append(expected)
         self.lines.append(line)
+
         return True
 
     @property
@@ -96,8 +101,8 @@ def as_text(change: Record) -> bytes:
 def parse(data: bytes, where: str) -> Content:
     """Take a journal apart; UsageError names a line that is not as it was written.
 
-    A last line without its end was cut by a crash, and nobody was told that it had happened; but one
-    whose sum is right has lost its end alone.
+    A last line without its end was cut by a crash, and nobody was told that it had happened; but
+    one whose sum is right has lost its end alone.
     """
     head, *rest = data.split(b"\n")
     *lines, tail = rest or [b"cut"]
@@ -114,6 +119,7 @@ def parse(data: bytes, where: str) -> Content:
     for line in (tail, tail[:-1]):
         if content.take(line, f"{where}: last line"):
             break
+
     return content
 
 
@@ -121,11 +127,14 @@ def parse_head(line: bytes, where: str) -> tuple[str, int, str]:
     """Give (name, trimmed, sum before the first change) of the first line."""
     try:
         fields = json.loads(line)
-        name, trimmed, first = fields["journal"], fields["trimmed"], fields["first"]
+        name = fields["journal"]
+        trimmed = fields["trimmed"]
+        first = fields["first"]
         if head_of(name, trimmed, first) == line + b"\n" and type(trimmed) is int:
             return name, trimmed, first
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
+
     # What stands there is not told: the file may be another one altogether.
     raise UsageError(f"{where}: its first line is damaged or missing; {MEND}")
 
@@ -141,31 +150,40 @@ def parse_change(text: bytes, where: str) -> Record:
         if "put" in change:
             item_of(change["put"], where)
             return change
+
         if isinstance(change.get("remove"), str):
             return change
+
     raise UsageError(f"{where}: no change of an item: {text[:60].decode(errors='replace')}; {MEND}")
 
 
 class OldJournal:
-    """A journal of an earlier version of this package: without name and sums, its places are bytes."""
+    """A journal of an earlier version of this package: without name and sums, its places are
+    bytes.
+    """
 
     def __init__(self, trimmed: int, lines: list[bytes], where: str) -> None:
-        self.trimmed, self.lines, self.where = trimmed, lines, where
+        self.trimmed = trimmed
+        self.lines = lines
+        self.where = where
 
     @classmethod
     def parse(cls, data: bytes, where: str) -> "OldJournal | None":
         """Take it apart; None where it is of another kind."""
         head, *lines = data[: data.rfind(b"\n") + 1].split(b"\n")[:-1] or [b""]
+
         try:
             fields = json.loads(head)
         except (ValueError, RecursionError):
             return None
+
         if (
             not isinstance(fields, dict)
             or set(fields) != {"trimmed"}
             or type(fields["trimmed"]) is not int
         ):
             return None
+
         return cls(fields["trimmed"], lines, where)
 
     def renewed(self) -> Content:
@@ -173,10 +191,12 @@ class OldJournal:
         name = hashlib.sha256(b"\n".join(self.lines) + str(self.trimmed).encode()).hexdigest()[:12]
         first = f"{BYTES}{self.trimmed}"
         content = Content(name, 0, [], [first], [], whole=False)
+
         for number, text in enumerate(self.lines, start=2):
             content.changes.append(parse_change(text, f"{self.where}: line {number}"))
             content.sums.append(sum_of(content.sums[-1], text))
             content.lines.append(content.sums[-1].encode() + b" " + text)
+
         return content
 
 
@@ -185,7 +205,8 @@ def read_from_old_place(
 ) -> tuple[list[Record], Mark]:
     """Give all changes of a journal to a version that knows only a number of bytes.
 
-    Replaying a change that the version already holds does no harm: the last change of an item counts.
+    Replaying a change that the version already holds does no harm: the last change of an item
+    counts.
     """
     if content is None:
         if place:
@@ -197,4 +218,5 @@ def read_from_old_place(
     reaches_back = not place if begins is None else begins <= place
     if content.trimmed or not reaches_back:
         raise UsageError(f"{where}: begins behind the place from which the index goes on; {MEND}")
+
     return content.changes, content.end

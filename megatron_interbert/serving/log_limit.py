@@ -42,7 +42,8 @@ class Window:
 
 
 class LimitedHandler(logging.StreamHandler):
-    """Write to stderr, so many records of each place in the code; what is beyond becomes one line in the end.
+    """Write to stderr, so many records of each place in the code; what is beyond becomes one line
+    in the end.
 
     `allowances` holds those of loggers that may say more. An error with a traceback has a place of
     its own: where it was raised. Safe to use from several threads.
@@ -66,6 +67,7 @@ class LimitedHandler(logging.StreamHandler):
         window = self.windows[place]
         window.records += 1
         window.latest = record
+
         if window.left_out == 0:
             super().emit(record)
         elif window.left_out == 1:
@@ -87,6 +89,7 @@ class LimitedHandler(logging.StreamHandler):
         if len(text) <= LONGEST:
             return text
         half = LONGEST // 2
+
         return f"{text[:half]}\n.. {len(text) - 2 * half} characters left out ..\n{text[-half:]}"
 
     def close(self) -> None:
@@ -97,7 +100,9 @@ class LimitedHandler(logging.StreamHandler):
 
     def _tell_when_it_ends(self, place: Place, window: Window) -> None:
         """Have the line written also where nothing more is said."""
-        timer = threading.Timer(max(0.0, window.ends - time.monotonic()), self.tell, (place, window))
+        timer = threading.Timer(
+            max(0.0, window.ends - time.monotonic()), self.tell, (place, window)
+        )
         timer.daemon = True
         timer.start()
 
@@ -111,7 +116,9 @@ def place_of(record: logging.LogRecord) -> Place:
     kind, _, trace = record.exc_info
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
+
     where = (trace.tb_frame.f_code.co_filename, trace.tb_lineno) if trace else ()
+
     return (*place, kind.__name__, *where)
 
 
@@ -120,4 +127,7 @@ def summary(window: Window) -> logging.LogRecord:
     latest = window.latest
     text = latest.getMessage().strip().split("\n")[0][:200]
     message = f"... {window.left_out} more like this in {window.allowance.seconds:g} s: {text}"
-    return logging.LogRecord(latest.name, latest.levelno, latest.pathname, latest.lineno, message, None, None)
+
+    return logging.LogRecord(
+        latest.name, latest.levelno, latest.pathname, latest.lineno, message, None, None
+    )

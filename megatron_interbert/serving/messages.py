@@ -13,10 +13,12 @@ def speakable(text: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError("half a character (a lone surrogate)") from None
+
     if "\0" in text:
         raise ValueError("a NUL character")
     if not text.strip():
         raise ValueError("no text")
+
     return text
 
 
@@ -24,7 +26,9 @@ Text = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(speaka
 Words = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(speakable)]
 Id = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(speakable)]
 K = Annotated[int, Field(ge=1, le=MOST, description="items wanted")]
-Candidates = Annotated[int, Field(ge=1, le=1000, description="items that the first stage leaves for the model")]
+Candidates = Annotated[
+    int, Field(ge=1, le=1000, description="items that the first stage leaves for the model")
+]
 
 
 class Body(BaseModel):
@@ -54,15 +58,28 @@ class RecommendRequest(Body):
 
 class ScoreRequest(Body):
     text: Text = Field(examples=["红色条纹连衣裙"])
-    task: Literal["search", "recommendation"] = Field("search", description="which model scores, where there are two")
-    item_ids: list[Id] = Field(min_length=1, max_length=100, examples=[["test-000000", "test-000001"]])
-    explain: bool = Field(False, description="also which regions of the picture speak for the match; one item only")
+    task: Literal["search", "recommendation"] = Field(
+        "search", description="which model scores, where there are two"
+    )
+    item_ids: list[Id] = Field(
+        min_length=1, max_length=100, examples=[["test-000000", "test-000001"]]
+    )
+    explain: bool = Field(
+        False, description="also which regions of the picture speak for the match; one item only"
+    )
 
 
 class ItemBody(Body):
-    image_id: Id = Field(description="an image of the region stores that the service was started with", examples=["test-000003"])
-    title: Annotated[str, Field(max_length=256)] = Field("", examples=["青禾2026夏季红色纯棉连衣裙"])
-    attributes: dict[Words, Words] = Field({}, max_length=16, examples=[{"shop": "青禾旗舰店", "price": "99.9"}])
+    image_id: Id = Field(
+        description="an image of the region stores that the service was started with",
+        examples=["test-000003"],
+    )
+    title: Annotated[str, Field(max_length=256)] = Field(
+        "", examples=["青禾2026夏季红色纯棉连衣裙"]
+    )
+    attributes: dict[Words, Words] = Field(
+        {}, max_length=16, examples=[{"shop": "青禾旗舰店", "price": "99.9"}]
+    )
 
 
 class ItemFile(ItemBody):
@@ -79,13 +96,15 @@ class ItemAnswer(BaseModel):
 
 
 class Found(ItemAnswer):
-    score: float = Field(description="margin of the matching head, higher is better; above 0 it says that they match")
+    score: float = Field(
+        description="margin of the matching head, higher is better; above 0 it says that they match"
+    )
 
 
 class Timings(BaseModel):
-    waited_ms: float
-    took_ms: float = Field(description="of the passes in which it was answered")
-    together: int = Field(description="questions that were answered in them")
+    queue_ms: float = Field(description="from the question until its pass began")
+    compute_ms: float = Field(description="of the passes in which it was answered")
+    batch_size: int = Field(description="questions that were answered in them")
 
 
 class Results(BaseModel):

@@ -1,6 +1,9 @@
-"""What answers: the model, the items and their index. Once it is served, one thread computes and writes (see batching.py).
+"""What answers: the model, the items and their index.
 
-Two stages: the vectors of all items against that of the text, then the best of them by the whole model.
+Once it is served, one thread computes and writes (see batching.py).
+
+Two stages: the vectors of all items against that of the text, then the best of them by the whole
+model.
 """
 
 import dataclasses
@@ -45,22 +48,30 @@ class Score:
 
 
 class Shop:
-    """The served state: of one version of the index, with all changes since. `weights`: sha256 of the model's."""
+    """The served state: of one version of the index, with all changes since.
+
+    `weights`: sha256 of the model's.
+    """
 
     def __init__(self, scorer: ItemScorer, version: Version, weights: str) -> None:
-        self.scorer, self.version, self.weights = scorer, version, weights
+        self.scorer = scorer
+        self.version = version
+        self.weights = weights
         self.items: LiveItems = scorer.catalogue
         self.index = version.vectors()
+
         if self.index.width != scorer.model.config.pooled_size:
             raise Damaged(
                 f"{version.path}: vectors of {self.index.width} numbers, expected"
                 f" {scorer.model.config.pooled_size}"
             )
+
         self.journal: Journal | None = None
         items = version.items()
         self._check_images(items)
         for place in self.items.stage(items):
             self.items.show(place)
+
         records, self._read_to = read_journal(version.path.parent, version.mark)
         self._apply(records)
 
@@ -68,8 +79,8 @@ class Shop:
         for item in items:
             if item.image_id not in self.items.image_numbers:
                 raise UsageError(
-                    f"{self.version.path}: item {item.item_id} has the image {item.image_id}, which is not in"
-                    f" {self.items.corpus.path}; give the store that holds it"
+                    f"{self.version.path}: item {item.item_id} has the image {item.image_id}, which"
+                    f" is not in {self.items.corpus.path}; give the store that holds it"
                 )
 
     def begin_to_write(self, journal: Journal) -> None:
@@ -116,14 +127,18 @@ class Shop:
         place = self.items.place(item.item_id)
         if place is not None and self.items.item(place) == item:
             return False
+
         places = self.items.stage([item])
         vectors = self.scorer.item_vectors(np.array(places))
+
         try:
             check_finite([item], vectors)
         except UsageError as error:
             raise NotKept(str(error)) from None
+
         self.journal.write({"put": item.record()})  # what cannot be kept does not happen
         self._show(places, vectors, [])
+
         return place is None
 
     def remove(self, item_id: str) -> bool:
@@ -132,24 +147,46 @@ class Shop:
             return False
         self.journal.write({"remove": item_id})
         self._show([], np.zeros((0, 0), np.float32), [item_id])
+
         return True
 
     def answer(self, asked: Sequence[Find | Score]) -> list[list[Hit]]:
-        """All questions in common passes; the hits of each, best first, or in the order asked for given items."""
-        places = [self._places(question.item_ids) if isinstance(question, Score) else None for question in asked]
+        """All questions in common passes; the hits of each, best first, or in the order asked for
+        given items.
+        """
+        places = [
+            self._places(question.item_ids) if isinstance(question, Score) else None
+            for question in asked
+        ]
         pieces = self.scorer.pieces([question.text for question in asked])
         finds = [number for number, question in enumerate(asked) if isinstance(question, Find)]
+
         if finds:
             vectors = self.scorer.text_vectors([pieces[number] for number in finds])
             widest = self.index.search(vectors, max(asked[number].candidates for number in finds))
             for number, found in zip(finds, widest, strict=True):
                 places[number] = found[: asked[number].candidates]
+
         counts = [len(of_question) for of_question in places]
-        scores = self.scorer.match(pieces, np.repeat(np.arange(len(asked)), counts), np.concatenate(places).astype(np.int64))
+        scores = self.scorer.match(
+            pieces,
+            np.repeat(np.arange(len(asked)), counts),
+            np.concatenate(places).astype(np.int64),
+        )
         answers = []
-        for question, of_question, own in zip(asked, places, np.split(scores, np.cumsum(counts)[:-1]), strict=True):
-            order = np.argsort(-own, kind="stable")[: question.k] if isinstance(question, Find) else range(len(own))
-            answers.append([Hit(self.items.item(int(of_question[n])), float(own[n])) for n in order])
+
+        for question, of_question, own in zip(
+            asked, places, np.split(scores, np.cumsum(counts)[:-1]), strict=True
+        ):
+            order = (
+                np.argsort(-own, kind="stable")[: question.k]
+                if isinstance(question, Find)
+                else range(len(own))
+            )
+            answers.append(
+                [Hit(self.items.item(int(of_question[n])), float(own[n])) for n in order]
+            )
+
         return answers
 
     def _places(self, item_ids: Sequence[str]) -> np.ndarray:
@@ -159,18 +196,23 @@ class Shop:
         return np.array(found, np.int64)
 
     def regions(self, text: str, item_id: str) -> list[dict[str, Any]]:
-        """Boxes of an item's picture as shares of its size, and how much each speaks for the match: the margin's gradient times the
-        region's feature, summed; the largest is 1. KeyError where the item is not there."""
-        numbers, pieces = self._places([item_id]), self.scorer.pieces([text])
+        """Boxes of an item's picture as shares of its size, and how much each speaks for the match:
+        the margin's gradient times the region's feature, summed; the largest is 1. KeyError where
+        the item is not there.
+        """
+        numbers = self._places([item_id])
+        pieces = self.scorer.pieces([text])
         fields = self.items.fields(self.items.in_full(pieces, numbers), numbers)
         batch = to_batch(fields).to(self.scorer.device)
         batch = dataclasses.replace(batch, features=batch.features.float().requires_grad_())
         with torch.enable_grad():
             logits = self.scorer.model(batch).itm_logits[0]
             (gradient,) = torch.autograd.grad(logits[0] - logits[1], batch.features)
+
         weights = (gradient * batch.features).sum(dim=1).detach().cpu().numpy()
         most = float(np.abs(weights).max()) or 1.0
         boxes = batch.locations[batch.region_rows, :4].cpu().numpy().clip(0, 1)
+
         return [
             {"box": [round(float(x), 4) for x in box], "weight": round(float(weight) / most, 4)}
             for box, weight in zip(boxes, weights, strict=True)

@@ -1,4 +1,6 @@
-"""From flags to a service: model, stores, index, topics; and the thread that takes over new versions of the index."""
+"""From flags to a service: model, stores, index, topics; and the thread that takes over new
+versions of the index.
+"""
 
 import contextlib
 import dataclasses
@@ -33,7 +35,15 @@ from megatron_interbert.serving.index import (
     write_version,
 )
 from megatron_interbert.serving.items import Item, LiveItems
-from megatron_interbert.serving.journal import END, JOURNAL, WRITING, Journal, begin, end_is_known, read_journal
+from megatron_interbert.serving.journal import (
+    END,
+    JOURNAL,
+    WRITING,
+    Journal,
+    begin,
+    end_is_known,
+    read_journal,
+)
 from megatron_interbert.serving.journal_format import Mark
 from megatron_interbert.serving.messages import ItemFile
 from megatron_interbert.serving.shop import Shop
@@ -51,14 +61,24 @@ class Opened:
     """Model, stores and index folder; makes shops, one for each version of the index."""
 
     def __init__(self, config: ServeConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
+        self.config = config
+        self.device = device
         self.model, self.source = load_model(
-            config.load, ("itm",), config.kernels, device, averaged=config.averaged, precision=config.precision
+            config.load,
+            ("itm",),
+            config.kernels,
+            device,
+            averaged=config.averaged,
+            precision=config.precision,
         )
         as_trained(config, self.source)
         fit_length(config, self.source.config)
         self.corpus, self.tokenizer = open_for(config, self.source, split_paths(config.data_path))
-        run = self.source.path.parent if self.source.kind == "checkpoint" or self.source.path.is_file() else self.source.path
+        run = (
+            self.source.path.parent
+            if self.source.kind == "checkpoint" or self.source.path.is_file()
+            else self.source.path
+        )
         self.folder = Path(config.index) if config.index else run / "index"
         self.writes: Journal | None = None  # for the one process that changes items
         check_writable(self.folder, "--index")
@@ -67,11 +87,14 @@ class Opened:
             raise UsageError(f"--image-folder {config.image_folder}: no such folder")
 
     def _warn_of_lost_end(self) -> None:
-        """Say it where nobody can tell whether the journal of the index holds all that was confirmed."""
+        """Say it where nobody can tell whether the journal of the index holds all that was
+        confirmed.
+        """
         with contextlib.suppress(UsageError):  # told when the journal is read for its changes
             if not end_is_known(self.folder):
                 log.warning(
-                    "%s: missing or cut; whether the last changes that were confirmed are in %s cannot be checked",
+                    "%s: missing or cut; whether the last changes that were confirmed are in %s"
+                    " cannot be checked",
                     self.folder / END,
                     JOURNAL,
                 )
@@ -79,9 +102,18 @@ class Opened:
     @property
     def facts(self) -> dict[str, Any]:
         """What vectors depend on."""
-        sizes = {name: getattr(self.config, name) for name in ("titles", "max_regions", "max_tokens")}
-        rounded = {"precision": "bf16"} if self.config.precision == "bf16" else {}  # fp32 and TF32 share an index
-        return {"weights": self.source.facts["files"], "vocabulary": self.tokenizer.sha256, **sizes, **rounded}
+        sizes = {
+            name: getattr(self.config, name) for name in ("titles", "max_regions", "max_tokens")
+        }
+        # fp32 and TF32 share an index
+        rounded = {"precision": "bf16"} if self.config.precision == "bf16" else {}
+
+        return {
+            "weights": self.source.facts["files"],
+            "vocabulary": self.tokenizer.sha256,
+            **sizes,
+            **rounded,
+        }
 
     @property
     def weights_sha256(self) -> str:
@@ -91,29 +123,44 @@ class Opened:
     def scorer(self) -> ItemScorer:
         """Of no items yet."""
         config = self.config
-        items = LiveItems(self.corpus, self.tokenizer, config.max_tokens, config.max_regions, config.titles)
+        items = LiveItems(
+            self.corpus, self.tokenizer, config.max_tokens, config.max_regions, config.titles
+        )
+
         return ItemScorer(self.model, items, self.device)
 
     def build(self) -> str:
-        """Make a new version, and give its name. UsageError where another process makes one, or none can be made.
+        """Make a new version, and give its name.
+
+        UsageError where another process makes one, or none can be made.
 
         Its items are those of --items, where that is given and there is no index yet or --rebuild;
         else those of the version that is served with all changes; else all images of the stores.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+
         with only_one(self.folder / "building", "another process builds this index; wait for it"):
             scorer = self.scorer()
             served, items, mark = self._items(scorer.catalogue)
             vectors = self._vectors(scorer, items)
-            if mark is None or not mark.journal:  # last: it may take the place of one that cannot be used
+            # last: it may take the place of one that cannot be used
+            if mark is None or not mark.journal:
                 mark = self._new_journal()
-            version = write_version(self.folder, items, vectors, self.config.index_kind, self.facts, mark)
-            prune(self.folder, [served] if served else [])  # a service may answer by it, and go back to it
+
+            version = write_version(
+                self.folder, items, vectors, self.config.index_kind, self.facts, mark
+            )
+            # a service may answer by it, and go back to it
+            prune(self.folder, [served] if served else [])
+
             return version
 
     def _items(self, stored: LiveItems) -> tuple[str, list[Item], Mark | None]:
-        """(Version that a new one is made of, its items, the place in the journal from which changes are added; None: of a new one)."""
+        """(Version that a new one is made of, its items, the place in the journal from which
+        changes are added; None: of a new one).
+        """
         begins_anew = bool(self.config.rebuild and self.config.items)
+
         try:
             found = version_to_replay(self.folder)
         except Unreadable:
@@ -126,14 +173,22 @@ class Opened:
 
         served, items, mark = found or (None, list(stored.stored()), None)
         if served and served.facts["model"] != self.facts and not self.config.rebuild:
-            raise UsageError(f"{served.path}: made with other weights or settings; --rebuild makes the index anew for these")
+            raise UsageError(
+                f"{served.path}: made with other weights or settings; --rebuild makes the index"
+                " anew for these"
+            )
 
         if begins_anew or (self.config.items and not served):
             items = read_items(self.config.items, stored)
             if served and mark != served.mark:
-                log.warning("changes of items since %s was made are dropped: they are those of %s now", served.path, self.config.items)
+                log.warning(
+                    "changes of items since %s was made are dropped: they are those of %s now",
+                    served.path,
+                    self.config.items,
+                )
 
         self._check(items, stored)
+
         return served.name if served else "", items, mark
 
     def _check(self, items: list[Item], stored: LiveItems) -> None:
@@ -142,13 +197,21 @@ class Opened:
             raise UsageError("no items: an index of nothing would find nothing")
         for item in items:
             if item.image_id not in stored.image_numbers:
-                raise UsageError(f"item {item.item_id} has the image {item.image_id}, which is not in {self.corpus.path}")
+                raise UsageError(
+                    f"item {item.item_id} has the image {item.image_id}, which is not in"
+                    f" {self.corpus.path}"
+                )
 
     def _new_journal(self) -> Mark:
-        """Begin a journal; one that cannot be used is set aside. UsageError where a service writes to it."""
+        """Begin a journal; one that cannot be used is set aside.
+
+        UsageError where a service writes to it.
+        """
         if self.writes is not None:
             return begin(self.folder)
-        with only_one(self.folder / WRITING, "a service with a key writes to this index; end it first"):
+        with only_one(
+            self.folder / WRITING, "a service with a key writes to this index; end it first"
+        ):
             return begin(self.folder)
 
     def _vectors(self, scorer: ItemScorer, items: list[Item]) -> np.ndarray:
@@ -157,6 +220,7 @@ class Opened:
         with progress(total=len(items), unit="item", desc="vectors") as bar:
             vectors = scorer.item_vectors(places, bar.update)
         check_finite(items, vectors)
+
         return vectors
 
     def keep_writers_out(self) -> None:
@@ -165,36 +229,61 @@ class Opened:
         self.writes = Journal(self.folder)
 
     def shop(self, version: Version) -> Shop:
-        """A version, ready to answer. UsageError where it was made with other weights or settings."""
+        """A version, ready to answer.
+
+        UsageError where it was made with other weights or settings.
+        """
         if version.facts["model"] != self.facts:
-            raise UsageError(f"{version.path}: made with other weights or settings than these; build it again (--rebuild)")
+            raise UsageError(
+                f"{version.path}: made with other weights or settings than these; build it again"
+                " (--rebuild)"
+            )
+
         return Shop(self.scorer(), version, self.weights_sha256)
 
 
 def read_items(path: str, items: LiveItems) -> list[Item]:
-    """A jsonl of item_id, image_id, title and attributes; other keys with texts or numbers are attributes too. UsageError
-    names the line with an image that no store holds."""
+    """A jsonl of item_id, image_id, title and attributes; other keys with texts or numbers are
+    attributes too. UsageError names the line with an image that no store holds.
+    """
     found: dict[str, Item] = {}
+
     for where, record in read_records(path, "--items", {"item_id": (str, int), "title": str}):
         item_id = str(record.pop("item_id"))
-        image_id, title, attributes = record.pop("image_id", item_id), record.pop("title"), record.pop("attributes", {})
+        image_id = record.pop("image_id", item_id)
+        title = record.pop("title")
+        attributes = record.pop("attributes", {})
         if not isinstance(attributes, dict):
             raise UsageError(f"{where}: 'attributes' is no JSON object")
+
         attributes |= record
         for name, value in {"image_id": image_id, **attributes}.items():
             if not isinstance(value, str | int | float):
-                raise UsageError(f"{where}: '{name}' is {json.dumps(value, ensure_ascii=False)[:60]}, expected a text or a number")
-        image_id, attributes = str(image_id), {str(key): str(value) for key, value in attributes.items()}
+                raise UsageError(
+                    f"{where}: '{name}' is {json.dumps(value, ensure_ascii=False)[:60]}, expected a"
+                    " text or a number"
+                )
+
+        image_id = str(image_id)
+        attributes = {str(key): str(value) for key, value in attributes.items()}
         if item_id in found:
             raise UsageError(f"{where}: item {item_id} stands there twice")
         try:
             ItemFile(item_id=item_id, image_id=image_id, title=title, attributes=attributes)
         except ValidationError as error:
             first = error.errors()[0]
-            raise UsageError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            raise UsageError(
+                f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+            ) from None
+
         if image_id not in items.image_numbers:
-            raise UsageError(f"{where}: image {image_id} is not in {items.corpus.path}; give the store that holds it")
+            raise UsageError(
+                f"{where}: image {image_id} is not in {items.corpus.path}; give the store that"
+                " holds it"
+            )
+
         found[item_id] = Item(item_id, image_id, title, attributes)
+
     return list(found.values())
 
 
@@ -206,11 +295,18 @@ def open_models(config: ServeConfig, device: torch.device) -> list[Opened]:
 
     found = [Opened(config, device)]
     if config.load_recommendation:
-        own = dataclasses.replace(config, load=config.load_recommendation, index=config.recommendation_index)
+        own = dataclasses.replace(
+            config, load=config.load_recommendation, index=config.recommendation_index
+        )
         own.given = config.given
         found.append(Opened(own, device))
+
         if found[0].folder.resolve() == found[1].folder.resolve():
-            raise UsageError(f"{found[0].folder}: two models need an index each; give --recommendation-index another folder")
+            raise UsageError(
+                f"{found[0].folder}: two models need an index each; give --recommendation-index"
+                " another folder"
+            )
+
     return found
 
 
@@ -219,19 +315,28 @@ def open_service(config: ServeConfig, models: list[Opened]) -> Service:
     threads = [start_answering(opened) for opened in models]
     generated = any(store.manifest.get("generated") for store in models[0].corpus.stores)
     service = Service(threads[0], threads[-1], config, generated)
+
     if config.topics:
         topics = read_topics(config.topics, "--topics")
-        service.topics = {key: Topic(key, *rest) for key, *rest in zip(topics.ids, topics.names, topics.texts, strict=True)}
+        service.topics = {
+            key: Topic(key, *rest)
+            for key, *rest in zip(topics.ids, topics.names, topics.texts, strict=True)
+        }
+
     for opened, thread in zip(models, threads, strict=True):
         threading.Thread(target=watch, args=(opened, thread), name="index", daemon=True).start()
+
     return service
 
 
 def start_answering(opened: Opened) -> ModelThread:
-    """The thread of a model with the version of its index that is served; one is made where there is no trace of an index."""
+    """The thread of a model with the version of its index that is served; one is made where there
+    is no trace of an index.
+    """
     config = opened.config
     if config.api_key:
         opened.keep_writers_out()  # before anything is built: another one may write
+
     version = None if config.rebuild else served_version(opened.folder)
     if version is None:
         opened.build()
@@ -241,27 +346,37 @@ def start_answering(opened: Opened) -> ModelThread:
 
     if opened.writes is not None:
         bring_up_to_date(opened, version)
+
     shop = opened.shop(version)
     if opened.writes is not None:
         shop.begin_to_write(opened.writes)
+
     return ModelThread(shop, config.queue_size, config.batch_pairs)
 
 
 def bring_up_to_date(opened: Opened, version: Version) -> None:
-    """Open the journal, and mend what a backup without links, or an earlier version of this package, has left."""
+    """Open the journal, and mend what a backup without links, or an earlier version of this
+    package, has left.
+    """
     if isinstance(version.mark, int) and not is_there(opened.folder / JOURNAL):
         read_journal(opened.folder, version.mark)  # UsageError where there should be one
         begin(opened.folder)
+
     opened.writes.open()
     if not (opened.folder / CURRENT).is_symlink() or sibling(opened.folder / CURRENT) is None:
         serve_from_now_on(opened.folder, version.name)
 
 
 def watch(opened: Opened, model: ModelThread) -> None:
-    """Take over new versions of the index as they come. One that does not fit is named, and the link is put back."""
+    """Take over new versions of the index as they come.
+
+    One that does not fit is named, and the link is put back.
+    """
     while True:
         time.sleep(LOOK_EVERY)
-        served, version = model.shop.version.name, ""
+        served = model.shop.version.name
+        version = ""
+
         try:
             current = sibling(opened.folder / CURRENT)
             version = current.name if current else served
@@ -271,7 +386,9 @@ def watch(opened: Opened, model: ModelThread) -> None:
                 log.info("index %s is served now", newer.version.name)
                 model.change(Shop.trim)
         except (OSError, Unreadable) as error:  # it may be sound: tried again
-            log.error("index %s cannot be read: %s; %s is served", version, error, model.shop.version.name)
+            log.error(
+                "index %s cannot be read: %s; %s is served", version, error, model.shop.version.name
+            )
             time.sleep(10 * LOOK_EVERY)
         except Exception as error:
             log.error("index %s: %s; %s is served", version, error, model.shop.version.name)

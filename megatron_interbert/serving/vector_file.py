@@ -1,7 +1,8 @@
-"""Read vectors.faiss without FAISS, whose reader maps, and writes, whatever other files an index names.
+"""Read vectors.faiss without FAISS, whose reader maps, and writes, whatever other files an index
+names.
 
-Two kinds are ours, as FAISS writes them: ids over plain vectors (`exact`), and over a graph of plain
-vectors (`hnsw`). All else is refused before anything is made of it.
+Two kinds are ours, as FAISS writes them: ids over plain vectors (`exact`), and over a graph of
+plain vectors (`hnsw`). All else is refused before anything is made of it.
 
     "IxMp" head, then "IxFI" head and vectors
                  or "IHNf" head and the graph, then "IxFI" head and vectors
@@ -27,8 +28,8 @@ class Foreign(ValueError):
 class Graph:
     """An HNSW graph: neighbours of all vectors on all their levels, one after the other.
 
-    `sizes[n]` neighbours lie on the levels below n, -1 where there are fewer; those of vector i begin
-    at offsets[i].
+    `sizes[n]` neighbours lie on the levels below n, -1 where there are fewer; those of vector i
+    begin at offsets[i].
     """
 
     sizes: np.ndarray
@@ -66,6 +67,7 @@ class Graph:
             raise Foreign("the neighbours in its graph are not where they should be")
         if ((self.neighbours < -1) | (self.neighbours >= count)).any():
             raise Foreign("its graph names vectors that are not there")
+
         self._check_levels(ends, sizes)
 
     def _check_levels(self, ends: np.ndarray, sizes: np.ndarray) -> None:
@@ -93,15 +95,20 @@ class Stored:
 
 
 def read_vectors(file: IO[bytes], kind: str, size: int) -> Stored:
-    """Read a file of `size` bytes from its beginning; Foreign where it is not one of ours of that kind."""
+    """Read a file of `size` bytes from its beginning.
+
+    Foreign where it is not one of ours of that kind.
+    """
     width, count = read_head(file, b"IxMp")
     graph = None
+
     if kind == "hnsw":
         heads = {read_head(file, b"IHNf")}
         graph = read_graph(file, size)
         heads.add(read_head(file, b"IxFI"))
     else:
         heads = {read_head(file, b"IxFI")}
+
     if heads != {(width, count)}:
         raise Foreign("its parts are of different sizes")
 
@@ -115,6 +122,7 @@ def read_vectors(file: IO[bytes], kind: str, size: int) -> Stored:
         raise Foreign("its ids are not the numbers of the items")
     if graph is not None:
         graph.check(count)
+
     return Stored(ids, vectors.reshape(count, width), graph)
 
 
@@ -134,6 +142,7 @@ def read_graph(file: IO[bytes], size: int) -> Graph:
     offsets = read_array(file, np.uint64, size)
     neighbours = read_array(file, np.int32, size)
     entry, highest, *_ = LEVELS.unpack(exactly(file, LEVELS.size))
+
     return Graph(sizes, levels, offsets, neighbours, entry, highest)
 
 
@@ -143,9 +152,11 @@ def read_array(file: IO[bytes], kind: type, size: int) -> np.ndarray:
     width = np.dtype(kind).itemsize
     if count * width > size - file.tell():
         raise Foreign("it ends too early")
+
     values = np.empty(count, kind)
     if file.readinto(values.view(np.uint8)) != count * width:
         raise Foreign("it ends too early")
+
     return values
 
 

@@ -14,14 +14,22 @@ BREADTH = 128  # candidates that a search in it looks at
 
 
 class VectorIndex:
-    """Inner products of vectors [P] by place. `exact` compares with all, `hnsw` walks a graph: for millions of items.
+    """Inner products of vectors [P] by place.
 
-    A graph cannot forget a vector: places that are gone are passed over, and a new version forgets them.
+    `exact` compares with all, `hnsw` walks a graph: for millions of items.
+
+    A graph cannot forget a vector: places that are gone are passed over, and a new version forgets
+    them.
     """
 
     def __init__(self, width: int, kind: str = "exact") -> None:
-        inner = faiss.IndexFlatIP(width) if kind == "exact" else faiss.IndexHNSWFlat(width, LINKS, faiss.METRIC_INNER_PRODUCT)
-        self.kind, self.faiss = kind, faiss.IndexIDMap(inner)
+        inner = (
+            faiss.IndexFlatIP(width)
+            if kind == "exact"
+            else faiss.IndexHNSWFlat(width, LINKS, faiss.METRIC_INNER_PRODUCT)
+        )
+        self.kind = kind
+        self.faiss = faiss.IndexIDMap(inner)
         self.gone: set[int] = set()
         self._lock = threading.Lock()
 
@@ -37,13 +45,16 @@ class VectorIndex:
         ours = faiss.vector_to_array(inner.hnsw.cum_nneighbor_per_level)
         if not np.array_equal(stored.graph.sizes, ours):
             raise Foreign(f"its graph does not have {LINKS} links for each vector")
+
         inner.storage.add(stored.vectors)
         for name, values in stored.graph.arrays().items():
             faiss.copy_array_to_vector(values, getattr(inner.hnsw, name))
+
         inner.hnsw.entry_point = stored.graph.entry
         inner.hnsw.max_level = stored.graph.highest
         faiss.copy_array_to_vector(stored.ids, index.faiss.id_map)
         inner.ntotal = index.faiss.ntotal = len(stored.ids)
+
         return index
 
     def __len__(self) -> int:
@@ -57,7 +68,9 @@ class VectorIndex:
     def add(self, places: Sequence[int], vectors: np.ndarray) -> None:
         """Vectors [n, P] at places that no vector has had."""
         with self._lock:
-            self.faiss.add_with_ids(np.ascontiguousarray(vectors, np.float32), np.array(places, np.int64))
+            self.faiss.add_with_ids(
+                np.ascontiguousarray(vectors, np.float32), np.array(places, np.int64)
+            )
 
     def remove(self, place: int) -> None:
         """Never find this place again."""
@@ -73,9 +86,16 @@ class VectorIndex:
             most = min(k, len(self))
             if not most:
                 return [np.zeros(0, np.int64)] * len(vectors)
+
             parameters = None
             if self.kind == "hnsw":
                 gone = faiss.IDSelectorBatch(np.array(sorted(self.gone), np.int64))
-                parameters = faiss.SearchParametersHNSW(sel=faiss.IDSelectorNot(gone), efSearch=max(BREADTH, most))
-            _, found = self.faiss.search(np.ascontiguousarray(vectors, np.float32), most, params=parameters)
+                parameters = faiss.SearchParametersHNSW(
+                    sel=faiss.IDSelectorNot(gone), efSearch=max(BREADTH, most)
+                )
+
+            _, found = self.faiss.search(
+                np.ascontiguousarray(vectors, np.float32), most, params=parameters
+            )
+
         return [row[row >= 0] for row in found]

@@ -1,4 +1,6 @@
-"""What an evaluation opens: a model from weights of any format on any layout, stores, vocabulary; the same on all ranks."""
+"""What an evaluation opens: a model from weights of any format on any layout, stores, vocabulary;
+the same on all ranks.
+"""
 
 import os
 import sys
@@ -38,30 +40,46 @@ def load_model(
     precision: str = "fp32",
     **options: Any,
 ) -> tuple[InterBert, Source]:
-    """Open the model (`options` of InterBert), in evaluation mode and a precision, and say where its weights came from.
+    """Open the model (`options` of InterBert), in evaluation mode and a precision, and say where
+    its weights came from.
 
     Of a run's folder these are the best checkpoint, else the newest.
     """
     if not load:
         raise UsageError("--load is missing; give the folder of a checkpoint")
+
     state = state or ParallelState()
     link = Path(load) / BEST
     best = sibling(link)
     source = open_source(best or load, averaged=averaged)
+
     if best is None and os.path.lexists(link):
-        source.notes.insert(0, f"note: {link} leads nowhere; {source.path.name}, the newest checkpoint, is taken instead")
+        source.notes.insert(
+            0,
+            f"note: {link} leads nowhere; {source.path.name}, the newest checkpoint, is taken"
+            " instead",
+        )
+
     if state.is_main:
         for note in source.notes:
             print(note, file=sys.stderr, flush=True)
-    source.facts.setdefault("files", {path.name: file_sha256(path) for path in weight_files(source.path)})
+
+    source.facts.setdefault(
+        "files", {path.name: file_sha256(path) for path in weight_files(source.path)}
+    )
     source.config.check_tensor_parallel(state.tensor_size)
-    model = InterBert(source.config, heads, state=state, kernels=choose_kernels(kernels, device), **options)
+    model = InterBert(
+        source.config, heads, state=state, kernels=choose_kernels(kernels, device), **options
+    )
     load_full_state(model, source.state(), state, load)
+
     return choose_precision(precision, device).convert(model.to(device)).eval(), source
 
 
 def check_photos(folder: str, state: ParallelState) -> None:
-    """UsageError on all ranks where --image-folder names no folder that rank 0, which draws the page, can list."""
+    """UsageError on all ranks where --image-folder names no folder that rank 0, which draws the
+    page, can list.
+    """
 
     def check() -> None:
         if folder and state.is_main:
@@ -84,34 +102,54 @@ def as_trained(config: LoadConfig, source: Source, task: str = "") -> None:
     """
     fits = str(source.facts.get("task") or "").startswith(task)
     trained = (source.facts.get("run") or {}) if fits else {}
+
     for name, facts in rows(config):
         if facts.as_trained is None:
             continue
-        given = name in config.given if isinstance(facts.as_trained, bool) else getattr(config, name)
+
+        given = (
+            name in config.given if isinstance(facts.as_trained, bool) else getattr(config, name)
+        )
         if not given:
             setattr(config, name, trained.get(name, facts.as_trained))
 
 
-def open_for(config: EvaluateConfig, source: Source, stores: Sequence[str]) -> tuple[Corpus | None, CaptionTokenizer]:
-    """The stores and the vocabulary of an evaluation; UsageError where they are not those that the weights were made with."""
+def open_for(
+    config: EvaluateConfig, source: Source, stores: Sequence[str]
+) -> tuple[Corpus | None, CaptionTokenizer]:
+    """The stores and the vocabulary of an evaluation.
+
+    UsageError where they are not those that the weights were made with.
+    """
     corpus = open_stores(stores, config) if stores else None
     beside = source.path if source.path.is_dir() else source.path.parent
     tokenizer = open_vocabulary(config.vocab_file, [*stores, beside], source.config)
     where = corpus.path if corpus else config.load
     like = corpus or source.config
     fit_to_data(source.config, tokenizer.vocab_size, like.feature_dim, like.num_classes, where)
+
     if corpus:
         check_detector(
-            source.facts.get("detector"), corpus.stores[0].manifest["detector"], f"--data-path {where}", config.allow_other_detector
+            source.facts.get("detector"),
+            corpus.stores[0].manifest["detector"],
+            f"--data-path {where}",
+            config.allow_other_detector,
         )
+
     vocabulary = source.facts.get("vocabulary")
     if vocabulary and vocabulary != tokenizer.sha256:
-        raise UsageError(f"{tokenizer.vocab_file}: not the vocabulary of {config.load}; give that one by --vocab-file")
+        raise UsageError(
+            f"{tokenizer.vocab_file}: not the vocabulary of {config.load}; give that one by"
+            " --vocab-file"
+        )
+
     return corpus, tokenizer
 
 
 def give_up(problem: str) -> None:
-    """End an evaluation whose data are found not to be as they were written: its figures mean nothing."""
+    """End an evaluation whose data are found not to be as they were written: its figures mean
+    nothing.
+    """
     os.write(2, f"error: {problem}\n".encode())
     os._exit(1)
 
@@ -123,14 +161,24 @@ def agree_on_inputs(
     tokenizer: CaptionTokenizer,
     files: Sequence[str | Path],
 ) -> Path:
-    """The folder for the results; UsageError on all ranks when it cannot be written or when they have opened
-    different things: weights, vocabulary, or `files` (of the data); or when stores are not as they were written."""
+    """The folder for the results.
+
+    UsageError on all ranks when it cannot be written or when they have opened different things:
+    weights, vocabulary, or `files` (of the data); or when stores are not as they were written.
+    """
     verify_stores(config, state).start(give_up)
     folder = output_folder(config, source)
     together(state, lambda: check_writable(folder, "--output") if state.is_main else None)
     if state.is_main:
         print(*config.notes, sep="\n", end="\n" * bool(config.notes), flush=True)
-    flags = {flag(name): getattr(config, name) for name, facts in rows(config) if not facts.may_differ}
+
+    flags = {
+        flag(name): getattr(config, name) for name, facts in rows(config) if not facts.may_differ
+    }
     data = [file_sha256(file) for file in files]
-    check_alike(state, {"weights": source.facts["files"], "data": data, "vocabulary": tokenizer.sha256, **flags})
+    check_alike(
+        state,
+        {"weights": source.facts["files"], "data": data, "vocabulary": tokenizer.sha256, **flags},
+    )
+
     return folder

@@ -1,4 +1,6 @@
-"""Texts as a model reads them, and batches of pairs of a text and an image, whose regions are read once for all their pairs."""
+"""Texts as a model reads them, and batches of pairs of a text and an image, whose regions are read
+once for all their pairs.
+"""
 
 from collections.abc import Sequence
 
@@ -14,22 +16,31 @@ NOTHING = np.zeros(0, np.int64)
 Text = tuple[np.ndarray, np.ndarray]  # token ids with [CLS] and [SEP], their types
 
 
-def caption_texts(corpus: Corpus, tokenizer: CaptionTokenizer, captions: np.ndarray, max_tokens: int) -> list[Text]:
+def caption_texts(
+    corpus: Corpus, tokenizer: CaptionTokenizer, captions: np.ndarray, max_tokens: int
+) -> list[Text]:
     """[CLS] words [SEP] of some captions [n], cut to `max_tokens`."""
     tokens = corpus.tokens(captions, tokenizer, max_tokens - 2)
-    return [frame([ids], tokenizer, max_tokens) for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
+    return [
+        frame([ids], tokenizer, max_tokens) for ids in np.split(tokens.ids, tokens.offsets[1:-1])
+    ]
 
 
 def frame(pieces: Sequence[np.ndarray], tokenizer: CaptionTokenizer, max_tokens: int) -> Text:
-    """(ids, types) of one or two texts; too long together, the longer one loses its last token, again and again."""
+    """(ids, types) of one or two texts; too long together, the longer one loses its last token,
+    again and again.
+    """
     room = max_tokens - 1 - len(pieces)
     lengths = [len(part) for part in pieces]
     while sum(lengths) > room:
         lengths[lengths.index(max(lengths))] -= 1
-    ids, types = [np.array([tokenizer.cls])], [np.zeros(1, np.int64)]
+
+    ids = [np.array([tokenizer.cls])]
+    types = [np.zeros(1, np.int64)]
     for kind, (part, length) in enumerate(zip(pieces, lengths, strict=True)):
         ids += [part[:length], np.array([tokenizer.sep])]
         types.append(np.full(length + 1, kind, np.int64))
+
     return np.concatenate(ids).astype(np.int64), np.concatenate(types)
 
 
@@ -40,6 +51,7 @@ def text_fields(texts: Sequence[Text]) -> tuple[Fields, np.ndarray]:
         "token_ids": np.concatenate([ids for ids, _ in texts]).astype(np.int64),
         "token_types": np.concatenate([types for _, types in texts]).astype(np.int64),
     }
+
     return fields, lengths
 
 
@@ -50,18 +62,30 @@ def pair_fields(
     feature_dim: int,
     allocate: Allocate = plain_memory,
 ) -> Fields:
-    """The fields of a PackedBatch for B pairs without masks: texts [B] and the place of each pair's image in `regions` [B], -1 for a
-    text alone; all are without regions."""
+    """The fields of a PackedBatch for B pairs without masks: texts [B] and the place of each pair's
+    image in `regions` [B], -1 for a text alone; all are without regions.
+    """
     fields, lengths = text_fields(texts)
-    counts = np.where(image_of < 0, 0, regions.counts[image_of]) if regions else np.zeros(len(texts), np.int64)
+    counts = (
+        np.where(image_of < 0, 0, regions.counts[image_of])
+        if regions
+        else np.zeros(len(texts), np.int64)
+    )
     layout = lay_out(lengths, counts)
     ends = np.cumsum(counts)
+
     if regions:
-        rows = np.arange(ends[-1]) + np.repeat(regions.offsets[:-1][image_of] - (ends - counts), counts)
-        features = np.take(regions.features, rows, axis=0, out=allocate((len(rows), feature_dim)), mode="clip")
+        rows = np.arange(ends[-1]) + np.repeat(
+            regions.offsets[:-1][image_of] - (ends - counts), counts
+        )
+        features = np.take(
+            regions.features, rows, axis=0, out=allocate((len(rows), feature_dim)), mode="clip"
+        )
         locations = image_locations(layout, regions.locations()[rows])
     else:
-        features, locations = np.empty((0, feature_dim), np.float16), np.empty((0, 5), np.float32)
+        features = np.empty((0, feature_dim), np.float16)
+        locations = np.empty((0, 5), np.float32)
+
     return {
         **layout,
         **fields,

@@ -1,4 +1,6 @@
-"""The parts that every job is put together from: stores, vocabulary, sizes of the model, what a checkpoint remembers of its data."""
+"""The parts that every job is put together from: stores, vocabulary, sizes of the model, what a
+checkpoint remembers of its data.
+"""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -31,71 +33,113 @@ def open_stores(paths: Sequence[str], config: TrainConfig | LoadConfig) -> Corpu
 def verify_stores(config: TrainConfig | LoadConfig, state: ParallelState) -> Integrity:
     """Verify the region stores of a configuration, by one process on each machine.
 
-    UsageError on all ranks for a small store, or a file that has changed since it was verified here,
-    that is not as it was written; the rest is verified once the returned object is started.
+    UsageError on all ranks for a small store, or a file that has changed since it was verified
+    here, that is not as it was written; the rest is verified once the returned object is started.
     """
     first = read_launch().local_rank == 0
-    stores = [path for path in paths_of_stores(config) if first and (Path(path) / MANIFEST).is_file()]
+    stores = [
+        path for path in paths_of_stores(config) if first and (Path(path) / MANIFEST).is_file()
+    ]
     integrity = together(state, lambda: Integrity(stores))
     together(state, integrity.check_at_once)
+
     return integrity
 
 
 def open_vocabulary(
     given: str, folders: Iterable[str | Path], sizes: ModelConfig, segmenter: str = "characters"
 ) -> CaptionTokenizer:
-    """The vocabulary of --vocab-file, else of the first folder (of a store, of weights) that has one, for a model of such `sizes`."""
-    found = next((path for folder in folders if (path := Path(folder) / VOCABULARY).is_file()), None)
+    """The vocabulary of --vocab-file, else of the first folder (of a store, of weights) that has
+    one, for a model of such `sizes`.
+    """
+    found = next(
+        (path for folder in folders if (path := Path(folder) / VOCABULARY).is_file()), None
+    )
     if not given and found is None:
-        raise UsageError("--vocab-file is missing: neither the data nor the weights have a vocab.txt beside them")
+        raise UsageError(
+            "--vocab-file is missing: neither the data nor the weights have a vocab.txt beside them"
+        )
+
     return CaptionTokenizer(given or str(found), sizes.text_normalisation, segmenter)
 
 
 def vocabulary_of_run(config: TrainConfig, stores: Sequence[str] = ()) -> CaptionTokenizer:
     """The vocabulary of a run: given, of its stores, or of the weights that it starts from."""
     weights = [newest_checkpoint(config.init_from) or config.init_from] if config.init_from else []
-    segmenter = getattr(config, "segmenter", "characters")  # pretraining's: nothing else masks words
-    return open_vocabulary(config.vocab_file, [*stores, *weights], sizes_of_model(config), segmenter)
+    # pretraining's: nothing else masks words
+    segmenter = getattr(config, "segmenter", "characters")
+
+    return open_vocabulary(
+        config.vocab_file, [*stores, *weights], sizes_of_model(config), segmenter
+    )
 
 
 def fit_length(config: Flags, sizes: ModelConfig, name: str = "max_tokens") -> None:
-    """Cut a default length of texts to the model's positions; UsageError for one that was asked for."""
+    """Cut a default length of texts to the model's positions.
+
+    UsageError for one that was asked for.
+    """
     most = sizes.max_position_embeddings
     if getattr(config, name) <= most:
         return
     if not config.is_default(name):
         raise UsageError(
-            f"{config.told(name)} is more than the model's {most} positions; give that many or fewer"
+            f"{config.told(name)} is more than the model's {most} positions; give that many or"
+            " fewer"
         )
+
     config.fit(name, most, f"the model has {most} positions")
 
 
 def sizes_of_model(config: TrainConfig) -> ModelConfig:
-    """The sizes that --model names; without it those of --init-from where it holds them, else of `base`."""
-    if not config.model and config.init_from and recognise(config.init_from) in ("checkpoint", "huggingface"):
+    """The sizes that --model names; without it those of --init-from where it holds them, else of
+    `base`.
+    """
+    if (
+        not config.model
+        and config.init_from
+        and recognise(config.init_from) in ("checkpoint", "huggingface")
+    ):
         return open_source(config.init_from).config
+
     return load_model_config(config.model or "base")
 
 
-def fitted_sizes(config: TrainConfig, tokenizer: CaptionTokenizer, corpus: Corpus | None) -> ModelConfig:
-    """Sizes of the model with those that come from the data filled in, and whether --max-tokens fits checked."""
+def fitted_sizes(
+    config: TrainConfig, tokenizer: CaptionTokenizer, corpus: Corpus | None
+) -> ModelConfig:
+    """Sizes of the model with those that come from the data filled in, and whether --max-tokens
+    fits checked.
+    """
     sizes = sizes_of_model(config)
     like = corpus or sizes
     where = f"{corpus.path} with {tokenizer.vocab_file}" if corpus else tokenizer.vocab_file
-    sizes = fit_to_data(sizes, tokenizer.vocab_size, like.feature_dim or 1, like.num_classes or 2, where)
+    sizes = fit_to_data(
+        sizes, tokenizer.vocab_size, like.feature_dim or 1, like.num_classes or 2, where
+    )
     fit_length(config, sizes)
+
     return sizes if config.dropout else sizes.without_dropout()
 
 
 def describe_data(
-    tokenizer: CaptionTokenizer, corpus: Corpus | None, files: Sequence[str] = (), task: str | None = None
+    tokenizer: CaptionTokenizer,
+    corpus: Corpus | None,
+    files: Sequence[str] = (),
+    task: str | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint remembers of its data; `files` are those beside the stores that decide what the samples are."""
+    """What a checkpoint remembers of its data.
+
+    `files` are those beside the stores that decide what the samples are.
+    """
     manifests = [file_sha256(store.path / MANIFEST) for store in corpus.stores] if corpus else []
     hashes = manifests + [file_sha256(file) for file in files]
+
     return {
         "store": ", ".join([*([corpus.path] if corpus else []), *files]),
-        "manifest_sha256": hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        "manifest_sha256": (
+            hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+        ),
         "detector": corpus.stores[0].manifest["detector"] if corpus else None,
         "vocabulary": tokenizer.sha256,
         **({"task": task} if task else {}),
@@ -103,11 +147,14 @@ def describe_data(
 
 
 def validation_digest(config: TrainConfig) -> str:
-    """Give one sha256 for what a run is judged on: all that the flags --valid-.. say, and what they name."""
+    """Give one sha256 for what a run is judged on: all that the flags --valid-.. say, and what they
+    name.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(vars(config).items()):
         if name.startswith("valid_"):
             digest.update(f"{name} {content_of(value)}\n".encode())
+
     return digest.hexdigest()
 
 

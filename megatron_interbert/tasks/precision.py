@@ -1,6 +1,8 @@
-"""In which precision evaluations and the service compute: one rule for all of them, from what is asked for and the device.
+"""In which precision evaluations and the service compute: one rule for all of them, from what is
+asked for and the device.
 
-`auto` is TF32 on NVIDIA's GPUs that have it, plain fp32 elsewhere. What a device lacks becomes fp32, and that is said.
+`auto` is TF32 on NVIDIA's GPUs that have it, plain fp32 elsewhere. What a device lacks becomes
+fp32, and that is said.
 """
 
 from collections.abc import Iterator
@@ -44,20 +46,26 @@ class Precision:
         for name in HEADS:
             if hasattr(model, name):
                 head = getattr(model, name).float()
-                head.register_forward_pre_hook(lambda head, inputs: tuple(value.float() for value in inputs))
+                head.register_forward_pre_hook(
+                    lambda head, inputs: tuple(value.float() for value in inputs)
+                )
+
         return model
 
     @contextmanager
     def products(self) -> Iterator[None]:
-        """Have products of fp32 matrices on a GPU computed so in between, whatever torch was told before; then as before.
+        """Have products of fp32 matrices on a GPU computed so in between, whatever torch was told
+        before; then as before.
 
-        Some containers switch TF32 on by the environment, so fp32 has to be asked for as well. `allow_tf32` moves both of torch's
-        switches; with `fp32_precision` alone torch 2.13 finds them at odds, and raises where it looks at the other.
+        Some containers switch TF32 on by the environment, so fp32 has to be asked for as well.
+        `allow_tf32` moves both of torch's switches; with `fp32_precision` alone torch 2.13 finds
+        them at odds, and raises where it looks at the other.
         """
         switch = torch.backends.cuda.matmul
         allowed = switch.allow_tf32
         before = switch.fp32_precision
         switch.allow_tf32 = self.name == "tf32"
+
         try:
             yield
         finally:
@@ -76,11 +84,15 @@ def choose_precision(asked: str, device: torch.device) -> Precision:
     if asked == "fp32":
         return Precision("fp32")
     if gpu.is_too_old:
-        return Precision("fp32", f"{gpu} has neither TF32 nor products in bfloat16, which 8.0 brought")
+        return Precision(
+            "fp32", f"{gpu} has neither TF32 nor products in bfloat16, which 8.0 brought"
+        )
+
     if asked == "bf16":
         return Precision("bf16")
     if torch.version.hip:
         return Precision("fp32", f"TF32 is NVIDIA's, {gpu.name} has bf16")
+
     return Precision("tf32")
 
 

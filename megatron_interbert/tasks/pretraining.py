@@ -1,7 +1,7 @@
 """The three pretraining losses: masked segments, masked regions, image-text matching.
 
-Each is divided by the number of its targets in the whole optimizer step (over ranks and accumulation), so the same global
-batch gives the same loss and gradient on every layout.
+Each is divided by the number of its targets in the whole optimizer step (over ranks and
+accumulation), so the same global batch gives the same loss and gradient on every layout.
 """
 
 import copy
@@ -18,14 +18,22 @@ from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.files import file_sha256
 from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBertOutput
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, vocabulary_of_run
+from megatron_interbert.tasks.parts import (
+    describe_data,
+    fitted_sizes,
+    open_stores,
+    vocabulary_of_run,
+)
 from megatron_interbert.tasks.task import Job
 
 OBJECTIVES = ("msm", "mrm", "itm")
 
 
 class PretrainingTask:
-    """Loss and report of a batch; `objectives` are the losses that are trained on, all three are always reported."""
+    """Loss and report of a batch.
+
+    `objectives` are the losses that are trained on, all three are always reported.
+    """
 
     def __init__(self, objectives: Sequence[str] = OBJECTIVES) -> None:
         self.trained = torch.tensor([name in objectives for name in OBJECTIVES])
@@ -37,55 +45,89 @@ class PretrainingTask:
         """float64 [3]: targets of MSM, MRM and ITM in a batch."""
         return batch.target_counts()
 
-    def loss(self, output: InterBertOutput, batch: PackedBatch, totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The summed losses of this batch over the step's target counts `totals` [3], as one scalar, and the report
-        [3, 3] float32: rows msm, mrm, itm; columns sum of losses, right answers, targets."""
+    def loss(
+        self, output: InterBertOutput, batch: PackedBatch, totals: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed losses of this batch over the step's target counts `totals` [3], as one
+        scalar, and the report [3, 3] float32: rows msm, mrm, itm; columns sum of losses, right
+        answers, targets.
+        """
         regions = soft_label_kl(output.mrm_logits, batch.mrm_class_ids, batch.mrm_class_probs)
         matches = F.cross_entropy(output.itm_logits, batch.mismatched, reduction="none")
         sums = torch.stack([output.msm_losses.sum(), regions.sum(), matches.sum()])
-        # A batch without targets of a kind gives 0 / 1, never NaN, and still a gradient of zeros for its head.
+        # A batch without targets of a kind gives 0 / 1, never NaN, and still a gradient of zeros
+        # for its head.
         self.trained = self.trained.to(sums.device)  # once: each copy would wait for the device
         wanted = torch.where(self.trained, sums, 0.0)
         loss = (wanted / totals.to(sums).clamp(min=1.0)).sum()
         right = torch.stack(
             [
                 output.msm_right.sum(),
-                (output.mrm_logits.argmax(dim=1) == hard_label(batch.mrm_class_ids, batch.mrm_class_probs)).sum(),
+                (
+                    output.mrm_logits.argmax(dim=1)
+                    == hard_label(batch.mrm_class_ids, batch.mrm_class_probs)
+                ).sum(),
                 (output.itm_logits.argmax(dim=1) == batch.mismatched).sum(),
             ]
         )
-        return loss, torch.stack([sums.detach(), right.to(sums), batch.target_counts().to(sums, non_blocking=True)], dim=1)
+
+        return loss, torch.stack(
+            [sums.detach(), right.to(sums), batch.target_counts().to(sums, non_blocking=True)],
+            dim=1,
+        )
 
     def metrics(self, report: torch.Tensor, steps: int = 1) -> dict[str, float]:
-        """Loss, accuracy and targets per step of each task from a summed report [3, 3]; `loss` sums those trained on."""
+        """Loss, accuracy and targets per step of each task from a summed report [3, 3].
+
+        `loss` sums those trained on.
+        """
         values = {"loss": 0.0}
-        for name, (loss, right, targets), trained in zip(OBJECTIVES, report.double().tolist(), self.trained.tolist(), strict=True):
+
+        for name, (loss, right, targets), trained in zip(
+            OBJECTIVES, report.double().tolist(), self.trained.tolist(), strict=True
+        ):
             values[f"{name}_loss"] = loss / max(targets, 1.0)
             values[f"{name}_accuracy"] = right / max(targets, 1.0)
             values[f"{name}_targets"] = targets / steps
             values["loss"] += values[f"{name}_loss"] if trained else 0.0
+
         return values
 
     @staticmethod
     def line(values: dict[str, float]) -> str:
         """`loss 9.1 | msm 5.5 (9.5 %) | ..`: each loss with its accuracy."""
-        parts = [f"{name} {values[f'{name}_loss']:.3f} ({100 * values[f'{name}_accuracy']:.1f} %)" for name in OBJECTIVES]
+        parts = [
+            f"{name} {values[f'{name}_loss']:.3f} ({100 * values[f'{name}_accuracy']:.1f} %)"
+            for name in OBJECTIVES
+        ]
         return " | ".join([f"loss {values['loss']:.4f}", *parts])
 
 
-def soft_label_kl(logits: torch.Tensor, class_ids: torch.Tensor, class_probs: torch.Tensor) -> torch.Tensor:
-    """KL(detector || model) of each row [M], summed over classes; logits [M, C] float32, top-k labels [M, k].
+def soft_label_kl(
+    logits: torch.Tensor, class_ids: torch.Tensor, class_probs: torch.Tensor
+) -> torch.Tensor:
+    """KL(detector || model) of each row [M], summed over classes; logits [M, C] float32, top-k
+    labels [M, k].
 
-    Probability that the k entries leave over is taken as spread evenly over the other C - k classes.
+    Probability that the k entries leave over is taken as spread evenly over the other C - k
+    classes.
     """
     log_model = F.log_softmax(logits, dim=1)
     listed = log_model.gather(1, class_ids)
-    divergence = torch.xlogy(class_probs, class_probs).sum(dim=1) - (class_probs * listed).sum(dim=1)
+    divergence = torch.xlogy(class_probs, class_probs).sum(dim=1) - (class_probs * listed).sum(
+        dim=1
+    )
     others = logits.shape[1] - class_ids.shape[1]
+
     if others > 0:
         rest = (1.0 - class_probs.sum(dim=1)).clamp(min=0.0)
         share = rest / others
-        divergence = divergence + torch.xlogy(rest, share) - share * (log_model.sum(dim=1) - listed.sum(dim=1))
+        divergence = (
+            divergence
+            + torch.xlogy(rest, share)
+            - share * (log_model.sum(dim=1) - listed.sum(dim=1))
+        )
+
     return divergence
 
 
@@ -99,15 +141,23 @@ def pretraining_job(config: RunConfig, state: ParallelState) -> Job:
     corpus = open_stores(config.stores(), config)
     tokenizer = vocabulary_of_run(config, config.stores())
     sizes = fitted_sizes(config, tokenizer, corpus)
-    samples, valid = PretrainingSet(corpus, tokenizer, config), None
+    samples = PretrainingSet(corpus, tokenizer, config)
+    valid = None
+
     if config.valid_data_path:
         valid_corpus = open_stores([config.valid_data_path], config)
         corpus.check_alike(valid_corpus.stores[0], config.allow_other_detector, "--valid-data-path")
         valid = PretrainingSet(valid_corpus, tokenizer, config_of_validation(config))
+
     task = PretrainingTask(config.objective_names())
     data = describe_data(tokenizer, corpus)
-    data["mined"] = mined_negatives(corpus) if config.hard_negatives and samples.has_hard_negatives else []
-    return Job(task, samples, sizes, PRETRAINING_HEADS, data, tokenizer.vocab_file, valid_samples=valid)
+    data["mined"] = (
+        mined_negatives(corpus) if config.hard_negatives and samples.has_hard_negatives else []
+    )
+
+    return Job(
+        task, samples, sizes, PRETRAINING_HEADS, data, tokenizer.vocab_file, valid_samples=valid
+    )
 
 
 def mined_negatives(corpus: Corpus) -> list[str]:
@@ -123,4 +173,5 @@ def config_of_validation(config: RunConfig) -> RunConfig:
     own.given = config.given - {"data_partitions"}
     own.origins = {name: of for name, of in config.origins.items() if name != "data_partitions"}
     own.notes = []
+
     return own

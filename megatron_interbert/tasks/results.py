@@ -1,4 +1,6 @@
-"""One JSON for each evaluation: figures, protocol, and everything they depend on; and the table printed from it."""
+"""One JSON for each evaluation: figures, protocol, and everything they depend on; and the table
+printed from it.
+"""
 
 import dataclasses
 import time
@@ -14,7 +16,8 @@ from megatron_interbert.tasks.config import EvaluateConfig
 from megatron_interbert.weights.manifest import versions
 from megatron_interbert.weights.sources import Source
 
-# Figures of the official model. They are shown beside ours only where --benchmark says that the data are the same.
+# Figures of the official model. They are shown beside ours only where --benchmark says that the
+# data are the same.
 OFFICIAL = {
     ("flickr30k", "finetuned"): {"t2i_R@1": 61.9, "t2i_R@5": 87.1, "t2i_R@10": 92.7},
     ("flickr30k", "zero-shot"): {"t2i_R@1": 49.2, "t2i_R@5": 77.6, "t2i_R@10": 86.0},
@@ -31,9 +34,13 @@ def result_of(
     files: Sequence[str] = (),
     **more: Any,
 ) -> dict[str, Any]:
-    """The record of an evaluation; `metrics` are flat, `files` decide the samples beside the stores of `corpus`."""
+    """The record of an evaluation.
+
+    `metrics` are flat, `files` decide the samples beside the stores of `corpus`.
+    """
     manifests = [store.manifest for store in corpus.stores] if corpus else []
     official = OFFICIAL.get((getattr(config, "benchmark", ""), protocol), {})
+
     return {
         "task": config.TASK,
         "protocol": protocol,
@@ -50,7 +57,10 @@ def result_of(
         },
         "data": {
             "files": {
-                **{str(store.path / MANIFEST): file_sha256(store.path / MANIFEST) for store in (corpus.stores if corpus else [])},
+                **{
+                    str(store.path / MANIFEST): file_sha256(store.path / MANIFEST)
+                    for store in (corpus.stores if corpus else [])
+                },
                 **{file: file_sha256(file) for file in files},
             },
             "detector": manifests[0]["detector"] if manifests else None,
@@ -63,8 +73,12 @@ def result_of(
 
 
 def output_folder(config: EvaluateConfig, source: Source) -> Path:
-    """--output, else beside the checkpoints of the run (never inside one, whose files are hashed)."""
-    run = source.path.parent if source.kind == "checkpoint" or source.path.is_file() else source.path
+    """--output, else beside the checkpoints of the run (never inside one, whose files are
+    hashed).
+    """
+    run = (
+        source.path.parent if source.kind == "checkpoint" or source.path.is_file() else source.path
+    )
     return Path(config.output) if config.output else run / "evaluation" / config.TASK
 
 
@@ -73,6 +87,7 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "result.json", result)
     board = Board(folder / "tensorboard")
+
     try:
         board.write(
             result["checkpoint"]["iteration"] or 0,
@@ -80,15 +95,20 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
             result["metrics"],
         )
     except OSError as error:
-        print(f"note: {board.path} cannot be written ({error.strerror}); result.json has the figures", flush=True)
+        print(
+            f"note: {board.path} cannot be written ({error.strerror}); result.json has the figures",
+            flush=True,
+        )
 
 
 def table(result: dict[str, Any]) -> str:
     """The figures, one a line, with the official ones beside where the data are the same."""
     official = result.get("official", {})
     lines = [f"{'':<22}{'ours':>9}" + (f"{'official':>10}" if official else "")]
+
     for name, value in result["metrics"].items():
         beside = f"{official[name]:>10.1f}" if name in official else ""
         label = name if name.endswith("rank") else f"{name} %"
         lines.append(f"{label:<22}{value:>9.2f}{beside}")
+
     return "\n".join(lines)

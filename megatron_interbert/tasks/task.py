@@ -15,15 +15,24 @@ from megatron_interbert.parallel.state import ParallelState
 
 
 class Task(Protocol):
-    """Loss and figures of one kind of batch. A report is a tensor that is summed over batches, steps and ranks."""
+    """Loss and figures of one kind of batch.
+
+    A report is a tensor that is summed over batches, steps and ranks.
+    """
 
     report_shape: tuple[int, ...]
 
     def count_targets(self, batch: Any) -> torch.Tensor:
-        """float64 [losses]: targets of each loss in a batch; the loop sums them over the whole optimizer step."""
+        """float64 [losses]: targets of each loss in a batch; the loop sums them over the whole
+        optimizer step.
+        """
 
-    def loss(self, output: Any, batch: Any, totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch's share of the step's loss, given the step's target counts, and the batch's report."""
+    def loss(
+        self, output: Any, batch: Any, totals: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch's share of the step's loss, given the step's target counts, and the batch's
+        report.
+        """
 
     def metrics(self, report: torch.Tensor, steps: int = 1) -> dict[str, float]:
         """Named figures from a summed report of `steps` optimizer steps; `loss` is one of them."""
@@ -32,15 +41,18 @@ class Task(Protocol):
         """The figures a person wants to see in a log line."""
 
 
-Evaluate = Callable[[nn.Module, ParallelState, torch.device], dict[str, float]]  # a model's figures, the same on all ranks
+# a model's figures, the same on all ranks
+Evaluate = Callable[[nn.Module, ParallelState, torch.device], dict[str, float]]
 
 
 @dataclass
 class Job:
-    """What a run trains: a task with its samples, the parts of the model it needs, and how it is judged.
+    """What a run trains: a task with its samples, the parts of the model it needs, and how it is
+    judged.
 
-    `data` is what checkpoints remember of the samples: store, manifest_sha256, detector, vocabulary, task. `evaluate` gives named
-    figures of a whole model on unseen samples; `metric` is the one by which checkpoints are compared, higher is better.
+    `data` is what checkpoints remember of the samples: store, manifest_sha256, detector,
+    vocabulary, task. `evaluate` gives named figures of a whole model on unseen samples; `metric` is
+    the one by which checkpoints are compared, higher is better.
     """
 
     task: Task
@@ -58,4 +70,7 @@ class Job:
 
     def __post_init__(self) -> None:
         if self.metric and self.metric not in self.figures:
-            raise UsageError(f"--metric {self.metric}: expected one of {', '.join(self.figures)}{nearest(self.metric, self.figures)}")
+            raise UsageError(
+                f"--metric {self.metric}: expected one of"
+                f" {', '.join(self.figures)}{nearest(self.metric, self.figures)}"
+            )

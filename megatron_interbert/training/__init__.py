@@ -1,1 +1,4 @@
-"""Engine, optimizer, checkpoints, metrics and the one loop. Knows tasks only by their loss and report."""
+"""Engine, optimizer, checkpoints, metrics and the one loop.
+
+Knows tasks only by their loss and report.
+"""

@@ -1,11 +1,13 @@
-"""Saving and resuming: every rank writes its share, a manifest makes it a checkpoint, a rename publishes it.
+"""Saving and resuming: every rank writes its share, a manifest makes it a checkpoint, a rename
+publishes it.
 
-A save copies the state to host memory and returns; a thread on every rank writes, flushes and hashes the rank's files in a
-temporary folder. When all ranks have succeeded the first one writes the manifest, renames the folder to `global_stepN` and
-moves the pointers. A folder without a valid manifest does not exist. All files are safetensors and JSON: nothing in a
-checkpoint can run code. Fragments of fp32 weights and moments are cut anew when read, so any layout resumes from any other
-(DeepSpeed's own format needs a conversion for that, and its universal form loses the parameter groups' settings at ZeRO-3
-and does not cut tensor-parallel slices there).
+A save copies the state to host memory and returns; a thread on every rank writes, flushes and
+hashes the rank's files in a temporary folder. When all ranks have succeeded the first one writes
+the manifest, renames the folder to `global_stepN` and moves the pointers. A folder without a valid
+manifest does not exist. All files are safetensors and JSON: nothing in a checkpoint can run code.
+Fragments of fp32 weights and moments are cut anew when read, so any layout resumes from any other
+(DeepSpeed's own format needs a conversion for that, and its universal form loses the parameter
+groups' settings at ZeRO-3 and does not cut tensor-parallel slices there).
 """
 
 import dataclasses
@@ -45,7 +47,8 @@ from megatron_interbert.weights.manifest import (
 from megatron_interbert.weights.reader import KINDS, CheckpointReader, describe_pieces, piece_key
 from megatron_interbert.weights.tensor_files import TensorLayout, is_finite, write_tensors
 
-FAILURES_ALLOWED = 1  # a save that fails is reported and training goes on; a second one in a row ends the run
+# a save that fails is reported and training goes on; a second one in a row ends the run
+FAILURES_ALLOWED = 1
 
 
 @dataclass
@@ -62,15 +65,21 @@ class Progress:
     def note(self, value: float) -> bool:
         """Take the figure of an evaluation at this step; whether it is the best so far."""
         if math.isfinite(value) and (self.best_value is None or value > self.best_value):
-            self.best_step, self.best_value, self.stale = self.step, value, 0
+            self.best_step = self.step
+            self.best_value = value
+            self.stale = 0
             return True
+
         self.stale += 1
+
         return False
 
 
 @dataclass(frozen=True)
 class Judge:
-    """What decides which checkpoint is best: a figure, and the digest of the data that it is measured on."""
+    """What decides which checkpoint is best: a figure, and the digest of the data that it is
+    measured on.
+    """
 
     metric: str = ""
     data: str = ""
@@ -100,7 +109,9 @@ def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
 
 @dataclass
 class Snapshot:
-    """A copy in host memory of what this rank writes: tensors by kind of file, where each lies, and the manifest."""
+    """A copy in host memory of what this rank writes: tensors by kind of file, where each lies, and
+    the manifest.
+    """
 
     step: int
     files: dict[str, dict[str, torch.Tensor]]
@@ -110,7 +121,10 @@ class Snapshot:
 
 
 class Checkpoints:
-    """Saves to and resumes from folders of one run. All ranks call the same methods in the same order."""
+    """Saves to and resumes from folders of one run.
+
+    All ranks call the same methods in the same order.
+    """
 
     def __init__(
         self,
@@ -122,9 +136,13 @@ class Checkpoints:
         claim: Claim | None = None,
         judge: Judge | None = None,
     ) -> None:
-        self.config, self.model_config, self.state, self.data = config, model_config, state, data
+        self.config = config
+        self.model_config = model_config
+        self.state = state
+        self.data = data
         self.judge = judge or Judge()
-        self.vocabulary = Path(vocabulary).read_bytes()  # goes into every checkpoint; the file may be gone by then
+        # goes into every checkpoint; the file may be gone by then
+        self.vocabulary = Path(vocabulary).read_bytes()
         self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()  # of the thread, for the log
         token = state.gather(f"{os.getpid()}-{time.time_ns()}")[0]
         self.folder = RunFolder(Path(config.save), claim or Claim(), token, self._messages.put)
@@ -140,7 +158,9 @@ class Checkpoints:
             self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
     def save(self, engine: Engine, progress: Progress, prune: bool = True) -> None:
-        """Copy the state and start to write it; waits for the save before. TrainingStopped when saves keep failing.
+        """Copy the state and start to write it; waits for the save before.
+
+        TrainingStopped when saves keep failing.
 
         Older checkpoints are pruned afterwards, unless told otherwise.
         """
@@ -148,15 +168,21 @@ class Checkpoints:
         started = time.monotonic()
         snapshot = self._snapshot(engine, progress)
         snapshot.prune = prune
-        self._thread = threading.Thread(target=self._write, args=(snapshot, started, time.monotonic()), daemon=True)
+        self._thread = threading.Thread(
+            target=self._write, args=(snapshot, started, time.monotonic()), daemon=True
+        )
         self._thread.start()
         if not self.config.async_save:
             self.wait(allowed=FAILURES_ALLOWED)
 
     def wait(self, allowed: int = 0) -> None:
-        """Until what was begun is on disk. TrainingStopped after more than `allowed` failed saves in a row, on all ranks."""
+        """Until what was begun is on disk.
+
+        TrainingStopped after more than `allowed` failed saves in a row, on all ranks.
+        """
         if self._thread is None:
             return
+
         self._thread.join()
         self._thread = None
         self._failures = self._failures + 1 if self._problem else 0
@@ -193,27 +219,45 @@ class Checkpoints:
     def _snapshot(self, engine: Engine, progress: Progress) -> Snapshot:
         """Copies into host buffers that are kept: the second save costs no page faults."""
         training_state = FragmentedState(engine)
-        kinds = [file for file in dict.fromkeys(KINDS.values()) if file != "ema" or engine.ema is not None]
+        kinds = [
+            file
+            for file in dict.fromkeys(KINDS.values())
+            if file != "ema" or engine.ema is not None
+        ]
         files: dict[str, dict[str, torch.Tensor]] = {file: {} for file in kinds}
         pieces: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {file: {} for file in kinds}
+
         for fragment in training_state.owned():
             whole = fragment.length == torch.Size(fragment.shape).numel()
             for kind, tensor in fragment.tensors.items():
-                file, key = KINDS[kind], piece_key(fragment.name, kind)
+                file = KINDS[kind]
+                key = piece_key(fragment.name, kind)
                 buffer = self._host.setdefault(file, {}).get(key)
                 if buffer is None or buffer.numel() != tensor.numel():
-                    buffer = torch.empty(tensor.numel(), dtype=torch.float32, pin_memory=tensor.is_cuda)
+                    buffer = torch.empty(
+                        tensor.numel(), dtype=torch.float32, pin_memory=tensor.is_cuda
+                    )
                     self._host[file][key] = buffer
+
                 buffer.copy_(tensor, non_blocking=True)
                 files[file][key] = buffer.view(fragment.shape) if whole else buffer
                 pieces[file][key] = (fragment.start, fragment.shape)
+
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        return Snapshot(progress.step, files, pieces, self._manifest(engine, training_state, progress))
 
-    def _manifest(self, engine: Engine, training_state: FragmentedState, progress: Progress) -> dict[str, Any]:
+        return Snapshot(
+            progress.step, files, pieces, self._manifest(engine, training_state, progress)
+        )
+
+    def _manifest(
+        self, engine: Engine, training_state: FragmentedState, progress: Progress
+    ) -> dict[str, Any]:
         ranks = self.state.tensor_size
-        shapes = {n: full_shape(n, getattr(p, "ds_shape", p.shape), ranks) for n, p in engine.model.named_parameters()}
+        shapes = {
+            n: full_shape(n, getattr(p, "ds_shape", p.shape), ranks)
+            for n, p in engine.model.named_parameters()
+        }
         return {
             "iteration": progress.step,
             "consumed_samples": progress.consumed_samples,
@@ -228,7 +272,10 @@ class Checkpoints:
             "topology": topology(engine.config, self.state),
             "precision": engine.precision,
             "training_state": training_state.scalars(),
-            "rng": {"seed": self.config.seed, "streams": "function of (seed, step, rank), no state"},
+            "rng": {
+                "seed": self.config.seed,
+                "streams": "function of (seed, step, rank), no state",
+            },
             "versions": {**versions(), "deepspeed": deepspeed.__version__},
             "git_revision": self.revision,
             "configs": {
@@ -246,6 +293,7 @@ class Checkpoints:
         final = self.folder.path / f"{STEP_FOLDER}{snapshot.step}"
         work = self.folder.partial(final)
         outcome: dict[str, Any] | Problem
+
         try:
             outcome = self._write_files(snapshot, work)
         except NotFinite as error:
@@ -256,6 +304,7 @@ class Checkpoints:
         try:
             files: dict[str, Any] = {}
             problem = None
+
             for result in self._gather(outcome):
                 if isinstance(result, Problem):
                     problem = problem or result
@@ -266,39 +315,64 @@ class Checkpoints:
                 problem = problem or self._publish(work, final, snapshot, files)
                 if problem:
                     shutil.rmtree(work, ignore_errors=True)
+
             self._problem = self._gather(problem)[0]
-        except Exception as error:  # a rank has gone, in most cases; the training step of this one ends soon too
-            self._problem = Problem(f"the ranks could not agree on it ({' '.join(str(error).split())[:120]})")
+        # a rank has gone, in most cases; the training step of this one ends soon too
+        except Exception as error:
+            self._problem = Problem(
+                f"the ranks could not agree on it ({' '.join(str(error).split())[:120]})"
+            )
 
         if self._problem:
             kept = f"; {self.newest} is untouched" if self.newest else ""
-            self._messages.put(f"checkpoint {final} could not be written: {self._problem.text}{kept}")
+            self._messages.put(
+                f"checkpoint {final} could not be written: {self._problem.text}{kept}"
+            )
         else:
             self.newest = final
-            stall, total = copied - started, time.monotonic() - started
-            self._messages.put(f"saved {final} (training waited {stall:.2f} s, on disk after {total:.2f} s)")
+            stall = copied - started
+            total = time.monotonic() - started
+            self._messages.put(
+                f"saved {final} (training waited {stall:.2f} s, on disk after {total:.2f} s)"
+            )
 
     def _write_files(self, snapshot: Snapshot, work: Path) -> dict[str, Any]:
         """This rank's files, flushed; {name: {bytes, sha256}}."""
         for tensors in snapshot.files.values():
             check_finite(tensors)
+
         self.folder.renew()
         work.mkdir(parents=True, exist_ok=True)
-        state, entries = self.state, {}
+        state = self.state
+        entries = {}
+
         for kind, tensors in snapshot.files.items():
-            name = weights_name((state.tensor_rank, state.tensor_size), (state.data_rank, state.data_size), kind)
-            layout = {key: TensorLayout(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
-            entries[name] = write_tensors(work / name, layout, tensors.values(), describe_pieces(snapshot.pieces[kind]))
+            name = weights_name(
+                (state.tensor_rank, state.tensor_size), (state.data_rank, state.data_size), kind
+            )
+            layout = {
+                key: TensorLayout(tensor.dtype, tuple(tensor.shape))
+                for key, tensor in tensors.items()
+            }
+            entries[name] = write_tensors(
+                work / name, layout, tensors.values(), describe_pieces(snapshot.pieces[kind])
+            )
+
         if state.is_main:
             write_bytes(work / VOCABULARY, self.vocabulary)
             entries[VOCABULARY] = file_entry(work / VOCABULARY)
+
         return entries
 
     def _gather(self, value: Any) -> list[Any]:
         return self.state.gather(value, self._group)
 
-    def _publish(self, work: Path, final: Path, snapshot: Snapshot, files: dict[str, Any]) -> Problem | None:
-        """Write the manifest, publish, move pointers, prune; what went wrong before it was published, if anything did."""
+    def _publish(
+        self, work: Path, final: Path, snapshot: Snapshot, files: dict[str, Any]
+    ) -> Problem | None:
+        """Write the manifest, publish, move pointers, prune; what went wrong before it was
+        published, if anything did.
+        """
         try:
             write_manifest(work, {**snapshot.manifest, "files": files})
             self.folder.publish(work, final)
@@ -309,29 +383,40 @@ class Checkpoints:
         self.folder.move_pointers(final, best)
         if snapshot.prune:
             self.folder.prune(final, best, self.config.keep_last, self.config.keep_every)
+
         return None
 
     def load(self, engine: Engine, path: Path) -> Progress:
-        """Weights, optimizer and progress from a verified checkpoint; UsageError when it is of another run."""
+        """Weights, optimizer and progress from a verified checkpoint.
+
+        UsageError when it is of another run.
+        """
         reader = CheckpointReader(path)
         manifest = reader.manifest
         check_same_run(manifest, self.config, self.model_config, self.data, str(path))
+
         if self.state.is_main:
             notes = changed_settings(manifest, self.config)
             if notes:
                 print(
-                    f"note: changed since {path.name}: {', '.join(notes)}; the losses will not be those of the old run", flush=True
+                    f"note: changed since {path.name}: {', '.join(notes)}; the losses will not be"
+                    " those of the old run",
+                    flush=True,
                 )
+
             if note := changed_rate(manifest, self.config):
                 print(note, flush=True)
+
             before = f"{describe(manifest['topology'])}, {manifest['precision']}"
             now = f"{describe(topology(self.config, self.state))}, {engine.precision}"
             if before != now:
                 print(f"resharding {path.name}: {before} -> {now}", flush=True)
+
         FragmentedState(engine).fill(reader, manifest["training_state"])
         self.newest = path
         self.folder.count_as_ours(path)
         best = self._comparable(manifest.get("best", {}))
+
         return Progress(
             manifest["iteration"],
             manifest["consumed_samples"],
@@ -342,17 +427,20 @@ class Checkpoints:
         )
 
     def _comparable(self, best: dict[str, Any]) -> dict[str, Any]:
-        """What is known of the best checkpoint so far; nothing where it was judged otherwise than now."""
+        """What is known of the best checkpoint so far; nothing where it was judged otherwise than
+        now.
+        """
         before = Judge(best.get("metric", self.judge.metric), best.get("data", self.judge.data))
         if before == self.judge or not best.get("step"):
             return best
 
         if self.state.is_main:
             print(
-                f"note: the best checkpoint so far, step {best['step']}, was judged by another metric or on"
-                " other validation data; it no longer counts as the best",
+                f"note: the best checkpoint so far, step {best['step']}, was judged by another"
+                " metric or on other validation data; it no longer counts as the best",
                 flush=True,
             )
+
         return {}
 
     def point_to_best(self, progress: Progress) -> None:
@@ -363,12 +451,18 @@ class Checkpoints:
 
 def topology(config: TrainConfig, state: ParallelState) -> dict[str, int]:
     """Sizes that decide how a checkpoint is cut into files."""
-    return {"data_parallel": state.data_size, "tensor_parallel": state.tensor_size, "zero_stage": config.zero_stage}
+    return {
+        "data_parallel": state.data_size,
+        "tensor_parallel": state.tensor_size,
+        "zero_stage": config.zero_stage,
+    }
 
 
 def describe(layout: dict[str, int]) -> str:
     """`DP2 x TP1, ZeRO-1`."""
-    return f"DP{layout['data_parallel']} x TP{layout['tensor_parallel']}, ZeRO-{layout['zero_stage']}"
+    return (
+        f"DP{layout['data_parallel']} x TP{layout['tensor_parallel']}, ZeRO-{layout['zero_stage']}"
+    )
 
 
 def git_revision() -> str:

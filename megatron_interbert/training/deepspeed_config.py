@@ -1,4 +1,5 @@
-"""The one place where flags and DeepSpeed JSON meet: "auto" is resolved, conflicts and unknown keys are refused.
+"""The one place where flags and DeepSpeed JSON meet: "auto" is resolved, conflicts and unknown keys
+are refused.
 
 DeepSpeed itself does neither: it ignores an unknown top-level key, and takes "auto" for a value.
 """
@@ -9,7 +10,10 @@ from typing import Any
 
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+from deepspeed.runtime.zero.offload_config import (
+    DeepSpeedZeroOffloadOptimizerConfig,
+    DeepSpeedZeroOffloadParamConfig,
+)
 from pydantic import ValidationError
 
 import megatron_interbert
@@ -43,7 +47,8 @@ REFUSED = {
     "tensorboard": "TensorBoard is written by us, see --tensorboard-dir",
     "activation_checkpointing": "use --recompute-activations",
 }
-OPTIMIZER_PARAMETERS = {"lr", "betas", "eps", "weight_decay", "torch_adam"}  # torch's AdamW it is in any case
+# torch's AdamW it is in any case
+OPTIMIZER_PARAMETERS = {"lr", "betas", "eps", "weight_decay", "torch_adam"}
 BLOCKS = {
     "zero_optimization": DeepSpeedZeroConfig,
     "fp16": DeepSpeedFP16Config,
@@ -57,6 +62,7 @@ def read_deepspeed_config(config: TrainConfig) -> dict[str, Any]:
     """The JSON of --deepspeed_config with its keys checked; empty without one."""
     if not config.deepspeed_config:
         return {}
+
     where = config.deepspeed_config
     values = read_json(shipped(where) or where, "--deepspeed_config")
     for key in values:
@@ -64,21 +70,36 @@ def read_deepspeed_config(config: TrainConfig) -> dict[str, Any]:
             raise UsageError(f"{where}: '{key}' is not used here; {REFUSED[key]}")
         if key not in TOP_LEVEL:
             raise UsageError(f"{where}: unknown DeepSpeed key '{key}'{nearest(key, TOP_LEVEL)}")
-    blocks = {path: {n for entry, info in m.model_fields.items() for n in (entry, info.alias) if n} for path, m in BLOCKS.items()}
-    for path, known in {**blocks, "optimizer": {"type", "params"}, "optimizer.params": OPTIMIZER_PARAMETERS}.items():
+
+    blocks = {
+        path: {n for entry, info in m.model_fields.items() for n in (entry, info.alias) if n}
+        for path, m in BLOCKS.items()
+    }
+    for path, known in {
+        **blocks,
+        "optimizer": {"type", "params"},
+        "optimizer.params": OPTIMIZER_PARAMETERS,
+    }.items():
         block = _get(values, path)
         if block is not None and not isinstance(block, dict):
-            raise UsageError(f"{where}: '{path}' is {block!r}, expected an object such as {{\"{min(known)}\": ..}}")
+            raise UsageError(
+                f"{where}: '{path}' is {block!r}, expected an object such as {{\"{min(known)}\":"
+                " ..}"
+            )
+
         for key in block or {}:
             if key not in known:
                 raise UsageError(f"{where}: unknown key '{key}' in '{path}'{nearest(key, known)}")
+
     check_numbers(values, where)
     betas = _get(values, "optimizer.params.betas")
     if betas not in (None, "auto") and not (isinstance(betas, list) and len(betas) == 2):
         raise UsageError(f"{where}: optimizer.params.betas is {betas!r}, expected two numbers")
+
     kind = _get(values, "optimizer.type")
     if kind not in (None, "auto", "AdamW", "Adam"):
         raise UsageError(f"{where}: optimizer type '{kind}', expected 'AdamW'")
+
     return values
 
 
@@ -86,9 +107,11 @@ def shipped(name: str) -> Path | None:
     """Give the file of a name such as `zero2` among those that come with this package."""
     if "/" in name or Path(name).exists():
         return None
+
     package = Path(megatron_interbert.__file__).parent
     file = f"{name.removesuffix('.json')}.json"
     places = (package / "ds_configs" / file, package.parent / "ds_configs" / file)
+
     return next((path for path in places if path.is_file()), None)
 
 
@@ -96,7 +119,9 @@ def check_numbers(values: dict[str, Any], where: str) -> None:
     """Raise UsageError for what DeepSpeed's own models of a block refuse."""
     for path in ("zero_optimization", "fp16", "bf16"):
         block = _without_auto(_get(values, path) or {})
-        block = {key: value for key, value in block.items() if key not in ("stage", "enabled")}  # flags
+        # flags
+        block = {key: value for key, value in block.items() if key not in ("stage", "enabled")}
+
         try:
             BLOCKS[path](**block)
         except ValidationError as error:
@@ -107,40 +132,50 @@ def check_numbers(values: dict[str, Any], where: str) -> None:
 
 
 def agree_with_json(config: TrainConfig) -> dict[str, Any]:
-    """The JSON of --deepspeed_config, whose values for what flags say too are written into `config`. UsageError where both are given
-    and differ."""
+    """The JSON of --deepspeed_config, whose values for what flags say too are written into
+    `config`. UsageError where both are given and differ.
+    """
     values = copy.deepcopy(read_deepspeed_config(config))
     for name, facts in rows(config):
         if facts.deepspeed:
             _agree(config, values, facts.deepspeed, name)
+
     accumulation = values.get("gradient_accumulation_steps", "auto")
     if config.micro_batch_size == AUTO and accumulation != "auto":
         raise UsageError(
-            f"{config.deepspeed_config}: gradient_accumulation_steps is {accumulation}, but that follows from --micro-batch-size auto;"
-            ' write "auto" there too'
+            f"{config.deepspeed_config}: gradient_accumulation_steps is {accumulation}, but that"
+            ' follows from --micro-batch-size auto; write "auto" there too'
         )
+
     return values
 
 
 def merge(config: TrainConfig, data_parallel_size: int, resumed_batch: int = 0) -> dict[str, Any]:
-    """The dictionary for deepspeed.initialize. Values only the JSON gives are written into `config`.
+    """The dictionary for deepspeed.initialize.
 
-    `resumed_batch` is the global batch of the checkpoint to resume from: it holds unless another one is given.
+    Values only the JSON gives are written into `config`.
+
+    `resumed_batch` is the global batch of the checkpoint to resume from: it holds unless another
+    one is given.
     """
     resumes = resumed_batch and config.is_default("global_batch_size")
     values = agree_with_json(config)
     accumulation = values.get("gradient_accumulation_steps", "auto")
+
     if accumulation != "auto" and config.is_default("global_batch_size"):
         together = accumulation * config.micro_batch_size * data_parallel_size
         origin = f"gradient_accumulation_steps in {config.deepspeed_config}"
         config.settle("global_batch_size", together, origin)
     elif resumes:
         config.settle("global_batch_size", resumed_batch, "the checkpoint")
+
     config.fit_batches(data_parallel_size)
     if any(block.get("device") == "nvme" for block in _offload_blocks(values)):
         raise UsageError(
-            f"{config.deepspeed_config}: offload to nvme is not supported (checkpoints could not be written); use 'cpu'"
+            f"{config.deepspeed_config}: offload to nvme is not supported (checkpoints could not be"
+            " written); use 'cpu'"
         )
+
     config.check()
     steps = config.accumulation_steps(data_parallel_size)
     if accumulation not in ("auto", steps):
@@ -148,7 +183,9 @@ def merge(config: TrainConfig, data_parallel_size: int, resumed_batch: int = 0) 
             f"{config.deepspeed_config}: gradient_accumulation_steps is {accumulation}, but"
             f" {config.told('global_batch_size')} needs {steps}; remove one of them"
         )
+
     config.global_batch_size = config.global_batch(data_parallel_size)
+
     return _for_engine(config, values, steps)
 
 
@@ -158,7 +195,10 @@ def offloads(values: dict[str, Any]) -> bool:
 
 
 def _offload_blocks(values: dict[str, Any]) -> list[dict[str, Any]]:
-    return [_get(values, f"zero_optimization.{name}") or {} for name in ("offload_optimizer", "offload_param")]
+    return [
+        _get(values, f"zero_optimization.{name}") or {}
+        for name in ("offload_optimizer", "offload_param")
+    ]
 
 
 def _agree(config: TrainConfig, values: dict[str, Any], path: str, name: str) -> None:
@@ -166,33 +206,52 @@ def _agree(config: TrainConfig, values: dict[str, Any], path: str, name: str) ->
     theirs = _get(values, path)
     if theirs is None or theirs == "auto":
         return
+
     ours = getattr(config, name)
     choices = facts_of(config, name).choices
     if not isinstance(theirs, (int, float)) or (choices and theirs not in choices):
         expected = f"one of {', '.join(map(str, choices))}" if choices else type(ours).__name__
         raise UsageError(f"{config.deepspeed_config}: {path} is {theirs!r}, expected {expected}")
+
     if name in config.given and ours != theirs:
         raise UsageError(
-            f"{flag(name)} is {'auto' if ours == AUTO else ours}, but {config.deepspeed_config} says {path} = {theirs};"
-            ' make them equal, or write "auto" there'
+            f"{flag(name)} is {'auto' if ours == AUTO else ours}, but {config.deepspeed_config}"
+            f' says {path} = {theirs}; make them equal, or write "auto" there'
         )
+
     if name not in config.given:
         config.settle(name, type(ours)(theirs), f"{path} in {config.deepspeed_config}")
 
 
 def _for_engine(config: TrainConfig, values: dict[str, Any], accumulation: int) -> dict[str, Any]:
-    engine = {key: _without_auto(value) for key, value in values.items() if key in PASSED_THROUGH and value != "auto"}
+    engine = {
+        key: _without_auto(value)
+        for key, value in values.items()
+        if key in PASSED_THROUGH and value != "auto"
+    }
+
     engine |= {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": float(config.clip_grad),
-        "zero_force_ds_cpu_optimizer": values.get("zero_force_ds_cpu_optimizer", False),  # torch's fused AdamW runs on CPU
-        "zero_optimization": {"overlap_comm": False, **engine.get("zero_optimization", {}), "stage": config.zero_stage},
-        "fp16": {"initial_scale_power": 16, "loss_scale_window": 1000, **engine.get("fp16", {}), "enabled": config.fp16},
+        # torch's fused AdamW runs on CPU
+        "zero_force_ds_cpu_optimizer": values.get("zero_force_ds_cpu_optimizer", False),
+        "zero_optimization": {
+            "overlap_comm": False,
+            **engine.get("zero_optimization", {}),
+            "stage": config.zero_stage,
+        },
+        "fp16": {
+            "initial_scale_power": 16,
+            "loss_scale_window": 1000,
+            **engine.get("fp16", {}),
+            "enabled": config.fp16,
+        },
         # Without the check a NaN in one batch would enter the weights.
         "bf16": {"check_grad_overflow": True, **engine.get("bf16", {}), "enabled": config.bf16},
     }
     engine.setdefault("steps_per_print", 10**9)
+
     return engine
 
 
@@ -205,6 +264,7 @@ def _get(values: dict[str, Any], path: str) -> Any:
             values = values[key]
         else:
             return None
+
     return values
 
 

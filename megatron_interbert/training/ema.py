@@ -1,4 +1,7 @@
-"""An average of the weights over the steps, as it is evaluated after finetuning. Sharded as ZeRO shards the weights."""
+"""An average of the weights over the steps, as it is evaluated after finetuning.
+
+Sharded as ZeRO shards the weights.
+"""
 
 from collections.abc import Iterable
 
@@ -6,14 +9,17 @@ import torch
 
 
 class AveragedWeights:
-    """Exponential average of the fp32 weights that a rank updates: average = decay average + (1 - decay) weight, after each step.
+    """Exponential average of the fp32 weights that a rank updates: average = decay average + (1 -
+    decay) weight, after each step.
 
-    In the first steps the decay is (1 + n) / (10 + n) where that is smaller, so that the first weights do not linger.
+    In the first steps the decay is (1 + n) / (10 + n) where that is smaller, so that the first
+    weights do not linger.
     """
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
-        self._averages: dict[int, torch.Tensor] = {}  # by the identity of the tensor that Adam updates
+        # by the identity of the tensor that Adam updates
+        self._averages: dict[int, torch.Tensor] = {}
 
     def average_of(self, weights: torch.Tensor) -> torch.Tensor:
         """The flat average of a tensor that Adam updates; begins as a copy of it."""

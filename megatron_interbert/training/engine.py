@@ -23,23 +23,38 @@ def half_precision_supported() -> bool:
 
 
 class Engine:
-    """model + optimizer under DeepSpeed. `backward` for each micro-batch, `step` once; `precision` names the weights' type."""
+    """model + optimizer under DeepSpeed.
 
-    def __init__(self, model: nn.Module, config: TrainConfig, state: ParallelState, pretrained: set[str] = frozenset()) -> None:
-        self.config, self.state = config, state
+    `backward` for each micro-batch, `step` once; `precision` names the weights' type.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        state: ParallelState,
+        pretrained: set[str] = frozenset(),
+    ) -> None:
+        self.config = config
+        self.state = state
         self.deepspeed_config = merge(config, state.data_size)
-        # DeepSpeed's own bucket has room for 500 M gradients, 2 GB in fp32, whatever the model's size.
+        # DeepSpeed's own bucket has room for 500 M gradients, 2 GB in fp32, whatever the model's
+        # size.
         values = sum(parameter.numel() for parameter in model.parameters())
-        self.deepspeed_config["zero_optimization"].setdefault("reduce_bucket_size", min(values, BUCKET))
+        self.deepspeed_config["zero_optimization"].setdefault(
+            "reduce_bucket_size", min(values, BUCKET)
+        )
         self.accumulation = self.deepspeed_config["gradient_accumulation_steps"]
         self.precision = "fp16" if config.fp16 else "bf16" if config.bf16 else "fp32"
         if config.fp16 and not half_precision_supported():
             raise UsageError("--fp16: this processor cannot compute in half precision; use --bf16")
+
         groups = parameter_groups(model, config, pretrained)
         self.update = choose_update(model, groups, config, state, self.deepspeed_config)
         device = next(model.parameters()).device
         self.deepspeed, *_ = deepspeed.initialize(
-            # Else it takes LOCAL_RANK for the number of the GPU, which is 0 where a process sees one.
+            # Else it takes LOCAL_RANK for the number of the GPU, which is 0 where a process sees
+            # one.
             args=SimpleNamespace(device_rank=device.index or 0),
             model=model,
             optimizer=self.update.optimizer,
@@ -67,6 +82,7 @@ class Engine:
         self.deepspeed.set_gradient_accumulation_boundary(last)
         if self.state.data_size > 1:
             loss = loss * self.state.data_size
+
         self.deepspeed.backward(loss, scale_wrt_gas=False)
         self.update.after_backward()
 

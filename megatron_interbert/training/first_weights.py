@@ -21,23 +21,36 @@ def load_initial_weights(
     data: dict[str, Any] | None = None,
     allow_other_detector: bool = False,
 ) -> set[str]:
-    """Load --init-from into a model; the names of parameters that came from BERT (they may train at a lower rate).
+    """Load --init-from into a model; the names of parameters that came from BERT (they may train at
+    a lower rate).
 
-    `data` holds the sha256 of the run's vocabulary and its detector, which weights of ours must share.
+    `data` holds the sha256 of the run's vocabulary and its detector, which weights of ours must
+    share.
     """
     data = data or {}
+
     try:
         kind = recognise(path)
         source = open_source(path, kind, config if kind in ("official", "bert") else None)
         if state.is_main:
             print(*source.notes, sep="\n", end="\n" * bool(source.notes), flush=True)
+
         theirs = source.facts.get("vocabulary")
         if theirs and theirs != data.get("vocabulary"):
-            raise UsageError(f"{path}: made with another vocabulary; give that vocabulary by --vocab-file")
+            raise UsageError(
+                f"{path}: made with another vocabulary; give that vocabulary by --vocab-file"
+            )
+
         check_detector(
-            source.facts.get("detector"), data.get("detector"), f"for {path}, the region store has", allow_other_detector
+            source.facts.get("detector"),
+            data.get("detector"),
+            f"for {path}, the region store has",
+            allow_other_detector,
         )
-        loaded = load_full_state(model, source.state(), state, path, partial=kind == "bert", may_lack=NEW_HEADS)
+        loaded = load_full_state(
+            model, source.state(), state, path, partial=kind == "bert", may_lack=NEW_HEADS
+        )
     except UsageError as error:
         raise UsageError(f"--init-from {error}") from error
+
     return loaded if kind == "bert" else set()

@@ -1,8 +1,10 @@
-"""What a rank holds of the fp32 weights and Adam's moments, for every ZeRO stage: runs of flattened parameters.
+"""What a rank holds of the fp32 weights and Adam's moments, for every ZeRO stage: runs of flattened
+parameters.
 
-ZeRO lays parameters end to end and cuts the line evenly over data-parallel ranks, so a rank holds a run of some of them. This
-file is the only one that knows how DeepSpeed keeps them (0.19: `single_partition_of_fp32_groups` with `_hp_mapping` in stages
-1 and 2, `fp32_partitioned_groups_flat` in stage 3).
+ZeRO lays parameters end to end and cuts the line evenly over data-parallel ranks, so a rank holds a
+run of some of them. This file is the only one that knows how DeepSpeed keeps them (0.19:
+`single_partition_of_fp32_groups` with `_hp_mapping` in stages 1 and 2,
+`fp32_partitioned_groups_flat` in stage 3).
 """
 
 from collections.abc import Iterator
@@ -20,8 +22,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class Fragment:
-    """A run of one flattened parameter: where it starts, the shape of the whole (this tensor rank's slice), and flat live
-    tensors of its weight and moments (keys as in `KINDS`)."""
+    """A run of one flattened parameter: where it starts, the shape of the whole (this tensor rank's
+    slice), and flat live tensors of its weight and moments (keys as in `KINDS`).
+    """
 
     name: str
     start: int
@@ -34,14 +37,21 @@ class Fragment:
 
     def part(self, first: int, last: int) -> "Fragment":
         """The run from element `first` to `last` of this one."""
-        return Fragment(self.name, self.start + first, self.shape, {k: t[first:last] for k, t in self.tensors.items()})
+        return Fragment(
+            self.name,
+            self.start + first,
+            self.shape,
+            {k: t[first:last] for k, t in self.tensors.items()},
+        )
 
 
 class FragmentedState:
     """The training state of an engine as fragments, for writing and for filling in."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.stage, self.state = engine, engine.update.stage, engine.state
+        self.engine = engine
+        self.stage = engine.update.stage
+        self.state = engine.state
         self.zero = engine.deepspeed.optimizer
         self.adam = engine.update.optimizer
         self.names = {id(p): name for name, p in engine.model.named_parameters()}
@@ -50,12 +60,17 @@ class FragmentedState:
         """Everything this rank keeps in memory; at stage 0 that is all of its slice."""
         for flat, runs in self._lines():
             moments = self._moments(flat)
-            line = {"weight": flat.detach().view(-1), **{kind: moments[kind].view(-1) for kind in MOMENTS}}
+            line = {
+                "weight": flat.detach().view(-1),
+                **{kind: moments[kind].view(-1) for kind in MOMENTS},
+            }
             if self.engine.ema is not None:
                 line["ema"] = self.engine.ema.average_of(flat)
             for parameter, shape, start, offset, length in runs:
                 if length:
-                    pieces = {kind: tensor[offset : offset + length] for kind, tensor in line.items()}
+                    pieces = {
+                        kind: tensor[offset : offset + length] for kind, tensor in line.items()
+                    }
                     yield Fragment(self.names[id(parameter)], start, tuple(shape), pieces)
 
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -68,54 +83,86 @@ class FragmentedState:
             if self.stage:
                 yield fragment
                 continue
+
             share = -(-fragment.length // self.state.data_size)
             first, last = (min(share * (self.state.data_rank + i), fragment.length) for i in (0, 1))
             if first < last:
                 yield fragment.part(first, last)
 
-    def _lines(self) -> Iterator[tuple[torch.Tensor, list[tuple[nn.Parameter, torch.Size, int, int, int]]]]:
-        """fp32 tensors that Adam updates, and of each the runs in it: (parameter, slice's shape, start in the parameter,
-        offset in the tensor, length)."""
+    def _lines(
+        self,
+    ) -> Iterator[tuple[torch.Tensor, list[tuple[nn.Parameter, torch.Size, int, int, int]]]]:
+        """fp32 tensors that Adam updates, and of each the runs in it: (parameter, slice's shape,
+        start in the parameter, offset in the tensor, length).
+        """
         if self.stage == 0:
             for weight, p in self.engine.update.weights():
                 yield weight, [(p, p.shape, 0, 0, p.numel())]
         elif self.stage < 3:
-            for flat, group in zip(self.zero.single_partition_of_fp32_groups, self.zero.bit16_groups, strict=True):
+            for flat, group in zip(
+                self.zero.single_partition_of_fp32_groups, self.zero.bit16_groups, strict=True
+            ):
                 mapped = [(p, p._hp_mapping) for p in group if p._hp_mapping is not None]
                 yield (
                     flat,
                     [
-                        (p, p.shape, m.lp_fragment_address.start, m.hp_fragment_address.start, m.lp_fragment_address.numel)
+                        (
+                            p,
+                            p.shape,
+                            m.lp_fragment_address.start,
+                            m.hp_fragment_address.start,
+                            m.lp_fragment_address.numel,
+                        )
                         for p, m in mapped
                     ],
                 )
         else:
-            for flat, group in zip(self.zero.fp32_partitioned_groups_flat, self.zero.fp16_groups, strict=True):
-                runs, offset = [], 0
+            for flat, group in zip(
+                self.zero.fp32_partitioned_groups_flat, self.zero.fp16_groups, strict=True
+            ):
+                runs = []
+                offset = 0
+
                 for p in group:
                     size = p.partition_numel()
                     start = size * self.state.data_rank
-                    runs.append((p, p.ds_shape, start, offset, max(0, min(size, p.ds_numel - start))))
+                    runs.append(
+                        (p, p.ds_shape, start, offset, max(0, min(size, p.ds_numel - start)))
+                    )
                     offset += size
+
                 yield flat, runs
 
     def _moments(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Adam's state of a tensor. It comes into being with the first step; before it, as torch would make it."""
+        """Adam's state of a tensor.
+
+        It comes into being with the first step; before it, as torch would make it.
+        """
         state = self.adam.state[flat]
         if "exp_avg" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-            state |= {kind: torch.zeros_like(flat, memory_format=torch.preserve_format) for kind in MOMENTS}
+            state |= {
+                kind: torch.zeros_like(flat, memory_format=torch.preserve_format)
+                for kind in MOMENTS
+            }
+
         return state
 
     def scalars(self) -> dict[str, Any]:
         """Adam's step count, and the loss scaler's figures under fp16."""
         steps = {float(self._moments(flat)["step"]) for flat, _ in self._lines()}
         if len(steps) != 1:
-            raise RuntimeError(f"Adam has taken different numbers of steps in its groups: {sorted(steps)}")
+            raise RuntimeError(
+                f"Adam has taken different numbers of steps in its groups: {sorted(steps)}"
+            )
+
         values: dict[str, Any] = {"adam_step": steps.pop()}
         if self.engine.precision == "fp16":
             scaler = vars(self.zero.loss_scaler)
-            values["loss_scaler"] = {key: value for key, value in scaler.items() if isinstance(value, (bool, int, float))}
+            values["loss_scaler"] = {
+                key: value for key, value in scaler.items() if isinstance(value, (bool, int, float))
+            }
+
         return values
 
     @torch.no_grad()
@@ -129,30 +176,48 @@ class FragmentedState:
                     *(fragment.shape, fragment.start, fragment.length),
                 )
                 fragment.tensors[kind].copy_(run)
+
         for flat, _ in self._lines():
             self._moments(flat)["step"].fill_(scalars["adam_step"])
         if self.engine.precision == "fp16" and "loss_scaler" in scalars:
             vars(self.zero.loss_scaler).update(scalars["loss_scaler"])
+
         self._refresh_model()
 
     @torch.no_grad()
     def copy_into(self, model: nn.Module, kind: str = "weight") -> None:
-        """The weights, or their average, of all ranks into a model that is whole on each (its tensor-parallel slice)."""
+        """The weights, or their average, of all ranks into a model that is whole on each (its
+        tensor-parallel slice).
+        """
         targets = dict(model.named_parameters())
-        flat = {name: torch.zeros(p.numel(), dtype=torch.float32, device=p.device) for name, p in targets.items()}
+        flat = {
+            name: torch.zeros(p.numel(), dtype=torch.float32, device=p.device)
+            for name, p in targets.items()
+        }
+
         for fragment in self.owned():
-            flat[fragment.name][fragment.start : fragment.start + fragment.length] = fragment.tensors[kind]
+            flat[fragment.name][fragment.start : fragment.start + fragment.length] = (
+                fragment.tensors[kind]
+            )
+
         for name, parameter in targets.items():
             parameter.copy_(self.state.sum_over_data(flat.pop(name)).view_as(parameter))
 
     def _refresh_model(self) -> None:
-        """Cast the fp32 weights into those that the model computes with, as a step of DeepSpeed does at its end."""
+        """Cast the fp32 weights into those that the model computes with, as a step of DeepSpeed
+        does at its end.
+        """
         if self.stage == 0:
             self.engine.update.refresh_model()
         elif self.stage < 3:
             self.zero.update_lp_params()
         else:
             self.zero.checkpoint_event_prologue()  # parameters kept whole on every rank are cut up,
-            for flat, low in zip(self.zero.fp32_partitioned_groups_flat, self.zero.fp16_partitioned_groups_flat, strict=True):
+            for flat, low in zip(
+                self.zero.fp32_partitioned_groups_flat,
+                self.zero.fp16_partitioned_groups_flat,
+                strict=True,
+            ):
                 low.copy_(flat)
+
             self.zero.checkpoint_event_epilogue()  # and gathered again with their new values

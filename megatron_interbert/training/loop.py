@@ -1,4 +1,6 @@
-"""The loop: load the micro-batches of a step, count their targets, forward and backward, update, vote, log, evaluate, save."""
+"""The loop: load the micro-batches of a step, count their targets, forward and backward, update,
+vote, log, evaluate, save.
+"""
 
 import contextlib
 import math
@@ -40,11 +42,20 @@ class Trainer:
         progress: Progress,
         integrity: Integrity,
     ) -> None:
-        self.config, self.state, self.device = run.config, run.state, run.device
-        self.streams, self.watchdog, self.stopping = run.streams, run.watchdog, run.stopping
-        self.job, self.task, self.engine = job, job.task, engine
-        self.batches, self.evaluation, self.integrity = batches, evaluation, integrity
-        self.checkpoints, self.progress = checkpoints, progress
+        self.config = run.config
+        self.state = run.state
+        self.device = run.device
+        self.streams = run.streams
+        self.watchdog = run.watchdog
+        self.stopping = run.stopping
+        self.job = job
+        self.task = job.task
+        self.engine = engine
+        self.batches = batches
+        self.evaluation = evaluation
+        self.integrity = integrity
+        self.checkpoints = checkpoints
+        self.progress = progress
 
         self.peak = peak_tflops(self.device, self.config.peak_tflops)
         self.bad_steps = 0
@@ -61,8 +72,8 @@ class Trainer:
     def train(self) -> None:
         """Run to --train-iters, or until all ranks agree to stop, saving and evaluating on the way.
 
-        StoppedBySignal after a signal, with everything saved. TrainingStopped where the data are not
-        as they were written.
+        StoppedBySignal after a signal, with everything saved. TrainingStopped where the data are
+        not as they were written.
         """
         try:
             self.run_steps()
@@ -92,21 +103,27 @@ class Trainer:
 
     @property
     def problem(self) -> str:
-        """Why this rank asks to end the run, apart from the steps themselves; empty where it does not."""
+        """Why this rank asks to end the run, apart from the steps themselves; empty where it does
+        not.
+        """
         if self.integrity.problem:
             return (
-                f"{self.integrity.problem}. What this run has trained on is not known, and it saves no"
-                " more; its checkpoints so far are whole"
+                f"{self.integrity.problem}. What this run has trained on is not known, and it saves"
+                " no more; its checkpoints so far are whole"
             )
+
         return self.checkpoints.hopeless
 
     def run_steps(self) -> None:
         """Train step by step until the run is complete or all ranks agree to stop."""
         self.make_up_for_evaluation()
+
         if self.complete:
-            step, last = self.progress.step, self.config.train_iters
+            step = self.progress.step
+            last = self.config.train_iters
             self.writer.say(f"already at step {step} of {last}: nothing to train")
-            if self.checkpoints.came_from_elsewhere:  # by --load, which may be a backup that goes away
+            # by --load, which may be a backup that goes away
+            if self.checkpoints.came_from_elsewhere:
                 self.save(last=True)
 
         ended = self.complete
@@ -125,18 +142,23 @@ class Trainer:
             best = self.evaluation_is_possible() and self.evaluate()
             if self.out_of_patience():
                 self.say_out_of_patience()
+
             ended = ended or bool(self.stopping.reason) or self.complete  # also in the evaluation
             if best or ended or self.save_is_due(step):
                 self.save(last=ended)
+
             self.window_started += time.monotonic() - pause  # rates are those of training alone
             self.say_what_was_saved()
 
     def save_is_due(self, step: int) -> bool:
         """Whether a checkpoint belongs after this step, by --save-interval or by the clock."""
         interval = self.config.save_interval
-        if self.config.minutes_between_saves():  # what is to be kept for good must be written at all
+        # what is to be kept for good must be written at all
+        if self.config.minutes_between_saves():
             interval = interval or self.config.keep_every
+
         by_steps = self.save_is_owed or bool(interval and step % interval == 0)
+
         return by_steps or self.stopping.save_is_due
 
     def save(self, last: bool) -> None:
@@ -167,25 +189,34 @@ class Trainer:
         return self.engine.precision == "fp16" or self.checkpoints.newest is None
 
     def give_up_last_save(self) -> None:
-        """Say that the run ends without a checkpoint of its end; TrainingStopped where it should have had one."""
+        """Say that the run ends without a checkpoint of its end.
+
+        TrainingStopped where it should have had one.
+        """
         text = (
-            f"step {self.progress.step}: the gradient was not finite for the last {self.bad_steps} steps:"
-            f" nothing is saved, {self.checkpoints.newest} stands"
+            f"step {self.progress.step}: the gradient was not finite for the last {self.bad_steps}"
+            f" steps: nothing is saved, {self.checkpoints.newest} stands"
         )
+
         if self.complete:
             raise TrainingStopped(
-                f"{text}; lower --lr, look at the data of these steps, or end before them (--train-iters)"
+                f"{text}; lower --lr, look at the data of these steps, or end before them"
+                " (--train-iters)"
             )
+
         self.writer.say(text)
 
     def make_up_for_evaluation(self) -> None:
-        """The evaluation for which the run that is gone on with had no time: what is best and when to stop early must not depend on it."""
+        """The evaluation for which the run that is gone on with had no time: what is best and when
+        to stop early must not depend on it.
+        """
         if self.progress.owes_evaluation and self.evaluation and self.evaluate():
             self.checkpoints.point_to_best(self.progress)
 
     def say_out_of_patience(self) -> None:
         """The line of a run that stops early, as its task asks."""
-        step, stale = self.progress.step, self.progress.stale
+        step = self.progress.step
+        stale = self.progress.stale
         metric = self.checkpoints.judge.metric
         self.writer.say(f"step {step}: {stale} evaluations without a better {metric}: the run ends")
 
@@ -194,6 +225,7 @@ class Trainer:
         newest = self.checkpoints.newest
         if self.complete or not (self.stopping.reason or newest):
             return
+
         reason = f"stopped after step {self.progress.step}"
         if self.stopping.reason:
             reason += f" ({self.stopping.reason})"
@@ -218,10 +250,12 @@ class Trainer:
         self.watchdog.enter("step", step)
         totals = self.count_targets(micro_batches)
         self.streams.start_step(step)
+
         for number, batch in enumerate(micro_batches):
             loss, report = self.task.loss(self.engine.forward(batch), batch, totals)
             self.engine.backward(loss, last=number == len(micro_batches) - 1)
             self.report += report
+
         self.rate = learning_rate(step, self.config)
         self.grad_norm, applied = self.engine.step(self.rate)
         self.progress.step = step
@@ -230,6 +264,7 @@ class Trainer:
         if not applied:
             self.note_bad_step(step)
             return
+
         self.bad_steps = 0
         if self.engine.ema is not None:
             self.engine.ema.update(step, FragmentedState(self.engine).tensors())
@@ -242,12 +277,17 @@ class Trainer:
         for batch in batches:
             self.flops += training_flops(self.job.model_config, batch)
             self.tokens += len(batch.joint_order)
+
         return [batch.to(self.device) for batch in batches]
 
     def count_targets(self, micro_batches: list[PackedBatch]) -> torch.Tensor:
-        """float64 [losses]: targets of each loss in the whole step, over micro-batches and data-parallel ranks."""
+        """float64 [losses]: targets of each loss in the whole step, over micro-batches and data-
+        parallel ranks.
+        """
         counts = (
-            torch.stack([self.task.count_targets(batch) for batch in micro_batches]).sum(dim=0).to(self.device, non_blocking=True)
+            torch.stack([self.task.count_targets(batch) for batch in micro_batches])
+            .sum(dim=0)
+            .to(self.device, non_blocking=True)
         )
         return self.state.sum_over_data(counts)
 
@@ -255,18 +295,23 @@ class Trainer:
         """A step without update: with fp16 the loss scale adapts; too many in a row end the run."""
         self.bad_steps += 1
         self.skipped += 1
+
         if self.bad_steps >= self.config.max_bad_steps:
             raise TrainingStopped(
-                f"step {step}: the gradient was not finite for {self.bad_steps} steps in a row and the run"
-                " stops; look at the data of these steps, lower --lr, or use --bf16 instead of --fp16"
+                f"step {step}: the gradient was not finite for {self.bad_steps} steps in a row and"
+                " the run stops; look at the data of these steps, lower --lr, or use --bf16"
+                " instead of --fp16"
             )
+
         if not math.isnan(self.grad_norm) and self.engine.precision == "fp16":
             self.writer.say(f"step {step}: overflow, loss scale now {self.engine.loss_scale():g}")
         else:
             self.writer.say(f"step {step}: gradient is not finite, step skipped on all ranks")
 
     def log(self) -> None:
-        """Figures of the window since the last log, summed over ranks; one synchronisation with the device."""
+        """Figures of the window since the last log, summed over ranks; one synchronisation with the
+        device.
+        """
         work = torch.tensor([self.flops, self.tokens], dtype=torch.float64, device=self.device)
         self.state.sum_over_data(work)
         report = self.state.sum_over_data(self.report.clone())
@@ -287,16 +332,24 @@ class Trainer:
         }
         if self.peak:
             values["mfu"] = flops_per_second / 1e12 / self.peak
+
         self.writer.write(self.progress.step, values, self.task.line(values))
         self._start_window()
 
     def _start_window(self) -> None:
         self.report = torch.zeros(self.task.report_shape, device=self.device)
-        self.flops, self.tokens, self.data_wait, self.steps_in_window, self.skipped = 0.0, 0, 0.0, 0, 0
+        self.flops = 0.0
+        self.tokens = 0
+        self.data_wait = 0.0
+        self.steps_in_window = 0
+        self.skipped = 0
         self.window_started = time.monotonic()
 
     def evaluation_is_possible(self) -> bool:
-        """Whether one is owed and there is time for it; weights are not judged while steps are bad."""
+        """Whether one is owed and there is time for it.
+
+        Weights are not judged while steps are bad.
+        """
         return self.progress.owes_evaluation and not self.bad_steps and not self.stopping.urgent
 
     def evaluation_is_due(self, step: int) -> bool:
@@ -306,19 +359,25 @@ class Trainer:
         return step == self.config.train_iters or step % self.config.eval_interval == 0
 
     def evaluate(self) -> bool:
-        """Figures on unseen samples, unless it is given up for a stop; whether they are the best so far by the job's metric."""
+        """Figures on unseen samples, unless it is given up for a stop; whether they are the best so
+        far by the job's metric.
+        """
         step = self.progress.step
         self.watchdog.enter("evaluation", step)
         figures = self.evaluation.run(
-            self.engine, self.watchdog, stop=lambda: bool(self.stopping.agreed(step)) and self.stopping.urgent
+            self.engine,
+            self.watchdog,
+            stop=lambda: bool(self.stopping.agreed(step)) and self.stopping.urgent,
         )
         if figures is None:
             return False
+
         self.progress.owes_evaluation = False
         values, summary = figures
         self.writer.write(self.progress.step, values, summary, prefix="valid")
         if not self.checkpoints.judge.metric:
             return False
+
         return self.progress.note(values[self.checkpoints.judge.metric])
 
     def out_of_patience(self) -> bool:

@@ -1,7 +1,9 @@
-"""What a rank's memory holds at its peak, by arithmetic: weights, gradients, optimizer, activations.
+"""What a rank's memory holds at its peak, by arithmetic: weights, gradients, optimizer,
+activations.
 
-How DeepSpeed 0.19 keeps its parts was found by counting what torch's allocator gives out on a CPU; tests/training/test_memory.py counts
-again. Of the fused kernels, for GPUs, only the activations are counted (in Triton's interpreter).
+How DeepSpeed 0.19 keeps its parts was found by counting what torch's allocator gives out on a CPU;
+tests/training/test_memory.py counts again. Of the fused kernels, for GPUs, only the activations are
+counted (in Triton's interpreter).
 """
 
 import functools
@@ -16,10 +18,13 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.parallel.vocab_loss import CHUNK
 
 BUCKET = 500_000_000  # most gradients that are reduced at once
-FP32, ADAM = 4, 8  # bytes of a value; of its two moments
+# bytes of a value; of its two moments
+FP32 = 4
+ADAM = 8
 ROW_STATISTICS = 8  # mean and deviation that a norm keeps of a row
 INDEX = 8  # bytes of the number of a row
-ROW_NUMBERS = 4 * INDEX  # of each token and head on a CPU: where its query, key, value and result are among padded ones
+# of each token and head on a CPU: where its query, key, value and result are among padded ones
+ROW_NUMBERS = 4 * INDEX
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,9 @@ class Load:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank: what stays, what the forward pass keeps for the backward pass, and the peaks."""
+    """Bytes of one rank: what stays, what the forward pass keeps for the backward pass, and the
+    peaks.
+    """
 
     weights: float  # in the type of the passes
     optimizer: float  # fp32 weights, where they are others, and moments
@@ -74,20 +81,39 @@ class Memory:
 def rank_values(sizes: ModelConfig, tensor: int) -> int:
     """Trained values of one rank."""
     sizes.check_tensor_parallel(tensor)
+
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         parameters = InterBert(sizes, state=ParallelState(alone=True)).named_parameters()
-        return sum(p.numel() // (1 if partition_dimension(name) is None else tensor) for name, p in parameters)
+        return sum(
+            p.numel() // (1 if partition_dimension(name) is None else tensor)
+            for name, p in parameters
+        )
 
 
 def activations(sizes: ModelConfig, layout: Layout, load: Load) -> tuple[float, float]:
-    """(Bytes that a forward pass keeps for the backward pass, bytes of the one layer that is computed again, if any)."""
-    hidden, ffn, element = sizes.hidden_size, sizes.ffn_hidden_size, layout.element
+    """(Bytes that a forward pass keeps for the backward pass, bytes of the one layer that is
+    computed again, if any).
+    """
+    hidden = sizes.hidden_size
+    ffn = sizes.ffn_hidden_size
+    element = layout.element
     image = load.regions + 1
     sharing = layout.tensor if layout.sequence_parallel else 1
-    text_most, image_most = max(load.longest_words, load.words), max(load.longest_regions, load.regions) + 1
+    text_most = max(load.longest_words, load.words)
+    image_most = max(load.longest_regions, load.regions) + 1
 
-    def layer(tokens: float, longest: float, heads: int, hidden_p: float, attention_p: float, read: float | None = None) -> float:
-        """Of one sample; `read`: tokens behind the attention, where the last layer is computed for these only."""
+    def layer(
+        tokens: float,
+        longest: float,
+        heads: int,
+        hidden_p: float,
+        attention_p: float,
+        read: float | None = None,
+    ) -> float:
+        """Of one sample.
+
+        `read`: tokens behind the attention, where the last layer is computed for these only.
+        """
         behind = tokens if read is None else read
         padded = tokens if layout.fused else longest
         masks = 0.0 if layout.fused or not hidden_p else 2 * hidden
@@ -95,9 +121,13 @@ def activations(sizes: ModelConfig, layout: Layout, load: Load) -> tuple[float, 
         if not layout.fused:
             weights = 2 if attention_p else 1  # softmax, and the mask of dropout
             attended += weights * padded * longest * heads / layout.tensor
+
         between = behind * (3 * hidden + masks) + tokens * hidden
         inner = behind * 2 * ffn / layout.tensor
-        return element * (attended + inner + between / sharing) + 2 * ROW_STATISTICS * behind / sharing
+
+        return (
+            element * (attended + inner + between / sharing) + 2 * ROW_STATISTICS * behind / sharing
+        )
 
     def numbers(tokens: float, longest: float, heads: int) -> float:
         """Of one sample: where rows come from and go to, which all layers of a stack share."""
@@ -110,11 +140,17 @@ def activations(sizes: ModelConfig, layout: Layout, load: Load) -> tuple[float, 
 
         there = (3 * INDEX + element) * longest * heads / layout.tensor
         places = INDEX * (tokens + longest)
+
         return back + there + places
 
-    words, shown = max(1.0, load.masked * load.words), max(1.0, load.masked * load.regions) / 2
+    words = max(1.0, load.masked * load.words)
+    shown = max(1.0, load.masked * load.regions) / 2
     like_text = (sizes.num_attention_heads, sizes.hidden_dropout, sizes.attention_dropout)
-    like_image = (sizes.image_attention_heads, sizes.image_hidden_dropout, sizes.image_attention_dropout)
+    like_image = (
+        sizes.image_attention_heads,
+        sizes.image_hidden_dropout,
+        sizes.image_attention_dropout,
+    )
     joint = (load.words + image, text_most + image_most, *like_text)
     stacks = [
         (sizes.interaction_layers, joint, None),
@@ -122,6 +158,7 @@ def activations(sizes: ModelConfig, layout: Layout, load: Load) -> tuple[float, 
         (sizes.image_layers, (image, image_most, *like_image), 1 + shown),
     ]
     total = largest = 0.0
+
     for count, shape, read in stacks:
         whole = layer(*shape)
         total += numbers(*shape[:3]) if count else 0.0
@@ -130,10 +167,12 @@ def activations(sizes: ModelConfig, layout: Layout, load: Load) -> tuple[float, 
             largest = max(largest, whole if count else 0.0)
         elif count:
             total += (count - 1) * whole + layer(*shape, read)
+
     masks = 0 if layout.fused or not sizes.hidden_dropout else hidden
     embedded = image * (sizes.feature_dim + hidden + masks) + load.words * (hidden + masks)
     heads = (words + shown) * 3 * hidden + 4 * shown * sizes.num_classes + 6 * sizes.pooled_size
     kept = load.samples * (total + element * (embedded + heads)) + kept_logits(sizes, layout, load)
+
     return kept, load.samples * largest
 
 
@@ -152,46 +191,71 @@ def logits_at_once(sizes: ModelConfig, layout: Layout, load: Load) -> float:
 def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
     """Memory of a training step (the second one, when the moments are there).
 
-    A step is largest at one of three times: when the backward pass begins and holds all activations, when it ends and holds all
-    gradients, or when these are converted for the optimizer. A step of one micro-batch, that is: with more of them, what the first
-    ones gave is held during the passes of the others too.
+    A step is largest at one of three times: when the backward pass begins and holds all
+    activations, when it ends and holds all gradients, or when these are converted for the
+    optimizer. A step of one micro-batch, that is: with more of them, what the first ones gave is
+    held during the passes of the others too.
     """
-    values, element, ranks = rank_values(sizes, layout.tensor), layout.element, layout.data
-    all_of, share = element * values, element * values / ranks
+    values = rank_values(sizes, layout.tensor)
+    element = layout.element
+    ranks = layout.data
+    all_of = element * values
+    share = element * values / ranks
     bucket = element * min(values, BUCKET)
-    table = element * sizes.padded_vocab_size * sizes.hidden_size / layout.tensor  # it has two gradients, of decoder and embedding
+    # it has two gradients, of decoder and embedding
+    table = element * sizes.padded_vocab_size * sizes.hidden_size / layout.tensor
     converted = FP32 * values / ranks if layout.half else 0.0
     optimizer = (FP32 + ADAM) * values / ranks
+
     if layout.shares_nothing:
-        weights, gradients, buffers = all_of, all_of, bucket if ranks > 1 else 0.0
-        begin, end, step = 0.0, gradients + max(buffers, table), gradients
+        weights = all_of
+        gradients = all_of
+        buffers = bucket if ranks > 1 else 0.0
+        begin = 0.0
+        end = gradients + max(buffers, table)
+        step = gradients
+
         if layout.half:
             step += FP32 * values
         else:
             optimizer = ADAM * values
     elif layout.zero_stage == 3:
-        weights, gradients, buffers = share, share, bucket  # both stay from the first step on
+        # both stay from the first step on
+        weights = share
+        gradients = share
+        buffers = bucket
         # Gathered weights, all of a model of this kind, and the memory in which they arrive.
         whole = 2 * all_of if ranks > 1 else 0.0
-        begin, end, step = gradients + bucket + whole, gradients + bucket + 2 * all_of, gradients + bucket + share + converted
+        begin = gradients + bucket + whole
+        end = gradients + bucket + 2 * all_of
+        step = gradients + bucket + share + converted
     else:
-        weights, buffers = all_of, bucket
+        weights = all_of
+        buffers = bucket
         gradients = all_of if layout.zero_stage == 1 else share
-        begin, end, step = bucket, gradients + bucket + table * (layout.zero_stage == 1), gradients + share + converted
+        begin = bucket
+        end = gradients + bucket + table * (layout.zero_stage == 1)
+        step = gradients + share + converted
+
     kept, again = activations(sizes, layout, load)
     each = element if layout.fused else 2 * FP32  # fused, the gradient takes the logits' own memory
     logits = each * logits_at_once(sizes, layout, load) - kept_logits(sizes, layout, load)
     peak = weights + optimizer + max(begin + kept + max(again, logits + table), end + again, step)
+
     return Memory(weights, optimizer, gradients, buffers, kept + again, peak)
 
 
-def largest_micro_batch(sizes: ModelConfig, layout: Layout, load: Load, room: float, most: int = 1 << 16) -> int:
+def largest_micro_batch(
+    sizes: ModelConfig, layout: Layout, load: Load, room: float, most: int = 1 << 16
+) -> int:
     """The most samples whose peak stays within `room` bytes; 0 where one sample is too many."""
-    low, high = 0, most
+    low = 0
+    high = most
     while low < high:
         middle = (low + high + 1) // 2
         if predict(sizes, layout, replace(load, samples=middle)).peak <= room:
             low = middle
         else:
             high = middle - 1
+
     return low

@@ -1,4 +1,7 @@
-"""What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard. None of them can stop it."""
+"""What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard.
+
+None of them can stop it.
+"""
 
 import json
 import math
@@ -26,16 +29,25 @@ def memory_gib(device: torch.device) -> float:
 
 
 class Records:
-    """metrics.jsonl: one JSON object a line. Records past the step that is resumed from are dropped first."""
+    """metrics.jsonl: one JSON object a line.
+
+    Records past the step that is resumed from are dropped first.
+    """
 
     def __init__(self, path: Path, first_step: int, say: Callable[[str], None]) -> None:
-        self.path, self.first_step, self.say = path, first_step, say
+        self.path = path
+        self.first_step = first_step
+        self.say = say
         self._begun = False
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Append a record of named figures; OSError where it cannot be, then nothing of it is there."""
+        """Append a record of named figures.
+
+        OSError where it cannot be, then nothing of it is there.
+        """
         if not self._begun:
             self._begin()
+
         finite = {
             name: value if math.isfinite(value) else None for name, value in values.items()
         }  # JSON has no NaN
@@ -72,6 +84,7 @@ def step_of(line: str) -> int | None:
         step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
+
     return step if type(step) is int else None
 
 
@@ -81,7 +94,9 @@ class MetricsWriter:
     def __init__(
         self, save: str, tensorboard_dir: str, is_main: bool, train_iters: int, first_step: int
     ) -> None:
-        self.is_main, self.train_iters, self.first_step = is_main, train_iters, first_step
+        self.is_main = is_main
+        self.train_iters = train_iters
+        self.first_step = first_step
         self.started = time.monotonic()
         self.sinks: list[Records | Board] = []
         self.bar: tqdm | None = None
@@ -106,7 +121,10 @@ class MetricsWriter:
     def write(
         self, step: int, values: dict[str, float], summary: str, prefix: str = "train"
     ) -> None:
-        """One record of named figures for a step; `summary` is the task's part of the line for people."""
+        """One record of named figures for a step.
+
+        `summary` is the task's part of the line for people.
+        """
         if not self.is_main:
             return
 
@@ -140,6 +158,7 @@ class MetricsWriter:
                 f"{values['samples_per_second']:.0f} samples/s",
                 f"eta {int(remaining) // 60}:{int(remaining) % 60:02d}",
             ]
+
         return " | ".join(parts)
 
     def say(self, line: str) -> None:

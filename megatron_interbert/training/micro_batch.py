@@ -1,4 +1,6 @@
-"""`--micro-batch-size auto`: how many samples a forward pass takes, by trial on these machines with this model and these data."""
+"""`--micro-batch-size auto`: how many samples a forward pass takes, by trial on these machines with
+this model and these data.
+"""
 
 import time
 from collections.abc import Callable
@@ -60,14 +62,22 @@ class Trial:
         device: torch.device,
         kernels: Kernels,
     ) -> None:
-        self.config, self.job, self.state, self.device = config, job, state, device
+        self.config = config
+        self.job = job
+        self.state = state
+        self.device = device
         self.dtype = working_dtype(config)
         self.layout = layout_of(config, state.data_size, kernels)
 
     def batch(self, samples: int) -> PackedBatch:
         """The first samples of this rank."""
         found: TrainingSet = self.job.samples
-        positions = range(self.state.data_rank, self.state.data_rank + samples * self.state.data_size, self.state.data_size)
+        positions = range(
+            self.state.data_rank,
+            self.state.data_rank + samples * self.state.data_size,
+            self.state.data_size,
+        )
+
         return to_batch(found.fields(found.order.pairs(positions, 0)))
 
     def fits(self, batch: PackedBatch, room: float) -> bool:
@@ -81,11 +91,13 @@ class Trial:
         The best of three, for others may disturb one.
         """
         times = []
+
         for _ in range(3):
             gathered = self.state.gather(self._seconds_here(model, batch))
             if None in gathered:
                 return None
             times.append(max(gathered))
+
         return min(times)
 
     def _seconds_here(self, model: InterBert, batch: PackedBatch) -> float | None:
@@ -97,6 +109,7 @@ class Trial:
             started = time.monotonic()
             self.job.task.loss(model(batch), batch, totals)[0].backward()
             self.synchronise()
+
             return time.monotonic() - started
         except RuntimeError as error:
             if not out_of_memory(error):
@@ -107,6 +120,7 @@ class Trial:
                         f"--micro-batch-size auto: memory ran out with {len(batch)} samples, which"
                         " was predicted to fit; give a number below that"
                     ) from error
+
             return None
         finally:
             model.zero_grad()
@@ -117,47 +131,70 @@ class Trial:
             torch.cuda.synchronize(self.device)
 
 
-def choose_micro_batch(trial: Trial, make_model: Callable[[], InterBert], global_batch: int, alive: Callable[[], None]) -> int:
-    """The largest micro-batch that divides a rank's share of the global batch, fits, and is as fast as the best one, alike on all
-    ranks. `alive` is called before each trial. UsageError when not one sample fits, or there is no share to divide."""
+def choose_micro_batch(
+    trial: Trial, make_model: Callable[[], InterBert], global_batch: int, alive: Callable[[], None]
+) -> int:
+    """The largest micro-batch that divides a rank's share of the global batch, fits, and is as fast
+    as the best one, alike on all ranks. `alive` is called before each trial. UsageError when not
+    one sample fits, or there is no share to divide.
+    """
     state = trial.state
     if not global_batch:
         raise UsageError("--micro-batch-size auto needs --global-batch-size, which it divides")
     if global_batch % state.data_size:
-        raise UsageError(f"--global-batch-size {global_batch} is not a multiple of the data-parallel size {state.data_size}")
-    share, room = global_batch // state.data_size, memory_of(trial.device) * USED
+        raise UsageError(
+            f"--global-batch-size {global_batch} is not a multiple of the data-parallel size"
+            f" {state.data_size}"
+        )
+
+    share = global_batch // state.data_size
+    room = memory_of(trial.device) * USED
     rates: dict[int, float] = {}
     model = make_model().to(trial.device, trial.dtype).train()
+
     for samples in (size for size in range(1, share + 1) if share % size == 0):
         if rates and samples < 2 * max(rates) and samples < share:
             continue
+
         alive()
         with local_errors():
             batch = trial.batch(samples)
         if not trial.fits(batch, room):
             break
+
         seconds = trial.seconds(model, batch)
         if seconds is None:  # arithmetic is right to a tenth; the device has the last word
             break
+
         rates[samples] = samples / seconds
-        worse = len(rates) > 3 and all(rate < AS_GOOD * max(rates.values()) for rate in list(rates.values())[-3:])
+        worse = len(rates) > 3 and all(
+            rate < AS_GOOD * max(rates.values()) for rate in list(rates.values())[-3:]
+        )
         if seconds > LONGEST_TRIAL or worse:
             break
+
     if not rates:
         raise UsageError(
-            f"--micro-batch-size auto: not one sample fits {room / 2**30:.1f} GiB; python tools/plan.py lists layouts that fit a device"
+            f"--micro-batch-size auto: not one sample fits {room / 2**30:.1f} GiB; python"
+            " tools/plan.py lists layouts that fit a device"
         )
+
     best = max(size for size, rate in rates.items() if rate >= AS_GOOD * max(rates.values()))
     if state.is_main:
         tried = ", ".join(f"{size}: {rate * state.data_size:.1f}" for size, rate in rates.items())
         print(
-            f"micro-batch size {best} of {share} a rank, by trial (samples/s of forward and backward passes: {tried})", flush=True
+            f"micro-batch size {best} of {share} a rank, by trial (samples/s of forward and"
+            f" backward passes: {tried})",
+            flush=True,
         )
+
     return best
 
 
 def still_fits(trial: Trial, samples: int) -> bool:
-    """Whether micro-batches that a run before chose fit here: into all that is free, for what is free has its ups and downs."""
+    """Whether micro-batches that a run before chose fit here: into all that is free, for what is
+    free has its ups and downs.
+    """
     with local_errors():
         batch = trial.batch(samples)
     return trial.fits(batch, memory_of(trial.device))

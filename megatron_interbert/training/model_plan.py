@@ -36,6 +36,7 @@ class ModelPlan:
             **self.job.model_options,
         )
         initialise(model, sizes, self.seed, self.state)
+
         return model
 
     def for_evaluation(self) -> InterBert:
@@ -52,7 +53,10 @@ class ModelPlan:
 def plan_model(
     config: TrainConfig, job: Job, state: ParallelState, device: torch.device
 ) -> ModelPlan:
-    """Choose the kernels of a run's model; UsageError where sizes, ranks and precision do not fit."""
+    """Choose the kernels of a run's model.
+
+    UsageError where sizes, ranks and precision do not fit.
+    """
     sizes = job.model_config
     sizes.check_tensor_parallel(state.tensor_size)
     config.check_float8(sizes)
@@ -67,6 +71,7 @@ def plan_model(
         sizes.head_sizes,
         working_dtype(config),
     )
+
     return ModelPlan(job, state, kernels, config.seed, config.recompute_activations)
 
 

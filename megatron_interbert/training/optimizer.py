@@ -1,4 +1,6 @@
-"""AdamW with parameter groups, the learning-rate schedule, and the global gradient norm where DeepSpeed gives none."""
+"""AdamW with parameter groups, the learning-rate schedule, and the global gradient norm where
+DeepSpeed gives none.
+"""
 
 import math
 from collections.abc import Collection, Sequence
@@ -14,9 +16,14 @@ from megatron_interbert.parallel.state import ParallelState
 RUN = 1 << 18
 
 
-def parameter_groups(model: nn.Module, config: TrainConfig, pretrained: Collection[str] = ()) -> list[dict]:
-    """Groups by weight decay (matrices only, not biases and LayerNorm) and by rate (`pretrained` names are scaled)."""
+def parameter_groups(
+    model: nn.Module, config: TrainConfig, pretrained: Collection[str] = ()
+) -> list[dict]:
+    """Groups by weight decay (matrices only, not biases and LayerNorm) and by rate (`pretrained`
+    names are scaled).
+    """
     groups: dict[tuple[bool, bool], dict] = {}
+
     for name, parameter in model.named_parameters():
         decays = parameter.dim() > 1
         slow = name in pretrained and config.pretrained_lr_scale != 1.0
@@ -30,24 +37,40 @@ def parameter_groups(model: nn.Module, config: TrainConfig, pretrained: Collecti
             },
         )
         group["params"].append(parameter)
+
     return list(groups.values())
 
 
 def build_optimizer(groups: list[dict], config: TrainConfig) -> torch.optim.AdamW:
     """torch's fused AdamW (CPU and CUDA)."""
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps, fused=True)
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+        fused=True,
+    )
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Rate of optimizer step `step` (1 is the first): linear warm-up, then linear, cosine, constant or in steps."""
+    """Rate of optimizer step `step` (1 is the first): linear warm-up, then linear, cosine, constant
+    or in steps.
+    """
     warmup = round(config.lr_warmup_fraction * config.train_iters)
     if step <= warmup:
         return config.lr * step / warmup
     if config.lr_decay_style == "multistep":
         passed = sum(step > share * config.train_iters for share in config.milestones())
         return max(config.lr * config.lr_decay_factor**passed, config.min_lr)
-    progress = min((step - 1 - warmup) / max(config.train_iters - warmup, 1), 1.0)  # the last step still moves
-    shape = {"linear": 1.0 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}[config.lr_decay_style]
+
+    # the last step still moves
+    progress = min((step - 1 - warmup) / max(config.train_iters - warmup, 1), 1.0)
+    shape = {
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "constant": 1.0,
+    }[config.lr_decay_style]
+
     return config.min_lr + (config.lr - config.min_lr) * shape
 
 
@@ -105,4 +128,5 @@ def _runs(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
         return [tensor]
 
     rows = max(1, RUN * len(tensor) // tensor.numel())
+
     return tensor.split(rows)

@@ -1,7 +1,7 @@
 """Dense peak of a device in 16 bit, without sparsity, by the exact name that torch gives it.
 
-From the makers' datasheets. Names are compared whole: of one chip there are boards of very different
-speed (H100 PCIe has three quarters of the SXM's, an L40S twice an L40's).
+From the makers' datasheets. Names are compared whole: of one chip there are boards of very
+different speed (H100 PCIe has three quarters of the SXM's, an L40S twice an L40's).
 """
 
 import re
@@ -42,6 +42,7 @@ def peak_of(name: str) -> float:
         for pattern in names.split("|"):
             if re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+ ?GB"), bare):
                 return peak
+
     return 0.0
 
 

@@ -37,13 +37,15 @@ def settings_that(config: TrainConfig, resume: Resume) -> list[str]:
 
 
 def keep_fitted(config: TrainConfig, state: ParallelState) -> None:
-    """Take settings that are fitted to the data from the newest checkpoint, where no flag gives them.
+    """Take settings that are fitted to the data from the newest checkpoint, where no flag gives
+    them.
 
     Nothing is verified yet; a manifest that cannot be read is passed over, the one before it is of
     the same run.
     """
     if config.resume == "never":
         return
+
     found = together(state, lambda: newest_settings(config) if state.is_main else None)
     path, before = state.gather(found)[0] or ("", {})
     for name, facts in rows(config):
@@ -52,13 +54,17 @@ def keep_fitted(config: TrainConfig, state: ParallelState) -> None:
 
 
 def newest_settings(config: TrainConfig) -> tuple[str, dict[str, Any]] | None:
-    """Give (folder, the run's settings) of the newest checkpoint of --save or --load that can be read."""
+    """Give (folder, the run's settings) of the newest checkpoint of --save or --load that can be
+    read.
+    """
     found = newest_manifest(config)
     return found and (str(found[0]), found[1]["configs"]["run"])
 
 
 def newest_manifest(config: TrainConfig) -> tuple[Path, dict[str, Any]] | None:
-    """Give (folder, manifest) of the newest checkpoint of --save or --load whose manifest is sound."""
+    """Give (folder, manifest) of the newest checkpoint of --save or --load whose manifest is
+    sound.
+    """
     for folder in (config.save, config.load):
         for path in complete_checkpoints(Path(folder)) if folder else []:
             try:
@@ -67,9 +73,11 @@ def newest_manifest(config: TrainConfig) -> tuple[Path, dict[str, Any]] | None:
                 raise
             except UsageError:
                 continue
+
             with contextlib.suppress(KeyError, TypeError):
                 if isinstance(manifest["configs"]["run"], dict):
                     return path, manifest
+
     return None
 
 
@@ -86,12 +94,16 @@ def find_checkpoint(config: TrainConfig, state: ParallelState, locked: bool = Tr
 
     if config.resume == "never":
         if config.load:
-            raise UsageError("--resume never and --load contradict each other; leave one of them out")
+            raise UsageError(
+                "--resume never and --load contradict each other; leave one of them out"
+            )
+
         if own and _candidates(own, state):
             raise UsageError(
-                f"--resume never: {own} holds checkpoints; choose another --save, or give --resume auto"
-                " to resume from them"
+                f"--resume never: {own} holds checkpoints; choose another --save, or give --resume"
+                " auto to resume from them"
             )
+
         return None
 
     if own:
@@ -108,17 +120,22 @@ def find_checkpoint(config: TrainConfig, state: ParallelState, locked: bool = Tr
         together(state, lambda: check_no_trace(own) if state.is_main else None)
 
     if config.resume == "must":
-        raise UsageError(f"--resume must: no complete checkpoint in {own or config.load or '--save, which is not given'}")
+        raise UsageError(
+            "--resume must: no complete checkpoint in"
+            f" {own or config.load or '--save, which is not given'}"
+        )
+
     if config.load:
         raise UsageError(f"--load {config.load}: no complete checkpoint there")
+
     return None
 
 
 def newest_sound(candidates: list[Path], state: ParallelState, rename: bool) -> Path | None:
     """Give the first of some checkpoints whose files are as they were written; all ranks check.
 
-    UsageError on all ranks where a file cannot be read, or rank 0 does not see the damage that another
-    one sees: it may be sound, and nothing is renamed.
+    UsageError on all ranks where a file cannot be read, or rank 0 does not see the damage that
+    another one sees: it may be sound, and nothing is renamed.
     """
     for candidate in candidates:
         found = functools.partial(verify, candidate, state.rank, state.world_size)
@@ -126,18 +143,27 @@ def newest_sound(candidates: list[Path], state: ParallelState, rename: bool) -> 
         if not any(text for text, _ in told):
             return candidate
 
-        damage = told[0][0] or together(state, lambda path=candidate: verify(path) if state.is_main else None)
+        damage = told[0][0] or together(
+            state, lambda path=candidate: verify(path) if state.is_main else None
+        )
         damage = state.gather(damage)[0]
         if damage is None:
             text, node = next((text, node) for text, node in told if text)
             raise UsageError(
-                f"{candidate}: {text} as {node} sees it, but not as {told[0][1]} does (rank 0); it must lie"
-                " on a disk that all machines share"
+                f"{candidate}: {text} as {node} sees it, but not as {told[0][1]} does (rank 0); it"
+                " must lie on a disk that all machines share"
             )
 
         if state.is_main:
-            print(f"checkpoint {candidate} is damaged ({damage}); trying the one before it", flush=True)
-        together(state, lambda path=candidate: set_aside(path) if rename and state.is_main else None)
+            print(
+                f"checkpoint {candidate} is damaged ({damage}); trying the one before it",
+                flush=True,
+            )
+
+        together(
+            state, lambda path=candidate: set_aside(path) if rename and state.is_main else None
+        )
+
     return None
 
 
@@ -147,34 +173,48 @@ def check_no_trace(folder: Path) -> None:
     A temporary folder of a first save that was killed is no trace.
     """
     names = list_folder(folder)
-    traces = [name for name in names if name.startswith(DAMAGED) or name in (POINTER, MEGATRON_POINTER, BEST)]
+    traces = [
+        name
+        for name in names
+        if name.startswith(DAMAGED) or name in (POINTER, MEGATRON_POINTER, BEST)
+    ]
     traces += [path.name for path in step_folders(folder)]
+
     if traces:
         raise UsageError(
             f"--save {folder}: no usable checkpoint is left there, but traces of earlier ones"
-            f" ({some(traces)}); restore one from a backup, give the backup as --load, choose another"
-            " --save, or give --resume never to start anew"
+            f" ({some(traces)}); restore one from a backup, give the backup as --load, choose"
+            " another --save, or give --resume never to start anew"
         )
 
 
 def _candidates(folder: Path, state: ParallelState) -> list[Path]:
     """List what rank 0 sees (on a network disk the others might see less), newest first."""
     found = together(state, lambda: complete_checkpoints(folder) if state.is_main else None)
+
     if state.is_main:
         for path in step_folders(folder):
             if path not in found and path.is_dir():
-                print(f"note: {path} has no {MANIFEST}: not a checkpoint of ours, or damaged; it is not counted", flush=True)
+                print(
+                    f"note: {path} has no {MANIFEST}: not a checkpoint of ours, or damaged; it is"
+                    " not counted",
+                    flush=True,
+                )
+
     return state.gather(found)[0]
 
 
 def resumed_batch(path: Path | None) -> int:
-    """The global batch of a checkpoint to resume from, which holds on any number of ranks; 0 without one."""
+    """The global batch of a checkpoint to resume from, which holds on any number of ranks; 0
+    without one.
+    """
     return read_manifest(path)["configs"]["run"]["global_batch_size"] if path else 0
 
 
 def resumed_micro_batch(path: Path | None, share: int) -> int:
-    """That of a checkpoint to resume from, where it divides a rank's `share` of the global batch, else 0: with it a run goes on bit for
-    bit."""
+    """That of a checkpoint to resume from, where it divides a rank's `share` of the global batch,
+    else 0: with it a run goes on bit for bit.
+    """
     before = read_manifest(path)["configs"]["run"]["micro_batch_size"] if path else 0
     return before if before and share % before == 0 else 0
 
@@ -183,25 +223,34 @@ def changed_settings(manifest: dict[str, Any], config: TrainConfig) -> list[str]
     """`name old -> new` of the settings that may change and did."""
     before = {**defaults(config), **manifest["configs"]["run"]}
     changed = []
+
     for name in settings_that(config, NOTE):
         now = getattr(config, name)
         if before[name] != now:
             changed.append(f"{name} {before[name]} -> {now}")
+
     return changed
 
 
 def changed_rate(manifest: dict[str, Any], config: TrainConfig) -> str:
-    """What the learning rate does where a resumed run has another length; empty where it has not."""
+    """What the learning rate does where a resumed run has another length.
+
+    Empty where it has not.
+    """
     before = {**manifest["configs"]["run"]}
-    step, length = manifest["iteration"], before["train_iters"]
+    step = manifest["iteration"]
+    length = before["train_iters"]
     if length == config.train_iters or step >= config.train_iters:
         return ""
+
     noted = settings_that(config, NOTE)
     old = dataclasses.replace(config, **{name: before[name] for name in noted if name in before})
+
     return (
         f"note: {length} steps become {config.train_iters}: the learning rate was"
         f" {learning_rate(step, old):.2e} at step {step} and is"
-        f" {learning_rate(step + 1, config):.2e} at step {step + 1}, on the schedule of the new length"
+        f" {learning_rate(step + 1, config):.2e} at step {step + 1}, on the schedule of the new"
+        " length"
     )
 
 
@@ -211,24 +260,33 @@ def defaults(config: Any) -> dict[str, Any]:
 
 
 def check_same_run(
-    manifest: dict[str, Any], config: TrainConfig, model_config: ModelConfig, data: dict[str, Any], where: str
+    manifest: dict[str, Any],
+    config: TrainConfig,
+    model_config: ModelConfig,
+    data: dict[str, Any],
+    where: str,
 ) -> None:
     """Raise UsageError unless a checkpoint is of this model, these data and these samples.
 
     What an older version did not know had its default.
     """
     check_same_model(manifest, model_config, data, where)
+
     for name in settings_that(config, SAME):
-        before, now = {**defaults(config), **manifest["configs"]["run"]}[name], getattr(config, name)
+        before = {**defaults(config), **manifest["configs"]["run"]}[name]
+        now = getattr(config, name)
         if before != now:
-            raise UsageError(f"{where}: made with {name} = {before}, this run has {now}, so samples or losses would differ;"
-                             " use the same value, or another --save")  # fmt: skip
+            raise UsageError(
+                f"{where}: made with {name} = {before}, this run has {now}, so samples or losses"
+                " would differ; use the same value, or another --save"
+            )
 
     mined = data.get("mined", [])
     if manifest["data"].get("mined", mined) != mined:
         raise UsageError(
-            f"{where}: mined negatives of {data['store']} have been added, removed or changed since, so samples"
-            " would differ; put back what was there, or take only the weights by --init-from"
+            f"{where}: mined negatives of {data['store']} have been added, removed or changed"
+            " since, so samples would differ; put back what was there, or take only the weights by"
+            " --init-from"
         )
 
 
@@ -236,16 +294,30 @@ def check_same_model(
     manifest: dict[str, Any], model_config: ModelConfig, data: dict[str, Any], where: str
 ) -> None:
     """Raise UsageError unless a checkpoint is of this model, task and data."""
-    theirs, ours = {**defaults(model_config), **manifest["configs"]["model"]}, dataclasses.asdict(model_config)
+    theirs = {**defaults(model_config), **manifest["configs"]["model"]}
+    ours = dataclasses.asdict(model_config)
     differing = [k for k in ours if theirs.get(k) != ours[k] and not k.endswith("dropout")]
+
     if differing:
         sizes = ", ".join(f"{k} {theirs.get(k)} against {ours[k]}" for k in differing)
-        raise UsageError(f"{where}: made with other model sizes ({sizes}); use the same --model, vocabulary and data")
+        raise UsageError(
+            f"{where}: made with other model sizes ({sizes}); use the same --model, vocabulary and"
+            " data"
+        )
+
     if manifest["data"].get("task") != data.get("task"):
-        raise UsageError(f"{where}: a run of {manifest['data'].get('task') or 'pretraining'}; choose another --save, and start from its"
-                         " weights by --init-from")  # fmt: skip
+        raise UsageError(
+            f"{where}: a run of {manifest['data'].get('task') or 'pretraining'}; choose another"
+            " --save, and start from its weights by --init-from"
+        )
+
     if manifest["data"]["vocabulary"] != data["vocabulary"]:
-        raise UsageError(f"{where}: made with another vocabulary; give that vocabulary by --vocab-file")
+        raise UsageError(
+            f"{where}: made with another vocabulary; give that vocabulary by --vocab-file"
+        )
+
     if manifest["data"]["manifest_sha256"] != data["manifest_sha256"]:
-        raise UsageError(f"{where}: the region store has changed since ({data['store']}), so samples would differ;"
-                         " give the store it was made on, or take only its weights by --init-from")  # fmt: skip
+        raise UsageError(
+            f"{where}: the region store has changed since ({data['store']}), so samples would"
+            " differ; give the store it was made on, or take only its weights by --init-from"
+        )

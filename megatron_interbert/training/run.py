@@ -44,6 +44,7 @@ def meet(config: TrainConfig) -> Run:
 
     device = start_processes()
     state = ParallelState(config.tensor_model_parallel_size, config.sequence_parallel)
+
     if config.print_launch:
         text = describe_launch(read_launch(), state, device)
         if state.is_main:
@@ -52,6 +53,7 @@ def meet(config: TrainConfig) -> Run:
 
     config.data_parallel_size = state.data_size
     config.fit_zero_stage(state.world_size)
+
     return Run(
         config,
         state,

@@ -1,4 +1,6 @@
-"""The folder --save of a run: its lock, the names in it, how checkpoints are published and removed."""
+"""The folder --save of a run: its lock, the names in it, how checkpoints are published and
+removed.
+"""
 
 import contextlib
 import os
@@ -39,7 +41,9 @@ class Claim:
 
 def claim_folder(folder: str, state: ParallelState) -> Claim:
     """Lock --save for this run, on rank 0; UsageError on all ranks when another run holds it."""
-    claim, problem = Claim(), None
+    claim = Claim()
+    problem = None
+
     if folder and state.is_main:
         try:
             claim = lock_folder(Path(folder))
@@ -49,11 +53,13 @@ def claim_folder(folder: str, state: ParallelState) -> Claim:
     problem = state.gather(problem)[0]
     if problem:
         raise UsageError(problem)
+
     return claim
 
 
 def renewed(claim: Claim, folder: Path) -> Claim:
-    """Give a claim that holds for a folder as it is now: somebody may have removed it, and its lock.
+    """Give a claim that holds for a folder as it is now: somebody may have removed it, and its
+    lock.
 
     UsageError where another run has taken it since.
     """
@@ -61,22 +67,27 @@ def renewed(claim: Claim, folder: Path) -> Claim:
         return claim
 
     try:
-        there, ours = os.stat(folder / LOCK), os.fstat(claim.handle)
+        there = os.stat(folder / LOCK)
+        ours = os.fstat(claim.handle)
         if os.path.samestat(there, ours):
             return claim
     except FileNotFoundError:
         pass
+
     return lock_folder(folder)
 
 
 def lock_folder(folder: Path) -> Claim:
-    """Make the folder and take its lock, one of the process: workers forked later do not inherit it."""
+    """Make the folder and take its lock, one of the process: workers forked later do not inherit
+    it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = open_lock(folder / LOCK)
     except OSError as error:
         raise UsageError(
-            f"--save {folder}: nothing can be written there ({error.strerror}); choose another folder"
+            f"--save {folder}: nothing can be written there ({error.strerror}); choose another"
+            " folder"
         ) from error
 
     try:
@@ -102,6 +113,7 @@ def lock_folder(folder: Path) -> Claim:
             return Claim(handle, locked=True)
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
     return Claim(handle, locked=True)
 
 
@@ -113,7 +125,10 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Give a folder a name under which nothing takes it for a checkpoint; UsageError where it cannot be."""
+    """Give a folder a name under which nothing takes it for a checkpoint.
+
+    UsageError where it cannot be.
+    """
     try:
         os.rename(path, path.with_name(f"{DAMAGED}{path.name}-{time.time_ns()}"))
     except OSError as error:
@@ -143,7 +158,10 @@ class RunFolder:
         self._ours: set[str] = set()  # names of checkpoints that this run has made or resumed from
 
     def renew(self) -> None:
-        """Make and lock the folder again where somebody has removed it; UsageError where that fails."""
+        """Make and lock the folder again where somebody has removed it.
+
+        UsageError where that fails.
+        """
         self._claim = renewed(self._claim, self.path)
 
     def partial(self, final: Path) -> Path:
@@ -156,19 +174,27 @@ class RunFolder:
             self._ours.add(checkpoint.name)
 
     def publish(self, work: Path, final: Path) -> None:
-        """Flush a finished folder and give it its final name; OSError or UsageError where that fails."""
+        """Flush a finished folder and give it its final name.
+
+        OSError or UsageError where that fails.
+        """
         if is_there(final):
             self._make_way(final)
+
         publish_folder(work, final)
         self.count_as_ours(final)
 
     def _make_way(self, final: Path) -> None:
-        """Set aside what has a new checkpoint's name; UsageError where it is one, which this run has not made."""
+        """Set aside what has a new checkpoint's name.
+
+        UsageError where it is one, which this run has not made.
+        """
         if not self._claim.locked or (is_there(final / MANIFEST) and verify(final) is None):
             raise UsageError(
                 f"{final} is there already and not of this run; do two runs write to {self.path}?"
                 " Give each its own --save"
             )
+
         set_aside(final)
 
     def move_pointers(self, newest: Path, best: str) -> None:
@@ -184,16 +210,21 @@ class RunFolder:
             self._link_best(best)
 
     def _link_best(self, best: str) -> None:
-        """Link the best checkpoint where it is there. A folder of that name, as copies have it, is set aside."""
+        """Link the best checkpoint where it is there.
+
+        A folder of that name, as copies have it, is set aside.
+        """
         link = self.path / BEST
         if best == f"{STEP_FOLDER}0" or not (self.path / best).is_dir():
             return
         if link.is_dir() and not link.is_symlink() and self._claim.locked:
             os.rename(link, self.path / f"unused-{BEST}-{time.time_ns()}")
+
         point_to(link, best)
 
     def prune(self, made: Path, best: str, keep_last: int, keep_every: int) -> None:
-        """Remove old checkpoints, never the one just made, and none for the sake of one that is torn.
+        """Remove old checkpoints, never the one just made, and none for the sake of one that is
+        torn.
 
         Where there are no locks, only what this run has made or resumed from.
         """
@@ -201,6 +232,7 @@ class RunFolder:
             found = complete_checkpoints(self.path)
             if not self._claim.locked:
                 found = [path for path in found if path.name in self._ours]
+
             whole = [path for path in found if path == made or of_right_size(path)]
             for old in to_prune(whole, keep_last, keep_every, best):
                 if old != made:
@@ -224,7 +256,9 @@ class RunFolder:
 def to_prune(
     newest_first: list[Path], keep_last: int, keep_every: int, best: str = ""
 ) -> list[Path]:
-    """Checkpoints to remove: all but the last N (0: none is removed), those whose step is a multiple of M, and the best."""
+    """Checkpoints to remove: all but the last N (0: none is removed), those whose step is a
+    multiple of M, and the best.
+    """
     old = [path for path in newest_first[keep_last:] if path.name != best] if keep_last else []
     return [
         path for path in old if not keep_every or int(path.name[len(STEP_FOLDER) :]) % keep_every

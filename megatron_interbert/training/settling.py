@@ -19,10 +19,12 @@ def settle(run: Run, job: Job, plan: ModelPlan, resume: Path | None) -> None:
 
     UsageError where settings contradict each other or ranks differ.
     """
-    config, state = run.config, run.state
+    config = run.config
+    state = run.state
     if config.micro_batch_size == AUTO:
         check_alike(state, facts_of_run(config, job))  # ranks that differ would wait in a trial
         settle_micro_batch(run, job, plan, resume)
+
     merge(config, state.data_size, resumed_batch(resume))
     settle_length(config, job)
     check_alike(state, facts_of_run(config, job))
@@ -36,10 +38,12 @@ def settle(run: Run, job: Job, plan: ModelPlan, resume: Path | None) -> None:
 
 def settle_micro_batch(run: Run, job: Job, plan: ModelPlan, resume: Path | None) -> None:
     """Take the micro-batch size that the run before chose, as long as it fits, else try."""
-    config, state = run.config, run.state
+    config = run.config
+    state = run.state
     trial = Trial(config, job, state, run.device, plan.kernels)
     global_batch = config.global_batch_size or resumed_batch(resume)
     before = resumed_micro_batch(resume, global_batch // state.data_size)
+
     if before and still_fits(trial, before):
         config.settle("micro_batch_size", before, str(resume))
         run.say(
@@ -49,6 +53,7 @@ def settle_micro_batch(run: Run, job: Job, plan: ModelPlan, resume: Path | None)
 
     if before:
         run.say(f"micro-batch size {before}, which the run before chose, does not fit here")
+
     found = choose_micro_batch(
         trial,
         lambda: plan.with_first_weights(run.streams),

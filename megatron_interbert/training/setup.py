@@ -38,9 +38,12 @@ MakeJob = Callable[[Any, ParallelState], Job]
 
 @dataclass
 class Start:
-    """What a run starts from: its folder, the checkpoint that it resumes, the check of its stores."""
+    """What a run starts from: its folder, the checkpoint that it resumes, the check of its
+    stores.
+    """
 
-    claim: Claim | None  # None: nothing of this run is on disk yet, and nothing is made before it must
+    # None: nothing of this run is on disk yet, and nothing is made before it must
+    claim: Claim | None
     resume: Path | None
     integrity: Integrity
 
@@ -52,12 +55,14 @@ def prepare(config: TrainConfig, make_job: MakeJob = pretraining_job) -> Trainer
     plan = plan_model(config, job, run.state, run.device)
     settle(run, job, plan, start.resume)
     engine = build_engine(run, job, plan)
+
     return begin(run, job, plan, engine, start)
 
 
 def open_data(run: Run, make_job: MakeJob) -> tuple[Job, Start]:
     """Open the data, and find the checkpoint to resume from; all ranks call it."""
-    config, state = run.config, run.state
+    config = run.config
+    state = run.state
     keep_fitted(config, state)
     job = together(state, lambda: make_job(config, state))
 
@@ -66,14 +71,17 @@ def open_data(run: Run, make_job: MakeJob) -> tuple[Job, Start]:
     resume = find_checkpoint(config, state, claim is not None and claim.locked)
     integrity = verify_stores(config, state)
     check_partitions(config.told("data_partitions"), config.data_partitions, state.data_size)
+
     return job, Start(claim, resume, integrity)
 
 
 def build_engine(run: Run, job: Job, plan: ModelPlan) -> Engine:
     """Build the model with its first weights, and the engine around it."""
-    config, state = run.config, run.state
+    config = run.config
+    state = run.state
     model = plan.with_first_weights(run.streams)
     pretrained: set[str] = set()
+
     if config.init_from:  # also on resume: which weights came from BERT decides their groups
         pretrained = load_initial_weights(
             model,
@@ -83,12 +91,14 @@ def build_engine(run: Run, job: Job, plan: ModelPlan) -> Engine:
             job.data,
             config.allow_other_detector,
         )
+
     return Engine(model.to(run.device), config, state, pretrained)
 
 
 def begin(run: Run, job: Job, plan: ModelPlan, engine: Engine, start: Start) -> Trainer:
     """Claim the folder, load the checkpoint, say what begins, and give the Trainer."""
-    config, state = run.config, run.state
+    config = run.config
+    state = run.state
     claim = start.claim or claim_folder(config.save, state)  # not before all has been found right
     digest = together(state, lambda: validation_digest(config) if job.metric else "")
     judge = Judge(job.metric, state.gather(digest)[0])
@@ -100,6 +110,7 @@ def begin(run: Run, job: Job, plan: ModelPlan, engine: Engine, start: Start) -> 
     run.say(*config.notes)
     run.say(*describe_run(run, job, plan, engine, start.resume))
     batch = config.global_batch_size
+
     return Trainer(
         run,
         job,
@@ -114,16 +125,21 @@ def begin(run: Run, job: Job, plan: ModelPlan, engine: Engine, start: Start) -> 
 
 def make_evaluation(run: Run, job: Job, plan: ModelPlan) -> Evaluation | None:
     """Give what evaluates a run: losses on unseen samples, or figures of a downstream task."""
-    config, state, device = run.config, run.state, run.device
+    config = run.config
+    state = run.state
+    device = run.device
+
     if job.valid_samples is not None:
         batch = config.global_batch_size
         stream = functools.partial(batches, job.valid_samples, 0, batch, state, device, workers=0)
         return LossEvaluation(job.task, stream, config.eval_iters, state, device)
+
     if job.evaluate is None:
         return None
 
     precision = choose_precision(config.eval_precision, device)
     run.say(f"evaluations: {precision}")
+
     return DownstreamEvaluation(plan.for_evaluation(), job.evaluate, state, device, precision)
 
 
@@ -153,25 +169,35 @@ def describe_run(
     run: Run, job: Job, plan: ModelPlan, engine: Engine, resume: Path | None
 ) -> list[str]:
     """Give the lines printed once at start."""
-    config, state, sizes = run.config, run.state, job.model_config
+    config = run.config
+    state = run.state
+    sizes = job.model_config
     name = config.model or f"of {config.init_from}"
     start = f"resumed from {resume}" if resume else "starting anew"
     if not config.save:
         start += "; no --save: nothing will be kept"
+
     shared = " with sequence parallelism" if state.placement.shared else ""
     if config.sequence_parallel and not shared:
         shared = " (--sequence-parallel has nothing to share)"
+
     ranks = f"{state.world_size} rank{'s' * (state.world_size > 1)}"
 
     return [
-        f"model {name}: {count_parameters(engine, state) / 1e6:.1f} M parameters,"
-        f" hidden {sizes.hidden_size}, layers {sizes.interaction_layers} + {sizes.text_layers} +"
-        f" {sizes.image_layers}, vocabulary {sizes.vocab_size}, features {sizes.feature_dim},"
-        f" classes {sizes.num_classes}",
-        f"layout: DP{state.data_size} x TP{state.tensor_size}{shared}"
-        f" ({ranks}, {dist.get_backend()}), ZeRO-{config.zero_stage}, {engine.precision}",
-        f"batch: {config.global_batch_size} = micro {config.micro_batch_size} x"
-        f" DP {state.data_size} x accumulation {engine.accumulation}",
+        (
+            f"model {name}: {count_parameters(engine, state) / 1e6:.1f} M parameters, hidden"
+            f" {sizes.hidden_size}, layers {sizes.interaction_layers} + {sizes.text_layers} +"
+            f" {sizes.image_layers}, vocabulary {sizes.vocab_size}, features {sizes.feature_dim},"
+            f" classes {sizes.num_classes}"
+        ),
+        (
+            f"layout: DP{state.data_size} x TP{state.tensor_size}{shared}"
+            f" ({ranks}, {dist.get_backend()}), ZeRO-{config.zero_stage}, {engine.precision}"
+        ),
+        (
+            f"batch: {config.global_batch_size} = micro {config.micro_batch_size} x"
+            f" DP {state.data_size} x accumulation {engine.accumulation}"
+        ),
         f"kernels: {plan.kernels.describe()}",
         start,
     ]
@@ -183,4 +209,5 @@ def count_parameters(engine: Engine, state: ParallelState) -> int:
     for parameter in engine.model.parameters():
         shards = state.tensor_size if hasattr(parameter, "tensor_model_parallel") else 1
         total += getattr(parameter, "ds_numel", parameter.numel()) * shards
+
     return total

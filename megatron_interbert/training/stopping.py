@@ -1,4 +1,5 @@
-"""What all ranks agree on after each step: whether the run ends here, and whether it is time to save.
+"""What all ranks agree on after each step: whether the run ends here, and whether it is time to
+save.
 
 A signal may reach some ranks or all. Each rank only notes it; after every step all ranks vote, so
 all save and end after the same step. The second Ctrl-C does not wait for that.
@@ -23,16 +24,22 @@ from megatron_interbert.signals import STOPPING, take_over
 
 
 class Stopping:
-    """The vote after each step. One object in the main thread of each rank; it takes over signals."""
+    """The vote after each step.
+
+    One object in the main thread of each rank; it takes over signals.
+    """
 
     def __init__(self, config: TrainConfig, state: ParallelState) -> None:
-        self.config, self.state = config, state
+        self.config = config
+        self.state = state
         self.started = self._saved = time.monotonic()
         self._noted = 0  # the first signal that came to this rank; only `_note` writes it
 
         # The result of the newest vote: the signal and the lapse of time for which all ranks end,
         # that in words, and whether the clock asks for a checkpoint.
-        self._signal, self._late, self.reason = 0, False, ""
+        self._signal = 0
+        self._late = False
+        self.reason = ""
         self.save_is_due = False
 
         # A group on the host: the vote must not wait for the device.
@@ -52,6 +59,7 @@ class Stopping:
             saves = "saves and ends" if self.config.save else "ends"
             line = f"\nSIGINT: the run {saves} after this step; Ctrl-C again ends it at once\n"
             os.write(2, line.encode())
+
         self._noted = self._noted or number
 
     def agreed(self, step: int, problem: str = "") -> str:
@@ -64,14 +72,20 @@ class Stopping:
         if self._command and grandparent() != self._command:
             self._note(signal.SIGHUP)
 
-        vote = torch.tensor([self._noted, late, self._save_is_due(), bool(problem)], dtype=torch.int64)
+        vote = torch.tensor(
+            [self._noted, late, self._save_is_due(), bool(problem)], dtype=torch.int64
+        )
         if self._group is not None:
             dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._group)
-        self._signal, self._late = int(vote[0]), bool(vote[1])
+
+        self._signal = int(vote[0])
+        self._late = bool(vote[1])
         self.save_is_due = bool(vote[2])
         if vote[3]:
             self.agree_on(problem)
+
         self.reason = self._in_words(step)
+
         return self.reason
 
     def agree_on(self, problem: str) -> None:
@@ -95,9 +109,12 @@ class Stopping:
         if self._signal:
             gone = ": a terminal or a launcher has gone" if self._signal == signal.SIGHUP else ""
             return signal.Signals(self._signal).name + gone
+
         if self._late:
             return f"--exit-duration-in-mins {self.config.exit_duration_in_mins:g}"
+
         interval = self.config.exit_interval
+
         return f"--exit-interval {interval}" if interval and step % interval == 0 else ""
 
     @property
@@ -117,7 +134,8 @@ class Stopping:
 
 
 def end_at_second_interrupt(speaks: bool) -> None:
-    """End this process at its second SIGINT, whatever its main thread is doing; say so if it `speaks`.
+    """End this process at its second SIGINT, whatever its main thread is doing; say so if it
+    `speaks`.
 
     Python runs a handler between two instructions of the main thread, which may sit in a collective
     that never ends. The number of each signal is also written to a socket at once, and a thread of
@@ -138,8 +156,10 @@ def end_at_second_interrupt(speaks: bool) -> None:
         with reading, writing:  # they stay open as long as this thread runs
             while interrupts < 2:
                 interrupts += reading.recv(1)[0] == signal.SIGINT
+
         if speaks:
             os.write(2, b"SIGINT again: ended at once\n")
+
         os._exit(INTERRUPTED)
 
     threading.Thread(target=count, name="interrupts", daemon=True).start()

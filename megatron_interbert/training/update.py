@@ -29,7 +29,8 @@ class DeepSpeedUpdate:
     """All of it by DeepSpeed."""
 
     def __init__(self, groups: list[dict], config: TrainConfig, state: ParallelState) -> None:
-        self.config, self.state = config, state
+        self.config = config
+        self.state = state
         self.stage = config.zero_stage  # at which weights and moments are shared out
         self.optimizer = build_optimizer(groups, config)
 
@@ -213,4 +214,5 @@ def choose_update(
         return WholeUpdate(groups, config, state, model)
 
     kind = PartitionedUpdate if config.zero_stage < 3 else DeepSpeedUpdate
+
     return kind(groups, config, state)

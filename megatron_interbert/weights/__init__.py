@@ -1,1 +1,3 @@
-"""Weights on disk: files, manifests, and the formats of others; knows nothing of engines and training."""
+"""Weights on disk: files, manifests, and the formats of others; knows nothing of engines and
+training.
+"""

@@ -1,8 +1,10 @@
-"""Names and layouts of other codebases: the official InterBERT state dict and BERT in Hugging Face form.
+"""Names and layouts of other codebases: the official InterBERT state dict and BERT in Hugging Face
+form.
 
-Both use separate query, key and value matrices; ours are one, ordered by head. The official encoder numbers interaction
-and text layers through (`layer.0` .. ), its image layers are `v_layer`. A `Link` says for one parameter of ours which of theirs
-it is made of, so that conversion goes tensor by tensor in both directions.
+Both use separate query, key and value matrices; ours are one, ordered by head. The official encoder
+numbers interaction and text layers through (`layer.0` .. ), its image layers are `v_layer`. A
+`Link` says for one parameter of ours which of theirs it is made of, so that conversion goes tensor
+by tensor in both directions.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -72,13 +74,15 @@ OFFICIAL = {
 
 
 DECODER = "cls.predictions.decoder.weight"  # in both: the word embedding again
-EXTRA = "official_extra."  # heads of the official downstream model that InterBERT does not have; kept for the way back
+# heads of the official downstream model that InterBERT does not have; kept for the way back
+EXTRA = "official_extra."
 PADDED = ("text_embedding.word.weight", "msm_head.bias")
 
 
 def fuse_qkv(parts: Sequence[torch.Tensor], heads: int) -> torch.Tensor:
     """Query, key, value weights [H, H] (or biases [H]) -> head-major [3 H, H] (or [3 H])."""
-    by_head = torch.stack([p.reshape(heads, -1, *p.shape[1:]) for p in parts], dim=1)  # [heads, 3, D, ..]
+    # [heads, 3, D, ..]
+    by_head = torch.stack([p.reshape(heads, -1, *p.shape[1:]) for p in parts], dim=1)
     return by_head.reshape(-1, *parts[0].shape[1:])
 
 
@@ -90,16 +94,23 @@ def split_qkv(fused: torch.Tensor, heads: int) -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class Link:
-    """One parameter of ours and those of another codebase it is made of: one, or query, key, value of `heads` heads."""
+    """One parameter of ours and those of another codebase it is made of: one, or query, key, value
+    of `heads` heads.
+    """
 
     ours: str
     theirs: tuple[str, ...]
     heads: int = 0
 
-    def to_ours(self, parts: Sequence[torch.Tensor], config: ModelConfig, where: str) -> torch.Tensor:
-        """Our tensor; the vocabulary is padded with zero rows. UsageError when its size is another."""
+    def to_ours(
+        self, parts: Sequence[torch.Tensor], config: ModelConfig, where: str
+    ) -> torch.Tensor:
+        """Our tensor; the vocabulary is padded with zero rows. UsageError when its size is
+        another.
+        """
         if self.heads:
             return fuse_qkv(parts, self.heads)
+
         tensor = parts[0]
         if self.ours not in PADDED:
             return tensor
@@ -108,7 +119,10 @@ class Link:
                 f"{where}: vocabulary of {len(tensor)} entries, the model has {config.vocab_size};"
                 " give the vocabulary the checkpoint was made with (--vocab-file)"
             )
-        return torch.cat([tensor, tensor.new_zeros(config.padded_vocab_size - len(tensor), *tensor.shape[1:])])
+
+        return torch.cat(
+            [tensor, tensor.new_zeros(config.padded_vocab_size - len(tensor), *tensor.shape[1:])]
+        )
 
     def to_theirs(self, tensor: torch.Tensor, config: ModelConfig) -> list[torch.Tensor]:
         """Their tensors, in the order of `theirs`; padding of the vocabulary is cut off."""
@@ -119,27 +133,41 @@ class Link:
 
 def stacks(config: ModelConfig) -> list[tuple[str, str, int, int, int]]:
     """(ours, official prefix, first official number, layers, heads) of the three stacks."""
-    first_text, heads = config.interaction_layers, config.num_attention_heads
+    first_text = config.interaction_layers
+    heads = config.num_attention_heads
+
     return [
         ("interaction", "bert.encoder.layer", 0, config.interaction_layers, heads),
         ("text_stream", "bert.encoder.layer", first_text, config.text_layers, heads),
-        ("image_stream", "bert.encoder.v_layer", 0, config.image_layers, config.image_attention_heads),
+        (
+            "image_stream",
+            "bert.encoder.v_layer",
+            0,
+            config.image_layers,
+            config.image_attention_heads,
+        ),
     ]
 
 
 def _layer_links(ours: str, theirs: str, heads: int) -> list[Link]:
     links = [Link(f"{ours}.{name}", (f"{theirs}.{other}",)) for name, other in LAYER.items()]
     for kind in ("weight", "bias"):
-        parts = tuple(f"{theirs}.attention.self.{part}.{kind}" for part in ("query", "key", "value"))
+        parts = tuple(
+            f"{theirs}.attention.self.{part}.{kind}" for part in ("query", "key", "value")
+        )
         links.append(Link(f"{ours}.attention.qkv.{kind}", parts, heads))
+
     return links
 
 
-def _links(table: Mapping[str, str], stacks: Iterable[tuple[str, str, int, int, int]]) -> list[Link]:
+def _links(
+    table: Mapping[str, str], stacks: Iterable[tuple[str, str, int, int, int]]
+) -> list[Link]:
     links = [Link(ours, (theirs,)) for ours, theirs in table.items()]
     for ours, theirs, first, layers, heads in stacks:
         for number in range(layers):
             links += _layer_links(f"{ours}.layers.{number}", f"{theirs}.{first + number}", heads)
+
     return links
 
 
@@ -149,8 +177,9 @@ def official_links(config: ModelConfig) -> list[Link]:
 
 
 def bert_links(config: ModelConfig) -> list[Link]:
-    """The text path and BERT: its first layers are the interaction module, the next ones the text stream, its embeddings
-    and word head ours, its pooler and classifier our sentence head."""
+    """The text path and BERT: its first layers are the interaction module, the next ones the text
+    stream, its embeddings and word head ours, its pooler and classifier our sentence head.
+    """
     return _links({**TEXT_EMBEDDING, **WORD_HEAD, **SENTENCE_HEAD}, stacks(config)[:2])
 
 
@@ -159,46 +188,71 @@ OPTIONAL = (*(OFFICIAL[name] for name in OFFICIAL if "_head." in name), *SENTENC
 
 
 def present(links: Sequence[Link], names: Iterable[str], where: str, what: str) -> list[Link]:
-    """The links whose parts are in a source. UsageError when something other than a head is missing."""
+    """The links whose parts are in a source.
+
+    UsageError when something other than a head is missing.
+    """
     names = set(names)
+
     for link in links:
         for name in link.theirs:
             if name not in names and name not in OPTIONAL:
                 raise UsageError(f"{where}: {name} is missing; not {what}")
+
     return [link for link in links if set(link.theirs) <= names]
 
 
 def plain_name(name: str) -> str:
-    """A name without the prefix of a DDP wrapper, and with LayerNorm's names of today (old BERT: gamma, beta)."""
+    """A name without the prefix of a DDP wrapper, and with LayerNorm's names of today (old BERT:
+    gamma, beta).
+    """
     return name.removeprefix("module.").replace(".gamma", ".weight").replace(".beta", ".bias")
 
 
 def from_official(
     source: Mapping[str, torch.Tensor], config: ModelConfig, where: str = "official checkpoint"
 ) -> dict[str, torch.Tensor]:
-    """Full state in our names from an official InterBERT state dict (pretraining or downstream form)."""
+    """Full state in our names from an official InterBERT state dict (pretraining or downstream
+    form).
+    """
     source = {plain_name(name): tensor for name, tensor in source.items()}
-    links = present(official_links(config), source, where, "an official InterBERT state dict of these sizes")
-    return {link.ours: link.to_ours([source[name] for name in link.theirs], config, where) for link in links}
+    links = present(
+        official_links(config), source, where, "an official InterBERT state dict of these sizes"
+    )
+
+    return {
+        link.ours: link.to_ours([source[name] for name in link.theirs], config, where)
+        for link in links
+    }
 
 
 def to_official(state: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
-    """The inverse of `from_official`: full state in our names -> official names, the tied decoder included."""
+    """The inverse of `from_official`: full state in our names -> official names, the tied decoder
+    included.
+    """
     result = {}
     for link in official_links(config):
         if link.ours in state:
             result |= dict(zip(link.theirs, link.to_theirs(state[link.ours], config), strict=True))
+
     if "msm_head.bias" in state:
         result[DECODER] = result["bert.embeddings.word_embeddings.weight"]
+
     return result
 
 
-def from_bert(source: Mapping[str, torch.Tensor], config: ModelConfig, where: str = "BERT checkpoint") -> dict[str, torch.Tensor]:
+def from_bert(
+    source: Mapping[str, torch.Tensor], config: ModelConfig, where: str = "BERT checkpoint"
+) -> dict[str, torch.Tensor]:
     """Partial state from BERT in Hugging Face form, bare or with its word head."""
     source = {bert_name(name): tensor for name, tensor in source.items()}
     depth = f"BERT needs {config.interaction_layers + config.text_layers} layers for this model"
     links = present(bert_links(config), source, where, f"BERT of these sizes ({depth})")
-    return {link.ours: link.to_ours([source[name] for name in link.theirs], config, where) for link in links}
+
+    return {
+        link.ours: link.to_ours([source[name] for name in link.theirs], config, where)
+        for link in links
+    }
 
 
 def bert_name(name: str) -> str:
@@ -234,16 +288,30 @@ def config_from_official(values: Mapping[str, object], where: str) -> ModelConfi
     """Sizes from the official configuration JSON; UsageError names a missing key."""
     for key in OFFICIAL_CONFIG.values():
         if key not in values:
-            raise UsageError(f"{where}: '{key}' is missing; not an official InterBERT configuration")
-    fusion = FUSIONS.get(str(values.get("pooling_method", "mul")), str(values.get("pooling_method")))
+            raise UsageError(
+                f"{where}: '{key}' is missing; not an official InterBERT configuration"
+            )
+
+    fusion = FUSIONS.get(
+        str(values.get("pooling_method", "mul")), str(values.get("pooling_method"))
+    )
     sizes = {ours: values[theirs] for ours, theirs in OFFICIAL_CONFIG.items()}
+
     return model_config_from_dict({**sizes, "fusion": fusion}, where)
 
 
 def config_to_official(config: ModelConfig) -> dict[str, object]:
     """The official configuration JSON of a model."""
     values = {theirs: getattr(config, ours) for ours, theirs in OFFICIAL_CONFIG.items()}
-    same_for_image = {"v_hidden_size": config.hidden_size, "v_intermediate_size": config.ffn_hidden_size}
-    fixed = {"hidden_act": "gelu", "v_hidden_act": "gelu", "v_initializer_range": config.initializer_range}
+    same_for_image = {
+        "v_hidden_size": config.hidden_size,
+        "v_intermediate_size": config.ffn_hidden_size,
+    }
+    fixed = {
+        "hidden_act": "gelu",
+        "v_hidden_act": "gelu",
+        "v_initializer_range": config.initializer_range,
+    }
     method = next(name for name, ours in FUSIONS.items() if ours == config.fusion)
+
     return {**values, **same_for_image, **fixed, "pooling_method": method}

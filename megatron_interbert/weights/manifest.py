@@ -1,4 +1,5 @@
-"""The manifest that makes a folder of weights a checkpoint: sizes and hashes of all files, and a hash of itself.
+"""The manifest that makes a folder of weights a checkpoint: sizes and hashes of all files, and a
+hash of itself.
 
 A folder without a valid manifest does not exist: the manifest is written after everything else.
 """
@@ -47,6 +48,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     UsageError when it is missing, damaged or of another format, Unreadable when nobody can say.
     """
     file = path / MANIFEST
+
     try:
         with reading(file):
             text = read_regular(file).decode()
@@ -55,15 +57,28 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: no readable {MANIFEST} ({error})") from error
-    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in ("files", "topology")):
-        raise UsageError(f"{file}: not the manifest of a checkpoint (a region store has one of its own)")
+
+    if not isinstance(manifest, dict) or not all(
+        isinstance(manifest.get(key), dict) for key in ("files", "topology")
+    ):
+        raise UsageError(
+            f"{file}: not the manifest of a checkpoint (a region store has one of its own)"
+        )
+
     if manifest.get("format") != FORMAT:
-        raise UsageError(f"{file}: checkpoint format {manifest.get('format')}, this version reads {FORMAT}")
+        raise UsageError(
+            f"{file}: checkpoint format {manifest.get('format')}, this version reads {FORMAT}"
+        )
+
     if manifest.get("manifest_sha256") != _digest(manifest):
         raise UsageError(f"{MANIFEST} is not as it was written (its own sha256 differs)")
     for name in manifest["files"]:
         if not is_plain_name(name):
-            raise UsageError(f"{file}: file {name[:200]!r}, expected a name without folders; restore the checkpoint")
+            raise UsageError(
+                f"{file}: file {name[:200]!r}, expected a name without folders; restore the"
+                " checkpoint"
+            )
+
     return manifest
 
 
@@ -84,6 +99,7 @@ def verify(path: Path, rank: int = 0, ranks: int = 1, only: str = "") -> str | N
                 digest = file_sha256(path / name)
         except OSError:  # what `reading` lets through
             return f"{name} is missing"
+
         if digest != files[name]["sha256"]:
             return f"{name} has another sha256"
 
@@ -98,7 +114,10 @@ def wrong_size(path: Path, only: str = "") -> str | None:
         raise
     except UsageError as error:
         return str(error)
-    if not all(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values()):
+
+    if not all(
+        isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values()
+    ):
         return f"{MANIFEST} lists files without their sizes and hashes"
 
     for name in sorted(name for name in files if name.startswith(only)):
@@ -107,6 +126,7 @@ def wrong_size(path: Path, only: str = "") -> str | None:
                 size = os.stat(path / name).st_size
         except OSError:  # what `reading` lets through
             return f"{name} is missing"
+
         if size != files[name]["bytes"]:
             return f"{name} has {size} bytes, expected {files[name]['bytes']}"
 
@@ -131,8 +151,15 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 def step_folders(folder: Path) -> list[Path]:
     """List what has the name of a checkpoint, the highest step first."""
-    steps = (name.removeprefix(STEP_FOLDER) for name in list_folder(folder) if name.startswith(STEP_FOLDER))
-    numbers = sorted((step for step in steps if re.fullmatch("[0-9]{1,18}", step)), key=int, reverse=True)
+    steps = (
+        name.removeprefix(STEP_FOLDER)
+        for name in list_folder(folder)
+        if name.startswith(STEP_FOLDER)
+    )
+    numbers = sorted(
+        (step for step in steps if re.fullmatch("[0-9]{1,18}", step)), key=int, reverse=True
+    )
+
     return [folder / f"{STEP_FOLDER}{number}" for number in numbers]
 
 
@@ -151,9 +178,18 @@ def passed_over(run: Path, taken: Path) -> list[Path]:
 
 def versions() -> dict[str, str]:
     """What wrote a file."""
-    return {"megatron_interbert": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "megatron_interbert": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
-def weights_name(tensor: tuple[int, int], data: tuple[int, int] = (0, 1), kind: str = "weights") -> str:
-    """File of one rank: `weights-tp-00-of-02-dp-00-of-04.safetensors` from (rank, ranks) of both groups."""
-    return f"{kind}-tp-{tensor[0]:02d}-of-{tensor[1]:02d}-dp-{data[0]:02d}-of-{data[1]:02d}.safetensors"
+def weights_name(
+    tensor: tuple[int, int], data: tuple[int, int] = (0, 1), kind: str = "weights"
+) -> str:
+    """File of one rank: `weights-tp-00-of-02-dp-00-of-04.safetensors` from (rank, ranks) of both
+    groups.
+    """
+    places = f"tp-{tensor[0]:02d}-of-{tensor[1]:02d}-dp-{data[0]:02d}-of-{data[1]:02d}"
+    return f"{kind}-{places}.safetensors"

@@ -1,7 +1,9 @@
-"""Reads tensors of a checkpoint on any layout: pieces of ranks are put together and cut anew, one tensor at a time.
+"""Reads tensors of a checkpoint on any layout: pieces of ranks are put together and cut anew, one
+tensor at a time.
 
-A rank's file holds, for each parameter, one run of the flattened tensor-parallel slice; where it starts and what shape the
-slice has stands in the file's metadata. Nothing else is needed to read them for another layout: there is no conversion.
+A rank's file holds, for each parameter, one run of the flattened tensor-parallel slice; where it
+starts and what shape the slice has stands in the file's metadata. Nothing else is needed to read
+them for another layout: there is no conversion.
 """
 
 import json
@@ -19,12 +21,15 @@ from megatron_interbert.model.partition import full_shape, shard, unshard
 from megatron_interbert.weights.manifest import read_manifest, weights_name
 from megatron_interbert.weights.tensor_files import TensorFile, TensorLayout
 
-KINDS = {"weight": "weights", "exp_avg": "optimizer", "exp_avg_sq": "optimizer", "ema": "ema"}  # kind of tensor -> file
+# kind of tensor -> file
+KINDS = {"weight": "weights", "exp_avg": "optimizer", "exp_avg_sq": "optimizer", "ema": "ema"}
 PIECES = "pieces"
 
 
 def holds(manifest: Mapping[str, Any], kind: str) -> bool:
-    """Whether a checkpoint has tensors of a kind; averaged weights ("ema") are there where the run kept them."""
+    """Whether a checkpoint has tensors of a kind; averaged weights ("ema") are there where the run
+    kept them.
+    """
     return any(name.startswith(f"{KINDS[kind]}-tp-") for name in manifest["files"])
 
 
@@ -35,7 +40,10 @@ def piece_key(name: str, kind: str) -> str:
 
 def describe_pieces(pieces: Mapping[str, tuple[int, tuple[int, ...]]]) -> dict[str, str]:
     """Metadata of a file: name -> (first element, shape of the tensor-parallel slice)."""
-    return {PIECES: json.dumps({name: [start, list(shape)] for name, (start, shape) in pieces.items()}), "format": "pt"}
+    return {
+        PIECES: json.dumps({name: [start, list(shape)] for name, (start, shape) in pieces.items()}),
+        "format": "pt",
+    }
 
 
 @dataclass
@@ -49,14 +57,19 @@ class Piece:
 
 
 class CheckpointReader:
-    """Tensors of one checkpoint folder (of training, or exported weights). Files are opened when first needed."""
+    """Tensors of one checkpoint folder (of training, or exported weights).
+
+    Files are opened when first needed.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest: dict[str, Any] = read_manifest(self.path)
         self.tensor_size: int = self.manifest["topology"]["tensor_parallel"]
         self.data_size: int = self.manifest["topology"]["data_parallel"]
-        self.shapes: dict[str, tuple[int, ...]] = {n: tuple(s) for n, s in self.manifest["parameters"].items()}
+        self.shapes: dict[str, tuple[int, ...]] = {
+            n: tuple(s) for n, s in self.manifest["parameters"].items()
+        }
         self._index: dict[tuple[str, int], dict[str, tuple[tuple[int, ...], list[Piece]]]] = {}
 
     @cached_property
@@ -83,20 +96,33 @@ class CheckpointReader:
         return unshard([self._slice(name, kind, rank) for rank in range(self.tensor_size)], name)
 
     def get_run(
-        self, name: str, kind: str, tensor_rank: int, tensor_size: int, shape: tuple[int, ...], start: int, length: int
+        self,
+        name: str,
+        kind: str,
+        tensor_rank: int,
+        tensor_size: int,
+        shape: tuple[int, ...],
+        start: int,
+        length: int,
     ) -> torch.Tensor:
         """Elements [start, start + length) of the flattened slice of a rank on another layout.
 
         `shape` is that slice's; UsageError when the checkpoint's tensor does not have it.
         """
-        if name not in self.shapes or list(self.shapes[name]) != full_shape(name, shape, tensor_size):
+        if name not in self.shapes or list(self.shapes[name]) != full_shape(
+            name, shape, tensor_size
+        ):
             raise UsageError(
-                f"{self.path}: {name} is {list(self.shapes.get(name, ())) or 'missing'}, this model has"
-                f" {full_shape(name, shape, tensor_size)}; give the --model it was made with"
+                f"{self.path}: {name} is {list(self.shapes.get(name, ())) or 'missing'}, this model"
+                f" has {full_shape(name, shape, tensor_size)}; give the --model it was made with"
             )
+
         if tensor_size == self.tensor_size:
             return self._run(name, kind, tensor_rank, start, length)
-        return shard(self.get(name, kind), name, tensor_rank, tensor_size).reshape(-1)[start : start + length]
+
+        return shard(self.get(name, kind), name, tensor_rank, tensor_size).reshape(-1)[
+            start : start + length
+        ]
 
     def _slice(self, name: str, kind: str, rank: int) -> torch.Tensor:
         shape = self._pieces(kind, rank, name)[0]
@@ -104,40 +130,68 @@ class CheckpointReader:
 
     def _run(self, name: str, kind: str, rank: int, start: int, length: int) -> torch.Tensor:
         """A run of a slice as it was cut when saved; without a copy where one piece holds it."""
-        parts, reached = [], start
+        parts = []
+        reached = start
+
         for piece in self._pieces(kind, rank, name)[1]:
-            first, last = max(start, piece.start), min(start + length, piece.start + piece.length)
+            first = max(start, piece.start)
+            last = min(start + length, piece.start + piece.length)
             if first < last:
                 if first != reached:
                     break
-                parts.append(piece.file.get(piece.key).reshape(-1)[first - piece.start : last - piece.start])
+                parts.append(
+                    piece.file.get(piece.key).reshape(-1)[first - piece.start : last - piece.start]
+                )
                 reached = last
+
         if reached != start + length:
-            raise UsageError(f"{self.path}: {piece_key(name, kind)} is incomplete in the files of tensor rank {rank}")
+            raise UsageError(
+                f"{self.path}: {piece_key(name, kind)} is incomplete in the files of tensor rank"
+                f" {rank}"
+            )
+
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
 
     def _pieces(self, kind: str, rank: int, name: str) -> tuple[tuple[int, ...], list[Piece]]:
         where = (KINDS[kind], rank)
         if where not in self._index:
             self._index[where] = self._read_index(*where)
+
         pieces = self._index[where].get(piece_key(name, kind))
         if pieces is None:
-            raise UsageError(f"{self.path}: {piece_key(name, kind)} is not in the {where[0]} files of tensor rank {rank}")
+            raise UsageError(
+                f"{self.path}: {piece_key(name, kind)} is not in the {where[0]} files of tensor"
+                f" rank {rank}"
+            )
+
         return pieces
 
-    def _read_index(self, file_kind: str, rank: int) -> dict[str, tuple[tuple[int, ...], list[Piece]]]:
-        """Pieces of each tensor in the files of a tensor-parallel rank, ordered by where they start."""
+    def _read_index(
+        self, file_kind: str, rank: int
+    ) -> dict[str, tuple[tuple[int, ...], list[Piece]]]:
+        """Pieces of each tensor in the files of a tensor-parallel rank, ordered by where they
+        start.
+        """
         index: dict[str, tuple[tuple[int, ...], list[Piece]]] = {}
+
         for data_rank in range(self.data_size):
-            file = self.path / weights_name((rank, self.tensor_size), (data_rank, self.data_size), file_kind)
+            file = self.path / weights_name(
+                (rank, self.tensor_size), (data_rank, self.data_size), file_kind
+            )
             if not file.is_file():
                 raise UsageError(f"{file}: missing; copy the whole checkpoint, or use another one")
+
             source = TensorFile(file)
             described = json.loads(source.metadata.get(PIECES, "{}"))
+
             for key in source.names:
                 start, shape = described[key]
                 length = torch.Size(source.layout(key).shape).numel()
-                index.setdefault(key, (tuple(shape), []))[1].append(Piece(source, key, start, length))
+                index.setdefault(key, (tuple(shape), []))[1].append(
+                    Piece(source, key, start, length)
+                )
+
         for _, pieces in index.values():
             pieces.sort(key=lambda piece: piece.start)
+
         return index

@@ -28,31 +28,46 @@ from megatron_interbert.weights.foreign import (
     plain_name,
     present,
 )
-from megatron_interbert.weights.manifest import MANIFEST, newest_checkpoint, passed_over, read_manifest, verify
+from megatron_interbert.weights.manifest import (
+    MANIFEST,
+    newest_checkpoint,
+    passed_over,
+    read_manifest,
+    verify,
+)
 from megatron_interbert.weights.reader import KINDS as FILE_OF
 from megatron_interbert.weights.reader import CheckpointReader, holds
 from megatron_interbert.weights.tensor_files import TensorFile, TensorLayout
 
 KINDS = ("checkpoint", "huggingface", "official", "bert")
 HF_PREFIX = "interbert."
-HF_FILE, HF_INDEX = "model.safetensors", "model.safetensors.index.json"
+HF_FILE = "model.safetensors"
+HF_INDEX = "model.safetensors.index.json"
 TORCH_FILE = "pytorch_model.bin"
-FACTS = {"iteration": int, "consumed_samples": int, "detector": dict, "vocabulary": str}  # that our converter writes to a config.json
-TORCH_BEGINS = (b"PK\3\4", *(bytes([0x80, protocol]) for protocol in range(2, 6)))  # a zip archive; a pickle, before torch 1.6
+# that our converter writes to a config.json
+FACTS = {"iteration": int, "consumed_samples": int, "detector": dict, "vocabulary": str}
+# a zip archive; a pickle, before torch 1.6
+TORCH_BEGINS = (b"PK\3\4", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
 
 @dataclasses.dataclass
 class Source:
-    """Weights under our names. `get` gives one full tensor; a `bert` source has the text path only."""
+    """Weights under our names.
+
+    `get` gives one full tensor; a `bert` source has the text path only.
+    """
 
     kind: str
     path: Path
     config: ModelConfig
     layouts: dict[str, TensorLayout]
     get: Callable[[str], torch.Tensor]
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # detector, vocabulary, iteration .. where known
-    left_out: list[str] = dataclasses.field(default_factory=list)  # tensors of the file that have no place in our model
-    notes: list[str] = dataclasses.field(default_factory=list)  # lines for the user about what was chosen
+    # detector, vocabulary, iteration .. where known
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # tensors of the file that have no place in our model
+    left_out: list[str] = dataclasses.field(default_factory=list)
+    # lines for the user about what was chosen
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def state(self) -> dict[str, torch.Tensor]:
         """All tensors at once."""
@@ -69,36 +84,53 @@ def recognise(path: str | Path) -> str:
             return "checkpoint"
         if next(where.glob("**/*model_states.pt"), None):
             raise UsageError(
-                f"{path}: a DeepSpeed checkpoint that we did not write. Its files are pickles, which run code when loaded, so they"
-                " are not read; export its weights as safetensors with the program that made it"
+                f"{path}: a DeepSpeed checkpoint that we did not write. Its files are pickles,"
+                " which run code when loaded, so they are not read; export its weights as"
+                " safetensors with the program that made it"
             )
+
         config = where / "config.json"
         kind = read_json(config, str(path)).get("model_type") if config.is_file() else None
         if kind == "interbert":
             return "huggingface"
+
     names = tensor_names(open_tensors(where))
     if any(".v_embeddings." in name for name in names):
         return "official"
     if any(name.endswith("embeddings.word_embeddings.weight") for name in names):
         return "bert"
+
     raise UsageError(
-        f"{path}: neither one of our checkpoints, nor a Hugging Face folder of InterBERT or BERT, nor an official InterBERT state"
-        f" dict (its first tensor is {next(iter(names), 'missing')})"
+        f"{path}: neither one of our checkpoints, nor a Hugging Face folder of InterBERT or BERT,"
+        " nor an official InterBERT state dict (its first tensor is"
+        f" {next(iter(names), 'missing')})"
     )
 
 
-def open_source(path: str | Path, kind: str = "auto", config: ModelConfig | None = None, averaged: bool = False) -> Source:
-    """Open weights of any format. `config` gives the sizes where the format does not hold them (official, bert); `averaged`: of one
-    of our checkpoints take the averaged weights (--ema-decay) where it has such."""
+def open_source(
+    path: str | Path, kind: str = "auto", config: ModelConfig | None = None, averaged: bool = False
+) -> Source:
+    """Open weights of any format.
+
+    `config` gives the sizes where the format does not hold them (official, bert); `averaged`: of
+    one of our checkpoints take the averaged weights (--ema-decay) where it has such.
+    """
     kind = recognise(path) if kind == "auto" else kind
     if kind not in KINDS:
         raise UsageError(f"unknown format '{kind}', expected one of auto, {', '.join(KINDS)}")
     if not Path(path).exists():
         raise UsageError(f"{path}: no such file or folder")
+
     read = {"huggingface": _huggingface, "official": _official, "bert": _bert}
     with sound(path, kind):
-        source = _checkpoint(Path(path), averaged) if kind == "checkpoint" else read[kind](Path(path), config)
+        source = (
+            _checkpoint(Path(path), averaged)
+            if kind == "checkpoint"
+            else read[kind](Path(path), config)
+        )
+
     source.get = _checked(source)
+
     return source
 
 
@@ -113,7 +145,9 @@ def sound(where: str | Path, kind: str) -> Iterator[None]:
         if out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"{where}: not a sound {kind} source ({type(error).__name__}: {reason})") from error
+        raise UsageError(
+            f"{where}: not a sound {kind} source ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def _checked(source: Source) -> Callable[[str], torch.Tensor]:
@@ -131,55 +165,89 @@ def _checkpoint(path: Path, averaged: bool) -> Source:
     folder = newest_checkpoint(path)
     if folder is None:
         raise UsageError(
-            f"{path}: no complete checkpoint there, expected a folder with {MANIFEST}, or global_stepN folders of a run"
+            f"{path}: no complete checkpoint there, expected a folder with {MANIFEST}, or"
+            " global_stepN folders of a run"
         )
+
     manifest = read_manifest(folder)
     weights = "ema" if averaged and holds(manifest, "ema") else "weight"
     problem = verify(folder, only=f"{FILE_OF[weights]}-")
     if problem:
         raise UsageError(f"{folder}: {problem}; use another checkpoint")
+
     reader = CheckpointReader(folder)
     facts = {
         "iteration": manifest.get("iteration"),
         "consumed_samples": manifest.get("consumed_samples"),
         **manifest.get("data", {}),
-        "files": {name: entry["sha256"] for name, entry in manifest["files"].items() if name.startswith(f"{FILE_OF[weights]}-")},
+        "files": {
+            name: entry["sha256"]
+            for name, entry in manifest["files"].items()
+            if name.startswith(f"{FILE_OF[weights]}-")
+        },
         "averaged": weights == "ema",
         "run": dict(manifest.get("configs", {}).get("run") or {}),
         "topology": manifest["topology"],
     }
     layouts = {n: reader.layout(n) for n in reader.names}
-    source = Source("checkpoint", folder, reader.config, layouts, lambda name: reader.get(name, weights), facts)
+    source = Source(
+        "checkpoint", folder, reader.config, layouts, lambda name: reader.get(name, weights), facts
+    )
+
     if newer := passed_over(path, folder):
-        source.notes.append(f"note: {newer[0]} has no {MANIFEST} and is no whole checkpoint; {folder.name} is taken instead")
+        source.notes.append(
+            f"note: {newer[0]} has no {MANIFEST} and is no whole checkpoint; {folder.name} is taken"
+            " instead"
+        )
+
     return source
 
 
 def _huggingface(path: Path, config: ModelConfig | None) -> Source:
     values = read_json(path / "config.json", str(path))
     if values.get("model_type") != "interbert":
-        raise UsageError(f"{path}/config.json: model_type is {values.get('model_type')!r}, expected 'interbert'")
+        raise UsageError(
+            f"{path}/config.json: model_type is {values.get('model_type')!r}, expected 'interbert'"
+        )
+
     known = {f.name for f in dataclasses.fields(ModelConfig)}
-    sizes = model_config_from_dict({k: v for k, v in values.items() if k in known}, str(path / "config.json"))
+    sizes = model_config_from_dict(
+        {k: v for k, v in values.items() if k in known}, str(path / "config.json")
+    )
     tensors = open_tensors(path)
-    ours = {name.removeprefix(HF_PREFIX): name for name in tensor_names(tensors) if name.startswith(HF_PREFIX)}
+    ours = {
+        name.removeprefix(HF_PREFIX): name
+        for name in tensor_names(tensors)
+        if name.startswith(HF_PREFIX)
+    }
     left_out = [name for name in tensor_names(tensors) if not name.startswith(HF_PREFIX)]
     layouts = {name: tensors.layout(theirs) for name, theirs in ours.items()}
     facts = facts_of(values.get("training_facts") or {}, path / "config.json")
-    return Source("huggingface", path, sizes, layouts, lambda name: tensors.get(ours[name]), facts, left_out)
+
+    return Source(
+        "huggingface", path, sizes, layouts, lambda name: tensors.get(ours[name]), facts, left_out
+    )
 
 
 def facts_of(values: Any, where: Path) -> dict[str, Any]:
-    """What our converter has written down of the training; UsageError where it is something else."""
+    """What our converter has written down of the training.
+
+    UsageError where it is something else.
+    """
     if not isinstance(values, dict):
-        raise UsageError(f"{where}: training_facts is {values!r:.60}, expected an object; leave it out, or export anew")
+        raise UsageError(
+            f"{where}: training_facts is {values!r:.60}, expected an object; leave it out, or"
+            " export anew"
+        )
+
     facts = {name: values[name] for name in FACTS if values.get(name) is not None}
     for name, value in facts.items():
         if type(value) is not FACTS[name]:
             raise UsageError(
-                f"{where}: {name} of training_facts is {value!r:.60}, expected {FACTS[name].__name__};"
-                " leave it out, or export anew"
+                f"{where}: {name} of training_facts is {value!r:.60}, expected"
+                f" {FACTS[name].__name__}; leave it out, or export anew"
             )
+
     return facts
 
 
@@ -188,7 +256,12 @@ def _official(path: Path, config: ModelConfig | None) -> Source:
     by_name = {plain_name(name): name for name in tensor_names(tensors)}
     shapes = {name: tensors.layout(original).shape for name, original in by_name.items()}
     config = config or _official_sizes(path, shapes)
-    links = present(official_links(config), by_name, str(path), "an official InterBERT state dict of these sizes")
+    links = present(
+        official_links(config),
+        by_name,
+        str(path),
+        "an official InterBERT state dict of these sizes",
+    )
     check_tied(tensors, by_name, path)
     source = _linked("official", path, config, links, tensors, by_name)
     used = {name for link in links for name in link.theirs} | {DECODER}
@@ -196,25 +269,39 @@ def _official(path: Path, config: ModelConfig | None) -> Source:
     source.layouts |= {ours: tensors.layout(by_name[name]) for ours, name in extras.items()}
     linked = source.get
     source.get = lambda name: tensors.get(by_name[extras[name]]) if name in extras else linked(name)
+
     return source
 
 
 def _bert(path: Path, config: ModelConfig | None) -> Source:
     tensors = open_tensors(path)
     by_name = {bert_name(name): name for name in tensor_names(tensors)}
+
     if config is None:
         vocab_size, hidden = tensors.layout(by_name["bert.embeddings.word_embeddings.weight"]).shape
-        config = dataclasses.replace(_preset_like(path, {"hidden_size": hidden}), vocab_size=vocab_size)
+        config = dataclasses.replace(
+            _preset_like(path, {"hidden_size": hidden}), vocab_size=vocab_size
+        )
+
     depth = f"BERT needs {config.interaction_layers + config.text_layers} layers for this model"
     links = present(bert_links(config), by_name, str(path), f"BERT of these sizes ({depth})")
     source = _linked("bert", path, config, links, tensors, by_name)
-    used = {name for link in links for name in link.theirs} | {DECODER, "cls.predictions.decoder.bias"}
+    used = {name for link in links for name in link.theirs} | {
+        DECODER,
+        "cls.predictions.decoder.bias",
+    }
     source.left_out = sorted(set(by_name) - used)
+
     return source
 
 
 def _linked(
-    kind: str, path: Path, config: ModelConfig, links: list[Link], tensors: "Tensors", by_name: Mapping[str, str]
+    kind: str,
+    path: Path,
+    config: ModelConfig,
+    links: list[Link],
+    tensors: "Tensors",
+    by_name: Mapping[str, str],
 ) -> Source:
     recipes = {link.ours: link for link in links}
 
@@ -222,7 +309,11 @@ def _linked(
         link = recipes[name]
         return link.to_ours([tensors.get(by_name[part]) for part in link.theirs], config, str(path))
 
-    layouts = {link.ours: _linked_layout(link, tensors.layout(by_name[link.theirs[0]]), config) for link in links}
+    layouts = {
+        link.ours: _linked_layout(link, tensors.layout(by_name[link.theirs[0]]), config)
+        for link in links
+    }
+
     return Source(kind, path, config, layouts, get)
 
 
@@ -235,21 +326,37 @@ def _linked_layout(link: Link, part: TensorLayout, config: ModelConfig) -> Tenso
 
 
 def check_tied(tensors: "Tensors", by_name: Mapping[str, str], path: Path) -> None:
-    """UsageError when the official decoder is not the word embedding, as our model has only one of them."""
+    """UsageError when the official decoder is not the word embedding, as our model has only one of
+    them.
+    """
     word = "bert.embeddings.word_embeddings.weight"
-    if DECODER in by_name and word in by_name and not torch.equal(tensors.get(by_name[DECODER]), tensors.get(by_name[word])):
-        raise UsageError(f"{path}: {DECODER} differs from {word}; InterBERT's decoder is tied, so one of them would be lost")
+    if (
+        DECODER in by_name
+        and word in by_name
+        and not torch.equal(tensors.get(by_name[DECODER]), tensors.get(by_name[word]))
+    ):
+        raise UsageError(
+            f"{path}: {DECODER} differs from {word}; InterBERT's decoder is tied, so one of them"
+            " would be lost"
+        )
 
 
 def _official_sizes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
-    """From the configuration JSON beside the file, else from the preset that has the tensors' sizes."""
+    """From the configuration JSON beside the file, else from the preset that has the tensors'
+    sizes.
+    """
     beside = (path if path.is_dir() else path.parent) / "config.json"
     if beside.is_file():
         values = read_json(beside, str(path))
         if "v_feature_size" in values:
             return config_from_official(values, str(beside))
+
     word = shapes.get("bert.embeddings.word_embeddings.weight", (0, 0))
-    like = {"hidden_size": word[1], "feature_dim": shapes.get("bert.v_embeddings.image_embeddings.weight", (0, 0))[1]}
+    like = {
+        "hidden_size": word[1],
+        "feature_dim": shapes.get("bert.v_embeddings.image_embeddings.weight", (0, 0))[1],
+    }
+
     return dataclasses.replace(_preset_like(path, like), vocab_size=word[0])
 
 
@@ -257,14 +364,17 @@ def _preset_like(path: Path, sizes: dict[str, int]) -> ModelConfig:
     for preset in PRESETS.values():
         if all(getattr(preset, name) == value for name, value in sizes.items()):
             return preset
+
     raise UsageError(
-        f"{path}: no preset has these sizes ({', '.join(f'{k} {v}' for k, v in sizes.items())}); give them by --model FILE.json,"
-        " or put the official config.json beside the file"
+        f"{path}: no preset has these sizes ({', '.join(f'{k} {v}' for k, v in sizes.items())});"
+        " give them by --model FILE.json, or put the official config.json beside the file"
     )
 
 
 class Tensors:
-    """Tensors of a safetensors file, of several with an index, or of a torch file (its storages stay on disk where possible)."""
+    """Tensors of a safetensors file, of several with an index, or of a torch file (its storages
+    stay on disk where possible).
+    """
 
     def __init__(self, files: Mapping[str, "TensorFile | Mapping[str, torch.Tensor]"]) -> None:
         self.files = files  # tensor name -> where it is
@@ -272,7 +382,11 @@ class Tensors:
     def layout(self, name: str) -> TensorLayout:
         """Type and shape of a tensor."""
         file = self.files[name]
-        return file.layout(name) if isinstance(file, TensorFile) else TensorLayout(file[name].dtype, tuple(file[name].shape))
+        return (
+            file.layout(name)
+            if isinstance(file, TensorFile)
+            else TensorLayout(file[name].dtype, tuple(file[name].shape))
+        )
 
     def get(self, name: str) -> torch.Tensor:
         """One tensor."""
@@ -286,23 +400,40 @@ def tensor_names(tensors: Tensors) -> list[str]:
 
 
 def open_tensors(path: Path) -> Tensors:
-    """A .safetensors or torch file, or the model file(s) of a Hugging Face folder. Never runs pickled code."""
+    """A .safetensors or torch file, or the model file(s) of a Hugging Face folder.
+
+    Never runs pickled code.
+    """
     if path.is_dir():
         if (path / HF_INDEX).is_file():
             parts = read_index(path / HF_INDEX)
             opened = {file: TensorFile(path / file) for file in set(parts.values())}
+
             for name, file in parts.items():
                 if name not in opened[file].names:
-                    raise UsageError(f"{path / HF_INDEX}: {name[:200]} is not in {file}; restore the folder")
+                    raise UsageError(
+                        f"{path / HF_INDEX}: {name[:200]} is not in {file}; restore the folder"
+                    )
+
             return Tensors({name: opened[file] for name, file in parts.items()})
-        found = next((path / name for name in (HF_FILE, TORCH_FILE) if (path / name).is_file()), None)
+
+        found = next(
+            (path / name for name in (HF_FILE, TORCH_FILE) if (path / name).is_file()), None
+        )
         if found is None:
-            raise UsageError(f"{path}: no checkpoint there: neither {MANIFEST}, nor {HF_FILE}, nor {TORCH_FILE} in the folder")
+            raise UsageError(
+                f"{path}: no checkpoint there: neither {MANIFEST}, nor {HF_FILE}, nor {TORCH_FILE}"
+                " in the folder"
+            )
+
         path = found
+
     if path.suffix == ".safetensors":
         file = TensorFile(path)
         return Tensors(dict.fromkeys(file.names, file))
+
     state = load_torch_file(path)
+
     return Tensors(dict.fromkeys(state, state))
 
 
@@ -310,12 +441,18 @@ def read_index(path: Path) -> dict[str, str]:
     """Names of tensors with the files, beside the index, that hold them."""
     parts = read_json(path, str(path)).get("weight_map")
     if not isinstance(parts, dict) or not parts:
-        raise UsageError(f"{path}: weight_map is {parts!r:.60}, expected names of tensors with names of files; restore the folder")
+        raise UsageError(
+            f"{path}: weight_map is {parts!r:.60}, expected names of tensors with names of files;"
+            " restore the folder"
+        )
+
     for name, file in parts.items():
         if not is_plain_name(file):
             raise UsageError(
-                f"{path}: the file of {name[:200]} is {file!r:.200}, expected a name without folders; restore the folder"
+                f"{path}: the file of {name[:200]} is {file!r:.200}, expected a name without"
+                " folders; restore the folder"
             )
+
     return parts
 
 
@@ -326,10 +463,12 @@ def load_torch_file(path: Path) -> dict[str, torch.Tensor]:
             begins = handle.read(4)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+
     if not begins.startswith(TORCH_BEGINS):
         raise UsageError(
-            f"{path}: no file of weights; expected one of safetensors (NAME.safetensors), a state dict saved by torch,"
-            " or the folder of a run, of a checkpoint or of a Hugging Face model"
+            f"{path}: no file of weights; expected one of safetensors (NAME.safetensors), a state"
+            " dict saved by torch, or the folder of a run, of a checkpoint or of a Hugging Face"
+            " model"
         )
 
     try:
@@ -339,18 +478,32 @@ def load_torch_file(path: Path) -> dict[str, torch.Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UsageError(
-            f"{path}: refused: the file holds more than tensors and loading it would run code ({_reason(error)}); ask for safetensors"
+            f"{path}: refused: the file holds more than tensors and loading it would run code"
+            f" ({_reason(error)}); ask for safetensors"
         ) from error
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise UsageError(f"{path}: cannot be read as a torch file ({type(error).__name__}: {_reason(error)})") from error
+        raise UsageError(
+            f"{path}: cannot be read as a torch file ({type(error).__name__}: {_reason(error)})"
+        ) from error
+
     state = state.get("model", state.get("state_dict", state)) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not state or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor)
+            for name, tensor in state.items()
+        )
     ):
         raise UsageError(f"{path}: not a state dict, expected a mapping from names to tensors")
+
     return state
 
 
 def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), lines[0]) if lines else "no reason")[:160]
+    return (
+        next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), lines[0])
+        if lines
+        else "no reason"
+    )[:160]

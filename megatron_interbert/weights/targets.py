@@ -1,4 +1,5 @@
-"""Writes weights in every format we know, from any source, one tensor at a time: a model larger than memory converts.
+"""Writes weights in every format we know, from any source, one tensor at a time: a model larger
+than memory converts.
 
 An output is a folder that is written beside and renamed, so it is whole or absent.
 """
@@ -16,54 +17,88 @@ import torch
 
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import file_entry, flush_file, publish_folder, write_bytes, write_json, write_text
+from megatron_interbert.files import (
+    file_entry,
+    flush_file,
+    publish_folder,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from megatron_interbert.model.partition import partition_dimension, shard
-from megatron_interbert.weights.foreign import DECODER, EXTRA, Link, bert_links, config_to_official, official_links
+from megatron_interbert.weights.foreign import (
+    DECODER,
+    EXTRA,
+    Link,
+    bert_links,
+    config_to_official,
+    official_links,
+)
 from megatron_interbert.weights.manifest import VOCABULARY, versions, weights_name, write_manifest
 from megatron_interbert.weights.reader import describe_pieces
 from megatron_interbert.weights.sources import HF_FILE, HF_PREFIX, TORCH_FILE, Source
 from megatron_interbert.weights.tensor_files import TensorLayout, is_finite, write_tensors
 
 TARGETS = ("sharded", "huggingface", "official", "bert")
-HEADS = {"msm_head.bias": "msm", "mrm_head.decoder.weight": "mrm", "itm_head.weight": "itm", "choice_head.weight": "choice"}
+HEADS = {
+    "msm_head.bias": "msm",
+    "mrm_head.decoder.weight": "mrm",
+    "itm_head.weight": "itm",
+    "choice_head.weight": "choice",
+}
 Progress = Callable[[int], None]
 
 
 @dataclasses.dataclass
 class Output:
-    """What to write: the source, the type of all tensors (None: as they are), tensor-parallel ranks of `sharded`, a
-    vocabulary to put beside, the model card of `huggingface`."""
+    """What to write: the source, the type of all tensors (None: as they are), tensor-parallel ranks
+    of `sharded`, a vocabulary to put beside, the model card of `huggingface`.
+    """
 
     source: Source
     dtype: torch.dtype | None = None
     tensor_parallel: int = 1
     vocabulary: bytes | None = None
     card: str = ""
-    not_finite: list[str] = dataclasses.field(default_factory=list)  # tensors that were found to hold NaN or infinity
+    # tensors that were found to hold NaN or infinity
+    not_finite: list[str] = dataclasses.field(default_factory=list)
 
     def layout(self, name: str, shape: Iterable[int] | None = None) -> TensorLayout:
         """Type and shape of a tensor as it will be written."""
         found = self.source.layouts[name]
-        return TensorLayout(self.dtype or found.dtype, tuple(found.shape if shape is None else shape))
+        return TensorLayout(
+            self.dtype or found.dtype, tuple(found.shape if shape is None else shape)
+        )
 
     def get(self, name: str) -> torch.Tensor:
-        """A full tensor in the type that is written; UsageError where values become infinite in that type."""
+        """A full tensor in the type that is written.
+
+        UsageError where values become infinite in that type.
+        """
         tensor = self.source.get(name)
         written = tensor.to(self.dtype) if self.dtype else tensor
         if not is_finite(written):
             if is_finite(tensor):
                 raise UsageError(
-                    f"{self.source.path}: {name} holds {tensor.abs().max():.3g}, more than {self.dtype} can;"
-                    " give --dtype bfloat16 or float32"
+                    f"{self.source.path}: {name} holds {tensor.abs().max():.3g}, more than"
+                    f" {self.dtype} can; give --dtype bfloat16 or float32"
                 )
+
             if name not in self.not_finite:  # each rank's file asks for it
                 self.not_finite.append(name)
+
         return written
 
     def bytes(self) -> int:
-        """Size of all tensors as they will be written; every rank's file holds the replicated ones."""
+        """Size of all tensors as they will be written.
+
+        Every rank's file holds the replicated ones.
+        """
         ranks = self.tensor_parallel
-        copies = {name: ranks if partition_dimension(name) is None else 1 for name in self.source.layouts}
+        copies = {
+            name: ranks if partition_dimension(name) is None else 1 for name in self.source.layouts
+        }
+
         return sum(self.layout(name).bytes * count for name, count in copies.items())
 
 
@@ -72,21 +107,44 @@ def heads_of(source: Source) -> tuple[str, ...]:
     return tuple(head for name, head in HEADS.items() if name in source.layouts)
 
 
-def write_target(kind: str, output: Output, folder: Path, progress: Progress = lambda count: None) -> None:
-    """Write a folder in one of TARGETS. UsageError, and nothing written, when it exists, cannot hold or has no room."""
+def write_target(
+    kind: str, output: Output, folder: Path, progress: Progress = lambda count: None
+) -> None:
+    """Write a folder in one of TARGETS.
+
+    UsageError, and nothing written, when it exists, cannot hold or has no room.
+    """
     if folder.exists():
         raise UsageError(f"{folder}: exists already; remove it, or choose another --output")
     if kind != "bert" and output.source.kind == "bert":
-        raise UsageError(f"{output.source.path}: BERT has no image side to write as '{kind}'; train from it by --init-from")
-    if kind in ("huggingface", "official") and "image_embedding.feature.weight" not in output.source.layouts:
         raise UsageError(
-            f"{output.source.path}: holds the text path alone (GLUE), which is no '{kind}' model; write it as BERT: --to bert"
+            f"{output.source.path}: BERT has no image side to write as '{kind}'; train from it by"
+            " --init-from"
         )
+
+    if (
+        kind in ("huggingface", "official")
+        and "image_embedding.feature.weight" not in output.source.layouts
+    ):
+        raise UsageError(
+            f"{output.source.path}: holds the text path alone (GLUE), which is no '{kind}' model;"
+            " write it as BERT: --to bert"
+        )
+
     if kind == "sharded":
         check_sharing(output.source.config, output.tensor_parallel)
     elif output.tensor_parallel != 1:
-        raise UsageError(f"--tp {output.tensor_parallel}: only 'sharded' has one file per tensor-parallel rank; give --to sharded")
-    write = {"sharded": write_sharded, "huggingface": write_huggingface, "official": write_official, "bert": write_bert}[kind]
+        raise UsageError(
+            f"--tp {output.tensor_parallel}: only 'sharded' has one file per tensor-parallel rank;"
+            " give --to sharded"
+        )
+
+    write = {
+        "sharded": write_sharded,
+        "huggingface": write_huggingface,
+        "official": write_official,
+        "bert": write_bert,
+    }[kind]
     with _new_folder(folder, output.bytes() * (2 if kind == "official" else 1)) as work:
         write(output, work, progress)
 
@@ -98,21 +156,28 @@ def check_sharing(config: ModelConfig, ranks: int) -> None:
 
 @contextmanager
 def _new_folder(folder: Path, size: int) -> Iterator[Path]:
-    """A folder beside the final one, renamed at the end, removed on any error; refuses when `size` bytes do not fit."""
+    """A folder beside the final one, renamed at the end, removed on any error; refuses when `size`
+    bytes do not fit.
+    """
     parent = folder.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(parent).free
+
     if free < size * 1.02:
         raise UsageError(
-            f"{parent}: {free / 1e9:.2f} GB free, {size * 1.02 / 1e9:.2f} GB needed; make room or give another --output"
+            f"{parent}: {free / 1e9:.2f} GB free, {size * 1.02 / 1e9:.2f} GB needed; make room or"
+            " give another --output"
         )
+
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=parent))
     try:
         os.chmod(work, 0o777 & ~_umask())
         yield work
         publish_folder(work, folder)
     except OSError as error:
-        raise UsageError(f"{folder}: cannot be written ({error.strerror or error}); nothing was left behind") from error
+        raise UsageError(
+            f"{folder}: cannot be written ({error.strerror or error}); nothing was left behind"
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -124,21 +189,36 @@ def _umask() -> int:
 
 
 def write_sharded(output: Output, work: Path, progress: Progress) -> None:
-    """One safetensors file per tensor-parallel rank and a manifest: a checkpoint without an optimizer."""
-    source, ranks, files = output.source, output.tensor_parallel, {}
+    """One safetensors file per tensor-parallel rank and a manifest: a checkpoint without an
+    optimizer.
+    """
+    source = output.source
+    ranks = output.tensor_parallel
+    files = {}
+
     for rank in range(ranks):
         layout = {}
         for name, entry in source.layouts.items():
             cut = partition_dimension(name)
-            layout[name] = output.layout(name, [n // ranks if axis == cut else n for axis, n in enumerate(entry.shape)])
+            layout[name] = output.layout(
+                name, [n // ranks if axis == cut else n for axis, n in enumerate(entry.shape)]
+            )
+
         pieces = {name: (0, entry.shape) for name, entry in layout.items()}
         tensors = (shard(output.get(name), name, rank, ranks) for name in layout)
         file = weights_name((rank, ranks))
         files[file] = write_tensors(work / file, layout, tensors, describe_pieces(pieces), progress)
+
     if output.vocabulary:
         write_bytes(work / VOCABULARY, output.vocabulary)
         files[VOCABULARY] = file_entry(work / VOCABULARY)
-    data = {key: source.facts[key] for key in ("detector", "vocabulary", "store", "manifest_sha256") if key in source.facts}
+
+    data = {
+        key: source.facts[key]
+        for key in ("detector", "vocabulary", "store", "manifest_sha256")
+        if key in source.facts
+    }
+
     write_manifest(
         work,
         {
@@ -156,11 +236,15 @@ def write_sharded(output: Output, work: Path, progress: Progress) -> None:
 
 
 def write_huggingface(output: Output, work: Path, progress: Progress) -> None:
-    """model.safetensors, config.json, README.md and, where known, the vocabulary: what `from_pretrained` reads."""
+    """model.safetensors, config.json, README.md and, where known, the vocabulary: what
+    `from_pretrained` reads.
+    """
     source = output.source
     names = [name for name in source.layouts if not name.startswith(EXTRA)]
     layout = {HF_PREFIX + name: output.layout(name) for name in names}
-    write_tensors(work / HF_FILE, layout, (output.get(name) for name in names), {"format": "pt"}, progress)
+    write_tensors(
+        work / HF_FILE, layout, (output.get(name) for name in names), {"format": "pt"}, progress
+    )
     pretraining = {"msm", "mrm", "itm"} <= set(heads_of(source))
     config: dict[str, Any] = {
         "architectures": ["InterBertForPreTraining" if pretraining else "InterBertModel"],
@@ -168,14 +252,19 @@ def write_huggingface(output: Output, work: Path, progress: Progress) -> None:
         "dtype": str(next(iter(layout.values())).dtype).removeprefix("torch."),
         **dataclasses.asdict(source.config),
     }
+
     facts = {
-        key: value for key, value in source.facts.items() if key in ("iteration", "consumed_samples", "detector", "vocabulary")
+        key: value
+        for key, value in source.facts.items()
+        if key in ("iteration", "consumed_samples", "detector", "vocabulary")
     }
     write_json(work / "config.json", {**config, **({"training_facts": facts} if facts else {})})
+
     if output.vocabulary:
         write_bytes(work / VOCABULARY, output.vocabulary)
         limits = {"model_max_length": source.config.max_position_embeddings, "do_lower_case": True}
         write_json(work / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", **limits})
+
     if output.card:
         write_text(work / "README.md", output.card)
 
@@ -220,18 +309,21 @@ def write_official(output: Output, work: Path, progress: Progress) -> None:
     state: dict[str, torch.Tensor] = {}
     scratch = work / "scratch"
     scratch.mkdir()
+
     for number, (name, tensor) in enumerate(_official_tensors(links, output)):
         file = scratch / str(number)
         file.write_bytes(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
         mapped = torch.from_file(str(file), shared=False, size=tensor.numel(), dtype=tensor.dtype)
         state[name] = mapped.view(tensor.shape)
         progress(tensor.numel() * tensor.dtype.itemsize)
+
     if "cls.predictions.bias" in state:
         state[DECODER] = state["bert.embeddings.word_embeddings.weight"]
     try:
         torch.save(state, work / TORCH_FILE)
     except RuntimeError as error:  # torch's own word for a full disk
         raise OSError(None, str(error).splitlines()[0]) from error
+
     shutil.rmtree(scratch)
     flush_file(work / TORCH_FILE)
     write_json(work / "config.json", config_to_official(source.config))
@@ -253,8 +345,14 @@ def _their_tensors(links: list[Link], output: Output) -> Iterator[torch.Tensor]:
 def _their_layout(link: Link, output: Output) -> dict[str, TensorLayout]:
     """Types and shapes of the parts, without reading the tensor: on the meta device."""
     ours = output.layout(link.ours)
-    parts = link.to_theirs(torch.empty(ours.shape, dtype=ours.dtype, device="meta"), output.source.config)
-    return {name: TensorLayout(part.dtype, tuple(part.shape)) for name, part in zip(link.theirs, parts, strict=True)}
+    parts = link.to_theirs(
+        torch.empty(ours.shape, dtype=ours.dtype, device="meta"), output.source.config
+    )
+
+    return {
+        name: TensorLayout(part.dtype, tuple(part.shape))
+        for name, part in zip(link.theirs, parts, strict=True)
+    }
 
 
 def describe_source(source: Source) -> str:

@@ -24,7 +24,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CHUNK = 16 << 20  # bytes handed to the disk and the hash at a time; both let other threads run meanwhile
+# bytes handed to the disk and the hash at a time; both let other threads run meanwhile
+CHUNK = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,28 @@ def write_tensors(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
-    """Write a safetensors file from tensors that come in the order of `layout`, flush it, give {bytes, sha256}.
+    """Write a safetensors file from tensors that come in the order of `layout`, flush it, give
+    {bytes, sha256}.
 
-    The safetensors library wants all tensors at once and keeps Python's lock while it writes; here one tensor is in memory at
-    a time and other threads run. ValueError when a tensor is not as announced, OSError when the disk is full.
+    The safetensors library wants all tensors at once and keeps Python's lock while it writes; here
+    one tensor is in memory at a time and other threads run. ValueError when a tensor is not as
+    announced, OSError when the disk is full.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
+
     for name, entry in layout.items():
-        header[name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [offset, offset + entry.bytes]}
+        header[name] = {
+            "dtype": NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.bytes],
+        }
         offset += entry.bytes
+
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
+
     with open(path, "wb", buffering=0) as handle:
 
         def put(data: bytes | memoryview) -> None:
@@ -71,16 +81,26 @@ def write_tensors(
         put(len(text).to_bytes(8, "little") + text)
         for (name, entry), tensor in zip(layout.items(), tensors, strict=True):
             if tensor.dtype != entry.dtype or tuple(tensor.shape) != tuple(entry.shape):
-                raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} given, announced {entry.dtype} {list(entry.shape)}")
-            put(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+                raise ValueError(
+                    f"{name}: {tensor.dtype} {list(tensor.shape)} given, announced {entry.dtype}"
+                    f" {list(entry.shape)}"
+                )
+
+            put(
+                memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            )
             progress(entry.bytes)
+
         os.fsync(handle.fileno())
         size = handle.tell()
+
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 class TensorFile:
-    """A safetensors file opened for reading tensor by tensor; the data stays on disk until it is used."""
+    """A safetensors file opened for reading tensor by tensor; the data stays on disk until it is
+    used.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -89,13 +109,19 @@ class TensorFile:
             self.names: list[str] = list(self._file.keys())
             self.metadata: dict[str, str] = self._file.metadata() or {}
         except (SafetensorError, OSError) as error:
-            raise UsageError(f"{path}: not a readable safetensors file ({str(error).splitlines()[0]})") from error
+            raise UsageError(
+                f"{path}: not a readable safetensors file ({str(error).splitlines()[0]})"
+            ) from error
 
     def layout(self, name: str) -> TensorLayout:
         """Type and shape of a tensor, from the header."""
         part = self._file.get_slice(name)
         if part.get_dtype() not in DTYPES:
-            raise UsageError(f"{self.path}: {name} is of type {part.get_dtype()}, expected one of {', '.join(DTYPES)}")
+            raise UsageError(
+                f"{self.path}: {name} is of type {part.get_dtype()}, expected one of"
+                f" {', '.join(DTYPES)}"
+            )
+
         return TensorLayout(DTYPES[part.get_dtype()], tuple(part.get_shape()))
 
     def get(self, name: str) -> torch.Tensor:
@@ -104,7 +130,11 @@ class TensorFile:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether there is neither NaN nor infinity in a tensor, without another one of its size in memory."""
-    if tensor.is_floating_point() and tensor.element_size() == 1:  # torch has no least and most of 8 bits
+    """Whether there is neither NaN nor infinity in a tensor, without another one of its size in
+    memory.
+    """
+    # torch has no least and most of 8 bits
+    if tensor.is_floating_point() and tensor.element_size() == 1:
         tensor = tensor.float()
+
     return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())

@@ -1,12 +1,14 @@
-"""Kills training runs, spoils their checkpoints and fills their disk, again and again; checks after each that nothing is lost.
+"""Kills training runs, spoils their checkpoints and fills their disk, again and again; checks after
+each that nothing is lost.
 
     python -m tests.campaigns.faults --kills 200
 
-Ranks are real processes that train, save and resume as launched ones do. They are forked from this process, which has
-imported everything, so that a life costs one second instead of ten. After each death:
-- every checkpoint that was committed is still valid, or was pruned after a newer one had been committed;
-- what was spoiled (a flipped bit, a truncated or deleted file, a flipped manifest) is named by the next life, and not used;
-- every loss in metrics.jsonl is that of the undisturbed run, bit for bit.
+Ranks are real processes that train, save and resume as launched ones do. They are forked from this
+process, which has imported everything, so that a life costs one second instead of ten. After each
+death: - every checkpoint that was committed is still valid, or was pruned after a newer one had
+been committed; - what was spoiled (a flipped bit, a truncated or deleted file, a flipped manifest)
+is named by the next life, and not used; - every loss in metrics.jsonl is that of the undisturbed
+run, bit for bit.
 """
 
 import argparse
@@ -31,7 +33,8 @@ from megatron_interbert.weights.manifest import MANIFEST, complete_checkpoints, 
 from tests.corpus import write_store
 from tests.launching import free_ports, losses
 
-STEPS, SAVE_INTERVAL = 90, 3
+STEPS = 90
+SAVE_INTERVAL = 3
 LAYOUTS = {  # what a run is started with; each has its own undisturbed run
     "DP2 ZeRO-1": ("--zero-stage", 1),
     "TP2 ZeRO-2": ("--zero-stage", 2, "--tensor-model-parallel-size", 2),
@@ -54,8 +57,30 @@ class Life:
         self.log.unlink(missing_ok=True)
         port = free_ports(1)[0]
         flags = (
-            *("--data-path", store, "--save", save, "--model", "tiny", "--train-iters", STEPS, "--save-interval", SAVE_INTERVAL),
-            *("--micro-batch-size", 2, "--global-batch-size", 4, "--data-partitions", 2, "--num-workers", 0, "--log-interval", 1),
+            *(
+                "--data-path",
+                store,
+                "--save",
+                save,
+                "--model",
+                "tiny",
+                "--train-iters",
+                STEPS,
+                "--save-interval",
+                SAVE_INTERVAL,
+            ),
+            *(
+                "--micro-batch-size",
+                2,
+                "--global-batch-size",
+                4,
+                "--data-partitions",
+                2,
+                "--num-workers",
+                0,
+                "--log-interval",
+                1,
+            ),
             *("--lr", "1e-3", "--keep-last", 2, *LAYOUTS[layout]),
         )
         self.ranks = [self._fork(rank, port, [str(f) for f in flags]) for rank in range(2)]
@@ -64,12 +89,16 @@ class Life:
         child = os.fork()
         if child:
             return child
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2"
+        )
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.argv = ["pretrain", *flags]
+
         try:
             pretrain.main()
         except BaseException:
@@ -77,10 +106,13 @@ class Life:
 
             traceback.print_exc()
             os._exit(3)
+
         os._exit(0)
 
     def wait(self, seconds):
-        """Exit codes of all ranks when they have ended by themselves, else None for those that live."""
+        """Exit codes of all ranks when they have ended by themselves, else None for those that
+        live.
+        """
         codes = dict.fromkeys(self.ranks)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and None in codes.values():
@@ -89,8 +121,11 @@ class Life:
                     done, status = os.waitpid(child, os.WNOHANG)
                     if done:
                         codes[child] = os.waitstatus_to_exitcode(status)
+
             time.sleep(0.002)
+
         self.ranks = [child for child, code in codes.items() if code is None]
+
         return list(codes.values())
 
     def kill(self, children):
@@ -108,21 +143,33 @@ class Campaign:
     """Faults in random order over runs of all layouts."""
 
     def __init__(self, folder, seed, quiet, layouts=tuple(LAYOUTS), spoil=0.25):
-        self.folder, self.random, self.quiet = Path(folder), random.Random(seed), quiet
-        self.layouts, self.spoil = layouts, spoil
+        self.folder = Path(folder)
+        self.random = random.Random(seed)
+        self.quiet = quiet
+        self.layouts = layouts
+        self.spoil = spoil
         self.counts = Counter()
         self.store = write_store(self.folder / "store")
         self.expected = {}
+
         for layout in layouts:
             save = self.folder / "undisturbed" / layout.replace(" ", "-")
             save.parent.mkdir(exist_ok=True)
+
             if Life(self.store, save, layout).wait(300) != [0, 0]:
-                raise Failure(f"the undisturbed run of {layout} fails: {Path(f'{save}.log').read_text()[-2000:]}")
+                raise Failure(
+                    f"the undisturbed run of {layout} fails:"
+                    f" {Path(f'{save}.log').read_text()[-2000:]}"
+                )
+
             self.expected[layout] = losses(save)
 
     def run(self, kills):
-        """Runs one after another until so many ranks have been killed and some damage has been met; the counts."""
+        """Runs one after another until so many ranks have been killed and some damage has been met;
+        the counts.
+        """
         number = 0
+
         with progress(total=kills, unit="kill", desc="kills", shown=not self.quiet) as bar:
             while self.counts["kills"] < kills or not self.counts["damage named"]:
                 kills = max(kills, self.counts["kills"] + 1)
@@ -130,21 +177,29 @@ class Campaign:
                 layout = self.layouts[number % len(self.layouts)]
                 with self._disk(number) as (save, small):
                     self._one_run(save, layout, kills, small)
+
                 number += 1
                 if self.quiet:
                     print(f"{self.counts['kills']} kills", file=sys.stderr, flush=True)
+
                 bar.update(self.counts["kills"] - before)
+
         return self.counts
 
     @contextlib.contextmanager
     def _disk(self, number):
-        """A folder for a run; every fourth is on a disk that is full after two checkpoints and a half."""
+        """A folder for a run; every fourth is on a disk that is full after two checkpoints and a
+        half.
+        """
         place = self.folder / f"run-{number}"
         place.mkdir()
         mounted = (
             number % 4 == 1
-            and not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5400k", "tmpfs", place], capture_output=True).returncode
+            and not subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", "size=5400k", "tmpfs", place], capture_output=True
+            ).returncode
         )
+
         try:
             yield place / "save", place if mounted else None
         finally:
@@ -155,8 +210,11 @@ class Campaign:
     def _one_run(self, save, layout, kills, small):
         """Lives of one run until it has reached its end or enough ranks are dead."""
         spoiled = []
+
         while True:
-            committed = [p for p in complete_checkpoints(save) if p not in spoiled] if save.exists() else []
+            committed = (
+                [p for p in complete_checkpoints(save) if p not in spoiled] if save.exists() else []
+            )
             life = Life(self.store, save, layout)
             codes = self._disturb(life, save) if self.counts["kills"] < kills else life.wait(120)
             self._check(life, save, layout, committed, spoiled)
@@ -164,6 +222,7 @@ class Campaign:
             if codes == [0, 0]:
                 self.counts["runs that reached their end"] += 1
                 return
+
             if codes == [1, 1]:
                 if not (small and "No space left on device" in life.text()):
                     raise Failure(f"{layout}: the run stopped: {life.text()[-2000:]}")
@@ -186,37 +245,53 @@ class Campaign:
             codes = life.wait(self.random.uniform(1.0, 3.0))
         else:
             codes = self._wait_for_a_save(life, save, moment)
+
         if None not in codes:
             return codes
+
         victims = list(life.ranks)
         alone = self.random.random() < 0.08
         if alone:
             victims = [self.random.choice(victims)]
             self.counts["one rank alone"] += 1
+
         life.kill(victims)
         self.counts["kills"] += len(victims)
         self.counts[f"while {moment}"] += len(victims)
+
         if None in life.wait(30):
             if "model tiny" in life.text():  # they had met
-                raise Failure(f"a rank lives on half a minute after the other was killed: {life.text()[-2000:]}")
-            life.kill(life.ranks)  # it waits for a rank that never came: launchers end it, as is done here
+                raise Failure(
+                    "a rank lives on half a minute after the other was killed:"
+                    f" {life.text()[-2000:]}"
+                )
+
+            # it waits for a rank that never came: launchers end it, as is done here
+            life.kill(life.ranks)
             life.wait(10)
             self.counts["ended by the launcher before they had met"] += 1
+
         return [None, None]
 
     def _wait_for_a_save(self, life, save, moment):
-        """Until a temporary folder stands there (saving), or holds a manifest (publishing), and a little longer."""
+        """Until a temporary folder stands there (saving), or holds a manifest (publishing), and a
+        little longer.
+        """
         wanted = self.random.randint(1, 4)
         pattern = ".global_step*.partial" + ("/manifest.json" if moment == "publishing" else "")
-        seen, deadline = set(), time.monotonic() + 30
+        seen = set()
+        deadline = time.monotonic() + 30
+
         while time.monotonic() < deadline:
             seen |= set(save.glob(pattern)) if save.exists() else set()
             if len(seen) >= wanted:
                 time.sleep(self.random.uniform(0.0, 0.02))
                 break
+
             codes = life.wait(0.001)
             if None not in codes:
                 return codes
+
         return [None] * len(life.ranks)
 
     def _spoil(self, save):
@@ -224,9 +299,11 @@ class Campaign:
         found = complete_checkpoints(save)
         if not found:
             return []
+
         kind = self.random.choice(SPOIL)
         files = [p for p in found[0].iterdir() if p.name != MANIFEST and p.stat().st_size]
         file = found[0] / MANIFEST if kind == "manifest" else self.random.choice(files)
+
         if kind in ("flip", "manifest"):
             data = bytearray(file.read_bytes())
             data[self.random.randrange(len(data))] ^= 1 << self.random.randrange(8)
@@ -235,8 +312,10 @@ class Campaign:
             os.truncate(file, self.random.randrange(file.stat().st_size))
         else:
             file.unlink()
+
         self.counts[f"spoiled: {kind}"] += 1
         self.spoiled_file = file
+
         return [found[0]]
 
     def _check(self, life, save, layout, committed, spoiled):
@@ -244,28 +323,43 @@ class Campaign:
         text = life.text()
         if "Traceback" in text:
             raise Failure(f"{layout}: a traceback instead of a line: {text[-3000:]}")
+
         now = complete_checkpoints(save) if save.exists() else []
         newest = max((int(p.name[11:]) for p in now if verify(p) is None), default=0)
+
         for path in committed:
             if path.exists():
                 if verify(path):
-                    raise Failure(f"{layout}: {path} was committed and is now damaged: {verify(path)}")
+                    raise Failure(
+                        f"{layout}: {path} was committed and is now damaged: {verify(path)}"
+                    )
             elif newest <= int(path.name[11:]):
-                raise Failure(f"{layout}: {path} was committed and is gone; the newest is of step {newest}")
+                raise Failure(
+                    f"{layout}: {path} was committed and is gone; the newest is of step {newest}"
+                )
+
         for path in spoiled:
             started = "model tiny" in text  # far enough to have looked for checkpoints
             named = f"{path} is damaged" in text and self.spoiled_file.name in text
             if started and not named:
-                raise Failure(f"{layout}: {self.spoiled_file} was spoiled, which was not said: {text[-2000:]}")
+                raise Failure(
+                    f"{layout}: {self.spoiled_file} was spoiled, which was not said: {text[-2000:]}"
+                )
+
             if named:
                 self.counts["damage named"] += 1
             elif path.exists():  # killed before it looked: the next life is to find it
                 shutil.rmtree(path)
                 self.counts["damage not looked at"] += 1
+
         if (save / "metrics.jsonl").exists():
             for step, figures in self._losses(save).items():
                 if figures != self.expected[layout][step]:
-                    raise Failure(f"{layout}: step {step} gives {figures}, undisturbed {self.expected[layout][step]}")
+                    raise Failure(
+                        f"{layout}: step {step} gives {figures}, undisturbed"
+                        f" {self.expected[layout][step]}"
+                    )
+
                 self.counts["steps compared"] += 1
 
     @staticmethod
@@ -280,25 +374,47 @@ class Campaign:
 
 def main():
     """Command line; exit code 1 and the reason when something was lost."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=200, help="ranks to kill")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--layouts", type=int, default=len(LAYOUTS), help="so many of the layouts, the first ones")
-    parser.add_argument("--spoil", type=float, default=0.25, help="share of deaths after which a checkpoint is spoiled")
-    parser.add_argument("--folder", default="", help="where to work; default: a temporary folder, removed at the end")
+    parser.add_argument(
+        "--layouts", type=int, default=len(LAYOUTS), help="so many of the layouts, the first ones"
+    )
+    parser.add_argument(
+        "--spoil",
+        type=float,
+        default=0.25,
+        help="share of deaths after which a checkpoint is spoiled",
+    )
+
+    parser.add_argument(
+        "--folder",
+        default="",
+        help="where to work; default: a temporary folder, removed at the end",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     arguments = parser.parse_args()
     started = time.monotonic()
+
     with tempfile.TemporaryDirectory(dir=arguments.folder or None) as folder:
         try:
             layouts = tuple(LAYOUTS)[: arguments.layouts]
-            counts = Campaign(folder, arguments.seed, arguments.quiet, layouts, arguments.spoil).run(arguments.kills)
+            counts = Campaign(
+                folder, arguments.seed, arguments.quiet, layouts, arguments.spoil
+            ).run(arguments.kills)
         except Failure as failure:
             print(f"FAILED after {time.monotonic() - started:.0f} s: {failure}", file=sys.stderr)
             sys.exit(1)
+
     for name, count in sorted(counts.items()):
         print(f"{count:6d} {name}")
-    print(f"nothing lost, {time.monotonic() - started:.0f} s, seed {arguments.seed}; {json.dumps(counts)}")
+
+    print(
+        f"nothing lost, {time.monotonic() - started:.0f} s, seed {arguments.seed};"
+        f" {json.dumps(counts)}"
+    )
 
 
 if __name__ == "__main__":

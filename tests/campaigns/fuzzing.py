@@ -1,6 +1,7 @@
-"""Mutated inputs: each must end in one clear error or in report lines, never in a crash, a hang or a half-written shard.
+"""Mutated inputs: each must end in one clear error or in report lines, never in a crash, a hang or
+a half-written shard.
 
-    python -m tests.campaigns.fuzzing --cases 2000 --seed 1
+python -m tests.campaigns.fuzzing --cases 2000 --seed 1
 """
 
 import argparse
@@ -35,10 +36,14 @@ OPTIONS = ReadOptions(trust_pickle=True)
 
 
 def mutate(data: bytes, chance: random.Random) -> bytes:
-    """A file with a few of the things that happen to files: flips, cuts, doubled and foreign pieces, odd numbers."""
+    """A file with a few of the things that happen to files: flips, cuts, doubled and foreign
+    pieces, odd numbers.
+    """
     result = bytearray(data)
+
     for _ in range(chance.choice((1, 1, 2, 5, 20))):
-        place, length = chance.randrange(len(result) + 1), chance.choice((1, 4, 50, 1000))
+        place = chance.randrange(len(result) + 1)
+        length = chance.choice((1, 4, 50, 1000))
         kind = chance.randrange(6)
         if kind == 0 and place < len(result):
             result[place] ^= 1 << chance.randrange(8)
@@ -50,10 +55,23 @@ def mutate(data: bytes, chance: random.Random) -> bytes:
             result[place:place] = bytes(chance.randrange(256) for _ in range(min(length, 50)))
         elif kind == 4:
             result[place:place] = chance.choice(
-                (b"\t", b"\n", b'"', b"{}", b"[" * 2000, b"-1", b"NaN", b"1e999", b"null", b"\xff\xfe", b"\0")
+                (
+                    b"\t",
+                    b"\n",
+                    b'"',
+                    b"{}",
+                    b"[" * 2000,
+                    b"-1",
+                    b"NaN",
+                    b"1e999",
+                    b"null",
+                    b"\xff\xfe",
+                    b"\0",
+                )
             )
         elif chance.random() < 0.1:
             del result[place:]
+
     return bytes(result)
 
 
@@ -61,7 +79,8 @@ class Inputs:
     """Good inputs of every kind, made once."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.images = folder, made_up_images(6)
+        self.folder = folder
+        self.images = made_up_images(6)
         self.names = [str(image["image_id"]) for image in self.images]
         write_npz(folder / "npz", self.images)
         (folder / "good.tsv").write_text("".join(map(lxmert_line, self.images)))
@@ -70,21 +89,43 @@ class Inputs:
         (folder / "captions").mkdir()
         for name, text in self.caption_files().items():
             (folder / "captions" / name).write_text(text, encoding="utf-8")
-        build(BuildPlan([open_source(str(folder / "good.tsv"), "auto", OPTIONS)], str(folder / "store"), detector={"name": "x"}))
+
+        build(
+            BuildPlan(
+                [open_source(str(folder / "good.tsv"), "auto", OPTIONS)],
+                str(folder / "store"),
+                detector={"name": "x"},
+            )
+        )
 
     def caption_files(self) -> dict[str, str]:
         """One of each format."""
         coco = {
             "images": [{"id": i, "file_name": f"{n}.jpg"} for i, n in enumerate(self.names)],
-            "annotations": [{"image_id": i, "id": i, "caption": f"caption {n}"} for i, n in enumerate(self.names)],
+            "annotations": [
+                {"image_id": i, "id": i, "caption": f"caption {n}"}
+                for i, n in enumerate(self.names)
+            ],
         }
-        karpathy = {"images": [{"filename": f"{n}.jpg", "split": "train", "sentences": [{"raw": f"a {n}"}]} for n in self.names]}
+
+        karpathy = {
+            "images": [
+                {"filename": f"{n}.jpg", "split": "train", "sentences": [{"raw": f"a {n}"}]}
+                for n in self.names
+            ]
+        }
         lines = [{"image_id": n, "caption": f"一只 {n}", "lang": "zh"} for n in self.names]
-        queries = [{"query_id": i, "query_text": f"query {n}", "item_ids": [n]} for i, n in enumerate(self.names)]
+        queries = [
+            {"query_id": i, "query_text": f"query {n}", "item_ids": [n]}
+            for i, n in enumerate(self.names)
+        ]
+
         return {
             "coco.json": json.dumps(coco),
             "karpathy.json": json.dumps(karpathy),
-            "sbu.json": json.dumps({"image_urls": [f"http://x/{n}.jpg" for n in self.names], "captions": self.names}),
+            "sbu.json": json.dumps(
+                {"image_urls": [f"http://x/{n}.jpg" for n in self.names], "captions": self.names}
+            ),
             "lines.jsonl": "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
             "queries.jsonl": "".join(json.dumps(line) + "\n" for line in queries),
             "plain.tsv": "".join(f"{n}\ta caption\ten\n" for n in self.names),
@@ -97,11 +138,15 @@ def build_from(path: Path, output: Path, **more: object) -> None:
     """A build with nothing allowed to pass unnoticed; a store that comes of it must be whole."""
     image_ids = str(more.pop("image_ids", ""))
     source = open_source(str(path), str(more.pop("kind", "auto")), OPTIONS, image_ids=image_ids)
-    manifest = build(BuildPlan([source], str(output), detector={"name": "x"}, **more), max_dropped=1.0)
+    manifest = build(
+        BuildPlan([source], str(output), detector={"name": "x"}, **more), max_dropped=1.0
+    )
     store = RegionStore(str(output))
     dropped = (output / "dropped.jsonl").read_text(encoding="utf-8").splitlines()
     lines = sum(json.loads(line)["reason"] == "caption line" for line in dropped)
-    assert manifest["counts"]["images"] + len(dropped) - lines == manifest["images_read"], "an image has gone without a word"
+    assert manifest["counts"]["images"] + len(dropped) - lines == manifest["images_read"], (
+        "an image has gone without a word"
+    )
     for index in range(store.num_images):
         store.read(index)
     for caption in range(store.num_captions):
@@ -111,6 +156,7 @@ def build_from(path: Path, output: Path, **more: object) -> None:
 def one_case(kind: str, inputs: Inputs, work: Path, chance: random.Random) -> None:
     """Mutate one input of a kind and use it."""
     good = inputs.folder
+
     if kind == "tsv":
         (work / "x.tsv").write_bytes(mutate((good / "good.tsv").read_bytes(), chance))
         build_from(work / "x.tsv", work / "store", kind="tsv")
@@ -131,10 +177,15 @@ def one_case(kind: str, inputs: Inputs, work: Path, chance: random.Random) -> No
         build_from(work / "x.lmdb", work / "store")
     else:
         store = shutil.copytree(good / "store", work / "damaged")
-        file = store / ("manifest.json" if kind == "manifest" else chance.choice(("shard-00000.h5", "captions.h5")))
+        file = store / (
+            "manifest.json"
+            if kind == "manifest"
+            else chance.choice(("shard-00000.h5", "captions.h5"))
+        )
         damaged = mutate(file.read_bytes(), chance)
         if kind == "shard":  # of the same size, so that opening it does not refuse at once
             damaged = damaged[: file.stat().st_size].ljust(file.stat().st_size, b"\0")
+
         file.write_bytes(damaged)
         read_everything(store)
 
@@ -143,11 +194,18 @@ def mutated_rows(inputs: Inputs, work: Path, chance: random.Random) -> None:
     """An LMDB whose rows are damaged, pickles or msgpack."""
     import lmdb
 
-    make = chance.choice((vilbert_lmdb, lambda path, images: tensorpack_lmdb(path, images, inputs.names)))
-    with lmdb.open(str(make(work / "good.lmdb", inputs.images))) as environment, environment.begin() as view:
+    make = chance.choice(
+        (vilbert_lmdb, lambda path, images: tensorpack_lmdb(path, images, inputs.names))
+    )
+    with (
+        lmdb.open(str(make(work / "good.lmdb", inputs.images))) as environment,
+        environment.begin() as view,
+    ):
         rows = [
-            (bytes(key), mutate(bytes(value), chance) if chance.random() < 0.5 else bytes(value)) for key, value in view.cursor()
+            (bytes(key), mutate(bytes(value), chance) if chance.random() < 0.5 else bytes(value))
+            for key, value in view.cursor()
         ]
+
     write_lmdb(work / "x.lmdb", rows)
 
 
@@ -168,29 +226,40 @@ KINDS = ("tsv", "json", "npz", "hdf5", "lmdb", "manifest", "shard")
 def campaign(cases: int, seed: int) -> Counter:
     """`cases` mutated inputs; how each kind ended."""
     outcomes: Counter[tuple[str, str]] = Counter()
+
     with tempfile.TemporaryDirectory() as name:
         inputs = Inputs(Path(name))
         for number in range(cases):
-            kind, chance = KINDS[number % len(KINDS)], random.Random(seed * 1_000_003 + number)
+            kind = KINDS[number % len(KINDS)]
+            chance = random.Random(seed * 1_000_003 + number)
+
             with tempfile.TemporaryDirectory() as work:
                 faulthandler.dump_traceback_later(SECONDS, exit=True)
                 try:
                     one_case(kind, inputs, Path(work), chance)
                     outcomes[kind, "used"] += 1
                 except UsageError as error:
-                    outcomes[kind, "refused" if str(error).strip() else "refused without words"] += 1
+                    outcomes[
+                        kind, "refused" if str(error).strip() else "refused without words"
+                    ] += 1
                 except Exception as error:
-                    raise AssertionError(f"case {number} of seed {seed} ({kind}) ended in {type(error).__name__}") from error
+                    raise AssertionError(
+                        f"case {number} of seed {seed} ({kind}) ended in {type(error).__name__}"
+                    ) from error
                 finally:
                     faulthandler.cancel_dump_traceback_later()
+
                 left = [path.name for path in Path(work).rglob("*.new")]
                 assert not left, f"half-written files: {left}"
+
     return outcomes
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -198,6 +267,7 @@ def main() -> None:
     np.seterr(all="ignore")
     for (kind, outcome), count in sorted(campaign(options.cases, options.seed).items()):
         print(f"{kind} {outcome}: {count}")
+
     print(f"{options.cases} mutated inputs: no crash, no hang, nothing half-written")
 
 

@@ -1,5 +1,5 @@
-"""HDF5 files with hostile features and flipped bytes: each is read or refused in one line, within memory and time, and
-nothing outside of it comes out.
+"""HDF5 files with hostile features and flipped bytes: each is read or refused in one line, within
+memory and time, and nothing outside of it comes out.
 
 python -m tests.campaigns.hostile_hdf5 --cases 500 --seed 1
 """
@@ -44,8 +44,14 @@ def prepare(folder: Path) -> None:
             values = plain[name][:].tolist()
             texts = name == "image_ids"  # HDF5 keeps no checksums of these
             packed.create_dataset(
-                name, data=values, dtype=plain[name].dtype, chunks=True, compression="gzip", fletcher32=not texts
+                name,
+                data=values,
+                dtype=plain[name].dtype,
+                chunks=True,
+                compression="gzip",
+                fletcher32=not texts,
             )
+
     (folder / "secret").write_bytes(SECRET)
 
 
@@ -61,6 +67,7 @@ def make_case(good: Path, place: Path, chance: random.Random) -> Path:
     place.mkdir()
     file = shutil.copy(good / chance.choice(("good.hdf5", "packed.hdf5")), place / "features.hdf5")
     spoil(file, good / "secret", chance)
+
     return file
 
 
@@ -71,16 +78,21 @@ def spoil(path: Path, secret: Path, chance: random.Random) -> None:
             names = list(file)
             for name in chance.sample(names, chance.choice((1, 1, 2, 3))):
                 chance.choice(list(HOSTILE))(file, name, place_for(secret, path, name))
+
         if chance.random() < 0.7:
             return
 
     data = bytearray(path.read_bytes())
     places = [at for mark in STRUCTURES for at in all_of(data, mark)]
+
     for _ in range(chance.choice((1, 1, 2, 5, 20))):
         at = chance.randrange(len(data))
         if chance.random() < 0.8:
             at = min(chance.choice(places) + chance.randrange(600), len(data) - 1)
-        data[at] = chance.choice((data[at] ^ (1 << chance.randrange(8)), 0, 255, chance.randrange(256)))
+        data[at] = chance.choice(
+            (data[at] ^ (1 << chance.randrange(8)), 0, 255, chance.randrange(256))
+        )
+
     path.write_bytes(data)
 
 
@@ -91,10 +103,12 @@ def place_for(secret: Path, path: Path, name: str) -> Path:
 
 def all_of(data: bytes, mark: bytes) -> list[int]:
     """Where a mark stands."""
-    found, at = [], data.find(mark)
+    found = []
+    at = data.find(mark)
     while at >= 0:
         found.append(at)
         at = data.find(mark, at + 1)
+
     return found
 
 
@@ -112,6 +126,7 @@ def read_case(path: Path, out: list[bytes]) -> str:
     except UsageError as error:
         out.append(str(error).encode())
         return "refused" if str(error).strip() else "refused-without-words"
+
     return "read"
 
 
@@ -121,34 +136,56 @@ def read_store(path: Path, out: list[bytes]) -> None:
     out.extend(store.caption(number).encode() for number in range(store.num_captions))
     out.append(repr(store.languages().tolist()).encode())
     out.append(store.region_counts().tobytes())
+
     if store.captions.tokens is not None:
-        out.extend((store.captions.tokens.ids.tobytes(), store.captions.tokens.word_starts.tobytes()))
+        out.extend(
+            (store.captions.tokens.ids.tobytes(), store.captions.tokens.word_starts.tobytes())
+        )
+
     for number in range(store.num_images):
         regions = store.read(number)
-        out.extend((regions.image_id.encode(), regions.features.tobytes(), regions.class_ids.tobytes(), regions.boxes.tobytes()))
+        out.extend(
+            (
+                regions.image_id.encode(),
+                regions.features.tobytes(),
+                regions.class_ids.tobytes(),
+                regions.boxes.tobytes(),
+            )
+        )
 
 
 def read_batch(folder: Path) -> None:
-    """Read the cases of a folder one after another, with limits that end this process by a signal."""
+    """Read the cases of a folder one after another, with limits that end this process by a
+    signal.
+    """
     with open("/proc/self/statm") as statm:
         now = int(statm.read().split()[0]) * resource.getpagesize()
+
     resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
     for path in sorted(folder.glob("case-*")):
         print(f"begin {path.name}", flush=True)
         signal.alarm(SECONDS)
         out: list[bytes] = []
-        outcome = read_case(path / "features.hdf5" if (path / "features.hdf5").exists() else path, out)
+        outcome = read_case(
+            path / "features.hdf5" if (path / "features.hdf5").exists() else path, out
+        )
         signal.alarm(0)
         if b"secret of another" in b"\n".join(out):
             outcome = "LEAK"
+
         print(f"{outcome} {path.name}", flush=True)
 
 
 def campaign(cases: int, seed: int, folder: Path) -> Counter:
-    """Make and read the cases; how they ended. AssertionError for a leak, a death by a signal or a traceback."""
+    """Make and read the cases; how they ended.
+
+    AssertionError for a leak, a death by a signal or a traceback.
+    """
     prepare(folder)
     outcomes: Counter[str] = Counter()
+
     for first in range(0, cases, BATCH):
         work = folder / f"batch-{first:05d}"
         work.mkdir()
@@ -156,24 +193,36 @@ def campaign(cases: int, seed: int, folder: Path) -> Counter:
             make_case(folder, work / f"case-{number:05d}", random.Random(seed * 1_000_003 + number))
 
         command = (sys.executable, "-m", "tests.campaigns.hostile_hdf5", "--batch", str(work))
-        ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, errors="replace")
+        ended = subprocess.run(
+            command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, errors="replace"
+        )
         last = ended.stdout.strip().rpartition("\n")[2]
-        assert ended.returncode == 0, f"seed {seed}: exit code {ended.returncode} after {last!r}: {ended.stderr[-2000:]}"
+        assert ended.returncode == 0, (
+            f"seed {seed}: exit code {ended.returncode} after {last!r}: {ended.stderr[-2000:]}"
+        )
         assert "secret of another" not in ended.stdout + ended.stderr
-        outcomes.update(line.split()[0] for line in ended.stdout.splitlines() if not line.startswith("begin"))
+        outcomes.update(
+            line.split()[0] for line in ended.stdout.splitlines() if not line.startswith("begin")
+        )
         assert not set(outcomes) - {"read", "refused"}, ended.stdout
         shutil.rmtree(work)
+
     assert outcomes.total() == cases
+
     return outcomes
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--read", type=Path, help="read one store or source and say what became of it")
+    parser.add_argument(
+        "--read", type=Path, help="read one store or source and say what became of it"
+    )
     options = parser.parse_args()
     if options.batch:
         return read_batch(options.batch)
@@ -186,7 +235,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for outcome, count in sorted(campaign(options.cases, options.seed, Path(folder)).items()):
             print(f"{outcome}: {count}")
+
     print(f"{options.cases} hostile files: nothing read outside, no signal, within memory and time")
+
     return None
 
 

@@ -1,13 +1,14 @@
-"""Lets one system call after another fail while a run saves or resumes, an index is built, a journal grows.
+"""Lets one system call after another fail while a run saves or resumes, an index is built, a
+journal grows.
 
     python -m tests.campaigns.injection --faults 500
 
-A library (injector.c) is preloaded: the n-th call that opens, reads, writes, flushes, renames or removes
-something in the folder at hand fails, once or from then on, or a write stops halfway. Each life is a
-fork of this process, which has imported everything. After each:
-- it has ended by itself, with no traceback, and with one line where it ended with an error;
-- what was committed or confirmed before is there and whole, and a run has not started from nothing;
-- a life without faults brings the work to the end that it has without any.
+A library (injector.c) is preloaded: the n-th call that opens, reads, writes, flushes, renames or
+removes something in the folder at hand fails, once or from then on, or a write stops halfway. Each
+life is a fork of this process, which has imported everything. After each: - it has ended by itself,
+with no traceback, and with one line where it ended with an error; - what was committed or confirmed
+before is there and whole, and a run has not started from nothing; - a life without faults brings
+the work to the end that it has without any.
 """
 
 import argparse
@@ -46,7 +47,8 @@ from megatron_interbert.weights.manifest import complete_checkpoints, verify
 from tests.corpus import write_store
 from tests.launching import free_ports, losses
 
-STEPS, SAVED_BEFORE = 6, 4
+STEPS = 6
+SAVED_BEFORE = 4
 NEVER = 1 << 40
 LONGEST = 120  # seconds of a life
 ITEMS = [Item(f"i{n}", f"p{n}", f"title {n}") for n in range(30)]
@@ -57,7 +59,9 @@ class Failure(AssertionError):
 
 
 class Life:
-    """A fork of this process that works on a folder while a call fails; its end and what it has said."""
+    """A fork of this process that works on a folder while a call fails; its end and what it has
+    said.
+    """
 
     def __init__(self, folder, work, nth, seed=0, sticky=False):
         self.said = tempfile.NamedTemporaryFile(prefix="life-", suffix=".log")
@@ -66,6 +70,7 @@ class Life:
         child = os.fork()
         if not child:
             self._live(folder, work, nth, seed, sticky)
+
         self.sticky = sticky
         self.code = self._wait(child)
         self.text = Path(self.said.name).read_text(errors="replace")
@@ -76,6 +81,7 @@ class Life:
     def _live(self, folder, work, nth, seed, sticky):
         for stream in (1, 2):
             os.dup2(self.said.fileno(), stream)
+
         library = ctypes.CDLL(None)
         ends = os._exit
 
@@ -85,11 +91,13 @@ class Life:
 
         os._exit = count_and_end
         library.fault_arm(str(folder).encode(), ctypes.c_long(nth), seed, int(sticky))
+
         try:
             run_entry(lambda: work(folder, self.confirmed.fileno()))
         except BaseException:
             traceback.print_exc()
             os._exit(3)
+
         os._exit(0)
 
     def _wait(self, child):
@@ -99,8 +107,10 @@ class Life:
             if done:
                 return os.waitstatus_to_exitcode(status)
             time.sleep(0.005)
+
         os.kill(child, 9)
         os.waitpid(child, 0)
+
         return "hangs"
 
     def check(self):
@@ -109,6 +119,7 @@ class Life:
             raise Failure(f"ended with {self.code}: {self.text[-3000:]}")
         if "Traceback" in self.text:
             raise Failure(f"a traceback: {self.text[-3000:]}")
+
         errors = [line for line in self.text.splitlines() if line.startswith("error")]
         if len(errors) != (self.code != 0):
             raise Failure(
@@ -119,7 +130,8 @@ class Life:
 class Training:
     """A run from its start to its end."""
 
-    name, steps = "saving", STEPS
+    name = "saving"
+    steps = STEPS
 
     def __init__(self, folder):
         self.folder = folder
@@ -132,7 +144,9 @@ class Training:
         life = Life(whole, self.work, NEVER)
         if life.code:
             raise Failure(f"the undisturbed run fails: {life.text}")
-        self.calls, self.expected = life.calls, losses(whole / "save")
+
+        self.calls = life.calls
+        self.expected = losses(whole / "save")
 
     def begin(self):
         """What a life starts from: a folder with the store alone."""
@@ -165,7 +179,9 @@ class Training:
         pretrain.run(lambda told: ())
 
     def check(self, folder, life):
-        """Nothing that was committed is gone but for newer ones; the same command then reaches the same end."""
+        """Nothing that was committed is gone but for newer ones; the same command then reaches the
+        same end.
+        """
         save = folder / "save"
         before = {path.name for path in complete_checkpoints(self.base / "save")}
         said = {
@@ -175,11 +191,13 @@ class Training:
         }
         now = {path.name: verify(path) for path in complete_checkpoints(save)}
         newest = max((int(name[11:]) for name, damage in now.items() if damage is None), default=0)
+
         for name in before | said:
             if now.get(name, "gone") is not None and int(name[11:]) >= newest:
                 raise Failure(
                     f"{name} was committed and is {now.get(name, 'gone')}: {life.text[-3000:]}"
                 )
+
         if before and "train step 1/" in life.text:
             raise Failure(f"the run has started from nothing: {life.text[-3000:]}")
 
@@ -188,6 +206,7 @@ class Training:
             raise Failure(
                 f"does not reach its end any more: {life.text[-2000:]} {again.text[-2000:]}"
             )
+
         known = losses(save)
         if not known.keys() <= self.expected.keys() or any(
             known[step] != self.expected[step] for step in known
@@ -214,16 +233,20 @@ def vectors(count):
 
 
 class Building:
-    """A new version of an index with changes since the one that is served, and the removal of old ones."""
+    """A new version of an index with changes since the one that is served, and the removal of old
+    ones.
+    """
 
     name = "building"
 
     def __init__(self, folder):
-        self.folder, self.base = folder, folder / "base"
+        self.folder = folder
+        self.base = folder / "base"
         self.base.mkdir()
         mark = begin(self.base)
         for _ in range(3):
             write_version(self.base, ITEMS, vectors(len(ITEMS)), "exact", {}, mark)
+
         journal = Journal(self.base)
         journal.open()
         journal.write({"remove": "i3"})
@@ -239,19 +262,25 @@ class Building:
         prune(folder, [served.name])
 
     def check(self, folder, life):
-        """What is served is whole and has all changes; so has the version that was served before."""
+        """What is served is whole and has all changes.
+
+        So has the version that was served before.
+        """
         before = served_version(self.base).name
         expected = {item.item_id for item in ITEMS} - {"i3"}
+
         for version in (served_version(folder), Version(folder / before)):
             if (
                 not version.is_whole()
                 or {item.item_id for item in version.items_now()[0]} != expected
             ):
                 raise Failure(f"{version.name} is not as it should be: {life.text[-2000:]}")
+
         if life.code == 0 and served_version(folder).name == before:
             raise Failure(
                 f"it says nothing, and the new version is not served: {life.text[-2000:]}"
             )
+
         self.work(folder, None)
         if len(version_names(folder)) > 5:
             raise Failure("old versions pile up")
@@ -263,7 +292,8 @@ class Writing:
     name = "journal"
 
     def __init__(self, folder):
-        self.folder, self.base = folder, folder / "base"
+        self.folder = folder
+        self.base = folder / "base"
         self.base.mkdir()
         write_version(self.base, ITEMS, vectors(len(ITEMS)), "exact", {}, begin(self.base))
         whole = folder / "whole"
@@ -273,34 +303,42 @@ class Writing:
     def work(self, folder, confirmed):
         journal = Journal(folder)
         journal.open()
+
         for number in range(12):
             change = (
                 {"put": Item(f"n{number}", "p1", f"新{number}").record()}
                 if number % 3
                 else {"remove": f"i{number}"}
             )
+
             try:
                 journal.write(change)
             except NotKept as error:
                 print(f"not kept: {error}")
                 continue
+
             os.write(confirmed, json.dumps(change).encode() + b"\n")
             if number == 5:
                 with contextlib.suppress(OSError):  # as the thread does that looks after the index
                     items, mark = served_version(folder).items_now()
                     write_version(folder, items, vectors(len(items)), "exact", {}, mark)
+
         journal.close()
 
     def check(self, folder, life):
-        """Every confirmed change is there; what was refused is not, unless the disk takes nothing back either."""
+        """Every confirmed change is there; what was refused is not, unless the disk takes nothing
+        back either.
+        """
         lines = Path(life.confirmed.name).read_bytes().splitlines()
         expected = {item.item_id for item in ITEMS}
+
         for change in map(json.loads, lines):
             expected = (
                 expected | {change["put"]["item_id"]}
                 if "put" in change
                 else expected - {change["remove"]}
             )
+
         found = {item.item_id for item in served_version(folder).items_now()[0]}
         refused = {f"n{number}" for number in range(12)} | {f"i{number}" for number in range(12)}
         refused -= {
@@ -310,6 +348,7 @@ class Writing:
             raise Failure(
                 f"lost {expected - found}, unconfirmed {found - expected}: {life.text[-2000:]}"
             )
+
         journal = Journal(folder)
         journal.open()
         journal.write({"remove": "i29"})
@@ -323,6 +362,7 @@ def disturb(scenario, nth, seed, sticky):
     """One fault in one life, and what must hold afterwards; whether the fault was met."""
     folder = scenario.folder / "life"
     shutil.copytree(scenario.base, folder, symlinks=True)
+
     try:
         life = Life(folder, scenario.work, nth, seed, sticky)
         life.check()
@@ -330,7 +370,8 @@ def disturb(scenario, nth, seed, sticky):
         return life.calls >= nth, life.code
     except Failure as error:
         raise Failure(
-            f"{scenario.name}, call {nth} of {scenario.calls}, seed {seed}, sticky {sticky}: {error}"
+            f"{scenario.name}, call {nth} of {scenario.calls}, seed {seed}, sticky {sticky}:"
+            f" {error}"
         ) from None
     finally:
         shutil.rmtree(folder)
@@ -348,8 +389,10 @@ def main():
 
     preload()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        draw, counts = random.Random(options.seed), Counter()
+        draw = random.Random(options.seed)
+        counts = Counter()
         scenarios = []
+
         for name in options.scenarios:
             place = Path(folder) / name
             place.mkdir()
@@ -365,6 +408,7 @@ def main():
             )
             counts[f"{scenario.name}: code {code}"] += met
             counts["faults"] += met
+
         print(json.dumps(counts))
 
 

@@ -51,6 +51,7 @@ def odd_things(folder: Path) -> Iterator[tuple[str, str]]:
         path = folder / f"{name.replace(' ', '-')}.json"
         path.write_bytes(data)
         yield name, str(path)
+
     (folder / "empty-folder").mkdir()
     (folder / "loop").symlink_to("loop")
     yield "a folder", str(folder / "empty-folder")
@@ -69,9 +70,11 @@ def exchanged(value: object, chance: random.Random) -> object:
         if chance.random() < 0.1:
             return {name: part for name, part in value.items() if name != key}
         return {**value, key: exchanged(value[key], chance)}
+
     if isinstance(value, list) and value and chance.random() < 0.7:
         place = chance.randrange(len(value))
         return [*value[:place], exchanged(value[place], chance), *value[place + 1 :]]
+
     return chance.choice(ODD_PARTS)
 
 
@@ -89,6 +92,7 @@ def end_of(command: Command, changes: dict[str, str], folder: Path) -> tuple[int
     child = os.fork()
     if child == 0:
         run_as_command(command, changes, folder, log)
+
     deadline = time.monotonic() + SECONDS
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -98,28 +102,34 @@ def end_of(command: Command, changes: dict[str, str], folder: Path) -> tuple[int
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return -1000, log.read_text(errors="replace")
+
         time.sleep(0.005)
 
 
 def run_as_command(command: Command, changes: dict[str, str], folder: Path, log: Path) -> None:
     """Become the command, as a shell starts it in `folder`; never returns."""
     code = 70
+
     try:
         os.setsid()
         os.chdir(folder)
         handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         for number in (1, 2):
             os.dup2(handle, number)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", closefd=False)
         os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         name, *first = command.name.split()
         sys.argv = [name, *first, *command.line(**changes)]
+
         if name.endswith(".py"):
             sys.argv[0] = str(ROOT / name)
             runpy.run_path(str(ROOT / name), run_name="__main__")
         else:
             sys.modules.pop(f"megatron_interbert.{name}", None)
             runpy.run_module(f"megatron_interbert.{name}", run_name="__main__", alter_sys=True)
+
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
@@ -141,14 +151,17 @@ def fault(command: Command, code: int, printed: str, flag: str, path: str) -> st
         return f"no end within {SECONDS:g} s"
     if code not in (0, 1, 2):
         return f"exit code {code}"
+
     lines = [line for line in printed.splitlines() if "error:" in line]
     if code == 2 and len(lines) != 1:
         return f"{len(lines)} lines that say why"
     if command.name in ENDS_EARLY:  # whatever the file: for a reason of its own
         return ""
+
     named = (flag, Path(path).name or flag, Path(path).parent.name)
     if code == 2 and not any(name in printed for name in named):
         return "a line that names neither flag nor file"
+
     return ""
 
 
@@ -165,6 +178,7 @@ def attempts(
         for flag in command.files
     ]
     sound = sound_files(world)
+
     for command in commands(world):
         for flag in command.files:
             for number in range(mutations if flag in sound else 0):
@@ -172,6 +186,7 @@ def attempts(
                 path = things / f"{len(found)}{Path(sound[flag]).suffix}"
                 path.write_text(mutated(sound[flag], chance), encoding="utf-8")
                 found.append((command, flag, name, str(path)))
+
     return found
 
 
@@ -182,6 +197,7 @@ def make_weights(world: World) -> None:
         "finetune vcr": world.vcr_weights,
         "finetune glue": world.glue_weights,
     }
+
     for command in commands(world):
         if folder := saved.get(command.name):
             code, printed = end_of(command, {"--save": folder}, world.folder)
@@ -189,7 +205,9 @@ def make_weights(world: World) -> None:
 
 
 def hold_sound(world: World) -> None:
-    """Run every command as it is: attempts with odd files say nothing if the others are odd as well."""
+    """Run every command as it is: attempts with odd files say nothing if the others are odd as
+    well.
+    """
     for command in commands(world):
         work = world.folder / "sound"
         work.mkdir()
@@ -207,6 +225,7 @@ def run(mutations: int, share: float, seed: int, folder: Path) -> tuple[Counter,
     chosen = [one for one in attempts(world, mutations, chance) if chance.random() < share]
     codes: Counter = Counter()
     faults = []
+
     for command, flag, name, path in progress(chosen, desc="odd input", unit="attempt"):
         work = folder / "work"
         work.mkdir()
@@ -214,7 +233,9 @@ def run(mutations: int, share: float, seed: int, folder: Path) -> tuple[Counter,
         codes[code] += 1
         if wrong := fault(command, code, printed, flag, path):
             faults.append(f"{command.name} {flag} {name} ({path}): {wrong}\n{printed[-3000:]}")
+
         shutil.rmtree(work)
+
     return codes, faults
 
 
@@ -231,8 +252,10 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         codes, faults = run(options.mutations, options.share, options.seed, Path(folder))
+
     print(*faults, sep="\n\n")
     print(f"exit codes {dict(codes)}, {len(faults)} faults")
+
     return bool(faults)
 
 

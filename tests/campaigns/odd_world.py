@@ -1,4 +1,6 @@
-"""A small world of sound files, and every command that reads such files, with arguments that suit it."""
+"""A small world of sound files, and every command that reads such files, with arguments that suit
+it.
+"""
 
 import json
 from dataclasses import dataclass
@@ -53,7 +55,8 @@ class World:
         self.text("glue/dev.tsv", rows)
         self.photos = self.folder_of("photos", "image-1.jpg", "no picture")
         self.weights = str(folder / "weights")
-        self.vcr_weights, self.glue_weights = f"{self.weights}-vcr", f"{self.weights}-glue"
+        self.vcr_weights = f"{self.weights}-vcr"
+        self.glue_weights = f"{self.weights}-glue"
         header = "product_id image_h image_w num_boxes boxes features class_labels query query_id"
         row = "1 4 4 0 - - - cat 7"
         kdd = "".join(line.replace(" ", "\t").replace("-", "") + "\n" for line in (header, row))
@@ -105,8 +108,10 @@ def training(world: World) -> list[Command]:
     search = {**tuned, "--queries": world.queries}
     topics = {**tuned, "--topics": world.topics, "--clicks": world.clicks}
 
-    data, weights = ("--data-path", "--vocab-file"), ("--init-from", "--load", "--save")
+    data = ("--data-path", "--vocab-file")
+    weights = ("--init-from", "--load", "--save")
     settings = ("--config", "--deepspeed_config")
+
     return [
         Command("pretrain", run, (*data, *weights, *settings, "--model", "--valid-data-path")),
         Command("preflight", run, ("--data-path", "--model", "--load", "--save")),
@@ -130,6 +135,7 @@ def evaluations(world: World) -> list[Command]:
     shop |= {"--items": world.items}
 
     kept = ("--load", "--data-path", "--image-folder")
+
     return [
         Command("evaluate retrieval", read, (*kept, "--output")),
         Command("evaluate vcr", vcr, ("--annotations",)),
@@ -146,7 +152,9 @@ def preparations(world: World) -> list[Command]:
     build = {"source": world.store, "--output": "out"}
     of_build = ("--captions", "--only", "--class-names", "--vocab-file", "--image-ids")
     photos = {"photos": world.photos, "--detector": world.weights, "--output": "out"}
-    store, queries = {"store": world.store}, {"source": world.kdd, "--output": "out"}
+    store = {"store": world.store}
+    queries = {"source": world.kdd, "--output": "out"}
+
     return [
         Command("tools/build_features.py", build, ("source", "--output", *of_build)),
         Command(
@@ -165,6 +173,7 @@ def conversions(world: World) -> list[Command]:
     of_convert = ("input", "--output", "--model", "--vocab-file", "--results")
     summarise = {"results": world.result, "--output": "out"}
     ablate = {"--data-path": world.store, "--test-data-path": world.store, "--output": "out"}
+
     return [
         Command("tools/convert_checkpoint.py --to sharded", convert, of_convert),
         Command("tools/summarise.py", summarise, ("results",)),

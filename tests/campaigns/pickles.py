@@ -1,6 +1,6 @@
 """Mutated pickles: each gives a value or a ValueError, in bounded memory; the helper survives.
 
-    python -m tests.campaigns.pickles --cases 200000 --seed 1
+python -m tests.campaigns.pickles --cases 200000 --seed 1
 """
 
 import argparse
@@ -64,6 +64,7 @@ def honest_pickles() -> list[bytes]:
 def mutate(data: bytes, others: list[bytes], chance: random.Random) -> bytes:
     """Flip, cut, splice, double, or swap opcodes, once or several times."""
     result = bytearray(data)
+
     for _ in range(chance.choice((1, 1, 1, 2, 4, 10))):
         place = chance.randrange(len(result) + 1)
         length = chance.choice((1, 2, 8, 40))

@@ -2,9 +2,9 @@
 
     python -m tests.campaigns.stops --rounds 60
 
-Checks after each stop that what the run said is true (the checkpoint that it names is whole, the next
-start resumes from it), that no more than the interval between checkpoints is lost, and at the end
-that all losses are those of a run that nobody has disturbed.
+Checks after each stop that what the run said is true (the checkpoint that it names is whole, the
+next start resumes from it), that no more than the interval between checkpoints is lost, and at the
+end that all losses are those of a run that nobody has disturbed.
 """
 
 import argparse
@@ -44,22 +44,28 @@ def step_of(path):
 def check_words(out, err, codes, number, save):
     """Hold what a stopped run has said against what lies on disk; gives the checkpoint it named."""
     newest = next(iter(complete_checkpoints(save)), None)
+
     for path in re.findall(r"^saved (\S+) ", out, re.MULTILINE):
         assert newest is not None, f"{path} was saved and is gone"
-        assert Path(path).is_dir() or step_of(path) < step_of(newest), f"{path} was saved and is gone"
+        assert Path(path).is_dir() or step_of(path) < step_of(newest), (
+            f"{path} was saved and is gone"
+        )
 
     if number == signal.SIGKILL:
         return newest
+
     name = signal.Signals(number).name
     last = LAST.search(out)
     if last is None:  # before the run has taken its signals over
         assert "train step" not in out, out + err
         return newest
+
     step, reason, path = last.groups()
     assert reason == name, last.group()
     assert Path(path) == newest, last.group()
     assert step_of(path) == int(step), last.group()
     assert set(codes) == {130 if number == signal.SIGINT else 75}, codes
+
     return newest
 
 
@@ -80,6 +86,7 @@ def one_life(store, save, ranks, number, seconds):
     assert "Traceback" not in err, err
     if number == signal.SIGKILL and before and trained:
         assert age <= INTERVAL + SLACK, f"the newest checkpoint was {age:.1f} s old"
+
     return out, check_words(out, err, codes, number, save)
 
 
@@ -90,14 +97,19 @@ def run(rounds, seed, ranks, folder):
     save = folder / "run"
     counts = Counter()
     expected = None
+
     for turn in progress(range(rounds), desc="stops", unit="stop"):
         number = SIGNALS[turn % len(SIGNALS)]
         least = 9.0 if number == signal.SIGKILL else 1.0  # a killed run must have had time to save
         out, newest = one_life(store, save, ranks, number, draw.uniform(least, least + 5.0))
         resumed = RESUMED.search(out)
+
         if resumed and expected:
-            assert Path(resumed.group(1)) == expected, f"resumed from {resumed.group(1)}, not {expected}"
+            assert Path(resumed.group(1)) == expected, (
+                f"resumed from {resumed.group(1)}, not {expected}"
+            )
             counts["resumed"] += 1
+
         expected = newest
         counts[number.name] += 1
 
@@ -106,10 +118,13 @@ def run(rounds, seed, ranks, folder):
     undisturbed = [*flags(store, whole), "--exit-interval", max(disturbed)]
     for code, out, err in ends(start_ranks(*[undisturbed] * ranks), timeout=3600):
         assert code == 0, out + err
+
     expected_losses = losses(whole)
     for step, values in disturbed.items():
         assert values == expected_losses[step], f"step {step}: {values}, {expected_losses[step]}"
+
     counts["steps compared"] = len(disturbed)
+
     return counts
 
 
@@ -122,6 +137,7 @@ def main():
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         counts = run(options.rounds, options.seed, options.ranks, Path(folder))
+
     print(", ".join(f"{name} {count}" for name, count in counts.items()))
 
 

@@ -1,10 +1,12 @@
-"""Compiles every Triton kernel for every kind of card, and compares what it takes with what the card offers.
+"""Compiles every Triton kernel for every kind of card, and compares what it takes with what the
+card offers.
 
     python -m tests.campaigns.tiles --write
     python -m tests.campaigns.tiles --capabilities 8.0 9.0 --dtypes float32
 
-No GPU is needed. All of it takes eight minutes on two cores; a line a row tells how far it is. The first command writes the tables of
-docs/kernels.md. It fails where a tile takes more than `kernels/fit.py` says, or where a thread spills more than a few registers.
+No GPU is needed. All of it takes eight minutes on two cores; a line a row tells how far it is. The
+first command writes the tables of docs/kernels.md. It fails where a tile takes more than
+`kernels/fit.py` says, or where a thread spills more than a few registers.
 """
 
 import argparse
@@ -20,7 +22,8 @@ import torch
 from megatron_interbert.kernels.fit import SHARED_MEMORY, TILES, tile_bytes, tile_for
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
-BEGIN, END = "<!-- tiles.py writes from here", "<!-- to here -->"
+BEGIN = "<!-- tiles.py writes from here"
+END = "<!-- to here -->"
 HEAD_SIZES = (64, 96)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CARDS = {
@@ -31,12 +34,14 @@ CARDS = {
     (10, 0): "B200",
     (12, 0): "RTX 50",
 }
-MOST_STACK = 512  # bytes of a thread: what does not fit in 255 registers of 4 bytes, at most half as much again
+# bytes of a thread: what does not fit in 255 registers of 4 bytes, at most half as much again
+MOST_STACK = 512
 COLUMNS = ("card", "type", "head", "tile", "at most", "compiled", "stack", "limit", "")
 
 
 def choices(
-    capabilities: Iterable[tuple[int, int]] = tuple(SHARED_MEMORY), dtypes: Sequence[torch.dtype] = DTYPES
+    capabilities: Iterable[tuple[int, int]] = tuple(SHARED_MEMORY),
+    dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> Iterator[tuple[tuple[int, int], torch.dtype, int, int]]:
     """(Compute capability, type, size of a head, tokens of a tile) of each row."""
     for capability in capabilities:
@@ -46,50 +51,81 @@ def choices(
                     yield capability, dtype, head, tile
 
 
-def known(capability: tuple[int, int], dtype: torch.dtype, head: int, tile: int) -> tuple[list[str], list[str]]:
+def known(
+    capability: tuple[int, int], dtype: torch.dtype, head: int, tile: int
+) -> tuple[list[str], list[str]]:
     """What a row says without a compiler: (before, behind) the columns of what was compiled."""
     limit = SHARED_MEMORY[capability]
     needed = tile_bytes(tile, head, dtype.itemsize)
     chosen = tile_for(head, dtype, limit)
     verdict = "**taken**" if tile == chosen else "fits"
+
     if needed > limit:
-        verdict = f"does not fit: {chosen} tokens instead" if chosen else "does not fit: padded SDPA instead"
+        verdict = (
+            f"does not fit: {chosen} tokens instead"
+            if chosen
+            else "does not fit: padded SDPA instead"
+        )
+
     card = f"{capability[0]}.{capability[1]} ({CARDS[capability]})"
-    return [card, str(dtype).removeprefix("torch."), str(head), str(tile), f"{needed:,}"], [f"{limit:,}", verdict]
+
+    return [card, str(dtype).removeprefix("torch."), str(head), str(tile), f"{needed:,}"], [
+        f"{limit:,}",
+        verdict,
+    ]
 
 
-def compiled_row(capability: tuple[int, int], dtype: torch.dtype, head: int, tile: int) -> tuple[str, list[str]]:
+def compiled_row(
+    capability: tuple[int, int], dtype: torch.dtype, head: int, tile: int
+) -> tuple[str, list[str]]:
     """(Row of the table, what is wrong with it)."""
     from megatron_interbert.kernels.fit import tile_width
     from tests.kernels.compiling import ATTENTION, compile_attention
 
     before, behind = known(capability, dtype, head, tile)
-    found = {name: compile_attention(name, capability, dtype, tile, tile_width(head)) for name in ATTENTION}
+    found = {
+        name: compile_attention(name, capability, dtype, tile, tile_width(head))
+        for name in ATTENTION
+    }
     shared = max(one.shared for one in found.values())
     stack = max(one.stack for one in found.values())
     wrong = []
     if shared > tile_bytes(tile, head, dtype.itemsize):
         wrong.append(f"{' '.join(before)}: takes {shared:,} bytes, more than tile_bytes says")
     if stack > MOST_STACK:
-        wrong.append(f"{' '.join(before)}: spills {stack:,} bytes a thread, expected at most {MOST_STACK}")
+        wrong.append(
+            f"{' '.join(before)}: spills {stack:,} bytes a thread, expected at most {MOST_STACK}"
+        )
+
     return line([*before, f"{shared:,}", str(stack), *behind]), wrong
 
 
-def other_kernels(capabilities: list[tuple[int, int]], dtypes: tuple[torch.dtype, ...]) -> tuple[list[str], list[str]]:
+def other_kernels(
+    capabilities: list[tuple[int, int]], dtypes: tuple[torch.dtype, ...]
+) -> tuple[list[str], list[str]]:
     """(Rows of the kernels beside attention, over all cards and types, what is wrong with them)."""
     from tests.kernels.compiling import ATTENTION, compile_kernel, launched_kernels
 
-    rows, wrong = [], []
+    rows = []
+    wrong = []
+
     for kernel in launched_kernels():
         name = kernel.fn.__name__
         if name in ATTENTION:
             continue
-        found = [compile_kernel(kernel, capability, dtype) for capability in capabilities for dtype in dtypes]
-        shared, stack = max(one.shared for one in found), max(one.stack for one in found)
+
+        found = [
+            compile_kernel(kernel, capability, dtype)
+            for capability in capabilities
+            for dtype in dtypes
+        ]
+        shared = max(one.shared for one in found)
+        stack = max(one.stack for one in found)
         rows.append(line([name.strip("_"), f"{shared:,}", str(stack)]))
         print(rows[-1], flush=True)
         if shared > min(SHARED_MEMORY.values()) or stack > MOST_STACK:
             wrong.append(f"{name}: {shared:,} bytes of shared memory, {stack} of stack")
+
     return rows, wrong
 
 
@@ -129,24 +165,41 @@ def capability_of(text: str) -> tuple[int, int]:
     major, minor = text.split(".")
     found = int(major), int(minor)
     if found not in SHARED_MEMORY:
-        raise argparse.ArgumentTypeError(f"'{text}': expected one of {', '.join(f'{a}.{b}' for a, b in SHARED_MEMORY)}")
+        raise argparse.ArgumentTypeError(
+            f"'{text}': expected one of {', '.join(f'{a}.{b}' for a, b in SHARED_MEMORY)}"
+        )
+
     return found
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capabilities", nargs="+", type=capability_of, default=list(SHARED_MEMORY), metavar="8.0")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--capabilities", nargs="+", type=capability_of, default=list(SHARED_MEMORY), metavar="8.0"
+    )
     names = ("bfloat16", "float16", "float32")
     parser.add_argument("--dtypes", nargs="+", choices=names, default=list(names))
-    parser.add_argument("--write", action="store_true", help="write docs/kernels.md (needs all capabilities and types)")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="write docs/kernels.md (needs all capabilities and types)",
+    )
     options = parser.parse_args()
     whole = len(options.capabilities) == len(SHARED_MEMORY) and len(options.dtypes) == len(names)
+
     if options.write and not whole:
-        parser.error("--write needs all capabilities and types: leave --capabilities and --dtypes out")
+        parser.error(
+            "--write needs all capabilities and types: leave --capabilities and --dtypes out"
+        )
 
     dtypes = tuple(getattr(torch, name) for name in options.dtypes)
-    began, rows, wrong = time.monotonic(), [], []
+    began = time.monotonic()
+    rows = []
+    wrong = []
+
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # nothing compiled before may stand in
         asked = list(choices(options.capabilities, dtypes))
@@ -155,11 +208,18 @@ def main() -> None:
             print(f"{number}/{len(asked)} {time.monotonic() - began:.0f} s {text}", flush=True)
             rows.append(text)
             wrong += complaints
+
         others, complaints = other_kernels(options.capabilities, dtypes)
         wrong += complaints
+
     if options.write:
         write(rows, others)
-    print("\n".join(wrong) or f"all {len(rows)} rows and {len(others)} other kernels fit; {time.monotonic() - began:.0f} s")
+
+    print(
+        "\n".join(wrong)
+        or f"all {len(rows)} rows and {len(others)} other kernels fit;"
+        f" {time.monotonic() - began:.0f} s"
+    )
     sys.exit(1 if wrong else 0)
 
 

@@ -1,4 +1,6 @@
-"""Every layout goes on from the checkpoints of every other, all pairs: `python -m tests.campaigns.topologies`."""
+"""Every layout goes on from the checkpoints of every other, all pairs: `python -m
+tests.campaigns.topologies`.
+"""
 
 import tempfile
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Real Chinese texts with the vocabulary of bert-base-chinese: one form, what is missing from it, lengths, how much is masked."""
+"""Real Chinese texts with the vocabulary of bert-base-chinese: one form, what is missing from it,
+lengths, how much is masked.
+"""
 
 import json
 import unicodedata
@@ -32,10 +34,20 @@ def test_one_form(text, expected):
 
 def texts(kind):
     if kind == "products":
-        return [product["title"] for product in json.loads((SHARED / "data/chinese_products/annotations-1k.json").read_text())]
+        return [
+            product["title"]
+            for product in json.loads(
+                (SHARED / "data/chinese_products/annotations-1k.json").read_text()
+            )
+        ]
+
     if kind == "flickr":
         return list(read_flickr())
-    lines = map(json.loads, (SHARED / "data/region_features/captions.jsonl").read_text().splitlines())
+
+    lines = map(
+        json.loads, (SHARED / "data/region_features/captions.jsonl").read_text().splitlines()
+    )
+
     return [line["caption"] for line in lines if line["lang"] == "zh"]
 
 
@@ -51,32 +63,49 @@ def tokenizer():
 
 
 @needs_shared
-@pytest.mark.parametrize(("kind", "count", "unknown"), [("products", 1000, None), ("flickr", 40455, None), ("regions", None, 0)])
+@pytest.mark.parametrize(
+    ("kind", "count", "unknown"),
+    [("products", 1000, None), ("flickr", 40455, None), ("regions", None, 0)],
+)
 def test_unknown_is_only_what_the_vocabulary_lacks(tokenizer, kind, count, unknown):
-    """Every [UNK] stands for a word of which a character is missing from the vocabulary, looked up character by character."""
+    """Every [UNK] stands for a word of which a character is missing from the vocabulary, looked up
+    character by character.
+    """
     found = texts(kind)
     assert count is None or len(found) == count
-    known, missing, pieces = set(tokenizer.words), 0, 0
+    known = set(tokenizer.words)
+    missing = 0
+    pieces = 0
     batch = tokenizer.encode_batch(found)
     ids = np.split(batch.ids, batch.offsets[1:-1])
+
     for text, of_text in zip(found, ids, strict=True):
         lacking = [c for c in bare(one_form(text)) if c not in known and f"##{c}" not in known]
         assert (tokenizer.unknown in of_text) <= bool(lacking), text
         missing += int((of_text == tokenizer.unknown).sum())
         pieces += len(of_text)
+
     assert missing / pieces < 0.001, (missing, pieces)
     assert unknown is None or missing == unknown
 
 
 def bare(text):
-    """Characters as BERT's normaliser leaves them: lower case, without accents, control characters and spaces."""
-    plain = (c for c in unicodedata.normalize("NFD", text.lower()) if unicodedata.category(c) not in ("Mn", "Cc", "Cf"))
+    """Characters as BERT's normaliser leaves them: lower case, without accents, control characters
+    and spaces.
+    """
+    plain = (
+        c
+        for c in unicodedata.normalize("NFD", text.lower())
+        if unicodedata.category(c) not in ("Mn", "Cc", "Cf")
+    )
     return [c for c in plain if not c.isspace()]
 
 
 @needs_shared
 def test_words_of_a_segmenter_are_masked_whole(tokenizer):
-    """The same pieces, cut elsewhere: jieba's words, and everything that is not Chinese as before."""
+    """The same pieces, cut elsewhere: jieba's words, and everything that is not Chinese as
+    before.
+    """
     pytest.importorskip("jieba", reason="jieba is not installed (pip install -r requirements.txt)")
     joined = CaptionTokenizer(tokenizer.vocab_file, "chinese", "jieba")
     text = "红色连衣裙 A4 nike运动鞋"
@@ -87,15 +116,20 @@ def test_words_of_a_segmenter_are_masked_whole(tokenizer):
     words = ["".join(pieces[i].removeprefix("##") for i in word) for word in begun]
     assert words == ["红色", "连衣裙", "a4", "nike", "运动鞋"] * 2
     whole = joined.encode_batch(texts("products")[:200])
-    _, chosen = mask_tokens(whole, joined, "paper", np.random.default_rng(0).random((200, word_draws(80))))
+    _, chosen = mask_tokens(
+        whole, joined, "paper", np.random.default_rng(0).random((200, word_draws(80)))
+    )
     for word in np.split(chosen, np.flatnonzero(whole.word_starts)[1:]):
         assert word.all() or not word.any()
+
     assert whole.word_starts.mean() < 0.75
 
 
 @needs_shared
 def test_lengths_and_masking_of_titles(tokenizer):
-    """Titles fit the recipe's 64 tokens but for few; a word (a character, or a whole word in Latin letters) is masked whole or not."""
+    """Titles fit the recipe's 64 tokens but for few; a word (a character, or a whole word in Latin
+    letters) is masked whole or not.
+    """
     batch = tokenizer.encode_batch(texts("products"))
     lengths = np.diff(batch.offsets) + 2
     assert np.mean(lengths <= 64) > 0.95

@@ -1,4 +1,6 @@
-"""Loader processes: the same batches for any number of them, memory that is used again, and every kind of death in one line."""
+"""Loader processes: the same batches for any number of them, memory that is used again, and every
+kind of death in one line.
+"""
 
 import gc
 import os
@@ -35,28 +37,48 @@ def paths(tmp_path_factory):
 
 
 def dataset(paths, **changes):
-    settings = {"data_partitions": PARTITIONS, "micro_batch_size": 4, "global_batch_size": 16, "data_epochs": "", **changes}
-    return PretrainingSet(Corpus(paths), CaptionTokenizer(f"{paths[0]}/vocab.txt"), RunConfig(**settings))
+    settings = {
+        "data_partitions": PARTITIONS,
+        "micro_batch_size": 4,
+        "global_batch_size": 16,
+        "data_epochs": "",
+        **changes,
+    }
+    return PretrainingSet(
+        Corpus(paths), CaptionTokenizer(f"{paths[0]}/vocab.txt"), RunConfig(**settings)
+    )
 
 
 def test_global_batches_are_the_same_for_every_layout_and_after_resume(paths):
-    """Sample ids of each global batch: 1, 2, 4, 8 ranks, 0 to 4 loader processes, begun at any step; two stores, 1 and 2 passes."""
+    """Sample ids of each global batch: 1, 2, 4, 8 ranks, 0 to 4 loader processes, begun at any
+    step; two stores, 1 and 2 passes.
+    """
 
     def ids(ranks, workers, consumed, steps):
         data = dataset(paths, data_epochs="1,2", micro_batch_size=16 // ranks, num_workers=workers)
         streams = [iter(BatchStream(data, consumed, 16, rank, ranks)) for rank in range(ranks)]
-        found = [sorted(i for stream in streams for i in next(stream).sample_ids.tolist()) for _ in range(steps)]
+        found = [
+            sorted(i for stream in streams for i in next(stream).sample_ids.tolist())
+            for _ in range(steps)
+        ]
         for stream in streams:
             stream.close()
+
         return found
 
     expected = ids(1, 0, 0, 50)
     epoch = sorted(i for batch in expected[:24] for i in batch)
     assert len(epoch) == 384
-    assert epoch == sorted([*range(256), *range(256, 320), *range(256, 320)]), "every sample, those of the second store twice"
+    assert epoch == sorted([*range(256), *range(256, 320), *range(256, 320)]), (
+        "every sample, those of the second store twice"
+    )
+
     for ranks, workers in ((1, 1), (1, 4), (2, 0), (2, 3), (4, 1), (4, 2), (8, 0), (8, 1)):
         consumed = 5 * workers + ranks
-        assert ids(ranks, workers, 16 * consumed, 20) == expected[consumed : consumed + 20], (ranks, workers)
+        assert ids(ranks, workers, 16 * consumed, 20) == expected[consumed : consumed + 20], (
+            ranks,
+            workers,
+        )
 
 
 def test_a_rank_opens_the_shards_of_its_partitions_only(paths):
@@ -64,8 +86,13 @@ def test_a_rank_opens_the_shards_of_its_partitions_only(paths):
         for rank in range(ranks):
             data = dataset(paths)
             take(BatchStream(data, 0, 16, rank, ranks, workers=0), 120)
+
             for store, per_partition in zip(data.corpus.stores, (4, 4), strict=True):
-                wanted = {p * per_partition + i for p in range(rank, PARTITIONS, ranks) for i in range(per_partition)}
+                wanted = {
+                    p * per_partition + i
+                    for p in range(rank, PARTITIONS, ranks)
+                    for i in range(per_partition)
+                }
                 assert set(store._open) == wanted, (ranks, rank)
 
 
@@ -82,7 +109,9 @@ def test_open_files_stay_bounded(tmp_path):
 
 
 def test_slots_are_used_again_only_when_their_batch_is_gone(paths):
-    """Batches kept by the caller stay what they were, beyond the number of slots; dropped ones give their memory back."""
+    """Batches kept by the caller stay what they were, beyond the number of slots; dropped ones give
+    their memory back.
+    """
     data = dataset(paths)
     expected = take(BatchStream(data, 0, 16, 0, 1, workers=0), 6 * SLOTS)
     stream = iter(BatchStream(data, 0, 16, 0, 1, workers=1))
@@ -92,16 +121,22 @@ def test_slots_are_used_again_only_when_their_batch_is_gone(paths):
     kept.clear()
     for number in range(3 * SLOTS, 6 * SLOTS):
         assert same(next(stream), expected[number])
+
     assert torch.equal(one_row, expected[0].features[1]), "a view alone keeps its slot"
     stream.close()
 
 
 def test_a_micro_batch_that_is_settled_late_still_fits_its_slot(paths):
     """A DeepSpeed JSON may set --micro-batch-size after the samples were opened."""
-    late, known = dataset(paths), dataset(paths, micro_batch_size=16)
+    late = dataset(paths)
+    known = dataset(paths, micro_batch_size=16)
     late.config.micro_batch_size = 16
-    both = [iter(BatchStream(samples, 0, 16, 0, 1, workers=workers)) for samples, workers in ((late, 1), (known, 0))]
+    both = [
+        iter(BatchStream(samples, 0, 16, 0, 1, workers=workers))
+        for samples, workers in ((late, 1), (known, 0))
+    ]
     kept = []
+
     for _ in range(SLOTS + 2):
         one, other = (next(stream) for stream in both)
         kept = [*kept[-2:], (one, other)]
@@ -109,7 +144,9 @@ def test_a_micro_batch_that_is_settled_late_still_fits_its_slot(paths):
 
 
 def test_memory_of_a_process_does_not_grow(paths):
-    """1,000 batches after 200: what a loader process and this one hold stays the same (long form: tools/benchmark.py data)."""
+    """1,000 batches after 200: what a loader process and this one hold stays the same (long form:
+    tools/benchmark.py data).
+    """
 
     def resident(pid):
         with open(f"/proc/{pid}/status") as handle:
@@ -123,6 +160,7 @@ def test_memory_of_a_process_does_not_grow(paths):
     before = [resident(pid) for pid in pids]
     for _ in range(1000):
         next(stream)
+
     after = [resident(pid) for pid in pids]
     stream.close()
     assert all(b - a < 4096 for a, b in zip(before, after, strict=True)), (before, after)
@@ -130,7 +168,11 @@ def test_memory_of_a_process_does_not_grow(paths):
 
 def test_batches_larger_than_a_pipe_do_not_block(paths):
     """Requests and results of 20,000 samples fill both directions of the pipe at once."""
-    stream = iter(BatchStream(dataset(paths, micro_batch_size=20_000, data_timeout=60), 0, 20_000, 0, 1, workers=1))
+    stream = iter(
+        BatchStream(
+            dataset(paths, micro_batch_size=20_000, data_timeout=60), 0, 20_000, 0, 1, workers=1
+        )
+    )
     assert [len(next(stream)) for _ in range(6)] == [20_000] * 6
     stream.close()
 
@@ -143,10 +185,13 @@ def test_a_killed_process_is_named_at_once(paths, start):
     next(stream)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     began = time.monotonic()
+
     with pytest.raises(
-        TrainingStopped, match=r"loader process \d \(pid \d+\) was killed by SIGKILL; memory may have run out"
+        TrainingStopped,
+        match=r"loader process \d \(pid \d+\) was killed by SIGKILL; memory may have run out",
     ) as caught:
         take(stream, 100)
+
     assert caught.value.local
     assert time.monotonic() - began < 20, "seconds, not the minutes of a collective's timeout"
 
@@ -157,7 +202,10 @@ def test_a_read_that_hangs_ends(paths):
     stream = iter(BatchStream(dataset(paths, data_timeout=2), 0, 16, 0, 1, workers=1))
     next(stream)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGSTOP)
-    with pytest.raises(TrainingStopped, match="has given no batch for 2 s: the disk of the region store hangs"):
+
+    with pytest.raises(
+        TrainingStopped, match="has given no batch for 2 s: the disk of the region store hangs"
+    ):
         take(stream, 100)
 
 
@@ -182,7 +230,9 @@ def test_processes_end_with_the_one_they_work_for(paths):
         print(*[p.pid for p in multiprocessing.active_children()], flush=True)
         time.sleep(60)
     """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True
+    )
     pids = [int(pid) for pid in process.stdout.readline().split()]
     assert len(pids) == 3
     process.kill()
@@ -190,6 +240,7 @@ def test_processes_end_with_the_one_they_work_for(paths):
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and any(alive(pid) for pid in pids):
         time.sleep(0.1)
+
     assert not any(alive(pid) for pid in pids)
 
 
@@ -209,11 +260,18 @@ def test_wrong_mixtures_are_refused(paths, tmp_path):
     ):
         with pytest.raises(UsageError, match=message):
             dataset(paths, **changes)
+
     with pytest.raises(UsageError, match="give one"):
         RunConfig(data_epochs="1,1", data_weights="1,1").check()
-    other = write_store(tmp_path / "other", images=16, seed=3, detector={"name": "another", "revision": "1"})
-    with pytest.raises(UsageError, match="use features of that detector, or give --allow-other-detector"):
+
+    other = write_store(
+        tmp_path / "other", images=16, seed=3, detector={"name": "another", "revision": "1"}
+    )
+    with pytest.raises(
+        UsageError, match="use features of that detector, or give --allow-other-detector"
+    ):
         Corpus([paths[0], str(other)])
+
     assert Corpus([paths[0], str(other)], allow_other_detector=True).num_images == 144
 
 
@@ -225,14 +283,23 @@ def test_regions_without_labels_cannot_be_predicted(tmp_path):
 
 
 def test_chunked_shards_of_others_are_read_too(tmp_path):
-    """A shard written by somebody else's tool, compressed and in float32, gives the same batches."""
+    """A shard written by somebody else's tool, compressed and in float32, gives the same
+    batches.
+    """
     path = write_store(tmp_path / "store", images=64, images_per_shard=64)
     expected = take(BatchStream(dataset([str(path)]), 0, 16, 0, 1, workers=0), 8)
     shard = path / "shard-00000.h5"
+
     with h5py.File(shard, "r+") as file:
         values = file["image_features"][:]
         del file["image_features"]
-        file.create_dataset("image_features", data=values.astype(np.float32), chunks=(16, values.shape[1]), compression="gzip")
+        file.create_dataset(
+            "image_features",
+            data=values.astype(np.float32),
+            chunks=(16, values.shape[1]),
+            compression="gzip",
+        )
+
     manifest = (path / "manifest.json").read_text()
     import json
 
@@ -268,6 +335,7 @@ def test_pinning_runs_one_batch_ahead_in_order_and_passes_errors_on():
     deadline = time.monotonic() + 5
     while made[-1] < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
+
     assert made == [0, 1, 2, 3], "one ahead, no more"
     assert [next(stream)[1], next(stream)[1]] == [3, 4]
     with pytest.raises(UsageError, match="a bad record"):

@@ -83,10 +83,13 @@ def test_no_code_reads_a_field_that_is_not_checked():
     """Fields as the sources name them, of manifests of stores."""
     pattern = re.compile(r"""(?:store|stores\[0\]|self)\.manifest(?:\.get\(|\[)["'](\w+)["']""")
     named = set()
-    folders = [ROOT / "megatron_interbert" / room for room in ("data", "pages", "preparation", "tasks")]
+    folders = [
+        ROOT / "megatron_interbert" / room for room in ("data", "pages", "preparation", "tasks")
+    ]
     for folder in (*folders, ROOT / "tools"):
         for path in folder.rglob("*.py"):
             named |= set(pattern.findall(path.read_text()))
+
     assert named - {"schema_version"} <= {*NEEDED, *OPTIONAL}
     assert {"label_width", "class_names", "detector"} <= named
 

@@ -1,4 +1,6 @@
-"""Masking is what it says: measured rates over 100,000 samples against the rules, for both modes."""
+"""Masking is what it says: measured rates over 100,000 samples against the rules, for both
+modes.
+"""
 
 import numpy as np
 import pytest
@@ -30,26 +32,35 @@ def draws(seed, count, width):
 
 def masked(tokenizer, rules, length, count=SAMPLES, seed=1):
     """(ids, targets), both [count, length]."""
-    ids, targets = mask_tokens(captions(length, count), tokenizer, rules, draws(seed, count, word_draws(length)))
+    ids, targets = mask_tokens(
+        captions(length, count), tokenizer, rules, draws(seed, count, word_draws(length))
+    )
     return ids.reshape(count, length), targets.reshape(count, length)
 
 
 def test_paper_segments_hide_each_position_at_its_rate(tokenizer):
-    """Anchors 0.10, one to three words each: 0.10 at the first word, 0.16 at the second, 0.188 further on; 17 % overall."""
+    """Anchors 0.10, one to three words each: 0.10 at the first word, 0.16 at the second, 0.188
+    further on; 17 % overall.
+    """
     shares = masked(tokenizer, "paper", 10)[1].mean(axis=0)
-    first, second = 0.1, 1 - 0.9 * (1 - 0.1 * 2 / 3)
+    first = 0.1
+    second = 1 - 0.9 * (1 - 0.1 * 2 / 3)
     later = 1 - 0.9 * (1 - 0.1 * 2 / 3) * (1 - 0.1 / 3)
     np.testing.assert_allclose(shares, [first, second] + [later] * 8, atol=0.005)
     assert 0.165 < shares.mean() < 0.185
 
 
 def test_official_span_hides_a_third_and_is_sometimes_empty(tokenizer):
-    """Start uniform in 0..n, length uniform in 1..n, cut at the end. Counted exactly over all pairs for n = 10."""
+    """Start uniform in 0..n, length uniform in 1..n, cut at the end.
+
+    Counted exactly over all pairs for n = 10.
+    """
     length = 10
     exact = np.zeros(length)
     for start in range(length + 1):
         for span in range(1, length + 1):
             exact[start : start + span] += 1 / (length * (length + 1))
+
     targets = masked(tokenizer, "official", length)[1]
     np.testing.assert_allclose(targets.mean(axis=0), exact, atol=0.005)
     assert 0.30 < exact.mean() < 0.37
@@ -60,7 +71,8 @@ def test_official_span_hides_a_third_and_is_sometimes_empty(tokenizer):
 
 def test_official_replacement_is_80_10_10_and_never_special(tokenizer):
     ids, targets = masked(tokenizer, "official", 8, seed=2)
-    original, now = np.tile(captions(8, 1).ids, (SAMPLES, 1))[targets], ids[targets]
+    original = np.tile(captions(8, 1).ids, (SAMPLES, 1))[targets]
+    now = ids[targets]
     changed = (now != tokenizer.mask) & (now != original)
     outcome = np.array([(now == tokenizer.mask).mean(), changed.mean(), (now == original).mean()])
     kept = 0.1 + 0.1 / len(tokenizer.ordinary)  # a random word is sometimes the same one
@@ -70,7 +82,8 @@ def test_official_replacement_is_80_10_10_and_never_special(tokenizer):
 
 def test_paper_segments_take_whole_words_and_only_mask(tokenizer):
     count = 2000
-    ids, starts = np.tile([6, 7, 8, 9, 10, 11], count), np.tile([1, 1, 0, 0, 1, 1], count).astype(np.uint8)
+    ids = np.tile([6, 7, 8, 9, 10, 11], count)
+    starts = np.tile([1, 1, 0, 0, 1, 1], count).astype(np.uint8)
     pieces = TokenBatch(ids, starts, np.arange(count + 1) * 6)
     shown, targets = mask_tokens(pieces, tokenizer, "paper", draws(3, count, word_draws(6)))
     inside = targets.reshape(count, 6)[:, 1:4]
@@ -90,6 +103,7 @@ def test_captions_of_any_length_in_one_batch_are_masked_as_alone(tokenizer, rule
     whole = TokenBatch(random.integers(6, 20, offsets[-1]), starts, offsets)
     numbers = draws(4, len(lengths), word_draws(12))
     ids, targets = mask_tokens(whole, tokenizer, rules, numbers)
+
     for i in range(len(lengths)):
         alone = whole.take(np.array([i]), 12)
         expected = mask_tokens(alone, tokenizer, rules, numbers[i : i + 1])
@@ -117,7 +131,9 @@ def test_iou_equals_counted_pixels():
 @pytest.mark.parametrize(("rules", "rate"), [("paper", 0.15), ("official", 0.10)])
 def test_regions_apart_are_hidden_at_the_anchor_rate(rules, rate):
     apart = np.array([[i * 10, 0, i * 10 + 5, 5] for i in range(10)], dtype=np.float32)
-    hidden = mask_regions(np.tile(apart, (SAMPLES, 1)), np.arange(SAMPLES + 1) * 10, rules, draws(5, SAMPLES, 10))
+    hidden = mask_regions(
+        np.tile(apart, (SAMPLES, 1)), np.arange(SAMPLES + 1) * 10, rules, draws(5, SAMPLES, 10)
+    )
     assert abs(hidden.mean() - rate) < 0.005
 
 
@@ -128,10 +144,13 @@ def test_what_overlaps_an_anchor_is_hidden_and_nothing_else(rules, rate):
     counts = random.integers(1, 13, 3000)
     offsets = np.concatenate([[0], np.cumsum(counts)])
     corner = random.uniform(0, 50, size=(offsets[-1], 2))
-    boxes = np.concatenate([corner, corner + random.uniform(10, 50, size=(offsets[-1], 2))], axis=1).astype(np.float32)
+    boxes = np.concatenate(
+        [corner, corner + random.uniform(10, 50, size=(offsets[-1], 2))], axis=1
+    ).astype(np.float32)
     numbers = draws(6, len(counts), 12)
     hidden = mask_regions(boxes, offsets, rules, numbers)
     seen = 0
+
     for i, count in enumerate(counts):
         mine = boxes[offsets[i] : offsets[i + 1]]
         anchors = numbers[i, :count] < rate
@@ -140,6 +159,7 @@ def test_what_overlaps_an_anchor_is_hidden_and_nothing_else(rules, rate):
             near = any(o > 0.4 if rules == "paper" else o >= 0.4 for o in overlaps)
             assert hidden[offsets[i] + j] == (anchors[j] or near)
             seen += near and not anchors[j]
+
     assert seen > 100
 
 

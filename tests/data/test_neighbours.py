@@ -1,4 +1,6 @@
-"""Tables of neighbours that are none: those of a store are refused, those of unfinished work are made anew."""
+"""Tables of neighbours that are none: those of a store are refused, those of unfinished work are
+made anew.
+"""
 
 import functools
 import os
@@ -43,9 +45,14 @@ NOT_NUMPY = {
     "a zip": b"PK\x03\x04",
     "half a header": b"\x93NUMPY\x01\x00v\x00{'descr'",
     "odd header": b"\x93NUMPY\x01\x00\x08\x00{'a': (,",
-    "huge": b"\x93NUMPY\x01\x00\x46\x00{'descr': '<i4', 'fortran_order': False, 'shape': (10, 9999999999999)}",
-    "endless": b"\x93NUMPY\x01\x00\x4e\x00"
-    + b"{'descr': '<i4', 'fortran_order': False, 'shape': (10, 9999999999999999999999)}",
+    "huge": (
+        b"\x93NUMPY\x01\x00\x46\x00{'descr': '<i4', 'fortran_order': False, 'shape': (10,"
+        b" 9999999999999)}"
+    ),
+    "endless": (
+        b"\x93NUMPY\x01\x00\x4e\x00"
+        + b"{'descr': '<i4', 'fortran_order': False, 'shape': (10, 9999999999999999999999)}"
+    ),
 }
 SPOILED = {
     **{what: functools.partial(np.save, arr=table) for what, table in ODD.items()},
@@ -73,6 +80,7 @@ def test_those_of_a_store_are_refused(store, name):
         assert f"{name}: cannot be read (" in said, what
         assert "mine it again with tools/mine_" in said, what
         assert "\n" not in said.strip(), what
+
     path.unlink()
 
 
@@ -81,6 +89,7 @@ def refusal(store, kind):
         getattr(Corpus([str(store)]), kind)()
     except UsageError as error:
         return str(error)
+
     return "taken"
 
 
@@ -88,6 +97,7 @@ def test_what_fits_is_mapped(tmp_path):
     for dtype in (np.int32, np.int64, np.int8, ">i4"):
         np.save(tmp_path / "x.npy", GOOD.astype(dtype))
         np.testing.assert_array_equal(read_neighbours(tmp_path / "x.npy", 10, 10), GOOD)
+
     with pytest.raises(NoTable):
         read_neighbours(tmp_path / "x.npy", 10, 9)
     with pytest.raises(FileNotFoundError):
@@ -110,10 +120,12 @@ def test_blocks_that_do_not_fit_are_made_anew_and_said(store, capfd):
         with WorkFolder(opened, vars(options)) as folder:
             folder.open(restart=False)
             spoil(folder.path / "block-000000.npy")
+
         capfd.readouterr()
         mine(opened, options, overwrite=True)
         assert "block-000000.npy: " in capfd.readouterr().err, what
         assert path.read_bytes() == whole, what
+
     path.unlink()
 
 

@@ -1,9 +1,16 @@
-"""The order of samples: the same global batches for every data-parallel size, each sample once an epoch, own partitions only."""
+"""The order of samples: the same global batches for every data-parallel size, each sample once an
+epoch, own partitions only.
+"""
 
 import numpy as np
 import pytest
 
-from megatron_interbert.data.order import MicroBatches, SampleOrder, check_partitions, epochs_from_weights
+from megatron_interbert.data.order import (
+    MicroBatches,
+    SampleOrder,
+    check_partitions,
+    epochs_from_weights,
+)
 from megatron_interbert.data.randomness import CounterRandom, philox, uniforms
 from megatron_interbert.errors import UsageError
 
@@ -12,14 +19,18 @@ def global_batches(order, ranks, batch, micro, steps, consumed=0):
     """For each step the set of (epoch, sample) over all ranks, and what each rank saw."""
     streams = [iter(MicroBatches(consumed, batch, micro, rank, ranks)) for rank in range(ranks)]
     passes = batch // (micro * ranks)
-    steps_seen, by_rank = [], [[] for _ in range(ranks)]
+    steps_seen = []
+    by_rank = [[] for _ in range(ranks)]
+
     for _ in range(steps):
         seen = []
         for rank, stream in enumerate(streams):
             mine = [order.at(p) for _ in range(passes) for p in next(stream)]
             by_rank[rank] += mine
             seen += mine
+
         steps_seen.append(sorted(seen))
+
     return steps_seen, by_rank
 
 
@@ -49,12 +60,14 @@ def test_each_sample_once_an_epoch_and_the_tail_changes():
     order = SampleOrder([np.arange(103)], 8, seed=1)
     assert order.epoch_length == 96
     dropped = []
+
     for epoch in range(6):
         seen = [order.at(epoch * 96 + i) for i in range(96)]
         assert {e for e, _ in seen} == {epoch}
         samples = {s for _, s in seen}
         assert len(samples) == 96
         dropped.append(frozenset(range(103)) - samples)
+
     assert len(set(dropped)) > 1
 
 
@@ -93,7 +106,11 @@ def test_philox_gives_the_known_answers():
     """The test vectors published with the algorithm (Random123, philox4x32 with 10 rounds)."""
     cases = [
         ([0, 0, 0, 0], (0, 0), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-        ([0xFFFFFFFF] * 4, (0xFFFFFFFF, 0xFFFFFFFF), [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0xFFFFFFFF] * 4,
+            (0xFFFFFFFF, 0xFFFFFFFF),
+            [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD],
+        ),
         (
             [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
             (0xA4093822, 0x299F31D0),
@@ -106,19 +123,32 @@ def test_philox_gives_the_known_answers():
 
 
 def test_numbers_of_a_sample_depend_on_its_key_and_place_alone():
-    epochs, samples = np.array([0, 3, 3, 1 << 33]), np.array([5, 7, 5, 1 << 40])
+    epochs = np.array([0, 3, 3, 1 << 33])
+    samples = np.array([5, 7, 5, 1 << 40])
     both = uniforms(11, epochs, samples, [(2, 0, 9), (3, 4, 6)])
     for i in range(4):
         alone = uniforms(11, epochs[i : i + 1], samples[i : i + 1], [(3, 0, 12)])[0][0]
         np.testing.assert_array_equal(both[1][i], alone[4:10])
+
     many = uniforms(12, np.zeros(20000, int), np.arange(20000), [(2, 0, 8)])[0]
     assert np.histogram(many, 16)[0].std() < 300
     assert abs(np.corrcoef(many.T) - np.eye(8)).max() < 0.03
-    assert len({x for seed in (1, 2, 1 << 40) for x in uniforms(seed, epochs, samples, [(2, 0, 1), (9, 0, 1)])[0][:, 0]}) == 12
+    assert (
+        len(
+            {
+                x
+                for seed in (1, 2, 1 << 40)
+                for x in uniforms(seed, epochs, samples, [(2, 0, 1), (9, 0, 1)])[0][:, 0]
+            }
+        )
+        == 12
+    )
 
 
 def test_several_stores_share_an_epoch_as_told():
-    """Passes 1, 2 and 0.5: in two epochs every sample comes 2, 4 and 1 times, in each partition, on any layout."""
+    """Passes 1, 2 and 0.5: in two epochs every sample comes 2, 4 and 1 times, in each partition, on
+    any layout.
+    """
     parts = [np.arange(0, 320), np.arange(320, 480), np.arange(480, 800)]
     order = SampleOrder(parts, 16, seed=3, epochs=[1, 2, 0.5])
     assert order.epoch_length == 320 + 320 + 160
@@ -127,11 +157,17 @@ def test_several_stores_share_an_epoch_as_told():
     assert set(counts[:320]) == {2}
     assert set(counts[320:480]) == {4}
     assert set(counts[480:]) == {1}
-    assert len(set(drawn)) == len(drawn), "a sample comes with another pass number each time, so with other masks"
+    assert len(set(drawn)) == len(drawn), (
+        "a sample comes with another pass number each time, so with other masks"
+    )
+
     for position, (_, sample) in enumerate(drawn):
         store = int(np.searchsorted([320, 480], sample, side="right"))
         inside = sample - parts[store][0]
-        assert inside * 16 // len(parts[store]) == position % 16, "each store is cut into the same partitions"
+        assert inside * 16 // len(parts[store]) == position % 16, (
+            "each store is cut into the same partitions"
+        )
+
     expected, _ = global_batches(order, 1, 16, 16, 60)
     assert global_batches(order, 8, 16, 2, 60)[0] == expected
     stores = np.searchsorted([320, 480], [s for _, s in drawn[:160]], side="right")
@@ -144,18 +180,29 @@ def test_weights_are_shares_of_an_epoch():
 
 
 def test_like_lengths_meet_so_that_ranks_are_even():
-    """Adaptive region counts: the most loaded of 8 ranks has 2 % more tokens than the mean instead of 10 %."""
+    """Adaptive region counts: the most loaded of 8 ranks has 2 % more tokens than the mean instead
+    of 10 %.
+    """
     random = np.random.default_rng(0)
     lengths = random.integers(10, 101, 64 * 640) + random.integers(5, 30, 64 * 640)
     worst = {}
+
     for name, known in (("plain", None), ("even", lengths)):
         order = SampleOrder([np.arange(len(lengths))], 64, seed=1, lengths=known)
         over = []
+
         for step in range(100):
-            loads = np.array([[lengths[order.at(step * 256 + i)[1]] for i in range(rank, 256, 8)] for rank in range(8)]).sum(axis=1)
+            loads = np.array(
+                [
+                    [lengths[order.at(step * 256 + i)[1]] for i in range(rank, 256, 8)]
+                    for rank in range(8)
+                ]
+            ).sum(axis=1)
             over.append(loads.max() / loads.mean())
+
         worst[name] = np.mean(over)
         seen = [order.at(i)[1] for i in range(order.epoch_length)]
         assert len(set(seen)) == len(seen) == len(lengths)
+
     assert worst["even"] < 1.02
     assert worst["plain"] > 1.08

@@ -1,4 +1,6 @@
-"""Pretraining samples: keyed by (seed, epoch, sample) alone, right negatives, packing, loader processes."""
+"""Pretraining samples: keyed by (seed, epoch, sample) alone, right negatives, packing, loader
+processes.
+"""
 
 import dataclasses
 
@@ -23,7 +25,9 @@ def path(tmp_path_factory):
 
 
 def dataset(path, **changes):
-    config = RunConfig(data_path=str(path), data_partitions=8, micro_batch_size=4, global_batch_size=8, **changes)
+    config = RunConfig(
+        data_path=str(path), data_partitions=8, micro_batch_size=4, global_batch_size=8, **changes
+    )
     return PretrainingSet(Corpus([str(path)]), CaptionTokenizer(str(path / "vocab.txt")), config)
 
 
@@ -54,20 +58,28 @@ def test_an_error_in_a_loader_process_stays_one_clear_line(path, tmp_path):
     store = shutil.copytree(path, tmp_path / "bad")
     with h5py.File(store / "shard-00000.h5", "r+") as file:
         file["image_features"][:] = np.nan
-    with pytest.raises(UsageError, match=r"^\S*shard-00000.h5: image \d+ \(image-\d+\): features hold NaN") as caught:
+    with pytest.raises(
+        UsageError, match=r"^\S*shard-00000.h5: image \d+ \(image-\d+\): features hold NaN"
+    ) as caught:
         take(BatchStream(dataset(store, num_workers=2), 0, 8, 0, 1), 40)
+
     assert caught.value.local
 
 
 def test_the_same_sample_gets_the_same_mask_in_any_batch(path):
     data = dataset(path)
     for epoch, sample in ((0, 3), (2, 17)):
-        alone, among = data.fields([(epoch, sample)]), dataset(path).fields([(1, 8), (epoch, sample), (0, 60)])
+        alone = data.fields([(epoch, sample)])
+        among = dataset(path).fields([(1, 8), (epoch, sample), (0, 60)])
         text, image = (among[f"{kind}_offsets"][1:3] for kind in ("text", "image"))
         np.testing.assert_array_equal(alone["token_ids"], among["token_ids"][slice(*text)])
         regions = image - [1, 2]  # before it stand one and two [IMG]
         hidden = among["hidden_regions"]
-        np.testing.assert_array_equal(alone["hidden_regions"], hidden[(hidden >= regions[0]) & (hidden < regions[1])] - regions[0])
+        np.testing.assert_array_equal(
+            alone["hidden_regions"],
+            hidden[(hidden >= regions[0]) & (hidden < regions[1])] - regions[0],
+        )
+
     masks = {tuple(data.fields([(epoch, 3)])["hidden_regions"]) for epoch in range(60)}
     assert len(masks) > 1, "epochs must differ"
 
@@ -108,10 +120,15 @@ def test_a_fifth_of_the_negatives_are_hard_where_the_file_is(tmp_path):
 
 
 def test_msm_on_mismatched_is_a_switch(path):
-    on, off = dataset(path), dataset(path, msm_on_mismatched=False)
+    on = dataset(path)
+    off = dataset(path, msm_on_mismatched=False)
+
     for sample in range(80):
-        kept, dropped = on.fields([(0, sample)]), off.fields([(0, sample)])
-        assert len(dropped["msm_labels"]) == (0 if dropped["mismatched"][0] else len(kept["msm_labels"]))
+        kept = on.fields([(0, sample)])
+        dropped = off.fields([(0, sample)])
+        assert len(dropped["msm_labels"]) == (
+            0 if dropped["mismatched"][0] else len(kept["msm_labels"])
+        )
 
 
 def test_targets_are_what_was_hidden(path):
@@ -126,10 +143,14 @@ def test_targets_are_what_was_hidden(path):
 
 
 def test_a_batch_is_what_pack_makes_of_its_samples(path):
-    """The fields made for a whole batch against the ones laid end to end from single samples, read by the plain reader."""
+    """The fields made for a whole batch against the ones laid end to end from single samples, read
+    by the plain reader.
+    """
     data = dataset(path, max_regions=5)
     pairs = [(0, 3), (1, 40), (0, 79), (5, 0), (2, 16)]
-    whole, examples = to_batch(data.fields(pairs)), []
+    whole = to_batch(data.fields(pairs))
+    examples = []
+
     for epoch, sample in pairs:
         one = data.fields([(epoch, sample)])
         regions = data.corpus.stores[0].read(int(data.corpus.caption_image[sample]), 5)
@@ -150,6 +171,7 @@ def test_a_batch_is_what_pack_makes_of_its_samples(path):
                 sample_id=sample,
             )
         )
+
     assert same(whole, pack(examples, FEATURES))
 
 
@@ -157,10 +179,16 @@ def test_packing_of_ragged_samples_with_and_without_images():
     random = np.random.default_rng(0)
 
     def example(tokens, regions, mismatched=0):
-        text = {"token_ids": random.integers(0, 9, tokens), "token_types": np.zeros(tokens, np.int64), "mismatched": mismatched}
+        text = {
+            "token_ids": random.integers(0, 9, tokens),
+            "token_types": np.zeros(tokens, np.int64),
+            "mismatched": mismatched,
+        }
         if not regions:
             return Example(**text)
+
         hidden = np.arange(regions) % 2 == 0
+
         return Example(
             **text,
             features=random.normal(size=(regions, FEATURES)),
@@ -181,12 +209,21 @@ def test_packing_of_ragged_samples_with_and_without_images():
     assert torch.equal(batch.joint_order[by_kind], torch.arange(28))
     kinds = torch.cat([torch.zeros(12), torch.ones(16)])[batch.joint_order]  # 0 image, 1 text
     expected = [
-        k for e in examples for k in ([0] * (len(e.features) + 1) if e.features is not None else []) + [1] * len(e.token_ids)
+        k
+        for e in examples
+        for k in ([0] * (len(e.features) + 1) if e.features is not None else [])
+        + [1] * len(e.token_ids)
     ]
     assert kinds.tolist() == expected
     assert batch.locations[batch.summary_rows].tolist() == [[0, 0, 1, 1, 1]] * 3
     assert batch.hidden_regions.tolist() == [0, 2, 3, 4, 6, 8]
-    assert batch.mrm_positions.tolist() == [1, 3, 7, 9, 11], "targets: hidden regions of matched samples, as image tokens"
+    assert batch.mrm_positions.tolist() == [
+        1,
+        3,
+        7,
+        9,
+        11,
+    ], "targets: hidden regions of matched samples, as image tokens"
     assert batch.msm_positions.tolist() == [1, 7, 14]
     np.testing.assert_array_equal(batch.mrm_class_ids[2:].numpy(), examples[3].class_ids[[0, 2, 4]])
 
@@ -201,28 +238,40 @@ def test_long_captions_keep_their_end_mark(path):
 
 
 def test_stored_tokens_equal_those_made_while_loading(path, tmp_path):
-    """The store's token file, another vocabulary (tokenised while loading), and both kinds of stores together."""
+    """The store's token file, another vocabulary (tokenised while loading), and both kinds of
+    stores together.
+    """
     other = tmp_path / "other.txt"
     other.write_text((path / "vocab.txt").read_text() + "zebra\n")
     stored, live = (CaptionTokenizer(str(file)) for file in (path / "vocab.txt", other))
     corpus = Corpus([str(path)])
     assert corpus.stores[0].captions.token_vocabulary == stored.sha256 != live.sha256
     captions = np.array([5, 79, 0, 5, 33])
+
     for longest in (3, 34):
         one, two = (corpus.tokens(captions, tokenizer, longest) for tokenizer in (stored, live))
         for name in ("ids", "word_starts", "offsets"):
             np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+
     for number, caption in enumerate(captions):
         alone = stored.encode(corpus.caption(int(caption)), 36)
-        np.testing.assert_array_equal(one.ids[one.offsets[number] : one.offsets[number + 1]], alone.ids)
+        np.testing.assert_array_equal(
+            one.ids[one.offsets[number] : one.offsets[number + 1]], alone.ids
+        )
         starts = one.word_starts[one.offsets[number] : one.offsets[number + 1]]
         np.testing.assert_array_equal(np.cumsum(starts) - 1, alone.words)
-    build = write_store(tmp_path / "second", images=8, vocabulary="\n".join([*VOCABULARY, "zebra"]) + "\n")
+
+    build = write_store(
+        tmp_path / "second", images=8, vocabulary="\n".join([*VOCABULARY, "zebra"]) + "\n"
+    )
     both = Corpus([str(path), str(build)])
     mixed = both.tokens(np.array([90, 3, 81]), stored, 34)
+
     for number, caption in enumerate((90, 3, 81)):
         expected = stored.encode(both.caption(caption), 36).ids
-        np.testing.assert_array_equal(mixed.ids[mixed.offsets[number] : mixed.offsets[number + 1]], expected)
+        np.testing.assert_array_equal(
+            mixed.ids[mixed.offsets[number] : mixed.offsets[number + 1]], expected
+        )
 
 
 def test_unusable_vocabulary_and_language_are_refused(path, tmp_path):
@@ -255,16 +304,29 @@ def test_tokens_equal_transformers(name):
 
 
 def test_another_data_parallel_size_goes_on_with_the_same_global_batches(path):
-    """Sample ids of whole steps, from the loaders of 1, 2 and 4 ranks, all after the same consumed samples."""
+    """Sample ids of whole steps, from the loaders of 1, 2 and 4 ranks, all after the same consumed
+    samples.
+    """
 
     def ids(ranks, micro):
         config_changes = {"num_workers": 0, "seed": 9}
         streams = []
+
         for rank in range(ranks):
             data = dataset(path, **config_changes)
             data.config.micro_batch_size = micro
             streams.append(iter(BatchStream(data, 24, 8, rank, ranks)))
+
         passes = 8 // (micro * ranks)
-        return [sorted(i for stream in streams for _ in range(passes) for i in next(stream).sample_ids.tolist()) for _ in range(20)]
+
+        return [
+            sorted(
+                i
+                for stream in streams
+                for _ in range(passes)
+                for i in next(stream).sample_ids.tolist()
+            )
+            for _ in range(20)
+        ]
 
     assert ids(1, 8) == ids(2, 2) == ids(4, 2) == ids(8, 1)

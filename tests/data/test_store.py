@@ -1,4 +1,6 @@
-"""Region store: written and read back, and every kind of damage is one clear error that names file and record."""
+"""Region store: written and read back, and every kind of damage is one clear error that names file
+and record.
+"""
 
 import json
 import multiprocessing
@@ -40,8 +42,10 @@ def test_what_is_written_is_read(original):
     random = np.random.default_rng(0)
     store = RegionStore(str(original))
     assert (store.num_images, store.num_captions, len(store.shards)) == (40, 80, 3)
+
     for number in range(40):
-        expected, got = random_regions(random, f"image-{number}"), store.read(number)
+        expected = random_regions(random, f"image-{number}")
+        got = store.read(number)
         random_captions = [random.choice(18, size=random.integers(1, 12)) for _ in range(2)]
         assert len(random_captions) == 2  # the same draws as write_store, to stay in step
         np.testing.assert_array_equal(got.features, expected.features)
@@ -50,6 +54,7 @@ def test_what_is_written_is_read(original):
         np.testing.assert_allclose(got.boxes, repair_boxes(expected.boxes, (100.0, 80.0))[0])
         assert store.image_id(number) == f"image-{number}"
         assert len(store.read(number, 3).features) == min(3, len(expected.features))
+
     assert store.caption_image.tolist() == [i // 2 for i in range(80)]
     store.verify_hashes()
 
@@ -57,7 +62,9 @@ def test_what_is_written_is_read(original):
 def test_shards_carry_their_captions(original):
     store = RegionStore(str(original))
     with h5py.File(original / "shard-00001.h5") as file:
-        texts, images = file["caption_text"].asstr()[:], file["caption_image"][:]
+        texts = file["caption_text"].asstr()[:]
+        images = file["caption_image"][:]
+
     assert [store.caption(32 + i) for i in range(32)] == list(texts)
     assert (images + 16 == store.caption_image[32:64]).all()
 
@@ -75,7 +82,9 @@ def test_chunked_shards_of_other_writers_are_read_too(damaged):
     def rechunk(file):
         features = file["image_features"][:]
         del file["image_features"]
-        file.create_dataset("image_features", data=features, chunks=(4, FEATURES), compression="gzip")
+        file.create_dataset(
+            "image_features", data=features, chunks=(4, FEATURES), compression="gzip"
+        )
 
     edit(damaged, rechunk)
     np.testing.assert_array_equal(RegionStore(str(damaged)).read(20).features, expected.features)
@@ -116,7 +125,10 @@ DAMAGE = {
     ),
     "missing captions": (lambda s: (s / "captions.h5").unlink(), r"captions.h5: missing"),
     "no manifest": (lambda s: (s / "manifest.json").unlink(), r"no manifest.json there"),
-    "manifest is not JSON": (lambda s: (s / "manifest.json").write_text("{"), r"manifest.json is not valid JSON"),
+    "manifest is not JSON": (
+        lambda s: (s / "manifest.json").write_text("{"),
+        r"manifest.json is not valid JSON",
+    ),
     "caption of no image": (
         lambda s: edit(s, lambda f: f["image"].__setitem__(5, 400), "captions.h5"),
         r"captions.h5: caption 5 belongs to image 400, but the store has images 0 to 39",
@@ -146,7 +158,10 @@ def first_row(file):
 
 
 RECORD_DAMAGE = {
-    "wrong feature size": (replace("image_features", lambda v: v[:, :7]), r"image_features has 7 columns, expected feature_dim 24"),
+    "wrong feature size": (
+        replace("image_features", lambda v: v[:, :7]),
+        r"image_features has 7 columns, expected feature_dim 24",
+    ),
     "missing dataset": (lambda f: f.__delitem__("image_bb"), r"dataset 'image_bb' is missing"),
     "NaN": (
         lambda f: f["image_features"].__setitem__((first_row(f), 3), np.nan),
@@ -160,13 +175,22 @@ RECORD_DAMAGE = {
         lambda f: f["class_ids"].__setitem__((first_row(f), 0), 99),
         r"\(image-20\): class ids \d+ to 99, expected 0 to 10",
     ),
-    "NaN box": (lambda f: f["image_bb"].__setitem__((first_row(f), 2), np.nan), r"\(image-20\): boxes hold NaN"),
+    "NaN box": (
+        lambda f: f["image_bb"].__setitem__((first_row(f), 2), np.nan),
+        r"\(image-20\): boxes hold NaN",
+    ),
     "negative probability": (
         lambda f: f["class_probs"].__setitem__((first_row(f), 1), -0.1),
         r"\(image-20\): class_probs are no probabilities",
     ),
-    "no size": (lambda f: f["image_sizes"].__setitem__((4, 0), 0), r"\(image-20\): image size is \(0.0, 80.0\)"),
-    "rows beyond the end": (lambda f: f["pos_boxes"].__setitem__((4, 1), 10**6), r"pos_boxes points beyond"),
+    "no size": (
+        lambda f: f["image_sizes"].__setitem__((4, 0), 0),
+        r"\(image-20\): image size is \(0.0, 80.0\)",
+    ),
+    "rows beyond the end": (
+        lambda f: f["pos_boxes"].__setitem__((4, 1), 10**6),
+        r"pos_boxes points beyond",
+    ),
     "no regions": (lambda f: f["pos_boxes"].__setitem__(4, [3, 3]), r"image 4 has no regions"),
     "other counts": (replace("caption_image", lambda v: v[:-1]), r"manifest.json says"),
 }
@@ -202,16 +226,24 @@ def test_boxes_outside_or_inverted_are_clipped_or_refused(damaged):
 def test_writer_counts_repaired_boxes_and_refuses_in_strict_mode(tmp_path):
     regions = random_regions(np.random.default_rng(3), "a")
     regions.boxes[0] = [-5, 0, 400, 10]
-    options = {"feature_dim": FEATURES, "num_classes": CLASSES, "detector": {"name": "x", "revision": ""}, "soft_labels": "top_k"}
+    options = {
+        "feature_dim": FEATURES,
+        "num_classes": CLASSES,
+        "detector": {"name": "x", "revision": ""},
+        "soft_labels": "top_k",
+    }
     with RegionStoreWriter(tmp_path / "clipped", **options) as writer:
         writer.add(regions, [("a", "en")])
+
     assert RegionStore(str(tmp_path / "clipped")).manifest["repaired_boxes"] >= 1
     regions.boxes[0] = [-5, 0, 400, 10]
+
     with (
         pytest.raises(UsageError, match="image a: 1 boxes"),
         RegionStoreWriter(tmp_path / "strict", strict_boxes=True, **options) as writer,
     ):
         writer.add(regions, [("a", "en")])
+
     assert not list(tmp_path.glob("strict*")), "nothing half-written remains"
 
 
@@ -235,7 +267,9 @@ def test_writer_refuses_bad_records(tmp_path, field, value, message):
         np.zeros((3, 3), np.float32),
     )
     setattr(regions, field, value)
-    writer = RegionStoreWriter(tmp_path / "s", feature_dim=FEATURES, num_classes=CLASSES, detector={}, soft_labels="top_k")
+    writer = RegionStoreWriter(
+        tmp_path / "s", feature_dim=FEATURES, num_classes=CLASSES, detector={}, soft_labels="top_k"
+    )
     with pytest.raises(UsageError, match=message):
         writer.add(regions, [])
 
@@ -254,9 +288,16 @@ def test_non_finite_check_equals_numpy():
 def test_soft_labels_of_one_store_have_one_width(tmp_path):
     """Rows are read by their width: another one in a later shard would be read as garbage."""
     random = np.random.default_rng(0)
-    facts = {"feature_dim": FEATURES, "num_classes": CLASSES, "detector": {}, "soft_labels": "top_k"}
+    facts = {
+        "feature_dim": FEATURES,
+        "num_classes": CLASSES,
+        "detector": {},
+        "soft_labels": "top_k",
+    }
     other = random_regions(random, "b")
-    other.class_ids, other.class_probs = other.class_ids[:, :2], other.class_probs[:, :2]
+    other.class_ids = other.class_ids[:, :2]
+    other.class_probs = other.class_probs[:, :2]
+
     with RegionStoreWriter(tmp_path / "s", **facts, images_per_shard=1) as writer:
         writer.add(random_regions(random, "a"), [("x", "en")])
         with pytest.raises(UsageError, match="soft labels with 2 entries, those before had 3"):

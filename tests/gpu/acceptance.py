@@ -67,6 +67,7 @@ def run_stage(
         *(["--pretend"] if pretend else []),
     ]
     began = time.monotonic()
+
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
@@ -76,12 +77,14 @@ def run_stage(
             stdout=output,
             stderr=subprocess.STDOUT,
         )
+
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
         finally:
             end(process)
+
     found = read_record(record)
     if code is None:
         found["failed"].append(f"took longer than its {seconds:.0f} s")
@@ -89,6 +92,7 @@ def run_stage(
         found["failed"].append(f"killed by {signal.Signals(-code).name}")
     elif code and not found["failed"]:
         found["failed"].append(last_line(log))
+
     return {
         "stage": stage.name,
         "result": "FAILED" if found["failed"] else "passed",
@@ -106,6 +110,7 @@ def environment(scratch: Path, pretend: bool) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(scratch / "triton"),
         "TORCH_EXTENSIONS_DIR": str(scratch / "extensions"),
     }
+
     for name in (
         "RANK",
         "WORLD_SIZE",
@@ -115,9 +120,11 @@ def environment(scratch: Path, pretend: bool) -> dict[str, str]:
         "MASTER_PORT",
     ):
         env.pop(name, None)
+
     if pretend:
         env |= {ACCELERATOR: "cpu", "CUDA_VISIBLE_DEVICES": ""}
         return env | {"OMP_NUM_THREADS": "1"}  # several programs run at a time
+
     return env | {"CUDA_VISIBLE_DEVICES": env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
@@ -125,12 +132,14 @@ def end(process: subprocess.Popen) -> None:
     """Kill a stage that still runs, with all that it has started, in whatever session."""
     if process.poll() is not None:
         return
+
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in family:
         try:
             member.kill()
         except psutil.NoSuchProcess:
             continue
+
     process.wait()
 
 
@@ -143,9 +152,11 @@ def read_record(path: Path) -> dict[str, Any]:
             entry = json.loads(line)
         except json.JSONDecodeError:
             continue  # the last line of a process that was killed
+
         found["said"] += entry.get("said", [])
         found["failed"] += entry.get("failed", [])
         found["figures"] |= entry.get("figures", {})
+
     return found
 
 
@@ -164,11 +175,14 @@ def in_short(result: dict[str, Any]) -> str:
 def table(results: Sequence[dict[str, Any]], about: dict[str, str]) -> str:
     """Lay the results out for people: a stage a line, below it what it found or where it failed."""
     lines = []
+
     for result in results:
-        name, seconds = result["stage"], result["seconds"]
+        name = result["stage"]
+        seconds = result["seconds"]
         lines.append(f"{result['result']:<8}{name:<12}{seconds:>6.1f} s  {about[name]}")
         lines += [f"{'':<12}{'':<16}  {text}" for text in result["said"]]
         lines += [f"{'':<12}{'FAILED':<16}  {text}" for text in result["failed"]]
+
     return "\n".join(lines)
 
 
@@ -191,8 +205,10 @@ def run_all(
         "machine": {},
         "stages": [],
     }
-    results, began = report["stages"], time.monotonic()
+    results = report["stages"]
+    began = time.monotonic()
     slower = SLOWER if pretend else 1
+
     with tempfile.TemporaryDirectory(prefix="acceptance-") as scratch:
         for stage in stages:
             left = budget * slower - (time.monotonic() - began)
@@ -207,10 +223,12 @@ def run_all(
                 if result["failed"]:
                     tail = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
                     print(*(f"  | {line}" for line in tail), sep="\n", flush=True)
+
             print(in_short(result), flush=True)
             results.append(result)
             if stage.name == "machine":
                 report["machine"] = result["figures"]
+
             report["seconds"] = round(time.monotonic() - began, 1)
             report["passed"] = all(r["result"] == "passed" for r in results)
             write_json(output, report)
@@ -223,6 +241,7 @@ def run_all(
         f"{passed} of {len(results)} stages passed in {report['seconds']:.0f} s:"
         f" {output}, logs in {logs}"
     )
+
     return report["passed"]
 
 
@@ -232,6 +251,7 @@ def headline(report: dict[str, Any]) -> str:
         return "PRETENDED on the CPU at tiny sizes: nothing here is a figure of a GPU"
     facts = report["machine"]
     names = ("card", "driver", "torch", "triton", "deepspeed")
+
     return ", ".join(f"{name} {facts[name]}" for name in names if name in facts)
 
 
@@ -239,11 +259,13 @@ def chosen(words: str) -> list[Stage]:
     """Pick the stages of --stages; UsageError for one that there is not."""
     if not words:
         return STAGES
+
     by_name = {stage.name: stage for stage in STAGES}
     names = [word.strip() for word in words.split(",")]
     for name in names:
         if name not in by_name:
             raise UsageError(f"--stages {name}: no such stage; there are {', '.join(by_name)}")
+
     return [stage for stage in STAGES if stage.name in names]
 
 
@@ -251,6 +273,7 @@ def check_gpu() -> None:
     """UsageError where there is no GPU to run on."""
     if gpus():
         return
+
     asked = os.environ.get(ACCELERATOR)
     why = f"{ACCELERATOR} is {asked}" if asked else why_no_gpu() or "torch sees none"
     raise UsageError(
@@ -262,19 +285,30 @@ def check_gpu() -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="bash tests/gpu/run.sh", description=__doc__)
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "gpu" / "acceptance.json",
-                        help="JSON file (default: runs/gpu/acceptance.json)")  # fmt: skip
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ROOT / "runs" / "gpu" / "acceptance.json",
+        help="JSON file (default: runs/gpu/acceptance.json)",
+    )
     parser.add_argument("--stages", default="", help="only these, by commas; default: all of them")
-    parser.add_argument("--seconds", type=float, default=BUDGET,
-                        help="of all stages together (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--pretend", action="store_true",
-                        help="every stage on the CPU at tiny sizes")  # fmt: skip
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=BUDGET,
+        help="of all stages together (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pretend", action="store_true", help="every stage on the CPU at tiny sizes"
+    )
     arguments = parser.parse_args()
     if arguments.output.suffix != ".json":
         raise UsageError(f"--output {arguments.output}: expected a name that ends with .json")
+
     stages = chosen(arguments.stages)
     if not arguments.pretend:
         check_gpu()
+
     check_writable(arguments.output.parent, "--output")
     passed = run_all(stages, arguments.output, arguments.pretend, arguments.seconds)
     sys.stdout.flush()

@@ -78,6 +78,7 @@ def test_a_failed_stage_is_named_and_the_others_go_on(tmp_path, capsys):
     assert [line["stage"] for line in lines] == ["fails", "hangs", "dies", "finds"]
     assert lines[-1]["figures"] == {"answer": 42}, "without long lists"
     table = printed[printed.index("PRETENDED") :]
+
     for words in (
         "FAILED  fails",
         "killed by SIGKILL",
@@ -98,6 +99,7 @@ def test_what_the_budget_leaves_no_time_for_is_named(tmp_path):
 def wheel(folder):
     """A package of one line, as pip takes it."""
     folder.mkdir()
+
     with zipfile.ZipFile(folder / "of_a_wheel-1.0-py3-none-any.whl", "w") as file:
         file.writestr("of_a_wheel.py", "HERE = True\n")
         file.writestr(
@@ -109,6 +111,7 @@ def wheel(folder):
             "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         )
         file.writestr("of_a_wheel-1.0.dist-info/RECORD", "")
+
     return folder
 
 
@@ -123,6 +126,7 @@ def run_script(*flags, **changes):
         text=True,
         check=False,
     )
+
     return result.returncode, result.stdout, result.stderr
 
 
@@ -162,11 +166,13 @@ def test_wrong_use_is_one_line(tmp_path):
             "--pretend", "--stages", "magic", WHEELS=str(wheel(tmp_path / "wheels"))
         ),
     }
+
     for words, (code, out, err) in cases.items():
         assert code == 2, out + err
         (line,) = err.strip().splitlines()
         assert line.startswith("error: ")
         assert words in line
+
     direct = subprocess.run(
         [sys.executable, "-m", "tests.gpu.acceptance"],
         cwd=ROOT,
@@ -183,6 +189,7 @@ def test_every_stage_is_there():
     """Names are told apart, functions exist, and no stage may take the whole budget."""
     assert len({stage.name for stage in STAGES}) == len(STAGES)
     assert [stage.name for stage in chosen("zero, machine")] == ["machine", "zero"]
+
     for stage in STAGES:
         module, name = stage.function.split(":")
         assert (

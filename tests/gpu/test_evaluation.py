@@ -1,4 +1,7 @@
-"""Evaluations on a real GPU: no wait but for the scores, and the precisions against float32. Skips where there is no CUDA device."""
+"""Evaluations on a real GPU: no wait but for the scores, and the precisions against float32.
+
+Skips where there is no CUDA device.
+"""
 
 from pathlib import Path
 
@@ -16,20 +19,31 @@ from megatron_interbert.tasks.retrieval.pairs import score_block
 from tests.corpus import write_store
 from tests.tasks.test_retrieval import open_pairs, sizes
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
 
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 @torch.no_grad()
 def test_pairs_are_scored_without_a_wait(tmp_path: Path, kernels: str) -> None:
-    """Scores in each precision are those of float32 on the CPU to its rounding; after a first pass nothing waits."""
+    """Scores in each precision are those of float32 on the CPU to its rounding; after a first pass
+    nothing waits.
+    """
     device = torch.device("cuda")
     pairs = open_pairs(write_store(tmp_path / "s", images=14))
-    rows, columns = pairs.by_length(), pairs.by_regions()
+    rows = pairs.by_length()
+    columns = pairs.by_regions()
 
     def block(model: InterBert, where: torch.device) -> torch.Tensor:
         scorer = PairScorer(model)
-        return score_block(scorer, pairs.image_side(scorer, columns, where), pairs.caption_side(scorer, rows, where), 50)
+        return score_block(
+            scorer,
+            pairs.image_side(scorer, columns, where),
+            pairs.caption_side(scorer, rows, where),
+            50,
+        )
 
     def make(where: torch.device) -> InterBert:
         model = InterBert(sizes(), ("itm",), kernels=choose_kernels(kernels, where))
@@ -40,6 +54,7 @@ def test_pairs_are_scored_without_a_wait(tmp_path: Path, kernels: str) -> None:
     for name, most in (("fp32", 1e-3), ("tf32", 0.05), ("bf16", 0.1)):
         precision = choose_precision(name, device)
         model = precision.convert(make(device))
+
         with precision.products():
             block(model, device)  # kernels are compiled, memory is taken
             torch.cuda.set_sync_debug_mode("error")
@@ -47,5 +62,6 @@ def test_pairs_are_scored_without_a_wait(tmp_path: Path, kernels: str) -> None:
                 scores = block(model, device)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
         off = np.sqrt(np.mean((scores.cpu().numpy() - exact) ** 2))
         assert off < most * exact.std(), name

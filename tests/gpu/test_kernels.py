@@ -1,5 +1,6 @@
-"""Kernels on a real GPU against float64, by the comparisons that tests/kernels also makes in Triton's interpreter. Skips where there is
-no CUDA device."""
+"""Kernels on a real GPU against float64, by the comparisons that tests/kernels also makes in
+Triton's interpreter. Skips where there is no CUDA device.
+"""
 
 import pytest
 import torch
@@ -18,10 +19,14 @@ from tests.kernels import comparisons
 from tools.benchmarks.batches import random_examples
 
 triton_attention = pytest.importorskip(
-    "megatron_interbert.kernels.triton_attention", reason="triton is not installed (pip install -r requirements.txt)"
+    "megatron_interbert.kernels.triton_attention",
+    reason="triton is not installed (pip install -r requirements.txt)",
 )
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
 
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -65,7 +70,9 @@ def test_regions_are_hidden_and_averaged(kernels, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "columns", "words"), [(300, 30592, 30522), (5, 256, 250), (3, 128, 0)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "words"), [(300, 30592, 30522), (5, 256, 250), (3, 128, 0)]
+)
 def test_the_passes_of_cross_entropy(kernels, rows, columns, words, dtype):
     comparisons.check_vocabulary(kernels, rows, columns, words, dtype, "cuda")
 
@@ -73,40 +80,62 @@ def test_the_passes_of_cross_entropy(kernels, rows, columns, words, dtype):
 def test_every_kernel_stays_within_this_card(kernels):
     """What was compiled above for this very card: shared memory within its limit."""
     limit = gpu_of(torch.device("cuda")).shared_memory
+
     for name in ("_row_forward", "_row_backward", "_tiled_forward", "_tiled_backward"):
-        compiled = [one for cache, *_ in getattr(triton_attention, name).device_caches.values() for one in cache.values()]
+        compiled = [
+            one
+            for cache, *_ in getattr(triton_attention, name).device_caches.values()
+            for one in cache.values()
+        ]
         assert compiled, f"{name} was not launched"
         assert max(one.metadata.shared for one in compiled) <= limit, name
 
 
 def test_deterministic_passes_give_the_same_bits():
     """All kernels chosen with --deterministic, forward and backward, twice."""
-    kernels = choose_kernels("auto", torch.device("cuda"), attention_dropout=True, deterministic=True)
+    kernels = choose_kernels(
+        "auto", torch.device("cuda"), attention_dropout=True, deterministic=True
+    )
     sizes = PRESETS["base"]
     model = InterBert(sizes, kernels=kernels)
     initialise(model, sizes, 0, ParallelState())
     model = model.to("cuda", torch.bfloat16).train()
-    batch = pack(random_examples(sizes, 16, (8, 20), (10, 36)), sizes.feature_dim).to(torch.device("cuda"))
+    batch = pack(random_examples(sizes, 16, (8, 20), (10, 36)), sizes.feature_dim).to(
+        torch.device("cuda")
+    )
     results = []
+
     for _ in range(2):
         torch.manual_seed(1)
         loss, _ = PretrainingTask().loss(model(batch), batch, batch.target_counts().cuda())
         results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+
     for once, again in zip(*results, strict=True):
         assert torch.equal(once, again)
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no 8-bit products here")
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9),
+    reason="no 8-bit products here",
+)
 @pytest.mark.parametrize("tokens", [0, 1, 37, 1000])
 def test_products_in_8_bits_equal_those_of_the_cpu(tokens):
-    x, weight, bias, grad = (torch.randn(*shape).bfloat16() for shape in ((tokens, 768), (3072, 768), (3072,), (tokens, 3072)))
+    x, weight, bias, grad = (
+        torch.randn(*shape).bfloat16()
+        for shape in ((tokens, 768), (3072, 768), (3072,), (tokens, 3072))
+    )
     if tokens:
-        assert all(torch.equal(a.cpu().float(), b.float()) for a, b in zip(quantise(x.cuda()), quantise(x), strict=True))
+        assert all(
+            torch.equal(a.cpu().float(), b.float())
+            for a, b in zip(quantise(x.cuda()), quantise(x), strict=True)
+        )
+
     results = []
     for device in ("cpu", "cuda"):
         leaves = [leaf.to(device).requires_grad_() for leaf in (x, weight, bias)]
         y = Float8Products.linear(*leaves)
         results.append([y, *torch.autograd.grad(y, leaves, grad.to(device))])
+
     for theirs, ours in zip(*results, strict=True):
         largest = float(theirs.abs().max()) if theirs.numel() else 0.0
         torch.testing.assert_close(ours.cpu(), theirs, rtol=0.02, atol=0.02 * largest)

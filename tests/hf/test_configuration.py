@@ -1,4 +1,6 @@
-"""The Hugging Face configuration holds a ModelConfig under its own names, and refuses what no model can be."""
+"""The Hugging Face configuration holds a ModelConfig under its own names, and refuses what no model
+can be.
+"""
 
 import dataclasses
 import json
@@ -39,14 +41,20 @@ def test_there_and_back_through_a_folder(tmp_path):
         ({"hidden_size": None}, "hidden_size is None, expected a whole number from 1"),
         ({"text_layers": True}, "text_layers is True, expected a whole number from 0"),
         ({"image_layers": -1}, "image_layers is -1, expected a whole number from 0 to 1000"),
-        ({"text_layers": 10**8}, "text_layers is 100000000, expected a whole number from 0 to 1000"),
+        (
+            {"text_layers": 10**8},
+            "text_layers is 100000000, expected a whole number from 0 to 1000",
+        ),
         ({"vocab_size": 0}, "vocab_size is 0, expected the size of a whole model: 1 or more"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0, expected a whole number from 1"),
         ({"hidden_size": 100}, "hidden_size 100 is not a multiple of num_attention_heads 12"),
         ({"fusion": "mean"}, "fusion is 'mean', expected 'product' or 'sum'"),
         ({"fusion": 1}, "fusion is 1, expected a text"),
         ({"attention_dropout": 1.0}, "attention_dropout is 1.0, expected a number from 0 up to 1"),
-        ({"initializer_range": "0.02"}, "initializer_range is '0.02', expected a finite number of 0 or more"),
+        (
+            {"initializer_range": "0.02"},
+            "initializer_range is '0.02', expected a finite number of 0 or more",
+        ),
     ],
 )
 def test_wrong_values_name_their_key(values, message):
@@ -67,4 +75,6 @@ def test_whole_numbers_serve_as_shares():
 
 def test_equal_when_all_sizes_are():
     assert InterBertConfig.from_model_config(SMALL) == InterBertConfig.from_model_config(SMALL)
-    assert InterBertConfig.from_model_config(SMALL) != InterBertConfig.from_model_config(dataclasses.replace(SMALL, feature_dim=21))
+    assert InterBertConfig.from_model_config(SMALL) != InterBertConfig.from_model_config(
+        dataclasses.replace(SMALL, feature_dim=21)
+    )

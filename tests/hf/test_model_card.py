@@ -16,7 +16,10 @@ def front_matter(card):
 
 def test_front_matter():
     front, _ = front_matter(model_card(SMALL, {}))
-    assert front == {"library_name": "transformers", "tags": ["interbert", "vision-and-language", "region-features"]}
+    assert front == {
+        "library_name": "transformers",
+        "tags": ["interbert", "vision-and-language", "region-features"],
+    }
     assert front_matter(model_card(SMALL, {"license": "apache-2.0"}))[0]["license"] == "apache-2.0"
 
 
@@ -31,11 +34,14 @@ def test_sizes_and_parameters_are_those_of_the_model():
         "fusion | product",
     ):
         assert f"| {name} |" in card
+
     model = build(InterBertForPreTraining)
     padding = (SMALL.padded_vocab_size - SMALL.vocab_size) * (SMALL.hidden_size + 1)
     assert f"{sum(p.numel() for p in model.parameters()) - padding:,} parameters" in card
     assert "157,0" in model_card(PRESETS["base"], {})
-    assert "| `visual_feats` | [samples, regions, 24] |" in model_card(dataclasses.replace(SMALL, feature_dim=24), {})
+    assert "| `visual_feats` | [samples, regions, 24] |" in model_card(
+        dataclasses.replace(SMALL, feature_dim=24), {}
+    )
 
 
 def test_facts_are_told_when_given():
@@ -48,8 +54,16 @@ def test_facts_are_told_when_given():
         "topology": {"data": 8},  # of a manifest, not for a card
     }
     card = model_card(SMALL, facts)
-    for words in ("name bottom-up-attention, revision r101", "abab", "4321", "987654", "runs/x/global_step4321"):
+
+    for words in (
+        "name bottom-up-attention, revision r101",
+        "abab",
+        "4321",
+        "987654",
+        "runs/x/global_step4321",
+    ):
         assert words in card
+
     assert "topology" not in card
     bare = model_card(SMALL, {"iteration": None})
     for words in ("## Training", "generated", "None", "steps", "license"):
@@ -66,5 +80,8 @@ def test_the_code_in_it_names_what_there_is():
 
     card = model_card(SMALL, {})
     assert "https://arxiv.org/abs/2003.13198" in card
-    assert "import megatron_interbert" in card
-    assert all(hasattr(hf, name) and name in card for name in ("InterBertScorer", "InterBertForImageTextRetrieval"))
+    assert "import megatron_interbert.hf" in card
+    assert all(
+        hasattr(hf, name) and name in card
+        for name in ("InterBertScorer", "InterBertForImageTextRetrieval")
+    )

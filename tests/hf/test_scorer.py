@@ -1,4 +1,6 @@
-"""The scorer against the model one pair at a time and against the evaluation's matrix; wrong images and captions."""
+"""The scorer against the model one pair at a time and against the evaluation's matrix; wrong images
+and captions.
+"""
 
 import dataclasses
 
@@ -23,8 +25,11 @@ from megatron_interbert.tasks.retrieval.job import choose_pairs, score_matrix
 from tests.corpus import CLASSES, FEATURES, VOCABULARY, write_store
 from tests.hf.small import SMALL
 
-SIZES = dataclasses.replace(SMALL, vocab_size=len(VOCABULARY), feature_dim=FEATURES, num_classes=CLASSES)
-IMAGES, CAPTIONS = 5, 7
+SIZES = dataclasses.replace(
+    SMALL, vocab_size=len(VOCABULARY), feature_dim=FEATURES, num_classes=CLASSES
+)
+IMAGES = 5
+CAPTIONS = 7
 
 
 @pytest.fixture(scope="module")
@@ -33,30 +38,40 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     store = RegionStore(str(write_store(folder / "store", images=8)))
     torch.manual_seed(0)
-    InterBertForPreTraining(InterBertConfig.from_model_config(SIZES)).save_pretrained(folder / "model")
+    InterBertForPreTraining(InterBertConfig.from_model_config(SIZES)).save_pretrained(
+        folder / "model"
+    )
     (folder / "model" / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+
     return store, folder / "model", InterBertScorer.from_pretrained(folder / "model", device="cpu")
 
 
 def one_by_one(model, tokenizer, images, captions):
     """float32 [images, captions]: a batch of one pair at a time, no padding anywhere."""
     scores = np.zeros((len(images), len(captions)), np.float32)
+
     for i, regions in enumerate(images):
         for c, caption in enumerate(captions):
             ids = [tokenizer.cls, *tokenizer.encode(caption, 40).ids, tokenizer.sep]
             places = normalised_locations(regions.boxes, regions.size)
+
             with torch.no_grad():
                 logits = model(
-                    torch.tensor([ids]), visual_feats=torch.tensor(regions.features)[None], visual_pos=torch.tensor(places)[None]
+                    torch.tensor([ids]),
+                    visual_feats=torch.tensor(regions.features)[None],
+                    visual_pos=torch.tensor(places)[None],
                 ).itm_logits[0]
+
             scores[i, c] = logits[0] - logits[1]
+
     return scores
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_all_pairs(corpus, batch_size):
     store, _, scorer = corpus
-    images, captions = [store.read(i) for i in range(IMAGES)], [store.caption(c) for c in range(CAPTIONS)]
+    images = [store.read(i) for i in range(IMAGES)]
+    captions = [store.caption(c) for c in range(CAPTIONS)]
     assert len({len(image.features) for image in images}) > 1
     assert len({len(caption.split()) for caption in captions}) > 2
     scores = scorer.score(images, captions, batch_size=batch_size)
@@ -73,19 +88,29 @@ def test_same_scores_as_the_evaluation(corpus):
     store, _, scorer = corpus
     pairs = choose_pairs(Corpus([str(store.path)]), scorer.tokenizer, "", IMAGES, 36, 36)
     theirs = score_matrix(PairScorer(scorer.model.interbert), pairs, torch.device("cpu"))
-    ours = scorer.score([store.read(int(i)) for i in pairs.images], [store.caption(int(c)) for c in pairs.captions])
+    ours = scorer.score(
+        [store.read(int(i)) for i in pairs.images], [store.caption(int(c)) for c in pairs.captions]
+    )
     np.testing.assert_allclose(ours, theirs.T, rtol=1e-4, atol=1e-5)
 
 
 def test_dicts_single_ones_and_none(corpus):
     store, _, scorer = corpus
-    image, caption = store.read(3), store.caption(1)
-    as_dict = {"features": image.features.astype(np.float64).tolist(), "boxes": image.boxes.tolist(), "size": image.size}
+    image = store.read(3)
+    caption = store.caption(1)
+    as_dict = {
+        "features": image.features.astype(np.float64).tolist(),
+        "boxes": image.boxes.tolist(),
+        "size": image.size,
+    }
     single = scorer.score(image, caption)
     assert single.shape == (1, 1)
     assert scorer.score(as_dict, [caption]) == single
     assert scorer.score([as_dict], caption, paired=True) == single[0]
-    outside = {**as_dict, "boxes": np.where(image.boxes == image.boxes.max(axis=0), image.boxes + 1e4, image.boxes)}
+    outside = {
+        **as_dict,
+        "boxes": np.where(image.boxes == image.boxes.max(axis=0), image.boxes + 1e4, image.boxes),
+    }
     clipped = {**as_dict, "boxes": np.minimum(outside["boxes"], [*image.size, *image.size])}
     assert scorer.score(outside, caption) == scorer.score(clipped, caption) != single
     assert scorer.score([], [caption]).shape == (0, 1)
@@ -95,7 +120,8 @@ def test_dicts_single_ones_and_none(corpus):
 
 def test_captions_are_cut(corpus):
     store, _, scorer = corpus
-    image, words = store.read(0), "red cat " * 40
+    image = store.read(0)
+    words = "red cat " * 40
     assert scorer.score(image, words) == scorer.score(image, " ".join(words.split()[:38]))
     short = InterBertScorer(scorer.model, scorer.tokenizer, max_tokens=5)
     assert short.score(image, words) == short.score(image, "red cat red")
@@ -105,19 +131,31 @@ def test_it_draws_nothing_and_drops_nothing(corpus):
     store, folder, _ = corpus
     model = InterBertForImageTextRetrieval.from_pretrained(folder).train()
     scorer = InterBertScorer(model, CaptionTokenizer(str(folder / "vocab.txt")))
-    assert np.array_equal(scorer.score(store.read(0), "a red cat"), scorer.score(store.read(0), "a red cat"))
+    assert np.array_equal(
+        scorer.score(store.read(0), "a red cat"), scorer.score(store.read(0), "a red cat")
+    )
 
 
 def good_image():
-    return {"features": np.ones((3, FEATURES)), "boxes": np.array([[0, 0, 5, 5.0]] * 3), "size": (10, 10)}
+    return {
+        "features": np.ones((3, FEATURES)),
+        "boxes": np.array([[0, 0, 5, 5.0]] * 3),
+        "size": (10, 10),
+    }
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"features": np.ones((3, 7))}, r"image 1: features have shape \[3, 7\], expected \[regions, 24\]"),
+        (
+            {"features": np.ones((3, 7))},
+            r"image 1: features have shape \[3, 7\], expected \[regions, 24\]",
+        ),
         ({"features": np.ones((0, FEATURES))}, r"image 1: features have shape \[0, 24\]"),
-        ({"features": np.full((3, FEATURES), np.nan)}, "image 1: features or boxes hold NaN or infinity"),
+        (
+            {"features": np.full((3, FEATURES), np.nan)},
+            "image 1: features or boxes hold NaN or infinity",
+        ),
         ({"boxes": np.ones((2, 4))}, r"image 1: boxes have shape \[2, 4\], expected \[3, 4\]"),
         ({"boxes": np.full((3, 4), np.inf)}, "image 1: features or boxes hold NaN or infinity"),
         ({"size": (0, 10)}, r"image 1: size is \(0, 10\), expected width and height above 0"),
@@ -144,6 +182,7 @@ def test_other_wrong_use_is_named(corpus, tmp_path):
         scorer.score(good_image(), "a cat", batch_size=0)
     with pytest.raises(UsageError, match="InterBertModel has no matching head"):
         InterBertScorer(InterBertModel.from_pretrained(folder), scorer.tokenizer)
+
     (tmp_path / "vocab.txt").write_text("\n".join([*VOCABULARY, "more"]) + "\n")
     with pytest.raises(UsageError, match="28 entries, the model has 27"):
         InterBertScorer(scorer.model, CaptionTokenizer(str(tmp_path / "vocab.txt")))

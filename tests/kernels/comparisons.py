@@ -1,7 +1,9 @@
-"""What every fused kernel must compute, against float64: on a GPU for tests/gpu, in Triton's interpreter for tests/kernels/interpreted.py.
+"""What every fused kernel must compute, against float64: on a GPU for tests/gpu, in Triton's
+interpreter for tests/kernels/interpreted.py.
 
-Inputs are rounded to the type under test first, so that only the kernel's own errors count. Dropout is not taken on trust: a mask is read
-off the results of chosen inputs, held against its rate, and then given to the twin, which must agree in values and gradients.
+Inputs are rounded to the type under test first, so that only the kernel's own errors count. Dropout
+is not taken on trust: a mask is read off the results of chosen inputs, held against its rate, and
+then given to the twin, which must agree in values and gradients.
 """
 
 import itertools
@@ -22,12 +24,16 @@ SEED = 7
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Largest accepted |ours - exact| / |exact|, as lengths of vectors: a few roundings of the type, sums being float32."""
+    """Largest accepted |ours - exact| / |exact|, as lengths of vectors: a few roundings of the
+    type, sums being float32.
+    """
     return {torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3, torch.float32: 1e-5}[dtype]
 
 
 def assert_near(ours: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, what: str) -> None:
-    """The whole tensor within the tolerance, each element within eight times the tolerance of the largest."""
+    """The whole tensor within the tolerance, each element within eight times the tolerance of the
+    largest.
+    """
     assert ours.shape == exact.shape, what
     if not ours.numel():
         return
@@ -36,11 +42,18 @@ def assert_near(ours: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, wha
     error = float(wrong.norm() / exact.norm().clamp(min=1e-12))
     worst = float(wrong.abs().max() / exact.abs().max().clamp(min=1e-12))
     assert error <= tolerance(dtype), f"{what}: off by {error:.2e} in {dtype}"
-    assert worst <= 8 * tolerance(dtype), f"{what}: one element is off by {worst:.2e} of the largest, in {dtype}"
+    assert worst <= 8 * tolerance(dtype), (
+        f"{what}: one element is off by {worst:.2e} of the largest, in {dtype}"
+    )
 
 
-def compare(ours: Callable, twin: Callable, inputs: Sequence[Any], names: Sequence[str], dtype: torch.dtype) -> None:
-    """Values and gradients of ours(*inputs) with those of twin(*inputs in float64); `names` of the tensors that want a gradient."""
+def compare(
+    ours: Callable, twin: Callable, inputs: Sequence[Any], names: Sequence[str], dtype: torch.dtype
+) -> None:
+    """Values and gradients of ours(*inputs) with those of twin(*inputs in float64).
+
+    `names` of the tensors that want a gradient.
+    """
     wide = [_widened(x) for x in inputs]
     results = ours(*inputs), twin(*wide)
     assert_near(results[0].detach(), results[1].detach(), dtype, "result")
@@ -50,6 +63,7 @@ def compare(ours: Callable, twin: Callable, inputs: Sequence[Any], names: Sequen
     for result, given in zip(results, (inputs, wide), strict=True):
         leaves = [x for x in given if isinstance(x, torch.Tensor) and x.requires_grad]
         gradients.append(torch.autograd.grad(result, leaves, weight.to(result.dtype)))
+
     for name, found, exact in zip(names, *gradients, strict=True):
         assert_near(found, exact, dtype, f"gradient of {name}")
 
@@ -62,29 +76,48 @@ def _widened(x: Any) -> Any:
 
 
 def check_rate(kept: torch.Tensor, p: float) -> None:
-    """Of a mask [rows, columns] the share that is gone, and that neighbours go independently; within five standard deviations."""
+    """Of a mask [rows, columns] the share that is gone, and that neighbours go independently;
+    within five standard deviations.
+    """
     gone = ~kept
     beside = gone[:, 1:] & gone[:, :-1]
     below = gone[1:] & gone[:-1]
+
     for found, expected in ((gone, p), (beside, p * p), (below, p * p)):
         if not found.numel():
             continue
+
         spread = (expected * (1 - expected) / found.numel()) ** 0.5
         share = float(found.double().mean())
-        assert abs(share - expected) < 5 * spread + 1e-3, f"{share} of {found.numel()} gone, not {expected}"
+        assert abs(share - expected) < 5 * spread + 1e-3, (
+            f"{share} of {found.numel()} gone, not {expected}"
+        )
 
 
 # Attention
 
 
-def check_attention(attention: Attention, lengths: list[int], heads: int, width: int, dtype: torch.dtype, device: str) -> None:
+def check_attention(
+    attention: Attention,
+    lengths: list[int],
+    heads: int,
+    width: int,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
     """Values and gradients without dropout."""
     qkv, sequences = packed(lengths, heads, width, dtype, device)
     compare(attention, plain.attention, (qkv, sequences, 0.0), ("qkv",), dtype)
 
 
 def check_attention_dropout(
-    attention: Attention, lengths: list[int], heads: int, width: int, dtype: torch.dtype, device: str, p: float = 0.3
+    attention: Attention,
+    lengths: list[int],
+    heads: int,
+    width: int,
+    dtype: torch.dtype,
+    device: str,
+    p: float = 0.3,
 ) -> None:
     """The mask's rate; values and gradients with that very mask; another mask for another seed."""
     qkv, sequences = packed(lengths, heads, width, dtype, device)
@@ -109,19 +142,27 @@ def attention_masks(
 ) -> list[torch.Tensor]:
     """What dropout keeps [heads, L, L] of each sequence's weights.
 
-    Where values are one-hot the result is a row of weights itself. As values have only D columns, they show D keys at a time.
+    Where values are one-hot the result is a row of weights itself. As values have only D columns,
+    they show D keys at a time.
     """
     width = qkv.shape[-1]
     offsets = sequences.offsets
-    place = torch.cat([torch.arange(length, device=qkv.device) for length in offsets.diff().tolist()])
+    place = torch.cat(
+        [torch.arange(length, device=qkv.device) for length in offsets.diff().tolist()]
+    )
     windows = []
+
     for start in range(0, sequences.longest, width):
         shown = qkv.detach().clone()
-        shown[:, :, 2] = (place[:, None] - start == torch.arange(width, device=qkv.device))[:, None, :].to(qkv.dtype)
+        shown[:, :, 2] = (place[:, None] - start == torch.arange(width, device=qkv.device))[
+            :, None, :
+        ].to(qkv.dtype)
         torch.manual_seed(seed)
         windows.append(attention(shown, sequences, p))
+
     kept = torch.cat(windows, dim=-1) != 0
     bounds = itertools.pairwise(offsets.tolist())
+
     return [kept[start:stop, :, : stop - start].transpose(0, 1) for start, stop in bounds]
 
 
@@ -135,27 +176,42 @@ def masked_attention(
         q, k, v = qkv[start:stop].permute(2, 1, 0, 3)
         weights = (q @ k.transpose(1, 2) * qkv.shape[-1] ** -0.5).softmax(dim=-1)
         parts.append((weights * mask / (1 - p) @ v).transpose(0, 1))
+
     return torch.cat(parts)
 
 
 # Elementwise parts and embeddings
 
 
-def check_bias_gelu(kernels: Kernels, rows: int, width: int, dtype: torch.dtype, device: str) -> None:
+def check_bias_gelu(
+    kernels: Kernels, rows: int, width: int, dtype: torch.dtype, device: str
+) -> None:
     """GELU of x + bias."""
-    x, bias = _leaf(device, dtype, rows, width), _leaf(device, dtype, width)
+    x = _leaf(device, dtype, rows, width)
+    bias = _leaf(device, dtype, width)
     compare(kernels.bias_gelu, plain.bias_gelu, (x, bias), ("x", "bias"), dtype)
 
 
-def check_dropout_add_norm(kernels: Kernels, rows: int, width: int, dtype: torch.dtype, device: str) -> None:
-    """Without dropout, and with the mask that shows where x is 1 and there is nothing else: the norm keeps the sign."""
-    inputs = [_leaf(device, dtype, *shape) for shape in ((rows, width), (width,), (rows, width), (width,), (width,))]
+def check_dropout_add_norm(
+    kernels: Kernels, rows: int, width: int, dtype: torch.dtype, device: str
+) -> None:
+    """Without dropout, and with the mask that shows where x is 1 and there is nothing else: the
+    norm keeps the sign.
+    """
+    inputs = [
+        _leaf(device, dtype, *shape)
+        for shape in ((rows, width), (width,), (rows, width), (width,), (width,))
+    ]
     names = ("x", "bias", "residual", "weight", "norm_bias")
     compare(kernels.dropout_add_norm, plain.dropout_add_norm, (*inputs, 0.0, 1e-12), names, dtype)
 
-    p, nothing, one = 0.3, torch.zeros_like(inputs[1]), torch.ones_like(inputs[3])
+    p = 0.3
+    nothing = torch.zeros_like(inputs[1])
+    one = torch.ones_like(inputs[3])
     torch.manual_seed(SEED)
-    shown = kernels.dropout_add_norm(torch.ones_like(inputs[0]), nothing, torch.zeros_like(inputs[2]), one, nothing, p, 1e-5)
+    shown = kernels.dropout_add_norm(
+        torch.ones_like(inputs[0]), nothing, torch.zeros_like(inputs[2]), one, nothing, p, 1e-5
+    )
     kept = shown.detach() > 0
     if width > 8:  # a row that keeps all or nothing has no sign
         check_rate(kept, p)
@@ -165,30 +221,55 @@ def check_dropout_add_norm(kernels: Kernels, rows: int, width: int, dtype: torch
         return kernels.dropout_add_norm(*inputs)
 
     def twin(x, bias, residual, weight, norm_bias, p, eps):
-        return F.layer_norm(residual + (x + bias) * kept / (1 - p), weight.shape, weight, norm_bias, eps)
+        return F.layer_norm(
+            residual + (x + bias) * kept / (1 - p), weight.shape, weight, norm_bias, eps
+        )
 
     if width > 8:
         compare(ours, twin, (*inputs, p, 1e-12), names, dtype)
 
 
-def check_embeddings(kernels: Kernels, rows: int, width: int, dtype: torch.dtype, device: str) -> None:
+def check_embeddings(
+    kernels: Kernels, rows: int, width: int, dtype: torch.dtype, device: str
+) -> None:
     """Of text and of regions, without dropout and with the mask that the zeros show."""
     positions, types = (torch.randint(most, (rows,), device=device) for most in (40, 2))
     places = torch.rand(rows, 5, device=device).to(dtype)
     norm = [_leaf(device, dtype, width) for _ in range(2)]
-    words, position_table, type_table = (_leaf(device, dtype, count, width) for count in (rows, 40, 2))
+    words, position_table, type_table = (
+        _leaf(device, dtype, count, width) for count in (rows, 40, 2)
+    )
     text = (words, positions, types, position_table, type_table, *norm)
-    image = (_leaf(device, dtype, rows, width), places, _leaf(device, dtype, width, 5), _leaf(device, dtype, width), *norm)
+    image = (
+        _leaf(device, dtype, rows, width),
+        places,
+        _leaf(device, dtype, width, 5),
+        _leaf(device, dtype, width),
+        *norm,
+    )
+
     cases = (
-        (kernels.embed_text, plain.embed_text, text, ("words", "positions", "types", "weight", "bias")),
-        (kernels.embed_image, plain.embed_image, image, ("projected", "location weight", "location bias", "weight", "bias")),
+        (
+            kernels.embed_text,
+            plain.embed_text,
+            text,
+            ("words", "positions", "types", "weight", "bias"),
+        ),
+        (
+            kernels.embed_image,
+            plain.embed_image,
+            image,
+            ("projected", "location weight", "location bias", "weight", "bias"),
+        ),
     )
     for ours, twin, inputs, names in cases:
         compare(ours, twin, (*inputs, 0.0, 1e-12), names, dtype)
         _check_last_dropout(ours, twin, inputs, names, dtype)
 
 
-def _check_last_dropout(ours: Callable, twin: Callable, inputs: Sequence[Any], names: Sequence[str], dtype: torch.dtype) -> None:
+def _check_last_dropout(
+    ours: Callable, twin: Callable, inputs: Sequence[Any], names: Sequence[str], dtype: torch.dtype
+) -> None:
     """Of operations that end in dropout."""
     p = 0.3
 
@@ -213,13 +294,17 @@ def _leaf(device: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
 # Regions and words
 
 
-def check_region_rows(kernels: Kernels, counts: list[int], width: int, dtype: torch.dtype, device: str) -> None:
+def check_region_rows(
+    kernels: Kernels, counts: list[int], width: int, dtype: torch.dtype, device: str
+) -> None:
     """Hidden regions are 0, and each image's mean stands before them."""
     numbers = torch.tensor(counts, device=device)
     features = torch.randn(sum(counts), width).half().to(device)
     ends = (numbers + 1).cumsum(0)
     summaries = ends - numbers - 1
-    rows = torch.cat([torch.arange(int(end) - count, int(end)) for end, count in zip(ends, counts, strict=True)]).to(device)
+    rows = torch.cat(
+        [torch.arange(int(end) - count, int(end)) for end, count in zip(ends, counts, strict=True)]
+    ).to(device)
     hidden = torch.nonzero(torch.rand(len(features)) < 0.3).flatten().to(device)
     found = kernels.region_rows(features, hidden, numbers, rows, summaries, dtype)
     exact = plain.region_rows(features, hidden, numbers, rows, summaries, torch.float64)
@@ -227,13 +312,16 @@ def check_region_rows(kernels: Kernels, counts: list[int], width: int, dtype: to
     assert_near(found, exact, dtype, "region rows")
 
 
-def check_vocabulary(kernels: Kernels, rows: int, columns: int, words: int, dtype: torch.dtype, device: str) -> None:
+def check_vocabulary(
+    kernels: Kernels, rows: int, columns: int, words: int, dtype: torch.dtype, device: str
+) -> None:
     """Both passes of cross entropy, with labels outside and a tie."""
     logits = (torch.randn(rows, columns) * 5).to(device, dtype)
     labels = torch.randint(-20, columns + 20, (rows,)).to(device)
     grad = torch.randn(rows).to(device)
     if words > 100:
         logits[0, 90] = logits[0, 7] = 99.0
+
     exact = plain.vocab_statistics(logits.double(), labels, words)
     found = kernels.vocab_statistics(logits, labels, words)
     assert torch.equal(found[3], exact[3]), "place of the largest"

@@ -1,4 +1,6 @@
-"""Compilation of the Triton kernels ahead of time, for cards that are not here: what a program takes, and whether it spills registers."""
+"""Compilation of the Triton kernels ahead of time, for cards that are not here: what a program
+takes, and whether it spills registers.
+"""
 
 import inspect
 import re
@@ -26,9 +28,14 @@ SIZES = {"BLOCK": 1024, "ROWS": triton_ops.TILE_ROWS, "LOCATION": triton_embeddi
 # Arguments by name: what is not the element type, and what divides by 16 whatever the batch.
 REALS = ("p", "eps", "scale")
 POINTERS = {
-    **dict.fromkeys(("mean_ptr", "rstd_ptr", "partial_ptr", "largest_ptr", "total_ptr", "own_ptr"), "*fp32"),
+    **dict.fromkeys(
+        ("mean_ptr", "rstd_ptr", "partial_ptr", "largest_ptr", "total_ptr", "own_ptr"), "*fp32"
+    ),
     **dict.fromkeys(("normaliser_ptr", "grad_ptr"), "*fp32"),
-    **dict.fromkeys(("labels_ptr", "best_ptr", "positions_ptr", "types_ptr", "summary_ptr", "starts_ptr"), "*i64"),
+    **dict.fromkeys(
+        ("labels_ptr", "best_ptr", "positions_ptr", "types_ptr", "summary_ptr", "starts_ptr"),
+        "*i64",
+    ),
     "offsets_ptr": "*i32",
     "shown_ptr": "*i1",
 }
@@ -37,7 +44,9 @@ DIVISIBLE = ("width", "columns")
 
 @dataclass(frozen=True)
 class Compiled:
-    """Of one kernel: bytes of shared memory of a program, bytes of stack (spilled registers) of a thread, seconds of the compiler."""
+    """Of one kernel: bytes of shared memory of a program, bytes of stack (spilled registers) of a
+    thread, seconds of the compiler.
+    """
 
     shared: int
     stack: int
@@ -46,14 +55,21 @@ class Compiled:
 
 def launched_kernels() -> list[JITFunction]:
     """All that some function launches; the others are parts of these."""
-    return [kernel for module in MODULES for kernel in vars(module).values() if _is_launched(kernel, module)]
+    return [
+        kernel
+        for module in MODULES
+        for kernel in vars(module).values()
+        if _is_launched(kernel, module)
+    ]
 
 
 def _is_launched(kernel: object, module: ModuleType) -> bool:
     return isinstance(kernel, JITFunction) and f"{kernel.fn.__name__}[" in inspect.getsource(module)
 
 
-def compile_attention(name: str, capability: tuple[int, int], dtype: torch.dtype, tile: int, width: int) -> Compiled:
+def compile_attention(
+    name: str, capability: tuple[int, int], dtype: torch.dtype, tile: int, width: int
+) -> Compiled:
     """One of ATTENTION with dropout, as it is launched."""
     number = triton_attention.warps(tile, width, dtype.itemsize, name.startswith("_tiled"))
     sizes = {"TILE": tile, "WIDTH": width, "DROPOUT": True}
@@ -61,9 +77,15 @@ def compile_attention(name: str, capability: tuple[int, int], dtype: torch.dtype
 
 
 def compile_kernel(
-    kernel: JITFunction, capability: tuple[int, int], dtype: torch.dtype, sizes: dict[str, int] = SIZES, warps: int = 4
+    kernel: JITFunction,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    sizes: dict[str, int] = SIZES,
+    warps: int = 4,
 ) -> Compiled:
-    """Machine code for a card of a compute capability, with tensors of `dtype` and its constants by name."""
+    """Machine code for a card of a compute capability, with tensors of `dtype` and its constants by
+    name.
+    """
     types = {name: _argument_type(name, DTYPES[dtype]) for name in kernel.arg_names}
     constants = {name: sizes[name] for name in kernel.arg_names if name in sizes}
     aligned = [name for name in kernel.arg_names if name.endswith("_ptr") or name in DIVISIBLE]
@@ -73,6 +95,7 @@ def compile_kernel(
     began = time.monotonic()
     source = ASTSource(kernel, types, constants, hints)
     made = compile(source, target=target, options={"num_warps": warps, "num_stages": 1})
+
     return Compiled(made.metadata.shared, _stack(made.asm["cubin"]), time.monotonic() - began)
 
 
@@ -87,8 +110,12 @@ def _argument_type(name: str, element: str) -> str:
 def _stack(machine_code: bytes) -> int:
     """Bytes of stack of a thread, as the cuobjdump that Triton brings says."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(machine_code)
         file.flush()
-        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        told = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+
     return int(re.search(r"STACK:(\d+)", told)[1])

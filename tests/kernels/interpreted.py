@@ -1,4 +1,5 @@
-"""The Triton kernels against float64 in Triton's CPU interpreter: TRITON_INTERPRET=1 pytest tests/kernels/interpreted.py.
+"""The Triton kernels against float64 in Triton's CPU interpreter: TRITON_INTERPRET=1 pytest
+tests/kernels/interpreted.py.
 
 test_triton.py runs it so. Inputs are new each time; a failure prints the seed.
 """
@@ -55,7 +56,9 @@ def seed():
 
 @pytest.fixture(autouse=True)
 def bfloat16_products(monkeypatch):
-    """Triton's interpreter keeps bfloat16 as its bits and would multiply these as whole numbers: products of them, in float32 here."""
+    """Triton's interpreter keeps bfloat16 as its bits and would multiply these as whole numbers:
+    products of them, in float32 here.
+    """
     products = InterpreterBuilder.create_dot
 
     def widened(x):
@@ -93,7 +96,9 @@ def test_regions_are_hidden_and_averaged(seed, width, dtype):
     comparisons.check_region_rows(KERNELS, counts, width, dtype, "cpu")
 
 
-@pytest.mark.parametrize(("rows", "columns", "words"), [(1, 128, 128), (5, 256, 250), (3, 128, 1), (4, 128, 0)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "words"), [(1, 128, 128), (5, 256, 250), (3, 128, 1), (4, 128, 0)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_passes_of_cross_entropy(rows, columns, words, dtype, monkeypatch):
     monkeypatch.setattr(triton_vocab, "BLOCK", 64)
@@ -126,6 +131,7 @@ def test_a_mask_is_the_same_whatever_the_tile(tile):
     for size in (tile, 64):
         out = _Attention.apply(qkv, sequences, 0.4, 11, size)
         results.append([out, *torch.autograd.grad(out, qkv, weight)])
+
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
@@ -133,7 +139,9 @@ def test_a_mask_is_the_same_whatever_the_tile(tile):
 @pytest.mark.parametrize("tile", [16, 32])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_attention_gradients_by_finite_differences(p, tile):
-    """In float64, with a dropout mask that stays the same; whole rows, and tiles of which one is not full."""
+    """In float64, with a dropout mask that stays the same; whole rows, and tiles of which one is
+    not full.
+    """
     qkv, sequences = packed([3, 1, 20], 2, 4, torch.float64)
 
     def attend(x):
@@ -162,25 +170,33 @@ def test_recomputation_replays_every_mask():
     layer = TransformerLayer(32, 2, 64, 0.2, 0.3, 1e-12, Placement(), KERNELS, streams)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    sequences, results = Sequences(torch.tensor([0, 5, 9], dtype=torch.int32), 5), []
+
+    sequences = Sequences(torch.tensor([0, 5, 9], dtype=torch.int32), 5)
+    results = []
     x = torch.randn(9, 32)
+
     for run in (layer, lambda *inputs: streams.recompute(layer, *inputs)):
         streams.start_step(1)
         inputs = x.clone().requires_grad_()
         out = run(inputs, sequences)
         gradients = torch.autograd.grad(out.square().sum(), [inputs, *layer.parameters()])
         results.append([out, *gradients])
+
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
 
 def check_whole_model(ranks, dropout):
-    """Losses and gradients of all kernels together are those of the twins; with dropout, alike on the ranks of a tensor-parallel group
-    where they must be."""
+    """Losses and gradients of all kernels together are those of the twins; with dropout, alike on
+    the ranks of a tensor-parallel group where they must be.
+    """
     state = ParallelState(ranks)
-    sizes = dataclasses.replace(SMALL, interaction_layers=1, image_layers=1)  # the interpreter takes its time
+    # the interpreter takes its time
+    sizes = dataclasses.replace(SMALL, interaction_layers=1, image_layers=1)
     sizes = sizes if dropout else sizes.without_dropout()
-    batch, results = pack(examples(2), sizes.feature_dim), []
+    batch = pack(examples(2), sizes.feature_dim)
+    results = []
+
     for kernels in (KERNELS,) if dropout else (KERNELS, Kernels()):
         streams = RandomStreams(5, state.data_rank, state.tensor_rank)
         model = InterBert(sizes, state=state, kernels=kernels, streams=streams)
@@ -189,8 +205,10 @@ def check_whole_model(ranks, dropout):
         loss, report = PretrainingTask().loss(model(batch), batch, batch.target_counts())
         loss.backward()
         results.append([loss.detach(), report, *(p.grad for p in model.parameters())])
+
     for ours, twin in zip(results[0], results[-1], strict=True):
         torch.testing.assert_close(ours, twin, rtol=1e-4, atol=1e-5)
+
     assert loss.isfinite()
     if ranks > 1:
         for name, parameter in model.named_parameters():

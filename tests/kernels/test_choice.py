@@ -21,7 +21,9 @@ def insert(monkeypatch: pytest.MonkeyPatch) -> Insert:
 
     def insert(name: str, capability: tuple[int, int], shared_memory: int | None = None) -> None:
         facts = SimpleNamespace(name=name, major=capability[0], minor=capability[1])
-        facts.shared_memory_per_block_optin = shared_memory or fit.SHARED_MEMORY.get(capability, 65536)
+        facts.shared_memory_per_block_optin = shared_memory or fit.SHARED_MEMORY.get(
+            capability, 65536
+        )
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
@@ -42,43 +44,65 @@ def test_a_cpu_has_its_own_and_refuses_what_cannot_run() -> None:
 
 def test_attention_by_what_is_asked_of_it() -> None:
     """Flash attention has no dropout, and its gradient is summed in any order; ours is not."""
-    pytest.importorskip("triton", reason="triton is not installed (pip install -r requirements.txt)")
-    for dropout, deterministic, expected in ((False, False, "flash"), (True, False, "packed"), (False, True, "packed")):
+    pytest.importorskip(
+        "triton", reason="triton is not installed (pip install -r requirements.txt)"
+    )
+
+    for dropout, deterministic, expected in (
+        (False, False, "flash"),
+        (True, False, "packed"),
+        (False, True, "packed"),
+    ):
         described = choose_kernels("auto", CUDA, dropout, deterministic).describe()
         assert f"attention=triton_attention.{expected}_attention" in described
 
 
 @pytest.mark.parametrize(("name", "capability"), [("Tesla V100", (7, 0)), ("Tesla T4", (7, 5))])
 def test_cards_that_are_too_old(insert: Insert, name: str, capability: tuple[int, int]) -> None:
-    pytest.importorskip("triton", reason="triton is not installed (pip install -r requirements.txt)")
+    pytest.importorskip(
+        "triton", reason="triton is not installed (pip install -r requirements.txt)"
+    )
     insert(name, capability)
     kernels = choose_kernels("auto", CUDA)
     assert kernels.attention is attention.padded_sdpa, "flash attention asks for 8.0 as well"
-    assert f"plain torch: {name} (compute capability {capability[0]}.{capability[1]}) is older" in kernels.describe()
+    assert (
+        f"plain torch: {name} (compute capability {capability[0]}.{capability[1]}) is older"
+        in kernels.describe()
+    )
     with pytest.raises(UsageError, match=f"--kernels triton: {name} .* use --kernels auto"):
         choose_kernels("triton", CUDA)
 
 
 def test_what_is_said_of_heads_and_tiles(insert: Insert) -> None:
-    pytest.importorskip("triton", reason="triton is not installed (pip install -r requirements.txt)")
+    pytest.importorskip(
+        "triton", reason="triton is not installed (pip install -r requirements.txt)"
+    )
     insert("NVIDIA L4", (8, 9))
-    described = choose_kernels("auto", CUDA, True, head_sizes=(64, 96, 160), dtype=torch.bfloat16).describe()
+    described = choose_kernels(
+        "auto", CUDA, True, head_sizes=(64, 96, 160), dtype=torch.bfloat16
+    ).describe()
     assert "heads of 64 in bfloat16: tiles of 64 tokens, 40 of 99 KiB" in described
     assert "heads of 96 in bfloat16: tiles of 64 tokens, 72 of 99 KiB" in described
     assert "heads of 160: padded SDPA, for Triton's tiles are at most 128 wide" in described
-    assert "heads of 96 in float32: tiles of 32 tokens, 68 of 99" in choose_kernels(
-        "auto", CUDA, True, head_sizes=(96,), dtype=torch.float32
-    ).describe()
+    assert (
+        "heads of 96 in float32: tiles of 32 tokens, 68 of 99"
+        in choose_kernels("auto", CUDA, True, head_sizes=(96,), dtype=torch.float32).describe()
+    )
 
     insert("a small card", (9, 0), 20 << 10)
-    described = choose_kernels("auto", CUDA, True, head_sizes=(64, 128), dtype=torch.float32).describe()
+    described = choose_kernels(
+        "auto", CUDA, True, head_sizes=(64, 128), dtype=torch.float32
+    ).describe()
     assert "heads of 64 in float32: tiles of 16 tokens, 17 of 20 KiB" in described
-    assert "heads of 128 in float32: padded SDPA, for no tile of Triton's fits in 20 KiB" in described
+    assert (
+        "heads of 128 in float32: padded SDPA, for no tile of Triton's fits in 20 KiB" in described
+    )
 
 
 def test_the_limit_is_that_of_the_card(insert: Insert) -> None:
     insert("from the driver", (9, 0), 123 << 10)
     assert fit.gpu_of(CUDA).shared_memory == 123 << 10
+
     for dtype, head, room, expected in (
         (torch.bfloat16, 64, 40 << 10, 64),
         (torch.bfloat16, 64, (40 << 10) - 1, 32),
@@ -91,8 +115,12 @@ def test_the_limit_is_that_of_the_card(insert: Insert) -> None:
         assert fit.tile_for(head, dtype, room) == expected, (dtype, head, room)
 
 
-def test_a_machine_that_cannot_build_the_launcher(insert: Insert, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", reason="triton is not installed (pip install -r requirements.txt)")
+def test_a_machine_that_cannot_build_the_launcher(
+    insert: Insert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(
+        "triton", reason="triton is not installed (pip install -r requirements.txt)"
+    )
     check = choice.why_no_launcher
     insert("NVIDIA A100", (8, 0))
     monkeypatch.setattr(choice, "why_no_launcher", check)
@@ -111,8 +139,11 @@ def test_float8_where_there_is_none(insert: Insert, monkeypatch: pytest.MonkeyPa
     insert("NVIDIA A100", (8, 0))
     with pytest.raises(UsageError, match="--fp8: NVIDIA A100 has no 8-bit products"):
         choose_kernels("torch", CUDA, fp8=True)
+
     assert "products=products.Float8Products" in choose_kernels("torch", CPU, fp8=True).describe()
 
     monkeypatch.delattr(torch.nn.functional, "scaled_mm")
-    with pytest.raises(UsageError, match=r"--fp8: torch .* has no torch\.nn\.functional\.scaled_mm"):
+    with pytest.raises(
+        UsageError, match=r"--fp8: torch .* has no torch\.nn\.functional\.scaled_mm"
+    ):
         choose_kernels("torch", CPU, fp8=True)

@@ -1,4 +1,6 @@
-"""How often Triton would compile: our own launches over 1,000 ragged steps through Triton's real launcher, without a card behind it."""
+"""How often Triton would compile: our own launches over 1,000 ragged steps through Triton's real
+launcher, without a card behind it.
+"""
 
 import random
 from collections import defaultdict
@@ -62,13 +64,16 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list]]:
     keys = defaultdict(list)
     touched = set()
 
-    def compile_nothing(kernel: JITFunction, key: str, signature: dict, device: int, *rest: object) -> Program:
+    def compile_nothing(
+        kernel: JITFunction, key: str, signature: dict, device: int, *rest: object
+    ) -> Program:
         keys[kernel.fn.__name__].append(key)
         touched.add(kernel)
         program = kernel.device_caches[device][0][key] = Program()
         return program
 
-    torch.set_flush_denormal(True)  # of this thread: sums of what nothing has filled would take long
+    # of this thread: sums of what nothing has filled would take long
+    torch.set_flush_denormal(True)
     monkeypatch.setattr(driver, "_active", Card(), raising=False)
     monkeypatch.setattr(JITFunction, "_do_compile", compile_nothing)
     yield keys
@@ -93,31 +98,54 @@ def attend(lengths: torch.Tensor, heads: int, head: int, dropout_p: float) -> No
 
 
 def step(micro_batch: int, ragged: torch.Generator) -> None:
-    """All launches of a pretraining step: once for each place that a kernel has in the model, not for each layer."""
+    """All launches of a pretraining step: once for each place that a kernel has in the model, not
+    for each layer.
+    """
     words = torch.randint(8, 21, (micro_batch,), generator=ragged)
     regions = torch.randint(10, 37, (micro_batch,), generator=ragged)
     joint = words + regions + 1
-    total_words, total_regions, total = int(words.sum()), int(regions.sum()), int(joint.sum())
+    total_words = int(words.sum())
+    total_regions = int(regions.sum())
+    total = int(joint.sum())
     few = micro_batch + random.Random(total).randrange(micro_batch * 2)
 
     attend(joint, 1, 64, 0.1)
     attend(words, 1, 64, 0.1)
     attend(regions + 1, 1, 96, 0.1)
+
     for rows in (total, total_words, total_regions + micro_batch, few):
         backward(triton_ops.bias_gelu(leaf(rows, 4 * WIDTH), leaf(4 * WIDTH)))
         norm = [leaf(WIDTH) for _ in range(2)]
-        backward(triton_ops.dropout_add_norm(leaf(rows, WIDTH), leaf(WIDTH), leaf(rows, WIDTH), *norm, 0.1, 1e-12))
+        backward(
+            triton_ops.dropout_add_norm(
+                leaf(rows, WIDTH), leaf(WIDTH), leaf(rows, WIDTH), *norm, 0.1, 1e-12
+            )
+        )
 
-    numbers = torch.zeros(total_words + 1, dtype=torch.int64)[total_words % 2 :][:total_words]  # aligned or not
+    # aligned or not
+    numbers = torch.zeros(total_words + 1, dtype=torch.int64)[total_words % 2 :][:total_words]
     norm = [leaf(WIDTH) for _ in range(2)]
-    backward(embed_text(leaf(total_words, WIDTH), numbers, numbers, leaf(8, WIDTH), leaf(2, WIDTH), *norm, 0.1, 1e-12))
+    backward(
+        embed_text(
+            leaf(total_words, WIDTH),
+            numbers,
+            numbers,
+            leaf(8, WIDTH),
+            leaf(2, WIDTH),
+            *norm,
+            0.1,
+            1e-12,
+        )
+    )
     projected = leaf(total_regions + micro_batch, WIDTH)
     places = torch.empty(len(projected), 5, dtype=torch.bfloat16)
     backward(embed_image(projected, places, leaf(WIDTH, 5), leaf(WIDTH), *norm, 0.1, 1e-12))
 
     summaries = (regions + 1).cumsum(0) - regions - 1
     features = torch.empty(total_regions, WIDTH, dtype=torch.float16)
-    region_rows(features, numbers[:3], regions, numbers.new_empty(total_regions), summaries, torch.bfloat16)
+    region_rows(
+        features, numbers[:3], regions, numbers.new_empty(total_regions), summaries, torch.bfloat16
+    )
 
     logits = torch.empty(few, WORDS, dtype=torch.bfloat16)
     start = total % 2  # of a chunk of rows, whose numbers need not be aligned
@@ -132,6 +160,7 @@ def test_few_keys_in_1000_ragged_steps(compiled: dict[str, list], micro_batch: i
     ragged = torch.Generator().manual_seed(micro_batch)
     for _ in range(STEPS):
         step(micro_batch, ragged)
+
     found = {name: len(keys) for name, keys in compiled.items()}
     print(f"micro-batch {micro_batch}: {found}")
     assert set(found) == {kernel.fn.__name__ for kernel in launched_kernels()} - LONG
@@ -139,13 +168,17 @@ def test_few_keys_in_1000_ragged_steps(compiled: dict[str, list], micro_batch: i
 
 
 def test_few_keys_for_long_sequences(compiled: dict[str, list]) -> None:
-    """VCR's joint tokens, and images of up to 100 regions: two sizes of heads, with dropout and without in evaluation."""
+    """VCR's joint tokens, and images of up to 100 regions: two sizes of heads, with dropout and
+    without in evaluation.
+    """
     ragged = torch.Generator().manual_seed(1)
+
     for number in range(STEPS):
         longest = int(torch.randint(100, 200, (1,), generator=ragged))
         lengths = torch.randint(65, longest + 1, (8,), generator=ragged)
         for head in (64, 96):
             attend(lengths, 1, head, 0.1 if number % 2 else 0.0)
+
     found = {name: len(keys) for name, keys in compiled.items()}
     assert set(found) == LONG
     assert all(count <= MOST_KEYS.get(name, 1) for name, count in found.items()), found

@@ -1,18 +1,27 @@
-"""Products in 8 bits against float64: of the quantised numbers exactly, of the numbers themselves within the formats' precision."""
+"""Products in 8 bits against float64: of the quantised numbers exactly, of the numbers themselves
+within the formats' precision.
+"""
 
 import pytest
 import torch
 
 from megatron_interbert.kernels.products import Float8Products, PlainProducts, quantise
 
-IN, OUT = 64, 48
+IN = 64
+OUT = 48
 
 
-def made(tokens: int, dtype: torch.dtype, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def made(
+    tokens: int, dtype: torch.dtype, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """x, weight, bias and a gradient of the result, of very different sizes."""
     random = torch.Generator().manual_seed(seed)
     shapes = ((tokens, IN, 3.0), (OUT, IN, 0.02), (OUT, 1, 0.1), (tokens, OUT, 1e-6))
-    x, weight, bias, grad = ((torch.randn(rows, columns, generator=random) * size).to(dtype) for rows, columns, size in shapes)
+    x, weight, bias, grad = (
+        (torch.randn(rows, columns, generator=random) * size).to(dtype)
+        for rows, columns, size in shapes
+    )
+
     return x, weight, bias.flatten(), grad
 
 
@@ -29,14 +38,26 @@ def test_results_and_gradients(tokens: int, dtype: torch.dtype) -> None:
     leaves = [leaf.clone().requires_grad_() for leaf in (x, weight, bias)]
     result = Float8Products.linear(*leaves)
     result.backward(grad)
-    x8, weight8, grad8 = whole(x), whole(weight), whole(grad, torch.float8_e5m2)
-    quantised = (x8 @ weight8.t() + bias.double(), grad8 @ weight8, grad8.t() @ x8, grad.double().sum(dim=0))
+    x8 = whole(x)
+    weight8 = whole(weight)
+    grad8 = whole(grad, torch.float8_e5m2)
+    quantised = (
+        x8 @ weight8.t() + bias.double(),
+        grad8 @ weight8,
+        grad8.t() @ x8,
+        grad.double().sum(dim=0),
+    )
     unharmed = [leaf.detach().double().requires_grad_() for leaf in leaves]
     plain = PlainProducts.linear(*unharmed)
     plain.backward(grad.double())
     exact = (plain.detach(), *(leaf.grad for leaf in unharmed))
+
     for name, found, expected, true in zip(
-        ("y", "dx", "dW", "db"), (result.detach(), *(leaf.grad for leaf in leaves)), quantised, exact, strict=True
+        ("y", "dx", "dW", "db"),
+        (result.detach(), *(leaf.grad for leaf in leaves)),
+        quantised,
+        exact,
+        strict=True,
     ):
         assert found.dtype == dtype
         step = torch.finfo(dtype).eps * float(expected.abs().max())
@@ -52,6 +73,7 @@ def test_scales_reach_the_ends_of_the_formats() -> None:
             eight, scale = quantise(x, dtype)
             assert eight.float().abs().max() == torch.finfo(dtype).max
             torch.testing.assert_close(eight.float() * scale, x)
+
     zeros, scale = quantise(torch.zeros(2, 3))
     assert not zeros.float().any()
     assert scale > 0
@@ -60,7 +82,9 @@ def test_scales_reach_the_ends_of_the_formats() -> None:
 
 def test_half_precision_is_rounded_once() -> None:
     x = made(33, torch.bfloat16, 5)[0]
-    for once, twice in zip(quantise(x.float(), transposed=True), quantise(x, transposed=True), strict=True):
+    for once, twice in zip(
+        quantise(x.float(), transposed=True), quantise(x, transposed=True), strict=True
+    ):
         assert torch.equal(once.float(), twice.float())
 
 
@@ -74,7 +98,8 @@ def test_numbers_that_are_not_finite_are_not_hidden(wrong: float) -> None:
 
 
 def test_no_rows() -> None:
-    x, weight = torch.zeros(0, IN, dtype=torch.bfloat16, requires_grad=True), made(1, torch.bfloat16, 0)[1].requires_grad_()
+    x = torch.zeros(0, IN, dtype=torch.bfloat16, requires_grad=True)
+    weight = made(1, torch.bfloat16, 0)[1].requires_grad_()
     result = Float8Products.linear(x, weight)
     assert result.shape == (0, OUT)
     result.sum().backward()

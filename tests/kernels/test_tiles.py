@@ -1,4 +1,6 @@
-"""A short form of tests/campaigns/tiles.py: some tiles compiled for cards that are not here, and its table held against the code."""
+"""A short form of tests/campaigns/tiles.py: some tiles compiled for cards that are not here, and
+its table held against the code.
+"""
 
 import pytest
 import torch
@@ -21,7 +23,12 @@ def committed() -> tuple[str, list[list[str]]]:
     """(Version of Triton that the tables were made with, cells of the rows of tiles)."""
     text = tiles.DOCUMENT.read_text().split(tiles.BEGIN)[1].split(tiles.END)[0]
     version = text.split("with Triton ")[1].split(" ")[0]
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(tuple(f"| {major}." for major in range(8, 20)))]
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in text.splitlines()
+        if line.startswith(tuple(f"| {major}." for major in range(8, 20)))
+    ]
+
     return version, [[cell.strip() for cell in row] for row in rows]
 
 
@@ -35,12 +42,20 @@ def test_one_tile_is_taken_for_every_card_and_type():
     for capability, limit in SHARED_MEMORY.items():
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for head in (8, 32, 64, 96, 128):
-                assert tile_for(head, dtype, limit) == TILES[dtype.itemsize][0], (capability, dtype, head)
+                assert tile_for(head, dtype, limit) == TILES[dtype.itemsize][0], (
+                    capability,
+                    dtype,
+                    head,
+                )
 
 
 @pytest.mark.parametrize(
     ("capability", "dtype", "head", "tile"),
-    [((8, 0), torch.float32, 96, 32), ((9, 0), torch.bfloat16, 64, 64), ((12, 0), torch.bfloat16, 96, 64)],
+    [
+        ((8, 0), torch.float32, 96, 32),
+        ((9, 0), torch.bfloat16, 64, 64),
+        ((12, 0), torch.bfloat16, 96, 64),
+    ],
 )
 def test_tiles_fit_and_spill_little(capability, dtype, head, tile):
     row, wrong = tiles.compiled_row(capability, dtype, head, tile)

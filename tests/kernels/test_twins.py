@@ -1,4 +1,7 @@
-"""Each kernel against its plain twin: values and gradients. Triton's kernels run in its CPU interpreter."""
+"""Each kernel against its plain twin: values and gradients.
+
+Triton's kernels run in its CPU interpreter.
+"""
 
 import subprocess
 import sys
@@ -18,13 +21,18 @@ def test_padded_sdpa_equals_one_sequence_at_a_time(lengths, dtype):
     torch.manual_seed(0)
     qkv, sequences = packed(lengths, dtype=dtype)
     weight = torch.randn(sum(lengths), 3, 8, dtype=dtype)
-    results, gradients = [], []
+    results = []
+    gradients = []
+
     for function in (plain.attention, attention.padded_sdpa, cpu_ops.attention):
         # So small a rate drops nothing, but takes the path of those that do.
         out = function(qkv, sequences, 1e-9 if function is cpu_ops.attention else 0.0)
         gradients.append(torch.autograd.grad((out * weight).sum(), qkv))
         results.append(out)
-    tolerance = {"rtol": 1e-6, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 0.05, "atol": 0.05}
+
+    tolerance = (
+        {"rtol": 1e-6, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 0.05, "atol": 0.05}
+    )
     for other, its_gradients in zip(results[1:], gradients[1:], strict=True):
         torch.testing.assert_close(other, results[0], **tolerance)
         for ours, theirs in zip(its_gradients, gradients[0], strict=True):
@@ -34,11 +42,14 @@ def test_padded_sdpa_equals_one_sequence_at_a_time(lengths, dtype):
 
 @pytest.mark.parametrize("function", [attention.padded_sdpa, cpu_ops.attention])
 def test_attention_dropout_drops_at_its_rate_and_scales_the_rest(function):
-    """With one-hot values an output is the row of attention weights itself: each is 0 or its plain value / (1 - p)."""
+    """With one-hot values an output is the row of attention weights itself: each is 0 or its plain
+    value / (1 - p).
+    """
     torch.manual_seed(0)
     qkv, sequences = packed([8] * 400, heads=2)
     with torch.no_grad():
         qkv[:, :, 2] = torch.eye(8).repeat(400, 1)[:, None, :]
+
     plain_weights = attention.padded_sdpa(qkv, sequences, 0.0)
     dropped_weights = function(qkv, sequences, 0.25)
     gone = dropped_weights == 0
@@ -46,19 +57,27 @@ def test_attention_dropout_drops_at_its_rate_and_scales_the_rest(function):
     torch.testing.assert_close(dropped_weights[~gone], plain_weights[~gone] / 0.75)
 
 
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 400_001), (torch.bfloat16, 300_002), (torch.float64, 300_003)])
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.float32, 400_001), (torch.bfloat16, 300_002), (torch.float64, 300_003)],
+)
 def test_the_mask_of_a_cpu(dtype, size):
-    """Rate, scale, a gradient with the same mask, independence of neighbours that share a draw, and of calls; replayed by the seed."""
+    """Rate, scale, a gradient with the same mask, independence of neighbours that share a draw, and
+    of calls; replayed by the seed.
+    """
     torch.manual_seed(0)
     x = torch.ones(size, dtype=dtype, requires_grad=True)
     out = cpu_ops.dropout(x, 0.1)
     gone = out == 0
     assert abs(gone.double().mean().item() - 0.1) < 0.002
-    assert out[~gone].unique().double().item() == pytest.approx(1 / 0.9, rel=1e-4 if dtype != torch.bfloat16 else 1e-2)
+    assert out[~gone].unique().double().item() == pytest.approx(
+        1 / 0.9, rel=1e-4 if dtype != torch.bfloat16 else 1e-2
+    )
     assert torch.equal(torch.autograd.grad(out.sum(), x)[0], out.detach())
     for distance in (1, 2, 3, 4):
         together = (gone[:-distance] & gone[distance:]).double().mean().item()
         assert abs(together - 0.01) < 0.001, distance
+
     assert not torch.equal(cpu_ops.dropout(x, 0.1), out)
     torch.manual_seed(0)
     assert torch.equal(cpu_ops.dropout(x, 0.1), out)
@@ -73,7 +92,11 @@ def test_no_dropout_and_nothing_but_dropout():
 
 def test_dropout_of_a_cpu_before_the_norm():
     """With the mask known."""
-    x, bias, residual, gain, shift = torch.randn(6, 8), torch.randn(8), torch.randn(6, 8), torch.randn(8), torch.randn(8)
+    x = torch.randn(6, 8)
+    bias = torch.randn(8)
+    residual = torch.randn(6, 8)
+    gain = torch.randn(8)
+    shift = torch.randn(8)
 
     def mask():
         torch.manual_seed(4)
@@ -82,7 +105,9 @@ def test_dropout_of_a_cpu_before_the_norm():
     kept = mask()
     torch.manual_seed(4)
     expected = torch.nn.functional.layer_norm(residual + (x + bias) * kept, (8,), gain, shift)
-    torch.testing.assert_close(cpu_ops.dropout_add_norm(x, bias, residual, gain, shift, 0.4, 1e-5), expected)
+    torch.testing.assert_close(
+        cpu_ops.dropout_add_norm(x, bias, residual, gain, shift, 0.4, 1e-5), expected
+    )
 
 
 def test_attention_of_a_cpu_keeps_its_mask_in_the_backward_pass():
@@ -111,14 +136,20 @@ def test_deterministic_switches_of_torch():
 from megatron_interbert.machines.host import same_bits_every_time
 import os, torch
 same_bits_every_time()
-assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-assert not torch.backends.cuda.mem_efficient_sdp_enabled() and not torch.backends.cuda.cudnn_sdp_enabled()
+assert torch.are_deterministic_algorithms_enabled()
+assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+assert not torch.backends.cuda.mem_efficient_sdp_enabled()
+assert not torch.backends.cuda.cudnn_sdp_enabled()
 index = torch.zeros(4, dtype=torch.int64)
 try:
     torch.ones(4).put_(index, torch.ones(4), accumulate=False)
 except RuntimeError as error:
     print(error)
 """
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
-    assert "does not have a deterministic implementation" in result.stdout, "torch refuses what is not"
+    assert "does not have a deterministic implementation" in result.stdout, (
+        "torch refuses what is not"
+    )

@@ -1,4 +1,6 @@
-"""Initialisation from BERT in Hugging Face form: its layers land where the paper puts them, and text flows as in BERT."""
+"""Initialisation from BERT in Hugging Face form: its layers land where the paper puts them, and
+text flows as in BERT.
+"""
 
 import dataclasses
 
@@ -46,9 +48,11 @@ def bert(tmp_path_factory):
     ).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
+
     folder = tmp_path_factory.mktemp("bert")
     model.save_pretrained(folder / "hf")
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
+
     return folder, model
 
 
@@ -63,13 +67,27 @@ def test_text_only_is_bert(bert, form):
     assert not any(name.startswith("image") for name in loaded)
     ids = np.random.default_rng(0).integers(0, 150, (3, 9))
     batch = pack(
-        [Example(token_ids=row, token_types=np.zeros(9, np.int64), msm_positions=np.arange(9), msm_labels=row) for row in ids], 20
+        [
+            Example(
+                token_ids=row,
+                token_types=np.zeros(9, np.int64),
+                msm_positions=np.arange(9),
+                msm_labels=row,
+            )
+            for row in ids
+        ],
+        20,
     )
     with torch.no_grad():
         output = ours.eval()(batch, everything=True)
         expected = theirs(torch.from_numpy(ids), output_hidden_states=True)
-    torch.testing.assert_close(output.text_hidden, expected.hidden_states[-1].flatten(0, 1), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(output.msm_logits[:, :150], expected.logits.flatten(0, 1), rtol=1e-4, atol=1e-4)
+
+    torch.testing.assert_close(
+        output.text_hidden, expected.hidden_states[-1].flatten(0, 1), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        output.msm_logits[:, :150], expected.logits.flatten(0, 1), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_unfit_files_are_refused(bert, tmp_path):
@@ -78,15 +96,19 @@ def test_unfit_files_are_refused(bert, tmp_path):
     deeper = dataclasses.replace(CONFIG, text_layers=3)
     with pytest.raises(UsageError, match="BERT needs 5 layers"):
         load_initial_weights(InterBert(deeper), deeper, str(folder / "hf"), ParallelState())
+
     wider = dataclasses.replace(CONFIG, vocab_size=151)
     with pytest.raises(UsageError, match="vocabulary of 150 entries, the model has 151"):
         load_initial_weights(InterBert(wider), wider, str(folder / "hf"), ParallelState())
+
     torch.save({"x": torch.zeros(1)}, tmp_path / "x.bin")
     with pytest.raises(UsageError, match="neither one of our checkpoints"):
         load_initial_weights(model, CONFIG, str(tmp_path / "x.bin"), ParallelState())
+
     (tmp_path / "bad.safetensors").write_bytes(b"123")
     with pytest.raises(UsageError, match="not a readable safetensors file"):
         load_initial_weights(model, CONFIG, str(tmp_path / "bad.safetensors"), ParallelState())
+
     import pickle
 
     (tmp_path / "evil.bin").write_bytes(pickle.dumps(print))

@@ -16,7 +16,14 @@ from megatron_interbert.model.embeddings import image_features
 from megatron_interbert.model.flops import training_flops
 from megatron_interbert.model.initialise import initialise, load_full_state
 from megatron_interbert.model.interbert import InterBert
-from megatron_interbert.model.partition import TABLE, partition_dimension, partition_kind, shard, unshard, unshard_state
+from megatron_interbert.model.partition import (
+    TABLE,
+    partition_dimension,
+    partition_kind,
+    shard,
+    unshard,
+    unshard_state,
+)
 from megatron_interbert.model.presets import PRESETS
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
@@ -51,8 +58,10 @@ def make(config=SMALL, heads=HEADS, **options):
 def examples(count=4, seed=0):
     random = np.random.default_rng(seed)
     result = []
+
     for i in range(count):
-        tokens, regions = int(random.integers(3, 12)), int(random.integers(1, 9))
+        tokens = int(random.integers(3, 12))
+        regions = int(random.integers(1, 9))
         result.append(
             Example(
                 token_ids=random.integers(0, 150, tokens),
@@ -67,13 +76,16 @@ def examples(count=4, seed=0):
                 mismatched=i % 2,
             )
         )
+
     return result
 
 
 def test_official_size_is_157_million():
     with torch.device("meta"):
         model = InterBert(PRESETS["base"])
-    padding = (model.config.padded_vocab_size - model.config.vocab_size) * (model.config.hidden_size + 1)
+    padding = (model.config.padded_vocab_size - model.config.vocab_size) * (
+        model.config.hidden_size + 1
+    )
     assert round((sum(p.numel() for p in model.parameters()) - padding) / 1e5) == 1570
 
 
@@ -82,11 +94,14 @@ def test_every_parameter_has_exactly_one_row_in_the_partition_table(preset):
     config = dataclasses.replace(PRESETS[preset], vocab_size=300, feature_dim=8, num_classes=5)
     with torch.device("meta"):
         model = InterBert(config, HEADS)
+
     import re
 
     for name, parameter in model.named_parameters():
         assert sum(bool(re.fullmatch(pattern, name)) for pattern, _ in TABLE) == 1, name
-        assert hasattr(parameter, "tensor_model_parallel") == (partition_dimension(name) is not None), name
+        assert hasattr(parameter, "tensor_model_parallel") == (
+            partition_dimension(name) is not None
+        ), name
 
 
 def test_a_parameter_without_a_row_fails():
@@ -96,11 +111,17 @@ def test_a_parameter_without_a_row_fails():
 
 def check_shapes_follow_the_table():
     state = ParallelState(2)
-    whole, part = make(), InterBert(SMALL, HEADS, state=state)
+    whole = make()
+    part = InterBert(SMALL, HEADS, state=state)
     initialise(part, SMALL, 3, state)
-    for (name, full), (other, local) in zip(whole.named_parameters(), part.named_parameters(), strict=True):
+
+    for (name, full), (other, local) in zip(
+        whole.named_parameters(), part.named_parameters(), strict=True
+    ):
         assert name == other
-        assert torch.equal(shard(full, name, state.tensor_rank, 2), local), f"{name}: first weights must not depend on the layout"
+        assert torch.equal(shard(full, name, state.tensor_rank, 2), local), (
+            f"{name}: first weights must not depend on the layout"
+        )
 
 
 def test_shards_are_what_the_table_says():
@@ -110,7 +131,9 @@ def test_shards_are_what_the_table_says():
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_sharding_and_back(ranks):
     full = {name: p.detach() for name, p in make().named_parameters()}
-    states = [{name: shard(t, name, rank, ranks) for name, t in full.items()} for rank in range(ranks)]
+    states = [
+        {name: shard(t, name, rank, ranks) for name, t in full.items()} for rank in range(ranks)
+    ]
     back = unshard_state(states)
     assert all(torch.equal(back[name], full[name]) for name in full)
     assert unshard([full["itm_head.weight"]] * ranks, "itm_head.weight") is full["itm_head.weight"]
@@ -133,34 +156,57 @@ def test_initialisation():
     assert (weights["interaction.layers.0.mlp_norm.weight"] == 1).all()
     assert (weights["interaction.layers.0.mlp_norm.linear_bias"] == 0).all()
     assert not torch.equal(
-        weights["interaction.layers.0.attention.qkv.weight"], weights["interaction.layers.1.attention.qkv.weight"]
+        weights["interaction.layers.0.attention.qkv.weight"],
+        weights["interaction.layers.1.attention.qkv.weight"],
     )
 
 
 def test_a_sample_does_not_feel_its_neighbours():
-    model, batch = make().eval(), examples(5)
+    model = make().eval()
+    batch = examples(5)
     together = model(pack(batch, 20), everything=True)
-    text, image = 0, 0
+    text = 0
+    image = 0
+
     for i, example in enumerate(batch):
         alone = model(pack([example], 20), everything=True)
-        n, m = len(example.token_ids), len(example.features) + 1
-        torch.testing.assert_close(together.text_hidden[text : text + n], alone.text_hidden, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(together.image_hidden[image : image + m], alone.image_hidden, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(together.itm_logits[i : i + 1], alone.itm_logits, rtol=1e-4, atol=1e-5)
-        text, image = text + n, image + m
+        n = len(example.token_ids)
+        m = len(example.features) + 1
+        torch.testing.assert_close(
+            together.text_hidden[text : text + n], alone.text_hidden, rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(
+            together.image_hidden[image : image + m], alone.image_hidden, rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(
+            together.itm_logits[i : i + 1], alone.itm_logits, rtol=1e-4, atol=1e-5
+        )
+        text = text + n
+        image = image + m
 
 
 def test_the_last_layer_where_it_is_read_equals_the_whole_one():
-    """The fast pass and the one that gives everything: pooled vectors, logits, losses, and the gradients of all parameters."""
-    model, batch = make(heads=("msm", "mrm", "itm")).eval(), pack(examples(5), 20)
-    fast, whole = model(batch), model(batch, everything=True)
+    """The fast pass and the one that gives everything: pooled vectors, logits, losses, and the
+    gradients of all parameters.
+    """
+    model = make(heads=("msm", "mrm", "itm")).eval()
+    batch = pack(examples(5), 20)
+    fast = model(batch)
+    whole = model(batch, everything=True)
     words = whole.msm_logits[:, :150]
     assert torch.equal(fast.msm_right, words.argmax(1) == batch.msm_labels)
     losses = F.cross_entropy(words, batch.msm_labels, reduction="none")
-    for ours, theirs in ((fast.msm_losses, losses), (fast.mrm_logits, whole.mrm_logits), (fast.itm_logits, whole.itm_logits)):
+
+    for ours, theirs in (
+        (fast.msm_losses, losses),
+        (fast.mrm_logits, whole.mrm_logits),
+        (fast.itm_logits, whole.itm_logits),
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
     totals = [
-        a.sum() + o.mrm_logits.square().sum() + o.itm_logits.square().sum() for a, o in ((fast.msm_losses, fast), (losses, whole))
+        a.sum() + o.mrm_logits.square().sum() + o.itm_logits.square().sum()
+        for a, o in ((fast.msm_losses, fast), (losses, whole))
     ]
     gradients = [torch.autograd.grad(total, list(model.parameters())) for total in totals]
     for ours, theirs in zip(*gradients, strict=True):
@@ -186,7 +232,9 @@ def test_text_only_batches_and_mixtures():
     mixed = InterBert(SMALL, ("msm",))
     mixed.load_state_dict(model.state_dict(), strict=False)
     both = mixed.eval()(pack([texts[0], examples(3)[1], texts[2]], 20))
-    torch.testing.assert_close(both.pooled_text[[0, 2]], alone.pooled_text[[0, 2]], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        both.pooled_text[[0, 2]], alone.pooled_text[[0, 2]], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_no_target_of_any_kind_gives_zero_and_not_nan():
@@ -211,7 +259,9 @@ def test_no_target_of_any_kind_gives_zero_and_not_nan():
 
 
 def test_recomputation_changes_nothing():
-    batch, results = pack(examples(4), 20), []
+    batch = pack(examples(4), 20)
+    results = []
+
     for recompute in (False, True):
         streams = RandomStreams(5)
         model = make(heads=("msm", "mrm", "itm"), streams=streams, recompute=recompute)
@@ -219,20 +269,26 @@ def test_recomputation_changes_nothing():
         loss, _ = PretrainingTask().loss(model(batch), batch, batch.target_counts())
         loss.backward()
         results.append((loss.detach(), [p.grad for p in model.parameters()]))
+
     assert torch.equal(results[0][0], results[1][0])
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
 
 
 def test_a_pass_hands_nothing_back_to_the_host():
     batch = pack(examples(4), 20)
-    for kernels in (Kernels(), choose_kernels("auto", torch.device("cpu"), True, dtype=torch.bfloat16)):
+    for kernels in (
+        Kernels(),
+        choose_kernels("auto", torch.device("cpu"), True, dtype=torch.bfloat16),
+    ):
         model = make(heads=("msm", "mrm", "itm"), kernels=kernels)
         with Readings() as readings:
             loss, _ = PretrainingTask().loss(model(batch), batch, batch.target_counts())
             loss.backward()
+
         assert not readings.found
         with readings:
             loss.item()
+
         assert readings.found
 
 
@@ -246,36 +302,56 @@ class RowsOfProducts(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
         if operation._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
             x, weight = arguments[-2:]
-            of_layer = {*weight.shape} <= {SMALL.hidden_size, SMALL.ffn_hidden_size, 3 * SMALL.hidden_size}
+            of_layer = {*weight.shape} <= {
+                SMALL.hidden_size,
+                SMALL.ffn_hidden_size,
+                3 * SMALL.hidden_size,
+            }
             if of_layer and len(x) > SMALL.ffn_hidden_size:
                 self.found.add(len(x))
+
         return operation(*arguments, **(keywords or {}))
 
 
 def test_rows_are_filled_up_and_change_nothing():
-    """16 ragged batches in float64: results and gradients are equal, and there are few numbers of rows."""
+    """16 ragged batches in float64: results and gradients are equal, and there are few numbers of
+    rows.
+    """
     config = SMALL.without_dropout()
     models = [make(config, kernels=Kernels(row_multiple=multiple)).double() for multiple in (1, 32)]
     numbers = []
+
     for seed in range(16):
         batch = pack(examples(count=12, seed=seed), 20)
         found = []
+
         for model in models:
             with RowsOfProducts() as rows:
                 output = model(batch)
-            loss = sum(part.double().sum() for part in output if part is not None and part.is_floating_point())
-            found.append([loss, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)])
+
+            loss = sum(
+                part.double().sum()
+                for part in output
+                if part is not None and part.is_floating_point()
+            )
+            found.append(
+                [loss, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)]
+            )
             numbers.append(rows.found)
+
         for plain, filled in zip(*found, strict=True):
             torch.testing.assert_close(filled, plain, rtol=1e-9, atol=1e-12)
 
-    by_tokens, by_multiples = set().union(*numbers[::2]), set().union(*numbers[1::2])
+    by_tokens = set().union(*numbers[::2])
+    by_multiples = set().union(*numbers[1::2])
     assert len(by_multiples) <= 6 < len(by_tokens), (by_multiples, by_tokens)
 
 
 def test_flops_are_those_counted_for_the_base_model():
-    """38.7 G a padded sample (36 regions, 36 tokens, about 6 masked words and 6 regions), from the measured facts, less what the last
-    layers leave out: 29 words and 30 image tokens, output projection and MLP of each."""
+    """38.7 G a padded sample (36 regions, 36 tokens, about 6 masked words and 6 regions), from the
+    measured facts, less what the last layers leave out: 29 words and 30 image tokens, output
+    projection and MLP of each.
+    """
     random = np.random.default_rng(0)
     example = Example(
         token_ids=np.ones(36, np.int64),
@@ -289,7 +365,9 @@ def test_flops_are_those_counted_for_the_base_model():
         msm_labels=np.ones(6, np.int64),
     )
     left_out = 3 * (29 + 30) * 2 * (768 * 768 + 2 * 768 * 3072) / 1e9
-    assert abs(training_flops(PRESETS["base"], pack([example], 2048)) / 1e9 - (38.7 - left_out)) < 0.5
+    assert (
+        abs(training_flops(PRESETS["base"], pack([example], 2048)) / 1e9 - (38.7 - left_out)) < 0.5
+    )
 
 
 def test_loading_refuses_what_does_not_fit():
@@ -302,12 +380,16 @@ def test_loading_refuses_what_does_not_fit():
 
 
 def test_seeds_give_other_first_weights():
-    """Also seeds that differ only beyond 32 bits of some mixture of theirs: each is hashed with the parameter's name."""
+    """Also seeds that differ only beyond 32 bits of some mixture of theirs: each is hashed with the
+    parameter's name.
+    """
     drawn = []
+
     for seed in (0, 1, 2, 1 << 32):
         model = InterBert(SMALL, HEADS)
         initialise(model, SMALL, seed, ParallelState())
         drawn.append(model.itm_head.weight.detach().clone())
+
     assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
     again = InterBert(SMALL, HEADS)
     initialise(again, SMALL, 1, ParallelState())

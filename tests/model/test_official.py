@@ -1,4 +1,6 @@
-"""The official model's answers: outputs, losses and gradient norms, at TP 1 and TP 2, from its own checkpoint."""
+"""The official model's answers: outputs, losses and gradient norms, at TP 1 and TP 2, from its own
+checkpoint.
+"""
 
 import json
 
@@ -35,10 +37,15 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def oracle_batch():
-    """The oracle's padded inputs as a packed batch. Features are put back in float32, beyond what a store holds."""
+    """The oracle's padded inputs as a packed batch.
+
+    Features are put back in float32, beyond what a store holds.
+    """
     x = load_file(ORACLE / "inputs.safetensors")
-    tokens, regions = x["attention_mask"].bool(), x["image_attention_mask"].bool()
+    tokens = x["attention_mask"].bool()
+    regions = x["image_attention_mask"].bool()
     examples = []
+
     for i in range(len(tokens)):
         labels = x["masked_lm_labels"][i][tokens[i]].numpy()
         examples.append(
@@ -55,8 +62,10 @@ def oracle_batch():
                 mismatched=int(x["next_sentence_label"][i]),
             )
         )
+
     batch = pack(examples, CONFIG.feature_dim)
     batch.features = x["image_feat"][regions]
+
     return batch, tokens, regions
 
 
@@ -75,42 +84,61 @@ def check_answers(tensor_parallel):
 
     with_summary = torch.cat([torch.ones(len(regions), 1, dtype=torch.bool), regions], dim=1)
     torch.testing.assert_close(output.text_hidden, expected["text_hidden"][tokens], **TOLERANCE)
-    torch.testing.assert_close(output.image_hidden, expected["image_hidden"][with_summary], **TOLERANCE)
+    torch.testing.assert_close(
+        output.image_hidden, expected["image_hidden"][with_summary], **TOLERANCE
+    )
     torch.testing.assert_close(output.pooled_text, expected["pooled_text"], **TOLERANCE)
     torch.testing.assert_close(output.pooled_image, expected["pooled_image"], **TOLERANCE)
     torch.testing.assert_close(output.itm_logits, expected["itm_scores"], **TOLERANCE)
-    torch.testing.assert_close(output.mrm_logits, expected["region_scores"][with_summary][batch.mrm_positions], **TOLERANCE)
+    torch.testing.assert_close(
+        output.mrm_logits, expected["region_scores"][with_summary][batch.mrm_positions], **TOLERANCE
+    )
     columns = output.msm_logits.shape[1]
-    words = expected["text_scores"][tokens][batch.msm_positions][:, columns * state.tensor_rank :][:, :columns]
+    words = expected["text_scores"][tokens][batch.msm_positions][:, columns * state.tensor_rank :][
+        :, :columns
+    ]
     torch.testing.assert_close(output.msm_logits[:, : words.shape[1]], words, **TOLERANCE)
 
     task = PretrainingTask()
     loss, report = task.loss(model(batch), batch, batch.target_counts())
     figures = task.metrics(report)
+
     for name in ("msm", "mrm", "itm"):
-        torch.testing.assert_close(figures[f"{name}_loss"], float(expected[f"loss_{name}"]), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            figures[f"{name}_loss"], float(expected[f"loss_{name}"]), rtol=1e-5, atol=1e-6
+        )
+
     loss.backward()
     check_gradients(model, state)
 
 
 def check_gradients(model, state):
-    """Per-parameter gradient norms under the official names. Shards are put together by a sum of squares."""
+    """Per-parameter gradient norms under the official names.
+
+    Shards are put together by a sum of squares.
+    """
     norms = json.loads((ORACLE / "grad_norms.json").read_text())
     gathered = {}
+
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
         if partition_dimension(name) is not None and state.tensor_size > 1:
             parts = [torch.empty_like(gradient) for _ in range(state.tensor_size)]
             torch.distributed.all_gather(parts, gradient.contiguous(), group=state.tensor_group)
             gradient = torch.cat(parts, partition_dimension(name))
+
         gathered[name] = gradient
+
     ours = {name: float(g.norm()) for name, g in to_official(gathered, CONFIG).items()}
     assert set(norms) <= set(ours)
+
     for name, norm in norms.items():
         if name.endswith("key.bias"):  # mathematically zero: only rounding is left
             assert ours[name] < 1e-6, name
         else:
-            torch.testing.assert_close(ours[name], norm, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                ours[name], norm, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 @needs_shared
@@ -125,7 +153,10 @@ def test_official_answers_on_two_ranks():
 
 @needs_shared
 def test_choice_head_of_the_downstream_checkpoint():
-    model, (batch, *_) = load_model(ParallelState(), ("choice",), "pytorch_model_vl.bin"), oracle_batch()
+    model, (batch, *_) = (
+        load_model(ParallelState(), ("choice",), "pytorch_model_vl.bin"),
+        oracle_batch(),
+    )
     expected = load_file(ORACLE / "outputs.safetensors")["choice_logit"]
     torch.testing.assert_close(model(batch).choice_logit, expected, **TOLERANCE)
 

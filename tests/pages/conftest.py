@@ -17,4 +17,5 @@ def photos(tmp_path):
     (folder / "both.png").write_bytes(b"second")
     (folder / "both.jpg").write_bytes(b"first")
     (folder / "sub" / "inner.jpeg").write_bytes(b"inner")
+
     return folder

@@ -1,4 +1,6 @@
-"""Photos by image id: an id never becomes a path, a link never leads out of the folder, not even one that was swapped in."""
+"""Photos by image id: an id never becomes a path, a link never leads out of the folder, not even
+one that was swapped in.
+"""
 
 import os
 import shutil
@@ -9,7 +11,18 @@ import pytest
 from megatron_interbert.pages.photo_folder import PhotoFolder, photos_in
 from tests.pages.secret_photos import LONG
 
-ESCAPES = ["../secret/private", "sub/../../secret/private", "/etc/passwd", "ABSOLUTE", ".", "..", "", "a\0b", "sub//inner", LONG]
+ESCAPES = [
+    "../secret/private",
+    "sub/../../secret/private",
+    "/etc/passwd",
+    "ABSOLUTE",
+    ".",
+    "..",
+    "",
+    "a\0b",
+    "sub//inner",
+    LONG,
+]
 
 
 def test_photos_are_found_by_their_names(photos):
@@ -22,6 +35,7 @@ def test_photos_are_found_by_their_names(photos):
     ):
         assert folder.has(name)
         assert (folder.read(name).kind, folder.read(name).data) == (kind, data)
+
     assert not folder.has("missing")
     assert folder.read("missing") is None
     assert photos_in("") is None
@@ -47,6 +61,7 @@ def test_links_show_what_is_inside_and_nothing_else(photos):
     folder = PhotoFolder(photos)
     for name in ("out", "relative", "loop", "away/private", "pipe"):
         assert folder.read(name) is None, name
+
     assert folder.read("in").data == b"inner"
     assert (folder.read("of-blob").kind, folder.read("of-blob").data) == ("png", b"of any name")
     assert folder.read("sub/up").data == b"jpeg"
@@ -58,15 +73,18 @@ def test_what_is_swapped_for_a_link_after_the_listing_is_not_followed(photos, wh
     name = {"photo": "plain", "folder": "sub/inner", "target": "in"}[what]
     folder = PhotoFolder(photos)
     assert folder.read(name) is not None
-    monkeypatch.setattr(PhotoFolder, "_may_differ", lambda self, known: False)  # the swap comes right after a listing
+    # the swap comes right after a listing
+    monkeypatch.setattr(PhotoFolder, "_may_differ", lambda self, known: False)
     secret = photos.parent / "secret"
     shutil.copy(secret / "private.jpg", secret / "inner.jpeg")
+
     if what == "photo":
         (photos / "plain.jpg").unlink()
         (photos / "plain.jpg").symlink_to(secret / "private.jpg")
     else:
         shutil.rmtree(photos / "sub")
         (photos / "sub").symlink_to(secret)
+
     assert folder.read(name) is None
 
 
@@ -78,6 +96,7 @@ def test_new_photos_are_found_and_a_listing_is_kept(photos, monkeypatch):
     folder = PhotoFolder(photos)
     for number in range(1000):
         folder.has(f"image-{number}")
+
     assert len(listings) == 1, "one listing, not one look for each id"
     (photos / "new.jpg").write_bytes(b"new")
     os.utime(photos, (1.1e9, 1.1e9))

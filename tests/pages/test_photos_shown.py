@@ -1,4 +1,6 @@
-"""Photos on pages and in the service: ids of any kind, and links, show nothing from outside of the folder."""
+"""Photos on pages and in the service: ids of any kind, and links, show nothing from outside of the
+folder.
+"""
 
 import base64
 import sys
@@ -19,11 +21,14 @@ from tests.preparation.hostile import renew
 def renamed(path, names):
     """A store whose first images have these ids."""
     write_store(path, images=16, images_per_shard=16)
+
     with h5py.File(path / "shard-00000.h5", "r+") as file:
         ids = [*names, *file["image_ids"].asstr()[:][len(names) :]]
         del file["image_ids"]
         file.create_dataset("image_ids", data=ids, dtype=h5py.string_dtype())
+
     renew(path)
+
     return path
 
 
@@ -38,6 +43,7 @@ def test_the_service_stays_in_its_folder(photos, tmp_path):
     (photos / "other.png").symlink_to("../secret/private.jpg")
     names = ["plain", "link", "other", "../secret/private", LONG, "sub/inner", "missing"]
     store = renamed(tmp_path / "store", names)
+
     for image, name in enumerate(names):
         sent = answer(store, image, photos)
         body = Path(sent.path).read_bytes() if hasattr(sent, "path") else sent.body

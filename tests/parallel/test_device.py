@@ -25,7 +25,9 @@ OURS = (
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A function that pretends a machine: GPUs that torch sees, environment, whether it has a driver."""
+    """A function that pretends a machine: GPUs that torch sees, environment, whether it has a
+    driver.
+    """
     chosen = []
     for name in OURS:
         monkeypatch.delenv(name, raising=False)
@@ -41,6 +43,7 @@ def machine(monkeypatch, tmp_path):
         monkeypatch.setattr(devices, "NVIDIA_DRIVER", there if driver else tmp_path / "none")
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
+
         return chosen
 
     return pretend
@@ -49,8 +52,16 @@ def machine(monkeypatch, tmp_path):
 TAKEN = {
     "no GPU": (0, {}, "cpu"),
     "one GPU": (1, {}, "cuda:0"),
-    "two, second rank of torchrun": (2, {**TORCHRUN, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "cuda:1"),
-    "eight, last rank of deepspeed": (8, {**DEEPSPEED, "LOCAL_RANK": "7", "LOCAL_SIZE": "8"}, "cuda:7"),
+    "two, second rank of torchrun": (
+        2,
+        {**TORCHRUN, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+        "cuda:1",
+    ),
+    "eight, last rank of deepspeed": (
+        8,
+        {**DEEPSPEED, "LOCAL_RANK": "7", "LOCAL_SIZE": "8"},
+        "cuda:7",
+    ),
     "eight, fewer ranks": (8, {**DEEPSPEED, "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}, "cuda:1"),
     "hidden by CUDA_VISIBLE_DEVICES": (0, {"CUDA_VISIBLE_DEVICES": ""}, "cpu"),
     "one of eight by CUDA_VISIBLE_DEVICES": (1, {"CUDA_VISIBLE_DEVICES": "5"}, "cuda:0"),
@@ -59,7 +70,7 @@ TAKEN = {
     "srun --gpus-per-task=1": (1, SRUN, "cuda:0"),
     "srun, all GPUs shown to each task": (4, SRUN, "cuda:3"),
     "srun, DS_ACCELERATOR=cpu": (1, {**SRUN, "DS_ACCELERATOR": "cpu"}, "cpu"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", TAKEN)
@@ -78,13 +89,29 @@ def test_amd_gpus_are_cuda(machine):
 
 
 REFUSED = {
-    "two processes, one GPU, rank 0": (1, {**DEEPSPEED, "LOCAL_RANK": "0", "LOCAL_SIZE": "2"}, "2 processes on"),
-    "two processes, one GPU, rank 1": (1, {**TORCHRUN, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "torch sees 1 GPU there; start 1"),
-    "nine processes, eight GPUs": (8, {**DEEPSPEED, "LOCAL_RANK": "3", "LOCAL_SIZE": "9"}, "9 processes on"),
+    "two processes, one GPU, rank 0": (
+        1,
+        {**DEEPSPEED, "LOCAL_RANK": "0", "LOCAL_SIZE": "2"},
+        "2 processes on",
+    ),
+    "two processes, one GPU, rank 1": (
+        1,
+        {**TORCHRUN, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+        "torch sees 1 GPU there; start 1",
+    ),
+    "nine processes, eight GPUs": (
+        8,
+        {**DEEPSPEED, "LOCAL_RANK": "3", "LOCAL_SIZE": "9"},
+        "9 processes on",
+    ),
     "srun with more tasks than GPUs": (2, SRUN, "4 processes on"),
-    "DS_ACCELERATOR=cuda without a GPU": (0, {"DS_ACCELERATOR": "cuda"}, "DS_ACCELERATOR is cuda, but torch"),
+    "DS_ACCELERATOR=cuda without a GPU": (
+        0,
+        {"DS_ACCELERATOR": "cuda"},
+        "DS_ACCELERATOR is cuda, but torch",
+    ),
     "a device that we do not know": (0, {"DS_ACCELERATOR": "npu"}, "expected cpu or cuda"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -127,7 +154,9 @@ print(json.dumps(calls))
 
 
 def test_deepspeed_sets_the_device_that_we_have_chosen():
-    """Local rank 3 that sees one device: DeepSpeed, left alone, would take LOCAL_RANK for its number."""
+    """Local rank 3 that sees one device: DeepSpeed, left alone, would take LOCAL_RANK for its
+    number.
+    """
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "3", "SLURM_LOCALID": "3"}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
     result = subprocess.run(

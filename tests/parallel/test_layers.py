@@ -1,4 +1,6 @@
-"""Tensor-parallel layers against plain ones: values and gradients, on 2 and 4 ranks; the loss against torch's; the streams."""
+"""Tensor-parallel layers against plain ones: values and gradients, on 2 and 4 ranks; the loss
+against torch's; the streams.
+"""
 
 from unittest import mock
 
@@ -16,7 +18,11 @@ from megatron_interbert.model.partition import shard
 from megatron_interbert.model.transformer import TransformerLayer, TransformerStack
 from megatron_interbert.parallel import vocab_loss
 from megatron_interbert.parallel.collectives import copy_to_group
-from megatron_interbert.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron_interbert.parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from megatron_interbert.parallel.placement import Placement
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
@@ -33,43 +39,65 @@ def slice_of(tensor, dimension, state):
 def check_linear_pair(state):
     """Column then row parallel with an activation between equals the plain MLP."""
     torch.manual_seed(0)
-    up, down, bias = torch.randn(24, 8, **DOUBLE), torch.randn(8, 24, **DOUBLE), torch.randn(24, **DOUBLE)
+    up = torch.randn(24, 8, **DOUBLE)
+    down = torch.randn(8, 24, **DOUBLE)
+    bias = torch.randn(24, **DOUBLE)
     x = torch.randn(5, 8, **DOUBLE, requires_grad=True)
     weight = torch.randn(5, 8, **DOUBLE)
     plain = [t.clone().requires_grad_() for t in (up, bias, down)]
     expected = F.linear(torch.tanh(F.linear(x, plain[0], plain[1])), plain[2])
     gradients = torch.autograd.grad((expected * weight).sum(), [x, *plain])
 
-    column = ColumnParallelLinear(8, 24, state.placement, PlainProducts, activation=lambda y, b: torch.tanh(y + b)).double()
+    column = ColumnParallelLinear(
+        8, 24, state.placement, PlainProducts, activation=lambda y, b: torch.tanh(y + b)
+    ).double()
     row = RowParallelLinear(24, 8, state.placement, PlainProducts).double()
+
     with torch.no_grad():
         column.weight.copy_(slice_of(up, 0, state))
         column.bias.copy_(slice_of(bias, 0, state))
         row.weight.copy_(slice_of(down, 1, state))
+
     result = row(column(x))
     torch.testing.assert_close(result, expected)
     ours = torch.autograd.grad((result * weight).sum(), [x, column.weight, column.bias, row.weight])
-    wanted = [gradients[0], slice_of(gradients[1], 0, state), slice_of(gradients[2], 0, state), slice_of(gradients[3], 1, state)]
+    wanted = [
+        gradients[0],
+        slice_of(gradients[1], 0, state),
+        slice_of(gradients[2], 0, state),
+        slice_of(gradients[3], 1, state),
+    ]
     for a, b in zip(ours, wanted, strict=True):
         torch.testing.assert_close(a, b)
 
 
 def check_shared_rows(state):
-    """Layers between which the rows are shared out equal plain ones, float64: any number of tokens, sequences of one token, a last layer
-    that is computed for some rows only."""
+    """Layers between which the rows are shared out equal plain ones, float64: any number of tokens,
+    sequences of one token, a last layer that is computed for some rows only.
+    """
 
     def stack(placement, layers=2):
-        parts = [TransformerLayer(8, 4, 16, 0.0, 0.0, 1e-12, placement, Kernels(), RandomStreams(0)) for _ in range(layers)]
+        parts = [
+            TransformerLayer(8, 4, 16, 0.0, 0.0, 1e-12, placement, Kernels(), RandomStreams(0))
+            for _ in range(layers)
+        ]
         return TransformerStack(parts, placement, RandomStreams(0), recompute=False).double()
 
     shared = ParallelState(state.tensor_size, sequence_parallel=True).placement
-    plain, ours = stack(Placement()), stack(shared)
+    plain = stack(Placement())
+    ours = stack(shared)
     torch.manual_seed(4)
+
     for name, parameter in plain.named_parameters():
         nn.init.normal_(parameter, std=0.5)
-        ours.get_parameter(name).data.copy_(shard(parameter.data, f"interaction.{name}", state.tensor_rank, state.tensor_size))
+        ours.get_parameter(name).data.copy_(
+            shard(parameter.data, f"interaction.{name}", state.tensor_rank, state.tensor_size)
+        )
+
     for lengths in ([1], [1, 1], [3], [2, 1, 1], [5, 1, 4], [7, 4]):
-        tokens, offsets = sum(lengths), torch.tensor([0, *lengths]).cumsum(0).int()
+        tokens = sum(lengths)
+        offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+
         for rows in (None, torch.randperm(tokens)[: (tokens + 1) // 2]):
             x = torch.randn(tokens, 8, **DOUBLE, requires_grad=True)
             sequences = Sequences(offsets, max(lengths))
@@ -77,22 +105,34 @@ def check_shared_rows(state):
             torch.testing.assert_close(result, expected)
             weight = torch.randn_like(expected)
             gradients, wanted = (
-                torch.autograd.grad((y * weight).sum(), [x, *s.parameters()]) for y, s in ((result, ours), (expected, plain))
+                torch.autograd.grad((y * weight).sum(), [x, *s.parameters()])
+                for y, s in ((result, ours), (expected, plain))
             )
-            for (name, _), a, b in zip([("", x), *ours.named_parameters()], gradients, wanted, strict=True):
-                whole = b if not name else shard(b, f"interaction.{name}", state.tensor_rank, state.tensor_size)
-                torch.testing.assert_close(a, whole, msg=lambda m, n=name, k=lengths: f"{n} of {k}: {m}")
+
+            for (name, _), a, b in zip(
+                [("", x), *ours.named_parameters()], gradients, wanted, strict=True
+            ):
+                whole = (
+                    b
+                    if not name
+                    else shard(b, f"interaction.{name}", state.tensor_rank, state.tensor_size)
+                )
+                torch.testing.assert_close(
+                    a, whole, msg=lambda m, n=name, k=lengths: f"{n} of {k}: {m}"
+                )
 
 
 def check_embedding(state):
     torch.manual_seed(1)
-    table, ids = torch.randn(16, 6, **DOUBLE, requires_grad=True), torch.tensor([0, 15, 7, 8, 7, 3])
+    table = torch.randn(16, 6, **DOUBLE, requires_grad=True)
+    ids = torch.tensor([0, 15, 7, 8, 7, 3])
     weight = torch.randn(6, 6, **DOUBLE)
     expected = F.embedding(ids, table)
     (gradient,) = torch.autograd.grad((expected * weight).sum(), table)
     layer = VocabParallelEmbedding(16, 6, state.tensor_group).double()
     with torch.no_grad():
         layer.weight.copy_(slice_of(table, 0, state))
+
     result = layer(ids)
     torch.testing.assert_close(result, expected)
     (ours,) = torch.autograd.grad((result * weight).sum(), layer.weight)
@@ -100,18 +140,24 @@ def check_embedding(state):
 
 
 def check_loss(state):
-    """Values, gradients and right answers against torch in float64: several chunks, large logits, padding columns (with 4 ranks the
-    last one holds nothing else), ties, no rows at all."""
+    """Values, gradients and right answers against torch in float64: several chunks, large logits,
+    padding columns (with 4 ranks the last one holds nothing else), ties, no rows at all.
+    """
     torch.manual_seed(2)
-    words, columns = 9, 16
-    table, hidden = torch.randn(columns, 6, **DOUBLE), torch.randn(9, 6, **DOUBLE) * 20
-    bias, labels = torch.randn(columns, **DOUBLE), torch.tensor([1, 0, 4, 3, 2, 1, 0, 4, 8])
-    tied = F.one_hot(torch.tensor([0]), 6).double()  # words 2 and 7 have the same logit there, to the last bit, and the largest
+    words = 9
+    columns = 16
+    table = torch.randn(columns, 6, **DOUBLE)
+    hidden = torch.randn(9, 6, **DOUBLE) * 20
+    bias = torch.randn(columns, **DOUBLE)
+    labels = torch.tensor([1, 0, 4, 3, 2, 1, 0, 4, 8])
+    # words 2 and 7 have the same logit there, to the last bit, and the largest
+    tied = F.one_hot(torch.tensor([0]), 6).double()
     table[2] = table[7] = 50.0 * tied[0]
     bias[2] = bias[7] = 0.0
     whole = [t.clone().requires_grad_() for t in (hidden, table, bias)]
     logits = F.linear(*whole)[:, :words]
-    expected, weight = F.cross_entropy(logits, labels, reduction="none"), torch.randn(9, **DOUBLE)
+    expected = F.cross_entropy(logits, labels, reduction="none")
+    weight = torch.randn(9, **DOUBLE)
     gradients = torch.autograd.grad((expected * weight).sum(), whole)
 
     class Head(nn.Module):
@@ -119,23 +165,31 @@ def check_loss(state):
             super().__init__()
             own = columns // state.tensor_size
             self.words = max(0, min(own, words - own * state.tensor_rank))
-            self.table, self.bias = (nn.Parameter(slice_of(t, 0, state).clone()) for t in (table, bias))
+            self.table, self.bias = (
+                nn.Parameter(slice_of(t, 0, state).clone()) for t in (table, bias)
+            )
 
         def forward(self, hidden, labels):
             hidden = copy_to_group(hidden, state.tensor_group)
             math = VocabMath(plain.vocab_statistics, plain.vocab_gradient)
-            return vocab_parallel_loss(hidden, self.table, self.bias, labels, self.words, state.tensor_group, math)
+            return vocab_parallel_loss(
+                hidden, self.table, self.bias, labels, self.words, state.tensor_group, math
+            )
 
-    head, x = Head(), hidden.clone().requires_grad_()
+    head = Head()
+    x = hidden.clone().requires_grad_()
+
     for chunk in (1, 4 * columns // state.tensor_size, vocab_loss.CHUNK):
         with mock.patch.object(vocab_loss, "CHUNK", chunk):
             losses, right = head(x, labels)
             torch.testing.assert_close(losses, expected)
             assert torch.equal(right, logits.argmax(1) == labels)
             ours = torch.autograd.grad((losses * weight).sum(), [x, head.table, head.bias])
+
         wanted = [gradients[0], slice_of(gradients[1], 0, state), slice_of(gradients[2], 0, state)]
         for a, b in zip(ours, wanted, strict=True):
             torch.testing.assert_close(a, b)
+
     assert [head(tied, torch.tensor([label]))[1].item() for label in (2, 7)] == [True, False]
     losses, right = head(x[:0], labels[:0])
     gradients = torch.autograd.grad(losses.sum(), [x, head.table, head.bias])
@@ -144,7 +198,9 @@ def check_loss(state):
 
 
 def check_streams(state):
-    """Dropout on replicated activations is the same on all ranks, on sharded ones it differs; recomputation replays both."""
+    """Dropout on replicated activations is the same on all ranks, on sharded ones it differs;
+    recomputation replays both.
+    """
     alone = state.tensor_size == 1
     streams = RandomStreams(7, state.data_rank, state.tensor_rank, alone=alone)
 
@@ -161,9 +217,12 @@ def check_streams(state):
             sharded = F.dropout(torch.ones(64), 0.5)
         return replicated, sharded, F.dropout(torch.ones(64), 0.5)
 
-    first, again, other = masks(1), masks(1), masks(2)
+    first = masks(1)
+    again = masks(1)
+    other = masks(2)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
     for mask, same in zip(first, (True, False, True), strict=True):
         if alone:
             continue
@@ -176,11 +235,15 @@ def check_streams(state):
     for recompute in (False, True):
         streams.start_step(3)
         w = torch.ones(64, requires_grad=True)
-        parts = [streams.recompute(layer, torch.ones(64), w) if recompute else layer(torch.ones(64), w) for _ in range(3)]
+        parts = [
+            streams.recompute(layer, torch.ones(64), w) if recompute else layer(torch.ones(64), w)
+            for _ in range(3)
+        ]
         sum(parts).backward()
         after = F.dropout(torch.ones(64), 0.5)
         with streams.sharded():
             results.append((sum(parts).detach(), w.grad, after, F.dropout(torch.ones(64), 0.5)))
+
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -221,4 +284,5 @@ def test_dropout_differs_between_data_parallel_ranks():
     for data_rank in range(2):
         RandomStreams(1, data_rank, 0).start_step(1)
         masks.append(F.dropout(torch.ones(64), 0.5))
+
     assert not torch.equal(*masks)

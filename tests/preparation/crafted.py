@@ -51,8 +51,10 @@ def with_pointers():
 def python_2(array, protocol):
     """A dictionary {"features": array, "n": 5} as Python 2 wrote it."""
     data = array.tobytes()
-    order, code = array.dtype.str[0].encode(), array.dtype.str[1:].encode()
+    order = array.dtype.str[0].encode()
+    code = array.dtype.str[1:].encode()
     size, alignment = (array.itemsize, 1) if code.startswith(b"S") else (-1, -1)
+
     if protocol == 0:
         shape = b"".join(b"I%d\n" % length for length in array.shape)
         return (
@@ -66,13 +68,22 @@ def python_2(array, protocol):
 
     shape = b"".join(b"K" + bytes([length]) for length in array.shape)
     length = len(data).to_bytes(4, "little")
+
     return (
         (b"\x80\x02" if protocol == 2 else b"")
         + b"}q\x00(U\x08featuresq\x01cnumpy.core.multiarray\n_reconstruct\nq\x02"
         + b"(cnumpy\nndarray\nq\x03(K\x00tq\x04U\x01bq\x05tq\x06Rq\x07"
-        + b"(K\x01(" + shape + b"tq\x08cnumpy\ndtype\nq\x09(U" + bytes([len(code)]) + code
-        + b"q\x0aK\x00K\x01tq\x0bRq\x0c(K\x03U\x01" + order
-        + b"q\x0dNNN" + struct.pack("<cici", b"J", size, b"J", alignment)
-        + b"K\x00tq\x0ebI00\nT" + length + data
+        + b"(K\x01("
+        + shape
+        + b"tq\x08cnumpy\ndtype\nq\x09(U"
+        + bytes([len(code)])
+        + code
+        + b"q\x0aK\x00K\x01tq\x0bRq\x0c(K\x03U\x01"
+        + order
+        + b"q\x0dNNN"
+        + struct.pack("<cici", b"J", size, b"J", alignment)
+        + b"K\x00tq\x0ebI00\nT"
+        + length
+        + data
         + b"q\x0ftq\x10bU\x01nq\x11K\x05u."
-    )  # fmt: skip
+    )

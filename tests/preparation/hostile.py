@@ -1,4 +1,6 @@
-"""HDF5 files with features that reach out of the file, load code or declare too much: what tests of reading are given."""
+"""HDF5 files with features that reach out of the file, load code or declare too much: what tests of
+reading are given.
+"""
 
 import json
 
@@ -12,13 +14,16 @@ HUGE = 10**10
 
 
 def renew(store):
-    """Bring sizes and hashes of the manifest up to date: whoever makes a hostile store does so too."""
+    """Bring sizes and hashes of the manifest up to date: whoever makes a hostile store does so
+    too.
+    """
     path = store / "manifest.json"
     manifest = json.loads(path.read_text())
     others = [manifest[name] for name in ("captions_file", "tokens_file") if name in manifest]
     for entry in [*manifest["shards"], *others]:
         entry["bytes"] = (store / entry["file"]).stat().st_size
         entry["sha256"] = file_sha256(store / entry["file"])
+
     path.write_text(json.dumps(manifest))
 
 
@@ -58,7 +63,9 @@ def plugin_filter(file, name, secret):
     properties.set_filter(UNKNOWN_FILTER, h5py.h5z.FLAG_OPTIONAL, (1,))
     space = h5py.h5s.create_simple(shape)
     made = h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype), space, properties)
-    made.write_direct_chunk((0,) * len(shape), bytes(int(np.prod(shape)) * dtype.itemsize), filter_mask=0)
+    made.write_direct_chunk(
+        (0,) * len(shape), bytes(int(np.prod(shape)) * dtype.itemsize), filter_mask=0
+    )
 
 
 def sparse(file, name, secret):
@@ -70,7 +77,9 @@ def sparse(file, name, secret):
 def huge_chunk(file, name, secret):
     """One chunk is larger than any memory, the dataset itself is small."""
     shape, dtype = taken(file, name)
-    file.create_dataset(name, shape, dtype, chunks=(1 << 28, *shape[1:]), maxshape=(None, *shape[1:]))
+    file.create_dataset(
+        name, shape, dtype, chunks=(1 << 28, *shape[1:]), maxshape=(None, *shape[1:])
+    )
 
 
 def never_written(file, name, secret):
@@ -116,7 +125,8 @@ HOSTILE = {
 
 def taken(file, name):
     """Shape and type of a dataset of numbers, which is removed."""
-    shape, dtype = file[name].shape, file[name].dtype
+    shape = file[name].shape
+    dtype = file[name].dtype
     del file[name]
     return shape, dtype if dtype.kind in "iuf" else np.dtype(np.int64)
 

@@ -1,5 +1,6 @@
-"""HDF5 files of others, in stores and as sources: nothing outside of the file is read, no code is loaded, and a file that the
-system does not let us read is not called damaged."""
+"""HDF5 files of others, in stores and as sources: nothing outside of the file is read, no code is
+loaded, and a file that the system does not let us read is not called damaged.
+"""
 
 import ast
 import errno
@@ -23,7 +24,14 @@ from tests.campaigns import hostile_hdf5
 from tests.corpus import write_store
 from tests.launching import ENVIRONMENT, ROOT, launch
 from tests.preparation.formats import adaptive_hdf5, made_up_images
-from tests.preparation.hostile import HOSTILE, external_link, external_storage, plugin_filter, renew, virtual
+from tests.preparation.hostile import (
+    HOSTILE,
+    external_link,
+    external_storage,
+    plugin_filter,
+    renew,
+    virtual,
+)
 
 SECRET = b"the-root-password:" * 400
 compiler = shutil.which("gcc")
@@ -58,7 +66,12 @@ def read_all(path):
 @pytest.mark.parametrize("feature", HOSTILE, ids=lambda feature: feature.__name__)
 @pytest.mark.parametrize(
     ("file", "name"),
-    [("captions.h5", "text"), ("tokens.h5", "ids"), ("shard-00001.h5", "image_features"), ("shard-00001.h5", "pos_boxes")],
+    [
+        ("captions.h5", "text"),
+        ("tokens.h5", "ids"),
+        ("shard-00001.h5", "image_features"),
+        ("shard-00001.h5", "pos_boxes"),
+    ],
 )
 def test_stores_do_not_reach_out(store, secret, file, name, feature):
     with h5py.File(store / file, "r+") as opened:
@@ -69,21 +82,29 @@ def test_stores_do_not_reach_out(store, secret, file, name, feature):
 
 
 @pytest.mark.parametrize("feature", HOSTILE, ids=lambda feature: feature.__name__)
-@pytest.mark.parametrize("name", ["image_features", "image_bb", "spatial_features", "pos_boxes", "image_ids"])
+@pytest.mark.parametrize(
+    "name", ["image_features", "image_bb", "spatial_features", "pos_boxes", "image_ids"]
+)
 def test_sources_do_not_reach_out(tmp_path, secret, name, feature):
     path = source(tmp_path)
     with h5py.File(path, "r+") as file:
         feature(file, name, secret)
-    with pytest.raises(UsageError, match=rf"features.hdf5: dataset '{name}' {HOSTILE[feature]}") as refusal:
+    with pytest.raises(
+        UsageError, match=rf"features.hdf5: dataset '{name}' {HOSTILE[feature]}"
+    ) as refusal:
         source_of(str(path))
+
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("feature", [external_storage, external_link, virtual], ids=lambda feature: feature.__name__)
+@pytest.mark.parametrize(
+    "feature", [external_storage, external_link, virtual], ids=lambda feature: feature.__name__
+)
 def test_a_build_ends_in_one_line(tmp_path, secret, feature):
     path = source(tmp_path, fixed=True)
     with h5py.File(path, "r+") as file:
         feature(file, "image_features", secret)
+
     flags = ("--detector", "x", "--workers", 1, "--output", tmp_path / "store")
     code, _, err = launch(sys.executable, "tools/build_features.py", path, *flags)
     assert (code, err.count("\n")) == (2, 1), err
@@ -95,6 +116,7 @@ def source(folder, fixed=False):
     """Bottom-up attention's file of three images, with their names."""
     path = folder / "features.hdf5"
     names = adaptive_hdf5(path, made_up_images(3))
+
     with h5py.File(path, "r+") as file:
         file["image_ids"] = names
         if fixed:
@@ -102,7 +124,9 @@ def source(folder, fixed=False):
                 values = file[name][:6]
                 del file[name]
                 file[name] = values.reshape(3, 2, -1)
+
             del file["pos_boxes"]
+
     return path
 
 
@@ -118,9 +142,16 @@ def test_sound_sources_are_read_in_every_form_that_needs_no_plug_in(tmp_path):
         packed = tmp_path / f"packed-{number}.hdf5"
         with h5py.File(plain) as old, h5py.File(packed, "w", userblock_size=512) as new:
             for name in old:
-                more = {"compression": packing.get("compression"), "chunks": True} if name == "image_ids" else packing
+                more = (
+                    {"compression": packing.get("compression"), "chunks": True}
+                    if name == "image_ids"
+                    else packing
+                )
                 new.create_dataset(name, data=old[name][:].tolist(), dtype=old[name].dtype, **more)
-        for record, other in zip(expected, open_source(str(packed), "hdf5", ReadOptions()).read([0, 3]), strict=True):
+
+        for record, other in zip(
+            expected, open_source(str(packed), "hdf5", ReadOptions()).read([0, 3]), strict=True
+        ):
             assert record.regions.image_id == other.regions.image_id
             np.testing.assert_array_equal(record.regions.features, other.regions.features)
 
@@ -134,6 +165,7 @@ def test_texts_equal_those_of_h5py(tmp_path):
         with h5py.File(path, "w") as file:
             file.create_dataset("texts", data=texts, dtype=h5py.string_dtype(), **layout)
             file.attrs["languages"] = ["en", "zh"]
+
         with Hdf5File(path) as file, h5py.File(path) as plain:
             assert file.strings("texts").tolist() == plain["texts"].asstr()[:].tolist() == texts
             assert file.attribute("languages").tolist() == ["en", "zh"]
@@ -141,24 +173,35 @@ def test_texts_equal_those_of_h5py(tmp_path):
 
 
 def test_one_text_named_a_thousand_times_does_not_fill_the_memory(store):
-    """Each entry of a list of texts is a pointer: all of them to one long text is a file of any size in memory."""
+    """Each entry of a list of texts is a pointer: all of them to one long text is a file of any
+    size in memory.
+    """
     path = store / "shard-00001.h5"
+
     with h5py.File(path, "r+") as file:
         entries = len(file["image_ids"])
         del file["image_ids"]
-        file.create_dataset("image_ids", data=["x" * 1_000_000] + ["y"] * (entries - 1), dtype=h5py.string_dtype())
+        file.create_dataset(
+            "image_ids", data=["x" * 1_000_000] + ["y"] * (entries - 1), dtype=h5py.string_dtype()
+        )
         place = file["image_ids"].id.get_offset()
+
     data = bytearray(path.read_bytes())
     data[place : place + 16 * entries] = data[place : place + 16] * entries
     path.write_bytes(data)
     renew(store)
-    with pytest.raises(UsageError, match="'image_ids' repeats texts until they are longer than the file"):
+
+    with pytest.raises(
+        UsageError, match="'image_ids' repeats texts until they are longer than the file"
+    ):
         RegionStore(str(store)).image_id(20)
 
 
 @pytest.mark.parametrize("length", [0, 2**64 - 16, 2**64 - 20])
 def test_a_heap_without_end_is_not_walked_for_ever(store, length):
-    """HDF5 itself loops where an object of a heap takes no room, with no way to stop it but to end the process."""
+    """HDF5 itself loops where an object of a heap takes no room, with no way to stop it but to end
+    the process.
+    """
     path = store / "captions.h5"
     data = bytearray(path.read_bytes())
     first = data.index(b"GCOL") + 16
@@ -167,7 +210,9 @@ def test_a_heap_without_end_is_not_walked_for_ever(store, length):
     path.write_bytes(data)
     renew(store)
     command = (sys.executable, "-m", "tests.campaigns.hostile_hdf5", "--read", str(store))
-    ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=30)
+    ended = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=30
+    )
     assert ended.returncode == 0, ended.stderr
     assert "holds an object without end" in ended.stdout
 
@@ -175,30 +220,49 @@ def test_a_heap_without_end_is_not_walked_for_ever(store, length):
 PLUGIN = """
 #include <stdio.h>
 #include <stdlib.h>
-__attribute__((constructor)) static void loaded(void) { FILE *f = fopen(getenv("MARKER"), "w"); if (f) fclose(f); }
+__attribute__((constructor)) static void loaded(void) {
+  FILE *f = fopen(getenv("MARKER"), "w"); if (f) fclose(f);
+}
 """
 
 
 @needs_compiler
 @pytest.mark.parametrize("door", [False, True])
 def test_no_plug_in_is_loaded(tmp_path, secret, door):
-    """The same file makes HDF5 alone load the library: only then the other half of the test says something."""
+    """The same file makes HDF5 alone load the library: only then the other half of the test says
+    something.
+    """
     path = source(tmp_path)
     with h5py.File(path, "r+") as file:
         plugin_filter(file, "image_features", secret)
+
     build_library(PLUGIN, tmp_path / "plugins" / "libhostile.so")
     marker = tmp_path / "marker"
     setting = "import megatron_interbert.data.hdf5\n" if door else ""
-    code = setting + "import sys, h5py\ntry:\n h5py.File(sys.argv[1])['image_features'][:]\nexcept OSError as e:\n print(e)"
+    code = (
+        setting
+        + "import sys, h5py\ntry:\n h5py.File(sys.argv[1])['image_features'][:]\nexcept OSError as"
+        " e:\n print(e)"
+    )
     changes = {"HDF5_PLUGIN_PATH": str(tmp_path / "plugins"), "MARKER": str(marker)}
-    subprocess.run((sys.executable, "-c", code, path), cwd=ROOT, env={**ENVIRONMENT, **changes}, check=True, timeout=60)
+    subprocess.run(
+        (sys.executable, "-c", code, path),
+        cwd=ROOT,
+        env={**ENVIRONMENT, **changes},
+        check=True,
+        timeout=60,
+    )
     assert marker.exists() is not door
 
 
 def build_library(code, path):
     path.parent.mkdir(exist_ok=True)
     path.with_suffix(".c").write_text(code)
-    subprocess.run((compiler, "-shared", "-fPIC", "-o", path, path.with_suffix(".c"), "-ldl"), check=True, timeout=60)
+    subprocess.run(
+        (compiler, "-shared", "-fPIC", "-o", path, path.with_suffix(".c"), "-ldl"),
+        check=True,
+        timeout=60,
+    )
 
 
 FAILING_READS = """
@@ -225,7 +289,10 @@ ssize_t preadv64(int fd, const struct iovec *v, int n, off_t at) {
     return real(fd, v, n, at);
 }
 ssize_t preadv(int fd, const struct iovec *v, int n, off_t at) { return preadv64(fd, v, n, at); }
-ssize_t pread64(int fd, void *p, size_t n, off_t at) { struct iovec v = {p, n}; return preadv64(fd, &v, 1, at); }
+ssize_t pread64(int fd, void *p, size_t n, off_t at) {
+    struct iovec v = {p, n};
+    return preadv64(fd, &v, 1, at);
+}
 ssize_t pread(int fd, void *p, size_t n, off_t at) { return pread64(fd, p, n, at); }
 ssize_t read(int fd, void *p, size_t n) {
     static ssize_t (*real)(int, void *, size_t);
@@ -249,7 +316,14 @@ def test_a_failing_disk_is_not_called_damage(store, tmp_path, file):
     path = source(tmp_path)
     changes = {"LD_PRELOAD": str(tmp_path / "library" / "failing.so"), "BAD_FILE": file}
     command = (sys.executable, "-c", code, store, path if file == path.name else "")
-    ended = subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, **changes}, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**ENVIRONMENT, **changes},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert ended.returncode == 0, ended.stderr
     assert f"{file}: could not be read (Input/output error)" in ended.stdout
     assert "rebuild" not in ended.stdout
@@ -272,8 +346,10 @@ def in_child(function):
             said = str(error)
         except BaseException as error:
             said = f"{type(error).__name__}: {error}"
+
         os.write(ends[1], said.encode())
         os._exit(0)
+
     os.close(ends[1])
     os.waitpid(child, 0)
     with open(ends[0], "rb") as end:
@@ -284,6 +360,7 @@ def test_a_forbidden_file_is_not_called_damage(store):
     for path in (store, *store.parents):
         if path.is_relative_to(tempfile.gettempdir()) and path != Path(tempfile.gettempdir()):
             path.chmod(0o755)
+
     (store / "captions.h5").chmod(0)
 
     def read():
@@ -330,14 +407,19 @@ def test_no_memory_is_not_called_damage(tmp_path):
 def test_what_hdf5_says_in_words_only_is_understood(number):
     from megatron_interbert.data.hdf5 import reading_problem
 
-    words = OSError(f"Can't synchronously read data (file read failed: time = now, errno = {number}, error message = '...')")
+    words = OSError(
+        f"Can't synchronously read data (file read failed: time = now, errno = {number}, error"
+        " message = '...')"
+    )
     assert os.strerror(number) in str(reading_problem("x.h5", words))
     assert "damage" not in str(reading_problem("x.h5", words))
     assert "rebuild" in str(reading_problem("x.h5", OSError("file signature not found")))
 
 
 def test_a_shard_that_was_replaced_is_checked_anew(store, tmp_path, monkeypatch):
-    """Rows are read at places that were learnt from a file: they say nothing about another one of its name."""
+    """Rows are read at places that were learnt from a file: they say nothing about another one of
+    its name.
+    """
     monkeypatch.setattr("megatron_interbert.data.store.MAX_OPEN_SHARDS", 1)
     opened = RegionStore(str(store))
     expected = opened.read(20).features
@@ -346,22 +428,36 @@ def test_a_shard_that_was_replaced_is_checked_anew(store, tmp_path, monkeypatch)
     with h5py.File(store / "shard-00001.h5") as old, h5py.File(other, "w") as new:
         for name in reversed(list(old)):  # everything lies elsewhere
             old.copy(old[name], new, name)
+
     os.replace(other, store / "shard-00001.h5")
     np.testing.assert_array_equal(opened.read(20).features, expected)
 
 
 def test_no_other_place_reads_hdf5():
-    """Writing is allowed where stores are written; a file is opened for reading by data/hdf5.py alone."""
+    """Writing is allowed where stores are written; a file is opened for reading by data/hdf5.py
+    alone.
+    """
     found = set()
+
     for folder in ("megatron_interbert", "tools"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if not isinstance(call, ast.Call) or ast.unparse(call.func) not in ("h5py.File", "File", "h5f.open"):
+                if not isinstance(call, ast.Call) or ast.unparse(call.func) not in (
+                    "h5py.File",
+                    "File",
+                    "h5f.open",
+                ):
                     continue
-                modes = [*call.args[1:2], *(word.value for word in call.keywords if word.arg == "mode")]
+
+                modes = [
+                    *call.args[1:2],
+                    *(word.value for word in call.keywords if word.arg == "mode"),
+                ]
                 if [ast.unparse(mode) for mode in modes] == ["'w'"]:
                     continue
+
                 found.add(str(path.relative_to(ROOT)))
+
     assert found == {"megatron_interbert/data/hdf5.py"}
 
 
@@ -381,23 +477,29 @@ def test_a_list_that_was_never_written_reads_as_zeros(tmp_path):
         file.create_dataset("offsets", (1,), np.int64)
     with Hdf5File(path) as file:
         assert file["offsets"][:].tolist() == [0]
+
     store = write_store(tmp_path / "store", captions_each=0)
     assert RegionStore(str(store)).num_captions == 0
 
 
 def test_a_process_that_met_a_damaged_dataset_ends_as_any_other(tmp_path, secret):
-    """HDF5 keeps pieces of a virtual dataset that it failed to open, and called Python for them when Python had ended."""
+    """HDF5 keeps pieces of a virtual dataset that it failed to open, and called Python for them
+    when Python had ended.
+    """
     path = source(tmp_path)
     with h5py.File(path, "r+") as file:
         virtual(file, "pos_boxes", secret)
     with h5py.File(path) as file:
         header = h5py.h5o.get_info(file["pos_boxes"].id).addr
+
     data = bytearray(path.read_bytes())
     message = data.index(b"\x05\x00\x08\x00", header)  # the fill value, and how long it is
     data[message + 8] = 99
     path.write_bytes(data)
     command = (sys.executable, "-m", "tests.campaigns.hostile_hdf5", "--read", str(path))
-    ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+    )
     assert ended.returncode == 0, ended.stderr
     assert "bad version number for fill value" in ended.stdout
 
@@ -411,10 +513,12 @@ def with_checksums(path, order=("deflate", "fletcher32")):
         creation.set_chunk(values.shape)
         for name in order:
             getattr(creation, f"set_{name}")()
+
         kind = h5py.h5t.py_create(values.dtype)
         space = h5py.h5s.create_simple(values.shape)
         made = h5py.h5d.create(file.id, b"pos_boxes", kind, space, creation)
         made.write(h5py.h5s.ALL, h5py.h5s.ALL, values)
+
         return made.get_chunk_info(0).size
 
 
@@ -438,8 +542,11 @@ def test_a_chunk_too_short_for_its_checksum(tmp_path, length):
     ]
     for at in keys:  # that of the chunk in its tree, and what only looks like it
         data[at : at + 4] = length.to_bytes(4, "little")
+
     path.write_bytes(data)
-    with pytest.raises(UsageError, match=r"'pos_boxes' has a chunk at .* too short for its checksum"):
+    with pytest.raises(
+        UsageError, match=r"'pos_boxes' has a chunk at .* too short for its checksum"
+    ):
         source_of(path)
 
 

@@ -1,4 +1,6 @@
-"""Our reader of LMDB: the rows that the library gives, and one line for a file that was cut or altered."""
+"""Our reader of LMDB: the rows that the library gives, and one line for a file that was cut or
+altered.
+"""
 
 import os
 import random
@@ -32,15 +34,18 @@ def all_rows(path):
 def test_rows_are_those_of_the_library(tmp_path, seed):
     """After puts and removals in several transactions, from any key on."""
     chance = random.Random(seed)
+
     with lmdb.open(str(tmp_path / "x"), map_size=1 << 28) as environment:
         for _ in range(chance.randrange(1, 4)):
             with environment.begin(write=True) as transaction:
                 for _ in range(chance.choice((0, 5, 700))):
                     key = chance.randbytes(chance.randrange(1, 200))
                     transaction.put(key, chance.randbytes(chance.choice(LENGTHS)))
+
                 keys = list(transaction.cursor().iternext(values=False))
                 for key in chance.sample(keys, len(keys) // 3):
                     transaction.delete(key)
+
         with environment.begin() as view:
             expected = list(view.cursor())
 
@@ -74,6 +79,7 @@ def test_a_source_that_was_cut_is_refused_before_work_begins(tmp_path):
 def test_altered_files_end_in_one_line_or_in_rows(whole, tmp_path):
     data = (whole / "data.mdb").read_bytes()
     messages = []
+
     for seed in range(100):
         chance = random.Random(seed)
         altered = bytearray(data)
@@ -82,11 +88,13 @@ def test_altered_files_end_in_one_line_or_in_rows(whole, tmp_path):
         for page in (0, 1):  # what the file says of itself, more often than chance would
             if seed % 3 == 0:
                 altered[page * 4096 + chance.randrange(152)] ^= 1 << chance.randrange(8)
+
         (tmp_path / "altered.mdb").write_bytes(altered)
         try:
             all_rows(tmp_path / "altered.mdb")
         except UsageError as error:
             messages.append(str(error))
+
     assert 20 < len(messages) < 100
     assert not any("\n" in message for message in messages)
 
@@ -94,10 +102,12 @@ def test_altered_files_end_in_one_line_or_in_rows(whole, tmp_path):
 def test_a_tree_that_bites_its_tail_ends(whole, tmp_path):
     """All children of the root are the same page: keys come twice."""
     altered = bytearray((whole / "data.mdb").read_bytes())
+
     with LmdbFile(str(whole)) as file:
         root = file.meta.root * file.meta.page_size
         page = bytes(altered[root : root + file.meta.page_size])
         places = [int.from_bytes(page[at : at + 2], "little") for at in (16, 18)]
+
     altered[root + places[1] : root + places[1] + 4] = page[places[0] : places[0] + 4]
     (tmp_path / "loop.mdb").write_bytes(altered)
     with pytest.raises(UsageError, match="out of order"):

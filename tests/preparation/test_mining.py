@@ -1,4 +1,6 @@
-"""Mined hard negatives against a dense float64 TF-IDF written here, on random, English and Chinese captions."""
+"""Mined hard negatives against a dense float64 TF-IDF written here, on random, English and Chinese
+captions.
+"""
 
 import itertools
 import json
@@ -26,14 +28,25 @@ CAPTIONS = SHARED / "data" / "captions"
 def slow_terms(text, ngrams=(1, 2)):
     """Character by character: a term ends where letters end or the script changes."""
     text = unicodedata.normalize("NFKC", text).lower()
-    kinds = ["cjk" if "\u3041" <= c <= "\u9fff" or "\uac00" <= c <= "\ud7a3" else "word" if c.isalnum() else "" for c in text]
+    kinds = [
+        (
+            "cjk"
+            if "\u3041" <= c <= "\u9fff" or "\uac00" <= c <= "\ud7a3"
+            else "word"
+            if c.isalnum()
+            else ""
+        )
+        for c in text
+    ]
     terms = []
+
     for kind, group in itertools.groupby(zip(kinds, text, strict=True), key=lambda pair: pair[0]):
         run = "".join(character for _, character in group)
         if kind == "word":
             terms.append(run)
         elif kind == "cjk":
             terms += [run[i : i + n] for n in ngrams for i in range(len(run)) if i + n <= len(run)]
+
     return terms
 
 
@@ -43,23 +56,36 @@ def dense_similarity(captions):
     frequency = Counter(term for row in counted for term in row)
     column = {term: i for i, term in enumerate(frequency)}
     matrix = np.zeros((len(captions), len(column)))
+
     for row, terms in enumerate(counted):
         for term, count in terms.items():
-            matrix[row, column[term]] = count * (math.log((1 + len(captions)) / (1 + frequency[term])) + 1)
+            matrix[row, column[term]] = count * (
+                math.log((1 + len(captions)) / (1 + frequency[term])) + 1
+            )
+
     length = np.linalg.norm(matrix, axis=1, keepdims=True)
     matrix /= np.where(length > 0, length, 1)
+
     return matrix @ matrix.T
 
 
 def check(captions, images, found, scores, top, below=0.5):
-    """Each row holds allowed captions only, in order, and the most similar ones of those, but for equal similarities."""
+    """Each row holds allowed captions only, in order, and the most similar ones of those, but for
+    equal similarities.
+    """
     similarity = dense_similarity(captions)
     same = [unicodedata.normalize("NFKC", c).lower().strip() for c in captions]
     codes = np.unique(same, return_inverse=True)[1]
+
     for row in range(len(captions)):
         mine = found[row][found[row] >= 0]
         assert len(set(mine.tolist())) == len(mine)
-        allowed = (similarity[row] < below - CLOSE) & (images != images[row]) & (codes != codes[row]) & (similarity[row] > 1e-9)
+        allowed = (
+            (similarity[row] < below - CLOSE)
+            & (images != images[row])
+            & (codes != codes[row])
+            & (similarity[row] > 1e-9)
+        )
         border = np.zeros(len(captions), dtype=bool)
         border[mine] = np.abs(similarity[row, mine] - below) < CLOSE
         assert (allowed | border)[mine].all(), (captions[row], [captions[i] for i in mine])
@@ -78,12 +104,22 @@ def search(captions, images, threads=1, mode="exact", **options):
 
 
 def random_captions(number, seed=0):
-    """Few words of very different frequency, with repeats, empty captions, the same text again, and equal word sets."""
+    """Few words of very different frequency, with repeats, empty captions, the same text again, and
+    equal word sets.
+    """
     random = np.random.default_rng(seed)
     words = [f"w{i}" for i in range(60)]
     chance = 1 / np.arange(1, 61)
-    rows = [" ".join(random.choice(words, size=random.integers(0, 10), p=chance / chance.sum())) for _ in range(number)]
-    return rows + rows[: number // 10] + [" ".join(reversed(row.split())) for row in rows[: number // 10]]
+    rows = [
+        " ".join(random.choice(words, size=random.integers(0, 10), p=chance / chance.sum()))
+        for _ in range(number)
+    ]
+
+    return (
+        rows
+        + rows[: number // 10]
+        + [" ".join(reversed(row.split())) for row in rows[: number // 10]]
+    )
 
 
 def coco():
@@ -92,16 +128,32 @@ def coco():
 
 
 def chinese():
-    pairs = [line.split(maxsplit=1) for line in (CAPTIONS / "flickr8k_zh.txt").read_text().splitlines() if line.strip()]
+    pairs = [
+        line.split(maxsplit=1)
+        for line in (CAPTIONS / "flickr8k_zh.txt").read_text().splitlines()
+        if line.strip()
+    ]
     names = [pair[0].split("#")[0] for pair in pairs]
-    return [pair[1] if len(pair) > 1 else "" for pair in pairs], np.unique(names, return_inverse=True)[1]
+    return [pair[1] if len(pair) > 1 else "" for pair in pairs], np.unique(
+        names, return_inverse=True
+    )[1]
 
 
 def test_terms():
-    assert terms_of(normalise("Two CATS, don't_touch 3!")) == ["two", "cats", "don", "t", "touch", "3"]
+    assert terms_of(normalise("Two CATS, don't_touch 3!")) == [
+        "two",
+        "cats",
+        "don",
+        "t",
+        "touch",
+        "3",
+    ]
     assert terms_of(normalise("红色杯子")) == ["红", "色", "杯", "子", "红色", "色杯", "杯子"]
     assert terms_of(normalise("A红猫b")) == ["a", "红", "猫", "红猫", "b"]
-    assert terms_of(normalise("Ｃafé 猫"), (2, 3)) == ["café", "猫"], "a run too short for any n-gram is a term itself"
+    assert terms_of(normalise("Ｃafé 猫"), (2, 3)) == [
+        "café",
+        "猫",
+    ], "a run too short for any n-gram is a term itself"
     assert terms_of(normalise(" \n…")) == []
     for text in ("Ein Hünd läuft", "猫と犬がいる", "고양이 two", "a\u3000b", "x²"):
         assert sorted(terms_of(normalise(text))) == sorted(slow_terms(text))
@@ -130,6 +182,7 @@ def test_the_same_image_and_the_same_text_are_never_negatives():
     images = np.repeat(np.arange(4), 5)
     _, found, _ = search(captions, images, max_similarity=1.0)
     keys = [caption.strip().lower() for caption in captions]
+
     for row, others in enumerate(found):
         others = others[others >= 0]
         assert len(others)
@@ -139,6 +192,7 @@ def test_the_same_image_and_the_same_text_are_never_negatives():
 def test_threads_change_nothing():
     captions = random_captions(1500)
     images = np.arange(len(captions)) // 3
+
     for options in ({"mode": "exact"}, {"mode": "pruned", "budget": 300, "candidates": 60}):
         _, found, scores = search(captions, images, threads=1, **options)
         for threads in (2, 5):
@@ -167,6 +221,7 @@ def test_real_english_captions():
     _, found, scores = search(captions[:3000], images[:3000])
     check(captions[:3000], images[:3000], found, scores, 30)
     index = build_index(captions, images)
+
     for options in (MiningOptions(), MiningOptions(budget=2000, candidates=300)):
         searcher = Searcher(index, options, threads=2)
         drawn = np.random.default_rng(0).permutation(len(captions))[:500]
@@ -183,7 +238,9 @@ def test_real_chinese_captions():
     assert len(captions) > 40_000
     _, found, scores = search(captions[:2000], images[:2000])
     check(captions[:2000], images[:2000], found, scores, 30)
-    _, found, scores = search(captions, images, threads=2, mode="pruned", budget=5000, candidates=300)
+    _, found, scores = search(
+        captions, images, threads=2, mode="pruned", budget=5000, candidates=300
+    )
     assert (scores < 0.5).all()
     assert (images[found] != images[:, None])[found >= 0].all()
     assert (found >= 0).sum(1).mean() > 29
@@ -194,7 +251,9 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch, number, after):
-    """Make the numbered change of a name, of all that mining makes, the last thing the process did."""
+    """Make the numbered change of a name, of all that mining makes, the last thing the process
+    did.
+    """
     calls = itertools.count()
 
     def wrap(function):
@@ -220,6 +279,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_table(tmp_path, monkeypatch):
     whole = output.read_bytes()
     np.testing.assert_array_equal(np.load(output), store.hard_negatives())
     kills = 0
+
     for number, after in itertools.product(range(1000), (False, True)):
         output.unlink(missing_ok=True)
         with monkeypatch.context() as patch:
@@ -230,12 +290,18 @@ def test_killed_anywhere_it_goes_on_to_the_same_table(tmp_path, monkeypatch):
                 kills += 1
             else:
                 break
-        if output.exists() and not (store.path / f"{HARD_NEGATIVES}.partial" / "done.json").exists():
+
+        if (
+            output.exists()
+            and not (store.path / f"{HARD_NEGATIVES}.partial" / "done.json").exists()
+        ):
             with pytest.raises(UsageError, match="exists already"):  # killed when all was done
                 mine(store, options)
         else:
             assert mine(store, options) == summary
+
         assert output.read_bytes() == whole
+
     assert kills > 30
 
 
@@ -246,11 +312,13 @@ def test_blocks_and_broken_block_files_change_nothing(tmp_path):
     for block in (1, 50, 120):
         mine(store, MiningOptions(block=block), threads=2, overwrite=True)
         assert (store.path / HARD_NEGATIVES).read_bytes() == whole
+
     with WorkFolder(store, {**vars(MiningOptions(block=50))}) as folder:
         folder.open(restart=False)
         folder.write_block(0, np.zeros((50, 7), dtype=np.int32))
         (folder.path / "block-000001.npy").write_bytes(b"half of a")
         with pytest.raises(UsageError, match="another command is mining"):
             mine(store, MiningOptions(block=50), overwrite=True)
+
     mine(store, MiningOptions(block=50), overwrite=True)
     assert (store.path / HARD_NEGATIVES).read_bytes() == whole

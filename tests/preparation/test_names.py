@@ -1,4 +1,7 @@
-"""Names of files that a manifest gives: they stay in the manifest's folder. And a file that cannot be read is not missing."""
+"""Names of files that a manifest gives: they stay in the manifest's folder.
+
+And a file that cannot be read is not missing.
+"""
 
 import json
 import shutil
@@ -11,7 +14,19 @@ from megatron_interbert.files import is_plain_name
 from megatron_interbert.weights.manifest import read_manifest, verify, write_manifest
 from tests.corpus import write_store
 
-FOREIGN = ["../outside.h5", "sub/../../outside.h5", "sub/inner.h5", "", ".", "..", "a\0b", "a\nb", "back\\slash", "x" * 256, "\ud800"]
+FOREIGN = [
+    "../outside.h5",
+    "sub/../../outside.h5",
+    "sub/inner.h5",
+    "",
+    ".",
+    "..",
+    "a\0b",
+    "a\nb",
+    "back\\slash",
+    "x" * 256,
+    "\ud800",
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +43,24 @@ def test_stores_name_no_file_outside(original, tmp_path, entry, name):
     manifest = json.loads(path.read_text())
     chosen = manifest["shards"][1] if entry == "shard" else manifest[entry]
     (store / "sub").mkdir()
-    for copy in (tmp_path / "outside.h5", store / "outside.h5", store / "sub" / "inner.h5", store / "inner.h5"):
-        shutil.copy(store / chosen["file"], copy)  # the same file, inside and out: only the name is wrong
+
+    for copy in (
+        tmp_path / "outside.h5",
+        store / "outside.h5",
+        store / "sub" / "inner.h5",
+        store / "inner.h5",
+    ):
+        # the same file, inside and out: only the name is wrong
+        shutil.copy(store / chosen["file"], copy)
+
     chosen["file"] = name
     path.write_text(json.dumps(manifest))
-    with pytest.raises(UsageError, match=r"manifest.json: file .*, expected a name without folders") as refusal:
+
+    with pytest.raises(
+        UsageError, match=r"manifest.json: file .*, expected a name without folders"
+    ) as refusal:
         RegionStore(str(store)).read(20)
+
     assert "\n" not in str(refusal.value)
 
 
@@ -43,20 +70,35 @@ def test_checkpoints_name_no_file_outside(tmp_path, name):
     folder.mkdir()
     (tmp_path / "outside.h5").write_bytes(b"abc")
     write_manifest(folder, {"topology": {}, "files": {name: {"bytes": 3, "sha256": "0"}}})
-    with pytest.raises(UsageError, match=r"manifest.json: file .*, expected a name without folders"):
+
+    with pytest.raises(
+        UsageError, match=r"manifest.json: file .*, expected a name without folders"
+    ):
         read_manifest(folder)
+
     assert "expected a name without folders" in verify(folder)
 
 
 def test_plain_names_pass():
-    for name in ("shard-00000.h5", "weights-tp-00-of-02-dp-00-of-04.safetensors", "vocab.txt", "图片.h5", "a b", "..a", "x" * 255):
+    for name in (
+        "shard-00000.h5",
+        "weights-tp-00-of-02-dp-00-of-04.safetensors",
+        "vocab.txt",
+        "图片.h5",
+        "a b",
+        "..a",
+        "x" * 255,
+    ):
         assert is_plain_name(name), name
+
     for name in (None, 3, b"a", ["a"]):
         assert not is_plain_name(name)
 
 
 def test_a_link_to_a_shard_on_another_disk_is_allowed(original, tmp_path):
-    """Whoever lays a store out may put its shards where there is room; what a link leads to is checked as any shard is."""
+    """Whoever lays a store out may put its shards where there is room; what a link leads to is
+    checked as any shard is.
+    """
     store = shutil.copytree(original, tmp_path / "store")
     elsewhere = shutil.move(store / "shard-00001.h5", tmp_path / "elsewhere.h5")
     (store / "shard-00001.h5").symlink_to(elsewhere)

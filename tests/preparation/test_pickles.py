@@ -1,4 +1,6 @@
-"""Reading pickles from strangers: what is honest comes out as pickle.loads gives it, all else is refused."""
+"""Reading pickles from strangers: what is honest comes out as pickle.loads gives it, all else is
+refused.
+"""
 
 import collections
 import concurrent.futures
@@ -51,17 +53,44 @@ VALUES = {
     "ordered": collections.OrderedDict([("b", 1), ("a", [2])]),
     "keys": {1: "a", b"x": "b", 2.5: "c", None: "d", False: "e", "text": "f"},
     "shared": [SHARED_LIST, SHARED_LIST, {"again": SHARED_LIST}],
-    "scalars": [np.float32(0.1), np.float16(2), np.float64(3), np.int64(-4), np.uint8(5), np.bool_(True)],
+    "scalars": [
+        np.float32(0.1),
+        np.float16(2),
+        np.float64(3),
+        np.int64(-4),
+        np.uint8(5),
+        np.bool_(True),
+    ],
     "texts of NumPy": [np.str_("狗"), np.str_(""), np.bytes_(b"ab")],
     "info": np.array({"objects": np.arange(3), "name": "狗"}, dtype=object),
     "objects": np.array([[1, "a"], [None, [2.5]]], dtype=object),
     "long list": list(range(3000)),
-}  # fmt: skip
-CODES = ("<f4", ">f4", "<f2", "<f8", ">f8", "|i1", "<i2", ">i4", "<i8", "|u1", ">u2", "<u4", "<u8", "|b1", "|S5", "<U7", ">U3")
+}
+CODES = (
+    "<f4",
+    ">f4",
+    "<f2",
+    "<f8",
+    ">f8",
+    "|i1",
+    "<i2",
+    ">i4",
+    "<i8",
+    "|u1",
+    ">u2",
+    "<u4",
+    "<u8",
+    "|b1",
+    "|S5",
+    "<U7",
+    ">U3",
+)
 
 
 def same(got, expected):
-    """Whether two values are equal in all but what we do differently: scalars of NumPy, ordered dictionaries, byte order."""
+    """Whether two values are equal in all but what we do differently: scalars of NumPy, ordered
+    dictionaries, byte order.
+    """
     if isinstance(expected, np.generic):
         expected = expected.item()
     if isinstance(expected, np.ndarray):
@@ -70,24 +99,34 @@ def same(got, expected):
         assert got.dtype.newbyteorder("=") == expected.dtype.newbyteorder("=")
         if expected.dtype == object:
             return all(same(a, b) for a, b in zip(got.ravel(), expected.ravel(), strict=True))
-        return got.astype(got.dtype.newbyteorder("=")).tobytes() == expected.astype(expected.dtype.newbyteorder("=")).tobytes()
+
+        return (
+            got.astype(got.dtype.newbyteorder("=")).tobytes()
+            == expected.astype(expected.dtype.newbyteorder("=")).tobytes()
+        )
+
     if isinstance(expected, dict):
         assert type(got) is dict
         return same(list(got), list(expected)) and same(list(got.values()), list(expected.values()))
+
     assert type(got) is type(expected)
     if isinstance(expected, list | tuple):
         return len(got) == len(expected) and all(map(same, got, expected))
     if isinstance(expected, float):
         return struct.pack("d", got) == struct.pack("d", expected)
+
     return got == expected
 
 
 def old_spelling(data):
-    """A pickle with the names that NumPy had before version 2; lengths of texts before them, frames left out."""
+    """A pickle with the names that NumPy had before version 2; lengths of texts before them, frames
+    left out.
+    """
     data = data.replace(b"\x8c\x16numpy._core.multiarray", b"\x8c\x15numpy.core.multiarray")
     data = data.replace(b"\x8c\x13numpy._core.numeric", b"\x8c\x12numpy.core.numeric")
     if data[2:3] == pickle.FRAME:
         data = data[:2] + data[11:]
+
     return data.replace(b"cnumpy._core.", b"cnumpy.core.")
 
 
@@ -105,6 +144,7 @@ def arrays_in_all_layouts(code):
     }
     read_only = whole.copy()
     read_only.flags.writeable = False
+
     return {**layouts, "read-only": read_only, "shared": [whole, {"again": whole}]}
 
 
@@ -121,7 +161,9 @@ def test_honest_values_come_out_as_pickle_gives_them(name, protocol):
 
 @pytest.mark.parametrize("code", CODES)
 def test_arrays_of_every_type_and_layout(code):
-    for (layout, array), protocol in itertools.product(arrays_in_all_layouts(code).items(), PROTOCOLS):
+    for (layout, array), protocol in itertools.product(
+        arrays_in_all_layouts(code).items(), PROTOCOLS
+    ):
         data = pickle.dumps(array, protocol)
         for spelling in (data, old_spelling(data)):
             with warnings.catch_warnings():
@@ -142,12 +184,15 @@ def test_pickles_of_python_2(code, protocol):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = pickle.loads(data, encoding="latin1")
+
     np.testing.assert_array_equal(expected["features"], array)
     assert same(loads(data), expected)
 
 
 def test_text_and_ordered_dictionaries_of_python_2():
-    data = b"ccollections\nOrderedDict\n((lp0\n(lp1\nS'a\\xe9\\n'\naI1\naa(lp2\nS\"b'\"\naL-2L\naatR."
+    data = (
+        b"ccollections\nOrderedDict\n((lp0\n(lp1\nS'a\\xe9\\n'\naI1\naa(lp2\nS\"b'\"\naL-2L\naatR."
+    )
     expected = pickle.loads(data, encoding="latin1")
     assert expected == {"aé\n": 1, "b'": -2}
     assert same(loads(data), expected)
@@ -172,8 +217,10 @@ def test_is_pickle_tells_rows_apart():
     for protocol in PROTOCOLS:
         assert is_pickle(pickle.dumps({"a": 1}, protocol))
         assert is_pickle(pickle.dumps(["a"], protocol))
+
     for row in (["a", 1.0, b"x."], {"a": "."}, {}, [], list(range(46))):
         assert not is_pickle(msgpack.packb(row))
+
     assert not is_pickle(b"")
 
 
@@ -225,9 +272,19 @@ def test_whatever_is_more_than_data_is_refused_by_name(name, protocol):
 
 @pytest.mark.parametrize(
     "data",
-    [b"Pabc\n.", b"K\x01Q.", b"\x82\x01.", b"\x83\x01\x00.", b"(ios\nsystem\n.", b"(cos\nsystem\no.", b"\x97.", b"]\x98.",
-     b"ccollections\nOrderedDict\n)R}b.", b"cnumpy\nndarray\n)R."],
-)  # fmt: skip
+    [
+        b"Pabc\n.",
+        b"K\x01Q.",
+        b"\x82\x01.",
+        b"\x83\x01\x00.",
+        b"(ios\nsystem\n.",
+        b"(cos\nsystem\no.",
+        b"\x97.",
+        b"]\x98.",
+        b"ccollections\nOrderedDict\n)R}b.",
+        b"cnumpy\nndarray\n)R.",
+    ],
+)
 def test_opcodes_of_objects_are_refused(data):
     with pytest.raises(UnsafePickle):
         loads(data)
@@ -237,11 +294,20 @@ def laughs(levels, first=b"]"):
     """Ten times the last in each list, of which the pickle holds one."""
     body = first + b"q\x00"
     for level in range(levels):
-        body += b"](" + b"h" + bytes([level]) + (b"h" + bytes([level])) * 9 + b"eq" + bytes([level + 1])
+        body += (
+            b"](" + b"h" + bytes([level]) + (b"h" + bytes([level])) * 9 + b"eq" + bytes([level + 1])
+        )
+
     return b"\x80\x02" + body + b"."
 
 
-BAD_SHAPE = {"negative": (-1,), "huge": (1 << 62, 1 << 62), "of text": ("a",), "of 33": (1,) * 33, "of booleans": (True,)}
+BAD_SHAPE = {
+    "negative": (-1,),
+    "huge": (1 << 62, 1 << 62),
+    "of text": ("a",),
+    "of 33": (1,) * 33,
+    "of booleans": (True,),
+}
 BEYOND = {
     "a billion laughs": laughs(9),
     "a billion laughs of text": laughs(7, b"X\x00\x01\x00\x00" + b"a" * 256),
@@ -250,12 +316,18 @@ BEYOND = {
     "a list in itself": b"]q\x00h\x00a.",
     "a tuple in itself": b"]q\x00(h\x00tq\x01a0h\x01.",
     "a dictionary in itself": b"}q\x00K\x01h\x00s.",
-    "objects that hold themselves": b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btRq\x00"
-    b"(K\x01(K\x01tcnumpy\ndtype\n(U\x02O8K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK?tb\x89](h\x00etb.",
+    "objects that hold themselves": (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btRq\x00"
+        b"(K\x01(K\x01tcnumpy\ndtype\n(U\x02O8K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK?tb\x89](h\x00etb."
+    ),
     "deep lists": b"]" * 100_000 + b"a" * 99_999 + b".",
     "deep tuples": b"N" + b"\x85" * 1_000_000 + b".",
     "deep marks": b"(" * 1_000_000 + b"t" * 1_000_000 + b".",
-    "deep by sharing": b"]q\x00" + b"".join(b"](h" + bytes([n]) + b"eq" + bytes([n + 1]) for n in range(200)) + b".",
+    "deep by sharing": (
+        b"]q\x00"
+        + b"".join(b"](h" + bytes([n]) + b"eq" + bytes([n + 1]) for n in range(200))
+        + b"."
+    ),
     "many decimals": b"I" + b"9" * 3_000_000 + b"\n.",
     "many decimals of a long": b"L" + b"9" * 3_000_000 + b"L\n.",
     "many digits of a float": b"F" + b"9" * 3_000_000 + b"\n.",
@@ -265,10 +337,17 @@ BEYOND = {
     "a far place in the memo": b"Nr\xff\xff\xff\xffj\xfe\xff\xff\xff.",
     "bytes that are not there": b"\x8e" + struct.pack("<Q", 1 << 62) + b"ab.",
     "a frame that is not there": b"\x80\x04\x95" + struct.pack("<Q", 1 << 62) + b"N.",
-    "a text encoded many times": b"c_codecs\nencode\nq\x00X\x00\x00\x10\x00" + b"a" * (1 << 20) + b"\x85q\x01"
-    + b"h\x00h\x01R0" * 10_000 + b"N.",
+    "a text encoded many times": (
+        b"c_codecs\nencode\nq\x00X\x00\x00\x10\x00"
+        + b"a" * (1 << 20)
+        + b"\x85q\x01"
+        + b"h\x00h\x01R0" * 10_000
+        + b"N."
+    ),
     "keys that are lists": b"}]K\x01s.",
-    "keys of one hash": b"}(" + b"".join(b"K" + bytes([n]) + b"K\x00\x86N" for n in range(9)) + b"u.",
+    "keys of one hash": (
+        b"}(" + b"".join(b"K" + bytes([n]) + b"K\x00\x86N" for n in range(9)) + b"u."
+    ),
     "nothing": b"",
     "no end": b"N",
     "an empty stack": b".",
@@ -277,12 +356,23 @@ BEYOND = {
     "half a key": b"}(K\x01u.",
     "too few arguments": b"cnumpy\ndtype\n)R.",
     "a call of a number": b"K\x01)R.",
-    "an array without content": b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR.",
-    **{f"a shape {name}": pickle.dumps(array_call(np.dtype("f8"), shape)) for name, shape in BAD_SHAPE.items()},
+    "an array without content": (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR."
+    ),
+    **{
+        f"a shape {name}": pickle.dumps(array_call(np.dtype("f8"), shape))
+        for name, shape in BAD_SHAPE.items()
+    },
     "too few bytes": pickle.dumps(array_call(np.dtype("f8"), (2,))),
     "too many bytes": pickle.dumps(array_call(np.dtype("f4"), (1,))),
-    "no bytes each": pickle.dumps(array_call(np.dtype("S0") if np.dtype("S0").itemsize == 0 else Call(np.dtype, ("S0",)), (1 << 40,), b"")),
-}  # fmt: skip
+    "no bytes each": pickle.dumps(
+        array_call(
+            np.dtype("S0") if np.dtype("S0").itemsize == 0 else Call(np.dtype, ("S0",)),
+            (1 << 40,),
+            b"",
+        )
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BEYOND)
@@ -346,6 +436,7 @@ def test_killed_again_and_again_nothing_is_lost_or_mixed_up(process):
     killer = threading.Thread(target=kill)
     killer.start()
     answers = collections.Counter()
+
     for number in range(1500):
         try:
             got = int(process.ask(pickle.dumps(number))[1])
@@ -355,10 +446,15 @@ def test_killed_again_and_again_nothing_is_lost_or_mixed_up(process):
             answers[str(error)] += 1
         else:
             answers["right" if got == number else "wrong"] += 1
+
     ended.set()
     killer.join()
     assert answers["right"] > 1000
-    assert answers.keys() <= {"right", "not started", "the process that decodes pickles ended over it (SIGKILL)"}
+    assert answers.keys() <= {
+        "right",
+        "not started",
+        "the process that decodes pickles ended over it (SIGKILL)",
+    }
 
 
 @pytest.mark.parametrize("size", [10, 5_000_000])
@@ -383,6 +479,7 @@ def test_a_pickle_beyond_the_memory_costs_one_row():
         assert process.ask(pickle.dumps(2))[:2] == (VALUE, b"2")
         with pytest.raises(ValueError, match="ended over it"):
             process.ask(bytes(300 << 20))
+
         assert process.ask(pickle.dumps(3))[:2] == (VALUE, b"3")
     finally:
         process.close()
@@ -392,9 +489,11 @@ def test_no_helper_at_all_is_one_line_of_its_own(monkeypatch, process):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(UsageError, match="cannot start the process that decodes pickles"):
         process.ask(pickle.dumps(1))
+
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(UsageError, match="exit code 1"):
         process.ask(pickle.dumps(1))
+
     monkeypatch.undo()
     assert process.ask(pickle.dumps(2))[:2] == (VALUE, b"2")
 
@@ -414,6 +513,7 @@ def test_an_interruption_in_the_middle_mixes_up_nothing(process):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
     assert process.ask(pickle.dumps("second"))[1] == b'"second"'
 
 
@@ -426,7 +526,9 @@ def gone(pid):
                     return True
         except (FileNotFoundError, ProcessLookupError):
             return True
+
         time.sleep(0.05)
+
     return False
 
 
@@ -460,11 +562,14 @@ def test_after_a_fork_parent_and_child_have_a_helper_each(process):
     child = os.fork()
     if child == 0:
         try:
-            right = process.ask(pickle.dumps("child"))[1] == b'"child"' and process.process.pid != ours
+            right = (
+                process.ask(pickle.dumps("child"))[1] == b'"child"' and process.process.pid != ours
+            )
             process.close()
             os._exit(0 if right else 1)
         finally:
             os._exit(2)
+
     assert os.waitpid(child, 0)[1] == 0
     assert process.ask(pickle.dumps("parent"))[1] == b'"parent"'
     assert process.process.pid == ours
@@ -513,6 +618,7 @@ def test_a_confined_process_opens_neither_files_nor_sockets(tmp_path, kind):
     filtered, results = out.splitlines()
     if kind == "all" and filtered == "False":
         pytest.skip("no seccomp here; the limits alone are tested by themselves")
+
     assert set(json.loads(results).values()) == {"refused"}, results
     assert (tmp_path / "file").exists()
     assert not (tmp_path / "file.new").exists()
@@ -522,6 +628,7 @@ def test_the_helper_is_confined(process):
     process.ask(pickle.dumps(1))
     with open(f"/proc/{process.process.pid}/limits") as handle:
         limits = {line[:26].strip(): line[26:].split()[:2] for line in handle}
+
     assert limits["Max open files"] == ["0", "0"]
     assert limits["Max file size"] == ["0", "0"]
     assert limits["Max address space"] == [str(2 << 30)] * 2
@@ -530,17 +637,39 @@ def test_the_helper_is_confined(process):
         status = handle.read()
     if "Seccomp:\t0" in status:
         pytest.skip("no seccomp here")
+
     assert "Seccomp:\t2" in status
 
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"[", b"{}[]", b"[[[", b'["bytes", 0]', b'["bytes", -1, 1]', b'["bytes", 0, 99]', b'["bytes", true, 1]', b"[]",
-     b'["array", "O8", [1], "C", 0, 8]', b'["array", "V8", [1], "C", 0, 8]', b'["array", "f4", [9], "C", 0, 8]',
-     b'["array", "f4", [2], "A", 0, 8]', b'["array", "f4", [2], [1], 0, 8]', b'["array", "f4", "2", "C", 0, 8]',
-     b'["objects", [2], "C", ["list", 1]]', b'["objects", [1], "C", 5]', b'["dict", 1]', b'["dict", ["list"], 1]', b'["os", 1]',
-     b'{"a": ["bytes"]}', b'["list"' * 3000 + b"]" * 3000, b'["list",' * 100 + b"1" + b"]" * 100, b"1" * 5000],
-)  # fmt: skip
+    [
+        b"",
+        b"[",
+        b"{}[]",
+        b"[[[",
+        b'["bytes", 0]',
+        b'["bytes", -1, 1]',
+        b'["bytes", 0, 99]',
+        b'["bytes", true, 1]',
+        b"[]",
+        b'["array", "O8", [1], "C", 0, 8]',
+        b'["array", "V8", [1], "C", 0, 8]',
+        b'["array", "f4", [9], "C", 0, 8]',
+        b'["array", "f4", [2], "A", 0, 8]',
+        b'["array", "f4", [2], [1], 0, 8]',
+        b'["array", "f4", "2", "C", 0, 8]',
+        b'["objects", [2], "C", ["list", 1]]',
+        b'["objects", [1], "C", 5]',
+        b'["dict", 1]',
+        b'["dict", ["list"], 1]',
+        b'["os", 1]',
+        b'{"a": ["bytes"]}',
+        b'["list"' * 3000 + b"]" * 3000,
+        b'["list",' * 100 + b"1" + b"]" * 100,
+        b"1" * 5000,
+    ],
+)
 def test_nonsense_from_the_helper_is_an_error_too(monkeypatch, text):
     """As if the helper had been taken over: what it says is checked again."""
     monkeypatch.setattr(reading._process, "ask", lambda data: (VALUE, bytearray(text), bytearray()))

@@ -78,11 +78,13 @@ def test_a_link_in_place_of_a_work_folder_is_refused(tmp_path, precious, work, p
 def test_a_work_folder_with_files_of_others_is_refused(tmp_path, work, place, restart):
     if work is mining:
         store_of(tmp_path)
+
     (tmp_path / place).mkdir()
     for name in ("assembled.npy", "shard-00000.h5", "thesis.tex"):
         (tmp_path / place / name).write_text("years")
     with pytest.raises(UsageError, match="which this command did not make; nothing was removed"):
         work(tmp_path, restart)
+
     assert len(list((tmp_path / place).iterdir())) == 3
 
 
@@ -92,14 +94,17 @@ def test_a_generated_store_with_files_of_others_is_not_replaced(tmp_path):
         with generated_store(
             tmp_path / split, 0, ["cat"], ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
         ) as writer:
-            writer.manifest["feature_dim"], writer.manifest["num_classes"] = 24, 11
+            writer.manifest["feature_dim"] = 24
+            writer.manifest["num_classes"] = 11
             write_one(writer)
+
     (tmp_path / "train" / "notes").mkdir()
     with (
         pytest.raises(UsageError, match="holds 'notes', which this command"),
         generated_store(tmp_path / "train", 0, ["cat"], ["[PAD]"]),
     ):
         raise AssertionError("it has begun")
+
     (tmp_path / "test" / "pictures").symlink_to(tmp_path)
     with (
         pytest.raises(UsageError, match=r"holds 'pictures'|pictures: is a link"),
@@ -126,6 +131,7 @@ def test_finished_blocks_are_not_thrown_away_in_silence(tmp_path):
     np.save(folder / "block-000000.npy", np.zeros((10, 30), np.int32))
     with pytest.raises(UsageError, match=r"finished blocks without their plan.json.*--restart"):
         mine(store, MiningOptions())
+
     assert (folder / "block-000000.npy").exists()
     mine(store, MiningOptions(), restart=True)
     assert not folder.exists()

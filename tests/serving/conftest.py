@@ -1,4 +1,6 @@
-"""For all tests of the service: a small shop, a random model, a browser (Debian's chromium, headless)."""
+"""For all tests of the service: a small shop, a random model, a browser (Debian's chromium,
+headless).
+"""
 
 import dataclasses
 import shutil
@@ -15,7 +17,9 @@ from tests.serving.made_shop import random_model, scorer_of
 
 @pytest.fixture(scope="session")
 def shop(tmp_path_factory):
-    """A generated shop of 40 products, and weights that are random but far from nothing, as a Hugging Face folder."""
+    """A generated shop of 40 products, and weights that are random but far from nothing, as a
+    Hugging Face folder.
+    """
     folder = tmp_path_factory.mktemp("serving")
     sizes = (
         "--train-products",
@@ -31,12 +35,22 @@ def shop(tmp_path_factory):
         "--test-topics",
         3,
     )
-    code, out, err = launch(sys.executable, "tools/make_shop.py", "--output", folder / "shop", *sizes)
+    code, out, err = launch(
+        sys.executable, "tools/make_shop.py", "--output", folder / "shop", *sizes
+    )
     assert code == 0, out + err
     store = folder / "shop" / "test"
-    tokenizer, corpus = CaptionTokenizer(str(store / "vocab.txt"), "chinese"), Corpus([str(store)])
-    sizes = fit_to_data(PRESETS["sample-chinese"], tokenizer.vocab_size, corpus.feature_dim, corpus.num_classes, "test")
+    tokenizer = CaptionTokenizer(str(store / "vocab.txt"), "chinese")
+    corpus = Corpus([str(store)])
+    sizes = fit_to_data(
+        PRESETS["sample-chinese"],
+        tokenizer.vocab_size,
+        corpus.feature_dim,
+        corpus.num_classes,
+        "test",
+    )
     sizes = dataclasses.replace(sizes, initializer_range=0.4)
+
     return folder, random_model(folder / "model", sizes, store, seed=0), store
 
 
@@ -46,9 +60,13 @@ def scorer(shop):
     return scorer_of(model, store)
 
 
-@pytest.fixture(scope="module")  # while it is open, nothing else can run an event loop in this thread
+# while it is open, nothing else can run an event loop in this thread
+@pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install -r requirements.txt)")
+    playwright = pytest.importorskip(
+        "playwright.sync_api",
+        reason="playwright is not installed (pip install -r requirements.txt)",
+    )
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("needs chromium (apt-get install chromium)")
@@ -60,21 +78,34 @@ def browser():
 
 @pytest.fixture
 def visit(browser, request):
-    """visit(url, width): a page of a fresh visitor; no error may reach its console, no request may leave for elsewhere."""
-    problems, contexts = [], []
+    """visit(url, width): a page of a fresh visitor; no error may reach its console, no request may
+    leave for elsewhere.
+    """
+    problems = []
+    contexts = []
 
     def go(url, width=1280, language="zh-CN"):
         context = browser.new_context(viewport={"width": width, "height": 800}, locale=language)
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        page.on("request", lambda asked: problems.append(asked.url) if not asked.url.startswith((url, "data:")) else None)
+        page.on(
+            "console",
+            lambda message: problems.append(message.text) if message.type == "error" else None,
+        )
+        page.on(
+            "request",
+            lambda asked: (
+                problems.append(asked.url) if not asked.url.startswith((url, "data:")) else None
+            ),
+        )
         page.goto(url)
+
         return page
 
     yield go
     for context in contexts:
         context.close()
+
     allowed = getattr(request.node, "allowed", ())
     assert [problem for problem in problems if not any(word in problem for word in allowed)] == []

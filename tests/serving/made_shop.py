@@ -24,13 +24,28 @@ def random_model(folder, sizes, store, seed):
 
 def flags(shop, index, *more):
     folder, _, store = shop
-    return ("--load", folder / "model", "--data-path", store, "--index", index, "--topics", store / "topics.jsonl",
-            "--items", store / "items.jsonl", *more)  # fmt: skip
+    return (
+        "--load",
+        folder / "model",
+        "--data-path",
+        store,
+        "--index",
+        index,
+        "--topics",
+        store / "topics.jsonl",
+        "--items",
+        store / "items.jsonl",
+        *more,
+    )
 
 
 def scorer_of(model, store):
     tokenizer = CaptionTokenizer(str(store / "vocab.txt"), "chinese")
-    return ItemScorer(model.interbert, Catalogue(Corpus([str(store)]), tokenizer, True, 64, 36), torch.device("cpu"))
+    return ItemScorer(
+        model.interbert,
+        Catalogue(Corpus([str(store)]), tokenizer, True, 64, 36),
+        torch.device("cpu"),
+    )
 
 
 def expected(scorer, text, k):
@@ -41,4 +56,6 @@ def expected(scorer, text, k):
 
 def alike(found, wanted):
     assert [item for item, _ in found] == [item for item, _ in wanted]
-    assert [score for _, score in found] == pytest.approx([score for _, score in wanted], rel=1e-3, abs=1e-3)
+    assert [score for _, score in found] == pytest.approx(
+        [score for _, score in wanted], rel=1e-3, abs=1e-3
+    )

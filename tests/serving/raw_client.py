@@ -1,4 +1,6 @@
-"""Bytes over sockets of our own, for what no client library would send; and a service beside a limit of descriptors."""
+"""Bytes over sockets of our own, for what no client library would send; and a service beside a
+limit of descriptors.
+"""
 
 import contextlib
 import socket
@@ -15,8 +17,13 @@ def connect(url):
 
 
 def read_to_end(line, seconds=20):
-    """All that comes until the service closes; AssertionError where it does not within so many seconds."""
-    found, deadline = b"", time.monotonic() + seconds
+    """All that comes until the service closes.
+
+    AssertionError where it does not within so many seconds.
+    """
+    found = b""
+    deadline = time.monotonic() + seconds
+
     while True:
         line.settimeout(max(0.01, deadline - time.monotonic()))
         try:
@@ -25,8 +32,10 @@ def read_to_end(line, seconds=20):
             raise AssertionError(f"still open after {seconds} s: {found[:200]}") from None
         except ConnectionResetError:
             return found
+
         if not piece:
             return found
+
         found += piece
 
 
@@ -45,11 +54,13 @@ def status_of(answer):
 def held(url, count, sent=b""):
     """So many connections that have sent this and then say nothing."""
     lines = []
+
     try:
         for _ in range(count):
             line = connect(url)
             line.sendall(sent)
             lines.append(line)
+
         yield lines
     finally:
         for line in lines:

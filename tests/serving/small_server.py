@@ -1,4 +1,6 @@
-"""The service's server and what stands before its application, around a small application: no model is needed."""
+"""The service's server and what stands before its application, around a small application: no model
+is needed.
+"""
 
 import contextlib
 import socket
@@ -17,18 +19,29 @@ from tests.launching import until
 def small_server(answer, **settings):
     """(url, crowd) of a server in a thread, with `answer(scope, receive, send)` behind it."""
     config = ServeConfig(load="none", **settings)
-    crowd, counted = Crowd(config), []
-    guard = Guard(answer, config, AllowedHosts.of("127.0.0.1", ""), crowd, lambda *figures: counted.append(figures))
+    crowd = Crowd(config)
+    counted = []
+    guard = Guard(
+        answer,
+        config,
+        AllowedHosts.of("127.0.0.1", ""),
+        crowd,
+        lambda *figures: counted.append(figures),
+    )
 
     async def app(scope, receive, send):
         await guard(scope, receive, send)
 
-    app.state = SimpleNamespace(service=SimpleNamespace(searcher=SimpleNamespace(shop=SimpleNamespace(items=[]))))
+    app.state = SimpleNamespace(
+        service=SimpleNamespace(searcher=SimpleNamespace(shop=SimpleNamespace(items=[])))
+    )
     server = Server(server_config(config, app, crowd), crowd)
+
     with socket.create_server(("127.0.0.1", 0)) as listening:
         url = "http://{}:{}".format(*listening.getsockname())
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
+
         try:
             until(lambda: server.started, "the server has started")
             yield url, crowd

@@ -1,4 +1,7 @@
-"""A service that is not asked nicely: a fuzzed schema, made-up requests, many slow clients. Never a 5xx but 503, never a hang."""
+"""A service that is not asked nicely: a fuzzed schema, made-up requests, many slow clients.
+
+Never a 5xx but 503, never a hang.
+"""
 
 import socket
 import subprocess
@@ -15,7 +18,9 @@ from tests.serving_client import KEY, Service
 
 @pytest.fixture(scope="module")
 def service(shop, tmp_path_factory):
-    with Service(*flags(shop, tmp_path_factory.mktemp("index") / "index", "--deadline", 20)) as running:
+    with Service(
+        *flags(shop, tmp_path_factory.mktemp("index") / "index", "--deadline", 20)
+    ) as running:
         yield running
 
 
@@ -36,29 +41,66 @@ def test_made_up_requests(service):
 
 
 def test_the_schema_is_true(service, tmp_path):
-    """schemathesis: what the schema allows is answered as it says, what it forbids is refused, nothing is a server error."""
-    pytest.importorskip("schemathesis", reason="schemathesis is not installed (pip install -r requirements.txt)")
-    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{service.url}/openapi.json", "--max-examples", "15", "--seed", "1",
-               "--header", f"Authorization: Bearer {KEY}", "--suppress-health-check", "all", "--phases", "examples,coverage,fuzzing",
-               "--checks", "not_a_server_error,response_schema_conformance,content_type_conformance,negative_data_rejection"]  # fmt: skip
-    result = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
+    """schemathesis: what the schema allows is answered as it says, what it forbids is refused,
+    nothing is a server error.
+    """
+    pytest.importorskip(
+        "schemathesis", reason="schemathesis is not installed (pip install -r requirements.txt)"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "schemathesis.cli",
+        "run",
+        f"{service.url}/openapi.json",
+        "--max-examples",
+        "15",
+        "--seed",
+        "1",
+        "--header",
+        f"Authorization: Bearer {KEY}",
+        "--suppress-health-check",
+        "all",
+        "--phases",
+        "examples,coverage,fuzzing",
+        "--checks",
+        "not_a_server_error,response_schema_conformance,content_type_conformance,negative_data_rejection",
+    ]
+
+    result = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     unharmed(service)
 
 
 def test_many_slow_clients_keep_nobody_waiting(service):
-    """Two hundred connections that send their headers, or a body, a byte at a time; others are answered meanwhile."""
+    """Two hundred connections that send their headers, or a body, a byte at a time; others are
+    answered meanwhile.
+    """
     host, port = service.url.removeprefix("http://").split(":")
     lines = [socket.create_connection((host, int(port))) for _ in range(200)]
-    head = b"POST /search HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n"
+    head = (
+        b"POST /search HTTP/1.1\r\nhost: localhost\r\ncontent-type:"
+        b" application/json\r\ncontent-length: 50\r\n\r\n"
+    )
     for number, line in enumerate(lines):
         line.sendall(head if number % 2 else head[:20])
+
     started = time.monotonic()
     for _ in range(5):
         for line in lines:
             line.sendall(b"x")
         assert len(service.search("红色", k=3)) == 3
+
     assert time.monotonic() - started < 20
     for line in lines:
         line.close()
+
     unharmed(service)

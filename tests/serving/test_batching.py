@@ -1,4 +1,6 @@
-"""The model's thread: what waits is answered together, in order, and nobody suffers for another's question."""
+"""The model's thread: what waits is answered together, in order, and nobody suffers for another's
+question.
+"""
 
 import asyncio
 import threading
@@ -11,11 +13,16 @@ from megatron_interbert.serving.shop import Find, Score
 
 
 class Pretended:
-    """A shop that answers a question with its text, slowly where it is told to, and not at all to `poison`."""
+    """A shop that answers a question with its text, slowly where it is told to, and not at all to
+    `poison`.
+    """
 
     def __init__(self):
-        self.version, self.weights = SimpleNamespace(name="v1"), "sha256"
-        self.batches, self.gate, self.closed = [], threading.Event(), False
+        self.version = SimpleNamespace(name="v1")
+        self.weights = "sha256"
+        self.batches = []
+        self.gate = threading.Event()
+        self.closed = False
         self.gate.set()
         self.entered = threading.Event()
 
@@ -52,6 +59,7 @@ async def held(shop, model, *questions, seconds=10.0):
     await asyncio.to_thread(shop.entered.wait, 10)
     tasks = [asyncio.create_task(model.ask(question, seconds)) for question in questions]
     await asyncio.sleep(0.1)
+
     return busy, tasks
 
 
@@ -61,15 +69,17 @@ def run(coroutine):
 
 def test_what_waits_is_answered_together_up_to_its_size(shop, model):
     async def ask():
-        _, tasks = await held(shop, model, *(Find(f"q{n}", 1, 10) for n in range(5)), Score("s", ["1", "2", "3"]))
+        _, tasks = await held(
+            shop, model, *(Find(f"q{n}", 1, 10) for n in range(5)), Score("s", ["1", "2", "3"])
+        )
         shop.gate.set()
         return await asyncio.gather(*tasks)
 
     answers = run(ask())
     assert [answer.result for answer in answers] == ["q0", "q1", "q2", "q3", "q4", "s"]
     assert shop.batches == [["busy"], ["q0", "q1"], ["q2", "q3"], ["q4", "s"]]
-    assert [answer.together for answer in answers] == [2] * 6
-    assert all(answer.waited > 0.05 for answer in answers)
+    assert [answer.batch_size for answer in answers] == [2] * 6
+    assert all(answer.queue_seconds > 0.05 for answer in answers)
 
 
 def test_changes_keep_their_place(shop, model):
@@ -102,6 +112,7 @@ def test_full_late_and_gone(shop, model):
         busy, tasks = await held(shop, model, *(Find(f"q{n}", 1, 1) for n in range(8)), seconds=0.4)
         with pytest.raises(QueueFull):
             await model.ask(Find("one too many", 1, 1), 10.0)
+
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         assert not busy.done(), "they were told in time, while another question was computed"
         gone = asyncio.create_task(model.ask(Find("gone", 1, 1), 10.0))
@@ -110,6 +121,7 @@ def test_full_late_and_gone(shop, model):
         await asyncio.gather(gone, return_exceptions=True)
         shop.gate.set()
         await busy
+
         return outcomes
 
     outcomes = run(ask())
@@ -131,6 +143,7 @@ def test_a_new_shop_answers_what_waits(shop, model):
         shop.gate.set()
         await swapping
         shop.close()
+
         return await asyncio.gather(*tasks)
 
     (answer,) = run(ask())
@@ -147,8 +160,10 @@ def test_a_closed_thread_answers_what_waits_and_takes_no_more(shop):
         await asyncio.sleep(0.1)
         with pytest.raises(QueueFull):
             await thread.ask(Find("late", 1, 1), 1.0)
+
         shop.gate.set()
         await closing
+
         return await asyncio.gather(*tasks)
 
     (answer,) = run(ask())

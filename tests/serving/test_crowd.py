@@ -1,4 +1,6 @@
-"""Connections that are all at work, and clients that do not read; small applications stand for the model."""
+"""Connections that are all at work, and clients that do not read; small applications stand for the
+model.
+"""
 
 import asyncio
 import socket
@@ -17,12 +19,20 @@ LAST = b"GET %s HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
 
 
 async def respond(send, body):
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    await send(
+        {
+            "type": "http.response.start",
+            "status": 200,
+            "headers": [(b"content-length", b"%d" % len(body))],
+        }
+    )
     await send({"type": "http.response.body", "body": body})
 
 
 def test_all_at_work():
-    """Who comes then is told to come again, health checks are answered, and what is under way is not ended."""
+    """Who comes then is told to come again, health checks are answered, and what is under way is
+    not ended.
+    """
     go_on = threading.Event()
 
     async def answer(scope, receive, send):
@@ -30,13 +40,17 @@ def test_all_at_work():
             await asyncio.sleep(0.02)
         await respond(send, b"whole")
 
-    with small_server(answer, max_connections=10, keep_alive_timeout=0.5) as (url, crowd), held(url, 10, REQUEST % b"/slow") as lines:
+    with (
+        small_server(answer, max_connections=10, keep_alive_timeout=0.5) as (url, crowd),
+        held(url, 10, REQUEST % b"/slow") as lines,
+    ):
         until(lambda: len(crowd.at_work) == 10, "all at work")
         for _ in range(3):
             found = exchange(url, LAST % b"/search")
             assert status_of(found) == 503
             assert b"retry-after: 1\r\n" in found
             assert b'{"error":"too many requests at once; come again"}' in found
+
         assert exchange(url, REQUEST % b"/healthz" + LAST % b"/readyz").count(b"HTTP/1.1 200") == 2
 
         with held(url, 100), held(url, 100, REQUEST % b"/slow"), held(url, 100, b"GET /he"):
@@ -45,7 +59,9 @@ def test_all_at_work():
 
         go_on.set()
         for line in lines:
-            assert read_to_end(line).endswith(b"whole"), "then it is kept for another request, for a while"
+            assert read_to_end(line).endswith(b"whole"), (
+                "then it is kept for another request, for a while"
+            )
 
 
 def test_after_all_were_at_work_nothing_is_left_of_it():
@@ -59,6 +75,7 @@ def test_after_all_were_at_work_nothing_is_left_of_it():
         for _ in range(5):
             with held(url, 10, REQUEST % b"/slow"):
                 until(lambda: crowd.at_work, "at work")
+
         until(lambda: not crowd.open, "all closed", 10)
         assert not crowd.at_work
         assert not crowd.waiting
@@ -71,10 +88,13 @@ def silent(url, sent, room=4096):
     line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
     line.connect(address_of(url))
     line.sendall(sent)
+
     return line
 
 
-@pytest.mark.parametrize("size", [20_000_000, 3_000_000], ids=["a large answer", "one that nearly fits the kernel"])
+@pytest.mark.parametrize(
+    "size", [20_000_000, 3_000_000], ids=["a large answer", "one that nearly fits the kernel"]
+)
 def test_clients_that_do_not_read_are_ended(size, monkeypatch):
     monkeypatch.setattr(connections, "SEND_SECONDS", 1.0)
 
@@ -82,7 +102,10 @@ def test_clients_that_do_not_read_are_ended(size, monkeypatch):
         await respond(send, b"x" * size if scope["path"] == "/large" else b"whole")
 
     with small_server(answer, header_timeout=1.0, keep_alive_timeout=1.0) as (url, crowd):
-        lines = [silent(url, sent) for sent in (REQUEST % b"/large", REQUEST.replace(b"1.1", b"1.0") % b"/large")]
+        lines = [
+            silent(url, sent)
+            for sent in (REQUEST % b"/large", REQUEST.replace(b"1.1", b"1.0") % b"/large")
+        ]
         until(lambda: crowd.open == 2, "both are there")
         assert exchange(url, LAST % b"/search").endswith(b"whole")
         until(lambda: crowd.open == 0, "both are ended", 10)
@@ -100,11 +123,13 @@ def test_a_client_that_reads_slowly_but_steadily_gets_all(request_, monkeypatch)
         await respond(send, b"x" * size)
 
     with small_server(answer, header_timeout=0.5, keep_alive_timeout=0.5) as (url, _):
-        line, found = silent(url, request_ % b"/large", 100_000), 0
+        line = silent(url, request_ % b"/large", 100_000)
+        found = 0
         started = time.monotonic()
         while piece := line.recv(60_000):
             found += len(piece)
             time.sleep(0.02)
+
         assert found > size
         assert time.monotonic() - started > 2, "longer than a client that does not read may take"
         line.close()

@@ -9,10 +9,20 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.serving.hosts import AllowedHosts
 from tests.launching import launch
 
-OWN = ["localhost", "LocalHost:8080", "127.0.0.1:65535", "[::1]", "[0000::0001]:8080", socket.gethostname().upper()]
+OWN = [
+    "localhost",
+    "LocalHost:8080",
+    "127.0.0.1:65535",
+    "[::1]",
+    "[0000::0001]:8080",
+    socket.gethostname().upper(),
+]
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::", "", "localhost", "::1", "10.1.2.3", "no-such-name.invalid"])
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "0.0.0.0", "::", "", "localhost", "::1", "10.1.2.3", "no-such-name.invalid"],
+)
 def test_own_names_are_always_answered(host):
     hosts = AllowedHosts.of(host, "")
     assert [name for name in OWN if not hosts.allow(name)] == []
@@ -43,10 +53,26 @@ def test_addresses(host, header, allowed):
 
 def test_names_that_are_given():
     hosts = AllowedHosts.of("127.0.0.1", " Shop.example , *.shop.example,10.0.0.9,[2001:DB8::5],")
-    for header in ("shop.example", "SHOP.EXAMPLE:443", "a.b.shop.example", "10.0.0.9:1", "[2001:db8::5]", "localhost"):
+    for header in (
+        "shop.example",
+        "SHOP.EXAMPLE:443",
+        "a.b.shop.example",
+        "10.0.0.9:1",
+        "[2001:db8::5]",
+        "localhost",
+    ):
         assert hosts.allow(header), header
-    for header in ("evilshop.example", "shop.example.evil", ".shop.example", "shop.example:x", "10.0.0.8", "x"):
+
+    for header in (
+        "evilshop.example",
+        "shop.example.evil",
+        ".shop.example",
+        "shop.example:x",
+        "10.0.0.8",
+        "x",
+    ):
         assert not hosts.allow(header), header
+
     assert "shop.example" in hosts.told()
     assert "*.shop.example" in hosts.told()
 
@@ -60,24 +86,43 @@ def test_any_host():
 
 @pytest.mark.parametrize(
     "entry",
-    ["http://a.example", "a.example:80", "a.example/x", "*a.example", "a.*.b", "*.", "[::1]:80", "a b", "shop.例子", "a..b", "[a]"],
+    [
+        "http://a.example",
+        "a.example:80",
+        "a.example/x",
+        "*a.example",
+        "a.*.b",
+        "*.",
+        "[::1]:80",
+        "a b",
+        "shop.例子",
+        "a..b",
+        "[a]",
+    ],
 )
 def test_entries_that_no_header_can_have(entry):
-    with pytest.raises(UsageError, match=r"--allowed-hosts: '.*' is no host; expected names or addresses"):
+    with pytest.raises(
+        UsageError, match=r"--allowed-hosts: '.*' is no host; expected names or addresses"
+    ):
         AllowedHosts.of("127.0.0.1", f"good.example,{entry}")
 
 
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
-        (("--allowed-hosts", "http://shop.example"), "--allowed-hosts: 'http://shop.example' is no host"),
+        (
+            ("--allowed-hosts", "http://shop.example"),
+            "--allowed-hosts: 'http://shop.example' is no host",
+        ),
         (("--header-timeout", "0"), "--header-timeout is 0.0, expected more than 0"),
         (("--keep-alive-timeout", "nan"), "--keep-alive-timeout nan: expected a finite number"),
         (("--max-connections", "0"), "--max-connections is 0"),
     ],
 )
 def test_wrong_use_is_one_line_before_anything_is_loaded(flags, error):
-    code, _, said = launch(sys.executable, "-m", "megatron_interbert.serve", "--load", "no/such/run", *flags)
+    code, _, said = launch(
+        sys.executable, "-m", "megatron_interbert.serve", "--load", "no/such/run", *flags
+    )
     assert code == 2
     assert said.strip().splitlines()[-1].startswith(f"error: {error}")
     assert "Traceback" not in said

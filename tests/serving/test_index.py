@@ -1,4 +1,6 @@
-"""Vectors in FAISS against brute force; versions that are whole or not there; journals that survive crashes; wrong weights, damage."""
+"""Vectors in FAISS against brute force; versions that are whole or not there; journals that survive
+crashes; wrong weights, damage.
+"""
 
 import json
 import os
@@ -9,7 +11,14 @@ import pytest
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.serving import index as index_module
-from megatron_interbert.serving.index import CURRENT, VECTORS, Version, prune, served_version, write_version
+from megatron_interbert.serving.index import (
+    CURRENT,
+    VECTORS,
+    Version,
+    prune,
+    served_version,
+    write_version,
+)
 from megatron_interbert.serving.items import Item
 from megatron_interbert.serving.journal import JOURNAL, Journal, Mark, NotKept, begin, read_journal
 from megatron_interbert.serving.vector_index import VectorIndex
@@ -37,19 +46,26 @@ def vectors(count=50, seed=0):
 
 @pytest.mark.parametrize("kind", ["exact", "hnsw"])
 def test_the_nearest_are_found_whatever_comes_and_goes(kind):
-    index, stored, asked = VectorIndex(16, kind), vectors(400), vectors(5, 1)
+    index = VectorIndex(16, kind)
+    stored = vectors(400)
+    asked = vectors(5, 1)
     index.add(range(300), stored[:300])
     for place in range(0, 100, 3):
         index.remove(place)
+
     index.add(range(300, 400), stored[300:])
     there = [place for place in range(400) if place >= 100 or place % 3]
     assert len(index) == len(there)
+
     for row, found in zip(asked, index.search(asked, 10), strict=True):
         best = sorted(there, key=lambda place: -float(stored[place] @ row))[:10]
         assert len(set(best) & set(found.tolist())) >= (10 if kind == "exact" else 9)
         assert set(found.tolist()) <= set(there)
+
     everything = [len(found) for found in index.search(asked, 1000)]
-    assert min(everything) >= (len(there) if kind == "exact" else 0.95 * len(there)), "a graph may not lead everywhere"
+    assert min(everything) >= (len(there) if kind == "exact" else 0.95 * len(there)), (
+        "a graph may not lead everywhere"
+    )
     assert max(everything) <= len(there)
     assert [len(found) for found in VectorIndex(16, kind).search(asked, 3)] == [0] * 5
 
@@ -77,6 +93,7 @@ def test_a_version_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypat
     monkeypatch.setattr(index_module, "write_text", fail)
     with pytest.raises(OSError, match="No space"):
         write_version(tmp_path, ITEMS, vectors(), "exact", MODEL, NO_CHANGE)
+
     assert served_version(tmp_path).name == version
     assert {path.name for path in tmp_path.iterdir()} == {version, CURRENT}
 
@@ -90,6 +107,7 @@ def test_damage_is_named(tmp_path):
     file.write_bytes(text)
     with pytest.raises(UsageError, match=r"vectors\.faiss: sha256 differs"):
         served_version(tmp_path).vectors()
+
     assert served_version(tmp_path).items() == ITEMS, "what is whole can still be built from"
 
 
@@ -97,10 +115,12 @@ def test_only_versions_are_pruned(tmp_path):
     """An index may lie in a run's folder, and a build may be under way."""
     for name in ("global_step100", ".0123456789ab.new", "abcdefabcdef"):
         (tmp_path / name).mkdir()
+
     versions = []
     for number in range(5):
         versions.append(write_version(tmp_path, ITEMS, vectors(), "exact", MODEL, NO_CHANGE))
         os.utime(tmp_path / versions[-1], (number, number))
+
     prune(tmp_path, [versions[0], versions[-1]])
     assert {path.name for path in tmp_path.iterdir()} == {
         *("global_step100", ".0123456789ab.new", "abcdefabcdef", CURRENT),
@@ -110,7 +130,9 @@ def test_only_versions_are_pruned(tmp_path):
 
 @pytest.mark.parametrize("cut", range(1, 30, 4))
 def test_a_journal_that_was_cut_keeps_what_was_promised(tmp_path, cut):
-    """A crash in the middle of a line: that change was promised to nobody, those before it and after the restart are kept."""
+    """A crash in the middle of a line: that change was promised to nobody, those before it and
+    after the restart are kept.
+    """
     mark, _ = first_version(tmp_path)
     journal = writer(tmp_path)
     journal.write({"remove": "i3"})
@@ -124,7 +146,9 @@ def test_a_journal_that_was_cut_keeps_what_was_promised(tmp_path, cut):
     journal.close()
     assert kinds(tmp_path, mark) == ["remove", "put", "remove"]
     items, behind = served_version(tmp_path).items_now()
-    assert {item.item_id for item in items} == {item.item_id for item in ITEMS} - {"i3", "i5"} | {"new"}
+    assert {item.item_id for item in items} == {item.item_id for item in ITEMS} - {"i3", "i5"} | {
+        "new"
+    }
     assert next(item.title for item in items if item.item_id == "new") == "一\u2028件"
     assert behind.place == 3
 
@@ -136,7 +160,9 @@ def kinds(folder, mark):
 def test_what_cannot_be_written_does_not_stay(tmp_path, monkeypatch):
     """A disk that is full in the middle of a line, and one that fails when it is flushed."""
     mark, _ = first_version(tmp_path)
-    journal, write, fsync = writer(tmp_path), os.write, os.fsync
+    journal = writer(tmp_path)
+    write = os.write
+    fsync = os.fsync
     journal.write({"remove": "i1"})
     halves = iter([lambda f, text: write(f, text[:5]), lambda *_: fail()])
 
@@ -146,10 +172,12 @@ def test_what_cannot_be_written_does_not_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "write", lambda *arguments: next(halves)(*arguments))
     with pytest.raises(NotKept, match="No space"):
         journal.write({"remove": "i2"})
+
     monkeypatch.setattr(os, "write", write)
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(NotKept, match="No space"):
         journal.write({"remove": "i3"})
+
     monkeypatch.setattr(os, "fsync", fsync)
     journal.write({"remove": "i4"})
     assert read_journal(tmp_path, mark)[0] == [{"remove": "i1"}, {"remove": "i4"}]
@@ -162,6 +190,7 @@ def test_one_process_writes(tmp_path):
     first_version(tmp_path)
     with pytest.raises(UsageError, match="another service with a key writes to this index"):
         Journal(tmp_path)
+
     journal.close()
     Journal(tmp_path).close()
 
@@ -171,12 +200,15 @@ def put(number):
 
 
 def test_no_change_is_lost_whichever_version_is_served(tmp_path):
-    """Changes come while versions are built of one another, overlapping; some are never served, older ones are pruned, the journal is
-    trimmed."""
+    """Changes come while versions are built of one another, overlapping; some are never served,
+    older ones are pruned, the journal is trimmed.
+    """
 
     def build(version):
         items, mark = version.items_now()
-        return Version(tmp_path / write_version(tmp_path, items, vectors(len(items)), "exact", MODEL, mark))
+        return Version(
+            tmp_path / write_version(tmp_path, items, vectors(len(items)), "exact", MODEL, mark)
+        )
 
     def there(version):
         return {item.item_id for item in version.items_now()[0]}
@@ -204,8 +236,13 @@ def test_no_change_is_lost_whichever_version_is_served(tmp_path):
     journal.write(put(5))
     expected |= {"n4", "n5"}
     assert there(beside) == there(third) == expected
-    with pytest.raises(UsageError, match=r"holds changes \d+ to \d+, but the index goes on from 0; restore the file"):
+
+    with pytest.raises(
+        UsageError,
+        match=r"holds changes \d+ to \d+, but the index goes on from 0; restore the file",
+    ):
         first.items_now()
+
     everything = build(third)
     journal.trim(everything.mark.place)
     assert read_journal(tmp_path, everything.mark) == ([], everything.mark)
@@ -216,6 +253,7 @@ def test_no_change_is_lost_whichever_version_is_served(tmp_path):
     (tmp_path / JOURNAL).unlink()  # a copy of a version alone: changes may be missing
     with pytest.raises(UsageError, match=r"journal\.jsonl: missing, and with it the changes"):
         there(everything)
+
     (tmp_path / JOURNAL).write_bytes(kept)
     assert there(everything) == expected | {"n6"}
 
@@ -224,7 +262,10 @@ def test_a_damaged_line_is_named(tmp_path):
     version = Version(tmp_path / first_version(tmp_path)[1])
     with open(tmp_path / JOURNAL, "a") as file:
         file.write('{"put": {"item_id": "half\n')
-    with pytest.raises(UsageError, match=r"journal\.jsonl: line 2 is not as it was written .*half; restore the file"):
+    with pytest.raises(
+        UsageError,
+        match=r"journal\.jsonl: line 2 is not as it was written .*half; restore the file",
+    ):
         version.items_now()
 
 

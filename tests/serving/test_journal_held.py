@@ -59,6 +59,7 @@ def refused_to_open(folder):
     with pytest.raises(UsageError) as told:
         found.open()
     found.close()
+
     return str(told.value)
 
 
@@ -84,6 +85,7 @@ def test_a_lock_that_was_removed_lets_nobody_write_beside(folder, journal):
     for number in range(3):
         refused(journal, f"{folder}: another service with a key writes to this index")
         change(second, f"second{number}")
+
     assert removed(folder) == ["i1", "i2", "second0", "second1", "second2"]
 
     second.close()  # its lock is free again, its changes are not ours
@@ -97,9 +99,11 @@ def test_a_lock_that_nobody_else_took_is_taken_again(folder, journal, how):
     (folder / WRITING).unlink()
     if how == "copied":
         (folder / WRITING).touch()
+
     change(journal, "i3")
     with pytest.raises(UsageError, match="another service with a key"):
         Journal(folder)
+
     assert removed(folder) == ["i1", "i2", "i3"]
 
 
@@ -126,10 +130,12 @@ def test_a_journal_that_is_overwritten_in_place_takes_no_change(folder, journal,
     with open(folder / JOURNAL, "r+b") as file:
         file.truncate(0)
         file.write(bytes(size) if other == "zeros" else other)
+
     os.utime(folder / JOURNAL)
     there = (folder / JOURNAL).read_bytes()
     for _ in range(2):
         refused(journal, "start this service again to go on with that file, or move it away")
+
     assert (folder / JOURNAL).read_bytes() == there
 
     (folder / JOURNAL).rename(folder / "elsewhere")
@@ -147,18 +153,21 @@ def test_what_a_failed_write_has_left_is_taken_back_and_nothing_else(folder, jou
         patch.setattr(os, "fsync", fail)
         patch.setattr(os, "ftruncate", fail)
         refused(journal, r"journal\.jsonl: the change cannot be kept \(No space left on device\)")
+
     change(journal, "i3")
     assert removed(folder) == ["i1", "i2", "i3"]
 
     with open(folder / JOURNAL, "ab") as file:
         file.write(b"a line of others\n")
+
     refused(journal, "holds something else")
     assert (folder / JOURNAL).read_bytes().endswith(b"a line of others\n")
 
 
 def test_another_folder_in_the_place_of_ours_takes_no_change(folder, journal):
     """A backup that is put there; a folder that was renamed, with nothing in its place, is ours."""
-    backup, moved = folder.with_name("backup"), folder.with_name("moved")
+    backup = folder.with_name("backup")
+    moved = folder.with_name("moved")
     shutil.copytree(folder, backup, symlinks=True)
     folder.rename(moved)
     change(journal, "i3")
@@ -166,6 +175,7 @@ def test_another_folder_in_the_place_of_ours_takes_no_change(folder, journal):
     refused(journal, f"{folder}: another folder is there than the one that was opened")
     with pytest.raises(NotKept, match="another folder"):
         journal.trim(1)
+
     assert removed(folder) == ["i1", "i2"]
     assert removed(moved) == ["i1", "i2", "i3"]
 
@@ -177,6 +187,7 @@ def test_errors_name_the_folder_as_it_was_given(folder, monkeypatch):
     journal.close()
     whole = (folder / JOURNAL).read_bytes()
     (folder / JOURNAL).write_bytes(whole.split(b"\n")[0] + b"\n")
+
     for name in (folder, folder.relative_to(folder.parent)):
         monkeypatch.chdir(folder.parent)
         told = refused_to_open(name)
@@ -191,6 +202,7 @@ def test_a_lost_end_is_known(folder, journal):
     for text in ("", "{}", '{"journal": "x", "place": 1, "sum": ""}'):
         (folder / END).write_text(text)
         assert not end_is_known(folder)
+
     (folder / END).unlink()
     assert not end_is_known(folder)
     change(journal, "i3")  # it is written anew
@@ -209,16 +221,19 @@ def test_no_link_is_read_in_the_place_of_our_files(folder, tmp_path, name, kind)
     secret.write_text("root:x:0:0")
     (folder / END).touch()
     (folder / name).unlink()
+
     if kind == "link":
         (folder / name).symlink_to(secret)
     elif kind == "pipe":
         os.mkfifo(folder / name)
     else:
         (folder / name).mkdir()
+
     with pytest.raises(
         UsageError, match=f"{folder / name}: expected a plain file, found a link"
     ) as told:
         read_content(folder)
+
     assert "root:" not in str(told.value)
     assert "expected a plain file" in refused_to_open(folder)
 
@@ -230,14 +245,18 @@ def test_a_file_of_others_is_not_told(folder):
         UsageError, match="its first line is damaged or missing; restore the file"
     ) as told:
         read_content(folder)
+
     assert "root:" not in str(told.value)
 
 
 @pytest.mark.parametrize("damage", ["vectors.faiss", "items.jsonl", "manifest.json"])
 @pytest.mark.parametrize("kind", ["damaged", "missing"])
 def test_the_only_version_that_is_damaged_names_the_ways_out(folder, damage, kind):
-    """All of them where it is to be served, those that are left where a new one is to be made of it."""
+    """All of them where it is to be served, those that are left where a new one is to be made of
+    it.
+    """
     file = served_version(folder).path / damage
+
     if kind == "missing":
         file.unlink()
     else:
@@ -266,5 +285,6 @@ def test_a_missing_link_is_told_once_and_a_folder_in_its_place_by_name(folder, c
     shutil.copytree(version, folder / "current")
     with caplog.at_level(logging.WARNING):
         write_version(folder, [Item("a", "p1", "t")], vectors(count=1), "exact", {}, begin(folder))
+
     assert "is kept as" in caplog.text
     assert "unused-current-" in caplog.text

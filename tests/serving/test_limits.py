@@ -1,4 +1,6 @@
-"""What one client may take from the others: connections, time, the log; and requests that two readers read in two ways."""
+"""What one client may take from the others: connections, time, the log; and requests that two
+readers read in two ways.
+"""
 
 import concurrent.futures
 import contextlib
@@ -41,7 +43,9 @@ def log_of(service):
 
 def figure(service, name):
     text = service.call("GET", "/metrics")[1].decode()
-    return float(next(line for line in text.splitlines() if line.startswith(f"{name} ")).split()[-1])
+    return float(
+        next(line for line in text.splitlines() if line.startswith(f"{name} ")).split()[-1]
+    )
 
 
 def answers(service):
@@ -50,21 +54,30 @@ def answers(service):
     for _ in range(3):
         assert len(service.search("红色", k=3)) == 3
         assert service.call("GET", "/healthz")[0] == service.call("GET", "/readyz")[0] == 200
+
     assert time.monotonic() - started < 15
 
 
 def test_the_limit_is_fitted_and_said(service):
-    found = re.search(r"note: --max-connections (\d+) instead of 1000: the process may have 256 descriptors", log_of(service))
+    found = re.search(
+        r"note: --max-connections (\d+) instead of 1000: the process may have 256 descriptors",
+        log_of(service),
+    )
     assert found, log_of(service)
     assert 40 < int(found[1]) < 128, "two descriptors for each"
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET /healthz HTTP/1.1\r\nhost: lo", HALF_BODY], ids=["nothing", "half headers", "half a body"])
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"GET /healthz HTTP/1.1\r\nhost: lo", HALF_BODY],
+    ids=["nothing", "half headers", "half a body"],
+)
 def test_five_hundred_that_wait_keep_nobody_out(service, sent):
     before = len(log_of(service))
     with held(service.url, 500, sent):
         answers(service)
         assert figure(service, "interbert_connections") < 130
+
     answers(service)
     said = log_of(service)[before:]
     assert "out of system resource" not in said
@@ -79,6 +92,7 @@ def test_connections_come_and_go_and_none_is_kept(service):
             pass
         with held(service.url, 250, b"x"):
             pass
+
     until(lambda: figure(service, "interbert_connections") < 4, "all closed", 10)
     answers(service)
 
@@ -103,11 +117,14 @@ def dripped(service, before, pieces, pause=0.2):
         took = time.monotonic() - started
         stop.set()
         sender.join()
+
         return found, took
 
 
 def test_headers_that_never_end(service):
-    """A byte at a time; a whole header at a time; a byte at a time in the second request of a connection."""
+    """A byte at a time; a whole header at a time; a byte at a time in the second request of a
+    connection.
+    """
     header = [b"x-%d: y\r\n" % number for number in range(100)]
     cases = [(b"", [b"G"] * 100), (GET, header), (GET + b"\r\n", [b"G"] * 100)]
     with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
@@ -129,7 +146,11 @@ def test_connections_that_say_nothing_end(service):
 
 def test_a_body_that_is_left_unread_has_its_time_too(service):
     """404 comes before the body does; what follows is not waited for without end."""
-    found, took = dripped(service, b"POST /nothing HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n", [b"x"] * 100)
+    found, took = dripped(
+        service,
+        b"POST /nothing HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n",
+        [b"x"] * 100,
+    )
     assert found.startswith(b"HTTP/1.1 404")
     assert took < 10
 
@@ -142,13 +163,29 @@ SMUGGLED = b"GET /topics HTTP/1.1\r\nhost: localhost\r\n\r\n"
 @pytest.mark.parametrize(
     ("sent", "status", "error"),
     [
-        (HEAD + b"content-length: 14\r\n" + CHUNKED + b"\r\n" + CHUNKS, 400, "both content-length and transfer-encoding"),
-        (HEAD + CHUNKED + b"content-length: 5\r\n\r\n0\r\n\r\n" + SMUGGLED, 400, "both content-length and transfer-encoding"),
+        (
+            HEAD + b"content-length: 14\r\n" + CHUNKED + b"\r\n" + CHUNKS,
+            400,
+            "both content-length and transfer-encoding",
+        ),
+        (
+            HEAD + CHUNKED + b"content-length: 5\r\n\r\n0\r\n\r\n" + SMUGGLED,
+            400,
+            "both content-length and transfer-encoding",
+        ),
         (HEAD + b"Content-Length : 4\r\n\r\n", 400, "not a valid HTTP request"),
         (HEAD + b"content-length: 4\r\ncontent-length: 5\r\n\r\n", 400, "not a valid HTTP request"),
-        (HEAD.replace(b"/1.1", b"/1.0") + CHUNKED + b"\r\n" + CHUNKS, 400, "transfer-encoding in HTTP/1.0"),
+        (
+            HEAD.replace(b"/1.1", b"/1.0") + CHUNKED + b"\r\n" + CHUNKS,
+            400,
+            "transfer-encoding in HTTP/1.0",
+        ),
         (HEAD + b"transfer-encoding: gzip\r\n\r\n", 501, "a transfer-encoding other than chunked"),
-        (HEAD + CHUNKED + CHUNKED + b"\r\n" + CHUNKS, 501, "a transfer-encoding other than chunked"),
+        (
+            HEAD + CHUNKED + CHUNKED + b"\r\n" + CHUNKS,
+            501,
+            "a transfer-encoding other than chunked",
+        ),
         (b"GET /healthz HTTP/1.1\nhost: localhost\n\n", 400, "LF alone"),
         (GET + b"x: y\n\r\n", 400, "LF alone"),
         (GET + b"x: y\nz: content\r\n\r\n", 400, "LF alone"),
@@ -172,9 +209,16 @@ def test_requests_that_can_be_read_in_two_ways(service, sent, status, error):
 
 
 def test_nor_in_a_later_request_of_a_connection(service):
-    for wrong in (b"GET /topics HTTP/1.1\nhost: localhost\n\n", HEAD + b"content-length: 5\r\n" + CHUNKED + b"\r\n0\r\n\r\n" + SMUGGLED):
+    for wrong in (
+        b"GET /topics HTTP/1.1\nhost: localhost\n\n",
+        HEAD + b"content-length: 5\r\n" + CHUNKED + b"\r\n0\r\n\r\n" + SMUGGLED,
+    ):
         found = exchange(service.url, GET + b"\r\n" + wrong, 1.9)
-        assert [int(status) for status in re.findall(rb"HTTP/1.1 (\d+)", found)] == [200, 400], found
+        assert [int(status) for status in re.findall(rb"HTTP/1.1 (\d+)", found)] == [
+            200,
+            400,
+        ], found
+
     assert figure(service, 'interbert_connections_ended_total{reason="malformed"}') >= 19
 
 
@@ -182,9 +226,17 @@ def test_line_feeds_and_lengths_where_they_may_be(service):
     """A body of many lines, in pieces; chunks; a request that comes a byte at a time."""
     body = b'{\n"query":\n\n"\xe7\xba\xa2",\n\r\n"k": 3\n}\n'
     whole = HEAD + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body
-    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:9], body[9:])) + b"0\r\n\r\n"
-    for pieces in ([whole], [whole[:-10], whole[-10:]], [bytes([byte]) for byte in whole],
-                   [HEAD + b"connection: close\r\n" + CHUNKED + b"\r\n" + chunks]):  # fmt: skip
+    chunks = (
+        b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:9], body[9:]))
+        + b"0\r\n\r\n"
+    )
+
+    for pieces in (
+        [whole],
+        [whole[:-10], whole[-10:]],
+        [bytes([byte]) for byte in whole],
+        [HEAD + b"connection: close\r\n" + CHUNKED + b"\r\n" + chunks],
+    ):
         with connect(service.url) as line:
             for piece in pieces:
                 line.sendall(piece)
@@ -193,23 +245,65 @@ def test_line_feeds_and_lengths_where_they_may_be(service):
 
 @pytest.mark.parametrize(
     "host",
-    ["localhost", "LOCALHOST:8080", "localhost.", "localhost:", "127.0.0.1", "127.0.0.1:1", "[::1]", "[0:0::1]:8080", socket.gethostname()],
+    [
+        "localhost",
+        "LOCALHOST:8080",
+        "localhost.",
+        "localhost:",
+        "127.0.0.1",
+        "127.0.0.1:1",
+        "[::1]",
+        "[0:0::1]:8080",
+        socket.gethostname(),
+    ],
 )
 def test_hosts_that_are_ours(service, host):
-    assert status_of(exchange(service.url, b"GET /readyz HTTP/1.1\r\nconnection: close\r\nhost: %s\r\n\r\n" % host.encode())) == 200
+    assert (
+        status_of(
+            exchange(
+                service.url,
+                b"GET /readyz HTTP/1.1\r\nconnection: close\r\nhost: %s\r\n\r\n" % host.encode(),
+            )
+        )
+        == 200
+    )
 
 
 @pytest.mark.parametrize(
     "host",
-    ["evil.example", "EVIL.example:8080", "localhost.evil.example", "evil.example@localhost", "localhost@evil.example", "10.0.0.1", "[::2]",
-     "127.0.0.1.nip.io", "", "local host", "localhost:80:80", "[::1", "::1", "localhost..", "2130706433", "localhost/", "\xff", "a" * 9000],
-)  # fmt: skip
+    [
+        "evil.example",
+        "EVIL.example:8080",
+        "localhost.evil.example",
+        "evil.example@localhost",
+        "localhost@evil.example",
+        "10.0.0.1",
+        "[::2]",
+        "127.0.0.1.nip.io",
+        "",
+        "local host",
+        "localhost:80:80",
+        "[::1",
+        "::1",
+        "localhost..",
+        "2130706433",
+        "localhost/",
+        "\xff",
+        "a" * 9000,
+    ],
+)
 @pytest.mark.parametrize("path", ["/", "/search", "/healthz"])
 def test_hosts_that_are_not(service, host, path):
-    sent = f"{'POST' if path == '/search' else 'GET'} {path} HTTP/1.1\r\nhost: {host}\r\ncontent-length: 2\r\n\r\n{{}}"
+    sent = (
+        f"{'POST' if path == '/search' else 'GET'} {path} HTTP/1.1\r\nhost:"
+        f" {host}\r\ncontent-length: 2\r\n\r\n{{}}"
+    )
     found = exchange(service.url, sent.encode("latin-1"), 1.9)
     assert status_of(found) == 400
-    assert b'{"error":"Host: not a name of this service; it is started with --allowed-hosts NAME"}' in found
+    assert (
+        b'{"error":"Host: not a name of this service; it is started with --allowed-hosts NAME"}'
+        in found
+    )
     assert b"evil" not in found
 
 
@@ -219,12 +313,29 @@ def test_a_wrong_host_is_counted_and_http_1_0_may_have_none(service):
     exchange(service.url, b"GET / HTTP/1.1\r\nhost: evil.example\r\n\r\n")
     assert figure(service, counted) == before + 1
     assert status_of(exchange(service.url, b"GET /healthz HTTP/1.0\r\n\r\n")) == 200
-    assert status_of(exchange(service.url, b"GET /healthz HTTP/1.0\r\nhost: evil.example\r\n\r\n")) == 400
+    assert (
+        status_of(exchange(service.url, b"GET /healthz HTTP/1.0\r\nhost: evil.example\r\n\r\n"))
+        == 400
+    )
     assert "evil" not in log_of(service)
 
 
-GETS = ("/", "/page/page.js", "/page/page.css", "/topics", "/items/test-000001", "/pictures/test-000001", "/healthz", "/readyz", "/metrics",
-        "/openapi.json", "/items/none", "/pictures/none", "/page/none", "/nothing")  # fmt: skip
+GETS = (
+    "/",
+    "/page/page.js",
+    "/page/page.css",
+    "/topics",
+    "/items/test-000001",
+    "/pictures/test-000001",
+    "/healthz",
+    "/readyz",
+    "/metrics",
+    "/openapi.json",
+    "/items/none",
+    "/pictures/none",
+    "/page/none",
+    "/nothing",
+)
 
 
 @pytest.mark.parametrize("path", GETS)
@@ -236,6 +347,7 @@ def test_head_is_get_without_a_body(service, path):
     assert short["content-length"]
     if path != "/metrics":
         assert short["content-length"] == headers["content-length"]
+
     assert status in (200, 404)
 
 
@@ -243,30 +355,54 @@ def test_head_where_there_is_no_get_and_the_schema(service):
     assert service.call("HEAD", "/search")[0] == 405
     schema = service.call("GET", "/openapi.json")[1]
     assert not [path for path, methods in schema["paths"].items() if "head" in methods]
-    found = exchange(service.url, b"HEAD /topics HTTP/1.1\r\nhost: localhost\r\n\r\n" + GET + b"connection: close\r\n\r\n")
+    found = exchange(
+        service.url,
+        b"HEAD /topics HTTP/1.1\r\nhost: localhost\r\n\r\n" + GET + b"connection: close\r\n\r\n",
+    )
     assert found.count(b"HTTP/1.1 200 OK") == 2, "the second answer begins where the first ends"
     assert found.endswith(b'{"status":"alive"}')
 
 
-ODD = ["a" * 255, "a" * 256, "a" * 300, "长" * 100, "a" * 20_000, "%00", "%ff%fe", "..", "a%2f..%2fb", "a/" * 200, "%0d%0ax:y",
-       "%25s%25n", "C:%5c"]  # fmt: skip
+ODD = [
+    "a" * 255,
+    "a" * 256,
+    "a" * 300,
+    "长" * 100,
+    "a" * 20_000,
+    "%00",
+    "%ff%fe",
+    "..",
+    "a%2f..%2fb",
+    "a/" * 200,
+    "%0d%0ax:y",
+    "%25s%25n",
+    "C:%5c",
+]
 
 
 @pytest.mark.parametrize("route", ["/pictures/", "/items/", "/page/"])
 def test_ids_of_any_length_and_any_characters(service, route):
     for name in ODD:
         for method in (b"GET", b"HEAD", b"DELETE"):
-            path = route.encode() + b"".join(b"%%%02x" % byte if byte > 126 else bytes([byte]) for byte in name.encode())
-            found = exchange(service.url, method + b" " + path + b" HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+            path = route.encode() + b"".join(
+                b"%%%02x" % byte if byte > 126 else bytes([byte]) for byte in name.encode()
+            )
+            found = exchange(
+                service.url,
+                method + b" " + path + b" HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n",
+            )
             assert status_of(found) in (401, 404, 405), (method, name, found[:200])
 
 
 def test_no_more_descriptors_than_now_fill_no_log(service):
-    """The process's limit falls while it serves: a line, not megabytes; when there are descriptors again, all is as before."""
+    """The process's limit falls while it serves: a line, not megabytes; when there are descriptors
+    again, all is as before.
+    """
     process = service.process.pid
     soft, hard = resource.prlimit(process, resource.RLIMIT_NOFILE)
     until(lambda: figure(service, "interbert_connections") < 4, "all closed", 10)
     before = len(log_of(service))
+
     with held(service.url, 1):
         resource.prlimit(process, resource.RLIMIT_NOFILE, (8, hard))
         try:
@@ -274,6 +410,7 @@ def test_no_more_descriptors_than_now_fill_no_log(service):
                 time.sleep(2)
         finally:
             resource.prlimit(process, resource.RLIMIT_NOFILE, (soft, hard))
+
     until(lambda: service.call("GET", "/healthz")[0] == 200, "it answers again", 10)
     answers(service)
     said = log_of(service)[before:]
@@ -282,7 +419,9 @@ def test_no_more_descriptors_than_now_fill_no_log(service):
 
 
 def test_lines_of_requests_are_counted_when_they_are_too_many(service):
-    """1,500 requests in a second or two: each has its line, or is in a line that says how many there were."""
+    """1,500 requests in a second or two: each has its line, or is in a line that says how many
+    there were.
+    """
     time.sleep(1.1)
     before = len(log_of(service))
     with connect(service.url) as line:
@@ -291,8 +430,14 @@ def test_lines_of_requests_are_counted_when_they_are_too_many(service):
 
     def told():
         lines = log_of(service)[before:].splitlines()
-        counts = [int(found[1]) for line in lines if (found := re.search(r"\.\.\. (\d+) more like this in 1 s: GET /healthz 200", line))]
-        return len([line for line in lines if "GET /healthz 200" in line]) - len(counts) + sum(counts)
+        counts = [
+            int(found[1])
+            for line in lines
+            if (found := re.search(r"\.\.\. (\d+) more like this in 1 s: GET /healthz 200", line))
+        ]
+        return (
+            len([line for line in lines if "GET /healthz 200" in line]) - len(counts) + sum(counts)
+        )
 
     until(lambda: told() == 1500, "all lines, or their number", 10)
     assert log_of(service)[before:].count("\n") < 1200
@@ -300,22 +445,34 @@ def test_lines_of_requests_are_counted_when_they_are_too_many(service):
 
 def test_limits_that_cannot_be_kept_are_refused(shop, tmp_path):
     """Where the number was given, or next to nothing is left; the line says what to do."""
-    command = (sys.executable, "-m", "megatron_interbert.serve", "--port", 0, *flags(shop, tmp_path / "index"))
+    command = (
+        sys.executable,
+        "-m",
+        "megatron_interbert.serve",
+        "--port",
+        0,
+        *flags(shop, tmp_path / "index"),
+    )
+
     for most, more in ((256, ("--max-connections", 200)), (82, ()), (80, ("--max-connections", 8))):
         code, out, err = launch(*command, *more, files=most, warm=False, timeout=60)
         assert code == 2, out + err
         last = err.strip().splitlines()[-1]
-        assert re.match(r"error: --max-connections \d+( \(default\))?: that takes \d+ descriptors and", last), err
+        assert re.match(
+            r"error: --max-connections \d+( \(default\))?: that takes \d+ descriptors and", last
+        ), err
         assert re.search(r"; raise the limit \(ulimit -n \d+\)( or give at most \d+)?$", last), err
         assert "Traceback" not in err
 
 
 def rename_images(store, names):
     """The first images of a store of one shard."""
-    path, manifest = store / "shard-00000.h5", json.loads((store / "manifest.json").read_text())
+    path = store / "shard-00000.h5"
+    manifest = json.loads((store / "manifest.json").read_text())
     with h5py.File(path, "r+") as shard:
         for number, name in enumerate(names):
             shard["image_ids"][number] = name
+
     entry = manifest["shards"][0]
     entry |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     (store / "manifest.json").write_text(json.dumps(manifest))
@@ -323,13 +480,24 @@ def rename_images(store, names):
 
 def test_pictures_whose_ids_no_file_can_have(shop, tmp_path):
     """Stores may hold longer ids than clients may give: a drawing then, never a server error."""
-    store, photos = tmp_path / "store", tmp_path / "photos"
+    store = tmp_path / "store"
+    photos = tmp_path / "photos"
     shutil.copytree(shop[2], store)
     photos.mkdir()
     ids = ["长" * 100, "a" * 300, "b" * 4096, "a/b", "..", "nul\0", "white space", "?x=1#y%41"]
     rename_images(store, ids[:4])
     (photos / "c.jpg").write_bytes(b"\xff\xd8\xff")
-    command = ("--load", shop[0] / "model", "--data-path", store, "--index", tmp_path / "index", "--image-folder", photos)
+    command = (
+        "--load",
+        shop[0] / "model",
+        "--data-path",
+        store,
+        "--index",
+        tmp_path / "index",
+        "--image-folder",
+        photos,
+    )
+
     with Service(*command) as service:
         for name in ids[:4]:
             status, picture, headers = service.call("GET", f"/pictures/{quote(name, safe='')}")
@@ -337,6 +505,8 @@ def test_pictures_whose_ids_no_file_can_have(shop, tmp_path):
             assert picture.startswith(b"<svg")
             assert service.call("HEAD", f"/pictures/{quote(name, safe='')}")[0] == 200
             assert service.call("GET", f"/items/{quote(name, safe='')}")[1]["image_id"] == name
+
         for name in ids[4:]:
             assert service.call("GET", f"/pictures/{quote(name, safe='')}")[0] == 404
+
         assert "Traceback" not in "".join(service.lines["stderr"])

@@ -8,13 +8,21 @@ import time
 
 import pytest
 
-from megatron_interbert.serving.log_limit import LONGEST, TRACEBACKS, USUAL, Allowance, LimitedHandler
+from megatron_interbert.serving.log_limit import (
+    LONGEST,
+    TRACEBACKS,
+    USUAL,
+    Allowance,
+    LimitedHandler,
+)
 from tests.launching import until
 
 
 @pytest.fixture
 def written():
-    """(logger, text()) of a handler of its own; a logger `tests.busy` may say 50 lines in half a second."""
+    """(logger, text()) of a handler of its own; a logger `tests.busy` may say 50 lines in half a
+    second.
+    """
     handler = LimitedHandler({"tests.busy": Allowance(50, 0.5)})
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.setStream(io.StringIO())
@@ -34,7 +42,9 @@ def say(logger, count, text="said %d"):
 
 def told(text):
     """How many records are told of, written or counted."""
-    counts = [int(found) for found in re.findall(r"^\.\.\. (\d+) more like this in", text, re.MULTILINE)]
+    counts = [
+        int(found) for found in re.findall(r"^\.\.\. (\d+) more like this in", text, re.MULTILINE)
+    ]
     return len(text.splitlines()) - len(counts) + sum(counts)
 
 
@@ -46,7 +56,8 @@ def test_as_many_as_are_allowed_are_written_as_they_are(written):
 
 def test_what_is_beyond_is_counted(written):
     """At the end of the interval, though nothing more is said then."""
-    busy, text = logging.getLogger("tests.busy"), written[1]
+    busy = logging.getLogger("tests.busy")
+    text = written[1]
     say(busy, 1000)
     assert len(text().splitlines()) == 50
     until(lambda: len(text().splitlines()) == 51, "the line", 5)
@@ -74,7 +85,8 @@ def test_the_end_tells_what_was_counted(written):
 
 
 def test_many_threads_at_once_lose_nothing(written):
-    busy, text = logging.getLogger("tests.busy"), written[1]
+    busy = logging.getLogger("tests.busy")
+    text = written[1]
 
     def shout():
         for number in range(2000):
@@ -87,6 +99,7 @@ def test_many_threads_at_once_lose_nothing(written):
         thread.start()
     for thread in threads:
         thread.join()
+
     written[0].handlers[0].close()
     assert told(text()) == 16_000
     assert len(text().splitlines()) < 1000
@@ -97,7 +110,10 @@ def broken(number):
 
 
 def test_tracebacks_of_one_place_are_few(written):
-    """Whatever their messages are; another error, and the same one raised elsewhere, are written."""
+    """Whatever their messages are.
+
+    Another error, and the same one raised elsewhere, are written.
+    """
     logger, text = written
 
     def meet(function, error):
@@ -108,6 +124,7 @@ def test_tracebacks_of_one_place_are_few(written):
 
     for number in range(500):
         meet(lambda number=number: broken(number), ValueError)
+
     assert text().count("Traceback") == TRACEBACKS.most
     meet(lambda: {}["nothing"], KeyError)
     meet(lambda: int("x"), ValueError)

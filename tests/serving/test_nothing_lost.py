@@ -1,4 +1,6 @@
-"""Changes that were confirmed are there whatever happens to an index's folder, or the index is refused by name."""
+"""Changes that were confirmed are there whatever happens to an index's folder, or the index is
+refused by name.
+"""
 
 import json
 import os
@@ -24,7 +26,15 @@ from megatron_interbert.serving.index import (
     write_version,
 )
 from megatron_interbert.serving.items import Item
-from megatron_interbert.serving.journal import END, JOURNAL, Journal, NotKept, begin, has_changes, read_journal
+from megatron_interbert.serving.journal import (
+    END,
+    JOURNAL,
+    Journal,
+    NotKept,
+    begin,
+    has_changes,
+    read_journal,
+)
 from tests.launching import ENVIRONMENT
 from tests.serving.made_shop import flags
 from tests.serving_client import KEY, Service
@@ -54,6 +64,7 @@ def index(tmp_path):
     journal.write({"remove": "i3"})
     journal.write({"put": Item("new", "p1", "一件").record()})
     journal.close()
+
     return folder
 
 
@@ -66,31 +77,39 @@ def there(folder):
 
 @pytest.mark.parametrize("link", ["missing", "dangling", "a copy without links"])
 def test_changes_survive_without_the_link(index, link):
-    """A backup that keeps no links, one that lacks the version that was served, one that has it as a folder."""
+    """A backup that keeps no links, one that lacks the version that was served, one that has it as
+    a folder.
+    """
     newest = (index / CURRENT).resolve().name
     (index / CURRENT).unlink()
     if link == "dangling":
         (index / CURRENT).symlink_to("0123456789ab")
     if link == "a copy without links":
         shutil.copytree(index / newest, index / CURRENT)
+
     assert served_version(index).name == newest
     assert there(index) == EXPECTED
 
 
 def test_a_version_that_is_damaged_stands_for_nothing(index):
-    """Without the link the newest whole version is found; without any, the index is refused, and so is a journal alone."""
+    """Without the link the newest whole version is found; without any, the index is refused, and so
+    is a journal alone.
+    """
     older, newest = sorted(version_names(index), key=lambda name: Version(index / name).number)
     (index / CURRENT).unlink()
+
     for name, left in ((newest, older), (older, None)):
         with open(index / name / VECTORS, "r+b") as file:
             file.write(b"\xff")
         if left:
             assert served_version(index).name == left
             assert there(index) == EXPECTED
+
     with pytest.raises(
         UsageError, match="no version of the index is usable, but there are traces of one"
     ):
         served_version(index)
+
     for name in (older, newest):
         shutil.rmtree(index / name)
     with pytest.raises(UsageError, match=r"traces of one \(journal\.jsonl\)"):
@@ -106,14 +125,18 @@ def test_our_link_names_a_sibling_only(index, target):
 
 
 def test_no_clock_decides_what_is_pruned(index):
-    """Folders of the future, as a machine leaves them whose clock was ahead; and what is damaged pushes nothing out."""
+    """Folders of the future, as a machine leaves them whose clock was ahead; and what is damaged
+    pushes nothing out.
+    """
     for name in version_names(index):
         os.utime(index / name, (4e9, 4e9))
+
     mark = served_version(index).items_now()[1]
     for _ in range(3):
         made = write(index, mark)
         prune(index, [])
         assert served_version(index).name == made
+
     assert len(version_names(index)) == 2
 
     good = served_version(index).name
@@ -121,6 +144,7 @@ def test_no_clock_decides_what_is_pruned(index):
         made = write(index, mark)
         with open(index / made / VECTORS, "r+b") as file:
             file.write(b"\xff")
+
     (index / CURRENT).unlink()
     prune(index, [])
     assert good in version_names(index)
@@ -144,6 +168,7 @@ def test_a_journal_that_is_not_the_one_is_refused(index, tmp_path, damage):
         other.mkdir()
         begin(other)
         shutil.copy(other / JOURNAL, file)
+
     if damage == "a folder":
         file.mkdir()
     if damage == "older copy":
@@ -153,15 +178,19 @@ def test_a_journal_that_is_not_the_one_is_refused(index, tmp_path, damage):
 
 
 def test_a_place_that_was_moved_and_a_letter_that_was_altered_are_named(index):
-    """In a version's manifest, in a title, in the journal's first line; a line left out, two exchanged."""
+    """In a version's manifest, in a title, in the journal's first line; a line left out, two
+    exchanged.
+    """
     served = served_version(index)
     facts = json.loads((served.path / FACTS).read_text())
+
     for change in ({"place": 1}, {"sum": "0" * 16}, {"journal": "0" * 12}):
         (served.path / FACTS).write_text(
             json.dumps({**facts, "journal": {**facts["journal"], **change}})
         )
         with pytest.raises(UsageError, match="not as it was written"):
             served_version(index)
+
     (served.path / FACTS).write_text(json.dumps(facts))
 
     file = index / JOURNAL
@@ -178,6 +207,7 @@ def test_a_place_that_was_moved_and_a_letter_that_was_altered_are_named(index):
         file.write_bytes(b"\n".join(lines) + b"\n")
         with pytest.raises(UsageError, match=r"journal\.jsonl: "):
             there(index)
+
     file.write_bytes(whole[:-1])  # the end of the last line alone is no loss
     assert there(index) == EXPECTED
     file.write_bytes(whole[:-1] + b"\x0b")
@@ -208,6 +238,7 @@ def test_a_journal_that_is_deleted_while_it_is_written_comes_back(index):
     os.replace(moved / "copy", moved / JOURNAL)  # an older one
     with pytest.raises(NotKept, match="cannot be kept"):
         journal.write({"remove": "i8"})
+
     journal.close()
     (moved / JOURNAL).write_bytes(whole)
     assert there(moved) == EXPECTED - {"i5", "i6", "i7"}
@@ -223,10 +254,13 @@ def test_readers_and_a_writer_at_the_same_time(index):
         for number in range(300):
             journal.write({"put": Item(f"n{number}", "p1", "title").record()})
         os._exit(0)
-    counts, status = [], 0
+
+    counts = []
+    status = 0
     while not status:
         counts.append(len(read_journal(index, mark)[0]))
         status, code = os.waitpid(child, os.WNOHANG)
+
     assert code == 0
     assert counts == sorted(counts)
     assert len(counts) > 20
@@ -234,7 +268,9 @@ def test_readers_and_a_writer_at_the_same_time(index):
 
 
 def test_failures_in_a_row_confirm_nothing_into_a_broken_journal(index, monkeypatch):
-    """A change that cannot be flushed nor taken back, then the file is deleted: what is confirmed afterwards is there, and no more."""
+    """A change that cannot be flushed nor taken back, then the file is deleted: what is confirmed
+    afterwards is there, and no more.
+    """
     journal = Journal(index)
     journal.open()
 
@@ -246,16 +282,23 @@ def test_failures_in_a_row_confirm_nothing_into_a_broken_journal(index, monkeypa
         patch.setattr(os, "ftruncate", fail)
         with pytest.raises(NotKept):
             journal.write({"remove": "i7"})
+
     (index / JOURNAL).unlink()
     for name in ("i8", "i9"):
         journal.write({"remove": name})
+
     assert there(index) == EXPECTED - {"i8", "i9"}
 
     with monkeypatch.context() as patch:  # no descriptors in the middle of a trim
         opened = os.open
-        patch.setattr(os, "open", lambda name, *more, **keys: fail() if name == JOURNAL else opened(name, *more, **keys))
+        patch.setattr(
+            os,
+            "open",
+            lambda name, *more, **keys: fail() if name == JOURNAL else opened(name, *more, **keys),
+        )
         with pytest.raises(OSError, match="Input/output"):
             journal.trim(1)
+
     journal.write({"remove": "i10"})
     journal.close()
     assert {change.get("remove") for change in journal_changes(index)} >= {"i8", "i9", "i10"}
@@ -268,7 +311,9 @@ def journal_changes(folder):
 
 
 def test_what_cannot_be_read_is_not_given_up(index):
-    """A manifest and a journal that another user owns: nothing is begun anew, whatever the flags."""
+    """A manifest and a journal that another user owns: nothing is begun anew, whatever the
+    flags.
+    """
     served = served_version(index)
 
     def refused(look):
@@ -282,15 +327,21 @@ def test_what_cannot_be_read_is_not_given_up(index):
                 os._exit(0)
             except BaseException:
                 os._exit(1)
+
             os._exit(2)
+
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
     base = Path(tempfile.gettempdir())
     for path in (index, *index.parents):
         if path.is_relative_to(base) and path != base:
             path.chmod(0o755)
+
     for file, looks in (
-        (served.path / FACTS, [served_version, version_to_replay, lambda folder: Version(served.path)]),
+        (
+            served.path / FACTS,
+            [served_version, version_to_replay, lambda folder: Version(served.path)],
+        ),
         (index / JOURNAL, [version_to_replay, has_changes, begin]),
     ):
         file.chmod(0)
@@ -301,6 +352,7 @@ def test_what_cannot_be_read_is_not_given_up(index):
 def test_a_damaged_version_is_made_anew_from_the_one_before(index):
     """With all changes, also those that are in the damaged one."""
     served = served_version(index)
+
     for name in ("items.jsonl", FACTS):
         file = served.path / name
         whole = file.read_bytes()
@@ -312,20 +364,25 @@ def test_a_damaged_version_is_made_anew_from_the_one_before(index):
 
 
 def old_index(folder, lines, trimmed=0, places=(0,)):
-    """An index as an earlier version of this package has left it: places are bytes, lines have no sums."""
+    """An index as an earlier version of this package has left it: places are bytes, lines have no
+    sums.
+    """
     for place in places:
         made = folder / write(folder, begin(folder))
         facts = json.loads((made / FACTS).read_text())
         for key in ("number", "manifest_sha256"):
             del facts[key]
         (made / FACTS).write_text(json.dumps({**facts, "journal": place}))
+
     (folder / JOURNAL).write_text(
         "".join(json.dumps(line) + "\n" for line in [{"trimmed": trimmed}, *lines])
     )
 
 
 def test_an_index_of_an_earlier_version_keeps_its_changes(tmp_path):
-    """Read as it stands; renewed by who writes; a version that its journal does not reach is refused."""
+    """Read as it stands; renewed by who writes; a version that its journal does not reach is
+    refused.
+    """
     changes = [{"remove": "i3"}, {"put": Item("new", "p1", "一件").record()}]
     second = len(json.dumps(changes[0])) + 1
     old_index(tmp_path, changes, places=(0, second))
@@ -339,6 +396,7 @@ def test_an_index_of_an_earlier_version_keeps_its_changes(tmp_path):
     journal.write({"remove": "i9"})
     journal.close()
     assert made == served_version(tmp_path).name
+
     for name in version_names(tmp_path):
         assert {item.item_id for item in Version(tmp_path / name).items_now()[0]} == EXPECTED - {
             "i9"
@@ -349,6 +407,7 @@ def test_an_index_of_an_earlier_version_keeps_its_changes(tmp_path):
     old_index(other, changes, trimmed=500, places=(20,))
     with pytest.raises(UsageError, match="begins behind the place"):
         there(other)
+
     (other / JOURNAL).unlink()
     with pytest.raises(UsageError, match="missing"):
         there(other)
@@ -357,6 +416,7 @@ def test_an_index_of_an_earlier_version_keeps_its_changes(tmp_path):
 def mutated(data, draw):
     """Bytes with a few of them altered, cut, repeated or exchanged."""
     data = bytearray(data)
+
     for _ in range(draw.randint(1, 3)):
         at = draw.randrange(len(data)) if data else 0
         kind = draw.randrange(6)
@@ -374,13 +434,19 @@ def mutated(data, draw):
             )
         else:
             data[at : at + 1] = draw.choice([b"0", b"9", b"null", b"true", b'{"a": 1}', b"[]"])
+
     return bytes(data)
 
 
 def test_mutated_journals_and_manifests_are_refused_by_name_or_lose_nothing(index):
-    """1,500 of them: never a traceback, and where the index is accepted all confirmed changes are in it."""
-    draw, refused, named = random.Random(0), 0, 0
+    """1,500 of them: never a traceback, and where the index is accepted all confirmed changes are
+    in it.
+    """
+    draw = random.Random(0)
+    refused = 0
+    named = 0
     served = served_version(index)
+
     for file in (index / JOURNAL, served.path / FACTS, served.path / "items.jsonl"):
         whole = file.read_bytes()
         for _ in range(500):
@@ -391,16 +457,22 @@ def test_mutated_journals_and_manifests_are_refused_by_name_or_lose_nothing(inde
                 refused += 1
                 named += str(index) in str(error)
                 continue
+
             assert found == EXPECTED
+
         file.write_bytes(whole)
+
     assert refused == named > 1200
     assert there(index) == EXPECTED
 
 
 def test_a_service_keeps_what_it_has_confirmed(shop, tmp_path):
-    """Through a lost link, a deleted journal, a journal in whose place something else lies; --rebuild begins anew."""
+    """Through a lost link, a deleted journal, a journal in whose place something else lies;
+    --rebuild begins anew.
+    """
     index = tmp_path / "index"
     body = {"image_id": "test-000001", "title": "红色"}
+
     with Service(*flags(shop, index)) as service:
         assert service.call("PUT", "/items/new-1", body, key=KEY)[0] == 201
         assert service.call("DELETE", "/items/test-000005", key=KEY)[0] == 204
@@ -413,10 +485,12 @@ def test_a_service_keeps_what_it_has_confirmed(shop, tmp_path):
         assert (status, "cannot be kept" in answer["error"]) == (503, True)
         assert service.call("GET", "/items/new-3")[0] == 404
         (index / JOURNAL).write_bytes(whole)
+
     assert "Traceback" not in "".join(service.lines["stderr"])
 
     (index / CURRENT).unlink()
     (index / END).unlink()
+
     with Service(*flags(shop, index)) as service:
         told = "".join(service.lines["stderr"])
         assert told.count("names no version; the newest whole one is") == 1
@@ -425,6 +499,7 @@ def test_a_service_keeps_what_it_has_confirmed(shop, tmp_path):
             service.call("GET", f"/items/{name}")[0] for name in ("new-1", "new-2", "test-000005")
         ]
         assert statuses == [200, 200, 404]
+
     assert (index / CURRENT).is_symlink(), "it is put back by who writes"
 
     (index / JOURNAL).unlink()

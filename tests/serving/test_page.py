@@ -1,4 +1,6 @@
-"""The page in a real browser: search, open a product, switch language, a topic, an error, keyboard, phone."""
+"""The page in a real browser: search, open a product, switch language, a topic, an error, keyboard,
+phone.
+"""
 
 import pytest
 
@@ -10,7 +12,11 @@ from tests.serving_client import KEY, Service
 @pytest.fixture(scope="module")
 def url(shop, tmp_path_factory):
     _, _, store = shop
-    with Service(*flags(shop, tmp_path_factory.mktemp("index") / "index", "--image-folder", store / "pictures")) as service:
+    with Service(
+        *flags(
+            shop, tmp_path_factory.mktemp("index") / "index", "--image-folder", store / "pictures"
+        )
+    ) as service:
         yield service.url
 
 
@@ -24,18 +30,29 @@ def test_a_search_and_a_product(visit, url, width):
     page.wait_for_selector("#results li")
     assert page.locator("#results li").count() == 24
     assert "24 件商品" in page.inner_text("#status")
-    loaded = "[...document.querySelectorAll('#results img')].slice(0, 4).every(i => i.complete && i.naturalWidth > 0)"
-    until(lambda: page.evaluate(loaded), "the pictures")  # the page's policy forbids playwright's own way to wait for a function
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is wider than the window"
+    loaded = (
+        "[...document.querySelectorAll('#results img')].slice(0, 4).every(i => i.complete &&"
+        " i.naturalWidth > 0)"
+    )
+    # the page's policy forbids playwright's own way to wait for a function
+    until(lambda: page.evaluate(loaded), "the pictures")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
+        "nothing is wider than the window"
+    )
     title = page.inner_text("#results li:first-child span")
     page.keyboard.press("Tab")  # the button
     page.locator("#results li:first-child button").focus()
     page.keyboard.press("Enter")
     page.wait_for_selector("dialog[open] rect", state="attached")
-    assert page.locator("#product img").bounding_box() == page.locator("#product svg").bounding_box(), "boxes lie on the picture"
+    assert (
+        page.locator("#product img").bounding_box() == page.locator("#product svg").bounding_box()
+    ), "boxes lie on the picture"
     assert page.inner_text("dialog h2") == title
     assert "匹配分" in page.inner_text("dialog .score")
-    inside = "[...document.querySelectorAll('dialog rect')].every(r => +r.getAttribute('x') >= 0 && +r.getAttribute('width') <= 1)"
+    inside = (
+        "[...document.querySelectorAll('dialog rect')].every(r => +r.getAttribute('x') >= 0 &&"
+        " +r.getAttribute('width') <= 1)"
+    )
     assert page.evaluate(inside)
     page.keyboard.press("Escape")
     assert page.locator("dialog[open]").count() == 0
@@ -87,6 +104,7 @@ def test_titles_are_text_and_never_markup(visit, shop, tmp_path):
         assert service.call("PUT", "/items/a%2F%3Fb%23c", body, key=KEY)[0] == 201
         for number in range(20, 40):  # the page shows 24
             assert service.call("DELETE", f"/items/test-{number:06d}", key=KEY)[0] == 204
+
         page = visit(service.url)
         page.fill("#query", "红色")
         page.evaluate("words.zh.found = () => 'x'")
@@ -115,5 +133,8 @@ def test_a_protected_service_asks_for_the_key(visit, shop, tmp_path, request):
         page.fill("#query", "红色")
         page.keyboard.press("Enter")
         page.wait_for_selector("#results li")
-        until(lambda: page.evaluate("document.querySelector('#results img').naturalWidth > 0"), "the pictures")
+        until(
+            lambda: page.evaluate("document.querySelector('#results img').naturalWidth > 0"),
+            "the pictures",
+        )
         page.close()

@@ -1,4 +1,7 @@
-"""Changes that are refused are made nowhere, or the answer says where; addresses that are not had."""
+"""Changes that are refused are made nowhere, or the answer says where.
+
+Addresses that are not had.
+"""
 
 import asyncio
 import json
@@ -76,6 +79,7 @@ def test_a_change_that_was_made_in_part_says_so(models, error):
 
     with pytest.raises(KeptInPart):
         change(models, fails_late)
+
     assert [model.changes for model in models] == [1, 0]
 
     app = FastAPI()
@@ -93,6 +97,7 @@ def test_an_item_without_a_finite_vector_is_not_kept(models):
     shop.scorer = SimpleNamespace(item_vectors=lambda places: np.full((1, 8), np.nan, np.float32))
     with pytest.raises(NotKept, match="not finite, the first of item new"):
         shop.put(Item("new", "p1", "title"))
+
     assert models[0].changes == 0
 
 
@@ -109,6 +114,7 @@ def test_a_build_without_finite_vectors_leaves_the_folder_as_it_was(tmp_path):
     opened._items = lambda stored: ("", [Item("new", "p1", "title")], None)
     with pytest.raises(UsageError, match="not finite, the first of item new"):
         opened.build()
+
     assert sorted(path.name for path in tmp_path.iterdir()) == ["building", JOURNAL]
     assert (tmp_path / JOURNAL).read_text() == "not ours"
 
@@ -126,4 +132,5 @@ def test_an_address_that_cannot_be_had_is_told_with_its_reason():
                 UsageError, match=rf"cannot listen at {host}:{port} \({reason}\); give"
             ):
                 bind(host, port)
+
     bind("127.0.0.1", 0).close()

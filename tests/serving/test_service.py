@@ -1,4 +1,6 @@
-"""The service as users start it: answers against brute force, changes and new versions under load, wrong input, keys, drain."""
+"""The service as users start it: answers against brute force, changes and new versions under load,
+wrong input, keys, drain.
+"""
 
 import concurrent.futures
 import signal
@@ -26,21 +28,31 @@ def service(shop, tmp_path_factory):
 def test_answers_are_those_of_the_model(service, scorer):
     for text in ("红色条纹连衣裙", "Nordo靴子", "Ａ４ 連衣裙"):
         alike(service.search(text, k=7, candidates=40), expected(scorer, text, 7))
+
     status, topics, _ = service.call("GET", "/topics")
     assert (status, len(topics)) == (200, 3)
-    status, answer, _ = service.call("POST", "/recommend", {"topic_id": topics[1]["topic_id"], "k": 5, "candidates": 40})
+    status, answer, _ = service.call(
+        "POST", "/recommend", {"topic_id": topics[1]["topic_id"], "k": 5, "candidates": 40}
+    )
     assert status == 200
-    alike([(item["item_id"], item["score"]) for item in answer["results"]], expected(scorer, topics[1]["text"], 5))
+    alike(
+        [(item["item_id"], item["score"]) for item in answer["results"]],
+        expected(scorer, topics[1]["text"], 5),
+    )
     own = {"name": "清爽海滩系列", "description": "在海滩拍的蓝色", "keywords": ["泳衣", "凉鞋"]}
     status, answer, _ = service.call("POST", "/recommend", {"topic": own, "k": 3, "candidates": 40})
-    alike([(i["item_id"], i["score"]) for i in answer["results"]], expected(scorer, "清爽海滩系列 在海滩拍的蓝色 泳衣 凉鞋", 3))
-    assert set(answer["timings"]) == {"waited_ms", "took_ms", "together"}
+    alike(
+        [(i["item_id"], i["score"]) for i in answer["results"]],
+        expected(scorer, "清爽海滩系列 在海滩拍的蓝色 泳衣 凉鞋", 3),
+    )
+    assert set(answer["timings"]) == {"queue_ms", "compute_ms", "batch_size"}
     assert len(answer["model"]) == 12
 
 
 def test_the_first_stage_leaves_the_best_by_vectors(service, scorer):
     text = "蓝色运动鞋"
-    vectors, wanted = scorer.item_vectors(np.arange(40)), scorer.text_vectors(scorer.pieces([text]))[0]
+    vectors = scorer.item_vectors(np.arange(40))
+    wanted = scorer.text_vectors(scorer.pieces([text]))[0]
     left = {scorer.catalogue.ids[item] for item in np.argsort(-(vectors @ wanted))[:6]}
     assert {item for item, _ in service.search(text, k=6, candidates=6)} == left
 
@@ -51,8 +63,12 @@ def test_scores_and_regions(service, scorer, shop):
     assert status == 200
     scores = scorer.match(scorer.pieces(["红色凉鞋"]), np.zeros(3, np.int64), np.array([5, 0, 17]))
     assert [item["item_id"] for item in answer["results"]] == ids
-    assert [item["score"] for item in answer["results"]] == pytest.approx(scores.tolist(), rel=1e-3, abs=1e-3)
-    status, answer, _ = service.call("POST", "/score", {"text": "红色凉鞋", "item_ids": ids[:1], "explain": True})
+    assert [item["score"] for item in answer["results"]] == pytest.approx(
+        scores.tolist(), rel=1e-3, abs=1e-3
+    )
+    status, answer, _ = service.call(
+        "POST", "/score", {"text": "红色凉鞋", "item_ids": ids[:1], "explain": True}
+    )
     regions = answer["regions"]
     assert len(regions) == len(Corpus([str(shop[2])]).stores[0].read(5).boxes)
     assert max(abs(region["weight"]) for region in regions) == 1
@@ -60,10 +76,12 @@ def test_scores_and_regions(service, scorer, shop):
 
 
 def test_items_come_change_and_go(service):
-    path, body = (
-        "/items/" + quote("新品"),
-        {"image_id": "test-000003", "title": "红色条纹连衣裙 特别款", "attributes": {"price": "9.9"}},
-    )
+    path = "/items/" + quote("新品")
+    body = {
+        "image_id": "test-000003",
+        "title": "红色条纹连衣裙 特别款",
+        "attributes": {"price": "9.9"},
+    }
     assert service.call("PUT", path, body)[0] == 401
     assert service.call("PUT", path, body, key="wrong")[0] == 401
     status, answer, _ = service.call("PUT", path, body, key=KEY)
@@ -107,10 +125,19 @@ def test_wrong_requests_are_one_line(service, body, status, error):
 
 
 def test_bytes_that_are_no_text(service):
-    for raw in (b"\xff\xfe{", b'{"query": "\xff"}', b"", b"{", b'{"query": "\\ud800"}', b'{"query": "a\\u0000"}', b"[" * 5000):
+    for raw in (
+        b"\xff\xfe{",
+        b'{"query": "\xff"}',
+        b"",
+        b"{",
+        b'{"query": "\\ud800"}',
+        b'{"query": "a\\u0000"}',
+        b"[" * 5000,
+    ):
         status, answer, _ = service.call("POST", "/search", raw=raw)
         assert status in (400, 422), raw
         assert list(answer) == ["error"]
+
     assert service.call("POST", "/search", raw=b'{"query": "' + b"x" * 70000 + b'"}')[0] == 413
     assert service.call("GET", "/items/%ff%fe")[0] == 404
     assert service.call("GET", "/pictures/..%2f..%2fetc%2fpasswd")[0] == 404
@@ -130,7 +157,14 @@ def test_what_it_says_of_itself(service):
     assert b"http" not in page.replace(b"http-equiv", b""), "nothing from outside"
     assert "default-src 'self'" in headers["content-security-policy"]
     schema = service.call("GET", "/openapi.json")[1]
-    assert {"/search", "/recommend", "/score", "/topics", "/items/{item_id}", "/pictures/{item_id}"} <= set(schema["paths"])
+    assert {
+        "/search",
+        "/recommend",
+        "/score",
+        "/topics",
+        "/items/{item_id}",
+        "/pictures/{item_id}",
+    } <= set(schema["paths"])
     log = "".join(service.lines["stderr"])
     assert "POST /search 200" in log
     for secret in (KEY, "红色", "wrong", "Traceback"):
@@ -141,18 +175,28 @@ def test_slow_bodies_end(shop, tmp_path):
     with Service(*flags(shop, tmp_path / "index", "--body-seconds", 1)) as service:
         host, port = service.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as line:
-            line.sendall(b"POST /search HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{")
+            line.sendall(
+                b"POST /search HTTP/1.1\r\nhost: localhost\r\ncontent-type:"
+                b" application/json\r\ncontent-length: 100\r\n\r\n{"
+            )
             started = time.monotonic()
             answer = line.recv(65536)
+
         assert b" 408 " in answer.split(b"\r\n")[0]
         assert time.monotonic() - started < 10
         assert service.search("红色")
 
 
 def test_a_full_queue_and_deadlines(shop, tmp_path):
-    """Many at once: every one is answered, with 200, 429 or (past its deadline) 503, and afterwards all is as before."""
+    """Many at once: every one is answered, with 200, 429 or (past its deadline) 503, and afterwards
+    all is as before.
+    """
     more = ("--queue-size", 4, "--pairs-at-once", 40, "--deadline", 0.05)
-    with Service(*flags(shop, tmp_path / "index", *more)) as service, concurrent.futures.ThreadPoolExecutor(32) as pool:
+
+    with (
+        Service(*flags(shop, tmp_path / "index", *more)) as service,
+        concurrent.futures.ThreadPoolExecutor(32) as pool,
+    ):
         body = {"query": "红色条纹连衣裙", "candidates": 40}
         found = list(pool.map(lambda _: service.call("POST", "/search", body)[0], range(200)))
         assert set(found) <= {200, 429, 503}
@@ -162,16 +206,27 @@ def test_a_full_queue_and_deadlines(shop, tmp_path):
 
 
 def test_it_drains(shop, tmp_path):
-    """What is under way when SIGTERM comes is answered: every question, while most of them still wait."""
+    """What is under way when SIGTERM comes is answered: every question, while most of them still
+    wait.
+    """
     more = ("--pairs-at-once", 1, "--deadline", 60)
-    with Service(*flags(shop, tmp_path / "index", *more)) as service, concurrent.futures.ThreadPoolExecutor(100) as pool:
+
+    with (
+        Service(*flags(shop, tmp_path / "index", *more)) as service,
+        concurrent.futures.ThreadPoolExecutor(100) as pool,
+    ):
         body = {"query": "红色条纹连衣裙", "candidates": 40}
         asked = [pool.submit(service.call, "POST", "/search", body) for _ in range(100)]
 
         def accepted():
             text = service.call("GET", "/metrics")[1].decode()
-            waiting = float(next(line for line in text.splitlines() if line.startswith("interbert_waiting ")).split()[1])
-            return waiting > 10 and waiting + sum(answer.done() for answer in asked) >= 98  # one may be answered just now
+            waiting = float(
+                next(
+                    line for line in text.splitlines() if line.startswith("interbert_waiting ")
+                ).split()[1]
+            )
+            # one may be answered just now
+            return waiting > 10 and waiting + sum(answer.done() for answer in asked) >= 98
 
         until(accepted, "all questions in the queue or answered")
         service.process.send_signal(signal.SIGTERM)
@@ -183,7 +238,8 @@ def test_connections_that_ask_nothing_do_not_hold_it_up(shop, tmp_path):
     """Also those that come in the moment in which it is told to end."""
     with Service(*flags(shop, tmp_path / "index")) as service:
         host, port = service.url.removeprefix("http://").split(":")
-        stop, held = threading.Event(), []
+        stop = threading.Event()
+        held = []
 
         def connect():
             while not stop.is_set():
@@ -191,11 +247,13 @@ def test_connections_that_ask_nothing_do_not_hold_it_up(shop, tmp_path):
                     held.append(socket.create_connection((host, int(port)), 1))
                 except OSError:
                     return
+
                 time.sleep(0.002)
 
         threads = [threading.Thread(target=connect) for _ in range(4)]
         for thread in threads:
             thread.start()
+
         until(lambda: len(held) > 100, "many connections")
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(15) in (0, -signal.SIGTERM), "half of --drain-seconds"
@@ -220,10 +278,17 @@ def test_wrong_use_is_one_line(shop, tmp_path):
     assert "--protect-reads needs a key" in refused(*known, "--protect-reads")
     assert "no topics.jsonl" in refused(*known, "--topics", tmp_path / "no topics.jsonl")
     assert "--image-folder nowhere: no such folder" in refused(*known, "--image-folder", "nowhere")
+
     for lines, message in (
         ('{"item_id": "a", "title": "x"}', "line 1: image a is not in"),
-        ('{"item_id": "test-000001", "title": "x"}\n' * 2, "line 2: item test-000001 stands there twice"),
-        ('{"item_id": "", "image_id": "test-000001", "title": "x"}', "line 1: item_id: String should have at least 1 character"),
+        (
+            '{"item_id": "test-000001", "title": "x"}\n' * 2,
+            "line 2: item test-000001 stands there twice",
+        ),
+        (
+            '{"item_id": "", "image_id": "test-000001", "title": "x"}',
+            "line 1: item_id: String should have at least 1 character",
+        ),
         (
             '{"item_id": "a", "image_id": "test-000001", "title": "' + "长" * 257 + '"}',
             "line 1: title: String should have at most 256",
@@ -232,10 +297,14 @@ def test_wrong_use_is_one_line(shop, tmp_path):
             '{"item_id": "a", "image_id": "test-000001", "title": "x", "brand": null}',
             "line 1: 'brand' is null, expected a text or a",
         ),
-        ('{"item_id": "a", "image_id": "test-000001", "title": "\\ud800"}', "line 1: half a surrogate pair"),
+        (
+            '{"item_id": "a", "image_id": "test-000001", "title": "\\ud800"}',
+            "line 1: half a surrogate pair",
+        ),
     ):
         (tmp_path / "items.jsonl").write_text(lines + "\n")
         assert message in refused(*known, "--items", tmp_path / "items.jsonl", "--rebuild")
+
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "cannot listen at" in refused(*known, "--port", taken.getsockname()[1])
     with Service(*known, "--protect-reads") as service:
@@ -243,25 +312,41 @@ def test_wrong_use_is_one_line(shop, tmp_path):
         assert service.call("POST", "/search", {"query": "红色"}, key=KEY)[0] == 200
         assert service.call("GET", "/healthz")[0] == service.call("HEAD", "/readyz")[0] == 200
         raw = {"authorization": KEY}
-        assert service.call("POST", "/search", {"query": "红色"}, headers=raw)[0] == 401, "not without its scheme"
+        assert service.call("POST", "/search", {"query": "红色"}, headers=raw)[0] == 401, (
+            "not without its scheme"
+        )
+
     with Service(*known, key="") as service:
         assert service.call("DELETE", "/items/test-000001", key="")[0] == 403
 
 
 def test_a_client_that_goes_is_not_computed_for(shop, tmp_path):
-    """Many ask and close their connection at once; their questions leave the queue, and others are answered."""
+    """Many ask and close their connection at once; their questions leave the queue, and others are
+    answered.
+    """
     with Service(*flags(shop, tmp_path / "index", "--pairs-at-once", 40)) as service:
         host, port = service.url.removeprefix("http://").split(":")
         body = b'{"query": "\xe7\xba\xa2\xe8\x89\xb2", "candidates": 40}'
-        head = f"POST /search HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        head = (
+            "POST /search HTTP/1.1\r\nhost: localhost\r\ncontent-type:"
+            f" application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        )
         lines = [socket.create_connection((host, int(port))) for _ in range(100)]
         for line in lines:
             line.sendall(head + body)
-        until(lambda: b"interbert_waiting 0.0" not in service.call("GET", "/metrics")[1], "the queue")
+
+        until(
+            lambda: b"interbert_waiting 0.0" not in service.call("GET", "/metrics")[1], "the queue"
+        )
         for line in lines:
             line.close()
+
         assert service.search("红色", k=3)
         text = service.call("GET", "/metrics")[1].decode()
-        gone = float(next(line for line in text.splitlines() if line.startswith("interbert_gone_total")).split()[1])
+        gone = float(
+            next(
+                line for line in text.splitlines() if line.startswith("interbert_gone_total")
+            ).split()[1]
+        )
         assert gone > 5
         assert 'interbert_requests_total{route="/search",status="499"}' in text

@@ -1,4 +1,6 @@
-"""Files of vectors are read as we write them and as nothing else: FAISS's own reader opens what a file names."""
+"""Files of vectors are read as we write them and as nothing else: FAISS's own reader opens what a
+file names.
+"""
 
 import io
 import json
@@ -26,7 +28,8 @@ from megatron_interbert.serving.vector_file import Foreign, read_vectors
 from megatron_interbert.serving.vector_index import VectorIndex
 from megatron_interbert.weights.manifest import seal
 
-COUNT, WIDTH = 300, 8
+COUNT = 300
+WIDTH = 8
 ITEMS = [Item(f"i{n}", f"p{n}", f"title {n}") for n in range(COUNT)]
 
 
@@ -47,7 +50,9 @@ def read(data, kind):
 @pytest.mark.parametrize("kind", ["exact", "hnsw"])
 @pytest.mark.parametrize("count", [0, 1, COUNT])
 def test_what_faiss_has_written_is_read_as_it_was(kind, count):
-    """The same answers, the same bytes when it is written again, and new vectors find their place."""
+    """The same answers, the same bytes when it is written again, and new vectors find their
+    place.
+    """
     before, data = written(kind, count)
     after = read(data, kind)
     assert faiss.serialize_index(after.faiss).tobytes() == data
@@ -65,13 +70,16 @@ def test_what_faiss_has_written_is_read_as_it_was(kind, count):
 @pytest.mark.parametrize("kind", ["exact", "hnsw"])
 def test_a_mutated_file_is_refused_or_can_be_searched(kind):
     """No length, level or neighbour leads FAISS out of its memory."""
-    draw, refused = random.Random(0), 0
+    draw = random.Random(0)
+    refused = 0
     _, data = written(kind, 60)
+
     for _ in range(600):
         altered = bytearray(data)
         for _ in range(draw.randint(1, 3)):
             at = draw.choice([draw.randrange(len(data)), draw.randrange(200)])
             altered[at] = draw.choice([0, 1, 255, draw.randrange(256)])
+
         if draw.random() < 0.2:
             del altered[draw.randrange(len(data)) :]
         try:
@@ -79,8 +87,10 @@ def test_a_mutated_file_is_refused_or_can_be_searched(kind):
         except Foreign:
             refused += 1
             continue
+
         index.search(vectors(count=5), 10)
         index.add(range(60, 65), vectors(count=5))
+
     assert refused > 150
 
 
@@ -92,6 +102,7 @@ def version_with(folder, data):
     del facts["manifest_sha256"]
     facts["sha256"][VECTORS] = file_sha256(version.path / VECTORS)
     (version.path / FACTS).write_text(json.dumps(seal(facts)))
+
     return Version(version.path)
 
 
@@ -102,6 +113,7 @@ def foreign(victim):
     lists = faiss.OnDiskInvertedLists(1, index.code_size, str(victim))
     index.replace_invlists(lists, False)
     index.add_with_ids(vectors(), np.arange(COUNT))
+
     return faiss.serialize_index(index).tobytes()
 
 
@@ -109,10 +121,12 @@ def foreign(victim):
 def test_a_file_that_names_other_files_is_not_followed(tmp_path, around, monkeypatch):
     """Neither when it stands alone nor where plain vectors stand in what we write ourselves."""
     data = foreign(tmp_path / "victim")
+
     if around:
         ours = written(around)[1]
         ids = np.arange(COUNT).tobytes()
         data = ours[: ours.index(b"IxFI")] + data + ours[-len(ids) - 8 :]
+
     folder = tmp_path / "index"
     folder.mkdir()
     version = version_with(folder, data)
@@ -122,15 +136,19 @@ def test_a_file_that_names_other_files_is_not_followed(tmp_path, around, monkeyp
         version.facts["kind"] = kind
         with pytest.raises(UsageError, match=r"vectors\.faiss: no file of vectors as we write it"):
             version.vectors()
+
     assert not version.is_whole()
 
 
 def test_vectors_that_are_not_finite_push_nothing_out(tmp_path):
-    """None are written, and an index of them, as an earlier version may have made it, counts for nothing."""
+    """None are written, and an index of them, as an earlier version may have made it, counts for
+    nothing.
+    """
     folder = tmp_path / "index"
     folder.mkdir()
     mark = begin(folder)
     good = write_version(folder, ITEMS, vectors(), "exact", {}, mark)
+
     for value in (np.nan, np.inf):
         odd = vectors()
         odd[3, 1] = value
@@ -138,6 +156,7 @@ def test_vectors_that_are_not_finite_push_nothing_out(tmp_path):
             UsageError, match="1 of 300 items vectors that are not finite, the first of item i3"
         ):
             write_version(folder, ITEMS, odd, "exact", {}, mark)
+
     assert version_names(folder) == [good]
 
     for _ in range(3):
@@ -146,6 +165,7 @@ def test_vectors_that_are_not_finite_push_nothing_out(tmp_path):
         version = version_with(folder, faiss.serialize_index(index.faiss).tobytes())
         with pytest.raises(UsageError, match="not finite"):
             version.vectors()
+
     os.unlink(folder / "current")
     prune(folder, [])
     assert good in version_names(folder)

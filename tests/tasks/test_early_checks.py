@@ -60,6 +60,7 @@ def test_a_metric_is_a_figure_of_the_task() -> None:
     parts = dict.fromkeys(("task", "samples", "model_config", "heads", "data", "vocabulary"))
     Job(**parts, metric="q_ar", figures=("q_a", "qa_r", "q_ar"))
     Job(**parts)
+
     with pytest.raises(
         UsageError, match=r"--metric q_aa: expected one of q_a, qa_r, q_ar; did you mean 'q_a"
     ):
@@ -85,6 +86,7 @@ def test_an_ablation_needs_numbers_and_flags(
     monkeypatch.setattr("sys.argv", ["ablate.py", *places, "--only", "full", *flags])
     with pytest.raises(UsageError) as caught:
         ablate.run(read_options(ablate.Options))
+
     assert str(caught.value) == line
     assert not (tmp_path / "out").exists()
 
@@ -94,6 +96,7 @@ def test_a_report_needs_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("sys.argv", ["shop_report.py", "--search", "x", "--output", str(tmp_path)])
     with pytest.raises(UsageError, match="is a folder, expected a file to write"):
         shop_report.run(read_options(shop_report.Options))
+
     monkeypatch.setattr("sys.argv", ["shop_report.py", "--search", "x", "--two-stage", "-1"])
     with pytest.raises(UsageError, match="--two-stage is -1, expected 0 or more"):
         shop_report.run(read_options(shop_report.Options))

@@ -1,4 +1,6 @@
-"""The soft-label divergence, losses over the global count, and retrieval metrics, against plain arithmetic."""
+"""The soft-label divergence, losses over the global count, and retrieval metrics, against plain
+arithmetic.
+"""
 
 import numpy as np
 import pytest
@@ -10,51 +12,81 @@ from megatron_interbert.tasks.retrieval.job import ranks, recall_metrics, retrie
 
 
 def dense_label(ids, probs, classes):
-    """The whole distribution that top-k entries stand for: what they leave over is spread over the other classes."""
-    dense = torch.full((classes,), float((1 - probs.double().sum()) / (classes - len(ids))), dtype=torch.float64)
+    """The whole distribution that top-k entries stand for: what they leave over is spread over the
+    other classes.
+    """
+    dense = torch.full(
+        (classes,), float((1 - probs.double().sum()) / (classes - len(ids))), dtype=torch.float64
+    )
     dense[ids] = probs.double()
+
     return dense
 
 
 @pytest.mark.parametrize("k", [1, 3, 11])
 def test_divergence_of_top_k_labels_equals_the_dense_one(k):
     torch.manual_seed(0)
-    classes, rows = 12, 7
+    classes = 12
+    rows = 7
     logits = torch.randn(rows, classes) * 5
     ids = torch.stack([torch.randperm(classes)[:k] for _ in range(rows)])
     probs = torch.rand(rows, k + 1).softmax(1)[:, :k]
     expected = [
-        torch.nn.functional.kl_div(logits[i].double().log_softmax(0), dense_label(ids[i], probs[i], classes), reduction="sum")
+        torch.nn.functional.kl_div(
+            logits[i].double().log_softmax(0),
+            dense_label(ids[i], probs[i], classes),
+            reduction="sum",
+        )
         for i in range(rows)
     ]
-    torch.testing.assert_close(soft_label_kl(logits, ids, probs), torch.stack(expected).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        soft_label_kl(logits, ids, probs), torch.stack(expected).float(), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_divergence_of_whole_distributions():
     torch.manual_seed(1)
-    logits, probs = torch.randn(4, 9), torch.rand(4, 9).softmax(1)
+    logits = torch.randn(4, 9)
+    probs = torch.rand(4, 9).softmax(1)
     probs[0] = torch.nn.functional.one_hot(torch.tensor(3), 9)  # p log p of zeros is zero
     expected = torch.nn.functional.kl_div(logits.log_softmax(1), probs, reduction="none").sum(1)
     torch.testing.assert_close(soft_label_kl(logits, torch.arange(9).expand(4, 9), probs), expected)
-    assert soft_label_kl(probs.log().clamp(min=-80), torch.arange(9).expand(4, 9), probs).abs().max() < 1e-5, "0 where equal"
+    assert (
+        soft_label_kl(probs.log().clamp(min=-80), torch.arange(9).expand(4, 9), probs).abs().max()
+        < 1e-5
+    ), "0 where equal"
 
 
 def test_divergence_has_its_minimum_at_the_label():
     logits = torch.zeros(1, 6, requires_grad=True)
-    ids, probs = torch.tensor([[2, 4]]), torch.tensor([[0.6, 0.2]])
+    ids = torch.tensor([[2, 4]])
+    probs = torch.tensor([[0.6, 0.2]])
     for _ in range(3000):
         (gradient,) = torch.autograd.grad(soft_label_kl(logits, ids, probs).sum(), logits)
         logits = (logits - gradient).detach().requires_grad_()
-    torch.testing.assert_close(logits.softmax(1)[0], torch.tensor([0.05, 0.05, 0.6, 0.05, 0.2, 0.05]), rtol=1e-3, atol=1e-4)
+
+    torch.testing.assert_close(
+        logits.softmax(1)[0], torch.tensor([0.05, 0.05, 0.6, 0.05, 0.2, 0.05]), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_the_hard_label_is_the_most_likely_class():
-    assert hard_label(torch.tensor([[4, 7], [1, 2]]), torch.tensor([[0.2, 0.5], [0.9, 0.1]])).tolist() == [7, 1]
+    assert hard_label(
+        torch.tensor([[4, 7], [1, 2]]), torch.tensor([[0.2, 0.5], [0.9, 0.1]])
+    ).tolist() == [7, 1]
 
 
 def test_figures_of_a_report():
-    values = PretrainingTask().metrics(torch.tensor([[6.0, 1.0, 4.0], [0.0, 0.0, 0.0], [3.0, 2.0, 2.0]]))
-    assert (values["msm_loss"], values["msm_accuracy"], values["mrm_loss"], values["itm_loss"], values["loss"]) == (
+    values = PretrainingTask().metrics(
+        torch.tensor([[6.0, 1.0, 4.0], [0.0, 0.0, 0.0], [3.0, 2.0, 2.0]])
+    )
+    assert (
+        values["msm_loss"],
+        values["msm_accuracy"],
+        values["mrm_loss"],
+        values["itm_loss"],
+        values["loss"],
+    ) == (
         1.5,
         0.25,
         0,
@@ -64,7 +96,8 @@ def test_figures_of_a_report():
 
 
 def brute_force_rank(scores, right):
-    order = sorted(range(len(scores)), key=lambda i: (-scores[i], right[i]))  # of equal scores the wrong one stands first
+    # of equal scores the wrong one stands first
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], right[i]))
     return 1 + next(place for place, i in enumerate(order) if right[i])
 
 
@@ -74,13 +107,15 @@ def test_ranks_equal_a_full_sort_with_ties():
     right = random.random((200, 30)) < 0.1
     right[np.arange(200), random.integers(0, 30, 200)] = True
     expected = [brute_force_rank(s, r) for s, r in zip(scores, right, strict=True)]
-    # Wrong candidates equal to the best right one rank before it; other right ones do not count against it.
+    # Wrong candidates equal to the best right one rank before it; other right ones do not count
+    # against it.
     got = ranks(scores, right)
     assert got.tolist() == expected
 
 
 def test_recall_in_both_directions():
-    scores = np.array([[9, 1, 0], [2, 8, 3], [7, 6, 5], [0, 0, 4]], dtype=np.float32)  # captions x images
+    # captions x images
+    scores = np.array([[9, 1, 0], [2, 8, 3], [7, 6, 5], [0, 0, 4]], dtype=np.float32)
     metrics = retrieval_metrics(scores, np.array([0, 1, 2, 2]))
     assert metrics["text_to_image"]["R@1"] == 75.0
     assert metrics["text_to_image"]["mean_rank"] == (1 + 1 + 3 + 1) / 4

@@ -24,6 +24,7 @@ def test_folders_of_others_stay(tmp_path):
     (tmp_path / "tiles-00000000deadbeef").symlink_to(elsewhere)
     for name in ("tiles-bathroom", "tiles-0123456789abcdef"):
         shutil.copytree(elsewhere, tmp_path / name)
+
     (tmp_path / "tiles-ffffffffffffffff").write_text("a file")
 
     ScoreTiles(tmp_path, (4, 4), (2, 2), {"weights": 3}).remove()
@@ -34,6 +35,7 @@ def test_folders_of_others_stay(tmp_path):
         *("elsewhere", "tiles-00000000deadbeef", "tiles-bathroom"),
         *("tiles-0123456789abcdef", "tiles-ffffffffffffffff"),
     }
+
     for name in ("elsewhere", "tiles-bathroom", "tiles-0123456789abcdef"):
         assert {path.name for path in (tmp_path / name).iterdir()} == {
             "plan.json",
@@ -52,6 +54,7 @@ def test_tiles_are_not_written_through_what_is_no_folder(tmp_path, make_other):
     make_other(tiles.folder)
     with pytest.raises(UsageError, match="expected a folder of tiles, found something else"):
         ScoreTiles(tmp_path, (4, 4), (2, 2), {})
+
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
@@ -72,6 +75,7 @@ def test_a_tile_that_was_changed_is_scored_anew(tmp_path, capsys, spoil):
     tiles = ScoreTiles(tmp_path, (4, 4), (2, 2), {})
     for number, place in enumerate(tiles.places):
         tiles.write(place, np.full((2, 2), number, np.float32))
+
     assert tiles.missing() == []
     assert [scores[0, 0] for _, _, scores in tiles.read()] == [0, 1, 2, 3]
     assert capsys.readouterr().out == ""
@@ -80,8 +84,9 @@ def test_a_tile_that_was_changed_is_scored_anew(tmp_path, capsys, spoil):
     spoil(files[1], files[2])
     with pytest.raises(TrainingStopped, match="has changed since it was written"):
         list(tiles.read())
+
     assert tiles.missing() == [(0, 2)]
     assert (
-        "tiles that are damaged or of an earlier version are scored again: scores-00000000-00000002.npy"
-        in capsys.readouterr().out
+        "tiles that are damaged or of an earlier version are scored again:"
+        " scores-00000000-00000002.npy" in capsys.readouterr().out
     )

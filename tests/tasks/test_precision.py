@@ -1,4 +1,6 @@
-"""The precision of evaluations: chosen by one rule, in force only for so long, stated, and never mixed with another."""
+"""The precision of evaluations: chosen by one rule, in force only for so long, stated, and never
+mixed with another.
+"""
 
 import json
 import shutil
@@ -74,7 +76,9 @@ def make(head: str = "itm", **options: object) -> InterBert:
         (MI300X, "bf16", "bf16", ""),
     ],
 )
-def test_the_rule(monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None, asked: str, chosen: str, words: str) -> None:
+def test_the_rule(
+    monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None, asked: str, chosen: str, words: str
+) -> None:
     monkeypatch.setattr(precision, "gpu_of", lambda device: gpu)
     monkeypatch.setattr(torch.version, "hip", "6.4" if gpu is MI300X else None)
     config = EvaluateRetrievalConfig(precision=asked)
@@ -83,7 +87,9 @@ def test_the_rule(monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None, asked: str, 
     assert words in found.reason
     assert bool(found.reason) == bool(words)
     assert config.notes == [f"precision: {found}"]
-    assert choose_precision(config.precision, CUDA if gpu else CPU).name == chosen, "what was chosen is chosen again"
+    assert choose_precision(config.precision, CUDA if gpu else CPU).name == chosen, (
+        "what was chosen is chosen again"
+    )
 
 
 def test_old_names_hold() -> None:
@@ -112,16 +118,25 @@ def switches() -> tuple[bool, str, str]:
 def test_tf32_is_on_only_where_it_is_asked_for(before: bool) -> None:
     """Also where the container has switched it on for everything: then fp32 is without it."""
     at_first = torch.backends.cuda.matmul.fp32_precision
+
     try:
         if before:
             torch.backends.cuda.matmul.allow_tf32 = True
+
         found = switches()
         assert found[0] == before
+
         for name in ("fp32", "tf32", "bf16"):
             for error in (False, True):
-                with pytest.raises(ZeroDivisionError) if error else nullcontext(), Precision(name).products():
-                    assert switches() == ((True, "tf32", "high") if name == "tf32" else (False, "ieee", "highest"))
+                with (
+                    pytest.raises(ZeroDivisionError) if error else nullcontext(),
+                    Precision(name).products(),
+                ):
+                    assert switches() == (
+                        (True, "tf32", "high") if name == "tf32" else (False, "ieee", "highest")
+                    )
                     assert 1 / (not error)
+
                 assert switches() == found
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -134,14 +149,19 @@ def double(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def test_heads_stay_in_fp32() -> None:
-    """Their logits are, in float64, those of the 16-bit vectors that they are given: nothing is rounded again."""
+    """Their logits are, in float64, those of the 16-bit vectors that they are given: nothing is
+    rounded again.
+    """
     batch: PackedBatch = pack(examples(6), 20)
+
     for name in ("itm", "choice"):
         model = Precision("bf16").convert(bigger(name))
         output = model(batch)
         head = model.itm_head if name == "itm" else model.choice_head
         logits = output.itm_logits if name == "itm" else output.choice_logit
-        kinds = {parameter.dtype for part, parameter in model.named_parameters() if "_head" not in part}
+        kinds = {
+            parameter.dtype for part, parameter in model.named_parameters() if "_head" not in part
+        }
         assert kinds == {torch.bfloat16}
         assert output.pooled_text.dtype == torch.bfloat16
         fused = double(output.pooled_text * output.pooled_image)
@@ -161,9 +181,12 @@ def bigger(head: str) -> InterBert:
 def test_scores_in_bf16_are_those_of_fp32_to_its_rounding(store: Path) -> None:
     """Of pairs by the fast scorer, and of items by the model's own pass and by vectors."""
     pairs = open_pairs(store)
-    items = Catalogue(Corpus([str(store)]), CaptionTokenizer(str(store / "vocab.txt")), True, 30, 36)
+    items = Catalogue(
+        Corpus([str(store)]), CaptionTokenizer(str(store / "vocab.txt")), True, 30, 36
+    )
     texts = ["a cat", "the dog runs"]
     found = []
+
     for name in ("fp32", "bf16"):
         model = Precision(name).convert(make())
         scorer = ItemScorer(model, items, CPU)
@@ -171,12 +194,15 @@ def test_scores_in_bf16_are_those_of_fp32_to_its_rounding(store: Path) -> None:
         matched = scorer.match(pieces, np.repeat([0, 1], 14), np.tile(np.arange(14), 2))
         vectors = scorer.text_vectors(pieces) @ scorer.item_vectors(np.arange(14)).T
         found.append((score_matrix(PairScorer(model), pairs, CPU, 50), matched, vectors))
+
     for exact, rounded in zip(*found, strict=True):
         assert rounded.dtype == np.float32
         assert not np.array_equal(exact, rounded)
         off = np.sqrt(np.mean((exact - rounded) ** 2))
         assert off < 0.1 * exact.std()
-        assert len(np.unique(rounded)) > 0.9 * len(np.unique(exact)), "scores do not tie by the rounding"
+        assert len(np.unique(rounded)) > 0.9 * len(np.unique(exact)), (
+            "scores do not tie by the rounding"
+        )
 
 
 class Watching:
@@ -187,18 +213,32 @@ class Watching:
 
 @pytest.mark.parametrize("name", ["fp32", "tf32", "bf16"])
 def test_evaluation_during_training(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """The copy computes in its own precision and takes its weights from those in fp32; training's products are left as they were."""
+    """The copy computes in its own precision and takes its weights from those in fp32; training's
+    products are left as they were.
+    """
     trained = make()
-    state = SimpleNamespace(copy_into=lambda copy, kind: [p.copy_(q) for p, q in zip(copy.parameters(), trained.parameters(), strict=True)])
+    state = SimpleNamespace(
+        copy_into=lambda copy, kind: [
+            p.copy_(q) for p, q in zip(copy.parameters(), trained.parameters(), strict=True)
+        ]
+    )
     monkeypatch.setattr(evaluation, "FragmentedState", lambda engine: state)
     before = switches()
     seen = []
 
     def evaluate(model: InterBert, state: ParallelState, device: torch.device) -> dict[str, float]:
-        seen.append((switches()[0], model.interaction.layers[0].mlp.up.weight.dtype, model.itm_head.weight.clone()))
+        seen.append(
+            (
+                switches()[0],
+                model.interaction.layers[0].mlp.up.weight.dtype,
+                model.itm_head.weight.clone(),
+            )
+        )
         return {"R@1": 50.0}
 
-    judge = DownstreamEvaluation(InterBert(sizes(), ("itm",)), evaluate, ParallelState(), CPU, Precision(name))
+    judge = DownstreamEvaluation(
+        InterBert(sizes(), ("itm",)), evaluate, ParallelState(), CPU, Precision(name)
+    )
     figures, line = judge.run(SimpleNamespace(ema=None), Watching(), lambda: False)
     assert (figures, line) == ({"R@1": 50.0}, "R@1 50.00")
     allowed, dtype, head = seen[0]
@@ -208,9 +248,16 @@ def test_evaluation_during_training(monkeypatch: pytest.MonkeyPatch, name: str) 
     assert switches() == before
 
 
-def test_what_was_scored_in_another_precision_is_not_gone_on_with(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stopped evaluation leaves tiles; one in bf16 begins anew, one in fp32 goes on. The result says which it was."""
-    InterBertForImageTextRetrieval(InterBertConfig.from_model_config(sizes())).save_pretrained(tmp_path / "model")
+def test_what_was_scored_in_another_precision_is_not_gone_on_with(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped evaluation leaves tiles; one in bf16 begins anew, one in fp32 goes on.
+
+    The result says which it was.
+    """
+    InterBertForImageTextRetrieval(InterBertConfig.from_model_config(sizes())).save_pretrained(
+        tmp_path / "model"
+    )
     shutil.copy(store / "vocab.txt", tmp_path / "model" / "vocab.txt")
     missing = []
     fill = retrieval_evaluation.fill
@@ -225,21 +272,29 @@ def test_what_was_scored_in_another_precision_is_not_gone_on_with(store: Path, t
 
         monkeypatch.setattr(retrieval_evaluation, "fill", some)
         config = EvaluateRetrievalConfig(
-            load=str(tmp_path / "model"), data_path=str(store), output=str(tmp_path / "out"), precision=name, tile_captions=9, tile_images=7
+            load=str(tmp_path / "model"),
+            data_path=str(store),
+            output=str(tmp_path / "out"),
+            precision=name,
+            tile_captions=9,
+            tile_images=7,
         )
         config.check()
         settle_precision(config, CPU)
         retrieval_evaluation.evaluate_retrieval(config, ParallelState(), CPU)
+
         return json.loads((tmp_path / "out" / "result.json").read_text())
 
     for name, stop in (("fp32", 3), ("fp32", 2)):
         with pytest.raises(KeyboardInterrupt):
             run(name, stop)
+
     assert missing == [8, 5]
     assert run("bf16")["precision"] == "bf16"
     assert missing[-1] == 8
     with pytest.raises(KeyboardInterrupt):
         run("auto", 3)
+
     result = run("fp32")
     assert missing[-1] == 5, "auto is fp32 on a CPU"
     assert (result["precision"], result["configuration"]["precision"]) == ("fp32", "fp32")
@@ -256,5 +311,6 @@ def test_an_index_in_bf16_is_another_one() -> None:
         opened.source = SimpleNamespace(facts={"files": {}})
         opened.tokenizer = SimpleNamespace(sha256="x")
         facts[name] = opened.facts
+
     assert facts["fp32"] == facts["tf32"] != facts["bf16"]
     assert "precision" not in facts["fp32"]

@@ -6,7 +6,14 @@ import math
 import numpy as np
 import pytest
 
-from megatron_interbert.tasks.shop.figures import auc, dcg, ndcg, order_of, recommendation_metrics, search_metrics
+from megatron_interbert.tasks.shop.figures import (
+    auc,
+    dcg,
+    ndcg,
+    order_of,
+    recommendation_metrics,
+    search_metrics,
+)
 
 
 def test_order_counts_ties_against_the_model():
@@ -16,9 +23,15 @@ def test_order_counts_ties_against_the_model():
 
 
 def test_gains():
-    assert dcg(np.array([3.0, 2.0, 0.0, 1.0])) == pytest.approx(3 + 2 / math.log2(3) + 1 / math.log2(5))
-    assert ndcg(np.array([0, 1, 1]), np.ones(2), 5) == pytest.approx((1 / math.log2(3) + 1 / 2) / (1 + 1 / math.log2(3)))
-    assert ndcg(np.array([1] * 5), np.ones(9), 5) == 1.0, "no more than five can be in the first five places"
+    assert dcg(np.array([3.0, 2.0, 0.0, 1.0])) == pytest.approx(
+        3 + 2 / math.log2(3) + 1 / math.log2(5)
+    )
+    assert ndcg(np.array([0, 1, 1]), np.ones(2), 5) == pytest.approx(
+        (1 / math.log2(3) + 1 / 2) / (1 + 1 / math.log2(3))
+    )
+    assert ndcg(np.array([1] * 5), np.ones(9), 5) == 1.0, (
+        "no more than five can be in the first five places"
+    )
     assert ndcg(np.zeros(3), np.zeros(3), 2) == 0.0
 
 
@@ -36,10 +49,14 @@ def test_search_figures():
 def test_area_against_all_pairs():
     random = np.random.default_rng(0)
     for _ in range(20):
-        scores, positive = random.integers(0, 5, 30).astype(float), random.random(30) < 0.3
+        scores = random.integers(0, 5, 30).astype(float)
+        positive = random.random(30) < 0.3
         pairs = itertools.product(scores[positive], scores[~positive])
-        expected = np.mean([(a > b) + 0.5 * (a == b) for a, b in pairs]) if positive.any() else math.nan
+        expected = (
+            np.mean([(a > b) + 0.5 * (a == b) for a, b in pairs]) if positive.any() else math.nan
+        )
         assert auc(scores, positive) == pytest.approx(expected, nan_ok=True)
+
     assert math.isnan(auc(np.ones(3), np.ones(3, bool)))
 
 

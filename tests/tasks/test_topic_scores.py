@@ -1,4 +1,6 @@
-"""Parts of topic scores on disk: of which plan they are, and whether they are as they were written."""
+"""Parts of topic scores on disk: of which plan they are, and whether they are as they were
+written.
+"""
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ def parts(tmp_path):
 
     topic_scores.claim(tmp_path, PLAN)
     write("part-000000000.parquet", 40, PLAN)
+
     return write
 
 
@@ -35,11 +38,13 @@ def missing(folder):
 def test_parts_without_a_plan_are_refused(tmp_path, parts):
     """Those of other weights would pass for the model's own."""
     (tmp_path / "_plan.json").unlink()
+
     with pytest.raises(
         UsageError,
         match=r"holds part-000000000.parquet, but no _plan.json that says of which weights",
     ):
         topic_scores.claim(tmp_path, PLAN)
+
     assert [path.name for path in tmp_path.iterdir()] == ["part-000000000.parquet"]
 
 
@@ -74,5 +79,6 @@ def test_a_part_that_was_changed_is_scored_anew(tmp_path, parts, capsys):
         path.write_bytes(content)
         assert missing(tmp_path) == [2]
         assert "scored again: part-000000002.parquet" in capsys.readouterr().out
+
     parts("part-000000002.parquet", 39, PLAN)
     assert missing(tmp_path) == [2]

@@ -1,4 +1,6 @@
-"""Evaluations never wait for the device but to fetch scores: once for a tile, a part or a call, however many batches these have."""
+"""Evaluations never wait for the device but to fetch scores: once for a tile, a part or a call,
+however many batches these have.
+"""
 
 import json
 from collections.abc import Callable
@@ -48,6 +50,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return original(self, text, image)
 
     monkeypatch.setattr(InterBert, "fuse", fuse)
+
     return seen
 
 
@@ -61,9 +64,11 @@ def fetches(work: Callable[[], object]) -> int:
     """How often some work waits to fetch; it does not wait for anything else."""
     with torch.no_grad(), Waits() as waits:
         work()
+
     assert waits.found == []
     assert waits.sent == []
     assert set(waits.fetched) <= {"cpu"}
+
     return len(waits.fetched)
 
 
@@ -71,18 +76,36 @@ def test_what_the_others_rely_on_is_seen() -> None:
     """The tests below cannot pass because nothing is seen at all."""
     x = torch.tensor([1, 2, 3])
     for wait in (
-        *(lambda: x[x > 1], lambda: torch.repeat_interleave(x, x), lambda: torch.nonzero(x), lambda: torch.unique(x)),
-        *(lambda: torch.bincount(x), lambda: torch.masked_select(x, x > 1), lambda: int(x[0]), lambda: bool(x[0] > 0)),
-        *(lambda: x.tolist(), lambda: x.cpu(), lambda: x.to(CPU), lambda: x.to("cpu"), lambda: torch.tensor([1], device=CPU)),
+        *(
+            lambda: x[x > 1],
+            lambda: torch.repeat_interleave(x, x),
+            lambda: torch.nonzero(x),
+            lambda: torch.unique(x),
+        ),
+        *(
+            lambda: torch.bincount(x),
+            lambda: torch.masked_select(x, x > 1),
+            lambda: int(x[0]),
+            lambda: bool(x[0] > 0),
+        ),
+        *(
+            lambda: x.tolist(),
+            lambda: x.cpu(),
+            lambda: x.to(CPU),
+            lambda: x.to("cpu"),
+            lambda: torch.tensor([1], device=CPU),
+        ),
         lambda: torch.segment_reduce(x.float(), "sum", lengths=torch.tensor([3])),
     ):
         with Waits() as waits:
             wait()
         assert waits.found or waits.fetched or waits.sent
+
     with Waits() as waits:
         torch.repeat_interleave(x, x, output_size=6)
         x.to(CPU, non_blocking=True)
         x[x.flip(0) - 1] = x.max()
+
     assert not waits.found + waits.fetched + waits.sent
 
 
@@ -106,7 +129,9 @@ def test_two_stages_fetch_for_each_run_of_captions(store: Path, batches: list[in
 
 
 def test_items_are_fetched_once_a_call(store: Path, batches: list[int]) -> None:
-    items = Catalogue(Corpus([str(store)]), CaptionTokenizer(str(store / "vocab.txt")), True, 30, 36)
+    items = Catalogue(
+        Corpus([str(store)]), CaptionTokenizer(str(store / "vocab.txt")), True, 30, 36
+    )
     scorer = ItemScorer(make("itm"), items, CPU, tokens_at_once=60)
     texts = scorer.pieces(["a cat", "the dog runs"])
     chosen = np.tile(np.arange(14), 2)

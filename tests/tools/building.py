@@ -29,7 +29,10 @@ def refused(*flags):
 
 def content(folder):
     """Hashes of all files of a store."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+    }
 
 
 def tsv(path, images, line=lxmert_line):

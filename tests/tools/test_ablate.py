@@ -1,4 +1,6 @@
-"""The analysis of the paper as one command: from runs to the table, and what is not taken for a result."""
+"""The analysis of the paper as one command: from runs to the table, and what is not taken for a
+result.
+"""
 
 import itertools
 import json
@@ -18,8 +20,26 @@ from tools.studies import ablate
 def test_ablation_from_runs_to_table(tmp_path):
     """Two variants, one seed, two steps each; a second call finds everything done; wrong use."""
     store = write_store(tmp_path / "s", images=70)
-    command = (sys.executable, "tools/ablate.py", "--data-path", store, "--test-data-path", store, "--output", tmp_path / "out", "--model",
-               "tiny", "--train-iters", 2, "--finetune-iters", 2, "--batch-size", 8, "--jobs", 2)  # fmt: skip
+    command = (
+        sys.executable,
+        "tools/ablate.py",
+        "--data-path",
+        store,
+        "--test-data-path",
+        store,
+        "--output",
+        tmp_path / "out",
+        "--model",
+        "tiny",
+        "--train-iters",
+        2,
+        "--finetune-iters",
+        2,
+        "--batch-size",
+        8,
+        "--jobs",
+        2,
+    )
     code, out, err = launch(*command, "--seeds", "5", "--only", "full,no-streams")
     assert code == 0, out + err
     found = json.loads((tmp_path / "out" / "ablation.json").read_text())["results"]
@@ -39,8 +59,12 @@ def test_ablation_from_runs_to_table(tmp_path):
         *command, "--seeds", "5", "--only", "full", "--finetune-flags", "--lr 1e-4"
     )
     assert (code, "made with other options than now" in err) == (2, True), err
-    for flags, words in ((("--only", "no-strems"), "did you mean 'no-streams'"), (("--only", "no-hard-negatives"), "no hard_negatives.npy"),
-                         (("--seeds", "a"), "--seeds is 'a'")):  # fmt: skip
+
+    for flags, words in (
+        (("--only", "no-strems"), "did you mean 'no-streams'"),
+        (("--only", "no-hard-negatives"), "no hard_negatives.npy"),
+        (("--seeds", "a"), "--seeds is 'a'"),
+    ):
         code, _, err = launch(*command, *flags)
         assert (code, words in err) == (2, True), err
 
@@ -50,9 +74,27 @@ FIGURES = {"t2i_R@1": 9.0, "i2t_R@1": 8.0}
 
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
-    """A variant of an ablation whose runs and evaluations are there, and options that it was made with."""
-    monkeypatch.setattr("sys.argv", ["ablate.py", "--data-path", "a", "--test-data-path", "b", "--output", str(tmp_path),
-                                     "--model", "tiny", "--train-iters", "2", "--finetune-iters", "2"])  # fmt: skip
+    """A variant of an ablation whose runs and evaluations are there, and options that it was made
+    with.
+    """
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "ablate.py",
+            "--data-path",
+            "a",
+            "--test-data-path",
+            "b",
+            "--output",
+            str(tmp_path),
+            "--model",
+            "tiny",
+            "--train-iters",
+            "2",
+            "--finetune-iters",
+            "2",
+        ],
+    )
     options = read_options(ablate.Options)
     run = ablate.Run("full", ablate.Variant("everything"), 5, options)
 
@@ -69,6 +111,7 @@ def finished(tmp_path, monkeypatch):
     run.results()
     monkeypatch.setattr(run, "_call", lambda *flags: pytest.fail("nothing is to be made"))
     assert run.results()["finetuned"] == FIGURES
+
     return run
 
 
@@ -83,6 +126,7 @@ def test_results_of_unknown_options_are_not_taken(finished, record):
         match="is missing, which says with what options it was made; choose another --output",
     ):
         finished.results()
+
     assert not (finished.folder / record).exists(), "it is not made up"
 
 

@@ -1,4 +1,6 @@
-"""tools/build_features.py on bad input, full disks and kills: clear lines, nothing half-written, nothing valid lost."""
+"""tools/build_features.py on bad input, full disks and kills: clear lines, nothing half-written,
+nothing valid lost.
+"""
 
 import json
 import os
@@ -43,10 +45,14 @@ class Planted:
 
 def test_pickles_need_leave_and_never_run(tmp_path, images):
     lmdb = vilbert_lmdb(tmp_path / "a.lmdb", images, protocol=2)
-    assert "its rows are pickles; give --trust-pickle" in refused(lmdb, "--output", tmp_path / "none")
+    assert "its rows are pickles; give --trust-pickle" in refused(
+        lmdb, "--output", tmp_path / "none"
+    )
     planted = tmp_path / "planted"
     bad = write_lmdb(tmp_path / "b.lmdb", [(b"a", pickle.dumps({"image_id": Planted(planted)}))])
-    assert "pickle with more than data" not in refused(lmdb, "--output", tmp_path / "none", "--format", "npz")
+    assert "pickle with more than data" not in refused(
+        lmdb, "--output", tmp_path / "none", "--format", "npz"
+    )
     assert "names io.open" in refused(bad, "--trust-pickle", "--output", tmp_path / "none")
     npz = write_npz(tmp_path / "npz", images)
     np.savez(npz / "zz.npz", info=np.array(Planted(planted), dtype=object))
@@ -57,28 +63,43 @@ def test_pickles_need_leave_and_never_run(tmp_path, images):
 
 def test_wrong_caption_file_and_vocabulary_are_refused_before_anything_is_written(tmp_path, images):
     path = tsv(tmp_path / "x.tsv", images)
-    assert "nope.json: no such file" in refused(path, "--captions", tmp_path / "nope.json", "--output", tmp_path / "a")
+    assert "nope.json: no such file" in refused(
+        path, "--captions", tmp_path / "nope.json", "--output", tmp_path / "a"
+    )
     (tmp_path / "words.txt").write_text("a\nb\n")
     assert f"{tmp_path / 'words.txt'}: no [PAD] in it" in refused(
         path, "--vocab-file", tmp_path / "words.txt", "--output", tmp_path / "a"
     )
     captions = tmp_path / "captions.jsonl"
-    captions.write_text("".join(json.dumps({"image_id": str(i["image_id"]), "caption": "a dog"}) + "\n" for i in images))
-    assert "hold no splits" in refused(path, "--captions", captions, "--split", "train", "--output", tmp_path / "a")
+    captions.write_text(
+        "".join(
+            json.dumps({"image_id": str(i["image_id"]), "caption": "a dog"}) + "\n" for i in images
+        )
+    )
+    assert "hold no splits" in refused(
+        path, "--captions", captions, "--split", "train", "--output", tmp_path / "a"
+    )
     assert not list(tmp_path.glob("a*"))
 
 
 def test_a_damaged_shard_of_a_store_costs_its_images_only(tmp_path, images):
     """Bits flipped where HDF5 keeps strings can make it loop for ever: the shard is not opened."""
-    store, _ = build(tmp_path / "store", write_npz(tmp_path / "npz", images), "--images-per-shard", 4)
+    store, _ = build(
+        tmp_path / "store", write_npz(tmp_path / "npz", images), "--images-per-shard", 4
+    )
     shard = tmp_path / "store" / "shard-00001.h5"
     data = bytearray(shard.read_bytes())
     for place in range(len(data) // 2, len(data) // 2 + 400, 7):
         data[place] ^= 0x55
+
     shard.write_bytes(data)
-    again, out = build(tmp_path / "again", tmp_path / "store", "--max-dropped", "0.5", "--workers", 1)
+    again, out = build(
+        tmp_path / "again", tmp_path / "store", "--max-dropped", "0.5", "--workers", 1
+    )
     assert "dropped: 4 images, shard is damaged (sha256 differs)" in out
-    assert [again.image_id(i) for i in range(8)] == [store.image_id(i) for i in (*range(4), *range(8, 12))]
+    assert [again.image_id(i) for i in range(8)] == [
+        store.image_id(i) for i in (*range(4), *range(8, 12))
+    ]
 
 
 def test_bad_records_are_reported_and_the_others_kept(tmp_path, images):
@@ -94,17 +115,26 @@ def test_bad_records_are_reported_and_the_others_kept(tmp_path, images):
     assert "--max-dropped" in message
     store, _ = build(tmp_path / "store", tmp_path / "x.tsv", "--max-dropped", "0.5")
     assert store.num_images == 8
-    reported = [json.loads(line) for line in (tmp_path / "store" / "dropped.jsonl").read_text().splitlines()]
-    assert {r["reason"] for r in reported} >= {"wrong number of columns", "features hold NaN or infinity, or values beyond float16"}
+    reported = [
+        json.loads(line) for line in (tmp_path / "store" / "dropped.jsonl").read_text().splitlines()
+    ]
+    assert {r["reason"] for r in reported} >= {
+        "wrong number of columns",
+        "features hold NaN or infinity, or values beyond float16",
+    }
     assert len(reported) == 4
     assert not (tmp_path / "store.partial").exists()
 
 
 def test_records_of_odd_shapes_and_names_are_reported(tmp_path, images):
-    """Confidences in float64, boxes that are one number, a file name that is no UTF-8: a report line each."""
+    """Confidences in float64, boxes that are one number, a file name that is no UTF-8: a report
+    line each.
+    """
     values = lxmert_line(images[1]).rstrip("\n").split("\t")
     values[4] = encoded(images[1]["cls_conf"], np.float64)
-    (tmp_path / "x.tsv").write_text(lxmert_line(images[0]) + "\t".join(values) + "\n" + lxmert_line(images[2]))
+    (tmp_path / "x.tsv").write_text(
+        lxmert_line(images[0]) + "\t".join(values) + "\n" + lxmert_line(images[2])
+    )
     store, out = build(tmp_path / "a", tmp_path / "x.tsv", "--max-dropped", 1)
     assert store.num_images == 2
     assert "class confidences do not fit" in out
@@ -113,18 +143,24 @@ def test_records_of_odd_shapes_and_names_are_reported(tmp_path, images):
     nameless = {name: value for name, value in images[4].items() if name != "image_id"}
     with open(os.fsencode(folder) + b"/\xc4\xe3.npz", "wb") as handle:
         np.savez(handle, **nameless)
+
     store, out = build(tmp_path / "b", folder, "--max-dropped", 1)
     assert store.num_images == 11
     assert "dropped: 1 images, image id is no text" in out
 
 
 @pytest.mark.parametrize(
-    ("kilobytes", "words", "file"), [(6, 1, "images.db"), (100, 1, "shard-00000.h5"), (1500, 2000, "tokens.h5")]
+    ("kilobytes", "words", "file"),
+    [(6, 1, "images.db"), (100, 1, "shard-00000.h5"), (1500, 2000, "tokens.h5")],
 )
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, kilobytes, words, file):
-    """A limit on the size of files meets the table of captions, a shard, or the tokens; without it the build ends well."""
+    """A limit on the size of files meets the table of captions, a shard, or the tokens; without it
+    the build ends well.
+    """
     path = tsv(tmp_path / "x.tsv", made_up_images(60, features=2048))
-    (tmp_path / "captions.tsv").write_text("".join(f"image-{i}\t{'a red cat ' * words}\n" for i in range(60)))
+    (tmp_path / "captions.tsv").write_text(
+        "".join(f"image-{i}\t{'a red cat ' * words}\n" for i in range(60))
+    )
     (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
     more = (
         "--captions",
@@ -137,7 +173,9 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, kilobyte
         15,
     )
     flags = command(path, *more, "--output", tmp_path / "store")
-    code, out, err = launch("bash", "-c", f"ulimit -f {kilobytes}; exec {' '.join(map(str, flags))}")
+    code, out, err = launch(
+        "bash", "-c", f"ulimit -f {kilobytes}; exec {' '.join(map(str, flags))}"
+    )
     assert code == 2, out + err
     assert "Traceback" not in err
     assert "the same command goes on" in err
@@ -151,11 +189,16 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, kilobyte
 def test_left_by_a_kill_at_the_very_start_or_end(tmp_path, images, monkeypatch, stage):
     path = tsv(tmp_path / "x.tsv", images)
     work = tmp_path / "store.partial"
+
     if stage == "plan.json.99.new":
         work.mkdir()
         (work / stage).write_text("{")
     else:
-        plan = BuildPlan([open_source(str(path), "auto", ReadOptions())], str(tmp_path / "store"), detector={"name": "x"})
+        plan = BuildPlan(
+            [open_source(str(path), "auto", ReadOptions())],
+            str(tmp_path / "store"),
+            detector={"name": "x"},
+        )
 
         def killed(*_):
             raise KeyboardInterrupt
@@ -164,9 +207,12 @@ def test_left_by_a_kill_at_the_very_start_or_end(tmp_path, images, monkeypatch, 
             patched.setattr("megatron_interbert.preparation.building.build.os.rename", killed)
             with pytest.raises(KeyboardInterrupt):
                 run_build(plan)
+
         assert (work / "manifest.json").exists()
         assert run_build(plan)["counts"]["images"] == 12
+
         return
+
     assert build(tmp_path / "store", path)[0].num_images == 12
 
 
@@ -174,11 +220,16 @@ def test_left_by_a_kill_at_the_very_start_or_end(tmp_path, images, monkeypatch, 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda npz, captions: [f.write_bytes(b"PK") for f in npz.glob("*.npz")], "not a readable npz"),
+        (
+            lambda npz, captions: [f.write_bytes(b"PK") for f in npz.glob("*.npz")],
+            "not a readable npz",
+        ),
         (lambda npz, captions: captions.write_text('{"image_id": 1}\n'), "is not a caption record"),
         (lambda npz, captions: [f.unlink() for f in npz.glob("*.npz")], "neither manifest.json"),
         (
-            lambda npz, captions: captions.write_text(captions.read_text().replace('"image_id": "', '"image_id": "x')),
+            lambda npz, captions: captions.write_text(
+                captions.read_text().replace('"image_id": "', '"image_id": "x')
+            ),
             "image_id differs",
         ),
         (lambda npz, captions: captions.write_bytes(b"\xff\xfe"), "cannot be read as UTF-8"),
@@ -197,7 +248,9 @@ def test_unfinished_builds_are_not_mixed_up(tmp_path, images):
     path = tsv(tmp_path / "x.tsv", images)
     (tmp_path / "store.partial").mkdir()
     (tmp_path / "store.partial" / "thesis.txt").write_text("mine")
-    assert "holds 'thesis.txt', which this command did not make" in refused(path, "--output", tmp_path / "store")
+    assert "holds 'thesis.txt', which this command did not make" in refused(
+        path, "--output", tmp_path / "store"
+    )
     assert (tmp_path / "store.partial" / "thesis.txt").read_text() == "mine"
     (tmp_path / "store.partial" / "plan.json").write_text("{}")
     assert "nothing was removed" in refused(path, "--output", tmp_path / "store", "--restart")
@@ -210,23 +263,45 @@ def test_unfinished_builds_are_not_mixed_up(tmp_path, images):
     message = refused(path, "--output", tmp_path / "store", "--images-per-shard", 5)
     assert "left by a build with other settings (images_per_shard, units differ)" in message
     images[2]["features"][:] = np.nan
-    assert "(source_files" in refused(tsv(path, images), "--output", tmp_path / "store"), "a source that was changed meanwhile"
-    assert "--max-dropped" in refused(write_npz(tmp_path / "npz", images), "--output", tmp_path / "from-npz", "--max-dropped", 0.01)
+    assert "(source_files" in refused(tsv(path, images), "--output", tmp_path / "store"), (
+        "a source that was changed meanwhile"
+    )
+    assert "--max-dropped" in refused(
+        write_npz(tmp_path / "npz", images),
+        "--output",
+        tmp_path / "from-npz",
+        "--max-dropped",
+        0.01,
+    )
     images[2]["features"][:] = 1
     shutil.rmtree(tmp_path / "npz")
-    changed = refused(write_npz(tmp_path / "npz", images), "--output", tmp_path / "from-npz", "--max-dropped", 0.01)
+    changed = refused(
+        write_npz(tmp_path / "npz", images),
+        "--output",
+        tmp_path / "from-npz",
+        "--max-dropped",
+        0.01,
+    )
     assert "(source_files differ)" in changed, "a file of a folder that was changed meanwhile"
+
     with pytest.raises(UsageError, match="an unfinished build"):
-        RegionStoreWriter(tmp_path / "store", feature_dim=4, num_classes=3, detector={}, soft_labels="none")
+        RegionStoreWriter(
+            tmp_path / "store", feature_dim=4, num_classes=3, detector={}, soft_labels="none"
+        )
+
     tsv(path, images)
-    store, _ = build(tmp_path / "store", path, "--images-per-shard", 5, "--restart", "--max-dropped", 1)
+    store, _ = build(
+        tmp_path / "store", path, "--images-per-shard", 5, "--restart", "--max-dropped", 1
+    )
     assert store.num_images == 10
     assert len(store.shards) in (2, 3)
 
 
 def test_killed_at_any_moment_the_same_command_goes_on():
     """The short form of `python -m tests.campaigns.builds --kills 50`."""
-    code, out, err = launch(sys.executable, "-m", "tests.campaigns.builds", "--kills", 4, "--seed", 3)
+    code, out, err = launch(
+        sys.executable, "-m", "tests.campaigns.builds", "--kills", 4, "--seed", 3
+    )
     assert code == 0, out + err
     assert "builds compared" in out
 

@@ -1,4 +1,6 @@
-"""Ctrl-C goes to all processes of a command: one word, code 130, nothing of a process that was starting or at work."""
+"""Ctrl-C goes to all processes of a command: one word, code 130, nothing of a process that was
+starting or at work.
+"""
 
 import os
 import signal
@@ -7,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_interbert.preparation.building.interrupts import interrupts_blocked, keeping_interrupts
+from megatron_interbert.preparation.building.interrupts import (
+    interrupts_blocked,
+    keeping_interrupts,
+)
 from tests.launching import start
 from tests.preparation.formats import made_up_images, write_npz
 from tests.tools.building import command
@@ -16,13 +21,16 @@ from tests.tools.building import command
 def processes_of(group):
     """Members of a process group, by the kernel's list."""
     found = []
+
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             facts = open(f"/proc/{name}/stat").read().rpartition(")")[2].split()
         except OSError:
             continue
+
         if facts[0] != "Z" and int(facts[2]) == group:
             found.append(int(name))
+
     return found
 
 
@@ -45,6 +53,7 @@ def test_ctrl_c_is_one_word(tmp_path, moment):
         time.sleep(0.3)
     if moment == "they work":
         until(lambda: list(work.glob("shard-*.json")))
+
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
 
@@ -63,6 +72,7 @@ def test_it_is_kept_until_it_is_asked_for():
             assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
         with pytest.raises(KeyboardInterrupt):
             check()
+
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
@@ -73,10 +83,12 @@ def test_a_process_that_crashes_is_one_line(tmp_path):
     flags = (npz, "--output", tmp_path / "store", "--workers", 2, "--images-per-shard", 5)
     process = start(*command(*flags))
     until(lambda: list((tmp_path / "store.partial").glob("shard-*.json")))
+
     for number in processes_of(process.pid):
         if "spawn_main" in Path(f"/proc/{number}/cmdline").read_text():
             os.kill(number, signal.SIGSEGV)
             break
+
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert len(err.strip().splitlines()) == 1

@@ -50,6 +50,7 @@ def plans(tmp_path_factory):
         images_per_shard=3,
     )
     build(plan(str(place / "whole")))
+
     return plan, content(place / "whole")
 
 
@@ -67,6 +68,7 @@ def interrupted(plans, tmp_path, monkeypatch):
         patch.setattr("megatron_interbert.preparation.building.build.convert_unit", some)
         with pytest.raises(KeyboardInterrupt):
             build(plans[0](str(tmp_path / "store")))
+
     return tmp_path / "store.partial"
 
 

@@ -41,11 +41,13 @@ class Index:
                 for file, (pythons, _) in files.items()
             ]
             return 200, json.dumps({"files": entries})
+
         wheel = rest[0].removesuffix(".metadata")
         if kind == "files" and wheel in files and rest[0].endswith(".whl.metadata"):
             _, needs = files[wheel]
             lines = ["Metadata-Version: 2.4", f"Name: {name}", "Version: 1"]
             return 200, "\n".join([*lines, *(f"Requires-Dist: {need}" for need in needs)]) + "\n"
+
         return 404, ""
 
 
@@ -89,6 +91,7 @@ def index():
     content.add("torch", "torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl")
     for version in ("3.7.1", "3.7.2", "3.9.0"):
         content.add("triton", *wheels(f"triton-{version}", 311, 312, 313, 314))
+
     content.add("jieba", "jieba-0.42.1.tar.gz")
     yield content
     server.shutdown()
@@ -177,6 +180,7 @@ def test_the_command(tmp_path, index):
             address,
         ]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+
         return ended.returncode, ended.stdout.splitlines(), ended.stderr.splitlines()
 
     code, said, _ = run("torch==2.13.0\n", f"{index.address}/simple/")

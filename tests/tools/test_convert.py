@@ -1,4 +1,6 @@
-"""Conversion between all formats: bits survive every way there and back, sources are refused or named when they are bad."""
+"""Conversion between all formats: bits survive every way there and back, sources are refused or
+named when they are bad.
+"""
 
 import contextlib
 import io
@@ -71,10 +73,12 @@ def random_source(sizes, folder):
     for name, tensor in state.items():
         if name.endswith("bias"):
             tensor.normal_(0, 0.1, generator=generator)
+
     state["msm_head.bias"][sizes.vocab_size :] = 0
     layouts = {n: TensorLayout(t.dtype, tuple(t.shape)) for n, t in state.items()}
     source = Source("checkpoint", Path(folder), sizes, layouts, state.__getitem__)
     write_target("sharded", Output(source), Path(folder))
+
     return state
 
 
@@ -88,14 +92,23 @@ def same(a, b):
 
 
 def round_trip(sizes, tmp_path, monkeypatch):
-    """TP1 -> TP2 -> TP4 -> Hugging Face -> official -> TP1: tensors and outputs as at the beginning, bit for bit."""
+    """TP1 -> TP2 -> TP4 -> Hugging Face -> official -> TP1: tensors and outputs as at the
+    beginning, bit for bit.
+    """
     state = random_source(sizes, tmp_path / "tp1")
     first = InterBert(sizes)
     first.load_state_dict(state)
     expected = outputs(first.eval(), sizes)
     del first
-    steps = [("sharded", "--tp", 2), ("sharded", "--tp", 4), ("huggingface",), ("official",), ("sharded",)]
+    steps = [
+        ("sharded", "--tp", 2),
+        ("sharded", "--tp", 4),
+        ("huggingface",),
+        ("official",),
+        ("sharded",),
+    ]
     before = tmp_path / "tp1"
+
     for number, (kind, *flags) in enumerate(steps):
         after = tmp_path / f"{number}-{kind}"
         convert(monkeypatch, before, "--to", kind, *flags, "--output", after)
@@ -105,8 +118,10 @@ def round_trip(sizes, tmp_path, monkeypatch):
             door = InterBertForPreTraining.from_pretrained(after).eval()
             assert same(outputs(door.interbert, sizes), expected)
             del door
+
         shutil.rmtree(before)
         before = after
+
     back = open_source(before)
     assert back.config == sizes
     assert set(back.layouts) == set(state)
@@ -125,6 +140,7 @@ def test_round_trip_base(tmp_path, monkeypatch):
 def save_stages(store, folder):
     """A trained checkpoint of each ZeRO stage on two processes, and what the live model answers."""
     start()
+
     for stage in range(4):
         run = Run(store, f"{folder}/zero{stage}", 1, stage)
         run.train(2)
@@ -136,18 +152,32 @@ def save_stages(store, folder):
 
 
 def test_every_zero_stage_to_hugging_face_and_back(tmp_path, monkeypatch):
-    """The live model's outputs, those of the exported folder, and of what is read back from it: equal bit for bit."""
+    """The live model's outputs, those of the exported folder, and of what is read back from it:
+    equal bit for bit.
+    """
     store = write_store(tmp_path / "store")
-    (tmp_path / "zero3.json").write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')
+    (tmp_path / "zero3.json").write_text(
+        '{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}'
+    )
     run_on_ranks(2, save_stages, str(store), str(tmp_path))
+
     for stage in range(4):
         live = torch.load(tmp_path / f"zero{stage}.pt")
-        convert(monkeypatch, tmp_path / f"zero{stage}", "--to", "huggingface", "--output", tmp_path / f"hf{stage}")
+        convert(
+            monkeypatch,
+            tmp_path / f"zero{stage}",
+            "--to",
+            "huggingface",
+            "--output",
+            tmp_path / f"hf{stage}",
+        )
         door = InterBertForPreTraining.from_pretrained(tmp_path / f"hf{stage}").eval()
         sizes = door.config.model_config()
         assert same(outputs(door.interbert, sizes), live), stage
         assert same(outputs(load_core(open_source(tmp_path / f"hf{stage}")), sizes), live), stage
-        assert (tmp_path / f"hf{stage}" / "vocab.txt").read_bytes() == (store / "vocab.txt").read_bytes()
+        assert (tmp_path / f"hf{stage}" / "vocab.txt").read_bytes() == (
+            store / "vocab.txt"
+        ).read_bytes()
 
 
 @needs_shared
@@ -155,7 +185,16 @@ def test_every_zero_stage_to_hugging_face_and_back(tmp_path, monkeypatch):
 def test_official_there_and_back(tmp_path, monkeypatch, name, capsys):
     """The same tensors under the same names, heads included that we have no use for."""
     for number, (source, kind) in enumerate([(ORACLE / name, "sharded"), ("0", "official")]):
-        convert(monkeypatch, tmp_path / source, "--to", kind, "--output", tmp_path / str(number), "--verify")
+        convert(
+            monkeypatch,
+            tmp_path / source,
+            "--to",
+            kind,
+            "--output",
+            tmp_path / str(number),
+            "--verify",
+        )
+
     source = torch.load(ORACLE / name, weights_only=True)
     back = torch.load(tmp_path / "1" / "pytorch_model.bin", weights_only=True)
     assert set(back) == set(source)
@@ -170,17 +209,30 @@ def test_bert_there_and_back(tmp_path, monkeypatch, capsys):
     from transformers import BertForMaskedLM
 
     state = random_source(SIZES, tmp_path / "ours")
-    convert(monkeypatch, tmp_path / "ours", "--to", "bert", "--output", tmp_path / "bert", "--verify")
+    convert(
+        monkeypatch, tmp_path / "ours", "--to", "bert", "--output", tmp_path / "bert", "--verify"
+    )
     for line in capsys.readouterr().out.splitlines():
         if line.startswith("verify"):
             assert float(line.split()[-1]) < 1e-5, line
+
     BertForMaskedLM.from_pretrained(tmp_path / "bert").save_pretrained(tmp_path / "again")
     back = open_source(tmp_path / "again", config=SIZES)
     assert back.kind == "bert"
     assert back.layouts
     assert all(torch.equal(back.get(name), state[name]) for name in back.layouts)
+
     with pytest.raises(UsageError, match="BERT has no image side"):
-        convert(monkeypatch, tmp_path / "bert", "--model", write_sizes(tmp_path), "--to", "huggingface", "--output", tmp_path / "x")
+        convert(
+            monkeypatch,
+            tmp_path / "bert",
+            "--model",
+            write_sizes(tmp_path),
+            "--to",
+            "huggingface",
+            "--output",
+            tmp_path / "x",
+        )
 
 
 def write_sizes(folder):
@@ -192,42 +244,83 @@ def write_sizes(folder):
 
 def test_types_and_list(tmp_path, monkeypatch, capsys):
     state = random_source(SIZES, tmp_path / "ours")
-    convert(monkeypatch, tmp_path / "ours", "--to", "sharded", "--dtype", "bfloat16", "--output", tmp_path / "half", "--verify")
+    convert(
+        monkeypatch,
+        tmp_path / "ours",
+        "--to",
+        "sharded",
+        "--dtype",
+        "bfloat16",
+        "--output",
+        tmp_path / "half",
+        "--verify",
+    )
     half = open_source(tmp_path / "half")
     assert all(torch.equal(half.get(name), tensor.bfloat16()) for name, tensor in state.items())
-    difference = float(capsys.readouterr().out.split("verify text_hidden: largest difference ")[1].split()[0])
+    difference = float(
+        capsys.readouterr().out.split("verify text_hidden: largest difference ")[1].split()[0]
+    )
     assert 1e-5 < difference < 0.2
     convert(monkeypatch, tmp_path / "half", "--list")
     lines = capsys.readouterr().out.splitlines()[1:]
     assert lines[-1].startswith(f"{len(state)} tensors, ")
     listed = {line.split()[0]: line.split()[1:] for line in lines[:-1]}
     assert set(listed) == set(state)
-    assert listed["interaction.layers.0.attention.qkv.weight"] == ["96", "x", "32", "bfloat16", "column"]
+    assert listed["interaction.layers.0.attention.qkv.weight"] == [
+        "96",
+        "x",
+        "32",
+        "bfloat16",
+        "column",
+    ]
     assert listed["text_embedding.word.weight"] == ["256", "x", "32", "bfloat16", "vocab"]
 
 
 def test_large_models_pass_tensor_by_tensor(tmp_path):
-    """630 MB of weights are converted with less than 420 MB of memory of its own at a time beyond what the program needs to
-    start; the word embedding alone (94 MB) takes up to three. Pages of mapped files do not count: they can be dropped."""
+    """630 MB of weights are converted with less than 420 MB of memory of its own at a time beyond
+    what the program needs to start; the word embedding alone (94 MB) takes up to three. Pages of
+    mapped files do not count: they can be dropped.
+    """
     random_source(PRESETS["base"], tmp_path / "base")
     command = [sys.executable, str(TOOL), str(tmp_path / "base")]
     idle = peak_memory([*command, "--list"])
+
     for number, flags in enumerate((["sharded", "--tp", "2"], ["official"])):
-        assert peak_memory([*command, "--to", *flags, "--output", str(tmp_path / str(number))]) < idle + 420e6
-    code = "import sys; from megatron_interbert.weights.sources import *; s = open_source(sys.argv[1]);"
+        assert (
+            peak_memory([*command, "--to", *flags, "--output", str(tmp_path / str(number))])
+            < idle + 420e6
+        )
+
+    code = (
+        "import sys; from megatron_interbert.weights.sources import *; s ="
+        " open_source(sys.argv[1]);"
+    )
     code += "x = {n: t.clone() for n, t in s.state().items()}"
-    assert peak_memory([sys.executable, "-c", code, str(tmp_path / "base")]) > idle + 500e6, "a whole model would be noticed"
+    assert peak_memory([sys.executable, "-c", code, str(tmp_path / "base")]) > idle + 500e6, (
+        "a whole model would be noticed"
+    )
 
 
 def peak_memory(command):
     """Largest anonymous memory (bytes) of a process, looked at every 5 ms."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     peak = 0
+
     while process.poll() is None:
         with contextlib.suppress(OSError, IndexError):
-            peak = max(peak, int(Path(f"/proc/{process.pid}/status").read_text().split("RssAnon:")[1].split()[0]))
+            peak = max(
+                peak,
+                int(
+                    Path(f"/proc/{process.pid}/status").read_text().split("RssAnon:")[1].split()[0]
+                ),
+            )
+
         time.sleep(0.005)
+
     assert process.returncode == 0
+
     return peak * 1024
 
 
@@ -243,7 +336,9 @@ class Evil:
 
 def evil_file(path, proof):
     buffer = io.BytesIO()
-    torch.save({"bert.embeddings.word_embeddings.weight": torch.zeros(2, 2), "x": Evil(proof)}, buffer)
+    torch.save(
+        {"bert.embeddings.word_embeddings.weight": torch.zeros(2, 2), "x": Evil(proof)}, buffer
+    )
     path.write_bytes(buffer.getvalue())
 
 
@@ -251,6 +346,7 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
     random_source(SIZES, good := tmp_path / "good")
     for name in ("damaged", "missing", "truncated", "foreign", "other"):
         shutil.copytree(good, tmp_path / name)
+
     weights = next((tmp_path / "damaged").glob("weights-*"))
     data = bytearray(weights.read_bytes())
     data[-5] ^= 1
@@ -259,7 +355,9 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
     os.truncate(next((tmp_path / "truncated").glob("weights-*")), 1000)
     shutil.rmtree(tmp_path / "foreign")
     (tmp_path / "foreign" / "global_step1").mkdir(parents=True)
-    evil_file(tmp_path / "foreign" / "global_step1" / "mp_rank_00_model_states.pt", tmp_path / "ran")
+    evil_file(
+        tmp_path / "foreign" / "global_step1" / "mp_rank_00_model_states.pt", tmp_path / "ran"
+    )
     evil_file(tmp_path / "evil.bin", tmp_path / "ran")
     (tmp_path / "plain.bin").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
     torch.save({"encoder.weight": torch.zeros(2)}, tmp_path / "resnet.bin")
@@ -281,30 +379,63 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
         ("evil.bin",): "would run code",
         ("plain.bin",): "would run code",
         ("good", "--tp", 3): "--tensor-model-parallel-size 3 does not divide",
-        ("good", "--tp", 2, "--to", "official"): "only 'sharded' has one file per tensor-parallel rank",
+        (
+            "good",
+            "--tp",
+            2,
+            "--to",
+            "official",
+        ): "only 'sharded' has one file per tensor-parallel rank",
         ("good", "--output", tmp_path / "other"): "exists already",
         ("good", "--from", "official"): "neither manifest.json, nor model.safetensors",
         ("good", "--vocab-file", tmp_path / "words.txt"): "1 entries, the model has 150",
     }
     bad |= nonsense(tmp_path)
     listing = sorted(p.name for p in tmp_path.iterdir())
+
     for (name, *flags), message in bad.items():
         with pytest.raises(UsageError, match=message):
-            convert(monkeypatch, tmp_path / name, "--to", "sharded", "--output", tmp_path / "out", *flags)
+            convert(
+                monkeypatch,
+                tmp_path / name,
+                "--to",
+                "sharded",
+                "--output",
+                tmp_path / "out",
+                *flags,
+            )
+
         assert sorted(p.name for p in tmp_path.iterdir()) == listing, name
+
     assert not (tmp_path / "ran").exists(), "code from a pickle was run"
 
 
 def nonsense(folder):
-    """Files that are well formed and mean nothing: manifests with a right hash of their own, types nobody has."""
-    manifests = {"list": [], "strings": {"files": {"a": "b"}, "topology": {}}, "sizes": {"files": {}, "topology": {}}}
+    """Files that are well formed and mean nothing: manifests with a right hash of their own, types
+    nobody has.
+    """
+    manifests = {
+        "list": [],
+        "strings": {"files": {"a": "b"}, "topology": {}},
+        "sizes": {"files": {}, "topology": {}},
+    }
     for name, content in manifests.items():
         (folder / name).mkdir()
-        write_manifest(folder / name, content) if content else (folder / name / "manifest.json").write_text("[]")
-    header = json.dumps({"bert.v_embeddings.x": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}).encode()
+        (
+            write_manifest(folder / name, content)
+            if content
+            else (folder / name / "manifest.json").write_text("[]")
+        )
+
+    header = json.dumps(
+        {"bert.v_embeddings.x": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}
+    ).encode()
     (folder / "f8.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"x")
     (folder / "index").mkdir()
-    (folder / "index" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../nothing.safetensors"}}')
+    (folder / "index" / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "../nothing.safetensors"}}'
+    )
+
     return {
         ("list",): "not the manifest of a checkpoint",
         ("strings",): "lists files without their sizes",
@@ -319,11 +450,16 @@ def test_no_space(tmp_path, monkeypatch):
     random_source(SIZES, tmp_path / "good")
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", small], capture_output=True).returncode:
+
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", small], capture_output=True
+    ).returncode:
         pytest.skip("no right to mount a small disk here")
+
     try:
         with pytest.raises(UsageError, match="GB free"):
             convert(monkeypatch, tmp_path / "good", "--to", "sharded", "--output", small / "x")
+
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
         for kind in ("sharded", "official", "huggingface"):
             with pytest.raises(UsageError, match="cannot be written"):
@@ -334,7 +470,9 @@ def test_no_space(tmp_path, monkeypatch):
 
 
 def test_exit_code_and_one_line(tmp_path):
-    result = subprocess.run([sys.executable, TOOL, tmp_path / "none", "--list"], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, TOOL, tmp_path / "none", "--list"], capture_output=True, text=True
+    )
     assert result.returncode == 2
     assert result.stderr == f"error: {tmp_path / 'none'}: no such file or folder\n"
 

@@ -1,4 +1,6 @@
-"""Photos to a region store with small, randomly initialised detectors, against the detectors' own outputs and processors."""
+"""Photos to a region store with small, randomly initialised detectors, against the detectors' own
+outputs and processors.
+"""
 
 import json
 import os
@@ -34,48 +36,99 @@ SOFTMAX = ("detr", "yolos")
 def folders(tmp_path_factory):
     """One saved detector of each kind, with its image processor."""
     place = tmp_path_factory.mktemp("detectors")
+
     for seed, kind in enumerate(KINDS):
         torch.manual_seed(seed)
         model, processor = make_detector(kind)
+
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if "class" in name or "bbox" in name:
                     weight.mul_(8)  # fresh heads give all queries nearly the same scores and boxes
                 elif "query_position" in name or "detection_tokens" in name:
-                    weight.normal_(std=10)  # so do fresh queries, and rounding would decide their order
+                    # so do fresh queries, and rounding would decide their order
+                    weight.normal_(std=10)
                 elif kind in ("detr", "yolos") and weight.dim() == 2:
                     weight.mul_(8)
+
         model.save_pretrained(place / kind)
         processor.save_pretrained(place / kind)
+
     return {kind: place / kind for kind in KINDS}
 
 
 def make_detector(kind):
-    """(model, image processor) with 32 features and 20 queries, for pictures of about 100 pixels."""
+    """(model, image processor) with 32 features and 20 queries, for pictures of about 100
+    pixels.
+    """
     import transformers as t
 
-    labels = {"id2label": dict(enumerate(NAMES)), "label2id": {name: number for number, name in enumerate(NAMES)}}
-    backbone = {"embedding_size": 8, "hidden_sizes": [8, 16, 16, 32], "depths": [1] * 4, "layer_type": "basic"}
+    labels = {
+        "id2label": dict(enumerate(NAMES)),
+        "label2id": {name: number for number, name in enumerate(NAMES)},
+    }
+    backbone = {
+        "embedding_size": 8,
+        "hidden_sizes": [8, 16, 16, 32],
+        "depths": [1] * 4,
+        "layer_type": "basic",
+    }
     levels = ["stage2", "stage3", "stage4"]
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+    }
     size = {"shortest_edge": 96, "longest_edge": 160}
+
     if kind == "rt_detr":
         config = t.RTDetrConfig(
-            backbone_config=t.RTDetrResNetConfig(**backbone, out_features=levels), d_model=32, encoder_hidden_dim=32, decoder_layers=2,
-            encoder_in_channels=[16, 16, 32], decoder_in_channels=[32] * 3, num_queries=QUERIES, num_denoising=0, **heads, **labels,
-        )  # fmt: skip
-        return t.RTDetrForObjectDetection(config), t.RTDetrImageProcessorPil(size={"height": 96, "width": 96})
+            backbone_config=t.RTDetrResNetConfig(**backbone, out_features=levels),
+            d_model=32,
+            encoder_hidden_dim=32,
+            decoder_layers=2,
+            encoder_in_channels=[16, 16, 32],
+            decoder_in_channels=[32] * 3,
+            num_queries=QUERIES,
+            num_denoising=0,
+            **heads,
+            **labels,
+        )
+        return t.RTDetrForObjectDetection(config), t.RTDetrImageProcessorPil(
+            size={"height": 96, "width": 96}
+        )
+
     if kind == "yolos":
         config = t.YolosConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, image_size=[96, 160],
-            num_detection_tokens=QUERIES, **labels,
-        )  # fmt: skip
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=32,
+            image_size=[96, 160],
+            num_detection_tokens=QUERIES,
+            **labels,
+        )
         return t.YolosForObjectDetection(config), t.YolosImageProcessorPil(size=size)
-    common = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "num_queries": QUERIES, **heads, **labels}
+
+    common = {
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "num_queries": QUERIES,
+        **heads,
+        **labels,
+    }
     if kind == "detr":
-        config = t.DetrConfig(backbone_config=t.ResNetConfig(**backbone, out_features=["stage4"]), **common)
+        config = t.DetrConfig(
+            backbone_config=t.ResNetConfig(**backbone, out_features=["stage4"]), **common
+        )
         return t.DetrForObjectDetection(config), t.DetrImageProcessorPil(size=size)
-    config = t.DeformableDetrConfig(backbone_config=t.ResNetConfig(**backbone, out_features=levels), **common)
+
+    config = t.DeformableDetrConfig(
+        backbone_config=t.ResNetConfig(**backbone, out_features=levels), **common
+    )
+
     return t.DeformableDetrForObjectDetection(config), t.DeformableDetrImageProcessorPil(size=size)
 
 
@@ -102,39 +155,61 @@ def test_regions_are_the_models_own(folders, kind):
     model = AutoModelForObjectDetection.from_pretrained(folders[kind]).eval()
     processor = AutoImageProcessor.from_pretrained(folders[kind], backend="pil")
     detector = load_detector(choice(folders[kind], soft_labels=6))
-    assert (detector.feature_dim, detector.num_classes, detector.class_names) == (32, 6, ("background", *NAMES))
+    assert (detector.feature_dim, detector.num_classes, detector.class_names) == (
+        32,
+        6,
+        ("background", *NAMES),
+    )
+
     for path in some_photos(4):
         image = open_photo(path)
         (found,) = detector.detect([image])
         with torch.no_grad():
             output = model(**processor(images=[image], return_tensors="pt"))
+
         check_distributions(found, output, softmax=kind in SOFTMAX)
-        whole = processor.post_process_object_detection(output, threshold=0.0, target_sizes=[image.size[::-1]])[0]
+        whole = processor.post_process_object_detection(
+            output, threshold=0.0, target_sizes=[image.size[::-1]]
+        )[0]
         best = whole["scores"].argmax()
         limit = torch.tensor([*image.size, *image.size])
         torch.testing.assert_close(torch.tensor(found.scores[0]), whole["scores"][best])
-        torch.testing.assert_close(torch.tensor(found.boxes[0]), whole["boxes"][best].clamp(min=0).minimum(limit))
-        assert np.where(found.class_ids[0] > 0)[0][0] == list(found.class_ids[0]).index(whole["labels"][best] + 1)
+        torch.testing.assert_close(
+            torch.tensor(found.boxes[0]), whole["boxes"][best].clamp(min=0).minimum(limit)
+        )
+        assert np.where(found.class_ids[0] > 0)[0][0] == list(found.class_ids[0]).index(
+            whole["labels"][best] + 1
+        )
 
 
 def check_distributions(found, output, softmax):
     """Rows of `found` against logits and states of the model, worked out here in float64."""
     logits = output.logits[0].double().numpy()
+
     if softmax:
         probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-        scores, dense = probs[:, :-1].max(1), np.roll(probs, 1, axis=1)
+        scores = probs[:, :-1].max(1)
+        dense = np.roll(probs, 1, axis=1)
     else:
         probs = 1 / (1 + np.exp(-logits))
-        scores, total = probs.max(1), probs.sum(1, keepdims=True)
+        scores = probs.max(1)
+        total = probs.sum(1, keepdims=True)
         dense = np.concatenate([np.maximum(1 - total, 0), probs / np.maximum(total, 1)], axis=1)
+
     order = np.argsort(-scores, kind="stable")
     assert len(found.scores) == QUERIES, "each query once, however many of its classes score"
     np.testing.assert_allclose(found.scores, scores[order], atol=1e-6)
-    np.testing.assert_allclose(found.features, output.last_hidden_state[0, -QUERIES:].numpy()[order], atol=1e-5)
+    np.testing.assert_allclose(
+        found.features, output.last_hidden_state[0, -QUERIES:].numpy()[order], atol=1e-5
+    )
+
     for row, query in enumerate(order):
-        np.testing.assert_allclose(found.class_probs[row], dense[query][found.class_ids[row]], atol=1e-6)
+        np.testing.assert_allclose(
+            found.class_probs[row], dense[query][found.class_ids[row]], atol=1e-6
+        )
         assert sorted(found.class_ids[row]) == list(range(6))
         assert (np.diff(found.class_probs[row]) <= 0).all(), "most likely first"
+
     np.testing.assert_allclose(found.class_probs.sum(1), 1, atol=1e-5)
 
 
@@ -144,37 +219,59 @@ def test_neighbours_in_a_batch_change_nothing(folders, kind):
     detector = load_detector(choice(folders[kind]))
     images = [open_photo(path) for path in some_photos(8)]
     alone = [detector.detect([image])[0] for image in images]
+
     for size in (4, 8):
-        together = [found for start in range(0, 8, size) for found in detector.detect(images[start : start + size])]
+        together = [
+            found
+            for start in range(0, 8, size)
+            for found in detector.detect(images[start : start + size])
+        ]
+
         for one, other in zip(alone, together, strict=True):
             for name in ("features", "scores", "class_probs", "boxes"):
-                np.testing.assert_allclose(getattr(other, name), getattr(one, name), atol=1e-3 if name == "boxes" else 1e-5)
+                np.testing.assert_allclose(
+                    getattr(other, name), getattr(one, name), atol=1e-3 if name == "boxes" else 1e-5
+                )
 
 
 @needs_shared
 def test_number_and_order_of_regions(folders):
-    source = PhotoSource(PHOTOS, choice(folders["rt_detr"]), batch_size=4, max_regions=9, min_regions=3, min_score=0.55)
+    source = PhotoSource(
+        PHOTOS,
+        choice(folders["rt_detr"]),
+        batch_size=4,
+        max_regions=9,
+        min_regions=3,
+        min_score=0.55,
+    )
     unit = source.units(12)[1]
     assert unit == sorted(path.name for path in PHOTOS.glob("*.jpg"))[12:24]
     records = list(source.read(unit))
     assert [record.regions.image_id + ".jpg" for record in records] == unit
-    detector, counts = load_detector(choice(folders["rt_detr"])), set()
+    detector = load_detector(choice(folders["rt_detr"]))
+    counts = set()
+
     for record, name in zip(records, unit, strict=True):
         (found,) = detector.detect([open_photo(PHOTOS / name)])
         passing = sum(score >= 0.55 for score in found.scores)
         assert len(record.regions.features) == min(max(passing, 3), 9)
         counts.add(len(record.regions.features))
-        np.testing.assert_allclose(record.regions.features, found.features[: len(record.regions.features)], atol=4e-3)
+        np.testing.assert_allclose(
+            record.regions.features, found.features[: len(record.regions.features)], atol=4e-3
+        )
         boxes, (width, height) = record.regions.boxes, record.regions.size
         assert boxes.min() >= 0
         assert (boxes <= [width, height, width, height]).all()
         assert (boxes[:, 2:] >= boxes[:, :2]).all()
+
     assert len(counts) > 1, "the limits must have been tried"
 
 
 def test_boxes_end_at_the_edges():
     boxes = pixel_boxes(torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.9, 0.1, 0.4, 0.4]]), (200, 100))
-    torch.testing.assert_close(boxes, torch.tensor([[50.0, 25.0, 150.0, 75.0], [140.0, 0.0, 200.0, 30.0]]))
+    torch.testing.assert_close(
+        boxes, torch.tensor([[50.0, 25.0, 150.0, 75.0], [140.0, 0.0, 200.0, 30.0]])
+    )
 
 
 def test_class_distributions_worked_out_by_hand():
@@ -193,7 +290,11 @@ def test_class_distributions_worked_out_by_hand():
 def write_captions(path):
     rows = map(json.loads, (PHOTOS / "meta.jsonl").read_text().splitlines())
     path.write_text(
-        "".join(json.dumps({"image_id": row["file"], "caption": text}) + "\n" for row in rows for text in row["captions"])
+        "".join(
+            json.dumps({"image_id": row["file"], "caption": text}) + "\n"
+            for row in rows
+            for text in row["captions"]
+        )
     )
     return path
 
@@ -210,8 +311,15 @@ def spoil(folder):
     (folder / "again").mkdir()
     shutil.copy(good, folder / "again" / good.name)
     (folder / "notes.txt").write_text("no photo")
+
     # "again/..." comes behind the numbered photos in sorted order
-    return {"cut": "decoded", "text": "not a picture", "nothing": "empty file", "huge": "too many pixels", good.stem: "seen before"}
+    return {
+        "cut": "decoded",
+        "text": "not a picture",
+        "nothing": "empty file",
+        "huge": "too many pixels",
+        good.stem: "seen before",
+    }
 
 
 @needs_shared
@@ -220,21 +328,42 @@ def test_whole_folder_with_one_process_and_with_two(folders, tmp_path):
     shutil.copytree(PHOTOS, photos)
     bad = spoil(photos)
     captions = write_captions(tmp_path / "captions.jsonl")
-    flags = (photos, "--detector", folders["detr"], "--images-per-shard", 20, "--batch-size", 4, "--captions", captions)
+    flags = (
+        photos,
+        "--detector",
+        folders["detr"],
+        "--images-per-shard",
+        20,
+        "--batch-size",
+        4,
+        "--captions",
+        captions,
+    )
+
     for workers in (1, 2):
-        code, out, err = extract(*flags, "--output", tmp_path / f"store{workers}", "--workers", workers)
+        code, out, err = extract(
+            *flags, "--output", tmp_path / f"store{workers}", "--workers", workers
+        )
         assert code == 0, out + err
         assert "51 images, " in out, out
         assert "255 captions, 5 photos dropped" in out, out
+
     one, two = (RegionStore(str(tmp_path / f"store{workers}")) for workers in (1, 2))
     assert one.manifest == two.manifest, "hashes of all files are in it"
     detector = one.manifest["detector"]
-    assert (detector["name"], detector["revision"], detector["model"]) == ("detr", "", "DetrForObjectDetection")
+    assert (detector["name"], detector["revision"], detector["model"]) == (
+        "detr",
+        "",
+        "DetrForObjectDetection",
+    )
     assert detector["size"] == {"shortest_edge": 96, "longest_edge": 160}
     assert detector["weights_sha256"] == sha256(folders["detr"] / "model.safetensors")
     assert one.manifest["class_names"] == ["background", *NAMES]
     assert len(one.manifest["shards"]) == 3
-    report = [json.loads(line) for line in (tmp_path / "store1" / "dropped.jsonl").read_text().splitlines()]
+    report = [
+        json.loads(line)
+        for line in (tmp_path / "store1" / "dropped.jsonl").read_text().splitlines()
+    ]
     assert len(report) == len(bad)
     for row in report:
         assert bad[row["image_id"]] in row["reason"], row
@@ -260,10 +389,14 @@ def test_turned_and_unusual_pictures(folders, tmp_path):
     Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
     upright.convert("CMYK").save(tmp_path / "print.jpeg")
     upright.convert("L").save(tmp_path / "grey.webp", lossless=True)
-    np.testing.assert_array_equal(np.asarray(open_photo(tmp_path / "deep.png"))[..., 1], pixels[..., 0])
+    np.testing.assert_array_equal(
+        np.asarray(open_photo(tmp_path / "deep.png"))[..., 1], pixels[..., 0]
+    )
     found = {
         r.regions.image_id: r.regions
-        for r in PhotoSource(tmp_path, choice(folders["detr"])).read(sorted(p.name for p in tmp_path.iterdir()))
+        for r in PhotoSource(tmp_path, choice(folders["detr"])).read(
+            sorted(p.name for p in tmp_path.iterdir())
+        )
     }
     assert len(found) == 5
     assert found["turned"].size == (60.0, 90.0)
@@ -274,9 +407,11 @@ def test_links_to_photos_are_photos_and_pipes_are_not(folders, tmp_path):
     """A folder of links is how people choose some of their photos."""
     from PIL import Image
 
-    photos, others = tmp_path / "photos", tmp_path / "others"
+    photos = tmp_path / "photos"
+    others = tmp_path / "others"
     for folder in (photos, others):
         folder.mkdir()
+
     Image.new("RGB", (100, 80)).save(others / "own.png")
     (photos / "chosen.png").symlink_to("../others/own.png")
     (photos / "nowhere.png").symlink_to("absent.png")
@@ -290,11 +425,14 @@ def test_links_to_photos_are_photos_and_pipes_are_not(folders, tmp_path):
         assert results[name].reason == "picture cannot be read", name
 
 
-def test_a_photo_that_the_detector_cannot_take_does_not_stop_the_others(folders, tmp_path, monkeypatch):
+def test_a_photo_that_the_detector_cannot_take_does_not_stop_the_others(
+    folders, tmp_path, monkeypatch
+):
     from PIL import Image
 
     for number in range(4):
         Image.new("RGB", (100 + number, 80)).save(tmp_path / f"{number}.png")
+
     source = PhotoSource(tmp_path, choice(folders["detr"]))
     original = TransformersDetector.prepare
 
@@ -319,6 +457,7 @@ def test_wrong_use_is_one_line(folders, tmp_path):
         PhotoSource(tmp_path, choice("x"))
     with pytest.raises(UsageError, match="no object detection model that transformers can load"):
         load_detector(choice(tmp_path))
+
     classifier = tmp_path / "classifier"
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
     ResNetForImageClassification(config).save_pretrained(classifier)
@@ -327,7 +466,10 @@ def test_wrong_use_is_one_line(folders, tmp_path):
         load_detector(choice(classifier))
     with pytest.raises(UsageError, match="only for torchvision detectors"):
         load_detector(choice(folders["detr"], weights="x.pth"))
-    code, out, err = extract(tmp_path, "--detector", folders["detr"], "--output", tmp_path / "store")
+
+    code, out, err = extract(
+        tmp_path, "--detector", folders["detr"], "--output", tmp_path / "store"
+    )
     assert (code, out, err.count("\n")) == (2, "", 1), out + err
     assert err.startswith("error: ")
     assert not (tmp_path / "store").exists()
@@ -341,7 +483,10 @@ def test_weights_that_are_missing_are_refused(folders, tmp_path):
     state = load_file(broken / "model.safetensors")
     del state["class_labels_classifier.weight"]
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UsageError, match=r"1 weights are missing .* first class_labels_classifier.weight"):
+
+    with pytest.raises(
+        UsageError, match=r"1 weights are missing .* first class_labels_classifier.weight"
+    ):
         load_detector(choice(broken))
 
 
@@ -357,17 +502,32 @@ def test_torchvision_boxes_and_features(tmp_path):
         from torchvision.models import get_model
     except (ImportError, RuntimeError) as error:
         pytest.skip(f"no torchvision for this torch: {str(error).splitlines()[0]}")
+
     torch.manual_seed(0)
     name = "fasterrcnn_mobilenet_v3_large_320_fpn"
-    model = get_model(name, weights=None, weights_backbone=None, num_classes=11, box_score_thresh=0.0, box_detections_per_img=10000)
+    model = get_model(
+        name,
+        weights=None,
+        weights_backbone=None,
+        num_classes=11,
+        box_score_thresh=0.0,
+        box_detections_per_img=10000,
+    )
     torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.05)
     torch.save(model.eval().state_dict(), tmp_path / "weights.pth")
-    detector = load_detector(choice(f"torchvision:{name}", weights=str(tmp_path / "weights.pth"), soft_labels=11))
+    detector = load_detector(
+        choice(f"torchvision:{name}", weights=str(tmp_path / "weights.pth"), soft_labels=11)
+    )
     assert (detector.feature_dim, detector.num_classes, detector.class_names) == (1024, 11, ())
     seen = {}
-    model.roi_heads.box_head.register_forward_hook(lambda module, inputs, output: seen.update(states=output))
-    model.roi_heads.box_predictor.register_forward_hook(lambda module, inputs, output: seen.update(logits=output[0]))
+    model.roi_heads.box_head.register_forward_hook(
+        lambda module, inputs, output: seen.update(states=output)
+    )
+    model.roi_heads.box_predictor.register_forward_hook(
+        lambda module, inputs, output: seen.update(logits=output[0])
+    )
     images = [open_photo(path) for path in some_photos(4)]
+
     for image, found in zip(images, detector.detect(images), strict=True):
         with torch.no_grad():
             output = model([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255])[0]
@@ -375,12 +535,17 @@ def test_torchvision_boxes_and_features(tmp_path):
 
 
 def check_faster_rcnn(found, states, probs, output):
-    """Rows of `found` against what hooks saw in the model (states [P, F], probs [P, C]) and its own detections."""
+    """Rows of `found` against what hooks saw in the model (states [P, F], probs [P, C]) and its own
+    detections.
+    """
     assert len(found.scores) > 5
+
     for row in range(5):
         proposal = (states - torch.from_numpy(found.features[row])).abs().amax(1).argmin()
         np.testing.assert_allclose(found.features[row], states[proposal], atol=1e-4)
-        np.testing.assert_allclose(found.class_probs[row], probs[proposal][found.class_ids[row]], atol=1e-5)
+        np.testing.assert_allclose(
+            found.class_probs[row], probs[proposal][found.class_ids[row]], atol=1e-5
+        )
         label = probs[proposal, 1:].argmax() + 1
         same_class = output["boxes"][output["labels"] == label]
         assert (same_class - torch.from_numpy(found.boxes[row])).abs().amax(1).min() < 0.01

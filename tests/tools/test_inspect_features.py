@@ -1,4 +1,6 @@
-"""`tools/inspect_features.py` as users call it: report, page, JSON, exit codes, damaged stores, slow layouts."""
+"""`tools/inspect_features.py` as users call it: report, page, JSON, exit codes, damaged stores,
+slow layouts.
+"""
 
 import json
 import re
@@ -28,10 +30,12 @@ def rewrite(store, name, change, shard=0, **layout):
     manifest = json.loads((store / "manifest.json").read_text())
     entry = manifest["shards"][shard]
     path = store / entry["file"]
+
     with h5py.File(path, "a") as file:
         values = file[name][:]
         del file[name]
         file.create_dataset(name, data=change(values), **layout)
+
     entry["bytes"] = path.stat().st_size
     (store / "manifest.json").write_text(json.dumps(manifest))
 
@@ -39,8 +43,11 @@ def rewrite(store, name, change, shard=0, **layout):
 @needs_shared
 def test_real_store_passes_with_a_page_of_photos(tmp_path):
     store = write_real(tmp_path / "real")
-    code, out, err = inspect(store, "--photos", DATA / "images", "--verify-hashes", "--output", tmp_path / "look")
+    code, out, err = inspect(
+        store, "--photos", DATA / "images", "--verify-hashes", "--output", tmp_path / "look"
+    )
     assert code == 0, out + err
+
     for line in (
         "20 images, 807 regions, 59 captions",
         "image_features    416 x 2048     float16  contiguous",
@@ -54,15 +61,24 @@ def test_real_store_passes_with_a_page_of_photos(tmp_path):
         "0 problems, 1 warning",
     ):
         assert line in out, line
+
     report = json.loads((tmp_path / "look" / "inspection.json").read_text())
     assert report["problems"] == 0
-    assert report["counts"]["inspected"] == {"images": 20, "read": 20, "regions": 807, "captions": 59}
+    assert report["counts"]["inspected"] == {
+        "images": 20,
+        "read": 20,
+        "regions": 807,
+        "captions": 59,
+    }
     page = (tmp_path / "look" / "inspection.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 20
     assert page.count("<figure>") == 20
     assert "A calico cat steps through the window of a rusty old car." in page
     assert not re.search(r"(src|href)=\"?https?:|@import|url\(", page), "the page stands alone"
-    assert sorted(p.name for p in (tmp_path / "look").iterdir()) == ["inspection.html", "inspection.json"]
+    assert sorted(p.name for p in (tmp_path / "look").iterdir()) == [
+        "inspection.html",
+        "inspection.json",
+    ]
 
 
 @needs_shared
@@ -83,15 +99,25 @@ def test_wrong_ids_and_boxes_fail_with_what_mends_them(tmp_path):
 
 def test_the_generated_corpus_passes(tmp_path):
     code, out, err = launch(
-        sys.executable, "tools/make_sample.py", "--output", tmp_path, "--train-scenes", 200, "--test-scenes", 2
-    )  # fmt: skip
+        sys.executable,
+        "tools/make_sample.py",
+        "--output",
+        tmp_path,
+        "--train-scenes",
+        200,
+        "--test-scenes",
+        2,
+    )
     assert code == 0, out + err
     code, out, err = inspect(tmp_path / "train")
     assert code == 0, out + err
     assert "ok       class ids: class ids are right: names fit the captions best as they are" in out
     assert "ok       box format" in out
     assert "0 problems, 0 warnings" in out
-    assert "Generated scenes, not photographs." in (tmp_path / "train-inspection" / "inspection.html").read_text()
+    assert (
+        "Generated scenes, not photographs."
+        in (tmp_path / "train-inspection" / "inspection.html").read_text()
+    )
 
 
 def test_damage_is_listed_not_raised(tmp_path):
@@ -111,7 +137,10 @@ def test_damage_is_listed_not_raised(tmp_path):
     assert "problem  hashes: not as manifest.json says by sha256: 1 of the files" in out
     report = json.loads((tmp_path / "store-inspection" / "inspection.json").read_text())
     assert report["counts"]["inspected"]["read"] == 30
-    assert [v["about"] for v in report["verdicts"] if v["level"] == "problem"] == ["records", "hashes"]
+    assert [v["about"] for v in report["verdicts"] if v["level"] == "problem"] == [
+        "records",
+        "hashes",
+    ]
 
 
 def test_a_shard_that_is_no_hdf5_is_listed(tmp_path):
@@ -127,13 +156,22 @@ def test_a_shard_that_is_no_hdf5_is_listed(tmp_path):
 
 def test_a_slow_layout_is_named_with_its_cost(tmp_path):
     store = write_store(tmp_path / "store", images=40, images_per_shard=20)
-    rewrite(store, "image_features", lambda f: f.astype(np.float32), 1, chunks=(64, 24), compression="gzip")
+    rewrite(
+        store,
+        "image_features",
+        lambda f: f.astype(np.float32),
+        1,
+        chunks=(64, 24),
+        compression="gzip",
+    )
     code, out, _ = inspect(store)
     assert code == 0
     assert "warning  layout: 1 of 2 shards are slow to read" in out
     assert "image_features is float32: converted to float16 at every read" in out
     assert re.search(
-        r"image_features in chunks of 64 x 24, gzip: an image of \d regions decompresses \(gzip\) about 1.1 chunks, ", out
+        r"image_features in chunks of 64 x 24, gzip: an image of \d regions decompresses \(gzip\)"
+        r" about 1.1 chunks, ",
+        out,
     )
     assert f"> python tools/build_features.py {store} --output NEW" in out
     assert "           shard-00001.h5\n" in out
@@ -146,7 +184,10 @@ def test_names_from_a_file(tmp_path):
         code, out, _ = inspect(store, "--class-names", tmp_path / "names.txt")
         assert code == 0, out
         assert re.search(r"classes: (\w+ \d+, )*cat \d+", out)
-    assert "warning  class ids: not enough evidence" in out, "the captions of this corpus are random"
+
+    assert "warning  class ids: not enough evidence" in out, (
+        "the captions of this corpus are random"
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,4 +225,5 @@ def test_running_again_replaces_the_page(tmp_path):
         code, _, _ = inspect(store, "--examples", examples, "--output", tmp_path / "look")
         assert code == 0
         assert (tmp_path / "look" / "inspection.html").read_text().count("<figure>") == examples
+
     shutil.rmtree(tmp_path / "look")

@@ -1,4 +1,7 @@
-"""The locks against pins and installed packages; licences, advisories: real files, a real server."""
+"""The locks against pins and installed packages.
+
+Licences, advisories: real files, a real server.
+"""
 
 import http.server
 import json
@@ -39,6 +42,7 @@ def folder(tmp_path):
     (tmp_path / "requirements").mkdir()
     (tmp_path / "requirements/common.lock").write_text(COMMON)
     (tmp_path / "requirements/cuda.lock").write_text(CUDA)
+
     return tmp_path
 
 
@@ -73,11 +77,14 @@ def test_the_locks_of_this_checkout():
             if "==" in line and not line.startswith((" ", "#")):
                 last = line.split()[0]
                 hashes[last] = 0
+
             if line.startswith("    --hash=sha256:"):
                 hashes[last] += 1
+
     pins = (ROOT / "requirements.txt").read_text().splitlines()
     for pin in (line.split()[0] for line in pins if not line.startswith("#")):
         assert pin.lower().replace("_", "-") in hashes
+
     assert min(hashes.values()) > 0
     names = {locked.split("==")[0] for locked in hashes}
     assert names >= {"starlette", "h11", "pydantic", "nvidia-nccl-cu13"}
@@ -187,7 +194,10 @@ def test_uv_that_cannot_resolve(folder):
 
 
 def test_licences(tmp_path):
-    """The list of this checkout; a package not listed, one too many, a GPL, another than installed."""
+    """The list of this checkout.
+
+    A package not listed, one too many, a GPL, another than installed.
+    """
     code, said, wrong = command("licences.py", "--check")
     assert (code, len(said)) == (0, 1), wrong
 
@@ -304,4 +314,5 @@ def test_wrong_folders(tmp_path):
         code, said, wrong = command(tool, cwd=tmp_path)
         assert (code, said, len(wrong)) == (2, [], 1)
         assert "no such file; run this in the checkout" in wrong[0]
+
     assert list(Path(tmp_path).iterdir()) == []

@@ -25,7 +25,9 @@ def store(tmp_path_factory):
 
 @pytest.fixture
 def copy(store, tmp_path):
-    return shutil.copytree(store, tmp_path / "store", ignore=shutil.ignore_patterns(f"{HARD_NEGATIVES}*"))
+    return shutil.copytree(
+        store, tmp_path / "store", ignore=shutil.ignore_patterns(f"{HARD_NEGATIVES}*")
+    )
 
 
 def refused(*flags):
@@ -39,7 +41,10 @@ def test_what_it_writes_and_prints(store):
     code, out, err = launch(*COMMAND, store, "--check-recall", 50, "--show", 2)
     assert code == 0, out + err
     assert "900 captions, 30.0 negatives each, 0 with none; mean similarity 0.4" in out
-    assert "recall 1.000 of the exact search's negatives on 50 captions; mean similarity lower by 0.0000" in out
+    assert (
+        "recall 1.000 of the exact search's negatives on 50 captions; mean similarity lower by"
+        " 0.0000" in out
+    )
     assert sum(line.startswith("    0.") for line in out.splitlines()) == 6
     opened = RegionStore(str(store))
     table = opened.hard_negatives()
@@ -52,16 +57,21 @@ def test_what_it_writes_and_prints(store):
     assert "exists already; give --overwrite" in refused(store)
     code, out, err = launch(*COMMAND, store, "--mode", "exact", "--overwrite")
     assert code == 0, out + err
-    assert (store / HARD_NEGATIVES).read_bytes() == before, "this store is so small that the budget is never spent"
+    assert (store / HARD_NEGATIVES).read_bytes() == before, (
+        "this store is so small that the budget is never spent"
+    )
 
 
 def test_killed_at_random_it_ends_in_the_same_bytes(copy):
     code, out, err = launch(*COMMAND, copy, *MANY_BLOCKS)
     assert code == 0, out + err
-    output, partial = copy / HARD_NEGATIVES, copy / f"{HARD_NEGATIVES}.partial"
+    output = copy / HARD_NEGATIVES
+    partial = copy / f"{HARD_NEGATIVES}.partial"
     whole = output.read_bytes()
     output.unlink()
-    chance, went_on = random.Random(0), 0
+    chance = random.Random(0)
+    went_on = 0
+
     for wanted in (1, 20, 40, 60, 80, 90):
         process = start(*COMMAND, copy, *MANY_BLOCKS)
         while process.poll() is None and len(list(partial.glob("block-*.npy"))) < wanted:
@@ -69,10 +79,12 @@ def test_killed_at_random_it_ends_in_the_same_bytes(copy):
         time.sleep(chance.uniform(0, 0.02))
         kill_session(process)
         went_on += partial.exists()
+
     assert went_on >= 3
     if not output.exists() or partial.exists():
         code, out, err = launch(*COMMAND, copy, *MANY_BLOCKS)
         assert code == 0, out + err
+
     assert output.read_bytes() == whole
     assert not partial.exists()
 
@@ -82,6 +94,7 @@ def test_other_options_on_unfinished_work(copy):
     partial = copy / f"{HARD_NEGATIVES}.partial"
     while process.poll() is None and not list(partial.glob("block-*.npy")):
         time.sleep(0.001)
+
     kill_session(process)
     assert partial.exists()
     error = refused(copy, *MANY_BLOCKS, "--ngrams", "2", "--top", 5)
@@ -106,6 +119,7 @@ def test_wrong_use_is_one_line(copy, tmp_path):
         (("--check-recall", -1), "--check-recall is -1, expected"),
     ):
         assert text in refused(copy, *flags), flags
+
     assert sorted(p.name for p in copy.iterdir() if HARD_NEGATIVES in p.name) == []
 
 

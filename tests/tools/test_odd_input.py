@@ -7,7 +7,15 @@ from tests.launching import launch
 
 def test_odd_input_is_one_line():
     """In a process of its own, which forks: this one has threads."""
-    campaign = (sys.executable, "-m", "tests.campaigns.odd_input", "--share", 0.03, "--mutations", 4)
+    campaign = (
+        sys.executable,
+        "-m",
+        "tests.campaigns.odd_input",
+        "--share",
+        0.03,
+        "--mutations",
+        4,
+    )
     code, out, err = launch(*campaign, warm=False)
     assert code == 0, out + err
     assert out.rstrip().endswith(" 0 faults")

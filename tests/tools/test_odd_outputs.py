@@ -1,4 +1,6 @@
-"""Outputs that cannot be: one line that names the flag, before any work, and nothing is left or harmed."""
+"""Outputs that cannot be: one line that names the flag, before any work, and nothing is left or
+harmed.
+"""
 
 import sys
 

@@ -1,4 +1,6 @@
-"""Weights that are not as they should be: odd configurations, indexes, facts and files are named, NaN is said."""
+"""Weights that are not as they should be: odd configurations, indexes, facts and files are named,
+NaN is said.
+"""
 
 import json
 import re
@@ -85,6 +87,7 @@ def test_odd_indexes_are_one_line(exported, tmp_path, parts, message):
     for kind in ("auto", "huggingface", "bert", "official"):
         with pytest.raises(UsageError, match=message):
             open_source(folder, kind)
+
     with pytest.raises(UsageError, match=r"index.json"):
         recognise(shutil.copytree(folder, tmp_path / "bert", ignore=lambda *_: ["config.json"]))
 
@@ -96,6 +99,7 @@ def test_parts_that_do_not_fit_are_one_line(tmp_path):
     tensors["bert.encoder.layer.0.attention.self.query.weight"] = torch.zeros(3, 5)
     save_file(tensors, tmp_path / "bert" / "model.safetensors")
     source = open_source(tmp_path / "bert", config=SIZES)
+
     with pytest.raises(
         UsageError,
         match=r"bert: interaction.layers.0.attention.qkv.weight: not a sound bert source",
@@ -127,6 +131,7 @@ def test_what_is_passed_over_is_said(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     for step in (1, 3):
         random_source(SIZES, run / f"global_step{step}")
+
     (run / "best").symlink_to("global_step1")
     load_model(str(run), ("itm",), "torch", torch.device("cpu"))
     convert(monkeypatch, run, "--list")
@@ -142,7 +147,10 @@ def test_what_is_passed_over_is_said(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == line
 
     (run / "global_step3" / "manifest.json").unlink()
-    line = f"note: {run}/global_step3 has no manifest.json and is no whole checkpoint; global_step1 is taken instead\n"
+    line = (
+        f"note: {run}/global_step3 has no manifest.json and is no whole checkpoint; global_step1 is"
+        " taken instead\n"
+    )
     convert(monkeypatch, run, "--list")
     assert capsys.readouterr().out.startswith(line)
     load_model(str(run), ("itm",), "torch", torch.device("cpu"))
@@ -176,6 +184,7 @@ def test_values_that_a_type_cannot_hold_are_refused(exported, tmp_path, monkeypa
             "--output",
             tmp_path / "out",
         )
+
     assert not (tmp_path / "out").exists()
     convert(
         monkeypatch, spoilt, "--to", "sharded", "--dtype", "bfloat16", "--output", tmp_path / "out"
@@ -188,4 +197,5 @@ def spoil(exported, tmp_path, value):
     tensors = load_file(folder / "model.safetensors")
     tensors["interbert.text_embedding.norm.bias"][0] = value
     save_file(tensors, folder / "model.safetensors")
+
     return folder

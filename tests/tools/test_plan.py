@@ -1,4 +1,6 @@
-"""tools/plan.py: layouts that fit, as a table and as JSON; the arithmetic itself is tested in tests/training/test_memory.py."""
+"""tools/plan.py: layouts that fit, as a table and as JSON; the arithmetic itself is tested in
+tests/training/test_memory.py.
+"""
 
 import json
 import sys
@@ -20,7 +22,17 @@ def refused(monkeypatch, *flags):
 
 
 def test_a_table_of_layouts_that_fit(tmp_path):
-    code, out, err = launch(*COMMAND, "--gpus", 4, "--gpu-memory", 16, "--global-batch-size", 4096, "--output", tmp_path / "p.json")
+    code, out, err = launch(
+        *COMMAND,
+        "--gpus",
+        4,
+        "--gpu-memory",
+        16,
+        "--global-batch-size",
+        4096,
+        "--output",
+        tmp_path / "p.json",
+    )
     assert code == 0, err
     layouts = json.loads((tmp_path / "p.json").read_text())["layouts"]
     assert len(out.strip().splitlines()) == 3 + len(layouts)
@@ -28,7 +40,12 @@ def test_a_table_of_layouts_that_fit(tmp_path):
     for row in layouts:
         assert 0 < row["peak"] <= 0.9 * 16 * 2**30
         assert row["micro_batch_size"] <= 4096 // row["data"]
-    kept = {row["recompute"]: row["micro_batch_size"] for row in layouts if (row["tensor"], row["zero_stage"]) == (1, 1)}
+
+    kept = {
+        row["recompute"]: row["micro_batch_size"]
+        for row in layouts
+        if (row["tensor"], row["zero_stage"]) == (1, 1)
+    }
     assert kept[True] >= kept[False]
 
 
@@ -40,19 +57,29 @@ def test_a_given_micro_batch_must_fit():
 
 def test_what_cannot_be_is_one_line(monkeypatch):
     for flags, line in (
-        (("--gpu-memory", 0.3), "nothing fits 8 devices of 0.3 GiB; more of them, or a smaller model"),
+        (
+            ("--gpu-memory", 0.3),
+            "nothing fits 8 devices of 0.3 GiB; more of them, or a smaller model",
+        ),
         (("--micro-batch-size", -4), "--micro-batch-size is -4, expected more than 0"),
         (("--gpu-memory", "nan"), "argument --gpu-memory: 'nan', expected a finite number"),
         (("--gpu-memory", "inf"), "argument --gpu-memory: 'inf', expected a finite number"),
         (("--gpu-memory", -1), "--gpu-memory is -1.0, expected more than 0"),
         (("--gpus", "many"), "argument --gpus: invalid int value: 'many'"),
         (("--output", "."), "--output .: is a folder, expected a file to write"),
-        (("--micro-batch-size", 10**6), "nothing fits 8 devices of 80 GiB; more of them, or fewer samples at a time"),
+        (
+            ("--micro-batch-size", 10**6),
+            "nothing fits 8 devices of 80 GiB; more of them, or fewer samples at a time",
+        ),
         (("--global-batch-size", -3), "--global-batch-size is -3, expected 0 or more"),
         (("--gpus", 0), "--gpus is 0, expected more than 0"),
-        (("--model", "sample"), "--model sample takes sizes from its data; give a JSON file with all sizes, or base"),
+        (
+            ("--model", "sample"),
+            "--model sample takes sizes from its data; give a JSON file with all sizes, or base",
+        ),
     ):
         assert refused(monkeypatch, *flags) == line
+
     code, out, err = launch(*COMMAND, *flags)
     assert (code, out, err.strip()) == (2, "", f"error: {line}")
 

@@ -1,4 +1,6 @@
-"""The generated corpus: the same for a seed, labelled as generated, captions true of their scenes; evaluation over it."""
+"""The generated corpus: the same for a seed, labelled as generated, captions true of their scenes;
+evaluation over it.
+"""
 
 import json
 import re
@@ -17,7 +19,9 @@ FLAGS = ("--train-scenes", 60, "--test-scenes", 12)
 
 
 def make(folder, *flags):
-    code, out, err = launch(sys.executable, "tools/make_sample.py", "--output", folder, *FLAGS, *flags)
+    code, out, err = launch(
+        sys.executable, "tools/make_sample.py", "--output", folder, *FLAGS, *flags
+    )
     assert code == 0, out + err
     return folder
 
@@ -28,11 +32,14 @@ def corpus(tmp_path_factory):
 
 
 def test_a_seed_decides_everything(corpus, tmp_path):
-    same, other = make(tmp_path / "same"), make(tmp_path / "other", "--seed", 1)
+    same = make(tmp_path / "same")
+    other = make(tmp_path / "other", "--seed", 1)
 
     def digest(folder):
         store = RegionStore(str(folder / "train"))
-        return [store.caption(i) for i in range(store.num_captions)], store.read(5).features.tobytes()
+        return [store.caption(i) for i in range(store.num_captions)], store.read(
+            5
+        ).features.tobytes()
 
     assert digest(same) == digest(corpus)
     assert digest(other) != digest(corpus)
@@ -45,8 +52,12 @@ def test_it_is_labelled_and_complete(corpus):
         assert store.num_images == scenes
         assert set(store.languages()) == {"en", "zh"}
         tokenizer = CaptionTokenizer(str(corpus / split / "vocab.txt"))
+
         for i in range(store.num_captions):
-            assert tokenizer.unknown not in tokenizer.encode(store.caption(i), 64).ids, store.caption(i)
+            assert tokenizer.unknown not in tokenizer.encode(store.caption(i), 64).ids, (
+                store.caption(i)
+            )
+
     assert file_sha256(corpus / "train" / "vocab.txt") == file_sha256(corpus / "test" / "vocab.txt")
 
 
@@ -54,14 +65,21 @@ def test_captions_name_objects_that_are_there_with_overlapping_boxes(corpus):
     store = RegionStore(str(corpus / "train"))
     names = store.manifest["class_names"]
     overlapping = 0
+
     for caption in trainable_captions(store, "en"):
         regions = store.read(int(store.caption_image[caption]))
-        there = {names[i] for i in regions.class_ids[np.arange(len(regions.class_ids)), regions.class_probs.argmax(1)]}
+        there = {
+            names[i]
+            for i in regions.class_ids[
+                np.arange(len(regions.class_ids)), regions.class_probs.argmax(1)
+            ]
+        }
         named = set(re.findall(r"[a-z]+", store.caption(int(caption)))) & set(names)
         assert named
         assert named <= there
         overlapping += len(there) < len(regions.features)
         assert (regions.class_probs.sum(1) <= 1 + 1e-5).all()
+
     assert overlapping > 40
 
 
@@ -80,13 +98,34 @@ def test_train_then_evaluate_then_start_from_its_weights(corpus, tmp_path):
         "--log-interval",
         1,
     )
+
     code, out, err = launch(
-        *pretrain(*flags, "--save", run, "--valid-data-path", corpus / "test", "--eval-interval", 2, "--eval-iters", 1)
+        *pretrain(
+            *flags,
+            "--save",
+            run,
+            "--valid-data-path",
+            corpus / "test",
+            "--eval-interval",
+            2,
+            "--eval-iters",
+            1,
+        )
     )
     assert code == 0, out + err
     assert "valid step 2/3" in out
     assert list((run / "tensorboard").iterdir())
-    command = (sys.executable, "-m", "megatron_interbert.evaluate", "retrieval", "--zero-shot", "--language", "en", "--load", run)
+    command = (
+        sys.executable,
+        "-m",
+        "megatron_interbert.evaluate",
+        "retrieval",
+        "--zero-shot",
+        "--language",
+        "en",
+        "--load",
+        run,
+    )
     code, out, err = launch(*command, "--data-path", corpus / "test")
     assert code == 0, out + err
     result = json.loads((run / "evaluation" / "retrieval" / "result.json").read_text())
@@ -96,9 +135,13 @@ def test_train_then_evaluate_then_start_from_its_weights(corpus, tmp_path):
     page = (run / "evaluation" / "retrieval" / "result.html").read_text()
     assert page.count("<section>") == 12
     assert "Generated scenes" in page
-    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|url\(|@import""", page), "no outside resources"
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|url\(|@import""", page), (
+        "no outside resources"
+    )
 
-    code, out, err = launch(*pretrain(*flags, "--save", tmp_path / "next", "--init-from", run, "--lr", "0"))
+    code, out, err = launch(
+        *pretrain(*flags, "--save", tmp_path / "next", "--init-from", run, "--lr", "0")
+    )
     assert code == 0, out + err
     assert sorted(losses(tmp_path / "next")) == [1, 2, 3]
 

@@ -1,4 +1,6 @@
-"""tools/shop_report.py on a small generated shop: figures are those of the evaluations, several runs become mean and deviation."""
+"""tools/shop_report.py on a small generated shop: figures are those of the evaluations, several
+runs become mean and deviation.
+"""
 
 import json
 import sys
@@ -14,24 +16,61 @@ from tests.launching import evaluate, finetune, launch, ran
 def shop(tmp_path_factory):
     """A shop, and an untrained run of each task."""
     folder = tmp_path_factory.mktemp("shop")
-    sizes = ("--train-products", 60, "--test-products", 40, "--train-queries", 60, "--test-queries", 30, "--train-topics", 8,
-             "--test-topics", 5)  # fmt: skip
+    sizes = (
+        "--train-products",
+        60,
+        "--test-products",
+        40,
+        "--train-queries",
+        60,
+        "--test-queries",
+        30,
+        "--train-topics",
+        8,
+        "--test-topics",
+        5,
+    )
     code, out, err = launch(sys.executable, "tools/make_shop.py", "--output", folder, *sizes)
     assert code == 0, out + err
     train = folder / "train"
-    common = ("--model", "sample-chinese", "--data-path", train, "--train-iters", 1, "--micro-batch-size", 4, "--global-batch-size",
-              4, "--data-partitions", 4, "--num-workers", 0, "--ema-decay", 0)  # fmt: skip
+    common = (
+        "--model",
+        "sample-chinese",
+        "--data-path",
+        train,
+        "--train-iters",
+        1,
+        "--micro-batch-size",
+        4,
+        "--global-batch-size",
+        4,
+        "--data-partitions",
+        4,
+        "--num-workers",
+        0,
+        "--ema-decay",
+        0,
+    )
     queries = ("--queries", train / "queries.jsonl")
     clicks = ("--topics", train / "topics.jsonl", "--clicks", train / "clicks.jsonl")
     ran(*finetune("product_search", *common, *queries, "--save", folder / "search1"))
     ran(*finetune("product_search", *common, *queries, "--no-titles", "--save", folder / "search2"))
     ran(*finetune("recommendation", *common, *clicks, "--save", folder / "recommendation"))
+
     return folder
 
 
 def report(shop, *flags):
     code, out, err = launch(
-        *(sys.executable, "tools/shop_report.py", "--data-path", shop / "test", "--output", shop / "r.json", *flags)
+        *(
+            sys.executable,
+            "tools/shop_report.py",
+            "--data-path",
+            shop / "test",
+            "--output",
+            shop / "r.json",
+            *flags,
+        )
     )
     assert code == 0, out + err
     return json.loads((shop / "r.json").read_text()), out
@@ -39,28 +78,60 @@ def report(shop, *flags):
 
 def test_search(shop):
     found, out = report(shop, "--search", shop / "search1", shop / "search2", "--first-stage", 12)
-    needs = [json.loads(line)["needs"] for line in (shop / "test/queries.jsonl").read_text().splitlines()]
-    flags = ("--data-path", shop / "test", "--queries", shop / "test/queries.jsonl", "--first-stage", 12)
+    needs = [
+        json.loads(line)["needs"] for line in (shop / "test/queries.jsonl").read_text().splitlines()
+    ]
+    flags = (
+        "--data-path",
+        shop / "test",
+        "--queries",
+        shop / "test/queries.jsonl",
+        "--first-stage",
+        12,
+    )
     ran(*evaluate("product_search", "--load", shop / "search2", *flags))
-    result = json.loads((shop / "search2/evaluation/product_search/result.json").read_text())["metrics"]
+    result = json.loads((shop / "search2/evaluation/product_search/result.json").read_text())[
+        "metrics"
+    ]
+
     for way, prefix in (("InterBERT", ""), ("first 12 by vectors", "two_stage_")):
         for name in ("R@1", "R@10", "nDCG@5"):
-            parts = [needs.count(need) * found["search"][need][way][1][name] for need in found["search"]]
+            parts = [
+                needs.count(need) * found["search"][need][way][1][name] for need in found["search"]
+            ]
             assert sum(parts) / len(needs) == pytest.approx(result[f"{prefix}{name}"], abs=1e-6)
+
     assert f"{np.mean([f['R@1'] for f in found['search']['title']['InterBERT']]):.1f} ± " in out
     assert "first ten of the full search that the first 12 by vectors hold: " in out
     assert len(found["search"]["title"]["chance"]) == 1
-    assert found["search"]["title"]["TF-IDF of titles"][0]["R@10"] > 60, "whatever the last model reads"
+    assert found["search"]["title"]["TF-IDF of titles"][0]["R@10"] > 60, (
+        "whatever the last model reads"
+    )
 
 
 def test_recommendation(shop):
     found, out = report(shop, "--recommendation", shop / "recommendation")
     flags = ("--topics", shop / "test/topics.jsonl", "--clicks", shop / "test/clicks.jsonl")
-    ran(*evaluate("recommendation", "--load", shop / "recommendation", "--data-path", shop / "test", *flags))
-    result = json.loads((shop / "recommendation/evaluation/recommendation/result.json").read_text())["metrics"]
+    ran(
+        *evaluate(
+            "recommendation",
+            "--load",
+            shop / "recommendation",
+            "--data-path",
+            shop / "test",
+            *flags,
+        )
+    )
+    result = json.loads(
+        (shop / "recommendation/evaluation/recommendation/result.json").read_text()
+    )["metrics"]
     ways = found["recommendation"]["all that was shown"]
-    assert ways["InterBERT"] == [pytest.approx({name: result[name] for name in ways["InterBERT"][0]}, abs=1e-6)]
-    assert ways["what clicks were drawn by"][0]["AUC"] > max(75, ways["TF-IDF of titles"][0]["AUC"], ways["chance"][0]["AUC"])
+    assert ways["InterBERT"] == [
+        pytest.approx({name: result[name] for name in ways["InterBERT"][0]}, abs=1e-6)
+    ]
+    assert ways["what clicks were drawn by"][0]["AUC"] > max(
+        75, ways["TF-IDF of titles"][0]["AUC"], ways["chance"][0]["AUC"]
+    )
     kinds = found["recommendation"]["wanted kinds"]
     assert kinds["what clicks were drawn by"][0]["AUC"] > kinds["TF-IDF of titles"][0]["AUC"]
     assert " ± " not in out
@@ -70,8 +141,12 @@ def test_tf_idf_by_hand():
     index = TitleIndex(["ab", "AB", "bc", "cd"])
     scores = index.scores("ab")
     assert scores[0] == scores[1] == pytest.approx(1.0)
-    b, ab, bc, c = np.log(4 / 3), np.log(4 / 2), np.log(4 / 1), np.log(4 / 2)
-    a, query = np.log(4 / 2), np.sqrt(np.log(4 / 2) ** 2 + b**2 + ab**2)
+    b = np.log(4 / 3)
+    ab = np.log(4 / 2)
+    bc = np.log(4 / 1)
+    c = np.log(4 / 2)
+    a = np.log(4 / 2)
+    query = np.sqrt(np.log(4 / 2) ** 2 + b**2 + ab**2)
     assert a == ab
     assert scores[2] == pytest.approx(b * b / (query * np.sqrt(b**2 + c**2 + bc**2)))
     assert scores[3] == 0

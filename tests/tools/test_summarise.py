@@ -29,6 +29,7 @@ def test_results_of_seeds_are_averaged(tmp_path):
     row = json.loads((tmp_path / "table.json").read_text())["figures"]["t2i_R@1"]
     assert row == {"mean": 43.0, "spread": 3.0, "least": 40.0, "most": 46.0}
     assert "43.00" in out
+
     for change, words in (
         ({"protocol": "zero-shot"}, "protocol is zero-shot, the first has finetuned"),
         ({"precision": "bf16"}, "precision is bf16, the first has fp32"),

@@ -1,4 +1,6 @@
-"""The short form of the fault campaign; the long one is `python -m tests.campaigns.faults --kills 200`."""
+"""The short form of the fault campaign; the long one is `python -m tests.campaigns.faults --kills
+200`.
+"""
 
 import json
 import subprocess

@@ -1,4 +1,5 @@
-"""The same global batches give the same losses, gradient norms and weights on every layout, ZeRO stage and accumulation.
+"""The same global batches give the same losses, gradient norms and weights on every layout, ZeRO
+stage and accumulation.
 
 The reference is a plain torch loop in float64 without DeepSpeed, process groups or accumulation.
 """
@@ -51,11 +52,16 @@ def run_config(store, **changes):
 def parts(config, state, streams):
     store = Corpus([config.data_path])
     tokenizer = CaptionTokenizer(config.data_path + "/vocab.txt")
-    sizes = fit_to_data(PRESETS["tiny"], tokenizer.vocab_size, store.feature_dim, store.num_classes, "test")
+    sizes = fit_to_data(
+        PRESETS["tiny"], tokenizer.vocab_size, store.feature_dim, store.num_classes, "test"
+    )
     sizes = sizes if config.dropout else sizes.without_dropout()
     kernels = choose_kernels("torch", torch.device("cpu"), fp8=config.fp8)
-    model = InterBert(sizes, state=state, kernels=kernels, streams=streams, recompute=config.recompute_activations)
+    model = InterBert(
+        sizes, state=state, kernels=kernels, streams=streams, recompute=config.recompute_activations
+    )
     initialise(model, sizes, config.seed, state)
+
     return model, PretrainingSet(store, tokenizer, config), PretrainingTask()
 
 
@@ -65,8 +71,12 @@ def reference(store):
     model, data, task = parts(config, ParallelState(), RandomStreams(config.seed))
     model.double()
     optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.lr)
-    losses, norms = [], []
-    for step, positions in zip(range(1, STEPS + 1), MicroBatches(0, BATCH, BATCH, 0, 1), strict=False):
+    losses = []
+    norms = []
+
+    for step, positions in zip(
+        range(1, STEPS + 1), MicroBatches(0, BATCH, BATCH, 0, 1), strict=False
+    ):
         batch = data[positions]
         loss, _ = task.loss(model(batch), batch, batch.target_counts())
         loss.backward()
@@ -74,11 +84,14 @@ def reference(store):
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
+
         optimizer.step()
         optimizer.zero_grad()
+
     batch = data[list(range(BATCH))]
     again = task.loss(model(batch), batch, batch.target_counts())[0].item()
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+
     return {"losses": losses, "norms": norms, "weights": weights, "first_batch_again": again}
 
 
@@ -93,24 +106,30 @@ def train(config, state):
     engine = Engine(model, config, state)
     stream = iter(MicroBatches(0, BATCH, config.micro_batch_size, state.data_rank, state.data_size))
     result = {"losses": [], "norms": [], "report": torch.zeros(3, 3)}
+
     for step in range(1, STEPS + 1):
         streams.start_step(step)
         batches = [data[next(stream)] for _ in range(engine.accumulation)]
         totals = state.sum_over_data(torch.stack([b.target_counts() for b in batches]).sum(0))
         total = torch.zeros(1)
+
         for number, batch in enumerate(batches):
             loss, report = task.loss(engine.forward(batch), batch, totals)
             engine.backward(loss, last=number == len(batches) - 1)
             total += loss.detach()
             result["report"] += report
+
         result["losses"].append(float(state.sum_over_data(total)))
         result["norms"].append(engine.step(learning_rate(step, config))[0])
+
     local = {}
     for name, parameter in engine.model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=config.zero_stage == 3):
             local[name] = parameter.detach().float().clone()
+
     result["local"] = local
     result["weights"] = {name: gather(tensor, name, state) for name, tensor in local.items()}
+
     return result
 
 
@@ -128,30 +147,55 @@ def check_all(store, expected, processes):
     from megatron_interbert.training.engine import half_precision_supported
 
     start_processes()
-    Path("fp16.json").write_text('{"fp16": {"initial_scale_power": 8}}')  # a scale that does not overflow: no step is skipped
-    for tensor_parallel, stage, accumulation in itertools.product(LAYOUTS[processes], range(4), (1, 2)):
+    # a scale that does not overflow: no step is skipped
+    Path("fp16.json").write_text('{"fp16": {"initial_scale_power": 8}}')
+
+    for tensor_parallel, stage, accumulation in itertools.product(
+        LAYOUTS[processes], range(4), (1, 2)
+    ):
         state = ParallelState(tensor_parallel)
         micro = BATCH // state.data_size // accumulation
         case = f"DP{state.data_size} TP{tensor_parallel} ZeRO-{stage} accumulation {accumulation}"
-        config = run_config(store, zero_stage=stage, micro_batch_size=micro, tensor_model_parallel_size=tensor_parallel)
+        config = run_config(
+            store,
+            zero_stage=stage,
+            micro_batch_size=micro,
+            tensor_model_parallel_size=tensor_parallel,
+        )
         compare(train(config, state), expected, case, loss=1e-4, norm=1e-4, weight=2e-5)
         shared = ParallelState(tensor_parallel, sequence_parallel=tensor_parallel > 1)
+
         if tensor_parallel > 1 and accumulation == 2:
-            compare(train(config, shared), expected, case + " sequence parallel", loss=1e-4, norm=1e-4, weight=2e-5)
+            compare(
+                train(config, shared),
+                expected,
+                case + " sequence parallel",
+                loss=1e-4,
+                norm=1e-4,
+                weight=2e-5,
+            )
+
         if accumulation == 1 and stage >= 1:
             half = train(dataclasses.replace(config, bf16=True), state)
             compare(half, expected, case + " bf16", loss=0.02, norm=0.1, weight=None)
-            eight = train(dataclasses.replace(config, bf16=True, fp8=True), state if stage == 1 else shared)
+            eight = train(
+                dataclasses.replace(config, bf16=True, fp8=True), state if stage == 1 else shared
+            )
             compare(eight, expected, case + " fp8", loss=0.02, norm=0.1, weight=None)
+
             if half_precision_supported():
-                half = train(dataclasses.replace(config, fp16=True, deepspeed_config="fp16.json"), state)
+                half = train(
+                    dataclasses.replace(config, fp16=True, deepspeed_config="fp16.json"), state
+                )
                 compare(half, expected, case + " fp16", loss=0.01, norm=0.05, weight=None)
             else:
                 print(f"{case} fp16: SKIPPED, this processor cannot compute in float16")
+
     state = ParallelState(LAYOUTS[processes][-1])
     check_dropout(store, state)
     if state.tensor_size > 1:
         check_dropout(store, ParallelState(state.tensor_size, sequence_parallel=True))
+
     check_bad_steps(store, state)
     check_parameters_that_do_not_stay(store, expected)
     if processes == 2:
@@ -159,8 +203,13 @@ def check_all(store, expected, processes):
 
 
 def check_parameters_that_do_not_stay(store, expected):
-    """ZeRO-3 keeps small parameters whole; with a threshold of 0 it must gather them all, the tied embedding included."""
-    Path("zero3.json").write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')
+    """ZeRO-3 keeps small parameters whole; with a threshold of 0 it must gather them all, the tied
+    embedding included.
+    """
+    Path("zero3.json").write_text(
+        '{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}'
+    )
+
     for tensor_parallel in {1, min(2, torch.distributed.get_world_size())}:
         state = ParallelState(tensor_parallel)
         config = run_config(
@@ -169,11 +218,24 @@ def check_parameters_that_do_not_stay(store, expected):
             micro_batch_size=BATCH // state.data_size,
             tensor_model_parallel_size=tensor_parallel,
         )
+
         compare(
-            train(config, state), expected, f"ZeRO-3 without persistence TP{tensor_parallel}", loss=1e-4, norm=1e-4, weight=2e-5
+            train(config, state),
+            expected,
+            f"ZeRO-3 without persistence TP{tensor_parallel}",
+            loss=1e-4,
+            norm=1e-4,
+            weight=2e-5,
         )
         recomputing = dataclasses.replace(config, recompute_activations=True)
-        compare(train(recomputing, state), expected, "ZeRO-3 recomputing", loss=1e-4, norm=1e-4, weight=2e-5)
+        compare(
+            train(recomputing, state),
+            expected,
+            "ZeRO-3 recomputing",
+            loss=1e-4,
+            norm=1e-4,
+            weight=2e-5,
+        )
         eight = train(dataclasses.replace(recomputing, bf16=True, fp8=True), state)
         compare(eight, expected, "ZeRO-3 recomputing fp8", loss=0.02, norm=0.1, weight=None)
 
@@ -183,11 +245,19 @@ def check_templates(store, expected):
     for template in sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json")):
         config = run_config(store, deepspeed_config=str(template), micro_batch_size=BATCH // 2)
         config.given = {"micro_batch_size", "global_batch_size"}
-        compare(train(config, ParallelState(1)), expected, template.name, loss=1e-4, norm=1e-4, weight=None)
+        compare(
+            train(config, ParallelState(1)),
+            expected,
+            template.name,
+            loss=1e-4,
+            norm=1e-4,
+            weight=None,
+        )
 
 
 def check_bad_steps(store, state):
-    """A batch that gives NaN on one rank alone: no rank updates, the next good step does; in every stage and precision.
+    """A batch that gives NaN on one rank alone: no rank updates, the next good step does; in every
+    stage and precision.
 
     With fp16 an overflow also halves the loss scale.
     """
@@ -211,21 +281,28 @@ def check_bad_steps(store, state):
         model, data, task = parts(config, state, streams)
         engine = Engine(model, config, state)
         scale = engine.loss_scale()
-        outcomes, weights = [], [whole_weights(engine)]
+        outcomes = []
+        weights = [whole_weights(engine)]
+
         for spoiled in (True, False, True, False):
             batch = data[list(range(state.data_rank, BATCH, state.data_size))]
             if spoiled and state.data_rank == state.data_size - 1:
                 batch.features = batch.features.clone().fill_(float("nan"))
-            loss, _ = task.loss(engine.forward(batch), batch, state.sum_over_data(batch.target_counts()))
+
+            loss, _ = task.loss(
+                engine.forward(batch), batch, state.sum_over_data(batch.target_counts())
+            )
             engine.backward(loss, last=True)
             outcomes.append(engine.step(1e-3)[1])
             weights.append(whole_weights(engine))
+
         case = f"ZeRO-{stage} {precision} TP{state.tensor_size} DP{state.data_size}"
         assert outcomes[0] is False, case
         assert outcomes[2] is False, case
         assert torch.equal(weights[0], weights[1]), case
         assert torch.equal(weights[2], weights[3]), case
         assert torch.isfinite(weights[4]).all(), case
+
         if precision == "fp16":
             assert engine.loss_scale() < scale, case
         else:
@@ -240,6 +317,7 @@ def whole_weights(engine):
     for parameter in engine.model.parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=engine.config.zero_stage == 3):
             flat.append(parameter.detach().float().flatten().clone())
+
     return torch.cat(flat)
 
 
@@ -253,6 +331,7 @@ def compare(result, expected, case, loss, norm, weight):
             atol=1e-5,
             msg=lambda m, k=kind: f"{case} {k}: {m}",
         )
+
     if weight is None:
         return
     for name, tensor in expected["weights"].items():
@@ -267,13 +346,23 @@ def compare(result, expected, case, loss, norm, weight):
 
 def without_key_bias(name, tensor):
     """Key biases have no gradient but rounding, which Adam blows up to full steps."""
-    return tensor.view(PRESETS["tiny"].num_attention_heads, 3, -1)[:, [0, 2]] if name.endswith("qkv.bias") else tensor
+    return (
+        tensor.view(PRESETS["tiny"].num_attention_heads, 3, -1)[:, [0, 2]]
+        if name.endswith("qkv.bias")
+        else tensor
+    )
 
 
 def check_dropout(store, state):
-    """With dropout, recomputed or not: the same losses, and replicated parameters bit-equal on tensor-parallel ranks."""
+    """With dropout, recomputed or not: the same losses, and replicated parameters bit-equal on
+    tensor-parallel ranks.
+    """
     config = run_config(
-        store, dropout=True, zero_stage=2, micro_batch_size=BATCH // state.data_size, tensor_model_parallel_size=state.tensor_size
+        store,
+        dropout=True,
+        zero_stage=2,
+        micro_batch_size=BATCH // state.data_size,
+        tensor_model_parallel_size=state.tensor_size,
     )
     plain = train(config, state)
     again = train(dataclasses.replace(config, recompute_activations=True), state)
@@ -300,5 +389,7 @@ def test_layouts_agree_with_a_plain_loop(expected, processes, tmp_path, monkeypa
 
 
 def test_reference_learns(expected):
-    """On the batch of its first step: losses of different small batches differ by more than a few steps gain."""
+    """On the batch of its first step: losses of different small batches differ by more than a few
+    steps gain.
+    """
     assert expected[1]["first_batch_again"] < expected[1]["losses"][0] - 0.1

@@ -1,4 +1,6 @@
-"""The arithmetic of memory against what torch's allocator counted: within 10 % for every stage, precision and layout."""
+"""The arithmetic of memory against what torch's allocator counted: within 10 % for every stage,
+precision and layout.
+"""
 
 import dataclasses
 import gc
@@ -21,7 +23,14 @@ from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.engine import Engine
-from megatron_interbert.training.memory import Layout, Load, activations, largest_micro_batch, predict, rank_values
+from megatron_interbert.training.memory import (
+    Layout,
+    Load,
+    activations,
+    largest_micro_batch,
+    predict,
+    rank_values,
+)
 from tests.dist import run_on_ranks
 from tests.launching import ROOT
 from tools.benchmarks.batches import random_examples
@@ -44,30 +53,45 @@ SAMPLES = 24
 
 
 def live_bytes(prof, names):
-    """{phase: (bytes that live at its end, at its peak)} of all tensors made since the profile began."""
+    """{phase: (bytes that live at its end, at its peak)} of all tensors made since the profile
+    began.
+    """
     events = prof.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     phases = sorted((e.end_ns(), e.name()) for e in events if e.name() in names)
-    live, number, found = 0, 0, {}
+    live = 0
+    number = 0
+    found = {}
+
     for end, name in phases:
         peak = live
         while number < len(changes) and changes[number][0] <= end:
             live += changes[number][1]
             number += 1
             peak = max(peak, live)
+
         found[name] = live, peak
+
     return found
 
 
 def measure(layout, state, sizes=SIZES, samples=SAMPLES, steps=2):
-    """(bytes kept by a forward pass, peak of a step) of this rank, once there are moments; and the load."""
+    """(bytes kept by a forward pass, peak of a step) of this rank, once there are moments; and the
+    load.
+    """
     examples = random_examples(sizes, samples, (8, 20), (10, 36), seed=state.data_rank)
     batch = pack(examples, sizes.feature_dim)
-    task, names = PretrainingTask(), ("batch", "forward", "backward", "update")
+    task = PretrainingTask()
+    names = ("batch", "forward", "backward", "update")
+
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         config = RunConfig(
-            micro_batch_size=samples, bf16=layout.half, zero_stage=layout.zero_stage, tensor_model_parallel_size=layout.tensor
+            micro_batch_size=samples,
+            bf16=layout.half,
+            zero_stage=layout.zero_stage,
+            tensor_model_parallel_size=layout.tensor,
         )
+
         kernels = choose_kernels(
             "triton" if layout.fused else "auto",
             torch.device("cpu"),
@@ -75,9 +99,12 @@ def measure(layout, state, sizes=SIZES, samples=SAMPLES, steps=2):
             dtype=torch.bfloat16 if layout.half else torch.float32,
         )
         streams = RandomStreams(0, state.data_rank, state.tensor_rank)
-        model = InterBert(sizes, state=state, kernels=kernels, streams=streams, recompute=layout.recompute)
+        model = InterBert(
+            sizes, state=state, kernels=kernels, streams=streams, recompute=layout.recompute
+        )
         initialise(model, sizes, 0, state)
         engine = Engine(model, config, state)
+
         for _ in range(steps):
             with record_function("batch"):
                 batch = pack(examples, sizes.feature_dim)
@@ -87,8 +114,16 @@ def measure(layout, state, sizes=SIZES, samples=SAMPLES, steps=2):
                 engine.backward(loss, last=True)
             with record_function("update"):
                 engine.step(1e-4)
+
     found = live_bytes(prof, names)  # of the last step
-    load = Load(samples, len(batch.token_ids) / samples, len(batch.features) / samples, batch.max_text, batch.max_image - 1)
+    load = Load(
+        samples,
+        len(batch.token_ids) / samples,
+        len(batch.features) / samples,
+        batch.max_text,
+        batch.max_image - 1,
+    )
+
     return found["forward"][0] - found["batch"][0], max(peak for _, peak in found.values()), load
 
 
@@ -96,18 +131,31 @@ def check(layouts):
     start_processes()
     for layout in layouts:
         state = ParallelState(layout.tensor, layout.sequence_parallel)
-        assert rank_values(SIZES, layout.tensor) == sum(p.numel() for p in InterBert(SIZES, state=state).parameters())
+        assert rank_values(SIZES, layout.tensor) == sum(
+            p.numel() for p in InterBert(SIZES, state=state).parameters()
+        )
         kept, peak, load = measure(layout, state)
         ours = predict(SIZES, layout, load)
-        if layout.zero_stage < 3 or layout.data == 1:  # there weights that were gathered live on, too
-            assert abs(activations(SIZES, layout, load)[0] / kept - 1) < 0.05, (layout, activations(SIZES, layout, load)[0], kept)
+
+        # there weights that were gathered live on, too
+        if layout.zero_stage < 3 or layout.data == 1:
+            assert abs(activations(SIZES, layout, load)[0] / kept - 1) < 0.05, (
+                layout,
+                activations(SIZES, layout, load)[0],
+                kept,
+            )
+
         assert abs(ours.peak / peak - 1) < 0.1, (layout, ours, peak)
         gc.collect()  # what is freed later would count in the next layout's
 
 
 def test_one_rank_against_the_allocator():
     plain = [Layout(zero_stage=stage) for stage in range(4)]
-    run_on_ranks(1, check, [*plain, Layout(half=True), Layout(zero_stage=3, half=True), Layout(recompute=True)])
+    run_on_ranks(
+        1,
+        check,
+        [*plain, Layout(half=True), Layout(zero_stage=3, half=True), Layout(recompute=True)],
+    )
 
 
 def test_two_data_parallel_ranks():
@@ -126,43 +174,75 @@ def test_two_tensor_parallel_ranks():
 def check_tensor_parallel():
     layouts = [Layout(tensor=2, zero_stage=stage) for stage in range(4)]
     layouts += [Layout(tensor=2, zero_stage=stage, half=True) for stage in (1, 3)]
-    check([*layouts, *(Layout(tensor=2, sequence_parallel=True, recompute=recompute) for recompute in (False, True))])
+    check(
+        [
+            *layouts,
+            *(
+                Layout(tensor=2, sequence_parallel=True, recompute=recompute)
+                for recompute in (False, True)
+            ),
+        ]
+    )
 
 
 def on_one_of_two_ranks(name):
-    """A function of this module in a process that takes itself for one of two ranks and talks to nobody. With gloo, whose threads let go of
-    tensors late and unseen by the profiler, figures would change from run to run."""
+    """A function of this module in a process that takes itself for one of two ranks and talks to
+    nobody. With gloo, whose threads let go of tensors late and unseen by the profiler, figures
+    would change from run to run.
+    """
     code = (
-        "import torch.distributed as dist; from torch.testing._internal.distributed.fake_pg import FakeStore;"
-        'dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore());'
-        f"from tests.training import test_memory as m; m.{name}()"
+        "import torch.distributed as dist; from torch.testing._internal.distributed.fake_pg import"
+        ' FakeStore;dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore());from'
+        f" tests.training import test_memory as m; m.{name}()"
     )
-    in_a_process(code, RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+
+    in_a_process(
+        code,
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="29500",
+    )
 
 
 def in_a_process(code, **variables):
     environment = {**os.environ, **variables}
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
 
 
 def test_what_the_fused_kernels_keep():
     """In Triton's interpreter, whose copies are not torch's."""
-    pytest.importorskip("triton", reason="triton is not installed (pip install -r requirements.txt)")
-    in_a_process("from tests.training import test_memory as m; m.check_fused()", TRITON_INTERPRET="1")
+    pytest.importorskip(
+        "triton", reason="triton is not installed (pip install -r requirements.txt)"
+    )
+    in_a_process(
+        "from tests.training import test_memory as m; m.check_fused()", TRITON_INTERPRET="1"
+    )
 
 
 def check_fused():
     start_processes()
     layout = Layout(zero_stage=0, fused=True)
-    sizes = dataclasses.replace(SIZES, interaction_layers=1, image_layers=1, vocab_size=200)  # the interpreter takes its time
+    # the interpreter takes its time
+    sizes = dataclasses.replace(SIZES, interaction_layers=1, image_layers=1, vocab_size=200)
     kept, _, load = measure(layout, ParallelState(), sizes, samples=2, steps=1)
     ours = activations(sizes, layout, load)[0]
     assert abs(ours / kept - 1) < 0.05, (ours, kept)
 
 
 def test_the_largest_micro_batch_just_fits():
-    layout, load = Layout(half=True, fused=True), Load(1)
+    layout = Layout(half=True, fused=True)
+    load = Load(1)
     room = 8 * 2**30
     samples = largest_micro_batch(SIZES, layout, load, room)
     assert predict(SIZES, layout, dataclasses.replace(load, samples=samples)).peak <= room

@@ -1,4 +1,6 @@
-"""--micro-batch-size auto: the choice from given rates, and real runs that make it, resume with it, and refuse what cannot be."""
+"""--micro-batch-size auto: the choice from given rates, and real runs that make it, resume with it,
+and refuse what cannot be.
+"""
 
 import sys
 from types import SimpleNamespace
@@ -19,8 +21,12 @@ class Pretended:
     """A trial whose passes take given seconds for each sample, and of which so many samples fit."""
 
     def __init__(self, seconds, room=10**9):
-        self.state, self.device, self.dtype = ParallelState(), torch.device("cpu"), torch.float32
-        self.each, self.room, self.tried = seconds, room, []
+        self.state = ParallelState()
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+        self.each = seconds
+        self.room = room
+        self.tried = []
 
     def batch(self, samples):
         return samples
@@ -45,7 +51,15 @@ def test_the_largest_of_the_fastest_that_divides_and_fits():
     assert choose(Pretended(saturating.each, room=50), 192) == 32
     slower_when_large = Pretended(lambda samples: abs(samples - 8) / 1000 + 0.001)
     assert choose(slower_when_large, 4096) == 8
-    assert slower_when_large.tried == [1, 2, 4, 8, 16, 32, 64], "three sizes in a row were no better"
+    assert slower_when_large.tried == [
+        1,
+        2,
+        4,
+        8,
+        16,
+        32,
+        64,
+    ], "three sizes in a row were no better"
     hiccup = Pretended(lambda samples: 0.1 if samples in (2, 4) else 0.01)
     assert choose(hiccup, 64) == 64, "two bad measurements do not decide"
     assert choose(Pretended(lambda samples: 0.01), 30) == 30, "as fast: the largest"
@@ -75,7 +89,8 @@ def test_a_trial_that_runs_out_of_memory_ends_the_search():
 )
 def test_lack_of_memory_is_noticed_and_nothing_else(error):
     trial = object.__new__(micro_batch.Trial)
-    trial.state, trial.device = ParallelState(), torch.device("cpu")
+    trial.state = ParallelState()
+    trial.device = torch.device("cpu")
     task = SimpleNamespace(count_targets=lambda batch: torch.zeros(1), loss=None)
     trial.job = SimpleNamespace(task=task)
     batch = SimpleNamespace(to=lambda device: batch)
@@ -99,14 +114,33 @@ def test_nothing_to_choose_from():
 
 
 def test_runs_choose_together_and_resume_with_it(tmp_path):
-    """Two data-parallel ranks; the resumed run has the losses of the undisturbed one, to the bit."""
+    """Two data-parallel ranks.
+
+    The resumed run has the losses of the undisturbed one, to the bit.
+    """
     store = write_store(tmp_path / "s")
     (tmp_path / "ds.json").write_text(
         '{"train_batch_size": 24, "zero_optimization": {"stage": 2}}'
     )  # what it says holds in the trial
-    common = ("--model", "tiny", "--data-path", store, "--data-partitions", 4, "--deepspeed_config", tmp_path / "ds.json",
-              "--train-iters", 4, "--log-interval", 1, "--num-workers", 0)  # fmt: skip
-    code, out, err = train(2, *common, "--micro-batch-size", "auto", "--save", tmp_path / "cut", "--exit-interval", 2)
+    common = (
+        "--model",
+        "tiny",
+        "--data-path",
+        store,
+        "--data-partitions",
+        4,
+        "--deepspeed_config",
+        tmp_path / "ds.json",
+        "--train-iters",
+        4,
+        "--log-interval",
+        1,
+        "--num-workers",
+        0,
+    )
+    code, out, err = train(
+        2, *common, "--micro-batch-size", "auto", "--save", tmp_path / "cut", "--exit-interval", 2
+    )
     assert code in (0, 75), out + err
     (line,) = [line for line in out.splitlines() if line.startswith("micro-batch size")]
     chosen = int(line.split()[2])
@@ -135,8 +169,24 @@ def test_a_bad_record_in_a_trial_is_named(tmp_path):
     shard = next(store.glob("*.h5"))
     with h5py.File(shard, "r+") as file:
         file["image_sizes"][:] = 0
-    code, out, err = train(2, "--model", "tiny", "--data-path", store, "--data-partitions", 4, "--global-batch-size", 24,
-                           "--train-iters", 2, "--num-workers", 0, "--micro-batch-size", "auto")  # fmt: skip
+
+    code, out, err = train(
+        2,
+        "--model",
+        "tiny",
+        "--data-path",
+        store,
+        "--data-partitions",
+        4,
+        "--global-batch-size",
+        24,
+        "--train-iters",
+        2,
+        "--num-workers",
+        0,
+        "--micro-batch-size",
+        "auto",
+    )
     assert code == 2, out + err
     assert shard.name in err
     assert "Traceback" not in err
@@ -147,25 +197,57 @@ def test_what_cannot_be_found_out_is_one_line(tmp_path):
     (tmp_path / "run.yaml").write_text("micro_batch_size: auto\n")
     flags = ("--model", "tiny", "--data-path", store, "--data-partitions", 4, "--train-iters", 2)
     code, _, err = launch(*pretrain(*flags, "--config", tmp_path / "run.yaml"))
-    assert (code, err.strip().splitlines()[-1]) == (2, "error: --micro-batch-size auto needs --global-batch-size, which it divides")
+    assert (code, err.strip().splitlines()[-1]) == (
+        2,
+        "error: --micro-batch-size auto needs --global-batch-size, which it divides",
+    )
     code, _, err = launch(*pretrain(*flags, "--micro-batch-size", "many"))
-    assert (code, err.strip().splitlines()[-1]) == (2, "error: argument --micro-batch-size: 'many', expected a number or auto")
-    (tmp_path / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}')
-    code, _, err = launch(*pretrain(*flags, "--micro-batch-size", "auto", "--deepspeed_config", tmp_path / "ds.json"))
+    assert (code, err.strip().splitlines()[-1]) == (
+        2,
+        "error: argument --micro-batch-size: 'many', expected a number or auto",
+    )
+    (tmp_path / "ds.json").write_text(
+        '{"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}'
+    )
+    code, _, err = launch(
+        *pretrain(*flags, "--micro-batch-size", "auto", "--deepspeed_config", tmp_path / "ds.json")
+    )
     assert code == 2
     assert "--micro-batch-size is auto, but" in err.strip().splitlines()[-1]
     (tmp_path / "ds.json").write_text('{"gradient_accumulation_steps": 2}')
-    code, _, err = launch(*pretrain(*flags, "--micro-batch-size", "auto", "--deepspeed_config", tmp_path / "ds.json"))
+    code, _, err = launch(
+        *pretrain(*flags, "--micro-batch-size", "auto", "--deepspeed_config", tmp_path / "ds.json")
+    )
     assert code == 2
-    assert "gradient_accumulation_steps is 2, but that follows from --micro-batch-size auto" in err.strip().splitlines()[-1]
-    code, _, err = launch(*pretrain(*flags, "--micro-batch-size", "auto", "--global-batch-size", 8, "--deterministic"))
+    assert (
+        "gradient_accumulation_steps is 2, but that follows from --micro-batch-size auto"
+        in err.strip().splitlines()[-1]
+    )
+    code, _, err = launch(
+        *pretrain(*flags, "--micro-batch-size", "auto", "--global-batch-size", 8, "--deterministic")
+    )
     assert code == 2
     assert "a trial does not choose the same every time" in err.strip().splitlines()[-1]
-    command = (sys.executable, "-m", "megatron_interbert.preflight", *flags, "--micro-batch-size", "auto", "--global-batch-size", 8)
+    command = (
+        sys.executable,
+        "-m",
+        "megatron_interbert.preflight",
+        *flags,
+        "--micro-batch-size",
+        "auto",
+        "--global-batch-size",
+        8,
+    )
     code, out, err = launch(*command)
     assert code == 0, out + err
     assert "micro-batches by trial when the run starts" in out
     code, _, err = launch(*pretrain(*flags, "--micro-batch-size", -1))
-    assert (code, err.strip().splitlines()[-1]) == (2, "error: --micro-batch-size is -1, expected 1 or more")
+    assert (code, err.strip().splitlines()[-1]) == (
+        2,
+        "error: --micro-batch-size is -1, expected 1 or more",
+    )
     code, _, err = launch(*pretrain(*flags, "--micro-batch-size", 0))
-    assert (code, err.strip().splitlines()[-1]) == (2, "error: --micro-batch-size is 0, expected 1 or more")
+    assert (code, err.strip().splitlines()[-1]) == (
+        2,
+        "error: --micro-batch-size is 0, expected 1 or more",
+    )

@@ -1,4 +1,6 @@
-"""A run never starts from nothing where something was committed, and nothing bad pushes out what is good."""
+"""A run never starts from nothing where something was committed, and nothing bad pushes out what is
+good.
+"""
 
 import json
 import math
@@ -48,6 +50,7 @@ def made(tmp_path_factory):
     store = write_store(folder / "store")
     code, out, err = train(store, folder / "run", "--train-iters", 12)
     assert code == 0, out + err
+
     return store, folder / "run"
 
 
@@ -84,12 +87,15 @@ def without_privilege(*command):
         text=True,
         timeout=200,
     )
+
     return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("what", ["weights", "manifest", "folder", "run"])
 def test_what_cannot_be_read_is_not_damaged(made, run, what):
-    """Files, a manifest, a checkpoint, the whole run that another user owns: nothing is renamed or begun."""
+    """Files, a manifest, a checkpoint, the whole run that another user owns: nothing is renamed or
+    begun.
+    """
     forbidden = {
         "weights": [weights_of(run, 9), weights_of(run, 12)],
         "manifest": [run / "global_step12" / "manifest.json"],
@@ -117,6 +123,7 @@ def test_what_cannot_be_read_is_not_damaged(made, run, what):
     finally:
         for path in forbidden:
             path.chmod(0o755)
+
     assert "cannot be read (Permission denied)" in one_line(code, err)
     assert "train step" not in out
     assert names(run) == before
@@ -124,7 +131,10 @@ def test_what_cannot_be_read_is_not_damaged(made, run, what):
 
 
 def test_no_start_from_nothing_where_something_was_committed(made, run):
-    """All checkpoints damaged; their remains under other names; a pointer alone. Not: what a killed first save has left."""
+    """All checkpoints damaged; their remains under other names; a pointer alone.
+
+    Not: what a killed first save has left.
+    """
     for step in (9, 12):
         flip(weights_of(run, step))
     for attempt in ("damaged now", "set aside before"):
@@ -133,10 +143,12 @@ def test_no_start_from_nothing_where_something_was_committed(made, run):
         assert "no usable checkpoint is left there, but traces of earlier ones" in line, attempt
         assert "--resume never to start anew" in line
         assert "train step" not in out
+
     assert all(name.startswith("damaged-global_step") for name in names(run))
 
     for path in run.glob("damaged-*"):
         shutil.rmtree(path)
+
     (run / "latest").rename(run / "kept")
     (run / "best").unlink(missing_ok=True)
     code, out, err = train(made[0], run, "--train-iters", 15)
@@ -161,7 +173,9 @@ def end_of(finished):
 
 
 def test_diverged_steps_push_nothing_out(made, run):
-    """A rate that makes the weights useless: what was saved before stays, and the old rate goes on from it."""
+    """A rate that makes the weights useless: what was saved before stays, and the old rate goes on
+    from it.
+    """
     code, out, err = train(made[0], run, "--train-iters", 40, "--lr", 3e38)
     assert "the gradient was not finite for 10 steps in a row" in one_line(code, err, 1)
     assert verify(run / "global_step12") is None
@@ -229,13 +243,17 @@ def test_a_run_ends_when_a_save_has_met_infinity(made, tmp_path):
     rate = ("--lr", 3e38, "--lr-warmup-fraction", 0)
     flags = ("--train-iters", 2000, "--save-interval", 1, "--max-bad-steps", 1000)
     code, out, err = train(made[0], tmp_path / "run", *rate, *flags)
-    assert "elements that are not finite and is not saved: the run has diverged" in one_line(code, err, 1)
+    assert "elements that are not finite and is not saved: the run has diverged" in one_line(
+        code, err, 1
+    )
     assert not names(tmp_path / "run")
     assert "train step 100/" not in out
 
 
 def test_metrics_never_stop_a_run(made, run):
-    """Odd lines, a folder in place of the file, a file in place of the board's folder: a note, and training goes on."""
+    """Odd lines, a folder in place of the file, a file in place of the board's folder: a note, and
+    training goes on.
+    """
     records = run / "metrics.jsonl"
     odd = ["123", '{"step": "x"}', "[1]", "half a li", '"step"', "\ufffd"]
     records.write_text("".join(line + "\n" for line in odd) + records.read_text() + '{"step": 12')
@@ -281,15 +299,19 @@ def test_event_files_come_back_with_the_folder(tmp_path):
 
 
 def test_metrics_are_written_again_when_the_disk_has_room(tmp_path, capsys):
-    """A full disk, as /dev/full answers, then another file: no record is cut, and both changes are said once."""
+    """A full disk, as /dev/full answers, then another file: no record is cut, and both changes are
+    said once.
+    """
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     writer = MetricsWriter(str(tmp_path), "", True, 10, 0)
     writer.sinks[0]._begun = True  # else it would put a file of its own there
     for step in (1, 2):
         writer.write(step, {"loss": 1.0}, "loss 1")
+
     (tmp_path / "metrics.jsonl").unlink()
     for step in (3, 4):
         writer.write(step, {"loss": math.nan}, "loss")
+
     told = capsys.readouterr().out
     assert (
         told.count("metrics.jsonl cannot be written")
@@ -314,6 +336,7 @@ def test_output_that_nobody_can_store_does_not_end_a_run(made, tmp_path):
         "--num-workers",
         0,
     ]
+
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [str(part) for part in command],
@@ -324,6 +347,7 @@ def test_output_that_nobody_can_store_does_not_end_a_run(made, tmp_path):
             text=True,
             timeout=200,
         )
+
     assert done.returncode == 0, done.stderr
     assert verify(tmp_path / "save" / "global_step3") is None
 
@@ -358,7 +382,9 @@ def test_a_folder_that_is_removed_while_a_run_writes(made, tmp_path):
 
 
 def test_links_in_a_shared_folder_are_not_followed(made, run, tmp_path):
-    """A lock or a pointer that somebody has planted leads to a file of ours; so does a best checkpoint elsewhere."""
+    """A lock or a pointer that somebody has planted leads to a file of ours; so does a best
+    checkpoint elsewhere.
+    """
     victim = tmp_path / "victim"
     victim.write_text("mine")
     (run / ".lock").unlink()
@@ -368,12 +394,14 @@ def test_links_in_a_shared_folder_are_not_followed(made, run, tmp_path):
     )
     (run / ".lock").unlink()
     os.link(victim, run / ".lock")  # as a backup by hard links has it: locked, and not written to
+
     for name in (
         "latest.partial",
         "metrics.jsonl.partial",
         "latest_checkpointed_iteration.txt.partial",
     ):
         (run / name).symlink_to(victim)
+
     code, out, err = train(made[0], run, "--train-iters", 15)
     assert code == 0, out + err
     assert victim.read_text() == "mine"
@@ -384,6 +412,7 @@ def test_links_in_a_shared_folder_are_not_followed(made, run, tmp_path):
         point_to(run / "best", str(target))
         with pytest.raises(UsageError, match="expected a folder beside it"):
             sibling(run / "best")
+
     point_to(run / "best", "global_step15")
     assert sibling(run / "best") == run / "global_step15"
 
@@ -394,12 +423,15 @@ def test_a_lock_and_a_text_stay_what_they_are(tmp_path):
     for name in ("folder", "pipe"):
         with pytest.raises(UsageError, match="expected a lock file"):
             os.close(open_lock(tmp_path / name))
+
     write_text(tmp_path / "text", "half \udce4 of a name")
     assert json.loads('"' + (tmp_path / "text").read_text() + '"') == "half \udce4 of a name"
 
 
 def test_without_locks_nothing_of_another_run_is_renamed(made, run, monkeypatch, capsys):
-    """A disk that knows no locks (ENOLCK): the run says so, names nothing damaged, and takes no name that is taken."""
+    """A disk that knows no locks (ENOLCK): the run says so, names nothing damaged, and takes no
+    name that is taken.
+    """
 
     def no_locks(*_):
         raise OSError(37, "No locks available")
@@ -433,11 +465,14 @@ def test_a_checkpoint_of_another_run_keeps_its_name(run, locked):
     work.mkdir()
     with pytest.raises(UsageError, match="is there already and not of this run; do two runs write"):
         ours.publish(work, run / "global_step12")
+
     assert verify(run / "global_step12") is None
 
 
 def test_damage_that_rank_0_does_not_see_is_no_damage(run, monkeypatch):
-    """A machine whose mount is missing, or whose view of the disk is late: nothing is renamed, the machine is named."""
+    """A machine whose mount is missing, or whose view of the disk is late: nothing is renamed, the
+    machine is named.
+    """
 
     class Two(ParallelState):
         """Rank 0 of two; the other one does not see a file."""
@@ -450,21 +485,26 @@ def test_damage_that_rank_0_does_not_see_is_no_damage(run, monkeypatch):
                 and not asking
             ):
                 return [value, ("weights are missing", "node-b")]
+
             return [value, value]
 
     asking = []
     state = Two()
     monkeypatch.setattr(resume, "together", lambda state, action: action())
     before = names(run)
+
     with pytest.raises(
         UsageError, match=r"as node-b sees it, but not as .* disk that all machines share"
     ):
         resume.newest_sound([run / "global_step12"], state, rename=True)
+
     assert names(run) == before
 
 
 def test_a_store_that_was_only_moved_or_given_away_is_not_hashed_before_work(tmp_path, monkeypatch):
-    """Another owner, permissions, a copy that keeps times: verified beside the work, if it is large; another time: before it."""
+    """Another owner, permissions, a copy that keeps times: verified beside the work, if it is
+    large; another time: before it.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(integrity, "SMALL", 0)
     store = write_store(tmp_path / "store")
@@ -477,6 +517,7 @@ def test_a_store_that_was_only_moved_or_given_away_is_not_hashed_before_work(tmp
 
     for file in store.iterdir():
         file.chmod(0o600)
+
     again = integrity.Integrity([store])
     assert len(again._beside) > 2
     assert not again._at_once
@@ -495,7 +536,9 @@ def test_a_store_that_was_only_moved_or_given_away_is_not_hashed_before_work(tmp
 
 
 def test_a_copied_run_is_pruned_as_before(made, tmp_path):
-    """`cp -rL` makes a folder of the link to the best checkpoint; a backup by hard links shares the lock file."""
+    """`cp -rL` makes a folder of the link to the best checkpoint; a backup by hard links shares the
+    lock file.
+    """
     run = shutil.copytree(made[1], tmp_path / "run")
     shutil.copytree(run / "global_step9", run / "best")
     subprocess.run(["cp", "-al", run, tmp_path / "backup"], check=True)
@@ -507,7 +550,9 @@ def test_a_copied_run_is_pruned_as_before(made, tmp_path):
 
 @pytest.mark.parametrize("spoil", ["features", "captions", "labels"])
 def test_data_that_have_changed_in_place_are_named(tmp_path, spoil):
-    """A column overwritten, a letter of a caption, labels: a run that was verified before stops at its start and says which file."""
+    """A column overwritten, a letter of a caption, labels: a run that was verified before stops at
+    its start and says which file.
+    """
     import h5py
 
     store = write_store(tmp_path / "store")
@@ -524,6 +569,7 @@ def test_data_that_have_changed_in_place_are_named(tmp_path, spoil):
             file["image_features"][:, 3] = 60000
         else:
             file["class_probs"][0] = file["class_probs"][0][::-1]
+
     code, out, err = train(store, tmp_path / "save", "--train-iters", 6, **home)
     line = one_line(code, err)
     assert f"{name}: sha256 differs" in line

@@ -1,4 +1,6 @@
-"""Killed runs go on bit for bit; damaged checkpoints are passed over; a checkpoint of another run is refused."""
+"""Killed runs go on bit for bit; damaged checkpoints are passed over; a checkpoint of another run
+is refused.
+"""
 
 import dataclasses
 import json
@@ -64,7 +66,9 @@ def kill_after_step(process, save, step):
         if saved.exists() and metrics.exists() and shown.search(metrics.read_text()):
             kill_session(process)
             return
+
         time.sleep(0.02)
+
     raise AssertionError(f"step {step} was not reached: {process.communicate()}")
 
 
@@ -72,7 +76,8 @@ def test_sigkill_and_the_same_command_again(store, undisturbed, tmp_path):
     save = tmp_path / "killed"
     command = deepspeed(2, "--data-path", store, "--save", save, *FLAGS)
     kill_after_step(start(*command), save, 6)
-    # The deepspeed launcher starts its ranks in sessions of their own: make sure that they are gone too.
+    # The deepspeed launcher starts its ranks in sessions of their own: make sure that they are gone
+    # too.
     os.system(f"pkill -9 -f -- '--save {save}'")
     assert (save / "latest").read_text().startswith("global_step")
     code, out, err = launch(*command)
@@ -80,13 +85,18 @@ def test_sigkill_and_the_same_command_again(store, undisturbed, tmp_path):
     assert "resumed from" in out
     expected = losses(undisturbed)
     assert sorted(expected) == list(range(1, 15))
-    assert losses(save) == expected, "the losses after a kill must be those of the undisturbed run, bit for bit"
+    assert losses(save) == expected, (
+        "the losses after a kill must be those of the undisturbed run, bit for bit"
+    )
 
 
 def test_what_a_checkpoint_holds(undisturbed):
     assert (undisturbed / "latest").read_text() == "global_step14"
     assert (undisturbed / "latest_checkpointed_iteration.txt").read_text() == "14"
-    assert sorted(p.name for p in undisturbed.glob("global_step*")) == ["global_step12", "global_step14"], "--keep-last 2"
+    assert sorted(p.name for p in undisturbed.glob("global_step*")) == [
+        "global_step12",
+        "global_step14",
+    ], "--keep-last 2"
     assert not list(undisturbed.glob(".*partial*")) + list(undisturbed.glob("*.partial"))
     manifest = json.loads((undisturbed / "global_step14" / "manifest.json").read_text())
     assert manifest["consumed_samples"] == 14 * 16
@@ -109,6 +119,7 @@ def damaged_copy(undisturbed, tmp_path):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 4
     file.write_bytes(bytes(data))
+
     return save, file.name
 
 
@@ -117,7 +128,9 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_taken(store, undist
     code, out, err = train(2, "--data-path", store, "--save", save, *FLAGS)
     assert code == 0, out + err
     assert f"global_step14 is damaged ({name} has another sha256)" in out
-    assert len(list(save.glob("damaged-global_step14-*"))) == 1, "set aside, not counted among the checkpoints to keep"
+    assert len(list(save.glob("damaged-global_step14-*"))) == 1, (
+        "set aside, not counted among the checkpoints to keep"
+    )
     assert sorted(p.name for p in save.glob("global_step*")) == ["global_step12", "global_step14"]
     assert losses(save) == losses(undisturbed)
 
@@ -141,22 +154,31 @@ def flip(file, place):
 
 
 def test_every_damage_is_named_and_the_run_goes_on_elsewhere(store, undisturbed, tmp_path):
-    """Three damaged checkpoints in one folder and one without a manifest: the oldest, whole one is taken. Then on one
-    process instead of two, without naming the global batch: it stays that of the checkpoint."""
+    """Three damaged checkpoints in one folder and one without a manifest: the oldest, whole one is
+    taken. Then on one process instead of two, without naming the global batch: it stays that of the
+    checkpoint.
+    """
     save = shutil.copytree(undisturbed, tmp_path / "damaged")
     messages = []
+
     for number, (damage, message) in enumerate(DAMAGE.values(), 1):
         folder = shutil.copytree(save / "global_step12", save / f"global_step{100 + number}")
         damage(folder)
         messages.append((folder, message))
+
     shutil.rmtree(save / "global_step14")
     (save / "global_step13").mkdir()
-    flags = [f for f, before in zip(FLAGS, ("", *FLAGS), strict=False) if "--global-batch-size" not in (f, before)]
+    flags = [
+        f
+        for f, before in zip(FLAGS, ("", *FLAGS), strict=False)
+        if "--global-batch-size" not in (f, before)
+    ]
     code, out, err = launch(*pretrain("--data-path", store, "--save", save, *flags))
     assert code == 0, out + err
     for folder, message in messages:
         line = next(line for line in out.splitlines() if f"{folder} is damaged" in line)
         assert message in line
+
     assert f"note: {save}/global_step13 has no manifest.json" in out
     assert f"resumed from {save}/global_step12" in out
     assert "resharding global_step12: DP2 x TP1, ZeRO-1, fp32 -> DP1 x TP1, ZeRO-0, fp32" in out
@@ -172,16 +194,23 @@ def test_two_runs_cannot_write_to_one_folder(store, undisturbed, tmp_path):
         fcntl.lockf(handle, fcntl.LOCK_EX)
         print("process 7 on elsewhere", file=handle, flush=True)
         code, _, err = train(2, "--data-path", store, "--save", tmp_path, *FLAGS)
+
     assert code != 0
     assert "another run writes there (process 7 on elsewhere)" in err
 
 
 def test_full_disk(store, tmp_path):
-    """A disk that takes one checkpoint and not the second: the first stays whole, the run says so and ends with code 1."""
+    """A disk that takes one checkpoint and not the second: the first stays whole, the run says so
+    and ends with code 1.
+    """
     save = tmp_path / "small"
     save.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", save], capture_output=True).returncode:
+
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", save], capture_output=True
+    ).returncode:
         pytest.skip("no right to mount a small disk here")
+
     try:
         code, out, err = train(2, "--data-path", store, "--save", save, *FLAGS, "--keep-last", 0)
         assert code == 1, out + err
@@ -194,6 +223,7 @@ def test_full_disk(store, tmp_path):
         shutil.move(save / "global_step4", tmp_path / "kept")
     finally:
         subprocess.run(["umount", "-l", save], check=True)
+
     shutil.move(tmp_path / "kept", save / "global_step4")
     code, out, err = train(2, "--data-path", store, "--save", save, *FLAGS)
     assert code == 0, out + err
@@ -209,13 +239,21 @@ def test_what_is_kept():
 
 
 REFUSALS = {
-    "resume must without any": (("--resume", "must"), "empty", "--resume must: no complete checkpoint"),
+    "resume must without any": (
+        ("--resume", "must"),
+        "empty",
+        "--resume must: no complete checkpoint",
+    ),
     "resume never over checkpoints": (("--resume", "never"), "whole", "--resume never: "),
     "other masks": (("--max-regions", "5"), "whole", "made with max_regions = 36, this run has 5"),
     "other model sizes": (("--model", "sample"), "whole", "made with other model sizes"),
     "other seed": (("--seed", "5"), "whole", "made with seed = 1234, this run has 5"),
     "other vocabulary": (("--vocab-file", "OTHER"), "whole", "made with another vocabulary"),
-    "other vocabulary size": (("--vocab-file", "LONGER"), "whole", "made with other model sizes (vocab_size 27 against 28"),
+    "other vocabulary size": (
+        ("--vocab-file", "LONGER"),
+        "whole",
+        "made with other model sizes (vocab_size 27 against 28",
+    ),
 }
 
 
@@ -226,7 +264,9 @@ def test_checkpoints_of_another_run_are_refused(store, undisturbed, tmp_path, ki
     (tmp_path / "OTHER").write_text(words)
     (tmp_path / "LONGER").write_text(words + "more\n")
     flags = [str(tmp_path / f) if f in ("OTHER", "LONGER") else f for f in flags]
-    save = shutil.copytree(undisturbed, tmp_path / "whole") if where == "whole" else tmp_path / "empty"
+    save = (
+        shutil.copytree(undisturbed, tmp_path / "whole") if where == "whole" else tmp_path / "empty"
+    )
     code, out, err = launch(*pretrain("--data-path", store, "--save", save, *FLAGS, *flags))
     assert code == 2, out + err
     line = err.strip().splitlines()[-1]
@@ -236,21 +276,38 @@ def test_checkpoints_of_another_run_are_refused(store, undisturbed, tmp_path, ki
 
 
 LAYOUTS = {
-    "TP2 ZeRO-3 bf16": ("--tensor-model-parallel-size", 2, "--zero-stage", 3, "--bf16", "--recompute-activations"),
+    "TP2 ZeRO-3 bf16": (
+        "--tensor-model-parallel-size",
+        2,
+        "--zero-stage",
+        3,
+        "--bf16",
+        "--recompute-activations",
+    ),
     "DP2 ZeRO-2 fp16": ("--zero-stage", 2, "--fp16"),
 }
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(k, marks=needs_half_precision()) if "--fp16" in v else k for k, v in LAYOUTS.items()]
+    "layout",
+    [
+        pytest.param(k, marks=needs_half_precision()) if "--fp16" in v else k
+        for k, v in LAYOUTS.items()
+    ],
 )
 def test_resume_is_exact_on_other_layouts_too(store, tmp_path, layout):
-    """Stopped after step 4 and started again, with the loss scale of fp16 and both random streams."""
+    """Stopped after step 4 and started again, with the loss scale of fp16 and both random
+    streams.
+    """
     flags = (*FLAGS, "--train-iters", 7, "--micro-batch-size", 4, *LAYOUTS[layout])
+
     for name, stops in (("whole", [()]), ("halved", [("--exit-interval", 4), ()])):
         for stop in stops:
-            code, out, err = train(2, "--data-path", store, "--save", tmp_path / name, *flags, *stop)
+            code, out, err = train(
+                2, "--data-path", store, "--save", tmp_path / name, *flags, *stop
+            )
             assert code == 0, out + err
+
     assert sorted(losses(tmp_path / "whole")) == list(range(1, 8))
     assert losses(tmp_path / "halved") == losses(tmp_path / "whole")
 
@@ -268,7 +325,9 @@ def test_weights_of_another_vocabulary_are_not_taken(store, undisturbed, tmp_pat
 def test_load_from_one_folder_save_to_another(store, undisturbed, tmp_path):
     """The first start takes --load; started again, the run goes on from its own --save."""
     flags = ("--load", undisturbed, "--save", tmp_path / "own", *FLAGS)
-    code, out, err = train(2, "--data-path", store, *flags, "--train-iters", 16, "--exit-interval", 15)
+    code, out, err = train(
+        2, "--data-path", store, *flags, "--train-iters", 16, "--exit-interval", 15
+    )
     assert code == 0, out + err
     assert f"resumed from {undisturbed}/global_step14" in out
     code, out, err = train(2, "--data-path", store, *flags, "--train-iters", 16)
@@ -289,18 +348,24 @@ def test_a_finished_backup_is_kept_by_the_run_that_loads_it(store, undisturbed, 
     ("before", "now"), [([], ["a"]), (["a"], []), (["a"], ["b"]), (["a"], ["a", "b"])]
 )
 def test_mined_negatives_that_come_go_or_change_are_another_run(before, now):
-    config, sizes = RunConfig(), ModelConfig()
+    config = RunConfig()
+    sizes = ModelConfig()
     data = {"vocabulary": "v", "manifest_sha256": "m", "store": "s", "mined": now}
     configs = {"run": dataclasses.asdict(config), "model": dataclasses.asdict(sizes)}
     manifest = {"configs": configs, "data": {**data, "mined": before}}
-    with pytest.raises(UsageError, match="mined negatives of s have been added, removed or changed"):
+
+    with pytest.raises(
+        UsageError, match="mined negatives of s have been added, removed or changed"
+    ):
         check_same_run(manifest, config, sizes, data, "x")
+
     check_same_run({**manifest, "data": data}, config, sizes, data, "x")
 
 
 def test_a_checkpoint_of_an_older_version_is_of_the_same_run():
     """Settings that it does not know are taken as their defaults; others still differ."""
-    config, sizes = RunConfig(), ModelConfig()
+    config = RunConfig()
+    sizes = ModelConfig()
     data = {"vocabulary": "v", "manifest_sha256": "m", "store": "s"}
     run, model = (dataclasses.asdict(c) for c in (config, sizes))
     manifest = {"configs": {"run": run, "model": model}, "data": data}
@@ -309,7 +374,9 @@ def test_a_checkpoint_of_an_older_version_is_of_the_same_run():
     with pytest.raises(UsageError, match="made with segmenter = characters, this run has jieba"):
         check_same_run(manifest, dataclasses.replace(config, segmenter="jieba"), sizes, data, "x")
     with pytest.raises(UsageError, match="text_normalisation none against chinese"):
-        check_same_run(manifest, config, dataclasses.replace(sizes, text_normalisation="chinese"), data, "x")
+        check_same_run(
+            manifest, config, dataclasses.replace(sizes, text_normalisation="chinese"), data, "x"
+        )
 
 
 def test_fitted_settings_come_from_a_manifest_that_can_be_read(undisturbed, tmp_path):

@@ -15,7 +15,9 @@ from megatron_interbert.training import stopping
 
 @pytest.fixture
 def stop(monkeypatch):
-    """The vote of one rank of two, of which the other never wants to end; the signals' handlers are given back."""
+    """The vote of one rank of two, of which the other never wants to end; the signals' handlers are
+    given back.
+    """
     before = {number: signal.getsignal(number) for number in (*STOPPING, signal.SIGINT)}
     monkeypatch.setattr(dist, "new_group", lambda backend, timeout: backend)
     monkeypatch.setattr(stopping, "read_launch", lambda: SimpleNamespace(launcher="python"))
@@ -27,7 +29,9 @@ def stop(monkeypatch):
 
 def test_a_signal_in_the_middle_of_a_vote_is_not_lost(stop, monkeypatch):
     """It has come too late for this vote and counts in the next."""
-    monkeypatch.setattr(dist, "all_reduce", lambda vote, op, group: os.kill(os.getpid(), signal.SIGUSR1))
+    monkeypatch.setattr(
+        dist, "all_reduce", lambda vote, op, group: os.kill(os.getpid(), signal.SIGUSR1)
+    )
     assert stop.agreed(1) == ""
     assert not stop.signal_number
     monkeypatch.setattr(dist, "all_reduce", lambda vote, op, group: None)
@@ -45,15 +49,20 @@ def test_a_problem_of_one_rank_ends_all(stop, monkeypatch):
 
 
 def test_the_clock_of_rank_0_asks_for_checkpoints(stop, monkeypatch):
-    """Every ten minutes unless --save-interval is given; --save-interval-in-mins holds beside it."""
+    """Every ten minutes unless --save-interval is given.
+
+    --save-interval-in-mins holds beside it.
+    """
     monkeypatch.setattr(dist, "all_reduce", lambda vote, op, group: None)
     now = [1000.0]
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
     stop.saved()
+
     for minutes, due in ((9.9, False), (10.1, True)):
         now[0] = 1000.0 + 60 * minutes
         stop.agreed(1)
         assert stop.save_is_due == due
+
     stop.saved()
     stop.agreed(2)
     assert not stop.save_is_due

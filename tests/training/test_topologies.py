@@ -1,7 +1,9 @@
-"""A checkpoint of any layout goes on on any other: losses and norms as in the undisturbed run, weights and moments bit for bit.
+"""A checkpoint of any layout goes on on any other: losses and norms as in the undisturbed run,
+weights and moments bit for bit.
 
-{DP2, TP2, DP2 x TP2} x ZeRO {1, 2, 3}, stage 0, one process and TP4. Each layout goes on from every fifth of the others, so that each
-stage is met as source and as target of each; `python -m tests.campaigns.topologies` tries all pairs.
+{DP2, TP2, DP2 x TP2} x ZeRO {1, 2, 3}, stage 0, one process and TP4. Each layout goes on from every
+fifth of the others, so that each stage is met as source and as target of each; `python -m
+tests.campaigns.topologies` tries all pairs.
 """
 
 import json
@@ -18,13 +20,18 @@ from tests.dist import run_on_ranks
 from tests.shared import needs_half_precision
 from tests.training.test_layouts import BATCH, parts, run_config
 
-SAVED, LAST = 3, 5
+SAVED = 3
+LAST = 5
 LAYOUTS = {  # processes -> (tensor parallel, ZeRO stage)
     1: [(1, 0)],
     2: [(1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3)],
     4: [(2, 1), (2, 2), (2, 3), (4, 1)],
 }
-ALL = [f"dp{ranks // tensor}-tp{tensor}-zero{stage}" for ranks, layouts in LAYOUTS.items() for tensor, stage in layouts]
+ALL = [
+    f"dp{ranks // tensor}-tp{tensor}-zero{stage}"
+    for ranks, layouts in LAYOUTS.items()
+    for tensor, stage in layouts
+]
 
 
 def start():
@@ -45,14 +52,22 @@ class Run:
         self.state = ParallelState(tensor)
         if stage == 3:
             changes.setdefault("deepspeed_config", f"{Path(store).parent}/zero3.json")
-        settings = {"tensor_model_parallel_size": tensor, "zero_stage": stage, "micro_batch_size": 2, "save": str(folder)}
+
+        settings = {
+            "tensor_model_parallel_size": tensor,
+            "zero_stage": stage,
+            "micro_batch_size": 2,
+            "save": str(folder),
+        }
         self.config = run_config(store, train_iters=LAST, **settings, **changes)
         self.streams = RandomStreams(self.config.seed, self.state.data_rank, self.state.tensor_rank)
         model, self.data, self.task = parts(self.config, self.state, self.streams)
         self.sizes = model.config
         self.engine = Engine(model, self.config, self.state)
         described = {"store": store, "manifest_sha256": "s", "vocabulary": "v", "detector": {}}
-        self.checkpoints = Checkpoints(self.config, self.sizes, self.state, described, f"{store}/vocab.txt")
+        self.checkpoints = Checkpoints(
+            self.config, self.sizes, self.state, described, f"{store}/vocab.txt"
+        )
         self.progress = self.checkpoints.load(self.engine, Path(load)) if load else Progress()
 
     def train(self, last):
@@ -60,20 +75,31 @@ class Run:
         from megatron_interbert.data.order import MicroBatches
         from megatron_interbert.training.optimizer import learning_rate
 
-        stream = iter(MicroBatches(self.progress.consumed_samples, BATCH, 2, self.state.data_rank, self.state.data_size))
+        stream = iter(
+            MicroBatches(
+                self.progress.consumed_samples, BATCH, 2, self.state.data_rank, self.state.data_size
+            )
+        )
         results = {}
+
         for step in range(self.progress.step + 1, last + 1):
             self.streams.start_step(step)
             batches = [self.data[next(stream)] for _ in range(self.engine.accumulation)]
-            totals = self.state.sum_over_data(torch.stack([b.target_counts() for b in batches]).sum(0))
+            totals = self.state.sum_over_data(
+                torch.stack([b.target_counts() for b in batches]).sum(0)
+            )
             total = torch.zeros(1)
+
             for number, batch in enumerate(batches):
                 loss, _ = self.task.loss(self.engine.forward(batch), batch, totals)
                 self.engine.backward(loss, last=number == len(batches) - 1)
                 total += loss.detach()
+
             norm = self.engine.step(learning_rate(step, self.config))[0]
             results[step] = (float(self.state.sum_over_data(total)), norm)
-            self.progress.step, self.progress.consumed_samples = step, self.progress.consumed_samples + BATCH
+            self.progress.step = step
+            self.progress.consumed_samples = self.progress.consumed_samples + BATCH
+
         return results
 
     def save(self):
@@ -102,16 +128,19 @@ def resume_everywhere(store, folder, every):
 
     ranks = start()
     expected = {name: json.loads(Path(f"{folder}/{name}.json").read_text()) for name in ALL}
+
     for tensor, stage in LAYOUTS[ranks]:
         target = f"dp{ranks // tensor}-tp{tensor}-zero{stage}"
         for number, source in enumerate(ALL):
             if (number + ALL.index(target)) % every:
                 continue
+
             path = Path(folder, source, f"global_step{SAVED}")
             run = Run(store, f"{folder}/resumed", tensor, stage, load=path)
             where = f"{source} -> {target}"
             assert (run.progress.step, run.progress.consumed_samples) == (SAVED, SAVED * BATCH)
             check_every_bit(CheckpointReader(path), FragmentedState(run.engine), run.state, where)
+
             for step, (loss, norm) in run.train(LAST).items():
                 theirs = expected[source][str(step)]
                 assert abs(loss - theirs[0]) < 2e-5 * abs(theirs[0]), (where, step, loss, theirs[0])
@@ -124,11 +153,21 @@ def offload(store, folder):
     templates = Path(__file__).resolve().parents[2] / "ds_configs"
     expected = json.loads(Path(f"{folder}/dp2-tp1-zero3.json").read_text())
     path = Path(folder, "dp2-tp1-zero3", f"global_step{SAVED}")
+
     for stage, template in ((2, "zero2_offload_optimizer.json"), (3, "zero3_offload.json")):
-        run = Run(store, f"{folder}/{template}", 1, stage, load=path, deepspeed_config=str(templates / template))
+        run = Run(
+            store,
+            f"{folder}/{template}",
+            1,
+            stage,
+            load=path,
+            deepspeed_config=str(templates / template),
+        )
         losses = run.train(SAVED + 1)
         run.save()
-        again = Run(store, f"{folder}/x", 1, 1, load=Path(folder, template, f"global_step{SAVED + 1}"))
+        again = Run(
+            store, f"{folder}/x", 1, 1, load=Path(folder, template, f"global_step{SAVED + 1}")
+        )
         losses |= again.train(LAST)
         for step, (loss, norm) in losses.items():
             assert abs(loss - expected[str(step)][0]) < 2e-5 * abs(loss), (template, step)
@@ -139,21 +178,32 @@ def check_every_bit(reader, training_state, state, where):
     """What each rank holds after loading against a plain slice of the full tensors."""
     assert training_state.scalars()["adam_step"] == SAVED
     seen = 0
+
     for fragment in training_state.held():
         for kind, tensor in fragment.tensors.items():
             full = reader.get(fragment.name, kind)
             assert list(full.shape) == full_shape(fragment.name, fragment.shape, state.tensor_size)
             mine = shard(full, fragment.name, state.tensor_rank, state.tensor_size).reshape(-1)
-            assert torch.equal(tensor, mine[fragment.start : fragment.start + fragment.length]), (where, fragment.name, kind)
+            assert torch.equal(tensor, mine[fragment.start : fragment.start + fragment.length]), (
+                where,
+                fragment.name,
+                kind,
+            )
             seen += tensor.numel()
+
     assert seen > 0, where
 
 
 def write_corpus(folder):
     """(region store, folder) for the runs."""
     # ZeRO-3 with parameters of both kinds: cut up, and kept whole on every rank.
-    (folder / "zero3.json").write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 1000}}')
-    (folder / "fp16.json").write_text('{"fp16": {"initial_scale_power": 9, "loss_scale_window": 2}}')
+    (folder / "zero3.json").write_text(
+        '{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 1000}}'
+    )
+    (folder / "fp16.json").write_text(
+        '{"fp16": {"initial_scale_power": 9, "loss_scale_window": 2}}'
+    )
+
     return str(write_store(folder / "store")), str(folder)
 
 
@@ -177,7 +227,9 @@ def test_layouts_resume_from_one_another(corpus):
 
 
 def change_precision(store, folder):
-    """fp16 with its loss scale, bf16 and fp32 go on from one another; the scale comes back where it means something."""
+    """fp16 with its loss scale, bf16 and fp32 go on from one another; the scale comes back where it
+    means something.
+    """
     from megatron_interbert.training.fragments import FragmentedState
 
     start()
@@ -192,6 +244,7 @@ def change_precision(store, folder):
     assert again.engine.loss_scale() == scale
     whole = source.train(LAST)
     assert again.train(LAST) == whole, "the same layout: bit for bit, growth of the scale included"
+
     for changes in ({"bf16": True}, {}):
         other = Run(store, f"{folder}/x", 2, 1, load=path, **changes)
         assert FragmentedState(other.engine).scalars()["adam_step"] == SAVED
@@ -204,11 +257,14 @@ def test_precisions(corpus):
     run_on_ranks(2, change_precision, *corpus)
 
 
-BF16 = ((2, 2), (1, 1), (1, 3))  # (tensor parallel, ZeRO stage): our own update, our norm around DeepSpeed's, DeepSpeed's alone
+# (tensor parallel, ZeRO stage): our own update, our norm around DeepSpeed's, DeepSpeed's alone
+BF16 = ((2, 2), (1, 1), (1, 3))
 
 
 def change_update(store, folder):
-    """Runs in bf16 go on from one another whoever updates: weights, moments and average bit for bit, and so do runs in fp32."""
+    """Runs in bf16 go on from one another whoever updates: weights, moments and average bit for
+    bit, and so do runs in fp32.
+    """
     from megatron_interbert.training.fragments import FragmentedState
     from megatron_interbert.weights.reader import CheckpointReader
 
@@ -238,7 +294,9 @@ def change_update(store, folder):
 
 
 def check_whole_copy(run):
-    """The model for evaluation holds fp32 weights, of which the run computes with the nearest numbers in bf16."""
+    """The model for evaluation holds fp32 weights, of which the run computes with the nearest
+    numbers in bf16.
+    """
     import deepspeed
 
     from megatron_interbert.training.fragments import FragmentedState
@@ -249,8 +307,11 @@ def check_whole_copy(run):
     for name, parameter in run.engine.model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=run.config.zero_stage == 3):
             assert torch.equal(weights[name].to(parameter.dtype), parameter), name
+
     FragmentedState(run.engine).copy_into(copy, "ema")
-    moved = sum(not torch.equal(average, weights[name]) for name, average in copy.named_parameters())
+    moved = sum(
+        not torch.equal(average, weights[name]) for name, average in copy.named_parameters()
+    )
     assert moved > 0
 
 

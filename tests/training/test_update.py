@@ -1,4 +1,6 @@
-"""The three kinds of update: the same numbers, nothing changed by a gradient that is not finite, few operations."""
+"""The three kinds of update: the same numbers, nothing changed by a gradient that is not finite,
+few operations.
+"""
 
 import collections
 import contextlib
@@ -30,32 +32,47 @@ from tests.launching import train
 from tools.benchmarks.batches import random_examples
 
 SAMPLES = 4
-BAD = (math.nan, math.inf, -math.inf, 1e30)  # the last one's square is infinite in float32, not in DeepSpeed's float64
+# the last one's square is infinite in float32, not in DeepSpeed's float64
+BAD = (math.nan, math.inf, -math.inf, 1e30)
 DATA = {"vocab_size": 300, "feature_dim": 64, "num_classes": 20}
 TINY = dataclasses.replace(PRESETS["tiny"], **DATA)
-NARROW_BASE = dataclasses.replace(PRESETS["base"], hidden_size=48, ffn_hidden_size=96, pooled_size=48, **DATA)
+NARROW_BASE = dataclasses.replace(
+    PRESETS["base"], hidden_size=48, ffn_hidden_size=96, pooled_size=48, **DATA
+)
 
 
 class Run:
     """Steps of an engine on the same random samples, each step on the next ones."""
 
     def __init__(self, state, sizes=TINY, **settings):
-        self.state, self.sizes, self.task = state, sizes, PretrainingTask()
-        self.config = RunConfig(micro_batch_size=SAMPLES, tensor_model_parallel_size=state.tensor_size, **settings)
+        self.state = state
+        self.sizes = sizes
+        self.task = PretrainingTask()
+        self.config = RunConfig(
+            micro_batch_size=SAMPLES, tensor_model_parallel_size=state.tensor_size, **settings
+        )
         dtype = torch.bfloat16 if self.config.bf16 else torch.float32
         kernels = choose_kernels("auto", torch.device("cpu"), attention_dropout=True, dtype=dtype)
         self.streams = RandomStreams(0, state.data_rank, state.tensor_rank)
         model = InterBert(sizes, state=state, kernels=kernels, streams=self.streams)
         initialise(model, sizes, 0, state)
-        for parameter in model.parameters():  # as DeepSpeed begins: its fp32 weights are what bf16 holds
+        # as DeepSpeed begins: its fp32 weights are what bf16 holds
+        for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16().float()
+
         self.engine = Engine(model, self.config, state)
 
     def forward(self, number):
         """The loss of a step."""
         self.streams.start_step(number)
-        batch = pack(random_examples(self.sizes, SAMPLES, (8, 20), (10, 36), seed=100 * number + self.state.data_rank), 64)
+        batch = pack(
+            random_examples(
+                self.sizes, SAMPLES, (8, 20), (10, 36), seed=100 * number + self.state.data_rank
+            ),
+            64,
+        )
         totals = self.state.sum_over_data(batch.target_counts())
+
         return self.task.loss(self.engine.forward(batch), batch, totals)[0]
 
     def step(self, number):
@@ -64,12 +81,22 @@ class Run:
         return self.engine.step(1e-3)
 
     def held(self):
-        """Copies of this rank's fp32 weights and moments, and of the weights with which the model computes (those of ZeRO-3 come
-        and go)."""
+        """Copies of this rank's fp32 weights and moments, and of the weights with which the model
+        computes (those of ZeRO-3 come and go).
+        """
         fragments = FragmentedState(self.engine).held()
-        held = {(f.name, f.start, kind): tensor.clone() for f in fragments for kind, tensor in f.tensors.items()}
+        held = {
+            (f.name, f.start, kind): tensor.clone()
+            for f in fragments
+            for kind, tensor in f.tensors.items()
+        }
+
         if self.engine.update.stage < 3:
-            held |= {(name, 0, "model"): p.detach().clone() for name, p in self.engine.model.named_parameters()}
+            held |= {
+                (name, 0, "model"): p.detach().clone()
+                for name, p in self.engine.model.named_parameters()
+            }
+
         return held
 
 
@@ -80,22 +107,31 @@ def same(left, right):
 
 
 KINDS = [
-    *(("bf16", 1, 1, stage, WholeUpdate) for stage in (1, 2, 3)),  # precision, ranks, tensor-parallel ranks, stage, what is chosen
+    # precision, ranks, tensor-parallel ranks, stage, what is chosen
+    *(("bf16", 1, 1, stage, WholeUpdate) for stage in (1, 2, 3)),
     *(("fp32", 1, 1, stage, WholeUpdate) for stage in (0, 1, 2, 3)),
     *(("bf16", 2, 2, stage, WholeUpdate) for stage in (1, 3)),
     ("fp32", 2, 2, 1, WholeUpdate),
     ("fp32", 2, 1, 0, WholeUpdate),
-    *((precision, 2, 1, stage, PartitionedUpdate) for precision in ("bf16", "fp32") for stage in (1, 2)),
+    *(
+        (precision, 2, 1, stage, PartitionedUpdate)
+        for precision in ("bf16", "fp32")
+        for stage in (1, 2)
+    ),
     *((precision, 2, 1, 3, DeepSpeedUpdate) for precision in ("bf16", "fp32")),
 ]
 
 
 def check_bad_gradients(ranks):
-    """A bad number in one gradient of the last rank alone: no rank changes anything, and the run goes on as if nothing had been."""
+    """A bad number in one gradient of the last rank alone: no rank changes anything, and the run
+    goes on as if nothing had been.
+    """
     start_processes()
+
     for precision, of_ranks, tensor, stage, kind in KINDS:
         if of_ranks != ranks:
             continue
+
         case = f"{precision} DP{ranks // tensor} TP{tensor} ZeRO-{stage}"
         settings = {"bf16": precision == "bf16", "zero_stage": stage, "clip_grad": 1.0}
         run, undisturbed = (Run(ParallelState(tensor), **settings) for _ in range(2))
@@ -119,7 +155,12 @@ def check_bad_gradients(ranks):
 @contextlib.contextmanager
 def spoiled(run, number, bad):
     """Within it, one number in the gradient of a parameter is `bad` on the last rank."""
-    names = ("image_stream.layers.0.mlp.up.weight", "text_pooler.dense.bias", "itm_head.bias", "text_embedding.word.weight")
+    names = (
+        "image_stream.layers.0.mlp.up.weight",
+        "text_pooler.dense.bias",
+        "itm_head.bias",
+        "text_embedding.word.weight",
+    )
     parameter = dict(run.engine.model.named_parameters())[names[number]]
 
     def spoil(gradient):
@@ -129,6 +170,7 @@ def spoiled(run, number, bad):
 
     last = run.state.rank == run.state.world_size - 1
     hook = parameter.register_hook(spoil) if last else None
+
     try:
         yield
     finally:
@@ -142,14 +184,25 @@ def test_a_gradient_that_is_not_finite_changes_nothing(ranks):
 
 
 def check_against_deepspeed():
-    """Our steps and DeepSpeed's own: the same bits while nothing is clipped, a rounding of fp32 apart in a step where it is."""
+    """Our steps and DeepSpeed's own: the same bits while nothing is clipped, a rounding of fp32
+    apart in a step where it is.
+    """
     start_processes()
-    for precision, clip, steps in (("bf16", 0.0, 6), ("fp32", 0.0, 6), ("bf16", 0.5, 1), ("fp32", 0.5, 1)):
+
+    for precision, clip, steps in (
+        ("bf16", 0.0, 6),
+        ("fp32", 0.0, 6),
+        ("bf16", 0.5, 1),
+        ("fp32", 0.5, 1),
+    ):
         case = (precision, clip)
         runs = {}
+
         for kind in (DeepSpeedUpdate, PartitionedUpdate, WholeUpdate):
             with chosen(kind):
-                runs[kind] = Run(ParallelState(), bf16=precision == "bf16", zero_stage=1, clip_grad=clip)
+                runs[kind] = Run(
+                    ParallelState(), bf16=precision == "bf16", zero_stage=1, clip_grad=clip
+                )
 
         for number in range(1, steps + 1):
             losses = {kind: float(run.forward(number).detach()) for kind, run in runs.items()}
@@ -161,9 +214,14 @@ def check_against_deepspeed():
         for kind, run in runs.items():
             held = run.held()
             assert clip or same(held, expected), (case, kind)
+
             for key, theirs in expected.items():
                 tolerance = 2**-8 if key[2] == "model" else 1e-6  # bf16 may round to the other side
-                assert torch.allclose(held[key], theirs, rtol=tolerance, atol=1e-9), (case, kind, key)
+                assert torch.allclose(held[key], theirs, rtol=tolerance, atol=1e-9), (
+                    case,
+                    kind,
+                    key,
+                )
 
 
 @contextlib.contextmanager
@@ -171,9 +229,15 @@ def chosen(kind):
     """Within it, engines have this kind of update."""
 
     def choose(model, groups, config, state, deepspeed_config):
-        return kind(groups, config, state, model) if kind is WholeUpdate else kind(groups, config, state)
+        return (
+            kind(groups, config, state, model)
+            if kind is WholeUpdate
+            else kind(groups, config, state)
+        )
 
-    choice, engine_module.choose_update = engine_module.choose_update, choose
+    choice = engine_module.choose_update
+    engine_module.choose_update = choose
+
     try:
         yield
     finally:
@@ -186,11 +250,33 @@ def test_ours_is_deepspeeds_step():
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_of_bad_steps_ends(processes, tmp_path):
-    """A learning rate that blows the weights up: every gradient after the first step is NaN, and the third of them ends the run."""
+    """A learning rate that blows the weights up: every gradient after the first step is NaN, and
+    the third of them ends the run.
+    """
     store = write_store(tmp_path / "store")
-    flags = ("--model", "tiny", "--data-path", store, "--language", "en", "--train-iters", 20, "--micro-batch-size", 2,
-             "--lr", "1e37", "--lr-warmup-fraction", 0, "--bf16", "--data-partitions", 4, "--num-workers", 0,
-             "--max-bad-steps", 3)  # fmt: skip
+    flags = (
+        "--model",
+        "tiny",
+        "--data-path",
+        store,
+        "--language",
+        "en",
+        "--train-iters",
+        20,
+        "--micro-batch-size",
+        2,
+        "--lr",
+        "1e37",
+        "--lr-warmup-fraction",
+        0,
+        "--bf16",
+        "--data-partitions",
+        4,
+        "--num-workers",
+        0,
+        "--max-bad-steps",
+        3,
+    )
     code, out, err = train(processes, *flags)
     assert code != 0
     assert "step 4: the gradient was not finite for 3 steps in a row and the run stops" in out + err
@@ -200,7 +286,9 @@ def test_a_run_of_bad_steps_ends(processes, tmp_path):
 
 
 class Counting(TorchDispatchMode):
-    """Counts the operations that torch dispatches, but for those that only look at a tensor in another way."""
+    """Counts the operations that torch dispatches, but for those that only look at a tensor in
+    another way.
+    """
 
     def __init__(self):
         super().__init__()
@@ -213,8 +301,11 @@ class Counting(TorchDispatchMode):
 
 
 def check_operations(layouts):
-    """How many operations the third step of a model with as many parameters as `base` takes, in each part."""
+    """How many operations the third step of a model with as many parameters as `base` takes, in
+    each part.
+    """
     start_processes()
+
     for tensor, settings, most in layouts:
         run = Run(ParallelState(tensor), NARROW_BASE, **settings)
         assert len(list(run.engine.model.parameters())) == 244
@@ -231,12 +322,18 @@ def check_operations(layouts):
         counts = [sum(part.operations.values()) for part in (forward, backward, update)]
         if run.state.is_main:
             print(settings, counts, flush=True)
-        assert all(count <= limit for count, limit in zip(counts, most, strict=True)), (settings, counts)
+
+        assert all(count <= limit for count, limit in zip(counts, most, strict=True)), (
+            settings,
+            counts,
+        )
 
 
 def test_an_update_takes_few_operations():
-    """Hundreds of parameters, tens of operations: each costs time of the host, on a GPU too. Without its copies for ZeRO, a backward
-    pass takes no more in bf16 than in fp32."""
+    """Hundreds of parameters, tens of operations: each costs time of the host, on a GPU too.
+
+    Without its copies for ZeRO, a backward pass takes no more in bf16 than in fp32.
+    """
     ours = (950, 750, 40)
     run_on_ranks(1, check_operations, [(1, {"bf16": True}, ours), (1, {"zero_stage": 0}, ours)])
 
@@ -247,7 +344,9 @@ def test_fewer_operations_around_deepspeeds_update():
 
 
 def test_gradients_of_micro_batches_are_added_up_in_fp32():
-    """100 small gradients in bf16, added up there, would end at a half of what they give; a parameter without a gradient has zeros."""
+    """100 small gradients in bf16, added up there, would end at a half of what they give; a
+    parameter without a gradient has zeros.
+    """
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"used": torch.nn.Linear(3, 5), "unused": torch.nn.Linear(2, 2)})
     model["used"].bias.tensor_model_parallel = True
@@ -262,14 +361,20 @@ def test_gradients_of_micro_batches_are_added_up_in_fp32():
             for name, parameter in model["used"].named_parameters(prefix="used"):
                 parameter.grad = (1 + torch.rand(parameter.shape) * (step + 1)).bfloat16()
                 sums[name] += parameter.grad
+
             masters.take_gradients()
             assert all(p.grad is None for p in model.parameters())
 
         for name, expected in sums.items():
             torch.testing.assert_close(twins[name].grad.double(), expected, rtol=1e-5, atol=0.0)
-        replicated, sharded = (torch.cat(part).double().square().sum() for part in masters.gradients())
+
+        replicated, sharded = (
+            torch.cat(part).double().square().sum() for part in masters.gradients()
+        )
         assert float(sharded) == pytest.approx(float(sums["used.bias"].square().sum()), rel=1e-5)
-        assert float(replicated) == pytest.approx(float(sums["used.weight"].square().sum()), rel=1e-5)
+        assert float(replicated) == pytest.approx(
+            float(sums["used.weight"].square().sum()), rel=1e-5
+        )
         masters.drop_gradients()
         assert all(twin.grad is None for twin in twins.values())
 
@@ -277,6 +382,7 @@ def test_gradients_of_micro_batches_are_added_up_in_fp32():
         assert torch.equal(twins[name], weights[name])
         assert torch.equal(parameter, weights[name].bfloat16())
         twins[name].data += 1
+
     masters.refresh_model()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, (weights[name] + 1).bfloat16())

@@ -1,9 +1,14 @@
-"""The contenders of a training benchmark as a picture: bars of samples/s in SVG, readable on light and dark pages."""
+"""The contenders of a training benchmark as a picture: bars of samples/s in SVG, readable on light
+and dark pages.
+"""
 
 from html import escape
 from typing import Any
 
-NAMES, WIDTH, ROW = 170, 420, 34  # pixels: of the names, of the longest bar, of a line
+# pixels: of the names, of the longest bar, of a line
+NAMES = 170
+WIDTH = 420
+ROW = 34
 
 
 def bars(result: dict[str, Any]) -> str:
@@ -13,18 +18,38 @@ def bars(result: dict[str, Any]) -> str:
     ranks = f" on each of {result['ranks']} ranks" if result["ranks"] > 1 else ""
     height = ROW * len(contenders) + 40
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{NAMES + WIDTH + 220}" height="{height}" font-family="sans-serif" font-size="14">',
-        "<style>text { fill: #24292f } @media (prefers-color-scheme: dark) { text { fill: #d0d7de } }</style>",
-        f'<text x="0" y="18">training steps, {result["samples"]} samples each{ranks}: samples/s</text>',
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{NAMES + WIDTH + 220}"'
+            f' height="{height}" font-family="sans-serif" font-size="14">'
+        ),
+        (
+            "<style>text { fill: #24292f } @media (prefers-color-scheme: dark) { text { fill:"
+            " #d0d7de } }</style>"
+        ),
+        (
+            f'<text x="0" y="18">training steps, {result["samples"]} samples each{ranks}:'
+            " samples/s</text>"
+        ),
     ]
+
     for number, (name, figures) in enumerate(contenders.items()):
-        top, rate = 32 + ROW * number, figures["samples_per_second"]
+        top = 32 + ROW * number
+        rate = figures["samples_per_second"]
         length = max(1.0, WIDTH * rate / most)
         low, high = figures["time_of_ours_range"]
-        label = f"{rate:.2f}" if number == 0 else f"{rate:.2f}  ({figures['time_of_ours']:.2f} x our time, {low:.2f} to {high:.2f})"
+        label = (
+            f"{rate:.2f}"
+            if number == 0
+            else f"{rate:.2f}  ({figures['time_of_ours']:.2f} x our time, {low:.2f} to {high:.2f})"
+        )
+
         lines += [
             f'<text x="0" y="{top + 17}">{escape(name)}</text>',
-            f'<rect x="{NAMES}" y="{top}" width="{length:.1f}" height="{ROW - 10}" fill="{"#2da44e" if number == 0 else "#8c959f"}"/>',
+            (
+                f'<rect x="{NAMES}" y="{top}" width="{length:.1f}" height="{ROW - 10}"'
+                f' fill="{"#2da44e" if number == 0 else "#8c959f"}"/>'
+            ),
             f'<text x="{NAMES + length + 8:.1f}" y="{top + 17}">{escape(label)}</text>',
         ]
+
     return "\n".join([*lines, "</svg>", ""])

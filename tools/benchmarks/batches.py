@@ -24,15 +24,24 @@ def sizes_of(model: str) -> ModelConfig:
 
 
 def random_examples(
-    sizes: ModelConfig, samples: int, words: tuple[int, int] = (12, 16), regions: tuple[int, int] = (36, 36), seed: int = 0
+    sizes: ModelConfig,
+    samples: int,
+    words: tuple[int, int] = (12, 16),
+    regions: tuple[int, int] = (36, 36),
+    seed: int = 0,
 ) -> list[Example]:
-    """Samples with `words` (from, to) tokens and `regions` (from, to) boxes, every second one mismatched."""
+    """Samples with `words` (from, to) tokens and `regions` (from, to) boxes, every second one
+    mismatched.
+    """
     random = np.random.default_rng(seed)
     examples = []
+
     for number in range(samples):
         count, boxes = (int(random.integers(low, high + 1)) for low, high in (words, regions))
         ids = random.integers(0, sizes.vocab_size, count)
-        positions = np.sort(random.choice(np.arange(1, count - 1), max(1, round(MASKED * count)), replace=False))
+        positions = np.sort(
+            random.choice(np.arange(1, count - 1), max(1, round(MASKED * count)), replace=False)
+        )
         hidden = np.zeros(boxes, bool)
         hidden[random.choice(boxes, max(1, round(MASKED * boxes)), replace=False)] = True
         examples.append(
@@ -49,12 +58,16 @@ def random_examples(
                 mismatched=number % 2,
             )
         )
+
     return examples
 
 
 @dataclass
 class PaddedBatch:
-    """B samples of T tokens and R regions, short ones filled up. Masks are 1 on real places, labels IGNORED on all but targets."""
+    """B samples of T tokens and R regions, short ones filled up.
+
+    Masks are 1 on real places, labels IGNORED on all but targets.
+    """
 
     token_ids: torch.Tensor  # int64 [B, T]
     token_mask: torch.Tensor  # float32 [B, T]
@@ -68,7 +81,8 @@ class PaddedBatch:
 
 def pad(examples: Sequence[Example], tokens: int, regions: int) -> PaddedBatch:
     """All samples at the same lengths, as scripts with fixed shapes have them."""
-    count, features = len(examples), examples[0].features.shape[1]
+    count = len(examples)
+    features = examples[0].features.shape[1]
     batch = PaddedBatch(
         torch.zeros(count, tokens, dtype=torch.int64),
         torch.zeros(count, tokens),
@@ -79,8 +93,10 @@ def pad(examples: Sequence[Example], tokens: int, regions: int) -> PaddedBatch:
         torch.full((count, regions), IGNORED),
         torch.tensor([int(example.mismatched) for example in examples]),
     )
+
     for row, example in enumerate(examples):
-        words, boxes = len(example.token_ids), len(example.features)
+        words = len(example.token_ids)
+        boxes = len(example.features)
         batch.token_ids[row, :words] = torch.from_numpy(example.token_ids)
         batch.token_mask[row, :words] = 1
         batch.word_labels[row, example.msm_positions] = torch.from_numpy(example.msm_labels)
@@ -90,4 +106,5 @@ def pad(examples: Sequence[Example], tokens: int, regions: int) -> PaddedBatch:
         batch.region_mask[row, :boxes] = 1
         hidden = np.flatnonzero(example.hidden_regions)
         batch.region_labels[row, hidden] = torch.from_numpy(example.class_ids[hidden, 0])
+
     return batch

@@ -56,10 +56,12 @@ class TrainingStep:
         self.state = ParallelState()
         if self.state.world_size > 1:
             raise UsageError("benchmark checkpoint: start it as one process")
+
         sizes = sizes_of(options.model)
         model = InterBert(sizes, state=self.state)
         initialise(model, sizes, 0, self.state)
-        self.engine, self.task = Engine(model.to(device), self.config, self.state), PretrainingTask()
+        self.engine = Engine(model.to(device), self.config, self.state)
+        self.task = PretrainingTask()
         self.batch = pack(random_examples(sizes, options.batch), sizes.feature_dim).to(device)
         vocabulary = save.parent / "vocab.txt"
         vocabulary.write_text("[PAD]\n")
@@ -68,7 +70,9 @@ class TrainingStep:
         self.progress = Progress()
 
     def __call__(self) -> None:
-        loss, _ = self.task.loss(self.engine.forward(self.batch), self.batch, self.batch.target_counts())
+        loss, _ = self.task.loss(
+            self.engine.forward(self.batch), self.batch, self.batch.target_counts()
+        )
         self.engine.backward(loss, last=True)
         self.engine.step(1e-4)
         self.progress.step += 1
@@ -84,10 +88,19 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def measure_saves(step: TrainingStep, folder: Path, repeats: int) -> dict[str, float]:
-    """Medians in seconds of a step, of what training waits for our save, of DeepSpeed's, and of steps while ours is written."""
+    """Medians in seconds of a step, of what training waits for our save, of DeepSpeed's, and of
+    steps while ours is written.
+    """
     for _ in range(2):
         step()
-    found: dict[str, list[float]] = {"step": [], "stall": [], "written": [], "step_while_writing": [], "deepspeed_save": []}
+
+    found: dict[str, list[float]] = {
+        "step": [],
+        "stall": [],
+        "written": [],
+        "step_while_writing": [],
+        "deepspeed_save": [],
+    }
     for number in range(repeats + 1):
         found["step"].append(seconds(step))
         started = time.perf_counter()
@@ -95,31 +108,46 @@ def measure_saves(step: TrainingStep, folder: Path, repeats: int) -> dict[str, f
         found["stall"].append(time.perf_counter() - started)
         while step.checkpoints.writing():
             found["step_while_writing"].append(seconds(step))
+
         step.checkpoints.wait()
-        found["written"].append(float(step.checkpoints.messages()[-1].split("on disk after ")[1].split()[0]))
+        found["written"].append(
+            float(step.checkpoints.messages()[-1].split("on disk after ")[1].split()[0])
+        )
         theirs = folder / "deepspeed"
-        found["deepspeed_save"].append(seconds(lambda to=theirs: step.engine.deepspeed.save_checkpoint(str(to), tag="x")))
+        found["deepspeed_save"].append(
+            seconds(lambda to=theirs: step.engine.deepspeed.save_checkpoint(str(to), tag="x"))
+        )
         shutil.rmtree(theirs)
         if number == 0:  # the first of each makes buffers and warms up
             found = {name: [] for name in found}
+
     return {name: statistics.median(values) for name, values in found.items() if values}
 
 
 def measure_conversion(step: TrainingStep, folder: Path, repeats: int) -> dict[str, float]:
-    """MB/s of tensors: a plain copy of the file to the same disk (flushed), and conversion to each format."""
+    """MB/s of tensors: a plain copy of the file to the same disk (flushed), and conversion to each
+    format.
+    """
     source = open_source(step.config.save)
     megabytes = Output(source).bytes() / 1e6
     file = next(source.path.glob("weights-*"))
-    ways: dict[str, Callable[[Path], Any]] = {"copy": lambda to: flush_file(Path(shutil.copyfile(file, to)))}
+    ways: dict[str, Callable[[Path], Any]] = {
+        "copy": lambda to: flush_file(Path(shutil.copyfile(file, to)))
+    }
+
     for kind, ranks in (("sharded", 1), ("sharded", 2), ("huggingface", 1), ("official", 1)):
         name = f"{kind} TP{ranks}" if kind == "sharded" else kind
-        ways[name] = lambda to, kind=kind, ranks=ranks: write_target(kind, Output(source, tensor_parallel=ranks), to)
+        ways[name] = lambda to, kind=kind, ranks=ranks: write_target(
+            kind, Output(source, tensor_parallel=ranks), to
+        )
+
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):  # in turns, so that a slow moment of the disk meets all
         for name, way in ways.items():
             target = folder / "converted"
             speeds[name].append(megabytes / seconds(lambda way=way, target=target: way(target)))
             shutil.rmtree(target) if target.is_dir() else target.unlink()
+
     return {name: statistics.median(values) for name, values in speeds.items()}
 
 
@@ -130,8 +158,11 @@ def measure(options: Options) -> dict[str, Any]:
         step = TrainingStep(options, folder / "run")
         saves = measure_saves(step, folder, options.repeats)
         speeds = measure_conversion(step, folder, options.repeats)
-    print(f"model {options.model}, batch {options.batch}, ZeRO-{options.zero_stage}, {step.engine.precision}, medians of"
-          f" {options.repeats}")  # fmt: skip
+
+    print(
+        f"model {options.model}, batch {options.batch}, ZeRO-{options.zero_stage},"
+        f" {step.engine.precision}, medians of {options.repeats}"
+    )
     print(f"{'training step':<46}{saves['step']:>9.3f} s")
     rows = [
         ("training waits for our save", "stall"),
@@ -142,6 +173,8 @@ def measure(options: Options) -> dict[str, Any]:
     for title, key in rows:
         if key in saves:
             print(f"{title:<50}{saves[key]:>5.3f} s  {saves[key] / saves['step']:>7.2f} of a step")
+
     for title, speed in speeds.items():
         print(f"{title:<46}{speed:>9.0f} MB/s {speed / speeds['copy']:>6.2f} of a copy")
+
     return {"seconds": saves, "megabytes_per_second": speeds}

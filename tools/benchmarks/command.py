@@ -33,6 +33,7 @@ def run() -> None:
     options, measure = parse_task(SUBJECTS, "benchmark.py train --model base --batch 16")
     if options.output:
         check_output(Path(options.output), "--output")
+
     told = {name: str(value) for name, value in dataclasses.asdict(options).items()}
     result = {
         **measure(options),

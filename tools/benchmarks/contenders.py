@@ -1,4 +1,6 @@
-"""Ways to train that a benchmark times part by part: our engine, and a module over padded batches as training scripts write it."""
+"""Ways to train that a benchmark times part by part: our engine, and a module over padded batches
+as training scripts write it.
+"""
 
 import statistics
 import time
@@ -35,14 +37,16 @@ def real_tokens(examples: list[Example]) -> int:
 
 
 class Contender(ABC):
-    """One way to train: `step()` makes a batch of new samples, trains on it, and notes the seconds of each part.
+    """One way to train: `step()` makes a batch of new samples, trains on it, and notes the seconds
+    of each part.
 
-    `draw` gives the samples of a step by its number: all contenders see the same ones, and each step
-    has other lengths than the one before, as in training.
+    `draw` gives the samples of a step by its number: all contenders see the same ones, and each
+    step has other lengths than the one before, as in training.
     """
 
     def __init__(self, draw: Callable[[int], list[Example]], device: torch.device) -> None:
-        self.draw, self.device = draw, device
+        self.draw = draw
+        self.device = device
         self.drawn = 0
         self.examples: list[Example] = []
         self.seconds: dict[str, list[float]] = {name: [] for name in PARTS}
@@ -62,8 +66,10 @@ class Contender(ABC):
         for part in (self.make_batch, self.forward, self.backward, self.update):
             part()
             marks.append(self._now())
+
         for name, begin, end in zip(PARTS, marks[:-1], marks[1:], strict=True):
             self.seconds[name].append(end - begin)
+
         return marks[-1] - marks[0]
 
     def figures(self) -> dict[str, Any]:
@@ -80,9 +86,11 @@ class Contender(ABC):
     def _time_of_products(self) -> dict[str, float]:
         """Give the median seconds that matrix products alone take of both passes of a step."""
         found: dict[str, list[float]] = {"forward": [], "backward": []}
+
         for _ in range(PRODUCT_STEPS):
             self.next_samples()
             self.make_batch()
+
             for name, part in (("forward", self.forward), ("backward", self.backward)):
                 with ProductTimer(self.device) as timer:
                     part()
@@ -93,10 +101,13 @@ class Contender(ABC):
         return {name: statistics.median(seconds) for name, seconds in found.items()}
 
     def first_step(self) -> None:
-        """Buffers and choices of the first step; its matrix products are counted as they are called."""
+        """Buffers and choices of the first step; its matrix products are counted as they are
+        called.
+        """
         counter = FlopCounterMode(display=False, custom_mapping=flops_of_ours())
         with counter:
             self.step()
+
         self.flops = counter.get_total_flops()
         self.seconds = {name: [] for name in PARTS}
         self.real_tokens = []
@@ -140,12 +151,16 @@ class Ours(Contender):
         zero_stage: int,
     ) -> None:
         super().__init__(draw, device)
-        self.state, batch = ParallelState(), len(draw(0))
+        self.state = ParallelState()
+        batch = len(draw(0))
         together = batch * self.state.data_size
-        config = RunConfig(micro_batch_size=batch, global_batch_size=together, bf16=bf16, zero_stage=zero_stage)
+        config = RunConfig(
+            micro_batch_size=batch, global_batch_size=together, bf16=bf16, zero_stage=zero_stage
+        )
         model = InterBert(sizes, state=self.state, kernels=kernels)
         initialise(model, sizes, 0, self.state)
-        self.engine, self.task = Engine(model.to(device), config, self.state), PretrainingTask()
+        self.engine = Engine(model.to(device), config, self.state)
+        self.task = PretrainingTask()
 
     def make_batch(self) -> None:
         self.batch = pack(self.examples, self.examples[0].features.shape[1]).to(self.device)
@@ -165,7 +180,9 @@ class Ours(Contender):
 
 
 class Padded(Contender):
-    """A module over padded batches with torch's AdamW, autocast, clipping and DistributedDataParallel, as training scripts write it."""
+    """A module over padded batches with torch's AdamW, autocast, clipping and
+    DistributedDataParallel, as training scripts write it.
+    """
 
     def __init__(
         self,
@@ -177,7 +194,10 @@ class Padded(Contender):
         bf16: bool,
     ) -> None:
         super().__init__(draw, device)
-        self.model, self.tokens, self.regions, self.bf16 = model.to(device).train(), tokens, regions, bf16
+        self.model = model.to(device).train()
+        self.tokens = tokens
+        self.regions = regions
+        self.bf16 = bf16
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.parameters = parameters(model)
         if dist.is_initialized():
@@ -185,7 +205,9 @@ class Padded(Contender):
 
     def make_batch(self) -> None:
         batch = pad(self.examples, self.tokens, self.regions)
-        self.batch = PaddedBatch(**{name: value.to(self.device) for name, value in vars(batch).items()})
+        self.batch = PaddedBatch(
+            **{name: value.to(self.device) for name, value in vars(batch).items()}
+        )
 
     def forward(self) -> None:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -200,4 +222,7 @@ class Padded(Contender):
         self.optimizer.zero_grad()
 
     def own_figures(self) -> dict[str, Any]:
-        return {"parameters": self.parameters, "padded_tokens": len(self.examples) * (self.tokens + self.regions)}
+        return {
+            "parameters": self.parameters,
+            "padded_tokens": len(self.examples) * (self.tokens + self.regions),
+        }

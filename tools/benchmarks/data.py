@@ -1,4 +1,6 @@
-"""Loader against bare reads and LMDB, memory over many steps, building of stores, mining of negatives."""
+"""Loader against bare reads and LMDB, memory over many steps, building of stores, mining of
+negatives.
+"""
 
 import base64
 import multiprocessing
@@ -29,7 +31,10 @@ from megatron_interbert.preparation.building.store_writer import RegionStoreWrit
 from tools.benchmarks.mining import grow, made_up_captions, measure_mining, read_coco
 from tools.benchmarks.options import BenchmarkOptions
 
-REGIONS, FEATURES, CLASSES, LABELS = 36, 2048, 1601, 10
+REGIONS = 36
+FEATURES = 2048
+CLASSES = 1601
+LABELS = 10
 ROOT = Path(__file__).resolve().parents[2]
 AIM = 20_000  # samples/s of the fastest GPU figure aimed at
 WORKERS = 16  # loader processes of one GPU, for the arithmetic
@@ -72,39 +77,89 @@ def made_up_image(random: np.random.Generator, number: int) -> Regions:
     corner = random.uniform(0, [400, 300], size=(REGIONS, 2))
     boxes = np.concatenate([corner, corner + random.uniform(20, 180, size=(REGIONS, 2))], axis=1)
     ids = np.stack([random.choice(CLASSES, LABELS, replace=False) for _ in range(REGIONS)])
-    features = random.normal(size=(REGIONS, FEATURES)).clip(0).astype(np.float32)  # as behind a ReLU
-    return Regions(f"{number:08d}", (640.0, 480.0), features, boxes.astype(np.float32), ids, np.full(ids.shape, 0.09, np.float32))
+    # as behind a ReLU
+    features = random.normal(size=(REGIONS, FEATURES)).clip(0).astype(np.float32)
+
+    return Regions(
+        f"{number:08d}",
+        (640.0, 480.0),
+        features,
+        boxes.astype(np.float32),
+        ids,
+        np.full(ids.shape, 0.09, np.float32),
+    )
 
 
 def captions_for(count: int, options: Options) -> list[str]:
     """So many captions, real ones first."""
-    return grow(read_coco(options.captions) if options.captions else made_up_captions(25_000), count)
+    return grow(
+        read_coco(options.captions) if options.captions else made_up_captions(25_000), count
+    )
 
 
 def write_store(path: Path, options: Options) -> None:
     """The loader's store; its features are noise, for reading does not look at them."""
-    random, captions = np.random.default_rng(0), captions_for(options.images, options)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({w for c in captions for w in c.lower().split()})]
-    vocabulary = Path(options.vocab_file).read_text(encoding="utf-8") if options.vocab_file else "\n".join(words) + "\n"
-    facts = {"feature_dim": FEATURES, "num_classes": CLASSES, "detector": {"name": "noise"}, "soft_labels": "top_k"}
+    random = np.random.default_rng(0)
+    captions = captions_for(options.images, options)
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *sorted({w for c in captions for w in c.lower().split()}),
+    ]
+
+    vocabulary = (
+        Path(options.vocab_file).read_text(encoding="utf-8")
+        if options.vocab_file
+        else "\n".join(words) + "\n"
+    )
+
+    facts = {
+        "feature_dim": FEATURES,
+        "num_classes": CLASSES,
+        "detector": {"name": "noise"},
+        "soft_labels": "top_k",
+    }
     some = [made_up_image(random, number) for number in range(64)]
-    with RegionStoreWriter(path, **facts, vocabulary=vocabulary, images_per_shard=options.images_per_shard) as writer:
+
+    with RegionStoreWriter(
+        path, **facts, vocabulary=vocabulary, images_per_shard=options.images_per_shard
+    ) as writer:
         for number, caption in enumerate(captions):
             regions = some[number % len(some)]
-            writer.add(Regions(f"{number:08d}", regions.size, *list(vars(regions).values())[2:]), [(caption, "en")])
+            writer.add(
+                Regions(f"{number:08d}", regions.size, *list(vars(regions).values())[2:]),
+                [(caption, "en")],
+            )
 
 
 def stream(folder: Path, options: Options, workers: int) -> Iterator[PackedBatch]:
     """Pretraining batches with everything on: masks, negatives, balance, packing."""
-    config = RunConfig(micro_batch_size=options.batch, global_batch_size=options.batch, num_workers=workers, data_partitions=8)
+    config = RunConfig(
+        micro_batch_size=options.batch,
+        global_batch_size=options.batch,
+        num_workers=workers,
+        data_partitions=8,
+    )
     store = str(folder / "store")
+
     return iter(
-        BatchStream(PretrainingSet(Corpus([store]), CaptionTokenizer(f"{store}/vocab.txt"), config), 0, options.batch, 0, 1)
+        BatchStream(
+            PretrainingSet(Corpus([store]), CaptionTokenizer(f"{store}/vocab.txt"), config),
+            0,
+            options.batch,
+            0,
+            1,
+        )
     )
 
 
 def bare_reads(folder: Path, batch: int) -> Callable[[], int]:
-    """One pass over all bytes of the shards in their order, a record at a time, into the memory of one batch; gives images."""
+    """One pass over all bytes of the shards in their order, a record at a time, into the memory of
+    one batch; gives images.
+    """
     rows = {"image_features": FEATURES, "image_bb": 4, "class_ids": LABELS, "class_probs": LABELS}
     record = REGIONS * sum(width * np.dtype(COLUMNS[name]).itemsize for name, width in rows.items())
     memory = list(np.empty((batch, record), np.uint8))
@@ -116,21 +171,27 @@ def bare_reads(folder: Path, batch: int) -> Callable[[], int]:
             for place in range(os.fstat(file).st_size // record):
                 os.preadv(file, [memory[images % batch]], place * record)
                 images += 1
+
         return images
 
     return read
 
 
 def lmdb_reads(folder: Path, options: Options) -> Callable[[], int]:
-    """The same records as values of an LMDB in random order, each copied into its batch's memory as a loader must."""
+    """The same records as values of an LMDB in random order, each copied into its batch's memory as
+    a loader must.
+    """
     corpus = Corpus([str(folder / "store")])
-    store, random = corpus.stores[0], np.random.default_rng(1)
+    store = corpus.stores[0]
+    random = np.random.default_rng(1)
     environment = lmdb.open(str(folder / "records.lmdb"), map_size=1 << 34)
+
     with environment.begin(write=True) as transaction:
         for number in range(store.num_images):
             r = store.read(number)
             parts = (r.features, r.boxes, r.class_ids, r.class_probs)
             transaction.put(b"%08d" % number, b"".join(part.tobytes() for part in parts))
+
     size = REGIONS * (FEATURES * 2 + 16 + LABELS * 8)
     memory = np.empty((options.batch, size), np.uint8)
 
@@ -138,6 +199,7 @@ def lmdb_reads(folder: Path, options: Options) -> Callable[[], int]:
         with environment.begin(buffers=True) as view:
             for place, number in enumerate(random.permutation(store.num_images)):
                 memory[place % options.batch] = np.frombuffer(view.get(b"%08d" % number), np.uint8)
+
         return store.num_images
 
     return read
@@ -155,12 +217,14 @@ def loader_reads(batches: Iterator[PackedBatch], options: Options) -> Callable[[
 def rates(ways: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
     """images/s of each way in each round, in turns, after one round that warms up."""
     found: dict[str, list[float]] = {name: [] for name in ways}
+
     for number in range(rounds + 1):
         for name, way in ways.items():
             started = time.perf_counter()
             images = way()
             if number:
                 found[name].append(images / (time.perf_counter() - started))
+
     return found
 
 
@@ -176,16 +240,25 @@ def loader(folder: Path, options: Options) -> dict[str, Any]:
     found = rates(ways, options.rounds)
     bare = found["bare sequential read of the same bytes, one core"]
     print(
-        f"{options.images} images of {REGIONS} x {FEATURES}, batch {options.batch}, medians of {options.rounds} rounds in turns"
+        f"{options.images} images of {REGIONS} x {FEATURES}, batch {options.batch}, medians of"
+        f" {options.rounds} rounds in turns"
     )
     result: dict[str, Any] = {}
+
     for name, values in found.items():
         ratio = statistics.median(v / b for v, b in zip(values, bare, strict=True))
         result[name] = {"images_per_second": statistics.median(values), "of_bare_read": ratio}
-        print(f"{name:<52}{statistics.median(values):>9.0f} images/s {ratio:>6.2f} of the bare read")
+        print(
+            f"{name:<52}{statistics.median(values):>9.0f} images/s {ratio:>6.2f} of the bare read"
+        )
+
     one = result["loader, 1 process"]["images_per_second"]
     result["sixteen_processes"] = WORKERS * one
-    print(f"{WORKERS} processes by arithmetic: {WORKERS * one:.0f} samples/s, {WORKERS * one / AIM:.1f} times the {AIM} aimed at")
+    print(
+        f"{WORKERS} processes by arithmetic: {WORKERS * one:.0f} samples/s,"
+        f" {WORKERS * one / AIM:.1f} times the {AIM} aimed at"
+    )
+
     return result
 
 
@@ -202,15 +275,21 @@ def memory(folder: Path, options: Options) -> dict[str, Any]:
     first = max(options.steps // 20, 1)
     for _ in range(first):
         next(batches)
+
     (mine,) = {child.pid for child in multiprocessing.active_children()} - others
     pids = {"training process": os.getpid(), "loader process": mine}
     before = {name: resident(pid) for name, pid in pids.items()}
     for _ in range(options.steps - first):
         next(batches)
+
     after = {name: resident(pid) for name, pid in pids.items()}
     for name in pids:
         grown = after[name] - before[name]
-        print(f"{name}: {before[name] / 1024:.1f} MiB after {first} steps, {grown / 1024:+.1f} MiB after {options.steps}")
+        print(
+            f"{name}: {before[name] / 1024:.1f} MiB after {first} steps, {grown / 1024:+.1f} MiB"
+            f" after {options.steps}"
+        )
+
     return {"steps": options.steps, "kilobytes_before": before, "kilobytes_after": after}
 
 
@@ -227,7 +306,17 @@ def write_tsv(path: Path, images: int) -> None:
         for number in range(images):
             r = some[number % len(some)]
             classes = (encoded(r.class_ids[:, 0].clip(1) - 1), encoded(r.class_probs[:, 0]))
-            values = (number, 480, 640, *classes, nothing, nothing, REGIONS, encoded(r.boxes), encoded(r.features))
+            values = (
+                number,
+                480,
+                640,
+                *classes,
+                nothing,
+                nothing,
+                REGIONS,
+                encoded(r.boxes),
+                encoded(r.features),
+            )
             handle.write("\t".join(map(str, values)) + "\n")
 
 
@@ -239,7 +328,9 @@ def decode_only(path: Path) -> None:
 
 
 def building(folder: Path, options: Options) -> dict[str, Any]:
-    """MB/s of TSV turned into a store by the command, its start included, against reading and decoding it alone."""
+    """MB/s of TSV turned into a store by the command, its start included, against reading and
+    decoding it alone.
+    """
     path = folder / "features.tsv"
     write_tsv(path, max(options.images // 2, 64))
     megabytes = path.stat().st_size / 1e6
@@ -251,18 +342,35 @@ def building(folder: Path, options: Options) -> dict[str, Any]:
         speeds.setdefault(name, []).append(megabytes / (time.perf_counter() - started))
 
     def convert(workers: int, number: int) -> None:
-        command = (sys.executable, ROOT / "tools" / "build_features.py", path, "--output", folder / f"built-{workers}-{number}")
+        command = (
+            sys.executable,
+            ROOT / "tools" / "build_features.py",
+            path,
+            "--output",
+            folder / f"built-{workers}-{number}",
+        )
+
         subprocess.run(
-            [*map(str, command), "--images-per-shard", "128", "--workers", str(workers)], check=True, capture_output=True
+            [*map(str, command), "--images-per-shard", "128", "--workers", str(workers)],
+            check=True,
+            capture_output=True,
         )
 
     for number in range(max(options.rounds // 2, 1)):
         timed("read and decode only, one core", lambda: decode_only(path))
         for workers in (1, 2):
-            timed(f"build, {workers} process{'es' * (workers > 1)}", lambda w=workers, n=number: convert(w, n))
+            timed(
+                f"build, {workers} process{'es' * (workers > 1)}",
+                lambda w=workers, n=number: convert(w, n),
+            )
+
     floor = statistics.median(speeds["read and decode only, one core"])
     for name, values in speeds.items():
-        print(f"{name:<52}{statistics.median(values):>9.0f} MB/s of TSV {statistics.median(values) / floor:>6.2f}")
+        print(
+            f"{name:<52}{statistics.median(values):>9.0f} MB/s of TSV"
+            f" {statistics.median(values) / floor:>6.2f}"
+        )
+
     return {name: statistics.median(values) for name, values in speeds.items()}
 
 
@@ -273,9 +381,17 @@ def mining(folder: Path, options: Options) -> dict[str, Any]:
     for run in found["runs"]:
         print(
             "mining:",
-            ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in run.items()),
+            ", ".join(
+                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in run.items()
+            ),
         )
+
     for name, fit in found.items():
         if isinstance(fit, dict):
-            print(f"{name}: grows with the power {fit['exponent']:.2f}, {fit['at_3300000']:.0f} at 3.3 M captions")
+            print(
+                f"{name}: grows with the power {fit['exponent']:.2f}, {fit['at_3300000']:.0f} at"
+                " 3.3 M captions"
+            )
+
     return found

@@ -1,4 +1,6 @@
-"""Hard-negative mining at growing sizes: seconds, memory, recall of the pruned search, and what they extrapolate to."""
+"""Hard-negative mining at growing sizes: seconds, memory, recall of the pruned search, and what
+they extrapolate to.
+"""
 
 import json
 import multiprocessing
@@ -19,7 +21,10 @@ SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in ("a", "e", "i", "o", "u", 
 
 def read_coco(path: str | Path) -> list[str]:
     """Captions of a COCO annotation file."""
-    return [record["caption"] for record in json.loads(Path(path).read_text(encoding="utf-8"))["annotations"]]
+    return [
+        record["caption"]
+        for record in json.loads(Path(path).read_text(encoding="utf-8"))["annotations"]
+    ]
 
 
 def made_up_captions(count: int, seed: int = 0) -> list[str]:
@@ -28,6 +33,7 @@ def made_up_captions(count: int, seed: int = 0) -> list[str]:
     chance = 1 / np.arange(3, 5003)
     words = [_name(random, 2) for _ in range(5000)]
     drawn = iter(random.choice(words, size=count * 8, p=chance / chance.sum()))
+
     return [" ".join(next(drawn) for _ in range(random.integers(4, 9))) for _ in range(count)]
 
 
@@ -36,11 +42,13 @@ def _name(random: np.random.Generator, syllables: int) -> str:
 
 
 def grow(seeds: list[str], size: int, seed: int = 0, rare: float = 0.15) -> list[str]:
-    """`size` SYNTHETIC captions: the seeds, then halves of two of them joined at a word that both have.
+    """`size` SYNTHETIC captions: the seeds, then halves of two of them joined at a word that both
+    have.
 
-    A `rare` part of the new ones gets a made-up name, old or new, so that the vocabulary keeps growing with a power of the
-    size (Heaps' law, exponent near 0.5) as that of real corpora does. Joined halves repeat the seeds' phrases, so captions are
-    more alike than in a real corpus of the size.
+    A `rare` part of the new ones gets a made-up name, old or new, so that the vocabulary keeps
+    growing with a power of the size (Heaps' law, exponent near 0.5) as that of real corpora does.
+    Joined halves repeat the seeds' phrases, so captions are more alike than in a real corpus of the
+    size.
     """
     random = np.random.default_rng(seed)
     words = [caption.split() for caption in seeds[:size]]
@@ -48,30 +56,47 @@ def grow(seeds: list[str], size: int, seed: int = 0, rare: float = 0.15) -> list
     for number, row in enumerate(words):
         for place, word in enumerate(row):
             holders.setdefault(word.lower(), []).append((number, place))
-    result, names = list(seeds[:size]), 0
+
+    result = list(seeds[:size])
+    names = 0
+
     while len(result) < size:
         first = words[random.integers(len(words))]
         if not first:
             continue
+
         cut = int(random.integers(len(first)))
-        other, place = holders[first[cut].lower()][random.integers(len(holders[first[cut].lower()]))]
+        other, place = holders[first[cut].lower()][
+            random.integers(len(holders[first[cut].lower()]))
+        ]
         joined = first[:cut] + words[other][place:]
+
         if random.random() < rare:
             names += 1
             rank = names ** (1 - random.random() * 0.9)  # mostly old names; the newest now and then
-            joined.insert(int(random.integers(len(joined) + 1)), _name(np.random.default_rng(int(rank)), 4))
+            joined.insert(
+                int(random.integers(len(joined) + 1)), _name(np.random.default_rng(int(rank)), 4)
+            )
+
         result.append(" ".join(joined))
+
     return result
 
 
-def measure_size(captions: list[str], threads: int, recall_sample: int, search_sample: int) -> dict[str, float]:
-    """Seconds, bytes and recall of mining these captions, five to an image. Both searches are compiled before the clock runs.
+def measure_size(
+    captions: list[str], threads: int, recall_sample: int, search_sample: int
+) -> dict[str, float]:
+    """Seconds, bytes and recall of mining these captions, five to an image.
+
+    Both searches are compiled before the clock runs.
 
     `search_sample` captions are searched (0: all) and the seconds for all reckoned from them.
     """
     options = MiningOptions()
     number = len(captions)
-    Searcher(build_index(captions[:1000], np.arange(1000) // 5), options, threads).search(np.arange(100))
+    Searcher(build_index(captions[:1000], np.arange(1000) // 5), options, threads).search(
+        np.arange(100)
+    )
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here on
     before = peak_kilobytes()
     clock = time.perf_counter()
@@ -79,10 +104,13 @@ def measure_size(captions: list[str], threads: int, recall_sample: int, search_s
     indexed = time.perf_counter() - clock
     searcher = Searcher(index, options, threads)
     drawn = np.sort(np.random.default_rng(0).permutation(number)[: search_sample or number])
-    clock, processor = time.perf_counter(), time.process_time()
+    clock = time.perf_counter()
+    processor = time.process_time()
     found, _ = searcher.search(drawn)
-    searched, processor = time.perf_counter() - clock, time.process_time() - processor
-    searched, processor = searched * number / len(drawn), processor * number / len(drawn)
+    searched = time.perf_counter() - clock
+    processor = time.process_time() - processor
+    searched = searched * number / len(drawn)
+    processor = processor * number / len(drawn)
     peak = peak_kilobytes()
     table = np.full((number, options.top), -1, dtype=np.int32)
     table[drawn] = found
@@ -91,6 +119,7 @@ def measure_size(captions: list[str], threads: int, recall_sample: int, search_s
     clock = time.perf_counter()
     searcher.search(few, "exact")
     exact = (time.perf_counter() - clock) * number / len(few)
+
     return {
         "captions": number,
         "terms": len(index.list_starts) - 1,
@@ -113,33 +142,46 @@ def peak_kilobytes() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def _measure(send: Any, size: int, threads: int, recall_sample: int, search_sample: int, coco: str | None) -> None:
+def _measure(
+    send: Any, size: int, threads: int, recall_sample: int, search_sample: int, coco: str | None
+) -> None:
     captions = grow(read_coco(coco) if coco else made_up_captions(25_000), size)
     send.send(measure_size(captions, threads, recall_sample, search_sample))
 
 
 def fit_power(sizes: Sequence[float], seconds: Sequence[float], size: float) -> tuple[float, float]:
-    """Exponent of the power law through the points (least squares of the logarithms), and its value at `size`."""
+    """Exponent of the power law through the points (least squares of the logarithms), and its value
+    at `size`.
+    """
     exponent, constant = np.polyfit(np.log(sizes), np.log(seconds), 1)
     return float(exponent), float(np.exp(constant + exponent * np.log(size)))
 
 
 def measure_mining(
-    sizes: Sequence[int], threads: int, recall_sample: int, coco: str | None = None, search_sample: int = 0
+    sizes: Sequence[int],
+    threads: int,
+    recall_sample: int,
+    coco: str | None = None,
+    search_sample: int = 0,
 ) -> dict[str, Any]:
     """Mining at each of `sizes`, each in a fresh process, and its extrapolation to 3.3 M captions.
 
-    Real captions (a COCO annotation file, `coco`) or made-up ones are the seed; beyond the seed they are SYNTHETIC (`grow`).
+    Real captions (a COCO annotation file, `coco`) or made-up ones are the seed; beyond the seed
+    they are SYNTHETIC (`grow`).
     """
     runs = []
     context = multiprocessing.get_context("spawn")
+
     for size in sizes:
         receive, send = context.Pipe(duplex=False)
-        worker = context.Process(target=_measure, args=(send, size, threads, recall_sample, search_sample, coco))
+        worker = context.Process(
+            target=_measure, args=(send, size, threads, recall_sample, search_sample, coco)
+        )
         worker.start()
         send.close()
         runs.append(receive.recv())
         worker.join()
+
     result = {
         "seed": "COCO captions" if coco else "made-up captions",
         "captions": "synthetic beyond the seed",
@@ -147,7 +189,15 @@ def measure_mining(
         "runs": runs,
     }
     if len(runs) > 1:
-        for name in ("index_seconds", "search_seconds", "search_processor_seconds", "exact_search_seconds"):
-            exponent, there = fit_power([run["captions"] for run in runs], [run[name] for run in runs], CONCEPTUAL_CAPTIONS)
+        for name in (
+            "index_seconds",
+            "search_seconds",
+            "search_processor_seconds",
+            "exact_search_seconds",
+        ):
+            exponent, there = fit_power(
+                [run["captions"] for run in runs], [run[name] for run in runs], CONCEPTUAL_CAPTIONS
+            )
             result[name] = {"exponent": exponent, "at_3300000": there}
+
     return result

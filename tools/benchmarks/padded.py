@@ -1,4 +1,5 @@
-"""What a user would run instead: InterBERT over padded batches in plain modules, and two models of transformers at the same size.
+"""What a user would run instead: InterBERT over padded batches in plain modules, and two models of
+transformers at the same size.
 
 Each is a module whose forward takes a PaddedBatch and gives the loss.
 """
@@ -17,14 +18,22 @@ HIDDEN_PLACE = -10000.0  # added to the scores of what is not there
 
 
 class Layer(nn.Module):
-    """A BERT layer over [B, L, H]: separate projections, whole score matrices, one operation after another."""
+    """A BERT layer over [B, L, H]: separate projections, whole score matrices, one operation after
+    another.
+    """
 
     def __init__(self, sizes: ModelConfig, heads: int, dropout: float) -> None:
         super().__init__()
-        hidden, self.heads = sizes.hidden_size, heads
-        self.query, self.key, self.value, self.context = (nn.Linear(hidden, hidden) for _ in range(4))
-        self.up, self.down = nn.Linear(hidden, sizes.ffn_hidden_size), nn.Linear(sizes.ffn_hidden_size, hidden)
-        self.first_norm, self.second_norm = (nn.LayerNorm(hidden, sizes.layer_norm_eps) for _ in range(2))
+        hidden = sizes.hidden_size
+        self.heads = heads
+        self.query, self.key, self.value, self.context = (
+            nn.Linear(hidden, hidden) for _ in range(4)
+        )
+        self.up = nn.Linear(hidden, sizes.ffn_hidden_size)
+        self.down = nn.Linear(sizes.ffn_hidden_size, hidden)
+        self.first_norm, self.second_norm = (
+            nn.LayerNorm(hidden, sizes.layer_norm_eps) for _ in range(2)
+        )
         self.dropout = nn.Dropout(dropout)
 
     def _by_head(self, x: torch.Tensor) -> torch.Tensor:
@@ -39,7 +48,9 @@ class Layer(nn.Module):
 
 
 class PaddedInterBert(nn.Module):
-    """InterBERT as published code computes it: every place of the padded batch through every layer and every head."""
+    """InterBERT as published code computes it: every place of the padded batch through every layer
+    and every head.
+    """
 
     def __init__(self, sizes: ModelConfig) -> None:
         super().__init__()
@@ -47,19 +58,29 @@ class PaddedInterBert(nn.Module):
         self.word = nn.Embedding(sizes.padded_vocab_size, hidden)
         self.position = nn.Embedding(sizes.max_position_embeddings, hidden)
         self.token_type = nn.Embedding(sizes.type_vocab_size, hidden)
-        self.feature, self.location = nn.Linear(sizes.feature_dim, hidden), nn.Linear(5, hidden)
-        self.text_norm, self.image_norm = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
+        self.feature = nn.Linear(sizes.feature_dim, hidden)
+        self.location = nn.Linear(5, hidden)
+        self.text_norm = nn.LayerNorm(hidden)
+        self.image_norm = nn.LayerNorm(hidden)
 
         def stack(count: int, heads: int, dropout: float) -> nn.ModuleList:
             return nn.ModuleList(Layer(sizes, heads, dropout) for _ in range(count))
 
-        self.interaction = stack(sizes.interaction_layers, sizes.num_attention_heads, sizes.hidden_dropout)
+        self.interaction = stack(
+            sizes.interaction_layers, sizes.num_attention_heads, sizes.hidden_dropout
+        )
         self.text_stream = stack(sizes.text_layers, sizes.num_attention_heads, sizes.hidden_dropout)
-        self.image_stream = stack(sizes.image_layers, sizes.image_attention_heads, sizes.image_hidden_dropout)
+        self.image_stream = stack(
+            sizes.image_layers, sizes.image_attention_heads, sizes.image_hidden_dropout
+        )
         self.poolers = nn.ModuleList(nn.Linear(hidden, sizes.pooled_size) for _ in range(2))
-        self.transforms = nn.ModuleList(nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.LayerNorm(hidden)) for _ in range(2))
+        self.transforms = nn.ModuleList(
+            nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.LayerNorm(hidden))
+            for _ in range(2)
+        )
         self.word_bias = nn.Parameter(torch.zeros(sizes.padded_vocab_size))
-        self.region_head, self.match = nn.Linear(hidden, sizes.num_classes), nn.Linear(sizes.pooled_size, 2)
+        self.region_head = nn.Linear(hidden, sizes.num_classes)
+        self.match = nn.Linear(sizes.pooled_size, 2)
         self.dropout = nn.Dropout(sizes.hidden_dropout)
 
     def forward(self, batch: PaddedBatch) -> torch.Tensor:
@@ -71,33 +92,43 @@ class PaddedInterBert(nn.Module):
         counts = batch.region_mask.sum(dim=1)[:, None]
         mean = (batch.features.sum(dim=1) / counts)[:, None]
         whole = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0], device=mean.device).expand(len(mean), 1, 5)
-        image = self.feature(torch.cat([mean, batch.features], dim=1)) + self.location(torch.cat([whole, batch.locations], dim=1))
+        image = self.feature(torch.cat([mean, batch.features], dim=1)) + self.location(
+            torch.cat([whole, batch.locations], dim=1)
+        )
         image = self.dropout(self.image_norm(image))
         image_mask = torch.cat([torch.ones_like(counts), batch.region_mask], dim=1)
 
         def bias(mask: torch.Tensor) -> torch.Tensor:
             return ((1.0 - mask) * HIDDEN_PLACE)[:, None, None, :]
 
-        joint, joint_bias = torch.cat([image, text], dim=1), bias(torch.cat([image_mask, batch.token_mask], dim=1))
+        joint = torch.cat([image, text], dim=1)
+        joint_bias = bias(torch.cat([image_mask, batch.token_mask], dim=1))
         for layer in self.interaction:
             joint = layer(joint, joint_bias)
+
         image, text = joint.split([image.shape[1], text.shape[1]], dim=1)
         for layer in self.image_stream:
             image = layer(image, bias(image_mask))
         for layer in self.text_stream:
             text = layer(text, bias(batch.token_mask))
+
         words = F.linear(self.transforms[0](text), self.word.weight, self.word_bias)
         regions = self.region_head(self.transforms[1](image[:, 1:]))
         pooled = F.relu(self.poolers[0](text[:, 0])) * F.relu(self.poolers[1](image[:, 0]))
+
         return (
             F.cross_entropy(words.flatten(0, 1), batch.word_labels.flatten(), ignore_index=IGNORED)
-            + F.cross_entropy(regions.flatten(0, 1), batch.region_labels.flatten(), ignore_index=IGNORED)
+            + F.cross_entropy(
+                regions.flatten(0, 1), batch.region_labels.flatten(), ignore_index=IGNORED
+            )
             + F.cross_entropy(self.match(self.dropout(pooled)), batch.mismatched)
         )
 
 
 class Lxmert(nn.Module):
-    """LXMERT of transformers with its losses for words, objects and matching; 9 : 5 : 5 layers, as many as give `values` parameters."""
+    """LXMERT of transformers with its losses for words, objects and matching; 9 : 5 : 5 layers, as
+    many as give `values` parameters.
+    """
 
     def __init__(self, sizes: ModelConfig, values: int) -> None:
         super().__init__()
@@ -105,7 +136,12 @@ class Lxmert(nn.Module):
 
         def make(count: int) -> nn.Module:
             """`count` layers over words, the others in proportion."""
-            layers = {"l_layers": count, "x_layers": max(1, round(count * 5 / 9)), "r_layers": max(1, round(count * 5 / 9))}
+            layers = {
+                "l_layers": count,
+                "x_layers": max(1, round(count * 5 / 9)),
+                "r_layers": max(1, round(count * 5 / 9)),
+            }
+
             return LxmertForPreTraining(
                 LxmertConfig(
                     **layers,
@@ -132,13 +168,17 @@ class Lxmert(nn.Module):
             visual_pos=batch.locations[..., :4],
             visual_attention_mask=batch.region_mask,
             labels=batch.word_labels,
-            obj_labels={"obj": (batch.region_labels.clamp(min=0), (batch.region_labels != IGNORED).float())},
+            obj_labels={
+                "obj": (batch.region_labels.clamp(min=0), (batch.region_labels != IGNORED).float())
+            },
             matched_label=1 - batch.mismatched,
         ).loss
 
 
 class VisualBert(nn.Module):
-    """VisualBERT of transformers with its losses for words and matching (it has none for regions)."""
+    """VisualBERT of transformers with its losses for words and matching (it has none for
+    regions).
+    """
 
     def __init__(self, sizes: ModelConfig, values: int) -> None:
         super().__init__()
@@ -175,11 +215,13 @@ class VisualBert(nn.Module):
 def closest(make: Callable[[int], nn.Module], values: int, most: int = 48) -> nn.Module:
     """The model of `make(layers)` whose number of parameters is nearest to `values`."""
     counts = {}
+
     for layers in range(1, most + 1):
         with torch.device("meta"):
             counts[layers] = abs(parameters(make(layers)) - values)
         if counts[layers] > min(counts.values()):
             break
+
     return make(min(counts, key=counts.get))
 
 

@@ -45,6 +45,7 @@ class ProductTimer(TorchDispatchMode):
         begin = self._now()
         result = operation(*arguments, **(keywords or {}))
         self.seconds += self._now() - begin
+
         return result
 
     def _now(self) -> float:

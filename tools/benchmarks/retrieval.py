@@ -1,4 +1,6 @@
-"""Exhaustive retrieval: pairs/s of our tiles against padded batches of the same model, and how time grows."""
+"""Exhaustive retrieval: pairs/s of our tiles against padded batches of the same model, and how time
+grows.
+"""
 
 import statistics
 import tempfile
@@ -34,7 +36,9 @@ from megatron_interbert.tasks.retrieval.pairs import Pairs, score_block
 from tools.benchmarks.data import captions_for
 from tools.benchmarks.options import BenchmarkOptions
 
-FIXED, MOST = 36, 100  # regions of an image: always so many, or between 10 and these
+# regions of an image: always so many, or between 10 and these
+FIXED = 36
+MOST = 100
 
 
 @dataclass
@@ -60,19 +64,30 @@ class Options(BenchmarkOptions):
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Rates of both ways on the same pairs, the largest difference of their scores, and the growth of ours."""
+    """Rates of both ways on the same pairs, the largest difference of their scores, and the growth
+    of ours.
+    """
     device = this_device()
     tokenizer = CaptionTokenizer(options.vocab_file)
-    config = fit_to_data(load_model_config(options.model), tokenizer.vocab_size, 2048, 1601, "benchmark").without_dropout()
+    config = fit_to_data(
+        load_model_config(options.model), tokenizer.vocab_size, 2048, 1601, "benchmark"
+    ).without_dropout()
     model = InterBert(config, PRETRAINING_HEADS, kernels=choose_kernels("auto", device))
     initialise(model, config, 0, ParallelState())
     model = model.to(device, torch.bfloat16 if options.bf16 else torch.float32).eval()
     scorer = PairScorer(model)
+
     with tempfile.TemporaryDirectory(dir=options.folder or None) as folder:
-        pairs = choose_pairs(store_of(Path(folder) / "store", options), tokenizer, "", 0, MOST, options.max_tokens)
+        pairs = choose_pairs(
+            store_of(Path(folder) / "store", options), tokenizer, "", 0, MOST, options.max_tokens
+        )
         ways: dict[str, Callable[[], torch.Tensor]] = {
-            "padded batches, all heads (official style)": lambda: padded_scores(model, pairs, device, options, heads=True),
-            "padded batches, matching head only": lambda: padded_scores(model, pairs, device, options, heads=False),
+            "padded batches, all heads (official style)": lambda: padded_scores(
+                model, pairs, device, options, heads=True
+            ),
+            "padded batches, matching head only": lambda: padded_scores(
+                model, pairs, device, options, heads=False
+            ),
             "ours": lambda: our_scores(scorer, pairs, device, options.pairs, len(pairs.captions)),
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -80,45 +95,78 @@ def measure(options: Options) -> dict[str, Any]:
         for _ in range(options.rounds + 1):
             for name, way in ways.items():
                 seconds[name].append(timed(way, scores, name, device))
+
         count = scores["ours"].numel()
         naive = statistics.median(seconds["padded batches, all heads (official style)"][1:])
         result: dict[str, Any] = {}
         print(
-            f"{len(pairs.captions)} captions x {len(pairs.images)} images, {options.regions} regions, {options.model}, {device.type}"
+            f"{len(pairs.captions)} captions x {len(pairs.images)} images, {options.regions}"
+            f" regions, {options.model}, {device.type}"
         )
+
         for name, values in seconds.items():
             median = statistics.median(values[1:])
             result[name] = {"pairs_per_second": count / median, "of_official_style": naive / median}
             print(f"{name:<46}{count / median:>10.1f} pairs/s {naive / median:>6.2f}")
+
         plain = scores["padded batches, matching head only"]
         result["largest_difference"] = float((scores["ours"] - plain).abs().max())
         result["spread_of_scores"] = float(plain.std())
-        print(f"largest difference of scores {result['largest_difference']:.2e} (their spread: {result['spread_of_scores']:.2e})")
+        print(
+            f"largest difference of scores {result['largest_difference']:.2e} (their spread:"
+            f" {result['spread_of_scores']:.2e})"
+        )
         result["growth"] = growth(scorer, pairs, device, options)
         at_paper = 5_000_000 / (result["growth"][-1]["pairs_per_second"])
         print(f"1,000 images x 5,000 captions at this rate: {at_paper:.0f} s")
         result["seconds_for_1000_x_5000"] = at_paper
+
     return result
 
 
-def timed(way: Callable[[], torch.Tensor], scores: dict[str, torch.Tensor], name: str, device: torch.device) -> float:
+def timed(
+    way: Callable[[], torch.Tensor],
+    scores: dict[str, torch.Tensor],
+    name: str,
+    device: torch.device,
+) -> float:
     """Seconds of one run; its scores are kept."""
     started = time.perf_counter()
     with torch.no_grad():
         scores[name] = way().float().cpu()
     if device.type == "cuda":
         torch.cuda.synchronize()
+
     return time.perf_counter() - started
 
 
-def growth(scorer: PairScorer, pairs: Pairs, device: torch.device, options: Options) -> list[dict[str, float]]:
+def growth(
+    scorer: PairScorer, pairs: Pairs, device: torch.device, options: Options
+) -> list[dict[str, float]]:
     """Time of ours for a quarter, a half and all of the captions."""
     rows = []
+
     for share in (4, 2, 1):
         captions = max(1, len(pairs.captions) // share)
-        seconds = timed(lambda c=captions: our_scores(scorer, pairs, device, options.pairs, c), {}, "ours", device)
-        rows.append({"captions": captions, "seconds": seconds, "pairs_per_second": captions * len(pairs.images) / seconds})
-        print(f"ours, {captions} captions: {seconds:.2f} s, {rows[-1]['pairs_per_second']:.1f} pairs/s")
+        seconds = timed(
+            lambda c=captions: our_scores(scorer, pairs, device, options.pairs, c),
+            {},
+            "ours",
+            device,
+        )
+
+        rows.append(
+            {
+                "captions": captions,
+                "seconds": seconds,
+                "pairs_per_second": captions * len(pairs.images) / seconds,
+            }
+        )
+        print(
+            f"ours, {captions} captions: {seconds:.2f} s, {rows[-1]['pairs_per_second']:.1f}"
+            " pairs/s"
+        )
+
     return rows
 
 
@@ -126,64 +174,108 @@ def store_of(path: Path, options: Options) -> Corpus:
     """Noise for features, real captions."""
     random = np.random.default_rng(0)
     texts = captions_for(options.images * options.captions_of_each, options)
-    facts = {"feature_dim": 2048, "num_classes": 1601, "detector": {"name": "noise"}, "soft_labels": "top_k"}
+    facts = {
+        "feature_dim": 2048,
+        "num_classes": 1601,
+        "detector": {"name": "noise"},
+        "soft_labels": "top_k",
+    }
+
     with RegionStoreWriter(path, **facts) as writer:
         for number in range(options.images):
-            count = FIXED if options.regions == "fixed" else int(np.clip(random.lognormal(3.45, 0.5), 10, MOST))
+            count = (
+                FIXED
+                if options.regions == "fixed"
+                else int(np.clip(random.lognormal(3.45, 0.5), 10, MOST))
+            )
             corner = random.uniform(0, 300, size=(count, 2))
-            boxes = np.concatenate([corner, corner + random.uniform(20, 150, size=(count, 2))], axis=1).astype(np.float32)
+            boxes = np.concatenate(
+                [corner, corner + random.uniform(20, 150, size=(count, 2))], axis=1
+            ).astype(np.float32)
             features = random.normal(size=(count, 2048)).clip(0).astype(np.float16)
             labels = np.zeros((count, 1), np.int32), np.ones((count, 1), np.float32)
             first = number * options.captions_of_each
             captions = [(text, "en") for text in texts[first : first + options.captions_of_each]]
             writer.add(Regions(str(number), (480.0, 480.0), features, boxes, *labels), captions)
+
     return Corpus([str(path)])
 
 
-def our_scores(scorer: PairScorer, pairs: Pairs, device: torch.device, pairs_per_batch: int, captions: int) -> torch.Tensor:
+def our_scores(
+    scorer: PairScorer, pairs: Pairs, device: torch.device, pairs_per_batch: int, captions: int
+) -> torch.Tensor:
     """[captions, images], as `evaluate retrieval` computes a tile, reading included."""
     order = pairs.by_length()[np.linspace(0, len(pairs.captions) - 1, captions).astype(int)]
     side = pairs.caption_side(scorer, order, device)
-    block = score_block(scorer, pairs.image_side(scorer, np.arange(len(pairs.images)), device), side, pairs_per_batch)
+    block = score_block(
+        scorer,
+        pairs.image_side(scorer, np.arange(len(pairs.images)), device),
+        side,
+        pairs_per_batch,
+    )
     if captions < len(pairs.captions):
         return block
+
     scores = torch.empty_like(block)
     scores[torch.from_numpy(order)] = block
+
     return scores
 
 
-def padded_scores(model: InterBert, pairs: Pairs, device: torch.device, options: Options, heads: bool) -> torch.Tensor:
-    """[captions, images]: each caption with all images in padded batches, everything anew for every pair."""
+def padded_scores(
+    model: InterBert, pairs: Pairs, device: torch.device, options: Options, heads: bool
+) -> torch.Tensor:
+    """[captions, images]: each caption with all images in padded batches, everything anew for every
+    pair.
+    """
     images = np.arange(len(pairs.images))
     scores = torch.empty(len(pairs.captions), len(images))
-    regions, most = read_regions(pairs.corpus, pairs.images, MOST), FIXED if options.regions == "fixed" else MOST
+    regions = read_regions(pairs.corpus, pairs.images, MOST)
+    most = FIXED if options.regions == "fixed" else MOST
+
     for row in range(len(pairs.captions)):
-        (text,) = caption_texts(pairs.corpus, pairs.tokenizer, pairs.captions[row : row + 1], options.max_tokens)
+        (text,) = caption_texts(
+            pairs.corpus, pairs.tokenizer, pairs.captions[row : row + 1], options.max_tokens
+        )
         for start in range(0, len(images), options.pairs):
             part = images[start : start + options.pairs]
             batch = to_batch(pair_fields([text] * len(part), regions, part, 2048)).to(device)
-            scores[row, part] = padded_margins(model, batch, options.max_tokens, most + 1, heads).float().cpu()
+            scores[row, part] = (
+                padded_margins(model, batch, options.max_tokens, most + 1, heads).float().cpu()
+            )
+
     return scores
 
 
-def padded_margins(model: InterBert, batch: PackedBatch, max_tokens: int, image_tokens: int, heads: bool) -> torch.Tensor:
-    """Margins [B] as a padded implementation computes them, with the same weights: everything to `image_tokens` and `max_tokens`."""
-    samples, tokens = len(batch), batch.max_text
+def padded_margins(
+    model: InterBert, batch: PackedBatch, max_tokens: int, image_tokens: int, heads: bool
+) -> torch.Tensor:
+    """Margins [B] as a padded implementation computes them, with the same weights: everything to
+    `image_tokens` and `max_tokens`.
+    """
+    samples = len(batch)
+    tokens = batch.max_text
     ids = F.pad(batch.token_ids.view(samples, tokens), (0, max_tokens - tokens))
     places = torch.arange(max_tokens, device=ids.device).expand(samples, -1)
     text = model.text_embedding(ids, places, torch.zeros_like(ids))
     lengths = (batch.image_offsets[1:] - batch.image_offsets[:-1]).long()
     slots = torch.arange(image_tokens, device=ids.device)
-    rows = (batch.image_offsets[:-1, None].long() + torch.minimum(slots, lengths[:, None] - 1)).flatten()
+    rows = (
+        batch.image_offsets[:-1, None].long() + torch.minimum(slots, lengths[:, None] - 1)
+    ).flatten()
     features = image_features(batch, model.image_embedding.feature.weight.dtype, Kernels())[rows]
     image = model.image_embedding.feature(features)
-    image = model.image_embedding.norm(image + model.image_embedding.location(batch.locations[rows].to(image.dtype)))
+    image = model.image_embedding.norm(
+        image + model.image_embedding.location(batch.locations[rows].to(image.dtype))
+    )
     image = image.view(samples, image_tokens, -1)
     seen_text = (places < tokens)[:, None, None]
     seen_image = (slots < lengths[:, None])[:, None, None]
-    joint, seen = torch.cat([image, text], dim=1), torch.cat([seen_image, seen_text], dim=3)
+    joint = torch.cat([image, text], dim=1)
+    seen = torch.cat([seen_image, seen_text], dim=3)
     for layer in model.interaction.layers:
         joint = padded_layer(layer, joint, seen)
+
     image, text = joint.split([image_tokens, max_tokens], dim=1)
     for layer in model.image_stream.layers:
         image = padded_layer(layer, image, seen_image)
@@ -192,7 +284,11 @@ def padded_margins(model: InterBert, batch: PackedBatch, max_tokens: int, image_
     if heads:
         model.msm_head(text.flatten(0, 1), model.text_embedding.word.weight)
         model.mrm_head(image.flatten(0, 1))
-    logits = model.itm_head(model.fuse(model.text_pooler(text[:, 0]), model.image_pooler(image[:, 0])))
+
+    logits = model.itm_head(
+        model.fuse(model.text_pooler(text[:, 0]), model.image_pooler(image[:, 0]))
+    )
+
     return logits[:, 0] - logits[:, 1]
 
 
@@ -201,5 +297,10 @@ def padded_layer(layer: TransformerLayer, x: torch.Tensor, seen: torch.Tensor) -
     samples, length, hidden = x.shape
     size = layer.attention.head_size
     q, k, v = layer.attention.qkv(x).view(samples, length, -1, 3, size).permute(3, 0, 2, 1, 4)
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).reshape(samples, length, hidden)
+    attended = (
+        F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        .transpose(1, 2)
+        .reshape(samples, length, hidden)
+    )
+
     return layer.after_attention(attended, x)

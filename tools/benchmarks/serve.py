@@ -1,4 +1,6 @@
-"""The service under many clients at once: throughput, waiting times, memory; questions answered together and one by one."""
+"""The service under many clients at once: throughput, waiting times, memory; questions answered
+together and one by one.
+"""
 
 import asyncio
 import json
@@ -43,15 +45,35 @@ class Options(BenchmarkOptions):
 
 def measure(options: Options) -> dict[str, Any]:
     """Figures of both ways, printed as a table."""
-    queries = [record["query_text"] for _, record in read_records(options.queries, "--queries", {"query_text": str})]
+    queries = [
+        record["query_text"]
+        for _, record in read_records(options.queries, "--queries", {"query_text": str})
+    ]
     if not queries:
         raise UsageError(f"--queries {options.queries}: no queries in it")
-    bodies = [json.dumps({"query": query, "candidates": options.candidates}).encode() for query in queries]
+
+    bodies = [
+        json.dumps({"query": query, "candidates": options.candidates}).encode() for query in queries
+    ]
     result = {}
+
     for name, flags in (("one by one", ("--batch-pairs", "1")), ("together", ())):
         with Served(options, flags) as service:
-            result[name] = asyncio.run(load(service, bodies, options.clients, options.seconds, name))
-    head = ("", "answers/s", "p50 ms", "p95 ms", "p99 ms", "together", "statuses", "memory MiB, before and after")
+            result[name] = asyncio.run(
+                load(service, bodies, options.clients, options.seconds, name)
+            )
+
+    head = (
+        "",
+        "answers/s",
+        "p50 ms",
+        "p95 ms",
+        "p99 ms",
+        "together",
+        "statuses",
+        "memory MiB, before and after",
+    )
+
     lines = [
         (
             name,
@@ -66,6 +88,7 @@ def measure(options: Options) -> dict[str, Any]:
     print("\n".join(aligned([head, *lines])))
     gain = result["together"]["answers_per_second"] / result["one by one"]["answers_per_second"]
     print(f"answered together: {gain:.2f} times the rate")
+
     return {"ways": result, "gain": gain}
 
 
@@ -73,20 +96,35 @@ class Served:
     """A service of its own for a measurement."""
 
     def __init__(self, options: Options, flags: tuple[str, ...]) -> None:
-        command = [sys.executable, "-m", "megatron_interbert.serve", "--load", options.load, "--data-path", options.data_path,
-                   "--port", "0", *flags]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "megatron_interbert.serve",
+            "--load",
+            options.load,
+            "--data-path",
+            options.data_path,
+            "--port",
+            "0",
+            *flags,
+        ]
         root = Path(__file__).resolve().parents[2]
         environment = {**os.environ, "PYTHONPATH": str(root)}
-        self.process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+        self.process = subprocess.Popen(
+            command, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+        )
 
     def __enter__(self) -> "Served":
         line = self.process.stdout.readline()
         if not line.startswith("serving"):
             raise UsageError(
-                "the service did not start; try `python -m megatron_interbert.serve` with the same --load and --data-path"
+                "the service did not start; try `python -m megatron_interbert.serve` with the same"
+                " --load and --data-path"
             )
+
         self.host, port = line.split()[-1].strip("/").removeprefix("http://").split(":")
         self.port = int(port)
+
         return self
 
     def memory(self) -> float:
@@ -98,11 +136,15 @@ class Served:
         self.process.wait()
 
 
-async def load(service: Served, bodies: list[bytes], clients: int, seconds: float, name: str) -> dict[str, Any]:
+async def load(
+    service: Served, bodies: list[bytes], clients: int, seconds: float, name: str
+) -> dict[str, Any]:
     """What `clients` see in so many seconds."""
     for _ in range(3):  # the first passes allocate
         await ask(service, bodies[0])
-    before, end = service.memory(), time.monotonic() + seconds
+
+    before = service.memory()
+    end = time.monotonic() + seconds
     took: list[float] = []
     together: list[int] = []
     statuses: Counter[int] = Counter()
@@ -113,9 +155,10 @@ async def load(service: Served, bodies: list[bytes], clients: int, seconds: floa
             started = time.monotonic()
             status, answer = await ask(service, draw.choice(bodies))
             statuses[status] += 1
+
             if status == 200:
                 took.append(time.monotonic() - started)
-                together.append(answer["timings"]["together"])
+                together.append(answer["timings"]["batch_size"])
             else:
                 await asyncio.sleep(draw.uniform(0.05, 0.5))  # it was told to come again later
 
@@ -124,9 +167,12 @@ async def load(service: Served, bodies: list[bytes], clients: int, seconds: floa
         while any(not task.done() for task in tasks):
             await asyncio.sleep(1)
             bar.update()
+
     for task in tasks:
         task.result()
+
     cuts = statistics.quantiles(took, n=100)
+
     return {
         "answers_per_second": len(took) / seconds,
         "p50_ms": 1000 * cuts[49],
@@ -140,12 +186,20 @@ async def load(service: Served, bodies: list[bytes], clients: int, seconds: floa
 
 async def ask(service: Served, body: bytes) -> tuple[int, Any]:
     """(status, answer) of one search on a connection of its own."""
-    reader, writer = await asyncio.wait_for(asyncio.open_connection(service.host, service.port), PATIENCE)
+    reader, writer = await asyncio.wait_for(
+        asyncio.open_connection(service.host, service.port), PATIENCE
+    )
+
     try:
-        head = f"POST /search HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+        head = (
+            "POST /search HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type:"
+            f" application/json\r\ncontent-length: {len(body)}"
+        )
         writer.write(head.encode() + b"\r\n\r\n" + body)
         text = await asyncio.wait_for(reader.read(), PATIENCE)
     finally:
         writer.close()
+
     head_, _, rest = text.partition(b"\r\n\r\n")
+
     return int(head_.split(b" ", 2)[1]), json.loads(rest) if rest.startswith(b"{") else None

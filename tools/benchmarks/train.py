@@ -1,7 +1,9 @@
-"""Training steps of our model and of what a user would run instead, on the same samples; in turn, each in processes of its own.
+"""Training steps of our model and of what a user would run instead, on the same samples; in turn,
+each in processes of its own.
 
-With several data-parallel ranks each contender is there twice: once its ranks train together, once each for itself, at the same time. What
-a step takes longer together is its communication, as far as no work hides it.
+With several data-parallel ranks each contender is there twice: once its ranks train together, once
+each for itself, at the same time. What a step takes longer together is its communication, as far as
+no work hides it.
 """
 
 import contextlib
@@ -71,9 +73,7 @@ class Options(BenchmarkOptions):
     steps: int = option(2, "steps of a contender in a round", least=1)
     ranks: int = option(1, "data-parallel ranks of each contender, with a batch each", least=1)
     bf16: bool = option(False, "bfloat16: our engine's, and autocast for the others")
-    zero_stage: int = option(
-        0, "of our engine; default: 0, or 1 with --bf16", (0, 1, 2, 3)
-    )
+    zero_stage: int = option(0, "of our engine; default: 0, or 1 with --bf16", (0, 1, 2, 3))
     only: str = option("", "contenders, by commas; default: all of them")
     peak_tflops: float = option(0.0, "peak of the device, where it is not known; 0: looked up")
     plot: Path | None = option(
@@ -119,29 +119,51 @@ def contenders(options: Options, device: torch.device) -> dict[str, Callable[[],
         found["ours by apex"] = ours(choose_kernels("apex", device, dropout, dtype=dtype))
     if options.bf16 and device.type == "cuda":
         with contextlib.suppress(UsageError):  # where the GPU multiplies 8-bit numbers
-            found["ours in 8 bits"] = ours(choose_kernels("auto", device, dropout, fp8=True, dtype=dtype))
+            found["ours in 8 bits"] = ours(
+                choose_kernels("auto", device, dropout, fp8=True, dtype=dtype)
+            )
+
     wanted = [name.strip() for name in options.only.split(",")] if options.only else list(found)
     if unknown := [name for name in wanted if name not in found]:
         raise UsageError(f"--only {unknown[0]}: no such contender; there are {', '.join(found)}")
     if not any(name.startswith("ours") for name in wanted):
         raise UsageError("--only needs one of ours: the others are measured against it")
+
     return {name: found[name] for name in found if name in wanted}
 
 
 class Worker:
-    """The ranks of a contender, each in a process of its own, which wait while the others run; ready when it is made."""
+    """The ranks of a contender, each in a process of its own, which wait while the others run;
+    ready when it is made.
+    """
 
     def __init__(self, options: Options, name: str, together: bool = True) -> None:
-        context, port = get_context("spawn"), free_port()
-        self.name, self.lines, self.processes = name, [], []
+        context = get_context("spawn")
+        port = free_port()
+        self.name = name
+        self.lines = []
+        self.processes = []
+
         for rank in range(options.ranks):
             mine, theirs = context.Pipe()
-            place = {"RANK": rank, "WORLD_SIZE": options.ranks} if together else {"RANK": 0, "WORLD_SIZE": 1}
-            place |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": options.ranks, "MASTER_PORT": port if together else free_port()}
-            self.processes.append(context.Process(target=_serve, args=(theirs, options, name, place), daemon=True))
+            place = (
+                {"RANK": rank, "WORLD_SIZE": options.ranks}
+                if together
+                else {"RANK": 0, "WORLD_SIZE": 1}
+            )
+
+            place |= {
+                "LOCAL_RANK": rank,
+                "LOCAL_WORLD_SIZE": options.ranks,
+                "MASTER_PORT": port if together else free_port(),
+            }
+            self.processes.append(
+                context.Process(target=_serve, args=(theirs, options, name, place), daemon=True)
+            )
             self.processes[-1].start()
             theirs.close()
             self.lines.append(mine)
+
         self._receive()  # else it would still be at its first step while the others are timed
 
     def turn(self, steps: int) -> float:
@@ -166,30 +188,40 @@ class Worker:
     def _receive(self) -> list[Any]:
         try:
             while not all(line.poll(0.2) for line in self.lines):
-                if not all(process.is_alive() for process in self.processes):  # the others would wait for it for ever
+                # the others would wait for it for ever
+                if not all(process.is_alive() for process in self.processes):
                     raise EOFError
+
             return [line.recv() for line in self.lines]
         except EOFError:
-            raise TrainingStopped(f"{self.name} has ended before it was measured; why stands above") from None
+            raise TrainingStopped(
+                f"{self.name} has ended before it was measured; why stands above"
+            ) from None
 
 
 def _serve(line: Connection, options: Options, name: str, place: dict[str, int]) -> None:
-    os.environ.update({variable: str(value) for variable, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    os.environ.update(
+        {variable: str(value) for variable, value in place.items()}, MASTER_ADDR="127.0.0.1"
+    )
     device = this_device()
     if name.startswith("ours") or options.ranks > 1:
         start_processes()
+
     before = peak_resident()
     contender = contenders(options, device)[name]()
     contender.first_step()
     leave_memory(device)
     line.send("ready")
+
     while True:
         asked = line.recv()
         if asked != FIGURES:
             line.send(take_turn(contender, asked))
         else:
             on_gpu = device.type == "cuda"
-            memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else peak_resident() - before
+            memory = (
+                torch.cuda.max_memory_allocated() / 2**30 if on_gpu else peak_resident() - before
+            )
             line.send({**contender.figures(), "peak_memory_gib": memory})
 
 
@@ -200,6 +232,7 @@ def take_turn(contender: Contender, steps: int) -> list[float]:
 
     seconds = [contender.step() for _ in range(steps)]
     leave_memory(contender.device)
+
     return seconds
 
 
@@ -215,28 +248,46 @@ def measure(options: Options) -> dict[str, Any]:
     device = this_device()
     recorded = read_recorded(options) if options.compare else None
     names = list(contenders(options, device))
+
     if recorded and not set(names[1:]) & set(recorded["contenders"]):
-        raise UsageError(f"--compare {options.compare}: none of {', '.join(names[1:]) or 'the others'} was measured then")
+        raise UsageError(
+            f"--compare {options.compare}: none of {', '.join(names[1:]) or 'the others'} was"
+            " measured then"
+        )
+
     ranks = options.ranks
     workers = {name: Worker(options, name) for name in names}
     apart = {name: Worker(options, name, together=False) for name in names} if ranks > 1 else {}
     rounds: dict[str, list[float]] = {name: [] for name in names}
-    longer: dict[str, list[float]] = {name: [] for name in names}  # a step takes together than apart
-    with progress(total=options.rounds * len(names), unit="contender", desc="contenders", leave=False) as bar:
+    # a step takes together than apart
+    longer: dict[str, list[float]] = {name: [] for name in names}
+
+    with progress(
+        total=options.rounds * len(names), unit="contender", desc="contenders", leave=False
+    ) as bar:
         for _ in range(options.rounds):
             for name, worker in workers.items():
                 rounds[name].append(worker.turn(options.steps))
                 if apart:
                     longer[name].append(rounds[name][-1] - apart[name].turn(options.steps))
                 bar.update()
+
     result: dict[str, Any] = {"samples": options.batch, "ranks": ranks, "contenders": {}}
-    peak, needed = ranks * peak_tflops(device, options.peak_tflops), ranks * needed_flops(options)
+    peak = ranks * peak_tflops(device, options.peak_tflops)
+    needed = ranks * needed_flops(options)
+
     for name, worker in workers.items():
-        seconds, figures = statistics.median(rounds[name]), worker.figures()
+        seconds = statistics.median(rounds[name])
+        figures = worker.figures()
         ratios = [mine / base for mine, base in zip(rounds[name], rounds[names[0]], strict=True)]
-        figures |= {each: ranks * figures[each] for each in ("tokens", "flops", "padded_tokens") if each in figures}
+        figures |= {
+            each: ranks * figures[each]
+            for each in ("tokens", "flops", "padded_tokens")
+            if each in figures
+        }
         if apart:
             figures["parts"]["communication"] = statistics.median(longer[name])
+
         figures |= {
             "samples_per_second": ranks * options.batch / seconds,
             "real_tokens_per_second": figures["tokens"] / seconds,
@@ -248,24 +299,32 @@ def measure(options: Options) -> dict[str, Any]:
         figures["mfu"] = figures["tflops_on_real_tokens"] / peak if peak else None
         if "padded_tokens" in figures:
             figures["padded_tokens_per_second"] = figures.pop("padded_tokens") / seconds
+
         result["contenders"][name] = figures
+
     for worker in (*workers.values(), *apart.values()):
         worker.stop()
+
     print("\n".join(table(result)))
     if options.plot:
         options.plot.parent.mkdir(parents=True, exist_ok=True)
         options.plot.write_text(bars(result), encoding="utf-8")
+
     if recorded:
         if lost := shrunk(result, recorded, options.tolerance):
             raise TrainingStopped(f"our lead has shrunk since {options.compare}: {'; '.join(lost)}")
         print(f"no lead has shrunk by more than {options.tolerance:.0%} since {options.compare}")
+
     return result
 
 
 def check(options: Options) -> None:
     """UsageError for numbers that measure nothing."""
     if not 0 <= options.tolerance < 1:
-        raise UsageError(f"--tolerance is {options.tolerance}, expected a share from 0 up to 1, such as 0.2")
+        raise UsageError(
+            f"--tolerance is {options.tolerance}, expected a share from 0 up to 1, such as 0.2"
+        )
+
     if options.bf16 and not options.zero_stage and "zero_stage" in options.given:
         raise UsageError("--bf16 needs --zero-stage 1 or higher")
     for flag, path in (("--plot", options.plot), ("--output", options.output)):
@@ -274,22 +333,39 @@ def check(options: Options) -> None:
 
 
 def read_recorded(options: Options) -> dict[str, Any]:
-    """What an earlier measurement of the same work has written to --compare; UsageError for anything else."""
+    """What an earlier measurement of the same work has written to --compare.
+
+    UsageError for anything else.
+    """
     recorded = read_json(options.compare, "--compare")
     if not {"contenders", "arguments"} <= recorded.keys():
-        raise UsageError(f"--compare {options.compare}: not written by `tools/benchmark.py train --output`")
+        raise UsageError(
+            f"--compare {options.compare}: not written by `tools/benchmark.py train --output`"
+        )
+
     for name in SAME_WORK:
-        before, now = recorded["arguments"].get(name), str(getattr(options, name))
+        before = recorded["arguments"].get(name)
+        now = str(getattr(options, name))
         if before != now:
-            raise UsageError(f"--compare {options.compare}: measured with --{name.replace('_', '-')} {before}, now it is {now}")
+            raise UsageError(
+                f"--compare {options.compare}: measured with --{name.replace('_', '-')} {before},"
+                f" now it is {now}"
+            )
+
     return recorded
 
 
 def shrunk(result: dict[str, Any], recorded: dict[str, Any], tolerance: float) -> list[str]:
-    """Contenders whose time, in times of ours, has in every round fallen by more than a share of what was recorded."""
-    pairs = [(name, figures, recorded["contenders"].get(name)) for name, figures in result["contenders"].items()]
+    """Contenders whose time, in times of ours, has in every round fallen by more than a share of
+    what was recorded.
+    """
+    pairs = [
+        (name, figures, recorded["contenders"].get(name))
+        for name, figures in result["contenders"].items()
+    ]
     return [
-        f"{name} took {before['time_of_ours']:.2f} of our time and now takes {now['time_of_ours']:.2f}"
+        f"{name} took {before['time_of_ours']:.2f} of our time and now takes"
+        f" {now['time_of_ours']:.2f}"
         for name, now, before in pairs
         if before and now["time_of_ours_range"][1] < before["time_of_ours"] * (1 - tolerance)
     ]
@@ -299,7 +375,10 @@ def needed_flops(options: Options) -> float:
     """What the samples of a step need without padding, for our model; others are held to it too."""
     sizes = sizes_of(options.model)
     return training_flops(
-        sizes, pack(random_examples(sizes, options.batch, options.words, options.regions), sizes.feature_dim)
+        sizes,
+        pack(
+            random_examples(sizes, options.batch, options.words, options.regions), sizes.feature_dim
+        ),
     )
 
 
@@ -319,6 +398,7 @@ def table(result: dict[str, Any]) -> list[str]:
         "products backward",
     )
     rows = []
+
     for name, f in result["contenders"].items():
         low, high = f["time_of_ours_range"]
         rows.append(
@@ -335,6 +415,7 @@ def table(result: dict[str, Any]) -> list[str]:
                 *(f"{1000 * seconds:.0f} ms" for seconds in f["products"].values()),
             )
         )
+
     return aligned([head, *rows])
 
 

@@ -1,1 +1,3 @@
-"""The versions that are pinned and locked: making the locks, and checking pins, licences and advisories."""
+"""The versions that are pinned and locked: making the locks, and checking pins, licences and
+advisories.
+"""

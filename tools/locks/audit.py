@@ -2,8 +2,9 @@
 
     python tools/audit.py
 
-They are those of PyPI's JSON API, which names the versions that mend each. Versions that it does not
-know are counted. Exit code 1 if there is an advisory, 0 if there is none or nothing can be reached.
+They are those of PyPI's JSON API, which names the versions that mend each. Versions that it does
+not know are counted. Exit code 1 if there is an advisory, 0 if there is none or nothing can be
+reached.
 """
 
 import sys
@@ -28,9 +29,11 @@ def ask(address: str, entry: Locked) -> list[dict[str, Any]] | IndexFailure:
         page = pypi.release(address, entry.name, entry.version)
     except IndexFailure as failure:
         return failure
+
     advisories = page.get("vulnerabilities")
     if not isinstance(advisories, list):
         return IndexFailure(f"{address}/{entry.name}: the answer has no list of advisories")
+
     return [advisory for advisory in advisories if not advisory.get("withdrawn")]
 
 
@@ -55,11 +58,13 @@ def audit(address: str, locked: Iterable[Locked]) -> tuple[list[str], list[str]]
 
     found = []
     unknown = []
+
     for entry, answer in zip(entries, answers, strict=True):
         if isinstance(answer, IndexFailure):
             unknown.append(str(answer))
         else:
             found += [describe(entry, advisory) for advisory in answer]
+
     return found, unknown
 
 
@@ -82,12 +87,14 @@ def run(options: Options) -> None:
 
     known = len(locked) - len(unknown)
     count = f"{len(found)} advisories for {known} of {len(locked)} locked versions"
+
     if not known:
         print(f"not audited: advisories cannot be reached ({unknown[0]})")
     elif unknown:
         print(f"{count}; {len(unknown)} were not looked up (the first: {unknown[0]})")
     else:
         print(count)
+
     if found:
         sys.exit(1)
 

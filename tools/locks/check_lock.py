@@ -34,6 +34,7 @@ def locked_there(locked: Iterable[Locked], python: str, machine: str) -> dict[st
     for entry in locked:
         if entry.applies(python, machine):
             found[entry.name].append(entry)
+
     return found
 
 
@@ -50,6 +51,7 @@ def wrong_hashes(locked: Iterable[Locked]) -> Iterator[str]:
 def twice(locked: Iterable[Locked]) -> Iterator[str]:
     """A complaint for each name that is locked twice for one machine."""
     told = set()
+
     for python, machine in places():
         for name, entries in locked_there(locked, python, machine).items():
             if len(entries) > 1 and name not in told:
@@ -59,8 +61,11 @@ def twice(locked: Iterable[Locked]) -> Iterator[str]:
 
 
 def unlocked_pins(pins: dict[str, Pin], locked: Iterable[Locked]) -> Iterator[str]:
-    """A complaint for each pin that some Python or machine gets in another version, or not at all."""
+    """A complaint for each pin that some Python or machine gets in another version, or not at
+    all.
+    """
     told = set()
+
     for python, machine in places():
         there = locked_there(locked, python, machine)
         for name, pin in pins.items():
@@ -75,11 +80,13 @@ def unlocked_pins(pins: dict[str, Pin], locked: Iterable[Locked]) -> Iterator[st
 def installed() -> dict[str, str]:
     """{canonical name: version} of all packages here but pip and the checkout."""
     found = {}
+
     for distribution in importlib.metadata.distributions():
         name = canonicalize_name(distribution.metadata["Name"] or "")
         if name and name not in NOT_OURS:
             # The first in sys.path is what is imported.
             found.setdefault(name, distribution.version)
+
     return found
 
 
@@ -88,12 +95,14 @@ def wrongly_installed(
 ) -> Iterator[str]:
     """A complaint for each installed package that is not the locked one."""
     there = locked_there(locked, THIS_PYTHON, machine)
+
     for name, text in sorted(packages.items()):
         try:
             version = Version(text)
         except InvalidVersion:
             yield f"{name} {text} is installed: not a version"
             continue
+
         # A build of torch, like 2.13.0+cpu, is torch 2.13.0.
         if name == "torch":
             version = Version(version.public)
@@ -101,6 +110,7 @@ def wrongly_installed(
         entries = there.get(name, [])
         if any(entry.version == version for entry in entries):
             continue
+
         found = " and ".join(str(entry) for entry in entries) or "nothing of that name"
         yield f"{name}=={text} is installed here; locked is {found}"
 
@@ -110,6 +120,7 @@ def check(requirements: Path, folder: Path, packages: dict[str, str]) -> list[st
     pins = read_pins(requirements)
     locked = read_locks(folder)
     machine = platform.machine()
+
     return [
         *unlocked_pins(pins, locked),
         *wrong_hashes(locked),
@@ -142,9 +153,10 @@ def run(options: Options) -> None:
     if wrong:
         print(f"{len(wrong)} contradictions: {MEND}, or the environment", file=sys.stderr)
         sys.exit(1)
+
     print(
-        f"the locks agree with {options.requirements} and with the {len(packages)} packages installed"
-        f" here, for Python {', '.join(PYTHONS)} on {', '.join(MACHINES)}"
+        f"the locks agree with {options.requirements} and with the {len(packages)} packages"
+        f" installed here, for Python {', '.join(PYTHONS)} on {', '.join(MACHINES)}"
     )
 
 

@@ -88,6 +88,7 @@ def supported_tags(python: str, machine: str) -> frozenset[Tag]:
     platforms += [f"{name}_{machine}" for name in ("manylinux2014", "manylinux2010", "manylinux1")]
     version = tuple(int(part) for part in python.split("."))
     interpreter = "cp" + python.replace(".", "")
+
     return frozenset(
         [
             *cpython_tags(version, platforms=platforms),
@@ -99,6 +100,7 @@ def supported_tags(python: str, machine: str) -> frozenset[Tag]:
 def read_pins(path: Path) -> dict[str, Pin]:
     """{canonical name: pin} of a requirements file; UsageError for a line that pins nothing."""
     pins = {}
+
     for number, line in enumerate(path.read_text().splitlines(), 1):
         text = line.split("#")[0].strip()
         if not text:
@@ -109,15 +111,19 @@ def read_pins(path: Path) -> dict[str, Pin]:
             version = Version(specifier.version)
         except (InvalidRequirement, InvalidVersion, ValueError):
             raise UsageError(f"{path}:{number}: {text!r} is no pin; write NAME==VERSION") from None
+
         if specifier.operator != "==" or requirement.marker or requirement.extras:
             raise UsageError(f"{path}:{number}: {text!r} is no pin; write NAME==VERSION")
+
         pins[canonicalize_name(requirement.name)] = Pin(requirement.name, version, number)
+
     return pins
 
 
 def fetch(url: str, accept: str = "*/*") -> bytes:
     """The body behind an address; IndexFailure if there is none after three tries."""
     request = urllib.request.Request(url, headers={"Accept": accept})
+
     for attempt in range(1, TRIES + 1):
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
@@ -128,7 +134,9 @@ def fetch(url: str, accept: str = "*/*") -> bytes:
         except OSError as error:
             if attempt == TRIES:
                 raise Unreachable(f"{url}: {getattr(error, 'reason', error)}") from None
+
         time.sleep(attempt)
+
     raise AssertionError("not reached")
 
 
@@ -136,6 +144,7 @@ def release_files(index: str, pin: Pin) -> list[IndexFile]:
     """The files of a pinned release."""
     page = fetch(f"{index}/{canonicalize_name(pin.name)}/", "application/vnd.pypi.simple.v1+json")
     files = []
+
     for entry in json.loads(page)["files"]:
         name = entry["filename"]
         try:
@@ -146,9 +155,11 @@ def release_files(index: str, pin: Pin) -> list[IndexFile]:
                 tags = frozenset()
         except (InvalidWheelFilename, InvalidSdistFilename, InvalidVersion):
             continue  # old formats: eggs, installers
+
         if version == pin.version:
             pythons = SpecifierSet(entry.get("requires-python") or "")
             files.append(IndexFile(entry["url"], pythons, tags))
+
     return files
 
 
@@ -157,6 +168,7 @@ def missing_files(pin: Pin, files: list[IndexFile]) -> Iterator[str]:
     if not files:
         yield f"{pin} (line {pin.line}): the index has no such release"
         return
+
     wheels = [file for file in files if file.tags]
     for machine in MACHINES:
         # A release without any wheel is plain Python that pip builds by itself.
@@ -176,6 +188,7 @@ def needs_on_index(pin: Pin, files: list[IndexFile], python: str) -> list[Requir
         if file.tags and file.fits(python, "x86_64"):
             metadata, _ = parse_email(fetch(file.url + ".metadata"))
             return [Requirement(text) for text in metadata.get("requires_dist", [])]
+
     return []
 
 
@@ -205,6 +218,7 @@ def applies(need: Requirement, python: str, extras: Iterable[str]) -> bool:
         "sys_platform": "linux",
     }
     marker = need.marker
+
     return marker is None or any(
         marker.evaluate({**environment, "extra": extra}) for extra in extras
     )
@@ -218,6 +232,7 @@ def contradictions(
 ) -> list[str]:
     """A line for each pin outside what `owner` needs; `needs` is {Python: requirements}."""
     found: dict[tuple[Pin, str], list[str]] = defaultdict(list)
+
     for python, requirements in needs.items():
         for need in requirements:
             pin = pins.get(canonicalize_name(need.name))
@@ -225,6 +240,7 @@ def contradictions(
                 continue
             if not need.specifier.contains(pin.version, prereleases=True):
                 found[pin, f"{need.name}{need.specifier}"].append(python)
+
     return [
         f"{pin} (line {pin.line}): {owner} wants {wanted} on Python {', '.join(pythons)}"
         for (pin, wanted), pythons in found.items()
@@ -236,11 +252,14 @@ def check(path: Path, index: str) -> tuple[list[str], list[str]]:
     pins = read_pins(path)
     if "torch" not in pins:
         raise UsageError(f"{path}: torch is not pinned")
+
     wrong = []
     unjudged = []
+
     for name, pin in pins.items():
         files = release_files(index, pin)
         wrong += missing_files(pin, files)
+
         if name == "torch":
             needs = {python: needs_on_index(pin, files, python) for python in PYTHONS}
             wrong += contradictions(pins, f"{pin} on {index}", needs)
@@ -250,12 +269,14 @@ def check(path: Path, index: str) -> tuple[list[str], list[str]]:
             unjudged.append(
                 f"what {pin} needs (installed here: {installed_version(name) or 'none'})"
             )
+
     if installed_version(OURSELVES):
         extras = importlib.metadata.metadata(OURSELVES).get_all("Provides-Extra") or []
         needs = dict.fromkeys(PYTHONS, needs_installed(OURSELVES))
         wrong += contradictions(pins, "setup.py", needs, ["", *extras])
     else:
         unjudged.append("setup.py's ranges (the project is not installed here)")
+
     return wrong, unjudged
 
 
@@ -275,18 +296,21 @@ def run(options: Options) -> None:
         raise UsageError(
             f"--requirements {options.requirements}: no such file; run this in the checkout"
         )
+
     index = options.index.rstrip("/")
     try:
         wrong, unjudged = check(options.requirements, index)
     except IndexFailure as error:
         print(f"pins not checked: {error}", file=sys.stderr)
         sys.exit(1)
+
     for line in wrong:
         print(f"{options.requirements}: {line}", file=sys.stderr)
     for line in unjudged:
         print(f"not judged: {line}", file=sys.stderr)
     if wrong:
         sys.exit(1)
+
     print(f"the pins agree with {index} and with one another on Python {', '.join(PYTHONS)}")
 
 

@@ -1,7 +1,7 @@
 """List the licence of everything in requirements/*.lock, and check the list.
 
     python tools/licences.py            # writes docs/licences.md, from the packages' own metadata
-    python tools/licences.py --check    # no network; exit code 1 if it is stale or one is not allowed
+    python tools/licences.py --check    # no network; exit code 1 if stale or not allowed
 
 A licence is what the metadata says: License-Expression, else a short License, else classifiers.
 """
@@ -22,7 +22,14 @@ from megatron_interbert.config.options import Flags, option
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import write_text
 from tools.locks import pypi
-from tools.locks.check_pins import PYTHONS, IndexFailure, Pin, fetch, installed_version, release_files
+from tools.locks.check_pins import (
+    PYTHONS,
+    IndexFailure,
+    Pin,
+    fetch,
+    installed_version,
+    release_files,
+)
 from tools.locks.locked import CUDA, FOLDER, Locked, read_locks
 
 LIST = Path("docs/licences.md")
@@ -71,10 +78,10 @@ NONE = "none stated"
 HEAD = """\
 # Licences of what is installed
 
-Made from the packages' own metadata by `python tools/licences.py`, not by hand. Nothing of it is part
-of this project (Apache-2.0): pip fetches it. `cuda` comes with PyPI's torch only; most of it is
-NVIDIA's and proprietary. `BSD` stands where a package does not say which, `none stated` where it says
-nothing.
+Made from the packages' own metadata by `python tools/licences.py`, not by hand. Nothing of it is
+part of this project (Apache-2.0): pip fetches it. `cuda` comes with PyPI's torch only; most of it
+is NVIDIA's and proprietary. `BSD` stands where a package does not say which, `none stated` where it
+says nothing.
 
 | package | version | with | licence |
 |---|---|---|---|
@@ -87,6 +94,7 @@ def licence_of(metadata: dict[str, Any]) -> str:
     expression = metadata.get("license_expression")
     if expression:
         return expression
+
     classifiers = [
         text.split(" :: ")[-1]
         for text in metadata.get("classifiers", [])
@@ -95,6 +103,7 @@ def licence_of(metadata: dict[str, Any]) -> str:
     text = (metadata.get("license") or "").strip()
     if not text or "\n" in text or len(text) > 80:
         return " AND ".join(CALLED.get(name, name) for name in classifiers) or NONE
+
     return CALLED.get(text, text)
 
 
@@ -110,6 +119,7 @@ def metadata_of(entry: Locked) -> dict[str, Any]:
             return parse_email(fetch(wheels[0].url + ".metadata"))[0]
         except IndexFailure:
             pass  # an index need not serve the metadata by itself
+
     return pypi.release(pypi.ADDRESS, entry.name, entry.version)["info"]
 
 
@@ -132,15 +142,19 @@ def read_list(path: Path) -> dict[tuple[str, str, str], str]:
     """{(package, version, with): licence} of the list; UsageError where it is no such list."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file; {MEND}")
+
     found = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.startswith("|") or line.startswith(("| package |", "|---")):
             continue
+
         row = ROW.fullmatch(line)
         if row is None:
             raise UsageError(f"{path}:{number}: {line[:80]!r} is no row of the list; {MEND}")
+
         name, version, comes_with, licence = row.groups()
         found[name, version, comes_with] = licence
+
     return found
 
 
@@ -168,6 +182,7 @@ def check(path: Path, locked: list[Locked]) -> list[str]:
                 wrong.append(
                     f"{entry}: {listed[key]} is listed, the package installed here says {said}"
                 )
+
     return wrong
 
 
@@ -185,11 +200,13 @@ class Options(Flags):
 def run(options: Options) -> None:
     """Write or check the list."""
     locked = read_locks(options.locks)
+
     if not options.check_only:
         try:
             text = HEAD + "\n".join(rows(locked)) + "\n"
         except IndexFailure as failure:
             raise UsageError(f"{options.list} is not written: {failure}") from None
+
         write_text(options.list, text)
 
     wrong = check(options.list, locked)
@@ -198,6 +215,7 @@ def run(options: Options) -> None:
     if wrong:
         print(f"{MEND}; a licence is allowed in its ALLOWED", file=sys.stderr)
         sys.exit(1)
+
     print(f"{options.list}: the licences of {len(locked)} locked versions are allowed")
 
 

@@ -2,8 +2,8 @@
 
     pip install uv && python tools/lock.py
 
-Versions that the locks have already stay where they still fit; --upgrade takes the newest. pip's and
-uv's settings on this machine have no say, so the hashes are those of the index that is named.
+Versions that the locks have already stay where they still fit; --upgrade takes the newest. pip's
+and uv's settings on this machine have no say, so the hashes are those of the index that is named.
 """
 
 import os
@@ -26,17 +26,22 @@ from tools.locks.check_pins import PYTHONS, read_pins
 from tools.locks.locked import COMMON, CUDA, FOLDER, linux, places, read_lock
 
 HEADS = {
-    COMMON: """\
-# Made from requirements.txt by tools/lock.py, not by hand: what all builds of torch share, for Linux.
-# With torch's CPU build: pip install --no-deps --index-url https://download.pytorch.org/whl/cpu TORCH,
+    COMMON: (
+        """\
+# Made from requirements.txt by tools/lock.py, not by hand: what all builds of torch share (Linux).
+# With torch's CPU build:
+#   pip install --no-deps --index-url https://download.pytorch.org/whl/cpu TORCH
 # where TORCH is the line of requirements.txt, then
 #   pip install --require-hashes -r requirements/common.lock
-""",
-    CUDA: """\
+"""
+    ),
+    CUDA: (
+        """\
 # Made from requirements.txt by tools/lock.py, not by hand: PyPI's torch and what only it asks for.
 #   pip install --require-hashes -r requirements/cuda.lock
 -r common.lock
-""",
+"""
+    ),
 }
 
 
@@ -48,20 +53,27 @@ def of_cuda(name: str) -> bool:
 def blocks(text: str) -> Iterator[str]:
     """Each package of uv's output: its line, hashes, and comments."""
     block: list[str] = []
+
     for line in text.splitlines(keepends=True):
         begins = not line.startswith((" ", "#", "-r "))
         if begins and block:
             yield "".join(block)
             block = []
+
         if begins or block:
             block.append(line)
+
     if block:
         yield "".join(block)
 
 
 def remembered(folder: Path) -> str:
-    """What the locks have already, as uv writes it; a damaged lock counts for nothing, with a note."""
+    """What the locks have already, as uv writes it.
+
+    A damaged lock counts for nothing, with a note.
+    """
     text = ""
+
     for path in (folder / COMMON, folder / CUDA):
         if not path.exists():
             continue
@@ -71,6 +83,7 @@ def remembered(folder: Path) -> str:
             print(f"note: its versions are chosen anew: {error}", file=sys.stderr)
         else:
             text += "".join(blocks(path.read_text(encoding="utf-8")))
+
     return text
 
 
@@ -99,18 +112,21 @@ def compile_pins(requirements: Path, folder: Path, index: str, upgrade: bool) ->
         if ended.returncode:
             reason = " ".join(ended.stderr.split())
             raise UsageError(f"uv cannot resolve {requirements} against {index}: {reason[:600]}")
+
         return output.read_text()
 
 
 def split(text: str) -> dict[str, str]:
     """{lock: its text} of uv's output, without what no machine of ours installs."""
     locks = dict(HEADS)
+
     for block in blocks(text):
         head = block.splitlines()[0].removesuffix("\\")
         requirement = Requirement(head)
         marker = requirement.marker
         if marker is None or any(marker.evaluate(linux(*place)) for place in places()):
             locks[CUDA if of_cuda(requirement.name) else COMMON] += block
+
     return locks
 
 
@@ -132,6 +148,7 @@ def run(options: Options) -> None:
         raise UsageError(
             f"--requirements {options.requirements}: no such file; run this in the checkout"
         )
+
     read_pins(options.requirements)
 
     text = compile_pins(options.requirements, options.output, options.index, options.upgrade)

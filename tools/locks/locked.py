@@ -1,7 +1,8 @@
-"""What requirements/*.lock say: every installed package, direct or not, with the hashes of its files.
+"""What requirements/*.lock say: every installed package, direct or not, with the hashes of its
+files.
 
-common.lock holds what all builds of torch share, cuda.lock torch of PyPI and what only that asks for.
-tools/lock.py makes them; pip reads them with --require-hashes.
+common.lock holds what all builds of torch share, cuda.lock torch of PyPI and what only that asks
+for. tools/lock.py makes them; pip reads them with --require-hashes.
 """
 
 import dataclasses
@@ -69,6 +70,7 @@ def logical_lines(text: str) -> Iterator[tuple[int, str]]:
     """(number of its first line, text) of each line without comments, continued ones joined."""
     parts: list[str] = []
     first = 0
+
     for number, line in enumerate(text.splitlines(), 1):
         line = line.split("#")[0].strip()
         first = first if parts else number
@@ -77,7 +79,9 @@ def logical_lines(text: str) -> Iterator[tuple[int, str]]:
             continue
         if joined := " ".join(parts).strip():
             yield first, joined
+
         parts = []
+
     if joined := " ".join(parts).strip():
         yield first, joined
 
@@ -103,12 +107,14 @@ def read_lock(path: Path) -> list[Locked]:
             version = Version(specifier.version)
         except (InvalidRequirement, ValueError):
             raise UsageError(f"{path}:{line}: {head[:80]!r} is no NAME==VERSION; {MEND}") from None
+
         if specifier.operator != "==":
             raise UsageError(f"{path}:{line}: {head[:80]!r} is no NAME==VERSION; {MEND}")
 
         name = canonicalize_name(requirement.name)
         marker = requirement.marker
         locked.append(Locked(name, version, marker, tuple(hashes), path, line))
+
     return locked
 
 

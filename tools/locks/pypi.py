@@ -32,6 +32,8 @@ def read(url: str) -> dict[str, Any]:
         page = json.loads(fetch(url))
     except ValueError:
         raise IndexFailure(f"{url}: the answer is no JSON") from None
+
     if not isinstance(page, dict) or "version" not in page.get("info", {}):
         raise IndexFailure(f"{url}: the answer describes no release")
+
     return page

@@ -1,9 +1,11 @@
 """The paper's analysis as one command: what each part of the pretraining and of the model is worth.
 
-For every variant and seed: pretrain, zero-shot retrieval, finetune retrieval, evaluate; the same steps and samples for all. Runs that
-are done are not done again, so a stopped analysis goes on. Writes OUTPUT/ablation.json and OUTPUT/ablation.md.
+For every variant and seed: pretrain, zero-shot retrieval, finetune retrieval, evaluate; the same
+steps and samples for all. Runs that are done are not done again, so a stopped analysis goes on.
+Writes OUTPUT/ablation.json and OUTPUT/ablation.md.
 
-    python tools/ablate.py --data-path sample_corpus/train --test-data-path sample_corpus/test --output ablation --language en
+    python tools/ablate.py --data-path sample_corpus/train --test-data-path sample_corpus/test \\
+        --output ablation --language en
 """
 
 import dataclasses
@@ -31,13 +33,19 @@ from megatron_interbert.progress import progress
 from megatron_interbert.reading import read_json, read_text
 from megatron_interbert.weights.manifest import newest_checkpoint, versions
 
-FIGURES = {"zero-shot t2i R@1": ("zero-shot", "t2i_R@1"), "zero-shot i2t R@1": ("zero-shot", "i2t_R@1"),
-           "finetuned t2i R@1": ("finetuned", "t2i_R@1"), "finetuned i2t R@1": ("finetuned", "i2t_R@1")}  # fmt: skip
+FIGURES = {
+    "zero-shot t2i R@1": ("zero-shot", "t2i_R@1"),
+    "zero-shot i2t R@1": ("zero-shot", "i2t_R@1"),
+    "finetuned t2i R@1": ("finetuned", "t2i_R@1"),
+    "finetuned i2t R@1": ("finetuned", "i2t_R@1"),
+}
 
 
 @dataclass
 class Variant:
-    """One row of the table: what is said of it, flags of its pretraining, changes of the model's sizes."""
+    """One row of the table: what is said of it, flags of its pretraining, changes of the model's
+    sizes.
+    """
 
     what: str
     flags: tuple[str, ...] = ()
@@ -46,15 +54,22 @@ class Variant:
 
 def variants(sizes: ModelConfig) -> dict[str, Variant]:
     """All variants, of the same depth each."""
-    joint, text, image = sizes.interaction_layers, sizes.text_layers, sizes.image_layers
+    joint = sizes.interaction_layers
+    text = sizes.text_layers
+    image = sizes.image_layers
+
     return {
         "full": Variant("everything"),
         "no-msm": Variant("without masked segments", ("--objectives", "mrm,itm")),
         "no-mrm": Variant("without masked regions", ("--objectives", "msm,itm")),
         "no-itm": Variant("without image-text matching", ("--objectives", "msm,mrm")),
         "no-hard-negatives": Variant("random negatives only", ("--hard-negatives", "0")),
-        "no-interaction": Variant("streams only, no interaction module", layers=(0, text + joint, image + joint)),
-        "no-streams": Variant("interaction module only, no streams", layers=(joint + max(text, image), 0, 0)),
+        "no-interaction": Variant(
+            "streams only, no interaction module", layers=(0, text + joint, image + joint)
+        ),
+        "no-streams": Variant(
+            "interaction module only, no streams", layers=(joint + max(text, image), 0, 0)
+        ),
     }
 
 
@@ -91,12 +106,16 @@ class Run:
     """One variant with one seed, in a folder of its own."""
 
     def __init__(self, name: str, variant: Variant, seed: int, options: Options) -> None:
-        self.name, self.variant, self.seed, self.options = name, variant, seed, options
+        self.name = name
+        self.variant = variant
+        self.seed = seed
+        self.options = options
         self.folder = Path(options.output) / name / f"seed-{seed}"
 
     def results(self) -> dict[str, dict[str, float]]:
         """Figures by protocol, computed where they are not there yet."""
-        options, folder = self.options, self.folder
+        options = self.options
+        folder = self.folder
         shared = (
             "--language",
             options.language,
@@ -107,21 +126,65 @@ class Run:
             "--log-interval",
             100,
         )
-        pretrained, tuned = folder / "pretrained", folder / "finetuned"
-        self._train(pretrained, options.train_iters, "pretrain", "--model", self._model(), "--data-path", options.data_path, *shared,
-                    *self.variant.flags, *shlex.split(options.pretrain_flags))  # fmt: skip
-        self._train(tuned, options.finetune_iters, "finetune", "retrieval", "--init-from", pretrained, "--max-regions", 36,
-                    "--data-path", options.data_path, *shared, "--global-batch-size", options.batch_size,
-                    *shlex.split(options.finetune_flags))  # fmt: skip
+        pretrained = folder / "pretrained"
+        tuned = folder / "finetuned"
+        self._train(
+            pretrained,
+            options.train_iters,
+            "pretrain",
+            "--model",
+            self._model(),
+            "--data-path",
+            options.data_path,
+            *shared,
+            *self.variant.flags,
+            *shlex.split(options.pretrain_flags),
+        )
+
+        self._train(
+            tuned,
+            options.finetune_iters,
+            "finetune",
+            "retrieval",
+            "--init-from",
+            pretrained,
+            "--max-regions",
+            36,
+            "--data-path",
+            options.data_path,
+            *shared,
+            "--global-batch-size",
+            options.batch_size,
+            *shlex.split(options.finetune_flags),
+        )
         found = {}
+
         for protocol, run in (("zero-shot", pretrained), ("finetuned", tuned)):
             result = run / "result" / "result.json"
-            self._same(result.parent, flags_of(result.parent), json.dumps([options.test_data_path, options.language]))
+            self._same(
+                result.parent,
+                flags_of(result.parent),
+                json.dumps([options.test_data_path, options.language]),
+            )
+
             if not result.is_file():
                 zero = ("--zero-shot",) if protocol == "zero-shot" else ()
-                self._call("evaluate", "retrieval", "--load", run, "--data-path", options.test_data_path, "--language", options.language,
-                           *zero, "--output", result.parent)  # fmt: skip
+                self._call(
+                    "evaluate",
+                    "retrieval",
+                    "--load",
+                    run,
+                    "--data-path",
+                    options.test_data_path,
+                    "--language",
+                    options.language,
+                    *zero,
+                    "--output",
+                    result.parent,
+                )
+
             found[protocol] = figures_of(result)
+
         return found
 
     def _model(self) -> str:
@@ -129,35 +192,60 @@ class Run:
         if self.variant.layers:
             names = ("interaction_layers", "text_layers", "image_layers")
             sizes = dataclasses.replace(sizes, **dict(zip(names, self.variant.layers, strict=True)))
+
         path = self.folder / "model.json"
-        self._same(self.folder / "pretrained", path, json.dumps(dataclasses.asdict(sizes), indent=1))
+        self._same(
+            self.folder / "pretrained", path, json.dumps(dataclasses.asdict(sizes), indent=1)
+        )
+
         return str(path)
 
     def _train(self, save: Path, iterations: int, entry: str, *flags: object) -> None:
         done = newest_checkpoint(save) if save.is_dir() else None
         self._same(save, flags_of(save), json.dumps([entry, *map(str, flags), str(iterations)]))
         if done is None or done.name != f"global_step{iterations}":
-            self._call(entry, *flags, "--seed", self.seed, "--train-iters", iterations, "--save", save)
+            self._call(
+                entry, *flags, "--seed", self.seed, "--train-iters", iterations, "--save", save
+            )
 
     def _same(self, place: Path, record: Path, text: str) -> None:
-        """Write down with what a stage is made. UsageError where it was made with something else, or nobody knows with what."""
+        """Write down with what a stage is made.
+
+        UsageError where it was made with something else, or nobody knows with what.
+        """
         mend = f"choose another --output, or remove {self.folder}"
         if record.is_file() and read_text(record, "--output") != text:
             raise UsageError(f"{place}: made with other options than now ({record.name}); {mend}")
         if os.path.lexists(place) and not record.is_file():
-            raise UsageError(f"{place}: {record.name} is missing, which says with what options it was made; {mend}")
+            raise UsageError(
+                f"{place}: {record.name} is missing, which says with what options it was made;"
+                f" {mend}"
+            )
+
         record.parent.mkdir(parents=True, exist_ok=True)
         write_text(record, text)
 
     def _call(self, entry: str, *flags: object) -> None:
         command = [sys.executable, "-m", f"megatron_interbert.{entry}", *map(str, flags)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}),
+        }
         root = Path(__file__).resolve().parents[1]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
-        ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(root), os.environ.get("PYTHONPATH", "")])
+        )
+        ended = subprocess.run(
+            command, capture_output=True, text=True, env=environment, check=False
+        )
+
         if ended.returncode:
             last = (ended.stderr.strip() or ended.stdout.strip()).splitlines()[-1:]
-            raise TrainingStopped(f"{self.folder}: {shlex.join(command)} ended with code {ended.returncode}: {''.join(last)}")
+            raise TrainingStopped(
+                f"{self.folder}: {shlex.join(command)} ended with code {ended.returncode}:"
+                f" {''.join(last)}"
+            )
 
 
 def flags_of(place: Path) -> Path:
@@ -165,15 +253,26 @@ def flags_of(place: Path) -> Path:
     return place.with_name(f"{place.name}.flags.json")
 
 
-def table(found: dict[str, list[dict[str, dict[str, float]]]], all_variants: dict[str, Variant]) -> str:
-    """Markdown: mean and spread (standard deviation over seeds) of each figure; the last column is the change against `full`."""
-    lines = ["| variant | " + " | ".join(FIGURES) + " | change, finetuned t2i |", "|---" * (len(FIGURES) + 2) + "|"]
+def table(
+    found: dict[str, list[dict[str, dict[str, float]]]], all_variants: dict[str, Variant]
+) -> str:
+    """Markdown: mean and spread (standard deviation over seeds) of each figure; the last column is
+    the change against `full`.
+    """
+    lines = [
+        "| variant | " + " | ".join(FIGURES) + " | change, finetuned t2i |",
+        "|---" * (len(FIGURES) + 2) + "|",
+    ]
     full = [r["finetuned"]["t2i_R@1"] for r in found.get("full", [])]
+
     for name, results in found.items():
-        cells = [_mean([r[protocol][metric] for r in results]) for protocol, metric in FIGURES.values()]
+        cells = [
+            _mean([r[protocol][metric] for r in results]) for protocol, metric in FIGURES.values()
+        ]
         mine = statistics.mean(r["finetuned"]["t2i_R@1"] for r in results)
         change = f"{mine - statistics.mean(full):+.1f}" if full and name != "full" else ""
         lines.append(f"| {all_variants[name].what} | {' | '.join(cells)} | {change} |")
+
     return "\n".join(lines)
 
 
@@ -181,8 +280,14 @@ def figures_of(result: Path) -> dict[str, float]:
     """Read the figures of an evaluation; UsageError where one that the table needs is not there."""
     metrics = read_json(result, "--output").get("metrics")
     needed = {figure for _, figure in FIGURES.values()}
-    if not isinstance(metrics, dict) or not all(type(metrics.get(name)) in (int, float) for name in needed):
-        raise UsageError(f"{result}: expected the figures {', '.join(sorted(needed))}; remove it, it is made again")
+    if not isinstance(metrics, dict) or not all(
+        type(metrics.get(name)) in (int, float) for name in needed
+    ):
+        raise UsageError(
+            f"{result}: expected the figures {', '.join(sorted(needed))}; remove it, it is made"
+            " again"
+        )
+
     return metrics
 
 
@@ -196,42 +301,70 @@ def run(options: Options) -> None:
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")]
     except ValueError:
-        raise UsageError(f"--seeds is '{options.seeds}', expected numbers with commas between them") from None
+        raise UsageError(
+            f"--seeds is '{options.seeds}', expected numbers with commas between them"
+        ) from None
+
     for name in ("data_path", "test_data_path"):
         if not (Path(getattr(options, name)) / MANIFEST).is_file():
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(options, name)}: no region store there")
+            raise UsageError(
+                f"--{name.replace('_', '-')} {getattr(options, name)}: no region store there"
+            )
+
     every = variants(load_model_config(options.model))
     chosen = [name for name in options.only.split(",") if name] or list(every)
     for name in chosen:
         if name not in every:
-            raise UsageError(f"--only: no variant '{name}'{nearest(name, every)}; there are {', '.join(every)}")
+            raise UsageError(
+                f"--only: no variant '{name}'{nearest(name, every)}; there are {', '.join(every)}"
+            )
+
     if "no-hard-negatives" in chosen and not (Path(options.data_path) / HARD_NEGATIVES).is_file():
-        raise UsageError(f"{options.data_path}: no {HARD_NEGATIVES}, so leaving hard negatives out changes nothing; make it with"
-                         " tools/mine_negatives.py, or leave the variant out by --only")  # fmt: skip
+        raise UsageError(
+            f"{options.data_path}: no {HARD_NEGATIVES}, so leaving hard negatives out changes"
+            " nothing; make it with tools/mine_negatives.py, or leave the variant out by --only"
+        )
+
     for name in ("pretrain_flags", "finetune_flags"):
         try:
             shlex.split(getattr(options, name))
         except ValueError as error:
-            raise UsageError(f"--{name.replace('_', '-')}: {error}; expected flags as in a shell") from None
+            raise UsageError(
+                f"--{name.replace('_', '-')}: {error}; expected flags as in a shell"
+            ) from None
+
     check_writable(Path(options.output), "--output")
     runs = [Run(name, every[name], seed, options) for seed in seeds for name in chosen]
     found: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in chosen}
-    with ThreadPoolExecutor(options.jobs) as pool, progress(total=len(runs), unit="run", desc="ablation") as bar:
+
+    with (
+        ThreadPoolExecutor(options.jobs) as pool,
+        progress(total=len(runs), unit="run", desc="ablation") as bar,
+    ):
         futures = [pool.submit(one.results) for one in runs]
         try:
             for one, future in zip(runs, futures, strict=True):
                 found[one.name].append(future.result())
                 bar.update()
-                bar.write(f"{one.name}, seed {one.seed}: {json.dumps(found[one.name][-1]['finetuned'])}")
+                bar.write(
+                    f"{one.name}, seed {one.seed}: {json.dumps(found[one.name][-1]['finetuned'])}"
+                )
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    generated = bool(read_json(Path(options.test_data_path) / MANIFEST, "--test-data-path").get("generated"))
-    note = f"{options.train_iters} + {options.finetune_iters} steps of {options.batch_size}, seeds {options.seeds}" + (
-        "; generated scenes" if generated else ""
+
+    generated = bool(
+        read_json(Path(options.test_data_path) / MANIFEST, "--test-data-path").get("generated")
+    )
+    note = (
+        f"{options.train_iters} + {options.finetune_iters} steps of {options.batch_size}, seeds"
+        f" {options.seeds}" + ("; generated scenes" if generated else "")
     )
     text = f"{table(found, every)}\n\n{note}\n"
-    write_json(Path(options.output) / "ablation.json", {"results": found, "options": dataclasses.asdict(options), "versions": versions()})
+    write_json(
+        Path(options.output) / "ablation.json",
+        {"results": found, "options": dataclasses.asdict(options), "versions": versions()},
+    )
     write_text(Path(options.output) / "ablation.md", text)
     print(text)
 

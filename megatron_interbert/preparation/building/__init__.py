@@ -1,1 +1,3 @@
-"""Making region stores: readers of every published format and of photos, writers, and the build that survives kills."""
+"""Making region stores: readers of every published format and of photos, writers, and the build
+that survives kills.
+"""

@@ -1,4 +1,5 @@
-"""Building a region store from any sources with several processes, so that a kill at any moment costs one shard of work.
+"""Building a region store from any sources with several processes, so that a kill at any moment
+costs one shard of work.
 
     OUTPUT.partial/plan.json        what is being built; another plan is refused; stays in the store
                    images.db        captions and wanted images by name (SQLite)
@@ -6,7 +7,8 @@
                    shard-N.json     written last: the unit is done; its counts
     OUTPUT/                         the folder renamed, when all is there
 
-A unit's result depends on nothing but the unit, so the number of processes and the kills leave no trace in the store.
+A unit's result depends on nothing but the unit, so the number of processes and the kills leave no
+trace in the store.
 """
 
 import contextlib
@@ -26,7 +28,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_interbert.data.manifest import MANIFEST, PLAN, REPORT, TEXTS, VOCABULARY, files_of, read_manifest
+from megatron_interbert.data.manifest import (
+    MANIFEST,
+    PLAN,
+    REPORT,
+    TEXTS,
+    VOCABULARY,
+    files_of,
+    read_manifest,
+)
 from megatron_interbert.errors import TrainingStopped, UsageError
 from megatron_interbert.files import encoded, json_sha256, publish_folder, whole_file, write_text
 from megatron_interbert.preparation.building.captions import CaptionTable, image_key
@@ -40,25 +50,43 @@ from megatron_interbert.preparation.building.conversion import (
     is_done,
 )
 from megatron_interbert.preparation.building.duplicates import drop_duplicates
-from megatron_interbert.preparation.building.interrupts import LOOK, interrupts_blocked, keeping_interrupts
+from megatron_interbert.preparation.building.interrupts import (
+    LOOK,
+    interrupts_blocked,
+    keeping_interrupts,
+)
 from megatron_interbert.preparation.building.sources.base import Source, SourceFacts
 from megatron_interbert.preparation.building.store_writer import OURS as OF_STORES
 from megatron_interbert.preparation.building.store_writer import finish_store, new_manifest
-from megatron_interbert.preparation.work_folder import lock_folder, own_names, refuse_strangers, remove_folder, remove_own
+from megatron_interbert.preparation.work_folder import (
+    lock_folder,
+    own_names,
+    refuse_strangers,
+    remove_folder,
+    remove_own,
+)
 from megatron_interbert.progress import progress
 from megatron_interbert.reading import read_json, read_text
 
-CAPTIONS_DONE = "captions.json"  # in the work folder: complaints about caption lines; written when images.db is whole
+# in the work folder: complaints about caption lines; written when images.db is whole
+CAPTIONS_DONE = "captions.json"
 OF_BUILDS = ("shard-[0-9]*.h5.json", CAPTIONS_DONE, "images.db*", REPORT)
-# All that a work folder holds, in the order in which it is removed: without its plan it is no build.
-UNFINISHED = tuple(f"{name}{end}" for name in (*OF_BUILDS, PLAN) for end in (".[0-9]*.new", ".partial"))
+# All that a work folder holds, in the order in which it is removed: without its plan it is no
+# build.
+UNFINISHED = tuple(
+    f"{name}{end}" for name in (*OF_BUILDS, PLAN) for end in (".[0-9]*.new", ".partial")
+)
 OURS = (*OF_BUILDS, *UNFINISHED, *OF_STORES, PLAN)
 LMDB_LOCK = "lock.mdb"  # changes whenever an LMDB is read
 
 
 @dataclass
 class BuildPlan:
-    """What is built. `options` are any further settings that decide the result: another value of one is another build."""
+    """What is built.
+
+    `options` are any further settings that decide the result: another value of one is another
+    build.
+    """
 
     sources: list[Source]
     output: str
@@ -88,23 +116,31 @@ class BuildPlan:
             "text_normalisation": self.text_normalisation,
             "images_per_shard": self.images_per_shard,
             "strict_boxes": self.strict_boxes,
-            "source_files": _digest([_identity(str(getattr(source, "path", ""))) for source in self.sources]),
+            "source_files": _digest(
+                [_identity(str(getattr(source, "path", ""))) for source in self.sources]
+            ),
             "units": _digest(units),
             **self.options,
         }
 
 
 def _identity(path: str) -> list[Any]:
-    """What changes when a source is replaced: size and time of a file, of a store's manifest, of all files in another folder."""
+    """What changes when a source is replaced: size and time of a file, of a store's manifest, of
+    all files in another folder.
+    """
     place = Path(path) / MANIFEST if (Path(path) / MANIFEST).is_file() else Path(path)
     if not place.is_dir():
         return [path, *_size_and_time(place)] if place.exists() else [path]
+
     digest = hashlib.sha256()
     for folder, below, names in os.walk(place):
         below.sort()
         for name in sorted(names):
             if name != LMDB_LOCK:
-                digest.update(json.dumps([folder, name, *_size_and_time(Path(folder, name))]).encode())
+                digest.update(
+                    json.dumps([folder, name, *_size_and_time(Path(folder, name))]).encode()
+                )
+
     return [path, digest.hexdigest()]
 
 
@@ -117,47 +153,81 @@ def _digest(value: Any) -> str:
     return json_sha256(value)
 
 
-def build(plan: BuildPlan, workers: int = 1, max_dropped: float = 0.1, restart: bool = False) -> dict[str, Any]:
-    """Build a store and give its manifest. Same plan after a kill: goes on. UsageError when the input is wrong."""
+def build(
+    plan: BuildPlan, workers: int = 1, max_dropped: float = 0.1, restart: bool = False
+) -> dict[str, Any]:
+    """Build a store and give its manifest.
+
+    Same plan after a kill: goes on. UsageError when the input is wrong.
+    """
     output = Path(plan.output)
     if os.path.lexists(output):
         raise UsageError(f"--output {output}: already exists; choose another folder or remove it")
     for path in plan.caption_files:
         if not os.path.isfile(path):
             raise UsageError(f"--captions {path}: no such file")
+
     facts = _common_facts(plan)
-    units = [(number, unit) for number, source in enumerate(plan.sources) for unit in source.units(plan.images_per_shard)]
+    units = [
+        (number, unit)
+        for number, source in enumerate(plan.sources)
+        for unit in source.units(plan.images_per_shard)
+    ]
     work = output.with_name(output.name + ".partial")
+
     with WorkFolder(work, plan.fingerprint(units), restart), _one_line_for_the_disk(work):
         if not (work / MANIFEST).exists():
             table = _caption_table(plan, work)
-            shared = (work, facts, table, bool(plan.caption_files), plan.only is not None, plan.soft_labels, plan.strict_boxes)
-            jobs = [UnitJob(source, unit, number, *shared) for number, (source, unit) in enumerate(units)]
+            shared = (
+                work,
+                facts,
+                table,
+                bool(plan.caption_files),
+                plan.only is not None,
+                plan.soft_labels,
+                plan.strict_boxes,
+            )
+            jobs = [
+                UnitJob(source, unit, number, *shared)
+                for number, (source, unit) in enumerate(units)
+            ]
             left = [job for job in jobs if not is_done(work, job.number)]
             _run_jobs(left, len(jobs), plan.sources, workers, max_dropped)
             _finish(plan, facts, work, len(jobs), max_dropped)
+
         return _publish(work, output, bool(plan.vocabulary))
 
 
 @contextlib.contextmanager
 def _one_line_for_the_disk(work: Path) -> Iterator[None]:
-    """A full disk or the like, wherever in a build it shows: shards, captions, tokens, manifest, the last rename."""
+    """A full disk or the like, wherever in a build it shows: shards, captions, tokens, manifest,
+    the last rename.
+    """
     try:
         yield
     except (OSError, sqlite3.Error) as error:
         raise UsageError(
-            f"{work}: cannot be read or written ({error}); make room; finished shards are kept: the same command goes on"
+            f"{work}: cannot be read or written ({error}); make room; finished shards are kept: the"
+            " same command goes on"
         ) from error
 
 
 def _publish(work: Path, output: Path, has_vocabulary: bool) -> dict[str, Any]:
     """Remove what only the build needed and give the folder its name; the manifest."""
     manifest = read_manifest(work)
-    keep = {MANIFEST, REPORT, PLAN, *([VOCABULARY] if has_vocabulary else []), *(entry["file"] for entry in files_of(manifest))}
+    keep = {
+        MANIFEST,
+        REPORT,
+        PLAN,
+        *([VOCABULARY] if has_vocabulary else []),
+        *(entry["file"] for entry in files_of(manifest)),
+    }
     for name in own_names(work, OURS):
         if name not in keep:
             (work / name).unlink()
+
     publish_folder(work, output)
+
     return manifest
 
 
@@ -165,36 +235,64 @@ def _common_facts(plan: BuildPlan) -> SourceFacts:
     """The facts of all sources, which must agree."""
     all_facts = [source.facts() for source in plan.sources]
     first = all_facts[0]
-    names = list(plan.class_names) or next((list(facts.class_names) for facts in all_facts if facts.class_names), [])
+    names = list(plan.class_names) or next(
+        (list(facts.class_names) for facts in all_facts if facts.class_names), []
+    )
+
     for source, facts in zip(plan.sources, all_facts, strict=True):
         where = getattr(source, "path", "source")
         if facts.background_class != first.background_class:
-            raise UsageError(f"{where}: class {facts.background_class} is background, in the first source {first.background_class}")
+            raise UsageError(
+                f"{where}: class {facts.background_class} is background, in the first source"
+                f" {first.background_class}"
+            )
+
         if facts.class_names and not plan.class_names and list(facts.class_names) != names:
             raise UsageError(
-                f"{where}: other class names than in the sources before it; one of both is wrong: say which by --class-names"
+                f"{where}: other class names than in the sources before it; one of both is wrong:"
+                " say which by --class-names"
             )
+
         if (facts.feature_dim, facts.num_classes) != (first.feature_dim, first.num_classes):
             raise UsageError(
-                f"{where}: features of {facts.feature_dim} and {facts.num_classes} classes, but the first"
-                f" source has {first.feature_dim} and {first.num_classes}; one store holds the features of one detector"
+                f"{where}: features of {facts.feature_dim} and {facts.num_classes} classes, but the"
+                f" first source has {first.feature_dim} and {first.num_classes}; one store holds"
+                " the features of one detector"
             )
+
     if names and len(names) != first.num_classes:
-        raise UsageError(f"--class-names: {len(names) - 1} names, expected {first.num_classes - 1} (without background)")
-    return SourceFacts(first.feature_dim, first.num_classes, first.soft_labels, names, plan.detector, first.background_class)
+        raise UsageError(
+            f"--class-names: {len(names) - 1} names, expected {first.num_classes - 1} (without"
+            " background)"
+        )
+
+    return SourceFacts(
+        first.feature_dim,
+        first.num_classes,
+        first.soft_labels,
+        names,
+        plan.detector,
+        first.background_class,
+    )
 
 
 class WorkFolder:
     """The work folder of a build, locked; made anew, or one that the same plan has left behind."""
 
     def __init__(self, work: Path, fingerprint: dict[str, Any], restart: bool) -> None:
-        self.work, self.fingerprint, self.restart = work, fingerprint, restart
+        self.work = work
+        self.fingerprint = fingerprint
+        self.restart = restart
 
     def __enter__(self) -> None:
         try:
-            self.handle = lock_folder(self.work, "another process is building there; wait for it or choose another --output")
+            self.handle = lock_folder(
+                self.work,
+                "another process is building there; wait for it or choose another --output",
+            )
         except OSError as error:
             raise UsageError(f"--output: cannot make {self.work} ({error})") from error
+
         try:
             self._take_over()
         except BaseException:
@@ -206,18 +304,26 @@ class WorkFolder:
         refuse_strangers(self.work, OURS)
         remove_own(self.work, [name for name in OURS if name.endswith((".new", ".partial"))])
         plan = self.work / PLAN
+
         if not plan.exists() and own_names(self.work, OURS):
-            raise UsageError(f"{self.work}: exists and is no unfinished build of this tool; remove it or choose another --output")
+            raise UsageError(
+                f"{self.work}: exists and is no unfinished build of this tool; remove it or choose"
+                " another --output"
+            )
+
         if self.restart:
             remove_own(self.work, OURS)
 
         before = read_json(plan, "plan of the build") if plan.exists() else self.fingerprint
         if before != self.fingerprint:
-            changed = [name for name, value in before.items() if self.fingerprint.get(name) != value]
+            changed = [
+                name for name, value in before.items() if self.fingerprint.get(name) != value
+            ]
             raise UsageError(
-                f"{self.work}: left by a build with other settings ({', '.join(changed)} differ); give the same ones to go on with it,"
-                " or --restart to begin anew"
+                f"{self.work}: left by a build with other settings ({', '.join(changed)} differ);"
+                " give the same ones to go on with it, or --restart to begin anew"
             )
+
         write_text(plan, json.dumps(self.fingerprint, indent=1))
 
     def __exit__(self, *failure: Any) -> None:
@@ -229,28 +335,46 @@ class WorkFolder:
 
 def _caption_table(plan: BuildPlan, work: Path) -> CaptionTable | None:
     """Captions and wanted ids on disk; made once."""
-    path, done = work / "images.db", work / CAPTIONS_DONE
+    path = work / "images.db"
+    done = work / CAPTIONS_DONE
     if not plan.caption_files and plan.only is None:
         return None
     if not done.exists():
         complaints: list[str] = []
-        table = CaptionTable.create(path, plan.caption_files, plan.captions_format, plan.split, complaints.append, plan.only or ())
+        table = CaptionTable.create(
+            path,
+            plan.caption_files,
+            plan.captions_format,
+            plan.split,
+            complaints.append,
+            plan.only or (),
+        )
         if plan.caption_files and not len(table):
-            raise UsageError(f"--captions {', '.join(plan.caption_files)}: no captions there ({(complaints or ['empty'])[0]})")
+            raise UsageError(
+                f"--captions {', '.join(plan.caption_files)}: no captions there"
+                f" ({(complaints or ['empty'])[0]})"
+            )
+
         write_text(done, json.dumps(complaints))
+
     return CaptionTable(path)
 
 
-def _run_jobs(jobs: list[UnitJob], total: int, sources: list[Source], workers: int, max_dropped: float) -> None:
+def _run_jobs(
+    jobs: list[UnitJob], total: int, sources: list[Source], workers: int, max_dropped: float
+) -> None:
     """All units, in this process or several; stops early when far too much is dropped."""
     counts: Counter[str] = Counter()
+
     with progress(total=total, initial=total - len(jobs), unit="shard", desc="building") as bar:
         for done in _results(jobs, sources, workers):
             counts.update(read=done["read"], faults=done["faults"])
             bar.update()
             bar.set_postfix(images=counts["read"], dropped=counts["faults"], refresh=False)
             if counts["read"] > 10_000 and counts["faults"] > max_dropped * counts["read"]:
-                raise UsageError(_too_many(counts["faults"], counts["read"], done["reasons"], max_dropped))
+                raise UsageError(
+                    _too_many(counts["faults"], counts["read"], done["reasons"], max_dropped)
+                )
 
 
 def _results(jobs: list[UnitJob], sources: list[Source], workers: int) -> Iterator[dict[str, Any]]:
@@ -258,25 +382,33 @@ def _results(jobs: list[UnitJob], sources: list[Source], workers: int) -> Iterat
         for job in jobs:
             yield convert_unit(job, sources)
         return
-    context = multiprocessing.get_context("spawn")  # no handle, lock or thread of this process goes along
+
+    # no handle, lock or thread of this process goes along
+    context = multiprocessing.get_context("spawn")
     with keeping_interrupts() as check:
-        pool = ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_start_process, initargs=(sources,))
-        waiting, running = iter(jobs), set[Future]()
+        pool = ProcessPoolExecutor(
+            min(workers, len(jobs)), context, initializer=_start_process, initargs=(sources,)
+        )
+        waiting = iter(jobs)
+        running = set[Future]()
+
         try:
             while True:
                 with interrupts_blocked():
                     while len(running) < 2 * workers and (job := next(waiting, None)) is not None:
                         running.add(pool.submit(_convert, job))
+
                 check()
                 if not running:
                     return
+
                 done, running = wait(running, LOOK, FIRST_COMPLETED)
                 for future in done:
                     yield future.result()
         except BrokenProcessPool as error:
             raise TrainingStopped(
-                "a process of the build has died (killed, or out of memory?); finished shards are kept: the same command goes on,"
-                " with fewer --workers if memory was short"
+                "a process of the build has died (killed, or out of memory?); finished shards are"
+                " kept: the same command goes on, with fewer --workers if memory was short"
             ) from error
         except KeyboardInterrupt:
             for process in multiprocessing.active_children():
@@ -294,7 +426,9 @@ def _convert(job: UnitJob) -> dict[str, Any]:
 
 
 def _start_process(sources: list[Source]) -> None:
-    """Keep the sources; and a process whose parent was killed would otherwise wait for work for ever."""
+    """Keep the sources; and a process whose parent was killed would otherwise wait for work for
+    ever.
+    """
     _sources[:] = sources
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -303,26 +437,35 @@ def _start_process(sources: list[Source]) -> None:
 def _too_many(faults: int, read: int, reasons: dict[str, int], limit: float) -> str:
     reason = max((r for r in reasons if r not in EXPECTED), key=lambda r: reasons[r], default="")
     return (
-        f"{faults} of {read} images cannot be used, mostly: {reason}; more than --max-dropped {limit}. Mend the input or the"
-        " flags, or allow it by a higher --max-dropped (the finished shards are kept)"
+        f"{faults} of {read} images cannot be used, mostly: {reason}; more than --max-dropped"
+        f" {limit}. Mend the input or the flags, or allow it by a higher --max-dropped (the"
+        " finished shards are kept)"
     )
 
 
-def _finish(plan: BuildPlan, facts: SourceFacts, work: Path, units: int, max_dropped: float) -> None:
+def _finish(
+    plan: BuildPlan, facts: SourceFacts, work: Path, units: int, max_dropped: float
+) -> None:
     """Everything but the last rename: images seen twice, totals, report, captions, manifest."""
-    entries, totals, reasons = [], Counter(), Counter()
+    entries = []
+    totals = Counter()
+    reasons = Counter()
     labels: dict[str, list[str]] = {}  # of each image, by shard
+
     for number in range(units):
         done = _read_json(done_file(work, number))
         if done["entry"]:
             entries.append(done["entry"])
             labels[done["entry"]["file"]] = [sys.intern(kind) for kind in done["labels"]]
+
         totals.update({name: done[name] for name in ("read", "repaired", "inverted", "faults")})
         reasons.update(done["reasons"])
+
     if not entries:
         _explain_nothing(plan, work, totals["read"], reasons, units)
     if totals["faults"] > max_dropped * totals["read"]:
         raise UsageError(_too_many(totals["faults"], totals["read"], reasons, max_dropped))
+
     entries, twice = drop_duplicates(work, entries, image_key if plan.caption_files else str)
     kinds = Counter(kind for of_images in labels.values() for kind in of_images)
     kinds.subtract(labels[file][row] for file, row, _ in twice)
@@ -354,7 +497,10 @@ def _caption_complaints(work: Path) -> Iterator[dict[str, str]]:
     if path.exists():
         lines = _read_json(path)
         if not TEXTS.fits(lines):
-            raise UsageError(f"{path}: damaged (expected {TEXTS.words}); --restart begins the build anew")
+            raise UsageError(
+                f"{path}: damaged (expected {TEXTS.words}); --restart begins the build anew"
+            )
+
         for line in lines:
             yield {"where": line, "image_id": "", "reason": "caption line", "details": ""}
 
@@ -384,13 +530,27 @@ def _read_json(path: Path) -> Any:
         raise UsageError(f"{path}: damaged ({error}); --restart begins the build anew") from error
 
 
-def _explain_nothing(plan: BuildPlan, work: Path, read: int, reasons: Counter[str], units: int) -> None:
-    reason = NO_CAPTION if reasons[NO_CAPTION] else next((reason for reason, _ in reasons.most_common(1)), "the sources are empty")
-    first = next((line for line in _dropped(work, units) if line["reason"] == reason), {"where": "", "details": ""})
+def _explain_nothing(
+    plan: BuildPlan, work: Path, read: int, reasons: Counter[str], units: int
+) -> None:
+    reason = (
+        NO_CAPTION
+        if reasons[NO_CAPTION]
+        else next((reason for reason, _ in reasons.most_common(1)), "the sources are empty")
+    )
+    first = next(
+        (line for line in _dropped(work, units) if line["reason"] == reason),
+        {"where": "", "details": ""},
+    )
     remove_folder(work, OURS)  # done units without one image are of no use
+
     if reason == NO_CAPTION:
         raise UsageError(
-            f"none of the {read} images has a caption in {', '.join(plan.caption_files)}: image_id differs"
-            f" (the features say {first['image_id']!r})"
+            f"none of the {read} images has a caption in {', '.join(plan.caption_files)}: image_id"
+            f" differs (the features say {first['image_id']!r})"
         )
-    raise UsageError(f"none of the {read} images can be used, mostly: {reason} ({first['where']}: {first['details']})")
+
+    raise UsageError(
+        f"none of the {read} images can be used, mostly: {reason} ({first['where']}:"
+        f" {first['details']})"
+    )

@@ -1,8 +1,10 @@
-"""Captions from the files in which data sets publish them, and their place beside the images during a build.
+"""Captions from the files in which data sets publish them, and their place beside the images during
+a build.
 
-Every reader gives (names of the image, caption, language). Data sets name one image in several ways (a file name, a number, an
-address), so a caption may carry several names, the surest first, and `image_key` makes the usual spellings of one name equal. An
-image gets the captions that have its name in the surest place: a file called 2.jpg is never taken for line 2 where both occur.
+Every reader gives (names of the image, caption, language). Data sets name one image in several ways
+(a file name, a number, an address), so a caption may carry several names, the surest first, and
+`image_key` makes the usual spellings of one name equal. An image gets the captions that have its
+name in the surest place: a file called 2.jpg is never taken for line 2 where both occur.
 """
 
 import contextlib
@@ -25,11 +27,14 @@ CJK = re.compile("[\u3400-\u9fff]")
 
 
 def image_key(name: Any) -> str:
-    """One spelling for the names of an image: no folder, no suffix, COCO's names and zero-filled numbers as plain numbers."""
+    """One spelling for the names of an image: no folder, no suffix, COCO's names and zero-filled
+    numbers as plain numbers.
+    """
     key = IMAGE_SUFFIX.sub("", str(name).strip().rsplit("/", 1)[-1].split("#", 1)[0])
     coco = COCO_NAME.match(key)
     if coco:
         return coco[1]
+
     return (key.lstrip("0") or "0") if key.isdigit() else key
 
 
@@ -41,7 +46,11 @@ def guess_language(text: str) -> str:
 def _coco(data: dict[str, Any], split: set[str]) -> Iterator[CaptionRow]:
     names = {image["id"]: image.get("file_name", image["id"]) for image in data.get("images", [])}
     for row in data["annotations"]:
-        yield [str(names.get(row["image_id"], row["image_id"])), str(row["image_id"])], row["caption"], ""
+        yield (
+            [str(names.get(row["image_id"], row["image_id"])), str(row["image_id"])],
+            row["caption"],
+            "",
+        )
 
 
 def _karpathy(data: dict[str, Any], split: set[str]) -> Iterator[CaptionRow]:
@@ -64,14 +73,19 @@ def _dictionary(data: dict[str, Any], split: set[str]) -> Iterator[CaptionRow]:
 
 
 def _json_line(record: dict[str, Any]) -> Iterator[CaptionRow]:
-    """Flickr30K lines (sentences, img_path), MUGE and KDD queries (query_text, item_ids), or image_id with caption(s)."""
+    """Flickr30K lines (sentences, img_path), MUGE and KDD queries (query_text, item_ids), or
+    image_id with caption(s).
+    """
     if "query_text" in record or "query" in record:
         text = record.get("query_text", record.get("query"))
         for item in record["item_ids"] if "item_ids" in record else [record["product_id"]]:
             yield [str(item)], text, record.get("lang", "")
         return
+
     names = [str(record[k]) for k in ("image_id", "image", "img_path", "id") if k in record]
-    texts = next((record[k] for k in ("captions", "sentences", "caption", "text") if k in record), None)
+    texts = next(
+        (record[k] for k in ("captions", "sentences", "caption", "text") if k in record), None
+    )
     if texts is None or not names:
         raise KeyError("image_id and caption")
     for text in texts if isinstance(texts, list) else [texts]:
@@ -79,7 +93,10 @@ def _json_line(record: dict[str, Any]) -> Iterator[CaptionRow]:
 
 
 def _conceptual(number: int, line: str) -> CaptionRow:
-    """Conceptual Captions: text, tab, address. Downloaders name files by line, or by line and checksum of the address."""
+    """Conceptual Captions: text, tab, address.
+
+    Downloaders name files by line, or by line and checksum of the address.
+    """
     text, url = line.split("\t")[:2]
     return [f"{number - 1}_{zlib.crc32(url.encode())}", str(number - 1), url], text, ""
 
@@ -101,7 +118,11 @@ WHOLE_FILES: dict[str, Callable[[Any, set[str]], Iterator[CaptionRow]]] = {
     "sbu": _sbu,
     "json-dict": _dictionary,
 }
-LINES: dict[str, Callable[[int, str], CaptionRow]] = {"conceptual": _conceptual, "tsv": _plain_tsv, "flickr-tokens": _tokens}
+LINES: dict[str, Callable[[int, str], CaptionRow]] = {
+    "conceptual": _conceptual,
+    "tsv": _plain_tsv,
+    "flickr-tokens": _tokens,
+}
 FORMATS = ("auto", *WHOLE_FILES, "jsonl", *LINES)
 
 
@@ -112,6 +133,7 @@ def guess_format(path: str) -> str:
             start = handle.read(65536)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--captions {path}: cannot be read as UTF-8 text ({error})") from error
+
     first = start.lstrip("\ufeff").split("\n", 1)[0].rstrip("\r")
     if start.lstrip().startswith("{"):
         try:
@@ -119,20 +141,34 @@ def guess_format(path: str) -> str:
                 return "jsonl"
         except (ValueError, RecursionError):
             pass
+
         return _guess_json(path)
+
     if re.match(r"^\S+#\S*\d\s", first):
         return "flickr-tokens"
     if "\t" in first:
         return "conceptual" if re.match(r"^[^\t]+\thttps?://", first) else "tsv"
-    raise UsageError(f"--captions {path}: starts with {first[:60]!r}; say what it is by --captions-format {'|'.join(FORMATS[1:])}")
+
+    raise UsageError(
+        f"--captions {path}: starts with {first[:60]!r}; say what it is by --captions-format"
+        f" {'|'.join(FORMATS[1:])}"
+    )
 
 
 def _guess_json(path: str) -> str:
     keys = set(_load_json(path))
-    for name, wanted in (("coco", {"annotations"}), ("sbu", {"image_urls", "captions"}), ("karpathy", {"images"})):
+    for name, wanted in (
+        ("coco", {"annotations"}),
+        ("sbu", {"image_urls", "captions"}),
+        ("karpathy", {"images"}),
+    ):
         if wanted <= keys:
             return name
-    one_line = keys & {"image_id", "query_text", "query", "img_path"} or ({"caption", "captions", "sentences", "text"} & keys)
+
+    one_line = keys & {"image_id", "query_text", "query", "img_path"} or (
+        {"caption", "captions", "sentences", "text"} & keys
+    )
+
     return "jsonl" if one_line else "json-dict"
 
 
@@ -145,9 +181,16 @@ def _load_json(path: str) -> Any:
 
 
 def read_captions(path: str, kind: str = "auto", split: str = "") -> Iterator[CaptionRow | str]:
-    """Rows of a caption file, or a sentence about a line without a caption. UsageError when the file as a whole is wrong."""
+    """Rows of a caption file, or a sentence about a line without a caption.
+
+    UsageError when the file as a whole is wrong.
+    """
     kind = guess_format(path) if kind == "auto" else kind
-    rows = _whole_file(path, kind, set(filter(None, split.split(",")))) if kind in WHOLE_FILES else _by_line(path, kind)
+    rows = (
+        _whole_file(path, kind, set(filter(None, split.split(","))))
+        if kind in WHOLE_FILES
+        else _by_line(path, kind)
+    )
     for row in rows:
         yield row if isinstance(row, str) else _checked(row, path)
 
@@ -156,26 +199,36 @@ def _checked(row: CaptionRow, path: str) -> CaptionRow | str:
     keys, text, language = row
     if not keys:
         return f"{path}: a caption names no image"
+
     where = f"{path}: image {keys[0][:80]!a}"
     if not isinstance(text, str) or not isinstance(language, str):
         return f"{where}: caption is {type(text).__name__}, expected text"
+
     text = " ".join(text.replace("\0", " ").split())
     try:
         "".join([text, language, *keys]).encode("utf-8")
     except UnicodeEncodeError:
         return f"{where}: half characters (lone surrogates)"
+
     language = language if LANGUAGE.match(language) else ""
+
     return (keys, text, language or guess_language(text)) if text else f"{where}: empty caption"
 
 
 def _whole_file(path: str, kind: str, split: set[str]) -> Iterator[CaptionRow]:
     data = _load_json(path)
     if not isinstance(data, dict):
-        raise UsageError(f"--captions {path}: holds a {type(data).__name__}, expected the object of a {kind} file")
+        raise UsageError(
+            f"--captions {path}: holds a {type(data).__name__}, expected the object of a {kind}"
+            " file"
+        )
+
     try:
         yield from WHOLE_FILES[kind](data, split)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"--captions {path}: not a {kind} caption file ({type(error).__name__}: {error})") from error
+        raise UsageError(
+            f"--captions {path}: not a {kind} caption file ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _by_line(path: str, kind: str) -> Iterator[CaptionRow | str]:
@@ -187,9 +240,17 @@ def _by_line(path: str, kind: str) -> Iterator[CaptionRow | str]:
                     line = raw.decode("utf-8").strip("\r\n\ufeff")
                     if not line.strip():
                         continue
-                    yield from _json_line(_object(line)) if kind == "jsonl" else [LINES[kind](number, line)]
+
+                    yield from (
+                        _json_line(_object(line))
+                        if kind == "jsonl"
+                        else [LINES[kind](number, line)]
+                    )
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                    yield f"{where} is not a caption record of the {kind} format ({type(error).__name__}: {error})"
+                    yield (
+                        f"{where} is not a caption record of the {kind} format"
+                        f" ({type(error).__name__}: {error})"
+                    )
     except OSError as error:
         raise UsageError(f"--captions {path}: cannot be read ({error})") from error
 
@@ -202,7 +263,9 @@ def _object(line: str) -> dict[str, Any]:
 
 
 class CaptionTable:
-    """Captions by image on disk (SQLite), so that millions of them cost no memory and all processes of a build may look."""
+    """Captions by image on disk (SQLite), so that millions of them cost no memory and all processes
+    of a build may look.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -221,35 +284,51 @@ class CaptionTable:
         complain: Callable[[str], None] = print,
         wanted: Iterable[str] = (),
     ) -> "CaptionTable":
-        """Read caption files and wanted image ids into a new table; `complain` gets a sentence for each line of no use."""
+        """Read caption files and wanted image ids into a new table.
+
+        `complain` gets a sentence for each line of no use.
+        """
         path.unlink(missing_ok=True)
         kinds = [guess_format(file) if kind == "auto" else kind for file in files]
         if len([k for k in kinds if k in ("conceptual", "sbu")]) > 1:
             raise UsageError(
-                f"--captions {', '.join(files)}: images of these files are named by line number, which would confuse them;"
-                " build a store from each, then join the stores"
+                f"--captions {', '.join(files)}: images of these files are named by line number,"
+                " which would confuse them; build a store from each, then join the stores"
             )
+
         if split and "karpathy" not in kinds:
-            raise UsageError(f"--split {split}: {', '.join(files)} hold no splits, which only Karpathy files do; leave --split out")
+            raise UsageError(
+                f"--split {split}: {', '.join(files)} hold no splits, which only Karpathy files do;"
+                " leave --split out"
+            )
+
         table = cls(path)
         with contextlib.closing(sqlite3.connect(path)) as connection, connection:
             connection.executescript(
-                "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;"
-                "CREATE TABLE caption (text TEXT, language TEXT); CREATE TABLE image (key TEXT, place INTEGER, caption INTEGER);"
-                "CREATE TABLE wanted (key TEXT PRIMARY KEY) WITHOUT ROWID;"
+                "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;CREATE TABLE caption (text TEXT,"
+                " language TEXT); CREATE TABLE image (key TEXT, place INTEGER, caption"
+                " INTEGER);CREATE TABLE wanted (key TEXT PRIMARY KEY) WITHOUT ROWID;"
             )
-            connection.executemany("INSERT OR IGNORE INTO wanted VALUES (?)", ((image_key(name),) for name in wanted))
+            connection.executemany(
+                "INSERT OR IGNORE INTO wanted VALUES (?)", ((image_key(name),) for name in wanted)
+            )
+
             for file, known in zip(files, kinds, strict=True):
                 for row in read_captions(file, known, split):
                     if isinstance(row, str):
                         complain(row)
                         continue
+
                     keys, text, language = row
-                    caption = connection.execute("INSERT INTO caption VALUES (?, ?)", (text, language)).lastrowid
+                    caption = connection.execute(
+                        "INSERT INTO caption VALUES (?, ?)", (text, language)
+                    ).lastrowid
                     unique = dict.fromkeys(map(image_key, keys))
                     rows = [(key, place, caption) for place, key in enumerate(unique)]
                     connection.executemany("INSERT INTO image VALUES (?, ?, ?)", rows)
+
             connection.execute("CREATE INDEX image_key ON image (key, place, caption)")
+
         return table
 
     def __len__(self) -> int:
@@ -258,8 +337,9 @@ class CaptionTable:
     def of_image(self, image_id: str) -> list[tuple[str, str]]:
         """[(text, language)] of an image in the order of the files."""
         return self._ask(
-            "SELECT text, language FROM image JOIN caption ON caption.rowid = image.caption WHERE key = ?1"
-            " AND place = (SELECT min(place) FROM image WHERE key = ?1) ORDER BY image.caption",
+            "SELECT text, language FROM image JOIN caption ON caption.rowid = image.caption WHERE"
+            " key = ?1 AND place = (SELECT min(place) FROM image WHERE key = ?1) ORDER BY"
+            " image.caption",
             (image_key(image_id),),
         )
 
@@ -269,5 +349,8 @@ class CaptionTable:
 
     def _ask(self, question: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         if self._connection is None:
-            self._connection = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+            self._connection = sqlite3.connect(
+                f"{self.path.absolute().as_uri()}?mode=ro&immutable=1", uri=True
+            )
+
         return self._connection.execute(question, values).fetchall()

@@ -11,12 +11,22 @@ from megatron_interbert.preparation.building.faster_rcnn import TorchvisionDetec
 
 
 def load_detector(choice: DetectorChoice) -> Detector:
-    """The detector that the user chose, on its device; UsageError when there is none of that name."""
+    """The detector that the user chose, on its device.
+
+    UsageError when there is none of that name.
+    """
     if choice.name.startswith(TORCHVISION):
         return TorchvisionDetector(choice)
     if choice.weights:
-        raise UsageError(f"--weights {choice.weights}: only for torchvision detectors; {choice.name} brings its own")
+        raise UsageError(
+            f"--weights {choice.weights}: only for torchvision detectors; {choice.name} brings"
+            " its own"
+        )
+
     try:
         return TransformersDetector(choice)
     except ModuleNotFoundError as error:
-        raise UsageError(f"--detector {choice.name} needs {error.name}: pip install 'megatron_interbert[features]'") from error
+        raise UsageError(
+            f"--detector {choice.name} needs {error.name}: pip install"
+            " 'megatron_interbert[features]'"
+        ) from error

@@ -1,4 +1,6 @@
-"""One unit of work of a build: read its images, keep what can be used, write one shard, say what was dropped and why."""
+"""One unit of work of a build: read its images, keep what can be used, write one shard, say what
+was dropped and why.
+"""
 
 import json
 import sys
@@ -15,17 +17,31 @@ from megatron_interbert.data.regions import Regions
 from megatron_interbert.errors import Unreadable
 from megatron_interbert.files import write_text
 from megatron_interbert.preparation.building.captions import CaptionTable
-from megatron_interbert.preparation.building.shard_writer import SHARD_NAME, prepare_record, storable, write_shard
-from megatron_interbert.preparation.building.sources.base import Dropped, Record, Source, SourceFacts
+from megatron_interbert.preparation.building.shard_writer import (
+    SHARD_NAME,
+    prepare_record,
+    storable,
+    write_shard,
+)
+from megatron_interbert.preparation.building.sources.base import (
+    Dropped,
+    Record,
+    Source,
+    SourceFacts,
+)
 from megatron_interbert.reading import is_there, reading
 
-NO_CAPTION, NOT_WANTED, TWICE = "no caption", "not in --only", "image id seen before"
+NO_CAPTION = "no caption"
+NOT_WANTED = "not in --only"
+TWICE = "image id seen before"
 EXPECTED = (NO_CAPTION, NOT_WANTED, TWICE)  # dropped on purpose, not for a fault
 
 
 @dataclass
 class UnitJob:
-    """What a process needs, beside the sources, to turn one unit into one shard; small, for there are thousands of them."""
+    """What a process needs, beside the sources, to turn one unit into one shard; small, for there
+    are thousands of them.
+    """
 
     source: int  # its number
     unit: Any
@@ -44,7 +60,15 @@ def done_file(work: Path, number: int) -> Path:
     return work / (SHARD_NAME.format(number) + ".json")
 
 
-MARK = {"read": int, "repaired": int, "inverted": int, "faults": int, "labels": list, "reasons": dict, "dropped": list}
+MARK = {
+    "read": int,
+    "repaired": int,
+    "inverted": int,
+    "faults": int,
+    "labels": list,
+    "reasons": dict,
+    "dropped": list,
+}
 LINE = {"where", "image_id", "reason", "details"}  # of an image that was dropped
 
 
@@ -54,6 +78,7 @@ def is_done(work: Path, number: int) -> bool:
     One that does not fit is done anew, and that is said.
     """
     path = done_file(work, number)
+
     try:
         with reading(path):
             done = json.loads(path.read_bytes())
@@ -68,7 +93,12 @@ def is_done(work: Path, number: int) -> bool:
         fits = False
 
     if not fits:
-        print(f"note: {path}: damaged, or its shard is; that part of the build is done anew", file=sys.stderr, flush=True)
+        print(
+            f"note: {path}: damaged, or its shard is; that part of the build is done anew",
+            file=sys.stderr,
+            flush=True,
+        )
+
     return fits
 
 
@@ -77,37 +107,51 @@ def _is_mark(done: Any) -> bool:
         return False
     if not all(isinstance(done.get(name), kind) for name, kind in MARK.items()):
         return False
+
     counts = all(isinstance(count, int) for count in done["reasons"].values())
     lines = all(isinstance(line, dict) and line.keys() == LINE for line in done["dropped"])
+
     return counts and lines and all(isinstance(label, str) for label in done["labels"])
 
 
 def _has_shard(work: Path, number: int, done: dict[str, Any]) -> bool:
     """Whether the shard of a unit is as its entry says; there is none where nothing was kept."""
-    entry, path = done["entry"], work / SHARD_NAME.format(number)
+    entry = done["entry"]
+    path = work / SHARD_NAME.format(number)
     if entry is None:
         return True
-    if not entry_fits(entry) or entry["file"] != path.name or entry["images"] != len(done["labels"]):
+    if (
+        not entry_fits(entry)
+        or entry["file"] != path.name
+        or entry["images"] != len(done["labels"])
+    ):
         return False
+
     return path.stat().st_size == entry["bytes"]
 
 
 def convert_unit(job: UnitJob, sources: Sequence[Source]) -> dict[str, Any]:
-    """One unit to one shard (none when nothing of it is kept), then the file that says it is done; gives that file's content."""
-    records, report = [], []
+    """One unit to one shard (none when nothing of it is kept), then the file that says it is done;
+    gives that file's content.
+    """
+    records = []
+    report = []
     counts: Counter[str] = Counter()
     labels: list[str] = []
+
     for found in sources[job.source].read(job.unit):
         counts["read"] += 1
         kept = _keep(found, job)
         if isinstance(kept, Dropped):
             report.append(kept)
             continue
+
         ready, captions = kept
         records.append((ready.regions, captions))
         labels.append(found.labels or job.facts.soft_labels)
         counts["repaired"] += ready.repaired
         counts["inverted"] += ready.inverted
+
     path = job.folder / SHARD_NAME.format(job.number)
     reasons = Counter(dropped.reason for dropped in report)
     entry = write_shard(path, records) if records else None
@@ -120,6 +164,7 @@ def convert_unit(job: UnitJob, sources: Sequence[Source]) -> dict[str, Any]:
         "dropped": [vars(dropped) for dropped in report],
     }
     write_text(done_file(job.folder, job.number), json.dumps(done))
+
     return done
 
 
@@ -127,36 +172,55 @@ def _keep(found: Record | Dropped, job: UnitJob) -> Any:
     """(prepared record, captions) of an image that is kept, or why it is not."""
     if isinstance(found, Dropped):
         return found
+
     image_id = found.regions.image_id
     if not storable(image_id):
         return Dropped(found.where, repr(image_id)[:80], "image id is no text")
     if job.only and not job.table.is_wanted(image_id):
         return Dropped(found.where, image_id, NOT_WANTED)
+
     captions = job.table.of_image(image_id) if job.use_captions else found.captions
     if job.use_captions and not captions:
         return Dropped(found.where, image_id, NO_CAPTION)
+
     regions = found.regions
     fitted = Regions(
-        image_id, regions.size, regions.features, regions.boxes, *fit_labels(regions, job.soft_labels, job.facts.num_classes)
+        image_id,
+        regions.size,
+        regions.features,
+        regions.boxes,
+        *fit_labels(regions, job.soft_labels, job.facts.num_classes),
     )
     ready = prepare_record(fitted, job.facts.feature_dim, job.facts.num_classes)
     if ready.problem:
         return Dropped(found.where, image_id, ready.problem, ready.details)
     if ready.repaired and job.strict_boxes:
-        return Dropped(found.where, image_id, "boxes outside the image or inverted", f"{ready.repaired}")
+        return Dropped(
+            found.where, image_id, "boxes outside the image or inverted", f"{ready.repaired}"
+        )
+
     return ready, captions
 
 
 def fit_labels(regions: Regions, width: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Soft labels with `width` entries: the first ones, or filled up with classes of probability 0."""
-    ids, probs = np.asarray(regions.class_ids), np.asarray(regions.class_probs)
+    """Soft labels with `width` entries: the first ones, or filled up with classes of
+    probability 0.
+    """
+    ids = np.asarray(regions.class_ids)
+    probs = np.asarray(regions.class_probs)
     width = min(width, num_classes)
     if ids.ndim != 2 or ids.shape != probs.shape or ids.shape[1] >= width:
         return ids[..., :width], probs[..., :width]
+
     missing = width - ids.shape[1]
     fill = np.array(
-        [[c for c in range(num_classes) if c not in row][:missing] for row in (set(r.tolist()) for r in ids)], ids.dtype
+        [
+            [c for c in range(num_classes) if c not in row][:missing]
+            for row in (set(r.tolist()) for r in ids)
+        ],
+        ids.dtype,
     )
+
     return np.concatenate([ids, fill.reshape(len(ids), missing)], 1), np.concatenate(
         [probs, np.zeros((len(ids), missing), probs.dtype)], 1
     )

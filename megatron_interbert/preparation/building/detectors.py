@@ -1,7 +1,9 @@
-"""Object detectors behind one interface: pictures in; boxes, region features and class distributions out.
+"""Object detectors behind one interface: pictures in; boxes, region features and class
+distributions out.
 
-Any DETR-like model of transformers; the Faster R-CNNs of torchvision are in faster_rcnn.py. Libraries are imported on loading.
-B pictures, Q queries or proposals of a picture, F feature size, C classes with background, k labels kept.
+Any DETR-like model of transformers; the Faster R-CNNs of torchvision are in faster_rcnn.py.
+Libraries are imported on loading. B pictures, Q queries or proposals of a picture, F feature size,
+C classes with background, k labels kept.
 """
 
 import hashlib
@@ -33,14 +35,17 @@ class DetectorChoice:
 
     name: str  # folder or hub name of a transformers model, or torchvision:NAME
     revision: str = ""
-    weights: str = ""  # state dict for a torchvision model; empty: the one that torchvision publishes
+    # state dict for a torchvision model; empty: the one that torchvision publishes
+    weights: str = ""
     device: str = "auto"
     soft_labels: int = 10
 
 
 @dataclass
 class Detections:
-    """One picture: features [Q, F], boxes [Q, 4] in pixels x1 y1 x2 y2, labels [Q, k], scores [Q]; best score first."""
+    """One picture: features [Q, F], boxes [Q, 4] in pixels x1 y1 x2 y2, labels [Q, k], scores [Q];
+    best score first.
+    """
 
     features: np.ndarray
     boxes: np.ndarray
@@ -49,7 +54,9 @@ class Detections:
     scores: np.ndarray
 
     def best(self, most: int, least: int, min_score: float) -> "Detections":
-        """Those of at least `min_score`, but never more than `most`, nor fewer than `least` where there are so many."""
+        """Those of at least `min_score`, but never more than `most`, nor fewer than `least` where
+        there are so many.
+        """
         count = min(max(int((self.scores >= min_score).sum()), least), most)
         return Detections(*(getattr(self, name)[:count] for name in self.__dataclass_fields__))
 
@@ -57,22 +64,31 @@ class Detections:
 def class_distribution(logits: torch.Tensor, softmax: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Distributions [.., C] with background at 0, and scores [..], from a model's logits.
 
-    `softmax`: the last logit is "no object" (DETR). Otherwise each class has its own sigmoid; where these sum to more than 1
-    they are divided by their sum, and what they leave of 1 is background. The score is the model's own best probability.
+    `softmax`: the last logit is "no object" (DETR). Otherwise each class has its own sigmoid; where
+    these sum to more than 1 they are divided by their sum, and what they leave of 1 is background.
+    The score is the model's own best probability.
     """
     if softmax:
         probs = logits.softmax(-1)
         return torch.cat([probs[..., -1:], probs[..., :-1]], dim=-1), probs[..., :-1].amax(-1)
+
     probs = logits.sigmoid()
     total = probs.sum(-1, keepdim=True)
+
     return torch.cat([(1 - total).clamp(min=0), probs / total.clamp(min=1)], dim=-1), probs.amax(-1)
 
 
 def pixel_boxes(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Boxes [Q, 4] as centre, width, height from 0 to 1 -> corners in pixels inside a picture of `size` (width, height)."""
-    centre, half = boxes[:, :2], boxes[:, 2:] / 2
+    """Boxes [Q, 4] as centre, width, height from 0 to 1 -> corners in pixels inside a picture of
+    `size` (width, height).
+    """
+    centre = boxes[:, :2]
+    half = boxes[:, 2:] / 2
     limit = boxes.new_tensor([*size, *size])
-    return torch.minimum((torch.cat([centre - half, centre + half], dim=1) * limit).clamp(min=0), limit)
+
+    return torch.minimum(
+        (torch.cat([centre - half, centre + half], dim=1) * limit).clamp(min=0), limit
+    )
 
 
 def state_sha256(state: dict[str, torch.Tensor]) -> str:
@@ -82,11 +98,15 @@ def state_sha256(state: dict[str, torch.Tensor]) -> str:
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+
     return digest.hexdigest()
 
 
 class Detector(ABC):
-    """A loaded detector. Subclasses say how a picture is prepared and what the model makes of a batch of equal shapes."""
+    """A loaded detector.
+
+    Subclasses say how a picture is prepared and what the model makes of a batch of equal shapes.
+    """
 
     feature_dim: int
     num_classes: int  # with background, which is class 0
@@ -95,52 +115,80 @@ class Detector(ABC):
     def __init__(self, model: torch.nn.Module, choice: DetectorChoice) -> None:
         self.choice = choice
         self.model = model.eval().requires_grad_(False)
-        self.device = _device(choice.device)  # where the model goes with the first picture: who only asks for sizes needs no GPU
+        # where the model goes with the first picture: who only asks for sizes needs no GPU
+        self.device = _device(choice.device)
 
     @abstractmethod
     def prepare(self, image: "Image") -> dict[str, torch.Tensor]:
         """What the model takes for one RGB picture, without a batch dimension."""
 
     @abstractmethod
-    def run(self, inputs: dict[str, torch.Tensor], sizes: Sequence[tuple[int, int]]) -> list[Detections]:
+    def run(
+        self, inputs: dict[str, torch.Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[Detections]:
         """Detections for a batch [B, ..] of pictures of these sizes (width, height)."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What goes into a store's manifest: enough to find the same detector again, or to see that another is not it."""
+        """What goes into a store's manifest: enough to find the same detector again, or to see that
+        another is not it.
+        """
 
     @torch.inference_mode()
     def detect(self, images: Sequence["Image"]) -> list[Detections]:
         """Detections for RGB pictures of any sizes.
 
-        Only pictures that have one shape after preparation run together. Padding to a common shape would be masked in
-        attention, but not in the convolutions before it, so a picture's features would depend on its neighbours.
+        Only pictures that have one shape after preparation run together. Padding to a common shape
+        would be masked in attention, but not in the convolutions before it, so a picture's features
+        would depend on its neighbours.
         """
         self.model.to(self.device)
         prepared = [self.prepare(image) for image in images]
         groups: dict[Any, list[int]] = {}
+
         for number, inputs in enumerate(prepared):
-            groups.setdefault(tuple(inputs[name].shape for name in sorted(inputs)), []).append(number)
+            groups.setdefault(tuple(inputs[name].shape for name in sorted(inputs)), []).append(
+                number
+            )
+
         found: dict[int, Detections] = {}
         for numbers in groups.values():
-            batch = {name: torch.stack([prepared[n][name] for n in numbers]).to(self.device) for name in prepared[numbers[0]]}
-            found.update(zip(numbers, self.run(batch, [images[n].size for n in numbers]), strict=True))
+            batch = {
+                name: torch.stack([prepared[n][name] for n in numbers]).to(self.device)
+                for name in prepared[numbers[0]]
+            }
+            found.update(
+                zip(numbers, self.run(batch, [images[n].size for n in numbers]), strict=True)
+            )
+
         return [found[number] for number in range(len(images))]
 
-    def _collect(self, scores: torch.Tensor, dist: torch.Tensor, features: torch.Tensor, boxes: torch.Tensor) -> Detections:
-        """One picture's tensors [Q, ..] in order of score, with the `soft_labels` most likely classes of each region."""
+    def _collect(
+        self, scores: torch.Tensor, dist: torch.Tensor, features: torch.Tensor, boxes: torch.Tensor
+    ) -> Detections:
+        """One picture's tensors [Q, ..] in order of score, with the `soft_labels` most likely
+        classes of each region.
+        """
         order = scores.sort(descending=True, stable=True).indices
         probs, ids = dist[order].sort(dim=-1, descending=True, stable=True)
         keep = min(self.choice.soft_labels, dist.shape[-1])
-        arrays = (features[order], boxes[order], ids[:, :keep].int(), probs[:, :keep], scores[order])
+        arrays = (
+            features[order],
+            boxes[order],
+            ids[:, :keep].int(),
+            probs[:, :keep],
+            scores[order],
+        )
+
         return Detections(*(array.cpu().numpy() for array in arrays))
 
 
 class TransformersDetector(Detector):
-    """A model of AutoModelForObjectDetection; a region's feature is the last decoder state of its query.
+    """A model of AutoModelForObjectDetection; a region's feature is the last decoder state of its
+    query.
 
-    Models with one logit more than labels, and those whose config says `use_focal_loss: false`, were trained with softmax and
-    have "no object" last; all others with a sigmoid for each class.
+    Models with one logit more than labels, and those whose config says `use_focal_loss: false`,
+    were trained with softmax and have "no object" last; all others with a sigmoid for each class.
     """
 
     def __init__(self, choice: DetectorChoice) -> None:
@@ -150,8 +198,10 @@ class TransformersDetector(Detector):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         where = {"revision": choice.revision} if choice.revision else {}
+
         try:
-            # Pillow, also where torchvision is installed: its resizing differs, and features must not depend on what is installed.
+            # Pillow, also where torchvision is installed: its resizing differs, and features must
+            # not depend on what is installed.
             self.processor = AutoImageProcessor.from_pretrained(choice.name, backend="pil", **where)
             model, info = AutoModelForObjectDetection.from_pretrained(
                 choice.name, dtype=torch.float32, output_loading_info=True, **where
@@ -159,63 +209,119 @@ class TransformersDetector(Detector):
         except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UsageError(
-                f"--detector {choice.name}: no object detection model that transformers can load ({reason});"
-                " give a folder of save_pretrained with its image processor, a name on the hub, or torchvision:NAME"
+                f"--detector {choice.name}: no object detection model that transformers can load"
+                f" ({reason}); give a folder of save_pretrained with its image processor, a name on"
+                " the hub, or torchvision:NAME"
             ) from error
-        absent = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
+
+        absent = sorted(info["missing_keys"]) + sorted(
+            str(key[0]) for key in info["mismatched_keys"]
+        )
         if absent:
-            raise UsageError(f"--detector {choice.name}: {len(absent)} weights are missing or of a wrong shape, first {absent[0]}")
+            raise UsageError(
+                f"--detector {choice.name}: {len(absent)} weights are missing or of a wrong shape,"
+                f" first {absent[0]}"
+            )
+
         super().__init__(model, choice)
         self.takes = set(inspect.signature(model.forward).parameters)
         self._probe()
 
     @torch.inference_mode()
     def _probe(self) -> None:
-        """Sizes of the outputs, seen on a blank picture; UsageError when they are not a query's state, logits and box."""
+        """Sizes of the outputs, seen on a blank picture.
+
+        UsageError when they are not a query's state, logits and box.
+        """
         from PIL.Image import new
 
         where = f"--detector {self.choice.name}: {type(self.model).__name__}"
         try:
-            output = self.model(**{name: value[None] for name, value in self.prepare(new("RGB", PROBE_SIZE)).items()})
-        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UsageError(f"{where} fails on a blank picture as its image processor prepares it ({error})") from error
-        logits, states, boxes = (getattr(output, key, None) for key in ("logits", "last_hidden_state", "pred_boxes"))
-        if logits is None or states is None or boxes is None or boxes.shape[-1] != 4 or states.shape[1] < logits.shape[1]:
-            raise UsageError(
-                f"{where} gives no logits, box of four numbers and decoder state for each query; choose a DETR-like one"
+            output = self.model(
+                **{
+                    name: value[None]
+                    for name, value in self.prepare(new("RGB", PROBE_SIZE)).items()
+                }
             )
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UsageError(
+                f"{where} fails on a blank picture as its image processor prepares it ({error})"
+            ) from error
+
+        logits, states, boxes = (
+            getattr(output, key, None) for key in ("logits", "last_hidden_state", "pred_boxes")
+        )
+        if (
+            logits is None
+            or states is None
+            or boxes is None
+            or boxes.shape[-1] != 4
+            or states.shape[1] < logits.shape[1]
+        ):
+            raise UsageError(
+                f"{where} gives no logits, box of four numbers and decoder state for each query;"
+                " choose a DETR-like one"
+            )
+
         if getattr(output, "order_logits", None) is not None:
             raise UsageError(
-                f"{where} sorts its boxes, but not the states of its queries, which would get mixed up; choose another"
+                f"{where} sorts its boxes, but not the states of its queries, which would get mixed"
+                " up; choose another"
             )
+
         labels = self.model.config.num_labels
-        self.softmax = logits.shape[-1] == labels + 1 or not getattr(self.model.config, "use_focal_loss", True)
+        self.softmax = logits.shape[-1] == labels + 1 or not getattr(
+            self.model.config, "use_focal_loss", True
+        )
         self.num_classes = logits.shape[-1] + (0 if self.softmax else 1)
         self.feature_dim = states.shape[-1]
         names = self.model.config.id2label
-        self.class_names = (BACKGROUND, *(str(names.get(number, number)) for number in range(self.num_classes - 1)))
+        self.class_names = (
+            BACKGROUND,
+            *(str(names.get(number, number)) for number in range(self.num_classes - 1)),
+        )
 
     def prepare(self, image: "Image") -> dict[str, torch.Tensor]:
-        """Pixel values [3, h, w] and, where the model takes one, the mask [h, w] of what is no padding."""
+        """Pixel values [3, h, w] and, where the model takes one, the mask [h, w] of what is no
+        padding.
+        """
         inputs = self.processor(images=[image], return_tensors="pt")
-        return {name: value[0] for name, value in inputs.items() if name in self.takes and isinstance(value, torch.Tensor)}
+        return {
+            name: value[0]
+            for name, value in inputs.items()
+            if name in self.takes and isinstance(value, torch.Tensor)
+        }
 
-    def run(self, inputs: dict[str, torch.Tensor], sizes: Sequence[tuple[int, int]]) -> list[Detections]:
-        """The model's queries of each picture. Models without a decoder (YOLOS) keep them behind the picture's patches."""
+    def run(
+        self, inputs: dict[str, torch.Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[Detections]:
+        """The model's queries of each picture.
+
+        Models without a decoder (YOLOS) keep them behind the picture's patches.
+        """
         output = self.model(**inputs)
         dist, scores = class_distribution(output.logits, self.softmax)
         states = output.last_hidden_state[:, -dist.shape[1] :]
         rows = zip(scores, dist, states, output.pred_boxes, sizes, strict=True)
+
         return [self._collect(s, d, f, pixel_boxes(boxes, size)) for s, d, f, boxes, size in rows]
 
     def describe(self) -> dict[str, Any]:
-        """Name (of a folder: its last part), commit on the hub, class, size of prepared pictures, and hash of the weights."""
+        """Name (of a folder: its last part), commit on the hub, class, size of prepared pictures,
+        and hash of the weights.
+        """
         from transformers import __version__
         from transformers.utils import cached_file
 
         folder = Path(self.choice.name)
         commit = getattr(self.model.config, "_commit_hash", None) or self.choice.revision
-        file = cached_file(self.choice.name, WEIGHTS_FILE, revision=commit or None, _raise_exceptions_for_missing_entries=False)
+        file = cached_file(
+            self.choice.name,
+            WEIGHTS_FILE,
+            revision=commit or None,
+            _raise_exceptions_for_missing_entries=False,
+        )
+
         return {
             "name": folder.resolve().name if folder.is_dir() else self.choice.name,
             "revision": commit,
@@ -237,4 +343,6 @@ def _device(name: str) -> torch.device:
     """The device of a --device flag."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device is visible here; use --device cpu")
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    return torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    )

@@ -13,16 +13,20 @@ from megatron_interbert.preparation.building.shard_writer import write_shard
 def drop_duplicates(
     folder: Path, entries: list[dict[str, Any]], spelling: Callable[[str], str]
 ) -> tuple[list[dict[str, Any]], list[tuple[str, int, str]]]:
-    """Entries of shards in which each image stands once, and (shard, image in it, image id) of what was left out. Two ids of one
-    `spelling` are one image.
+    """Entries of shards in which each image stands once, and (shard, image in it, image id) of what
+    was left out. Two ids of one `spelling` are one image.
 
-    A shard that changes is written anew under another name, so that doing it again after a kill gives the same.
+    A shard that changes is written anew under another name, so that doing it again after a kill
+    gives the same.
     """
     seen: set[str] = set()
-    kept_entries, dropped = [], []
+    kept_entries = []
+    dropped = []
+
     for entry in entries:
         with Hdf5File(folder / entry["file"]) as file:
             ids = file.strings("image_ids")
+
         rows = []
         for row, name in enumerate(ids):
             if (key := spelling(name)) in seen:
@@ -30,10 +34,12 @@ def drop_duplicates(
             else:
                 seen.add(key)
                 rows.append(row)
+
         if len(rows) == len(ids):
             kept_entries.append(entry)
         elif rows:
             kept_entries.append(_write_rows(folder, entry, rows))
+
     return kept_entries, dropped
 
 
@@ -41,12 +47,14 @@ def _write_rows(folder: Path, entry: dict[str, Any], rows: list[int]) -> dict[st
     """A copy of a shard with some of its images."""
     with Hdf5File(folder / entry["file"]) as file:
         width = file["image_features"].shape[1]
+
     shard = OpenShard(folder / entry["file"], entry, width)
     captions: dict[int, list[tuple[str, str]]] = {}
     for text, language, image in shard.captions():
         captions.setdefault(image, []).append((text, language))
     with shard.hdf5() as file:
         columns = {name: file[name][:] for name in COLUMNS}
+
     records = []
     for row in rows:
         start, stop = shard.ranges[row]
@@ -54,7 +62,14 @@ def _write_rows(folder: Path, entry: dict[str, Any], rows: list[int]) -> dict[st
         size = (float(shard.sizes[row, 0]), float(shard.sizes[row, 1]))
         labels = arrays["class_ids"], arrays["class_probs"]
         records.append(
-            (Regions(shard.ids[row], size, arrays["image_features"], arrays["image_bb"], *labels), captions.get(row, []))
+            (
+                Regions(
+                    shard.ids[row], size, arrays["image_features"], arrays["image_bb"], *labels
+                ),
+                captions.get(row, []),
+            )
         )
+
     shard.close()
+
     return write_shard(folder / entry["file"].replace(".h5", "-unique.h5"), records)

@@ -28,8 +28,11 @@ def keeping_interrupts() -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def interrupts_blocked() -> Iterator[None]:
-    """Start processes inside that ignore Ctrl-C from their first moment on; here it waits until the end."""
+    """Start processes inside that ignore Ctrl-C from their first moment on; here it waits until the
+    end.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+
     try:
         yield
     finally:

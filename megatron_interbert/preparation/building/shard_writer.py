@@ -26,7 +26,10 @@ BOX_ROUNDING = 0.01  # pixels by which corners may be out of order and still cou
 
 @dataclass
 class Prepared:
-    """A record ready to be stored and what had to be mended in its boxes; `problem` says why it cannot be stored."""
+    """A record ready to be stored and what had to be mended in its boxes.
+
+    `problem` says why it cannot be stored.
+    """
 
     regions: Regions
     repaired: int = 0
@@ -36,29 +39,49 @@ class Prepared:
 
 
 def prepare_record(regions: Regions, feature_dim: int, num_classes: int) -> Prepared:
-    """Check one image and bring it into the form that is stored: float16 features, boxes sorted and clipped."""
+    """Check one image and bring it into the form that is stored: float16 features, boxes sorted and
+    clipped.
+    """
     if not storable(regions.image_id):
         return Prepared(regions, problem="image id is no text", details=repr(regions.image_id[:80]))
+
     rows = len(regions.features)
-    for name, shape in (("features", (rows, feature_dim)), ("boxes", (rows, 4)), ("class_probs", regions.class_ids.shape)):
+    for name, shape in (
+        ("features", (rows, feature_dim)),
+        ("boxes", (rows, 4)),
+        ("class_probs", regions.class_ids.shape),
+    ):
         if getattr(regions, name).shape != shape:
             return Prepared(
-                regions, problem=f"{name} of a wrong shape", details=f"{getattr(regions, name).shape}, expected {shape}"
+                regions,
+                problem=f"{name} of a wrong shape",
+                details=f"{getattr(regions, name).shape}, expected {shape}",
             )
+
     if rows == 0:
         return Prepared(regions, problem="no regions")
     if regions.class_ids.shape[:1] != (rows,) or regions.class_ids.ndim != 2:
-        return Prepared(regions, problem="class ids of a wrong shape", details=f"{regions.class_ids.shape}, expected ({rows}, k)")
+        return Prepared(
+            regions,
+            problem="class ids of a wrong shape",
+            details=f"{regions.class_ids.shape}, expected ({rows}, k)",
+        )
+
     boxes = np.asarray(regions.boxes, dtype=np.float32)
     with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite and is refused
         features = regions.features.astype(np.float16)
-    ready = Regions(regions.image_id, regions.size, features, boxes, regions.class_ids, regions.class_probs)
+
+    ready = Regions(
+        regions.image_id, regions.size, features, boxes, regions.class_ids, regions.class_probs
+    )
     problem = record_problem(ready, num_classes)
     if problem:
         kind, _, details = problem.partition("; ")
         return Prepared(regions, problem=kind, details=details)
+
     inverted = int(((boxes[:, 2:] + BOX_ROUNDING < boxes[:, :2]).any(axis=1)).sum())
     ready.boxes, repaired = repair_boxes(boxes, ready.size)
+
     return Prepared(ready, repaired, inverted)
 
 
@@ -78,9 +101,17 @@ def write_shard(path: Path, records: Sequence[tuple[Regions, Sequence[Caption]]]
         with h5py.File(temporary, "w", libver="earliest") as file:
             counts.update(_fill_shard(file, records))
 
-    strings = [text for regions, captions in records for text in (regions.image_id, *(part for c in captions for part in c))]
+    strings = [
+        text
+        for regions, captions in records
+        for text in (regions.image_id, *(part for c in captions for part in c))
+    ]
     arrays = (array for regions, _ in records for array in list(vars(regions).values())[2:])
-    return {**write_by_name(path, write, sum(array.nbytes for array in arrays) + _heap_bytes(strings)), **counts}
+
+    return {
+        **write_by_name(path, write, sum(array.nbytes for array in arrays) + _heap_bytes(strings)),
+        **counts,
+    }
 
 
 def _heap_bytes(strings: Sequence[str]) -> int:
@@ -88,7 +119,9 @@ def _heap_bytes(strings: Sequence[str]) -> int:
     return 2 * sum(len(text.encode()) + 32 for text in strings) + (1 << 16)
 
 
-def _fill_shard(file: h5py.File, records: Sequence[tuple[Regions, Sequence[Caption]]]) -> dict[str, int]:
+def _fill_shard(
+    file: h5py.File, records: Sequence[tuple[Regions, Sequence[Caption]]]
+) -> dict[str, int]:
     ends = np.cumsum([len(regions.features) for regions, _ in records])
     starts = np.concatenate([[0], ends[:-1]])
     first = records[0][0]
@@ -98,31 +131,45 @@ def _fill_shard(file: h5py.File, records: Sequence[tuple[Regions, Sequence[Capti
         "class_ids": ("class_ids", first.class_ids.shape[1]),
         "class_probs": ("class_probs", first.class_ids.shape[1]),
     }
+
     for name, (field, width) in widths.items():  # contiguous: the regions of one image are one read
         dataset = file.create_dataset(name, (int(ends[-1]), width), COLUMNS[name])
         for (regions, _), start, end in zip(records, starts, ends, strict=True):
             dataset[start:end] = getattr(regions, field)
+
     file["pos_boxes"] = np.stack([starts, ends], axis=1).astype(np.int64)
     file["image_sizes"] = np.array([regions.size for regions, _ in records], dtype=np.float32)
-    texts = [(text, language, row) for row, (_, captions) in enumerate(records) for text, language in captions]
+    texts = [
+        (text, language, row)
+        for row, (_, captions) in enumerate(records)
+        for text, language in captions
+    ]
     strings = h5py.string_dtype()
+
     for name, values in (
         ("image_ids", [regions.image_id for regions, _ in records]),
         ("caption_text", [text for text, _, _ in texts]),
         ("caption_language", [language for _, language, _ in texts]),
     ):
         file.create_dataset(name, (len(values),), strings, data=values)
+
     file["caption_image"] = np.array([row for _, _, row in texts], dtype=np.int64)
+
     return {"images": len(records), "regions": int(ends[-1]), "captions": len(texts)}
 
 
 def write_caption_file(folder: Path, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The caption file over all shards of a folder, one shard in memory at a time; gives its manifest entry."""
-    languages, total_bytes = set(), 0
+    """The caption file over all shards of a folder, one shard in memory at a time; gives its
+    manifest entry.
+    """
+    languages = set()
+    total_bytes = 0
+
     for shard in shards:
         with Hdf5File(folder / shard["file"]) as file:
             total_bytes += sum(len(text.encode()) for text in file.strings("caption_text"))
             languages |= set(file.strings("caption_language"))
+
     names = sorted(languages) or [""]
     captions, images = (sum(shard[kind] for shard in shards) for kind in ("captions", "images"))
 
@@ -138,37 +185,55 @@ def write_caption_file(folder: Path, shards: Sequence[dict[str, Any]]) -> dict[s
             for shard in shards:
                 _append_captions(file, folder / shard["file"], names, place)
 
-    return write_by_name(folder / CAPTIONS, write, total_bytes + 18 * captions + 4 * images + (1 << 16))
+    return write_by_name(
+        folder / CAPTIONS, write, total_bytes + 18 * captions + 4 * images + (1 << 16)
+    )
 
 
-def _append_captions(target: h5py.File, shard: Path, names: list[str], place: dict[str, int]) -> None:
+def _append_captions(
+    target: h5py.File, shard: Path, names: list[str], place: dict[str, int]
+) -> None:
     with Hdf5File(shard) as file:
         texts = [text.encode() for text in file.strings("caption_text")]
         ranges = file["pos_boxes"][:]
-        start, captions, images = place["caption"], len(texts), len(ranges)
+        start = place["caption"]
+        captions = len(texts)
+        images = len(ranges)
         ends = place["text"] + np.cumsum([len(t) for t in texts], dtype=np.int64)
-        target["text"][place["text"] : place["text"] + sum(map(len, texts))] = np.frombuffer(b"".join(texts), np.uint8)
+        target["text"][place["text"] : place["text"] + sum(map(len, texts))] = np.frombuffer(
+            b"".join(texts), np.uint8
+        )
         target["offsets"][start + 1 : start + captions + 1] = ends
         target["image"][start : start + captions] = file["caption_image"][:] + place["image"]
         tags = file.strings("caption_language")
-        target["language"][start : start + captions] = np.array([names.index(tag) for tag in tags], dtype=np.int16)
-        target["image_regions"][place["image"] : place["image"] + images] = ranges[:, 1] - ranges[:, 0]
+        target["language"][start : start + captions] = np.array(
+            [names.index(tag) for tag in tags], dtype=np.int16
+        )
+        target["image_regions"][place["image"] : place["image"] + images] = (
+            ranges[:, 1] - ranges[:, 0]
+        )
         place["text"] += sum(map(len, texts))
         place["caption"] += captions
         place["image"] += images
 
 
-def write_token_file(folder: Path, captions: Iterable[list[str]], count: int, tokenizer: CaptionTokenizer) -> dict[str, Any]:
-    """All `count` captions as token ids, given in groups in the store's order, so that training need not tokenise."""
+def write_token_file(
+    folder: Path, captions: Iterable[list[str]], count: int, tokenizer: CaptionTokenizer
+) -> dict[str, Any]:
+    """All `count` captions as token ids, given in groups in the store's order, so that training
+    need not tokenise.
+    """
     with tempfile.TemporaryFile(dir=folder) as ids, tempfile.TemporaryFile(dir=folder) as starts:
         offsets = np.zeros(count + 1, np.int64)
         done = 0
+
         for group in captions:
             encoded = tokenizer.encode_batch(group)
             ids.write(encoded.ids.tobytes())
             starts.write(encoded.word_starts.tobytes())
             offsets[done + 1 : done + len(group) + 1] = offsets[done] + encoded.offsets[1:]
             done += len(group)
+
         tokens = int(offsets[-1])
 
         def write(temporary: Path) -> None:
@@ -182,7 +247,9 @@ def write_token_file(folder: Path, captions: Iterable[list[str]], count: int, to
 
 
 def _copy_into(dataset: h5py.Dataset, spool: IO[bytes], step: int = 1 << 22) -> None:
-    """Fill a contiguous dataset, whose size is known only now, from the raw bytes that were spooled to disk."""
+    """Fill a contiguous dataset, whose size is known only now, from the raw bytes that were spooled
+    to disk.
+    """
     spool.seek(0)
     for start in range(0, len(dataset), step):
         part = np.frombuffer(spool.read(step * dataset.dtype.itemsize), dataset.dtype)

@@ -1,6 +1,8 @@
-"""Writing a region store from one process: shards in a folder beside the target, which appears whole or not at all.
+"""Writing a region store from one process: shards in a folder beside the target, which appears
+whole or not at all.
 
-`build.py` does the same with several processes and survives kills; both write the files through `shard_writer.py`.
+`build.py` does the same with several processes and survives kills; both write the files through
+`shard_writer.py`.
 """
 
 import os
@@ -9,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_interbert.data.hdf5 import Hdf5File
-from megatron_interbert.data.manifest import CAPTIONS, MANIFEST, PLAN, SCHEMA_VERSION, TOKENS, VOCABULARY
+from megatron_interbert.data.manifest import (
+    CAPTIONS,
+    MANIFEST,
+    PLAN,
+    SCHEMA_VERSION,
+    TOKENS,
+    VOCABULARY,
+)
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
@@ -22,10 +31,17 @@ from megatron_interbert.preparation.building.shard_writer import (
     write_shard,
     write_token_file,
 )
-from megatron_interbert.preparation.work_folder import lock_folder, refuse_link, refuse_strangers, remove_folder, remove_own
+from megatron_interbert.preparation.work_folder import (
+    lock_folder,
+    refuse_link,
+    refuse_strangers,
+    remove_folder,
+    remove_own,
+)
 from megatron_interbert.progress import progress
 
-# What is written into a store, in the order in which it is removed: the manifest says what the rest is.
+# What is written into a store, in the order in which it is removed: the manifest says what the rest
+# is.
 STORE_FILES = ("shard-[0-9]*.h5", CAPTIONS, TOKENS, VOCABULARY, MANIFEST)
 UNFINISHED = tuple(f"{name}{end}" for name in STORE_FILES for end in (".[0-9]*.new", ".partial"))
 OURS = (*UNFINISHED, *STORE_FILES)
@@ -52,28 +68,39 @@ def new_manifest(
         "soft_labels": soft_labels,
         "class_names": list(class_names),
         "repaired_boxes": 0,  # boxes clipped or sorted on the way in
-        "inverted_boxes": 0,  # those of them whose second corner came before the first: a sign of x, y, w, h
+        # those of them whose second corner came before the first: a sign of x, y, w, h
+        "inverted_boxes": 0,
         **more,
         "shards": [],
     }
 
 
 def finish_store(folder: Path, manifest: dict[str, Any], vocabulary: str = "") -> None:
-    """Caption file, vocabulary with the captions' tokens, and the manifest, for a folder that holds all shards."""
+    """Caption file, vocabulary with the captions' tokens, and the manifest, for a folder that holds
+    all shards.
+    """
     shards = manifest["shards"]
-    manifest["counts"] = {kind: sum(shard[kind] for shard in shards) for kind in ("images", "regions", "captions")}
+    manifest["counts"] = {
+        kind: sum(shard[kind] for shard in shards) for kind in ("images", "regions", "captions")
+    }
     if not shards:
         raise UsageError(f"{folder}: no images, so there is no store to make")
     with Hdf5File(folder / shards[0]["file"]) as first:
         manifest["label_width"] = first["class_ids"].shape[1]
+
     manifest["captions_file"] = write_caption_file(folder, shards)
     if vocabulary:
         write_text(folder / VOCABULARY, vocabulary)
-        tokenizer = CaptionTokenizer(str(folder / VOCABULARY), manifest.get("text_normalisation", "none"))
-        manifest["tokens_file"] = write_token_file(folder, _texts(folder, shards), manifest["counts"]["captions"], tokenizer)
+        tokenizer = CaptionTokenizer(
+            str(folder / VOCABULARY), manifest.get("text_normalisation", "none")
+        )
+        manifest["tokens_file"] = write_token_file(
+            folder, _texts(folder, shards), manifest["counts"]["captions"], tokenizer
+        )
     else:
         for name in (VOCABULARY, TOKENS):
             (folder / name).unlink(missing_ok=True)
+
     write_json(folder / MANIFEST, manifest)
 
 
@@ -84,10 +111,12 @@ def _texts(folder: Path, shards: Sequence[dict[str, Any]]) -> Iterator[list[str]
 
 
 class RegionStoreWriter:
-    """Collects images and their captions into shards; leaving it as a context manager publishes the store.
+    """Collects images and their captions into shards; leaving it as a context manager publishes the
+    store.
 
-    `soft_labels` says where class_probs come from: "dense", "top_k", "top_1_confidence" (built from one confidence; the rest of
-    the probability is taken as spread over the other classes) or "none". `vocabulary` is the text of a vocab.txt.
+    `soft_labels` says where class_probs come from: "dense", "top_k", "top_1_confidence" (built from
+    one confidence; the rest of the probability is taken as spread over the other classes) or
+    "none". `vocabulary` is the text of a vocab.txt.
     """
 
     def __init__(
@@ -103,15 +132,25 @@ class RegionStoreWriter:
         self.path = Path(path)
         if os.path.lexists(self.path):
             raise UsageError(f"{path}: already exists; choose another folder or remove it")
+
         self.manifest = new_manifest(**facts, **(extra or {}))
         self.work = self.path.with_name(self.path.name + ".partial")
         refuse_link(self.work)
+
         if (self.work / PLAN).exists():
-            raise UsageError(f"{self.work}: an unfinished build of the tools; finish it, remove it or choose another folder")
+            raise UsageError(
+                f"{self.work}: an unfinished build of the tools; finish it, remove it or choose"
+                " another folder"
+            )
+
         refuse_strangers(self.work, OURS)
-        self._lock = lock_folder(self.work, "another process is writing there; wait for it or choose another folder")
+        self._lock = lock_folder(
+            self.work, "another process is writing there; wait for it or choose another folder"
+        )
         remove_own(self.work, OURS)
-        self.images_per_shard, self.strict_boxes, self.vocabulary = images_per_shard, strict_boxes, vocabulary
+        self.images_per_shard = images_per_shard
+        self.strict_boxes = strict_boxes
+        self.vocabulary = vocabulary
         self._pending: list[tuple[Regions, list[Caption]]] = []
         self._label_width = 0
 
@@ -127,15 +166,29 @@ class RegionStoreWriter:
             os.close(self._lock)
 
     def add(self, regions: Regions, captions: Sequence[Caption]) -> None:
-        """One image and its captions as (text, language tag); UsageError names a record that cannot be stored."""
+        """One image and its captions as (text, language tag).
+
+        UsageError names a record that cannot be stored.
+        """
         ready = prepare_record(regions, self.manifest["feature_dim"], self.manifest["num_classes"])
         if ready.problem:
-            raise UsageError(f"image {regions.image_id}: {'; '.join(filter(None, (ready.problem, ready.details)))}")
+            raise UsageError(
+                f"image {regions.image_id}:"
+                f" {'; '.join(filter(None, (ready.problem, ready.details)))}"
+            )
+
         if ready.repaired and self.strict_boxes:
-            raise UsageError(f"image {regions.image_id}: {ready.repaired} boxes outside the image or inverted")
+            raise UsageError(
+                f"image {regions.image_id}: {ready.repaired} boxes outside the image or inverted"
+            )
+
         width = ready.regions.class_ids.shape[1]
         if width != (self._label_width or width):
-            raise UsageError(f"image {regions.image_id}: soft labels with {width} entries, those before had {self._label_width}")
+            raise UsageError(
+                f"image {regions.image_id}: soft labels with {width} entries, those before had"
+                f" {self._label_width}"
+            )
+
         self._label_width = width
         self.manifest["repaired_boxes"] += ready.repaired
         self.manifest["inverted_boxes"] += ready.inverted
@@ -144,8 +197,11 @@ class RegionStoreWriter:
             self._write_shard()
 
     def _write_shard(self) -> None:
-        records, self._pending = self._pending, []
-        self.manifest["shards"].append(write_shard(self.work / SHARD_NAME.format(len(self.manifest["shards"])), records))
+        records = self._pending
+        self._pending = []
+        self.manifest["shards"].append(
+            write_shard(self.work / SHARD_NAME.format(len(self.manifest["shards"])), records)
+        )
 
     def _finish(self) -> None:
         if self._pending:

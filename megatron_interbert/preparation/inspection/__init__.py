@@ -1,1 +1,3 @@
-"""Looking into a region store: counts, checks, and the statistics that betray wrong labels and boxes."""
+"""Looking into a region store: counts, checks, and the statistics that betray wrong labels and
+boxes.
+"""

@@ -1,26 +1,35 @@
-"""What tells a store with boxes in a wrong format from a right one, after boxes were sorted and clipped into the image.
+"""What tells a store with boxes in a wrong format from a right one, after boxes were sorted and
+clipped into the image.
 
-Each mistake leaves something that right boxes never show, whatever the images:
-x y w h read as corners: x + w <= W, so after sorting no centre lies right of the middle, none below it.
-Corners read as x y w h: the new width is the old x2 >= x1, so a box that stays off the far edge is wider than its distance
-from the near edge; half of all boxes run into the far edge.
-x and y swapped: the long side is never reached beyond the length of the short one, and the short side's far edge is crowded.
+Each mistake leaves something that right boxes never show, whatever the images: x y w h read as
+corners: x + w <= W, so after sorting no centre lies right of the middle, none below it. Corners
+read as x y w h: the new width is the old x2 >= x1, so a box that stays off the far edge is wider
+than its distance from the near edge; half of all boxes run into the far edge. x and y swapped: the
+long side is never reached beyond the length of the short one, and the short side's far edge is
+crowded.
 """
 
 from typing import Any
 
 import numpy as np
 
-LEAST_BOXES, LEAST_IMAGES = 50, 5
+LEAST_BOXES = 50
+LEAST_IMAGES = 5
 WHOLE = 0.9  # boxes that span more of a side than this tell nothing of it
 NOT_SQUARE = 1.15
 NEVER = 0.02  # a share that only rounding explains
 TO_CORNERS = "rebuild with --box-format xywh"
 MENDING = {
-    "normalised": "multiply the source's boxes by width and height and rebuild: --box-format takes pixels (xyxy or xywh)",
+    "normalised": (
+        "multiply the source's boxes by width and height and rebuild: --box-format takes pixels"
+        " (xyxy or xywh)"
+    ),
     "xywh as corners": TO_CORNERS,
     "corners as xywh": "rebuild with --box-format xyxy",
-    "x and y swapped": "turn boxes y1 x1 y2 x2 of the source to x1 y1 x2 y2, or sizes h, w to w, h, and rebuild with --box-format xyxy",
+    "x and y swapped": (
+        "turn boxes y1 x1 y2 x2 of the source to x1 y1 x2 y2, or sizes h, w to w, h, and rebuild"
+        " with --box-format xyxy"
+    ),
 }
 
 
@@ -30,18 +39,22 @@ class BoxFormat:
     def __init__(self) -> None:
         self.images = self.oblong = self.reaching = self.tiny = 0
         self.boxes = self.no_area = self.oblong_boxes = self.crowded = 0
-        # of each axis (x, y): boxes that tell something, centres beyond the middle, at the far edge, narrower than near distance
+        # of each axis (x, y): boxes that tell something, centres beyond the middle, at the far
+        # edge, narrower than near distance
         self.telling, self.beyond, self.far, self.narrow = (np.zeros(2, np.int64) for _ in range(4))
 
     def add(self, boxes: np.ndarray, size: tuple[float, float]) -> None:
         """One image's boxes as the store gives them: corners inside the image, sorted."""
-        low, high = boxes[:, :2] / size, boxes[:, 2:] / size  # [R, 2] shares of width and height
+        # [R, 2] shares of width and height
+        low = boxes[:, :2] / size
+        high = boxes[:, 2:] / size
         extent = high - low
         self.images += 1
         self.boxes += len(boxes)
         self.tiny += bool(boxes.max() <= 1.5 and min(size) > 8)
         self.no_area += int((extent <= 0).any(axis=1).sum())
-        telling, at_edge = (extent < WHOLE) & (extent > 0), high >= 0.99
+        telling = (extent < WHOLE) & (extent > 0)
+        at_edge = high >= 0.99
         self.telling += telling.sum(axis=0)
         self.beyond += (telling & (low + high > 1.04)).sum(axis=0)
         self.far += (telling & at_edge).sum(axis=0)
@@ -52,6 +65,7 @@ class BoxFormat:
         long = int(size[1] > size[0])
         if size[long] < NOT_SQUARE * size[1 - long]:
             return
+
         self.oblong += 1
         self.oblong_boxes += len(high)
         self.reaching += bool(high[:, long].max() > size[1 - long] / size[long] + 0.05)
@@ -61,8 +75,12 @@ class BoxFormat:
         """The figures that decide, as shares of boxes (x, y) or of images that are not square."""
         telling = np.maximum(self.telling, 1)
         pairs = {"beyond_middle": self.beyond, "at_far_edge": self.far, "narrow": self.narrow}
+
         return {
-            **{name: [round(float(v), 3) for v in values / telling] for name, values in pairs.items()},
+            **{
+                name: [round(float(v), 3) for v in values / telling]
+                for name, values in pairs.items()
+            },
             "reaching_far": round(self.reaching / max(self.oblong, 1), 3),
             "crowded_short_side": round(self.crowded / max(self.oblong_boxes, 1), 3),
             "no_area": round(self.no_area / max(self.boxes, 1), 3),
@@ -70,9 +88,17 @@ class BoxFormat:
         }
 
     def result(self, inverted_share: float | None = None) -> dict[str, Any]:
-        """The mistake found ("" none, None not known), its sentence, and the figures. inverted_share: of boxes when built."""
-        figures = {**self.shares(), "inverted": inverted_share, "images": self.images, "boxes": self.boxes}
+        """The mistake found ("" none, None not known), its sentence, and the figures.
+        inverted_share: of boxes when built.
+        """
+        figures = {
+            **self.shares(),
+            "inverted": inverted_share,
+            "images": self.images,
+            "boxes": self.boxes,
+        }
         found = self._found(figures)
+
         return {"found": found, "said": _said(found, figures), **figures}
 
     def _found(self, f: dict[str, Any]) -> str | None:
@@ -86,21 +112,44 @@ class BoxFormat:
             return "xywh as corners"
         if max(f["narrow"]) < NEVER and min(f["at_far_edge"]) > 0.2:
             return "corners as xywh"
-        if self.oblong >= LEAST_IMAGES and f["reaching_far"] < 0.1 and f["crowded_short_side"] > 0.25:
+        if (
+            self.oblong >= LEAST_IMAGES
+            and f["reaching_far"] < 0.1
+            and f["crowded_short_side"] > 0.25
+        ):
             return "x and y swapped"
+
         return ""
 
 
 def _said(found: str | None, f: dict[str, Any]) -> str:
     if found is None:
         return f"not enough boxes to tell their format: {f['boxes']} in {f['images']} images"
+
     inverted = f"{f['inverted']:.0%} of boxes were inverted, " if f["inverted"] else ""
-    middle, edge = (" and ".join(f"{v:.0%}" for v in f[name]) for name in ("beyond_middle", "at_far_edge"))
+    middle, edge = (
+        " and ".join(f"{v:.0%}" for v in f[name]) for name in ("beyond_middle", "at_far_edge")
+    )
+
     return {
-        "": f"boxes are corners in pixels: {middle} of centres right of and below the middle, {edge} at the right and bottom edge",
-        "normalised": f"in {f['normalised']:.0%} of images all boxes lie within 0..1: they are shares of the image, not pixels",
-        "xywh as corners": f"x y w h were read as corners: {inverted}{middle} of centres lie right of and below the middle",
-        "corners as xywh": f"corners were read as x y w h: {edge} of boxes run into the right and bottom edge",
-        "x and y swapped": f"x and y, or width and height, are swapped: in {f['reaching_far']:.0%} of images that are not square boxes"
-        f" reach the far end of the long side, and {f['crowded_short_side']:.0%} of boxes crowd the short side's far edge",
+        "": (
+            f"boxes are corners in pixels: {middle} of centres right of and below the middle,"
+            f" {edge} at the right and bottom edge"
+        ),
+        "normalised": (
+            f"in {f['normalised']:.0%} of images all boxes lie within 0..1: they are shares of the"
+            " image, not pixels"
+        ),
+        "xywh as corners": (
+            f"x y w h were read as corners: {inverted}{middle} of centres lie right of and below"
+            " the middle"
+        ),
+        "corners as xywh": (
+            f"corners were read as x y w h: {edge} of boxes run into the right and bottom edge"
+        ),
+        "x and y swapped": (
+            f"x and y, or width and height, are swapped: in {f['reaching_far']:.0%} of images that"
+            " are not square boxes reach the far end of the long side, and"
+            f" {f['crowded_short_side']:.0%} of boxes crowd the short side's far edge"
+        ),
     }[found]

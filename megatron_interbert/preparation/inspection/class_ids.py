@@ -1,6 +1,8 @@
-"""What tells a store with shifted class ids from a right one: how well class names fit captions, or places in the image.
+"""What tells a store with shifted class ids from a right one: how well class names fit captions, or
+places in the image.
 
-Sums of fixed size, fed one image at a time. Each score is held against what chance would give, so frequent words do not win.
+Sums of fixed size, fed one image at a time. Each score is held against what chance would give, so
+frequent words do not win.
 """
 
 import re
@@ -12,27 +14,80 @@ import numpy as np
 SHIFTS = (-2, -1, 0, 1, 2)
 CLEAR = 4.0  # standard deviations above chance that count as evidence
 LEAST_IMAGES = 5
-LEAST_LIFT = 1.5  # in a large store mere company of words (street, car) lies far above chance too, but by little
-IRREGULAR = {"men": "man", "women": "woman", "people": "person", "children": "child", "feet": "foot", "leaves": "leaf"}
+# in a large store mere company of words (street, car) lies far above chance too, but by little
+LEAST_LIFT = 1.5
+IRREGULAR = {
+    "men": "man",
+    "women": "woman",
+    "people": "person",
+    "children": "child",
+    "feet": "foot",
+    "leaves": "leaf",
+}
 WORD = re.compile(r"[a-z]+")
 # Class names that say where in an image a thing is.
-HIGH = frozenset({"sky", "cloud", "ceiling", "ceiling fan", "chandelier", "roof", "kite", "airplane", "plane", "light fixture"})
+HIGH = frozenset(
+    {
+        "sky",
+        "cloud",
+        "ceiling",
+        "ceiling fan",
+        "chandelier",
+        "roof",
+        "kite",
+        "airplane",
+        "plane",
+        "light fixture",
+    }
+)
 LOW = frozenset(
-    {"floor", "ground", "grass", "road", "street", "shoe", "sneaker", "sand", "rug", "carpet", "sidewalk", "pavement", "foot"}
-    | {"boot", "wheel", "tire", "skateboard", "tile floor", "hardwood floor", "curb", "driveway", "sandal", "ski", "hoof"}
+    {
+        "floor",
+        "ground",
+        "grass",
+        "road",
+        "street",
+        "shoe",
+        "sneaker",
+        "sand",
+        "rug",
+        "carpet",
+        "sidewalk",
+        "pavement",
+        "foot",
+    }
+    | {
+        "boot",
+        "wheel",
+        "tire",
+        "skateboard",
+        "tile floor",
+        "hardwood floor",
+        "curb",
+        "driveway",
+        "sandal",
+        "ski",
+        "hoof",
+    }
     | {"crosswalk", "paw", "dirt", "skate"}
 )
-MENDING = {1: "rebuild with --class-ids background-none", -1: "rebuild with --class-ids background-first"}
+MENDING = {
+    1: "rebuild with --class-ids background-none",
+    -1: "rebuild with --class-ids background-first",
+}
 
 
 def stem(word: str) -> str:
-    """Singular of a plain English plural; a word that is none stays as it is, or is cut the same way wherever it occurs."""
+    """Singular of a plain English plural; a word that is none stays as it is, or is cut the same
+    way wherever it occurs.
+    """
     if word in IRREGULAR:
         return IRREGULAR[word]
     if len(word) > 4 and word.endswith("ies"):
         return word[:-3] + "y"
     if len(word) > 4 and word.endswith(("ses", "xes", "ches", "shes")):
         return word[:-2]
+
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
 
 
@@ -48,17 +103,24 @@ def spellings(name: str) -> list[list[str]]:
 
 
 class ClassShift:
-    """Collects evidence for `names[id + s]` being the right name of class `id`, for each s in SHIFTS."""
+    """Collects evidence for `names[id + s]` being the right name of class `id`, for each s in
+    SHIFTS.
+    """
 
     def __init__(self, names: Sequence[str], num_classes: int, background: int | None) -> None:
         self.named = any(name for index, name in enumerate(names) if index != background)
         self.by_word: dict[str, list[int]] = {}
-        self.high, self.low = np.zeros(num_classes, bool), np.zeros(num_classes, bool)
+        self.high = np.zeros(num_classes, bool)
+        self.low = np.zeros(num_classes, bool)
         for index, name in enumerate(names[:num_classes]):
             if index != background:
                 self._learn(index, spellings(name))
-        # [classes]: images of captions that name it; images where it was seen, with such captions, with any, in the upper half
-        self.told, self.seen, self.placed, self.upper = (np.zeros(num_classes, np.int64) for _ in range(4))
+
+        # [classes]: images of captions that name it; images where it was seen, with such captions,
+        # with any, in the upper half
+        self.told, self.seen, self.placed, self.upper = (
+            np.zeros(num_classes, np.int64) for _ in range(4)
+        )
         self.matches = np.zeros(len(SHIFTS), np.int64)
         self.captioned = self.images = 0
 
@@ -71,15 +133,19 @@ class ClassShift:
             self.low[index] |= " ".join(words) in LOW
 
     def add(self, labels: np.ndarray, heights: np.ndarray, captions: Sequence[str]) -> None:
-        """One image: class ids [R] of its confident regions, their centres' y [R] as a share of the height, English captions."""
+        """One image: class ids [R] of its confident regions, their centres' y [R] as a share of the
+        height, English captions.
+        """
         classes, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
         if not self.named or len(classes) == 0:
             return
+
         self.images += 1
         self.placed[classes] += 1
         self.upper[classes] += np.bincount(inverse, heights) / counts < 0.5
         if not captions:
             return
+
         self.captioned += 1
         told = {index for word in caption_words(captions) for index in self.by_word.get(word, ())}
         self.told[list(told)] += 1
@@ -88,28 +154,45 @@ class ClassShift:
         self.matches += [sum(label + shift in told for label in found) for shift in SHIFTS]
 
     def by_captions(self) -> list[dict[str, Any]]:
-        """For each shift: names found in the captions of their own image, as many as chance gives, and z."""
-        share = self.told / max(self.captioned, 1)  # of all images, captions name the class in so many
+        """For each shift: names found in the captions of their own image, as many as chance gives,
+        and z.
+        """
+        # of all images, captions name the class in so many
+        share = self.told / max(self.captioned, 1)
         rows = []
+
         for shift, matches in zip(SHIFTS, self.matches, strict=True):
             chance = _shifted(share, shift)
-            rows.append(_score(shift, int(matches), self.seen @ chance, self.seen @ (chance * (1 - chance))))
+            rows.append(
+                _score(shift, int(matches), self.seen @ chance, self.seen @ (chance * (1 - chance)))
+            )
+
         return rows
 
     def by_places(self) -> list[dict[str, Any]]:
-        """The same for well-known places: sky and ceilings above the middle, floors and shoes below it."""
+        """The same for well-known places: sky and ceilings above the middle, floors and shoes below
+        it.
+        """
         chance = self.upper.sum() / max(self.placed.sum(), 1)
         rows = []
+
         for shift in SHIFTS:
-            high, low = _shifted(self.high, shift), _shifted(self.low, shift)
-            seen_high, seen_low = int(self.placed @ high), int(self.placed @ low)
+            high = _shifted(self.high, shift)
+            low = _shifted(self.low, shift)
+            seen_high = int(self.placed @ high)
+            seen_low = int(self.placed @ low)
             right = int(self.upper @ high) + seen_low - int(self.upper @ low)
             expected = seen_high * chance + seen_low * (1 - chance)
-            rows.append(_score(shift, right, expected, (seen_high + seen_low) * chance * (1 - chance)))
+            rows.append(
+                _score(shift, right, expected, (seen_high + seen_low) * chance * (1 - chance))
+            )
+
         return rows
 
     def result(self) -> dict[str, Any]:
-        """Evidence used (captions, places, none), the shift found (None: not known), scores of all shifts, and a sentence."""
+        """Evidence used (captions, places, none), the shift found (None: not known), scores of all
+        shifts, and a sentence.
+        """
         if not self.named:
             return _nothing("the store has no class names: give them with --class-names")
         for evidence, images, scores in (
@@ -118,14 +201,28 @@ class ClassShift:
         ):
             shift = decide(scores) if images >= LEAST_IMAGES else None
             if shift is not None:
-                return {"evidence": evidence, "shift": shift, "images": images, "scores": scores, "said": _said(evidence, shift)}
+                return {
+                    "evidence": evidence,
+                    "shift": shift,
+                    "images": images,
+                    "scores": scores,
+                    "said": _said(evidence, shift),
+                }
+
         scores = self.by_captions() if self.captioned else self.by_places()
-        said = f"not enough evidence in {self.captioned} images with English captions and {self.images} with regions"
+        said = (
+            f"not enough evidence in {self.captioned} images with English captions and"
+            f" {self.images} with regions"
+        )
+
         return {**_nothing(said), "images": self.images, "scores": scores}
 
 
 def decide(scores: Sequence[dict[str, Any]]) -> int | None:
-    """The shift that fits clearly better than chance and, unless it is 0, clearly better than none; None: not known."""
+    """The shift that fits clearly better than chance and, unless it is 0, clearly better than none.
+
+    None: not known.
+    """
     best = max(scores, key=lambda row: row["z"])
     none = scores[SHIFTS.index(0)]
     gain, gain_of_none = (row["matches"] - row["expected"] for row in (best, none))
@@ -133,7 +230,13 @@ def decide(scores: Sequence[dict[str, Any]]) -> int | None:
         return None
     if best is none:
         return 0
-    clear = gain >= 2 * gain_of_none and best["z"] - none["z"] >= CLEAR - 1 and best["matches"] >= LEAST_LIFT * best["expected"]
+
+    clear = (
+        gain >= 2 * gain_of_none
+        and best["z"] - none["z"] >= CLEAR - 1
+        and best["matches"] >= LEAST_LIFT * best["expected"]
+    )
+
     return best["shift"] if clear else None
 
 
@@ -147,7 +250,12 @@ def _shifted(values: np.ndarray, shift: int) -> np.ndarray:
 
 def _score(shift: int, matches: int, expected: float, variance: float) -> dict[str, Any]:
     z = (matches - expected) / np.sqrt(max(variance, 1.0))
-    return {"shift": shift, "matches": matches, "expected": round(float(expected), 1), "z": round(float(z), 1)}
+    return {
+        "shift": shift,
+        "matches": matches,
+        "expected": round(float(expected), 1),
+        "z": round(float(z), 1),
+    }
 
 
 def _nothing(said: str) -> dict[str, Any]:
@@ -155,7 +263,11 @@ def _nothing(said: str) -> dict[str, Any]:
 
 
 def _said(evidence: str, shift: int) -> str:
-    fit = {"captions": "names fit the captions", "places": "names fit well-known places (sky high, ground low)"}[evidence]
+    fit = {
+        "captions": "names fit the captions",
+        "places": "names fit well-known places (sky high, ground low)",
+    }[evidence]
     if shift == 0:
         return f"class ids are right: {fit} best as they are"
+
     return f"class ids look shifted by {shift:+d}: {fit} best when {shift:+d} is added to every id"

@@ -1,4 +1,6 @@
-"""Counters of an inspection: fixed size, but for 8 bytes an image and a caption with which duplicates are found."""
+"""Counters of an inspection: fixed size, but for 8 bytes an image and a caption with which
+duplicates are found.
+"""
 
 import re
 from array import array
@@ -51,7 +53,14 @@ class Histogram:
         names = {"p25": 0.25, "median": 0.5, "p75": 0.75, "p99": 0.99}
         low, high = (int(found[0]), int(found[-1])) if len(found) else (0, 0)
         quantiles = {name: self.quantile(share) for name, share in names.items()}
-        return {"count": int(self.counts.sum()), "least": low, **quantiles, "most": high, "bars": self.counts[: high + 1].tolist()}
+
+        return {
+            "count": int(self.counts.sum()),
+            "least": low,
+            **quantiles,
+            "most": high,
+            "bars": self.counts[: high + 1].tolist(),
+        }
 
 
 def digest(data: bytes | memoryview) -> int:
@@ -61,22 +70,31 @@ def digest(data: bytes | memoryview) -> int:
 
 def is_chinese(text: str, language: str) -> bool:
     """Whether a caption is counted in characters: by its tag, else by what it is written in."""
-    return language.startswith("zh") or (not language.startswith("en") and CJK.search(text) is not None)
+    return language.startswith("zh") or (
+        not language.startswith("en") and CJK.search(text) is not None
+    )
 
 
 class Counts:
-    """All that is counted over images and captions. Features are looked at as stored, boxes as the store mends them."""
+    """All that is counted over images and captions.
+
+    Features are looked at as stored, boxes as the store mends them.
+    """
 
     def __init__(self, num_classes: int, background: int | None) -> None:
         self.background = background
         self.images = self.regions = self.captions = self.unlabelled = self.background_on_top = 0
-        self.regions_per_image, self.words, self.characters = Histogram(512), Histogram(100), Histogram(200)
+        self.regions_per_image = Histogram(512)
+        self.words = Histogram(100)
+        self.characters = Histogram(200)
         self.areas = np.zeros(len(AREA_EDGES) - 1, np.int64)
         self.classes = np.zeros(num_classes, np.int64)
         self.probability = 0.0
         self.least_probability = np.inf
         self.languages: dict[str, int] = {}
-        self.image_hashes, self.image_numbers, self.caption_hashes = array("Q"), array("Q"), array("Q")
+        self.image_hashes = array("Q")
+        self.image_numbers = array("Q")
+        self.caption_hashes = array("Q")
         self.findings: dict[str, Finding] = {}
 
     def find(self, name: str, place: str, count: int = 1) -> None:
@@ -85,66 +103,94 @@ class Counts:
             self.findings.setdefault(name, Finding()).add(place, count)
 
     def add_image(self, number: int, regions: Regions, where: str) -> tuple[np.ndarray, np.ndarray]:
-        """Count one image; gives the top label [R] of each region, and which regions are sure of it."""
+        """Count one image; gives the top label [R] of each region, and which regions are sure of
+        it.
+        """
         rows = len(regions.features)
         self.images += 1
         self.regions += rows
         self.regions_per_image.add(rows)
         self.find("zero_features", where, rows - int(regions.features.any(axis=1).sum()))
-        self.find("repeated_features", where, rows - len({row.tobytes() for row in regions.features}))
+        self.find(
+            "repeated_features", where, rows - len({row.tobytes() for row in regions.features})
+        )
         self.image_hashes.append(digest(np.ascontiguousarray(regions.features).data.cast("B")))
         self.image_numbers.append(number)
         extent = (regions.boxes[:, 2:] - regions.boxes[:, :2]) / regions.size
         area = extent.prod(axis=1)
         self.find("no_area", where, int((area <= 0).sum()))
         self.areas += np.histogram(np.clip(area, 0, 1), AREA_EDGES)[0]
+
         return self._add_labels(regions)
 
     def _add_labels(self, regions: Regions) -> tuple[np.ndarray, np.ndarray]:
         top = regions.class_probs.argmax(axis=1)[:, None]
         labels = np.take_along_axis(regions.class_ids, top, axis=1)[:, 0]
-        best, total = regions.class_probs.max(axis=1), regions.class_probs.sum(axis=1)
+        best = regions.class_probs.max(axis=1)
+        total = regions.class_probs.sum(axis=1)
         labelled = best > 0
         self.unlabelled += int((~labelled).sum())
         np.add.at(self.classes, labels[labelled], 1)
         self.background_on_top += int((labels[labelled] == self.background).sum())
         self.probability += float(total[labelled].sum())
-        self.least_probability = min(self.least_probability, float(total[labelled].min(initial=np.inf)))
+        self.least_probability = min(
+            self.least_probability, float(total[labelled].min(initial=np.inf))
+        )
+
         return labels, labelled & (best >= CONFIDENT)
 
     def add_captions(self, captions: Sequence[tuple[str, str]], where: str) -> list[str]:
         """Count the captions (text, language) of one image; gives those in English."""
         seen: set[str] = set()
         english = []
+
         for text, language in captions:
             chinese = is_chinese(text, language)
             words = WORD.findall(text)
             self.captions += 1
-            self.languages[language or "not said"] = self.languages.get(language or "not said", 0) + 1
-            (self.characters if chinese else self.words).add(len("".join(text.split())) if chinese else len(words))
+            self.languages[language or "not said"] = (
+                self.languages.get(language or "not said", 0) + 1
+            )
+            (self.characters if chinese else self.words).add(
+                len("".join(text.split())) if chinese else len(words)
+            )
             self.find("empty_captions", where, not words)
             self.find("repeated_captions", where, text.strip() in seen)
             seen.add(text.strip())
             self.caption_hashes.append(digest(text.strip().encode()))
             if language.startswith("en") or (not language and not chinese):
                 english.append(text)
+
         return english
 
     def repeated_images(self) -> tuple[int, list[tuple[int, int]]]:
-        """Images whose features are those of an earlier one: how many, and the first pairs (image, earlier image)."""
+        """Images whose features are those of an earlier one: how many, and the first pairs (image,
+        earlier image).
+        """
         if not self.image_hashes:
             return 0, []
-        hashes, numbers = np.frombuffer(self.image_hashes, np.uint64), np.frombuffer(self.image_numbers, np.uint64)
+
+        hashes = np.frombuffer(self.image_hashes, np.uint64)
+        numbers = np.frombuffer(self.image_numbers, np.uint64)
         order = np.argsort(hashes, kind="stable")
         same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
-        return len(same), [(int(numbers[order[i + 1]]), int(numbers[order[i]])) for i in same[:SHOWN]]
+
+        return len(same), [
+            (int(numbers[order[i + 1]]), int(numbers[order[i]])) for i in same[:SHOWN]
+        ]
 
     def area_summary(self) -> dict[str, Any]:
         """Boxes by their share of the image's area: upper edges of the bars, and counts."""
-        return {"count": int(self.areas.sum()), "edges": list(AREA_EDGES[1:]), "bars": self.areas.tolist()}
+        return {
+            "count": int(self.areas.sum()),
+            "edges": list(AREA_EDGES[1:]),
+            "bars": self.areas.tolist(),
+        }
 
     def repeated_texts(self) -> int:
         """Captions whose text was seen before, on any image."""
         if not self.caption_hashes:
             return 0
-        return len(self.caption_hashes) - len(np.unique(np.frombuffer(self.caption_hashes, np.uint64)))
+        return len(self.caption_hashes) - len(
+            np.unique(np.frombuffer(self.caption_hashes, np.uint64))
+        )

@@ -32,7 +32,8 @@ class Report:
     layout: dict[str, Any]
     verdicts: list[Verdict]
     class_names: list[str] = field(default_factory=list)
-    readable: list[int] = field(default_factory=list)  # images without trouble, evenly spread, for examples
+    # images without trouble, evenly spread, for examples
+    readable: list[int] = field(default_factory=list)
 
     @property
     def problems(self) -> int:
@@ -42,10 +43,19 @@ class Report:
     @property
     def summary(self) -> str:
         """Problems and warnings, counted."""
-        counts = {level: sum(verdict.level == level for verdict in self.verdicts) for level in ("problem", "warning")}
-        return ", ".join(f"{count} {level}{'' if count == 1 else 's'}" for level, count in counts.items())
+        counts = {
+            level: sum(verdict.level == level for verdict in self.verdicts)
+            for level in ("problem", "warning")
+        }
+        return ", ".join(
+            f"{count} {level}{'' if count == 1 else 's'}" for level, count in counts.items()
+        )
 
     def as_json(self) -> str:
         """The report as JSON."""
-        values = {name: value for name, value in asdict(self).items() if name not in ("readable", "class_names")}
+        values = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("readable", "class_names")
+        }
         return json.dumps({**values, "problems": self.problems}, indent=1, ensure_ascii=False)

@@ -1,4 +1,6 @@
-"""How the shards of a store lie on disk, what one image costs to read, and how fast images were read here."""
+"""How the shards of a store lie on disk, what one image costs to read, and how fast images were
+read here.
+"""
 
 import time
 from typing import Any
@@ -13,16 +15,24 @@ from megatron_interbert.errors import UsageError
 
 
 def describe_shards(store: RegionStore) -> list[dict[str, Any]]:
-    """Each shard's file, counts, and datasets with shape, type and layout; `error` instead where it cannot be opened."""
+    """Each shard's file, counts, and datasets with shape, type and layout.
+
+    `error` instead where it cannot be opened.
+    """
     described = []
+
     for entry in store.shards:
-        row: dict[str, Any] = {name: entry[name] for name in ("file", "bytes", "images", "regions", "captions")}
+        row: dict[str, Any] = {
+            name: entry[name] for name in ("file", "bytes", "images", "regions", "captions")
+        }
         try:
             with Hdf5File(store.path / entry["file"]) as file:
                 row["datasets"] = {name: _describe(file[name]) for name in file.names()}
         except UsageError as error:
             row["error"] = str(error)
+
         described.append(row)
+
     return described
 
 
@@ -31,22 +41,37 @@ def _describe(dataset: h5py.Dataset) -> dict[str, Any]:
     layout = "contiguous" if chunks is None else f"chunks of {' x '.join(map(str, chunks))}"
     if dataset.compression:
         layout += f", {dataset.compression}"
+
     kind = "string" if h5py.check_string_dtype(dataset.dtype) else str(dataset.dtype)
-    return {"shape": list(dataset.shape), "dtype": kind, "layout": layout, "chunks": chunks, "compression": dataset.compression}
+
+    return {
+        "shape": list(dataset.shape),
+        "dtype": kind,
+        "layout": layout,
+        "chunks": chunks,
+        "compression": dataset.compression,
+    }
 
 
 def slow_reasons(shard: dict[str, Any]) -> list[str]:
-    """Why an image of a shard is more than one plain read; empty for shards as this package writes them."""
+    """Why an image of a shard is more than one plain read; empty for shards as this package writes
+    them.
+    """
     rows = shard["regions"] / max(shard["images"], 1)
     reasons = []
+
     for name, dtype in COLUMNS.items():
         dataset = shard["datasets"].get(name)
         if dataset is None:
             continue
         if dataset["dtype"] != np.dtype(dtype).name:
-            reasons.append(f"{name} is {dataset['dtype']}: converted to {np.dtype(dtype).name} at every read")
+            reasons.append(
+                f"{name} is {dataset['dtype']}: converted to {np.dtype(dtype).name} at every read"
+            )
+
         if dataset["chunks"]:
             reasons.append(_chunk_cost(name, dataset, rows))
+
     return reasons
 
 
@@ -56,20 +81,35 @@ def _chunk_cost(name: str, dataset: dict[str, Any], rows: float) -> str:
     chunks = (1 + max(rows - 1, 0) / height) * -(-dataset["shape"][1] // width)
     times = chunks * height * width / max(rows * dataset["shape"][1], 1)
     work = f"decompresses ({dataset['compression']})" if dataset["compression"] else "reads"
-    return f"{name} in {dataset['layout']}: an image of {rows:.0f} regions {work} about {chunks:.1f} chunks, {times:.1f} times its bytes"
+
+    return (
+        f"{name} in {dataset['layout']}: an image of {rows:.0f} regions {work} about {chunks:.1f}"
+        f" chunks, {times:.1f} times its bytes"
+    )
 
 
 def measure_reads(store: RegionStore, most: int = 300, seconds: float = 3.0) -> dict[str, float]:
-    """Images a second over up to `most` images in random order, as one process reads them; bad records are passed over."""
+    """Images a second over up to `most` images in random order, as one process reads them; bad
+    records are passed over.
+    """
     order = np.random.default_rng(0).permutation(store.num_images)[:most]
-    done, begun = 0, time.perf_counter()
+    done = 0
+    begun = time.perf_counter()
+
     for number in order.tolist():
         try:
             store.read(number)
         except UsageError:
             continue
+
         done += 1
         if time.perf_counter() - begun > seconds:
             break
+
     elapsed = time.perf_counter() - begun
-    return {"images": done, "seconds": round(elapsed, 4), "images_per_second": round(done / elapsed, 1) if done else 0.0}
+
+    return {
+        "images": done,
+        "seconds": round(elapsed, 4),
+        "images_per_second": round(done / elapsed, 1) if done else 0.0,
+    }

@@ -1,4 +1,6 @@
-"""Inspecting a region store: one pass over its images, then verdicts that say what is wrong, where, and what mends it."""
+"""Inspecting a region store: one pass over its images, then verdicts that say what is wrong, where,
+and what mends it.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,17 +15,32 @@ from megatron_interbert.preparation.inspection.boxes import BoxFormat
 from megatron_interbert.preparation.inspection.class_ids import ClassShift
 from megatron_interbert.preparation.inspection.counts import Counts
 from megatron_interbert.preparation.inspection.findings import Report
-from megatron_interbert.preparation.inspection.layout import describe_shards, measure_reads, slow_reasons
+from megatron_interbert.preparation.inspection.layout import (
+    describe_shards,
+    measure_reads,
+    slow_reasons,
+)
 from megatron_interbert.preparation.inspection.verdicts import judge
 from megatron_interbert.progress import progress
 
-FACTS = ("schema_version", "detector", "soft_labels", "box_format", "feature_dim", "num_classes", "background_class", "generated")
+FACTS = (
+    "schema_version",
+    "detector",
+    "soft_labels",
+    "box_format",
+    "feature_dim",
+    "num_classes",
+    "background_class",
+    "generated",
+)
 TOP_CLASSES = 20
 
 
 @dataclass(frozen=True)
 class InspectionOptions:
-    """max_images: look at so many, evenly spread (None: all). class_names: by class id, instead of the store's own."""
+    """max_images: look at so many, evenly spread (None: all). class_names: by class id, instead of
+    the store's own.
+    """
 
     max_images: int | None = None
     verify_hashes: bool = False
@@ -34,9 +51,12 @@ class CaptionsOfImages:
     """Captions of an image by its number, from a store that lists the image of each caption."""
 
     def __init__(self, store: RegionStore) -> None:
-        self.store, self.languages = store, store.languages()
+        self.store = store
+        self.languages = store.languages()
         self.order = np.argsort(store.caption_image, kind="stable")
-        self.first = np.searchsorted(store.caption_image[self.order], np.arange(store.num_images + 1))
+        self.first = np.searchsorted(
+            store.caption_image[self.order], np.arange(store.num_images + 1)
+        )
 
     def numbers(self, image: int) -> list[int]:
         """Numbers of the image's captions."""
@@ -44,23 +64,40 @@ class CaptionsOfImages:
 
     def read(self, image: int) -> list[tuple[str, str]]:
         """(text, language) of each; UsageError when a text is not UTF-8."""
-        return [(self.store.caption(number), str(self.languages[number])) for number in self.numbers(image)]
+        return [
+            (self.store.caption(number), str(self.languages[number]))
+            for number in self.numbers(image)
+        ]
 
 
 class Inspector:
     """One pass over images of a store; all sums live here."""
 
     def __init__(self, store: RegionStore, options: InspectionOptions) -> None:
-        self.store, self.options = store, options
-        self.names = list(options.class_names if options.class_names is not None else store.manifest.get("class_names") or [])
+        self.store = store
+        self.options = options
+        self.names = list(
+            options.class_names
+            if options.class_names is not None
+            else store.manifest.get("class_names") or []
+        )
         background = store.manifest.get("background_class")
         self.counts = Counts(store.num_classes, background)
         self.shift = ClassShift(self.names, store.num_classes, background)
         self.boxes = BoxFormat()
         self.captions = CaptionsOfImages(store)
         self.readable: list[int] = []
-        most = store.num_images if options.max_images is None else min(options.max_images, store.num_images)
-        self.chosen = range(most) if most == store.num_images else np.unique(np.linspace(0, store.num_images - 1, most, dtype=int))
+        most = (
+            store.num_images
+            if options.max_images is None
+            else min(options.max_images, store.num_images)
+        )
+
+        self.chosen = (
+            range(most)
+            if most == store.num_images
+            else np.unique(np.linspace(0, store.num_images - 1, most, dtype=int))
+        )
 
     def look(self) -> None:
         """Read all chosen images and their captions; bad records become findings."""
@@ -77,10 +114,12 @@ class Inspector:
         except UsageError as error:
             self.counts.find("unreadable", str(error))
             return False
+
         labels, sure = self.counts.add_image(number, regions, where)
         heights = regions.boxes[:, 1::2].mean(axis=1) / regions.size[1]
         self.shift.add(labels[sure], heights[sure], english)
         self.boxes.add(regions.boxes, regions.size)
+
         return True
 
     def _captions(self, number: int) -> list[str]:
@@ -90,7 +129,9 @@ class Inspector:
         except UsageError as error:
             self.counts.find("unreadable_captions", f"{where}: {error}")
             return []
+
         self.counts.find("without_captions", where, not captions)
+
         return self.counts.add_captions(captions, where)
 
     def place(self, number: int) -> str:
@@ -110,9 +151,13 @@ class Inspector:
         return count, [f"{self.place(second)} as {self.place(first)}" for second, first in pairs]
 
     def inverted_share(self) -> float | None:
-        """Share of boxes that were inverted when the store was built; None where it was not recorded."""
+        """Share of boxes that were inverted when the store was built.
+
+        None where it was not recorded.
+        """
         inverted = self.store.manifest.get("inverted_boxes")
         regions = sum(shard["regions"] for shard in self.store.shards)
+
         return round(inverted / regions, 4) if isinstance(inverted, int) and regions else None
 
 
@@ -122,7 +167,12 @@ def inspect_store(store: RegionStore, options: InspectionOptions) -> Report:
     inspector.look()
     counts = inspector.counts
     shards = describe_shards(store)
-    slow = {shard["file"]: reasons for shard in shards if "datasets" in shard and (reasons := slow_reasons(shard))}
+    slow = {
+        shard["file"]: reasons
+        for shard in shards
+        if "datasets" in shard and (reasons := slow_reasons(shard))
+    }
+
     report = Report(
         store=str(store.path),
         facts={name: store.manifest[name] for name in FACTS if name in store.manifest},
@@ -139,12 +189,15 @@ def inspect_store(store: RegionStore, options: InspectionOptions) -> Report:
     )
     hashes = list(inspector.wrong_hashes()) if options.verify_hashes else None
     report.verdicts = judge(report, counts.findings, inspector.repeated_images(), hashes)
+
     return report
 
 
 def _counts(inspector: Inspector) -> dict[str, Any]:
-    store, counts = inspector.store, inspector.counts
+    store = inspector.store
+    counts = inspector.counts
     manifest = store.manifest
+
     return {
         "images": store.num_images,
         "regions": sum(shard["regions"] for shard in store.shards),
@@ -177,6 +230,7 @@ def _classes(counts: Counts, names: Sequence[str]) -> dict[str, Any]:
     order = np.argsort(-counts.classes, kind="stable")[:TOP_CLASSES].tolist()
     labelled = int(counts.classes.sum())
     objects = np.delete(counts.classes, [] if counts.background is None else counts.background)
+
     return {
         "top": [
             {"id": k, "name": names[k] if k < len(names) else "", "regions": int(counts.classes[k])}

@@ -13,10 +13,16 @@ NUMBERS = {
 
 
 def group(bars: list[int], most: int) -> list[tuple[int, int, int]]:
-    """Bars of single values joined into at most `most` bars (first value, last value, count), from the first that is not 0."""
+    """Bars of single values joined into at most `most` bars (first value, last value, count), from
+    the first that is not 0.
+    """
     first = next((value for value, count in enumerate(bars) if count), 0)
     width = max(-(-(len(bars) - first) // most), 1)
-    return [(start, start + width - 1, sum(bars[start : start + width])) for start in range(first, len(bars), width)]
+
+    return [
+        (start, start + width - 1, sum(bars[start : start + width]))
+        for start in range(first, len(bars), width)
+    ]
 
 
 def sparkline(bars: list[int]) -> str:
@@ -27,17 +33,35 @@ def sparkline(bars: list[int]) -> str:
 
 def report_text(report: Report) -> str:
     """The whole report; verdicts come last, where the eye is."""
-    parts = [_head(report), _schema(report), _histograms(report), _classes(report), _evidence(report), _verdicts(report)]
+    parts = [
+        _head(report),
+        _schema(report),
+        _histograms(report),
+        _classes(report),
+        _evidence(report),
+        _verdicts(report),
+    ]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
 def _head(report: Report) -> list[str]:
-    counts, seen = report.counts, report.counts["inspected"]
+    counts = report.counts
+    seen = report.counts["inspected"]
     facts = "  ".join(f"{name} {_short(value)}" for name, value in report.facts.items())
-    languages = ", ".join(f"{count} {name}" for name, count in sorted(counts["languages"].items(), key=lambda item: -item[1]))
+    languages = ", ".join(
+        f"{count} {name}"
+        for name, count in sorted(counts["languages"].items(), key=lambda item: -item[1])
+    )
+
     return [
-        f"{report.store}: {counts['images']} images, {counts['regions']} regions, {counts['captions']} captions",
-        f"looked at {seen['images']} images, {seen['regions']} regions, {seen['captions']} captions ({languages or 'none'})",
+        (
+            f"{report.store}: {counts['images']} images, {counts['regions']} regions,"
+            f" {counts['captions']} captions"
+        ),
+        (
+            f"looked at {seen['images']} images, {seen['regions']} regions, {seen['captions']}"
+            f" captions ({languages or 'none'})"
+        ),
         facts,
     ]
 
@@ -50,14 +74,25 @@ def _schema(report: Report) -> list[str]:
     lines = []
     shards = [shard for shard in report.shards if "datasets" in shard]
     for shard in shards[:1]:
-        lines.append(f"{shard['file']} ({shard['images']} images, {shard['bytes'] / 2**20:.1f} MiB)")
+        lines.append(
+            f"{shard['file']} ({shard['images']} images, {shard['bytes'] / 2**20:.1f} MiB)"
+        )
         for name, dataset in shard["datasets"].items():
-            lines.append(f"  {name:<17} {' x '.join(map(str, dataset['shape'])):<14} {dataset['dtype']:<8} {dataset['layout']}")
-    layouts = {str([(n, d["dtype"], d["layout"]) for n, d in shard["datasets"].items()]) for shard in shards}
+            lines.append(
+                f"  {name:<17} {' x '.join(map(str, dataset['shape'])):<14} {dataset['dtype']:<8}"
+                f" {dataset['layout']}"
+            )
+
+    layouts = {
+        str([(n, d["dtype"], d["layout"]) for n, d in shard["datasets"].items()])
+        for shard in shards
+    }
     if len(shards) > 1:
         lines.append(
-            f"  {len(shards) - 1} more shards, {'all laid out so' if len(layouts) == 1 else f'{len(layouts)} different layouts'}"
+            f"  {len(shards) - 1} more shards,"
+            f" {'all laid out so' if len(layouts) == 1 else f'{len(layouts)} different layouts'}"
         )
+
     return lines
 
 
@@ -68,31 +103,48 @@ def _histograms(report: Report) -> list[str]:
         if h["count"]:
             bars = sparkline([count for _, _, count in group(h["bars"], 40)])
             lines.append(
-                f"{title:<31} {h['least']} to {h['most']}, median {h['median']}, quarter {h['p25']} and {h['p75']}  |{bars}|"
+                f"{title:<31} {h['least']} to {h['most']}, median {h['median']}, quarter {h['p25']}"
+                f" and {h['p75']}  |{bars}|"
             )
+
     areas = report.histograms["box_areas"]
-    shares = [f"{edge:.2%} {bar / max(areas['count'], 1):.0%}" for edge, bar in zip(areas["edges"], areas["bars"], strict=True)]
+    shares = [
+        f"{edge:.2%} {bar / max(areas['count'], 1):.0%}"
+        for edge, bar in zip(areas["edges"], areas["bars"], strict=True)
+    ]
     lines.append(f"{'boxes up to .. of the image':<31} {', '.join(shares)}")
+
     return lines
 
 
 def _classes(report: Report) -> list[str]:
     classes = report.classes
-    top = ", ".join(f"{row['name'].split(',')[0] or row['id']} {row['regions']}" for row in classes["top"])
-    return [f"classes: {top or 'none'}", f"{classes['never_seen']} of {classes['of']} classes never seen"]
+    top = ", ".join(
+        f"{row['name'].split(',')[0] or row['id']} {row['regions']}" for row in classes["top"]
+    )
+    return [
+        f"classes: {top or 'none'}",
+        f"{classes['never_seen']} of {classes['of']} classes never seen",
+    ]
 
 
 def _evidence(report: Report) -> list[str]:
     lines = []
     if report.class_shift["scores"]:
         lines.append(
-            f"class names at ids shifted by (evidence: {report.class_shift['evidence']}, {report.class_shift['images']} images)"
+            f"class names at ids shifted by (evidence: {report.class_shift['evidence']},"
+            f" {report.class_shift['images']} images)"
         )
         for row in report.class_shift["scores"]:
-            lines.append(f"  {row['shift']:+d}  {row['matches']:>8} fit, {row['expected']:>8.1f} by chance, z {row['z']:.1f}")
+            lines.append(
+                f"  {row['shift']:+d}  {row['matches']:>8} fit, {row['expected']:>8.1f} by chance,"
+                f" z {row['z']:.1f}"
+            )
+
     boxes = report.box_format
     for name, title in BOX_FIGURES.items():
         lines.append(f"  {title:<58} {box_figure(boxes[name])}")
+
     return lines
 
 
@@ -123,4 +175,5 @@ def _verdicts(report: Report) -> list[str]:
             lines.append(f"           and {verdict.more} more")
         if verdict.mend:
             lines.append(f"         > {verdict.mend}")
+
     return [*lines, report.summary]

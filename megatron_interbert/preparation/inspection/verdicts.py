@@ -1,4 +1,6 @@
-"""From the figures of an inspection to verdicts: ok, warning or problem, with what, where, and what to do."""
+"""From the figures of an inspection to verdicts: ok, warning or problem, with what, where, and what
+to do.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,16 +9,49 @@ from megatron_interbert.preparation.inspection import class_ids
 from megatron_interbert.preparation.inspection.counts import SHOWN, Finding
 from megatron_interbert.preparation.inspection.findings import Report, Verdict
 
-OK, WARNING, PROBLEM = "ok", "warning", "problem"
+OK = "ok"
+WARNING = "warning"
+PROBLEM = "problem"
 REBUILD = "extract them again or leave them out, and rebuild with tools/build_features.py"
 SOME = 0.1
-# finding -> (what is counted, out of what, share up to which it is harmless, share above which it is a problem, what to do)
+# finding -> (what is counted, out of what, share up to which it is harmless, share above which it
+# is a problem, what to do)
 SIMPLE = {
-    "zero_features": ("regions have features of zeros only", "regions", 0.0, 0.01, "extraction failed there: " + REBUILD),
-    "repeated_features": ("regions repeat the features of another of their image", "regions", 0.01, 0.5, "padding? " + REBUILD),
-    "no_area": ("boxes have no area inside their image", "regions", 0.01, 0.05, "see the verdict on box format; else " + REBUILD),
-    "empty_captions": ("captions hold no word", "captions", 0.0, 0.05, "mend the caption file and rebuild"),
-    "unreadable_captions": ("images have captions that are not UTF-8", "images", 0.0, 0.0, "restore captions.h5 or rebuild"),
+    "zero_features": (
+        "regions have features of zeros only",
+        "regions",
+        0.0,
+        0.01,
+        "extraction failed there: " + REBUILD,
+    ),
+    "repeated_features": (
+        "regions repeat the features of another of their image",
+        "regions",
+        0.01,
+        0.5,
+        "padding? " + REBUILD,
+    ),
+    "no_area": (
+        "boxes have no area inside their image",
+        "regions",
+        0.01,
+        0.05,
+        "see the verdict on box format; else " + REBUILD,
+    ),
+    "empty_captions": (
+        "captions hold no word",
+        "captions",
+        0.0,
+        0.05,
+        "mend the caption file and rebuild",
+    ),
+    "unreadable_captions": (
+        "images have captions that are not UTF-8",
+        "images",
+        0.0,
+        0.0,
+        "restore captions.h5 or rebuild",
+    ),
     "repeated_captions": (
         "captions repeat another of their image",
         "captions",
@@ -24,12 +59,21 @@ SIMPLE = {
         1.0,
         "drop repeated lines of the caption file",
     ),
-    "without_captions": ("images have no caption and serve no pair", "images", 0.0, 1.0, "add captions or drop the images"),
+    "without_captions": (
+        "images have no caption and serve no pair",
+        "images",
+        0.0,
+        1.0,
+        "add captions or drop the images",
+    ),
 }
 
 
 def judge(
-    report: Report, findings: dict[str, Finding], repeated: tuple[int, list[str]], wrong_hashes: Sequence[str] | None
+    report: Report,
+    findings: dict[str, Finding],
+    repeated: tuple[int, list[str]],
+    wrong_hashes: Sequence[str] | None,
 ) -> list[Verdict]:
     """All verdicts, the worst first."""
     verdicts = [
@@ -51,9 +95,14 @@ def _records(report: Report, findings: dict[str, Finding]) -> Iterator[Verdict]:
         what = f"{bad.count} of {seen['images']} images cannot be read"
         yield Verdict(PROBLEM, "records", what, REBUILD, bad.places, bad.count - len(bad.places))
     elif seen["images"] == 0:
-        yield Verdict(PROBLEM, "records", "the store has no images", "rebuild it with tools/build_features.py")
+        yield Verdict(
+            PROBLEM, "records", "the store has no images", "rebuild it with tools/build_features.py"
+        )
     else:
-        what = f"all {seen['images']} images read are sound: no NaN or infinity, ids and ranges within bounds"
+        what = (
+            f"all {seen['images']} images read are sound: no NaN or infinity, ids and ranges within"
+            " bounds"
+        )
         yield Verdict(OK, "records", what)
 
 
@@ -61,10 +110,25 @@ def _files(report: Report, wrong_hashes: Sequence[str] | None) -> Iterator[Verdi
     broken = [f"{shard['file']}: {shard['error']}" for shard in report.shards if "error" in shard]
     if broken:
         what = f"{len(broken)} of {len(report.shards)} shards cannot be opened"
-        yield Verdict(PROBLEM, "files", what, "restore them or rebuild", broken[:SHOWN], max(len(broken) - SHOWN, 0))
+        yield Verdict(
+            PROBLEM,
+            "files",
+            what,
+            "restore them or rebuild",
+            broken[:SHOWN],
+            max(len(broken) - SHOWN, 0),
+        )
+
     if wrong_hashes:
         what = f"not as manifest.json says by sha256: {len(wrong_hashes)} of the files"
-        yield Verdict(PROBLEM, "hashes", what, "restore them", list(wrong_hashes[:SHOWN]), max(len(wrong_hashes) - SHOWN, 0))
+        yield Verdict(
+            PROBLEM,
+            "hashes",
+            what,
+            "restore them",
+            list(wrong_hashes[:SHOWN]),
+            max(len(wrong_hashes) - SHOWN, 0),
+        )
     elif wrong_hashes is not None:
         yield Verdict(OK, "hashes", "every file has the sha256 of manifest.json")
 
@@ -80,86 +144,171 @@ def _simple(report: Report, findings: dict[str, Finding]) -> Iterator[Verdict]:
             level = OK if share <= harmless else WARNING if share <= bearable else PROBLEM
             text = f"{found.count} of {seen[unit]} {what}"
             mend = mend if level != OK else ""
-            yield Verdict(level, name.replace("_", " "), text, mend, found.places, max(found.count - len(found.places), 0))
+            yield Verdict(
+                level,
+                name.replace("_", " "),
+                text,
+                mend,
+                found.places,
+                max(found.count - len(found.places), 0),
+            )
+
     if not any(name in findings for name in SIMPLE):
-        yield Verdict(OK, "content", "no empty or repeated features, boxes or captions, and every image has a caption")
+        yield Verdict(
+            OK,
+            "content",
+            "no empty or repeated features, boxes or captions, and every image has a caption",
+        )
 
 
 def _repeats(report: Report, repeated: tuple[int, list[str]]) -> Iterator[Verdict]:
     count, places = repeated
     if count:
-        what = f"{count} of {report.counts['inspected']['read']} images have the features of another image"
-        mend = "the same picture twice, or two names for it: drop one, above all where one is for testing"
+        what = (
+            f"{count} of {report.counts['inspected']['read']} images have the features of another"
+            " image"
+        )
+        mend = (
+            "the same picture twice, or two names for it: drop one, above all where one is for"
+            " testing"
+        )
         yield Verdict(WARNING, "repeated images", what, mend, places, count - len(places))
-    texts, captions = report.counts["repeated_texts"], report.counts["inspected"]["captions"]
+
+    texts = report.counts["repeated_texts"]
+    captions = report.counts["inspected"]["captions"]
     if texts > 0.2 * captions:
         what = f"{texts} of {captions} captions have the words of another caption"
-        yield Verdict(WARNING, "repeated texts", what, "matching by such captions is by chance: look where they come from")
+        yield Verdict(
+            WARNING,
+            "repeated texts",
+            what,
+            "matching by such captions is by chance: look where they come from",
+        )
 
 
 def _boxes(report: Report) -> Iterator[Verdict]:
-    boxes, counts = report.box_format, report.counts
+    boxes = report.box_format
+    counts = report.counts
+
     if boxes["found"]:
         yield Verdict(PROBLEM, "box format", boxes["said"], box_formats.MENDING[boxes["found"]])
     elif boxes["found"] is None:
         yield Verdict(WARNING, "box format", boxes["said"], "look at the examples on the page")
     else:
         yield Verdict(OK, "box format", boxes["said"])
+
     clipped = counts["repaired_when_built"] or 0
     if clipped > SOME * counts["regions"] and not boxes["found"]:
-        what = f"{clipped} of {counts['regions']} boxes reached outside their image or were inverted, and were clipped"
-        yield Verdict(WARNING, "clipped boxes", what, "check --box-format and that image sizes are those of the detector's input")
+        what = (
+            f"{clipped} of {counts['regions']} boxes reached outside their image or were inverted,"
+            " and were clipped"
+        )
+        yield Verdict(
+            WARNING,
+            "clipped boxes",
+            what,
+            "check --box-format and that image sizes are those of the detector's input",
+        )
+
     if counts["repaired_when_read"]:
         what = (
-            f"{counts['repaired_when_read']} boxes as stored reach outside their image or are inverted; they are clipped when read"
+            f"{counts['repaired_when_read']} boxes as stored reach outside their image or are"
+            " inverted; they are clipped when read"
         )
-        yield Verdict(WARNING, "stored boxes", what, "rebuild with tools/build_features.py STORE --output NEW")
+        yield Verdict(
+            WARNING, "stored boxes", what, "rebuild with tools/build_features.py STORE --output NEW"
+        )
 
 
 def _labels(report: Report) -> Iterator[Verdict]:
-    shift, classes = report.class_shift, report.classes
+    shift = report.class_shift
+    classes = report.classes
     if classes["mean_probability"] is None:
-        mend = "masked regions cannot be learned (--objectives msm,itm), unless features with labels are built"
+        mend = (
+            "masked regions cannot be learned (--objectives msm,itm), unless features with labels"
+            " are built"
+        )
         yield Verdict(WARNING, "labels", "no region has a label", mend)
         return
+
     if shift["shift"]:
-        mend = class_ids.MENDING.get(shift["shift"], "rebuild with the right --class-ids and --class-names")
+        mend = class_ids.MENDING.get(
+            shift["shift"], "rebuild with the right --class-ids and --class-names"
+        )
         yield Verdict(PROBLEM, "class ids", shift["said"], mend)
     elif shift["shift"] is None:
-        yield Verdict(WARNING, "class ids", shift["said"], "look at the names in the examples on the page")
+        yield Verdict(
+            WARNING, "class ids", shift["said"], "look at the names in the examples on the page"
+        )
     else:
         yield Verdict(OK, "class ids", shift["said"])
+
     yield from _background(report)
-    names, expected = len(report.class_names), report.facts["num_classes"]
+    names = len(report.class_names)
+    expected = report.facts["num_classes"]
     if names not in (0, expected):
-        yield Verdict(WARNING, "class names", f"{names} names for {expected} classes", "rebuild with the right --class-names")
+        yield Verdict(
+            WARNING,
+            "class names",
+            f"{names} names for {expected} classes",
+            "rebuild with the right --class-names",
+        )
 
 
 def _background(report: Report) -> Iterator[Verdict]:
     classes = report.classes
     share = classes["background_share"]
     what = f"background is the top label of {share:.1%} of regions"
-    # Whole distributions often have background on top where the detector was not sure; else it means that ids
-    # are wrong, which captions or places show better where they can.
-    explained = report.class_shift["shift"] is not None or report.facts.get("soft_labels") == "dense"
+    # Whole distributions often have background on top where the detector was not sure; else it
+    # means that ids are wrong, which captions or places show better where they can.
+    explained = (
+        report.class_shift["shift"] is not None or report.facts.get("soft_labels") == "dense"
+    )
+
     if classes["background_is_commonest"] and not explained:
         mend = "ids may count from another class than background: see --class-ids"
         yield Verdict(PROBLEM, "background", f"{what}, the commonest of all", mend)
     elif share > SOME:
-        yield Verdict(WARNING, "background", what, "usual for whole distributions of unsure regions; else leave such regions out")
+        yield Verdict(
+            WARNING,
+            "background",
+            what,
+            "usual for whole distributions of unsure regions; else leave such regions out",
+        )
+
     total = f"probabilities of a soft label add up to {classes['mean_probability']:.2f} on average"
     if report.facts.get("soft_labels") == "dense" and classes["mean_probability"] < 0.2:
-        yield Verdict(WARNING, "soft labels", f"{total}, though they are dense", "keep more entries: --soft-labels")
+        yield Verdict(
+            WARNING,
+            "soft labels",
+            f"{total}, though they are dense",
+            "keep more entries: --soft-labels",
+        )
     else:
         yield Verdict(OK, "labels", total)
 
 
 def _layout(report: Report) -> Iterator[Verdict]:
-    slow, measured = report.layout["slow"], report.layout["measured"]
-    speed = f"{measured['images_per_second']:,.0f} images/s read here, one process, {measured['images']} in random order"
+    slow = report.layout["slow"]
+    measured = report.layout["measured"]
+    speed = (
+        f"{measured['images_per_second']:,.0f} images/s read here, one process,"
+        f" {measured['images']} in random order"
+    )
     if not slow:
         yield Verdict(OK, "layout", f"contiguous and uncompressed: one image is one read ({speed})")
         return
+
     file, reasons = next(iter(slow.items()))
-    what = f"{len(slow)} of {len(report.shards)} shards are slow to read ({speed}): {'; '.join(reasons)}"
-    yield Verdict(WARNING, "layout", what, f"python tools/build_features.py {report.store} --output NEW", [file], len(slow) - 1)
+    what = (
+        f"{len(slow)} of {len(report.shards)} shards are slow to read ({speed}):"
+        f" {'; '.join(reasons)}"
+    )
+    yield Verdict(
+        WARNING,
+        "layout",
+        what,
+        f"python tools/build_features.py {report.store} --output NEW",
+        [file],
+        len(slow) - 1,
+    )

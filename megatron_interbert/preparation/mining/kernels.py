@@ -1,4 +1,6 @@
-"""The loops of hard-negative mining, compiled by numba at their first call. Imported only by those who mine.
+"""The loops of hard-negative mining, compiled by numba at their first call.
+
+Imported only by those who mine.
 
 N captions, V terms, E entries (a term in a caption), K negatives kept for a caption.
 """
@@ -10,11 +12,14 @@ import numpy as np
 
 BUCKETS = 1024
 STRETCH = 65536  # captions whose sums are in the cache at a time
-ROUNDING = 1e-5  # how far a float32 sum over one caption may be from the double-precision similarity
+# how far a float32 sum over one caption may be from the double-precision similarity
+ROUNDING = 1e-5
 
 
 def _compiled(function: Callable) -> Callable:
-    """`function` compiled without the interpreter lock; kept on disk where some cache folder can be written."""
+    """`function` compiled without the interpreter lock; kept on disk where some cache folder can be
+    written.
+    """
     try:
         return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:
@@ -23,20 +28,27 @@ def _compiled(function: Callable) -> Callable:
 
 @_compiled
 def count_terms(flat, lengths, terms, counts):
-    """Term lists end to end [T] -> distinct terms of each caption, sorted, with counts; gives back the distinct per caption [N]."""
+    """Term lists end to end [T] -> distinct terms of each caption, sorted, with counts; gives back
+    the distinct per caption [N].
+    """
     distinct = np.empty(len(lengths), np.int32)
     start = end = 0
+
     for caption in range(len(lengths)):
         row = np.sort(flat[start : start + lengths[caption]])
         start += lengths[caption]
         first = end
+
         for term in row:
             if end > first and terms[end - 1] == term:
                 counts[end - 1] = min(counts[end - 1] + 1, 65535)
             else:
-                terms[end], counts[end] = term, 1
+                terms[end] = term
+                counts[end] = 1
                 end += 1
+
         distinct[caption] = end - first
+
     return distinct
 
 
@@ -56,37 +68,48 @@ def norms(starts, terms, counts, idf):
         for e in range(starts[caption], starts[caption + 1]):
             total += (counts[e] * idf[terms[e]]) ** 2
         result[caption] = np.sqrt(total)
+
     return result
 
 
 @_compiled
 def permuted_rows(starts, terms, counts, idf, lengths, order, rank, new_starts, new_terms, weights):
-    """Rows in the `order` [N] given, terms renamed by `rank` [V] and sorted, weights divided by `lengths` [N]."""
+    """Rows in the `order` [N] given, terms renamed by `rank` [V] and sorted, weights divided by
+    `lengths` [N].
+    """
     end = 0
+
     for position in range(len(order)):
         caption = order[position]
-        first, last = starts[caption], starts[caption + 1]
+        first = starts[caption]
+        last = starts[caption + 1]
         sequence = np.argsort(rank[terms[first:last]])
+
         for step in sequence:
             e = first + step
             new_terms[end] = rank[terms[e]]
             weights[end] = counts[e] * idf[terms[e]] / lengths[caption]
             end += 1
+
         new_starts[position + 1] = end
 
 
 @_compiled
 def invert(starts, terms, weights, list_starts, captions, impacts):
-    """Rows -> for each term its captions in order with their weights; list_starts [V + 1] is filled as well."""
+    """Rows -> for each term its captions in order with their weights; list_starts [V + 1] is filled
+    as well.
+    """
     for term in terms:
         list_starts[term + 1] += 1
     for term in range(len(list_starts) - 1):
         list_starts[term + 1] += list_starts[term]
+
     free = list_starts[:-1].copy()
     for caption in range(len(starts) - 1):
         for e in range(starts[caption], starts[caption + 1]):
             place = free[terms[e]]
-            captions[place], impacts[place] = caption, weights[e]
+            captions[place] = caption
+            impacts[place] = weights[e]
             free[terms[e]] += 1
 
 
@@ -94,7 +117,9 @@ def invert(starts, terms, weights, list_starts, captions, impacts):
 def similarity(starts, terms, weights, query, other):
     """Cosine of two rows in double precision, summed in the order of terms."""
     total = 0.0
-    q, o = starts[query], starts[other]
+    q = starts[query]
+    o = starts[other]
+
     while q < starts[query + 1] and o < starts[other + 1]:
         if terms[q] == terms[o]:
             total += np.float64(weights[q]) * np.float64(weights[o])
@@ -104,6 +129,7 @@ def similarity(starts, terms, weights, query, other):
             q += 1
         else:
             o += 1
+
     return total
 
 
@@ -114,48 +140,69 @@ def similarities(starts, terms, weights, queries, others):
     for pair in range(len(queries)):
         if others[pair] >= 0:
             result[pair] = similarity(starts, terms, weights, queries[pair], others[pair])
+
     return result
 
 
 @_compiled
 def choose_lists(query, budget, rest, rows, lists, places, ends):
-    """Which part of the list of each term is read, rarest term first, until `budget` entries are spent or what is left of the
-    query's row is no longer than `rest`: how many lists, and the length of what is left. No sum misses more than that.
+    """Which part of the list of each term is read, rarest term first, until `budget` entries are
+    spent or what is left of the query's row is no longer than `rest`: how many lists, and the
+    length of what is left. No sum misses more than that.
     """
-    starts, terms, weights = rows[0], rows[1], rows[2]
+    starts = rows[0]
+    terms = rows[1]
+    weights = rows[2]
     missing = 0.0
     for e in range(starts[query], starts[query + 1]):
         missing += np.float64(weights[e]) ** 2
-    number, left = 0, budget
+
+    number = 0
+    left = budget
+
     for e in range(starts[query + 1] - 1, starts[query] - 1, -1):
         if left <= 0 or missing <= rest * rest:
             break
-        begin, end = lists[0][terms[e]], lists[0][terms[e] + 1]
+
+        begin = lists[0][terms[e]]
+        end = lists[0][terms[e] + 1]
         take = min(end - begin, left)
-        places[number], ends[number] = begin, begin + take
-        number, left = number + 1, left - take
+        places[number] = begin
+        ends[number] = begin + take
+        number = number + 1
+        left = left - take
         if take == end - begin:
             missing -= np.float64(weights[e]) ** 2
+
     return number, np.sqrt(max(missing, 0.0))
 
 
 @_compiled
 def add_lists(query, number, scale, rows, lists, scratch):
-    """Sums the weights that captions share with the query over the chosen lists; how many captions have a sum in a bucket.
+    """Sums the weights that captions share with the query over the chosen lists; how many captions
+    have a sum in a bucket.
 
-    Goes through the captions in stretches whose sums stay in the processor's cache. The captions and their sums end up in
-    the scratch in order, the number of sums in each bucket in the histogram.
+    Goes through the captions in stretches whose sums stay in the processor's cache. The captions
+    and their sums end up in the scratch in order, the number of sums in each bucket in the
+    histogram.
     """
-    weights, list_captions, impacts = rows[2], lists[1], lists[2]
+    weights = rows[2]
+    list_captions = lists[1]
+    impacts = lists[2]
     sums, touched, captions, partial, histogram, places, ends = scratch[:7]
     last = rows[0][query + 1] - 1
     histogram[:] = 0
     total = 0
+
     for base in range(0, len(rows[0]) - 1, len(sums)):
         stop = base + len(sums)
         count = 0
+
         for i in range(number):
-            place, end, weight = places[i], ends[i], weights[last - i]
+            place = places[i]
+            end = ends[i]
+            weight = weights[last - i]
+
             while place < end and list_captions[place] < stop:
                 local = list_captions[place] - base
                 before = sums[local]
@@ -163,52 +210,78 @@ def add_lists(query, number, scale, rows, lists, scratch):
                 count += before == 0.0
                 sums[local] = before + weight * impacts[place]
                 place += 1
+
             places[i] = place
+
         for i in range(count):
             local = touched[i]
             value = sums[local]
             sums[local] = 0.0
             bucket = int(value * scale)
+
             if bucket < len(histogram):
                 histogram[bucket] += 1
-                captions[total], partial[total] = base + local, value
+                captions[total] = base + local
+                partial[total] = value
                 total += 1
+
     return total
 
 
 @_compiled
 def keep(score, caption, scores, kept, count):
-    """Insertion into the best K so far, by score, then by lower caption number; gives back the new count."""
+    """Insertion into the best K so far, by score, then by lower caption number; gives back the new
+    count.
+    """
     size = len(kept)
-    if count == size and (score < scores[size - 1] or (score == scores[size - 1] and caption > kept[size - 1])):
+    if count == size and (
+        score < scores[size - 1] or (score == scores[size - 1] and caption > kept[size - 1])
+    ):
         return count
+
     place = min(count, size - 1)
-    while place > 0 and (scores[place - 1] < score or (scores[place - 1] == score and kept[place - 1] > caption)):
-        scores[place], kept[place] = scores[place - 1], kept[place - 1]
+    while place > 0 and (
+        scores[place - 1] < score or (scores[place - 1] == score and kept[place - 1] > caption)
+    ):
+        scores[place] = scores[place - 1]
+        kept[place] = kept[place - 1]
         place -= 1
-    scores[place], kept[place] = score, caption
+
+    scores[place] = score
+    kept[place] = caption
+
     return min(count + 1, size)
 
 
 @_compiled
 def next_buckets(upper, wanted, histogram):
-    """Lowest bucket of the range under `upper` that holds at least `wanted` sums or all the rest, and how many it holds."""
-    lower, batch = upper, 0
+    """Lowest bucket of the range under `upper` that holds at least `wanted` sums or all the rest,
+    and how many it holds.
+    """
+    lower = upper
+    batch = 0
     while lower > 0 and batch < wanted:
         lower -= 1
         batch += histogram[lower]
+
     return lower, batch
 
 
 @_compiled
 def score_exactly(query, total, lower, upper, scale, below, rows, scratch, scores, kept, found):
-    """Scores captions whose sums lie in the buckets lower .. upper - 1, and keeps what is allowed; the count kept."""
+    """Scores captions whose sums lie in the buckets lower .. upper - 1, and keeps what is allowed;
+    the count kept.
+    """
     starts, terms, weights, images, texts, original = rows
-    captions, partial, dense = scratch[2], scratch[3], scratch[7]
+    captions = scratch[2]
+    partial = scratch[3]
+    dense = scratch[7]
+
     for i in range(total):
         bucket = int(partial[i] * scale)
         if bucket < lower or bucket >= upper:
             continue
+
         other = captions[i]
         score = 0.0
         for e in range(starts[other], starts[other + 1]):
@@ -217,26 +290,37 @@ def score_exactly(query, total, lower, upper, scale, below, rows, scratch, score
             continue
         if images[other] != images[query] and texts[other] != texts[query]:
             found = keep(score, original[other], scores, kept, found)
+
     return found
 
 
 @_compiled
 def search_one(query, budget, rest, limit, certain, below, rows, lists, scratch, scores, kept):
-    """The best K of one caption, from at most `budget` entries of its lists; gives back how many there are."""
+    """The best K of one caption, from at most `budget` entries of its lists; gives back how many
+    there are.
+    """
     histogram = scratch[4]
     scale = (len(histogram) - 1) / (below + ROUNDING)
     number, missing = choose_lists(query, budget, rest, rows, lists, scratch[5], scratch[6])
     total = add_lists(query, number, scale, rows, lists, scratch)
-    found, seen, upper = 0, 0, len(histogram)
+    found = 0
+    seen = 0
+    upper = len(histogram)
+
     while upper > 0:
         lower, batch = next_buckets(upper, max(limit - seen, seen, 4 * len(kept)), histogram)
-        found = score_exactly(query, total, lower, upper, scale, below, rows, scratch, scores, kept, found)
-        seen, upper = seen + batch, lower
+        found = score_exactly(
+            query, total, lower, upper, scale, below, rows, scratch, scores, kept, found
+        )
+        seen = seen + batch
+        upper = lower
+
         if found == len(kept):
             if certain and scores[found - 1] > upper / scale + missing + ROUNDING:
                 return found
             if not certain and seen >= limit:
                 return found
+
     return found if missing == 0.0 or not certain else -1
 
 
@@ -244,21 +328,46 @@ def search_one(query, budget, rest, limit, certain, below, rows, lists, scratch,
 def search(queries, budget, rest, limit, certain, below, rows, lists, scratch, scores, kept):
     """Fills `kept` [Q, K] with original numbers, best first, and `scores` [Q, K].
 
-    `certain`: go on until nothing left can be better; otherwise stop when `limit` captions were scored. A caption that
-    finds fewer than K tries again with eight times the budget, until its lists are read whole.
+    `certain`: go on until nothing left can be better; otherwise stop when `limit` captions were
+    scored. A caption that finds fewer than K tries again with eight times the budget, until its
+    lists are read whole.
     """
-    starts, terms, weights, dense = rows[0], rows[1], rows[2], scratch[7]
+    starts = rows[0]
+    terms = rows[1]
+    weights = rows[2]
+    dense = scratch[7]
+
     for row in range(len(queries)):
-        query, entries = queries[row], 0
+        query = queries[row]
+        entries = 0
         for e in range(starts[query], starts[query + 1]):
             dense[terms[e]] = weights[e]
             entries += lists[0][terms[e] + 1] - lists[0][terms[e]]
-        spend, leave = budget, rest
+
+        spend = budget
+        leave = rest
+
         while entries > 0:
-            found = search_one(query, spend, leave, limit, certain, below, rows, lists, scratch, scores[row], kept[row])
+            found = search_one(
+                query,
+                spend,
+                leave,
+                limit,
+                certain,
+                below,
+                rows,
+                lists,
+                scratch,
+                scores[row],
+                kept[row],
+            )
             if found == kept.shape[1] or (spend >= entries and leave == 0.0):
                 break
-            spend, leave = (entries if spend >= entries // 8 else spend * 8), 0.0
-            kept[row], scores[row] = -1, -1.0
+
+            spend = entries if spend >= entries // 8 else spend * 8
+            leave = 0.0
+            kept[row] = -1
+            scores[row] = -1.0
+
         for e in range(starts[query], starts[query + 1]):
             dense[terms[e]] = 0.0

@@ -17,6 +17,7 @@ def mean_features(corpus: Corpus, block: int = 256) -> torch.Tensor:
         regions = read_regions(corpus, images, int(corpus.region_counts.max()))
         sums = np.add.reduceat(regions.features.astype(np.float32), regions.offsets[:-1], axis=0)
         means[images] = sums / regions.counts[:, None]
+
     return torch.from_numpy(means)
 
 
@@ -28,10 +29,12 @@ def nearest_images(means: torch.Tensor, neighbours: int, block: int) -> np.ndarr
     images = len(means)
     squares = means.square().sum(dim=1)
     found = np.empty((images, neighbours), np.int32)
+
     for start in progress(range(0, images, block), desc="neighbours", unit="block"):
         rows = means[start : start + block]
         distance = squares - 2 * rows @ means.T  # the rows' own squares change no order
         distance[torch.arange(len(rows)), torch.arange(start, start + len(rows))] = torch.inf
         nearest = distance.topk(neighbours, dim=1, largest=False).indices
         found[start : start + len(rows)] = nearest.numpy()
+
     return found

@@ -1,6 +1,8 @@
-"""Hard negatives by TF-IDF: for each caption the most similar captions below a similarity, of other images (paper's rule).
+"""Hard negatives by TF-IDF: for each caption the most similar captions below a similarity, of other
+images (paper's rule).
 
-The answer depends on nothing but the captions and the options: not on threads, blocks, or whether a command was killed.
+The answer depends on nothing but the captions and the options: not on threads, blocks, or whether a
+command was killed.
 """
 
 import dataclasses
@@ -20,7 +22,9 @@ from megatron_interbert.preparation.mining.work import WorkFolder
 
 SLICE = 64  # captions that a thread takes at a time
 UNLIMITED = 1 << 60
-REST = 0.25  # length of a row's frequent terms that the exact search leaves to be scored later; the answer is the same
+# length of a row's frequent terms that the exact search leaves to be scored later; the answer is
+# the same
+REST = 0.25
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 
 
@@ -48,10 +52,14 @@ class MiningOptions:
         for name in ("budget", "candidates", "top", "block"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} {getattr(self, name)}: expected a number above 0")
+
         if not 0 < self.max_similarity <= 1:
             raise UsageError(f"--max-similarity {self.max_similarity}: expected above 0, up to 1")
         if not self.ngrams or not all(0 < n <= 8 for n in self.ngrams):
-            raise UsageError(f"--ngrams {','.join(map(str, self.ngrams))}: expected lengths from 1 to 8, such as 1,2")
+            raise UsageError(
+                f"--ngrams {','.join(map(str, self.ngrams))}: expected lengths from 1 to 8, such"
+                " as 1,2"
+            )
 
 
 Scratch = tuple[np.ndarray, ...]  # what one thread writes to
@@ -61,29 +69,39 @@ class Searcher:
     """Finds negatives in an index, with `threads` threads."""
 
     def __init__(self, index: TermIndex, options: MiningOptions, threads: int = 1) -> None:
-        self.index, self.options, self.threads = index, options, threads
+        self.index = index
+        self.options = options
+        self.threads = threads
         self.loops = kernels()
         self._scratch: queue.SimpleQueue[Scratch] = queue.SimpleQueue()
         for _ in range(threads):
             self._scratch.put(self._new_scratch())
 
     def _new_scratch(self) -> Scratch:
-        number, terms = len(self.index.original), len(self.index.list_starts) - 1
+        number = len(self.index.original)
+        terms = len(self.index.list_starts) - 1
         longest = int(np.diff(self.index.starts).max(initial=0))
+
         return (
             np.zeros(self.loops.STRETCH, np.float32),  # sums of a stretch of captions
             np.empty(self.loops.STRETCH + 1, np.int32),  # which of them are not 0
             np.empty(number, np.int32),  # captions that share a term with the query
             np.empty(number, np.float32),  # and their sums
             np.zeros(self.loops.BUCKETS + 1, np.int64),  # histogram of the sums
-            *(np.empty(longest, np.int64), np.empty(longest, np.int64)),  # places in lists, and their ends
+            # places in lists, and their ends
+            *(np.empty(longest, np.int64), np.empty(longest, np.int64)),
             np.zeros(terms, np.float64),  # weights of the query by term
         )
 
     def search(
-        self, captions: np.ndarray, mode: str | None = None, progress: Callable[[int], object] = lambda done: None
+        self,
+        captions: np.ndarray,
+        mode: str | None = None,
+        progress: Callable[[int], object] = lambda done: None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Negatives int32 [Q, K] of `captions` [Q], padded with -1, and their similarities float64 [Q, K]."""
+        """Negatives int32 [Q, K] of `captions` [Q], padded with -1, and their similarities float64
+        [Q, K].
+        """
         exact = (mode or self.options.mode) == "exact"
         found = np.full((len(captions), self.options.top), -1, dtype=np.int32)
         scores = np.full((len(captions), self.options.top), -1.0)
@@ -96,35 +114,54 @@ class Searcher:
         with ThreadPoolExecutor(self.threads) as pool:
             for done in pool.map(work, range(0, len(captions), SLICE)):
                 progress(done)
+
         return found, scores
 
-    def _search(self, queries: np.ndarray, exact: bool, scores: np.ndarray, found: np.ndarray) -> None:
-        index, options, scratch = self.index, self.options, self._scratch.get()
+    def _search(
+        self, queries: np.ndarray, exact: bool, scores: np.ndarray, found: np.ndarray
+    ) -> None:
+        index = self.index
+        options = self.options
+        scratch = self._scratch.get()
         rows = (index.starts, index.terms, index.weights, index.images, index.texts, index.original)
         lists = (index.list_starts, index.captions, index.impacts)
         limits = (UNLIMITED, REST, 0) if exact else (options.budget, 0.0, options.candidates)
-        self.loops.search(queries, *limits, exact, options.max_similarity, rows, lists, scratch, scores, found)
+        self.loops.search(
+            queries, *limits, exact, options.max_similarity, rows, lists, scratch, scores, found
+        )
         self._scratch.put(scratch)
 
     def similarity(self, captions: np.ndarray, others: np.ndarray) -> np.ndarray:
         """Cosine of pairs of captions [P], float64; -1 where `others` is -1."""
         index = self.index
         inside = np.where(others >= 0, index.position[others], -1)
-        return self.loops.similarities(index.starts, index.terms, index.weights, index.position[captions], inside)
 
-    def recall(self, table: np.ndarray, sample: int, captions: np.ndarray | None = None) -> tuple[float, float]:
-        """Share of the exact search's negatives that `table` has, and how much less similar its own are on average.
+        return self.loops.similarities(
+            index.starts, index.terms, index.weights, index.position[captions], inside
+        )
+
+    def recall(
+        self, table: np.ndarray, sample: int, captions: np.ndarray | None = None
+    ) -> tuple[float, float]:
+        """Share of the exact search's negatives that `table` has, and how much less similar its own
+        are on average.
 
         Over `sample` captions, always the same ones, of all or of `captions`.
         """
-        drawn = np.random.default_rng(0).permutation(len(table) if captions is None else captions)[:sample]
+        drawn = np.random.default_rng(0).permutation(len(table) if captions is None else captions)[
+            :sample
+        ]
         exact, scores = self.search(drawn, "exact")
         rows = np.asarray(table[drawn])
-        hits = sum(len(np.intersect1d(a[a >= 0], b[b >= 0])) for a, b in zip(exact, rows, strict=True))
+        hits = sum(
+            len(np.intersect1d(a[a >= 0], b[b >= 0])) for a, b in zip(exact, rows, strict=True)
+        )
         own = self.similarity(np.repeat(drawn, rows.shape[1]), rows.ravel())
-        own, wanted = own[own >= 0], scores[scores >= 0]
+        own = own[own >= 0]
+        wanted = scores[scores >= 0]
         if not len(wanted):
             return 1.0, 0.0
+
         return hits / len(wanted), float(wanted.mean() - (own.mean() if len(own) else 0.0))
 
 
@@ -138,11 +175,14 @@ def mine(
     examples: int = 0,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Write hard_negatives.npy of a store (docs/region_store.md), going on from what an earlier call has left; a summary.
+    """Write hard_negatives.npy of a store (docs/region_store.md), going on from what an earlier
+    call has left; a summary.
 
-    The summary has captions, negatives, without, first, last (mean similarities), and recall, lost, examples where asked for.
+    The summary has captions, negatives, without, first, last (mean similarities), and recall, lost,
+    examples where asked for.
     """
     folder = WorkFolder(store, dataclasses.asdict(options))
+
     try:
         with folder:
             summary = None if restart else folder.published()
@@ -152,6 +192,7 @@ def mine(
                 raise UsageError(f"{folder.output}: exists already; give --overwrite to replace it")
             if not store.num_captions:
                 raise UsageError(f"{store.path}: holds no captions, so there is nothing to mine")
+
             folder.open(restart)
             searcher = Searcher(_index(store, options, progress), options, threads)
             _mine_blocks(folder, searcher, progress)
@@ -159,11 +200,15 @@ def mine(
             summary = summarise(searcher, table)
             if check_recall:
                 summary["recall"], summary["lost"] = searcher.recall(table, check_recall)
+
             summary["examples"] = show(store, searcher, table, examples)
             folder.publish(summary)
+
             return summary
     except OSError as error:
-        raise UsageError(f"{folder.path}: cannot be written ({error}); make room or make the store writable") from error
+        raise UsageError(
+            f"{folder.path}: cannot be written ({error}); make room or make the store writable"
+        ) from error
 
 
 def _index(store: RegionStore, options: MiningOptions, progress: Progress) -> TermIndex:
@@ -174,6 +219,7 @@ def _index(store: RegionStore, options: MiningOptions, progress: Progress) -> Te
                 yield store.caption(number)
                 if number % 4096 == 4095:
                     advance(4096)
+
             advance(store.num_captions % 4096)
 
         return build_index(captions(), store.caption_image, options.ngrams)
@@ -184,21 +230,31 @@ def _mine_blocks(folder: WorkFolder, searcher: Searcher, progress: Progress) -> 
     with progress("mining", sum(len(folder.rows_of(number)) for number in missing)) as advance:
         for number in missing:
             rows = folder.rows_of(number)
-            folder.write_block(number, searcher.search(np.arange(rows.start, rows.stop), progress=advance)[0])
+            folder.write_block(
+                number, searcher.search(np.arange(rows.start, rows.stop), progress=advance)[0]
+            )
 
 
 def summarise(searcher: Searcher, table: np.ndarray) -> dict[str, Any]:
-    """Counts of a table int32 [captions, K], and mean similarity of the first and of the last negative of each caption."""
-    kept, first, last = 0, 0.0, 0.0
+    """Counts of a table int32 [captions, K], and mean similarity of the first and of the last
+    negative of each caption.
+    """
+    kept = 0
+    first = 0.0
+    last = 0.0
     filled = 0
+
     for start in range(0, len(table), 1 << 20):
         rows = np.asarray(table[start : start + (1 << 20)])
         counts = (rows >= 0).sum(axis=1)
         some = np.flatnonzero(counts)
-        kept, filled = kept + int(counts.sum()), filled + len(some)
+        kept = kept + int(counts.sum())
+        filled = filled + len(some)
         first += float(searcher.similarity(start + some, rows[some, 0]).sum())
         last += float(searcher.similarity(start + some, rows[some, counts[some] - 1]).sum())
+
     mean = kept / len(table)
+
     return {
         "captions": len(table),
         "negatives": mean,
@@ -208,13 +264,21 @@ def summarise(searcher: Searcher, table: np.ndarray) -> dict[str, Any]:
     }
 
 
-def show(store: RegionStore, searcher: Searcher, table: np.ndarray, number: int, seed: int = 0) -> list[str]:
-    """Lines with `number` captions, each followed by its three hardest negatives and their similarity."""
+def show(
+    store: RegionStore, searcher: Searcher, table: np.ndarray, number: int, seed: int = 0
+) -> list[str]:
+    """Lines with `number` captions, each followed by its three hardest negatives and their
+    similarity.
+    """
     lines = []
+
     for caption in np.random.default_rng(seed).permutation(len(table))[:number]:
         others = np.asarray(table[caption, :3])
         lines.append(store.caption(int(caption)))
-        for other, score in zip(others, searcher.similarity(np.full(len(others), caption), others), strict=True):
+        for other, score in zip(
+            others, searcher.similarity(np.full(len(others), caption), others), strict=True
+        ):
             if other >= 0:
                 lines.append(f"    {score:.3f}  {store.caption(int(other))}")
+
     return lines

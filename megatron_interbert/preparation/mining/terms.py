@@ -1,4 +1,6 @@
-"""Terms of captions and their TF-IDF rows: words, and n-grams inside runs of Chinese, Japanese or Korean characters."""
+"""Terms of captions and their TF-IDF rows: words, and n-grams inside runs of Chinese, Japanese or
+Korean characters.
+"""
 
 import hashlib
 import re
@@ -26,7 +28,10 @@ def kernels() -> ModuleType:
     try:
         from megatron_interbert.preparation.mining import kernels
     except ImportError as error:
-        raise UsageError(f"mining hard negatives needs numba ({error}): pip install numba") from error
+        raise UsageError(
+            f"mining hard negatives needs numba ({error}): pip install numba"
+        ) from error
+
     return kernels
 
 
@@ -36,12 +41,14 @@ def normalise(text: str) -> str:
 
 
 def terms_of(text: str, ngrams: Sequence[int] = (1, 2)) -> list[str]:
-    """Terms of a normalised text: words of letters and digits, and all n-grams of each run of CJK characters.
+    """Terms of a normalised text: words of letters and digits, and all n-grams of each run of CJK
+    characters.
 
     A run shorter than the shortest n-gram is a term itself.
     """
     if text.isascii():
         return ASCII_WORDS.findall(text)
+
     terms: list[str] = []
     for run, word in RUNS.findall(text):
         if word:
@@ -50,17 +57,27 @@ def terms_of(text: str, ngrams: Sequence[int] = (1, 2)) -> list[str]:
             terms.append(run)
         else:
             terms.extend(run[i : i + n] for n in ngrams for i in range(len(run) - n + 1))
+
     return terms
 
 
 def text_key(text: str) -> int:
-    """64 bits that stand for a normalised text; two texts that met by chance would only lose a candidate."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True)
+    """64 bits that stand for a normalised text; two texts that met by chance would only lose a
+    candidate.
+    """
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(),
+        "little",
+        signed=True,
+    )
 
 
 @dataclass
 class Counts:
-    """Distinct terms of each caption with their counts. N captions, E entries, V terms, in order of first appearance."""
+    """Distinct terms of each caption with their counts.
+
+    N captions, E entries, V terms, in order of first appearance.
+    """
 
     starts: np.ndarray  # int64 [N + 1]
     terms: np.ndarray  # int32 [E]
@@ -72,14 +89,21 @@ class Counts:
 def count_terms(captions: Iterable[str], ngrams: Sequence[int]) -> Counts:
     """Read all captions once; memory beyond the result is one chunk and the vocabulary."""
     vocabulary: dict[str, int] = {}
-    parts: list[tuple[np.ndarray, ...]] = [_count_chunk(chunk, vocabulary, ngrams) for chunk in _chunks(captions)]
+    parts: list[tuple[np.ndarray, ...]] = [
+        _count_chunk(chunk, vocabulary, ngrams) for chunk in _chunks(captions)
+    ]
     starts = np.zeros(sum(len(part[0]) for part in parts) + 1, dtype=np.int64)
     np.cumsum(np.concatenate([part[0] for part in parts]) if parts else [], out=starts[1:])
     joined = []
+
     for column, dtype in ((1, np.int32), (2, np.uint16), (3, np.int64)):
-        joined.append(np.concatenate([part[column] for part in parts]) if parts else np.zeros(0, dtype))
+        joined.append(
+            np.concatenate([part[column] for part in parts]) if parts else np.zeros(0, dtype)
+        )
+
     frequencies = np.zeros(len(vocabulary), dtype=np.int64)
     kernels().add_document_frequencies(joined[0], frequencies)
+
     return Counts(starts, joined[0], joined[1], frequencies, joined[2])
 
 
@@ -90,20 +114,35 @@ def _chunks(captions: Iterable[str]) -> Iterator[list[str]]:
         if len(chunk) == CHUNK:
             yield chunk
             chunk = []
+
     if chunk:
         yield chunk
 
 
-def _count_chunk(chunk: list[str], vocabulary: dict[str, int], ngrams: Sequence[int]) -> tuple[np.ndarray, ...]:
-    flat, lengths = array("i"), array("i")
+def _count_chunk(
+    chunk: list[str], vocabulary: dict[str, int], ngrams: Sequence[int]
+) -> tuple[np.ndarray, ...]:
+    flat = array("i")
+    lengths = array("i")
+
     for text in chunk:
         before = len(flat)
-        flat.extend([vocabulary.setdefault(term, len(vocabulary)) for term in terms_of(text, ngrams)])
+        flat.extend(
+            [vocabulary.setdefault(term, len(vocabulary)) for term in terms_of(text, ngrams)]
+        )
         lengths.append(len(flat) - before)
-    terms, counts = np.empty(len(flat), np.int32), np.empty(len(flat), np.uint16)
+
+    terms = np.empty(len(flat), np.int32)
+    counts = np.empty(len(flat), np.uint16)
     distinct = kernels().count_terms(_int32(flat), _int32(lengths), terms, counts)
     total = int(distinct.sum())
-    return distinct, terms[:total].copy(), counts[:total].copy(), np.array([text_key(text) for text in chunk], dtype=np.int64)
+
+    return (
+        distinct,
+        terms[:total].copy(),
+        counts[:total].copy(),
+        np.array([text_key(text) for text in chunk], dtype=np.int64),
+    )
 
 
 def _int32(values: array) -> np.ndarray:
@@ -114,8 +153,9 @@ def _int32(values: array) -> np.ndarray:
 class TermIndex:
     """TF-IDF rows and lists of captions by term.
 
-    Inside, captions are numbered by the length of their row before normalising, so that the list of a term runs in memory order
-    and also from high to low weight (where the term occurs once); terms are numbered by falling frequency, rarest last.
+    Inside, captions are numbered by the length of their row before normalising, so that the list of
+    a term runs in memory order and also from high to low weight (where the term occurs once); terms
+    are numbered by falling frequency, rarest last.
     """
 
     original: np.ndarray  # int32 [N], the caption's number in the store
@@ -130,11 +170,16 @@ class TermIndex:
     images: np.ndarray  # int64 [N]
 
 
-def build_index(captions: Iterable[str], images: np.ndarray, ngrams: Sequence[int] = (1, 2)) -> TermIndex:
-    """TF-IDF (raw count x (ln((1 + N) / (1 + df)) + 1), rows of length 1) of all captions and its inversion."""
+def build_index(
+    captions: Iterable[str], images: np.ndarray, ngrams: Sequence[int] = (1, 2)
+) -> TermIndex:
+    """TF-IDF (raw count x (ln((1 + N) / (1 + df)) + 1), rows of length 1) of all captions and its
+    inversion.
+    """
     loops = kernels()
     counted = count_terms(captions, ngrams)
-    number, entries = len(counted.texts), len(counted.terms)
+    number = len(counted.texts)
+    entries = len(counted.terms)
     idf = np.log((1 + number) / (1 + counted.frequencies)) + 1
     by_frequency = np.argsort(-counted.frequencies, kind="stable")
     rank = np.empty(len(idf), dtype=np.int32)
@@ -143,11 +188,29 @@ def build_index(captions: Iterable[str], images: np.ndarray, ngrams: Sequence[in
     original = np.argsort(lengths, kind="stable").astype(np.int32)
     position = np.empty(number, dtype=np.int32)
     position[original] = np.arange(number, dtype=np.int32)
-    starts, terms, weights = np.zeros(number + 1, np.int64), np.empty(entries, np.int32), np.empty(entries, np.float32)
-    loops.permuted_rows(counted.starts, counted.terms, counted.counts, idf, lengths, original, rank, starts, terms, weights)
+    starts = np.zeros(number + 1, np.int64)
+    terms = np.empty(entries, np.int32)
+    weights = np.empty(entries, np.float32)
+    loops.permuted_rows(
+        counted.starts,
+        counted.terms,
+        counted.counts,
+        idf,
+        lengths,
+        original,
+        rank,
+        starts,
+        terms,
+        weights,
+    )
     texts = counted.texts[original]
     del counted
-    list_starts, holders, impacts = np.zeros(len(idf) + 1, np.int64), np.empty(entries, np.int32), np.empty(entries, np.float32)
+    list_starts = np.zeros(len(idf) + 1, np.int64)
+    holders = np.empty(entries, np.int32)
+    impacts = np.empty(entries, np.float32)
     loops.invert(starts, terms, weights, list_starts, holders, impacts)
     images = np.asarray(images, dtype=np.int64)[original]
-    return TermIndex(original, position, starts, terms, weights, list_starts, holders, impacts, texts, images)
+
+    return TermIndex(
+        original, position, starts, terms, weights, list_starts, holders, impacts, texts, images
+    )

@@ -1,4 +1,6 @@
-"""What mining has done so far, kept beside hard_negatives.npy so that a killed command goes on and ends in the same table."""
+"""What mining has done so far, kept beside hard_negatives.npy so that a killed command goes on and
+ends in the same table.
+"""
 
 import json
 import os
@@ -24,24 +26,32 @@ from megatron_interbert.preparation.work_folder import (
 from megatron_interbert.reading import read_json, reading
 
 FORMAT = 1
-PLAN, ASSEMBLED, DONE = "plan.json", "assembled.npy", "done.json"
+PLAN = "plan.json"
+ASSEMBLED = "assembled.npy"
+DONE = "done.json"
 BLOCKS = ("block-" + 6 * "[0-9]" + "*.npy",)
 # All that a work folder holds, in the order in which it goes: the plan says what blocks belong to,
 # and the mark that all is done goes last.
-UNFINISHED = tuple(f"{name}{end}" for name in ("block-*.npy", PLAN, DONE) for end in (".tmp", ".partial"))
+UNFINISHED = tuple(
+    f"{name}{end}" for name in ("block-*.npy", PLAN, DONE) for end in (".tmp", ".partial")
+)
 OURS = (*BLOCKS, *UNFINISHED, ASSEMBLED, PLAN, DONE)
 
 
 class WorkFolder:
-    """`hard_negatives.npy.partial` beside the output: the plan, a file for each finished block, the table being assembled.
+    """`hard_negatives.npy.partial` beside the output: the plan, a file for each finished block, the
+    table being assembled.
 
-    Held by one process at a time. A command killed anywhere finds here what it needs to end in the same table.
+    Held by one process at a time. A command killed anywhere finds here what it needs to end in the
+    same table.
     """
 
     def __init__(self, store: RegionStore, options: dict[str, Any]) -> None:
         self.output = store.path / HARD_NEGATIVES
         self.path = store.path / f"{HARD_NEGATIVES}.partial"
-        self.block, self.top, self.captions = options["block"], options["top"], store.num_captions
+        self.block = options["block"]
+        self.top = options["top"]
+        self.captions = store.num_captions
         self.plan = {
             "format": FORMAT,
             "store_sha256": file_sha256(store.path / MANIFEST),
@@ -59,22 +69,34 @@ class WorkFolder:
             os.close(self._lock)
 
     def open(self, restart: bool) -> None:
-        """Make the folder, or find the one of the same plan; UsageError when it belongs to another plan or process."""
-        self._lock = lock_folder(self.path, "another command is mining this store; let it end first")
+        """Make the folder, or find the one of the same plan.
+
+        UsageError when it belongs to another plan or process.
+        """
+        self._lock = lock_folder(
+            self.path, "another command is mining this store; let it end first"
+        )
         refuse_strangers(self.path, OURS)
         if restart:
             remove_own(self.path, OURS)
 
         if not (self.path / PLAN).exists():
             if own_names(self.path, BLOCKS):
-                raise UsageError(f"{self.path}: finished blocks without their {PLAN}; put it back, or --restart to throw them away")
+                raise UsageError(
+                    f"{self.path}: finished blocks without their {PLAN}; put it back, or --restart"
+                    " to throw them away"
+                )
+
             write_json(self.path / PLAN, self.plan)
             return
 
         found = read_json(self.path / PLAN, "mining plan")
         differing = [key for key in self.plan if found.get(key) != self.plan[key]]
         if differing:
-            was, now = (", ".join(f"{key} {plan.get(key)}" for key in differing) for plan in (found, self.plan))
+            was, now = (
+                ", ".join(f"{key} {plan.get(key)}" for key in differing)
+                for plan in (found, self.plan)
+            )
             raise UsageError(
                 f"{self.path}: unfinished work with {was}, now {now}; give the command as it was,"
                 " or --restart to throw that work away"
@@ -85,20 +107,24 @@ class WorkFolder:
         return range(number * self.block, min((number + 1) * self.block, self.captions))
 
     def read_block(self, number: int) -> np.ndarray | None:
-        """The rows of a block, or None when there is none that can be used, said where there is one that cannot. Unreadable
-        where nobody can say.
+        """The rows of a block, or None when there is none that can be used, said where there is one
+        that cannot. Unreadable where nobody can say.
         """
         path = self._block_path(number)
+
         try:
             with reading(path):
                 rows = read_neighbours(path, len(self.rows_of(number)), self.captions)
             if rows.shape[1] != self.top or rows.dtype != np.int32:
-                raise NoTable(f"{rows.dtype} with {rows.shape[1]} columns, expected int32 with {self.top}")
+                raise NoTable(
+                    f"{rows.dtype} with {rows.shape[1]} columns, expected int32 with {self.top}"
+                )
         except FileNotFoundError:
             return None
         except NoTable as error:
             print(f"note: {path}: {error}; it is made anew", file=sys.stderr, flush=True)
             return None
+
         return rows
 
     def write_block(self, number: int, rows: np.ndarray) -> None:
@@ -111,14 +137,24 @@ class WorkFolder:
 
     def assemble(self) -> np.ndarray:
         """All blocks in one file of the work folder, as a read-only map."""
-        header = {"descr": np.dtype(np.int32).str, "fortran_order": False, "shape": (self.captions, self.top)}
+        header = {
+            "descr": np.dtype(np.int32).str,
+            "fortran_order": False,
+            "shape": (self.captions, self.top),
+        }
+
         with new_file(self.path / ASSEMBLED) as handle:
             np.lib.format.write_array_header_1_0(handle, header)
             for number in range(self.blocks):
                 block = self.read_block(number)
                 if block is None:
-                    raise UsageError(f"{self._block_path(number)}: damaged since it was made; give the same command again")
+                    raise UsageError(
+                        f"{self._block_path(number)}: damaged since it was made; give the same"
+                        " command again"
+                    )
+
                 handle.write(block.tobytes())
+
         return np.load(self.path / ASSEMBLED, mmap_mode="r", allow_pickle=False)
 
     def publish(self, summary: dict[str, Any]) -> None:
@@ -129,12 +165,22 @@ class WorkFolder:
         remove_folder(self.path, OURS)
 
     def published(self) -> dict[str, Any] | None:
-        """Summary of the same command if it was killed when its table was in place already; the folder goes."""
+        """Summary of the same command if it was killed when its table was in place already; the
+        folder goes.
+        """
         refuse_link(self.path)
-        if not (self.path / DONE).is_file() or (self.path / ASSEMBLED).exists() or not self.output.exists():
+
+        if (
+            not (self.path / DONE).is_file()
+            or (self.path / ASSEMBLED).exists()
+            or not self.output.exists()
+        ):
             return None
+
         done = read_json(self.path / DONE, "mining summary")
         if done.get("plan") != self.plan or not isinstance(done.get("summary"), dict):
             return None
+
         remove_folder(self.path, OURS)
+
         return done["summary"]

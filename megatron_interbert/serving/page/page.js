@@ -63,7 +63,7 @@ function status(text, wrong = false) {
 
 function report() {
   const { results, timings, model, index } = shown.answer;
-  status(results.length ? say("found", results.length, Math.round(timings.waited_ms + timings.took_ms)) : say("nothing"));
+  status(results.length ? say("found", results.length, Math.round(timings.queue_ms + timings.compute_ms)) : say("nothing"));
   $("#facts").textContent = say("facts", model, index);
 }
 

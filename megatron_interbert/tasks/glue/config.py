@@ -32,7 +32,9 @@ class GlueConfig(FinetuneConfig):
 
 @dataclass
 class EvaluateGlueConfig(EvaluateConfig):
-    """One task of GLUE: official metrics on its dev files, or prediction files for its test files."""
+    """One task of GLUE: official metrics on its dev files, or prediction files for its test
+    files.
+    """
 
     TASK: ClassVar[str] = "glue"
 

@@ -15,37 +15,77 @@ from megatron_interbert.tasks.parts import fit_length
 from megatron_interbert.tasks.results import result_of, table, write_result
 
 
-def evaluate_glue(config: EvaluateGlueConfig, state: ParallelState, device: torch.device) -> dict[str, Any]:
-    """Writes result.json and, for each file, TASK.tsv (or MNLI-m.tsv, MNLI-mm.tsv); all ranks of a launch call it."""
+def evaluate_glue(
+    config: EvaluateGlueConfig, state: ParallelState, device: torch.device
+) -> dict[str, Any]:
+    """Writes result.json and, for each file, TASK.tsv (or MNLI-m.tsv, MNLI-mm.tsv); all ranks of a
+    launch call it.
+    """
     model, source = load_model(
-        *(config.load, ("sentence",), config.kernels, device, state, config.averaged, config.precision),
+        *(
+            config.load,
+            ("sentence",),
+            config.kernels,
+            device,
+            state,
+            config.averaged,
+            config.precision,
+        ),
         num_labels=labels_of(config.task),
         text_only=True,
     )
     trained = str(source.facts.get("task") or "").removeprefix("glue ")
     if trained and trained != config.task:
-        raise UsageError(f"--load {config.load}: finetuned on {trained}; give --task {trained}, or the weights of {config.task}")
+        raise UsageError(
+            f"--load {config.load}: finetuned on {trained}; give --task {trained}, or the weights"
+            f" of {config.task}"
+        )
+
     _, tokenizer = open_for(config, source, [])
     as_trained(config, source, "glue")
     fit_length(config, source.config)
-    format, metrics, dropped = FORMATS[config.task], {}, {}
+    format = FORMATS[config.task]
+    metrics = {}
+    dropped = {}
     names = format.submission or (config.task,)
-    files = [find_file(config.data_path, config.task, split) for split in (format.test if config.split == "test" else format.dev)]
+    files = [
+        find_file(config.data_path, config.task, split)
+        for split in (format.test if config.split == "test" else format.dev)
+    ]
     folder = agree_on_inputs(config, state, source, tokenizer, files)
+
     for file, name in zip(files, names, strict=True):
         rows = read_rows(file, config.task)
         dropped[name] = rows.dropped
-        logits = predict(model, GlueTexts(rows, tokenizer, config.max_tokens), state, device, config.batch_size)
+        logits = predict(
+            model, GlueTexts(rows, tokenizer, config.max_tokens), state, device, config.batch_size
+        )
+
         if len(rows.labels):
             found = glue_metrics(config.task, logits, rows.labels)
-            metrics |= found if len(names) == 1 else {f"{name}_{key}": value for key, value in found.items()}
+            metrics |= (
+                found
+                if len(names) == 1
+                else {f"{name}_{key}": value for key, value in found.items()}
+            )
+
         if state.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / f"{name}.tsv", "\n".join(prediction_lines(config.task, rows, logits)) + "\n")
-            print(f"{file}: {len(rows.texts)} rows -> {folder / f'{name}.tsv'}; {rows.dropped} dropped (too few fields)")
-    result = result_of(config, f"{config.task} {config.split}", metrics, source, None, files, dropped=dropped)
+            write_text(
+                folder / f"{name}.tsv",
+                "\n".join(prediction_lines(config.task, rows, logits)) + "\n",
+            )
+            print(
+                f"{file}: {len(rows.texts)} rows -> {folder / f'{name}.tsv'}; {rows.dropped}"
+                " dropped (too few fields)"
+            )
+
+    result = result_of(
+        config, f"{config.task} {config.split}", metrics, source, None, files, dropped=dropped
+    )
     if state.is_main:
         write_result(folder, result)
         print(table(result) if metrics else "the test files hold no labels, so no figure is given")
         print(f"result: {folder / 'result.json'}")
+
     return result

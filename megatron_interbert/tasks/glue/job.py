@@ -1,4 +1,6 @@
-"""GLUE on the text path: interaction layers, text stream and a classifier as in BERT; the official metrics."""
+"""GLUE on the text path: interaction layers, text stream and a classifier as in BERT; the official
+metrics.
+"""
 
 from collections.abc import Sequence
 
@@ -12,12 +14,24 @@ from megatron_interbert.model.interbert import InterBert, InterBertOutput
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.classification import ClassificationTask
 from megatron_interbert.tasks.glue.config import GlueConfig
-from megatron_interbert.tasks.glue.samples import FORMATS, GlueRows, GlueSet, GlueTexts, find_file, read_rows
+from megatron_interbert.tasks.glue.samples import (
+    FORMATS,
+    GlueRows,
+    GlueSet,
+    GlueTexts,
+    find_file,
+    read_rows,
+)
 from megatron_interbert.tasks.pairs import NOTHING, pair_fields
 from megatron_interbert.tasks.parts import describe_data, fitted_sizes, vocabulary_of_run
 from megatron_interbert.tasks.task import Job
 
-METRICS = {"CoLA": ("matthews",), "STS-B": ("pearson", "spearman"), "MRPC": ("accuracy", "f1"), "QQP": ("accuracy", "f1")}
+METRICS = {
+    "CoLA": ("matthews",),
+    "STS-B": ("pearson", "spearman"),
+    "MRPC": ("accuracy", "f1"),
+    "QQP": ("accuracy", "f1"),
+}
 
 
 class GlueTask(ClassificationTask):
@@ -25,7 +39,9 @@ class GlueTask(ClassificationTask):
 
     KINDS = ("sentence",)
 
-    def answers(self, output: InterBertOutput, batch: PackedBatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def answers(
+        self, output: InterBertOutput, batch: PackedBatch
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [(output.sentence_logits, batch.labels)]
 
     def count_targets(self, batch: PackedBatch) -> torch.Tensor:
@@ -40,19 +56,25 @@ class GlueTask(ClassificationTask):
 
 def glue_job(config: GlueConfig, state: ParallelState) -> Job:
     """Finetuning on a task's train.tsv, judged by its first official metric on dev.tsv."""
-    path, dev = (
-        find_file(config.data_path, config.task, "train"),
-        find_file(config.data_path, config.task, FORMATS[config.task].dev[0]),
-    )
+    path = find_file(config.data_path, config.task, "train")
+    dev = find_file(config.data_path, config.task, FORMATS[config.task].dev[0])
     tokenizer = vocabulary_of_run(config)
     sizes = fitted_sizes(config, tokenizer, None)
-    rows, valid = read_rows(path, config.task, training=True), read_rows(dev, config.task)
+    rows = read_rows(path, config.task, training=True)
+    valid = read_rows(dev, config.task)
+
     if state.is_main:
-        print(f"{path}: {len(rows.texts)} rows, {rows.dropped} dropped (too few fields or no text)", flush=True)
+        print(
+            f"{path}: {len(rows.texts)} rows, {rows.dropped} dropped (too few fields or no text)",
+            flush=True,
+        )
+
     texts = GlueTexts(valid, tokenizer, config.max_tokens)
 
     def evaluate(model: InterBert, state: ParallelState, device: torch.device) -> dict[str, float]:
-        return glue_metrics(config.task, predict(model, texts, state, device, config.eval_batch_size), valid.labels)
+        return glue_metrics(
+            config.task, predict(model, texts, state, device, config.eval_batch_size), valid.labels
+        )
 
     return Job(
         GlueTask(),
@@ -75,18 +97,25 @@ def labels_of(task: str) -> int:
 
 
 @torch.no_grad()
-def predict(model: InterBert, texts: GlueTexts, state: ParallelState, device: torch.device, batch_size: int) -> np.ndarray:
-    """float32 [n, labels]: logits of all rows in their order, the same on all ranks (each computes a share)."""
+def predict(
+    model: InterBert, texts: GlueTexts, state: ParallelState, device: torch.device, batch_size: int
+) -> np.ndarray:
+    """float32 [n, labels]: logits of all rows in their order, the same on all ranks (each computes
+    a share).
+    """
     mine = np.argsort(texts.lengths(), kind="stable")[state.data_rank :: state.data_size]
     parts = []
     for start in range(0, len(mine), batch_size):
         fields = pair_fields(texts.inputs(mine[start : start + batch_size]), None, NOTHING, 1)
         parts.append(model(send_batch(to_batch(fields), device)).sentence_logits)
-    logits = torch.cat(parts).cpu().numpy() if parts else None  # more ranks than rows: some have none
+
+    # more ranks than rows: some have none
+    logits = torch.cat(parts).cpu().numpy() if parts else None
 
     found = [(rows, values) for rows, values in state.gather((mine, logits)) if values is not None]
     rows = np.concatenate([rows for rows, _ in found])
     values = np.concatenate([values for _, values in found])
+
     return values[np.unique(rows, return_index=True)[1]]
 
 
@@ -101,7 +130,10 @@ def glue_metrics(task: str, logits: np.ndarray, labels: np.ndarray) -> dict[str,
         raise UsageError(f"{task}: the file has no labels, so there is nothing to compare with")
     if not FORMATS[task].classes:
         scores = logits[:, 0].astype(np.float64)
-        values = {"pearson": correlation(scores, labels), "spearman": correlation(mean_ranks(scores), mean_ranks(labels))}
+        values = {
+            "pearson": correlation(scores, labels),
+            "spearman": correlation(mean_ranks(scores), mean_ranks(labels)),
+        }
     else:
         found = logits.argmax(axis=1)
         hits = float((found * labels).sum()) if len(FORMATS[task].classes) == 2 else 0.0
@@ -110,6 +142,7 @@ def glue_metrics(task: str, logits: np.ndarray, labels: np.ndarray) -> dict[str,
             "f1": 2 * hits / max(float(found.sum() + labels.sum()), 1.0),  # of class 1
             "matthews": correlation(found, labels),  # of two classes it is Pearson's correlation
         }
+
     return {name: 100.0 * values[name] for name in metric_names(task)}
 
 
@@ -129,5 +162,13 @@ def mean_ranks(values: np.ndarray) -> np.ndarray:
 def prediction_lines(task: str, rows: GlueRows, logits: np.ndarray) -> list[str]:
     """Lines of a submission file: index and class name (or number)."""
     classes: Sequence[str] = FORMATS[task].classes
-    answers = [classes[i] for i in logits.argmax(axis=1)] if classes else [f"{min(max(v, 0.0), 5.0):.3f}" for v in logits[:, 0]]
-    return ["index\tprediction", *(f"{index}\t{answer}" for index, answer in zip(rows.index, answers, strict=True))]
+    answers = (
+        [classes[i] for i in logits.argmax(axis=1)]
+        if classes
+        else [f"{min(max(v, 0.0), 5.0):.3f}" for v in logits[:, 0]]
+    )
+
+    return [
+        "index\tprediction",
+        *(f"{index}\t{answer}" for index, answer in zip(rows.index, answers, strict=True)),
+    ]

@@ -1,7 +1,8 @@
 """GLUE from its official TSV files: one or two sentences, a class or (STS-B) a number.
 
-Fields are separated by tabs and never quoted. A row with too few fields or, in training, without text is dropped and counted; a
-label outside the task's set is an error, for a shifted column would train in silence.
+Fields are separated by tabs and never quoted. A row with too few fields or, in training, without
+text is dropped and counted; a label outside the task's set is an error, for a shifted column would
+train in silence.
 """
 
 from collections.abc import Sequence
@@ -19,12 +20,16 @@ from megatron_interbert.reading import read_text
 from megatron_interbert.tasks.glue.config import GlueConfig
 from megatron_interbert.tasks.pairs import NOTHING, Text, frame, pair_fields
 
-YES_NO, ENTAILS = ("0", "1"), ("entailment", "not_entailment")
+YES_NO = ("0", "1")
+ENTAILS = ("entailment", "not_entailment")
 
 
 @dataclass(frozen=True)
 class Format:
-    """Columns of a task's files by their names; `without_header` names those of training files that have no header line."""
+    """Columns of a task's files by their names.
+
+    `without_header` names those of training files that have no header line.
+    """
 
     texts: tuple[str, ...]
     label: str
@@ -59,7 +64,9 @@ FORMATS = {
 
 @dataclass
 class GlueRows:
-    """One file: texts [n][one or two], labels [n] (int64 classes, float32 numbers, empty for a test file), index of each row."""
+    """One file: texts [n][one or two], labels [n] (int64 classes, float32 numbers, empty for a test
+    file), index of each row.
+    """
 
     path: str
     texts: list[tuple[str, ...]]
@@ -69,59 +76,98 @@ class GlueRows:
 
 
 def find_file(folder: str, task: str, split: str) -> str:
-    """The TSV of a split: train.tsv in the task's folder or the one above it, or TASK.train.tsv; UsageError names what was looked for."""
-    names = [Path(folder) / f"{split}.tsv", Path(folder) / task / f"{split}.tsv", Path(folder) / f"{task}.{split}.tsv"]
+    """The TSV of a split: train.tsv in the task's folder or the one above it, or TASK.train.tsv.
+
+    UsageError names what was looked for.
+    """
+    names = [
+        Path(folder) / f"{split}.tsv",
+        Path(folder) / task / f"{split}.tsv",
+        Path(folder) / f"{task}.{split}.tsv",
+    ]
     found = next((path for path in names if path.is_file()), None)
     if found is None:
-        raise UsageError(f"--data-path {folder or '(not given)'}: none of {', '.join(map(str, names))} is there; give the folder of the"
-                         f" official {task} files")  # fmt: skip
+        raise UsageError(
+            f"--data-path {folder or '(not given)'}: none of {', '.join(map(str, names))} is there;"
+            f" give the folder of the official {task} files"
+        )
+
     return str(found)
 
 
 def read_rows(path: str, task: str, training: bool = False) -> GlueRows:
-    """A file of a task. UsageError for a missing column or a label outside the set, with line and column."""
+    """A file of a task.
+
+    UsageError for a missing column or a label outside the set, with line and column.
+    """
     format = FORMATS[task]
     lines = read_text(path, f"{task}").lstrip("\ufeff").rstrip("\n").split("\n")
     header = tuple(name.strip() for name in lines[0].rstrip("\r").split("\t"))
     first = 1
     if format.without_header and format.texts[0] not in header:
-        header, first = format.without_header, 0
+        header = format.without_header
+        first = 0
+
     missing = [name for name in format.texts if name not in header]
     if missing:
-        raise UsageError(f"{path}: no column '{missing[0]}' (there are {', '.join(header[:12])}); give the official {task} file")
+        raise UsageError(
+            f"{path}: no column '{missing[0]}' (there are {', '.join(header[:12])}); give the"
+            f" official {task} file"
+        )
+
     has_labels = format.label in header
     if training and not has_labels:
-        raise UsageError(f"{path}: no column '{format.label}', so there is nothing to train on; give the official {task} file")
+        raise UsageError(
+            f"{path}: no column '{format.label}', so there is nothing to train on; give the"
+            f" official {task} file"
+        )
+
     columns = [header.index(name) for name in format.texts]
     needed = max([*columns, *([header.index(format.label)] if has_labels else [])])
     rows = GlueRows(path, [], np.zeros(0), [])
     labels: list[float] = []
+
     for number, line in enumerate(lines[first:], first + 1):
         fields = line.rstrip("\r").split("\t")
         texts = tuple(fields[column].strip() for column in columns) if len(fields) > needed else ()
         if has_labels and (not texts or (training and not all(texts))):
             rows.dropped += 1
             continue
+
         if not texts:
             raise UsageError(
-                f"{path}: line {number} has {len(fields)} fields, expected {len(header)}; every row of a test file counts"
+                f"{path}: line {number} has {len(fields)} fields, expected {len(header)}; every row"
+                " of a test file counts"
             )
+
         if has_labels:
             labels.append(_label(fields[header.index(format.label)].strip(), format, path, number))
+
         rows.texts.append(texts)
-        rows.index.append(fields[header.index(format.index)] if format.index in header else str(number - first - 1))
+        rows.index.append(
+            fields[header.index(format.index)]
+            if format.index in header
+            else str(number - first - 1)
+        )
+
     if not rows.texts:
         raise UsageError(f"{path}: no rows; give the official {task} file")
     if has_labels:
         rows.labels = np.array(labels, dtype=np.int64 if format.classes else np.float32)
+
     return rows
 
 
 def _label(text: str, format: Format, path: str, number: int) -> float:
     if format.classes:
         if text not in format.classes:
-            raise UsageError(f"{path}: line {number}: label '{text}', expected one of {', '.join(format.classes)}")
+            raise UsageError(
+                f"{path}: line {number}: label '{text}', expected one of"
+                f" {', '.join(format.classes)}"
+            )
+
         return format.classes.index(text)
+
     try:
         return float(text)
     except ValueError:
@@ -132,12 +178,18 @@ class GlueTexts:
     """Tokens of all rows of a file, made once; `inputs` frames some of them."""
 
     def __init__(self, rows: GlueRows, tokenizer: CaptionTokenizer, max_tokens: int) -> None:
-        self.tokenizer, self.max_tokens, self.count = tokenizer, max_tokens, len(rows.texts)
-        self.parts: list[TokenBatch] = [tokenizer.encode_batch(list(texts)) for texts in zip(*rows.texts, strict=True)]
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.count = len(rows.texts)
+        self.parts: list[TokenBatch] = [
+            tokenizer.encode_batch(list(texts)) for texts in zip(*rows.texts, strict=True)
+        ]
 
     def lengths(self) -> np.ndarray:
         """int64 [n]: tokens with [CLS] and [SEP], cut."""
-        return np.minimum(sum(np.diff(part.offsets) for part in self.parts) + 1 + len(self.parts), self.max_tokens)
+        return np.minimum(
+            sum(np.diff(part.offsets) for part in self.parts) + 1 + len(self.parts), self.max_tokens
+        )
 
     def inputs(self, rows: Sequence[int]) -> list[Text]:
         """(ids, types) of some rows: [CLS] a [SEP] with types 0, then b [SEP] with types 1."""
@@ -145,6 +197,7 @@ class GlueTexts:
         for row in rows:
             pieces = [part.ids[part.offsets[row] : part.offsets[row + 1]] for part in self.parts]
             result.append(frame(pieces, self.tokenizer, self.max_tokens))
+
         return result
 
 
@@ -153,11 +206,20 @@ class GlueSet:
 
     most_rows = 0
 
-    def __init__(self, rows: GlueRows, tokenizer: CaptionTokenizer, config: GlueConfig, feature_dim: int = 1) -> None:
-        self.config, self.labels, self.feature_dim = config, rows.labels, feature_dim
+    def __init__(
+        self, rows: GlueRows, tokenizer: CaptionTokenizer, config: GlueConfig, feature_dim: int = 1
+    ) -> None:
+        self.config = config
+        self.labels = rows.labels
+        self.feature_dim = feature_dim
         self.texts = GlueTexts(rows, tokenizer, config.max_tokens)
         samples = np.arange(len(rows.texts))
-        self.order = SampleOrder([samples], config.fit_partitions(len(samples)), config.seed, lengths=self.texts.lengths())
+        self.order = SampleOrder(
+            [samples],
+            config.fit_partitions(len(samples)),
+            config.seed,
+            lengths=self.texts.lengths(),
+        )
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
         """The fields of a PackedBatch of text alone, with `labels` [B]."""

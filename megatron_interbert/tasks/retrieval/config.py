@@ -18,7 +18,9 @@ from megatron_interbert.tasks.config import (
 
 @dataclass
 class RetrievalConfig(FinetuneConfig):
-    """Caption-based image retrieval: four pairs for each caption, two-class loss of the matching head on each."""
+    """Caption-based image retrieval: four pairs for each caption, two-class loss of the matching
+    head on each.
+    """
 
     data_path: str = training_store(
         "sample_corpus/train",
@@ -27,9 +29,7 @@ class RetrievalConfig(FinetuneConfig):
     valid_data_path: str = training_store(
         "", "region store to evaluate on, all pairs of it; none: no evaluation"
     )
-    language: str = setting(
-        "", "only captions of this language tag (en, zh); default: all", SAME
-    )
+    language: str = setting("", "only captions of this language tag (en, zh); default: all", SAME)
     valid_images: int = setting(
         0, "evaluate on the first images of the store only; 0: all", FREE, group="logging"
     )
@@ -106,6 +106,7 @@ class EvaluateRetrievalConfig(EvaluateConfig):
             raise UsageError(
                 f"--bf16 and --precision {self.precision} exclude each other; leave one out"
             )
+
         if self.bf16:
             self.precision = "bf16"
         elif "bf16" in self.given and self.precision == "auto":

@@ -13,11 +13,22 @@ from megatron_interbert.model.pair_scorer import PairScorer
 from megatron_interbert.pages.photo_folder import PhotoFolder, photos_in
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
-from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, check_photos, load_model, open_for
+from megatron_interbert.tasks.loading import (
+    agree_on_inputs,
+    as_trained,
+    check_photos,
+    load_model,
+    open_for,
+)
 from megatron_interbert.tasks.parts import fit_length
 from megatron_interbert.tasks.results import result_of, table, write_result
 from megatron_interbert.tasks.retrieval.config import EvaluateRetrievalConfig
-from megatron_interbert.tasks.retrieval.job import choose_pairs, flat_metrics, ranks_of_tiles, recall_metrics
+from megatron_interbert.tasks.retrieval.job import (
+    choose_pairs,
+    flat_metrics,
+    ranks_of_tiles,
+    recall_metrics,
+)
 from megatron_interbert.tasks.retrieval.page import result_page
 from megatron_interbert.tasks.retrieval.pairs import Pairs
 from megatron_interbert.tasks.retrieval.tiles import ScoreTiles, fill
@@ -27,18 +38,29 @@ from megatron_interbert.weights.manifest import versions
 SHOWN = 40  # captions on the page
 
 
-def evaluate_retrieval(config: EvaluateRetrievalConfig, state: ParallelState, device: torch.device) -> dict[str, Any]:
+def evaluate_retrieval(
+    config: EvaluateRetrievalConfig, state: ParallelState, device: torch.device
+) -> dict[str, Any]:
     """Writes result.json and result.html and gives the result; all ranks of a launch call it."""
     check_photos(config.image_folder, state)
-    model, source = load_model(config.load, ("itm",), config.kernels, device, state, config.averaged, config.precision)
+    model, source = load_model(
+        config.load, ("itm",), config.kernels, device, state, config.averaged, config.precision
+    )
     if config.zero_shot and source.facts.get("task"):
-        raise UsageError(f"--zero-shot: {config.load} was finetuned ({source.facts['task']}); leave the flag out")
+        raise UsageError(
+            f"--zero-shot: {config.load} was finetuned ({source.facts['task']}); leave the flag out"
+        )
+
     corpus, tokenizer = open_for(config, source, [config.data_path])
     as_trained(config, source)
     fit_length(config, source.config)
     scorer = PairScorer(model)
-    pairs = choose_pairs(corpus, tokenizer, config.language, config.max_images, config.max_regions, config.max_tokens)
-    folder = agree_on_inputs(config, state, source, tokenizer, [store.path / MANIFEST for store in corpus.stores])
+    pairs = choose_pairs(
+        corpus, tokenizer, config.language, config.max_images, config.max_regions, config.max_tokens
+    )
+    folder = agree_on_inputs(
+        config, state, source, tokenizer, [store.path / MANIFEST for store in corpus.stores]
+    )
     chance = 100.0 / len(pairs.images)
     metrics: dict[str, float] = {}
     more: dict[str, Any] = {
@@ -51,24 +73,34 @@ def evaluate_retrieval(config: EvaluateRetrievalConfig, state: ParallelState, de
     if config.exhaustive:
         tiles = score_tiles(config, state, device, scorer, pairs, folder, source.facts["files"])
         metrics |= metrics_of(tiles, pairs)
+
     if config.two_stage:
         found = two_stage_search(scorer, pairs, device, state, config.two_stage, config.batch_pairs)
         if config.exhaustive:
             found["lost_R@1"] = metrics["t2i_R@1"] - found["R@1"]
         more["two_stage"] = {"reranked": min(config.two_stage, len(pairs.images)), **found}
+
     protocol = (
-        "zero-shot" if config.zero_shot else "finetuned" if source.facts.get("task") == "retrieval" else "matching head as loaded"
+        "zero-shot"
+        if config.zero_shot
+        else "finetuned"
+        if source.facts.get("task") == "retrieval"
+        else "matching head as loaded"
     )
     result = result_of(config, protocol, metrics, source, corpus, **more)
+
     if state.is_main:
         write_result(folder, result)
         if tiles is not None:
             photos = photos_in(config.image_folder)
             write_text(folder / "result.html", page_of(result, tiles, pairs, photos))
+
         report(result, folder)
+
     state.barrier()
     if tiles is not None and state.is_main:
         tiles.remove()
+
     return result
 
 
@@ -81,51 +113,98 @@ def score_tiles(
     folder: Path,
     weights: dict[str, str],
 ) -> ScoreTiles:
-    """All tiles on disk; those of an evaluation of the same weights, data and settings that was stopped are kept."""
-    settings = {name: getattr(config, name) for name in ("language", "max_images", "max_regions", "max_tokens", "averaged", "precision")}
+    """All tiles on disk; those of an evaluation of the same weights, data and settings that was
+    stopped are kept.
+    """
+    settings = {
+        name: getattr(config, name)
+        for name in ("language", "max_images", "max_regions", "max_tokens", "averaged", "precision")
+    }
     data = [store.manifest.get("shards") for store in pairs.corpus.stores]
-    identity = {"weights": weights, "data": data, "vocabulary": pairs.tokenizer.sha256, **settings, "by": versions()}
+    identity = {
+        "weights": weights,
+        "data": data,
+        "vocabulary": pairs.tokenizer.sha256,
+        **settings,
+        "by": versions(),
+    }
     shape = len(pairs.captions), len(pairs.images)
     tiles = ScoreTiles(folder, shape, (config.tile_captions, config.tile_images), identity, state)
     missing = tiles.missing()
     mine = tiles.share(missing)
     total = sum(tiles.pairs(place) for place in mine)
+
     if state.is_main and len(missing) < len(tiles.places):
-        print(f"{len(tiles.places) - len(missing)} of {len(tiles.places)} tiles are there already", flush=True)
-    with progress(total=total, unit="pair", unit_scale=True, desc="scoring", shown=state.is_main) as bar:
+        print(
+            f"{len(tiles.places) - len(missing)} of {len(tiles.places)} tiles are there already",
+            flush=True,
+        )
+
+    with progress(
+        total=total, unit="pair", unit_scale=True, desc="scoring", shown=state.is_main
+    ) as bar:
         fill(tiles, mine, pairs, scorer, device, config.batch_pairs, bar.update)
+
     state.barrier()
+
     return tiles
 
 
 def metrics_of(tiles: ScoreTiles, pairs: Pairs) -> dict[str, float]:
     """Flat figures of both directions."""
-    columns = np.empty(len(pairs.images), np.int64)  # where each image stands among the columns of the tiles
+    # where each image stands among the columns of the tiles
+    columns = np.empty(len(pairs.images), np.int64)
     columns[pairs.by_regions()] = np.arange(len(columns))
-    of_captions, of_images = ranks_of_tiles(tiles.read, columns[pairs.own_image()[pairs.by_length()]], len(columns))
-    return flat_metrics({"text_to_image": recall_metrics(of_captions), "image_to_text": recall_metrics(of_images)})
+    of_captions, of_images = ranks_of_tiles(
+        tiles.read, columns[pairs.own_image()[pairs.by_length()]], len(columns)
+    )
+
+    return flat_metrics(
+        {"text_to_image": recall_metrics(of_captions), "image_to_text": recall_metrics(of_images)}
+    )
 
 
-def page_of(result: dict[str, Any], tiles: ScoreTiles, pairs: Pairs, photos: PhotoFolder | None) -> str:
+def page_of(
+    result: dict[str, Any], tiles: ScoreTiles, pairs: Pairs, photos: PhotoFolder | None
+) -> str:
     """The page with some captions from all over the store."""
     shown = np.linspace(0, len(pairs.captions) - 1, min(SHOWN, len(pairs.captions))).astype(int)
     place = {int(caption): row for row, caption in enumerate(pairs.by_length())}
     rows_wanted = np.array([place[int(caption)] for caption in shown])
-    scores, order = np.empty((len(shown), len(pairs.images)), np.float32), pairs.by_regions()
+    scores = np.empty((len(shown), len(pairs.images)), np.float32)
+    order = pairs.by_regions()
     for rows, columns, block in tiles.read():
         here = (rows_wanted >= rows.start) & (rows_wanted < rows.stop)
         scores[np.ix_(here, order[columns])] = block[rows_wanted[here] - rows.start]
-    return result_page(result, scores, pairs.corpus.stores[0], pairs.captions[shown], pairs.images, photos)
+
+    return result_page(
+        result, scores, pairs.corpus.stores[0], pairs.captions[shown], pairs.images, photos
+    )
 
 
 def report(result: dict[str, Any], folder: Path) -> None:
     """The result for people."""
     origin = " (generated scenes)" if result["data"]["generated"] else ""
-    print(f"{result['protocol']} retrieval, {result['captions']} captions x {result['images']} images{origin}")
+    print(
+        f"{result['protocol']} retrieval, {result['captions']} captions x {result['images']}"
+        f" images{origin}"
+    )
     chance = result["chance_R@1"]
+
     if result["metrics"]:
         print(table(result))
-        print(f"text to image R@1 is {result['metrics']['t2i_R@1'] / chance:.1f} times chance ({chance:.2f})")
+        print(
+            f"text to image R@1 is {result['metrics']['t2i_R@1'] / chance:.1f} times chance"
+            f" ({chance:.2f})"
+        )
+
     if "two_stage" in result:
-        print("two stages: " + ", ".join(f"{name} {value:.2f}" for name, value in result["two_stage"].items()))
-    print(f"result: {folder / 'result.json'}" + (f"\npage:   {folder / 'result.html'}" if result["metrics"] else ""))
+        print(
+            "two stages: "
+            + ", ".join(f"{name} {value:.2f}" for name, value in result["two_stage"].items())
+        )
+
+    print(
+        f"result: {folder / 'result.json'}"
+        + (f"\npage:   {folder / 'result.html'}" if result["metrics"] else "")
+    )

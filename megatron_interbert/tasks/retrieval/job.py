@@ -1,7 +1,8 @@
-"""Caption-based image retrieval: the finetuning task, ranks in both directions, recall, and a two-stage search.
+"""Caption-based image retrieval: the finetuning task, ranks in both directions, recall, and a two-
+stage search.
 
-A pair's score is the margin of the matching head, logit(matched) - logit(mismatched); probabilities would tie near 1.
-Ties count against the model: an equal score ranks before the right answer.
+A pair's score is the margin of the matching head, logit(matched) - logit(mismatched); probabilities
+would tie near 1. Ties count against the model: an equal score ranks before the right answer.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,7 +20,12 @@ from megatron_interbert.model.interbert import InterBert, InterBertOutput
 from megatron_interbert.model.pair_scorer import PairScorer
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.classification import ClassificationTask
-from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, vocabulary_of_run
+from megatron_interbert.tasks.parts import (
+    describe_data,
+    fitted_sizes,
+    open_stores,
+    vocabulary_of_run,
+)
 from megatron_interbert.tasks.retrieval.config import RetrievalConfig
 from megatron_interbert.tasks.retrieval.pairs import Pairs, score_block
 from megatron_interbert.tasks.retrieval.samples import RetrievalSet
@@ -34,7 +40,9 @@ class RetrievalTask(ClassificationTask):
 
     KINDS = ("match",)
 
-    def answers(self, output: InterBertOutput, batch: PackedBatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def answers(
+        self, output: InterBertOutput, batch: PackedBatch
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [(output.itm_logits, batch.mismatched)]
 
     def count_targets(self, batch: PackedBatch) -> torch.Tensor:
@@ -42,16 +50,23 @@ class RetrievalTask(ClassificationTask):
 
 
 def retrieval_job(config: RetrievalConfig, state: ParallelState) -> Job:
-    """Finetuning on a region store; R@1 of captions to images over all pairs of --valid-data-path decides what is best."""
+    """Finetuning on a region store.
+
+    R@1 of captions to images over all pairs of --valid-data-path decides what is best.
+    """
     stores = config.stores()
-    corpus, tokenizer = open_stores(stores, config), vocabulary_of_run(config, stores)
+    corpus = open_stores(stores, config)
+    tokenizer = vocabulary_of_run(config, stores)
     sizes = fitted_sizes(config, tokenizer, corpus)
     samples = RetrievalSet(corpus, tokenizer, config)
+
     if state.is_main and not samples.has_hard_images:
         print(
-            f"{corpus.path}: no hard_images.npy, so hard captions are random ones; make it with tools/mine_neighbours.py",
+            f"{corpus.path}: no hard_images.npy, so hard captions are random ones; make it with"
+            " tools/mine_neighbours.py",
             flush=True,
         )
+
     near = [str(store.path / HARD_IMAGES) for store in corpus.stores if samples.has_hard_images]
     data = describe_data(tokenizer, corpus, near, "retrieval")
     job = Job(
@@ -65,29 +80,59 @@ def retrieval_job(config: RetrievalConfig, state: ParallelState) -> Job:
         figures=tuple(f"{direction}_R@{k}" for direction in ("t2i", "i2t") for k in (1, 5, 10)),
         patience=config.early_stopping,
     )
+
     if config.valid_data_path:
         valid = open_stores([config.valid_data_path], config)
         corpus.check_alike(valid.stores[0], config.allow_other_detector, "--valid-data-path")
-        pairs = choose_pairs(valid, tokenizer, config.language, config.valid_images, config.max_regions, config.max_tokens)
+        pairs = choose_pairs(
+            valid,
+            tokenizer,
+            config.language,
+            config.valid_images,
+            config.max_regions,
+            config.max_tokens,
+        )
 
-        def evaluate(model: InterBert, state: ParallelState, device: torch.device) -> dict[str, float]:
-            scores = score_matrix(PairScorer(model), pairs, device, 4 * config.eval_batch_size, state)
+        def evaluate(
+            model: InterBert, state: ParallelState, device: torch.device
+        ) -> dict[str, float]:
+            scores = score_matrix(
+                PairScorer(model), pairs, device, 4 * config.eval_batch_size, state
+            )
             return flat_metrics(retrieval_metrics(scores, pairs.own_image()))
 
         job.evaluate = evaluate
+
     return job
 
 
 def choose_pairs(
-    corpus: Corpus, tokenizer: CaptionTokenizer, language: str, max_images: int, max_regions: int, max_tokens: int
+    corpus: Corpus,
+    tokenizer: CaptionTokenizer,
+    language: str,
+    max_images: int,
+    max_regions: int,
+    max_tokens: int,
 ) -> Pairs:
-    """The captions of a language (all for an empty one) of the first images (all for 0), and their images."""
+    """The captions of a language (all for an empty one) of the first images (all for 0), and their
+    images.
+    """
     captions = trainable_captions(corpus, language)
     if max_images:
         captions = captions[corpus.caption_image[captions] < max_images]
     if not len(captions):
-        raise UsageError(f"{corpus.path}: no captions to evaluate on; build the store with --captions")
-    return Pairs(corpus, tokenizer, captions, np.unique(corpus.caption_image[captions]), max_regions, max_tokens)
+        raise UsageError(
+            f"{corpus.path}: no captions to evaluate on; build the store with --captions"
+        )
+
+    return Pairs(
+        corpus,
+        tokenizer,
+        captions,
+        np.unique(corpus.caption_image[captions]),
+        max_regions,
+        max_tokens,
+    )
 
 
 @torch.no_grad()
@@ -99,70 +144,100 @@ def score_matrix(
     state: ParallelState | None = None,
     images_at_once: int = 256,
 ) -> np.ndarray:
-    """float32 [captions, images] of margins over all pairs, in memory, the same on all ranks (each scores a share)."""
+    """float32 [captions, images] of margins over all pairs, in memory, the same on all ranks (each
+    scores a share).
+    """
     state = state or ParallelState()
     mine = pairs.by_length()[state.data_rank :: state.data_size]
     scores = np.full((len(pairs.captions), len(pairs.images)), -np.inf, dtype=np.float32)
     order = pairs.by_regions()
+
     with local_errors():
         for start in range(0, len(order), images_at_once):
             part = order[start : start + images_at_once]
             images = pairs.image_side(scorer, part, device)
+
             for top in range(0, len(mine), CAPTIONS_AT_ONCE):
                 rows = mine[top : top + CAPTIONS_AT_ONCE]
-                block = score_block(scorer, images, pairs.caption_side(scorer, rows, device), pairs_per_batch)
+                block = score_block(
+                    scorer, images, pairs.caption_side(scorer, rows, device), pairs_per_batch
+                )
                 scores[np.ix_(rows, part)] = block.cpu().numpy()
+
     for rank, rows in enumerate(state.gather(scores[mine])):
         place = rank // state.tensor_size
         scores[pairs.by_length()[place :: state.data_size]] = rows
+
     return scores
 
 
 def ranks(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Rank (1 is best) of the best right candidate for each query.
 
-    scores [queries, candidates]; right [queries, candidates] bool, at least one per query. Equal wrong scores rank before.
+    scores [queries, candidates]; right [queries, candidates] bool, at least one per query. Equal
+    wrong scores rank before.
     """
     check_finite(scores)
     best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
+
     return 1 + ((scores >= best) & ~right).sum(axis=1)
 
 
 def check_finite(scores: np.ndarray) -> None:
     """UsageError for scores that cannot be ranked."""
     if not np.isfinite(scores).all():
-        raise UsageError("the model gives scores that are not finite, so nothing can be ranked; evaluate another checkpoint")
+        raise UsageError(
+            "the model gives scores that are not finite, so nothing can be ranked; evaluate another"
+            " checkpoint"
+        )
 
 
-def ranks_of_tiles(read: Callable[[], Iterable[Tile]], own: np.ndarray, images: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks of captions' own images [C] and of images' best captions [I], from tiles of scores that `read` gives each time anew.
+def ranks_of_tiles(
+    read: Callable[[], Iterable[Tile]], own: np.ndarray, images: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks of captions' own images [C] and of images' best captions [I], from tiles of scores that
+    `read` gives each time anew.
 
-    own [C]: column of each row's own image; every image has a caption. Two passes, one tile in memory. As `ranks` on the whole.
+    own [C]: column of each row's own image; every image has a caption. Two passes, one tile in
+    memory. As `ranks` on the whole.
     """
-    of_caption, of_image = np.full(len(own), -np.inf, np.float32), np.full(images, -np.inf, np.float32)
+    of_caption = np.full(len(own), -np.inf, np.float32)
+    of_image = np.full(images, -np.inf, np.float32)
+
     for rows, columns, scores in read():
         check_finite(scores)
         row, column = np.nonzero(own[rows][:, None] == np.arange(columns.start, columns.stop))
         of_caption[rows.start + row] = scores[row, column]
         np.maximum.at(of_image, columns.start + column, scores[row, column])
-    caption_ranks, image_ranks = np.ones(len(own), np.int64), np.ones(images, np.int64)
+
+    caption_ranks = np.ones(len(own), np.int64)
+    image_ranks = np.ones(images, np.int64)
+
     for rows, columns, scores in read():
         wrong = own[rows][:, None] != np.arange(columns.start, columns.stop)
         caption_ranks[rows] += (wrong & (scores >= of_caption[rows, None])).sum(axis=1)
         image_ranks[columns] += (wrong & (scores >= of_image[columns])).sum(axis=0)
+
     return caption_ranks, image_ranks
 
 
 def recall_metrics(query_ranks: np.ndarray) -> dict[str, float]:
     """R@1, R@5, R@10 in percent, median and mean rank."""
     values = {f"R@{k}": 100.0 * float((query_ranks <= k).mean()) for k in (1, 5, 10)}
-    return {**values, "median_rank": float(np.median(query_ranks)), "mean_rank": float(query_ranks.mean())}
+    return {
+        **values,
+        "median_rank": float(np.median(query_ranks)),
+        "mean_rank": float(query_ranks.mean()),
+    }
 
 
 def retrieval_metrics(scores: np.ndarray, caption_image: np.ndarray) -> dict[str, dict[str, float]]:
-    """Both directions from scores [captions, images] and the column of each caption's own image [captions]."""
+    """Both directions from scores [captions, images] and the column of each caption's own image
+    [captions].
+    """
     right = caption_image[:, None] == np.arange(scores.shape[1])[None]
     described = right.any(axis=0)
+
     return {
         "text_to_image": recall_metrics(ranks(scores, right)),
         "image_to_text": recall_metrics(ranks(scores.T[described], right.T[described])),
@@ -172,4 +247,9 @@ def retrieval_metrics(scores: np.ndarray, caption_image: np.ndarray) -> dict[str
 def flat_metrics(metrics: dict[str, dict[str, float]]) -> dict[str, float]:
     """t2i_R@1, .. of both directions, for logs."""
     short = {"text_to_image": "t2i", "image_to_text": "i2t"}
-    return {f"{short[d]}_{name}": value for d, m in metrics.items() for name, value in m.items() if name != "mean_rank"}
+    return {
+        f"{short[d]}_{name}": value
+        for d, m in metrics.items()
+        for name, value in m.items()
+        if name != "mean_rank"
+    }

@@ -3,9 +3,12 @@
     right            caption, its image                    class 0
     random caption   caption of another image, its image   class 1
     random image     caption, another image                class 1
-    hard caption     caption of one of the 100 images whose mean features are nearest (hard_images.npy), its image   class 1
+    hard caption     caption of a near image, its image    class 1
 
-All draws are keyed by (seed, epoch, caption), so every rank, worker and restart makes the same pairs.
+Near are the 100 images whose mean features are nearest (hard_images.npy).
+
+All draws are keyed by (seed, epoch, caption), so every rank, worker and restart makes the same
+pairs.
 """
 
 from collections.abc import Sequence
@@ -30,14 +33,25 @@ PAIRS = 4
 class RetrievalSet:
     """A sample is a caption; its batch rows are four pairs, one after another."""
 
-    def __init__(self, corpus: Corpus, tokenizer: CaptionTokenizer, config: RetrievalConfig) -> None:
-        self.corpus, self.tokenizer, self.config = corpus, tokenizer, config
+    def __init__(
+        self, corpus: Corpus, tokenizer: CaptionTokenizer, config: RetrievalConfig
+    ) -> None:
+        self.corpus = corpus
+        self.tokenizer = tokenizer
+        self.config = config
         self.samples = trainable_captions(corpus, config.language)
         images = corpus.caption_image[self.samples]
+
         if not len(images) or (images == images[0]).all():
-            raise UsageError(f"--data-path {corpus.path}: retrieval needs captions of two images or more")
-        self.order = SampleOrder([self.samples], config.fit_partitions(len(self.samples)), config.seed)
-        self.by_image = self.samples[np.argsort(images, kind="stable")]  # captions, those of one image together
+            raise UsageError(
+                f"--data-path {corpus.path}: retrieval needs captions of two images or more"
+            )
+
+        self.order = SampleOrder(
+            [self.samples], config.fit_partitions(len(self.samples)), config.seed
+        )
+        # captions, those of one image together
+        self.by_image = self.samples[np.argsort(images, kind="stable")]
         self.first_of = np.searchsorted(np.sort(images), np.arange(corpus.num_images + 1))
         self.has_hard_images = corpus.has_hard_images()
         self.feature_dim = corpus.feature_dim
@@ -45,14 +59,23 @@ class RetrievalSet:
     @property
     def most_rows(self) -> int:
         """Regions that a micro-batch can have."""
-        return PAIRS * self.config.micro_batch_size * min(self.config.max_regions, int(self.corpus.region_counts.max()))
+        return (
+            PAIRS
+            * self.config.micro_batch_size
+            * min(self.config.max_regions, int(self.corpus.region_counts.max()))
+        )
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
-        """The fields of a PackedBatch of 4 B pairs for (epoch, caption) pairs [B]; `mismatched` [4 B] are the classes."""
+        """The fields of a PackedBatch of 4 B pairs for (epoch, caption) pairs [B].
+
+        `mismatched` [4 B] are the classes.
+        """
         epochs, captions = np.array(pairs, dtype=np.int64).T
         images = self.corpus.caption_image[captions]
         other = self._of_another_image(epochs, captions, images, place=0)
-        other_image = self.corpus.caption_image[self._of_another_image(epochs, captions, images, place=64)]
+        other_image = self.corpus.caption_image[
+            self._of_another_image(epochs, captions, images, place=64)
+        ]
         hard = self._hard_captions(epochs, captions, images)
         texts = np.stack([captions, other, captions, hard], axis=1).ravel()
         shown = np.stack([images, images, other_image, images], axis=1).ravel()
@@ -61,28 +84,47 @@ class RetrievalSet:
         framed = caption_texts(self.corpus, self.tokenizer, texts, self.config.max_tokens)
         fields = pair_fields(framed, regions, image_of, self.feature_dim, allocate)
         wrong = np.tile(np.array([0, 1, 1, 1]), len(captions))
+
         return {**fields, "mismatched": wrong, "sample_ids": np.repeat(captions, PAIRS)}
 
-    def _of_another_image(self, epochs: np.ndarray, captions: np.ndarray, images: np.ndarray, place: int) -> np.ndarray:
-        """A random caption [B] of another image; `place`: where in the stream of each sample's numbers the draws begin."""
-        chosen, rows = captions.copy(), np.arange(len(captions))
+    def _of_another_image(
+        self, epochs: np.ndarray, captions: np.ndarray, images: np.ndarray, place: int
+    ) -> np.ndarray:
+        """A random caption [B] of another image.
+
+        `place`: where in the stream of each sample's numbers the draws begin.
+        """
+        chosen = captions.copy()
+        rows = np.arange(len(captions))
         while len(rows):
-            draw = uniforms(self.config.seed, epochs[rows], captions[rows], [(CANDIDATES, place, 1)])[0][:, 0]
+            draw = uniforms(
+                self.config.seed, epochs[rows], captions[rows], [(CANDIDATES, place, 1)]
+            )[0][:, 0]
             chosen[rows] = self.samples[(draw * len(self.samples)).astype(np.int64)]
             rows = rows[self.corpus.caption_image[chosen[rows]] == images[rows]]
             place += 4
+
         return chosen
 
-    def _hard_captions(self, epochs: np.ndarray, captions: np.ndarray, images: np.ndarray) -> np.ndarray:
-        """A caption [B] of an image near each one's own; a random one where no near image has a caption."""
+    def _hard_captions(
+        self, epochs: np.ndarray, captions: np.ndarray, images: np.ndarray
+    ) -> np.ndarray:
+        """A caption [B] of an image near each one's own; a random one where no near image has a
+        caption.
+        """
         chosen = self._of_another_image(epochs, captions, images, place=128)
         if not self.has_hard_images:
             return chosen
+
         draws = uniforms(self.config.seed, epochs, captions, [(CANDIDATES, 192, 2)])[0]
-        for row, (image, (which, text)) in enumerate(zip(images.tolist(), draws.tolist(), strict=True)):
+        for row, (image, (which, text)) in enumerate(
+            zip(images.tolist(), draws.tolist(), strict=True)
+        ):
             near = self.corpus.hard_images(image)
             near = near[self.first_of[near + 1] > self.first_of[near]]
             if len(near):
-                start, stop = self.first_of[(candidate := near[int(which * len(near))])], self.first_of[candidate + 1]
+                start = self.first_of[(candidate := near[int(which * len(near))])]
+                stop = self.first_of[candidate + 1]
                 chosen[row] = self.by_image[start + int(text * (stop - start))]
+
         return chosen

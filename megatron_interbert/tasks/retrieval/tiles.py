@@ -1,7 +1,9 @@
-"""All pairs of a store's images and captions, tile by tile: shared out over ranks, kept on disk, gone on with after a stop.
+"""All pairs of a store's images and captions, tile by tile: shared out over ranks, kept on disk,
+gone on with after a stop.
 
-A tile is a run of captions (sorted by length) times a run of images. Memory holds one tile; disk holds the scores, 4 bytes a
-pair, and a sum behind them. Data-parallel ranks take tiles in turn, the ranks of a tensor-parallel group work on the same one.
+A tile is a run of captions (sorted by length) times a run of images. Memory holds one tile; disk
+holds the scores, 4 bytes a pair, and a sum behind them. Data-parallel ranks take tiles in turn, the
+ranks of a tensor-parallel group work on the same one.
 """
 
 import contextlib
@@ -31,35 +33,52 @@ SUM_BYTES = hashlib.sha256().digest_size
 
 
 class ScoreTiles:
-    """Tiles of [captions, images] in a folder of their own inside `parent`; a tile that is there is not scored again.
+    """Tiles of [captions, images] in a folder of their own inside `parent`; a tile that is there is
+    not scored again.
 
-    `identity` says of what they are: other weights, data or settings have another folder. One evaluation at a time works in it;
-    tiles that stopped evaluations have left and nobody works with are removed.
+    `identity` says of what they are: other weights, data or settings have another folder. One
+    evaluation at a time works in it; tiles that stopped evaluations have left and nobody works with
+    are removed.
     """
 
     def __init__(
-        self, parent: Path, shape: tuple[int, int], tile: tuple[int, int], identity: dict, state: ParallelState | None = None
+        self,
+        parent: Path,
+        shape: tuple[int, int],
+        tile: tuple[int, int],
+        identity: dict,
+        state: ParallelState | None = None,
     ) -> None:
-        self.shape, self.tile, self.state = shape, tile, state or ParallelState()
+        self.shape = shape
+        self.tile = tile
+        self.state = state or ParallelState()
         plan = {"shape": list(shape), "tile": list(tile), "identity": identity}
         self.plan = json.dumps(plan, sort_keys=True).encode()
         self.folder = parent / folder_name(self.plan)
         self._lock: int | None = None
         together(self.state, lambda: self._claim(parent) if self.state.is_main else None)
-        self.places = [(top, left) for top in range(0, shape[0], tile[0]) for left in range(0, shape[1], tile[1])]
+        self.places = [
+            (top, left)
+            for top in range(0, shape[0], tile[0])
+            for left in range(0, shape[1], tile[1])
+        ]
 
     def _claim(self, parent: Path) -> None:
         with contextlib.suppress(FileExistsError):
             self.folder.mkdir(parents=True, exist_ok=True)
         if self.folder.is_symlink() or not self.folder.is_dir():
             raise UsageError(
-                f"{self.folder}: expected a folder of tiles, found something else, which is left alone; remove it,"
-                " or give another --output"
+                f"{self.folder}: expected a folder of tiles, found something else, which is left"
+                " alone; remove it, or give another --output"
             )
 
         self._lock = _locked(self.folder)
         if self._lock is None:
-            raise UsageError(f"{self.folder}: the same evaluation is running there; wait for it, or give another --output")
+            raise UsageError(
+                f"{self.folder}: the same evaluation is running there; wait for it, or give another"
+                " --output"
+            )
+
         write_bytes(self.folder / PLAN, self.plan)
 
         for name in list_folder(parent):
@@ -76,18 +95,23 @@ class ScoreTiles:
         return self.folder / f"scores-{place[0]:08d}-{place[1]:08d}.npy"
 
     def missing(self) -> list[tuple[int, int]]:
-        """Places (first caption, first image) of tiles that are not there yet, or not as they were written."""
+        """Places (first caption, first image) of tiles that are not there yet, or not as they were
+        written.
+        """
         missing = together(self.state, lambda: self._look() if self.state.is_main else None)
-        return self.state.gather(missing)[0]  # what the first rank sees: all must agree on who does what
+        # what the first rank sees: all must agree on who does what
+        return self.state.gather(missing)[0]
 
     def _look(self) -> list[tuple[int, int]]:
         missing = [place for place in self.places if self._scores(place) is None]
         again = [self._file(place).name for place in missing if self._file(place).exists()]
         if again:
             print(
-                f"{self.folder}: tiles that are damaged or of an earlier version are scored again: {some(again)}",
+                f"{self.folder}: tiles that are damaged or of an earlier version are scored again:"
+                f" {some(again)}",
                 flush=True,
             )
+
         return missing
 
     def share(self, places: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -98,6 +122,7 @@ class ScoreTiles:
         """One finished tile; it appears whole."""
         if self.state.tensor_rank:
             return
+
         beside = self._file(place).with_suffix(f".{os.getpid()}.new")
         data = io.BytesIO()
         np.save(data, scores)
@@ -106,7 +131,9 @@ class ScoreTiles:
 
     def extent(self, place: tuple[int, int]) -> tuple[slice, slice]:
         """Captions and images of a tile."""
-        return tuple(slice(p, min(p + t, s)) for p, t, s in zip(place, self.tile, self.shape, strict=True))
+        return tuple(
+            slice(p, min(p + t, s)) for p, t, s in zip(place, self.tile, self.shape, strict=True)
+        )
 
     def pairs(self, place: tuple[int, int]) -> int:
         """Pairs of a tile."""
@@ -120,13 +147,16 @@ class ScoreTiles:
                 scores = self._scores(place)
                 if scores is None:
                     raise TrainingStopped(
-                        f"{self._file(place)}: has changed since it was written; repeat the command to score it again"
+                        f"{self._file(place)}: has changed since it was written; repeat the command"
+                        " to score it again"
                     )
+
             yield *self.extent(place), scores
 
     def _scores(self, place: tuple[int, int]) -> np.ndarray | None:
         """One tile; None where it is not there, or not as it was written."""
         file = self._file(place)
+
         try:
             with reading(file):
                 content = file.read_bytes()
@@ -136,10 +166,13 @@ class ScoreTiles:
         data = content[:-SUM_BYTES]
         if content != self._with_sum(place, data):
             return None
+
         return np.load(io.BytesIO(data), allow_pickle=False)
 
     def _with_sum(self, place: tuple[int, int], data: bytes) -> bytes:
-        """A file's content; the sum also stands for the plan and the place, so that no tile passes for another."""
+        """A file's content; the sum also stands for the plan and the place, so that no tile passes
+        for another.
+        """
         return data + hashlib.sha256(b"%b %d %d " % (self.plan, *place) + data).digest()
 
     def remove(self) -> None:
@@ -156,8 +189,8 @@ def folder_name(plan: bytes) -> str:
 def remove_left(folder: Path) -> None:
     """Remove what a stopped evaluation has left, unless somebody works with it.
 
-    A link, or a folder that holds neither a plan of ours nor, as earlier versions left it, nothing but
-    tiles, is somebody else's and is left alone.
+    A link, or a folder that holds neither a plan of ours nor, as earlier versions left it, nothing
+    but tiles, is somebody else's and is left alone.
     """
     with contextlib.suppress(OSError):
         handle = _locked(folder)
@@ -178,6 +211,7 @@ def remove_own_files(folder: Path) -> None:
         for name in reversed(list_folder(folder)):
             if OWN_FILE.fullmatch(name):
                 (folder / name).unlink()
+
         folder.rmdir()
 
 
@@ -187,6 +221,7 @@ def _locked(folder: Path) -> int | None:
     OSError for a link, for what is no folder, and on a disk without locks.
     """
     handle = open_folder(folder)
+
     try:
         taken = take_lock(handle)
     except OSError:
@@ -196,6 +231,7 @@ def _locked(folder: Path) -> int | None:
     if not taken:
         os.close(handle)
         return None
+
     return handle
 
 
@@ -208,15 +244,21 @@ def fill(
     pairs_per_batch: int,
     progress: Callable[[int], None] = lambda pairs: None,
 ) -> None:
-    """Score some tiles. Rows and columns of the tiles are in the order of `by_length` and `by_regions`."""
-    captions, images = pairs.by_length(), pairs.by_regions()
+    """Score some tiles.
+
+    Rows and columns of the tiles are in the order of `by_length` and `by_regions`.
+    """
+    captions = pairs.by_length()
+    images = pairs.by_regions()
     ready: tuple[int, Side] | None = None
+
     for top, left in places:
         rows, columns = tiles.extent((top, left))
         with local_errors():
             if ready is None or ready[0] != top:  # tiles of the same captions follow each other
                 ready = top, pairs.caption_side(scorer, captions[rows], device)
             side = pairs.image_side(scorer, images[columns], device)
+
         scores = score_block(scorer, side, ready[1], pairs_per_batch)
         tiles.write((top, left), scores.cpu().numpy())
         progress(scores.numel())

@@ -1,8 +1,9 @@
-"""Search in two stages: all images by a product of pooled vectors, then the best ones by the whole model.
+"""Search in two stages: all images by a product of pooled vectors, then the best ones by the whole
+model.
 
-The matching head is linear in the product of the two pooled vectors, so with each side encoded alone the margin of a pair is one
-dot product: (w_matched - w_mismatched) * text . image. The model was not trained on sides alone, so this ranks worse; what is lost
-is measured.
+The matching head is linear in the product of the two pooled vectors, so with each side encoded
+alone the margin of a pair is one dot product: (w_matched - w_mismatched) * text . image. The model
+was not trained on sides alone, so this ranks worse; what is lost is measured.
 """
 
 import time
@@ -28,33 +29,49 @@ def alone(scorer: PairScorer, side: Side, images: bool) -> torch.Tensor:
     sequences = Sequences(offsets.int(), int(side.lengths.max()))
     hidden = model.interaction(side.hidden, sequences)
 
-    stack, pooler = model.text_stream, model.text_pooler
+    stack = model.text_stream
+    pooler = model.text_pooler
     if images:
-        stack, pooler = model.image_stream, model.image_pooler
+        stack = model.image_stream
+        pooler = model.image_pooler
 
     return pooler(last_layer_of_first(stack, hidden, sequences))
 
 
 @torch.no_grad()
 def two_stage_search(
-    scorer: PairScorer, pairs: Pairs, device: torch.device, state: ParallelState, keep: int, pairs_per_batch: int
+    scorer: PairScorer,
+    pairs: Pairs,
+    device: torch.device,
+    state: ParallelState,
+    keep: int,
+    pairs_per_batch: int,
 ) -> dict[str, float]:
-    """Recall of captions to images when only the `keep` best images of the first stage are scored by the model, the recall of the
-    first stage itself, and seconds; the same on all ranks."""
+    """Recall of captions to images when only the `keep` best images of the first stage are scored
+    by the model, the recall of the first stage itself, and seconds; the same on all ranks.
+    """
     if scorer.model.config.fusion != "product":
-        raise UsageError("--two-stage: with a summed fusion the first stage gives every caption the same images; leave it out")
+        raise UsageError(
+            "--two-stage: with a summed fusion the first stage gives every caption the same images;"
+            " leave it out"
+        )
+
     started = time.monotonic()
     keep = min(keep, len(pairs.images))
     weight = scorer.model.itm_head.weight.float()
     direction = weight[0] - weight[1]
     vectors = torch.cat(
-        [alone(scorer, pairs.image_side(scorer, part, device), True).float() for part in _runs(np.arange(len(pairs.images)))]
+        [
+            alone(scorer, pairs.image_side(scorer, part, device), True).float()
+            for part in _runs(np.arange(len(pairs.images)))
+        ]
     )
     check_finite(vectors.cpu().numpy())
 
     mine = np.arange(len(pairs.captions))[state.data_rank :: state.data_size]
     own = torch.from_numpy(pairs.own_image())
     found = []
+
     for part in _runs(mine):
         side = pairs.caption_side(scorer, part, device)
         scores = (alone(scorer, side, False).float() * direction) @ vectors.T  # [part, images]
@@ -67,30 +84,46 @@ def two_stage_search(
 
     mine_found = torch.cat([torch.zeros(2, 0, dtype=torch.long), *found], dim=1).numpy()
     ranks, inside = np.concatenate(state.gather(mine_found)[:: state.tensor_size], axis=1)
-    return {**recall_metrics(ranks), f"first_stage_R@{keep}": 100.0 * float(inside.mean()), "seconds": time.monotonic() - started}
+
+    return {
+        **recall_metrics(ranks),
+        f"first_stage_R@{keep}": 100.0 * float(inside.mean()),
+        "seconds": time.monotonic() - started,
+    }
 
 
-def _ranks(coarse: torch.Tensor, kept: torch.Tensor, margins: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def _ranks(
+    coarse: torch.Tensor, kept: torch.Tensor, margins: torch.Tensor, right: torch.Tensor
+) -> torch.Tensor:
     """int64 [2, captions]: the rank of each caption's own image, and whether it was kept.
 
-    From scores of the first stage [captions, images], the images that are kept and their margins [captions, keep], and the own
-    image [captions]. One that is not kept ranks as in the first stage, behind all that are.
+    From scores of the first stage [captions, images], the images that are kept and their margins
+    [captions, keep], and the own image [captions]. One that is not kept ranks as in the first
+    stage, behind all that are.
     """
     rank = (coarse >= coarse.gather(1, right[:, None])).sum(1)
     inside = kept == right[:, None]
     own_margin = torch.where(inside, margins, -torch.inf).amax(1, keepdim=True)
     fine = 1 + ((margins >= own_margin) & ~inside).sum(1)
     behind = rank.clamp(min=kept.shape[1] + 1)
+
     return torch.stack([torch.where(inside.any(1), fine, behind), inside.any(1)])
 
 
 def _rescored(
-    scorer: PairScorer, pairs: Pairs, captions: Side, kept: np.ndarray, device: torch.device, pairs_per_batch: int
+    scorer: PairScorer,
+    pairs: Pairs,
+    captions: Side,
+    kept: np.ndarray,
+    device: torch.device,
+    pairs_per_batch: int,
 ) -> torch.Tensor:
     """Margins [captions, keep], on the host, of the kept images of each caption."""
     numbers, place = np.unique(kept.ravel(), return_inverse=True)
     caption_of = np.repeat(np.arange(len(kept)), kept.shape[1])
-    order, found = [], []
+    order = []
+    found = []
+
     for part in _runs(np.arange(len(numbers))):
         images = pairs.image_side(scorer, numbers[part], device)
         here = np.flatnonzero((place >= part[0]) & (place <= part[-1]))
@@ -100,6 +133,7 @@ def _rescored(
 
     margins = torch.empty(kept.size)
     margins[np.concatenate(order)] = torch.cat(found).cpu()
+
     return margins.view(kept.shape)
 
 

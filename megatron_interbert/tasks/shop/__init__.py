@@ -1,1 +1,3 @@
-"""Product search and topic-based recommendation: config, catalogue, samples, jobs, scorer, evaluation, page."""
+"""Product search and topic-based recommendation: config, catalogue, samples, jobs, scorer,
+evaluation, page.
+"""

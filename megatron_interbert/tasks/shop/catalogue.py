@@ -1,8 +1,11 @@
-"""Items that texts are matched with: an image and, where there is one, a title; and the batches in which both are judged.
+"""Items that texts are matched with: an image and, where there is one, a title; and the batches in
+which both are judged.
 
-An item is an image of a region store, known by its image id; its title is the image's first caption. A text (a query, a topic) meets an
-item in two ways. In full: [CLS] text [SEP] title [SEP] and the regions in one sequence. Alone: the text by itself, the item by itself (its
-title and regions), and only their pooled vectors meet in the matching head, so that vectors of items can be made beforehand.
+An item is an image of a region store, known by its image id; its title is the image's first
+caption. A text (a query, a topic) meets an item in two ways. In full: [CLS] text [SEP] title [SEP]
+and the regions in one sequence. Alone: the text by itself, the item by itself (its title and
+regions), and only their pooled vectors meet in the matching head, so that vectors of items can be
+made beforehand.
 """
 
 from collections.abc import Sequence
@@ -22,12 +25,25 @@ NO_TITLE = -1
 class Catalogue:
     """The items of a corpus, numbered as its images. `titles`: whether they are read."""
 
-    def __init__(self, corpus: Corpus, tokenizer: CaptionTokenizer, titles: bool, max_tokens: int, max_regions: int) -> None:
-        self.corpus, self.tokenizer, self.max_tokens, self.max_regions = corpus, tokenizer, max_tokens, max_regions
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: CaptionTokenizer,
+        titles: bool,
+        max_tokens: int,
+        max_regions: int,
+    ) -> None:
+        self.corpus = corpus
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.max_regions = max_regions
         self.title_of = np.full(corpus.num_images, NO_TITLE, np.int64)  # caption number
+
         if titles:
-            captions = np.arange(corpus.num_captions)[::-1]  # the first caption of an image is written last
+            # the first caption of an image is written last
+            captions = np.arange(corpus.num_captions)[::-1]
             self.title_of[corpus.caption_image[captions]] = captions
+
         self._numbers: dict[str, int] | None = None
 
     def __len__(self) -> int:
@@ -39,7 +55,11 @@ class Catalogue:
     @property
     def ids(self) -> list[str]:
         """Item ids by number."""
-        return [store.image_id(image) for store in self.corpus.stores for image in range(store.num_images)]
+        return [
+            store.image_id(image)
+            for store in self.corpus.stores
+            for image in range(store.num_images)
+        ]
 
     def number(self, item_id: str) -> int | None:
         """An item's number; None when it is not there."""
@@ -47,7 +67,11 @@ class Catalogue:
             self._numbers = {}
             for number, name in enumerate(self.ids):
                 if self._numbers.setdefault(name, number) != number:
-                    raise UsageError(f"{self.corpus.path}: two images are called {name}; an item needs an id of its own")
+                    raise UsageError(
+                        f"{self.corpus.path}: two images are called {name}; an item needs an id of"
+                        " its own"
+                    )
+
         return self._numbers.get(item_id)
 
     def images(self, items: np.ndarray) -> np.ndarray:
@@ -57,21 +81,29 @@ class Catalogue:
     def region_counts(self, items: np.ndarray) -> np.ndarray:
         """Regions that are read of items [n], 0 for none."""
         images = self.images(items)
-        return np.where(images < 0, 0, np.minimum(self.corpus.region_counts[images], self.max_regions))
+        return np.where(
+            images < 0, 0, np.minimum(self.corpus.region_counts[images], self.max_regions)
+        )
 
     def title(self, item: int) -> str:
         """An item's title; empty where it has none."""
-        return "" if self.title_of[item] == NO_TITLE else self.corpus.caption(int(self.title_of[item]))
+        return (
+            "" if self.title_of[item] == NO_TITLE else self.corpus.caption(int(self.title_of[item]))
+        )
 
     def title_pieces(self, items: np.ndarray) -> list[np.ndarray]:
         """Token ids of some items' titles [n]."""
         captions = self.title_of[items]
         titled = np.flatnonzero(captions != NO_TITLE)
         pieces = [np.zeros(0, np.int64)] * len(items)
+
         if len(titled):
             tokens = self.corpus.tokens(captions[titled], self.tokenizer, self.max_tokens)
-            for place, ids in zip(titled.tolist(), np.split(tokens.ids, tokens.offsets[1:-1]), strict=True):
+            for place, ids in zip(
+                titled.tolist(), np.split(tokens.ids, tokens.offsets[1:-1]), strict=True
+            ):
                 pieces[place] = ids.astype(np.int64)
+
         return pieces
 
     def in_full(self, texts: Sequence[np.ndarray], items: np.ndarray) -> list[Text]:
@@ -87,16 +119,24 @@ class Catalogue:
 
     def items_alone(self, items: np.ndarray) -> list[Text]:
         """[CLS] title [SEP] of items [n]."""
-        return [frame([title], self.tokenizer, self.max_tokens) for title in self.title_pieces(items)]
+        return [
+            frame([title], self.tokenizer, self.max_tokens) for title in self.title_pieces(items)
+        ]
 
-    def fields(self, texts: Sequence[Text], items: np.ndarray, allocate: Allocate = plain_memory) -> Fields:
-        """The fields of a PackedBatch of texts [B], each with the regions of an item, or with none (-1)."""
+    def fields(
+        self, texts: Sequence[Text], items: np.ndarray, allocate: Allocate = plain_memory
+    ) -> Fields:
+        """The fields of a PackedBatch of texts [B], each with the regions of an item, or with none
+        (-1).
+        """
         images = self.images(items)
         shown = np.unique(images[images >= 0])
         if not len(shown):
             return pair_fields(texts, None, images, self.corpus.feature_dim)
+
         regions = read_regions(self.corpus, shown, self.max_regions)
         places = np.where(images < 0, -1, np.searchsorted(shown, images))
+
         return pair_fields(texts, regions, places, self.corpus.feature_dim, allocate)
 
     def both_ways(
@@ -107,8 +147,9 @@ class Catalogue:
         alone: tuple[np.ndarray, np.ndarray],
         allocate: Allocate = plain_memory,
     ) -> Fields:
-        """The fields of a PackedBatch that judges pairs [n] of `texts` (token ids) and items in full, then pairs [m], texts and items
-        `alone`."""
+        """The fields of a PackedBatch that judges pairs [n] of `texts` (token ids) and items in
+        full, then pairs [m], texts and items `alone`.
+        """
         pairs = len(items)
         asked, alone_text = np.unique(alone[0], return_inverse=True)
         shown, alone_item = np.unique(alone[1], return_inverse=True)
@@ -117,12 +158,16 @@ class Catalogue:
             *(self.text_alone(texts[t]) for t in asked),
             *self.items_alone(shown),
         ]
-        fields = self.fields(rows, np.concatenate([items, np.full(len(asked), -1), shown]), allocate)
+        fields = self.fields(
+            rows, np.concatenate([items, np.full(len(asked), -1), shown]), allocate
+        )
         each = np.arange(pairs)
+
         return {
             **fields,
             "pair_text": np.concatenate([each, pairs + alone_text]),
-            "pair_image": np.concatenate([each, pairs + alone_item]),  # counted among the samples that have an image
+            # counted among the samples that have an image
+            "pair_image": np.concatenate([each, pairs + alone_item]),
         }
 
 

@@ -65,16 +65,10 @@ class ProductSearchConfig(ItemConfig):
 class RecommendationConfig(ItemConfig):
     """Topic-based recommendation: topics to items, from clicks."""
 
-    topics: str = setting(
-        "", "jsonl of topic_id, name, description, keywords to train on", FREE
-    )
-    clicks: str = setting(
-        "", "jsonl of topic_id, item_id, clicked (0 or 1) to train on", FREE
-    )
+    topics: str = setting("", "jsonl of topic_id, name, description, keywords to train on", FREE)
+    clicks: str = setting("", "jsonl of topic_id, item_id, clicked (0 or 1) to train on", FREE)
     valid_topics: str = setting("", "topics to evaluate on; default: those of --topics", FREE)
-    valid_clicks: str = setting(
-        "", "jsonl of clicks to evaluate on; none: no evaluation", FREE
-    )
+    valid_clicks: str = setting("", "jsonl of clicks to evaluate on; none: no evaluation", FREE)
 
 
 @dataclass
@@ -92,7 +86,9 @@ class ItemReading(Flags):
 
 @dataclass
 class EvaluateProductSearchConfig(ItemReading, EvaluateConfig):
-    """Products for each query: all candidates in full, and in two stages; figures, and files for the benchmarks' servers."""
+    """Products for each query: all candidates in full, and in two stages; figures, and files for
+    the benchmarks' servers.
+    """
 
     TASK: ClassVar[str] = "product_search"
 

@@ -1,4 +1,6 @@
-"""`evaluate product_search` and `evaluate recommendation`: figures, and files for servers of benchmarks."""
+"""`evaluate product_search` and `evaluate recommendation`: figures, and files for servers of
+benchmarks.
+"""
 
 import json
 from typing import Any
@@ -12,11 +14,21 @@ from megatron_interbert.files import write_text
 from megatron_interbert.pages.photo_folder import photos_in
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
-from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, check_photos, load_model, open_for
+from megatron_interbert.tasks.loading import (
+    agree_on_inputs,
+    as_trained,
+    check_photos,
+    load_model,
+    open_for,
+)
 from megatron_interbert.tasks.parts import fit_length
 from megatron_interbert.tasks.results import result_of, table, write_result
 from megatron_interbert.tasks.shop.catalogue import Catalogue
-from megatron_interbert.tasks.shop.config import EvaluateProductSearchConfig, EvaluateRecommendationConfig, ScoreTopicsConfig
+from megatron_interbert.tasks.shop.config import (
+    EvaluateProductSearchConfig,
+    EvaluateRecommendationConfig,
+    ScoreTopicsConfig,
+)
 from megatron_interbert.tasks.shop.figures import search_metrics
 from megatron_interbert.tasks.shop.page import search_page
 from megatron_interbert.tasks.shop.scorer import ItemScorer, catalogue_of
@@ -33,68 +45,131 @@ def open_items(
     device: torch.device,
     files: list[str],
 ) -> tuple[ItemScorer, Source, Corpus, Any]:
-    """The scorer over the items of --data-path, where its weights came from, their stores, and the folder for results."""
-    model, source = load_model(config.load, ("itm",), config.kernels, device, state, config.averaged, config.precision)
+    """The scorer over the items of --data-path, where its weights came from, their stores, and the
+    folder for results.
+    """
+    model, source = load_model(
+        config.load, ("itm",), config.kernels, device, state, config.averaged, config.precision
+    )
     as_trained(config, source)
     corpus, tokenizer = open_for(config, source, [config.data_path])
     fit_length(config, source.config)
-    folder = agree_on_inputs(config, state, source, tokenizer, [f"{config.data_path}/{MANIFEST}", *filter(None, files)])
-    return ItemScorer(model, catalogue_of(corpus, tokenizer, config), device), source, corpus, folder
+    folder = agree_on_inputs(
+        config, state, source, tokenizer, [f"{config.data_path}/{MANIFEST}", *filter(None, files)]
+    )
+
+    return (
+        ItemScorer(model, catalogue_of(corpus, tokenizer, config), device),
+        source,
+        corpus,
+        folder,
+    )
 
 
-def evaluate_product_search(config: EvaluateProductSearchConfig, state: ParallelState, device: torch.device) -> dict[str, Any]:
-    """Writes result.json, result.html and, with --submission, the file for a server; all ranks of a launch call it."""
+def evaluate_product_search(
+    config: EvaluateProductSearchConfig, state: ParallelState, device: torch.device
+) -> dict[str, Any]:
+    """Writes result.json, result.html and, with --submission, the file for a server; all ranks of a
+    launch call it.
+    """
     check_photos(config.image_folder, state)
     scorer, source, corpus, folder = open_items(config, state, device, [config.queries])
     queries = read_queries(config.queries, scorer.catalogue, "--queries")
     if not config.submission:
         check_labelled(queries)
+
     metrics: dict[str, float] = {}
-    runs = ([("", 0)] if config.exhaustive else []) + ([("two_stage_", config.two_stage)] if config.two_stage else [])
+    runs = ([("", 0)] if config.exhaustive else []) + (
+        [("two_stage_", config.two_stage)] if config.two_stage else []
+    )
     for prefix, first_stage in runs:
-        with progress(total=len(queries), unit="query", desc=prefix or "searching", shown=state.is_main) as bar:
-            found = search(scorer, queries, state, first_stage, lambda count: bar.update(count * state.data_size))
+        with progress(
+            total=len(queries), unit="query", desc=prefix or "searching", shown=state.is_main
+        ) as bar:
+            found = search(
+                scorer,
+                queries,
+                state,
+                first_stage,
+                lambda count: bar.update(count * state.data_size),
+            )
+
         if queries.labelled:
-            metrics |= {f"{prefix}{name}": value for name, value in search_metrics(found.found, queries.products).items()}
+            metrics |= {
+                f"{prefix}{name}": value
+                for name, value in search_metrics(found.found, queries.products).items()
+            }
+
         if not prefix or not config.exhaustive:
             best = found
         else:  # how much of what the full search finds the two stages find
-            shared = [len(set(a[:10]) & set(b[:10])) / min(10, len(a)) for a, b in zip(best.found, found.found, strict=True)]
+            shared = [
+                len(set(a[:10]) & set(b[:10])) / min(10, len(a))
+                for a, b in zip(best.found, found.found, strict=True)
+            ]
             metrics["two_stage_recall@10"] = 100.0 * sum(shared) / len(shared)
-    result = result_of(config, "finetuned" if source.facts.get("task") else "zero-shot", metrics, source, corpus, [config.queries],
-                       queries=len(queries), products=len(scorer.catalogue))  # fmt: skip
+
+    result = result_of(
+        config,
+        "finetuned" if source.facts.get("task") else "zero-shot",
+        metrics,
+        source,
+        corpus,
+        [config.queries],
+        queries=len(queries),
+        products=len(scorer.catalogue),
+    )
     if state.is_main:
         write_result(folder, result)
         photos = photos_in(config.image_folder)
-        write_text(folder / "result.html", search_page(result, queries, best, scorer.catalogue, photos))
+        write_text(
+            folder / "result.html", search_page(result, queries, best, scorer.catalogue, photos)
+        )
+
         if config.submission:
             name, text = submission(config.submission, queries, best, scorer.catalogue)
             write_text(folder / name, text)
             print(f"submission: {folder / name}")
+
         print(table(result) if metrics else "these queries name no products, so no figure is given")
         print(f"result: {folder / 'result.json'}\npage:   {folder / 'result.html'}")
+
     return result
 
 
 def submission(kind: str, queries: Queries, found: Search, catalogue: Catalogue) -> tuple[str, str]:
-    """(Name, text) of the file that a server takes: ten products a query as JSON lines (MUGE), or five as CSV (KDD Cup 2020)."""
+    """(Name, text) of the file that a server takes: ten products a query as JSON lines (MUGE), or
+    five as CSV (KDD Cup 2020).
+    """
     ids = catalogue.ids
     most = 10 if kind == "muge" else 5
     if short := next((i for i, items in enumerate(found.found) if len(items) < most), None):
         raise UsageError(
-            f"--submission {kind} needs {most} products for each query, query {queries.ids[short]} has fewer candidates"
+            f"--submission {kind} needs {most} products for each query, query {queries.ids[short]}"
+            " has fewer candidates"
         )
+
     lists = [[ids[item] for item in items[:most]] for items in found.found]
     if kind == "muge":
         lines = [
             json.dumps(
-                {"query_id": number(query), "query_text": text, "item_ids": [number(item) for item in items]}, ensure_ascii=False
+                {
+                    "query_id": number(query),
+                    "query_text": text,
+                    "item_ids": [number(item) for item in items],
+                },
+                ensure_ascii=False,
             )
             for query, text, items in zip(queries.ids, queries.texts, lists, strict=True)
         ]
         return "submission.jsonl", "\n".join(lines) + "\n"
+
     lines = [",".join([query, *items]) for query, items in zip(queries.ids, lists, strict=True)]
-    return "submission.csv", "\n".join(["query-id,product1,product2,product3,product4,product5", *lines]) + "\n"
+
+    return (
+        "submission.csv",
+        "\n".join(["query-id,product1,product2,product3,product4,product5", *lines]) + "\n",
+    )
 
 
 def number(text: str) -> int | str:
@@ -102,17 +177,36 @@ def number(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
-def evaluate_recommendation(config: EvaluateRecommendationConfig, state: ParallelState, device: torch.device) -> dict[str, Any]:
+def evaluate_recommendation(
+    config: EvaluateRecommendationConfig, state: ParallelState, device: torch.device
+) -> dict[str, Any]:
     """Writes result.json; all ranks of a launch call it."""
-    scorer, source, corpus, folder = open_items(config, state, device, [config.topics, config.clicks])
+    scorer, source, corpus, folder = open_items(
+        config, state, device, [config.topics, config.clicks]
+    )
     topics = read_topics(config.topics, "--topics")
     clicks = read_clicks(config.clicks, topics, scorer.catalogue, "--clicks")
-    with progress(total=len(clicks.topics), unit="pair", desc="scoring", shown=state.is_main) as bar:
-        scores = showing_scores(scorer, topics, clicks, state, lambda count: bar.update(count * state.data_size))
-    result = result_of(config, "finetuned" if source.facts.get("task") else "zero-shot", click_metrics(clicks, scores), source, corpus,
-                       [config.topics, config.clicks], topics=len(topics), showings=len(clicks.topics))  # fmt: skip
+
+    with progress(
+        total=len(clicks.topics), unit="pair", desc="scoring", shown=state.is_main
+    ) as bar:
+        scores = showing_scores(
+            scorer, topics, clicks, state, lambda count: bar.update(count * state.data_size)
+        )
+
+    result = result_of(
+        config,
+        "finetuned" if source.facts.get("task") else "zero-shot",
+        click_metrics(clicks, scores),
+        source,
+        corpus,
+        [config.topics, config.clicks],
+        topics=len(topics),
+        showings=len(clicks.topics),
+    )
     if state.is_main:
         write_result(folder, result)
         print(table(result))
         print(f"result: {folder / 'result.json'}")
+
     return result

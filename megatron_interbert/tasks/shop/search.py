@@ -1,4 +1,6 @@
-"""Text-based image retrieval: queries to products, as in MUGE and KDD Cup 2020; finetuning, search in full and in two stages."""
+"""Text-based image retrieval: queries to products, as in MUGE and KDD Cup 2020; finetuning, search
+in full and in two stages.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +14,12 @@ from megatron_interbert.errors import TrainingStopped, UsageError, local_errors
 from megatron_interbert.model.interbert import InterBert, InterBertOutput
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.classification import ClassificationTask
-from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, vocabulary_of_run
+from megatron_interbert.tasks.parts import (
+    describe_data,
+    fitted_sizes,
+    open_stores,
+    vocabulary_of_run,
+)
 from megatron_interbert.tasks.shop.config import ProductSearchConfig
 from megatron_interbert.tasks.shop.figures import order_of, search_metrics
 from megatron_interbert.tasks.shop.scorer import ItemScorer, catalogue_of, catalogue_to_judge_by
@@ -24,12 +31,15 @@ FIGURES = ("R@1", "R@5", "R@10", "mean_recall", "nDCG@5")
 
 
 class SearchTask(ClassificationTask):
-    """Losses of the matching head: right or wrong of each pair in one sequence; and, of sides that are encoded alone, which of
-    several products is the one that a query is for."""
+    """Losses of the matching head: right or wrong of each pair in one sequence; and, of sides that
+    are encoded alone, which of several products is the one that a query is for.
+    """
 
     KINDS = ("match", "alone")
 
-    def answers(self, output: InterBertOutput, batch: PackedBatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def answers(
+        self, output: InterBertOutput, batch: PackedBatch
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         samples = len(batch.no_choice)
         judged, chosen = batch.labels.split([len(batch.labels) - samples, samples])
         full, alone = output.itm_logits.split([len(judged), batch.no_choice.numel()])
@@ -42,9 +52,12 @@ class SearchTask(ClassificationTask):
 
 
 def product_search_job(config: ProductSearchConfig, state: ParallelState) -> Job:
-    """Finetuning on --queries over the products of --data-path; mean recall on --valid-queries decides what is best."""
+    """Finetuning on --queries over the products of --data-path; mean recall on --valid-queries
+    decides what is best.
+    """
     stores = config.stores()
-    corpus, tokenizer = open_stores(stores, config), vocabulary_of_run(config, stores)
+    corpus = open_stores(stores, config)
+    tokenizer = vocabulary_of_run(config, stores)
     sizes = fitted_sizes(config, tokenizer, corpus)
     catalogue = catalogue_of(corpus, tokenizer, config)
     queries = read_queries(config.queries, catalogue, "--queries")
@@ -61,15 +74,22 @@ def product_search_job(config: ProductSearchConfig, state: ParallelState) -> Job
         figures=FIGURES,
         patience=config.early_stopping,
     )
+
     if config.valid_queries:
         valid_catalogue = catalogue_to_judge_by(config, catalogue)
         asked = read_queries(config.valid_queries, valid_catalogue, "--valid-queries")
         check_labelled(asked)
 
-        def evaluate(model: InterBert, state: ParallelState, device: torch.device) -> dict[str, float]:
-            return search_metrics(search(ItemScorer(model, valid_catalogue, device), asked, state).found, asked.products)
+        def evaluate(
+            model: InterBert, state: ParallelState, device: torch.device
+        ) -> dict[str, float]:
+            return search_metrics(
+                search(ItemScorer(model, valid_catalogue, device), asked, state).found,
+                asked.products,
+            )
 
         job.evaluate = evaluate
+
     return job
 
 
@@ -77,12 +97,17 @@ def check_labelled(queries: Queries) -> None:
     """UsageError where a query does not say which products it is for."""
     if not queries.labelled:
         missing = next(i for i, products in enumerate(queries.products) if not len(products))
-        raise UsageError(f"{queries.path}: query {queries.ids[missing]} has no item_ids, so nothing can be measured")
+        raise UsageError(
+            f"{queries.path}: query {queries.ids[missing]} has no item_ids, so nothing can be"
+            " measured"
+        )
 
 
 @dataclass
 class Search:
-    """The best products (numbers) found for each query, best first; their scores; and pairs scored in full."""
+    """The best products (numbers) found for each query, best first; their scores; and pairs scored
+    in full.
+    """
 
     found: list[np.ndarray]
     scores: list[np.ndarray]
@@ -96,32 +121,47 @@ def search(
     first_stage: int = 0,
     progress: Callable[[int], None] = lambda queries: None,
 ) -> Search:
-    """All candidates of each query in full, or (`first_stage` > 0) only so many that the vectors rank first; the same on all ranks, each
-    searches for a share of the queries."""
+    """All candidates of each query in full, or (`first_stage` > 0) only so many that the vectors
+    rank first; the same on all ranks, each searches for a share of the queries.
+    """
     everything = np.arange(len(scorer.catalogue))
     mine = range(state.data_rank, len(queries), state.data_size)
     rows: list[tuple[np.ndarray, np.ndarray]] = []
     pairs = 0
+
     with local_errors():
         pieces = scorer.pieces([queries.texts[number] for number in mine])
         if first_stage:
-            vectors, wanted = scorer.item_vectors(everything), scorer.text_vectors(pieces) if len(pieces) else None
+            vectors = scorer.item_vectors(everything)
+            wanted = scorer.text_vectors(pieces) if len(pieces) else None
+
         for row, number in enumerate(mine):
-            candidates = queries.candidates[number] if queries.candidates[number] is not None else everything
+            candidates = (
+                queries.candidates[number] if queries.candidates[number] is not None else everything
+            )
             if first_stage:
                 coarse = vectors[candidates] @ wanted[row]
                 candidates = candidates[np.argsort(-coarse, kind="stable")[:first_stage]]
+
             scores = scorer.match([pieces[row]], np.zeros(len(candidates), np.int64), candidates)
             if not np.isfinite(scores).all():
-                raise TrainingStopped("scores are not finite: the weights of this checkpoint have diverged; take an earlier one")
+                raise TrainingStopped(
+                    "scores are not finite: the weights of this checkpoint have diverged; take an"
+                    " earlier one"
+                )
+
             order = order_of(scores, np.isin(candidates, queries.products[number]))
             pairs += len(candidates)
             rows.append((candidates[order][:KEPT], scores[order][:KEPT]))
             progress(1)
+
     found: list[np.ndarray] = [everything] * len(queries)
     scored: list[np.ndarray] = [np.zeros(0, np.float32)] * len(queries)
+
     for rank, (part, _) in enumerate(gathered := state.gather((rows, pairs))):
         for place, (items, scores) in enumerate(part):
             number = rank // state.tensor_size + place * state.data_size
-            found[number], scored[number] = items, scores
+            found[number] = items
+            scored[number] = scores
+
     return Search(found, scored, sum(count for _, count in gathered[:: state.tensor_size]))

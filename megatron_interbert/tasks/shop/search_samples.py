@@ -1,17 +1,18 @@
 """Queries and the products that they are for; training samples of product search.
 
-A sample is a query with one of its products. Five pairs are judged in full:
-    right           query, product                              class 0
-    other query     a query that is not for the product         class 1
-    other product   query, a product that it is not for         class 1
-    near product    query, one of the 100 products whose mean features are nearest (hard_images.npy)   class 1
-    near query      a query for such a product, product         class 1
+A sample is a query with one of its products. Five pairs are judged in full: right           query,
+product                              class 0 other query     a query that is not for the product
+class 1 other product   query, a product that it is not for         class 1 near product    query,
+one of the 100 products whose mean features are nearest (hard_images.npy)   class 1 near query
+a query for such a product, product         class 1
 
-Where no neighbours were mined the last two are random, too. Alone, the query chooses among those products and 32 more, the same for all
-samples of an optimizer step (negatives are shared, as in dense retrieval, arXiv 2004.04906, but not those that chance to be in the same
-micro-batch); others that it is for are no choice.
+Where no neighbours were mined the last two are random, too. Alone, the query chooses among those
+products and 32 more, the same for all samples of an optimizer step (negatives are shared, as in
+dense retrieval, arXiv 2004.04906, but not those that chance to be in the same micro-batch); others
+that it is for are no choice.
 
-All draws are keyed by (seed, step, sample), so every rank, worker, restart and layout makes the same pairs.
+All draws are keyed by (seed, step, sample), so every rank, worker, restart and layout makes the
+same pairs.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,14 +29,20 @@ from megatron_interbert.tasks.records import read_records
 from megatron_interbert.tasks.shop.catalogue import Catalogue, pair_keys
 from megatron_interbert.tasks.shop.config import ProductSearchConfig
 
-CANDIDATES, SHARED = 8, 9  # purpose tags of `uniforms`
-PAIRS, OWN_CHOICES, SHARED_CHOICES, TRIES = 5, 3, 32, 8
+# purpose tags of `uniforms`
+CANDIDATES = 8
+SHARED = 9
+PAIRS = 5
+OWN_CHOICES = 3
+SHARED_CHOICES = 32
+TRIES = 8
 
 
 @dataclass
 class Queries:
-    """Queries by number: ids, texts, products that each is for (numbers in a catalogue; empty where that is not known), and products among
-    which it chooses (None: all)."""
+    """Queries by number: ids, texts, products that each is for (numbers in a catalogue; empty where
+    that is not known), and products among which it chooses (None: all).
+    """
 
     path: str
     ids: list[str]
@@ -53,37 +60,59 @@ class Queries:
 
 
 def read_queries(path: str, catalogue: Catalogue, flag: str) -> Queries:
-    """A jsonl of query_id, query_text and, where they are known, item_ids (MUGE), and candidate_ids (KDD Cup 2020). UsageError names the
-    line with an empty query or a product that is not in the store."""
+    """A jsonl of query_id, query_text and, where they are known, item_ids (MUGE), and candidate_ids
+    (KDD Cup 2020). UsageError names the line with an empty query or a product that is not in the
+    store.
+    """
     found = Queries(path, [], [], [], [])
+
     if not path:
-        raise UsageError(f"{flag} is missing; give a file with query_id, query_text and item_ids in each line")
+        raise UsageError(
+            f"{flag} is missing; give a file with query_id, query_text and item_ids in each line"
+        )
+
     for where, record in read_records(path, flag, {"query_id": (str, int), "query_text": str}):
         if not record["query_text"].strip():
             raise UsageError(f"{where}: an empty query_text")
+
         numbers = {}
         for key in ("item_ids", "candidate_ids"):
             listed = record.get(key) or []
             if not isinstance(listed, list):
                 raise UsageError(f"{where}: '{key}' is no list")
+
             numbers[key] = [catalogue.number(str(item)) for item in listed]
             if None in numbers[key]:
                 missing = listed[numbers[key].index(None)]
-                raise UsageError(f"{where}: product {missing} is not in {catalogue.corpus.path}; give the store that holds it")
+                raise UsageError(
+                    f"{where}: product {missing} is not in {catalogue.corpus.path}; give the store"
+                    " that holds it"
+                )
+
         found.ids.append(str(record["query_id"]))
         found.texts.append(record["query_text"])
         found.products.append(np.unique(np.array(numbers["item_ids"], np.int64)))
-        found.candidates.append(np.unique(np.array(numbers["candidate_ids"], np.int64)) if numbers["candidate_ids"] else None)
+        found.candidates.append(
+            np.unique(np.array(numbers["candidate_ids"], np.int64))
+            if numbers["candidate_ids"]
+            else None
+        )
+
     if not found.ids:
         raise UsageError(f"{path}: no queries in it")
+
     return found
 
 
 class ProductSearchSet:
-    """A sample is a (query, product) that belong together; its rows are five pairs in full, its query and its choices alone."""
+    """A sample is a (query, product) that belong together; its rows are five pairs in full, its
+    query and its choices alone.
+    """
 
     def __init__(self, queries: Queries, catalogue: Catalogue, config: ProductSearchConfig) -> None:
-        self.catalogue, self.config, self.path = catalogue, config, queries.path
+        self.catalogue = catalogue
+        self.config = config
+        self.path = queries.path
         number = {
             text: place for place, text in enumerate(dict.fromkeys(queries.texts))
         }  # people ask the same: one text, one number
@@ -93,9 +122,15 @@ class ProductSearchSet:
         ]
         self.known = np.unique(np.concatenate(belong))
         self.query_of, self.product_of = np.divmod(self.known, len(catalogue))
-        self.asked, self.names = np.unique(self.query_of), list(number)
+        self.asked = np.unique(self.query_of)
+        self.names = list(number)
+
         if len(self.asked) < 2 or len(catalogue) < 2:
-            raise UsageError(f"{queries.path}: training needs two queries with products or more, and two products")
+            raise UsageError(
+                f"{queries.path}: training needs two queries with products or more, and two"
+                " products"
+            )
+
         self.pieces = catalogue.tokenizer.encode_batch(self.names)
         partitions = config.fit_partitions(len(self.known))
         self.order = StepOrder([np.arange(len(self.known))], partitions, config.seed)
@@ -112,29 +147,54 @@ class ProductSearchSet:
         return ((PAIRS + OWN_CHOICES) * self.config.micro_batch_size + SHARED_CHOICES) * most
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
-        """The fields of a PackedBatch for (step, sample) pairs [B]. Labels: classes of the 5 B pairs in full, then for each of the B
-        queries which of the I different products alone is its own."""
+        """The fields of a PackedBatch for (step, sample) pairs [B].
+
+        Labels: classes of the 5 B pairs in full, then for each of the B queries which of the I
+        different products alone is its own.
+        """
         steps, samples = np.array(pairs, dtype=np.int64).T
-        query, product = self.query_of[samples], self.product_of[samples]
-        draws = uniforms(self.config.seed, steps, samples, [(CANDIDATES, 0, 3 * TRIES)])[0].reshape(len(samples), 3, TRIES)
-        other_query = self._unrelated(query, product, draws[:, 0], self.asked, lambda other: (other, product))
+        query = self.query_of[samples]
+        product = self.product_of[samples]
+        draws = uniforms(self.config.seed, steps, samples, [(CANDIDATES, 0, 3 * TRIES)])[0].reshape(
+            len(samples), 3, TRIES
+        )
+        other_query = self._unrelated(
+            query, product, draws[:, 0], self.asked, lambda other: (other, product)
+        )
         everything = np.arange(len(self.catalogue))
-        other_product = self._unrelated(query, product, draws[:, 1], everything, lambda other: (query, other))
-        near_product, near_query = self._near(query, product, draws[:, 2], other_product, other_query)
+        other_product = self._unrelated(
+            query, product, draws[:, 1], everything, lambda other: (query, other)
+        )
+        near_product, near_query = self._near(
+            query, product, draws[:, 2], other_product, other_query
+        )
         queries = np.stack([query, other_query, query, query, near_query], axis=1).ravel()
-        products = np.stack([product, product, other_product, near_product, product], axis=1).ravel()
+        products = np.stack(
+            [product, product, other_product, near_product, product], axis=1
+        ).ravel()
         asked, text_of = np.unique(queries, return_inverse=True)
         shared = (
-            uniforms(self.config.seed, steps, np.zeros_like(steps), [(SHARED, 0, SHARED_CHOICES)])[0] * len(everything)
+            uniforms(self.config.seed, steps, np.zeros_like(steps), [(SHARED, 0, SHARED_CHOICES)])[
+                0
+            ]
+            * len(everything)
         ).astype(int)
-        choices = np.concatenate([np.stack([product, other_product, near_product], axis=1), shared], axis=1)
+        choices = np.concatenate(
+            [np.stack([product, other_product, near_product], axis=1), shared], axis=1
+        )
         shown = np.unique(choices)
         no_choice = np.ones((len(samples), len(shown)), bool)
-        np.put_along_axis(no_choice, np.searchsorted(shown, choices), self._belong(query[:, None], choices), axis=1)
+        np.put_along_axis(
+            no_choice,
+            np.searchsorted(shown, choices),
+            self._belong(query[:, None], choices),
+            axis=1,
+        )
         own = np.searchsorted(shown, product)
         no_choice[np.arange(len(samples)), own] = False
         grid = np.repeat(text_of[::PAIRS], len(shown)), np.tile(shown, len(samples))
         fields = self.catalogue.both_ways(self.texts(asked), text_of, products, grid, allocate)
+
         return {
             **fields,
             "labels": np.concatenate([np.tile(np.array([0, 1, 1, 1, 1]), len(samples)), own]),
@@ -155,40 +215,64 @@ class ProductSearchSet:
         pool: np.ndarray,
         pair: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
     ) -> np.ndarray:
-        """One of the pool for each sample [B], by its draws [B, TRIES], that makes no pair that belongs together."""
+        """One of the pool for each sample [B], by its draws [B, TRIES], that makes no pair that
+        belongs together.
+        """
         places = (draws * len(pool)).astype(np.int64)
         chosen = places[:, 0]
+
         for again in range(1, TRIES + len(pool)):
             wrong = self._belong(*pair(pool[chosen]))
             if not wrong.any():
                 return pool[chosen]
-            chosen = np.where(wrong, places[:, again] if again < TRIES else (chosen + 1) % len(pool), chosen)
+            chosen = np.where(
+                wrong, places[:, again] if again < TRIES else (chosen + 1) % len(pool), chosen
+            )
+
         sample = int(np.argmax(wrong))
         raise UsageError(
             f"{self.path}: query '{self.names[query[sample]]}' is for every product, or product"
-            f" {self.catalogue.ids[product[sample]]} for every query, so nothing is wrong to tell it from; leave it out"
+            f" {self.catalogue.ids[product[sample]]} for every query, so nothing is wrong to tell"
+            " it from; leave it out"
         )
 
     def _near(
-        self, query: np.ndarray, product: np.ndarray, draws: np.ndarray, other_product: np.ndarray, other_query: np.ndarray
+        self,
+        query: np.ndarray,
+        product: np.ndarray,
+        draws: np.ndarray,
+        other_product: np.ndarray,
+        other_query: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """For each sample [B] a product near its own that the query is not for, and a query for a product near its own that is not for its
-        own; the random ones where there is none."""
-        products, queries = other_product.copy(), other_query.copy()
-        for row, (own_query, own) in enumerate(zip(query.tolist(), product.tolist(), strict=True) if self.near else ()):
+        """For each sample [B] a product near its own that the query is not for, and a query for a
+        product near its own that is not for its own; the random ones where there is none.
+        """
+        products = other_product.copy()
+        queries = other_query.copy()
+
+        for row, (own_query, own) in enumerate(
+            zip(query.tolist(), product.tolist(), strict=True) if self.near else ()
+        ):
             near = self.catalogue.corpus.hard_images(own)
             wrong = near[~self._belong(np.full(len(near), own_query), near)]
             if len(wrong):
                 products[row] = wrong[int(draws[row, 0] * len(wrong))]
             if len(near):
                 neighbour = near[int(draws[row, 1] * len(near))]
-                asked = self.queries_by_product[self.first_of[neighbour] : self.first_of[neighbour + 1]]
+                asked = self.queries_by_product[
+                    self.first_of[neighbour] : self.first_of[neighbour + 1]
+                ]
                 asked = asked[~self._belong(asked, np.full(len(asked), own))]
                 if len(asked):
                     queries[row] = asked[int(draws[row, 2] * len(asked))]
+
         return products, queries
 
     def _belong(self, queries: np.ndarray, products: np.ndarray) -> np.ndarray:
-        """Whether pairs of queries and products, arrays that go together, are known to belong together."""
+        """Whether pairs of queries and products, arrays that go together, are known to belong
+        together.
+        """
         keys = pair_keys(queries, products, len(self.catalogue))
-        return self.known[np.minimum(np.searchsorted(self.known, keys), len(self.known) - 1)] == keys
+        return (
+            self.known[np.minimum(np.searchsorted(self.known, keys), len(self.known) - 1)] == keys
+        )

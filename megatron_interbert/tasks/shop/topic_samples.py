@@ -1,6 +1,8 @@
-"""Topics and the items that users clicked when a topic showed them; training samples of topic-based recommendation.
+"""Topics and the items that users clicked when a topic showed them; training samples of topic-based
+recommendation.
 
-A sample is one showing of an item under a topic; its pair is judged in full and alone, class 0 where it was clicked.
+A sample is one showing of an item under a topic; its pair is judged in full and alone, class 0
+where it was clicked.
 """
 
 from collections.abc import Sequence
@@ -19,7 +21,9 @@ from megatron_interbert.tasks.shop.config import RecommendationConfig
 
 @dataclass
 class Topics:
-    """Topics by number: ids, names, and the texts that the model reads: name, description, keywords."""
+    """Topics by number: ids, names, and the texts that the model reads: name, description,
+    keywords.
+    """
 
     ids: list[str]
     names: list[str]
@@ -46,50 +50,89 @@ def topic_text(name: str, description: str = "", keywords: Sequence[str] = ()) -
 def read_topics(path: str, flag: str) -> Topics:
     """A jsonl of topic_id, name, and, where there are any, description and keywords."""
     if not path:
-        raise UsageError(f"{flag} is missing; give a file with topic_id, name, description and keywords in each line")
+        raise UsageError(
+            f"{flag} is missing; give a file with topic_id, name, description and keywords in each"
+            " line"
+        )
+
     found = Topics([], [], [])
     for where, record in read_records(path, flag, {"topic_id": (str, int), "name": str}):
-        description, keywords = record.get("description") or "", record.get("keywords") or []
-        if not isinstance(description, str) or not isinstance(keywords, list) or not all(isinstance(k, str) for k in keywords):
-            raise UsageError(f"{where}: expected a text as description and a list of texts as keywords")
+        description = record.get("description") or ""
+        keywords = record.get("keywords") or []
+        if (
+            not isinstance(description, str)
+            or not isinstance(keywords, list)
+            or not all(isinstance(k, str) for k in keywords)
+        ):
+            raise UsageError(
+                f"{where}: expected a text as description and a list of texts as keywords"
+            )
+
         text = topic_text(record["name"], description, keywords)
         if not text.strip():
             raise UsageError(f"{where}: a topic without a word")
+
         found.ids.append(str(record["topic_id"]))
         found.names.append(record["name"])
         found.texts.append(text)
+
     if not found.ids:
         raise UsageError(f"{path}: no topics in it")
     if len(set(found.ids)) < len(found.ids):
         twice = next(key for key in found.ids if found.ids.count(key) > 1)
         raise UsageError(f"{path}: topic_id {twice} stands there twice")
+
     return found
 
 
 def read_clicks(path: str, topics: Topics, catalogue: Catalogue, flag: str) -> Clicks:
     """A jsonl of topic_id, item_id and clicked (0 or 1)."""
     if not path:
-        raise UsageError(f"{flag} is missing; give a file with topic_id, item_id and clicked in each line")
-    numbers, rows = {key: number for number, key in enumerate(topics.ids)}, []
-    for where, record in read_records(path, flag, {"topic_id": (str, int), "item_id": (str, int), "clicked": int}):
-        topic, item = numbers.get(str(record["topic_id"])), catalogue.number(str(record["item_id"]))
+        raise UsageError(
+            f"{flag} is missing; give a file with topic_id, item_id and clicked in each line"
+        )
+
+    numbers = {key: number for number, key in enumerate(topics.ids)}
+    rows = []
+
+    for where, record in read_records(
+        path, flag, {"topic_id": (str, int), "item_id": (str, int), "clicked": int}
+    ):
+        topic = numbers.get(str(record["topic_id"]))
+        item = catalogue.number(str(record["item_id"]))
+
         if topic is None:
-            raise UsageError(f"{where}: topic {record['topic_id']} is not among the topics; give the file that holds it")
+            raise UsageError(
+                f"{where}: topic {record['topic_id']} is not among the topics; give the file that"
+                " holds it"
+            )
+
         if item is None:
-            raise UsageError(f"{where}: item {record['item_id']} is not in {catalogue.corpus.path}; give the store that holds it")
+            raise UsageError(
+                f"{where}: item {record['item_id']} is not in {catalogue.corpus.path}; give the"
+                " store that holds it"
+            )
+
         if record["clicked"] not in (0, 1):
             raise UsageError(f"{where}: 'clicked' is {record['clicked']}, expected 0 or 1")
+
         rows.append((topic, item, record["clicked"]))
+
     if not rows:
         raise UsageError(f"{path}: no clicks in it")
+
     return Clicks(*np.array(rows, np.int64).T)
 
 
 class ClickSet:
     """A sample is a showing; its rows are the pair in full and the same one alone."""
 
-    def __init__(self, topics: Topics, clicks: Clicks, catalogue: Catalogue, config: RecommendationConfig) -> None:
-        self.clicks, self.catalogue, self.config = clicks, catalogue, config
+    def __init__(
+        self, topics: Topics, clicks: Clicks, catalogue: Catalogue, config: RecommendationConfig
+    ) -> None:
+        self.clicks = clicks
+        self.catalogue = catalogue
+        self.config = config
         self.pieces = catalogue.tokenizer.encode_batch(topics.texts)
         partitions = config.fit_partitions(len(clicks.topics))
         self.order = SampleOrder([np.arange(len(clicks.topics))], partitions, config.seed)
@@ -98,10 +141,16 @@ class ClickSet:
     @property
     def most_rows(self) -> int:
         """Regions that a micro-batch can have."""
-        return 2 * self.config.micro_batch_size * min(self.config.max_regions, int(self.catalogue.corpus.region_counts.max()))
+        return (
+            2
+            * self.config.micro_batch_size
+            * min(self.config.max_regions, int(self.catalogue.corpus.region_counts.max()))
+        )
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
-        """The fields of a PackedBatch for (epoch, showing) pairs [B]; 2 B labels, those of the pairs in full before those alone."""
+        """The fields of a PackedBatch for (epoch, showing) pairs [B]; 2 B labels, those of the
+        pairs in full before those alone.
+        """
         samples = np.array([sample for _, sample in pairs], np.int64)
         shown, topic_of = np.unique(self.clicks.topics[samples], return_inverse=True)
         tokens = self.pieces.take(shown, self.config.max_tokens)
@@ -109,4 +158,9 @@ class ClickSet:
         items = self.clicks.items[samples]
         fields = self.catalogue.both_ways(texts, topic_of, items, (topic_of, items), allocate)
         labels = np.tile(1 - self.clicks.clicked[samples], 2)
-        return {**fields, "labels": labels, "sample_ids": np.resize(samples, len(fields["sample_ids"]))}
+
+        return {
+            **fields,
+            "labels": labels,
+            "sample_ids": np.resize(samples, len(fields["sample_ids"])),
+        }

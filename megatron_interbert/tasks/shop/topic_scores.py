@@ -1,8 +1,8 @@
 """Scores of all topics and items as Parquet: shared out over ranks, resumable after a stop.
 
 A part holds a run of items and all topics, in the columns topic_id, item_id and score. Parts are
-written whole, and whole parts are not scored again. The folder records what it was made from, and so
-does each part: other weights, data or settings are refused.
+written whole, and whole parts are not scored again. The folder records what it was made from, and
+so does each part: other weights, data or settings are refused.
 """
 
 import json
@@ -31,51 +31,87 @@ UNFINISHED = re.compile(r"_part-[0-9]{9,}\.parquet\.[0-9]+\.new")
 PLAN_SHA256 = b"megatron_interbert.plan_sha256"  # in the metadata of each part
 
 
-def score_topics(config: ScoreTopicsConfig, state: ParallelState, device: torch.device) -> dict[str, Any]:
+def score_topics(
+    config: ScoreTopicsConfig, state: ParallelState, device: torch.device
+) -> dict[str, Any]:
     """Writes OUTPUT/part-N.parquet; all ranks of a launch call it."""
     try:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError:
         raise UsageError("Parquet needs pyarrow: pip install 'megatron_interbert[serve]'") from None
+
     scorer, source, corpus, folder = open_items(config, state, device, [config.topics])
-    topics, items = read_topics(config.topics, "--topics"), scorer.catalogue
+    topics = read_topics(config.topics, "--topics")
+    items = scorer.catalogue
     plan = {
         "weights": source.facts["files"],
         "store": [file_sha256(store.path / MANIFEST) for store in corpus.stores],
         "topics": file_sha256(config.topics),
-        **{name: getattr(config, name) for name in ("titles", "max_regions", "max_tokens", "items_of_part", "precision")},
+        **{
+            name: getattr(config, name)
+            for name in ("titles", "max_regions", "max_tokens", "items_of_part", "precision")
+        },
     }
     together(state, lambda: claim(folder, plan) if state.is_main else None)
     starts = range(0, len(items), config.items_of_part)
-    rows_of = {start: len(topics) * min(config.items_of_part, len(items) - start) for start in starts}
-    missing = together(state, lambda: missing_parts(folder, rows_of, digest_of(plan)) if state.is_main else None)
+    rows_of = {
+        start: len(topics) * min(config.items_of_part, len(items) - start) for start in starts
+    }
+    missing = together(
+        state, lambda: missing_parts(folder, rows_of, digest_of(plan)) if state.is_main else None
+    )
     missing = state.gather(missing)[0]
-    ids, pieces = np.array(items.ids), scorer.pieces(topics.texts)
+    ids = np.array(items.ids)
+    pieces = scorer.pieces(topics.texts)
     mine = missing[state.data_rank :: state.data_size]
+
     with (
         progress(total=len(missing), unit="part", desc="scoring", shown=state.is_main) as bar,
         local_errors(),
     ):
         for start in mine:
             numbers = np.arange(start, min(start + config.items_of_part, len(items)))
-            text_of, item_of = np.repeat(np.arange(len(topics)), len(numbers)), np.tile(numbers, len(topics))
+            text_of = np.repeat(np.arange(len(topics)), len(numbers))
+            item_of = np.tile(numbers, len(topics))
             scores = scorer.match(pieces, text_of, item_of)
+
             if not np.isfinite(scores).all():
-                raise UsageError(f"{config.load}: scores are not finite; the weights have diverged, take an earlier checkpoint")
+                raise UsageError(
+                    f"{config.load}: scores are not finite; the weights have diverged, take an"
+                    " earlier checkpoint"
+                )
+
             if state.tensor_rank == 0:
-                columns = {"topic_id": np.array(topics.ids)[text_of], "item_id": ids[item_of], "score": scores}
+                columns = {
+                    "topic_id": np.array(topics.ids)[text_of],
+                    "item_id": ids[item_of],
+                    "score": scores,
+                }
                 table = pyarrow.table(columns, metadata={PLAN_SHA256: digest_of(plan)})
                 beside = folder / f"_{part(folder, start).name}.{os.getpid()}.new"
                 with whole_file(part(folder, start), beside) as handle:
                     parquet.write_table(table, handle, write_page_checksum=True)
+
             bar.update(state.data_size)
+
     if mine:
         flush_folder(folder)
+
     state.barrier()
-    result = {"parts": len(starts), "pairs": len(topics) * len(items), "scored_now": len(missing), "folder": str(folder)}
+    result = {
+        "parts": len(starts),
+        "pairs": len(topics) * len(items),
+        "scored_now": len(missing),
+        "folder": str(folder),
+    }
+
     if state.is_main:
-        print(f"{result['pairs']} pairs in {len(starts)} parts, {len(missing)} of them scored now: {folder}")
+        print(
+            f"{result['pairs']} pairs in {len(starts)} parts, {len(missing)} of them scored now:"
+            f" {folder}"
+        )
+
     return result
 
 
@@ -90,19 +126,25 @@ def digest_of(plan: dict[str, Any]) -> bytes:
 
 
 def claim(folder: Path, plan: dict[str, Any]) -> None:
-    """Note what the folder holds; UsageError where it holds something else, or parts of which nobody knows."""
+    """Note what the folder holds.
+
+    UsageError where it holds something else, or parts of which nobody knows.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     names = list_folder(folder)
     if PLAN in names:
         found = read_json(folder / PLAN, "--output")
-        if different := [name for name in plan if json.loads(json.dumps(plan[name])) != found.get(name)]:
+        if different := [
+            name for name in plan if json.loads(json.dumps(plan[name])) != found.get(name)
+        ]:
             raise UsageError(
-                f"--output {folder}: holds scores of other {', '.join(different)}; choose another folder, or remove it"
+                f"--output {folder}: holds scores of other {', '.join(different)}; choose another"
+                " folder, or remove it"
             )
     elif parts := [name for name in names if PART.fullmatch(name)]:
         raise UsageError(
-            f"--output {folder}: holds {some(parts)}, but no {PLAN} that says of which weights and data they are;"
-            " put it back, choose another folder, or remove them"
+            f"--output {folder}: holds {some(parts)}, but no {PLAN} that says of which weights and"
+            " data they are; put it back, choose another folder, or remove them"
         )
     else:
         write_json(folder / PLAN, plan)
@@ -113,16 +155,29 @@ def claim(folder: Path, plan: dict[str, Any]) -> None:
 
 
 def missing_parts(folder: Path, rows_of: dict[int, int], digest: bytes) -> list[int]:
-    """Starts of parts that are not there yet, or not as they were written. UsageError for a part of another plan."""
-    missing = [start for start, rows in rows_of.items() if not is_whole(part(folder, start), rows, digest)]
+    """Starts of parts that are not there yet, or not as they were written.
+
+    UsageError for a part of another plan.
+    """
+    missing = [
+        start for start, rows in rows_of.items() if not is_whole(part(folder, start), rows, digest)
+    ]
     again = [part(folder, start).name for start in missing if part(folder, start).exists()]
     if again:
-        print(f"{folder}: parts that are damaged or of an earlier version are scored again: {some(again)}", flush=True)
+        print(
+            f"{folder}: parts that are damaged or of an earlier version are scored again:"
+            f" {some(again)}",
+            flush=True,
+        )
+
     return missing
 
 
 def is_whole(path: Path, rows: int, digest: bytes) -> bool:
-    """Whether a part is there and can be read to its end. UsageError where it is of another plan."""
+    """Whether a part is there and can be read to its end.
+
+    UsageError where it is of another plan.
+    """
     import pyarrow
     import pyarrow.parquet as parquet
 
@@ -142,4 +197,5 @@ def is_whole(path: Path, rows: int, digest: bytes) -> bool:
             f"{path}: holds scores of other weights, data or settings than {PLAN} says;"
             " choose another --output, or remove it"
         )
+
     return table.num_rows == rows

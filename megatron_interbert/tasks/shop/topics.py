@@ -1,4 +1,6 @@
-"""Topic-based recommendation: topics and items from clicks; finetuning, and the scores of showings."""
+"""Topic-based recommendation: topics and items from clicks; finetuning, and the scores of
+showings.
+"""
 
 from collections.abc import Callable
 
@@ -10,11 +12,22 @@ from megatron_interbert.errors import TrainingStopped, local_errors
 from megatron_interbert.model.interbert import InterBert, InterBertOutput
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.classification import ClassificationTask
-from megatron_interbert.tasks.parts import describe_data, fitted_sizes, open_stores, vocabulary_of_run
+from megatron_interbert.tasks.parts import (
+    describe_data,
+    fitted_sizes,
+    open_stores,
+    vocabulary_of_run,
+)
 from megatron_interbert.tasks.shop.config import RecommendationConfig
 from megatron_interbert.tasks.shop.figures import recommendation_metrics
 from megatron_interbert.tasks.shop.scorer import ItemScorer, catalogue_of, catalogue_to_judge_by
-from megatron_interbert.tasks.shop.topic_samples import Clicks, ClickSet, Topics, read_clicks, read_topics
+from megatron_interbert.tasks.shop.topic_samples import (
+    Clicks,
+    ClickSet,
+    Topics,
+    read_clicks,
+    read_topics,
+)
 from megatron_interbert.tasks.task import Job
 
 FIGURES = ("AUC", "gAUC", "nDCG@5", "HR@5", "nDCG@10", "HR@10")
@@ -22,11 +35,15 @@ PAIRS_AT_ONCE = 1024
 
 
 class ClickTask(ClassificationTask):
-    """Two-class losses of the matching head: of pairs in one sequence, and of the same pairs whose sides are encoded alone."""
+    """Two-class losses of the matching head: of pairs in one sequence, and of the same pairs whose
+    sides are encoded alone.
+    """
 
     KINDS = ("match", "alone")
 
-    def answers(self, output: InterBertOutput, batch: PackedBatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def answers(
+        self, output: InterBertOutput, batch: PackedBatch
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return list(zip(output.itm_logits.chunk(2), batch.labels.chunk(2), strict=True))
 
     def count_targets(self, batch: PackedBatch) -> torch.Tensor:
@@ -34,13 +51,19 @@ class ClickTask(ClassificationTask):
 
 
 def recommendation_job(config: RecommendationConfig, state: ParallelState) -> Job:
-    """Finetuning on --clicks of --topics over the items of --data-path; AUC on --valid-clicks decides what is best."""
+    """Finetuning on --clicks of --topics over the items of --data-path.
+
+    AUC on --valid-clicks decides what is best.
+    """
     stores = config.stores()
-    corpus, tokenizer = open_stores(stores, config), vocabulary_of_run(config, stores)
+    corpus = open_stores(stores, config)
+    tokenizer = vocabulary_of_run(config, stores)
     sizes = fitted_sizes(config, tokenizer, corpus)
     catalogue = catalogue_of(corpus, tokenizer, config)
     topics = read_topics(config.topics, "--topics")
-    samples = ClickSet(topics, read_clicks(config.clicks, topics, catalogue, "--clicks"), catalogue, config)
+    samples = ClickSet(
+        topics, read_clicks(config.clicks, topics, catalogue, "--clicks"), catalogue, config
+    )
     job = Job(
         ClickTask(),
         samples,
@@ -52,15 +75,26 @@ def recommendation_job(config: RecommendationConfig, state: ParallelState) -> Jo
         figures=FIGURES,
         patience=config.early_stopping,
     )
+
     if config.valid_clicks:
         valid_catalogue = catalogue_to_judge_by(config, catalogue)
-        valid_topics = read_topics(config.valid_topics, "--valid-topics") if config.valid_topics else topics
+        valid_topics = (
+            read_topics(config.valid_topics, "--valid-topics") if config.valid_topics else topics
+        )
         clicks = read_clicks(config.valid_clicks, valid_topics, valid_catalogue, "--valid-clicks")
 
-        def evaluate(model: InterBert, state: ParallelState, device: torch.device) -> dict[str, float]:
-            return click_metrics(clicks, showing_scores(ItemScorer(model, valid_catalogue, device), valid_topics, clicks, state))
+        def evaluate(
+            model: InterBert, state: ParallelState, device: torch.device
+        ) -> dict[str, float]:
+            return click_metrics(
+                clicks,
+                showing_scores(
+                    ItemScorer(model, valid_catalogue, device), valid_topics, clicks, state
+                ),
+            )
 
         job.evaluate = evaluate
+
     return job
 
 
@@ -73,13 +107,21 @@ def showing_scores(
 ) -> np.ndarray:
     """float32 [n]: margins of all showings, the same on all ranks, each scores a share."""
     mine = np.arange(len(clicks.topics))[state.data_rank :: state.data_size]
+
     with local_errors():
-        found = scorer.match(scorer.pieces(topics.texts), clicks.topics[mine], clicks.items[mine], progress)
+        found = scorer.match(
+            scorer.pieces(topics.texts), clicks.topics[mine], clicks.items[mine], progress
+        )
         if not np.isfinite(found).all():
-            raise TrainingStopped("scores are not finite: the weights of this checkpoint have diverged; take an earlier one")
+            raise TrainingStopped(
+                "scores are not finite: the weights of this checkpoint have diverged; take an"
+                " earlier one"
+            )
+
     scores = np.empty(len(clicks.topics), np.float32)
     for rank, part in enumerate(state.gather(found)):
         scores[rank // state.tensor_size :: state.data_size] = part
+
     return scores
 
 

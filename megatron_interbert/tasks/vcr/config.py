@@ -86,9 +86,7 @@ class EvaluateVcrConfig(EvaluateConfig):
     data_path: str = store("", "region store of the detected regions")
     annotated_path: str = store("", "region store of the annotated boxes; they come first")
     annotations: str = option("", "val.jsonl or test.jsonl of VCR")
-    max_regions: int = option(
-        0, "regions per image, annotated ones first", least=0, as_trained=100
-    )
+    max_regions: int = option(0, "regions per image, annotated ones first", least=0, as_trained=100)
     max_tokens: int = option(
         0, "tokens of a question with an answer", least=0, room_for=TWO_TEXTS, as_trained=60
     )

@@ -10,19 +10,37 @@ from megatron_interbert.files import write_text
 from megatron_interbert.pages.photo_folder import photos_in
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
-from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, check_photos, load_model, open_for
+from megatron_interbert.tasks.loading import (
+    agree_on_inputs,
+    as_trained,
+    check_photos,
+    load_model,
+    open_for,
+)
 from megatron_interbert.tasks.parts import fit_length
 from megatron_interbert.tasks.results import result_of, table, write_result
 from megatron_interbert.tasks.vcr.config import EvaluateVcrConfig
-from megatron_interbert.tasks.vcr.job import check_labels, open_images, predict, submission_lines, vcr_metrics
-from megatron_interbert.tasks.vcr.page import page
+from megatron_interbert.tasks.vcr.job import (
+    check_labels,
+    open_images,
+    predict,
+    submission_lines,
+    vcr_metrics,
+)
+from megatron_interbert.tasks.vcr.page import result_page
 from megatron_interbert.tasks.vcr.samples import VcrTexts, read_questions
 
 
-def evaluate_vcr(config: EvaluateVcrConfig, state: ParallelState, device: torch.device) -> dict[str, Any]:
-    """Writes result.json, result.html and, with --submission, submission.csv; all ranks of a launch call it."""
+def evaluate_vcr(
+    config: EvaluateVcrConfig, state: ParallelState, device: torch.device
+) -> dict[str, Any]:
+    """Writes result.json, result.html and, with --submission, submission.csv; all ranks of a launch
+    call it.
+    """
     check_photos(config.image_folder, state)
-    model, source = load_model(config.load, ("choice",), config.kernels, device, state, config.averaged, config.precision)
+    model, source = load_model(
+        config.load, ("choice",), config.kernels, device, state, config.averaged, config.precision
+    )
     as_trained(config, source, "vcr")
     images = open_images(config.annotated_path, config.data_path, config)
     paths = [path for path in (config.annotated_path, config.data_path) if path]
@@ -34,31 +52,57 @@ def evaluate_vcr(config: EvaluateVcrConfig, state: ParallelState, device: torch.
     questions = read_questions(config.annotations, images, whole=config.submission)
     if state.is_main:
         print(questions.report(), flush=True)
-    items, labelled = questions.items, questions.labelled
+
+    items = questions.items
+    labelled = questions.labelled
     if not config.submission:
         check_labels(questions)
-    texts, every = VcrTexts(tokenizer, config.max_tokens, config.max_rationale_tokens), config.submission
+
+    texts = VcrTexts(tokenizer, config.max_tokens, config.max_rationale_tokens)
+    every = config.submission
+
     with progress(total=len(items), unit="question", desc="answering", shown=state.is_main) as bar:
         answers, rationales = predict(
             *(model, items, images, texts, state, device, config.batch_size),
             every_answer=every,
             progress=lambda count: bar.update(count * state.data_size),
         )
+
     metrics: dict[str, float] = {}
     if labelled:
-        given_right = rationales[np.arange(len(items)), [q.answer_label for q in items]] if every else rationales
+        given_right = (
+            rationales[np.arange(len(items)), [q.answer_label for q in items]]
+            if every
+            else rationales
+        )
         metrics = vcr_metrics(items, answers, given_right)
+
     more = {"questions": len(items), "dropped": dict(questions.dropped)}
     result = result_of(config, "finetuned", metrics, source, corpus, files[1:], **more)
+
     if state.is_main:
         write_result(folder, result)
         if every:
-            write_text(folder / "submission.csv", "\n".join(submission_lines(items, answers, rationales)) + "\n")
+            write_text(
+                folder / "submission.csv",
+                "\n".join(submission_lines(items, answers, rationales)) + "\n",
+            )
+
         if labelled:
             photos = photos_in(config.image_folder)
-            write_text(folder / "result.html", page(result, items, answers, given_right, images, config.examples, photos))
-        print(table(result) if metrics else "these annotations hold no labels, so no figure is given")
-        print(f"result: {folder / 'result.json'}" + (f"\npage:   {folder / 'result.html'}" if labelled else ""))
+            write_text(
+                folder / "result.html",
+                result_page(result, items, answers, given_right, images, config.examples, photos),
+            )
+
+        print(
+            table(result) if metrics else "these annotations hold no labels, so no figure is given"
+        )
+        print(
+            f"result: {folder / 'result.json'}"
+            + (f"\npage:   {folder / 'result.html'}" if labelled else "")
+        )
         if every:
             print(f"submission: {folder / 'submission.csv'}")
+
     return result

@@ -13,10 +13,24 @@ from megatron_interbert.model.interbert import InterBert, InterBertOutput
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.classification import ClassificationTask
 from megatron_interbert.tasks.pairs import pair_fields
-from megatron_interbert.tasks.parts import describe_data, fit_length, fitted_sizes, open_stores, vocabulary_of_run
+from megatron_interbert.tasks.parts import (
+    describe_data,
+    fit_length,
+    fitted_sizes,
+    open_stores,
+    vocabulary_of_run,
+)
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.tasks.vcr.config import EvaluateVcrConfig, VcrConfig
-from megatron_interbert.tasks.vcr.samples import OPTIONS, Question, Questions, VcrImages, VcrSet, VcrTexts, read_questions
+from megatron_interbert.tasks.vcr.samples import (
+    OPTIONS,
+    Question,
+    Questions,
+    VcrImages,
+    VcrSet,
+    VcrTexts,
+    read_questions,
+)
 
 Inputs = list[tuple[np.ndarray, np.ndarray]]
 
@@ -26,8 +40,11 @@ class VcrTask(ClassificationTask):
 
     KINDS = ("answer", "rationale")
 
-    def answers(self, output: InterBertOutput, batch: PackedBatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        logits, labels = output.choice_logit.view(-1, 2, OPTIONS), batch.labels.view(-1, 2)
+    def answers(
+        self, output: InterBertOutput, batch: PackedBatch
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        logits = output.choice_logit.view(-1, 2, OPTIONS)
+        labels = batch.labels.view(-1, 2)
         return [(logits[:, part], labels[:, part]) for part in (0, 1)]
 
     def count_targets(self, batch: PackedBatch) -> torch.Tensor:
@@ -45,7 +62,9 @@ def open_images(annotated: str, detected: str, config: VcrConfig | EvaluateVcrCo
 def vcr_job(config: VcrConfig, state: ParallelState) -> Job:
     """Joint finetuning on --annotations; Q->AR on --valid-annotations decides what is best."""
     images = open_images(config.annotated_path, config.data_path, config)
-    tokenizer = vocabulary_of_run(config, [path for path in (config.data_path, config.annotated_path) if path])
+    tokenizer = vocabulary_of_run(
+        config, [path for path in (config.data_path, config.annotated_path) if path]
+    )
     corpus = images.detected or images.annotated
     sizes = fitted_sizes(config, tokenizer, corpus)
     fit_length(config, sizes, "max_rationale_tokens")
@@ -53,6 +72,7 @@ def vcr_job(config: VcrConfig, state: ParallelState) -> Job:
     texts = VcrTexts(tokenizer, config.max_tokens, config.max_rationale_tokens)
     if state.is_main:
         print(questions.report(), flush=True)
+
     other = [f"{path}/{MANIFEST}" for path in (config.data_path, config.annotated_path) if path][1:]
     data = describe_data(tokenizer, corpus, [*other, config.annotations], "vcr")
     samples = VcrSet(questions, images, texts, config)
@@ -67,23 +87,33 @@ def vcr_job(config: VcrConfig, state: ParallelState) -> Job:
         figures=("q_a", "qa_r", "q_ar"),
         patience=config.early_stopping,
     )
+
     if config.valid_annotations:
         valid_images = images
         if config.valid_data_path or config.valid_annotated_path:
-            annotated, detected = config.valid_annotated_path or config.annotated_path, config.valid_data_path or config.data_path
+            annotated = config.valid_annotated_path or config.annotated_path
+            detected = config.valid_data_path or config.data_path
             valid_images = open_images(annotated, detected, config)
             valid_corpus = valid_images.detected or valid_images.annotated
-            corpus.check_alike(valid_corpus.stores[0], config.allow_other_detector, "--valid-data-path")
+            corpus.check_alike(
+                valid_corpus.stores[0], config.allow_other_detector, "--valid-data-path"
+            )
+
         valid = read_questions(config.valid_annotations, valid_images)
         check_labels(valid)
         if state.is_main:
             print(valid.report(), flush=True)
 
-        def evaluate(model: InterBert, state: ParallelState, device: torch.device) -> dict[str, float]:
-            answers, rationales = predict(model, valid.items, valid_images, texts, state, device, config.eval_batch_size)
+        def evaluate(
+            model: InterBert, state: ParallelState, device: torch.device
+        ) -> dict[str, float]:
+            answers, rationales = predict(
+                model, valid.items, valid_images, texts, state, device, config.eval_batch_size
+            )
             return vcr_metrics(valid.items, answers, rationales)
 
         job.evaluate = evaluate
+
     return job
 
 
@@ -99,51 +129,79 @@ def predict(
     every_answer: bool = False,
     progress: Callable[[int], None] = lambda questions: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of answers [n, 4], and of rationales given the right answer [n, 4], or given each answer [n, 4, 4] (`every_answer`);
-    the same on all ranks, each computes a share."""
+    """Logits of answers [n, 4], and of rationales given the right answer [n, 4], or given each
+    answer [n, 4, 4] (`every_answer`); the same on all ranks, each computes a share.
+    """
     mine = np.arange(len(questions))[state.data_rank :: state.data_size]
     given = OPTIONS if every_answer else 1
     parts = [torch.zeros(0, 1 + given, OPTIONS, device=device)]
+
     for start in range(0, len(mine), batch_size):
         some = [questions[i] for i in mine[start : start + batch_size]]
         rows: Inputs = []
+
         for q in some:
             rows += texts.answers(q)
             for answer in range(OPTIONS) if every_answer else [q.answer_label]:
                 rows += texts.rationales(q, answer)
+
         image_of = np.repeat(np.arange(len(some)), (1 + given) * OPTIONS)
         with local_errors():
             regions = images.read(some)
-        batch = send_batch(to_batch(pair_fields(rows, regions, image_of, images.feature_dim)), device)
+
+        batch = send_batch(
+            to_batch(pair_fields(rows, regions, image_of, images.feature_dim)), device
+        )
         parts.append(model(batch).choice_logit.view(len(some), 1 + given, OPTIONS))
         progress(len(some))
+
     found = torch.cat(parts).cpu().numpy()  # the one wait for the device
     logits = np.empty((len(questions), 1 + given, OPTIONS), np.float32)
     for rows_of, values in state.gather((mine, found)):
         logits[rows_of] = values
+
     return logits[:, 0], logits[:, 1:] if every_answer else logits[:, 1]
 
 
 def check_labels(questions: Questions) -> None:
     """UsageError for annotations without labels."""
     if not questions.labelled:
-        raise UsageError(f"{questions.path}: holds no labels, so there is nothing to compare with; give labels, or --submission")
+        raise UsageError(
+            f"{questions.path}: holds no labels, so there is nothing to compare with; give labels,"
+            " or --submission"
+        )
 
 
-def vcr_metrics(questions: Sequence[Question], answers: np.ndarray, rationales: np.ndarray) -> dict[str, float]:
-    """q_a, qa_r (given the right answer) and q_ar (both right), in percent; chance is 25, 25, 6.25."""
+def vcr_metrics(
+    questions: Sequence[Question], answers: np.ndarray, rationales: np.ndarray
+) -> dict[str, float]:
+    """q_a, qa_r (given the right answer) and q_ar (both right), in percent.
+
+    Chance is 25, 25, 6.25.
+    """
     right_answer = answers.argmax(axis=1) == np.array([q.answer_label for q in questions])
     right_rationale = rationales.argmax(axis=1) == np.array([q.rationale_label for q in questions])
     found = {"q_a": right_answer, "qa_r": right_rationale, "q_ar": right_answer & right_rationale}
+
     return {name: 100.0 * float(values.mean()) for name, values in found.items()}
 
 
-def submission_lines(questions: Sequence[Question], answers: np.ndarray, rationales: np.ndarray) -> list[str]:
-    """Lines of the test server's CSV: probabilities of the answers, and of the rationales given each answer; logits [n, 4], [n, 4, 4]."""
+def submission_lines(
+    questions: Sequence[Question], answers: np.ndarray, rationales: np.ndarray
+) -> list[str]:
+    """Lines of the test server's CSV: probabilities of the answers, and of the rationales given
+    each answer; logits [n, 4], [n, 4, 4].
+    """
     header = ["annot_id", *(f"answer_{i}" for i in range(OPTIONS))]
     header += [f"rationale_conditioned_on_a{a}_{r}" for a in range(OPTIONS) for r in range(OPTIONS)]
-    probabilities = np.concatenate([softmax(answers)[:, None], softmax(rationales)], axis=1).reshape(len(questions), -1)
-    rows = (",".join([q.annot_id, *(f"{p:.6f}" for p in row)]) for q, row in zip(questions, probabilities, strict=True))
+    probabilities = np.concatenate(
+        [softmax(answers)[:, None], softmax(rationales)], axis=1
+    ).reshape(len(questions), -1)
+    rows = (
+        ",".join([q.annot_id, *(f"{p:.6f}" for p in row)])
+        for q, row in zip(questions, probabilities, strict=True)
+    )
+
     return [",".join(header), *rows]
 
 

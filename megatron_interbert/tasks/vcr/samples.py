@@ -3,8 +3,8 @@
 Q->A    [CLS] question [SEP] answer [SEP]                     one pair for each of four answers
 QA->R   [CLS] question right-answer [SEP] rationale [SEP]     one pair for each of four rationales
 
-Types are 0 up to the first [SEP], 1 behind it. A reference to an object becomes its class name, to a person a neutral first name.
-Regions: the annotated boxes, then those of the detector.
+Types are 0 up to the first [SEP], 1 behind it. A reference to an object becomes its class name, to
+a person a neutral first name. Regions: the annotated boxes, then those of the detector.
 """
 
 import json
@@ -49,7 +49,9 @@ NEEDED = ("objects", "question", "answer_choices", "rationale_choices", "img_fn"
 
 @dataclass
 class Question:
-    """One annotation with its references named: texts, labels (-1 where a test file has none), images in both stores (-1: none)."""
+    """One annotation with its references named: texts, labels (-1 where a test file has none),
+    images in both stores (-1: none).
+    """
 
     annot_id: str
     question: str
@@ -65,7 +67,9 @@ class Question:
 
 @dataclass
 class Questions:
-    """The usable questions of a file, and how many were dropped for each reason with the first of them."""
+    """The usable questions of a file, and how many were dropped for each reason with the first of
+    them.
+    """
 
     path: str
     items: list[Question]
@@ -84,13 +88,21 @@ class Questions:
 
     def report(self) -> str:
         """`PATH: 120 questions, dropped 3: its image is in no store (train-7, ..)`."""
-        why = "".join(f"; dropped {count}: {reason} ({self.examples[reason]} first)" for reason, count in self.dropped.items())
+        why = "".join(
+            f"; dropped {count}: {reason} ({self.examples[reason]} first)"
+            for reason, count in self.dropped.items()
+        )
         return f"{self.path}: {len(self.items)} questions{why}"
 
 
 def read_questions(path: str, stores: "VcrImages", whole: bool = False) -> Questions:
-    """A jsonl of VCR. Unusable questions are dropped and counted, or, where every one must be answered (`whole`), an error."""
+    """A jsonl of VCR.
+
+    Unusable questions are dropped and counted, or, where every one must be answered (`whole`), an
+    error.
+    """
     found = Questions(path, [])
+
     for number, line in enumerate(read_text(path, "VCR annotations").split("\n"), 1):
         if not line.strip():
             continue
@@ -98,7 +110,10 @@ def read_questions(path: str, stores: "VcrImages", whole: bool = False) -> Quest
             record = json.loads(line)
             missing = [name for name in NEEDED if name not in record]
         except (ValueError, RecursionError, TypeError) as error:
-            raise UsageError(f"{path}: line {number} is no JSON object ({error}); give a jsonl of VCR") from error
+            raise UsageError(
+                f"{path}: line {number} is no JSON object ({error}); give a jsonl of VCR"
+            ) from error
+
         if missing:
             raise UsageError(f"{path}: line {number} has no '{missing[0]}'; give a jsonl of VCR")
         try:
@@ -108,14 +123,18 @@ def read_questions(path: str, stores: "VcrImages", whole: bool = False) -> Quest
         except BadQuestion as error:
             if whole:
                 raise UsageError(
-                    f"{path}: line {number} ({record['annot_id']}): {error}; every question must be answered"
+                    f"{path}: line {number} ({record['annot_id']}): {error}; every question must be"
+                    " answered"
                 ) from error
+
             found.drop(str(error), str(record["annot_id"]))
+
     if not found.items:
         raise UsageError(
             f"{found.report()}; nothing is left: do the stores hold the images of these annotations"
             " (stores of validation images: --valid-data-path, --valid-annotated-path)?"
         )
+
     return found
 
 
@@ -124,22 +143,41 @@ class BadQuestion(ValueError):
 
 
 def parse_question(record: dict[str, Any]) -> Question:
-    """One line of a file; BadQuestion for a reference to no object, other than four options, an empty text or a wrong label."""
-    objects, choices = record["objects"], (record["answer_choices"], record["rationale_choices"])
+    """One line of a file.
+
+    BadQuestion for a reference to no object, other than four options, an empty text or a wrong
+    label.
+    """
+    objects = record["objects"]
+    choices = (record["answer_choices"], record["rationale_choices"])
     if not isinstance(objects, list) or not all(isinstance(name, str) for name in objects):
         raise BadQuestion("objects are no list of names")
-    persons = {index: number for number, index in enumerate(i for i, name in enumerate(objects) if name == "person")}
-    names = [NAMES[persons[i] % len(NAMES)] if i in persons else name for i, name in enumerate(objects)]
+
+    persons = {
+        index: number
+        for number, index in enumerate(i for i, name in enumerate(objects) if name == "person")
+    }
+    names = [
+        NAMES[persons[i] % len(NAMES)] if i in persons else name for i, name in enumerate(objects)
+    ]
     if any(not isinstance(options, list) or len(options) != OPTIONS for options in choices):
         raise BadQuestion("not four options")
+
     answers, rationales = ([render(tokens, names) for tokens in options] for options in choices)
     labels = [record.get("answer_label", -1), record.get("rationale_label", -1)]
     if any(not isinstance(label, int) or not -1 <= label < OPTIONS for label in labels):
         raise BadQuestion("label outside 0 to 3")
+
     file = Path(str(record["img_fn"]))
     if not file.name:
         raise BadQuestion("img_fn names no image")
-    image_names = [str(record[k]) for k in ("img_id",) if k in record] + [str(file), str(file.with_suffix("")), file.stem]
+
+    image_names = [str(record[k]) for k in ("img_id",) if k in record] + [
+        str(file),
+        str(file.with_suffix("")),
+        file.stem,
+    ]
+
     return Question(
         str(record["annot_id"]),
         render(record["question"], names),
@@ -163,45 +201,69 @@ def render(tokens: Any, names: Sequence[str]) -> str:
             words.append(" and ".join(names[i] for i in token))
         else:
             words.append(str(token))
+
     text = " ".join(words)
     if not text.strip():
         raise BadQuestion("empty text")
+
     return text
 
 
 class VcrImages:
-    """Regions of images: the annotated boxes first, then those of the detector; either store may be missing."""
+    """Regions of images: the annotated boxes first, then those of the detector; either store may be
+    missing.
+    """
 
     def __init__(self, annotated: Corpus | None, detected: Corpus | None, max_regions: int) -> None:
         if annotated is None and detected is None:
-            raise UsageError("--data-path and --annotated-path are both missing; give a region store of the images")
-        self.annotated, self.detected, self.max_regions = annotated, detected, max_regions
+            raise UsageError(
+                "--data-path and --annotated-path are both missing; give a region store of the"
+                " images"
+            )
+
+        self.annotated = annotated
+        self.detected = detected
+        self.max_regions = max_regions
         self.feature_dim = (annotated or detected).feature_dim
-        self._names = {id(corpus): _by_name(corpus) for corpus in (annotated, detected) if corpus is not None}
+        self._names = {
+            id(corpus): _by_name(corpus) for corpus in (annotated, detected) if corpus is not None
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_names": {}}  # only needed when annotations are read
 
     def place(self, question: Question) -> None:
-        """Find the image of a question in both stores; BadQuestion where it is not there or its boxes are not the objects'."""
+        """Find the image of a question in both stores.
+
+        BadQuestion where it is not there or its boxes are not the objects'.
+        """
         for kind, corpus in (("annotated", self.annotated), ("detected", self.detected)):
             if corpus is None:
                 continue
+
             names = self._names[id(corpus)]
             number = next((names[name] for name in question.image_names if name in names), None)
             if number is None:
                 raise BadQuestion(f"its image is not in the store of {kind} regions")
+
             setattr(question, kind, number)
-        if self.annotated is not None and self.annotated.region_counts[question.annotated] != len(question.objects):
+
+        if self.annotated is not None and self.annotated.region_counts[question.annotated] != len(
+            question.objects
+        ):
             raise BadQuestion("as many annotated boxes as objects were expected")
 
     def read(self, questions: Sequence[Question]) -> RegionBatch:
         """Regions of the questions' images, one image each; boxes as shares of the image."""
         parts = []
+
         for kind, corpus in (("annotated", self.annotated), ("detected", self.detected)):
             if corpus is not None:
-                regions = read_regions(corpus, np.array([getattr(q, kind) for q in questions]), self.max_regions)
+                regions = read_regions(
+                    corpus, np.array([getattr(q, kind) for q in questions]), self.max_regions
+                )
                 parts.append((regions.features, regions.locations()[:, :4], regions.offsets))
+
         return joined(parts, self.max_regions)
 
 
@@ -210,28 +272,51 @@ def _by_name(corpus: Corpus) -> dict[str, int]:
     for store, first in zip(corpus.stores, corpus.first_image, strict=False):
         for number in range(store.num_images):
             names.setdefault(store.image_id(number), int(first) + number)
+
     return names
 
 
 def joined(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], most: int) -> RegionBatch:
-    """(features, boxes as shares, offsets) of the same images from several stores -> those of the first, then of the next, at most
-    `most` for an image."""
-    features, boxes = np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
-    begin, rows, offsets = np.cumsum([0, *(len(p[0]) for p in parts)]), [], [0]
+    """(features, boxes as shares, offsets) of the same images from several stores -> those of the
+    first, then of the next, at most `most` for an image.
+    """
+    features = np.concatenate([p[0] for p in parts])
+    boxes = np.concatenate([p[1] for p in parts])
+    begin = np.cumsum([0, *(len(p[0]) for p in parts)])
+    rows = []
+    offsets = [0]
+
     for image in range(len(parts[0][2]) - 1):
-        runs = [np.arange(p[2][image], p[2][image + 1]) + start for p, start in zip(parts, begin, strict=False)]
+        runs = [
+            np.arange(p[2][image], p[2][image + 1]) + start
+            for p, start in zip(parts, begin, strict=False)
+        ]
         rows.append(np.concatenate(runs)[:most])
         offsets.append(offsets[-1] + len(rows[-1]))
-    chosen, nothing = np.concatenate(rows), np.zeros((0, 1))
+
+    chosen = np.concatenate(rows)
+    nothing = np.zeros((0, 1))
     sizes = np.ones((len(offsets) - 1, 2), np.float32)
-    return RegionBatch(features[chosen], boxes[chosen].astype(np.float32), nothing, nothing, sizes, np.array(offsets))
+
+    return RegionBatch(
+        features[chosen],
+        boxes[chosen].astype(np.float32),
+        nothing,
+        nothing,
+        sizes,
+        np.array(offsets),
+    )
 
 
 class VcrTexts:
     """Token inputs of questions."""
 
-    def __init__(self, tokenizer: CaptionTokenizer, max_tokens: int, max_rationale_tokens: int) -> None:
-        self.tokenizer, self.max_tokens, self.max_rationale_tokens = tokenizer, max_tokens, max_rationale_tokens
+    def __init__(
+        self, tokenizer: CaptionTokenizer, max_tokens: int, max_rationale_tokens: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.max_rationale_tokens = max_rationale_tokens
 
     def answers(self, question: Question) -> list[Text]:
         """Q->A: the question with each answer."""
@@ -240,9 +325,15 @@ class VcrTexts:
 
     def rationales(self, question: Question, answer: int) -> list[Text]:
         """QA->R: question and one answer with each rationale."""
-        asked, answered, *options = self._pieces([question.question, question.answers[answer], *question.rationales])
+        asked, answered, *options = self._pieces(
+            [question.question, question.answers[answer], *question.rationales]
+        )
         context = np.concatenate([asked, answered])
-        return [frame([context, option], self.tokenizer, self.max_rationale_tokens) for option in options]
+
+        return [
+            frame([context, option], self.tokenizer, self.max_rationale_tokens)
+            for option in options
+        ]
 
     def _pieces(self, texts: list[str]) -> list[np.ndarray]:
         tokens = self.tokenizer.encode_batch(texts)
@@ -250,12 +341,23 @@ class VcrTexts:
 
 
 class VcrSet:
-    """Training questions; the batch rows of each are its four answers, then its four rationales given the right answer."""
+    """Training questions; the batch rows of each are its four answers, then its four rationales
+    given the right answer.
+    """
 
-    def __init__(self, questions: Questions, images: VcrImages, texts: VcrTexts, config: VcrConfig) -> None:
-        self.questions, self.images, self.texts, self.config = questions.items, images, texts, config
+    def __init__(
+        self, questions: Questions, images: VcrImages, texts: VcrTexts, config: VcrConfig
+    ) -> None:
+        self.questions = questions.items
+        self.images = images
+        self.texts = texts
+        self.config = config
+
         if not questions.labelled:
-            raise UsageError(f"{questions.path}: questions without labels cannot be trained on; give train.jsonl")
+            raise UsageError(
+                f"{questions.path}: questions without labels cannot be trained on; give train.jsonl"
+            )
+
         partitions = config.fit_partitions(len(self.questions))
         self.order = SampleOrder([np.arange(len(self.questions))], partitions, config.seed)
         self.feature_dim = images.feature_dim
@@ -266,10 +368,22 @@ class VcrSet:
         return 2 * OPTIONS * self.config.micro_batch_size * self.config.max_regions
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
-        """The fields of a PackedBatch of 8 B pairs; `labels` [2 B]: right answer and right rationale of each question."""
+        """The fields of a PackedBatch of 8 B pairs.
+
+        `labels` [2 B]: right answer and right rationale of each question.
+        """
         questions = [self.questions[sample] for _, sample in pairs]
-        texts = [text for q in questions for text in (*self.texts.answers(q), *self.texts.rationales(q, q.answer_label))]
+        texts = [
+            text
+            for q in questions
+            for text in (*self.texts.answers(q), *self.texts.rationales(q, q.answer_label))
+        ]
         image_of = np.repeat(np.arange(len(questions)), 2 * OPTIONS)
-        fields = pair_fields(texts, self.images.read(questions), image_of, self.feature_dim, allocate)
-        labels = np.array([label for q in questions for label in (q.answer_label, q.rationale_label)])
+        fields = pair_fields(
+            texts, self.images.read(questions), image_of, self.feature_dim, allocate
+        )
+        labels = np.array(
+            [label for q in questions for label in (q.answer_label, q.rationale_label)]
+        )
+
         return {**fields, "labels": labels, "sample_ids": np.array([sample for _, sample in pairs])}

@@ -20,6 +20,7 @@ def main() -> None:
     arguments = parser.parse_args()
     module, _, name = arguments.function.partition(":")
     record = Record(arguments.record)
+
     try:
         stage = getattr(importlib.import_module(module), name)
         stage(Place(arguments.scratch, arguments.pretend), record)
@@ -27,6 +28,7 @@ def main() -> None:
         traceback.print_exc()
         text = " ".join(str(error).split())
         record.expect(False, f"{type(error).__name__}: {text[:300]}")
+
     sys.stdout.flush()
     os._exit(1 if record.failed else 0)  # destructors of process groups may wait
 

@@ -23,6 +23,7 @@ def check_attention(place: Place, record: Record) -> None:
     """Worst errors by type, head size and lengths; microseconds of a call; compilation, spills."""
     if place.pretended:
         os.environ["TRITON_INTERPRET"] = "1"
+
     from megatron_interbert.kernels import triton_attention
 
     attend = triton_attention.packed_attention
@@ -33,6 +34,7 @@ def check_attention(place: Place, record: Record) -> None:
     torch.manual_seed(0)
     worst: dict[torch.dtype, float] = {}
     slowest = 0.0  # of the first calls, which compile
+
     for dtype in types:
         for count, size in heads:
             for name, some in lengths.items():
@@ -40,6 +42,7 @@ def check_attention(place: Place, record: Record) -> None:
                 error, first = check_one(place, record, attend, some, count, size, dtype, where)
                 slowest = max(slowest, first)
                 worst[dtype] = max(worst.get(dtype, 0.0), error)
+
     told = ", ".join(f"{e:.1e} in {str(d).removeprefix('torch.')}" for d, e in worst.items())
     record.note(worst_error={str(dtype): error for dtype, error in worst.items()})
     record.say(f"worst error {told}; the slowest first call took {slowest:.1f} s")
@@ -91,6 +94,7 @@ def check_one(
         f"{where}, dropout: values off by {dropped[0]:.1e}, gradient by {dropped[1]:.1e}",
     )
     record.expect(abs(rate - p) < 5 * spread + 1e-3, f"{where}: dropout of {p} drops {rate:.4f}")
+
     return max(*errors, *dropped), first
 
 
@@ -108,6 +112,7 @@ def errors_of(
     weight = torch.randn_like(found)
     gradient = torch.autograd.grad(found, qkv, weight)[0]
     expected = torch.autograd.grad(theirs, wide, weight.double())[0]
+
     return relative(found, theirs), relative(gradient, expected)
 
 
@@ -120,6 +125,7 @@ def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
 def note_programs(record: Record, kernels: object) -> None:
     """Shared memory, registers and spills of what was compiled for this card."""
     programs = []
+
     for name in ("_row_forward", "_row_backward", "_tiled_forward", "_tiled_backward"):
         caches = getattr(getattr(kernels, name), "device_caches", {})  # the interpreter has none
         for cache, *_ in caches.values():
@@ -127,9 +133,11 @@ def note_programs(record: Record, kernels: object) -> None:
                 facts = {"kernel": name, "shared": program.metadata.shared}
                 facts |= {n: getattr(program, n, None) for n in ("n_regs", "n_spills")}
                 programs.append(facts)
+
     if programs:
         spilled = max(facts["n_spills"] or 0 for facts in programs)
         record.say(f"{len(programs)} programs compiled, at most {spilled} registers spilled in one")
+
     record.note(programs=programs)
 
 
@@ -145,6 +153,7 @@ def time_attention(
     samples, joint = place.choose((256, (45, 58)), (2, (5, 9)))
     lengths = torch.randint(*joint, (samples,)).tolist()
     took = {}
+
     for name, one in (("triton", attend), ("padded", padded_sdpa)):
         qkv, sequences = packed(lengths, heads, size, dtype, place.device.type)
         weight = torch.ones(len(qkv), heads, size, device=qkv.device, dtype=dtype)
@@ -155,6 +164,7 @@ def time_attention(
         calls = [place.seconds(both) for _ in range(place.choose(23, 2))]
         took[name] = 1e6 * statistics.median(calls[-20:])
         record.note(**{f"{name}_{size}_us": took[name], f"{name}_{size}_first_s": calls[0]})
+
     record.say(
         f"{samples} samples, {heads} heads of {size}, both passes: {took['triton']:.0f} us,"
         f" padded SDPA {took['padded']:.0f} us"

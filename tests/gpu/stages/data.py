@@ -27,9 +27,11 @@ def base_store(place: Place) -> Path:
     path = place.scratch / "base"
     if path.exists():
         return path
+
     sizes = place.sizes
     random = np.random.default_rng(0)
     words = [f"w{number}" for number in range(sizes.vocab_size - len(SPECIAL))]
+
     with RegionStoreWriter(
         path,
         feature_dim=sizes.feature_dim,
@@ -44,6 +46,7 @@ def base_store(place: Place) -> Path:
                 for _ in range(CAPTIONS)
             ]
             writer.add(noise(random, number, sizes.feature_dim, sizes.num_classes), captions)
+
     return path
 
 
@@ -52,6 +55,7 @@ def noise(random: np.random.Generator, number: int, features: int, classes: int)
     count = int(random.integers(10, 37))
     corner = random.uniform(0, 300, (count, 2))
     boxes = np.concatenate([corner, corner + random.uniform(20, 150, (count, 2))], axis=1)
+
     return Regions(
         f"image-{number}",
         (480.0, 480.0),
@@ -75,4 +79,5 @@ def sample_corpus(place: Place) -> Path:
         ended = Program(sys.executable, "tools/make_sample.py", "--output", path, *scenes).wait()
         if ended.code:
             raise RuntimeError(f"make_sample.py ended with code {ended.code}: {ended.last}")
+
     return path

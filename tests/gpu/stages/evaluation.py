@@ -40,7 +40,8 @@ def check_evaluation(place: Place, record: Record) -> None:
 
 def check_recall(place: Place, record: Record) -> None:
     """Train the sample model for a while, and evaluate it in both precisions."""
-    data, run = sample_corpus(place), place.scratch / "sample_run"
+    data = sample_corpus(place)
+    run = place.scratch / "sample_run"
     ended = module(
         "pretrain",
         *("--model", "sample", "--data-path", data / "train", "--language", "en", "--bf16"),
@@ -58,6 +59,7 @@ def check_recall(place: Place, record: Record) -> None:
     record.expect(ended.code == 0, f"training for it: code {ended.code}: {ended.last}")
     if ended.code:
         return
+
     check_learnt(place, record, run)
     programs = {
         name: module(
@@ -77,11 +79,13 @@ def check_recall(place: Place, record: Record) -> None:
         for name, flag in PRECISIONS.items()
     }
     found = {}
+
     for name, program in programs.items():
         ended = program.wait()
         record.expect(ended.code == 0, f"evaluation in {name}: code {ended.code}: {ended.last}")
         if ended.code == 0:
             found[name] = recalls(place.scratch / f"retrieval-{name}")
+
     record.note(recall=found)
     if len(found) == len(PRECISIONS):
         compare_recalls(place, record, found)
@@ -93,6 +97,7 @@ def check_learnt(place: Place, record: Record, run: Path) -> None:
     record.note(words_right=last["msm_accuracy"], matches_right=last["itm_accuracy"])
     if place.pretended:
         return
+
     right = last["msm_accuracy"]
     record.expect(
         right > WORDS_LEARNT, f"only {right:.0%} of hidden words are guessed: no learning"
@@ -109,11 +114,13 @@ def recalls(folder: Path) -> dict[str, float]:
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
     """Numbers of nested dictionaries under joined names."""
     found = {}
+
     for name, value in values.items():
         if isinstance(value, dict):
             found |= flat(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)):
             found[f"{prefix}{name}"] = float(value)
+
     return found
 
 
@@ -122,8 +129,10 @@ def compare_recalls(place: Place, record: Record, found: dict[str, dict[str, flo
     first = [name for name in found["fp32"] if name.lower().endswith("r@1")]
     record.expect(bool(first), f"no R@1 among {', '.join(found['fp32'])}")
     chance = 100 / place.choose(*TEST_SCENES)
+
     for name in first:
-        exact, half = found["fp32"][name], found["bf16"][name]
+        exact = found["fp32"][name]
+        half = found["bf16"][name]
         record.expect(
             abs(exact - half) <= RECALL_NOISE, f"{name}: {exact:.1f} in fp32, {half:.1f} in bf16"
         )
@@ -132,7 +141,8 @@ def compare_recalls(place: Place, record: Record, found: dict[str, dict[str, flo
 
 def measure_pairs(place: Place, record: Record, name: str, dtype: torch.dtype) -> None:
     """Pairs/s of the base model with random weights, as `evaluate retrieval` scores a tile."""
-    device, store = place.device, base_store(place)
+    device = place.device
+    store = base_store(place)
     sizes = place.sizes.without_dropout()
     kernels = choose_kernels("auto", device, head_sizes=sizes.head_sizes, dtype=dtype)
     model = InterBert(sizes, kernels=kernels)
@@ -141,6 +151,7 @@ def measure_pairs(place: Place, record: Record, name: str, dtype: torch.dtype) -
     tokenizer = CaptionTokenizer(str(store / "vocab.txt"))
     pairs = choose_pairs(Corpus([str(store)]), tokenizer, "", place.choose(100, 4), 36, 36)
     order = pairs.by_length()
+
     with torch.no_grad():
         images = pairs.image_side(scorer, np.arange(len(pairs.images)), device)
         captions = pairs.caption_side(scorer, order, device)
@@ -150,11 +161,20 @@ def measure_pairs(place: Place, record: Record, name: str, dtype: torch.dtype) -
             kept["scores"] = score_block(scorer, images, captions, 512)
 
         seconds = [place.seconds(score) for _ in range(2)]
+
     count = len(pairs.images) * len(pairs.captions)
     finite = bool(torch.isfinite(kept["scores"]).all())
     record.expect(finite, f"{name}: scores of pairs are not finite")
-    record.note(**{f"pairs_{name}": {"pairs_per_second": count / seconds[-1], "seconds": seconds,
-                                     "pairs": count, "kernels": kernels.describe()}})  # fmt: skip
+    record.note(
+        **{
+            f"pairs_{name}": {
+                "pairs_per_second": count / seconds[-1],
+                "seconds": seconds,
+                "pairs": count,
+                "kernels": kernels.describe(),
+            }
+        }
+    )
     record.say(f"{place.model}, {count} pairs in {name}: {count / seconds[-1]:.0f} pairs/s")
 
 
@@ -164,12 +184,15 @@ def check_long_batch(place: Place, record: Record) -> None:
     By our kernels and by plain torch's, from the same weights: losses alike as far as masks allow.
     """
     words, regions = place.choose((60, 100), (30, 50))
-    samples, device, sizes = place.choose(64, 2), place.device, place.sizes
+    samples = place.choose(64, 2)
+    device = place.device
+    sizes = place.sizes
     batch = pack(
         random_examples(sizes, samples, (words, words), (regions, regions)), sizes.feature_dim
     )
     batch = batch.to(device)
     found = {}
+
     for name in ("auto", "torch"):
         kernels = choose_kernels(
             name, device, True, head_sizes=sizes.head_sizes, dtype=torch.bfloat16
@@ -203,6 +226,7 @@ def check_long_batch(place: Place, record: Record) -> None:
                 }
             }
         )
+
     off = abs(found["auto"] - found["torch"]) / found["torch"]
     record.expect(
         off < 0.05, f"{words + regions + 1} joint tokens: losses {found} are {off:.1%} apart"

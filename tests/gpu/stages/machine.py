@@ -25,15 +25,18 @@ COMPILERS = (("gcc", "--version"), ("nvcc", "--version"), ("ninja", "--version")
 def check_machine(place: Place, record: Record) -> None:
     """Versions, driver, compilers; deepspeed.initialize of one Linear: does that compile?"""
     record.note(python=platform.python_version(), system=platform.platform(), cores=os.cpu_count())
+
     for name in PACKAGES:
         try:
             record.note(**{name: importlib.metadata.version(name)})
         except importlib.metadata.PackageNotFoundError:
             record.note(**{name: None})
+
     for command in COMPILERS:
         record.note(**{command[0]: first_version(command)})
     if not place.pretended:
         note_card(record)
+
     step_one_linear(place, record)
 
 
@@ -43,6 +46,7 @@ def first_version(command: tuple[str, ...]) -> str | None:
         return None
     told = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     found = re.search(r"\d+\.\d+(\.\d+)?", told)
+
     return found[0] if found else None
 
 
@@ -72,6 +76,7 @@ def driver_version() -> str | None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     told = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+
     return told[0].strip() if told else None
 
 
@@ -119,16 +124,19 @@ def run_gpu_tests(place: Place, record: Record) -> None:
     record.expect(results.exists(), f"pytest ended with code {ended.code}: {ended.last}")
     if not results.exists():
         return
+
     suite = next(ElementTree.parse(results).iter("testsuite"))
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
     record.note(**counts, passed=passed)
     wrong = counts["failures"] + counts["errors"]
     record.say(f"{passed} passed, {wrong} failed, {counts['skipped']} skipped")
+
     for case in suite.iter("testcase"):
         for problem in (*case.iter("failure"), *case.iter("error")):
             text = " ".join(problem.get("message", "").split())
             record.expect(False, f"{case.get('name')}: {text[:160]}")
+
     if place.pretended:
         record.expect(counts["skipped"] == counts["tests"] > 0, "tests for a GPU ran without one")
     else:

@@ -50,6 +50,7 @@ class Place:
         began = time.perf_counter()
         work()
         self.wait()
+
         return time.perf_counter() - began
 
 

@@ -29,6 +29,7 @@ def check_preflight(place: Place, record: Record) -> None:
     record.expect(ended.code == 0, f"code {ended.code}: {ended.last}")
     for line in lines:
         record.expect(line.startswith("ok "), line)
+
     record.say(f"{len(lines)} checks, micro-batch {batch}: {ended.last}")
 
 
@@ -55,6 +56,7 @@ def check_lack(place: Place, record: Record, flags: tuple, together: int) -> Non
     if place.pretended:
         flags = (*flags, "--model", wide_model(place))
         options["prepare"] = limit_memory
+
     taken = leave_little(place)
     ended = module("pretrain", *flags, "--micro-batch-size", together, **options).wait()
     del taken

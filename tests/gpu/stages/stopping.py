@@ -32,7 +32,8 @@ def check_stopping(place: Place, record: Record) -> None:
         *("--model", "tiny", "--data-path", small_store(place), "--micro-batch-size", 16),
         *("--bf16", "--deterministic", "--log-interval", 1, "--train-iters", number),
     )
-    whole, stopped = place.scratch / "whole", place.scratch / "stopped"
+    whole = place.scratch / "whole"
+    stopped = place.scratch / "stopped"
     runs = [module("pretrain", *flags, "--save", folder) for folder in (whole, stopped)]
     crowd = start_two(place, flags)
     until(lambda: steps(stopped) >= number // 2, runs[1])
@@ -53,7 +54,8 @@ def check_stopping(place: Place, record: Record) -> None:
 
 def compare(whole: Path, stopped: Path, number: int, at: int, record: Record) -> None:
     """Losses and norms of every step, and the last weights."""
-    ours, theirs = losses(stopped), losses(whole)
+    ours = losses(stopped)
+    theirs = losses(whole)
     record.expect(len(theirs) == number, f"{len(theirs)} steps recorded, expected {number}")
     odd = [step for step in sorted(theirs) if ours.get(step) != theirs[step]]
     record.expect(not odd, f"stopped after {at}: losses differ from step {odd[0] if odd else 0} on")
@@ -78,11 +80,13 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
 def start_two(place: Place, flags: tuple) -> Program:
     """Two ranks where there is one GPU."""
     changes: dict[str, str | None] = {"PROCESSES_PER_NODE": "2"}
+
     if place.pretended:
         (place.scratch / "one_gpu").mkdir()
         (place.scratch / "one_gpu" / "sitecustomize.py").write_text(ONE_GPU)
         found = os.pathsep.join([str(place.scratch / "one_gpu"), os.environ["PYTHONPATH"]])
         changes |= {"DS_ACCELERATOR": None, "PYTHONPATH": found}
+
     return Program(sys.executable, "launchers/node.py", "launchers/pretrain.sh", *flags, **changes)
 
 

@@ -23,10 +23,12 @@ def profile_steps(work: Callable[[], Any], steps: int, device: torch.device) -> 
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         found.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
+
     return summarise(events, steps)
 
 
@@ -40,6 +42,7 @@ def summarise(events: Sequence[dict[str, Any]], steps: int) -> dict[str, Any]:
     by_name: Counter[str] = Counter()
     for event in on_gpu:
         by_name[event["name"][:80]] += event["dur"]
+
     return {
         "operations": sum(event.get("cat") == "cpu_op" for event in complete) / steps,
         "launches": len(on_gpu) / steps,
@@ -50,8 +53,10 @@ def summarise(events: Sequence[dict[str, Any]], steps: int) -> dict[str, Any]:
 
 def covered(spans: Sequence[tuple[float, float]]) -> float:
     """Length of the union of spans (begin, end)."""
-    total, last = 0.0, float("-inf")
+    total = 0.0
+    last = float("-inf")
     for begin, end in sorted(spans):
         total += max(0.0, end - max(begin, last))
         last = max(last, end)
+
     return total

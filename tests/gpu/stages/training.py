@@ -61,9 +61,11 @@ class Steps:
     def __init__(
         self, place: Place, samples: int, kernels: str = "auto", fp8: bool = False
     ) -> None:
-        self.place, sizes = place, place.sizes
+        self.place = place
+        sizes = place.sizes
         dropout = max(sizes.attention_dropout, sizes.image_attention_dropout) > 0
-        device, self.state = place.device, ParallelState()
+        device = place.device
+        self.state = ParallelState()
         config = RunConfig(
             micro_batch_size=samples, global_batch_size=samples, bf16=True, zero_stage=1
         )
@@ -74,11 +76,9 @@ class Steps:
         self.streams = RandomStreams(0, device=device, alone=True)
         model = InterBert(sizes, state=self.state, kernels=self.kernels, streams=self.streams)
         initialise(model, sizes, 0, self.state)
-        self.engine, self.task, self.number = (
-            Engine(model.to(device), config, self.state),
-            PretrainingTask(),
-            0,
-        )
+        self.engine = Engine(model.to(device), config, self.state)
+        self.task = PretrainingTask()
+        self.number = 0
 
     def step(self, batch: PackedBatch, targets: torch.Tensor) -> None:
         """Forward, backward, update. `targets`: how many the batch has for each loss."""
@@ -94,7 +94,8 @@ class Batches:
     """Batches of changing samples, and so of changing lengths, from a pool of random ones."""
 
     def __init__(self, place: Place, setting: Setting) -> None:
-        self.place, self.samples = place, setting.samples
+        self.place = place
+        self.samples = setting.samples
         self.random = np.random.default_rng(0)
         self.width = place.sizes.feature_dim
         self.pool: list[Example] = random_examples(
@@ -121,11 +122,14 @@ def measure_steps(place: Place, record: Record) -> None:
         kernels=steps.kernels.describe(),
         parameters=sum(p.numel() for p in steps.engine.model.parameters()),
     )
+
     for setting in settings:
         if needed := too_large(place, setting):
             record.say(f"{setting.name}: left out, it needs about {needed:.0f} GiB")
             continue
+
         measure_setting(place, record, steps, setting)
+
     check_programs(record)
     del steps
     free(place)
@@ -134,9 +138,12 @@ def measure_steps(place: Place, record: Record) -> None:
 
 def load_of(setting: Setting, batch: PackedBatch | None = None) -> Load:
     """What training/memory.py wants to know of a micro-batch, measured or expected."""
-    words, regions = sum(WORDS) / 2, sum(setting.regions) / 2
+    words = sum(WORDS) / 2
+    regions = sum(setting.regions) / 2
     if batch is not None:
-        words, regions = len(batch.token_ids) / len(batch), len(batch.features) / len(batch)
+        words = len(batch.token_ids) / len(batch)
+        regions = len(batch.features) / len(batch)
+
     return Load(setting.samples, words, regions, WORDS[1], setting.regions[1])
 
 
@@ -156,11 +163,17 @@ def too_large(place: Place, setting: Setting) -> float:
 
 def measure_setting(place: Place, record: Record, steps: Steps, setting: Setting) -> None:
     """Time of every step, compilations, a profile, peak memory."""
-    batches, number = Batches(place, setting), place.choose(60, 7)
+    batches = Batches(place, setting)
+    number = place.choose(60, 7)
     if place.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    seconds, compiled, flops, tokens = [], [], [], []
+
+    seconds = []
+    compiled = []
+    flops = []
+    tokens = []
+
     for _ in range(number):
         batch, targets = batches.next()
         before = compiled_programs()
@@ -168,10 +181,12 @@ def measure_setting(place: Place, record: Record, steps: Steps, setting: Setting
         compiled.append(compiled_programs() - before)
         flops.append(training_flops(place.sizes, batch))
         tokens.append(len(batch.joint_order))
+
     check_finite(record, setting.name, steps)
 
     step = statistics.median(seconds[WARM:])
-    rate, tflops = setting.samples / step, statistics.mean(flops[WARM:]) / step / 1e12
+    rate = setting.samples / step
+    tflops = statistics.mean(flops[WARM:]) / step / 1e12
     peak = peak_tflops(place.device, 0.0)
     figures: dict[str, Any] = {
         "step_ms": 1000 * step,
@@ -188,6 +203,7 @@ def measure_setting(place: Place, record: Record, steps: Steps, setting: Setting
     }
     record.note(**{setting.name: figures})
     say_figures(record, setting, figures)
+
     try:
         note_profile(place, record, setting, steps, batches, step)
     except RuntimeError as error:  # a machine may refuse the counters; the other figures stand
@@ -200,6 +216,7 @@ def memory_figures(
     """GiB: predicted for the lengths there were, and on a GPU the peak that its allocator saw."""
     expected = predicted(place, load_of(setting, batch))
     figures: dict[str, Any] = {"predicted_gib": expected / 2**30}
+
     if place.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
         figures["peak_gib"] = peak / 2**30
@@ -207,6 +224,7 @@ def memory_figures(
             1 / NEAR < peak / expected < NEAR,
             f"{setting.name}: peak memory {peak / 2**30:.2f} GiB, predicted {expected / 2**30:.2f}",
         )
+
     return figures
 
 
@@ -234,6 +252,7 @@ def note_profile(
         )
         idle = figures["idle_share"] = max(0.0, 1 - figures["busy_ms"] / (1000 * step))
         record.say(f"  GPU idle {idle:.0%} of a step, {figures['launches']:.0f} launches")
+
     record.note(**{f"{setting.name}, profile": figures})
 
 
@@ -245,8 +264,10 @@ def say_figures(record: Record, setting: Setting, figures: dict[str, Any]) -> No
         f" {figures['step_ms']:.1f} ms, {figures['tflops']:.3g} TFLOP/s, {mfu},"
         f" compiled {figures['compiled_first']} + {figures['compiled_later']}"
     )
+
     if "peak_gib" in figures:
-        peak, expected = figures["peak_gib"], figures["predicted_gib"]
+        peak = figures["peak_gib"]
+        expected = figures["predicted_gib"]
         record.say(f"  peak memory {peak:.1f} GiB, predicted {expected:.1f}")
 
 
@@ -256,6 +277,7 @@ def programs_by_kernel() -> dict[str, int]:
         from tests.kernels.compiling import launched_kernels
     except ImportError:
         return {}
+
     return {
         kernel.fn.__name__: sum(
             len(cache) for cache, *_ in getattr(kernel, "device_caches", {}).values()
@@ -288,7 +310,8 @@ def free(place: Place) -> None:
 
 def measure_program(place: Place, record: Record) -> None:
     """`pretrain` itself with its loader, from a store on disk."""
-    folder, number = place.scratch / "program", place.choose(40, 4)
+    folder = place.scratch / "program"
+    number = place.choose(40, 4)
     ended = module(
         "pretrain",
         *("--model", place.model, "--data-path", base_store(place), "--bf16", "--save", folder),
@@ -298,6 +321,7 @@ def measure_program(place: Place, record: Record) -> None:
     record.expect(ended.code == 0, f"pretrain: code {ended.code}: {ended.last}")
     if ended.code:
         return
+
     *_, last = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     kept = ("samples_per_second", "data_wait_share", "mfu", "memory_gib")
     record.note(pretrain={name: last[name] for name in kept if name in last})
@@ -316,13 +340,16 @@ def measure_ratios(place: Place, record: Record) -> None:
     some = [batches.next() for _ in range(place.choose(15, WARM + 2))]
     ways = {"ours": {}, "--kernels torch": {"kernels": "torch"}, "--fp8": {"fp8": True}}
     took: dict[str, float] = {}
+
     for name, options in ways.items():
         try:
             took[name] = time_way(place, record, name, some, options)
         except UsageError as reason:  # a card without products in 8 bits
             record.say(f"{name}: left out: {reason}")
             continue
+
         record.note(**{f"{name}_ms": 1000 * took[name], f"{name}_ratio": took[name] / took["ours"]})
+
     told = ", ".join(f"{name} {seconds / took['ours']:.2f}" for name, seconds in took.items())
     record.say(f"time of a step in times of ours: {told}")
 
@@ -340,11 +367,13 @@ def time_way(
     check_finite(record, name, steps)
     del steps
     free(place)
+
     return statistics.median(seconds[WARM:])
 
 
 def check_finite(record: Record, name: str, steps: Steps) -> None:
     """The last step must have been one."""
-    loss, norm = steps.loss.item(), steps.norm
+    loss = steps.loss.item()
+    norm = steps.norm
     record.note(**{f"{name}_loss": loss, f"{name}_norm": norm})
     record.expect(math.isfinite(loss + norm), f"{name}: loss {loss}, gradient norm {norm}")

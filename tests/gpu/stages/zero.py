@@ -8,7 +8,8 @@ from tests.gpu.stages.place import Place, Record
 from tests.gpu.stages.programs import Ended, Program, module
 from tests.launching import records
 
-STEPS, STOP = 10, 5
+STEPS = 10
+STOP = 5
 NAMES = ("msm_loss", "mrm_loss", "itm_loss", "grad_norm")
 NEAR = {"fp32": 2e-4, "bf16": 2e-2, "fp16": 2e-2}  # relative difference of a figure
 OFFLOAD = ("--deepspeed-config", "ds_configs/zero2_offload_optimizer.json")
@@ -97,10 +98,13 @@ def start(
 
 def compare(record: Record, folder: Path, precision: str, ended: dict[str, Ended]) -> None:
     """Losses and norms of each run with those of the undisturbed one."""
-    expected, worst = records(folder / "whole"), 0.0
+    expected = records(folder / "whole")
+    worst = 0.0
+
     for name, one in ended.items():
         if one.code:
             continue
+
         found = records(folder / name)
         record.expect(
             sorted(found) == sorted(expected),
@@ -112,17 +116,21 @@ def compare(record: Record, folder: Path, precision: str, ended: dict[str, Ended
         record.expect(
             off < NEAR[precision], f"{precision}, {name}: losses or norms are off by {off:.1e}"
         )
+
     record.say(f"{precision}: {', '.join(ended)}: worst relative difference {worst:.1e}")
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
     """Largest relative difference of a step's figures; infinite where only one is a number."""
     worst = 0.0
+
     for name in NAMES:
-        a, b = ours[name], theirs[name]
+        a = ours[name]
+        b = theirs[name]
         missing = a is None or b is None  # NaN: a step that fp16's loss scale skipped
         if missing and a != b:
             return float("inf")
         if not missing:
             worst = max(worst, abs(a - b) / max(abs(b), 1e-6))
+
     return worst

@@ -68,8 +68,13 @@ MACHINES = {  # its number in the kernel, then its system calls: memory, read, w
 PR_SET_NO_NEW_PRIVS = 38
 PR_SET_SECCOMP = 22
 SECCOMP_MODE_FILTER = 2
-LOAD, JUMP_IF_EQUAL, RETURN = 0x20, 0x15, 0x06  # of the filter's machine
-NUMBER_AT, MACHINE_AT = 0, 4  # in what the kernel shows the filter of a call
+# of the filter's machine
+LOAD = 0x20
+JUMP_IF_EQUAL = 0x15
+RETURN = 0x06
+# in what the kernel shows the filter of a call
+NUMBER_AT = 0
+MACHINE_AT = 4
 ALLOW = 0x7FFF0000
 REFUSE = 0x00050000 | errno.EPERM
 

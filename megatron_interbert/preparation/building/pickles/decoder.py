@@ -60,6 +60,7 @@ class Decoder:
             raise ValueError("it ends too early")
 
         self.place += 1
+
         return self.data[self.place - 1]
 
     def skip(self, length: int) -> int:
@@ -69,6 +70,7 @@ class Decoder:
             raise ValueError(f"{length} bytes are missing at {start}")
 
         self.place += length
+
         return start
 
     def take(self, length: int) -> bytes:
@@ -88,6 +90,7 @@ class Decoder:
 
         content = self.take(end - self.place)
         self.place += 1
+
         return content
 
     def pop(self) -> Any:
@@ -111,6 +114,7 @@ class Decoder:
 
         items = self.stack
         self.stack = self.below.pop()
+
         return items
 
     def recall(self, index: int) -> None:
@@ -124,7 +128,8 @@ class Decoder:
 OPCODES: dict[int, Callable[[Decoder], None]] = {}
 
 U1, U2, U4, U8 = (struct.Struct(form) for form in ("<B", "<H", "<I", "<Q"))
-I4, F8 = struct.Struct("<i"), struct.Struct(">d")
+I4 = struct.Struct("<i")
+F8 = struct.Struct(">d")
 
 
 def on(*opcodes: bytes) -> Callable[[Any], Any]:

@@ -61,12 +61,14 @@ class Measure:
         self.known[id(node)] = None
         size = self._sum(node, depth)
         self.known[id(node)] = size
+
         return size
 
     def _sum(self, node: list[Any], depth: int) -> Size:
         values = 1
         size = 0
         below = 0
+
         for part in node[3:] if node[0] == "objects" else node[1:]:
             part_values, part_size, part_depth = self.check(part, depth + 1)
             values += part_values

@@ -92,6 +92,7 @@ class PickleProcess:
         atexit.register(self.close)
         self.channel, theirs = socket.socketpair()
         limits = [str(int(self.seconds) + 1), str(self.memory)]
+
         try:
             with theirs:
                 self.process = subprocess.Popen(
@@ -100,6 +101,7 @@ class PickleProcess:
                     stdout=theirs,
                     stderr=subprocess.DEVNULL,
                 )
+
             if self._receive(len(READY), time.monotonic() + SECONDS) != READY:
                 raise EOFError("it says something else than that it is ready")
 
@@ -123,6 +125,7 @@ class PickleProcess:
             raise ValueError(f"decoded to {max(lengths)} bytes")
 
         text, tail = (self._receive(length, deadline) for length in lengths)
+
         return kind, text, tail
 
     def _receive(self, length: int, deadline: float) -> bytearray:
@@ -152,4 +155,5 @@ class PickleProcess:
 
         self.close()
         code = process.returncode
+
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"

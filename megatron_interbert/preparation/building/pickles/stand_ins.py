@@ -189,6 +189,7 @@ def _scalar(space: Space, dtype: Any, data: Any = None) -> Any:
         return WIDE_TEXT[order].decode(content)[0].rstrip("\0")
 
     number = int.from_bytes(content, "big" if order == ">" else "little", signed=kind == "i")
+
     return bool(number) if kind == "b" else number
 
 

@@ -1,4 +1,7 @@
-"""From the fields of a published record to regions: box formats, class numbering, soft labels. The same for every format."""
+"""From the fields of a published record to regions: box formats, class numbering, soft labels.
+
+The same for every format.
+"""
 
 import base64
 import binascii
@@ -10,15 +13,20 @@ import numpy as np
 
 from megatron_interbert.data.regions import Regions
 
-DENSE, TOP_1, CLASS_ONLY, NONE = "dense", "top_1_confidence", "top_1_without_confidence", "none"
-BACKGROUND_FIRST, BACKGROUND_NONE = "background-first", "background-none"
+DENSE = "dense"
+TOP_1 = "top_1_confidence"
+CLASS_ONLY = "top_1_without_confidence"
+NONE = "none"
+BACKGROUND_FIRST = "background-first"
+BACKGROUND_NONE = "background-none"
 
 
 @dataclass(frozen=True)
 class ReadOptions:
     """How records are to be understood.
 
-    class_ids: whether id 0 is background (background-first) or the first object (background-none); empty: the format's habit.
+    class_ids: whether id 0 is background (background-first) or the first object (background-none);
+    empty: the format's habit.
     """
 
     class_ids: str = ""
@@ -33,11 +41,14 @@ class BadRecord(ValueError):
 
     def __init__(self, reason: str, details: str = "") -> None:
         super().__init__(reason, details)
-        self.reason, self.details = reason, details
+        self.reason = reason
+        self.details = details
 
 
 def decode_array(text: bytes | str | np.ndarray, dtype: type, rows: int, name: str) -> np.ndarray:
-    """[rows, width] of a base64 field (or of an array that already is one); width follows from the length."""
+    """[rows, width] of a base64 field (or of an array that already is one); width follows from the
+    length.
+    """
     if isinstance(text, np.ndarray):
         flat = text.astype(dtype, copy=False).reshape(-1)
     else:
@@ -45,11 +56,17 @@ def decode_array(text: bytes | str | np.ndarray, dtype: type, rows: int, name: s
             data = base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError, TypeError) as error:
             raise BadRecord(f"{name} is not base64", str(error)) from error
+
         if len(data) % np.dtype(dtype).itemsize:
             raise BadRecord(f"{name} has a wrong length", f"{len(data)} bytes")
+
         flat = np.frombuffer(data, dtype)
+
     if rows <= 0 or flat.size == 0 or flat.size % rows:
-        raise BadRecord(f"{name} does not fit the number of boxes", f"{flat.size} values for {rows} boxes")
+        raise BadRecord(
+            f"{name} does not fit the number of boxes", f"{flat.size} values for {rows} boxes"
+        )
+
     return flat.reshape(rows, -1)
 
 
@@ -59,63 +76,117 @@ def number(fields: Mapping[str, Any], name: str) -> float:
         value = float(np.asarray(fields[name]).reshape(()))
     except (KeyError, TypeError, ValueError) as error:
         raise BadRecord(f"{name} is no number", str(fields.get(name))[:60]) from error
+
     if not np.isfinite(value):
         raise BadRecord(f"{name} is no number", str(value))
+
     return value
 
 
-def make_regions(fields: Mapping[str, Any], options: ReadOptions, scheme: str = BACKGROUND_NONE) -> tuple[Regions, str]:
-    """Regions and the kind of their labels, from image_id, width, height, boxes [R, 4], features [R, F] and one of: class_probs
-    [R, C], class_ids [R] with class_confidence [R], class_ids alone, nothing. `scheme` is the format's own numbering."""
-    features, boxes = np.asarray(fields["features"]), np.asarray(fields["boxes"], dtype=np.float32)
+def make_regions(
+    fields: Mapping[str, Any], options: ReadOptions, scheme: str = BACKGROUND_NONE
+) -> tuple[Regions, str]:
+    """Regions and the kind of their labels, from image_id, width, height, boxes [R, 4], features
+    [R, F] and one of: class_probs [R, C], class_ids [R] with class_confidence [R], class_ids alone,
+    nothing. `scheme` is the format's own numbering.
+    """
+    features = np.asarray(fields["features"])
+    boxes = np.asarray(fields["boxes"], dtype=np.float32)
     rows = len(features)
     if rows == 0:
         raise BadRecord("no regions")
     if features.ndim != 2 or boxes.shape != (rows, 4):
-        raise BadRecord("boxes and features do not fit", f"boxes {boxes.shape}, features {features.shape}")
+        raise BadRecord(
+            "boxes and features do not fit", f"boxes {boxes.shape}, features {features.shape}"
+        )
+
     if features.dtype.kind not in "fiu":
         raise BadRecord("features are no numbers", str(features.dtype))
     if options.box_format == "yxyx":
         boxes = boxes[:, [1, 0, 3, 2]]
     if options.box_format == "xywh":
         boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+
     size = (number(fields, "width"), number(fields, "height"))
     ids, probs, kind = _labels(fields, rows, options, options.class_ids or scheme)
-    name = fields["image_id"].item() if isinstance(fields["image_id"], np.generic | np.ndarray) else fields["image_id"]
-    return Regions(
-        name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name), size, features, boxes, ids, probs
-    ), kind
+    name = (
+        fields["image_id"].item()
+        if isinstance(fields["image_id"], np.generic | np.ndarray)
+        else fields["image_id"]
+    )
+
+    return (
+        Regions(
+            name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name),
+            size,
+            features,
+            boxes,
+            ids,
+            probs,
+        ),
+        kind,
+    )
 
 
-def _labels(fields: Mapping[str, Any], rows: int, options: ReadOptions, scheme: str) -> tuple[np.ndarray, np.ndarray, str]:
+def _labels(
+    fields: Mapping[str, Any], rows: int, options: ReadOptions, scheme: str
+) -> tuple[np.ndarray, np.ndarray, str]:
     if "class_probs" in fields:
-        return *_top_of_distribution(np.asarray(fields["class_probs"], np.float32), rows, options), DENSE
+        return (
+            *_top_of_distribution(np.asarray(fields["class_probs"], np.float32), rows, options),
+            DENSE,
+        )
+
     width = min(options.soft_labels, options.num_classes)
     probs = np.zeros((rows, width), np.float32)
     if "class_ids" not in fields:
         return np.tile(np.arange(width, dtype=np.int64), (rows, 1)), probs, NONE
+
     first = np.asarray(fields["class_ids"]).reshape(-1)
     if first.shape != (rows,) or first.dtype.kind not in "iu":
-        raise BadRecord("class ids do not fit the number of boxes", f"{first.shape} {first.dtype} for {rows} boxes")
+        raise BadRecord(
+            "class ids do not fit the number of boxes",
+            f"{first.shape} {first.dtype} for {rows} boxes",
+        )
+
     first = first.astype(np.int64) + (scheme == BACKGROUND_NONE)
     if first.min() < 0 or first.max() >= options.num_classes:
-        raise BadRecord("class ids beyond the classes", f"{first.min()} to {first.max()}, expected 0 to {options.num_classes - 1}")
+        raise BadRecord(
+            "class ids beyond the classes",
+            f"{first.min()} to {first.max()}, expected 0 to {options.num_classes - 1}",
+        )
+
     confidence = fields.get("class_confidence")
     if confidence is not None:
         confidence = np.asarray(confidence, np.float32).reshape(-1)
         if confidence.shape != (rows,):
-            raise BadRecord("class confidences do not fit the number of boxes", f"{confidence.shape} for {rows} boxes")
+            raise BadRecord(
+                "class confidences do not fit the number of boxes",
+                f"{confidence.shape} for {rows} boxes",
+            )
+
     probs[:, 0] = 1.0 if confidence is None else confidence
     # One class is known; the other entries of the row are other classes with no stated probability.
     ids = (first[:, None] + np.arange(width)) % options.num_classes
+
     return ids, probs, CLASS_ONLY if confidence is None else TOP_1
 
 
-def _top_of_distribution(dense: np.ndarray, rows: int, options: ReadOptions) -> tuple[np.ndarray, np.ndarray]:
-    """The most likely classes first. One column fewer than there are classes: background has none."""
+def _top_of_distribution(
+    dense: np.ndarray, rows: int, options: ReadOptions
+) -> tuple[np.ndarray, np.ndarray]:
+    """The most likely classes first.
+
+    One column fewer than there are classes: background has none.
+    """
     if dense.shape == (rows, options.num_classes - 1):
         dense = np.concatenate([np.zeros((rows, 1), np.float32), dense], axis=1)
     if dense.shape != (rows, options.num_classes):
-        raise BadRecord("class distribution of a wrong shape", f"{dense.shape}, expected {(rows, options.num_classes)}")
+        raise BadRecord(
+            "class distribution of a wrong shape",
+            f"{dense.shape}, expected {(rows, options.num_classes)}",
+        )
+
     ids = np.argsort(-dense, axis=1, kind="stable")[:, : options.soft_labels]
+
     return ids, np.take_along_axis(dense, ids, axis=1)

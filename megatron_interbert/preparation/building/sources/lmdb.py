@@ -1,6 +1,8 @@
-"""LMDB files of ViLBERT and InterBERT: pickled dictionaries by image id, or tensorpack's rows (msgpack) of pretraining.
+"""LMDB files of ViLBERT and InterBERT: pickled dictionaries by image id, or tensorpack's rows
+(msgpack) of pretraining.
 
-A tensorpack row is the list: features, class distribution, boxes, number of boxes, height, width, image id, caption.
+A tensorpack row is the list: features, class distribution, boxes, number of boxes, height, width,
+image id, caption.
 """
 
 import itertools
@@ -16,7 +18,14 @@ from megatron_interbert.preparation.building.pickles.nodes import UnsafePickle
 from megatron_interbert.preparation.building.pickles.reading import is_pickle, loads
 from megatron_interbert.preparation.building.plain_arrays import make_array
 from megatron_interbert.preparation.building.sources.base import Dropped, Record, SourceFacts
-from megatron_interbert.preparation.building.sources.fields import NONE, BadRecord, ReadOptions, decode_array, make_regions, number
+from megatron_interbert.preparation.building.sources.fields import (
+    NONE,
+    BadRecord,
+    ReadOptions,
+    decode_array,
+    make_regions,
+    number,
+)
 from megatron_interbert.preparation.building.sources.lmdb_file import LmdbFile
 from megatron_interbert.preparation.building.sources.tsv import ENCODED, SAME
 
@@ -27,34 +36,54 @@ MAX_ITEMS = 100_000  # of one list or dictionary in msgpack; memory is taken bef
 
 
 class LmdbSource:
-    """One LMDB, a folder with data.mdb or a single file. A unit is its first key (hex) and a number of images."""
+    """One LMDB, a folder with data.mdb or a single file.
+
+    A unit is its first key (hex) and a number of images.
+    """
 
     def __init__(self, path: str, options: ReadOptions) -> None:
-        self.path, self.options = path, options
+        self.path = path
+        self.options = options
+
         with LmdbFile(path) as file:
-            first = next((file.value(row) for row in file.rows() if row.key not in NOT_IMAGES), None)
+            first = next(
+                (file.value(row) for row in file.rows() if row.key not in NOT_IMAGES), None
+            )
+
         if first is None:
             raise UsageError(f"{path}: no images in this LMDB")
         if is_pickle(first) and not options.trust_pickle:
-            raise UsageError(f"{path}: its rows are pickles; give --trust-pickle to read the numbers, strings and arrays in them")
+            raise UsageError(
+                f"{path}: its rows are pickles; give --trust-pickle to read the numbers, strings"
+                " and arrays in them"
+            )
 
     def facts(self) -> SourceFacts:
         """Feature size from the first good row."""
         reasons = []
+
         for record in self.read(["", 100]):
             if isinstance(record, Record):
-                return SourceFacts(record.regions.features.shape[1], self.options.num_classes, record.labels or NONE)
+                return SourceFacts(
+                    record.regions.features.shape[1],
+                    self.options.num_classes,
+                    record.labels or NONE,
+                )
+
             reasons.append(f"{record.reason}{': ' if record.details else ''}{record.details}")
+
         raise UsageError(f"{self.path}: no good row among the first {len(reasons)} ({reasons[0]})")
 
     def units(self, images_per_unit: int) -> list[list[Any]]:
         """[first key in hex, number of images]; reads keys only."""
         found: list[list[Any]] = []
+
         with LmdbFile(self.path) as file:
             for number_, row in enumerate(row for row in file.rows() if row.key not in NOT_IMAGES):
                 if number_ % images_per_unit == 0:
                     found.append([row.key.hex(), 0])
                 found[-1][1] += 1
+
         return found
 
     def read(self, unit: list[Any]) -> Iterator[Record | Dropped]:
@@ -68,11 +97,15 @@ class LmdbSource:
     def _record(self, key: bytes, value: bytes) -> Record | Dropped:
         name = key[:80].decode("utf-8", "replace")
         where = f"{self.path}: key {name}"
+
         try:
             row = self._decode(value)
             fields, caption = row_fields(row, name)
             regions, kind = make_regions(fields, self.options)
-            return Record(regions, where, [(caption, guess_language(caption))] if caption else [], labels=kind)
+
+            return Record(
+                regions, where, [(caption, guess_language(caption))] if caption else [], labels=kind
+            )
         except BadRecord as error:
             return Dropped(where, name, error.reason, error.details)
         except UnsafePickle as error:
@@ -82,7 +115,9 @@ class LmdbSource:
         except UsageError:  # no pickle can be read at all: not this row's fault
             raise
         except Exception as error:  # a damaged row can raise anything while it is taken apart
-            return Dropped(where, name, "row that cannot be decoded", f"{type(error).__name__}: {error}")
+            return Dropped(
+                where, name, "row that cannot be decoded", f"{type(error).__name__}: {error}"
+            )
 
     def _decode(self, value: bytes) -> Any:
         """Take a row apart by what it begins with: a pickle or msgpack."""
@@ -95,7 +130,9 @@ class LmdbSource:
         try:
             import msgpack
         except ImportError as error:
-            raise UsageError(f"{self.path}: reading its rows needs the package msgpack; pip install msgpack") from error
+            raise UsageError(
+                f"{self.path}: reading its rows needs the package msgpack; pip install msgpack"
+            ) from error
 
         return msgpack.unpackb(
             value,
@@ -108,7 +145,10 @@ class LmdbSource:
 
 
 def _numpy_of_msgpack(value: dict[Any, Any]) -> Any:
-    """Make arrays of msgpack-numpy's dictionaries; NotPlain or ValueError for what is no plain one."""
+    """Make arrays of msgpack-numpy's dictionaries.
+
+    NotPlain or ValueError for what is no plain one.
+    """
     plain = {k.decode() if isinstance(k, bytes) else k: v for k, v in value.items()}
     if "nd" not in plain:
         return plain
@@ -127,16 +167,27 @@ def row_fields(row: Any, key: str) -> tuple[dict[str, Any], str]:
     """Fields for `make_regions` and the caption, from either kind of row."""
     if isinstance(row, list | tuple):
         if len(row) != len(ROW):
-            raise BadRecord("row of an unknown kind", f"a list of {len(row)}, expected {', '.join(ROW)}")
+            raise BadRecord(
+                "row of an unknown kind", f"a list of {len(row)}, expected {', '.join(ROW)}"
+            )
+
         raw = dict(zip(ROW, row, strict=True))
     elif isinstance(row, dict):
         raw = {SAME.get(name, name): value for name, value in row.items()}
     else:
-        raise BadRecord("row of an unknown kind", f"a {type(row).__name__}, expected a dictionary or a list")
+        raise BadRecord(
+            "row of an unknown kind", f"a {type(row).__name__}, expected a dictionary or a list"
+        )
+
     raw.setdefault("image_id", key)
-    missing = [name for name in ("width", "height", "num_boxes", "boxes", "features") if name not in raw]
+    missing = [
+        name for name in ("width", "height", "num_boxes", "boxes", "features") if name not in raw
+    ]
     if missing:
-        raise BadRecord(f"'{missing[0]}' is missing", f"found {', '.join(map(str, sorted(raw, key=str)))[:200]}")
+        raise BadRecord(
+            f"'{missing[0]}' is missing", f"found {', '.join(map(str, sorted(raw, key=str)))[:200]}"
+        )
+
     for name in ("image_id", "width", "height", "num_boxes"):
         if isinstance(raw[name], CONTAINERS):  # NumPy would make one array of it, of any size
             raise BadRecord(f"{name} is no single value", f"a {type(raw[name]).__name__}")
@@ -148,9 +199,12 @@ def row_fields(row: Any, key: str) -> tuple[dict[str, Any], str]:
     for name, dtype in ENCODED.items():
         if raw.get(name) is not None:
             fields[name] = decode_array(_trimmed(raw[name], rows), dtype, rows, name)
+
     if raw.get("class_ids") is not None:
         fields["class_ids"] = decode_array(raw["class_ids"], np.int64, rows, "class_ids")
+
     caption = raw.get("caption") or ""
+
     return fields, " ".join(str(caption).replace("\0", " ").split())
 
 

@@ -1,12 +1,15 @@
 """Reading an LMDB by its own pages, with every place checked before it is read.
 
-The library maps the file and believes what is in it, so one that was cut or altered can end the process by a signal. Here it
-is a UsageError. The format is that of LMDB 0.9 on machines of 64 bits (MDB_meta, MDB_page and MDB_node in its mdb.c):
+The library maps the file and believes what is in it, so one that was cut or altered can end the
+process by a signal. Here it is a UsageError. The format is that of LMDB 0.9 on machines of 64 bits
+(MDB_meta, MDB_page and MDB_node in its mdb.c):
 
-    page   number (8 bytes), padding (2), kind (2), begin and end of its free room (2 each), places of its nodes (2 each)
+    page   number (8 bytes), padding (2), kind (2), begin and end of its free room (2 each), places
+           of its nodes (2 each)
     meta   on pages 0 and 1, after the page's head; the one of the last transaction holds
-    node   length of the value or, in a branch, number of a page (4), flags (2), length of the key (2), key, value; a value
-           that fits no page has pages of its own, with one head, and the node has the number of the first
+    node   length of the value or, in a branch, number of a page (4), flags (2), length of the key
+           (2), key, value; a value that fits no page has pages of its own, with one head, and the
+           node has the number of the first
 """
 
 import itertools
@@ -20,12 +23,16 @@ from typing import NamedTuple
 from megatron_interbert.errors import UsageError
 from megatron_interbert.reading import reading
 
-MAGIC, VERSION = 0xBEEFC0DE, 1
+MAGIC = 0xBEEFC0DE
+VERSION = 1
 META = struct.Struct("<16x I I 16x I 44x 4x H H 24x Q Q Q Q")
 HEAD = struct.Struct("<Q 2x H H H")
 NODE = struct.Struct("<I H H")
 PAGE_NUMBER = struct.Struct("<Q")
-KINDS, BRANCH, LEAF = 7, 1, 2  # of a page: the bits that say it
+# of a page: the bits that say it
+KINDS = 7
+BRANCH = 1
+LEAF = 2
 APART = 1  # flag of a node whose value has pages of its own
 PAGE_SIZES = [1 << power for power in range(8, 17)]
 DEEPEST = 32
@@ -87,6 +94,7 @@ class LmdbFile:
 
         before = b""
         count = 0
+
         for row in self._below(self.meta.root, self.meta.depth, start):
             if count and row.key <= before:
                 raise self._damaged(f"key {row.key[:80]!r} is out of order")
@@ -114,25 +122,29 @@ class LmdbFile:
             raise self._damaged(f"a tree of {newest.depth} levels")
         if newest.rules:
             raise self._no_lmdb("its keys have a custom order; copy its rows to a plain database")
+
         return newest
 
     def _meta_at(self, offset: int) -> Meta:
         magic, version, *values = META.unpack(self._bytes(offset, META.size))
         if (magic, version) != (MAGIC, VERSION):
             raise self._no_lmdb(
-                f"it begins with {magic:#x}, version {version}; expected {MAGIC:#x}, version {VERSION},"
-                " as LMDB 0.9 writes it"
+                f"it begins with {magic:#x}, version {version}; expected {MAGIC:#x}, version"
+                f" {VERSION}, as LMDB 0.9 writes it"
             )
+
         return Meta(*values)
 
     def _below(self, number: int, levels: int, start: bytes) -> Iterator[Row]:
         """List the rows from a key on in a page and those below it."""
         page = self._bytes(number * self.meta.page_size, self.meta.page_size)
         nodes = self._nodes(number, page, LEAF if levels == 1 else BRANCH)
+
         if levels == 1:
             for key, place, length, flags in nodes:
                 if key >= start:
                     yield self._row(number, page, key, place, length, flags)
+
             return
 
         keys = [node[0] for node in nodes]
@@ -152,12 +164,15 @@ class LmdbFile:
         for place in struct.unpack_from(f"<{(lower - HEAD.size) // 2}H", page, HEAD.size):
             if place + NODE.size > len(page):
                 raise self._damaged(f"page {number} has a node beyond its end")
+
             length, flags, key_length = NODE.unpack_from(page, place)
             begin = place + NODE.size
             end = begin + key_length
             if end > len(page):
                 raise self._damaged(f"page {number} has a key beyond its end")
+
             nodes.append((page[begin:end], end, length, flags))
+
         return nodes
 
     def _row(
@@ -172,7 +187,9 @@ class LmdbFile:
         if apart:
             first = PAGE_NUMBER.unpack_from(page, place)[0]
             offset = first * self.meta.page_size + HEAD.size
+
         self._check(offset, length)
+
         return Row(key, offset, length)
 
     def _bytes(self, offset: int, length: int) -> bytes:

@@ -1,4 +1,6 @@
-"""Folders of npz files, one an image: our own field names, and those of bottom-up-attention.pytorch (x, bbox, info)."""
+"""Folders of npz files, one an image: our own field names, and those of bottom-up-attention.pytorch
+(x, bbox, info).
+"""
 
 import os
 import tokenize
@@ -34,10 +36,26 @@ NAMES = {
     "class_probs": ("cls_prob", "class_probs"),
     "class_confidence": ("cls_conf", "objects_conf", "class_confidence"),
 }
-CLASS_IDS = {"cls_id_1601": BACKGROUND_FIRST, "objects_id": BACKGROUND_NONE, "objects": BACKGROUND_NONE}
+CLASS_IDS = {
+    "cls_id_1601": BACKGROUND_FIRST,
+    "objects_id": BACKGROUND_NONE,
+    "objects": BACKGROUND_NONE,
+}
 # what a damaged or foreign file can raise while it is taken apart
-DAMAGE = (*(OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError, RuntimeError),
-          *(TypeError, AttributeError, IndexError, SyntaxError, tokenize.TokenError))  # fmt: skip
+DAMAGE = (
+    *(
+        OSError,
+        ValueError,
+        EOFError,
+        KeyError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        MemoryError,
+        RuntimeError,
+    ),
+    *(TypeError, AttributeError, IndexError, SyntaxError, tokenize.TokenError),
+)
 PICKLED = "a pickle that was not read"
 LARGEST_IMAGE = 256 << 20  # bytes of all arrays of a file, unpacked
 COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # those of NumPy
@@ -47,7 +65,8 @@ class NpzSource:
     """All .npz files of a folder, by name."""
 
     def __init__(self, path: str, options: ReadOptions) -> None:
-        self.path, self.options = path, options
+        self.path = path
+        self.options = options
         with os.scandir(path) as entries:
             self.names = sorted(entry.name for entry in entries if entry.name.endswith(".npz"))
         if not self.names:
@@ -56,15 +75,27 @@ class NpzSource:
     def facts(self) -> SourceFacts:
         """Feature size from the first good file."""
         reasons = []
+
         for record in self.read(self.names[:100]):
             if isinstance(record, Record):
-                return SourceFacts(record.regions.features.shape[1], self.options.num_classes, record.labels or NONE)
-            reasons.append(f"{record.where}: {record.reason}{': ' if record.details else ''}{record.details}")
+                return SourceFacts(
+                    record.regions.features.shape[1],
+                    self.options.num_classes,
+                    record.labels or NONE,
+                )
+
+            reasons.append(
+                f"{record.where}: {record.reason}{': ' if record.details else ''}{record.details}"
+            )
+
         raise UsageError(f"{self.path}: no good npz among the first {len(reasons)}; {reasons[0]}")
 
     def units(self, images_per_unit: int) -> list[list[str]]:
         """Lists of file names."""
-        return [self.names[start : start + images_per_unit] for start in range(0, len(self.names), images_per_unit)]
+        return [
+            self.names[start : start + images_per_unit]
+            for start in range(0, len(self.names), images_per_unit)
+        ]
 
     def read(self, unit: list[str]) -> Iterator[Record | Dropped]:
         """The images of some files."""
@@ -81,7 +112,12 @@ class NpzSource:
             except UsageError:  # no pickle can be read at all: not this file's fault
                 raise
             except DAMAGE as error:
-                yield Dropped(str(path), path.stem, "not a readable npz without pickles", f"{type(error).__name__}: {error}")
+                yield Dropped(
+                    str(path),
+                    path.stem,
+                    "not a readable npz without pickles",
+                    f"{type(error).__name__}: {error}",
+                )
 
     def _fields(self, path: Path) -> tuple[dict[str, Any], str]:
         raw = read_npz(path, self.options.trust_pickle)
@@ -90,27 +126,40 @@ class NpzSource:
         for name in ("width", "height", "boxes", "features"):
             if name not in fields:
                 raise BadRecord(f"'{name}' is missing", f"found {', '.join(sorted(raw))}")
-        features, boxes = fields["features"], fields["boxes"]
+
+        features = fields["features"]
+        boxes = fields["boxes"]
         if features.ndim == 2 and features.shape[0] != len(boxes) == features.shape[1]:
             fields["features"] = features.T  # [F, R], as some publish it
+
         scheme = BACKGROUND_NONE
         for name, numbering in CLASS_IDS.items():
             if name in raw:
-                fields["class_ids"], scheme = raw[name], numbering
+                fields["class_ids"] = raw[name]
+                scheme = numbering
+
         if PICKLED in raw and not {"class_ids", "class_probs"} & fields.keys():
-            raise BadRecord("its classes may be in a pickle and --trust-pickle was not given", f"pickled: {raw[PICKLED]}")
+            raise BadRecord(
+                "its classes may be in a pickle and --trust-pickle was not given",
+                f"pickled: {raw[PICKLED]}",
+            )
+
         return fields, scheme
 
 
 def read_npz(path: Path, trust_pickle: bool) -> dict[str, Any]:
-    """Read all arrays of an npz. A pickled `info` dictionary is merged in when pickles are trusted, else named under PICKLED.
+    """Read all arrays of an npz.
+
+    A pickled `info` dictionary is merged in when pickles are trusted, else named under PICKLED.
 
     BadRecord for an archive that would take more memory than any image, and what DAMAGE names.
     """
     fields: dict[str, Any] = {}
+
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         _check_archive(members)
+
         for member in members:
             name = member.filename.removesuffix(".npy")
             with archive.open(member) as handle:
@@ -121,14 +170,19 @@ def read_npz(path: Path, trust_pickle: bool) -> dict[str, Any]:
                 fields.update({str(key): _as_array(item) for key, item in value.items()})
             elif value is not None:
                 fields[name] = _as_array(value)
+
     return fields
 
 
 def _check_archive(members: list[zipfile.ZipInfo]) -> None:
-    """Raise BadRecord for what NumPy does not write; no member unpacks to more than its stated size."""
+    """Raise BadRecord for what NumPy does not write; no member unpacks to more than its stated
+    size.
+    """
     size = sum(member.file_size for member in members)
     if size > LARGEST_IMAGE:
-        raise BadRecord("larger than any image's", f"{size} bytes unpacked, at most {LARGEST_IMAGE}")
+        raise BadRecord(
+            "larger than any image's", f"{size} bytes unpacked, at most {LARGEST_IMAGE}"
+        )
 
     for member in members:
         if member.compress_type not in COMPRESSIONS:
@@ -157,7 +211,9 @@ def _read_array(handle: IO[bytes], size: int, trust_pickle: bool) -> Any:
 
 
 def _as_array(value: Any) -> np.ndarray:
-    """Make an array of a pickle's value. Of a list with text, which no field of ours is, an empty one.
+    """Make an array of a pickle's value.
+
+    Of a list with text, which no field of ours is, an empty one.
 
     NumPy gives each text the width of the longest, which may be a thousand times as much memory.
     """

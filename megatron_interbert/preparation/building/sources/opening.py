@@ -29,7 +29,12 @@ def guess_format(path: str) -> str:
             return "lmdb"
         if any(name.endswith(".npz") for name in os.listdir(path)):
             return "npz"
-        raise UsageError(f"{path}: a folder with neither {MANIFEST} (region store), data.mdb (LMDB) nor .npz files")
+
+        raise UsageError(
+            f"{path}: a folder with neither {MANIFEST} (region store), data.mdb (LMDB) nor .npz"
+            " files"
+        )
+
     with open(path, "rb") as handle:
         start = handle.read(4096)
     if start.startswith(b"\x89HDF"):
@@ -38,14 +43,20 @@ def guess_format(path: str) -> str:
         return "lmdb"
     if b"\t" in start:
         return "tsv"
-    raise UsageError(f"{path}: neither TSV, LMDB nor HDF5; say what it is by --format {'|'.join(FORMATS[1:])}")
+
+    raise UsageError(
+        f"{path}: neither TSV, LMDB nor HDF5; say what it is by --format {'|'.join(FORMATS[1:])}"
+    )
 
 
-def open_source(path: str, kind: str, options: ReadOptions, columns: Sequence[str] = (), image_ids: str = "") -> Source:
+def open_source(
+    path: str, kind: str, options: ReadOptions, columns: Sequence[str] = (), image_ids: str = ""
+) -> Source:
     """The reader of a path; UsageError when it cannot be read at all."""
     kind = guess_format(path) if kind == "auto" else kind
     if kind == "tsv":
         return TsvSource(path, options, columns)
     if kind == "hdf5":
         return Hdf5Source(path, options, image_ids)
+
     return {"lmdb": LmdbSource, "npz": NpzSource, "store": StoreSource}[kind](path, options)

@@ -1,4 +1,6 @@
-"""Our own region stores as a source: to cut them into other shards, to take a part of one, or to join several."""
+"""Our own region stores as a source: to cut them into other shards, to take a part of one, or to
+join several.
+"""
 
 from collections.abc import Iterator
 
@@ -13,21 +15,37 @@ class StoreSource:
     """The images of a store with their captions, in their order."""
 
     def __init__(self, path: str, options: ReadOptions) -> None:
-        self.path, self.store = path, RegionStore(path)
+        self.path = path
+        self.store = RegionStore(path)
         if options.class_ids or options.box_format != "xyxy":
-            raise UsageError(f"{path}: --class-ids and --box-format are for published features; a region store has its own")
+            raise UsageError(
+                f"{path}: --class-ids and --box-format are for published features; a region store"
+                " has its own"
+            )
 
     def facts(self) -> SourceFacts:
         """From the manifest."""
         manifest = self.store.manifest
-        names, labels = manifest.get("class_names") or (), manifest.get("soft_labels", "")
+        names = manifest.get("class_names") or ()
+        labels = manifest.get("soft_labels", "")
         background = manifest.get("background_class", 0)
-        return SourceFacts(self.store.feature_dim, self.store.num_classes, labels, names, manifest["detector"], background)
+
+        return SourceFacts(
+            self.store.feature_dim,
+            self.store.num_classes,
+            labels,
+            names,
+            manifest["detector"],
+            background,
+        )
 
     def units(self, images_per_unit: int) -> list[list[int]]:
         """[first image, last + 1]."""
         count = self.store.num_images
-        return [[start, min(start + images_per_unit, count)] for start in range(0, count, images_per_unit)]
+        return [
+            [start, min(start + images_per_unit, count)]
+            for start in range(0, count, images_per_unit)
+        ]
 
     def read(self, unit: list[int]) -> Iterator[Record | Dropped]:
         """A range of images."""
@@ -35,20 +53,36 @@ class StoreSource:
         kind = str(self.store.manifest.get("soft_labels", ""))
         captions: dict[int, list[tuple[str, str]]] = {}
         opened = -1
+
         for index in range(*unit):
             number, row = self.store.locate(index)
             where = f"{self.path}: image {index}"
-            if number not in sound:  # HDF5 may not come back from a damaged file, so it is not opened
+            # HDF5 may not come back from a damaged file, so it is not opened
+            if number not in sound:
                 entry = self.store.shards[number]
                 sound[number] = sha256_of(self.store.path, entry) == entry["sha256"]
+
             if not sound[number]:
-                yield Dropped(where, "", "shard is damaged (sha256 differs)", self.store.shards[number]["file"])
+                yield Dropped(
+                    where,
+                    "",
+                    "shard is damaged (sha256 differs)",
+                    self.store.shards[number]["file"],
+                )
                 continue
+
             if number != opened:
-                opened, captions = number, {}
+                opened = number
+                captions = {}
                 for text, language, image in self.store.open_shard(number).captions():
                     captions.setdefault(image, []).append((text, language))
+
             try:
                 yield Record(self.store.read(index), where, captions.get(row, []), labels=kind)
             except UsageError as error:
-                yield Dropped(where, self.store.image_id(index), "record of the store cannot be used", str(error))
+                yield Dropped(
+                    where,
+                    self.store.image_id(index),
+                    "record of the store cannot be used",
+                    str(error),
+                )

@@ -1,6 +1,7 @@
 """Base64 TSV files: LXMERT's 10 columns, bottom-up-attention's 6, or columns that the caller names.
 
-A unit is a range of bytes; its records are the lines that begin inside it, so planning reads one line and nothing more.
+A unit is a range of bytes; its records are the lines that begin inside it, so planning reads one
+line and nothing more.
 """
 
 import os
@@ -11,53 +12,113 @@ import numpy as np
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.sources.base import Dropped, Record, SourceFacts
-from megatron_interbert.preparation.building.sources.fields import NONE, BadRecord, ReadOptions, decode_array, make_regions, number
+from megatron_interbert.preparation.building.sources.fields import (
+    NONE,
+    BadRecord,
+    ReadOptions,
+    decode_array,
+    make_regions,
+    number,
+)
 
 BOTTOM_UP = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
-LXMERT = ("img_id", "img_h", "img_w", "objects_id", "objects_conf", "attrs_id", "attrs_conf", "num_boxes", "boxes", "features")
-BY_COUNT = {len(BOTTOM_UP): BOTTOM_UP, len(BOTTOM_UP) + 1: (*BOTTOM_UP, "cls_prob"), len(LXMERT): LXMERT}
+LXMERT = (
+    "img_id",
+    "img_h",
+    "img_w",
+    "objects_id",
+    "objects_conf",
+    "attrs_id",
+    "attrs_conf",
+    "num_boxes",
+    "boxes",
+    "features",
+)
+BY_COUNT = {
+    len(BOTTOM_UP): BOTTOM_UP,
+    len(BOTTOM_UP) + 1: (*BOTTOM_UP, "cls_prob"),
+    len(LXMERT): LXMERT,
+}
 # the names in use for one thing
 SAME = {
-    "img_id": "image_id", "product_id": "image_id", "img_w": "width", "image_w": "width", "img_h": "height", "image_h": "height",
-    "objects_id": "class_ids", "class_labels": "class_ids", "objects_conf": "class_confidence", "cls_prob": "class_probs",
-}  # fmt: skip
+    "img_id": "image_id",
+    "product_id": "image_id",
+    "img_w": "width",
+    "image_w": "width",
+    "img_h": "height",
+    "image_h": "height",
+    "objects_id": "class_ids",
+    "class_labels": "class_ids",
+    "objects_conf": "class_confidence",
+    "cls_prob": "class_probs",
+}
 NEEDED = {"image_id", "width", "height", "num_boxes", "boxes", "features"}
-ENCODED = {"boxes": np.float32, "features": np.float32, "class_probs": np.float32, "class_confidence": np.float32}
+ENCODED = {
+    "boxes": np.float32,
+    "features": np.float32,
+    "class_probs": np.float32,
+    "class_confidence": np.float32,
+}
 LONGEST_LINE = 1 << 28
 
 
 class TsvSource:
-    """One TSV file. `columns` names its fields where the count does not tell; others than those of SAME are passed over."""
+    """One TSV file.
+
+    `columns` names its fields where the count does not tell; others than those of SAME are passed
+    over.
+    """
 
     def __init__(self, path: str, options: ReadOptions, columns: Sequence[str] = ()) -> None:
-        self.path, self.options, self.columns = path, options, tuple(columns)
+        self.path = path
+        self.options = options
+        self.columns = tuple(columns)
+
         try:
             self.bytes = os.path.getsize(path)
             with open(path, "rb") as handle:
                 first = handle.readline(LONGEST_LINE)
-                some = [len(handle.readline(LONGEST_LINE)) for _ in range(8)]  # the first line may be a header
+                # the first line may be a header
+                some = [len(handle.readline(LONGEST_LINE)) for _ in range(8)]
         except OSError as error:
             raise UsageError(f"{path}: cannot be read ({error})") from error
+
         count = first.count(b"\t") + 1
         self.columns = self.columns or BY_COUNT.get(count, ())
         names = {SAME.get(name, name) for name in self.columns}
         if not self.columns or len(self.columns) != count or not names >= NEEDED:
             raise UsageError(
-                f"{path}: {count} columns in the first line, expected {', '.join(map(str, BY_COUNT))}, or as many as --columns names"
+                f"{path}: {count} columns in the first line, expected"
+                f" {', '.join(map(str, BY_COUNT))}, or as many as --columns names"
                 f" ({', '.join(sorted(NEEDED))} among them)"
             )
-        self.line_bytes = max(sum(some) // max(sum(length > 0 for length in some), 1), 1) if any(some) else max(len(first), 1)
+
+        self.line_bytes = (
+            max(sum(some) // max(sum(length > 0 for length in some), 1), 1)
+            if any(some)
+            else max(len(first), 1)
+        )
 
     def facts(self) -> SourceFacts:
         """Feature size from the first good line."""
         reasons = []
+
         for number_, record in enumerate(self.read([0, self.bytes])):
             if isinstance(record, Record):
-                return SourceFacts(record.regions.features.shape[1], self.options.num_classes, record.labels or NONE)
+                return SourceFacts(
+                    record.regions.features.shape[1],
+                    self.options.num_classes,
+                    record.labels or NONE,
+                )
+
             reasons.append(f"{record.reason}{': ' if record.details else ''}{record.details}")
             if number_ == 99:
                 break
-        raise UsageError(f"{self.path}: no good record at its start ({reasons[0] if reasons else 'the file is empty'})")
+
+        raise UsageError(
+            f"{self.path}: no good record at its start"
+            f" ({reasons[0] if reasons else 'the file is empty'})"
+        )
 
     def units(self, images_per_unit: int) -> list[list[int]]:
         """Ranges of bytes."""
@@ -67,17 +128,25 @@ class TsvSource:
     def read(self, unit: list[int]) -> Iterator[Record | Dropped]:
         """The lines that begin inside the range."""
         start, stop = unit
+
         with open(self.path, "rb", buffering=1 << 20) as handle:
             if start:
                 handle.seek(start - 1)
                 while (rest := handle.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
                     pass  # to the end of the line before; nothing more when that ends just here
+
             while (place := handle.tell()) < stop:
                 line = handle.readline(LONGEST_LINE)
-                while not line.endswith(b"\n") and len(line) == LONGEST_LINE and handle.readline(LONGEST_LINE):
+                while (
+                    not line.endswith(b"\n")
+                    and len(line) == LONGEST_LINE
+                    and handle.readline(LONGEST_LINE)
+                ):
                     pass  # a line that cannot be a record: pass over its rest
+
                 if not line.strip():
                     continue
+
                 found = self._record(line.rstrip(b"\r\n"), f"{self.path}: line at byte {place}")
                 if found:
                     yield found
@@ -86,15 +155,24 @@ class TsvSource:
         values = line.split(b"\t")
         if [v.decode("utf-8", "replace") for v in values if len(v) < 40] == list(self.columns):
             return None  # a header
-        image_id = values[self._id_column][:80].decode("utf-8", "replace") if len(values) > self._id_column else ""
+
+        image_id = (
+            values[self._id_column][:80].decode("utf-8", "replace")
+            if len(values) > self._id_column
+            else ""
+        )
         try:
             if len(values) != len(self.columns):
-                raise BadRecord("wrong number of columns", f"{len(values)}, expected {len(self.columns)}")
+                raise BadRecord(
+                    "wrong number of columns", f"{len(values)}, expected {len(self.columns)}"
+                )
+
             regions, kind = make_regions(self._fields(values), self.options)
         except BadRecord as error:
             return Dropped(where, image_id, error.reason, error.details)
         except UnicodeDecodeError as error:
             return Dropped(where, image_id, "text is not UTF-8", str(error))
+
         return Record(regions, where, labels=kind)
 
     @property
@@ -103,11 +181,15 @@ class TsvSource:
 
     def _fields(self, values: list[bytes]) -> dict[str, Any]:
         raw = dict(zip((SAME.get(name, name) for name in self.columns), values, strict=True))
-        fields: dict[str, Any] = {name: raw[name].decode() for name in ("image_id", "width", "height", "num_boxes")}
+        fields: dict[str, Any] = {
+            name: raw[name].decode() for name in ("image_id", "width", "height", "num_boxes")
+        }
         rows = int(number(fields, "num_boxes"))
         for name, dtype in ENCODED.items():
             if name in raw:
                 fields[name] = decode_array(raw[name], dtype, rows, name)
+
         if "class_ids" in raw:
             fields["class_ids"] = decode_array(raw["class_ids"], np.int64, rows, "class_ids")
+
         return fields
