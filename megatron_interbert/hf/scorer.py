@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from megatron_interbert.data.manifest import VOCABULARY
-from megatron_interbert.data.packing import normalised_locations
+from megatron_interbert.data.packing import Example, normalised_locations, pack
 from megatron_interbert.data.regions import Regions, repair_boxes
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 from megatron_interbert.hf.modeling import InterBertForImageTextRetrieval, InterBertForPreTraining
+from megatron_interbert.model.pair_scorer import PairScorer
 
 Image = Regions | Mapping[str, Any]
 
@@ -28,8 +29,17 @@ class ImageTensors(NamedTuple):
     visual_attention_mask: torch.Tensor  # [I, R]
 
 
+class Ranked(NamedTuple):
+    """A candidate of `InterBertScorer.rank`: its place in the given list, and its score."""
+
+    index: int
+    score: float
+
+
 class InterBertScorer:
-    """Scores are margins of the matching head, logit(matched) - logit(mismatched): the higher, the
+    """Scores images and texts, encodes each side alone, and ranks one side for the other.
+
+    Scores are margins of the matching head, logit(matched) - logit(mismatched): the higher, the
     better the fit.
     """
 
@@ -118,6 +128,67 @@ class InterBertScorer:
             )
 
         return scores.reshape(shape)
+
+    def rank(
+        self,
+        image_regions: Image | Sequence[Image],
+        captions: str | Sequence[str],
+        top_k: int | None = None,
+        batch_size: int = 64,
+    ) -> list[Ranked]:
+        """Rank the captions for one image, or the images for one caption, best first.
+
+        Each pair is judged by the whole model, as a cross-encoder does. UsageError unless one side
+        is single.
+        """
+        scores = self.score(image_regions, captions, batch_size)
+        if 1 not in scores.shape:
+            raise UsageError(
+                f"rank: {scores.shape[0]} images and {scores.shape[1]} captions, expected one image"
+                " or one caption"
+            )
+        flat = scores.reshape(-1)
+        best = np.argsort(-flat, kind="stable")[:top_k]
+        return [Ranked(int(index), float(flat[index])) for index in best]
+
+    def encode_text(self, captions: str | Sequence[str], batch_size: int = 64) -> np.ndarray:
+        """Encode captions alone: float32 [C, P] pooled vectors, for the first stage of a search.
+
+        With a product as fusion, the margin of a pair is about (w_matched - w_mismatched) of the
+        matching head times both vectors; the model was not trained on sides alone.
+        """
+        texts = [captions] if isinstance(captions, str) else list(captions)
+        examples = []
+        for number, text in enumerate(texts):
+            ids = self.token_ids(number, text).numpy()
+            examples.append(Example(ids, np.zeros_like(ids)))
+        return self._encode(examples, batch_size, images=False)
+
+    def encode_image(
+        self, image_regions: Image | Sequence[Image], batch_size: int = 64
+    ) -> np.ndarray:
+        """Encode images alone: float32 [I, P] pooled vectors; see `encode_text`."""
+        single = isinstance(image_regions, (Regions, Mapping))
+        images = [image_regions] if single else list(image_regions)
+        start = np.array([self.tokenizer.cls])
+        examples = []
+        for number, image in enumerate(images):
+            features, locations = read_image(number, image, self.model.config.feature_dim)
+            examples.append(Example(start, np.zeros_like(start), features, locations))
+        return self._encode(examples, batch_size, images=True)
+
+    @torch.inference_mode()
+    def _encode(self, examples: list[Example], batch_size: int, images: bool) -> np.ndarray:
+        """Pool one side of the examples, float32 [examples, P]."""
+        inner = self.model.interbert
+        device = self.model.device
+        scorer = PairScorer(inner)
+        found = [np.zeros((0, inner.config.pooled_size), np.float32)]
+        for start in range(0, len(examples), batch_size):
+            batch = pack(examples[start : start + batch_size], inner.config.feature_dim)
+            side = scorer.images(batch, device) if images else scorer.captions(batch, device)
+            found.append(scorer.encode_side(side, images).float().cpu().numpy())
+        return np.concatenate(found)
 
     @torch.inference_mode()
     def margins(

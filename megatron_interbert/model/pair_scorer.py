@@ -138,6 +138,16 @@ class PairScorer:
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.first.attention.qkv(hidden) if self.first is not None else hidden[:, :0]
 
+    def encode_side(self, side: Side, images: bool) -> torch.Tensor:
+        """Pool each item of one side, images or captions, without the other: [items, P]."""
+        model = self.model
+        (offsets,) = send_indexes([side.offsets], side.hidden.device)
+        sequences = Sequences(offsets.int(), int(side.lengths.max()))
+        hidden = model.interaction(side.hidden, sequences)
+        stack = model.image_stream if images else model.text_stream
+        pooler = model.image_pooler if images else model.text_pooler
+        return pooler(last_layer_of_first(stack, hidden, sequences))
+
     def margins(
         self, images: Side, captions: Side, image_of: np.ndarray, caption_of: np.ndarray
     ) -> torch.Tensor:

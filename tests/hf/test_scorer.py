@@ -20,6 +20,7 @@ from megatron_interbert.hf import (
     InterBertModel,
     InterBertScorer,
 )
+from megatron_interbert.kernels.sequences import Sequences
 from megatron_interbert.model.pair_scorer import PairScorer
 from megatron_interbert.tasks.retrieval.job import choose_pairs, score_matrix
 from tests.corpus import CLASSES, FEATURES, VOCABULARY, write_store
@@ -188,3 +189,41 @@ def test_other_wrong_use_is_named(corpus, tmp_path):
         InterBertScorer(scorer.model, CaptionTokenizer(str(tmp_path / "vocab.txt")))
     with pytest.raises(UsageError, match=r"vocab\.txt: no such file"):
         InterBertScorer.from_pretrained(tmp_path / "nowhere")
+
+
+def test_rank_is_the_order_of_the_scores(corpus):
+    store, _, scorer = corpus
+    images = [store.read(i) for i in range(IMAGES)]
+    captions = [store.caption(c) for c in range(CAPTIONS)]
+    scores = scorer.score(images, captions)
+    ranked = scorer.rank(images[1], captions, top_k=3)
+    assert [found.index for found in ranked] == np.argsort(-scores[1])[:3].tolist()
+    assert [found.score for found in ranked] == pytest.approx(sorted(scores[1])[::-1][:3], abs=1e-5)
+    assert [found.index for found in scorer.rank(images, captions[2])] == np.argsort(
+        -scores[:, 2]
+    ).tolist()
+    with pytest.raises(UsageError, match="rank: 5 images and 7 captions, expected one image or"):
+        scorer.rank(images, captions)
+
+
+def test_sides_alone_against_the_layers_one_item_at_a_time(corpus):
+    """Pooled vectors of interaction, stream and pooler over one side, written out in the test."""
+    store, _, scorer = corpus
+    inner = scorer.model.interbert
+    captions = [store.caption(c) for c in range(3)]
+    images = [store.read(i) for i in range(3)]
+    texts = scorer.encode_text(captions, batch_size=2)
+    pictures = scorer.encode_image(images, batch_size=2)
+    assert texts.shape == pictures.shape == (3, SIZES.pooled_size)
+    with torch.no_grad():
+        for number, caption in enumerate(captions):
+            ids = scorer.token_ids(number, caption)
+            places = torch.arange(len(ids))
+            x = inner.text_embedding(ids, places, torch.zeros_like(ids))
+            whole = Sequences(torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
+            x = inner.text_stream(inner.interaction(x, whole), whole)
+            expected = inner.text_pooler(x[:1])[0].numpy()
+            np.testing.assert_allclose(texts[number], expected, atol=1e-5)
+    shuffled = scorer.encode_image(images[::-1], batch_size=3)[::-1]
+    np.testing.assert_allclose(pictures, shuffled, atol=1e-5)
+    assert scorer.encode_text([]).shape == (0, SIZES.pooled_size)

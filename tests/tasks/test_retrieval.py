@@ -246,12 +246,11 @@ def test_first_stage_is_the_matching_head_on_sides_alone(store):
     """Its vectors are those of the model when the other side has no tokens at all (text), or is not
     there (images).
     """
-    from megatron_interbert.tasks.retrieval.two_stage import alone
 
     model = make(sizes())
     pairs = open_pairs(store)
     scorer = PairScorer(model)
-    text = alone(scorer, pairs.caption_side(scorer, np.arange(6), CPU), images=False)
+    text = scorer.encode_side(pairs.caption_side(scorer, np.arange(6), CPU), images=False)
 
     for row in range(6):
         tokens = pairs.corpus.tokens(pairs.captions[row : row + 1], pairs.tokenizer, 34)

@@ -13,6 +13,7 @@ import torch
 
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
+from megatron_interbert.photos import detect_regions
 from megatron_interbert.preparation.building.choosing import load_detector
 from megatron_interbert.preparation.building.detectors import (
     DetectorChoice,
@@ -549,3 +550,24 @@ def check_faster_rcnn(found, states, probs, output):
         label = probs[proposal, 1:].argmax() + 1
         same_class = output["boxes"][output["labels"] == label]
         assert (same_class - torch.from_numpy(found.boxes[row])).abs().amax(1).min() < 0.01
+
+
+@needs_shared
+def test_regions_of_a_photo_are_those_of_a_build(folders, tmp_path):
+    photos = some_photos()
+    place = tmp_path / "photos"
+    place.mkdir()
+    for photo in photos:
+        shutil.copy(photo, place)
+    source = PhotoSource(place, choice(folders["rt_detr"]))
+    stored = {record.regions.image_id: record.regions for record in source.read(source.names)}
+    for regions in detect_regions(photos, folders["rt_detr"], device="cpu"):
+        same = stored[regions.image_id]
+        assert regions.size == same.size
+        # Batches are of other sizes, and so is the rounding.
+        np.testing.assert_allclose(regions.features, same.features, rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(regions.boxes, same.boxes, rtol=1e-4, atol=1e-2)
+
+    (tmp_path / "broken.jpg").write_bytes(b"no jpeg")
+    with pytest.raises(UsageError, match=r"broken\.jpg: no photo that can be read"):
+        detect_regions(tmp_path / "broken.jpg", folders["rt_detr"], device="cpu")

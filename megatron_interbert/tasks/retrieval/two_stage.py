@@ -11,31 +11,13 @@ import time
 import numpy as np
 import torch
 
-from megatron_interbert.data.sending import send_indexes
 from megatron_interbert.errors import UsageError
-from megatron_interbert.kernels.sequences import Sequences
-from megatron_interbert.model.pair_scorer import PairScorer, Side, last_layer_of_first
+from megatron_interbert.model.pair_scorer import PairScorer, Side
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.retrieval.job import check_finite, recall_metrics
 from megatron_interbert.tasks.retrieval.pairs import Pairs
 
 AT_ONCE = 256
-
-
-def alone(scorer: PairScorer, side: Side, images: bool) -> torch.Tensor:
-    """Pooled vectors [items, P] of one side without the other."""
-    model = scorer.model
-    (offsets,) = send_indexes([side.offsets], side.hidden.device)
-    sequences = Sequences(offsets.int(), int(side.lengths.max()))
-    hidden = model.interaction(side.hidden, sequences)
-
-    stack = model.text_stream
-    pooler = model.text_pooler
-    if images:
-        stack = model.image_stream
-        pooler = model.image_pooler
-
-    return pooler(last_layer_of_first(stack, hidden, sequences))
 
 
 @torch.no_grad()
@@ -62,7 +44,7 @@ def two_stage_search(
     direction = weight[0] - weight[1]
     vectors = torch.cat(
         [
-            alone(scorer, pairs.image_side(scorer, part, device), True).float()
+            scorer.encode_side(pairs.image_side(scorer, part, device), images=True).float()
             for part in _runs(np.arange(len(pairs.images)))
         ]
     )
@@ -74,7 +56,9 @@ def two_stage_search(
 
     for part in _runs(mine):
         side = pairs.caption_side(scorer, part, device)
-        scores = (alone(scorer, side, False).float() * direction) @ vectors.T  # [part, images]
+        scores = (
+            scorer.encode_side(side, images=False).float() * direction
+        ) @ vectors.T  # [part, images]
         best = scores.topk(keep, dim=1).indices
         coarse = scores.cpu()
         kept = best.cpu()
