@@ -1,5 +1,5 @@
 # Sourced by the .sbatch files: `run_on_nodes ARGS` starts launchers/node.py once on each node of the job and, when the run has been
-# stopped by a signal (code 75), queues the job again: it goes on from what it has saved.
+# stopped by a signal (code 75), queues the job again: it resumes from its last checkpoint.
 # The interpreter is that of VENV (default: .venv of the checkout), else python3 of the PATH. `%a` in ARGS is the job array's index.
 run_on_nodes() {
   local python=${VENV:-$PWD/.venv}/bin/python code=0
@@ -19,7 +19,7 @@ run_on_nodes() {
     if scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"; then
       sleep 60 # until Slurm ends this script: its own end would now count as the end of the job
     else
-      echo "error: it cannot be queued again; submit the same command: it goes on" >&2
+      echo "error: it cannot be queued again; submit the same command: it resumes" >&2
     fi
   fi
   return "$code"

@@ -28,7 +28,7 @@ def _begin_command() -> None:
 
 
 def _is_command() -> bool:
-    """Whether this process runs `python -m megatron_interbert..`, a launcher or a tool."""
+    """Tell whether this process runs `python -m megatron_interbert..`, a launcher or a tool."""
     script = sys.argv[0] if sys.argv else ""
     if script == "-m":  # what Python writes there until it has found the module to run
         name = next(

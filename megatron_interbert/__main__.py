@@ -50,7 +50,7 @@ def help_text() -> str:
 
 
 def choose() -> str:
-    """Give the module of the command that is asked for; SystemExit after --help."""
+    """Choose the module of the command that is asked for; SystemExit after --help."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(help_text())

@@ -116,7 +116,7 @@ def add_flag(group: Any, entry: dataclasses.Field) -> None:
 
 
 def is_argument(entry: dataclasses.Field) -> bool:
-    """Whether a field stands for words without a flag."""
+    """Tell whether a field stands for words without a flag."""
     return entry.metadata["facts"].positional
 
 
@@ -198,7 +198,7 @@ def parse(
 
 
 def check_required(config_class: type, given: Mapping[str, Any]) -> None:
-    """UsageError names the flags that a command cannot do without."""
+    """Raise UsageError that names the flags that a command cannot do without."""
     missing = [
         facts.flag or flag(name)
         for name, facts in rows(config_class)

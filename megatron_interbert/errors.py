@@ -85,7 +85,7 @@ def end_at_once(number: int, frame: FrameType | None = None) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether torch says that a GPU, or this machine, has no memory left."""
+    """Tell whether torch says that a GPU, or this machine, has no memory left."""
     said = ("out of memory", "can't allocate memory", "alloc_failed")
     text = str(error).lower()
     return type(error).__name__ == "OutOfMemoryError" or any(part in text for part in said)
@@ -95,7 +95,7 @@ NETWORK = (errno.ECONNRESET, errno.EPIPE, errno.ECONNREFUSED, errno.ECONNABORTED
 
 
 def of_the_machine(error: BaseException) -> bool:
-    """Whether it says that a file or the system has failed us, which no traceback explains
+    """Tell whether it says that a file or the system has failed us, which no traceback explains
     better.
     """
     return isinstance(error, OSError) and bool(error.errno) and error.errno not in NETWORK

@@ -13,7 +13,7 @@ from megatron_interbert.parallel.agreement import check_alike
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.signals import STOPPING, take_over
+from megatron_interbert.signals import STOPPING, handle_signals
 from megatron_interbert.tasks.config import EvaluateConfig
 from megatron_interbert.tasks.glue.config import EvaluateGlueConfig
 from megatron_interbert.tasks.glue.evaluation import evaluate_glue
@@ -45,7 +45,7 @@ TASKS: dict[str, tuple[type[EvaluateConfig], Callable[..., Any]]] = {
 
 def run() -> None:
     """`evaluate TASK FLAGS`."""
-    take_over(STOPPING, end_at_once)  # what is finished lies on disk
+    handle_signals(STOPPING, end_at_once)  # what is finished lies on disk
     config, evaluate = parse_task(TASKS, "evaluate retrieval --load RUN --data-path STORE")
 
     if read_launch().world_size > 1:

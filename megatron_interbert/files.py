@@ -199,7 +199,7 @@ def write_output(path: Path, text: str, name: str) -> None:
 
 
 def is_standard_output(path: Path) -> bool:
-    """Whether a path leads to where standard output goes."""
+    """Tell whether a path leads to where standard output goes."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(sys.stdout.fileno()))
     except (OSError, ValueError):  # nothing is there, or this stream is no file
@@ -326,7 +326,7 @@ def sibling(link: Path) -> Path | None:
 
 
 def is_plain_name(name: Any) -> bool:
-    """Whether a text can only name something in the folder at hand."""
+    """Tell whether a text can only name something in the folder at hand."""
     if not isinstance(name, str) or name in ("", ".", ".."):
         return False
     if any(letter in "/\\" or not letter.isprintable() for letter in name):
@@ -335,8 +335,8 @@ def is_plain_name(name: Any) -> bool:
 
 
 def check_writable(folder: Path, flag: str) -> None:
-    """UsageError where files cannot be written to a folder, or to the nearest one above it that is
-    there.
+    """Raise UsageError where files cannot be written to a folder, or to the nearest one above it
+    that is there.
 
     Leaves nothing behind.
     """
@@ -351,7 +351,7 @@ def check_writable(folder: Path, flag: str) -> None:
 
 
 def check_output(path: Path, flag: str) -> None:
-    """UsageError where no file can be written under a name; leaves nothing behind."""
+    """Raise UsageError where no file can be written under a name; leaves nothing behind."""
     try:
         kind = stat.S_IFMT(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -366,7 +366,7 @@ def check_output(path: Path, flag: str) -> None:
 
 
 def nearest_folder(folder: Path) -> Path:
-    """Give the folder, or the one above it in which it would be made."""
+    """Find the folder, or the one above it in which it would be made."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent

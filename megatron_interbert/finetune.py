@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_interbert.command_line import parse_task
 from megatron_interbert.errors import end_at_once, run_entry
-from megatron_interbert.signals import STOPPING, take_over
+from megatron_interbert.signals import STOPPING, handle_signals
 from megatron_interbert.tasks.config import FinetuneConfig
 from megatron_interbert.tasks.glue.config import GlueConfig
 from megatron_interbert.tasks.glue.job import glue_job
@@ -32,7 +32,7 @@ TASKS: dict[str, tuple[type[FinetuneConfig], Callable[..., Any]]] = {
 
 def run() -> None:
     """`finetune TASK FLAGS`: parse, build the parts, train."""
-    take_over((*STOPPING, signal.SIGINT), end_at_once)  # until the run takes them over itself
+    handle_signals((*STOPPING, signal.SIGINT), end_at_once)  # until the run takes them over itself
     config, make_job = parse_task(TASKS, "finetune retrieval --init-from RUN --data-path STORE")
     prepare(config, make_job).train()
 

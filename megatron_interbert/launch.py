@@ -34,9 +34,9 @@ from megatron_interbert.parallel.launch import (
 )
 from megatron_interbert.signals import (
     STOPPING,
+    handle_signals,
     killed_by,
     signal_at_parents_death,
-    take_over,
 )
 
 BY_TORCHRUN = ("auto", "cpu", "gpu")  # words for a number of processes that it finds out itself
@@ -109,7 +109,7 @@ def command(arguments: list[str]) -> list[str]:
 
 
 def pass_on(signal_number: int, frame: object) -> None:
-    """A signal to all ranks of this node; before there are any, the end."""
+    """Give a signal to all ranks of this node; before there are any, the end."""
     ranks = psutil.Process().children()
     if not ranks:
         end_at_once(signal_number)
@@ -120,7 +120,7 @@ def pass_on(signal_number: int, frame: object) -> None:
 
 def run() -> None:
     """Start the ranks and wait for them."""
-    take_over((*STOPPING, signal.SIGINT), end_at_once)
+    handle_signals((*STOPPING, signal.SIGINT), end_at_once)
     arguments = arguments_of(sys.argv[1:])
     from torch.distributed import DistError  # it takes seconds: not before signals have an answer
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -133,7 +133,7 @@ def run() -> None:
 
     options = get_args_parser().parse_args(words)
     options.signals_to_handle = "SIGQUIT"
-    take_over((*STOPPING, signal.SIGINT), pass_on)
+    handle_signals((*STOPPING, signal.SIGINT), pass_on)
     signal_at_parents_death(signal.SIGHUP)
     # ranks say themselves why they end
     logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.CRITICAL)

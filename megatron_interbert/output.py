@@ -54,7 +54,7 @@ def speak_any_language() -> None:
 def keep_speaking() -> None:
     """From now on a line that cannot be written is dropped.
 
-    The work that wanted to say it goes on.
+    The work that wanted to say it continues.
     """
     sys.stdout = lasting(sys.stdout, sys.__stdout__)
     sys.stderr = lasting(sys.stderr, sys.__stderr__)

@@ -185,7 +185,9 @@ def check_data(config: PreflightConfig) -> str:
 
 
 def count_repaired(store: RegionStore) -> int:
-    """Boxes that reach outside their image or are inverted; reads, and so checks, every record."""
+    """Count boxes that reach outside their image or are inverted; reads, and so checks, every
+    record.
+    """
     for index in progress(
         range(store.num_images), desc="records", unit="image", unit_scale=True, leave=False
     ):
@@ -195,7 +197,7 @@ def count_repaired(store: RegionStore) -> int:
 
 
 def check_disk(config: PreflightConfig) -> str:
-    """A folder that can be written, with room for the checkpoints that will be kept."""
+    """Give a folder that can be written, with room for the checkpoints that will be kept."""
     if not config.save:
         return "no --save: nothing will be written"
 
@@ -246,7 +248,7 @@ def checkpoints_kept(config: PreflightConfig) -> int:
 
 
 def config_of_one_process(config: PreflightConfig) -> PreflightConfig:
-    """The same run on one process: one micro-batch a step, whole layers."""
+    """Give the same run on one process: one micro-batch a step, whole layers."""
     alone = copy.copy(config)
     alone.tensor_model_parallel_size = 1
     alone.sequence_parallel = False
@@ -263,7 +265,7 @@ def config_of_one_process(config: PreflightConfig) -> PreflightConfig:
 
 
 def check_step(config: PreflightConfig) -> str:
-    """One training step on one process: the run's data, kernels, precision and optimizer.
+    """Give one training step on one process: the run's data, kernels, precision and optimizer.
 
     What only several ranks have is left out: their communication, and DeepSpeed's update of shared
     weights.
@@ -317,12 +319,12 @@ def check_step(config: PreflightConfig) -> str:
 
 
 def ranks_of(config: PreflightConfig) -> int:
-    """The data-parallel size of the run."""
+    """Give the data-parallel size of the run."""
     return config.world_size // config.tensor_model_parallel_size
 
 
 def samples_for_one_process(trial: Trial) -> int:
-    """How much of a micro-batch one process has memory for, which holds the whole model.
+    """Say how much of a micro-batch one process has memory for, which holds the whole model.
 
     0: none.
     """
@@ -339,7 +341,10 @@ def samples_for_one_process(trial: Trial) -> int:
 def memory_of_run(
     config: PreflightConfig, job: Job, batch: PackedBatch, kernels: Kernels, device: torch.device
 ) -> str:
-    """The peak that arithmetic predicts for a rank of the run; UsageError where a GPU has less."""
+    """Give the peak that arithmetic predicts for a rank of the run.
+
+    UsageError where a GPU has less.
+    """
     layout = layout_of(config, ranks_of(config), kernels)
     predicted = predict(job.model_config, layout, load_of(batch)).peak / 2**30
     if device.type != "cuda":
@@ -383,7 +388,7 @@ def check_nodes(config: PreflightConfig) -> None:
 
 
 def run() -> None:
-    """All checks in order; a failed one does not hide the next, and the exit code is 2 if any
+    """Give all checks in order; a failed one does not hide the next, and the exit code is 2 if any
     failed.
     """
     config = parse(

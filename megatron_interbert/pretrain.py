@@ -11,7 +11,7 @@ from megatron_interbert.errors import end_at_once, run_entry
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.sample.missing import make_missing_sample
-from megatron_interbert.signals import STOPPING, take_over
+from megatron_interbert.signals import STOPPING, handle_signals
 from megatron_interbert.training.setup import prepare
 
 ABOUT = "Pretrain InterBERT on a region store."
@@ -21,7 +21,7 @@ Recipe = Callable[[RunConfig], Sequence[str]]
 
 def run(recipe: Recipe) -> None:
     """Parse, build the parts, train."""
-    take_over((*STOPPING, signal.SIGINT), end_at_once)  # until the run takes them over itself
+    handle_signals((*STOPPING, signal.SIGINT), end_at_once)  # until the run takes them over itself
     config = parse(RunConfig, ABOUT, recipe=recipe(parse(RunConfig, ABOUT)))
     config.check()
     read_launch()

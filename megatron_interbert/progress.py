@@ -13,7 +13,7 @@ LINE = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f} %) | {rate_fmt}{postfix} |
 
 
 def progress(iterable: Iterable[Any] | None = None, *, shown: bool = True, **settings: Any) -> tqdm:
-    """A tqdm over `iterable`, or over `total` that is updated by hand.
+    """Give a tqdm over `iterable`, or over `total` that is updated by hand.
 
     `shown` is false on all ranks but one.
     """
@@ -37,23 +37,26 @@ class LogLines(tqdm):
     shown_at: float | None = None  # how much was done when the last line was written
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """One line to stderr."""
+        """Give one line to stderr."""
         self.shown_at = self._cap()
         print(msg or str(self), file=sys.stderr, flush=True)
 
     @classmethod
     def write(cls, s: str, file: Any = None, end: str = "\n", nolock: bool = False) -> None:
-        """A line of its own; there is no bar to move out of its way."""
+        """Write a line of its own; there is no bar to move out of its way."""
         print(s, file=file or sys.stdout, end=end, flush=True)
 
     def close(self) -> None:
-        """The last figures, where earlier ones were shown."""
+        """Give the last figures, where earlier ones were shown."""
         if not self.disable and self.shown_at not in (None, self._cap()):
             self.display()
         self.delay = float("inf")  # keeps tqdm from cleaning a line up that it did not write
         super().close()
 
     def _cap(self) -> float:
-        """How much is done. Counts of ranks' shares, or of seconds, can come out a little high."""
+        """Say how much is done.
+
+        Counts of ranks' shares, or of seconds, can come out a little high.
+        """
         self.n = min(self.n, self.total) if self.total else self.n
         return self.n

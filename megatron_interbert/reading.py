@@ -54,7 +54,7 @@ def open_regular(path: Path, follow: bool = True) -> IO[bytes]:
 
 
 def read_regular(path: Path) -> bytes:
-    """Give the content of a file; OSError where something else has its name."""
+    """Read the content of a file; OSError where something else has its name."""
     with open_regular(path) as file:
         return file.read()
 
@@ -74,7 +74,7 @@ def list_folder(folder: Path) -> list[str]:
 
 
 def is_there(path: Path) -> bool:
-    """Whether something of that name exists; Unreadable where the system cannot say."""
+    """Tell whether something of that name exists; Unreadable where the system cannot say."""
     try:
         with reading(path):
             os.stat(path)
@@ -85,7 +85,7 @@ def is_there(path: Path) -> bool:
 
 
 def read_text(path: str | Path, what: str) -> str:
-    """A text file's content; UsageError naming `what` when it cannot be read."""
+    """Read a text file's content; UsageError naming `what` when it cannot be read."""
     try:
         with reading(path):
             return Path(path).read_text(encoding="utf-8")
@@ -98,7 +98,7 @@ def read_text(path: str | Path, what: str) -> str:
 
 
 def read_json(path: str | Path, what: str) -> dict[str, Any]:
-    """A JSON object from a file; UsageError naming `what` when it is missing or malformed."""
+    """Read a JSON object from a file; UsageError naming `what` when it is missing or malformed."""
     text = read_text(path, what)
 
     try:

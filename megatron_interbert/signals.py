@@ -16,7 +16,9 @@ EXIT_STATUS = 49  # of /proc/PID/stat, counted from the process's state
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
-def take_over(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> None:
+def handle_signals(
+    numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]
+) -> None:
     """`handler` answers these signals from now on, but for those that were to be ignored (SIGHUP
     under nohup).
     """
@@ -32,7 +34,7 @@ def killed_by(number: int) -> str:
 
 
 def identity(pid: int) -> str:
-    """Tells a process from all others, on whatever machine, in whatever container and before or
+    """Tell a process from all others, on whatever machine, in whatever container and before or
     after it; empty when it is gone.
     """
     try:

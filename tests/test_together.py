@@ -326,7 +326,7 @@ def test_a_rank_that_goes_on_in_time_changes_nothing(running, tmp_path):
     ranks[1].send_signal(signal.SIGSTOP)
     time.sleep(2.5)
     ranks[1].send_signal(signal.SIGCONT)
-    until(lambda: steps(tmp_path / "run") > before + 20, "training goes on")
+    until(lambda: steps(tmp_path / "run") > before + 20, "training continues")
     ranks[0].send_signal(signal.SIGTERM)
     assert [code for code, _, _ in ends(ranks)] == [75, 75]
 

@@ -25,13 +25,13 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.files import file_sha256
 from megatron_interbert.preparation.building.build import BuildPlan, build
 from megatron_interbert.preparation.building.captions import FORMATS as CAPTION_FORMATS
-from megatron_interbert.preparation.building.sources.base import Source
+from megatron_interbert.preparation.building.sources.base import FeatureSource
 from megatron_interbert.preparation.building.sources.fields import (
     BACKGROUND_FIRST,
     BACKGROUND_NONE,
     ReadOptions,
 )
-from megatron_interbert.preparation.building.sources.opening import FORMATS, open_source
+from megatron_interbert.preparation.building.sources.opening import FORMATS, open_features
 from megatron_interbert.preparation.building.sources.stores import StoreSource
 from megatron_interbert.reading import read_text
 
@@ -127,7 +127,7 @@ class Options(BuildingOptions):
     workers: int = option(os.cpu_count() or 1, "processes", least=1, group="work")
 
 
-def detector_of(sources: list[Source], options: Options) -> dict[str, Any]:
+def detector_of(sources: list[FeatureSource], options: Options) -> dict[str, Any]:
     """Give what the sources say of their detector, else the flags."""
     known = [source.facts().detector for source in sources if isinstance(source, StoreSource)]
     for other in known:
@@ -151,7 +151,7 @@ def detector_of(sources: list[Source], options: Options) -> dict[str, Any]:
     return {**known[0], **({"joined_with": others} if others else {})}
 
 
-def vocabulary_of(sources: list[Source], options: Options) -> str:
+def vocabulary_of(sources: list[FeatureSource], options: Options) -> str:
     """Give the text of the vocabulary for the store: the one given, else the first of a source."""
     if options.vocab_file:
         CaptionTokenizer(options.vocab_file)  # before anything is written: is it one?
@@ -174,7 +174,7 @@ def plan_of(options: Options) -> BuildPlan:
     )
     columns = tuple(filter(None, options.columns.split(",")))
     sources = [
-        open_source(path, options.format, reading, columns, options.image_ids)
+        open_features(path, options.format, reading, columns, options.image_ids)
         for path in options.sources
     ]
     widths = [s.store.label_width() for s in sources if isinstance(s, StoreSource)]

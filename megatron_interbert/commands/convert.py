@@ -26,7 +26,7 @@ from megatron_interbert.model.presets import load_model_config
 from megatron_interbert.progress import progress
 from megatron_interbert.reading import read_json
 from megatron_interbert.weights.manifest import VOCABULARY
-from megatron_interbert.weights.sources import KINDS, Source, open_source
+from megatron_interbert.weights.sources import KINDS, WeightSource, open_weights
 from megatron_interbert.weights.targets import TARGETS, Output, describe_source, write_target
 
 TYPES = {
@@ -78,7 +78,7 @@ class Options(Flags):
     )
 
 
-def list_tensors(source: Source) -> None:
+def list_tensors(source: WeightSource) -> None:
     """Print name, shape, type and partition of every parameter."""
     width = max(map(len, source.layouts))
 
@@ -94,7 +94,7 @@ def list_tensors(source: Source) -> None:
     )
 
 
-def vocabulary_of(source: Source, given: str) -> bytes | None:
+def vocabulary_of(source: WeightSource, given: str) -> bytes | None:
     """Read the vocabulary that goes with the weights, where there is one."""
     folder = source.path if source.path.is_dir() else source.path.parent
     file = Path(given) if given else folder / VOCABULARY
@@ -114,7 +114,7 @@ def vocabulary_of(source: Source, given: str) -> bytes | None:
     return content
 
 
-def model_card_for(source: Source, results: list[str]) -> str:
+def model_card_for(source: WeightSource, results: list[str]) -> str:
     """Write the README.md of a Hugging Face folder."""
     try:
         from megatron_interbert.hf.model_card import model_card
@@ -131,7 +131,7 @@ def model_card_for(source: Source, results: list[str]) -> str:
 def run(options: Options) -> None:
     """List the tensors, or convert and verify."""
     config = load_model_config(options.model) if options.model else None
-    source = open_source(options.input, options.source, config, options.averaged)
+    source = open_weights(options.input, options.source, config, options.averaged)
     if options.averaged and not source.facts.get("averaged"):
         raise UsageError(f"--averaged: {options.input} holds no averaged weights; leave it out")
 
@@ -172,7 +172,7 @@ def say_not_finite(output: Output) -> None:
         )
 
 
-def verify(source: Source, to: str, folder: Path) -> None:
+def verify(source: WeightSource, to: str, folder: Path) -> None:
     """Print how far the outputs of the two sides differ."""
     from megatron_interbert.hf.compare import largest_difference
 

@@ -71,7 +71,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def read_row(values: list[str], where: str) -> tuple[str, str, str]:
-    """Give (query id, query, product id) of the columns of one row."""
+    """Read (query id, query, product id) of the columns of one row."""
     if len(values) != len(COLUMNS):
         expected = f"{len(COLUMNS)}: {', '.join(COLUMNS)}"
         raise UsageError(f"{where} has {len(values)} columns, expected {expected}")

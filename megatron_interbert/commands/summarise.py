@@ -57,7 +57,7 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def is_result(result: dict[str, Any]) -> bool:
-    """Whether it is what an evaluation writes: task, figures, and what they were made on."""
+    """Tell whether it is what an evaluation writes: task, figures, and what they were made on."""
     metrics = result.get("metrics")
     data = result.get("data", {})
     if not isinstance(metrics, dict) or not isinstance(data, dict):

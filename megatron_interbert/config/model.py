@@ -121,7 +121,7 @@ class ModelConfig:
                 )
 
     def without_dropout(self) -> "ModelConfig":
-        """The same model with every dropout at 0 (exact comparisons between layouts)."""
+        """Give the same model with every dropout at 0 (exact comparisons between layouts)."""
         names = [f.name for f in dataclasses.fields(self) if f.name.endswith("dropout")]
         return dataclasses.replace(self, **dict.fromkeys(names, 0.0))
 

@@ -142,7 +142,7 @@ class Flags:
         self.frozen = True
 
     def is_default(self, name: str) -> bool:
-        """Whether nobody has said this setting: no flag, file or checkpoint."""
+        """Tell whether nobody has said this setting: no flag, file or checkpoint."""
         return name not in self.given and name not in self.origins
 
     def settle(self, name: str, value: Any, origin: str) -> None:
@@ -229,6 +229,6 @@ def flag(name: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Give `; did you mean 'X'?` for the known name nearest to a wrong one, else an empty text."""
+    """Find `; did you mean 'X'?` for the known name nearest to a wrong one, else an empty text."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{match[0]}'?" if match else ""

@@ -110,7 +110,7 @@ class TrainConfig(
             self.zero_stage = 0
 
     def global_batch(self, data_parallel_size: int) -> int:
-        """Samples per optimizer step over all ranks."""
+        """Give samples per optimizer step over all ranks."""
         return (
             self.micro_batch_size * data_parallel_size * self.accumulation_steps(data_parallel_size)
         )
@@ -121,7 +121,7 @@ class TrainConfig(
         return 0.0 if by_steps else self.save_interval_in_mins
 
     def milestones(self) -> list[float]:
-        """The shares of --lr-milestones; UsageError unless they rise between 0 and 1."""
+        """Give the shares of --lr-milestones; UsageError unless they rise between 0 and 1."""
         try:
             shares = [float(part) for part in self.lr_milestones.split(",") if part]
         except ValueError:
@@ -136,7 +136,7 @@ class TrainConfig(
         return shares
 
     def check(self) -> None:
-        """UsageError for values that contradict each other or have no meaning."""
+        """Raise UsageError for settings that contradict each other or have no meaning."""
         super().check()
         if self.fp16 and self.bf16:
             raise UsageError("--fp16 and --bf16 exclude each other; give one")
@@ -156,7 +156,7 @@ class TrainConfig(
         self.milestones()
 
     def check_float8(self, sizes: ModelConfig) -> None:
-        """UsageError where --fp8 is given and cannot be: bf16 may be set by a DeepSpeed JSON,
+        """Raise UsageError where --fp8 is given and cannot be: bf16 may be set by a DeepSpeed JSON,
         `sizes` by the data.
         """
         if not self.fp8:
@@ -235,11 +235,11 @@ class RunConfig(TrainConfig):
     eval_iters: int = setting(10, "batches per evaluation", FREE, least=1, group="logging")
 
     def stores(self) -> list[str]:
-        """The region stores of --data-path."""
+        """Give the region stores of --data-path."""
         return split_paths(self.data_path)
 
     def objective_names(self) -> tuple[str, ...]:
-        """The losses to train on; UsageError for a name that is none of msm, mrm, itm."""
+        """Give the losses to train on; UsageError for a name that is none of msm, mrm, itm."""
         names = tuple(name for name in self.objectives.split(",") if name)
         for name in names:
             if name not in ("msm", "mrm", "itm"):
@@ -248,7 +248,7 @@ class RunConfig(TrainConfig):
         return names
 
     def check(self) -> None:
-        """UsageError for values that contradict each other or have no meaning."""
+        """Raise UsageError for settings that contradict each other or have no meaning."""
         super().check()
 
         if self.data_epochs and self.data_weights:
@@ -271,7 +271,7 @@ def paths_of_stores(config: Any) -> list[str]:
 
 
 def split_paths(text: str) -> list[str]:
-    """Give [a, b] for `a, b`; the name of a folder may hold a comma where the whole is one."""
+    """Split [a, b] for `a, b`; the name of a folder may hold a comma where the whole is one."""
     if "," in text and os.path.isdir(text):
         return [text]
     return [path.strip() for path in text.split(",") if path.strip()]

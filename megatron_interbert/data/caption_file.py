@@ -67,7 +67,10 @@ class CaptionFile:
             ) from error
 
     def languages(self) -> np.ndarray:
-        """Language tag of each caption, array of str [captions]; empty string where unknown."""
+        """Give language tag of each caption, array of str [captions].
+
+        Empty string where unknown.
+        """
         with Hdf5File(self.folder / CAPTIONS) as file:
             listed = file.attribute("languages")
             if listed is None:
@@ -76,7 +79,7 @@ class CaptionFile:
             return np.array(names, dtype=object)[self._language]
 
     def image_regions(self) -> np.ndarray | None:
-        """int32 [images]: regions of each image.
+        """Give int32 [images]: regions of each image.
 
         None in stores that were written before this was kept.
         """
@@ -90,8 +93,8 @@ def _map_all(path: Path, names: tuple[str, ...]) -> tuple[np.ndarray, ...]:
 
 
 def _map(file: Hdf5File, name: str) -> np.ndarray:
-    """A contiguous list of whole numbers as a read-only memory map; one that is stored otherwise is
-    read whole.
+    """Give a contiguous list of whole numbers as a read-only memory map; one that is stored
+    otherwise is read whole.
     """
     dataset = file[name]
     if dataset.ndim != 1 or dataset.dtype.kind not in "iu":

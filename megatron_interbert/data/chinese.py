@@ -40,12 +40,12 @@ def _segmenter() -> Any:
 
 
 def word_begins(text: str) -> set[int]:
-    """Places in a text where a Chinese word begins, by jieba's dictionary."""
+    """Give places in a text where a Chinese word begins, by jieba's dictionary."""
     return {begin for _, begin, _ in _segmenter().tokenize(text)}
 
 
 def one_form(text: str) -> str:
-    """The text with full-width letters, digits and spaces as half-width ones, and traditional
+    """Give the text with full-width letters, digits and spaces as half-width ones, and traditional
     characters as simplified ones.
     """
     return _simplifier().convert(text.translate(HALF_WIDTH))

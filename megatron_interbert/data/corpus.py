@@ -50,7 +50,7 @@ class Corpus:
     def check_alike(
         self, other: RegionStore, allow_other_detector: bool, flag: str = "--data-path"
     ) -> None:
-        """UsageError unless a store has features like those of this corpus."""
+        """Raise UsageError unless a store has features like those of this corpus."""
         first = self.stores[0]
         if (other.feature_dim, other.num_classes) != (first.feature_dim, first.num_classes):
             raise UsageError(
@@ -83,17 +83,17 @@ class Corpus:
         )
 
     def caption(self, index: int) -> str:
-        """Text of a caption."""
+        """Give text of a caption."""
         store = int(np.searchsorted(self.first_caption, index, side="right")) - 1
         return self.stores[store].caption(index - int(self.first_caption[store]))
 
     def languages(self) -> np.ndarray:
-        """Language tag of each caption, array of str [captions]."""
+        """Give language tag of each caption, array of str [captions]."""
         return np.concatenate([store.languages() for store in self.stores])
 
     def tokens(self, captions: np.ndarray, tokenizer: CaptionTokenizer, longest: int) -> TokenBatch:
-        """Pieces of some captions [n], the first `longest` of each: from the stores' token files
-        where they fit the vocabulary.
+        """Give pieces of some captions [n], the first `longest` of each: from the stores' token
+        files where they fit the vocabulary.
         """
         owner = np.searchsorted(self.first_caption, captions, side="right") - 1
         parts = []
@@ -131,29 +131,31 @@ class Corpus:
         )
 
     def caption_bytes(self) -> np.ndarray:
-        """int32 [captions]: bytes of each caption, a measure of its tokens that costs nothing."""
+        """Give int32 [captions]: bytes of each caption, a measure of its tokens that costs
+        nothing.
+        """
         return np.concatenate([np.diff(store.captions.offsets) for store in self.stores]).astype(
             np.int32
         )
 
     def has_hard_negatives(self) -> bool:
-        """Whether any store has mined negatives; reads and so checks their tables."""
+        """Tell whether any store has mined negatives; reads and so checks their tables."""
         return any(table is not None for table in self._tables("hard_negatives"))
 
     def hard_negatives(self, caption: int) -> np.ndarray:
-        """int64 [<= K]: captions to use as hard negatives of a caption."""
+        """Give int64 [<= K]: captions to use as hard negatives of a caption."""
         return self._mined("hard_negatives", self.first_caption, caption)
 
     def has_hard_images(self) -> bool:
-        """Whether every store has mined neighbours of its images."""
+        """Tell whether every store has mined neighbours of its images."""
         return all(table is not None for table in self._tables("hard_images"))
 
     def hard_images(self, image: int) -> np.ndarray:
-        """int64 [<= K]: images whose mean features are nearest to an image's."""
+        """Give int64 [<= K]: images whose mean features are nearest to an image's."""
         return self._mined("hard_images", self.first_image, image)
 
     def _mined(self, kind: str, first: np.ndarray, number: int) -> np.ndarray:
-        """A row of a table of the stores, numbered through.
+        """Give a row of a table of the stores, numbered through.
 
         `first` are the first numbers of each store.
         """
@@ -174,8 +176,8 @@ class Corpus:
     def read_batch(
         self, images: np.ndarray, offsets: np.ndarray, out: Sequence[np.ndarray]
     ) -> np.ndarray:
-        """The first regions of some images [B] into rows offsets[i] .. offsets[i + 1] of arrays;
-        see RegionStore.read_batch.
+        """Read the first regions of some images [B] into rows offsets[i] .. offsets[i + 1] of
+        arrays; see RegionStore.read_batch.
         """
         starts = offsets[:-1]
         stops = offsets[1:]
@@ -199,7 +201,7 @@ class Corpus:
         self.stores[store].read(image - int(self.first_image[store]))
 
     def label_width(self) -> int:
-        """Entries of a soft label."""
+        """Give entries of a soft label."""
         widths = {store.label_width() for store in self.stores}
         if len(widths) > 1:
             raise UsageError(
@@ -211,7 +213,9 @@ class Corpus:
 
 
 def check_detector(expected: dict | None, found: dict | None, where: str, allowed: bool) -> None:
-    """UsageError when two detectors are known and differ: their features mean different things."""
+    """Raise UsageError when two detectors are known and differ: their features mean different
+    things.
+    """
     if expected and found and expected != found and not allowed:
         raise UsageError(
             f"{where}: features of the detector {found}, expected those of {expected}; use features"

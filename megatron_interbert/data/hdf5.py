@@ -63,8 +63,8 @@ while h5pl.size():
 
 
 def system_reason(error: BaseException | None) -> str:
-    """What the system says where it, not the file, is to blame; empty where the bytes themselves
-    are wrong.
+    """Give what the system says where it, not the file, is to blame; empty where the bytes
+    themselves are wrong.
     """
     if isinstance(error, MemoryError) or "memory allocation failed" in str(error):
         return os.strerror(errno.ENOMEM)
@@ -79,8 +79,8 @@ def system_reason(error: BaseException | None) -> str:
 def reading_problem(
     where: str | Path, error: BaseException, mend: str = MEND, what: str = "as HDF5"
 ) -> UsageError:
-    """The one line for a file that could not be read: a refusal of the system is no damage and is
-    not called so.
+    """Give the one line for a file that could not be read: a refusal of the system is no damage and
+    is not called so.
     """
     if reason := system_reason(error):
         return UsageError(
@@ -156,7 +156,7 @@ class Hdf5File:
     def problem(
         self, error: BaseException, where: str | Path = "", mend: str = "", what: str = "as HDF5"
     ) -> UsageError:
-        """The line for an error of HDF5 in this file."""
+        """Give the line for an error of HDF5 in this file."""
         return reading_problem(where or self.path, self.cause(error), mend or self.mend, what)
 
     def cause(self, error: BaseException) -> BaseException:
@@ -200,11 +200,11 @@ class Hdf5File:
         return self._file.id.links.exists(name.encode())
 
     def names(self, most: int = 64) -> list[str]:
-        """Some names of the root, in their order."""
+        """Give some names of the root, in their order."""
         return list(itertools.islice(self._file, most))
 
     def __getitem__(self, name: str) -> h5py.Dataset:
-        """A dataset of the root, looked at before any of it is read.
+        """Give a dataset of the root, looked at before any of it is read.
 
         UsageError says what about it is not safe.
         """
@@ -214,7 +214,7 @@ class Hdf5File:
         return self._datasets[name]
 
     def strings(self, name: str) -> np.ndarray:
-        """All texts of a one-dimensional dataset, object [n]."""
+        """Give all texts of a one-dimensional dataset, object [n]."""
         dataset = self[name]
         if dataset.ndim != 1 or dataset.id.get_type().get_class() != h5t.STRING:
             raise self._refusal(
@@ -241,7 +241,10 @@ class Hdf5File:
         return texts
 
     def attribute(self, name: str) -> np.ndarray | None:
-        """An attribute of the root: number, text, or array of these; None where there is none."""
+        """Give an attribute of the root: number, text, or array of these.
+
+        None where there is none.
+        """
         if not h5a.exists(self._file.id, name.encode()):
             return None
 
@@ -292,7 +295,7 @@ class Hdf5File:
         return UsageError(f"{self.path}: {what} {problem}; {self.mend}")
 
     def _size_problem(self, dataset: h5d.DatasetID) -> str:
-        """Why what a dataset declares cannot be in a file of this size.
+        """Say why what a dataset declares cannot be in a file of this size.
 
         Its shape is safe to ask for by now.
         """
@@ -322,7 +325,7 @@ class Hdf5File:
 
 
 def _layout_problem(dataset: h5d.DatasetID) -> str:
-    """Why the values of a dataset come from elsewhere, or by code that is not HDF5's own."""
+    """Say why the values of a dataset come from elsewhere, or by code that is not HDF5's own."""
     properties = dataset.get_create_plist()
     if properties.get_layout() == h5d.VIRTUAL:
         return "is virtual (made of other files), expected data in the file itself"
@@ -344,7 +347,7 @@ def _layout_problem(dataset: h5d.DatasetID) -> str:
 
 
 def _checksum_problem(dataset: h5d.DatasetID) -> str:
-    """Why a chunk cannot hold the checksum at its end; empty where every chunk can.
+    """Say why a chunk cannot hold the checksum at its end; empty where every chunk can.
 
     HDF5 2.0.0 takes the size of the checksum from the size of the chunk, even from a smaller one,
     and then reads past the end. How long a chunk is before its checksum can be seen only where the

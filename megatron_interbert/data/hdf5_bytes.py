@@ -64,7 +64,7 @@ class FileBytes:
         return self._place
 
     def read(self, length: int) -> bytes:
-        """Some bytes at the place."""
+        """Read some bytes at the place."""
         buffer = bytearray(length)
         self.readinto(memoryview(buffer))
         return bytes(buffer)
@@ -144,5 +144,5 @@ class FileBytes:
 
 
 def _without_traceback(error: OSError | ValueError) -> OSError | ValueError:
-    """The same error, holding nothing alive of the place where it was met."""
+    """Give the same error, holding nothing alive of the place where it was met."""
     return type(error)(*error.args)

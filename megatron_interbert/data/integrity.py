@@ -2,7 +2,7 @@
 
 What was verified is remembered on the machine, with size and times of each file: an unchanged file
 is not read again. Small stores, and files that have another size or time since, are hashed before
-work begins; what takes longer is hashed while it goes on, changed files first.
+work begins; what takes longer is hashed meanwhile, changed files first.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ class StoreFile:
     sha256: str
 
     def stamp(self) -> Stamp:
-        """What changes when the content does: size, times, the file itself."""
+        """Give what changes when the content does: size, times, the file itself."""
         found = os.stat(self.path)
         return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
@@ -65,11 +65,11 @@ class Memory:
         return found if isinstance(found, dict) else {}
 
     def knows(self, file: StoreFile) -> bool:
-        """Whether the file was verified and is as it was then."""
+        """Tell whether the file was verified and is as it was then."""
         return self.entries.get(file.path.name) == [file.stamp(), file.sha256]
 
     def saw_change(self, file: StoreFile) -> bool:
-        """Whether a file was verified whose size or time of change is another now.
+        """Tell whether a file was verified whose size or time of change is another now.
 
         A change of owner, permissions or place is none.
         """

@@ -56,7 +56,7 @@ class SharedFile:
         self.descriptor = state["descriptor"].detach()
 
     def map(self) -> mmap.mmap:
-        """The memory, in this process."""
+        """Give the memory, in this process."""
         return mmap.mmap(self.descriptor, self.size)
 
 
@@ -84,7 +84,9 @@ def _work(
     slot_bytes: int,
     others: Sequence[Connection],
 ) -> None:
-    """A loader process: (slot, pairs) in, fields of the batch out, until the other side is gone."""
+    """Give a loader process: (slot, pairs) in, fields of the batch out, until the other side is
+    gone.
+    """
     # for the training process, which ends this one when it is time
     for number in (signal.SIGINT, *STOPPING):
         signal.signal(number, signal.SIG_IGN)
@@ -117,7 +119,7 @@ def _work(
 
 
 def _receive(connection: Connection, requests: queue.SimpleQueue) -> None:
-    """Takes requests out of the pipe at once: with both ends waiting to write into full pipes
+    """Take requests out of the pipe at once: with both ends waiting to write into full pipes
     nothing would ever move.
     """
     while True:
@@ -134,7 +136,10 @@ def _into_slot(
     slot: int | None,
     slot_bytes: int,
 ) -> dict[str, Any]:
-    """The fields of a batch; with a slot the features stay there and their shape goes instead."""
+    """Give the fields of a batch.
+
+    With a slot the features stay there and their shape goes instead.
+    """
     if slot is None:
         return dataset.fields(pairs)
 
@@ -181,7 +186,7 @@ class LoaderProcess:
         theirs.close()
 
     def ask(self, pairs: list[tuple[int, int]]) -> None:
-        """Order a batch.
+        """Give order a batch.
 
         Without a free slot it comes through the pipe: slower, but a caller may keep as many as it
         likes.
@@ -192,7 +197,7 @@ class LoaderProcess:
             self.connection.send((slot, pairs))
 
     def take(self, timeout: float) -> PackedBatch:
-        """The next batch in order.
+        """Give the next batch in order.
 
         UsageError or TrainingStopped, local to this rank, when there is none.
         """
@@ -324,7 +329,7 @@ class BatchStream:
 
 
 def pinned_ahead(batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
-    """The same batches in page-locked memory, one ahead: a thread copies while the device
+    """Give the same batches in page-locked memory, one ahead: a thread copies while the device
     computes.
     """
     with ThreadPoolExecutor(1) as pool:

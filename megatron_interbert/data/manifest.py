@@ -85,7 +85,7 @@ COUNTED = ("images", "regions", "captions")
 
 
 def sha256_of(store: Path, entry: dict[str, Any]) -> str:
-    """Hex sha256 of a file of a store.
+    """Give hex sha256 of a file of a store.
 
     UsageError when the system does not let it be read, which is no damage.
     """
@@ -98,8 +98,8 @@ def sha256_of(store: Path, entry: dict[str, Any]) -> str:
 
 
 def read_manifest(store: Path) -> dict[str, Any]:
-    """The manifest of a store with all its fields of the right kind, and every file of it there
-    with its size.
+    """Read the manifest of a store with all its fields of the right kind, and every file of it
+    there with its size.
     """
     path = store / MANIFEST
     with reading(path):
@@ -140,13 +140,13 @@ def read_manifest(store: Path) -> dict[str, Any]:
 
 
 def files_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries (file, bytes, sha256) of all files of a store."""
+    """Give the entries (file, bytes, sha256) of all files of a store."""
     others = [manifest[name] for name in ("captions_file", "tokens_file") if name in manifest]
     return [*manifest["shards"], *others]
 
 
 def entry_fits(shard: Any) -> bool:
-    """Whether it is an entry of a shard: all fields there and of their kinds."""
+    """Tell whether it is an entry of a shard: all fields there and of their kinds."""
     if not isinstance(shard, dict) or not all(
         kind.fits(shard.get(name)) for name, kind in OF_FILES.items()
     ):
@@ -156,7 +156,7 @@ def entry_fits(shard: Any) -> bool:
 
 
 def _counts(shard: dict[str, Any]) -> dict[str, Kind]:
-    """A shard cannot hold more images, regions or captions than it has bytes."""
+    """Give a shard cannot hold more images, regions or captions than it has bytes."""
     return dict.fromkeys(COUNTED, _whole(0, shard["bytes"]))
 
 

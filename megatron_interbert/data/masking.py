@@ -23,14 +23,14 @@ OFFICIAL_REGION_ANCHOR = 0.10
 
 
 def word_draws(max_pieces: int) -> int:
-    """Numbers that a sample needs for its words."""
+    """Give numbers that a sample needs for its words."""
     return 2 * max_pieces + 2
 
 
 def mask_tokens(
     tokens: TokenBatch, tokenizer: CaptionTokenizer, rules: str, draws: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ids [T] as the model sees them, bool [T] the targets, which may be shown unchanged).
+    """Mask (ids [T] as the model sees them, bool [T] the targets, which may be shown unchanged).
 
     `rules` is "paper" or "official".
 
@@ -42,8 +42,8 @@ def mask_tokens(
 
 
 def within(offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(sample, place in it) of each row [rows], from offsets [B + 1]: [0, 2, 5] -> [0, 0, 1, 1, 1],
-    [0, 1, 0, 1, 2].
+    """Give (sample, place in it) of each row [rows], from offsets [B + 1]: [0, 2, 5] -> [0, 0, 1,
+    1, 1], [0, 1, 0, 1, 2].
     """
     lengths = np.diff(offsets)
     owner = np.repeat(np.arange(len(lengths)), lengths)
@@ -89,8 +89,8 @@ def _official_span(
 def mask_regions(
     boxes: np.ndarray, offsets: np.ndarray, rules: str, draws: np.ndarray
 ) -> np.ndarray:
-    """bool [R]: the regions whose features are zeroed, from boxes [R, 4] x1 y1 x2 y2 and draws [B,
-    >= most regions].
+    """Mask bool [R]: the regions whose features are zeroed, from boxes [R, 4] x1 y1 x2 y2 and draws
+    [B, >= most regions].
     """
     owner, place = within(offsets)
     hidden = draws[owner, place] < (REGION_ANCHOR if rules == "paper" else OFFICIAL_REGION_ANCHOR)
@@ -125,5 +125,5 @@ def iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def box_area(boxes: np.ndarray) -> np.ndarray:
-    """[R] of boxes [R, 4]."""
+    """Give [R] of boxes [R, 4]."""
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])

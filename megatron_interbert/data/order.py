@@ -75,7 +75,7 @@ class SampleOrder:
         self._epoch_of = lru_cache(maxsize=2 * self.partitions)(self._make_epoch)
 
     def _pass(self, store: int, number: int, partition: int) -> np.ndarray:
-        """The samples of one pass over one partition of a store, shuffled."""
+        """Give the samples of one pass over one partition of a store, shuffled."""
         start, stop = self.bounds[store][partition : partition + 2]
         order = CounterRandom(self.seed, SHUFFLE, number, partition + store * STORE).permutation(
             int(stop - start)
@@ -84,7 +84,7 @@ class SampleOrder:
         return self.parts[store][start + order][: self.per_pass[store]]
 
     def _make_epoch(self, epoch: int, partition: int) -> np.ndarray:
-        """int64 [per_partition, 2]: (pass, sample) of one partition in one epoch."""
+        """Make int64 [per_partition, 2]: (pass, sample) of one partition in one epoch."""
         taken = []
 
         for store, (count, per_pass) in enumerate(zip(self.per_epoch, self.per_pass, strict=True)):
@@ -119,7 +119,7 @@ class SampleOrder:
         return order
 
     def at(self, position: int) -> tuple[int, int]:
-        """(pass, sample id) at a position of the endless stream.
+        """Give (pass, sample id) at a position of the endless stream.
 
         The pass is the epoch where a store is read once an epoch.
         """
@@ -130,7 +130,9 @@ class SampleOrder:
         return int(number), int(sample)
 
     def pairs(self, positions: Sequence[int], step_start: int) -> list[tuple[int, int]]:
-        """(pass, sample id) at positions of one optimizer step, which begins at `step_start`."""
+        """Give (pass, sample id) at positions of one optimizer step, which begins at
+        `step_start`.
+        """
         return [self.at(position) for position in positions]
 
     def __getstate__(self) -> dict:
@@ -183,12 +185,12 @@ class MicroBatches:
             start += self.global_batch
 
     def step_start(self, position: int) -> int:
-        """The first position of the optimizer step that a position belongs to."""
+        """Give the first position of the optimizer step that a position belongs to."""
         return position - (position - self.consumed) % self.global_batch
 
 
 def check_partitions(told: str, partitions: int, data_parallel_size: int) -> None:
-    """UsageError unless the data-parallel size divides the partitions.
+    """Raise UsageError unless the data-parallel size divides the partitions.
 
     `told` says where they are from.
     """

@@ -88,29 +88,29 @@ class PackedBatch:
         )
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """The same batch on a device; copies from pinned memory do not block."""
+        """Give the same batch on a device; copies from pinned memory do not block."""
         return self._map(lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> "PackedBatch":
-        """The same batch in page-locked memory; called by DataLoader's pin thread."""
+        """Give the same batch in page-locked memory; called by DataLoader's pin thread."""
         return self._map(torch.Tensor.pin_memory)
 
     def target_counts(self) -> torch.Tensor:
-        """float64 [3]: targets of MSM, MRM, ITM in this batch."""
+        """Give float64 [3]: targets of MSM, MRM, ITM in this batch."""
         return torch.tensor(
             [len(self.msm_labels), len(self.mrm_positions), len(self)], dtype=torch.float64
         )
 
 
 def normalised_locations(boxes: np.ndarray, size: tuple[float, float]) -> np.ndarray:
-    """float32 [R, 5] x1/W, y1/H, x2/W, y2/H, area/(W*H) of boxes [R, 4] in pixels."""
+    """Give float32 [R, 5] x1/W, y1/H, x2/W, y2/H, area/(W*H) of boxes [R, 4] in pixels."""
     unit = boxes / np.array([*size, *size], dtype=np.float32)
     area = (unit[:, 2] - unit[:, 0]) * (unit[:, 3] - unit[:, 1])
     return np.concatenate([unit, area[:, None]], axis=1).astype(np.float32)
 
 
 def lay_out(text_lengths: np.ndarray, region_counts: np.ndarray) -> dict[str, np.ndarray | int]:
-    """The index fields of a PackedBatch, from tokens and regions of each sample [B].
+    """Give the index fields of a PackedBatch, from tokens and regions of each sample [B].
 
     All index work happens on the loader's side.
     """
@@ -144,7 +144,7 @@ def lay_out(text_lengths: np.ndarray, region_counts: np.ndarray) -> dict[str, np
 
 
 def image_locations(layout: dict[str, np.ndarray | int], regions: np.ndarray) -> np.ndarray:
-    """float32 [Ni, 5]: locations of all image tokens from those of the regions [R, 5]."""
+    """Give float32 [Ni, 5]: locations of all image tokens from those of the regions [R, 5]."""
     locations = np.empty((int(layout["image_offsets"][-1]), 5), np.float32)
     locations[layout["summary_rows"]] = FULL_IMAGE
     locations[layout["region_rows"]] = regions
@@ -152,7 +152,7 @@ def image_locations(layout: dict[str, np.ndarray | int], regions: np.ndarray) ->
 
 
 def to_batch(fields: dict[str, np.ndarray | int]) -> PackedBatch:
-    """Arrays by field name as a PackedBatch, without copying."""
+    """Give arrays by field name as a PackedBatch, without copying."""
     return PackedBatch(
         **{
             name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v

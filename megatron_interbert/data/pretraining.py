@@ -79,7 +79,7 @@ class PretrainingSet:
         )
 
     def _lengths(self) -> np.ndarray:
-        """int32 [captions]: about how many tokens a sample has: its regions and a fifth of its
+        """Give int32 [captions]: about how many tokens a sample has: its regions and a fifth of its
         caption's bytes.
         """
         regions = np.minimum(self.corpus.region_counts, self.config.max_regions)[
@@ -91,8 +91,8 @@ class PretrainingSet:
         return to_batch(self.fields([self.order.at(position) for position in positions]))
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
-        """The fields of a PackedBatch for (epoch, sample) pairs [B]; the features lie in the memory
-        that `allocate` gives.
+        """Give the fields of a PackedBatch for (epoch, sample) pairs [B]; the features lie in the
+        memory that `allocate` gives.
         """
         epochs, samples = np.array(pairs, dtype=np.int64).T
         words = word_draws(self.config.max_tokens - 2)
@@ -122,7 +122,7 @@ class PretrainingSet:
         }
 
     def draw_captions(self, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """int64 [B]: the caption shown with each sample's image: half the time its own, else a
+        """Draw int64 [B]: the caption shown with each sample's image: half the time its own, else a
         random or hard one of another.
         """
         return self._draw_captions(
@@ -173,7 +173,7 @@ class PretrainingSet:
         return candidates[self.samples[place] == candidates]
 
     def _text(self, samples: np.ndarray, captions: np.ndarray, draws: np.ndarray) -> Fields:
-        """Token fields, with lengths [B] that count [CLS] and [SEP]."""
+        """Give token fields, with lengths [B] that count [CLS] and [SEP]."""
         config = self.config
         tokenizer = self.tokenizer
         longest = config.max_tokens - 2
@@ -202,7 +202,7 @@ class PretrainingSet:
 
 
 def trainable_captions(corpus: Corpus, language: str) -> np.ndarray:
-    """int64 [n]: captions of a language tag, or all for an empty one."""
+    """Give int64 [n]: captions of a language tag, or all for an empty one."""
     if not language:
         return np.arange(corpus.num_captions)
 
@@ -218,7 +218,7 @@ def trainable_captions(corpus: Corpus, language: str) -> np.ndarray:
 
 
 def passes_over_stores(config: RunConfig, sizes: Sequence[int]) -> list[float]:
-    """How often each store is read in one epoch, from --data-epochs or --data-weights."""
+    """Say how often each store is read in one epoch, from --data-epochs or --data-weights."""
     for name, text in (
         ("--data-epochs", config.data_epochs),
         ("--data-weights", config.data_weights),

@@ -27,15 +27,15 @@ class CounterRandom:
         )
 
     def uniform(self, count: int) -> np.ndarray:
-        """float64 [count] in [0, 1)."""
+        """Give float64 [count] in [0, 1)."""
         return (self._bits.random_raw(count) >> np.uint64(11)) * 2.0**-53
 
     def integer(self, high: int) -> int:
-        """One integer in [0, high)."""
+        """Give one integer in [0, high)."""
         return int(self.uniform(1)[0] * high)
 
     def permutation(self, count: int) -> np.ndarray:
-        """int64 [count], a random order of 0 .. count-1."""
+        """Give int64 [count], a random order of 0 .. count-1."""
         return np.argsort(self._bits.random_raw(count), kind="stable")
 
 
@@ -63,7 +63,7 @@ def philox(counter: tuple[np.ndarray, ...], key: tuple[int, int]) -> tuple[np.nd
 def uniforms(
     seed: int, epochs: np.ndarray, samples: np.ndarray, wanted: Sequence[tuple[int, int, int]]
 ) -> list[np.ndarray]:
-    """float64 arrays in [0, 1) for B epochs and samples, one for each (purpose, first, count)
+    """Give float64 arrays in [0, 1) for B epochs and samples, one for each (purpose, first, count)
     wanted: [B, count].
 
     A number depends on the key (seed, purpose, epoch, sample) and its place first .. alone; `first`

@@ -39,7 +39,7 @@ class RegionBatch:
         return np.diff(self.offsets)
 
     def locations(self) -> np.ndarray:
-        """float32 [R, 5]: x1/W, y1/H, x2/W, y2/H, share of the area."""
+        """Give float32 [R, 5]: x1/W, y1/H, x2/W, y2/H, share of the area."""
         owner, _ = within(self.offsets)
         unit = self.boxes / np.tile(self.sizes, 2)[owner]
         return np.concatenate([unit, box_area(unit)[:, None]], axis=1)
@@ -48,7 +48,7 @@ class RegionBatch:
 def read_regions(
     corpus: Corpus, images: np.ndarray, most: int, allocate: Allocate = plain_memory
 ) -> RegionBatch:
-    """The first `most` regions of some images [B].
+    """Read the first `most` regions of some images [B].
 
     UsageError names the file and what is wrong with a record.
     """
@@ -76,7 +76,7 @@ def _checked_boxes(
     sizes: np.ndarray,
     offsets: np.ndarray,
 ) -> np.ndarray:
-    """Boxes [R, 4] sorted and clipped into their images.
+    """Give boxes [R, 4] sorted and clipped into their images.
 
     UsageError for a record with wrong boxes, sizes or labels.
     """

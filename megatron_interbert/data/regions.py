@@ -20,7 +20,9 @@ class Regions:
 
 
 def repair_boxes(boxes: np.ndarray, size: tuple[float, float]) -> tuple[np.ndarray, int]:
-    """Boxes [R, 4] sorted and clipped into the image, and how many of them were not so before."""
+    """Give boxes [R, 4] sorted and clipped into the image, and how many of them were not so
+    before.
+    """
     fixed = np.concatenate(
         [np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])], axis=1
     )
@@ -30,7 +32,7 @@ def repair_boxes(boxes: np.ndarray, size: tuple[float, float]) -> tuple[np.ndarr
 
 
 def record_problem(regions: Regions, num_classes: int) -> str | None:
-    """What makes a record unusable, or None.
+    """Give what makes a record unusable, or None.
 
     Boxes outside the image are not a problem here: they can be repaired.
     """
@@ -55,8 +57,8 @@ def record_problem(regions: Regions, num_classes: int) -> str | None:
 
 
 def has_non_finite(features: np.ndarray) -> bool:
-    """Whether a float16 array holds NaN or infinity, by integer maxima over its bits, far faster
-    than np.isfinite.
+    """Tell whether a float16 array holds NaN or infinity, by integer maxima over its bits, far
+    faster than np.isfinite.
 
     One pass is enough for features that are never negative, as those after a ReLU.
     """

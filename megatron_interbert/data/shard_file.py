@@ -44,7 +44,7 @@ class OpenShard:
         self.open()
 
     def hdf5(self) -> Hdf5File:
-        """The file through HDF5, with whatever goes wrong while reading it as one line."""
+        """Give the file through HDF5, with whatever goes wrong while reading it as one line."""
         return Hdf5File(self.path)
 
     def open(self) -> None:
@@ -154,9 +154,9 @@ class OpenShard:
             )
 
     def read(self, image: int, out: Sequence[np.ndarray], start: int, stop: int) -> None:
-        """The first rows of an image into rows start .. stop of arrays [rows, width], one for each
-        of COLUMNS; OSError when they are not there. Contiguous datasets, as we write them, are read
-        by one `preadv` each, others through HDF5.
+        """Read the first rows of an image into rows start .. stop of arrays [rows, width], one for
+        each of COLUMNS; OSError when they are not there. Contiguous datasets, as we write them, are
+        read by one `preadv` each, others through HDF5.
         """
         # a few microseconds matter here
         first = int(self.starts[image])
@@ -171,7 +171,7 @@ class OpenShard:
                 raise OSError(f"{name} ends before row {first + len(rows)}")
 
     def captions(self) -> list[tuple[str, str, int]]:
-        """(text, language, image of this shard) of each caption."""
+        """Give (text, language, image of this shard) of each caption."""
         with self.hdf5() as file:
             texts = file.strings("caption_text")
             images = file["caption_image"][:]
@@ -202,7 +202,9 @@ class OpenShard:
         self.file = None
 
     def problem(self, where: str, error: BaseException) -> UsageError:
-        """The one line for an error of `read`: damage, or a file that the system would not read."""
+        """Give the one line for an error of `read`: damage, or a file that the system would not
+        read.
+        """
         if self.file is not None:
             return self.file.problem(error, where, "restore the shard", "")
         return reading_problem(where, error, "restore the shard", "")
@@ -213,8 +215,8 @@ def _described(dataset: h5py.Dataset) -> str:
 
 
 def _place(dataset: h5py.Dataset, dtype: type) -> tuple[int | None, int]:
-    """(offset in the file, bytes of a row); no offset where the dataset is not contiguous or of
-    another type.
+    """Give (offset in the file, bytes of a row); no offset where the dataset is not contiguous or
+    of another type.
     """
     offset = dataset.id.get_offset()
     return offset if dataset.dtype == dtype else None, dataset.shape[1] * dataset.dtype.itemsize

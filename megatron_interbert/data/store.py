@@ -98,7 +98,7 @@ class RegionStore:
                 )
 
     def open_shard(self, index: int) -> OpenShard:
-        """A shard by its number; at most 64 stay open in a process."""
+        """Open a shard by its number; at most 64 stay open in a process."""
         self.forget_foreign_handles()
         with self._lock:
             return self._opened(index)
@@ -130,20 +130,20 @@ class RegionStore:
             self._forget_handles()
 
     def caption(self, index: int) -> str:
-        """Text of a caption."""
+        """Give text of a caption."""
         return self.captions[index]
 
     def hard_negatives(self) -> np.ndarray | None:
-        """int32 [captions, K] of caption indexes, -1 where there are fewer, or None when none were
-        mined.
+        """Give int32 [captions, K] of caption indexes, -1 where there are fewer, or None when none
+        were mined.
         """
         return self._neighbours(
             HARD_NEGATIVES, self.num_captions, "captions", "tools/mine_negatives.py"
         )
 
     def hard_images(self) -> np.ndarray | None:
-        """int32 [images, K] of image indexes, nearest first, -1 where there are fewer, or None when
-        none were mined.
+        """Give int32 [images, K] of image indexes, nearest first, -1 where there are fewer, or None
+        when none were mined.
         """
         return self._neighbours(HARD_IMAGES, self.num_images, "images", "tools/mine_neighbours.py")
 
@@ -162,11 +162,14 @@ class RegionStore:
             ) from error
 
     def languages(self) -> np.ndarray:
-        """Language tag of each caption, array of str [captions]; empty string where unknown."""
+        """Give language tag of each caption, array of str [captions].
+
+        Empty string where unknown.
+        """
         return self.captions.languages()
 
     def region_counts(self) -> np.ndarray:
-        """int32 [images]: regions of each image."""
+        """Give int32 [images]: regions of each image."""
         known = self.captions.image_regions()
         if known is not None and len(known) == self.num_images:
             return known
@@ -179,12 +182,12 @@ class RegionStore:
         return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
 
     def image_id(self, index: int) -> str:
-        """The name of an image (file stem or the like) by its number in the store."""
+        """Give the name of an image (file stem or the like) by its number in the store."""
         shard, row = self.locate(index)
         return self.open_shard(shard).ids[row]
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(shard, image within it) of an image."""
+        """Give (shard, image within it) of an image."""
         shard = bisect.bisect_right(self._first_image, index) - 1
         return shard, index - self._first_image[shard]
 
@@ -195,8 +198,8 @@ class RegionStore:
         stops: Sequence[int],
         out: Sequence[np.ndarray],
     ) -> np.ndarray:
-        """The first regions of some images [B] straight into rows starts[i] .. stops[i] of arrays,
-        one for each of COLUMNS; gives the sizes float32 [B, 2].
+        """Read the first regions of some images [B] straight into rows starts[i] .. stops[i] of
+        arrays, one for each of COLUMNS; gives the sizes float32 [B, 2].
 
         Only features are checked here; `read` names what is wrong when the rest turns out to be.
         """
@@ -232,7 +235,7 @@ class RegionStore:
         return sizes
 
     def label_width(self) -> int:
-        """Entries of a soft label, the same in all shards."""
+        """Give entries of a soft label, the same in all shards."""
         # older stores do not say
         return self.manifest.get("label_width") or self.open_shard(0).label_width
 
@@ -240,7 +243,7 @@ class RegionStore:
         return f"{self.path / self.shards[shard]['file']}: image {row}"
 
     def read(self, index: int, max_regions: int | None = None) -> Regions:
-        """Regions of one image, the first `max_regions` as stored.
+        """Read regions of one image, the first `max_regions` as stored.
 
         UsageError names file and image of a bad record.
         """

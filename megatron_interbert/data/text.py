@@ -34,7 +34,7 @@ class TokenBatch:
     offsets: np.ndarray
 
     def take(self, captions: np.ndarray, longest: int) -> "TokenBatch":
-        """The first `longest` pieces of some captions [n], in the order given."""
+        """Give the first `longest` pieces of some captions [n], in the order given."""
         begin = self.offsets[captions]
         lengths = np.minimum(self.offsets[captions + 1] - begin, longest)
         ends = np.cumsum(lengths)
@@ -48,7 +48,7 @@ class TokenBatch:
 
     @staticmethod
     def join(parts: list["TokenBatch"]) -> "TokenBatch":
-        """Batches one after another."""
+        """Join batches one after another."""
         lengths = np.concatenate([np.diff(part.offsets) for part in parts])
         ids, starts = (
             np.concatenate([getattr(part, name) for part in parts])
@@ -114,7 +114,7 @@ class CaptionTokenizer:
         self._tokenizer.decoder = decoders.WordPiece()
 
     def encode(self, caption: str, max_tokens: int) -> Tokens:
-        """Pieces of a caption, cut so that [CLS] and [SEP] still fit into `max_tokens`."""
+        """Encode pieces of a caption, cut so that [CLS] and [SEP] still fit into `max_tokens`."""
         encoding = self._tokenizer.encode(self.prepare(caption), add_special_tokens=False)
         length = min(len(encoding.ids), max_tokens - 2)
 
@@ -141,7 +141,7 @@ class CaptionTokenizer:
 
     @staticmethod
     def _begin_chinese_words(texts: list[str], encodings: list) -> np.ndarray:
-        """uint8 of each piece: 0 where it is a character inside a Chinese word."""
+        """Give uint8 of each piece: 0 where it is a character inside a Chinese word."""
         found = []
 
         for text, encoding in zip(texts, encodings, strict=True):

@@ -21,6 +21,6 @@ class TrainingSet(Protocol):
     most_rows: int  # regions that a micro-batch can have; 0 for text alone
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate) -> Fields:
-        """The fields of a PackedBatch for (epoch, sample) pairs [B]; the features lie in the memory
-        that `allocate` gives.
+        """Give the fields of a PackedBatch for (epoch, sample) pairs [B]; the features lie in the
+        memory that `allocate` gives.
         """

@@ -61,8 +61,8 @@ class InterBertPreTrainedModel(PreTrainedModel):
         hidden_regions: torch.Tensor | None = None,
         everything: bool = False,
     ) -> tuple[InterBertOutput, Slots]:
-        """The core on the packed inputs, with the hidden states of all tokens if `everything` is
-        wanted, and where its rows belong.
+        """Give the core on the packed inputs, with the hidden states of all tokens if `everything`
+        is wanted, and where its rows belong.
         """
         batch, slots = pack_padded(inputs, self.interbert.config, hidden_regions)
         return self.interbert(batch, everything), slots
@@ -71,8 +71,8 @@ class InterBertPreTrainedModel(PreTrainedModel):
     def streams(
         output: InterBertOutput, slots: Slots, inputs: PaddedInputs
     ) -> dict[str, torch.Tensor | None]:
-        """Hidden states of both streams, padded again, and pooled vectors, under the names of the
-        outputs.
+        """Give hidden states of both streams, padded again, and pooled vectors, under the names of
+        the outputs.
         """
         samples, columns = inputs.input_ids.shape
         pictured = inputs.visual_feats is not None

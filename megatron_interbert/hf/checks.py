@@ -18,8 +18,8 @@ REGIONAL = ("visual_pos", "visual_attention_mask", "region_mask")
 
 
 def check_inputs(given: Given, config: ModelConfig) -> None:
-    """UsageError for inputs [B, T] and [B, R, ..] that are missing or whose kinds or shapes fit
-    neither each other nor the model.
+    """Raise UsageError for inputs [B, T] and [B, R, ..] that are missing or whose kinds or shapes
+    fit neither each other nor the model.
     """
     refuse_other_kinds(given)
     ids = given["input_ids"]
@@ -48,8 +48,8 @@ def check_inputs(given: Given, config: ModelConfig) -> None:
 
 
 def check_choices(given: Given, config: ModelConfig) -> None:
-    """The same for text [B, choices, T] and images [B, R, ..] or [B, choices, R, ..], in the shapes
-    that the caller knows.
+    """Give the same for text [B, choices, T] and images [B, R, ..] or [B, choices, R, ..], in the
+    shapes that the caller knows.
     """
     refuse_other_kinds(given)
     ids = given["input_ids"]
@@ -64,8 +64,8 @@ def check_choices(given: Given, config: ModelConfig) -> None:
 
 
 def refuse_other_kinds(given: Given) -> None:
-    """UsageError for what is no tensor, and for ids that are no integers: as such they would be cut
-    off silently.
+    """Raise UsageError for what is no tensor, and for ids that are no integers: as such they would
+    be cut off silently.
     """
     for name, value in given.items():
         if value is not None and not isinstance(value, torch.Tensor):
@@ -79,8 +79,8 @@ def refuse_other_kinds(given: Given) -> None:
 def refuse_other_shapes(
     given: Given, text: Sequence[int], images: Sequence[int], config: ModelConfig
 ) -> None:
-    """UsageError for inputs of other shapes than `text`, and than [*images, R] with the size of
-    each behind.
+    """Raise UsageError for inputs of other shapes than `text`, and than [*images, R] with the size
+    of each behind.
     """
     expected: dict[str, list[Any]] = {"attention_mask": [*text], "token_type_ids": [*text]}
     features = given["visual_feats"]
@@ -99,8 +99,8 @@ def refuse_other_shapes(
 
 
 def refuse_empty_samples(lengths: torch.Tensor, pictured: bool) -> None:
-    """UsageError naming the first sample without a real token or, in a batch with images, without a
-    real region.
+    """Raise UsageError naming the first sample without a real token or, in a batch with images,
+    without a real region.
     """
     for name, found, least in (
         ("attention_mask", lengths[0], 1),
@@ -120,8 +120,8 @@ def refuse_empty_samples(lengths: torch.Tensor, pictured: bool) -> None:
 def value_ranges(
     ids: torch.Tensor, types: torch.Tensor | None, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """int64 [4]: least and most id, least and most type at the real `tokens` [B, T], or 0, which
-    always is in range.
+    """Give int64 [4]: least and most id, least and most type at the real `tokens` [B, T], or 0,
+    which always is in range.
     """
     types = torch.zeros_like(ids) if types is None else types
     return torch.stack(
@@ -130,8 +130,8 @@ def value_ranges(
 
 
 def refuse_unknown_values(ranges: Sequence[int], config: ModelConfig) -> None:
-    """UsageError for ids and types outside `value_ranges`: a device stops there for good, padded
-    vocabulary passes silently.
+    """Raise UsageError for ids and types outside `value_ranges`: a device stops there for good,
+    padded vocabulary passes silently.
     """
     for name, found, size in (
         ("input_ids", ranges[:2], config.vocab_size),
@@ -146,5 +146,5 @@ def refuse_unknown_values(ranges: Sequence[int], config: ModelConfig) -> None:
 
 
 def shape_of(tensor: torch.Tensor | None) -> list[int] | None:
-    """The shape as a list, None for no tensor."""
+    """Give the shape as a list, None for no tensor."""
     return None if tensor is None else [*tensor.shape]

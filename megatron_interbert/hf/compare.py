@@ -11,7 +11,7 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.model.initialise import load_full_state
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.weights.sources import Source, open_source
+from megatron_interbert.weights.sources import WeightSource, open_weights
 from megatron_interbert.weights.targets import heads_of
 
 TOKENS = 12
@@ -19,7 +19,7 @@ REGIONS = 9
 SAMPLES = 3
 
 
-def largest_difference(source: Source, kind: str, folder: Path) -> dict[str, float]:
+def largest_difference(source: WeightSource, kind: str, folder: Path) -> dict[str, float]:
     """Largest absolute difference of each output between the source in our model and what was
     written as `kind`: ours again, InterBertForPreTraining, or transformers' BertForMaskedLM for the
     text path.
@@ -37,7 +37,7 @@ def largest_difference(source: Source, kind: str, folder: Path) -> dict[str, flo
             expected = {name: expected[name] for name in found}
         else:
             found = load_core(
-                open_source(folder, "official" if kind == "official" else "checkpoint")
+                open_weights(folder, "official" if kind == "official" else "checkpoint")
             )(batch, everything=True)._asdict()
 
     return {
@@ -47,8 +47,8 @@ def largest_difference(source: Source, kind: str, folder: Path) -> dict[str, flo
     }
 
 
-def load_core(source: Source) -> InterBert:
-    """The model in float32 with all heads that the source has."""
+def load_core(source: WeightSource) -> InterBert:
+    """Load the model in float32 with all heads that the source has."""
     model = InterBert(source.config, heads_of(source))
     load_full_state(
         model,
@@ -61,7 +61,7 @@ def load_core(source: Source) -> InterBert:
 
 
 def random_batch(config: ModelConfig, random: np.random.Generator) -> PackedBatch:
-    """Samples of equal length, all words and regions targets, none hidden."""
+    """Give samples of equal length, all words and regions targets, none hidden."""
     length = min(TOKENS, config.max_position_embeddings)
     examples = []
 
@@ -121,7 +121,7 @@ def _through_the_door(
 
 
 def _against_bert(
-    ours: InterBert, source: Source, folder: Path, random: np.random.Generator
+    ours: InterBert, source: WeightSource, folder: Path, random: np.random.Generator
 ) -> dict[str, float]:
     from transformers import BertForMaskedLM, BertModel
 

@@ -35,14 +35,14 @@ class InterBertConfig(PreTrainedConfig):
 
     @classmethod
     def from_model_config(cls, model_config: ModelConfig, **extra: Any) -> "InterBertConfig":
-        """The configuration of a model of ours.
+        """Give the configuration of a model of ours.
 
         `extra` are Hugging Face's keys, such as num_labels.
         """
         return cls(**dataclasses.asdict(model_config), **extra)
 
     def model_config(self) -> ModelConfig:
-        """Our own sizes; UsageError for wrong values, also those set after construction."""
+        """Give our own sizes; UsageError for wrong values, also those set after construction."""
         sizes = ModelConfig(**{field.name: getattr(self, field.name) for field in FIELDS})
 
         for name in ModelConfig.FROM_DATA:

@@ -55,7 +55,7 @@ def region_loss(
 
 
 def check_labels(name: str, labels: torch.Tensor | None, *shapes: list[int]) -> None:
-    """UsageError when labels are given and have none of the shapes."""
+    """Raise UsageError when labels are given and have none of the shapes."""
     if labels is not None and list(labels.shape) not in shapes:
         raise UsageError(
             f"{name} has shape {list(labels.shape)}, expected {' or '.join(map(str, shapes))}"

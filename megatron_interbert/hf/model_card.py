@@ -70,7 +70,7 @@ def result_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def wording(fact: Any) -> str:
-    """A fact in words; the detector is an object of name and revision."""
+    """Give a fact in words; the detector is an object of name and revision."""
     return (
         ", ".join(f"{key} {value}" for key, value in fact.items())
         if isinstance(fact, dict)
@@ -79,8 +79,8 @@ def wording(fact: Any) -> str:
 
 
 def sizes(config: ModelConfig) -> dict[str, Any]:
-    """What says how large the model is, in the configuration's order; not what matters to training
-    only.
+    """Give what says how large the model is, in the configuration's order; not what matters to
+    training only.
     """
     rest = ("initializer_range", "layer_norm_eps")
     return {
@@ -91,7 +91,7 @@ def sizes(config: ModelConfig) -> dict[str, Any]:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Parameters with the pretraining heads, without the rows that pad the vocabulary."""
+    """Give parameters with the pretraining heads, without the rows that pad the vocabulary."""
     with torch.device("meta"):
         # the default stream would seed torch's generator
         model = InterBert(config, streams=TorchStream())

@@ -38,7 +38,7 @@ class InterBertModel(InterBertPreTrainedModel):
         visual_pos: Tensor | None = None,
         visual_attention_mask: Tensor | None = None,
     ) -> InterBertModelOutput:
-        """Hidden states and pooled vectors; text only when no visual input is given."""
+        """Give hidden states and pooled vectors; text only when no visual input is given."""
         inputs = PaddedInputs(
             input_ids,
             attention_mask,
@@ -172,8 +172,8 @@ class InterBertForMultipleChoice(InterBertPreTrainedModel):
         visual_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> MultipleChoiceModelOutput:
-        """Text inputs [B, C, T]; visual ones [B, R, ..], shared by the choices, or [B, C, R, ..];
-        labels [B] the right choice.
+        """Give text inputs [B, C, T]; visual ones [B, R, ..], shared by the choices, or [B, C, R,
+        ..]; labels [B] the right choice.
         """
         needs_images(self, visual_feats)
         inputs = PaddedInputs(
@@ -254,7 +254,7 @@ class InterBertForSequenceClassification(InterBertPreTrainedModel):
 def needs_images(
     model: InterBertPreTrainedModel, visual_feats: Tensor | None, what: str = ""
 ) -> None:
-    """UsageError for text-only inputs where image and text are compared."""
+    """Raise UsageError for text-only inputs where image and text are compared."""
     if visual_feats is None:
         raise UsageError(
             f"{type(model).__name__}: {what or 'this head'} needs visual_feats and visual_pos"

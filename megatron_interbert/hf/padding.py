@@ -112,8 +112,8 @@ def to_padded(rows: torch.Tensor, slots: torch.Tensor, samples: int, columns: in
 
 
 def joint_order(tokens: torch.Tensor, image: torch.Tensor, slots: Slots) -> dict[str, torch.Tensor]:
-    """Fields of the order [image tokens, text tokens] of each sample, from both masks [B, T] and
-    [B, 1 + R].
+    """Give fields of the order [image tokens, text tokens] of each sample, from both masks [B, T]
+    and [B, 1 + R].
     """
     rows = row_numbers(torch.cat([image, tokens], dim=1))
     image_index = rows[:, : image.shape[1]].flatten()[slots.image]
@@ -127,7 +127,7 @@ def joint_order(tokens: torch.Tensor, image: torch.Tensor, slots: Slots) -> dict
 
 
 def text_tokens(inputs: PaddedInputs, slots: Slots) -> dict[str, torch.Tensor]:
-    """Fields of the text side."""
+    """Give fields of the text side."""
     ids = inputs.input_ids
     types = torch.zeros_like(ids) if inputs.token_type_ids is None else inputs.token_type_ids
 
@@ -146,7 +146,7 @@ def image_tokens(
     slots: Slots,
     hidden_regions: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
-    """Fields of the image side; `image` [B, 1 + R] is its mask with the column of [IMG]."""
+    """Give fields of the image side; `image` [B, 1 + R] is its mask with the column of [IMG]."""
     if inputs.visual_feats is None:
         indexes = dict.fromkeys(
             ("region_rows", "region_counts", "summary_rows", "mrm_positions"), slots.image
@@ -174,12 +174,12 @@ def image_tokens(
 
 
 def is_real(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    """A mask as bool [B, columns]; all True where none is given."""
+    """Give a mask as bool [B, columns]; all True where none is given."""
     return torch.ones_like(like, dtype=torch.bool) if mask is None else mask.to(like.device) != 0
 
 
 def real_slots(mask: torch.Tensor, count: int) -> torch.Tensor:
-    """Flat indexes of the `count` true places, ascending.
+    """Give flat indexes of the `count` true places, ascending.
 
     Not `nonzero`: the host would wait for the device to count.
     """
@@ -187,12 +187,12 @@ def real_slots(mask: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def row_numbers(mask: torch.Tensor) -> torch.Tensor:
-    """The number of each true place among all true ones, row by row; places that are not true hold
-    nothing of use.
+    """Give the number of each true place among all true ones, row by row; places that are not true
+    hold nothing of use.
     """
     return (mask.flatten().cumsum(0) - 1).view_as(mask)
 
 
 def offsets(lengths: torch.Tensor) -> torch.Tensor:
-    """int32 [B + 1] from lengths [B]."""
+    """Give int32 [B + 1] from lengths [B]."""
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()

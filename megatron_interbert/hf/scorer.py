@@ -87,7 +87,7 @@ class InterBertScorer:
         batch_size: int = 64,
         paired: bool = False,
     ) -> np.ndarray:
-        """float32 [I, C] scores of all pairs, or [I] of image i with caption i when `paired`.
+        """Score float32 [I, C] scores of all pairs, or [I] of image i with caption i when `paired`.
 
         An image is a `Regions` of a store or a dict of features [R, F], boxes [R, 4] (pixels x1 y1
         x2 y2) and size (w, h); a single one and a single caption may stand without a list.
@@ -136,7 +136,7 @@ class InterBertScorer:
         top_k: int | None = None,
         batch_size: int = 64,
     ) -> list[Ranked]:
-        """Rank the captions for one image, or the images for one caption, best first.
+        """Give rank the captions for one image, or the images for one caption, best first.
 
         Each pair is judged by the whole model, as a cross-encoder does. UsageError unless one side
         is single.
@@ -194,7 +194,7 @@ class InterBertScorer:
     def margins(
         self, images: ImageTensors, chosen: np.ndarray, texts: list[torch.Tensor]
     ) -> np.ndarray:
-        """float32 [pairs]: image number `chosen[i]` with token ids `texts[i]`."""
+        """Give float32 [pairs]: image number `chosen[i]` with token ids `texts[i]`."""
         device = images.visual_feats.device
         lengths = torch.tensor([len(ids) for ids in texts])
         input_ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
@@ -206,14 +206,14 @@ class InterBertScorer:
         return (logits[:, 0] - logits[:, 1]).cpu().numpy()
 
     def token_ids(self, number: int, caption: str) -> torch.Tensor:
-        """int64 [CLS] words [SEP] of caption `number`."""
+        """Give int64 [CLS] words [SEP] of caption `number`."""
         if not isinstance(caption, str):
             raise UsageError(f"caption {number} is of type {type(caption).__name__}, expected text")
         ids = self.tokenizer.encode(caption, self.max_tokens).ids
         return torch.from_numpy(np.concatenate([[self.tokenizer.cls], ids, [self.tokenizer.sep]]))
 
     def image_tensors(self, images: Sequence[Image]) -> ImageTensors:
-        """Features and locations of all images, padded to the one with most regions."""
+        """Give features and locations of all images, padded to the one with most regions."""
         parts = [
             read_image(number, image, self.model.config.feature_dim)
             for number, image in enumerate(images)
@@ -228,7 +228,7 @@ class InterBertScorer:
 
 
 def read_image(number: int, image: Image, feature_dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Features [R, F] float32 and locations [R, 5] float32 of one image; boxes outside it are
+    """Read features [R, F] float32 and locations [R, 5] float32 of one image; boxes outside it are
     clipped, as a store does.
 
     UsageError names the image and what is wrong with it.

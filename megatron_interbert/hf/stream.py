@@ -18,5 +18,5 @@ class TorchStream(RandomStreams):
 
     @contextmanager
     def sharded(self) -> Iterator[None]:
-        """Nothing is sharded: goes on with the same generator."""
+        """Nothing is sharded: continue with the same generator."""
         yield

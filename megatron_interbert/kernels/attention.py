@@ -39,8 +39,8 @@ def by_head(qkv: torch.Tensor, samples: int, length: int) -> tuple[torch.Tensor,
 
 
 def flash_takes(qkv: torch.Tensor, dropout_p: float) -> bool:
-    """Whether torch's variable-length flash attention computes this: it has no dropout, and knows
-    16 bits only.
+    """Tell whether torch's variable-length flash attention computes this: it has no dropout, and
+    knows 16 bits only.
     """
     return dropout_p == 0 and qkv.dtype in (torch.float16, torch.bfloat16)
 

@@ -43,7 +43,9 @@ class Kernels:
         return self.bias_gelu is not plain.bias_gelu
 
     def describe(self) -> str:
-        """One line: operation=module.function of each, then why something went elsewhere."""
+        """Describe one line: operation=module.function of each, then why something went
+        elsewhere.
+        """
         operations = {name: one for name, one in vars(self).items() if callable(one)}
         chosen = ", ".join(
             f"{name}={one.__module__.rsplit('.', 1)[-1]}.{one.__name__}"
@@ -84,7 +86,7 @@ def choose_kernels(
 
 
 def check_float8(device: torch.device) -> None:
-    """UsageError where there are no products in 8 bits."""
+    """Raise UsageError where there are no products in 8 bits."""
     if not has_scaled_products():
         raise UsageError(
             f"--fp8: torch {torch.__version__} has no torch.nn.functional.scaled_mm; install torch"
@@ -179,7 +181,7 @@ def _cpu_kernels(dtype: torch.dtype) -> Kernels:
 
 
 def _triton_kernels(flash: bool) -> Kernels:
-    """All of Triton's.
+    """Give all of Triton's.
 
     `flash`: attention by torch's variable-length flash attention where that can.
     """
@@ -203,7 +205,7 @@ def _triton_kernels(flash: bool) -> Kernels:
 
 
 def why_no_triton(device: torch.device) -> str | None:
-    """Why Triton's kernels cannot run on a device; None where they can."""
+    """Say why Triton's kernels cannot run on a device; None where they can."""
     try:
         import triton  # noqa: F401
     except ImportError:

@@ -93,7 +93,7 @@ class _TrainedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, qkv: torch.Tensor, sequences: Sequences, dropout_p: float
     ) -> torch.Tensor:
-        """Keeps the padded rows, the softmax, the mask of dropout, and where the rows of D came
+        """Keep the padded rows, the softmax, the mask of dropout, and where the rows of D came
         from.
         """
         tokens, heads, _three, size = qkv.shape
@@ -116,7 +116,7 @@ class _TrainedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """One gradient for queries, keys and values."""
+        """Give one gradient for queries, keys and values."""
         padded, weights, kept, back_of_result, back = ctx.saved_tensors
         queries, keys, values = padded
         tokens, heads, size = grad.shape
@@ -147,7 +147,7 @@ class _TrainedAttention(torch.autograd.Function):
 def _row_numbers(
     sequences: Sequences, tokens: int, heads: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Number rows of D, from the places of tokens.
+    """Give number rows of D, from the places of tokens.
 
     Of packed [N, heads, 3] for each place in [3, B, heads, L]; of places in [B, heads, L] for each
     of [N, heads], and of places in [3, B, heads, L] for each of [N, heads, 3].
@@ -166,7 +166,7 @@ def _row_numbers(
 
 
 def _score_bias(sequences: Sequences, tokens: int, heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """Give what is added to the scores [B heads, 1, L]: 0, or -inf where there is only padding."""
+    """Score what is added to the scores [B heads, 1, L]: 0, or -inf where there is only padding."""
     _rows, _slots, seen = sequences.once(padded_places, tokens)
     bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
 

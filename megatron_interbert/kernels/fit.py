@@ -51,7 +51,7 @@ class Gpu:
 
 @lru_cache
 def gpu_of(device: torch.device) -> Gpu:
-    """The GPU behind a device; where torch sees none, the oldest that kernels are made for."""
+    """Give the GPU behind a device; where torch sees none, the oldest that kernels are made for."""
     if not torch.cuda.is_available():
         return Gpu("no GPU here", OLDEST, SHARED_MEMORY[OLDEST])
 
@@ -65,13 +65,13 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 def tile_width(head: int) -> int:
-    """Columns of the tile that holds a head of this size; matrix products want 16 at least."""
+    """Give columns of the tile that holds a head of this size; matrix products want 16 at least."""
     return max(16, 1 << (head - 1).bit_length())
 
 
 def tile_bytes(tile: int, head: int, element: int) -> int:
-    """The most shared memory that an attention kernel takes: four tiles of tokens (q, k, v and a
-    gradient), one of scores.
+    """Give the most shared memory that an attention kernel takes: four tiles of tokens (q, k, v and
+    a gradient), one of scores.
     """
     return (4 * tile * tile_width(head) + tile * tile) * element
 

@@ -38,8 +38,8 @@ def region_rows(
     summary_rows: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """[Ni, F] of `dtype`: each image's mean region at its summary row [images], then its regions,
-    from features [R, F].
+    """Give [Ni, F] of `dtype`: each image's mean region at its summary row [images], then its
+    regions, from features [R, F].
 
     The regions numbered in `hidden` are zeroed, and count as zeros in the mean; `counts` [images]
     are regions of each image.
@@ -139,7 +139,7 @@ def vocab_gradient(
     grad: torch.Tensor,
     words: int,
 ) -> torch.Tensor:
-    """Gradient [m, C] of the rows' cross entropies: (exp(logit - normaliser) - [column is the
+    """Give gradient [m, C] of the rows' cross entropies: (exp(logit - normaliser) - [column is the
     label]) x grad, 0 beyond `words`.
 
     `normaliser` [m] is the logarithm of the sum of all exponentials; the memory of `logits` may be

@@ -17,7 +17,7 @@ from megatron_interbert.config.model import FLOAT8_MULTIPLE
 
 
 def has_scaled_products() -> bool:
-    """Whether this torch has the products in 8 bits that `scaled_product` asks for."""
+    """Tell whether this torch has the products in 8 bits that `scaled_product` asks for."""
     return hasattr(F, "scaled_mm") and hasattr(F, "ScalingType")
 
 
@@ -28,17 +28,17 @@ class PlainProducts:
     def linear(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[N, out], with gradients by autograd."""
+        """Give [N, out], with gradients by autograd."""
         return F.linear(x, weight, bias)
 
     @staticmethod
     def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """[N, in]."""
+        """Give [N, in]."""
         return grad @ weight
 
     @staticmethod
     def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """[out, in]."""
+        """Give [out, in]."""
         return grad.t() @ x
 
 
@@ -52,19 +52,19 @@ class Float8Products:
     def linear(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[N, out], with gradients by autograd."""
+        """Give [N, out], with gradients by autograd."""
         return _Float8Linear.apply(x, weight, bias)
 
     @staticmethod
     def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """[N, in]."""
+        """Give [N, in]."""
         return scaled_product(
             quantise(grad, torch.float8_e5m2), quantise(weight, transposed=True), grad.dtype
         )
 
     @staticmethod
     def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """[out, in]."""
+        """Give [out, in]."""
         # here the sum runs over the tokens; empty ones add nothing
         if more := -len(x) % FLOAT8_MULTIPLE:
             grad = F.pad(grad, (0, 0, 0, more))
@@ -80,7 +80,7 @@ class Float8Products:
 def quantise(
     x: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn, transposed: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x divided by its scale, in 8 bits and row-major, of x^T if `transposed`; the scale,
+    """Give (x divided by its scale, in 8 bits and row-major, of x^T if `transposed`; the scale,
     float32). No host sync.
     """
     largest = x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)

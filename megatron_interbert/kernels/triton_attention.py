@@ -46,7 +46,7 @@ def _places(first, rows, length, part, PARTS: tl.constexpr, width, WIDTH: tl.con
 
 @triton.jit
 def _load(ptr, first, rows, length, part, PARTS: tl.constexpr, width, WIDTH: tl.constexpr):
-    """A tile [rows, WIDTH]; places that there are not hold 0."""
+    """Load a tile [rows, WIDTH]; places that there are not hold 0."""
     at, inside = _places(first, rows, length, part, PARTS, width, WIDTH)
     return tl.load(ptr + at, mask=inside, other=0.0)
 
@@ -59,7 +59,7 @@ def _store(ptr, tile, first, rows, length, part, PARTS: tl.constexpr, width, WID
 
 @triton.jit
 def _sequence(offsets_ptr):
-    """(First token, length) of this program's sequence."""
+    """Give (First token, length) of this program's sequence."""
     first = tl.load(offsets_ptr + tl.program_id(0))
     return first, tl.load(offsets_ptr + tl.program_id(0) + 1) - first
 
@@ -75,8 +75,8 @@ def _scores(q, k, rows, columns, length, scale):
 
 @triton.jit
 def _kept(first, rows, columns, p, seed):
-    """What dropout multiplies the weights [rows, columns] by: drawn from the seed and the weight's
-    own place in the batch, whatever the tile.
+    """Give what dropout multiplies the weights [rows, columns] by: drawn from the seed and the
+    weight's own place in the batch, whatever the tile.
     """
     row = ((first + rows) * tl.num_programs(1) + tl.program_id(1))[:, None] + tl.zeros_like(
         columns
@@ -89,7 +89,7 @@ def _kept(first, rows, columns, p, seed):
 
 @triton.jit
 def _whole_rows(qkv_ptr, first, length, scale, width, TILE: tl.constexpr, WIDTH: tl.constexpr):
-    """(q, k, v, softmax of their scores in float32) of a sequence that one tile holds.
+    """Give (q, k, v, softmax of their scores in float32) of a sequence that one tile holds.
 
     Rows past its end are 0.
     """
@@ -216,7 +216,9 @@ def _tiled_forward(
 def _weights_again(
     q, k, normaliser, first, rows, columns, length, scale, p, seed, DROPOUT: tl.constexpr
 ):
-    """(softmax of a tile of scores by the rows' normalisers, what dropout multiplies it by)."""
+    """Give (softmax of a tile of scores by the rows' normalisers, what dropout multiplies it
+    by).
+    """
     weights = tl.exp(_scores(q, k, rows, columns, length, scale) - normaliser[:, None])
     weights = tl.where(rows[:, None] < length, weights, 0.0)
     kept = tl.full(weights.shape, 1.0, tl.float32)
@@ -230,8 +232,8 @@ def _weights_again(
 def _rows_of_backward(
     qkv_ptr, out_ptr, dout_ptr, normaliser_ptr, first, rows, length, width, WIDTH: tl.constexpr
 ):
-    """What the backward pass reads of a tile of rows: q, gradient of the result, normaliser, and
-    the sum over the row of weights times their gradients, which is that of the result times its
+    """Give what the backward pass reads of a tile of rows: q, gradient of the result, normaliser,
+    and the sum over the row of weights times their gradients, which is that of the result times its
     own.
     """
     q = _load(qkv_ptr, first, rows, length, QUERY, 3, width, WIDTH)
@@ -327,7 +329,7 @@ class _Attention(torch.autograd.Function):
         seed: int,
         tile: int,
     ) -> torch.Tensor:
-        """Keeps qkv, and of the tiled kernels the result and the rows' normalisers: scores and mask
+        """Keep qkv, and of the tiled kernels the result and the rows' normalisers: scores and mask
         are computed again.
         """
         qkv = qkv.contiguous()
@@ -363,7 +365,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """One gradient for queries, keys and values."""
+        """Give one gradient for queries, keys and values."""
         qkv, offsets, *of_tiles = ctx.saved_tensors
         dout = dout.contiguous()
         dqkv = torch.empty_like(qkv)

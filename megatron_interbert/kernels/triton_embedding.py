@@ -265,7 +265,7 @@ def _begin(
     eps: float,
     seed: int,
 ) -> tuple:
-    """(Result, grid and last arguments of a forward kernel, what its gradient needs of the
+    """Give (Result, grid and last arguments of a forward kernel, what its gradient needs of the
     norm).
     """
     z = torch.empty_like(rows)
@@ -291,7 +291,7 @@ def _gradients(
     mean: torch.Tensor,
     rstd: torch.Tensor,
 ) -> tuple:
-    """(gradient of the sum, of the norm's weight, of its bias)."""
+    """Give (gradient of the sum, of the norm's weight, of its bias)."""
     rows, width = z.shape
     programs = min(rows, MAX_PROGRAMS)
     dz = torch.empty_like(z)
@@ -329,7 +329,7 @@ class _EmbedText(torch.autograd.Function):
         eps: float,
         seed: int,
     ) -> torch.Tensor:
-        """Keeps the sum before the norm, mean and deviation of each row, and the numbers of the
+        """Keep the sum before the norm, mean and deviation of each row, and the numbers of the
         tables' rows.
         """
         words = words.contiguous()
@@ -374,7 +374,7 @@ class _EmbedImage(torch.autograd.Function):
         eps: float,
         seed: int,
     ) -> torch.Tensor:
-        """Keeps the sum before the norm, mean and deviation of each row, and the locations."""
+        """Keep the sum before the norm, mean and deviation of each row, and the locations."""
         projected = projected.contiguous()
         locations = locations.contiguous()
         y, grid, rest, norm = _begin(ctx, projected, weight, bias, p, eps, seed)

@@ -24,14 +24,14 @@ TILE_COLUMNS = 256
 
 
 def interpreted() -> bool:
-    """Whether Triton's CPU interpreter is asked for."""
+    """Tell whether Triton's CPU interpreter is asked for."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def draw_seed(dropout_p: float) -> int:
-    """The seed of a dropout mask, from the CPU generator, which tensor-parallel ranks share (or
-    not, for what is sharded) and recomputation restores, and which costs no synchronisation with
-    the device.
+    """Draw the seed of a dropout mask, from the CPU generator, which tensor-parallel ranks share
+    (or not, for what is sharded) and recomputation restores, and which costs no synchronisation
+    with the device.
     """
     return int(torch.randint(2**31 - 1, (1,))) if dropout_p > 0 else 0
 
@@ -60,8 +60,8 @@ def _bias_gelu_backward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Some columns of this program's groups of ROWS rows, and what they add to the gradient of the
-    bias.
+    """Give some columns of this program's groups of ROWS rows, and what they add to the gradient of
+    the bias.
     """
     program = tl.program_id(1)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -118,15 +118,15 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def stays(seed, at, p):
-    """Whether dropout lets the elements `at` stay: a function of their numbers, of which 32 bits
-    make cheap draws and tell enough.
+    """Tell whether dropout lets the elements `at` stay: a function of their numbers, of which 32
+    bits make cheap draws and tell enough.
     """
     return tl.rand(seed, at.to(tl.int32)) >= p
 
 
 @triton.jit
 def normal_row(z, inside, width, eps):
-    """(z with mean 0 and deviation 1, its mean, 1 / its deviation) of a row.
+    """Give (z with mean 0 and deviation 1, its mean, 1 / its deviation) of a row.
 
     Places outside stay 0.
     """
@@ -139,7 +139,7 @@ def normal_row(z, inside, width, eps):
 
 @triton.jit
 def through_norm(dy, weight, normal, rstd, width):
-    """Gradient of a row before its LayerNorm, from that behind it."""
+    """Give gradient of a row before its LayerNorm, from that behind it."""
     scaled = dy * weight
     return (
         scaled - tl.sum(scaled, axis=0) / width - normal * tl.sum(scaled * normal, axis=0) / width
@@ -244,7 +244,7 @@ class _DropoutAddNorm(torch.autograd.Function):
         eps: float,
         seed: int,
     ) -> torch.Tensor:
-        """Keeps the sum before the norm, and mean and deviation of each row."""
+        """Keep the sum before the norm, and mean and deviation of each row."""
         x = x.contiguous()
         residual = residual.contiguous()
         rows, width = x.shape

@@ -43,9 +43,9 @@ def keep_freed_memory() -> None:
 def free_memory(
     own_groups: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")
 ) -> int:
-    """Bytes that this process may still take: what is free on the machine, or less where one of its
-    control groups (a Slurm job's --mem, a container) has a limit. Cached files that can be dropped
-    count as free.
+    """Give bytes that this process may still take: what is free on the machine, or less where one
+    of its control groups (a Slurm job's --mem, a container) has a limit. Cached files that can be
+    dropped count as free.
     """
     free = psutil.virtual_memory().available
     lines = own_groups.read_text().splitlines() if own_groups.exists() else []

@@ -41,7 +41,7 @@ class Column:
 
 
 def device_in_use(device: torch.device) -> tuple[str, float]:
-    """(Name, GiB in use by others); to be asked before this process itself computes there."""
+    """Give (Name, GiB in use by others); to be asked before this process itself computes there."""
     if device.type == "cpu":
         return f"CPU, {len(os.sched_getaffinity(0))} cores", 0.0
     free, total = torch.cuda.mem_get_info(device)
@@ -51,7 +51,7 @@ def device_in_use(device: torch.device) -> tuple[str, float]:
 def compare_nodes(
     config: RunConfig, launch: Launch, state: ParallelState, device: tuple[str, float]
 ) -> tuple[str, list[str]]:
-    """(A heading and a table with one line a node, what is wrong in words).
+    """Give (A heading and a table with one line a node, what is wrong in words).
 
     `device` is what `device_in_use` said before the ranks met: nccl takes memory of its own.
     """
@@ -100,8 +100,8 @@ def compare_nodes(
 
 
 def _probe(config: RunConfig, state: ParallelState) -> Path | None:
-    """A file that rank 0 has put where the checkpoints will be; whether the others see it tells if
-    the disk is shared.
+    """Give a file that rank 0 has put where the checkpoints will be; whether the others see it
+    tells if the disk is shared.
     """
     name = None
 
@@ -134,7 +134,7 @@ def _facts(config: RunConfig, probe: Path | None) -> dict[str, Any]:
 
 
 def _save_problem(config: RunConfig) -> str:
-    """Why this machine cannot write checkpoints; empty where it can."""
+    """Say why this machine cannot write checkpoints; empty where it can."""
     try:
         check_writable(Path(config.save), "--save")
     except UsageError as error:

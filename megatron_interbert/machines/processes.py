@@ -246,12 +246,12 @@ def _came(store: dist.Store, rank: int, deadline: float) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The beginning of a library's message."""
+    """Give the beginning of a library's message."""
     return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
 
 
 def describe_launch(launch: Launch, state: ParallelState, device: torch.device) -> str:
-    """Which rank runs where; called on all ranks."""
+    """Describe which rank runs where; called on all ranks."""
     name = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -282,7 +282,7 @@ def heading(launch: Launch, nodes: int) -> str:
 
 
 def aligned(rows: Iterable[Iterable[Any]]) -> list[str]:
-    """Lines of a table, columns below one another."""
+    """Give lines of a table, columns below one another."""
     texts = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
 

@@ -69,7 +69,7 @@ class Seen:
     heard: float = 0.0
 
     def silent(self, now: float) -> float:
-        """Seconds without a report."""
+        """Give seconds without a report."""
         return now - self.heard
 
     def stuck(self, now: float) -> bool:
@@ -77,12 +77,12 @@ class Seen:
         return self.seconds + self.silent(now) > self.limit
 
     def place(self) -> tuple[int, int]:
-        """How far the rank has come."""
+        """Say how far the rank has come."""
         return self.step, list(ROOM).index(self.phase)
 
 
 class Watchdog:
-    """Watches the main thread of this rank, which tells it by `enter` and `beat` that it goes on.
+    """Watches the main thread of this rank, which tells it by `enter` and `beat` that it is alive.
 
     All ranks make one.
     """
@@ -105,7 +105,7 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def enter(self, phase: str, step: int) -> None:
-        """The main thread begins a phase (a key of ROOM) of a step."""
+        """Give the main thread begins a phase (a key of ROOM) of a step."""
         now = time.monotonic()
         before = self._pulse
         self._longest[before.phase] = max(
@@ -116,13 +116,13 @@ class Watchdog:
         )
 
     def beat(self) -> None:
-        """The phase goes on (a batch of an evaluation is done)."""
+        """Note that the phase is alive (a batch of an evaluation is done)."""
         before = self._pulse
         self._pulse = Pulse(before.phase, before.step, time.monotonic(), before.limit)
 
     @contextlib.contextmanager
     def fed_by_modules(self) -> Iterator[None]:
-        """Inside, whatever part of a model runs, it is a sign that the phase goes on."""
+        """Inside, whatever part of a model runs, it is a sign of life."""
         hook = register_module_forward_hook(lambda *_: self.beat())
         try:
             yield
@@ -233,7 +233,7 @@ def how_it_ended(who: str, when: str, pid: int, name: str) -> str:
 
 
 def doing(phase: str, step: int) -> str:
-    """A phase in words."""
+    """Give a phase in words."""
     return {
         "start": "the start",
         "data": f"waiting for the data of step {step}",
@@ -277,7 +277,7 @@ class Connection:
             self.broken = True
 
     def silence(self) -> float:
-        """Seconds without a sign of rank 0."""
+        """Give seconds without a sign of rank 0."""
         return time.monotonic() - self._heard
 
     def leave(self) -> None:
@@ -343,7 +343,7 @@ class Hub:
         threading.Thread(target=self._run, name="watchdog hub", daemon=True).start()
 
     def leave(self) -> None:
-        """The run has ended as it should: nobody needs to be watched."""
+        """Give the run has ended as it should: nobody needs to be watched."""
         self._tell_all(THE_END)
 
     def _run(self) -> None:
@@ -431,7 +431,7 @@ class Hub:
         return {"gone": how_it_ended(f"rank {rank} on {seen.node}", when, seen.pid, seen.identity)}
 
     def _judge(self, now: float) -> dict[str, Any] | None:
-        """A verdict when no rank has moved within its limit."""
+        """Give a verdict when no rank has moved within its limit."""
         if not self.seen or not all(seen.stuck(now) for seen in self.seen.values()):
             return None
 

@@ -67,7 +67,9 @@ class ImageEmbedding(nn.Module):
 
 
 def image_features(batch: PackedBatch, dtype: torch.dtype, kernels: Kernels) -> torch.Tensor:
-    """[Ni, F]: the features of all image tokens, [IMG] included, with hidden regions zeroed."""
+    """Give [Ni, F]: the features of all image tokens, [IMG] included, with hidden regions
+    zeroed.
+    """
     rows = (batch.region_rows, batch.summary_rows)
     return kernels.region_rows(
         batch.features, batch.hidden_regions, batch.region_counts, *rows, dtype

@@ -130,7 +130,7 @@ class InterBert(nn.Module):
         mark_shards(self)
 
     def forward(self, batch: PackedBatch, everything: bool = False) -> InterBertOutput:
-        """Pooled vectors and what the heads say: words and regions at target positions only.
+        """Give pooled vectors and what the heads say: words and regions at target positions only.
 
         The last layer of each stream is computed only for the tokens that are pooled or predicted,
         and word logits live only inside their loss. `everything` gives the hidden states of all
@@ -188,7 +188,7 @@ class InterBert(nn.Module):
     def encode(
         self, batch: PackedBatch, read: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states of both streams: text [Nt, H] and image [Ni, H] (empty for text-only
+        """Encode hidden states of both streams: text [Nt, H] and image [Ni, H] (empty for text-only
         batches), or only those of the text and image tokens that are `read`.
         """
         text_rows, image_rows = read or (None, None)

@@ -49,7 +49,7 @@ class Side:
         return np.diff(self.offsets)
 
     def rows(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(token rows, end to end, of some items [B]; their lengths [B])."""
+        """Give (token rows, end to end, of some items [B]; their lengths [B])."""
         starts = self.offsets[items]
         lengths = self.offsets[items + 1] - starts
         ends = np.cumsum(lengths)
@@ -77,7 +77,7 @@ class PairLayout:
     longest: int  # of both together
 
     def together(self, of_images: torch.Tensor, of_texts: torch.Tensor) -> torch.Tensor:
-        """[N, ..] of the pairs from [n, ..] of the sides."""
+        """Give [N, ..] of the pairs from [n, ..] of the sides."""
         rows = of_images.new_empty(len(self.image_index) + len(self.text_index), of_images.shape[1])
         rows[self.image_index] = of_images[self.image_rows]
         rows[self.text_index] = of_texts[self.text_rows]
@@ -151,8 +151,8 @@ class PairScorer:
     def margins(
         self, images: Side, captions: Side, image_of: np.ndarray, caption_of: np.ndarray
     ) -> torch.Tensor:
-        """float32 [B] on the device: logit(matched) - logit(mismatched) of pairs given by their
-        numbers in both sides.
+        """Give float32 [B] on the device: logit(matched) - logit(mismatched) of pairs given by
+        their numbers in both sides.
         """
         text, image = self.pooled(images, captions, image_of, caption_of)
         head = self.model.itm_head  # in float32: two logits rounded to 16 bits would often tie
@@ -165,7 +165,7 @@ class PairScorer:
     def pooled(
         self, images: Side, captions: Side, image_of: np.ndarray, caption_of: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pooled text and image [B, P] of pairs."""
+        """Give pooled text and image [B, P] of pairs."""
         model = self.model
         pairs = lay_out_pairs(images, captions, image_of, caption_of)
         joint = pairs.together(images.hidden, captions.hidden)
@@ -211,7 +211,9 @@ def last_layer_of_first(
 def _first_token_attention(
     attention: SelfAttention, x: torch.Tensor, first: torch.Tensor, sequences: Sequences
 ) -> torch.Tensor:
-    """What the first token of each sequence attends to [B, H / ranks], from all tokens x [N, H]."""
+    """Give what the first token of each sequence attends to [B, H / ranks], from all tokens x [N,
+    H].
+    """
     size = attention.head_size
     weight = attention.qkv.weight.view(-1, 3, size, x.shape[1])
     bias = attention.qkv.bias.view(-1, 3, size)

@@ -42,7 +42,7 @@ def partition_kind(name: str) -> str:
 
 
 def partition_dimension(name: str) -> int | None:
-    """The dimension cut over ranks, None for replicated parameters."""
+    """Give the dimension cut over ranks, None for replicated parameters."""
     return DIMENSION[partition_kind(name)]
 
 
@@ -53,7 +53,7 @@ def shard(tensor: torch.Tensor, name: str, rank: int, ranks: int) -> torch.Tenso
 
 
 def unshard(shards: Sequence[torch.Tensor], name: str) -> torch.Tensor:
-    """The full parameter from the slices of all ranks, in rank order."""
+    """Give the full parameter from the slices of all ranks, in rank order."""
     dimension = partition_dimension(name)
     return shards[0] if dimension is None else torch.cat(list(shards), dimension)
 
@@ -76,5 +76,5 @@ def mark_shards(model: nn.Module) -> None:
 
 
 def unshard_state(states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """One full state dict from those of all tensor-parallel ranks."""
+    """Give one full state dict from those of all tensor-parallel ranks."""
     return {name: unshard([state[name] for state in states], name) for name in states[0]}

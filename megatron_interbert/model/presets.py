@@ -48,7 +48,7 @@ PRESETS = {
 
 
 def load_model_config(model: str) -> ModelConfig:
-    """A preset's sizes or those of a JSON file; UsageError for an unknown name or key."""
+    """Load a preset's sizes or those of a JSON file; UsageError for an unknown name or key."""
     if model in PRESETS:
         return PRESETS[model]
     if model.endswith(".json") or Path(model).is_file():

@@ -143,8 +143,8 @@ class TransformerLayer(nn.Module):
     def forward(
         self, x: torch.Tensor, sequences: Sequences, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """All tokens, or only those of `rows` [R] (each at most once), which still attend to all of
-        their sequence.
+        """Give all tokens, or only those of `rows` [R] (each at most once), which still attend to
+        all of their sequence.
         """
         attended = self.attention.attend(self.attention.qkv(x), sequences)
         if rows is not None:
@@ -154,7 +154,7 @@ class TransformerLayer(nn.Module):
         return self.after_attention(attended, x)
 
     def after_attention(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The layer from its attention's result [N, H / ranks], before the output projection,
+        """Give the layer from its attention's result [N, H / ranks], before the output projection,
         on.
         """
         x = self.attention_norm(self.attention.output(attended), x)
@@ -185,8 +185,8 @@ class TransformerStack(nn.Module):
     def forward(
         self, x: torch.Tensor, sequences: Sequences, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[N, H] -> [N, H], or [R, H]: the last layer is computed only where `rows` say that it is
-        read.
+        """Give [N, H] -> [N, H], or [R, H]: the last layer is computed only where `rows` say that
+        it is read.
         """
         if rows is not None and not len(self.layers):
             return x.index_select(0, rows)

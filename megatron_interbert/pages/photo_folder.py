@@ -64,11 +64,11 @@ class PhotoFolder:
         self._lock = threading.Lock()  # requests that come together wait for one listing
 
     def has(self, image_id: str) -> bool:
-        """Whether there is a photo of an image."""
+        """Tell whether there is a photo of an image."""
         return self._find(image_id) is not None
 
     def read(self, image_id: str) -> Photo | None:
-        """The photo of an image, or None where there is none.
+        """Read the photo of an image, or None where there is none.
 
         UsageError where the system does not let it be read.
         """
@@ -87,7 +87,7 @@ class PhotoFolder:
         return None if data is None else Photo(TYPES[Path(path).suffix], data)
 
     def _find(self, image_id: str) -> tuple[str, str] | None:
-        """The path of the photo of an image, and that of its file, which is another one for a
+        """Find the path of the photo of an image, and that of its file, which is another one for a
         link.
         """
         first, slash, rest = image_id.partition("/")
@@ -101,7 +101,7 @@ class PhotoFolder:
         return (path, listing.links.get(path, path)) if path else None
 
     def _current(self) -> _Listing:
-        """The listing as the folder is now, or as it was a short while ago."""
+        """Give the listing as the folder is now, or as it was a short while ago."""
         try:
             with self._lock:
                 known = self._listing
@@ -163,12 +163,12 @@ class PhotoFolder:
 
 @functools.lru_cache(maxsize=16)
 def photos_in(folder: str) -> PhotoFolder | None:
-    """The photos of a folder, the same object for the same name; None for an empty name."""
+    """Give the photos of a folder, the same object for the same name; None for an empty name."""
     return PhotoFolder(folder) if folder else None
 
 
 def _preferred(suffix: str, known: str | None) -> bool:
-    """Whether a photo of this ending is taken rather than the one that is known of the same
+    """Tell whether a photo of this ending is taken rather than the one that is known of the same
     image.
     """
     if known is None:
@@ -180,7 +180,10 @@ def _preferred(suffix: str, known: str | None) -> bool:
 
 
 def _file_inside(link: str | Path, inside: Path) -> str | None:
-    """The path below `inside` of the file that a link leads to; None where it leads elsewhere."""
+    """Give the path below `inside` of the file that a link leads to.
+
+    None where it leads elsewhere.
+    """
     target = Path(os.path.realpath(link))
     if not target.is_relative_to(inside) or not os.path.isfile(target):
         return None
@@ -197,7 +200,7 @@ def _not_read(path: Path, error: OSError) -> UsageError:
 
 
 def _read_below(folder: Path, path: str) -> bytes | None:
-    """The bytes of a file below a folder; None where it is no regular file, or too large."""
+    """Read the bytes of a file below a folder; None where it is no regular file, or too large."""
     with _open_below(folder, path) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return None

@@ -15,7 +15,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 def group_size(group: dist.ProcessGroup | None) -> int:
-    """Number of ranks; 1 for None."""
+    """Give number of ranks; 1 for None."""
     return 1 if group is None else dist.get_world_size(group)
 
 
@@ -25,8 +25,8 @@ def group_rank(group: dist.ProcessGroup | None) -> int:
 
 
 def start_gather(x: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, dist.Work]:
-    """All ranks' rows [ranks x n, ..] in the order of the ranks, and what to wait for before they
-    are read.
+    """Give all ranks' rows [ranks x n, ..] in the order of the ranks, and what to wait for before
+    they are read.
     """
     rows = x.new_empty(x.shape[0] * group_size(group), *x.shape[1:])
     return rows, _all_gather(rows, x.contiguous(), group=group, async_op=True)
@@ -107,15 +107,15 @@ def reduce_from_group(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch
     return _exchange(x, group, _summed, _same)
 
 
-def gather_rows(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Rows shared out [n, ..] enter sharded layers [ranks x n, ..]: gathered forward, gradients
-    summed and shared out backward.
+def all_gather_rows(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Give rows shared out [n, ..] enter sharded layers [ranks x n, ..]: gathered forward,
+    gradients summed and shared out backward.
     """
     return _exchange(x, group, _gathered, _scattered)
 
 
 def scatter_sum(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Partial results of sharded layers [ranks x n, ..] become rows shared out [n, ..]: summed
+    """Give partial results of sharded layers [ranks x n, ..] become rows shared out [n, ..]: summed
     forward, gathered backward.
     """
     return _exchange(x, group, _scattered, _gathered)
@@ -129,7 +129,7 @@ def split_rows(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor
 
 
 def join_rows(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Rows shared out [n, ..] become a replicated activation [ranks x n, ..], whose gradient is the
-    same on all ranks.
+    """Join rows shared out [n, ..] become a replicated activation [ranks x n, ..], whose gradient
+    is the same on all ranks.
     """
     return _exchange(x, group, _gathered, _own)

@@ -94,7 +94,7 @@ def why_no_gpu() -> str:
 
 
 def unused_gpu_note() -> str:
-    """A line for a user whose GPU will stay idle without being asked to.
+    """Give a line for a user whose GPU will stay idle without being asked to.
 
     Empty where all is well.
     """

@@ -79,7 +79,7 @@ def read_launcher() -> str:
 
 
 def _by_srun() -> bool:
-    """Whether this is one of several tasks of a step.
+    """Tell whether this is one of several tasks of a step.
 
     A batch script has SLURM_NTASKS, and is one.
     """
@@ -171,14 +171,14 @@ def environment_of_one_process() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port of this machine at which nobody listens."""
+    """Give a port of this machine at which nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def node_name() -> str:
-    """The name of this machine: Slurm's where there is one."""
+    """Give the name of this machine: Slurm's where there is one."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
@@ -201,14 +201,14 @@ def _first(tasks_per_node: str) -> str:
 
 
 def first_host(nodes: str) -> str:
-    """The first machine of Slurm's list: `gpu[003-010,12],x1` -> `gpu003`."""
+    """Give the first machine of Slurm's list: `gpu[003-010,12],x1` -> `gpu003`."""
     found = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
     return "".join(part or "" for part in found.groups())
 
 
 def meeting_place() -> tuple[str, str]:
-    """(address, port) of MASTER_ADDR and MASTER_PORT, else the first machine of the Slurm step and
-    a port that only this job has.
+    """Give (address, port) of MASTER_ADDR and MASTER_PORT, else the first machine of the Slurm step
+    and a port that only this job has.
     """
     nodes = os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")
     job = number("SLURM_JOB_ID", 0)

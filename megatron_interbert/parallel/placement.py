@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_interbert.parallel.collectives import (
+    all_gather_rows,
     copy_to_group,
-    gather_rows,
     group_rank,
     group_size,
     join_rows,
@@ -37,15 +37,15 @@ class Products(Protocol):
     def linear(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[N, out], with gradients by autograd."""
+        """Give [N, out], with gradients by autograd."""
 
     @staticmethod
     def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """[N, in]."""
+        """Give [N, in]."""
 
     @staticmethod
     def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """[out, in]."""
+        """Give [out, in]."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class Placement:
     def column_linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, products: Products
     ) -> torch.Tensor:
-        """All rows [N, out / ranks] of x W^T + b; x [N, in], or this rank's rows of it."""
+        """Give all rows [N, out / ranks] of x W^T + b; x [N, in], or this rank's rows of it."""
         if self.ranks == 1:
             return products.linear(x, weight, bias)
         return _ColumnLinear.apply(x, weight, bias, self, products)
 
     def reduce(self, partial: torch.Tensor) -> torch.Tensor:
-        """The sum of the ranks' partial results [N, H]: all rows of it, or this rank's."""
+        """Give the sum of the ranks' partial results [N, H]: all rows of it, or this rank's."""
         return (
             scatter_sum(partial, self.group)
             if self.shared
@@ -86,10 +86,10 @@ class Placement:
         return copy_to_group(torch.stack(vectors), self.group).unbind() if self.shared else vectors
 
     def select(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """The rows [R] of x by their numbers among all; shared out again, if they are."""
+        """Give the rows [R] of x by their numbers among all; shared out again, if they are."""
         if not self.shared:
             return x.index_select(0, rows)
-        return gather_rows(x, self.group).index_select(
+        return all_gather_rows(x, self.group).index_select(
             0, rows.chunk(self.ranks)[group_rank(self.group)]
         )
 
@@ -98,7 +98,7 @@ class Placement:
         return split_rows(x, self.group)
 
     def join(self, x: torch.Tensor) -> torch.Tensor:
-        """All rows of an x that was shared out, replicated."""
+        """Join all rows of an x that was shared out, replicated."""
         return join_rows(x, self.group)
 
 

@@ -68,7 +68,7 @@ class ParallelState:
                 self.data_group = group
 
     def with_replicated_rows(self) -> "ParallelState":
-        """The same groups without sequence parallelism."""
+        """Give the same groups without sequence parallelism."""
         state = copy.copy(self)
         state.placement = Placement(self.tensor_group)
         return state

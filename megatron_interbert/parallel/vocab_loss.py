@@ -44,7 +44,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         math: VocabMath,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keeps the inputs and the logarithm of each row's sum of exponentials."""
+        """Keep the inputs and the logarithm of each row's sum of exponentials."""
         local = labels - len(weight) * group_rank(group)
         rows = max(1, CHUNK // len(weight))
         found = []
@@ -122,8 +122,8 @@ def vocab_parallel_loss(
     group: dist.ProcessGroup | None,
     math: VocabMath,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cross entropy of each row [M], whether its most likely word is the label [M]), alike on all
-    ranks.
+    """Give (cross entropy of each row [M], whether its most likely word is the label [M]), alike on
+    all ranks.
 
     Logits are hidden [M, H] times this rank's rows of the table `weight` [C, H], plus `bias` [C];
     `labels` [M] in [0, V). `hidden` is replicated, and its gradient is this rank's part: it must

@@ -51,7 +51,7 @@ def lock_folder(folder: Path, busy: str) -> int:
 
 
 def refuse_link(path: Path) -> None:
-    """UsageError where a link has the name of a folder of ours."""
+    """Raise UsageError where a link has the name of a folder of ours."""
     if path.is_symlink():
         raise UsageError(
             f"{path}: is a link to {os.readlink(path)[:200]!r}, expected a folder that this command"
@@ -74,7 +74,7 @@ def own_names(folder: Path, ours: Sequence[str]) -> list[str]:
 
 
 def refuse_strangers(folder: Path, ours: Sequence[str]) -> None:
-    """UsageError names a file that matches none of the patterns `ours`.
+    """Raise UsageError that names a file that matches none of the patterns `ours`.
 
     Hidden files are passed over: systems and network disks leave theirs anywhere.
     """

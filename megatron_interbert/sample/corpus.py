@@ -177,7 +177,7 @@ class World:
     def scene(
         self, random: np.random.Generator, name: str
     ) -> tuple[Regions, list[tuple[str, str]]]:
-        """One image and its two captions [(text, language)]."""
+        """Give one image and its two captions [(text, language)]."""
         found = self.draw(random)
         features = self.object_features[found.kinds] + self.colour_features[found.colours]
         regions = self.detector.detect(
@@ -188,7 +188,7 @@ class World:
         return regions, [(self.english(random, *what), "en"), (self.chinese(random, *what), "zh")]
 
     def annotated(self, scene: Scene, random: np.random.Generator, name: str) -> Regions:
-        """The scene's objects in their order, as annotators draw boxes: exact; features as the
+        """Give the scene's objects in their order, as annotators draw boxes: exact; features as the
         detector's.
         """
         features = self.object_features[scene.kinds] + self.colour_features[scene.colours]
@@ -214,7 +214,7 @@ class World:
         colours: np.ndarray,
         boxes: np.ndarray,
     ) -> str:
-        """A caption that names two to four of the objects."""
+        """Give a caption that names two to four of the objects."""
         picked = random.choice(len(kinds), size=int(random.integers(2, 4)), replace=False)
         things = [f"{COLOUR_NAMES[colours[i]]} {NAMES[kinds[i]]}" for i in picked]
         where = f" in the {PLACE_NAMES[place]}" if random.random() < 0.5 else ""
@@ -237,7 +237,7 @@ class World:
         colours: np.ndarray,
         boxes: np.ndarray,
     ) -> str:
-        """The same kind of caption in Chinese."""
+        """Give the same kind of caption in Chinese."""
         picked = random.choice(len(kinds), size=int(random.integers(2, 4)), replace=False)
         things = [
             f"{COLOURS[COLOUR_NAMES[colours[i]]]}的{OBJECTS[NAMES[kinds[i]]]}" for i in picked
@@ -287,7 +287,7 @@ def vocabulary() -> list[str]:
 
 
 def write_split(world: World, folder: Path, split: str, scenes: int, seed: int) -> None:
-    """One region store of generated scenes, with its vocabulary beside."""
+    """Write one region store of generated scenes, with its vocabulary beside."""
     with generated_store(folder / split, seed, NAMES, vocabulary()) as writer:
         for number in progress(range(scenes), desc=f"{split} scenes", unit="scene"):
             writer.add(*world.scene(_random(seed, split, number), f"{split}-{number:06d}"))

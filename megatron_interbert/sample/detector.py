@@ -50,8 +50,8 @@ class Detector:
         features: np.ndarray,
         boxes: np.ndarray,
     ) -> Regions:
-        """One or two overlapping boxes for each thing (classes [n], features [n, FEATURES], boxes
-        [n, 4]), most confident first.
+        """Give one or two overlapping boxes for each thing (classes [n], features [n, FEATURES],
+        boxes [n, 4]), most confident first.
         """
         owner = np.repeat(np.arange(len(classes)), random.integers(1, 3, size=len(classes)))
         extent = np.tile(boxes[owner, 2:] - boxes[owner, :2], 2)
@@ -84,7 +84,7 @@ def generated_store(
     vocabulary: Sequence[str],
     text_normalisation: str = "none",
 ) -> Iterator[RegionStoreWriter]:
-    """Writes a store beside `path` and puts it there when it is whole.
+    """Write a store beside `path` and puts it there when it is whole.
 
     UsageError where something else is in the way.
     """

@@ -14,8 +14,8 @@ def question(
     all_kinds: Sequence[str],
     all_colours: Sequence[str],
 ) -> dict[str, Any]:
-    """One annotation about a scene of differing `kinds` in `colours`: what colour has an object,
-    and which description is true.
+    """Give one annotation about a scene of differing `kinds` in `colours`: what colour has an
+    object, and which description is true.
 
     Answers differ in the colour. Three of the rationales say something false of two other objects:
     a colour or a kind.
@@ -59,8 +59,8 @@ def _false_pairs(
     all_kinds: Sequence[str],
     all_colours: Sequence[str],
 ) -> list[list[tuple[str, str]]]:
-    """Three pairs that differ from the true one: another colour of the first, another colour of the
-    second, a kind that is not there.
+    """Give three pairs that differ from the true one: another colour of the first, another colour
+    of the second, a kind that is not there.
     """
     absent = [kind for kind in all_kinds if kind not in kinds]
     first, second = true

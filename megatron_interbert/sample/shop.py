@@ -47,7 +47,7 @@ def write_split(
     seed: int,
     pictures: bool,
 ) -> None:
-    """One split: the store, then the pictures and the files that name its products."""
+    """Write one split: the store, then the pictures and the files that name its products."""
 
     def random(purpose: int, number: int = 0) -> np.random.Generator:
         return np.random.default_rng([seed, SPLITS[split], purpose, number])
@@ -138,6 +138,6 @@ def write_split(
 
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """A JSON object a line."""
+    """Write a JSON object a line."""
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_text(path, text)

@@ -137,7 +137,7 @@ SHAPES = dict(
 
 
 def draw_product(things: list[tuple[int, int, int]], place: int, boxes: np.ndarray) -> Image.Image:
-    """A picture of things (kind, colour, pattern) in their boxes [n, 4], as shares of it."""
+    """Draw a picture of things (kind, colour, pattern) in their boxes [n, 4], as shares of it."""
     picture = Image.new("RGB", (PIXELS, PIXELS), GROUND[PLACES[place]])
 
     # the first one stands before the others
@@ -155,7 +155,7 @@ def draw_product(things: list[tuple[int, int, int]], place: int, boxes: np.ndarr
 
 
 def cloth(colour: str, pattern: str) -> Image.Image:
-    """A sheet of cloth."""
+    """Give a sheet of cloth."""
     paint = PAINT[colour]
     other = "#ffffff" if colour != "白色" else "#9aa0a8"
     sheet = Image.new("RGB", (PIXELS, PIXELS), paint)

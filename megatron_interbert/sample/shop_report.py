@@ -39,7 +39,7 @@ class TitleIndex:
 
     @staticmethod
     def grams(text: str) -> Counter[str]:
-        """Counts of a text."""
+        """Give counts of a text."""
         text = text.lower()
         return Counter(
             text[at : at + size] for size in (1, 2) for at in range(len(text) - size + 1)
@@ -57,7 +57,7 @@ class TitleIndex:
         return {gram: value / length for gram, value in raw.items()}
 
     def scores(self, text: str) -> np.ndarray:
-        """Cosines of a text with all titles."""
+        """Give cosines of a text with all titles."""
         wanted = self.vector(self.grams(text))
         return np.array(
             [
@@ -68,7 +68,7 @@ class TitleIndex:
 
 
 def open_run(load: str, data_path: str) -> ItemScorer:
-    """A run's model over the shop's products, which it reads as it was trained."""
+    """Open a run's model over the shop's products, which it reads as it was trained."""
     device = this_device()
     config = EvaluateProductSearchConfig(load=load, data_path=data_path)
     model, source = load_model(load, ("itm",), "auto", device)
@@ -87,7 +87,7 @@ def index_titles(catalogue: Catalogue) -> TitleIndex:
 
 
 def search_figures(runs: Sequence[str], data_path: str, first_stage: int) -> dict[str, Figures]:
-    """Figures by what a query needs and by way of searching."""
+    """Search figures by what a query needs and by way of searching."""
     path = f"{data_path}/queries.jsonl"
     needs = [record["needs"] for _, record in read_records(path, "--data-path", {"needs": str})]
     result: dict[str, Figures] = {
@@ -138,8 +138,8 @@ def search_figures(runs: Sequence[str], data_path: str, first_stage: int) -> dic
 
 
 def recommendation_figures(runs: Sequence[str], data_path: str) -> dict[str, Figures]:
-    """Figures of the order of what each topic showed: of all of it, and of products of the kinds
-    that it wants, among which the title tells little.
+    """Give figures of the order of what each topic showed: of all of it, and of products of the
+    kinds that it wants, among which the title tells little.
     """
     scores: dict[str, list[np.ndarray]] = defaultdict(list)
 
@@ -186,7 +186,7 @@ def recommendation_figures(runs: Sequence[str], data_path: str) -> dict[str, Fig
 
 
 def wishes(record: dict) -> Topic:
-    """A topic read back from its words."""
+    """Give a topic read back from its words."""
     kinds, colours, places = (
         [table.index(word) for word in record["keywords"] if word in table]
         for table in (KINDS, COLOURS, PLACES)

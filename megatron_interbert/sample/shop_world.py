@@ -82,7 +82,7 @@ class Product:
     price: float
 
     def attributes(self) -> dict[str, str]:
-        """What it is, in words."""
+        """Give what it is, in words."""
         return {name: table[getattr(self, name)] for name, table in TABLES.items()}
 
 
@@ -108,7 +108,7 @@ class ShopWorld:
         self.detector = Detector(np.concatenate([self.kinds, self.places]), noise)
 
     def product(self, random: np.random.Generator, item_id: str) -> Product:
-        """An article with its title."""
+        """Give an article with its title."""
         drawn = {name: int(random.integers(len(table))) for name, table in TABLES.items()}
         named = {name for name, share in IN_TITLE.items() if random.random() < share}
         words = [
@@ -136,7 +136,7 @@ class ShopWorld:
 
     @staticmethod
     def description(random: np.random.Generator, product: Product) -> str:
-        """What a shop writes below the title of most products: what can be seen."""
+        """Give what a shop writes below the title of most products: what can be seen."""
         said = {
             name: TABLES[name][getattr(product, name)] if random.random() < 0.8 else ""
             for name in ("colour", "pattern", "place")
@@ -149,8 +149,8 @@ class ShopWorld:
     def scene(
         self, random: np.random.Generator, product: Product
     ) -> tuple[list[tuple[int, int, int]], np.ndarray]:
-        """What the picture shows: the article large in the middle, and sometimes something else
-        beside it; (kind, colour, pattern) of each, and their boxes as shares of the picture.
+        """Give what the picture shows: the article large in the middle, and sometimes something
+        else beside it; (kind, colour, pattern) of each, and their boxes as shares of the picture.
         """
         things = [(product.kind, product.colour, product.pattern)]
 
@@ -176,7 +176,7 @@ class ShopWorld:
         things: list[tuple[int, int, int]],
         boxes: np.ndarray,
     ) -> Regions:
-        """What a detector would say of the picture: its things, and the place around them."""
+        """Give what a detector would say of the picture: its things, and the place around them."""
         kinds, colours, patterns = (list(numbers) for numbers in zip(*things, strict=True))
         features = self.kinds[kinds] + self.colours[colours] + self.patterns[patterns]
         everything = np.concatenate([boxes, [[0.02, 0.02, 0.98, 0.98]]]) * SIZE[0]
@@ -202,7 +202,8 @@ class Asker:
         }
 
     def query(self, random: np.random.Generator) -> dict[str, Any]:
-        """A query for one of the products by some of its attributes, and all products that it fits.
+        """Give a query for one of the products by some of its attributes, and all products that it
+        fits.
 
         It `needs` the picture where no title of a product that it fits says all that it asks for of
         what is visible; the title where it asks for nothing visible; else either tells.
@@ -252,7 +253,7 @@ class Topic:
         ]
 
     def appeal(self, kind: int, colour: int, place: int) -> float:
-        """How well a product fits, from 0 to 1."""
+        """Say how well a product fits, from 0 to 1."""
         return (
             0.4 * (kind in self.kinds)
             + 0.3 * (colour in self.colours)
@@ -261,7 +262,7 @@ class Topic:
 
 
 def topic(random: np.random.Generator) -> Topic:
-    """A new one."""
+    """Give a new one."""
     place = int(random.integers(len(PLACES)))
     name = f"{random.choice(MOODS)}{PLACES[place]}系列"
 

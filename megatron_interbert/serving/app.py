@@ -97,7 +97,7 @@ class Metrics:
             ended.labels(reason).set_function(lambda reason=reason: crowd.ended[reason])
 
     def count(self, route: str, status: int, seconds: float) -> None:
-        """A request that has ended."""
+        """Count a request that has ended."""
         self.requests.labels(route, str(status)).inc()
         self.seconds.labels(route).observe(seconds)
 
@@ -171,7 +171,7 @@ class Service:
             ) from None
 
     def results(self, answer: Answer, hits: list[Hit], **more: Any) -> dict[str, Any]:
-        """An answer as JSON."""
+        """Give an answer as JSON."""
         return {
             "results": [{**hit.item.record(), "score": hit.score} for hit in hits],
             "model": answer.weights[:12],
@@ -186,8 +186,8 @@ class Service:
 
 
 def make_app(service: Service, hosts: AllowedHosts, crowd: Crowd) -> FastAPI:
-    """The application around a service, for requests to these hosts; its figures are also of the
-    connections.
+    """Make the application around a service, for requests to these hosts; its figures are also of
+    the connections.
     """
 
     @asynccontextmanager
@@ -375,7 +375,7 @@ def add_questions(app: FastAPI, service: Service, reads: list[Any]) -> None:
 
 
 def add_items(app: FastAPI, service: Service, reads: list[Any], writes: list[Any]) -> None:
-    """Items and their pictures."""
+    """Add items and their pictures."""
 
     def found_item(item_id: str) -> Item:
         items = service.searcher.shop.items  # one shop: another may be served in the next moment
@@ -462,7 +462,7 @@ def add_items(app: FastAPI, service: Service, reads: list[Any], writes: list[Any
 
 
 def add_facts(app: FastAPI, service: Service, metrics: Metrics) -> None:
-    """What the service says of itself."""
+    """Add what the service says of itself."""
 
     @app.get("/healthz", include_in_schema=False)
     async def health() -> dict[str, str]:
@@ -494,7 +494,7 @@ def add_facts(app: FastAPI, service: Service, metrics: Metrics) -> None:
 
 
 def add_page(app: FastAPI, service: Service) -> None:
-    """The page and its files."""
+    """Add the page and its files."""
     page = resources.files("megatron_interbert.serving").joinpath("page")
 
     @app.get("/", include_in_schema=False)
@@ -516,7 +516,7 @@ def add_page(app: FastAPI, service: Service) -> None:
 
 
 def picture_of(shop: Shop, image: int, folder: str) -> Response:
-    """A photo named by its image id in the folder, else an SVG.
+    """Give a photo named by its image id in the folder, else an SVG.
 
     The photo goes out from memory: a response that opens its path again could be led elsewhere by
     then.

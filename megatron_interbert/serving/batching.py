@@ -28,7 +28,7 @@ class Late(Exception):
 
 
 @dataclass(eq=False)
-class Job:
+class Question:
     """A question, or a change: a function of the shop. Seconds are of time.monotonic()."""
 
     asked: Find | Score | Callable[[Shop], Any]
@@ -82,7 +82,7 @@ class ModelThread:
         self.queue_size = queue_size
         self.batch_pairs = batch_pairs
         self.answered = collections.Counter()  # batches, questions, late, gone, full
-        self._waiting: collections.deque[Job] = collections.deque()
+        self._waiting: collections.deque[Question] = collections.deque()
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -94,40 +94,40 @@ class ModelThread:
         return len(self._waiting)
 
     async def ask(self, asked: Find | Score | Callable[[Shop], Any], seconds: float) -> Answer:
-        """The answer, at the latest after so many seconds in the queue.
+        """Give the answer, at the latest after so many seconds in the queue.
 
         QueueFull, Late, or what the change raises.
         """
         loop = asyncio.get_running_loop()
-        job = Job(asked, loop, loop.create_future())
+        question = Question(asked, loop, loop.create_future())
 
         with self._changed:
             if len(self._waiting) >= self.queue_size or self._closing:
                 self.answered["full"] += 1
                 raise QueueFull
 
-            self._waiting.append(job)
+            self._waiting.append(question)
             self._changed.notify()
 
         try:
-            await asyncio.wait({job.future}, timeout=seconds)
+            await asyncio.wait({question.future}, timeout=seconds)
         except asyncio.CancelledError:
-            self._drop(job, "gone")
+            self._drop(question, "gone")
             raise
 
-        if not job.future.done() and self._drop(job, "late"):
+        if not question.future.done() and self._drop(question, "late"):
             raise Late
 
-        return await job.future
+        return await question.future
 
-    def _drop(self, job: Job, why: str) -> bool:
-        """Leave a job out, if it is not begun yet."""
+    def _drop(self, question: Question, why: str) -> bool:
+        """Leave a question out, if it is not begun yet."""
         with self._changed:
-            if job.begun:
+            if question.begun:
                 return False
             self.answered[why] += 1
-            if job in self._waiting:
-                self._waiting.remove(job)
+            if question in self._waiting:
+                self._waiting.remove(question)
             return True
 
     @property
@@ -148,7 +148,7 @@ class ModelThread:
                 done.set_exception(error)
 
         with self._changed:
-            self._waiting.appendleft(Job(call))
+            self._waiting.appendleft(Question(call))
             self._changed.notify()
 
         done.result()
@@ -167,44 +167,44 @@ class ModelThread:
         self.shop = shop
 
     def _run(self) -> None:
-        while jobs := self._next():
-            self._answer(jobs)
+        while questions := self._next():
+            self._answer(questions)
 
-    def _answer(self, jobs: list[Job]) -> None:
+    def _answer(self, questions: list[Question]) -> None:
         started = time.monotonic()
         try:
             results = (
-                [jobs[0].asked(self.shop)]
-                if callable(jobs[0].asked)
-                else self.shop.answer([job.asked for job in jobs])
+                [questions[0].asked(self.shop)]
+                if callable(questions[0].asked)
+                else self.shop.answer([question.asked for question in questions])
             )
             took = time.monotonic() - started
             answers = [
                 Answer(
                     result,
-                    started - job.asked_at,
+                    started - question.asked_at,
                     took,
-                    len(jobs),
+                    len(questions),
                     self.shop.version.name,
                     self.shop.weights,
                 )
-                for job, result in zip(jobs, results, strict=True)
+                for question, result in zip(questions, results, strict=True)
             ]
         except Exception as error:
-            if len(jobs) == 1:
-                jobs[0].end(error=error)
+            if len(questions) == 1:
+                questions[0].end(error=error)
             # one of them is to blame: the others must not suffer
-            for job in jobs if len(jobs) > 1 else ():
-                self._answer([job])
+            for question in questions if len(questions) > 1 else ():
+                self._answer([question])
             return
 
-        self.answered.update(batches=1, questions=len(jobs))
-        for job, answer in zip(jobs, answers, strict=True):
-            job.end(answer)
+        self.answered.update(batches=1, questions=len(questions))
+        for question, answer in zip(questions, answers, strict=True):
+            question.end(answer)
 
-    def _next(self) -> list[Job]:
-        """A change by itself, or questions that stand together in the queue and fit a batch; empty
-        at the end.
+    def _next(self) -> list[Question]:
+        """Give a change by itself, or questions that stand together in the queue and fit a batch;
+        empty at the end.
         """
         with self._changed:
             while not self._waiting and not self._closing:
@@ -212,16 +212,17 @@ class ModelThread:
             if not self._waiting:
                 return []
 
-            jobs = [self._waiting.popleft()]
+            questions = [self._waiting.popleft()]
             while (
                 self._waiting
-                and not callable(jobs[0].asked)
+                and not callable(questions[0].asked)
                 and not callable(self._waiting[0].asked)
-                and sum(job.pairs for job in jobs) + self._waiting[0].pairs <= self.batch_pairs
+                and sum(question.pairs for question in questions) + self._waiting[0].pairs
+                <= self.batch_pairs
             ):
-                jobs.append(self._waiting.popleft())
+                questions.append(self._waiting.popleft())
 
-            for job in jobs:
-                job.begun = True
+            for question in questions:
+                question.begun = True
 
-            return jobs
+            return questions

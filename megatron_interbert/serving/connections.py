@@ -208,7 +208,7 @@ class Connection(H11Protocol):
         self.transport.abort()
 
     def _asked(self) -> bool:
-        """Whether a request has begun that is not answered in full."""
+        """Tell whether a request has begun that is not answered in full."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def _note(self) -> None:

@@ -105,8 +105,8 @@ class Version:
         return facts
 
     def _check_facts(self) -> None:
-        """UsageError for a manifest that is not as it was written, or of an earlier version that is
-        not read.
+        """Raise UsageError for a manifest that is not as it was written, or of an earlier version
+        that is not read.
         """
         facts = self.facts
         where = self.path / FACTS
@@ -153,7 +153,7 @@ class Version:
                 yield file
 
     def is_whole(self) -> bool:
-        """Whether its files are as they were written, and can be served.
+        """Tell whether its files are as they were written, and can be served.
 
         Unreadable where nobody can say.
         """
@@ -169,7 +169,7 @@ class Version:
         return True
 
     def items(self) -> list[Item]:
-        """Those that the vectors are of."""
+        """Give those that the vectors are of."""
         where = self.path / ITEMS
         with self._checked(ITEMS) as file:
             data = file.read()
@@ -203,7 +203,7 @@ class Version:
             raise Damaged(f"{where}: no file of vectors as we write it ({error})") from None
 
     def items_now(self) -> tuple[list[Item], Mark]:
-        """The items with all changes, and the journal's place behind them."""
+        """Give the items with all changes, and the journal's place behind them."""
         records, mark = read_journal(self.path.parent, self.mark)
         items = {item.item_id: item for item in self.items()}
 
@@ -347,7 +347,9 @@ def write_version(
 
 
 def check_readable(path: Path, kind: str) -> None:
-    """UsageError where FAISS has written vectors in another form than the one that we read."""
+    """Raise UsageError where FAISS has written vectors in another form than the one that we
+    read.
+    """
     with open(path, "rb") as file:
         try:
             read_vectors(file, kind, path.stat().st_size)
@@ -359,8 +361,8 @@ def check_readable(path: Path, kind: str) -> None:
 
 
 def check_finite(items: Sequence[Item], vectors: np.ndarray) -> None:
-    """UsageError where the model gives an item a vector with NaN or infinity: it would never be
-    found.
+    """Raise UsageError where the model gives an item a vector with NaN or infinity: it would never
+    be found.
     """
     wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(wrong):
@@ -386,7 +388,10 @@ def serve_from_now_on(folder: Path, version: str) -> None:
 
 
 def version_names(folder: Path) -> list[str]:
-    """Names of what looks like a version; whatever else lies in the folder is somebody else's."""
+    """Give names of what looks like a version.
+
+    Whatever else lies in the folder is somebody else's.
+    """
     return [
         name
         for name in list_folder(folder)
@@ -395,8 +400,8 @@ def version_names(folder: Path) -> list[str]:
 
 
 def versions_in(folder: Path) -> list[Version]:
-    """All versions with a sound manifest, oldest first: by the number that each was given, never by
-    the clock.
+    """Give all versions with a sound manifest, oldest first: by the number that each was given,
+    never by the clock.
     """
     found = []
 
@@ -414,7 +419,7 @@ def versions_in(folder: Path) -> list[Version]:
 
 
 def old_place(version: Version) -> int:
-    """Order versions of earlier versions of this package, which have no numbers."""
+    """Give order versions of earlier versions of this package, which have no numbers."""
     return version.mark if isinstance(version.mark, int) else 0
 
 

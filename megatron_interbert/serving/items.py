@@ -79,15 +79,18 @@ class LiveItems(Catalogue):
         self._places: dict[str, int] = {}
 
     def stored(self) -> Iterable[Item]:
-        """The items that a store begins with: each image with its first caption as title, known by
-        its image id.
+        """Give the items that a store begins with: each image with its first caption as title,
+        known by its image id.
         """
         for name, number in self.image_numbers.items():
             caption = int(self.title_of[number])
             yield Item(name, name, self.corpus.caption(caption) if caption >= 0 else "")
 
     def stage(self, items: Iterable[Item]) -> list[int]:
-        """Places for items that nobody sees yet. KeyError names an image that no store holds."""
+        """Give places for items that nobody sees yet.
+
+        KeyError names an image that no store holds.
+        """
         items = list(items)
         images = [self.image_numbers[item.image_id] for item in items]
         tokens = self.tokenizer.encode_batch(
@@ -122,7 +125,7 @@ class LiveItems(Catalogue):
         return self._items[place]
 
     def current(self) -> list[Item]:
-        """All items that are there."""
+        """Give all items that are there."""
         with self._lock:
             return [self._items[place] for place in self._places.values()]
 

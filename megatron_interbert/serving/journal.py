@@ -43,7 +43,7 @@ class NotKept(RuntimeError):
 
 
 def read_content(folder: Path) -> Content | None:
-    """Give the journal of an index; None where there is none. UsageError where it is damaged."""
+    """Read the journal of an index; None where there is none. UsageError where it is damaged."""
     path = folder / JOURNAL
     confirmed = read_end(folder)  # first: a writer may confirm a change while we read
 
@@ -64,7 +64,7 @@ def read_content(folder: Path) -> Content | None:
 
 
 def read_end(folder: Path) -> Mark | None:
-    """Give the place behind the last change that was confirmed; None where it is not told."""
+    """Read the place behind the last change that was confirmed; None where it is not told."""
     try:
         fields = json.loads(read_own(folder / END))
     except UsageError:
@@ -80,8 +80,8 @@ def read_end(folder: Path) -> Mark | None:
 
 
 def end_is_known(folder: Path) -> bool:
-    """Whether it can be told that all confirmed changes are in the journal of an index, or it holds
-    none.
+    """Tell whether it can be told that all confirmed changes are in the journal of an index, or it
+    holds none.
     """
     content = read_content(folder)
     if content is None or not content.end.place or content.sums[0].startswith(BYTES):
@@ -93,7 +93,7 @@ def end_is_known(folder: Path) -> bool:
 
 
 def read_journal(folder: Path, mark: "Mark | int") -> tuple[list[Record], Mark]:
-    """Give the changes from a place on, and the place behind them.
+    """Read the changes from a place on, and the place behind them.
 
     UsageError where they are not all there.
     """
@@ -126,7 +126,10 @@ def read_journal(folder: Path, mark: "Mark | int") -> tuple[list[Record], Mark]:
 
 
 def has_changes(folder: Path) -> bool:
-    """Whether a journal is there that says that something was ever changed; a damaged one may."""
+    """Tell whether a journal is there that says that something was ever changed.
+
+    A damaged one may.
+    """
     try:
         content = read_content(folder)
     except Unreadable:
@@ -298,8 +301,8 @@ class Journal:
             self._check_file()
 
     def _check_folder(self) -> None:
-        """UsageError where another folder lies in the place of ours; one that was renamed is still
-        ours.
+        """Raise UsageError where another folder lies in the place of ours; one that was renamed is
+        still ours.
         """
         try:
             there = os.stat(self.folder)
@@ -370,13 +373,12 @@ class Journal:
         else:
             raise UsageError(
                 f"{self.folder / JOURNAL}: holds something else than the changes that were"
-                " confirmed here; start this service again to go on with that file, or move it"
-                " away to go on without it: with the next change all that were confirmed here are"
-                " put back"
+                " confirmed here; start this service again to use that file, or move it away to"
+                " continue without it: with the next change all that were confirmed here are put back"
             )
 
     def _as_seen(self, there: os.stat_result) -> bool:
-        """Whether the file is the one that we hold, and nobody has written to it since."""
+        """Tell whether the file is the one that we hold, and nobody has written to it since."""
         return (
             is_file(self._file, there)
             and there.st_size == len(self._confirmed)
@@ -433,5 +435,5 @@ class Journal:
 
 
 def is_file(handle: int, there: os.stat_result | None) -> bool:
-    """Whether something that was looked at is what a descriptor holds."""
+    """Tell whether something that was looked at is what a descriptor holds."""
     return there is not None and os.path.samestat(os.fstat(handle), there)

@@ -83,7 +83,7 @@ class Content:
 
 
 def sum_of(before: str, text: bytes) -> str:
-    """Give the sum behind a change from the one before it."""
+    """Sum the sum behind a change from the one before it."""
     return hashlib.blake2b(before.encode() + text, digest_size=8).hexdigest()
 
 
@@ -124,7 +124,7 @@ def parse(data: bytes, where: str) -> Content:
 
 
 def parse_head(line: bytes, where: str) -> tuple[str, int, str]:
-    """Give (name, trimmed, sum before the first change) of the first line."""
+    """Parse (name, trimmed, sum before the first change) of the first line."""
     try:
         fields = json.loads(line)
         name = fields["journal"]
@@ -140,7 +140,7 @@ def parse_head(line: bytes, where: str) -> tuple[str, int, str]:
 
 
 def parse_change(text: bytes, where: str) -> Record:
-    """Give a change, checked: {"put": item} or {"remove": item id}."""
+    """Parse a change, checked: {"put": item} or {"remove": item id}."""
     try:
         change = json.loads(text)
     except (ValueError, RecursionError):
@@ -203,7 +203,7 @@ class OldJournal:
 def read_from_old_place(
     content: Content | None, place: int, where: Path
 ) -> tuple[list[Record], Mark]:
-    """Give all changes of a journal to a version that knows only a number of bytes.
+    """Read all changes of a journal to a version that knows only a number of bytes.
 
     Replaying a change that the version already holds does no harm: the last change of an item
     counts.
@@ -217,6 +217,6 @@ def read_from_old_place(
     begins = int(first.removeprefix(BYTES)) if first.startswith(BYTES) else None
     reaches_back = not place if begins is None else begins <= place
     if content.trimmed or not reaches_back:
-        raise UsageError(f"{where}: begins behind the place from which the index goes on; {MEND}")
+        raise UsageError(f"{where}: begins behind the place where the index continues; {MEND}")
 
     return content.changes, content.end

@@ -8,7 +8,7 @@ MOST = 50  # items of an answer
 
 
 def speakable(text: str) -> str:
-    """Text that is Unicode throughout and says something; ValueError else."""
+    """Give text that is Unicode throughout and says something; ValueError else."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -27,6 +27,6 @@ def open_own(path: Path) -> IO[bytes]:
 
 
 def read_own(path: Path) -> bytes:
-    """Give the content of a file of ours; errors as of `open_own`."""
+    """Read the content of a file of ours; errors as of `open_own`."""
     with reading(path), open_own(path) as file:
         return file.read()

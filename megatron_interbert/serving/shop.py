@@ -151,8 +151,8 @@ class Shop:
         return True
 
     def answer(self, asked: Sequence[Find | Score]) -> list[list[Hit]]:
-        """All questions in common passes; the hits of each, best first, or in the order asked for
-        given items.
+        """Give all questions in common passes; the hits of each, best first, or in the order asked
+        for given items.
         """
         places = [
             self._places(question.item_ids) if isinstance(question, Score) else None
@@ -196,9 +196,9 @@ class Shop:
         return np.array(found, np.int64)
 
     def regions(self, text: str, item_id: str) -> list[dict[str, Any]]:
-        """Boxes of an item's picture as shares of its size, and how much each speaks for the match:
-        the margin's gradient times the region's feature, summed; the largest is 1. KeyError where
-        the item is not there.
+        """Give boxes of an item's picture as shares of its size, and how much each speaks for the
+        match: the margin's gradient times the region's feature, summed; the largest is 1. KeyError
+        where the item is not there.
         """
         numbers = self._places([item_id])
         pieces = self.scorer.pieces([text])

@@ -156,7 +156,7 @@ class Opened:
             return version
 
     def _items(self, stored: LiveItems) -> tuple[str, list[Item], Mark | None]:
-        """(Version that a new one is made of, its items, the place in the journal from which
+        """Give (Version that a new one is made of, its items, the place in the journal from which
         changes are added; None: of a new one).
         """
         begins_anew = bool(self.config.rebuild and self.config.items)
@@ -192,7 +192,7 @@ class Opened:
         return served.name if served else "", items, mark
 
     def _check(self, items: list[Item], stored: LiveItems) -> None:
-        """UsageError where there are no items, or one has an image that no store holds."""
+        """Raise UsageError where there are no items, or one has an image that no store holds."""
         if not items:
             raise UsageError("no items: an index of nothing would find nothing")
         for item in items:
@@ -215,7 +215,7 @@ class Opened:
             return begin(self.folder)
 
     def _vectors(self, scorer: ItemScorer, items: list[Item]) -> np.ndarray:
-        """float32 [items, P], with progress. UsageError where they are not finite."""
+        """Give float32 [items, P], with progress. UsageError where they are not finite."""
         places = np.array(scorer.catalogue.stage(items))
         with progress(total=len(items), unit="item", desc="vectors") as bar:
             vectors = scorer.item_vectors(places, bar.update)
@@ -229,7 +229,7 @@ class Opened:
         self.writes = Journal(self.folder)
 
     def shop(self, version: Version) -> Shop:
-        """A version, ready to answer.
+        """Give a version, ready to answer.
 
         UsageError where it was made with other weights or settings.
         """
@@ -243,7 +243,7 @@ class Opened:
 
 
 def read_items(path: str, items: LiveItems) -> list[Item]:
-    """A jsonl of item_id, image_id, title and attributes; other keys with texts or numbers are
+    """Read a jsonl of item_id, image_id, title and attributes; other keys with texts or numbers are
     attributes too. UsageError names the line with an image that no store holds.
     """
     found: dict[str, Item] = {}
@@ -288,7 +288,7 @@ def read_items(path: str, items: LiveItems) -> list[Item]:
 
 
 def open_models(config: ServeConfig, device: torch.device) -> list[Opened]:
-    """What answers searches, and, where it is another one, what answers topics."""
+    """Open what answers searches, and, where it is another one, what answers topics."""
     integrity = Integrity(paths_of_stores(config))
     integrity.check_at_once()
     integrity.start(lambda problem: log.error("%s", problem))
@@ -311,7 +311,7 @@ def open_models(config: ServeConfig, device: torch.device) -> list[Opened]:
 
 
 def open_service(config: ServeConfig, models: list[Opened]) -> Service:
-    """The service with the current version of each index; one is made where there is none."""
+    """Open the service with the current version of each index; one is made where there is none."""
     threads = [start_answering(opened) for opened in models]
     generated = any(store.manifest.get("generated") for store in models[0].corpus.stores)
     service = Service(threads[0], threads[-1], config, generated)
@@ -330,8 +330,8 @@ def open_service(config: ServeConfig, models: list[Opened]) -> Service:
 
 
 def start_answering(opened: Opened) -> ModelThread:
-    """The thread of a model with the version of its index that is served; one is made where there
-    is no trace of an index.
+    """Give the thread of a model with the version of its index that is served; one is made where
+    there is no trace of an index.
     """
     config = opened.config
     if config.api_key:
@@ -382,7 +382,7 @@ def watch(opened: Opened, model: ModelThread) -> None:
             version = current.name if current else served
             if version != served:
                 newer = opened.shop(served_version(opened.folder))
-                model.change(lambda shop, newer=newer: take_over(model, shop, newer))
+                model.change(lambda shop, newer=newer: switch_model(model, shop, newer))
                 log.info("index %s is served now", newer.version.name)
                 model.change(Shop.trim)
         except (OSError, Unreadable) as error:  # it may be sound: tried again
@@ -399,7 +399,7 @@ def watch(opened: Opened, model: ModelThread) -> None:
                     serve_from_now_on(opened.folder, served)
 
 
-def take_over(model: ModelThread, older: Shop, newer: Shop) -> None:
+def switch_model(model: ModelThread, older: Shop, newer: Shop) -> None:
     """In the model's thread: nothing that was changed while the newer version was made is lost."""
     if older.journal is not None:
         newer.begin_to_write(older.journal)

@@ -127,7 +127,7 @@ def read_vectors(file: IO[bytes], kind: str, size: int) -> Stored:
 
 
 def read_head(file: IO[bytes], kind: bytes) -> tuple[int, int]:
-    """Give (width, number of vectors) of a part that must be of a kind, with inner products."""
+    """Read (width, number of vectors) of a part that must be of a kind, with inner products."""
     found, width, count, _, _, trained, metric = HEAD.unpack(exactly(file, HEAD.size))
     if found != kind or metric != INNER_PRODUCT or not trained:
         raise Foreign(f"expected a part {kind.decode()} with inner products, found another one")

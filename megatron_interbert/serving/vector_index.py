@@ -66,7 +66,7 @@ class VectorIndex:
         return self.faiss.d
 
     def add(self, places: Sequence[int], vectors: np.ndarray) -> None:
-        """Vectors [n, P] at places that no vector has had."""
+        """Add vectors [n, P] at places that no vector has had."""
         with self._lock:
             self.faiss.add_with_ids(
                 np.ascontiguousarray(vectors, np.float32), np.array(places, np.int64)
@@ -81,7 +81,7 @@ class VectorIndex:
                 self.gone.add(place)
 
     def search(self, vectors: np.ndarray, k: int) -> list[np.ndarray]:
-        """Places of the k (or fewer) best items for each vector [n, P], best first."""
+        """Search places of the k (or fewer) best items for each vector [n, P], best first."""
         with self._lock:
             most = min(k, len(self))
             if not most:

@@ -29,16 +29,16 @@ class ClassificationTask(ABC):
     def answers(
         self, output: InterBertOutput, batch: PackedBatch
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(logits float32 [n, classes], labels [n]) of each kind."""
+        """Give (logits float32 [n, classes], labels [n]) of each kind."""
 
     @abstractmethod
     def count_targets(self, batch: PackedBatch) -> torch.Tensor:
-        """float64 [kinds]: labels of each kind in a batch."""
+        """Count float64 [kinds]: labels of each kind in a batch."""
 
     def loss(
         self, output: InterBertOutput, batch: PackedBatch, totals: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch's share of the step's loss and its report float32 [kinds, 3]."""
+        """Give the batch's share of the step's loss and its report float32 [kinds, 3]."""
         losses = []
         rows = []
 
@@ -53,7 +53,7 @@ class ClassificationTask(ABC):
 
     @staticmethod
     def summed(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sum of losses, right answers) of n samples."""
+        """Give (sum of losses, right answers) of n samples."""
         return (
             F.cross_entropy(logits, labels, reduction="sum"),
             (logits.argmax(dim=1) == labels).sum().float(),

@@ -27,7 +27,7 @@ from megatron_interbert.tasks.parts import open_stores, open_vocabulary, verify_
 from megatron_interbert.tasks.precision import choose_precision
 from megatron_interbert.tasks.results import output_folder
 from megatron_interbert.weights.manifest import BEST
-from megatron_interbert.weights.sources import Source, open_source
+from megatron_interbert.weights.sources import WeightSource, open_weights
 
 
 def load_model(
@@ -39,7 +39,7 @@ def load_model(
     averaged: bool = False,
     precision: str = "fp32",
     **options: Any,
-) -> tuple[InterBert, Source]:
+) -> tuple[InterBert, WeightSource]:
     """Open the model (`options` of InterBert), in evaluation mode and a precision, and say where
     its weights came from.
 
@@ -51,7 +51,7 @@ def load_model(
     state = state or ParallelState()
     link = Path(load) / BEST
     best = sibling(link)
-    source = open_source(best or load, averaged=averaged)
+    source = open_weights(best or load, averaged=averaged)
 
     if best is None and os.path.lexists(link):
         source.notes.insert(
@@ -77,8 +77,8 @@ def load_model(
 
 
 def check_photos(folder: str, state: ParallelState) -> None:
-    """UsageError on all ranks where --image-folder names no folder that rank 0, which draws the
-    page, can list.
+    """Raise UsageError on all ranks where --image-folder names no folder that rank 0, which draws
+    the page, can list.
     """
 
     def check() -> None:
@@ -91,11 +91,11 @@ def check_photos(folder: str, state: ParallelState) -> None:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold the weights of a source that does not list them itself."""
+    """Give the files that hold the weights of a source that does not list them itself."""
     return sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]) if path.is_dir() else [path]
 
 
-def as_trained(config: LoadConfig, source: Source, task: str = "") -> None:
+def as_trained(config: LoadConfig, source: WeightSource, task: str = "") -> None:
     """Fill in what is not given with what the weights were trained with, where that was for `task`.
 
     Rows say what holds otherwise (`as_trained` of `Facts`).
@@ -115,9 +115,9 @@ def as_trained(config: LoadConfig, source: Source, task: str = "") -> None:
 
 
 def open_for(
-    config: EvaluateConfig, source: Source, stores: Sequence[str]
+    config: EvaluateConfig, source: WeightSource, stores: Sequence[str]
 ) -> tuple[Corpus | None, CaptionTokenizer]:
-    """The stores and the vocabulary of an evaluation.
+    """Open the stores and the vocabulary of an evaluation.
 
     UsageError where they are not those that the weights were made with.
     """
@@ -157,11 +157,11 @@ def give_up(problem: str) -> None:
 def agree_on_inputs(
     config: EvaluateConfig,
     state: ParallelState,
-    source: Source,
+    source: WeightSource,
     tokenizer: CaptionTokenizer,
     files: Sequence[str | Path],
 ) -> Path:
-    """The folder for the results.
+    """Give the folder for the results.
 
     UsageError on all ranks when it cannot be written or when they have opened different things:
     weights, vocabulary, or `files` (of the data); or when stores are not as they were written.

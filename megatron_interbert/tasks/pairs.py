@@ -19,7 +19,7 @@ Text = tuple[np.ndarray, np.ndarray]  # token ids with [CLS] and [SEP], their ty
 def caption_texts(
     corpus: Corpus, tokenizer: CaptionTokenizer, captions: np.ndarray, max_tokens: int
 ) -> list[Text]:
-    """[CLS] words [SEP] of some captions [n], cut to `max_tokens`."""
+    """Give [CLS] words [SEP] of some captions [n], cut to `max_tokens`."""
     tokens = corpus.tokens(captions, tokenizer, max_tokens - 2)
     return [
         frame([ids], tokenizer, max_tokens) for ids in np.split(tokens.ids, tokens.offsets[1:-1])
@@ -27,8 +27,8 @@ def caption_texts(
 
 
 def frame(pieces: Sequence[np.ndarray], tokenizer: CaptionTokenizer, max_tokens: int) -> Text:
-    """(ids, types) of one or two texts; too long together, the longer one loses its last token,
-    again and again.
+    """Give (ids, types) of one or two texts; too long together, the longer one loses its last
+    token, again and again.
     """
     room = max_tokens - 1 - len(pieces)
     lengths = [len(part) for part in pieces]
@@ -45,7 +45,7 @@ def frame(pieces: Sequence[np.ndarray], tokenizer: CaptionTokenizer, max_tokens:
 
 
 def text_fields(texts: Sequence[Text]) -> tuple[Fields, np.ndarray]:
-    """(token fields, lengths [B]) of texts given as (ids with [CLS] and [SEP], types)."""
+    """Give (token fields, lengths [B]) of texts given as (ids with [CLS] and [SEP], types)."""
     lengths = np.array([len(ids) for ids, _ in texts], dtype=np.int64)
     fields = {
         "token_ids": np.concatenate([ids for ids, _ in texts]).astype(np.int64),
@@ -62,8 +62,8 @@ def pair_fields(
     feature_dim: int,
     allocate: Allocate = plain_memory,
 ) -> Fields:
-    """The fields of a PackedBatch for B pairs without masks: texts [B] and the place of each pair's
-    image in `regions` [B], -1 for a text alone; all are without regions.
+    """Give the fields of a PackedBatch for B pairs without masks: texts [B] and the place of each
+    pair's image in `regions` [B], -1 for a text alone; all are without regions.
     """
     fields, lengths = text_fields(texts)
     counts = (

@@ -22,7 +22,7 @@ from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.config import LoadConfig
 from megatron_interbert.weights.manifest import newest_checkpoint
-from megatron_interbert.weights.sources import open_source, recognise
+from megatron_interbert.weights.sources import open_weights, recognise
 
 
 def open_stores(paths: Sequence[str], config: TrainConfig | LoadConfig) -> Corpus:
@@ -49,8 +49,8 @@ def verify_stores(config: TrainConfig | LoadConfig, state: ParallelState) -> Int
 def open_vocabulary(
     given: str, folders: Iterable[str | Path], sizes: ModelConfig, segmenter: str = "characters"
 ) -> CaptionTokenizer:
-    """The vocabulary of --vocab-file, else of the first folder (of a store, of weights) that has
-    one, for a model of such `sizes`.
+    """Open the vocabulary of --vocab-file, else of the first folder (of a store, of weights) that
+    has one, for a model of such `sizes`.
     """
     found = next(
         (path for folder in folders if (path := Path(folder) / VOCABULARY).is_file()), None
@@ -64,7 +64,7 @@ def open_vocabulary(
 
 
 def vocabulary_of_run(config: TrainConfig, stores: Sequence[str] = ()) -> CaptionTokenizer:
-    """The vocabulary of a run: given, of its stores, or of the weights that it starts from."""
+    """Give the vocabulary of a run: given, of its stores, or of the weights that it starts from."""
     weights = [newest_checkpoint(config.init_from) or config.init_from] if config.init_from else []
     # pretraining's: nothing else masks words
     segmenter = getattr(config, "segmenter", "characters")
@@ -92,15 +92,15 @@ def fit_length(config: Flags, sizes: ModelConfig, name: str = "max_tokens") -> N
 
 
 def sizes_of_model(config: TrainConfig) -> ModelConfig:
-    """The sizes that --model names; without it those of --init-from where it holds them, else of
-    `base`.
+    """Give the sizes that --model names; without it those of --init-from where it holds them, else
+    of `base`.
     """
     if (
         not config.model
         and config.init_from
         and recognise(config.init_from) in ("checkpoint", "huggingface")
     ):
-        return open_source(config.init_from).config
+        return open_weights(config.init_from).config
 
     return load_model_config(config.model or "base")
 
@@ -108,8 +108,8 @@ def sizes_of_model(config: TrainConfig) -> ModelConfig:
 def fitted_sizes(
     config: TrainConfig, tokenizer: CaptionTokenizer, corpus: Corpus | None
 ) -> ModelConfig:
-    """Sizes of the model with those that come from the data filled in, and whether --max-tokens
-    fits checked.
+    """Give sizes of the model with those that come from the data filled in, and whether --max-
+    tokens fits checked.
     """
     sizes = sizes_of_model(config)
     like = corpus or sizes
@@ -128,7 +128,7 @@ def describe_data(
     files: Sequence[str] = (),
     task: str | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint remembers of its data.
+    """Describe what a checkpoint remembers of its data.
 
     `files` are those beside the stores that decide what the samples are.
     """

@@ -17,9 +17,9 @@ from megatron_interbert.tasks.config import LoadConfig
 
 HEADS = ("itm_head", "choice_head", "sentence_head")
 MEANING = {
-    "fp32": "values and products in 32 bits",
-    "tf32": "values in 32 bits, the layers' products in NVIDIA's TF32",
-    "bf16": "values and products in bfloat16, the heads in fp32",
+    "fp32": "weights and products in 32 bits",
+    "tf32": "weights in 32 bits, the layers' products in NVIDIA's TF32",
+    "bf16": "weights and products in bfloat16, the heads in fp32",
 }
 
 

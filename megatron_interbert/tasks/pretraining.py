@@ -42,13 +42,13 @@ class PretrainingTask:
 
     @staticmethod
     def count_targets(batch: PackedBatch) -> torch.Tensor:
-        """float64 [3]: targets of MSM, MRM and ITM in a batch."""
+        """Count float64 [3]: targets of MSM, MRM and ITM in a batch."""
         return batch.target_counts()
 
     def loss(
         self, output: InterBertOutput, batch: PackedBatch, totals: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The summed losses of this batch over the step's target counts `totals` [3], as one
+        """Give the summed losses of this batch over the step's target counts `totals` [3], as one
         scalar, and the report [3, 3] float32: rows msm, mrm, itm; columns sum of losses, right
         answers, targets.
         """
@@ -132,7 +132,7 @@ def soft_label_kl(
 
 
 def hard_label(class_ids: torch.Tensor, class_probs: torch.Tensor) -> torch.Tensor:
-    """The detector's most likely class [M] of top-k labels [M, k]."""
+    """Give the detector's most likely class [M] of top-k labels [M, k]."""
     return class_ids.gather(1, class_probs.argmax(dim=1, keepdim=True)).squeeze(1)
 
 
@@ -167,7 +167,7 @@ def mined_negatives(corpus: Corpus) -> list[str]:
 
 
 def config_of_validation(config: RunConfig) -> RunConfig:
-    """The same settings for one other store, which has partitions of its own."""
+    """Give the same settings for one other store, which has partitions of its own."""
     own = copy.copy(config)
     own.data_epochs = own.data_weights = ""
     own.given = config.given - {"data_partitions"}

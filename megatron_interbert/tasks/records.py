@@ -11,7 +11,7 @@ from megatron_interbert.reading import read_text
 def read_records(
     path: str, flag: str, keys: Mapping[str, type | tuple[type, ...]]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(`PATH: line N`, record) of each line that is not empty.
+    """Read (`PATH: line N`, record) of each line that is not empty.
 
     UsageError for a line without one of the `keys`, or with another type.
     """

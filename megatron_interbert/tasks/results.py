@@ -14,7 +14,7 @@ from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.files import file_sha256, write_json
 from megatron_interbert.tasks.config import EvaluateConfig
 from megatron_interbert.weights.manifest import versions
-from megatron_interbert.weights.sources import Source
+from megatron_interbert.weights.sources import WeightSource
 
 # Figures of the official model. They are shown beside ours only where --benchmark says that the
 # data are the same.
@@ -29,12 +29,12 @@ def result_of(
     config: EvaluateConfig,
     protocol: str,
     metrics: dict[str, float],
-    source: Source,
+    source: WeightSource,
     corpus: Corpus | None,
     files: Sequence[str] = (),
     **more: Any,
 ) -> dict[str, Any]:
-    """The record of an evaluation.
+    """Give the record of an evaluation.
 
     `metrics` are flat, `files` decide the samples beside the stores of `corpus`.
     """
@@ -72,7 +72,7 @@ def result_of(
     }
 
 
-def output_folder(config: EvaluateConfig, source: Source) -> Path:
+def output_folder(config: EvaluateConfig, source: WeightSource) -> Path:
     """--output, else beside the checkpoints of the run (never inside one, whose files are
     hashed).
     """
@@ -102,7 +102,7 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures, one a line, with the official ones beside where the data are the same."""
+    """Give the figures, one a line, with the official ones beside where the data are the same."""
     official = result.get("official", {})
     lines = [f"{'':<22}{'ours':>9}" + (f"{'official':>10}" if official else "")]
 

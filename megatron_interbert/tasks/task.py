@@ -23,22 +23,22 @@ class Task(Protocol):
     report_shape: tuple[int, ...]
 
     def count_targets(self, batch: Any) -> torch.Tensor:
-        """float64 [losses]: targets of each loss in a batch; the loop sums them over the whole
-        optimizer step.
+        """Count float64 [losses]: targets of each loss in a batch; the loop sums them over the
+        whole optimizer step.
         """
 
     def loss(
         self, output: Any, batch: Any, totals: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch's share of the step's loss, given the step's target counts, and the batch's
-        report.
+        """Give the batch's share of the step's loss, given the step's target counts, and the
+        batch's report.
         """
 
     def metrics(self, report: torch.Tensor, steps: int = 1) -> dict[str, float]:
         """Named figures from a summed report of `steps` optimizer steps; `loss` is one of them."""
 
     def line(self, values: dict[str, float]) -> str:
-        """The figures a person wants to see in a log line."""
+        """Give the figures a person wants to see in a log line."""
 
 
 # a model's figures, the same on all ranks

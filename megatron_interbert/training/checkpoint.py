@@ -47,7 +47,7 @@ from megatron_interbert.weights.manifest import (
 from megatron_interbert.weights.reader import KINDS, CheckpointReader, describe_pieces, piece_key
 from megatron_interbert.weights.tensor_files import TensorLayout, is_finite, write_tensors
 
-# a save that fails is reported and training goes on; a second one in a row ends the run
+# a save that fails is reported and training continues; a second one in a row ends the run
 FAILURES_ALLOWED = 1
 
 
@@ -206,18 +206,18 @@ class Checkpoints:
         return self.newest is not None and self.newest.parent != self.folder.path
 
     def writing(self) -> bool:
-        """Whether a save is under way in the background."""
+        """Tell whether a save is under way in the background."""
         return self._thread is not None and self._thread.is_alive()
 
     def messages(self) -> list[str]:
-        """Lines about saves that have ended since the last call, for the log."""
+        """Give lines about saves that have ended since the last call, for the log."""
         lines = []
         while not self._messages.empty():
             lines.append(self._messages.get())
         return lines
 
     def _snapshot(self, engine: Engine, progress: Progress) -> Snapshot:
-        """Copies into host buffers that are kept: the second save costs no page faults."""
+        """Copy into host buffers that are kept: the second save costs no page faults."""
         training_state = FragmentedState(engine)
         kinds = [
             file
@@ -450,7 +450,7 @@ class Checkpoints:
 
 
 def topology(config: TrainConfig, state: ParallelState) -> dict[str, int]:
-    """Sizes that decide how a checkpoint is cut into files."""
+    """Give sizes that decide how a checkpoint is cut into files."""
     return {
         "data_parallel": state.data_size,
         "tensor_parallel": state.tensor_size,

@@ -59,7 +59,7 @@ BLOCKS = {
 
 
 def read_deepspeed_config(config: TrainConfig) -> dict[str, Any]:
-    """The JSON of --deepspeed_config with its keys checked; empty without one."""
+    """Read the JSON of --deepspeed_config with its keys checked; empty without one."""
     if not config.deepspeed_config:
         return {}
 
@@ -132,7 +132,7 @@ def check_numbers(values: dict[str, Any], where: str) -> None:
 
 
 def agree_with_json(config: TrainConfig) -> dict[str, Any]:
-    """The JSON of --deepspeed_config, whose values for what flags say too are written into
+    """Give the JSON of --deepspeed_config, whose values for what flags say too are written into
     `config`. UsageError where both are given and differ.
     """
     values = copy.deepcopy(read_deepspeed_config(config))
@@ -151,7 +151,7 @@ def agree_with_json(config: TrainConfig) -> dict[str, Any]:
 
 
 def merge(config: TrainConfig, data_parallel_size: int, resumed_batch: int = 0) -> dict[str, Any]:
-    """The dictionary for deepspeed.initialize.
+    """Merge the dictionary for deepspeed.initialize.
 
     Values only the JSON gives are written into `config`.
 
@@ -190,7 +190,7 @@ def merge(config: TrainConfig, data_parallel_size: int, resumed_batch: int = 0) 
 
 
 def offloads(values: dict[str, Any]) -> bool:
-    """Whether a DeepSpeed configuration keeps weights or moments in host memory."""
+    """Tell whether a DeepSpeed configuration keeps weights or moments in host memory."""
     return any(block.get("device", "none") != "none" for block in _offload_blocks(values))
 
 

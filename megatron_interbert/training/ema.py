@@ -22,7 +22,7 @@ class AveragedWeights:
         self._averages: dict[int, torch.Tensor] = {}
 
     def average_of(self, weights: torch.Tensor) -> torch.Tensor:
-        """The flat average of a tensor that Adam updates; begins as a copy of it."""
+        """Give the flat average of a tensor that Adam updates; begins as a copy of it."""
         if id(weights) not in self._averages:
             self._averages[id(weights)] = weights.detach().reshape(-1).float().clone()
         return self._averages[id(weights)]

@@ -18,7 +18,7 @@ from megatron_interbert.training.update import choose_update
 
 
 def half_precision_supported() -> bool:
-    """Whether the device computes in float16 (GPUs do; of CPUs only some)."""
+    """Tell whether the device computes in float16 (GPUs do; of CPUs only some)."""
     return deepspeed.get_accelerator().is_fp16_supported()
 
 
@@ -71,7 +71,7 @@ class Engine:
         return self.deepspeed.module
 
     def forward(self, *inputs: Any) -> Any:
-        """The model's forward pass through the engine (casts, ZeRO-3 gathers)."""
+        """Give the model's forward pass through the engine (casts, ZeRO-3 gathers)."""
         return self.deepspeed(*inputs)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
@@ -95,5 +95,5 @@ class Engine:
         return self.update.step()
 
     def loss_scale(self) -> float:
-        """The current loss scale; 1 where none is used."""
+        """Give the current loss scale; 1 where none is used."""
         return float(self.deepspeed.optimizer.loss_scale) if self.precision == "fp16" else 1.0

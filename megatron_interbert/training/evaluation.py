@@ -23,9 +23,9 @@ class Evaluation(Protocol):
     def run(
         self, engine: Engine, watchdog: Watchdog, stop: Callable[[], bool]
     ) -> tuple[dict[str, float], str] | None:
-        """(figures, the part of the log line for people).
+        """Give (figures, the part of the log line for people).
 
-        Tells the watchdog that it goes on; None where all ranks have agreed by `stop` to give it
+        Tells the watchdog that it is alive; None where all ranks have agreed by `stop` to give it
         up.
         """
 

@@ -8,7 +8,7 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.model.initialise import load_full_state
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.weights.sources import open_source, recognise
+from megatron_interbert.weights.sources import open_weights, recognise
 
 NEW_HEADS = ("choice_head.", "sentence_head.")  # of downstream tasks: not in pretrained weights
 
@@ -31,7 +31,7 @@ def load_initial_weights(
 
     try:
         kind = recognise(path)
-        source = open_source(path, kind, config if kind in ("official", "bert") else None)
+        source = open_weights(path, kind, config if kind in ("official", "bert") else None)
         if state.is_main:
             print(*source.notes, sep="\n", end="\n" * bool(source.notes), flush=True)
 

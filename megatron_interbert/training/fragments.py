@@ -36,7 +36,7 @@ class Fragment:
         return self.tensors["weight"].numel()
 
     def part(self, first: int, last: int) -> "Fragment":
-        """The run from element `first` to `last` of this one."""
+        """Give the run from element `first` to `last` of this one."""
         return Fragment(
             self.name,
             self.start + first,
@@ -57,7 +57,7 @@ class FragmentedState:
         self.names = {id(p): name for name, p in engine.model.named_parameters()}
 
     def held(self) -> Iterator[Fragment]:
-        """Everything this rank keeps in memory; at stage 0 that is all of its slice."""
+        """Give everything this rank keeps in memory; at stage 0 that is all of its slice."""
         for flat, runs in self._lines():
             moments = self._moments(flat)
             line = {
@@ -74,11 +74,11 @@ class FragmentedState:
                     yield Fragment(self.names[id(parameter)], start, tuple(shape), pieces)
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """The fp32 tensors of this rank that Adam updates."""
+        """Give the fp32 tensors of this rank that Adam updates."""
         return (flat for flat, _ in self._lines())
 
     def owned(self) -> Iterator[Fragment]:
-        """What this rank writes: with all ranks', each element once."""
+        """Give what this rank writes: with all ranks', each element once."""
         for fragment in self.held():
             if self.stage:
                 yield fragment
@@ -186,7 +186,7 @@ class FragmentedState:
 
     @torch.no_grad()
     def copy_into(self, model: nn.Module, kind: str = "weight") -> None:
-        """The weights, or their average, of all ranks into a model that is whole on each (its
+        """Copy the weights, or their average, of all ranks into a model that is whole on each (its
         tensor-parallel slice).
         """
         targets = dict(model.named_parameters())

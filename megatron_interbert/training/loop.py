@@ -151,7 +151,7 @@ class Trainer:
             self.say_what_was_saved()
 
     def save_is_due(self, step: int) -> bool:
-        """Whether a checkpoint belongs after this step, by --save-interval or by the clock."""
+        """Tell whether a checkpoint belongs after this step, by --save-interval or by the clock."""
         interval = self.config.save_interval
         # what is to be kept for good must be written at all
         if self.config.minutes_between_saves():
@@ -181,7 +181,7 @@ class Trainer:
         self.save_is_owed = False
 
     def bad_step_may_be_saved(self) -> bool:
-        """Whether a run may end with a checkpoint of a bad step.
+        """Tell whether a run may end with a checkpoint of a bad step.
 
         With fp16 an overflow is part of finding the loss scale; and the first checkpoint pushes no
         other out.
@@ -207,21 +207,21 @@ class Trainer:
         self.writer.say(text)
 
     def make_up_for_evaluation(self) -> None:
-        """The evaluation for which the run that is gone on with had no time: what is best and when
+        """Run the evaluation for which the resumed run had no time: what is best and when
         to stop early must not depend on it.
         """
         if self.progress.owes_evaluation and self.evaluation and self.evaluate():
             self.checkpoints.point_to_best(self.progress)
 
     def say_out_of_patience(self) -> None:
-        """The line of a run that stops early, as its task asks."""
+        """Give the line of a run that stops early, as its task asks."""
         step = self.progress.step
         stale = self.progress.stale
         metric = self.checkpoints.judge.metric
         self.writer.say(f"step {step}: {stale} evaluations without a better {metric}: the run ends")
 
     def say_how_to_resume(self) -> None:
-        """The last line of a run that ends before its time: which checkpoint stands for it."""
+        """Give the last line of a run that ends before its time: which checkpoint stands for it."""
         newest = self.checkpoints.newest
         if self.complete or not (self.stopping.reason or newest):
             return
@@ -237,13 +237,13 @@ class Trainer:
             self.writer.say(f"{reason}; {how} resumes from {newest}{left}")
 
     def say_what_was_saved(self) -> None:
-        """The lines of saves that have ended in the background."""
+        """Give the lines of saves that have ended in the background."""
         for line in self.checkpoints.messages():
             if self.state.is_main:
                 self.writer.say(line)
 
     def train_step(self) -> None:
-        """One optimizer step over all micro-batches of this rank."""
+        """Train one optimizer step over all micro-batches of this rank."""
         step = self.progress.step + 1
         self.watchdog.enter("data", step)
         micro_batches = self.next_batches()
@@ -270,7 +270,9 @@ class Trainer:
             self.engine.ema.update(step, FragmentedState(self.engine).tensors())
 
     def next_batches(self) -> list[PackedBatch]:
-        """The micro-batches of one step on the device; waiting time and work are accounted for."""
+        """Give the micro-batches of one step on the device; waiting time and work are accounted
+        for.
+        """
         started = time.monotonic()
         batches = [next(self.batches) for _ in range(self.engine.accumulation)]
         self.data_wait += time.monotonic() - started
@@ -281,8 +283,8 @@ class Trainer:
         return [batch.to(self.device) for batch in batches]
 
     def count_targets(self, micro_batches: list[PackedBatch]) -> torch.Tensor:
-        """float64 [losses]: targets of each loss in the whole step, over micro-batches and data-
-        parallel ranks.
+        """Count float64 [losses]: targets of each loss in the whole step, over micro-batches and
+        data- parallel ranks.
         """
         counts = (
             torch.stack([self.task.count_targets(batch) for batch in micro_batches])
@@ -292,7 +294,9 @@ class Trainer:
         return self.state.sum_over_data(counts)
 
     def note_bad_step(self, step: int) -> None:
-        """A step without update: with fp16 the loss scale adapts; too many in a row end the run."""
+        """Give a step without update: with fp16 the loss scale adapts; too many in a row end the
+        run.
+        """
         self.bad_steps += 1
         self.skipped += 1
 
@@ -309,8 +313,8 @@ class Trainer:
             self.writer.say(f"step {step}: gradient is not finite, step skipped on all ranks")
 
     def log(self) -> None:
-        """Figures of the window since the last log, summed over ranks; one synchronisation with the
-        device.
+        """Give figures of the window since the last log, summed over ranks; one synchronisation
+        with the device.
         """
         work = torch.tensor([self.flops, self.tokens], dtype=torch.float64, device=self.device)
         self.state.sum_over_data(work)
@@ -346,21 +350,21 @@ class Trainer:
         self.window_started = time.monotonic()
 
     def evaluation_is_possible(self) -> bool:
-        """Whether one is owed and there is time for it.
+        """Tell whether one is owed and there is time for it.
 
         Weights are not judged while steps are bad.
         """
         return self.progress.owes_evaluation and not self.bad_steps and not self.stopping.urgent
 
     def evaluation_is_due(self, step: int) -> bool:
-        """Whether there is one to make: every --eval-interval steps and at the end."""
+        """Tell whether there is one to make: every --eval-interval steps and at the end."""
         if not self.evaluation or not self.config.eval_interval:
             return False
         return step == self.config.train_iters or step % self.config.eval_interval == 0
 
     def evaluate(self) -> bool:
-        """Figures on unseen samples, unless it is given up for a stop; whether they are the best so
-        far by the job's metric.
+        """Evaluate figures on unseen samples, unless it is given up for a stop; whether they are
+        the best so far by the job's metric.
         """
         step = self.progress.step
         self.watchdog.enter("evaluation", step)
@@ -381,5 +385,5 @@ class Trainer:
         return self.progress.note(values[self.checkpoints.judge.metric])
 
     def out_of_patience(self) -> bool:
-        """Whether the last evaluations were no better, too many of them."""
+        """Tell whether the last evaluations were no better, too many of them."""
         return bool(self.job.patience) and self.progress.stale >= self.job.patience

@@ -79,7 +79,7 @@ class Memory:
 
 @functools.cache
 def rank_values(sizes: ModelConfig, tensor: int) -> int:
-    """Trained values of one rank."""
+    """Count the trained parameters of one rank."""
     sizes.check_tensor_parallel(tensor)
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -91,7 +91,7 @@ def rank_values(sizes: ModelConfig, tensor: int) -> int:
 
 
 def activations(sizes: ModelConfig, layout: Layout, load: Load) -> tuple[float, float]:
-    """(Bytes that a forward pass keeps for the backward pass, bytes of the one layer that is
+    """Give (Bytes that a forward pass keeps for the backward pass, bytes of the one layer that is
     computed again, if any).
     """
     hidden = sizes.hidden_size
@@ -189,7 +189,7 @@ def logits_at_once(sizes: ModelConfig, layout: Layout, load: Load) -> float:
 
 
 def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
-    """Memory of a training step (the second one, when the moments are there).
+    """Predict memory of a training step (the second one, when the moments are there).
 
     A step is largest at one of three times: when the backward pass begins and holds all
     activations, when it ends and holds all gradients, or when these are converted for the
@@ -248,7 +248,10 @@ def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
 def largest_micro_batch(
     sizes: ModelConfig, layout: Layout, load: Load, room: float, most: int = 1 << 16
 ) -> int:
-    """The most samples whose peak stays within `room` bytes; 0 where one sample is too many."""
+    """Give the most samples whose peak stays within `room` bytes.
+
+    0 where one sample is too many.
+    """
     low = 0
     high = most
     while low < high:

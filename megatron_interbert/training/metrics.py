@@ -121,7 +121,7 @@ class MetricsWriter:
     def write(
         self, step: int, values: dict[str, float], summary: str, prefix: str = "train"
     ) -> None:
-        """One record of named figures for a step.
+        """Write one record of named figures for a step.
 
         `summary` is the task's part of the line for people.
         """
@@ -139,7 +139,7 @@ class MetricsWriter:
             write()
         except OSError as error:
             if path not in self._failing:
-                self.say(f"note: {path} cannot be written ({error.strerror}); training goes on")
+                self.say(f"note: {path} cannot be written ({error.strerror}); training continues")
             self._failing.add(path)
             return
 
@@ -162,7 +162,7 @@ class MetricsWriter:
         return " | ".join(parts)
 
     def say(self, line: str) -> None:
-        """One line for people, on rank 0."""
+        """Give one line for people, on rank 0."""
         if self.is_main:
             tqdm.write(line, file=sys.stdout) if self.bar is not None else print(line, flush=True)
 

@@ -70,7 +70,7 @@ class Trial:
         self.layout = layout_of(config, state.data_size, kernels)
 
     def batch(self, samples: int) -> PackedBatch:
-        """The first samples of this rank."""
+        """Give the first samples of this rank."""
         found: TrainingSet = self.job.samples
         positions = range(
             self.state.data_rank,
@@ -81,7 +81,7 @@ class Trial:
         return to_batch(found.fields(found.order.pairs(positions, 0)))
 
     def fits(self, batch: PackedBatch, room: float) -> bool:
-        """Whether a step with such batches stays within `room` bytes on every rank."""
+        """Tell whether a step with such batches stays within `room` bytes on every rank."""
         peak = predict(self.job.model_config, self.layout, load_of(batch)).peak
         return all(self.state.gather(peak <= room))
 
@@ -134,9 +134,9 @@ class Trial:
 def choose_micro_batch(
     trial: Trial, make_model: Callable[[], InterBert], global_batch: int, alive: Callable[[], None]
 ) -> int:
-    """The largest micro-batch that divides a rank's share of the global batch, fits, and is as fast
-    as the best one, alike on all ranks. `alive` is called before each trial. UsageError when not
-    one sample fits, or there is no share to divide.
+    """Choose the largest micro-batch that divides a rank's share of the global batch, fits, and is
+    as fast as the best one, alike on all ranks. `alive` is called before each trial. UsageError
+    when not one sample fits, or there is no share to divide.
     """
     state = trial.state
     if not global_batch:
@@ -192,8 +192,8 @@ def choose_micro_batch(
 
 
 def still_fits(trial: Trial, samples: int) -> bool:
-    """Whether micro-batches that a run before chose fit here: into all that is free, for what is
-    free has its ups and downs.
+    """Tell whether micro-batches that a run before chose fit here: into all that is free, for what
+    is free has its ups and downs.
     """
     with local_errors():
         batch = trial.batch(samples)
@@ -201,7 +201,7 @@ def still_fits(trial: Trial, samples: int) -> bool:
 
 
 def memory_of(device: torch.device) -> float:
-    """Bytes that this rank may use: of its GPU, or its part of what is free on the machine."""
+    """Give bytes that this rank may use: of its GPU, or its part of what is free on the machine."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     return free_memory() / read_launch().local_size

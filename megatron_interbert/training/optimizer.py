@@ -81,7 +81,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:
-    """Whether tensor-parallel ranks hold different parts of a parameter."""
+    """Tell whether tensor-parallel ranks hold different parts of a parameter."""
     return bool(getattr(parameter, "tensor_model_parallel", False))
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it is of this run."""
+"""Which checkpoint a run resumes from, and whether it is of this run."""
 
 import contextlib
 import dataclasses
@@ -168,7 +168,8 @@ def newest_sound(candidates: list[Path], state: ParallelState, rename: bool) -> 
 
 
 def check_no_trace(folder: Path) -> None:
-    """UsageError where a run has committed checkpoints of which none is left that can be used.
+    """Raise UsageError where a run has committed checkpoints of which none is left that can be
+    used.
 
     A temporary folder of a first save that was killed is no trace.
     """
@@ -205,7 +206,7 @@ def _candidates(folder: Path, state: ParallelState) -> list[Path]:
 
 
 def resumed_batch(path: Path | None) -> int:
-    """The global batch of a checkpoint to resume from, which holds on any number of ranks; 0
+    """Give the global batch of a checkpoint to resume from, which holds on any number of ranks; 0
     without one.
     """
     return read_manifest(path)["configs"]["run"]["global_batch_size"] if path else 0
@@ -213,7 +214,7 @@ def resumed_batch(path: Path | None) -> int:
 
 def resumed_micro_batch(path: Path | None, share: int) -> int:
     """That of a checkpoint to resume from, where it divides a rank's `share` of the global batch,
-    else 0: with it a run goes on bit for bit.
+    else 0: with it a run resumes bit for bit.
     """
     before = read_manifest(path)["configs"]["run"]["micro_batch_size"] if path else 0
     return before if before and share % before == 0 else 0
@@ -255,7 +256,7 @@ def changed_rate(manifest: dict[str, Any], config: TrainConfig) -> str:
 
 
 def defaults(config: Any) -> dict[str, Any]:
-    """Values of a configuration that was told nothing."""
+    """Give values of a configuration that was told nothing."""
     return {field.name: field.default for field in dataclasses.fields(config)}
 
 

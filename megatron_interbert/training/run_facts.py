@@ -9,7 +9,7 @@ from megatron_interbert.tasks.task import Job
 
 
 def facts_of_run(config: TrainConfig, job: Job) -> dict[str, Any]:
-    """Everything on which the work of a rank depends, by names for people."""
+    """Give everything on which the work of a rank depends, by names for people."""
     flags = {
         flag(name): getattr(config, name) for name, facts in rows(config) if not facts.may_differ
     }

@@ -124,7 +124,7 @@ def begin(run: Run, job: Job, plan: ModelPlan, engine: Engine, start: Start) -> 
 
 
 def make_evaluation(run: Run, job: Job, plan: ModelPlan) -> Evaluation | None:
-    """Give what evaluates a run: losses on unseen samples, or figures of a downstream task."""
+    """Make what evaluates a run: losses on unseen samples, or figures of a downstream task."""
     config = run.config
     state = run.state
     device = run.device
@@ -168,7 +168,7 @@ def batches(
 def describe_run(
     run: Run, job: Job, plan: ModelPlan, engine: Engine, resume: Path | None
 ) -> list[str]:
-    """Give the lines printed once at start."""
+    """Describe the lines printed once at start."""
     config = run.config
     state = run.state
     sizes = job.model_config

@@ -20,7 +20,7 @@ from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.errors import INTERRUPTED, TrainingStopped
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
-from megatron_interbert.signals import STOPPING, take_over
+from megatron_interbert.signals import STOPPING, handle_signals
 
 
 class Stopping:
@@ -47,7 +47,7 @@ class Stopping:
         if state.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
-        take_over((*STOPPING, signal.SIGINT), self._note)
+        handle_signals((*STOPPING, signal.SIGINT), self._note)
         end_at_second_interrupt(speaks=state.is_main)
 
         # The deepspeed command starts a process that starts the ranks; a signal to the command ends
@@ -95,7 +95,7 @@ class Stopping:
             raise TrainingStopped(found)
 
     def _save_is_due(self) -> bool:
-        """Whether the clock of rank 0 asks for a checkpoint."""
+        """Tell whether the clock of rank 0 asks for a checkpoint."""
         minutes = self.config.minutes_between_saves()
         if not minutes or not self.state.is_main:
             return False
@@ -166,5 +166,5 @@ def end_at_second_interrupt(speaks: bool) -> None:
 
 
 def grandparent() -> int:
-    """The process that has started the one that has started this one."""
+    """Give the process that has started the one that has started this one."""
     return psutil.Process(os.getppid()).ppid()

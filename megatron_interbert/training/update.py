@@ -46,7 +46,10 @@ class DeepSpeedUpdate:
         """Of each micro-batch."""
 
     def step(self) -> tuple[float, bool]:
-        """(Gradient norm before clipping, whether weights were updated); alike on all ranks."""
+        """Give (Gradient norm before clipping, whether weights were updated).
+
+        Alike on all ranks.
+        """
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
 
@@ -152,7 +155,7 @@ class WholeUpdate(DeepSpeedUpdate):
         engine.enable_backward_allreduce = self.state.data_size > 1
 
     def weights(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """(fp32 weight that Adam updates, the model's parameter) of all parameters.
+        """Give (fp32 weight that Adam updates, the model's parameter) of all parameters.
 
         A model in fp32 has its own weights updated: both are the same.
         """
@@ -186,7 +189,7 @@ class WholeUpdate(DeepSpeedUpdate):
         return norm, finite
 
     def _gradients(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(Of replicated parameters, of shards)."""
+        """Give (Of replicated parameters, of shards)."""
         if self.masters is not None:
             return self.masters.gradients()
 

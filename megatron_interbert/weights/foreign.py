@@ -87,7 +87,7 @@ def fuse_qkv(parts: Sequence[torch.Tensor], heads: int) -> torch.Tensor:
 
 
 def split_qkv(fused: torch.Tensor, heads: int) -> list[torch.Tensor]:
-    """The inverse of `fuse_qkv`."""
+    """Split the inverse of `fuse_qkv`."""
     by_head = fused.reshape(heads, 3, -1, *fused.shape[1:])
     return [by_head[:, i].reshape(-1, *fused.shape[1:]) for i in range(3)]
 
@@ -105,7 +105,7 @@ class Link:
     def to_ours(
         self, parts: Sequence[torch.Tensor], config: ModelConfig, where: str
     ) -> torch.Tensor:
-        """Our tensor; the vocabulary is padded with zero rows. UsageError when its size is
+        """Give our tensor; the vocabulary is padded with zero rows. UsageError when its size is
         another.
         """
         if self.heads:
@@ -132,7 +132,7 @@ class Link:
 
 
 def stacks(config: ModelConfig) -> list[tuple[str, str, int, int, int]]:
-    """(ours, official prefix, first official number, layers, heads) of the three stacks."""
+    """Give (ours, official prefix, first official number, layers, heads) of the three stacks."""
     first_text = config.interaction_layers
     heads = config.num_attention_heads
 
@@ -172,13 +172,13 @@ def _links(
 
 
 def official_links(config: ModelConfig) -> list[Link]:
-    """Every parameter of ours and its official names, all heads included."""
+    """Give every parameter of ours and its official names, all heads included."""
     return _links(OFFICIAL, stacks(config))
 
 
 def bert_links(config: ModelConfig) -> list[Link]:
-    """The text path and BERT: its first layers are the interaction module, the next ones the text
-    stream, its embeddings and word head ours, its pooler and classifier our sentence head.
+    """Give the text path and BERT: its first layers are the interaction module, the next ones the
+    text stream, its embeddings and word head ours, its pooler and classifier our sentence head.
     """
     return _links({**TEXT_EMBEDDING, **WORD_HEAD, **SENTENCE_HEAD}, stacks(config)[:2])
 
@@ -188,7 +188,7 @@ OPTIONAL = (*(OFFICIAL[name] for name in OFFICIAL if "_head." in name), *SENTENC
 
 
 def present(links: Sequence[Link], names: Iterable[str], where: str, what: str) -> list[Link]:
-    """The links whose parts are in a source.
+    """Give the links whose parts are in a source.
 
     UsageError when something other than a head is missing.
     """
@@ -203,8 +203,8 @@ def present(links: Sequence[Link], names: Iterable[str], where: str, what: str) 
 
 
 def plain_name(name: str) -> str:
-    """A name without the prefix of a DDP wrapper, and with LayerNorm's names of today (old BERT:
-    gamma, beta).
+    """Give a name without the prefix of a DDP wrapper, and with LayerNorm's names of today (old
+    BERT: gamma, beta).
     """
     return name.removeprefix("module.").replace(".gamma", ".weight").replace(".beta", ".bias")
 
@@ -227,8 +227,8 @@ def from_official(
 
 
 def to_official(state: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
-    """The inverse of `from_official`: full state in our names -> official names, the tied decoder
-    included.
+    """Give the inverse of `from_official`: full state in our names -> official names, the tied
+    decoder included.
     """
     result = {}
     for link in official_links(config):
@@ -244,7 +244,7 @@ def to_official(state: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[
 def from_bert(
     source: Mapping[str, torch.Tensor], config: ModelConfig, where: str = "BERT checkpoint"
 ) -> dict[str, torch.Tensor]:
-    """Partial state from BERT in Hugging Face form, bare or with its word head."""
+    """Give partial state from BERT in Hugging Face form, bare or with its word head."""
     source = {bert_name(name): tensor for name, tensor in source.items()}
     depth = f"BERT needs {config.interaction_layers + config.text_layers} layers for this model"
     links = present(bert_links(config), source, where, f"BERT of these sizes ({depth})")
@@ -256,7 +256,7 @@ def from_bert(
 
 
 def bert_name(name: str) -> str:
-    """A parameter's name in BertForMaskedLM; bare BertModel leaves the prefix out."""
+    """Give a parameter's name in BertForMaskedLM; bare BertModel leaves the prefix out."""
     name = plain_name(name)
     return name if name.startswith(("bert.", "cls.", "classifier.")) else f"bert.{name}"
 
@@ -285,7 +285,7 @@ FUSIONS = {"mul": "product", "sum": "sum"}
 
 
 def config_from_official(values: Mapping[str, object], where: str) -> ModelConfig:
-    """Sizes from the official configuration JSON; UsageError names a missing key."""
+    """Give sizes from the official configuration JSON; UsageError names a missing key."""
     for key in OFFICIAL_CONFIG.values():
         if key not in values:
             raise UsageError(
@@ -301,7 +301,7 @@ def config_from_official(values: Mapping[str, object], where: str) -> ModelConfi
 
 
 def config_to_official(config: ModelConfig) -> dict[str, object]:
-    """The official configuration JSON of a model."""
+    """Give the official configuration JSON of a model."""
     values = {theirs: getattr(config, ours) for ours, theirs in OFFICIAL_CONFIG.items()}
     same_for_image = {
         "v_hidden_size": config.hidden_size,

@@ -27,7 +27,7 @@ VOCABULARY = "vocab.txt"
 
 
 def seal(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest with the hash of its own content."""
+    """Give the manifest with the hash of its own content."""
     return {**manifest, "manifest_sha256": _digest(manifest)}
 
 
@@ -134,7 +134,7 @@ def wrong_size(path: Path, only: str = "") -> str | None:
 
 
 def of_right_size(path: Path) -> bool:
-    """Whether manifest and file sizes of a checkpoint agree; what cannot be read does not."""
+    """Tell whether manifest and file sizes of a checkpoint agree; what cannot be read does not."""
     try:
         return wrong_size(path) is None
     except UsageError:
@@ -164,7 +164,10 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(path: str | Path) -> Path | None:
-    """A checkpoint folder itself, or the newest one in a run's folder; None when there is none."""
+    """Give a checkpoint folder itself, or the newest one in a run's folder.
+
+    None when there is none.
+    """
     if (Path(path) / MANIFEST).is_file():
         return Path(path)
     return next(iter(complete_checkpoints(Path(path))), None)
@@ -177,7 +180,7 @@ def passed_over(run: Path, taken: Path) -> list[Path]:
 
 
 def versions() -> dict[str, str]:
-    """What wrote a file."""
+    """Give what wrote a file."""
     return {
         "megatron_interbert": __version__,
         "torch": torch.__version__,

@@ -27,8 +27,8 @@ PIECES = "pieces"
 
 
 def holds(manifest: Mapping[str, Any], kind: str) -> bool:
-    """Whether a checkpoint has tensors of a kind; averaged weights ("ema") are there where the run
-    kept them.
+    """Tell whether a checkpoint has tensors of a kind; averaged weights ("ema") are there where the
+    run kept them.
     """
     return any(name.startswith(f"{KINDS[kind]}-tp-") for name in manifest["files"])
 
@@ -83,16 +83,16 @@ class CheckpointReader:
         return list(self.shapes)
 
     def has(self, kind: str) -> bool:
-        """Whether the checkpoint holds tensors of a kind."""
+        """Tell whether the checkpoint holds tensors of a kind."""
         return holds(self.manifest, kind)
 
     def layout(self, name: str) -> TensorLayout:
-        """Type and full shape of a parameter."""
+        """Give type and full shape of a parameter."""
         piece = self._pieces("weight", 0, name)[1][0]
         return TensorLayout(piece.file.layout(piece.key).dtype, self.shapes[name])
 
     def get(self, name: str, kind: str = "weight") -> torch.Tensor:
-        """The full tensor."""
+        """Give the full tensor."""
         return unshard([self._slice(name, kind, rank) for rank in range(self.tensor_size)], name)
 
     def get_run(
@@ -129,7 +129,10 @@ class CheckpointReader:
         return self._run(name, kind, rank, 0, torch.Size(shape).numel()).view(shape)
 
     def _run(self, name: str, kind: str, rank: int, start: int, length: int) -> torch.Tensor:
-        """A run of a slice as it was cut when saved; without a copy where one piece holds it."""
+        """Give a run of a slice as it was cut when saved.
+
+        Without a copy where one piece holds it.
+        """
         parts = []
         reached = start
 
@@ -169,7 +172,7 @@ class CheckpointReader:
     def _read_index(
         self, file_kind: str, rank: int
     ) -> dict[str, tuple[tuple[int, ...], list[Piece]]]:
-        """Pieces of each tensor in the files of a tensor-parallel rank, ordered by where they
+        """Read pieces of each tensor in the files of a tensor-parallel rank, ordered by where they
         start.
         """
         index: dict[str, tuple[tuple[int, ...], list[Piece]]] = {}

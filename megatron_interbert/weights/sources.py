@@ -51,7 +51,7 @@ TORCH_BEGINS = (b"PK\3\4", *(bytes([0x80, protocol]) for protocol in range(2, 6)
 
 
 @dataclasses.dataclass
-class Source:
+class WeightSource:
     """Weights under our names.
 
     `get` gives one full tensor; a `bert` source has the text path only.
@@ -70,12 +70,12 @@ class Source:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All tensors at once."""
+        """Give all tensors at once."""
         return {name: self.get(name) for name in self.layouts}
 
 
 def recognise(path: str | Path) -> str:
-    """Which of KINDS a path holds; UsageError for anything else."""
+    """Give which of KINDS a path holds; UsageError for anything else."""
     where = Path(path)
     if not where.exists():
         raise UsageError(f"{path}: no such file or folder")
@@ -107,9 +107,9 @@ def recognise(path: str | Path) -> str:
     )
 
 
-def open_source(
+def open_weights(
     path: str | Path, kind: str = "auto", config: ModelConfig | None = None, averaged: bool = False
-) -> Source:
+) -> WeightSource:
     """Open weights of any format.
 
     `config` gives the sizes where the format does not hold them (official, bert); `averaged`: of
@@ -150,7 +150,7 @@ def sound(where: str | Path, kind: str) -> Iterator[None]:
         ) from error
 
 
-def _checked(source: Source) -> Callable[[str], torch.Tensor]:
+def _checked(source: WeightSource) -> Callable[[str], torch.Tensor]:
     """`get` of a source, whose parts may not fit together."""
     get = source.get
 
@@ -161,7 +161,7 @@ def _checked(source: Source) -> Callable[[str], torch.Tensor]:
     return checked
 
 
-def _checkpoint(path: Path, averaged: bool) -> Source:
+def _checkpoint(path: Path, averaged: bool) -> WeightSource:
     folder = newest_checkpoint(path)
     if folder is None:
         raise UsageError(
@@ -190,7 +190,7 @@ def _checkpoint(path: Path, averaged: bool) -> Source:
         "topology": manifest["topology"],
     }
     layouts = {n: reader.layout(n) for n in reader.names}
-    source = Source(
+    source = WeightSource(
         "checkpoint", folder, reader.config, layouts, lambda name: reader.get(name, weights), facts
     )
 
@@ -203,7 +203,7 @@ def _checkpoint(path: Path, averaged: bool) -> Source:
     return source
 
 
-def _huggingface(path: Path, config: ModelConfig | None) -> Source:
+def _huggingface(path: Path, config: ModelConfig | None) -> WeightSource:
     values = read_json(path / "config.json", str(path))
     if values.get("model_type") != "interbert":
         raise UsageError(
@@ -224,13 +224,13 @@ def _huggingface(path: Path, config: ModelConfig | None) -> Source:
     layouts = {name: tensors.layout(theirs) for name, theirs in ours.items()}
     facts = facts_of(values.get("training_facts") or {}, path / "config.json")
 
-    return Source(
+    return WeightSource(
         "huggingface", path, sizes, layouts, lambda name: tensors.get(ours[name]), facts, left_out
     )
 
 
 def facts_of(values: Any, where: Path) -> dict[str, Any]:
-    """What our converter has written down of the training.
+    """Give what our converter has written down of the training.
 
     UsageError where it is something else.
     """
@@ -251,7 +251,7 @@ def facts_of(values: Any, where: Path) -> dict[str, Any]:
     return facts
 
 
-def _official(path: Path, config: ModelConfig | None) -> Source:
+def _official(path: Path, config: ModelConfig | None) -> WeightSource:
     tensors = open_tensors(path)
     by_name = {plain_name(name): name for name in tensor_names(tensors)}
     shapes = {name: tensors.layout(original).shape for name, original in by_name.items()}
@@ -273,7 +273,7 @@ def _official(path: Path, config: ModelConfig | None) -> Source:
     return source
 
 
-def _bert(path: Path, config: ModelConfig | None) -> Source:
+def _bert(path: Path, config: ModelConfig | None) -> WeightSource:
     tensors = open_tensors(path)
     by_name = {bert_name(name): name for name in tensor_names(tensors)}
 
@@ -302,7 +302,7 @@ def _linked(
     links: list[Link],
     tensors: "Tensors",
     by_name: Mapping[str, str],
-) -> Source:
+) -> WeightSource:
     recipes = {link.ours: link for link in links}
 
     def get(name: str) -> torch.Tensor:
@@ -314,11 +314,11 @@ def _linked(
         for link in links
     }
 
-    return Source(kind, path, config, layouts, get)
+    return WeightSource(kind, path, config, layouts, get)
 
 
 def _linked_layout(link: Link, part: TensorLayout, config: ModelConfig) -> TensorLayout:
-    """Type and shape of our tensor from those of the first part, without reading it."""
+    """Give type and shape of our tensor from those of the first part, without reading it."""
     rows = part.shape[0] * len(link.theirs)
     if link.ours in ("text_embedding.word.weight", "msm_head.bias"):
         rows = config.padded_vocab_size
@@ -326,8 +326,8 @@ def _linked_layout(link: Link, part: TensorLayout, config: ModelConfig) -> Tenso
 
 
 def check_tied(tensors: "Tensors", by_name: Mapping[str, str], path: Path) -> None:
-    """UsageError when the official decoder is not the word embedding, as our model has only one of
-    them.
+    """Raise UsageError when the official decoder is not the word embedding, as our model has only
+    one of them.
     """
     word = "bert.embeddings.word_embeddings.weight"
     if (
@@ -380,7 +380,7 @@ class Tensors:
         self.files = files  # tensor name -> where it is
 
     def layout(self, name: str) -> TensorLayout:
-        """Type and shape of a tensor."""
+        """Give type and shape of a tensor."""
         file = self.files[name]
         return (
             file.layout(name)
@@ -389,18 +389,18 @@ class Tensors:
         )
 
     def get(self, name: str) -> torch.Tensor:
-        """One tensor."""
+        """Give one tensor."""
         file = self.files[name]
         return file.get(name) if isinstance(file, TensorFile) else file[name]
 
 
 def tensor_names(tensors: Tensors) -> list[str]:
-    """Names in the files' order."""
+    """Give names in the files' order."""
     return list(tensors.files)
 
 
 def open_tensors(path: Path) -> Tensors:
-    """A .safetensors or torch file, or the model file(s) of a Hugging Face folder.
+    """Open a .safetensors or torch file, or the model file(s) of a Hugging Face folder.
 
     Never runs pickled code.
     """
@@ -438,7 +438,7 @@ def open_tensors(path: Path) -> Tensors:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Names of tensors with the files, beside the index, that hold them."""
+    """Read names of tensors with the files, beside the index, that hold them."""
     parts = read_json(path, str(path)).get("weight_map")
     if not isinstance(parts, dict) or not parts:
         raise UsageError(
@@ -457,7 +457,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def load_torch_file(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict saved by torch, without running code; UsageError for anything else."""
+    """Load a state dict saved by torch, without running code; UsageError for anything else."""
     try:
         with reading(path), open(path, "rb") as handle:
             begins = handle.read(4)

@@ -36,7 +36,7 @@ from megatron_interbert.weights.foreign import (
 )
 from megatron_interbert.weights.manifest import VOCABULARY, versions, weights_name, write_manifest
 from megatron_interbert.weights.reader import describe_pieces
-from megatron_interbert.weights.sources import HF_FILE, HF_PREFIX, TORCH_FILE, Source
+from megatron_interbert.weights.sources import HF_FILE, HF_PREFIX, TORCH_FILE, WeightSource
 from megatron_interbert.weights.tensor_files import TensorLayout, is_finite, write_tensors
 
 TARGETS = ("sharded", "huggingface", "official", "bert")
@@ -55,7 +55,7 @@ class Output:
     of `sharded`, a vocabulary to put beside, the model card of `huggingface`.
     """
 
-    source: Source
+    source: WeightSource
     dtype: torch.dtype | None = None
     tensor_parallel: int = 1
     vocabulary: bytes | None = None
@@ -64,14 +64,14 @@ class Output:
     not_finite: list[str] = dataclasses.field(default_factory=list)
 
     def layout(self, name: str, shape: Iterable[int] | None = None) -> TensorLayout:
-        """Type and shape of a tensor as it will be written."""
+        """Give type and shape of a tensor as it will be written."""
         found = self.source.layouts[name]
         return TensorLayout(
             self.dtype or found.dtype, tuple(found.shape if shape is None else shape)
         )
 
     def get(self, name: str) -> torch.Tensor:
-        """A full tensor in the type that is written.
+        """Give a full tensor in the type that is written.
 
         UsageError where values become infinite in that type.
         """
@@ -90,7 +90,7 @@ class Output:
         return written
 
     def bytes(self) -> int:
-        """Size of all tensors as they will be written.
+        """Give size of all tensors as they will be written.
 
         Every rank's file holds the replicated ones.
         """
@@ -102,7 +102,7 @@ class Output:
         return sum(self.layout(name).bytes * count for name, count in copies.items())
 
 
-def heads_of(source: Source) -> tuple[str, ...]:
+def heads_of(source: WeightSource) -> tuple[str, ...]:
     """Heads whose weights a source has."""
     return tuple(head for name, head in HEADS.items() if name in source.layouts)
 
@@ -150,14 +150,14 @@ def write_target(
 
 
 def check_sharing(config: ModelConfig, ranks: int) -> None:
-    """UsageError when `ranks` cannot share the model evenly."""
+    """Raise UsageError when `ranks` cannot share the model evenly."""
     config.check_tensor_parallel(ranks)
 
 
 @contextmanager
 def _new_folder(folder: Path, size: int) -> Iterator[Path]:
-    """A folder beside the final one, renamed at the end, removed on any error; refuses when `size`
-    bytes do not fit.
+    """Give a folder beside the final one, renamed at the end, removed on any error; refuses when
+    `size` bytes do not fit.
     """
     parent = folder.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -189,7 +189,7 @@ def _umask() -> int:
 
 
 def write_sharded(output: Output, work: Path, progress: Progress) -> None:
-    """One safetensors file per tensor-parallel rank and a manifest: a checkpoint without an
+    """Write one safetensors file per tensor-parallel rank and a manifest: a checkpoint without an
     optimizer.
     """
     source = output.source
@@ -270,7 +270,7 @@ def write_huggingface(output: Output, work: Path, progress: Progress) -> None:
 
 
 def write_bert(output: Output, work: Path, progress: Progress) -> None:
-    """The text path as Hugging Face's BertForMaskedLM (without the word head: BertModel)."""
+    """Write the text path as Hugging Face's BertForMaskedLM (without the word head: BertModel)."""
     config = output.source.config
     links = [link for link in bert_links(config) if link.ours in output.source.layouts]
     layout = {name: entry for link in links for name, entry in _their_layout(link, output).items()}
@@ -355,8 +355,8 @@ def _their_layout(link: Link, output: Output) -> dict[str, TensorLayout]:
     }
 
 
-def describe_source(source: Source) -> str:
-    """One line on what was opened."""
+def describe_source(source: WeightSource) -> str:
+    """Describe one line on what was opened."""
     heads = ", ".join(heads_of(source)) or "none"
     return f"{source.path}: {source.kind}, {len(source.layouts)} tensors, heads {heads}" + (
         f"; left out: {', '.join(source.left_out[:8])}" if source.left_out else ""

@@ -114,7 +114,7 @@ class TensorFile:
             ) from error
 
     def layout(self, name: str) -> TensorLayout:
-        """Type and shape of a tensor, from the header."""
+        """Give type and shape of a tensor, from the header."""
         part = self._file.get_slice(name)
         if part.get_dtype() not in DTYPES:
             raise UsageError(
@@ -125,13 +125,13 @@ class TensorFile:
         return TensorLayout(DTYPES[part.get_dtype()], tuple(part.get_shape()))
 
     def get(self, name: str) -> torch.Tensor:
-        """One tensor."""
+        """Give one tensor."""
         return self._file.get_tensor(name)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether there is neither NaN nor infinity in a tensor, without another one of its size in
-    memory.
+    """Tell whether there is neither NaN nor infinity in a tensor, without another one of its size
+    in memory.
     """
     # torch has no least and most of 8 bits
     if tensor.is_floating_point() and tensor.element_size() == 1:

@@ -17,7 +17,7 @@ from megatron_interbert.data.neighbours import NoTable, read_neighbours
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.mining.search import MiningOptions, mine
-from megatron_interbert.preparation.mining.work import WorkFolder
+from megatron_interbert.preparation.mining.work import MiningFolder
 from tests.corpus import write_store
 from tests.launching import ROOT, launch
 
@@ -117,7 +117,7 @@ def test_blocks_that_do_not_fit_are_made_anew_and_said(store, capfd):
         "other type": functools.partial(np.save, arr=GOOD.astype(np.int64)),
     }
     for what, spoil in blocks.items():
-        with WorkFolder(opened, vars(options)) as folder:
+        with MiningFolder(opened, vars(options)) as folder:
             folder.open(restart=False)
             spoil(folder.path / "block-000000.npy")
 
@@ -134,12 +134,12 @@ def test_a_block_cut_between_a_kill_and_the_next_command(store, tmp_path):
     flags = (store, "--block", 2, "--threads", 1)
     killed = (
         "import os, runpy, sys\n"
-        "from megatron_interbert.preparation.mining.work import WorkFolder\n"
-        "write = WorkFolder.write_block\n"
+        "from megatron_interbert.preparation.mining.work import MiningFolder\n"
+        "write = MiningFolder.write_block\n"
         "def last(self, number, rows):\n"
         "    write(self, number, rows)\n"
         f"    if number == 2: os.kill(os.getpid(), {signal.SIGKILL})\n"
-        "WorkFolder.write_block = last\n"
+        "MiningFolder.write_block = last\n"
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )

@@ -19,7 +19,7 @@ import pytest
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.sources.fields import ReadOptions
-from megatron_interbert.preparation.building.sources.opening import open_source
+from megatron_interbert.preparation.building.sources.opening import open_features
 from tests.campaigns import hostile_hdf5
 from tests.corpus import write_store
 from tests.launching import ENVIRONMENT, ROOT, launch
@@ -132,7 +132,7 @@ def source(folder, fixed=False):
 
 def test_sound_sources_are_read_in_every_form_that_needs_no_plug_in(tmp_path):
     plain = source(tmp_path)
-    expected = list(open_source(str(plain), "hdf5", ReadOptions()).read([0, 3]))
+    expected = list(open_features(str(plain), "hdf5", ReadOptions()).read([0, 3]))
     packings = [
         {"compression": "gzip", "shuffle": True, "fletcher32": True},
         {"compression": "lzf"},
@@ -150,7 +150,7 @@ def test_sound_sources_are_read_in_every_form_that_needs_no_plug_in(tmp_path):
                 new.create_dataset(name, data=old[name][:].tolist(), dtype=old[name].dtype, **more)
 
         for record, other in zip(
-            expected, open_source(str(packed), "hdf5", ReadOptions()).read([0, 3]), strict=True
+            expected, open_features(str(packed), "hdf5", ReadOptions()).read([0, 3]), strict=True
         ):
             assert record.regions.image_id == other.regions.image_id
             np.testing.assert_array_equal(record.regions.features, other.regions.features)
@@ -330,7 +330,7 @@ def test_a_failing_disk_is_not_called_damage(store, tmp_path, file):
 
 
 def source_of(path):
-    return list(open_source(path, "hdf5", ReadOptions()).read([0, 3]))
+    return list(open_features(path, "hdf5", ReadOptions()).read([0, 3]))
 
 
 def in_child(function):

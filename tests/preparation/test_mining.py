@@ -17,7 +17,7 @@ from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.mining.search import MiningOptions, Searcher, mine
 from megatron_interbert.preparation.mining.terms import build_index, normalise, terms_of
-from megatron_interbert.preparation.mining.work import WorkFolder
+from megatron_interbert.preparation.mining.work import MiningFolder
 from tests.corpus import write_store
 from tests.shared import SHARED, needs_shared
 
@@ -313,7 +313,7 @@ def test_blocks_and_broken_block_files_change_nothing(tmp_path):
         mine(store, MiningOptions(block=block), threads=2, overwrite=True)
         assert (store.path / HARD_NEGATIVES).read_bytes() == whole
 
-    with WorkFolder(store, {**vars(MiningOptions(block=50))}) as folder:
+    with MiningFolder(store, {**vars(MiningOptions(block=50))}) as folder:
         folder.open(restart=False)
         folder.write_block(0, np.zeros((50, 7), dtype=np.int32))
         (folder.path / "block-000001.npy").write_bytes(b"half of a")

@@ -9,7 +9,7 @@ from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.build import BuildPlan, build
 from megatron_interbert.preparation.building.sources.fields import ReadOptions
-from megatron_interbert.preparation.building.sources.opening import open_source
+from megatron_interbert.preparation.building.sources.opening import open_features
 from megatron_interbert.preparation.building.store_writer import RegionStoreWriter
 from megatron_interbert.preparation.mining.search import MiningOptions, mine
 from megatron_interbert.preparation.work_folder import own_names, remove_folder
@@ -40,7 +40,7 @@ def mining(tmp_path, restart):
 
 
 def building(tmp_path, restart):
-    source = open_source(store_of(tmp_path), "auto", ReadOptions())
+    source = open_features(store_of(tmp_path), "auto", ReadOptions())
     build(BuildPlan([source], str(tmp_path / "out")), restart=restart)
 
 

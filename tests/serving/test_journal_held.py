@@ -134,7 +134,7 @@ def test_a_journal_that_is_overwritten_in_place_takes_no_change(folder, journal,
     os.utime(folder / JOURNAL)
     there = (folder / JOURNAL).read_bytes()
     for _ in range(2):
-        refused(journal, "start this service again to go on with that file, or move it away")
+        refused(journal, "start this service again to use that file, or move it away")
 
     assert (folder / JOURNAL).read_bytes() == there
 

@@ -15,7 +15,7 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.build import BuildPlan
 from megatron_interbert.preparation.building.build import build as run_build
 from megatron_interbert.preparation.building.sources.fields import ReadOptions
-from megatron_interbert.preparation.building.sources.opening import open_source
+from megatron_interbert.preparation.building.sources.opening import open_weights
 from megatron_interbert.preparation.building.store_writer import RegionStoreWriter
 from tests.corpus import VOCABULARY
 from tests.launching import launch
@@ -178,7 +178,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, kilobyte
     )
     assert code == 2, out + err
     assert "Traceback" not in err
-    assert "the same command goes on" in err
+    assert "the same command resumes" in err
     left = {path.name for path in (tmp_path / "store.partial").glob("*")}
     assert not any(name.endswith(".new") for name in left)
     assert ("shard-00003.h5" in left) == (file == "tokens.h5"), left
@@ -195,7 +195,7 @@ def test_left_by_a_kill_at_the_very_start_or_end(tmp_path, images, monkeypatch, 
         (work / stage).write_text("{")
     else:
         plan = BuildPlan(
-            [open_source(str(path), "auto", ReadOptions())],
+            [open_weights(str(path), "auto", ReadOptions())],
             str(tmp_path / "store"),
             detector={"name": "x"},
         )

@@ -9,7 +9,7 @@ import pytest
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.build import BuildPlan, build
 from megatron_interbert.preparation.building.sources.fields import ReadOptions
-from megatron_interbert.preparation.building.sources.opening import open_source
+from megatron_interbert.preparation.building.sources.opening import open_features
 from tests.preparation.formats import made_up_images, write_npz
 from tests.tools.building import content
 
@@ -41,7 +41,7 @@ def plans(tmp_path_factory):
     npz = write_npz(place / "npz", made_up_images(12))
     captions = place / "captions.tsv"
     captions.write_text("no tab\n" + "".join(f"image-{n}\ta cat\n" for n in range(12)))
-    source = open_source(str(npz), "auto", ReadOptions())
+    source = open_features(str(npz), "auto", ReadOptions())
     plan = functools.partial(
         BuildPlan,
         [source],

@@ -30,7 +30,7 @@ from megatron_interbert.model.presets import PRESETS
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.loading import load_model
 from megatron_interbert.weights.manifest import verify, write_manifest
-from megatron_interbert.weights.sources import open_source
+from megatron_interbert.weights.sources import open_weights
 from megatron_interbert.weights.targets import Output, write_target
 from tests.corpus import write_store
 from tests.dist import run_on_ranks
@@ -63,7 +63,7 @@ def convert(monkeypatch, *arguments):
 
 def random_source(sizes, folder):
     """A sharded folder of random weights, biases included, made without the converter's readers."""
-    from megatron_interbert.weights.sources import Source
+    from megatron_interbert.weights.sources import WeightSource
     from megatron_interbert.weights.tensor_files import TensorLayout
 
     model = InterBert(sizes)
@@ -76,7 +76,7 @@ def random_source(sizes, folder):
 
     state["msm_head.bias"][sizes.vocab_size :] = 0
     layouts = {n: TensorLayout(t.dtype, tuple(t.shape)) for n, t in state.items()}
-    source = Source("checkpoint", Path(folder), sizes, layouts, state.__getitem__)
+    source = WeightSource("checkpoint", Path(folder), sizes, layouts, state.__getitem__)
     write_target("sharded", Output(source), Path(folder))
 
     return state
@@ -122,7 +122,7 @@ def round_trip(sizes, tmp_path, monkeypatch):
         shutil.rmtree(before)
         before = after
 
-    back = open_source(before)
+    back = open_weights(before)
     assert back.config == sizes
     assert set(back.layouts) == set(state)
     assert all(torch.equal(back.get(name), state[name]) for name in state)
@@ -174,7 +174,7 @@ def test_every_zero_stage_to_hugging_face_and_back(tmp_path, monkeypatch):
         door = InterBertForPreTraining.from_pretrained(tmp_path / f"hf{stage}").eval()
         sizes = door.config.model_config()
         assert same(outputs(door.interbert, sizes), live), stage
-        assert same(outputs(load_core(open_source(tmp_path / f"hf{stage}")), sizes), live), stage
+        assert same(outputs(load_core(open_weights(tmp_path / f"hf{stage}")), sizes), live), stage
         assert (tmp_path / f"hf{stage}" / "vocab.txt").read_bytes() == (
             store / "vocab.txt"
         ).read_bytes()
@@ -217,7 +217,7 @@ def test_bert_there_and_back(tmp_path, monkeypatch, capsys):
             assert float(line.split()[-1]) < 1e-5, line
 
     BertForMaskedLM.from_pretrained(tmp_path / "bert").save_pretrained(tmp_path / "again")
-    back = open_source(tmp_path / "again", config=SIZES)
+    back = open_weights(tmp_path / "again", config=SIZES)
     assert back.kind == "bert"
     assert back.layouts
     assert all(torch.equal(back.get(name), state[name]) for name in back.layouts)
@@ -255,7 +255,7 @@ def test_types_and_list(tmp_path, monkeypatch, capsys):
         tmp_path / "half",
         "--verify",
     )
-    half = open_source(tmp_path / "half")
+    half = open_weights(tmp_path / "half")
     assert all(torch.equal(half.get(name), tensor.bfloat16()) for name, tensor in state.items())
     difference = float(
         capsys.readouterr().out.split("verify text_hidden: largest difference ")[1].split()[0]
@@ -293,7 +293,7 @@ def test_large_models_pass_tensor_by_tensor(tmp_path):
 
     code = (
         "import sys; from megatron_interbert.weights.sources import *; s ="
-        " open_source(sys.argv[1]);"
+        " open_weights(sys.argv[1]);"
     )
     code += "x = {n: t.clone() for n, t in s.state().items()}"
     assert peak_memory([sys.executable, "-c", code, str(tmp_path / "base")]) > idle + 500e6, (

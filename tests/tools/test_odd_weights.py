@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.tasks.loading import load_model
-from megatron_interbert.weights.sources import open_source, recognise
+from megatron_interbert.weights.sources import open_weights, recognise
 from megatron_interbert.weights.targets import Output, write_target
 from tests.tools.test_convert import SIZES, convert, random_source
 
@@ -21,7 +21,7 @@ from tests.tools.test_convert import SIZES, convert, random_source
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     random_source(SIZES, folder / "ours")
-    write_target("huggingface", Output(open_source(folder / "ours")), folder / "hf")
+    write_target("huggingface", Output(open_weights(folder / "ours")), folder / "hf")
     return folder / "hf"
 
 
@@ -51,7 +51,7 @@ def test_odd_configurations_are_one_line(exported, tmp_path, changes, message):
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, **changes}))
     with pytest.raises(UsageError, match=message):
-        open_source(folder)
+        open_weights(folder)
 
 
 def test_only_facts_that_the_converter_writes_are_believed(exported, tmp_path):
@@ -60,7 +60,7 @@ def test_only_facts_that_the_converter_writes_are_believed(exported, tmp_path):
     values = json.loads((folder / "config.json").read_text())
     facts = {"run": 5, "files": [1], "task": {}, "iteration": 7, "detector": None}
     (folder / "config.json").write_text(json.dumps({**values, "training_facts": facts}))
-    assert open_source(folder).facts == {"iteration": 7}
+    assert open_weights(folder).facts == {"iteration": 7}
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_odd_indexes_are_one_line(exported, tmp_path, parts, message):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
     for kind in ("auto", "huggingface", "bert", "official"):
         with pytest.raises(UsageError, match=message):
-            open_source(folder, kind)
+            open_weights(folder, kind)
 
     with pytest.raises(UsageError, match=r"index.json"):
         recognise(shutil.copytree(folder, tmp_path / "bert", ignore=lambda *_: ["config.json"]))
@@ -94,11 +94,11 @@ def test_odd_indexes_are_one_line(exported, tmp_path, parts, message):
 
 def test_parts_that_do_not_fit_are_one_line(tmp_path):
     random_source(SIZES, tmp_path / "ours")
-    write_target("bert", Output(open_source(tmp_path / "ours")), tmp_path / "bert")
+    write_target("bert", Output(open_weights(tmp_path / "ours")), tmp_path / "bert")
     tensors = load_file(tmp_path / "bert" / "model.safetensors")
     tensors["bert.encoder.layer.0.attention.self.query.weight"] = torch.zeros(3, 5)
     save_file(tensors, tmp_path / "bert" / "model.safetensors")
-    source = open_source(tmp_path / "bert", config=SIZES)
+    source = open_weights(tmp_path / "bert", config=SIZES)
 
     with pytest.raises(
         UsageError,
@@ -115,7 +115,7 @@ def test_what_is_no_file_of_weights_is_called_so(tmp_path, content):
     with pytest.raises(
         UsageError, match=r"photo.jpg: no file of weights; expected one of safetensors"
     ):
-        open_source(tmp_path / "photo.jpg")
+        open_weights(tmp_path / "photo.jpg")
 
 
 def test_names_of_tensors_are_texts(tmp_path):

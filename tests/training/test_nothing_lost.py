@@ -252,7 +252,7 @@ def test_a_run_ends_when_a_save_has_met_infinity(made, tmp_path):
 
 def test_metrics_never_stop_a_run(made, run):
     """Odd lines, a folder in place of the file, a file in place of the board's folder: a note, and
-    training goes on.
+    training continues.
     """
     records = run / "metrics.jsonl"
     odd = ["123", '{"step": "x"}', "[1]", "half a li", '"step"', "\ufffd"]
@@ -271,8 +271,8 @@ def test_metrics_never_stop_a_run(made, run):
     code, out, err = train(made[0], run, "--train-iters", 15)
     assert code == 0, out + err
     assert "Traceback" not in err
-    assert out.count("metrics.jsonl cannot be written (Is a directory); training goes on") == 1
-    assert out.count("cannot be written (File exists); training goes on") == 1
+    assert out.count("metrics.jsonl cannot be written (Is a directory); training continues") == 1
+    assert out.count("cannot be written (File exists); training continues") == 1
     assert verify(run / "global_step15") is None
 
 
@@ -282,7 +282,7 @@ def test_a_pipe_in_place_of_a_file_holds_nothing_up(made, run):
     os.mkfifo(run / "metrics.jsonl")
     code, out, err = train(made[0], run, "--train-iters", 13, timeout=60)
     assert code == 0, out + err
-    assert "metrics.jsonl cannot be written (is not a regular file); training goes on" in out
+    assert "metrics.jsonl cannot be written (is not a regular file); training continues" in out
 
     (run / "global_step13" / "manifest.json").unlink()
     os.mkfifo(run / "global_step13" / "manifest.json")

@@ -16,7 +16,10 @@ IGNORED = -100  # the label of what is no target
 
 
 def sizes_of(model: str) -> ModelConfig:
-    """Sizes of a preset or JSON file; a preset that takes some from its data gets small ones."""
+    """Give sizes of a preset or JSON file.
+
+    A preset that takes some from its data gets small ones.
+    """
     sizes = load_model_config(model)
     if sizes.vocab_size and sizes.feature_dim and sizes.num_classes:
         return sizes
@@ -30,7 +33,7 @@ def random_examples(
     regions: tuple[int, int] = (36, 36),
     seed: int = 0,
 ) -> list[Example]:
-    """Samples with `words` (from, to) tokens and `regions` (from, to) boxes, every second one
+    """Give samples with `words` (from, to) tokens and `regions` (from, to) boxes, every second one
     mismatched.
     """
     random = np.random.default_rng(seed)
@@ -80,7 +83,7 @@ class PaddedBatch:
 
 
 def pad(examples: Sequence[Example], tokens: int, regions: int) -> PaddedBatch:
-    """All samples at the same lengths, as scripts with fixed shapes have them."""
+    """Pad all samples at the same lengths, as scripts with fixed shapes have them."""
     count = len(examples)
     features = examples[0].features.shape[1]
     batch = PaddedBatch(

@@ -23,7 +23,7 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.checkpoint import Checkpoints, Progress
 from megatron_interbert.training.engine import Engine
-from megatron_interbert.weights.sources import open_source
+from megatron_interbert.weights.sources import open_weights
 from megatron_interbert.weights.targets import Output, write_target
 from tools.benchmarks.batches import random_examples, sizes_of
 from tools.benchmarks.options import BenchmarkOptions
@@ -128,7 +128,7 @@ def measure_conversion(step: TrainingStep, folder: Path, repeats: int) -> dict[s
     """MB/s of tensors: a plain copy of the file to the same disk (flushed), and conversion to each
     format.
     """
-    source = open_source(step.config.save)
+    source = open_weights(step.config.save)
     megabytes = Output(source).bytes() / 1e6
     file = next(source.path.glob("weights-*"))
     ways: dict[str, Callable[[Path], Any]] = {
@@ -152,7 +152,7 @@ def measure_conversion(step: TrainingStep, folder: Path, repeats: int) -> dict[s
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """A table and its figures."""
+    """Measure a table and its figures."""
     with tempfile.TemporaryDirectory(dir=options.folder or None) as name:
         folder = Path(name)
         step = TrainingStep(options, folder / "run")

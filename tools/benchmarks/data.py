@@ -98,7 +98,7 @@ def captions_for(count: int, options: Options) -> list[str]:
 
 
 def write_store(path: Path, options: Options) -> None:
-    """The loader's store; its features are noise, for reading does not look at them."""
+    """Write the loader's store; its features are noise, for reading does not look at them."""
     random = np.random.default_rng(0)
     captions = captions_for(options.images, options)
     words = [
@@ -157,8 +157,8 @@ def stream(folder: Path, options: Options, workers: int) -> Iterator[PackedBatch
 
 
 def bare_reads(folder: Path, batch: int) -> Callable[[], int]:
-    """One pass over all bytes of the shards in their order, a record at a time, into the memory of
-    one batch; gives images.
+    """Give one pass over all bytes of the shards in their order, a record at a time, into the
+    memory of one batch; gives images.
     """
     rows = {"image_features": FEATURES, "image_bb": 4, "class_ids": LABELS, "class_probs": LABELS}
     record = REGIONS * sum(width * np.dtype(COLUMNS[name]).itemsize for name, width in rows.items())
@@ -178,8 +178,8 @@ def bare_reads(folder: Path, batch: int) -> Callable[[], int]:
 
 
 def lmdb_reads(folder: Path, options: Options) -> Callable[[], int]:
-    """The same records as values of an LMDB in random order, each copied into its batch's memory as
-    a loader must.
+    """Give the same records as values of an LMDB in random order, each copied into its batch's
+    memory as a loader must.
     """
     corpus = Corpus([str(folder / "store")])
     store = corpus.stores[0]
@@ -206,7 +206,7 @@ def lmdb_reads(folder: Path, options: Options) -> Callable[[], int]:
 
 
 def loader_reads(batches: Iterator[PackedBatch], options: Options) -> Callable[[], int]:
-    """An epoch's worth of batches."""
+    """Give an epoch's worth of batches."""
 
     def read() -> int:
         return sum(len(next(batches)) for _ in range(options.images // options.batch))
@@ -269,7 +269,7 @@ def resident(pid: int) -> int:
 
 
 def memory(folder: Path, options: Options) -> dict[str, Any]:
-    """Memory of the training process and of a loader process over many steps."""
+    """Give memory of the training process and of a loader process over many steps."""
     others = {child.pid for child in multiprocessing.active_children()}
     batches = stream(folder, options, 1)
     first = max(options.steps // 20, 1)
@@ -294,7 +294,7 @@ def memory(folder: Path, options: Options) -> dict[str, Any]:
 
 
 def write_tsv(path: Path, images: int) -> None:
-    """A TSV of LXMERT's columns."""
+    """Write a TSV of LXMERT's columns."""
     random = np.random.default_rng(2)
     some = [made_up_image(random, number) for number in range(16)]
 

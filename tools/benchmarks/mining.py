@@ -20,7 +20,7 @@ SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in ("a", "e", "i", "o", "u", 
 
 
 def read_coco(path: str | Path) -> list[str]:
-    """Captions of a COCO annotation file."""
+    """Read captions of a COCO annotation file."""
     return [
         record["caption"]
         for record in json.loads(Path(path).read_text(encoding="utf-8"))["annotations"]
@@ -28,7 +28,7 @@ def read_coco(path: str | Path) -> list[str]:
 
 
 def made_up_captions(count: int, seed: int = 0) -> list[str]:
-    """Captions of invented words drawn by Zipf's law, for when no real ones are at hand."""
+    """Give captions of invented words drawn by Zipf's law, for when no real ones are at hand."""
     random = np.random.default_rng(seed)
     chance = 1 / np.arange(3, 5003)
     words = [_name(random, 2) for _ in range(5000)]
@@ -137,7 +137,7 @@ def measure_size(
 
 
 def peak_kilobytes() -> int:
-    """The most memory that this process has held since its peak was last reset."""
+    """Give the most memory that this process has held since its peak was last reset."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 

@@ -84,7 +84,7 @@ class PaddedInterBert(nn.Module):
         self.dropout = nn.Dropout(sizes.hidden_dropout)
 
     def forward(self, batch: PaddedBatch) -> torch.Tensor:
-        """The sum of the three mean losses, a scalar."""
+        """Give the sum of the three mean losses, a scalar."""
         places = torch.arange(batch.token_ids.shape[1], device=batch.token_ids.device)
         types = torch.zeros_like(batch.token_ids)
         text = self.word(batch.token_ids) + self.position(places) + self.token_type(types)
@@ -213,7 +213,7 @@ class VisualBert(nn.Module):
 
 
 def closest(make: Callable[[int], nn.Module], values: int, most: int = 48) -> nn.Module:
-    """The model of `make(layers)` whose number of parameters is nearest to `values`."""
+    """Give the model of `make(layers)` whose number of parameters is nearest to `values`."""
     counts = {}
 
     for layers in range(1, most + 1):
@@ -226,5 +226,5 @@ def closest(make: Callable[[int], nn.Module], values: int, most: int = 48) -> nn
 
 
 def parameters(model: nn.Module) -> int:
-    """Number of trained values; tied ones count once."""
+    """Give number of trained values; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())

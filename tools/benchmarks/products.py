@@ -56,6 +56,6 @@ class ProductTimer(TorchDispatchMode):
 
 
 def is_product(operation: str) -> bool:
-    """Whether an operation of the dispatcher, such as aten.mm.default, is a matrix product."""
+    """Tell whether an operation of the dispatcher, such as aten.mm.default, is a matrix product."""
     name = operation.split(".", 1)[1]
     return name.removesuffix(".default") in PRODUCTS or name.startswith("_scaled_mm")

@@ -130,7 +130,7 @@ def timed(
     name: str,
     device: torch.device,
 ) -> float:
-    """Seconds of one run; its scores are kept."""
+    """Give seconds of one run; its scores are kept."""
     started = time.perf_counter()
     with torch.no_grad():
         scores[name] = way().float().cpu()
@@ -204,7 +204,7 @@ def store_of(path: Path, options: Options) -> Corpus:
 def our_scores(
     scorer: PairScorer, pairs: Pairs, device: torch.device, pairs_per_batch: int, captions: int
 ) -> torch.Tensor:
-    """[captions, images], as `evaluate retrieval` computes a tile, reading included."""
+    """Give [captions, images], as `evaluate retrieval` computes a tile, reading included."""
     order = pairs.by_length()[np.linspace(0, len(pairs.captions) - 1, captions).astype(int)]
     side = pairs.caption_side(scorer, order, device)
     block = score_block(
@@ -225,8 +225,8 @@ def our_scores(
 def padded_scores(
     model: InterBert, pairs: Pairs, device: torch.device, options: Options, heads: bool
 ) -> torch.Tensor:
-    """[captions, images]: each caption with all images in padded batches, everything anew for every
-    pair.
+    """Give [captions, images]: each caption with all images in padded batches, everything anew for
+    every pair.
     """
     images = np.arange(len(pairs.images))
     scores = torch.empty(len(pairs.captions), len(images))
@@ -293,7 +293,7 @@ def padded_margins(
 
 
 def padded_layer(layer: TransformerLayer, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """One layer over x [B, L, H] with padding masked out."""
+    """Give one layer over x [B, L, H] with padding masked out."""
     samples, length, hidden = x.shape
     size = layer.attention.head_size
     q, k, v = layer.attention.qkv(x).view(samples, length, -1, 3, size).permute(3, 0, 2, 1, 4)

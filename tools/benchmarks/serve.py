@@ -44,7 +44,7 @@ class Options(BenchmarkOptions):
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Figures of both ways, printed as a table."""
+    """Measure figures of both ways, printed as a table."""
     queries = [
         record["query_text"]
         for _, record in read_records(options.queries, "--queries", {"query_text": str})
@@ -139,7 +139,7 @@ class Served:
 async def load(
     service: Served, bodies: list[bytes], clients: int, seconds: float, name: str
 ) -> dict[str, Any]:
-    """What `clients` see in so many seconds."""
+    """Load what `clients` see in so many seconds."""
     for _ in range(3):  # the first passes allocate
         await ask(service, bodies[0])
 
@@ -185,7 +185,7 @@ async def load(
 
 
 async def ask(service: Served, body: bytes) -> tuple[int, Any]:
-    """(status, answer) of one search on a connection of its own."""
+    """Give (status, answer) of one search on a connection of its own."""
     reader, writer = await asyncio.wait_for(
         asyncio.open_connection(service.host, service.port), PATIENCE
     )

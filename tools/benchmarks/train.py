@@ -243,7 +243,7 @@ def leave_memory(device: torch.device) -> None:
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Figures of all contenders, printed as a table."""
+    """Measure figures of all contenders, printed as a table."""
     check(options)
     device = this_device()
     recorded = read_recorded(options) if options.compare else None
@@ -319,7 +319,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def check(options: Options) -> None:
-    """UsageError for numbers that measure nothing."""
+    """Raise UsageError for numbers that measure nothing."""
     if not 0 <= options.tolerance < 1:
         raise UsageError(
             f"--tolerance is {options.tolerance}, expected a share from 0 up to 1, such as 0.2"
@@ -333,7 +333,7 @@ def check(options: Options) -> None:
 
 
 def read_recorded(options: Options) -> dict[str, Any]:
-    """What an earlier measurement of the same work has written to --compare.
+    """Read what an earlier measurement of the same work has written to --compare.
 
     UsageError for anything else.
     """
@@ -372,7 +372,9 @@ def shrunk(result: dict[str, Any], recorded: dict[str, Any], tolerance: float) -
 
 
 def needed_flops(options: Options) -> float:
-    """What the samples of a step need without padding, for our model; others are held to it too."""
+    """Give what the samples of a step need without padding, for our model; others are held to it
+    too.
+    """
     sizes = sizes_of(options.model)
     return training_flops(
         sizes,
@@ -383,7 +385,7 @@ def needed_flops(options: Options) -> float:
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """The figures, a contender a line."""
+    """Give the figures, a contender a line."""
     head = (
         "",
         "parameters",

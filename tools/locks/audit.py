@@ -24,7 +24,9 @@ AT_A_TIME = 8
 
 
 def ask(address: str, entry: Locked) -> list[dict[str, Any]] | IndexFailure:
-    """The advisories of a locked version that were not withdrawn, or why they are not known."""
+    """Give the advisories of a locked version that were not withdrawn, or why they are not
+    known.
+    """
     try:
         page = pypi.release(address, entry.name, entry.version)
     except IndexFailure as failure:
@@ -38,7 +40,7 @@ def ask(address: str, entry: Locked) -> list[dict[str, Any]] | IndexFailure:
 
 
 def describe(entry: Locked, advisory: dict[str, Any]) -> str:
-    """One line: package, names of the advisory, what mends it, what it is about."""
+    """Describe one line: package, names of the advisory, what mends it, what it is about."""
     names = " ".join([advisory.get("id", "?"), *advisory.get("aliases", [])])
     mended = ", ".join(advisory.get("fixed_in", [])) or "no version yet"
     text = advisory.get("summary") or advisory.get("details") or ""
@@ -46,7 +48,7 @@ def describe(entry: Locked, advisory: dict[str, Any]) -> str:
 
 
 def audit(address: str, locked: Iterable[Locked]) -> tuple[list[str], list[str]]:
-    """(a line for each advisory, why a version could not be looked up for each such)."""
+    """Give (a line for each advisory, why a version could not be looked up for each such)."""
     entries = list(locked)
     answers = [ask(address, entry) for entry in entries[:1]]
     # Where nothing answers, each more would wait for a time-out.

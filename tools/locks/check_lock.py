@@ -39,7 +39,7 @@ def locked_there(locked: Iterable[Locked], python: str, machine: str) -> dict[st
 
 
 def wrong_hashes(locked: Iterable[Locked]) -> Iterator[str]:
-    """A complaint for each version without a hash, or with something else in its place."""
+    """Give a complaint for each version without a hash, or with something else in its place."""
     for entry in locked:
         if not entry.hashes:
             yield f"{entry} has no hash"
@@ -49,7 +49,7 @@ def wrong_hashes(locked: Iterable[Locked]) -> Iterator[str]:
 
 
 def twice(locked: Iterable[Locked]) -> Iterator[str]:
-    """A complaint for each name that is locked twice for one machine."""
+    """Give a complaint for each name that is locked twice for one machine."""
     told = set()
 
     for python, machine in places():
@@ -61,7 +61,7 @@ def twice(locked: Iterable[Locked]) -> Iterator[str]:
 
 
 def unlocked_pins(pins: dict[str, Pin], locked: Iterable[Locked]) -> Iterator[str]:
-    """A complaint for each pin that some Python or machine gets in another version, or not at
+    """Give a complaint for each pin that some Python or machine gets in another version, or not at
     all.
     """
     told = set()
@@ -93,7 +93,7 @@ def installed() -> dict[str, str]:
 def wrongly_installed(
     packages: dict[str, str], locked: Iterable[Locked], machine: str
 ) -> Iterator[str]:
-    """A complaint for each installed package that is not the locked one."""
+    """Give a complaint for each installed package that is not the locked one."""
     there = locked_there(locked, THIS_PYTHON, machine)
 
     for name, text in sorted(packages.items()):
@@ -116,7 +116,7 @@ def wrongly_installed(
 
 
 def check(requirements: Path, folder: Path, packages: dict[str, str]) -> list[str]:
-    """What contradicts, a line each."""
+    """Give what contradicts, a line each."""
     pins = read_pins(requirements)
     locked = read_locks(folder)
     machine = platform.machine()

@@ -75,7 +75,7 @@ class IndexFile:
     tags: frozenset[Tag]
 
     def fits(self, python: str, machine: str) -> bool:
-        """Whether pip would take it there."""
+        """Tell whether pip would take it there."""
         if not self.pythons.contains(f"{python}.0"):
             return False
         return not self.tags or not self.tags.isdisjoint(supported_tags(python, machine))
@@ -121,7 +121,7 @@ def read_pins(path: Path) -> dict[str, Pin]:
 
 
 def fetch(url: str, accept: str = "*/*") -> bytes:
-    """The body behind an address; IndexFailure if there is none after three tries."""
+    """Give the body behind an address; IndexFailure if there is none after three tries."""
     request = urllib.request.Request(url, headers={"Accept": accept})
 
     for attempt in range(1, TRIES + 1):
@@ -141,7 +141,7 @@ def fetch(url: str, accept: str = "*/*") -> bytes:
 
 
 def release_files(index: str, pin: Pin) -> list[IndexFile]:
-    """The files of a pinned release."""
+    """Give the files of a pinned release."""
     page = fetch(f"{index}/{canonicalize_name(pin.name)}/", "application/vnd.pypi.simple.v1+json")
     files = []
 
@@ -164,7 +164,7 @@ def release_files(index: str, pin: Pin) -> list[IndexFile]:
 
 
 def missing_files(pin: Pin, files: list[IndexFile]) -> Iterator[str]:
-    """A complaint for each machine whose Pythons get nothing, or a source to compile."""
+    """Give a complaint for each machine whose Pythons get nothing, or a source to compile."""
     if not files:
         yield f"{pin} (line {pin.line}): the index has no such release"
         return
@@ -183,7 +183,7 @@ def missing_files(pin: Pin, files: list[IndexFile]) -> Iterator[str]:
 
 
 def needs_on_index(pin: Pin, files: list[IndexFile], python: str) -> list[Requirement]:
-    """What the index's wheel for Linux x86-64 requires, from its metadata file (PEP 658)."""
+    """Give what the index's wheel for Linux x86-64 requires, from its metadata file (PEP 658)."""
     for file in files:
         if file.tags and file.fits(python, "x86_64"):
             metadata, _ = parse_email(fetch(file.url + ".metadata"))
@@ -193,12 +193,12 @@ def needs_on_index(pin: Pin, files: list[IndexFile], python: str) -> list[Requir
 
 
 def needs_installed(name: str) -> list[Requirement]:
-    """What an installed package requires, its extras' needs among it."""
+    """Give what an installed package requires, its extras' needs among it."""
     return [Requirement(text) for text in importlib.metadata.requires(name) or []]
 
 
 def installed_version(name: str) -> Version | None:
-    """The version installed here, None if there is none."""
+    """Give the version installed here, None if there is none."""
     try:
         return Version(importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
@@ -206,7 +206,7 @@ def installed_version(name: str) -> Version | None:
 
 
 def applies(need: Requirement, python: str, extras: Iterable[str]) -> bool:
-    """Whether a need counts on Linux x86-64 with that Python, for any extra ("": for none)."""
+    """Tell whether a need counts on Linux x86-64 with that Python, for any extra ("": for none)."""
     environment = {
         "implementation_name": "cpython",
         "os_name": "posix",
@@ -230,7 +230,7 @@ def contradictions(
     needs: dict[str, list[Requirement]],
     extras: Iterable[str] = ("",),
 ) -> list[str]:
-    """A line for each pin outside what `owner` needs; `needs` is {Python: requirements}."""
+    """Give a line for each pin outside what `owner` needs; `needs` is {Python: requirements}."""
     found: dict[tuple[Pin, str], list[str]] = defaultdict(list)
 
     for python, requirements in needs.items():
@@ -248,7 +248,7 @@ def contradictions(
 
 
 def check(path: Path, index: str) -> tuple[list[str], list[str]]:
-    """(what contradicts, what could not be judged) of the pins in a requirements file."""
+    """Give (what contradicts, what could not be judged) of the pins in a requirements file."""
     pins = read_pins(path)
     if "torch" not in pins:
         raise UsageError(f"{path}: torch is not pinned")

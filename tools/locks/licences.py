@@ -90,7 +90,9 @@ ROW = re.compile(r"\| (\S+) \| (\S+) \| (all|cuda) \| (.+) \|")
 
 
 def licence_of(metadata: dict[str, Any]) -> str:
-    """The licence that metadata (the keys of `packaging.metadata`) names, as SPDX where known."""
+    """Give the licence that metadata (the keys of `packaging.metadata`) names, as SPDX where
+    known.
+    """
     expression = metadata.get("license_expression")
     if expression:
         return expression
@@ -108,7 +110,7 @@ def licence_of(metadata: dict[str, Any]) -> str:
 
 
 def metadata_of(entry: Locked) -> dict[str, Any]:
-    """A release's metadata: of the one installed here, else of the index; IndexFailure."""
+    """Give a release's metadata: of the one installed here, else of the index; IndexFailure."""
     if installed_version(entry.name) == entry.version:
         return parse_email(importlib.metadata.distribution(entry.name).read_text("METADATA"))[0]
 
@@ -124,13 +126,13 @@ def metadata_of(entry: Locked) -> dict[str, Any]:
 
 
 def refused(licence: str) -> list[str]:
-    """The parts of a licence expression that are not allowed."""
+    """Give the parts of a licence expression that are not allowed."""
     parts = re.split(r"\s+(?:AND|OR|WITH)\s+|[()]", licence)
     return [part.strip() for part in parts if part.strip() and part.strip() not in ALLOWED]
 
 
 def rows(locked: list[Locked]) -> Iterator[str]:
-    """The table, a line for each locked version; IndexFailure where metadata cannot be had."""
+    """Give the table, a line for each locked version; IndexFailure where metadata cannot be had."""
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         found = list(pool.map(metadata_of, locked))
     for entry, metadata in zip(locked, found, strict=True):

@@ -46,12 +46,12 @@ HEADS = {
 
 
 def of_cuda(name: str) -> bool:
-    """Whether a package comes with PyPI's torch only."""
+    """Tell whether a package comes with PyPI's torch only."""
     return name == "torch" or name.startswith(("nvidia-", "cuda-"))
 
 
 def blocks(text: str) -> Iterator[str]:
-    """Each package of uv's output: its line, hashes, and comments."""
+    """Give each package of uv's output: its line, hashes, and comments."""
     block: list[str] = []
 
     for line in text.splitlines(keepends=True):
@@ -68,7 +68,7 @@ def blocks(text: str) -> Iterator[str]:
 
 
 def remembered(folder: Path) -> str:
-    """What the locks have already, as uv writes it.
+    """Give what the locks have already, as uv writes it.
 
     A damaged lock counts for nothing, with a note.
     """

@@ -40,12 +40,12 @@ class Locked:
         return f"{self.name}=={self.version} ({self.path}:{self.line})"
 
     def applies(self, python: str, machine: str) -> bool:
-        """Whether pip installs it there."""
+        """Tell whether pip installs it there."""
         return self.marker is None or self.marker.evaluate(linux(python, machine))
 
 
 def linux(python: str, machine: str) -> dict[str, str]:
-    """The values that markers see on Linux with CPython `python`."""
+    """Give the values that markers see on Linux with CPython `python`."""
     return {
         "extra": "",
         "implementation_name": "cpython",
@@ -60,14 +60,16 @@ def linux(python: str, machine: str) -> dict[str, str]:
 
 
 def places() -> Iterator[tuple[str, str]]:
-    """Each (Python, machine) that the locks are for."""
+    """Give each (Python, machine) that the locks are for."""
     for python in PYTHONS:
         for machine in MACHINES:
             yield python, machine
 
 
 def logical_lines(text: str) -> Iterator[tuple[int, str]]:
-    """(number of its first line, text) of each line without comments, continued ones joined."""
+    """Give (number of its first line, text) of each line without comments, continued ones
+    joined.
+    """
     parts: list[str] = []
     first = 0
 
@@ -87,7 +89,7 @@ def logical_lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def read_lock(path: Path) -> list[Locked]:
-    """The versions of one lock; UsageError for a line that locks nothing."""
+    """Read the versions of one lock; UsageError for a line that locks nothing."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -119,5 +121,5 @@ def read_lock(path: Path) -> list[Locked]:
 
 
 def read_locks(folder: Path) -> list[Locked]:
-    """The versions of both locks of a folder."""
+    """Read the versions of both locks of a folder."""
     return read_lock(folder / COMMON) + read_lock(folder / CUDA)

@@ -11,7 +11,7 @@ ADDRESS = "https://pypi.org/pypi"
 
 
 def release(address: str, name: str, version: Version) -> dict[str, Any]:
-    """The JSON page of a release; IndexFailure if there is none.
+    """Give the JSON page of a release; IndexFailure if there is none.
 
     A mirror may have none but the page of the newest release: it serves where that is the one.
     """
@@ -27,7 +27,7 @@ def release(address: str, name: str, version: Version) -> dict[str, Any]:
 
 
 def read(url: str) -> dict[str, Any]:
-    """A JSON object; IndexFailure if the answer is something else."""
+    """Read a JSON object; IndexFailure if the answer is something else."""
     try:
         page = json.loads(fetch(url))
     except ValueError:

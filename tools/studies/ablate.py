@@ -1,7 +1,7 @@
 """The paper's analysis as one command: what each part of the pretraining and of the model is worth.
 
 For every variant and seed: pretrain, zero-shot retrieval, finetune retrieval, evaluate; the same
-steps and samples for all. Runs that are done are not done again, so a stopped analysis goes on.
+steps and samples for all. Runs that are done are not done again: a stopped analysis is resumable.
 Writes OUTPUT/ablation.json and OUTPUT/ablation.md.
 
     python tools/ablate.py --data-path sample_corpus/train --test-data-path sample_corpus/test \\
@@ -53,7 +53,7 @@ class Variant:
 
 
 def variants(sizes: ModelConfig) -> dict[str, Variant]:
-    """All variants, of the same depth each."""
+    """Give all variants, of the same depth each."""
     joint = sizes.interaction_layers
     text = sizes.text_layers
     image = sizes.image_layers
@@ -113,7 +113,7 @@ class Run:
         self.folder = Path(options.output) / name / f"seed-{seed}"
 
     def results(self) -> dict[str, dict[str, float]]:
-        """Figures by protocol, computed where they are not there yet."""
+        """Give figures by protocol, computed where they are not there yet."""
         options = self.options
         folder = self.folder
         shared = (
@@ -249,7 +249,7 @@ class Run:
 
 
 def flags_of(place: Path) -> Path:
-    """The file that says with what flags a stage was made."""
+    """Give the file that says with what flags a stage was made."""
     return place.with_name(f"{place.name}.flags.json")
 
 

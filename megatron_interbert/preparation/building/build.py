@@ -55,7 +55,7 @@ from megatron_interbert.preparation.building.interrupts import (
     interrupts_blocked,
     keeping_interrupts,
 )
-from megatron_interbert.preparation.building.sources.base import Source, SourceFacts
+from megatron_interbert.preparation.building.sources.base import FeatureSource, SourceFacts
 from megatron_interbert.preparation.building.store_writer import OURS as OF_STORES
 from megatron_interbert.preparation.building.store_writer import finish_store, new_manifest
 from megatron_interbert.preparation.work_folder import (
@@ -88,7 +88,7 @@ class BuildPlan:
     build.
     """
 
-    sources: list[Source]
+    sources: list[FeatureSource]
     output: str
     caption_files: list[str] = field(default_factory=list)
     captions_format: str = "auto"
@@ -104,7 +104,7 @@ class BuildPlan:
     options: dict[str, Any] = field(default_factory=dict)
 
     def fingerprint(self, units: Sequence[Any]) -> dict[str, Any]:
-        """What another run must agree with to go on with this one's work."""
+        """What another run must agree with to resume this one."""
         files = {path: os.path.getsize(path) for path in self.caption_files}
         return {
             "captions": {"files": files, "format": self.captions_format, "split": self.split},
@@ -125,8 +125,8 @@ class BuildPlan:
 
 
 def _identity(path: str) -> list[Any]:
-    """What changes when a source is replaced: size and time of a file, of a store's manifest, of
-    all files in another folder.
+    """Give what changes when a source is replaced: size and time of a file, of a store's manifest,
+    of all files in another folder.
     """
     place = Path(path) / MANIFEST if (Path(path) / MANIFEST).is_file() else Path(path)
     if not place.is_dir():
@@ -158,7 +158,7 @@ def build(
 ) -> dict[str, Any]:
     """Build a store and give its manifest.
 
-    Same plan after a kill: goes on. UsageError when the input is wrong.
+    The same plan resumes after a kill. UsageError when the input is wrong.
     """
     output = Path(plan.output)
     if os.path.lexists(output):
@@ -175,7 +175,7 @@ def build(
     ]
     work = output.with_name(output.name + ".partial")
 
-    with WorkFolder(work, plan.fingerprint(units), restart), _one_line_for_the_disk(work):
+    with BuildFolder(work, plan.fingerprint(units), restart), _one_line_for_the_disk(work):
         if not (work / MANIFEST).exists():
             table = _caption_table(plan, work)
             shared = (
@@ -200,15 +200,15 @@ def build(
 
 @contextlib.contextmanager
 def _one_line_for_the_disk(work: Path) -> Iterator[None]:
-    """A full disk or the like, wherever in a build it shows: shards, captions, tokens, manifest,
-    the last rename.
+    """Give a full disk or the like, wherever in a build it shows: shards, captions, tokens,
+    manifest, the last rename.
     """
     try:
         yield
     except (OSError, sqlite3.Error) as error:
         raise UsageError(
             f"{work}: cannot be read or written ({error}); make room; finished shards are kept: the"
-            " same command goes on"
+            " same command resumes"
         ) from error
 
 
@@ -232,7 +232,7 @@ def _publish(work: Path, output: Path, has_vocabulary: bool) -> dict[str, Any]:
 
 
 def _common_facts(plan: BuildPlan) -> SourceFacts:
-    """The facts of all sources, which must agree."""
+    """Give the facts of all sources, which must agree."""
     all_facts = [source.facts() for source in plan.sources]
     first = all_facts[0]
     names = list(plan.class_names) or next(
@@ -276,7 +276,7 @@ def _common_facts(plan: BuildPlan) -> SourceFacts:
     )
 
 
-class WorkFolder:
+class BuildFolder:
     """The work folder of a build, locked; made anew, or one that the same plan has left behind."""
 
     def __init__(self, work: Path, fingerprint: dict[str, Any], restart: bool) -> None:
@@ -294,12 +294,12 @@ class WorkFolder:
             raise UsageError(f"--output: cannot make {self.work} ({error})") from error
 
         try:
-            self._take_over()
+            self._resume_or_begin()
         except BaseException:
             os.close(self.handle)
             raise
 
-    def _take_over(self) -> None:
+    def _resume_or_begin(self) -> None:
         """Go on with what the same plan has left, or begin anew."""
         refuse_strangers(self.work, OURS)
         remove_own(self.work, [name for name in OURS if name.endswith((".new", ".partial"))])
@@ -321,7 +321,7 @@ class WorkFolder:
             ]
             raise UsageError(
                 f"{self.work}: left by a build with other settings ({', '.join(changed)} differ);"
-                " give the same ones to go on with it, or --restart to begin anew"
+                " give the same ones to resume it, or --restart to begin anew"
             )
 
         write_text(plan, json.dumps(self.fingerprint, indent=1))
@@ -334,7 +334,7 @@ class WorkFolder:
 
 
 def _caption_table(plan: BuildPlan, work: Path) -> CaptionTable | None:
-    """Captions and wanted ids on disk; made once."""
+    """Give captions and wanted ids on disk; made once."""
     path = work / "images.db"
     done = work / CAPTIONS_DONE
     if not plan.caption_files and plan.only is None:
@@ -361,9 +361,9 @@ def _caption_table(plan: BuildPlan, work: Path) -> CaptionTable | None:
 
 
 def _run_jobs(
-    jobs: list[UnitJob], total: int, sources: list[Source], workers: int, max_dropped: float
+    jobs: list[UnitJob], total: int, sources: list[FeatureSource], workers: int, max_dropped: float
 ) -> None:
-    """All units, in this process or several; stops early when far too much is dropped."""
+    """Give all units, in this process or several; stops early when far too much is dropped."""
     counts: Counter[str] = Counter()
 
     with progress(total=total, initial=total - len(jobs), unit="shard", desc="building") as bar:
@@ -377,7 +377,9 @@ def _run_jobs(
                 )
 
 
-def _results(jobs: list[UnitJob], sources: list[Source], workers: int) -> Iterator[dict[str, Any]]:
+def _results(
+    jobs: list[UnitJob], sources: list[FeatureSource], workers: int
+) -> Iterator[dict[str, Any]]:
     if workers <= 1 or len(jobs) <= 1:
         for job in jobs:
             yield convert_unit(job, sources)
@@ -408,7 +410,7 @@ def _results(jobs: list[UnitJob], sources: list[Source], workers: int) -> Iterat
         except BrokenProcessPool as error:
             raise TrainingStopped(
                 "a process of the build has died (killed, or out of memory?); finished shards are"
-                " kept: the same command goes on, with fewer --workers if memory was short"
+                " kept: the same command resumes, with fewer --workers if memory was short"
             ) from error
         except KeyboardInterrupt:
             for process in multiprocessing.active_children():
@@ -418,14 +420,14 @@ def _results(jobs: list[UnitJob], sources: list[Source], workers: int) -> Iterat
             pool.shutdown(cancel_futures=True)
 
 
-_sources: list[Source] = []  # of a process of the pool: sent once, not with each of its jobs
+_sources: list[FeatureSource] = []  # of a process of the pool: sent once, not with each of its jobs
 
 
 def _convert(job: UnitJob) -> dict[str, Any]:
     return convert_unit(job, _sources)
 
 
-def _start_process(sources: list[Source]) -> None:
+def _start_process(sources: list[FeatureSource]) -> None:
     """Keep the sources; and a process whose parent was killed would otherwise wait for work for
     ever.
     """
@@ -446,7 +448,9 @@ def _too_many(faults: int, read: int, reasons: dict[str, int], limit: float) -> 
 def _finish(
     plan: BuildPlan, facts: SourceFacts, work: Path, units: int, max_dropped: float
 ) -> None:
-    """Everything but the last rename: images seen twice, totals, report, captions, manifest."""
+    """Give everything but the last rename: images seen twice, totals, report, captions,
+    manifest.
+    """
     entries = []
     totals = Counter()
     reasons = Counter()
@@ -516,7 +520,7 @@ def _twice(images: list[tuple[str, int, str]]) -> Iterator[dict[str, str]]:
 
 
 def _write_report(path: Path, lines: Iterator[dict[str, str]]) -> None:
-    """One at a time: a part of a large store may leave millions of images out."""
+    """Write one at a time: a part of a large store may leave millions of images out."""
     with whole_file(path) as handle:
         for line in lines:
             handle.write(encoded(json.dumps(line, ensure_ascii=False) + "\n"))

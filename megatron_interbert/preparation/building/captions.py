@@ -27,8 +27,8 @@ CJK = re.compile("[\u3400-\u9fff]")
 
 
 def image_key(name: Any) -> str:
-    """One spelling for the names of an image: no folder, no suffix, COCO's names and zero-filled
-    numbers as plain numbers.
+    """Give one spelling for the names of an image: no folder, no suffix, COCO's names and zero-
+    filled numbers as plain numbers.
     """
     key = IMAGE_SUFFIX.sub("", str(name).strip().rsplit("/", 1)[-1].split("#", 1)[0])
     coco = COCO_NAME.match(key)
@@ -127,7 +127,7 @@ FORMATS = ("auto", *WHOLE_FILES, "jsonl", *LINES)
 
 
 def guess_format(path: str) -> str:
-    """The format of a caption file by its first bytes; UsageError when nothing fits."""
+    """Give the format of a caption file by its first bytes; UsageError when nothing fits."""
     try:
         with open(path, encoding="utf-8") as handle:
             start = handle.read(65536)
@@ -181,7 +181,7 @@ def _load_json(path: str) -> Any:
 
 
 def read_captions(path: str, kind: str = "auto", split: str = "") -> Iterator[CaptionRow | str]:
-    """Rows of a caption file, or a sentence about a line without a caption.
+    """Read rows of a caption file, or a sentence about a line without a caption.
 
     UsageError when the file as a whole is wrong.
     """
@@ -335,7 +335,7 @@ class CaptionTable:
         return self._ask("SELECT count(*) FROM caption")[0][0]
 
     def of_image(self, image_id: str) -> list[tuple[str, str]]:
-        """[(text, language)] of an image in the order of the files."""
+        """Give [(text, language)] of an image in the order of the files."""
         return self._ask(
             "SELECT text, language FROM image JOIN caption ON caption.rowid = image.caption WHERE"
             " key = ?1 AND place = (SELECT min(place) FROM image WHERE key = ?1) ORDER BY"
@@ -344,7 +344,7 @@ class CaptionTable:
         )
 
     def is_wanted(self, image_id: str) -> bool:
-        """Whether an image is among the wanted ones."""
+        """Tell whether an image is among the wanted ones."""
         return bool(self._ask("SELECT 1 FROM wanted WHERE key = ?", (image_key(image_id),)))
 
     def _ask(self, question: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

@@ -11,7 +11,7 @@ from megatron_interbert.preparation.building.faster_rcnn import TorchvisionDetec
 
 
 def load_detector(choice: DetectorChoice) -> Detector:
-    """The detector that the user chose, on its device.
+    """Load the detector that the user chose, on its device.
 
     UsageError when there is none of that name.
     """

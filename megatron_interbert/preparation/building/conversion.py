@@ -25,8 +25,8 @@ from megatron_interbert.preparation.building.shard_writer import (
 )
 from megatron_interbert.preparation.building.sources.base import (
     Dropped,
+    FeatureSource,
     Record,
-    Source,
     SourceFacts,
 )
 from megatron_interbert.reading import is_there, reading
@@ -56,7 +56,7 @@ class UnitJob:
 
 
 def done_file(work: Path, number: int) -> Path:
-    """What says that a unit is done; written after its shard."""
+    """Give what says that a unit is done; written after its shard."""
     return work / (SHARD_NAME.format(number) + ".json")
 
 
@@ -73,7 +73,7 @@ LINE = {"where", "image_id", "reason", "details"}  # of an image that was droppe
 
 
 def is_done(work: Path, number: int) -> bool:
-    """Whether a unit is done: what says so is whole, and its shard is there with its size.
+    """Tell whether a unit is done: what says so is whole, and its shard is there with its size.
 
     One that does not fit is done anew, and that is said.
     """
@@ -115,7 +115,10 @@ def _is_mark(done: Any) -> bool:
 
 
 def _has_shard(work: Path, number: int, done: dict[str, Any]) -> bool:
-    """Whether the shard of a unit is as its entry says; there is none where nothing was kept."""
+    """Tell whether the shard of a unit is as its entry says.
+
+    There is none where nothing was kept.
+    """
     entry = done["entry"]
     path = work / SHARD_NAME.format(number)
     if entry is None:
@@ -130,9 +133,9 @@ def _has_shard(work: Path, number: int, done: dict[str, Any]) -> bool:
     return path.stat().st_size == entry["bytes"]
 
 
-def convert_unit(job: UnitJob, sources: Sequence[Source]) -> dict[str, Any]:
-    """One unit to one shard (none when nothing of it is kept), then the file that says it is done;
-    gives that file's content.
+def convert_unit(job: UnitJob, sources: Sequence[FeatureSource]) -> dict[str, Any]:
+    """Convert one unit to one shard (none when nothing of it is kept), then the file that says it
+    is done; gives that file's content.
     """
     records = []
     report = []
@@ -169,7 +172,7 @@ def convert_unit(job: UnitJob, sources: Sequence[Source]) -> dict[str, Any]:
 
 
 def _keep(found: Record | Dropped, job: UnitJob) -> Any:
-    """(prepared record, captions) of an image that is kept, or why it is not."""
+    """Give (prepared record, captions) of an image that is kept, or why it is not."""
     if isinstance(found, Dropped):
         return found
 

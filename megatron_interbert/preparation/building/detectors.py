@@ -54,15 +54,15 @@ class Detections:
     scores: np.ndarray
 
     def best(self, most: int, least: int, min_score: float) -> "Detections":
-        """Those of at least `min_score`, but never more than `most`, nor fewer than `least` where
-        there are so many.
+        """Give those of at least `min_score`, but never more than `most`, nor fewer than `least`
+        where there are so many.
         """
         count = min(max(int((self.scores >= min_score).sum()), least), most)
         return Detections(*(getattr(self, name)[:count] for name in self.__dataclass_fields__))
 
 
 def class_distribution(logits: torch.Tensor, softmax: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distributions [.., C] with background at 0, and scores [..], from a model's logits.
+    """Give distributions [.., C] with background at 0, and scores [..], from a model's logits.
 
     `softmax`: the last logit is "no object" (DETR). Otherwise each class has its own sigmoid; where
     these sum to more than 1 they are divided by their sum, and what they leave of 1 is background.
@@ -79,8 +79,8 @@ def class_distribution(logits: torch.Tensor, softmax: bool) -> tuple[torch.Tenso
 
 
 def pixel_boxes(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Boxes [Q, 4] as centre, width, height from 0 to 1 -> corners in pixels inside a picture of
-    `size` (width, height).
+    """Give boxes [Q, 4] as centre, width, height from 0 to 1 -> corners in pixels inside a picture
+    of `size` (width, height).
     """
     centre = boxes[:, :2]
     half = boxes[:, 2:] / 2
@@ -92,7 +92,9 @@ def pixel_boxes(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def state_sha256(state: dict[str, torch.Tensor]) -> str:
-    """Hex sha256 over the names, types, shapes and bytes of a state dict, in order of names."""
+    """Give hex sha256 over the names, types, shapes and bytes of a state dict, in order of
+    names.
+    """
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -120,13 +122,13 @@ class Detector(ABC):
 
     @abstractmethod
     def prepare(self, image: "Image") -> dict[str, torch.Tensor]:
-        """What the model takes for one RGB picture, without a batch dimension."""
+        """Give what the model takes for one RGB picture, without a batch dimension."""
 
     @abstractmethod
     def run(
         self, inputs: dict[str, torch.Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[Detections]:
-        """Detections for a batch [B, ..] of pictures of these sizes (width, height)."""
+        """Give detections for a batch [B, ..] of pictures of these sizes (width, height)."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -136,7 +138,7 @@ class Detector(ABC):
 
     @torch.inference_mode()
     def detect(self, images: Sequence["Image"]) -> list[Detections]:
-        """Detections for RGB pictures of any sizes.
+        """Give detections for RGB pictures of any sizes.
 
         Only pictures that have one shape after preparation run together. Padding to a common shape
         would be masked in attention, but not in the convolutions before it, so a picture's features
@@ -166,7 +168,7 @@ class Detector(ABC):
     def _collect(
         self, scores: torch.Tensor, dist: torch.Tensor, features: torch.Tensor, boxes: torch.Tensor
     ) -> Detections:
-        """One picture's tensors [Q, ..] in order of score, with the `soft_labels` most likely
+        """Give one picture's tensors [Q, ..] in order of score, with the `soft_labels` most likely
         classes of each region.
         """
         order = scores.sort(descending=True, stable=True).indices
@@ -229,7 +231,7 @@ class TransformersDetector(Detector):
 
     @torch.inference_mode()
     def _probe(self) -> None:
-        """Sizes of the outputs, seen on a blank picture.
+        """Give sizes of the outputs, seen on a blank picture.
 
         UsageError when they are not a query's state, logits and box.
         """
@@ -295,7 +297,7 @@ class TransformersDetector(Detector):
     def run(
         self, inputs: dict[str, torch.Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[Detections]:
-        """The model's queries of each picture.
+        """Give the model's queries of each picture.
 
         Models without a decoder (YOLOS) keep them behind the picture's patches.
         """
@@ -335,12 +337,12 @@ class TransformersDetector(Detector):
 
 
 def _plain(size: Any) -> dict[str, int]:
-    """An image processor's size as a dictionary of what is set in it."""
+    """Give an image processor's size as a dictionary of what is set in it."""
     return {key: value for key, value in dict(size).items() if value is not None}
 
 
 def _device(name: str) -> torch.device:
-    """The device of a --device flag."""
+    """Give the device of a --device flag."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device is visible here; use --device cpu")
     return torch.device(

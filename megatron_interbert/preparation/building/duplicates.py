@@ -13,8 +13,8 @@ from megatron_interbert.preparation.building.shard_writer import write_shard
 def drop_duplicates(
     folder: Path, entries: list[dict[str, Any]], spelling: Callable[[str], str]
 ) -> tuple[list[dict[str, Any]], list[tuple[str, int, str]]]:
-    """Entries of shards in which each image stands once, and (shard, image in it, image id) of what
-    was left out. Two ids of one `spelling` are one image.
+    """Give entries of shards in which each image stands once, and (shard, image in it, image id) of
+    what was left out. Two ids of one `spelling` are one image.
 
     A shard that changes is written anew under another name, so that doing it again after a kill
     gives the same.
@@ -44,7 +44,7 @@ def drop_duplicates(
 
 
 def _write_rows(folder: Path, entry: dict[str, Any], rows: list[int]) -> dict[str, Any]:
-    """A copy of a shard with some of its images."""
+    """Write a copy of a shard with some of its images."""
     with Hdf5File(folder / entry["file"]) as file:
         width = file["image_features"].shape[1]
 

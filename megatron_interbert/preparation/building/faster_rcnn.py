@@ -75,7 +75,7 @@ class TorchvisionDetector(Detector):
         super().__init__(model, choice)
 
     def prepare(self, image: "Image") -> dict[str, torch.Tensor]:
-        """Pixels [3, H, W] from 0 to 1; the model itself resizes and normalises."""
+        """Give pixels [3, H, W] from 0 to 1; the model itself resizes and normalises."""
         return {"pixels": torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255}
 
     def run(
@@ -139,7 +139,9 @@ class TorchvisionDetector(Detector):
 
 
 def _published(get_model: Any, name: str, weights: Any) -> torch.nn.Module:
-    """A torchvision model with the weights that torchvision publishes for it, downloaded once."""
+    """Give a torchvision model with the weights that torchvision publishes for it, downloaded
+    once.
+    """
     try:
         return get_model(name, weights=weights)
     except OSError as error:
@@ -150,8 +152,8 @@ def _published(get_model: Any, name: str, weights: Any) -> torch.nn.Module:
 
 
 def _with_weights(get_model: Any, name: str, choice: DetectorChoice) -> torch.nn.Module:
-    """A torchvision model with the state dict of --weights, which also says how many classes there
-    are.
+    """Give a torchvision model with the state dict of --weights, which also says how many classes
+    there are.
     """
     try:
         if choice.weights.endswith(".safetensors"):

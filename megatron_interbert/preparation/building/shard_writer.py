@@ -86,7 +86,9 @@ def prepare_record(regions: Regions, feature_dim: int, num_classes: int) -> Prep
 
 
 def storable(name: str) -> bool:
-    """Whether HDF5 and SQLite can hold a string: something, without NUL and half characters."""
+    """Tell whether HDF5 and SQLite can hold a string: something, without NUL and half
+    characters.
+    """
     try:
         return bool(name.encode("utf-8")) and "\0" not in name
     except UnicodeEncodeError:
@@ -94,7 +96,7 @@ def storable(name: str) -> bool:
 
 
 def write_shard(path: Path, records: Sequence[tuple[Regions, Sequence[Caption]]]) -> dict[str, Any]:
-    """One shard of prepared images and their captions; gives its manifest entry."""
+    """Write one shard of prepared images and their captions; gives its manifest entry."""
     counts: dict[str, int] = {}
 
     def write(temporary: Path) -> None:
@@ -159,7 +161,7 @@ def _fill_shard(
 
 
 def write_caption_file(folder: Path, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The caption file over all shards of a folder, one shard in memory at a time; gives its
+    """Write the caption file over all shards of a folder, one shard in memory at a time; gives its
     manifest entry.
     """
     languages = set()
@@ -220,8 +222,8 @@ def _append_captions(
 def write_token_file(
     folder: Path, captions: Iterable[list[str]], count: int, tokenizer: CaptionTokenizer
 ) -> dict[str, Any]:
-    """All `count` captions as token ids, given in groups in the store's order, so that training
-    need not tokenise.
+    """Write all `count` captions as token ids, given in groups in the store's order, so that
+    training need not tokenise.
     """
     with tempfile.TemporaryFile(dir=folder) as ids, tempfile.TemporaryFile(dir=folder) as starts:
         offsets = np.zeros(count + 1, np.int64)

@@ -57,7 +57,7 @@ def new_manifest(
     class_names: Sequence[str] = (),
     **more: Any,
 ) -> dict[str, Any]:
-    """The facts of a store that are known before its first image."""
+    """Give the facts of a store that are known before its first image."""
     return {
         "schema_version": SCHEMA_VERSION,
         "feature_dim": feature_dim,
@@ -166,7 +166,7 @@ class RegionStoreWriter:
             os.close(self._lock)
 
     def add(self, regions: Regions, captions: Sequence[Caption]) -> None:
-        """One image and its captions as (text, language tag).
+        """Add one image and its captions as (text, language tag).
 
         UsageError names a record that cannot be stored.
         """

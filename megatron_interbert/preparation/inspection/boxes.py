@@ -44,7 +44,7 @@ class BoxFormat:
         self.telling, self.beyond, self.far, self.narrow = (np.zeros(2, np.int64) for _ in range(4))
 
     def add(self, boxes: np.ndarray, size: tuple[float, float]) -> None:
-        """One image's boxes as the store gives them: corners inside the image, sorted."""
+        """Add one image's boxes as the store gives them: corners inside the image, sorted."""
         # [R, 2] shares of width and height
         low = boxes[:, :2] / size
         high = boxes[:, 2:] / size
@@ -72,7 +72,9 @@ class BoxFormat:
         self.crowded += int((high[:, 1 - long] >= 0.99).sum())
 
     def shares(self) -> dict[str, Any]:
-        """The figures that decide, as shares of boxes (x, y) or of images that are not square."""
+        """Give the figures that decide, as shares of boxes (x, y) or of images that are not
+        square.
+        """
         telling = np.maximum(self.telling, 1)
         pairs = {"beyond_middle": self.beyond, "at_far_edge": self.far, "narrow": self.narrow}
 
@@ -88,7 +90,7 @@ class BoxFormat:
         }
 
     def result(self, inverted_share: float | None = None) -> dict[str, Any]:
-        """The mistake found ("" none, None not known), its sentence, and the figures.
+        """Give the mistake found ("" none, None not known), its sentence, and the figures.
         inverted_share: of boxes when built.
         """
         figures = {

@@ -133,8 +133,8 @@ class ClassShift:
             self.low[index] |= " ".join(words) in LOW
 
     def add(self, labels: np.ndarray, heights: np.ndarray, captions: Sequence[str]) -> None:
-        """One image: class ids [R] of its confident regions, their centres' y [R] as a share of the
-        height, English captions.
+        """Add one image: class ids [R] of its confident regions, their centres' y [R] as a share
+        of the height, English captions.
         """
         classes, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
         if not self.named or len(classes) == 0:
@@ -170,8 +170,8 @@ class ClassShift:
         return rows
 
     def by_places(self) -> list[dict[str, Any]]:
-        """The same for well-known places: sky and ceilings above the middle, floors and shoes below
-        it.
+        """Give the same for well-known places: sky and ceilings above the middle, floors and shoes
+        below it.
         """
         chance = self.upper.sum() / max(self.placed.sum(), 1)
         rows = []
@@ -219,7 +219,8 @@ class ClassShift:
 
 
 def decide(scores: Sequence[dict[str, Any]]) -> int | None:
-    """The shift that fits clearly better than chance and, unless it is 0, clearly better than none.
+    """Give the shift that fits clearly better than chance and, unless it is 0, clearly better than
+    none.
 
     None: not known.
     """

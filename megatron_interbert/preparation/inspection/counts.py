@@ -69,7 +69,9 @@ def digest(data: bytes | memoryview) -> int:
 
 
 def is_chinese(text: str, language: str) -> bool:
-    """Whether a caption is counted in characters: by its tag, else by what it is written in."""
+    """Tell whether a caption is counted in characters: by its tag, else by what it is written
+    in.
+    """
     return language.startswith("zh") or (
         not language.startswith("en") and CJK.search(text) is not None
     )
@@ -164,8 +166,8 @@ class Counts:
         return english
 
     def repeated_images(self) -> tuple[int, list[tuple[int, int]]]:
-        """Images whose features are those of an earlier one: how many, and the first pairs (image,
-        earlier image).
+        """Give images whose features are those of an earlier one: how many, and the first pairs
+        (image, earlier image).
         """
         if not self.image_hashes:
             return 0, []
@@ -180,7 +182,7 @@ class Counts:
         ]
 
     def area_summary(self) -> dict[str, Any]:
-        """Boxes by their share of the image's area: upper edges of the bars, and counts."""
+        """Give boxes by their share of the image's area: upper edges of the bars, and counts."""
         return {
             "count": int(self.areas.sum()),
             "edges": list(AREA_EDGES[1:]),
@@ -188,7 +190,7 @@ class Counts:
         }
 
     def repeated_texts(self) -> int:
-        """Captions whose text was seen before, on any image."""
+        """Give captions whose text was seen before, on any image."""
         if not self.caption_hashes:
             return 0
         return len(self.caption_hashes) - len(

@@ -52,7 +52,7 @@ class Report:
         )
 
     def as_json(self) -> str:
-        """The report as JSON."""
+        """Give the report as JSON."""
         values = {
             name: value
             for name, value in asdict(self).items()

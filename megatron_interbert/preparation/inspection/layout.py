@@ -15,7 +15,7 @@ from megatron_interbert.errors import UsageError
 
 
 def describe_shards(store: RegionStore) -> list[dict[str, Any]]:
-    """Each shard's file, counts, and datasets with shape, type and layout.
+    """Describe each shard's file, counts, and datasets with shape, type and layout.
 
     `error` instead where it cannot be opened.
     """
@@ -54,8 +54,8 @@ def _describe(dataset: h5py.Dataset) -> dict[str, Any]:
 
 
 def slow_reasons(shard: dict[str, Any]) -> list[str]:
-    """Why an image of a shard is more than one plain read; empty for shards as this package writes
-    them.
+    """Say why an image of a shard is more than one plain read; empty for shards as this package
+    writes them.
     """
     rows = shard["regions"] / max(shard["images"], 1)
     reasons = []
@@ -76,7 +76,9 @@ def slow_reasons(shard: dict[str, Any]) -> list[str]:
 
 
 def _chunk_cost(name: str, dataset: dict[str, Any], rows: float) -> str:
-    """What an image of `rows` regions, somewhere in the file, makes HDF5 read: whole chunks."""
+    """Give what an image of `rows` regions, somewhere in the file, makes HDF5 read: whole
+    chunks.
+    """
     height, width = dataset["chunks"]
     chunks = (1 + max(rows - 1, 0) / height) * -(-dataset["shape"][1] // width)
     times = chunks * height * width / max(rows * dataset["shape"][1], 1)
@@ -89,8 +91,8 @@ def _chunk_cost(name: str, dataset: dict[str, Any], rows: float) -> str:
 
 
 def measure_reads(store: RegionStore, most: int = 300, seconds: float = 3.0) -> dict[str, float]:
-    """Images a second over up to `most` images in random order, as one process reads them; bad
-    records are passed over.
+    """Measure images a second over up to `most` images in random order, as one process reads them;
+    bad records are passed over.
     """
     order = np.random.default_rng(0).permutation(store.num_images)[:most]
     done = 0

@@ -28,7 +28,7 @@ SHARDS = 20  # of which the page shows the schema
 def report_page(
     report: Report, store: RegionStore, photos: PhotoFolder | None, examples: int
 ) -> str:
-    """Give the page as text."""
+    """Print the page as text."""
     photographed = {
         image for image in report.readable if photos and photos.has(store.image_id(image))
     }

@@ -59,11 +59,11 @@ class CaptionsOfImages:
         )
 
     def numbers(self, image: int) -> list[int]:
-        """Numbers of the image's captions."""
+        """Give numbers of the image's captions."""
         return self.order[self.first[image] : self.first[image + 1]].tolist()
 
     def read(self, image: int) -> list[tuple[str, str]]:
-        """(text, language) of each; UsageError when a text is not UTF-8."""
+        """Read (text, language) of each; UsageError when a text is not UTF-8."""
         return [
             (self.store.caption(number), str(self.languages[number]))
             for number in self.numbers(image)
@@ -140,13 +140,13 @@ class Inspector:
         return f"{self.store.shards[shard]['file']}: image {row} ({self.store.image_id(number)})"
 
     def wrong_hashes(self) -> Iterator[str]:
-        """Files that are not as the manifest says."""
+        """Give files that are not as the manifest says."""
         for entry in progress(files_of(self.store.manifest), desc="hashes", unit="file"):
             if sha256_of(self.store.path, entry) != entry["sha256"]:
                 yield entry["file"]
 
     def repeated_images(self) -> tuple[int, list[str]]:
-        """How many images have the features of an earlier one, and the first pairs."""
+        """Say how many images have the features of an earlier one, and the first pairs."""
         count, pairs = self.counts.repeated_images()
         return count, [f"{self.place(second)} as {self.place(first)}" for second, first in pairs]
 

@@ -13,8 +13,8 @@ NUMBERS = {
 
 
 def group(bars: list[int], most: int) -> list[tuple[int, int, int]]:
-    """Bars of single values joined into at most `most` bars (first value, last value, count), from
-    the first that is not 0.
+    """Give bars of single values joined into at most `most` bars (first value, last value, count),
+    from the first that is not 0.
     """
     first = next((value for value, count in enumerate(bars) if count), 0)
     width = max(-(-(len(bars) - first) // most), 1)
@@ -26,13 +26,13 @@ def group(bars: list[int], most: int) -> list[tuple[int, int, int]]:
 
 
 def sparkline(bars: list[int]) -> str:
-    """Bars as one line of block letters; what is not 0 is always seen."""
+    """Give bars as one line of block letters; what is not 0 is always seen."""
     highest = max(bars, default=0) or 1
     return "".join(BLOCKS[-(-bar * (len(BLOCKS) - 1) // highest)] for bar in bars)
 
 
 def report_text(report: Report) -> str:
-    """The whole report; verdicts come last, where the eye is."""
+    """Print the whole report; verdicts come last, where the eye is."""
     parts = [
         _head(report),
         _schema(report),
@@ -160,7 +160,7 @@ BOX_FIGURES = {
 
 
 def box_figure(value: Any) -> str:
-    """A share, or a pair of them, for people."""
+    """Give a share, or a pair of them, for people."""
     if value is None:
         return "not recorded"
     return ", ".join(f"{v:.1%}" for v in (value if isinstance(value, list) else [value]))

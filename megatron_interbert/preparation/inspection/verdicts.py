@@ -75,7 +75,7 @@ def judge(
     repeated: tuple[int, list[str]],
     wrong_hashes: Sequence[str] | None,
 ) -> list[Verdict]:
-    """All verdicts, the worst first."""
+    """Give all verdicts, the worst first."""
     verdicts = [
         *_records(report, findings),
         *_files(report, wrong_hashes),

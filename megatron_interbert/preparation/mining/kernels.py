@@ -54,7 +54,7 @@ def count_terms(flat, lengths, terms, counts):
 
 @_compiled
 def add_document_frequencies(terms, frequencies):
-    """Adds 1 to `frequencies` [V] for each entry of `terms` [E]."""
+    """Add 1 to `frequencies` [V] for each entry of `terms` [E]."""
     for term in terms:
         frequencies[term] += 1
 
@@ -74,8 +74,8 @@ def norms(starts, terms, counts, idf):
 
 @_compiled
 def permuted_rows(starts, terms, counts, idf, lengths, order, rank, new_starts, new_terms, weights):
-    """Rows in the `order` [N] given, terms renamed by `rank` [V] and sorted, weights divided by
-    `lengths` [N].
+    """Give rows in the `order` [N] given, terms renamed by `rank` [V] and sorted, weights divided
+    by `lengths` [N].
     """
     end = 0
 
@@ -96,8 +96,8 @@ def permuted_rows(starts, terms, counts, idf, lengths, order, rank, new_starts, 
 
 @_compiled
 def invert(starts, terms, weights, list_starts, captions, impacts):
-    """Rows -> for each term its captions in order with their weights; list_starts [V + 1] is filled
-    as well.
+    """Give rows -> for each term its captions in order with their weights; list_starts [V + 1] is
+    filled as well.
     """
     for term in terms:
         list_starts[term + 1] += 1
@@ -115,7 +115,7 @@ def invert(starts, terms, weights, list_starts, captions, impacts):
 
 @_compiled
 def similarity(starts, terms, weights, query, other):
-    """Cosine of two rows in double precision, summed in the order of terms."""
+    """Give cosine of two rows in double precision, summed in the order of terms."""
     total = 0.0
     q = starts[query]
     o = starts[other]
@@ -269,8 +269,8 @@ def next_buckets(upper, wanted, histogram):
 
 @_compiled
 def score_exactly(query, total, lower, upper, scale, below, rows, scratch, scores, kept, found):
-    """Scores captions whose sums lie in the buckets lower .. upper - 1, and keeps what is allowed;
-    the count kept.
+    """Score scores captions whose sums lie in the buckets lower .. upper - 1, and keeps what is
+    allowed; the count kept.
     """
     starts, terms, weights, images, texts, original = rows
     captions = scratch[2]
@@ -296,8 +296,8 @@ def score_exactly(query, total, lower, upper, scale, below, rows, scratch, score
 
 @_compiled
 def search_one(query, budget, rest, limit, certain, below, rows, lists, scratch, scores, kept):
-    """The best K of one caption, from at most `budget` entries of its lists; gives back how many
-    there are.
+    """Search the best K of one caption, from at most `budget` entries of its lists; gives back how
+    many there are.
     """
     histogram = scratch[4]
     scale = (len(histogram) - 1) / (below + ROUNDING)

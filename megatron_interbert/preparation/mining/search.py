@@ -18,7 +18,7 @@ import numpy as np
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.mining.terms import TermIndex, build_index, kernels
-from megatron_interbert.preparation.mining.work import WorkFolder
+from megatron_interbert.preparation.mining.work import MiningFolder
 
 SLICE = 64  # captions that a thread takes at a time
 UNLIMITED = 1 << 60
@@ -132,7 +132,7 @@ class Searcher:
         self._scratch.put(scratch)
 
     def similarity(self, captions: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """Cosine of pairs of captions [P], float64; -1 where `others` is -1."""
+        """Give cosine of pairs of captions [P], float64; -1 where `others` is -1."""
         index = self.index
         inside = np.where(others >= 0, index.position[others], -1)
 
@@ -181,7 +181,7 @@ def mine(
     The summary has captions, negatives, without, first, last (mean similarities), and recall, lost,
     examples where asked for.
     """
-    folder = WorkFolder(store, dataclasses.asdict(options))
+    folder = MiningFolder(store, dataclasses.asdict(options))
 
     try:
         with folder:
@@ -225,7 +225,7 @@ def _index(store: RegionStore, options: MiningOptions, progress: Progress) -> Te
         return build_index(captions(), store.caption_image, options.ngrams)
 
 
-def _mine_blocks(folder: WorkFolder, searcher: Searcher, progress: Progress) -> None:
+def _mine_blocks(folder: MiningFolder, searcher: Searcher, progress: Progress) -> None:
     missing = [number for number in range(folder.blocks) if folder.read_block(number) is None]
     with progress("mining", sum(len(folder.rows_of(number)) for number in missing)) as advance:
         for number in missing:
@@ -236,7 +236,7 @@ def _mine_blocks(folder: WorkFolder, searcher: Searcher, progress: Progress) -> 
 
 
 def summarise(searcher: Searcher, table: np.ndarray) -> dict[str, Any]:
-    """Counts of a table int32 [captions, K], and mean similarity of the first and of the last
+    """Give counts of a table int32 [captions, K], and mean similarity of the first and of the last
     negative of each caption.
     """
     kept = 0
@@ -267,7 +267,7 @@ def summarise(searcher: Searcher, table: np.ndarray) -> dict[str, Any]:
 def show(
     store: RegionStore, searcher: Searcher, table: np.ndarray, number: int, seed: int = 0
 ) -> list[str]:
-    """Lines with `number` captions, each followed by its three hardest negatives and their
+    """Show lines with `number` captions, each followed by its three hardest negatives and their
     similarity.
     """
     lines = []

@@ -24,7 +24,10 @@ CHUNK = 65536  # captions whose terms are Python objects at a time
 
 
 def kernels() -> ModuleType:
-    """The compiled loops; UsageError where numba is not installed, which nothing else needs."""
+    """Give the compiled loops.
+
+    UsageError where numba is not installed, which nothing else needs.
+    """
     try:
         from megatron_interbert.preparation.mining import kernels
     except ImportError as error:
@@ -41,8 +44,8 @@ def normalise(text: str) -> str:
 
 
 def terms_of(text: str, ngrams: Sequence[int] = (1, 2)) -> list[str]:
-    """Terms of a normalised text: words of letters and digits, and all n-grams of each run of CJK
-    characters.
+    """Give terms of a normalised text: words of letters and digits, and all n-grams of each run of
+    CJK characters.
 
     A run shorter than the shortest n-gram is a term itself.
     """

@@ -1,4 +1,4 @@
-"""What mining has done so far, kept beside hard_negatives.npy so that a killed command goes on and
+"""What mining has done so far, kept beside hard_negatives.npy so that a killed command resumes and
 ends in the same table.
 """
 
@@ -38,7 +38,7 @@ UNFINISHED = tuple(
 OURS = (*BLOCKS, *UNFINISHED, ASSEMBLED, PLAN, DONE)
 
 
-class WorkFolder:
+class MiningFolder:
     """`hard_negatives.npy.partial` beside the output: the plan, a file for each finished block, the
     table being assembled.
 
@@ -60,7 +60,7 @@ class WorkFolder:
         }
         self.blocks = -(-self.captions // self.block)
 
-    def __enter__(self) -> "WorkFolder":
+    def __enter__(self) -> "MiningFolder":
         self._lock: int | None = None
         return self
 
@@ -103,12 +103,12 @@ class WorkFolder:
             )
 
     def rows_of(self, number: int) -> range:
-        """Captions of a block."""
+        """Give captions of a block."""
         return range(number * self.block, min((number + 1) * self.block, self.captions))
 
     def read_block(self, number: int) -> np.ndarray | None:
-        """The rows of a block, or None when there is none that can be used, said where there is one
-        that cannot. Unreadable where nobody can say.
+        """Read the rows of a block, or None when there is none that can be used, said where there
+        is one that cannot. Unreadable where nobody can say.
         """
         path = self._block_path(number)
 
@@ -136,7 +136,7 @@ class WorkFolder:
         return self.path / f"block-{number:06d}.npy"
 
     def assemble(self) -> np.ndarray:
-        """All blocks in one file of the work folder, as a read-only map."""
+        """Give all blocks in one file of the work folder, as a read-only map."""
         header = {
             "descr": np.dtype(np.int32).str,
             "fortran_order": False,

@@ -18,7 +18,7 @@ from megatron_interbert.tasks.results import result_of, table, write_result
 def evaluate_glue(
     config: EvaluateGlueConfig, state: ParallelState, device: torch.device
 ) -> dict[str, Any]:
-    """Writes result.json and, for each file, TASK.tsv (or MNLI-m.tsv, MNLI-mm.tsv); all ranks of a
+    """Write result.json and, for each file, TASK.tsv (or MNLI-m.tsv, MNLI-mm.tsv); all ranks of a
     launch call it.
     """
     model, source = load_model(

@@ -100,8 +100,8 @@ def labels_of(task: str) -> int:
 def predict(
     model: InterBert, texts: GlueTexts, state: ParallelState, device: torch.device, batch_size: int
 ) -> np.ndarray:
-    """float32 [n, labels]: logits of all rows in their order, the same on all ranks (each computes
-    a share).
+    """Predict float32 [n, labels]: logits of all rows in their order, the same on all ranks (each
+    computes a share).
     """
     mine = np.argsort(texts.lengths(), kind="stable")[state.data_rank :: state.data_size]
     parts = []
@@ -120,12 +120,14 @@ def predict(
 
 
 def metric_names(task: str) -> tuple[str, ...]:
-    """The official metrics of a task."""
+    """Give the official metrics of a task."""
     return METRICS.get(task, ("accuracy",))
 
 
 def glue_metrics(task: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The official metrics in percent (correlations times 100); logits [n, labels], labels [n]."""
+    """Give the official metrics in percent (correlations times 100); logits [n, labels], labels
+    [n].
+    """
     if not len(labels):
         raise UsageError(f"{task}: the file has no labels, so there is nothing to compare with")
     if not FORMATS[task].classes:
@@ -154,13 +156,13 @@ def correlation(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def mean_ranks(values: np.ndarray) -> np.ndarray:
-    """float64 [n]: rank of each value, equal values sharing the mean of their ranks."""
+    """Give float64 [n]: rank of each value, equal values sharing the mean of their ranks."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
 def prediction_lines(task: str, rows: GlueRows, logits: np.ndarray) -> list[str]:
-    """Lines of a submission file: index and class name (or number)."""
+    """Give lines of a submission file: index and class name (or number)."""
     classes: Sequence[str] = FORMATS[task].classes
     answers = (
         [classes[i] for i in logits.argmax(axis=1)]

@@ -76,7 +76,8 @@ class GlueRows:
 
 
 def find_file(folder: str, task: str, split: str) -> str:
-    """The TSV of a split: train.tsv in the task's folder or the one above it, or TASK.train.tsv.
+    """Find the TSV of a split: train.tsv in the task's folder or the one above it, or
+    TASK.train.tsv.
 
     UsageError names what was looked for.
     """
@@ -96,7 +97,7 @@ def find_file(folder: str, task: str, split: str) -> str:
 
 
 def read_rows(path: str, task: str, training: bool = False) -> GlueRows:
-    """A file of a task.
+    """Read a file of a task.
 
     UsageError for a missing column or a label outside the set, with line and column.
     """
@@ -186,13 +187,13 @@ class GlueTexts:
         ]
 
     def lengths(self) -> np.ndarray:
-        """int64 [n]: tokens with [CLS] and [SEP], cut."""
+        """Give int64 [n]: tokens with [CLS] and [SEP], cut."""
         return np.minimum(
             sum(np.diff(part.offsets) for part in self.parts) + 1 + len(self.parts), self.max_tokens
         )
 
     def inputs(self, rows: Sequence[int]) -> list[Text]:
-        """(ids, types) of some rows: [CLS] a [SEP] with types 0, then b [SEP] with types 1."""
+        """Give (ids, types) of some rows: [CLS] a [SEP] with types 0, then b [SEP] with types 1."""
         result = []
         for row in rows:
             pieces = [part.ids[part.offsets[row] : part.offsets[row + 1]] for part in self.parts]
@@ -222,7 +223,7 @@ class GlueSet:
         )
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
-        """The fields of a PackedBatch of text alone, with `labels` [B]."""
+        """Give the fields of a PackedBatch of text alone, with `labels` [B]."""
         rows = [sample for _, sample in pairs]
         fields = pair_fields(self.texts.inputs(rows), None, NOTHING, self.feature_dim)
         return {**fields, "labels": self.labels[rows], "sample_ids": np.array(rows)}

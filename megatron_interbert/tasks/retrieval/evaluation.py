@@ -41,7 +41,7 @@ SHOWN = 40  # captions on the page
 def evaluate_retrieval(
     config: EvaluateRetrievalConfig, state: ParallelState, device: torch.device
 ) -> dict[str, Any]:
-    """Writes result.json and result.html and gives the result; all ranks of a launch call it."""
+    """Write result.json and result.html and gives the result; all ranks of a launch call it."""
     check_photos(config.image_folder, state)
     model, source = load_model(
         config.load, ("itm",), config.kernels, device, state, config.averaged, config.precision
@@ -113,8 +113,8 @@ def score_tiles(
     folder: Path,
     weights: dict[str, str],
 ) -> ScoreTiles:
-    """All tiles on disk; those of an evaluation of the same weights, data and settings that was
-    stopped are kept.
+    """Score all tiles on disk; those of an evaluation of the same weights, data and settings that
+    was stopped are kept.
     """
     settings = {
         name: getattr(config, name)
@@ -151,7 +151,7 @@ def score_tiles(
 
 
 def metrics_of(tiles: ScoreTiles, pairs: Pairs) -> dict[str, float]:
-    """Flat figures of both directions."""
+    """Give flat figures of both directions."""
     # where each image stands among the columns of the tiles
     columns = np.empty(len(pairs.images), np.int64)
     columns[pairs.by_regions()] = np.arange(len(columns))
@@ -167,7 +167,7 @@ def metrics_of(tiles: ScoreTiles, pairs: Pairs) -> dict[str, float]:
 def page_of(
     result: dict[str, Any], tiles: ScoreTiles, pairs: Pairs, photos: PhotoFolder | None
 ) -> str:
-    """The page with some captions from all over the store."""
+    """Give the page with some captions from all over the store."""
     shown = np.linspace(0, len(pairs.captions) - 1, min(SHOWN, len(pairs.captions))).astype(int)
     place = {int(caption): row for row, caption in enumerate(pairs.by_length())}
     rows_wanted = np.array([place[int(caption)] for caption in shown])
@@ -183,7 +183,7 @@ def page_of(
 
 
 def report(result: dict[str, Any], folder: Path) -> None:
-    """The result for people."""
+    """Print the result for people."""
     origin = " (generated scenes)" if result["data"]["generated"] else ""
     print(
         f"{result['protocol']} retrieval, {result['captions']} captions x {result['images']}"

@@ -114,8 +114,8 @@ def choose_pairs(
     max_regions: int,
     max_tokens: int,
 ) -> Pairs:
-    """The captions of a language (all for an empty one) of the first images (all for 0), and their
-    images.
+    """Choose the captions of a language (all for an empty one) of the first images (all for 0), and
+    their images.
     """
     captions = trainable_captions(corpus, language)
     if max_images:
@@ -144,8 +144,8 @@ def score_matrix(
     state: ParallelState | None = None,
     images_at_once: int = 256,
 ) -> np.ndarray:
-    """float32 [captions, images] of margins over all pairs, in memory, the same on all ranks (each
-    scores a share).
+    """Score float32 [captions, images] of margins over all pairs, in memory, the same on all ranks
+    (each scores a share).
     """
     state = state or ParallelState()
     mine = pairs.by_length()[state.data_rank :: state.data_size]
@@ -184,7 +184,7 @@ def ranks(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def check_finite(scores: np.ndarray) -> None:
-    """UsageError for scores that cannot be ranked."""
+    """Raise UsageError for scores that cannot be ranked."""
     if not np.isfinite(scores).all():
         raise UsageError(
             "the model gives scores that are not finite, so nothing can be ranked; evaluate another"
@@ -232,8 +232,8 @@ def recall_metrics(query_ranks: np.ndarray) -> dict[str, float]:
 
 
 def retrieval_metrics(scores: np.ndarray, caption_image: np.ndarray) -> dict[str, dict[str, float]]:
-    """Both directions from scores [captions, images] and the column of each caption's own image
-    [captions].
+    """Give both directions from scores [captions, images] and the column of each caption's own
+    image [captions].
     """
     right = caption_image[:, None] == np.arange(scores.shape[1])[None]
     described = right.any(axis=0)

@@ -27,11 +27,11 @@ class Pairs:
     max_tokens: int
 
     def own_image(self) -> np.ndarray:
-        """int64 [C]: place in `images` of each caption's own image."""
+        """Give int64 [C]: place in `images` of each caption's own image."""
         return np.searchsorted(self.images, self.corpus.caption_image[self.captions])
 
     def image_side(self, scorer: PairScorer, part: np.ndarray, device: torch.device) -> Side:
-        """Some of the images made ready."""
+        """Give some of the images made ready."""
         regions = read_regions(self.corpus, self.images[part], self.max_regions)
         nothing = (np.array([self.tokenizer.cls]), np.zeros(1, np.int64))
         fields = pair_fields(
@@ -41,21 +41,21 @@ class Pairs:
         return scorer.images(to_batch(fields), device)
 
     def caption_side(self, scorer: PairScorer, part: np.ndarray, device: torch.device) -> Side:
-        """Some of the captions made ready."""
+        """Give some of the captions made ready."""
         texts = caption_texts(self.corpus, self.tokenizer, self.captions[part], self.max_tokens)
         return scorer.captions(
             to_batch(pair_fields(texts, None, NOTHING, self.corpus.feature_dim)), device
         )
 
     def by_length(self) -> np.ndarray:
-        """int64 [C]: captions from short to long, so that those of a batch are alike."""
+        """Give int64 [C]: captions from short to long, so that those of a batch are alike."""
         lengths = np.diff(
             self.corpus.tokens(self.captions, self.tokenizer, self.max_tokens - 2).offsets
         )
         return np.argsort(lengths, kind="stable")
 
     def by_regions(self) -> np.ndarray:
-        """int64 [I]: images from few regions to many."""
+        """Give int64 [I]: images from few regions to many."""
         return np.argsort(
             np.minimum(self.corpus.region_counts[self.images], self.max_regions), kind="stable"
         )
@@ -65,7 +65,8 @@ class Pairs:
 def score_block(
     scorer: PairScorer, images: Side, captions: Side, pairs_per_batch: int
 ) -> torch.Tensor:
-    """float32 [captions, images] on the device: all pairs of two sides, about so many at a time.
+    """Score float32 [captions, images] on the device: all pairs of two sides, about so many at a
+    time.
 
     Nobody waits for them here.
     """
@@ -87,8 +88,8 @@ def score_block(
 
 
 def runs_of_one_length(side: Side, most: int) -> list[tuple[int, int]]:
-    """(first, last + 1) of runs of at most `most` neighbours of equal length, so that nothing is
-    padded inside the attention.
+    """Give (first, last + 1) of runs of at most `most` neighbours of equal length, so that nothing
+    is padded inside the attention.
     """
     lengths = side.lengths
     runs = []

@@ -66,7 +66,7 @@ class RetrievalSet:
         )
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
-        """The fields of a PackedBatch of 4 B pairs for (epoch, caption) pairs [B].
+        """Give the fields of a PackedBatch of 4 B pairs for (epoch, caption) pairs [B].
 
         `mismatched` [4 B] are the classes.
         """
@@ -90,7 +90,7 @@ class RetrievalSet:
     def _of_another_image(
         self, epochs: np.ndarray, captions: np.ndarray, images: np.ndarray, place: int
     ) -> np.ndarray:
-        """A random caption [B] of another image.
+        """Give a random caption [B] of another image.
 
         `place`: where in the stream of each sample's numbers the draws begin.
         """
@@ -109,8 +109,8 @@ class RetrievalSet:
     def _hard_captions(
         self, epochs: np.ndarray, captions: np.ndarray, images: np.ndarray
     ) -> np.ndarray:
-        """A caption [B] of an image near each one's own; a random one where no near image has a
-        caption.
+        """Give a caption [B] of an image near each one's own; a random one where no near image has
+        a caption.
         """
         chosen = self._of_another_image(epochs, captions, images, place=128)
         if not self.has_hard_images:

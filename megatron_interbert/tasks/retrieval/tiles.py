@@ -1,5 +1,5 @@
 """All pairs of a store's images and captions, tile by tile: shared out over ranks, kept on disk,
-gone on with after a stop.
+resumed after a stop.
 
 A tile is a run of captions (sorted by length) times a run of images. Memory holds one tile; disk
 holds the scores, 4 bytes a pair, and a sum behind them. Data-parallel ranks take tiles in turn, the
@@ -95,8 +95,8 @@ class ScoreTiles:
         return self.folder / f"scores-{place[0]:08d}-{place[1]:08d}.npy"
 
     def missing(self) -> list[tuple[int, int]]:
-        """Places (first caption, first image) of tiles that are not there yet, or not as they were
-        written.
+        """Give places (first caption, first image) of tiles that are not there yet, or not as they
+        were written.
         """
         missing = together(self.state, lambda: self._look() if self.state.is_main else None)
         # what the first rank sees: all must agree on who does what
@@ -115,11 +115,11 @@ class ScoreTiles:
         return missing
 
     def share(self, places: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Those that this rank scores."""
+        """Give those that this rank scores."""
         return places[self.state.data_rank :: self.state.data_size]
 
     def write(self, place: tuple[int, int], scores: np.ndarray) -> None:
-        """One finished tile; it appears whole."""
+        """Write one finished tile; it appears whole."""
         if self.state.tensor_rank:
             return
 
@@ -130,18 +130,18 @@ class ScoreTiles:
             handle.write(self._with_sum(place, data.getvalue()))
 
     def extent(self, place: tuple[int, int]) -> tuple[slice, slice]:
-        """Captions and images of a tile."""
+        """Give captions and images of a tile."""
         return tuple(
             slice(p, min(p + t, s)) for p, t, s in zip(place, self.tile, self.shape, strict=True)
         )
 
     def pairs(self, place: tuple[int, int]) -> int:
-        """Pairs of a tile."""
+        """Give pairs of a tile."""
         rows, columns = self.extent(place)
         return (rows.stop - rows.start) * (columns.stop - columns.start)
 
     def read(self) -> Iterator[tuple[slice, slice, np.ndarray]]:
-        """All tiles: captions, images, scores."""
+        """Read all tiles: captions, images, scores."""
         for place in self.places:
             with local_errors():
                 scores = self._scores(place)
@@ -154,7 +154,7 @@ class ScoreTiles:
             yield *self.extent(place), scores
 
     def _scores(self, place: tuple[int, int]) -> np.ndarray | None:
-        """One tile; None where it is not there, or not as it was written."""
+        """Give one tile; None where it is not there, or not as it was written."""
         file = self._file(place)
 
         try:
@@ -170,19 +170,19 @@ class ScoreTiles:
         return np.load(io.BytesIO(data), allow_pickle=False)
 
     def _with_sum(self, place: tuple[int, int], data: bytes) -> bytes:
-        """A file's content; the sum also stands for the plan and the place, so that no tile passes
-        for another.
+        """Give a file's content; the sum also stands for the plan and the place, so that no tile
+        passes for another.
         """
         return data + hashlib.sha256(b"%b %d %d " % (self.plan, *place) + data).digest()
 
     def remove(self) -> None:
-        """All tiles, and the folder unless somebody else has put something there."""
+        """Give all tiles, and the folder unless somebody else has put something there."""
         remove_own_files(self.folder)
         self.release()
 
 
 def folder_name(plan: bytes) -> str:
-    """The name of the folder for the tiles of a plan."""
+    """Give the name of the folder for the tiles of a plan."""
     return f"tiles-{hashlib.sha256(plan).hexdigest()[:16]}"
 
 

@@ -29,8 +29,8 @@ def two_stage_search(
     keep: int,
     pairs_per_batch: int,
 ) -> dict[str, float]:
-    """Recall of captions to images when only the `keep` best images of the first stage are scored
-    by the model, the recall of the first stage itself, and seconds; the same on all ranks.
+    """Give recall of captions to images when only the `keep` best images of the first stage are
+    scored by the model, the recall of the first stage itself, and seconds; the same on all ranks.
     """
     if scorer.model.config.fusion != "product":
         raise UsageError(
@@ -79,7 +79,7 @@ def two_stage_search(
 def _ranks(
     coarse: torch.Tensor, kept: torch.Tensor, margins: torch.Tensor, right: torch.Tensor
 ) -> torch.Tensor:
-    """int64 [2, captions]: the rank of each caption's own image, and whether it was kept.
+    """Give int64 [2, captions]: the rank of each caption's own image, and whether it was kept.
 
     From scores of the first stage [captions, images], the images that are kept and their margins
     [captions, keep], and the own image [captions]. One that is not kept ranks as in the first

@@ -62,7 +62,7 @@ class Catalogue:
         ]
 
     def number(self, item_id: str) -> int | None:
-        """An item's number; None when it is not there."""
+        """Give an item's number; None when it is not there."""
         if self._numbers is None:
             self._numbers = {}
             for number, name in enumerate(self.ids):
@@ -79,20 +79,20 @@ class Catalogue:
         return items
 
     def region_counts(self, items: np.ndarray) -> np.ndarray:
-        """Regions that are read of items [n], 0 for none."""
+        """Give regions that are read of items [n], 0 for none."""
         images = self.images(items)
         return np.where(
             images < 0, 0, np.minimum(self.corpus.region_counts[images], self.max_regions)
         )
 
     def title(self, item: int) -> str:
-        """An item's title; empty where it has none."""
+        """Give an item's title; empty where it has none."""
         return (
             "" if self.title_of[item] == NO_TITLE else self.corpus.caption(int(self.title_of[item]))
         )
 
     def title_pieces(self, items: np.ndarray) -> list[np.ndarray]:
-        """Token ids of some items' titles [n]."""
+        """Give token ids of some items' titles [n]."""
         captions = self.title_of[items]
         titled = np.flatnonzero(captions != NO_TITLE)
         pieces = [np.zeros(0, np.int64)] * len(items)
@@ -107,18 +107,18 @@ class Catalogue:
         return pieces
 
     def in_full(self, texts: Sequence[np.ndarray], items: np.ndarray) -> list[Text]:
-        """[CLS] text [SEP] title [SEP] of pairs [n] of a text's token ids and an item."""
+        """Give [CLS] text [SEP] title [SEP] of pairs [n] of a text's token ids and an item."""
         return [
             frame([text, title] if len(title) else [text], self.tokenizer, self.max_tokens)
             for text, title in zip(texts, self.title_pieces(items), strict=True)
         ]
 
     def text_alone(self, text: np.ndarray) -> Text:
-        """[CLS] text [SEP]."""
+        """Give [CLS] text [SEP]."""
         return frame([text], self.tokenizer, self.max_tokens)
 
     def items_alone(self, items: np.ndarray) -> list[Text]:
-        """[CLS] title [SEP] of items [n]."""
+        """Give [CLS] title [SEP] of items [n]."""
         return [
             frame([title], self.tokenizer, self.max_tokens) for title in self.title_pieces(items)
         ]
@@ -126,8 +126,8 @@ class Catalogue:
     def fields(
         self, texts: Sequence[Text], items: np.ndarray, allocate: Allocate = plain_memory
     ) -> Fields:
-        """The fields of a PackedBatch of texts [B], each with the regions of an item, or with none
-        (-1).
+        """Give the fields of a PackedBatch of texts [B], each with the regions of an item, or with
+        none (-1).
         """
         images = self.images(items)
         shown = np.unique(images[images >= 0])
@@ -147,8 +147,8 @@ class Catalogue:
         alone: tuple[np.ndarray, np.ndarray],
         allocate: Allocate = plain_memory,
     ) -> Fields:
-        """The fields of a PackedBatch that judges pairs [n] of `texts` (token ids) and items in
-        full, then pairs [m], texts and items `alone`.
+        """Give the fields of a PackedBatch that judges pairs [n] of `texts` (token ids) and items
+        in full, then pairs [m], texts and items `alone`.
         """
         pairs = len(items)
         asked, alone_text = np.unique(alone[0], return_inverse=True)
@@ -172,5 +172,5 @@ class Catalogue:
 
 
 def pair_keys(texts: np.ndarray, items: np.ndarray, count: int) -> np.ndarray:
-    """One int64 for each pair of a text and one of `count` items."""
+    """Give one int64 for each pair of a text and one of `count` items."""
     return texts.astype(np.int64) * count + items

@@ -36,7 +36,7 @@ from megatron_interbert.tasks.shop.search import Search, check_labelled, search
 from megatron_interbert.tasks.shop.search_samples import Queries, read_queries
 from megatron_interbert.tasks.shop.topic_samples import read_clicks, read_topics
 from megatron_interbert.tasks.shop.topics import click_metrics, showing_scores
-from megatron_interbert.weights.sources import Source
+from megatron_interbert.weights.sources import WeightSource
 
 
 def open_items(
@@ -44,9 +44,9 @@ def open_items(
     state: ParallelState,
     device: torch.device,
     files: list[str],
-) -> tuple[ItemScorer, Source, Corpus, Any]:
-    """The scorer over the items of --data-path, where its weights came from, their stores, and the
-    folder for results.
+) -> tuple[ItemScorer, WeightSource, Corpus, Any]:
+    """Open the scorer over the items of --data-path, where its weights came from, their stores, and
+    the folder for results.
     """
     model, source = load_model(
         config.load, ("itm",), config.kernels, device, state, config.averaged, config.precision
@@ -69,7 +69,7 @@ def open_items(
 def evaluate_product_search(
     config: EvaluateProductSearchConfig, state: ParallelState, device: torch.device
 ) -> dict[str, Any]:
-    """Writes result.json, result.html and, with --submission, the file for a server; all ranks of a
+    """Write result.json, result.html and, with --submission, the file for a server; all ranks of a
     launch call it.
     """
     check_photos(config.image_folder, state)
@@ -138,8 +138,8 @@ def evaluate_product_search(
 
 
 def submission(kind: str, queries: Queries, found: Search, catalogue: Catalogue) -> tuple[str, str]:
-    """(Name, text) of the file that a server takes: ten products a query as JSON lines (MUGE), or
-    five as CSV (KDD Cup 2020).
+    """Give (Name, text) of the file that a server takes: ten products a query as JSON lines (MUGE),
+    or five as CSV (KDD Cup 2020).
     """
     ids = catalogue.ids
     most = 10 if kind == "muge" else 5
@@ -173,14 +173,14 @@ def submission(kind: str, queries: Queries, found: Search, catalogue: Catalogue)
 
 
 def number(text: str) -> int | str:
-    """An id as the benchmark's files write it: a number where it is one."""
+    """Give an id as the benchmark's files write it: a number where it is one."""
     return int(text) if text.isdecimal() else text
 
 
 def evaluate_recommendation(
     config: EvaluateRecommendationConfig, state: ParallelState, device: torch.device
 ) -> dict[str, Any]:
-    """Writes result.json; all ranks of a launch call it."""
+    """Write result.json; all ranks of a launch call it."""
     scorer, source, corpus, folder = open_items(
         config, state, device, [config.topics, config.clicks]
     )

@@ -9,8 +9,8 @@ import numpy as np
 
 
 def order_of(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Places from best to worst of `scores` [n]; of equal ones, those that are not `right` first,
-    then in order of their numbers.
+    """Give places from best to worst of `scores` [n]; of equal ones, those that are not `right`
+    first, then in order of their numbers.
     """
     return np.lexsort((np.arange(len(scores)), right, -scores))
 

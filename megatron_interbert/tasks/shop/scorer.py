@@ -33,12 +33,12 @@ def catalogue_of(
         ItemConfig | EvaluateProductSearchConfig | EvaluateRecommendationConfig | ScoreTopicsConfig
     ),
 ) -> Catalogue:
-    """The items of a store as a run reads them."""
+    """Give the items of a store as a run reads them."""
     return Catalogue(corpus, tokenizer, config.titles, config.max_tokens, config.max_regions)
 
 
 def catalogue_to_judge_by(config: ItemConfig, trained: Catalogue) -> Catalogue:
-    """The items of --valid-data-path, else those that are trained on."""
+    """Give the items of --valid-data-path, else those that are trained on."""
     if not config.valid_data_path:
         return trained
     valid = open_stores([config.valid_data_path], config)
@@ -75,7 +75,7 @@ class ItemScorer:
         self.direction = weight[0] - weight[1]
 
     def pieces(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of texts."""
+        """Give token ids of texts."""
         tokens = self.catalogue.tokenizer.encode_batch(list(texts)).take(
             np.arange(len(texts)), self.catalogue.max_tokens
         )
@@ -83,7 +83,7 @@ class ItemScorer:
 
     @torch.no_grad()
     def text_vectors(self, pieces: Sequence[np.ndarray]) -> np.ndarray:
-        """[n, P]: vectors of texts, to be multiplied with those of items."""
+        """Give [n, P]: vectors of texts, to be multiplied with those of items."""
         rows = [self.catalogue.text_alone(text) for text in pieces]
         batches = self._batches(rows, np.full(len(rows), -1))
         found = [self.model(batch).pooled_text.float() * self.direction for batch in batches]
@@ -93,7 +93,7 @@ class ItemScorer:
     def item_vectors(
         self, items: np.ndarray, progress: Callable[[int], None] = lambda items: None
     ) -> np.ndarray:
-        """[n, P]: vectors of items."""
+        """Give [n, P]: vectors of items."""
         found = [np.zeros((0, self.model.config.pooled_size), np.float32)]
 
         for start in range(0, len(items), 1024):  # regions of a run of items are in memory at once
@@ -115,7 +115,7 @@ class ItemScorer:
         items: np.ndarray,
         progress: Callable[[int], None] = lambda pairs: None,
     ) -> np.ndarray:
-        """[n]: margins of pairs of a text, by its place in `pieces`, and an item."""
+        """Give [n]: margins of pairs of a text, by its place in `pieces`, and an item."""
         found = [torch.zeros(0, device=self.device)]
 
         for start in range(0, len(items), 1024):
@@ -129,7 +129,7 @@ class ItemScorer:
         return torch.cat(found).cpu().numpy()  # the one wait for the device
 
     def _batches(self, rows: Sequence[Text], items: np.ndarray) -> Iterator[PackedBatch]:
-        """Runs of rows of about `tokens_at_once` tokens and regions; at least one row in each."""
+        """Run of rows of about `tokens_at_once` tokens and regions; at least one row in each."""
         regions = self.catalogue.region_counts(items)
         cost = np.array([len(ids) for ids, _ in rows]) + regions + (regions > 0)
         first = 0
@@ -147,5 +147,5 @@ class ItemScorer:
             yield self._sent(rows[first:], items[first:])
 
     def _sent(self, rows: Sequence[Text], items: np.ndarray) -> PackedBatch:
-        """A batch of rows on the device."""
+        """Give a batch of rows on the device."""
         return send_batch(to_batch(self.catalogue.fields(rows, items)), self.device)

@@ -94,7 +94,7 @@ def product_search_job(config: ProductSearchConfig, state: ParallelState) -> Job
 
 
 def check_labelled(queries: Queries) -> None:
-    """UsageError where a query does not say which products it is for."""
+    """Raise UsageError where a query does not say which products it is for."""
     if not queries.labelled:
         missing = next(i for i, products in enumerate(queries.products) if not len(products))
         raise UsageError(
@@ -121,8 +121,8 @@ def search(
     first_stage: int = 0,
     progress: Callable[[int], None] = lambda queries: None,
 ) -> Search:
-    """All candidates of each query in full, or (`first_stage` > 0) only so many that the vectors
-    rank first; the same on all ranks, each searches for a share of the queries.
+    """Search all candidates of each query in full, or (`first_stage` > 0) only so many that the
+    vectors rank first; the same on all ranks, each searches for a share of the queries.
     """
     everything = np.arange(len(scorer.catalogue))
     mine = range(state.data_rank, len(queries), state.data_size)

@@ -60,9 +60,9 @@ class Queries:
 
 
 def read_queries(path: str, catalogue: Catalogue, flag: str) -> Queries:
-    """A jsonl of query_id, query_text and, where they are known, item_ids (MUGE), and candidate_ids
-    (KDD Cup 2020). UsageError names the line with an empty query or a product that is not in the
-    store.
+    """Read a jsonl of query_id, query_text and, where they are known, item_ids (MUGE), and
+    candidate_ids (KDD Cup 2020). UsageError names the line with an empty query or a product that is
+    not in the store.
     """
     found = Queries(path, [], [], [], [])
 
@@ -147,7 +147,7 @@ class ProductSearchSet:
         return ((PAIRS + OWN_CHOICES) * self.config.micro_batch_size + SHARED_CHOICES) * most
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
-        """The fields of a PackedBatch for (step, sample) pairs [B].
+        """Give the fields of a PackedBatch for (step, sample) pairs [B].
 
         Labels: classes of the 5 B pairs in full, then for each of the B queries which of the I
         different products alone is its own.
@@ -203,7 +203,7 @@ class ProductSearchSet:
         }
 
     def texts(self, queries: np.ndarray) -> list[np.ndarray]:
-        """Token ids of some queries."""
+        """Give token ids of some queries."""
         tokens = self.pieces.take(queries, self.config.max_tokens)
         return np.split(tokens.ids.astype(np.int64), tokens.offsets[1:-1])
 
@@ -215,8 +215,8 @@ class ProductSearchSet:
         pool: np.ndarray,
         pair: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
     ) -> np.ndarray:
-        """One of the pool for each sample [B], by its draws [B, TRIES], that makes no pair that
-        belongs together.
+        """Give one of the pool for each sample [B], by its draws [B, TRIES], that makes no pair
+        that belongs together.
         """
         places = (draws * len(pool)).astype(np.int64)
         chosen = places[:, 0]
@@ -269,7 +269,7 @@ class ProductSearchSet:
         return products, queries
 
     def _belong(self, queries: np.ndarray, products: np.ndarray) -> np.ndarray:
-        """Whether pairs of queries and products, arrays that go together, are known to belong
+        """Tell whether pairs of queries and products, arrays that go together, are known to belong
         together.
         """
         keys = pair_keys(queries, products, len(self.catalogue))

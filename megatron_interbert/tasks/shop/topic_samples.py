@@ -43,12 +43,12 @@ class Clicks:
 
 
 def topic_text(name: str, description: str = "", keywords: Sequence[str] = ()) -> str:
-    """What the model reads of a topic."""
+    """Give what the model reads of a topic."""
     return " ".join(part for part in (name, description, " ".join(keywords)) if part)
 
 
 def read_topics(path: str, flag: str) -> Topics:
-    """A jsonl of topic_id, name, and, where there are any, description and keywords."""
+    """Read a jsonl of topic_id, name, and, where there are any, description and keywords."""
     if not path:
         raise UsageError(
             f"{flag} is missing; give a file with topic_id, name, description and keywords in each"
@@ -86,7 +86,7 @@ def read_topics(path: str, flag: str) -> Topics:
 
 
 def read_clicks(path: str, topics: Topics, catalogue: Catalogue, flag: str) -> Clicks:
-    """A jsonl of topic_id, item_id and clicked (0 or 1)."""
+    """Read a jsonl of topic_id, item_id and clicked (0 or 1)."""
     if not path:
         raise UsageError(
             f"{flag} is missing; give a file with topic_id, item_id and clicked in each line"
@@ -148,7 +148,7 @@ class ClickSet:
         )
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
-        """The fields of a PackedBatch for (epoch, showing) pairs [B]; 2 B labels, those of the
+        """Give the fields of a PackedBatch for (epoch, showing) pairs [B]; 2 B labels, those of the
         pairs in full before those alone.
         """
         samples = np.array([sample for _, sample in pairs], np.int64)

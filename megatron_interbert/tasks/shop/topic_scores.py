@@ -34,7 +34,7 @@ PLAN_SHA256 = b"megatron_interbert.plan_sha256"  # in the metadata of each part
 def score_topics(
     config: ScoreTopicsConfig, state: ParallelState, device: torch.device
 ) -> dict[str, Any]:
-    """Writes OUTPUT/part-N.parquet; all ranks of a launch call it."""
+    """Write OUTPUT/part-N.parquet; all ranks of a launch call it."""
     try:
         import pyarrow
         import pyarrow.parquet as parquet
@@ -116,12 +116,12 @@ def score_topics(
 
 
 def part(folder: Path, start: int) -> Path:
-    """The file of the items from `start` on."""
+    """Give the file of the items from `start` on."""
     return folder / f"part-{start:09d}.parquet"
 
 
 def digest_of(plan: dict[str, Any]) -> bytes:
-    """The hash of a plan, in hex."""
+    """Give the hash of a plan, in hex."""
     return json_sha256(plan).encode()
 
 
@@ -155,7 +155,7 @@ def claim(folder: Path, plan: dict[str, Any]) -> None:
 
 
 def missing_parts(folder: Path, rows_of: dict[int, int], digest: bytes) -> list[int]:
-    """Starts of parts that are not there yet, or not as they were written.
+    """Start of parts that are not there yet, or not as they were written.
 
     UsageError for a part of another plan.
     """
@@ -174,7 +174,7 @@ def missing_parts(folder: Path, rows_of: dict[int, int], digest: bytes) -> list[
 
 
 def is_whole(path: Path, rows: int, digest: bytes) -> bool:
-    """Whether a part is there and can be read to its end.
+    """Tell whether a part is there and can be read to its end.
 
     UsageError where it is of another plan.
     """

@@ -105,7 +105,7 @@ def showing_scores(
     state: ParallelState,
     progress: Callable[[int], None] = lambda showings: None,
 ) -> np.ndarray:
-    """float32 [n]: margins of all showings, the same on all ranks, each scores a share."""
+    """Give float32 [n]: margins of all showings, the same on all ranks, each scores a share."""
     mine = np.arange(len(clicks.topics))[state.data_rank :: state.data_size]
 
     with local_errors():
@@ -126,7 +126,7 @@ def showing_scores(
 
 
 def click_metrics(clicks: Clicks, scores: np.ndarray) -> dict[str, float]:
-    """Figures over the showings of each topic; see ranking.recommendation_metrics."""
+    """Give figures over the showings of each topic; see ranking.recommendation_metrics."""
     order = np.argsort(clicks.topics, kind="stable")
     bounds = np.flatnonzero(np.diff(clicks.topics[order])) + 1
     groups = [(scores[rows], clicks.clicked[rows].astype(bool)) for rows in np.split(order, bounds)]

@@ -34,7 +34,7 @@ from megatron_interbert.tasks.vcr.samples import VcrTexts, read_questions
 def evaluate_vcr(
     config: EvaluateVcrConfig, state: ParallelState, device: torch.device
 ) -> dict[str, Any]:
-    """Writes result.json, result.html and, with --submission, submission.csv; all ranks of a launch
+    """Write result.json, result.html and, with --submission, submission.csv; all ranks of a launch
     call it.
     """
     check_photos(config.image_folder, state)

@@ -52,7 +52,7 @@ class VcrTask(ClassificationTask):
 
 
 def open_images(annotated: str, detected: str, config: VcrConfig | EvaluateVcrConfig) -> VcrImages:
-    """The stores of a run; UsageError when their features are not alike."""
+    """Open the stores of a run; UsageError when their features are not alike."""
     stores = [open_stores([path], config) if path else None for path in (annotated, detected)]
     if all(stores):
         stores[0].check_alike(stores[1].stores[0], config.allow_other_detector, "--data-path")
@@ -129,8 +129,8 @@ def predict(
     every_answer: bool = False,
     progress: Callable[[int], None] = lambda questions: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of answers [n, 4], and of rationales given the right answer [n, 4], or given each
-    answer [n, 4, 4] (`every_answer`); the same on all ranks, each computes a share.
+    """Predict logits of answers [n, 4], and of rationales given the right answer [n, 4], or given
+    each answer [n, 4, 4] (`every_answer`); the same on all ranks, each computes a share.
     """
     mine = np.arange(len(questions))[state.data_rank :: state.data_size]
     given = OPTIONS if every_answer else 1
@@ -164,7 +164,7 @@ def predict(
 
 
 def check_labels(questions: Questions) -> None:
-    """UsageError for annotations without labels."""
+    """Raise UsageError for annotations without labels."""
     if not questions.labelled:
         raise UsageError(
             f"{questions.path}: holds no labels, so there is nothing to compare with; give labels,"
@@ -189,8 +189,8 @@ def vcr_metrics(
 def submission_lines(
     questions: Sequence[Question], answers: np.ndarray, rationales: np.ndarray
 ) -> list[str]:
-    """Lines of the test server's CSV: probabilities of the answers, and of the rationales given
-    each answer; logits [n, 4], [n, 4, 4].
+    """Give lines of the test server's CSV: probabilities of the answers, and of the rationales
+    given each answer; logits [n, 4], [n, 4, 4].
     """
     header = ["annot_id", *(f"answer_{i}" for i in range(OPTIONS))]
     header += [f"rationale_conditioned_on_a{a}_{r}" for a in range(OPTIONS) for r in range(OPTIONS)]
@@ -206,5 +206,5 @@ def submission_lines(
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """float64, over the last axis."""
+    """Give float64, over the last axis."""
     return torch.from_numpy(logits).double().softmax(dim=-1).numpy()

@@ -96,7 +96,7 @@ class Questions:
 
 
 def read_questions(path: str, stores: "VcrImages", whole: bool = False) -> Questions:
-    """A jsonl of VCR.
+    """Read a jsonl of VCR.
 
     Unusable questions are dropped and counted, or, where every one must be answered (`whole`), an
     error.
@@ -143,7 +143,7 @@ class BadQuestion(ValueError):
 
 
 def parse_question(record: dict[str, Any]) -> Question:
-    """One line of a file.
+    """Parse one line of a file.
 
     BadQuestion for a reference to no object, other than four options, an empty text or a wrong
     label.
@@ -190,7 +190,7 @@ def parse_question(record: dict[str, Any]) -> Question:
 
 
 def render(tokens: Any, names: Sequence[str]) -> str:
-    """Words with references [i, j] as `name and name`."""
+    """Render words with references [i, j] as `name and name`."""
     words = []
     if not isinstance(tokens, list):
         raise BadQuestion("text is no list of words")
@@ -254,7 +254,7 @@ class VcrImages:
             raise BadQuestion("as many annotated boxes as objects were expected")
 
     def read(self, questions: Sequence[Question]) -> RegionBatch:
-        """Regions of the questions' images, one image each; boxes as shares of the image."""
+        """Read regions of the questions' images, one image each; boxes as shares of the image."""
         parts = []
 
         for kind, corpus in (("annotated", self.annotated), ("detected", self.detected)):
@@ -277,8 +277,8 @@ def _by_name(corpus: Corpus) -> dict[str, int]:
 
 
 def joined(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], most: int) -> RegionBatch:
-    """(features, boxes as shares, offsets) of the same images from several stores -> those of the
-    first, then of the next, at most `most` for an image.
+    """Give (features, boxes as shares, offsets) of the same images from several stores -> those of
+    the first, then of the next, at most `most` for an image.
     """
     features = np.concatenate([p[0] for p in parts])
     boxes = np.concatenate([p[1] for p in parts])
@@ -368,7 +368,7 @@ class VcrSet:
         return 2 * OPTIONS * self.config.micro_batch_size * self.config.max_regions
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
-        """The fields of a PackedBatch of 8 B pairs.
+        """Give the fields of a PackedBatch of 8 B pairs.
 
         `labels` [2 B]: right answer and right rationale of each question.
         """

@@ -110,7 +110,7 @@ class PickleProcess:
             self.close()
             raise UsageError(
                 f"cannot start the process that decodes pickles ({reason}); is memory left, or room"
-                " for processes (ulimit -u)? The same command goes on"
+                " for processes (ulimit -u)? The same command resumes"
             ) from None
 
     def _exchange(self, data: bytes) -> Reply:

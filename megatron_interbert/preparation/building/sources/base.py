@@ -52,17 +52,17 @@ class SourceFacts:
     background_class: int | None = 0
 
 
-class Source(Protocol):
+class FeatureSource(Protocol):
     """A set of images with features.
 
     Must be cheap to pickle: files are opened by the process that reads.
     """
 
     def facts(self) -> SourceFacts:
-        """Sizes and origin; UsageError when the source cannot be read at all."""
+        """Give sizes and origin; UsageError when the source cannot be read at all."""
 
     def units(self, images_per_unit: int) -> list[Any]:
         """JSON-able pieces of work of about so many images, in a fixed order."""
 
     def read(self, unit: Any) -> Iterator[Record | Dropped]:
-        """The images of one unit, in a fixed order."""
+        """Read the images of one unit, in a fixed order."""

@@ -46,8 +46,8 @@ class BadRecord(ValueError):
 
 
 def decode_array(text: bytes | str | np.ndarray, dtype: type, rows: int, name: str) -> np.ndarray:
-    """[rows, width] of a base64 field (or of an array that already is one); width follows from the
-    length.
+    """Give [rows, width] of a base64 field (or of an array that already is one); width follows from
+    the length.
     """
     if isinstance(text, np.ndarray):
         flat = text.astype(dtype, copy=False).reshape(-1)
@@ -71,7 +71,7 @@ def decode_array(text: bytes | str | np.ndarray, dtype: type, rows: int, name: s
 
 
 def number(fields: Mapping[str, Any], name: str) -> float:
-    """A numeric field."""
+    """Give a numeric field."""
     try:
         value = float(np.asarray(fields[name]).reshape(()))
     except (KeyError, TypeError, ValueError) as error:
@@ -86,9 +86,9 @@ def number(fields: Mapping[str, Any], name: str) -> float:
 def make_regions(
     fields: Mapping[str, Any], options: ReadOptions, scheme: str = BACKGROUND_NONE
 ) -> tuple[Regions, str]:
-    """Regions and the kind of their labels, from image_id, width, height, boxes [R, 4], features
-    [R, F] and one of: class_probs [R, C], class_ids [R] with class_confidence [R], class_ids alone,
-    nothing. `scheme` is the format's own numbering.
+    """Make regions and the kind of their labels, from image_id, width, height, boxes [R, 4],
+    features [R, F] and one of: class_probs [R, C], class_ids [R] with class_confidence [R],
+    class_ids alone, nothing. `scheme` is the format's own numbering.
     """
     features = np.asarray(fields["features"])
     boxes = np.asarray(fields["boxes"], dtype=np.float32)
@@ -175,7 +175,7 @@ def _labels(
 def _top_of_distribution(
     dense: np.ndarray, rows: int, options: ReadOptions
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The most likely classes first.
+    """Give the most likely classes first.
 
     One column fewer than there are classes: background has none.
     """

@@ -89,14 +89,14 @@ class Hdf5Source:
         return SourceFacts(self.feature_dim, self.options.num_classes, "none")
 
     def units(self, images_per_unit: int) -> list[list[int]]:
-        """[first image, last + 1]."""
+        """Give [first image, last + 1]."""
         return [
             [start, min(start + images_per_unit, self.images)]
             for start in range(0, self.images, images_per_unit)
         ]
 
     def read(self, unit: list[int]) -> Iterator[Record | Dropped]:
-        """A range of images."""
+        """Read a range of images."""
         with Hdf5File(self.path, MEND) as file:
             for row in range(*unit):
                 where = f"{self.path}: image {row}"
@@ -143,8 +143,8 @@ class Hdf5Source:
 
 
 def size_of_image(boxes: np.ndarray, normalised: np.ndarray) -> tuple[float, float]:
-    """(w, h) from boxes [R, 4] in pixels and the same boxes as shares of the image [R, >= 4]: the
-    largest corner is most exact.
+    """Give (w, h) from boxes [R, 4] in pixels and the same boxes as shares of the image [R, >= 4]:
+    the largest corner is most exact.
     """
     sizes = []
 
@@ -159,7 +159,7 @@ def size_of_image(boxes: np.ndarray, normalised: np.ndarray) -> tuple[float, flo
 
 
 def read_image_ids(path: str, images: int, trust_pickle: bool) -> list[str]:
-    """Names by row: one a line, a JSON list, or id -> row as JSON or pickle (imgid2idx)."""
+    """Read names by row: one a line, a JSON list, or id -> row as JSON or pickle (imgid2idx)."""
     if Path(path).suffix in (".pkl", ".pickle"):
         if not trust_pickle:
             raise UsageError(

@@ -59,7 +59,7 @@ class LmdbSource:
             )
 
     def facts(self) -> SourceFacts:
-        """Feature size from the first good row."""
+        """Give feature size from the first good row."""
         reasons = []
 
         for record in self.read(["", 100]):
@@ -75,7 +75,7 @@ class LmdbSource:
         raise UsageError(f"{self.path}: no good row among the first {len(reasons)} ({reasons[0]})")
 
     def units(self, images_per_unit: int) -> list[list[Any]]:
-        """[first key in hex, number of images]; reads keys only."""
+        """Give [first key in hex, number of images]; reads keys only."""
         found: list[list[Any]] = []
 
         with LmdbFile(self.path) as file:
@@ -87,7 +87,7 @@ class LmdbSource:
         return found
 
     def read(self, unit: list[Any]) -> Iterator[Record | Dropped]:
-        """Rows from a key on, in the order of the keys."""
+        """Read rows from a key on, in the order of the keys."""
         start, wanted = unit
         with LmdbFile(self.path) as file:
             images = (row for row in file.rows(bytes.fromhex(start)) if row.key not in NOT_IMAGES)
@@ -164,7 +164,7 @@ def _numpy_of_msgpack(value: dict[Any, Any]) -> Any:
 
 
 def row_fields(row: Any, key: str) -> tuple[dict[str, Any], str]:
-    """Fields for `make_regions` and the caption, from either kind of row."""
+    """Give fields for `make_regions` and the caption, from either kind of row."""
     if isinstance(row, list | tuple):
         if len(row) != len(ROW):
             raise BadRecord(
@@ -209,5 +209,5 @@ def row_fields(row: Any, key: str) -> tuple[dict[str, Any], str]:
 
 
 def _trimmed(value: Any, rows: int) -> Any:
-    """Arrays that are padded to a fixed number of boxes, without the padding."""
+    """Give arrays that are padded to a fixed number of boxes, without the padding."""
     return value[:rows] if isinstance(value, np.ndarray) and value.ndim == 2 else value

@@ -73,7 +73,7 @@ class NpzSource:
             raise UsageError(f"{path}: no .npz files there")
 
     def facts(self) -> SourceFacts:
-        """Feature size from the first good file."""
+        """Give feature size from the first good file."""
         reasons = []
 
         for record in self.read(self.names[:100]):
@@ -91,14 +91,14 @@ class NpzSource:
         raise UsageError(f"{self.path}: no good npz among the first {len(reasons)}; {reasons[0]}")
 
     def units(self, images_per_unit: int) -> list[list[str]]:
-        """Lists of file names."""
+        """List of file names."""
         return [
             self.names[start : start + images_per_unit]
             for start in range(0, len(self.names), images_per_unit)
         ]
 
     def read(self, unit: list[str]) -> Iterator[Record | Dropped]:
-        """The images of some files."""
+        """Read the images of some files."""
         for name in unit:
             path = Path(self.path) / name
             try:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError
-from megatron_interbert.preparation.building.sources.base import Source
+from megatron_interbert.preparation.building.sources.base import FeatureSource
 from megatron_interbert.preparation.building.sources.fields import ReadOptions
 from megatron_interbert.preparation.building.sources.hdf5 import Hdf5Source
 from megatron_interbert.preparation.building.sources.lmdb import LmdbSource
@@ -18,7 +18,7 @@ FORMATS = ("auto", "tsv", "lmdb", "npz", "hdf5", "store")
 
 
 def guess_format(path: str) -> str:
-    """One of FORMATS by what stands at the path; UsageError when nothing fits."""
+    """Give one of FORMATS by what stands at the path; UsageError when nothing fits."""
     place = Path(path)
     if not place.exists():
         raise UsageError(f"{path}: no such file or folder")
@@ -49,10 +49,10 @@ def guess_format(path: str) -> str:
     )
 
 
-def open_source(
+def open_features(
     path: str, kind: str, options: ReadOptions, columns: Sequence[str] = (), image_ids: str = ""
-) -> Source:
-    """The reader of a path; UsageError when it cannot be read at all."""
+) -> FeatureSource:
+    """Open the reader of a path; UsageError when it cannot be read at all."""
     kind = guess_format(path) if kind == "auto" else kind
     if kind == "tsv":
         return TsvSource(path, options, columns)

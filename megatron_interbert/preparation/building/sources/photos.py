@@ -63,13 +63,13 @@ class PhotoSource:
         return {**self.__dict__, "_detector": None}
 
     def _load(self) -> Detector:
-        """The detector of this process."""
+        """Load the detector of this process."""
         if self._detector is None:
             self._detector = load_detector(self.choice)
         return self._detector
 
     def facts(self) -> SourceFacts:
-        """Sizes and names of the detector, which is loaded for it."""
+        """Give sizes and names of the detector, which is loaded for it."""
         if self._facts is None:
             detector = self._load()
             sizes = (detector.feature_dim, detector.num_classes)
@@ -78,14 +78,14 @@ class PhotoSource:
         return self._facts
 
     def units(self, images_per_unit: int) -> list[list[str]]:
-        """Lists of paths below the folder."""
+        """List of paths below the folder."""
         return [
             self.names[start : start + images_per_unit]
             for start in range(0, len(self.names), images_per_unit)
         ]
 
     def read(self, unit: Sequence[str]) -> Iterator[Record | Dropped]:
-        """The photos of one unit in order.
+        """Read the photos of one unit in order.
 
         They are detected in order of their size, so that batches can be stacked.
         """
@@ -112,7 +112,7 @@ class PhotoSource:
         yield from (found[name] for name in unit)
 
     def _look(self, name: str) -> tuple[int, int] | Dropped:
-        """Size of a photo by its first bytes, or why it is of no use."""
+        """Give size of a photo by its first bytes, or why it is of no use."""
         from PIL import Image, UnidentifiedImageError
 
         if name in self.repeated:
@@ -142,8 +142,8 @@ class PhotoSource:
         return open_regular(self.path / name)
 
     def _decoded(self, names: Sequence[str]) -> Iterator[dict[str, "Image | Dropped"]]:
-        """Batches of decoded photos; a thread decodes the next one while the detector works on this
-        one.
+        """Give batches of decoded photos; a thread decodes the next one while the detector works on
+        this one.
         """
         starts = range(0, len(names), self.batch_size)
 
@@ -173,8 +173,8 @@ class PhotoSource:
         return pictures
 
     def _detect(self, pictures: dict[str, "Image"]) -> dict[str, Record | Dropped]:
-        """Records of decoded photos; where a batch fails, its photos one at a time, to find the one
-        that is to blame.
+        """Give records of decoded photos; where a batch fails, its photos one at a time, to find
+        the one that is to blame.
         """
         if not pictures:
             return {}
@@ -224,7 +224,7 @@ class PhotoSource:
 
 
 def open_photo(path: Path | IO[bytes]) -> "Image":
-    """A photo as RGB, turned as its EXIF data say.
+    """Open a photo as RGB, turned as its EXIF data say.
 
     Raises whatever the decoder raises on a broken file.
     """
@@ -243,8 +243,8 @@ def open_photo(path: Path | IO[bytes]) -> "Image":
 
 
 def _photos_below(folder: Path) -> Iterator[str]:
-    """Paths of photos relative to the folder; hidden files (those of some systems' photo programs)
-    are left out.
+    """Give paths of photos relative to the folder; hidden files (those of some systems' photo
+    programs) are left out.
     """
     for place, _, files in os.walk(folder):
         for file in files:

@@ -40,7 +40,7 @@ class StoreSource:
         )
 
     def units(self, images_per_unit: int) -> list[list[int]]:
-        """[first image, last + 1]."""
+        """Give [first image, last + 1]."""
         count = self.store.num_images
         return [
             [start, min(start + images_per_unit, count)]
@@ -48,7 +48,7 @@ class StoreSource:
         ]
 
     def read(self, unit: list[int]) -> Iterator[Record | Dropped]:
-        """A range of images."""
+        """Read a range of images."""
         sound: dict[int, bool] = {}
         kind = str(self.store.manifest.get("soft_labels", ""))
         captions: dict[int, list[tuple[str, str]]] = {}

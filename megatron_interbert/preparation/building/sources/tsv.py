@@ -100,7 +100,7 @@ class TsvSource:
         )
 
     def facts(self) -> SourceFacts:
-        """Feature size from the first good line."""
+        """Give feature size from the first good line."""
         reasons = []
 
         for number_, record in enumerate(self.read([0, self.bytes])):
@@ -126,7 +126,7 @@ class TsvSource:
         return [[start, min(start + step, self.bytes)] for start in range(0, self.bytes, step)]
 
     def read(self, unit: list[int]) -> Iterator[Record | Dropped]:
-        """The lines that begin inside the range."""
+        """Read the lines that begin inside the range."""
         start, stop = unit
 
         with open(self.path, "rb", buffering=1 << 20) as handle:
