@@ -374,7 +374,7 @@ class Journal:
             raise UsageError(
                 f"{self.folder / JOURNAL}: holds something else than the changes that were"
                 " confirmed here; start this service again to use that file, or move it away to"
-                " continue without it: with the next change all that were confirmed here are put back"
+                " continue without it: the next change then puts back all that were confirmed here"
             )
 
     def _as_seen(self, there: os.stat_result) -> bool:

@@ -58,8 +58,8 @@ def folders(tmp_path_factory):
     return {kind: place / kind for kind in KINDS}
 
 
-def make_detector(kind):
-    """(model, image processor) with 32 features and 20 queries, for pictures of about 100
+def make_detector(kind, features=32):
+    """(model, image processor) with few features and 20 queries, for pictures of about 100
     pixels.
     """
     import transformers as t
@@ -86,11 +86,11 @@ def make_detector(kind):
     if kind == "rt_detr":
         config = t.RTDetrConfig(
             backbone_config=t.RTDetrResNetConfig(**backbone, out_features=levels),
-            d_model=32,
-            encoder_hidden_dim=32,
+            d_model=features,
+            encoder_hidden_dim=features,
             decoder_layers=2,
             encoder_in_channels=[16, 16, 32],
-            decoder_in_channels=[32] * 3,
+            decoder_in_channels=[features] * 3,
             num_queries=QUERIES,
             num_denoising=0,
             **heads,
