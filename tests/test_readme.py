@@ -1,4 +1,4 @@
-"""The README's code blocks as they stand, in a copy of the checkout; variables shorten the long ones."""
+"""The README's code blocks as they stand, in a copy of the checkout."""
 
 import json
 import os

@@ -4,27 +4,12 @@ here share.
 
 import torch
 
-from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.hf import InterBertConfig
 from megatron_interbert.weights.foreign import from_bert, from_official, to_official
+from tests.sizes import WIDER_WEIGHTS as SMALL
 
-__all__ = ["from_bert", "from_official", "to_official"]
+__all__ = ["SMALL", "from_bert", "from_official", "to_official"]
 
-SMALL = ModelConfig(
-    vocab_size=150,
-    hidden_size=32,
-    interaction_layers=2,
-    text_layers=1,
-    image_layers=2,
-    num_attention_heads=4,
-    image_attention_heads=2,
-    ffn_hidden_size=48,
-    pooled_size=24,
-    feature_dim=20,
-    num_classes=9,
-    max_position_embeddings=40,
-    initializer_range=0.1,
-)
 TEXT = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0]])
 TEXT_HOLES = torch.tensor([[0, 1, 0, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 0, 0]])
 REGIONS = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])

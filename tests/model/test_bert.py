@@ -9,28 +9,13 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.data.packing import Example, pack
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.first_weights import load_initial_weights
-
-CONFIG = ModelConfig(
-    vocab_size=150,
-    hidden_size=32,
-    interaction_layers=2,
-    text_layers=2,
-    image_layers=1,
-    num_attention_heads=4,
-    image_attention_heads=4,
-    ffn_hidden_size=48,
-    pooled_size=24,
-    feature_dim=20,
-    num_classes=9,
-    max_position_embeddings=40,
-)
+from tests.sizes import LIKE_BERT as CONFIG
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.data.packing import Example, pack
 from megatron_interbert.errors import UsageError
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
@@ -31,22 +30,9 @@ from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.weights.foreign import fuse_qkv, split_qkv
 from tests.dist import run_on_ranks
 from tests.readings import Readings
+from tests.sizes import SMALL
 
 HEADS = ("msm", "mrm", "itm", "choice")
-SMALL = ModelConfig(
-    vocab_size=150,
-    hidden_size=32,
-    interaction_layers=2,
-    text_layers=1,
-    image_layers=2,
-    num_attention_heads=4,
-    image_attention_heads=2,
-    ffn_hidden_size=48,
-    pooled_size=24,
-    feature_dim=20,
-    num_classes=9,
-    max_position_embeddings=40,
-)
 
 
 def make(config=SMALL, heads=HEADS, **options):

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.data.packing import Example, pack
 from megatron_interbert.model.initialise import load_full_state
 from megatron_interbert.model.interbert import InterBert
@@ -18,21 +17,8 @@ from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.weights.foreign import from_official, to_official
 from tests.dist import run_on_ranks
 from tests.shared import ORACLE, needs_shared
+from tests.sizes import ORACLE as CONFIG
 
-CONFIG = ModelConfig(
-    vocab_size=199,
-    hidden_size=48,
-    interaction_layers=2,
-    text_layers=2,
-    image_layers=2,
-    num_attention_heads=4,
-    image_attention_heads=2,
-    ffn_hidden_size=96,
-    pooled_size=64,
-    feature_dim=40,
-    num_classes=23,
-    max_position_embeddings=32,
-)
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 

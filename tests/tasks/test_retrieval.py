@@ -2,13 +2,13 @@
 stages, training pairs.
 """
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.packing import to_batch
 from megatron_interbert.data.region_batch import read_regions
@@ -33,24 +33,20 @@ from megatron_interbert.tasks.retrieval.tiles import ScoreTiles, fill
 from megatron_interbert.tasks.retrieval.two_stage import two_stage_search
 from tests.corpus import CLASSES, FEATURES, VOCABULARY, write_store
 from tests.dist import run_on_ranks
+from tests.sizes import SMALL
 
 CPU = torch.device("cpu")
 
 
 def sizes(interaction=2, text=1, image=2, fusion="product"):
-    return ModelConfig(
+    return dataclasses.replace(
+        SMALL,
         vocab_size=len(VOCABULARY),
-        hidden_size=32,
         interaction_layers=interaction,
         text_layers=text,
         image_layers=image,
-        num_attention_heads=4,
-        image_attention_heads=2,
-        ffn_hidden_size=48,
-        pooled_size=24,
         feature_dim=FEATURES,
         num_classes=CLASSES,
-        max_position_embeddings=40,
         initializer_range=0.3,
         fusion=fusion,
     )

@@ -20,7 +20,6 @@ import torch
 
 from megatron_interbert.command_line import read_options
 from megatron_interbert.commands import convert as command
-from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.hf import InterBertForPreTraining
 from megatron_interbert.hf.compare import load_core, random_batch
@@ -35,24 +34,11 @@ from megatron_interbert.weights.targets import Output, write_target
 from tests.corpus import write_store
 from tests.dist import run_on_ranks
 from tests.shared import ORACLE, needs_shared
+from tests.sizes import FOR_EIGHT_RANKS as SIZES
 from tests.training.test_topologies import Run, start
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
-SIZES = ModelConfig(
-    vocab_size=150,
-    hidden_size=32,
-    interaction_layers=2,
-    text_layers=2,
-    image_layers=1,
-    num_attention_heads=4,
-    image_attention_heads=8,
-    ffn_hidden_size=48,
-    pooled_size=24,
-    feature_dim=20,
-    num_classes=9,
-    max_position_embeddings=40,
-)
 
 
 def convert(monkeypatch, *arguments):

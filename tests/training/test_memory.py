@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.config.training import RunConfig
 from megatron_interbert.data.packing import pack
 from megatron_interbert.kernels.choice import choose_kernels
@@ -33,22 +32,9 @@ from megatron_interbert.training.memory import (
 )
 from tests.dist import run_on_ranks
 from tests.launching import ROOT
+from tests.sizes import MEASURABLE as SIZES
 from tools.benchmarks.batches import random_examples
 
-SIZES = ModelConfig(
-    vocab_size=3000,
-    hidden_size=256,
-    interaction_layers=3,
-    text_layers=2,
-    image_layers=2,
-    num_attention_heads=4,
-    image_attention_heads=4,
-    ffn_hidden_size=1024,
-    pooled_size=256,
-    feature_dim=512,
-    num_classes=100,
-    max_position_embeddings=64,
-)
 SAMPLES = 24
 
 

@@ -2,6 +2,7 @@
 is refused.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_interbert.config.model import ModelConfig
@@ -72,13 +74,23 @@ def kill_after_step(process, save, step):
     raise AssertionError(f"step {step} was not reached: {process.communicate()}")
 
 
+def kill_ranks_of(save):
+    """Kill the ranks that the deepspeed launcher has started in sessions of their own, and wait."""
+    ranks = []
+    for process in psutil.process_iter(["cmdline"]):
+        if str(save) in (process.info["cmdline"] or []) and process.pid != os.getpid():
+            ranks.append(process)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    psutil.wait_procs(ranks, timeout=20)
+
+
 def test_sigkill_and_the_same_command_again(store, undisturbed, tmp_path):
     save = tmp_path / "killed"
     command = deepspeed(2, "--data-path", store, "--save", save, *FLAGS)
     kill_after_step(start(*command), save, 6)
-    # The deepspeed launcher starts its ranks in sessions of their own: make sure that they are gone
-    # too.
-    os.system(f"pkill -9 -f -- '--save {save}'")
+    kill_ranks_of(save)
     assert (save / "latest").read_text().startswith("global_step")
     code, out, err = launch(*command)
     assert code == 0, out + err
