@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from megatron_interbert.command_line import read_options
 from megatron_interbert.commands import plan
 from megatron_interbert.errors import UsageError
 from tests.launching import launch
@@ -17,7 +18,7 @@ COMMAND = (sys.executable, "tools/plan.py")
 def refused(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, flags)])
     with pytest.raises(UsageError) as caught:
-        plan.main()
+        plan.run(read_options(plan.Options))
     return str(caught.value)
 
 
@@ -49,6 +50,26 @@ def test_a_table_of_layouts_that_fit(tmp_path):
     assert kept[True] >= kept[False]
 
 
+def test_weights_and_optimizer_are_bytes_of_the_parameters(tmp_path):
+    """157.0 M parameters of the paper's sizes, counted here layer by layer, and ZeRO's shares."""
+    flags = ("--model", "base", "--gpus", 4, "--gpu-memory", 80, "--output", tmp_path / "p.json")
+    code, _, err = launch(*COMMAND, *flags)
+    assert code == 0, err
+    hidden, inner, words, positions = 768, 3072, 30592, 512
+    layer = 4 * hidden * hidden + 4 * hidden + 2 * hidden * inner + inner + hidden + 4 * hidden
+    embeddings = (words + positions + 2) * hidden + 2 * hidden
+    image = 2048 * hidden + hidden + 5 * hidden + hidden + 2 * hidden
+    heads = (hidden * hidden + 3 * hidden + words) + (hidden * hidden + 3 * hidden)
+    heads += 1601 * hidden + 1601 + 2 * (hidden * 1024 + 1024) + 2 * 1024 + 2
+    parameters = 18 * layer + embeddings + image + heads
+    rows = json.loads((tmp_path / "p.json").read_text())["layouts"]
+    found = {row["zero_stage"]: row for row in rows if row["tensor"] == 1 and not row["recompute"]}
+    assert found[1]["weights"] == pytest.approx(2 * parameters, rel=0.01)
+    assert found[3]["weights"] < found[1]["weights"]
+    for stage in (1, 2, 3):  # fp32 weights and two moments, a fourth of them on each rank
+        assert found[stage]["optimizer"] == pytest.approx(12 * parameters / 4, rel=0.01)
+
+
 def test_a_given_micro_batch_must_fit():
     code, out, _ = launch(*COMMAND, "--gpus", 1, "--gpu-memory", 16, "--micro-batch-size", 1200)
     assert code == 0
@@ -62,8 +83,8 @@ def test_what_cannot_be_is_one_line(monkeypatch):
             "nothing fits 8 devices of 0.3 GiB; more of them, or a smaller model",
         ),
         (("--micro-batch-size", -4), "--micro-batch-size is -4, expected more than 0"),
-        (("--gpu-memory", "nan"), "argument --gpu-memory: 'nan', expected a finite number"),
-        (("--gpu-memory", "inf"), "argument --gpu-memory: 'inf', expected a finite number"),
+        (("--gpu-memory", "nan"), "--gpu-memory nan: expected a finite number"),
+        (("--gpu-memory", "inf"), "--gpu-memory inf: expected a finite number"),
         (("--gpu-memory", -1), "--gpu-memory is -1.0, expected more than 0"),
         (("--gpus", "many"), "argument --gpus: invalid int value: 'many'"),
         (("--output", "."), "--output .: is a folder, expected a file to write"),
