@@ -10,7 +10,7 @@ seed gives the same shop.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from megatron_interbert.sample.shop_world import (
     Asker,
     Product,
     ShopWorld,
+    Topic,
     topic,
     vocabulary,
 )
@@ -35,6 +36,107 @@ from megatron_interbert.sample.shop_world import (
 SEEN = 60
 USERS = 500
 SPLITS = {"train": 1, "test": 2}
+
+
+class SplitWriter:
+    """Writes one split of the shop; each kind of thing draws from a generator of its own."""
+
+    def __init__(self, world: ShopWorld, folder: Path, split: str, seed: int) -> None:
+        self.world = world
+        self.folder = folder / split
+        self.split = split
+        self.seed = seed
+        self.made: list[Product] = []
+
+    def random(self, purpose: int, number: int = 0) -> np.random.Generator:
+        """Give the generator of one purpose, and one thing of that purpose."""
+        return np.random.default_rng([self.seed, SPLITS[self.split], purpose, number])
+
+    def write_products(self, products: int, pictures: bool) -> None:
+        """Write the region store, and with `pictures` a picture of each product."""
+        drawn: dict[str, Image.Image] = {}
+        names = [*KINDS, *PLACES]
+        title = f"{self.split} products"
+        with generated_store(self.folder, self.seed, names, vocabulary(), "chinese") as writer:
+            for number in progress(range(products), desc=title, unit="product"):
+                name = f"{self.split}-{number:06d}"
+                product = self.world.product(self.random(0, number), name)
+                self.made.append(product)
+                things, boxes = self.world.scene(self.random(1, number), product)
+                regions = self.world.detect(self.random(5, number), product, things, boxes)
+                texts = [product.title, *self.descriptions(product, number)]
+                writer.add(regions, [(text, "zh") for text in texts])
+                if pictures:
+                    drawn[product.item_id] = draw_product(things, product.place, boxes)
+
+        for name, picture in drawn.items():
+            (self.folder / "pictures").mkdir(exist_ok=True)
+            picture.save(self.folder / "pictures" / f"{name}.png")
+
+    def descriptions(self, product: Product, number: int) -> list[str]:
+        """Describe a product twice, for training only."""
+        written = self.random(6, number)
+        count = 2 if self.split == "train" else 0
+        return [self.world.description(written, product) for _ in range(count)]
+
+    def write_items(self) -> None:
+        """Write the products with their attributes."""
+        write_lines(self.folder / "items.jsonl", map(item_record, self.made))
+
+    def write_queries(self, queries: int) -> None:
+        """Write queries in the form of MUGE."""
+        asked = self.random(2)
+        asker = Asker(self.made)
+        write_lines(
+            self.folder / "queries.jsonl",
+            (
+                {"query_id": f"{self.split}-q{number:05d}", **asker.query(asked)}
+                for number in range(queries)
+            ),
+        )
+
+    def write_topics(self, topics: int) -> None:
+        """Write topics, and who clicked on what under them."""
+        wanted = self.random(3)
+        found = {f"{self.split}-t{number:04d}": topic(wanted) for number in range(topics)}
+        lines = (topic_record(name, each) for name, each in found.items())
+        write_lines(self.folder / "topics.jsonl", lines)
+        write_lines(self.folder / "clicks.jsonl", self.clicks(found))
+
+    def clicks(self, topics: dict[str, Topic]) -> Iterator[dict[str, Any]]:
+        """Draw the products shown under each topic, half of them of its kinds, and the clicks."""
+        random = self.random(4)
+        kinds = np.array([product.kind for product in self.made])
+        for name, each in topics.items():
+            wanted = np.isin(kinds, each.kinds)
+            fit = random.permutation(np.flatnonzero(wanted))[: SEEN // 2]
+            other = random.permutation(np.flatnonzero(~wanted))[: SEEN - len(fit)]
+            for number in random.permutation(np.concatenate([fit, other])):
+                product = self.made[number]
+                appeal = each.appeal(product.kind, product.colour, product.place)
+                clicked = random.random() < 0.02 + 0.9 * appeal**2
+                yield {
+                    "topic_id": name,
+                    "item_id": product.item_id,
+                    "user_id": f"u{random.integers(USERS):03d}",
+                    "clicked": int(clicked),
+                }
+
+
+def item_record(product: Product) -> dict[str, Any]:
+    """Give a line of items.jsonl."""
+    about = {name: getattr(product, name) for name in ("item_id", "title", "shop", "price")}
+    return {**about, **product.attributes()}
+
+
+def topic_record(name: str, topic: Topic) -> dict[str, Any]:
+    """Give a line of topics.jsonl."""
+    return {
+        "topic_id": name,
+        "name": topic.name,
+        "description": topic.description(),
+        "keywords": topic.keywords(),
+    }
 
 
 def write_split(
@@ -48,93 +150,11 @@ def write_split(
     pictures: bool,
 ) -> None:
     """Write one split: the store, then the pictures and the files that name its products."""
-
-    def random(purpose: int, number: int = 0) -> np.random.Generator:
-        return np.random.default_rng([seed, SPLITS[split], purpose, number])
-
-    made: list[Product] = []
-    drawn: dict[str, Image.Image] = {}
-
-    with generated_store(
-        folder / split, seed, [*KINDS, *PLACES], vocabulary(), "chinese"
-    ) as writer:
-        for number in progress(range(products), desc=f"{split} products", unit="product"):
-            made.append(world.product(random(0, number), f"{split}-{number:06d}"))
-            things, boxes = world.scene(random(1, number), made[-1])
-            written = random(6, number)
-            texts = [
-                made[-1].title,
-                *(
-                    world.description(written, made[-1])
-                    for _ in range(2 if split == "train" else 0)
-                ),
-            ]
-            writer.add(
-                world.detect(random(5, number), made[-1], things, boxes),
-                [(text, "zh") for text in texts],
-            )
-            if pictures:
-                drawn[made[-1].item_id] = draw_product(things, made[-1].place, boxes)
-
-    for name, picture in drawn.items():
-        (folder / split / "pictures").mkdir(exist_ok=True)
-        picture.save(folder / split / "pictures" / f"{name}.png")
-
-    write_lines(
-        folder / split / "items.jsonl",
-        (
-            {
-                "item_id": p.item_id,
-                "title": p.title,
-                "shop": p.shop,
-                "price": p.price,
-                **p.attributes(),
-            }
-            for p in made
-        ),
-    )
-    asked = random(2)
-    asker = Asker(made)
-    write_lines(
-        folder / split / "queries.jsonl",
-        ({"query_id": f"{split}-q{number:05d}", **asker.query(asked)} for number in range(queries)),
-    )
-    wanted = random(3)
-    clicks = random(4)
-    found = {f"{split}-t{number:04d}": topic(wanted) for number in range(topics)}
-    write_lines(
-        folder / split / "topics.jsonl",
-        (
-            {
-                "topic_id": key,
-                "name": t.name,
-                "description": t.description(),
-                "keywords": t.keywords(),
-            }
-            for key, t in found.items()
-        ),
-    )
-
-    def shown() -> Iterable[dict[str, Any]]:
-        kinds = np.array([product.kind for product in made])
-        for key, each in found.items():
-            wanted_kind = np.isin(kinds, each.kinds)
-            fit = clicks.permutation(np.flatnonzero(wanted_kind))[: SEEN // 2]
-            other = clicks.permutation(np.flatnonzero(~wanted_kind))[: SEEN - len(fit)]
-            for number in clicks.permutation(np.concatenate([fit, other])):
-                product = made[number]
-                clicked = (
-                    clicks.random()
-                    < 0.02 + 0.9 * each.appeal(product.kind, product.colour, product.place) ** 2
-                )
-                yield {
-                    "topic_id": key,
-                    "item_id": product.item_id,
-                    "user_id": f"u{clicks.integers(USERS):03d}",
-                    "clicked": int(clicked),
-                }
-
-    write_lines(folder / split / "clicks.jsonl", shown())
+    writer = SplitWriter(world, folder, split, seed)
+    writer.write_products(products, pictures)
+    writer.write_items()
+    writer.write_queries(queries)
+    writer.write_topics(topics)
 
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:

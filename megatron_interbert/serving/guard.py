@@ -90,74 +90,89 @@ class Guard:
             return
 
         answer = self.refusal(scope) or self.app
-        started = time.monotonic()
-        status = 500
-        read = 0
-        whole = False
-        answered = False
-        gone = False
-        request = asyncio.current_task()
-        watching = None
-
-        async def until_gone() -> None:
-            nonlocal gone
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            if not answered:
-                gone = True
-                request.cancel()
-
-        async def limited() -> Message:
-            """`receive`, within the limits; when the whole body is there, its client is watched."""
-            nonlocal read, whole, watching
-            if whole:  # what comes now is that the client has gone
-                return await receive()
-
-            left = started + self.body_seconds - time.monotonic()
-            try:
-                message = await asyncio.wait_for(receive(), max(0.0, left))
-            except TimeoutError:
-                raise HTTPException(
-                    408, f"the body took more than {self.body_seconds:g} s", CLOSE
-                ) from None
-
-            read += len(message.get("body", b""))
-            if read > self.max_body:
-                raise HTTPException(413, f"a body of more than {self.max_body} bytes", CLOSE)
-
-            whole = not message.get("more_body")
-            if whole and message["type"] == "http.request":
-                watching = asyncio.create_task(until_gone())
-
-            return message
-
-        async def noted(message: Message) -> None:
-            nonlocal status, answered
-            answered = answered or (
-                message["type"] == "http.response.body" and not message.get("more_body")
-            )
-
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                known = {name for name, _ in message["headers"]}
-                message = {
-                    **message,
-                    "headers": [*message["headers"], *(h for h in HEADERS if h[0] not in known)],
-                }
-
-            await send(message)
-
+        exchange = Exchange(receive, send, self.max_body, self.body_seconds)
         try:
-            await answer(scope, limited, noted)
+            await answer(scope, exchange.receive, exchange.send)
         except asyncio.CancelledError:
-            if not gone:
+            if not exchange.client_is_gone:
                 raise
-            request.uncancel()
-            status = 499
+            exchange.end_without_client()
         finally:
-            if watching is not None:
-                watching.cancel()
+            exchange.close()
             route = getattr(scope.get("route"), "path", "other")
-            took = time.monotonic() - started
-            self.count(route, status, took)
-            log.info("%s %s %d %.1f ms", scope["method"], route, status, 1000 * took)
+            took = time.monotonic() - exchange.started
+            self.count(route, exchange.status, took)
+            log.info("%s %s %d %.1f ms", scope["method"], route, exchange.status, 1000 * took)
+
+
+class Exchange:
+    """One request and its answer: a body within its limits, headers that are always there.
+
+    Once the whole body is there its client is watched, so that nothing is computed for one that has
+    gone.
+    """
+
+    def __init__(self, receive: Receive, send: Send, max_body: int, body_seconds: float) -> None:
+        self.started = time.monotonic()
+        self.status = 500
+        self._receive = receive
+        self._send = send
+        self._max_body = max_body
+        self._body_seconds = body_seconds
+        self._read = 0
+        self._whole = False
+        self._answered = False
+        self.client_is_gone = False
+        self._request = asyncio.current_task()
+        self._watching: asyncio.Task | None = None
+
+    async def receive(self) -> Message:
+        """Receive within the limits; HTTPException 408 or 413 beyond them."""
+        if self._whole:  # what comes now is that the client has gone
+            return await self._receive()
+
+        left = self.started + self._body_seconds - time.monotonic()
+        try:
+            message = await asyncio.wait_for(self._receive(), max(0.0, left))
+        except TimeoutError:
+            raise HTTPException(
+                408, f"the body took more than {self._body_seconds:g} s", CLOSE
+            ) from None
+
+        self._read += len(message.get("body", b""))
+        if self._read > self._max_body:
+            raise HTTPException(413, f"a body of more than {self._max_body} bytes", CLOSE)
+
+        self._whole = not message.get("more_body")
+        if self._whole and message["type"] == "http.request":
+            self._watching = asyncio.create_task(self._until_gone())
+        return message
+
+    async def _until_gone(self) -> None:
+        """Cancel the request when its client goes before it is answered."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        if not self._answered:
+            self.client_is_gone = True
+            self._request.cancel()
+
+    async def send(self, message: Message) -> None:
+        """Send with our headers, and note the status and the end of the answer."""
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            self._answered = True
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            known = {name for name, _ in message["headers"]}
+            ours = [header for header in HEADERS if header[0] not in known]
+            message = {**message, "headers": [*message["headers"], *ours]}
+        await self._send(message)
+
+    def end_without_client(self) -> None:
+        """Take back the cancelling, and note it as status 499."""
+        self._request.uncancel()
+        self.status = 499
+
+    def close(self) -> None:
+        """Watch the client no longer."""
+        if self._watching is not None:
+            self._watching.cancel()

@@ -1,7 +1,9 @@
 """`evaluate glue`: the official metrics on the dev files, prediction files for the test files."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_interbert.errors import UsageError
@@ -9,7 +11,7 @@ from megatron_interbert.files import write_text
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.glue.config import EvaluateGlueConfig
 from megatron_interbert.tasks.glue.job import glue_metrics, labels_of, predict, prediction_lines
-from megatron_interbert.tasks.glue.samples import FORMATS, GlueTexts, find_file, read_rows
+from megatron_interbert.tasks.glue.samples import FORMATS, GlueRows, GlueTexts, find_file, read_rows
 from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, load_model, open_for
 from megatron_interbert.tasks.parts import fit_length
 from megatron_interbert.tasks.results import result_of, table, write_result
@@ -57,28 +59,14 @@ def evaluate_glue(
     for file, name in zip(files, names, strict=True):
         rows = read_rows(file, config.task)
         dropped[name] = rows.dropped
-        logits = predict(
-            model, GlueTexts(rows, tokenizer, config.max_tokens), state, device, config.batch_size
-        )
-
+        texts = GlueTexts(rows, tokenizer, config.max_tokens)
+        logits = predict(model, texts, state, device, config.batch_size)
         if len(rows.labels):
             found = glue_metrics(config.task, logits, rows.labels)
-            metrics |= (
-                found
-                if len(names) == 1
-                else {f"{name}_{key}": value for key, value in found.items()}
-            )
-
+            prefix = f"{name}_" if len(names) > 1 else ""
+            metrics |= {f"{prefix}{key}": value for key, value in found.items()}
         if state.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(
-                folder / f"{name}.tsv",
-                "\n".join(prediction_lines(config.task, rows, logits)) + "\n",
-            )
-            print(
-                f"{file}: {len(rows.texts)} rows -> {folder / f'{name}.tsv'}; {rows.dropped}"
-                " dropped (too few fields)"
-            )
+            write_predictions(config.task, rows, logits, file, folder / f"{name}.tsv")
 
     result = result_of(
         config, f"{config.task} {config.split}", metrics, source, None, files, dropped=dropped
@@ -89,3 +77,12 @@ def evaluate_glue(
         print(f"result: {folder / 'result.json'}")
 
     return result
+
+
+def write_predictions(
+    task: str, rows: GlueRows, logits: np.ndarray, file: Path, target: Path
+) -> None:
+    """Write the predictions [rows, labels] for one file of a task, as its server takes them."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(target, "\n".join(prediction_lines(task, rows, logits)) + "\n")
+    print(f"{file}: {len(rows.texts)} rows -> {target}; {rows.dropped} dropped (too few fields)")

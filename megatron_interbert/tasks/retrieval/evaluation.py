@@ -34,6 +34,7 @@ from megatron_interbert.tasks.retrieval.pairs import Pairs
 from megatron_interbert.tasks.retrieval.tiles import ScoreTiles, fill
 from megatron_interbert.tasks.retrieval.two_stage import two_stage_search
 from megatron_interbert.weights.manifest import versions
+from megatron_interbert.weights.sources import WeightSource
 
 SHOWN = 40  # captions on the page
 
@@ -61,12 +62,11 @@ def evaluate_retrieval(
     folder = agree_on_inputs(
         config, state, source, tokenizer, [store.path / MANIFEST for store in corpus.stores]
     )
-    chance = 100.0 / len(pairs.images)
     metrics: dict[str, float] = {}
     more: dict[str, Any] = {
         "images": len(pairs.images),
         "captions": len(pairs.captions),
-        "chance_R@1": chance,
+        "chance_R@1": 100.0 / len(pairs.images),
         "ties": "a wrong candidate with an equal score ranks before the right one",
     }
     tiles = None
@@ -80,21 +80,13 @@ def evaluate_retrieval(
             found["lost_R@1"] = metrics["t2i_R@1"] - found["R@1"]
         more["two_stage"] = {"reranked": min(config.two_stage, len(pairs.images)), **found}
 
-    protocol = (
-        "zero-shot"
-        if config.zero_shot
-        else "finetuned"
-        if source.facts.get("task") == "retrieval"
-        else "matching head as loaded"
-    )
+    protocol = protocol_of(config, source)
     result = result_of(config, protocol, metrics, source, corpus, **more)
-
     if state.is_main:
         write_result(folder, result)
         if tiles is not None:
             photos = photos_in(config.image_folder)
             write_text(folder / "result.html", page_of(result, tiles, pairs, photos))
-
         report(result, folder)
 
     state.barrier()
@@ -102,6 +94,15 @@ def evaluate_retrieval(
         tiles.remove()
 
     return result
+
+
+def protocol_of(config: EvaluateRetrievalConfig, source: WeightSource) -> str:
+    """Name how the weights came to judge pairs."""
+    if config.zero_shot:
+        return "zero-shot"
+    if source.facts.get("task") == "retrieval":
+        return "finetuned"
+    return "matching head as loaded"
 
 
 def score_tiles(

@@ -29,7 +29,7 @@ from megatron_interbert.tasks.parts import (
 from megatron_interbert.tasks.retrieval.config import RetrievalConfig
 from megatron_interbert.tasks.retrieval.pairs import Pairs, score_block
 from megatron_interbert.tasks.retrieval.samples import RetrievalSet
-from megatron_interbert.tasks.task import Job
+from megatron_interbert.tasks.task import Evaluate, Job
 
 CAPTIONS_AT_ONCE = 512
 Tile = tuple[slice, slice, np.ndarray]
@@ -82,28 +82,29 @@ def retrieval_job(config: RetrievalConfig, state: ParallelState) -> Job:
     )
 
     if config.valid_data_path:
-        valid = open_stores([config.valid_data_path], config)
-        corpus.check_alike(valid.stores[0], config.allow_other_detector, "--valid-data-path")
-        pairs = choose_pairs(
-            valid,
-            tokenizer,
-            config.language,
-            config.valid_images,
-            config.max_regions,
-            config.max_tokens,
-        )
-
-        def evaluate(
-            model: InterBert, state: ParallelState, device: torch.device
-        ) -> dict[str, float]:
-            scores = score_matrix(
-                PairScorer(model), pairs, device, 4 * config.eval_batch_size, state
-            )
-            return flat_metrics(retrieval_metrics(scores, pairs.own_image()))
-
-        job.evaluate = evaluate
-
+        job.evaluate = evaluation_of(config, corpus, tokenizer)
     return job
+
+
+def evaluation_of(config: RetrievalConfig, corpus: Corpus, tokenizer: CaptionTokenizer) -> Evaluate:
+    """Give what evaluates a model on all pairs of --valid-data-path."""
+    valid = open_stores([config.valid_data_path], config)
+    corpus.check_alike(valid.stores[0], config.allow_other_detector, "--valid-data-path")
+    pairs = choose_pairs(
+        valid,
+        tokenizer,
+        config.language,
+        config.valid_images,
+        config.max_regions,
+        config.max_tokens,
+    )
+
+    def evaluate(model: InterBert, state: ParallelState, device: torch.device) -> dict[str, float]:
+        batch = 4 * config.eval_batch_size
+        scores = score_matrix(PairScorer(model), pairs, device, batch, state)
+        return flat_metrics(retrieval_metrics(scores, pairs.own_image()))
+
+    return evaluate
 
 
 def choose_pairs(

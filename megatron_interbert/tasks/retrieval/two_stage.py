@@ -42,23 +42,15 @@ def two_stage_search(
     keep = min(keep, len(pairs.images))
     weight = scorer.model.itm_head.weight.float()
     direction = weight[0] - weight[1]
-    vectors = torch.cat(
-        [
-            scorer.encode_side(pairs.image_side(scorer, part, device), images=True).float()
-            for part in _runs(np.arange(len(pairs.images)))
-        ]
-    )
-    check_finite(vectors.cpu().numpy())
-
+    vectors = image_vectors(scorer, pairs, device)
     mine = np.arange(len(pairs.captions))[state.data_rank :: state.data_size]
     own = torch.from_numpy(pairs.own_image())
     found = []
 
     for part in _runs(mine):
         side = pairs.caption_side(scorer, part, device)
-        scores = (
-            scorer.encode_side(side, images=False).float() * direction
-        ) @ vectors.T  # [part, images]
+        texts = scorer.encode_side(side, images=False).float()
+        scores = (texts * direction) @ vectors.T  # [part, images]
         best = scores.topk(keep, dim=1).indices
         coarse = scores.cpu()
         kept = best.cpu()
@@ -74,6 +66,17 @@ def two_stage_search(
         f"first_stage_R@{keep}": 100.0 * float(inside.mean()),
         "seconds": time.monotonic() - started,
     }
+
+
+def image_vectors(scorer: PairScorer, pairs: Pairs, device: torch.device) -> torch.Tensor:
+    """Encode all images alone: float32 [I, P]; UsageError where a vector is not finite."""
+    vectors = []
+    for part in _runs(np.arange(len(pairs.images))):
+        side = pairs.image_side(scorer, part, device)
+        vectors.append(scorer.encode_side(side, images=True).float())
+    found = torch.cat(vectors)
+    check_finite(found.cpu().numpy())
+    return found
 
 
 def _ranks(

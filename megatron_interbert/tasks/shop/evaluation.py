@@ -79,35 +79,19 @@ def evaluate_product_search(
         check_labelled(queries)
 
     metrics: dict[str, float] = {}
-    runs = ([("", 0)] if config.exhaustive else []) + (
-        [("two_stage_", config.two_stage)] if config.two_stage else []
-    )
-    for prefix, first_stage in runs:
-        with progress(
-            total=len(queries), unit="query", desc=prefix or "searching", shown=state.is_main
-        ) as bar:
-            found = search(
-                scorer,
-                queries,
-                state,
-                first_stage,
-                lambda count: bar.update(count * state.data_size),
-            )
-
+    runs = {"": 0} if config.exhaustive else {}
+    if config.two_stage:
+        runs["two_stage_"] = config.two_stage
+    for prefix, first_stage in runs.items():
+        found = search_all(scorer, queries, state, first_stage, prefix or "searching")
         if queries.labelled:
-            metrics |= {
-                f"{prefix}{name}": value
-                for name, value in search_metrics(found.found, queries.products).items()
-            }
+            figures = search_metrics(found.found, queries.products)
+            metrics |= {f"{prefix}{name}": value for name, value in figures.items()}
 
         if not prefix or not config.exhaustive:
             best = found
-        else:  # how much of what the full search finds the two stages find
-            shared = [
-                len(set(a[:10]) & set(b[:10])) / min(10, len(a))
-                for a, b in zip(best.found, found.found, strict=True)
-            ]
-            metrics["two_stage_recall@10"] = 100.0 * sum(shared) / len(shared)
+        else:
+            metrics["two_stage_recall@10"] = shared_share(best, found)
 
     result = result_of(
         config,
@@ -135,6 +119,29 @@ def evaluate_product_search(
         print(f"result: {folder / 'result.json'}\npage:   {folder / 'result.html'}")
 
     return result
+
+
+def search_all(
+    scorer: ItemScorer, queries: Queries, state: ParallelState, first_stage: int, title: str
+) -> Search:
+    """Search for all queries, with progress under a title; see `search`."""
+    with progress(total=len(queries), unit="query", desc=title, shown=state.is_main) as bar:
+        return search(
+            scorer,
+            queries,
+            state,
+            first_stage,
+            lambda count: bar.update(count * state.data_size),
+        )
+
+
+def shared_share(full: Search, staged: Search) -> float:
+    """Give the percentage of the first ten of the full search that the two stages find too."""
+    shared = [
+        len(set(a[:10]) & set(b[:10])) / min(10, len(a))
+        for a, b in zip(full.found, staged.found, strict=True)
+    ]
+    return 100.0 * sum(shared) / len(shared)
 
 
 def submission(kind: str, queries: Queries, found: Search, catalogue: Catalogue) -> tuple[str, str]:

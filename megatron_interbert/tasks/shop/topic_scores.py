@@ -5,6 +5,7 @@ written whole, and whole parts are not scored again. The folder records what it 
 so does each part: other weights, data or settings are refused.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError, local_errors
 from megatron_interbert.files import file_sha256, flush_folder, json_sha256, whole_file, write_json
@@ -24,6 +26,7 @@ from megatron_interbert.reading import list_folder, read_json, reading
 from megatron_interbert.tasks.shop.config import ScoreTopicsConfig
 from megatron_interbert.tasks.shop.evaluation import open_items
 from megatron_interbert.tasks.shop.topic_samples import read_topics
+from megatron_interbert.weights.sources import WeightSource
 
 PLAN = "_plan.json"  # readers of Parquet folders pass over names that begin so
 PART = re.compile(r"part-[0-9]{9,}\.parquet")
@@ -35,24 +38,11 @@ def score_topics(
     config: ScoreTopicsConfig, state: ParallelState, device: torch.device
 ) -> dict[str, Any]:
     """Write OUTPUT/part-N.parquet; all ranks of a launch call it."""
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise UsageError("Parquet needs pyarrow: pip install 'megatron_interbert[serve]'") from None
-
+    check_parquet()
     scorer, source, corpus, folder = open_items(config, state, device, [config.topics])
     topics = read_topics(config.topics, "--topics")
     items = scorer.catalogue
-    plan = {
-        "weights": source.facts["files"],
-        "store": [file_sha256(store.path / MANIFEST) for store in corpus.stores],
-        "topics": file_sha256(config.topics),
-        **{
-            name: getattr(config, name)
-            for name in ("titles", "max_regions", "max_tokens", "items_of_part", "precision")
-        },
-    }
+    plan = plan_of(config, source, corpus)
     together(state, lambda: claim(folder, plan) if state.is_main else None)
     starts = range(0, len(items), config.items_of_part)
     rows_of = {
@@ -81,18 +71,13 @@ def score_topics(
                     f"{config.load}: scores are not finite; the weights have diverged, take an"
                     " earlier checkpoint"
                 )
-
             if state.tensor_rank == 0:
                 columns = {
                     "topic_id": np.array(topics.ids)[text_of],
                     "item_id": ids[item_of],
                     "score": scores,
                 }
-                table = pyarrow.table(columns, metadata={PLAN_SHA256: digest_of(plan)})
-                beside = folder / f"_{part(folder, start).name}.{os.getpid()}.new"
-                with whole_file(part(folder, start), beside) as handle:
-                    parquet.write_table(table, handle, write_page_checksum=True)
-
+                write_part(part(folder, start), columns, digest_of(plan))
             bar.update(state.data_size)
 
     if mine:
@@ -113,6 +98,34 @@ def score_topics(
         )
 
     return result
+
+
+def check_parquet() -> None:
+    """Raise UsageError where Parquet cannot be written."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UsageError("Parquet needs pyarrow: pip install 'megatron_interbert[serve]'")
+
+
+def plan_of(config: ScoreTopicsConfig, source: WeightSource, corpus: Corpus) -> dict[str, Any]:
+    """Give all on which the scores depend: parts of another plan are not taken for ours."""
+    names = ("titles", "max_regions", "max_tokens", "items_of_part", "precision")
+    return {
+        "weights": source.facts["files"],
+        "store": [file_sha256(store.path / MANIFEST) for store in corpus.stores],
+        "topics": file_sha256(config.topics),
+        **{name: getattr(config, name) for name in names},
+    }
+
+
+def write_part(path: Path, columns: dict[str, np.ndarray], digest: bytes) -> None:
+    """Write a part as Parquet, with the hash of its plan in the metadata."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    table = pyarrow.table(columns, metadata={PLAN_SHA256: digest})
+    beside = path.with_name(f"_{path.name}.{os.getpid()}.new")
+    with whole_file(path, beside) as handle:
+        parquet.write_table(table, handle, write_page_checksum=True)
 
 
 def part(folder: Path, start: int) -> Path:

@@ -69,40 +69,29 @@ def evaluate_vcr(
         )
 
     metrics: dict[str, float] = {}
+    given_right = rationales
     if labelled:
-        given_right = (
-            rationales[np.arange(len(items)), [q.answer_label for q in items]]
-            if every
-            else rationales
-        )
+        if every:
+            given_right = rationales[np.arange(len(items)), [q.answer_label for q in items]]
         metrics = vcr_metrics(items, answers, given_right)
 
     more = {"questions": len(items), "dropped": dict(questions.dropped)}
     result = result_of(config, "finetuned", metrics, source, corpus, files[1:], **more)
-
     if state.is_main:
         write_result(folder, result)
-        if every:
-            write_text(
-                folder / "submission.csv",
-                "\n".join(submission_lines(items, answers, rationales)) + "\n",
-            )
-
-        if labelled:
-            photos = photos_in(config.image_folder)
-            write_text(
-                folder / "result.html",
-                result_page(result, items, answers, given_right, images, config.examples, photos),
-            )
-
         print(
             table(result) if metrics else "these annotations hold no labels, so no figure is given"
         )
-        print(
-            f"result: {folder / 'result.json'}"
-            + (f"\npage:   {folder / 'result.html'}" if labelled else "")
-        )
+        print(f"result: {folder / 'result.json'}")
+        if labelled:
+            photos = photos_in(config.image_folder)
+            most = config.examples
+            page = result_page(result, items, answers, given_right, images, most, photos)
+            write_text(folder / "result.html", page)
+            print(f"page:   {folder / 'result.html'}")
         if every:
+            lines = submission_lines(items, answers, rationales)
+            write_text(folder / "submission.csv", "\n".join(lines) + "\n")
             print(f"submission: {folder / 'submission.csv'}")
 
     return result

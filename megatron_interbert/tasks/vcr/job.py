@@ -89,16 +89,7 @@ def vcr_job(config: VcrConfig, state: ParallelState) -> Job:
     )
 
     if config.valid_annotations:
-        valid_images = images
-        if config.valid_data_path or config.valid_annotated_path:
-            annotated = config.valid_annotated_path or config.annotated_path
-            detected = config.valid_data_path or config.data_path
-            valid_images = open_images(annotated, detected, config)
-            valid_corpus = valid_images.detected or valid_images.annotated
-            corpus.check_alike(
-                valid_corpus.stores[0], config.allow_other_detector, "--valid-data-path"
-            )
-
+        valid_images = open_valid_images(config, images)
         valid = read_questions(config.valid_annotations, valid_images)
         check_labels(valid)
         if state.is_main:
@@ -115,6 +106,19 @@ def vcr_job(config: VcrConfig, state: ParallelState) -> Job:
         job.evaluate = evaluate
 
     return job
+
+
+def open_valid_images(config: VcrConfig, images: VcrImages) -> VcrImages:
+    """Open the images of the validation set, which may be those that are trained on."""
+    if not (config.valid_data_path or config.valid_annotated_path):
+        return images
+    annotated = config.valid_annotated_path or config.annotated_path
+    detected = config.valid_data_path or config.data_path
+    valid = open_images(annotated, detected, config)
+    trained = images.detected or images.annotated
+    first = (valid.detected or valid.annotated).stores[0]
+    trained.check_alike(first, config.allow_other_detector, "--valid-data-path")
+    return valid
 
 
 @torch.no_grad()
