@@ -20,7 +20,7 @@ from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.build import BuildPlan, build
 from megatron_interbert.preparation.building.sources.fields import ReadOptions
-from megatron_interbert.preparation.building.sources.opening import open_weights
+from megatron_interbert.preparation.building.sources.opening import open_features
 from tests.preparation.formats import (
     adaptive_hdf5,
     lxmert_line,
@@ -92,7 +92,7 @@ class Inputs:
 
         build(
             BuildPlan(
-                [open_weights(str(folder / "good.tsv"), "auto", OPTIONS)],
+                [open_features(str(folder / "good.tsv"), "auto", OPTIONS)],
                 str(folder / "store"),
                 detector={"name": "x"},
             )
@@ -137,7 +137,7 @@ class Inputs:
 def build_from(path: Path, output: Path, **more: object) -> None:
     """A build with nothing allowed to pass unnoticed; a store that comes of it must be whole."""
     image_ids = str(more.pop("image_ids", ""))
-    source = open_weights(str(path), str(more.pop("kind", "auto")), OPTIONS, image_ids=image_ids)
+    source = open_features(str(path), str(more.pop("kind", "auto")), OPTIONS, image_ids=image_ids)
     manifest = build(
         BuildPlan([source], str(output), detector={"name": "x"}, **more), max_dropped=1.0
     )

@@ -20,7 +20,7 @@ import h5py
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.sources.fields import ReadOptions
-from megatron_interbert.preparation.building.sources.opening import open_weights
+from megatron_interbert.preparation.building.sources.opening import open_features
 from tests.corpus import write_store
 from tests.launching import ENVIRONMENT, ROOT
 from tests.preparation.formats import adaptive_hdf5, made_up_images
@@ -118,7 +118,7 @@ def read_case(path: Path, out: list[bytes]) -> str:
         if path.is_dir():
             read_store(path, out)
         else:
-            source = open_weights(str(path), "hdf5", ReadOptions())
+            source = open_features(str(path), "hdf5", ReadOptions())
             for found in source.read([0, min(source.images, 50)]):
                 out.append(repr(found).encode())
                 if hasattr(found, "regions"):

@@ -15,7 +15,7 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.build import BuildPlan
 from megatron_interbert.preparation.building.build import build as run_build
 from megatron_interbert.preparation.building.sources.fields import ReadOptions
-from megatron_interbert.preparation.building.sources.opening import open_weights
+from megatron_interbert.preparation.building.sources.opening import open_features
 from megatron_interbert.preparation.building.store_writer import RegionStoreWriter
 from tests.corpus import VOCABULARY
 from tests.launching import launch
@@ -195,7 +195,7 @@ def test_left_by_a_kill_at_the_very_start_or_end(tmp_path, images, monkeypatch, 
         (work / stage).write_text("{")
     else:
         plan = BuildPlan(
-            [open_weights(str(path), "auto", ReadOptions())],
+            [open_features(str(path), "auto", ReadOptions())],
             str(tmp_path / "store"),
             detector={"name": "x"},
         )
