@@ -83,7 +83,7 @@ class Corpus:
         )
 
     def caption(self, index: int) -> str:
-        """Give text of a caption."""
+        """Give the text of a caption."""
         store = int(np.searchsorted(self.first_caption, index, side="right")) - 1
         return self.stores[store].caption(index - int(self.first_caption[store]))
 

@@ -204,7 +204,7 @@ class Hdf5File:
         return list(itertools.islice(self._file, most))
 
     def __getitem__(self, name: str) -> h5py.Dataset:
-        """Give a dataset of the root, looked at before any of it is read.
+        """Open a dataset of the root, looked at before any of it is read.
 
         UsageError says what about it is not safe.
         """

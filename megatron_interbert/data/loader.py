@@ -84,7 +84,7 @@ def _work(
     slot_bytes: int,
     others: Sequence[Connection],
 ) -> None:
-    """Give a loader process: (slot, pairs) in, fields of the batch out, until the other side is
+    """Serve as a loader process: (slot, pairs) in, fields of the batch out, until the other side is
     gone.
     """
     # for the training process, which ends this one when it is time

@@ -42,7 +42,7 @@ def mask_tokens(
 
 
 def within(offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Give (sample, place in it) of each row [rows], from offsets [B + 1]: [0, 2, 5] -> [0, 0, 1,
+    """Find (sample, place in it) of each row [rows], from offsets [B + 1]: [0, 2, 5] -> [0, 0, 1,
     1, 1], [0, 1, 0, 1, 2].
     """
     lengths = np.diff(offsets)

@@ -130,7 +130,7 @@ class RegionStore:
             self._forget_handles()
 
     def caption(self, index: int) -> str:
-        """Give text of a caption."""
+        """Give the text of a caption."""
         return self.captions[index]
 
     def hard_negatives(self) -> np.ndarray | None:

@@ -172,8 +172,8 @@ class InterBertForMultipleChoice(InterBertPreTrainedModel):
         visual_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> MultipleChoiceModelOutput:
-        """Give text inputs [B, C, T]; visual ones [B, R, ..], shared by the choices, or [B, C, R,
-        ..]; labels [B] the right choice.
+        """Score choices: text inputs [B, C, T]; visual ones [B, R, ..], shared by the choices, or
+        [B, C, R, ..]; labels [B] the right choice.
         """
         needs_images(self, visual_feats)
         inputs = PaddedInputs(

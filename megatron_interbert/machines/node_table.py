@@ -100,7 +100,7 @@ def compare_nodes(
 
 
 def _probe(config: RunConfig, state: ParallelState) -> Path | None:
-    """Give a file that rank 0 has put where the checkpoints will be; whether the others see it
+    """Make a file on rank 0 where the checkpoints will be; whether the others see it
     tells if the disk is shared.
     """
     name = None

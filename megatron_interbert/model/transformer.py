@@ -185,8 +185,8 @@ class TransformerStack(nn.Module):
     def forward(
         self, x: torch.Tensor, sequences: Sequences, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Give [N, H] -> [N, H], or [R, H]: the last layer is computed only where `rows` say that
-        it is read.
+        """Run the stack: [N, H] -> [N, H], or [R, H]: the last layer is computed only where `rows`
+        say that it is read.
         """
         if rows is not None and not len(self.layers):
             return x.index_select(0, rows)

@@ -108,7 +108,7 @@ def reduce_from_group(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch
 
 
 def all_gather_rows(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Give rows shared out [n, ..] enter sharded layers [ranks x n, ..]: gathered forward,
+    """Let rows that are shared out [n, ..] enter sharded layers [ranks x n, ..]: gathered forward,
     gradients summed and shared out backward.
     """
     return _exchange(x, group, _gathered, _scattered)

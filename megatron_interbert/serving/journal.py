@@ -170,7 +170,7 @@ def begin(folder: Path) -> Mark:
 
 
 def set_aside(folder: Path) -> None:
-    """Give a journal that is not used any more another name: a person can still read it."""
+    """Rename a journal that is not used any more: a person can still read it."""
     os.rename(folder / JOURNAL, folder / f"unused-{JOURNAL}-{uuid.uuid4().hex[:12]}")
 
 

@@ -313,7 +313,7 @@ class Trainer:
             self.writer.say(f"step {step}: gradient is not finite, step skipped on all ranks")
 
     def log(self) -> None:
-        """Give figures of the window since the last log, summed over ranks; one synchronisation
+        """Log the figures of the window since the last log, summed over ranks; one synchronisation
         with the device.
         """
         work = torch.tensor([self.flops, self.tokens], dtype=torch.float64, device=self.device)

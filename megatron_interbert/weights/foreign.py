@@ -227,7 +227,7 @@ def from_official(
 
 
 def to_official(state: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Give the inverse of `from_official`: full state in our names -> official names, the tied
+    """Invert `from_official`: full state in our names -> official names, the tied
     decoder included.
     """
     result = {}

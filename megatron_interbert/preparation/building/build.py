@@ -334,7 +334,7 @@ class BuildFolder:
 
 
 def _caption_table(plan: BuildPlan, work: Path) -> CaptionTable | None:
-    """Give captions and wanted ids on disk; made once."""
+    """Put captions and wanted ids on disk, once."""
     path = work / "images.db"
     done = work / CAPTIONS_DONE
     if not plan.caption_files and plan.only is None:

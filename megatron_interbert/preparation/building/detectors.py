@@ -79,8 +79,8 @@ def class_distribution(logits: torch.Tensor, softmax: bool) -> tuple[torch.Tenso
 
 
 def pixel_boxes(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Give boxes [Q, 4] as centre, width, height from 0 to 1 -> corners in pixels inside a picture
-    of `size` (width, height).
+    """Convert boxes [Q, 4] as centre, width, height from 0 to 1 -> corners in pixels inside a
+    picture of `size` (width, height).
     """
     centre = boxes[:, :2]
     half = boxes[:, 2:] / 2
@@ -231,7 +231,7 @@ class TransformersDetector(Detector):
 
     @torch.inference_mode()
     def _probe(self) -> None:
-        """Give sizes of the outputs, seen on a blank picture.
+        """Find the sizes of the outputs, seen on a blank picture.
 
         UsageError when they are not a query's state, logits and box.
         """

@@ -74,7 +74,7 @@ def norms(starts, terms, counts, idf):
 
 @_compiled
 def permuted_rows(starts, terms, counts, idf, lengths, order, rank, new_starts, new_terms, weights):
-    """Give rows in the `order` [N] given, terms renamed by `rank` [V] and sorted, weights divided
+    """Put rows into the `order` [N] given, terms renamed by `rank` [V] and sorted, weights divided
     by `lengths` [N].
     """
     end = 0
@@ -96,7 +96,7 @@ def permuted_rows(starts, terms, counts, idf, lengths, order, rank, new_starts, 
 
 @_compiled
 def invert(starts, terms, weights, list_starts, captions, impacts):
-    """Give rows -> for each term its captions in order with their weights; list_starts [V + 1] is
+    """Invert rows -> for each term its captions in order with their weights; list_starts [V + 1] is
     filled as well.
     """
     for term in terms:

@@ -103,7 +103,7 @@ class MiningFolder:
             )
 
     def rows_of(self, number: int) -> range:
-        """Give captions of a block."""
+        """Give the captions of a block."""
         return range(number * self.block, min((number + 1) * self.block, self.captions))
 
     def read_block(self, number: int) -> np.ndarray | None:

@@ -42,7 +42,7 @@ SHOWN = 40  # captions on the page
 def evaluate_retrieval(
     config: EvaluateRetrievalConfig, state: ParallelState, device: torch.device
 ) -> dict[str, Any]:
-    """Write result.json and result.html and gives the result; all ranks of a launch call it."""
+    """Write result.json and result.html and give the result; all ranks of a launch call it."""
     check_photos(config.image_folder, state)
     model, source = load_model(
         config.load, ("itm",), config.kernels, device, state, config.averaged, config.precision
