@@ -293,20 +293,8 @@ def check_step(config: PreflightConfig) -> str:
 
     engine = Engine(plan.with_first_weights(streams).to(device), alone, state)
     streams.start_step(1)
-    batch = trial.batch(samples)
-    totals = job.task.count_targets(batch).to(device)
-    batch = batch.to(device)
-    loss, report = job.task.loss(engine.forward(batch), batch, totals)
-    engine.backward(loss, last=True)
-    norm, applied = engine.step(learning_rate(1, alone))
+    figures, norm = one_step(engine, job, trial.batch(samples), alone, device)
 
-    if not torch.isfinite(loss) or not (applied or config.fp16):  # fp16 is still finding its scale
-        raise UsageError(
-            f"the first step is not finite (loss {loss.item()}, gradient norm {norm}); check the"
-            " data with --strict-boxes, lower --lr or use --bf16"
-        )
-
-    figures = job.task.metrics(report, 1)
     losses = ", ".join(f"{name} {figures[f'{name}_loss']:.3f}" for name in config.objective_names())
     notes = [f"losses {losses}", f"gradient norm {norm:.2f}"]
     if samples < config.micro_batch_size:
@@ -316,6 +304,28 @@ def check_step(config: PreflightConfig) -> str:
         notes.append(f"peak {seen:.2f} GiB in this one-process step")
 
     return "; ".join([*notes, memory, f"kernels: {kernels.describe()}"])
+
+
+def one_step(
+    engine: Engine, job: Job, batch: PackedBatch, config: RunConfig, device: torch.device
+) -> tuple[dict[str, float], float]:
+    """Train on one batch; return its metrics and gradient norm. UsageError where the loss is not
+    finite.
+    """
+    totals = job.task.count_targets(batch).to(device)
+    batch = batch.to(device)
+    loss, report = job.task.loss(engine.forward(batch), batch, totals)
+    engine.backward(loss, last=True)
+    norm, applied = engine.step(learning_rate(1, config))
+
+    # fp16 is still finding its scale
+    if not torch.isfinite(loss) or not (applied or config.fp16):
+        raise UsageError(
+            f"the first step is not finite (loss {loss.item()}, gradient norm {norm}); check the"
+            " data with --strict-boxes, lower --lr or use --bf16"
+        )
+
+    return job.task.metrics(report, 1), norm
 
 
 def ranks_of(config: PreflightConfig) -> int:

@@ -89,35 +89,43 @@ class OpenShard:
             return file.strings("image_ids")
 
     def _check(self, file: Hdf5File, entry: dict[str, Any], feature_dim: int) -> None:
-        path = self.path
+        self._check_datasets(file)
+        self._check_counts(file, entry, feature_dim)
+        self._check_labels(file)
+        self._check_images(file)
+
+    def _check_datasets(self, file: Hdf5File) -> None:
         for name in (*COLUMNS, *OTHERS):
             if name not in file:
                 raise UsageError(
-                    f"{path}: dataset '{name}' is missing; rebuild the store with"
+                    f"{self.path}: dataset '{name}' is missing; rebuild the store with"
                     " tools/build_features.py"
                 )
 
         for name in (*COLUMNS, "pos_boxes", "image_sizes"):
             if file[name].ndim != 2:
                 raise UsageError(
-                    f"{path}: {name} has shape {file[name].shape}, expected rows and columns;"
+                    f"{self.path}: {name} has shape {file[name].shape}, expected rows and columns;"
                     " rebuild the store"
                 )
 
+    def _check_counts(self, file: Hdf5File, entry: dict[str, Any], feature_dim: int) -> None:
         rows, width = file["image_features"].shape
         if width != feature_dim:
             raise UsageError(
-                f"{path}: image_features has {width} columns, expected feature_dim {feature_dim} of"
-                f" {MANIFEST}"
+                f"{self.path}: image_features has {width} columns, expected feature_dim"
+                f" {feature_dim} of {MANIFEST}"
             )
 
         found = (len(file["pos_boxes"]), rows, len(file["caption_image"]))
         expected = (entry["images"], entry["regions"], entry["captions"])
         if found != expected:
             raise UsageError(
-                f"{path}: {found} images, regions, captions; {MANIFEST} says {expected}"
+                f"{self.path}: {found} images, regions, captions; {MANIFEST} says {expected}"
             )
 
+    def _check_labels(self, file: Hdf5File) -> None:
+        rows = len(file["image_features"])
         self.label_width = file["class_ids"].shape[1]
         shapes = {name: file[name].shape for name in COLUMNS if name != "image_features"}
         wanted = {
@@ -127,24 +135,28 @@ class OpenShard:
         }
         if shapes != wanted:
             raise UsageError(
-                f"{path}: boxes and labels have shapes {shapes}, expected {wanted}; rebuild the"
-                " store"
+                f"{self.path}: boxes and labels have shapes {shapes}, expected {wanted}; rebuild"
+                " the store"
             )
 
-        if file["pos_boxes"].shape[1] != 2 or file["pos_boxes"].dtype.kind not in "iu":
+    def _check_images(self, file: Hdf5File) -> None:
+        path = self.path
+        ranges = file["pos_boxes"]
+        if ranges.shape[1] != 2 or ranges.dtype.kind not in "iu":
             raise UsageError(
-                f"{path}: pos_boxes is {_described(file['pos_boxes'])}, expected two row numbers an"
-                " image; rebuild"
+                f"{path}: pos_boxes is {_described(ranges)}, expected two row numbers an image;"
+                " rebuild"
             )
 
-        if file["image_sizes"].dtype.kind not in "iuf":
+        sizes = file["image_sizes"]
+        if sizes.dtype.kind not in "iuf":
             raise UsageError(
-                f"{path}: image_sizes is {_described(file['image_sizes'])}, expected width and"
-                " height; rebuild"
+                f"{path}: image_sizes is {_described(sizes)}, expected width and height; rebuild"
             )
 
-        self.ranges = file["pos_boxes"].astype(np.int64)[:]
-        self.sizes = file["image_sizes"][:]
+        rows = len(file["image_features"])
+        self.ranges = ranges.astype(np.int64)[:]
+        self.sizes = sizes[:]
         if len(self.ranges) and (self.ranges.max() > rows or self.ranges.min() < 0):
             raise UsageError(f"{path}: pos_boxes points beyond the {rows} rows of image_features")
         if self.sizes.shape != (len(self.ranges), 2) or len(file["image_ids"]) != len(self.ranges):

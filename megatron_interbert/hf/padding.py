@@ -45,6 +45,16 @@ class Slots:
     image: torch.Tensor  # [Ni] in [B, 1 + R]
 
 
+OF_TRAINING = (
+    "hidden_regions",
+    "msm_labels",
+    "mrm_class_ids",
+    "mrm_class_probs",
+    "mismatched",
+    "sample_ids",
+)
+
+
 def pack_padded(
     inputs: PaddedInputs, config: ModelConfig, hidden_regions: torch.Tensor | None = None
 ) -> tuple[PackedBatch, Slots]:
@@ -80,15 +90,6 @@ def pack_padded(
         image=real_slots(image, image_count),
     )
 
-    unused = (
-        "hidden_regions",
-        "msm_labels",
-        "mrm_class_ids",
-        "mrm_class_probs",
-        "mismatched",
-        "sample_ids",
-    )
-
     batch = PackedBatch(
         **text_tokens(inputs, slots),
         **image_tokens(inputs, config, image, slots, hidden_regions),
@@ -99,7 +100,7 @@ def pack_padded(
         max_text=int(on_host[0].max()),
         max_image=int(on_host[1].max()),
         max_joint=int(on_host.sum(dim=0).max()),
-        **dict.fromkeys(unused, slots.text[:0]),
+        **dict.fromkeys(OF_TRAINING, slots.text[:0]),
     )
 
     return batch, slots

@@ -6,6 +6,7 @@ and regions.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,36 @@ class InterBertOutput(NamedTuple):
     sentence_logits: torch.Tensor | None = None  # [B, labels]
 
 
+def build_stack(
+    config: ModelConfig,
+    state: ParallelState,
+    kernels: Kernels,
+    streams: RandomStreams,
+    recompute: bool,
+    count: int,
+    heads: int,
+    hidden_dropout: float,
+    attention_dropout: float,
+) -> TransformerStack:
+    """Build `count` layers of the model's width."""
+    layers = [
+        TransformerLayer(
+            config.hidden_size,
+            heads,
+            config.ffn_hidden_size,
+            hidden_dropout,
+            attention_dropout,
+            config.layer_norm_eps,
+            state.placement,
+            kernels,
+            streams,
+        )
+        for _ in range(count)
+    ]
+
+    return TransformerStack(layers, state.placement, streams, recompute, kernels.row_multiple)
+
+
 class InterBert(nn.Module):
     """The whole model. `heads` is any of msm, mrm, itm, choice, sentence (of `num_labels`).
 
@@ -80,28 +111,7 @@ class InterBert(nn.Module):
         if not text_only:
             self.image_embedding = ImageEmbedding(config, kernels)
 
-        def stack(
-            count: int, heads: int, hidden_dropout: float, attention_dropout: float
-        ) -> TransformerStack:
-            """`count` layers of this model's width."""
-            layers = [
-                TransformerLayer(
-                    config.hidden_size,
-                    heads,
-                    config.ffn_hidden_size,
-                    hidden_dropout,
-                    attention_dropout,
-                    config.layer_norm_eps,
-                    state.placement,
-                    kernels,
-                    streams,
-                )
-                for _ in range(count)
-            ]
-            return TransformerStack(
-                layers, state.placement, streams, recompute, kernels.row_multiple
-            )
-
+        stack = partial(build_stack, config, state, kernels, streams, recompute)
         text_like = (config.num_attention_heads, config.hidden_dropout, config.attention_dropout)
         self.interaction = stack(config.interaction_layers, *text_like)
         self.text_stream = stack(config.text_layers, *text_like)
@@ -170,20 +180,35 @@ class InterBert(nn.Module):
             found["mrm_logits"] = self.mrm_head(regions).float()
         if hasattr(self, "sentence_head"):
             found["sentence_logits"] = self.sentence_head(first).float()
-        if pooled_image is not None and (hasattr(self, "itm_head") or hasattr(self, "choice_head")):
-            sides = pooled_text, pooled_image
-            if len(batch.pair_text):
-                sides = pooled_text[batch.pair_text], pooled_image[batch.pair_image]
-
-            fused = F.dropout(self.fuse(*sides), self.config.hidden_dropout, self.training)
-            if hasattr(self, "itm_head"):
-                found["itm_logits"] = self.itm_head(fused).float()
-            if hasattr(self, "choice_head"):
-                found["choice_logit"] = self.choice_head(fused).float()
+        if pooled_image is not None:
+            found |= self._judge_pairs(pooled_text, pooled_image, batch)
 
         states = (text, image) if everything else (None, None)
 
         return InterBertOutput(*states, pooled_text, pooled_image, **found)
+
+    def _judge_pairs(
+        self, pooled_text: torch.Tensor, pooled_image: torch.Tensor, batch: PackedBatch
+    ) -> dict[str, torch.Tensor]:
+        """Return the logits [B, ..] of the heads that judge a text with an image: those of each
+        sample, or of the pairs that the batch lists.
+        """
+        found = {}
+        if not hasattr(self, "itm_head") and not hasattr(self, "choice_head"):
+            return found
+
+        if len(batch.pair_text):
+            pooled_text = pooled_text[batch.pair_text]
+            pooled_image = pooled_image[batch.pair_image]
+
+        fused = self.fuse(pooled_text, pooled_image)
+        fused = F.dropout(fused, self.config.hidden_dropout, self.training)
+        if hasattr(self, "itm_head"):
+            found["itm_logits"] = self.itm_head(fused).float()
+        if hasattr(self, "choice_head"):
+            found["choice_logit"] = self.choice_head(fused).float()
+
+        return found
 
     def encode(
         self, batch: PackedBatch, read: tuple[torch.Tensor, torch.Tensor] | None = None

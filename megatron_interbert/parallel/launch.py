@@ -103,12 +103,30 @@ def read_launch() -> Launch:
     deepspeed and torchrun set them; under a plain `srun` they come from Slurm; otherwise this is a
     single process. UsageError for variables that make no sense.
     """
-    env = os.environ
     launcher = read_launcher()
+    set_variables(launcher)
 
+    rank = number("RANK", 0)
+    ranks = number("WORLD_SIZE", 1, least=1)
+    if rank >= ranks:
+        raise UsageError(
+            f"RANK is {rank} and WORLD_SIZE {ranks}, expected a rank from 0 to {ranks - 1}; see how"
+            " the job was started"
+        )
+
+    address, port = read_meeting_place(ranks)
+    place = local_place()
+
+    return Launch(launcher, rank, ranks, place.rank, place.size, node_name(), address, port)
+
+
+def set_variables(launcher: str) -> None:
+    """Set the variables that deepspeed and torchrun set, where neither has started this process."""
+    env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        pass  # as they say
-    elif launcher == "srun":
+        return
+
+    if launcher == "srun":
         env.update(
             RANK=_set_by_srun("SLURM_PROCID"),
             WORLD_SIZE=_set_by_srun("SLURM_STEP_NUM_TASKS"),
@@ -125,16 +143,11 @@ def read_launch() -> Launch:
             MASTER_PORT=str(free_port()),
         )
 
-    rank = number("RANK", 0)
-    ranks = number("WORLD_SIZE", 1, least=1)
-    if rank >= ranks:
-        raise UsageError(
-            f"RANK is {rank} and WORLD_SIZE {ranks}, expected a rank from 0 to {ranks - 1}; see how"
-            " the job was started"
-        )
 
+def read_meeting_place(ranks: int) -> tuple[str, int]:
+    """Read MASTER_ADDR and MASTER_PORT; UsageError where one is missing or no port."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if not env.get(name):
+        if not os.environ.get(name):
             raise UsageError(
                 f"{name} is not set, so {ranks} processes cannot meet; start them by deepspeed,"
                 " torchrun or sbatch"
@@ -144,18 +157,7 @@ def read_launch() -> Launch:
     if port >= 1 << 16:
         raise UsageError(f"MASTER_PORT is {port}, expected 1 to 65535")
 
-    place = local_place()
-
-    return Launch(
-        launcher,
-        rank,
-        ranks,
-        place.rank,
-        place.size,
-        node_name(),
-        env["MASTER_ADDR"],
-        port,
-    )
+    return os.environ["MASTER_ADDR"], port
 
 
 def environment_of_one_process() -> dict[str, str]:

@@ -21,7 +21,6 @@ from megatron_interbert.errors import Unreadable, UsageError
 from megatron_interbert.files import check_writable, json_sha256, only_one, sibling
 from megatron_interbert.progress import progress
 from megatron_interbert.reading import is_there
-from megatron_interbert.serving.app import Service, Topic
 from megatron_interbert.serving.batching import ModelThread
 from megatron_interbert.serving.config import ServeConfig
 from megatron_interbert.serving.index import (
@@ -46,6 +45,7 @@ from megatron_interbert.serving.journal import (
 )
 from megatron_interbert.serving.journal_format import Mark
 from megatron_interbert.serving.messages import ItemFile
+from megatron_interbert.serving.service import Service, Topic
 from megatron_interbert.serving.shop import Shop
 from megatron_interbert.tasks.loading import as_trained, load_model, open_for
 from megatron_interbert.tasks.parts import fit_length

@@ -46,6 +46,11 @@ class Layout:
         return self.zero_stage == 0 or (self.data == 1 and not self.loss_scale)
 
     @property
+    def sharing(self) -> int:
+        """Ranks that share the activations between the tensor-parallel parts of a layer."""
+        return self.tensor if self.sequence_parallel else 1
+
+    @property
     def element(self) -> int:
         """Bytes of a value in the passes."""
         return 2 if self.half else FP32
@@ -78,7 +83,7 @@ class Memory:
 
 
 @functools.cache
-def rank_values(sizes: ModelConfig, tensor: int) -> int:
+def rank_parameters(sizes: ModelConfig, tensor: int) -> int:
     """Count the trained parameters of one rank."""
     sizes.check_tensor_parallel(tensor)
 
@@ -90,90 +95,113 @@ def rank_values(sizes: ModelConfig, tensor: int) -> int:
         )
 
 
-def activations(sizes: ModelConfig, layout: Layout, load: Load) -> tuple[float, float]:
-    """Give (Bytes that a forward pass keeps for the backward pass, bytes of the one layer that is
-    computed again, if any).
-    """
-    hidden = sizes.hidden_size
-    ffn = sizes.ffn_hidden_size
-    element = layout.element
+@dataclass(frozen=True)
+class Stack:
+    """Layers of one kind and what a sample brings to them."""
+
+    layers: int
+    heads: int
+    hidden_dropout: float
+    attention_dropout: float
+    tokens: float  # mean
+    longest: float  # columns of a padded batch
+    read: float | None  # tokens behind the attention of the last layer; None: all
+
+
+def stacks_of(sizes: ModelConfig, load: Load) -> list[Stack]:
+    """Describe the interaction module and the two streams."""
     image = load.regions + 1
-    sharing = layout.tensor if layout.sequence_parallel else 1
     text_most = max(load.longest_words, load.words)
     image_most = max(load.longest_regions, load.regions) + 1
-
-    def layer(
-        tokens: float,
-        longest: float,
-        heads: int,
-        hidden_p: float,
-        attention_p: float,
-        read: float | None = None,
-    ) -> float:
-        """Of one sample.
-
-        `read`: tokens behind the attention, where the last layer is computed for these only.
-        """
-        behind = tokens if read is None else read
-        padded = tokens if layout.fused else longest
-        masks = 0.0 if layout.fused or not hidden_p else 2 * hidden
-        attended = (3 * padded + behind) * hidden / layout.tensor
-        if not layout.fused:
-            weights = 2 if attention_p else 1  # softmax, and the mask of dropout
-            attended += weights * padded * longest * heads / layout.tensor
-
-        between = behind * (3 * hidden + masks) + tokens * hidden
-        inner = behind * 2 * ffn / layout.tensor
-
-        return (
-            element * (attended + inner + between / sharing) + 2 * ROW_STATISTICS * behind / sharing
-        )
-
-    def numbers(tokens: float, longest: float, heads: int) -> float:
-        """Of one sample: where rows come from and go to, which all layers of a stack share."""
-        if layout.fused:
-            return 0.0
-
-        back = ROW_NUMBERS * tokens * heads / layout.tensor
-        if not layout.recompute:  # what the way there needs is gone with the forward pass
-            return back
-
-        there = (3 * INDEX + element) * longest * heads / layout.tensor
-        places = INDEX * (tokens + longest)
-
-        return back + there + places
-
-    words = max(1.0, load.masked * load.words)
-    shown = max(1.0, load.masked * load.regions) / 2
+    words, regions = targets_of(load)
     like_text = (sizes.num_attention_heads, sizes.hidden_dropout, sizes.attention_dropout)
     like_image = (
         sizes.image_attention_heads,
         sizes.image_hidden_dropout,
         sizes.image_attention_dropout,
     )
-    joint = (load.words + image, text_most + image_most, *like_text)
-    stacks = [
-        (sizes.interaction_layers, joint, None),
-        (sizes.text_layers, (load.words, text_most, *like_text), 1 + words),
-        (sizes.image_layers, (image, image_most, *like_image), 1 + shown),
+
+    return [
+        Stack(
+            sizes.interaction_layers, *like_text, load.words + image, text_most + image_most, None
+        ),
+        Stack(sizes.text_layers, *like_text, load.words, text_most, 1 + words),
+        Stack(sizes.image_layers, *like_image, image, image_most, 1 + regions),
     ]
-    total = largest = 0.0
 
-    for count, shape, read in stacks:
-        whole = layer(*shape)
-        total += numbers(*shape[:3]) if count else 0.0
+
+def targets_of(load: Load) -> tuple[float, float]:
+    """Return the words and the regions of a sample that are predicted, on average."""
+    return max(1.0, load.masked * load.words), max(1.0, load.masked * load.regions) / 2
+
+
+def activations(sizes: ModelConfig, layout: Layout, load: Load) -> tuple[float, float]:
+    """Return the bytes that a forward pass keeps for the backward pass, and the bytes of the one
+    layer that is recomputed, if any.
+    """
+    hidden = sizes.hidden_size
+    total = 0.0
+    largest = 0.0
+
+    for stack in stacks_of(sizes, load):
+        if not stack.layers:
+            continue
+
+        whole = layer_bytes(sizes, layout, stack, stack.tokens)
+        total += index_bytes(layout, stack)
         if layout.recompute:
-            total += count * element * hidden * shape[0] / sharing
-            largest = max(largest, whole if count else 0.0)
-        elif count:
-            total += (count - 1) * whole + layer(*shape, read)
+            total += stack.layers * layout.element * hidden * stack.tokens / layout.sharing
+            largest = max(largest, whole)
+        else:
+            read = stack.tokens if stack.read is None else stack.read
+            total += (stack.layers - 1) * whole + layer_bytes(sizes, layout, stack, read)
 
+    image = load.regions + 1
+    words, regions = targets_of(load)
     masks = 0 if layout.fused or not sizes.hidden_dropout else hidden
     embedded = image * (sizes.feature_dim + hidden + masks) + load.words * (hidden + masks)
-    heads = (words + shown) * 3 * hidden + 4 * shown * sizes.num_classes + 6 * sizes.pooled_size
-    kept = load.samples * (total + element * (embedded + heads)) + kept_logits(sizes, layout, load)
+    heads = (words + regions) * 3 * hidden + 4 * regions * sizes.num_classes + 6 * sizes.pooled_size
+    kept = load.samples * (total + layout.element * (embedded + heads))
 
-    return kept, load.samples * largest
+    return kept + kept_logits(sizes, layout, load), load.samples * largest
+
+
+def layer_bytes(sizes: ModelConfig, layout: Layout, stack: Stack, behind: float) -> float:
+    """Return the bytes of activations that a layer keeps of one sample; `behind`: the tokens for
+    which it computes what follows its attention.
+    """
+    hidden = sizes.hidden_size
+    padded = stack.tokens if layout.fused else stack.longest
+    masks = 0.0 if layout.fused or not stack.hidden_dropout else 2 * hidden
+    attended = (3 * padded + behind) * hidden / layout.tensor
+    if not layout.fused:
+        weights = 2 if stack.attention_dropout else 1  # softmax, and the mask of dropout
+        attended += weights * padded * stack.longest * stack.heads / layout.tensor
+
+    between = behind * (3 * hidden + masks) + stack.tokens * hidden
+    inner = behind * 2 * sizes.ffn_hidden_size / layout.tensor
+    statistics = 2 * ROW_STATISTICS * behind
+
+    return (
+        layout.element * (attended + inner + between / layout.sharing) + statistics / layout.sharing
+    )
+
+
+def index_bytes(layout: Layout, stack: Stack) -> float:
+    """Return the bytes of one sample's row numbers, of where rows come from and go to in padded
+    batches, which all layers of a stack share.
+    """
+    if layout.fused:
+        return 0.0
+
+    back = ROW_NUMBERS * stack.tokens * stack.heads / layout.tensor
+    if not layout.recompute:  # what the way there needs is gone with the forward pass
+        return back
+
+    there = (3 * INDEX + layout.element) * stack.longest * stack.heads / layout.tensor
+    places = INDEX * (stack.tokens + stack.longest)
+
+    return back + there + places
 
 
 def kept_logits(sizes: ModelConfig, layout: Layout, load: Load) -> float:
@@ -184,65 +212,114 @@ def kept_logits(sizes: ModelConfig, layout: Layout, load: Load) -> float:
 
 def logits_at_once(sizes: ModelConfig, layout: Layout, load: Load) -> float:
     """Count the word logits that exist at a time."""
-    targets = load.samples * max(1.0, load.masked * load.words)
-    return min(targets * sizes.padded_vocab_size / layout.tensor, CHUNK)
+    words, _ = targets_of(load)
+    return min(load.samples * words * sizes.padded_vocab_size / layout.tensor, CHUNK)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of one rank but for activations: what stays, and what is there beside weights and
+    moments when the backward pass begins, when it ends, and in the optimizer's step.
+    """
+
+    weights: float
+    optimizer: float
+    gradients: float
+    buffers: float
+    begin: float
+    end: float
+    step: float
 
 
 def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
-    """Predict memory of a training step (the second one, when the moments are there).
+    """Predict the memory of a training step (the second one, when the moments are there).
 
     A step is largest at one of three times: when the backward pass begins and holds all
     activations, when it ends and holds all gradients, or when these are converted for the
-    optimizer. A step of one micro-batch, that is: with more of them, what the first ones gave is
-    held during the passes of the others too.
+    optimizer. This is a step of one micro-batch: with more of them, the gradients of the first ones
+    are also held during the passes of the others.
     """
-    values = rank_values(sizes, layout.tensor)
-    element = layout.element
-    ranks = layout.data
-    all_of = element * values
-    share = element * values / ranks
-    bucket = element * min(values, BUCKET)
-    # it has two gradients, of decoder and embedding
-    table = element * sizes.padded_vocab_size * sizes.hidden_size / layout.tensor
-    converted = FP32 * values / ranks if layout.half else 0.0
-    optimizer = (FP32 + ADAM) * values / ranks
+    parameters = rank_parameters(sizes, layout.tensor)
+    # its two gradients: of the decoder and of the embedding
+    table = layout.element * sizes.padded_vocab_size * sizes.hidden_size / layout.tensor
 
     if layout.shares_nothing:
-        weights = all_of
-        gradients = all_of
-        buffers = bucket if ranks > 1 else 0.0
-        begin = 0.0
-        end = gradients + max(buffers, table)
-        step = gradients
-
-        if layout.half:
-            step += FP32 * values
-        else:
-            optimizer = ADAM * values
+        held = held_alone(layout, parameters, table)
     elif layout.zero_stage == 3:
-        # both stay from the first step on
-        weights = share
-        gradients = share
-        buffers = bucket
-        # Gathered weights, all of a model of this kind, and the memory in which they arrive.
-        whole = 2 * all_of if ranks > 1 else 0.0
-        begin = gradients + bucket + whole
-        end = gradients + bucket + 2 * all_of
-        step = gradients + bucket + share + converted
+        held = held_in_stage_3(layout, parameters)
     else:
-        weights = all_of
-        buffers = bucket
-        gradients = all_of if layout.zero_stage == 1 else share
-        begin = bucket
-        end = gradients + bucket + table * (layout.zero_stage == 1)
-        step = gradients + share + converted
+        held = held_in_stages_1_and_2(layout, parameters, table)
 
     kept, again = activations(sizes, layout, load)
-    each = element if layout.fused else 2 * FP32  # fused, the gradient takes the logits' own memory
+    # fused, the gradient takes the logits' own memory
+    each = layout.element if layout.fused else 2 * FP32
     logits = each * logits_at_once(sizes, layout, load) - kept_logits(sizes, layout, load)
-    peak = weights + optimizer + max(begin + kept + max(again, logits + table), end + again, step)
+    begin = held.begin + kept + max(again, logits + table)
+    peak = held.weights + held.optimizer + max(begin, held.end + again, held.step)
 
-    return Memory(weights, optimizer, gradients, buffers, kept + again, peak)
+    return Memory(held.weights, held.optimizer, held.gradients, held.buffers, kept + again, peak)
+
+
+def held_alone(layout: Layout, parameters: int, table: float) -> Held:
+    """Return what a rank holds that shares no state with others."""
+    weights = layout.element * parameters
+    gradients = weights
+    buffers = layout.element * min(parameters, BUCKET) if layout.data > 1 else 0.0
+    copies = FP32 * parameters if layout.half else 0  # fp32 weights; in the step, fp32 gradients
+
+    return Held(
+        weights=weights,
+        optimizer=copies + ADAM * parameters,
+        gradients=gradients,
+        buffers=buffers,
+        begin=0.0,
+        end=gradients + max(buffers, table),
+        step=gradients + copies,
+    )
+
+
+def held_in_stage_3(layout: Layout, parameters: int) -> Held:
+    """Return what a rank holds that shares everything; gradients too stay from the first step
+    on.
+    """
+    whole = layout.element * parameters
+    share = whole / layout.data
+    bucket = layout.element * min(parameters, BUCKET)
+    # gathered weights, all of a model of this size, and the memory in which they arrive
+    gathered = 2 * whole if layout.data > 1 else 0.0
+
+    return Held(
+        weights=share,
+        optimizer=(FP32 + ADAM) * parameters / layout.data,
+        gradients=share,
+        buffers=bucket,
+        begin=share + bucket + gathered,
+        end=share + bucket + 2 * whole,
+        step=share + bucket + share + converted_bytes(layout, parameters),
+    )
+
+
+def held_in_stages_1_and_2(layout: Layout, parameters: int, table: float) -> Held:
+    """Return what a rank holds that shares the optimizer's state and, in stage 2, gradients."""
+    whole = layout.element * parameters
+    share = whole / layout.data
+    bucket = layout.element * min(parameters, BUCKET)
+    gradients = whole if layout.zero_stage == 1 else share
+
+    return Held(
+        weights=whole,
+        optimizer=(FP32 + ADAM) * parameters / layout.data,
+        gradients=gradients,
+        buffers=bucket,
+        begin=bucket,
+        end=gradients + bucket + table * (layout.zero_stage == 1),
+        step=gradients + share + converted_bytes(layout, parameters),
+    )
+
+
+def converted_bytes(layout: Layout, parameters: int) -> float:
+    """Return the bytes of a rank's gradients as fp32, which the optimizer needs."""
+    return FP32 * parameters / layout.data if layout.half else 0.0
 
 
 def largest_micro_batch(

@@ -139,18 +139,52 @@ def choose_micro_batch(
     when not one sample fits, or there is no share to divide.
     """
     state = trial.state
-    if not global_batch:
-        raise UsageError("--micro-batch-size auto needs --global-batch-size, which it divides")
-    if global_batch % state.data_size:
+    share = share_of(global_batch, state.data_size)
+    room = memory_of(trial.device) * USED
+    rates = measure_rates(trial, make_model, share, room, alive)
+    if not rates:
         raise UsageError(
-            f"--global-batch-size {global_batch} is not a multiple of the data-parallel size"
-            f" {state.data_size}"
+            f"--micro-batch-size auto: not one sample fits {room / 2**30:.1f} GiB; python"
+            " tools/plan.py lists layouts that fit a device"
         )
 
-    share = global_batch // state.data_size
-    room = memory_of(trial.device) * USED
-    rates: dict[int, float] = {}
+    best = max(size for size, rate in rates.items() if rate >= AS_GOOD * max(rates.values()))
+    if state.is_main:
+        tried = ", ".join(f"{size}: {rate * state.data_size:.1f}" for size, rate in rates.items())
+        print(
+            f"micro-batch size {best} of {share} a rank, by trial (samples/s of forward and"
+            f" backward passes: {tried})",
+            flush=True,
+        )
+
+    return best
+
+
+def share_of(global_batch: int, data_size: int) -> int:
+    """Return the samples of one rank in a step; UsageError where they cannot be shared out."""
+    if not global_batch:
+        raise UsageError("--micro-batch-size auto needs --global-batch-size, which it divides")
+    if global_batch % data_size:
+        raise UsageError(
+            f"--global-batch-size {global_batch} is not a multiple of the data-parallel size"
+            f" {data_size}"
+        )
+
+    return global_batch // data_size
+
+
+def measure_rates(
+    trial: Trial,
+    make_model: Callable[[], InterBert],
+    share: int,
+    room: float,
+    alive: Callable[[], None],
+) -> dict[int, float]:
+    """Return samples per second by micro-batch size, from small to large, up to the last one that
+    fits `room` bytes and is worth a trial.
+    """
     model = make_model().to(trial.device, trial.dtype).train()
+    rates: dict[int, float] = {}
 
     for samples in (size for size in range(1, share + 1) if share % size == 0):
         if rates and samples < 2 * max(rates) and samples < share:
@@ -173,22 +207,7 @@ def choose_micro_batch(
         if seconds > LONGEST_TRIAL or worse:
             break
 
-    if not rates:
-        raise UsageError(
-            f"--micro-batch-size auto: not one sample fits {room / 2**30:.1f} GiB; python"
-            " tools/plan.py lists layouts that fit a device"
-        )
-
-    best = max(size for size, rate in rates.items() if rate >= AS_GOOD * max(rates.values()))
-    if state.is_main:
-        tried = ", ".join(f"{size}: {rate * state.data_size:.1f}" for size, rate in rates.items())
-        print(
-            f"micro-batch size {best} of {share} a rank, by trial (samples/s of forward and"
-            f" backward passes: {tried})",
-            flush=True,
-        )
-
-    return best
+    return rates
 
 
 def still_fits(trial: Trial, samples: int) -> bool:

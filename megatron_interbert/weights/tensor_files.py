@@ -54,19 +54,6 @@ def write_tensors(
     one tensor is in memory at a time and other threads run. ValueError when a tensor is not as
     announced, OSError when the disk is full.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-
-    for name, entry in layout.items():
-        header[name] = {
-            "dtype": NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [offset, offset + entry.bytes],
-        }
-        offset += entry.bytes
-
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
 
     with open(path, "wb", buffering=0) as handle:
@@ -78,7 +65,7 @@ def write_tensors(
                 while len(part):
                     part = part[handle.write(part) :]
 
-        put(len(text).to_bytes(8, "little") + text)
+        put(header_of(layout, metadata))
         for (name, entry), tensor in zip(layout.items(), tensors, strict=True):
             if tensor.dtype != entry.dtype or tuple(tensor.shape) != tuple(entry.shape):
                 raise ValueError(
@@ -95,6 +82,27 @@ def write_tensors(
         size = handle.tell()
 
     return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def header_of(layout: Mapping[str, TensorLayout], metadata: Mapping[str, str] | None) -> bytes:
+    """Build the header of a safetensors file: its length in 8 bytes, then JSON filled up with
+    blanks to a multiple of 8.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+
+    for name, entry in layout.items():
+        header[name] = {
+            "dtype": NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.bytes],
+        }
+        offset += entry.bytes
+
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    return len(text).to_bytes(8, "little") + text
 
 
 class TensorFile:

@@ -11,7 +11,7 @@ import h5py
 import pytest
 
 from megatron_interbert.data.corpus import Corpus
-from megatron_interbert.serving.app import picture_of
+from megatron_interbert.serving.routes import picture_of
 from tests.corpus import write_store
 from tests.launching import launch
 from tests.pages.secret_photos import LONG, SECRET

@@ -28,7 +28,7 @@ from megatron_interbert.training.memory import (
     activations,
     largest_micro_batch,
     predict,
-    rank_values,
+    rank_parameters,
 )
 from tests.dist import run_on_ranks
 from tests.launching import ROOT
@@ -117,7 +117,7 @@ def check(layouts):
     start_processes()
     for layout in layouts:
         state = ParallelState(layout.tensor, layout.sequence_parallel)
-        assert rank_values(SIZES, layout.tensor) == sum(
+        assert rank_parameters(SIZES, layout.tensor) == sum(
             p.numel() for p in InterBert(SIZES, state=state).parameters()
         )
         kept, peak, load = measure(layout, state)

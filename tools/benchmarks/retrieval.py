@@ -63,63 +63,84 @@ class Options(BenchmarkOptions):
     vocab_file: str = option("", "WordPiece vocabulary", required=True, group="data")
 
 
+OFFICIAL = "padded batches, all heads (official style)"
+PADDED = "padded batches, matching head only"
+OURS = "ours"
+
+
 def measure(options: Options) -> dict[str, Any]:
-    """Rates of both ways on the same pairs, the largest difference of their scores, and the growth
-    of ours.
+    """Measure the rates of three ways to score the same pairs, the largest difference of their
+    scores, and how our rate grows with the number of images.
     """
     device = this_device()
     tokenizer = CaptionTokenizer(options.vocab_file)
-    config = fit_to_data(
-        load_model_config(options.model), tokenizer.vocab_size, 2048, 1601, "benchmark"
-    ).without_dropout()
-    model = InterBert(config, PRETRAINING_HEADS, kernels=choose_kernels("auto", device))
-    initialise(model, config, 0, ParallelState())
-    model = model.to(device, torch.bfloat16 if options.bf16 else torch.float32).eval()
+    model = random_model(options, tokenizer.vocab_size, device)
     scorer = PairScorer(model)
 
     with tempfile.TemporaryDirectory(dir=options.folder or None) as folder:
         pairs = choose_pairs(
             store_of(Path(folder) / "store", options), tokenizer, "", 0, MOST, options.max_tokens
         )
-        ways: dict[str, Callable[[], torch.Tensor]] = {
-            "padded batches, all heads (official style)": lambda: padded_scores(
-                model, pairs, device, options, heads=True
-            ),
-            "padded batches, matching head only": lambda: padded_scores(
-                model, pairs, device, options, heads=False
-            ),
-            "ours": lambda: our_scores(scorer, pairs, device, options.pairs, len(pairs.captions)),
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        scores: dict[str, torch.Tensor] = {}
-        for _ in range(options.rounds + 1):
-            for name, way in ways.items():
-                seconds[name].append(timed(way, scores, name, device))
-
-        count = scores["ours"].numel()
-        naive = statistics.median(seconds["padded batches, all heads (official style)"][1:])
-        result: dict[str, Any] = {}
         print(
             f"{len(pairs.captions)} captions x {len(pairs.images)} images, {options.regions}"
             f" regions, {options.model}, {device.type}"
         )
+        seconds, scores = time_ways(model, scorer, pairs, device, options)
+        result: dict[str, Any] = rates(seconds, scores[OURS].numel())
 
-        for name, values in seconds.items():
-            median = statistics.median(values[1:])
-            result[name] = {"pairs_per_second": count / median, "of_official_style": naive / median}
-            print(f"{name:<46}{count / median:>10.1f} pairs/s {naive / median:>6.2f}")
-
-        plain = scores["padded batches, matching head only"]
-        result["largest_difference"] = float((scores["ours"] - plain).abs().max())
-        result["spread_of_scores"] = float(plain.std())
+        result["largest_difference"] = float((scores[OURS] - scores[PADDED]).abs().max())
+        result["spread_of_scores"] = float(scores[PADDED].std())
         print(
             f"largest difference of scores {result['largest_difference']:.2e} (their spread:"
             f" {result['spread_of_scores']:.2e})"
         )
+
         result["growth"] = growth(scorer, pairs, device, options)
-        at_paper = 5_000_000 / (result["growth"][-1]["pairs_per_second"])
+        at_paper = 5_000_000 / result["growth"][-1]["pairs_per_second"]
         print(f"1,000 images x 5,000 captions at this rate: {at_paper:.0f} s")
         result["seconds_for_1000_x_5000"] = at_paper
+
+    return result
+
+
+def random_model(options: Options, vocab_size: int, device: torch.device) -> InterBert:
+    """Build the model of --model with random weights, ready to score on `device`."""
+    sizes = load_model_config(options.model)
+    config = fit_to_data(sizes, vocab_size, 2048, 1601, "benchmark").without_dropout()
+    model = InterBert(config, PRETRAINING_HEADS, kernels=choose_kernels("auto", device))
+    initialise(model, config, 0, ParallelState())
+
+    return model.to(device, torch.bfloat16 if options.bf16 else torch.float32).eval()
+
+
+def time_ways(
+    model: InterBert, scorer: PairScorer, pairs: Any, device: torch.device, options: Options
+) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
+    """Return the seconds of each round and the scores, by way; the first round is a warm-up."""
+    ways: dict[str, Callable[[], torch.Tensor]] = {
+        OFFICIAL: lambda: padded_scores(model, pairs, device, options, heads=True),
+        PADDED: lambda: padded_scores(model, pairs, device, options, heads=False),
+        OURS: lambda: our_scores(scorer, pairs, device, options.pairs, len(pairs.captions)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    scores: dict[str, torch.Tensor] = {}
+
+    for _ in range(options.rounds + 1):
+        for name, way in ways.items():
+            seconds[name].append(timed(way, scores, name, device))
+
+    return seconds, scores
+
+
+def rates(seconds: dict[str, list[float]], count: int) -> dict[str, Any]:
+    """Return and print pairs per second of each way and its ratio to the official style."""
+    official = statistics.median(seconds[OFFICIAL][1:])
+    result = {}
+
+    for name, values in seconds.items():
+        median = statistics.median(values[1:])
+        result[name] = {"pairs_per_second": count / median, "of_official_style": official / median}
+        print(f"{name:<46}{count / median:>10.1f} pairs/s {official / median:>6.2f}")
 
     return result
 

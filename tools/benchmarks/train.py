@@ -243,64 +243,26 @@ def leave_memory(device: torch.device) -> None:
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Measure figures of all contenders, printed as a table."""
+    """Measure the figures of all contenders and print them as a table."""
     check(options)
     device = this_device()
-    recorded = read_recorded(options) if options.compare else None
     names = list(contenders(options, device))
+    recorded = read_recorded_of(options, names[1:]) if options.compare else None
 
-    if recorded and not set(names[1:]) & set(recorded["contenders"]):
-        raise UsageError(
-            f"--compare {options.compare}: none of {', '.join(names[1:]) or 'the others'} was"
-            " measured then"
-        )
-
-    ranks = options.ranks
     workers = {name: Worker(options, name) for name in names}
-    apart = {name: Worker(options, name, together=False) for name in names} if ranks > 1 else {}
-    rounds: dict[str, list[float]] = {name: [] for name in names}
-    # a step takes together than apart
-    longer: dict[str, list[float]] = {name: [] for name in names}
+    apart = {}
+    if options.ranks > 1:
+        apart = {name: Worker(options, name, together=False) for name in names}
 
-    with progress(
-        total=options.rounds * len(names), unit="contender", desc="contenders", leave=False
-    ) as bar:
-        for _ in range(options.rounds):
-            for name, worker in workers.items():
-                rounds[name].append(worker.turn(options.steps))
-                if apart:
-                    longer[name].append(rounds[name][-1] - apart[name].turn(options.steps))
-                bar.update()
-
-    result: dict[str, Any] = {"samples": options.batch, "ranks": ranks, "contenders": {}}
-    peak = ranks * peak_tflops(device, options.peak_tflops)
-    needed = ranks * needed_flops(options)
-
-    for name, worker in workers.items():
-        seconds = statistics.median(rounds[name])
-        figures = worker.figures()
-        ratios = [mine / base for mine, base in zip(rounds[name], rounds[names[0]], strict=True)]
-        figures |= {
-            each: ranks * figures[each]
-            for each in ("tokens", "flops", "padded_tokens")
-            if each in figures
-        }
-        if apart:
-            figures["parts"]["communication"] = statistics.median(longer[name])
-
-        figures |= {
-            "samples_per_second": ranks * options.batch / seconds,
-            "real_tokens_per_second": figures["tokens"] / seconds,
-            "time_of_ours": statistics.median(ratios),
-            "time_of_ours_range": [min(ratios), max(ratios)],
-        }
-        figures["tflops"] = figures["flops"] / seconds / 1e12
-        figures["tflops_on_real_tokens"] = needed / seconds / 1e12
-        figures["mfu"] = figures["tflops_on_real_tokens"] / peak if peak else None
-        if "padded_tokens" in figures:
-            figures["padded_tokens_per_second"] = figures.pop("padded_tokens") / seconds
-
-        result["contenders"][name] = figures
+    rounds, longer = time_rounds(options, workers, apart)
+    result: dict[str, Any] = {
+        "samples": options.batch,
+        "ranks": options.ranks,
+        "contenders": {
+            name: figures_of(options, device, worker, rounds[name], rounds[names[0]], longer[name])
+            for name, worker in workers.items()
+        },
+    }
 
     for worker in (*workers.values(), *apart.values()):
         worker.stop()
@@ -311,11 +273,87 @@ def measure(options: Options) -> dict[str, Any]:
         options.plot.write_text(bars(result), encoding="utf-8")
 
     if recorded:
-        if lost := shrunk(result, recorded, options.tolerance):
-            raise TrainingStopped(f"our lead has shrunk since {options.compare}: {'; '.join(lost)}")
-        print(f"no lead has shrunk by more than {options.tolerance:.0%} since {options.compare}")
+        compare(result, recorded, options)
 
     return result
+
+
+def read_recorded_of(options: Options, names: list[str]) -> dict[str, Any]:
+    """Read the file of --compare; UsageError where it holds none of the contenders `names`."""
+    recorded = read_recorded(options)
+    if not set(names) & set(recorded["contenders"]):
+        raise UsageError(
+            f"--compare {options.compare}: none of {', '.join(names) or 'the others'} was"
+            " measured then"
+        )
+
+    return recorded
+
+
+def time_rounds(
+    options: Options, workers: dict[str, Worker], apart: dict[str, Worker]
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return seconds a step of each round, by contender: of all ranks together, and how much longer
+    that is than the ranks `apart` take (empty where there is one rank).
+    """
+    rounds: dict[str, list[float]] = {name: [] for name in workers}
+    longer: dict[str, list[float]] = {name: [] for name in workers}
+
+    with progress(
+        total=options.rounds * len(workers), unit="contender", desc="contenders", leave=False
+    ) as bar:
+        for _ in range(options.rounds):
+            for name, worker in workers.items():
+                rounds[name].append(worker.turn(options.steps))
+                if apart:
+                    longer[name].append(rounds[name][-1] - apart[name].turn(options.steps))
+                bar.update()
+
+    return rounds, longer
+
+
+def figures_of(
+    options: Options,
+    device: torch.device,
+    worker: Worker,
+    rounds: list[float],
+    base: list[float],
+    longer: list[float],
+) -> dict[str, Any]:
+    """Return the figures of one contender from its seconds a step and those of `base`."""
+    ranks = options.ranks
+    seconds = statistics.median(rounds)
+    ratios = [mine / theirs for mine, theirs in zip(rounds, base, strict=True)]
+
+    figures = worker.figures()
+    for name in ("tokens", "flops", "padded_tokens"):
+        if name in figures:
+            figures[name] *= ranks
+
+    if longer:
+        figures["parts"]["communication"] = statistics.median(longer)
+
+    figures["samples_per_second"] = ranks * options.batch / seconds
+    figures["real_tokens_per_second"] = figures["tokens"] / seconds
+    figures["time_of_ours"] = statistics.median(ratios)
+    figures["time_of_ours_range"] = [min(ratios), max(ratios)]
+
+    peak = ranks * peak_tflops(device, options.peak_tflops)
+    figures["tflops"] = figures["flops"] / seconds / 1e12
+    figures["tflops_on_real_tokens"] = ranks * needed_flops(options) / seconds / 1e12
+    figures["mfu"] = figures["tflops_on_real_tokens"] / peak if peak else None
+    if "padded_tokens" in figures:
+        figures["padded_tokens_per_second"] = figures.pop("padded_tokens") / seconds
+
+    return figures
+
+
+def compare(result: dict[str, Any], recorded: dict[str, Any], options: Options) -> None:
+    """Raise TrainingStopped where our lead is smaller than the recorded one."""
+    if lost := shrunk(result, recorded, options.tolerance):
+        raise TrainingStopped(f"our lead has shrunk since {options.compare}: {'; '.join(lost)}")
+
+    print(f"no lead has shrunk by more than {options.tolerance:.0%} since {options.compare}")
 
 
 def check(options: Options) -> None:

@@ -22,6 +22,7 @@ from typing import ClassVar
 
 import torch
 
+import megatron_interbert
 from megatron_interbert.command_line import run_command
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.config.options import Flags, nearest, option
@@ -113,79 +114,71 @@ class Run:
         self.folder = Path(options.output) / name / f"seed-{seed}"
 
     def results(self) -> dict[str, dict[str, float]]:
-        """Give figures by protocol, computed where they are not there yet."""
-        options = self.options
-        folder = self.folder
-        shared = (
-            "--language",
-            options.language,
-            "--micro-batch-size",
-            options.batch_size,
-            "--num-workers",
-            0,
-            "--log-interval",
-            100,
-        )
-        pretrained = folder / "pretrained"
-        tuned = folder / "finetuned"
-        self._train(
-            pretrained,
-            options.train_iters,
-            "pretrain",
-            "--model",
-            self._model(),
-            "--data-path",
-            options.data_path,
-            *shared,
-            *self.variant.flags,
-            *shlex.split(options.pretrain_flags),
-        )
+        """Return the figures of each protocol, computing those that are not there yet."""
+        pretrained = self._pretrain()
+        tuned = self._finetune(pretrained)
+
+        return {
+            "zero-shot": self._evaluate(pretrained, "--zero-shot"),
+            "finetuned": self._evaluate(tuned),
+        }
+
+    def _pretrain(self) -> Path:
+        save = self.folder / "pretrained"
+        flags = shlex.split(self.options.pretrain_flags)
+        model = ("--model", self._model())
+        data = ("--data-path", self.options.data_path)
 
         self._train(
-            tuned,
-            options.finetune_iters,
+            save,
+            self.options.train_iters,
+            "pretrain",
+            *model,
+            *data,
+            *self._common_flags(),
+            *self.variant.flags,
+            *flags,
+        )
+
+        return save
+
+    def _finetune(self, pretrained: Path) -> Path:
+        save = self.folder / "finetuned"
+        flags = shlex.split(self.options.finetune_flags)
+        start = ("--init-from", pretrained, "--max-regions", 36)
+        data = ("--data-path", self.options.data_path)
+        batch = ("--global-batch-size", self.options.batch_size)
+
+        self._train(
+            save,
+            self.options.finetune_iters,
             "finetune",
             "retrieval",
-            "--init-from",
-            pretrained,
-            "--max-regions",
-            36,
-            "--data-path",
-            options.data_path,
-            *shared,
-            "--global-batch-size",
-            options.batch_size,
-            *shlex.split(options.finetune_flags),
+            *start,
+            *data,
+            *self._common_flags(),
+            *batch,
+            *flags,
         )
-        found = {}
 
-        for protocol, run in (("zero-shot", pretrained), ("finetuned", tuned)):
-            result = run / "result" / "result.json"
-            self._same(
-                result.parent,
-                flags_of(result.parent),
-                json.dumps([options.test_data_path, options.language]),
-            )
+        return save
 
-            if not result.is_file():
-                zero = ("--zero-shot",) if protocol == "zero-shot" else ()
-                self._call(
-                    "evaluate",
-                    "retrieval",
-                    "--load",
-                    run,
-                    "--data-path",
-                    options.test_data_path,
-                    "--language",
-                    options.language,
-                    *zero,
-                    "--output",
-                    result.parent,
-                )
+    def _common_flags(self) -> tuple[object, ...]:
+        language = ("--language", self.options.language)
+        batch = ("--micro-batch-size", self.options.batch_size)
+        return (*language, *batch, "--num-workers", 0, "--log-interval", 100)
 
-            found[protocol] = figures_of(result)
+    def _evaluate(self, run: Path, *protocol: str) -> dict[str, float]:
+        options = self.options
+        folder = run / "result"
+        result = folder / "result.json"
+        self._same(folder, flags_of(folder), json.dumps([options.test_data_path, options.language]))
 
-        return found
+        if not result.is_file():
+            data = ("--data-path", options.test_data_path, "--language", options.language)
+            self._call("evaluate", "retrieval", "--load", run, *data, *protocol, "--output", folder)
+
+        return figures_of(result)
 
     def _model(self) -> str:
         sizes = load_model_config(self.options.model)
@@ -232,7 +225,7 @@ class Run:
             "OMP_NUM_THREADS": "1",
             **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}),
         }
-        root = Path(__file__).resolve().parents[1]
+        root = Path(megatron_interbert.__file__).resolve().parents[1]
         environment["PYTHONPATH"] = os.pathsep.join(
             filter(None, [str(root), os.environ.get("PYTHONPATH", "")])
         )
@@ -298,25 +291,46 @@ def _mean(values: list[float]) -> str:
 
 def run(options: Options) -> None:
     """Run what is missing and write the table."""
+    seeds = read_seeds(options.seeds)
+    every = variants(load_model_config(options.model))
+    chosen = chosen_variants(options, every)
+    check_stores(options, chosen)
+    check_further_flags(options)
+    check_writable(Path(options.output), "--output")
+
+    runs = [Run(name, every[name], seed, options) for seed in seeds for name in chosen]
+    found = run_all(runs, options.jobs)
+    write_report(options, found, every)
+
+
+def read_seeds(given: str) -> list[int]:
+    """Read --seeds; UsageError where one is not a whole number."""
     try:
-        seeds = [int(seed) for seed in options.seeds.split(",")]
+        return [int(seed) for seed in given.split(",")]
     except ValueError:
         raise UsageError(
-            f"--seeds is '{options.seeds}', expected numbers with commas between them"
+            f"--seeds is '{given}', expected numbers with commas between them"
         ) from None
 
-    for name in ("data_path", "test_data_path"):
-        if not (Path(getattr(options, name)) / MANIFEST).is_file():
-            raise UsageError(
-                f"--{name.replace('_', '-')} {getattr(options, name)}: no region store there"
-            )
 
-    every = variants(load_model_config(options.model))
+def chosen_variants(options: Options, every: dict[str, Variant]) -> list[str]:
+    """Return the names of --only, or all; UsageError where a name is unknown."""
     chosen = [name for name in options.only.split(",") if name] or list(every)
     for name in chosen:
         if name not in every:
             raise UsageError(
                 f"--only: no variant '{name}'{nearest(name, every)}; there are {', '.join(every)}"
+            )
+
+    return chosen
+
+
+def check_stores(options: Options, chosen: list[str]) -> None:
+    """Check that both stores exist and hold what the chosen variants need."""
+    for name in ("data_path", "test_data_path"):
+        if not (Path(getattr(options, name)) / MANIFEST).is_file():
+            raise UsageError(
+                f"--{name.replace('_', '-')} {getattr(options, name)}: no region store there"
             )
 
     if "no-hard-negatives" in chosen and not (Path(options.data_path) / HARD_NEGATIVES).is_file():
@@ -325,6 +339,9 @@ def run(options: Options) -> None:
             " nothing; make it with tools/mine_negatives.py, or leave the variant out by --only"
         )
 
+
+def check_further_flags(options: Options) -> None:
+    """Check that the flags to pass on can be split as a shell would; UsageError otherwise."""
     for name in ("pretrain_flags", "finetune_flags"):
         try:
             shlex.split(getattr(options, name))
@@ -333,34 +350,43 @@ def run(options: Options) -> None:
                 f"--{name.replace('_', '-')}: {error}; expected flags as in a shell"
             ) from None
 
-    check_writable(Path(options.output), "--output")
-    runs = [Run(name, every[name], seed, options) for seed in seeds for name in chosen]
-    found: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in chosen}
+
+def run_all(runs: list[Run], jobs: int) -> dict[str, list[dict[str, dict[str, float]]]]:
+    """Run `jobs` at a time; return the results of each variant, in the order of its seeds."""
+    found: dict[str, list[dict[str, dict[str, float]]]] = {one.name: [] for one in runs}
 
     with (
-        ThreadPoolExecutor(options.jobs) as pool,
+        ThreadPoolExecutor(jobs) as pool,
         progress(total=len(runs), unit="run", desc="ablation") as bar,
     ):
         futures = [pool.submit(one.results) for one in runs]
         try:
             for one, future in zip(runs, futures, strict=True):
-                found[one.name].append(future.result())
+                result = future.result()
+                found[one.name].append(result)
                 bar.update()
-                bar.write(
-                    f"{one.name}, seed {one.seed}: {json.dumps(found[one.name][-1]['finetuned'])}"
-                )
+                bar.write(f"{one.name}, seed {one.seed}: {json.dumps(result['finetuned'])}")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
-    generated = bool(
-        read_json(Path(options.test_data_path) / MANIFEST, "--test-data-path").get("generated")
-    )
+    return found
+
+
+def write_report(
+    options: Options,
+    found: dict[str, list[dict[str, dict[str, float]]]],
+    every: dict[str, Variant],
+) -> None:
+    """Write ablation.json and ablation.md and print the table."""
+    manifest = read_json(Path(options.test_data_path) / MANIFEST, "--test-data-path")
+    scenes = "; generated scenes" if manifest.get("generated") else ""
     note = (
         f"{options.train_iters} + {options.finetune_iters} steps of {options.batch_size}, seeds"
-        f" {options.seeds}" + ("; generated scenes" if generated else "")
+        f" {options.seeds}{scenes}"
     )
     text = f"{table(found, every)}\n\n{note}\n"
+
     write_json(
         Path(options.output) / "ablation.json",
         {"results": found, "options": dataclasses.asdict(options), "versions": versions()},

@@ -262,6 +262,30 @@ def _object(line: str) -> dict[str, Any]:
     return value
 
 
+SCHEMA = """
+    PRAGMA journal_mode=OFF;
+    PRAGMA synchronous=OFF;
+    CREATE TABLE caption (text TEXT, language TEXT);
+    CREATE TABLE image (key TEXT, place INTEGER, caption INTEGER);
+    CREATE TABLE wanted (key TEXT PRIMARY KEY) WITHOUT ROWID;
+"""
+
+
+def check_kinds(files: Sequence[str], kinds: Sequence[str], split: str) -> None:
+    """Raise UsageError for formats that cannot be read into one table, or that have no splits."""
+    if len([kind for kind in kinds if kind in ("conceptual", "sbu")]) > 1:
+        raise UsageError(
+            f"--captions {', '.join(files)}: images of these files are named by line number,"
+            " which would confuse them; build a store from each, then join the stores"
+        )
+
+    if split and "karpathy" not in kinds:
+        raise UsageError(
+            f"--split {split}: {', '.join(files)} hold no splits, which only Karpathy files do;"
+            " leave --split out"
+        )
+
+
 class CaptionTable:
     """Captions by image on disk (SQLite), so that millions of them cost no memory and all processes
     of a build may look.
@@ -290,25 +314,11 @@ class CaptionTable:
         """
         path.unlink(missing_ok=True)
         kinds = [guess_format(file) if kind == "auto" else kind for file in files]
-        if len([k for k in kinds if k in ("conceptual", "sbu")]) > 1:
-            raise UsageError(
-                f"--captions {', '.join(files)}: images of these files are named by line number,"
-                " which would confuse them; build a store from each, then join the stores"
-            )
-
-        if split and "karpathy" not in kinds:
-            raise UsageError(
-                f"--split {split}: {', '.join(files)} hold no splits, which only Karpathy files do;"
-                " leave --split out"
-            )
+        check_kinds(files, kinds, split)
 
         table = cls(path)
         with contextlib.closing(sqlite3.connect(path)) as connection, connection:
-            connection.executescript(
-                "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;CREATE TABLE caption (text TEXT,"
-                " language TEXT); CREATE TABLE image (key TEXT, place INTEGER, caption"
-                " INTEGER);CREATE TABLE wanted (key TEXT PRIMARY KEY) WITHOUT ROWID;"
-            )
+            connection.executescript(SCHEMA)
             connection.executemany(
                 "INSERT OR IGNORE INTO wanted VALUES (?)", ((image_key(name),) for name in wanted)
             )

@@ -15,6 +15,7 @@ from megatron_interbert.tasks.glue.samples import FORMATS, GlueRows, GlueTexts, 
 from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, load_model, open_for
 from megatron_interbert.tasks.parts import fit_length
 from megatron_interbert.tasks.results import result_of, table, write_result
+from megatron_interbert.weights.sources import WeightSource
 
 
 def evaluate_glue(
@@ -24,37 +25,28 @@ def evaluate_glue(
     launch call it.
     """
     model, source = load_model(
-        *(
-            config.load,
-            ("sentence",),
-            config.kernels,
-            device,
-            state,
-            config.averaged,
-            config.precision,
-        ),
+        config.load,
+        ("sentence",),
+        config.kernels,
+        device,
+        state,
+        config.averaged,
+        config.precision,
         num_labels=labels_of(config.task),
         text_only=True,
     )
-    trained = str(source.facts.get("task") or "").removeprefix("glue ")
-    if trained and trained != config.task:
-        raise UsageError(
-            f"--load {config.load}: finetuned on {trained}; give --task {trained}, or the weights"
-            f" of {config.task}"
-        )
-
+    check_task(config, source)
     _, tokenizer = open_for(config, source, [])
     as_trained(config, source, "glue")
     fit_length(config, source.config)
+
     format = FORMATS[config.task]
+    names = format.submission or (config.task,)
+    splits = format.test if config.split == "test" else format.dev
+    files = [find_file(config.data_path, config.task, split) for split in splits]
+    folder = agree_on_inputs(config, state, source, tokenizer, files)
     metrics = {}
     dropped = {}
-    names = format.submission or (config.task,)
-    files = [
-        find_file(config.data_path, config.task, split)
-        for split in (format.test if config.split == "test" else format.dev)
-    ]
-    folder = agree_on_inputs(config, state, source, tokenizer, files)
 
     for file, name in zip(files, names, strict=True):
         rows = read_rows(file, config.task)
@@ -77,6 +69,16 @@ def evaluate_glue(
         print(f"result: {folder / 'result.json'}")
 
     return result
+
+
+def check_task(config: EvaluateGlueConfig, source: WeightSource) -> None:
+    """Raise UsageError where the weights were finetuned on another task of GLUE."""
+    trained = str(source.facts.get("task") or "").removeprefix("glue ")
+    if trained and trained != config.task:
+        raise UsageError(
+            f"--load {config.load}: finetuned on {trained}; give --task {trained}, or the weights"
+            f" of {config.task}"
+        )
 
 
 def write_predictions(

@@ -109,20 +109,8 @@ def read_rows(path: str, task: str, training: bool = False) -> GlueRows:
         header = format.without_header
         first = 0
 
-    missing = [name for name in format.texts if name not in header]
-    if missing:
-        raise UsageError(
-            f"{path}: no column '{missing[0]}' (there are {', '.join(header[:12])}); give the"
-            f" official {task} file"
-        )
-
     has_labels = format.label in header
-    if training and not has_labels:
-        raise UsageError(
-            f"{path}: no column '{format.label}', so there is nothing to train on; give the"
-            f" official {task} file"
-        )
-
+    _check_header(path, task, header, training)
     columns = [header.index(name) for name in format.texts]
     needed = max([*columns, *([header.index(format.label)] if has_labels else [])])
     rows = GlueRows(path, [], np.zeros(0), [])
@@ -144,12 +132,10 @@ def read_rows(path: str, task: str, training: bool = False) -> GlueRows:
         if has_labels:
             labels.append(_label(fields[header.index(format.label)].strip(), format, path, number))
 
+        has_index = format.index in header
+        index = fields[header.index(format.index)] if has_index else str(number - first - 1)
         rows.texts.append(texts)
-        rows.index.append(
-            fields[header.index(format.index)]
-            if format.index in header
-            else str(number - first - 1)
-        )
+        rows.index.append(index)
 
     if not rows.texts:
         raise UsageError(f"{path}: no rows; give the official {task} file")
@@ -157,6 +143,22 @@ def read_rows(path: str, task: str, training: bool = False) -> GlueRows:
         rows.labels = np.array(labels, dtype=np.int64 if format.classes else np.float32)
 
     return rows
+
+
+def _check_header(path: str, task: str, header: tuple[str, ...], training: bool) -> None:
+    format = FORMATS[task]
+    missing = [name for name in format.texts if name not in header]
+    if missing:
+        raise UsageError(
+            f"{path}: no column '{missing[0]}' (there are {', '.join(header[:12])}); give the"
+            f" official {task} file"
+        )
+
+    if training and format.label not in header:
+        raise UsageError(
+            f"{path}: no column '{format.label}', so there is nothing to train on; give the"
+            f" official {task} file"
+        )
 
 
 def _label(text: str, format: Format, path: str, number: int) -> float:

@@ -2,7 +2,7 @@
 in full and in two stages.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -155,13 +155,21 @@ def search(
             rows.append((candidates[order][:KEPT], scores[order][:KEPT]))
             progress(1)
 
-    found: list[np.ndarray] = [everything] * len(queries)
-    scored: list[np.ndarray] = [np.zeros(0, np.float32)] * len(queries)
+    return _joined(state.gather((rows, pairs)), len(queries), state)
 
-    for rank, (part, _) in enumerate(gathered := state.gather((rows, pairs))):
-        for place, (items, scores) in enumerate(part):
-            number = rank // state.tensor_size + place * state.data_size
-            found[number] = items
-            scored[number] = scores
 
-    return Search(found, scored, sum(count for _, count in gathered[:: state.tensor_size]))
+def _joined(
+    gathered: Sequence[tuple[Sequence[tuple[np.ndarray, np.ndarray]], int]],
+    count: int,
+    state: ParallelState,
+) -> Search:
+    """Put the rows of all ranks in the order of the queries."""
+    none = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    rows = [none] * count
+    for rank, (part, _) in enumerate(gathered):
+        for place, row in enumerate(part):
+            rows[rank // state.tensor_size + place * state.data_size] = row
+
+    pairs = sum(pairs for _, pairs in gathered[:: state.tensor_size])
+
+    return Search([found for found, _ in rows], [scores for _, scores in rows], pairs)

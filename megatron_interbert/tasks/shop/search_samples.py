@@ -168,39 +168,46 @@ class ProductSearchSet:
         near_product, near_query = self._near(
             query, product, draws[:, 2], other_product, other_query
         )
+
         queries = np.stack([query, other_query, query, query, near_query], axis=1).ravel()
         products = np.stack(
             [product, product, other_product, near_product, product], axis=1
         ).ravel()
         asked, text_of = np.unique(queries, return_inverse=True)
-        shared = (
-            uniforms(self.config.seed, steps, np.zeros_like(steps), [(SHARED, 0, SHARED_CHOICES)])[
-                0
-            ]
-            * len(everything)
-        ).astype(int)
-        choices = np.concatenate(
-            [np.stack([product, other_product, near_product], axis=1), shared], axis=1
-        )
+
+        drawn = np.stack([product, other_product, near_product], axis=1)
+        choices = np.concatenate([drawn, self._shared(steps)], axis=1)
         shown = np.unique(choices)
-        no_choice = np.ones((len(samples), len(shown)), bool)
-        np.put_along_axis(
-            no_choice,
-            np.searchsorted(shown, choices),
-            self._belong(query[:, None], choices),
-            axis=1,
-        )
         own = np.searchsorted(shown, product)
-        no_choice[np.arange(len(samples)), own] = False
         grid = np.repeat(text_of[::PAIRS], len(shown)), np.tile(shown, len(samples))
         fields = self.catalogue.both_ways(self.texts(asked), text_of, products, grid, allocate)
 
         return {
             **fields,
             "labels": np.concatenate([np.tile(np.array([0, 1, 1, 1, 1]), len(samples)), own]),
-            "no_choice": no_choice,
+            "no_choice": self._no_choice(query, choices, shown, own),
             "sample_ids": np.resize(samples, len(fields["sample_ids"])),
         }
+
+    def _shared(self, steps: np.ndarray) -> np.ndarray:
+        """Draw the products [B, SHARED_CHOICES] that all queries of a step choose from."""
+        draws = uniforms(
+            self.config.seed, steps, np.zeros_like(steps), [(SHARED, 0, SHARED_CHOICES)]
+        )[0]
+        return (draws * len(self.catalogue)).astype(int)
+
+    def _no_choice(
+        self, query: np.ndarray, choices: np.ndarray, shown: np.ndarray, own: np.ndarray
+    ) -> np.ndarray:
+        """Mark [B, I] which of the `shown` products a query must not choose from: those that are
+        not among its `choices`, and other products that belong to it too; `own` is never marked.
+        """
+        marks = np.ones((len(query), len(shown)), bool)
+        belong = self._belong(query[:, None], choices)
+        np.put_along_axis(marks, np.searchsorted(shown, choices), belong, axis=1)
+        marks[np.arange(len(query)), own] = False
+
+        return marks
 
     def texts(self, queries: np.ndarray) -> list[np.ndarray]:
         """Give token ids of some queries."""

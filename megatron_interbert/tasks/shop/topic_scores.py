@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from megatron_interbert.progress import progress
 from megatron_interbert.reading import list_folder, read_json, reading
 from megatron_interbert.tasks.shop.config import ScoreTopicsConfig
 from megatron_interbert.tasks.shop.evaluation import open_items
+from megatron_interbert.tasks.shop.scorer import ItemScorer
 from megatron_interbert.tasks.shop.topic_samples import read_topics
 from megatron_interbert.weights.sources import WeightSource
 
@@ -52,7 +54,8 @@ def score_topics(
         state, lambda: missing_parts(folder, rows_of, digest_of(plan)) if state.is_main else None
     )
     missing = state.gather(missing)[0]
-    ids = np.array(items.ids)
+    topic_ids = np.array(topics.ids)
+    item_ids = np.array(items.ids)
     pieces = scorer.pieces(topics.texts)
     mine = missing[state.data_rank :: state.data_size]
 
@@ -62,21 +65,12 @@ def score_topics(
     ):
         for start in mine:
             numbers = np.arange(start, min(start + config.items_of_part, len(items)))
-            text_of = np.repeat(np.arange(len(topics)), len(numbers))
-            item_of = np.tile(numbers, len(topics))
-            scores = scorer.match(pieces, text_of, item_of)
-
-            if not np.isfinite(scores).all():
-                raise UsageError(
-                    f"{config.load}: scores are not finite; the weights have diverged, take an"
-                    " earlier checkpoint"
-                )
+            columns = {
+                "topic_id": np.repeat(topic_ids, len(numbers)),
+                "item_id": np.tile(item_ids[numbers], len(topics)),
+                "score": score_items(scorer, pieces, numbers, config.load),
+            }
             if state.tensor_rank == 0:
-                columns = {
-                    "topic_id": np.array(topics.ids)[text_of],
-                    "item_id": ids[item_of],
-                    "score": scores,
-                }
                 write_part(part(folder, start), columns, digest_of(plan))
             bar.update(state.data_size)
 
@@ -98,6 +92,23 @@ def score_topics(
         )
 
     return result
+
+
+def score_items(
+    scorer: ItemScorer, pieces: Sequence[np.ndarray], items: np.ndarray, load: str
+) -> np.ndarray:
+    """Score every topic's text against some items; return [topics * items], topic by topic.
+    UsageError where a score is not finite.
+    """
+    text_of = np.repeat(np.arange(len(pieces)), len(items))
+    item_of = np.tile(items, len(pieces))
+    scores = scorer.match(pieces, text_of, item_of)
+    if not np.isfinite(scores).all():
+        raise UsageError(
+            f"{load}: scores are not finite; the weights have diverged, take an earlier checkpoint"
+        )
+
+    return scores
 
 
 def check_parquet() -> None:

@@ -1,5 +1,7 @@
 """`evaluate vcr`: the three accuracies, the test server's CSV, a page of questions."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,7 @@ from megatron_interbert.tasks.vcr.job import (
     vcr_metrics,
 )
 from megatron_interbert.tasks.vcr.page import result_page
-from megatron_interbert.tasks.vcr.samples import VcrTexts, read_questions
+from megatron_interbert.tasks.vcr.samples import Question, VcrImages, VcrTexts, read_questions
 
 
 def evaluate_vcr(
@@ -54,24 +56,22 @@ def evaluate_vcr(
         print(questions.report(), flush=True)
 
     items = questions.items
-    labelled = questions.labelled
     if not config.submission:
         check_labels(questions)
 
     texts = VcrTexts(tokenizer, config.max_tokens, config.max_rationale_tokens)
-    every = config.submission
 
     with progress(total=len(items), unit="question", desc="answering", shown=state.is_main) as bar:
         answers, rationales = predict(
             *(model, items, images, texts, state, device, config.batch_size),
-            every_answer=every,
+            every_answer=config.submission,
             progress=lambda count: bar.update(count * state.data_size),
         )
 
     metrics: dict[str, float] = {}
     given_right = rationales
-    if labelled:
-        if every:
+    if questions.labelled:
+        if config.submission:
             given_right = rationales[np.arange(len(items)), [q.answer_label for q in items]]
         metrics = vcr_metrics(items, answers, given_right)
 
@@ -83,15 +83,34 @@ def evaluate_vcr(
             table(result) if metrics else "these annotations hold no labels, so no figure is given"
         )
         print(f"result: {folder / 'result.json'}")
-        if labelled:
-            photos = photos_in(config.image_folder)
-            most = config.examples
-            page = result_page(result, items, answers, given_right, images, most, photos)
-            write_text(folder / "result.html", page)
-            print(f"page:   {folder / 'result.html'}")
-        if every:
-            lines = submission_lines(items, answers, rationales)
-            write_text(folder / "submission.csv", "\n".join(lines) + "\n")
-            print(f"submission: {folder / 'submission.csv'}")
+        if questions.labelled:
+            write_page(config, folder, result, items, answers, given_right, images)
+        if config.submission:
+            write_submission(folder, items, answers, rationales)
 
     return result
+
+
+def write_page(
+    config: EvaluateVcrConfig,
+    folder: Path,
+    result: dict[str, Any],
+    items: Sequence[Question],
+    answers: np.ndarray,
+    rationales: np.ndarray,
+    images: VcrImages,
+) -> None:
+    """Write result.html: figures and questions with their images, answers and rationales."""
+    photos = photos_in(config.image_folder)
+    page = result_page(result, items, answers, rationales, images, config.examples, photos)
+    write_text(folder / "result.html", page)
+    print(f"page:   {folder / 'result.html'}")
+
+
+def write_submission(
+    folder: Path, items: Sequence[Question], answers: np.ndarray, rationales: np.ndarray
+) -> None:
+    """Write submission.csv as the leaderboard takes it."""
+    lines = submission_lines(items, answers, rationales)
+    write_text(folder / "submission.csv", "\n".join(lines) + "\n")
+    print(f"submission: {folder / 'submission.csv'}")

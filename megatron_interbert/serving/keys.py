@@ -1,0 +1,44 @@
+"""Who may read and who may change items: the key of INTERBERT_API_KEY."""
+
+import secrets
+from typing import Annotated
+
+from fastapi import Depends, HTTPException
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from megatron_interbert.serving.config import ServeConfig
+
+Sent = Annotated[
+    HTTPAuthorizationCredentials | None,
+    Depends(HTTPBearer(auto_error=False, description="INTERBERT_API_KEY")),
+]
+
+
+class Keys:
+    """Who may do what: the key of INTERBERT_API_KEY, compared in constant time."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.config = config
+
+    def may_write(self, sent: Sent = None) -> None:
+        """HTTPException 403 where nobody may, 401 without the key."""
+        if not self.config.api_key:
+            raise HTTPException(
+                403, "items cannot be changed: the service was started without INTERBERT_API_KEY"
+            )
+
+        self._compare(sent)
+
+    def may_read(self, sent: Sent = None) -> None:
+        """HTTPException 401 without the key, where it is asked for."""
+        if self.config.protect_reads:
+            self._compare(sent)
+
+    def _compare(self, sent: HTTPAuthorizationCredentials | None) -> None:
+        given = sent.credentials if sent else ""
+        if not secrets.compare_digest(given.encode(), self.config.api_key.encode()):
+            raise HTTPException(
+                401,
+                "a wrong key, or none: Authorization: Bearer KEY",
+                {"www-authenticate": "Bearer"},
+            )
