@@ -1,6 +1,6 @@
-"""Package metadata.
+"""Describe the package for setuptools.
 
-Exact tested versions are in requirements.txt; here stand the ranges that should work.
+The ranges here should work; requirements.txt pins the versions that are tested.
 """
 
 from pathlib import Path
@@ -62,7 +62,7 @@ setup(
             "prometheus-client>=0.21",
             "pyarrow>=18",
         ],
-        # No triton: torch's CUDA build brings the one it was built for, ROCm's another.
+        # No triton: torch's CUDA and ROCm builds each bring the one they were built for.
         "dev": [
             "megatron_interbert[features,serve]",
             "pytest>=9",

@@ -1,4 +1,4 @@
-"""InterBERT (arXiv 2003.13198) on the DeepSpeed engine: region features, any scale."""
+"""Pretrain InterBERT (arXiv 2003.13198) over region features on DeepSpeed, at any scale."""
 
 import itertools
 import os
@@ -9,10 +9,10 @@ __version__ = "0.1.0"
 
 
 def _begin_command() -> None:
-    """Prepare a process of one of our commands for imports that take seconds.
+    """Prepare the process of one of our commands for imports that take seconds.
 
-    Ctrl-C ends it without a traceback (run_entry takes the signal back), and DS_ACCELERATOR is
-    sound before DeepSpeed looks at it.
+    Ctrl-C ends it without a traceback until run_entry restores Python's handler. Exits with code 2
+    for a DS_ACCELERATOR other than cpu and cuda, before DeepSpeed reads it.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -28,15 +28,16 @@ def _begin_command() -> None:
 
 
 def _is_command() -> bool:
-    """Tell whether this process runs `python -m megatron_interbert..`, a launcher or a tool."""
+    """Check whether this process runs `interbert`, a module of ours by -m, a launcher or a tool."""
     script = sys.argv[0] if sys.argv else ""
-    if script == "-m":  # what Python writes there until it has found the module to run
+    if script == "-m":  # Python's placeholder until it has found the module to run
         name = next(
             (word for before, word in itertools.pairwise(sys.orig_argv) if before == "-m"), ""
         )
         return name == "megatron_interbert" or name.startswith("megatron_interbert.")
 
-    if os.path.basename(script).startswith("interbert"):
+    name = os.path.basename(script)
+    if name == "interbert" or name.startswith("interbert "):
         return True
 
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -45,7 +46,7 @@ def _is_command() -> bool:
     return place in (os.path.join(root, "launchers"), os.path.join(root, "tools"))
 
 
-if os.environ.get("DS_ACCELERATOR") == "":  # DeepSpeed takes it for the name of a device
+if os.environ.get("DS_ACCELERATOR") == "":  # DeepSpeed would take it for a device name
     del os.environ["DS_ACCELERATOR"]
 if _is_command():
     _begin_command()

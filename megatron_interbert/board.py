@@ -1,4 +1,4 @@
-"""TensorBoard's event files, written without a thread: an error belongs to who writes."""
+"""Write TensorBoard event files without a thread, so that the writer sees its errors."""
 
 import io
 import os
@@ -15,8 +15,9 @@ from megatron_interbert.files import append
 
 
 class Board:
-    """A TensorBoard event file in a folder, of a run that begins behind `first_step`, where it is
-    one.
+    """Hold a TensorBoard event file in `folder`.
+
+    With `first_step`, later steps that earlier files in the folder hold become void.
     """
 
     def __init__(self, folder: Path, first_step: int | None = None) -> None:
@@ -26,10 +27,7 @@ class Board:
         self._begun = False
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Append the scalars of a step.
-
-        OSError where they cannot be, then none of them is there.
-        """
+        """Append the scalars of a step; on OSError none of them has been written."""
         if not self._begun or not self.path.exists():  # somebody may have removed the folder
             self._begin()
 
@@ -42,7 +40,7 @@ class Board:
         append(self.path, record(Event(wall_time=time.time(), step=step, summary=summary)))
 
     def _begin(self) -> None:
-        """Write the head, and that what an earlier run has told of later steps is void."""
+        """Write the file header, and the event that voids later steps of earlier files."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         head = record(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if self.first_step is not None:
@@ -54,7 +52,7 @@ class Board:
 
 
 def record(event: Event) -> bytes:
-    """Give an event as it stands in an event file."""
+    """Return an event in the record format of event files."""
     buffer = io.BytesIO()
     RecordWriter(buffer).write(event.SerializeToString())
     return buffer.getvalue()

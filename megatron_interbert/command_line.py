@@ -1,9 +1,8 @@
-"""From the command line and YAML to the dataclasses of options, and from these to --help."""
+"""Read the command line and YAML into dataclasses of options, and build --help from these."""
 
 import argparse
 import dataclasses
 import inspect
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +12,6 @@ import yaml
 from megatron_interbert.config.options import (
     AUTO,
     GROUPS,
-    LARGEST_INTEGER,
     Facts,
     declaring_class,
     flag,
@@ -24,7 +22,7 @@ from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.parser import Parser
 from megatron_interbert.reading import read_text
 
-RECIPE = "the launcher's recipe"  # origin of settings that a launcher gives where the user does not
+RECIPE = "the launcher's recipe"  # origin of settings that the launcher makes and the user does not
 TITLES = {
     "parallelism": "parallelism, precision and kernels",
     "logging": "logging and evaluation",
@@ -32,7 +30,7 @@ TITLES = {
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Format --help: the description as it stands, and one short name for each flag."""
+    """Format --help: the description as written, and one short name for each flag."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34)
@@ -44,9 +42,9 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 def build_parser(config_class: type, description: str) -> argparse.ArgumentParser:
-    """Make a parser with one flag per dataclass field.
+    """Build a parser with one flag per dataclass field.
 
-    Absent flags stay absent from the namespace.
+    Flags that are not given are absent from the namespace.
     """
     arguments = [metavar(entry) for entry in dataclasses.fields(config_class) if is_argument(entry)]
     parser = Parser(
@@ -66,8 +64,8 @@ def build_parser(config_class: type, description: str) -> argparse.ArgumentParse
                 "--config", metavar="FILE", help="YAML with any of these flags as keys"
             )
 
-    # Given by the deepspeed launcher, and by users of Megatron-DeepSpeed out of habit; neither is
-    # used.
+    # Passed by the deepspeed launcher, and out of habit by users of Megatron-DeepSpeed; both are
+    # ignored.
     parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
 
@@ -75,9 +73,10 @@ def build_parser(config_class: type, description: str) -> argparse.ArgumentParse
 
 
 def grouped(config_class: type) -> dict[str, list[dataclasses.Field]]:
-    """Sort the flags of a command by the title under which --help shows them.
+    """Group the flags of a command by the title under which --help shows them.
 
-    What is a command's own comes before what it shares with others.
+    Within a title a command's own flags come before inherited ones; titles that are not in GROUPS
+    come before `optimisation`.
     """
     found: dict[str, list[dataclasses.Field]] = {"more": []}
 
@@ -95,7 +94,7 @@ def grouped(config_class: type) -> dict[str, list[dataclasses.Field]]:
 
 
 def add_flag(group: Any, entry: dataclasses.Field) -> None:
-    """Add the flag of one field to a group of a parser, with its old spellings."""
+    """Add the flag of one field, and its old spellings, to a group of a parser."""
     facts: Facts = entry.metadata["facts"]
     text = facts.help.replace("%", "%%") + default_of(entry)
     kind: dict[str, Any] = {"choices": facts.choices, "type": reader(entry)}
@@ -116,12 +115,12 @@ def add_flag(group: Any, entry: dataclasses.Field) -> None:
 
 
 def is_argument(entry: dataclasses.Field) -> bool:
-    """Tell whether a field stands for words without a flag."""
+    """Check whether a field is a positional argument."""
     return entry.metadata["facts"].positional
 
 
 def reader(entry: dataclasses.Field) -> Any:
-    """Give what reads one word of a flag."""
+    """Return the function that reads one word of a flag."""
     facts: Facts = entry.metadata["facts"]
     if facts.read:
         return facts.read
@@ -132,7 +131,7 @@ def reader(entry: dataclasses.Field) -> Any:
 
 
 def metavar(entry: dataclasses.Field) -> str:
-    """Name what a flag takes: N for a whole number, X for a number, else its own last word."""
+    """Return what --help shows as a flag's value: N for int, X for float, else its last word."""
     facts: Facts = entry.metadata["facts"]
     if facts.positional:
         return entry.name.upper()
@@ -143,7 +142,7 @@ def metavar(entry: dataclasses.Field) -> str:
 
 
 def default_of(entry: dataclasses.Field) -> str:
-    """Say the default of a flag, unless its sentence does or there is none."""
+    """Return how --help states a flag's default; empty where the flag's own text states it."""
     facts: Facts = entry.metadata["facts"]
     if facts.as_trained is not None:
         otherwise = "" if isinstance(facts.as_trained, bool) else f", else {facts.as_trained}"
@@ -167,7 +166,8 @@ def parse(
 ) -> Any:
     """Read the command line and the YAML of --config into an instance of `config_class`.
 
-    Its `.given` are the names that were set. `recipe`: flags that hold where neither says anything.
+    `recipe` holds flags that apply where neither sets a value. `.given` of the result holds the
+    names that any of the three has set, `.origins` where those not from the command line come from.
     """
     argv = [with_dashes(word) for word in (sys.argv[1:] if argv is None else argv)]
     parser = build_parser(config_class, description)
@@ -198,7 +198,7 @@ def parse(
 
 
 def check_required(config_class: type, given: Mapping[str, Any]) -> None:
-    """Raise UsageError that names the flags that a command cannot do without."""
+    """Raise UsageError that names the required flags that are missing."""
     missing = [
         facts.flag or flag(name)
         for name, facts in rows(config_class)
@@ -211,27 +211,28 @@ def check_required(config_class: type, given: Mapping[str, Any]) -> None:
 def run_command(
     config_class: type, about: str, work: Callable[[Any], None], reports: bool = False
 ) -> None:
-    """Run a command from its command line; `reports` as of `run_entry`."""
+    """Run `work` with the options of the command line; for `reports` see `run_entry`."""
     run_entry(lambda: work(read_options(config_class, about)), reports)
 
 
 def read_options(config_class: type, about: str = "") -> Any:
-    """Read the command line into options that make sense; UsageError where they do not."""
+    """Read the command line into options and check them; raises UsageError if they are invalid."""
     options = parse(config_class, about)
     options.check()
     return options
 
 
 def with_dashes(word: str) -> str:
-    """Give `--data-path=a_b` for `--data_path=a_b`."""
+    """Return `--data-path=a_b` for `--data_path=a_b`; leave words other than flags alone."""
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
 def parse_task(tasks: Mapping[str, tuple[type, Any]], example: str) -> tuple[Any, Any]:
-    """Read `TASK FLAGS`; give (its checked configuration, what stands beside its class in `tasks`).
+    """Read `TASK FLAGS`; return the checked configuration, and what `tasks` pairs with its class.
 
-    UsageError for an unknown task. The deepspeed launcher may put --local_rank before it.
+    Raises UsageError for an unknown task. Ignores the --local_rank that the deepspeed launcher may
+    put before the task.
     """
     words = [word for word in sys.argv[1:] if not word.startswith("--local")]
     task, flags = (words[0], words[1:]) if words else ("", [])
@@ -253,7 +254,7 @@ def parse_task(tasks: Mapping[str, tuple[type, Any]], example: str) -> tuple[Any
 
 
 def help_of_tasks(tasks: Mapping[str, tuple[type, Any]], example: str) -> str:
-    """List the tasks of a command, a line each."""
+    """Return a help text that lists the tasks of a command."""
     command = example.split()[0]
     width = max(map(len, tasks))
     about = {name: (kind.__doc__ or "").splitlines()[0] for name, (kind, _) in tasks.items()}
@@ -265,9 +266,9 @@ def help_of_tasks(tasks: Mapping[str, tuple[type, Any]], example: str) -> str:
 
 
 def read_yaml(config_class: type, path: str) -> dict[str, Any]:
-    """YAML with flag names as keys (`-` or `_`), types and choices checked.
+    """Read YAML whose keys are flag names (with `-` or `_`), and check types and choices.
 
-    UsageError names file and key.
+    Raises UsageError that names the file and the key.
     """
     text = read_text(path, "--config")
 
@@ -301,7 +302,7 @@ def read_yaml(config_class: type, path: str) -> dict[str, Any]:
 
 
 def from_yaml(entry: dataclasses.Field, value: Any, where: str) -> Any:
-    """Give a setting as a file has it; UsageError where its type or choice is wrong."""
+    """Convert a setting from YAML; raises UsageError for a wrong type or choice."""
     facts = entry.metadata["facts"]
     kind = entry.type
     if facts.auto and value == "auto":
@@ -329,32 +330,11 @@ def from_yaml(entry: dataclasses.Field, value: Any, where: str) -> Any:
 
 
 def to_float(value: Any, where: str) -> float:
-    """Give the number that a file has at `where`; UsageError where it is none."""
+    """Convert a value from YAML to float; raises UsageError with `where` if it is not a number."""
     try:
         return float(value)
     except ValueError:
         raise UsageError(f"{where} is {value!r}, expected a number") from None
-
-
-def finite_number(text: str) -> float:
-    """Read the number of a flag; NaN and infinity are none."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"'{text}', expected a finite number")
-
-    return value
-
-
-def seed_number(text: str) -> int:
-    """Read the seed of a flag, which all generators can take."""
-    value = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
-    if not 0 <= value <= LARGEST_INTEGER:
-        raise argparse.ArgumentTypeError(f"'{text}', expected 0 to {LARGEST_INTEGER}")
-    return value
 
 
 def span(text: str) -> tuple[int, int]:
@@ -375,7 +355,7 @@ def span(text: str) -> tuple[int, int]:
 
 
 def number_or_auto(text: str) -> int:
-    """`32`, or AUTO for `auto`."""
+    """Read 32 from `32`, and AUTO from `auto`."""
     if text == "auto":
         return AUTO
     try:

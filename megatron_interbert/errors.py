@@ -1,6 +1,4 @@
-"""One line for the user instead of a traceback: what is wrong, where, and the command that mends
-it.
-"""
+"""Report errors in one line instead of a traceback: what is wrong, where, and how to fix it."""
 
 import contextlib
 import errno
@@ -21,28 +19,28 @@ from megatron_interbert.output import (
 
 
 class RunError(Exception):
-    """An error of ours: entries print it as one line instead of a traceback.
+    """Represent an error that entry points print as one line instead of a traceback.
 
-    One that is `local` is known to this rank alone, so this rank must speak, not rank 0.
+    A `local` error is known to this rank alone, which therefore prints it instead of rank 0.
     """
 
     local = False
 
 
 class UsageError(RunError, ValueError):
-    """Wrong flags, files or records; exit code 2."""
+    """Represent wrong flags, files or records; exit code 2."""
 
 
 class Unreadable(UsageError):
-    """Something is there and cannot be read now: permissions, disk, descriptors.
+    """Represent something that exists but cannot be read now: permissions, disk, descriptors.
 
-    That does not mean that it is damaged.
+    It need not be damaged.
     """
 
 
 @contextlib.contextmanager
 def local_errors() -> Iterator[None]:
-    """Mark errors raised inside as known to this rank alone."""
+    """Mark errors raised in this context as known to this rank alone."""
     try:
         yield
     except RunError as error:
@@ -51,21 +49,21 @@ def local_errors() -> Iterator[None]:
 
 
 class TrainingStopped(RunError, RuntimeError):
-    """Work that began well and cannot continue; exit code 1.
+    """Represent work that began well and cannot continue; exit code 1.
 
-    Gradients stay non-finite, or a checkpoint cannot be written.
+    For example, gradients stay non-finite, or a checkpoint cannot be written.
     """
 
 
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the Slurm scripts queue the job again
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the Slurm scripts requeue the job
 INTERRUPTED = 128 + signal.SIGINT
 
 
 class StoppedBySignal(Exception):
-    """All ranks have ended for a signal, after saving where there is a --save.
+    """Represent the end of all ranks on a signal, after saving if --save is given.
 
-    Exit code 75 for a run that has saved; otherwise, and after Ctrl-C, a shell's code of the
-    signal.
+    The exit code is 75 for a run that has saved; otherwise, and after Ctrl-C, 128 + the signal's
+    number, as in a shell.
     """
 
     def __init__(self, number: int, saved: bool) -> None:
@@ -74,10 +72,10 @@ class StoppedBySignal(Exception):
 
 
 def end_at_once(number: int, frame: FrameType | None = None) -> None:
-    """Answer a signal where nothing needs to be saved: before a run has begun, or where all that is
-    finished lies on disk.
+    """End the process on a signal when nothing needs saving: before a run has begun, or when all
+    finished work is on disk.
 
-    It goes past Python's own end, for a second signal may come at any moment.
+    Skips Python's shutdown, because a second signal may arrive at any moment.
     """
     name = signal.Signals(number).name
     os.write(2, f"{name}: ended; the same command starts again or resumes\n".encode())
@@ -85,7 +83,7 @@ def end_at_once(number: int, frame: FrameType | None = None) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Tell whether torch says that a GPU, or this machine, has no memory left."""
+    """Check whether torch reports that a GPU, or this machine, is out of memory."""
     said = ("out of memory", "can't allocate memory", "alloc_failed")
     text = str(error).lower()
     return type(error).__name__ == "OutOfMemoryError" or any(part in text for part in said)
@@ -95,22 +93,23 @@ NETWORK = (errno.ECONNRESET, errno.EPIPE, errno.ECONNREFUSED, errno.ECONNABORTED
 
 
 def of_the_machine(error: BaseException) -> bool:
-    """Tell whether it says that a file or the system has failed us, which no traceback explains
-    better.
+    """Check whether a file or the system has failed, which a traceback would not explain better.
+
+    Broken network connections do not count.
     """
     return isinstance(error, OSError) and bool(error.errno) and error.errno not in NETWORK
 
 
 def number_of(variable: str, default: int) -> int:
-    """Read a number from the environment; the default where it is none (parallel/launch.py refuses
-    it).
+    """Return the number in an environment variable, or the default if it is not a number
+    (parallel/launch.py rejects it).
     """
     text = os.environ.get(variable, "")
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else default
 
 
 def begin_entry() -> None:
-    """Prepare the process for work that neither its standard streams nor a signal may cut short."""
+    """Make standard streams that never fail, and let Ctrl-C raise KeyboardInterrupt again."""
     open_standard_streams()
     speak_any_language()
     keep_speaking()
@@ -119,7 +118,7 @@ def begin_entry() -> None:
 
 
 def end_entry(code: int) -> NoReturn:
-    """End the process with an exit code, past destructors of process groups and loader workers:
+    """End the process with an exit code, skipping destructors of process groups and loader workers:
     they may wait for ranks that are already gone.
     """
     say_what_was_lost()
@@ -127,13 +126,13 @@ def end_entry(code: int) -> NoReturn:
 
 
 def end_report(reports: bool) -> None:
-    """Say what standard output has lost; end with code 1 where it was the result."""
+    """Report lost lines of standard output; end with code 1 if it held the result."""
     if say_what_was_lost() and reports:
         os._exit(1)
 
 
 def say_error(text: str) -> None:
-    """Print one line for the user, with the rank where there are several."""
+    """Print an error to stderr as one line, with the rank unless it is 0."""
     rank = os.environ.get("RANK", "") if number_of("WORLD_SIZE", 1) > 1 else ""
     where = f" (rank {rank})" if rank not in ("", "0") else ""
     print(f"error{where}: {' '.join(text.split())}", file=sys.stderr, flush=True)
@@ -143,10 +142,10 @@ def run_entry(main: Callable[[], None], reports: bool = False) -> None:
     """Run an entry point; our own errors become one line on stderr and exit code 2 (wrong use) or 1
     (failed work).
 
-    One that `reports` has its result on standard output: code 1 where that could not be written.
+    An entry point that `reports` writes its result to standard output: exit code 1 if that failed.
 
-    Every rank exits. The same error on all ranks is printed once on each machine, by its first
-    rank, unless it carries `local = True` (a bad record that one rank alone has read).
+    Every rank exits. An error is printed once on each machine, by its first rank; one with
+    `local = True` (a bad record that one rank alone has read) by the rank that raised it.
     """
     begin_entry()
 
@@ -176,7 +175,7 @@ def run_entry(main: Callable[[], None], reports: bool = False) -> None:
 
 
 def end_for(error: RunError, code: int) -> NoReturn:
-    """Say what is wrong, on one rank of each machine, and end."""
+    """Print an error, on one rank of each machine or on the rank that alone knows it, and end."""
     alone = error.local
     speaks = number_of("RANK", 0) == 0 or os.environ.get("LOCAL_RANK") == "0" or alone
     if speaks:
@@ -184,8 +183,8 @@ def end_for(error: RunError, code: int) -> NoReturn:
 
     sys.stdout.flush()
     if number_of("WORLD_SIZE", 1) > 1 and not alone:
-        # The other ranks are about to meet the same error; vanishing now would break a collective
-        # of theirs. Who has spoken ends first: launchers then end the others.
+        # The other ranks are about to meet the same error, and exiting now would break one of
+        # their collectives. The rank that printed it exits first; launchers then end the others.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
         time.sleep(1 if speaks else 5)
 
@@ -193,12 +192,12 @@ def end_for(error: RunError, code: int) -> NoReturn:
 
 
 def end_for_runtime_error(error: RuntimeError) -> NoReturn:
-    """Say in a line that memory ran out, or that another rank has gone; raise what is neither."""
+    """Report in one line that memory ran out or another rank is gone; re-raise anything else."""
     if out_of_memory(error):
         say_error(
             f"memory ran out ({' '.join(str(error).split())[:200]}); lower --micro-batch-size (or"
-            " let auto choose it), add --recompute-activations, or share the model over more ranks"
-            " (--zero-stage, --tensor-model-parallel-size); python tools/plan.py lists what fits"
+            " let auto choose it), add --recompute-activations, or split the model over more ranks"
+            " (--zero-stage, --tensor-model-parallel-size); interbert plan lists what fits"
         )
         end_entry(1)
 
@@ -208,10 +207,10 @@ def end_for_runtime_error(error: RuntimeError) -> NoReturn:
 
     print(
         f"rank {os.environ.get('RANK')}: lost the connection to another rank, which has ended;"
-        " if no line says why, it was killed: did memory run out?",
+        " if no line says why, it was killed, perhaps for lack of memory",
         file=sys.stderr,
         flush=True,
     )
-    # launchers report the first exit code they see: let it be that of the rank with the reason
+    # launchers report the first exit code they see: it should be that of the rank that failed
     time.sleep(5)
     end_entry(1)

@@ -1,5 +1,5 @@
-"""Evaluation of a checkpoint: `python -m megatron_interbert.evaluate TASK --load RUN ..`, or under
-deepspeed or torchrun on many.
+"""Evaluate a checkpoint: `python -m megatron_interbert.evaluate TASK --load RUN ..`, or under
+deepspeed or torchrun on several ranks.
 """
 
 from collections.abc import Callable
@@ -44,8 +44,8 @@ TASKS: dict[str, tuple[type[EvaluateConfig], Callable[..., Any]]] = {
 
 
 def run() -> None:
-    """`evaluate TASK FLAGS`."""
-    handle_signals(STOPPING, end_at_once)  # what is finished lies on disk
+    """Read `evaluate TASK FLAGS`, start the ranks and evaluate."""
+    handle_signals(STOPPING, end_at_once)  # what is finished is on disk
     config, evaluate = parse_task(TASKS, "evaluate retrieval --load RUN --data-path STORE")
 
     if read_launch().world_size > 1:
@@ -68,7 +68,7 @@ def run() -> None:
 
 
 def main() -> None:
-    """Entry point: one-line errors, exit code 2 for wrong use."""
+    """Run the entry point: one-line errors, exit code 2 for wrong use."""
     run_entry(run)
 
 

@@ -1,6 +1,7 @@
-"""Writing: files and folders that are whole or absent, their hashes, locks, and links to siblings.
+"""Write files and folders that are whole or absent; hash, lock and link them.
 
-Nothing here follows a link of somebody else out of its folder.
+Links that others may have planted are not followed out of their folder; only `write_output` follows
+the path that the user gives.
 """
 
 import contextlib
@@ -18,13 +19,14 @@ from typing import IO, Any
 
 from megatron_interbert.errors import UsageError
 
-LONGEST_NAME = 255  # bytes of a file's name
-REPLACED = (stat.S_IFREG, stat.S_IFLNK, stat.S_IFDIR)  # the system itself refuses a folder
-HELD = (errno.EAGAIN, errno.EACCES)  # what a lock that another process holds answers
+LONGEST_NAME = 255  # bytes of a file name
+REPLACED = (stat.S_IFREG, stat.S_IFLNK, stat.S_IFDIR)  # the system refuses folders itself
+NO_FLUSH = (errno.EINVAL, errno.ENOTSUP)  # disks over a network that cannot flush a folder
+HELD = (errno.EAGAIN, errno.EACCES)  # errors for a lock that another process holds
 
 
 def file_sha256(path: str | Path, progress: Callable[[int], None] = lambda count: None) -> str:
-    """Give the hex sha256 of a file; `progress` hears of each chunk's bytes."""
+    """Return the hex sha256 of a file; call `progress` with the byte count of each chunk."""
     digest = hashlib.sha256()
     chunk = memoryview(bytearray(1 << 20))
 
@@ -47,27 +49,29 @@ def flush_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_FLUSH:
+            raise
     finally:
         os.close(handle)
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    """Flush a file that is already there and give {bytes, sha256}."""
+    """Flush an existing file to disk and return its {bytes, sha256}."""
     flush_file(path)
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def json_sha256(value: Any) -> str:
-    """Give the hex sha256 of a JSON value, whatever the order of its keys."""
+    """Return the hex sha256 of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file of that name that was not there before; what was there is unlinked, never
-    followed.
+    """Open a new file for writing; whatever has its name is unlinked, never followed.
 
-    It is flushed at the end, and removed where that or anything before it fails.
+    It is flushed to disk at the end, and removed if that or anything before it fails.
     """
     if os.path.lexists(path):
         path.unlink(missing_ok=True)
@@ -86,32 +90,33 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def whole_file(path: Path, beside: Path | None = None) -> Iterator[IO[bytes]]:
-    """Open a file that gets its name when it is whole and on disk, and leaves nothing where it
-    fails.
+    """Open a file that gets its name once it is whole and on disk; a failure leaves nothing.
 
-    It grows `beside`: NAME.partial, unless other processes may write a file of that name too.
+    Until then it is called `beside`, by default NAME.partial; pass another name if several
+    processes may write the file at once.
     """
     beside = beside or path.with_name(path.name + ".partial")
     with new_file(beside) as handle:
         yield handle
+
     try:
         os.replace(beside, path)
-    except OSError:
+    except BaseException:
         beside.unlink(missing_ok=True)
         raise
 
 
 def own_name(path: Path) -> Path:
-    """Give a name beside a file that no other process takes."""
+    """Return a temporary name beside a file that no other process on this machine uses."""
     return path.with_name(f"{path.name}.{os.getpid()}.new")
 
 
 def write_by_name(path: Path, write: Callable[[Path], Any], room: int = 0) -> dict[str, Any]:
-    """Have a library write a whole file under another name, flush it, give it its own.
+    """Have a library write a file under a temporary name, flush it and rename it.
 
-    `room`: bytes that must be free first; HDF5 that meets a full disk in the middle fails again
-    when the file is closed, and crashes when the process ends. Gives the entry of a manifest: file,
-    bytes, sha256. OSError where it cannot be done.
+    `room`: bytes to reserve on the disk first; HDF5 that meets a full disk midway fails again when
+    the file is closed, and crashes when the process ends. Returns the manifest entry of the file:
+    {file, bytes, sha256}. Raises OSError if it cannot be written.
     """
     beside = own_name(path)
 
@@ -131,23 +136,23 @@ def write_by_name(path: Path, write: Callable[[Path], Any], room: int = 0) -> di
 
 
 def publish_folder(work: Path, final: Path) -> None:
-    """Give a folder whose files are on disk its final name, for good."""
+    """Rename a folder whose files are on disk to its final name, durably."""
     flush_folder(work)
     os.rename(work, final)
     flush_folder(final.absolute().parent)
 
 
 def write_all(handle: int, data: bytes | memoryview) -> None:
-    """Write all bytes to a descriptor, which may take them in parts."""
+    """Write all bytes to a descriptor, which may accept them in parts."""
     left = memoryview(data)
     while len(left):
         left = left[os.write(handle, left) :]
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write beside, flush, rename.
+    """Write a temporary file beside `path`, flush it and rename it.
 
-    UsageError where the name belongs to a device, a pipe or a socket.
+    Raises UsageError if the name belongs to a device, a pipe or a socket.
     """
     if not path.name:  # `.` or `/`
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -161,27 +166,25 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 beside, flush, rename."""
+    """Write text as UTF-8, whole or not at all."""
     write_bytes(path, encoded(text))
 
 
 def encoded(text: str) -> bytes:
-    """Encode as UTF-8. Half characters, of file names that are no UTF-8, become escapes as in
-    JSON.
-    """
+    """Encode as UTF-8; lone surrogates, from file names that are not UTF-8, become \\uXXXX."""
     return text.encode("utf-8", "backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON beside and rename it."""
+    """Write indented JSON, whole or not at all."""
     write_text(path, json_text(value))
 
 
 def write_output(path: Path, text: str, name: str) -> None:
     """Write the text file that the flag `name` asks for.
 
-    A plain file, or the one that a link leads to, is replaced as a whole; a device or a pipe is
-    written to (`/dev/null`, `/dev/stdout`). UsageError where that cannot be done.
+    A regular file, also one that a link leads to, is replaced as a whole; a device or a pipe is
+    written to (`/dev/null`, `/dev/stdout`). Raises UsageError if it cannot be written.
     """
     check_output(path, name)
 
@@ -199,20 +202,20 @@ def write_output(path: Path, text: str, name: str) -> None:
 
 
 def is_standard_output(path: Path) -> bool:
-    """Tell whether a path leads to where standard output goes."""
+    """Check whether a path leads to the same file or device as standard output."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(sys.stdout.fileno()))
-    except (OSError, ValueError):  # nothing is there, or this stream is no file
+    except (OSError, ValueError):  # nothing has that name, or the stream has no descriptor
         return False
 
 
 def json_text(value: Any) -> str:
-    """Give indented JSON that people can read."""
+    """Return indented JSON, with non-ASCII text as it is."""
     return json.dumps(value, indent=1, ensure_ascii=False)
 
 
 def append(path: Path, data: bytes) -> None:
-    """Append all of some bytes to a file, or nothing: OSError where they cannot be written."""
+    """Append bytes to a regular file, all or none; raises OSError if they cannot be written."""
     handle = os.open(
         path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666
     )
@@ -232,9 +235,9 @@ def append(path: Path, data: bytes) -> None:
 
 
 def open_lock(path: Path) -> int:
-    """Open a file to lock, made where it is absent: a file of its own, never a link to another one.
+    """Open a lock file, created if absent, and return its descriptor; links are not followed.
 
-    UsageError where something else has that name, OSError where it cannot be opened.
+    Raises UsageError if something else has that name, OSError if it cannot be opened.
     """
     wrong = f"{path}: expected a lock file, found something else, which is left alone; remove it"
 
@@ -253,10 +256,10 @@ def open_lock(path: Path) -> int:
 
 
 def take_lock(handle: int, of_process: bool = False) -> bool:
-    """Lock an open file or folder until it is closed; False where another process holds it.
+    """Lock an open file or folder until it is closed; return False if another process holds it.
 
     A lock `of_process` is not inherited by processes that are forked later, and its file must be
-    open for writing. OSError on a disk that knows no locks.
+    open for writing. Raises OSError on a file system without locks.
     """
     lock = fcntl.lockf if of_process else fcntl.flock
 
@@ -271,13 +274,13 @@ def take_lock(handle: int, of_process: bool = False) -> bool:
 
 
 def open_folder(folder: Path) -> int:
-    """Open a folder to lock it; OSError for a link, and for what is no folder."""
+    """Open a folder to lock it and return its descriptor; raises OSError for a link or a file."""
     return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 @contextlib.contextmanager
 def only_one(path: Path, what: str) -> Iterator[None]:
-    """Hold a file's lock. UsageError with `what` where another process holds it."""
+    """Hold a file's lock; raises UsageError with `what` if another process holds it."""
     handle = open_lock(path)
 
     try:
@@ -285,7 +288,7 @@ def only_one(path: Path, what: str) -> Iterator[None]:
             taken = take_lock(handle)
         except OSError as error:
             raise UsageError(
-                f"{path}: cannot be locked ({error.strerror}); use a disk with locks"
+                f"{path}: cannot be locked ({error.strerror}); use a file system with locks"
             ) from error
 
         if not taken:
@@ -297,7 +300,7 @@ def only_one(path: Path, what: str) -> Iterator[None]:
 
 
 def point_to(link: Path, name: str) -> None:
-    """Make a link to a sibling, or have it point there, in one step."""
+    """Create or redirect a link to a sibling, atomically."""
     beside = link.with_name(f".{link.name}.new")
     beside.unlink(missing_ok=True)
     beside.symlink_to(name)
@@ -305,12 +308,10 @@ def point_to(link: Path, name: str) -> None:
 
 
 def sibling(link: Path) -> Path | None:
-    """Give the folder beside it that a link of ours names.
+    """Return the folder beside it that a link of ours names; None if either is absent.
 
-    None where there is none, or it leads nowhere.
-
-    A folder of the link's name, as copies without links have it, stands for itself. UsageError
-    where the link leads elsewhere, or through another link.
+    A folder in place of the link, as in copies made without links, is returned itself. Raises
+    UsageError if the link leads elsewhere, or to another link.
     """
     if not link.is_symlink():
         return link if link.is_dir() else None
@@ -326,7 +327,7 @@ def sibling(link: Path) -> Path | None:
 
 
 def is_plain_name(name: Any) -> bool:
-    """Tell whether a text can only name something in the folder at hand."""
+    """Check whether a value can only name something directly in a folder, as a file name does."""
     if not isinstance(name, str) or name in ("", ".", ".."):
         return False
     if any(letter in "/\\" or not letter.isprintable() for letter in name):
@@ -335,8 +336,7 @@ def is_plain_name(name: Any) -> bool:
 
 
 def check_writable(folder: Path, flag: str) -> None:
-    """Raise UsageError where files cannot be written to a folder, or to the nearest one above it
-    that is there.
+    """Raise UsageError if files cannot be written to a folder, or to its nearest existing parent.
 
     Leaves nothing behind.
     """
@@ -351,11 +351,11 @@ def check_writable(folder: Path, flag: str) -> None:
 
 
 def check_output(path: Path, flag: str) -> None:
-    """Raise UsageError where no file can be written under a name; leaves nothing behind."""
+    """Raise UsageError if no file can be written to a path; leaves nothing behind."""
     try:
         kind = stat.S_IFMT(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
-        kind = stat.S_IFREG  # it will be one
+        kind = stat.S_IFREG  # it will be a regular file
     except OSError as error:  # a link to itself, a name that is too long
         raise UsageError(f"{flag} {path}: cannot be written ({error.strerror})") from None
 
@@ -366,7 +366,7 @@ def check_output(path: Path, flag: str) -> None:
 
 
 def nearest_folder(folder: Path) -> Path:
-    """Find the folder, or the one above it in which it would be made."""
+    """Return the folder, or the nearest existing parent in which it would be made."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent

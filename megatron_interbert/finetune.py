@@ -1,5 +1,5 @@
-"""Finetuning: `deepspeed launchers/finetune.sh TASK ARGS`, or `python -m
-megatron_interbert.finetune TASK ARGS` in one process.
+"""Finetune: `deepspeed launchers/finetune.sh TASK ARGS`, or `python -m megatron_interbert.finetune
+TASK ARGS` in one process.
 """
 
 import signal
@@ -31,14 +31,14 @@ TASKS: dict[str, tuple[type[FinetuneConfig], Callable[..., Any]]] = {
 
 
 def run() -> None:
-    """`finetune TASK FLAGS`: parse, build the parts, train."""
-    handle_signals((*STOPPING, signal.SIGINT), end_at_once)  # until the run takes them over itself
+    """Read `finetune TASK FLAGS`, build the parts and train."""
+    handle_signals((*STOPPING, signal.SIGINT), end_at_once)  # until the run handles them itself
     config, make_job = parse_task(TASKS, "finetune retrieval --init-from RUN --data-path STORE")
     prepare(config, make_job).train()
 
 
 def main() -> None:
-    """Entry point: one-line errors, exit code 2 for wrong use."""
+    """Run the entry point: one-line errors, exit code 2 for wrong use."""
     run_entry(run)
 
 

@@ -1,18 +1,18 @@
-"""The ranks of one machine, by torchrun: `interbert launch pretrain FLAGS`, and what Slurm starts
-on each node.
+"""Start the ranks of one machine with torchrun: `interbert launch pretrain FLAGS`, or under Slurm
+one task on each node.
 
     interbert launch pretrain --data-path STORE ..          # a rank for each GPU, or one on the CPU
     interbert launch --processes 2 finetune retrieval ..
     srun --ntasks-per-node=1 python launchers/node.py -m megatron_interbert.pretrain FLAGS
 
-torchrun ends with code 1 whatever its ranks end with, and it answers SIGTERM by ending them after
-30 s. Here the code of the first rank that failed becomes the code of the node, so that Slurm can
-tell a preempted run (75) from a failed one (1) and from wrong use (2), and SIGTERM, SIGUSR1 and
-Ctrl-C go to the ranks, which save and end by themselves. SIGHUP goes to them when the process that
-has started this one (slurmstepd) dies, for Slurm would not notice.
+torchrun exits with code 1 whatever the exit codes of its ranks, and ends them 30 s after a SIGTERM.
+This command exits with the code of the first rank that failed, so that Slurm can tell a preempted
+run (75) from a failed one (1) and from wrong use (2). It passes SIGTERM, SIGUSR1 and Ctrl-C on to
+the ranks, which save and end by themselves. They get SIGHUP if the process that started this one
+(slurmstepd) dies, because Slurm would not notice.
 
-PROCESSES_PER_NODE says the number of ranks as well. They take the GPUs that CUDA_VISIBLE_DEVICES
-leaves, which `deepspeed --num_gpus` ignores.
+The environment variable PROCESSES_PER_NODE sets the number of ranks too. They use the GPUs in
+CUDA_VISIBLE_DEVICES, which `deepspeed --num_gpus` ignores.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from megatron_interbert.signals import (
     signal_at_parents_death,
 )
 
-BY_TORCHRUN = ("auto", "cpu", "gpu")  # words for a number of processes that it finds out itself
+BY_TORCHRUN = ("auto", "cpu", "gpu")  # numbers of processes that torchrun works out itself
 
 
 ENTRIES = {
@@ -52,9 +52,10 @@ ENTRIES = {
 
 
 def arguments_of(words: list[str]) -> list[str]:
-    """Give torchrun's arguments for what the user has typed; a module or a file stands for itself.
+    """Return torchrun's arguments for what the user typed; torchrun's own flags, a module or
+    a script stay as they are.
 
-    SystemExit after --help.
+    Raises UsageError for an unknown command, and SystemExit after printing --help.
     """
     if not words or words[0] in ("-h", "--help"):
         print(__doc__, end="")
@@ -66,8 +67,9 @@ def arguments_of(words: list[str]) -> list[str]:
 
     if words and words[0] in ENTRIES:
         return ["-m", f"megatron_interbert.{ENTRIES[words[0]]}", *words[1:]]
-    if not words or (words[0] != "-m" and not words[0].endswith((".py", ".sh"))):
-        name = words[0] if words else ""
+
+    name = words[0] if words else ""
+    if not name.startswith("-") and not os.path.isfile(name):
         raise UsageError(
             f"launch: '{name}', expected one of {', '.join(ENTRIES)}{nearest(name, ENTRIES)}, or"
             " -m MODULE, or a script"
@@ -77,8 +79,8 @@ def arguments_of(words: list[str]) -> list[str]:
 
 
 def command(arguments: list[str]) -> list[str]:
-    """Make torchrun's command line for this node of the job."""
-    from megatron_interbert.parallel.device import gpus  # torch takes seconds
+    """Build torchrun's command line for this node of the job."""
+    from megatron_interbert.parallel.device import gpus  # importing torch takes seconds
 
     env = os.environ
     nodes = number("SLURM_STEP_NUM_NODES", 1, least=1)
@@ -90,7 +92,7 @@ def command(arguments: list[str]) -> list[str]:
     ranks = env.get("PROCESSES_PER_NODE", "")
     if ranks not in BY_TORCHRUN:
         ranks = str(number("PROCESSES_PER_NODE", gpus() or 1, least=1))
-        # torchrun gives each of several ranks one thread
+        # by default torchrun gives each of several ranks one thread
         share = len(os.sched_getaffinity(0)) // int(ranks)
         env.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
 
@@ -109,7 +111,7 @@ def command(arguments: list[str]) -> list[str]:
 
 
 def pass_on(signal_number: int, frame: object) -> None:
-    """Give a signal to all ranks of this node; before there are any, the end."""
+    """Pass a signal on to all ranks of this node; before there are any, end."""
     ranks = psutil.Process().children()
     if not ranks:
         end_at_once(signal_number)
@@ -122,7 +124,7 @@ def run() -> None:
     """Start the ranks and wait for them."""
     handle_signals((*STOPPING, signal.SIGINT), end_at_once)
     arguments = arguments_of(sys.argv[1:])
-    from torch.distributed import DistError  # it takes seconds: not before signals have an answer
+    from torch.distributed import DistError  # takes seconds: only once signals are handled
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser
     from torch.distributed.run import run as torchrun
@@ -135,14 +137,14 @@ def run() -> None:
     options.signals_to_handle = "SIGQUIT"
     handle_signals((*STOPPING, signal.SIGINT), pass_on)
     signal_at_parents_death(signal.SIGHUP)
-    # ranks say themselves why they end
+    # the ranks report themselves why they end
     logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.CRITICAL)
 
     try:
         torchrun(options)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:  # unless they are killed
+        if failure.exitcode < 0:  # unless a signal has killed them
             how = killed_by(-failure.exitcode)
             print(
                 f"error: rank {rank} on {node_name()} (pid {failure.pid}) was {how}",
@@ -162,7 +164,7 @@ def run() -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the entry point."""
     run_entry(run)
 
 

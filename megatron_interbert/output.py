@@ -1,6 +1,4 @@
-"""Standard output and error of work that must not end because nobody can read or store its
-lines.
-"""
+"""Keep work going when its standard output or error cannot be written."""
 
 import errno
 import io
@@ -11,9 +9,9 @@ STANDARD = (0, 1, 2)  # descriptors of standard input, output and error
 
 
 class Lasting(io.FileIO):
-    """A descriptor that takes everything: what a full disk or a closed pipe refuses is dropped."""
+    """Write to a descriptor without errors, dropping what a full disk or a closed pipe refuses."""
 
-    lost = ""  # why something was dropped that somebody wanted to keep
+    lost = ""  # why output was dropped; empty for a closed pipe, which nobody reads
 
     def write(self, data: bytes) -> int:
         try:
@@ -23,27 +21,25 @@ class Lasting(io.FileIO):
                 self.lost = error.strerror
             done = None
 
-        return len(data) if done is None else done  # None: a pipe that does not wait is full
+        return len(data) if done is None else done  # None: a non-blocking pipe is full
 
 
 def open_standard_streams() -> None:
-    """Lead closed standard streams to /dev/null: else the next file to be opened gets their number,
-    and what is printed goes into it.
+    """Open closed standard streams on /dev/null; otherwise the next file to be opened would get
+    their descriptor, and receive what is printed.
     """
     for number in STANDARD:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor
 
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
 
 
 def speak_any_language() -> None:
-    """Have messages in any language printed where the locale is POSIX's, and never fail for a
-    character.
-    """
+    """Print UTF-8 in the POSIX locale, and escape characters that a stream cannot encode."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             ascii_only = stream.encoding.lower() in ("ascii", "us-ascii", "ansi_x3.4-1968", "646")
@@ -52,16 +48,13 @@ def speak_any_language() -> None:
 
 
 def keep_speaking() -> None:
-    """From now on a line that cannot be written is dropped.
-
-    The work that wanted to say it continues.
-    """
+    """Drop lines that cannot be written from now on, instead of raising OSError."""
     sys.stdout = lasting(sys.stdout, sys.__stdout__)
     sys.stderr = lasting(sys.stderr, sys.__stderr__)
 
 
 def lasting(stream: io.TextIOBase, ordinary: io.TextIOBase | None) -> io.TextIOBase:
-    """Give a stream like the process's own that never fails; others, as tests have them, stay."""
+    """Wrap one of the process's own streams so that it never fails; return others unchanged."""
     if stream is not ordinary or not isinstance(stream, io.TextIOWrapper):
         return stream
 
@@ -76,9 +69,7 @@ def lasting(stream: io.TextIOBase, ordinary: io.TextIOBase | None) -> io.TextIOB
 
 
 def say_what_was_lost() -> bool:
-    """Say on standard error that standard output could not be written, where it is so; gives
-    whether.
-    """
+    """Report on standard error whether lines of standard output were lost; return whether so."""
     sys.stdout.flush()
     reason = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "lost", "")
     if reason:

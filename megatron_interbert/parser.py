@@ -1,4 +1,4 @@
-"""The parser of every command line here."""
+"""Parse command lines with errors of one line."""
 
 import argparse
 from typing import NoReturn
@@ -7,7 +7,7 @@ from megatron_interbert.errors import UsageError
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that says what is wrong in one line, as everything here does."""
+    """Parse a command line, reporting errors in one line without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError, which `run_entry` prints."""

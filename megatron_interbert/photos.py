@@ -1,4 +1,4 @@
-"""From a photo to its regions in one call, for programs that score images themselves."""
+"""Detect the regions of photos in one call, for programs that score images themselves."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +22,9 @@ def detect_regions(
 ) -> list[Regions]:
     """Detect the regions of photos, as `interbert extract-features` does with the same detector.
 
-    `detector` is a folder or hub name of a DETR-like model of transformers, or torchvision:NAME; a
-    model must get the features of the detector that it was trained with. UsageError for a photo
-    that cannot be read.
+    `detector` is a folder or hub name of a DETR-like model of transformers, or torchvision:NAME; it
+    must be the detector whose features the model was trained on. Raises UsageError for a photo that
+    cannot be read.
     """
     paths = [photos] if isinstance(photos, (str, Path)) else list(photos)
     loaded = load_detector(DetectorChoice(str(detector), device=device))
@@ -33,7 +33,7 @@ def detect_regions(
         try:
             picture = open_photo(Path(path))
         except Exception as error:  # decoders raise whatever a broken file makes them raise
-            raise UsageError(f"{path}: no photo that can be read ({error})") from error
+            raise UsageError(f"{path}: cannot be read as a photo ({error})") from error
 
         (seen,) = loaded.detect([picture])
         best = seen.best(max_regions, min_regions, min_score)

@@ -1,8 +1,8 @@
-"""Checks before a long run, with the flags of the run: every failure comes with what mends it.
+"""Check a long run before it starts, with its own flags; every failure says how to fix it.
 
-`python -m megatron_interbert.preflight FLAGS --world-size N` on one machine: environment, batch
-arithmetic, data, disk, one step. Started by deepspeed, torchrun or launchers/preflight.sbatch on
-all machines it first compares them, in a table with the odd one out.
+`python -m megatron_interbert.preflight FLAGS --world-size N` on one machine checks environment,
+batch arithmetic, data, disk and one step. Started by deepspeed, torchrun or
+launchers/preflight.sbatch on all machines, it first compares them in a table that marks odd ones.
 """
 
 import copy
@@ -71,16 +71,16 @@ REQUIRED = {
 
 @dataclass
 class PreflightConfig(RunConfig):
-    """The flags of the run and two of our own."""
+    """Hold the flags of the run and two of preflight's own."""
 
     world_size: int = option(
-        0, "processes the run will have (default: those that are started)", least=0
+        0, "processes the run will have (default: those started now)", least=0
     )
     fast: bool = option(False, "skip hashing the shards and reading every record")
 
 
 def check_environment(config: PreflightConfig) -> str:
-    """Versions, device, precision."""
+    """Check versions, device and precision; return a summary."""
     for name, wanted in REQUIRED.items():
         version = importlib.metadata.version(name)
         if (
@@ -94,7 +94,7 @@ def check_environment(config: PreflightConfig) -> str:
 
     device = this_device()
     if config.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise UsageError(f"{torch.cuda.get_device_name()} has no bfloat16; use --fp16")
+        raise UsageError(f"{torch.cuda.get_device_name()} does not support bfloat16; use --fp16")
 
     choose_kernels(config.kernels, device, fp8=config.fp8)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
@@ -106,11 +106,11 @@ def check_environment(config: PreflightConfig) -> str:
 
 
 def check_batch(config: PreflightConfig) -> str:
-    """Batch arithmetic, DeepSpeed JSON and partitions at the size of the run."""
+    """Check batch arithmetic, DeepSpeed JSON and partitions at the run's size; return a summary."""
     if config.world_size % config.tensor_model_parallel_size:
         raise UsageError(
             f"--world-size {config.world_size} is not a multiple of --tensor-model-parallel-size"
-            f" {config.tensor_model_parallel_size}; give another one of them"
+            f" {config.tensor_model_parallel_size}; change one of them"
         )
 
     ranks = ranks_of(config)
@@ -118,7 +118,7 @@ def check_batch(config: PreflightConfig) -> str:
     config.fit_zero_stage(config.world_size)
     by_trial = config.micro_batch_size == AUTO
 
-    if by_trial:  # the run tries sizes that fit; here the smallest stands for all
+    if by_trial:  # the run tries which sizes fit; here the smallest stands for all
         agree_with_json(config)
         if not config.global_batch_size:
             raise UsageError("--micro-batch-size auto needs --global-batch-size, which it divides")
@@ -141,7 +141,7 @@ def check_batch(config: PreflightConfig) -> str:
 
 
 def check_data(config: PreflightConfig) -> str:
-    """Store and vocabulary; without --fast every hash and every record."""
+    """Check store and vocabulary, without --fast every hash and record too; return a summary."""
     corpus = open_stores(config.stores(), config)
     tokenizer = vocabulary_of_run(config, config.stores())
     sizes = fitted_sizes(config, tokenizer, corpus)
@@ -160,7 +160,7 @@ def check_data(config: PreflightConfig) -> str:
         ),
         f"{unknown} [UNK] in the first {len(some)} captions"
         + (
-            " (many: is it the vocabulary of their language? see --vocab-file, --language)"
+            " (many: does the vocabulary match their language? see --vocab-file, --language)"
             if unknown > 0.02 * len(pieces)
             else ""
         ),
@@ -169,7 +169,7 @@ def check_data(config: PreflightConfig) -> str:
 
     if any(store.captions.token_vocabulary != tokenizer.sha256 for store in corpus.stores):
         notes.append(
-            "captions are tokenised while loading (build the store with this --vocab-file to spare"
+            "captions are tokenised while loading (build the store with this --vocab-file to avoid"
             " that)"
         )
 
@@ -185,8 +185,9 @@ def check_data(config: PreflightConfig) -> str:
 
 
 def count_repaired(store: RegionStore) -> int:
-    """Count boxes that reach outside their image or are inverted; reads, and so checks, every
-    record.
+    """Count boxes that reach outside their image or are inverted, clipped when built or read.
+
+    Reads, and so checks, every record.
     """
     for index in progress(
         range(store.num_images), desc="records", unit="image", unit_scale=True, leave=False
@@ -197,7 +198,9 @@ def count_repaired(store: RegionStore) -> int:
 
 
 def check_disk(config: PreflightConfig) -> str:
-    """Give a folder that can be written, with room for the checkpoints that will be kept."""
+    """Check that --save can be written and has room for the checkpoints to keep, and that a
+    checkpoint to resume from fits the model; return a summary.
+    """
     if not config.save:
         return "no --save: nothing will be written"
 
@@ -214,7 +217,7 @@ def check_disk(config: PreflightConfig) -> str:
         check_same_model(manifest, sizes, describe_data(tokenizer, corpus), str(path))
 
     weight = 4 if not (config.fp16 or config.bf16) else 2
-    # master weights and two moments in fp32; weights for DeepSpeed and as safetensors
+    # bytes: fp32 master weights and two moments; weights for DeepSpeed and as safetensors
     each = parameters * (12 + 2 * weight)
     wanted = each * (checkpoints_kept(config) + 1)  # the next one is whole before an old one goes
     free = shutil.disk_usage(nearest_folder(Path(config.save))).free
@@ -227,7 +230,7 @@ def check_disk(config: PreflightConfig) -> str:
 
     unknown = not config.keep_last and not config.save_interval
     more = (
-        f", and {each / 2**30:.2f} for each one more, for --keep-last 0 keeps all"
+        f", and {each / 2**30:.2f} for each further one, because --keep-last 0 keeps all"
         if unknown
         else ""
     )
@@ -239,7 +242,7 @@ def check_disk(config: PreflightConfig) -> str:
 
 
 def checkpoints_kept(config: PreflightConfig) -> int:
-    """Count the checkpoints that lie on disk at the end of a run; 1 where the clock decides."""
+    """Return how many checkpoints are on disk at the end of a run; 1 where the clock decides."""
     steps = config.train_iters
     if not config.keep_last:
         return math.ceil(steps / (config.save_interval or steps))
@@ -248,13 +251,15 @@ def checkpoints_kept(config: PreflightConfig) -> int:
 
 
 def config_of_one_process(config: PreflightConfig) -> PreflightConfig:
-    """Give the same run on one process: one micro-batch a step, whole layers."""
+    """Return the configuration of the same run on one process: whole layers, one micro-batch a
+    step.
+    """
     alone = copy.copy(config)
     alone.tensor_model_parallel_size = 1
     alone.sequence_parallel = False
     alone.global_batch_size = 0
 
-    if config.deepspeed_config:  # all but the batch sizes, which are those of all ranks
+    if config.deepspeed_config:  # without its batch sizes, which are those of all ranks
         settings = read_deepspeed_config(config)
         for name in ("train_batch_size", "gradient_accumulation_steps"):
             settings.pop(name, None)
@@ -265,10 +270,10 @@ def config_of_one_process(config: PreflightConfig) -> PreflightConfig:
 
 
 def check_step(config: PreflightConfig) -> str:
-    """Give one training step on one process: the run's data, kernels, precision and optimizer.
+    """Try one training step on one process, with the run's data, kernels, precision and optimizer.
 
-    What only several ranks have is left out: their communication, and DeepSpeed's update of shared
-    weights.
+    Communication between ranks and DeepSpeed's update of sharded weights are not tried. Returns a
+    summary.
     """
     if config.deterministic:
         same_bits_every_time()
@@ -283,7 +288,7 @@ def check_step(config: PreflightConfig) -> str:
     trial = Trial(alone, job, state, device, kernels)
     offloaded = offloads(merge(copy.copy(config), ranks_of(config)))
     samples = config.micro_batch_size if offloaded else samples_for_one_process(trial)
-    memory = "memory not predicted: arithmetic does not know offload"
+    memory = "memory not predicted: the arithmetic does not cover offload"
     if not offloaded:
         whole = trial.batch(config.micro_batch_size)
         memory = memory_of_run(config, job, whole, kernels, device)
@@ -309,8 +314,9 @@ def check_step(config: PreflightConfig) -> str:
 def one_step(
     engine: Engine, job: Job, batch: PackedBatch, config: RunConfig, device: torch.device
 ) -> tuple[dict[str, float], float]:
-    """Train on one batch; return its metrics and gradient norm. UsageError where the loss is not
-    finite.
+    """Train on one batch; return its metrics and gradient norm.
+
+    Raises UsageError if loss or gradients are not finite.
     """
     totals = job.task.count_targets(batch).to(device)
     batch = batch.to(device)
@@ -318,7 +324,7 @@ def one_step(
     engine.backward(loss, last=True)
     norm, applied = engine.step(learning_rate(1, config))
 
-    # fp16 is still finding its scale
+    # fp16 may skip the first step: it is still finding its loss scale
     if not torch.isfinite(loss) or not (applied or config.fp16):
         raise UsageError(
             f"the first step is not finite (loss {loss.item()}, gradient norm {norm}); check the"
@@ -329,15 +335,12 @@ def one_step(
 
 
 def ranks_of(config: PreflightConfig) -> int:
-    """Give the data-parallel size of the run."""
+    """Return the data-parallel size of the run."""
     return config.world_size // config.tensor_model_parallel_size
 
 
 def samples_for_one_process(trial: Trial) -> int:
-    """Say how much of a micro-batch one process has memory for, which holds the whole model.
-
-    0: none.
-    """
+    """Return how many samples of a micro-batch fit one process that holds the whole model."""
     samples = trial.config.micro_batch_size
 
     if trial.device.type == "cuda":
@@ -351,9 +354,9 @@ def samples_for_one_process(trial: Trial) -> int:
 def memory_of_run(
     config: PreflightConfig, job: Job, batch: PackedBatch, kernels: Kernels, device: torch.device
 ) -> str:
-    """Give the peak that arithmetic predicts for a rank of the run.
+    """Describe the peak memory predicted for a rank of the run.
 
-    UsageError where a GPU has less.
+    Raises UsageError if the GPU has less.
     """
     layout = layout_of(config, ranks_of(config), kernels)
     predicted = predict(job.model_config, layout, load_of(batch)).peak / 2**30
@@ -364,16 +367,18 @@ def memory_of_run(
     if predicted > there:
         raise UsageError(
             f"{predicted:.1f} GiB predicted per rank, the GPU has {there:.1f}; lower"
-            " --micro-batch-size (or let auto choose it), or see python tools/plan.py"
+            " --micro-batch-size (or let auto choose it), or see interbert plan"
         )
 
     return f"{predicted:.2f} GiB predicted per rank; the GPU has {there:.1f} GiB"
 
 
 def check_nodes(config: PreflightConfig) -> None:
-    """Several ranks: the table of machines, printed by rank 0, then the other checks in a process
-    of its own, for which the other ranks wait (a launcher takes a rank that has ended for the end
-    of the run). UsageError on all ranks when one is odd.
+    """Compare the machines of several ranks, then run the other checks and end with their code.
+
+    Rank 0 prints the table, then runs the checks in a separate process while the other ranks wait
+    (for a launcher, the first rank that ends is the end of the run). Raises UsageError on all ranks
+    if a machine is odd.
     """
     in_use = device_in_use(this_device())
     start_processes()
@@ -394,12 +399,13 @@ def check_nodes(config: PreflightConfig) -> None:
 
     code = state.gather(code, patient)[0]
     sys.stdout.flush()
-    os._exit(code)  # the lines of the checks have said why
+    os._exit(code)  # the checks have printed why
 
 
 def run() -> None:
-    """Give all checks in order; a failed one does not hide the next, and the exit code is 2 if any
-    failed.
+    """Run all checks in order; a failed one does not hide the next.
+
+    Raises UsageError, and so exits with code 2, if any failed.
     """
     config = parse(
         PreflightConfig, "Check machines, environment, data and one step before a long run."
@@ -421,7 +427,7 @@ def run() -> None:
     for name, check in checks:
         needed = ("data", "batch") if name == "step" else ("data",)
         if missing := [other for other in needed if other in failed]:
-            print(f"-       {name:<12} not tried, for it needs the {missing[0]}", flush=True)
+            print(f"-       {name:<12} not tried: it needs '{missing[0]}'", flush=True)
             continue
 
         try:
@@ -429,12 +435,12 @@ def run() -> None:
         except UsageError as error:
             failed.append(name)
             print(f"FAILED  {name:<12} {error}", flush=True)
-        # out of memory, a missing package: still one line for each check
+        # out of memory, a missing package: still one line per check
         except (RuntimeError, ImportError, OSError) as error:
             failed.append(name)
             text = str(error).splitlines()[0] if str(error) else ""
             print(
-                f"FAILED  {name:<12} {type(error).__name__}: {text}; for memory lower"
+                f"FAILED  {name:<12} {type(error).__name__}: {text}; if memory ran out, lower"
                 " --micro-batch-size",
                 flush=True,
             )
@@ -446,7 +452,7 @@ def run() -> None:
 
 
 def main() -> None:
-    """Entry point: one-line errors, exit code 2 for wrong use."""
+    """Run the entry point: one-line errors, exit code 2 for wrong use."""
     run_entry(run)
 
 

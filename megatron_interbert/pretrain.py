@@ -1,4 +1,4 @@
-"""Pretraining: `deepspeed launchers/pretrain.sh ARGS`, `torchrun -m megatron_interbert.pretrain`,
+"""Pretrain: `deepspeed launchers/pretrain.sh ARGS`, `torchrun -m megatron_interbert.pretrain ARGS`,
 or one plain process.
 """
 
@@ -15,23 +15,23 @@ from megatron_interbert.signals import STOPPING, handle_signals
 from megatron_interbert.training.setup import prepare
 
 ABOUT = "Pretrain InterBERT on a region store."
-# flags for what a run was not told, by what it was told
+# flags to add to those that were given, from the configuration that these make
 Recipe = Callable[[RunConfig], Sequence[str]]
 
 
 def run(recipe: Recipe) -> None:
-    """Parse, build the parts, train."""
-    handle_signals((*STOPPING, signal.SIGINT), end_at_once)  # until the run takes them over itself
+    """Parse the flags, build the parts and train."""
+    handle_signals((*STOPPING, signal.SIGINT), end_at_once)  # until the run handles them itself
     config = parse(RunConfig, ABOUT, recipe=recipe(parse(RunConfig, ABOUT)))
     config.check()
     read_launch()
-    this_device()  # too many processes for this machine: said before anything is made
+    this_device()  # raises for too many processes on this machine, before anything is made
     make_missing_sample(config)
     prepare(config).train()
 
 
 def main(recipe: Recipe = lambda told: ()) -> None:
-    """Entry point: one-line errors, exit code 2 for wrong use."""
+    """Run the entry point: one-line errors, exit code 2 for wrong use."""
     run_entry(lambda: run(recipe))
 
 

@@ -1,7 +1,6 @@
-"""Pretraining of the Chinese model: as `pretrain`, with a recipe for all that you do not say
-yourself.
+"""Pretrain the Chinese model: as `pretrain`, with a recipe for the flags that are not given.
 
-Without a data path it trains a small model on the generated sample shop.
+Without --data-path it trains a small model on the generated sample shop.
 """
 
 from collections.abc import Sequence
@@ -29,12 +28,12 @@ RECIPE = (
 
 
 def recipe(told: RunConfig) -> Sequence[str]:
-    """Give the flags that hold where neither the command line nor --config says anything."""
+    """Return the flags that apply where neither the command line nor --config sets a value."""
     return RECIPE if "data_path" in told.given else SAMPLE
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the entry point."""
     pretrain.main(recipe)
 
 

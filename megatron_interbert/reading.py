@@ -1,4 +1,4 @@
-"""Reading files that may be missing, damaged or out of reach, and telling which it is."""
+"""Read files that may be missing, damaged or out of reach, and report which it is."""
 
 import contextlib
 import errno
@@ -11,34 +11,29 @@ from typing import IO, Any
 
 from megatron_interbert.errors import Unreadable, UsageError
 
-# What a system answers where no file of that name is there. All else (EACCES, EIO, EMFILE, ESTALE,
-# ..) says nothing about the content of a file.
+# Errors that mean that no file of that name exists. All others (EACCES, EIO, EMFILE, ESTALE, ..)
+# say nothing about the content of a file.
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 @contextlib.contextmanager
 def reading(what: str | Path) -> Iterator[None]:
-    """Turn a failure to read `what` into Unreadable.
-
-    FileNotFoundError and the like pass through.
-    """
+    """Turn OSError while reading `what` into Unreadable; errors of NO_FILE pass through."""
     try:
         yield
     except OSError as error:
         if error.errno in NO_FILE or error.errno is None:
             raise
         raise Unreadable(
-            f"{error.filename or what}: cannot be read ({error.strerror}); this says nothing of its"
-            " content: mend permissions, disk or limits and give the same command again"
+            f"{error.filename or what}: cannot be read ({error.strerror}), which says nothing about"
+            " its content; fix permissions, disk or limits and run the same command again"
         ) from error
 
 
 def open_regular(path: Path, follow: bool = True) -> IO[bytes]:
-    """Open a file to read.
+    """Open a regular file for reading, without `follow` not through a link.
 
-    OSError where something else has its name (reading a pipe would never end).
-
-    Without `follow` a link is something else as well.
+    Raises OSError for anything else (reading a pipe might never end).
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     handle = os.open(path, flags)
@@ -54,17 +49,15 @@ def open_regular(path: Path, follow: bool = True) -> IO[bytes]:
 
 
 def read_regular(path: Path) -> bytes:
-    """Read the content of a file; OSError where something else has its name."""
+    """Read a regular file; raises OSError for anything else."""
     with open_regular(path) as file:
         return file.read()
 
 
 def list_folder(folder: Path) -> list[str]:
-    """Give the names in a folder, sorted; none where it is absent.
+    """Return the sorted names in a folder; empty if it is absent.
 
-    Unreadable where it cannot be read.
-
-    `Path.glob` takes a folder that it may not read for an empty one.
+    Raises Unreadable if it cannot be read, where `Path.glob` would find nothing.
     """
     try:
         with reading(folder):
@@ -74,7 +67,7 @@ def list_folder(folder: Path) -> list[str]:
 
 
 def is_there(path: Path) -> bool:
-    """Tell whether something of that name exists; Unreadable where the system cannot say."""
+    """Check whether a path exists; raises Unreadable if the system cannot tell."""
     try:
         with reading(path):
             os.stat(path)
@@ -85,20 +78,20 @@ def is_there(path: Path) -> bool:
 
 
 def read_text(path: str | Path, what: str) -> str:
-    """Read a text file's content; UsageError naming `what` when it cannot be read."""
+    """Read a UTF-8 text file; raises UsageError naming `what` if it cannot be read."""
     try:
         with reading(path):
             return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"{what}: {path} is no text in UTF-8 (byte {error.start}: {error.reason})"
+            f"{what}: {path} is not UTF-8 text (byte {error.start}: {error.reason})"
         ) from error
     except OSError as error:
         raise UsageError(f"{what}: cannot read {path} ({error.strerror})") from error
 
 
 def read_json(path: str | Path, what: str) -> dict[str, Any]:
-    """Read a JSON object from a file; UsageError naming `what` when it is missing or malformed."""
+    """Read a JSON object; raises UsageError naming `what` if it is missing or malformed."""
     text = read_text(path, what)
 
     try:
@@ -113,5 +106,5 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
 
 
 def refuse_constant(name: str) -> None:
-    """ValueError for NaN, Infinity and -Infinity, which Python's reader takes for JSON."""
-    raise ValueError(f"{name} is no number")
+    """Raise ValueError for NaN, Infinity and -Infinity, which Python's parser accepts as JSON."""
+    raise ValueError(f"{name} is not a number")

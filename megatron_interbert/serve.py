@@ -1,4 +1,4 @@
-"""Product search and recommendation over HTTP: `python -m megatron_interbert.serve --load RUN
+"""Serve product search and recommendation over HTTP: `python -m megatron_interbert.serve --load RUN
 --data-path STORE`.
 """
 
@@ -28,12 +28,12 @@ from megatron_interbert.serving.start import open_models, open_service
 from megatron_interbert.tasks.precision import settle_precision
 
 REQUEST_LINES = Allowance(200, 1.0)  # in the log
-WAITING_TO_BE_ACCEPTED = 1024  # connections that the kernel keeps
+WAITING_TO_BE_ACCEPTED = 1024  # connections that the kernel queues
 
 
 class Server(uvicorn.Server):
-    """Says where it listens when it does, ends connections that are out of time, and ends when what
-    is under way has ended.
+    """Serve: print the address once it listens, close connections that are out of time, and shut
+    down once the requests under way are finished.
     """
 
     def __init__(self, config: uvicorn.Config, crowd: Crowd) -> None:
@@ -42,14 +42,14 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        # asyncio takes one number for this and for ACCEPTED_AT_ONCE
+        # asyncio uses one number both for this and for ACCEPTED_AT_ONCE
         sockets[0].listen(WAITING_TO_BE_ACCEPTED)
         host, port = sockets[0].getsockname()[:2]
         items = len(self.config.app.state.service.searcher.shop.items)
         print(f"serving {items} items at http://{host}:{port}/", flush=True)
 
     async def on_tick(self, counter: int) -> bool:
-        if counter % 5 == 0:  # each half of a second
+        if counter % 5 == 0:  # every half second
             self.crowd.look(asyncio.get_running_loop().time())
         return await super().on_tick(counter)
 
@@ -61,8 +61,8 @@ class Server(uvicorn.Server):
             asking.cancel()
 
     async def _ask_to_end(self) -> None:
-        """uvicorn asks connections once: one that is accepted in that moment would be waited for
-        until the time is up.
+        """Ask all connections to close, again and again: uvicorn asks once, and would wait for one
+        accepted at that moment until the time is up.
         """
         while True:
             await asyncio.sleep(0.2)
@@ -72,7 +72,7 @@ class Server(uvicorn.Server):
 
 
 def run() -> None:
-    """Parse, open, serve until SIGTERM or SIGINT."""
+    """Parse the flags, open the service and run it until SIGTERM or SIGINT."""
     config = parse(ServeConfig, ServeConfig.__doc__ or "")
     config.check()
     hosts = AllowedHosts.of(config.host, config.allowed_hosts)
@@ -84,7 +84,7 @@ def run() -> None:
 
 
 def serve(config: ServeConfig, device: torch.device, hosts: AllowedHosts) -> None:
-    """Build the indexes, or answer until told to end."""
+    """Build the indexes (--build-only), or answer requests until told to end."""
     models = open_models(config, device)
     if not config.build_only:
         fit_connections(config)
@@ -104,27 +104,27 @@ def serve(config: ServeConfig, device: torch.device, hosts: AllowedHosts) -> Non
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind the address of the service. UsageError with the system's reason where that fails."""
+    """Bind a socket to the service's address; raises UsageError with the system's reason."""
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
 
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
-    except (OSError, TypeError) as error:  # TypeError: letters that no name of a machine has
+    except (OSError, TypeError) as error:  # TypeError: letters that no host name has
         listening.close()
-        reason = getattr(error, "strerror", None) or "no name of a machine"
+        reason = getattr(error, "strerror", None) or "not a host name"
         raise UsageError(
             f"--host {host} --port {port}: cannot listen at {host}:{port} ({reason}); give an"
-            " address of this machine and a port that no other service has"
+            " address of this machine and a port that no other service uses"
         ) from None
 
     return listening
 
 
 def server_config(config: ServeConfig, app: FastAPI, crowd: Crowd) -> uvicorn.Config:
-    """What uvicorn is told.
+    """Return uvicorn's configuration.
 
-    Its loop and protocols are named, so that no other package that is installed changes them.
+    Event loop and protocols are named, because by default installed packages would decide them.
     """
     return uvicorn.Config(
         app,
@@ -144,7 +144,7 @@ def server_config(config: ServeConfig, app: FastAPI, crowd: Crowd) -> uvicorn.Co
 
 
 def main() -> None:
-    """Entry point: one-line errors, exit code 2 for wrong use."""
+    """Run the entry point: one-line errors, exit code 2 for wrong use."""
     run_entry(run)
 
 

@@ -1,4 +1,4 @@
-"""Signals between the processes of a run."""
+"""Handle signals between the processes of a run."""
 
 import contextlib
 import ctypes
@@ -9,33 +9,31 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 
-# They ask a run to save and end: a machine is about to be taken away, or a terminal or the launcher
-# of a node has gone.
+# Signals that ask a run to save and end: the machine is about to be taken away, or the terminal or
+# the node's launcher is gone.
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-EXIT_STATUS = 49  # of /proc/PID/stat, counted from the process's state
+EXIT_STATUS = 49  # field of /proc/PID/stat, counted from the process's state
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def handle_signals(
     numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]
 ) -> None:
-    """`handler` answers these signals from now on, but for those that were to be ignored (SIGHUP
-    under nohup).
-    """
+    """Install `handler` for these signals, except those that are ignored (SIGHUP under nohup)."""
     for number in numbers:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 
 def killed_by(number: int) -> str:
-    """Say in words which signal has killed a process, and what that mostly means."""
+    """Describe the signal that killed a process, and what it most likely means."""
     name = signal.Signals(number).name
     return f"killed by {name}" + (" (memory ran out?)" if number == signal.SIGKILL else "")
 
 
 def identity(pid: int) -> str:
-    """Tell a process from all others, on whatever machine, in whatever container and before or
-    after it; empty when it is gone.
+    """Return a text unique to a process across machines, containers and time; empty if it is
+    gone.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -46,10 +44,10 @@ def identity(pid: int) -> str:
 
 
 def exit_status(pid: int, name: str, patience: float = 0.5) -> int | None:
-    """Read how a process that is ending will have ended, before its parent has taken note of it.
+    """Read the exit status of a process that is ending, before its parent has collected it.
 
-    Its exit code, or minus the signal that has killed it; None where that cannot be known: it is
-    not of this machine (`name` is its identity), or its parent was faster.
+    Returns its exit code, or minus the signal that killed it; None if unknown: it is not on this
+    machine (`name` is its identity), does not end within `patience` seconds, or was collected.
     """
     deadline = time.monotonic() + patience
 
@@ -69,9 +67,9 @@ def exit_status(pid: int, name: str, patience: float = 0.5) -> int | None:
 
 
 def signal_at_parents_death(number: int) -> None:
-    """From now on this process gets a signal when its parent dies, however it dies.
+    """Have the kernel send this process a signal when its parent dies, however it dies.
 
-    Does nothing where there is no Linux.
+    Does nothing on systems other than Linux.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))

@@ -42,4 +42,4 @@ def test_a_trial_needs_a_batch_to_divide(tmp_path):
         "FAILED  batch        --micro-batch-size auto needs --global-batch-size, which it divides"
         in out
     )
-    assert "-       step         not tried, for it needs the batch" in out
+    assert "-       step         not tried: it needs 'batch'" in out

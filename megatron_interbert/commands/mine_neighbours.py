@@ -8,7 +8,6 @@ features), never the image itself. The search is exact. Memory holds the mean fe
 --block x images distances.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -20,7 +19,7 @@ from megatron_interbert.config.options import Flags, argument, option
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import HARD_IMAGES
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import whole_file
+from megatron_interbert.files import own_name, whole_file
 from megatron_interbert.preparation.mining.neighbours import mean_features, nearest_images
 
 
@@ -46,7 +45,7 @@ def run(options: Options) -> None:
 
     path = Path(options.store) / HARD_IMAGES
     try:
-        with whole_file(path, path.with_suffix(f".{os.getpid()}.new")) as handle:
+        with whole_file(path, own_name(path)) as handle:
             np.save(handle, found)
     except OSError as error:
         raise UsageError(

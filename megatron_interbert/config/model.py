@@ -108,6 +108,9 @@ class ModelConfig:
         """Raise UsageError when `size` ranks cannot share the heads, the MLP or the vocabulary
         evenly.
         """
+        if size < 1:
+            raise UsageError(f"--tensor-model-parallel-size is {size}, expected 1 or more")
+
         for name in (
             "num_attention_heads",
             "image_attention_heads",

@@ -1,1 +1,3 @@
-"""Region store, order, text, masking, packing: everything between the disk and a PackedBatch."""
+"""Provide what lies between the disk and a PackedBatch: region store, sample order, text, masking,
+packing.
+"""

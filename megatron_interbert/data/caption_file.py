@@ -1,7 +1,8 @@
-"""Captions of a whole store, memory-mapped: texts, their images, languages, and their token ids
-where they were written.
+"""Read the captions of a whole store through memory maps: texts, images, languages, and token ids
+if the store has them.
 
-Any process may draw from the whole corpus, while region features are read from a rank's own shards.
+So every process can draw any caption of the corpus, while it reads region features only from its
+rank's own partitions.
 """
 
 import os
@@ -16,9 +17,9 @@ from megatron_interbert.errors import UsageError
 
 
 class CaptionFile:
-    """`captions.h5` and `tokens.h5` of a store.
+    """Represent `captions.h5` and, if present, `tokens.h5` of a store.
 
-    Cheap to pickle: each process maps the files anew.
+    Cheap to pickle: each process maps the files itself.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,8 +33,8 @@ class CaptionFile:
             or self.offsets[-1] != len(self.text)
         ):
             raise UsageError(
-                f"{folder / CAPTIONS}: texts, offsets and images do not fit together; rebuild the"
-                " store"
+                f"{folder / CAPTIONS}: texts, offsets, images and languages differ in length;"
+                " rebuild the store"
             )
 
         self.tokens: TokenBatch | None = None
@@ -67,9 +68,8 @@ class CaptionFile:
             ) from error
 
     def languages(self) -> np.ndarray:
-        """Give language tag of each caption, array of str [captions].
-
-        Empty string where unknown.
+        """Return the language tag of each caption, an object array of str [captions]; an empty
+        string if unknown.
         """
         with Hdf5File(self.folder / CAPTIONS) as file:
             listed = file.attribute("languages")
@@ -79,9 +79,8 @@ class CaptionFile:
             return np.array(names, dtype=object)[self._language]
 
     def image_regions(self) -> np.ndarray | None:
-        """Give int32 [images]: regions of each image.
-
-        None in stores that were written before this was kept.
+        """Return the number of regions of each image, int32 [images]; None for older stores, which
+        do not hold it.
         """
         with Hdf5File(self.folder / CAPTIONS) as file:
             return file["image_regions"][:] if "image_regions" in file else None
@@ -93,20 +92,20 @@ def _map_all(path: Path, names: tuple[str, ...]) -> tuple[np.ndarray, ...]:
 
 
 def _map(file: Hdf5File, name: str) -> np.ndarray:
-    """Give a contiguous list of whole numbers as a read-only memory map; one that is stored
-    otherwise is read whole.
+    """Map a one-dimensional dataset of integers read-only; read it into memory if it is empty or
+    not contiguous.
     """
     dataset = file[name]
     if dataset.ndim != 1 or dataset.dtype.kind not in "iu":
         raise UsageError(
-            f"{file.path}: dataset '{name}' is {dataset.dtype} {list(dataset.shape)}, expected a"
-            " list of whole numbers; rebuild the store"
+            f"{file.path}: dataset '{name}' is {dataset.dtype} {list(dataset.shape)}, expected"
+            " one-dimensional integers; rebuild the store"
         )
 
     offset = dataset.id.get_offset()
     if dataset.size == 0 or offset is None:
         return dataset[:]
 
-    # the file that was checked, not what has its name by now
+    # the file that was checked, even if another one has its name by now
     with open(os.dup(file.bytes.descriptor), "rb") as handle:
         return np.memmap(handle, dataset.dtype, "r", offset, dataset.shape)

@@ -1,7 +1,7 @@
-"""One way to write Chinese text: half-width letters and digits, simplified characters.
+"""Normalise Chinese text to half-width letters and digits and simplified characters.
 
 Shop titles mix forms that mean the same: Ａ４ and A4, 連衣裙 and 连衣裙. Full-width punctuation
-stays: it is what the vocabulary of bert-base-chinese and its weights know.
+stays, because the vocabulary and weights of bert-base-chinese know that form.
 """
 
 import functools
@@ -31,7 +31,7 @@ def _segmenter() -> Any:
     try:
         import jieba
     except ImportError:
-        raise UsageError("--segmenter jieba needs it: pip install jieba") from None
+        raise UsageError("--segmenter jieba needs the package jieba: pip install jieba") from None
 
     jieba.setLogLevel("WARNING")
     jieba.initialize()
@@ -40,12 +40,12 @@ def _segmenter() -> Any:
 
 
 def word_begins(text: str) -> set[int]:
-    """Give places in a text where a Chinese word begins, by jieba's dictionary."""
+    """Return the character positions at which jieba lets a word of the text begin."""
     return {begin for _, begin, _ in _segmenter().tokenize(text)}
 
 
 def one_form(text: str) -> str:
-    """Give the text with full-width letters, digits and spaces as half-width ones, and traditional
-    characters as simplified ones.
+    """Return the text with full-width letters, digits and spaces made half-width and traditional
+    characters simplified.
     """
     return _simplifier().convert(text.translate(HALF_WIDTH))

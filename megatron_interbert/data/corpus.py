@@ -1,5 +1,5 @@
-"""One region store or several as one corpus: captions and images are numbered through, in the order
-of the stores.
+"""Join one or more region stores into one corpus, with captions and images numbered consecutively
+in the order of the stores.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from megatron_interbert.errors import UsageError
 
 
 class Corpus:
-    """Captions 0 .. num_captions-1 and images 0 .. num_images-1 over all stores, which must be of
-    one detector.
+    """Represent captions 0 .. num_captions-1 and images 0 .. num_images-1 of all stores, whose
+    features must come from one detector.
     """
 
     def __init__(
@@ -22,7 +22,7 @@ class Corpus:
         if not paths:
             raise UsageError(
                 "--data-path is missing; give a region store, or make the sample corpus with"
-                " tools/make_sample.py"
+                " interbert make-sample"
             )
 
         self.stores = [RegionStore(path, strict_boxes) for path in paths]
@@ -50,13 +50,15 @@ class Corpus:
     def check_alike(
         self, other: RegionStore, allow_other_detector: bool, flag: str = "--data-path"
     ) -> None:
-        """Raise UsageError unless a store has features like those of this corpus."""
+        """Raise UsageError unless a store has the feature size, classes and detector of this
+        corpus.
+        """
         first = self.stores[0]
         if (other.feature_dim, other.num_classes) != (first.feature_dim, first.num_classes):
             raise UsageError(
-                f"{flag} {other.path}: features of {other.feature_dim} and {other.num_classes}"
-                f" classes, but {first.path} has {first.feature_dim} and {first.num_classes}; use"
-                " stores of one detector"
+                f"{flag} {other.path}: features of size {other.feature_dim} and"
+                f" {other.num_classes} classes, but {first.path} has {first.feature_dim} and"
+                f" {first.num_classes}; use stores of one detector"
             )
 
         check_detector(
@@ -71,29 +73,30 @@ class Corpus:
 
     @property
     def path(self) -> str:
-        """For messages."""
+        """Join the paths of all stores, for messages."""
         return ", ".join(str(store.path) for store in self.stores)
 
     @property
     def has_labels(self) -> bool:
-        """Whether all regions have class labels."""
+        """Check whether all regions have class labels."""
         return all(
             "none" not in str(store.manifest.get("soft_labels", "")).split(" and ")
             for store in self.stores
         )
 
     def caption(self, index: int) -> str:
-        """Give the text of a caption."""
+        """Return the text of a caption."""
         store = int(np.searchsorted(self.first_caption, index, side="right")) - 1
         return self.stores[store].caption(index - int(self.first_caption[store]))
 
     def languages(self) -> np.ndarray:
-        """Give language tag of each caption, array of str [captions]."""
+        """Return the language tag of each caption, an object array of str [captions]."""
         return np.concatenate([store.languages() for store in self.stores])
 
     def tokens(self, captions: np.ndarray, tokenizer: CaptionTokenizer, longest: int) -> TokenBatch:
-        """Give pieces of some captions [n], the first `longest` of each: from the stores' token
-        files where they fit the vocabulary.
+        """Return the first `longest` pieces of each of some captions [n], in their order.
+
+        Pieces come from a store's token file if that was made with this tokeniser's vocabulary.
         """
         owner = np.searchsorted(self.first_caption, captions, side="right") - 1
         parts = []
@@ -131,33 +134,32 @@ class Corpus:
         )
 
     def caption_bytes(self) -> np.ndarray:
-        """Give int32 [captions]: bytes of each caption, a measure of its tokens that costs
-        nothing.
-        """
+        """Return the bytes of each caption, int32 [captions]: a free estimate of its tokens."""
         return np.concatenate([np.diff(store.captions.offsets) for store in self.stores]).astype(
             np.int32
         )
 
     def has_hard_negatives(self) -> bool:
-        """Tell whether any store has mined negatives; reads and so checks their tables."""
+        """Check whether any store has mined negatives; opens and checks the tables."""
         return any(table is not None for table in self._tables("hard_negatives"))
 
     def hard_negatives(self, caption: int) -> np.ndarray:
-        """Give int64 [<= K]: captions to use as hard negatives of a caption."""
+        """Return the hard negatives mined for a caption: caption numbers, int64 [<= K]."""
         return self._mined("hard_negatives", self.first_caption, caption)
 
     def has_hard_images(self) -> bool:
-        """Tell whether every store has mined neighbours of its images."""
+        """Check whether every store has mined neighbours of its images."""
         return all(table is not None for table in self._tables("hard_images"))
 
     def hard_images(self, image: int) -> np.ndarray:
-        """Give int64 [<= K]: images whose mean features are nearest to an image's."""
+        """Return the images whose mean features are nearest to an image's, int64 [<= K]."""
         return self._mined("hard_images", self.first_image, image)
 
     def _mined(self, kind: str, first: np.ndarray, number: int) -> np.ndarray:
-        """Give a row of a table of the stores, numbered through.
+        """Return a row of the stores' tables of one kind, in the corpus's numbers and without
+        empty places; empty if the store has no such table.
 
-        `first` are the first numbers of each store.
+        `first` holds the first number of each store.
         """
         store = int(np.searchsorted(first, number, side="right")) - 1
         table = self._tables(kind)[store]
@@ -176,8 +178,8 @@ class Corpus:
     def read_batch(
         self, images: np.ndarray, offsets: np.ndarray, out: Sequence[np.ndarray]
     ) -> np.ndarray:
-        """Read the first regions of some images [B] into rows offsets[i] .. offsets[i + 1] of
-        arrays; see RegionStore.read_batch.
+        """Read the first regions of some images [B] into rows offsets[i] .. offsets[i + 1] - 1 of
+        the arrays `out`; return the image sizes float32 [B, 2]. See RegionStore.read_batch.
         """
         starts = offsets[:-1]
         stops = offsets[1:]
@@ -194,27 +196,27 @@ class Corpus:
         return sizes
 
     def complain(self, image: int) -> None:
-        """Read an image with every check, so that the UsageError names its file and what is
+        """Read an image with every check; if it is bad, the UsageError names its file and what is
         wrong.
         """
         store = int(np.searchsorted(self.first_image, image, side="right")) - 1
         self.stores[store].read(image - int(self.first_image[store]))
 
     def label_width(self) -> int:
-        """Give entries of a soft label."""
+        """Return the number of entries of a soft label; raise UsageError if the stores differ."""
         widths = {store.label_width() for store in self.stores}
         if len(widths) > 1:
             raise UsageError(
                 f"--data-path {self.path}: soft labels with {', '.join(map(str, sorted(widths)))}"
-                " entries; build the stores with one --soft-labels"
+                " entries; build all stores with the same --soft-labels"
             )
 
         return widths.pop()
 
 
 def check_detector(expected: dict | None, found: dict | None, where: str, allowed: bool) -> None:
-    """Raise UsageError when two detectors are known and differ: their features mean different
-    things.
+    """Raise UsageError if both detectors are known, differ, and this is not allowed: their features
+    mean different things.
     """
     if expected and found and expected != found and not allowed:
         raise UsageError(

@@ -20,7 +20,7 @@ HARD_NEGATIVES = "hard_negatives.npy"  # captions near each caption
 HARD_IMAGES = "hard_images.npy"  # images near each image
 REPORT = "dropped.jsonl"
 PLAN = "plan.json"  # what a build was asked for
-REBUILD = "restore it or rebuild the store with tools/build_features.py"
+REBUILD = "restore it or rebuild the store with interbert build-features"
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def read_manifest(store: Path) -> dict[str, Any]:
     if not there:
         raise UsageError(
             f"{store}: no {MANIFEST} there, expected a region store (commas stand between several);"
-            " make one with tools/build_features.py or tools/make_sample.py"
+            " make one with interbert build-features or interbert make-sample"
         )
 
     manifest = read_json(path, "region store")
@@ -115,7 +115,7 @@ def read_manifest(store: Path) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         raise UsageError(
             f"{path}: schema_version {version}, this version reads {SCHEMA_VERSION}; rebuild the"
-            " store with tools/build_features.py"
+            " store with interbert build-features"
         )
 
     _check_fields(manifest, NEEDED, str(path))

@@ -99,7 +99,7 @@ class OpenShard:
             if name not in file:
                 raise UsageError(
                     f"{self.path}: dataset '{name}' is missing; rebuild the store with"
-                    " tools/build_features.py"
+                    " interbert build-features"
                 )
 
         for name in (*COLUMNS, "pos_boxes", "image_sizes"):

@@ -138,14 +138,14 @@ class RegionStore:
         were mined.
         """
         return self._neighbours(
-            HARD_NEGATIVES, self.num_captions, "captions", "tools/mine_negatives.py"
+            HARD_NEGATIVES, self.num_captions, "captions", "interbert mine-negatives"
         )
 
     def hard_images(self) -> np.ndarray | None:
         """Give int32 [images, K] of image indexes, nearest first, -1 where there are fewer, or None
         when none were mined.
         """
-        return self._neighbours(HARD_IMAGES, self.num_images, "images", "tools/mine_neighbours.py")
+        return self._neighbours(HARD_IMAGES, self.num_images, "images", "interbert mine-neighbours")
 
     def _neighbours(self, file: str, count: int, what: str, tool: str) -> np.ndarray | None:
         path = self.path / file

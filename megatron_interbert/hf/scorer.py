@@ -93,9 +93,7 @@ class InterBertScorer:
         x2 y2) and size (w, h); a single one and a single caption may stand without a list.
         UsageError names the image or caption that is wrong.
         """
-        if batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size}, expected 1 or more")
-
+        check_positive("batch_size", batch_size)
         images = (
             [image_regions]
             if isinstance(image_regions, (Regions, Mapping))
@@ -141,6 +139,9 @@ class InterBertScorer:
         Each pair is judged by the whole model, as a cross-encoder does. UsageError unless one side
         is single.
         """
+        if top_k is not None:
+            check_positive("top_k", top_k)
+
         scores = self.score(image_regions, captions, batch_size)
         if 1 not in scores.shape:
             raise UsageError(
@@ -180,6 +181,7 @@ class InterBertScorer:
     @torch.inference_mode()
     def _encode(self, examples: list[Example], batch_size: int, images: bool) -> np.ndarray:
         """Pool one side of the examples, float32 [examples, P]."""
+        check_positive("batch_size", batch_size)
         inner = self.model.interbert
         device = self.model.device
         scorer = PairScorer(inner)
@@ -225,6 +227,12 @@ class InterBertScorer:
         tensors = (pad(features, batch_first=True), pad(locations, batch_first=True), mask)
 
         return ImageTensors(*(tensor.to(self.model.device) for tensor in tensors))
+
+
+def check_positive(name: str, value: int) -> None:
+    """Raise UsageError unless an argument is 1 or more."""
+    if value < 1:
+        raise UsageError(f"{name} is {value}, expected 1 or more")
 
 
 def read_image(number: int, image: Image, feature_dim: int) -> tuple[np.ndarray, np.ndarray]:

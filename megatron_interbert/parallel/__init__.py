@@ -1,3 +1,3 @@
-"""Process groups, collectives with gradients, tensor-parallel layers, vocabulary-parallel loss,
-random streams.
+"""Provide process groups, collectives with gradients, tensor-parallel layers, the
+vocabulary-parallel loss and random streams.
 """

@@ -1,5 +1,5 @@
-"""What all ranks must agree on before they work together: an error on one is an error on all, and
-who is odd is named.
+"""Make ranks agree before they work together: an error on one is raised on all, and ranks that
+differ are named.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +12,8 @@ T = TypeVar("T")
 
 
 def together(state: ParallelState, action: Callable[[], T]) -> T:
-    """`action()` on every rank; when it fails on some, all fail with the same UsageError, which
-    names them. No collectives inside.
+    """Run `action()` on every rank and return its result; if it raises UsageError on some ranks,
+    raise one on all that names them. `action` must not use collectives.
     """
     result = None
     problem = None
@@ -36,8 +36,8 @@ def together(state: ParallelState, action: Callable[[], T]) -> T:
 
 
 def check_alike(state: ParallelState, facts: dict[str, Any]) -> None:
-    """UsageError, on all ranks, when they are not about to do the same work: other code, versions,
-    data, settings, steps.
+    """Raise UsageError on all ranks if they are about to do different work: if any of `facts`
+    (code, versions, data, settings, steps) differs from rank 0's.
     """
     found = state.gather((facts, state.node))
 
@@ -53,5 +53,5 @@ def check_alike(state: ParallelState, facts: dict[str, Any]) -> None:
 
 
 def some(things: Sequence[Any]) -> str:
-    """Name the first of some things, `1, 2, 3, ..`, for people."""
+    """Join the first eight of some things for people: `1, 2, 3, ..`."""
     return ", ".join(map(str, things[:8])) + (", .." if len(things) > 8 else "")

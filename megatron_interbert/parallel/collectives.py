@@ -1,6 +1,6 @@
-"""Collectives over the tensor-parallel group with their gradients.
+"""Provide collectives over the tensor-parallel group with their gradients.
 
-A group of one rank (or None) costs nothing.
+For a group of one rank, or None, they do nothing.
 """
 
 from collections.abc import Callable
@@ -9,24 +9,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# torch 2.13 has new names for these and warns of the old ones.
+# torch 2.13 renames these and warns about the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def group_size(group: dist.ProcessGroup | None) -> int:
-    """Give number of ranks; 1 for None."""
+    """Return the number of ranks in the group; 1 for None."""
     return 1 if group is None else dist.get_world_size(group)
 
 
 def group_rank(group: dist.ProcessGroup | None) -> int:
-    """This process's rank in the group; 0 for None."""
+    """Return this process's rank in the group; 0 for None."""
     return 0 if group is None else dist.get_rank(group)
 
 
 def start_gather(x: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, dist.Work]:
-    """Give all ranks' rows [ranks x n, ..] in the order of the ranks, and what to wait for before
-    they are read.
+    """Start gathering all ranks' rows; return them [ranks x n, ..] in rank order, and the work to
+    wait for before reading them.
     """
     rows = x.new_empty(x.shape[0] * group_size(group), *x.shape[1:])
     return rows, _all_gather(rows, x.contiguous(), group=group, async_op=True)
@@ -35,8 +35,8 @@ def start_gather(x: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tenso
 def start_reduce_scatter(
     x: torch.Tensor, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, dist.Work]:
-    """This rank's rows [n, ..] of the sum of all ranks' x [ranks x n, ..], and what to wait for
-    before they are read.
+    """Start summing all ranks' x [ranks x n, ..]; return this rank's rows of the sum [n, ..], and
+    the work to wait for before reading them.
     """
     rows = x.new_empty(x.shape[0] // group_size(group), *x.shape[1:])
     return rows, _reduce_scatter(rows, x.contiguous(), group=group, async_op=True)
@@ -72,7 +72,7 @@ Exchange = Callable[[torch.Tensor, dist.ProcessGroup], torch.Tensor]
 
 
 class _Collective(torch.autograd.Function):
-    """One exchange forward and another one backward."""
+    """Apply one exchange in the forward pass and another in the backward pass."""
 
     @staticmethod
     def forward(
@@ -94,42 +94,40 @@ def _exchange(
 
 
 def copy_to_group(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Identity forward, sum of gradients backward: a replicated activation enters sharded
-    layers.
+    """Pass a replicated activation into sharded layers: identity forward, gradients summed
+    backward.
     """
     return _exchange(x, group, _same, _summed)
 
 
 def reduce_from_group(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Sum forward, identity backward: partial results of sharded layers become a replicated
-    activation.
-    """
+    """Sum partial results of sharded layers into a replicated activation; identity backward."""
     return _exchange(x, group, _summed, _same)
 
 
 def all_gather_rows(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Let rows that are shared out [n, ..] enter sharded layers [ranks x n, ..]: gathered forward,
-    gradients summed and shared out backward.
+    """Pass split rows [n, ..] into sharded layers as [ranks x n, ..]: all-gather forward,
+    reduce-scatter of gradients backward.
     """
     return _exchange(x, group, _gathered, _scattered)
 
 
 def scatter_sum(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Give partial results of sharded layers [ranks x n, ..] become rows shared out [n, ..]: summed
-    forward, gathered backward.
+    """Sum partial results of sharded layers [ranks x n, ..] into split rows [n, ..]:
+    reduce-scatter forward, all-gather of gradients backward.
     """
     return _exchange(x, group, _scattered, _gathered)
 
 
 def split_rows(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """A replicated activation [ranks x n, ..] becomes rows shared out [n, ..]; gradients are
+    """Split a replicated activation [ranks x n, ..] into each rank's rows [n, ..]; gradients are
     gathered.
     """
     return _exchange(x, group, _own, _gathered)
 
 
 def join_rows(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Join rows shared out [n, ..] become a replicated activation [ranks x n, ..], whose gradient
-    is the same on all ranks.
+    """Join split rows [n, ..] into a replicated activation [ranks x n, ..], whose gradient must be
+    the same on all ranks.
     """
     return _exchange(x, group, _gathered, _own)

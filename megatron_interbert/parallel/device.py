@@ -1,7 +1,7 @@
-"""Which device this process computes on: decided here, by the rule that DeepSpeed follows too.
+"""Choose the device of this process, by the rule that DeepSpeed follows too.
 
-DS_ACCELERATOR=cpu or cuda decides where it is set, else whether torch sees a GPU (of AMD as well:
-torch calls those cuda). `check_deepspeed` holds DeepSpeed's own choice against ours.
+DS_ACCELERATOR=cpu or cuda decides if it is set, else whether torch sees a GPU (AMD's included:
+torch calls those cuda). `check_deepspeed` compares DeepSpeed's own choice with this one.
 """
 
 import os
@@ -20,7 +20,7 @@ ACCELERATOR = "DS_ACCELERATOR"
 def gpus() -> int:
     """Count the GPUs that this process may use; 0 means that it computes on the CPU.
 
-    UsageError where DS_ACCELERATOR names a device that is not there, or one that we do not know.
+    Raises UsageError if DS_ACCELERATOR names an unknown device, or GPUs that torch does not see.
     """
     asked = os.environ.get(ACCELERATOR, "")
     if asked not in ("", "cpu", "cuda"):
@@ -44,12 +44,12 @@ def gpus() -> int:
 
 
 def this_device() -> torch.device:
-    """Choose the GPU of this process's local rank, else the CPU, and make it torch's current
+    """Choose the GPU of this process's local rank, else the CPU, and make a GPU torch's current
     device.
 
-    Where a launcher shows each process a GPU of its own (srun --gpus-per-task=1), that is number 0
-    for all of them. UsageError, the same on all ranks of a machine, where these are more than its
-    GPUs.
+    If the launcher shows each process only its own GPU (srun --gpus-per-task=1), that is number 0
+    for all of them. Raises UsageError, the same on all ranks of a machine, if there are more ranks
+    than GPUs.
     """
     there = gpus()
     if not there:
@@ -72,32 +72,27 @@ def this_device() -> torch.device:
 
 
 def gpu_identity(device: torch.device) -> str:
-    """Name the physical GPU behind a device, whatever number it has here; empty for the CPU."""
+    """Return the UUID of the GPU behind a device, whatever its number here; empty for the CPU."""
     if device.type != "cuda":
         return ""
     return str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
 
 
 def why_no_gpu() -> str:
-    """Say why torch sees no GPU on a machine that seems to have one; empty where nothing is odd."""
+    """Explain why torch sees no GPU on a machine that seems to have one; "" if all is well."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None:
         return f"CUDA_VISIBLE_DEVICES is '{hidden}'"
     if not NVIDIA_DRIVER.exists():
         return ""
     if torch.version.cuda is None:
-        return "it has an NVIDIA driver, but this torch is a build for CPUs"
+        return "it has an NVIDIA driver, but this torch is a CPU build"
 
-    return (
-        f"its NVIDIA driver does not serve CUDA {torch.version.cuda}, which this torch is built for"
-    )
+    return f"its NVIDIA driver does not support CUDA {torch.version.cuda}, which this torch needs"
 
 
 def unused_gpu_note() -> str:
-    """Give a line for a user whose GPU will stay idle without being asked to.
-
-    Empty where all is well.
-    """
+    """Return a note for a user whose GPU will stay idle unintentionally; empty if all is well."""
     if os.environ.get(ACCELERATOR) or "CUDA_VISIBLE_DEVICES" in os.environ or gpus():
         return ""
 
@@ -107,24 +102,24 @@ def unused_gpu_note() -> str:
 
     return (
         f"note: training on the CPU of {node_name()}: {reason} (torch {torch.__version__});"
-        f" install a build of torch that fits, or set {ACCELERATOR}=cpu if this is meant"
+        f" install a matching build of torch, or set {ACCELERATOR}=cpu if this is intended"
     )
 
 
 def report_gpus() -> None:
-    """Print the number of GPUs for a shell script, and a note to stderr where one stays idle."""
+    """Print the number of GPUs for a shell script, and a note to stderr if one stays idle."""
     print(gpus())
     if note := unused_gpu_note():
         print(note, file=sys.stderr)
 
 
 def check_deepspeed(device: torch.device) -> None:
-    """Raise UsageError where DeepSpeed has chosen another kind of device than we have."""
+    """Raise UsageError if DeepSpeed has chosen another kind of device than this program."""
     from deepspeed.accelerator import get_accelerator
 
     theirs = get_accelerator().device_name()
     if theirs != device.type:
         raise UsageError(
-            f"DeepSpeed would use '{theirs}' on {node_name()}, we use '{device.type}';"
+            f"DeepSpeed would use '{theirs}' on {node_name()}, this program '{device.type}';"
             f" set {ACCELERATOR}={device.type} before the start"
         )

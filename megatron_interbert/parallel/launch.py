@@ -1,6 +1,4 @@
-"""Where this process stands among all processes of a run, read in one place from whatever started
-it.
-"""
+"""Read this process's place among all processes of a run from what the launcher set."""
 
 import os
 import re
@@ -9,15 +7,16 @@ from dataclasses import dataclass
 
 from megatron_interbert.errors import UsageError
 
-MEETING_SECONDS = 45  # after its imports a process waits so long for the others
-PORTS = range(20000, 30000)  # below the ports that Linux gives to outgoing connections
+MEETING_SECONDS = 45  # how long a process waits for the others after its imports
+PORTS = range(20000, 30000)  # below those Linux uses for outgoing connections
 
 
 @dataclass(frozen=True)
 class Launch:
-    """`launcher` is deepspeed, torchrun, srun or python.
+    """Hold a process's place in a run.
 
-    `node` the machine's name; (`master`, `port`) where all ranks meet.
+    `launcher` is deepspeed, torchrun, srun or python, `node` the machine's name; all ranks meet at
+    (`master`, `port`).
     """
 
     launcher: str
@@ -31,24 +30,24 @@ class Launch:
 
     @property
     def hosted_by_agent(self) -> bool:
-        """Whether torchrun's agent holds the store at (`master`, `port`), and not rank 0."""
+        """Check whether torchrun's agent, not rank 0, hosts the store at (`master`, `port`)."""
         return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
     @property
     def on_one_machine(self) -> bool:
-        """Whether `deepspeed` has started all ranks as children of one process of this machine."""
+        """Check whether `deepspeed` started all ranks, from one parent process on this machine."""
         return self.launcher == "deepspeed" and self.local_size == self.world_size
 
     @property
     def attempt(self) -> str:
-        """Tells the processes of this start from those of one before on the same store."""
+        """Return what tells this start from earlier ones that used the same store."""
         return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 @dataclass(frozen=True)
 class LocalPlace:
-    """The number of a process among the `size` of its machine, and whether it sees all devices
-    there.
+    """Hold a process's rank among the `size` processes of its machine, and whether it sees all
+    devices there.
     """
 
     rank: int
@@ -57,10 +56,10 @@ class LocalPlace:
 
 
 def local_place() -> LocalPlace:
-    """Read where this process stands on its machine; changes nothing.
+    """Read this process's place on its machine, without changing the environment.
 
-    deepspeed and torchrun show all devices to each of their processes. srun, mpirun and scripts may
-    show one to each.
+    deepspeed and torchrun show all devices to each process; srun, mpirun and scripts may show each
+    process only one.
     """
     slurm = _by_srun() and "LOCAL_RANK" not in os.environ
     rank = number("SLURM_LOCALID" if slurm else "LOCAL_RANK", 0)
@@ -70,7 +69,7 @@ def local_place() -> LocalPlace:
 
 
 def read_launcher() -> str:
-    """Name what has started this process: torchrun, deepspeed, srun or python."""
+    """Return what started this process: torchrun, deepspeed, srun or python."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun"
     if "CROSS_RANK" in os.environ:
@@ -79,15 +78,15 @@ def read_launcher() -> str:
 
 
 def _by_srun() -> bool:
-    """Tell whether this is one of several tasks of a step.
+    """Check whether this is one of several tasks of a Slurm step.
 
-    A batch script has SLURM_NTASKS, and is one.
+    SLURM_NTASKS would not do: a batch script has it too, and is a single task.
     """
     return number("SLURM_STEP_NUM_TASKS", 1, least=1) > 1
 
 
 def _set_by_srun(name: str) -> str:
-    """Read a variable of Slurm's; UsageError where it is missing beside those that are there."""
+    """Read a Slurm variable; UsageError if it is missing although others are set."""
     if name not in os.environ:
         raise UsageError(
             f"SLURM_STEP_NUM_TASKS is set and {name} is not; start the processes by srun"
@@ -98,10 +97,10 @@ def _set_by_srun(name: str) -> str:
 
 def read_launch() -> Launch:
     """Read the launch of this process, and set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-    MASTER_PORT, which libraries look at.
+    MASTER_PORT, which libraries read.
 
     deepspeed and torchrun set them; under a plain `srun` they come from Slurm; otherwise this is a
-    single process. UsageError for variables that make no sense.
+    single process. Raises UsageError for variables that make no sense.
     """
     launcher = read_launcher()
     set_variables(launcher)
@@ -121,7 +120,7 @@ def read_launch() -> Launch:
 
 
 def set_variables(launcher: str) -> None:
-    """Set the variables that deepspeed and torchrun set, where neither has started this process."""
+    """Set the variables that deepspeed and torchrun set, if neither started this process."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return
@@ -145,7 +144,7 @@ def set_variables(launcher: str) -> None:
 
 
 def read_meeting_place(ranks: int) -> tuple[str, int]:
-    """Read MASTER_ADDR and MASTER_PORT; UsageError where one is missing or no port."""
+    """Read MASTER_ADDR and MASTER_PORT; UsageError if one is missing or the port is invalid."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise UsageError(
@@ -161,7 +160,7 @@ def read_meeting_place(ranks: int) -> tuple[str, int]:
 
 
 def environment_of_one_process() -> dict[str, str]:
-    """Give this process's environment without what says that it is one of several."""
+    """Return this process's environment without the variables that make it one of several."""
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
     meeting = ("MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE", "SLURM_STEP_NUM_TASKS")
 
@@ -173,19 +172,19 @@ def environment_of_one_process() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Give a port of this machine at which nobody listens."""
+    """Return a port on this machine on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def node_name() -> str:
-    """Give the name of this machine: Slurm's where there is one."""
+    """Return the name of this machine: Slurm's if there is one."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def number(name: str, default: int, least: int = 0) -> int:
-    """Read a whole number from the environment; UsageError for anything else."""
+    """Read an integer of at least `least` from the environment; UsageError for anything else."""
     text = os.environ.get(name) or str(default)
     plain = text.isascii() and text.isdigit() and len(text) < 20
     if not plain or int(text) < least:
@@ -198,19 +197,19 @@ def number(name: str, default: int, least: int = 0) -> int:
 
 
 def _first(tasks_per_node: str) -> str:
-    """`2(x3),1` -> `2`."""
+    """Return the first node's number of tasks: `2(x3),1` -> `2`."""
     return re.split(r"[(,]", tasks_per_node)[0]
 
 
 def first_host(nodes: str) -> str:
-    """Give the first machine of Slurm's list: `gpu[003-010,12],x1` -> `gpu003`."""
+    """Return the first machine of Slurm's node list: `gpu[003-010,12],x1` -> `gpu003`."""
     found = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
     return "".join(part or "" for part in found.groups())
 
 
 def meeting_place() -> tuple[str, str]:
-    """Give (address, port) of MASTER_ADDR and MASTER_PORT, else the first machine of the Slurm step
-    and a port that only this job has.
+    """Return MASTER_ADDR and MASTER_PORT where set, else the first machine of the Slurm step and a
+    port derived from the job id.
     """
     nodes = os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")
     job = number("SLURM_JOB_ID", 0)

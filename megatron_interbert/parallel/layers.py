@@ -1,8 +1,8 @@
-"""Linear and embedding layers whose weights are shared out over a tensor-parallel group.
+"""Define linear and embedding layers whose weights are sharded over a tensor-parallel group.
 
-Each takes the full sizes and its group (the linear ones by the placement of token rows in it), and
-holds only its own slice. A column-parallel layer followed by a row-parallel one costs one all-
-reduce forward and one backward, or what stands for it where rows are shared out.
+Each takes the full sizes and its group (the linear ones through the placement of token rows), and
+holds only its own slice. A column-parallel layer followed by a row-parallel one costs one
+all-reduce forward and one backward, or its counterpart under sequence parallelism.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class ColumnParallelLinear(nn.Module):
-    """y = activation(x W^T, b) with the rows of W [out, in] shared out: [N, in] placed so -> all of
-    [N, out / ranks].
+    """Compute y = activation(x W^T, b) with the rows of W [out, in] sharded: x [N, in] as placed ->
+    all rows [N, out / ranks].
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """y = x W^T with the columns of W [out, in] shared out: all of [N, in / ranks] -> [N, out]
-    placed so.
+    """Compute y = x W^T with the columns of W [out, in] sharded: all rows [N, in / ranks] -> [N,
+    out] as placed.
 
-    It has no bias: that is replicated, is added once after the reduction, and lives in the layer
-    that adds it.
+    There is no bias here: it is replicated, added once after the reduction, and belongs to the
+    layer that adds it.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rows of a [padded vocabulary, hidden] table shared out; token ids [Nt] -> [Nt, hidden]
-    replicated.
+    """Embed token ids [Nt] -> [Nt, hidden], replicated, with the rows of the [padded vocabulary,
+    hidden] table sharded.
 
-    The same weight serves as the decoder of the word head, so its logits are shared out alike.
+    The same weight is the word head's decoder, whose logits are therefore sharded in the same way.
     """
 
     def __init__(

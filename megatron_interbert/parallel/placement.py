@@ -1,11 +1,11 @@
-"""Where the rows of tokens lie between the sharded layers: all on every rank, or shared out
+"""Place token rows between sharded layers: all rows on every rank, or split among the ranks
 (sequence parallelism).
 
-Shared out, what stands between two sharded layers (dropout, residual, norm) is done and remembered
-once in a tensor-parallel group and not by each of its ranks. An all-reduce becomes a reduce-scatter
-and an all-gather, which send as much; but the backward pass gathers what it did not keep once more,
-so that a quarter to a third more is sent in all. From Korthikanti et al., "Reducing activation
-recomputation in large transformer models" (arXiv 2205.05198).
+With split rows, what is between two sharded layers (dropout, residual, norm) is computed and stored
+once per tensor-parallel group, not by each of its ranks. An all-reduce becomes a reduce-scatter and
+an all-gather, which send as much; but the backward pass gathers again what it did not keep, so a
+quarter to a third more is sent in all. From Korthikanti et al., "Reducing activation recomputation
+in large transformer models" (arXiv 2205.05198).
 """
 
 from dataclasses import dataclass
@@ -29,30 +29,30 @@ from megatron_interbert.parallel.collectives import (
 
 
 class Products(Protocol):
-    """How a layer y = x W^T + b multiplies: x [N, in], weight [out, in], bias [out], grad [N,
-    out].
+    """Compute the products of a layer y = x W^T + b: x [N, in], weight [out, in], bias [out], grad
+    [N, out].
     """
 
     @staticmethod
     def linear(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Give [N, out], with gradients by autograd."""
+        """Return y [N, out], differentiable by autograd."""
 
     @staticmethod
     def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Give [N, in]."""
+        """Return the gradient of x [N, in]."""
 
     @staticmethod
     def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Give [out, in]."""
+        """Return the gradient of the weight [out, in]."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Of one tensor-parallel group.
+    """Describe how one tensor-parallel group holds token rows.
 
-    `shared`: between the sharded layers each rank holds an equal part of the rows, in order.
+    `shared`: between sharded layers each rank holds an equal part of the rows, in order.
     """
 
     group: dist.ProcessGroup | None = None
@@ -60,19 +60,19 @@ class Placement:
 
     @property
     def ranks(self) -> int:
-        """Number of ranks."""
+        """Return the number of ranks in the group."""
         return group_size(self.group)
 
     def column_linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, products: Products
     ) -> torch.Tensor:
-        """Give all rows [N, out / ranks] of x W^T + b; x [N, in], or this rank's rows of it."""
+        """Return all rows [N, out / ranks] of x W^T + b; x is [N, in], or this rank's rows."""
         if self.ranks == 1:
             return products.linear(x, weight, bias)
         return _ColumnLinear.apply(x, weight, bias, self, products)
 
     def reduce(self, partial: torch.Tensor) -> torch.Tensor:
-        """Give the sum of the ranks' partial results [N, H]: all rows of it, or this rank's."""
+        """Return the sum of the ranks' partial results [N, H]: all rows, or this rank's."""
         return (
             scatter_sum(partial, self.group)
             if self.shared
@@ -80,13 +80,13 @@ class Placement:
         )
 
     def parameters(self, *vectors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Replicated vectors [H] that act on the rows of this rank: their gradients are summed over
-        the ranks.
+        """Return replicated vectors [H] to use on this rank's rows; with split rows their gradients
+        are summed over the ranks.
         """
         return copy_to_group(torch.stack(vectors), self.group).unbind() if self.shared else vectors
 
     def select(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Give the rows [R] of x by their numbers among all; shared out again, if they are."""
+        """Return rows of x by index [R] among all rows; split over the ranks if x is."""
         if not self.shared:
             return x.index_select(0, rows)
         return all_gather_rows(x, self.group).index_select(
@@ -94,17 +94,17 @@ class Placement:
         )
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's rows of a replicated x, to be shared out."""
+        """Return this rank's rows of a replicated x."""
         return split_rows(x, self.group)
 
     def join(self, x: torch.Tensor) -> torch.Tensor:
-        """Join all rows of an x that was shared out, replicated."""
+        """Return all rows of an x that is split over the ranks, replicated."""
         return join_rows(x, self.group)
 
 
 class _ColumnLinear(torch.autograd.Function):
-    """The backward pass communicates while it multiplies: rows arrive during the first product,
-    gradients leave during the second.
+    """Overlap communication with the products of the backward pass: rows arrive during the first,
+    gradients are sent during the second.
     """
 
     @staticmethod
@@ -118,7 +118,7 @@ class _ColumnLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.placement = placement
         ctx.products = products
-        ctx.save_for_backward(x, weight)  # this rank's rows: the others come again
+        ctx.save_for_backward(x, weight)  # this rank's rows; the others are gathered again
         if placement.shared:
             x, arrived = start_gather(x, placement.group)
             arrived.wait()

@@ -1,9 +1,9 @@
-"""Two streams of random numbers for dropout, and recomputation that replays both.
+"""Provide two random streams for dropout, and recomputation that replays both.
 
-Replicated activations draw from torch's default generator, seeded alike on the ranks of a tensor-
-parallel group; sharded ones draw inside `RandomStreams.sharded()`, seeded apart. Both are seeded
-anew from (seed, step) at every step, so there is no state to save: a resumed step draws what the
-undisturbed one would have drawn.
+Replicated activations draw from torch's default generator, seeded the same on all ranks of a
+tensor-parallel group; sharded ones draw inside `RandomStreams.sharded()`, seeded differently. Both
+are reseeded from (seed, step) at every step, so there is no state to save: a resumed step draws
+what the uninterrupted one would have drawn.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,12 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 class RandomStreams:
-    """The sharded stream of one device.
+    """Hold the sharded stream of one device; the replicated one is torch's default generator.
 
-    `data_rank` and `tensor_rank` keep ranks apart where they must differ.
-
-    `alone`: there is no other tensor-parallel rank, so one stream serves for both, and nothing is
-    read and written.
+    `data_rank` and `tensor_rank` make ranks differ where they must. `alone`: there is only one
+    tensor-parallel rank, so one stream serves as both and no generator state is swapped.
     """
 
     def __init__(
@@ -40,7 +38,7 @@ class RandomStreams:
         self.start_step(0)
 
     def start_step(self, step: int) -> None:
-        """Seed both streams for an optimizer step."""
+        """Reseed both streams for an optimizer step."""
         replicated = np.random.SeedSequence([self.seed, step, self.data_rank]).generate_state(
             1, np.uint64
         )[0]
@@ -52,7 +50,7 @@ class RandomStreams:
         torch.manual_seed(int(replicated))
 
     def _read(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Of the host, from which our kernels take their seeds, and of the device."""
+        """Return generator states: the host's, from which our kernels draw seeds, and the GPU's."""
         return torch.get_rng_state(), torch.cuda.get_rng_state() if self.on_gpu else None
 
     def _write(self, state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
@@ -62,7 +60,7 @@ class RandomStreams:
 
     @contextmanager
     def sharded(self) -> Iterator[None]:
-        """Random numbers drawn inside differ between the ranks of a tensor-parallel group."""
+        """Draw random numbers inside that differ between the ranks of a tensor-parallel group."""
         if self.alone:
             yield
             return
@@ -91,8 +89,8 @@ class RandomStreams:
             self._sharded_state = later
 
     def recompute(self, function: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
-        """function(*inputs) whose activations are recomputed in the backward pass, dropout of both
-        streams replayed.
+        """Return function(*inputs); its activations are recomputed in the backward pass, with the
+        dropout of both streams replayed.
         """
         memory: dict[str, Any] = {}
         return checkpoint(

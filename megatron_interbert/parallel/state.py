@@ -1,4 +1,4 @@
-"""The data-parallel and tensor-parallel groups; the object is handed to DeepSpeed as its `mpu`."""
+"""Form the data-parallel and tensor-parallel groups; serves as DeepSpeed's `mpu`."""
 
 import copy
 from datetime import timedelta
@@ -12,16 +12,15 @@ from megatron_interbert.parallel.device import this_device as this_device  # par
 from megatron_interbert.parallel.launch import node_name
 from megatron_interbert.parallel.placement import Placement
 
-# The watchdog ends a run that hangs, and says why: no collective may give up before it does.
+# The watchdog ends a run that hangs, and says why: no collective may time out before it.
 COLLECTIVE_TIMEOUT = timedelta(days=1)
 
 
 class ParallelState:
-    """Ranks of one tensor-parallel group are neighbours (they talk most); data parallel strides
-    over them.
+    """Hold this process's ranks and groups.
 
-    Without torch.distributed, or `alone`, it describes a single process. Method names are those
-    DeepSpeed asks an mpu for.
+    Ranks of a tensor-parallel group are neighbours, since they communicate most; data-parallel
+    groups stride over them. Without torch.distributed, or if `alone`, this is a single process.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class ParallelState:
         )
 
     def _make_groups(self) -> None:
-        # every rank takes part in making every group
+        # all ranks must take part in creating every group
         for first in range(0, self.world_size, self.tensor_size):
             ranks = list(range(first, first + self.tensor_size))
             group = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)
@@ -68,14 +67,14 @@ class ParallelState:
                 self.data_group = group
 
     def with_replicated_rows(self) -> "ParallelState":
-        """Give the same groups without sequence parallelism."""
+        """Return a copy with the same groups, without sequence parallelism."""
         state = copy.copy(self)
         state.placement = Placement(self.tensor_group)
         return state
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that prints and writes logs."""
+        """Check whether this is rank 0, which prints and writes logs."""
         return self.rank == 0
 
     def sum_over_data(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -96,7 +95,7 @@ class ParallelState:
             dist.barrier()
 
     def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-        """Small picklable values of all ranks, in rank order."""
+        """Gather a small picklable value from all ranks; return them in rank order."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -104,7 +103,7 @@ class ParallelState:
 
         return values
 
-    # The mpu interface of DeepSpeed.
+    # The interface that DeepSpeed expects of an mpu.
     def get_model_parallel_rank(self) -> int:
         return self.tensor_rank
 

@@ -1,8 +1,8 @@
-"""Vocabulary projection and cross entropy in one operation, shared out over a tensor-parallel
+"""Compute vocabulary projection and cross entropy in one operation, sharded over a tensor-parallel
 group.
 
-Legend: M target rows, H hidden, V padded vocabulary, T ranks of the group, C = V / T columns of
-this rank.
+Legend: M target rows, H hidden size, V padded vocabulary, T ranks of the group, C = V / T columns
+of this rank.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ CHUNK = 1 << 26  # logits that exist at a time: 128 MiB in 16 bits
 
 
 class VocabMath(NamedTuple):
-    """The two passes over logits [m, C], of which the first `words` columns stand for words (see
+    """Hold the two passes over logits [m, C], whose columns from `words` on are padding (see
     kernels/plain.py).
     """
 
@@ -28,9 +28,9 @@ class VocabMath(NamedTuple):
 
 
 class _ProjectedCrossEntropy(torch.autograd.Function):
-    """Logits of all rows would be the largest tensor of a step: they exist chunk by chunk.
+    """Compute logits chunk by chunk, since those of all rows would be a step's largest tensor.
 
-    Where one chunk holds all rows, the backward pass finds it kept. Several are computed again.
+    A single chunk is kept for the backward pass; several are recomputed there.
     """
 
     @staticmethod
@@ -44,14 +44,14 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         math: VocabMath,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep the inputs and the logarithm of each row's sum of exponentials."""
+        """Save the inputs and each row's log-sum-exp; return (loss [M], correct [M])."""
         local = labels - len(weight) * group_rank(group)
         rows = max(1, CHUNK // len(weight))
         found = []
         logits = None
 
         for part, of_part in zip(hidden.split(rows), local.split(rows), strict=True):
-            logits = None  # frees the last chunk before the next is made
+            logits = None  # free the last chunk before making the next
             logits = F.linear(part, weight, bias)
             found.append(math.statistics(logits, of_part, words))
 
@@ -60,7 +60,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         total, own = _reduced(
             torch.stack([total * (largest - overall).exp(), own]), group, dist.ReduceOp.SUM
         )
-        # The lowest index wins a tie, on one rank and over all.
+        # The lowest index wins a tie, within a rank and across ranks.
         best = (best + len(weight) * group_rank(group)).masked_fill(
             largest < overall, torch.iinfo(best.dtype).max
         )
@@ -80,9 +80,9 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
     def backward(
         ctx: Any, grad: torch.Tensor, _right: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        """Give the gradients of hidden, weight and bias; a kept chunk of logits is used up."""
+        """Return the gradients of hidden, weight and bias; overwrites a kept chunk of logits."""
         hidden, weight, bias, local, normaliser = ctx.saved_tensors
-        # whose memory the gradient takes
+        # the gradient may be written over these
         logits = ctx.logits
         ctx.logits = None
         dhidden = torch.empty_like(hidden)
@@ -98,7 +98,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
             torch.mm(dlogits, weight, out=dpart)
             dweight.addmm_(dlogits.t(), part, beta=float(number > 0))  # the first one overwrites
             dbias += dlogits.sum(dim=0)
-            logits = dlogits = None  # frees both before the next chunk is made
+            logits = dlogits = None  # free both before making the next chunk
 
         return dhidden, dweight, dbias, None, None, None, None
 
@@ -122,14 +122,14 @@ def vocab_parallel_loss(
     group: dist.ProcessGroup | None,
     math: VocabMath,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give (cross entropy of each row [M], whether its most likely word is the label [M]), alike on
-    all ranks.
+    """Return (cross entropy of each row [M], whether its most likely word is the label [M]), the
+    same on all ranks.
 
     Logits are hidden [M, H] times this rank's rows of the table `weight` [C, H], plus `bias` [C];
-    `labels` [M] in [0, V). `hidden` is replicated, and its gradient is this rank's part: it must
-    have come through copy_to_group.
+    `labels` [M] are in [0, V). `hidden` is replicated, and its gradient is only this rank's part:
+    pass it through copy_to_group first.
     """
-    if len(hidden) == 0:  # a gradient of zeros for every parameter, as for any other batch
+    if len(hidden) == 0:  # zero gradients for every parameter, so that none is missing
         nothing = hidden.sum() + weight[:1].sum() * 0.0 + bias[:1].sum() * 0.0
         return nothing.expand(0), labels == labels
 

@@ -194,7 +194,7 @@ def wishes(record: dict) -> Topic:
     if not (kinds and colours and places):
         raise UsageError(
             f"topic {record['topic_id']}: no kind, colour or place among its keywords; not of this"
-            " tools/make_shop.py"
+            " interbert make-shop"
         )
 
     return Topic(record["name"], np.array(kinds), np.array(colours), places[0])

@@ -1,4 +1,4 @@
-"""Engine, optimizer, checkpoints, metrics and the one loop.
+"""Train: engine, optimizer, checkpoints, metrics and the one training loop.
 
-Knows tasks only by their loss and report.
+Tasks are known here only by their loss and report.
 """

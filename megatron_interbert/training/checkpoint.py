@@ -1,13 +1,14 @@
-"""Saving and resuming: every rank writes its share, a manifest makes it a checkpoint, a rename
-publishes it.
+"""Save and load checkpoints: every rank writes its share, a manifest completes them, a rename
+publishes them.
 
 A save copies the state to host memory and returns; a thread on every rank writes, flushes and
-hashes the rank's files in a temporary folder. When all ranks have succeeded the first one writes
-the manifest, renames the folder to `global_stepN` and moves the pointers. A folder without a valid
-manifest does not exist. All files are safetensors and JSON: nothing in a checkpoint can run code.
-Fragments of fp32 weights and moments are cut anew when read, so any layout resumes from any other
-(DeepSpeed's own format needs a conversion for that, and its universal form loses the parameter
-groups' settings at ZeRO-3 and does not cut tensor-parallel slices there).
+hashes the rank's files in a temporary folder. Once all ranks have succeeded, rank 0 writes the
+manifest, renames the folder to `global_stepN` and moves the pointers. A folder without a valid
+manifest does not count as a checkpoint. All files are safetensors and JSON, apart from the
+vocabulary: nothing in a checkpoint can run code. Fragments of fp32 weights and moments are
+resharded when read, so any layout resumes from any other (DeepSpeed's own format needs a conversion
+for that, and its universal form loses the parameter groups' settings at ZeRO-3 and does not split
+tensor-parallel slices there).
 """
 
 import dataclasses
@@ -47,13 +48,13 @@ from megatron_interbert.weights.manifest import (
 from megatron_interbert.weights.reader import KINDS, CheckpointReader, describe_pieces, piece_key
 from megatron_interbert.weights.tensor_files import TensorLayout, is_finite, write_tensors
 
-# a save that fails is reported and training continues; a second one in a row ends the run
+# one failed save is reported and training continues; a second one in a row ends the run
 FAILURES_ALLOWED = 1
 
 
 @dataclass
 class Progress:
-    """How far a run is. Random streams need no state: they are a function of (seed, step)."""
+    """Hold how far a run is. Random streams need no state: they follow from (seed, step)."""
 
     step: int = 0
     consumed_samples: int = 0
@@ -63,7 +64,7 @@ class Progress:
     owes_evaluation: bool = False  # the evaluation of this step has not been done yet
 
     def note(self, value: float) -> bool:
-        """Take the figure of an evaluation at this step; whether it is the best so far."""
+        """Note an evaluation's metric at this step; return whether it is the best so far."""
         if math.isfinite(value) and (self.best_value is None or value > self.best_value):
             self.best_step = self.step
             self.best_value = value
@@ -77,7 +78,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Judge:
-    """What decides which checkpoint is best: a figure, and the digest of the data that it is
+    """Hold what decides which checkpoint is best: a metric, and the digest of the data it is
     measured on.
     """
 
@@ -87,18 +88,18 @@ class Judge:
 
 @dataclass
 class Problem:
-    """Why a checkpoint was not written, and whether the next one cannot be better."""
+    """Hold why a checkpoint was not written; `hopeless`: no later one can succeed either."""
 
     text: str
     hopeless: bool = False
 
 
 class NotFinite(ValueError):
-    """The state that was to be saved is of no use any more."""
+    """Signal that the state to be saved contains NaN or infinity."""
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
-    """NotFinite names a tensor [any shape] with NaN or infinity in it."""
+    """Raise NotFinite, naming the tensor, if one contains NaN or infinity."""
     for name, tensor in tensors.items():
         if not is_finite(tensor):
             raise NotFinite(
@@ -109,21 +110,21 @@ def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
 
 @dataclass
 class Snapshot:
-    """A copy in host memory of what this rank writes: tensors by kind of file, where each lies, and
-    the manifest.
+    """Hold a host-memory copy of what this rank writes: tensors by kind of file, (start, shape of
+    the whole parameter) of each, and the manifest.
     """
 
     step: int
     files: dict[str, dict[str, torch.Tensor]]
     pieces: dict[str, dict[str, tuple[int, tuple[int, ...]]]]
     manifest: dict[str, Any]
-    prune: bool = True  # older checkpoints afterwards
+    prune: bool = True  # remove older checkpoints afterwards
 
 
 class Checkpoints:
-    """Saves to and resumes from folders of one run.
+    """Save and load the checkpoints of one run.
 
-    All ranks call the same methods in the same order.
+    All ranks must call the same methods in the same order.
     """
 
     def __init__(
@@ -141,9 +142,9 @@ class Checkpoints:
         self.state = state
         self.data = data
         self.judge = judge or Judge()
-        # goes into every checkpoint; the file may be gone by then
+        # goes into every checkpoint; the file may be gone by the time of a save
         self.vocabulary = Path(vocabulary).read_bytes()
-        self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()  # of the thread, for the log
+        self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()  # from the thread, for the log
         token = state.gather(f"{os.getpid()}-{time.time_ns()}")[0]
         self.folder = RunFolder(Path(config.save), claim or Claim(), token, self._messages.put)
         self.revision = git_revision()
@@ -151,18 +152,15 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._problem: Problem | None = None
         self._failures = 0
-        self.newest: Path | None = None  # that a run with this --save or --load resumes from
-        # Threads that write must not share the groups on which training communicates.
+        self.newest: Path | None = None  # the checkpoint to resume from
+        # The writing threads must not use the groups on which training communicates.
         self._group = None
         if state.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
     def save(self, engine: Engine, progress: Progress, prune: bool = True) -> None:
-        """Copy the state and start to write it; waits for the save before.
-
-        TrainingStopped when saves keep failing.
-
-        Older checkpoints are pruned afterwards, unless told otherwise.
+        """Wait for the previous save, copy the state and start writing it; then prune older
+        checkpoints if `prune`. Raises TrainingStopped if saves keep failing.
         """
         self.wait(allowed=FAILURES_ALLOWED)
         started = time.monotonic()
@@ -176,9 +174,9 @@ class Checkpoints:
             self.wait(allowed=FAILURES_ALLOWED)
 
     def wait(self, allowed: int = 0) -> None:
-        """Until what was begun is on disk.
+        """Wait until the save in progress is on disk.
 
-        TrainingStopped after more than `allowed` failed saves in a row, on all ranks.
+        Raises TrainingStopped on all ranks after more than `allowed` failed saves in a row.
         """
         if self._thread is None:
             return
@@ -191,33 +189,33 @@ class Checkpoints:
         if self._failures > allowed:
             raise TrainingStopped(
                 f"{self.config.save}: the checkpoint cannot be written ({self._problem.text});"
-                " make room there, or raise the limit (ulimit -f), and give the same command again"
+                " make room there, or raise the limit (ulimit -f), and run the same command again"
             )
 
     @property
     def hopeless(self) -> str:
-        """Why no later save can succeed either; the ranks learn of it at different times."""
+        """Return why no later save can succeed, else ""; ranks learn of it at different times."""
         problem = self._problem
         return f"{self.config.save}: {problem.text}" if problem and problem.hopeless else ""
 
     @property
     def came_from_elsewhere(self) -> bool:
-        """Whether what the run has resumed from lies outside --save."""
+        """Check whether the newest checkpoint is outside --save, that is, from --load."""
         return self.newest is not None and self.newest.parent != self.folder.path
 
     def writing(self) -> bool:
-        """Tell whether a save is under way in the background."""
+        """Check whether a save is in progress in the background."""
         return self._thread is not None and self._thread.is_alive()
 
     def messages(self) -> list[str]:
-        """Give lines about saves that have ended since the last call, for the log."""
+        """Return log lines about saves that have ended since the last call."""
         lines = []
         while not self._messages.empty():
             lines.append(self._messages.get())
         return lines
 
     def _snapshot(self, engine: Engine, progress: Progress) -> Snapshot:
-        """Copy into host buffers that are kept: the second save costs no page faults."""
+        """Copy into reused host buffers, so that later saves cause no page faults."""
         training_state = FragmentedState(engine)
         kinds = [
             file
@@ -287,7 +285,7 @@ class Checkpoints:
             "parameters": shapes,
         }
 
-    # What follows up to `load` runs in the thread.
+    # The methods from here to `load` run in the writing thread.
 
     def _write(self, snapshot: Snapshot, started: float, copied: float) -> None:
         final = self.folder.path / f"{STEP_FOLDER}{snapshot.step}"
@@ -298,7 +296,7 @@ class Checkpoints:
             outcome = self._write_files(snapshot, work)
         except NotFinite as error:
             outcome = Problem(f"rank {self.state.rank}: {error}", hopeless=True)
-        except Exception as error:  # whatever it is, the other ranks must hear of it and not wait
+        except Exception as error:  # of any kind: the other ranks must learn of it, not wait
             outcome = Problem(f"rank {self.state.rank}: {error}")
 
         try:
@@ -317,7 +315,7 @@ class Checkpoints:
                     shutil.rmtree(work, ignore_errors=True)
 
             self._problem = self._gather(problem)[0]
-        # a rank has gone, in most cases; the training step of this one ends soon too
+        # mostly because a rank has died; this rank's training step will then fail soon too
         except Exception as error:
             self._problem = Problem(
                 f"the ranks could not agree on it ({' '.join(str(error).split())[:120]})"
@@ -337,7 +335,7 @@ class Checkpoints:
             )
 
     def _write_files(self, snapshot: Snapshot, work: Path) -> dict[str, Any]:
-        """This rank's files, flushed; {name: {bytes, sha256}}."""
+        """Write and flush this rank's files; return {name: {bytes, sha256}}."""
         for tensors in snapshot.files.values():
             check_finite(tensors)
 
@@ -370,8 +368,8 @@ class Checkpoints:
     def _publish(
         self, work: Path, final: Path, snapshot: Snapshot, files: dict[str, Any]
     ) -> Problem | None:
-        """Write the manifest, publish, move pointers, prune; what went wrong before it was
-        published, if anything did.
+        """Write the manifest, publish, move the pointers, prune; return what went wrong before the
+        checkpoint was published, or None.
         """
         try:
             write_manifest(work, {**snapshot.manifest, "files": files})
@@ -387,9 +385,9 @@ class Checkpoints:
         return None
 
     def load(self, engine: Engine, path: Path) -> Progress:
-        """Weights, optimizer and progress from a verified checkpoint.
+        """Load weights and optimizer state from a verified checkpoint; return the progress.
 
-        UsageError when it is of another run.
+        Raises UsageError if it is from another run.
         """
         reader = CheckpointReader(path)
         manifest = reader.manifest
@@ -399,8 +397,8 @@ class Checkpoints:
             notes = changed_settings(manifest, self.config)
             if notes:
                 print(
-                    f"note: changed since {path.name}: {', '.join(notes)}; the losses will not be"
-                    " those of the old run",
+                    f"note: changed since {path.name}: {', '.join(notes)}; the losses will"
+                    " differ from those of the old run",
                     flush=True,
                 )
 
@@ -427,8 +425,8 @@ class Checkpoints:
         )
 
     def _comparable(self, best: dict[str, Any]) -> dict[str, Any]:
-        """What is known of the best checkpoint so far; nothing where it was judged otherwise than
-        now.
+        """Return the manifest's entry on the best checkpoint; {} if it was judged by another metric
+        or on other data than now.
         """
         before = Judge(best.get("metric", self.judge.metric), best.get("data", self.judge.data))
         if before == self.judge or not best.get("step"):
@@ -444,13 +442,13 @@ class Checkpoints:
         return {}
 
     def point_to_best(self, progress: Progress) -> None:
-        """Link the best checkpoint, where it lies in --save already."""
+        """Link the best checkpoint if it is in --save."""
         if self.state.is_main and self.config.save:
             self.folder.point_to_best(f"{STEP_FOLDER}{progress.best_step}")
 
 
 def topology(config: TrainConfig, state: ParallelState) -> dict[str, int]:
-    """Give sizes that decide how a checkpoint is cut into files."""
+    """Return the sizes that decide how a checkpoint is split into files."""
     return {
         "data_parallel": state.data_size,
         "tensor_parallel": state.tensor_size,
@@ -459,14 +457,14 @@ def topology(config: TrainConfig, state: ParallelState) -> dict[str, int]:
 
 
 def describe(layout: dict[str, int]) -> str:
-    """`DP2 x TP1, ZeRO-1`."""
+    """Format a topology for people, e.g. `DP2 x TP1, ZeRO-1`."""
     return (
         f"DP{layout['data_parallel']} x TP{layout['tensor_parallel']}, ZeRO-{layout['zero_stage']}"
     )
 
 
 def git_revision() -> str:
-    """Revision of the code, empty outside a checkout and without git."""
+    """Return the git revision of the code; empty outside a checkout or without git."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

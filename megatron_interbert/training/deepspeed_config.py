@@ -1,7 +1,6 @@
-"""The one place where flags and DeepSpeed JSON meet: "auto" is resolved, conflicts and unknown keys
-are refused.
+"""Merge flags and DeepSpeed's JSON: resolve "auto", refuse conflicts and unknown keys.
 
-DeepSpeed itself does neither: it ignores an unknown top-level key, and takes "auto" for a value.
+DeepSpeed itself does neither: it ignores unknown top-level keys and takes "auto" for a value.
 """
 
 import copy
@@ -43,11 +42,11 @@ TOP_LEVEL = PASSED_THROUGH | {
     "optimizer",
 }
 REFUSED = {
-    "scheduler": "schedules are given by --lr-decay-style, --lr-warmup-fraction and --min-lr",
-    "tensorboard": "TensorBoard is written by us, see --tensorboard-dir",
+    "scheduler": "use --lr-decay-style, --lr-warmup-fraction and --min-lr",
+    "tensorboard": "use --tensorboard-dir",
     "activation_checkpointing": "use --recompute-activations",
 }
-# torch's AdamW it is in any case
+# torch_adam is accepted, though the optimizer is always torch's AdamW
 OPTIMIZER_PARAMETERS = {"lr", "betas", "eps", "weight_decay", "torch_adam"}
 BLOCKS = {
     "zero_optimization": DeepSpeedZeroConfig,
@@ -59,7 +58,7 @@ BLOCKS = {
 
 
 def read_deepspeed_config(config: TrainConfig) -> dict[str, Any]:
-    """Read the JSON of --deepspeed_config with its keys checked; empty without one."""
+    """Read and check the JSON of --deepspeed_config; {} if it is not given."""
     if not config.deepspeed_config:
         return {}
 
@@ -104,22 +103,31 @@ def read_deepspeed_config(config: TrainConfig) -> dict[str, Any]:
 
 
 def shipped(name: str) -> Path | None:
-    """Give the file of a name such as `zero2` among those that come with this package."""
-    if "/" in name or Path(name).exists():
+    """Find the JSON file of a name such as `zero2` among those shipped here; None if the name is a
+    path.
+
+    Raises UsageError for a plain name that is neither a file nor shipped.
+    """
+    if "/" in name or name.endswith(".json") or Path(name).is_file():
         return None
 
     package = Path(megatron_interbert.__file__).parent
-    file = f"{name.removesuffix('.json')}.json"
-    places = (package / "ds_configs" / file, package.parent / "ds_configs" / file)
+    folder = next(place for place in (package, package.parent) if (place / "ds_configs").is_dir())
+    files = {path.stem: path for path in sorted((folder / "ds_configs").glob("*.json"))}
+    if name not in files:
+        raise UsageError(
+            f"--deepspeed-config {name}: no such file{nearest(name, files)}; expected a JSON file"
+            f" or one of {', '.join(files)}"
+        )
 
-    return next((path for path in places if path.is_file()), None)
+    return files[name]
 
 
 def check_numbers(values: dict[str, Any], where: str) -> None:
-    """Raise UsageError for what DeepSpeed's own models of a block refuse."""
+    """Raise UsageError for values that DeepSpeed's own models of a block refuse."""
     for path in ("zero_optimization", "fp16", "bf16"):
         block = _without_auto(_get(values, path) or {})
-        # flags
+        # these two are checked as flags
         block = {key: value for key, value in block.items() if key not in ("stage", "enabled")}
 
         try:
@@ -127,13 +135,13 @@ def check_numbers(values: dict[str, Any], where: str) -> None:
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
-            said = f"{first['msg']} (it is {first['input']!r})"
+            said = f"{first['msg']} (got {first['input']!r})"
             raise UsageError(f"{where}: '{path}.{key}': {said}") from error
 
 
 def agree_with_json(config: TrainConfig) -> dict[str, Any]:
-    """Give the JSON of --deepspeed_config, whose values for what flags say too are written into
-    `config`. UsageError where both are given and differ.
+    """Return the JSON of --deepspeed_config, after copying the values that flags can set too into
+    `config`. Raises UsageError if both are given and differ.
     """
     values = copy.deepcopy(read_deepspeed_config(config))
     for name, facts in rows(config):
@@ -151,12 +159,10 @@ def agree_with_json(config: TrainConfig) -> dict[str, Any]:
 
 
 def merge(config: TrainConfig, data_parallel_size: int, resumed_batch: int = 0) -> dict[str, Any]:
-    """Merge the dictionary for deepspeed.initialize.
+    """Return the dictionary for deepspeed.initialize; what only the JSON sets goes into `config`.
 
-    Values only the JSON gives are written into `config`.
-
-    `resumed_batch` is the global batch of the checkpoint to resume from: it holds unless another
-    one is given.
+    `resumed_batch` is the global batch size of the checkpoint to resume from, which is kept unless
+    another one is given; 0 without a checkpoint.
     """
     resumes = resumed_batch and config.is_default("global_batch_size")
     values = agree_with_json(config)
@@ -190,7 +196,7 @@ def merge(config: TrainConfig, data_parallel_size: int, resumed_batch: int = 0) 
 
 
 def offloads(values: dict[str, Any]) -> bool:
-    """Tell whether a DeepSpeed configuration keeps weights or moments in host memory."""
+    """Check whether a DeepSpeed configuration offloads weights or moments to the host."""
     return any(block.get("device", "none") != "none" for block in _offload_blocks(values))
 
 
@@ -202,7 +208,7 @@ def _offload_blocks(values: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _agree(config: TrainConfig, values: dict[str, Any], path: str, name: str) -> None:
-    """Flag and JSON value for one thing: the one that is given wins, both must be equal."""
+    """Settle a flag against its JSON value: the one given wins; if both are, they must agree."""
     theirs = _get(values, path)
     if theirs is None or theirs == "auto":
         return
@@ -216,7 +222,7 @@ def _agree(config: TrainConfig, values: dict[str, Any], path: str, name: str) ->
     if name in config.given and ours != theirs:
         raise UsageError(
             f"{flag(name)} is {'auto' if ours == AUTO else ours}, but {config.deepspeed_config}"
-            f' says {path} = {theirs}; make them equal, or write "auto" there'
+            f' sets {path} = {theirs}; make them equal, or write "auto" there'
         )
 
     if name not in config.given:
@@ -247,7 +253,7 @@ def _for_engine(config: TrainConfig, values: dict[str, Any], accumulation: int) 
             **engine.get("fp16", {}),
             "enabled": config.fp16,
         },
-        # Without the check a NaN in one batch would enter the weights.
+        # Without this check a NaN in one batch would reach the weights.
         "bf16": {"check_grad_overflow": True, **engine.get("bf16", {}), "enabled": config.bf16},
     }
     engine.setdefault("steps_per_print", 10**9)
@@ -256,7 +262,7 @@ def _for_engine(config: TrainConfig, values: dict[str, Any], accumulation: int) 
 
 
 def _get(values: dict[str, Any], path: str) -> Any:
-    """Give what stands at a path such as `optimizer.params.betas.0`; None where nothing does."""
+    """Look up a path such as `optimizer.params.betas.0`; None if it does not exist."""
     for key in path.split("."):
         if isinstance(values, list) and key.isdigit() and int(key) < len(values):
             values = values[int(key)]
@@ -269,7 +275,7 @@ def _get(values: dict[str, Any], path: str) -> Any:
 
 
 def _without_auto(value: Any) -> Any:
-    """Drop nested "auto" entries: DeepSpeed's own default is what they ask for."""
+    """Drop nested "auto" entries, so that DeepSpeed's own defaults apply."""
     if not isinstance(value, dict):
         return value
     return {key: _without_auto(entry) for key, entry in value.items() if entry != "auto"}

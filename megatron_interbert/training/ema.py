@@ -1,6 +1,6 @@
-"""An average of the weights over the steps, as it is evaluated after finetuning.
+"""Keep an exponential moving average (EMA) of the weights, for evaluation in finetuning.
 
-Sharded as ZeRO shards the weights.
+It is sharded as ZeRO shards the weights.
 """
 
 from collections.abc import Iterable
@@ -9,27 +9,26 @@ import torch
 
 
 class AveragedWeights:
-    """Exponential average of the fp32 weights that a rank updates: average = decay average + (1 -
-    decay) weight, after each step.
+    """Hold the moving average of the fp32 weights that a rank updates; after each step,
+    average = decay * average + (1 - decay) * weight.
 
-    In the first steps the decay is (1 + n) / (10 + n) where that is smaller, so that the first
-    weights do not linger.
+    At step n the decay is at most (1 + n) / (10 + n), so that the initial weights fade quickly.
     """
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
-        # by the identity of the tensor that Adam updates
+        # by id() of the tensor that Adam updates
         self._averages: dict[int, torch.Tensor] = {}
 
     def average_of(self, weights: torch.Tensor) -> torch.Tensor:
-        """Give the flat average of a tensor that Adam updates; begins as a copy of it."""
+        """Return the flat average of a tensor that Adam updates; it starts as a copy."""
         if id(weights) not in self._averages:
             self._averages[id(weights)] = weights.detach().reshape(-1).float().clone()
         return self._averages[id(weights)]
 
     @torch.no_grad()
     def update(self, step: int, tensors: Iterable[torch.Tensor]) -> None:
-        """After optimizer step `step` (1 is the first): all tensors that Adam updates."""
+        """Average in all tensors that Adam updates, after optimizer step `step` (from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         weights = list(tensors)
         averages = [self.average_of(tensor) for tensor in weights]

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine around a model: one way to step for every ZeRO stage and precision."""
+"""Wrap a model in a DeepSpeed engine that steps the same way for every ZeRO stage and precision."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -18,14 +18,14 @@ from megatron_interbert.training.update import choose_update
 
 
 def half_precision_supported() -> bool:
-    """Tell whether the device computes in float16 (GPUs do; of CPUs only some)."""
+    """Check whether the device computes in float16 (GPUs do, only some CPUs do)."""
     return deepspeed.get_accelerator().is_fp16_supported()
 
 
 class Engine:
-    """model + optimizer under DeepSpeed.
+    """Run a model and its optimizer under DeepSpeed.
 
-    `backward` for each micro-batch, `step` once; `precision` names the weights' type.
+    Call `backward` for each micro-batch, then `step` once. `precision` is fp16, bf16 or fp32.
     """
 
     def __init__(
@@ -38,8 +38,7 @@ class Engine:
         self.config = config
         self.state = state
         self.deepspeed_config = merge(config, state.data_size)
-        # DeepSpeed's own bucket has room for 500 M gradients, 2 GB in fp32, whatever the model's
-        # size.
+        # DeepSpeed's own bucket holds 500 M gradients (2 GB in fp32), whatever the model's size.
         values = sum(parameter.numel() for parameter in model.parameters())
         self.deepspeed_config["zero_optimization"].setdefault(
             "reduce_bucket_size", min(values, BUCKET)
@@ -53,8 +52,8 @@ class Engine:
         self.update = choose_update(model, groups, config, state, self.deepspeed_config)
         device = next(model.parameters()).device
         self.deepspeed, *_ = deepspeed.initialize(
-            # Else it takes LOCAL_RANK for the number of the GPU, which is 0 where a process sees
-            # one.
+            # Otherwise it takes LOCAL_RANK for the GPU's number, which is 0 if a process sees only
+            # one GPU.
             args=SimpleNamespace(device_rank=device.index or 0),
             model=model,
             optimizer=self.update.optimizer,
@@ -67,17 +66,18 @@ class Engine:
 
     @property
     def model(self) -> nn.Module:
-        """The model inside, for evaluation and saving."""
+        """Return the wrapped model, for evaluation and saving."""
         return self.deepspeed.module
 
     def forward(self, *inputs: Any) -> Any:
-        """Give the model's forward pass through the engine (casts, ZeRO-3 gathers)."""
+        """Run the model's forward pass through the engine (casts, ZeRO-3 gathers)."""
         return self.deepspeed(*inputs)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Accumulate the gradient of a loss that is a share of the step's loss.
+        """Accumulate the gradient of a micro-batch's share of the step's loss; `last`: it is the
+        step's last one.
 
-        DeepSpeed averages over data-parallel ranks; the factor here makes that a sum.
+        DeepSpeed averages over data-parallel ranks; the factor here turns that into a sum.
         """
         self.deepspeed.set_gradient_accumulation_boundary(last)
         if self.state.data_size > 1:
@@ -87,13 +87,13 @@ class Engine:
         self.update.after_backward()
 
     def step(self, rate: float) -> tuple[float, bool]:
-        """Clip and update; (gradient norm before clipping, whether weights were updated).
+        """Clip and update; return (gradient norm before clipping, whether weights were updated).
 
-        A non-finite norm on any rank leaves weights and moments as they were on all ranks.
+        A non-finite norm on any rank leaves weights and moments unchanged on all ranks.
         """
         set_learning_rate(self.deepspeed.optimizer, rate)
         return self.update.step()
 
     def loss_scale(self) -> float:
-        """Give the current loss scale; 1 where none is used."""
+        """Return the current loss scale; 1 without fp16."""
         return float(self.deepspeed.optimizer.loss_scale) if self.precision == "fp16" else 1.0

@@ -1,5 +1,5 @@
-"""Evaluations during training: losses of pretraining on unseen scenes, or a downstream task's
-figures on its validation set.
+"""Evaluate during training: pretraining losses on unseen scenes, or a downstream task's metrics on
+its validation set.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,21 +18,21 @@ from megatron_interbert.training.fragments import FragmentedState
 
 
 class Evaluation(Protocol):
-    """Named figures of the weights as they are now, the same on all ranks."""
+    """Measure named metrics of the current weights, the same on all ranks."""
 
     def run(
         self, engine: Engine, watchdog: Watchdog, stop: Callable[[], bool]
     ) -> tuple[dict[str, float], str] | None:
-        """Give (figures, the part of the log line for people).
+        """Return (metrics, their part of the log line).
 
-        Tells the watchdog that it is alive; None where all ranks have agreed by `stop` to give it
-        up.
+        Reports progress to the watchdog. None if all ranks agreed, by `stop`, to abandon the
+        evaluation.
         """
 
 
 class LossEvaluation:
-    """Losses and accuracies of the training task over the first `batches` batches of a stream,
-    dropout off.
+    """Measure the training task's losses and accuracies over the first `batches` batches of a
+    stream, with dropout off.
     """
 
     def __init__(
@@ -75,19 +75,19 @@ class LossEvaluation:
                 1
             ]
             watchdog.beat()
-            if stop():  # here all ranks have done equally many batches
+            if stop():  # all ranks have done the same number of batches here
                 return None
 
         return report
 
 
 class DownstreamEvaluation:
-    """A task's own figures, of a copy of the model that holds the averaged weights where there are
-    such, else the current ones.
+    """Measure a task's own metrics on a copy of the model, which takes the averaged weights if the
+    run keeps them, else the current ones.
 
-    The copy is whole on every data-parallel rank (a tensor-parallel slice), whatever the ZeRO
-    stage, and computes in a `precision` of its own. It is not given up half-way: the ranks share
-    out its work unequally and have no common moment to agree.
+    Every data-parallel rank holds the whole copy (its tensor-parallel slice), whatever the ZeRO
+    stage, and computes in `precision`, which may differ from training. An evaluation cannot be
+    abandoned half-way: the ranks share its work unevenly and have no common point at which to vote.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""First weights from elsewhere (`--init-from`): any format that `weights/sources.py` reads."""
+"""Load first weights (`--init-from`) in any format that `weights/sources.py` reads."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.weights.sources import open_weights, recognise
 
-NEW_HEADS = ("choice_head.", "sentence_head.")  # of downstream tasks: not in pretrained weights
+NEW_HEADS = ("choice_head.", "sentence_head.")  # of downstream tasks; pretrained weights lack them
 
 
 def load_initial_weights(
@@ -21,11 +21,11 @@ def load_initial_weights(
     data: dict[str, Any] | None = None,
     allow_other_detector: bool = False,
 ) -> set[str]:
-    """Load --init-from into a model; the names of parameters that came from BERT (they may train at
-    a lower rate).
+    """Load --init-from into a model and return the names of parameters that came from BERT, which
+    may train at a lower learning rate.
 
-    `data` holds the sha256 of the run's vocabulary and its detector, which weights of ours must
-    share.
+    `data` holds the sha256 of the run's vocabulary and its detector; weights that name theirs must
+    have been made with the same. Raises UsageError if they were not, or cannot be read.
     """
     data = data or {}
 

@@ -1,8 +1,8 @@
-"""What a rank holds of the fp32 weights and Adam's moments, for every ZeRO stage: runs of flattened
-parameters.
+"""Read and fill a rank's part of the fp32 weights and Adam's moments, for every ZeRO stage, as runs
+of flattened parameters.
 
-ZeRO lays parameters end to end and cuts the line evenly over data-parallel ranks, so a rank holds a
-run of some of them. This file is the only one that knows how DeepSpeed keeps them (0.19:
+ZeRO lays parameters end to end and cuts that line evenly over data-parallel ranks, so a rank holds
+a run of some of them. This file is the only one that knows how DeepSpeed keeps them (0.19:
 `single_partition_of_fp32_groups` with `_hp_mapping` in stages 1 and 2,
 `fp32_partitioned_groups_flat` in stage 3).
 """
@@ -22,8 +22,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class Fragment:
-    """A run of one flattened parameter: where it starts, the shape of the whole (this tensor rank's
-    slice), and flat live tensors of its weight and moments (keys as in `KINDS`).
+    """Represent a run of one flattened parameter.
+
+    `start` is its first element, `shape` that of the whole parameter (this tensor-parallel rank's
+    slice); `tensors` are flat views of the live weight and moments (keys as in `KINDS`).
     """
 
     name: str
@@ -36,7 +38,7 @@ class Fragment:
         return self.tensors["weight"].numel()
 
     def part(self, first: int, last: int) -> "Fragment":
-        """Give the run from element `first` to `last` of this one."""
+        """Return the part of this run from element `first` up to, not including, `last`."""
         return Fragment(
             self.name,
             self.start + first,
@@ -46,7 +48,7 @@ class Fragment:
 
 
 class FragmentedState:
-    """The training state of an engine as fragments, for writing and for filling in."""
+    """View an engine's training state as fragments, to write it or fill it in."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -57,7 +59,7 @@ class FragmentedState:
         self.names = {id(p): name for name, p in engine.model.named_parameters()}
 
     def held(self) -> Iterator[Fragment]:
-        """Give everything this rank keeps in memory; at stage 0 that is all of its slice."""
+        """Yield all fragments in this rank's memory; at stage 0 that is its whole slice."""
         for flat, runs in self._lines():
             moments = self._moments(flat)
             line = {
@@ -74,11 +76,11 @@ class FragmentedState:
                     yield Fragment(self.names[id(parameter)], start, tuple(shape), pieces)
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Give the fp32 tensors of this rank that Adam updates."""
+        """Iterate over the fp32 tensors of this rank that Adam updates."""
         return (flat for flat, _ in self._lines())
 
     def owned(self) -> Iterator[Fragment]:
-        """Give what this rank writes: with all ranks', each element once."""
+        """Yield the fragments that this rank saves; over all ranks, each element appears once."""
         for fragment in self.held():
             if self.stage:
                 yield fragment
@@ -92,8 +94,8 @@ class FragmentedState:
     def _lines(
         self,
     ) -> Iterator[tuple[torch.Tensor, list[tuple[nn.Parameter, torch.Size, int, int, int]]]]:
-        """fp32 tensors that Adam updates, and of each the runs in it: (parameter, slice's shape,
-        start in the parameter, offset in the tensor, length).
+        """Yield each fp32 tensor that Adam updates, with the runs in it: (parameter, shape of its
+        slice, start in the parameter, offset in the tensor, length).
         """
         if self.stage == 0:
             for weight, p in self.engine.update.weights():
@@ -134,10 +136,7 @@ class FragmentedState:
                 yield flat, runs
 
     def _moments(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Adam's state of a tensor.
-
-        It comes into being with the first step; before it, as torch would make it.
-        """
+        """Return Adam's state of a tensor; before the first step, create it as torch would."""
         state = self.adam.state[flat]
         if "exp_avg" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
@@ -149,7 +148,7 @@ class FragmentedState:
         return state
 
     def scalars(self) -> dict[str, Any]:
-        """Adam's step count, and the loss scaler's figures under fp16."""
+        """Return Adam's step count and, under fp16, the loss scaler's state."""
         steps = {float(self._moments(flat)["step"]) for flat, _ in self._lines()}
         if len(steps) != 1:
             raise RuntimeError(
@@ -167,7 +166,7 @@ class FragmentedState:
 
     @torch.no_grad()
     def fill(self, reader: CheckpointReader, scalars: dict[str, Any]) -> None:
-        """Take weights, moments and scalars from a checkpoint of any layout and precision."""
+        """Load weights, moments and scalars from a checkpoint of any layout and precision."""
         for fragment in self.held():
             for kind in fragment.tensors:
                 saved = kind if kind != "ema" or reader.has("ema") else "weight"
@@ -186,8 +185,8 @@ class FragmentedState:
 
     @torch.no_grad()
     def copy_into(self, model: nn.Module, kind: str = "weight") -> None:
-        """Copy the weights, or their average, of all ranks into a model that is whole on each (its
-        tensor-parallel slice).
+        """Copy the weights (`kind` "weight") or their average ("ema") from all ranks into a model
+        that every data-parallel rank holds whole (its tensor-parallel slice).
         """
         targets = dict(model.named_parameters())
         flat = {
@@ -204,15 +203,15 @@ class FragmentedState:
             parameter.copy_(self.state.sum_over_data(flat.pop(name)).view_as(parameter))
 
     def _refresh_model(self) -> None:
-        """Cast the fp32 weights into those that the model computes with, as a step of DeepSpeed
-        does at its end.
+        """Cast the fp32 weights to those the model computes with, as DeepSpeed does at the end of a
+        step.
         """
         if self.stage == 0:
             self.engine.update.refresh_model()
         elif self.stage < 3:
             self.zero.update_lp_params()
         else:
-            self.zero.checkpoint_event_prologue()  # parameters kept whole on every rank are cut up,
+            self.zero.checkpoint_event_prologue()  # split parameters that every rank keeps whole,
             for flat, low in zip(
                 self.zero.fp32_partitioned_groups_flat,
                 self.zero.fp16_partitioned_groups_flat,
@@ -220,4 +219,4 @@ class FragmentedState:
             ):
                 low.copy_(flat)
 
-            self.zero.checkpoint_event_epilogue()  # and gathered again with their new values
+            self.zero.checkpoint_event_epilogue()  # and gather them again with their new values

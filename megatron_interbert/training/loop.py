@@ -1,5 +1,5 @@
-"""The loop: load the micro-batches of a step, count their targets, forward and backward, update,
-vote, log, evaluate, save.
+"""Run the training loop: load a step's micro-batches, count their targets, run the forward and
+backward passes, update, vote, log, evaluate, save.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from megatron_interbert.training.optimizer import learning_rate
 from megatron_interbert.training.peaks import peak_tflops
 from megatron_interbert.training.run import Run
 
-SECONDS_TO_VERIFY = 10.0  # that a run waits at its end for what is being hashed
+SECONDS_TO_VERIFY = 10.0  # that a run waits at its end for hashing to finish
 
 
 class Trainer:
-    """Trains the model of `engine` on a job, from an endless stream of micro-batches."""
+    """Train the model of `engine` on a job, from an endless stream of micro-batches."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Trainer:
 
         self.peak = peak_tflops(self.device, self.config.peak_tflops)
         self.bad_steps = 0
-        self.save_is_owed = False  # one that was due while steps were bad
+        self.save_is_owed = False  # a save was due while steps were bad
         self.writer = MetricsWriter(
             self.config.save,
             self.config.tensorboard_dir,
@@ -70,18 +70,18 @@ class Trainer:
         self._start_window()
 
     def train(self) -> None:
-        """Run to --train-iters, or until all ranks agree to stop, saving and evaluating on the way.
+        """Train to --train-iters, or until all ranks agree to stop; save and evaluate on the way.
 
-        StoppedBySignal after a signal, with everything saved. TrainingStopped where the data are
-        not as they were written.
+        Raises StoppedBySignal after a signal, once everything is saved, and TrainingStopped if the
+        run cannot continue, for example because data on disk have changed.
         """
         try:
             self.run_steps()
-            self.integrity.wait(SECONDS_TO_VERIFY)  # at least small stores as a whole
+            self.integrity.wait(SECONDS_TO_VERIFY)  # small stores, at least, are checked whole
             self.stopping.agree_on(self.problem)
             self.checkpoints.wait()
         except BaseException:
-            # The newest checkpoint must not be lost to the reason for which the run ends.
+            # Whatever ends the run must not cost it its newest checkpoint.
             with contextlib.suppress(TrainingStopped):
                 self.checkpoints.wait(allowed=1)
             raise
@@ -91,25 +91,25 @@ class Trainer:
             self.writer.close()
 
         self.watchdog.close()
-        if self.stopping.interrupted:  # whoever pressed Ctrl-C wants what follows to end as well
+        if self.stopping.interrupted:  # Ctrl-C should also end what follows in a script
             raise StoppedBySignal(signal.SIGINT, saved=bool(self.config.save))
         if self.stopping.signal_number and not self.complete:
             raise StoppedBySignal(self.stopping.signal_number, saved=bool(self.config.save))
 
     @property
     def complete(self) -> bool:
-        """Whether all steps of the run are done."""
+        """Check whether the run is done: all its steps, or stopped early."""
         return self.progress.step >= self.config.train_iters or self.out_of_patience()
 
     @property
     def problem(self) -> str:
-        """Why this rank asks to end the run, apart from the steps themselves; empty where it does
-        not.
+        """Return why this rank asks to end the run, for reasons outside the steps themselves, else
+        an empty string.
         """
         if self.integrity.problem:
             return (
-                f"{self.integrity.problem}. What this run has trained on is not known, and it saves"
-                " no more; its checkpoints so far are whole"
+                f"{self.integrity.problem}. What this run has trained on is unknown, so it saves no"
+                " more checkpoints; the earlier ones are intact"
             )
 
         return self.checkpoints.hopeless
@@ -122,7 +122,7 @@ class Trainer:
             step = self.progress.step
             last = self.config.train_iters
             self.writer.say(f"already at step {step} of {last}: nothing to train")
-            # by --load, which may be a backup that goes away
+            # the source may be a backup (--load) that goes away
             if self.checkpoints.came_from_elsewhere:
                 self.save(last=True)
 
@@ -131,7 +131,7 @@ class Trainer:
             self.train_step()
             step = self.progress.step
             self.writer.advance()
-            self.integrity.start()  # after loader processes were forked
+            self.integrity.start()  # only after the loader processes have been forked
 
             self.progress.owes_evaluation |= self.evaluation_is_due(step)
             ended = bool(self.stopping.agreed(step, self.problem)) or self.complete
@@ -143,17 +143,17 @@ class Trainer:
             if self.out_of_patience():
                 self.say_out_of_patience()
 
-            ended = ended or bool(self.stopping.reason) or self.complete  # also in the evaluation
+            ended = ended or bool(self.stopping.reason) or self.complete  # by the evaluation
             if best or ended or self.save_is_due(step):
                 self.save(last=ended)
 
-            self.window_started += time.monotonic() - pause  # rates are those of training alone
+            self.window_started += time.monotonic() - pause  # rates exclude evaluating and saving
             self.say_what_was_saved()
 
     def save_is_due(self, step: int) -> bool:
-        """Tell whether a checkpoint belongs after this step, by --save-interval or by the clock."""
+        """Check whether a checkpoint is due after this step, by --save-interval or the clock."""
         interval = self.config.save_interval
-        # what is to be kept for good must be written at all
+        # checkpoints to be kept for good must be written in the first place
         if self.config.minutes_between_saves():
             interval = interval or self.config.keep_every
 
@@ -162,7 +162,7 @@ class Trainer:
         return by_steps or self.stopping.save_is_due
 
     def save(self, last: bool) -> None:
-        """Begin a checkpoint of this step, where --save is given; put it off while steps are bad.
+        """Begin a checkpoint of this step if --save is given; postpone it while steps are bad.
 
         `last`: the run ends with it.
         """
@@ -181,21 +181,18 @@ class Trainer:
         self.save_is_owed = False
 
     def bad_step_may_be_saved(self) -> bool:
-        """Tell whether a run may end with a checkpoint of a bad step.
+        """Check whether a run may end with a checkpoint of a bad step.
 
-        With fp16 an overflow is part of finding the loss scale; and the first checkpoint pushes no
-        other out.
+        It may with fp16, where an overflow is part of finding the loss scale, and if it is the
+        run's first checkpoint, which replaces no better one.
         """
         return self.engine.precision == "fp16" or self.checkpoints.newest is None
 
     def give_up_last_save(self) -> None:
-        """Say that the run ends without a checkpoint of its end.
-
-        TrainingStopped where it should have had one.
-        """
+        """Report that the run ends without a last checkpoint; TrainingStopped if it is complete."""
         text = (
             f"step {self.progress.step}: the gradient was not finite for the last {self.bad_steps}"
-            f" steps: nothing is saved, {self.checkpoints.newest} stands"
+            f" steps: nothing is saved, the newest checkpoint is {self.checkpoints.newest}"
         )
 
         if self.complete:
@@ -207,21 +204,21 @@ class Trainer:
         self.writer.say(text)
 
     def make_up_for_evaluation(self) -> None:
-        """Run the evaluation for which the resumed run had no time: what is best and when
-        to stop early must not depend on it.
+        """Run the evaluation that the resumed run had no time for: which checkpoint is best and
+        when to stop early must not depend on interruptions.
         """
         if self.progress.owes_evaluation and self.evaluation and self.evaluate():
             self.checkpoints.point_to_best(self.progress)
 
     def say_out_of_patience(self) -> None:
-        """Give the line of a run that stops early, as its task asks."""
+        """Report that the run stops early (--early-stopping)."""
         step = self.progress.step
         stale = self.progress.stale
         metric = self.checkpoints.judge.metric
         self.writer.say(f"step {step}: {stale} evaluations without a better {metric}: the run ends")
 
     def say_how_to_resume(self) -> None:
-        """Give the last line of a run that ends before its time: which checkpoint stands for it."""
+        """Report, for a run that ends early, which checkpoint it resumes from and how."""
         newest = self.checkpoints.newest
         if self.complete or not (self.stopping.reason or newest):
             return
@@ -233,17 +230,17 @@ class Trainer:
             self.writer.say(reason)
         else:
             how = "without --resume never" if self.config.resume == "never" else "the same command"
-            left = " and makes up for its evaluation" if self.progress.owes_evaluation else ""
+            left = " and runs the evaluation that is due" if self.progress.owes_evaluation else ""
             self.writer.say(f"{reason}; {how} resumes from {newest}{left}")
 
     def say_what_was_saved(self) -> None:
-        """Give the lines of saves that have ended in the background."""
+        """Print the messages of saves that have finished in the background."""
         for line in self.checkpoints.messages():
             if self.state.is_main:
                 self.writer.say(line)
 
     def train_step(self) -> None:
-        """Train one optimizer step over all micro-batches of this rank."""
+        """Run one optimizer step over all micro-batches of this rank."""
         step = self.progress.step + 1
         self.watchdog.enter("data", step)
         micro_batches = self.next_batches()
@@ -270,8 +267,8 @@ class Trainer:
             self.engine.ema.update(step, FragmentedState(self.engine).tensors())
 
     def next_batches(self) -> list[PackedBatch]:
-        """Give the micro-batches of one step on the device; waiting time and work are accounted
-        for.
+        """Return the micro-batches of one step, on the device; add up waiting time, FLOPs and
+        tokens for the log.
         """
         started = time.monotonic()
         batches = [next(self.batches) for _ in range(self.engine.accumulation)]
@@ -283,8 +280,8 @@ class Trainer:
         return [batch.to(self.device) for batch in batches]
 
     def count_targets(self, micro_batches: list[PackedBatch]) -> torch.Tensor:
-        """Count float64 [losses]: targets of each loss in the whole step, over micro-batches and
-        data- parallel ranks.
+        """Count the targets of each loss in the whole step, over all micro-batches and
+        data-parallel ranks: float64 [losses].
         """
         counts = (
             torch.stack([self.task.count_targets(batch) for batch in micro_batches])
@@ -294,8 +291,9 @@ class Trainer:
         return self.state.sum_over_data(counts)
 
     def note_bad_step(self, step: int) -> None:
-        """Give a step without update: with fp16 the loss scale adapts; too many in a row end the
-        run.
+        """Count and report a step without update; TrainingStopped after --max-bad-steps in a row.
+
+        With fp16 the loss scale adapts after an overflow.
         """
         self.bad_steps += 1
         self.skipped += 1
@@ -313,9 +311,7 @@ class Trainer:
             self.writer.say(f"step {step}: gradient is not finite, step skipped on all ranks")
 
     def log(self) -> None:
-        """Log the figures of the window since the last log, summed over ranks; one synchronisation
-        with the device.
-        """
+        """Log the metrics since the last log, over all ranks; synchronises with the device once."""
         work = torch.tensor([self.flops, self.tokens], dtype=torch.float64, device=self.device)
         self.state.sum_over_data(work)
         report = self.state.sum_over_data(self.report.clone())
@@ -350,21 +346,21 @@ class Trainer:
         self.window_started = time.monotonic()
 
     def evaluation_is_possible(self) -> bool:
-        """Tell whether one is owed and there is time for it.
+        """Check whether an evaluation is owed and there is time for it.
 
         Weights are not judged while steps are bad.
         """
         return self.progress.owes_evaluation and not self.bad_steps and not self.stopping.urgent
 
     def evaluation_is_due(self, step: int) -> bool:
-        """Tell whether there is one to make: every --eval-interval steps and at the end."""
+        """Check whether to evaluate after `step`: every --eval-interval steps and at the end."""
         if not self.evaluation or not self.config.eval_interval:
             return False
         return step == self.config.train_iters or step % self.config.eval_interval == 0
 
     def evaluate(self) -> bool:
-        """Evaluate figures on unseen samples, unless it is given up for a stop; whether they are
-        the best so far by the job's metric.
+        """Evaluate on unseen samples, and return whether the result is the best so far by the job's
+        metric; False if the evaluation was abandoned to stop.
         """
         step = self.progress.step
         self.watchdog.enter("evaluation", step)
@@ -385,5 +381,5 @@ class Trainer:
         return self.progress.note(values[self.checkpoints.judge.metric])
 
     def out_of_patience(self) -> bool:
-        """Tell whether the last evaluations were no better, too many of them."""
+        """Check whether too many evaluations in a row have brought no improvement."""
         return bool(self.job.patience) and self.progress.stale >= self.job.patience

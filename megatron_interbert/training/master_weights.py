@@ -1,4 +1,4 @@
-"""The fp32 weights that Adam updates, of a model that computes in 16 bits; whole on every rank."""
+"""Keep the fp32 weights that Adam updates, for a model that computes in 16 bits; not sharded."""
 
 from collections.abc import Sequence
 
@@ -9,15 +9,15 @@ from megatron_interbert.training.optimizer import is_sharded
 
 
 class MasterWeights:
-    """Keeps fp32 twins of a model's parameters, which are rounded to `dtype` here and follow them.
+    """Hold fp32 twins of a model's parameters; the model's own are rounded to `dtype` and follow.
 
-    Gradients are added up in fp32, however many micro-batches a step has. The memory for that is
-    taken when the first of them arrive and given back after the step, so that the passes of a step
-    with one micro-batch do without it.
+    Gradients are accumulated in fp32 over a step's micro-batches. The memory for that is allocated
+    when the first of them arrive and freed after the step, so the passes of a step with a single
+    micro-batch run without it.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        # Replicated parameters first: the gradient norm counts these and the shards apart.
+        # Replicated parameters first: the gradient norm treats these and shards separately.
         self.followers = sorted(model.parameters(), key=is_sharded)
         self.twins = [nn.Parameter(follower.detach()) for follower in self.followers]
 
@@ -32,14 +32,14 @@ class MasterWeights:
         self.drop_gradients()
 
     def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """List (fp32 weight, the model's parameter that follows it)."""
+        """Return (fp32 weight, the model's parameter that follows it) for all parameters."""
         return list(zip(self.twins, self.followers, strict=True))
 
     @torch.no_grad()
     def take_gradients(self) -> None:
-        """Add the model's gradients to those held here, and remove them there.
+        """Add the model's gradients to those held here, and clear them in the model.
 
-        A parameter without a gradient counts as one with zeros.
+        A missing gradient counts as zeros.
         """
         new = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.followers]
 
@@ -56,19 +56,19 @@ class MasterWeights:
             twin.grad = gradient
 
     def gradients(self) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-        """Give what is held, flat: (of replicated parameters, of shards)."""
+        """Return the gradients held here, flattened: (of replicated parameters, of shards)."""
         return [self._line[: self._replicated]], [self._line[self._replicated :]]
 
     def drop_gradients(self) -> None:
-        """Forget the gradients and give their memory back."""
+        """Drop the gradients and free their memory."""
         for twin in self.twins:
             twin.grad = None
 
-        self._line.untyped_storage().resize_(0)  # views of it stay, for the next step
+        self._line.untyped_storage().resize_(0)  # its views remain, for the next step
 
     @torch.no_grad()
     def refresh_model(self) -> None:
-        """Round the fp32 weights to those with which the model computes."""
+        """Round the fp32 weights into the model's parameters."""
         torch._foreach_copy_(self.followers, self.twins)
 
     @property

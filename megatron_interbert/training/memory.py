@@ -1,9 +1,8 @@
-"""What a rank's memory holds at its peak, by arithmetic: weights, gradients, optimizer,
-activations.
+"""Predict a rank's peak memory by arithmetic: weights, gradients, optimizer state, activations.
 
-How DeepSpeed 0.19 keeps its parts was found by counting what torch's allocator gives out on a CPU;
-tests/training/test_memory.py counts again. Of the fused kernels, for GPUs, only the activations are
-counted (in Triton's interpreter).
+How DeepSpeed 0.19 keeps its parts was found by counting the allocations of torch on a CPU, which
+tests/training/test_memory.py repeats. Of the fused GPU kernels only the activations were counted
+(in Triton's interpreter).
 """
 
 import functools
@@ -18,73 +17,73 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.parallel.vocab_loss import CHUNK
 
 BUCKET = 500_000_000  # most gradients that are reduced at once
-# bytes of a value; of its two moments
+# bytes per parameter: of an fp32 value, and of its two Adam moments
 FP32 = 4
 ADAM = 8
-ROW_STATISTICS = 8  # mean and deviation that a norm keeps of a row
-INDEX = 8  # bytes of the number of a row
-# of each token and head on a CPU: where its query, key, value and result are among padded ones
+ROW_STATISTICS = 8  # bytes of the mean and deviation that LayerNorm keeps per row
+INDEX = 8  # bytes of a row index
+# bytes per token and head on a CPU: indices of its query, key, value and result in padded tensors
 ROW_NUMBERS = 4 * INDEX
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is trained. `fused`: by Triton's kernels, else by those of a CPU."""
+    """Describe how a model is trained. `fused`: by Triton's kernels, else by those for CPUs."""
 
     data: int = 1
     tensor: int = 1
     zero_stage: int = 1
-    half: bool = False  # passes in 16 bits
+    half: bool = False  # 16-bit forward and backward passes
     fused: bool = False
     recompute: bool = False
     sequence_parallel: bool = False
-    loss_scale: bool = False  # the 16 bits are fp16's
+    loss_scale: bool = False  # fp16
 
     @property
     def shares_nothing(self) -> bool:
-        """Whether the update is ours, of all weights: see training/update.py."""
+        """Check whether ranks share no training state; see training/update.py."""
         return self.zero_stage == 0 or (self.data == 1 and not self.loss_scale)
 
     @property
     def sharing(self) -> int:
-        """Ranks that share the activations between the tensor-parallel parts of a layer."""
+        """Return how many ranks share the activations between a layer's tensor-parallel parts."""
         return self.tensor if self.sequence_parallel else 1
 
     @property
     def element(self) -> int:
-        """Bytes of a value in the passes."""
+        """Return the bytes of a value in the forward and backward passes."""
         return 2 if self.half else FP32
 
 
 @dataclass(frozen=True)
 class Load:
-    """A micro-batch: samples, tokens and regions of each, and the longest of them."""
+    """Describe a micro-batch: samples, mean words and regions per sample, and the longest."""
 
     samples: int
     words: float = 14.0  # with [CLS] and [SEP]
     regions: float = 36.0
-    longest_words: int = 0  # default: as the mean
+    longest_words: int = 0  # 0: as the mean
     longest_regions: int = 0
     masked: float = 0.15
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank: what stays, what the forward pass keeps for the backward pass, and the
-    peaks.
+    """Hold one rank's memory in bytes: what stays, what the forward pass keeps for the backward
+    pass, and the peak.
     """
 
-    weights: float  # in the type of the passes
-    optimizer: float  # fp32 weights, where they are others, and moments
+    weights: float  # in the dtype of the passes
+    optimizer: float  # moments, and fp32 weights where they are separate
     gradients: float
-    buffers: float  # of DeepSpeed's reductions and of its step
+    buffers: float  # for DeepSpeed's gradient reduction
     activations: float
     peak: float
 
 
 @functools.cache
 def rank_parameters(sizes: ModelConfig, tensor: int) -> int:
-    """Count the trained parameters of one rank."""
+    """Count the trained parameters on one of `tensor` tensor-parallel ranks."""
     sizes.check_tensor_parallel(tensor)
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -97,19 +96,19 @@ def rank_parameters(sizes: ModelConfig, tensor: int) -> int:
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers of one kind and what a sample brings to them."""
+    """Describe a stack of equal layers and the length of a sample in it."""
 
     layers: int
     heads: int
     hidden_dropout: float
     attention_dropout: float
-    tokens: float  # mean
-    longest: float  # columns of a padded batch
-    read: float | None  # tokens behind the attention of the last layer; None: all
+    tokens: float  # mean per sample
+    longest: float  # width of a padded batch
+    read: float | None  # tokens computed after the last layer's attention; None: all
 
 
 def stacks_of(sizes: ModelConfig, load: Load) -> list[Stack]:
-    """Describe the interaction module and the two streams."""
+    """Describe the stacks of a model: the interaction module and the two streams."""
     image = load.regions + 1
     text_most = max(load.longest_words, load.words)
     image_most = max(load.longest_regions, load.regions) + 1
@@ -131,13 +130,13 @@ def stacks_of(sizes: ModelConfig, load: Load) -> list[Stack]:
 
 
 def targets_of(load: Load) -> tuple[float, float]:
-    """Return the words and the regions of a sample that are predicted, on average."""
+    """Return how many words and regions of a sample are predicted, on average."""
     return max(1.0, load.masked * load.words), max(1.0, load.masked * load.regions) / 2
 
 
 def activations(sizes: ModelConfig, layout: Layout, load: Load) -> tuple[float, float]:
-    """Return the bytes that a forward pass keeps for the backward pass, and the bytes of the one
-    layer that is recomputed, if any.
+    """Return (bytes that a forward pass keeps for the backward pass, bytes of the one layer being
+    recomputed: 0 without recomputation).
     """
     hidden = sizes.hidden_size
     total = 0.0
@@ -167,8 +166,8 @@ def activations(sizes: ModelConfig, layout: Layout, load: Load) -> tuple[float, 
 
 
 def layer_bytes(sizes: ModelConfig, layout: Layout, stack: Stack, behind: float) -> float:
-    """Return the bytes of activations that a layer keeps of one sample; `behind`: the tokens for
-    which it computes what follows its attention.
+    """Return the activation bytes that a layer keeps per sample; `behind`: the tokens for which it
+    computes what follows attention.
     """
     hidden = sizes.hidden_size
     padded = stack.tokens if layout.fused else stack.longest
@@ -188,14 +187,14 @@ def layer_bytes(sizes: ModelConfig, layout: Layout, stack: Stack, behind: float)
 
 
 def index_bytes(layout: Layout, stack: Stack) -> float:
-    """Return the bytes of one sample's row numbers, of where rows come from and go to in padded
-    batches, which all layers of a stack share.
+    """Return the bytes per sample of the row indices into and out of padded batches, which all
+    layers of a stack share.
     """
     if layout.fused:
         return 0.0
 
     back = ROW_NUMBERS * stack.tokens * stack.heads / layout.tensor
-    if not layout.recompute:  # what the way there needs is gone with the forward pass
+    if not layout.recompute:  # indices for padding are freed with the forward pass
         return back
 
     there = (3 * INDEX + layout.element) * stack.longest * stack.heads / layout.tensor
@@ -205,21 +204,21 @@ def index_bytes(layout: Layout, stack: Stack) -> float:
 
 
 def kept_logits(sizes: ModelConfig, layout: Layout, load: Load) -> float:
-    """Give the bytes of word logits that wait for the backward pass: of one chunk, or none."""
+    """Return the bytes of word logits kept for the backward pass; 0 if computed in chunks."""
     count = logits_at_once(sizes, layout, load)
     return layout.element * count if count < CHUNK else 0.0
 
 
 def logits_at_once(sizes: ModelConfig, layout: Layout, load: Load) -> float:
-    """Count the word logits that exist at a time."""
+    """Return how many word logits exist at a time."""
     words, _ = targets_of(load)
     return min(load.samples * words * sizes.padded_vocab_size / layout.tensor, CHUNK)
 
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of one rank but for activations: what stays, and what is there beside weights and
-    moments when the backward pass begins, when it ends, and in the optimizer's step.
+    """Hold one rank's bytes except activations: what stays, and what exists beside weights and
+    optimizer state when the backward pass begins, when it ends, and in the optimizer's step.
     """
 
     weights: float
@@ -232,15 +231,14 @@ class Held:
 
 
 def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
-    """Predict the memory of a training step (the second one, when the moments are there).
+    """Predict the memory of a training step (from the second one on, when the moments exist).
 
-    A step is largest at one of three times: when the backward pass begins and holds all
-    activations, when it ends and holds all gradients, or when these are converted for the
-    optimizer. This is a step of one micro-batch: with more of them, the gradients of the first ones
-    are also held during the passes of the others.
+    The peak is at one of three times: when the backward pass begins and holds all activations, when
+    it ends and holds all gradients, or when these are converted for the optimizer. The step has one
+    micro-batch: with gradient accumulation, gradients of earlier ones are held during later passes.
     """
     parameters = rank_parameters(sizes, layout.tensor)
-    # its two gradients: of the decoder and of the embedding
+    # the vocabulary table has two gradients: the decoder's and the embedding's
     table = layout.element * sizes.padded_vocab_size * sizes.hidden_size / layout.tensor
 
     if layout.shares_nothing:
@@ -251,7 +249,7 @@ def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
         held = held_in_stages_1_and_2(layout, parameters, table)
 
     kept, again = activations(sizes, layout, load)
-    # fused, the gradient takes the logits' own memory
+    # the fused kernel writes the gradient over the logits
     each = layout.element if layout.fused else 2 * FP32
     logits = each * logits_at_once(sizes, layout, load) - kept_logits(sizes, layout, load)
     begin = held.begin + kept + max(again, logits + table)
@@ -261,7 +259,7 @@ def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
 
 
 def held_alone(layout: Layout, parameters: int, table: float) -> Held:
-    """Return what a rank holds that shares no state with others."""
+    """Return what a rank holds if ranks share no training state."""
     weights = layout.element * parameters
     gradients = weights
     buffers = layout.element * min(parameters, BUCKET) if layout.data > 1 else 0.0
@@ -279,13 +277,11 @@ def held_alone(layout: Layout, parameters: int, table: float) -> Held:
 
 
 def held_in_stage_3(layout: Layout, parameters: int) -> Held:
-    """Return what a rank holds that shares everything; gradients too stay from the first step
-    on.
-    """
+    """Return what a rank holds at ZeRO stage 3; gradients stay allocated after a step."""
     whole = layout.element * parameters
     share = whole / layout.data
     bucket = layout.element * min(parameters, BUCKET)
-    # gathered weights, all of a model of this size, and the memory in which they arrive
+    # gathered weights (DeepSpeed gathers all, for models of this size) and the receive buffer
     gathered = 2 * whole if layout.data > 1 else 0.0
 
     return Held(
@@ -300,7 +296,7 @@ def held_in_stage_3(layout: Layout, parameters: int) -> Held:
 
 
 def held_in_stages_1_and_2(layout: Layout, parameters: int, table: float) -> Held:
-    """Return what a rank holds that shares the optimizer's state and, in stage 2, gradients."""
+    """Return what a rank holds at ZeRO stages 1 and 2 (at 2 gradients are sharded too)."""
     whole = layout.element * parameters
     share = whole / layout.data
     bucket = layout.element * min(parameters, BUCKET)
@@ -318,17 +314,14 @@ def held_in_stages_1_and_2(layout: Layout, parameters: int, table: float) -> Hel
 
 
 def converted_bytes(layout: Layout, parameters: int) -> float:
-    """Return the bytes of a rank's gradients as fp32, which the optimizer needs."""
+    """Return the bytes of the fp32 gradients that the optimizer needs; 0 if they are fp32."""
     return FP32 * parameters / layout.data if layout.half else 0.0
 
 
 def largest_micro_batch(
     sizes: ModelConfig, layout: Layout, load: Load, room: float, most: int = 1 << 16
 ) -> int:
-    """Give the most samples whose peak stays within `room` bytes.
-
-    0 where one sample is too many.
-    """
+    """Return the most samples, up to `most`, whose peak fits in `room` bytes; 0 if none fit."""
     low = 0
     high = most
     while low < high:

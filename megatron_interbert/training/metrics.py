@@ -1,6 +1,6 @@
-"""What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard.
+"""Report a run's progress: a progress bar or plain lines, metrics.jsonl, TensorBoard.
 
-None of them can stop it.
+A failure to write any of them does not stop the run.
 """
 
 import json
@@ -22,16 +22,16 @@ RECORDS = "metrics.jsonl"
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory of this process: on the GPU, or resident on the CPU."""
+    """Return this process's peak memory in GiB: allocated on the GPU, else resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class Records:
-    """metrics.jsonl: one JSON object a line.
+    """Write metrics.jsonl, one JSON object per line.
 
-    Records past the step that is resumed from are dropped first.
+    Records past the step that the run resumes from are dropped first.
     """
 
     def __init__(self, path: Path, first_step: int, say: Callable[[str], None]) -> None:
@@ -41,10 +41,7 @@ class Records:
         self._begun = False
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Append a record of named figures.
-
-        OSError where it cannot be, then nothing of it is there.
-        """
+        """Append a record of named metrics; on OSError no part of it has been written."""
         if not self._begun:
             self._begin()
 
@@ -54,7 +51,7 @@ class Records:
         append(self.path, encoded(json.dumps({"step": step, "split": split, **finite}) + "\n"))
 
     def _begin(self) -> None:
-        """Keep the records up to the first step, in a file that is written beside and renamed."""
+        """Drop the records past the first step, by writing a new file and renaming it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self._lines()
         records = [line for line in lines if step_of(line) is not None]
@@ -64,7 +61,7 @@ class Records:
 
         if len(records) < len(lines):
             dropped = len(lines) - len(records)
-            self.say(f"note: {self.path}: {dropped} lines were no records and are dropped")
+            self.say(f"note: {self.path}: {dropped} lines were not records and are dropped")
 
     def _lines(self) -> list[str]:
         try:
@@ -79,7 +76,7 @@ class Records:
 
 
 def step_of(line: str) -> int | None:
-    """Give the step of a line of metrics.jsonl; None where it is no record."""
+    """Return the step in a line of metrics.jsonl; None if the line is not a record."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -89,7 +86,7 @@ def step_of(line: str) -> int | None:
 
 
 class MetricsWriter:
-    """Rank 0 writes; the others stay silent."""
+    """Write metrics and lines for people, on rank 0 only."""
 
     def __init__(
         self, save: str, tensorboard_dir: str, is_main: bool, train_iters: int, first_step: int
@@ -121,9 +118,9 @@ class MetricsWriter:
     def write(
         self, step: int, values: dict[str, float], summary: str, prefix: str = "train"
     ) -> None:
-        """Write one record of named figures for a step.
+        """Write one record of named metrics for a step.
 
-        `summary` is the task's part of the line for people.
+        `summary` is the task's part of the printed line.
         """
         if not self.is_main:
             return
@@ -134,7 +131,7 @@ class MetricsWriter:
         self.say(self._line(step, values, summary, prefix))
 
     def _try(self, path: Path, write: Callable[[], None]) -> None:
-        """Write what can be written; say once that it cannot, and that it can again."""
+        """Call `write`; report once when it starts to fail and once when it works again."""
         try:
             write()
         except OSError as error:
@@ -145,7 +142,7 @@ class MetricsWriter:
 
         if path in self._failing:
             self._failing.remove(path)
-            self.say(f"note: {path} is written again")
+            self.say(f"note: {path} can be written again")
 
     def _line(self, step: int, values: dict[str, float], summary: str, prefix: str) -> str:
         parts = [f"{prefix} step {step}/{self.train_iters}", summary]
@@ -162,11 +159,11 @@ class MetricsWriter:
         return " | ".join(parts)
 
     def say(self, line: str) -> None:
-        """Give one line for people, on rank 0."""
+        """Print a line on rank 0, above the progress bar if there is one."""
         if self.is_main:
             tqdm.write(line, file=sys.stdout) if self.bar is not None else print(line, flush=True)
 
     def close(self) -> None:
-        """End the progress bar; records are on disk."""
+        """Close the progress bar; records are on disk already."""
         if self.bar is not None:
             self.bar.close()

@@ -1,5 +1,5 @@
-"""`--micro-batch-size auto`: how many samples a forward pass takes, by trial on these machines with
-this model and these data.
+"""Choose the micro-batch size for `--micro-batch-size auto`, by timing this model on these machines
+with these data.
 """
 
 import time
@@ -20,13 +20,13 @@ from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.memory import Layout, Load, predict
 from megatron_interbert.training.model_plan import working_dtype
 
-USED = 0.8  # share of the memory that a step may take by arithmetic, which is right to a tenth
-AS_GOOD = 0.97  # share of the best rate that is as good
-LONGEST_TRIAL = 20.0  # seconds of a pass after which no larger one is tried
+USED = 0.8  # share of memory a step may take by prediction, which is accurate to 10 %
+AS_GOOD = 0.97  # rates from this share of the best one on count as equally good
+LONGEST_TRIAL = 20.0  # seconds of a pass beyond which no larger size is tried
 
 
 def layout_of(config: TrainConfig, data_parallel_size: int, kernels: Kernels) -> Layout:
-    """Describe how a run trains for the arithmetic of memory."""
+    """Describe how a run trains, as input to the memory prediction."""
     return Layout(
         data=data_parallel_size,
         tensor=config.tensor_model_parallel_size,
@@ -40,7 +40,7 @@ def layout_of(config: TrainConfig, data_parallel_size: int, kernels: Kernels) ->
 
 
 def load_of(batch: PackedBatch) -> Load:
-    """Describe a micro-batch for the arithmetic of memory."""
+    """Describe the lengths in a micro-batch, as input to the memory prediction."""
     rows = len(batch)
     return Load(
         rows,
@@ -52,7 +52,7 @@ def load_of(batch: PackedBatch) -> Load:
 
 
 class Trial:
-    """Passes of a model over real samples, on all ranks at once."""
+    """Try micro-batches of real samples on a model, on all ranks at once."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Trial:
         self.layout = layout_of(config, state.data_size, kernels)
 
     def batch(self, samples: int) -> PackedBatch:
-        """Give the first samples of this rank."""
+        """Build a micro-batch of this rank's first `samples` samples."""
         found: TrainingSet = self.job.samples
         positions = range(
             self.state.data_rank,
@@ -81,14 +81,15 @@ class Trial:
         return to_batch(found.fields(found.order.pairs(positions, 0)))
 
     def fits(self, batch: PackedBatch, room: float) -> bool:
-        """Tell whether a step with such batches stays within `room` bytes on every rank."""
+        """Check whether such a step is predicted to fit in `room` bytes on every rank."""
         peak = predict(self.job.model_config, self.layout, load_of(batch)).peak
         return all(self.state.gather(peak <= room))
 
     def seconds(self, model: InterBert, batch: PackedBatch) -> float | None:
-        """Time a forward and a backward pass on the slowest rank; None where a rank lacks memory.
+        """Return the seconds of a forward and a backward pass on the slowest rank; None if a rank
+        runs out of memory.
 
-        The best of three, for others may disturb one.
+        The best of three, since other work may disturb one of them.
         """
         times = []
 
@@ -101,7 +102,7 @@ class Trial:
         return min(times)
 
     def _seconds_here(self, model: InterBert, batch: PackedBatch) -> float | None:
-        """Time the passes on this rank; None where memory has run out, which is then free again."""
+        """Time the passes on this rank; None if memory ran out (what they took is freed)."""
         try:
             batch = batch.to(self.device)
             totals = self.job.task.count_targets(batch).to(self.device)
@@ -126,7 +127,7 @@ class Trial:
             model.zero_grad()
 
     def synchronise(self) -> None:
-        """Wait for the device."""
+        """Wait until a GPU has finished its queued work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -135,8 +136,10 @@ def choose_micro_batch(
     trial: Trial, make_model: Callable[[], InterBert], global_batch: int, alive: Callable[[], None]
 ) -> int:
     """Choose the largest micro-batch that divides a rank's share of the global batch, fits, and is
-    as fast as the best one, alike on all ranks. `alive` is called before each trial. UsageError
-    when not one sample fits, or there is no share to divide.
+    about as fast as the fastest; the same on all ranks.
+
+    `alive` is called before each trial. Raises UsageError if not one sample fits or the global
+    batch cannot be shared out.
     """
     state = trial.state
     share = share_of(global_batch, state.data_size)
@@ -144,15 +147,15 @@ def choose_micro_batch(
     rates = measure_rates(trial, make_model, share, room, alive)
     if not rates:
         raise UsageError(
-            f"--micro-batch-size auto: not one sample fits {room / 2**30:.1f} GiB; python"
-            " tools/plan.py lists layouts that fit a device"
+            f"--micro-batch-size auto: not one sample fits in {room / 2**30:.1f} GiB;"
+            " interbert plan lists layouts that fit a device"
         )
 
     best = max(size for size, rate in rates.items() if rate >= AS_GOOD * max(rates.values()))
     if state.is_main:
         tried = ", ".join(f"{size}: {rate * state.data_size:.1f}" for size, rate in rates.items())
         print(
-            f"micro-batch size {best} of {share} a rank, by trial (samples/s of forward and"
+            f"micro-batch size {best} of {share} per rank, by trial (samples/s of forward and"
             f" backward passes: {tried})",
             flush=True,
         )
@@ -161,7 +164,7 @@ def choose_micro_batch(
 
 
 def share_of(global_batch: int, data_size: int) -> int:
-    """Return the samples of one rank in a step; UsageError where they cannot be shared out."""
+    """Return a rank's samples per step; UsageError if the global batch is 0 or does not divide."""
     if not global_batch:
         raise UsageError("--micro-batch-size auto needs --global-batch-size, which it divides")
     if global_batch % data_size:
@@ -180,8 +183,8 @@ def measure_rates(
     room: float,
     alive: Callable[[], None],
 ) -> dict[int, float]:
-    """Return samples per second by micro-batch size, from small to large, up to the last one that
-    fits `room` bytes and is worth a trial.
+    """Return a rank's samples per second by micro-batch size, in ascending order, up to the last
+    size that fits in `room` bytes and is worth trying.
     """
     model = make_model().to(trial.device, trial.dtype).train()
     rates: dict[int, float] = {}
@@ -197,7 +200,7 @@ def measure_rates(
             break
 
         seconds = trial.seconds(model, batch)
-        if seconds is None:  # arithmetic is right to a tenth; the device has the last word
+        if seconds is None:  # the prediction may be off by 10 %; the device decides
             break
 
         rates[samples] = samples / seconds
@@ -211,8 +214,9 @@ def measure_rates(
 
 
 def still_fits(trial: Trial, samples: int) -> bool:
-    """Tell whether micro-batches that a run before chose fit here: into all that is free, for what
-    is free has its ups and downs.
+    """Check whether the micro-batch size that the previous run chose still fits here.
+
+    It may use all free memory, not only a share: how much is free varies from run to run.
     """
     with local_errors():
         batch = trial.batch(samples)
@@ -220,7 +224,7 @@ def still_fits(trial: Trial, samples: int) -> bool:
 
 
 def memory_of(device: torch.device) -> float:
-    """Give bytes that this rank may use: of its GPU, or its part of what is free on the machine."""
+    """Return the free bytes for this rank: of its GPU, or its share of the host's free memory."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     return free_memory() / read_launch().local_size

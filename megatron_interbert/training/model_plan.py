@@ -1,4 +1,4 @@
-"""What the model of a run is made of: sizes, heads, kernels, random streams."""
+"""Plan and build a run's models: sizes, heads, kernels, random streams."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from megatron_interbert.tasks.task import Job
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """Builds the models of one run, all with the same sizes, heads and kernels."""
+    """Build the models of one run, all with the same sizes, heads and kernels."""
 
     job: Job
     state: ParallelState
@@ -24,7 +24,7 @@ class ModelPlan:
     recompute: bool
 
     def with_first_weights(self, streams: RandomStreams) -> InterBert:
-        """Build the model to train, on the CPU, with the weights that --seed gives."""
+        """Build the model to train, on the CPU, with initial weights drawn from --seed."""
         sizes = self.job.model_config
         model = InterBert(
             sizes,
@@ -40,7 +40,7 @@ class ModelPlan:
         return model
 
     def for_evaluation(self) -> InterBert:
-        """Build a model to copy weights into; evaluations go through its layers one by one."""
+        """Build a model to copy weights into, with whole rows: evaluations call single layers."""
         return InterBert(
             self.job.model_config,
             self.job.heads,
@@ -53,10 +53,7 @@ class ModelPlan:
 def plan_model(
     config: TrainConfig, job: Job, state: ParallelState, device: torch.device
 ) -> ModelPlan:
-    """Choose the kernels of a run's model.
-
-    UsageError where sizes, ranks and precision do not fit.
-    """
+    """Choose the kernels of a run's model; UsageError if sizes, ranks and precision do not fit."""
     sizes = job.model_config
     sizes.check_tensor_parallel(state.tensor_size)
     config.check_float8(sizes)
@@ -76,7 +73,7 @@ def plan_model(
 
 
 def working_dtype(config: TrainConfig) -> torch.dtype:
-    """Give the type in which the layers of a run compute."""
+    """Return the dtype in which a run's layers compute."""
     if config.bf16:
         return torch.bfloat16
     return torch.float16 if config.fp16 else torch.float32

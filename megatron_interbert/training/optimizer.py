@@ -1,5 +1,5 @@
-"""AdamW with parameter groups, the learning-rate schedule, and the global gradient norm where
-DeepSpeed gives none.
+"""Build AdamW and its parameter groups, compute the learning-rate schedule, and the global gradient
+norm where DeepSpeed computes none.
 """
 
 import math
@@ -11,16 +11,16 @@ from torch import nn
 from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.parallel.state import ParallelState
 
-# Squares that are added up in float32, beyond them in float64. A CPU that adds 20 M of them up in
-# float32 is wrong by 1 in 1,000.
+# Squares summed in float32; their sums are added in float64. Summing 20 M of them in float32 on a
+# CPU gives an error of 1 in 1,000.
 RUN = 1 << 18
 
 
 def parameter_groups(
     model: nn.Module, config: TrainConfig, pretrained: Collection[str] = ()
 ) -> list[dict]:
-    """Groups by weight decay (matrices only, not biases and LayerNorm) and by rate (`pretrained`
-    names are scaled).
+    """Group a model's parameters by weight decay (matrices only, not biases and LayerNorm) and by
+    learning rate (that of `pretrained` names is scaled by --pretrained-lr-scale).
     """
     groups: dict[tuple[bool, bool], dict] = {}
 
@@ -42,7 +42,7 @@ def parameter_groups(
 
 
 def build_optimizer(groups: list[dict], config: TrainConfig) -> torch.optim.AdamW:
-    """torch's fused AdamW (CPU and CUDA)."""
+    """Build torch's fused AdamW (CPU and CUDA)."""
     return torch.optim.AdamW(
         groups,
         lr=config.lr,
@@ -53,8 +53,8 @@ def build_optimizer(groups: list[dict], config: TrainConfig) -> torch.optim.Adam
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Rate of optimizer step `step` (1 is the first): linear warm-up, then linear, cosine, constant
-    or in steps.
+    """Return the learning rate of optimizer step `step` (the first is 1): linear warm-up, then
+    linear, cosine, constant or multistep decay.
     """
     warmup = round(config.lr_warmup_fraction * config.train_iters)
     if step <= warmup:
@@ -63,7 +63,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         passed = sum(step > share * config.train_iters for share in config.milestones())
         return max(config.lr * config.lr_decay_factor**passed, config.min_lr)
 
-    # the last step still moves
+    # the last step still has a rate above the minimum
     progress = min((step - 1 - warmup) / max(config.train_iters - warmup, 1), 1.0)
     shape = {
         "linear": 1.0 - progress,
@@ -75,13 +75,13 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group its share of the rate."""
+    """Set every group's rate: `rate` times its `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:
-    """Tell whether tensor-parallel ranks hold different parts of a parameter."""
+    """Check whether tensor-parallel ranks hold different parts of a parameter."""
     return bool(getattr(parameter, "tensor_model_parallel", False))
 
 
@@ -92,19 +92,19 @@ def gradient_norm(
     device: torch.device | str,
     partitioned: bool = False,
 ) -> float:
-    """Compute the global norm of gradients; inf on every rank where it is not finite on one.
+    """Compute the global gradient norm; inf on every rank if it is not finite on any.
 
-    Over tensor-parallel ranks those of shards are summed and replicated ones count once.
-    `partitioned`: data-parallel ranks hold different gradients, else the same. The host waits for
-    the device once.
+    Across tensor-parallel ranks, sharded gradients are summed and replicated ones count once.
+    `partitioned`: data-parallel ranks hold different gradients, else the same. The host
+    synchronises with the device once.
     """
     squares = torch.stack([_square_sum(tensors, device) for tensors in (replicated, sharded)])
 
     if partitioned:
         state.sum_over_data(squares)
 
-    # Replicated gradients are alike on all tensor-parallel ranks, so their mean is each of them;
-    # and it is not finite if one of them is not.
+    # Replicated gradients are the same on all tensor-parallel ranks, so their mean is their value,
+    # and it is not finite if any of them is not.
     replicas, shards = state.sum_over_tensor(squares)
     total = float(replicas / state.tensor_size + shards)
 
@@ -112,7 +112,7 @@ def gradient_norm(
 
 
 def _square_sum(tensors: Sequence[torch.Tensor], device: torch.device | str) -> torch.Tensor:
-    """Sum all squares: float64 []. The operations are few, however many tensors there are."""
+    """Sum all squares: float64 scalar. Takes few operations, however many tensors there are."""
     if not tensors:
         return torch.zeros((), dtype=torch.float64, device=device)
 
@@ -123,7 +123,7 @@ def _square_sum(tensors: Sequence[torch.Tensor], device: torch.device | str) -> 
 
 
 def _runs(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Cut a tensor into groups of rows so small that their squares may be added up in float32."""
+    """Split a tensor into groups of rows small enough to sum their squares in float32."""
     if tensor.numel() <= RUN:
         return [tensor]
 

@@ -1,14 +1,14 @@
-"""Dense peak of a device in 16 bit, without sparsity, by the exact name that torch gives it.
+"""Look up a device's dense 16-bit peak throughput by the exact name that torch reports.
 
-From the makers' datasheets. Names are compared whole: of one chip there are boards of very
-different speed (H100 PCIe has three quarters of the SXM's, an L40S twice an L40's).
+The figures are from the vendors' datasheets. Names are compared whole, since boards with the same
+chip differ widely (an H100 PCIe has three quarters of the SXM's peak, an L40S twice an L40's).
 """
 
 import re
 
 import torch
 
-# Name without the maker -> TFLOP/s. `|` separates spellings, `*` stands for a size of memory.
+# Name without the vendor -> TFLOP/s. `|` separates spellings, `*` matches a memory size.
 PEAK_TFLOPS = {
     "GB200|GB300": 2500.0,
     "B200|B300 SXM6 AC": 2250.0,
@@ -30,13 +30,13 @@ PEAK_TFLOPS = {
     "T4": 65.0,
     "GeForce RTX 4090": 165.2,
     "MI300X|MI325X": 1307.4,
-    "MI250X|MI250X / MI250": 191.5,  # of one of its two dies, which torch sees as a device each
+    "MI250X|MI250X / MI250": 191.5,  # of one of its two dies: torch sees two devices
 }
 MAKERS = r"(NVIDIA|Tesla|AMD|Instinct)\s+"
 
 
 def peak_of(name: str) -> float:
-    """Look up a device's name (`NVIDIA H100 80GB HBM3`); 0 where it is not known."""
+    """Return the peak in TFLOP/s of a device name (`NVIDIA H100 80GB HBM3`); 0 if unknown."""
     bare = re.sub(f"^({MAKERS})+", "", name.strip())
     for names, peak in PEAK_TFLOPS.items():
         for pattern in names.split("|"):
@@ -47,7 +47,7 @@ def peak_of(name: str) -> float:
 
 
 def peak_tflops(device: torch.device, given: float) -> float:
-    """Choose the peak of `device` in TFLOP/s: as given, else by its name; 0: no MFU is shown."""
+    """Return a device's peak in TFLOP/s: as given, else by its name; 0 if unknown (no MFU)."""
     if given or device.type != "cuda":
         return given
     return peak_of(torch.cuda.get_device_name(device))

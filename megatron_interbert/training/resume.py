@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, and whether it is of this run."""
+"""Find the checkpoint that a run resumes from, and check that it is from the same run."""
 
 import contextlib
 import dataclasses
@@ -31,17 +31,16 @@ from megatron_interbert.weights.manifest import (
 )
 
 
-def settings_that(config: TrainConfig, resume: Resume) -> list[str]:
-    """List the settings with which a resumed run does the same when they have changed."""
+def settings_by_resume(config: TrainConfig, resume: Resume) -> list[str]:
+    """List the settings whose changes a resumed run handles as `resume` says."""
     return [name for name, facts in rows(config) if facts.resume is resume]
 
 
 def keep_fitted(config: TrainConfig, state: ParallelState) -> None:
-    """Take settings that are fitted to the data from the newest checkpoint, where no flag gives
-    them.
+    """Take settings fitted to the data from the newest checkpoint, unless flags give them.
 
-    Nothing is verified yet; a manifest that cannot be read is passed over, the one before it is of
-    the same run.
+    Checkpoints are not verified yet. A damaged manifest is skipped: the one before it is from the
+    same run.
     """
     if config.resume == "never":
         return
@@ -54,16 +53,16 @@ def keep_fitted(config: TrainConfig, state: ParallelState) -> None:
 
 
 def newest_settings(config: TrainConfig) -> tuple[str, dict[str, Any]] | None:
-    """Give (folder, the run's settings) of the newest checkpoint of --save or --load that can be
-    read.
+    """Return (folder, the run's settings) of the newest checkpoint in --save or --load with a valid
+    manifest, or None.
     """
     found = newest_manifest(config)
     return found and (str(found[0]), found[1]["configs"]["run"])
 
 
 def newest_manifest(config: TrainConfig) -> tuple[Path, dict[str, Any]] | None:
-    """Give (folder, manifest) of the newest checkpoint of --save or --load whose manifest is
-    sound.
+    """Return (folder, manifest) of the newest checkpoint in --save, else --load, whose manifest is
+    valid; None if there is none. Raises Unreadable if one cannot be read.
     """
     for folder in (config.save, config.load):
         for path in complete_checkpoints(Path(folder)) if folder else []:
@@ -82,11 +81,11 @@ def newest_manifest(config: TrainConfig) -> tuple[Path, dict[str, Any]] | None:
 
 
 def find_checkpoint(config: TrainConfig, state: ParallelState, locked: bool = True) -> Path | None:
-    """Find the newest good checkpoint of --save, else of --load; None to start anew.
+    """Find the newest intact checkpoint of --save, else of --load; None to start anew.
 
-    Every rank hashes its share of the files. A damaged checkpoint of --save is set aside under
-    another name where the folder is `locked`, so that nothing counts it again. UsageError where
-    there are traces of checkpoints in --save and none of them can be used.
+    Every rank hashes its share of the files. A damaged checkpoint in --save is renamed if the
+    folder is `locked`, so that it no longer counts. Raises UsageError if --save has traces of
+    checkpoints but none that can be used.
     """
     own = Path(config.save) if config.save else None
     if own and locked and state.is_main:
@@ -132,10 +131,10 @@ def find_checkpoint(config: TrainConfig, state: ParallelState, locked: bool = Tr
 
 
 def newest_sound(candidates: list[Path], state: ParallelState, rename: bool) -> Path | None:
-    """Give the first of some checkpoints whose files are as they were written; all ranks check.
+    """Return the first of `candidates` whose files are as they were written; all ranks check.
 
-    UsageError on all ranks where a file cannot be read, or rank 0 does not see the damage that
-    another one sees: it may be sound, and nothing is renamed.
+    Raises UsageError on all ranks if a file cannot be read, or if rank 0 does not see the damage
+    that another rank sees: the checkpoint may be intact, so it is not renamed.
     """
     for candidate in candidates:
         found = functools.partial(verify, candidate, state.rank, state.world_size)
@@ -151,7 +150,7 @@ def newest_sound(candidates: list[Path], state: ParallelState, rename: bool) -> 
             text, node = next((text, node) for text, node in told if text)
             raise UsageError(
                 f"{candidate}: {text} as {node} sees it, but not as {told[0][1]} does (rank 0); it"
-                " must lie on a disk that all machines share"
+                " must be on a disk that all machines share"
             )
 
         if state.is_main:
@@ -168,10 +167,9 @@ def newest_sound(candidates: list[Path], state: ParallelState, rename: bool) -> 
 
 
 def check_no_trace(folder: Path) -> None:
-    """Raise UsageError where a run has committed checkpoints of which none is left that can be
-    used.
+    """Raise UsageError if a folder has traces of committed checkpoints; it has no usable one.
 
-    A temporary folder of a first save that was killed is no trace.
+    The temporary folder of a first save that was killed is not a trace.
     """
     names = list_folder(folder)
     traces = [
@@ -190,15 +188,15 @@ def check_no_trace(folder: Path) -> None:
 
 
 def _candidates(folder: Path, state: ParallelState) -> list[Path]:
-    """List what rank 0 sees (on a network disk the others might see less), newest first."""
+    """List the checkpoints rank 0 sees, newest first (others may see fewer on network disks)."""
     found = together(state, lambda: complete_checkpoints(folder) if state.is_main else None)
 
     if state.is_main:
         for path in step_folders(folder):
             if path not in found and path.is_dir():
                 print(
-                    f"note: {path} has no {MANIFEST}: not a checkpoint of ours, or damaged; it is"
-                    " not counted",
+                    f"note: {path} has no {MANIFEST}: not a checkpoint of this program, or"
+                    " damaged; it is ignored",
                     flush=True,
                 )
 
@@ -206,26 +204,26 @@ def _candidates(folder: Path, state: ParallelState) -> list[Path]:
 
 
 def resumed_batch(path: Path | None) -> int:
-    """Give the global batch of a checkpoint to resume from, which holds on any number of ranks; 0
-    without one.
+    """Return the global batch size of the checkpoint to resume from, which is kept on any number of
+    ranks; 0 without a checkpoint.
     """
     return read_manifest(path)["configs"]["run"]["global_batch_size"] if path else 0
 
 
 def resumed_micro_batch(path: Path | None, share: int) -> int:
-    """That of a checkpoint to resume from, where it divides a rank's `share` of the global batch,
-    else 0: with it a run resumes bit for bit.
+    """Return the micro-batch size of the checkpoint to resume from if it divides a rank's `share`
+    of the global batch, else 0. With the same size a run resumes bit for bit.
     """
     before = read_manifest(path)["configs"]["run"]["micro_batch_size"] if path else 0
     return before if before and share % before == 0 else 0
 
 
 def changed_settings(manifest: dict[str, Any], config: TrainConfig) -> list[str]:
-    """`name old -> new` of the settings that may change and did."""
+    """List `name old -> new` for the settings that changed and that are worth a note."""
     before = {**defaults(config), **manifest["configs"]["run"]}
     changed = []
 
-    for name in settings_that(config, NOTE):
+    for name in settings_by_resume(config, NOTE):
         now = getattr(config, name)
         if before[name] != now:
             changed.append(f"{name} {before[name]} -> {now}")
@@ -234,17 +232,14 @@ def changed_settings(manifest: dict[str, Any], config: TrainConfig) -> list[str]
 
 
 def changed_rate(manifest: dict[str, Any], config: TrainConfig) -> str:
-    """What the learning rate does where a resumed run has another length.
-
-    Empty where it has not.
-    """
-    before = {**manifest["configs"]["run"]}
+    """Describe how the learning rate jumps if a resumed run has another --train-iters; else ""."""
+    before = manifest["configs"]["run"]
     step = manifest["iteration"]
     length = before["train_iters"]
     if length == config.train_iters or step >= config.train_iters:
         return ""
 
-    noted = settings_that(config, NOTE)
+    noted = settings_by_resume(config, NOTE)
     old = dataclasses.replace(config, **{name: before[name] for name in noted if name in before})
 
     return (
@@ -256,7 +251,7 @@ def changed_rate(manifest: dict[str, Any], config: TrainConfig) -> str:
 
 
 def defaults(config: Any) -> dict[str, Any]:
-    """Give values of a configuration that was told nothing."""
+    """Return the default values of a configuration."""
     return {field.name: field.default for field in dataclasses.fields(config)}
 
 
@@ -267,19 +262,19 @@ def check_same_run(
     data: dict[str, Any],
     where: str,
 ) -> None:
-    """Raise UsageError unless a checkpoint is of this model, these data and these samples.
+    """Raise UsageError unless a checkpoint has the same model, data and order of samples.
 
-    What an older version did not know had its default.
+    A setting that an older version did not have counts as its default.
     """
     check_same_model(manifest, model_config, data, where)
+    before = {**defaults(config), **manifest["configs"]["run"]}
 
-    for name in settings_that(config, SAME):
-        before = {**defaults(config), **manifest["configs"]["run"]}[name]
+    for name in settings_by_resume(config, SAME):
         now = getattr(config, name)
-        if before != now:
+        if before[name] != now:
             raise UsageError(
-                f"{where}: made with {name} = {before}, this run has {now}, so samples or losses"
-                " would differ; use the same value, or another --save"
+                f"{where}: made with {name} = {before[name]}, this run has {now}, so samples or"
+                " losses would differ; use the same value, or another --save"
             )
 
     mined = data.get("mined", [])
@@ -294,7 +289,7 @@ def check_same_run(
 def check_same_model(
     manifest: dict[str, Any], model_config: ModelConfig, data: dict[str, Any], where: str
 ) -> None:
-    """Raise UsageError unless a checkpoint is of this model, task and data."""
+    """Raise UsageError unless a checkpoint has the same model sizes, task and data."""
     theirs = {**defaults(model_config), **manifest["configs"]["model"]}
     ours = dataclasses.asdict(model_config)
     differing = [k for k in ours if theirs.get(k) != ours[k] and not k.endswith("dropout")]
@@ -320,5 +315,5 @@ def check_same_model(
     if manifest["data"]["manifest_sha256"] != data["manifest_sha256"]:
         raise UsageError(
             f"{where}: the region store has changed since ({data['store']}), so samples would"
-            " differ; give the store it was made on, or take only its weights by --init-from"
+            " differ; give the store of that run, or take only its weights by --init-from"
         )

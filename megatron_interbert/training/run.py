@@ -1,4 +1,4 @@
-"""A run under way: what it was told, where it computes, and what watches over it."""
+"""Start a run: its configuration, ranks, device, watchdog and stop signals."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from megatron_interbert.training.stopping import Stopping
 
 @dataclass(frozen=True)
 class Run:
-    """What all parts of a run share. `config` is settled, and frozen, before the model is built."""
+    """Hold what all parts of a run share. `config` is frozen before the model is built."""
 
     config: TrainConfig
     state: ParallelState
@@ -27,15 +27,15 @@ class Run:
     stopping: Stopping
 
     def say(self, *lines: str) -> None:
-        """Print lines of rank 0."""
+        """Print lines, on rank 0 only."""
         if self.state.is_main and lines:
             print(*lines, sep="\n", flush=True)
 
 
 def meet(config: TrainConfig) -> Run:
-    """Check what can be checked alone, and have the ranks meet.
+    """Check the configuration as far as one rank can, and connect the ranks.
 
-    SystemExit after --print-launch.
+    Raises SystemExit after --print-launch.
     """
     config.check()
     agree_with_json(config)
@@ -67,6 +67,6 @@ def meet(config: TrainConfig) -> Run:
 def random_streams(
     config: TrainConfig, state: ParallelState, device: torch.device
 ) -> RandomStreams:
-    """Give the streams from which dropout draws on this rank."""
+    """Build the random streams from which dropout draws on this rank."""
     alone = state.tensor_size == 1
     return RandomStreams(config.seed, state.data_rank, state.tensor_rank, device, alone)

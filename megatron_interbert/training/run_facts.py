@@ -1,4 +1,4 @@
-"""Name what must be the same on all machines of a run before it is worth starting."""
+"""Collect what must be the same on all machines before a run starts."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from megatron_interbert.tasks.task import Job
 
 
 def facts_of_run(config: TrainConfig, job: Job) -> dict[str, Any]:
-    """Give everything on which the work of a rank depends, by names for people."""
+    """Return all that a rank's work depends on, by human-readable names."""
     flags = {
         flag(name): getattr(config, name) for name, facts in rows(config) if not facts.may_differ
     }

@@ -1,6 +1,4 @@
-"""The folder --save of a run: its lock, the names in it, how checkpoints are published and
-removed.
-"""
+"""Manage a run's --save folder: lock it, name what is in it, publish and remove checkpoints."""
 
 import contextlib
 import os
@@ -33,14 +31,14 @@ MEGATRON_POINTER = "latest_checkpointed_iteration.txt"
 
 @dataclass
 class Claim:
-    """What rank 0 holds of a run's --save; the other ranks hold nothing."""
+    """Hold rank 0's lock on a run's --save; on other ranks it is empty."""
 
-    handle: int | None = None  # of the lock file; open as long as the run lives
-    locked: bool = False  # only who has the lock may rename or remove what is not its own
+    handle: int | None = None  # of the lock file, open as long as the run lives
+    locked: bool = False  # only the holder may rename or remove what is not its own
 
 
 def claim_folder(folder: str, state: ParallelState) -> Claim:
-    """Lock --save for this run, on rank 0; UsageError on all ranks when another run holds it."""
+    """Lock --save for this run, on rank 0; UsageError on all ranks if another run holds it."""
     claim = Claim()
     problem = None
 
@@ -58,10 +56,10 @@ def claim_folder(folder: str, state: ParallelState) -> Claim:
 
 
 def renewed(claim: Claim, folder: Path) -> Claim:
-    """Give a claim that holds for a folder as it is now: somebody may have removed it, and its
-    lock.
+    """Return a claim that is valid for the folder as it is now; it, and the lock in it, may have
+    been removed and are then made again.
 
-    UsageError where another run has taken it since.
+    Raises UsageError if another run has taken the lock since.
     """
     if claim.handle is None:
         return claim
@@ -78,8 +76,8 @@ def renewed(claim: Claim, folder: Path) -> Claim:
 
 
 def lock_folder(folder: Path) -> Claim:
-    """Make the folder and take its lock, one of the process: workers forked later do not inherit
-    it.
+    """Make the folder and take its lock. It belongs to the process: workers forked later do not
+    inherit it. UsageError if the folder cannot be written or another run holds the lock.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,8 +92,8 @@ def lock_folder(folder: Path) -> Claim:
         taken = take_lock(handle, of_process=True)
     except OSError as error:
         print(
-            f"note: --save {folder} cannot be locked ({error.strerror}): nothing that lies there is"
-            " renamed or cleaned up by this run; see that no other run writes there",
+            f"note: --save {folder} cannot be locked ({error.strerror}): this run renames and"
+            " removes nothing that it did not make; ensure that no other run writes there",
             flush=True,
         )
         return Claim(handle)
@@ -107,8 +105,8 @@ def lock_folder(folder: Path) -> Claim:
             " saves first), or choose another --save"
         )
 
-    with contextlib.suppress(OSError):  # a full disk: the name is only for people
-        # A backup by hard links shares this file, or somebody has planted it.
+    with contextlib.suppress(OSError):  # e.g. a full disk; the name is only for people to read
+        # A hard-linked backup shares this file, or somebody has planted it.
         if os.fstat(handle).st_nlink > 1:
             return Claim(handle, locked=True)
         os.ftruncate(handle, 0)
@@ -118,17 +116,14 @@ def lock_folder(folder: Path) -> Claim:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a run has left that was killed while it wrote."""
+    """Remove temporary folders left by a run that was killed while saving."""
     for name in list_folder(folder):
         if name.startswith(f".{STEP_FOLDER}") and name.endswith(PARTIAL):
             shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def set_aside(path: Path) -> None:
-    """Give a folder a name under which nothing takes it for a checkpoint.
-
-    UsageError where it cannot be.
-    """
+    """Rename a damaged checkpoint so that nothing takes it for one; UsageError if that fails."""
     try:
         os.rename(path, path.with_name(f"{DAMAGED}{path.name}-{time.time_ns()}"))
     except OSError as error:
@@ -136,18 +131,18 @@ def set_aside(path: Path) -> None:
 
 
 def partial_folder(final: Path, token: str = "") -> Path:
-    """Where a checkpoint grows before it is renamed, and where it goes to be removed.
+    """Return the temporary name of a checkpoint, used while it is written and while it is removed.
 
-    `token` keeps two runs apart that write to one folder where there are no locks.
+    `token` keeps apart two runs that write to one folder on a disk without locks.
     """
     return final.with_name(f".{final.name}{token and '.'}{token}{PARTIAL}")
 
 
 class RunFolder:
-    """The folder as one run sees it. Rank 0 publishes, moves the pointers and removes.
+    """Publish and remove checkpoints and move the pointers, on rank 0.
 
-    `token` is the run's own, in the names of what it has not finished; `tell` hears of what fails
-    after a checkpoint has been committed.
+    `token` is this run's own part of the names of unfinished checkpoints; `tell` is called with a
+    message if something fails after a checkpoint has been committed.
     """
 
     def __init__(self, path: Path, claim: Claim, token: str, tell: Callable[[str], None]) -> None:
@@ -155,28 +150,24 @@ class RunFolder:
         self._claim = claim  # held open: it keeps other runs out
         self._token = token
         self._tell = tell
-        self._ours: set[str] = set()  # names of checkpoints that this run has made or resumed from
+        self._ours: set[str] = set()  # names of checkpoints this run made or resumed from
 
     def renew(self) -> None:
-        """Make and lock the folder again where somebody has removed it.
-
-        UsageError where that fails.
-        """
+        """Make and lock the folder again if it has been removed; UsageError if that fails."""
         self._claim = renewed(self._claim, self.path)
 
     def partial(self, final: Path) -> Path:
-        """Where a checkpoint of this run grows before it is published."""
+        """Return the folder in which this run writes a checkpoint before it is published."""
         return partial_folder(final, self._token)
 
     def count_as_ours(self, checkpoint: Path) -> None:
-        """Note that a checkpoint is this run's, which may remove it in time."""
+        """Note that a checkpoint is this run's own, so the run may prune it later."""
         if checkpoint.parent == self.path:
             self._ours.add(checkpoint.name)
 
     def publish(self, work: Path, final: Path) -> None:
-        """Flush a finished folder and give it its final name.
-
-        OSError or UsageError where that fails.
+        """Flush a finished folder and rename it to its final name; OSError or UsageError if that
+        fails.
         """
         if is_there(final):
             self._make_way(final)
@@ -185,34 +176,33 @@ class RunFolder:
         self.count_as_ours(final)
 
     def _make_way(self, final: Path) -> None:
-        """Set aside what has a new checkpoint's name.
-
-        UsageError where it is one, which this run has not made.
+        """Set aside what already has a new checkpoint's name; UsageError if it is an intact
+        checkpoint, or the folder is not locked.
         """
         if not self._claim.locked or (is_there(final / MANIFEST) and verify(final) is None):
             raise UsageError(
-                f"{final} is there already and not of this run; do two runs write to {self.path}?"
-                " Give each its own --save"
+                f"{final} already exists and is not of this run; if two runs write to {self.path},"
+                " give each its own --save"
             )
 
         set_aside(final)
 
     def move_pointers(self, newest: Path, best: str) -> None:
-        """Have the pointers name the newest and the best checkpoint."""
+        """Point to the newest and the best checkpoint."""
         with self._noted("the pointers could not be moved"):
             write_text(self.path / POINTER, newest.name)
             write_text(self.path / MEGATRON_POINTER, newest.name.removeprefix(STEP_FOLDER))
             self._link_best(best)
 
     def point_to_best(self, best: str) -> None:
-        """Link the best checkpoint, where it is there."""
+        """Link the best checkpoint if it is in this folder."""
         with self._noted(f"the link {BEST} could not be made"):
             self._link_best(best)
 
     def _link_best(self, best: str) -> None:
-        """Link the best checkpoint where it is there.
+        """Link the best checkpoint if it is in this folder.
 
-        A folder of that name, as copies have it, is set aside.
+        A real folder of the link's name, as copying leaves it, is set aside.
         """
         link = self.path / BEST
         if best == f"{STEP_FOLDER}0" or not (self.path / best).is_dir():
@@ -223,10 +213,9 @@ class RunFolder:
         point_to(link, best)
 
     def prune(self, made: Path, best: str, keep_last: int, keep_every: int) -> None:
-        """Remove old checkpoints, never the one just made, and none for the sake of one that is
-        torn.
+        """Remove old checkpoints, never the one just made; torn ones do not count as newer.
 
-        Where there are no locks, only what this run has made or resumed from.
+        Without a lock, only those that this run made or resumed from are removed.
         """
         with self._noted("old checkpoints could not be removed"):
             found = complete_checkpoints(self.path)
@@ -239,14 +228,14 @@ class RunFolder:
                     self._remove(old)
 
     def _remove(self, checkpoint: Path) -> None:
-        """Remove a checkpoint so that a kill halfway leaves none that is half there."""
+        """Remove a checkpoint, renamed first, so that a kill never leaves half a checkpoint."""
         doomed = self.partial(checkpoint)
         os.rename(checkpoint, doomed)
         shutil.rmtree(doomed)
 
     @contextlib.contextmanager
     def _noted(self, what: str) -> Iterator[None]:
-        """Tell of a failure of what follows a commit: the checkpoint is there all the same."""
+        """Report a failure after a commit instead of raising: the checkpoint is safe."""
         try:
             yield
         except (OSError, UsageError) as error:
@@ -256,8 +245,8 @@ class RunFolder:
 def to_prune(
     newest_first: list[Path], keep_last: int, keep_every: int, best: str = ""
 ) -> list[Path]:
-    """Checkpoints to remove: all but the last N (0: none is removed), those whose step is a
-    multiple of M, and the best.
+    """Return the checkpoints to remove: all except the last `keep_last` (0: keep all), those whose
+    step is a multiple of `keep_every`, and the best.
     """
     old = [path for path in newest_first[keep_last:] if path.name != best] if keep_last else []
     return [

@@ -1,4 +1,4 @@
-"""Settling what a run goes by: numbers that follow from its data, its ranks and its checkpoint."""
+"""Settle the settings of a run that follow from its data, its ranks and its checkpoint."""
 
 from pathlib import Path
 
@@ -15,14 +15,14 @@ from megatron_interbert.training.run_facts import facts_of_run
 
 
 def settle(run: Run, job: Job, plan: ModelPlan, resume: Path | None) -> None:
-    """Settle batch sizes, length and intervals, alike on all ranks, and freeze the configuration.
+    """Settle batch sizes, length and intervals alike on all ranks, and freeze the configuration.
 
-    UsageError where settings contradict each other or ranks differ.
+    Raises UsageError if settings contradict each other or ranks differ.
     """
     config = run.config
     state = run.state
     if config.micro_batch_size == AUTO:
-        check_alike(state, facts_of_run(config, job))  # ranks that differ would wait in a trial
+        check_alike(state, facts_of_run(config, job))  # ranks that differ would hang in a trial
         settle_micro_batch(run, job, plan, resume)
 
     merge(config, state.data_size, resumed_batch(resume))
@@ -37,7 +37,7 @@ def settle(run: Run, job: Job, plan: ModelPlan, resume: Path | None) -> None:
 
 
 def settle_micro_batch(run: Run, job: Job, plan: ModelPlan, resume: Path | None) -> None:
-    """Take the micro-batch size that the run before chose, as long as it fits, else try."""
+    """Reuse the micro-batch size of the resumed run if it still fits, else find one by trial."""
     config = run.config
     state = run.state
     trial = Trial(config, job, state, run.device, plan.kernels)
@@ -47,12 +47,12 @@ def settle_micro_batch(run: Run, job: Job, plan: ModelPlan, resume: Path | None)
     if before and still_fits(trial, before):
         config.settle("micro_batch_size", before, str(resume))
         run.say(
-            f"micro-batch size {before}, as the run before chose; --micro-batch-size N changes it"
+            f"micro-batch size {before}, as the previous run chose; --micro-batch-size N changes it"
         )
         return
 
     if before:
-        run.say(f"micro-batch size {before}, which the run before chose, does not fit here")
+        run.say(f"micro-batch size {before}, which the previous run chose, does not fit here")
 
     found = choose_micro_batch(
         trial,
@@ -65,7 +65,7 @@ def settle_micro_batch(run: Run, job: Job, plan: ModelPlan, resume: Path | None)
 
 
 def settle_length(config: TrainConfig, job: Job) -> None:
-    """Settle the steps of --epochs, and an evaluation at the end of each, unless told otherwise."""
+    """Turn --epochs into steps; evaluate after each epoch, unless --eval-interval is given."""
     epoch = job.samples.order.epoch_length / config.global_batch_size
     if not config.train_iters:
         config.settle("train_iters", max(1, round(config.epochs * epoch)), "--epochs")

@@ -1,4 +1,4 @@
-"""From a configuration to a Trainer: ranks, data, settings, model, checkpoint."""
+"""Build a Trainer from a configuration: ranks, data, settings, model, checkpoint."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -38,18 +38,18 @@ MakeJob = Callable[[Any, ParallelState], Job]
 
 @dataclass
 class Start:
-    """What a run starts from: its folder, the checkpoint that it resumes, the check of its
-    stores.
+    """Hold what a run starts from: its claim on --save, the checkpoint to resume from, and the
+    running check of its stores.
     """
 
-    # None: nothing of this run is on disk yet, and nothing is made before it must
+    # None: --save does not exist yet, and is made as late as possible
     claim: Claim | None
     resume: Path | None
     integrity: Integrity
 
 
 def prepare(config: TrainConfig, make_job: MakeJob = pretraining_job) -> Trainer:
-    """Put a run together, checked in the order in which it is cheap to fail."""
+    """Put a run together; what is cheap to check is checked first."""
     run = meet(config)
     job, start = open_data(run, make_job)
     plan = plan_model(config, job, run.state, run.device)
@@ -60,7 +60,7 @@ def prepare(config: TrainConfig, make_job: MakeJob = pretraining_job) -> Trainer
 
 
 def open_data(run: Run, make_job: MakeJob) -> tuple[Job, Start]:
-    """Open the data, and find the checkpoint to resume from; all ranks call it."""
+    """Open the data and find the checkpoint to resume from; call it on all ranks."""
     config = run.config
     state = run.state
     keep_fitted(config, state)
@@ -82,7 +82,7 @@ def build_engine(run: Run, job: Job, plan: ModelPlan) -> Engine:
     model = plan.with_first_weights(run.streams)
     pretrained: set[str] = set()
 
-    if config.init_from:  # also on resume: which weights came from BERT decides their groups
+    if config.init_from:  # also on resume: parameter groups depend on what came from BERT
         pretrained = load_initial_weights(
             model,
             job.model_config,
@@ -96,10 +96,10 @@ def build_engine(run: Run, job: Job, plan: ModelPlan) -> Engine:
 
 
 def begin(run: Run, job: Job, plan: ModelPlan, engine: Engine, start: Start) -> Trainer:
-    """Claim the folder, load the checkpoint, say what begins, and give the Trainer."""
+    """Claim the folder, load the checkpoint, describe the run, and return the Trainer."""
     config = run.config
     state = run.state
-    claim = start.claim or claim_folder(config.save, state)  # not before all has been found right
+    claim = start.claim or claim_folder(config.save, state)  # only once all checks have passed
     digest = together(state, lambda: validation_digest(config) if job.metric else "")
     judge = Judge(job.metric, state.gather(digest)[0])
     checkpoints = Checkpoints(
@@ -124,7 +124,7 @@ def begin(run: Run, job: Job, plan: ModelPlan, engine: Engine, start: Start) -> 
 
 
 def make_evaluation(run: Run, job: Job, plan: ModelPlan) -> Evaluation | None:
-    """Make what evaluates a run: losses on unseen samples, or figures of a downstream task."""
+    """Build the evaluation: losses on unseen samples, or a downstream task's metrics; or None."""
     config = run.config
     state = run.state
     device = run.device
@@ -151,7 +151,7 @@ def batches(
     device: torch.device,
     workers: int | None = None,
 ) -> Iterator[PackedBatch]:
-    """Give this rank's endless micro-batches after `consumed` samples."""
+    """Iterate over this rank's endless micro-batches, from after `consumed` samples on."""
     return iter(
         BatchStream(
             samples,
@@ -168,7 +168,7 @@ def batches(
 def describe_run(
     run: Run, job: Job, plan: ModelPlan, engine: Engine, resume: Path | None
 ) -> list[str]:
-    """Describe the lines printed once at start."""
+    """Build the lines that are printed once at the start."""
     config = run.config
     state = run.state
     sizes = job.model_config
@@ -204,7 +204,7 @@ def describe_run(
 
 
 def count_parameters(engine: Engine, state: ParallelState) -> int:
-    """Count the parameters of the whole model, whatever its layout."""
+    """Count the parameters of the whole model, over all its shards."""
     total = 0
     for parameter in engine.model.parameters():
         shards = state.tensor_size if hasattr(parameter, "tensor_model_parallel") else 1

@@ -1,8 +1,7 @@
-"""What all ranks agree on after each step: whether the run ends here, and whether it is time to
-save.
+"""Have all ranks agree after each step whether the run ends here and whether to save.
 
 A signal may reach some ranks or all. Each rank only notes it; after every step all ranks vote, so
-all save and end after the same step. The second Ctrl-C does not wait for that.
+that all save and end after the same step. The second Ctrl-C does not wait for the vote.
 """
 
 import os
@@ -24,25 +23,25 @@ from megatron_interbert.signals import STOPPING, handle_signals
 
 
 class Stopping:
-    """The vote after each step.
+    """Hold the vote after each step, and handle the signals that end a run.
 
-    One object in the main thread of each rank; it takes over signals.
+    Create one per rank, in its main thread.
     """
 
     def __init__(self, config: TrainConfig, state: ParallelState) -> None:
         self.config = config
         self.state = state
         self.started = self._saved = time.monotonic()
-        self._noted = 0  # the first signal that came to this rank; only `_note` writes it
+        self._noted = 0  # the first signal that this rank received; only `_note` writes it
 
-        # The result of the newest vote: the signal and the lapse of time for which all ranks end,
-        # that in words, and whether the clock asks for a checkpoint.
+        # The result of the latest vote: the signal and the time-out that end the run, the same in
+        # words, and whether a checkpoint is due by the clock.
         self._signal = 0
         self._late = False
         self.reason = ""
         self.save_is_due = False
 
-        # A group on the host: the vote must not wait for the device.
+        # A host-side group: the vote must not wait for the device.
         self._group = None
         if state.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
@@ -50,8 +49,8 @@ class Stopping:
         handle_signals((*STOPPING, signal.SIGINT), self._note)
         end_at_second_interrupt(speaks=state.is_main)
 
-        # The deepspeed command starts a process that starts the ranks; a signal to the command ends
-        # it without a word to either.
+        # The deepspeed command starts a process that starts the ranks; a signal that ends the
+        # command is passed on to neither.
         self._command = grandparent() if read_launch().launcher == "deepspeed" else 0
 
     def _note(self, number: int, frame: FrameType | None = None) -> None:
@@ -63,9 +62,9 @@ class Stopping:
         self._noted = self._noted or number
 
     def agreed(self, step: int, problem: str = "") -> str:
-        """Vote after a step, on all ranks: the same `reason` on all to end now, or an empty string.
+        """Vote after a step, on all ranks; return the reason to end now, the same on all, or "".
 
-        TrainingStopped on all ranks where one of them has a `problem` that ends the run.
+        Raises TrainingStopped on all ranks if one of them has a `problem` that ends the run.
         """
         minutes = self.config.exit_duration_in_mins
         late = bool(minutes) and time.monotonic() - self.started > minutes * 60
@@ -89,20 +88,20 @@ class Stopping:
         return self.reason
 
     def agree_on(self, problem: str) -> None:
-        """Raise TrainingStopped on all ranks where one of them has a problem."""
+        """Raise TrainingStopped on all ranks if one of them has a problem."""
         found = next((text for text in self.state.gather(problem, self._group) if text), "")
         if found:
             raise TrainingStopped(found)
 
     def _save_is_due(self) -> bool:
-        """Tell whether the clock of rank 0 asks for a checkpoint."""
+        """Check whether a checkpoint is due by the clock; only rank 0's counts."""
         minutes = self.config.minutes_between_saves()
         if not minutes or not self.state.is_main:
             return False
         return time.monotonic() - self._saved >= minutes * 60
 
     def saved(self) -> None:
-        """Count the time to the next checkpoint from now on."""
+        """Restart the time to the next checkpoint from now."""
         self._saved = time.monotonic()
 
     def _in_words(self, step: int) -> str:
@@ -119,41 +118,41 @@ class Stopping:
 
     @property
     def signal_number(self) -> int:
-        """The signal that ends the run, else 0."""
+        """Return the signal that ends the run, else 0."""
         return self._signal
 
     @property
     def interrupted(self) -> bool:
-        """Whether Ctrl-C has reached this process, also after the last vote."""
+        """Check whether Ctrl-C has reached this process, even after the last vote."""
         return signal.SIGINT in (self._noted, self._signal)
 
     @property
     def urgent(self) -> bool:
-        """Whether a signal or the clock ends it: nothing but saving has time left."""
+        """Check whether a signal or a time limit ends the run: there is only time to save."""
         return bool(self._signal) or self._late
 
 
 def end_at_second_interrupt(speaks: bool) -> None:
-    """End this process at its second SIGINT, whatever its main thread is doing; say so if it
+    """End this process at its second SIGINT, whatever its main thread is doing; print a line if it
     `speaks`.
 
-    Python runs a handler between two instructions of the main thread, which may sit in a collective
-    that never ends. The number of each signal is also written to a socket at once, and a thread of
-    ours reads it there.
+    Python runs handlers between two instructions of the main thread, which may be stuck in a
+    collective. The number of each signal is also written to a socket immediately, and a thread
+    started here reads it.
     """
     reading, writing = socket.socketpair()
     writing.setblocking(False)
     before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
-    if before != -1:  # a program around this one has its own
+    if before != -1:  # an embedding program has its own
         signal.set_wakeup_fd(before)
         return
 
-    # A forked loader process gets the terminal's Ctrl-C as well; it must not be counted here.
+    # Forked loader processes get the terminal's Ctrl-C too; theirs must not be counted here.
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
     def count() -> None:
         interrupts = 0
-        with reading, writing:  # they stay open as long as this thread runs
+        with reading, writing:  # open as long as this thread runs
             while interrupts < 2:
                 interrupts += reading.recv(1)[0] == signal.SIGINT
 
@@ -166,5 +165,5 @@ def end_at_second_interrupt(speaks: bool) -> None:
 
 
 def grandparent() -> int:
-    """Give the process that has started the one that has started this one."""
+    """Return the process id of this process's grandparent."""
     return psutil.Process(os.getppid()).ppid()

@@ -1,14 +1,14 @@
-"""What a step does with its gradients: norm, clipping, AdamW; by us where that is faster.
+"""Update the weights from a step's gradients: norm, clipping, AdamW; by our code where faster.
 
-- `WholeUpdate`: all of it by us. For fp32 and bf16 on one data-parallel rank, whatever the ZeRO
+- `WholeUpdate`: all by our code. For fp32 and bf16 on one data-parallel rank, whatever the ZeRO
   stage, and for fp32 at stage 0.
-- `PartitionedUpdate`: norm, clipping and the check for bad gradients by us, AdamW by DeepSpeed on
-  a rank's part. For fp32 and bf16 at ZeRO stages 1 and 2.
-- `DeepSpeedUpdate`: all of it by DeepSpeed. For fp16 with its loss scale, ZeRO stage 3, offload.
+- `PartitionedUpdate`: norm, clipping and the check for non-finite gradients by our code, AdamW by
+  DeepSpeed on a rank's part. For fp32 and bf16 at ZeRO stages 1 and 2.
+- `DeepSpeedUpdate`: all by DeepSpeed. For fp16 with its loss scale, ZeRO stage 3, and offload.
 
-On one data-parallel rank ZeRO has nothing to share out, but its hooks and copies for each parameter
-would stay. Its check for gradients that are not finite takes 13 operations for each of them, and
-the norm says the same.
+On one data-parallel rank ZeRO has nothing to shard, yet its hooks and copies for each parameter
+would remain. Its check for non-finite gradients takes 13 operations for each of them, and the norm
+reveals the same.
 """
 
 import math
@@ -26,29 +26,28 @@ from megatron_interbert.training.optimizer import build_optimizer, gradient_norm
 
 
 class DeepSpeedUpdate:
-    """All of it by DeepSpeed."""
+    """Leave the whole update to DeepSpeed."""
 
     def __init__(self, groups: list[dict], config: TrainConfig, state: ParallelState) -> None:
         self.config = config
         self.state = state
-        self.stage = config.zero_stage  # at which weights and moments are shared out
+        self.stage = config.zero_stage  # at which weights and moments are sharded
         self.optimizer = build_optimizer(groups, config)
 
     def settings(self, deepspeed_config: dict[str, Any]) -> dict[str, Any]:
-        """DeepSpeed's configuration as this kind of update needs it."""
+        """Return DeepSpeed's configuration as this kind of update needs it."""
         return deepspeed_config
 
     def start(self, engine: DeepSpeedEngine) -> None:
-        """Take the engine that was made with `settings` and `optimizer`."""
+        """Take the engine that was built with `settings` and `optimizer`."""
         self.engine = engine
 
     def after_backward(self) -> None:
-        """Of each micro-batch."""
+        """Process the gradients of a micro-batch; DeepSpeed needs nothing here."""
 
     def step(self) -> tuple[float, bool]:
-        """Give (Gradient norm before clipping, whether weights were updated).
-
-        Alike on all ranks.
+        """Clip and update; return (gradient norm before clipping, whether weights were updated),
+        the same on all ranks.
         """
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
@@ -56,7 +55,7 @@ class DeepSpeedUpdate:
         return math.nan if norm is None else float(norm), self.engine.was_step_applied()
 
     def clip(self, norm: float) -> None:
-        """Have AdamW divide gradients while it updates: clipping needs no pass of its own."""
+        """Have AdamW scale gradients as it updates, so that clipping needs no extra pass."""
         if not self.config.clip_grad:
             return
 
@@ -66,10 +65,10 @@ class DeepSpeedUpdate:
 
 
 class PartitionedUpdate(DeepSpeedUpdate):
-    """By DeepSpeed on each rank's part of the gradients, whose norm is ours."""
+    """Leave AdamW on each rank's part to DeepSpeed, but compute the norm and clip here."""
 
     def settings(self, deepspeed_config: dict[str, Any]) -> dict[str, Any]:
-        """Without DeepSpeed's norm, clipping and check."""
+        """Return the configuration without DeepSpeed's norm, clipping and check."""
         return {
             **deepspeed_config,
             "gradient_clipping": 0.0,
@@ -93,13 +92,13 @@ class PartitionedUpdate(DeepSpeedUpdate):
         return norm, self.engine.was_step_applied()
 
     def _gradients(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """This rank's part: (of replicated parameters, of shards)."""
+        """Return this rank's part of the gradients: (of replicated parameters, of shards)."""
         zero = self.engine.optimizer
         kinds: dict[bool, list[torch.Tensor]] = {False: [], True: []}
 
         for number, parameters in enumerate(zero.params_in_partition):
             gradients = zero.averaged_gradients[number]
-            # Zeros that fill a part up to the size of the others belong to no parameter.
+            # Zeros that pad a part to the size of the others belong to no parameter.
             real = [g for g in gradients if not getattr(g, "_zero_padding", False)]
             for gradient, parameter in zip(real, parameters, strict=False):
                 kinds[is_sharded(parameter)].append(gradient)
@@ -107,10 +106,10 @@ class PartitionedUpdate(DeepSpeedUpdate):
         return kinds[False], kinds[True]
 
     def _discard(self) -> None:
-        """Have DeepSpeed give the step up and drop all that it holds for it."""
+        """Have DeepSpeed skip the step and drop its gradients."""
         zero = self.engine.optimizer
-        # Its own check, on for this once, must find something; the norm may be infinite though
-        # no gradient is.
+        # Its own check, enabled for this once, must find something: the norm may be infinite
+        # although no gradient is.
         zero.averaged_gradients[0][0].fill_(math.nan)
         zero.check_grad_overflow = True
         self.engine.step()
@@ -118,9 +117,9 @@ class PartitionedUpdate(DeepSpeedUpdate):
 
 
 class WholeUpdate(DeepSpeedUpdate):
-    """By us, of the weights that each rank holds whole (its tensor-parallel slice of them).
+    """Update weights that each rank holds whole (its tensor-parallel slice), by our code.
 
-    DeepSpeed is told of no ZeRO and no bf16: it has a model and an optimizer, and steps them.
+    DeepSpeed is configured without ZeRO and bf16: it only steps a plain model and optimizer.
     """
 
     def __init__(
@@ -151,18 +150,18 @@ class WholeUpdate(DeepSpeedUpdate):
 
     def start(self, engine: DeepSpeedEngine) -> None:
         super().start(engine)
-        # With nothing to sum, gradients would be copied into a bucket and back.
+        # With nothing to sum, it would copy gradients into a bucket and back.
         engine.enable_backward_allreduce = self.state.data_size > 1
 
     def weights(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Give (fp32 weight that Adam updates, the model's parameter) of all parameters.
+        """Return (fp32 weight that Adam updates, the model's parameter) for all parameters.
 
-        A model in fp32 has its own weights updated: both are the same.
+        In fp32 both are the same: Adam updates the model's own parameters.
         """
         return self.masters.pairs() if self.masters else [(p, p) for p in self.model.parameters()]
 
     def refresh_model(self) -> None:
-        """Have the model compute with the fp32 weights as they are now."""
+        """Round the current fp32 weights into the model's parameters."""
         if self.masters is not None:
             self.masters.refresh_model()
 
@@ -171,7 +170,7 @@ class WholeUpdate(DeepSpeedUpdate):
             self.masters.take_gradients()
 
     def step(self) -> tuple[float, bool]:
-        """Update and have the model follow; a norm that is not finite changes nothing."""
+        """Update the weights and the model; a non-finite norm leaves both unchanged."""
         norm = gradient_norm(*self._gradients(), self.state, self.engine.device)
         finite = math.isfinite(norm)
 
@@ -189,7 +188,7 @@ class WholeUpdate(DeepSpeedUpdate):
         return norm, finite
 
     def _gradients(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Give (Of replicated parameters, of shards)."""
+        """Return the gradients (of replicated parameters, of shards)."""
         if self.masters is not None:
             return self.masters.gradients()
 
@@ -209,7 +208,7 @@ def choose_update(
     state: ParallelState,
     deepspeed_config: dict[str, Any],
 ) -> DeepSpeedUpdate:
-    """Take the kind of update that fits a run; see above."""
+    """Choose the kind of update for a run, as listed at the top of this file."""
     if config.fp16 or offloads(deepspeed_config):
         return DeepSpeedUpdate(groups, config, state)
 

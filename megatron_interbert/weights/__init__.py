@@ -1,3 +1,1 @@
-"""Weights on disk: files, manifests, and the formats of others; knows nothing of engines and
-training.
-"""
+"""Read and write weights: files, manifests, and foreign formats; independent of training."""

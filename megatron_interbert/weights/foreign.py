@@ -1,10 +1,10 @@
-"""Names and layouts of other codebases: the official InterBERT state dict and BERT in Hugging Face
-form.
+"""Map parameters to and from two foreign formats: the official InterBERT state dict, and BERT as
+Hugging Face stores it.
 
-Both use separate query, key and value matrices; ours are one, ordered by head. The official encoder
-numbers interaction and text layers through (`layer.0` .. ), its image layers are `v_layer`. A
-`Link` says for one parameter of ours which of theirs it is made of, so that conversion goes tensor
-by tensor in both directions.
+Both have separate query, key and value matrices; here they are fused, ordered by head. The official
+encoder numbers interaction and text layers consecutively (`layer.0` ..); its image layers are
+`v_layer`. A `Link` names the foreign tensors that one of our parameters is made of, so conversion
+goes tensor by tensor in both directions.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ import torch
 from megatron_interbert.config.model import ModelConfig, model_config_from_dict
 from megatron_interbert.errors import UsageError
 
-LAYER = {  # ours -> BERT's, inside one layer; QKV apart
+LAYER = {  # ours -> BERT's, within a layer, except QKV
     "attention.output.weight": "attention.output.dense.weight",
     "attention_norm.linear_bias": "attention.output.dense.bias",
     "attention_norm.weight": "attention.output.LayerNorm.weight",
@@ -73,28 +73,28 @@ OFFICIAL = {
 }
 
 
-DECODER = "cls.predictions.decoder.weight"  # in both: the word embedding again
-# heads of the official downstream model that InterBERT does not have; kept for the way back
+DECODER = "cls.predictions.decoder.weight"  # in both formats: the word embedding again
+# official downstream heads that our model lacks; kept for converting back
 EXTRA = "official_extra."
 PADDED = ("text_embedding.word.weight", "msm_head.bias")
 
 
 def fuse_qkv(parts: Sequence[torch.Tensor], heads: int) -> torch.Tensor:
-    """Query, key, value weights [H, H] (or biases [H]) -> head-major [3 H, H] (or [3 H])."""
+    """Fuse query, key, value weights [H, H] (biases [H]) to head-major [3 H, H] ([3 H])."""
     # [heads, 3, D, ..]
     by_head = torch.stack([p.reshape(heads, -1, *p.shape[1:]) for p in parts], dim=1)
     return by_head.reshape(-1, *parts[0].shape[1:])
 
 
 def split_qkv(fused: torch.Tensor, heads: int) -> list[torch.Tensor]:
-    """Split the inverse of `fuse_qkv`."""
+    """Split head-major [3 H, ..] into query, key and value [H, ..]; inverts `fuse_qkv`."""
     by_head = fused.reshape(heads, 3, -1, *fused.shape[1:])
     return [by_head[:, i].reshape(-1, *fused.shape[1:]) for i in range(3)]
 
 
 @dataclass(frozen=True)
 class Link:
-    """One parameter of ours and those of another codebase it is made of: one, or query, key, value
+    """Link a parameter of ours to the foreign tensors it is made of: one, or query, key and value
     of `heads` heads.
     """
 
@@ -105,8 +105,8 @@ class Link:
     def to_ours(
         self, parts: Sequence[torch.Tensor], config: ModelConfig, where: str
     ) -> torch.Tensor:
-        """Give our tensor; the vocabulary is padded with zero rows. UsageError when its size is
-        another.
+        """Build our tensor, padding the vocabulary with zero rows; UsageError if the vocabulary has
+        another size than the model's.
         """
         if self.heads:
             return fuse_qkv(parts, self.heads)
@@ -125,14 +125,14 @@ class Link:
         )
 
     def to_theirs(self, tensor: torch.Tensor, config: ModelConfig) -> list[torch.Tensor]:
-        """Their tensors, in the order of `theirs`; padding of the vocabulary is cut off."""
+        """Return the foreign tensors, in the order of `theirs`, without vocabulary padding."""
         if self.heads:
             return split_qkv(tensor, self.heads)
         return [tensor[: config.vocab_size] if self.ours in PADDED else tensor]
 
 
 def stacks(config: ModelConfig) -> list[tuple[str, str, int, int, int]]:
-    """Give (ours, official prefix, first official number, layers, heads) of the three stacks."""
+    """Return (ours, official prefix, first official number, layers, heads) of each stack."""
     first_text = config.interaction_layers
     heads = config.num_attention_heads
 
@@ -172,25 +172,25 @@ def _links(
 
 
 def official_links(config: ModelConfig) -> list[Link]:
-    """Give every parameter of ours and its official names, all heads included."""
+    """Link every parameter of ours to its official names, all heads included."""
     return _links(OFFICIAL, stacks(config))
 
 
 def bert_links(config: ModelConfig) -> list[Link]:
-    """Give the text path and BERT: its first layers are the interaction module, the next ones the
-    text stream, its embeddings and word head ours, its pooler and classifier our sentence head.
+    """Link the text path to BERT: BERT's first layers are the interaction module, the next ones the
+    text stream; its embeddings and word head are ours, pooler and classifier our sentence head.
     """
     return _links({**TEXT_EMBEDDING, **WORD_HEAD, **SENTENCE_HEAD}, stacks(config)[:2])
 
 
-# Names that a source may lack: a head it was made without.
+# Names that a source may lack, since it may have been made without a head.
 OPTIONAL = (*(OFFICIAL[name] for name in OFFICIAL if "_head." in name), *SENTENCE_HEAD.values())
 
 
 def present(links: Sequence[Link], names: Iterable[str], where: str, what: str) -> list[Link]:
-    """Give the links whose parts are in a source.
+    """Return the links all of whose tensors are among `names`.
 
-    UsageError when something other than a head is missing.
+    Raises UsageError if anything other than a head is missing.
     """
     names = set(names)
 
@@ -203,8 +203,8 @@ def present(links: Sequence[Link], names: Iterable[str], where: str, what: str) 
 
 
 def plain_name(name: str) -> str:
-    """Give a name without the prefix of a DDP wrapper, and with LayerNorm's names of today (old
-    BERT: gamma, beta).
+    """Strip the prefix of a DDP wrapper, and turn old BERT's LayerNorm names (gamma, beta) into
+    today's (weight, bias).
     """
     return name.removeprefix("module.").replace(".gamma", ".weight").replace(".beta", ".bias")
 
@@ -212,8 +212,8 @@ def plain_name(name: str) -> str:
 def from_official(
     source: Mapping[str, torch.Tensor], config: ModelConfig, where: str = "official checkpoint"
 ) -> dict[str, torch.Tensor]:
-    """Full state in our names from an official InterBERT state dict (pretraining or downstream
-    form).
+    """Convert an official InterBERT state dict (pretraining or downstream) to a full state in our
+    names.
     """
     source = {plain_name(name): tensor for name, tensor in source.items()}
     links = present(
@@ -227,9 +227,7 @@ def from_official(
 
 
 def to_official(state: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Invert `from_official`: full state in our names -> official names, the tied
-    decoder included.
-    """
+    """Convert a full state to official names, with the tied decoder; inverts `from_official`."""
     result = {}
     for link in official_links(config):
         if link.ours in state:
@@ -244,7 +242,7 @@ def to_official(state: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[
 def from_bert(
     source: Mapping[str, torch.Tensor], config: ModelConfig, where: str = "BERT checkpoint"
 ) -> dict[str, torch.Tensor]:
-    """Give partial state from BERT in Hugging Face form, bare or with its word head."""
+    """Convert a Hugging Face BERT, with or without its heads, to a partial state in our names."""
     source = {bert_name(name): tensor for name, tensor in source.items()}
     depth = f"BERT needs {config.interaction_layers + config.text_layers} layers for this model"
     links = present(bert_links(config), source, where, f"BERT of these sizes ({depth})")
@@ -256,7 +254,7 @@ def from_bert(
 
 
 def bert_name(name: str) -> str:
-    """Give a parameter's name in BertForMaskedLM; bare BertModel leaves the prefix out."""
+    """Return a parameter's name in BertForMaskedLM; a bare BertModel omits the prefix."""
     name = plain_name(name)
     return name if name.startswith(("bert.", "cls.", "classifier.")) else f"bert.{name}"
 
@@ -285,7 +283,7 @@ FUSIONS = {"mul": "product", "sum": "sum"}
 
 
 def config_from_official(values: Mapping[str, object], where: str) -> ModelConfig:
-    """Give sizes from the official configuration JSON; UsageError names a missing key."""
+    """Read sizes from the official configuration JSON; UsageError if a key is missing."""
     for key in OFFICIAL_CONFIG.values():
         if key not in values:
             raise UsageError(
@@ -301,7 +299,7 @@ def config_from_official(values: Mapping[str, object], where: str) -> ModelConfi
 
 
 def config_to_official(config: ModelConfig) -> dict[str, object]:
-    """Give the official configuration JSON of a model."""
+    """Build the official configuration JSON of a model."""
     values = {theirs: getattr(config, ours) for ours, theirs in OFFICIAL_CONFIG.items()}
     same_for_image = {
         "v_hidden_size": config.hidden_size,

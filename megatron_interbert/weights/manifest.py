@@ -1,7 +1,6 @@
-"""The manifest that makes a folder of weights a checkpoint: sizes and hashes of all files, and a
-hash of itself.
+"""Write, read and verify a checkpoint's manifest: sizes and hashes of all files, and its own hash.
 
-A folder without a valid manifest does not exist: the manifest is written after everything else.
+A folder without a valid manifest does not count as a checkpoint: the manifest is written last.
 """
 
 import hashlib
@@ -22,12 +21,12 @@ from megatron_interbert.reading import is_there, list_folder, read_regular, read
 MANIFEST = "manifest.json"
 FORMAT = 2
 STEP_FOLDER = "global_step"
-BEST = "best"  # in a run's folder: a link to the checkpoint with the best figure
+BEST = "best"  # in a run's folder: a link to the best checkpoint
 VOCABULARY = "vocab.txt"
 
 
 def seal(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Give the manifest with the hash of its own content."""
+    """Return the manifest with the hash of its own content added."""
     return {**manifest, "manifest_sha256": _digest(manifest)}
 
 
@@ -38,14 +37,15 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Seal and write; the last file of a checkpoint."""
+    """Seal and write a manifest, as the last file of a checkpoint."""
     write_json(folder / MANIFEST, seal({"format": FORMAT, **manifest}))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """Read the manifest of a checkpoint folder.
 
-    UsageError when it is missing, damaged or of another format, Unreadable when nobody can say.
+    Raises UsageError if it is missing, damaged or of another format, and its subclass Unreadable if
+    it cannot be read and so may be intact.
     """
     file = path / MANIFEST
 
@@ -83,12 +83,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path, rank: int = 0, ranks: int = 1, only: str = "") -> str | None:
-    """Say what is wrong with a checkpoint's files; None when they are as the manifest says.
+    """Return what is wrong with a checkpoint's files; None if they match the manifest.
 
-    Of several ranks each checks its share. `only` limits the check to files whose names begin so.
-    Unreadable where a file is there and cannot be read: it may be sound.
+    Each of several ranks hashes its share. `only` limits the check to files with that prefix.
+    Raises Unreadable if a file exists but cannot be read: it may be intact.
     """
-    problem = wrong_size(path, only)  # sizes are cheap: every rank looks at all
+    problem = wrong_size(path, only)  # sizes are cheap: every rank checks all
     if problem:
         return problem
 
@@ -107,7 +107,7 @@ def verify(path: Path, rank: int = 0, ranks: int = 1, only: str = "") -> str | N
 
 
 def wrong_size(path: Path, only: str = "") -> str | None:
-    """Say what is wrong with manifest and file sizes of a checkpoint; None where they agree."""
+    """Return what is wrong with a checkpoint's manifest and file sizes; None if they agree."""
     try:
         files = read_manifest(path)["files"]
     except Unreadable:
@@ -134,7 +134,7 @@ def wrong_size(path: Path, only: str = "") -> str | None:
 
 
 def of_right_size(path: Path) -> bool:
-    """Tell whether manifest and file sizes of a checkpoint agree; what cannot be read does not."""
+    """Check whether a checkpoint's manifest and file sizes agree; False if they are unreadable."""
     try:
         return wrong_size(path) is None
     except UsageError:
@@ -142,15 +142,15 @@ def of_right_size(path: Path) -> bool:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoint folders of a run that have a manifest, newest first.
+    """List a run's checkpoint folders that have a manifest, newest first.
 
-    Unreadable where the run's folder or one of them cannot be looked into.
+    Raises Unreadable if the run's folder or one of them cannot be read.
     """
     return [path for path in step_folders(folder) if is_there(path / MANIFEST)]
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """List what has the name of a checkpoint, the highest step first."""
+    """List paths that have the name of a checkpoint, highest step first."""
     steps = (
         name.removeprefix(STEP_FOLDER)
         for name in list_folder(folder)
@@ -164,9 +164,8 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(path: str | Path) -> Path | None:
-    """Give a checkpoint folder itself, or the newest one in a run's folder.
-
-    None when there is none.
+    """Return `path` if it is a checkpoint, else the newest checkpoint in it, a run's folder; None
+    if there is none.
     """
     if (Path(path) / MANIFEST).is_file():
         return Path(path)
@@ -174,13 +173,13 @@ def newest_checkpoint(path: str | Path) -> Path | None:
 
 
 def passed_over(run: Path, taken: Path) -> list[Path]:
-    """List folders of later steps than the checkpoint that is taken of a run, the newest first."""
+    """List the run's checkpoint folders of later steps than the one taken, newest first."""
     steps = step_folders(run)
     return steps[: steps.index(taken)] if taken in steps else []
 
 
 def versions() -> dict[str, str]:
-    """Give what wrote a file."""
+    """Return the versions of the software that writes a file."""
     return {
         "megatron_interbert": __version__,
         "torch": torch.__version__,
@@ -191,8 +190,8 @@ def versions() -> dict[str, str]:
 def weights_name(
     tensor: tuple[int, int], data: tuple[int, int] = (0, 1), kind: str = "weights"
 ) -> str:
-    """File of one rank: `weights-tp-00-of-02-dp-00-of-04.safetensors` from (rank, ranks) of both
-    groups.
+    """Return the name of a rank's file, `weights-tp-00-of-02-dp-00-of-04.safetensors`, from its
+    (rank, ranks) in both groups.
     """
     places = f"tp-{tensor[0]:02d}-of-{tensor[1]:02d}-dp-{data[0]:02d}-of-{data[1]:02d}"
     return f"{kind}-{places}.safetensors"

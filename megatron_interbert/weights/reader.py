@@ -1,9 +1,9 @@
-"""Reads tensors of a checkpoint on any layout: pieces of ranks are put together and cut anew, one
-tensor at a time.
+"""Read a checkpoint's tensors for any layout: join the ranks' pieces and reshard, one tensor at a
+time.
 
-A rank's file holds, for each parameter, one run of the flattened tensor-parallel slice; where it
-starts and what shape the slice has stands in the file's metadata. Nothing else is needed to read
-them for another layout: there is no conversion.
+A rank's file holds, for each parameter, one run of the flattened tensor-parallel slice; the file's
+metadata gives its start and the slice's shape. That is all it takes to read them for another
+layout: no conversion is needed.
 """
 
 import json
@@ -27,19 +27,19 @@ PIECES = "pieces"
 
 
 def holds(manifest: Mapping[str, Any], kind: str) -> bool:
-    """Tell whether a checkpoint has tensors of a kind; averaged weights ("ema") are there where the
+    """Check whether a checkpoint has tensors of a kind: averaged weights ("ema") exist only if the
     run kept them.
     """
     return any(name.startswith(f"{KINDS[kind]}-tp-") for name in manifest["files"])
 
 
 def piece_key(name: str, kind: str) -> str:
-    """Name of a tensor in a file: moments stand beside each other in the optimizer's."""
+    """Return a tensor's name in its file; both moments share the optimizer's file."""
     return name if kind in ("weight", "ema") else f"{name}.{kind}"
 
 
 def describe_pieces(pieces: Mapping[str, tuple[int, tuple[int, ...]]]) -> dict[str, str]:
-    """Metadata of a file: name -> (first element, shape of the tensor-parallel slice)."""
+    """Build a file's metadata from name -> (first element, shape of the slice)."""
     return {
         PIECES: json.dumps({name: [start, list(shape)] for name, (start, shape) in pieces.items()}),
         "format": "pt",
@@ -48,7 +48,7 @@ def describe_pieces(pieces: Mapping[str, tuple[int, tuple[int, ...]]]) -> dict[s
 
 @dataclass
 class Piece:
-    """A run of a flattened slice in a file."""
+    """Locate a run of a flattened slice in a file."""
 
     file: TensorFile
     key: str
@@ -57,7 +57,7 @@ class Piece:
 
 
 class CheckpointReader:
-    """Tensors of one checkpoint folder (of training, or exported weights).
+    """Read tensors of one checkpoint folder (from training, or exported weights).
 
     Files are opened when first needed.
     """
@@ -74,25 +74,25 @@ class CheckpointReader:
 
     @cached_property
     def config(self) -> ModelConfig:
-        """Sizes of the model."""
+        """Return the model's configuration."""
         return model_config_from_dict(self.manifest["configs"]["model"], str(self.path))
 
     @property
     def names(self) -> list[str]:
-        """Parameter names, in the model's order."""
+        """Return the parameter names, in the model's order."""
         return list(self.shapes)
 
     def has(self, kind: str) -> bool:
-        """Tell whether the checkpoint holds tensors of a kind."""
+        """Check whether the checkpoint holds tensors of a kind."""
         return holds(self.manifest, kind)
 
     def layout(self, name: str) -> TensorLayout:
-        """Give type and full shape of a parameter."""
+        """Return the dtype and full shape of a parameter."""
         piece = self._pieces("weight", 0, name)[1][0]
         return TensorLayout(piece.file.layout(piece.key).dtype, self.shapes[name])
 
     def get(self, name: str, kind: str = "weight") -> torch.Tensor:
-        """Give the full tensor."""
+        """Return the full tensor, joined from all ranks."""
         return unshard([self._slice(name, kind, rank) for rank in range(self.tensor_size)], name)
 
     def get_run(
@@ -105,9 +105,9 @@ class CheckpointReader:
         start: int,
         length: int,
     ) -> torch.Tensor:
-        """Elements [start, start + length) of the flattened slice of a rank on another layout.
+        """Return elements [start, start + length) of a rank's flattened slice in another layout.
 
-        `shape` is that slice's; UsageError when the checkpoint's tensor does not have it.
+        `shape` is that slice's; UsageError if the checkpoint's tensor does not match it.
         """
         if name not in self.shapes or list(self.shapes[name]) != full_shape(
             name, shape, tensor_size
@@ -129,9 +129,8 @@ class CheckpointReader:
         return self._run(name, kind, rank, 0, torch.Size(shape).numel()).view(shape)
 
     def _run(self, name: str, kind: str, rank: int, start: int, length: int) -> torch.Tensor:
-        """Give a run of a slice as it was cut when saved.
-
-        Without a copy where one piece holds it.
+        """Return a run of a slice in the layout of the checkpoint, without a copy if a single piece
+        holds it; UsageError if part of it is missing.
         """
         parts = []
         reached = start
@@ -172,8 +171,8 @@ class CheckpointReader:
     def _read_index(
         self, file_kind: str, rank: int
     ) -> dict[str, tuple[tuple[int, ...], list[Piece]]]:
-        """Read pieces of each tensor in the files of a tensor-parallel rank, ordered by where they
-        start.
+        """Read which pieces of each tensor a tensor-parallel rank's files hold, in order of start:
+        key -> (shape of the slice, pieces).
         """
         index: dict[str, tuple[tuple[int, ...], list[Piece]]] = {}
 

@@ -1,6 +1,6 @@
-"""Reads weights of every format we know as one thing: our names, full tensors, one at a time.
+"""Read weights of every known format in one way: under our names, as full tensors, one at a time.
 
-Nothing here runs code from a file: safetensors, JSON, and `torch.load(weights_only=True)`.
+Nothing here runs code from a file: it uses safetensors, JSON, and `torch.load(weights_only=True)`.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ HF_PREFIX = "interbert."
 HF_FILE = "model.safetensors"
 HF_INDEX = "model.safetensors.index.json"
 TORCH_FILE = "pytorch_model.bin"
-# that our converter writes to a config.json
+# what our converter writes to a config.json
 FACTS = {"iteration": int, "consumed_samples": int, "detector": dict, "vocabulary": str}
 # a zip archive; a pickle, before torch 1.6
 TORCH_BEGINS = (b"PK\3\4", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
@@ -52,9 +52,9 @@ TORCH_BEGINS = (b"PK\3\4", *(bytes([0x80, protocol]) for protocol in range(2, 6)
 
 @dataclasses.dataclass
 class WeightSource:
-    """Weights under our names.
+    """Hold weights under our names.
 
-    `get` gives one full tensor; a `bert` source has the text path only.
+    `get` reads one full tensor; a `bert` source has the text path only.
     """
 
     kind: str
@@ -62,20 +62,20 @@ class WeightSource:
     config: ModelConfig
     layouts: dict[str, TensorLayout]
     get: Callable[[str], torch.Tensor]
-    # detector, vocabulary, iteration .. where known
+    # detector, vocabulary, iteration .. if known
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
-    # tensors of the file that have no place in our model
+    # tensors in the file that our model has no place for
     left_out: list[str] = dataclasses.field(default_factory=list)
     # lines for the user about what was chosen
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Give all tensors at once."""
+        """Read all tensors at once."""
         return {name: self.get(name) for name in self.layouts}
 
 
 def recognise(path: str | Path) -> str:
-    """Give which of KINDS a path holds; UsageError for anything else."""
+    """Determine which of KINDS a path holds; UsageError for anything else."""
     where = Path(path)
     if not where.exists():
         raise UsageError(f"{path}: no such file or folder")
@@ -85,7 +85,7 @@ def recognise(path: str | Path) -> str:
         if next(where.glob("**/*model_states.pt"), None):
             raise UsageError(
                 f"{path}: a DeepSpeed checkpoint that we did not write. Its files are pickles,"
-                " which run code when loaded, so they are not read; export its weights as"
+                " which can run code when loaded, so they are not read; export its weights as"
                 " safetensors with the program that made it"
             )
 
@@ -112,8 +112,8 @@ def open_weights(
 ) -> WeightSource:
     """Open weights of any format.
 
-    `config` gives the sizes where the format does not hold them (official, bert); `averaged`: of
-    one of our checkpoints take the averaged weights (--ema-decay) where it has such.
+    `config` gives the sizes if the format lacks them (official, bert); `averaged`: from one of our
+    checkpoints, take the averaged weights (--ema-decay) if it has them. Raises UsageError.
     """
     kind = recognise(path) if kind == "auto" else kind
     if kind not in KINDS:
@@ -136,7 +136,7 @@ def open_weights(
 
 @contextlib.contextmanager
 def sound(where: str | Path, kind: str) -> Iterator[None]:
-    """Turn what well-formed files of nonsense raise into a UsageError that names them."""
+    """Turn errors raised by well-formed files with wrong content into a UsageError."""
     try:
         yield
     except UsageError:
@@ -151,7 +151,7 @@ def sound(where: str | Path, kind: str) -> Iterator[None]:
 
 
 def _checked(source: WeightSource) -> Callable[[str], torch.Tensor]:
-    """`get` of a source, whose parts may not fit together."""
+    """Wrap a source's `get`, so that parts which do not fit together raise a UsageError."""
     get = source.get
 
     def checked(name: str) -> torch.Tensor:
@@ -196,8 +196,8 @@ def _checkpoint(path: Path, averaged: bool) -> WeightSource:
 
     if newer := passed_over(path, folder):
         source.notes.append(
-            f"note: {newer[0]} has no {MANIFEST} and is no whole checkpoint; {folder.name} is taken"
-            " instead"
+            f"note: {newer[0]} has no {MANIFEST} and is not a complete checkpoint; using"
+            f" {folder.name} instead"
         )
 
     return source
@@ -230,14 +230,11 @@ def _huggingface(path: Path, config: ModelConfig | None) -> WeightSource:
 
 
 def facts_of(values: Any, where: Path) -> dict[str, Any]:
-    """Give what our converter has written down of the training.
-
-    UsageError where it is something else.
-    """
+    """Return what our converter recorded about training; UsageError for wrong types."""
     if not isinstance(values, dict):
         raise UsageError(
             f"{where}: training_facts is {values!r:.60}, expected an object; leave it out, or"
-            " export anew"
+            " export again"
         )
 
     facts = {name: values[name] for name in FACTS if values.get(name) is not None}
@@ -245,7 +242,7 @@ def facts_of(values: Any, where: Path) -> dict[str, Any]:
         if type(value) is not FACTS[name]:
             raise UsageError(
                 f"{where}: {name} of training_facts is {value!r:.60}, expected"
-                f" {FACTS[name].__name__}; leave it out, or export anew"
+                f" {FACTS[name].__name__}; leave it out, or export again"
             )
 
     return facts
@@ -318,7 +315,7 @@ def _linked(
 
 
 def _linked_layout(link: Link, part: TensorLayout, config: ModelConfig) -> TensorLayout:
-    """Give type and shape of our tensor from those of the first part, without reading it."""
+    """Return our tensor's dtype and shape from those of its first part, without reading it."""
     rows = part.shape[0] * len(link.theirs)
     if link.ours in ("text_embedding.word.weight", "msm_head.bias"):
         rows = config.padded_vocab_size
@@ -326,7 +323,7 @@ def _linked_layout(link: Link, part: TensorLayout, config: ModelConfig) -> Tenso
 
 
 def check_tied(tensors: "Tensors", by_name: Mapping[str, str], path: Path) -> None:
-    """Raise UsageError when the official decoder is not the word embedding, as our model has only
+    """Raise UsageError if the official decoder differs from the word embedding: our model has only
     one of them.
     """
     word = "bert.embeddings.word_embeddings.weight"
@@ -342,8 +339,8 @@ def check_tied(tensors: "Tensors", by_name: Mapping[str, str], path: Path) -> No
 
 
 def _official_sizes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
-    """From the configuration JSON beside the file, else from the preset that has the tensors'
-    sizes.
+    """Return the configuration in the JSON beside the file, else the preset that matches the
+    tensors' sizes.
     """
     beside = (path if path.is_dir() else path.parent) / "config.json"
     if beside.is_file():
@@ -372,15 +369,15 @@ def _preset_like(path: Path, sizes: dict[str, int]) -> ModelConfig:
 
 
 class Tensors:
-    """Tensors of a safetensors file, of several with an index, or of a torch file (its storages
-    stay on disk where possible).
+    """Read tensors of a safetensors file, of several with an index, or of a torch file (mapped from
+    disk if possible).
     """
 
     def __init__(self, files: Mapping[str, "TensorFile | Mapping[str, torch.Tensor]"]) -> None:
         self.files = files  # tensor name -> where it is
 
     def layout(self, name: str) -> TensorLayout:
-        """Give type and shape of a tensor."""
+        """Return the dtype and shape of a tensor."""
         file = self.files[name]
         return (
             file.layout(name)
@@ -389,20 +386,20 @@ class Tensors:
         )
 
     def get(self, name: str) -> torch.Tensor:
-        """Give one tensor."""
+        """Read one tensor."""
         file = self.files[name]
         return file.get(name) if isinstance(file, TensorFile) else file[name]
 
 
 def tensor_names(tensors: Tensors) -> list[str]:
-    """Give names in the files' order."""
+    """List tensor names in the files' order."""
     return list(tensors.files)
 
 
 def open_tensors(path: Path) -> Tensors:
     """Open a .safetensors or torch file, or the model file(s) of a Hugging Face folder.
 
-    Never runs pickled code.
+    Pickled code never runs.
     """
     if path.is_dir():
         if (path / HF_INDEX).is_file():
@@ -422,8 +419,8 @@ def open_tensors(path: Path) -> Tensors:
         )
         if found is None:
             raise UsageError(
-                f"{path}: no checkpoint there: neither {MANIFEST}, nor {HF_FILE}, nor {TORCH_FILE}"
-                " in the folder"
+                f"{path}: no checkpoint there; expected {MANIFEST}, {HF_FILE} or {TORCH_FILE} in"
+                " the folder"
             )
 
         path = found
@@ -438,12 +435,12 @@ def open_tensors(path: Path) -> Tensors:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Read names of tensors with the files, beside the index, that hold them."""
+    """Read from an index which file, in the same folder, holds each tensor."""
     parts = read_json(path, str(path)).get("weight_map")
     if not isinstance(parts, dict) or not parts:
         raise UsageError(
-            f"{path}: weight_map is {parts!r:.60}, expected names of tensors with names of files;"
-            " restore the folder"
+            f"{path}: weight_map is {parts!r:.60}, expected a mapping from tensor names to file"
+            " names; restore the folder"
         )
 
     for name, file in parts.items():
@@ -457,7 +454,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def load_torch_file(path: Path) -> dict[str, torch.Tensor]:
-    """Load a state dict saved by torch, without running code; UsageError for anything else."""
+    """Load a state dict saved by torch without running code; UsageError for anything else."""
     try:
         with reading(path), open(path, "rb") as handle:
             begins = handle.read(4)
@@ -466,19 +463,18 @@ def load_torch_file(path: Path) -> dict[str, torch.Tensor]:
 
     if not begins.startswith(TORCH_BEGINS):
         raise UsageError(
-            f"{path}: no file of weights; expected one of safetensors (NAME.safetensors), a state"
-            " dict saved by torch, or the folder of a run, of a checkpoint or of a Hugging Face"
-            " model"
+            f"{path}: not a file of weights; expected safetensors (NAME.safetensors), a state dict"
+            " saved by torch, or the folder of a run, a checkpoint or a Hugging Face model"
         )
 
     try:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files of torch before 1.6 cannot be mapped
+        except RuntimeError:  # files written by torch before 1.6 cannot be mapped
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UsageError(
-            f"{path}: refused: the file holds more than tensors and loading it would run code"
+            f"{path}: refused: the file holds more than tensors, and loading it would run code"
             f" ({_reason(error)}); ask for safetensors"
         ) from error
     except Exception as error:  # torch raises many kinds for a damaged file

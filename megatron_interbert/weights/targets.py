@@ -1,7 +1,7 @@
-"""Writes weights in every format we know, from any source, one tensor at a time: a model larger
-than memory converts.
+"""Write weights in every known format, from any source, one tensor at a time, so that models larger
+than memory can be converted.
 
-An output is a folder that is written beside and renamed, so it is whole or absent.
+An output folder is written under a temporary name and renamed, so it is complete or absent.
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import (
     file_entry,
@@ -51,8 +50,8 @@ Progress = Callable[[int], None]
 
 @dataclasses.dataclass
 class Output:
-    """What to write: the source, the type of all tensors (None: as they are), tensor-parallel ranks
-    of `sharded`, a vocabulary to put beside, the model card of `huggingface`.
+    """Hold what to write: the source, the dtype of all tensors (None: unchanged), the number of
+    tensor-parallel ranks of `sharded`, a vocabulary to include, the model card of `huggingface`.
     """
 
     source: WeightSource
@@ -60,20 +59,19 @@ class Output:
     tensor_parallel: int = 1
     vocabulary: bytes | None = None
     card: str = ""
-    # tensors that were found to hold NaN or infinity
+    # names of tensors found to contain NaN or infinity
     not_finite: list[str] = dataclasses.field(default_factory=list)
 
     def layout(self, name: str, shape: Iterable[int] | None = None) -> TensorLayout:
-        """Give type and shape of a tensor as it will be written."""
+        """Return the dtype and shape of a tensor as it will be written."""
         found = self.source.layouts[name]
         return TensorLayout(
             self.dtype or found.dtype, tuple(found.shape if shape is None else shape)
         )
 
     def get(self, name: str) -> torch.Tensor:
-        """Give a full tensor in the type that is written.
-
-        UsageError where values become infinite in that type.
+        """Return a full tensor in the dtype to be written; UsageError if converting to that dtype
+        makes an element infinite.
         """
         tensor = self.source.get(name)
         written = tensor.to(self.dtype) if self.dtype else tensor
@@ -81,7 +79,7 @@ class Output:
             if is_finite(tensor):
                 raise UsageError(
                     f"{self.source.path}: {name} holds {tensor.abs().max():.3g}, more than"
-                    f" {self.dtype} can; give --dtype bfloat16 or float32"
+                    f" {self.dtype} can hold; give --dtype bfloat16 or float32"
                 )
 
             if name not in self.not_finite:  # each rank's file asks for it
@@ -90,9 +88,8 @@ class Output:
         return written
 
     def bytes(self) -> int:
-        """Give size of all tensors as they will be written.
-
-        Every rank's file holds the replicated ones.
+        """Return the bytes of all tensors as they will be written; every rank's file holds the
+        replicated ones.
         """
         ranks = self.tensor_parallel
         copies = {
@@ -103,16 +100,17 @@ class Output:
 
 
 def heads_of(source: WeightSource) -> tuple[str, ...]:
-    """Heads whose weights a source has."""
+    """Return the names of the heads whose weights a source has."""
     return tuple(head for name, head in HEADS.items() if name in source.layouts)
 
 
 def write_target(
     kind: str, output: Output, folder: Path, progress: Progress = lambda count: None
 ) -> None:
-    """Write a folder in one of TARGETS.
+    """Write a folder in one of the formats in TARGETS.
 
-    UsageError, and nothing written, when it exists, cannot hold or has no room.
+    Raises UsageError, with nothing written, if the folder exists, the format cannot hold these
+    weights, or the disk lacks room. `progress` is called with the bytes of each tensor written.
     """
     if folder.exists():
         raise UsageError(f"{folder}: exists already; remove it, or choose another --output")
@@ -127,16 +125,16 @@ def write_target(
         and "image_embedding.feature.weight" not in output.source.layouts
     ):
         raise UsageError(
-            f"{output.source.path}: holds the text path alone (GLUE), which is no '{kind}' model;"
-            " write it as BERT: --to bert"
+            f"{output.source.path}: holds the text path alone (GLUE), not a whole '{kind}'"
+            " model; write it as BERT: --to bert"
         )
 
     if kind == "sharded":
-        check_sharing(output.source.config, output.tensor_parallel)
+        output.source.config.check_tensor_parallel(output.tensor_parallel)
     elif output.tensor_parallel != 1:
         raise UsageError(
-            f"--tp {output.tensor_parallel}: only 'sharded' has one file per tensor-parallel rank;"
-            " give --to sharded"
+            f"--tensor-model-parallel-size {output.tensor_parallel}: only 'sharded' has one file"
+            " per tensor-parallel rank; give --to sharded"
         )
 
     write = {
@@ -149,15 +147,10 @@ def write_target(
         write(output, work, progress)
 
 
-def check_sharing(config: ModelConfig, ranks: int) -> None:
-    """Raise UsageError when `ranks` cannot share the model evenly."""
-    config.check_tensor_parallel(ranks)
-
-
 @contextmanager
 def _new_folder(folder: Path, size: int) -> Iterator[Path]:
-    """Give a folder beside the final one, renamed at the end, removed on any error; refuses when
-    `size` bytes do not fit.
+    """Make a temporary folder that becomes `folder` at the end and is removed on any error;
+    UsageError if `size` bytes do not fit on the disk.
     """
     parent = folder.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -236,8 +229,8 @@ def write_sharded(output: Output, work: Path, progress: Progress) -> None:
 
 
 def write_huggingface(output: Output, work: Path, progress: Progress) -> None:
-    """model.safetensors, config.json, README.md and, where known, the vocabulary: what
-    `from_pretrained` reads.
+    """Write what `from_pretrained` reads: model.safetensors, config.json, and, if given, the
+    vocabulary; and the model card as README.md.
     """
     source = output.source
     names = [name for name in source.layouts if not name.startswith(EXTRA)]
@@ -300,9 +293,9 @@ def write_bert(output: Output, work: Path, progress: Progress) -> None:
 
 
 def write_official(output: Output, work: Path, progress: Progress) -> None:
-    """pytorch_model.bin under the official names, and the official config.json.
+    """Write pytorch_model.bin with the official names, and the official config.json.
 
-    torch.save wants all tensors at once, so they are laid on disk first and mapped from there.
+    torch.save needs all tensors at once, so they are written to disk first and mapped from there.
     """
     source = output.source
     links = [link for link in official_links(source.config) if link.ours in source.layouts]
@@ -321,7 +314,7 @@ def write_official(output: Output, work: Path, progress: Progress) -> None:
         state[DECODER] = state["bert.embeddings.word_embeddings.weight"]
     try:
         torch.save(state, work / TORCH_FILE)
-    except RuntimeError as error:  # torch's own word for a full disk
+    except RuntimeError as error:  # torch raises this for a full disk
         raise OSError(None, str(error).splitlines()[0]) from error
 
     shutil.rmtree(scratch)
@@ -343,7 +336,7 @@ def _their_tensors(links: list[Link], output: Output) -> Iterator[torch.Tensor]:
 
 
 def _their_layout(link: Link, output: Output) -> dict[str, TensorLayout]:
-    """Types and shapes of the parts, without reading the tensor: on the meta device."""
+    """Return the parts' dtypes and shapes without reading the tensor: on the meta device."""
     ours = output.layout(link.ours)
     parts = link.to_theirs(
         torch.empty(ours.shape, dtype=ours.dtype, device="meta"), output.source.config
@@ -356,7 +349,7 @@ def _their_layout(link: Link, output: Output) -> dict[str, TensorLayout]:
 
 
 def describe_source(source: WeightSource) -> str:
-    """Describe one line on what was opened."""
+    """Describe in one line what was opened."""
     heads = ", ".join(heads_of(source)) or "none"
     return f"{source.path}: {source.kind}, {len(source.layouts)} tensors, heads {heads}" + (
         f"; left out: {', '.join(source.left_out[:8])}" if source.left_out else ""

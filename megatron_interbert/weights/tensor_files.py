@@ -1,4 +1,4 @@
-"""Safetensors files, written and read tensor by tensor."""
+"""Write and read safetensors files tensor by tensor."""
 
 import hashlib
 import json
@@ -24,13 +24,13 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# bytes handed to the disk and the hash at a time; both let other threads run meanwhile
+# bytes written and hashed at a time; both release the GIL
 CHUNK = 16 << 20
 
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """Type and shape of a tensor that is not in memory."""
+    """Hold the dtype and shape of a tensor that is not in memory."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -47,12 +47,12 @@ def write_tensors(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
-    """Write a safetensors file from tensors that come in the order of `layout`, flush it, give
+    """Write and flush a safetensors file from tensors in the order of `layout`; return
     {bytes, sha256}.
 
-    The safetensors library wants all tensors at once and keeps Python's lock while it writes; here
-    one tensor is in memory at a time and other threads run. ValueError when a tensor is not as
-    announced, OSError when the disk is full.
+    The safetensors library needs all tensors at once and holds the GIL while it writes; here one
+    tensor is in memory at a time and other threads run. Raises ValueError if a tensor does not
+    match its layout, OSError if the disk is full.
     """
     digest = hashlib.sha256()
 
@@ -69,7 +69,7 @@ def write_tensors(
         for (name, entry), tensor in zip(layout.items(), tensors, strict=True):
             if tensor.dtype != entry.dtype or tuple(tensor.shape) != tuple(entry.shape):
                 raise ValueError(
-                    f"{name}: {tensor.dtype} {list(tensor.shape)} given, announced {entry.dtype}"
+                    f"{name}: {tensor.dtype} {list(tensor.shape)} given, expected {entry.dtype}"
                     f" {list(entry.shape)}"
                 )
 
@@ -85,8 +85,8 @@ def write_tensors(
 
 
 def header_of(layout: Mapping[str, TensorLayout], metadata: Mapping[str, str] | None) -> bytes:
-    """Build the header of a safetensors file: its length in 8 bytes, then JSON filled up with
-    blanks to a multiple of 8.
+    """Build a safetensors header: its length in 8 bytes, then JSON padded with spaces to a multiple
+    of 8 bytes.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -106,8 +106,9 @@ def header_of(layout: Mapping[str, TensorLayout], metadata: Mapping[str, str] | 
 
 
 class TensorFile:
-    """A safetensors file opened for reading tensor by tensor; the data stays on disk until it is
-    used.
+    """Read a safetensors file tensor by tensor; data stay on disk until used.
+
+    Raises UsageError if the file is not safetensors.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -122,7 +123,7 @@ class TensorFile:
             ) from error
 
     def layout(self, name: str) -> TensorLayout:
-        """Give type and shape of a tensor, from the header."""
+        """Return the dtype and shape of a tensor, from the header."""
         part = self._file.get_slice(name)
         if part.get_dtype() not in DTYPES:
             raise UsageError(
@@ -133,15 +134,15 @@ class TensorFile:
         return TensorLayout(DTYPES[part.get_dtype()], tuple(part.get_shape()))
 
     def get(self, name: str) -> torch.Tensor:
-        """Give one tensor."""
+        """Read one tensor."""
         return self._file.get_tensor(name)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Tell whether there is neither NaN nor infinity in a tensor, without another one of its size
-    in memory.
+    """Check whether a tensor has neither NaN nor infinity, without allocating another of its size
+    (except for 8-bit floats).
     """
-    # torch has no least and most of 8 bits
+    # torch has no aminmax for 8-bit floats
     if tensor.is_floating_point() and tensor.element_size() == 1:
         tensor = tensor.float()
 

@@ -1,7 +1,7 @@
-"""Runs the stages of the acceptance run, each as a process with a time limit of its own.
+"""Run the stages of the acceptance run, each in a process with its own time limit.
 
-A stage that fails or takes too long does not keep the others from running. What it has found until
-then is kept: it writes line by line.
+A stage that fails or takes too long does not keep the others from running, and its findings so far
+are kept: it writes them line by line.
 """
 
 import argparse
@@ -25,15 +25,15 @@ from megatron_interbert.files import check_writable, write_json
 from megatron_interbert.parallel.device import ACCELERATOR, gpus, why_no_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
-BUDGET = 600.0  # seconds of all stages together
-LEFT_OVER = 5.0  # seconds in which no stage is worth starting
-SLOWER = 4  # a pretended stage may take so many times as long
-LOG_LINES = 15  # of a failed stage's log that are shown
+BUDGET = 600.0  # seconds for all stages together
+LEFT_OVER = 5.0  # with fewer seconds left no stage is started
+SLOWER = 4  # a pretended stage may take this many times as long
+LOG_LINES = 15  # last lines shown of a failed stage's log
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`function` (module:name) is called in a process of its own, which may take `seconds`."""
+    """Describe a stage: `function` (module:name) runs in a process for at most `seconds`."""
 
     name: str
     function: str
@@ -59,7 +59,7 @@ STAGES = [
 def run_stage(
     stage: Stage, seconds: float, scratch: Path, log: Path, pretend: bool
 ) -> dict[str, Any]:
-    """Run one stage, for `seconds` at most: {stage, result, seconds, said, failed, figures}."""
+    """Run a stage for at most `seconds`; return {stage, result, seconds, said, failed, figures}."""
     record = scratch / f"{stage.name}.record"
     command = [
         *(sys.executable, "-m", "tests.gpu.stages", stage.function),
@@ -102,7 +102,7 @@ def run_stage(
 
 
 def environment(scratch: Path, pretend: bool) -> dict[str, str]:
-    """Make the environment of a stage: one GPU or none, and nothing compiled by an earlier run."""
+    """Build a stage's environment: one GPU or none, and nothing compiled by an earlier run."""
     env = {
         **os.environ,
         "PYTHONUNBUFFERED": "1",
@@ -123,13 +123,13 @@ def environment(scratch: Path, pretend: bool) -> dict[str, str]:
 
     if pretend:
         env |= {ACCELERATOR: "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        return env | {"OMP_NUM_THREADS": "1"}  # several programs run at a time
+        return env | {"OMP_NUM_THREADS": "1"}  # several programs run at once
 
     return env | {"CUDA_VISIBLE_DEVICES": env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kill a stage that still runs, with all that it has started, in whatever session."""
+    """Kill a stage that still runs, with all its descendants, in whatever session."""
     if process.poll() is not None:
         return
 
@@ -144,14 +144,14 @@ def end(process: subprocess.Popen) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Gather what a stage has written: the lines it said, what failed, and its figures."""
+    """Collect what a stage has written: lines for the table, failures, and figures."""
     found: dict[str, Any] = {"said": [], "failed": [], "figures": {}}
     lines = path.read_text().splitlines() if path.exists() else []
     for line in lines:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
-            continue  # the last line of a process that was killed
+            continue  # cut off: the process was killed
 
         found["said"] += entry.get("said", [])
         found["failed"] += entry.get("failed", [])
@@ -161,19 +161,19 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def last_line(log: Path) -> str:
-    """Find what a process that died said last."""
+    """Return the last line that a dead process logged."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:300] if lines else "ended without a word"
 
 
 def in_short(result: dict[str, Any]) -> str:
-    """Write a result as one line of JSON, without its long lists."""
+    """Format a result as one line of JSON, without lists and nested figures."""
     short = {n: v for n, v in result["figures"].items() if not isinstance(v, (list, dict))}
     return json.dumps({**result, "figures": short})
 
 
 def table(results: Sequence[dict[str, Any]], about: dict[str, str]) -> str:
-    """Lay the results out for people: a stage a line, below it what it found or where it failed."""
+    """Format the results for people: one line per stage, and below it findings and failures."""
     lines = []
 
     for result in results:
@@ -192,9 +192,9 @@ def run_all(
     pretend: bool,
     budget: float = BUDGET,
 ) -> bool:
-    """Run the stages, write `output` after each; whether all of them passed.
+    """Run the stages, write `output` after each, and return whether all passed.
 
-    Their logs lie in a folder beside `output` that bears its name.
+    Their logs are in a folder named like `output`, without .json.
     """
     logs = output.with_suffix("")
     shutil.rmtree(logs, ignore_errors=True)
@@ -246,7 +246,7 @@ def run_all(
 
 
 def headline(report: dict[str, Any]) -> str:
-    """Say on what the run was made."""
+    """Describe the machine of the run in one line."""
     if report["pretended"]:
         return "PRETENDED on the CPU at tiny sizes: nothing here is a figure of a GPU"
     facts = report["machine"]
@@ -256,7 +256,7 @@ def headline(report: dict[str, Any]) -> str:
 
 
 def chosen(words: str) -> list[Stage]:
-    """Pick the stages of --stages; UsageError for one that there is not."""
+    """Return the stages that --stages names; UsageError for an unknown one."""
     if not words:
         return STAGES
 
@@ -270,7 +270,7 @@ def chosen(words: str) -> list[Stage]:
 
 
 def check_gpu() -> None:
-    """UsageError where there is no GPU to run on."""
+    """Raise UsageError if there is no GPU to run on."""
     if gpus():
         return
 
@@ -283,7 +283,7 @@ def check_gpu() -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="bash tests/gpu/run.sh", description=__doc__)
     parser.add_argument(
         "--output",
@@ -316,5 +316,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stage ends as well
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a running stage is killed too
     run_entry(main)

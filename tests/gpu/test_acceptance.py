@@ -1,4 +1,4 @@
-"""The acceptance run itself, on a CPU that is pretended to be a GPU."""
+"""Test the acceptance run itself, with a CPU in place of the GPU."""
 
 import json
 import os
@@ -19,26 +19,26 @@ from tests.launching import ENVIRONMENT, ROOT
 
 
 def finds(place: Place, record: Record) -> None:
-    """A stage that passes."""
+    """Pass, as a stage."""
     record.note(answer=42, many=[1, 2, 3])
     record.say("found the answer")
 
 
 def fails(place: Place, record: Record) -> None:
-    """A stage with one expectation that does not hold, and an exception behind it."""
+    """Fail one expectation, then raise an exception."""
     record.expect(2 + 2 == 5, "two and two are not five")
     raise ValueError("and\nthis came of it")
 
 
 def hangs(place: Place, record: Record) -> None:
-    """A stage that never ends, like a process of its own in another session."""
+    """Hang, as does a child in a session of its own."""
     child = subprocess.Popen(["sleep", "600"], start_new_session=True)
     record.note(child=child.pid)
     time.sleep(600)
 
 
 def dies(place: Place, record: Record) -> None:
-    """A stage whose process is killed."""
+    """Kill the stage's own process."""
     record.note(before=1)
     os.kill(os.getpid(), 9)
 
@@ -97,7 +97,7 @@ def test_what_the_budget_leaves_no_time_for_is_named(tmp_path):
 
 
 def wheel(folder):
-    """A package of one line, as pip takes it."""
+    """Build the wheel of a one-line package."""
     folder.mkdir()
 
     with zipfile.ZipFile(folder / "of_a_wheel-1.0-py3-none-any.whl", "w") as file:
@@ -131,7 +131,7 @@ def run_script(*flags, **changes):
 
 
 def test_stages_run_with_packages_from_wheels(tmp_path):
-    """The command of a machine without an index: exit code, table and JSON of real stages."""
+    """Run the command as without a package index; check exit code, table and JSON."""
     output = tmp_path / "a.json"
     before = subprocess.run(
         ["git", "status", "--short"], cwd=ROOT, capture_output=True, check=False
@@ -186,7 +186,7 @@ def test_wrong_use_is_one_line(tmp_path):
 
 
 def test_every_stage_is_there():
-    """Names are told apart, functions exist, and no stage may take the whole budget."""
+    """Check that names are unique, functions exist, and no stage may take half the budget."""
     assert len({stage.name for stage in STAGES}) == len(STAGES)
     assert [stage.name for stage in chosen("zero, machine")] == ["machine", "zero"]
 
@@ -200,7 +200,7 @@ def test_every_stage_is_there():
 
 
 def test_a_profile_tells_busy_time_and_launches():
-    """Against a count of the microseconds in which anything ran."""
+    """Compare with a count of the microseconds in which anything ran."""
     spans = [(0, 10), (5, 12), (6, 8), (20, 21), (30, 45), (44, 46)]
     events = [
         {"ph": "X", "cat": "kernel", "name": f"k{number % 2}", "ts": begin, "dur": end - begin}

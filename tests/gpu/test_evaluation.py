@@ -1,6 +1,6 @@
-"""Evaluations on a real GPU: no wait but for the scores, and the precisions against float32.
+"""Test evaluations on a real GPU: no waits except for the scores, and precisions against float32.
 
-Skips where there is no CUDA device.
+Skipped without a CUDA device.
 """
 
 from pathlib import Path
@@ -28,8 +28,8 @@ pytestmark = [
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 @torch.no_grad()
 def test_pairs_are_scored_without_a_wait(tmp_path: Path, kernels: str) -> None:
-    """Scores in each precision are those of float32 on the CPU to its rounding; after a first pass
-    nothing waits.
+    """Check scores in each precision against float32 on the CPU, and that after a first pass the
+    host never waits.
     """
     device = torch.device("cuda")
     pairs = open_pairs(write_store(tmp_path / "s", images=14))
@@ -56,7 +56,7 @@ def test_pairs_are_scored_without_a_wait(tmp_path: Path, kernels: str) -> None:
         model = precision.convert(make(device))
 
         with precision.products():
-            block(model, device)  # kernels are compiled, memory is taken
+            block(model, device)  # compiles kernels, allocates memory
             torch.cuda.set_sync_debug_mode("error")
             try:
                 scores = block(model, device)

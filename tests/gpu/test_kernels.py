@@ -1,5 +1,5 @@
-"""Kernels on a real GPU against float64, by the comparisons that tests/kernels also makes in
-Triton's interpreter. Skips where there is no CUDA device.
+"""Test kernels on a real GPU against float64, with the comparisons that tests/kernels also makes in
+Triton's interpreter. Skipped without a CUDA device.
 """
 
 import pytest
@@ -31,7 +31,7 @@ pytestmark = [
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 LENGTHS = [[1], [37, 1, 64, 0, 23], [93, 128, 5], [161, 37, 200, 1]]
-HEADS = [(12, 64), (8, 96)]  # of the base model: (how many, their size)
+HEADS = [(12, 64), (8, 96)]  # (number of heads, their size) in the base model
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def kernels():
 @pytest.mark.parametrize(("heads", "width"), HEADS)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_attention(kernels, lengths, heads, width, dtype):
-    """By Triton, by flash attention where that takes the type, and padded: values and gradients."""
+    """Check Triton's, flash and padded attention: values and gradients."""
     for attend in (kernels.attention, triton_attention.flash_attention, attention.padded_sdpa):
         comparisons.check_attention(attend, lengths, heads, width, dtype, "cuda")
 
@@ -52,7 +52,7 @@ def test_attention(kernels, lengths, heads, width, dtype):
 @pytest.mark.parametrize(("heads", "width"), HEADS)
 @pytest.mark.parametrize("lengths", LENGTHS[1:], ids=str)
 def test_attention_dropout(kernels, lengths, heads, width, dtype):
-    """Its rate, and the same mask in the values and in the gradients."""
+    """Check the rate, and that values and gradients use the same mask."""
     comparisons.check_attention_dropout(kernels.attention, lengths, heads, width, dtype, "cuda")
 
 
@@ -78,7 +78,7 @@ def test_the_passes_of_cross_entropy(kernels, rows, columns, words, dtype):
 
 
 def test_every_kernel_stays_within_this_card(kernels):
-    """What was compiled above for this very card: shared memory within its limit."""
+    """Check that what was compiled above fits in this GPU's shared memory."""
     limit = gpu_of(torch.device("cuda")).shared_memory
 
     for name in ("_row_forward", "_row_backward", "_tiled_forward", "_tiled_backward"):
@@ -92,7 +92,7 @@ def test_every_kernel_stays_within_this_card(kernels):
 
 
 def test_deterministic_passes_give_the_same_bits():
-    """All kernels chosen with --deterministic, forward and backward, twice."""
+    """Run forward and backward passes twice with the kernels of --deterministic."""
     kernels = choose_kernels(
         "auto", torch.device("cuda"), attention_dropout=True, deterministic=True
     )

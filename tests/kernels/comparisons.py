@@ -1,9 +1,9 @@
-"""What every fused kernel must compute, against float64: on a GPU for tests/gpu, in Triton's
+"""Compare every fused kernel with its twin in float64: on a GPU for tests/gpu, in Triton's
 interpreter for tests/kernels/interpreted.py.
 
-Inputs are rounded to the type under test first, so that only the kernel's own errors count. Dropout
-is not taken on trust: a mask is read off the results of chosen inputs, held against its rate, and
-then given to the twin, which must agree in values and gradients.
+Inputs are rounded to the dtype under test first, so that only the kernel's own errors count.
+Dropout is not taken on trust: the mask is read off the results for chosen inputs, checked against
+its rate, and given to the twin, which must then agree in values and gradients.
 """
 
 import itertools
@@ -24,15 +24,15 @@ SEED = 7
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Largest accepted |ours - exact| / |exact|, as lengths of vectors: a few roundings of the
-    type, sums being float32.
+    """Return the largest accepted |ours - exact| / |exact| (vector norms): a few roundings of the
+    dtype, with sums in float32.
     """
     return {torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3, torch.float32: 1e-5}[dtype]
 
 
 def assert_near(ours: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, what: str) -> None:
-    """The whole tensor within the tolerance, each element within eight times the tolerance of the
-    largest.
+    """Check the tensor's relative error against the tolerance, and each element's error, relative
+    to the largest element, against eight times the tolerance.
     """
     assert ours.shape == exact.shape, what
     if not ours.numel():
@@ -50,9 +50,9 @@ def assert_near(ours: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, wha
 def compare(
     ours: Callable, twin: Callable, inputs: Sequence[Any], names: Sequence[str], dtype: torch.dtype
 ) -> None:
-    """Values and gradients of ours(*inputs) with those of twin(*inputs in float64).
+    """Compare values and gradients of ours(*inputs) with those of twin(*inputs in float64).
 
-    `names` of the tensors that want a gradient.
+    `names` are those of the inputs that require a gradient, in order.
     """
     wide = [_widened(x) for x in inputs]
     results = ours(*inputs), twin(*wide)
@@ -69,15 +69,15 @@ def compare(
 
 
 def _widened(x: Any) -> Any:
-    """A copy in float64 of what is a tensor of real numbers."""
+    """Copy a floating-point tensor to float64; return anything else as it is."""
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         return x
     return x.detach().double().requires_grad_(x.requires_grad)
 
 
 def check_rate(kept: torch.Tensor, p: float) -> None:
-    """Of a mask [rows, columns] the share that is gone, and that neighbours go independently;
-    within five standard deviations.
+    """Check the share that a mask [rows, columns] drops, and that neighbours are dropped
+    independently, within five standard deviations.
     """
     gone = ~kept
     beside = gone[:, 1:] & gone[:, :-1]
@@ -105,7 +105,7 @@ def check_attention(
     dtype: torch.dtype,
     device: str,
 ) -> None:
-    """Values and gradients without dropout."""
+    """Check values and gradients without dropout."""
     qkv, sequences = packed(lengths, heads, width, dtype, device)
     compare(attention, plain.attention, (qkv, sequences, 0.0), ("qkv",), dtype)
 
@@ -119,7 +119,7 @@ def check_attention_dropout(
     device: str,
     p: float = 0.3,
 ) -> None:
-    """The mask's rate; values and gradients with that very mask; another mask for another seed."""
+    """Check the mask's rate, values and gradients with that mask, and that seeds change it."""
     qkv, sequences = packed(lengths, heads, width, dtype, device)
     masks = attention_masks(attention, qkv, sequences, p, SEED)
     tokens = torch.cat([mask.flatten(1) for mask in masks], dim=1)
@@ -140,10 +140,10 @@ def check_attention_dropout(
 def attention_masks(
     attention: Attention, qkv: torch.Tensor, sequences: Sequences, p: float, seed: int
 ) -> list[torch.Tensor]:
-    """What dropout keeps [heads, L, L] of each sequence's weights.
+    """Return which of each sequence's weights dropout keeps: boolean [heads, L, L].
 
-    Where values are one-hot the result is a row of weights itself. As values have only D columns,
-    they show D keys at a time.
+    With one-hot values the result is a row of weights itself. As values have only D columns, they
+    show D keys at a time.
     """
     width = qkv.shape[-1]
     offsets = sequences.offsets
@@ -169,7 +169,7 @@ def attention_masks(
 def masked_attention(
     qkv: torch.Tensor, sequences: Sequences, masks: list[torch.Tensor], p: float
 ) -> torch.Tensor:
-    """Attend as plain.attention does, with the dropout masks given."""
+    """Attend as plain.attention does, with given dropout masks."""
     parts = []
     bounds = itertools.pairwise(sequences.offsets.tolist())
     for (start, stop), mask in zip(bounds, masks, strict=True):
@@ -186,7 +186,7 @@ def masked_attention(
 def check_bias_gelu(
     kernels: Kernels, rows: int, width: int, dtype: torch.dtype, device: str
 ) -> None:
-    """GELU of x + bias."""
+    """Check GELU of x + bias."""
     x = _leaf(device, dtype, rows, width)
     bias = _leaf(device, dtype, width)
     compare(kernels.bias_gelu, plain.bias_gelu, (x, bias), ("x", "bias"), dtype)
@@ -195,8 +195,8 @@ def check_bias_gelu(
 def check_dropout_add_norm(
     kernels: Kernels, rows: int, width: int, dtype: torch.dtype, device: str
 ) -> None:
-    """Without dropout, and with the mask that shows where x is 1 and there is nothing else: the
-    norm keeps the sign.
+    """Check without dropout, and with the mask read off for x = 1 and all else 0, as the norm keeps
+    the sign.
     """
     inputs = [
         _leaf(device, dtype, *shape)
@@ -213,7 +213,7 @@ def check_dropout_add_norm(
         torch.ones_like(inputs[0]), nothing, torch.zeros_like(inputs[2]), one, nothing, p, 1e-5
     )
     kept = shown.detach() > 0
-    if width > 8:  # a row that keeps all or nothing has no sign
+    if width > 8:  # a row of which all or nothing is kept has no sign
         check_rate(kept, p)
 
     def ours(*inputs: Any) -> torch.Tensor:
@@ -232,7 +232,7 @@ def check_dropout_add_norm(
 def check_embeddings(
     kernels: Kernels, rows: int, width: int, dtype: torch.dtype, device: str
 ) -> None:
-    """Of text and of regions, without dropout and with the mask that the zeros show."""
+    """Check text and region embeddings without dropout, and with the mask that zeros reveal."""
     positions, types = (torch.randint(most, (rows,), device=device) for most in (40, 2))
     places = torch.rand(rows, 5, device=device).to(dtype)
     norm = [_leaf(device, dtype, width) for _ in range(2)]
@@ -270,7 +270,7 @@ def check_embeddings(
 def _check_last_dropout(
     ours: Callable, twin: Callable, inputs: Sequence[Any], names: Sequence[str], dtype: torch.dtype
 ) -> None:
-    """Of operations that end in dropout."""
+    """Check the dropout of an operation that ends in it."""
     p = 0.3
 
     def with_seed(*inputs: Any) -> torch.Tensor:
@@ -297,7 +297,7 @@ def _leaf(device: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
 def check_region_rows(
     kernels: Kernels, counts: list[int], width: int, dtype: torch.dtype, device: str
 ) -> None:
-    """Hidden regions are 0, and each image's mean stands before them."""
+    """Check that hidden regions are 0, and that each image's mean precedes its regions."""
     numbers = torch.tensor(counts, device=device)
     features = torch.randn(sum(counts), width).half().to(device)
     ends = (numbers + 1).cumsum(0)
@@ -315,7 +315,7 @@ def check_region_rows(
 def check_vocabulary(
     kernels: Kernels, rows: int, columns: int, words: int, dtype: torch.dtype, device: str
 ) -> None:
-    """Both passes of cross entropy, with labels outside and a tie."""
+    """Check both passes of cross entropy, with labels of other ranks and a tie."""
     logits = (torch.randn(rows, columns) * 5).to(device, dtype)
     labels = torch.randint(-20, columns + 20, (rows,)).to(device)
     grad = torch.randn(rows).to(device)

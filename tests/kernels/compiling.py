@@ -1,5 +1,5 @@
-"""Compilation of the Triton kernels ahead of time, for cards that are not here: what a program
-takes, and whether it spills registers.
+"""Compile the Triton kernels ahead of time for GPUs that are not here: what a program takes, and
+whether it spills registers.
 """
 
 import inspect
@@ -25,7 +25,7 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 ATTENTION = ("_row_forward", "_row_backward", "_tiled_forward", "_tiled_backward")
 SIZES = {"BLOCK": 1024, "ROWS": triton_ops.TILE_ROWS, "LOCATION": triton_embedding.LOCATION}
 
-# Arguments by name: what is not the element type, and what divides by 16 whatever the batch.
+# Arguments by name: those not of the element type, and those always divisible by 16.
 REALS = ("p", "eps", "scale")
 POINTERS = {
     **dict.fromkeys(
@@ -44,8 +44,8 @@ DIVISIBLE = ("width", "columns")
 
 @dataclass(frozen=True)
 class Compiled:
-    """Of one kernel: bytes of shared memory of a program, bytes of stack (spilled registers) of a
-    thread, seconds of the compiler.
+    """Hold a compiled kernel's shared memory per program and stack (spilled registers) per thread,
+    in bytes, and the seconds of compilation.
     """
 
     shared: int
@@ -54,7 +54,7 @@ class Compiled:
 
 
 def launched_kernels() -> list[JITFunction]:
-    """All that some function launches; the others are parts of these."""
+    """Return the kernels that some function launches; all others are parts of these."""
     return [
         kernel
         for module in MODULES
@@ -70,7 +70,7 @@ def _is_launched(kernel: object, module: ModuleType) -> bool:
 def compile_attention(
     name: str, capability: tuple[int, int], dtype: torch.dtype, tile: int, width: int
 ) -> Compiled:
-    """One of ATTENTION with dropout, as it is launched."""
+    """Compile one of ATTENTION, with dropout, as it is launched."""
     number = triton_attention.warps(tile, width, dtype.itemsize, name.startswith("_tiled"))
     sizes = {"TILE": tile, "WIDTH": width, "DROPOUT": True}
     return compile_kernel(getattr(triton_attention, name), capability, dtype, sizes, number)
@@ -83,8 +83,8 @@ def compile_kernel(
     sizes: dict[str, int] = SIZES,
     warps: int = 4,
 ) -> Compiled:
-    """Machine code for a card of a compute capability, with tensors of `dtype` and its constants by
-    name.
+    """Compile a kernel for a compute capability, with tensors of `dtype`; `sizes` are its constants
+    by name.
     """
     types = {name: _argument_type(name, DTYPES[dtype]) for name in kernel.arg_names}
     constants = {name: sizes[name] for name in kernel.arg_names if name in sizes}
@@ -108,7 +108,7 @@ def _argument_type(name: str, element: str) -> str:
 
 
 def _stack(machine_code: bytes) -> int:
-    """Bytes of stack of a thread, as the cuobjdump that Triton brings says."""
+    """Return a thread's bytes of stack, as reported by the cuobjdump that comes with Triton."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -1,7 +1,7 @@
-"""The Triton kernels against float64 in Triton's CPU interpreter: TRITON_INTERPRET=1 pytest
+"""Test the Triton kernels against float64 in Triton's CPU interpreter: TRITON_INTERPRET=1 pytest
 tests/kernels/interpreted.py.
 
-test_triton.py runs it so. Inputs are new each time; a failure prints the seed.
+test_triton.py runs this. Inputs are random; a failure prints the seed.
 """
 
 import dataclasses
@@ -37,9 +37,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def of_each_type(*cases):
-    """[(dtype, case)]: all cases in float32; in each other type the first and the last.
+    """Return [(dtype, case)]: all cases in float32, the first and the last in each other dtype.
 
-    The interpreter takes seconds for each. On a GPU tests/gpu try all types, at larger sizes.
+    Each takes seconds in the interpreter. On a GPU tests/gpu try all dtypes, at larger sizes.
     """
     return [(DTYPES[0], case) for case in cases] + [
         (dtype, case) for dtype in DTYPES[1:] for case in (cases[0], cases[-1])
@@ -56,8 +56,8 @@ def seed():
 
 @pytest.fixture(autouse=True)
 def bfloat16_products(monkeypatch):
-    """Triton's interpreter keeps bfloat16 as its bits and would multiply these as whole numbers:
-    products of them, in float32 here.
+    """Widen bfloat16 products to float32: Triton's interpreter keeps bfloat16 as raw bits and would
+    multiply them as integers.
     """
     products = InterpreterBuilder.create_dot
 
@@ -124,7 +124,7 @@ def test_attention_dropout(dtype, case):
 
 @pytest.mark.parametrize("tile", [16, 32, 64])
 def test_a_mask_is_the_same_whatever_the_tile(tile):
-    """So whole rows and tiles are one operation: a sequence of 40 tokens by each."""
+    """Compare tiles with whole rows on 40 tokens: they are the same operation."""
     qkv, sequences = packed([40, 3, 29], 2, 16)
     weight = torch.randn(72, 2, 16)
     results = []
@@ -139,9 +139,7 @@ def test_a_mask_is_the_same_whatever_the_tile(tile):
 @pytest.mark.parametrize("tile", [16, 32])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_attention_gradients_by_finite_differences(p, tile):
-    """In float64, with a dropout mask that stays the same; whole rows, and tiles of which one is
-    not full.
-    """
+    """Check in float64 with a fixed dropout mask: whole rows, and tiles, one of them not full."""
     qkv, sequences = packed([3, 1, 20], 2, 4, torch.float64)
 
     def attend(x):
@@ -165,7 +163,7 @@ def test_nothing_to_attend_to():
 
 
 def test_recomputation_replays_every_mask():
-    """A layer with all dropouts, plain and with its activations recomputed: the same bits."""
+    """Check that a layer with all dropouts gives the same bits when it is recomputed."""
     streams = RandomStreams(3)
     layer = TransformerLayer(32, 2, 64, 0.2, 0.3, 1e-12, Placement(), KERNELS, streams)
     for parameter in layer.parameters():
@@ -187,11 +185,11 @@ def test_recomputation_replays_every_mask():
 
 
 def check_whole_model(ranks, dropout):
-    """Losses and gradients of all kernels together are those of the twins; with dropout, alike on
-    the ranks of a tensor-parallel group where they must be.
+    """Check losses and gradients of all kernels together against the twins; and that gradients of
+    replicated parameters are equal on all tensor-parallel ranks, with dropout too.
     """
     state = ParallelState(ranks)
-    # the interpreter takes its time
+    # the interpreter is slow
     sizes = dataclasses.replace(SMALL, interaction_layers=1, image_layers=1)
     sizes = sizes if dropout else sizes.without_dropout()
     batch = pack(examples(2), sizes.feature_dim)

@@ -1,4 +1,4 @@
-"""Packed sequences for tests of attention."""
+"""Make packed sequences for tests of attention."""
 
 import itertools
 
@@ -14,7 +14,7 @@ def packed(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> tuple[torch.Tensor, Sequences]:
-    """Make qkv [N, heads, 3, width], which wants a gradient, and say where its sequences lie."""
+    """Make qkv [N, heads, 3, width], which requires a gradient, and its sequences' offsets."""
     qkv = torch.randn(sum(lengths), heads, 3, width).to(device, dtype)
     offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
     return qkv.requires_grad_(), Sequences(offsets, max(lengths))

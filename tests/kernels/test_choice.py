@@ -1,4 +1,4 @@
-"""Which kernels are chosen on which machine: cards are pretended, a choice needs none."""
+"""Test which kernels are chosen on which machine; GPUs are simulated, a choice needs none."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ Insert = Callable[..., None]
 
 @pytest.fixture
 def insert(monkeypatch: pytest.MonkeyPatch) -> Insert:
-    """Puts a card into this machine, with all that Triton's launcher is built with."""
+    """Return a function that simulates a GPU, and a machine that can build Triton's launcher."""
 
     def insert(name: str, capability: tuple[int, int], shared_memory: int | None = None) -> None:
         facts = SimpleNamespace(name=name, major=capability[0], minor=capability[1])
@@ -43,7 +43,10 @@ def test_a_cpu_has_its_own_and_refuses_what_cannot_run() -> None:
 
 
 def test_attention_by_what_is_asked_of_it() -> None:
-    """Flash attention has no dropout, and its gradient is summed in any order; ours is not."""
+    """Check that flash attention is chosen only without dropout and --deterministic.
+
+    It has no dropout, and it sums gradients in varying order.
+    """
     pytest.importorskip(
         "triton", reason="triton is not installed (pip install -r requirements.txt)"
     )

@@ -1,5 +1,5 @@
-"""How often Triton would compile: our own launches over 1,000 ragged steps through Triton's real
-launcher, without a card behind it.
+"""Count how often Triton would compile: run our launches of 1,000 ragged steps through Triton's
+real launcher, without a GPU.
 """
 
 import random
@@ -22,19 +22,19 @@ from megatron_interbert.kernels.triton_embedding import embed_image, embed_text,
 from tests.kernels.compiling import launched_kernels
 
 STEPS = 1000
-MOST_KEYS = {  # two tiles for each of two sizes of heads; of the others one key
+MOST_KEYS = {  # two tiles for each of two head sizes; one key for every other kernel
     "_row_forward": 4,
     "_row_backward": 4,
     "_tiled_forward": 4,
     "_tiled_backward": 4,
 }
-WIDTH = 16  # hidden size: of the real ones only its divisibility by 16 tells, and it has that
+WIDTH = 16  # hidden size: only its divisibility by 16 matters, which real ones share
 WORDS = 128
-LONG = {"_tiled_forward", "_tiled_backward"}  # kernels for sequences longer than a tile
+LONG = {"_tiled_forward", "_tiled_backward"}  # for sequences longer than a tile
 
 
 class Card:
-    """What Triton's launcher asks a driver for."""
+    """Answer what Triton's launcher asks a driver for."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -47,7 +47,7 @@ class Card:
 
 
 class Program:
-    """Compiled code that does nothing."""
+    """Stand in for compiled code; running it does nothing."""
 
     function = packed_metadata = None
 
@@ -60,7 +60,7 @@ class Program:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list]]:
-    """{kernel: keys for which the launcher asked the compiler}, filled while the test runs."""
+    """Collect {kernel: keys for which the launcher called the compiler} while the test runs."""
     keys = defaultdict(list)
     touched = set()
 
@@ -72,7 +72,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list]]:
         program = kernel.device_caches[device][0][key] = Program()
         return program
 
-    # of this thread: sums of what nothing has filled would take long
+    # in this thread: sums over uninitialised memory would be slow
     torch.set_flush_denormal(True)
     monkeypatch.setattr(driver, "_active", Card(), raising=False)
     monkeypatch.setattr(JITFunction, "_do_compile", compile_nothing)
@@ -83,7 +83,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list]]:
 
 
 def leaf(*shape: int) -> torch.Tensor:
-    """bfloat16; what it holds does not matter, for nothing computes."""
+    """Make an uninitialised bfloat16 leaf: nothing computes with its values."""
     return torch.empty(*shape, dtype=torch.bfloat16).requires_grad_()
 
 
@@ -98,8 +98,8 @@ def attend(lengths: torch.Tensor, heads: int, head: int, dropout_p: float) -> No
 
 
 def step(micro_batch: int, ragged: torch.Generator) -> None:
-    """All launches of a pretraining step: once for each place that a kernel has in the model, not
-    for each layer.
+    """Make all launches of a pretraining step: once for each use of a kernel in the model, not for
+    each layer.
     """
     words = torch.randint(8, 21, (micro_batch,), generator=ragged)
     regions = torch.randint(10, 37, (micro_batch,), generator=ragged)
@@ -122,7 +122,7 @@ def step(micro_batch: int, ragged: torch.Generator) -> None:
             )
         )
 
-    # aligned or not
+    # aligned to 16 bytes or not
     numbers = torch.zeros(total_words + 1, dtype=torch.int64)[total_words % 2 :][:total_words]
     norm = [leaf(WIDTH) for _ in range(2)]
     backward(
@@ -148,7 +148,7 @@ def step(micro_batch: int, ragged: torch.Generator) -> None:
     )
 
     logits = torch.empty(few, WORDS, dtype=torch.bfloat16)
-    start = total % 2  # of a chunk of rows, whose numbers need not be aligned
+    start = total % 2  # of a chunk of rows, whose labels need not be aligned
     labels = torch.zeros(few + 1, dtype=torch.int64)[start:][:few]
     normaliser, grad = (torch.empty(few + 3)[total % 3 :][:few] for _ in range(2))
     triton_vocab.vocab_statistics(logits, labels, WORDS - 6)
@@ -168,8 +168,8 @@ def test_few_keys_in_1000_ragged_steps(compiled: dict[str, list], micro_batch: i
 
 
 def test_few_keys_for_long_sequences(compiled: dict[str, list]) -> None:
-    """VCR's joint tokens, and images of up to 100 regions: two sizes of heads, with dropout and
-    without in evaluation.
+    """Check sequences as long as VCR's: two head sizes, with dropout (training) and without
+    (evaluation).
     """
     ragged = torch.Generator().manual_seed(1)
 

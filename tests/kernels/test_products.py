@@ -1,5 +1,5 @@
-"""Products in 8 bits against float64: of the quantised numbers exactly, of the numbers themselves
-within the formats' precision.
+"""Test 8-bit products against float64: exact for the quantised values, within the formats'
+precision for the original ones.
 """
 
 import pytest
@@ -14,7 +14,7 @@ OUT = 48
 def made(
     tokens: int, dtype: torch.dtype, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x, weight, bias and a gradient of the result, of very different sizes."""
+    """Make x, weight, bias and a gradient of the result, of very different magnitudes."""
     random = torch.Generator().manual_seed(seed)
     shapes = ((tokens, IN, 3.0), (OUT, IN, 0.02), (OUT, 1, 0.1), (tokens, OUT, 1e-6))
     x, weight, bias, grad = (
@@ -26,7 +26,7 @@ def made(
 
 
 def whole(x: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> torch.Tensor:
-    """What is left of x in 8 bits, in float64."""
+    """Return x, quantised to 8 bits, as float64."""
     eight, scale = quantise(x, dtype)
     return eight.double() * scale.double()
 
@@ -62,7 +62,7 @@ def test_results_and_gradients(tokens: int, dtype: torch.dtype) -> None:
         assert found.dtype == dtype
         step = torch.finfo(dtype).eps * float(expected.abs().max())
         assert float((found.double() - expected).abs().max()) <= 8 * step, name
-        # 3 and 2 bits of mantissa: 1/16 and 1/8 of a value at most; over a sum they average out
+        # 3 and 2 bits of mantissa: errors of at most 1/16 and 1/8; over a sum they average out
         assert float((found.double() - true).norm() / true.norm()) < 0.08, name
 
 

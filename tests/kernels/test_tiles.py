@@ -1,5 +1,5 @@
-"""A short form of tests/campaigns/tiles.py: some tiles compiled for cards that are not here, and
-its table held against the code.
+"""Run a short form of tests/campaigns/tiles.py: compile some tiles for GPUs that are not here, and
+compare its table with the code.
 """
 
 import pytest
@@ -20,7 +20,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def committed() -> tuple[str, list[list[str]]]:
-    """(Version of Triton that the tables were made with, cells of the rows of tiles)."""
+    """Return (version of Triton that made the tables, cells of the rows of tiles)."""
     text = tiles.DOCUMENT.read_text().split(tiles.BEGIN)[1].split(tiles.END)[0]
     version = text.split("with Triton ")[1].split(" ")[0]
     rows = [
@@ -66,7 +66,7 @@ def test_tiles_fit_and_spill_little(capability, dtype, head, tile):
 
 
 def test_narrow_tiles_and_short_ones():
-    """Heads of 16 and tiles of 16 are the least that a product takes."""
+    """Check heads and tiles of 16, the smallest that a product takes."""
     for name in ATTENTION:
         made = compile_attention(name, (9, 0), torch.float16, 16, 16)
         assert made.shared <= tile_bytes(16, 16, 2)

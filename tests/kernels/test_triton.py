@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: they compute what their twins do."""
+"""Test without a GPU that the Triton kernels compute what their twins do."""
 
 import os
 import subprocess

@@ -1,7 +1,4 @@
-"""Each kernel against its plain twin: values and gradients.
-
-Triton's kernels run in its CPU interpreter.
-"""
+"""Test torch's and the CPU's kernels against their plain twins: values, gradients, dropout."""
 
 import subprocess
 import sys
@@ -25,7 +22,7 @@ def test_padded_sdpa_equals_one_sequence_at_a_time(lengths, dtype):
     gradients = []
 
     for function in (plain.attention, attention.padded_sdpa, cpu_ops.attention):
-        # So small a rate drops nothing, but takes the path of those that do.
+        # So small a rate drops nothing, but takes the code path of dropout.
         out = function(qkv, sequences, 1e-9 if function is cpu_ops.attention else 0.0)
         gradients.append(torch.autograd.grad((out * weight).sum(), qkv))
         results.append(out)
@@ -42,8 +39,8 @@ def test_padded_sdpa_equals_one_sequence_at_a_time(lengths, dtype):
 
 @pytest.mark.parametrize("function", [attention.padded_sdpa, cpu_ops.attention])
 def test_attention_dropout_drops_at_its_rate_and_scales_the_rest(function):
-    """With one-hot values an output is the row of attention weights itself: each is 0 or its plain
-    value / (1 - p).
+    """Check with one-hot values, whose output is the row of attention weights itself: each is 0 or
+    its plain value / (1 - p).
     """
     torch.manual_seed(0)
     qkv, sequences = packed([8] * 400, heads=2)
@@ -62,8 +59,8 @@ def test_attention_dropout_drops_at_its_rate_and_scales_the_rest(function):
     [(torch.float32, 400_001), (torch.bfloat16, 300_002), (torch.float64, 300_003)],
 )
 def test_the_mask_of_a_cpu(dtype, size):
-    """Rate, scale, a gradient with the same mask, independence of neighbours that share a draw, and
-    of calls; replayed by the seed.
+    """Check rate, scale, the gradient's mask, independence of neighbours that share a draw and of
+    calls, and replay by the seed.
     """
     torch.manual_seed(0)
     x = torch.ones(size, dtype=dtype, requires_grad=True)
@@ -91,7 +88,7 @@ def test_no_dropout_and_nothing_but_dropout():
 
 
 def test_dropout_of_a_cpu_before_the_norm():
-    """With the mask known."""
+    """Compare with dropout by a known mask, followed by the norm."""
     x = torch.randn(6, 8)
     bias = torch.randn(8)
     residual = torch.randn(6, 8)
@@ -111,7 +108,7 @@ def test_dropout_of_a_cpu_before_the_norm():
 
 
 def test_attention_of_a_cpu_keeps_its_mask_in_the_backward_pass():
-    """By finite differences in float64, with the same draw each time."""
+    """Check by finite differences in float64, with the same draw each time."""
     qkv, sequences = packed([3, 1, 5], 2, 4, torch.float64)
 
     def attend(x):
@@ -131,7 +128,7 @@ def test_gather_rows_has_the_gradient_of_indexing():
 
 
 def test_deterministic_switches_of_torch():
-    """In a process of its own, for they hold for all of it."""
+    """Check in a process of its own, since the switches affect all of it."""
     code = """
 from megatron_interbert.machines.host import same_bits_every_time
 import os, torch

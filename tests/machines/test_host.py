@@ -1,5 +1,5 @@
-"""Memory that a process may still take: limits of control groups of both versions, and a real
-one.
+"""Test how much memory a process may still take: limits of control groups of both versions, and a
+real one.
 """
 
 import os
@@ -52,7 +52,7 @@ def test_without_limits_it_is_what_the_machine_has(tmp_path):
 
 
 def test_a_real_limit():
-    """Of a group that this test makes, for a process that joins it."""
+    """Check the limit of a control group made here, in a process that joins it."""
     lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     version_1 = next((path for _, names, path in lines if "memory" in names.split(",")), None)
     parent = Path("/sys/fs/cgroup") / (

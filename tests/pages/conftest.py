@@ -1,4 +1,4 @@
-"""For tests of pages: photos beside others that must not be shown."""
+"""Provide photos for tests of pages, next to one that must not be shown."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.pages.secret_photos import SECRET
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder of photos beside a secret one."""
+    """Make a folder of photos, next to a folder with a secret one."""
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret" / "private.jpg").write_bytes(SECRET)
     folder = tmp_path / "photos"

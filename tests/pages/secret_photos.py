@@ -1,4 +1,4 @@
-"""What photos that must not be shown hold, and an id that no file can have."""
+"""Define the content of photos that must not be shown, and an id too long for a file name."""
 
 SECRET = b"what nobody outside of this folder may see"
 LONG = "x" * 300

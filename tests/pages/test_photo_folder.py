@@ -1,5 +1,5 @@
-"""Photos by image id: an id never becomes a path, a link never leads out of the folder, not even
-one that was swapped in.
+"""Test photos by image id: an id is never used as a path, and a link never leads out of the folder,
+not even one swapped in later.
 """
 
 import os
@@ -73,7 +73,7 @@ def test_what_is_swapped_for_a_link_after_the_listing_is_not_followed(photos, wh
     name = {"photo": "plain", "folder": "sub/inner", "target": "in"}[what]
     folder = PhotoFolder(photos)
     assert folder.read(name) is not None
-    # the swap comes right after a listing
+    # the swap happens right after a listing
     monkeypatch.setattr(PhotoFolder, "_may_differ", lambda self, known: False)
     secret = photos.parent / "secret"
     shutil.copy(secret / "private.jpg", secret / "inner.jpeg")

@@ -1,6 +1,4 @@
-"""Photos on pages and in the service: ids of any kind, and links, show nothing from outside of the
-folder.
-"""
+"""Test photos on pages and in the service: no id or link shows anything from outside the folder."""
 
 import base64
 import sys
@@ -19,7 +17,7 @@ from tests.preparation.hostile import renew
 
 
 def renamed(path, names):
-    """A store whose first images have these ids."""
+    """Write a store whose first images have these ids."""
     write_store(path, images=16, images_per_shard=16)
 
     with h5py.File(path / "shard-00000.h5", "r+") as file:
@@ -33,7 +31,7 @@ def renamed(path, names):
 
 
 def answer(store, image, folder):
-    """What the service sends as the picture of an image of a store."""
+    """Return what the service sends as the picture of an image of a store."""
     shop = SimpleNamespace(items=SimpleNamespace(corpus=Corpus([str(store)])))
     return picture_of(shop, image, str(folder))
 

@@ -1,4 +1,4 @@
-"""Which device a process takes, on machines that are pretended by the answers of torch.cuda."""
+"""Test which device a process takes, on machines simulated by patching torch.cuda."""
 
 import json
 import os
@@ -25,8 +25,8 @@ OURS = (
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A function that pretends a machine: GPUs that torch sees, environment, whether it has a
-    driver.
+    """Return a function that simulates a machine: the GPUs torch sees, the environment, and
+    whether there is a driver. It returns the list of devices that are set.
     """
     chosen = []
     for name in OURS:
@@ -125,9 +125,9 @@ def test_refusals_name_the_numbers(machine, kind):
 
 def test_an_idle_gpu_is_said(machine, monkeypatch):
     machine(0, driver=True, cuda=None)
-    assert "this torch is a build for CPUs" in devices.unused_gpu_note()
+    assert "this torch is a CPU build" in devices.unused_gpu_note()
     machine(0, driver=True, cuda="13.0")
-    assert "does not serve CUDA 13.0" in devices.unused_gpu_note()
+    assert "does not support CUDA 13.0" in devices.unused_gpu_note()
     machine(0, driver=False)
     assert devices.unused_gpu_note() == ""
     machine(0, driver=True, CUDA_VISIBLE_DEVICES="")
@@ -154,8 +154,8 @@ print(json.dumps(calls))
 
 
 def test_deepspeed_sets_the_device_that_we_have_chosen():
-    """Local rank 3 that sees one device: DeepSpeed, left alone, would take LOCAL_RANK for its
-    number.
+    """Check local rank 3, which sees one device: DeepSpeed by itself would use LOCAL_RANK as the
+    device's number.
     """
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "3", "SLURM_LOCALID": "3"}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}

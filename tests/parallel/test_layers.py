@@ -1,5 +1,5 @@
-"""Tensor-parallel layers against plain ones: values and gradients, on 2 and 4 ranks; the loss
-against torch's; the streams.
+"""Test tensor-parallel layers against plain ones (values and gradients, on 2 and 4 ranks), the loss
+against torch's, and the random streams.
 """
 
 from unittest import mock
@@ -37,7 +37,7 @@ def slice_of(tensor, dimension, state):
 
 
 def check_linear_pair(state):
-    """Column then row parallel with an activation between equals the plain MLP."""
+    """Check that a column- then a row-parallel layer, with an activation between, equal an MLP."""
     torch.manual_seed(0)
     up = torch.randn(24, 8, **DOUBLE)
     down = torch.randn(8, 24, **DOUBLE)
@@ -72,8 +72,8 @@ def check_linear_pair(state):
 
 
 def check_shared_rows(state):
-    """Layers between which the rows are shared out equal plain ones, float64: any number of tokens,
-    sequences of one token, a last layer that is computed for some rows only.
+    """Check in float64 that layers with rows split between them equal plain ones: for any number of
+    tokens, for sequences of one token, and for a last layer computed for some rows only.
     """
 
     def stack(placement, layers=2):
@@ -140,8 +140,8 @@ def check_embedding(state):
 
 
 def check_loss(state):
-    """Values, gradients and right answers against torch in float64: several chunks, large logits,
-    padding columns (with 4 ranks the last one holds nothing else), ties, no rows at all.
+    """Check losses, gradients and correct predictions against torch in float64: several chunks,
+    large logits, padding columns (all of the last of 4 ranks), ties, no rows at all.
     """
     torch.manual_seed(2)
     words = 9
@@ -150,7 +150,7 @@ def check_loss(state):
     hidden = torch.randn(9, 6, **DOUBLE) * 20
     bias = torch.randn(columns, **DOUBLE)
     labels = torch.tensor([1, 0, 4, 3, 2, 1, 0, 4, 8])
-    # words 2 and 7 have the same logit there, to the last bit, and the largest
+    # words 2 and 7 get the same logit, to the last bit, and it is the largest
     tied = F.one_hot(torch.tensor([0]), 6).double()
     table[2] = table[7] = 50.0 * tied[0]
     bias[2] = bias[7] = 0.0
@@ -198,8 +198,8 @@ def check_loss(state):
 
 
 def check_streams(state):
-    """Dropout on replicated activations is the same on all ranks, on sharded ones it differs;
-    recomputation replays both.
+    """Check that dropout is the same on all ranks for replicated activations, differs for sharded
+    ones, and is replayed by recomputation.
     """
     alone = state.tensor_size == 1
     streams = RandomStreams(7, state.data_rank, state.tensor_rank, alone=alone)

@@ -127,7 +127,7 @@ def test_an_address_that_cannot_be_had_is_told_with_its_reason():
             ("127.0.0.1", r"Address already in use"),
             ("192.0.2.1", r"Cannot assign requested address"),
             ("nope.invalid", r".*[Nn]ame.*"),
-            ("é..b", r"no name of a machine"),
+            ("é..b", r"not a host name"),
         ):
             with pytest.raises(
                 UsageError, match=rf"cannot listen at {host}:{port} \({reason}\); give"

@@ -1,4 +1,4 @@
-"""Region stores by tools/build_features.py, for tests: built, refused, compared."""
+"""Build region stores with tools/build_features.py for tests, and compare them."""
 
 import hashlib
 import sys
@@ -13,14 +13,14 @@ def command(*flags):
 
 
 def build(output, *flags):
-    """Build and open; the output must not complain."""
+    """Build a store, which must succeed; return it, opened, and the output."""
     code, out, err = launch(*command(*flags, "--output", output))
     assert code == 0, out + err
     return RegionStore(str(output)), out
 
 
 def refused(*flags):
-    """The one line of a refusal."""
+    """Return the last line of a build that must be refused."""
     code, out, err = launch(*command(*flags))
     assert code == 2, out + err
     assert "Traceback" not in err
@@ -28,7 +28,7 @@ def refused(*flags):
 
 
 def content(folder):
-    """Hashes of all files of a store."""
+    """Return the hashes of all files of a store, by name."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())

@@ -1,4 +1,4 @@
-"""The analysis of the paper as one command: from runs to the table, and what is not taken for a
+"""Test the paper's ablation as one command: from runs to the table, and what does not count as a
 result.
 """
 
@@ -18,7 +18,7 @@ from tools.studies import ablate
 
 
 def test_ablation_from_runs_to_table(tmp_path):
-    """Two variants, one seed, two steps each; a second call finds everything done; wrong use."""
+    """Run two variants with one seed and two steps; repeat, which finds all done; wrong use."""
     store = write_store(tmp_path / "s", images=70)
     command = (
         sys.executable,
@@ -74,8 +74,8 @@ FIGURES = {"t2i_R@1": 9.0, "i2t_R@1": 8.0}
 
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
-    """A variant of an ablation whose runs and evaluations are there, and options that it was made
-    with.
+    """Return a run of one variant whose training and evaluations, and the options recorded for
+    them, exist.
     """
     monkeypatch.setattr(
         "sys.argv",
@@ -132,7 +132,7 @@ def test_results_of_unknown_options_are_not_taken(finished, record):
 
 @pytest.mark.parametrize("metrics", [{}, [], None, {"t2i_R@1": "9", "i2t_R@1": 8.0}])
 def test_a_result_without_its_figures_is_one_line(finished, metrics):
-    """After all the runs, with the table to be made."""
+    """Check at the end, when only the table remains to be made."""
     write_json(finished.folder / "finetuned" / "result" / "result.json", {"metrics": metrics})
     with pytest.raises(UsageError, match=r"result\.json: expected the figures i2t_R@1, t2i_R@1"):
         finished.results()

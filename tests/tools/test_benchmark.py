@@ -1,5 +1,5 @@
-"""tools/benchmark.py train: every contender trains on the same samples, and the figures fit
-together.
+"""Test tools/benchmark.py train: every contender trains on the same samples, and the figures are
+consistent.
 """
 
 import json
@@ -32,7 +32,7 @@ COMMAND = (
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """(what is printed, folder of figures.json and bars.svg) of all contenders."""
+    """Measure all contenders; return (output, folder of figures.json and bars.svg)."""
     folder = tmp_path_factory.mktemp("measured")
     code, out, err = launch(
         *COMMAND, "--output", folder / "figures.json", "--plot", folder / "bars.svg"

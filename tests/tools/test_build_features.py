@@ -1,4 +1,4 @@
-"""tools/build_features.py: every format gives the same store, the traps of real files."""
+"""Test tools/build_features.py: all formats give the same store; pitfalls of real files."""
 
 import json
 import pickle
@@ -63,8 +63,8 @@ def test_ten_real_images_are_byte_equal_from_every_format(tmp_path):
 
 @needs_shared
 def test_all_real_images(tmp_path):
-    """20 images, two of them with whole distributions; boxes up to 69 pixels outside are clipped
-    and counted.
+    """Build 20 images, two of them with whole distributions; boxes up to 69 pixels outside are
+    clipped and counted.
     """
     flags = (
         "--captions",
@@ -96,9 +96,9 @@ def test_all_real_images(tmp_path):
 
 @needs_shared
 def test_class_ids_of_caffe_start_without_background(tmp_path):
-    """The trap: id 0 of the TSV is the first word of the vocabulary, class 1 of the store.
+    """Check that id 0 of the TSV, the first word of the vocabulary, is class 1 of the store.
 
-    Told wrongly, the labels differ.
+    With the wrong --class-ids, the labels differ.
     """
     line = (DATA / "lxmert_tsv" / "train2014_obj36.tsv").read_text().splitlines()[0].split("\t")
     import base64
@@ -182,8 +182,8 @@ def test_adaptive_hdf5_finds_sizes_and_names(tmp_path, images):
 
 
 def test_labels_in_a_pickle_are_not_lost_in_silence(tmp_path, images):
-    """The npz files of bottom-up-attention.pytorch: x, bbox, and everything else in a pickled
-    `info`.
+    """Check npz files as bottom-up-attention.pytorch writes them: x, bbox, and all else in a
+    pickled `info`.
     """
     (tmp_path / "npz").mkdir()
 
@@ -216,8 +216,8 @@ def test_labels_in_a_pickle_are_not_lost_in_silence(tmp_path, images):
 
 
 def test_one_image_under_two_spellings_of_its_name_comes_once(tmp_path, images):
-    """Both would get the same captions; without captions nothing is known of the spelling, and both
-    stay.
+    """Check that one is dropped, since both would get the same captions; without captions the
+    spelling is unknown, and both stay.
     """
     images[3]["image_id"] = "000000000042"
     images[7]["image_id"] = "COCO_val2014_000000000042.jpg"

@@ -1,5 +1,5 @@
-"""tools/build_features.py on bad input, full disks and kills: clear lines, nothing half-written,
-nothing valid lost.
+"""Test tools/build_features.py on bad input, full disks and kills: clear messages, nothing
+half-written, nothing valid lost.
 """
 
 import json
@@ -34,7 +34,7 @@ DATA = SHARED / "data" / "region_features"
 
 
 class Planted:
-    """Its pickle would make a file when loaded by the ordinary unpickler."""
+    """Create a file when unpickled by the ordinary unpickler."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -83,7 +83,7 @@ def test_wrong_caption_file_and_vocabulary_are_refused_before_anything_is_writte
 
 
 def test_a_damaged_shard_of_a_store_costs_its_images_only(tmp_path, images):
-    """Bits flipped where HDF5 keeps strings can make it loop for ever: the shard is not opened."""
+    """Flip bits in a shard, which can make HDF5 loop for ever: it must not be opened."""
     store, _ = build(
         tmp_path / "store", write_npz(tmp_path / "npz", images), "--images-per-shard", 4
     )
@@ -127,8 +127,8 @@ def test_bad_records_are_reported_and_the_others_kept(tmp_path, images):
 
 
 def test_records_of_odd_shapes_and_names_are_reported(tmp_path, images):
-    """Confidences in float64, boxes that are one number, a file name that is no UTF-8: a report
-    line each.
+    """Check confidences in float64, a single number as boxes, and a file name that is not UTF-8:
+    each is reported in a line.
     """
     values = lxmert_line(images[1]).rstrip("\n").split("\t")
     values[4] = encoded(images[1]["cls_conf"], np.float64)
@@ -154,8 +154,8 @@ def test_records_of_odd_shapes_and_names_are_reported(tmp_path, images):
     [(6, 1, "images.db"), (100, 1, "shard-00000.h5"), (1500, 2000, "tokens.h5")],
 )
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, kilobytes, words, file):
-    """A limit on the size of files meets the table of captions, a shard, or the tokens; without it
-    the build ends well.
+    """Limit the size of files, so that the captions' table, a shard or the tokens fail; without the
+    limit the same command completes the build.
     """
     path = tsv(tmp_path / "x.tsv", made_up_images(60, features=2048))
     (tmp_path / "captions.tsv").write_text(
@@ -298,7 +298,7 @@ def test_unfinished_builds_are_not_mixed_up(tmp_path, images):
 
 
 def test_killed_at_any_moment_the_same_command_goes_on():
-    """The short form of `python -m tests.campaigns.builds --kills 50`."""
+    """Run the short form of `python -m tests.campaigns.builds --kills 50`."""
     code, out, err = launch(
         sys.executable, "-m", "tests.campaigns.builds", "--kills", 4, "--seed", 3
     )
@@ -307,7 +307,7 @@ def test_killed_at_any_moment_the_same_command_goes_on():
 
 
 def test_mutated_inputs_end_in_clear_errors():
-    """700 files of seven kinds; more: `python -m tests.campaigns.fuzzing --cases 20000`."""
+    """Try 700 files of seven kinds; for more, `python -m tests.campaigns.fuzzing --cases 20000`."""
     command = (sys.executable, "-m", "tests.campaigns.fuzzing")
     code, out, err = launch(*command, "--cases", 700, "--seed", 0)
     assert code == 0, out + err

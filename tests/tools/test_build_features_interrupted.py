@@ -1,5 +1,5 @@
-"""Ctrl-C goes to all processes of a command: one word, code 130, nothing of a process that was
-starting or at work.
+"""Test Ctrl-C, which reaches all processes of a command: one word, code 130, no output from
+processes that were starting or working.
 """
 
 import os
@@ -19,7 +19,7 @@ from tests.tools.building import command
 
 
 def processes_of(group):
-    """Members of a process group, by the kernel's list."""
+    """Return the ids of a process group's members, from /proc."""
     found = []
 
     for name in filter(str.isdigit, os.listdir("/proc")):
@@ -78,7 +78,7 @@ def test_it_is_kept_until_it_is_asked_for():
 
 
 def test_a_process_that_crashes_is_one_line(tmp_path):
-    """As a fault of memory in a library would end it."""
+    """End a process as a segmentation fault in a library would."""
     npz = write_npz(tmp_path / "npz", made_up_images(600, features=256))
     flags = (npz, "--output", tmp_path / "store", "--workers", 2, "--images-per-shard", 5)
     process = start(*command(*flags))

@@ -1,5 +1,5 @@
-"""tools/build_features.py on crafted pickles, msgpack rows and npz headers: the image is dropped by
-name, the others are kept.
+"""Test tools/build_features.py on crafted pickles, msgpack rows and npz headers: the image is
+reported by name and dropped, the others are kept.
 """
 
 import json
@@ -22,13 +22,13 @@ from tests.tools.building import build, content, refused
 
 
 def dropped(store):
-    """Reason and details by name of image, from the report of a store."""
+    """Return {image id: "reason: details"} from a store's report."""
     lines = [json.loads(line) for line in (store / "dropped.jsonl").read_text().splitlines()]
     return {line["image_id"]: f"{line['reason']}: {line['details']}" for line in lines}
 
 
 def good_row(image):
-    """A row of arrays, as pickles may hold them."""
+    """Make a row of arrays, which pickles may hold."""
     return {
         "image_id": str(image["image_id"]),
         "image_h": 80,
@@ -43,7 +43,7 @@ def good_row(image):
     "name", ["record of an object", "objects said to be none", "scalar of an object"]
 )
 def test_crafted_types_cost_one_row_and_not_the_process(tmp_path, images, name):
-    """Eight bytes of data, taken for the address of an object, ended the build by SIGSEGV."""
+    """Check types whose data, taken for addresses of objects, once ended the build by SIGSEGV."""
     crafted = {**good_row(images[0]), "image_w": with_pointers()[name]}
     lmdb = vilbert_lmdb(tmp_path / "x.lmdb", images)
     write_lmdb(lmdb, [(b"crafted", pickle.dumps(crafted))])

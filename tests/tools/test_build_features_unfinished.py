@@ -1,4 +1,4 @@
-"""What an interrupted build has left, spoilt before the same command is given again."""
+"""Test builds resumed from the files of an interrupted one, which are damaged first."""
 
 import functools
 import json
@@ -36,7 +36,7 @@ SPOILED = {
 
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory):
-    """Plans of one store by its folder, and what it holds when nothing happens meanwhile."""
+    """Return (a plan of the store by folder, the hashes of an uninterrupted build)."""
     place = tmp_path_factory.mktemp("unfinished")
     npz = write_npz(place / "npz", made_up_images(12))
     captions = place / "captions.tsv"
@@ -56,7 +56,7 @@ def plans(tmp_path_factory):
 
 @pytest.fixture
 def interrupted(plans, tmp_path, monkeypatch):
-    """The work folder of a build that has done two shards of four."""
+    """Interrupt a build after two of four shards; return its work folder."""
     from megatron_interbert.preparation.building.build import convert_unit
 
     def some(job, sources):

@@ -1,4 +1,4 @@
-"""Pins against a package index: a small one served here, whose torch asks for what PyPI's does."""
+"""Test pins against a small package index, served here, whose torch requires what PyPI's does."""
 
 import http.server
 import importlib.metadata
@@ -17,18 +17,18 @@ NUMPY = importlib.metadata.version("numpy")
 
 
 class Index:
-    """A package index: {project: {file name: (requires-python, what it requires)}}."""
+    """Serve a package index: {project: {file name: (requires-python, requirements)}}."""
 
     def __init__(self):
         self.projects = {}
         self.address = ""
 
     def add(self, project, *names, pythons="", needs=()):
-        """Files of a project, all of which require the same."""
+        """Add files of a project, all with the same requirements."""
         self.projects.setdefault(project, {}).update(dict.fromkeys(names, (pythons, needs)))
 
     def answer(self, path):
-        """(status, body): a project's page (PEP 691) or a wheel's metadata (PEP 658)."""
+        """Return (status, body): a project's page (PEP 691) or a wheel's metadata (PEP 658)."""
         _, kind, name, *rest = path.split("/")
         files = self.projects.get(name, {})
         if kind == "simple" and files:
@@ -52,7 +52,7 @@ class Index:
 
 
 def wheels(name, *pythons, machines=("x86_64", "aarch64")):
-    """File names of compiled wheels."""
+    """Return file names of compiled wheels, for each Python and machine."""
     return [
         f"{name}-cp{p}-cp{p}-manylinux_2_28_{machine}.whl" for p in pythons for machine in machines
     ]
@@ -60,7 +60,7 @@ def wheels(name, *pythons, machines=("x86_64", "aarch64")):
 
 @pytest.fixture
 def index():
-    """An index on which torch 2.13.0 wants triton 3.7.1, from Python 3.13 on 3.7.2."""
+    """Serve an index whose torch 2.13.0 requires triton 3.7.1, or 3.7.2 from Python 3.13 on."""
     content = Index()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -87,7 +87,7 @@ def index():
             'numpy<1; extra == "old"',
         ),
     )
-    # A local build, which the pin does not mean.
+    # A local build, to which the pin does not refer.
     content.add("torch", "torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl")
     for version in ("3.7.1", "3.7.2", "3.9.0"):
         content.add("triton", *wheels(f"triton-{version}", 311, 312, 313, 314))
@@ -99,7 +99,7 @@ def index():
 
 
 def verdict(tmp_path, index, *lines):
-    """What the check says of a requirements file with these lines."""
+    """Check a requirements file with these lines; return (contradictions, what is unjudged)."""
     path = tmp_path / "requirements.txt"
     path.write_text("\n".join(["# pins", *lines]) + "\n")
     return check(path, f"{index.address}/simple")
@@ -120,7 +120,7 @@ def test_contradictions(tmp_path, index):
     wrong, _ = verdict(tmp_path, index, "torch==2.13.0", "Triton==3.7.1")
     assert wrong == [f"Triton==3.7.1 (line 3): {torch} wants triton==3.7.2 on Python 3.13, 3.14"]
 
-    # One of our own ranges (setup.py), and one of a pin as it is installed here.
+    # A range of our own (setup.py), and one of a pinned package that is installed here.
     index.add("numpy", "numpy-1.0-py3-none-any.whl")
     h5py = importlib.metadata.version("h5py")
     index.add("h5py", f"h5py-{h5py}-py3-none-any.whl")
@@ -166,7 +166,7 @@ def test_a_line_that_pins_nothing(tmp_path, line):
 
 
 def test_the_command(tmp_path, index):
-    """Exit codes and streams; a planted pin, an index without the project, no index at all."""
+    """Check exit codes and streams: a wrong pin, an index without the project, no index at all."""
     path = tmp_path / "requirements.txt"
 
     def run(pins, address):

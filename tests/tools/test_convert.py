@@ -1,5 +1,5 @@
-"""Conversion between all formats: bits survive every way there and back, sources are refused or
-named when they are bad.
+"""Test conversion between all formats: every round trip is exact to the bit, and bad sources are
+refused and named.
 """
 
 import contextlib
@@ -42,13 +42,13 @@ TOOL = ROOT / "tools" / "convert_checkpoint.py"
 
 
 def convert(monkeypatch, *arguments):
-    """The tool's main in this process."""
+    """Run the tool in this process."""
     monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
     command.run(read_options(command.Options))
 
 
 def random_source(sizes, folder):
-    """A sharded folder of random weights, biases included, made without the converter's readers."""
+    """Write a sharded folder of random weights, biases too, without the converter's readers."""
     from megatron_interbert.weights.sources import WeightSource
     from megatron_interbert.weights.tensor_files import TensorLayout
 
@@ -78,8 +78,8 @@ def same(a, b):
 
 
 def round_trip(sizes, tmp_path, monkeypatch):
-    """TP1 -> TP2 -> TP4 -> Hugging Face -> official -> TP1: tensors and outputs as at the
-    beginning, bit for bit.
+    """Convert TP1 -> TP2 -> TP4 -> Hugging Face -> official -> TP1, and compare tensors and outputs
+    with the first, bit for bit.
     """
     state = random_source(sizes, tmp_path / "tp1")
     first = InterBert(sizes)
@@ -124,7 +124,7 @@ def test_round_trip_base(tmp_path, monkeypatch):
 
 
 def save_stages(store, folder):
-    """A trained checkpoint of each ZeRO stage on two processes, and what the live model answers."""
+    """Train and save at each ZeRO stage on two processes; save the live model's outputs too."""
     start()
 
     for stage in range(4):
@@ -138,8 +138,8 @@ def save_stages(store, folder):
 
 
 def test_every_zero_stage_to_hugging_face_and_back(tmp_path, monkeypatch):
-    """The live model's outputs, those of the exported folder, and of what is read back from it:
-    equal bit for bit.
+    """Check that the outputs of the live model, of the exported folder, and of the weights read
+    back from it are equal to the bit.
     """
     store = write_store(tmp_path / "store")
     (tmp_path / "zero3.json").write_text(
@@ -169,7 +169,7 @@ def test_every_zero_stage_to_hugging_face_and_back(tmp_path, monkeypatch):
 @needs_shared
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model_vl.bin"])
 def test_official_there_and_back(tmp_path, monkeypatch, name, capsys):
-    """The same tensors under the same names, heads included that we have no use for."""
+    """Check for the same tensors and names, including heads that our model lacks."""
     for number, (source, kind) in enumerate([(ORACLE / name, "sharded"), ("0", "official")]):
         convert(
             monkeypatch,
@@ -263,9 +263,11 @@ def test_types_and_list(tmp_path, monkeypatch, capsys):
 
 
 def test_large_models_pass_tensor_by_tensor(tmp_path):
-    """630 MB of weights are converted with less than 420 MB of memory of its own at a time beyond
-    what the program needs to start; the word embedding alone (94 MB) takes up to three. Pages of
-    mapped files do not count: they can be dropped.
+    """Check that 630 MB of weights are converted with less than 420 MB of anonymous memory beyond
+    what the program needs to start.
+
+    The word embedding alone (94 MB) is held up to three times. Pages of mapped files do not count:
+    they can be dropped.
     """
     random_source(PRESETS["base"], tmp_path / "base")
     command = [sys.executable, str(TOOL), str(tmp_path / "base")]
@@ -288,7 +290,7 @@ def test_large_models_pass_tensor_by_tensor(tmp_path):
 
 
 def peak_memory(command):
-    """Largest anonymous memory (bytes) of a process, looked at every 5 ms."""
+    """Run a command; return its peak anonymous memory in bytes, sampled every 5 ms."""
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -311,7 +313,7 @@ def peak_memory(command):
 
 
 class Evil:
-    """Unpickling it would make a file."""
+    """Create a file when unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -354,7 +356,7 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
     bad = {
         ("nothing",): "no such file or folder",
         ("empty",): "no checkpoint there",
-        ("words.txt",): "no file of weights; expected one of safetensors",
+        ("words.txt",): "not a file of weights; expected safetensors",
         ("resnet.bin",): "neither one of our checkpoints",
         ("half.bin",): "no preset has these sizes",
         ("half.bin", "--model", "base"): "not an official InterBERT state dict",
@@ -397,8 +399,8 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
 
 
 def nonsense(folder):
-    """Files that are well formed and mean nothing: manifests with a right hash of their own, types
-    nobody has.
+    """Write well-formed files with meaningless content: manifests with a valid hash of their own,
+    unknown dtypes. Return {arguments: part of the message}.
     """
     manifests = {
         "list": [],
@@ -432,7 +434,7 @@ def nonsense(folder):
 
 
 def test_no_space(tmp_path, monkeypatch):
-    """Both ways to find out: before writing, and when the disk fills up meanwhile."""
+    """Check lack of space found before writing, and a disk that fills up meanwhile."""
     random_source(SIZES, tmp_path / "good")
     small = tmp_path / "small"
     small.mkdir()
@@ -464,7 +466,7 @@ def test_exit_code_and_one_line(tmp_path):
 
 
 def test_every_format_starts_a_model(tmp_path, monkeypatch):
-    """`--init-from` and `evaluate --load` read what the converter writes."""
+    """Check that `--init-from` and `evaluate --load` read what the converter writes."""
     from megatron_interbert.training.first_weights import load_initial_weights
 
     state = random_source(SIZES, tmp_path / "tp1")

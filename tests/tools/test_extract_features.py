@@ -1,5 +1,5 @@
-"""Photos to a region store with small, randomly initialised detectors, against the detectors' own
-outputs and processors.
+"""Test extraction from photos to a region store with small random detectors, against the detectors'
+own outputs and processors.
 """
 
 import json
@@ -35,7 +35,7 @@ SOFTMAX = ("detr", "yolos")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """One saved detector of each kind, with its image processor."""
+    """Save a detector of each kind with its image processor; return their folders."""
     place = tmp_path_factory.mktemp("detectors")
 
     for seed, kind in enumerate(KINDS):
@@ -45,9 +45,9 @@ def folders(tmp_path_factory):
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if "class" in name or "bbox" in name:
-                    weight.mul_(8)  # fresh heads give all queries nearly the same scores and boxes
+                    weight.mul_(8)  # new heads give all queries almost the same scores and boxes
                 elif "query_position" in name or "detection_tokens" in name:
-                    # so do fresh queries, and rounding would decide their order
+                    # and so do new queries, whose order would depend on rounding
                     weight.normal_(std=10)
                 elif kind in ("detr", "yolos") and weight.dim() == 2:
                     weight.mul_(8)
@@ -59,7 +59,7 @@ def folders(tmp_path_factory):
 
 
 def make_detector(kind, features=32):
-    """(model, image processor) with few features and 20 queries, for pictures of about 100
+    """Return (model, image processor) with few features and 20 queries, for pictures of about 100
     pixels.
     """
     import transformers as t
@@ -142,7 +142,7 @@ def extract(*flags):
 
 
 def some_photos(count=6):
-    """Paths of photos with at least three sizes among them."""
+    """Return paths of photos of at least three different sizes."""
     paths = sorted(PHOTOS.glob("*.jpg"))[:count]
     assert len({open_photo(path).size for path in paths}) >= 3
     return paths
@@ -184,7 +184,7 @@ def test_regions_are_the_models_own(folders, kind):
 
 
 def check_distributions(found, output, softmax):
-    """Rows of `found` against logits and states of the model, worked out here in float64."""
+    """Compare rows of `found` with the model's logits and states, computed here in float64."""
     logits = output.logits[0].double().numpy()
 
     if softmax:
@@ -301,7 +301,7 @@ def write_captions(path):
 
 
 def spoil(folder):
-    """Add photos that cannot be used; {image id: part of the reason}."""
+    """Add photos that cannot be used; return {image id: part of the reason}."""
     from PIL import Image
 
     good = sorted(folder.glob("*.jpg"))[0]
@@ -313,7 +313,7 @@ def spoil(folder):
     shutil.copy(good, folder / "again" / good.name)
     (folder / "notes.txt").write_text("no photo")
 
-    # "again/..." comes behind the numbered photos in sorted order
+    # "again/..." sorts after the numbered photos
     return {
         "cut": "decoded",
         "text": "not a picture",
@@ -384,7 +384,7 @@ def test_turned_and_unusual_pictures(folders, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
     upright = Image.fromarray(pixels)
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held so that the picture must be turned by 90 degrees
+    exif[0x0112] = 6  # the picture must be rotated by 90 degrees
     upright.save(tmp_path / "turned.png", exif=exif)
     upright.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "plain.png")
     Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
@@ -405,7 +405,7 @@ def test_turned_and_unusual_pictures(folders, tmp_path):
 
 
 def test_links_to_photos_are_photos_and_pipes_are_not(folders, tmp_path):
-    """A folder of links is how people choose some of their photos."""
+    """Check a folder of links, by which people select some of their photos."""
     from PIL import Image
 
     photos = tmp_path / "photos"
@@ -536,8 +536,8 @@ def test_torchvision_boxes_and_features(tmp_path):
 
 
 def check_faster_rcnn(found, states, probs, output):
-    """Rows of `found` against what hooks saw in the model (states [P, F], probs [P, C]) and its own
-    detections.
+    """Compare rows of `found` with what hooks saw in the model (states [P, F], probs [P, C]), and
+    with its own detections.
     """
     assert len(found.scores) > 5
 
@@ -564,10 +564,10 @@ def test_regions_of_a_photo_are_those_of_a_build(folders, tmp_path):
     for regions in detect_regions(photos, folders["rt_detr"], device="cpu"):
         same = stored[regions.image_id]
         assert regions.size == same.size
-        # Batches are of other sizes, and so is the rounding.
+        # Batches differ in size, so rounding differs too.
         np.testing.assert_allclose(regions.features, same.features, rtol=2e-3, atol=2e-3)
         np.testing.assert_allclose(regions.boxes, same.boxes, rtol=1e-4, atol=1e-2)
 
     (tmp_path / "broken.jpg").write_bytes(b"no jpeg")
-    with pytest.raises(UsageError, match=r"broken\.jpg: no photo that can be read"):
+    with pytest.raises(UsageError, match=r"broken\.jpg: cannot be read as a photo"):
         detect_regions(tmp_path / "broken.jpg", folders["rt_detr"], device="cpu")

@@ -1,4 +1,4 @@
-"""Every tool starts by itself, from any folder: other tests start them warm, from the project's."""
+"""Test that every tool starts from any folder, cold; other tests start them warm, from the root."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ TOOLS = sorted(path for path in (ROOT / "tools").glob("*.py") if "__main__" in p
 
 
 def ended(tool, flag, folder):
-    """The process of a tool that was started cold in a folder."""
+    """Start a tool cold in a folder; return the ended process."""
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
     return subprocess.run(
         [sys.executable, tool, flag],

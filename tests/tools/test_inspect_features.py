@@ -1,5 +1,5 @@
-"""`tools/inspect_features.py` as users call it: report, page, JSON, exit codes, damaged stores,
-slow layouts.
+"""Test `tools/inspect_features.py` as users call it: report, page, JSON, exit codes, damaged
+stores, slow layouts.
 """
 
 import json
@@ -26,7 +26,7 @@ def inspect(*flags):
 
 
 def rewrite(store, name, change, shard=0, **layout):
-    """Replace one dataset of a shard and bring the manifest's size of it up to date."""
+    """Replace a dataset of a shard, and update the shard's size in the manifest."""
     manifest = json.loads((store / "manifest.json").read_text())
     entry = manifest["shards"][shard]
     path = store / entry["file"]
@@ -173,7 +173,7 @@ def test_a_slow_layout_is_named_with_its_cost(tmp_path):
         r" about 1.1 chunks, ",
         out,
     )
-    assert f"> python tools/build_features.py {store} --output NEW" in out
+    assert f"> interbert build-features {store} --output NEW" in out
     assert "           shard-00001.h5\n" in out
 
 

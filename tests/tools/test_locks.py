@@ -1,6 +1,5 @@
-"""The locks against pins and installed packages.
-
-Licences, advisories: real files, a real server.
+"""Test locks against pins and installed packages, and licences and advisories, with real files and
+a real server.
 """
 
 import http.server
@@ -37,7 +36,7 @@ CUDA = f"-r common.lock\ntorch==2.13.0 --hash={GOOD}\n"
 
 @pytest.fixture
 def folder(tmp_path):
-    """A checkout's pins and locks, which agree."""
+    """Write a checkout's pins and locks, which agree."""
     (tmp_path / "requirements.txt").write_text(PINS)
     (tmp_path / "requirements").mkdir()
     (tmp_path / "requirements/common.lock").write_text(COMMON)
@@ -47,7 +46,7 @@ def folder(tmp_path):
 
 
 def complaints(folder, packages=None, **texts):
-    """What the check says after a lock's text was replaced."""
+    """Return what the check reports after replacing the text of locks."""
     for name, text in texts.items():
         (folder / f"requirements/{name}.lock").write_text(text)
     said = check(folder / "requirements.txt", folder / "requirements", packages or {})
@@ -55,7 +54,7 @@ def complaints(folder, packages=None, **texts):
 
 
 def command(tool, *arguments, cwd=ROOT):
-    """(exit code, lines of stdout, lines of stderr) of a tool."""
+    """Run a tool; return (exit code, lines of stdout, lines of stderr)."""
     ended = subprocess.run(
         [sys.executable, ROOT / "tools" / tool, *map(str, arguments)],
         cwd=cwd,
@@ -67,7 +66,7 @@ def command(tool, *arguments, cwd=ROOT):
 
 
 def test_the_locks_of_this_checkout():
-    """They hold every pin, here read by nothing but str.split, and the environment of this test."""
+    """Check that they contain every pin, parsed here by str.split, and fit this environment."""
     code, said, wrong = command("check_lock.py")
     assert (code, len(said)) == (0, 1), wrong
 
@@ -101,7 +100,7 @@ def test_pins_and_locks_that_disagree(folder):
     assert complaints(folder, common=without) == [
         "PyYAML==6.0.3 (line 2 of requirements.txt): locked is nothing of that name"
     ]
-    # For some of the machines alone.
+    # For some machines only.
     arm = COMMON.replace("pyyaml==6.0.3", "pyyaml==6.0.3 ; platform_machine == 'aarch64'")
     assert complaints(folder, common=arm) == [
         "PyYAML==6.0.3 (line 2 of requirements.txt): locked is nothing of that name"
@@ -159,7 +158,7 @@ def test_locks_that_cannot_be_read(folder):
 
 
 def test_making_them(folder):
-    """uv's output is split by build, without what no Linux installs; no uv is one line."""
+    """Split uv's output by build, without what Linux never installs; without uv, one line."""
     text = COMMON.partition("\n")[2] + CUDA.partition("\n")[2]
     text += f"nvidia-nccl-cu13==2.29.7 ; sys_platform == 'linux' --hash={GOOD}\n"
     text += f"colorama==0.4.6 ; sys_platform == 'win32' --hash={GOOD}\n"
@@ -186,7 +185,7 @@ def test_making_them(folder):
 
 @pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not installed")
 def test_uv_that_cannot_resolve(folder):
-    """An index where nothing answers: one line, and the locks stay as they were."""
+    """Use an index that does not answer: one line, and the locks are unchanged."""
     code, said, wrong = command("lock.py", "--index", "http://127.0.0.1:9/simple", cwd=folder)
     assert (code, said, len(wrong)) == (2, [], 1)
     assert "uv cannot resolve requirements.txt" in wrong[0]
@@ -194,9 +193,8 @@ def test_uv_that_cannot_resolve(folder):
 
 
 def test_licences(tmp_path):
-    """The list of this checkout.
-
-    A package not listed, one too many, a GPL, another than installed.
+    """Check this checkout's list; then one package missing, one too many, a GPL, and a licence
+    other than the installed package's.
     """
     code, said, wrong = command("licences.py", "--check")
     assert (code, len(said)) == (0, 1), wrong
@@ -224,7 +222,7 @@ def test_licences(tmp_path):
 
 
 def test_names_of_licences():
-    """Every place where metadata may say it, the surest first; nothing that is copyleft passes."""
+    """Check each place that metadata may name it in, the most reliable first; refuse copyleft."""
     osi = "License :: OSI Approved :: "
     assert licences.licence_of({"license_expression": "MIT", "license": "GPL"}) == "MIT"
     assert licences.licence_of({"license": "Apache 2.0"}) == "Apache-2.0"
@@ -250,7 +248,7 @@ def test_names_of_licences():
 
 @pytest.fixture
 def api():
-    """A JSON API like PyPI's: {path: page}, served here; (pages, address)."""
+    """Serve a JSON API like PyPI's; yield ({path: page}, address)."""
     pages = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -271,7 +269,7 @@ def api():
 
 
 def test_advisories(folder, api):
-    """A known one, a withdrawn one, a page of the newest release, of another, of nothing at all."""
+    """Check a known and a withdrawn advisory, and pages of other versions or without JSON."""
     pages, address = api
     known = {
         "id": "PYSEC-1",
@@ -302,7 +300,7 @@ def test_advisories(folder, api):
 
 
 def test_advisories_that_cannot_be_reached(folder, api):
-    """Nothing answers, or nothing is known: said, and no failure."""
+    """Check that no answer, or no known package, is reported but is not a failure."""
     for address in ("http://127.0.0.1:9/pypi", api[1]):
         code, said, wrong = command("audit.py", "--api", address, cwd=folder)
         assert (code, len(said), wrong) == (0, 1, [])

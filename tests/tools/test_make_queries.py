@@ -1,4 +1,4 @@
-"""KDD Cup 2020's files, made up in its format: pictures into a store, queries into JSON lines, and
+"""Test made-up files in KDD Cup 2020's format: pictures into a store, queries into JSON lines, and
 what is wrong with a line.
 """
 

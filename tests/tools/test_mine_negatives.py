@@ -1,4 +1,4 @@
-"""The command as users give it: killed and given again, wrong flags, what it prints."""
+"""Test the command as users run it: killed and repeated, wrong flags, what it prints."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Odd files in place of those that commands take: the short form of a campaign."""
+"""Run the short form of a campaign: odd files in place of those that commands take."""
 
 import sys
 
@@ -6,7 +6,7 @@ from tests.launching import launch
 
 
 def test_odd_input_is_one_line():
-    """In a process of its own, which forks: this one has threads."""
+    """Run in a process of its own, because it forks and this one has threads."""
     campaign = (
         sys.executable,
         "-m",

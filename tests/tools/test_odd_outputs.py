@@ -1,5 +1,5 @@
-"""Outputs that cannot be: one line that names the flag, before any work, and nothing is left or
-harmed.
+"""Test impossible outputs: one line that names the flag, before any work, and nothing is left
+behind or damaged.
 """
 
 import sys

@@ -1,6 +1,4 @@
-"""Weights that are not as they should be: odd configurations, indexes, facts and files are named,
-NaN is said.
-"""
+"""Test bad weights: odd configurations, indexes, facts and files are named, and NaN is reported."""
 
 import json
 import re
@@ -55,7 +53,7 @@ def test_odd_configurations_are_one_line(exported, tmp_path, changes, message):
 
 
 def test_only_facts_that_the_converter_writes_are_believed(exported, tmp_path):
-    """A `run` or `files` in somebody's config.json would stand for what our own checkpoints say."""
+    """Ignore `run` or `files` in a config.json: only our own checkpoints may claim those."""
     folder = shutil.copytree(exported, tmp_path / "hf")
     values = json.loads((folder / "config.json").read_text())
     facts = {"run": 5, "files": [1], "task": {}, "iteration": 7, "detector": None}
@@ -68,7 +66,7 @@ def test_only_facts_that_the_converter_writes_are_believed(exported, tmp_path):
     [
         (
             ["a"],
-            r"index.json: weight_map is \['a'\], expected names of tensors with names of files",
+            r"index.json: weight_map is \['a'\], expected a mapping from tensor names to file",
         ),
         (None, "weight_map is None"),
         ({"a": 5}, "the file of a is 5, expected a name without folders"),
@@ -112,9 +110,7 @@ def test_parts_that_do_not_fit_are_one_line(tmp_path):
 )
 def test_what_is_no_file_of_weights_is_called_so(tmp_path, content):
     (tmp_path / "photo.jpg").write_bytes(content)
-    with pytest.raises(
-        UsageError, match=r"photo.jpg: no file of weights; expected one of safetensors"
-    ):
+    with pytest.raises(UsageError, match=r"photo.jpg: not a file of weights; expected safetensors"):
         open_weights(tmp_path / "photo.jpg")
 
 
@@ -127,7 +123,7 @@ def test_names_of_tensors_are_texts(tmp_path):
 
 
 def test_what_is_passed_over_is_said(tmp_path, monkeypatch, capsys):
-    """A checkpoint without its manifest, and a `best` that leads nowhere."""
+    """Check a checkpoint without its manifest, and a dangling `best`."""
     run = tmp_path / "run"
     for step in (1, 3):
         random_source(SIZES, run / f"global_step{step}")
@@ -148,8 +144,8 @@ def test_what_is_passed_over_is_said(tmp_path, monkeypatch, capsys):
 
     (run / "global_step3" / "manifest.json").unlink()
     line = (
-        f"note: {run}/global_step3 has no manifest.json and is no whole checkpoint; global_step1 is"
-        " taken instead\n"
+        f"note: {run}/global_step3 has no manifest.json and is not a complete checkpoint; using"
+        " global_step1 instead\n"
     )
     convert(monkeypatch, run, "--list")
     assert capsys.readouterr().out.startswith(line)
@@ -192,7 +188,7 @@ def test_values_that_a_type_cannot_hold_are_refused(exported, tmp_path, monkeypa
 
 
 def spoil(exported, tmp_path, value):
-    """A copy of a Hugging Face folder with one odd number."""
+    """Copy a Hugging Face folder, and set one element of a tensor to `value`."""
     folder = shutil.copytree(exported, tmp_path / "spoilt")
     tensors = load_file(folder / "model.safetensors")
     tensors["interbert.text_embedding.norm.bias"][0] = value

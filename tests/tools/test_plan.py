@@ -1,5 +1,5 @@
-"""tools/plan.py: layouts that fit, as a table and as JSON; the arithmetic itself is tested in
-tests/training/test_memory.py.
+"""Test tools/plan.py: layouts that fit, as a table and as JSON; tests/training/test_memory.py tests
+the arithmetic itself.
 """
 
 import json
@@ -51,7 +51,7 @@ def test_a_table_of_layouts_that_fit(tmp_path):
 
 
 def test_weights_and_optimizer_are_bytes_of_the_parameters(tmp_path):
-    """157.0 M parameters of the paper's sizes, counted here layer by layer, and ZeRO's shares."""
+    """Count the paper's 157.0 M parameters layer by layer; check ZeRO's shares of them."""
     flags = ("--model", "base", "--gpus", 4, "--gpu-memory", 80, "--output", tmp_path / "p.json")
     code, _, err = launch(*COMMAND, *flags)
     assert code == 0, err
@@ -66,7 +66,7 @@ def test_weights_and_optimizer_are_bytes_of_the_parameters(tmp_path):
     found = {row["zero_stage"]: row for row in rows if row["tensor"] == 1 and not row["recompute"]}
     assert found[1]["weights"] == pytest.approx(2 * parameters, rel=0.01)
     assert found[3]["weights"] < found[1]["weights"]
-    for stage in (1, 2, 3):  # fp32 weights and two moments, a fourth of them on each rank
+    for stage in (1, 2, 3):  # fp32 weights and two moments, a quarter of them on each rank
         assert found[stage]["optimizer"] == pytest.approx(12 * parameters / 4, rel=0.01)
 
 

@@ -1,5 +1,5 @@
-"""The generated corpus: the same for a seed, labelled as generated, captions true of their scenes;
-evaluation over it.
+"""Test the generated corpus: the same for a seed, labelled as generated, captions true of their
+scenes; and an evaluation on it.
 """
 
 import json
@@ -84,7 +84,7 @@ def test_captions_name_objects_that_are_there_with_overlapping_boxes(corpus):
 
 
 def test_train_then_evaluate_then_start_from_its_weights(corpus, tmp_path):
-    """The figures are those of the scores; the page and the result stand where the command says."""
+    """Check that printed metrics match the result, and where result and page are written."""
     run = tmp_path / "run"
     flags = (
         "--data-path",

@@ -1,5 +1,5 @@
-"""tools/shop_report.py on a small generated shop: figures are those of the evaluations, several
-runs become mean and deviation.
+"""Test tools/shop_report.py on a small generated shop: figures match the evaluations, and several
+runs give mean and deviation.
 """
 
 import json
@@ -14,7 +14,7 @@ from tests.launching import evaluate, finetune, launch, ran
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
-    """A shop, and an untrained run of each task."""
+    """Make a shop and nearly untrained runs of each task; return their folder."""
     folder = tmp_path_factory.mktemp("shop")
     sizes = (
         "--train-products",

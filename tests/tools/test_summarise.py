@@ -1,4 +1,4 @@
-"""Mean and spread of the results of several seeds."""
+"""Test mean and spread over the results of several seeds."""
 
 import json
 import sys

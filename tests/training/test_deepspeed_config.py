@@ -1,5 +1,5 @@
-"""Flags and DeepSpeed JSON: "auto" resolved, agreement enforced, unknown keys refused with the
-nearest right name.
+"""Test flags against DeepSpeed's JSON: "auto" is resolved, conflicts and unknown keys are refused,
+the latter with the nearest known name.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""200 steps on the generated corpus: the fast operations learn what their plain twins learn, and
-give the same bits again.
+"""Test over 200 steps on the generated corpus that fast operations learn as well as their plain
+twins and are reproducible to the bit.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ SEEDS = (1, 2, 3)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders by (kernels, seed, repetition); dropout is on, so that the masks of both kinds
-    differ. Two runs at a time.
+    """Train, two runs at a time, and return folders by (kernels, seed, repetition). Dropout is on,
+    so the two kinds draw different masks.
     """
     folder = tmp_path_factory.mktemp("runs")
     code, out, err = launch(
@@ -82,8 +82,8 @@ def runs(tmp_path_factory):
 
 
 def test_fast_and_plain_operations_learn_alike(runs):
-    """The mean loss of the last 50 steps differs by no more between them than by chance between
-    seeds (four deviations of a run).
+    """Check that the mean losses of the last 50 steps differ by no more than by chance between
+    seeds (four standard deviations of a run).
     """
     final = {kind: records(folder)[STEPS] for kind, folder in runs.items()}
 
@@ -104,7 +104,7 @@ def test_fast_and_plain_operations_learn_alike(runs):
 
 
 def test_the_same_seed_gives_the_same_bits(runs):
-    """Once with --deterministic and once without: on a CPU every operation is so anyway."""
+    """Compare runs with and without --deterministic: a CPU's operations always are."""
     once = losses(runs["auto", 1, 0])
     assert once == losses(runs["auto", 1, 1])
     assert once != losses(runs["auto", 2, 0])

@@ -1,5 +1,5 @@
-"""The short form of the fault campaign; the long one is `python -m tests.campaigns.faults --kills
-200`.
+"""Run the short form of the fault campaign; the long one is `python -m tests.campaigns.faults
+--kills 200`.
 """
 
 import json

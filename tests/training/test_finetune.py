@@ -1,5 +1,5 @@
-"""Finetuning as users run it: averaged weights, best checkpoint, early stopping, resume, every task
-from launch to result.
+"""Test finetuning as users run it: averaged weights, best checkpoint, early stopping, resuming, and
+every task from launch to result.
 """
 
 import csv
@@ -96,7 +96,7 @@ def test_best_and_stale_evaluations():
 
 @pytest.mark.parametrize(("processes", "tensor", "stage"), [(1, 1, 0), (2, 1, 2), (2, 2, 3)])
 def test_averaged_weights_are_the_average_of_all_steps(store, tmp_path, processes, tensor, stage):
-    """From the weights after every step, in float64, on any layout; and resumed in the middle."""
+    """Recompute the average in float64 from every step's weights, on any layout, with a resume."""
     shared = (
         "--train-iters",
         6,
@@ -137,7 +137,7 @@ def test_averaged_weights_are_the_average_of_all_steps(store, tmp_path, processe
             if average is None:
                 average = (
                     reader.get(name, "ema").double() - (1 - decay) * weight
-                ) / decay  # the first weights, from the first average
+                ) / decay  # recovers the initial weights from the first average
 
             average = decay * average + (1 - decay) * weight
             torch.testing.assert_close(
@@ -146,7 +146,7 @@ def test_averaged_weights_are_the_average_of_all_steps(store, tmp_path, processe
 
     moved = readers[5].get("itm_head.weight") - readers[5].get("itm_head.weight", "ema")
     assert moved.abs().max() > 1e-5
-    # The run evaluates the average, as the evaluation of the checkpoint does.
+    # The run evaluates the average, and so does an evaluation of its checkpoint.
     ran(
         *evaluate(
             "retrieval",
@@ -206,8 +206,8 @@ def test_averaged_weights_are_the_average_of_all_steps(store, tmp_path, processe
 
 
 def test_early_stopping_keeps_the_best(store, tmp_path):
-    """With a rate of 0 no evaluation is better than the first: the run ends, its first checkpoint
-    stays and is linked.
+    """Check with a learning rate of 0, where no evaluation beats the first, that the run ends early
+    and that the first checkpoint is kept and linked.
     """
     run = tmp_path / "run"
     still = (
@@ -266,7 +266,7 @@ def test_early_stopping_keeps_the_best(store, tmp_path):
 
 
 def test_the_best_on_other_data_does_not_compare(store, tmp_path):
-    """A lucky figure on three images must not stand against those on all of them."""
+    """Check that a lucky result on three images does not compete with results on all images."""
     run = tmp_path / "run"
     few = ("--valid-images", 3, "--eval-interval", 2, "--keep-last", 0)
     ran(*finetune(*flags(store, run, *few, "--train-iters", 2)))
@@ -300,8 +300,8 @@ def test_resumed_run_repeats_losses(store, tmp_path):
 
 
 def test_glue_from_training_to_prediction_files(tmp_path):
-    """Longer sentences are good, shorter ones bad: learned in a few steps; dev figures, test
-    predictions, wrong use.
+    """Learn in a few steps that longer sentences are good and shorter ones bad; check dev metrics,
+    test predictions and wrong use.
     """
     random = np.random.default_rng(0)
     words = [word for word in VOCABULARY if word.isalpha()]

@@ -1,4 +1,4 @@
-"""The short form of the campaign of injected faults; the long one is `python -m
+"""Run the short form of the fault-injection campaign; the long one is `python -m
 tests.campaigns.injection --faults 500`.
 """
 

@@ -1,5 +1,5 @@
-"""The same global batches give the same losses, gradient norms and weights on every layout, ZeRO
-stage and accumulation.
+"""Test that the same global batches give the same losses, gradient norms and weights on every
+layout, at every ZeRO stage and with gradient accumulation.
 
 The reference is a plain torch loop in float64 without DeepSpeed, process groups or accumulation.
 """
@@ -66,7 +66,7 @@ def parts(config, state, streams):
 
 
 def reference(store):
-    """Losses, norms and weights of the plain loop in float64."""
+    """Return losses, gradient norms and weights of the plain loop in float64."""
     config = run_config(store)
     model, data, task = parts(config, ParallelState(), RandomStreams(config.seed))
     model.double()
@@ -96,7 +96,7 @@ def reference(store):
 
 
 def train(config, state):
-    """The same run through the engine; weights come back whole."""
+    """Train the same steps through the engine; the weights returned are whole, not sharded."""
     import deepspeed
 
     from megatron_interbert.training.engine import Engine
@@ -142,12 +142,12 @@ def gather(tensor, name, state):
 
 
 def check_all(store, expected, processes):
-    """Every ZeRO stage, accumulation and precision on the layouts of this many processes."""
+    """Check every ZeRO stage, accumulation and precision on the layouts of so many processes."""
     from megatron_interbert.machines.processes import start_processes
     from megatron_interbert.training.engine import half_precision_supported
 
     start_processes()
-    # a scale that does not overflow: no step is skipped
+    # a loss scale that does not overflow, so no step is skipped
     Path("fp16.json").write_text('{"fp16": {"initial_scale_power": 8}}')
 
     for tensor_parallel, stage, accumulation in itertools.product(
@@ -203,8 +203,8 @@ def check_all(store, expected, processes):
 
 
 def check_parameters_that_do_not_stay(store, expected):
-    """ZeRO-3 keeps small parameters whole; with a threshold of 0 it must gather them all, the tied
-    embedding included.
+    """Check ZeRO-3 with a persistence threshold of 0: it must then gather even small parameters,
+    including the tied embedding.
     """
     Path("zero3.json").write_text(
         '{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}'
@@ -241,7 +241,7 @@ def check_parameters_that_do_not_stay(store, expected):
 
 
 def check_templates(store, expected):
-    """Every shipped DeepSpeed JSON trains, offload included, and gives the same losses."""
+    """Check that every shipped DeepSpeed JSON, with offload too, trains with the same losses."""
     for template in sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json")):
         config = run_config(store, deepspeed_config=str(template), micro_batch_size=BATCH // 2)
         config.given = {"micro_batch_size", "global_batch_size"}
@@ -256,8 +256,8 @@ def check_templates(store, expected):
 
 
 def check_bad_steps(store, state):
-    """A batch that gives NaN on one rank alone: no rank updates, the next good step does; in every
-    stage and precision.
+    """Check at every stage and precision that no rank updates after a batch that gives NaN on one
+    rank, and that all do at the next good step.
 
     With fp16 an overflow also halves the loss scale.
     """
@@ -322,7 +322,7 @@ def whole_weights(engine):
 
 
 def compare(result, expected, case, loss, norm, weight):
-    # A gradient norm is compared where the reference does not cancel; relative throughout.
+    # Losses and norms are compared by relative difference.
     for kind, tolerance in (("losses", loss), ("norms", norm)):
         torch.testing.assert_close(
             torch.tensor(result[kind]),
@@ -345,7 +345,7 @@ def compare(result, expected, case, loss, norm, weight):
 
 
 def without_key_bias(name, tensor):
-    """Key biases have no gradient but rounding, which Adam blows up to full steps."""
+    """Drop key biases: their gradients are only rounding, which Adam scales to full steps."""
     return (
         tensor.view(PRESETS["tiny"].num_attention_heads, 3, -1)[:, [0, 2]]
         if name.endswith("qkv.bias")
@@ -354,8 +354,8 @@ def without_key_bias(name, tensor):
 
 
 def check_dropout(store, state):
-    """With dropout, recomputed or not: the same losses, and replicated parameters bit-equal on
-    tensor-parallel ranks.
+    """Check with dropout that recomputation does not change losses, and that replicated parameters
+    stay equal to the bit on all tensor-parallel ranks.
     """
     config = run_config(
         store,
@@ -389,7 +389,7 @@ def test_layouts_agree_with_a_plain_loop(expected, processes, tmp_path, monkeypa
 
 
 def test_reference_learns(expected):
-    """On the batch of its first step: losses of different small batches differ by more than a few
+    """Compare losses on the first step's batch: different small batches differ by more than a few
     steps gain.
     """
     assert expected[1]["first_batch_again"] < expected[1]["losses"][0] - 0.1

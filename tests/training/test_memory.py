@@ -1,4 +1,4 @@
-"""The arithmetic of memory against what torch's allocator counted: within 10 % for every stage,
+"""Test the memory prediction against the counts of torch's allocator: within 10 % for every stage,
 precision and layout.
 """
 
@@ -39,8 +39,8 @@ SAMPLES = 24
 
 
 def live_bytes(prof, names):
-    """{phase: (bytes that live at its end, at its peak)} of all tensors made since the profile
-    began.
+    """Return {phase: (bytes live at its end, bytes at its peak)} of all tensors allocated since the
+    profile began.
     """
     events = prof.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
@@ -62,8 +62,8 @@ def live_bytes(prof, names):
 
 
 def measure(layout, state, sizes=SIZES, samples=SAMPLES, steps=2):
-    """(bytes kept by a forward pass, peak of a step) of this rank, once there are moments; and the
-    load.
+    """Return (bytes kept by a forward pass, peak bytes of a step, load) of this rank, measured in
+    the last step, when Adam's moments exist.
     """
     examples = random_examples(sizes, samples, (8, 20), (10, 36), seed=state.data_rank)
     batch = pack(examples, sizes.feature_dim)
@@ -101,7 +101,7 @@ def measure(layout, state, sizes=SIZES, samples=SAMPLES, steps=2):
             with record_function("update"):
                 engine.step(1e-4)
 
-    found = live_bytes(prof, names)  # of the last step
+    found = live_bytes(prof, names)  # of the last step: it overwrites earlier ones
     load = Load(
         samples,
         len(batch.token_ids) / samples,
@@ -123,7 +123,7 @@ def check(layouts):
         kept, peak, load = measure(layout, state)
         ours = predict(SIZES, layout, load)
 
-        # there weights that were gathered live on, too
+        # at stage 3, gathered weights would be counted as well
         if layout.zero_stage < 3 or layout.data == 1:
             assert abs(activations(SIZES, layout, load)[0] / kept - 1) < 0.05, (
                 layout,
@@ -132,7 +132,7 @@ def check(layouts):
             )
 
         assert abs(ours.peak / peak - 1) < 0.1, (layout, ours, peak)
-        gc.collect()  # what is freed later would count in the next layout's
+        gc.collect()  # otherwise freed late, in the next layout's measurement
 
 
 def test_one_rank_against_the_allocator():
@@ -172,9 +172,9 @@ def check_tensor_parallel():
 
 
 def on_one_of_two_ranks(name):
-    """A function of this module in a process that takes itself for one of two ranks and talks to
-    nobody. With gloo, whose threads let go of tensors late and unseen by the profiler, figures
-    would change from run to run.
+    """Run a function of this module in a process that is one of two ranks of a fake process group.
+
+    With gloo results would vary: its threads free tensors late and unseen by the profiler.
     """
     code = (
         "import torch.distributed as dist; from torch.testing._internal.distributed.fake_pg import"
@@ -207,7 +207,7 @@ def in_a_process(code, **variables):
 
 
 def test_what_the_fused_kernels_keep():
-    """In Triton's interpreter, whose copies are not torch's."""
+    """Measure in Triton's interpreter, whose own copies torch does not count."""
     pytest.importorskip(
         "triton", reason="triton is not installed (pip install -r requirements.txt)"
     )
@@ -219,7 +219,7 @@ def test_what_the_fused_kernels_keep():
 def check_fused():
     start_processes()
     layout = Layout(zero_stage=0, fused=True)
-    # the interpreter takes its time
+    # the interpreter is slow
     sizes = dataclasses.replace(SIZES, interaction_layers=1, image_layers=1, vocab_size=200)
     kept, _, load = measure(layout, ParallelState(), sizes, samples=2, steps=1)
     ours = activations(sizes, layout, load)[0]

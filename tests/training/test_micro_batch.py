@@ -1,5 +1,5 @@
-"""--micro-batch-size auto: the choice from given rates, and real runs that make it, resume with it,
-and refuse what cannot be.
+"""Test --micro-batch-size auto: the choice from given rates, and real runs that choose, resume with
+the choice, and refuse impossible settings.
 """
 
 import sys
@@ -18,7 +18,7 @@ from tests.launching import launch, losses, pretrain, train
 
 
 class Pretended:
-    """A trial whose passes take given seconds for each sample, and of which so many samples fit."""
+    """Simulate a trial whose passes take `seconds(n)` per sample and where `room` samples fit."""
 
     def __init__(self, seconds, room=10**9):
         self.state = ParallelState()
@@ -69,7 +69,7 @@ def test_the_largest_of_the_fastest_that_divides_and_fits():
 
 
 def test_a_trial_that_runs_out_of_memory_ends_the_search():
-    """Predicted to fit; the next smaller size is taken, on all ranks alike."""
+    """Check that, if the prediction was wrong, all ranks take the next smaller size."""
     trial = Pretended(lambda samples: 0.01)
     trial.seconds = lambda model, batch: None if batch > 8 else 0.01
     assert choose(trial, 64) == 8
@@ -109,19 +109,18 @@ def test_lack_of_memory_is_noticed_and_nothing_else(error):
 def test_nothing_to_choose_from():
     with pytest.raises(UsageError, match="--micro-batch-size auto needs --global-batch-size"):
         choose(Pretended(lambda samples: 1.0), 0)
-    with pytest.raises(UsageError, match=r"not one sample fits .* tools/plan\.py"):
+    with pytest.raises(UsageError, match="not one sample fits .* interbert plan"):
         choose(Pretended(lambda samples: 1.0, room=0), 8)
 
 
 def test_runs_choose_together_and_resume_with_it(tmp_path):
-    """Two data-parallel ranks.
-
-    The resumed run has the losses of the undisturbed one, to the bit.
+    """Check on two data-parallel ranks that a resumed run has the losses of the uninterrupted one,
+    to the bit.
     """
     store = write_store(tmp_path / "s")
     (tmp_path / "ds.json").write_text(
         '{"train_batch_size": 24, "zero_optimization": {"stage": 2}}'
-    )  # what it says holds in the trial
+    )  # these settings hold in the trial too
     common = (
         "--model",
         "tiny",
@@ -145,12 +144,12 @@ def test_runs_choose_together_and_resume_with_it(tmp_path):
     (line,) = [line for line in out.splitlines() if line.startswith("micro-batch size")]
     chosen = int(line.split()[2])
     assert 12 % chosen == 0
-    assert "of 12 a rank, by trial (samples/s" in line
+    assert "of 12 per rank, by trial (samples/s" in line
     assert f"batch: 24 = micro {chosen} x DP 2" in out
     code, out, err = train(2, *common, "--micro-batch-size", "auto", "--save", tmp_path / "cut")
     assert code == 0, out + err
     assert "by trial" not in out
-    assert f"micro-batch size {chosen}, as the run before chose" in out
+    assert f"micro-batch size {chosen}, as the previous run chose" in out
     assert f"batch: 24 = micro {chosen} x DP 2" in out
     code, out, err = train(2, *common, "--micro-batch-size", chosen, "--save", tmp_path / "whole")
     assert code == 0, out + err
@@ -164,7 +163,7 @@ def test_what_a_run_before_chose_must_fit_here():
 
 
 def test_a_bad_record_in_a_trial_is_named(tmp_path):
-    """By the rank that meets it."""
+    """Check that the rank that reads a bad record names it."""
     store = write_store(tmp_path / "s")
     shard = next(store.glob("*.h5"))
     with h5py.File(shard, "r+") as file:

@@ -1,5 +1,5 @@
-"""A run never starts from nothing where something was committed, and nothing bad pushes out what is
-good.
+"""Test that a run never starts from scratch where checkpoints were committed, and that bad state
+never replaces good checkpoints.
 """
 
 import json
@@ -32,7 +32,7 @@ PRETRAIN = (sys.executable, "-m", "megatron_interbert.pretrain")
 
 
 def train(store, save, *more, **changes):
-    """(Exit code, output, errors) of a short run that saves every third step."""
+    """Return (exit code, stdout, stderr) of a short run that saves every third step."""
     flags = ("--data-path", store, "--save", save, "--save-interval", 3, "--num-workers", 0)
     return launch(*PRETRAIN, *TINY, *flags, *more, **changes)
 
@@ -45,7 +45,7 @@ def one_line(code, err, expected=2):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(Store, a run of 12 steps with the checkpoints 9 and 12)."""
+    """Return (store, a run of 12 steps with checkpoints at 9 and 12)."""
     folder = tmp_path_factory.mktemp("made")
     store = write_store(folder / "store")
     code, out, err = train(store, folder / "run", "--train-iters", 12)
@@ -56,7 +56,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def run(made, tmp_path):
-    """A copy of the run, to be spoiled."""
+    """Copy the run, for a test to damage."""
     return shutil.copytree(made[1], tmp_path / "run", symlinks=True)
 
 
@@ -75,7 +75,7 @@ def flip(file):
 
 
 def without_privilege(*command):
-    """Run as a user for whom permissions hold, which they do not for root."""
+    """Run a command without root's exemption from file permissions."""
     ordinary = (
         ("setpriv", "--bounding-set", "-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
     )
@@ -93,8 +93,8 @@ def without_privilege(*command):
 
 @pytest.mark.parametrize("what", ["weights", "manifest", "folder", "run"])
 def test_what_cannot_be_read_is_not_damaged(made, run, what):
-    """Files, a manifest, a checkpoint, the whole run that another user owns: nothing is renamed or
-    begun.
+    """Check that nothing is renamed or started if weights, a manifest, a checkpoint or the whole
+    run cannot be read.
     """
     forbidden = {
         "weights": [weights_of(run, 9), weights_of(run, 12)],
@@ -131,9 +131,8 @@ def test_what_cannot_be_read_is_not_damaged(made, run, what):
 
 
 def test_no_start_from_nothing_where_something_was_committed(made, run):
-    """All checkpoints damaged; their remains under other names; a pointer alone.
-
-    Not: what a killed first save has left.
+    """Check that a run refuses to start anew if all checkpoints are damaged or set aside, or only a
+    pointer is left; but not because of the remains of a killed first save.
     """
     for step in (9, 12):
         flip(weights_of(run, step))
@@ -173,8 +172,8 @@ def end_of(finished):
 
 
 def test_diverged_steps_push_nothing_out(made, run):
-    """A rate that makes the weights useless: what was saved before stays, and the old rate goes on
-    from it.
+    """Check that a learning rate that ruins the weights leaves earlier checkpoints alone, and that
+    the old rate can resume from them.
     """
     code, out, err = train(made[0], run, "--train-iters", 40, "--lr", 3e38)
     assert "the gradient was not finite for 10 steps in a row" in one_line(code, err, 1)
@@ -183,9 +182,7 @@ def test_diverged_steps_push_nothing_out(made, run):
     assert "global_step9" in good
     assert not {"global_step15", "global_step18", "global_step21"} & good
 
-    code, out, err = train(
-        made[0], run, "--train-iters", 14, "--lr", 3e38
-    )  # ends while steps are bad
+    code, out, err = train(made[0], run, "--train-iters", 14, "--lr", 3e38)  # ends at a bad step
     assert "nothing is saved" in one_line(code, err, 1)
     assert {path.name for path in complete_checkpoints(run)} == good
 
@@ -229,7 +226,7 @@ def test_deepspeed_json_with_numbers_that_are_none(tmp_path, number):
 
 
 def test_state_that_is_not_finite_is_not_saved():
-    """NaN and infinity anywhere; large numbers whose sum no float32 holds are sound."""
+    """Check NaN and infinity anywhere; large values whose sum overflows float32 are fine."""
     check_finite({"large": torch.full((1000,), 3e38), "empty": torch.zeros(0)})
     for bad in (math.nan, math.inf, -math.inf):
         tensor = torch.zeros(3, 50)
@@ -239,7 +236,7 @@ def test_state_that_is_not_finite_is_not_saved():
 
 
 def test_a_run_ends_when_a_save_has_met_infinity(made, tmp_path):
-    """Long before the next checkpoint is due: what it would train until then is lost."""
+    """Check that a run ends soon after such a save: what it trained further would be lost."""
     rate = ("--lr", 3e38, "--lr-warmup-fraction", 0)
     flags = ("--train-iters", 2000, "--save-interval", 1, "--max-bad-steps", 1000)
     code, out, err = train(made[0], tmp_path / "run", *rate, *flags)
@@ -251,15 +248,15 @@ def test_a_run_ends_when_a_save_has_met_infinity(made, tmp_path):
 
 
 def test_metrics_never_stop_a_run(made, run):
-    """Odd lines, a folder in place of the file, a file in place of the board's folder: a note, and
-    training continues.
+    """Check that bad lines, a folder in place of the file, or a file in place of TensorBoard's
+    folder give a note, and training continues.
     """
     records = run / "metrics.jsonl"
     odd = ["123", '{"step": "x"}', "[1]", "half a li", '"step"', "\ufffd"]
     records.write_text("".join(line + "\n" for line in odd) + records.read_text() + '{"step": 12')
     code, out, err = train(made[0], run, "--train-iters", 13)
     assert code == 0, out + err
-    assert "metrics.jsonl: 6 lines were no records and are dropped" in out
+    assert "metrics.jsonl: 6 lines were not records and are dropped" in out
     assert [json.loads(line)["step"] for line in records.read_text().splitlines()] == list(
         range(1, 14)
     )
@@ -277,7 +274,7 @@ def test_metrics_never_stop_a_run(made, run):
 
 
 def test_a_pipe_in_place_of_a_file_holds_nothing_up(made, run):
-    """Reading it would never end."""
+    """Check that pipes are not opened: reading one would never end."""
     (run / "metrics.jsonl").unlink()
     os.mkfifo(run / "metrics.jsonl")
     code, out, err = train(made[0], run, "--train-iters", 13, timeout=60)
@@ -299,12 +296,12 @@ def test_event_files_come_back_with_the_folder(tmp_path):
 
 
 def test_metrics_are_written_again_when_the_disk_has_room(tmp_path, capsys):
-    """A full disk, as /dev/full answers, then another file: no record is cut, and both changes are
-    said once.
+    """Check a full disk (/dev/full), then a new file: no record is cut, and each change is reported
+    once.
     """
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     writer = MetricsWriter(str(tmp_path), "", True, 10, 0)
-    writer.sinks[0]._begun = True  # else it would put a file of its own there
+    writer.sinks[0]._begun = True  # otherwise it would replace the link by a file
     for step in (1, 2):
         writer.write(step, {"loss": 1.0}, "loss 1")
 
@@ -315,7 +312,7 @@ def test_metrics_are_written_again_when_the_disk_has_room(tmp_path, capsys):
     told = capsys.readouterr().out
     assert (
         told.count("metrics.jsonl cannot be written")
-        == told.count("metrics.jsonl is written again")
+        == told.count("metrics.jsonl can be written again")
         == 1
     )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -323,7 +320,7 @@ def test_metrics_are_written_again_when_the_disk_has_room(tmp_path, capsys):
 
 
 def test_output_that_nobody_can_store_does_not_end_a_run(made, tmp_path):
-    """Standard output on a full disk."""
+    """Redirect standard output to a full disk."""
     command = [
         *PRETRAIN,
         *TINY,
@@ -353,7 +350,7 @@ def test_output_that_nobody_can_store_does_not_end_a_run(made, tmp_path):
 
 
 def test_a_folder_that_is_removed_while_a_run_writes(made, tmp_path):
-    """Lines instead of tracebacks; the next checkpoint makes the folder anew."""
+    """Check that there are no tracebacks, and that the next checkpoint recreates the folder."""
     save = tmp_path / "save"
     process = start(
         *(
@@ -382,8 +379,8 @@ def test_a_folder_that_is_removed_while_a_run_writes(made, tmp_path):
 
 
 def test_links_in_a_shared_folder_are_not_followed(made, run, tmp_path):
-    """A lock or a pointer that somebody has planted leads to a file of ours; so does a best
-    checkpoint elsewhere.
+    """Check that a planted lock or pointer cannot redirect writes to another file, and that `best`
+    cannot point outside the folder.
     """
     victim = tmp_path / "victim"
     victim.write_text("mine")
@@ -393,7 +390,7 @@ def test_links_in_a_shared_folder_are_not_followed(made, run, tmp_path):
         *end_of(train(made[0], run, "--train-iters", 15))
     )
     (run / ".lock").unlink()
-    os.link(victim, run / ".lock")  # as a backup by hard links has it: locked, and not written to
+    os.link(victim, run / ".lock")  # as in a hard-linked backup: locked, but not written to
 
     for name in (
         "latest.partial",
@@ -429,8 +426,8 @@ def test_a_lock_and_a_text_stay_what_they_are(tmp_path):
 
 
 def test_without_locks_nothing_of_another_run_is_renamed(made, run, monkeypatch, capsys):
-    """A disk that knows no locks (ENOLCK): the run says so, names nothing damaged, and takes no
-    name that is taken.
+    """Check on a disk without locks (ENOLCK) that the run says so, does not rename damaged
+    checkpoints, and prunes none of another run.
     """
 
     def no_locks(*_):
@@ -441,7 +438,7 @@ def test_without_locks_nothing_of_another_run_is_renamed(made, run, monkeypatch,
     claim = run_folder.claim_folder(str(run), state)
     assert not claim.locked
     said = capsys.readouterr().out
-    assert "cannot be locked (No locks available): nothing that lies there is renamed" in said
+    assert "cannot be locked (No locks available): this run renames and" in said
 
     flip(weights_of(run, 12))
     (run / ".global_step15.other.partial").mkdir()
@@ -459,23 +456,23 @@ def test_without_locks_nothing_of_another_run_is_renamed(made, run, monkeypatch,
 
 @pytest.mark.parametrize("locked", [False, True])
 def test_a_checkpoint_of_another_run_keeps_its_name(run, locked):
-    """Not even who has the lock may take it."""
+    """Check that its name is not taken, even by the holder of the lock."""
     ours = run_folder.RunFolder(run, run_folder.Claim(locked=locked), "ours", print)
     work = ours.partial(run / "global_step12")
     work.mkdir()
-    with pytest.raises(UsageError, match="is there already and not of this run; do two runs write"):
+    with pytest.raises(UsageError, match="already exists and is not of this run; if two runs"):
         ours.publish(work, run / "global_step12")
 
     assert verify(run / "global_step12") is None
 
 
 def test_damage_that_rank_0_does_not_see_is_no_damage(run, monkeypatch):
-    """A machine whose mount is missing, or whose view of the disk is late: nothing is renamed, the
+    """Check that, if one machine lacks a mount or sees an outdated disk, nothing is renamed and the
     machine is named.
     """
 
     class Two(ParallelState):
-        """Rank 0 of two; the other one does not see a file."""
+        """Simulate rank 0 of two, of which the other does not see a file."""
 
         def gather(self, value, group=None):
             if (
@@ -502,8 +499,8 @@ def test_damage_that_rank_0_does_not_see_is_no_damage(run, monkeypatch):
 
 
 def test_a_store_that_was_only_moved_or_given_away_is_not_hashed_before_work(tmp_path, monkeypatch):
-    """Another owner, permissions, a copy that keeps times: verified beside the work, if it is
-    large; another time: before it.
+    """Check that other permissions, with times kept, have a store verified in the background, but
+    other times before the work, unless it is large.
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(integrity, "SMALL", 0)
@@ -536,8 +533,8 @@ def test_a_store_that_was_only_moved_or_given_away_is_not_hashed_before_work(tmp
 
 
 def test_a_copied_run_is_pruned_as_before(made, tmp_path):
-    """`cp -rL` makes a folder of the link to the best checkpoint; a backup by hard links shares the
-    lock file.
+    """Check a copy by `cp -rL`, where `best` is a folder instead of a link, with a hard-linked
+    backup that shares the lock file.
     """
     run = shutil.copytree(made[1], tmp_path / "run")
     shutil.copytree(run / "global_step9", run / "best")
@@ -550,8 +547,8 @@ def test_a_copied_run_is_pruned_as_before(made, tmp_path):
 
 @pytest.mark.parametrize("spoil", ["features", "captions", "labels"])
 def test_data_that_have_changed_in_place_are_named(tmp_path, spoil):
-    """A column overwritten, a letter of a caption, labels: a run that was verified before stops at
-    its start and says which file.
+    """Check that, after features, a caption or labels are overwritten, a run whose data were
+    verified before stops at the start and names the file.
     """
     import h5py
 
@@ -578,7 +575,7 @@ def test_data_that_have_changed_in_place_are_named(tmp_path, spoil):
 
 
 def test_names_and_locales_of_all_kinds(tmp_path):
-    """A comma in a store's path, an ASCII locale, a folder with Chinese letters."""
+    """Check a comma in a store's path, an ASCII locale, and Chinese characters in paths."""
     store = write_store(tmp_path / "一, 二")
     posix = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     code, out, err = train(store, tmp_path / "运行", "--train-iters", 3, **posix)

@@ -1,4 +1,4 @@
-"""Peaks by exact names, as torch.cuda.get_device_name spells them."""
+"""Test the look-up of peaks by the exact names that torch.cuda.get_device_name returns."""
 
 import pytest
 

@@ -1,5 +1,5 @@
-"""Killed runs go on bit for bit; damaged checkpoints are passed over; a checkpoint of another run
-is refused.
+"""Test that killed runs resume bit for bit, damaged checkpoints are skipped, and a checkpoint of
+another run is refused.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def undisturbed(store, tmp_path_factory):
-    """Two processes, ZeRO-1, dropout on, all 14 steps without a break."""
+    """Run all 14 steps without interruption: two processes, ZeRO-1, dropout on."""
     save = tmp_path_factory.mktemp("resume") / "whole"
     code, out, err = train(2, "--data-path", store, "--save", save, *FLAGS)
     assert code == 0, out + err
@@ -58,7 +58,7 @@ def undisturbed(store, tmp_path_factory):
 
 
 def kill_after_step(process, save, step):
-    """SIGKILL to the whole session as soon as it has saved and metrics.jsonl shows a step."""
+    """Kill the session (SIGKILL) once it has saved and metrics.jsonl has reached a step."""
     saved = Path(save) / "latest"
     metrics = Path(save) / "metrics.jsonl"
     shown = re.compile("|".join(f'"step": {later},' for later in range(step, 20)))
@@ -75,7 +75,7 @@ def kill_after_step(process, save, step):
 
 
 def kill_ranks_of(save):
-    """Kill the ranks that the deepspeed launcher has started in sessions of their own, and wait."""
+    """Kill the ranks, which deepspeed started in sessions of their own, and wait for them."""
     ranks = []
     for process in psutil.process_iter(["cmdline"]):
         if str(save) in (process.info["cmdline"] or []) and process.pid != os.getpid():
@@ -166,9 +166,8 @@ def flip(file, place):
 
 
 def test_every_damage_is_named_and_the_run_goes_on_elsewhere(store, undisturbed, tmp_path):
-    """Three damaged checkpoints in one folder and one without a manifest: the oldest, whole one is
-    taken. Then on one process instead of two, without naming the global batch: it stays that of the
-    checkpoint.
+    """Check that, among damaged checkpoints and one without a manifest, the oldest, intact one is
+    taken; on one process instead of two, without a flag for the global batch size, which is kept.
     """
     save = shutil.copytree(undisturbed, tmp_path / "damaged")
     messages = []
@@ -212,8 +211,8 @@ def test_two_runs_cannot_write_to_one_folder(store, undisturbed, tmp_path):
 
 
 def test_full_disk(store, tmp_path):
-    """A disk that takes one checkpoint and not the second: the first stays whole, the run says so
-    and ends with code 1.
+    """Check a disk with room for only one checkpoint: the first stays intact, and the run reports
+    the failure and ends with code 1.
     """
     save = tmp_path / "small"
     save.mkdir()
@@ -308,9 +307,7 @@ LAYOUTS = {
     ],
 )
 def test_resume_is_exact_on_other_layouts_too(store, tmp_path, layout):
-    """Stopped after step 4 and started again, with the loss scale of fp16 and both random
-    streams.
-    """
+    """Stop after step 4 and resume, including fp16's loss scale and both random streams."""
     flags = (*FLAGS, "--train-iters", 7, "--micro-batch-size", 4, *LAYOUTS[layout])
 
     for name, stops in (("whole", [()]), ("halved", [("--exit-interval", 4), ()])):
@@ -335,7 +332,7 @@ def test_weights_of_another_vocabulary_are_not_taken(store, undisturbed, tmp_pat
 
 
 def test_load_from_one_folder_save_to_another(store, undisturbed, tmp_path):
-    """The first start takes --load; started again, the run goes on from its own --save."""
+    """Check that the first start uses --load, and the next resumes from its own --save."""
     flags = ("--load", undisturbed, "--save", tmp_path / "own", *FLAGS)
     code, out, err = train(
         2, "--data-path", store, *flags, "--train-iters", 16, "--exit-interval", 15
@@ -348,7 +345,7 @@ def test_load_from_one_folder_save_to_another(store, undisturbed, tmp_path):
 
 
 def test_a_finished_backup_is_kept_by_the_run_that_loads_it(store, undisturbed, tmp_path):
-    """There is nothing to train, but the backup may go away."""
+    """Check that it is saved though nothing is left to train: the backup may go away."""
     own = tmp_path / "own"
     code, out, err = train(2, "--data-path", store, "--load", undisturbed, "--save", own, *FLAGS)
     assert code == 0, out + err
@@ -375,7 +372,7 @@ def test_mined_negatives_that_come_go_or_change_are_another_run(before, now):
 
 
 def test_a_checkpoint_of_an_older_version_is_of_the_same_run():
-    """Settings that it does not know are taken as their defaults; others still differ."""
+    """Check that settings it lacks count as defaults, and others must still agree."""
     config = RunConfig()
     sizes = ModelConfig()
     data = {"vocabulary": "v", "manifest_sha256": "m", "store": "s"}
@@ -392,7 +389,7 @@ def test_a_checkpoint_of_an_older_version_is_of_the_same_run():
 
 
 def test_fitted_settings_come_from_a_manifest_that_can_be_read(undisturbed, tmp_path):
-    """A damaged newest one is passed over here, and set aside when checkpoints are verified."""
+    """Check that a damaged newest manifest is skipped; verification sets it aside later."""
     save = shutil.copytree(undisturbed, tmp_path / "damaged")
     newest, before = complete_checkpoints(save)[:2]
     (newest / "manifest.json").write_text("{")

@@ -1,4 +1,4 @@
-"""The vote of the ranks on ending early."""
+"""Test the ranks' vote on ending early."""
 
 import os
 import signal
@@ -15,8 +15,8 @@ from megatron_interbert.training import stopping
 
 @pytest.fixture
 def stop(monkeypatch):
-    """The vote of one rank of two, of which the other never wants to end; the signals' handlers are
-    given back.
+    """Build the vote of one of two ranks, of which the other never asks to end; restore signal
+    handlers afterwards.
     """
     before = {number: signal.getsignal(number) for number in (*STOPPING, signal.SIGINT)}
     monkeypatch.setattr(dist, "new_group", lambda backend, timeout: backend)
@@ -28,7 +28,7 @@ def stop(monkeypatch):
 
 
 def test_a_signal_in_the_middle_of_a_vote_is_not_lost(stop, monkeypatch):
-    """It has come too late for this vote and counts in the next."""
+    """Check that it is too late for this vote and counts in the next."""
     monkeypatch.setattr(
         dist, "all_reduce", lambda vote, op, group: os.kill(os.getpid(), signal.SIGUSR1)
     )
@@ -40,7 +40,7 @@ def test_a_signal_in_the_middle_of_a_vote_is_not_lost(stop, monkeypatch):
 
 
 def test_a_problem_of_one_rank_ends_all(stop, monkeypatch):
-    """The one that has it and the one that only hears of it in the vote."""
+    """Check the rank that has it and the rank that only learns of it in the vote."""
     stop.state.gather = lambda value, group: [value, "a shard has changed"]
     monkeypatch.setattr(dist, "all_reduce", lambda vote, op, group: vote.fill_(1))
     for own in ("", "a shard has changed"):
@@ -49,9 +49,8 @@ def test_a_problem_of_one_rank_ends_all(stop, monkeypatch):
 
 
 def test_the_clock_of_rank_0_asks_for_checkpoints(stop, monkeypatch):
-    """Every ten minutes unless --save-interval is given.
-
-    --save-interval-in-mins holds beside it.
+    """Check that a save is due every ten minutes, unless --save-interval is given without
+    --save-interval-in-mins.
     """
     monkeypatch.setattr(dist, "all_reduce", lambda vote, op, group: None)
     now = [1000.0]

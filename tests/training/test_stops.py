@@ -1,4 +1,4 @@
-"""The short form of the campaign of stops; the long one is `python -m tests.campaigns.stops`."""
+"""Run the short form of the stop campaign; the long one is `python -m tests.campaigns.stops`."""
 
 from tests.campaigns.stops import run
 

@@ -1,8 +1,8 @@
-"""A checkpoint of any layout goes on on any other: losses and norms as in the undisturbed run,
-weights and moments bit for bit.
+"""Test that a checkpoint of any layout resumes on any other: losses and norms as in the
+uninterrupted run, weights and moments bit for bit.
 
-{DP2, TP2, DP2 x TP2} x ZeRO {1, 2, 3}, stage 0, one process and TP4. Each layout goes on from every
-fifth of the others, so that each stage is met as source and as target of each; `python -m
+Layouts are {DP2, TP2, DP2 x TP2} x ZeRO {1, 2, 3}, stage 0, one process and TP4. Each resumes from
+every fifth of the others, so that every stage is source and target of every stage; `python -m
 tests.campaigns.topologies` tries all pairs.
 """
 
@@ -35,7 +35,7 @@ ALL = [
 
 
 def start():
-    """Set this process up as a launched rank is; the number of ranks."""
+    """Set up this process as a launched rank; return the number of ranks."""
     from megatron_interbert.machines.processes import start_processes
 
     start_processes()
@@ -43,7 +43,7 @@ def start():
 
 
 class Run:
-    """A training run through the engine that can be saved and resumed at any step."""
+    """Train through the engine; the run can be saved and resumed at any step."""
 
     def __init__(self, store, folder, tensor, stage, load="", **changes):
         from megatron_interbert.training.checkpoint import Checkpoints, Progress
@@ -71,7 +71,7 @@ class Run:
         self.progress = self.checkpoints.load(self.engine, Path(load)) if load else Progress()
 
     def train(self, last):
-        """Steps up to `last`: {step: (loss, norm)}."""
+        """Train up to step `last`; return {step: (loss, gradient norm)}."""
         from megatron_interbert.data.order import MicroBatches
         from megatron_interbert.training.optimizer import learning_rate
 
@@ -103,13 +103,13 @@ class Run:
         return results
 
     def save(self):
-        """A committed checkpoint of where the run is."""
+        """Save a checkpoint and wait until it is committed."""
         self.checkpoints.save(self.engine, self.progress)
         self.checkpoints.wait()
 
 
 def make_checkpoints(store, folder):
-    """Each layout of this world size: three steps, saved; the first also undisturbed to the end."""
+    """Train three steps on each layout of this world size, save, and train on to the end."""
     ranks = start()
     for tensor, stage in LAYOUTS[ranks]:
         name = f"dp{ranks // tensor}-tp{tensor}-zero{stage}"
@@ -122,7 +122,7 @@ def make_checkpoints(store, folder):
 
 
 def resume_everywhere(store, folder, every):
-    """Each layout of this world size goes on from every `every`-th checkpoint of all."""
+    """Resume each layout of this world size from every `every`-th of all checkpoints."""
     from megatron_interbert.training.fragments import FragmentedState
     from megatron_interbert.weights.reader import CheckpointReader
 
@@ -148,7 +148,7 @@ def resume_everywhere(store, folder, every):
 
 
 def offload(store, folder):
-    """Weights and moments kept on the host: from and to a layout that keeps them on the device."""
+    """Check offload to the host: resume from, and into, a layout that keeps state on the device."""
     start()
     templates = Path(__file__).resolve().parents[2] / "ds_configs"
     expected = json.loads(Path(f"{folder}/dp2-tp1-zero3.json").read_text())
@@ -175,7 +175,7 @@ def offload(store, folder):
 
 
 def check_every_bit(reader, training_state, state, where):
-    """What each rank holds after loading against a plain slice of the full tensors."""
+    """Compare what each rank holds after loading with a plain slice of the full tensors."""
     assert training_state.scalars()["adam_step"] == SAVED
     seen = 0
 
@@ -195,8 +195,8 @@ def check_every_bit(reader, training_state, state, where):
 
 
 def write_corpus(folder):
-    """(region store, folder) for the runs."""
-    # ZeRO-3 with parameters of both kinds: cut up, and kept whole on every rank.
+    """Write the configurations and the store for the runs; return (region store, folder)."""
+    # ZeRO-3 with both kinds of parameters: partitioned, and kept whole on every rank.
     (folder / "zero3.json").write_text(
         '{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 1000}}'
     )
@@ -213,7 +213,7 @@ def corpus(tmp_path_factory):
 
 
 def check_layouts(store, folder, every):
-    """Checkpoints of all layouts, and runs that go on from them on others."""
+    """Make checkpoints on all layouts, and resume from them on others."""
     for ranks in LAYOUTS:
         run_on_ranks(ranks, make_checkpoints, store, folder)
     for ranks in LAYOUTS:
@@ -227,8 +227,8 @@ def test_layouts_resume_from_one_another(corpus):
 
 
 def change_precision(store, folder):
-    """fp16 with its loss scale, bf16 and fp32 go on from one another; the scale comes back where it
-    means something.
+    """Check that fp16, with its loss scale restored, and bf16 and fp32 resume from an fp16
+    checkpoint.
     """
     from megatron_interbert.training.fragments import FragmentedState
 
@@ -257,13 +257,13 @@ def test_precisions(corpus):
     run_on_ranks(2, change_precision, *corpus)
 
 
-# (tensor parallel, ZeRO stage): our own update, our norm around DeepSpeed's, DeepSpeed's alone
+# (tensor parallel, ZeRO stage): WholeUpdate, PartitionedUpdate, DeepSpeedUpdate
 BF16 = ((2, 2), (1, 1), (1, 3))
 
 
 def change_update(store, folder):
-    """Runs in bf16 go on from one another whoever updates: weights, moments and average bit for
-    bit, and so do runs in fp32.
+    """Check that runs resume from bf16 runs with any kind of update, and in fp32: weights, moments
+    and average are equal to the bit.
     """
     from megatron_interbert.training.fragments import FragmentedState
     from megatron_interbert.weights.reader import CheckpointReader
@@ -294,8 +294,8 @@ def change_update(store, folder):
 
 
 def check_whole_copy(run):
-    """The model for evaluation holds fp32 weights, of which the run computes with the nearest
-    numbers in bf16.
+    """Check that the evaluation's model gets the fp32 weights, and that the run computes with the
+    same, rounded.
     """
     import deepspeed
 

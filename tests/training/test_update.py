@@ -1,4 +1,4 @@
-"""The three kinds of update: the same numbers, nothing changed by a gradient that is not finite,
+"""Test the three kinds of update: they agree, a non-finite gradient changes nothing, and they take
 few operations.
 """
 
@@ -32,7 +32,7 @@ from tests.launching import train
 from tools.benchmarks.batches import random_examples
 
 SAMPLES = 4
-# the last one's square is infinite in float32, not in DeepSpeed's float64
+# the square of the last is infinite in float32, but not in DeepSpeed's float64
 BAD = (math.nan, math.inf, -math.inf, 1e30)
 DATA = {"vocab_size": 300, "feature_dim": 64, "num_classes": 20}
 TINY = dataclasses.replace(PRESETS["tiny"], **DATA)
@@ -42,7 +42,7 @@ NARROW_BASE = dataclasses.replace(
 
 
 class Run:
-    """Steps of an engine on the same random samples, each step on the next ones."""
+    """Run steps of an engine on random samples, which are the same for every run."""
 
     def __init__(self, state, sizes=TINY, **settings):
         self.state = state
@@ -56,14 +56,14 @@ class Run:
         self.streams = RandomStreams(0, state.data_rank, state.tensor_rank)
         model = InterBert(sizes, state=state, kernels=kernels, streams=self.streams)
         initialise(model, sizes, 0, state)
-        # as DeepSpeed begins: its fp32 weights are what bf16 holds
+        # as DeepSpeed begins: its fp32 weights are copies of the bf16 ones
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16().float()
 
         self.engine = Engine(model, self.config, state)
 
     def forward(self, number):
-        """The loss of a step."""
+        """Return the loss of a step."""
         self.streams.start_step(number)
         batch = pack(
             random_examples(
@@ -76,13 +76,13 @@ class Run:
         return self.task.loss(self.engine.forward(batch), batch, totals)[0]
 
     def step(self, number):
-        """(Gradient norm, whether weights were updated)."""
+        """Run a step; return (gradient norm, whether weights were updated)."""
         self.engine.backward(self.forward(number), last=True)
         return self.engine.step(1e-3)
 
     def held(self):
-        """Copies of this rank's fp32 weights and moments, and of the weights with which the model
-        computes (those of ZeRO-3 come and go).
+        """Copy this rank's fp32 weights and moments, and the parameters that the model computes
+        with (not at ZeRO-3, which gathers them as needed).
         """
         fragments = FragmentedState(self.engine).held()
         held = {
@@ -101,13 +101,13 @@ class Run:
 
 
 def same(left, right):
-    """Whether two states are equal, bit for bit."""
+    """Check whether two states are equal, bit for bit."""
     assert left.keys() == right.keys()
     return all(torch.equal(left[key], right[key]) for key in left)
 
 
 KINDS = [
-    # precision, ranks, tensor-parallel ranks, stage, what is chosen
+    # precision, ranks, tensor-parallel ranks, stage, expected kind
     *(("bf16", 1, 1, stage, WholeUpdate) for stage in (1, 2, 3)),
     *(("fp32", 1, 1, stage, WholeUpdate) for stage in (0, 1, 2, 3)),
     *(("bf16", 2, 2, stage, WholeUpdate) for stage in (1, 3)),
@@ -123,8 +123,8 @@ KINDS = [
 
 
 def check_bad_gradients(ranks):
-    """A bad number in one gradient of the last rank alone: no rank changes anything, and the run
-    goes on as if nothing had been.
+    """Check that a bad value in one gradient of the last rank changes nothing on any rank, and that
+    the run continues as if it had not happened.
     """
     start_processes()
 
@@ -154,7 +154,7 @@ def check_bad_gradients(ranks):
 
 @contextlib.contextmanager
 def spoiled(run, number, bad):
-    """Within it, one number in the gradient of a parameter is `bad` on the last rank."""
+    """Set one element of a parameter's gradient to `bad` on the last rank, inside the context."""
     names = (
         "image_stream.layers.0.mlp.up.weight",
         "text_pooler.dense.bias",
@@ -184,8 +184,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(ranks):
 
 
 def check_against_deepspeed():
-    """Our steps and DeepSpeed's own: the same bits while nothing is clipped, a rounding of fp32
-    apart in a step where it is.
+    """Compare our steps with DeepSpeed's own: equal to the bit without clipping, within an fp32
+    rounding with it.
     """
     start_processes()
 
@@ -226,7 +226,7 @@ def check_against_deepspeed():
 
 @contextlib.contextmanager
 def chosen(kind):
-    """Within it, engines have this kind of update."""
+    """Have engines use this kind of update, inside the context."""
 
     def choose(model, groups, config, state, deepspeed_config):
         return (
@@ -250,8 +250,8 @@ def test_ours_is_deepspeeds_step():
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_of_bad_steps_ends(processes, tmp_path):
-    """A learning rate that blows the weights up: every gradient after the first step is NaN, and
-    the third of them ends the run.
+    """Check a learning rate that blows up the weights: every gradient after the first step is NaN,
+    and the third of them ends the run.
     """
     store = write_store(tmp_path / "store")
     flags = (
@@ -286,9 +286,7 @@ def test_a_run_of_bad_steps_ends(processes, tmp_path):
 
 
 class Counting(TorchDispatchMode):
-    """Counts the operations that torch dispatches, but for those that only look at a tensor in
-    another way.
-    """
+    """Count the operations that torch dispatches, except views."""
 
     def __init__(self):
         super().__init__()
@@ -301,8 +299,8 @@ class Counting(TorchDispatchMode):
 
 
 def check_operations(layouts):
-    """How many operations the third step of a model with as many parameters as `base` takes, in
-    each part.
+    """Check how many operations each part of the third step takes, in a model with as many
+    parameter tensors as `base`.
     """
     start_processes()
 
@@ -330,9 +328,10 @@ def check_operations(layouts):
 
 
 def test_an_update_takes_few_operations():
-    """Hundreds of parameters, tens of operations: each costs time of the host, on a GPU too.
+    """Check that hundreds of parameters take tens of operations: each costs host time, even on a
+    GPU.
 
-    Without its copies for ZeRO, a backward pass takes no more in bf16 than in fp32.
+    Without ZeRO's copies, a backward pass takes no more operations in bf16 than in fp32.
     """
     ours = (950, 750, 40)
     run_on_ranks(1, check_operations, [(1, {"bf16": True}, ours), (1, {"zero_stage": 0}, ours)])
@@ -344,8 +343,8 @@ def test_fewer_operations_around_deepspeeds_update():
 
 
 def test_gradients_of_micro_batches_are_added_up_in_fp32():
-    """100 small gradients in bf16, added up there, would end at a half of what they give; a
-    parameter without a gradient has zeros.
+    """Check the sum of 100 gradients, of which bf16 would lose a half; a parameter without a
+    gradient counts as zeros.
     """
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"used": torch.nn.Linear(3, 5), "unused": torch.nn.Linear(2, 2)})

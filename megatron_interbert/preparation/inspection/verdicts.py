@@ -12,7 +12,7 @@ from megatron_interbert.preparation.inspection.findings import Report, Verdict
 OK = "ok"
 WARNING = "warning"
 PROBLEM = "problem"
-REBUILD = "extract them again or leave them out, and rebuild with tools/build_features.py"
+REBUILD = "extract them again or leave them out, and rebuild with interbert build-features"
 SOME = 0.1
 # finding -> (what is counted, out of what, share up to which it is harmless, share above which it
 # is a problem, what to do)
@@ -96,7 +96,7 @@ def _records(report: Report, findings: dict[str, Finding]) -> Iterator[Verdict]:
         yield Verdict(PROBLEM, "records", what, REBUILD, bad.places, bad.count - len(bad.places))
     elif seen["images"] == 0:
         yield Verdict(
-            PROBLEM, "records", "the store has no images", "rebuild it with tools/build_features.py"
+            PROBLEM, "records", "the store has no images", "rebuild it with interbert build-features"
         )
     else:
         what = (
@@ -216,7 +216,7 @@ def _boxes(report: Report) -> Iterator[Verdict]:
             " inverted; they are clipped when read"
         )
         yield Verdict(
-            WARNING, "stored boxes", what, "rebuild with tools/build_features.py STORE --output NEW"
+            WARNING, "stored boxes", what, "rebuild with interbert build-features STORE --output NEW"
         )
 
 
@@ -308,7 +308,7 @@ def _layout(report: Report) -> Iterator[Verdict]:
         WARNING,
         "layout",
         what,
-        f"python tools/build_features.py {report.store} --output NEW",
+        f"interbert build-features {report.store} --output NEW",
         [file],
         len(slow) - 1,
     )

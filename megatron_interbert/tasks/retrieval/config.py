@@ -24,7 +24,7 @@ class RetrievalConfig(FinetuneConfig):
 
     data_path: str = training_store(
         "sample_corpus/train",
-        "region store to train on, with hard_images.npy (tools/mine_neighbours.py)",
+        "region store to train on, with hard_images.npy (interbert mine-neighbours)",
     )
     valid_data_path: str = training_store(
         "", "region store to evaluate on, all pairs of it; none: no evaluation"

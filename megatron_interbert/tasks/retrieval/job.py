@@ -63,7 +63,7 @@ def retrieval_job(config: RetrievalConfig, state: ParallelState) -> Job:
     if state.is_main and not samples.has_hard_images:
         print(
             f"{corpus.path}: no hard_images.npy, so hard captions are random ones; make it with"
-            " tools/mine_neighbours.py",
+            " interbert mine-neighbours",
             flush=True,
         )
 

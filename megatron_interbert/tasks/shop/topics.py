@@ -31,7 +31,6 @@ from megatron_interbert.tasks.shop.topic_samples import (
 from megatron_interbert.tasks.task import Job
 
 FIGURES = ("AUC", "gAUC", "nDCG@5", "HR@5", "nDCG@10", "HR@10")
-PAIRS_AT_ONCE = 1024
 
 
 class ClickTask(ClassificationTask):

@@ -1,1 +1,1 @@
-"""What an acceptance run tries, a function each; tests/gpu/acceptance.py has order and limits."""
+"""Define the stages of an acceptance run; tests/gpu/acceptance.py has their order and limits."""

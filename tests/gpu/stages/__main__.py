@@ -1,4 +1,4 @@
-"""Runs one stage: python -m tests.gpu.stages MODULE:FUNCTION --record FILE --scratch FOLDER."""
+"""Run one stage: python -m tests.gpu.stages MODULE:FUNCTION --record FILE --scratch FOLDER."""
 
 import argparse
 import importlib
@@ -11,7 +11,7 @@ from tests.gpu.stages.place import Place, Record
 
 
 def main() -> None:
-    """Call the function; what it raises is one more failure. Exit code 1 where there are any."""
+    """Call the stage's function; an exception counts as a failure. Exit code 1 if any failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("function")
     parser.add_argument("--record", type=Path, required=True)
@@ -30,7 +30,7 @@ def main() -> None:
         record.expect(False, f"{type(error).__name__}: {text[:300]}")
 
     sys.stdout.flush()
-    os._exit(1 if record.failed else 0)  # destructors of process groups may wait
+    os._exit(1 if record.failed else 0)  # destructors of process groups may hang
 
 
 main()

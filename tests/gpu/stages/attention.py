@@ -1,4 +1,4 @@
-"""The attention kernels against float64: values, gradients, dropout, and what they cost."""
+"""Check attention kernels against float64: values, gradients, dropout, and their cost."""
 
 import os
 import statistics
@@ -15,12 +15,12 @@ from tests.kernels import comparisons
 from tests.kernels.sequences import packed
 
 LENGTHS = {"one tile": [1, 37, 64, 23], "longer": [93, 128, 5], "beyond 128": [161, 37, 200]}
-HEADS = [(12, 64), (8, 96)]  # of the base model: how many, and their size
+HEADS = [(12, 64), (8, 96)]  # (number of heads, their size) in the base model
 DROPOUT = 0.1
 
 
 def check_attention(place: Place, record: Record) -> None:
-    """Worst errors by type, head size and lengths; microseconds of a call; compilation, spills."""
+    """Record the worst errors by dtype, microseconds of a call, compilation and spills."""
     if place.pretended:
         os.environ["TRITON_INTERPRET"] = "1"
 
@@ -29,11 +29,11 @@ def check_attention(place: Place, record: Record) -> None:
     attend = triton_attention.packed_attention
     heads = place.choose(HEADS, [(1, 8), (1, 24)])
     lengths = place.choose(LENGTHS, {"one tile": [1, 17, 9], "longer": [37, 5]})
-    # The interpreter takes bfloat16 for whole numbers.
+    # The interpreter treats bfloat16 as integers.
     types = [place.choose(torch.bfloat16, torch.float16), torch.float32]
     torch.manual_seed(0)
     worst: dict[torch.dtype, float] = {}
-    slowest = 0.0  # of the first calls, which compile
+    slowest = 0.0  # seconds of the slowest first call, which compiles
 
     for dtype in types:
         for count, size in heads:
@@ -61,9 +61,9 @@ def check_one(
     dtype: torch.dtype,
     where: str,
 ) -> tuple[float, float]:
-    """Largest |ours - exact| / |exact| of values and gradients.
+    """Return (largest |ours - exact| / |exact| of values and gradients, seconds of the first call).
 
-    With dropout, exact is float64 with the mask that v = identity shows.
+    With dropout, exact is float64 with the mask that v = identity reveals.
     """
     began = time.monotonic()
     qkv, sequences = packed(lengths, heads, size, dtype, place.device.type)
@@ -105,7 +105,7 @@ def errors_of(
     sequences: Sequences,
     p: float,
 ) -> tuple[float, float]:
-    """Of the values and of the gradient, relative to their length."""
+    """Return the relative errors of the values and of the gradient."""
     wide = qkv.detach().double().requires_grad_()
     theirs = exact(wide, sequences, p)
     found = ours(qkv, sequences, p)
@@ -117,13 +117,13 @@ def errors_of(
 
 
 def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Length of the difference over that of the exact one; infinite where it is not a number."""
+    """Return |found - exact| / |exact|; infinite if that is NaN."""
     error = float((found.double() - exact).norm() / exact.norm())
     return error if error == error else float("inf")
 
 
 def note_programs(record: Record, kernels: object) -> None:
-    """Shared memory, registers and spills of what was compiled for this card."""
+    """Record shared memory, registers and spills of the programs compiled for this GPU."""
     programs = []
 
     for name in ("_row_forward", "_row_backward", "_tiled_forward", "_tiled_backward"):
@@ -149,7 +149,7 @@ def time_attention(
     size: int,
     dtype: torch.dtype,
 ) -> None:
-    """Forward and backward on ragged joint tokens, beside padded SDPA."""
+    """Time forward and backward passes on ragged joint tokens, compared with padded SDPA."""
     samples, joint = place.choose((256, (45, 58)), (2, (5, 9)))
     lengths = torch.randint(*joint, (samples,)).tolist()
     took = {}

@@ -1,4 +1,4 @@
-"""Generated data in the scratch folder, made by the first stage that needs them."""
+"""Generate data in the scratch folder, when a stage first needs them."""
 
 import sys
 from pathlib import Path
@@ -12,18 +12,18 @@ from tests.gpu.stages.place import Place
 from tests.gpu.stages.programs import Program
 
 SPECIAL = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-CAPTIONS = 2  # of each image
-TEST_SCENES = (200, 20)  # of the generated world; the second where a GPU is pretended
+CAPTIONS = 2  # per image
+TEST_SCENES = (200, 20)  # in the generated world: on a GPU, on a pretended one
 
 
 def small_store(place: Place) -> Path:
-    """A store of small random regions, on which tiny trains."""
+    """Return a store of random regions with few features, for the tiny model."""
     path = place.scratch / "small"
     return path if path.exists() else write_store(path, images=200)
 
 
 def base_store(place: Place) -> Path:
-    """A store of noise in the sizes of `place.model`: images of 10 to 36 regions, 6 to 18 words."""
+    """Return a store of noise in the sizes of `place.model`: 10 to 36 regions, 6 to 18 words."""
     path = place.scratch / "base"
     if path.exists():
         return path
@@ -51,7 +51,7 @@ def base_store(place: Place) -> Path:
 
 
 def noise(random: np.random.Generator, number: int, features: int, classes: int) -> Regions:
-    """Regions of one made-up image of 480 x 480 pixels."""
+    """Make random regions of one image of 480 x 480 pixels."""
     count = int(random.integers(10, 37))
     corner = random.uniform(0, 300, (count, 2))
     boxes = np.concatenate([corner, corner + random.uniform(20, 150, (count, 2))], axis=1)
@@ -67,7 +67,7 @@ def noise(random: np.random.Generator, number: int, features: int, classes: int)
 
 
 def sample_corpus(place: Place) -> Path:
-    """The generated world, from which something can be learnt: stores train and test."""
+    """Return the folder of the generated world, which a model can learn: stores train and test."""
     path = place.scratch / "sample_corpus"
     if not path.exists():
         scenes = (

@@ -1,4 +1,4 @@
-"""Retrieval in fp32 and bf16: what it finds and how fast; a long batch of VCR's kind."""
+"""Evaluate retrieval in fp32 and bf16: recall and speed; and train on a long batch as in VCR."""
 
 import json
 from pathlib import Path
@@ -26,12 +26,12 @@ from tests.launching import records
 from tools.benchmarks.batches import random_examples
 
 PRECISIONS = {"fp32": "--no-bf16", "bf16": "--bf16"}
-WORDS_LEARNT = 0.4  # share of the hidden words that a model guesses once it has learnt something
-RECALL_NOISE = 3.0  # percentage points between the precisions
+WORDS_LEARNT = 0.4  # share of masked words that a trained model predicts at least
+RECALL_NOISE = 3.0  # percentage points that the precisions may differ by
 
 
 def check_evaluation(place: Place, record: Record) -> None:
-    """The program on weights that have learnt something; rates of the base model; VCR's lengths."""
+    """Evaluate trained weights, time the base model, and try sequences as long as VCR's."""
     check_recall(place, record)
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         measure_pairs(place, record, name, dtype)
@@ -92,7 +92,7 @@ def check_recall(place: Place, record: Record) -> None:
 
 
 def check_learnt(place: Place, record: Record, run: Path) -> None:
-    """Words of the generated world are guessed: on a CPU 55 % of them after 272 steps."""
+    """Check that masked words are predicted; on a CPU 55 % of them were after 272 steps."""
     last = records(run)[max(records(run))]
     record.note(words_right=last["msm_accuracy"], matches_right=last["itm_accuracy"])
     if place.pretended:
@@ -105,14 +105,14 @@ def check_learnt(place: Place, record: Record, run: Path) -> None:
 
 
 def recalls(folder: Path) -> dict[str, float]:
-    """R@K of both directions, in percent, by `direction/name`."""
+    """Return R@K of both directions in per cent, by `direction/name`."""
     (path,) = folder.rglob("result.json")
     metrics: dict[str, Any] = json.loads(path.read_text())["metrics"]
     return flat(metrics)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Numbers of nested dictionaries under joined names."""
+    """Flatten nested dictionaries of numbers, joining names with `/`."""
     found = {}
 
     for name, value in values.items():
@@ -125,7 +125,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def compare_recalls(place: Place, record: Record, found: dict[str, dict[str, float]]) -> None:
-    """R@1 alike in both precisions; near `chance` it says little, so that is said as well."""
+    """Check that R@1 agrees in both precisions; report chance too, near which R@1 says little."""
     first = [name for name in found["fp32"] if name.lower().endswith("r@1")]
     record.expect(bool(first), f"no R@1 among {', '.join(found['fp32'])}")
     chance = 100 / place.choose(*TEST_SCENES)
@@ -140,7 +140,7 @@ def compare_recalls(place: Place, record: Record, found: dict[str, dict[str, flo
 
 
 def measure_pairs(place: Place, record: Record, name: str, dtype: torch.dtype) -> None:
-    """Pairs/s of the base model with random weights, as `evaluate retrieval` scores a tile."""
+    """Measure pairs/s with random weights, scored as `evaluate retrieval` scores a tile."""
     device = place.device
     store = base_store(place)
     sizes = place.sizes.without_dropout()
@@ -179,9 +179,10 @@ def measure_pairs(place: Place, record: Record, name: str, dtype: torch.dtype) -
 
 
 def check_long_batch(place: Place, record: Record) -> None:
-    """Both passes with dropout on 161 joint tokens: 60 words, 100 regions and their mean.
+    """Run both passes with dropout on 161 joint tokens: 60 words, 100 regions and their mean.
 
-    By our kernels and by plain torch's, from the same weights: losses alike as far as masks allow.
+    Our kernels and plain torch's start from the same weights; their losses must agree as far as
+    different dropout masks allow.
     """
     words, regions = place.choose((60, 100), (30, 50))
     samples = place.choose(64, 2)

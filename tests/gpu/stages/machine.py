@@ -1,4 +1,4 @@
-"""What machine this is, whether DeepSpeed starts on it, and the tests that need a GPU."""
+"""Describe the machine, check that DeepSpeed starts on it, and run the tests that need a GPU."""
 
 import importlib.metadata
 import os
@@ -23,7 +23,7 @@ COMPILERS = (("gcc", "--version"), ("nvcc", "--version"), ("ninja", "--version")
 
 
 def check_machine(place: Place, record: Record) -> None:
-    """Versions, driver, compilers; deepspeed.initialize of one Linear: does that compile?"""
+    """Record versions, driver, compilers; check that DeepSpeed steps a Linear without compiling."""
     record.note(python=platform.python_version(), system=platform.platform(), cores=os.cpu_count())
 
     for name in PACKAGES:
@@ -41,7 +41,7 @@ def check_machine(place: Place, record: Record) -> None:
 
 
 def first_version(command: tuple[str, ...]) -> str | None:
-    """Ask a tool for its version; None where it is not installed."""
+    """Return a tool's version; None if it is not installed."""
     if not shutil.which(command[0]):
         return None
     told = subprocess.run(command, capture_output=True, text=True, check=False).stdout
@@ -51,7 +51,7 @@ def first_version(command: tuple[str, ...]) -> str | None:
 
 
 def note_card(record: Record) -> None:
-    """The card as torch and the driver see it."""
+    """Record the GPU as torch and the driver see it."""
     gpu = gpu_of(torch.device("cuda", 0))
     facts = torch.cuda.get_device_properties(0)
     record.note(
@@ -71,7 +71,7 @@ def note_card(record: Record) -> None:
 
 
 def driver_version() -> str | None:
-    """Ask nvidia-smi; None where it is not installed."""
+    """Return the driver's version from nvidia-smi; None if that is not installed."""
     if not shutil.which("nvidia-smi"):
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -81,7 +81,7 @@ def driver_version() -> str | None:
 
 
 def step_one_linear(place: Place, record: Record) -> None:
-    """One step of a Linear by DeepSpeed, as our engine starts it."""
+    """Step a Linear with DeepSpeed, started as our engine starts it."""
     began = time.monotonic()
     import deepspeed
 
@@ -115,7 +115,7 @@ def step_one_linear(place: Place, record: Record) -> None:
 
 
 def run_gpu_tests(place: Place, record: Record) -> None:
-    """The tests with the marker gpu; without a GPU all of them must skip."""
+    """Run the tests with the marker gpu; without a GPU all must be skipped."""
     results = place.scratch / "pytest.xml"
     ended = Program(
         *(sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"),

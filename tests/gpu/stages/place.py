@@ -1,4 +1,4 @@
-"""Where a stage runs, and what it writes down."""
+"""Describe where a stage runs, and record its findings."""
 
 import json
 import time
@@ -15,37 +15,37 @@ from tools.benchmarks.batches import sizes_of
 
 @dataclass(frozen=True)
 class Place:
-    """A GPU, or a CPU that is pretended to be one; `scratch` is a folder that all stages share."""
+    """Describe a GPU, or a CPU in its place; all stages share the folder `scratch`."""
 
     scratch: Path
     pretended: bool
 
     @property
     def device(self) -> torch.device:
-        """The device that is computed on."""
+        """Return the device to compute on."""
         return torch.device("cpu" if self.pretended else "cuda")
 
     @property
     def model(self) -> str:
-        """The model that is measured: base, or its tiny stand-in."""
+        """Return the name of the model to measure: base, or tiny in its place."""
         return "tiny" if self.pretended else "base"
 
     @property
     def sizes(self) -> ModelConfig:
-        """Those of `model` on the data of base_store()."""
+        """Return the configuration of `model` for the data of base_store()."""
         return sizes_of(self.model)
 
     def choose(self, real: Any, pretended: Any) -> Any:
-        """Take one value on a GPU and another on a CPU."""
+        """Return `real` on a GPU, `pretended` on a CPU."""
         return pretended if self.pretended else real
 
     def wait(self) -> None:
-        """Wait for the device."""
+        """Wait until a GPU has finished its queued work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def seconds(self, work: Callable[[], Any]) -> float:
-        """Time some work, with the device idle before and after."""
+        """Return the seconds that `work` takes, with the device idle before and after."""
         self.wait()
         began = time.perf_counter()
         work()
@@ -55,27 +55,27 @@ class Place:
 
 
 class Record:
-    """The findings of a stage, each written to a file at once: it may be killed at any time."""
+    """Write a stage's findings to a file immediately: it may be killed at any time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.failed: list[str] = []
 
     def note(self, **figures: Any) -> None:
-        """Keep figures for the JSON file."""
+        """Record figures for the JSON file."""
         self._write(figures=figures)
 
     def say(self, text: str) -> None:
-        """Keep a line for the table."""
+        """Record a line for the table."""
         self._write(said=[text])
 
     def expect(self, holds: bool, text: str) -> None:
-        """Keep `text` as a failure unless something holds; the stage goes on."""
+        """Record `text` as a failure unless `holds`; the stage continues either way."""
         if not holds:
             self.failed.append(text)
             self._write(failed=[text])
 
     def _write(self, **entry: Any) -> None:
-        print(json.dumps(entry), flush=True)  # to the log as well, where it stands among the rest
+        print(json.dumps(entry), flush=True)  # also to the log, in sequence with the other output
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")

@@ -1,4 +1,4 @@
-"""Starting our programs from a stage as a user does."""
+"""Start our programs from a stage, as a user does."""
 
 import os
 import subprocess
@@ -10,31 +10,31 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
-# What a stage that has joined a process group of its own leaves in its environment.
+# Variables that a stage has set if it started a process group itself.
 OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass
 class Ended:
-    """How a program ended: its exit code (that of a shell for a signal) and all that it printed."""
+    """Hold how a program ended: its exit code and all that it printed."""
 
     code: int
     text: str
 
     @property
     def errors(self) -> list[str]:
-        """The lines that a user is meant to read as the reason."""
+        """Return the lines that tell the user the reason."""
         return [line for line in self.text.splitlines() if line.startswith("error")]
 
     @property
     def last(self) -> str:
-        """The last line, for a report."""
+        """Return the last line, for a report."""
         lines = [line for line in self.text.splitlines() if line.strip()]
         return lines[-1][:300] if lines else "nothing printed"
 
 
 class Program:
-    """A program that runs; `wait` for its end. Variables changed to None are taken away."""
+    """Run a program; `wait` for its end. `changes` sets variables; None removes one."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Program:
         self.process.send_signal(number)
 
     def wait(self) -> Ended:
-        """Wait for its end; what it printed goes to the log of the stage."""
+        """Wait for its end, and print its output to the stage's log."""
         text, _ = self.process.communicate()
         print(f"$ {' '.join(self.command)}\n{text}", flush=True)
         return Ended(self.process.returncode, text)
@@ -72,6 +72,6 @@ def module(name: str, *flags: Any, **options: Any) -> Program:
 
 
 def until(condition: Callable[[], bool], program: Program) -> None:
-    """Wait until something holds, or the program has ended."""
+    """Wait until `condition` holds or the program has ended."""
     while program.process.poll() is None and not condition():
         time.sleep(0.01)

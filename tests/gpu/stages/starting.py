@@ -1,4 +1,4 @@
-"""What is said before a long run: preflight, the micro-batch by trial, and a lack of memory."""
+"""Check the start of a run: preflight, the micro-batch size by trial, and lack of memory."""
 
 import dataclasses
 import json
@@ -13,11 +13,11 @@ from tests.gpu.stages.data import base_store
 from tests.gpu.stages.place import Place, Record
 from tests.gpu.stages.programs import module
 
-LITTLE = 3 << 30  # bytes of the GPU that are left to a run that must fail
+LITTLE = 3 << 30  # bytes of GPU memory left to a run that must fail
 
 
 def check_preflight(place: Place, record: Record) -> None:
-    """Preflight of the base model in bf16."""
+    """Check preflight of the base model in bf16."""
     batch = place.choose(256, 8)
     ended = module(
         "preflight",
@@ -34,7 +34,7 @@ def check_preflight(place: Place, record: Record) -> None:
 
 
 def check_memory(place: Place, record: Record) -> None:
-    """`--micro-batch-size auto` trains; where memory lacks one line says what to do."""
+    """Check `--micro-batch-size auto`, and that one line says what to do if memory is short."""
     together = place.choose(512, 16)
     flags = (
         *("--model", place.model, "--data-path", base_store(place), "--bf16"),
@@ -51,7 +51,7 @@ def check_memory(place: Place, record: Record) -> None:
 
 
 def check_lack(place: Place, record: Record, flags: tuple, together: int) -> None:
-    """A run with too little memory: on a nearly full GPU; pretended by a limit of its own."""
+    """Run with too little memory: on a nearly full GPU, or on a CPU under a memory limit."""
     options = {}
     if place.pretended:
         flags = (*flags, "--model", wide_model(place))
@@ -72,7 +72,7 @@ def check_lack(place: Place, record: Record, flags: tuple, together: int) -> Non
 
 
 def leave_little(place: Place) -> torch.Tensor | None:
-    """Take the GPU's memory but LITTLE, for as long as the result lives."""
+    """Take all of the GPU's memory except LITTLE, for as long as the result lives."""
     if place.pretended:
         return None
     free = torch.cuda.mem_get_info()[0]
@@ -80,7 +80,7 @@ def leave_little(place: Place) -> torch.Tensor | None:
 
 
 def wide_model(place: Place) -> Path:
-    """Sizes of a model whose weights and moments take 1.4 GB; limit_memory() allows less."""
+    """Write sizes of a model whose state takes 1.4 GB, more than limit_memory() allows."""
     path = place.scratch / "wide.json"
     sizes = dataclasses.replace(PRESETS["tiny"], ffn_hidden_size=200_000)
     path.write_text(json.dumps(dataclasses.asdict(sizes)))
@@ -88,5 +88,5 @@ def wide_model(place: Place) -> Path:
 
 
 def limit_memory() -> None:
-    """Let this process have little memory beside its libraries."""
+    """Limit this process to 1 GiB of memory."""
     resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, 1 << 30))

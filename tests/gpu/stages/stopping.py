@@ -1,4 +1,4 @@
-"""A rank too many, and a run that is stopped and resumed against one that is not."""
+"""Check one rank too many, and a stopped and resumed run against an uninterrupted one."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from tests.gpu.stages.place import Place, Record
 from tests.gpu.stages.programs import Ended, Program, module, until
 from tests.launching import losses, steps
 
-# torch of a machine with one GPU, for runs without any.
+# Makes torch report one GPU, for runs without any.
 ONE_GPU = """
 import torch
 
@@ -23,7 +23,8 @@ torch.cuda.device_count = lambda: 1
 
 
 def check_stopping(place: Place, record: Record) -> None:
-    """Two processes on one GPU; 200 steps without and with a SIGTERM after 100, bit for bit alike.
+    """Check two processes on one GPU, and that 200 steps with a SIGTERM after 100 equal an
+    uninterrupted run to the bit.
 
     The three runs start together. The model is tiny: the sample model's layers, but with dropout.
     """
@@ -53,7 +54,7 @@ def check_stopping(place: Place, record: Record) -> None:
 
 
 def compare(whole: Path, stopped: Path, number: int, at: int, record: Record) -> None:
-    """Losses and norms of every step, and the last weights."""
+    """Compare the losses and norms of every step, and the last checkpoints."""
     ours = losses(stopped)
     theirs = losses(whole)
     record.expect(len(theirs) == number, f"{len(theirs)} steps recorded, expected {number}")
@@ -69,7 +70,7 @@ def compare(whole: Path, stopped: Path, number: int, at: int, record: Record) ->
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the newest checkpoint: weights and moments, by file and name."""
+    """Load all tensors of the newest checkpoint, weights and moments, by file and name."""
     newest = folder / (folder / "latest").read_text().strip()
     found = {}
     for path in sorted(newest.rglob("*.safetensors")):
@@ -78,7 +79,7 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def start_two(place: Place, flags: tuple) -> Program:
-    """Two ranks where there is one GPU."""
+    """Start two ranks on a machine with one GPU, or torch patched to report one."""
     changes: dict[str, str | None] = {"PROCESSES_PER_NODE": "2"}
 
     if place.pretended:
@@ -91,7 +92,7 @@ def start_two(place: Place, flags: tuple) -> Program:
 
 
 def check_crowd(ended: Ended, record: Record) -> None:
-    """One clear line, code 2."""
+    """Check for one clear error line and exit code 2."""
     record.note(two_ranks_code=ended.code, two_ranks_said=ended.errors)
     record.expect(
         ended.code == 2 and len(ended.errors) == 1 and "torch sees 1 GPU" in ended.errors[0],

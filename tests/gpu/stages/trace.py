@@ -1,4 +1,4 @@
-"""A profile of some steps: how long the GPU computed, and what was launched."""
+"""Profile some steps: how long the GPU was busy, and what was launched."""
 
 import json
 import tempfile
@@ -11,11 +11,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
-TOP = 12  # kernels that are named
+TOP = 12  # kernels to list
 
 
 def profile_steps(work: Callable[[], Any], steps: int, device: torch.device) -> dict[str, Any]:
-    """Profile `work`, which is so many steps; see summarise."""
+    """Profile `work`, which runs `steps` steps; return the result of `summarise`."""
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -33,9 +33,10 @@ def profile_steps(work: Callable[[], Any], steps: int, device: torch.device) -> 
 
 
 def summarise(events: Sequence[dict[str, Any]], steps: int) -> dict[str, Any]:
-    """Of a step: operations dispatched, launches, milliseconds in which the GPU worked, by kernel.
+    """Return, per step: operations dispatched, launches, milliseconds the GPU was busy, in all and
+    by kernel.
 
-    `events` are those of a Chrome trace, with microseconds. What overlaps is counted once.
+    `events` are those of a Chrome trace, in microseconds. Overlapping spans are counted once.
     """
     complete = [event for event in events if event.get("ph") == "X"]
     on_gpu = [event for event in complete if event.get("cat") in ON_GPU]
@@ -52,7 +53,7 @@ def summarise(events: Sequence[dict[str, Any]], steps: int) -> dict[str, Any]:
 
 
 def covered(spans: Sequence[tuple[float, float]]) -> float:
-    """Length of the union of spans (begin, end)."""
+    """Return the length of the union of spans (begin, end)."""
     total = 0.0
     last = float("-inf")
     for begin, end in sorted(spans):

@@ -1,4 +1,4 @@
-"""Steps of the base model in bf16 through our engine, and where their time goes."""
+"""Measure steps of the base model in bf16 through our engine, and where their time goes."""
 
 import functools
 import gc
@@ -33,30 +33,30 @@ from tests.gpu.stages.programs import module
 from tests.gpu.stages.trace import profile_steps
 from tools.benchmarks.batches import random_examples
 
-WORDS = (8, 20)  # tokens of a sample
-WARM = 5  # first steps, in which kernels are compiled and memory is found
+WORDS = (8, 20)  # text tokens per sample (from, to)
+WARM = 5  # warm-up steps, in which kernels are compiled and memory is allocated
 PROFILED = 3
-MOST_KEYS = 4  # programs of one kernel that ragged lengths may take
+MOST_KEYS = 4  # most programs per kernel that ragged lengths may need
 NEAR = 1.25  # the prediction of memory may be off by this factor
-ROOM = 0.9  # share of the GPU's memory that a setting may need by arithmetic
+ROOM = 0.9  # share of the GPU's memory that a setting may need by prediction
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A micro-batch, and regions of its samples (from, to)."""
+    """Describe a micro-batch: its samples, and their regions (from, to)."""
 
     samples: int
     regions: tuple[int, int]
 
     @property
     def name(self) -> str:
-        """For the record."""
+        """Return a name for the record."""
         low, high = self.regions
         return f"{self.samples} x {high}" if low == high else f"{self.samples} x {low}-{high}"
 
 
 class Steps:
-    """Our engine around the model; `step` trains on one batch."""
+    """Hold our engine around the model; `step` trains on one batch."""
 
     def __init__(
         self, place: Place, samples: int, kernels: str = "auto", fp8: bool = False
@@ -81,7 +81,7 @@ class Steps:
         self.number = 0
 
     def step(self, batch: PackedBatch, targets: torch.Tensor) -> None:
-        """Forward, backward, update. `targets`: how many the batch has for each loss."""
+        """Run forward, backward and update. `targets`: the batch's number for each loss."""
         self.number += 1
         totals = self.state.sum_over_data(targets)
         self.streams.start_step(self.number)
@@ -91,7 +91,7 @@ class Steps:
 
 
 class Batches:
-    """Batches of changing samples, and so of changing lengths, from a pool of random ones."""
+    """Draw batches of changing samples, hence of changing lengths, from a random pool."""
 
     def __init__(self, place: Place, setting: Setting) -> None:
         self.place = place
@@ -103,7 +103,7 @@ class Batches:
         )
 
     def next(self) -> tuple[PackedBatch, torch.Tensor]:
-        """A batch and the counts of its targets, both on the device."""
+        """Return a batch and the counts of its targets, both on the device."""
         some = self.random.choice(len(self.pool), self.samples, replace=False)
         batch = pack([self.pool[number] for number in some], self.width)
         targets = batch.target_counts().to(self.place.device)
@@ -111,7 +111,7 @@ class Batches:
 
 
 def measure_steps(place: Place, record: Record) -> None:
-    """Rates at micro-batch 256 and 1,024, at ragged regions, and of the whole program."""
+    """Measure rates at micro-batch 256 and 1,024, with ragged regions, and of `pretrain`."""
     start_processes()
     settings = place.choose(
         [Setting(256, (36, 36)), Setting(256, (10, 36)), Setting(1024, (36, 36))],
@@ -137,7 +137,7 @@ def measure_steps(place: Place, record: Record) -> None:
 
 
 def load_of(setting: Setting, batch: PackedBatch | None = None) -> Load:
-    """What training/memory.py wants to know of a micro-batch, measured or expected."""
+    """Describe a micro-batch for training/memory.py: as packed, or as expected without one."""
     words = sum(WORDS) / 2
     regions = sum(setting.regions) / 2
     if batch is not None:
@@ -148,13 +148,13 @@ def load_of(setting: Setting, batch: PackedBatch | None = None) -> Load:
 
 
 def predicted(place: Place, load: Load) -> float:
-    """Bytes of a step's peak by arithmetic."""
+    """Return the predicted peak bytes of a step."""
     layout = Layout(zero_stage=1, half=True, fused=not place.pretended)
     return predict(place.sizes, layout, load).peak
 
 
 def too_large(place: Place, setting: Setting) -> float:
-    """GiB that a setting needs where the GPU has less; 0 where it has enough."""
+    """Return the GiB that a setting needs if the GPU has too little; 0 if it has enough."""
     if place.pretended:
         return 0.0
     needed = predicted(place, load_of(setting))
@@ -162,7 +162,7 @@ def too_large(place: Place, setting: Setting) -> float:
 
 
 def measure_setting(place: Place, record: Record, steps: Steps, setting: Setting) -> None:
-    """Time of every step, compilations, a profile, peak memory."""
+    """Record the time of every step, compilations, a profile, and peak memory."""
     batches = Batches(place, setting)
     number = place.choose(60, 7)
     if place.device.type == "cuda":
@@ -206,14 +206,14 @@ def measure_setting(place: Place, record: Record, steps: Steps, setting: Setting
 
     try:
         note_profile(place, record, setting, steps, batches, step)
-    except RuntimeError as error:  # a machine may refuse the counters; the other figures stand
+    except RuntimeError as error:  # a machine may refuse the counters; other figures hold
         record.expect(False, f"{setting.name}: no profile: {' '.join(str(error).split())[:160]}")
 
 
 def memory_figures(
     place: Place, record: Record, setting: Setting, batch: PackedBatch
 ) -> dict[str, Any]:
-    """GiB: predicted for the lengths there were, and on a GPU the peak that its allocator saw."""
+    """Return GiB: predicted for the actual lengths, and on a GPU the allocator's peak."""
     expected = predicted(place, load_of(setting, batch))
     figures: dict[str, Any] = {"predicted_gib": expected / 2**30}
 
@@ -236,8 +236,8 @@ def note_profile(
     batches: Batches,
     step: float,
 ) -> None:
-    """Of PROFILED steps. The idle share is of a step of `step` seconds, timed without the profiler:
-    that slows the host.
+    """Profile PROFILED steps. The idle share refers to a step of `step` seconds, timed without the
+    profiler, which slows the host.
     """
     some = [batches.next() for _ in range(PROFILED)]
 
@@ -257,7 +257,7 @@ def note_profile(
 
 
 def say_figures(record: Record, setting: Setting, figures: dict[str, Any]) -> None:
-    """A line for the table."""
+    """Report a setting's figures in the table."""
     mfu = f"MFU {figures['mfu']:.1%}" if figures["mfu"] else "MFU not known"
     record.say(
         f"{setting.name} regions: {figures['samples_per_second']:.0f} samples/s,"
@@ -272,7 +272,7 @@ def say_figures(record: Record, setting: Setting, figures: dict[str, Any]) -> No
 
 
 def programs_by_kernel() -> dict[str, int]:
-    """Programs that Triton holds for each kernel that we launch; empty where there is no Triton."""
+    """Count the programs compiled for each kernel that we launch; empty without Triton."""
     try:
         from tests.kernels.compiling import launched_kernels
     except ImportError:
@@ -287,12 +287,12 @@ def programs_by_kernel() -> dict[str, int]:
 
 
 def compiled_programs() -> int:
-    """Programs of all kernels so far."""
+    """Count the programs of all kernels so far."""
     return sum(programs_by_kernel().values())
 
 
 def check_programs(record: Record) -> None:
-    """After all settings: ragged lengths must not have made more programs than tiles ask for."""
+    """Check, after all settings, that ragged lengths needed no more programs than tiles do."""
     counts = programs_by_kernel()
     record.note(programs=counts)
     for name, count in counts.items():
@@ -302,14 +302,14 @@ def check_programs(record: Record) -> None:
 
 
 def free(place: Place) -> None:
-    """Give the memory of what was deleted back to the device."""
+    """Return the memory of deleted tensors to the device."""
     gc.collect()
     if place.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def measure_program(place: Place, record: Record) -> None:
-    """`pretrain` itself with its loader, from a store on disk."""
+    """Measure `pretrain` itself with its loader, from a store on disk."""
     folder = place.scratch / "program"
     number = place.choose(40, 4)
     ended = module(
@@ -333,7 +333,7 @@ def measure_program(place: Place, record: Record) -> None:
 
 
 def measure_ratios(place: Place, record: Record) -> None:
-    """Steps by Triton's kernels, by plain torch's, and in 8 bits, on the same batches."""
+    """Time steps with Triton's kernels, plain torch's, and in 8 bits, on the same batches."""
     start_processes()
     setting = place.choose(Setting(256, (36, 36)), Setting(8, (6, 6)))
     batches = Batches(place, setting)
@@ -344,7 +344,7 @@ def measure_ratios(place: Place, record: Record) -> None:
     for name, options in ways.items():
         try:
             took[name] = time_way(place, record, name, some, options)
-        except UsageError as reason:  # a card without products in 8 bits
+        except UsageError as reason:  # a GPU without 8-bit products
             record.say(f"{name}: left out: {reason}")
             continue
 
@@ -361,7 +361,7 @@ def time_way(
     batches: Sequence[tuple[PackedBatch, torch.Tensor]],
     options: dict[str, Any],
 ) -> float:
-    """Seconds of a step by an engine of its own, whose memory is free again afterwards."""
+    """Return the seconds of a step on an engine of its own, which is freed afterwards."""
     steps = Steps(place, len(batches[0][0]), **options)
     seconds = [place.seconds(functools.partial(steps.step, *batch)) for batch in batches]
     check_finite(record, name, steps)
@@ -372,7 +372,7 @@ def time_way(
 
 
 def check_finite(record: Record, name: str, steps: Steps) -> None:
-    """The last step must have been one."""
+    """Check that the last step had a finite loss and gradient norm."""
     loss = steps.loss.item()
     norm = steps.norm
     record.note(**{f"{name}_loss": loss, f"{name}_norm": norm})

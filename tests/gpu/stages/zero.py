@@ -1,4 +1,4 @@
-"""ZeRO stages and offload: a run stopped at one goes on at another as if nothing had been."""
+"""Check that a run stopped at one ZeRO stage, or with offload, resumes unchanged at another."""
 
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,18 @@ from tests.launching import records
 STEPS = 10
 STOP = 5
 NAMES = ("msm_loss", "mrm_loss", "itm_loss", "grad_norm")
-NEAR = {"fp32": 2e-4, "bf16": 2e-2, "fp16": 2e-2}  # relative difference of a figure
+NEAR = {"fp32": 2e-4, "bf16": 2e-2, "fp16": 2e-2}  # accepted relative difference of a figure
 OFFLOAD = ("--deepspeed-config", "ds_configs/zero2_offload_optimizer.json")
 OFFLOAD_ALL = ("--deepspeed-config", "ds_configs/zero3_offload.json")
 
 
 def stage(number: int) -> tuple:
-    """Flags of a ZeRO stage."""
+    """Return the flags of a ZeRO stage."""
     return ("--zero-stage", number)
 
 
-# Precision -> (before the stop, after it). On one rank DeepSpeed shares nothing out in bf16 and
-# fp32, where the update is ours; in fp16 and with offload it is DeepSpeed's.
+# Precision -> (flags before the stop, flags after it). On one rank DeepSpeed shards nothing in bf16
+# and fp32, where the update is ours; in fp16 and with offload it is DeepSpeed's.
 WAYS = {
     "bf16": {
         "2 to 3": (stage(2), stage(3)),
@@ -34,7 +34,7 @@ WAYS = {
 
 
 def check_stages(place: Place, record: Record) -> None:
-    """Of each precision an undisturbed run, and those that change their stage after five steps."""
+    """Run each precision uninterrupted, and with a change of stage after five steps."""
     for precision, ways in WAYS.items():
         if precision == "fp16" and place.pretended and not half_is_there():
             precision = "fp32"
@@ -42,14 +42,14 @@ def check_stages(place: Place, record: Record) -> None:
 
 
 def half_is_there() -> bool:
-    """Whether the device computes in fp16."""
+    """Check whether the device computes in fp16."""
     from megatron_interbert.training.engine import half_precision_supported
 
     return half_precision_supported()
 
 
 def check_precision(place: Place, record: Record, precision: str, ways: dict[str, tuple]) -> None:
-    """All runs of one precision, several at a time."""
+    """Run and compare all runs of one precision, several at a time."""
     folder = place.scratch / "zero" / precision
     whole = start(place, folder / "whole", precision, stage(1))
     first = {
@@ -76,7 +76,7 @@ def check_precision(place: Place, record: Record, precision: str, ways: dict[str
 def start(
     place: Place, save: Path, precision: str, flags: tuple[Any, ...], stop: bool = False
 ) -> Program:
-    """A run of STEPS steps, to its end or to STOP."""
+    """Start a run of STEPS steps, to its end or to STOP."""
     return module(
         "pretrain",
         *(
@@ -97,7 +97,7 @@ def start(
 
 
 def compare(record: Record, folder: Path, precision: str, ended: dict[str, Ended]) -> None:
-    """Losses and norms of each run with those of the undisturbed one."""
+    """Compare losses and norms of each run with those of the uninterrupted one."""
     expected = records(folder / "whole")
     worst = 0.0
 
@@ -121,7 +121,7 @@ def compare(record: Record, folder: Path, precision: str, ended: dict[str, Ended
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
-    """Largest relative difference of a step's figures; infinite where only one is a number."""
+    """Return the largest relative difference of a step's figures; infinite if only one is NaN."""
     worst = 0.0
 
     for name in NAMES:
