@@ -49,29 +49,26 @@ def help_text() -> str:
     )
 
 
-def run() -> None:
-    """Import the command named on the command line and run it.
-
-    Raises UsageError for an unknown command, and SystemExit after printing --help.
-    """
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help"):
-        print(help_text())
-        raise SystemExit
-
-    if name not in COMMANDS:
+def explain(name: str) -> None:
+    """Print --help if that was asked for; raises UsageError for an unknown command."""
+    if name not in ("-h", "--help"):
         raise UsageError(
             f"no command '{name}'{nearest(name, COMMANDS)}; interbert --help lists all"
         )
 
-    module, _ = COMMANDS[name]
-    sys.argv = [f"interbert {name}", *sys.argv[2:]]
-    import_module(f"megatron_interbert.{module}").main()
+    print(help_text())
 
 
 def main() -> None:
-    """Run the entry point, with its errors and Ctrl-C during imports reported in one line."""
-    run_entry(run)
+    """Run the command named on the command line."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name not in COMMANDS:
+        run_entry(lambda: explain(name))
+        return
+
+    module, _ = COMMANDS[name]
+    sys.argv = [f"interbert {name}", *sys.argv[2:]]
+    import_module(f"megatron_interbert.{module}").main()
 
 
 if __name__ == "__main__":

@@ -73,9 +73,7 @@ REQUIRED = {
 class PreflightConfig(RunConfig):
     """Hold the flags of the run and two of preflight's own."""
 
-    world_size: int = option(
-        0, "processes the run will have (default: those started now)", least=0
-    )
+    world_size: int = option(0, "processes the run will have (default: those started now)", least=0)
     fast: bool = option(False, "skip hashing the shards and reading every record")
 
 

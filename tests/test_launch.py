@@ -190,6 +190,7 @@ COMMANDS = [
     for name in ("pretrain", "finetune", "evaluate", "serve", "preflight")
 ]
 COMMANDS += [(str(ROOT / "launchers" / "pretrain.sh"),), (str(ROOT / "tools" / "plan.py"),)]
+COMMANDS += [("-m", "megatron_interbert", "evaluate")]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda words: Path(words[-1]).name)
@@ -219,6 +220,7 @@ def test_the_package_leaves_the_signals_of_a_program_that_imports_it_alone(tmp_p
     (tmp_path / "theirs" / "__init__.py").write_text(program)
     (tmp_path / "theirs" / "train.py").write_text("")
     changes = {"DS_ACCELERATOR": "xpu", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    for command in (("-c", program), ("-m", "theirs.train")):
+    (tmp_path / "interbert_demo.py").write_text(program)
+    for command in (("-c", program), ("-m", "theirs.train"), ("interbert_demo.py",)):
         code, out, err = launch(sys.executable, *command, warm=False, cwd=tmp_path, **changes)
         assert code == 0, out + err

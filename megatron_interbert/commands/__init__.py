@@ -1,1 +1,1 @@
-"""Commands beside the five entries: preparing data, converting weights, planning. One file each."""
+"""Prepare data, convert weights, plan and report: the other commands of `interbert`, a file each."""

@@ -4,12 +4,12 @@
         --output coco --vocab-file vocab.txt
     interbert build-features cc_store sbu_store --output both
 
-Stores are joined, cut anew, or a part of them is taken (--only).
+Stores can be joined, cut into other shards, or reduced to some of their images (--only).
 
 Features: base64 TSV (LXMERT, bottom-up attention), LMDB (ViLBERT, InterBERT), folders of npz, HDF5
 (adaptive or fixed bottom-up attention), region stores. Captions: COCO and Karpathy JSON, Flickr30K
 lines and token files, Conceptual Captions TSV, SBU JSON, MUGE and KDD Cup queries, plain TSV and
-JSON lines. Stopped or killed, a build is resumable: give the same command again.
+JSON lines. A build that was stopped or killed is resumable: run the same command again.
 """
 
 import os
@@ -40,7 +40,7 @@ DETECTOR = "Faster R-CNN ResNet-101, Visual Genome"
 
 @dataclass
 class BuildingOptions(Flags):
-    """What every command is told that builds a region store."""
+    """Hold the flags of every command that builds a region store."""
 
     GROUP: ClassVar[str] = "store"
 
@@ -48,40 +48,40 @@ class BuildingOptions(Flags):
     captions: list[str] = option((), "caption files", several=True, group="captions")
     vocab_file: str = option(
         "",
-        "WordPiece vocabulary; copied into the store, and all captions tokenised with it",
+        "WordPiece vocabulary; it is copied into the store and tokenises all captions",
         group="captions",
     )
     class_names: str = option(
-        "", "detector classes without background, one a line; default: those of the detector"
+        "", "file of detector classes without background, one a line; default: the detector's"
     )
     images_per_shard: int = option(
-        1024, "images of a shard, the unit of work that is kept", least=1
+        1024, "images per shard, the unit of work that survives a stop", least=1
     )
     max_dropped: float = option(
-        0.1, "share of unusable images that is allowed", least=0, most=1, group="work"
+        0.1, "largest allowed share of unusable images", least=0, most=1, group="work"
     )
     restart: bool = option(
         False,
-        "throw away what an unfinished build has left and begin anew",
+        "discard an unfinished build and start over",
         group="work",
     )
 
 
 @dataclass
 class Options(BuildingOptions):
-    """What is built from what."""
+    """Hold the flags of build-features."""
 
     GROUP: ClassVar[str] = "data"
 
     sources: list[str] = argument(
         "files or folders of features, in the order of the store", several=True
     )
-    format: str = option("auto", "what SOURCES are; auto: by their content", FORMATS)
+    format: str = option("auto", "format of SOURCES; auto: by their content", FORMATS)
     columns: str = option(
         "",
-        "names of a TSV's columns where their number does not tell:"
-        " image_id,image_w,image_h,num_boxes,boxes,features and of labels objects_id,objects_conf"
-        " or cls_prob; other names are passed over",
+        "names of a TSV's columns if their number does not tell:"
+        " image_id,image_w,image_h,num_boxes,boxes,features and for labels objects_id,objects_conf"
+        " or cls_prob; other names are ignored",
     )
     image_ids: str = option(
         "",
@@ -90,57 +90,60 @@ class Options(BuildingOptions):
     only: str = option("", "file with the image ids to keep, one a line")
     class_ids: str = option(
         "",
-        "whether class id 0 is background or the first object; default: the habit of the format",
+        "whether class id 0 is background or the first object; default: the format's convention",
         (BACKGROUND_FIRST, BACKGROUND_NONE),
     )
-    box_format: str = option("xyxy", "of the boxes, in pixels", ("xyxy", "xywh", "yxyx"))
-    num_classes: int = option(1601, "classes with background", least=1)
+    box_format: str = option("xyxy", "order of coordinates, in pixels", ("xyxy", "xywh", "yxyx"))
+    num_classes: int = option(1601, "classes, background included", least=1)
     trust_pickle: bool = option(
-        False, "read pickles inside the input; only numbers, strings, arrays"
+        False, "read pickles inside the input, limited to numbers, strings and arrays"
     )
 
     captions_format: str = option(
-        "auto", "what the caption files are; auto: by content", CAPTION_FORMATS, group="captions"
+        "auto", "format of the caption files; auto: by content", CAPTION_FORMATS, group="captions"
     )
     split: str = option(
-        "", "of a Karpathy file, comma-separated: train,restval; default: all", group="captions"
+        "", "splits of a Karpathy file, such as train,restval; default: all", group="captions"
     )
     text_normalisation: str = option(
         "none",
-        "that of the model (base-chinese: chinese), for which the captions are tokenised",
+        "text normalisation of the model that will read the captions (base-chinese: chinese)",
         ("none", "chinese"),
         group="captions",
     )
 
     soft_labels: int = option(
         0,
-        "label entries kept for a region; default: 10, or those of the store",
+        "label entries kept per region; default: 10, or as in the source stores",
         least=0,
         group="store",
     )
-    detector: str = option("", f"recorded in the store; default: {DETECTOR}", group="store")
-    detector_revision: str = option("", "recorded in the store", group="store")
+    detector: str = option("", f"name to record in the store; default: {DETECTOR}", group="store")
+    detector_revision: str = option("", "revision to record in the store", group="store")
     allow_other_detector: bool = option(False, "join stores of different detectors", group="store")
     strict_boxes: bool = option(
-        False, "drop images with boxes outside instead of clipping these", group="store"
+        False, "drop images with boxes outside them instead of clipping the boxes", group="store"
     )
     workers: int = option(os.cpu_count() or 1, "processes", least=1, group="work")
 
 
 def detector_of(sources: list[FeatureSource], options: Options) -> dict[str, Any]:
-    """Give what the sources say of their detector, else the flags."""
+    """Return the detector that the sources record, or else the one of the flags.
+
+    Raises UsageError if the sources' detectors differ, unless --allow-other-detector is given.
+    """
     known = [source.facts().detector for source in sources if isinstance(source, StoreSource)]
     for other in known:
         if other != known[0] and not options.allow_other_detector:
             raise UsageError(
-                f"stores of different detectors, {known[0]} and {other}; join them with"
-                " --allow-other-detector"
+                f"stores of different detectors, {known[0]} and {other}; to join them all the"
+                " same, add --allow-other-detector"
             )
 
     if known and (options.detector or options.detector_revision):
         raise UsageError(
-            "--detector and --detector-revision are for published features; a region store knows"
-            " its own"
+            "--detector and --detector-revision are for published features; a region store records"
+            " its own; leave them out"
         )
 
     if not known:
@@ -152,9 +155,9 @@ def detector_of(sources: list[FeatureSource], options: Options) -> dict[str, Any
 
 
 def vocabulary_of(sources: list[FeatureSource], options: Options) -> str:
-    """Give the text of the vocabulary for the store: the one given, else the first of a source."""
+    """Return the text of the vocabulary for the store: --vocab-file, or the first of a source."""
     if options.vocab_file:
-        CaptionTokenizer(options.vocab_file)  # before anything is written: is it one?
+        CaptionTokenizer(options.vocab_file)  # raises if it is not one, before anything is written
         return read_text(options.vocab_file, "--vocab-file")
 
     stores = [source.path for source in sources if isinstance(source, StoreSource)]
@@ -164,7 +167,7 @@ def vocabulary_of(sources: list[FeatureSource], options: Options) -> str:
 
 
 def plan_of(options: Options) -> BuildPlan:
-    """Open the sources, and say what is to be built of them."""
+    """Open the sources and plan what to build from them."""
     reading = ReadOptions(
         class_ids=options.class_ids,
         box_format=options.box_format,
@@ -207,7 +210,7 @@ def plan_of(options: Options) -> BuildPlan:
 
 
 def run(options: Options) -> None:
-    """Write the store, and say what is in it."""
+    """Build the store and report what it holds."""
     plan = plan_of(options)
     started = time.monotonic()
     manifest = build(plan, options.workers, options.max_dropped, options.restart)
@@ -215,7 +218,7 @@ def run(options: Options) -> None:
 
 
 def report(output: str, manifest: dict[str, Any], seconds: float) -> None:
-    """Say what is in the store and what is not."""
+    """Print what the store holds, and which images were dropped."""
     counts = manifest["counts"]
     kinds = [f"{count} {kind}" for kind, count in manifest["images_by_label_kind"].items()]
     size = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
@@ -239,5 +242,5 @@ def report(output: str, manifest: dict[str, Any], seconds: float) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command."""
     run_command(Options, __doc__, run)

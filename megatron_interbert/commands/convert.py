@@ -1,14 +1,14 @@
-"""Convert weights between all formats: official InterBERT, Hugging Face, BERT, our checkpoints.
+"""Convert weights between formats: official InterBERT, Hugging Face, BERT, our checkpoints.
 
     interbert convert RUN --to huggingface --output exported --verify
     interbert convert official/pytorch_model.bin --to sharded --tensor-model-parallel-size 4 \\
         --output base-tp4
     interbert convert RUN/global_step2000 --list
 
---from auto recognises: one of our checkpoints (a run's folder: its newest; any data-parallel,
-tensor-parallel and ZeRO layout), an official .bin (pretraining or downstream; config.json beside
-it, or --model), Hugging Face folders of InterBERT and of BERT. Tensors pass one at a time. No
-pickled code is ever run.
+--from auto recognises our checkpoints (in a run's folder: the newest; with any data-parallel,
+tensor-parallel and ZeRO layout), an official .bin (pretraining or downstream; with config.json
+beside it, or --model), and Hugging Face folders of InterBERT and of BERT. Tensors are converted one
+at a time. No pickled code is ever run.
 """
 
 import sys
@@ -39,7 +39,7 @@ TYPES = {
 
 @dataclass
 class Options(Flags):
-    """What is read, and what is written."""
+    """Hold the flags of convert."""
 
     GROUP: ClassVar[str] = "data"
 
@@ -48,13 +48,13 @@ class Options(Flags):
     to: str = option("", "format to write", tuple(TARGETS))
     output: str = option("", "folder to write; must not exist")
     list_only: bool = option(
-        False, "print names, shapes and partition, write nothing", flag="--list"
+        False, "print names, shapes and partition; write nothing", flag="--list"
     )
-    verify: bool = option(False, "run a batch through both sides and print the largest difference")
+    verify: bool = option(False, "run a batch through input and output and print the largest difference")
 
     model: str = option(
         "",
-        "preset or JSON of sizes, for inputs that do not hold theirs (official, BERT)",
+        "preset or JSON file of sizes, for inputs without their own (official, BERT)",
         group="model",
     )
     vocab_file: str = option(
@@ -62,13 +62,13 @@ class Options(Flags):
     )
     averaged: bool = option(
         False,
-        "take the averaged weights (--ema-decay) of a checkpoint that has such",
+        "take a checkpoint's averaged weights (--ema-decay)",
         group="model",
     )
-    dtype: str = option("keep", "type of all tensors written", tuple(TYPES), group="model")
+    dtype: str = option("keep", "dtype of all tensors written", tuple(TYPES), group="model")
     tensor_model_parallel_size: int = option(
         1,
-        "files (tensor-parallel ranks) of --to sharded",
+        "tensor-parallel ranks, and so files, of --to sharded",
         least=1,
         group="parallelism",
         old_names=("--tp",),
@@ -79,7 +79,7 @@ class Options(Flags):
 
 
 def list_tensors(source: WeightSource) -> None:
-    """Print name, shape, type and partition of every parameter."""
+    """Print name, shape, dtype and partition of every parameter."""
     width = max(map(len, source.layouts))
 
     for name, entry in source.layouts.items():
@@ -89,13 +89,16 @@ def list_tensors(source: WeightSource) -> None:
 
     count = sum(torch.Size(entry.shape).numel() for entry in source.layouts.values())
     print(
-        f"{len(source.layouts)} tensors, {count / 1e6:.1f} M parameters (padding of the vocabulary"
-        " counted)"
+        f"{len(source.layouts)} tensors, {count / 1e6:.1f} M parameters (with the padding of the"
+        " vocabulary)"
     )
 
 
 def vocabulary_of(source: WeightSource, given: str) -> bytes | None:
-    """Read the vocabulary that goes with the weights, where there is one."""
+    """Return the content of the vocabulary that belongs to the weights; None if there is none.
+
+    Raises UsageError if its size is not that of the model.
+    """
     folder = source.path if source.path.is_dir() else source.path.parent
     file = Path(given) if given else folder / VOCABULARY
     if given and not file.is_file():
@@ -107,15 +110,15 @@ def vocabulary_of(source: WeightSource, given: str) -> bytes | None:
     entries = content.count(b"\n") + (not content.endswith(b"\n"))
     if entries != source.config.vocab_size:
         raise UsageError(
-            f"{file}: {entries} entries, the model has {source.config.vocab_size}; give its own by"
-            " --vocab-file"
+            f"{file}: {entries} entries, the model has {source.config.vocab_size}; give its own"
+            " with --vocab-file"
         )
 
     return content
 
 
 def model_card_for(source: WeightSource, results: list[str]) -> str:
-    """Write the README.md of a Hugging Face folder."""
+    """Return the text of the README.md of a Hugging Face folder."""
     try:
         from megatron_interbert.hf.model_card import model_card
     except ImportError as error:
@@ -162,18 +165,18 @@ def run(options: Options) -> None:
 
 
 def say_not_finite(output: Output) -> None:
-    """Note tensors that hold NaN or infinity."""
+    """Warn about tensors that hold NaN or infinity."""
     if output.not_finite:
         print(
             f"note: NaN or infinity in {len(output.not_finite)} of {len(output.source.layouts)}"
-            f" tensors, first in {output.not_finite[0]}; written as they are, but no model works"
-            " with them: take an earlier checkpoint",
+            f" tensors, first in {output.not_finite[0]}; written unchanged, but no model works"
+            " with them: convert an earlier checkpoint",
             file=sys.stderr,
         )
 
 
 def verify(source: WeightSource, to: str, folder: Path) -> None:
-    """Print how far the outputs of the two sides differ."""
+    """Print how far the outputs of source and target differ."""
     from megatron_interbert.hf.compare import largest_difference
 
     for name, difference in largest_difference(source, to, folder).items():
@@ -181,5 +184,5 @@ def verify(source: WeightSource, to: str, folder: Path) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command."""
     run_command(Options, __doc__, run)

@@ -4,8 +4,8 @@
 
 The detector is a DETR-like model of transformers (a folder or a name on the hub: RT-DETR,
 Deformable DETR, DETR, ...) or torchvision:fasterrcnn_resnet50_fpn and its relatives. Photos that
-cannot be used are listed with the reason in dropped.jsonl of the store. A run that was killed is
-resumable: give the same command again.
+cannot be used are listed with the reason in dropped.jsonl of the store. A run that was stopped or
+killed is resumable: run the same command again.
 """
 
 import os
@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import ClassVar
 
-# Processes share the work, not threads: that is faster here, and results do not depend on how many.
+# Processes share the work, not threads: it is faster here, and results do not depend on their number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
@@ -30,25 +30,25 @@ from megatron_interbert.reading import read_text
 
 @dataclass
 class Options(BuildingOptions):
-    """Which photos are seen by which detector."""
+    """Hold the flags of extract-features."""
 
     GROUP: ClassVar[str] = "detector"
 
     photos: str = argument(
-        "folder with jpg, png and webp files, at any depth; file names are image ids", group="data"
+        "folder with jpg, png and webp files at any depth; file names are image ids", group="data"
     )
     detector: str = option("", "folder, name on the hub, or torchvision:NAME", required=True)
     revision: str = option("", "branch, tag or commit on the hub")
     weights: str = option("", "state dict for a torchvision detector; default: the published one")
-    max_regions: int = option(36, "kept of a photo at most", least=1)
-    min_regions: int = option(10, "kept even below --min-score")
-    min_score: float = option(0.2, "of the best class that is not background")
-    soft_labels: int = option(10, "label entries kept for a region", least=1)
+    max_regions: int = option(36, "regions kept per photo at most", least=1)
+    min_regions: int = option(10, "regions kept per photo even below --min-score")
+    min_score: float = option(0.2, "least score of a region's best class other than background")
+    soft_labels: int = option(10, "label entries kept per region", least=1)
 
-    batch_size: int = option(8, "photos of one size that run together", least=1, group="work")
+    batch_size: int = option(8, "photos of one size per forward pass", least=1, group="work")
     device: str = option("auto", "where the detector runs", ("auto", "cpu", "cuda"), group="work")
     workers: int = option(
-        0, "processes; default: 1 with a GPU, else one for each core", group="work"
+        0, "processes; default: 1 with a GPU, else one per core", group="work"
     )
 
     def check(self) -> None:
@@ -56,19 +56,19 @@ class Options(BuildingOptions):
         super().check()
         if self.min_regions > self.max_regions:
             raise UsageError(
-                f"--min-regions {self.min_regions}: more than --max-regions {self.max_regions}"
+                f"--min-regions {self.min_regions} is more than --max-regions {self.max_regions}"
             )
 
 
 def read_class_names(path: str) -> list[str]:
-    """Read names with background first; none without a file."""
+    """Return the class names of a file with background put first; empty without a file."""
     if not path:
         return []
     return [BACKGROUND, *read_text(path, "--class-names").rstrip("\n").split("\n")]
 
 
 def plan_of(options: Options) -> BuildPlan:
-    """Say what is to be built: one source, the photos, seen by the detector."""
+    """Plan the build: one source, the photos as the detector sees them."""
     choice = DetectorChoice(
         options.detector,
         options.revision,
@@ -95,7 +95,7 @@ def plan_of(options: Options) -> BuildPlan:
 
 
 def run(options: Options) -> None:
-    """Write the store, and say what is in it."""
+    """Build the store and report what it holds."""
     plan = plan_of(options)
     gpu = (torch.cuda.is_available() and options.device != "cpu") or options.device == "cuda"
     workers = options.workers or (1 if gpu else os.cpu_count() or 1)
@@ -116,5 +116,5 @@ def run(options: Options) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command."""
     run_command(Options, __doc__, run)

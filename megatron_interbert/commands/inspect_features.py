@@ -1,11 +1,11 @@
-"""Look into a region store before it is trained on: what it holds, what is wrong, what mends it.
+"""Inspect a region store before training on it: what it holds, what is wrong, how to fix it.
 
     interbert inspect-features coco --photos train2014
 
-Counts regions, boxes, captions and classes; finds broken records, repeats and empty captions; tells
-from the data whether class ids are shifted or boxes in a wrong format; says whether its layout is
-fast. Writes inspection.html and inspection.json. Exit code 1 when there are problems, 2 for wrong
-use.
+Counts regions, boxes, captions and classes; finds broken records, repeats and empty captions;
+detects from the data whether class ids are shifted or boxes have a wrong format; reports whether
+its layout is fast. Writes inspection.html and inspection.json. Exit code 1 if there are problems, 2
+for wrong use.
 """
 
 import sys
@@ -27,12 +27,12 @@ from megatron_interbert.reading import read_text
 
 @dataclass
 class Options(Flags):
-    """What is looked at, and where the report goes."""
+    """Hold the flags of inspect-features."""
 
     GROUP: ClassVar[str] = "data"
 
     store: str = argument("folder of the region store")
-    max_images: int = option(0, "look at so many images, spread evenly; default: all", least=0)
+    max_images: int = option(0, "inspect only this many images, spread evenly; default: all", least=0)
     class_names: str = option(
         "",
         "detector classes, one a line, with or without background; default: the store's own",
@@ -49,7 +49,7 @@ class Options(Flags):
     )
     photos: str = option(
         "",
-        "folder of photos IMAGE_ID.jpg, .jpeg or .png, shown behind the boxes",
+        "folder of photos IMAGE_ID.jpg, .jpeg or .png to show behind the boxes",
         group="page",
     )
     examples: int = option(24, "images shown on the page", least=0, group="page")
@@ -64,21 +64,24 @@ class Options(Flags):
 
 
 def read_names(path: str, num_classes: int, background: int | None) -> list[str]:
-    """Read names by class id from a file with a line for each class, or for each but background."""
+    """Read class names in order of class id from a file with a line per class.
+
+    The file may leave out `background`. Raises UsageError for any other number of lines.
+    """
     names = read_text(path, "--class-names").splitlines()
     if background is not None and len(names) == num_classes - 1:
         names.insert(background, "background")
     if len(names) != num_classes:
         raise UsageError(
             f"--class-names {path}: {len(names)} lines, but the store has {num_classes} classes"
-            " (with background)"
+            " (background included)"
         )
 
     return names
 
 
 def run(options: Options) -> None:
-    """Inspect, print and write."""
+    """Inspect the store, write the reports and print a summary; exit with 1 if it has problems."""
     folder = Path(options.output or f"{options.store.rstrip('/')}-inspection")
     report_file = Path(options.json) if options.json else folder / "inspection.json"
     check_writable(folder, "--output")
@@ -101,8 +104,8 @@ def run(options: Options) -> None:
 
     if photos and not any(photos.has(store.image_id(image)) for image in report.readable):
         print(
-            f"--photos {options.photos}: no photo there has the name of an image,"
-            f" {store.image_id(0)}.jpg for one",
+            f"--photos {options.photos}: no photo there is named after an image, such as"
+            f" {store.image_id(0)}.jpg",
             file=sys.stderr,
         )
 
@@ -111,5 +114,5 @@ def run(options: Options) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command."""
     run_command(Options, __doc__, run, reports=True)

@@ -1,10 +1,10 @@
-"""Queries of KDD Cup 2020 (Multimodalities Recall) as the JSON lines that product search takes.
+"""Convert KDD Cup 2020 queries (Multimodalities Recall) to the JSON lines that product search reads.
 
     interbert make-queries train.tsv --output train.jsonl         # rows: query and product
     interbert make-queries valid.tsv --answers valid_answer.json --output valid.jsonl
     interbert make-queries testA.tsv --candidates --output testA.jsonl       # without answers
 
-The pictures of the same files go into a region store by `interbert build-features` with
+`interbert build-features` builds a region store from the pictures in the same files, with
 --columns product_id,image_h,image_w,num_boxes,boxes,features,class_labels,query,query_id
 --box-format yxyx --num-classes 34.
 """
@@ -37,21 +37,21 @@ COLUMNS = (
 
 @dataclass
 class Options(Flags):
-    """Which file of the benchmark is read, and what its rows are."""
+    """Hold the flags of make-queries."""
 
     GROUP: ClassVar[str] = "data"
 
     source: str = argument("TSV of the benchmark")
     answers: str = option(
         "",
-        "valid_answer.json: the products of each query; the rows are its candidates then",
+        "valid_answer.json: the right products of each query; the rows are then its candidates",
     )
-    candidates: bool = option(False, "the rows are candidates, and the answers are not known")
+    candidates: bool = option(False, "the rows are candidates, without known answers")
     output: str = option("", "file for the JSON lines", required=True)
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Read (query id, query, product id) of each row; UsageError names the line that is none."""
+    """Yield (query id, query, product id) of each row; raises UsageError naming a malformed line."""
     try:
         handle = open(path, encoding="utf-8")
     except OSError as error:
@@ -71,7 +71,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def read_row(values: list[str], where: str) -> tuple[str, str, str]:
-    """Read (query id, query, product id) of the columns of one row."""
+    """Return (query id, query, product id) from the columns of one row."""
     if len(values) != len(COLUMNS):
         expected = f"{len(COLUMNS)}: {', '.join(COLUMNS)}"
         raise UsageError(f"{where} has {len(values)} columns, expected {expected}")
@@ -85,7 +85,9 @@ def read_row(values: list[str], where: str) -> tuple[str, str, str]:
 
 
 def read_answers(options: Options, queries: dict[str, str]) -> dict[str, list[Any]]:
-    """Read the products of each query; UsageError where a query has none."""
+    """Read the right products of each query from --answers; raises UsageError if a query has
+    none.
+    """
     if not options.answers:
         return {}
 
@@ -93,20 +95,20 @@ def read_answers(options: Options, queries: dict[str, str]) -> dict[str, list[An
     for query in queries:
         if query not in answers:
             raise UsageError(
-                f"{options.answers}: nothing for query {query} of {options.source}; give the"
-                " answers of that file"
+                f"{options.answers}: no answer for query {query} of {options.source}; give the"
+                " answers that belong to that file"
             )
 
         if not isinstance(answers[query], list):
             raise UsageError(
-                f"{options.answers}: the answer of query {query} is no list of products"
+                f"{options.answers}: the answer of query {query} is not a list of products"
             )
 
     return answers
 
 
 def run(options: Options) -> None:
-    """Write a line for each query."""
+    """Read the rows and write a JSON line for each query."""
     output = Path(options.output)
     check_output(output, "--output")
     texts: dict[str, str] = {}
@@ -116,7 +118,7 @@ def run(options: Options) -> None:
         products.setdefault(query_id, []).append(product)
 
     if not texts:
-        raise UsageError(f"{options.source}: no rows in it")
+        raise UsageError(f"{options.source}: holds no rows; give a TSV of the benchmark")
 
     answers = read_answers(options, texts)
     lines = []
@@ -139,5 +141,5 @@ def run(options: Options) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command."""
     run_command(Options, __doc__, run)

@@ -1,4 +1,4 @@
-"""Write the sample corpus: a generated world with captions in English and Chinese, to try things
+"""Generate the sample corpus: a made-up world with captions in English and Chinese, to try things
 out.
 
 interbert make-sample --output sample_corpus
@@ -18,20 +18,20 @@ TWO = "a mismatched pair needs another image"
 
 @dataclass
 class Options(Flags):
-    """How large the world is, and where it goes."""
+    """Hold the flags of make-sample."""
 
     GROUP: ClassVar[str] = "data"
 
     output: str = option("sample_corpus", "folder for the stores train/ and test/")
     train_scenes: int = option(20000, f"scenes to train on; {TWO}", least=2)
     test_scenes: int = option(200, "unseen scenes for evaluation", least=2)
-    noise: float = option(0.3, "of the features, against prototypes of norm 1 per entry")
+    noise: float = option(0.3, "noise of the features, against prototypes of norm 1 per entry")
     seed: int = option(0, "the same seed gives the same corpus", least=0)
-    vcr: bool = option(False, "also a question about each scene in the form of VCR, in vcr/")
+    vcr: bool = option(False, "also write a question about each scene in the format of VCR to vcr/")
 
 
 def run(options: Options) -> None:
-    """Write both splits."""
+    """Generate both splits."""
     folder = Path(options.output)
     check_writable(folder, "--output")
     world = World(options.seed, options.noise)
@@ -48,5 +48,5 @@ def run(options: Options) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command."""
     run_command(Options, __doc__, run)

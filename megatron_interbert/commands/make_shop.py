@@ -1,13 +1,12 @@
-"""Write the sample shop in Chinese: products, queries, topics and clicks of users, all of it made
-up.
+"""Generate the sample shop in Chinese: made-up products, queries, topics and clicks of users.
 
     interbert make-shop --output sample_shop
 
 For each split (train, test): a region store of the products, whose captions are their titles (and
-descriptions, for training); items.jsonl with their attributes; queries.jsonl in the form of MUGE
+descriptions, for training); items.jsonl with their attributes; queries.jsonl in the format of MUGE
 (query_id, query_text, item_ids); topics.jsonl (name, description, keywords); clicks.jsonl
-(topic_id, item_id, user_id, clicked). The test products, which a service may show, have
-pictures/ITEM_ID.png too. Products, queries and topics of the two splits are drawn apart.
+(topic_id, item_id, user_id, clicked). The test products, which a service may show, also have
+pictures/ITEM_ID.png. Products, queries and topics of the two splits are drawn independently.
 """
 
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from megatron_interbert.sample.shop_world import ShopWorld
 
 @dataclass
 class Options(Flags):
-    """How large the shop is, and where it goes."""
+    """Hold the flags of make-shop."""
 
     GROUP: ClassVar[str] = "data"
 
@@ -34,12 +33,12 @@ class Options(Flags):
     test_queries: int = option(400, "unseen queries", least=2)
     train_topics: int = option(3200, "topics to train on", least=2)
     test_topics: int = option(40, "unseen topics", least=2)
-    noise: float = option(0.3, "of the features, against prototypes of norm 1 per entry")
+    noise: float = option(0.3, "noise of the features, against prototypes of norm 1 per entry")
     seed: int = option(0, "the same seed gives the same shop", least=0)
 
 
 def run(options: Options) -> None:
-    """Write both splits."""
+    """Generate both splits."""
     folder = Path(options.output)
     check_writable(folder, "--output")
     world = ShopWorld(options.seed, options.noise)
@@ -56,5 +55,5 @@ def run(options: Options) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command."""
     run_command(Options, __doc__, run)

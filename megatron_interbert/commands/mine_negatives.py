@@ -3,9 +3,9 @@ alike.
 
     interbert mine-negatives coco
 
-For each caption the most similar ones below a TF-IDF similarity. Writes hard_negatives.npy into the
-store, from which training draws a part of its mismatched captions (--hard-negatives). Stopped or
-killed, it is resumable: give the same command again.
+Finds for each caption the most similar ones below a TF-IDF similarity. Writes hard_negatives.npy
+into the store, from which training draws part of its mismatched captions (--hard-negatives). A
+search that was stopped or killed is resumable: run the same command again.
 """
 
 import os
@@ -29,29 +29,29 @@ DEFAULTS = MiningOptions()
 
 @dataclass
 class Options(Flags):
-    """What is searched, and how much of it is kept."""
+    """Hold the flags of mine-negatives."""
 
     GROUP: ClassVar[str] = "search"
 
     store: str = argument("folder of a region store", group="data")
     overwrite: bool = option(False, f"replace {HARD_NEGATIVES} of the store", group="data")
-    mode: str = option(DEFAULTS.mode, "pruned: within a budget; exact: all of it")
-    budget: int = option(DEFAULTS.budget, "list entries read for a caption")
-    candidates: int = option(DEFAULTS.candidates, "captions scored exactly")
-    top: int = option(DEFAULTS.top, "negatives kept for a caption")
-    max_similarity: float = option(DEFAULTS.max_similarity, "below this")
+    mode: str = option(DEFAULTS.mode, "pruned: search within --budget; exact: search everything")
+    budget: int = option(DEFAULTS.budget, "inverted-list entries read per caption")
+    candidates: int = option(DEFAULTS.candidates, "candidates scored exactly per caption")
+    top: int = option(DEFAULTS.top, "negatives kept per caption")
+    max_similarity: float = option(DEFAULTS.max_similarity, "negatives must be less similar")
     ngrams: str = option(
         ",".join(map(str, DEFAULTS.ngrams)), "lengths of n-grams of Chinese characters"
     )
 
     block: int = option(DEFAULTS.block, "captions between two saves", group="work")
-    threads: int = option(len(os.sched_getaffinity(0)), "of the search", least=1, group="work")
-    restart: bool = option(False, "throw unfinished work away", group="work")
+    threads: int = option(len(os.sched_getaffinity(0)), "search threads", least=1, group="work")
+    restart: bool = option(False, "discard unfinished work and start over", group="work")
     check_recall: int = option(
-        0, "compare so many captions with the exact search", least=0, group="report"
+        0, "compare this many captions with the exact search", least=0, group="report"
     )
     show: int = option(
-        0, "print so many captions with their hardest negatives", least=0, group="report"
+        0, "print this many captions with their hardest negatives", least=0, group="report"
     )
 
 
@@ -71,7 +71,7 @@ def bar(stage: str, total: int) -> Iterator[Callable[[int], object]]:
 
 
 def run(options: Options) -> None:
-    """Mine, and say what was found."""
+    """Mine negatives and report what was found."""
     begun = time.monotonic()
     names = ("mode", "budget", "candidates", "top", "max_similarity", "block")
     told = {name: getattr(options, name) for name in names}
@@ -104,5 +104,5 @@ def run(options: Options) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command."""
     run_command(Options, __doc__, run)

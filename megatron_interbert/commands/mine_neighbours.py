@@ -1,11 +1,10 @@
-"""Find for each image of a region store those that look most alike, for hard captions in
-finetuning.
+"""Find the most similar images for each image of a region store, for hard captions in finetuning.
 
     interbert mine-neighbours coco
 
-Writes hard_images.npy [images, K] into the store, nearest first (Euclidean distance of mean region
-features), never the image itself. The search is exact. Memory holds the mean features and
---block x images distances.
+Writes hard_images.npy [images, K] into the store, nearest first (by Euclidean distance of mean
+region features) and never the image itself. The search is exact. Memory holds the mean features,
+and --block x images distances.
 """
 
 from dataclasses import dataclass
@@ -25,20 +24,20 @@ from megatron_interbert.preparation.mining.neighbours import mean_features, near
 
 @dataclass
 class Options(Flags):
-    """What is searched, and how much of it is kept."""
+    """Hold the flags of mine-neighbours."""
 
     GROUP: ClassVar[str] = "search"
 
     store: str = argument("region store", group="data")
-    neighbours: int = option(100, "images kept for an image", least=1)
-    block: int = option(2048, "images compared with all at a time", least=1)
+    neighbours: int = option(100, "neighbours kept per image", least=1)
+    block: int = option(2048, "images compared with all others at a time", least=1)
 
 
 def run(options: Options) -> None:
-    """Search and write."""
+    """Search the neighbours and write them into the store."""
     corpus = Corpus([options.store])
     if corpus.num_images < 2:
-        raise UsageError(f"{options.store}: one image has no neighbours")
+        raise UsageError(f"{options.store}: expected two or more images to find neighbours")
 
     most = min(options.neighbours, corpus.num_images - 1)
     found = nearest_images(mean_features(corpus), most, options.block)
@@ -49,7 +48,7 @@ def run(options: Options) -> None:
             np.save(handle, found)
     except OSError as error:
         raise UsageError(
-            f"{path}: cannot be written ({error}); make room or choose a store that can be"
+            f"{path}: cannot be written ({error}); free some space or choose a store that can be"
             " written to"
         ) from error
 
@@ -57,5 +56,5 @@ def run(options: Options) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command."""
     run_command(Options, __doc__, run)

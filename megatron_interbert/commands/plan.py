@@ -1,11 +1,11 @@
-"""Which layouts of a model fit the memory of a device, and with how many samples at a time.
+"""List the layouts of a model that fit the memory of a device, with their largest micro-batch.
 
     interbert plan --model base --gpus 8 --gpu-memory 80
     interbert plan --model large --gpus 64 --gpu-memory 40 --regions 10-100 --global-batch-size 4096
 
-By arithmetic (training/memory.py), which tests hold to within 10 % of what torch's allocator counts
-on a CPU; on GPUs it was not counted. A device also holds its driver's context and the allocator's
-leftovers: --reserve keeps room for them.
+Computed by training/memory.py, which tests hold to within 10 % of what torch's allocator counts on
+a CPU; on GPUs it has not been compared. A device also holds its driver's context and the
+allocator's fragments: --reserve leaves room for them.
 """
 
 import itertools
@@ -24,41 +24,41 @@ from megatron_interbert.model.presets import load_model_config
 from megatron_interbert.training.memory import Layout, Load, Memory, largest_micro_batch, predict
 
 GIB = 2**30
-MOST = 1 << 16  # samples at a time beyond which it is not asked
+MOST = 1 << 16  # largest micro-batch that is tried
 MEMORY = ("weights", "optimizer", "gradients", "buffers", "activations", "peak")
 
 
 @dataclass
 class Options(Flags):
-    """A model, its samples, and the devices that there are."""
+    """Hold the flags of plan: a model, its samples and the devices."""
 
     GROUP: ClassVar[str] = "model"
 
     model: str = option("base", "preset or JSON file of model sizes")
     words: tuple[int, int] = option(
-        (8, 20), "tokens of a sample with [CLS] and [SEP], from-to; default: 8-20", read=span
+        (8, 20), "tokens per sample with [CLS] and [SEP], from-to; default: 8-20", read=span
     )
     regions: tuple[int, int] = option(
-        (36, 36), "regions of a sample, from-to; default: 36", read=span
+        (36, 36), "regions per sample, from-to; default: 36", read=span
     )
     micro_batch_size: int = option(
         0,
-        "samples at a time; default: as many as fit",
+        "samples per forward pass; default: as many as fit",
         group="optimisation",
     )
     global_batch_size: int = option(
         0,
-        "a micro-batch beyond its share of this is not asked for; 0: any",
+        "samples per step; limits the micro-batch to a rank's share; 0: no limit",
         least=0,
         group="optimisation",
     )
     gpus: int = option(8, "devices in all", least=ABOVE_0, group="parallelism")
-    gpu_memory: float = option(80.0, "GiB of one", least=ABOVE_0, group="parallelism")
+    gpu_memory: float = option(80.0, "GiB per device", least=ABOVE_0, group="parallelism")
     reserve: float = option(0.1, "share of the memory to leave free", group="parallelism")
-    fp32: bool = option(False, "passes in 32 bits instead of 16", group="parallelism")
+    fp32: bool = option(False, "forward and backward passes in 32 bits instead of 16", group="parallelism")
     sequence_parallel: bool = option(
         False,
-        "tensor-parallel ranks also share the tokens between layers",
+        "tensor-parallel ranks also split the tokens between layers",
         group="parallelism",
     )
     kernels: str = option("triton", "fused kernels", ("triton", "torch"), group="parallelism")
@@ -78,7 +78,7 @@ class Options(Flags):
 
 @dataclass(frozen=True)
 class Row:
-    """A layout that fits, with its micro-batch and the memory of a device."""
+    """Hold a layout that fits, with its micro-batch and the memory it takes on a device."""
 
     layout: Layout
     samples: int
@@ -86,8 +86,8 @@ class Row:
 
 
 def layouts(sizes: ModelConfig, options: Options) -> Iterator[Layout]:
-    """List all layouts that divide the devices and the model evenly, the simplest first."""
-    most = min(options.gpus, sizes.num_attention_heads)  # each rank has a head
+    """Yield all layouts that divide the devices and the model evenly, the simplest first."""
+    most = min(options.gpus, sizes.num_attention_heads)  # each rank needs a head
     tensors = [size for size in range(1, most + 1) if options.gpus % size == 0]
     for recompute, tensor, stage in itertools.product((False, True), tensors, (0, 1, 2, 3)):
         data = options.gpus // tensor
@@ -113,7 +113,7 @@ def layouts(sizes: ModelConfig, options: Options) -> Iterator[Layout]:
 
 
 def fit(sizes: ModelConfig, layout: Layout, options: Options) -> Row | None:
-    """Find the samples at a time; None where not one fits, or not as many as are asked for."""
+    """Return the layout with its micro-batch and memory; None if it does not fit a device."""
     words, most_words = options.words
     regions, most_regions = options.regions
     mean_words = (words + most_words) / 2
@@ -133,7 +133,7 @@ def fit(sizes: ModelConfig, layout: Layout, options: Options) -> Row | None:
 
 
 def table(rows: list[Row], options: Options) -> list[str]:
-    """Give a line for each layout that fits, under a heading."""
+    """Return the lines of the table: a heading, then one for each layout that fits."""
     head = ("data", "tensor", "ZeRO", "recompute", "micro-batch", *MEMORY)
     lines = []
 
@@ -166,16 +166,16 @@ def run(options: Options) -> None:
     sizes = load_model_config(options.model)
     if not (sizes.vocab_size and sizes.feature_dim and sizes.num_classes):
         raise UsageError(
-            f"--model {options.model} takes sizes from its data; give a JSON file with all sizes,"
-            " or base"
+            f"--model {options.model} takes some sizes from its data; give base, or a JSON file"
+            " with all sizes"
         )
 
     rows = [row for layout in layouts(sizes, options) if (row := fit(sizes, layout, options))]
     if not rows:
         less = "fewer samples at a time" if options.micro_batch_size else "a smaller model"
         raise UsageError(
-            f"nothing fits {options.gpus} devices of {options.gpu_memory:g} GiB; more of them, or"
-            f" {less}"
+            f"nothing fits {options.gpus} devices of {options.gpu_memory:g} GiB; try more of them"
+            f" or {less}"
         )
 
     print("\n".join(table(rows, options)))
@@ -185,10 +185,10 @@ def run(options: Options) -> None:
 
 
 def as_record(row: Row) -> dict[str, Any]:
-    """Give a row as JSON."""
+    """Return a row as a JSON object, memory in bytes."""
     return {**vars(row.layout), "micro_batch_size": row.samples, **vars(row.memory)}
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command."""
     run_command(Options, __doc__, run, reports=True)

@@ -1,12 +1,12 @@
-"""How well models search and recommend in the generated shop, beside TF-IDF over titles and chance.
+"""Report how well models search and recommend in the generated shop, beside TF-IDF and chance.
 
     interbert shop-report --search runs/shop_12000/product_search \\
         --recommendation runs/shop_12000/recommendation
 
-Mean and deviation over several runs. Queries say what they need (`interbert make-shop`): the
-picture, the title, or either. TF-IDF compares single characters and pairs of them. Chance is a
-shuffled list. The clicks were drawn by what a product has of what a topic wants, so no score orders
-them better than that does.
+Prints mean and deviation over several runs. Queries are marked by what answers them (`interbert
+make-shop`): the picture, the title, or either. TF-IDF compares single characters and pairs of them
+in titles. Chance is a shuffled list. Clicks were drawn by how much of what a topic wants a product
+has, so no score can order them better than that share does.
 """
 
 from dataclasses import dataclass
@@ -27,18 +27,16 @@ from megatron_interbert.sample.shop_report import (
 
 @dataclass
 class Options(Flags):
-    """Which runs are reported on."""
+    """Hold the flags of shop-report."""
 
     GROUP: ClassVar[str] = "data"
 
-    search: list[str] = option((), "runs that were finetuned for product search", several=True)
-    recommendation: list[str] = option(
-        (), "runs that were finetuned for recommendation", several=True
-    )
+    search: list[str] = option((), "runs finetuned for product search", several=True)
+    recommendation: list[str] = option((), "runs finetuned for recommendation", several=True)
     data_path: str = option("sample_shop/test", "generated shop")
     two_stage: int = option(
         0,
-        "also search in two stages: so many products by vectors; 0: no",
+        "also search in two stages, the first of which finds this many products by vectors; 0: no",
         least=0,
         group="scoring",
         old_names=("--first-stage",),
@@ -68,5 +66,5 @@ def run(options: Options) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command."""
     run_command(Options, __doc__, run, reports=True)

@@ -1,4 +1,4 @@
-"""Mean and spread of several results (seeds of one setting): each figure over result.json files.
+"""Summarise result.json files, such as seeds of one setting: mean and spread of each figure.
 
 interbert summarise runs/seed-*/evaluation/retrieval/result.json
 """
@@ -14,7 +14,7 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.files import check_output, json_text, write_output
 from megatron_interbert.reading import read_json
 
-# With what earlier results mean that lack it.
+# keys that results must share, with the value that older results without the key stand for
 SAME = {"task": "", "protocol": "", "precision": "fp32"}
 DECIDING = (
     "language",
@@ -29,7 +29,7 @@ COLUMNS = ("mean", "spread", "least", "most")
 
 @dataclass
 class Options(Flags):
-    """Which results are averaged."""
+    """Hold the flags of summarise."""
 
     GROUP: ClassVar[str] = "data"
 
@@ -38,9 +38,9 @@ class Options(Flags):
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Give {figure: {mean, spread, least, most}} over results.
+    """Return {figure: {mean, spread, least, most}} over results.
 
-    The spread is the sample's standard deviation, 0 of one alone.
+    The spread is the sample standard deviation, 0 for a single result.
     """
     figures = {}
 
@@ -57,7 +57,7 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def is_result(result: dict[str, Any]) -> bool:
-    """Tell whether it is what an evaluation writes: task, figures, and what they were made on."""
+    """Check whether JSON has the form of an evaluation's result: task, figures, data, settings."""
     metrics = result.get("metrics")
     data = result.get("data", {})
     if not isinstance(metrics, dict) or not isinstance(data, dict):
@@ -72,41 +72,42 @@ def is_result(result: dict[str, Any]) -> bool:
 
 
 def deciding(result: dict[str, Any]) -> list[Any]:
-    """Give the hashes of the data, wherever they lie, and the settings that decide the samples."""
+    """Return the hashes of the data, whatever their paths, and the settings that decide samples."""
     settings = result.get("configuration", {})
     hashes = sorted(result.get("data", {}).get("files", {}).values())
     return [hashes, *(settings.get(name) for name in DECIDING)]
 
 
 def check_alike(paths: list[str], results: list[dict[str, Any]]) -> None:
-    """Raise UsageError for a result that does not average with the first."""
+    """Raise UsageError for a result that cannot be averaged with the first."""
     first = results[0]
 
     for path, result in zip(paths, results, strict=True):
         if not is_result(result):
-            raise UsageError(f"{path}: no figures in it; give the result.json of an evaluation")
+            raise UsageError(f"{path}: not a result; give the result.json of an evaluation")
         for name, earlier in SAME.items():
             here = result.get(name, earlier)
             there = first.get(name, earlier)
             if here != there:
                 raise UsageError(
-                    f"{path}: {name} is {here}, the first has {there}; they do not average"
+                    f"{path}: {name} is {here}, the first has {there}; they cannot be averaged"
                 )
 
         if deciding(result) != deciding(first):
             raise UsageError(
-                f"{path}: evaluated on other data or with other limits than {paths[0]}; they do not"
-                " average"
+                f"{path}: evaluated on other data or with other limits than {paths[0]}; they cannot"
+                " be averaged"
             )
 
         if result["metrics"].keys() != first["metrics"].keys():
             raise UsageError(
-                f"{path}: has figures {', '.join(result['metrics'])}; {paths[0]} has others"
+                f"{path}: has figures {', '.join(result['metrics'])}; {paths[0]} has others; they"
+                " cannot be averaged"
             )
 
 
 def run(options: Options) -> None:
-    """Read, check that they are of one kind, print."""
+    """Read the results, check that they can be averaged, and print the table."""
     if options.output:
         check_output(Path(options.output), "--output")
 
@@ -124,5 +125,5 @@ def run(options: Options) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command."""
     run_command(Options, __doc__, run, reports=True)

@@ -40,7 +40,7 @@ def _segmenter() -> Any:
 
 
 def word_begins(text: str) -> set[int]:
-    """Return the character positions at which jieba lets a word of the text begin."""
+    """Return the positions in a text at which a Chinese word begins, by jieba's dictionary."""
     return {begin for _, begin, _ in _segmenter().tokenize(text)}
 
 

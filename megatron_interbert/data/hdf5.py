@@ -1,8 +1,8 @@
-"""The one door through which HDF5 files are read, ours and those of others.
+"""Read HDF5 files safely, this project's and foreign ones; all of them are opened through here.
 
-HDF5 can name other files, load code for its filters and declare more than a file holds. Nothing
-here follows, loads or allocates that: a dataset is looked at before any of it is read, and whatever
-is wrong becomes one line.
+An HDF5 file can refer to other files, load code for its filters and declare more than it holds.
+None of that is followed, loaded or allocated: a dataset is inspected before any of it is read, and
+every problem becomes a one-line UsageError.
 """
 
 import atexit
@@ -43,28 +43,30 @@ FILTERS = {
     h5z.FILTER_SZIP,
     h5z.FILTER_LZF,
 }
-CHECKSUM_BYTES = 4  # what the filter fletcher32 appends to a chunk
+CHECKSUM_BYTES = 4  # appended to each chunk by the filter fletcher32
 KINDS = {h5t.INTEGER, h5t.FLOAT, h5t.STRING}
 LINKS = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "a link into another file"}
 
-# a dataset may be so many times as large as its file, by compression or by parts never written,
+# A dataset may be larger than its file, by compression or parts never written: this many times the
+# file's size, plus this many bytes.
 TIMES_THE_FILE = 64
-AND_BYTES = 64 << 20  # and so many bytes more
-STRINGS_AT_ONCE = 32  # each of them may be as long as the file, or together they take
+AND_BYTES = 64 << 20
+# Each text may be as long as the file: so many are read at once, or more that together stay below.
+STRINGS_AT_ONCE = 32
 STRING_BYTES_AT_ONCE = 128 << 20
 ATTRIBUTE_STRINGS = 256
 ATTRIBUTE_BYTES = 4 << 30
 
 OPEN: "weakref.WeakSet[Hdf5File]" = weakref.WeakSet()
 
-# No code is loaded for the sake of a file, whatever HDF5_PLUGIN_PATH says.
+# A file must not make HDF5 load a filter plugin, whatever HDF5_PLUGIN_PATH says.
 while h5pl.size():
     h5pl.remove(0)
 
 
 def system_reason(error: BaseException | None) -> str:
-    """Give what the system says where it, not the file, is to blame; empty where the bytes
-    themselves are wrong.
+    """Return the system's error text if the system refused to read; empty if the bytes of the file
+    are wrong.
     """
     if isinstance(error, MemoryError) or "memory allocation failed" in str(error):
         return os.strerror(errno.ENOMEM)
@@ -79,23 +81,25 @@ def system_reason(error: BaseException | None) -> str:
 def reading_problem(
     where: str | Path, error: BaseException, mend: str = MEND, what: str = "as HDF5"
 ) -> UsageError:
-    """Give the one line for a file that could not be read: a refusal of the system is no damage and
-    is not called so.
+    """Build the one-line error for a file that could not be read, without calling it damaged if
+    the system refused to read it.
+
+    `mend` says what to do about damage, `what` how the file was read.
     """
     if reason := system_reason(error):
         return UsageError(
-            f"{where}: could not be read ({reason}), which says nothing against the file; mend that"
-            " and try again"
+            f"{where}: could not be read ({reason}), which says nothing about its content; fix"
+            " permissions, disk or limits and try again"
         )
 
     return UsageError(f"{where}: cannot be read{' ' if what else ''}{what} ({error}); {mend}")
 
 
 def _open_through(source: FileBytes) -> h5py.File:
-    """Open a file of which HDF5 sees only what `source` gives it.
+    """Open a file whose bytes HDF5 reads only through `source`.
 
-    The list of properties is closed here and not when Python comes to it: one that is left when
-    Python has ended, held by the traceback of some error, makes HDF5 crash.
+    The property list is closed here instead of whenever Python collects it: one that outlives
+    Python, held by the traceback of some error, makes HDF5 crash.
     """
     properties = h5p.create(h5p.FILE_ACCESS)
     source.quiet = True
@@ -111,10 +115,10 @@ def _open_through(source: FileBytes) -> h5py.File:
 
 @atexit.register
 def _close_all() -> None:
-    """Close what is open before Python ends: HDF5 would call Python for it afterwards, and crash.
+    """Close all open files before Python ends: HDF5 would call into Python afterwards, and crash.
 
-    Where HDF5 fails to read an object it keeps pieces of the file's properties, which only its own
-    end gives back.
+    If HDF5 has failed to read an object, it keeps parts of the file's properties that only closing
+    the library releases.
     """
     for file in list(OPEN):
         file.close()
@@ -125,14 +129,14 @@ def _close_all() -> None:
 
 
 class Hdf5File:
-    """An HDF5 file, open for reading.
+    """Represent an HDF5 file, open for reading; only datasets and attributes of its root that are
+    safe to read can be reached.
 
-    Only datasets and attributes of its root that are safe to read can be had.
-
-    A context manager in which every error of HDF5 becomes one line. `mend` ends that line.
+    As a context manager it turns every error of HDF5 into a one-line UsageError, which ends with
+    `mend`.
     """
 
-    met_errors = False  # in this process
+    met_errors = False  # whether HDF5 has failed in this process
 
     def __init__(self, path: str | Path, mend: str = MEND) -> None:
         self.path = Path(path)
@@ -156,11 +160,11 @@ class Hdf5File:
     def problem(
         self, error: BaseException, where: str | Path = "", mend: str = "", what: str = "as HDF5"
     ) -> UsageError:
-        """Give the line for an error of HDF5 in this file."""
+        """Build the one-line error for an error of HDF5 in this file; see reading_problem."""
         return reading_problem(where or self.path, self.cause(error), mend or self.mend, what)
 
     def cause(self, error: BaseException) -> BaseException:
-        """What is behind an error of HDF5: a read that went wrong, or the error itself."""
+        """Return the failed read behind an error of HDF5, or else the error itself."""
         Hdf5File.met_errors = True
         opened = getattr(self, "bytes", None)
         return (opened.failure if opened else None) or error
@@ -173,9 +177,7 @@ class Hdf5File:
         self.bytes.close()
 
     def keep_descriptor(self) -> int:
-        """Close HDF5 and give the descriptor of the open file, which is the caller's to close from
-        now on.
-        """
+        """Close the file for HDF5 and return a descriptor of it, which the caller must close."""
         descriptor = os.dup(self.bytes.descriptor)
         self.close()
 
@@ -183,7 +185,9 @@ class Hdf5File:
 
     @functools.cached_property
     def _file(self) -> h5py.File:
-        """Opened when first asked for: who needs only the descriptor does not pay for it."""
+        """Open the file in HDF5 on first use, at no cost to callers that need only the
+        descriptor.
+        """
         file = _open_through(self.bytes)
         OPEN.add(self)
         if self.bytes.failure:
@@ -200,21 +204,18 @@ class Hdf5File:
         return self._file.id.links.exists(name.encode())
 
     def names(self, most: int = 64) -> list[str]:
-        """Give some names of the root, in their order."""
+        """Return the first `most` names in the root, in the file's order."""
         return list(itertools.islice(self._file, most))
 
     def __getitem__(self, name: str) -> h5py.Dataset:
-        """Open a dataset of the root, looked at before any of it is read.
-
-        UsageError says what about it is not safe.
-        """
+        """Open a dataset of the root; raise UsageError if it is missing or not safe to read."""
         if name not in self._datasets:
             self._datasets[name] = self._open(name)
 
         return self._datasets[name]
 
     def strings(self, name: str) -> np.ndarray:
-        """Give all texts of a one-dimensional dataset, object [n]."""
+        """Read all texts of a one-dimensional dataset, object [n]."""
         dataset = self[name]
         if dataset.ndim != 1 or dataset.id.get_type().get_class() != h5t.STRING:
             raise self._refusal(
@@ -231,7 +232,7 @@ class Hdf5File:
         for start in range(0, len(dataset), step):
             part = dataset[start : start + step]
             total += sum(map(len, part))
-            if total > self.bytes.size:  # every text has a place of its own, so together they fit
+            if total > self.bytes.size:  # texts stored once each cannot exceed the file
                 raise self._refusal(
                     f"'{name}'", "repeats texts until they are longer than the file"
                 )
@@ -241,9 +242,8 @@ class Hdf5File:
         return texts
 
     def attribute(self, name: str) -> np.ndarray | None:
-        """Give an attribute of the root: number, text, or array of these.
-
-        None where there is none.
+        """Return an attribute of the root: a number, a text or an array of these; None if it is
+        missing.
         """
         if not h5a.exists(self._file.id, name.encode()):
             return None
@@ -272,7 +272,7 @@ class Hdf5File:
         if link != h5l.TYPE_HARD:
             raise self._refusal(
                 shown,
-                f"is {LINKS.get(link, 'a link of a foreign kind')}, expected data in the file"
+                f"is {LINKS.get(link, 'a link of an unknown kind')}, expected data in the file"
                 " itself",
             )
 
@@ -295,16 +295,17 @@ class Hdf5File:
         return UsageError(f"{self.path}: {what} {problem}; {self.mend}")
 
     def _size_problem(self, dataset: h5d.DatasetID) -> str:
-        """Say why what a dataset declares cannot be in a file of this size.
+        """Describe why a dataset cannot be as large as it declares in a file of this size; empty if
+        it can.
 
-        Its shape is safe to ask for by now.
+        Its shape is safe to read by now.
         """
         held = self.bytes.size
         count = int(np.prod(dataset.shape, dtype=object))
         if count == 0:
             return ""
 
-        # what was never written has no offset and reads as zeros
+        # a dataset that was never written has no offset and reads as zeros
         declared = count * dataset.get_type().get_size()
         offset = dataset.get_offset()
         if offset is not None:
@@ -325,7 +326,9 @@ class Hdf5File:
 
 
 def _layout_problem(dataset: h5d.DatasetID) -> str:
-    """Say why the values of a dataset come from elsewhere, or by code that is not HDF5's own."""
+    """Describe why reading a dataset needs other files or code that is not HDF5's own; empty if it
+    does not.
+    """
     properties = dataset.get_create_plist()
     if properties.get_layout() == h5d.VIRTUAL:
         return "is virtual (made of other files), expected data in the file itself"
@@ -339,19 +342,18 @@ def _layout_problem(dataset: h5d.DatasetID) -> str:
         if code not in FILTERS:
             shown = name.decode("utf-8", "replace")[:40] or code
             return (
-                f"is packed by the filter {shown!r}, expected gzip, lzf, szip or none (h5repack -f"
-                " GZIP=1)"
+                f"is compressed with the filter {shown!r}, expected gzip, lzf, szip or none"
+                " (convert it with h5repack -f GZIP=1)"
             )
 
     return ""
 
 
 def _checksum_problem(dataset: h5d.DatasetID) -> str:
-    """Say why a chunk cannot hold the checksum at its end; empty where every chunk can.
+    """Describe why a chunk is too short for its checksum; empty if none is.
 
-    HDF5 2.0.0 takes the size of the checksum from the size of the chunk, even from a smaller one,
-    and then reads past the end. How long a chunk is before its checksum can be seen only where the
-    checksum was added last.
+    HDF5 2.0.0 subtracts the size of the checksum even from a smaller chunk, and then reads past its
+    end. A chunk's length with checksum is known only if the checksum was added last.
     """
     properties = dataset.get_create_plist()
     filters = [properties.get_filter(number)[0] for number in range(properties.get_nfilters())]
@@ -361,8 +363,8 @@ def _checksum_problem(dataset: h5d.DatasetID) -> str:
     last = len(filters) - 1
     if filters.index(h5z.FILTER_FLETCHER32) != last:
         return (
-            "is compressed after its checksums are added, expected checksums last (h5repack -f"
-            " GZIP=1)"
+            "adds its checksums before compression, expected them last (convert it with h5repack"
+            " -f GZIP=1)"
         )
 
     def place_of_short(chunk: h5d.StoreInfo) -> tuple[int, ...] | None:
@@ -377,7 +379,7 @@ def _checksum_problem(dataset: h5d.DatasetID) -> str:
 def _type_problem(dataset: h5d.DatasetID) -> str:
     kind = dataset.get_type()
     if kind.committed():
-        return "is of a type that is kept elsewhere in the file (committed)"
+        return "has a type that is stored elsewhere in the file (committed)"
     if kind.get_class() not in KINDS:
         return "holds neither numbers nor texts"
     return ""

@@ -1,8 +1,8 @@
-"""Whether the files of region stores are as they were written: hashed once for a store and machine.
+"""Verify that the files of region stores are as they were written, by hashing each once a machine.
 
-What was verified is remembered on the machine, with size and times of each file: an unchanged file
-is not read again. Small stores, and files that have another size or time since, are hashed before
-work begins; what takes longer is hashed meanwhile, changed files first.
+Verified files are remembered per machine with their size and times, so an unchanged file is not
+read again. Small stores, and files whose size or time has changed since, are hashed before work
+begins; larger amounts are hashed in the background, changed files first.
 """
 
 import contextlib
@@ -25,28 +25,28 @@ from megatron_interbert.files import file_sha256, write_json
 from megatron_interbert.progress import log_lines, progress
 from megatron_interbert.reading import reading
 
-SMALL = 1 << 28  # bytes of unknown files that are hashed before work begins: a fraction of a second
-LARGE = 1 << 34  # and of changed ones: some 20 s, far below what other ranks wait
-SECONDS_TO_REMEMBER = 10.0  # between two writes of what was verified
-NICE = 10  # of the thread that hashes: training comes first
+SMALL = 1 << 28  # bytes of unseen files that are hashed before work begins: a fraction of a second
+LARGE = 1 << 34  # and of changed ones: about 20 s, far less than other ranks wait
+SECONDS_TO_REMEMBER = 10.0  # between two writes of the list of verified files
+NICE = 10  # niceness of the hashing thread: training comes first
 Stamp = list[int]
 
 
 @dataclass
 class StoreFile:
-    """A file of a store, and the sha256 that its manifest gives."""
+    """Hold a file of a store and its sha256 from the manifest."""
 
     path: Path
     sha256: str
 
     def stamp(self) -> Stamp:
-        """Give what changes when the content does: size, times, the file itself."""
+        """Return what changes with the content: size in bytes, mtime and ctime in ns, inode."""
         found = os.stat(self.path)
         return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 class Memory:
-    """What this machine has verified of one store: name of a file -> [stamp, sha256]."""
+    """Remember which files of one store this machine has verified: file name -> [stamp, sha256]."""
 
     def __init__(self, store: Path) -> None:
         place = hashlib.sha256(os.fsencode(os.path.realpath(store))).hexdigest()[:16]
@@ -60,18 +60,18 @@ class Memory:
         try:
             found = json.loads(self.path.read_bytes()) if self.path else {}
         except (OSError, ValueError, RecursionError):
-            return {}  # what is not remembered is verified again
+            return {}  # then files are verified again
 
         return found if isinstance(found, dict) else {}
 
     def knows(self, file: StoreFile) -> bool:
-        """Tell whether the file was verified and is as it was then."""
+        """Check whether the file was verified and has not changed since."""
         return self.entries.get(file.path.name) == [file.stamp(), file.sha256]
 
     def saw_change(self, file: StoreFile) -> bool:
-        """Tell whether a file was verified whose size or time of change is another now.
+        """Check whether a file was verified and its size or mtime has changed since.
 
-        A change of owner, permissions or place is none.
+        A change of owner, permissions or inode does not count.
         """
         try:
             stamp, _ = self.entries[file.path.name]
@@ -80,29 +80,26 @@ class Memory:
             return False
 
     def add(self, file: StoreFile, stamp: Stamp) -> None:
-        """Remember a file that had its sha256 when it had this stamp; on disk now and then."""
+        """Remember that a file with this stamp had its sha256; write to disk now and then."""
         self._new[file.path.name] = [stamp, file.sha256]
         if time.monotonic() - self._written > SECONDS_TO_REMEMBER:
             self.write()
 
     def write(self) -> None:
-        """Put what is new on disk, beside what other processes have verified meanwhile."""
+        """Write new entries to disk, merged with what other processes have verified meanwhile."""
         self._written = time.monotonic()
         self.entries = {**self._read(), **self._new}
         if not self.path or not self._new:
             return
         with contextlib.suppress(
             OSError
-        ):  # a home that cannot be written: verified again next time
+        ):  # if the cache cannot be written, files are verified again next time
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, self.entries)
 
 
 def cache_folder() -> Path | None:
-    """Give the folder for what can be made again, by the XDG rules.
-
-    None for a user without a home.
-    """
+    """Return this project's cache folder by the XDG rules; None for a user without a home."""
     given = os.environ.get("XDG_CACHE_HOME", "")
 
     try:
@@ -114,10 +111,10 @@ def cache_folder() -> Path | None:
 
 
 class Integrity:
-    """Verifies region stores. One process of each machine does: `check_at_once`, then `start`."""
+    """Verify region stores, in one process of each machine: `check_at_once`, then `start`."""
 
     def __init__(self, paths: Iterable[str | Path]) -> None:
-        self.problem = ""  # the first file that is not as it was written
+        self.problem = ""  # message about the first changed file that the thread found
         self._thread: threading.Thread | None = None
 
         changed: list[tuple[Memory, StoreFile]] = []
@@ -138,7 +135,7 @@ class Integrity:
     def check_at_once(self) -> None:
         """Hash small stores, and files that have changed since they were verified.
 
-        UsageError names one that is not as it was written, or cannot be read.
+        Raises UsageError naming a file that is not as it was written, or cannot be read.
         """
         try:
             problem = verify(self._at_once, progress)
@@ -149,9 +146,8 @@ class Integrity:
             raise UsageError(problem)
 
     def start(self, tell: Callable[[str], None] = lambda problem: None) -> None:
-        """Hash what is left in a thread.
-
-        What it finds stands in `problem`, and `tell` hears of it.
+        """Hash the remaining files in a thread, which sets `problem` to a message about the first
+        changed file and calls `tell` with it.
         """
         if self._beside and self._thread is None:
             self._thread = threading.Thread(
@@ -160,30 +156,30 @@ class Integrity:
             self._thread.start()
 
     def wait(self, seconds: float) -> None:
-        """Wait for the thread, at most so long."""
+        """Wait for the thread to finish, at most `seconds`."""
         if self._thread is not None:
             self._thread.join(seconds)
 
     def _run(self, tell: Callable[[str], None]) -> None:
         try:
-            with contextlib.suppress(OSError):  # it may be nicer than that
+            with contextlib.suppress(OSError):  # the process may already be nicer than that
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
             self.problem = verify(self._beside, log_lines)
         except (OSError, UsageError) as error:
-            print(f"note: the region stores cannot be verified ({error})", flush=True)
+            print(f"note: the region stores could not be verified ({error})", flush=True)
 
         if self.problem:
             tell(self.problem)
 
 
 def size_of(files: Sequence[tuple[Memory, StoreFile]]) -> int:
-    """Give the bytes of some files together."""
+    """Return the total size of some files in bytes."""
     return sum(file.stamp()[0] for _, file in files)
 
 
 def verify(files: Sequence[tuple[Memory, StoreFile]], bar_of: Callable[..., tqdm]) -> str:
-    """Hash files and remember those that are as they were written; says which one is not, else
-    nothing.
+    """Hash files and remember those that are as they were written; return a message about the
+    first that is not, or an empty string.
     """
     total = size_of(files)
     unit = {"unit": "B", "unit_scale": True, "desc": "verifying region stores"}

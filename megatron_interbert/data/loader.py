@@ -1,13 +1,13 @@
-"""Loader processes: batches in the order of the stream, features in shared memory that is used
-again and again.
+"""Load batches ahead of training in loader processes, in the order of the stream, with features in
+shared memory that is reused.
 
-Each process owns a few slots of one shared mapping. It reads the regions of a batch from disk
+Each process owns a shared mapping of a few slots. It reads the regions of a batch from disk
 straight into a slot; the training process sees the same memory as the batch's features, and the
 slot is free again when the last tensor on it is gone. So features are copied once, by the kernel,
 and memory does not grow. The small fields of a batch travel through a pipe.
 
-A process that dies is noticed at once, an error in one comes as its message, a read that hangs ends
-after `data_timeout` seconds.
+A process that dies is noticed at once, an error in one arrives as its message, and a read that
+hangs raises an error after `data_timeout` seconds.
 """
 
 import contextlib
@@ -35,12 +35,12 @@ from megatron_interbert.data.training_set import TrainingSet
 from megatron_interbert.errors import RunError, TrainingStopped, UsageError
 from megatron_interbert.signals import STOPPING, signal_at_parents_death
 
-SLOTS = 4  # batches that one process may have ready or in use
+SLOTS = 4  # batches of one process that may be ready or in use at a time
 
 
 class SharedFile:
-    """Anonymous shared memory by its file descriptor: no name, so nothing is left behind when a
-    process is killed.
+    """Hold anonymous shared memory by its file descriptor: it has no name, so nothing is left
+    behind if a process is killed.
     """
 
     def __init__(self, size: int) -> None:
@@ -56,14 +56,14 @@ class SharedFile:
         self.descriptor = state["descriptor"].detach()
 
     def map(self) -> mmap.mmap:
-        """Give the memory, in this process."""
+        """Map the memory into this process."""
         return mmap.mmap(self.descriptor, self.size)
 
 
 class SlotMemory:
-    """One use of a slot.
+    """Represent one use of a slot, as float16 memory of `shape`.
 
-    NumPy keeps it alive as the owner of its memory, so its end is the end of the last array on it.
+    NumPy keeps it alive as the owner of the memory, so it ends together with the last array on it.
     """
 
     def __init__(self, mapping: mmap.mmap, start: int, shape: tuple[int, int]) -> None:
@@ -84,16 +84,16 @@ def _work(
     slot_bytes: int,
     others: Sequence[Connection],
 ) -> None:
-    """Serve as a loader process: (slot, pairs) in, fields of the batch out, until the other side is
-    gone.
+    """Serve as a loader process: receive (slot, pairs), send the fields of the batch, until the
+    training process is gone.
     """
-    # for the training process, which ends this one when it is time
+    # these signals are for the training process, which ends this one when it is time
     for number in (signal.SIGINT, *STOPPING):
         signal.signal(number, signal.SIG_IGN)
 
-    signal_at_parents_death(signal.SIGKILL)  # even while this one is stopped or hangs in a read
+    signal_at_parents_death(signal.SIGKILL)  # even if this one is stopped or hangs in a read
     for other in others:
-        # copies of pipe ends from the fork would keep pipes open whose owner has died
+        # inherited copies of pipe ends would keep pipes open after their owner has died
         other.close()
 
     torch.set_num_threads(1)
@@ -109,7 +109,7 @@ def _work(
             result = "batch", _into_slot(dataset, pairs, mapping, slot, slot_bytes)
         except UsageError as error:
             result = "wrong input", str(error)
-        except BaseException:  # whatever it is, the training process must hear of it
+        except BaseException:  # whatever it is, the training process must be told
             result = "failure", traceback.format_exc()
 
         try:
@@ -119,8 +119,8 @@ def _work(
 
 
 def _receive(connection: Connection, requests: queue.SimpleQueue) -> None:
-    """Take requests out of the pipe at once: with both ends waiting to write into full pipes
-    nothing would ever move.
+    """Move requests from the pipe into a queue at once, because two processes that both wait to
+    write into full pipes would block for ever.
     """
     while True:
         try:
@@ -136,17 +136,16 @@ def _into_slot(
     slot: int | None,
     slot_bytes: int,
 ) -> dict[str, Any]:
-    """Give the fields of a batch.
-
-    With a slot the features stay there and their shape goes instead.
+    """Build the fields of a batch; with a slot, the features stay in it and the field holds only
+    their shape.
     """
     if slot is None:
         return dataset.fields(pairs)
 
     def allocate(shape: tuple[int, int]) -> np.ndarray:
-        if 2 * shape[0] * shape[1] > slot_bytes:  # it would write into the next batch
+        if 2 * shape[0] * shape[1] > slot_bytes:  # it would overwrite the next slot
             raise ValueError(
-                f"{shape[0]} regions, more than most_rows of {type(dataset).__name__} says"
+                f"{shape[0]} regions in a batch, more than most_rows of {type(dataset).__name__}"
             )
 
         return np.frombuffer(mapping, np.float16, shape[0] * shape[1], slot * slot_bytes).reshape(
@@ -160,7 +159,7 @@ def _into_slot(
 
 
 class LoaderProcess:
-    """One loader process as the training process sees it."""
+    """Represent one loader process in the training process."""
 
     def __init__(
         self, number: int, dataset: TrainingSet, start: str, others: list[Connection]
@@ -172,7 +171,7 @@ class LoaderProcess:
         self.memory = SharedFile(SLOTS * self.slot_bytes)
         self.mapping = self.memory.map()
         self.free = deque(range(SLOTS))
-        self.asked: deque[int | None] = deque()  # slots of the batches under way, in their order
+        self.asked: deque[int | None] = deque()  # slots of the batches under way, in order
         context = multiprocessing.get_context(start)
         self.connection, theirs = context.Pipe()
         inherited = [*others, self.connection] if start == "fork" else []
@@ -186,20 +185,20 @@ class LoaderProcess:
         theirs.close()
 
     def ask(self, pairs: list[tuple[int, int]]) -> None:
-        """Give order a batch.
+        """Request a batch of (epoch, sample) pairs.
 
-        Without a free slot it comes through the pipe: slower, but a caller may keep as many as it
-        likes.
+        Without a free slot its features come through the pipe: slower, but a caller may keep as
+        many batches as it likes.
         """
         slot = self.free.popleft() if self.free else None
         self.asked.append(slot)
-        with contextlib.suppress(OSError):  # it has died: `take` says so
+        with contextlib.suppress(OSError):  # if it has died, `take` reports that
             self.connection.send((slot, pairs))
 
     def take(self, timeout: float) -> PackedBatch:
-        """Give the next batch in order.
+        """Return the next batch in the order requested, waiting at most `timeout` seconds.
 
-        UsageError or TrainingStopped, local to this rank, when there is none.
+        Raises UsageError or TrainingStopped, local to this rank, if the process failed or hangs.
         """
         slot = self.asked.popleft()
         if self.connection not in wait([self.connection, self.process.sentinel], timeout):
@@ -254,14 +253,14 @@ class LoaderProcess:
 
 
 def local(error: RunError) -> RunError:
-    """Mark an error that the other ranks do not know of."""
+    """Mark an error as known to this rank alone, and return it."""
     error.local = True
     return error
 
 
 class BatchStream:
-    """Endless micro-batches of one data-parallel rank after `consumed` samples, `num_workers`
-    processes ahead.
+    """Iterate over the endless micro-batches of one data-parallel rank after `consumed` samples,
+    read ahead by `workers` processes (None: `num_workers` of the config).
     """
 
     def __init__(
@@ -298,7 +297,8 @@ class BatchStream:
 
     def _from_processes(self) -> Iterator[PackedBatch]:
         config = self.dataset.config
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it forks; parallelism is ours
+        # the processes are the parallelism; the tokeniser would warn of a fork after its threads
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         processes: list[LoaderProcess] = []
 
         try:
@@ -329,7 +329,7 @@ class BatchStream:
 
 
 def pinned_ahead(batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
-    """Give the same batches in page-locked memory, one ahead: a thread copies while the device
+    """Yield the same batches in pinned memory; a thread copies one batch ahead while the device
     computes.
     """
     with ThreadPoolExecutor(1) as pool:

@@ -181,6 +181,12 @@ def test_other_wrong_use_is_named(corpus, tmp_path):
         scorer.score([good_image()] * 2, "a cat", paired=True)
     with pytest.raises(UsageError, match="batch_size is 0"):
         scorer.score(good_image(), "a cat", batch_size=0)
+    with pytest.raises(UsageError, match="batch_size is -1"):
+        scorer.encode_text("a cat", batch_size=-1)
+    with pytest.raises(UsageError, match="batch_size is 0"):
+        scorer.encode_image(good_image(), batch_size=0)
+    with pytest.raises(UsageError, match="top_k is 0"):
+        scorer.rank(good_image(), ["a cat"], top_k=0)
     with pytest.raises(UsageError, match="InterBertModel has no matching head"):
         InterBertScorer(InterBertModel.from_pretrained(folder), scorer.tokenizer)
 

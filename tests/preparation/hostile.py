@@ -113,11 +113,11 @@ HOSTILE = {
     external_link: "is a link into another file",
     soft_link: "is a soft link",
     virtual: "is virtual",
-    plugin_filter: "is packed by the filter",
+    plugin_filter: "is compressed with the filter",
     sparse: r"declares \d+ bytes",
     huge_chunk: r"declares \d+ bytes",
     never_written: r"declares \d+ bytes",
-    committed_type: "is of a type that is kept elsewhere",
+    committed_type: "has a type that is stored elsewhere",
     references: "holds neither numbers nor texts",
     group: "is a group or a type",
 }

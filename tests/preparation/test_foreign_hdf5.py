@@ -553,5 +553,5 @@ def test_a_chunk_too_short_for_its_checksum(tmp_path, length):
 def test_checksums_before_compression(tmp_path):
     path = source(tmp_path)
     with_checksums(path, order=("fletcher32", "deflate"))
-    with pytest.raises(UsageError, match="'pos_boxes' is compressed after its checksums are added"):
+    with pytest.raises(UsageError, match="'pos_boxes' adds its checksums before compression"):
         source_of(path)

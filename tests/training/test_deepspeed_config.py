@@ -50,6 +50,17 @@ def test_templates_hold_no_auto_after_merging(template):
     )
 
 
+def test_templates_are_found_by_name_beside_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zero2").mkdir()
+    for name in ("zero2", "zero3"):
+        config = parse(RunConfig, "test", ["--deepspeed-config", name])
+        assert merge(config, 2)["zero_optimization"]["stage"] == int(name[-1])
+
+    with pytest.raises(UsageError, match="zero9: no such file; did you mean .* one of cpu, zero0"):
+        merge(parse(RunConfig, "test", ["--deepspeed-config", "zero9"]), 1)
+
+
 def test_json_values_reach_the_run(tmp_path):
     config, result = merged(
         tmp_path,
