@@ -1,16 +1,16 @@
-"""What many test files share."""
+"""Set up what many test files share."""
 
 import os
 
-os.environ["DS_ACCELERATOR"] = "cpu"  # on GPU machines too; tests/gpu take theirs from torch
-os.environ["OMP_NUM_THREADS"] = "1"  # several files are tested at a time, on all cores
+os.environ["DS_ACCELERATOR"] = "cpu"  # even with a GPU; tests/gpu ask torch for theirs
+os.environ["OMP_NUM_THREADS"] = "1"  # several files are tested at once, on all cores
 
 import pytest
 
 from tests.corpus import write_store
 
-# Files are tested side by side. Those that take half a minute or more begin first, the longest at
-# the head, so that none is left to run alone at the end.
+# Files are tested in parallel. Those that take half a minute or more start first, the longest at
+# the head, so that none runs alone at the end.
 LONGEST_FILES = (
     "test_together.py",
     "test_slurm.py",
@@ -44,14 +44,14 @@ LONGEST_FILES = (
 
 
 def pytest_collection_modifyitems(items):
-    """Put the files that take longest first; all others stay in their order."""
+    """Put the files that take longest first; keep the order of all others."""
     rank = {name: number for number, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory):
-    """A small region store that nobody changes; a file that needs another one has a fixture of this
-    name itself.
+    """Write a small region store that no test changes; a file that needs another overrides this
+    fixture.
     """
     return write_store(tmp_path_factory.mktemp("data") / "store")

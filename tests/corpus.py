@@ -1,4 +1,4 @@
-"""A small region store of random content, made in a test's own folder."""
+"""Write a small region store of random content in a test's own folder."""
 
 from pathlib import Path
 
@@ -43,8 +43,8 @@ def write_store(
     images_per_shard: int = 16,
     **options,
 ) -> Path:
-    """A store of `images` with 2 to 9 regions each, soft labels with three entries, and its
-    vocab.txt.
+    """Write a store of `images` with 2 to 9 regions each and soft labels of three entries, and its
+    vocab.txt; return its path.
     """
     random = np.random.default_rng(seed)
 
@@ -73,7 +73,7 @@ def write_store(
 
 
 def random_regions(random: np.random.Generator, name: str) -> Regions:
-    """Regions of one made-up image of 100 x 80 pixels."""
+    """Make random regions of one image of 100 x 80 pixels."""
     count = int(random.integers(2, 10))
     corner = random.uniform(0, [60, 40], size=(count, 2))
     boxes = np.concatenate([corner, corner + random.uniform(5, 40, size=(count, 2))], axis=1)

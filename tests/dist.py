@@ -1,5 +1,5 @@
-"""Runs a function on several gloo ranks in processes of their own; a failing rank fails the test
-with its traceback.
+"""Run a function on several gloo ranks, each in its own process; a failing rank fails the test with
+its traceback.
 """
 
 import sys
@@ -38,7 +38,7 @@ def _rank(
 
 
 def run_on_ranks(ranks: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Call function(*arguments) on every rank; it must be importable (a module-level function)."""
+    """Call function(*arguments) on every rank; the function must be at module level."""
     start_server()
     mp.start_processes(
         _rank,

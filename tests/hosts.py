@@ -1,5 +1,5 @@
-"""Two machines made of network namespaces, each with an address and an sshd of its own, on one
-cable that can be pulled.
+"""Simulate two machines with network namespaces, each with its own address and sshd, on one cable
+that can be pulled.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ Host *
 
 
 def missing():
-    """Why there can be no such machines here; empty when there can."""
+    """Return why such machines are not possible here; empty if they are."""
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
     if absent:
         return f"needs {', '.join(absent)}"
@@ -50,8 +50,8 @@ def missing():
 
 
 class Hosts:
-    """`with Hosts(folder) as hosts`: hosts.addresses, hosts.deepspeed(flags) from the first,
-    hosts.pull_the_cable().
+    """Run two machines: `with Hosts(folder) as hosts`: hosts.addresses, hosts.deepspeed(flags) on
+    the first, hosts.pull_the_cable().
     """
 
     def __init__(self, folder):
@@ -66,8 +66,8 @@ class Hosts:
         )
         wrapper.chmod(0o755)
         (self.folder / "ssh_config").write_text(SSH.format(folder=self.folder))
-        # Variables that the launcher carries to the other machines; names of these machines do not
-        # resolve, so gloo takes the cable.
+        # Variables that the launcher passes on to the other machines; host names do not resolve
+        # here, so gloo is told to use the cable.
         wanted = {
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
@@ -159,7 +159,7 @@ class Hosts:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     def start(self, *command):
-        """A process on the first machine; what it and its children print is in `log()`."""
+        """Start a process on the first machine; its output and its children's are in `log()`."""
         words = ["ip", "netns", "exec", self.names[0], *map(str, command)]
 
         with open(self.folder / "log", "w") as log:
@@ -173,11 +173,11 @@ class Hosts:
             )
 
     def log(self):
-        """What the newest process has printed."""
+        """Return what the latest process has printed."""
         return (self.folder / "log").read_text()
 
     def deepspeed(self, *flags):
-        """The launcher on the first machine, with a hostfile of both."""
+        """Start the launcher on the first machine, with a hostfile of both."""
         return self.start(
             "deepspeed",
             "--log_level",
@@ -193,7 +193,7 @@ class Hosts:
         )
 
     def ranks(self):
-        """Process numbers of the ranks on both machines."""
+        """Return the process ids of the ranks on both machines."""
         pids = [
             p
             for n in self.names
@@ -204,7 +204,7 @@ class Hosts:
         return [pid for pid in pids if "RANK" in environment(pid)]
 
     def pull_the_cable(self):
-        """Nothing gets through any more, and nobody is told."""
+        """Cut the connection, without an error on either side."""
         _run("ip", "-n", self.names[1], "link", "set", "cable", "down")
 
     def __exit__(self, *_):

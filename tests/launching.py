@@ -1,4 +1,4 @@
-"""Starting the program as users do, in processes of its own."""
+"""Start the program as users do, in processes of its own."""
 
 import contextlib
 import itertools
@@ -25,7 +25,7 @@ TINY = (
     1,
     "--lr",
     "1e-3",
-)  # on the fixture `store`
+)  # for the fixture `store`
 ENVIRONMENT = {
     **os.environ,
     "DS_ACCELERATOR": "cpu",
@@ -38,11 +38,10 @@ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
 
 
 def start(*command, warm=True, cwd=ROOT, files=None, **changes):
-    """Start a command with its output captured, in a session of its own so that it can be killed
-    whole.
+    """Start a command with captured output, in a session of its own so that it can be killed whole.
 
-    `python -m ..` and `python tools/..` start warm where that is allowed and no setting of Python's
-    own is changed. `files` limits how many descriptors it may have open.
+    `python -m ..` and `python tools/..` start warm if `warm`, unless a variable of Python itself is
+    changed. `files` limits how many descriptors it may open.
     """
     command = [str(word) for word in command]
     environment = {**ENVIRONMENT, **changes}
@@ -64,13 +63,13 @@ def start(*command, warm=True, cwd=ROOT, files=None, **changes):
 
 
 def _ports_of_this_worker():
-    """Ports in turn, a block for each of pytest's workers, below those that the kernel hands out to
-    connections (32,768 and up): one that is free when we look is still free when the ranks, seconds
-    later, come to listen on it.
+    """Yield ports in turn, from a separate block for each pytest worker, below those the kernel
+    uses for connections (32,768 and up): a port that is free now is still free when the ranks start
+    to listen seconds later.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     block = range(10_000 + 2_000 * (worker % 11), 12_000 + 2_000 * (worker % 11))
-    start = random.SystemRandom().randrange(len(block))  # other tests may run on this machine
+    start = random.SystemRandom().randrange(len(block))  # other test runs may share this machine
     yield from itertools.cycle([*block[start:], *block[:start]])
 
 
@@ -78,7 +77,7 @@ _PORTS = _ports_of_this_worker()
 
 
 def free_ports(number):
-    """Ports that nobody listens on and that no other test takes."""
+    """Return ports on which nothing listens and that no other test uses."""
     return [next(port for port in _PORTS if _is_free(port)) for _ in range(number)]
 
 
@@ -91,7 +90,7 @@ def _is_free(port):
 def start_ranks(
     *of_each, module="megatron_interbert.pretrain", port=None, world_size=None, first=0, **changes
 ):
-    """Ranks started by hand, as on machines of their own: no launcher that would end the others.
+    """Start ranks by hand, as if each had its own machine: no launcher ends the others.
 
     `of_each`: flags by rank, from `first` on.
     """
@@ -112,8 +111,8 @@ def start_ranks(
 
 
 def train(processes, *flags, module="megatron_interbert.pretrain", timeout=300):
-    """Ranks of one machine to their end, as a launcher starts them: (largest exit code, stdout,
-    stderr of all).
+    """Run ranks of one machine to their end, as a launcher starts them; return (largest exit code,
+    stdout, stderr of all).
     """
     common = {
         "WORLD_SIZE": str(processes),
@@ -131,7 +130,7 @@ def train(processes, *flags, module="megatron_interbert.pretrain", timeout=300):
 
 
 def ends(processes, timeout=120):
-    """[(exit code, stdout, stderr)] of processes that must end by themselves."""
+    """Wait for processes to end by themselves; return [(exit code, stdout, stderr)]."""
     results = []
     for process in processes:
         out, err = process.communicate(timeout=timeout)
@@ -141,14 +140,14 @@ def ends(processes, timeout=120):
 
 
 def kill_session(process):
-    """SIGKILL to a process and to all that it has started; it may have ended by itself."""
+    """Kill a process, if it still runs, and all that it has started (SIGKILL)."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
 
 def until(condition, what, seconds=90):
-    """Wait for something that processes do."""
+    """Wait until `condition()` is true; return its result, or fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
@@ -158,7 +157,7 @@ def until(condition, what, seconds=90):
 
 
 def environment(pid):
-    """The environment with which a process was started; empty when it is gone."""
+    """Return the environment a process was started with; empty if it is gone."""
     try:
         text = Path(f"/proc/{pid}/environ").read_text(errors="replace")
     except OSError:
@@ -168,36 +167,36 @@ def environment(pid):
 
 
 def launch(*command, timeout=300, **changes):
-    """Run to the end; (exit code, stdout, stderr)."""
+    """Run a command to its end; return (exit code, stdout, stderr)."""
     process = start(*command, **changes)
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
 
 
 def pretrain(*flags):
-    """Command line of one plain process."""
+    """Return the command line of `pretrain` in a single process."""
     return (sys.executable, "-m", "megatron_interbert.pretrain", *flags)
 
 
 def finetune(*flags):
-    """Command line of one plain process."""
+    """Return the command line of `finetune` in a single process."""
     return (sys.executable, "-m", "megatron_interbert.finetune", *flags)
 
 
 def evaluate(*flags):
-    """Command line of one plain process."""
+    """Return the command line of `evaluate` in a single process."""
     return (sys.executable, "-m", "megatron_interbert.evaluate", *flags)
 
 
 def ran(*command):
-    """Its stdout; it must end well."""
+    """Run a command, which must succeed; return its stdout."""
     code, out, err = launch(*command)
     assert code == 0, out + err
     return out
 
 
 def deepspeed(processes, *flags):
-    """Command line of the DeepSpeed launcher, with a port that is free now."""
+    """Return the DeepSpeed launcher's command line for `pretrain`, with a free port."""
     return (
         "deepspeed",
         "--num_gpus",
@@ -210,18 +209,18 @@ def deepspeed(processes, *flags):
 
 
 def records(folder, split="train"):
-    """Records of metrics.jsonl by step."""
+    """Read the records of a split in metrics.jsonl, by step."""
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     return {r["step"]: r for r in map(json.loads, lines) if r["split"] == split}
 
 
 def steps(folder):
-    """Steps that a run has written down so far."""
+    """Count the steps that a run has recorded so far."""
     path = Path(folder) / "metrics.jsonl"
     return path.read_text().count('"train"') if path.exists() else 0
 
 
 def losses(folder):
-    """The exact figures that a resumed run must repeat, by step."""
+    """Return the metrics that a resumed run must repeat exactly, by step."""
     names = ("msm_loss", "mrm_loss", "itm_loss", "grad_norm", "learning_rate", "consumed_samples")
     return {step: tuple(r[n] for n in names) for step, r in records(folder).items()}

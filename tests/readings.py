@@ -1,5 +1,5 @@
-"""What makes the host wait for a device, found on the CPU: there it costs nothing, but can be
-seen.
+"""Find on the CPU, where they cost nothing, the operations that would make the host wait for a
+device.
 """
 
 from typing import Any
@@ -8,18 +8,18 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Operations that give the host a value, or whose result has a size that depends on values.
+# Operations that return a value to the host, or results whose size depends on values.
 READING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "aten.equal.")
 INDEXING = ("aten.index.", "aten.index_put")
 
-# numpy() and __array__ are missing: of a tensor on a GPU they raise an error, so nobody waits there
-# unseen.
+# numpy() and __array__ are not listed: for a tensor on a GPU they raise an error, so they cannot
+# cause a wait that goes unnoticed.
 FETCHES = ("cpu", "tolist", "item", "__bool__", "__int__", "__float__", "__index__")
 
 
 class Readings(TorchDispatchMode):
-    """The operations that hand values, or sizes that depend on values, back to the host: it would
-    wait for the device.
+    """Record the operations that return values, or sizes that depend on values, to the host, which
+    would wait for the device.
     """
 
     def __init__(self) -> None:
@@ -36,11 +36,11 @@ class Readings(TorchDispatchMode):
 
 
 def is_reading(name: str, arguments: tuple, keywords: dict[str, Any]) -> bool:
-    """Whether an operation of the dispatcher makes the host wait."""
+    """Check whether a dispatched operation makes the host wait."""
     if name.startswith("aten.repeat_interleave.Tensor"):
         return keywords.get("output_size") is None
     if name.startswith("aten.segment_reduce."):
-        return not keywords.get("unsafe")  # else it looks whether the lengths fit
+        return not keywords.get("unsafe")  # otherwise it checks the lengths
     if name.startswith(INDEXING):
         return any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in arguments[1]
@@ -50,9 +50,10 @@ def is_reading(name: str, arguments: tuple, keywords: dict[str, Any]) -> bool:
 
 
 class Waits(TorchFunctionMode):
-    """What `Readings` finds, in `found`; besides it the calls that fetch tensors to the host, in
-    `fetched`, and those that send some there and wait for it, in `sent`. Of these the dispatcher
-    knows nothing where the device is a CPU.
+    """Record what `Readings` finds in `found`, calls that fetch tensors to the host in `fetched`,
+    and calls that send tensors to a device and wait in `sent`.
+
+    The dispatcher does not see the latter two if the device is a CPU.
     """
 
     def __init__(self) -> None:
@@ -63,7 +64,7 @@ class Waits(TorchFunctionMode):
 
     @property
     def found(self) -> list[str]:
-        """Operations that read."""
+        """Return the operations that `Readings` has found."""
         return self.readings.found
 
     def __enter__(self) -> "Waits":
@@ -91,5 +92,5 @@ class Waits(TorchFunctionMode):
 
 
 def names_device(arguments: tuple, keywords: dict[str, Any]) -> bool:
-    """Whether Tensor.to is told a device."""
+    """Check whether Tensor.to is given a device."""
     return "device" in keywords or any(isinstance(one, torch.device | str) for one in arguments)

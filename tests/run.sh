@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Passes the tests: lint, import rules, pytest. Makes its own environment; arguments go to pytest.
-# TEST_PROCESSES files are tested at a time (default: 3, also on two cores: tests start up to four
+# Runs lint, import rules and pytest. Makes its own environment; arguments go to pytest.
+# TEST_PROCESSES files are tested at once (default: 3, even on two cores: tests start up to four
 # processes, most of which wait).
 set -euo pipefail
 cd "$(dirname "$0")/.."

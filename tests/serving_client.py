@@ -1,4 +1,4 @@
-"""A service in a process of its own, for tests that talk to it."""
+"""Run a service in a process of its own, for tests that talk to it."""
 
 import json
 import sys
@@ -11,10 +11,10 @@ KEY = "a key of tests"
 
 
 class Service:
-    """`with Service(flags) as service`: service.url, service.call(method, path, body); ends with
-    SIGTERM.
+    """Run a service: `with Service(flags) as service`: service.url, service.call(method, path,
+    body); it is ended by SIGTERM.
 
-    `files` limits how many it may have open.
+    `files` limits how many descriptors it may open.
     """
 
     def __init__(self, *flags, key=KEY, files=None):
@@ -37,7 +37,7 @@ class Service:
         self.process.wait(60)
 
     def call(self, method, path, body=None, key=None, raw=None, headers=None):
-        """(status, answer as JSON or bytes, headers)."""
+        """Send a request; return (status, answer as JSON or bytes, headers)."""
         data = raw if raw is not None else None if body is None else json.dumps(body).encode()
         given = {
             "content-type": "application/json",
@@ -63,7 +63,7 @@ class Service:
         )
 
     def search(self, query, **more):
-        """Item ids and scores of a query."""
+        """Search; return [(item id, score)]."""
         status, answer, _ = self.call("POST", "/search", {"query": query, **more})
         assert status == 200, answer
         return [(item["item_id"], item["score"]) for item in answer["results"]]

@@ -1,5 +1,5 @@
-"""Real data and the official model's answers beside the checkout; tests that need them skip only
-where they are absent.
+"""Locate real data and the official model's answers beside the checkout; tests that need them are
+skipped only if they are absent.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ ORACLE = SHARED / "oracle" / "official_small"
 
 
 def needs_half_precision():
-    """A mark for tests that train in float16, which not every processor can."""
+    """Return a mark for tests that train in float16, which not every processor supports."""
     from megatron_interbert.training.engine import half_precision_supported
 
     return pytest.mark.skipif(

@@ -1,10 +1,10 @@
-"""Sizes of the small models that tests build, in one place."""
+"""Define the sizes of the small models that tests build."""
 
 import dataclasses
 
 from megatron_interbert.config.model import ModelConfig
 
-# Odd enough that sizes cannot be mixed up: no two that must differ are equal.
+# Chosen so that mixed-up sizes are noticed: no two that must differ are equal.
 SMALL = ModelConfig(
     vocab_size=150,
     hidden_size=32,
@@ -19,12 +19,12 @@ SMALL = ModelConfig(
     num_classes=9,
     max_position_embeddings=40,
 )
-WIDER_WEIGHTS = dataclasses.replace(SMALL, initializer_range=0.1)  # signals that reach the heads
+WIDER_WEIGHTS = dataclasses.replace(SMALL, initializer_range=0.1)  # so that signals reach the heads
 DEEP_TEXT = dataclasses.replace(SMALL, text_layers=2, image_layers=1)
 LIKE_BERT = dataclasses.replace(DEEP_TEXT, image_attention_heads=4)
 FOR_EIGHT_RANKS = dataclasses.replace(DEEP_TEXT, image_attention_heads=8)
 
-# Of the official model's recorded answers.
+# The sizes behind the official model's recorded answers.
 ORACLE = ModelConfig(
     vocab_size=199,
     hidden_size=48,
@@ -40,7 +40,7 @@ ORACLE = ModelConfig(
     max_position_embeddings=32,
 )
 
-# Large enough for the arithmetic of memory to be told from what Python and libraries take.
+# Large enough for tensors to stand out from the memory of Python and its libraries.
 MEASURABLE = ModelConfig(
     vocab_size=3000,
     hidden_size=256,

@@ -1,5 +1,5 @@
-"""A real Slurm of two nodes on this machine, from Debian's packages, with munge, ports and folders
-of its own.
+"""Run a real Slurm of two nodes on this machine, from Debian's packages, with its own munge, ports
+and folders.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ PartitionName=all Nodes=n0,n1 Default=YES MaxTime=INFINITE State=UP
 
 
 class Slurm:
-    """`with Slurm(folder) as slurm`: slurm.submit(..), slurm.wait(..); all daemons end with it."""
+    """Run a cluster: `with Slurm(folder) as slurm`: slurm.submit(..), slurm.wait(..)."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -52,7 +52,7 @@ class Slurm:
             **ENVIRONMENT,
             "SLURM_CONF": f"{folder}/slurm.conf",
             "VENV": str(Path(sys.executable).parents[1]),
-            "MASTER_ADDR": "127.0.0.1",  # n0 and n1 are names that only Slurm knows
+            "MASTER_ADDR": "127.0.0.1",  # only Slurm knows the names n0 and n1
             "MASTER_PORT": str(free_ports(1)[0]),
         }
 
@@ -113,8 +113,8 @@ class Slurm:
             daemon.wait(20)
 
     def processes(self, job=None):
-        """{pid: environment} of all processes of this cluster, daemons included, or of those that a
-        job has started.
+        """Return {pid: environment} of all processes of this cluster, daemons too, or of those that
+        a job has started.
         """
         pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
         ours = {
@@ -142,7 +142,7 @@ class Slurm:
         return ended.stdout
 
     def submit(self, *words, **changes):
-        """Job number of `sbatch WORDS`."""
+        """Run `sbatch WORDS`; return the job's number."""
         before = dict(self.environment)
         self.environment |= changes
 
@@ -158,12 +158,12 @@ class Slurm:
         return path.read_text() if path.exists() else ""
 
     def job(self, number):
-        """Fields of `scontrol show job`."""
+        """Return the fields of `scontrol show job`."""
         text = self.run("scontrol", "show", "job", number, check=False)
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
     def wait(self, number, seconds=120):
-        """The job's fields when it has ended."""
+        """Wait until the job has ended; return its fields."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         return until(
             lambda: (j := self.job(number)).get("JobState") in ended and j,

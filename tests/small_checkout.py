@@ -1,4 +1,4 @@
-"""A small checkout and a package index on disk, with which environment.sh is tried; no network."""
+"""Make a small checkout and a package index on disk to try environment.sh without a network."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.launching import ROOT
 
-# Says which interpreter came first in PATH, and which torch and triton it has; starts a script.
+# Prints the first interpreter in PATH and its torch and triton; starts a script.
 REPORT = """
 set -euo pipefail
 . launchers/environment.sh
@@ -35,7 +35,7 @@ def build_editable(folder, *_):
 
 
 def write_wheel(folder: Path, name: str, version: str, module: str = "", needs: str = "") -> Path:
-    """A package of one module with a variable BRAND, and a script that pip copies as it is."""
+    """Write a wheel with one module, whose BRAND names it, and a script; return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{name.replace('-', '_')}-{version}"
     path = folder / f"{stem}-py3-none-any.whl"
@@ -55,7 +55,7 @@ def write_wheel(folder: Path, name: str, version: str, module: str = "", needs: 
 
 
 def write_index(folder: Path, *packages: tuple[str, ...]) -> str:
-    """A package index on disk; its address."""
+    """Write a package index to disk; return its address."""
     for name, *rest in packages:
         write_wheel(folder / name, name, *rest)
         wheels = sorted(path.name for path in (folder / name).glob("*.whl"))
@@ -66,10 +66,7 @@ def write_index(folder: Path, *packages: tuple[str, ...]) -> str:
 
 
 def write_package(folder: Path) -> None:
-    """Our package as far as environment.sh asks it: for the number of GPUs.
-
-    The small torch has none.
-    """
+    """Write the part of our package that environment.sh asks for the number of GPUs: here 0."""
     package = folder / "megatron_interbert"
     (package / "parallel").mkdir(parents=True)
     (package / "errors.py").write_text("def run_entry(main):\n    main()\n")
@@ -77,7 +74,7 @@ def write_package(folder: Path) -> None:
 
 
 def lock(checkout: Path, *common: str, cuda: tuple[str, ...] = ("torch==2.13.0",)) -> None:
-    """Locks of versions that lie in the small index, with the hashes of their wheels there."""
+    """Write locks of versions in the small index, with the hashes of their wheels."""
     folder = checkout / "requirements"
     folder.mkdir(exist_ok=True)
     (folder / "common.lock").write_text("".join(locked(checkout, pin) for pin in common))
@@ -86,7 +83,7 @@ def lock(checkout: Path, *common: str, cuda: tuple[str, ...] = ("torch==2.13.0",
 
 
 def locked(checkout: Path, pin: str) -> str:
-    """The lines of one version in a lock."""
+    """Return the lines that lock one version."""
     name, version = pin.split("==")
     wheel = checkout.parent / "index" / name / f"{name}-{version}-py3-none-any.whl"
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -94,7 +91,7 @@ def locked(checkout: Path, pin: str) -> str:
 
 
 def make_checkout(place: Path) -> Path:
-    """A checkout whose environment takes seconds: three pins, of which `fast` wants any torch."""
+    """Make a checkout whose environment takes seconds: three pins; `fast` needs any torch."""
     folder = place / "checkout"
     (folder / "launchers").mkdir(parents=True)
     for name in ("environment.sh", "make_environment.sh"):
@@ -119,7 +116,7 @@ def make_checkout(place: Path) -> Path:
 
 
 def start(checkout: Path, folder: Path, command: str = REPORT, **changes: str) -> subprocess.Popen:
-    """A shell in the checkout, with pip on the small index."""
+    """Start a shell in the checkout, with pip on the small index."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
     for name in ("VENV", "TORCH_INDEX", "PYTHONPATH"):
         environment.pop(name, None)
@@ -145,6 +142,6 @@ def start(checkout: Path, folder: Path, command: str = REPORT, **changes: str) -
 
 
 def ended(process: subprocess.Popen) -> tuple[int, list[str], list[str]]:
-    """(exit code, lines of stdout, lines of stderr)."""
+    """Wait for the end; return (exit code, lines of stdout, lines of stderr)."""
     out, err = process.communicate(timeout=120)
     return process.returncode, out.splitlines(), err.splitlines()

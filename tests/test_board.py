@@ -1,4 +1,4 @@
-"""What TensorBoard itself reads of our event files."""
+"""Test what TensorBoard itself reads from our event files."""
 
 import os
 
@@ -22,14 +22,14 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     assert scalars(tmp_path, "train/loss") == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]
     assert len(scalars(tmp_path, "train/grad_norm")) == 4
 
-    again = Board(tmp_path, first_step=2)  # a run that was killed at 4 and resumed from 2
+    again = Board(tmp_path, first_step=2)  # a run killed at step 4 and resumed from 2
     again.path = again.path.with_name(f"{board.path.name}.later")
     again.write(3, "train", {"loss": 9.0})
     assert scalars(tmp_path, "train/loss") == [(1, 0.5), (2, 1.0), (3, 9.0)]
 
 
 def test_a_record_that_cannot_be_written_is_not_there(tmp_path, monkeypatch):
-    """Half a record would end what TensorBoard reads of a file."""
+    """Check that no half record is left: TensorBoard would stop reading the file there."""
     board = Board(tmp_path, first_step=0)
     board.write(1, "train", {"loss": 1.0})
     write = os.write

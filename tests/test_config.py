@@ -1,4 +1,4 @@
-"""Command line and YAML: both spellings, precedence, unknown names with the nearest right one."""
+"""Test command line and YAML: both spellings, precedence, suggestions for unknown names."""
 
 import math
 
@@ -120,7 +120,7 @@ def test_model_files_and_presets(tmp_path):
     ],
 )
 def test_numbers_outside_their_limits_are_refused(given, expected):
-    """Torch, or an array of so many steps, would end in a traceback later."""
+    """Check values that would otherwise end in a traceback later, in torch or out of memory."""
     with pytest.raises(UsageError) as told:
         parse(RunConfig, "", given).check()
     assert str(told.value) == expected
@@ -154,7 +154,7 @@ def test_each_setting_of_a_run_says_what_a_resume_does_with_it(config):
 
 @pytest.mark.parametrize("config", [*TRAINED, *USED])
 def test_where_machines_may_differ(config):
-    """Paths of data may; what samples or scores depend on may not."""
+    """Check that paths of data may differ, but not what samples or scores depend on."""
     may = {name for name, facts in rows(config) if facts.may_differ}
     assert may >= {"data_path", "vocab_file"}
     assert not may & {"annotations", "queries", "seed", "max_tokens", "precision"}

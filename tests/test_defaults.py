@@ -1,4 +1,4 @@
-"""What nobody has given is made to fit, and said; an error names where a number came from."""
+"""Test that defaults are fitted, with a note, and that errors name where a value came from."""
 
 import contextlib
 import socket
@@ -80,7 +80,7 @@ def test_batches_fit_the_ranks(flags, ranks, micro, together):
 
 
 def test_batches_of_finetuning_fit_the_ranks():
-    """Global batch 64 on 12 ranks: 60, and said."""
+    """Check a global batch size of 64 on 12 ranks: it becomes 60, with a note."""
     config = GlueConfig(global_batch_size=64)
     merge(config, 12)
     assert (config.micro_batch_size, config.global_batch_size) == (5, 60)
@@ -117,7 +117,7 @@ def test_one_process_in_fp32_shares_nothing(flags, processes, stage):
 
 
 def test_a_small_store_trains_by_default_and_resumes(tmp_path):
-    """59 captions, no flag for them; the second start is told of the longer schedule."""
+    """Train on 59 captions without fitting flags; resuming reports the longer schedule."""
     store = write_store(tmp_path / "store", images=59, captions_each=1)
     flags = (
         "--data-path",
@@ -144,7 +144,7 @@ def test_a_small_store_trains_by_default_and_resumes(tmp_path):
 
 @contextlib.contextmanager
 def port_of_deepspeed_taken():
-    """Listen at the port that its launcher gives to every run, unless somebody else does."""
+    """Listen on the port that DeepSpeed's launcher uses by default, unless it is taken already."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             stack.enter_context(socket.create_server(("127.0.0.1", 29500)))
@@ -152,10 +152,7 @@ def port_of_deepspeed_taken():
 
 
 def test_the_users_own_command_on_a_fresh_checkout(tmp_path):
-    """`deepspeed launchers/pretrain.sh` where there is no corpus yet, on two ranks.
-
-    Twice at once.
-    """
+    """Run `deepspeed launchers/pretrain.sh` on two ranks without a corpus; then twice at once."""
     command = ("deepspeed", "--num_gpus", 2, ROOT / "launchers/pretrain.sh", "--deepspeed")
     code, out, err = launch(*command, "--train-iters", 3, "--log-interval", 1, cwd=tmp_path)
     assert code == 0, out + err
@@ -198,8 +195,8 @@ def test_a_default_global_batch_fits_a_given_micro_batch(tmp_path):
 
 
 def test_partitions_that_fit_are_left_alone():
-    """The validation set of a run with 48 partitions has 48 on any number of ranks that
-    divides it.
+    """Check that a validation set with 48 partitions keeps them on any number of ranks that divides
+    48.
     """
     for ranks in (1, 2, 3, 4):
         config = RunConfig(data_partitions=48)

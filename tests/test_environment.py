@@ -1,4 +1,4 @@
-"""launchers/environment.sh as users start it, with real pip, on a small checkout; no network."""
+"""Test launchers/environment.sh as users start it: real pip, a small checkout, no network."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ def checkout(tmp_path):
 
 
 def test_from_half_made_to_another_torch(checkout, tmp_path):
-    """One environment through its life, behind a symlink, with a space in its path."""
+    """Follow one environment, behind a symlink, with a space in its path."""
     folder = tmp_path / "far away" / "venv"
     folder.mkdir(parents=True)
     link = tmp_path / "link"
@@ -45,14 +45,14 @@ def test_from_half_made_to_another_torch(checkout, tmp_path):
     ]
     assert link.is_symlink()
 
-    # Ready: nothing is touched, no index is needed.
+    # Once ready, nothing is changed and no index is needed.
     theirs = folder / "notes.txt"
     theirs.write_text("mine")
     code, said, _ = ended(start(checkout, link, PIP_INDEX_URL="http://127.0.0.1:9/simple"))
     assert (code, len(said)) == (0, 1)
     assert theirs.exists()
 
-    # Another build of torch, which brings a triton of its own: ours stays away.
+    # Another build of torch comes with its own triton: ours is not installed.
     rocm = write_index(
         tmp_path / "rocm",
         ("torch", "2.13.0+rocm", "", "triton-rocm==3.7.1"),
@@ -72,14 +72,14 @@ def test_from_half_made_to_another_torch(checkout, tmp_path):
 
 
 def test_the_torch_that_is_there_stays(checkout, tmp_path):
-    """TORCH_INDEX=none in a container, whose pip constraints contradict our pins."""
+    """Use TORCH_INDEX=none in a container whose pip constraints contradict our pins."""
     folder = tmp_path / "venv"
     code, said, complaints = ended(start(checkout, folder, TORCH_INDEX="none"))
     assert (code, said, len(complaints)) == (2, [], 1)
     assert complaints[0].startswith("error: TORCH_INDEX=none, but ")
     assert not folder.exists()
 
-    # An image's own packages, as far as they can be put beside an interpreter without touching it.
+    # Simulates an image's own packages, without changing this interpreter.
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     image = tmp_path / "image" / "lib" / version / "site-packages"
 
@@ -138,7 +138,7 @@ def test_no_index(checkout, tmp_path):
     assert (code, len(said), len(complaints)) == (1, 2, 1)
     assert complaints[0].startswith("error: the package index cannot be reached ")
 
-    # What is half-made is ours: the next start makes it anew. Here the index lacks a pin.
+    # What is unfinished is ours: the next start remakes it. Here the index lacks a pin.
     (checkout / "requirements.txt").write_text("torch==2.13.0\nfast==2.0\n")
     code, said, complaints = ended(start(checkout, folder))
     assert (code, len(said), len(complaints)) == (1, 2, 1)
@@ -148,7 +148,7 @@ def test_no_index(checkout, tmp_path):
 
 
 def test_interpreters(checkout, tmp_path):
-    """Too old, absent, without venv: pretended ones, for none such is installed here."""
+    """Check interpreters that are too old, absent, or without venv; all are simulated."""
     names = ("python3", "python3.13", "python3.12", "python3.11", "python3.14")
 
     def pretend(name, answer):

@@ -1,5 +1,5 @@
-"""The deepspeed launcher and a hostfile, between two machines with their own addresses and sshd
-(network namespaces).
+"""Test the deepspeed launcher with a hostfile, between two machines with their own addresses and
+sshd (network namespaces).
 """
 
 import pytest
@@ -30,9 +30,9 @@ def test_two_machines_train_as_two_processes_do(hosts, store, tmp_path):
 
 
 def test_a_pulled_cable_ends_the_run(hosts, store, tmp_path):
-    """No packet and no error gets through: both sides find out by themselves.
+    """Check that both sides notice by themselves if neither packets nor errors get through.
 
-    (The last test: the cable stays out.)
+    This must be the last test: the cable stays unplugged.
     """
     run = tmp_path / "run"
     process = hosts.deepspeed(

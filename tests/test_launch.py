@@ -1,5 +1,5 @@
-"""Every way in trains alike, and bad input is one clear line with exit code 2 and nothing half-
-written.
+"""Test that all launchers train alike, and that bad input gives one clear line, exit code 2, and
+nothing half-written.
 """
 
 import json
@@ -13,6 +13,8 @@ import h5py
 import numpy as np
 import pytest
 
+from megatron_interbert.errors import UsageError
+from megatron_interbert.launch import arguments_of
 from tests.launching import ENVIRONMENT, ROOT, TINY, deepspeed, launch, losses, pretrain, train
 from tests.preparation.hostile import renew
 
@@ -52,7 +54,7 @@ def damaged(store, folder, change, shard="shard-00000.h5", renewed=False):
     copy = shutil.copytree(store, folder)
     with h5py.File(copy / shard, "r+") as file:
         change(file)
-    if renewed:  # it was made so: its hashes are right
+    if renewed:  # as if it had been built like that, with correct hashes
         renew(copy)
     return copy
 
@@ -66,7 +68,7 @@ def expect_refusal(message, command):
 
 
 def test_a_bad_record_ends_the_run_with_its_name(store, tmp_path):
-    """On two ranks: the one that reads it says so, the other goes down with it."""
+    """Check on two ranks: the one that reads it names it, and both end."""
     bad = damaged(
         store,
         tmp_path / "store",
@@ -81,7 +83,7 @@ def test_a_bad_record_ends_the_run_with_its_name(store, tmp_path):
 
 
 def test_a_machine_gives_its_cores_to_the_ranks_of_node_py(store):
-    """torchrun alone would give each of several ranks one thread."""
+    """Check the number of threads: torchrun alone would give each of several ranks one."""
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "OMP_NUM_THREADS"}
     code = (
         "import os; os.sched_getaffinity = lambda pid: set(range(16)); import runpy, sys;"
@@ -132,9 +134,7 @@ def test_wrong_use(store, tmp_path, kind):
 
 
 def test_wrong_use_on_two_ranks_is_said_once(store, tmp_path):
-    """Heads that two ranks cannot share, and a data-parallel size that does not divide the
-    partitions.
-    """
+    """Check heads that two ranks cannot share, and partitions that two ranks do not divide."""
     sizes = {
         "hidden_size": 33,
         "num_attention_heads": 3,
@@ -185,6 +185,22 @@ def test_preflight_looks_at_what_would_be_resumed(store, tmp_path):
     assert f"{run}/global_step1: made with other model sizes (" in out
 
 
+def test_launch_takes_commands_and_what_torchrun_takes(tmp_path):
+    script = tmp_path / "train"
+    script.write_text("")
+    assert arguments_of(["pretrain", "--lr", "1"]) == [
+        "-m",
+        "megatron_interbert.pretrain",
+        "--lr",
+        "1",
+    ]
+    for words in (["-m", "theirs.train"], ["--module", "theirs.train"], [str(script), "--lr", "1"]):
+        assert arguments_of(words) == words
+    for words in (["pretrian"], [str(tmp_path / "nowhere.py")]):
+        with pytest.raises(UsageError, match="expected one of pretrain, "):
+            arguments_of(words)
+
+
 COMMANDS = [
     ("-m", f"megatron_interbert.{name}")
     for name in ("pretrain", "finetune", "evaluate", "serve", "preflight")
@@ -195,8 +211,8 @@ COMMANDS += [("-m", "megatron_interbert", "evaluate")]
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda words: Path(words[-1]).name)
 def test_ctrl_c_during_the_imports_is_no_traceback(command, tmp_path):
-    """A torch that is interrupted while it is imported: seconds on a cold disk, where users change
-    their minds.
+    """Interrupt the import of torch, which takes seconds on a cold disk, when users change their
+    minds.
     """
     (tmp_path / "torch").mkdir()
     interrupted = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
@@ -209,9 +225,7 @@ def test_ctrl_c_during_the_imports_is_no_traceback(command, tmp_path):
 
 
 def test_the_package_leaves_the_signals_of_a_program_that_imports_it_alone(tmp_path):
-    """Also of a package of somebody else's that is started by its name, and with a device of its
-    own.
-    """
+    """Check a program, a script and another package, all with an unknown DS_ACCELERATOR."""
     program = (
         "import signal, megatron_interbert;"
         "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"

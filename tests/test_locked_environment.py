@@ -1,4 +1,4 @@
-"""launchers/environment.sh with locks: what fits, what is refused; real pip, a small index on
+"""Test launchers/environment.sh with locks: what fits, what is refused; real pip, a small index on
 disk.
 """
 
@@ -19,7 +19,7 @@ from tests.small_checkout import (
 
 @pytest.fixture
 def checkout(tmp_path):
-    """The small checkout, where `fast` wants `deep`: 1.0 is locked, the index has 2.0 as well."""
+    """Make the small checkout; `fast` needs `deep`: 1.0 is locked, the index has 2.0 too."""
     folder = make_checkout(tmp_path)
     index = tmp_path / "index"
     write_index(index, ("deep", "1.0"), ("deep", "2.0"), ("fast", "1.0", "", "deep"))
@@ -29,20 +29,20 @@ def checkout(tmp_path):
 
 
 def packages(folder: Path) -> set[str]:
-    """Name and version of what is installed from the small index."""
+    """Return name-version of what is installed from the small index."""
     found = {path.name.removesuffix(".dist-info") for path in folder.glob("lib/*/*/*.dist-info")}
     return {name for name in found if name.startswith(("torch", "fast", "deep", "triton"))}
 
 
 def test_the_lock_that_fits(checkout, tmp_path):
-    """PyPI's torch and a CPU build take the locked versions, though the index has newer ones."""
+    """Check that PyPI's torch and a CPU build take locked versions, not the index's newer ones."""
     folder = tmp_path / "venv"
     code, said, complaints = ended(start(checkout, folder))
     assert (code, complaints, len(said)) == (0, [], 3)
     assert packages(folder) == {"torch-2.13.0", "fast-1.0", "deep-1.0", "triton-3.7.1"}
 
-    # A changed lock is installed anew. It has no hash for a CPU build, and that of PyPI's torch
-    # does not matter. The rest comes from pip's index, not from torch's.
+    # A changed lock is installed again. It has no hash for a CPU build, and that of PyPI's torch
+    # does not matter. All else comes from pip's index, not from torch's.
     (checkout / "requirements/cuda.lock").write_text(f"torch==2.13.0 --hash=sha256:{'0' * 64}\n")
     cpu = write_index(tmp_path / "cpu", ("torch", "2.13.0+cpu"), ("deep", "3.0"))
     code, said, complaints = ended(start(checkout, folder, TORCH_INDEX=cpu))
@@ -54,7 +54,7 @@ def test_the_lock_that_fits(checkout, tmp_path):
 
 
 def test_a_lock_of_other_versions(checkout, tmp_path):
-    """What requirements.txt names is installed, with a note, where the locks are older."""
+    """Check that older locks are ignored, with a note, in favour of requirements.txt."""
     write_index(tmp_path / "index", ("fast", "2.0"))
     (checkout / "requirements.txt").write_text("torch==2.13.0\nFast==2.0  # newer\ntriton==3.7.1\n")
 
@@ -66,9 +66,8 @@ def test_a_lock_of_other_versions(checkout, tmp_path):
 
 
 def test_another_file_than_the_locked_one(checkout, tmp_path):
-    """A wrong hash in the lock, for torch, for a package below.
-
-    A file of the index that changed.
+    """Check a wrong hash in the lock, for torch and for a dependency, and a changed file in the
+    index.
     """
     index = tmp_path / "index"
     common = checkout / "requirements/common.lock"
@@ -91,14 +90,14 @@ def test_another_file_than_the_locked_one(checkout, tmp_path):
     common.write_text(good.replace(locked(checkout, "deep==1.0"), wrong))
     refused("deep==1.0", "deep/deep-1.0-py3-none-any.whl")
 
-    # The lock as it was, and an index whose file was replaced by one of the same name and version.
+    # The original lock, but the index's file was replaced by another of the same version.
     common.write_text(good)
     wheel = write_wheel(index / "fast", "fast", "1.0", "", "deep>=1")
     refused("fast==1.0", f"fast/{wheel.name}")
 
 
 def test_what_the_lock_lacks(checkout, tmp_path):
-    """A package that another wants, the hash of what builds: nothing unhashed is taken."""
+    """Check a missing dependency, and a missing hash of a build tool: both are refused."""
     common = checkout / "requirements/common.lock"
     good = common.read_text()
 

@@ -1,5 +1,5 @@
-"""Flags of preflight that mean nothing are refused before anything is checked; what is found later:
-tests/test_launch.py.
+"""Test that preflight refuses meaningless flags before it checks anything; tests/test_launch.py
+tests what it finds later.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Progress in a log: lines that end, with the remaining time; none for short work, none on other
+"""Test progress in a log: whole lines, with the remaining time; none for short work or on other
 ranks.
 """
 
@@ -60,7 +60,7 @@ def test_lines_are_true_when_the_pace_falls(
 def test_counts_past_the_end_and_other_words(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ranks with shares of unequal size count a little high."""
+    """Check a count above the total, as ranks with unequal shares report, and other output."""
     monkeypatch.setattr(progress, "SECONDS", 0.0)
 
     with progress.progress(total=401, desc="searching") as bar:
@@ -72,5 +72,5 @@ def test_counts_past_the_end_and_other_words(
     assert [line.split(" | ")[0] for line in written.err.splitlines()][
         -1
     ] == "searching: 401/401 (100 %)"
-    assert written.err.count("401/401") == 2  # of the updates, none of the end
+    assert written.err.count("401/401") == 2  # from the two updates, none at the end
     assert written.out == "by the way\n"

@@ -1,4 +1,4 @@
-"""docs/promises.md: each promise names tests that are there."""
+"""Test that each promise in docs/promises.md names tests that exist."""
 
 import re
 

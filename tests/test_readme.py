@@ -1,4 +1,4 @@
-"""The README's code blocks as they stand, in a copy of the checkout."""
+"""Test the README's code blocks, unchanged, in a copy of the checkout."""
 
 import json
 import os
@@ -16,11 +16,11 @@ from tests.test_wheel import copy_of_checkout
 from tests.tools.test_extract_features import make_detector
 
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-FEATURES = 64  # of the generated corpus, on which the quickstart's model is trained
+FEATURES = 64  # of the generated corpus that the quickstart trains on
 
 
 def save_detector(folder):
-    """A random detector with as many features as the quickstart's regions, at the README's name."""
+    """Save a random detector with the quickstart's number of features."""
     torch.manual_seed(0)
     for part in make_detector("rt_detr", FEATURES):
         part.save_pretrained(folder)
@@ -28,7 +28,7 @@ def save_detector(folder):
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of the checkout with what a reader of the README has: a photo and a detector."""
+    """Copy the checkout, and add what a reader of the README has: a photo and a detector."""
     place = copy_of_checkout(tmp_path_factory.mktemp("readme") / "checkout")
     shutil.copytree(ROOT / "tests", place / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     photo = min((SHARED / "data" / "photos").glob("*.jpg"))
@@ -38,7 +38,7 @@ def checkout(tmp_path_factory):
 
 
 def variables(place):
-    """Settings that make the long commands short, and the files that the README leaves open."""
+    """Return variables that shorten long commands and name the files the README leaves open."""
     tsv = SHARED / "data" / "lxmert_tsv"
     return {
         **ENVIRONMENT,

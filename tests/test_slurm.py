@@ -1,5 +1,5 @@
-"""The shipped .sbatch files on a real Slurm of two nodes: preemption, time limit, killed ranks,
-fewer nodes, all other ways in.
+"""Test the shipped .sbatch files on a real Slurm of two nodes: preemption, time limit, killed
+ranks, fewer nodes, and the other files.
 """
 
 import os
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     bool(MISSING or os.geteuid()), reason=f"needs root and Debian's slurm-wlm and munge: {MISSING}"
 )
 FLAGS = (*TINY, "--num-workers", 1)
-# the same schedule for all
+# the same schedule for all runs
 GOAL = 60
 SPAN = ("--train-iters", 1_000_000, "--exit-interval", 60)
 
@@ -30,7 +30,7 @@ def slurm(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(store, tmp_path_factory):
-    """Losses of two ranks under the deepspeed launcher, to the step where all stop."""
+    """Return losses of two ranks under the deepspeed launcher, up to the step where all stop."""
     folder = tmp_path_factory.mktemp("deepspeed") / "run"
     code, out, err = launch(*deepspeed(2, "--data-path", store, "--save", folder, *FLAGS, *SPAN))
     assert code == 0, out + err
@@ -38,9 +38,9 @@ def undisturbed(store, tmp_path_factory):
 
 
 def hasten(slurm, job):
-    """Slurm lets a job that was queued again wait for two minutes."""
+    """Start a requeued job now: Slurm would have it wait for two minutes."""
     until(lambda: slurm.job(job).get("JobState") == "PENDING", f"job {job} is queued again")
-    # a start in the second in which the nodes gave up the last one is refused: "Job credential
+    # a start in the same second in which the nodes ended the last one is refused: "Job credential
     # revoked"
     time.sleep(2)
     slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
@@ -66,7 +66,7 @@ def test_two_nodes_train_as_two_processes_do(slurm, store, undisturbed, tmp_path
 
 
 def test_a_signal_queues_the_job_again_and_losses_are_the_same(slurm, store, undisturbed, tmp_path):
-    """`scancel --signal` in the middle; then the same command with one node less goes on too."""
+    """Use `scancel --signal` midway; then resume by the same command with one node fewer."""
     run = tmp_path / "run"
     command = ("launchers/pretrain.sbatch", "--data-path", store, "--save", run, *FLAGS)
     job = slurm.submit("-N2", *command, *SPAN)
@@ -104,14 +104,14 @@ def test_the_time_limit_queues_the_job_again(slurm, store, tmp_path):
 
 
 def running_on_both(slurm, store, run):
-    """(job, pid of rank 1 on n1, pid of its slurmstepd) of a job that trains without end."""
+    """Start an endless job; return (job, pid of rank 1 on n1, pid of its slurmstepd)."""
     more = ("--data-path", store, "--save", run, *FLAGS, "--train-iters", 1_000_000)
     job = slurm.submit("-N2", "launchers/pretrain.sbatch", *more)
     until(lambda: steps(run) >= 3, "three steps")
     ranks = [pid for pid, env in slurm.processes(job).items() if env.get("RANK") == "1"]
     rank = next(pid for pid in ranks if psutil.Process(pid).ppid() not in ranks)  # not its loader
 
-    # above the rank stands node.py, above that slurmstepd
+    # the rank's parent is node.py, whose parent is slurmstepd
     return job, rank, psutil.Process(psutil.Process(rank).ppid()).ppid()
 
 
@@ -124,7 +124,7 @@ def test_a_killed_rank_ends_the_job_with_the_reason(slurm, store, tmp_path):
 
 
 def test_a_killed_slurmstepd_saves_and_queues_the_job_again(slurm, store, tmp_path):
-    """Slurm itself does not notice; the ranks of that node do."""
+    """Check that the node's ranks notice it, as Slurm itself does not."""
     job, rank, daemon = running_on_both(slurm, store, tmp_path / "run")
     os.kill(daemon, signal.SIGKILL)
     until(lambda: "it is queued again" in slurm.log(job), "the job is queued again", seconds=100)
@@ -153,7 +153,7 @@ def test_wrong_use_is_said_in_the_log(slurm, store):
 
 
 def test_other_files_and_what_would_run(slurm, store, tmp_path):
-    """Preflight on both nodes; an array of finetunings; `--print-launch`; outside of Slurm."""
+    """Check preflight on both nodes, an array of finetunings, `--print-launch`, and no Slurm."""
     job = slurm.submit("-N2", "launchers/preflight.sbatch", "--data-path", store, *FLAGS, "--fast")
     assert slurm.wait(job)["JobState"] == "COMPLETED", slurm.log(job)
     assert "ready" in slurm.log(job)

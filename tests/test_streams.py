@@ -1,5 +1,5 @@
-"""Standard streams that are closed, full or read by nobody, and the environment: no command ends
-for them.
+"""Test standard streams that are closed, full or read by nobody, and odd variables of the
+environment: no command fails obscurely because of them.
 """
 
 import os
@@ -22,7 +22,7 @@ PRETRAIN = (sys.executable, "-m", "megatron_interbert.pretrain")
 
 
 def by_shell(redirection, *command):
-    """(Exit code, output, errors) of a command whose streams a shell has redirected."""
+    """Run a command with streams redirected by a shell; return (exit code, stdout, stderr)."""
     return launch("bash", "-c", f'"$@" {redirection}', "-", *command, warm=False)
 
 
@@ -42,7 +42,7 @@ def test_wrong_use_is_said_where_standard_output_is_closed():
 
 
 def test_what_could_not_be_printed_is_said(store, tmp_path):
-    """On a full disk; but not for a reader who has read enough, as `head` has."""
+    """Check a full disk; but nothing is reported if the reader has stopped, as `head` does."""
     inspect = (sys.executable, "tools/inspect_features.py", store, "--output", tmp_path / "report")
     code, _, err = by_shell(">/dev/full", *inspect)
     assert code == 1
@@ -110,7 +110,7 @@ pretrain.main()
 
 
 def test_ctrl_c_counts_where_there_is_nothing_to_train(store, tmp_path):
-    """What comes after the run in a script must not begin."""
+    """Check that a script would stop here too, instead of going on after the run."""
     data = ("--data-path", store, "--save", tmp_path / "run")
     flags = (*TINY, *data, "--train-iters", 1, "--num-workers", 0)
     assert launch(*PRETRAIN, *flags)[0] == 0
@@ -121,7 +121,7 @@ def test_ctrl_c_counts_where_there_is_nothing_to_train(store, tmp_path):
 
 
 def test_outputs_go_through_links_and_devices(tmp_path):
-    """And a folder is refused; nothing that is no file is ever replaced by one."""
+    """Check too that a folder is refused, and that only regular files are ever replaced."""
     target = tmp_path / "target"
     link = tmp_path / "link"
     pipe = tmp_path / "pipe"

@@ -1,5 +1,5 @@
-"""Ranks on machines of their own (started by hand, no launcher beside them): they meet, fit
-together, stop together, and never hang.
+"""Test ranks as on separate machines (started by hand, without a launcher): they meet, agree, stop
+together, and never hang.
 """
 
 import os
@@ -36,7 +36,7 @@ def error_line(err):
     return next(line for line in err.splitlines() if line.startswith("error"))
 
 
-# They cannot meet, or do not fit together.
+# They cannot meet, or do not agree.
 
 
 def test_what_keeps_ranks_apart_is_said_in_one_line(store):
@@ -59,8 +59,8 @@ def test_what_keeps_ranks_apart_is_said_in_one_line(store):
 
 
 def test_ranks_that_do_not_fit_together_do_not_start(store, tmp_path):
-    """Data missing or other, other code, other flags: all ranks end alike and name the odd one;
-    nothing is written.
+    """Check missing or different data, code and flags: all ranks end alike and name the one that
+    differs, and nothing is written.
     """
     other = write_store(tmp_path / "other", seed=5)
     copy = shutil.copytree(ROOT / "megatron_interbert", tmp_path / "code" / "megatron_interbert")
@@ -137,8 +137,8 @@ def test_preflight_shows_the_machines_and_the_odd_one(store, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_any_rank_stops_all_and_the_losses_go_on(store, tmp_path, number):
-    """Saved after the same step on both ranks, code 75; started again, bit for bit as if nothing
-    had been.
+    """Check that both ranks save after the same step and end with code 75, and that the run resumes
+    bit for bit.
     """
     flags = ("--data-path", store, *TINY, "--num-workers", 1, "--tensor-model-parallel-size", 2)
     flags = (*flags, "--worker-start", "spawn" if number == signal.SIGTERM else "fork")
@@ -160,8 +160,8 @@ def test_a_signal_to_any_rank_stops_all_and_the_losses_go_on(store, tmp_path, nu
 
 
 def test_a_launcher_passes_the_signal_on(store, tmp_path):
-    """SIGTERM to the deepspeed command alone, which ends without a word to its ranks: they save and
-    end.
+    """Send SIGTERM to the deepspeed command only, which ends without telling its ranks: they save
+    and end.
     """
     process = start(
         *deepspeed(2, "--data-path", store, "--save", tmp_path / "run", *TINY, *ENDLESS)
@@ -178,7 +178,7 @@ def test_a_launcher_passes_the_signal_on(store, tmp_path):
 
 
 def test_a_run_ends_after_its_minutes(store, tmp_path):
-    """The clock of rank 0 decides for all."""
+    """Check that all ranks save and end when the time is up."""
     run = start_ranks(
         *[
             (
@@ -202,8 +202,8 @@ def test_a_run_ends_after_its_minutes(store, tmp_path):
 
 
 def test_a_signal_ends_an_evaluation_of_losses_early(store, tmp_path):
-    """One that would last for ever: both ranks give it up after the same batch and save; the same
-    command does it first.
+    """Check an endless evaluation: both ranks abandon it after the same batch and save; the same
+    command runs it first.
     """
     flags = (
         "--data-path",
@@ -237,7 +237,7 @@ def test_a_signal_ends_an_evaluation_of_losses_early(store, tmp_path):
 
 
 def test_without_a_folder_a_signal_keeps_nothing_and_promises_nothing(store):
-    """Said at the start, once; the exit code is not the one on which Slurm starts the job again."""
+    """Check that this is said at the start, and that the exit code does not requeue a job."""
     process = start(*pretrain("--data-path", store, *TINY, *ENDLESS))
     until(lambda: "train step 3/" in process.so_far(), "three steps")
     process.send_signal(signal.SIGUSR1)
@@ -249,7 +249,7 @@ def test_without_a_folder_a_signal_keeps_nothing_and_promises_nothing(store):
 
 
 def test_ctrl_c_saves_and_the_second_one_ends_at_once(store, tmp_path):
-    """The first on both ranks, as a terminal sends it; the second where the main threads hang."""
+    """Send the first to both ranks, as a terminal does, and the second to a hanging rank."""
     flags = ("--data-path", store, "--save", tmp_path / "run", *TINY, *ENDLESS)
     ranks = start_ranks(flags, flags)
     until(lambda: steps(tmp_path / "run") >= 3, "three steps")
@@ -286,7 +286,7 @@ def test_ctrl_c_saves_and_the_second_one_ends_at_once(store, tmp_path):
 
 @pytest.fixture
 def running(store, tmp_path):
-    """Starts two ranks that train without end; what is left of them is killed."""
+    """Return a function that starts two endless ranks; they are killed afterwards."""
     started = []
 
     def begin(*more, **changes):
@@ -316,7 +316,7 @@ def test_a_stopped_rank_is_named_and_the_run_ends(running, rank):
     )
     assert named in error_line(err)
     assert "loop.py" in err, "the stacks of all threads"
-    if rank:  # it is on this machine, whatever its node is called
+    if rank:  # it is on this machine, although its node has another name
         assert ranks[1].wait(10) == -signal.SIGKILL
 
 
@@ -332,7 +332,7 @@ def test_a_rank_that_goes_on_in_time_changes_nothing(running, tmp_path):
 
 
 def test_a_rank_that_waits_for_its_data_is_named(running):
-    """Its loader process hangs; the other rank waits in a collective."""
+    """Stop its loader process; the other rank waits in a collective."""
     ranks = running("--num-workers", 1)
     loader = until(lambda: psutil.Process(ranks[1].pid).children(), "a loader process")[0].pid
     os.kill(loader, signal.SIGSTOP)
@@ -396,10 +396,10 @@ def test_an_evaluation_ends_at_a_signal_and_does_not_hang(store, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_takes_the_other_with_it(running, rank):
-    """How it ended can be read until its parent has asked: so not by the fork server, which is
-    quick.
+    """Kill a rank that was started cold: its exit status can be read until its parent asks for it,
+    which the fork server does at once.
     """
-    # Cold processes on a busy machine may take more than HANGS in their first step.
+    # Cold processes on a busy machine may take longer than HANGS for their first step.
     ranks = running("--num-workers", 0, "--hang-timeout", 60, PYTHONUNBUFFERED="1")
     ranks[rank].kill()
     [(code, out, err)] = ends([ranks[1 - rank]], timeout=30)
@@ -410,5 +410,5 @@ def test_a_killed_rank_takes_the_other_with_it(running, rank):
 
 
 def dead(pid):
-    """Gone, or only its exit code is left for a parent that has not asked yet."""
+    """Check whether a process is gone, or a zombie whose parent has not asked for its status."""
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

@@ -1,4 +1,4 @@
-"""The wheel in an environment of its own, in an empty folder: everything by commands alone."""
+"""Test the wheel in an environment of its own, from an empty folder, by commands only."""
 
 import json
 import os
@@ -17,7 +17,7 @@ WORK = "sources/megatron_interbert"
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """A fresh environment with the wheel; libraries are those of the tests', our package is not."""
+    """Make a fresh environment with the wheel, which shares only libraries with the tests'."""
     place = tmp_path_factory.mktemp("wheel")
     build = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q")
     source = copy_of_checkout(place / WORK)
@@ -30,13 +30,13 @@ def environment(tmp_path_factory):
     subprocess.run([sys.executable, "-m", "pip", "--python", python, *install], check=True)
     (folder,) = (place / "env/lib").glob("python*/site-packages")
     libraries = sysconfig.get_paths()["purelib"]
-    # Behind our own package in the path; an editable install of the tests' environment is not read.
+    # After our own package in the path; an editable install in the tests' environment is ignored.
     (folder / "libraries.pth").write_text(f"{libraries}\n")
     return place / "env"
 
 
 def copy_of_checkout(target):
-    """Copy what git knows, so that nothing that lies about gets into the wheel."""
+    """Copy what git tracks, except tests and docs, so that no stray files get into the wheel."""
     listed = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
     )

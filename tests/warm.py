@@ -1,8 +1,8 @@
-"""Processes of the package's modules and tools that start at once instead of in seconds.
+"""Start processes of the package's modules and tools at once instead of in seconds.
 
-They are forked by Python's fork server, which has imported everything that a run imports; pid,
-session, pipes, signals and exit code are their own, as after `python -m MODULE` and `python
-SCRIPT`. What users type is tried cold: tests/test_launch.py, test_slurm.py, test_hostfile.py,
+They are forked by Python's fork server, which has imported everything that a run imports; they have
+their own pid, session, pipes, signals and exit code, as after `python -m MODULE` and `python
+SCRIPT`. What users type is tested cold: tests/test_launch.py, test_slurm.py, test_hostfile.py,
 tools/test_help.py.
 """
 
@@ -29,10 +29,10 @@ _context.set_forkserver_preload(["tests.warm_imports"])
 
 
 def start_server():
-    """Start the fork server unless it runs; libraries read these settings when they are loaded.
+    """Start the fork server unless it runs, with settings that libraries read when imported.
 
-    PYTHONPATH is among them because the first test to ask may have changed its folder: a server
-    that cannot import what it should stays silent, and each of its processes then imports torch
+    PYTHONPATH is set because the first test to call this may have changed its folder: a server that
+    cannot import its modules does not report it, and each of its processes then imports torch
     itself.
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -42,20 +42,20 @@ def start_server():
 
 
 class WarmProcess:
-    """`python SCRIPT ..` or `python -m MODULE ..`, with stdout and stderr captured.
+    """Run `python SCRIPT ..` or `python -m MODULE ..`, with stdout and stderr captured.
 
-    It offers what subprocess.Popen does and tests use.
+    It offers the part of subprocess.Popen that tests use.
     """
 
     def __init__(self, arguments, environment, folder, files=None):
-        self.lines = {"stdout": [], "stderr": []}  # so far
+        self.lines = {"stdout": [], "stderr": []}  # what has been printed so far
         ends = {name: os.pipe() for name in self.lines}
         theirs = {name: end for name, (_, end) in ends.items()}
         here = _Start(arguments, environment, folder, files, theirs)
         self._process = _context.Process(target=here)
         start_server()
         self._process.start()
-        atexit.register(self.kill)  # a test that fails must not leave a run that never ends
+        atexit.register(self.kill)  # a failing test must not leave an endless run
         self.pid = self._process.pid
         self.args = ["python", *arguments]
         self._readers = []
@@ -73,19 +73,19 @@ class WarmProcess:
 
     @property
     def returncode(self):
-        """None while it runs; negative when a signal has killed it."""
+        """Return None while it runs, a negative number if a signal killed it."""
         return self._process.exitcode
 
     def so_far(self):
-        """What it has printed to stdout."""
+        """Return what it has printed to stdout."""
         return "".join(self.lines["stdout"])
 
     def poll(self):
-        """As of Popen."""
+        """Work as Popen.poll does."""
         return self.returncode
 
     def wait(self, timeout=None):
-        """As of Popen."""
+        """Work as Popen.wait does."""
         self._process.join(timeout)
 
         if self.returncode is None:
@@ -93,34 +93,34 @@ class WarmProcess:
                 self.args, timeout, self.so_far(), "".join(self.lines["stderr"])
             )
 
-        # which would hold this object, and its pipes, to the end of all tests
+        # otherwise this object and its pipes would live to the end of all tests
         atexit.unregister(self.kill)
 
         return self.returncode
 
     def communicate(self, timeout=None):
-        """As of Popen, but that children which it has left behind may keep the pipes open."""
+        """Work as Popen.communicate does, but do not wait for children that hold the pipes open."""
         self.wait(timeout)
         for reader in self._readers:
             reader.join(5)
         return self.so_far(), "".join(self.lines["stderr"])
 
     def send_signal(self, number):
-        """As of Popen."""
+        """Work as Popen.send_signal does."""
         if self.returncode is None:
             os.kill(self.pid, number)
 
     def terminate(self):
-        """As of Popen."""
+        """Work as Popen.terminate does."""
         self.send_signal(signal.SIGTERM)
 
     def kill(self):
-        """As of Popen."""
+        """Work as Popen.kill does."""
         self.send_signal(signal.SIGKILL)
 
 
 class _Start:
-    """What the new process does first: become what `python` would have made of it."""
+    """Turn the new process into what `python` would have started."""
 
     def __init__(self, arguments, environment, folder, files, ends):
         self.arguments = arguments
@@ -137,8 +137,8 @@ class _Start:
             "the fork server has not imported what runs need"
         )
         os.setsid()
-        # The fork server ends with the tests, however they end, unless somebody else holds this
-        # line to it; and we with the server.
+        # The fork server ends with the tests, however they end, unless another process keeps this
+        # pipe to it open; and this process ends with the server.
         os.close(forkserver._forkserver._forkserver_alive_fd)
         signal_at_parents_death(signal.SIGKILL)
         os.chdir(self.folder)
@@ -152,7 +152,7 @@ class _Start:
         if self.files:
             resource.setrlimit(resource.RLIMIT_NOFILE, (self.files, self.files))
 
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the package sets it when a command begins
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the package sets it when a command starts
         if self.arguments[0] == "-m":
             self.run_module(*self.arguments[1:])
         else:
@@ -160,14 +160,14 @@ class _Start:
 
     @staticmethod
     def run_module(module, *arguments):
-        """As `python -m`."""
+        """Run a module as `python -m` does."""
         sys.modules.pop(module, None)
         sys.argv = [module, *arguments]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
     @staticmethod
     def run_script(script, *arguments):
-        """As `python SCRIPT`."""
+        """Run a script as `python SCRIPT` does."""
         sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
         sys.argv = [script, *arguments]
         runpy.run_path(script, run_name="__main__")

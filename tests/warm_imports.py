@@ -1,11 +1,11 @@
-"""Imported once by the fork server of tests/warm.py: all that a run imports sooner or later, with
-no thread started.
+"""Import, once in the fork server of tests/warm.py, all that a run imports sooner or later, without
+starting a thread.
 """
 
 # ruff: noqa: F401
-# DeepSpeed imports it when an engine is made, and it the compiler
+# DeepSpeed imports this when an engine is built, and with it the compiler
 import deepspeed.runtime.zero.muon.muon_optimizer
-import torch._dynamo  # torch imports it when the first optimizer is made
+import torch._dynamo  # torch imports it with the first optimizer
 
 import megatron_interbert.evaluate
 import megatron_interbert.finetune

@@ -1,1 +1,1 @@
-"""Prepare data, convert weights, plan and report: the other commands of `interbert`, a file each."""
+"""Run the commands that prepare data, convert weights, plan and report, one file each."""

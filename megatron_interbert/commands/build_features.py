@@ -237,7 +237,7 @@ def report(output: str, manifest: dict[str, Any], seconds: float) -> None:
     if manifest["inverted_boxes"] > 0.05 * counts["regions"]:
         print(
             f"warning: {manifest['inverted_boxes']} of {counts['regions']} boxes were inverted;"
-            " they look like x, y, width, height: --box-format xywh"
+            " if they are x, y, width, height, use --box-format xywh"
         )
 
 

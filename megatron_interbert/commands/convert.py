@@ -50,7 +50,7 @@ class Options(Flags):
     list_only: bool = option(
         False, "print names, shapes and partition; write nothing", flag="--list"
     )
-    verify: bool = option(False, "run a batch through input and output and print the largest difference")
+    verify: bool = option(False, "run a batch through both models and print the largest difference")
 
     model: str = option(
         "",

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import ClassVar
 
-# Processes share the work, not threads: it is faster here, and results do not depend on their number.
+# Processes share the work, not threads: faster here, and results do not depend on their number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
@@ -47,9 +47,7 @@ class Options(BuildingOptions):
 
     batch_size: int = option(8, "photos of one size per forward pass", least=1, group="work")
     device: str = option("auto", "where the detector runs", ("auto", "cpu", "cuda"), group="work")
-    workers: int = option(
-        0, "processes; default: 1 with a GPU, else one per core", group="work"
-    )
+    workers: int = option(0, "processes; default: 1 with a GPU, else one per core", group="work")
 
     def check(self) -> None:
         """Raise UsageError for settings that contradict each other or have no meaning."""

@@ -32,7 +32,7 @@ class Options(Flags):
     GROUP: ClassVar[str] = "data"
 
     store: str = argument("folder of the region store")
-    max_images: int = option(0, "inspect only this many images, spread evenly; default: all", least=0)
+    max_images: int = option(0, "images to inspect, spread evenly; default: all", least=0)
     class_names: str = option(
         "",
         "detector classes, one a line, with or without background; default: the store's own",

@@ -1,4 +1,4 @@
-"""Convert KDD Cup 2020 queries (Multimodalities Recall) to the JSON lines that product search reads.
+"""Convert KDD Cup 2020 queries (Multimodalities Recall) to the JSON lines of product search.
 
     interbert make-queries train.tsv --output train.jsonl         # rows: query and product
     interbert make-queries valid.tsv --answers valid_answer.json --output valid.jsonl
@@ -51,7 +51,7 @@ class Options(Flags):
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield (query id, query, product id) of each row; raises UsageError naming a malformed line."""
+    """Yield (query id, query, product id) of each row; raises UsageError naming a bad line."""
     try:
         handle = open(path, encoding="utf-8")
     except OSError as error:

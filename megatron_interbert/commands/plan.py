@@ -55,7 +55,7 @@ class Options(Flags):
     gpus: int = option(8, "devices in all", least=ABOVE_0, group="parallelism")
     gpu_memory: float = option(80.0, "GiB per device", least=ABOVE_0, group="parallelism")
     reserve: float = option(0.1, "share of the memory to leave free", group="parallelism")
-    fp32: bool = option(False, "forward and backward passes in 32 bits instead of 16", group="parallelism")
+    fp32: bool = option(False, "compute in 32 bits instead of 16", group="parallelism")
     sequence_parallel: bool = option(
         False,
         "tensor-parallel ranks also split the tokens between layers",

@@ -73,7 +73,7 @@ def start_processes() -> torch.device:
 
 def join(launch: Launch, device: torch.device, backend: str) -> None:
     """Meet the other ranks and start torch's process group with them, or say that it does not."""
-    store = meet(launch, gpu_identity(device))
+    store = rendezvous(launch, gpu_identity(device))
     overdue = threading.Timer(START_SECONDS, give_up, [launch, backend])
     overdue.daemon = True
     overdue.start()
@@ -108,7 +108,7 @@ def give_up(launch: Launch, backend: str) -> None:
     os._exit(2)
 
 
-def meet(launch: Launch, gpu: str = "", seconds: float = MEETING_SECONDS) -> dist.Store:
+def rendezvous(launch: Launch, gpu: str = "", seconds: float = MEETING_SECONDS) -> dist.Store:
     """Make a store that all ranks have come to, each with the identity of its `gpu`.
 
     UsageError that names the ranks that have not come, what is in the way, or ranks that share one

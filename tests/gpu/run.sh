@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# The acceptance run of a new machine: everything that only a GPU can show, on one GPU, in at most
-# ten minutes. Prints a table; writes JSON. Exit code 0: all passed, 1: something failed, 2: wrong use.
+# Runs the acceptance tests of a new machine: all that only a GPU can show, on one GPU, in at most
+# ten minutes. Prints a table; writes JSON. Exit codes: 0 all passed, 1 something failed, 2 wrong
+# use.
 #
 #   bash tests/gpu/run.sh [--output FILE.json] [--stages a,b] [--pretend]
 #
 # A machine that cannot reach a package index but has torch, transformers, h5py and pytest brings
-# the rest as wheels: WHEELS=FOLDER, or .whl/ in the checkout. Elsewhere the environment of the
-# tests is made or taken: see launchers/environment.sh.
+# the rest as wheels: WHEELS=FOLDER, or .whl/ in the checkout. Otherwise the tests' environment is
+# made or reused: see launchers/environment.sh.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -15,7 +16,7 @@ for word in "$@"; do
   case $word in --pretend | -h | --help) pretended=yes ;; esac
 done
 
-if [ $pretended = no ]; then # said before an environment is made, which takes minutes
+if [ $pretended = no ]; then # checked before making an environment, which takes minutes
   driver=
   for sign in /dev/nvidiactl /dev/dxg /dev/kfd /proc/driver/nvidia/version; do
     [ ! -e $sign ] || driver=yes

@@ -267,7 +267,7 @@ def test_stores_are_joined_cut_anew_and_taken_apart(tmp_path, images):
     build(tmp_path / "other", tmp_path / "a", "--detector", "another")
     stores = tmp_path / "first", tmp_path / "other"
     assert "--allow-other-detector" in refused(*stores, "--output", tmp_path / "none")
-    assert "a region store knows its own" in refused(
+    assert "a region store records its own" in refused(
         stores[0], "--detector", "a third", "--output", tmp_path / "none"
     )
     mixed, _ = build(tmp_path / "mixed", *stores, "--allow-other-detector")

@@ -123,8 +123,8 @@ def test_what_is_wrong_is_one_line(source, tmp_path):
     for flags, line in (
         ((tmp_path / "none.tsv",), "none.tsv: cannot be read"),
         ((write(tmp_path / "short.tsv", "1\t2"),), "short.tsv: line 2 has 2 columns, expected 9"),
-        ((write(tmp_path / "empty.tsv"),), "empty.tsv: no rows in it"),
-        ((source, "--answers", tmp_path / "answers.json"), "nothing for query 8 of"),
+        ((write(tmp_path / "empty.tsv"),), "empty.tsv: holds no rows"),
+        ((source, "--answers", tmp_path / "answers.json"), "no answer for query 8 of"),
     ):
         code, _, err = make(*flags, "--output", tmp_path / "out.jsonl")
         assert code == 2

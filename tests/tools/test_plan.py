@@ -80,7 +80,7 @@ def test_what_cannot_be_is_one_line(monkeypatch):
     for flags, line in (
         (
             ("--gpu-memory", 0.3),
-            "nothing fits 8 devices of 0.3 GiB; more of them, or a smaller model",
+            "nothing fits 8 devices of 0.3 GiB; try more of them or a smaller model",
         ),
         (("--micro-batch-size", -4), "--micro-batch-size is -4, expected more than 0"),
         (("--gpu-memory", "nan"), "--gpu-memory nan: expected a finite number"),
@@ -90,13 +90,13 @@ def test_what_cannot_be_is_one_line(monkeypatch):
         (("--output", "."), "--output .: is a folder, expected a file to write"),
         (
             ("--micro-batch-size", 10**6),
-            "nothing fits 8 devices of 80 GiB; more of them, or fewer samples at a time",
+            "nothing fits 8 devices of 80 GiB; try more of them or fewer samples at a time",
         ),
         (("--global-batch-size", -3), "--global-batch-size is -3, expected 0 or more"),
         (("--gpus", 0), "--gpus is 0, expected more than 0"),
         (
             ("--model", "sample"),
-            "--model sample takes sizes from its data; give a JSON file with all sizes, or base",
+            "--model sample takes some sizes from its data; give base, or a JSON file with all sizes",
         ),
     ):
         assert refused(monkeypatch, *flags) == line

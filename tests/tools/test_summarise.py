@@ -35,7 +35,7 @@ def test_results_of_seeds_are_averaged(tmp_path):
         ({"precision": "bf16"}, "precision is bf16, the first has fp32"),
         ({"data": {"files": {"m": "2"}}}, "evaluated on other data"),
         ({"configuration": {"max_regions": 9}}, "or with other limits"),
-        ({"metrics": {}}, "no figures in it"),
+        ({"metrics": {}}, "not a result"),
     ):
         code, _, err = launch(
             *command, paths[0], result_file(tmp_path / "other.json", 1.0, **change)
