@@ -166,7 +166,7 @@ def run(options: Options) -> None:
     sizes = load_model_config(options.model)
     if not (sizes.vocab_size and sizes.feature_dim and sizes.num_classes):
         raise UsageError(
-            f"--model {options.model} takes some sizes from its data; give base, or a JSON file"
+            f"--model {options.model} takes sizes from its data; give base, or a JSON file"
             " with all sizes"
         )
 

@@ -36,7 +36,7 @@ class Options(Flags):
     data_path: str = option("sample_shop/test", "generated shop")
     two_stage: int = option(
         0,
-        "also search in two stages, the first of which finds this many products by vectors; 0: no",
+        "also search in two stages, keeping this many products by vectors first; 0: no",
         least=0,
         group="scoring",
         old_names=("--first-stage",),

@@ -1,4 +1,4 @@
-"""What commands are told: options, command line, settings of training runs, sizes of models."""
+"""Declare what commands can be told: options, settings of training runs, sizes of models."""
 
 from megatron_interbert.config.model import ModelConfig, model_config_from_dict
 from megatron_interbert.config.options import Flags, flag, nearest, option, redefault, setting

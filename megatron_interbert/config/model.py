@@ -1,4 +1,4 @@
-"""Sizes of a model, as presets, JSON files and checkpoints hold them."""
+"""Hold and check the sizes of a model, as presets, JSON files and checkpoints give them."""
 
 import dataclasses
 import math
@@ -8,17 +8,17 @@ from typing import Any, ClassVar
 from megatron_interbert.config.options import nearest
 from megatron_interbert.errors import UsageError
 
-# of the inner size, and of the columns of the result, of a GPU's 8-bit product
+# inner size and result columns of a GPU's 8-bit matrix product must be multiples of this
 FLOAT8_MULTIPLE = 16
-LARGEST_SIZE = 1 << 24  # of anything in a model
-MOST_LAYERS = 1000  # of a kind: a model of a million would be built until memory is full
+LARGEST_SIZE = 1 << 24  # of any size of a model
+MOST_LAYERS = 1000  # of each kind; building a million layers would fill the memory first
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of one InterBERT.
+    """Hold the sizes of one InterBERT model.
 
-    A size of 0 for vocabulary, feature or classes means: take it from the data.
+    A size of 0 for vocabulary, features or classes means: take it from the data.
     """
 
     vocab_size: int = 30522
@@ -39,7 +39,7 @@ class ModelConfig:
     image_hidden_dropout: float = 0.2
     image_attention_dropout: float = 0.1
     fusion: str = "product"
-    # or "chinese": full-width and traditional forms are read as their usual ones
+    # or "chinese": full-width and traditional characters become half-width and simplified ones
     text_normalisation: str = "none"
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
@@ -69,9 +69,8 @@ class ModelConfig:
             )
 
     def check_size(self, name: str, kind: type) -> None:
-        """Raise UsageError for a size that no model can have.
-
-        It may come from anybody's JSON file.
+        """Raise UsageError if the size `name` is of a wrong type or out of range, as a JSON file
+        may give it.
         """
         value = getattr(self, name)
 
@@ -93,21 +92,19 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Vocabulary rounded up to a multiple of 128, the same for every tensor-parallel size."""
+        """Return the vocabulary size rounded up to a multiple of 128, whatever the layout."""
         return -(-self.vocab_size // 128) * 128
 
     @property
     def head_sizes(self) -> tuple[int, int]:
-        """Of the attention of text and joint tokens, and of that of images."""
+        """Return the head sizes of attention over text or joint tokens, and over image tokens."""
         return (
             self.hidden_size // self.num_attention_heads,
             self.hidden_size // self.image_attention_heads,
         )
 
     def check_tensor_parallel(self, size: int) -> None:
-        """Raise UsageError when `size` ranks cannot share the heads, the MLP or the vocabulary
-        evenly.
-        """
+        """Raise UsageError if `size` ranks cannot split heads, MLP or vocabulary evenly."""
         if size < 1:
             raise UsageError(f"--tensor-model-parallel-size is {size}, expected 1 or more")
 
@@ -124,14 +121,16 @@ class ModelConfig:
                 )
 
     def without_dropout(self) -> "ModelConfig":
-        """Give the same model with every dropout at 0 (exact comparisons between layouts)."""
+        """Return the same sizes with every dropout at 0 (for exact comparisons of layouts)."""
         names = [f.name for f in dataclasses.fields(self) if f.name.endswith("dropout")]
         return dataclasses.replace(self, **dict.fromkeys(names, 0.0))
 
 
 def model_config_from_dict(values: dict[str, Any], where: str) -> ModelConfig:
-    """Build a ModelConfig from JSON values; unknown keys raise UsageError with the nearest right
-    name.
+    """Build a ModelConfig from JSON values.
+
+    Raises UsageError naming `where` for wrong sizes, and for unknown keys with the nearest known
+    one.
     """
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     for name in values:

@@ -1,4 +1,4 @@
-"""Settings of every training run, a row each. Names are Megatron's where Megatron has one."""
+"""Declare the settings of every training run, a row each, by Megatron's names where it has one."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,7 +8,7 @@ from megatron_interbert.config.options import BELOW_1, FREE, NOTE, ONE_TEXT, SAM
 
 @dataclass
 class DataSettings(Flags):
-    """How samples are read, whatever they are."""
+    """Hold how samples of any task are read."""
 
     GROUP: ClassVar[str] = "data"
 
@@ -29,8 +29,8 @@ class DataSettings(Flags):
     )
     data_partitions: int = setting(
         64,
-        "logical partitions of the data, a multiple of the data-parallel size; default: 64, or as"
-        " many as fit",
+        "logical partitions of the data, a multiple of the data-parallel size; default: 64, or"
+        " fewer if the data are small",
         SAME,
         least=1,
         fitted=True,
@@ -43,7 +43,7 @@ class DataSettings(Flags):
     )
     data_timeout: int = setting(
         300,
-        "seconds without a batch after which the loader is given up (a disk that hangs)",
+        "seconds to wait for a batch before the run fails (a disk that hangs)",
         FREE,
         least=1,
     )
@@ -57,7 +57,7 @@ class DataSettings(Flags):
 
 @dataclass
 class ModelSettings(Flags):
-    """The model and the weights that it starts from."""
+    """Hold the model and the weights that it starts from."""
 
     GROUP: ClassVar[str] = "model"
 
@@ -78,14 +78,14 @@ class ModelSettings(Flags):
 
 @dataclass
 class OptimisationSettings(Flags):
-    """Length, batches, learning rate and optimizer."""
+    """Hold the length of a run, its batches, learning rate and optimizer."""
 
     GROUP: ClassVar[str] = "optimisation"
 
     train_iters: int = setting(1000, "optimizer steps in the whole run", NOTE, least=1)
     micro_batch_size: int = setting(
         32,
-        "samples per rank and forward pass; auto: by trial",
+        "samples per rank and forward pass; auto: found by trial",
         FREE,
         least=1,
         auto=True,
@@ -108,7 +108,7 @@ class OptimisationSettings(Flags):
     )
     lr_milestones: str = setting(
         "0.6,0.8",
-        "shares of the steps after which a multistep rate is multiplied by --lr-decay-factor",
+        "shares of the steps after which --lr-decay-factor multiplies a multistep rate",
         NOTE,
     )
     lr_decay_factor: float = setting(
@@ -122,7 +122,7 @@ class OptimisationSettings(Flags):
     )
     weight_decay: float = setting(
         0.01,
-        "on matrices only; biases and LayerNorm have none",
+        "weight decay of matrices; biases and LayerNorm have none",
         NOTE,
         least=0,
         deepspeed="optimizer.params.weight_decay",
@@ -160,38 +160,38 @@ class OptimisationSettings(Flags):
         least=0,
         most=BELOW_1,
     )
-    max_bad_steps: int = setting(10, "stop after so many non-finite steps in a row", FREE)
+    max_bad_steps: int = setting(10, "stop after this many non-finite steps in a row", FREE)
 
 
 @dataclass
 class ParallelismSettings(Flags):
-    """How ranks share the work, and in which precision and with which kernels they do it."""
+    """Hold how ranks share the work, and their precision and kernels."""
 
     GROUP: ClassVar[str] = "parallelism"
 
     tensor_model_parallel_size: int = setting(
-        1, "ranks that share each layer", FREE, least=1, old_names=("--tp",)
+        1, "ranks that split each layer", FREE, least=1, old_names=("--tp",)
     )
     sequence_parallel: bool = setting(
         False,
-        "these ranks also share the tokens between the layers: less memory, more traffic",
+        "tensor-parallel ranks also split the tokens between layers: less memory, more traffic",
         FREE,
     )
     zero_stage: int = setting(
         1,
-        "DeepSpeed ZeRO stage; one process in fp32 takes 0 unless it is given",
+        "DeepSpeed ZeRO stage; a single process in fp32 takes 0 unless this is given",
         FREE,
         (0, 1, 2, 3),
         deepspeed="zero_optimization.stage",
     )
     deepspeed_config: str = setting(
         "",
-        "DeepSpeed JSON, or the name of one of ours (zero2, zero3_offload, ..: ds_configs/); 'auto'"
-        " is resolved from the flags",
+        "DeepSpeed JSON, or the name of one in ds_configs/ (zero2, zero3_offload, ..); 'auto' takes"
+        " the value of the flag",
         FREE,
     )
     fp16: bool = setting(
-        False, "half precision with dynamic loss scale", FREE, deepspeed="fp16.enabled"
+        False, "half precision with dynamic loss scaling", FREE, deepspeed="fp16.enabled"
     )
     bf16: bool = setting(
         False,
@@ -206,34 +206,34 @@ class ParallelismSettings(Flags):
         NOTE,
     )
     recompute_activations: bool = setting(
-        False, "recompute each layer in the backward pass instead of keeping it", FREE
+        False, "recompute each layer in the backward pass instead of keeping its activations", FREE
     )
     kernels: str = setting("auto", "fused kernels", FREE, ("auto", "torch", "triton", "apex"))
     deterministic: bool = setting(
         False,
-        "only operations that give the same bits every time, on GPUs too (slower there)",
+        "use only operations that give the same bits every time, on GPUs too (slower there)",
         FREE,
     )
 
 
 @dataclass
 class CheckpointSettings(Flags):
-    """Where checkpoints go, when they are written, and which one a run resumes from."""
+    """Hold where checkpoints go, when they are written, and which one a run resumes from."""
 
     GROUP: ClassVar[str] = "checkpoints"
 
     save: str = setting(
-        "", "folder for checkpoints, logs and metrics; none: nothing is saved", FREE
+        "", "folder for checkpoints, logs and metrics; without it nothing is saved", FREE
     )
-    load: str = setting("", "folder to resume from when it is not the one of --save", FREE)
+    load: str = setting("", "folder to resume from if it is not that of --save", FREE)
     resume: str = setting(
         "auto",
-        "auto: resume if a checkpoint is there; must: fail if none; never: start anew",
+        "auto: resume if there is a checkpoint; must: fail if there is none; never: start over",
         FREE,
         ("auto", "never", "must"),
     )
     save_interval: int = setting(
-        0, "steps between checkpoints; default: by the clock; 0: only at the end", FREE, least=0
+        0, "steps between checkpoints; default: by time; 0: only at the end", FREE, least=0
     )
     save_interval_in_mins: float = setting(
         10.0,
@@ -247,23 +247,25 @@ class CheckpointSettings(Flags):
     )
     async_save: bool = setting(
         True,
-        "write checkpoints in the background; training waits only for the copy to host memory",
+        "write checkpoints in the background; training only waits for the copy to host memory",
         FREE,
     )
 
 
 @dataclass
 class LoggingSettings(Flags):
-    """What is told of a run, and how often it is evaluated."""
+    """Hold what a run logs, and how often it is evaluated."""
 
     GROUP: ClassVar[str] = "logging"
 
     log_interval: int = setting(10, "steps between log lines", FREE, least=1)
-    eval_interval: int = setting(0, "steps between evaluations", FREE, least=0)
-    tensorboard_dir: str = setting("", "default: SAVE/tensorboard", FREE, may_differ=True)
+    eval_interval: int = setting(0, "steps between evaluations; 0: none", FREE, least=0)
+    tensorboard_dir: str = setting(
+        "", "folder of TensorBoard's files; default: SAVE/tensorboard", FREE, may_differ=True
+    )
     peak_tflops: float = setting(
         0.0,
-        "dense peak of one device for MFU; default: looked up by the device's name",
+        "dense peak TFLOP/s of one device, for MFU; default: looked up by the device's name",
         FREE,
         least=0,
     )

@@ -1,4 +1,4 @@
-"""What training runs are told, and the arithmetic of their batches."""
+"""Hold and check the settings of training runs, and compute their batches."""
 
 import os
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class TrainConfig(
     CheckpointSettings,
     LoggingSettings,
 ):
-    """What every training run is told, whatever it trains on."""
+    """Hold the settings of every training run, whatever it trains on."""
 
     GROUP: ClassVar[str] = "more"
 
@@ -37,23 +37,24 @@ class TrainConfig(
         least=0,
     )
     exit_duration_in_mins: float = setting(
-        0.0, "save and end after so many minutes; the same command resumes; 0: never", FREE, least=0
+        0.0, "save and end after this many minutes; the same command resumes; 0: never", FREE, least=0
     )
     hang_timeout: int = setting(
         300,
-        "end the run when no rank moves for so many seconds, or 10 times what is usual; 0: never",
+        "end the run if no rank advances for this many seconds, or 10 times the longest step so"
+        " far; 0: never",
         FREE,
         least=0,
     )
-    print_launch: bool = setting(False, "show which rank would run where, and end", FREE)
+    print_launch: bool = setting(False, "print which rank would run where, and end", FREE)
 
-    # a run sets its own, when it knows how many ranks there are
+    # a run sets its own once it knows how many ranks there are
     data_parallel_size: ClassVar[int] = 1
 
     def accumulation_steps(self, data_parallel_size: int) -> int:
-        """Micro-batches per optimizer step and rank.
+        """Return the micro-batches per optimizer step and rank.
 
-        UsageError when the batch sizes do not divide.
+        Raises UsageError unless the batch sizes divide.
         """
         per_pass = self.micro_batch_size * data_parallel_size
         batch = self.global_batch_size or per_pass
@@ -67,7 +68,7 @@ class TrainConfig(
         return batch // per_pass
 
     def fit_batches(self, data_parallel_size: int) -> None:
-        """Fit batch sizes that nobody has said to the number of data-parallel ranks."""
+        """Fit batch sizes that were not given to the number of data-parallel ranks."""
         ranks = data_parallel_size
         told = self.micro_batch_size != AUTO and not self.is_default("micro_batch_size")
         least = ranks * self.micro_batch_size if told else ranks
@@ -88,10 +89,10 @@ class TrainConfig(
             self.fit("micro_batch_size", fits, reason)
 
     def fit_partitions(self, samples: int) -> int:
-        """Settle in how many partitions so many `samples` are cut, and give that number.
+        """Settle into how many partitions `samples` are cut, and return the number.
 
-        As given; a default becomes fewer where there are too few samples, in steps that keep it
-        divisible by the data-parallel size and the same for 1, 2, 4, .. ranks.
+        A number that was given stays. A default that exceeds the samples or is not a multiple of
+        the data-parallel size becomes that size times a power of 2: the same for 1, 2, 4, .. ranks.
         """
         ranks = self.data_parallel_size
         fit = self.data_partitions <= samples and self.data_partitions % ranks == 0
@@ -104,24 +105,24 @@ class TrainConfig(
         return self.data_partitions
 
     def fit_zero_stage(self, processes: int) -> None:
-        """Take ZeRO stage 0 for one process in fp32, which shares nothing: it is fastest there."""
+        """Take ZeRO stage 0 for a single process in fp32: with nothing to shard it is fastest."""
         alone = processes == 1 and not (self.fp16 or self.bf16)
         if alone and self.is_default("zero_stage") and not self.deepspeed_config:
             self.zero_stage = 0
 
     def global_batch(self, data_parallel_size: int) -> int:
-        """Give samples per optimizer step over all ranks."""
+        """Return the samples per optimizer step over all ranks."""
         return (
             self.micro_batch_size * data_parallel_size * self.accumulation_steps(data_parallel_size)
         )
 
     def minutes_between_saves(self) -> float:
-        """Minutes after which a checkpoint is due; 0 where only steps count."""
+        """Return the minutes after which a checkpoint is due; 0 if only steps count."""
         by_steps = "save_interval" in self.given and "save_interval_in_mins" not in self.given
         return 0.0 if by_steps else self.save_interval_in_mins
 
     def milestones(self) -> list[float]:
-        """Give the shares of --lr-milestones; UsageError unless they rise between 0 and 1."""
+        """Return the shares of --lr-milestones; raises UsageError unless they rise in (0, 1)."""
         try:
             shares = [float(part) for part in self.lr_milestones.split(",") if part]
         except ValueError:
@@ -149,82 +150,83 @@ class TrainConfig(
 
         if self.deterministic and self.micro_batch_size == AUTO:
             raise UsageError(
-                "--deterministic and --micro-batch-size auto: a trial does not choose the same"
-                " every time; give a number"
+                "--deterministic and --micro-batch-size auto exclude each other: trials do not"
+                " choose the same every time; give a number"
             )
 
         self.milestones()
 
     def check_float8(self, sizes: ModelConfig) -> None:
-        """Raise UsageError where --fp8 is given and cannot be: bf16 may be set by a DeepSpeed JSON,
-        `sizes` by the data.
+        """Raise UsageError if --fp8 is given without bf16 or does not fit the model.
+
+        It is checked once bf16 is settled, perhaps by a DeepSpeed JSON, and `sizes`, perhaps by the
+        data.
         """
         if not self.fp8:
             return
         if not self.bf16:
-            raise UsageError("--fp8 needs --bf16: all but the layers' products is computed in it")
+            raise UsageError("--fp8 needs --bf16, in which all but the layers' products is computed")
         for name in ("hidden_size", "ffn_hidden_size"):
             if getattr(sizes, name) % (FLOAT8_MULTIPLE * self.tensor_model_parallel_size):
                 raise UsageError(
-                    f"--fp8: {name} {getattr(sizes, name)} of the model is no multiple of"
+                    f"--fp8: {name} {getattr(sizes, name)} of the model is not a multiple of"
                     f" {FLOAT8_MULTIPLE} on each of {self.tensor_model_parallel_size}"
-                    " tensor-parallel ranks; leave it out or choose other sizes"
+                    " tensor-parallel ranks; leave --fp8 out or choose other sizes"
                 )
 
 
 @dataclass
 class RunConfig(TrainConfig):
-    """A pretraining run."""
+    """Hold the settings of a pretraining run."""
 
     GROUP: ClassVar[str] = "data"
 
     data_path: str = setting(
         "sample_corpus/train",
-        "region store to train on (a folder with manifest.json), or several with commas between"
-        " them",
+        "region store to train on (a folder with manifest.json), or several, comma-separated",
         FREE,
         may_differ=True,
         names_store=True,
     )
     data_epochs: str = setting(
-        "", "passes over each of several stores in one epoch, e.g. 1,1,2.5; default: one each", SAME
+        "", "passes over each of several stores per epoch, e.g. 1,1,2.5; default: one each", SAME
     )
     data_weights: str = setting(
         "",
-        "instead of --data-epochs: shares of an epoch's samples for each store, e.g. 0.7,0.2,0.1",
+        "instead of --data-epochs: each store's share of an epoch's samples, e.g. 0.7,0.2,0.1",
         SAME,
     )
     valid_data_path: str = setting(
         "",
-        "region store for --eval-interval; none: no evaluation",
+        "region store for --eval-interval; without it there is no evaluation",
         FREE,
         may_differ=True,
         names_store=True,
     )
     language: str = setting(
-        "", "train only on captions of this language tag (en, zh); default: all", SAME
+        "", "train only on captions with this language tag (en, zh); default: all", SAME
     )
     masking: str = setting(
-        "paper", "rules of the paper or of the official code", SAME, ("paper", "official")
+        "paper", "masking of the paper or of the official code", SAME, ("paper", "official")
     )
     msm_on_mismatched: bool = setting(
         True, "also predict masked words of mismatched captions", SAME
     )
     hard_negatives: float = setting(
         0.2,
-        "share of the mismatched captions drawn from hard_negatives.npy, when present",
+        "share of mismatched captions drawn from hard_negatives.npy, if present",
         SAME,
         least=0,
         most=1,
     )
     segmenter: str = setting(
         "characters",
-        "what a Chinese word is for masking: each character, or the words of jieba",
+        "what counts as a Chinese word in masking: each character, or jieba's words",
         SAME,
         ("characters", "jieba"),
     )
     balance_tokens: bool = setting(
-        True, "samples of like length meet, so that ranks get nearly equal numbers of tokens", SAME
+        True, "batch samples of similar length, to give ranks nearly equal numbers of tokens", SAME
     )
     objectives: str = setting(
         "msm,mrm,itm",
@@ -235,11 +237,11 @@ class RunConfig(TrainConfig):
     eval_iters: int = setting(10, "batches per evaluation", FREE, least=1, group="logging")
 
     def stores(self) -> list[str]:
-        """Give the region stores of --data-path."""
+        """Return the paths of the region stores in --data-path."""
         return split_paths(self.data_path)
 
     def objective_names(self) -> tuple[str, ...]:
-        """Give the losses to train on; UsageError for a name that is none of msm, mrm, itm."""
+        """Return the losses to train on; raises UsageError for a name other than msm, mrm, itm."""
         names = tuple(name for name in self.objectives.split(",") if name)
         for name in names:
             if name not in ("msm", "mrm", "itm"):
@@ -253,7 +255,7 @@ class RunConfig(TrainConfig):
 
         if self.data_epochs and self.data_weights:
             raise UsageError(
-                "--data-epochs and --data-weights say the same thing in two ways; give one"
+                "--data-epochs and --data-weights set the same thing in two ways; give only one"
             )
 
         if self.eval_interval and not self.valid_data_path:
@@ -265,13 +267,13 @@ class RunConfig(TrainConfig):
 
 
 def paths_of_stores(config: Any) -> list[str]:
-    """List the paths that a configuration gives for region stores."""
+    """Return the paths of all region stores that a configuration names."""
     given = (getattr(config, name) for name, facts in rows(config) if facts.names_store)
     return [path for text in given for path in split_paths(text)]
 
 
 def split_paths(text: str) -> list[str]:
-    """Split [a, b] for `a, b`; the name of a folder may hold a comma where the whole is one."""
+    """Split `a, b` into [a, b]; keep the text whole if it names a folder itself."""
     if "," in text and os.path.isdir(text):
         return [text]
     return [path.strip() for path in text.split(",") if path.strip()]

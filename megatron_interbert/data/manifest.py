@@ -1,4 +1,4 @@
-"""`manifest.json` of a region store: names of the files, reading and checking."""
+"""Read and check `manifest.json` of a region store, and name the files of a store."""
 
 import os
 import stat
@@ -19,13 +19,13 @@ VOCABULARY = "vocab.txt"
 HARD_NEGATIVES = "hard_negatives.npy"  # captions near each caption
 HARD_IMAGES = "hard_images.npy"  # images near each image
 REPORT = "dropped.jsonl"
-PLAN = "plan.json"  # what a build was asked for
+PLAN = "plan.json"  # the settings of the build
 REBUILD = "restore it or rebuild the store with interbert build-features"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a field may be: in words, and as a test."""
+    """Describe what a field may be: in words, and as a test."""
 
     words: str
     fits: Callable[[Any], bool]
@@ -46,7 +46,7 @@ def _is_a(kind: type, words: str) -> Kind:
     return Kind(words, lambda value: isinstance(value, kind))
 
 
-WIDEST = 100_000  # classes of a detector, or entries of a feature vector; memory is taken by them
+WIDEST = 100_000  # classes of a detector, or entries of a feature vector: memory grows with both
 TEXT = _is_a(str, "a text")
 OBJECT = _is_a(dict, "an object")
 TEXTS = Kind(
@@ -58,11 +58,11 @@ NEEDED = {
     "num_classes": _whole(1, WIDEST),
     "detector": OBJECT,
     "shards": Kind(
-        "a list of one file or more", lambda value: isinstance(value, list) and bool(value)
+        "a list of one or more files", lambda value: isinstance(value, list) and bool(value)
     ),
     "captions_file": OBJECT,
 }
-OPTIONAL = {  # some are not in older stores
+OPTIONAL = {  # older stores lack some of them
     "tokens_file": OBJECT,
     "label_width": _whole(1, WIDEST),
     "class_names": TEXTS,
@@ -85,10 +85,7 @@ COUNTED = ("images", "regions", "captions")
 
 
 def sha256_of(store: Path, entry: dict[str, Any]) -> str:
-    """Give hex sha256 of a file of a store.
-
-    UsageError when the system does not let it be read, which is no damage.
-    """
+    """Return the hex sha256 of a store's file; raise UsageError if the system cannot read it."""
     path = store / entry["file"]
 
     try:
@@ -98,8 +95,8 @@ def sha256_of(store: Path, entry: dict[str, Any]) -> str:
 
 
 def read_manifest(store: Path) -> dict[str, Any]:
-    """Read the manifest of a store with all its fields of the right kind, and every file of it
-    there with its size.
+    """Read the manifest of a store; raise UsageError unless all its fields are of the right kind
+    and every listed file exists with its listed size.
     """
     path = store / MANIFEST
     with reading(path):
@@ -140,13 +137,13 @@ def read_manifest(store: Path) -> dict[str, Any]:
 
 
 def files_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Give the entries (file, bytes, sha256) of all files of a store."""
+    """Return the entries (file, bytes, sha256) of all files of a store."""
     others = [manifest[name] for name in ("captions_file", "tokens_file") if name in manifest]
     return [*manifest["shards"], *others]
 
 
 def entry_fits(shard: Any) -> bool:
-    """Tell whether it is an entry of a shard: all fields there and of their kinds."""
+    """Check whether a value is the entry of a shard, with all fields present and of their kinds."""
     if not isinstance(shard, dict) or not all(
         kind.fits(shard.get(name)) for name, kind in OF_FILES.items()
     ):
@@ -156,7 +153,9 @@ def entry_fits(shard: Any) -> bool:
 
 
 def _counts(shard: dict[str, Any]) -> dict[str, Kind]:
-    """Give a shard cannot hold more images, regions or captions than it has bytes."""
+    """Return what the counts of a shard may be: it has no more images, regions or captions than
+    bytes.
+    """
     return dict.fromkeys(COUNTED, _whole(0, shard["bytes"]))
 
 
@@ -170,7 +169,9 @@ def _check_fields(values: Any, fields: dict[str, Kind], where: str) -> None:
 
 
 def _check_classes(manifest: dict[str, Any], where: str) -> None:
-    """No label is wider than there are classes, and background is one of them."""
+    """Raise UsageError if soft labels have more entries than there are classes, or the background
+    is not one of the classes.
+    """
     classes = manifest["num_classes"]
     if (
         manifest.get("label_width", 1) > classes
@@ -193,7 +194,7 @@ def _check_file(store: Path, entry: dict[str, Any]) -> None:
         raise UsageError(_not_read(path, error)) from error
 
     if not stat.S_ISREG(facts.st_mode):
-        raise UsageError(f"{path}: no regular file, but listed in {MANIFEST}; {REBUILD}")
+        raise UsageError(f"{path}: not a regular file, but listed in {MANIFEST}; {REBUILD}")
 
     size = facts.st_size
     if size != entry["bytes"]:
@@ -202,6 +203,6 @@ def _check_file(store: Path, entry: dict[str, Any]) -> None:
 
 def _not_read(path: Path, error: OSError) -> str:
     return (
-        f"{path}: could not be read ({error.strerror}), which says nothing against the file; mend"
-        " that and try again"
+        f"{path}: could not be read ({error.strerror}), which says nothing about its content; fix"
+        " permissions, disk or limits and try again"
     )

@@ -1,15 +1,17 @@
-"""Which words and regions are hidden, by the paper's rules or the official code's (`--masking`),
-for a whole batch at once.
+"""Choose the words and regions to mask, for a whole batch at once, by the rules of the paper or of
+the official code (`--masking`).
 
-paper     MSM: each word is an anchor with p = 0.10; the anchor and the next 0, 1 or 2 words become
-[MASK]. MRM: each region is an anchor with p = 0.15; it and every region with IoU > 0.4 to it are
-hidden. official  MSM: one span of pieces, start and length uniform (a start at the very end hides
-nothing; captions under four pieces are left alone), 80/10/10 mask/random/keep. MRM: anchors with p
-= 0.10, IoU >= 0.4. Two faults of the official code are not carried over: random words are never
+paper: for MSM each word is an anchor with p = 0.10; the anchor and the next 0, 1 or 2 words become
+[MASK]. For MRM each region is an anchor with p = 0.15; it and every region whose IoU with it is
+above 0.4 are hidden.
+
+official: for MSM one span of pieces with uniform start and length (a start at the very end masks
+nothing; captions under four pieces are left alone), 80/10/10 mask/random/keep. For MRM anchors with
+p = 0.10, IoU >= 0.4. Two faults of the official code are not reproduced: random words are never
 [PAD] or [unused], and the IoU is that of the boxes themselves.
 
-Legend: B samples, T pieces and R regions of all of them end to end, draws [B, n] uniform numbers of
-each sample.
+Legend: B samples, T pieces and R regions of all of them end to end, draws [B, n] uniform random
+numbers of each sample.
 """
 
 import numpy as np
@@ -23,27 +25,25 @@ OFFICIAL_REGION_ANCHOR = 0.10
 
 
 def word_draws(max_pieces: int) -> int:
-    """Give numbers that a sample needs for its words."""
+    """Return how many random numbers mask_tokens needs for a sample of at most `max_pieces`."""
     return 2 * max_pieces + 2
 
 
 def mask_tokens(
     tokens: TokenBatch, tokenizer: CaptionTokenizer, rules: str, draws: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mask (ids [T] as the model sees them, bool [T] the targets, which may be shown unchanged).
+    """Mask words by `rules`, "paper" or "official"; return ids [T] as the model sees them, and
+    bool [T], whether each piece is a target (targets may be left unchanged).
 
-    `rules` is "paper" or "official".
-
-    draws [B, word_draws(longest)]: two of them belong to each word (paper) or piece (official) by
-    its place.
+    draws [B, word_draws(longest)]: each word (paper) or piece (official) uses two, by its place.
     """
     hide = _paper_segments if rules == "paper" else _official_span
     return hide(tokens, tokenizer, draws)
 
 
 def within(offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find (sample, place in it) of each row [rows], from offsets [B + 1]: [0, 2, 5] -> [0, 0, 1,
-    1, 1], [0, 1, 0, 1, 2].
+    """Return the sample of each row [rows] and its place in that sample [rows], from offsets
+    [B + 1]: [0, 2, 5] -> [0, 0, 1, 1, 1], [0, 1, 0, 1, 2].
     """
     lengths = np.diff(offsets)
     owner = np.repeat(np.arange(len(lengths)), lengths)
@@ -89,8 +89,8 @@ def _official_span(
 def mask_regions(
     boxes: np.ndarray, offsets: np.ndarray, rules: str, draws: np.ndarray
 ) -> np.ndarray:
-    """Mask bool [R]: the regions whose features are zeroed, from boxes [R, 4] x1 y1 x2 y2 and draws
-    [B, >= most regions].
+    """Choose the regions whose features are zeroed, bool [R], from boxes [R, 4] x1 y1 x2 y2 and
+    draws [B, >= most regions of a sample].
     """
     owner, place = within(offsets)
     hidden = draws[owner, place] < (REGION_ANCHOR if rules == "paper" else OFFICIAL_REGION_ANCHOR)
@@ -107,12 +107,12 @@ def mask_regions(
     covered = np.zeros(grid.shape[1:], bool)
     covered[with_anchor] = np.logical_or.reduceat(near, first, axis=0)
 
-    return hidden | covered[owner, place]  # an anchor stays hidden, also when its box has no area
+    return hidden | covered[owner, place]  # an anchor stays hidden even if its box has no area
 
 
 def iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Intersection over union of boxes, corners in the first axis [4, ..] and the others broadcast;
-    0 where both have no area.
+    """Compute the intersection over union of boxes, with corners in the first axis [4, ..] and the
+    other axes broadcast; 0 if both have no area.
     """
     width = np.minimum(first[2], second[2]) - np.maximum(first[0], second[0])
     height = np.minimum(first[3], second[3]) - np.maximum(first[1], second[1])
@@ -125,5 +125,5 @@ def iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def box_area(boxes: np.ndarray) -> np.ndarray:
-    """Give [R] of boxes [R, 4]."""
+    """Compute the areas [R] of boxes [R, 4]."""
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])

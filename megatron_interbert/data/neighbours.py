@@ -1,4 +1,4 @@
-"""Tables of neighbours in files: rows of indexes, -1 where there are fewer."""
+"""Read tables of mined neighbours: rows of indexes, filled up with -1."""
 
 from pathlib import Path
 
@@ -6,26 +6,26 @@ import numpy as np
 
 
 class NoTable(ValueError):
-    """A file that was read and is no table of neighbours; says what it is and what was expected."""
+    """Report a file that was read but is no table of neighbours: what it is, what was expected."""
 
 
 def read_neighbours(path: Path, rows: int, below: int) -> np.ndarray:
-    """Map a table [rows, K] of whole numbers from -1 to `below` - 1, read-only.
+    """Map a table [rows, K] of integers from -1 to `below` - 1, read-only.
 
-    NoTable for anything else, OSError where the file cannot be read.
+    Raises NoTable for anything else, OSError if the file cannot be read.
     """
     try:
         table = np.lib.format.open_memmap(path, mode="r")
     except OSError:
         raise
-    except Exception as error:  # whatever NumPy says of a header that it cannot use
-        raise NoTable(f"no NumPy file ({error})") from error
+    except Exception as error:  # whatever NumPy raises for a bad header
+        raise NoTable(f"not a NumPy file ({error})") from error
 
     fits = table.ndim == 2 and len(table) == rows and table.shape[1] > 0
     if not fits or table.dtype.kind not in "iu":
         raise NoTable(
-            f"{table.dtype} {list(table.shape)}, expected whole numbers in {rows} rows and a column"
-            " or more"
+            f"{table.dtype} {list(table.shape)}, expected integers in {rows} rows and one or more"
+            " columns"
         )
 
     least = table.min(initial=0)

@@ -1,19 +1,19 @@
-"""Which sample comes when: a pure function of (seed, epoch) and nothing else.
+"""Decide the order of samples, as a pure function of seed and position.
 
 The captions of each store, in its own order, are cut into P contiguous partitions. Position i of an
-epoch takes the next sample of partition i mod P. A data-parallel rank r of D serves the positions i
-= r (mod D). When D divides P these are exactly the samples of the partitions p = r (mod D): a rank
+epoch takes the next sample of partition i mod P. Data-parallel rank r of D takes the positions i =
+r (mod D). If D divides P these are exactly the samples of the partitions p = r (mod D): a rank
 reads only those, and the global batches are the same for every D. The whole state is one integer,
-the samples consumed so far.
+the number of samples consumed so far.
 
 Each store is an endless stream of shuffled passes over itself. An epoch takes the next `epochs`
-passes (a fraction is fine) of every store and shuffles them together, partition by partition, so
-every sample comes equally often over time.
+passes (fractions are allowed) of every store and shuffles them together, partition by partition, so
+all samples of a store are used equally often over time.
 
-With lengths given, samples of like length meet: in each window of 256 rounds over the partitions
-all of them sort their samples by length and then follow one shuffled order of places. So the ranks
-of a global batch get nearly the same number of tokens, whatever their number, and each still reads
-only its own partitions.
+If lengths are given, samples of similar length share a batch: in each window of 256 rounds over the
+partitions, every partition sorts its samples by length, and all follow the same shuffled order of
+places. So the ranks of a global batch get nearly the same number of tokens, however many there are,
+and each still reads only its own partitions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,15 +29,15 @@ SHUFFLE = 1
 MIX = 5
 WINDOW = 6
 WINDOW_ROUNDS = 256
-STORE = 1 << 32  # sets the passes of different stores apart
+STORE = 1 << 32  # keeps the keys of different stores apart
 
 
 class SampleOrder:
-    """The endless stream of (pass, sample) pairs over `parts`, one array of sample ids for each
-    store.
+    """Represent the endless stream of (pass, sample) pairs over `parts`, one array of sample ids
+    for each store.
 
-    `epochs`: passes over each store in one epoch. `lengths`: tokens of every sample id, for balance
-    over ranks.
+    `epochs`: passes over each store in one epoch (default 1). `lengths`: tokens of every sample id,
+    to balance ranks.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class SampleOrder:
         self.bounds = [
             np.linspace(0, len(samples), partitions + 1).astype(np.int64) for samples in parts
         ]
-        # the tail is dropped, another one in each pass
+        # the shuffled tail of each partition is dropped, so other samples in each pass
         self.per_pass = [len(samples) // partitions for samples in parts]
         passes = epochs or [1.0] * len(self.parts)
         self.per_epoch = [max(1, round(e * n)) for e, n in zip(passes, self.per_pass, strict=True)]
@@ -75,7 +75,7 @@ class SampleOrder:
         self._epoch_of = lru_cache(maxsize=2 * self.partitions)(self._make_epoch)
 
     def _pass(self, store: int, number: int, partition: int) -> np.ndarray:
-        """Give the samples of one pass over one partition of a store, shuffled."""
+        """Return the samples of one pass over one partition of a store, shuffled."""
         start, stop = self.bounds[store][partition : partition + 2]
         order = CounterRandom(self.seed, SHUFFLE, number, partition + store * STORE).permutation(
             int(stop - start)
@@ -84,7 +84,10 @@ class SampleOrder:
         return self.parts[store][start + order][: self.per_pass[store]]
 
     def _make_epoch(self, epoch: int, partition: int) -> np.ndarray:
-        """Make int64 [per_partition, 2]: (pass, sample) of one partition in one epoch."""
+        """Build the (pass, sample) pairs of one partition in one epoch, int64 [per_partition, 2].
+
+        They are in the order in which they are used.
+        """
         taken = []
 
         for store, (count, per_pass) in enumerate(zip(self.per_epoch, self.per_pass, strict=True)):
@@ -119,9 +122,9 @@ class SampleOrder:
         return order
 
     def at(self, position: int) -> tuple[int, int]:
-        """Give (pass, sample id) at a position of the endless stream.
+        """Return (pass, sample id) at a position of the endless stream.
 
-        The pass is the epoch where a store is read once an epoch.
+        The pass equals the epoch if the store is read once per epoch.
         """
         epoch, inside = divmod(position, self.epoch_length)
         index, partition = divmod(inside, self.partitions)
@@ -130,7 +133,7 @@ class SampleOrder:
         return int(number), int(sample)
 
     def pairs(self, positions: Sequence[int], step_start: int) -> list[tuple[int, int]]:
-        """Give (pass, sample id) at positions of one optimizer step, which begins at
+        """Return (pass, sample id) at positions of one optimizer step, which begins at position
         `step_start`.
         """
         return [self.at(position) for position in positions]
@@ -144,8 +147,8 @@ class SampleOrder:
 
 
 class StepOrder(SampleOrder):
-    """The same order, but its pairs are (first position of the optimizer step, sample): for samples
-    that share something with all others of their step.
+    """Represent the same order with pairs (first position of the optimizer step, sample), for
+    samples that share something with all others of their step.
     """
 
     def pairs(self, positions: Sequence[int], step_start: int) -> list[tuple[int, int]]:
@@ -153,16 +156,16 @@ class StepOrder(SampleOrder):
 
 
 def epochs_from_weights(weights: Sequence[float], sizes: Sequence[int]) -> list[float]:
-    """Passes over each store so that they share an epoch of sum(sizes) samples in the proportion of
-    `weights`.
+    """Return the passes over each store with which they share an epoch of sum(sizes) samples in
+    the proportions of `weights`.
     """
     share = np.array(weights, dtype=np.float64) / sum(weights)
     return (share * sum(sizes) / np.array(sizes)).tolist()
 
 
 class MicroBatches:
-    """Sampler for one data-parallel rank: positions of its micro-batches, starting after `consumed`
-    samples.
+    """Iterate over the positions of the micro-batches of one data-parallel rank, starting after
+    `consumed` samples.
     """
 
     def __init__(
@@ -185,14 +188,14 @@ class MicroBatches:
             start += self.global_batch
 
     def step_start(self, position: int) -> int:
-        """Give the first position of the optimizer step that a position belongs to."""
+        """Return the first position of the optimizer step that a position belongs to."""
         return position - (position - self.consumed) % self.global_batch
 
 
 def check_partitions(told: str, partitions: int, data_parallel_size: int) -> None:
-    """Raise UsageError unless the data-parallel size divides the partitions.
+    """Raise UsageError unless the data-parallel size divides the number of partitions.
 
-    `told` says where they are from.
+    `told` names that number and where it comes from, for the message.
     """
     if partitions % data_parallel_size:
         raise UsageError(

@@ -1,6 +1,6 @@
-"""PackedBatch: a batch as flat tensors with offsets; nothing is ever padded.
+"""Pack samples into a PackedBatch: flat tensors with offsets and no padding.
 
-Legend: B samples, Nt text tokens, Ni image tokens (one [IMG] then the regions, per sample), N = Nt
+Legend: B samples, Nt text tokens, Ni image tokens (per sample one [IMG], then the regions), N = Nt
 + Ni, R regions, F feature size, Mt and Mr masked tokens and regions that are targets, k soft-label
 entries.
 """
@@ -17,8 +17,8 @@ FULL_IMAGE = np.array([[0.0, 0.0, 1.0, 1.0, 1.0]], dtype=np.float32)
 
 @dataclass
 class Example:
-    """One sample before packing. token_ids hold [CLS] and [SEP]; without regions it is a text-only
-    sample.
+    """Hold one sample before packing. token_ids include [CLS] and [SEP]; a sample without features
+    is text only.
     """
 
     token_ids: np.ndarray
@@ -36,7 +36,9 @@ class Example:
 
 @dataclass
 class PackedBatch:
-    """See the legend above. Indexes are int64, offsets int32, features float16 as stored."""
+    """Hold a batch; see the legend above. Indexes are int64, offsets int32, features float16 as
+    stored.
+    """
 
     token_ids: torch.Tensor  # [Nt]
     token_types: torch.Tensor  # [Nt]
@@ -45,12 +47,12 @@ class PackedBatch:
     image_offsets: torch.Tensor  # [B+1] over image tokens
     joint_offsets: torch.Tensor  # [B+1] over both
     joint_order: torch.Tensor  # [N] from cat(image, text) to per-sample [image tokens, text tokens]
-    text_index: torch.Tensor  # [Nt] where the text tokens stand in the joint order
-    image_index: torch.Tensor  # [Ni] where the image tokens stand in the joint order
+    text_index: torch.Tensor  # [Nt] places of the text tokens in the joint order
+    image_index: torch.Tensor  # [Ni] places of the image tokens in the joint order
     features: torch.Tensor  # [R, F]
     region_rows: torch.Tensor  # [R] image token of each region
     region_counts: torch.Tensor  # [B with image] regions of each image
-    summary_rows: torch.Tensor  # [B with image] image token that is [IMG]
+    summary_rows: torch.Tensor  # [B with image] image token [IMG] of each image
     locations: torch.Tensor  # [Ni, 5] x1/W, y1/H, x2/W, y2/H, area share; [IMG] is (0,0,1,1,1)
     hidden_regions: torch.Tensor  # [hidden] regions whose features are zeroed
     msm_positions: torch.Tensor  # [Mt] text tokens that are targets
@@ -61,18 +63,18 @@ class PackedBatch:
     mrm_class_probs: torch.Tensor  # [Mr, k]
     mismatched: torch.Tensor  # [B] 0 = matched, the class index of the matching head
     sample_ids: torch.Tensor  # [B]
-    # answers of a downstream task
+    # the right answers of a downstream task
     labels: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     pair_text: torch.Tensor = field(
         default_factory=lambda: torch.zeros(0, dtype=torch.int64)
-    )  # [P] pairs to judge, by the number of
+    )  # [P] text and image sample of each pair to judge;
     pair_image: torch.Tensor = field(
         default_factory=lambda: torch.zeros(0, dtype=torch.int64)
-    )  # [P] text and image; none: sample i's
-    # [Q, I] of a batch whose last Q I pairs are Q texts with each of I images: images among which a
-    # text does not choose
+    )  # if empty, pair i is the text and image of sample i
+    # [Q, I] for a batch whose last Q * I pairs are Q texts with each of I images: True for images
+    # that are not among a text's choices
     no_choice: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
-    max_text: int = 0  # longest caption, longest image, longest of both together
+    max_text: int = 0  # most tokens of a text, of an image, and of both together in a sample
     max_image: int = 0
     max_joint: int = 0
 
@@ -88,31 +90,31 @@ class PackedBatch:
         )
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """Give the same batch on a device; copies from pinned memory do not block."""
+        """Return the batch on a device; copies from pinned memory do not block."""
         return self._map(lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> "PackedBatch":
-        """Give the same batch in page-locked memory; called by DataLoader's pin thread."""
+        """Return the batch in pinned memory."""
         return self._map(torch.Tensor.pin_memory)
 
     def target_counts(self) -> torch.Tensor:
-        """Give float64 [3]: targets of MSM, MRM, ITM in this batch."""
+        """Count the targets of MSM, MRM and ITM in this batch, float64 [3]."""
         return torch.tensor(
             [len(self.msm_labels), len(self.mrm_positions), len(self)], dtype=torch.float64
         )
 
 
 def normalised_locations(boxes: np.ndarray, size: tuple[float, float]) -> np.ndarray:
-    """Give float32 [R, 5] x1/W, y1/H, x2/W, y2/H, area/(W*H) of boxes [R, 4] in pixels."""
+    """Compute x1/W, y1/H, x2/W, y2/H, area/(W*H), float32 [R, 5], of boxes [R, 4] in pixels."""
     unit = boxes / np.array([*size, *size], dtype=np.float32)
     area = (unit[:, 2] - unit[:, 0]) * (unit[:, 3] - unit[:, 1])
     return np.concatenate([unit, area[:, None]], axis=1).astype(np.float32)
 
 
 def lay_out(text_lengths: np.ndarray, region_counts: np.ndarray) -> dict[str, np.ndarray | int]:
-    """Give the index fields of a PackedBatch, from tokens and regions of each sample [B].
+    """Compute the index fields of a PackedBatch from the tokens and regions of each sample [B].
 
-    All index work happens on the loader's side.
+    All index work is done in the loader processes.
     """
     image_lengths = region_counts + (region_counts > 0)
     text_offsets = _offsets(text_lengths)
@@ -144,7 +146,7 @@ def lay_out(text_lengths: np.ndarray, region_counts: np.ndarray) -> dict[str, np
 
 
 def image_locations(layout: dict[str, np.ndarray | int], regions: np.ndarray) -> np.ndarray:
-    """Give float32 [Ni, 5]: locations of all image tokens from those of the regions [R, 5]."""
+    """Extend the locations of the regions [R, 5] to all image tokens, float32 [Ni, 5]."""
     locations = np.empty((int(layout["image_offsets"][-1]), 5), np.float32)
     locations[layout["summary_rows"]] = FULL_IMAGE
     locations[layout["region_rows"]] = regions
@@ -152,7 +154,7 @@ def image_locations(layout: dict[str, np.ndarray | int], regions: np.ndarray) ->
 
 
 def to_batch(fields: dict[str, np.ndarray | int]) -> PackedBatch:
-    """Give arrays by field name as a PackedBatch, without copying."""
+    """Build a PackedBatch from arrays by field name, without copying them."""
     return PackedBatch(
         **{
             name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v
@@ -162,7 +164,7 @@ def to_batch(fields: dict[str, np.ndarray | int]) -> PackedBatch:
 
 
 def pack(examples: Sequence[Example], feature_dim: int) -> PackedBatch:
-    """Lay samples end to end."""
+    """Pack samples end to end into one batch."""
     text_lengths = np.array([len(e.token_ids) for e in examples])
     region_counts = np.array([0 if e.features is None else len(e.features) for e in examples])
     layout = lay_out(text_lengths, region_counts)
@@ -219,7 +221,7 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
 
 
 def _within(lengths: np.ndarray) -> np.ndarray:
-    """0, 1, .. for each run: [2, 3] -> [0, 1, 0, 1, 2]."""
+    """Count 0, 1, .. in each run of the given length: [2, 3] -> [0, 1, 0, 1, 2]."""
     return np.arange(lengths.sum()) - np.repeat(_offsets(lengths)[:-1], lengths)
 
 

@@ -1,5 +1,5 @@
-"""Batches of the three pretraining tasks: captions or negative ones, masks, labels; everything for
-a whole batch at once.
+"""Build the batches of the three pretraining tasks (captions or negatives, masks, labels), each
+step for a whole batch at once.
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,11 @@ REGIONS = 4
 
 
 class PretrainingSet:
-    """Indexed by a list of positions of the stream; gives one PackedBatch.
+    """Represent the training samples of a corpus; indexed by a list of positions of the stream, it
+    returns one PackedBatch.
 
-    The same sample and epoch give the same example on every rank, worker and restart, because all
-    draws are keyed by (seed, epoch, sample).
+    A sample and epoch give the same example on every rank, worker and restart, because all draws
+    are keyed by (seed, epoch, sample).
     """
 
     def __init__(self, corpus: Corpus, tokenizer: CaptionTokenizer, config: RunConfig) -> None:
@@ -37,7 +38,7 @@ class PretrainingSet:
 
         if not corpus.num_captions:
             raise UsageError(
-                f"{corpus.path}: holds no captions to train on; build it with --captions"
+                f"{corpus.path}: holds no captions to train on; build the store with --captions"
             )
 
         self.samples = trainable_captions(corpus, config.language)
@@ -57,7 +58,7 @@ class PretrainingSet:
         if (images == images[0]).all():
             raise UsageError(
                 f"{corpus.path}: all captions to train on belong to one image, so no mismatched"
-                " pair can be drawn"
+                " pair can be drawn; train on captions of two or more images"
             )
 
         if "mrm" in config.objective_names() and not corpus.has_labels:
@@ -68,19 +69,19 @@ class PretrainingSet:
             )
 
         self.has_hard_negatives = corpus.has_hard_negatives()
-        corpus.label_width()  # the same in all stores
+        corpus.label_width()  # raises if the stores differ
         self.feature_dim = corpus.feature_dim
 
     @property
     def most_rows(self) -> int:
-        """Regions that a micro-batch can have."""
+        """Return the most regions that a micro-batch can have."""
         return self.config.micro_batch_size * min(
             self.config.max_regions, int(self.corpus.region_counts.max())
         )
 
     def _lengths(self) -> np.ndarray:
-        """Give int32 [captions]: about how many tokens a sample has: its regions and a fifth of its
-        caption's bytes.
+        """Estimate the tokens of each sample, int32 [captions]: its regions, plus a fifth of the
+        bytes of its caption.
         """
         regions = np.minimum(self.corpus.region_counts, self.config.max_regions)[
             self.corpus.caption_image
@@ -91,8 +92,8 @@ class PretrainingSet:
         return to_batch(self.fields([self.order.at(position) for position in positions]))
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
-        """Give the fields of a PackedBatch for (epoch, sample) pairs [B]; the features lie in the
-        memory that `allocate` gives.
+        """Build the fields of a PackedBatch for (epoch, sample) pairs [B]; the features are in the
+        memory that `allocate` returns.
         """
         epochs, samples = np.array(pairs, dtype=np.int64).T
         words = word_draws(self.config.max_tokens - 2)
@@ -122,8 +123,8 @@ class PretrainingSet:
         }
 
     def draw_captions(self, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """Draw int64 [B]: the caption shown with each sample's image: half the time its own, else a
-        random or hard one of another.
+        """Draw the caption shown with each sample's image, int64 [B]: its own half the time, else
+        a random or mined one of another image.
         """
         return self._draw_captions(
             epochs, samples, uniforms(self.config.seed, epochs, samples, [(NEGATIVE, 0, 8)])[0]
@@ -151,7 +152,7 @@ class PretrainingSet:
 
         while len(rows):
             chosen[rows] = self.samples[(draw * len(self.samples)).astype(np.int64)]
-            # of the same image: drawn again
+            # captions of the same image are drawn again
             rows = rows[corpus.caption_image[chosen[rows]] == images[rows]]
             draw = uniforms(config.seed, epochs[rows], samples[rows], [(NEGATIVE, place, 1)])[0][
                 :, 0
@@ -173,7 +174,7 @@ class PretrainingSet:
         return candidates[self.samples[place] == candidates]
 
     def _text(self, samples: np.ndarray, captions: np.ndarray, draws: np.ndarray) -> Fields:
-        """Give token fields, with lengths [B] that count [CLS] and [SEP]."""
+        """Build the token fields, and the lengths [B] of the texts with [CLS] and [SEP]."""
         config = self.config
         tokenizer = self.tokenizer
         longest = config.max_tokens - 2
@@ -183,7 +184,7 @@ class PretrainingSet:
         if not config.msm_on_mismatched:
             targets &= (captions == samples)[owner]
 
-        # behind one [CLS] for each caption so far and one [SEP] for those before
+        # after one [CLS] for each caption so far and one [SEP] for each caption before
         place = np.arange(len(shown)) + 2 * owner + 1
         lengths = np.diff(tokens.offsets) + 2
         ends = np.cumsum(lengths)
@@ -202,7 +203,7 @@ class PretrainingSet:
 
 
 def trainable_captions(corpus: Corpus, language: str) -> np.ndarray:
-    """Give int64 [n]: captions of a language tag, or all for an empty one."""
+    """Return the captions with a language tag, int64 [n]; all captions for an empty tag."""
     if not language:
         return np.arange(corpus.num_captions)
 
@@ -218,7 +219,7 @@ def trainable_captions(corpus: Corpus, language: str) -> np.ndarray:
 
 
 def passes_over_stores(config: RunConfig, sizes: Sequence[int]) -> list[float]:
-    """Say how often each store is read in one epoch, from --data-epochs or --data-weights."""
+    """Return the passes over each store in one epoch, from --data-epochs or --data-weights."""
     for name, text in (
         ("--data-epochs", config.data_epochs),
         ("--data-weights", config.data_weights),
@@ -229,7 +230,7 @@ def passes_over_stores(config: RunConfig, sizes: Sequence[int]) -> list[float]:
             values = [float(part) for part in text.split(",")]
         except ValueError:
             raise UsageError(
-                f"{name} is '{text}', expected numbers with commas between them, one for each store"
+                f"{name} is '{text}', expected numbers separated by commas, one for each store"
             ) from None
 
         if len(values) != len(sizes) or not all(0 < value < float("inf") for value in values):

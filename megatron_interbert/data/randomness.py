@@ -1,10 +1,10 @@
-"""Random numbers as a pure function of a key, so that no worker, rank or restart has a state of its
-own.
+"""Draw random numbers as a pure function of a key, so that no worker, rank or restart has state of
+its own.
 
-`CounterRandom` gives the numbers of one key; it is built on `Philox.random_raw`, whose stream NumPy
-guarantees never to change. `uniforms` gives those of many samples at once: Philox 4x32 with 10
-rounds (Salmon et al., 2011), the generator of cuRAND, written with array operations because making
-a NumPy generator for each sample costs more than reading the sample.
+`CounterRandom` draws the numbers of one key; it is built on `Philox.random_raw`, whose stream NumPy
+guarantees never to change. `uniforms` draws for many samples at once: Philox 4x32 with 10 rounds
+(Salmon et al., 2011), the generator of cuRAND, written with array operations because creating a
+NumPy generator for each sample costs more than reading the sample.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ ROUNDS = 10
 
 
 class CounterRandom:
-    """The numbers that belong to (seed, purpose, epoch, item), in the order they are drawn."""
+    """Draw the numbers that belong to (seed, purpose, epoch, item), one after another."""
 
     def __init__(self, seed: int, purpose: int, epoch: int, item: int) -> None:
         self._bits = np.random.Philox(
@@ -27,21 +27,21 @@ class CounterRandom:
         )
 
     def uniform(self, count: int) -> np.ndarray:
-        """Give float64 [count] in [0, 1)."""
+        """Draw numbers in [0, 1), float64 [count]."""
         return (self._bits.random_raw(count) >> np.uint64(11)) * 2.0**-53
 
     def integer(self, high: int) -> int:
-        """Give one integer in [0, high)."""
+        """Draw one integer in [0, high)."""
         return int(self.uniform(1)[0] * high)
 
     def permutation(self, count: int) -> np.ndarray:
-        """Give int64 [count], a random order of 0 .. count-1."""
+        """Draw a random order of 0 .. count-1, int64 [count]."""
         return np.argsort(self._bits.random_raw(count), kind="stable")
 
 
 def philox(counter: tuple[np.ndarray, ...], key: tuple[int, int]) -> tuple[np.ndarray, ...]:
-    """Philox 4x32-10 of four counter words (uint64 arrays of one shape holding 32 bits each) and a
-    key of two words.
+    """Compute Philox 4x32-10 of four counter words (uint64 arrays of one shape, holding 32 bits
+    each) and a key of two words; return four such words.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -63,11 +63,11 @@ def philox(counter: tuple[np.ndarray, ...], key: tuple[int, int]) -> tuple[np.nd
 def uniforms(
     seed: int, epochs: np.ndarray, samples: np.ndarray, wanted: Sequence[tuple[int, int, int]]
 ) -> list[np.ndarray]:
-    """Give float64 arrays in [0, 1) for B epochs and samples, one for each (purpose, first, count)
-    wanted: [B, count].
+    """Draw numbers in [0, 1) for B epochs and samples: one float64 array [B, count] for each
+    (purpose, first, count) wanted.
 
-    A number depends on the key (seed, purpose, epoch, sample) and its place first .. alone; `first`
-    is a multiple of 4.
+    A number depends only on (seed, purpose, epoch, sample) and its place, which counts from
+    `first`, a multiple of 4.
     """
     blocks = [
         np.arange(first // 4, (first + count + 3) // 4) | purpose << 24

@@ -1,5 +1,5 @@
-"""Regions of several images end to end, read straight into the memory of a batch and checked for
-all of them at once.
+"""Read the regions of several images end to end, straight into the memory of a batch, and check
+them all at once.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,14 @@ Allocate = Callable[[tuple[int, int]], np.ndarray]
 
 
 def plain_memory(shape: tuple[int, int]) -> np.ndarray:
-    """Fresh memory for features."""
+    """Allocate uninitialised memory for features, float16."""
     return np.empty(shape, np.float16)
 
 
 @dataclass
 class RegionBatch:
-    """R regions of B images: features float16 [R, F], boxes [R, 4] inside their images, soft labels
-    [R, k], sizes (w, h) [B, 2], offsets [B + 1].
+    """Hold R regions of B images: features float16 [R, F], boxes [R, 4] in pixels, inside their
+    images, soft labels [R, k], sizes (w, h) [B, 2], offsets [B + 1].
     """
 
     features: np.ndarray
@@ -35,11 +35,11 @@ class RegionBatch:
 
     @property
     def counts(self) -> np.ndarray:
-        """int64 [B]: regions of each image."""
+        """Return the number of regions of each image, int64 [B]."""
         return np.diff(self.offsets)
 
     def locations(self) -> np.ndarray:
-        """Give float32 [R, 5]: x1/W, y1/H, x2/W, y2/H, share of the area."""
+        """Compute x1/W, y1/H, x2/W, y2/H and the share of the area, float32 [R, 5]."""
         owner, _ = within(self.offsets)
         unit = self.boxes / np.tile(self.sizes, 2)[owner]
         return np.concatenate([unit, box_area(unit)[:, None]], axis=1)
@@ -50,7 +50,7 @@ def read_regions(
 ) -> RegionBatch:
     """Read the first `most` regions of some images [B].
 
-    UsageError names the file and what is wrong with a record.
+    Raises UsageError naming the file and what is wrong with a record.
     """
     offsets = np.concatenate(
         [[0], np.cumsum(np.minimum(corpus.region_counts[images], most).astype(np.int64))]
@@ -76,9 +76,9 @@ def _checked_boxes(
     sizes: np.ndarray,
     offsets: np.ndarray,
 ) -> np.ndarray:
-    """Give boxes [R, 4] sorted and clipped into their images.
+    """Return boxes [R, 4] with sorted corners, clipped to their images.
 
-    UsageError for a record with wrong boxes, sizes or labels.
+    Raises UsageError for a record with bad boxes, sizes or labels.
     """
     owner, _ = within(offsets)
     bound = np.tile(sizes, 2)[owner]
@@ -87,8 +87,7 @@ def _checked_boxes(
         low = np.minimum(boxes[:, :2], boxes[:, 2:])
         high = np.maximum(boxes[:, :2], boxes[:, 2:])
         fixed = np.clip(np.concatenate([low, high], axis=1), 0, bound)
-        # Minima and sums of a whole batch: NaN and infinity come through them, and they cost a pass
-        # each.
+        # Minima and sums of the whole batch carry NaN and infinity on, at one pass each.
         whole = (
             sizes.min() > 0
             and np.isfinite(sizes.sum(dtype=np.float64))

@@ -1,4 +1,4 @@
-"""One image's regions, and what makes them usable."""
+"""Define the regions of one image, repair their boxes, and check that a record is usable."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ import numpy as np
 
 @dataclass
 class Regions:
-    """One image: features [R, F] float16, boxes [R, 4] pixels x1 y1 x2 y2, size (w, h), soft labels
-    [R, k].
+    """Hold one image's regions: features [R, F] float16, boxes [R, 4] x1 y1 x2 y2 in pixels, size
+    (w, h), soft labels [R, k].
     """
 
     image_id: str
@@ -20,9 +20,7 @@ class Regions:
 
 
 def repair_boxes(boxes: np.ndarray, size: tuple[float, float]) -> tuple[np.ndarray, int]:
-    """Give boxes [R, 4] sorted and clipped into the image, and how many of them were not so
-    before.
-    """
+    """Return boxes [R, 4] with sorted corners, clipped to the image, and how many were changed."""
     fixed = np.concatenate(
         [np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])], axis=1
     )
@@ -32,9 +30,9 @@ def repair_boxes(boxes: np.ndarray, size: tuple[float, float]) -> tuple[np.ndarr
 
 
 def record_problem(regions: Regions, num_classes: int) -> str | None:
-    """Give what makes a record unusable, or None.
+    """Describe what makes a record unusable, or return None.
 
-    Boxes outside the image are not a problem here: they can be repaired.
+    Boxes outside the image do not: they can be repaired.
     """
     if has_non_finite(regions.features):
         return (
@@ -51,19 +49,19 @@ def record_problem(regions: Regions, num_classes: int) -> str | None:
     if low < 0 or high >= num_classes:
         return f"class ids {low} to {high}, expected 0 to {num_classes - 1}"
     if not ((regions.class_probs >= 0).all() and (regions.class_probs.sum(axis=1) <= 1.001).all()):
-        return "class_probs are no probabilities (negative, NaN, or more than 1 in sum)"
+        return "class_probs are not probabilities (negative, NaN, or a sum above 1)"
 
     return None
 
 
 def has_non_finite(features: np.ndarray) -> bool:
-    """Tell whether a float16 array holds NaN or infinity, by integer maxima over its bits, far
+    """Check whether a float16 array holds NaN or infinity, by integer maxima over its bits, far
     faster than np.isfinite.
 
-    One pass is enough for features that are never negative, as those after a ReLU.
+    One pass is enough for features that are never negative, such as those after a ReLU.
     """
     bits = features.reshape(-1).view(np.uint16)
-    highest = np.maximum.reduce  # without the wrappers around it, which cost as much for one record
+    highest = np.maximum.reduce  # np.max's wrappers would cost as much again for one record
     if not bits.size or (most := highest(bits)) < 0x7C00:
         return False
 

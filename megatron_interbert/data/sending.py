@@ -1,7 +1,7 @@
-"""From the host to a device without the host waiting: by way of page-locked memory where that is a
-GPU.
+"""Send batches to a device without making the host wait: for a GPU, through pinned memory.
 
-A copy out of ordinary memory waits until the driver has read it, and so for the work before it.
+A copy from pageable memory makes the host wait until the driver has read it, and so for the work
+queued before it.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from megatron_interbert.data.packing import PackedBatch
 
 
 def send_batch(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    """Give the same batch on a device."""
+    """Return the batch on a device."""
     if device.type == "cuda":
         batch = batch.pin_memory()
     return batch.to(device)
 
 
 def send_indexes(arrays: Sequence[np.ndarray], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Give int64 arrays of one dimension as tensors on a device; all travel in one copy."""
+    """Return one-dimensional int64 arrays as tensors on a device, sent in a single copy."""
     joined = torch.from_numpy(np.concatenate(arrays))
     if device.type == "cuda":
         joined = joined.pin_memory()

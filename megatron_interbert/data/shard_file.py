@@ -1,5 +1,5 @@
-"""Reading one shard: its schema is checked when it is opened, its rows are read straight into the
-caller's memory.
+"""Read one shard: check its schema when it is opened, and read its rows straight into the caller's
+memory.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from megatron_interbert.data.hdf5 import Hdf5File, reading_problem
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError
 
-# dataset -> type; one row a region
+# dataset -> type; one row per region
 COLUMNS = {
     "image_features": np.float16,
     "image_bb": np.float32,
@@ -24,13 +24,14 @@ COLUMNS = {
     "class_probs": np.float32,
 }
 OTHERS = ("pos_boxes", "image_ids", "image_sizes", "caption_text", "caption_image")
-CLOSED = -1  # as a descriptor
+CLOSED = -1  # the descriptor of a closed shard
 
 
 class OpenShard:
-    """One shard: row ranges [images, 2], image sizes [images, 2] and where its columns lie, which
-    stay known when its file is closed, so that opening it again costs microseconds. `label_width`:
-    entries of a soft label, where the store says so.
+    """Represent one shard: row ranges [images, 2], image sizes [images, 2] and the places of its
+    columns, which are kept when its file is closed, so that reopening it costs microseconds.
+
+    `label_width`: entries of a soft label, if the manifest gives them.
     """
 
     def __init__(
@@ -40,18 +41,18 @@ class OpenShard:
         self.descriptor = CLOSED
         self.file = None
         self.expected = (entry, feature_dim, label_width)
-        self.identity: tuple[int, ...] = ()  # of the file that the rest is known of
+        self.identity: tuple[int, ...] = ()  # of the file that _learn has read
         self.open()
 
     def hdf5(self) -> Hdf5File:
-        """Give the file through HDF5, with whatever goes wrong while reading it as one line."""
+        """Open the file with HDF5; as a context manager it turns errors into one-line ones."""
         return Hdf5File(self.path)
 
     def open(self) -> None:
-        """Take the file, and learn about it where it is new or another one than before.
+        """Open the file, and check it if it is not the one seen before.
 
-        What is read later comes from the very file that was checked. HDF5 stays only where a column
-        is not contiguous.
+        Rows are then read from the very file that was checked. It stays open in HDF5 only if a
+        column must be read through HDF5.
         """
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(Hdf5File(self.path))
@@ -66,7 +67,7 @@ class OpenShard:
                 self.descriptor = file.keep_descriptor()
 
     def _learn(self, file: Hdf5File) -> None:
-        """Check the schema, and keep what is needed to read rows."""
+        """Check the schema, and keep what reading rows needs."""
         entry, feature_dim, label_width = self.expected
         self._check(file, entry, feature_dim)
 
@@ -84,7 +85,7 @@ class OpenShard:
 
     @functools.cached_property
     def ids(self) -> np.ndarray:
-        """Names of the images, read when first asked for: training needs none."""
+        """Return the names of the images, read on first use: training needs none."""
         with self.hdf5() as file:
             return file.strings("image_ids")
 
@@ -144,14 +145,15 @@ class OpenShard:
         ranges = file["pos_boxes"]
         if ranges.shape[1] != 2 or ranges.dtype.kind not in "iu":
             raise UsageError(
-                f"{path}: pos_boxes is {_described(ranges)}, expected two row numbers an image;"
-                " rebuild"
+                f"{path}: pos_boxes is {_described(ranges)}, expected two row numbers per image;"
+                " rebuild the store"
             )
 
         sizes = file["image_sizes"]
         if sizes.dtype.kind not in "iuf":
             raise UsageError(
                 f"{path}: image_sizes is {_described(sizes)}, expected width and height; rebuild"
+                " the store"
             )
 
         rows = len(file["image_features"])
@@ -162,15 +164,17 @@ class OpenShard:
         if self.sizes.shape != (len(self.ranges), 2) or len(file["image_ids"]) != len(self.ranges):
             raise UsageError(
                 f"{path}: {len(self.ranges)} images with {self.sizes.shape} sizes,"
-                f" {len(file['image_ids'])} ids; rebuild"
+                f" {len(file['image_ids'])} ids; rebuild the store"
             )
 
     def read(self, image: int, out: Sequence[np.ndarray], start: int, stop: int) -> None:
         """Read the first rows of an image into rows start .. stop of arrays [rows, width], one for
-        each of COLUMNS; OSError when they are not there. Contiguous datasets, as we write them, are
-        read by one `preadv` each, others through HDF5.
+        each of COLUMNS; raise OSError if the file ends before them.
+
+        Contiguous datasets, which this project writes, are read with one `preadv` each, others
+        through HDF5.
         """
-        # a few microseconds matter here
+        # every microsecond matters here
         first = int(self.starts[image])
         descriptor = self.descriptor
         preadv = os.preadv
@@ -183,7 +187,7 @@ class OpenShard:
                 raise OSError(f"{name} ends before row {first + len(rows)}")
 
     def captions(self) -> list[tuple[str, str, int]]:
-        """Give (text, language, image of this shard) of each caption."""
+        """Return (text, language, image number in this shard) of each caption."""
         with self.hdf5() as file:
             texts = file.strings("caption_text")
             images = file["caption_image"][:]
@@ -195,7 +199,7 @@ class OpenShard:
             if not len(texts) == len(images) == len(languages):
                 raise UsageError(
                     f"{self.path}: {len(texts)} texts, {len(images)} images, {len(languages)}"
-                    " languages of captions; expected as many of each; rebuild the store"
+                    " languages of captions, expected equal numbers; rebuild the store"
                 )
 
         return [
@@ -204,9 +208,9 @@ class OpenShard:
         ]
 
     def close(self) -> None:
-        """Give the file handles back; what is known of the shard stays."""
+        """Close the file; what was learned about the shard is kept."""
         if self.file is not None:
-            self.file.close()  # and the descriptor, which is its own
+            self.file.close()  # closes the descriptor too
         elif self.descriptor != CLOSED:
             os.close(self.descriptor)
 
@@ -214,7 +218,7 @@ class OpenShard:
         self.file = None
 
     def problem(self, where: str, error: BaseException) -> UsageError:
-        """Give the one line for an error of `read`: damage, or a file that the system would not
+        """Build the one-line error for a failed `read`: damage, or a file that the system could not
         read.
         """
         if self.file is not None:
@@ -227,8 +231,8 @@ def _described(dataset: h5py.Dataset) -> str:
 
 
 def _place(dataset: h5py.Dataset, dtype: type) -> tuple[int | None, int]:
-    """Give (offset in the file, bytes of a row); no offset where the dataset is not contiguous or
-    of another type.
+    """Return (offset in the file, bytes of a row); the offset is None if the dataset is not
+    contiguous or not of this type.
     """
     offset = dataset.id.get_offset()
     return offset if dataset.dtype == dtype else None, dataset.shape[1] * dataset.dtype.itemsize

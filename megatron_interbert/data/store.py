@@ -1,7 +1,7 @@
-"""Reading a region store: HDF5 shards and manifest.json (contract: docs/region_store.md).
+"""Read a region store: HDF5 shards and manifest.json (contract: docs/region_store.md).
 
-Sizes and schema are checked when a store or a shard is opened, hashes on demand, records when they
-are read.
+Sizes and schema are checked when a store or a shard is opened, records when they are read, hashes
+on demand.
 """
 
 import bisect
@@ -35,9 +35,9 @@ MAX_OPEN_SHARDS = 64
 
 
 class RegionStore:
-    """Random access to images and captions of a store.
+    """Provide random access to the images and captions of a store.
 
-    Cheap to pickle: files are opened by the process that reads.
+    Cheap to pickle: each process opens the files itself.
     """
 
     def __init__(self, path: str, strict_boxes: bool = False) -> None:
@@ -60,9 +60,9 @@ class RegionStore:
 
     def _forget_handles(self) -> None:
         self._pid = os.getpid()
-        # files are closed for others to be opened, while other threads may read them
+        # opening a shard may close one that another thread reads
         self._lock = threading.RLock()
-        self._known: dict[int, OpenShard] = {}  # what was learned of shards stays, some 20 kB each
+        self._known: dict[int, OpenShard] = {}  # every shard seen so far, about 20 kB each
         self._open: OrderedDict[int, OpenShard] = OrderedDict()  # those of them with open files
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class RegionStore:
     def verify_hashes(self) -> None:
         """Read every file and compare its sha256 with the manifest.
 
-        UsageError names the first that differs.
+        Raises UsageError naming the first file that differs.
         """
         for entry in files_of(self.manifest):
             if sha256_of(self.path, entry) != entry["sha256"]:
@@ -98,7 +98,7 @@ class RegionStore:
                 )
 
     def open_shard(self, index: int) -> OpenShard:
-        """Open a shard by its number; at most 64 stay open in a process."""
+        """Return a shard by its number, open; at most MAX_OPEN_SHARDS stay open in a process."""
         self.forget_foreign_handles()
         with self._lock:
             return self._opened(index)
@@ -125,25 +125,25 @@ class RegionStore:
         return shard
 
     def forget_foreign_handles(self) -> None:
-        """After a fork: handles of the parent must not be used here."""
+        """Drop handles inherited through a fork, which only the parent may use."""
         if self._pid != os.getpid():
             self._forget_handles()
 
     def caption(self, index: int) -> str:
-        """Give the text of a caption."""
+        """Return the text of a caption."""
         return self.captions[index]
 
     def hard_negatives(self) -> np.ndarray | None:
-        """Give int32 [captions, K] of caption indexes, -1 where there are fewer, or None when none
-        were mined.
+        """Map the table of mined negatives: caption numbers, int32 [captions, K], rows filled up
+        with -1; None if none were mined.
         """
         return self._neighbours(
             HARD_NEGATIVES, self.num_captions, "captions", "interbert mine-negatives"
         )
 
     def hard_images(self) -> np.ndarray | None:
-        """Give int32 [images, K] of image indexes, nearest first, -1 where there are fewer, or None
-        when none were mined.
+        """Map the table of mined neighbours: image numbers, int32 [images, K], nearest first, rows
+        filled up with -1; None if none were mined.
         """
         return self._neighbours(HARD_IMAGES, self.num_images, "images", "interbert mine-neighbours")
 
@@ -162,14 +162,13 @@ class RegionStore:
             ) from error
 
     def languages(self) -> np.ndarray:
-        """Give language tag of each caption, array of str [captions].
-
-        Empty string where unknown.
+        """Return the language tag of each caption, an object array of str [captions]; an empty
+        string if unknown.
         """
         return self.captions.languages()
 
     def region_counts(self) -> np.ndarray:
-        """Give int32 [images]: regions of each image."""
+        """Return the number of regions of each image, int32 [images]."""
         known = self.captions.image_regions()
         if known is not None and len(known) == self.num_images:
             return known
@@ -182,12 +181,12 @@ class RegionStore:
         return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
 
     def image_id(self, index: int) -> str:
-        """Give the name of an image (file stem or the like) by its number in the store."""
+        """Return the name of an image (its file stem or similar) by its number in the store."""
         shard, row = self.locate(index)
         return self.open_shard(shard).ids[row]
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Give (shard, image within it) of an image."""
+        """Return the shard of an image, and its number in that shard."""
         shard = bisect.bisect_right(self._first_image, index) - 1
         return shard, index - self._first_image[shard]
 
@@ -199,9 +198,9 @@ class RegionStore:
         out: Sequence[np.ndarray],
     ) -> np.ndarray:
         """Read the first regions of some images [B] straight into rows starts[i] .. stops[i] of
-        arrays, one for each of COLUMNS; gives the sizes float32 [B, 2].
+        arrays, one for each of COLUMNS; return the image sizes (w, h), float32 [B, 2].
 
-        Only features are checked here; `read` names what is wrong when the rest turns out to be.
+        Only features are checked here; the caller checks the rest, and `read` names what is wrong.
         """
         numbers = np.searchsorted(self._first_image, images, side="right") - 1
         rows = (images - np.array(self._first_image)[numbers]).tolist()
@@ -228,24 +227,24 @@ class RegionStore:
                     raise shard.problem(self._where(number, row), error) from error
 
                 if has_non_finite(features[start:stop]):
-                    self.read(int(images[i]))  # says which record and what is wrong
+                    self.read(int(images[i]))  # raises naming the record and what is wrong
 
                 sizes[i] = shard.sizes[row]
 
         return sizes
 
     def label_width(self) -> int:
-        """Give entries of a soft label, the same in all shards."""
-        # older stores do not say
+        """Return the number of entries of a soft label, the same in all shards."""
+        # manifests of older stores do not give it
         return self.manifest.get("label_width") or self.open_shard(0).label_width
 
     def _where(self, shard: int, row: int) -> str:
         return f"{self.path / self.shards[shard]['file']}: image {row}"
 
     def read(self, index: int, max_regions: int | None = None) -> Regions:
-        """Read regions of one image, the first `max_regions` as stored.
+        """Read the regions of one image, in the order stored, at most `max_regions`.
 
-        UsageError names file and image of a bad record.
+        Raises UsageError naming file and image of a bad record.
         """
         number, row = self.locate(index)
         self.forget_foreign_handles()

@@ -1,4 +1,4 @@
-"""WordPiece: captions to token ids with the word each piece belongs to."""
+"""Tokenise captions with WordPiece, keeping track of the word that each piece belongs to."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 @dataclass
 class Tokens:
-    """A caption without [CLS] and [SEP]: ids [T] and, for each piece, the index of its word [T]."""
+    """Hold a caption without [CLS] and [SEP]: ids [T], and the index of each piece's word [T]."""
 
     ids: np.ndarray
     words: np.ndarray
@@ -25,8 +25,8 @@ class Tokens:
 
 @dataclass
 class TokenBatch:
-    """Several captions end to end: ids [T] int32, whether a piece begins a word [T] uint8, offsets
-    [captions + 1] int64.
+    """Hold several captions end to end: ids [T] int32, whether each piece begins a word [T] uint8,
+    offsets [captions + 1] int64.
     """
 
     ids: np.ndarray
@@ -34,7 +34,7 @@ class TokenBatch:
     offsets: np.ndarray
 
     def take(self, captions: np.ndarray, longest: int) -> "TokenBatch":
-        """Give the first `longest` pieces of some captions [n], in the order given."""
+        """Return the first `longest` pieces of each of some captions [n], in the order given."""
         begin = self.offsets[captions]
         lengths = np.minimum(self.offsets[captions + 1] - begin, longest)
         ends = np.cumsum(lengths)
@@ -48,7 +48,7 @@ class TokenBatch:
 
     @staticmethod
     def join(parts: list["TokenBatch"]) -> "TokenBatch":
-        """Join batches one after another."""
+        """Concatenate batches."""
         lengths = np.concatenate([np.diff(part.offsets) for part in parts])
         ids, starts = (
             np.concatenate([getattr(part, name) for part in parts])
@@ -59,11 +59,11 @@ class TokenBatch:
 
 
 class CaptionTokenizer:
-    """BERT's tokenizer (lower case, Chinese characters apart) over a vocab.txt.
+    """Tokenise as BERT does (lower case, each Chinese character apart), with a given vocab.txt.
 
-    `text_normalisation` is that of ModelConfig: with "chinese", texts are first brought into one
-    form. `segmenter`: "jieba" joins characters to Chinese words, which are masked whole; the pieces
-    are the same.
+    `text_normalisation` is that of ModelConfig: "chinese" normalises texts first (data/chinese.py).
+    `segmenter`: "jieba" joins characters to Chinese words, which are masked whole; the pieces stay
+    the same.
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class CaptionTokenizer:
         for name in SPECIAL:
             if name not in vocabulary:
                 raise UsageError(
-                    f"{vocab_file}: no {name} in it, expected a BERT vocabulary with one entry per"
+                    f"{vocab_file}: has no {name}, expected a BERT vocabulary with one entry per"
                     " line"
                 )
 
         self.segmenter = segmenter
         if segmenter != "characters":
-            word_begins("")  # is it installed?
+            word_begins("")  # raises if jieba is not installed
 
         self.vocab_file = str(vocab_file)
         self.words = words
@@ -100,7 +100,7 @@ class CaptionTokenizer:
         self.pad, self.unknown, self.cls, self.sep, self.mask = (
             vocabulary[name] for name in SPECIAL
         )
-        # What a random replacement may be: no special and no unused entry.
+        # Entries that may replace a masked piece at random: neither special nor unused ones.
         self.ordinary = np.array(
             [i for i, w in enumerate(words) if w and not (w.startswith("[") and w.endswith("]"))]
         )
@@ -114,7 +114,7 @@ class CaptionTokenizer:
         self._tokenizer.decoder = decoders.WordPiece()
 
     def encode(self, caption: str, max_tokens: int) -> Tokens:
-        """Encode pieces of a caption, cut so that [CLS] and [SEP] still fit into `max_tokens`."""
+        """Encode a caption, truncated so that [CLS] and [SEP] still fit into `max_tokens`."""
         encoding = self._tokenizer.encode(self.prepare(caption), add_special_tokens=False)
         length = min(len(encoding.ids), max_tokens - 2)
 
@@ -124,7 +124,7 @@ class CaptionTokenizer:
         )
 
     def encode_batch(self, captions: list[str]) -> TokenBatch:
-        """Whole captions, without [CLS] and [SEP]."""
+        """Encode captions without truncating them, without [CLS] and [SEP]."""
         prepared = [self.prepare(caption) for caption in captions]
         encodings = self._tokenizer.encode_batch(prepared, add_special_tokens=False)
         offsets = np.concatenate([[0], np.cumsum([len(e.ids) for e in encodings])]).astype(np.int64)
@@ -141,7 +141,7 @@ class CaptionTokenizer:
 
     @staticmethod
     def _begin_chinese_words(texts: list[str], encodings: list) -> np.ndarray:
-        """Give uint8 of each piece: 0 where it is a character inside a Chinese word."""
+        """Mark each piece, uint8: 0 if it is a Chinese character inside a word, else 1."""
         found = []
 
         for text, encoding in zip(texts, encodings, strict=True):
@@ -154,5 +154,5 @@ class CaptionTokenizer:
         return np.array(found, np.uint8)
 
     def decode(self, ids: list[int]) -> str:
-        """Readable text of token ids."""
+        """Return the readable text of token ids, special tokens included."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)

@@ -1,4 +1,4 @@
-"""What the loader asks of a set of samples; pretraining and the downstream tasks each have one."""
+"""Define what the loader needs of a set of samples; pretraining and each downstream task have one."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -13,14 +13,16 @@ Fields = dict[str, np.ndarray | int]  # of a PackedBatch
 
 
 class TrainingSet(Protocol):
-    """Samples in an endless order. Must be cheap to pickle: loader processes get a copy."""
+    """Provide samples in an endless order; must be cheap to pickle, as loader processes get a
+    copy.
+    """
 
     config: TrainConfig
     order: SampleOrder
     feature_dim: int
-    most_rows: int  # regions that a micro-batch can have; 0 for text alone
+    most_rows: int  # the most regions that a micro-batch can have; 0 for text alone
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate) -> Fields:
-        """Give the fields of a PackedBatch for (epoch, sample) pairs [B]; the features lie in the
-        memory that `allocate` gives.
+        """Build the fields of a PackedBatch for (epoch, sample) pairs [B]; the features are in the
+        memory that `allocate` returns.
         """

@@ -181,7 +181,7 @@ RECORD_DAMAGE = {
     ),
     "negative probability": (
         lambda f: f["class_probs"].__setitem__((first_row(f), 1), -0.1),
-        r"\(image-20\): class_probs are no probabilities",
+        r"\(image-20\): class_probs are not probabilities",
     ),
     "no size": (
         lambda f: f["image_sizes"].__setitem__((4, 0), 0),

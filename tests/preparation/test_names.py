@@ -105,5 +105,5 @@ def test_a_link_to_a_shard_on_another_disk_is_allowed(original, tmp_path):
     assert RegionStore(str(store)).read(20).image_id == "image-20"
     (store / "shard-00001.h5").unlink()
     (store / "shard-00001.h5").symlink_to(tmp_path)
-    with pytest.raises(UsageError, match=r"shard-00001.h5: no regular file"):
+    with pytest.raises(UsageError, match=r"shard-00001.h5: not a regular file"):
         RegionStore(str(store))

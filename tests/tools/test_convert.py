@@ -375,7 +375,7 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
             "official",
         ): "only 'sharded' has one file per tensor-parallel rank",
         ("good", "--output", tmp_path / "other"): "exists already",
-        ("good", "--from", "official"): "neither manifest.json, nor model.safetensors",
+        ("good", "--from", "official"): "expected manifest.json, model.safetensors",
         ("good", "--vocab-file", tmp_path / "words.txt"): "1 entries, the model has 150",
     }
     bad |= nonsense(tmp_path)

@@ -96,7 +96,7 @@ def test_what_cannot_be_is_one_line(monkeypatch):
         (("--gpus", 0), "--gpus is 0, expected more than 0"),
         (
             ("--model", "sample"),
-            "--model sample takes some sizes from its data; give base, or a JSON file with all sizes",
+            "--model sample takes sizes from its data; give base, or a JSON file with all sizes",
         ),
     ):
         assert refused(monkeypatch, *flags) == line

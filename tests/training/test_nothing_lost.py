@@ -585,4 +585,4 @@ def test_names_and_locales_of_all_kinds(tmp_path):
     assert code == 0, out + err
     assert "train step 4/4" in out
     code, out, err = train("a,b", tmp_path / "no", "--train-iters", 3)
-    assert "commas stand between several" in one_line(code, err)
+    assert "separate several with commas" in one_line(code, err)
