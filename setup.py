@@ -30,12 +30,10 @@ setup(
     ],
     package_dir={"megatron_interbert.ds_configs": "ds_configs"},
     package_data={
+        "": ["*.html", "*.j2"],  # a page stands beside the code that fills it
         "megatron_interbert.ds_configs": ["*.json"],
-        "megatron_interbert.hf": ["*.md.j2"],
         "megatron_interbert.pages": ["templates/*"],
-        "megatron_interbert.preparation.inspection": ["*.html"],
         "megatron_interbert.serving": ["page/*"],
-        **{f"megatron_interbert.tasks.{task}": ["*.html"] for task in ("retrieval", "shop", "vcr")},
     },
     entry_points={"console_scripts": ["interbert = megatron_interbert.__main__:main"]},
     install_requires=[

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -41,13 +42,16 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return super()._format_action_invocation(action)
 
 
-def build_parser(config_class: type, description: str) -> argparse.ArgumentParser:
-    """Build a parser with one flag per dataclass field.
+def build_parser(
+    config_class: type, description: str, command: str | None = None
+) -> argparse.ArgumentParser:
+    """Build a parser with one flag per dataclass field; --help calls it `command`.
 
     Flags that are not given are absent from the namespace.
     """
     arguments = [metavar(entry) for entry in dataclasses.fields(config_class) if is_argument(entry)]
     parser = Parser(
+        prog=command,
         description=inspect.cleandoc(description),
         usage=" ".join(["%(prog)s", *arguments, "[FLAGS]"]),
         allow_abbrev=False,
@@ -163,14 +167,17 @@ def parse(
     description: str,
     argv: Sequence[str] | None = None,
     recipe: Sequence[str] = (),
+    command: str | None = None,
 ) -> Any:
     """Read the command line and the YAML of --config into an instance of `config_class`.
+
+    --help calls the program `command`, by default the name of its file.
 
     `recipe` holds flags that apply where neither sets a value. `.given` of the result holds the
     names that any of the three has set, `.origins` where those not from the command line come from.
     """
     argv = [with_dashes(word) for word in (sys.argv[1:] if argv is None else argv)]
-    parser = build_parser(config_class, description)
+    parser = build_parser(config_class, description, command)
     namespace, unknown = parser.parse_known_args(argv)
     known = {entry.name for entry in dataclasses.fields(config_class)}
 
@@ -234,35 +241,44 @@ def parse_task(tasks: Mapping[str, tuple[type, Any]], example: str) -> tuple[Any
     Raises UsageError for an unknown task. Ignores the --local_rank that the deepspeed launcher may
     put before the task.
     """
+    command = os.path.basename(sys.argv[0])
     words = [word for word in sys.argv[1:] if not word.startswith("--local")]
     task, flags = (words[0], words[1:]) if words else ("", [])
     if task in ("-h", "--help"):
-        print(help_of_tasks(tasks, example))
+        print(help_of_tasks(tasks, command, example))
         raise SystemExit
 
     if task not in tasks:
         raise UsageError(
             f"task '{task}', expected one of {', '.join(tasks)}{nearest(task, tasks)}, for example:"
-            f" {example}"
+            f" {command} {example}"
         )
 
     config_class, function = tasks[task]
-    config = parse(config_class, config_class.__doc__ or "", flags)
+    about = config_class.__doc__ or ""
+    config = parse(config_class, about, flags, command=f"{command} {task}")
     config.check()
 
     return config, function
 
 
-def help_of_tasks(tasks: Mapping[str, tuple[type, Any]], example: str) -> str:
+def help_of_tasks(tasks: Mapping[str, tuple[type, Any]], command: str, example: str) -> str:
     """Return a help text that lists the tasks of a command."""
-    command = example.split()[0]
     width = max(map(len, tasks))
     about = {name: (kind.__doc__ or "").splitlines()[0] for name, (kind, _) in tasks.items()}
-    head = [f"usage: {command} TASK [FLAGS]", "", "tasks:"]
     rows = [f"  {name:<{width}}  {sentence}" for name, sentence in about.items()]
-    tail = ["", f"{command} TASK --help lists the flags of a task. Example:", f"  {example}"]
 
-    return "\n".join([*head, *rows, *tail])
+    return "\n".join(
+        [
+            f"usage: {command} TASK [FLAGS]",
+            "",
+            "tasks:",
+            *rows,
+            "",
+            f"{command} TASK --help lists the flags of a task. Example:",
+            f"  {command} {example}",
+        ]
+    )
 
 
 def read_yaml(config_class: type, path: str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ TASKS: dict[str, tuple[type[EvaluateConfig], Callable[..., Any]]] = {
 def run() -> None:
     """Read `evaluate TASK FLAGS`, start the ranks and evaluate."""
     handle_signals(STOPPING, end_at_once)  # what is finished is on disk
-    config, evaluate = parse_task(TASKS, "evaluate retrieval --load RUN --data-path STORE")
+    config, evaluate = parse_task(TASKS, "retrieval --load RUN --data-path STORE")
 
     if read_launch().world_size > 1:
         # a single process needs no DeepSpeed

@@ -33,7 +33,7 @@ TASKS: dict[str, tuple[type[FinetuneConfig], Callable[..., Any]]] = {
 def run() -> None:
     """Read `finetune TASK FLAGS`, build the parts and train."""
     handle_signals((*STOPPING, signal.SIGINT), end_at_once)  # until the run handles them itself
-    config, make_job = parse_task(TASKS, "finetune retrieval --init-from RUN --data-path STORE")
+    config, make_job = parse_task(TASKS, "retrieval --init-from RUN --data-path STORE")
     prepare(config, make_job).train()
 
 

@@ -115,7 +115,7 @@ def test_model_files_and_presets(tmp_path):
         (("--ema-decay", "1"), "--ema-decay 1.0: expected 0 or more and below 1"),
         (("--lr-warmup-fraction", "1.5"), "--lr-warmup-fraction 1.5: expected 0 to 1"),
         (("--hard-negatives", "2"), "--hard-negatives 2.0: expected 0 to 1"),
-        (("--train-iters", "9" * 30), "--train-iters: expected a number of less than 20 digits"),
+        (("--train-iters", "9" * 30), "--train-iters: expected a number of fewer than 20 digits"),
         (("--weight-decay=-1e-9",), "--weight-decay -1e-09: expected 0 or more"),
     ],
 )

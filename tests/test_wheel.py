@@ -47,6 +47,24 @@ def copy_of_checkout(target):
     return target
 
 
+def test_the_wheel_has_all_files_of_the_package(environment):
+    listed = subprocess.run(
+        ["git", "ls-files", "megatron_interbert", "ds_configs"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    wanted = {
+        name.replace("ds_configs/", "megatron_interbert/ds_configs/", 1)
+        for name in listed.stdout.split()
+    }
+    (folder,) = (environment / "lib").glob("python*/site-packages")
+    there = {str(path.relative_to(folder)) for path in (folder / "megatron_interbert").rglob("*")}
+    assert len(wanted) > 200
+    assert wanted <= there, sorted(wanted - there)
+
+
 def test_from_nothing_to_a_converted_model_by_commands(environment, tmp_path):
     variables = {
         "PATH": f"{environment / 'bin'}:/usr/bin:/bin",

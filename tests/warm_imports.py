@@ -12,4 +12,5 @@ import megatron_interbert.finetune
 import megatron_interbert.preflight
 import megatron_interbert.pretrain
 import megatron_interbert.serve
+import megatron_interbert.serving.server
 import megatron_interbert.training.setup

@@ -1,6 +1,6 @@
 """Inspect a region store before training on it: what it holds, what is wrong, how to fix it.
 
-    interbert inspect-features coco --photos train2014
+    interbert inspect-features coco --image-folder train2014
 
 Counts regions, boxes, captions and classes; finds broken records, repeats and empty captions;
 detects from the data whether class ids are shifted or boxes have a wrong format; reports whether
@@ -47,9 +47,10 @@ class Options(Flags):
     json: str = option(
         "", "file for the report as JSON; default: inspection.json in --output", group="page"
     )
-    photos: str = option(
+    image_folder: str = option(
         "",
         "folder of photos IMAGE_ID.jpg, .jpeg or .png to show behind the boxes",
+        old_names=("--photos",),
         group="page",
     )
     examples: int = option(24, "images shown on the page", least=0, group="page")
@@ -59,8 +60,8 @@ class Options(Flags):
         super().check()
         if "max_images" in self.given and not self.max_images:
             raise UsageError("--max-images is 0, expected 1 or more")
-        if self.photos and not Path(self.photos).is_dir():
-            raise UsageError(f"--photos {self.photos}: no such folder")
+        if self.image_folder and not Path(self.image_folder).is_dir():
+            raise UsageError(f"--image-folder {self.image_folder}: no such folder")
 
 
 def read_names(path: str, num_classes: int, background: int | None) -> list[str]:
@@ -96,7 +97,7 @@ def run(options: Options) -> None:
     chosen = InspectionOptions(options.max_images or None, options.verify_hashes, names)
     report = inspect_store(store, chosen)
 
-    photos = photos_in(options.photos)
+    photos = photos_in(options.image_folder)
     page = report_page(report, store, photos, options.examples)
     write_output(folder / "inspection.html", page, "--output")
     write_output(report_file, report.as_json(), "--json")
@@ -104,8 +105,8 @@ def run(options: Options) -> None:
 
     if photos and not any(photos.has(store.image_id(image)) for image in report.readable):
         print(
-            f"--photos {options.photos}: no photo there is named after an image, such as"
-            f" {store.image_id(0)}.jpg",
+            f"--image-folder {options.image_folder}: no photo there is named after an image, such"
+            f" as {store.image_id(0)}.jpg",
             file=sys.stderr,
         )
 

@@ -29,8 +29,8 @@ class DataSettings(Flags):
     )
     data_partitions: int = setting(
         64,
-        "logical partitions of the data, a multiple of the data-parallel size; default: 64, or"
-        " fewer if the data are small",
+        "logical partitions of the data, a multiple of the data-parallel size; default: 64, or as"
+        " many as fit",
         SAME,
         least=1,
         fitted=True,

@@ -37,7 +37,7 @@ class TrainConfig(
         least=0,
     )
     exit_duration_in_mins: float = setting(
-        0.0, "save and end after this many minutes; the same command resumes; 0: never", FREE, least=0
+        0.0, "save and end after so many minutes; the same command resumes; 0: never", FREE, least=0
     )
     hang_timeout: int = setting(
         300,
@@ -165,7 +165,7 @@ class TrainConfig(
         if not self.fp8:
             return
         if not self.bf16:
-            raise UsageError("--fp8 needs --bf16, in which all but the layers' products is computed")
+            raise UsageError("--fp8 needs --bf16: only the layers' products are computed in 8 bits")
         for name in ("hidden_size", "ffn_hidden_size"):
             if getattr(sizes, name) % (FLOAT8_MULTIPLE * self.tensor_model_parallel_size):
                 raise UsageError(

@@ -103,7 +103,7 @@ def read_manifest(store: Path) -> dict[str, Any]:
         there = path.is_file()
     if not there:
         raise UsageError(
-            f"{store}: no {MANIFEST} there, expected a region store (commas stand between several);"
+            f"{store}: no {MANIFEST} there, expected a region store (separate several with commas);"
             " make one with interbert build-features or interbert make-sample"
         )
 

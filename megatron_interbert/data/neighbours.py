@@ -1,4 +1,4 @@
-"""Read tables of mined neighbours: rows of indexes, filled up with -1."""
+"""Read tables of mined neighbours: rows of indexes, padded with -1."""
 
 from pathlib import Path
 

@@ -134,16 +134,16 @@ class RegionStore:
         return self.captions[index]
 
     def hard_negatives(self) -> np.ndarray | None:
-        """Map the table of mined negatives: caption numbers, int32 [captions, K], rows filled up
-        with -1; None if none were mined.
+        """Map the table of mined negatives: caption numbers, int32 [captions, K], padded with -1;
+        None if none were mined.
         """
         return self._neighbours(
             HARD_NEGATIVES, self.num_captions, "captions", "interbert mine-negatives"
         )
 
     def hard_images(self) -> np.ndarray | None:
-        """Map the table of mined neighbours: image numbers, int32 [images, K], nearest first, rows
-        filled up with -1; None if none were mined.
+        """Map the table of mined neighbours: image numbers, int32 [images, K], nearest first,
+        padded with -1; None if none were mined.
         """
         return self._neighbours(HARD_IMAGES, self.num_images, "images", "interbert mine-neighbours")
 

@@ -1,4 +1,4 @@
-"""Define what the loader needs of a set of samples; pretraining and each downstream task have one."""
+"""Define what the loader needs of a set of samples, for pretraining and each downstream task."""
 
 from collections.abc import Sequence
 from typing import Protocol

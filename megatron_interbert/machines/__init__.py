@@ -1,3 +1,1 @@
-"""Processes and the machines they run on: memory, threads, start and end, and whether all machines
-are alike.
-"""
+"""Start and watch the processes of a run, set up their machines and compare these."""

@@ -1,4 +1,4 @@
-"""The code and the libraries of a machine, on which results depend."""
+"""Identify the code and the libraries of a machine, on which results depend."""
 
 import hashlib
 import importlib.metadata
@@ -11,8 +11,9 @@ import megatron_interbert
 
 @cache
 def code_fingerprint() -> str:
-    """First digits of a hash over the Python files of this package: a git revision would not show
-    uncommitted changes.
+    """Return the first 12 hex digits of a hash over the Python files of this package.
+
+    Unlike a git revision it shows uncommitted changes.
     """
     digest = hashlib.sha256()
     root = Path(megatron_interbert.__file__).parent
@@ -23,7 +24,7 @@ def code_fingerprint() -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions on which results depend."""
+    """Return the versions of Python and of the libraries on which results depend, by name."""
     return {"Python": platform.python_version()} | {
         name: importlib.metadata.version(name)
         for name in ("torch", "deepspeed", "numpy", "tokenizers")

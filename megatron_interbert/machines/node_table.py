@@ -1,6 +1,6 @@
-"""The machines of a run side by side: what they have, and which one is odd.
+"""Compare the machines of a run in a table and name the odd ones.
 
-Collective: every rank calls `compare_nodes`.
+`compare_nodes` is collective: every rank calls it.
 """
 
 import os
@@ -23,17 +23,15 @@ from megatron_interbert.machines.processes import aligned, heading
 from megatron_interbert.parallel.launch import Launch
 from megatron_interbert.parallel.state import ParallelState
 
-CLOCK_SECONDS = 2.0  # more than the ranks need to read their clocks after a barrier
-SHARED_MEMORY_GIB = 1.0  # what NCCL wants for the ranks of one machine
-# memory in use on a GPU; a process that has only started there takes about half of one
+CLOCK_SECONDS = 2.0  # allowed offset; reading the clocks after a barrier takes less
+SHARED_MEMORY_GIB = 1.0  # needed by NCCL for the ranks of one machine
+# more memory in use means that a GPU is busy; a process that has just started takes about 0.5 GiB
 BUSY_GIB = 2.0
 
 
 @dataclass
 class Column:
-    """One fact of all machines: cells by node, and what is wrong by node (empty where all is
-    well).
-    """
+    """Hold one fact of all machines: cells by node, and by node what is wrong with odd ones."""
 
     name: str
     cells: dict[str, str]
@@ -41,7 +39,7 @@ class Column:
 
 
 def device_in_use(device: torch.device) -> tuple[str, float]:
-    """Give (Name, GiB in use by others); to be asked before this process itself computes there."""
+    """Return (name, GiB in use by others); call it before this process uses the device itself."""
     if device.type == "cpu":
         return f"CPU, {len(os.sched_getaffinity(0))} cores", 0.0
     free, total = torch.cuda.mem_get_info(device)
@@ -51,9 +49,9 @@ def device_in_use(device: torch.device) -> tuple[str, float]:
 def compare_nodes(
     config: RunConfig, launch: Launch, state: ParallelState, device: tuple[str, float]
 ) -> tuple[str, list[str]]:
-    """Give (A heading and a table with one line a node, what is wrong in words).
+    """Return (heading and table with a line for each node, list of what is wrong).
 
-    `device` is what `device_in_use` said before the ranks met: nccl takes memory of its own.
+    `device` is the result of `device_in_use` before the ranks met: nccl takes memory of its own.
     """
     state.barrier()
     clock = time.time()
@@ -100,8 +98,9 @@ def compare_nodes(
 
 
 def _probe(config: RunConfig, state: ParallelState) -> Path | None:
-    """Make a file on rank 0 where the checkpoints will be; whether the others see it
-    tells if the disk is shared.
+    """Create a file on rank 0 where the checkpoints will be, and return its path on all ranks.
+
+    The disk is shared if the others see it. None without --save, or if it cannot be written.
     """
     name = None
 
@@ -109,7 +108,7 @@ def _probe(config: RunConfig, state: ParallelState) -> Path | None:
         name = nearest_folder(Path(config.save)) / f".shared-{uuid.uuid4().hex}"
         try:
             name.touch()
-        except OSError:  # `_save_problem` says so
+        except OSError:  # `_save_problem` reports it
             name = None
 
     return state.gather(name)[0]
@@ -134,7 +133,7 @@ def _facts(config: RunConfig, probe: Path | None) -> dict[str, Any]:
 
 
 def _save_problem(config: RunConfig) -> str:
-    """Say why this machine cannot write checkpoints; empty where it can."""
+    """Return why this machine cannot write to --save; empty if it can."""
     try:
         check_writable(Path(config.save), "--save")
     except UsageError as error:

@@ -1,6 +1,4 @@
-"""Joining the other processes of a run: early and clear when they cannot meet, and nothing half-
-started when one of them is wrong.
-"""
+"""Join the other processes of a run, and fail early and clearly if they cannot meet."""
 
 import contextlib
 import hashlib
@@ -34,18 +32,18 @@ from megatron_interbert.parallel.launch import MEETING_SECONDS, Launch, read_lau
 from megatron_interbert.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
 from megatron_interbert.signals import identity
 
-START_SECONDS = 300  # for nccl or gloo to connect ranks that have met already
+START_SECONDS = 300  # for nccl or gloo to connect ranks that have already met
 SAY_NOTHING = (
-    "OVERFLOW! Skipping step",  # the loop says so itself
-    # inputs without gradients
+    "OVERFLOW! Skipping step",  # the loop reports it itself
+    # about inputs without gradients
     "unknown inputs or outputs type (<class 'megatron_interbert.data.packing.PackedBatch'>)",
 )
 
 
 def start_processes() -> torch.device:
-    """Join the process group (nccl on GPUs, gloo else) and give the device of this rank.
+    """Join the process group (nccl on GPUs, else gloo) and return the device of this rank.
 
-    UsageError when the ranks do not meet, or have no device each.
+    Raises UsageError if the ranks do not meet, or do not have a device each.
     """
     quiet_libraries()
     launch = read_launch()
@@ -58,21 +56,21 @@ def start_processes() -> torch.device:
         use_cores(launch)
         keep_freed_memory()
 
-    # The one place that changes a value of DeepSpeed's. It would compile a shared-memory operation
-    # for inference here, which training never calls, and a run that is killed while it compiles
-    # leaves a lock on which the next one hangs.
+    # The only place that changes a value of DeepSpeed's. Otherwise it would compile a shared-memory
+    # operation for inference here, which training never calls, and a run that is killed while
+    # compiling leaves a lock on which the next one hangs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if not dist.is_initialized():  # a program around this one may have joined already
+    if not dist.is_initialized():  # a calling program may have joined already
         join(launch, device, backend)
 
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)  # takes the group that is there
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)  # uses the existing group
 
     return device
 
 
 def join(launch: Launch, device: torch.device, backend: str) -> None:
-    """Meet the other ranks and start torch's process group with them, or say that it does not."""
+    """Meet the other ranks and start torch's process group; raises UsageError if that fails."""
     store = rendezvous(launch, gpu_identity(device))
     overdue = threading.Timer(START_SECONDS, give_up, [launch, backend])
     overdue.daemon = True
@@ -96,7 +94,7 @@ def join(launch: Launch, device: torch.device, backend: str) -> None:
 
 
 def give_up(launch: Launch, backend: str) -> None:
-    """End this process, from a thread: its main thread waits for others that it does not reach."""
+    """End this process from a thread, as its main thread waits for ranks that it cannot reach."""
     print(
         f"error (rank {launch.rank} on {launch.node}): {backend} has not connected the"
         f" {launch.world_size} ranks within {START_SECONDS} s; are all ports open between the"
@@ -109,10 +107,9 @@ def give_up(launch: Launch, backend: str) -> None:
 
 
 def rendezvous(launch: Launch, gpu: str = "", seconds: float = MEETING_SECONDS) -> dist.Store:
-    """Make a store that all ranks have come to, each with the identity of its `gpu`.
+    """Return a store that all ranks have reached within `seconds`, each with its `gpu`'s identity.
 
-    UsageError that names the ranks that have not come, what is in the way, or ranks that share one
-    GPU.
+    Raises UsageError that names missing ranks, the obstacle, or ranks that share a GPU.
     """
     deadline = time.monotonic() + seconds
     hosts = launch.rank == 0 and not launch.hosted_by_agent
@@ -121,7 +118,7 @@ def rendezvous(launch: Launch, gpu: str = "", seconds: float = MEETING_SECONDS) 
     try:
         store = host_store(launch, seconds) if hosts else reach_store(launch, deadline)
         where = f"{store.host}:{store.port}"
-        os.environ["MASTER_PORT"] = str(store.port)  # for all that read the launch from now on
+        os.environ["MASTER_PORT"] = str(store.port)  # for all that read it from now on
         store = dist.PrefixStore(f"start {launch.attempt}", store)
         store.set(f"rank {launch.rank}", f"{launch.node} {gpu}")
     except UsageError:
@@ -157,10 +154,10 @@ def rendezvous(launch: Launch, gpu: str = "", seconds: float = MEETING_SECONDS) 
 
 
 def host_store(launch: Launch, seconds: float) -> dist.TCPStore:
-    """Listen for the other ranks, at the launcher's port or another one that only they know.
+    """Listen for the other ranks at the launcher's port, or at a free one if it is taken.
 
-    The port of `deepspeed` is the same for every run (29500): a second run on a machine finds it
-    taken. Where one command has started all ranks here, a note tells them the port that it is.
+    `deepspeed` uses the same port for every run (29500), so a second run on a machine finds it
+    taken. If one command has started all ranks on this machine, a file tells them the port.
     """
     options = {
         "world_size": launch.world_size,
@@ -196,7 +193,7 @@ def reach_store(launch: Launch, deadline: float) -> dist.TCPStore:
             break
 
         if time.monotonic() > deadline:
-            raise ValueError("it has not said at which port it listens")
+            raise ValueError("it has not written the port it listens at")
         time.sleep(0.05)
 
     return dist.TCPStore(
@@ -210,16 +207,14 @@ def reach_store(launch: Launch, deadline: float) -> dist.TCPStore:
 
 
 def port_note() -> Path:
-    """Name the file in which rank 0 leaves its port, after the process that has started all
-    ranks.
-    """
+    """Return the file in which rank 0 leaves its port, named after the ranks' parent process."""
     parent = hashlib.sha256(identity(os.getppid()).encode()).hexdigest()[:24]
     folder = Path(tempfile.gettempdir()) / f"megatron_interbert-{os.getuid()}"
     return folder / f"{parent}.port"
 
 
 def check_own_gpus(store: dist.Store, launch: Launch) -> None:
-    """Raise UsageError on all ranks of a machine where two of them have the same GPU."""
+    """Raise UsageError on all ranks of this machine if two of them have the same GPU."""
     first = launch.rank - launch.local_rank
     ranks = range(first, min(first + launch.local_size, launch.world_size))
     owner: dict[bytes, int] = {}
@@ -229,7 +224,7 @@ def check_own_gpus(store: dist.Store, launch: Launch) -> None:
         if gpu in owner:
             raise UsageError(
                 f"ranks {owner[gpu]} and {rank} on {launch.node} have the same GPU; start as many"
-                " processes there as it has GPUs, or show each its own (srun --gpus-per-task=1)"
+                " processes there as it has GPUs, or give each its own (srun --gpus-per-task=1)"
             )
 
         owner[gpu] = rank
@@ -246,12 +241,12 @@ def _came(store: dist.Store, rank: int, deadline: float) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Give the beginning of a library's message."""
+    """Return the first line of a library's message, cut at 160 characters, or the error's type."""
     return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
 
 
 def describe_launch(launch: Launch, state: ParallelState, device: torch.device) -> str:
-    """Describe which rank runs where; called on all ranks."""
+    """Return a table of which rank runs where; collective."""
     name = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -274,7 +269,7 @@ def describe_launch(launch: Launch, state: ParallelState, device: torch.device) 
 
 
 def heading(launch: Launch, nodes: int) -> str:
-    """`torchrun: 4 ranks on 2 nodes, meeting at n0:29500`."""
+    """Return a heading such as `torchrun: 4 ranks on 2 nodes, meeting at n0:29500`."""
     return (
         f"{launch.launcher}: {launch.world_size} ranks on {nodes} node{'s' * (nodes > 1)}, meeting"
         f" at {launch.master}:{launch.port}"
@@ -282,7 +277,7 @@ def heading(launch: Launch, nodes: int) -> str:
 
 
 def aligned(rows: Iterable[Iterable[Any]]) -> list[str]:
-    """Give lines of a table, columns below one another."""
+    """Return the lines of a table with aligned columns."""
     texts = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
 
@@ -293,8 +288,8 @@ def aligned(rows: Iterable[Iterable[Any]]) -> list[str]:
 
 
 def quiet_libraries() -> None:
-    """Silence what says nothing: DeepSpeed's progress log and its notes on skipped steps (we print
-    our own), the deprecation notes of torch's collectives.
+    """Silence messages of no use to users: DeepSpeed's progress log, its notes on skipped steps (we
+    print our own), and deprecation warnings about torch's collectives.
     """
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)

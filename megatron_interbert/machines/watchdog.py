@@ -1,14 +1,13 @@
-"""No silent hang: every rank says where it is, and a run that has stopped moving ends with the
-reason.
+"""End a run that hangs, with the reason.
 
-A thread on each rank tells rank 0 once a second what its main thread is doing and since when. What
-is usual is learned: a phase may take ten times its longest so far, and no less than `least`
-seconds. When every rank is over its limit or has fallen silent, nothing moves any more: rank 0
-names the rank that the others wait for, all ranks print the stacks of their threads and end with
-code 1. A rank whose connection breaks has died, and takes the others with it at once. Where rank 0
-itself is silent the others judge alone.
+A thread on each rank tells rank 0 once a second what its main thread is doing and since when. The
+limits are learned: a phase may take ten times its longest duration so far, and at least `least`
+seconds. When every rank is over its limit or has fallen silent, the run hangs: rank 0 names the
+rank that the others wait for, and all ranks print the stacks of their threads and end with code 1.
+A rank whose connection breaks has died, and the others end at once. If rank 0 itself is silent, the
+others judge on their own.
 
-The threads use sockets of their own, for collectives are what hangs.
+The threads use sockets of their own, because collectives are what hangs.
 """
 
 import contextlib
@@ -33,10 +32,10 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.signals import exit_status, identity, killed_by
 
-# times `least`; in the order in which a step meets them
+# phases in the order in which a step enters them, with their least limits as multiples of `least`
 ROOM = {"start": 4, "data": 1, "step": 1, "evaluation": 4, "save": 4}
-LEARNED = 10  # times the longest so far
-# the longest is forgotten slowly: the first step of a run takes longer than all others
+LEARNED = 10  # limit as a multiple of the longest duration so far
+# decay of the longest duration per phase: the first step of a run takes longer than all others
 FADING = 0.9
 BEAT = 1.0  # seconds
 # seconds of silence after which a rank that is over its limit no longer waits for rank 0
@@ -47,7 +46,9 @@ THE_END = {"end": True}
 
 @dataclass(frozen=True)
 class Pulse:
-    """What the main thread of a rank is doing, since when (monotonic), and how long it may."""
+    """Hold what the main thread of a rank is doing, since when (monotonic), and its limit in
+    seconds.
+    """
 
     phase: str
     step: int
@@ -57,7 +58,7 @@ class Pulse:
 
 @dataclass
 class Seen:
-    """What rank 0 knows of a rank: who it is, its last report and when that came."""
+    """Hold what rank 0 knows of a rank: its identity, its last report and when that came."""
 
     node: str
     pid: int
@@ -69,26 +70,26 @@ class Seen:
     heard: float = 0.0
 
     def silent(self, now: float) -> float:
-        """Give seconds without a report."""
+        """Return the seconds since the last report."""
         return now - self.heard
 
     def stuck(self, now: float) -> bool:
-        """Over the limit, by its own report or because there is none."""
+        """Check whether the rank is over its limit, counting the time since its last report."""
         return self.seconds + self.silent(now) > self.limit
 
     def place(self) -> tuple[int, int]:
-        """Say how far the rank has come."""
+        """Return how far the rank has come: its step and the number of its phase."""
         return self.step, list(ROOM).index(self.phase)
 
 
 class Watchdog:
-    """Watches the main thread of this rank, which tells it by `enter` and `beat` that it is alive.
+    """Watch the main thread of this rank, which reports its progress by `enter` and `beat`.
 
-    All ranks make one.
+    Creating one is collective.
     """
 
     def __init__(self, state: ParallelState, least: float) -> None:
-        """`least`: shortest limit of a step in seconds; 0 watches nothing."""
+        """Start watching; `least` is the least limit of a step in seconds, 0 turns it off."""
         self.state = state
         self.least = least
         self._longest: dict[str, float] = {}
@@ -105,7 +106,7 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def enter(self, phase: str, step: int) -> None:
-        """Give the main thread begins a phase (a key of ROOM) of a step."""
+        """Record that the main thread begins a phase (a key of ROOM) of a step."""
         now = time.monotonic()
         before = self._pulse
         self._longest[before.phase] = max(
@@ -116,13 +117,13 @@ class Watchdog:
         )
 
     def beat(self) -> None:
-        """Note that the phase is alive (a batch of an evaluation is done)."""
+        """Record progress within a phase, such as a finished batch of an evaluation."""
         before = self._pulse
         self._pulse = Pulse(before.phase, before.step, time.monotonic(), before.limit)
 
     @contextlib.contextmanager
     def fed_by_modules(self) -> Iterator[None]:
-        """Inside, whatever part of a model runs, it is a sign of life."""
+        """Record progress whenever a module's forward pass ends in this context."""
         hook = register_module_forward_hook(lambda *_: self.beat())
         try:
             yield
@@ -130,7 +131,7 @@ class Watchdog:
             hook.remove()
 
     def close(self) -> None:
-        """Nothing more is watched; the other ranks hear that this one ended well."""
+        """Stop watching, and tell the other ranks that this one ended well."""
         if self.least and not self._ended.is_set():
             self._ended.set()
             if self._hub:
@@ -138,7 +139,7 @@ class Watchdog:
             elif self._connection:
                 self._connection.leave()
 
-    # What follows runs in the thread.
+    # All methods below run in the watchdog's thread.
 
     def _watch(self) -> None:
         try:
@@ -150,8 +151,8 @@ class Watchdog:
         while not self._pause():
             pulse = self._pulse
             now = time.monotonic()
-            # For a main thread that hangs without giving up Python's lock, so that this thread does
-            # not run either.
+            # For a main thread that hangs holding Python's lock, so that this thread cannot run
+            # either.
             faulthandler.dump_traceback_later(pulse.limit + 60, exit=True)
             over = now - pulse.since > pulse.limit
 
@@ -184,9 +185,7 @@ class Watchdog:
                 self._end(verdict)
 
     def _pause(self) -> bool:
-        """Wait for the next beat, or until rank 0 says something; whether nothing is watched any
-        more.
-        """
+        """Wait for the next beat or a message of rank 0; return whether watching has ended."""
         if self._connection is not None:
             select.select([self._connection.socket], [], [], BEAT)
             return self._ended.is_set()
@@ -201,27 +200,27 @@ class Watchdog:
             time.sleep(LAST_WORDS)
         else:
             print(
-                f"error ({where}): the run hangs: {verdict['hang']}. What this rank is doing:",
+                f"error ({where}): the run hangs: {verdict['hang']}. The stacks of this rank:",
                 file=sys.stderr,
                 flush=True,
             )
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
 
             for pid, name in verdict.get("kill", []):
-                # on this machine; a stopped process would not hear its launcher's SIGTERM
+                # on this machine only; a stopped process would not react to its launcher's SIGTERM
                 if name and identity(pid) == name:
                     with contextlib.suppress(OSError):
                         os.kill(pid, signal.SIGKILL)
 
-            time.sleep(2 * BEAT if self._hub else 0)  # the others have to hear it too
+            time.sleep(2 * BEAT if self._hub else 0)  # the others have to get the verdict
 
         os._exit(1)
 
 
 def how_it_ended(who: str, when: str, pid: int, name: str) -> str:
-    """Say how a rank has come to its end, as far as this machine can tell.
+    """Describe how a rank ended, as far as this machine can tell.
 
-    `name` is its identity: nothing is known of processes of other machines.
+    `name` is the identity of its process: nothing is known about processes on other machines.
     """
     code = exit_status(pid, name)
     if code is None:
@@ -233,7 +232,7 @@ def how_it_ended(who: str, when: str, pid: int, name: str) -> str:
 
 
 def doing(phase: str, step: int) -> str:
-    """Give a phase in words."""
+    """Describe a phase in words."""
     return {
         "start": "the start",
         "data": f"waiting for the data of step {step}",
@@ -244,9 +243,7 @@ def doing(phase: str, step: int) -> str:
 
 
 class Connection:
-    """The line of a rank to the hub on rank 0: one report out and what has come in, once a
-    second.
-    """
+    """Hold the connection of a rank to the hub on rank 0, on which it reports once a second."""
 
     def __init__(self, meeting: dict[str, Any], state: ParallelState) -> None:
         address = "127.0.0.1" if state.is_main else os.environ["MASTER_ADDR"]
@@ -257,8 +254,8 @@ class Connection:
         except OSError as error:
             raise UsageError(
                 f"{state.node}: the watchdog of rank 0 at {address}:{meeting['port']} cannot be"
-                f" reached ({error}); open the ports between the machines, or give --hang-timeout 0"
-                " to do without"
+                f" reached ({error}); open the ports between the machines, or turn it off by"
+                " --hang-timeout 0"
             ) from error
 
         self._heard = time.monotonic()
@@ -272,20 +269,20 @@ class Connection:
         try:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
         except BlockingIOError:
-            pass  # rank 0 has not read for long; `silence` tells
+            pass  # rank 0 has not read for a long time, which `silence` shows
         except OSError:
             self.broken = True
 
     def silence(self) -> float:
-        """Give seconds without a sign of rank 0."""
+        """Return the seconds since rank 0 was last heard."""
         return time.monotonic() - self._heard
 
     def leave(self) -> None:
-        """Tell the hub that this rank ends as it should."""
+        """Tell the hub that this rank ends normally."""
         self._send({"bye": True})
 
     def exchange(self, pulse: Pulse, now: float) -> dict[str, Any] | None:
-        """Report; the verdict if there is one, or that rank 0 has gone."""
+        """Send a report; return the hub's verdict, one that rank 0 is gone, or None."""
         self._send(
             {
                 "phase": pulse.phase,
@@ -295,7 +292,7 @@ class Connection:
             }
         )
         for message in self._received():
-            if message:  # an empty one only says that rank 0 is alive
+            if message:  # an empty one only shows that rank 0 is alive
                 return message
 
         if not self.broken:
@@ -322,12 +319,12 @@ class Connection:
 
 
 class Hub:
-    """On rank 0: hears all ranks, answers each second, and says when nothing moves or a rank has
+    """Hear all ranks on rank 0, answer every second, and judge whether the run hangs or a rank has
     died.
     """
 
     def __init__(self, ranks: int, limit: float) -> None:
-        """`limit`: of a rank that has not reported yet."""
+        """Listen for `ranks` ranks; `limit` holds for ranks that have not reported yet."""
         self.limit = limit
         self.server = socket.create_server(("", 0), backlog=ranks)
         self.server.setblocking(False)
@@ -343,7 +340,7 @@ class Hub:
         threading.Thread(target=self._run, name="watchdog hub", daemon=True).start()
 
     def leave(self) -> None:
-        """Give the run has ended as it should: nobody needs to be watched."""
+        """Tell all ranks that the run has ended normally, so that they stop watching."""
         self._tell_all(THE_END)
 
     def _run(self) -> None:
@@ -375,7 +372,7 @@ class Hub:
         self._selector.register(connection, selectors.EVENT_READ)
 
     def _read(self, connection: socket.socket) -> dict[str, Any] | None:
-        """Take what a rank has sent; a verdict when it has died."""
+        """Read what a rank has sent; return a verdict if it has died."""
         try:
             chunk = connection.recv(65536)
         except BlockingIOError:
@@ -387,7 +384,7 @@ class Hub:
             return self._lost(connection)
 
         *lines, self._lines[connection] = (self._lines[connection] + chunk).split(b"\n")
-        # what strangers send to an open port
+        # strangers may send anything to an open port
         with contextlib.suppress(ValueError, TypeError, AttributeError):
             for line in lines:
                 self._take(connection, json.loads(line))
@@ -431,7 +428,7 @@ class Hub:
         return {"gone": how_it_ended(f"rank {rank} on {seen.node}", when, seen.pid, seen.identity)}
 
     def _judge(self, now: float) -> dict[str, Any] | None:
-        """Give a verdict when no rank has moved within its limit."""
+        """Return a verdict if all ranks are over their limits, else None."""
         if not self.seen or not all(seen.stuck(now) for seen in self.seen.values()):
             return None
 
@@ -454,8 +451,8 @@ class Hub:
         if len(behind) == len(self.seen):
             return {
                 "hang": (
-                    f"all ranks are in {what}, none behind the others: a collective that cannot"
-                    " end, or a device that hangs"
+                    f"all ranks are in {what}, none behind the others: a collective cannot end, or a"
+                    " device hangs"
                 )
             }
 
@@ -465,5 +462,5 @@ class Hub:
 
     def _tell_all(self, message: dict[str, Any]) -> None:
         for connection in list(self._rank_of):
-            with contextlib.suppress(OSError):  # full or broken: seen when read
+            with contextlib.suppress(OSError):  # full or broken: noticed on reading
                 connection.send(json.dumps(message).encode() + b"\n")

@@ -1,3 +1,3 @@
-"""InterBERT: embeddings, one transformer layer class, interaction and streams, heads, presets,
+"""Build InterBERT: embeddings, transformer layer, interaction and streams, heads, presets and
 partition table.
 """

@@ -1,6 +1,4 @@
-"""Text and region embeddings: ids and stored features to the first hidden states of both token
-kinds.
-"""
+"""Embed text and regions: token ids and stored features become the first hidden states."""
 
 import torch
 import torch.distributed as dist
@@ -13,7 +11,7 @@ from megatron_interbert.parallel.layers import VocabParallelEmbedding
 
 
 class TextEmbedding(nn.Module):
-    """word + position + type, LayerNorm, dropout: ids [Nt] -> [Nt, H]."""
+    """Embed text tokens by word + position + type, LayerNorm and dropout: ids [Nt] -> [Nt, H]."""
 
     def __init__(
         self, config: ModelConfig, group: dist.ProcessGroup | None, kernels: Kernels
@@ -39,10 +37,10 @@ class TextEmbedding(nn.Module):
 
 
 class ImageEmbedding(nn.Module):
-    """Linear(feature) + Linear(location), LayerNorm, dropout: [IMG] and regions -> [Ni, H].
+    """Embed [IMG] and regions by Linear(feature) + Linear(location), LayerNorm, dropout: [Ni, H].
 
-    Hidden regions are zeroed here, and [IMG] is the mean of a sample's region features as they then
-    stand (zeros count).
+    The features of hidden regions are zeroed here, and that of [IMG] is the mean of a sample's
+    region features after that (zeros count).
     """
 
     def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
@@ -67,9 +65,7 @@ class ImageEmbedding(nn.Module):
 
 
 def image_features(batch: PackedBatch, dtype: torch.dtype, kernels: Kernels) -> torch.Tensor:
-    """Give [Ni, F]: the features of all image tokens, [IMG] included, with hidden regions
-    zeroed.
-    """
+    """Return the features of all image tokens [Ni, F], [IMG] included, hidden regions zeroed."""
     rows = (batch.region_rows, batch.summary_rows)
     return kernels.region_rows(
         batch.features, batch.hidden_regions, batch.region_counts, *rows, dtype

@@ -1,6 +1,4 @@
-"""Floating-point operations of a training step, counted from the real tokens of a batch (2 per
-multiply-add).
-"""
+"""Count the FLOPs of a training step from the real tokens of a batch (2 per multiply-add)."""
 
 import torch
 
@@ -9,16 +7,16 @@ from megatron_interbert.data.packing import PackedBatch
 
 
 def training_flops(config: ModelConfig, batch: PackedBatch) -> float:
-    """FLOPs of forward and backward (three times the forward pass) for one packed batch, matrix
-    products only.
+    """Return the FLOPs of forward and backward pass (3 x forward) of a batch, matrix products
+    only.
     """
     text = (batch.text_offsets[1:] - batch.text_offsets[:-1]).double()
     image = (batch.image_offsets[1:] - batch.image_offsets[:-1]).double()
     hidden = config.hidden_size
 
     def stack(layers: int, lengths: torch.Tensor, read: float | None = None) -> float:
-        """Layers over sequences; of the last one all but the projection and attention only for the
-        `read` tokens.
+        """Count layers over sequences; in the last one, only QKV and attention see all tokens, the
+        rest only the `read` ones.
         """
         tokens = float(lengths.sum())
         attention = layers * (

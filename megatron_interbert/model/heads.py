@@ -1,4 +1,4 @@
-"""Heads on top of the streams: masked words, masked regions, matching, choice."""
+"""Build the heads on top of the streams: masked words, masked regions, sentences, and poolers."""
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from megatron_interbert.parallel.vocab_loss import VocabMath, vocab_parallel_los
 
 
 class Transform(nn.Module):
-    """Linear, GELU, LayerNorm: [M, H] -> [M, H], the first half of both masked heads."""
+    """Apply Linear, GELU, LayerNorm, the first half of both masked heads: [M, H] -> [M, H]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -24,10 +24,10 @@ class Transform(nn.Module):
 
 
 class WordHead(nn.Module):
-    """MSM over the vocabulary, decoder tied to the word embedding: [M, H] and labels -> (losses
-    [M], right answers [M]).
+    """Predict masked words (MSM), with the decoder tied to the word embedding.
 
-    Without labels: logits [M, padded vocabulary / ranks], -inf in the columns of the padding.
+    States [M, H] and labels [M] give (losses [M], whether the most likely word is right [M]).
+    Without labels it returns logits [M, padded vocabulary / ranks], -inf in padding columns.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class WordHead(nn.Module):
 
 
 class RegionHead(nn.Module):
-    """MRM: [M, H] -> class logits [M, classes]."""
+    """Predict the classes of masked regions (MRM): [M, H] -> logits [M, classes]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -75,9 +75,7 @@ class RegionHead(nn.Module):
 
 
 class SentenceHead(nn.Module):
-    """Text classification as in BERT: [CLS] state [B, H], Linear, tanh, dropout, Linear -> [B,
-    labels].
-    """
+    """Classify texts as BERT does, by Linear, tanh, dropout, Linear: [CLS] [B, H] -> [B, labels]."""
 
     def __init__(self, config: ModelConfig, labels: int) -> None:
         super().__init__()
@@ -90,7 +88,7 @@ class SentenceHead(nn.Module):
 
 
 class Pooler(nn.Module):
-    """First token of each sequence, Linear, ReLU: [B, H] -> [B, P]."""
+    """Pool the first token of each sequence by Linear and ReLU: [B, H] -> [B, P]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -1,6 +1,4 @@
-"""First weights: drawn per parameter name, so that they are the same for every layout; or from
-another checkpoint.
-"""
+"""Draw a model's first weights by parameter name, the same for every layout, or load given ones."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -16,8 +14,8 @@ from megatron_interbert.parallel.state import ParallelState
 
 @torch.no_grad()
 def initialise(model: nn.Module, config: ModelConfig, seed: int, state: ParallelState) -> None:
-    """N(0, initializer_range) for matrices, 1 for LayerNorm gains, 0 for biases and for padded
-    vocabulary rows.
+    """Draw matrices from N(0, initializer_range); set LayerNorm gains to 1, biases and padded
+    vocabulary rows to 0.
     """
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -25,7 +23,7 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int, state: Parallel
         elif parameter.dim() == 1:
             parameter.fill_(1.0)
         else:
-            # torch takes the lower 32 bits alone
+            # torch uses only the lower 32 bits of a seed
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             full = torch.empty(full_shape(name, parameter.shape, state.tensor_size))
             full.normal_(0.0, config.initializer_range, generator=generator)
@@ -43,10 +41,10 @@ def load_full_state(
     partial: bool = False,
     may_lack: Sequence[str] = (),
 ) -> set[str]:
-    """Copy this rank's slices of full tensors into the model; the names that were loaded.
+    """Copy this rank's slices of full tensors into the model; return the names that were loaded.
 
-    UsageError for a missing parameter (unless `partial`, or its name begins as one of `may_lack`)
-    or a shape that does not fit.
+    Raises UsageError for a wrong shape, and for a missing parameter, unless `partial` or its name
+    begins with one of `may_lack`.
     """
     loaded = set()
 
@@ -55,8 +53,8 @@ def load_full_state(
             if partial or name.startswith(tuple(may_lack)):
                 continue
             raise UsageError(
-                f"{where}: parameter {name} is missing; the checkpoint is of another model or"
-                " incomplete"
+                f"{where}: parameter {name} is missing; the checkpoint is incomplete or of"
+                " another model"
             )
 
         expected = full_shape(name, parameter.shape, state.tensor_size)

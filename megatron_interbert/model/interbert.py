@@ -1,8 +1,8 @@
-"""InterBERT: embeddings -> interaction module over both token kinds -> two independent streams ->
+"""Define InterBERT: embeddings, interaction module over both token kinds, two independent streams,
 poolers and heads.
 
-Legend: B samples, Nt text tokens, Ni image tokens, H hidden, P pooled size, Mt and Mr masked words
-and regions.
+Legend: B samples, Nt text tokens, Ni image tokens, H hidden size, P pooled size, Mt and Mr masked
+words and regions.
 """
 
 from collections.abc import Sequence
@@ -29,24 +29,22 @@ PRETRAINING_HEADS = ("msm", "mrm", "itm")
 
 
 class InterBertOutput(NamedTuple):
-    """What one forward pass gives; results only of the heads the model was built with.
+    """Hold the results of a forward pass; those of heads that the model lacks are None.
 
-    Losses and logits are float32.
-
-    A named tuple, because ZeRO-3 looks for the tensors of a module's output in tuples, lists and
-    dicts only.
+    Losses and logits are float32. It is a named tuple because ZeRO-3 looks for the tensors of a
+    module's output only in tuples, lists and dicts.
     """
 
-    text_hidden: torch.Tensor | None  # [Nt, H], when everything is asked for
-    image_hidden: torch.Tensor | None  # [Ni, H], likewise
+    text_hidden: torch.Tensor | None  # [Nt, H], with `everything`
+    image_hidden: torch.Tensor | None  # [Ni, H], with `everything`
     pooled_text: torch.Tensor | None  # [B, P]
     pooled_image: torch.Tensor | None = None  # [B with image, P]
     msm_losses: torch.Tensor | None = None  # [Mt]
     msm_right: torch.Tensor | None = None  # [Mt] whether the most likely word is the label
-    # [Mt, padded vocabulary / tensor-parallel ranks], when everything is asked for
+    # [Mt, padded vocabulary / tensor-parallel ranks], with `everything`, instead of the losses
     msm_logits: torch.Tensor | None = None
     mrm_logits: torch.Tensor | None = None  # [Mr, classes]
-    # [B, 2], or [P, 2] of a batch that names its pairs; class 0 = matched
+    # [B, 2], or [pairs, 2] for a batch that lists its pairs; class 0 = matched
     itm_logits: torch.Tensor | None = None
     choice_logit: torch.Tensor | None = None  # [B, 1]
     sentence_logits: torch.Tensor | None = None  # [B, labels]
@@ -63,7 +61,7 @@ def build_stack(
     hidden_dropout: float,
     attention_dropout: float,
 ) -> TransformerStack:
-    """Build `count` layers of the model's width."""
+    """Build a stack of `count` layers of the model's hidden size."""
     layers = [
         TransformerLayer(
             config.hidden_size,
@@ -83,10 +81,10 @@ def build_stack(
 
 
 class InterBert(nn.Module):
-    """The whole model. `heads` is any of msm, mrm, itm, choice, sentence (of `num_labels`).
+    """Build the whole model, with any heads of msm, mrm, itm, choice, sentence (of `num_labels`).
 
-    Parameters are empty until initialised or loaded. `text_only` builds the text path alone: BERT's
-    topology.
+    Parameters are uninitialised until drawn or loaded. `text_only` builds the text path alone:
+    BERT's topology.
     """
 
     def __init__(
@@ -140,11 +138,12 @@ class InterBert(nn.Module):
         mark_shards(self)
 
     def forward(self, batch: PackedBatch, everything: bool = False) -> InterBertOutput:
-        """Give pooled vectors and what the heads say: words and regions at target positions only.
+        """Compute pooled vectors and the outputs of the heads, for words and regions at target
+        positions only.
 
         The last layer of each stream is computed only for the tokens that are pooled or predicted,
-        and word logits live only inside their loss. `everything` gives the hidden states of all
-        tokens, and the word logits instead of their losses.
+        and word logits exist only inside their loss. `everything` returns the hidden states of all
+        tokens too, and the word logits instead of their losses.
         """
         words = batch.msm_positions
         regions = batch.mrm_positions
@@ -190,8 +189,8 @@ class InterBert(nn.Module):
     def _judge_pairs(
         self, pooled_text: torch.Tensor, pooled_image: torch.Tensor, batch: PackedBatch
     ) -> dict[str, torch.Tensor]:
-        """Return the logits [B, ..] of the heads that judge a text with an image: those of each
-        sample, or of the pairs that the batch lists.
+        """Return the logits [B, ..] of the heads that judge a text with an image, for each sample
+        or for the pairs that the batch lists.
         """
         found = {}
         if not hasattr(self, "itm_head") and not hasattr(self, "choice_head"):
@@ -213,8 +212,8 @@ class InterBert(nn.Module):
     def encode(
         self, batch: PackedBatch, read: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode hidden states of both streams: text [Nt, H] and image [Ni, H] (empty for text-only
-        batches), or only those of the text and image tokens that are `read`.
+        """Return the hidden states of both streams: text [Nt, H] and image [Ni, H] (empty for
+        text-only batches), or only those of the text and image tokens in `read`.
         """
         text_rows, image_rows = read or (None, None)
         text = self.text_embedding(batch.token_ids, batch.token_positions, batch.token_types)
@@ -239,7 +238,7 @@ class InterBert(nn.Module):
         return text, image
 
     def fuse(self, pooled_text: torch.Tensor, pooled_image: torch.Tensor) -> torch.Tensor:
-        """Element-wise product (or sum) of the pooled vectors [B, P]."""
+        """Return the element-wise product or sum of the pooled vectors [B, P]."""
         return (
             pooled_text * pooled_image
             if self.config.fusion == "product"

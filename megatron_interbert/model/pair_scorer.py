@@ -1,17 +1,16 @@
-"""Scores of all pairs of some images and some captions, exactly those of the model, with little
-done twice.
+"""Score all pairs of some images and captions as the model does, with little computed twice.
 
-Done once for each image and caption, because it does not depend on the partner: both embeddings
-and, token by token, the first layer's queries, keys and values. Done once for each pair, only as
-far as the matching head can see it: the last layer of each stream computes keys and values of all
-its tokens, and everything else for its first token, which alone is pooled. Word and region heads
-are not run at all. What a token attends to is the same as in `InterBert.forward`, so the scores are
-equal to rounding.
+Computed once per image or caption, because it does not depend on the partner: the embeddings and,
+token by token, the first layer's queries, keys and values. Computed per pair, only as far as the
+matching head depends on it: the last layer of each stream computes keys and values of all its
+tokens, and everything else for its first token only, which is the one that is pooled. Word and
+region heads are not run. A token attends to the same tokens as in `InterBert.forward`, so the
+scores are equal up to rounding.
 
-Which tokens meet is worked out on the host, and sent: the host never waits for the device, but runs
-ahead of it until somebody asks for the scores.
+The layout of pairs is computed on the host and sent: the host never waits for the device, but runs
+ahead of it until scores are read.
 
-Legend: n tokens of one side, N of all pairs, H hidden, B pairs.
+Legend: n tokens of one side, N tokens of all pairs, H hidden size, B pairs.
 """
 
 from dataclasses import dataclass
@@ -30,9 +29,9 @@ from megatron_interbert.model.transformer import SelfAttention, TransformerStack
 
 @dataclass
 class Side:
-    """Images or captions made ready.
+    """Hold images or captions prepared for scoring.
 
-    On the device: hidden states [n, H] and the first layer's projection [n, 3 H / ranks]. On the
+    On the device: embeddings [n, H] and the first layer's QKV projection [n, 3 H / ranks]. On the
     host: int64 offsets [items + 1] of their tokens.
     """
 
@@ -45,11 +44,11 @@ class Side:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [items]: tokens of each."""
+        """Return the number of tokens of each item, int64 [items]."""
         return np.diff(self.offsets)
 
     def rows(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Give (token rows, end to end, of some items [B]; their lengths [B])."""
+        """Return (rows of the tokens of some items [B], end to end; lengths of the items [B])."""
         starts = self.offsets[items]
         lengths = self.offsets[items + 1] - starts
         ends = np.cumsum(lengths)
@@ -58,11 +57,11 @@ class Side:
 
 @dataclass
 class PairLayout:
-    """Where the tokens of B pairs come from and where they stand: each pair's image tokens, then
+    """Hold where the tokens of B pairs come from and where they go: each pair's image tokens, then
     its text tokens.
 
-    On the device, int64: rows of the sides and their places among the joint tokens, offsets [B +
-    1].
+    On the device, int64: rows of the sides, their places among the joint tokens, and offsets
+    [B + 1].
     """
 
     image_rows: torch.Tensor
@@ -72,12 +71,12 @@ class PairLayout:
     image_offsets: torch.Tensor
     text_offsets: torch.Tensor
     joint_offsets: torch.Tensor
-    longest_image: int  # of these pairs, not of all
+    longest_image: int  # in these pairs, not in the whole side
     longest_text: int
     longest: int  # of both together
 
     def together(self, of_images: torch.Tensor, of_texts: torch.Tensor) -> torch.Tensor:
-        """Give [N, ..] of the pairs from [n, ..] of the sides."""
+        """Return the rows of the pairs [N, ..] from those of the sides [n, ..]."""
         rows = of_images.new_empty(len(self.image_index) + len(self.text_index), of_images.shape[1])
         rows[self.image_index] = of_images[self.image_rows]
         rows[self.text_index] = of_texts[self.text_rows]
@@ -87,7 +86,7 @@ class PairLayout:
 def lay_out_pairs(
     images: Side, captions: Side, image_of: np.ndarray, caption_of: np.ndarray
 ) -> PairLayout:
-    """Lay out pairs given by their numbers in both sides [B]."""
+    """Lay out pairs given by their indices into both sides [B]."""
     image_rows, image_lengths = images.rows(image_of)
     text_rows, text_lengths = captions.rows(caption_of)
     image_offsets = _offsets(image_lengths)
@@ -114,23 +113,25 @@ def lay_out_pairs(
 
 
 class PairScorer:
-    """For a model in evaluation mode with a matching head; works on tensor-parallel slices too (all
-    ranks call alike).
+    """Score pairs with a model in evaluation mode that has a matching head.
+
+    It works on tensor-parallel slices too, if all ranks make the same calls. Raises UsageError for
+    a model without that head.
     """
 
     def __init__(self, model: InterBert) -> None:
         if not hasattr(model, "itm_head"):
-            raise UsageError("these weights have no matching head, so pairs cannot be scored")
+            raise UsageError("these weights have no matching head, which scoring pairs needs")
         self.model = model
         self.first = next((layer for layer in model.interaction.layers), None)
 
     def images(self, batch: PackedBatch, device: torch.device) -> Side:
-        """Make the images of a batch on the host ready; its texts are not looked at."""
+        """Prepare the images of a batch that is on the host; its texts are ignored."""
         hidden = self.model.image_embedding(send_batch(batch, device))
         return Side(hidden, self._project(hidden), batch.image_offsets.numpy().astype(np.int64))
 
     def captions(self, batch: PackedBatch, device: torch.device) -> Side:
-        """Make the texts of a batch on the host ready."""
+        """Prepare the texts of a batch that is on the host."""
         sent = send_batch(batch, device)
         hidden = self.model.text_embedding(sent.token_ids, sent.token_positions, sent.token_types)
         return Side(hidden, self._project(hidden), batch.text_offsets.numpy().astype(np.int64))
@@ -139,7 +140,7 @@ class PairScorer:
         return self.first.attention.qkv(hidden) if self.first is not None else hidden[:, :0]
 
     def encode_side(self, side: Side, images: bool) -> torch.Tensor:
-        """Pool each item of one side, images or captions, without the other: [items, P]."""
+        """Return the pooled vector of each item of one side, without the other: [items, P]."""
         model = self.model
         (offsets,) = send_indexes([side.offsets], side.hidden.device)
         sequences = Sequences(offsets.int(), int(side.lengths.max()))
@@ -151,8 +152,8 @@ class PairScorer:
     def margins(
         self, images: Side, captions: Side, image_of: np.ndarray, caption_of: np.ndarray
     ) -> torch.Tensor:
-        """Give float32 [B] on the device: logit(matched) - logit(mismatched) of pairs given by
-        their numbers in both sides.
+        """Return logit(matched) - logit(mismatched), float32 [B] on the device, of pairs given by
+        their indices into both sides.
         """
         text, image = self.pooled(images, captions, image_of, caption_of)
         head = self.model.itm_head  # in float32: two logits rounded to 16 bits would often tie
@@ -165,7 +166,7 @@ class PairScorer:
     def pooled(
         self, images: Side, captions: Side, image_of: np.ndarray, caption_of: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give pooled text and image [B, P] of pairs."""
+        """Return the pooled text and the pooled image of pairs, each [B, P]."""
         model = self.model
         pairs = lay_out_pairs(images, captions, image_of, caption_of)
         joint = pairs.together(images.hidden, captions.hidden)
@@ -194,7 +195,7 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
 def last_layer_of_first(
     stack: TransformerStack, x: torch.Tensor, sequences: Sequences
 ) -> torch.Tensor:
-    """Give the first token's state [B, H] behind a stack over packed x [N, H]."""
+    """Return the first tokens' states [B, H] after a stack over packed x [N, H]."""
     *before, last = stack.layers or [None]
     for layer in before:
         x = layer(x, sequences)
@@ -211,8 +212,8 @@ def last_layer_of_first(
 def _first_token_attention(
     attention: SelfAttention, x: torch.Tensor, first: torch.Tensor, sequences: Sequences
 ) -> torch.Tensor:
-    """Give what the first token of each sequence attends to [B, H / ranks], from all tokens x [N,
-    H].
+    """Return the attention output of each sequence's first token [B, H / ranks], over all tokens x
+    [N, H].
     """
     size = attention.head_size
     weight = attention.qkv.weight.view(-1, 3, size, x.shape[1])

@@ -1,8 +1,7 @@
-"""The partition table: how each parameter is shared out over tensor-parallel ranks.
+"""Define how each parameter is partitioned over tensor-parallel ranks.
 
-It alone feeds the norm tags DeepSpeed reads, the converters, the initialisation and the tests.
-Fused QKV is head-major, so a plain slice of its rows holds whole heads and needs no kind of its
-own.
+The norm tags that DeepSpeed reads, converters, initialisation and tests all use this table. Fused
+QKV is head-major, so a plain slice of its rows holds whole heads and needs no kind of its own.
 """
 
 import re
@@ -11,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-# kind -> dimension that is cut; None = every rank holds all of it
+# kind -> dimension that is cut; None: every rank holds the whole parameter
 DIMENSION = {"column": 0, "row": 1, "vocab": 0, "replicated": None}
 
 TABLE = [
@@ -28,12 +27,12 @@ TABLE = [
     (r"(msm|mrm)_head\.transform\..*", "replicated"),
     (r"mrm_head\.decoder\..*", "replicated"),
     (r"(itm|choice|sentence)_head\..*", "replicated"),
-    (r"official_extra\..*", "replicated"),  # heads of others, carried along by conversions
+    (r"official_extra\..*", "replicated"),  # foreign heads, carried along by conversions
 ]
 
 
 def partition_kind(name: str) -> str:
-    """column, row, vocab or replicated; KeyError for a parameter without a row in the table."""
+    """Return column, row, vocab or replicated; raises KeyError for a parameter not in the table."""
     for pattern, kind in TABLE:
         if re.fullmatch(pattern, name):
             return kind
@@ -42,32 +41,30 @@ def partition_kind(name: str) -> str:
 
 
 def partition_dimension(name: str) -> int | None:
-    """Give the dimension cut over ranks, None for replicated parameters."""
+    """Return the dimension that is cut over ranks; None for replicated parameters."""
     return DIMENSION[partition_kind(name)]
 
 
 def shard(tensor: torch.Tensor, name: str, rank: int, ranks: int) -> torch.Tensor:
-    """This rank's slice of a full parameter."""
+    """Return the slice of a full parameter that rank `rank` of `ranks` holds."""
     dimension = partition_dimension(name)
     return tensor if dimension is None else tensor.chunk(ranks, dimension)[rank]
 
 
 def unshard(shards: Sequence[torch.Tensor], name: str) -> torch.Tensor:
-    """Give the full parameter from the slices of all ranks, in rank order."""
+    """Return the full parameter from the slices of all ranks, in rank order."""
     dimension = partition_dimension(name)
     return shards[0] if dimension is None else torch.cat(list(shards), dimension)
 
 
 def full_shape(name: str, shape: Sequence[int], ranks: int) -> list[int]:
-    """Shape of the full parameter from the shape of one slice."""
+    """Return the shape of the full parameter from the shape of one slice."""
     dimension = partition_dimension(name)
     return [size * ranks if axis == dimension else size for axis, size in enumerate(shape)]
 
 
 def mark_shards(model: nn.Module) -> None:
-    """Set the tags by which DeepSpeed tells shards from replicated parameters when it computes
-    norms.
-    """
+    """Set the tags by which DeepSpeed distinguishes shards from replicated parameters in norms."""
     for name, parameter in model.named_parameters():
         dimension = partition_dimension(name)
         if dimension is not None:
@@ -76,5 +73,5 @@ def mark_shards(model: nn.Module) -> None:
 
 
 def unshard_state(states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Give one full state dict from those of all tensor-parallel ranks."""
+    """Return the full state dict from those of all tensor-parallel ranks."""
     return {name: unshard([state[name] for state in states], name) for name in states[0]}

@@ -1,4 +1,4 @@
-"""Named model sizes for `--model`, and reading sizes from a JSON file."""
+"""Define the presets of `--model`, and read model sizes from a JSON file."""
 
 import dataclasses
 from pathlib import Path
@@ -8,9 +8,9 @@ from megatron_interbert.config.options import nearest
 from megatron_interbert.errors import UsageError
 from megatron_interbert.reading import read_json
 
-# Both small presets take vocabulary, features and classes from the data. Their first weights are
-# wider: a layer's share of the signal at width 64 is then what 0.02 makes it at 768 (0.02 x
-# sqrt(768) = 0.55), without which attention learns nothing for long.
+# The small presets take vocabulary, features and classes from the data. Their first weights are
+# wider, so that a layer's share of the signal at width 64 (0.1 x sqrt(64) = 0.8) is about that of
+# base (0.02 x sqrt(768) = 0.55); with less, attention learns nothing for a long time.
 SMALL = ModelConfig(
     vocab_size=0,
     feature_dim=0,
@@ -48,7 +48,7 @@ PRESETS = {
 
 
 def load_model_config(model: str) -> ModelConfig:
-    """Load a preset's sizes or those of a JSON file; UsageError for an unknown name or key."""
+    """Return the sizes of a preset or JSON file; raises UsageError for an unknown name or key."""
     if model in PRESETS:
         return PRESETS[model]
     if model.endswith(".json") or Path(model).is_file():
@@ -63,14 +63,14 @@ def load_model_config(model: str) -> ModelConfig:
 def fit_to_data(
     config: ModelConfig, vocab_size: int, feature_dim: int, num_classes: int, where: str
 ) -> ModelConfig:
-    """Fill in sizes of 0 from the data; UsageError where a fixed size disagrees with it."""
+    """Fill in sizes of 0 from the data; raises UsageError if another size disagrees with them."""
     found = {"vocab_size": vocab_size, "feature_dim": feature_dim, "num_classes": num_classes}
     for name, value in found.items():
         expected = getattr(config, name)
         if expected not in (0, value):
             raise UsageError(
                 f"{where}: {name} is {value}, but the model has {expected};"
-                " give the data or the vocabulary that the model was made for, or another --model"
+                " use the data or the vocabulary that the model was made for, or another --model"
             )
 
     return dataclasses.replace(config, **found)

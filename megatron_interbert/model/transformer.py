@@ -1,8 +1,8 @@
-"""The one transformer layer, used by the interaction module and both streams: post-LN BERT over
-packed tokens.
+"""Define the transformer layer of the interaction module and both streams: post-LN BERT over packed
+tokens.
 
-Legend: N tokens of all samples, H hidden. With sequence parallelism a rank's x holds its part of
-the N rows (parallel/placement.py).
+Legend: N tokens of all samples, H hidden size. With sequence parallelism a rank's x holds its part
+of the N rows (parallel/placement.py).
 """
 
 import math
@@ -20,8 +20,8 @@ from megatron_interbert.parallel.rng import RandomStreams
 
 
 class SelfAttention(nn.Module):
-    """One QKV projection, attention within each sequence, output projection without its bias: [N,
-    H] -> [N, H].
+    """Hold the QKV projection, attention within each sequence, and the output projection, whose
+    bias ResidualNorm adds.
 
     The rows of `qkv` are ordered by head (q, k, v of head 0, then of head 1, ..), so that a slice
     holds whole heads.
@@ -45,12 +45,12 @@ class SelfAttention(nn.Module):
         self.output = RowParallelLinear(hidden, hidden, placement, kernels.products)
 
     def attend(self, qkv: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-        """Attend over projected tokens [N, 3 H / ranks] -> [N, H / ranks]; the output projection is
-        not in it.
+        """Attend over projected tokens: [N, 3 H / ranks] -> [N, H / ranks], before the output
+        projection.
         """
         qkv = qkv.view(len(qkv), -1, 3, self.head_size)
         p = self.dropout if self.training else 0.0
-        if p > 0:  # heads are sharded: each rank drops for itself
+        if p > 0:  # heads are sharded, so each rank draws its own dropout
             with self.streams.sharded():
                 attended = self.kernels.attention(qkv, sequences, p)
         else:
@@ -60,9 +60,9 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """GELU MLP without its last bias: [N, H] -> [N, H].
+    """Apply a GELU MLP without its last bias, which ResidualNorm adds: [N, H] -> [N, H].
 
-    A layer takes any module of this signature in its place.
+    Any module of this signature can take its place in a layer.
     """
 
     def __init__(self, hidden: int, ffn: int, placement: Placement, kernels: Kernels) -> None:
@@ -77,8 +77,9 @@ class Mlp(nn.Module):
 
 
 class ResidualNorm(nn.Module):
-    """LayerNorm(residual + dropout(x + linear_bias)); linear_bias is that of the row-parallel layer
-    that made x.
+    """Compute LayerNorm(residual + dropout(x + linear_bias)).
+
+    `linear_bias` belongs to the row-parallel layer that computed x.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class ResidualNorm(nn.Module):
             self.linear_bias, self.weight, self.bias
         )
 
-        # Rows that are shared out are not those of the other ranks: each drops for itself.
+        # Ranks that split the rows hold different ones, so each draws its own dropout.
         with self.streams.sharded() if self.placement.shared and p > 0 else nullcontext():
             return self.kernels.dropout_add_norm(
                 x, linear_bias, residual, weight, bias, p, self.eps
@@ -114,10 +115,7 @@ class ResidualNorm(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """x = norm(x + attention(x)).
-
-    X = norm(x + mlp(x)), over the tokens [N, H] of packed sequences.
-    """
+    """Compute x = norm(x + attention(x)); x = norm(x + mlp(x)) over packed tokens [N, H]."""
 
     def __init__(
         self,
@@ -143,8 +141,8 @@ class TransformerLayer(nn.Module):
     def forward(
         self, x: torch.Tensor, sequences: Sequences, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Give all tokens, or only those of `rows` [R] (each at most once), which still attend to
-        all of their sequence.
+        """Run the layer for all tokens [N, H], or only those of `rows` [R] (each at most once),
+        which still attend to their whole sequence: [R, H].
         """
         attended = self.attention.attend(self.attention.qkv(x), sequences)
         if rows is not None:
@@ -154,17 +152,15 @@ class TransformerLayer(nn.Module):
         return self.after_attention(attended, x)
 
     def after_attention(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Give the layer from its attention's result [N, H / ranks], before the output projection,
-        on.
-        """
+        """Run the rest of the layer after `attend`: its result [N, H / ranks] and x -> [N, H]."""
         x = self.attention_norm(self.attention.output(attended), x)
         return self.mlp_norm(self.mlp(x), x)
 
 
 class TransformerStack(nn.Module):
-    """Layers one after another; `recompute` keeps only their inputs for the backward pass.
+    """Run layers one after another; `recompute` keeps only their inputs for the backward pass.
 
-    Rows are filled up to a multiple of `row_multiple`, and of the ranks that share them out.
+    Rows are padded to a multiple of `row_multiple` and of the ranks that split them.
     """
 
     def __init__(
@@ -185,8 +181,8 @@ class TransformerStack(nn.Module):
     def forward(
         self, x: torch.Tensor, sequences: Sequences, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Run the stack: [N, H] -> [N, H], or [R, H]: the last layer is computed only where `rows`
-        say that it is read.
+        """Run the stack: [N, H] -> [N, H], or [R, H] with `rows` [R], for which alone the last
+        layer is then computed.
         """
         if rows is not None and not len(self.layers):
             return x.index_select(0, rows)
@@ -213,10 +209,9 @@ class TransformerStack(nn.Module):
     def _filled(
         self, x: torch.Tensor, sequences: Sequences, rows: torch.Tensor | None
     ) -> tuple[torch.Tensor, Sequences, torch.Tensor | None]:
-        """Add one more sequence, of as many empty tokens as are missing, and fill `rows` with its
-        first.
+        """Add a sequence of as many empty tokens as are missing, and pad `rows` with its first.
 
-        Nothing reads the empty tokens, so they get no gradient and give none.
+        Nothing reads the empty tokens, so no gradient flows through them.
         """
         tokens = len(x)
         more = self.multiple - tokens % self.multiple  # at least one: no sequence is ever empty

@@ -1,1 +1,1 @@
-"""What result pages, reports and the service draw: photos, and regions where there are none."""
+"""Draw photos and their regions for result pages, reports and the service."""

@@ -1,4 +1,4 @@
-"""Images of a store as SVG: the photo, if there is one, with confident boxes and their names."""
+"""Draw images of a store as SVG: the photo, if there is one, with named boxes over it."""
 
 import base64
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ COLOURS = (
 
 @dataclass
 class DrawnBox:
-    """A box [x1, y1, x2, y2], its name, and where the name stands: left, top, right, bottom."""
+    """Hold a box [x1, y1, x2, y2], its name, and the name's place [left, top, right, bottom]."""
 
     corners: np.ndarray
     name: str
@@ -36,7 +36,7 @@ class DrawnBox:
     label: np.ndarray
 
     def values(self) -> dict[str, Any]:
-        """Give what the template shows."""
+        """Return the values for the template."""
         left, top, right, bottom = self.corners
         return {
             "x": f"{left:.0f}",
@@ -58,9 +58,9 @@ def draw_image(
     class_names: Sequence[str] | None = None,
     number: int | None = None,
 ) -> Markup:
-    """Draw an SVG symbol `image-NUMBER`, to be used wherever the image is shown.
+    """Return an SVG symbol `image-NUMBER`, to be used wherever the image is shown.
 
-    The number is the image's own unless given.
+    NUMBER is `number`, by default the image's own.
     """
     regions = store.read(image)
     names = (store.manifest.get("class_names") or []) if class_names is None else class_names
@@ -88,7 +88,7 @@ def draw_image(
 
 
 def boxes_of(regions: Any, names: Sequence[str], scale: float, most: int) -> list[DrawnBox]:
-    """Choose the boxes to draw: not the same object again, and so many at most."""
+    """Choose the boxes to draw, at most `most`, without repeats of an object."""
     width, height = regions.size
     found: list[DrawnBox] = []
     for box, ids, probs in zip(regions.boxes, regions.class_ids, regions.class_probs, strict=True):
@@ -110,9 +110,9 @@ def boxes_of(regions: Any, names: Sequence[str], scale: float, most: int) -> lis
 def _label_place(
     box: np.ndarray, name: str, width: float, height: float, scale: float, taken: list[np.ndarray]
 ) -> np.ndarray:
-    """Find left, top, right, bottom of a name inside its box's corner.
+    """Return [left, top, right, bottom] for a name in the top left corner of its box.
 
-    It is within the image, and below names that are there already.
+    It is moved down below other names (`taken`), and up to stay within the image.
     """
     line = scale / 22
     room = scale / 40 * len(name)

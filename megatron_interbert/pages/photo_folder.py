@@ -1,7 +1,7 @@
-"""Photos named by image id.
+"""Find and read photos by image id.
 
-An id comes with the features, from anywhere, so it never becomes a path: it is looked up in a
-listing of the folder, and what is found is opened without following a link.
+Ids come with the features, from anywhere, so they never become paths: an id is looked up in a
+listing of the folder, and the file found is opened without following links.
 """
 
 import errno
@@ -17,11 +17,11 @@ from typing import IO
 
 from megatron_interbert.errors import UsageError
 
-TYPES = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png"}  # in the order of preference
-MOST_BYTES = 256 << 20  # a larger file is no photo that a page could show
-SETTLED = 2.0  # seconds after which another change of a folder shows in its time
-# times as long as a listing takes, before the next one: a folder that always changes is not always
-# listed
+TYPES = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png"}  # in order of preference
+MOST_BYTES = 256 << 20  # larger files are not shown
+SETTLED = 2.0  # seconds after which another change of a folder changes its modification time
+# pause before the next listing as a multiple of the time a listing takes, so that a folder that
+# keeps changing is not listed all the time
 PAUSE = 10
 log = logging.getLogger("megatron_interbert.data")
 GONE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO}
@@ -29,7 +29,7 @@ GONE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO}
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo in memory: `jpeg` or `png`, and the bytes of its file."""
+    """Hold a photo in memory: its kind, `jpeg` or `png`, and the bytes of its file."""
 
     kind: str
     data: bytes
@@ -37,23 +37,23 @@ class Photo:
 
 @dataclass(frozen=True)
 class _Listing:
-    """What a folder held. All paths are below the root."""
+    """Hold what a folder contained when it was listed; all paths are relative to the root."""
 
     files: dict[str, str]  # image id -> path
     links: dict[str, str]  # path of a link -> path of its file
     folders: dict[str, "PhotoFolder"]
-    stamp: tuple[int, int, int]  # device, inode and time of the folder
-    settled: bool
-    next_at: float  # on the monotonic clock
+    stamp: tuple[int, int, int]  # device, inode and modification time of the folder
+    settled: bool  # whether any later change shows in the stamp
+    next_at: float  # earliest time of the next listing, on the monotonic clock
 
 
 class PhotoFolder:
-    """Photos IMAGE_ID.jpg, .jpeg or .png of a folder; the part of an id before a slash names a
-    folder in it.
+    """Read photos IMAGE_ID.jpg, .jpeg or .png of a folder; the part of an id before a slash names a
+    subfolder.
 
-    Hidden files and links to folders are left out, and so are links to files outside of the folder.
-    It is listed again when it has changed. `below`: the path of this folder in the one that the
-    user named, whose files alone are shown.
+    Hidden files, links to folders and links to files outside `root` are left out. The folder is
+    listed again when it has changed. `root` is the folder that the user named, to whose files links
+    may lead, and `below` the path of this folder in it.
     """
 
     def __init__(self, root: str | Path, below: str = "") -> None:
@@ -61,16 +61,16 @@ class PhotoFolder:
         self.below = below
         self.path = self.root / below
         self._listing: _Listing | None = None
-        self._lock = threading.Lock()  # requests that come together wait for one listing
+        self._lock = threading.Lock()  # concurrent requests wait for one listing
 
     def has(self, image_id: str) -> bool:
-        """Tell whether there is a photo of an image."""
+        """Check whether there is a photo of an image."""
         return self._find(image_id) is not None
 
     def read(self, image_id: str) -> Photo | None:
-        """Read the photo of an image, or None where there is none.
+        """Read the photo of an image; None if there is none.
 
-        UsageError where the system does not let it be read.
+        Raises UsageError if the system does not let it be read.
         """
         found = self._find(image_id)
         if found is None:
@@ -87,8 +87,8 @@ class PhotoFolder:
         return None if data is None else Photo(TYPES[Path(path).suffix], data)
 
     def _find(self, image_id: str) -> tuple[str, str] | None:
-        """Find the path of the photo of an image, and that of its file, which is another one for a
-        link.
+        """Return the path of an image's photo and that of its file, which differ for a link; None
+        if there is none.
         """
         first, slash, rest = image_id.partition("/")
         listing = self._current()
@@ -101,7 +101,7 @@ class PhotoFolder:
         return (path, listing.links.get(path, path)) if path else None
 
     def _current(self) -> _Listing:
-        """Give the listing as the folder is now, or as it was a short while ago."""
+        """Return the listing of the folder as it is now, or was a short while ago."""
         try:
             with self._lock:
                 known = self._listing
@@ -119,7 +119,7 @@ class PhotoFolder:
         return changed and time.monotonic() >= known.next_at
 
     def _list(self) -> _Listing:
-        """Look at every name in the folder once. OSError when it cannot be listed."""
+        """List the folder; raises OSError if that fails."""
         begun = time.monotonic()
         stamp = _stamp(self.path)
         settled = time.time() - stamp[2] / 1e9 > SETTLED
@@ -153,7 +153,7 @@ class PhotoFolder:
 
         if left_out and self._listing is None:
             log.warning(
-                "%s: %d links to photos outside of the folder are not followed", self.path, left_out
+                "%s: %d links to photos outside the folder are not followed", self.path, left_out
             )
 
         took = time.monotonic() - begun
@@ -163,14 +163,12 @@ class PhotoFolder:
 
 @functools.lru_cache(maxsize=16)
 def photos_in(folder: str) -> PhotoFolder | None:
-    """Give the photos of a folder, the same object for the same name; None for an empty name."""
+    """Return the photos of a folder, the same object for the same name; None for an empty name."""
     return PhotoFolder(folder) if folder else None
 
 
 def _preferred(suffix: str, known: str | None) -> bool:
-    """Tell whether a photo of this ending is taken rather than the one that is known of the same
-    image.
-    """
+    """Check whether a photo with this suffix takes precedence over the known one of its image."""
     if known is None:
         return True
 
@@ -180,9 +178,8 @@ def _preferred(suffix: str, known: str | None) -> bool:
 
 
 def _file_inside(link: str | Path, inside: Path) -> str | None:
-    """Give the path below `inside` of the file that a link leads to.
-
-    None where it leads elsewhere.
+    """Return the path, relative to `inside`, of the file that a link leads to; None if it is not
+    there.
     """
     target = Path(os.path.realpath(link))
     if not target.is_relative_to(inside) or not os.path.isfile(target):
@@ -196,11 +193,11 @@ def _stamp(folder: Path) -> tuple[int, int, int]:
 
 
 def _not_read(path: Path, error: OSError) -> UsageError:
-    return UsageError(f"{path}: could not be read ({error.strerror}); mend that and try again")
+    return UsageError(f"{path}: could not be read ({error.strerror}); fix that and try again")
 
 
 def _read_below(folder: Path, path: str) -> bytes | None:
-    """Read the bytes of a file below a folder; None where it is no regular file, or too large."""
+    """Read the bytes of a file below a folder; None if it is not a regular file or too large."""
     with _open_below(folder, path) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return None
@@ -210,10 +207,10 @@ def _read_below(folder: Path, path: str) -> bytes | None:
 
 
 def _open_below(folder: Path, path: str) -> IO[bytes]:
-    """Open what lies below a folder.
+    """Open a file below a folder for reading.
 
-    Each part of the path is opened in the one before it and none of them may be a link, so what is
-    swapped for a link after it was listed is not followed: that is an OSError.
+    Each part of the path is opened relative to the one before, and none may be a link: OSError if
+    one was replaced by a link after it was listed.
     """
     *parts, name = path.split("/")
     place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -1,4 +1,4 @@
-"""Pages and pictures from Jinja templates; texts of users are escaped in HTML."""
+"""Render pages and pictures from Jinja templates, escaping texts in all but Markdown."""
 
 from functools import cache
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-COMMON = Path(__file__).with_name("templates")  # what all pages share
+COMMON = Path(__file__).with_name("templates")  # shared by all pages
 
 
 @cache
 def environment(folder: Path) -> Environment:
-    """Give the environment of the templates in a folder, which may extend the common ones."""
+    """Return Jinja's environment for the templates in a folder, which may extend common ones."""
     return Environment(
         loader=FileSystemLoader([folder, COMMON]),
         autoescape=lambda name: not (name or "").endswith(".md.j2"),
@@ -23,5 +23,5 @@ def environment(folder: Path) -> Environment:
 
 
 def render(template: Path, **values: Any) -> str:
-    """Fill in a template; a name that it uses and nobody gives is an error."""
+    """Return a template filled in with `values`; a name that is missing there is an error."""
     return environment(template.parent).get_template(template.name).render(**values)

@@ -1,4 +1,3 @@
-"""Everything before training: building, inspecting and mining region stores.
-
-Training does not import it.
+"""Prepare data for training: build, inspect and mine region stores. Training does not import this
+package.
 """

@@ -1,5 +1,5 @@
-"""Folders of unfinished work: held by one process, never reached through a link, emptied of our own
-files alone.
+"""Manage folders of unfinished work: locked by one process, never reached through a link, and
+cleared only of files that this project makes.
 """
 
 import contextlib
@@ -16,10 +16,11 @@ from megatron_interbert.reading import list_folder
 
 
 def lock_folder(folder: Path, busy: str) -> int:
-    """Make a folder, or take the one that is there, and lock it; gives the descriptor that holds
-    the lock.
+    """Make a folder, or take an existing one, and lock it; return the descriptor that holds the
+    lock.
 
-    UsageError where a link or a file has its name, or, with `busy`, where another process holds it.
+    Raises UsageError if a link or a file has its name, or (with the text `busy`) if another process
+    holds the lock. On a file system without locks it prints a note and continues.
     """
     refuse_link(folder)
 
@@ -27,7 +28,7 @@ def lock_folder(folder: Path, busy: str) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise UsageError(
-            f"{error.filename}: is no folder, expected one that this command makes; move it"
+            f"{error.filename}: is not a folder, expected one that this command makes; move it"
             " elsewhere"
         ) from None
 
@@ -38,8 +39,8 @@ def lock_folder(folder: Path, busy: str) -> int:
     except OSError as error:
         taken = True
         print(
-            f"note: {folder} cannot be locked ({error.strerror}); see that no other process works"
-            " there",
+            f"note: {folder} cannot be locked ({error.strerror}); make sure that no other process"
+            " works there",
             flush=True,
         )
 
@@ -51,7 +52,7 @@ def lock_folder(folder: Path, busy: str) -> int:
 
 
 def refuse_link(path: Path) -> None:
-    """Raise UsageError where a link has the name of a folder of ours."""
+    """Raise UsageError if the path is a symbolic link instead of a folder that a command made."""
     if path.is_symlink():
         raise UsageError(
             f"{path}: is a link to {os.readlink(path)[:200]!r}, expected a folder that this command"
@@ -60,8 +61,8 @@ def refuse_link(path: Path) -> None:
 
 
 def own_names(folder: Path, ours: Sequence[str]) -> list[str]:
-    """List what matches the patterns `ours`, in their order; a pattern for folders ends with a
-    slash.
+    """List the names in a folder that match the patterns `ours`, in the order of the patterns; a
+    pattern for folders ends with a slash.
     """
     found = []
 
@@ -74,20 +75,20 @@ def own_names(folder: Path, ours: Sequence[str]) -> list[str]:
 
 
 def refuse_strangers(folder: Path, ours: Sequence[str]) -> None:
-    """Raise UsageError that names a file that matches none of the patterns `ours`.
+    """Raise UsageError naming a file in the folder that matches none of the patterns `ours`.
 
-    Hidden files are passed over: systems and network disks leave theirs anywhere.
+    Hidden files are ignored: operating systems and network disks leave theirs anywhere.
     """
     for name in list_folder(folder):
         if not name.startswith(".") and _place(folder, name, ours) is None:
             raise UsageError(
                 f"{folder}: holds {name[:200]!r}, which this command did not make; nothing was"
-                " removed; move it elsewhere, or remove the folder if all in it can go"
+                " removed; move it elsewhere, or remove the folder if nothing in it is needed"
             )
 
 
 def remove_own(folder: Path, ours: Sequence[str]) -> None:
-    """Remove the files that match the patterns `ours`, in their order; everything else stays."""
+    """Remove the files that match the patterns `ours`, in the order of the patterns."""
     for name in own_names(folder, ours):
         (folder / name).unlink(missing_ok=True)
 
@@ -103,7 +104,7 @@ def remove_folder(folder: Path, ours: Sequence[str]) -> None:
 
 
 def _place(folder: Path, name: str, ours: Sequence[str]) -> int | None:
-    """Give the number of the first pattern that fits; None where there is none."""
+    """Return the number of the first pattern that a name matches; None if it matches none."""
     with contextlib.suppress(FileNotFoundError):
         if stat.S_ISDIR((folder / name).lstat().st_mode):
             name += "/"

@@ -158,7 +158,9 @@ def preparations(world: World) -> list[Command]:
     return [
         Command("tools/build_features.py", build, ("source", "--output", *of_build)),
         Command(
-            "tools/inspect_features.py", store, ("store", "--photos", "--class-names", "--json")
+            "tools/inspect_features.py",
+            store,
+            ("store", "--image-folder", "--class-names", "--json"),
         ),
         Command("tools/mine_negatives.py --overwrite", store, ("store",)),
         Command("tools/mine_neighbours.py", store, ("store",)),

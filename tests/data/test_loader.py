@@ -255,7 +255,7 @@ def alive(pid):
 def test_wrong_mixtures_are_refused(paths, tmp_path):
     for changes, message in (
         ({"data_epochs": "1"}, "expected 2 positive numbers"),
-        ({"data_weights": "1,x"}, "expected numbers with commas"),
+        ({"data_weights": "1,x"}, "expected numbers separated by commas"),
         ({"data_epochs": "1,-1"}, "expected 2 positive numbers"),
     ):
         with pytest.raises(UsageError, match=message):

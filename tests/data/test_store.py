@@ -300,5 +300,5 @@ def test_soft_labels_of_one_store_have_one_width(tmp_path):
 
     with RegionStoreWriter(tmp_path / "s", **facts, images_per_shard=1) as writer:
         writer.add(random_regions(random, "a"), [("x", "en")])
-        with pytest.raises(UsageError, match="soft labels with 2 entries, those before had 3"):
+        with pytest.raises(UsageError, match="soft labels with 2 entries, expected 3"):
             writer.add(other, [("y", "en")])

@@ -201,7 +201,7 @@ def test_lines_of_no_use_are_complained_of_one_by_one(tmp_path):
     ):
         assert word in row
 
-    with pytest.raises(UsageError, match="say what it is by --captions-format"):
+    with pytest.raises(UsageError, match="name it with --captions-format"):
         guess_format(write(tmp_path / "x", "just words\n"))
     with pytest.raises(UsageError, match="not a coco caption file"):
         list(read_captions(write(tmp_path / "c", {"annotations": [{"id": 1}]}), "coco"))

@@ -7,11 +7,11 @@ import socket
 import threading
 from types import SimpleNamespace
 
-from megatron_interbert.serve import Server, server_config
 from megatron_interbert.serving.config import ServeConfig
 from megatron_interbert.serving.connections import Crowd
 from megatron_interbert.serving.guard import Guard
 from megatron_interbert.serving.hosts import AllowedHosts
+from megatron_interbert.serving.server import Server, server_config
 from tests.launching import until
 
 

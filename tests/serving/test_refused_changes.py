@@ -13,10 +13,10 @@ import pytest
 from fastapi import FastAPI, HTTPException
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.serve import bind
 from megatron_interbert.serving.app import answer_errors_alike
 from megatron_interbert.serving.items import Item
 from megatron_interbert.serving.journal import JOURNAL, Journal, NotKept, begin, read_content
+from megatron_interbert.serving.server import bind
 from megatron_interbert.serving.service import KeptInPart, Service
 from megatron_interbert.serving.shop import Shop
 from megatron_interbert.serving.start import Opened

@@ -127,7 +127,7 @@ def test_boxes_as_corner_and_size(tmp_path, images):
 
     assert "warning" not in out
     _, out = build(tmp_path / "wrong", path)
-    assert "they look like x, y, width, height: --box-format xywh" in out
+    assert "if they are x, y, width, height, use --box-format xywh" in out
 
 
 def test_lmdb_rows_of_pretraining_carry_their_captions(tmp_path, images):

@@ -146,7 +146,7 @@ def test_records_of_odd_shapes_and_names_are_reported(tmp_path, images):
 
     store, out = build(tmp_path / "b", folder, "--max-dropped", 1)
     assert store.num_images == 11
-    assert "dropped: 1 images, image id is no text" in out
+    assert "dropped: 1 images, image id is not valid text" in out
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_left_by_a_kill_at_the_very_start_or_end(tmp_path, images, monkeypatch, 
             lambda npz, captions: captions.write_text(
                 captions.read_text().replace('"image_id": "', '"image_id": "x')
             ),
-            "image_id differs",
+            "their image ids differ",
         ),
         (lambda npz, captions: captions.write_bytes(b"\xff\xfe"), "cannot be read as UTF-8"),
     ],

@@ -80,7 +80,7 @@ def test_a_part_that_does_not_fit_is_done_anew_and_said(plans, interrupted, capf
     build(plan(str(interrupted.with_name("store"))))
     assert content(interrupted.with_name("store")) == whole
     err = capfd.readouterr().err
-    assert err.count("is done anew") == 1
+    assert err.count("is done again") == 1
     assert "shard-00001.h5.json" in err
 
 

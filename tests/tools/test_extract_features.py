@@ -456,14 +456,14 @@ def test_wrong_use_is_one_line(folders, tmp_path):
         PhotoSource(tmp_path / "absent", choice("x"))
     with pytest.raises(UsageError, match="no photos there; expected files that end in"):
         PhotoSource(tmp_path, choice("x"))
-    with pytest.raises(UsageError, match="no object detection model that transformers can load"):
+    with pytest.raises(UsageError, match="not an object detection model"):
         load_detector(choice(tmp_path))
 
     classifier = tmp_path / "classifier"
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
     ResNetForImageClassification(config).save_pretrained(classifier)
     shutil.copy(folders["detr"] / "preprocessor_config.json", classifier)
-    with pytest.raises(UsageError, match="no object detection model that transformers can load"):
+    with pytest.raises(UsageError, match="not an object detection model"):
         load_detector(choice(classifier))
     with pytest.raises(UsageError, match="only for torchvision detectors"):
         load_detector(choice(folders["detr"], weights="x.pth"))

@@ -44,7 +44,7 @@ def rewrite(store, name, change, shard=0, **layout):
 def test_real_store_passes_with_a_page_of_photos(tmp_path):
     store = write_real(tmp_path / "real")
     code, out, err = inspect(
-        store, "--photos", DATA / "images", "--verify-hashes", "--output", tmp_path / "look"
+        store, "--image-folder", DATA / "images", "--verify-hashes", "--output", tmp_path / "look"
     )
     assert code == 0, out + err
 
@@ -194,7 +194,7 @@ def test_names_from_a_file(tmp_path):
     ("flags", "message"),
     [
         (["missing"], "no manifest.json there, expected a region store"),
-        (["STORE", "--photos", "missing"], "--photos missing: no such folder"),
+        (["STORE", "--image-folder", "missing"], "--image-folder missing: no such folder"),
         (["STORE", "--class-names", "NAMES"], "3 lines, but the store has 11 classes"),
         (["STORE", "--class-names", "missing.txt"], "--class-names: cannot read missing.txt"),
         (["STORE", "--max-images", "0"], "--max-images is 0, expected 1 or more"),

@@ -133,7 +133,7 @@ def test_without_numba_it_says_what_to_install(copy, tmp_path):
 
 def test_a_place_that_cannot_be_written(copy):
     (copy / f"{HARD_NEGATIVES}.partial").write_text("a file in the way")
-    assert "is no folder, expected one that this command makes" in refused(copy)
+    assert "is not a folder, expected one that this command makes" in refused(copy)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")

@@ -57,7 +57,7 @@ def test_templates_are_found_by_name_beside_a_folder_of_that_name(tmp_path, monk
         config = parse(RunConfig, "test", ["--deepspeed-config", name])
         assert merge(config, 2)["zero_optimization"]["stage"] == int(name[-1])
 
-    with pytest.raises(UsageError, match="zero9: no such file; did you mean .* one of cpu, zero0"):
+    with pytest.raises(UsageError, match=r"zero9: no such file; did you mean .* one of cpu, zero0"):
         merge(parse(RunConfig, "test", ["--deepspeed-config", "zero9"]), 1)
 
 
@@ -181,7 +181,8 @@ def test_float8_needs_bfloat16_and_sizes_that_divide(tmp_path):
     config.tensor_model_parallel_size = 32
 
     with pytest.raises(
-        UsageError, match=r"--fp8: hidden_size 768 of the model is no multiple of 16 on each of 32"
+        UsageError,
+        match=r"--fp8: hidden_size 768 of the model is not a multiple of 16 on each of 32",
     ):
         config.check_float8(PRESETS["base"])
 

@@ -109,7 +109,7 @@ def test_lack_of_memory_is_noticed_and_nothing_else(error):
 def test_nothing_to_choose_from():
     with pytest.raises(UsageError, match="--micro-batch-size auto needs --global-batch-size"):
         choose(Pretended(lambda samples: 1.0), 0)
-    with pytest.raises(UsageError, match="not one sample fits .* interbert plan"):
+    with pytest.raises(UsageError, match=r"not one sample fits .* interbert plan"):
         choose(Pretended(lambda samples: 1.0, room=0), 8)
 
 
@@ -226,7 +226,7 @@ def test_what_cannot_be_found_out_is_one_line(tmp_path):
         *pretrain(*flags, "--micro-batch-size", "auto", "--global-batch-size", 8, "--deterministic")
     )
     assert code == 2
-    assert "a trial does not choose the same every time" in err.strip().splitlines()[-1]
+    assert "trials do not choose the same every time" in err.strip().splitlines()[-1]
     command = (
         sys.executable,
         "-m",

@@ -1,3 +1,3 @@
-"""Making region stores: readers of every published format and of photos, writers, and the build
-that survives kills.
+"""Build region stores: readers of every published format and of photos, detectors, writers, and a
+build that can be resumed after a kill.
 """

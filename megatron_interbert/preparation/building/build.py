@@ -1,14 +1,14 @@
-"""Building a region store from any sources with several processes, so that a kill at any moment
-costs one shard of work.
+"""Build a region store from any sources with several processes, so that a kill at any moment costs
+at most the shard that each process is working on.
 
-    OUTPUT.partial/plan.json        what is being built; another plan is refused; stays in the store
+    OUTPUT.partial/plan.json        what is being built; another plan is refused; kept in the store
                    images.db        captions and wanted images by name (SQLite)
                    shard-N.h5       one for each unit of work
-                   shard-N.json     written last: the unit is done; its counts
-    OUTPUT/                         the folder renamed, when all is there
+                   shard-N.h5.json  counts of a unit, written last: marks it as done
+    OUTPUT/                         the same folder, renamed when complete
 
-A unit's result depends on nothing but the unit, so the number of processes and the kills leave no
-trace in the store.
+A unit's result depends on the unit alone, so the store is the same whatever the number of processes
+and of kills.
 """
 
 import contextlib
@@ -68,11 +68,10 @@ from megatron_interbert.preparation.work_folder import (
 from megatron_interbert.progress import progress
 from megatron_interbert.reading import read_json, read_text
 
-# in the work folder: complaints about caption lines; written when images.db is whole
+# in the work folder: complaints about caption lines; written when images.db is complete
 CAPTIONS_DONE = "captions.json"
 OF_BUILDS = ("shard-[0-9]*.h5.json", CAPTIONS_DONE, "images.db*", REPORT)
-# All that a work folder holds, in the order in which it is removed: without its plan it is no
-# build.
+# All that a work folder holds, in the order of removal: the plan, which marks it as a build, last.
 UNFINISHED = tuple(
     f"{name}{end}" for name in (*OF_BUILDS, PLAN) for end in (".[0-9]*.new", ".partial")
 )
@@ -82,10 +81,10 @@ LMDB_LOCK = "lock.mdb"  # changes whenever an LMDB is read
 
 @dataclass
 class BuildPlan:
-    """What is built.
+    """Hold the settings of a build.
 
-    `options` are any further settings that decide the result: another value of one is another
-    build.
+    `options` are any further settings that change the result: with another value of one, it is
+    another build.
     """
 
     sources: list[FeatureSource]
@@ -104,7 +103,7 @@ class BuildPlan:
     options: dict[str, Any] = field(default_factory=dict)
 
     def fingerprint(self, units: Sequence[Any]) -> dict[str, Any]:
-        """What another run must agree with to resume this one."""
+        """Return what must be equal in another run for it to resume this one, ready for JSON."""
         files = {path: os.path.getsize(path) for path in self.caption_files}
         return {
             "captions": {"files": files, "format": self.captions_format, "split": self.split},
@@ -125,8 +124,8 @@ class BuildPlan:
 
 
 def _identity(path: str) -> list[Any]:
-    """Give what changes when a source is replaced: size and time of a file, of a store's manifest,
-    of all files in another folder.
+    """Return what changes if a source is replaced: its path with size and mtime of a file or of a
+    store's manifest, or with a hash over those of all files in any other folder.
     """
     place = Path(path) / MANIFEST if (Path(path) / MANIFEST).is_file() else Path(path)
     if not place.is_dir():
@@ -145,7 +144,7 @@ def _identity(path: str) -> list[Any]:
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
-    found = path.stat() if path.exists() else path.lstat()  # a link may lead nowhere
+    found = path.stat() if path.exists() else path.lstat()  # a link may be broken
     return found.st_size, found.st_mtime_ns
 
 
@@ -156,9 +155,10 @@ def _digest(value: Any) -> str:
 def build(
     plan: BuildPlan, workers: int = 1, max_dropped: float = 0.1, restart: bool = False
 ) -> dict[str, Any]:
-    """Build a store and give its manifest.
+    """Build a store and return its manifest; after a kill, the same plan resumes.
 
-    The same plan resumes after a kill. UsageError when the input is wrong.
+    `max_dropped` is the largest share of images that may be dropped for faults. Raises UsageError
+    for bad input, TrainingStopped if a worker process dies.
     """
     output = Path(plan.output)
     if os.path.lexists(output):
@@ -200,20 +200,20 @@ def build(
 
 @contextlib.contextmanager
 def _one_line_for_the_disk(work: Path) -> Iterator[None]:
-    """Give a full disk or the like, wherever in a build it shows: shards, captions, tokens,
-    manifest, the last rename.
+    """Turn errors of the disk at any stage of a build (shards, captions, tokens, manifest, the last
+    rename) into a one-line UsageError.
     """
     try:
         yield
     except (OSError, sqlite3.Error) as error:
         raise UsageError(
-            f"{work}: cannot be read or written ({error}); make room; finished shards are kept: the"
-            " same command resumes"
+            f"{work}: cannot be read or written ({error}); free disk space or fix permissions;"
+            " finished shards are kept: the same command resumes"
         ) from error
 
 
 def _publish(work: Path, output: Path, has_vocabulary: bool) -> dict[str, Any]:
-    """Remove what only the build needed and give the folder its name; the manifest."""
+    """Remove what only the build needed, rename the folder to `output`, and return the manifest."""
     manifest = read_manifest(work)
     keep = {
         MANIFEST,
@@ -232,7 +232,7 @@ def _publish(work: Path, output: Path, has_vocabulary: bool) -> dict[str, Any]:
 
 
 def _common_facts(plan: BuildPlan) -> SourceFacts:
-    """Give the facts of all sources, which must agree."""
+    """Return the facts that all sources share; raise UsageError if they differ."""
     all_facts = [source.facts() for source in plan.sources]
     first = all_facts[0]
     names = list(plan.class_names) or next(
@@ -243,21 +243,21 @@ def _common_facts(plan: BuildPlan) -> SourceFacts:
         where = getattr(source, "path", "source")
         if facts.background_class != first.background_class:
             raise UsageError(
-                f"{where}: class {facts.background_class} is background, in the first source"
-                f" {first.background_class}"
+                f"{where}: background is class {facts.background_class}, but class"
+                f" {first.background_class} in the first source"
             )
 
         if facts.class_names and not plan.class_names and list(facts.class_names) != names:
             raise UsageError(
-                f"{where}: other class names than in the sources before it; one of both is wrong:"
-                " say which by --class-names"
+                f"{where}: its class names differ from those of the sources before it; give the"
+                " right ones with --class-names"
             )
 
         if (facts.feature_dim, facts.num_classes) != (first.feature_dim, first.num_classes):
             raise UsageError(
-                f"{where}: features of {facts.feature_dim} and {facts.num_classes} classes, but the"
-                f" first source has {first.feature_dim} and {first.num_classes}; one store holds"
-                " the features of one detector"
+                f"{where}: features of size {facts.feature_dim} and {facts.num_classes} classes,"
+                f" but the first source has {first.feature_dim} and {first.num_classes}; a store"
+                " holds the features of one detector"
             )
 
     if names and len(names) != first.num_classes:
@@ -277,7 +277,9 @@ def _common_facts(plan: BuildPlan) -> SourceFacts:
 
 
 class BuildFolder:
-    """The work folder of a build, locked; made anew, or one that the same plan has left behind."""
+    """Hold the locked work folder of a build, new or left behind by the same plan, as a context
+    manager.
+    """
 
     def __init__(self, work: Path, fingerprint: dict[str, Any], restart: bool) -> None:
         self.work = work
@@ -300,15 +302,15 @@ class BuildFolder:
             raise
 
     def _resume_or_begin(self) -> None:
-        """Go on with what the same plan has left, or begin anew."""
+        """Resume what the same plan has left, or start over; raise UsageError for another plan."""
         refuse_strangers(self.work, OURS)
         remove_own(self.work, [name for name in OURS if name.endswith((".new", ".partial"))])
         plan = self.work / PLAN
 
         if not plan.exists() and own_names(self.work, OURS):
             raise UsageError(
-                f"{self.work}: exists and is no unfinished build of this tool; remove it or choose"
-                " another --output"
+                f"{self.work}: exists and is not an unfinished build of this tool; remove it or"
+                " choose another --output"
             )
 
         if self.restart:
@@ -321,7 +323,7 @@ class BuildFolder:
             ]
             raise UsageError(
                 f"{self.work}: left by a build with other settings ({', '.join(changed)} differ);"
-                " give the same ones to resume it, or --restart to begin anew"
+                " give the same settings to resume it, or --restart to start over"
             )
 
         write_text(plan, json.dumps(self.fingerprint, indent=1))
@@ -329,12 +331,12 @@ class BuildFolder:
     def __exit__(self, *failure: Any) -> None:
         useful = list(self.work.glob("shard-*.json")) or (self.work / MANIFEST).exists()
         if any(failure) and self.work.exists() and not useful:
-            remove_folder(self.work, OURS)  # nothing in it that another try could use
+            remove_folder(self.work, OURS)  # it holds nothing to resume from
         os.close(self.handle)
 
 
 def _caption_table(plan: BuildPlan, work: Path) -> CaptionTable | None:
-    """Put captions and wanted ids on disk, once."""
+    """Write captions and wanted ids to disk once, and open them; None if there are neither."""
     path = work / "images.db"
     done = work / CAPTIONS_DONE
     if not plan.caption_files and plan.only is None:
@@ -351,7 +353,7 @@ def _caption_table(plan: BuildPlan, work: Path) -> CaptionTable | None:
         )
         if plan.caption_files and not len(table):
             raise UsageError(
-                f"--captions {', '.join(plan.caption_files)}: no captions there"
+                f"--captions {', '.join(plan.caption_files)}: no captions found"
                 f" ({(complaints or ['empty'])[0]})"
             )
 
@@ -363,7 +365,9 @@ def _caption_table(plan: BuildPlan, work: Path) -> CaptionTable | None:
 def _run_jobs(
     jobs: list[UnitJob], total: int, sources: list[FeatureSource], workers: int, max_dropped: float
 ) -> None:
-    """Give all units, in this process or several; stops early when far too much is dropped."""
+    """Convert all units, in this process or several; raise UsageError early if, after 10,000
+    images, more than the share `max_dropped` is dropped.
+    """
     counts: Counter[str] = Counter()
 
     with progress(total=total, initial=total - len(jobs), unit="shard", desc="building") as bar:
@@ -385,7 +389,7 @@ def _results(
             yield convert_unit(job, sources)
         return
 
-    # no handle, lock or thread of this process goes along
+    # spawn: no handle, lock or thread of this process is inherited
     context = multiprocessing.get_context("spawn")
     with keeping_interrupts() as check:
         pool = ProcessPoolExecutor(
@@ -410,17 +414,17 @@ def _results(
         except BrokenProcessPool as error:
             raise TrainingStopped(
                 "a process of the build has died (killed, or out of memory?); finished shards are"
-                " kept: the same command resumes, with fewer --workers if memory was short"
+                " kept: the same command resumes; give fewer --workers if memory ran out"
             ) from error
         except KeyboardInterrupt:
             for process in multiprocessing.active_children():
-                process.kill()  # a unit is done or not, whenever its process ends
+                process.kill()  # safe at any moment: a unit is either marked as done or redone
             raise
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-_sources: list[FeatureSource] = []  # of a process of the pool: sent once, not with each of its jobs
+_sources: list[FeatureSource] = []  # in a process of the pool: sent once, not with each job
 
 
 def _convert(job: UnitJob) -> dict[str, Any]:
@@ -428,8 +432,8 @@ def _convert(job: UnitJob) -> dict[str, Any]:
 
 
 def _start_process(sources: list[FeatureSource]) -> None:
-    """Keep the sources; and a process whose parent was killed would otherwise wait for work for
-    ever.
+    """Keep the sources, and watch the parent: without that, a process would wait for work for ever
+    after its parent was killed.
     """
     _sources[:] = sources
     parent = multiprocessing.parent_process()
@@ -440,16 +444,16 @@ def _too_many(faults: int, read: int, reasons: dict[str, int], limit: float) -> 
     reason = max((r for r in reasons if r not in EXPECTED), key=lambda r: reasons[r], default="")
     return (
         f"{faults} of {read} images cannot be used, mostly: {reason}; more than --max-dropped"
-        f" {limit}. Mend the input or the flags, or allow it by a higher --max-dropped (the"
-        " finished shards are kept)"
+        f" {limit}. Fix the input or the flags, or allow more with a higher --max-dropped (finished"
+        " shards are kept)"
     )
 
 
 def _finish(
     plan: BuildPlan, facts: SourceFacts, work: Path, units: int, max_dropped: float
 ) -> None:
-    """Give everything but the last rename: images seen twice, totals, report, captions,
-    manifest.
+    """Finish everything except the last rename: drop repeated images, add up totals, and write
+    report, captions and manifest.
     """
     entries = []
     totals = Counter()
@@ -502,7 +506,7 @@ def _caption_complaints(work: Path) -> Iterator[dict[str, str]]:
         lines = _read_json(path)
         if not TEXTS.fits(lines):
             raise UsageError(
-                f"{path}: damaged (expected {TEXTS.words}); --restart begins the build anew"
+                f"{path}: damaged (expected {TEXTS.words}); start the build over with --restart"
             )
 
         for line in lines:
@@ -520,7 +524,7 @@ def _twice(images: list[tuple[str, int, str]]) -> Iterator[dict[str, str]]:
 
 
 def _write_report(path: Path, lines: Iterator[dict[str, str]]) -> None:
-    """Write one at a time: a part of a large store may leave millions of images out."""
+    """Write the report line by line: a part of a large store may drop millions of images."""
     with whole_file(path) as handle:
         for line in lines:
             handle.write(encoded(json.dumps(line, ensure_ascii=False) + "\n"))
@@ -531,7 +535,9 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: damaged ({error}); --restart begins the build anew") from error
+        raise UsageError(
+            f"{path}: damaged ({error}); start the build over with --restart"
+        ) from error
 
 
 def _explain_nothing(
@@ -546,12 +552,12 @@ def _explain_nothing(
         (line for line in _dropped(work, units) if line["reason"] == reason),
         {"where": "", "details": ""},
     )
-    remove_folder(work, OURS)  # done units without one image are of no use
+    remove_folder(work, OURS)  # units without a single image are useless
 
     if reason == NO_CAPTION:
         raise UsageError(
-            f"none of the {read} images has a caption in {', '.join(plan.caption_files)}: image_id"
-            f" differs (the features say {first['image_id']!r})"
+            f"none of the {read} images has a caption in {', '.join(plan.caption_files)}: their"
+            f" image ids differ (one in the features is {first['image_id']!r})"
         )
 
     raise UsageError(

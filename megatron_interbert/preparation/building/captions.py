@@ -1,10 +1,10 @@
-"""Captions from the files in which data sets publish them, and their place beside the images during
-a build.
+"""Read captions from the files in which data sets publish them, and look them up by image during a
+build.
 
-Every reader gives (names of the image, caption, language). Data sets name one image in several ways
-(a file name, a number, an address), so a caption may carry several names, the surest first, and
-`image_key` makes the usual spellings of one name equal. An image gets the captions that have its
-name in the surest place: a file called 2.jpg is never taken for line 2 where both occur.
+Every reader yields (names of the image, caption, language). Data sets name one image in several
+ways (a file name, a number, a URL), so a caption may have several names, the most reliable first,
+and `image_key` makes the usual spellings of one name equal. An image gets the captions in which its
+name is the most reliable one: a file called 2.jpg is never taken for line 2 if both occur.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ CJK = re.compile("[\u3400-\u9fff]")
 
 
 def image_key(name: Any) -> str:
-    """Give one spelling for the names of an image: no folder, no suffix, COCO's names and zero-
-    filled numbers as plain numbers.
+    """Normalise the name of an image: no folder, no suffix; COCO's names and zero-padded numbers
+    become plain numbers.
     """
     key = IMAGE_SUFFIX.sub("", str(name).strip().rsplit("/", 1)[-1].split("#", 1)[0])
     coco = COCO_NAME.match(key)
@@ -39,7 +39,7 @@ def image_key(name: Any) -> str:
 
 
 def guess_language(text: str) -> str:
-    """`zh` for a text with Chinese characters, else `en`: for files that do not say."""
+    """Return `zh` for a text with Chinese characters, else `en`, for files without languages."""
     return "zh" if CJK.search(text) else "en"
 
 
@@ -73,7 +73,7 @@ def _dictionary(data: dict[str, Any], split: set[str]) -> Iterator[CaptionRow]:
 
 
 def _json_line(record: dict[str, Any]) -> Iterator[CaptionRow]:
-    """Flickr30K lines (sentences, img_path), MUGE and KDD queries (query_text, item_ids), or
+    """Read Flickr30K lines (sentences, img_path), MUGE and KDD queries (query_text, item_ids), or
     image_id with caption(s).
     """
     if "query_text" in record or "query" in record:
@@ -93,9 +93,9 @@ def _json_line(record: dict[str, Any]) -> Iterator[CaptionRow]:
 
 
 def _conceptual(number: int, line: str) -> CaptionRow:
-    """Conceptual Captions: text, tab, address.
+    """Read a line of Conceptual Captions: text, tab, URL.
 
-    Downloaders name files by line, or by line and checksum of the address.
+    Downloaders name files by line number, or by line number and checksum of the URL.
     """
     text, url = line.split("\t")[:2]
     return [f"{number - 1}_{zlib.crc32(url.encode())}", str(number - 1), url], text, ""
@@ -107,7 +107,7 @@ def _plain_tsv(number: int, line: str) -> CaptionRow:
 
 
 def _tokens(number: int, line: str) -> CaptionRow:
-    """Flickr token files: `IMAGE.jpg#0` then the caption; flickr8k-cn writes `IMAGE.jpg#zhc#0`."""
+    """Read a line of Flickr token files: `IMAGE.jpg#0`, caption; flickr8k-cn: `IMAGE.jpg#zhc#0`."""
     name, text = re.split(r"\s+", line, maxsplit=1)
     return [name], text, ""
 
@@ -127,7 +127,7 @@ FORMATS = ("auto", *WHOLE_FILES, "jsonl", *LINES)
 
 
 def guess_format(path: str) -> str:
-    """Give the format of a caption file by its first bytes; UsageError when nothing fits."""
+    """Guess the format of a caption file from its content; raise UsageError if none fits."""
     try:
         with open(path, encoding="utf-8") as handle:
             start = handle.read(65536)
@@ -150,8 +150,8 @@ def guess_format(path: str) -> str:
         return "conceptual" if re.match(r"^[^\t]+\thttps?://", first) else "tsv"
 
     raise UsageError(
-        f"--captions {path}: starts with {first[:60]!r}; say what it is by --captions-format"
-        f" {'|'.join(FORMATS[1:])}"
+        f"--captions {path}: starts with {first[:60]!r}, which fits no known format; name it with"
+        f" --captions-format {'|'.join(FORMATS[1:])}"
     )
 
 
@@ -181,9 +181,9 @@ def _load_json(path: str) -> Any:
 
 
 def read_captions(path: str, kind: str = "auto", split: str = "") -> Iterator[CaptionRow | str]:
-    """Read rows of a caption file, or a sentence about a line without a caption.
+    """Yield the rows of a caption file, and for a bad row a sentence about what is wrong.
 
-    UsageError when the file as a whole is wrong.
+    Raises UsageError if the file as a whole cannot be used.
     """
     kind = guess_format(path) if kind == "auto" else kind
     rows = (
@@ -208,7 +208,7 @@ def _checked(row: CaptionRow, path: str) -> CaptionRow | str:
     try:
         "".join([text, language, *keys]).encode("utf-8")
     except UnicodeEncodeError:
-        return f"{where}: half characters (lone surrogates)"
+        return f"{where}: caption or name holds half characters (lone surrogates)"
 
     language = language if LANGUAGE.match(language) else ""
 
@@ -272,23 +272,23 @@ SCHEMA = """
 
 
 def check_kinds(files: Sequence[str], kinds: Sequence[str], split: str) -> None:
-    """Raise UsageError for formats that cannot be read into one table, or that have no splits."""
+    """Raise UsageError for formats that cannot share a table, or for --split without splits."""
     if len([kind for kind in kinds if kind in ("conceptual", "sbu")]) > 1:
         raise UsageError(
-            f"--captions {', '.join(files)}: images of these files are named by line number,"
-            " which would confuse them; build a store from each, then join the stores"
+            f"--captions {', '.join(files)}: these files name images by line number, so images of"
+            " different files would be confused; build a store from each, then join the stores"
         )
 
     if split and "karpathy" not in kinds:
         raise UsageError(
-            f"--split {split}: {', '.join(files)} hold no splits, which only Karpathy files do;"
+            f"--split {split}: {', '.join(files)} hold no splits, which only Karpathy files have;"
             " leave --split out"
         )
 
 
 class CaptionTable:
-    """Captions by image on disk (SQLite), so that millions of them cost no memory and all processes
-    of a build may look.
+    """Look up captions by image in a file (SQLite), so that millions of them take no memory and all
+    processes of a build share them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -310,7 +310,7 @@ class CaptionTable:
     ) -> "CaptionTable":
         """Read caption files and wanted image ids into a new table.
 
-        `complain` gets a sentence for each line of no use.
+        `complain` is called with a sentence for each line that cannot be used.
         """
         path.unlink(missing_ok=True)
         kinds = [guess_format(file) if kind == "auto" else kind for file in files]
@@ -345,7 +345,7 @@ class CaptionTable:
         return self._ask("SELECT count(*) FROM caption")[0][0]
 
     def of_image(self, image_id: str) -> list[tuple[str, str]]:
-        """Give [(text, language)] of an image in the order of the files."""
+        """Return [(text, language)] of an image's captions, in the order of the files."""
         return self._ask(
             "SELECT text, language FROM image JOIN caption ON caption.rowid = image.caption WHERE"
             " key = ?1 AND place = (SELECT min(place) FROM image WHERE key = ?1) ORDER BY"
@@ -354,7 +354,7 @@ class CaptionTable:
         )
 
     def is_wanted(self, image_id: str) -> bool:
-        """Tell whether an image is among the wanted ones."""
+        """Check whether an image is among the wanted ones."""
         return bool(self._ask("SELECT 1 FROM wanted WHERE key = ?", (image_key(image_id),)))
 
     def _ask(self, question: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

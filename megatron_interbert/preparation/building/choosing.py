@@ -1,4 +1,4 @@
-"""From the detector that the user names to one that is loaded."""
+"""Load the detector that the user names."""
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.detectors import (
@@ -11,22 +11,22 @@ from megatron_interbert.preparation.building.faster_rcnn import TorchvisionDetec
 
 
 def load_detector(choice: DetectorChoice) -> Detector:
-    """Load the detector that the user chose, on its device.
+    """Load the chosen detector; its device is taken with the first picture.
 
-    UsageError when there is none of that name.
+    Raises UsageError if it cannot be loaded.
     """
     if choice.name.startswith(TORCHVISION):
         return TorchvisionDetector(choice)
     if choice.weights:
         raise UsageError(
-            f"--weights {choice.weights}: only for torchvision detectors; {choice.name} brings"
-            " its own"
+            f"--weights {choice.weights}: only for torchvision detectors, but {choice.name} has its"
+            " own weights; leave --weights out"
         )
 
     try:
         return TransformersDetector(choice)
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"--detector {choice.name} needs {error.name}: pip install"
+            f"--detector {choice.name} needs the package {error.name}: pip install"
             " 'megatron_interbert[features]'"
         ) from error

@@ -1,5 +1,5 @@
-"""One unit of work of a build: read its images, keep what can be used, write one shard, say what
-was dropped and why.
+"""Convert one unit of work of a build: read its images, keep those that can be used, write one
+shard, and report what was dropped and why.
 """
 
 import json
@@ -34,16 +34,16 @@ from megatron_interbert.reading import is_there, reading
 NO_CAPTION = "no caption"
 NOT_WANTED = "not in --only"
 TWICE = "image id seen before"
-EXPECTED = (NO_CAPTION, NOT_WANTED, TWICE)  # dropped on purpose, not for a fault
+EXPECTED = (NO_CAPTION, NOT_WANTED, TWICE)  # dropped on purpose, not because of a fault
 
 
 @dataclass
 class UnitJob:
-    """What a process needs, beside the sources, to turn one unit into one shard; small, for there
-    are thousands of them.
+    """Hold what a process needs, beside the sources, to convert one unit to one shard; it is small,
+    because there are thousands.
     """
 
-    source: int  # its number
+    source: int  # index in the list of sources
     unit: Any
     number: int
     folder: Path
@@ -56,7 +56,7 @@ class UnitJob:
 
 
 def done_file(work: Path, number: int) -> Path:
-    """Give what says that a unit is done; written after its shard."""
+    """Return the path of the file that marks a unit as done, written after its shard."""
     return work / (SHARD_NAME.format(number) + ".json")
 
 
@@ -73,9 +73,9 @@ LINE = {"where", "image_id", "reason", "details"}  # of an image that was droppe
 
 
 def is_done(work: Path, number: int) -> bool:
-    """Tell whether a unit is done: what says so is whole, and its shard is there with its size.
+    """Check whether a unit is done: its mark is intact, and its shard exists with the right size.
 
-    One that does not fit is done anew, and that is said.
+    Prints a note if one of them is damaged, in which case the unit must be done again.
     """
     path = done_file(work, number)
 
@@ -94,7 +94,7 @@ def is_done(work: Path, number: int) -> bool:
 
     if not fits:
         print(
-            f"note: {path}: damaged, or its shard is; that part of the build is done anew",
+            f"note: {path}: damaged, or its shard is; this part of the build is done again",
             file=sys.stderr,
             flush=True,
         )
@@ -115,10 +115,7 @@ def _is_mark(done: Any) -> bool:
 
 
 def _has_shard(work: Path, number: int, done: dict[str, Any]) -> bool:
-    """Tell whether the shard of a unit is as its entry says.
-
-    There is none where nothing was kept.
-    """
+    """Check whether the shard of a unit matches its entry; a unit without images has no shard."""
     entry = done["entry"]
     path = work / SHARD_NAME.format(number)
     if entry is None:
@@ -134,8 +131,8 @@ def _has_shard(work: Path, number: int, done: dict[str, Any]) -> bool:
 
 
 def convert_unit(job: UnitJob, sources: Sequence[FeatureSource]) -> dict[str, Any]:
-    """Convert one unit to one shard (none when nothing of it is kept), then the file that says it
-    is done; gives that file's content.
+    """Write the shard of one unit (none if no image is kept), then the file that marks it as done;
+    return that file's content.
     """
     records = []
     report = []
@@ -172,13 +169,13 @@ def convert_unit(job: UnitJob, sources: Sequence[FeatureSource]) -> dict[str, An
 
 
 def _keep(found: Record | Dropped, job: UnitJob) -> Any:
-    """Give (prepared record, captions) of an image that is kept, or why it is not."""
+    """Return (prepared record, captions) of an image to keep, or Dropped with the reason."""
     if isinstance(found, Dropped):
         return found
 
     image_id = found.regions.image_id
     if not storable(image_id):
-        return Dropped(found.where, repr(image_id)[:80], "image id is no text")
+        return Dropped(found.where, repr(image_id)[:80], "image id is not valid text")
     if job.only and not job.table.is_wanted(image_id):
         return Dropped(found.where, image_id, NOT_WANTED)
 
@@ -206,9 +203,7 @@ def _keep(found: Record | Dropped, job: UnitJob) -> Any:
 
 
 def fit_labels(regions: Regions, width: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Soft labels with `width` entries: the first ones, or filled up with classes of
-    probability 0.
-    """
+    """Cut soft labels to their first `width` entries, or pad them with classes of probability 0."""
     ids = np.asarray(regions.class_ids)
     probs = np.asarray(regions.class_probs)
     width = min(width, num_classes)

@@ -1,9 +1,11 @@
-"""Object detectors behind one interface: pictures in; boxes, region features and class
+"""Run object detectors behind one interface: pictures in; boxes, region features and class
 distributions out.
 
-Any DETR-like model of transformers; the Faster R-CNNs of torchvision are in faster_rcnn.py.
-Libraries are imported on loading. B pictures, Q queries or proposals of a picture, F feature size,
-C classes with background, k labels kept.
+Supports any DETR-like model of transformers; the Faster R-CNNs of torchvision are in
+faster_rcnn.py. Libraries are imported when a detector is loaded.
+
+Legend: B pictures, Q queries or proposals of a picture, F feature size, C classes with background,
+k labels kept.
 """
 
 import hashlib
@@ -26,16 +28,16 @@ if TYPE_CHECKING:
 TORCHVISION = "torchvision:"
 BACKGROUND = "background"
 WEIGHTS_FILE = "model.safetensors"
-PROBE_SIZE = (96, 64)  # of the blank picture that shows whether a model works, and its sizes
+PROBE_SIZE = (96, 64)  # of the blank picture that shows whether a model works, and its output sizes
 
 
 @dataclass(frozen=True)
 class DetectorChoice:
-    """Which detector, as the user says it; small enough to send to any process."""
+    """Hold the user's choice of a detector; small enough to send to any process."""
 
     name: str  # folder or hub name of a transformers model, or torchvision:NAME
     revision: str = ""
-    # state dict for a torchvision model; empty: the one that torchvision publishes
+    # file with the state dict of a torchvision model; empty: the published weights
     weights: str = ""
     device: str = "auto"
     soft_labels: int = 10
@@ -43,8 +45,8 @@ class DetectorChoice:
 
 @dataclass
 class Detections:
-    """One picture: features [Q, F], boxes [Q, 4] in pixels x1 y1 x2 y2, labels [Q, k], scores [Q];
-    best score first.
+    """Hold the detections in one picture, best score first: features [Q, F], boxes [Q, 4] x1 y1 x2
+    y2 in pixels, labels [Q, k], scores [Q].
     """
 
     features: np.ndarray
@@ -54,19 +56,19 @@ class Detections:
     scores: np.ndarray
 
     def best(self, most: int, least: int, min_score: float) -> "Detections":
-        """Give those of at least `min_score`, but never more than `most`, nor fewer than `least`
-        where there are so many.
+        """Return the detections with a score of at least `min_score`, but at most `most` and, if
+        there are enough, at least `least`.
         """
         count = min(max(int((self.scores >= min_score).sum()), least), most)
         return Detections(*(getattr(self, name)[:count] for name in self.__dataclass_fields__))
 
 
 def class_distribution(logits: torch.Tensor, softmax: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give distributions [.., C] with background at 0, and scores [..], from a model's logits.
+    """Compute distributions [.., C] with background at 0, and scores [..], from a model's logits.
 
-    `softmax`: the last logit is "no object" (DETR). Otherwise each class has its own sigmoid; where
-    these sum to more than 1 they are divided by their sum, and what they leave of 1 is background.
-    The score is the model's own best probability.
+    `softmax`: the last logit is "no object" (DETR). Otherwise each class has its own sigmoid; if
+    these sum to more than 1 they are divided by their sum, and what is left of 1 is background. The
+    score is the highest probability of a class that the model gives.
     """
     if softmax:
         probs = logits.softmax(-1)
@@ -79,7 +81,7 @@ def class_distribution(logits: torch.Tensor, softmax: bool) -> tuple[torch.Tenso
 
 
 def pixel_boxes(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Convert boxes [Q, 4] as centre, width, height from 0 to 1 -> corners in pixels inside a
+    """Convert boxes [Q, 4] from centre, width, height (0 to 1) to corners in pixels, clipped to a
     picture of `size` (width, height).
     """
     centre = boxes[:, :2]
@@ -92,8 +94,8 @@ def pixel_boxes(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def state_sha256(state: dict[str, torch.Tensor]) -> str:
-    """Give hex sha256 over the names, types, shapes and bytes of a state dict, in order of
-    names.
+    """Compute the hex sha256 over names, types, shapes and bytes of a state dict, sorted by
+    name.
     """
     digest = hashlib.sha256()
     for name in sorted(state):
@@ -105,44 +107,44 @@ def state_sha256(state: dict[str, torch.Tensor]) -> str:
 
 
 class Detector(ABC):
-    """A loaded detector.
+    """Represent a loaded detector.
 
-    Subclasses say how a picture is prepared and what the model makes of a batch of equal shapes.
+    Subclasses define how a picture is prepared, and how the model runs on a batch of equal shapes.
     """
 
     feature_dim: int
     num_classes: int  # with background, which is class 0
-    class_names: tuple[str, ...] = ()  # background first; empty: not known
+    class_names: tuple[str, ...] = ()  # background first; empty if unknown
 
     def __init__(self, model: torch.nn.Module, choice: DetectorChoice) -> None:
         self.choice = choice
         self.model = model.eval().requires_grad_(False)
-        # where the model goes with the first picture: who only asks for sizes needs no GPU
+        # the model moves there with the first picture: asking only for sizes needs no GPU
         self.device = _device(choice.device)
 
     @abstractmethod
     def prepare(self, image: "Image") -> dict[str, torch.Tensor]:
-        """Give what the model takes for one RGB picture, without a batch dimension."""
+        """Return the model's inputs for one RGB picture, without a batch dimension."""
 
     @abstractmethod
     def run(
         self, inputs: dict[str, torch.Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[Detections]:
-        """Give detections for a batch [B, ..] of pictures of these sizes (width, height)."""
+        """Return the detections for a batch [B, ..] of pictures of these sizes (width, height)."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What goes into a store's manifest: enough to find the same detector again, or to see that
-        another is not it.
+        """Describe the detector for a store's manifest: enough to find it again, or to tell it from
+        another.
         """
 
     @torch.inference_mode()
     def detect(self, images: Sequence["Image"]) -> list[Detections]:
-        """Give detections for RGB pictures of any sizes.
+        """Return the detections for RGB pictures of any sizes, in order.
 
-        Only pictures that have one shape after preparation run together. Padding to a common shape
-        would be masked in attention, but not in the convolutions before it, so a picture's features
-        would depend on its neighbours.
+        Only pictures that have the same shape after preparation run together. Padding to a common
+        shape would be masked in attention, but not in the convolutions before it, so a picture's
+        features would depend on the others in its batch.
         """
         self.model.to(self.device)
         prepared = [self.prepare(image) for image in images]
@@ -168,7 +170,7 @@ class Detector(ABC):
     def _collect(
         self, scores: torch.Tensor, dist: torch.Tensor, features: torch.Tensor, boxes: torch.Tensor
     ) -> Detections:
-        """Give one picture's tensors [Q, ..] in order of score, with the `soft_labels` most likely
+        """Sort one picture's tensors [Q, ..] by score, and keep the `soft_labels` most likely
         classes of each region.
         """
         order = scores.sort(descending=True, stable=True).indices
@@ -186,11 +188,11 @@ class Detector(ABC):
 
 
 class TransformersDetector(Detector):
-    """A model of AutoModelForObjectDetection; a region's feature is the last decoder state of its
-    query.
+    """Run a model of AutoModelForObjectDetection; a region's feature is the last decoder state of
+    its query.
 
-    Models with one logit more than labels, and those whose config says `use_focal_loss: false`,
-    were trained with softmax and have "no object" last; all others with a sigmoid for each class.
+    Models with one more logit than labels, and those whose config has `use_focal_loss: false`, were
+    trained with softmax and have "no object" last; all others with a sigmoid for each class.
     """
 
     def __init__(self, choice: DetectorChoice) -> None:
@@ -202,8 +204,8 @@ class TransformersDetector(Detector):
         where = {"revision": choice.revision} if choice.revision else {}
 
         try:
-            # Pillow, also where torchvision is installed: its resizing differs, and features must
-            # not depend on what is installed.
+            # Always Pillow: torchvision resizes differently, and features must not depend on what
+            # is installed.
             self.processor = AutoImageProcessor.from_pretrained(choice.name, backend="pil", **where)
             model, info = AutoModelForObjectDetection.from_pretrained(
                 choice.name, dtype=torch.float32, output_loading_info=True, **where
@@ -211,9 +213,9 @@ class TransformersDetector(Detector):
         except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UsageError(
-                f"--detector {choice.name}: no object detection model that transformers can load"
-                f" ({reason}); give a folder of save_pretrained with its image processor, a name on"
-                " the hub, or torchvision:NAME"
+                f"--detector {choice.name}: not an object detection model that transformers can"
+                f" load ({reason}); give a folder of save_pretrained with its image processor, a"
+                " name on the hub, or torchvision:NAME"
             ) from error
 
         absent = sorted(info["missing_keys"]) + sorted(
@@ -221,8 +223,8 @@ class TransformersDetector(Detector):
         )
         if absent:
             raise UsageError(
-                f"--detector {choice.name}: {len(absent)} weights are missing or of a wrong shape,"
-                f" first {absent[0]}"
+                f"--detector {choice.name}: {len(absent)} parameters are missing or of a wrong"
+                f" shape, first {absent[0]}"
             )
 
         super().__init__(model, choice)
@@ -231,9 +233,9 @@ class TransformersDetector(Detector):
 
     @torch.inference_mode()
     def _probe(self) -> None:
-        """Find the sizes of the outputs, seen on a blank picture.
+        """Learn the output sizes from a blank picture.
 
-        UsageError when they are not a query's state, logits and box.
+        Raises UsageError unless the model returns logits, a box and a decoder state for each query.
         """
         from PIL.Image import new
 
@@ -261,14 +263,14 @@ class TransformersDetector(Detector):
             or states.shape[1] < logits.shape[1]
         ):
             raise UsageError(
-                f"{where} gives no logits, box of four numbers and decoder state for each query;"
-                " choose a DETR-like one"
+                f"{where} does not return logits, a box of four numbers and a decoder state for"
+                " each query; choose a DETR-like model"
             )
 
         if getattr(output, "order_logits", None) is not None:
             raise UsageError(
-                f"{where} sorts its boxes, but not the states of its queries, which would get mixed"
-                " up; choose another"
+                f"{where} sorts its boxes, but not the states of its queries, so boxes would get"
+                " the features of other regions; choose another model"
             )
 
         labels = self.model.config.num_labels
@@ -284,8 +286,8 @@ class TransformersDetector(Detector):
         )
 
     def prepare(self, image: "Image") -> dict[str, torch.Tensor]:
-        """Pixel values [3, h, w] and, where the model takes one, the mask [h, w] of what is no
-        padding.
+        """Return pixel values [3, h, w] and, if the model takes it, the mask [h, w] of pixels that
+        are not padding.
         """
         inputs = self.processor(images=[image], return_tensors="pt")
         return {
@@ -297,9 +299,9 @@ class TransformersDetector(Detector):
     def run(
         self, inputs: dict[str, torch.Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[Detections]:
-        """Give the model's queries of each picture.
+        """Return the model's queries of each picture as detections.
 
-        Models without a decoder (YOLOS) keep them behind the picture's patches.
+        Models without a decoder (YOLOS) have their queries after the picture's patches.
         """
         output = self.model(**inputs)
         dist, scores = class_distribution(output.logits, self.softmax)
@@ -309,8 +311,8 @@ class TransformersDetector(Detector):
         return [self._collect(s, d, f, pixel_boxes(boxes, size)) for s, d, f, boxes, size in rows]
 
     def describe(self) -> dict[str, Any]:
-        """Name (of a folder: its last part), commit on the hub, class, size of prepared pictures,
-        and hash of the weights.
+        """Return the name (of a folder: its last part), commit on the hub, class, size of prepared
+        pictures and hash of the weights.
         """
         from transformers import __version__
         from transformers.utils import cached_file
@@ -337,12 +339,12 @@ class TransformersDetector(Detector):
 
 
 def _plain(size: Any) -> dict[str, int]:
-    """Give an image processor's size as a dictionary of what is set in it."""
+    """Return the entries of an image processor's size that are set."""
     return {key: value for key, value in dict(size).items() if value is not None}
 
 
 def _device(name: str) -> torch.device:
-    """Give the device of a --device flag."""
+    """Return the device that --device names; raise UsageError for cuda without a GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device is visible here; use --device cpu")
     return torch.device(

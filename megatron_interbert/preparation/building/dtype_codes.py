@@ -1,7 +1,7 @@
-"""The types of arrays that foreign files may name: numbers, booleans, text of fixed width.
+"""Check the array types that foreign files may use: numbers, booleans, text of fixed width.
 
-A type of objects or records would make their bytes into pointers. Without NumPy, for the process
-that decodes pickles has none.
+An object or record type would turn bytes of the file into pointers. This module does without NumPy,
+because the process that decodes pickles has none.
 """
 
 import math
@@ -14,13 +14,13 @@ BYTES_OF_A_CHARACTER = {"S": 1, "U": 4}
 
 
 class NotPlain(ValueError):
-    """An array of anything but plain numbers, booleans and text."""
+    """Report an array of anything except plain numbers, booleans and text."""
 
 
 def item_size(code: object) -> int:
-    """Give the bytes of one element of `code` (<f4, U12, ..); NotPlain for any other."""
+    """Return the bytes of one element of type `code` (<f4, U12, ..); raise NotPlain for others."""
     if not isinstance(code, str) or not CODE.fullmatch(code):
-        raise NotPlain(f"array of type {str(code)[:60]!r}, neither plain numbers nor text")
+        raise NotPlain(f"array of type {str(code)[:60]!r}, expected plain numbers or text")
 
     kind, number = re.fullmatch(r"[<>=|]?(\w)(\d+)", code).groups()
 
@@ -28,7 +28,7 @@ def item_size(code: object) -> int:
 
 
 def element_count(shape: Sequence[object]) -> int:
-    """Give the number of elements of an array; ValueError when `shape` is no shape."""
+    """Return the number of elements of an array; raise ValueError if `shape` is not a shape."""
     if len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"array of {len(shape)} dimensions")
 
@@ -39,7 +39,7 @@ def element_count(shape: Sequence[object]) -> int:
 
 
 def array_bytes(code: object, shape: Sequence[object]) -> int:
-    """Give the bytes of an array; NotPlain or ValueError when there is no such array."""
+    """Return the bytes of an array; raise NotPlain or ValueError if it cannot exist."""
     size = item_size(code)
     if size == 0:
         raise ValueError(f"array of type {code}, whose elements have no bytes")

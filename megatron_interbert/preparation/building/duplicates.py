@@ -1,4 +1,4 @@
-"""Images that come more than once in a build: the first one stays."""
+"""Drop images that occur more than once in a build; the first one is kept."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +13,11 @@ from megatron_interbert.preparation.building.shard_writer import write_shard
 def drop_duplicates(
     folder: Path, entries: list[dict[str, Any]], spelling: Callable[[str], str]
 ) -> tuple[list[dict[str, Any]], list[tuple[str, int, str]]]:
-    """Give entries of shards in which each image stands once, and (shard, image in it, image id) of
-    what was left out. Two ids of one `spelling` are one image.
+    """Return the entries of shards in which each image occurs once, and (shard, image in it, image
+    id) of each image dropped. Ids with the same `spelling` are the same image.
 
-    A shard that changes is written anew under another name, so that doing it again after a kill
-    gives the same.
+    A changed shard is written under another name, so repeating this after a kill gives the same
+    result.
     """
     seen: set[str] = set()
     kept_entries = []
@@ -44,7 +44,7 @@ def drop_duplicates(
 
 
 def _write_rows(folder: Path, entry: dict[str, Any], rows: list[int]) -> dict[str, Any]:
-    """Write a copy of a shard with some of its images."""
+    """Write a copy of a shard with only some of its images; return its manifest entry."""
     with Hdf5File(folder / entry["file"]) as file:
         width = file["image_features"].shape[1]
 

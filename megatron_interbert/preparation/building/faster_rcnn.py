@@ -1,6 +1,4 @@
-"""The Faster R-CNNs of torchvision as detectors: a region's feature is what the box head makes of
-its proposal.
-"""
+"""Run the Faster R-CNNs of torchvision as detectors."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,15 +23,15 @@ if TYPE_CHECKING:
 
 
 class TorchvisionDetector(Detector):
-    """A Faster R-CNN of torchvision; a region's feature is the box head's output for the proposal
-    that became its box.
+    """Run a Faster R-CNN of torchvision; a region's feature is the box head's output for the
+    proposal that became its box.
     """
 
     def __init__(self, choice: DetectorChoice) -> None:
         try:
             import torchvision
             from torchvision.models import get_model, get_model_weights
-        # RuntimeError: it is there, but made for another torch
+        # RuntimeError: it is installed, but built for another torch
         except (ImportError, RuntimeError) as error:
             raise UsageError(
                 f"--detector {choice.name}: torchvision cannot be imported beside torch"
@@ -75,14 +73,14 @@ class TorchvisionDetector(Detector):
         super().__init__(model, choice)
 
     def prepare(self, image: "Image") -> dict[str, torch.Tensor]:
-        """Give pixels [3, H, W] from 0 to 1; the model itself resizes and normalises."""
+        """Return pixels [3, H, W] from 0 to 1; the model itself resizes and normalises."""
         return {"pixels": torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255}
 
     def run(
         self, inputs: dict[str, torch.Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[Detections]:
-        """Proposals that are left after suppression among those of one best class; every proposal
-        has one box and one class.
+        """Return the proposals that remain after non-maximum suppression within each class; every
+        proposal has one box, that of its best class.
         """
         heads = self.model.roi_heads
         images, _ = self.model.transform(list(inputs["pixels"]))
@@ -108,8 +106,8 @@ class TorchvisionDetector(Detector):
         inner: tuple[int, int],
         size: tuple[int, int],
     ) -> Detections:
-        """dist [Q, C], states [Q, F], boxes [Q, C, 4] in the resized picture of `inner` (height,
-        width) -> its detections.
+        """Build one picture's detections from dist [Q, C], states [Q, F] and boxes [Q, C, 4] in the
+        resized picture of `inner` (height, width); `size` (width, height) is the original's.
         """
         from torchvision.ops import batched_nms, clip_boxes_to_image
 
@@ -121,8 +119,8 @@ class TorchvisionDetector(Detector):
         return self._collect(scores[keep], dist[keep], states[keep], best[keep] * scale)
 
     def describe(self) -> dict[str, Any]:
-        """Name, name of the published weights or of the file, size of prepared pictures, and hash
-        of the weights.
+        """Return the name, the name of the published weights or of the file, the size of prepared
+        pictures and the hash of the weights.
         """
         return {
             "name": self.choice.name,
@@ -139,21 +137,19 @@ class TorchvisionDetector(Detector):
 
 
 def _published(get_model: Any, name: str, weights: Any) -> torch.nn.Module:
-    """Give a torchvision model with the weights that torchvision publishes for it, downloaded
-    once.
-    """
+    """Load a torchvision model with its published weights, which are downloaded once."""
     try:
         return get_model(name, weights=weights)
     except OSError as error:
         raise UsageError(
             f"--detector {TORCHVISION}{name}: {weights.url} cannot be downloaded ({error}); give"
-            " the file by --weights"
+            " the file with --weights"
         ) from error
 
 
 def _with_weights(get_model: Any, name: str, choice: DetectorChoice) -> torch.nn.Module:
-    """Give a torchvision model with the state dict of --weights, which also says how many classes
-    there are.
+    """Load a torchvision model with the state dict of --weights, which also gives the number of
+    classes.
     """
     try:
         if choice.weights.endswith(".safetensors"):
@@ -165,19 +161,20 @@ def _with_weights(get_model: Any, name: str, choice: DetectorChoice) -> torch.nn
 
         classes = len(state["roi_heads.box_predictor.cls_score.weight"])
         model = get_model(name, weights=None, weights_backbone=None, num_classes=classes)
-        # Batch counters are in new state dicts only; they have no part in what a detector computes.
+        # Only newer state dicts have batch counters, which do not affect what a detector computes.
         missing, unknown = model.load_state_dict(state, strict=False)
         wrong = [key for key in (*missing, *unknown) if not key.endswith("num_batches_tracked")]
-    # a stranger's file: any way of being wrong ends in the same sentence
+    # a foreign file: whatever is wrong with it ends in the same message
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(
-            f"--weights {choice.weights}: no state dict of torchvision's {name} ({reason})"
+            f"--weights {choice.weights}: not a state dict of torchvision's {name} ({reason})"
         ) from error
 
     if wrong:
         raise UsageError(
-            f"--weights {choice.weights}: {len(wrong)} names do not fit {name}, first {wrong[0]}"
+            f"--weights {choice.weights}: {len(wrong)} names are missing from or unknown to {name},"
+            f" first {wrong[0]}"
         )
 
     return model

@@ -1,17 +1,17 @@
-"""Ctrl-C while worker processes run: they ignore it, and this process stops between two steps."""
+"""Handle Ctrl-C while worker processes run: they ignore it, this process stops between steps."""
 
 import contextlib
 import signal
 from collections.abc import Callable, Iterator
 
-LOOK = 0.2  # seconds between two looks at whether Ctrl-C was pressed
+LOOK = 0.2  # seconds between two checks whether Ctrl-C was pressed
 
 
 @contextlib.contextmanager
 def keeping_interrupts() -> Iterator[Callable[[], None]]:
-    """Keep Ctrl-C until the function that is given is called, which raises KeyboardInterrupt then.
+    """Hold back Ctrl-C until the yielded function is called, which then raises KeyboardInterrupt.
 
-    Raised anywhere else it may be lost, or leave a queue between processes half-made.
+    Raised anywhere else, it may be lost, or leave a queue between processes half built.
     """
     heard: list[int] = []
 
@@ -28,8 +28,8 @@ def keeping_interrupts() -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def interrupts_blocked() -> Iterator[None]:
-    """Start processes inside that ignore Ctrl-C from their first moment on; here it waits until the
-    end.
+    """Block Ctrl-C: processes started inside ignore it from their first moment, and this process
+    receives it at the end.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 

@@ -1,4 +1,4 @@
-"""NumPy arrays from bytes of foreign files, whose type, shape and length are checked first."""
+"""Build NumPy arrays from bytes of foreign files, after checking type, shape and length."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,10 @@ def make_array(
     data: bytes | bytearray | memoryview,
     order: str | Sequence[int] = "C",
 ) -> np.ndarray:
-    """Make an array of its own memory, of `shape` and the type `code` (<f4, U12, ..).
+    """Build an array that owns its memory, of `shape` and type `code` (<f4, U12, ..).
 
-    order: C or F, or the axes by which the array in C order is transposed. NotPlain for another
-    type; ValueError when `data` has not the length that type and shape ask for.
+    order: C or F, or the axes by which the array in C order is transposed. Raises NotPlain for any
+    other type, ValueError if the length of `data` does not match type and shape.
     """
     expected = array_bytes(code, shape)
     if len(data) != expected:
@@ -31,7 +31,7 @@ def make_array(
 
 
 def arranged(flat: np.ndarray, shape: Sequence[int], order: str | Sequence[int]) -> np.ndarray:
-    """Give a view [shape] of a flat array whose elements lie in `order`, as make_array takes it."""
+    """Return a view [shape] of a flat array whose elements are in `order`, as for make_array."""
     if order in ("C", "F"):
         return flat.reshape(tuple(shape), order=order)
 

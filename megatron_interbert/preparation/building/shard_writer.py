@@ -1,6 +1,8 @@
-"""Writing the files of a region store: one shard at a time, then the caption file over all of them.
+"""Write the files of a region store: one shard at a time, then the caption and token files over all
+of them.
 
-Every file is written beside its name, flushed and renamed, so a file with its right name is whole.
+Every file is written under a temporary name, flushed and renamed, so a file under its final name is
+complete.
 """
 
 import tempfile
@@ -21,14 +23,14 @@ from megatron_interbert.files import write_by_name
 
 Caption = tuple[str, str]  # text, language tag
 SHARD_NAME = "shard-{:05d}.h5"
-BOX_ROUNDING = 0.01  # pixels by which corners may be out of order and still count as rounding
+BOX_ROUNDING = 0.01  # pixels: corners swapped by no more count as rounding, not as inverted
 
 
 @dataclass
 class Prepared:
-    """A record ready to be stored and what had to be mended in its boxes.
+    """Hold a record ready to be stored, and how many of its boxes were repaired and inverted.
 
-    `problem` says why it cannot be stored.
+    `problem` says why it cannot be stored; empty if it can.
     """
 
     regions: Regions
@@ -39,11 +41,13 @@ class Prepared:
 
 
 def prepare_record(regions: Regions, feature_dim: int, num_classes: int) -> Prepared:
-    """Check one image and bring it into the form that is stored: float16 features, boxes sorted and
+    """Check one image and convert it to the stored form: float16 features, boxes sorted and
     clipped.
     """
     if not storable(regions.image_id):
-        return Prepared(regions, problem="image id is no text", details=repr(regions.image_id[:80]))
+        return Prepared(
+            regions, problem="image id is not valid text", details=repr(regions.image_id[:80])
+        )
 
     rows = len(regions.features)
     for name, shape in (
@@ -68,7 +72,7 @@ def prepare_record(regions: Regions, feature_dim: int, num_classes: int) -> Prep
         )
 
     boxes = np.asarray(regions.boxes, dtype=np.float32)
-    with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite and is refused
+    with np.errstate(over="ignore"):  # values beyond float16 become infinite and are refused
         features = regions.features.astype(np.float16)
 
     ready = Regions(
@@ -86,8 +90,8 @@ def prepare_record(regions: Regions, feature_dim: int, num_classes: int) -> Prep
 
 
 def storable(name: str) -> bool:
-    """Tell whether HDF5 and SQLite can hold a string: something, without NUL and half
-    characters.
+    """Check whether HDF5 and SQLite can hold a string: not empty, without NUL and lone
+    surrogates.
     """
     try:
         return bool(name.encode("utf-8")) and "\0" not in name
@@ -96,7 +100,7 @@ def storable(name: str) -> bool:
 
 
 def write_shard(path: Path, records: Sequence[tuple[Regions, Sequence[Caption]]]) -> dict[str, Any]:
-    """Write one shard of prepared images and their captions; gives its manifest entry."""
+    """Write one shard of prepared images and their captions; return its manifest entry."""
     counts: dict[str, int] = {}
 
     def write(temporary: Path) -> None:
@@ -117,7 +121,7 @@ def write_shard(path: Path, records: Sequence[tuple[Regions, Sequence[Caption]]]
 
 
 def _heap_bytes(strings: Sequence[str]) -> int:
-    """Room that HDF5 needs for strings and for itself, rather too much."""
+    """Estimate generously the bytes that HDF5 needs for strings and for itself."""
     return 2 * sum(len(text.encode()) + 32 for text in strings) + (1 << 16)
 
 
@@ -161,7 +165,7 @@ def _fill_shard(
 
 
 def write_caption_file(folder: Path, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Write the caption file over all shards of a folder, one shard in memory at a time; gives its
+    """Write the caption file over all shards of a folder, one shard in memory at a time; return its
     manifest entry.
     """
     languages = set()
@@ -222,8 +226,8 @@ def _append_captions(
 def write_token_file(
     folder: Path, captions: Iterable[list[str]], count: int, tokenizer: CaptionTokenizer
 ) -> dict[str, Any]:
-    """Write all `count` captions as token ids, given in groups in the store's order, so that
-    training need not tokenise.
+    """Write all `count` captions, given in groups in the store's order, as token ids, so that
+    training need not tokenise; return the file's manifest entry.
     """
     with tempfile.TemporaryFile(dir=folder) as ids, tempfile.TemporaryFile(dir=folder) as starts:
         offsets = np.zeros(count + 1, np.int64)
@@ -249,8 +253,8 @@ def write_token_file(
 
 
 def _copy_into(dataset: h5py.Dataset, spool: IO[bytes], step: int = 1 << 22) -> None:
-    """Fill a contiguous dataset, whose size is known only now, from the raw bytes that were spooled
-    to disk.
+    """Fill a contiguous dataset, whose size is known only at the end, from raw bytes spooled to
+    disk, `step` elements at a time.
     """
     spool.seek(0)
     for start in range(0, len(dataset), step):

@@ -1,8 +1,8 @@
-"""Writing a region store from one process: shards in a folder beside the target, which appears
-whole or not at all.
+"""Write a region store from one process: shards go into a folder beside the target, which appears
+complete or not at all.
 
-`build.py` does the same with several processes and survives kills; both write the files through
-`shard_writer.py`.
+`build.py` does the same with several processes and can be resumed after a kill; both write the
+files through `shard_writer.py`.
 """
 
 import os
@@ -40,8 +40,7 @@ from megatron_interbert.preparation.work_folder import (
 )
 from megatron_interbert.progress import progress
 
-# What is written into a store, in the order in which it is removed: the manifest says what the rest
-# is.
+# The files of a store, in the order of removal: the manifest, which describes the rest, last.
 STORE_FILES = ("shard-[0-9]*.h5", CAPTIONS, TOKENS, VOCABULARY, MANIFEST)
 UNFINISHED = tuple(f"{name}{end}" for name in STORE_FILES for end in (".[0-9]*.new", ".partial"))
 OURS = (*UNFINISHED, *STORE_FILES)
@@ -57,7 +56,7 @@ def new_manifest(
     class_names: Sequence[str] = (),
     **more: Any,
 ) -> dict[str, Any]:
-    """Give the facts of a store that are known before its first image."""
+    """Build the manifest of a store with what is known before its first image."""
     return {
         "schema_version": SCHEMA_VERSION,
         "feature_dim": feature_dim,
@@ -67,8 +66,8 @@ def new_manifest(
         "detector": detector,
         "soft_labels": soft_labels,
         "class_names": list(class_names),
-        "repaired_boxes": 0,  # boxes clipped or sorted on the way in
-        # those of them whose second corner came before the first: a sign of x, y, w, h
+        "repaired_boxes": 0,  # boxes clipped or sorted while writing
+        # those whose second corner came before the first: a sign of x, y, w, h
         "inverted_boxes": 0,
         **more,
         "shards": [],
@@ -76,15 +75,15 @@ def new_manifest(
 
 
 def finish_store(folder: Path, manifest: dict[str, Any], vocabulary: str = "") -> None:
-    """Caption file, vocabulary with the captions' tokens, and the manifest, for a folder that holds
-    all shards.
+    """Complete a folder that holds all shards: write the caption file, the vocabulary with the
+    captions' tokens if given, and the manifest.
     """
     shards = manifest["shards"]
     manifest["counts"] = {
         kind: sum(shard[kind] for shard in shards) for kind in ("images", "regions", "captions")
     }
     if not shards:
-        raise UsageError(f"{folder}: no images, so there is no store to make")
+        raise UsageError(f"{folder}: holds no images, expected at least one to make a store")
     with Hdf5File(folder / shards[0]["file"]) as first:
         manifest["label_width"] = first["class_ids"].shape[1]
 
@@ -111,12 +110,12 @@ def _texts(folder: Path, shards: Sequence[dict[str, Any]]) -> Iterator[list[str]
 
 
 class RegionStoreWriter:
-    """Collects images and their captions into shards; leaving it as a context manager publishes the
-    store.
+    """Collect images and their captions into shards; leaving the context manager without an error
+    publishes the store.
 
     `soft_labels` says where class_probs come from: "dense", "top_k", "top_1_confidence" (built from
-    one confidence; the rest of the probability is taken as spread over the other classes) or
-    "none". `vocabulary` is the text of a vocab.txt.
+    one confidence; the remaining probability counts as spread over the other classes) or "none".
+    `vocabulary` is the text of a vocab.txt.
     """
 
     def __init__(
@@ -139,8 +138,8 @@ class RegionStoreWriter:
 
         if (self.work / PLAN).exists():
             raise UsageError(
-                f"{self.work}: an unfinished build of the tools; finish it, remove it or choose"
-                " another folder"
+                f"{self.work}: is an unfinished build; finish it, remove it or choose another"
+                " folder"
             )
 
         refuse_strangers(self.work, OURS)
@@ -168,7 +167,7 @@ class RegionStoreWriter:
     def add(self, regions: Regions, captions: Sequence[Caption]) -> None:
         """Add one image and its captions as (text, language tag).
 
-        UsageError names a record that cannot be stored.
+        Raises UsageError naming the image if it cannot be stored.
         """
         ready = prepare_record(regions, self.manifest["feature_dim"], self.manifest["num_classes"])
         if ready.problem:
@@ -185,8 +184,8 @@ class RegionStoreWriter:
         width = ready.regions.class_ids.shape[1]
         if width != (self._label_width or width):
             raise UsageError(
-                f"image {regions.image_id}: soft labels with {width} entries, those before had"
-                f" {self._label_width}"
+                f"image {regions.image_id}: soft labels with {width} entries, expected"
+                f" {self._label_width} as in the images before"
             )
 
         self._label_width = width

@@ -96,7 +96,10 @@ def _records(report: Report, findings: dict[str, Finding]) -> Iterator[Verdict]:
         yield Verdict(PROBLEM, "records", what, REBUILD, bad.places, bad.count - len(bad.places))
     elif seen["images"] == 0:
         yield Verdict(
-            PROBLEM, "records", "the store has no images", "rebuild it with interbert build-features"
+            PROBLEM,
+            "records",
+            "the store has no images",
+            "rebuild it with interbert build-features",
         )
     else:
         what = (
@@ -216,7 +219,10 @@ def _boxes(report: Report) -> Iterator[Verdict]:
             " inverted; they are clipped when read"
         )
         yield Verdict(
-            WARNING, "stored boxes", what, "rebuild with interbert build-features STORE --output NEW"
+            WARNING,
+            "stored boxes",
+            what,
+            "rebuild with interbert build-features STORE --output NEW",
         )
 
 
