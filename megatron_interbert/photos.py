@@ -1,7 +1,9 @@
 """Detect the regions of photos in one call, for programs that score images themselves."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -9,7 +11,10 @@ from megatron_interbert.data.regions import Regions
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.choosing import load_detector
 from megatron_interbert.preparation.building.detectors import DetectorChoice
-from megatron_interbert.preparation.building.sources.photos import open_photo
+from megatron_interbert.preparation.building.sources.photos import open_photo, regions_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def detect_regions(
@@ -24,28 +29,41 @@ def detect_regions(
 
     `detector` is a folder or hub name of a DETR-like model of transformers, or torchvision:NAME; it
     must be the detector whose features the model was trained on. Raises UsageError for a photo that
-    cannot be read.
+    cannot be read or that the detector fails on.
     """
+    if not 1 <= min_regions <= max_regions:
+        raise UsageError(
+            f"min_regions {min_regions} and max_regions {max_regions}: expected 1 or more, and no"
+            " more of the first"
+        )
+
     paths = [photos] if isinstance(photos, (str, Path)) else list(photos)
     loaded = load_detector(DetectorChoice(str(detector), device=device))
     found = []
-    for path in paths:
-        try:
-            picture = open_photo(Path(path))
-        except Exception as error:  # decoders raise whatever a broken file makes them raise
-            raise UsageError(f"{path}: cannot be read as a photo ({error})") from error
 
-        (seen,) = loaded.detect([picture])
-        best = seen.best(max_regions, min_regions, min_score)
-        width, height = picture.size
-        found.append(
-            Regions(
-                Path(path).stem,
-                (float(width), float(height)),
-                best.features.astype(np.float16),  # as a store holds them
-                best.boxes,
-                best.class_ids,
-                best.class_probs,
-            )
-        )
+    for path in map(Path, paths):
+        picture = read_photo(path)
+        try:
+            (seen,) = loaded.detect([picture])
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(f"{path}: the detector failed ({error})") from error
+
+        kept = seen.best(max_regions, min_regions, min_score)
+        regions = regions_of(path.stem, picture.size, kept)
+        if not np.isfinite(regions.features).all():
+            raise UsageError(f"{path}: the detector's features do not fit in float16")
+        found.append(regions)
+
     return found
+
+
+def read_photo(path: Path) -> "Image":
+    """Read a photo as RGB; raises UsageError if it cannot be read or has too many pixels."""
+    from PIL.Image import DecompressionBombWarning
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DecompressionBombWarning)
+            return open_photo(path)
+    except Exception as error:  # decoders raise whatever a broken file makes them raise
+        raise UsageError(f"{path}: cannot be read as a photo ({error})") from error

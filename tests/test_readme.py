@@ -56,7 +56,7 @@ def variables(place):
 @needs_shared
 def test_every_block_runs_as_it_stands(checkout):
     blocks = BLOCK.findall((ROOT / "README.md").read_text())
-    assert [language for language, _ in blocks].count("python") == 2
+    assert [language for language, _ in blocks].count("python") == 3
     assert len(blocks) >= 7
     for language, code in blocks:
         shell = ["bash", "-euc", code] if language == "bash" else [sys.executable, "-c", code]

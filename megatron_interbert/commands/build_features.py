@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_interbert.command_line import run_command
-from megatron_interbert.config.options import Flags, argument, option
+from megatron_interbert.config.options import Flags, argument, option, redefault
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import file_sha256
@@ -99,6 +99,12 @@ class Options(BuildingOptions):
         False, "read pickles inside the input, limited to numbers, strings and arrays"
     )
 
+    captions: list[str] = redefault(
+        BuildingOptions,
+        "captions",
+        (),
+        "caption files; without them, captions of the sources are kept",
+    )
     captions_format: str = option(
         "auto", "format of the caption files; auto: by content", CAPTION_FORMATS, group="captions"
     )

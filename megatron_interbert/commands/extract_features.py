@@ -20,7 +20,7 @@ import torch
 
 from megatron_interbert.command_line import run_command
 from megatron_interbert.commands.build_features import BuildingOptions
-from megatron_interbert.config.options import argument, option
+from megatron_interbert.config.options import argument, option, redefault
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.build import BuildPlan, build
 from megatron_interbert.preparation.building.detectors import BACKGROUND, DetectorChoice
@@ -36,6 +36,12 @@ class Options(BuildingOptions):
 
     photos: str = argument(
         "folder with jpg, png and webp files at any depth; file names are image ids", group="data"
+    )
+    captions: list[str] = redefault(
+        BuildingOptions,
+        "captions",
+        (),
+        "caption files; photos without a caption are then left out",
     )
     detector: str = option("", "folder, name on the hub, or torchvision:NAME", required=True)
     revision: str = option("", "branch, tag or commit on the hub")
@@ -95,7 +101,7 @@ def plan_of(options: Options) -> BuildPlan:
 def run(options: Options) -> None:
     """Build the store and report what it holds."""
     plan = plan_of(options)
-    gpu = (torch.cuda.is_available() and options.device != "cpu") or options.device == "cuda"
+    gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     workers = options.workers or (1 if gpu else os.cpu_count() or 1)
     started = time.monotonic()
     manifest = build(plan, workers, options.max_dropped, options.restart)

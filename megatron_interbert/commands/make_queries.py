@@ -84,14 +84,8 @@ def read_row(values: list[str], where: str) -> tuple[str, str, str]:
     return row["query_id"], row["query"], row["product_id"]
 
 
-def read_answers(options: Options, queries: dict[str, str]) -> dict[str, list[Any]]:
-    """Read the right products of each query from --answers; raises UsageError if a query has
-    none.
-    """
-    if not options.answers:
-        return {}
-
-    answers = read_json(options.answers, "--answers")
+def check_answers(options: Options, answers: dict[str, Any], queries: dict[str, str]) -> None:
+    """Raise UsageError for a query without a list of right products in --answers."""
     for query in queries:
         if query not in answers:
             raise UsageError(
@@ -104,13 +98,12 @@ def read_answers(options: Options, queries: dict[str, str]) -> dict[str, list[An
                 f"{options.answers}: the answer of query {query} is not a list of products"
             )
 
-    return answers
-
 
 def run(options: Options) -> None:
     """Read the rows and write a JSON line for each query."""
     output = Path(options.output)
     check_output(output, "--output")
+    answers = read_json(options.answers, "--answers") if options.answers else {}
     texts: dict[str, str] = {}
     products: dict[str, list[str]] = {}
     for query_id, text, product in read_rows(Path(options.source)):
@@ -120,7 +113,8 @@ def run(options: Options) -> None:
     if not texts:
         raise UsageError(f"{options.source}: holds no rows; give a TSV of the benchmark")
 
-    answers = read_answers(options, texts)
+    if options.answers:
+        check_answers(options, answers, texts)
     lines = []
 
     for query_id, text in texts.items():

@@ -1,6 +1,6 @@
-"""Thin Hugging Face doors over the packed model.
+"""Wrap the packed model in Hugging Face classes.
 
-Importing this package registers the Auto classes of transformers.
+Importing this package registers them with the Auto classes of transformers.
 """
 
 from transformers import (
@@ -44,7 +44,7 @@ for auto_class, model_class in (
     (AutoModelForPreTraining, InterBertForPreTraining),
     (AutoModelForMultipleChoice, InterBertForMultipleChoice),
     (AutoModelForSequenceClassification, InterBertForSequenceClassification),
-    # The same question of two sentences, with the same class for "they belong together": 0.
+    # The same question as about two sentences, with the same class for "they belong together": 0.
     (AutoModelForNextSentencePrediction, InterBertForImageTextRetrieval),
 ):
     auto_class.register(InterBertConfig, model_class, exist_ok=True)

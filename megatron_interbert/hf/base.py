@@ -1,4 +1,4 @@
-"""What all Hugging Face classes share: the packed core inside, first weights, strict loading,
+"""Define the base of all Hugging Face classes: the packed core, first weights, strict loading, and
 saving with a model card.
 """
 
@@ -23,15 +23,15 @@ from megatron_interbert.parallel.layers import VocabParallelEmbedding
 from megatron_interbert.weights.sources import read_index
 
 HEADS = ("msm", "mrm", "itm", "choice", "sentence")
-# of downstream tasks: no pretraining has them
+# parameters of downstream tasks, which pretrained weights lack
 NEW_BY_NATURE = re.compile(r"classifier\..*|interbert\.choice_head\..*")
-LISTED = 20  # names of wrong parameters in an error; more are counted
+LISTED = 20  # wrong parameters that an error names; the rest are counted
 
 
 class InterBertPreTrainedModel(PreTrainedModel):
-    """A core with the heads named by the class.
+    """Hold the packed core with the heads that the class names.
 
-    All its parameters are `interbert.<our name>`, whatever the class.
+    In all classes its parameters are called `interbert.<our name>`.
     """
 
     config_class = InterBertConfig
@@ -53,7 +53,7 @@ class InterBertPreTrainedModel(PreTrainedModel):
         self.post_init()
 
     def add_parts(self, config: InterBertConfig) -> None:
-        """Modules beside the core, made before weights are drawn; none here."""
+        """Add modules beside the core, before weights are drawn; none here."""
 
     def run(
         self,
@@ -61,8 +61,8 @@ class InterBertPreTrainedModel(PreTrainedModel):
         hidden_regions: torch.Tensor | None = None,
         everything: bool = False,
     ) -> tuple[InterBertOutput, Slots]:
-        """Give the core on the packed inputs, with the hidden states of all tokens if `everything`
-        is wanted, and where its rows belong.
+        """Run the core on the packed inputs; return its output, with the hidden states of all
+        tokens if `everything`, and the slots of its rows.
         """
         batch, slots = pack_padded(inputs, self.interbert.config, hidden_regions)
         return self.interbert(batch, everything), slots
@@ -71,8 +71,8 @@ class InterBertPreTrainedModel(PreTrainedModel):
     def streams(
         output: InterBertOutput, slots: Slots, inputs: PaddedInputs
     ) -> dict[str, torch.Tensor | None]:
-        """Give hidden states of both streams, padded again, and pooled vectors, under the names of
-        the outputs.
+        """Return padded hidden states of both streams and pooled vectors, by the names of the
+        outputs.
         """
         samples, columns = inputs.input_ids.shape
         pictured = inputs.visual_feats is not None
@@ -94,10 +94,10 @@ class InterBertPreTrainedModel(PreTrainedModel):
         return self.interbert.text_embedding.word
 
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, initializer_range) for matrices, 1 for LayerNorm gains, 0 for biases and padded
-        vocabulary rows.
+        """Draw matrices from N(0, initializer_range); set LayerNorm gains to 1, biases and padded
+        vocabulary rows to 0.
 
-        transformers calls it for each module; its `init` leaves alone what was loaded.
+        transformers calls it for each module; its `init` skips parameters that were loaded.
         """
         for name, parameter in module.named_parameters(recurse=False):
             if name.endswith("bias"):
@@ -113,8 +113,9 @@ class InterBertPreTrainedModel(PreTrainedModel):
     def _set_gradient_checkpointing(
         self, enable: bool = True, every_n_layers: int = 1, **_: Any
     ) -> None:
-        """Switches the core's own recomputation, which takes the place of the function that
-        transformers offers.
+        """Turn the core's own recomputation on or off, instead of transformers' function.
+
+        Raises UsageError for `every_n_layers` other than 1.
         """
         if every_n_layers != 1:
             raise UsageError(
@@ -139,16 +140,16 @@ class InterBertPreTrainedModel(PreTrainedModel):
         ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As in transformers, but weights that do not fit are an error that lists them: missing,
-        unexpected, wrong shapes.
+        """Load weights as in transformers, but raise UsageError with a list of all that are
+        missing, unexpected or of another shape.
 
-        Heads that this class lacks may be in the file; the classifier and the choice head may be
-        missing from it.
+        The file may hold heads that this class lacks, and may lack the classifier and the choice
+        head.
         """
         where = pretrained_model_name_or_path
         folder = Path(str(where)) / kwargs.get("subfolder", "")
         for index in folder.glob("*.index*.json"):  # of any variant
-            read_index(index)  # transformers would follow names of files out of the folder
+            read_index(index)  # rejects names that transformers would follow out of the folder
 
         model, found = super().from_pretrained(
             where, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -180,15 +181,16 @@ class InterBertPreTrainedModel(PreTrainedModel):
         card_facts: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """As in transformers, and a model card: with `card_facts` (see `model_card`), or where no
-        README.md is yet.
+        """Save as transformers does, and write a model card with `card_facts` (see `model_card`).
+
+        Without `card_facts` an existing README.md is kept.
         """
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if not is_main_process:
             return
 
         folder = Path(save_directory)
-        # safetensors writes them as 0600, readable by no other user
+        # safetensors creates them with mode 0600, unreadable for other users
         for weights in folder.glob("model*.safetensors"):
             shutil.copymode(folder / "config.json", weights)
 
@@ -198,7 +200,7 @@ class InterBertPreTrainedModel(PreTrainedModel):
 
 
 def listing(names: Any) -> str:
-    """`a, b, c`, sorted; after LISTED names only how many more."""
+    """Return `a, b, c`, sorted; beyond LISTED names only their number."""
     names = sorted(names)
     rest = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + rest

@@ -1,5 +1,5 @@
-"""Padded inputs that do not fit the model or each other: one line that names the input, what it is
-and what was expected.
+"""Check padded inputs against the model and each other; errors name the input, what it is and what
+was expected.
 
 `given` holds inputs by name, None for those left out. Legend: B samples, T text columns, R region
 columns.
@@ -18,8 +18,8 @@ REGIONAL = ("visual_pos", "visual_attention_mask", "region_mask")
 
 
 def check_inputs(given: Given, config: ModelConfig) -> None:
-    """Raise UsageError for inputs [B, T] and [B, R, ..] that are missing or whose kinds or shapes
-    fit neither each other nor the model.
+    """Raise UsageError for inputs [B, T] and [B, R, ..] that are missing, or whose types or shapes
+    do not fit each other or the model.
     """
     refuse_other_kinds(given)
     ids = given["input_ids"]
@@ -28,8 +28,8 @@ def check_inputs(given: Given, config: ModelConfig) -> None:
         raise UsageError(f"input_ids has shape {shape_of(ids)}, expected [samples, tokens]")
     if ids.shape[1] > config.max_position_embeddings:
         raise UsageError(
-            f"input_ids has {ids.shape[1]} columns, the model only {config.max_position_embeddings}"
-            " positions"
+            f"input_ids has {ids.shape[1]} columns, the model has only"
+            f" {config.max_position_embeddings} positions"
         )
 
     if features is None:
@@ -40,7 +40,7 @@ def check_inputs(given: Given, config: ModelConfig) -> None:
                 )
     elif given["visual_pos"] is None:
         raise UsageError(
-            "visual_feats is given without visual_pos [samples, regions, 5], the places of the"
+            "visual_feats is given without visual_pos [samples, regions, 5], the positions of the"
             " regions"
         )
 
@@ -48,8 +48,8 @@ def check_inputs(given: Given, config: ModelConfig) -> None:
 
 
 def check_choices(given: Given, config: ModelConfig) -> None:
-    """Give the same for text [B, choices, T] and images [B, R, ..] or [B, choices, R, ..], in the
-    shapes that the caller knows.
+    """Check inputs of multiple choice likewise: text [B, choices, T] and images [B, R, ..] or
+    [B, choices, R, ..], before they are flattened.
     """
     refuse_other_kinds(given)
     ids = given["input_ids"]
@@ -64,8 +64,8 @@ def check_choices(given: Given, config: ModelConfig) -> None:
 
 
 def refuse_other_kinds(given: Given) -> None:
-    """Raise UsageError for what is no tensor, and for ids that are no integers: as such they would
-    be cut off silently.
+    """Raise UsageError for inputs that are not tensors, and for ids that are not integers, which
+    would be truncated silently.
     """
     for name, value in given.items():
         if value is not None and not isinstance(value, torch.Tensor):
@@ -79,8 +79,8 @@ def refuse_other_kinds(given: Given) -> None:
 def refuse_other_shapes(
     given: Given, text: Sequence[int], images: Sequence[int], config: ModelConfig
 ) -> None:
-    """Raise UsageError for inputs of other shapes than `text`, and than [*images, R] with the size
-    of each behind.
+    """Raise UsageError for text inputs of a shape other than `text`, and for visual ones of a shape
+    other than [*images, R] followed by their own size.
     """
     expected: dict[str, list[Any]] = {"attention_mask": [*text], "token_type_ids": [*text]}
     features = given["visual_feats"]
@@ -120,8 +120,8 @@ def refuse_empty_samples(lengths: torch.Tensor, pictured: bool) -> None:
 def value_ranges(
     ids: torch.Tensor, types: torch.Tensor | None, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """Give int64 [4]: least and most id, least and most type at the real `tokens` [B, T], or 0,
-    which always is in range.
+    """Return the least and largest id and the least and largest type at the real `tokens` [B, T],
+    int64 [4]; padding counts as 0, which is always in range.
     """
     types = torch.zeros_like(ids) if types is None else types
     return torch.stack(
@@ -130,8 +130,9 @@ def value_ranges(
 
 
 def refuse_unknown_values(ranges: Sequence[int], config: ModelConfig) -> None:
-    """Raise UsageError for ids and types outside `value_ranges`: a device stops there for good,
-    padded vocabulary passes silently.
+    """Raise UsageError if `value_ranges` hold ids or types that the model does not have.
+
+    Unchecked, they would leave a GPU unusable, or silently read padded rows of the vocabulary.
     """
     for name, found, size in (
         ("input_ids", ranges[:2], config.vocab_size),
@@ -140,11 +141,11 @@ def refuse_unknown_values(ranges: Sequence[int], config: ModelConfig) -> None:
         for value in found:
             if not 0 <= value < size:
                 raise UsageError(
-                    f"{name} holds {value}, expected 0 to {size - 1}: give what the model was"
-                    " trained with"
+                    f"{name} holds {value}, expected 0 to {size - 1}; use the vocabulary and types"
+                    " that the model was trained with"
                 )
 
 
 def shape_of(tensor: torch.Tensor | None) -> list[int] | None:
-    """Give the shape as a list, None for no tensor."""
+    """Return the shape as a list; None without a tensor."""
     return None if tensor is None else [*tensor.shape]

@@ -1,4 +1,4 @@
-"""Runs one batch through two sets of weights, each loaded as its users load it."""
+"""Run one batch through two sets of weights, each loaded as its users load it."""
 
 from pathlib import Path
 
@@ -20,9 +20,11 @@ SAMPLES = 3
 
 
 def largest_difference(source: WeightSource, kind: str, folder: Path) -> dict[str, float]:
-    """Largest absolute difference of each output between the source in our model and what was
-    written as `kind`: ours again, InterBertForPreTraining, or transformers' BertForMaskedLM for the
-    text path.
+    """Return the largest absolute difference of each output, by name, between the source and what
+    was written in `folder` as `kind`.
+
+    The source runs in our model; the written weights in our model again, InterBertForPreTraining
+    or, for the text path, transformers' BertForMaskedLM.
     """
     ours = load_core(source)
     random = np.random.default_rng(0)
@@ -48,7 +50,7 @@ def largest_difference(source: WeightSource, kind: str, folder: Path) -> dict[st
 
 
 def load_core(source: WeightSource) -> InterBert:
-    """Load the model in float32 with all heads that the source has."""
+    """Load the source's weights into our model in float32, with all heads that it has."""
     model = InterBert(source.config, heads_of(source))
     load_full_state(
         model,
@@ -61,7 +63,7 @@ def load_core(source: WeightSource) -> InterBert:
 
 
 def random_batch(config: ModelConfig, random: np.random.Generator) -> PackedBatch:
-    """Give samples of equal length, all words and regions targets, none hidden."""
+    """Return samples of equal length, all words and regions targets, none hidden."""
     length = min(TOKENS, config.max_position_embeddings)
     examples = []
 
@@ -152,7 +154,7 @@ def _against_bert(
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    columns = min(ours.shape[-1], theirs.shape[-1])  # the padding of our vocabulary holds -inf
+    columns = min(ours.shape[-1], theirs.shape[-1])  # padded columns of our vocabulary hold -inf
     a = ours[..., :columns].float()
     b = theirs[..., :columns].float()
     return float(torch.where(a == b, 0.0, a - b).abs().max())

@@ -1,6 +1,4 @@
-"""InterBertConfig: the sizes of ModelConfig as a Hugging Face configuration, under the same
-names.
-"""
+"""Define InterBertConfig: the sizes of ModelConfig, by the same names, for Hugging Face."""
 
 import dataclasses
 from typing import Any
@@ -14,12 +12,12 @@ FIELDS = dataclasses.fields(ModelConfig)
 
 
 class InterBertConfig(PreTrainedConfig):
-    """Every field of ModelConfig with its default, beside Hugging Face's own (num_labels, dtype,
-    ..).
+    """Hold every field of ModelConfig, with its default, beside Hugging Face's own (num_labels,
+    dtype, ..).
 
-    UsageError names the key of a value that no model can have. A vocabulary size, feature width or
-    class count of 0, which asks training to take it from the data, is refused too: a model in a
-    folder is a whole one.
+    Raises UsageError that names the key of a value that no model can have. A vocabulary size,
+    feature size or number of classes of 0, which has training take it from the data, is refused
+    too: a saved model has all its sizes.
     """
 
     model_type = "interbert"
@@ -30,19 +28,18 @@ class InterBertConfig(PreTrainedConfig):
         super().__init__(**kwargs)
         self.model_config()
 
-    # it makes dataclasses of its subclasses, whose own would not see our fields
+    # transformers turns subclasses into dataclasses, whose __eq__ would ignore our fields
     __eq__ = PreTrainedConfig.__eq__
 
     @classmethod
     def from_model_config(cls, model_config: ModelConfig, **extra: Any) -> "InterBertConfig":
-        """Give the configuration of a model of ours.
-
-        `extra` are Hugging Face's keys, such as num_labels.
+        """Return the configuration of one of our models; `extra` holds Hugging Face's keys, such as
+        num_labels.
         """
         return cls(**dataclasses.asdict(model_config), **extra)
 
     def model_config(self) -> ModelConfig:
-        """Give our own sizes; UsageError for wrong values, also those set after construction."""
+        """Return our own sizes; raises UsageError for wrong values, even if set later."""
         sizes = ModelConfig(**{field.name: getattr(self, field.name) for field in FIELDS})
 
         for name in ModelConfig.FROM_DATA:

@@ -1,5 +1,5 @@
-"""Pretraining losses from padded labels: each the mean over its targets in the batch, 0 where there
-are none.
+"""Compute pretraining losses from padded labels: means over the targets in the batch, 0 without
+any.
 
 Legend: B samples, T text columns, R region columns, C classes; Nt and Nr real tokens and regions.
 """
@@ -15,7 +15,7 @@ NO_TARGET = -100
 
 
 def word_loss(logits: torch.Tensor, labels: torch.Tensor, slots: Slots) -> torch.Tensor:
-    """Cross entropy of logits [Nt, vocabulary] against labels [B, T], -100 = no target."""
+    """Return the cross entropy of logits [Nt, vocabulary] and labels [B, T], -100 = no target."""
     labels = labels.flatten()[slots.text]
     total = F.cross_entropy(logits, labels, ignore_index=NO_TARGET, reduction="sum")
     return total / (labels != NO_TARGET).sum().clamp(min=1)
@@ -28,11 +28,10 @@ def region_loss(
     matched_label: torch.Tensor | None,
     slots: Slots,
 ) -> torch.Tensor:
-    """KL summed over classes, of logits [Nr, C] against class ids [B, R] (-100 = no target) or
-    distributions [B, R, C].
+    """Return the KL divergence of logits [Nr, C] from class ids [B, R] (-100 = no target) or
+    distributions [B, R, C], summed over classes.
 
-    Only hidden regions count (`region_mask` [B, R]), and only those of matched pairs
-    (`matched_label` [B] is 0).
+    Only hidden regions (`region_mask` [B, R]) of matched pairs (`matched_label` [B] is 0) count.
     """
     wanted = region_mask != 0
     if matched_label is not None:
@@ -45,7 +44,7 @@ def region_loss(
         class_ids = targets.where(wanted, 0)[:, None]
         probabilities = torch.ones_like(class_ids, dtype=torch.float32)
     else:
-        # before the loss: NaN there would reach the gradient
+        # before the loss, because NaN in a target that does not count would reach the gradient
         probabilities = targets.float().where(wanted[:, None], 0.0)
         class_ids = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
 
@@ -55,7 +54,7 @@ def region_loss(
 
 
 def check_labels(name: str, labels: torch.Tensor | None, *shapes: list[int]) -> None:
-    """Raise UsageError when labels are given and have none of the shapes."""
+    """Raise UsageError if labels are given that have none of the shapes."""
     if labels is not None and list(labels.shape) not in shapes:
         raise UsageError(
             f"{name} has shape {list(labels.shape)}, expected {' or '.join(map(str, shapes))}"

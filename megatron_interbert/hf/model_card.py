@@ -1,6 +1,4 @@
-"""The README.md of a model folder: what the model is, its sizes, how to load it, where it came
-from, what it is not for.
-"""
+"""Write the README.md of a model folder: what the model is, its sizes, use, origin and limits."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +12,7 @@ from megatron_interbert.hf.stream import TorchStream
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.pages.templates import render
 
-# Facts that a caller may know, and how the card words them. What is not given is not mentioned.
+# Facts that a caller may know, and their wording on the card; those not given are not mentioned.
 FACTS = {
     "source": "Made from",
     "detector": "Detector of the region features",
@@ -27,9 +25,9 @@ TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 
 
 def model_card(config: ModelConfig, facts: dict[str, Any]) -> str:
-    """Write Markdown with YAML front matter.
+    """Return the card as Markdown with YAML front matter.
 
-    `facts` may hold any of FACTS, `generated` (bool), `license` and `results`; others are left out.
+    `facts` may hold any of FACTS, `generated` (bool), `license` and `results`; others are ignored.
     """
     known = {
         words: wording(facts[name]) for name, words in FACTS.items() if facts.get(name) is not None
@@ -47,12 +45,15 @@ def model_card(config: ModelConfig, facts: dict[str, Any]) -> str:
 
 
 def result_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Give the figures of evaluations (their result.json), each with its protocol and data."""
+    """Return a row for each figure of evaluations (their result.json), with protocol and data.
+
+    Raises UsageError for a result without figures.
+    """
     rows = []
     for result in results:
         if not isinstance(result.get("metrics"), dict):
             raise UsageError(
-                "--results: a file without figures; give the result.json of an evaluation"
+                "--results: a file has no figures; give the result.json of an evaluation"
             )
         about = result.get("data", {})
         files = ", ".join(about.get("files", {}))
@@ -70,7 +71,7 @@ def result_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def wording(fact: Any) -> str:
-    """Give a fact in words; the detector is an object of name and revision."""
+    """Return a fact as text; the detector is an object of name and revision."""
     return (
         ", ".join(f"{key} {value}" for key, value in fact.items())
         if isinstance(fact, dict)
@@ -79,9 +80,7 @@ def wording(fact: Any) -> str:
 
 
 def sizes(config: ModelConfig) -> dict[str, Any]:
-    """Give what says how large the model is, in the configuration's order; not what matters to
-    training only.
-    """
+    """Return the sizes of the model in the configuration's order, without settings of training."""
     rest = ("initializer_range", "layer_norm_eps")
     return {
         name: value
@@ -91,9 +90,9 @@ def sizes(config: ModelConfig) -> dict[str, Any]:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Give parameters with the pretraining heads, without the rows that pad the vocabulary."""
+    """Return the number of parameters, with pretraining heads, without padded vocabulary rows."""
     with torch.device("meta"):
-        # the default stream would seed torch's generator
+        # because the default stream would seed torch's generator
         model = InterBert(config, streams=TorchStream())
 
     padding = (config.padded_vocab_size - config.vocab_size) * (config.hidden_size + 1)

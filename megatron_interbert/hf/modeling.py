@@ -1,5 +1,5 @@
-"""InterBERT for Hugging Face users: padded inputs in (see `padding.PaddedInputs`), the packed core
-inside, ModelOutputs out.
+"""Define InterBERT's Hugging Face classes: padded inputs in (see `padding.PaddedInputs`), the packed
+core inside, ModelOutputs out.
 
 Legend: B samples, T text columns, R region columns, C region classes or choices.
 """
@@ -26,7 +26,7 @@ Tensor = torch.Tensor
 
 
 class InterBertModel(InterBertPreTrainedModel):
-    """Both streams without heads."""
+    """Run both streams, without heads."""
 
     @can_return_tuple
     def forward(
@@ -38,7 +38,7 @@ class InterBertModel(InterBertPreTrainedModel):
         visual_pos: Tensor | None = None,
         visual_attention_mask: Tensor | None = None,
     ) -> InterBertModelOutput:
-        """Give hidden states and pooled vectors; text only when no visual input is given."""
+        """Return hidden states and pooled vectors, only those of the text without visual input."""
         inputs = PaddedInputs(
             input_ids,
             attention_mask,
@@ -51,7 +51,7 @@ class InterBertModel(InterBertPreTrainedModel):
 
 
 class InterBertForPreTraining(InterBertPreTrainedModel):
-    """Masked words, masked regions and matching."""
+    """Predict masked words, masked regions and matching, with their losses."""
 
     heads = ("msm", "mrm", "itm")
 
@@ -69,7 +69,7 @@ class InterBertForPreTraining(InterBertPreTrainedModel):
         region_targets: Tensor | None = None,
         matched_label: Tensor | None = None,
     ) -> InterBertForPreTrainingOutput:
-        """`loss` sums the losses whose labels are given.
+        """Return the logits of all heads; `loss` is the sum of the losses whose labels are given.
 
         labels [B, T]: words to predict, -100 elsewhere (input_ids hold the masked text).
         region_mask [B, R]: regions hidden from the model. region_targets: their class ids [B, R] or
@@ -121,7 +121,7 @@ class InterBertForPreTraining(InterBertPreTrainedModel):
 
 
 class InterBertForImageTextRetrieval(InterBertPreTrainedModel):
-    """The matching head alone: how well a caption fits an image."""
+    """Score by the matching head how well captions fit images."""
 
     heads = ("itm",)
 
@@ -136,7 +136,7 @@ class InterBertForImageTextRetrieval(InterBertPreTrainedModel):
         visual_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> InterBertForImageTextRetrievalOutput:
-        """labels [B]: 0 = matched, 1 = mismatched."""
+        """Return logits and scores [B] of pairs; labels [B]: 0 = matched, 1 = mismatched."""
         needs_images(self, visual_feats)
         inputs = PaddedInputs(
             input_ids,
@@ -157,7 +157,7 @@ class InterBertForImageTextRetrieval(InterBertPreTrainedModel):
 
 
 class InterBertForMultipleChoice(InterBertPreTrainedModel):
-    """One logit for each choice (VCR)."""
+    """Compute one logit for each choice (VCR)."""
 
     heads = ("choice",)
 
@@ -172,8 +172,8 @@ class InterBertForMultipleChoice(InterBertPreTrainedModel):
         visual_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> MultipleChoiceModelOutput:
-        """Score choices: text inputs [B, C, T]; visual ones [B, R, ..], shared by the choices, or
-        [B, C, R, ..]; labels [B] the right choice.
+        """Return logits of the choices [B, C]. Text inputs are [B, C, T]; visual ones [B, R, ..],
+        shared by the choices, or [B, C, R, ..]; labels [B] are the right choices.
         """
         needs_images(self, visual_feats)
         inputs = PaddedInputs(
@@ -207,8 +207,8 @@ class InterBertForMultipleChoice(InterBertPreTrainedModel):
 
 
 class InterBertForSequenceClassification(InterBertPreTrainedModel):
-    """A new linear classifier (or regressor) of `num_labels`: over the pooled text, or over text
-    and image together.
+    """Classify (or regress) `num_labels` by a new linear layer over the pooled text, or over the
+    fused text and image.
     """
 
     def add_parts(self, config: InterBertConfig) -> None:
@@ -225,8 +225,8 @@ class InterBertForSequenceClassification(InterBertPreTrainedModel):
         visual_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> SequenceClassifierOutput:
-        """labels [B] (classes, or numbers for regression) or [B, num_labels], by
-        `config.problem_type` as in transformers.
+        """Return logits [B, num_labels]; labels are [B] (classes, or numbers for regression) or
+        [B, num_labels], by `config.problem_type` as in transformers.
         """
         inputs = PaddedInputs(
             input_ids,
@@ -254,7 +254,7 @@ class InterBertForSequenceClassification(InterBertPreTrainedModel):
 def needs_images(
     model: InterBertPreTrainedModel, visual_feats: Tensor | None, what: str = ""
 ) -> None:
-    """Raise UsageError for text-only inputs where image and text are compared."""
+    """Raise UsageError if there is no visual input, which `what` or the head needs."""
     if visual_feats is None:
         raise UsageError(
             f"{type(model).__name__}: {what or 'this head'} needs visual_feats and visual_pos"

@@ -1,9 +1,9 @@
-"""What the Hugging Face classes return.
+"""Define what the Hugging Face classes return.
 
-Padded places hold zeros. `loss` is there when labels were given.
+Padded positions hold zeros. `loss` is None unless labels were given.
 
-Legend: B samples, T text columns, R region columns, H hidden, P pooled size, V vocabulary, C region
-classes.
+Legend: B samples, T text columns, R region columns, H hidden size, P pooled size, V vocabulary, C
+region classes.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class InterBertModelOutput(ModelOutput):
-    """Both streams; the image side is None for text-only inputs."""
+    """Hold the results of both streams; those of the image are None for text-only inputs."""
 
     text_hidden: torch.Tensor | None = None  # [B, T, H]
     image_hidden: torch.Tensor | None = None  # [B, 1 + R, H], row 0 is [IMG]
@@ -24,7 +24,7 @@ class InterBertModelOutput(ModelOutput):
 
 @dataclass
 class InterBertForPreTrainingOutput(ModelOutput):
-    """Logits of the three pretraining heads at every position, float32, and both streams."""
+    """Hold float32 logits of the pretraining heads at every position, and both streams."""
 
     loss: torch.Tensor | None = None
     msm_logits: torch.Tensor | None = None  # [B, T, V]
@@ -38,8 +38,8 @@ class InterBertForPreTrainingOutput(ModelOutput):
 
 @dataclass
 class InterBertForImageTextRetrievalOutput(ModelOutput):
-    """How well caption and image of each pair fit."""
+    """Hold how well the caption of each pair fits its image."""
 
     loss: torch.Tensor | None = None
     itm_logits: torch.Tensor | None = None  # [B, 2], class 0 = matched
-    scores: torch.Tensor | None = None  # [B] logit(matched) - logit(mismatched): what to rank by
+    scores: torch.Tensor | None = None  # [B] logit(matched) - logit(mismatched), to rank by

@@ -1,4 +1,4 @@
-"""From padded tensors, as Hugging Face users hold them, to a PackedBatch on the same device, and
+"""Convert padded tensors, as Hugging Face users have them, to a PackedBatch on the same device, and
 back.
 
 Legend: B samples, T text columns, R region columns, F feature size; Nt real tokens, Nr real
@@ -21,9 +21,9 @@ from megatron_interbert.hf.checks import (
 
 
 class PaddedInputs(NamedTuple):
-    """Inputs under LXMERT's names.
+    """Hold inputs by LXMERT's names.
 
-    Real positions may stand anywhere; what padded places hold does not matter.
+    Real and padded positions may be in any order; what padded ones hold does not matter.
     """
 
     input_ids: torch.Tensor | None  # [B, T]
@@ -36,8 +36,8 @@ class PaddedInputs(NamedTuple):
 
 @dataclass
 class Slots:
-    """Where packed rows stand in the padded tensors, as indexes into their first two axes laid
-    flat.
+    """Hold where packed rows belong in padded tensors, as indexes into their first two axes,
+    flattened.
     """
 
     text: torch.Tensor  # [Nt] in [B, T]
@@ -58,12 +58,12 @@ OF_TRAINING = (
 def pack_padded(
     inputs: PaddedInputs, config: ModelConfig, hidden_regions: torch.Tensor | None = None
 ) -> tuple[PackedBatch, Slots]:
-    """Real tokens and regions end to end, every word and region a target of its head, and the slots
-    they came from.
+    """Pack real tokens and regions end to end, every word and region a target of its head; return
+    the batch and the slots of its rows.
 
     A token's position is its column, as in BERT. `hidden_regions` [B, R] bool reach the model as
-    zeros. UsageError for shapes that do not fit, for ids the model does not know, and for a sample
-    without a real token or region.
+    zeros. Raises UsageError for wrong shapes, for ids that the model does not have, and for a
+    sample without a real token or region.
     """
     check_inputs({**inputs._asdict(), "region_mask": hidden_regions}, config)
     ids = inputs.input_ids
@@ -74,11 +74,11 @@ def pack_padded(
         if pictured
         else tokens[:, :0]
     )
-    # with the column of [IMG]
+    # with a column for [IMG]
     image = torch.cat([torch.ones_like(tokens[:, : int(pictured)]), regions], dim=1)
     lengths = torch.stack([tokens.sum(dim=1), image.sum(dim=1)])
     ranges = value_ranges(ids, inputs.token_type_ids, tokens)
-    # the one time that the host waits for the device
+    # the only time that the host waits for the device
     found = torch.cat([lengths.flatten(), ranges]).cpu()
     on_host = found[: -len(ranges)].view_as(lengths)
     refuse_empty_samples(on_host, pictured)
@@ -107,14 +107,14 @@ def pack_padded(
 
 
 def to_padded(rows: torch.Tensor, slots: torch.Tensor, samples: int, columns: int) -> torch.Tensor:
-    """Packed rows [N, ..] at their slots in [samples, columns, ..], zeros elsewhere."""
+    """Return packed rows [N, ..] at their slots in [samples, columns, ..], zeros elsewhere."""
     padded = rows.new_zeros(samples * columns, *rows.shape[1:])
     return padded.index_copy(0, slots, rows).unflatten(0, (samples, columns))
 
 
 def joint_order(tokens: torch.Tensor, image: torch.Tensor, slots: Slots) -> dict[str, torch.Tensor]:
-    """Give fields of the order [image tokens, text tokens] of each sample, from both masks [B, T]
-    and [B, 1 + R].
+    """Return the batch's fields for the joint order, [image tokens, text tokens] of each sample,
+    from both masks [B, T] and [B, 1 + R].
     """
     rows = row_numbers(torch.cat([image, tokens], dim=1))
     image_index = rows[:, : image.shape[1]].flatten()[slots.image]
@@ -128,7 +128,7 @@ def joint_order(tokens: torch.Tensor, image: torch.Tensor, slots: Slots) -> dict
 
 
 def text_tokens(inputs: PaddedInputs, slots: Slots) -> dict[str, torch.Tensor]:
-    """Give fields of the text side."""
+    """Return the batch's fields of the text side."""
     ids = inputs.input_ids
     types = torch.zeros_like(ids) if inputs.token_type_ids is None else inputs.token_type_ids
 
@@ -147,7 +147,7 @@ def image_tokens(
     slots: Slots,
     hidden_regions: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
-    """Give fields of the image side; `image` [B, 1 + R] is its mask with the column of [IMG]."""
+    """Return the batch's fields of the image side; `image` is its mask [B, 1 + R] with [IMG]."""
     if inputs.visual_feats is None:
         indexes = dict.fromkeys(
             ("region_rows", "region_counts", "summary_rows", "mrm_positions"), slots.image
@@ -175,25 +175,25 @@ def image_tokens(
 
 
 def is_real(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    """Give a mask as bool [B, columns]; all True where none is given."""
+    """Return a mask as bool [B, columns], on the device of `like`; all True if none is given."""
     return torch.ones_like(like, dtype=torch.bool) if mask is None else mask.to(like.device) != 0
 
 
 def real_slots(mask: torch.Tensor, count: int) -> torch.Tensor:
-    """Give flat indexes of the `count` true places, ascending.
+    """Return the flat indexes of the `count` true positions, ascending.
 
-    Not `nonzero`: the host would wait for the device to count.
+    `nonzero` would have the host wait for the device to count them.
     """
     return mask.flatten().int().argsort(stable=True, descending=True)[:count]
 
 
 def row_numbers(mask: torch.Tensor) -> torch.Tensor:
-    """Give the number of each true place among all true ones, row by row; places that are not true
-    hold nothing of use.
+    """Return the number of each true position among all true ones, row by row; values at other
+    positions are meaningless.
     """
     return (mask.flatten().cumsum(0) - 1).view_as(mask)
 
 
 def offsets(lengths: torch.Tensor) -> torch.Tensor:
-    """Give int32 [B + 1] from lengths [B]."""
+    """Return the offsets, int32 [B + 1], of sequences with lengths [B]."""
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()

@@ -1,6 +1,6 @@
-"""InterBertScorer: images as detected regions and captions as text in, matching scores out.
+"""Score images, given as detected regions, against captions by the matching head.
 
-Legend: I images, C captions, R most regions of an image, F feature size.
+Legend: I images, C captions, R most regions of an image, F feature size, P pooled size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ Image = Regions | Mapping[str, Any]
 
 
 class ImageTensors(NamedTuple):
-    """All images on the device, each sent there once however many captions it meets."""
+    """Hold all images on the device, sent there once, however many captions each is scored with."""
 
     visual_feats: torch.Tensor  # [I, R, F]
     visual_pos: torch.Tensor  # [I, R, 5]
@@ -30,14 +30,14 @@ class ImageTensors(NamedTuple):
 
 
 class Ranked(NamedTuple):
-    """A candidate of `InterBertScorer.rank`: its place in the given list, and its score."""
+    """Hold a candidate of `InterBertScorer.rank`: its index in the given list, and its score."""
 
     index: int
     score: float
 
 
 class InterBertScorer:
-    """Scores images and texts, encodes each side alone, and ranks one side for the other.
+    """Score images and texts, encode each side alone, and rank one side for the other.
 
     Scores are margins of the matching head, logit(matched) - logit(mismatched): the higher, the
     better the fit.
@@ -49,8 +49,10 @@ class InterBertScorer:
         tokenizer: CaptionTokenizer,
         max_tokens: int | None = None,
     ) -> None:
-        """Captions are cut to `max_tokens` with [CLS] and [SEP], by default to as many as the model
-        has positions.
+        """Take a model with a matching head; captions are cut to `max_tokens` with [CLS] and [SEP],
+        by default to the model's positions.
+
+        Raises UsageError for a model without that head, or a vocabulary of another size.
         """
         if "itm" not in model.heads:
             raise UsageError(
@@ -61,7 +63,7 @@ class InterBertScorer:
         if tokenizer.vocab_size != model.config.vocab_size:
             raise UsageError(
                 f"{tokenizer.vocab_file}: {tokenizer.vocab_size} entries, the model has"
-                f" {model.config.vocab_size}; give the vocabulary it was trained with"
+                f" {model.config.vocab_size}; give the vocabulary that it was trained with"
             )
 
         self.model = model.eval()
@@ -72,9 +74,9 @@ class InterBertScorer:
     def from_pretrained(
         cls, folder: str | Path, device: torch.device | str | None = None
     ) -> "InterBertScorer":
-        """Model and vocab.txt of a folder, on a device (default: the GPU if there is one)."""
+        """Load model and vocab.txt of a folder onto a device (default: a GPU if there is one)."""
         vocabulary = str(Path(folder) / VOCABULARY)
-        CaptionTokenizer(vocabulary)  # is there one? Before the weights are read
+        CaptionTokenizer(vocabulary)  # raises if there is none, before the weights are read
         model = InterBertForImageTextRetrieval.from_pretrained(folder)
         tokenizer = CaptionTokenizer(vocabulary, model.config.text_normalisation)
 
@@ -87,11 +89,12 @@ class InterBertScorer:
         batch_size: int = 64,
         paired: bool = False,
     ) -> np.ndarray:
-        """Score float32 [I, C] scores of all pairs, or [I] of image i with caption i when `paired`.
+        """Return the scores of all pairs, float32 [I, C], or [I] of image i with caption i if
+        `paired`.
 
         An image is a `Regions` of a store or a dict of features [R, F], boxes [R, 4] (pixels x1 y1
-        x2 y2) and size (w, h); a single one and a single caption may stand without a list.
-        UsageError names the image or caption that is wrong.
+        x2 y2) and size (width, height); a single image or caption needs no list. Raises UsageError
+        that names a wrong image or caption.
         """
         check_positive("batch_size", batch_size)
         images = (
@@ -105,8 +108,8 @@ class InterBertScorer:
         ]
         if paired and len(images) != len(texts):
             raise UsageError(
-                f"paired: {len(images)} images and {len(texts)} captions, expected as many of one"
-                " as of the other"
+                f"paired: {len(images)} images and {len(texts)} captions, expected equal numbers of"
+                " both"
             )
 
         shape = (len(images),) if paired else (len(images), len(texts))
@@ -117,7 +120,7 @@ class InterBertScorer:
         tensors = self.image_tensors(images)
         # image and caption of each score
         pairs = np.indices(shape).reshape(len(shape), -1)[[0, -1]]
-        # like lengths share a batch: little padding
+        # similar lengths share a batch, so there is little padding
         by_length = np.argsort([len(texts[c]) for c in pairs[1]], kind="stable")
         for start in range(0, len(by_length), batch_size):
             chunk = by_length[start : start + batch_size]
@@ -134,9 +137,9 @@ class InterBertScorer:
         top_k: int | None = None,
         batch_size: int = 64,
     ) -> list[Ranked]:
-        """Give rank the captions for one image, or the images for one caption, best first.
+        """Rank the captions for one image, or the images for one caption, best first.
 
-        Each pair is judged by the whole model, as a cross-encoder does. UsageError unless one side
+        The whole model judges each pair, as a cross-encoder does. Raises UsageError unless one side
         is single.
         """
         if top_k is not None:
@@ -153,10 +156,10 @@ class InterBertScorer:
         return [Ranked(int(index), float(flat[index])) for index in best]
 
     def encode_text(self, captions: str | Sequence[str], batch_size: int = 64) -> np.ndarray:
-        """Encode captions alone: float32 [C, P] pooled vectors, for the first stage of a search.
+        """Encode captions alone: pooled vectors, float32 [C, P], for the first stage of a search.
 
-        With a product as fusion, the margin of a pair is about (w_matched - w_mismatched) of the
-        matching head times both vectors; the model was not trained on sides alone.
+        With product fusion, the margin of a pair is roughly the sum over (w_matched - w_mismatched)
+        of the matching head x both vectors. The model was not trained on either side alone.
         """
         texts = [captions] if isinstance(captions, str) else list(captions)
         examples = []
@@ -168,7 +171,7 @@ class InterBertScorer:
     def encode_image(
         self, image_regions: Image | Sequence[Image], batch_size: int = 64
     ) -> np.ndarray:
-        """Encode images alone: float32 [I, P] pooled vectors; see `encode_text`."""
+        """Encode images alone: pooled vectors, float32 [I, P]; see `encode_text`."""
         single = isinstance(image_regions, (Regions, Mapping))
         images = [image_regions] if single else list(image_regions)
         start = np.array([self.tokenizer.cls])
@@ -180,7 +183,7 @@ class InterBertScorer:
 
     @torch.inference_mode()
     def _encode(self, examples: list[Example], batch_size: int, images: bool) -> np.ndarray:
-        """Pool one side of the examples, float32 [examples, P]."""
+        """Return the pooled vectors of one side of the examples, float32 [examples, P]."""
         check_positive("batch_size", batch_size)
         inner = self.model.interbert
         device = self.model.device
@@ -196,7 +199,7 @@ class InterBertScorer:
     def margins(
         self, images: ImageTensors, chosen: np.ndarray, texts: list[torch.Tensor]
     ) -> np.ndarray:
-        """Give float32 [pairs]: image number `chosen[i]` with token ids `texts[i]`."""
+        """Return scores, float32 [pairs], of image `chosen[i]` with token ids `texts[i]`."""
         device = images.visual_feats.device
         lengths = torch.tensor([len(ids) for ids in texts])
         input_ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
@@ -208,14 +211,14 @@ class InterBertScorer:
         return (logits[:, 0] - logits[:, 1]).cpu().numpy()
 
     def token_ids(self, number: int, caption: str) -> torch.Tensor:
-        """Give int64 [CLS] words [SEP] of caption `number`."""
+        """Return the token ids of caption `number` with [CLS] and [SEP], int64 [tokens]."""
         if not isinstance(caption, str):
             raise UsageError(f"caption {number} is of type {type(caption).__name__}, expected text")
         ids = self.tokenizer.encode(caption, self.max_tokens).ids
         return torch.from_numpy(np.concatenate([[self.tokenizer.cls], ids, [self.tokenizer.sep]]))
 
     def image_tensors(self, images: Sequence[Image]) -> ImageTensors:
-        """Give features and locations of all images, padded to the one with most regions."""
+        """Return features and locations of all images, padded to the one with most regions."""
         parts = [
             read_image(number, image, self.model.config.feature_dim)
             for number, image in enumerate(images)
@@ -236,10 +239,10 @@ def check_positive(name: str, value: int) -> None:
 
 
 def read_image(number: int, image: Image, feature_dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Read features [R, F] float32 and locations [R, 5] float32 of one image; boxes outside it are
-    clipped, as a store does.
+    """Return features [R, F] and locations [R, 5] of one image, float32; boxes are clipped to it,
+    as in a store.
 
-    UsageError names the image and what is wrong with it.
+    Raises UsageError that names the image and what is wrong with it.
     """
     values = image if isinstance(image, Mapping) else getattr(image, "__dict__", {})
     for name in ("features", "boxes", "size"):

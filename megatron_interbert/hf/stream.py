@@ -1,4 +1,4 @@
-"""Random numbers for a model that is not shared out over ranks."""
+"""Provide random numbers for a model that is not split over ranks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,10 +7,10 @@ from megatron_interbert.parallel.rng import RandomStreams
 
 
 class TorchStream(RandomStreams):
-    """All dropout draws from torch's own generator, so that torch.manual_seed alone governs it.
+    """Draw all dropout from torch's own generator, so that torch.manual_seed alone controls it.
 
-    The parent seeds that generator when it is made, and keeps a second state for tensor-parallel
-    shards; there are none here.
+    The parent class seeds that generator on construction, and keeps a second state for
+    tensor-parallel shards, of which there are none here.
     """
 
     def __init__(self) -> None:
@@ -18,5 +18,5 @@ class TorchStream(RandomStreams):
 
     @contextmanager
     def sharded(self) -> Iterator[None]:
-        """Nothing is sharded: continue with the same generator."""
+        """Keep the same generator, because nothing is sharded."""
         yield

@@ -1,4 +1,4 @@
-"""Fused operations.
+"""Provide fused operations.
 
-Each has a plain twin of the same signature; `choice.choose_kernels` picks once per run.
+Each has a plain twin with the same signature; `choice.choose_kernels` picks once per run.
 """

@@ -1,6 +1,6 @@
-"""NVIDIA apex behind our signatures.
+"""Adapt NVIDIA apex to our signatures.
 
-The package called apex on PyPI is something else, so its use is probed, not its name.
+The package called apex on PyPI is something else, so the function is imported, not just the name.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from megatron_interbert.errors import UsageError
 
 
 def load_dropout_add_norm() -> Callable[..., torch.Tensor]:
-    """`plain.dropout_add_norm` with apex's fused LayerNorm.
+    """Return a `plain.dropout_add_norm` with apex's fused LayerNorm.
 
-    UsageError when NVIDIA's apex is not there.
+    Raises UsageError if NVIDIA's apex is not installed.
     """
     try:
         from apex.normalization.fused_layer_norm import fused_layer_norm_affine

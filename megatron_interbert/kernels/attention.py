@@ -1,5 +1,5 @@
-"""Attention over packed sequences: padded SDPA on any device, variable-length flash attention on
-CUDA.
+"""Compute attention over packed sequences: by padded SDPA on any device, by variable-length flash
+attention on CUDA.
 """
 
 import torch
@@ -10,7 +10,7 @@ from megatron_interbert.kernels.sequences import Sequences, padded_places
 
 
 def padded_sdpa(qkv: torch.Tensor, sequences: Sequences, dropout_p: float) -> torch.Tensor:
-    """See plain.attention: pads to the longest sequence inside the call only."""
+    """See plain.attention; sequences are padded to the longest inside this call only."""
     tokens, heads, _three, size = qkv.shape
     samples = len(sequences)
     longest = sequences.longest
@@ -31,23 +31,23 @@ def padded_sdpa(qkv: torch.Tensor, sequences: Sequences, dropout_p: float) -> to
 
 
 def by_head(qkv: torch.Tensor, samples: int, length: int) -> tuple[torch.Tensor, ...]:
-    """q, k, v [B, heads, L, D] as views of tokens [B L, heads, 3, D]; their gradients come together
-    again in one tensor.
+    """Return q, k, v [B, heads, L, D] as views of tokens [B L, heads, 3, D], whose gradient is then
+    one tensor again.
     """
     parts = qkv.view(samples, length, *qkv.shape[1:]).unbind(3)
     return tuple(part.transpose(1, 2) for part in parts)
 
 
 def flash_takes(qkv: torch.Tensor, dropout_p: float) -> bool:
-    """Tell whether torch's variable-length flash attention computes this: it has no dropout, and
-    knows 16 bits only.
+    """Check whether torch's variable-length flash attention can compute this: only in 16 bits and
+    without dropout.
     """
     return dropout_p == 0 and qkv.dtype in (torch.float16, torch.bfloat16)
 
 
 def varlen_flash(qkv: torch.Tensor, sequences: Sequences, dropout_p: float) -> torch.Tensor:
-    """See plain.attention: torch's varlen_attn (CUDA, compute capability 8.0); what it does not
-    take goes to padded SDPA.
+    """See plain.attention; torch's varlen_attn (CUDA, compute capability 8.0 or newer), or padded
+    SDPA for what that cannot compute.
     """
     if not flash_takes(qkv, dropout_p):
         return padded_sdpa(qkv, sequences, dropout_p)

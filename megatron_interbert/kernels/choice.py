@@ -1,6 +1,4 @@
-"""Which kernel serves each operation: decided once at start from the device and `--kernels`, and
-printed.
-"""
+"""Choose the kernel of each operation, once at start, from the device and `--kernels`."""
 
 import os
 import shutil
@@ -21,7 +19,7 @@ ROW_MULTIPLE = 32
 
 @dataclass(frozen=True)
 class Kernels:
-    """Operations with the signatures of `plain`, and what is to be said about the choice."""
+    """Hold operations with the signatures of `plain`, and remarks about their choice."""
 
     attention: Callable[..., torch.Tensor] = attention.padded_sdpa
     bias_gelu: Callable[..., torch.Tensor] = plain.bias_gelu
@@ -32,20 +30,18 @@ class Kernels:
     vocab_statistics: Callable[..., tuple[torch.Tensor, ...]] = plain.vocab_statistics
     vocab_gradient: Callable[..., torch.Tensor] = plain.vocab_gradient
     products: type = PlainProducts
-    row_multiple: int = 1  # token rows of a stack of layers are filled up to a multiple of this
+    row_multiple: int = 1  # token rows of a stack of layers are padded to a multiple of this
     remarks: tuple[str, ...] = ()
 
     @property
     def fused(self) -> bool:
-        """Whether they are Triton's, which keep less for the backward pass than torch's
-        operations.
+        """Return whether the kernels are Triton's, which keep less for the backward pass than
+        torch's.
         """
         return self.bias_gelu is not plain.bias_gelu
 
     def describe(self) -> str:
-        """Describe one line: operation=module.function of each, then why something went
-        elsewhere.
-        """
+        """Return one line: operation=module.function of each, then remarks about the choice."""
         operations = {name: one for name, one in vars(self).items() if callable(one)}
         chosen = ", ".join(
             f"{name}={one.__module__.rsplit('.', 1)[-1]}.{one.__name__}"
@@ -64,11 +60,11 @@ def choose_kernels(
     head_sizes: Sequence[int] = (),
     dtype: torch.dtype = torch.float32,
 ) -> Kernels:
-    """Kernels for `--kernels auto|torch|triton|apex` on a device, with `fp8` the layers' products
-    in 8 bits (on a CPU too, slowly: for checks); UsageError when the choice cannot run there.
+    """Return the kernels for `--kernels auto|torch|triton|apex` on a device.
 
-    What is said of attention is said of `head_sizes` in `dtype`; the kernels themselves look at
-    what they are given.
+    With `fp8` the layers' products are in 8 bits (on a CPU too, but slowly, for checks). Remarks
+    about attention are for `head_sizes` in `dtype`; the kernels themselves adapt to their inputs.
+    Raises UsageError if the choice cannot run on the device.
     """
     kernels = _kernels_by_name(name, device, attention_dropout, deterministic, dtype)
     if fp8:
@@ -80,29 +76,29 @@ def choose_kernels(
 
     remarks = attention_remarks(head_sizes, dtype, gpu_of(device))
     if kernels.attention.__name__ == "flash_attention" and dtype.itemsize == 2:
-        remarks = ["torch's flash attention, for there is no dropout"]
+        remarks = ["torch's flash attention, because there is no dropout"]
 
     return replace(kernels, remarks=(*kernels.remarks, *remarks))
 
 
 def check_float8(device: torch.device) -> None:
-    """Raise UsageError where there are no products in 8 bits."""
+    """Raise UsageError if torch or the device has no products in 8 bits."""
     if not has_scaled_products():
         raise UsageError(
             f"--fp8: torch {torch.__version__} has no torch.nn.functional.scaled_mm; install torch"
             " 2.13 or leave --fp8 out"
         )
 
-    amd = torch.version.hip is not None  # whose capabilities are numbered otherwise
+    amd = torch.version.hip is not None  # AMD numbers capabilities differently
     if device.type == "cuda" and (amd or torch.cuda.get_device_capability(device) < (8, 9)):
         raise UsageError(
-            f"--fp8: {torch.cuda.get_device_name(device)} has no 8-bit products (Ada, Hopper and"
-            " newer have); leave it out"
+            f"--fp8: {torch.cuda.get_device_name(device)} has no 8-bit products, which need Ada,"
+            " Hopper or newer; leave it out"
         )
 
 
 def attention_remarks(head_sizes: Sequence[int], dtype: torch.dtype, gpu: Gpu) -> list[str]:
-    """What Triton's attention does with heads of these sizes on a GPU."""
+    """Return remarks on how Triton's attention computes heads of these sizes on a GPU."""
     remarks = []
     kind = str(dtype).removeprefix("torch.")
 
@@ -117,11 +113,11 @@ def attention_remarks(head_sizes: Sequence[int], dtype: torch.dtype, gpu: Gpu) -
             )
         elif head > WIDEST:
             remarks.append(
-                f"heads of {head}: padded SDPA, for Triton's tiles are at most {WIDEST} wide"
+                f"heads of {head}: padded SDPA, as Triton's tiles are at most {WIDEST} wide"
             )
         else:
             remarks.append(
-                f"heads of {head} in {kind}: padded SDPA, for no tile of Triton's fits in {room}"
+                f"heads of {head} in {kind}: padded SDPA, as no tile of Triton's fits in {room}"
             )
 
     return remarks
@@ -134,11 +130,11 @@ def _kernels_by_name(
     deterministic: bool,
     dtype: torch.dtype,
 ) -> Kernels:
-    """Of all operations but the products.
+    """Return the kernels of all operations except the products.
 
-    Variable-length flash attention has no dropout: with `attention_dropout` (training) Triton's
-    kernel takes its place, or padded SDPA where there is no Triton. So it does if its gradients
-    must be `deterministic`.
+    Variable-length flash attention has no dropout, so with `attention_dropout` (training) Triton's
+    kernel takes its place, or padded SDPA without Triton; likewise if gradients must be
+    `deterministic`.
     """
     on_gpu = device.type == "cuda"
     if name == "torch":
@@ -167,11 +163,11 @@ def _kernels_by_name(
 
 
 def _cpu_kernels(dtype: torch.dtype) -> Kernels:
-    """Plain torch, but for what a CPU does faster in another way.
+    """Return plain torch, except for operations that a CPU does faster in another way.
 
-    In 16 bits torch multiplies by oneDNN, which builds a program for each new number of rows.
-    Batches have another number of tokens at every step: without a multiple, a step of the sample
-    model with 8 samples takes half as long again.
+    In 16 bits torch multiplies by oneDNN, which builds a program for each new number of rows, and
+    batches have a different number of tokens at every step: without padding to a multiple, a step
+    of the sample model with 8 samples takes half as long again.
     """
     return Kernels(
         attention=cpu_ops.attention,
@@ -181,9 +177,8 @@ def _cpu_kernels(dtype: torch.dtype) -> Kernels:
 
 
 def _triton_kernels(flash: bool) -> Kernels:
-    """Give all of Triton's.
-
-    `flash`: attention by torch's variable-length flash attention where that can.
+    """Return Triton's kernels, with `flash` torch's variable-length flash attention for inputs that
+    it can compute.
     """
     from megatron_interbert.kernels import (
         triton_attention,
@@ -205,7 +200,7 @@ def _triton_kernels(flash: bool) -> Kernels:
 
 
 def why_no_triton(device: torch.device) -> str | None:
-    """Say why Triton's kernels cannot run on a device; None where they can."""
+    """Return why Triton's kernels cannot run on a device; None if they can."""
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -215,16 +210,16 @@ def why_no_triton(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return (
-            "a CPU runs Triton's kernels only for checks, in its interpreter (TRITON_INTERPRET=1)"
+            "a CPU runs Triton's kernels only in its interpreter, for checks (TRITON_INTERPRET=1)"
         )
 
     if torch.version.hip is not None:
-        return "the kernels are made for NVIDIA's GPUs, and this torch is a build for AMD's (ROCm)"
+        return "the kernels are for NVIDIA's GPUs, and this torch is a build for AMD's (ROCm)"
 
     gpu = gpu_of(device)
     if gpu.is_too_old:
         return (
-            f"{gpu} is older than Triton's kernels and flash attention ask for"
+            f"{gpu} is older than Triton's kernels and flash attention need"
             f" ({OLDEST[0]}.{OLDEST[1]})"
         )
 
@@ -235,9 +230,7 @@ def why_no_triton(device: torch.device) -> str | None:
 
 
 def why_no_launcher() -> str | None:
-    """What is missing of what Triton builds its launcher with, on the machine that runs the
-    kernels; None where nothing is.
-    """
+    """Return what this machine lacks of what Triton builds its launcher with; None if nothing."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return (
             "Triton finds no C compiler to build its launcher with (apt-get install gcc, or set CC)"

@@ -1,6 +1,6 @@
-"""Operations with dropout as a CPU does them fastest; rates are rounded to 1/65,536.
+"""Compute operations with dropout as a CPU does fastest; rates are rounded to 1/65,536.
 
-A mask of 1.3 M elements takes 0.9 ms on two cores, torch's own 8 to 12. Everything else is as in
+A mask of 1.3 M elements takes 0.9 ms on two cores, torch's own 8 to 12 ms. All else is as in
 `plain`.
 """
 
@@ -18,28 +18,28 @@ LEVELS = 1 << 16
 
 
 def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
-    """F.dropout with a mask of `dropout_mask`."""
+    """Compute F.dropout with a mask of `dropout_mask`."""
     return x if round(p * LEVELS) == 0 else x * dropout_mask(x, p)
 
 
 def dropout_mask(x: torch.Tensor, p: float) -> torch.Tensor:
-    """Give what dropout multiplies x by: 0, or 1 / (1 - p)."""
+    """Return the factors by which dropout multiplies x: 0 or 1 / (1 - p)."""
     dropped = round(p * LEVELS)
     if dropped == LEVELS:
         return torch.zeros_like(x)
 
     bits = _random_bits(x.numel()).view(x.shape)
     kept = torch.empty(x.shape, dtype=x.dtype)
-    torch.ge(bits, dropped - LEVELS // 2, out=kept)  # no bool in between: that takes longer
+    torch.ge(bits, dropped - LEVELS // 2, out=kept)  # an intermediate bool tensor would take longer
 
     return kept.mul_(LEVELS / (LEVELS - dropped))
 
 
 def _random_bits(count: int) -> torch.Tensor:
-    """Give `count` int16 of random bits, four from a draw of NumPy's SFC64.
+    """Return `count` random int16, four from each draw of NumPy's SFC64.
 
-    SFC64 takes half the time of torch's own generator. It is seeded from that one, so masks are
-    repeated where torch's generator is.
+    SFC64 takes half the time of torch's own generator, from which it is seeded, so masks repeat if
+    torch's generator is set back.
     """
     seed = torch.empty(1, dtype=torch.int64).random_().numpy()
     draws = np.random.SFC64(seed).random_raw(-(-count // 4))
@@ -62,7 +62,7 @@ def dropout_add_norm(
 
 
 def _residual_sum(x: torch.Tensor, residual: torch.Tensor, p: float) -> torch.Tensor:
-    """Give residual + dropout(x), in one pass over both."""
+    """Return residual + dropout(x), in one pass over both."""
     if round(p * LEVELS) == 0:
         return residual + x
 
@@ -70,7 +70,7 @@ def _residual_sum(x: torch.Tensor, residual: torch.Tensor, p: float) -> torch.Te
 
 
 def attention(qkv: torch.Tensor, sequences: Sequences, dropout_p: float) -> torch.Tensor:
-    """See plain.attention: as padded_sdpa where no gradient is asked for, else with whole score
+    """See plain.attention; padded_sdpa without gradient and dropout, else with whole score
     matrices.
 
     In bfloat16 torch's SDPA with its gradient takes 3 to 4 times as long (measured without AMX).
@@ -82,20 +82,18 @@ def attention(qkv: torch.Tensor, sequences: Sequences, dropout_p: float) -> torc
 
 
 class _TrainedAttention(torch.autograd.Function):
-    """Attention and its gradient, head by head over padded sequences.
+    """Compute attention and its gradient, head by head over padded sequences.
 
     Each row of D numbers goes straight from the packed tokens to its place in [3, B heads, L, D]
-    and back: no copy only turns axes around, and the gradients of queries, keys and values are
-    written into one tensor.
+    and back: no copy is made just to permute axes, and the gradients of queries, keys and values
+    are written into one tensor.
     """
 
     @staticmethod
     def forward(
         ctx: Any, qkv: torch.Tensor, sequences: Sequences, dropout_p: float
     ) -> torch.Tensor:
-        """Keep the padded rows, the softmax, the mask of dropout, and where the rows of D came
-        from.
-        """
+        """Save the padded rows, the softmax, the dropout mask, and where the rows came from."""
         tokens, heads, _three, size = qkv.shape
         there, back_of_result, back = sequences.once(_row_numbers, tokens, heads)
         hidden = sequences.once(_score_bias, tokens, heads, qkv.dtype)
@@ -116,7 +114,7 @@ class _TrainedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Give one gradient for queries, keys and values."""
+        """Return one gradient for queries, keys and values."""
         padded, weights, kept, back_of_result, back = ctx.saved_tensors
         queries, keys, values = padded
         tokens, heads, size = grad.shape
@@ -147,10 +145,10 @@ class _TrainedAttention(torch.autograd.Function):
 def _row_numbers(
     sequences: Sequences, tokens: int, heads: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Give number rows of D, from the places of tokens.
+    """Return the row numbers that move rows of D numbers between packed and padded order.
 
-    Of packed [N, heads, 3] for each place in [3, B, heads, L]; of places in [B, heads, L] for each
-    of [N, heads], and of places in [3, B, heads, L] for each of [N, heads, 3].
+    The packed row [N, heads, 3] of each place [3, B, heads, L]; the place [B, heads, L] of each
+    result row [N, heads]; and the place [3, B, heads, L] of each packed row [N, heads, 3].
     """
     rows, slots, _seen = sequences.once(padded_places, tokens)
     head = torch.arange(heads)
@@ -166,7 +164,7 @@ def _row_numbers(
 
 
 def _score_bias(sequences: Sequences, tokens: int, heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """Score what is added to the scores [B heads, 1, L]: 0, or -inf where there is only padding."""
+    """Return what is added to the scores [B heads, 1, L]: 0, or -inf at padding."""
     _rows, _slots, seen = sequences.once(padded_places, tokens)
     bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
 

@@ -1,7 +1,7 @@
-"""What a GPU offers a block of threads, and the tile of the attention kernels that fits in it.
+"""Choose the tile of the attention kernels that fits the shared memory of a GPU.
 
-Nothing here needs a GPU or Triton: the table of limits also serves the compilation ahead of time in
-tests/campaigns/tiles.py, which holds every tile's real need against `tile_bytes`.
+Nothing here needs a GPU or Triton: tests/campaigns/tiles.py, which compiles ahead of time, uses the
+table of limits too, and compares what every tile really takes with `tile_bytes`.
 """
 
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from functools import lru_cache
 
 import torch
 
-# compute capability: bfloat16 in the tensor cores, flash attention, Triton's compiler
+# compute capability needed by bfloat16 in tensor cores, flash attention and Triton's compiler
 OLDEST = (8, 0)
-WIDEST = 128  # size of a head
+WIDEST = 128  # largest head size
 
 # Bytes of shared memory that a block may ask for, by compute capability (CUDA C++ Programming
 # Guide, technical specifications).
@@ -24,15 +24,15 @@ SHARED_MEMORY = {
     (12, 0): 101376,
 }
 
-# Tokens of a tile by the bytes of an element, the best first. In 32 bits products are no tensor
-# cores' work: larger tiles spill registers without end.
+# Tokens of a tile by the bytes of an element, the best first. In 32 bits products do not run on
+# tensor cores, and larger tiles would spill many registers.
 TILES = {2: (64, 32, 16), 4: (32, 16)}
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as far as kernels care: its name, compute capability, and the bytes of shared memory
-    that a block may take.
+    """Hold what kernels need to know of a GPU: its name, compute capability, and the bytes of
+    shared memory that a block may take.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Gpu:
 
     @property
     def is_too_old(self) -> bool:
-        """Whether neither Triton's kernels nor flash attention run on it."""
+        """Return whether the GPU is too old for Triton's kernels and flash attention."""
         return self.capability < OLDEST
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class Gpu:
 
 @lru_cache
 def gpu_of(device: torch.device) -> Gpu:
-    """Give the GPU behind a device; where torch sees none, the oldest that kernels are made for."""
+    """Return the GPU of a device; if torch sees none, the oldest that the kernels support."""
     if not torch.cuda.is_available():
         return Gpu("no GPU here", OLDEST, SHARED_MEMORY[OLDEST])
 
@@ -65,21 +65,21 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 def tile_width(head: int) -> int:
-    """Give columns of the tile that holds a head of this size; matrix products want 16 at least."""
+    """Return the columns of the tile for a head of this size; matrix products need at least 16."""
     return max(16, 1 << (head - 1).bit_length())
 
 
 def tile_bytes(tile: int, head: int, element: int) -> int:
-    """Give the most shared memory that an attention kernel takes: four tiles of tokens (q, k, v and
-    a gradient), one of scores.
+    """Return the most shared memory in bytes that an attention kernel takes: four tiles of tokens
+    (q, k, v and a gradient) and one of scores.
     """
     return (4 * tile * tile_width(head) + tile * tile) * element
 
 
 def tile_for(head: int, dtype: torch.dtype, shared_memory: int) -> int | None:
-    """Tokens of the largest tile that fits for heads of this size.
+    """Return the tokens of the largest tile that fits for heads of this size.
 
-    None where none does, or the head is too wide.
+    None if no tile fits, or the head is too wide.
     """
     if head > WIDEST:
         return None

@@ -1,4 +1,4 @@
-"""Reordering rows when the way back is known: a gather forward and a gather backward, where
+"""Reorder rows whose inverse order is known: gather in the forward and the backward pass, where
 indexing would scatter.
 """
 
@@ -22,10 +22,9 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """x[index] for x [N, ..], index [M].
+    """Return x[index] for x [N, ..] and index [M].
 
-    `inverse` [N] is the place in the result that carries each row's gradient.
-
-    A row of x may appear several times only if its other copies get no gradient (padding).
+    `inverse` [N] is the row of the result that carries the gradient of each row of x. A row of x
+    may appear several times only if its other copies get no gradient (padding).
     """
     return _GatherRows.apply(x, index, inverse)

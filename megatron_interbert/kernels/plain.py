@@ -1,6 +1,4 @@
-"""The plain twins: what the fused kernels must equal, in ordinary torch operations on any
-device.
-"""
+"""Define the plain twins of the fused kernels, in ordinary torch operations on any device."""
 
 import itertools
 
@@ -11,7 +9,7 @@ from megatron_interbert.kernels.sequences import Sequences
 
 
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """erf GELU of x [.., F] + bias [F]."""
+    """Return the erf GELU of x [.., F] + bias [F]."""
     return F.gelu(x + bias)
 
 
@@ -24,7 +22,7 @@ def dropout_add_norm(
     dropout_p: float,
     eps: float,
 ) -> torch.Tensor:
-    """LayerNorm(residual + dropout(x + bias)) over the last axis of x [N, H]."""
+    """Return LayerNorm(residual + dropout(x + bias)) over the last axis of x [N, H]."""
     return F.layer_norm(
         residual + F.dropout(x + bias, dropout_p), weight.shape, weight, norm_bias, eps
     )
@@ -38,15 +36,15 @@ def region_rows(
     summary_rows: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Give [Ni, F] of `dtype`: each image's mean region at its summary row [images], then its
-    regions, from features [R, F].
+    """Return the features of image tokens [Ni, F] in `dtype`, from those of regions [R, F]: each
+    image's mean region at its summary row [images], its regions at their rows [R].
 
     The regions numbered in `hidden` are zeroed, and count as zeros in the mean; `counts` [images]
-    are regions of each image.
+    holds the number of regions of each image.
     """
     regions = features.float().index_fill(0, hidden, 0.0)
-    # No atomics: the same bits on every rank. Unsafe: without a look at whether the counts fit, for
-    # which the host would wait.
+    # No atomics: the same bits on every rank. `unsafe` skips a check of the counts, for which the
+    # host would wait.
     means = torch.segment_reduce(regions, "mean", lengths=counts, unsafe=True)
     result = regions.new_empty(len(region_rows) + len(summary_rows), regions.shape[1])
     result.index_copy_(0, summary_rows, means)
@@ -65,8 +63,8 @@ def embed_text(
     dropout_p: float,
     eps: float,
 ) -> torch.Tensor:
-    """dropout(LayerNorm(words + position + type)) of word embeddings [Nt, H], with the tables' rows
-    by number [Nt].
+    """Return dropout(LayerNorm(words + position + type)) of word embeddings [Nt, H], with the row
+    numbers [Nt] of both tables.
     """
     embedded = words + F.embedding(positions, position_table) + F.embedding(types, type_table)
     return F.dropout(F.layer_norm(embedded, weight.shape, weight, bias, eps), dropout_p)
@@ -82,8 +80,8 @@ def embed_image(
     dropout_p: float,
     eps: float,
 ) -> torch.Tensor:
-    """dropout(LayerNorm(projected + Linear(locations))) of projected features [Ni, H] and locations
-    [Ni, 5].
+    """Return dropout(LayerNorm(projected + Linear(locations))) of projected features [Ni, H] and
+    locations [Ni, 5].
     """
     embedded = projected + F.linear(locations, location_weight, location_bias)
     return F.dropout(F.layer_norm(embedded, weight.shape, weight, bias, eps), dropout_p)
@@ -92,8 +90,8 @@ def embed_image(
 def attention(qkv: torch.Tensor, sequences: Sequences, dropout_p: float) -> torch.Tensor:
     """Attend within each sequence of a packed batch, one sequence at a time.
 
-    qkv [N, heads, 3, D]: queries, keys and values, which get one gradient of the same form. Gives
-    [N, heads, D].
+    qkv [N, heads, 3, D] holds queries, keys and values, and gets one gradient of the same shape.
+    Returns [N, heads, D].
     """
     parts = []
     offsets = sequences.offsets.tolist()
@@ -111,9 +109,9 @@ def attention(qkv: torch.Tensor, sequences: Sequences, dropout_p: float) -> torc
 def vocab_statistics(
     logits: torch.Tensor, labels: torch.Tensor, words: int
 ) -> tuple[torch.Tensor, ...]:
-    """Of each row of logits [m, C], over its first `words` columns: the largest, the sum of
-    exp(logit - largest), the label's logit (0 where labels [m] lie outside), the place of the
-    largest (the lowest of equals). In float32 at least.
+    """Return for each row of logits [m, C], over its first `words` columns: the largest, the sum of
+    exp(logit - largest), the label's logit (0 for labels [m] outside), and the column of the
+    largest (the first of equals). Computed in float32 at least.
     """
     real = logits[:, :words].to(torch.promote_types(logits.dtype, torch.float32))
     if words == 0:  # a rank that holds only padding
@@ -139,11 +137,11 @@ def vocab_gradient(
     grad: torch.Tensor,
     words: int,
 ) -> torch.Tensor:
-    """Give gradient [m, C] of the rows' cross entropies: (exp(logit - normaliser) - [column is the
-    label]) x grad, 0 beyond `words`.
+    """Return the gradient [m, C] of the rows' cross entropies with respect to the logits:
+    (exp(logit - normaliser) - [column is the label]) x grad [m], and 0 beyond `words`.
 
-    `normaliser` [m] is the logarithm of the sum of all exponentials; the memory of `logits` may be
-    used for the result.
+    `normaliser` [m] is the logarithm of the sum of all exponentials; the result may reuse the
+    memory of `logits`.
     """
     result = (logits.to(normaliser.dtype) - normaliser[:, None]).exp_().mul_(grad[:, None])
     result[:, words:] = 0.0

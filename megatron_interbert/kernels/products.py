@@ -1,11 +1,12 @@
-"""The matrix products of a linear layer, y = x W^T + b, and of its gradients: in the numbers' own
-type, or in 8 bits.
+"""Compute the matrix products of a linear layer, y = x W^T + b, and of its gradients, in the type
+of the operands or in 8 bits.
 
-In 8 bits each operand is divided by its own scale, so that its largest value is the largest of the
-format: e4m3 (4 bits of exponent, 3 of mantissa) for values and weights, e5m2 for gradients, which
-spread wider. Sums are float32, in the forward pass on Hopper those of the tensor cores, which hold
-less. Formats and their use as in Micikevicius et al., "FP8 formats for deep learning" (arXiv
-2209.05433); scales are those of the tensor at hand, not of earlier steps.
+In 8 bits each operand is divided by its own scale, so that its largest value becomes the largest of
+the format: e4m3 (4 bits of exponent, 3 of mantissa) for activations and weights, e5m2 for
+gradients, whose range is wider. Sums are float32, except in the forward pass on Hopper, where the
+tensor cores' accumulators hold fewer bits. Formats and their use follow Micikevicius et al., "FP8
+formats for deep learning" (arXiv 2209.05433); scales are computed from the current tensor, not from
+earlier steps.
 """
 
 from typing import Any
@@ -17,12 +18,12 @@ from megatron_interbert.config.model import FLOAT8_MULTIPLE
 
 
 def has_scaled_products() -> bool:
-    """Tell whether this torch has the products in 8 bits that `scaled_product` asks for."""
+    """Check whether this torch has the 8-bit products that `scaled_product` uses."""
     return hasattr(F, "scaled_mm") and hasattr(F, "ScalingType")
 
 
 class PlainProducts:
-    """In the type of the operands: x [N, in], weight [out, in], bias [out], grad [N, out]."""
+    """Multiply in the operands' type: x [N, in], weight [out, in], bias [out], grad [N, out]."""
 
     @staticmethod
     def linear(
@@ -43,9 +44,9 @@ class PlainProducts:
 
 
 class Float8Products:
-    """The same in 8 bits; results have the type of x.
+    """Multiply in 8 bits, with the signatures of PlainProducts; results have the type of x or grad.
 
-    Sizes of weights are multiples of FLOAT8_MULTIPLE, N is any.
+    Both sizes of a weight must be multiples of FLOAT8_MULTIPLE; N may be any number.
     """
 
     @staticmethod
@@ -65,7 +66,7 @@ class Float8Products:
     @staticmethod
     def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Give [out, in]."""
-        # here the sum runs over the tokens; empty ones add nothing
+        # the sum is over the tokens, to which padding adds nothing
         if more := -len(x) % FLOAT8_MULTIPLE:
             grad = F.pad(grad, (0, 0, 0, more))
             x = F.pad(x, (0, 0, 0, more))
@@ -80,14 +81,14 @@ class Float8Products:
 def quantise(
     x: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn, transposed: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give (x divided by its scale, in 8 bits and row-major, of x^T if `transposed`; the scale,
-    float32). No host sync.
+    """Return (x, or x^T if `transposed`, divided by its scale, in 8 bits and row-major; the scale,
+    float32), without synchronising with the device.
     """
     largest = x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
     # A scale that is not finite gives NaN or 0 everywhere; the gradient norm must see it, so it is
     # not clamped from above.
     scale = (largest / torch.finfo(dtype).max).clamp(min=torch.finfo(torch.float32).tiny)
-    # in float32: a GPU would round a scale that is a tensor to the type of x
+    # in float32, because a GPU would round a scale that is a tensor to the type of x
     eight = (x.float() / scale).to(dtype)
 
     return (eight.t() if transposed else eight).contiguous(), scale
@@ -100,9 +101,9 @@ def scaled_product(
     bias: torch.Tensor | None = None,
     fast: bool = False,
 ) -> torch.Tensor:
-    """a [M, K] times the transpose of b [N, K], both quantised.
+    """Return a [M, K] times the transpose of b [N, K], both quantised, in `dtype`.
 
-    `fast` sums in the tensor cores' own registers (Hopper).
+    `fast` sums in the accumulators of the tensor cores (Hopper).
     """
     whole = F.ScalingType.TensorWise
     return F.scaled_mm(

@@ -1,6 +1,4 @@
-"""Sequences that lie end to end in one tensor of tokens, and what attention derives from where they
-lie.
-"""
+"""Describe sequences packed end to end in one tensor of tokens, and their padded layout."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,10 +9,11 @@ Derived = TypeVar("Derived")
 
 
 class Sequences:
-    """B sequences that begin and end at `offsets` (int32 [B+1]); the longest has `longest` tokens.
+    """Hold B sequences that begin and end at `offsets` (int32 [B+1]); the longest has `longest`
+    tokens.
 
-    All layers of a stack attend to the same sequences. What a kernel derives from them it asks for
-    by `once`, so that the first layer makes it and the others find it.
+    All layers of a stack attend to the same sequences, so kernels get what they derive from them by
+    `once`: the first layer computes it and the others reuse it.
     """
 
     def __init__(self, offsets: torch.Tensor, longest: int) -> None:
@@ -26,7 +25,7 @@ class Sequences:
         return len(self.offsets) - 1
 
     def once(self, make: Callable[..., Derived], *arguments: Any) -> Derived:
-        """Give make(self, *arguments), made when it is asked for the first time."""
+        """Return make(self, *arguments), computed on the first call only."""
         key = (make, *arguments)
         if key not in self._derived:
             self._derived[key] = make(self, *arguments)
@@ -39,9 +38,9 @@ def padded_places(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Lay `tokens` packed rows out in [B, longest].
 
-    Give the row of each place [B longest], the place of each row [tokens], and which places may be
-    attended to [B, longest]. Padding repeats the last real row; nothing attends to it and its
-    result is dropped. No boolean indexing: the host would wait for the device.
+    Returns the row of each place [B longest], the place of each row [tokens], and which places may
+    be attended to [B, longest]. Padding repeats the last real row; nothing attends to it and its
+    result is dropped. Boolean indexing is avoided, because the host would wait for the device.
     """
     offsets = sequences.offsets
     lengths = offsets[1:] - offsets[:-1]

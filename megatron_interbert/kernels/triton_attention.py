@@ -1,14 +1,13 @@
-"""Attention over packed sequences in Triton: nothing is padded in memory, and dropout happens
-inside.
+"""Compute attention over packed sequences in Triton, with dropout inside and no padding in memory.
 
 Sequences that fit in one tile take the whole-row kernels: one program for each sequence and head
-holds all its scores, so that the softmax needs no second pass and the backward pass one look at
-them. Longer ones take the tiled kernels: a program has some rows of the scores and goes over the
+holds all its scores, so that the softmax needs no second pass and the backward pass computes them
+once. Longer ones take the tiled kernels: a program has some rows of the scores and goes over the
 columns tile by tile (the online softmax of FlashAttention, arXiv 2205.14135 and 2307.08691).
 
-Both compute scores and dropout mask again in the backward pass. Each gradient is written once, by
-one program: the same bits every time. Queries, keys and values come as one tensor, and so do their
-gradients.
+Both recompute scores and dropout mask in the backward pass. Each gradient is written once, by one
+program, so results are the same bits every time. Queries, keys and values come as one tensor, and
+so do their gradients.
 
 Legend: N tokens of all sequences, B sequences, D size of a head, WIDTH the tile's columns for it.
 """
@@ -24,8 +23,8 @@ from megatron_interbert.kernels.fit import gpu_of, tile_for, tile_width
 from megatron_interbert.kernels.sequences import Sequences
 from megatron_interbert.kernels.triton_ops import draw_seed
 
-SMALLEST = 32  # tokens of a whole-row tile: fewer sizes are fewer compilations
-INTERPRETED_MEMORY = 1 << 30  # bytes: the interpreter knows no limit
+SMALLEST = 32  # tokens of the smallest whole-row tile: fewer sizes need fewer compilations
+INTERPRETED_MEMORY = 1 << 30  # bytes; the interpreter has no limit
 
 QUERY = tl.constexpr(0)
 KEY = tl.constexpr(1)
@@ -34,8 +33,8 @@ VALUE = tl.constexpr(2)
 
 @triton.jit
 def _places(first, rows, length, part, PARTS: tl.constexpr, width, WIDTH: tl.constexpr):
-    """Where `rows` of this program's sequence and head lie in a contiguous [N, heads, PARTS, D],
-    and which of these places there are.
+    """Return the offsets of `rows` of this program's sequence and head in a contiguous [N, heads,
+    PARTS, D], and the mask of those that exist.
     """
     columns = tl.arange(0, WIDTH)
     token = (first + rows).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
@@ -46,7 +45,7 @@ def _places(first, rows, length, part, PARTS: tl.constexpr, width, WIDTH: tl.con
 
 @triton.jit
 def _load(ptr, first, rows, length, part, PARTS: tl.constexpr, width, WIDTH: tl.constexpr):
-    """Load a tile [rows, WIDTH]; places that there are not hold 0."""
+    """Load a tile [rows, WIDTH], with 0 outside the sequence and the head."""
     at, inside = _places(first, rows, length, part, PARTS, width, WIDTH)
     return tl.load(ptr + at, mask=inside, other=0.0)
 
@@ -59,15 +58,15 @@ def _store(ptr, tile, first, rows, length, part, PARTS: tl.constexpr, width, WID
 
 @triton.jit
 def _sequence(offsets_ptr):
-    """Give (First token, length) of this program's sequence."""
+    """Return (first token, length) of this program's sequence."""
     first = tl.load(offsets_ptr + tl.program_id(0))
     return first, tl.load(offsets_ptr + tl.program_id(0) + 1) - first
 
 
 @triton.jit
 def _scores(q, k, rows, columns, length, scale):
-    """Scaled scores [rows, columns] in float32; columns past the end of the sequence get what no
-    softmax sees.
+    """Return the scaled scores [rows, columns] in float32, -1e30 past the end of the sequence,
+    which softmax turns into 0.
     """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     return tl.where((rows[:, None] < length) & (columns[None, :] < length), scores, -1.0e30)
@@ -75,8 +74,9 @@ def _scores(q, k, rows, columns, length, scale):
 
 @triton.jit
 def _kept(first, rows, columns, p, seed):
-    """Give what dropout multiplies the weights [rows, columns] by: drawn from the seed and the
-    weight's own place in the batch, whatever the tile.
+    """Return the factors by which dropout multiplies the weights [rows, columns].
+
+    They depend on the seed and on a weight's place in the batch, not on the tile.
     """
     row = ((first + rows) * tl.num_programs(1) + tl.program_id(1))[:, None] + tl.zeros_like(
         columns
@@ -89,7 +89,7 @@ def _kept(first, rows, columns, p, seed):
 
 @triton.jit
 def _whole_rows(qkv_ptr, first, length, scale, width, TILE: tl.constexpr, WIDTH: tl.constexpr):
-    """Give (q, k, v, softmax of their scores in float32) of a sequence that one tile holds.
+    """Return (q, k, v, softmax of their scores in float32) of a sequence that fits in one tile.
 
     Rows past its end are 0.
     """
@@ -178,8 +178,8 @@ def _tiled_forward(
     WIDTH: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """Of one tile of rows: the result, and the logarithm of each row's sum of exponentials [N,
-    heads].
+    """Compute the result of one tile of rows, and the logarithm of each row's sum of exponentials
+    [N, heads].
     """
     first, length = _sequence(offsets_ptr)
     start = tl.program_id(2) * TILE
@@ -201,7 +201,7 @@ def _tiled_forward(
         shrink = tl.exp(largest - new)
         weights = tl.exp(scores - new[:, None])
         total = total * shrink + tl.sum(weights, axis=1)
-        if DROPOUT:  # the sum above is that of all weights
+        if DROPOUT:  # after the sum above, which is over all weights
             weights *= _kept(first, rows, columns, p, seed)
 
         out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
@@ -216,9 +216,7 @@ def _tiled_forward(
 def _weights_again(
     q, k, normaliser, first, rows, columns, length, scale, p, seed, DROPOUT: tl.constexpr
 ):
-    """Give (softmax of a tile of scores by the rows' normalisers, what dropout multiplies it
-    by).
-    """
+    """Return (softmax of a tile of scores by the rows' normalisers, its dropout factors)."""
     weights = tl.exp(_scores(q, k, rows, columns, length, scale) - normaliser[:, None])
     weights = tl.where(rows[:, None] < length, weights, 0.0)
     kept = tl.full(weights.shape, 1.0, tl.float32)
@@ -232,9 +230,9 @@ def _weights_again(
 def _rows_of_backward(
     qkv_ptr, out_ptr, dout_ptr, normaliser_ptr, first, rows, length, width, WIDTH: tl.constexpr
 ):
-    """Give what the backward pass reads of a tile of rows: q, gradient of the result, normaliser,
-    and the sum over the row of weights times their gradients, which is that of the result times its
-    own.
+    """Return what the backward pass reads of a tile of rows: q, the gradient of the result, the
+    normaliser, and each row's sum of weights times their gradients, which equals that of the result
+    times its gradient.
     """
     q = _load(qkv_ptr, first, rows, length, QUERY, 3, width, WIDTH)
     out = _load(out_ptr, first, rows, length, 0, 1, width, WIDTH)
@@ -261,8 +259,8 @@ def _tiled_backward(
     WIDTH: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """Gradients of the keys and values of one tile of tokens, over all queries; then of its
-    queries, over all keys.
+    """Compute the gradients of the keys and values of one tile of tokens, over all queries, then
+    those of its queries, over all keys.
     """
     first, length = _sequence(offsets_ptr)
     start = tl.program_id(2) * TILE
@@ -311,8 +309,8 @@ def _tiled_backward(
 
 
 def warps(tile: int, width: int, element: int, tiled: bool) -> int:
-    """Warps of a program: as few as keep its tiles in registers on every GPU
-    (tests/campaigns/tiles.py counts what is spilled).
+    """Return the warps of a program: as few as keep its tiles in registers on every GPU
+    (tests/campaigns/tiles.py counts spills).
     """
     if element > 2:
         return 16 if tile * width > 32 * 64 else 8
@@ -329,8 +327,8 @@ class _Attention(torch.autograd.Function):
         seed: int,
         tile: int,
     ) -> torch.Tensor:
-        """Keep qkv, and of the tiled kernels the result and the rows' normalisers: scores and mask
-        are computed again.
+        """Save qkv, and for the tiled kernels the result and the rows' normalisers, from which
+        backward recomputes scores and mask.
         """
         qkv = qkv.contiguous()
         tokens, heads, _three, head = qkv.shape
@@ -350,7 +348,7 @@ class _Attention(torch.autograd.Function):
             "WIDTH": width,
             "DROPOUT": dropout_p > 0,
             "num_warps": warps(tile, width, qkv.element_size(), ctx.tiled),
-            "num_stages": 1,  # each stage more would keep one more pair of tiles in shared memory
+            "num_stages": 1,  # each further stage would keep another pair of tiles in shared memory
         }
 
         if ctx.tiled:
@@ -365,7 +363,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Give one gradient for queries, keys and values."""
+        """Return one gradient for queries, keys and values."""
         qkv, offsets, *of_tiles = ctx.saved_tensors
         dout = dout.contiguous()
         dqkv = torch.empty_like(qkv)
@@ -395,7 +393,7 @@ def packed_attention(qkv: torch.Tensor, sequences: Sequences, dropout_p: float) 
 
 
 def flash_attention(qkv: torch.Tensor, sequences: Sequences, dropout_p: float) -> torch.Tensor:
-    """See plain.attention: torch's own in 16 bits without dropout, else `packed_attention`."""
+    """See plain.attention; torch's own in 16 bits without dropout, else `packed_attention`."""
     if attention.flash_takes(qkv, dropout_p):
         return attention.varlen_flash(qkv, sequences, dropout_p)
     return packed_attention(qkv, sequences, dropout_p)

@@ -1,9 +1,9 @@
-"""Embedding assembly in Triton: one pass over the regions of a batch, and one over the tokens of
+"""Assemble embeddings in Triton: one pass over the regions of a batch, and one over the tokens of
 each kind.
 
-Dropout follows the norm here; its mask is drawn anew from (seed, element) in the backward pass.
-Gradients of tables and of the location projection are torch's: sums over tokens of a gradient that
-the backward kernel writes once.
+Dropout follows the norm here; the backward pass redraws its mask from (seed, element). The
+gradients of tables and of the location projection are computed by torch, as sums over tokens of a
+gradient that the backward kernel writes once.
 """
 
 from typing import Any
@@ -21,14 +21,14 @@ from megatron_interbert.kernels.triton_ops import (
     through_norm,
 )
 
-LOCATION = 5  # numbers that say where a region is
+LOCATION = 5  # numbers in a region's location
 
 
 @triton.jit(do_not_specialize_on_alignment=["shown_ptr", "starts_ptr", "summary_ptr"])
 def _region_rows(
     features_ptr, shown_ptr, starts_ptr, summary_ptr, out_ptr, width, BLOCK: tl.constexpr
 ):
-    """Of one image and some columns: its regions where they belong, hidden ones as zeros, and their
+    """Write some columns of one image: its regions at their rows, hidden ones as zeros, and their
     mean before them.
     """
     image = tl.program_id(0)
@@ -62,7 +62,7 @@ def region_rows(
     summary_rows: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """See plain.region_rows; features that want a gradient go there."""
+    """See plain.region_rows, which also serves features that need a gradient."""
     if features.requires_grad or not len(counts):
         return plain.region_rows(features, hidden, counts, region_rows, summary_rows, dtype)
 
@@ -99,7 +99,7 @@ def _normalise(
     eps,
     seed,
 ):
-    """Keep the sum z of a row, and write dropout(LayerNorm(z))."""
+    """Write the sum z of a row, its mean and 1 / deviation, and dropout(LayerNorm(z))."""
     at = row.to(tl.int64) * width + column
     normal, mean, rstd = normal_row(z, inside, width, eps)
     y = normal * tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
@@ -265,9 +265,7 @@ def _begin(
     eps: float,
     seed: int,
 ) -> tuple:
-    """Give (Result, grid and last arguments of a forward kernel, what its gradient needs of the
-    norm).
-    """
+    """Return (result, grid, last arguments of a forward kernel, what its backward pass needs)."""
     z = torch.empty_like(rows)
     y = torch.empty_like(rows)
     mean, rstd = (torch.empty(len(rows), dtype=torch.float32, device=rows.device) for _ in range(2))
@@ -291,7 +289,7 @@ def _gradients(
     mean: torch.Tensor,
     rstd: torch.Tensor,
 ) -> tuple:
-    """Give (gradient of the sum, of the norm's weight, of its bias)."""
+    """Return the gradients of (the sum before the norm, the norm's weight, its bias)."""
     rows, width = z.shape
     programs = min(rows, MAX_PROGRAMS)
     dz = torch.empty_like(z)
@@ -329,8 +327,8 @@ class _EmbedText(torch.autograd.Function):
         eps: float,
         seed: int,
     ) -> torch.Tensor:
-        """Keep the sum before the norm, mean and deviation of each row, and the numbers of the
-        tables' rows.
+        """Save the sum before the norm, mean and 1 / deviation of each row, and the row numbers of
+        both tables.
         """
         words = words.contiguous()
         y, grid, rest, norm = _begin(ctx, words, weight, bias, p, eps, seed)
@@ -374,7 +372,7 @@ class _EmbedImage(torch.autograd.Function):
         eps: float,
         seed: int,
     ) -> torch.Tensor:
-        """Keep the sum before the norm, mean and deviation of each row, and the locations."""
+        """Save the sum before the norm, mean and 1 / deviation of each row, and the locations."""
         projected = projected.contiguous()
         locations = locations.contiguous()
         y, grid, rest, norm = _begin(ctx, projected, weight, bias, p, eps, seed)

@@ -1,13 +1,13 @@
-"""Triton kernels for the memory-bound parts of a layer: bias + GELU, and bias + dropout + residual
-+ LayerNorm.
+"""Compute the memory-bound parts of a layer in Triton: bias + GELU, and bias + dropout + residual +
+LayerNorm.
 
-Dropout masks are drawn anew from (seed, element) in the backward pass, so no mask is kept.
-Parameter gradients are summed per program and then over programs, always in the same order.
-TRITON_INTERPRET=1 runs them on a CPU, for checking only.
+The backward pass redraws dropout masks from (seed, element), so none is kept. Parameter gradients
+are summed per program and then over programs, always in the same order. TRITON_INTERPRET=1 runs the
+kernels on a CPU, for checking only.
 
-Triton compiles a kernel anew for each type, alignment and divisibility by 16 of its arguments.
-Numbers that vary from batch to batch (rows, seeds) are therefore not specialised, and how many
-programs there are is asked for inside.
+Triton compiles a kernel again for each type, alignment and divisibility by 16 of its arguments.
+Numbers that vary from batch to batch (rows, seeds) are therefore not specialised, and kernels query
+the number of programs instead of taking it as an argument.
 """
 
 import os
@@ -24,14 +24,15 @@ TILE_COLUMNS = 256
 
 
 def interpreted() -> bool:
-    """Tell whether Triton's CPU interpreter is asked for."""
+    """Check whether Triton's CPU interpreter is turned on."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def draw_seed(dropout_p: float) -> int:
-    """Draw the seed of a dropout mask, from the CPU generator, which tensor-parallel ranks share
-    (or not, for what is sharded) and recomputation restores, and which costs no synchronisation
-    with the device.
+    """Draw the seed of a dropout mask from the CPU generator; 0 without dropout.
+
+    Tensor-parallel ranks have the same state of it (for sharded activations, different ones),
+    recomputation restores it, and it needs no synchronisation with the device.
     """
     return int(torch.randint(2**31 - 1, (1,))) if dropout_p > 0 else 0
 
@@ -39,7 +40,7 @@ def draw_seed(dropout_p: float) -> int:
 @triton.jit(do_not_specialize=["rows"])
 def _bias_gelu_forward(x_ptr, bias_ptr, y_ptr, rows, width, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    # a product of `width`, so that the compiler knows what divides it
+    # written as a multiple of `width`, so that the compiler knows what divides it
     inside = at < rows.to(tl.int64) * width
     z = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + tl.load(
         bias_ptr + at % width, mask=inside, other=0.0
@@ -60,8 +61,8 @@ def _bias_gelu_backward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Give some columns of this program's groups of ROWS rows, and what they add to the gradient of
-    the bias.
+    """Write the gradient of some columns of this program's groups of ROWS rows, and their partial
+    sum for the gradient of the bias.
     """
     program = tl.program_id(1)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -118,17 +119,17 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def stays(seed, at, p):
-    """Tell whether dropout lets the elements `at` stay: a function of their numbers, of which 32
-    bits make cheap draws and tell enough.
+    """Return whether dropout keeps the elements `at`, a function of the seed and the lower 32 bits
+    of their numbers, which make cheap draws and differ enough.
     """
     return tl.rand(seed, at.to(tl.int32)) >= p
 
 
 @triton.jit
 def normal_row(z, inside, width, eps):
-    """Give (z with mean 0 and deviation 1, its mean, 1 / its deviation) of a row.
+    """Return (z with mean 0 and deviation 1, its mean, 1 / its deviation) of a row.
 
-    Places outside stay 0.
+    Elements outside the row stay 0.
     """
     mean = tl.sum(z, axis=0) / width
     centred = tl.where(inside, z - mean, 0.0)
@@ -139,7 +140,7 @@ def normal_row(z, inside, width, eps):
 
 @triton.jit
 def through_norm(dy, weight, normal, rstd, width):
-    """Give gradient of a row before its LayerNorm, from that behind it."""
+    """Return the gradient of a row before its LayerNorm from the gradient `dy` after it."""
     scaled = dy * weight
     return (
         scaled - tl.sum(scaled, axis=0) / width - normal * tl.sum(scaled * normal, axis=0) / width
@@ -244,7 +245,7 @@ class _DropoutAddNorm(torch.autograd.Function):
         eps: float,
         seed: int,
     ) -> torch.Tensor:
-        """Keep the sum before the norm, and mean and deviation of each row."""
+        """Save the sum before the norm, and mean and 1 / deviation of each row."""
         x = x.contiguous()
         residual = residual.contiguous()
         rows, width = x.shape
@@ -275,7 +276,7 @@ class _DropoutAddNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Parameter gradients are summed for each program, then over programs."""
+        """Return the gradients, those of parameters summed per program, then over programs."""
         total, weight, mean, rstd = ctx.saved_tensors
         rows, width = total.shape
         programs = min(rows, MAX_PROGRAMS)

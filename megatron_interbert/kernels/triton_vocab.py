@@ -1,5 +1,5 @@
-"""The two passes of cross entropy over a chunk of logits in Triton: each reads the logits once, in
-the type in which they are.
+"""Compute both passes of cross entropy over a chunk of logits in Triton, each with one read of the
+logits in their own type.
 """
 
 import torch
@@ -67,7 +67,7 @@ def _row_gradient(
 def vocab_statistics(
     logits: torch.Tensor, labels: torch.Tensor, words: int
 ) -> tuple[torch.Tensor, ...]:
-    """See plain.vocab_statistics; float32."""
+    """See plain.vocab_statistics; computed in float32."""
     rows, columns = logits.shape
     largest, total, own = (
         torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3)
@@ -85,7 +85,7 @@ def vocab_gradient(
     grad: torch.Tensor,
     words: int,
 ) -> torch.Tensor:
-    """See plain.vocab_gradient; in the memory of `logits`."""
+    """See plain.vocab_gradient; overwrites `logits` with the result."""
     rows, columns = logits.shape
     _row_gradient[(rows, triton.cdiv(columns, BLOCK))](
         logits, labels, normaliser, grad.contiguous(), columns, words, BLOCK=BLOCK

@@ -451,8 +451,8 @@ class Hub:
         if len(behind) == len(self.seen):
             return {
                 "hang": (
-                    f"all ranks are in {what}, none behind the others: a collective cannot end, or a"
-                    " device hangs"
+                    f"all ranks are in {what}, none behind the others: a collective cannot end, or"
+                    " a device hangs"
                 )
             }
 

@@ -75,7 +75,7 @@ class RegionHead(nn.Module):
 
 
 class SentenceHead(nn.Module):
-    """Classify texts as BERT does, by Linear, tanh, dropout, Linear: [CLS] [B, H] -> [B, labels]."""
+    """Classify texts as BERT does: [CLS] [B, H], Linear, tanh, dropout, Linear -> [B, labels]."""
 
     def __init__(self, config: ModelConfig, labels: int) -> None:
         super().__init__()

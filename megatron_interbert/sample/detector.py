@@ -24,7 +24,8 @@ OF_SHOPS = tuple(f"{name}.jsonl" for name in ("items", "queries", "topics", "cli
 MINED = (HARD_NEGATIVES, HARD_IMAGES)
 HALF_WRITTEN = (
     *(f"{name}{end}" for name in OF_SHOPS for end in (".[0-9]*.new", ".partial")),
-    "hard_images.[0-9]*.new",
+    f"{HARD_IMAGES}.[0-9]*.new",
+    "hard_images.[0-9]*.new",  # as earlier versions called it
 )
 OURS = (*HALF_WRITTEN, *OF_SHOPS, *MINED, *STORE_FILES)
 PICTURE = "*-[0-9]*.png"

@@ -1,1 +1,1 @@
-"""A task is a model with its loss and its metrics; the training loop knows no more than that."""
+"""Define the tasks: each a loss and its metrics, which is all that the training loop sees."""

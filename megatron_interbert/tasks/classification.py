@@ -1,5 +1,5 @@
-"""Losses that are cross entropies of logits over a few classes, one or several kinds in a batch;
-the downstream tasks.
+"""Compute the loss of the downstream tasks: cross entropy over a few classes, for one or more kinds
+of target per batch.
 """
 
 from abc import ABC, abstractmethod
@@ -13,32 +13,35 @@ from megatron_interbert.model.interbert import InterBertOutput
 
 
 class ClassificationTask(ABC):
-    """The mean cross entropy of each kind in `KINDS`, summed over kinds.
+    """Compute the sum of the mean cross entropies of the kinds in `KINDS`.
 
-    A task says where its logits and labels are.
+    A subclass defines where its logits and labels come from.
     """
 
     KINDS: tuple[str, ...] = ()
 
     @property
     def report_shape(self) -> tuple[int, int]:
-        """Rows: kinds; columns: sum of losses, right answers, targets."""
+        """Return (kinds, 3); the columns are the sum of losses, right answers and targets."""
         return len(self.KINDS), 3
 
     @abstractmethod
     def answers(
         self, output: InterBertOutput, batch: PackedBatch
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Give (logits float32 [n, classes], labels [n]) of each kind."""
+        """Return (logits float32 [n, classes], labels [n]) of each kind."""
 
     @abstractmethod
     def count_targets(self, batch: PackedBatch) -> torch.Tensor:
-        """Count float64 [kinds]: labels of each kind in a batch."""
+        """Return the number of labels of each kind in a batch, float64 [kinds]."""
 
     def loss(
         self, output: InterBertOutput, batch: PackedBatch, totals: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give the batch's share of the step's loss and its report float32 [kinds, 3]."""
+        """Return the batch's share of the step's loss, and the batch's report, float32 [kinds, 3].
+
+        `totals` [kinds] are the target counts of the whole optimizer step.
+        """
         losses = []
         rows = []
 
@@ -53,14 +56,14 @@ class ClassificationTask(ABC):
 
     @staticmethod
     def summed(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give (sum of losses, right answers) of n samples."""
+        """Return (sum of losses, number of right answers) of n samples."""
         return (
             F.cross_entropy(logits, labels, reduction="sum"),
             (logits.argmax(dim=1) == labels).sum().float(),
         )
 
     def metrics(self, report: torch.Tensor, steps: int = 1) -> dict[str, float]:
-        """`loss`, and loss and accuracy of each kind, from a summed report."""
+        """Return `loss`, and the loss and accuracy of each kind, from a summed report."""
         values: dict[str, float] = {"loss": 0.0}
         for kind, (loss, right, targets) in zip(self.KINDS, report.double().tolist(), strict=True):
             values[f"{kind}_loss"] = loss / max(targets, 1.0)
@@ -70,7 +73,7 @@ class ClassificationTask(ABC):
         return values
 
     def line(self, values: dict[str, Any]) -> str:
-        """`loss 0.41 | match 0.410 (82.1 %)`."""
+        """Return the text for a log line, such as `loss 0.4100 | match 0.410 (82.1 %)`."""
         parts = [
             f"{kind} {values[f'{kind}_loss']:.3f} ({100 * values[f'{kind}_accuracy']:.1f} %)"
             for kind in self.KINDS

@@ -1,4 +1,4 @@
-"""What every finetuning run and every evaluation is told; each task adds its own in its folder."""
+"""Declare the flags that all finetuning runs and all evaluations share; each task adds its own."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,12 +14,12 @@ from megatron_interbert.config.options import (
 )
 from megatron_interbert.config.training import TrainConfig
 
-PRECISIONS = ("auto", "fp32", "tf32", "bf16")  # of evaluations; what auto is: tasks/precision.py
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")  # of evaluations; tasks/precision.py resolves auto
 
 
 @dataclass
 class FinetuneConfig(TrainConfig):
-    """What all downstream tasks are told."""
+    """Hold the settings shared by all finetuning runs."""
 
     GROUP: ClassVar[str] = "data"
 
@@ -33,7 +33,7 @@ class FinetuneConfig(TrainConfig):
         TrainConfig,
         "train_iters",
         0,
-        "optimizer steps in the whole run; default: by --epochs",
+        "optimizer steps in the whole run; default: computed from --epochs",
         least=0,
     )
     epochs: float = setting(
@@ -52,14 +52,14 @@ class FinetuneConfig(TrainConfig):
     )
     early_stopping: int = setting(
         0,
-        "stop after so many evaluations without a better --metric; 0: never",
+        "stop after this many evaluations without a better --metric; 0: never",
         FREE,
         least=0,
         group="logging",
     )
     metric: str = setting(
         "",
-        "figure of the evaluation that decides which checkpoint is best; default: the task's",
+        "evaluation metric that decides which checkpoint is best; default: the task's main metric",
         FREE,
         group="logging",
     )
@@ -68,7 +68,7 @@ class FinetuneConfig(TrainConfig):
     )
     eval_precision: str = setting(
         "auto",
-        "of evaluations; auto: TF32 where the GPU has it, else fp32",
+        "precision of evaluations; auto: TF32 if the GPU has it, else fp32",
         FREE,
         PRECISIONS,
         group="logging",
@@ -81,29 +81,29 @@ def finetuned_average(decay: float = 0.9999) -> Any:
         TrainConfig,
         "ema_decay",
         decay,
-        "keep an average of the weights with this decay and evaluate it; 0: none",
+        "keep an average of the weights with this decay, and evaluate that average; 0: none",
         most=BELOW_1,
     )
 
 
-def training_store(default: str, help: str) -> Any:
-    """Declare a path of region stores of a finetuning run."""
-    return setting(default, help, FREE, may_differ=True, names_store=True)
+def training_store(default: str, help: str, may_differ: bool = True) -> Any:
+    """Declare a flag that names region stores of a finetuning run."""
+    return setting(default, help, FREE, may_differ=may_differ, names_store=True)
 
 
 def store(default: str, help: str) -> Any:
-    """Declare a path of region stores of an evaluation or the service."""
+    """Declare a flag that names region stores of an evaluation or of the service."""
     return option(default, help, may_differ=True, names_store=True, group="data")
 
 
 def photos(help: str = "photos named IMAGE_ID.jpg to show on the page") -> Any:
-    """Declare a folder of photos."""
+    """Declare a flag that names a folder of photos."""
     return option("", help, may_differ=True, group="data")
 
 
 @dataclass
 class LoadConfig(Flags):
-    """What everything is told that opens a trained model to use it."""
+    """Hold the settings of everything that uses a trained model."""
 
     GROUP: ClassVar[str] = "model"
 
@@ -114,14 +114,14 @@ class LoadConfig(Flags):
         may_differ=True,
     )
     averaged: bool = option(
-        True, "take the averaged weights (--ema-decay) of a checkpoint that has such"
+        True, "use the averaged weights (--ema-decay) if the checkpoint has them"
     )
     vocab_file: str = option(
-        "", "WordPiece vocabulary; default: that of the data or of the weights", may_differ=True
+        "", "WordPiece vocabulary; default: vocab.txt beside the data or weights", may_differ=True
     )
     precision: str = option(
         "auto",
-        "auto: TF32 where the GPU has it, else fp32; bf16: heads in fp32",
+        "auto: TF32 if the GPU has it, else fp32; bf16 keeps the heads in fp32",
         PRECISIONS,
         group="parallelism",
     )
@@ -129,7 +129,7 @@ class LoadConfig(Flags):
         "auto", "fused kernels", ("auto", "torch", "triton", "apex"), group="parallelism"
     )
     allow_other_detector: bool = option(
-        False, "accept features of another detector than the model was trained on", group="data"
+        False, "accept features of a detector that the model was not trained on", group="data"
     )
     strict_boxes: bool = option(
         False, "refuse boxes outside the image instead of clipping them", group="data"
@@ -138,7 +138,7 @@ class LoadConfig(Flags):
 
 @dataclass
 class EvaluateConfig(LoadConfig):
-    """What all evaluations are told."""
+    """Hold the settings shared by all evaluations."""
 
     GROUP: ClassVar[str] = "data"
 
@@ -149,14 +149,14 @@ class EvaluateConfig(LoadConfig):
     )
     tensor_model_parallel_size: int = option(
         1,
-        "ranks that share each layer, under deepspeed or torchrun",
+        "ranks that split each layer, under deepspeed or torchrun",
         least=1,
         group="parallelism",
         old_names=("--tp",),
     )
     hang_timeout: int = option(
         300,
-        "end when no rank moves for four times so many seconds; 0: never",
+        "end if no rank advances for 4 times this many seconds; 0: never",
         least=0,
         group="more",
     )

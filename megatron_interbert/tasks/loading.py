@@ -1,5 +1,5 @@
-"""What an evaluation opens: a model from weights of any format on any layout, stores, vocabulary;
-the same on all ranks.
+"""Open what an evaluation needs, the same on all ranks: a model from weights of any format, for any
+parallel layout, region stores and the vocabulary.
 """
 
 import os
@@ -40,13 +40,13 @@ def load_model(
     precision: str = "fp32",
     **options: Any,
 ) -> tuple[InterBert, WeightSource]:
-    """Open the model (`options` of InterBert), in evaluation mode and a precision, and say where
-    its weights came from.
+    """Load a model in evaluation mode, in the given precision, and return it with the source of its
+    weights.
 
-    Of a run's folder these are the best checkpoint, else the newest.
+    A run's folder stands for its best checkpoint, else its newest. `options` go to InterBert.
     """
     if not load:
-        raise UsageError("--load is missing; give the folder of a checkpoint")
+        raise UsageError("--load is missing; give a run's folder or a checkpoint")
 
     state = state or ParallelState()
     link = Path(load) / BEST
@@ -56,7 +56,7 @@ def load_model(
     if best is None and os.path.lexists(link):
         source.notes.insert(
             0,
-            f"note: {link} leads nowhere; {source.path.name}, the newest checkpoint, is taken"
+            f"note: {link} is a broken link; using {source.path.name}, the newest checkpoint,"
             " instead",
         )
 
@@ -77,8 +77,8 @@ def load_model(
 
 
 def check_photos(folder: str, state: ParallelState) -> None:
-    """Raise UsageError on all ranks where --image-folder names no folder that rank 0, which draws
-    the page, can list.
+    """Raise UsageError on all ranks unless --image-folder is a folder that rank 0, which draws the
+    page, can list.
     """
 
     def check() -> None:
@@ -91,14 +91,13 @@ def check_photos(folder: str, state: ParallelState) -> None:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Give the files that hold the weights of a source that does not list them itself."""
+    """Return the files that hold the weights of a source that does not list them itself."""
     return sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]) if path.is_dir() else [path]
 
 
 def as_trained(config: LoadConfig, source: WeightSource, task: str = "") -> None:
-    """Fill in what is not given with what the weights were trained with, where that was for `task`.
-
-    Rows say what holds otherwise (`as_trained` of `Facts`).
+    """Fill in settings that were not given from the training run of the weights, if its task begins
+    with `task`, else from `as_trained` of their `Facts`.
     """
     fits = str(source.facts.get("task") or "").startswith(task)
     trained = (source.facts.get("run") or {}) if fits else {}
@@ -117,9 +116,9 @@ def as_trained(config: LoadConfig, source: WeightSource, task: str = "") -> None
 def open_for(
     config: EvaluateConfig, source: WeightSource, stores: Sequence[str]
 ) -> tuple[Corpus | None, CaptionTokenizer]:
-    """Open the stores and the vocabulary of an evaluation.
+    """Open the region stores (None if there are none) and the vocabulary of an evaluation.
 
-    UsageError where they are not those that the weights were made with.
+    Raises UsageError if sizes, detector or vocabulary differ from those of the weights.
     """
     corpus = open_stores(stores, config) if stores else None
     beside = source.path if source.path.is_dir() else source.path.parent
@@ -139,16 +138,16 @@ def open_for(
     vocabulary = source.facts.get("vocabulary")
     if vocabulary and vocabulary != tokenizer.sha256:
         raise UsageError(
-            f"{tokenizer.vocab_file}: not the vocabulary of {config.load}; give that one by"
-            " --vocab-file"
+            f"{tokenizer.vocab_file}: not the vocabulary that {config.load} was trained with; name"
+            " that one with --vocab-file"
         )
 
     return corpus, tokenizer
 
 
 def give_up(problem: str) -> None:
-    """End an evaluation whose data are found not to be as they were written: its figures mean
-    nothing.
+    """End an evaluation at once, with code 1, because its data turned out to be corrupt and its
+    figures would be meaningless.
     """
     os.write(2, f"error: {problem}\n".encode())
     os._exit(1)
@@ -161,10 +160,10 @@ def agree_on_inputs(
     tokenizer: CaptionTokenizer,
     files: Sequence[str | Path],
 ) -> Path:
-    """Give the folder for the results.
+    """Check the inputs of an evaluation on all ranks, and return the folder for its results.
 
-    UsageError on all ranks when it cannot be written or when they have opened different things:
-    weights, vocabulary, or `files` (of the data); or when stores are not as they were written.
+    Raises UsageError on all ranks if the folder cannot be written, a store is corrupt, or ranks
+    have opened different weights, vocabularies or data `files`, or were given different flags.
     """
     verify_stores(config, state).start(give_up)
     folder = output_folder(config, source)

@@ -1,5 +1,5 @@
-"""Texts as a model reads them, and batches of pairs of a text and an image, whose regions are read
-once for all their pairs.
+"""Frame texts as the model reads them, and lay out batches of text-image pairs; an image's regions
+are read once for all its pairs.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.data.training_set import Fields
 
 NOTHING = np.zeros(0, np.int64)
-Text = tuple[np.ndarray, np.ndarray]  # token ids with [CLS] and [SEP], their types
+Text = tuple[np.ndarray, np.ndarray]  # token ids with [CLS] and [SEP], and their token types
 
 
 def caption_texts(
     corpus: Corpus, tokenizer: CaptionTokenizer, captions: np.ndarray, max_tokens: int
 ) -> list[Text]:
-    """Give [CLS] words [SEP] of some captions [n], cut to `max_tokens`."""
+    """Return [CLS] words [SEP] of captions given by their numbers [n], cut to `max_tokens`."""
     tokens = corpus.tokens(captions, tokenizer, max_tokens - 2)
     return [
         frame([ids], tokenizer, max_tokens) for ids in np.split(tokens.ids, tokens.offsets[1:-1])
@@ -27,8 +27,9 @@ def caption_texts(
 
 
 def frame(pieces: Sequence[np.ndarray], tokenizer: CaptionTokenizer, max_tokens: int) -> Text:
-    """Give (ids, types) of one or two texts; too long together, the longer one loses its last
-    token, again and again.
+    """Return (ids, types) of one or two texts, with [CLS] and [SEP].
+
+    While they are too long together, the longer one loses its last token.
     """
     room = max_tokens - 1 - len(pieces)
     lengths = [len(part) for part in pieces]
@@ -45,7 +46,7 @@ def frame(pieces: Sequence[np.ndarray], tokenizer: CaptionTokenizer, max_tokens:
 
 
 def text_fields(texts: Sequence[Text]) -> tuple[Fields, np.ndarray]:
-    """Give (token fields, lengths [B]) of texts given as (ids with [CLS] and [SEP], types)."""
+    """Return (token fields of a PackedBatch, lengths [B]) of B texts."""
     lengths = np.array([len(ids) for ids, _ in texts], dtype=np.int64)
     fields = {
         "token_ids": np.concatenate([ids for ids, _ in texts]).astype(np.int64),
@@ -62,8 +63,10 @@ def pair_fields(
     feature_dim: int,
     allocate: Allocate = plain_memory,
 ) -> Fields:
-    """Give the fields of a PackedBatch for B pairs without masks: texts [B] and the place of each
-    pair's image in `regions` [B], -1 for a text alone; all are without regions.
+    """Return the fields of a PackedBatch for B pairs without masks.
+
+    `image_of` [B] is the index of each pair's image in `regions`, -1 for a text alone; without
+    `regions` all pairs are texts alone.
     """
     fields, lengths = text_fields(texts)
     counts = (

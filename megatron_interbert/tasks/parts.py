@@ -1,5 +1,5 @@
-"""The parts that every job is put together from: stores, vocabulary, sizes of the model, what a
-checkpoint remembers of its data.
+"""Build the parts that jobs share: stores, vocabulary, model sizes, and the record of the data that
+a checkpoint keeps.
 """
 
 import hashlib
@@ -26,15 +26,16 @@ from megatron_interbert.weights.sources import open_weights, recognise
 
 
 def open_stores(paths: Sequence[str], config: TrainConfig | LoadConfig) -> Corpus:
-    """Region stores as one corpus."""
+    """Open region stores as one corpus."""
     return Corpus(paths, config.strict_boxes, config.allow_other_detector)
 
 
 def verify_stores(config: TrainConfig | LoadConfig, state: ParallelState) -> Integrity:
-    """Verify the region stores of a configuration, by one process on each machine.
+    """Verify the region stores of a configuration, in one process per machine.
 
-    UsageError on all ranks for a small store, or a file that has changed since it was verified
-    here, that is not as it was written; the rest is verified once the returned object is started.
+    Small stores, and files that have changed since they were verified here, are checked at once;
+    raises UsageError on all ranks if one is corrupt. The rest is verified when the returned object
+    is started.
     """
     first = read_launch().local_rank == 0
     stores = [
@@ -49,24 +50,25 @@ def verify_stores(config: TrainConfig | LoadConfig, state: ParallelState) -> Int
 def open_vocabulary(
     given: str, folders: Iterable[str | Path], sizes: ModelConfig, segmenter: str = "characters"
 ) -> CaptionTokenizer:
-    """Open the vocabulary of --vocab-file, else of the first folder (of a store, of weights) that
-    has one, for a model of such `sizes`.
+    """Open the vocabulary of --vocab-file (`given`), else of the first of `folders` (stores,
+    weights) that has one, with the text normalisation of `sizes`.
     """
     found = next(
         (path for folder in folders if (path := Path(folder) / VOCABULARY).is_file()), None
     )
     if not given and found is None:
         raise UsageError(
-            "--vocab-file is missing: neither the data nor the weights have a vocab.txt beside them"
+            "--vocab-file is missing: there is no vocab.txt beside the data or the weights; give"
+            " one"
         )
 
     return CaptionTokenizer(given or str(found), sizes.text_normalisation, segmenter)
 
 
 def vocabulary_of_run(config: TrainConfig, stores: Sequence[str] = ()) -> CaptionTokenizer:
-    """Give the vocabulary of a run: given, of its stores, or of the weights that it starts from."""
+    """Open the vocabulary of a run: --vocab-file, else that of its stores, else of --init-from."""
     weights = [newest_checkpoint(config.init_from) or config.init_from] if config.init_from else []
-    # pretraining's: nothing else masks words
+    # only pretraining has this flag, because nothing else masks words
     segmenter = getattr(config, "segmenter", "characters")
 
     return open_vocabulary(
@@ -75,25 +77,24 @@ def vocabulary_of_run(config: TrainConfig, stores: Sequence[str] = ()) -> Captio
 
 
 def fit_length(config: Flags, sizes: ModelConfig, name: str = "max_tokens") -> None:
-    """Cut a default length of texts to the model's positions.
+    """Lower a default text length to the number of positions of the model.
 
-    UsageError for one that was asked for.
+    Raises UsageError if the length was given and is too large.
     """
     most = sizes.max_position_embeddings
     if getattr(config, name) <= most:
         return
     if not config.is_default(name):
         raise UsageError(
-            f"{config.told(name)} is more than the model's {most} positions; give that many or"
-            " fewer"
+            f"{config.told(name)} is more than the model's {most} positions; give {most} or fewer"
         )
 
     config.fit(name, most, f"the model has {most} positions")
 
 
 def sizes_of_model(config: TrainConfig) -> ModelConfig:
-    """Give the sizes that --model names; without it those of --init-from where it holds them, else
-    of `base`.
+    """Return the model sizes that --model names; without it those of --init-from if it records
+    them, else `base`.
     """
     if (
         not config.model
@@ -108,8 +109,8 @@ def sizes_of_model(config: TrainConfig) -> ModelConfig:
 def fitted_sizes(
     config: TrainConfig, tokenizer: CaptionTokenizer, corpus: Corpus | None
 ) -> ModelConfig:
-    """Give sizes of the model with those that come from the data filled in, and whether --max-
-    tokens fits checked.
+    """Return the model sizes with those that follow from the data filled in, and fit --max-tokens
+    to them.
     """
     sizes = sizes_of_model(config)
     like = corpus or sizes
@@ -128,9 +129,9 @@ def describe_data(
     files: Sequence[str] = (),
     task: str | None = None,
 ) -> dict[str, Any]:
-    """Describe what a checkpoint remembers of its data.
+    """Return the record of the data that a checkpoint keeps.
 
-    `files` are those beside the stores that decide what the samples are.
+    `files` are further files, besides the stores, that determine the samples.
     """
     manifests = [file_sha256(store.path / MANIFEST) for store in corpus.stores] if corpus else []
     hashes = manifests + [file_sha256(file) for file in files]
@@ -147,9 +148,7 @@ def describe_data(
 
 
 def validation_digest(config: TrainConfig) -> str:
-    """Give one sha256 for what a run is judged on: all that the flags --valid-.. say, and what they
-    name.
-    """
+    """Return one sha256 of what a run is judged on: all --valid-.. flags and the data they name."""
     digest = hashlib.sha256()
     for name, value in sorted(vars(config).items()):
         if name.startswith("valid_"):
@@ -159,7 +158,7 @@ def validation_digest(config: TrainConfig) -> str:
 
 
 def content_of(value: Any) -> str:
-    """Give the hashes of the stores or files that a flag names, or else its text."""
+    """Return the hashes of the stores or files that a flag names; its text if it names none."""
     paths = [Path(path) for path in split_paths(value)] if isinstance(value, str) else []
     named = [path / MANIFEST if path.is_dir() else path for path in paths]
     return " ".join(map(file_sha256, named)) if named else str(value)

@@ -1,8 +1,7 @@
-"""In which precision evaluations and the service compute: one rule for all of them, from what is
-asked for and the device.
+"""Choose the precision in which evaluations and the service compute, from the flag and the device.
 
-`auto` is TF32 on NVIDIA's GPUs that have it, plain fp32 elsewhere. What a device lacks becomes
-fp32, and that is said.
+`auto` means TF32 on NVIDIA GPUs that have it, and fp32 elsewhere. A precision that the device lacks
+is replaced by fp32, and the user is told why.
 """
 
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ MEANING = {
 
 @dataclass(frozen=True)
 class Precision:
-    """fp32, tf32 or bf16, and why it is not what was asked for."""
+    """Hold a precision (fp32, tf32 or bf16), and the reason if it is not the one asked for."""
 
     name: str
     reason: str = ""
@@ -35,9 +34,9 @@ class Precision:
         return f"{self.name} ({MEANING[self.name]}{because})"
 
     def convert(self, model: nn.Module) -> nn.Module:
-        """Turn the weights of a model into this precision; gives the same model.
+        """Convert the weights of a model to this precision, in place, and return the model.
 
-        Heads stay in fp32 and take fp32: of two scores rounded to 16 bits many would tie.
+        Heads, and their inputs, stay in fp32: rounded to 16 bits, many scores would tie.
         """
         if self.name != "bf16":
             return model
@@ -54,12 +53,12 @@ class Precision:
 
     @contextmanager
     def products(self) -> Iterator[None]:
-        """Have products of fp32 matrices on a GPU computed so in between, whatever torch was told
-        before; then as before.
+        """Compute products of fp32 matrices on a GPU in this precision within the context, and
+        restore torch's settings afterwards.
 
-        Some containers switch TF32 on by the environment, so fp32 has to be asked for as well.
-        `allow_tf32` moves both of torch's switches; with `fp32_precision` alone torch 2.13 finds
-        them at odds, and raises where it looks at the other.
+        Some containers enable TF32 through the environment, so fp32 has to be set as well.
+        `allow_tf32` sets both of torch's switches; if only `fp32_precision` is set, torch 2.13
+        finds that they disagree, and raises when it reads the other one.
         """
         switch = torch.backends.cuda.matmul
         allowed = switch.allow_tf32
@@ -74,7 +73,7 @@ class Precision:
 
 
 def choose_precision(asked: str, device: torch.device) -> Precision:
-    """Choose for `--precision auto|fp32|tf32|bf16` on a device."""
+    """Choose the precision for `--precision auto|fp32|tf32|bf16` on a device."""
     if device.type != "cuda":
         if asked == "tf32":
             return Precision("fp32", "a CPU has no TF32")
@@ -85,19 +84,19 @@ def choose_precision(asked: str, device: torch.device) -> Precision:
         return Precision("fp32")
     if gpu.is_too_old:
         return Precision(
-            "fp32", f"{gpu} has neither TF32 nor products in bfloat16, which 8.0 brought"
+            "fp32", f"{gpu} has neither TF32 nor bfloat16 products, which need 8.0 or higher"
         )
 
     if asked == "bf16":
         return Precision("bf16")
     if torch.version.hip:
-        return Precision("fp32", f"TF32 is NVIDIA's, {gpu.name} has bf16")
+        return Precision("fp32", f"only NVIDIA GPUs have TF32; {gpu.name} has bf16")
 
     return Precision("tf32")
 
 
 def settle_precision(config: LoadConfig, device: torch.device) -> Precision:
-    """Choose, put what was chosen in place of `config.precision`, and note it for the user."""
+    """Choose the precision, replace `config.precision` by it, and note it for the user."""
     precision = choose_precision(config.precision, device)
     config.precision = precision.name
     config.notes.append(f"precision: {precision}")

@@ -1,6 +1,6 @@
-"""The three pretraining losses: masked segments, masked regions, image-text matching.
+"""Compute the three pretraining losses: masked segments, masked regions, image-text matching.
 
-Each is divided by the number of its targets in the whole optimizer step (over ranks and
+Each is divided by the number of its targets in the whole optimizer step (over ranks and gradient
 accumulation), so the same global batch gives the same loss and gradient on every layout.
 """
 
@@ -30,9 +30,9 @@ OBJECTIVES = ("msm", "mrm", "itm")
 
 
 class PretrainingTask:
-    """Loss and report of a batch.
+    """Compute the loss and the report of a batch.
 
-    `objectives` are the losses that are trained on, all three are always reported.
+    Only the losses in `objectives` are trained on; all three are always reported.
     """
 
     def __init__(self, objectives: Sequence[str] = OBJECTIVES) -> None:
@@ -42,22 +42,24 @@ class PretrainingTask:
 
     @staticmethod
     def count_targets(batch: PackedBatch) -> torch.Tensor:
-        """Count float64 [3]: targets of MSM, MRM and ITM in a batch."""
+        """Return the number of MSM, MRM and ITM targets in a batch, float64 [3]."""
         return batch.target_counts()
 
     def loss(
         self, output: InterBertOutput, batch: PackedBatch, totals: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give the summed losses of this batch over the step's target counts `totals` [3], as one
-        scalar, and the report [3, 3] float32: rows msm, mrm, itm; columns sum of losses, right
-        answers, targets.
+        """Return the batch's share of the step's loss, a scalar, and the batch's report.
+
+        The loss is the sum over objectives of summed losses / `totals`, the step's target counts
+        [3]. The report is float32 [3, 3]: rows msm, mrm, itm; columns sum of losses, right answers,
+        targets.
         """
         regions = soft_label_kl(output.mrm_logits, batch.mrm_class_ids, batch.mrm_class_probs)
         matches = F.cross_entropy(output.itm_logits, batch.mismatched, reduction="none")
         sums = torch.stack([output.msm_losses.sum(), regions.sum(), matches.sum()])
-        # A batch without targets of a kind gives 0 / 1, never NaN, and still a gradient of zeros
-        # for its head.
-        self.trained = self.trained.to(sums.device)  # once: each copy would wait for the device
+        # A batch without targets of a kind gives 0 / 1, never NaN, and its head still gets a
+        # gradient of zeros.
+        self.trained = self.trained.to(sums.device)  # copied once: each copy waits for the device
         wanted = torch.where(self.trained, sums, 0.0)
         loss = (wanted / totals.to(sums).clamp(min=1.0)).sum()
         right = torch.stack(
@@ -77,9 +79,8 @@ class PretrainingTask:
         )
 
     def metrics(self, report: torch.Tensor, steps: int = 1) -> dict[str, float]:
-        """Loss, accuracy and targets per step of each task from a summed report [3, 3].
-
-        `loss` sums those trained on.
+        """Return the loss, accuracy and targets per step of each objective from a report [3, 3]
+        summed over `steps` steps; `loss` is the sum of those trained on.
         """
         values = {"loss": 0.0}
 
@@ -95,7 +96,9 @@ class PretrainingTask:
 
     @staticmethod
     def line(values: dict[str, float]) -> str:
-        """`loss 9.1 | msm 5.5 (9.5 %) | ..`: each loss with its accuracy."""
+        """Return the text for a log line, such as `loss 9.1000 | msm 5.500 (9.5 %) | ..`: each loss
+        with its accuracy.
+        """
         parts = [
             f"{name} {values[f'{name}_loss']:.3f} ({100 * values[f'{name}_accuracy']:.1f} %)"
             for name in OBJECTIVES
@@ -106,11 +109,10 @@ class PretrainingTask:
 def soft_label_kl(
     logits: torch.Tensor, class_ids: torch.Tensor, class_probs: torch.Tensor
 ) -> torch.Tensor:
-    """KL(detector || model) of each row [M], summed over classes; logits [M, C] float32, top-k
-    labels [M, k].
+    """Return KL(detector || model) of each row [M], summed over classes, from logits float32 [M, C]
+    and top-k labels [M, k].
 
-    Probability that the k entries leave over is taken as spread evenly over the other C - k
-    classes.
+    The probability that the k entries leave over is spread evenly over the other C - k classes.
     """
     log_model = F.log_softmax(logits, dim=1)
     listed = log_model.gather(1, class_ids)
@@ -132,12 +134,12 @@ def soft_label_kl(
 
 
 def hard_label(class_ids: torch.Tensor, class_probs: torch.Tensor) -> torch.Tensor:
-    """Give the detector's most likely class [M] of top-k labels [M, k]."""
+    """Return the detector's most likely class [M] from top-k labels [M, k]."""
     return class_ids.gather(1, class_probs.argmax(dim=1, keepdim=True)).squeeze(1)
 
 
 def pretraining_job(config: RunConfig, state: ParallelState) -> Job:
-    """Pretraining on the region stores of --data-path."""
+    """Build the job that pretrains on the region stores of --data-path."""
     corpus = open_stores(config.stores(), config)
     tokenizer = vocabulary_of_run(config, config.stores())
     sizes = fitted_sizes(config, tokenizer, corpus)
@@ -161,13 +163,13 @@ def pretraining_job(config: RunConfig, state: ParallelState) -> Job:
 
 
 def mined_negatives(corpus: Corpus) -> list[str]:
-    """Give the hashes of the tables of mined negatives, on which the samples depend."""
+    """Return the hashes of the tables of mined negatives, on which the samples depend."""
     tables = [store.path / HARD_NEGATIVES for store in corpus.stores]
     return [file_sha256(path) for path in tables if path.is_file()]
 
 
 def config_of_validation(config: RunConfig) -> RunConfig:
-    """Give the same settings for one other store, which has partitions of its own."""
+    """Return a copy of the settings for the validation store, which has its own partitions."""
     own = copy.copy(config)
     own.data_epochs = own.data_weights = ""
     own.given = config.given - {"data_partitions"}

@@ -1,4 +1,4 @@
-"""Files of one JSON object a line."""
+"""Read JSON Lines files: one JSON object per line."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -11,9 +11,10 @@ from megatron_interbert.reading import read_text
 def read_records(
     path: str, flag: str, keys: Mapping[str, type | tuple[type, ...]]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read (`PATH: line N`, record) of each line that is not empty.
+    """Yield (`PATH: line N`, record) for each line that is not empty.
 
-    UsageError for a line without one of the `keys`, or with another type.
+    Raises UsageError that names the line if it is not a JSON object, lacks one of the `keys`, or
+    holds a value of another type there.
     """
     for number, line in enumerate(read_text(path, flag).split("\n"), 1):
         if not line.strip():
@@ -24,26 +25,26 @@ def read_records(
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UsageError(
-                f"{where} is no JSON ({error}); {flag} is a file with one JSON object a line"
+                f"{where} is not valid JSON ({error}); {flag} needs one JSON object per line"
             ) from None
 
         try:
             json.dumps(record, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise UsageError(
-                f"{where}: half a surrogate pair (\\ud800 to \\udfff), which is no character; write"
-                " it anew as UTF-8"
+                f"{where}: a lone surrogate (\\ud800 to \\udfff), which is not a character; write"
+                " the file again as UTF-8"
             ) from None
 
         if not isinstance(record, dict):
             raise UsageError(
-                f"{where} is no JSON object; {flag} is a file with one JSON object a line"
+                f"{where} is not a JSON object; {flag} needs one JSON object per line"
             )
 
         for key, kind in keys.items():
             if key not in record:
                 raise UsageError(
-                    f"{where} has no '{key}'; {flag} needs {', '.join(keys)} in each line"
+                    f"{where} has no '{key}'; {flag} needs {', '.join(keys)} on each line"
                 )
 
             if not isinstance(record[key], kind) or isinstance(record[key], bool):

@@ -1,5 +1,5 @@
-"""One JSON for each evaluation: figures, protocol, and everything they depend on; and the table
-printed from it.
+"""Write the result.json of an evaluation (metrics, protocol and everything they depend on), and
+format the table that is printed from it.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from megatron_interbert.tasks.config import EvaluateConfig
 from megatron_interbert.weights.manifest import versions
 from megatron_interbert.weights.sources import WeightSource
 
-# Figures of the official model. They are shown beside ours only where --benchmark says that the
-# data are the same.
+# Published metrics of the official model, shown beside ours only if --benchmark says that the data
+# are the same.
 OFFICIAL = {
     ("flickr30k", "finetuned"): {"t2i_R@1": 61.9, "t2i_R@5": 87.1, "t2i_R@10": 92.7},
     ("flickr30k", "zero-shot"): {"t2i_R@1": 49.2, "t2i_R@5": 77.6, "t2i_R@10": 86.0},
@@ -34,9 +34,10 @@ def result_of(
     files: Sequence[str] = (),
     **more: Any,
 ) -> dict[str, Any]:
-    """Give the record of an evaluation.
+    """Return the record of an evaluation, for result.json.
 
-    `metrics` are flat, `files` decide the samples beside the stores of `corpus`.
+    `metrics` are flat; `files` determine the samples, besides the stores of `corpus`; `more` is
+    added as it is.
     """
     manifests = [store.manifest for store in corpus.stores] if corpus else []
     official = OFFICIAL.get((getattr(config, "benchmark", ""), protocol), {})
@@ -73,8 +74,8 @@ def result_of(
 
 
 def output_folder(config: EvaluateConfig, source: WeightSource) -> Path:
-    """--output, else beside the checkpoints of the run (never inside one, whose files are
-    hashed).
+    """Return --output, else a folder beside the run's checkpoints (never inside one, because its
+    files are hashed).
     """
     run = (
         source.path.parent if source.kind == "checkpoint" or source.path.is_file() else source.path
@@ -83,7 +84,7 @@ def output_folder(config: EvaluateConfig, source: WeightSource) -> Path:
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
-    """result.json, and the figures in the TensorBoard of the run."""
+    """Write result.json to a folder, and the metrics to TensorBoard files in it."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "result.json", result)
     board = Board(folder / "tensorboard")
@@ -96,13 +97,13 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
         )
     except OSError as error:
         print(
-            f"note: {board.path} cannot be written ({error.strerror}); result.json has the figures",
+            f"note: {board.path} cannot be written ({error.strerror}); result.json has the metrics",
             flush=True,
         )
 
 
 def table(result: dict[str, Any]) -> str:
-    """Give the figures, one a line, with the official ones beside where the data are the same."""
+    """Return the metrics as a table, one per line, with the official ones beside them if known."""
     official = result.get("official", {})
     lines = [f"{'':<22}{'ours':>9}" + (f"{'official':>10}" if official else "")]
 

@@ -1,4 +1,7 @@
-"""What the training loop asks of a task; it knows nothing else of losses, heads or modalities."""
+"""Define the interface between the training loop and a task.
+
+The loop knows nothing else of losses, heads or modalities.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,44 +18,47 @@ from megatron_interbert.parallel.state import ParallelState
 
 
 class Task(Protocol):
-    """Loss and figures of one kind of batch.
+    """Compute the loss and metrics for one kind of batch.
 
-    A report is a tensor that is summed over batches, steps and ranks.
+    A report is a tensor that the loop sums over batches, steps and ranks.
     """
 
     report_shape: tuple[int, ...]
 
     def count_targets(self, batch: Any) -> torch.Tensor:
-        """Count float64 [losses]: targets of each loss in a batch; the loop sums them over the
-        whole optimizer step.
+        """Return the number of targets of each loss in a batch, float64 [losses]; the loop sums
+        them over the whole optimizer step.
         """
 
     def loss(
         self, output: Any, batch: Any, totals: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give the batch's share of the step's loss, given the step's target counts, and the
-        batch's report.
+        """Return the batch's share of the step's loss, and the batch's report.
+
+        `totals` are the target counts of the whole optimizer step.
         """
 
     def metrics(self, report: torch.Tensor, steps: int = 1) -> dict[str, float]:
-        """Named figures from a summed report of `steps` optimizer steps; `loss` is one of them."""
+        """Return named metrics, `loss` among them, from a report summed over `steps` optimizer
+        steps.
+        """
 
     def line(self, values: dict[str, float]) -> str:
-        """Give the figures a person wants to see in a log line."""
+        """Return the text of these metrics for a log line."""
 
 
-# a model's figures, the same on all ranks
+# computes a model's metrics, the same on all ranks
 Evaluate = Callable[[nn.Module, ParallelState, torch.device], dict[str, float]]
 
 
 @dataclass
 class Job:
-    """What a run trains: a task with its samples, the parts of the model it needs, and how it is
-    judged.
+    """Hold what a run trains: a task with its samples, the parts of the model that it needs, and
+    how it is judged.
 
-    `data` is what checkpoints remember of the samples: store, manifest_sha256, detector,
-    vocabulary, task. `evaluate` gives named figures of a whole model on unseen samples; `metric` is
-    the one by which checkpoints are compared, higher is better.
+    `data` is the record of the samples that checkpoints keep: store, manifest_sha256, detector,
+    vocabulary, task. `evaluate` returns named metrics of a whole model on unseen samples; `metric`
+    is the one by which checkpoints are compared, higher is better.
     """
 
     task: Task
@@ -64,8 +70,8 @@ class Job:
     model_options: dict[str, Any] = field(default_factory=dict)  # further arguments of InterBert
     evaluate: Evaluate | None = None
     metric: str = ""
-    figures: tuple[str, ...] = ()  # names that may be the metric
-    patience: int = 0  # evaluations without a better figure after which the run ends; 0: never
+    figures: tuple[str, ...] = ()  # names that `metric` may have
+    patience: int = 0  # evaluations without a better metric after which the run ends; 0: never
     valid_samples: TrainingSet | None = None  # for the losses of pretraining
 
     def __post_init__(self) -> None:

@@ -184,7 +184,7 @@ WRONG = {
     ),
     "too long": (
         {"input_ids": torch.zeros(3, 41, dtype=torch.long)},
-        "input_ids has 41 columns, the model only 40 positions",
+        "input_ids has 41 columns, the model has only 40 positions",
     ),
     "mask shape": (
         {"attention_mask": torch.ones(3, 6)},
@@ -300,7 +300,7 @@ WRONG_CHOICES = {
     ),
     "no places": (
         {"visual_pos": None},
-        "visual_feats is given without visual_pos [samples, regions, 5], the places of the regions",
+        "visual_feats is given without visual_pos [samples, regions, 5], the positions of the",
     ),
 }
 

@@ -86,7 +86,7 @@ def test_what_is_said_of_heads_and_tiles(insert: Insert) -> None:
     ).describe()
     assert "heads of 64 in bfloat16: tiles of 64 tokens, 40 of 99 KiB" in described
     assert "heads of 96 in bfloat16: tiles of 64 tokens, 72 of 99 KiB" in described
-    assert "heads of 160: padded SDPA, for Triton's tiles are at most 128 wide" in described
+    assert "heads of 160: padded SDPA, as Triton's tiles are at most 128 wide" in described
     assert (
         "heads of 96 in float32: tiles of 32 tokens, 68 of 99"
         in choose_kernels("auto", CUDA, True, head_sizes=(96,), dtype=torch.float32).describe()
@@ -98,7 +98,7 @@ def test_what_is_said_of_heads_and_tiles(insert: Insert) -> None:
     ).describe()
     assert "heads of 64 in float32: tiles of 16 tokens, 17 of 20 KiB" in described
     assert (
-        "heads of 128 in float32: padded SDPA, for no tile of Triton's fits in 20 KiB" in described
+        "heads of 128 in float32: padded SDPA, as no tile of Triton's fits in 20 KiB" in described
     )
 
 

@@ -64,7 +64,7 @@ def test_a_cut_file_is_one_line(whole, tmp_path):
         assert environment.stat()["depth"] == 3
     for size in (0, 1, 100, 4096, 8192, 20_000, len(data) // 2, len(data) - 5000):
         (tmp_path / "cut.mdb").write_bytes(data[:size])
-        with pytest.raises(UsageError, match=r"cut.mdb: \d+ bytes, but something in it lies at"):
+        with pytest.raises(UsageError, match=r"cut.mdb: \d+ bytes, but it refers to bytes"):
             all_rows(tmp_path / "cut.mdb")
 
 

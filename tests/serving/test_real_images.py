@@ -100,7 +100,7 @@ def test_twenty_real_images_find_their_captions(tmp_path, request):
             "--load",
             tmp_path / "run",
             *common,
-            "--first-stage",
+            "--two-stage",
             5,
         )
     )

@@ -209,7 +209,7 @@ def test_it_drains(shop, tmp_path):
     """What is under way when SIGTERM comes is answered: every question, while most of them still
     wait.
     """
-    more = ("--pairs-at-once", 1, "--deadline", 60)
+    more = ("--batch-pairs", 1, "--deadline", 60)
 
     with (
         Service(*flags(shop, tmp_path / "index", *more)) as service,
@@ -324,7 +324,7 @@ def test_a_client_that_goes_is_not_computed_for(shop, tmp_path):
     """Many ask and close their connection at once; their questions leave the queue, and others are
     answered.
     """
-    with Service(*flags(shop, tmp_path / "index", "--pairs-at-once", 40)) as service:
+    with Service(*flags(shop, tmp_path / "index", "--batch-pairs", 40)) as service:
         host, port = service.url.removeprefix("http://").split(":")
         body = b'{"query": "\xe7\xba\xa2\xe8\x89\xb2", "candidates": 40}'
         head = (

@@ -106,7 +106,7 @@ def test_rows_and_files_that_cannot_be_used(tmp_path):
     assert (len(rows.texts), rows.dropped) == (1, 2)
     with pytest.raises(UsageError, match="line 3: label '2', expected one of 0, 1"):
         read_rows(write(tmp_path / "b.tsv", "sentence\tlabel", good, "the dog \t2"), "SST-2")
-    with pytest.raises(UsageError, match=r"no column 'sentence1' \(there are sentence, label"):
+    with pytest.raises(UsageError, match=r"no column 'sentence1' \(found sentence, label"):
         read_rows(write(tmp_path / "c.tsv", "sentence\tlabel", good), "RTE")
     with pytest.raises(UsageError, match="no column 'label', so there is nothing to train on"):
         read_rows(
@@ -122,7 +122,7 @@ def test_rows_and_files_that_cannot_be_used(tmp_path):
         )
 
     with pytest.raises(
-        UsageError, match="line 3 has 1 fields, expected 2; every row of a test file counts"
+        UsageError, match="line 3 has 1 fields, expected 2; every row of a test file needs"
     ):
         read_rows(write(tmp_path / "f.tsv", "index\tsentence", "0\tthe cat", "1"), "SST-2")
 

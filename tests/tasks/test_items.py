@@ -423,7 +423,7 @@ def test_search_from_training_to_a_servers_file(shop, tmp_path):
         "--queries",
         test_set / "queries.jsonl",
     )
-    out = ran(*evaluate("product_search", *asked, "--first-stage", 10, "--submission", "muge"))
+    out = ran(*evaluate("product_search", *asked, "--two-stage", 10, "--submission", "muge"))
     result = json.loads((tmp_path / "one/evaluation/product_search/result.json").read_text())
     for name in ("R@1", "R@10", "mean_recall", "nDCG@5"):
         assert result["metrics"][name] == pytest.approx(valid[name], abs=1e-6)

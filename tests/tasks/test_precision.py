@@ -72,7 +72,7 @@ def make(head: str = "itm", **options: object) -> InterBert:
         (V100, "bf16", "fp32", "has neither"),
         (V100, "fp32", "fp32", ""),
         (MI300X, "auto", "fp32", "AMD Instinct MI300X has bf16"),
-        (MI300X, "tf32", "fp32", "TF32 is NVIDIA's"),
+        (MI300X, "tf32", "fp32", "only NVIDIA GPUs have TF32"),
         (MI300X, "bf16", "bf16", ""),
     ],
 )

@@ -2,6 +2,8 @@
 written.
 """
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -82,3 +84,9 @@ def test_a_part_that_was_changed_is_scored_anew(tmp_path, parts, capsys):
 
     parts("part-000000002.parquet", 39, PLAN)
     assert missing(tmp_path) == [2]
+
+
+def test_a_pyarrow_that_cannot_be_imported_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UsageError, match="Parquet needs pyarrow"):
+        topic_scores.check_parquet()

@@ -148,7 +148,7 @@ def test_lmdb_rows_of_pretraining_carry_their_captions(tmp_path, images):
 def test_adaptive_hdf5_finds_sizes_and_names(tmp_path, images):
     names = adaptive_hdf5(tmp_path / "adaptive.hdf5", images)
     (tmp_path / "ids.pkl").write_bytes(pickle.dumps({name: row for row, name in enumerate(names)}))
-    assert "give the file that does by --image-ids" in refused(
+    assert "give the file that has them with --image-ids" in refused(
         tmp_path / "adaptive.hdf5", "--output", tmp_path / "none"
     )
     flags = (tmp_path / "adaptive.hdf5", "--image-ids", tmp_path / "ids.pkl")

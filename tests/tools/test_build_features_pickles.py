@@ -161,7 +161,7 @@ def test_absurd_arrays_in_msgpack_cost_one_row(tmp_path, images):
     for name in ("objects", "records", "record", "raw", "a comma"):
         assert reasons[name].startswith("array of neither numbers nor text: "), reasons[name]
 
-    assert "width is no single value" in reasons["longest"]
+    assert "width is not a single value" in reasons["longest"]
 
 
 def test_absurd_arrays_in_npz_cost_one_file(tmp_path, images):

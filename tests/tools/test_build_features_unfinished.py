@@ -3,11 +3,13 @@
 import functools
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.build import BuildPlan, build
+from megatron_interbert.preparation.building.conversion import write_mark
 from megatron_interbert.preparation.building.sources.fields import ReadOptions
 from megatron_interbert.preparation.building.sources.opening import open_features
 from tests.preparation.formats import made_up_images, write_npz
@@ -100,3 +102,18 @@ def test_what_cannot_be_done_anew_in_part_is_one_line(plans, interrupted, name, 
     with pytest.raises(UsageError, match=name.replace("images.db", "store.partial")) as refusal:
         build(plans[0](str(interrupted.with_name("store"))))
     assert "\n" not in str(refusal.value)
+
+
+def test_a_unit_is_marked_under_a_name_of_this_process(tmp_path, monkeypatch):
+    """Two builds may finish the same unit: the worker of a killed one, and the resumed one."""
+    temporary = []
+    replace = os.replace
+
+    def spy(source, target):
+        temporary.append(Path(source).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", spy)
+    write_mark(tmp_path / "shard.json", {"read": 3})
+    assert temporary == [f"shard.json.{os.getpid()}.new"]
+    assert json.loads((tmp_path / "shard.json").read_text()) == {"read": 3}

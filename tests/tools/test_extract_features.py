@@ -486,7 +486,7 @@ def test_weights_that_are_missing_are_refused(folders, tmp_path):
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
 
     with pytest.raises(
-        UsageError, match=r"1 weights are missing .* first class_labels_classifier.weight"
+        UsageError, match=r"1 parameters are missing .* first class_labels_classifier.weight"
     ):
         load_detector(choice(broken))
 
@@ -571,3 +571,16 @@ def test_regions_of_a_photo_are_those_of_a_build(folders, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no jpeg")
     with pytest.raises(UsageError, match=r"broken\.jpg: cannot be read as a photo"):
         detect_regions(tmp_path / "broken.jpg", folders["rt_detr"], device="cpu")
+    with pytest.raises(UsageError, match="min_regions 40 and max_regions 36"):
+        detect_regions(photos[0], folders["rt_detr"], min_regions=40, device="cpu")
+
+
+@needs_shared
+def test_a_photo_that_the_detector_fails_on_is_named(folders, monkeypatch):
+    def fails(self, pictures):
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setattr(TransformersDetector, "detect", fails)
+    photo = some_photos()[0]
+    with pytest.raises(UsageError, match=f"{photo.name}: the detector failed"):
+        detect_regions(photo, folders["rt_detr"], device="cpu")

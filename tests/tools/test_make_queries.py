@@ -131,3 +131,14 @@ def test_what_is_wrong_is_one_line(source, tmp_path):
         assert "Traceback" not in err
         assert line in err.strip().splitlines()[-1]
         assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_answers_are_looked_at_before_the_rows(tmp_path):
+    (tmp_path / "train.tsv").write_text("one column\n")
+    (tmp_path / "answers.json").write_text("[")
+    code, _, err = launch(
+        *(sys.executable, "tools/make_queries.py", tmp_path / "train.tsv"),
+        *("--answers", tmp_path / "answers.json", "--output", tmp_path / "out.jsonl"),
+    )
+    assert code == 2
+    assert "answers.json" in err

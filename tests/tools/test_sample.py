@@ -9,10 +9,14 @@ import sys
 import numpy as np
 import pytest
 
+from megatron_interbert.data.manifest import HARD_IMAGES
 from megatron_interbert.data.pretraining import trainable_captions
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.data.text import CaptionTokenizer
-from megatron_interbert.files import file_sha256
+from megatron_interbert.errors import UsageError
+from megatron_interbert.files import file_sha256, own_name
+from megatron_interbert.preparation.work_folder import refuse_strangers
+from megatron_interbert.sample.detector import OURS
 from tests.launching import ROOT, launch, losses, pretrain
 
 FLAGS = ("--train-scenes", 60, "--test-scenes", 12)
@@ -24,6 +28,16 @@ def make(folder, *flags):
     )
     assert code == 0, out + err
     return folder
+
+
+def test_leftovers_of_killed_commands_do_not_count_as_somebody_elses(tmp_path):
+    for name in (HARD_IMAGES, "queries.jsonl"):
+        own_name(tmp_path / name).touch()
+    refuse_strangers(tmp_path, OURS)
+
+    (tmp_path / "notes.new").touch()
+    with pytest.raises(UsageError, match=r"notes\.new"):
+        refuse_strangers(tmp_path, OURS)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +163,7 @@ def test_train_then_evaluate_then_start_from_its_weights(corpus, tmp_path):
     other.write_text((corpus / "test" / "vocab.txt").read_text().replace("kettle", "teapot"))
     code, _, err = launch(*command, "--data-path", corpus / "test", "--vocab-file", other)
     assert code == 2
-    assert "not the vocabulary of" in err
+    assert "not the vocabulary that" in err
     code, _, err = launch(sys.executable, "-m", "megatron_interbert.evaluate", "retrieva")
     assert code == 2
     assert "task 'retrieva', expected one of retrieval" in err

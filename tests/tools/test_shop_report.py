@@ -86,7 +86,7 @@ def test_search(shop):
         shop / "test",
         "--queries",
         shop / "test/queries.jsonl",
-        "--first-stage",
+        "--two-stage",
         12,
     )
     ran(*evaluate("product_search", "--load", shop / "search2", *flags))

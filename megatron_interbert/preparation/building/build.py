@@ -107,18 +107,18 @@ class BuildPlan:
         files = {path: os.path.getsize(path) for path in self.caption_files}
         return {
             "captions": {"files": files, "format": self.captions_format, "split": self.split},
-            "only": _digest(self.only) if self.only is not None else None,
+            "only": json_sha256(self.only) if self.only is not None else None,
             "detector": self.detector,
-            "class_names": _digest(list(self.class_names)),
+            "class_names": json_sha256(list(self.class_names)),
             "soft_labels": self.soft_labels,
-            "vocabulary": _digest(self.vocabulary),
+            "vocabulary": json_sha256(self.vocabulary),
             "text_normalisation": self.text_normalisation,
             "images_per_shard": self.images_per_shard,
             "strict_boxes": self.strict_boxes,
-            "source_files": _digest(
+            "source_files": json_sha256(
                 [_identity(str(getattr(source, "path", ""))) for source in self.sources]
             ),
-            "units": _digest(units),
+            "units": json_sha256(units),
             **self.options,
         }
 
@@ -146,10 +146,6 @@ def _identity(path: str) -> list[Any]:
 def _size_and_time(path: Path) -> tuple[int, int]:
     found = path.stat() if path.exists() else path.lstat()  # a link may be broken
     return found.st_size, found.st_mtime_ns
-
-
-def _digest(value: Any) -> str:
-    return json_sha256(value)
 
 
 def build(

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_interbert.data.manifest import entry_fits
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.errors import Unreadable
-from megatron_interbert.files import write_text
+from megatron_interbert.files import own_name, whole_file
 from megatron_interbert.preparation.building.captions import CaptionTable
 from megatron_interbert.preparation.building.shard_writer import (
     SHARD_NAME,
@@ -163,9 +163,19 @@ def convert_unit(job: UnitJob, sources: Sequence[FeatureSource]) -> dict[str, An
         "reasons": dict(sorted(reasons.items())),
         "dropped": [vars(dropped) for dropped in report],
     }
-    write_text(done_file(job.folder, job.number), json.dumps(done))
+    write_mark(done_file(job.folder, job.number), done)
 
     return done
+
+
+def write_mark(path: Path, done: dict[str, Any]) -> None:
+    """Write the file that marks a unit as done.
+
+    Its temporary name is this process's own: a worker may outlive a killed build and finish the
+    unit that the resumed build converts again.
+    """
+    with whole_file(path, own_name(path)) as handle:
+        handle.write(json.dumps(done).encode())
 
 
 def _keep(found: Record | Dropped, job: UnitJob) -> Any:

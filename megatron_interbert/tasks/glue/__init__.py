@@ -1,1 +1,1 @@
-"""GLUE on the text path: config, samples, job, evaluation."""
+"""Finetune and evaluate on GLUE, using the text path alone: config, samples, job, evaluation."""

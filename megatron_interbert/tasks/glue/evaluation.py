@@ -1,4 +1,4 @@
-"""`evaluate glue`: the official metrics on the dev files, prediction files for the test files."""
+"""Run `evaluate glue`: official metrics on the dev files, prediction files for the test files."""
 
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from megatron_interbert.weights.sources import WeightSource
 def evaluate_glue(
     config: EvaluateGlueConfig, state: ParallelState, device: torch.device
 ) -> dict[str, Any]:
-    """Write result.json and, for each file, TASK.tsv (or MNLI-m.tsv, MNLI-mm.tsv); all ranks of a
-    launch call it.
+    """Write result.json and, for each file, TASK.tsv (MNLI-m.tsv and MNLI-mm.tsv for MNLI), and
+    return the result.
+
+    All ranks of a launch must call it.
     """
     model, source = load_model(
         config.load,
@@ -65,26 +67,29 @@ def evaluate_glue(
     )
     if state.is_main:
         write_result(folder, result)
-        print(table(result) if metrics else "the test files hold no labels, so no figure is given")
+        print(table(result) if metrics else "the test files have no labels: no metrics computed")
         print(f"result: {folder / 'result.json'}")
 
     return result
 
 
 def check_task(config: EvaluateGlueConfig, source: WeightSource) -> None:
-    """Raise UsageError where the weights were finetuned on another task of GLUE."""
+    """Raise UsageError if the weights were finetuned on another task."""
     trained = str(source.facts.get("task") or "").removeprefix("glue ")
     if trained and trained != config.task:
         raise UsageError(
-            f"--load {config.load}: finetuned on {trained}; give --task {trained}, or the weights"
-            f" of {config.task}"
+            f"--load {config.load}: finetuned on {trained}; give --task {trained}, or weights"
+            f" finetuned on {config.task}"
         )
 
 
 def write_predictions(
     task: str, rows: GlueRows, logits: np.ndarray, file: Path, target: Path
 ) -> None:
-    """Write the predictions [rows, labels] for one file of a task, as its server takes them."""
+    """Write the predictions for one file of a task in the format of the GLUE server.
+
+    `logits` are [rows, labels].
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, "\n".join(prediction_lines(task, rows, logits)) + "\n")
     print(f"{file}: {len(rows.texts)} rows -> {target}; {rows.dropped} dropped (too few fields)")

@@ -1,5 +1,5 @@
-"""GLUE on the text path: interaction layers, text stream and a classifier as in BERT; the official
-metrics.
+"""Define the GLUE task (interaction layers, text stream and a classifier, as in BERT), its
+finetuning job and the official metrics.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ METRICS = {
 
 
 class GlueTask(ClassificationTask):
-    """Cross entropy over the classes, or the squared error of a number."""
+    """Compute the cross entropy over the classes, or the squared error of a regression score."""
 
     KINDS = ("sentence",)
 
@@ -55,7 +55,10 @@ class GlueTask(ClassificationTask):
 
 
 def glue_job(config: GlueConfig, state: ParallelState) -> Job:
-    """Finetuning on a task's train.tsv, judged by its first official metric on dev.tsv."""
+    """Build the job that finetunes on a task's train.tsv.
+
+    Unless --metric is given, the first official metric on dev.tsv decides which checkpoint is best.
+    """
     path = find_file(config.data_path, config.task, "train")
     dev = find_file(config.data_path, config.task, FORMATS[config.task].dev[0])
     tokenizer = vocabulary_of_run(config)
@@ -92,7 +95,7 @@ def glue_job(config: GlueConfig, state: ParallelState) -> Job:
 
 
 def labels_of(task: str) -> int:
-    """Outputs of the classifier: classes, or 1 for a number."""
+    """Return the number of outputs of the classifier: one per class, or 1 for regression."""
     return len(FORMATS[task].classes) or 1
 
 
@@ -100,8 +103,9 @@ def labels_of(task: str) -> int:
 def predict(
     model: InterBert, texts: GlueTexts, state: ParallelState, device: torch.device, batch_size: int
 ) -> np.ndarray:
-    """Predict float32 [n, labels]: logits of all rows in their order, the same on all ranks (each
-    computes a share).
+    """Return the logits of all rows in file order, float32 [n, labels].
+
+    Each rank computes a share; all return the same.
     """
     mine = np.argsort(texts.lengths(), kind="stable")[state.data_rank :: state.data_size]
     parts = []
@@ -109,7 +113,7 @@ def predict(
         fields = pair_fields(texts.inputs(mine[start : start + batch_size]), None, NOTHING, 1)
         parts.append(model(send_batch(to_batch(fields), device)).sentence_logits)
 
-    # more ranks than rows: some have none
+    # a rank has no rows if there are more ranks than rows
     logits = torch.cat(parts).cpu().numpy() if parts else None
 
     found = [(rows, values) for rows, values in state.gather((mine, logits)) if values is not None]
@@ -120,16 +124,20 @@ def predict(
 
 
 def metric_names(task: str) -> tuple[str, ...]:
-    """Give the official metrics of a task."""
+    """Return the names of the official metrics of a task."""
     return METRICS.get(task, ("accuracy",))
 
 
 def glue_metrics(task: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Give the official metrics in percent (correlations times 100); logits [n, labels], labels
-    [n].
+    """Compute the official metrics in percent (correlations times 100).
+
+    `logits` are [n, labels], `labels` [n]. Raises UsageError if there are no labels.
     """
     if not len(labels):
-        raise UsageError(f"{task}: the file has no labels, so there is nothing to compare with")
+        raise UsageError(
+            f"{task}: the file has no labels, so there is nothing to compare with; give a labelled"
+            " file"
+        )
     if not FORMATS[task].classes:
         scores = logits[:, 0].astype(np.float64)
         values = {
@@ -142,27 +150,29 @@ def glue_metrics(task: str, logits: np.ndarray, labels: np.ndarray) -> dict[str,
         values = {
             "accuracy": float((found == labels).mean()),
             "f1": 2 * hits / max(float(found.sum() + labels.sum()), 1.0),  # of class 1
-            "matthews": correlation(found, labels),  # of two classes it is Pearson's correlation
+            "matthews": correlation(found, labels),  # for two classes it equals Pearson's
         }
 
     return {name: 100.0 * values[name] for name in metric_names(task)}
 
 
 def correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Pearson's correlation; 0 where one side is constant."""
+    """Return Pearson's correlation; 0 if one side is constant."""
     a, b = (np.asarray(x, np.float64) - np.mean(x, dtype=np.float64) for x in (first, second))
     spread = np.sqrt((a * a).sum() * (b * b).sum())
     return float((a * b).sum() / spread) if spread else 0.0
 
 
 def mean_ranks(values: np.ndarray) -> np.ndarray:
-    """Give float64 [n]: rank of each value, equal values sharing the mean of their ranks."""
+    """Return the rank of each value, float64 [n]; equal values share the mean of their ranks."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
 def prediction_lines(task: str, rows: GlueRows, logits: np.ndarray) -> list[str]:
-    """Give lines of a submission file: index and class name (or number)."""
+    """Return the lines of a submission file: a header, then each row's index and its class name,
+    or its score cut to 0 to 5.
+    """
     classes: Sequence[str] = FORMATS[task].classes
     answers = (
         [classes[i] for i in logits.argmax(axis=1)]

@@ -1,8 +1,8 @@
-"""GLUE from its official TSV files: one or two sentences, a class or (STS-B) a number.
+"""Read GLUE's official TSV files: one or two sentences, and a class or (STS-B) a score.
 
 Fields are separated by tabs and never quoted. A row with too few fields or, in training, without
-text is dropped and counted; a label outside the task's set is an error, for a shifted column would
-train in silence.
+text is dropped and counted. A label outside the task's set is an error: otherwise a shifted column
+would be trained on without anyone noticing.
 """
 
 from collections.abc import Sequence
@@ -26,19 +26,19 @@ ENTAILS = ("entailment", "not_entailment")
 
 @dataclass(frozen=True)
 class Format:
-    """Columns of a task's files by their names.
+    """Hold the column names of a task's files.
 
-    `without_header` names those of training files that have no header line.
+    `without_header` lists the columns of files that have no header line.
     """
 
     texts: tuple[str, ...]
     label: str
-    classes: tuple[str, ...] = YES_NO  # none: the label is a number
+    classes: tuple[str, ...] = YES_NO  # empty: the label is a number
     index: str = "index"  # in test files
     without_header: tuple[str, ...] = ()
     dev: tuple[str, ...] = ("dev",)
     test: tuple[str, ...] = ("test",)
-    submission: tuple[str, ...] = ()  # names of the prediction files; default: the task's
+    submission: tuple[str, ...] = ()  # names of the prediction files; default: the task's name
 
 
 PAIR = ("sentence1", "sentence2")
@@ -64,8 +64,8 @@ FORMATS = {
 
 @dataclass
 class GlueRows:
-    """One file: texts [n][one or two], labels [n] (int64 classes, float32 numbers, empty for a test
-    file), index of each row.
+    """Hold the rows of one file: n texts of one or two sentences, the index of each row, and labels
+    [n] (int64 classes or float32 scores, empty for a test file).
     """
 
     path: str
@@ -76,10 +76,10 @@ class GlueRows:
 
 
 def find_file(folder: str, task: str, split: str) -> str:
-    """Find the TSV of a split: train.tsv in the task's folder or the one above it, or
-    TASK.train.tsv.
+    """Return the path of a split's TSV file: SPLIT.tsv in the folder or its subfolder TASK, or
+    TASK.SPLIT.tsv.
 
-    UsageError names what was looked for.
+    Raises UsageError that lists the paths tried.
     """
     names = [
         Path(folder) / f"{split}.tsv",
@@ -90,7 +90,7 @@ def find_file(folder: str, task: str, split: str) -> str:
     if found is None:
         raise UsageError(
             f"--data-path {folder or '(not given)'}: none of {', '.join(map(str, names))} is there;"
-            f" give the folder of the official {task} files"
+            f" give the folder with the official {task} files"
         )
 
     return str(found)
@@ -99,7 +99,8 @@ def find_file(folder: str, task: str, split: str) -> str:
 def read_rows(path: str, task: str, training: bool = False) -> GlueRows:
     """Read a file of a task.
 
-    UsageError for a missing column or a label outside the set, with line and column.
+    Raises UsageError that names the column or line if a column is missing, a label is not one of
+    the task's, a row of a test file is too short, or no row is left.
     """
     format = FORMATS[task]
     lines = read_text(path, f"{task}").lstrip("\ufeff").rstrip("\n").split("\n")
@@ -126,7 +127,7 @@ def read_rows(path: str, task: str, training: bool = False) -> GlueRows:
         if not texts:
             raise UsageError(
                 f"{path}: line {number} has {len(fields)} fields, expected {len(header)}; every row"
-                " of a test file counts"
+                " of a test file needs a prediction"
             )
 
         if has_labels:
@@ -150,7 +151,7 @@ def _check_header(path: str, task: str, header: tuple[str, ...], training: bool)
     missing = [name for name in format.texts if name not in header]
     if missing:
         raise UsageError(
-            f"{path}: no column '{missing[0]}' (there are {', '.join(header[:12])}); give the"
+            f"{path}: no column '{missing[0]}' (found {', '.join(header[:12])}); give the"
             f" official {task} file"
         )
 
@@ -178,7 +179,7 @@ def _label(text: str, format: Format, path: str, number: int) -> float:
 
 
 class GlueTexts:
-    """Tokens of all rows of a file, made once; `inputs` frames some of them."""
+    """Hold the tokens of all rows of a file, tokenised once; `inputs` frames some of them."""
 
     def __init__(self, rows: GlueRows, tokenizer: CaptionTokenizer, max_tokens: int) -> None:
         self.tokenizer = tokenizer
@@ -189,13 +190,17 @@ class GlueTexts:
         ]
 
     def lengths(self) -> np.ndarray:
-        """Give int64 [n]: tokens with [CLS] and [SEP], cut."""
+        """Return the length of each row in tokens, int64 [n], with [CLS] and [SEP], cut to
+        `max_tokens`.
+        """
         return np.minimum(
             sum(np.diff(part.offsets) for part in self.parts) + 1 + len(self.parts), self.max_tokens
         )
 
     def inputs(self, rows: Sequence[int]) -> list[Text]:
-        """Give (ids, types) of some rows: [CLS] a [SEP] with types 0, then b [SEP] with types 1."""
+        """Return (ids, types) of some rows: [CLS] a [SEP] with types 0, then b [SEP] with types
+        1.
+        """
         result = []
         for row in rows:
             pieces = [part.ids[part.offsets[row] : part.offsets[row + 1]] for part in self.parts]
@@ -205,7 +210,7 @@ class GlueTexts:
 
 
 class GlueSet:
-    """Training rows of a task."""
+    """Hold the training rows of a task and their order."""
 
     most_rows = 0
 
@@ -225,7 +230,9 @@ class GlueSet:
         )
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
-        """Give the fields of a PackedBatch of text alone, with `labels` [B]."""
+        """Return the fields of a text-only PackedBatch for (epoch, sample) pairs [B], with `labels`
+        [B].
+        """
         rows = [sample for _, sample in pairs]
         fields = pair_fields(self.texts.inputs(rows), None, NOTHING, self.feature_dim)
         return {**fields, "labels": self.labels[rows], "sample_ids": np.array(rows)}

@@ -1,1 +1,3 @@
-"""Caption-based image retrieval: config, samples, job, pairs and tiles, evaluation, page."""
+"""Finetune and evaluate caption-based image retrieval: config, samples, job, pairs and tiles,
+evaluation, page.
+"""

@@ -1,4 +1,4 @@
-"""What finetuning and evaluating caption-based image retrieval are told."""
+"""Declare the flags for finetuning and evaluating caption-based image retrieval."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,20 +18,18 @@ from megatron_interbert.tasks.config import (
 
 @dataclass
 class RetrievalConfig(FinetuneConfig):
-    """Caption-based image retrieval: four pairs for each caption, two-class loss of the matching
-    head on each.
-    """
+    """Finetune on caption-based image retrieval: four pairs per caption, two-class matching loss."""
 
     data_path: str = training_store(
         "sample_corpus/train",
         "region store to train on, with hard_images.npy (interbert mine-neighbours)",
     )
     valid_data_path: str = training_store(
-        "", "region store to evaluate on, all pairs of it; none: no evaluation"
+        "", "region store whose pairs are all scored to evaluate; default: no evaluation"
     )
-    language: str = setting("", "only captions of this language tag (en, zh); default: all", SAME)
+    language: str = setting("", "only captions with this language tag (en, zh); default: all", SAME)
     valid_images: int = setting(
-        0, "evaluate on the first images of the store only; 0: all", FREE, group="logging"
+        0, "evaluate only on this many first images of the store; 0: all", FREE, group="logging"
     )
     lr: float = redefault(FinetuneConfig, "lr", 4e-5)
     lr_decay_style: str = redefault(FinetuneConfig, "lr_decay_style", "multistep")
@@ -46,17 +44,17 @@ class RetrievalConfig(FinetuneConfig):
 
 @dataclass
 class EvaluateRetrievalConfig(EvaluateConfig):
-    """All pairs of a store's images and captions by the matching head, both directions."""
+    """Score all pairs of a store's images and captions with the matching head, both directions."""
 
     TASK: ClassVar[str] = "retrieval"
 
     data_path: str = store("sample_corpus/test", "region store to evaluate on")
-    language: str = option("", "only captions of this language tag; default: all")
-    max_images: int = option(0, "only the first images of the store; 0: all", least=0)
+    language: str = option("", "only captions with this language tag; default: all")
+    max_images: int = option(0, "only this many first images of the store; 0: all", least=0)
     max_regions: int = option(0, "regions per image", least=0, as_trained=36)
     max_tokens: int = option(
         0,
-        "tokens per caption with [CLS] and [SEP]",
+        "tokens per caption, [CLS] and [SEP] included",
         least=0,
         room_for="[CLS] word [SEP]",
         as_trained=36,
@@ -70,30 +68,30 @@ class EvaluateRetrievalConfig(EvaluateConfig):
     )
     benchmark: str = option(
         "",
-        "the data are this benchmark's: show the paper's figures beside",
+        "the data are this benchmark's: show the paper's metrics beside ours",
         ("", "flickr30k"),
         group="logging",
     )
     bf16: bool = option(
-        False, "as --precision bf16; --no-bf16 as --precision fp32", group="parallelism"
+        False, "same as --precision bf16; --no-bf16: --precision fp32", group="parallelism"
     )
     batch_pairs: int = option(512, "pairs per forward pass", least=1, group="scoring")
     tile_captions: int = option(
         1024,
-        "captions of a tile, the unit of work that is kept when an evaluation is stopped",
+        "captions per tile, the unit of work that survives when an evaluation is stopped",
         least=1,
         group="scoring",
     )
-    tile_images: int = option(256, "images of a tile", least=1, group="scoring")
+    tile_images: int = option(256, "images per tile", least=1, group="scoring")
     two_stage: int = option(
         0,
-        "also rank by pooled vectors and score only so many images of each caption again; 0: no",
+        "also rank by pooled vectors, and score only this many images per caption again; 0: no",
         least=0,
         group="scoring",
     )
     exhaustive: bool = option(
         True,
-        "score all pairs; --no-exhaustive leaves that out where only --two-stage can be paid for",
+        "score all pairs; --no-exhaustive: only --two-stage, where scoring all costs too much",
         group="scoring",
     )
 
@@ -104,7 +102,7 @@ class EvaluateRetrievalConfig(EvaluateConfig):
             raise UsageError("--no-exhaustive leaves nothing to do without --two-stage K")
         if self.bf16 and self.precision not in ("auto", "bf16"):
             raise UsageError(
-                f"--bf16 and --precision {self.precision} exclude each other; leave one out"
+                f"--bf16 and --precision {self.precision} exclude each other; give only one"
             )
 
         if self.bf16:

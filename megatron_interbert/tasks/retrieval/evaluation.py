@@ -1,4 +1,6 @@
-"""`evaluate retrieval`: all pairs tile by tile, ranks, a page; and a two-stage search beside."""
+"""Run `evaluate retrieval`: score all pairs tile by tile, compute recall and write a page; on
+request also search in two stages.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,10 @@ SHOWN = 40  # captions on the page
 def evaluate_retrieval(
     config: EvaluateRetrievalConfig, state: ParallelState, device: torch.device
 ) -> dict[str, Any]:
-    """Write result.json and result.html and give the result; all ranks of a launch call it."""
+    """Write result.json and, if all pairs are scored, result.html, and return the result.
+
+    All ranks of a launch must call it.
+    """
     check_photos(config.image_folder, state)
     model, source = load_model(
         config.load, ("itm",), config.kernels, device, state, config.averaged, config.precision
@@ -97,7 +102,7 @@ def evaluate_retrieval(
 
 
 def protocol_of(config: EvaluateRetrievalConfig, source: WeightSource) -> str:
-    """Name how the weights came to judge pairs."""
+    """Name how the weights were trained to judge pairs: zero-shot, finetuned, or unknown."""
     if config.zero_shot:
         return "zero-shot"
     if source.facts.get("task") == "retrieval":
@@ -114,8 +119,9 @@ def score_tiles(
     folder: Path,
     weights: dict[str, str],
 ) -> ScoreTiles:
-    """Score all tiles on disk; those of an evaluation of the same weights, data and settings that
-    was stopped are kept.
+    """Score all tiles to disk, and return them.
+
+    Tiles that a stopped evaluation of the same weights, data and settings has left are reused.
     """
     settings = {
         name: getattr(config, name)
@@ -137,7 +143,7 @@ def score_tiles(
 
     if state.is_main and len(missing) < len(tiles.places):
         print(
-            f"{len(tiles.places) - len(missing)} of {len(tiles.places)} tiles are there already",
+            f"{len(tiles.places) - len(missing)} of {len(tiles.places)} tiles are already scored",
             flush=True,
         )
 
@@ -152,8 +158,8 @@ def score_tiles(
 
 
 def metrics_of(tiles: ScoreTiles, pairs: Pairs) -> dict[str, float]:
-    """Give flat figures of both directions."""
-    # where each image stands among the columns of the tiles
+    """Compute the metrics of both directions, flat."""
+    # column of each image in the tiles
     columns = np.empty(len(pairs.images), np.int64)
     columns[pairs.by_regions()] = np.arange(len(columns))
     of_captions, of_images = ranks_of_tiles(
@@ -168,7 +174,7 @@ def metrics_of(tiles: ScoreTiles, pairs: Pairs) -> dict[str, float]:
 def page_of(
     result: dict[str, Any], tiles: ScoreTiles, pairs: Pairs, photos: PhotoFolder | None
 ) -> str:
-    """Give the page with some captions from all over the store."""
+    """Return the HTML page, which shows up to SHOWN captions spread evenly over the store."""
     shown = np.linspace(0, len(pairs.captions) - 1, min(SHOWN, len(pairs.captions))).astype(int)
     place = {int(caption): row for row, caption in enumerate(pairs.by_length())}
     rows_wanted = np.array([place[int(caption)] for caption in shown])
@@ -184,7 +190,7 @@ def page_of(
 
 
 def report(result: dict[str, Any], folder: Path) -> None:
-    """Print the result for people."""
+    """Print a summary of the result."""
     origin = " (generated scenes)" if result["data"]["generated"] else ""
     print(
         f"{result['protocol']} retrieval, {result['captions']} captions x {result['images']}"

@@ -5,7 +5,6 @@ written whole, and whole parts are not scored again. The folder records what it 
 so does each part: other weights, data or settings are refused.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -113,8 +112,12 @@ def score_items(
 
 def check_parquet() -> None:
     """Raise UsageError where Parquet cannot be written."""
-    if importlib.util.find_spec("pyarrow") is None:
-        raise UsageError("Parquet needs pyarrow: pip install 'megatron_interbert[serve]'")
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            f"Parquet needs pyarrow ({error}): pip install 'megatron_interbert[serve]'"
+        ) from error
 
 
 def plan_of(config: ScoreTopicsConfig, source: WeightSource, corpus: Corpus) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class VcrConfig(FinetuneConfig):
         "",
         "region store of the annotated boxes, in the order of the annotations' objects; they come"
         " first",
+        may_differ=False,
     )
     annotations: str = setting("", "train.jsonl of VCR", FREE)
     valid_annotations: str = setting("", "val.jsonl of VCR; none: no evaluation", FREE)
@@ -37,7 +38,9 @@ class VcrConfig(FinetuneConfig):
         "", "detected regions of the validation images, where they are in a store of their own"
     )
     valid_annotated_path: str = training_store(
-        "", "annotated boxes of the validation images, where they are in a store of their own"
+        "",
+        "annotated boxes of the validation images, where they are in a store of their own",
+        may_differ=False,
     )
     epochs: float = redefault(FinetuneConfig, "epochs", 5.0)
     global_batch_size: int = redefault(

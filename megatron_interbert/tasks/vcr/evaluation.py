@@ -83,10 +83,10 @@ def evaluate_vcr(
             table(result) if metrics else "these annotations hold no labels, so no figure is given"
         )
         print(f"result: {folder / 'result.json'}")
-        if questions.labelled:
-            write_page(config, folder, result, items, answers, given_right, images)
         if config.submission:
             write_submission(folder, items, answers, rationales)
+        if questions.labelled:  # last, because photos may turn out to be unreadable
+            write_page(config, folder, result, items, answers, given_right, images)
 
     return result
 

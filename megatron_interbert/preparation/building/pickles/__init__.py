@@ -1,1 +1,1 @@
-"""Pickles from strangers, decoded in a confined process; reading.loads is the way in."""
+"""Decode foreign pickles in a confined process; the entry point is reading.loads."""

@@ -1,7 +1,7 @@
-"""Takes from a process what decoding does not need: files, network, programs, endless memory.
+"""Take away from a process what decoding does not need: files, network, programs, unlimited memory.
 
-Limits of resources hold on every Unix. Linux's seccomp, on x86_64 and aarch64, refuses all other
-system calls; where it cannot be set up, the limits alone stand.
+Resource limits work on every Unix. On Linux (x86_64 and aarch64), seccomp also refuses all system
+calls except a few; if it cannot be set up, only the limits hold.
 """
 
 import contextlib
@@ -12,7 +12,8 @@ import resource
 import struct
 import sys
 
-MACHINES = {  # its number in the kernel, then its system calls: memory, read, write, time, end
+# machine -> its AUDIT_ARCH number, and its allowed system calls: memory, read, write, time, exit
+MACHINES = {
     "x86_64": (
         0xC000003E,
         {
@@ -68,11 +69,11 @@ MACHINES = {  # its number in the kernel, then its system calls: memory, read, w
 PR_SET_NO_NEW_PRIVS = 38
 PR_SET_SECCOMP = 22
 SECCOMP_MODE_FILTER = 2
-# of the filter's machine
+# instructions of the filter (classic BPF)
 LOAD = 0x20
 JUMP_IF_EQUAL = 0x15
 RETURN = 0x06
-# in what the kernel shows the filter of a call
+# offsets in struct seccomp_data, which describes a system call
 NUMBER_AT = 0
 MACHINE_AT = 4
 ALLOW = 0x7FFF0000
@@ -80,9 +81,8 @@ REFUSE = 0x00050000 | errno.EPERM
 
 
 def confine(memory: int) -> bool:
-    """Confine this process for good: `memory` bytes of address space, no new files or sockets.
-
-    Returns whether the system calls are filtered too.
+    """Confine this process for good to `memory` bytes of address space, without new files or
+    sockets; return whether system calls are filtered too.
     """
     limits = {
         resource.RLIMIT_AS: memory,
@@ -91,18 +91,20 @@ def confine(memory: int) -> bool:
         resource.RLIMIT_CORE: 0,
     }
     for kind, limit in limits.items():
-        with contextlib.suppress(OSError, ValueError):  # a system may not know one of them
+        with contextlib.suppress(OSError, ValueError):  # a system may lack one of them
             resource.setrlimit(kind, (limit, limit))
 
     return filter_system_calls()
 
 
 def filter_system_calls() -> bool:
-    """Refuse all system calls but those of MACHINES with EPERM; False where that cannot be done."""
+    """Refuse all system calls except those in MACHINES with EPERM; return False if that cannot be
+    done.
+    """
     if not sys.platform.startswith("linux") or platform.machine() not in MACHINES:
         return False
 
-    if sys.maxsize < 1 << 32:  # 32-bit Python on a 64-bit kernel numbers its calls otherwise
+    if sys.maxsize < 1 << 32:  # 32-bit Python on a 64-bit kernel has other call numbers
         return False
 
     code = filter_program(*MACHINES[platform.machine()])
@@ -119,7 +121,7 @@ def filter_system_calls() -> bool:
 
 
 def filter_program(machine: int, calls: dict[str, int]) -> bytes:
-    """Write the kernel's filter: calls of this machine that are in the list pass, others do not."""
+    """Build the kernel's filter: it allows only the listed system calls of the given machine."""
     count = len(calls)
     steps = [
         (LOAD, 0, 0, MACHINE_AT),

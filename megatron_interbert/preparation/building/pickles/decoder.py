@@ -1,6 +1,7 @@
-"""The opcodes of a pickle, read one by one into nodes. Nothing named is looked up or called.
+"""Decode the opcodes of a pickle into nodes, without ever importing or calling what it names.
 
-Reads what protocols 0 to 5 of Python 2 and 3 write of numbers, text, containers and NumPy's arrays.
+Supports numbers, text, containers and NumPy's arrays as protocols 0 to 5 of Python 2 and 3 write
+them.
 """
 
 import codecs
@@ -24,12 +25,12 @@ from megatron_interbert.preparation.building.pickles.stand_ins import (
 )
 
 MAX_OPCODES = 20_000_000
-MAX_DIGITS = 20  # of a whole number in decimals: 64 bits
-RAW_UNICODE = codecs.lookup("raw_unicode_escape")  # now: the process may open no file later
+MAX_DIGITS = 20  # decimal digits of an integer: 64 bits
+RAW_UNICODE = codecs.lookup("raw_unicode_escape")  # now, as the process cannot open files later
 
 
 class Decoder:
-    """One pickle and the machine that it programs: a stack, the places marked in it, and a memo."""
+    """Hold one pickle and the state of the machine that runs it: a stack, its marks and a memo."""
 
     def __init__(self, data: bytes | bytearray) -> None:
         self.data = data
@@ -40,7 +41,9 @@ class Decoder:
         self.memo: dict[int, Any] = {}
 
     def decode(self) -> Any:
-        """Run the pickle; its value as a node. UnsafePickle, or ValueError when it is damaged."""
+        """Run the pickle and return its value as a node; raise ValueError if it is damaged,
+        UnsafePickle if it names more than data.
+        """
         for _ in range(MAX_OPCODES):
             opcode = self.byte()
             if opcode == pickle.STOP[0]:
@@ -48,7 +51,7 @@ class Decoder:
 
             run = OPCODES.get(opcode)
             if run is None:
-                raise ValueError(f"no opcode {opcode:#04x}, at {self.place - 1}")
+                raise ValueError(f"unknown opcode {opcode:#04x} at {self.place - 1}")
 
             run(self)
 
@@ -64,7 +67,7 @@ class Decoder:
         return self.data[self.place - 1]
 
     def skip(self, length: int) -> int:
-        """Go over `length` bytes, which must be there; where they start."""
+        """Skip `length` bytes and return where they start; raise ValueError if they are missing."""
         start = self.place
         if length < 0 or start + length > len(self.data):
             raise ValueError(f"{length} bytes are missing at {start}")
@@ -83,7 +86,7 @@ class Decoder:
         return form.unpack(self.take(form.size))[0]
 
     def line(self) -> bytes:
-        """Read up to the end of a line."""
+        """Read the rest of the line, without its end."""
         end = self.data.find(b"\n", self.place)
         if end < 0:
             raise ValueError("a line does not end")
@@ -94,21 +97,21 @@ class Decoder:
         return content
 
     def pop(self) -> Any:
-        """Take the top of the stack."""
+        """Remove and return the top of the stack."""
         if not self.stack:
             raise ValueError("its stack is empty")
 
         return self.stack.pop()
 
     def top(self) -> Any:
-        """Look at the top of the stack."""
+        """Return the top of the stack, which stays."""
         if not self.stack:
             raise ValueError("its stack is empty")
 
         return self.stack[-1]
 
     def pop_to_mark(self) -> list[Any]:
-        """Take everything above the last mark."""
+        """Remove the last mark and return everything above it."""
         if not self.below:
             raise ValueError("no mark in its stack")
 
@@ -118,7 +121,7 @@ class Decoder:
         return items
 
     def recall(self, index: int) -> None:
-        """Push what the memo holds."""
+        """Push the memo's entry `index`."""
         if index not in self.memo:
             raise ValueError(f"nothing under {index} in its memo")
 
@@ -133,7 +136,7 @@ F8 = struct.Struct(">d")
 
 
 def on(*opcodes: bytes) -> Callable[[Any], Any]:
-    """Enter a function under its opcodes."""
+    """Register the decorated function for some opcodes."""
 
     def enter(function: Any) -> Any:
         for opcode in opcodes:
@@ -144,33 +147,33 @@ def on(*opcodes: bytes) -> Callable[[Any], Any]:
 
 
 def pushes(opcode: bytes, read: Callable[[Decoder], Any]) -> None:
-    """Enter an opcode that only pushes what `read` gives."""
+    """Register an opcode that only pushes the result of `read`."""
 
     def push(decoder: Decoder) -> None:
-        value = read(decoder)  # first: it may go back to the stack below a mark
+        value = read(decoder)  # first, as it may replace decoder.stack by the one below a mark
         decoder.stack.append(value)
 
     OPCODES[opcode[0]] = push
 
 
 def decimal(text: bytes) -> int:
-    """Give a whole number in decimals; ValueError beyond 64 bits."""
+    """Parse a decimal integer; raise ValueError beyond 64 bits."""
     if len(text) > MAX_DIGITS:
-        raise ValueError(f"a whole number of {len(text)} digits")
+        raise ValueError(f"an integer of {len(text)} digits")
 
     return whole(int(text))
 
 
 def whole(number: int) -> int:
-    """Give a number back; ValueError beyond 64 bits."""
+    """Return an integer unchanged; raise ValueError beyond 64 bits."""
     if not -(1 << 63) <= number < 1 << 64:
-        raise ValueError("a whole number beyond 64 bits")
+        raise ValueError("an integer beyond 64 bits")
 
     return number
 
 
 def short_int(decoder: Decoder) -> int | bool:
-    """Read INT, whose 00 and 01 are booleans."""
+    """Read INT, in which 00 and 01 are booleans."""
     text = decoder.line()
     if text in (b"00", b"01"):
         return text == b"01"
@@ -179,12 +182,12 @@ def short_int(decoder: Decoder) -> int | bool:
 
 
 def long_int(decoder: Decoder, form: struct.Struct) -> int:
-    """Read a number in two's complement of any length."""
+    """Read an integer in two's complement, with a length of type `form` before it."""
     return whole(int.from_bytes(decoder.take(decoder.number(form)), "little", signed=True))
 
 
 def float_line(decoder: Decoder) -> float:
-    """Read FLOAT."""
+    """Read FLOAT, a number as text."""
     text = decoder.line()
     if len(text) > 400:
         raise ValueError(f"a number of {len(text)} characters")
@@ -202,12 +205,12 @@ def quoted(decoder: Decoder) -> str:
 
 
 def text(decoder: Decoder, form: struct.Struct) -> str:
-    """Read Unicode text of a stated length."""
+    """Read UTF-8 text, with a length of type `form` before it."""
     return decoder.take(decoder.number(form)).decode("utf-8", "surrogatepass")
 
 
 def bytes_in_place(decoder: Decoder, form: struct.Struct) -> Node:
-    """Name bytes of a stated length by their place."""
+    """Skip bytes with a length of type `form` before them; return a node that names their place."""
     length = decoder.number(form)
     return ["bytes", decoder.skip(length), length]
 
@@ -260,14 +263,14 @@ def last_items(decoder: Decoder, count: int) -> Node:
 def _protocol(decoder: Decoder) -> None:
     version = decoder.byte()
     if version > pickle.HIGHEST_PROTOCOL:
-        raise ValueError(f"protocol {version}, known up to {pickle.HIGHEST_PROTOCOL}")
+        raise ValueError(f"protocol {version}, expected at most {pickle.HIGHEST_PROTOCOL}")
 
 
 @on(pickle.FRAME)
 def _frame(decoder: Decoder) -> None:
     length = decoder.number(U8)
     if length > len(decoder.data) - decoder.place:
-        raise ValueError(f"a frame of {length} bytes that are not there")
+        raise ValueError(f"a frame of {length} bytes, which are missing")
 
 
 @on(pickle.MARK)
@@ -391,7 +394,7 @@ def _global_of_stack(decoder: Decoder) -> None:
     name = decoder.pop()
     module = decoder.pop()
     if not isinstance(module, str) or not isinstance(name, str):
-        raise ValueError("a name that is no text")
+        raise ValueError("a name that is not text")
 
     decoder.stack.append(named(module, name))
 
@@ -401,7 +404,7 @@ def _reduce(decoder: Decoder) -> None:
     arguments = parts_of(decoder.pop(), "tuple")
     function = decoder.pop()
     if not isinstance(function, Name):
-        raise ValueError("a call of something that is no function")
+        raise ValueError("a call of something that is not a function")
 
     decoder.stack.append(function.call(decoder.space, *arguments))
 
@@ -417,7 +420,7 @@ def _build(decoder: Decoder) -> None:
         set_array(decoder.space, target, state)
 
     else:
-        raise UnsafePickle("it sets the state of something that is no new array")
+        raise UnsafePickle("it sets the state of something other than a new array")
 
 
 @on(pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX)
@@ -427,9 +430,9 @@ def _instance(decoder: Decoder) -> None:
 
 @on(pickle.PERSID, pickle.BINPERSID, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)
 def _outside(decoder: Decoder) -> None:
-    raise UnsafePickle("it refers to something outside of it")
+    raise UnsafePickle("it refers to something outside itself")
 
 
 @on(pickle.EXT1, pickle.EXT2, pickle.EXT4)
 def _registered(decoder: Decoder) -> None:
-    raise UnsafePickle("it names a class by a number")
+    raise UnsafePickle("it names a class by number")

@@ -1,6 +1,7 @@
-"""The process that decodes: pickles come in on standard input, nodes go out.
+"""Run the decoding process: read pickles from standard input, write nodes to standard output.
 
-Imports nothing but Python's own library, so that it starts in milliseconds and has little to abuse.
+It imports only Python's standard library, so that it starts in milliseconds and has little to
+abuse.
 """
 
 import json
@@ -21,11 +22,11 @@ from megatron_interbert.preparation.building.pickles.nodes import (
     UnsafePickle,
 )
 
-TOO_LARGE = (DAMAGED, b"needs too much memory", b"")  # ready: there is no memory to make it then
+TOO_LARGE = (DAMAGED, b"needs too much memory", b"")  # built now, as memory is gone when needed
 
 
 def answer(data: bytes) -> tuple[int, bytes, bytes | bytearray]:
-    """Decode one pickle: (VALUE, JSON, tail), or (DAMAGED or UNSAFE, reason, nothing)."""
+    """Decode one pickle; return (VALUE, JSON, tail), or (DAMAGED or UNSAFE, reason, nothing)."""
     try:
         decoder = Decoder(data)
         node = decoder.decode()
@@ -38,19 +39,19 @@ def answer(data: bytes) -> tuple[int, bytes, bytes | bytearray]:
     except MemoryError:
         return TOO_LARGE
 
-    except Exception as error:  # what a damaged pickle raises tells what is wrong with it
+    except Exception as error:  # a damaged pickle may raise anything
         reason = f"{type(error).__name__}: {error}"[:300]
         return DAMAGED, reason.encode("utf-8", "backslashreplace"), b""
 
 
 def serve(seconds: int, memory: int) -> None:
-    """Confine this process, then answer until the input ends.
+    """Confine this process to `memory` bytes, then answer requests until the input ends.
 
-    It dies over an answer that takes `seconds`.
+    An alarm kills it if an answer takes longer than `seconds`.
     """
     source = open(0, "rb")
     sink = open(1, "wb")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the reader, whose end ends this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the reader; this one ends with it
     confine(memory)
     sink.write(READY)
     sink.flush()
@@ -68,8 +69,8 @@ def serve(seconds: int, memory: int) -> None:
 
 
 def main() -> None:
-    """Serve with the limits of the command line: seconds, bytes of memory."""
+    """Serve with the limits on the command line: seconds per pickle, bytes of memory."""
     try:
         serve(int(sys.argv[1]), int(sys.argv[2]))
     finally:
-        os._exit(0)  # Python's own end would ask for what is refused
+        os._exit(0)  # Python's normal exit needs system calls that are refused

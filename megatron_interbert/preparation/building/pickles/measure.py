@@ -1,6 +1,6 @@
-"""How much a decoded value comes to: shared parts count each time they occur.
+"""Measure how large a decoded value is, with shared parts counted each time they occur.
 
-A few bytes of pickle can name one list in ten places of the next, again and again.
+A few bytes of pickle can put one list into ten places of the next, again and again.
 """
 
 from typing import Any
@@ -10,24 +10,23 @@ from megatron_interbert.preparation.building.pickles.stand_ins import UNFINISHED
 
 MAX_DEPTH = 60
 MAX_VALUES = 10_000_000
-SPARE_VALUES = 100_000  # beyond one for each byte of the pickle
-SPARE_BYTES = 64 << 20  # beyond twice the pickle
+SPARE_VALUES = 100_000  # allowed beyond one for each byte of the pickle
+SPARE_BYTES = 64 << 20  # allowed beyond twice the size of the pickle
 
 Size = tuple[int, int, int]  # values, bytes of text and arrays, depth
 
 
 class Measure:
-    """The limits for a pickle of `length` bytes, and the sizes of the nodes that were measured."""
+    """Hold the limits for a pickle of `length` bytes and the sizes of the nodes measured so far."""
 
     def __init__(self, length: int) -> None:
         self.max_values = min(MAX_VALUES, SPARE_VALUES + length)
         self.max_bytes = SPARE_BYTES + 2 * length
-        self.known: dict[int, Size | None] = {}  # by the node's id; None: not yet done
+        self.known: dict[int, Size | None] = {}  # by the node's id; None: being measured
 
     def check(self, node: Any, depth: int = 0) -> Size:
-        """Measure a value; ValueError when it is too large or holds itself.
-
-        UnsafePickle when a name or a type is left in it.
+        """Measure a value; raise ValueError if it is too large or holds itself, UnsafePickle if it
+        holds a function, class or type.
         """
         if isinstance(node, str):
             return 1, len(node), 0

@@ -1,4 +1,4 @@
-"""The reader's side of the process that decodes: starts it when first needed, anew when it died."""
+"""Talk to the decoding process: start it when it is first needed, and again if it has died."""
 
 import atexit
 import os
@@ -13,10 +13,10 @@ from pathlib import Path
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.pickles.nodes import READY, REPLY, REQUEST
 
-SECONDS = 60  # for one pickle; a row takes milliseconds
+SECONDS = 60  # limit for one pickle; a row takes milliseconds
 MEMORY = 2 << 30
 MAX_REPLY = 1 << 30
-ROOT = Path(__file__).resolve().parents[4]  # where the package lies
+ROOT = Path(__file__).resolve().parents[4]  # the folder of the package
 START = (
     "import sys; sys.path.append(sys.argv.pop(1));"
     " from megatron_interbert.preparation.building.pickles.helper import main; main()"
@@ -26,7 +26,7 @@ Reply = tuple[int, bytearray, bytearray]  # kind, text, tail
 
 
 class PickleProcess:
-    """One process that decodes pickles, for one that reads them. It ends with its reader."""
+    """Manage one process that decodes pickles for this process, and ends with it."""
 
     def __init__(self, seconds: float = SECONDS, memory: int = MEMORY) -> None:
         self.seconds = seconds
@@ -34,17 +34,18 @@ class PickleProcess:
         self.lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
         self.channel: socket.socket | None = None
-        self.owner = 0  # id of the reader: after a fork, parent and child must not share one
+        self.owner = 0  # pid of the reader: after a fork, parent and child must not share a process
 
     def ask(self, data: bytes) -> Reply:
-        """Have one pickle decoded. ValueError when it takes too long or kills the process, twice.
+        """Have one pickle decoded and return the reply.
 
-        UsageError when there can be no such process.
+        Raises ValueError if it takes too long or kills the process twice, UsageError if the process
+        cannot be started.
         """
         with self.lock:
             try:
                 return self._ask(data)
-            except EOFError:  # not always by the pickle: memory may be short elsewhere
+            except EOFError:  # not always because of the pickle: memory may be short elsewhere
                 pass
 
             try:
@@ -54,7 +55,7 @@ class PickleProcess:
                 raise ValueError(reason) from None
 
     def close(self) -> None:
-        """End the process, if there is one."""
+        """Kill the process, if this process has started one."""
         if self.channel is not None:
             self.channel.close()
 
@@ -66,7 +67,7 @@ class PickleProcess:
         self.channel = None
 
     def _ask(self, data: bytes) -> Reply:
-        """Ask once. EOFError when the process has died."""
+        """Have one pickle decoded; raise EOFError if the process has died."""
         if self.process is None or self.owner != os.getpid():
             self._start()
 
@@ -80,12 +81,12 @@ class PickleProcess:
         except (OSError, EOFError):
             raise EOFError(self._end()) from None
 
-        except BaseException:  # interrupted: the answer would be taken for that to the next
+        except BaseException:  # interrupted: the answer would be taken for that of the next pickle
             self.close()
             raise
 
     def _start(self) -> None:
-        """Start the process and wait until it is ready. UsageError when that cannot be."""
+        """Start the process and wait until it is ready; raise UsageError if it does not start."""
         self.close()
         self.owner = os.getpid()
         atexit.unregister(self.close)
@@ -103,14 +104,14 @@ class PickleProcess:
                 )
 
             if self._receive(len(READY), time.monotonic() + SECONDS) != READY:
-                raise EOFError("it says something else than that it is ready")
+                raise EOFError("it did not report that it is ready")
 
         except (OSError, EOFError) as error:
             reason = self._end() if isinstance(error, EOFError) else error
             self.close()
             raise UsageError(
-                f"cannot start the process that decodes pickles ({reason}); is memory left, or room"
-                " for processes (ulimit -u)? The same command resumes"
+                f"cannot start the process that decodes pickles ({reason}); free memory or allow"
+                " more processes (ulimit -u): the same command resumes"
             ) from None
 
     def _exchange(self, data: bytes) -> Reply:
@@ -129,7 +130,9 @@ class PickleProcess:
         return kind, text, tail
 
     def _receive(self, length: int, deadline: float) -> bytearray:
-        """Receive exactly `length` bytes. EOFError when no more come, TimeoutError when late."""
+        """Receive exactly `length` bytes; raise EOFError if fewer come, TimeoutError past the
+        deadline.
+        """
         content = bytearray(length)
         left = memoryview(content)
         while left:
@@ -143,14 +146,14 @@ class PickleProcess:
         return content
 
     def _end(self) -> str:
-        """End the process for sure; how it ended."""
+        """Make sure that the process has ended, and return how: a signal or an exit code."""
         process = self.process
         if process is None:
             return "not started"
 
         try:
             process.wait(1)
-        except subprocess.TimeoutExpired:  # it has closed its side and lives on
+        except subprocess.TimeoutExpired:  # it has closed its side but still runs
             process.kill()
 
         self.close()

@@ -1,4 +1,4 @@
-"""Pickled values from strangers: decoded in a confined process, put together from checked parts."""
+"""Read foreign pickles: decoded in a confined process, rebuilt here from checked parts."""
 
 import json
 from typing import Any
@@ -21,14 +21,14 @@ MAX_PICKLE = 256 << 20  # bytes
 OLD_STARTS = (b"(", b"}", b"]")  # protocols 0 and 1: a mark, an empty dictionary, an empty list
 TYPES = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
-_process = PickleProcess()  # that of this process; started with the first pickle
+_process = PickleProcess()  # one for each reading process, started with the first pickle
 
 
 def loads(data: bytes) -> Any:
     """Read one pickled value: numbers, text, bytes, containers, NumPy's plain arrays.
 
-    NumPy's scalars become Python's. UnsafePickle when it names anything else; ValueError when it
-    is damaged or beyond the limits; UsageError when there can be no process that decodes.
+    NumPy's scalars become Python's. Raises UnsafePickle if it names anything else, ValueError if it
+    is damaged or exceeds a limit, UsageError if the decoding process cannot be started.
     """
     if len(data) > MAX_PICKLE:
         raise ValueError(f"a pickle of {len(data)} bytes, expected at most {MAX_PICKLE}")
@@ -47,7 +47,7 @@ def loads(data: bytes) -> Any:
 
 
 def is_pickle(data: bytes) -> bool:
-    """Tell whether bytes begin as a pickle of a container does, of any protocol."""
+    """Check whether bytes look like the pickle of a container, of any protocol."""
     if data[:1] == b"\x80":
         return data[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
 
@@ -55,9 +55,9 @@ def is_pickle(data: bytes) -> bool:
 
 
 def _value(node: Any, space: Space, depth: int = 0) -> Any:
-    """Put a value together; ValueError when its node is not as nodes are."""
+    """Build a value from its node; raise ValueError if the node is malformed."""
     if isinstance(node, dict):
-        raise ValueError("a part of no kind")
+        raise ValueError("a part without a kind")
 
     if not isinstance(node, list):
         return node
@@ -87,11 +87,11 @@ def _value(node: Any, space: Space, depth: int = 0) -> Any:
 
 
 def _object_array(node: Node, space: Space, depth: int) -> np.ndarray:
-    """Put an array of objects together, whose objects are made here."""
+    """Build an array of objects from its node, objects included."""
     shape, order, content = node[1:]
     items = _value(content, space, depth + 1)
     if type(items) is not list or len(items) != element_count(shape):
-        raise ValueError("an array of objects whose shape does not fit them")
+        raise ValueError("an array of objects whose shape does not match their number")
 
     flat = np.empty(len(items), object)
     for index, item in enumerate(items):

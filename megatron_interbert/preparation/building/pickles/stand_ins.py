@@ -1,6 +1,7 @@
-"""What stands for the functions and classes that pickles of plain data name. None is ever called.
+"""Define safe stand-ins for the functions and classes that pickles of plain data name; the
+originals are never called.
 
-NumPy's own would take any type and any state, and make pointers of the bytes in a crafted one.
+NumPy's own accept any type and state, and would turn the bytes of a crafted one into pointers.
 """
 
 import codecs
@@ -19,15 +20,16 @@ from megatron_interbert.preparation.building.pickles.nodes import Node, Space, U
 
 UNFINISHED = "unfinished array"
 OBJECTS = ("O", "O8", "O4")
-PLAIN_FLAGS = (0, 8)  # 8: text must be zeroed first; any other flag tells of objects or records
-OBJECT_FLAGS = (63,)  # references, counted
+PLAIN_FLAGS = (0, 8)  # 8: text must be zeroed first; any other flag means objects or records
+OBJECT_FLAGS = (63,)  # counted references
 FLOATS = {2: "e", 4: "f", 8: "d"}
-WIDE_TEXT = {"<": codecs.lookup("utf-32-le"), ">": codecs.lookup("utf-32-be")}  # now: no file later
+# looked up now, as the process cannot open files later
+WIDE_TEXT = {"<": codecs.lookup("utf-32-le"), ">": codecs.lookup("utf-32-be")}
 
 
 @dataclass(frozen=True)
 class Name:
-    """A function or class that a pickle names, and what is done in its place."""
+    """Hold the name of a function or class in a pickle, and the function called in its place."""
 
     name: str
     call: Callable[..., Any]
@@ -35,42 +37,42 @@ class Name:
 
 @dataclass(eq=False)
 class Dtype:
-    """An array's type: a simple code or objects, and its byte order (<, >, | or none)."""
+    """Hold an array's type: a plain code, or O for objects, and its byte order (<, >, | or "")."""
 
     code: str
     order: str = ""
 
     @property
     def full(self) -> str:
-        """The code with the byte order, as NumPy writes it."""
+        """Return the code with the byte order, as NumPy writes it."""
         return self.order + self.code
 
 
 def named(module: str, name: str) -> Name:
-    """Find what stands for a name; UnsafePickle when nothing does."""
+    """Return the stand-in for a name; raise UnsafePickle if there is none."""
     call = STAND_INS.get((module, name))
     if call is None:
         full = f"{module}.{name}"[:200]
-        raise UnsafePickle(f"it names {full}, which is neither number, text nor plain array")
+        raise UnsafePickle(f"it names {full}, expected only numbers, text and plain arrays")
 
     return Name(f"{module}.{name}", call)
 
 
 def require(value: Any, kind: str) -> Node:
-    """Give a node back that is of a kind: list, tuple, ..; ValueError when it is not."""
+    """Return a node of the given kind (list, tuple, ..) unchanged; raise ValueError for others."""
     if not isinstance(value, list) or value[0] != kind:
-        raise ValueError(f"something else where a {kind} is expected")
+        raise ValueError(f"a value of another kind where a {kind} is expected")
 
     return value
 
 
 def parts_of(value: Any, kind: str) -> list[Any]:
-    """Give the items of a node of a kind; ValueError when it is of another."""
+    """Return the items of a node of the given kind; raise ValueError for others."""
     return require(value, kind)[1:]
 
 
 def bytes_of(space: Space, value: Any) -> Node:
-    """Give the node of bytes; text of Python 2, whose str were bytes, becomes them."""
+    """Return a node of bytes; text becomes bytes too, because Python 2's str is bytes."""
     if isinstance(value, str):
         return space.add(value.encode("latin-1"))
 
@@ -78,7 +80,7 @@ def bytes_of(space: Space, value: Any) -> Node:
 
 
 def _dtype(space: Space, code: Any, align: Any = 0, copy: Any = 1) -> Dtype:
-    """Stand for numpy.dtype."""
+    """Stand in for numpy.dtype."""
     if isinstance(code, list) and code[0] == "bytes":
         code = space.read(*code[1:]).decode("latin-1")
 
@@ -97,7 +99,7 @@ def _dtype(space: Space, code: Any, align: Any = 0, copy: Any = 1) -> Dtype:
 
 
 def set_dtype(dtype: Dtype, state: Any) -> None:
-    """Stand for dtype.__setstate__: the byte order. UnsafePickle when it asks for more."""
+    """Stand in for dtype.__setstate__: set the byte order; raise UnsafePickle for anything else."""
     parts = parts_of(state, "tuple")
     if len(parts) not in (7, 8) or parts[1] not in ("<", ">", "|", "="):
         raise UnsafePickle(f"type {dtype.code} with a state of an unknown kind")
@@ -115,15 +117,16 @@ def set_dtype(dtype: Dtype, state: Any) -> None:
 
 
 def _reconstruct(space: Space, kind: Any, shape: Any, code: Any) -> Node:
-    """Stand for NumPy's _reconstruct: an array that a following state fills."""
+    """Stand in for NumPy's _reconstruct: return an array that its state fills later."""
     if not isinstance(kind, Name) or kind.call is not _ndarray:
-        raise UnsafePickle("array of a class of its own")
+        raise UnsafePickle("array of a class other than numpy.ndarray")
 
     return [UNFINISHED]
 
 
 def set_array(space: Space, array: Node, state: Any) -> None:
-    """Stand for ndarray.__setstate__: (version, shape, type, whether in Fortran's order, data)."""
+    """Stand in for ndarray.__setstate__; the state is (version, shape, type, Fortran order, data).
+    """
     parts = parts_of(state, "tuple")
     if len(parts) != 5:
         raise ValueError(f"an array's state of {len(parts)} parts")
@@ -135,12 +138,12 @@ def set_array(space: Space, array: Node, state: Any) -> None:
 def _frombuffer(
     space: Space, data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None
 ) -> Node:
-    """Stand for NumPy's _frombuffer, by which protocol 5 writes arrays."""
+    """Stand in for NumPy's _frombuffer, with which protocol 5 writes arrays."""
     if order == "K" and axes is not None:
         order = parts_of(axes, "tuple")
         whole = all(type(axis) is int for axis in order)
         if not whole or sorted(order) != list(range(len(parts_of(shape, "tuple")))):
-            raise ValueError("an array's axes that are none")
+            raise ValueError("axes that are not a permutation of the array's")
 
     elif order not in ("C", "F"):
         raise ValueError("an array in an unknown order")
@@ -169,9 +172,9 @@ def _array(space: Space, dtype: Any, shape: Any, data: Any, order: Any) -> Node:
 
 
 def _scalar(space: Space, dtype: Any, data: Any = None) -> Any:
-    """Stand for NumPy's scalar: Python's own number, boolean, text or bytes."""
+    """Stand in for NumPy's scalar: return Python's own number, boolean or text, or a bytes node."""
     if not isinstance(dtype, Dtype) or dtype.code == "O":
-        raise UnsafePickle("NumPy's scalar of an object")
+        raise UnsafePickle("NumPy scalar of an object")
 
     content = space.read(*bytes_of(space, data)[1:])
     if len(content) != item_size(dtype.full):
@@ -194,27 +197,27 @@ def _scalar(space: Space, dtype: Any, data: Any = None) -> Any:
 
 
 def _encode(space: Space, text: Any, encoding: Any = "latin1") -> Node:
-    """Stand for _codecs.encode, by which Python 3 writes bytes into old pickles."""
+    """Stand in for _codecs.encode, with which Python 3 writes bytes in old protocols."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise UnsafePickle("text in another encoding than latin1")
+        raise UnsafePickle("text in an encoding other than latin1")
 
     return space.add(text.encode("latin-1"))
 
 
 def _no_bytes(space: Space) -> Node:
-    """Stand for bytes(), the empty ones of old pickles."""
+    """Stand in for bytes(), which old protocols call for empty bytes."""
     return space.add(b"")
 
 
 def _ordered(space: Space, pairs: Any = None) -> Node:
-    """Stand for OrderedDict; Python 2 gives it a list of pairs."""
+    """Stand in for OrderedDict, which Python 2 calls with a list of pairs."""
     if pairs is None:
         return ["dict"]
 
     node: Node = ["dict"]
     for pair in parts_of(pairs, "list"):
         if not isinstance(pair, list) or pair[0] not in ("list", "tuple") or len(pair) != 3:
-            raise ValueError("an ordered dictionary of something else than pairs")
+            raise ValueError("an ordered dictionary of something other than pairs")
 
         add_pairs(node, pair[1:])
 
@@ -238,12 +241,12 @@ def _members(items: Any) -> list[Any]:
 
 
 def _ndarray(space: Space, *parts: Any) -> Any:
-    """Refuse to stand for numpy.ndarray by itself: it only says what _reconstruct makes."""
+    """Refuse to be called for numpy.ndarray, which is only an argument of _reconstruct."""
     raise UnsafePickle("it calls numpy.ndarray")
 
 
 def add_pairs(mapping: Any, pairs: list[Any]) -> None:
-    """Append keys and values, in turn, to a dictionary."""
+    """Append alternating keys and values to a dictionary node; raise ValueError for bad keys."""
     require(mapping, "dict")
     if len(pairs) % 2:
         raise ValueError("a key without a value")
@@ -255,7 +258,9 @@ def add_pairs(mapping: Any, pairs: list[Any]) -> None:
 
 
 def check_key(key: Any) -> None:
-    """Take text, bytes and numbers for keys; others could share one hash by the million."""
+    """Raise ValueError for keys other than text, bytes and numbers: millions of containers could
+    share one hash.
+    """
     if isinstance(key, list) and key[0] != "bytes":
         raise ValueError(f"a key or a set's member that is a {key[0]}")
 

@@ -1,1 +1,3 @@
-"""Readers of published region features: each file knows one format."""
+"""Read region features from their published formats, one module per format, from region stores, or
+from photos by running a detector.
+"""

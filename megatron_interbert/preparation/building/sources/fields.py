@@ -1,6 +1,5 @@
-"""From the fields of a published record to regions: box formats, class numbering, soft labels.
-
-The same for every format.
+"""Convert the fields of a published record to regions, for every format: box formats, class
+numbering, soft labels.
 """
 
 import base64
@@ -23,10 +22,10 @@ BACKGROUND_NONE = "background-none"
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How records are to be understood.
+    """Hold how to interpret records.
 
     class_ids: whether id 0 is background (background-first) or the first object (background-none);
-    empty: the format's habit.
+    empty: as usual for the format.
     """
 
     class_ids: str = ""
@@ -37,7 +36,7 @@ class ReadOptions:
 
 
 class BadRecord(ValueError):
-    """A record that gives no image: a short reason, the same for all of its kind, and details."""
+    """Report a record without a usable image: a short reason without numbers, and details."""
 
     def __init__(self, reason: str, details: str = "") -> None:
         super().__init__(reason, details)
@@ -46,8 +45,9 @@ class BadRecord(ValueError):
 
 
 def decode_array(text: bytes | str | np.ndarray, dtype: type, rows: int, name: str) -> np.ndarray:
-    """Give [rows, width] of a base64 field (or of an array that already is one); width follows from
-    the length.
+    """Decode a base64 field (or an array) to [rows, width]; the width follows from the length.
+
+    Raises BadRecord, which calls the field `name`, if it does not fit.
     """
     if isinstance(text, np.ndarray):
         flat = text.astype(dtype, copy=False).reshape(-1)
@@ -71,14 +71,14 @@ def decode_array(text: bytes | str | np.ndarray, dtype: type, rows: int, name: s
 
 
 def number(fields: Mapping[str, Any], name: str) -> float:
-    """Give a numeric field."""
+    """Return a numeric field as float; raise BadRecord if it is not a finite number."""
     try:
         value = float(np.asarray(fields[name]).reshape(()))
     except (KeyError, TypeError, ValueError) as error:
-        raise BadRecord(f"{name} is no number", str(fields.get(name))[:60]) from error
+        raise BadRecord(f"{name} is not a number", str(fields.get(name))[:60]) from error
 
     if not np.isfinite(value):
-        raise BadRecord(f"{name} is no number", str(value))
+        raise BadRecord(f"{name} is not a number", str(value))
 
     return value
 
@@ -86,9 +86,11 @@ def number(fields: Mapping[str, Any], name: str) -> float:
 def make_regions(
     fields: Mapping[str, Any], options: ReadOptions, scheme: str = BACKGROUND_NONE
 ) -> tuple[Regions, str]:
-    """Make regions and the kind of their labels, from image_id, width, height, boxes [R, 4],
+    """Build regions, and the kind of their labels, from image_id, width, height, boxes [R, 4],
     features [R, F] and one of: class_probs [R, C], class_ids [R] with class_confidence [R],
-    class_ids alone, nothing. `scheme` is the format's own numbering.
+    class_ids alone, nothing.
+
+    `scheme` is the usual class numbering of the format. Raises BadRecord if fields do not fit.
     """
     features = np.asarray(fields["features"])
     boxes = np.asarray(fields["boxes"], dtype=np.float32)
@@ -97,11 +99,11 @@ def make_regions(
         raise BadRecord("no regions")
     if features.ndim != 2 or boxes.shape != (rows, 4):
         raise BadRecord(
-            "boxes and features do not fit", f"boxes {boxes.shape}, features {features.shape}"
+            "boxes and features do not match", f"boxes {boxes.shape}, features {features.shape}"
         )
 
     if features.dtype.kind not in "fiu":
-        raise BadRecord("features are no numbers", str(features.dtype))
+        raise BadRecord("features are not numbers", str(features.dtype))
     if options.box_format == "yxyx":
         boxes = boxes[:, [1, 0, 3, 2]]
     if options.box_format == "xywh":
@@ -166,7 +168,7 @@ def _labels(
             )
 
     probs[:, 0] = 1.0 if confidence is None else confidence
-    # One class is known; the other entries of the row are other classes with no stated probability.
+    # Only one class is known; the other entries are other classes with probability 0.
     ids = (first[:, None] + np.arange(width)) % options.num_classes
 
     return ids, probs, CLASS_ONLY if confidence is None else TOP_1
@@ -175,9 +177,9 @@ def _labels(
 def _top_of_distribution(
     dense: np.ndarray, rows: int, options: ReadOptions
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Give the most likely classes first.
+    """Return the ids and probabilities of the most likely classes, each [R, k], highest first.
 
-    One column fewer than there are classes: background has none.
+    A distribution with one column fewer than there are classes leaves background out.
     """
     if dense.shape == (rows, options.num_classes - 1):
         dense = np.concatenate([np.zeros((rows, 1), np.float32), dense], axis=1)

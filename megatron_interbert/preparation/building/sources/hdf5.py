@@ -1,6 +1,8 @@
-"""HDF5 files of bottom-up attention: adaptive (10 to 100 regions, `pos_boxes`) and fixed ([images,
-36, 2048]). They name no classes, so a store made of them has no region labels. Image sizes follow
-from `spatial_features`.
+"""Read HDF5 files of bottom-up attention: adaptive (10 to 100 regions, `pos_boxes`) and fixed
+([images, 36, 2048]).
+
+They hold no classes, so a store made from them has no region labels. Image sizes follow from
+`spatial_features`.
 """
 
 import json
@@ -22,12 +24,12 @@ from megatron_interbert.preparation.building.sources.fields import (
 )
 from megatron_interbert.reading import read_text
 
-MEND = "get the file anew, or convert it to one that holds all of its data itself"
+MEND = "download the file again, or convert it to one that holds all its data itself"
 
 
 class Hdf5Source:
-    """`image_ids`: a file that names the images (JSON or pickle of id -> row, or one id a line)
-    where the HDF5 does not.
+    """Read one HDF5 file; `image_ids` is a file that names the images if the HDF5 file does not
+    (see read_image_ids).
     """
 
     def __init__(self, path: str, options: ReadOptions, image_ids: str = "") -> None:
@@ -51,15 +53,15 @@ class Hdf5Source:
 
         if "spatial_features" not in file and "image_sizes" not in file:
             raise UsageError(
-                f"{self.path}: neither spatial_features nor image_sizes, so the sizes of its images"
-                " are not known"
+                f"{self.path}: has neither spatial_features nor image_sizes, so the sizes of its"
+                " images are unknown"
             )
 
         self.fixed = file["image_features"].ndim == 3
         if not self.fixed and "pos_boxes" not in file:
             raise UsageError(
-                f"{self.path}: dataset 'pos_boxes' is missing, so the regions of an image are not"
-                " known"
+                f"{self.path}: dataset 'pos_boxes' is missing, so the regions of an image are"
+                " unknown"
             )
 
         self.images = len(file["image_features" if self.fixed else "pos_boxes"])
@@ -68,8 +70,8 @@ class Hdf5Source:
     def _own_ids(self, file: Hdf5File) -> list[str]:
         if "image_ids" not in file:
             raise UsageError(
-                f"{self.path}: names no images; give the file that does by --image-ids (imgid2idx"
-                " as JSON or pickle)"
+                f"{self.path}: has no image ids; give the file that has them with --image-ids"
+                " (imgid2idx as JSON or pickle)"
             )
 
         dataset = file["image_ids"]
@@ -85,18 +87,18 @@ class Hdf5Source:
         return [str(value) for value in dataset[:].tolist()]
 
     def facts(self) -> SourceFacts:
-        """Without labels."""
+        """Return the sizes; there are no labels."""
         return SourceFacts(self.feature_dim, self.options.num_classes, "none")
 
     def units(self, images_per_unit: int) -> list[list[int]]:
-        """Give [first image, last + 1]."""
+        """List ranges of images: [first, last + 1]."""
         return [
             [start, min(start + images_per_unit, self.images)]
             for start in range(0, self.images, images_per_unit)
         ]
 
     def read(self, unit: list[int]) -> Iterator[Record | Dropped]:
-        """Read a range of images."""
+        """Yield the images of a range."""
         with Hdf5File(self.path, MEND) as file:
             for row in range(*unit):
                 where = f"{self.path}: image {row}"
@@ -109,7 +111,7 @@ class Hdf5Source:
                     raise
                 except HDF5_ERRORS as error:
                     if system_reason(file.cause(error)):
-                        raise  # the file may be sound: none of its images is given up for this
+                        raise  # the file may be intact: do not drop images for this
 
                     yield Dropped(
                         where,
@@ -143,8 +145,8 @@ class Hdf5Source:
 
 
 def size_of_image(boxes: np.ndarray, normalised: np.ndarray) -> tuple[float, float]:
-    """Give (w, h) from boxes [R, 4] in pixels and the same boxes as shares of the image [R, >= 4]:
-    the largest corner is most exact.
+    """Compute (w, h) from boxes [R, 4] in pixels and the same boxes as shares of the image
+    [R, >= 4], using the largest corner because it is the most exact.
     """
     sizes = []
 
@@ -152,14 +154,16 @@ def size_of_image(boxes: np.ndarray, normalised: np.ndarray) -> tuple[float, flo
         largest = int(np.argmax(boxes[:, axis + 2]))
         share = float(normalised[largest, axis + 2])
         if not 0 < share <= 1.5:
-            raise BadRecord("spatial_features are no shares of the image", str(share))
+            raise BadRecord("spatial_features are not shares of the image", str(share))
         sizes.append(float(np.round(boxes[largest, axis + 2] / share)))
 
     return sizes[0], sizes[1]
 
 
 def read_image_ids(path: str, images: int, trust_pickle: bool) -> list[str]:
-    """Read names by row: one a line, a JSON list, or id -> row as JSON or pickle (imgid2idx)."""
+    """Read the image names by row: one per line, a JSON list, or id -> row as JSON or pickle
+    (imgid2idx). Raises UsageError unless there is one for each of `images`.
+    """
     if Path(path).suffix in (".pkl", ".pickle"):
         if not trust_pickle:
             raise UsageError(
@@ -205,8 +209,8 @@ def read_image_ids(path: str, images: int, trust_pickle: bool) -> list[str]:
 
     if len(value) != images or not all(str(v) for v in value):
         raise UsageError(
-            f"--image-ids {path}: names {len(value)} images, the features are of {images}; give one"
-            " name for each"
+            f"--image-ids {path}: names {len(value)} images, expected a name for each of the"
+            f" {images} images in the features"
         )
 
     return [str(v) for v in value]

@@ -1,7 +1,7 @@
-"""LMDB files of ViLBERT and InterBERT: pickled dictionaries by image id, or tensorpack's rows
-(msgpack) of pretraining.
+"""Read LMDB files of ViLBERT and InterBERT: pickled dictionaries by image id, or tensorpack's rows
+for pretraining (msgpack).
 
-A tensorpack row is the list: features, class distribution, boxes, number of boxes, height, width,
+A tensorpack row is a list: features, class distribution, boxes, number of boxes, height, width,
 image id, caption.
 """
 
@@ -32,11 +32,11 @@ from megatron_interbert.preparation.building.sources.tsv import ENCODED, SAME
 ROW = ("features", "class_probs", "boxes", "num_boxes", "height", "width", "image_id", "caption")
 NOT_IMAGES = (b"keys", b"__keys__", b"__len__", b"__size__")
 CONTAINERS = (list, tuple, dict, set, frozenset)
-MAX_ITEMS = 100_000  # of one list or dictionary in msgpack; memory is taken before they are read
+MAX_ITEMS = 100_000  # of a list or dictionary in msgpack, which allocates before it reads them
 
 
 class LmdbSource:
-    """One LMDB, a folder with data.mdb or a single file.
+    """Read one LMDB, a folder with data.mdb or a single file.
 
     A unit is its first key (hex) and a number of images.
     """
@@ -51,7 +51,7 @@ class LmdbSource:
             )
 
         if first is None:
-            raise UsageError(f"{path}: no images in this LMDB")
+            raise UsageError(f"{path}: this LMDB holds no images")
         if is_pickle(first) and not options.trust_pickle:
             raise UsageError(
                 f"{path}: its rows are pickles; give --trust-pickle to read the numbers, strings"
@@ -59,7 +59,7 @@ class LmdbSource:
             )
 
     def facts(self) -> SourceFacts:
-        """Give feature size from the first good row."""
+        """Return the facts, with the feature size of the first good row."""
         reasons = []
 
         for record in self.read(["", 100]):
@@ -75,7 +75,7 @@ class LmdbSource:
         raise UsageError(f"{self.path}: no good row among the first {len(reasons)} ({reasons[0]})")
 
     def units(self, images_per_unit: int) -> list[list[Any]]:
-        """Give [first key in hex, number of images]; reads keys only."""
+        """List [first key in hex, number of images] of the units, reading only keys."""
         found: list[list[Any]] = []
 
         with LmdbFile(self.path) as file:
@@ -87,7 +87,7 @@ class LmdbSource:
         return found
 
     def read(self, unit: list[Any]) -> Iterator[Record | Dropped]:
-        """Read rows from a key on, in the order of the keys."""
+        """Yield the images of a unit, in the order of the keys."""
         start, wanted = unit
         with LmdbFile(self.path) as file:
             images = (row for row in file.rows(bytes.fromhex(start)) if row.key not in NOT_IMAGES)
@@ -112,15 +112,15 @@ class LmdbSource:
             return Dropped(where, name, "pickle with more than data in it", str(error))
         except NotPlain as error:
             return Dropped(where, name, "array of neither numbers nor text", str(error))
-        except UsageError:  # no pickle can be read at all: not this row's fault
+        except UsageError:  # no row can be read at all: not this row's fault
             raise
-        except Exception as error:  # a damaged row can raise anything while it is taken apart
+        except Exception as error:  # a damaged row can raise anything while it is decoded
             return Dropped(
                 where, name, "row that cannot be decoded", f"{type(error).__name__}: {error}"
             )
 
     def _decode(self, value: bytes) -> Any:
-        """Take a row apart by what it begins with: a pickle or msgpack."""
+        """Decode a row, which is a pickle or msgpack, as its first bytes tell."""
         if is_pickle(value):
             if not self.options.trust_pickle:
                 raise BadRecord("row is a pickle and --trust-pickle was not given")
@@ -145,9 +145,10 @@ class LmdbSource:
 
 
 def _numpy_of_msgpack(value: dict[Any, Any]) -> Any:
-    """Make arrays of msgpack-numpy's dictionaries.
+    """Build the array or scalar of a msgpack-numpy dictionary; return other dictionaries with text
+    keys.
 
-    NotPlain or ValueError for what is no plain one.
+    Raises NotPlain or ValueError for anything except a plain array.
     """
     plain = {k.decode() if isinstance(k, bytes) else k: v for k, v in value.items()}
     if "nd" not in plain:
@@ -164,7 +165,9 @@ def _numpy_of_msgpack(value: dict[Any, Any]) -> Any:
 
 
 def row_fields(row: Any, key: str) -> tuple[dict[str, Any], str]:
-    """Give fields for `make_regions` and the caption, from either kind of row."""
+    """Return the fields for `make_regions` and the caption ("" if none) of either kind of row;
+    raise BadRecord if it is malformed.
+    """
     if isinstance(row, list | tuple):
         if len(row) != len(ROW):
             raise BadRecord(
@@ -190,7 +193,7 @@ def row_fields(row: Any, key: str) -> tuple[dict[str, Any], str]:
 
     for name in ("image_id", "width", "height", "num_boxes"):
         if isinstance(raw[name], CONTAINERS):  # NumPy would make one array of it, of any size
-            raise BadRecord(f"{name} is no single value", f"a {type(raw[name]).__name__}")
+            raise BadRecord(f"{name} is not a single value", f"a {type(raw[name]).__name__}")
 
     rows = int(number(raw, "num_boxes"))
     fields = {name: raw[name] for name in ("image_id", "width", "height")}
@@ -209,5 +212,5 @@ def row_fields(row: Any, key: str) -> tuple[dict[str, Any], str]:
 
 
 def _trimmed(value: Any, rows: int) -> Any:
-    """Give arrays that are padded to a fixed number of boxes, without the padding."""
+    """Remove the padding from an array that is padded to a fixed number of boxes."""
     return value[:rows] if isinstance(value, np.ndarray) and value.ndim == 2 else value

@@ -1,15 +1,15 @@
-"""Reading an LMDB by its own pages, with every place checked before it is read.
+"""Read an LMDB page by page without the LMDB library, checking every offset before it is read.
 
-The library maps the file and believes what is in it, so one that was cut or altered can end the
-process by a signal. Here it is a UsageError. The format is that of LMDB 0.9 on machines of 64 bits
+The library maps the file and trusts its content, so a truncated or altered file can kill the
+process with a signal. Here it is a UsageError. The format is that of LMDB 0.9 on 64-bit machines
 (MDB_meta, MDB_page and MDB_node in its mdb.c):
 
-    page   number (8 bytes), padding (2), kind (2), begin and end of its free room (2 each), places
-           of its nodes (2 each)
-    meta   on pages 0 and 1, after the page's head; the one of the last transaction holds
+    page   number (8 bytes), padding (2), kind (2), begin and end of its free space (2 each),
+           offsets of its nodes (2 each)
+    meta   on pages 0 and 1, after the page's head; that of the later transaction is valid
     node   length of the value or, in a branch, number of a page (4), flags (2), length of the key
-           (2), key, value; a value that fits no page has pages of its own, with one head, and the
-           node has the number of the first
+           (2), key, value; a value too long for a page has pages of its own, with one head, and the
+           node holds the number of the first
 """
 
 import itertools
@@ -29,7 +29,7 @@ META = struct.Struct("<16x I I 16x I 44x 4x H H 24x Q Q Q Q")
 HEAD = struct.Struct("<Q 2x H H H")
 NODE = struct.Struct("<I H H")
 PAGE_NUMBER = struct.Struct("<Q")
-# of a page: the bits that say it
+# flags of a page: mask of the bits for its kind, and two kinds
 KINDS = 7
 BRANCH = 1
 LEAF = 2
@@ -40,7 +40,7 @@ NO_ROOT = (1 << 64) - 1
 
 
 class Meta(NamedTuple):
-    """What a file says of itself; the rules of order and the rest are of the table of rows."""
+    """Hold the header of a file; `rules` (key order and other flags) to `root` describe its tree."""
 
     page_size: int
     rules: int
@@ -52,7 +52,7 @@ class Meta(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A key, and where in the file its value lies."""
+    """Hold a key, and offset and length of its value in the file."""
 
     key: bytes
     offset: int
@@ -60,7 +60,7 @@ class Row(NamedTuple):
 
 
 class LmdbFile:
-    """The rows of an LMDB, a folder with data.mdb or a single file, in the order of their keys."""
+    """Read the rows of an LMDB (a folder with data.mdb or a single file) in the order of keys."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path, "data.mdb") if os.path.isdir(path) else Path(path)
@@ -74,7 +74,7 @@ class LmdbFile:
         try:
             facts = os.fstat(self.descriptor)
             if not stat.S_ISREG(facts.st_mode):
-                raise self._no_lmdb("no regular file")
+                raise self._no_lmdb("not a regular file")
             self.size = facts.st_size
             self.meta = self._newest_meta()
         except BaseException:
@@ -88,7 +88,7 @@ class LmdbFile:
         os.close(self.descriptor)
 
     def rows(self, start: bytes = b"") -> Iterator[Row]:
-        """List the rows from a key on. All places of the file that they need are checked."""
+        """Yield the rows from a key on, with every offset checked; raise UsageError for damage."""
         if self.meta.root == NO_ROOT:
             return
 
@@ -110,7 +110,7 @@ class LmdbFile:
         return self._bytes(row.offset, row.length)
 
     def _newest_meta(self) -> Meta:
-        """Find what the last transaction has left; UsageError where it is of another format."""
+        """Return the header of the last transaction; raise UsageError for another format."""
         first = self._meta_at(0)
         if first.page_size not in PAGE_SIZES:
             raise self._damaged(f"pages of {first.page_size} bytes")
@@ -136,7 +136,7 @@ class LmdbFile:
         return Meta(*values)
 
     def _below(self, number: int, levels: int, start: bytes) -> Iterator[Row]:
-        """List the rows from a key on in a page and those below it."""
+        """Yield the rows from a key on, of a page and the pages below it."""
         page = self._bytes(number * self.meta.page_size, self.meta.page_size)
         nodes = self._nodes(number, page, LEAF if levels == 1 else BRANCH)
 
@@ -154,7 +154,7 @@ class LmdbFile:
                 yield from self._below(child, levels - 1, start)
 
     def _nodes(self, number: int, page: bytes, kind: int) -> list[tuple[bytes, int, int, int]]:
-        """List (key, place of the value, length, flags) of the nodes of a page."""
+        """List (key, offset of the value in the page, length, flags) of the nodes of a page."""
         found, flags, lower, upper = HEAD.unpack_from(page)
         sound = HEAD.size < lower <= upper <= len(page) and lower % 2 == 0
         if found != number or flags & KINDS != kind or not sound:
@@ -178,7 +178,7 @@ class LmdbFile:
     def _row(
         self, number: int, page: bytes, key: bytes, place: int, length: int, flags: int
     ) -> Row:
-        """Find where the value of a node of a leaf lies."""
+        """Build the row of a node in a leaf page."""
         apart = flags & APART
         if place + (PAGE_NUMBER.size if apart else length) > len(page):
             raise self._damaged(f"page {number} has a value beyond its end")
@@ -197,13 +197,13 @@ class LmdbFile:
         with reading(self.path):
             data = os.pread(self.descriptor, length, offset)
         if len(data) != length:
-            raise self._damaged(f"it ended at byte {offset + len(data)} while it was read")
+            raise self._damaged(f"it ended at byte {offset + len(data)} while being read")
         return data
 
     def _check(self, offset: int, length: int) -> None:
         if offset + length > self.size:
             raise UsageError(
-                f"{self.path}: {self.size} bytes, but something in it lies at {offset} to"
+                f"{self.path}: {self.size} bytes, but it refers to bytes {offset} to"
                 f" {offset + length}; the file was cut or damaged: download or copy it again"
             )
 

@@ -1,5 +1,5 @@
-"""Folders of npz files, one an image: our own field names, and those of bottom-up-attention.pytorch
-(x, bbox, info).
+"""Read folders of npz files, one per image, with this project's field names or those of
+bottom-up-attention.pytorch (x, bbox, info).
 """
 
 import os
@@ -41,7 +41,7 @@ CLASS_IDS = {
     "objects_id": BACKGROUND_NONE,
     "objects": BACKGROUND_NONE,
 }
-# what a damaged or foreign file can raise while it is taken apart
+# what a damaged or foreign file can raise while it is read
 DAMAGE = (
     *(
         OSError,
@@ -58,11 +58,11 @@ DAMAGE = (
 )
 PICKLED = "a pickle that was not read"
 LARGEST_IMAGE = 256 << 20  # bytes of all arrays of a file, unpacked
-COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # those of NumPy
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # those that NumPy uses
 
 
 class NpzSource:
-    """All .npz files of a folder, by name."""
+    """Read all .npz files of a folder, in the order of their names."""
 
     def __init__(self, path: str, options: ReadOptions) -> None:
         self.path = path
@@ -70,10 +70,10 @@ class NpzSource:
         with os.scandir(path) as entries:
             self.names = sorted(entry.name for entry in entries if entry.name.endswith(".npz"))
         if not self.names:
-            raise UsageError(f"{path}: no .npz files there")
+            raise UsageError(f"{path}: holds no .npz files, expected one per image")
 
     def facts(self) -> SourceFacts:
-        """Give feature size from the first good file."""
+        """Return the facts, with the feature size of the first good file."""
         reasons = []
 
         for record in self.read(self.names[:100]):
@@ -91,14 +91,14 @@ class NpzSource:
         raise UsageError(f"{self.path}: no good npz among the first {len(reasons)}; {reasons[0]}")
 
     def units(self, images_per_unit: int) -> list[list[str]]:
-        """List of file names."""
+        """List the file names of each unit."""
         return [
             self.names[start : start + images_per_unit]
             for start in range(0, len(self.names), images_per_unit)
         ]
 
     def read(self, unit: list[str]) -> Iterator[Record | Dropped]:
-        """Read the images of some files."""
+        """Yield the images of some files."""
         for name in unit:
             path = Path(self.path) / name
             try:
@@ -130,7 +130,7 @@ class NpzSource:
         features = fields["features"]
         boxes = fields["boxes"]
         if features.ndim == 2 and features.shape[0] != len(boxes) == features.shape[1]:
-            fields["features"] = features.T  # [F, R], as some publish it
+            fields["features"] = features.T  # some publish [F, R]
 
         scheme = BACKGROUND_NONE
         for name, numbering in CLASS_IDS.items():
@@ -148,11 +148,11 @@ class NpzSource:
 
 
 def read_npz(path: Path, trust_pickle: bool) -> dict[str, Any]:
-    """Read all arrays of an npz.
+    """Read all arrays of an npz file by name.
 
-    A pickled `info` dictionary is merged in when pickles are trusted, else named under PICKLED.
-
-    BadRecord for an archive that would take more memory than any image, and what DAMAGE names.
+    The entries of a pickled dictionary (`info`) are merged in if pickles are trusted; otherwise
+    fields[PICKLED] is its name. Raises BadRecord for an archive that would take more memory than
+    any image, and the errors of DAMAGE.
     """
     fields: dict[str, Any] = {}
 
@@ -175,8 +175,9 @@ def read_npz(path: Path, trust_pickle: bool) -> dict[str, Any]:
 
 
 def _check_archive(members: list[zipfile.ZipInfo]) -> None:
-    """Raise BadRecord for what NumPy does not write; no member unpacks to more than its stated
-    size.
+    """Raise BadRecord for an archive that is too large or not compressed as NumPy does it.
+
+    zipfile never unpacks more than a member's stated size.
     """
     size = sum(member.file_size for member in members)
     if size > LARGEST_IMAGE:
@@ -191,7 +192,9 @@ def _check_archive(members: list[zipfile.ZipInfo]) -> None:
 
 
 def _read_array(handle: IO[bytes], size: int, trust_pickle: bool) -> Any:
-    """Read one member of `size` bytes: an array, or what its pickle holds."""
+    """Read one member of `size` bytes: an array, or the value of its pickle (PICKLED unless pickles
+    are trusted).
+    """
     version = np.lib.format.read_magic(handle)
     if version == (1, 0):
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(handle)
@@ -211,11 +214,9 @@ def _read_array(handle: IO[bytes], size: int, trust_pickle: bool) -> Any:
 
 
 def _as_array(value: Any) -> np.ndarray:
-    """Make an array of a pickle's value.
+    """Convert a value to an array; a list with text, which no field needs, to an empty one.
 
-    Of a list with text, which no field of ours is, an empty one.
-
-    NumPy gives each text the width of the longest, which may be a thousand times as much memory.
+    NumPy would give each text the width of the longest, perhaps a thousand times as much memory.
     """
     return np.empty(0, object) if _holds_text(value) else np.asarray(value)
 

@@ -1,4 +1,4 @@
-"""Which reader fits a path."""
+"""Choose and open the reader for a path."""
 
 import os
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ FORMATS = ("auto", "tsv", "lmdb", "npz", "hdf5", "store")
 
 
 def guess_format(path: str) -> str:
-    """Give one of FORMATS by what stands at the path; UsageError when nothing fits."""
+    """Guess which of FORMATS a file or folder has, from its content; raise UsageError if none."""
     place = Path(path)
     if not place.exists():
         raise UsageError(f"{path}: no such file or folder")
@@ -32,7 +32,7 @@ def guess_format(path: str) -> str:
 
         raise UsageError(
             f"{path}: a folder with neither {MANIFEST} (region store), data.mdb (LMDB) nor .npz"
-            " files"
+            " files; give the path of features in one of these formats"
         )
 
     with open(path, "rb") as handle:
@@ -45,14 +45,14 @@ def guess_format(path: str) -> str:
         return "tsv"
 
     raise UsageError(
-        f"{path}: neither TSV, LMDB nor HDF5; say what it is by --format {'|'.join(FORMATS[1:])}"
+        f"{path}: neither TSV, LMDB nor HDF5; name its format with --format {'|'.join(FORMATS[1:])}"
     )
 
 
 def open_features(
     path: str, kind: str, options: ReadOptions, columns: Sequence[str] = (), image_ids: str = ""
 ) -> FeatureSource:
-    """Open the reader of a path; UsageError when it cannot be read at all."""
+    """Open the reader for a path; raise UsageError if it cannot be read at all."""
     kind = guess_format(path) if kind == "auto" else kind
     if kind == "tsv":
         return TsvSource(path, options, columns)

@@ -1,4 +1,4 @@
-"""A folder of photos as a source of regions: an object detector runs while the store is built."""
+"""Read regions from a folder of photos by running an object detector while the store is built."""
 
 import os
 import warnings
@@ -24,10 +24,11 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class PhotoSource:
-    """Photos below `folder`, sorted by path. The id of an image is its file name without ending.
+    """Detect regions in the photos below `folder`, sorted by path; the id of an image is its file
+    name without ending.
 
-    Kept of each photo: the regions of at least `min_score`, but never more than `max_regions`, nor
-    fewer than `min_regions`.
+    Of each photo, regions with a score of at least `min_score` are kept, but at most `max_regions`
+    and, if the detector gives as many, at least `min_regions`.
     """
 
     def __init__(
@@ -63,13 +64,13 @@ class PhotoSource:
         return {**self.__dict__, "_detector": None}
 
     def _load(self) -> Detector:
-        """Load the detector of this process."""
+        """Return this process's detector, loaded on first use."""
         if self._detector is None:
             self._detector = load_detector(self.choice)
         return self._detector
 
     def facts(self) -> SourceFacts:
-        """Give sizes and names of the detector, which is loaded for it."""
+        """Return the sizes and names of the detector, which this loads."""
         if self._facts is None:
             detector = self._load()
             sizes = (detector.feature_dim, detector.num_classes)
@@ -78,16 +79,16 @@ class PhotoSource:
         return self._facts
 
     def units(self, images_per_unit: int) -> list[list[str]]:
-        """List of paths below the folder."""
+        """List the paths of each unit, relative to the folder."""
         return [
             self.names[start : start + images_per_unit]
             for start in range(0, len(self.names), images_per_unit)
         ]
 
     def read(self, unit: Sequence[str]) -> Iterator[Record | Dropped]:
-        """Read the photos of one unit in order.
+        """Yield the photos of one unit, in order.
 
-        They are detected in order of their size, so that batches can be stacked.
+        Detection runs in the order of their sizes, so that batches hold pictures of equal shape.
         """
         found: dict[str, Record | Dropped] = {}
         sizes: dict[str, tuple[int, int]] = {}
@@ -112,7 +113,7 @@ class PhotoSource:
         yield from (found[name] for name in unit)
 
     def _look(self, name: str) -> tuple[int, int] | Dropped:
-        """Give size of a photo by its first bytes, or why it is of no use."""
+        """Return the size of a photo from its header, or Dropped if it cannot be used."""
         from PIL import Image, UnidentifiedImageError
 
         if name in self.repeated:
@@ -135,15 +136,12 @@ class PhotoSource:
             return self._dropped(name, "picture cannot be read", str(error))
 
     def _open(self, name: str) -> IO[bytes]:
-        """Open a photo.
-
-        Links are followed: a folder of them is how people choose some of their photos.
-        """
+        """Open a photo, following links: people select photos with a folder of links."""
         return open_regular(self.path / name)
 
     def _decoded(self, names: Sequence[str]) -> Iterator[dict[str, "Image | Dropped"]]:
-        """Give batches of decoded photos; a thread decodes the next one while the detector works on
-        this one.
+        """Yield batches of decoded photos; a thread decodes the next one while the detector works
+        on the current one.
         """
         starts = range(0, len(names), self.batch_size)
 
@@ -167,14 +165,14 @@ class PhotoSource:
             try:
                 with self._open(name) as file:
                     pictures[name] = open_photo(file)
-            except Exception as error:  # as above
+            except Exception as error:  # a decoder may raise anything
                 pictures[name] = self._dropped(name, "picture cannot be decoded", str(error))
 
         return pictures
 
     def _detect(self, pictures: dict[str, "Image"]) -> dict[str, Record | Dropped]:
-        """Give records of decoded photos; where a batch fails, its photos one at a time, to find
-        the one that is to blame.
+        """Return the records of decoded photos; if a batch fails, run its photos one at a time to
+        find the one at fault.
         """
         if not pictures:
             return {}
@@ -202,20 +200,7 @@ class PhotoSource:
 
     def _record(self, name: str, size: tuple[int, int], detections: Detections) -> Record:
         kept = detections.best(self.max_regions, self.min_regions, self.min_score)
-        # what float16 cannot hold becomes infinite and is refused later
-        with np.errstate(over="ignore"):
-            features = kept.features.astype(np.float16)
-
-        regions = Regions(
-            Path(name).stem,
-            (float(size[0]), float(size[1])),
-            features,
-            kept.boxes,
-            kept.class_ids,
-            kept.class_probs,
-        )
-
-        return Record(regions, str(self.path / name))
+        return Record(regions_of(Path(name).stem, size, kept), str(self.path / name))
 
     def _dropped(self, name: str, reason: str, details: str = "") -> Dropped:
         return Dropped(
@@ -223,28 +208,47 @@ class PhotoSource:
         )
 
 
-def open_photo(path: Path | IO[bytes]) -> "Image":
-    """Open a photo as RGB, turned as its EXIF data say.
+def regions_of(image_id: str, size: tuple[int, int], kept: Detections) -> Regions:
+    """Convert the detections of a photo of `size` (width, height) to what a store holds.
 
-    Raises whatever the decoder raises on a broken file.
+    What float16 cannot hold becomes infinite.
+    """
+    with np.errstate(over="ignore"):
+        features = kept.features.astype(np.float16)
+
+    width, height = size
+    return Regions(
+        image_id,
+        (float(width), float(height)),
+        features,
+        kept.boxes,
+        kept.class_ids,
+        kept.class_probs,
+    )
+
+
+def open_photo(path: Path | IO[bytes]) -> "Image":
+    """Open a photo as RGB, rotated as its EXIF data say.
+
+    Raises whatever the decoder raises for a broken file.
     """
     from PIL import Image, ImageOps
 
     with Image.open(path) as picture:
         picture.load()
         picture = ImageOps.exif_transpose(picture)
-        # converting these to RGB would cut off everything brighter than 255
+        # converting 16-bit pixels to RGB would clip everything brighter than 255
         if picture.mode.startswith("I;16"):
             picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
         if picture.mode in ("I", "F"):
-            raise ValueError(f"pixels of type {picture.mode}, whose range is not known")
+            raise ValueError(f"pixels of type {picture.mode}, whose range is unknown")
 
         return picture.convert("RGB")
 
 
 def _photos_below(folder: Path) -> Iterator[str]:
-    """Give paths of photos relative to the folder; hidden files (those of some systems' photo
-    programs) are left out.
+    """Yield the paths of photos relative to the folder, without hidden files, which some photo
+    programs leave behind.
     """
     for place, _, files in os.walk(folder):
         for file in files:
@@ -253,7 +257,7 @@ def _photos_below(folder: Path) -> Iterator[str]:
 
 
 def _repeated(names: Sequence[str]) -> dict[str, str]:
-    """Of photos with the same name without ending, all but the first -> the first."""
+    """Map each photo whose name without ending has occurred before to the first such photo."""
     first: dict[str, str] = {}
     return {
         name: first[stem]

@@ -1,6 +1,4 @@
-"""Our own region stores as a source: to cut them into other shards, to take a part of one, or to
-join several.
-"""
+"""Read region stores as a source, to reshard them, to take part of one or to join several."""
 
 from collections.abc import Iterator
 
@@ -12,7 +10,7 @@ from megatron_interbert.preparation.building.sources.fields import ReadOptions
 
 
 class StoreSource:
-    """The images of a store with their captions, in their order."""
+    """Read the images of a store with their captions, in their order."""
 
     def __init__(self, path: str, options: ReadOptions) -> None:
         self.path = path
@@ -24,7 +22,7 @@ class StoreSource:
             )
 
     def facts(self) -> SourceFacts:
-        """From the manifest."""
+        """Return the facts from the manifest."""
         manifest = self.store.manifest
         names = manifest.get("class_names") or ()
         labels = manifest.get("soft_labels", "")
@@ -40,7 +38,7 @@ class StoreSource:
         )
 
     def units(self, images_per_unit: int) -> list[list[int]]:
-        """Give [first image, last + 1]."""
+        """List ranges of images: [first, last + 1]."""
         count = self.store.num_images
         return [
             [start, min(start + images_per_unit, count)]
@@ -48,7 +46,7 @@ class StoreSource:
         ]
 
     def read(self, unit: list[int]) -> Iterator[Record | Dropped]:
-        """Read a range of images."""
+        """Yield the images of a range; those of a damaged shard are dropped."""
         sound: dict[int, bool] = {}
         kind = str(self.store.manifest.get("soft_labels", ""))
         captions: dict[int, list[tuple[str, str]]] = {}
@@ -57,7 +55,7 @@ class StoreSource:
         for index in range(*unit):
             number, row = self.store.locate(index)
             where = f"{self.path}: image {index}"
-            # HDF5 may not come back from a damaged file, so it is not opened
+            # HDF5 may hang on a damaged file, so it is not opened
             if number not in sound:
                 entry = self.store.shards[number]
                 sound[number] = sha256_of(self.store.path, entry) == entry["sha256"]

@@ -1,7 +1,8 @@
-"""Base64 TSV files: LXMERT's 10 columns, bottom-up-attention's 6, or columns that the caller names.
+"""Read TSV files with base64 columns: LXMERT's 10, bottom-up-attention's 6, or those that the
+caller names.
 
-A unit is a range of bytes; its records are the lines that begin inside it, so planning reads one
-line and nothing more.
+A unit is a range of bytes; its records are the lines that begin in it, so planning reads only the
+first few lines.
 """
 
 import os
@@ -39,7 +40,7 @@ BY_COUNT = {
     len(BOTTOM_UP) + 1: (*BOTTOM_UP, "cls_prob"),
     len(LXMERT): LXMERT,
 }
-# the names in use for one thing
+# other names in use -> the name here
 SAME = {
     "img_id": "image_id",
     "product_id": "image_id",
@@ -63,10 +64,10 @@ LONGEST_LINE = 1 << 28
 
 
 class TsvSource:
-    """One TSV file.
+    """Read one TSV file.
 
-    `columns` names its fields where the count does not tell; others than those of SAME are passed
-    over.
+    `columns` names its columns if their number does not tell; columns with unknown names are
+    ignored.
     """
 
     def __init__(self, path: str, options: ReadOptions, columns: Sequence[str] = ()) -> None:
@@ -100,7 +101,7 @@ class TsvSource:
         )
 
     def facts(self) -> SourceFacts:
-        """Give feature size from the first good line."""
+        """Return the facts, with the feature size of the first good line."""
         reasons = []
 
         for number_, record in enumerate(self.read([0, self.bytes])):
@@ -116,24 +117,24 @@ class TsvSource:
                 break
 
         raise UsageError(
-            f"{self.path}: no good record at its start"
+            f"{self.path}: no good record among the first lines"
             f" ({reasons[0] if reasons else 'the file is empty'})"
         )
 
     def units(self, images_per_unit: int) -> list[list[int]]:
-        """Ranges of bytes."""
+        """List ranges of bytes: [start, stop]."""
         step = self.line_bytes * images_per_unit
         return [[start, min(start + step, self.bytes)] for start in range(0, self.bytes, step)]
 
     def read(self, unit: list[int]) -> Iterator[Record | Dropped]:
-        """Read the lines that begin inside the range."""
+        """Yield the images of the lines that begin in the range."""
         start, stop = unit
 
         with open(self.path, "rb", buffering=1 << 20) as handle:
             if start:
                 handle.seek(start - 1)
                 while (rest := handle.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
-                    pass  # to the end of the line before; nothing more when that ends just here
+                    pass  # skip the rest of the line before; none is left if it ends at `start`
 
             while (place := handle.tell()) < stop:
                 line = handle.readline(LONGEST_LINE)
@@ -142,7 +143,7 @@ class TsvSource:
                     and len(line) == LONGEST_LINE
                     and handle.readline(LONGEST_LINE)
                 ):
-                    pass  # a line that cannot be a record: pass over its rest
+                    pass  # too long for a record: skip the rest of the line
 
                 if not line.strip():
                     continue
