@@ -1,7 +1,5 @@
 #!/usr/bin/env python3
-"""The paper's analysis as one command: what each part of the pretraining and of the model is
-worth.
-"""
+"""Run the paper's ablation: measure what each part of the pretraining and of the model is worth."""
 
 from pathlib import Path
 from runpy import run_path

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare requirements/*.lock with requirements.txt, and with what is installed here."""
+"""Compare requirements/*.lock with requirements.txt and with the packages installed here."""
 
 from pathlib import Path
 from runpy import run_path

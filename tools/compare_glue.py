@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Finetunes one GLUE task twice with the same flags, data, order and first weights: InterBERT's
-text path and BERT of transformers.
+"""Finetune InterBERT's text path and transformers' BERT on a GLUE task with the same flags, data,
+order and first weights.
 """
 
 from pathlib import Path

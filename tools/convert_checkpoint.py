@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Convert weights between all formats: official InterBERT, Hugging Face, BERT, our checkpoints."""
+"""Convert weights between formats: official InterBERT, Hugging Face, BERT, our checkpoints."""
 
 from pathlib import Path
 from runpy import run_path

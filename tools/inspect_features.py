@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Look into a region store before it is trained on: what it holds, what is wrong, what mends it."""
+"""Inspect a region store before training on it: what it holds, what is wrong, how to fix it."""
 
 from pathlib import Path
 from runpy import run_path

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make requirements/*.lock again from requirements.txt, with uv, against PyPI."""
+"""Regenerate requirements/*.lock from requirements.txt with uv, against PyPI."""
 
 from pathlib import Path
 from runpy import run_path

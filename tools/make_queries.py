@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Queries of KDD Cup 2020 (Multimodalities Recall) as the JSON lines that product search takes."""
+"""Convert KDD Cup 2020 queries (Multimodalities Recall) to the JSON lines of product search."""
 
 from pathlib import Path
 from runpy import run_path

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the sample corpus: a generated world with captions in English and Chinese, to try things
+"""Generate the sample corpus: a made-up world with captions in English and Chinese, to try things
 out.
 """
 

@@ -1,7 +1,5 @@
 #!/usr/bin/env python3
-"""Write the sample shop in Chinese: products, queries, topics and clicks of users, all of it made
-up.
-"""
+"""Generate the sample shop in Chinese: made-up products, queries, topics and clicks of users."""
 
 from pathlib import Path
 from runpy import run_path

@@ -1,7 +1,5 @@
 #!/usr/bin/env python3
-"""Find for each image of a region store those that look most alike, for hard captions in
-finetuning.
-"""
+"""Find the images most similar to each image of a region store, for hard captions."""
 
 from pathlib import Path
 from runpy import run_path

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Which layouts of a model fit the memory of a device, and with how many samples at a time."""
+"""List the layouts of a model that fit the memory of a device, with their largest micro-batch."""
 
 from pathlib import Path
 from runpy import run_path

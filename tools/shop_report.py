@@ -1,7 +1,5 @@
 #!/usr/bin/env python3
-"""How well models search and recommend in the generated shop, beside TF-IDF over titles and
-chance.
-"""
+"""Report how well models search and recommend in the generated shop, beside TF-IDF and chance."""
 
 from pathlib import Path
 from runpy import run_path

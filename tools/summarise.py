@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Mean and spread of several results (seeds of one setting): each figure over result.json files."""
+"""Summarise result.json files, such as seeds of one setting: mean and spread of each figure."""
 
 from pathlib import Path
 from runpy import run_path

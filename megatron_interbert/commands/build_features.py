@@ -23,8 +23,9 @@ from megatron_interbert.config.options import Flags, argument, option, redefault
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import file_sha256
-from megatron_interbert.preparation.building.build import BuildPlan, build
+from megatron_interbert.preparation.building.build import build
 from megatron_interbert.preparation.building.captions import FORMATS as CAPTION_FORMATS
+from megatron_interbert.preparation.building.plan import BuildPlan
 from megatron_interbert.preparation.building.sources.base import FeatureSource
 from megatron_interbert.preparation.building.sources.fields import (
     BACKGROUND_FIRST,

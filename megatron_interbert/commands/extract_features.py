@@ -22,8 +22,9 @@ from megatron_interbert.command_line import run_command
 from megatron_interbert.commands.build_features import BuildingOptions
 from megatron_interbert.config.options import argument, option, redefault
 from megatron_interbert.errors import UsageError
-from megatron_interbert.preparation.building.build import BuildPlan, build
+from megatron_interbert.preparation.building.build import build
 from megatron_interbert.preparation.building.detectors import BACKGROUND, DetectorChoice
+from megatron_interbert.preparation.building.plan import BuildPlan
 from megatron_interbert.preparation.building.sources.photos import PhotoSource
 from megatron_interbert.reading import read_text
 

@@ -40,8 +40,7 @@ def check_inputs(given: Given, config: ModelConfig) -> None:
                 )
     elif given["visual_pos"] is None:
         raise UsageError(
-            "visual_feats is given without visual_pos [samples, regions, 5], the positions of the"
-            " regions"
+            "visual_feats is given without visual_pos [samples, regions, 5], the regions' positions"
         )
 
     refuse_other_shapes(given, ids.shape, ids.shape[:1], config)

@@ -1,4 +1,4 @@
-"""Define InterBERT's Hugging Face classes: padded inputs in (see `padding.PaddedInputs`), the packed
+"""Define InterBERT's Hugging Face classes: padded inputs (`padding.PaddedInputs`) in, the packed
 core inside, ModelOutputs out.
 
 Legend: B samples, T text columns, R region columns, C region classes or choices.

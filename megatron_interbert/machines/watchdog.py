@@ -451,7 +451,7 @@ class Hub:
         if len(behind) == len(self.seen):
             return {
                 "hang": (
-                    f"all ranks are in {what}, none behind the others: a collective cannot end, or"
+                    f"all ranks are in {what}, none behind the others: a collective hangs, or"
                     " a device hangs"
                 )
             }

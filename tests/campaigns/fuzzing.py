@@ -18,7 +18,8 @@ import numpy as np
 
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
-from megatron_interbert.preparation.building.build import BuildPlan, build
+from megatron_interbert.preparation.building.build import build
+from megatron_interbert.preparation.building.plan import BuildPlan
 from megatron_interbert.preparation.building.sources.fields import ReadOptions
 from megatron_interbert.preparation.building.sources.opening import open_features
 from tests.preparation.formats import (

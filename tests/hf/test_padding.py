@@ -300,7 +300,7 @@ WRONG_CHOICES = {
     ),
     "no places": (
         {"visual_pos": None},
-        "visual_feats is given without visual_pos [samples, regions, 5], the positions of the",
+        "visual_feats is given without visual_pos [samples, regions, 5], the regions' positions",
     ),
 }
 

@@ -7,7 +7,8 @@ import pytest
 
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
-from megatron_interbert.preparation.building.build import BuildPlan, build
+from megatron_interbert.preparation.building.build import build
+from megatron_interbert.preparation.building.plan import BuildPlan
 from megatron_interbert.preparation.building.sources.fields import ReadOptions
 from megatron_interbert.preparation.building.sources.opening import open_features
 from megatron_interbert.preparation.building.store_writer import RegionStoreWriter

@@ -299,7 +299,7 @@ def test_wrong_use_is_one_line(shop, tmp_path):
         ),
         (
             '{"item_id": "a", "image_id": "test-000001", "title": "\\ud800"}',
-            "line 1: half a surrogate pair",
+            "line 1: a lone surrogate",
         ),
     ):
         (tmp_path / "items.jsonl").write_text(lines + "\n")

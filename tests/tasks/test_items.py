@@ -332,17 +332,17 @@ def test_samples_of_recommendation(shop):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("x", "line 1 is no JSON"),
-        ("[]", "line 1 is no JSON object"),
+        ("x", "line 1 is not valid JSON"),
+        ("[]", "line 1 is not a JSON object"),
         ('{"query_id": 1}', "line 1 has no 'query_text'"),
         ('{"query_id": 1, "query_text": 5}', "line 1: 'query_text' is 5, expected str"),
-        ('{"query_id": 1, "query_text": " "}', "line 1: an empty query_text"),
-        ('{"query_id": 1, "query_text": "鞋", "item_ids": "7"}', "'item_ids' is no list"),
+        ('{"query_id": 1, "query_text": " "}', "line 1: 'query_text' is empty"),
+        ('{"query_id": 1, "query_text": "鞋", "item_ids": "7"}', "'item_ids' is not a list"),
         (
             '{"query_id": 1, "query_text": "鞋", "item_ids": ["nowhere"]}',
             "product nowhere is not in",
         ),
-        ("", "no queries in it"),
+        ("", "holds no queries"),
     ],
 )
 def test_wrong_queries_are_one_line(shop, tmp_path, line, message):

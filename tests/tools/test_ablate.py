@@ -123,7 +123,7 @@ def test_results_of_unknown_options_are_not_taken(finished, record):
     (finished.folder / record).unlink()
     with pytest.raises(
         UsageError,
-        match="is missing, which says with what options it was made; choose another --output",
+        match="is missing, which records the options it was made with; choose another --output",
     ):
         finished.results()
 

@@ -143,8 +143,8 @@ def test_wrong_use_is_one_line(tmp_path):
     (tmp_path / "recorded.json").write_text("{}")
 
     for flags, line in (
-        (("--only", "ours,theirs"), f"--only theirs: no such contender; there are {known}"),
-        (("--only", "LXMERT"), "--only needs one of ours: the others are measured against it"),
+        (("--only", "ours,theirs"), f"--only theirs: no such contender; choose from {known}"),
+        (("--only", "LXMERT"), "--only needs one of ours, with which the others are compared"),
         (("--rounds", 0), "--rounds is 0, expected 1 or more"),
         (("--batch", 0), "--batch is 0, expected 1 or more"),
         (("--ranks", 0), "--ranks is 0, expected 1 or more"),
@@ -182,7 +182,9 @@ def test_a_contender_that_cannot_begin_ends_the_benchmark(tmp_path):
     )
     code, _, err = launch(*command, timeout=120)
     assert code == 1
-    assert "ours has ended before it was measured; why stands above" in err.strip().splitlines()[-1]
+    assert (
+        "ours ended before it was measured; see its message above" in err.strip().splitlines()[-1]
+    )
 
 
 def test_the_guard_names_contenders_that_have_come_nearer():

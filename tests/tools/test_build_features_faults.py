@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.preparation.building.build import BuildPlan
 from megatron_interbert.preparation.building.build import build as run_build
+from megatron_interbert.preparation.building.plan import BuildPlan
 from megatron_interbert.preparation.building.sources.fields import ReadOptions
 from megatron_interbert.preparation.building.sources.opening import open_features
 from megatron_interbert.preparation.building.store_writer import RegionStoreWriter
@@ -204,7 +204,7 @@ def test_left_by_a_kill_at_the_very_start_or_end(tmp_path, images, monkeypatch, 
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
-            patched.setattr("megatron_interbert.preparation.building.build.os.rename", killed)
+            patched.setattr("megatron_interbert.files.os.rename", killed)
             with pytest.raises(KeyboardInterrupt):
                 run_build(plan)
 

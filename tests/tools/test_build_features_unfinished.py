@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.preparation.building.build import BuildPlan, build
+from megatron_interbert.preparation.building.build import build
 from megatron_interbert.preparation.building.conversion import write_mark
+from megatron_interbert.preparation.building.plan import BuildPlan
 from megatron_interbert.preparation.building.sources.fields import ReadOptions
 from megatron_interbert.preparation.building.sources.opening import open_features
 from tests.preparation.formats import made_up_images, write_npz
@@ -59,7 +60,7 @@ def plans(tmp_path_factory):
 @pytest.fixture
 def interrupted(plans, tmp_path, monkeypatch):
     """Interrupt a build after two of four shards; return its work folder."""
-    from megatron_interbert.preparation.building.build import convert_unit
+    from megatron_interbert.preparation.building.unit_pool import convert_unit
 
     def some(job, sources):
         if job.number == 2:
@@ -67,7 +68,7 @@ def interrupted(plans, tmp_path, monkeypatch):
         return convert_unit(job, sources)
 
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_interbert.preparation.building.build.convert_unit", some)
+        patch.setattr("megatron_interbert.preparation.building.unit_pool.convert_unit", some)
         with pytest.raises(KeyboardInterrupt):
             build(plans[0](str(tmp_path / "store")))
 

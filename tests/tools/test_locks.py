@@ -119,7 +119,7 @@ def test_hashes(folder):
     ]
     for bad in ("md5:" + "a" * 32, GOOD[:-1], GOOD[:-1] + "g"):
         said = complaints(folder, common=COMMON, cuda=f"torch==2.13.0 --hash={bad}\n")
-        assert said == [f"torch==2.13.0 (requirements/cuda.lock:1): {bad!r} is no sha256 hash"]
+        assert said == [f"torch==2.13.0 (requirements/cuda.lock:1): {bad!r} is not a sha256 hash"]
 
 
 def test_what_is_installed(folder):
@@ -140,7 +140,7 @@ def test_what_is_installed(folder):
 def test_a_line_that_locks_nothing(folder, line):
     path = folder / "requirements/common.lock"
     path.write_text(COMMON + line + "\n")
-    with pytest.raises(UsageError, match=r"common.lock:9: .* is no NAME==VERSION; make the locks"):
+    with pytest.raises(UsageError, match=r"common.lock:9: .* is not NAME==VERSION; regenerate"):
         read_lock(path)
 
 
@@ -217,7 +217,7 @@ def test_licences(tmp_path):
     assert (
         "GPL-3.0-only AND MIT is listed, the package installed here says MPL-2.0 AND MIT" in differs
     )
-    with pytest.raises(UsageError, match="is no row of the list"):
+    with pytest.raises(UsageError, match="is not a row of the list"):
         said_of(good + "| broken |\n")
 
 
@@ -286,11 +286,11 @@ def test_advisories(folder, api):
 
     found, unknown = audit(address, read_locks(folder / "requirements"))
 
-    line = "PYSEC-1 CVE-2026-1; mended in 6.0.4; Runs code"
+    line = "PYSEC-1 CVE-2026-1; fixed in 6.0.4; Runs code"
     assert found == [f"pyyaml==6.0.3 ({folder}/requirements/common.lock:6): {line}"]
     assert sorted(unknown) == [
         f"{address}/networkx/3.6.1/json: 404 Not Found",
-        f"{address}/prometheus-client/0.26.0/json: the answer is no JSON",
+        f"{address}/prometheus-client/0.26.0/json: the answer is not JSON",
     ]
 
     code, said, wrong = command("audit.py", "--api", address, cwd=folder)

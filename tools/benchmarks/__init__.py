@@ -1,1 +1,1 @@
-"""What tools/benchmark.py measures, one file for each subject."""
+"""Measure the subjects of tools/benchmark.py, one file each."""

@@ -1,18 +1,18 @@
-"""The contenders of a training benchmark as a picture: bars of samples/s in SVG, readable on light
-and dark pages.
+"""Draw the contenders of a training benchmark as bars of samples/s in SVG, readable on light and
+dark pages.
 """
 
 from html import escape
 from typing import Any
 
-# pixels: of the names, of the longest bar, of a line
+# pixels: width of the names, of the longest bar, height of a row
 NAMES = 170
 WIDTH = 420
 ROW = 34
 
 
 def bars(result: dict[str, Any]) -> str:
-    """SVG text; each bar is labelled with its rate and with its time in times of ours."""
+    """Return an SVG picture; each bar is labelled with its rate and its time relative to ours."""
     contenders = result["contenders"]
     most = max(figures["samples_per_second"] for figures in contenders.values())
     ranks = f" on each of {result['ranks']} ranks" if result["ranks"] > 1 else ""

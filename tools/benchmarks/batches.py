@@ -1,4 +1,4 @@
-"""Random samples of realistic sizes, packed as our model takes them or padded as others do."""
+"""Make random samples of realistic sizes, and pad them as other implementations do."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,15 +11,12 @@ from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.data.packing import Example
 from megatron_interbert.model.presets import load_model_config
 
-MASKED = 0.15  # share of words and of regions that are targets, at least one of each
-IGNORED = -100  # the label of what is no target
+MASKED = 0.15  # share of words and of regions that are targets; at least one of each
+IGNORED = -100  # label of positions that are not targets
 
 
 def sizes_of(model: str) -> ModelConfig:
-    """Give sizes of a preset or JSON file.
-
-    A preset that takes some from its data gets small ones.
-    """
+    """Return the sizes of a preset or JSON file, with small ones for those taken from the data."""
     sizes = load_model_config(model)
     if sizes.vocab_size and sizes.feature_dim and sizes.num_classes:
         return sizes
@@ -33,7 +30,7 @@ def random_examples(
     regions: tuple[int, int] = (36, 36),
     seed: int = 0,
 ) -> list[Example]:
-    """Give samples with `words` (from, to) tokens and `regions` (from, to) boxes, every second one
+    """Return samples of `words` (from, to) tokens and `regions` (from, to) boxes, every second one
     mismatched.
     """
     random = np.random.default_rng(seed)
@@ -67,9 +64,9 @@ def random_examples(
 
 @dataclass
 class PaddedBatch:
-    """B samples of T tokens and R regions, short ones filled up.
+    """Hold B samples padded to T tokens and R regions.
 
-    Masks are 1 on real places, labels IGNORED on all but targets.
+    Masks are 1 at real positions; labels are IGNORED except at targets.
     """
 
     token_ids: torch.Tensor  # int64 [B, T]
@@ -83,7 +80,7 @@ class PaddedBatch:
 
 
 def pad(examples: Sequence[Example], tokens: int, regions: int) -> PaddedBatch:
-    """Pad all samples at the same lengths, as scripts with fixed shapes have them."""
+    """Pad all samples to the same lengths, as scripts with fixed shapes do."""
     count = len(examples)
     features = examples[0].features.shape[1]
     batch = PaddedBatch(

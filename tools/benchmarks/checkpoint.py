@@ -1,4 +1,4 @@
-"""What a save costs training, and how fast weights convert."""
+"""Measure what a save costs training, and how fast weights are converted."""
 
 import shutil
 import statistics
@@ -31,17 +31,17 @@ from tools.benchmarks.options import BenchmarkOptions
 
 @dataclass
 class Options(BenchmarkOptions):
-    """What is measured."""
+    """Measure what a save costs training, and how fast weights are converted."""
 
-    model: str = option("base", "preset or JSON of sizes", group="model")
-    batch: int = option(32, "samples of a step", least=1)
-    zero_stage: int = option(1, "of the engine", (0, 1, 2, 3))
+    model: str = option("base", "preset or JSON file of sizes", group="model")
+    batch: int = option(32, "samples per step", least=1)
+    zero_stage: int = option(1, "ZeRO stage of the engine", (0, 1, 2, 3))
     bf16: bool = option(False, "bfloat16 with fp32 master weights")
-    repeats: int = option(5, "of each measurement", least=1)
+    repeats: int = option(5, "repeats of each measurement", least=1)
 
 
 class TrainingStep:
-    """Training steps of a model on one fixed random batch through the engine."""
+    """Run training steps of a model on a fixed random batch through the engine."""
 
     def __init__(self, options: Options, save: Path) -> None:
         device = start_processes()
@@ -55,7 +55,7 @@ class TrainingStep:
         )
         self.state = ParallelState()
         if self.state.world_size > 1:
-            raise UsageError("benchmark checkpoint: start it as one process")
+            raise UsageError("benchmark checkpoint: expected one process; run it without a launcher")
 
         sizes = sizes_of(options.model)
         model = InterBert(sizes, state=self.state)
@@ -81,15 +81,15 @@ class TrainingStep:
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """Wall time of one call."""
+    """Return the wall-clock seconds of one call."""
     started = time.perf_counter()
     function()
     return time.perf_counter() - started
 
 
 def measure_saves(step: TrainingStep, folder: Path, repeats: int) -> dict[str, float]:
-    """Medians in seconds of a step, of what training waits for our save, of DeepSpeed's, and of
-    steps while ours is written.
+    """Return the median seconds of a step, of training's wait for our save, of our save until it is
+    on disk, of DeepSpeed's save, and of a step while ours is written.
     """
     for _ in range(2):
         step()
@@ -118,15 +118,15 @@ def measure_saves(step: TrainingStep, folder: Path, repeats: int) -> dict[str, f
             seconds(lambda to=theirs: step.engine.deepspeed.save_checkpoint(str(to), tag="x"))
         )
         shutil.rmtree(theirs)
-        if number == 0:  # the first of each makes buffers and warms up
+        if number == 0:  # the first of each allocates buffers and warms up
             found = {name: [] for name in found}
 
     return {name: statistics.median(values) for name, values in found.items() if values}
 
 
 def measure_conversion(step: TrainingStep, folder: Path, repeats: int) -> dict[str, float]:
-    """MB/s of tensors: a plain copy of the file to the same disk (flushed), and conversion to each
-    format.
+    """Return the MB/s of tensors of a plain copy of the file to the same disk (flushed), and of
+    conversion to each format.
     """
     source = open_weights(step.config.save)
     megabytes = Output(source).bytes() / 1e6
@@ -142,7 +142,7 @@ def measure_conversion(step: TrainingStep, folder: Path, repeats: int) -> dict[s
         )
 
     speeds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):  # in turns, so that a slow moment of the disk meets all
+    for _ in range(repeats):  # in turns, so that a slow moment of the disk affects all
         for name, way in ways.items():
             target = folder / "converted"
             speeds[name].append(megabytes / seconds(lambda way=way, target=target: way(target)))
@@ -152,7 +152,7 @@ def measure_conversion(step: TrainingStep, folder: Path, repeats: int) -> dict[s
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Measure a table and its figures."""
+    """Measure saves and conversions, print the table and return its figures."""
     with tempfile.TemporaryDirectory(dir=options.folder or None) as name:
         folder = Path(name)
         step = TrainingStep(options, folder / "run")

@@ -6,7 +6,7 @@
     python tools/benchmark.py serve --load RUN --data-path STORE --queries queries.jsonl
     python tools/benchmark.py train --model base --batch 16
 
-Figures of different machines or days do not compare; ratios within one run do.
+Figures from different machines or days are not comparable; ratios within one run are.
 """
 
 import dataclasses
@@ -46,5 +46,5 @@ def run() -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command."""
     run_entry(run)

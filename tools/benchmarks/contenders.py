@@ -1,5 +1,5 @@
-"""Ways to train that a benchmark times part by part: our engine, and a module over padded batches
-as training scripts write it.
+"""Define ways to train that a benchmark times part by part: our engine, and a module over padded
+batches as in usual training scripts.
 """
 
 import statistics
@@ -28,20 +28,20 @@ from tools.benchmarks.padded import parameters
 from tools.benchmarks.products import ProductTimer, flops_of_ours
 
 PARTS = ("data", "forward", "backward", "optimizer")
-PRODUCT_STEPS = 3  # in which products are timed one by one, after all rounds
+PRODUCT_STEPS = 3  # steps in which products are timed one by one, after all rounds
 
 
 def real_tokens(examples: list[Example]) -> int:
-    """Count words, regions and [IMG] of samples."""
+    """Return the number of words, regions and [IMG] tokens of samples."""
     return sum(len(e.token_ids) + len(e.features) + 1 for e in examples)
 
 
 class Contender(ABC):
-    """One way to train: `step()` makes a batch of new samples, trains on it, and notes the seconds
-    of each part.
+    """Represent one way to train: `step()` makes a batch of new samples, trains on it, and records
+    the seconds of each part.
 
-    `draw` gives the samples of a step by its number: all contenders see the same ones, and each
-    step has other lengths than the one before, as in training.
+    `draw` returns the samples of a step by its number: all contenders see the same ones, and
+    lengths vary from step to step, as in training.
     """
 
     def __init__(self, draw: Callable[[int], list[Example]], device: torch.device) -> None:
@@ -58,7 +58,7 @@ class Contender(ABC):
         self.drawn += 1
 
     def step(self) -> float:
-        """Give the seconds of one whole step."""
+        """Run one step and return its seconds."""
         self.next_samples()
         self.real_tokens.append(real_tokens(self.examples))
 
@@ -73,7 +73,7 @@ class Contender(ABC):
         return marks[-1] - marks[0]
 
     def figures(self) -> dict[str, Any]:
-        """Give what there is to say beside the seconds of steps."""
+        """Return all figures except the seconds of whole steps."""
         parts = {part: statistics.median(values) for part, values in self.seconds.items()}
         return {
             "parts": parts,
@@ -84,7 +84,7 @@ class Contender(ABC):
         }
 
     def _time_of_products(self) -> dict[str, float]:
-        """Give the median seconds that matrix products alone take of both passes of a step."""
+        """Return the median seconds of the matrix products alone, by pass of a step."""
         found: dict[str, list[float]] = {"forward": [], "backward": []}
 
         for _ in range(PRODUCT_STEPS):
@@ -101,8 +101,8 @@ class Contender(ABC):
         return {name: statistics.median(seconds) for name, seconds in found.items()}
 
     def first_step(self) -> None:
-        """Buffers and choices of the first step; its matrix products are counted as they are
-        called.
+        """Run a first step, which allocates buffers, count the FLOPs of its matrix products, and
+        discard its times.
         """
         counter = FlopCounterMode(display=False, custom_mapping=flops_of_ours())
         with counter:
@@ -114,7 +114,7 @@ class Contender(ABC):
 
     @abstractmethod
     def own_figures(self) -> dict[str, Any]:
-        """`parameters`, and `padded_tokens` where there are any."""
+        """Return {parameters}, with `padded_tokens` if there are any."""
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -123,23 +123,23 @@ class Contender(ABC):
 
     @abstractmethod
     def make_batch(self) -> None:
-        """From samples to tensors on the device."""
+        """Turn samples into tensors on the device."""
 
     @abstractmethod
     def forward(self) -> None:
-        """To the loss."""
+        """Compute the loss."""
 
     @abstractmethod
     def backward(self) -> None:
-        """To the gradients."""
+        """Compute the gradients."""
 
     @abstractmethod
     def update(self) -> None:
-        """Clip and update."""
+        """Clip the gradients and update the parameters."""
 
 
 class Ours(Contender):
-    """Our model through our engine, as `pretrain` steps it."""
+    """Train our model through our engine, as `pretrain` does."""
 
     def __init__(
         self,
@@ -180,8 +180,8 @@ class Ours(Contender):
 
 
 class Padded(Contender):
-    """A module over padded batches with torch's AdamW, autocast, clipping and
-    DistributedDataParallel, as training scripts write it.
+    """Train a module over padded batches with torch's AdamW, autocast, clipping and
+    DistributedDataParallel, as usual training scripts do.
     """
 
     def __init__(

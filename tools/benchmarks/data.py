@@ -1,5 +1,5 @@
-"""Loader against bare reads and LMDB, memory over many steps, building of stores, mining of
-negatives.
+"""Measure the loader against bare reads and LMDB, memory over many steps, building of stores and
+mining of negatives.
 """
 
 import base64
@@ -36,24 +36,24 @@ FEATURES = 2048
 CLASSES = 1601
 LABELS = 10
 ROOT = Path(__file__).resolve().parents[2]
-AIM = 20_000  # samples/s of the fastest GPU figure aimed at
-WORKERS = 16  # loader processes of one GPU, for the arithmetic
+AIM = 20_000  # samples/s that the loader should reach for a fast GPU
+WORKERS = 16  # loader processes per GPU, for the extrapolation
 
 
 @dataclass
 class Options(BenchmarkOptions):
-    """What is measured."""
+    """Measure the loader, its memory, building of stores and mining of negatives."""
 
-    parts: str = option("loader,memory,building,mining", "comma-separated")
-    images: int = option(4000, "of the loader's store, 150 kB each", least=1)
-    images_per_shard: int = option(1024, "of the loader's store", least=1)
-    batch: int = option(64, "samples of a micro-batch", least=1)
+    parts: str = option("loader,memory,building,mining", "what to measure, comma-separated")
+    images: int = option(4000, "images of the loader's store, 150 kB each", least=1)
+    images_per_shard: int = option(1024, "images per shard of the loader's store", least=1)
+    batch: int = option(64, "samples per micro-batch", least=1)
     rounds: int = option(7, "alternating repeats of each way", least=1)
-    steps: int = option(10_000, "batches over which memory is watched", least=1)
+    steps: int = option(10_000, "batches over which memory is observed", least=1)
     mining_sizes: list[int] = option(
-        (25_000, 100_000, 400_000), "captions that are mined", several=True, read=int
+        (25_000, 100_000, 400_000), "numbers of captions to mine", several=True, read=int
     )
-    mining_sample: int = option(0, "search only so many captions of each size; 0: all")
+    mining_sample: int = option(0, "search only this many captions of each size; 0: all")
     captions: str = option(
         "", "captions_*.json of COCO for realistic texts; default: made-up words", group="data"
     )
@@ -63,7 +63,7 @@ class Options(BenchmarkOptions):
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Tables and their figures."""
+    """Measure the parts of --parts, print their tables and return their figures."""
     parts = {"loader": loader, "memory": memory, "building": building, "mining": mining}
     with tempfile.TemporaryDirectory(dir=options.folder or None) as name:
         folder = Path(name)
@@ -73,11 +73,11 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def made_up_image(random: np.random.Generator, number: int) -> Regions:
-    """36 regions of an image of 640 x 480."""
+    """Make 36 random regions of an image of 640 x 480 pixels."""
     corner = random.uniform(0, [400, 300], size=(REGIONS, 2))
     boxes = np.concatenate([corner, corner + random.uniform(20, 180, size=(REGIONS, 2))], axis=1)
     ids = np.stack([random.choice(CLASSES, LABELS, replace=False) for _ in range(REGIONS)])
-    # as behind a ReLU
+    # as after a ReLU
     features = random.normal(size=(REGIONS, FEATURES)).clip(0).astype(np.float32)
 
     return Regions(
@@ -91,14 +91,14 @@ def made_up_image(random: np.random.Generator, number: int) -> Regions:
 
 
 def captions_for(count: int, options: Options) -> list[str]:
-    """So many captions, real ones first."""
+    """Return `count` captions, those of --captions first."""
     return grow(
         read_coco(options.captions) if options.captions else made_up_captions(25_000), count
     )
 
 
 def write_store(path: Path, options: Options) -> None:
-    """Write the loader's store; its features are noise, for reading does not look at them."""
+    """Write the loader's store; its features are noise, which does not affect reading."""
     random = np.random.default_rng(0)
     captions = captions_for(options.images, options)
     words = [
@@ -136,7 +136,7 @@ def write_store(path: Path, options: Options) -> None:
 
 
 def stream(folder: Path, options: Options, workers: int) -> Iterator[PackedBatch]:
-    """Pretraining batches with everything on: masks, negatives, balance, packing."""
+    """Yield pretraining batches with everything on: masks, negatives, balance, packing."""
     config = RunConfig(
         micro_batch_size=options.batch,
         global_batch_size=options.batch,
@@ -157,8 +157,8 @@ def stream(folder: Path, options: Options, workers: int) -> Iterator[PackedBatch
 
 
 def bare_reads(folder: Path, batch: int) -> Callable[[], int]:
-    """Give one pass over all bytes of the shards in their order, a record at a time, into the
-    memory of one batch; gives images.
+    """Return a function that reads all bytes of the shards in order, a record at a time, into the
+    memory of one batch, and returns the number of images.
     """
     rows = {"image_features": FEATURES, "image_bb": 4, "class_ids": LABELS, "class_probs": LABELS}
     record = REGIONS * sum(width * np.dtype(COLUMNS[name]).itemsize for name, width in rows.items())
@@ -178,8 +178,8 @@ def bare_reads(folder: Path, batch: int) -> Callable[[], int]:
 
 
 def lmdb_reads(folder: Path, options: Options) -> Callable[[], int]:
-    """Give the same records as values of an LMDB in random order, each copied into its batch's
-    memory as a loader must.
+    """Return a function that reads the same records from an LMDB in random order, copying each into
+    its batch's memory as a loader must, and returns the number of images.
     """
     corpus = Corpus([str(folder / "store")])
     store = corpus.stores[0]
@@ -206,7 +206,7 @@ def lmdb_reads(folder: Path, options: Options) -> Callable[[], int]:
 
 
 def loader_reads(batches: Iterator[PackedBatch], options: Options) -> Callable[[], int]:
-    """Give an epoch's worth of batches."""
+    """Return a function that takes an epoch's worth of batches and returns their samples."""
 
     def read() -> int:
         return sum(len(next(batches)) for _ in range(options.images // options.batch))
@@ -215,7 +215,7 @@ def loader_reads(batches: Iterator[PackedBatch], options: Options) -> Callable[[
 
 
 def rates(ways: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
-    """images/s of each way in each round, in turns, after one round that warms up."""
+    """Return the images/s of each way in each round, in turns, after a warm-up round."""
     found: dict[str, list[float]] = {name: [] for name in ways}
 
     for number in range(rounds + 1):
@@ -229,7 +229,7 @@ def rates(ways: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[flo
 
 
 def loader(folder: Path, options: Options) -> dict[str, Any]:
-    """images/s of one loader process and of the ways it is measured against."""
+    """Measure the images/s of loader processes and of the ways they are compared with."""
     streams = {f"loader, {n} process{'es' * (n > 1)}": stream(folder, options, n) for n in (1, 2)}
     ways = {
         "bare sequential read of the same bytes, one core": bare_reads(folder, options.batch),
@@ -255,21 +255,21 @@ def loader(folder: Path, options: Options) -> dict[str, Any]:
     one = result["loader, 1 process"]["images_per_second"]
     result["sixteen_processes"] = WORKERS * one
     print(
-        f"{WORKERS} processes by arithmetic: {WORKERS * one:.0f} samples/s,"
-        f" {WORKERS * one / AIM:.1f} times the {AIM} aimed at"
+        f"{WORKERS} processes, extrapolated: {WORKERS * one:.0f} samples/s,"
+        f" {WORKERS * one / AIM:.1f} times the target of {AIM}"
     )
 
     return result
 
 
 def resident(pid: int) -> int:
-    """Anonymous memory of a process in kB."""
+    """Return the anonymous resident memory of a process in kB."""
     with open(f"/proc/{pid}/status", encoding="utf-8") as handle:
         return next(int(line.split()[1]) for line in handle if line.startswith("RssAnon"))
 
 
 def memory(folder: Path, options: Options) -> dict[str, Any]:
-    """Give memory of the training process and of a loader process over many steps."""
+    """Measure the memory of the training process and of a loader process over many steps."""
     others = {child.pid for child in multiprocessing.active_children()}
     batches = stream(folder, options, 1)
     first = max(options.steps // 20, 1)
@@ -294,7 +294,7 @@ def memory(folder: Path, options: Options) -> dict[str, Any]:
 
 
 def write_tsv(path: Path, images: int) -> None:
-    """Write a TSV of LXMERT's columns."""
+    """Write random images as a TSV with LXMERT's columns."""
     random = np.random.default_rng(2)
     some = [made_up_image(random, number) for number in range(16)]
 
@@ -321,15 +321,15 @@ def write_tsv(path: Path, images: int) -> None:
 
 
 def decode_only(path: Path) -> None:
-    """Read all lines and decode their features: the least that any conversion must do."""
+    """Read all lines and decode their features, the least that any conversion must do."""
     with open(path, "rb") as handle:
         for line in handle:
             np.frombuffer(base64.b64decode(line.rsplit(b"\t", 1)[1]), np.float32).astype(np.float16)
 
 
 def building(folder: Path, options: Options) -> dict[str, Any]:
-    """MB/s of TSV turned into a store by the command, its start included, against reading and
-    decoding it alone.
+    """Measure the MB/s of TSV that the command builds into a store, its start included, against
+    reading and decoding alone.
     """
     path = folder / "features.tsv"
     write_tsv(path, max(options.images // 2, 64))
@@ -375,7 +375,7 @@ def building(folder: Path, options: Options) -> dict[str, Any]:
 
 
 def mining(folder: Path, options: Options) -> dict[str, Any]:
-    """Seconds, recall and growth of TF-IDF mining."""
+    """Measure seconds, recall and growth of TF-IDF mining."""
     sizes: Sequence[int] = options.mining_sizes
     found = measure_mining(sizes, os.cpu_count() or 1, 300, options.captions, options.mining_sample)
     for run in found["runs"]:

@@ -1,5 +1,5 @@
-"""Hard-negative mining at growing sizes: seconds, memory, recall of the pruned search, and what
-they extrapolate to.
+"""Measure hard-negative mining at growing sizes: seconds, memory and recall of the pruned search,
+and extrapolate them.
 """
 
 import json
@@ -20,7 +20,7 @@ SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in ("a", "e", "i", "o", "u", 
 
 
 def read_coco(path: str | Path) -> list[str]:
-    """Read captions of a COCO annotation file."""
+    """Read the captions of a COCO annotation file."""
     return [
         record["caption"]
         for record in json.loads(Path(path).read_text(encoding="utf-8"))["annotations"]
@@ -28,7 +28,7 @@ def read_coco(path: str | Path) -> list[str]:
 
 
 def made_up_captions(count: int, seed: int = 0) -> list[str]:
-    """Give captions of invented words drawn by Zipf's law, for when no real ones are at hand."""
+    """Return captions of invented words drawn by Zipf's law, in place of real ones."""
     random = np.random.default_rng(seed)
     chance = 1 / np.arange(3, 5003)
     words = [_name(random, 2) for _ in range(5000)]
@@ -42,12 +42,12 @@ def _name(random: np.random.Generator, syllables: int) -> str:
 
 
 def grow(seeds: list[str], size: int, seed: int = 0, rare: float = 0.15) -> list[str]:
-    """`size` SYNTHETIC captions: the seeds, then halves of two of them joined at a word that both
-    have.
+    """Return `size` SYNTHETIC captions: the seeds, then halves of two of them joined at a word that
+    both have.
 
-    A `rare` part of the new ones gets a made-up name, old or new, so that the vocabulary keeps
-    growing with a power of the size (Heaps' law, exponent near 0.5) as that of real corpora does.
-    Joined halves repeat the seeds' phrases, so captions are more alike than in a real corpus of the
+    A share `rare` of the new ones gets a made-up name, old or new, so that the vocabulary keeps
+    growing with a power of the size (Heaps' law, exponent near 0.5) as in real corpora. Joined
+    halves repeat the seeds' phrases, so captions are more similar than in a real corpus of that
     size.
     """
     random = np.random.default_rng(seed)
@@ -73,7 +73,7 @@ def grow(seeds: list[str], size: int, seed: int = 0, rare: float = 0.15) -> list
 
         if random.random() < rare:
             names += 1
-            rank = names ** (1 - random.random() * 0.9)  # mostly old names; the newest now and then
+            rank = names ** (1 - random.random() * 0.9)  # mostly old names, sometimes the newest
             joined.insert(
                 int(random.integers(len(joined) + 1)), _name(np.random.default_rng(int(rank)), 4)
             )
@@ -86,18 +86,17 @@ def grow(seeds: list[str], size: int, seed: int = 0, rare: float = 0.15) -> list
 def measure_size(
     captions: list[str], threads: int, recall_sample: int, search_sample: int
 ) -> dict[str, float]:
-    """Seconds, bytes and recall of mining these captions, five to an image.
+    """Measure seconds, bytes and recall of mining these captions, five per image.
 
-    Both searches are compiled before the clock runs.
-
-    `search_sample` captions are searched (0: all) and the seconds for all reckoned from them.
+    The search is compiled before the clock starts. Only `search_sample` captions are searched
+    (0: all), and the seconds extrapolated to all.
     """
     options = MiningOptions()
     number = len(captions)
     Searcher(build_index(captions[:1000], np.arange(1000) // 5), options, threads).search(
         np.arange(100)
     )
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here on
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
     before = peak_kilobytes()
     clock = time.perf_counter()
     index = build_index(captions, np.arange(number) // 5)
@@ -137,7 +136,7 @@ def measure_size(
 
 
 def peak_kilobytes() -> int:
-    """Give the most memory that this process has held since its peak was last reset."""
+    """Return the peak memory of this process in kB since its last reset."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
@@ -150,8 +149,8 @@ def _measure(
 
 
 def fit_power(sizes: Sequence[float], seconds: Sequence[float], size: float) -> tuple[float, float]:
-    """Exponent of the power law through the points (least squares of the logarithms), and its value
-    at `size`.
+    """Return the exponent of the power law through the points (least squares of logarithms), and
+    its value at `size`.
     """
     exponent, constant = np.polyfit(np.log(sizes), np.log(seconds), 1)
     return float(exponent), float(np.exp(constant + exponent * np.log(size)))
@@ -164,10 +163,10 @@ def measure_mining(
     coco: str | None = None,
     search_sample: int = 0,
 ) -> dict[str, Any]:
-    """Mining at each of `sizes`, each in a fresh process, and its extrapolation to 3.3 M captions.
+    """Measure mining at each of `sizes` in a fresh process, and extrapolate to 3.3 M captions.
 
-    Real captions (a COCO annotation file, `coco`) or made-up ones are the seed; beyond the seed
-    they are SYNTHETIC (`grow`).
+    Captions start with real ones (from a COCO annotation file, `coco`) or made-up ones as the seed;
+    beyond the seed they are SYNTHETIC (`grow`).
     """
     runs = []
     context = multiprocessing.get_context("spawn")

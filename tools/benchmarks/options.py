@@ -1,4 +1,4 @@
-"""What every benchmark is told."""
+"""Declare the flags of every benchmark."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,7 +8,7 @@ from megatron_interbert.config.options import Flags, option
 
 @dataclass
 class BenchmarkOptions(Flags):
-    """Where it measures, and where the figures go."""
+    """Hold where a benchmark measures, and where the figures go."""
 
     GROUP: ClassVar[str] = "measuring"
 

@@ -1,7 +1,7 @@
-"""What a user would run instead: InterBERT over padded batches in plain modules, and two models of
-transformers at the same size.
+"""Define what a user would run instead: InterBERT over padded batches in plain modules, and two
+models of transformers at the same size.
 
-Each is a module whose forward takes a PaddedBatch and gives the loss.
+Each is a module whose forward takes a PaddedBatch and returns the loss.
 """
 
 import math
@@ -14,12 +14,12 @@ from torch import nn
 from megatron_interbert.config.model import ModelConfig
 from tools.benchmarks.batches import IGNORED, PaddedBatch
 
-HIDDEN_PLACE = -10000.0  # added to the scores of what is not there
+HIDDEN_PLACE = -10000.0  # added to the scores of padding
 
 
 class Layer(nn.Module):
-    """A BERT layer over [B, L, H]: separate projections, whole score matrices, one operation after
-    another.
+    """Compute a BERT layer over [B, L, H] with separate projections and whole score matrices, one
+    operation after another.
     """
 
     def __init__(self, sizes: ModelConfig, heads: int, dropout: float) -> None:
@@ -48,8 +48,8 @@ class Layer(nn.Module):
 
 
 class PaddedInterBert(nn.Module):
-    """InterBERT as published code computes it: every place of the padded batch through every layer
-    and every head.
+    """Compute InterBERT as published code does: every position of the padded batch goes through
+    every layer and head.
     """
 
     def __init__(self, sizes: ModelConfig) -> None:
@@ -84,7 +84,7 @@ class PaddedInterBert(nn.Module):
         self.dropout = nn.Dropout(sizes.hidden_dropout)
 
     def forward(self, batch: PaddedBatch) -> torch.Tensor:
-        """Give the sum of the three mean losses, a scalar."""
+        """Return the sum of the three mean losses, a scalar."""
         places = torch.arange(batch.token_ids.shape[1], device=batch.token_ids.device)
         types = torch.zeros_like(batch.token_ids)
         text = self.word(batch.token_ids) + self.position(places) + self.token_type(types)
@@ -126,8 +126,9 @@ class PaddedInterBert(nn.Module):
 
 
 class Lxmert(nn.Module):
-    """LXMERT of transformers with its losses for words, objects and matching; 9 : 5 : 5 layers, as
-    many as give `values` parameters.
+    """Wrap transformers' LXMERT with its losses for words, objects and matching.
+
+    Its layers are in proportions 9 : 5 : 5, as many as come nearest to `values` parameters.
     """
 
     def __init__(self, sizes: ModelConfig, values: int) -> None:
@@ -135,7 +136,7 @@ class Lxmert(nn.Module):
         from transformers import LxmertConfig, LxmertForPreTraining
 
         def make(count: int) -> nn.Module:
-            """`count` layers over words, the others in proportion."""
+            """Build the model with `count` layers over words and the others in proportion."""
             layers = {
                 "l_layers": count,
                 "x_layers": max(1, round(count * 5 / 9)),
@@ -176,7 +177,7 @@ class Lxmert(nn.Module):
 
 
 class VisualBert(nn.Module):
-    """VisualBERT of transformers with its losses for words and matching (it has none for
+    """Wrap transformers' VisualBERT with its losses for words and matching (it has none for
     regions).
     """
 
@@ -213,7 +214,7 @@ class VisualBert(nn.Module):
 
 
 def closest(make: Callable[[int], nn.Module], values: int, most: int = 48) -> nn.Module:
-    """Give the model of `make(layers)` whose number of parameters is nearest to `values`."""
+    """Return the model of `make(layers)` whose number of parameters is nearest to `values`."""
     counts = {}
 
     for layers in range(1, most + 1):
@@ -226,5 +227,5 @@ def closest(make: Callable[[int], nn.Module], values: int, most: int = 48) -> nn
 
 
 def parameters(model: nn.Module) -> int:
-    """Give number of trained values; tied ones count once."""
+    """Return the number of parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())

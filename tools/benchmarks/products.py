@@ -1,4 +1,4 @@
-"""The matrix products of a step: how many operations they are, and how long they alone take."""
+"""Count the operations of a step's matrix products, and time them alone."""
 
 import time
 from collections.abc import Callable
@@ -11,20 +11,20 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmm_", "baddbmm_", "mm.out", "bm
 
 
 def flops_of_ours() -> dict[Any, Callable[..., int]]:
-    """Give the counts of products that torch's FlopCounterMode does not know."""
+    """Return FLOP counters for products that torch's FlopCounterMode does not know."""
     return {torch.ops.aten._scaled_mm_v2: product_flops}
 
 
 def product_flops(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
-    """Count those of torch.nn.functional.scaled_mm: shapes [M, K] and [K, N]."""
+    """Return the FLOPs of torch.nn.functional.scaled_mm on shapes [M, K] and [K, N]."""
     return 2 * a[0] * a[1] * b[1]
 
 
 class ProductTimer(TorchDispatchMode):
-    """Adds up the seconds of all matrix products that run under it.
+    """Add up the seconds of all matrix products that run in this context.
 
-    Attention that is one operation with its softmax (SDPA, Triton's) is not among them. On a GPU
-    it waits for the device before and after each: for the share of a step, not for its pace.
+    Attention that is fused with its softmax (SDPA, Triton's) does not count. On a GPU it waits for
+    the device before and after each product: it measures their share of a step, but slows it down.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -56,6 +56,6 @@ class ProductTimer(TorchDispatchMode):
 
 
 def is_product(operation: str) -> bool:
-    """Tell whether an operation of the dispatcher, such as aten.mm.default, is a matrix product."""
+    """Check whether a dispatcher's operation, such as aten.mm.default, is a matrix product."""
     name = operation.split(".", 1)[1]
     return name.removesuffix(".default") in PRODUCTS or name.startswith("_scaled_mm")

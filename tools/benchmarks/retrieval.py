@@ -1,5 +1,5 @@
-"""Exhaustive retrieval: pairs/s of our tiles against padded batches of the same model, and how time
-grows.
+"""Measure exhaustive retrieval: pairs/s of our tiles against padded batches of the same model, and
+how time grows.
 """
 
 import statistics
@@ -36,27 +36,27 @@ from megatron_interbert.tasks.retrieval.pairs import Pairs, score_block
 from tools.benchmarks.data import captions_for
 from tools.benchmarks.options import BenchmarkOptions
 
-# regions of an image: always so many, or between 10 and these
+# regions of an image: always 36, or 10 to 100
 FIXED = 36
 MOST = 100
 
 
 @dataclass
 class Options(BenchmarkOptions):
-    """What is measured."""
+    """Measure pairs/s of exhaustive retrieval by our tiles and by padded batches."""
 
-    model: str = option("base", "preset or JSON of sizes", group="model")
-    images: int = option(16, "images that are scored", least=1)
-    captions_of_each: int = option(2, "captions of each image", least=1)
-    max_tokens: int = option(36, "that padded captions have", least=1)
+    model: str = option("base", "preset or JSON file of sizes", group="model")
+    images: int = option(16, "images to score", least=1)
+    captions_of_each: int = option(2, "captions per image", least=1)
+    max_tokens: int = option(36, "tokens to which captions are padded", least=1)
     regions: str = option(
         "fixed",
-        "36 an image, or 10 to 100 (mean 36), which padded batches fill up to 100",
+        "fixed: 36 per image; adaptive: 10 to 100 (mean 36), padded to 100 in padded batches",
         ("fixed", "adaptive"),
     )
-    pairs: int = option(64, "of a forward pass", least=1)
+    pairs: int = option(64, "pairs per forward pass", least=1)
     rounds: int = option(3, "alternating repeats", least=1)
-    bf16: bool = option(False, "both in bfloat16")
+    bf16: bool = option(False, "run all ways in bfloat16")
     captions: str = option(
         "", "captions_*.json of COCO for realistic lengths; default: made-up words", group="data"
     )
@@ -151,7 +151,7 @@ def timed(
     name: str,
     device: torch.device,
 ) -> float:
-    """Give seconds of one run; its scores are kept."""
+    """Return the seconds of one run, and keep its scores."""
     started = time.perf_counter()
     with torch.no_grad():
         scores[name] = way().float().cpu()
@@ -164,7 +164,7 @@ def timed(
 def growth(
     scorer: PairScorer, pairs: Pairs, device: torch.device, options: Options
 ) -> list[dict[str, float]]:
-    """Time of ours for a quarter, a half and all of the captions."""
+    """Measure our time for a quarter, a half and all of the captions."""
     rows = []
 
     for share in (4, 2, 1):
@@ -192,7 +192,7 @@ def growth(
 
 
 def store_of(path: Path, options: Options) -> Corpus:
-    """Noise for features, real captions."""
+    """Write and open a store with noise for features and the captions of the options."""
     random = np.random.default_rng(0)
     texts = captions_for(options.images * options.captions_of_each, options)
     facts = {
@@ -225,7 +225,7 @@ def store_of(path: Path, options: Options) -> Corpus:
 def our_scores(
     scorer: PairScorer, pairs: Pairs, device: torch.device, pairs_per_batch: int, captions: int
 ) -> torch.Tensor:
-    """Give [captions, images], as `evaluate retrieval` computes a tile, reading included."""
+    """Return scores [captions, images] as `evaluate retrieval` computes a tile, with reading."""
     order = pairs.by_length()[np.linspace(0, len(pairs.captions) - 1, captions).astype(int)]
     side = pairs.caption_side(scorer, order, device)
     block = score_block(
@@ -246,8 +246,8 @@ def our_scores(
 def padded_scores(
     model: InterBert, pairs: Pairs, device: torch.device, options: Options, heads: bool
 ) -> torch.Tensor:
-    """Give [captions, images]: each caption with all images in padded batches, everything anew for
-    every pair.
+    """Return scores [captions, images], of each caption with all images in padded batches, where
+    everything is computed anew for every pair.
     """
     images = np.arange(len(pairs.images))
     scores = torch.empty(len(pairs.captions), len(images))
@@ -271,8 +271,8 @@ def padded_scores(
 def padded_margins(
     model: InterBert, batch: PackedBatch, max_tokens: int, image_tokens: int, heads: bool
 ) -> torch.Tensor:
-    """Margins [B] as a padded implementation computes them, with the same weights: everything to
-    `image_tokens` and `max_tokens`.
+    """Return scores [B] as a padded implementation computes them, with the same weights and
+    everything padded to `image_tokens` and `max_tokens`.
     """
     samples = len(batch)
     tokens = batch.max_text
@@ -314,7 +314,7 @@ def padded_margins(
 
 
 def padded_layer(layer: TransformerLayer, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """Give one layer over x [B, L, H] with padding masked out."""
+    """Run one layer over x [B, L, H] with padding masked out."""
     samples, length, hidden = x.shape
     size = layer.attention.head_size
     q, k, v = layer.attention.qkv(x).view(samples, length, -1, 3, size).permute(3, 0, 2, 1, 4)

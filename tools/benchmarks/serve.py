@@ -1,5 +1,5 @@
-"""The service under many clients at once: throughput, waiting times, memory; questions answered
-together and one by one.
+"""Measure the service under many clients at once: throughput, latency and memory, with requests
+answered together and one by one.
 """
 
 import asyncio
@@ -24,33 +24,33 @@ from megatron_interbert.progress import progress
 from megatron_interbert.tasks.records import read_records
 from tools.benchmarks.options import BenchmarkOptions
 
-PATIENCE = 60.0  # seconds that a client waits for an answer
+PATIENCE = 60.0  # seconds for which a client waits for an answer
 
 
 @dataclass
 class Options(BenchmarkOptions):
-    """What is measured."""
+    """Measure throughput, latency and memory of the service."""
 
-    load: str = option("", "weights, as of `interbert serve`", required=True, group="model")
+    load: str = option("", "weights, as for `interbert serve`", required=True, group="model")
     data_path: str = option("", "region store of the items", required=True, group="data")
     queries: str = option(
-        "", "jsonl with query_text: what the clients ask", required=True, group="data"
+        "", "JSON lines with query_text, what the clients ask", required=True, group="data"
     )
     clients: int = option(
-        512, "connections, each of which asks again as soon as it has an answer", least=1
+        512, "concurrent clients; each asks again as soon as it has an answer", least=1
     )
-    seconds: float = option(60.0, "of each measurement")
-    candidates: int = option(50, "items that the model scores for a query")
+    seconds: float = option(60.0, "seconds of each measurement")
+    candidates: int = option(50, "items that the model scores per query")
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Measure figures of both ways, printed as a table."""
+    """Measure both ways, print a table and return the figures."""
     queries = [
         record["query_text"]
         for _, record in read_records(options.queries, "--queries", {"query_text": str})
     ]
     if not queries:
-        raise UsageError(f"--queries {options.queries}: no queries in it")
+        raise UsageError(f"--queries {options.queries}: holds no queries")
 
     bodies = [
         json.dumps({"query": query, "candidates": options.candidates}).encode() for query in queries
@@ -93,7 +93,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 class Served:
-    """A service of its own for a measurement."""
+    """Run a service for a measurement in a process of its own."""
 
     def __init__(self, options: Options, flags: tuple[str, ...]) -> None:
         command = [
@@ -128,7 +128,7 @@ class Served:
         return self
 
     def memory(self) -> float:
-        """MiB."""
+        """Return the resident memory of the service in MiB."""
         return psutil.Process(self.process.pid).memory_info().rss / 2**20
 
     def __exit__(self, *_: object) -> None:
@@ -139,8 +139,8 @@ class Served:
 async def load(
     service: Served, bodies: list[bytes], clients: int, seconds: float, name: str
 ) -> dict[str, Any]:
-    """Load what `clients` see in so many seconds."""
-    for _ in range(3):  # the first passes allocate
+    """Let `clients` ask for `seconds` and return the figures that they see."""
+    for _ in range(3):  # warm-up: the first passes allocate
         await ask(service, bodies[0])
 
     before = service.memory()
@@ -160,7 +160,7 @@ async def load(
                 took.append(time.monotonic() - started)
                 together.append(answer["timings"]["batch_size"])
             else:
-                await asyncio.sleep(draw.uniform(0.05, 0.5))  # it was told to come again later
+                await asyncio.sleep(draw.uniform(0.05, 0.5))  # it was told to try again later
 
     tasks = [asyncio.create_task(client(number)) for number in range(clients)]
     with progress(total=round(seconds), unit="s", desc=name, leave=False) as bar:
@@ -185,7 +185,7 @@ async def load(
 
 
 async def ask(service: Served, body: bytes) -> tuple[int, Any]:
-    """Give (status, answer) of one search on a connection of its own."""
+    """Return (status, answer) of one search on a connection of its own."""
     reader, writer = await asyncio.wait_for(
         asyncio.open_connection(service.host, service.port), PATIENCE
     )

@@ -1,9 +1,9 @@
-"""Training steps of our model and of what a user would run instead, on the same samples; in turn,
-each in processes of its own.
+"""Measure training steps of our model and of what a user would run instead, on the same samples, in
+turns and in separate processes.
 
-With several data-parallel ranks each contender is there twice: once its ranks train together, once
-each for itself, at the same time. What a step takes longer together is its communication, as far as
-no work hides it.
+With several data-parallel ranks each contender runs twice: once its ranks train together, once each
+on its own, at the same time. The extra time of a step together is communication that is not hidden
+by computation.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from tools.benchmarks.options import BenchmarkOptions
 from tools.benchmarks.padded import Lxmert, PaddedInterBert, VisualBert, parameters
 
 TWIN = Kernels(plain.attention, plain.bias_gelu, plain.dropout_add_norm)
-FIGURES = 0  # asked of a worker; any other number asks for so many steps
+FIGURES = 0  # request to a worker for its figures; other numbers request as many steps
 SAME_WORK = (
     "model",
     "batch",
@@ -52,44 +52,46 @@ SAME_WORK = (
     "max_tokens",
     "max_regions",
     "bf16",
-)  # without which times do not compare
+)  # options that must be equal for times to be comparable
 
 
 @dataclass
 class Options(BenchmarkOptions):
-    """What is measured."""
+    """Measure training steps of our model and of what a user would run instead."""
 
     model: str = option("base", "preset or JSON file of model sizes", group="model")
-    batch: int = option(16, "samples of a step", least=1)
+    batch: int = option(16, "samples per step", least=1)
     words: tuple[int, int] = option(
-        (8, 20), "tokens of a sample with [CLS] and [SEP], from-to; default: 8-20", read=span
+        (8, 20), "tokens per sample with [CLS] and [SEP], from-to; default: 8-20", read=span
     )
     regions: tuple[int, int] = option(
-        (36, 36), "regions of a sample, from-to; default: 36", read=span
+        (36, 36), "regions per sample, from-to; default: 36", read=span
     )
-    max_tokens: int = option(36, "tokens to which others pad")
-    max_regions: int = option(0, "regions to which others pad; default: the most there are")
+    max_tokens: int = option(36, "tokens to which the others pad")
+    max_regions: int = option(0, "regions to which the others pad; default: the upper --regions")
     rounds: int = option(5, "rounds in which all contenders run one after another", least=1)
-    steps: int = option(2, "steps of a contender in a round", least=1)
+    steps: int = option(2, "steps of a contender per round", least=1)
     ranks: int = option(1, "data-parallel ranks of each contender, with a batch each", least=1)
     bf16: bool = option(False, "bfloat16: our engine's, and autocast for the others")
-    zero_stage: int = option(0, "of our engine; default: 0, or 1 with --bf16", (0, 1, 2, 3))
-    only: str = option("", "contenders, by commas; default: all of them")
-    peak_tflops: float = option(0.0, "peak of the device, where it is not known; 0: looked up")
+    zero_stage: int = option(
+        0, "ZeRO stage of our engine; default: 0, or 1 with --bf16", (0, 1, 2, 3)
+    )
+    only: str = option("", "contenders, comma-separated; default: all of them")
+    peak_tflops: float = option(0.0, "dense peak TFLOP/s of the device; 0: looked up by its name")
     plot: Path | None = option(
         None, "SVG file for a picture of the table", read=Path, group="logging"
     )
     compare: Path | None = option(
         None,
-        "recorded JSON: fail where our lead over a contender has shrunk since",
+        "earlier --output: fail if our lead over a contender has shrunk since",
         read=Path,
         group="logging",
     )
-    tolerance: float = option(0.2, "share of the recorded ratio that may be lost", group="logging")
+    tolerance: float = option(0.2, "share by which a recorded ratio may shrink", group="logging")
 
 
 def contenders(options: Options, device: torch.device) -> dict[str, Callable[[], Contender]]:
-    """Makers of all that take part, by name; ours is the first."""
+    """Return the makers of all contenders by name; ours comes first."""
     sizes = sizes_of(options.model)
 
     def draw(number: int) -> list[Example]:
@@ -115,26 +117,27 @@ def contenders(options: Options, device: torch.device) -> dict[str, Callable[[],
         "LXMERT": padded(lambda: Lxmert(sizes, values)),
         "VisualBERT": padded(lambda: VisualBert(sizes, values)),
     }
-    with contextlib.suppress(UsageError):  # where NVIDIA's apex is installed
+    with contextlib.suppress(UsageError):  # if NVIDIA's apex is installed
         found["ours by apex"] = ours(choose_kernels("apex", device, dropout, dtype=dtype))
     if options.bf16 and device.type == "cuda":
-        with contextlib.suppress(UsageError):  # where the GPU multiplies 8-bit numbers
+        with contextlib.suppress(UsageError):  # if the GPU has 8-bit products
             found["ours in 8 bits"] = ours(
                 choose_kernels("auto", device, dropout, fp8=True, dtype=dtype)
             )
 
     wanted = [name.strip() for name in options.only.split(",")] if options.only else list(found)
     if unknown := [name for name in wanted if name not in found]:
-        raise UsageError(f"--only {unknown[0]}: no such contender; there are {', '.join(found)}")
+        raise UsageError(f"--only {unknown[0]}: no such contender; choose from {', '.join(found)}")
     if not any(name.startswith("ours") for name in wanted):
-        raise UsageError("--only needs one of ours: the others are measured against it")
+        raise UsageError("--only needs one of ours, with which the others are compared")
 
     return {name: found[name] for name in found if name in wanted}
 
 
 class Worker:
-    """The ranks of a contender, each in a process of its own, which wait while the others run;
-    ready when it is made.
+    """Hold the ranks of a contender, each in its own process, which wait while others run.
+
+    It is ready, its first step done, once it is constructed.
     """
 
     def __init__(self, options: Options, name: str, together: bool = True) -> None:
@@ -164,19 +167,19 @@ class Worker:
             theirs.close()
             self.lines.append(mine)
 
-        self._receive()  # else it would still be at its first step while the others are timed
+        self._receive()  # otherwise its first step would still run while the others are timed
 
     def turn(self, steps: int) -> float:
-        """Give the median seconds of so many steps, each that of the slowest rank."""
+        """Run `steps` steps and return their median seconds, each that of the slowest rank."""
         of_ranks = self._ask(steps)
         return statistics.median(max(seconds) for seconds in zip(*of_ranks, strict=True))
 
     def figures(self) -> dict[str, Any]:
-        """Give what the first rank has to say at the end."""
+        """Return the figures of the first rank."""
         return self._ask(FIGURES)[0]
 
     def stop(self) -> None:
-        """End the processes."""
+        """Kill the processes."""
         for process in self.processes:
             process.kill()
 
@@ -188,14 +191,14 @@ class Worker:
     def _receive(self) -> list[Any]:
         try:
             while not all(line.poll(0.2) for line in self.lines):
-                # the others would wait for it for ever
+                # the others would wait for a dead one for ever
                 if not all(process.is_alive() for process in self.processes):
                     raise EOFError
 
             return [line.recv() for line in self.lines]
         except EOFError:
             raise TrainingStopped(
-                f"{self.name} has ended before it was measured; why stands above"
+                f"{self.name} ended before it was measured; see its message above"
             ) from None
 
 
@@ -226,9 +229,9 @@ def _serve(line: Connection, options: Options, name: str, place: dict[str, int])
 
 
 def take_turn(contender: Contender, steps: int) -> list[float]:
-    """Give the seconds of so many steps; leave a GPU's memory to the next contender."""
+    """Run `steps` steps, return their seconds, and leave a GPU's memory to the next contender."""
     if contender.device.type == "cuda":
-        contender.step()  # takes memory anew
+        contender.step()  # allocates memory again
 
     seconds = [contender.step() for _ in range(steps)]
     leave_memory(contender.device)
@@ -237,13 +240,13 @@ def take_turn(contender: Contender, steps: int) -> list[float]:
 
 
 def leave_memory(device: torch.device) -> None:
-    """Give back what torch holds of a GPU's memory without need."""
+    """Release the GPU memory that torch caches."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Measure the figures of all contenders and print them as a table."""
+    """Measure all contenders, print their figures as a table and return them."""
     check(options)
     device = this_device()
     names = list(contenders(options, device))
@@ -279,7 +282,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def read_recorded_of(options: Options, names: list[str]) -> dict[str, Any]:
-    """Read the file of --compare; UsageError where it holds none of the contenders `names`."""
+    """Read the file of --compare; raises UsageError if it holds none of the contenders `names`."""
     recorded = read_recorded(options)
     if not set(names) & set(recorded["contenders"]):
         raise UsageError(
@@ -293,8 +296,8 @@ def read_recorded_of(options: Options, names: list[str]) -> dict[str, Any]:
 def time_rounds(
     options: Options, workers: dict[str, Worker], apart: dict[str, Worker]
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Return seconds a step of each round, by contender: of all ranks together, and how much longer
-    that is than the ranks `apart` take (empty where there is one rank).
+    """Return the seconds per step of each round, by contender, of all ranks together, and how much
+    longer that is than the ranks `apart` take (empty with one rank).
     """
     rounds: dict[str, list[float]] = {name: [] for name in workers}
     longer: dict[str, list[float]] = {name: [] for name in workers}
@@ -320,7 +323,7 @@ def figures_of(
     base: list[float],
     longer: list[float],
 ) -> dict[str, Any]:
-    """Return the figures of one contender from its seconds a step and those of `base`."""
+    """Return the figures of one contender from its seconds per step and those of `base`."""
     ranks = options.ranks
     seconds = statistics.median(rounds)
     ratios = [mine / theirs for mine, theirs in zip(rounds, base, strict=True)]
@@ -349,7 +352,7 @@ def figures_of(
 
 
 def compare(result: dict[str, Any], recorded: dict[str, Any], options: Options) -> None:
-    """Raise TrainingStopped where our lead is smaller than the recorded one."""
+    """Raise TrainingStopped if our lead is smaller than the recorded one, beyond --tolerance."""
     if lost := shrunk(result, recorded, options.tolerance):
         raise TrainingStopped(f"our lead has shrunk since {options.compare}: {'; '.join(lost)}")
 
@@ -357,7 +360,7 @@ def compare(result: dict[str, Any], recorded: dict[str, Any], options: Options) 
 
 
 def check(options: Options) -> None:
-    """Raise UsageError for numbers that measure nothing."""
+    """Raise UsageError for options that contradict each other or cannot be met."""
     if not 0 <= options.tolerance < 1:
         raise UsageError(
             f"--tolerance is {options.tolerance}, expected a share from 0 up to 1, such as 0.2"
@@ -371,10 +374,7 @@ def check(options: Options) -> None:
 
 
 def read_recorded(options: Options) -> dict[str, Any]:
-    """Read what an earlier measurement of the same work has written to --compare.
-
-    UsageError for anything else.
-    """
+    """Read the measurement of --compare; raises UsageError unless it was of the same work."""
     recorded = read_json(options.compare, "--compare")
     if not {"contenders", "arguments"} <= recorded.keys():
         raise UsageError(
@@ -394,8 +394,8 @@ def read_recorded(options: Options) -> dict[str, Any]:
 
 
 def shrunk(result: dict[str, Any], recorded: dict[str, Any], tolerance: float) -> list[str]:
-    """Contenders whose time, in times of ours, has in every round fallen by more than a share of
-    what was recorded.
+    """Describe contenders whose time relative to ours has, in every round, fallen below the
+    recorded one by more than the share `tolerance`.
     """
     pairs = [
         (name, figures, recorded["contenders"].get(name))
@@ -410,9 +410,7 @@ def shrunk(result: dict[str, Any], recorded: dict[str, Any], tolerance: float) -
 
 
 def needed_flops(options: Options) -> float:
-    """Give what the samples of a step need without padding, for our model; others are held to it
-    too.
-    """
+    """Return the FLOPs of a step without padding for our model, by which others are judged too."""
     sizes = sizes_of(options.model)
     return training_flops(
         sizes,
@@ -423,7 +421,7 @@ def needed_flops(options: Options) -> float:
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """Give the figures, a contender a line."""
+    """Return the table of figures, a line for each contender."""
     head = (
         "",
         "parameters",
@@ -460,5 +458,5 @@ def table(result: dict[str, Any]) -> list[str]:
 
 
 def peak_resident() -> float:
-    """GiB that this process has held at most so far."""
+    """Return the peak resident memory of this process so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

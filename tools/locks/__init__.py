@@ -1,3 +1,1 @@
-"""The versions that are pinned and locked: making the locks, and checking pins, licences and
-advisories.
-"""
+"""Lock the pinned versions, and check pins, locks, licences and advisories."""

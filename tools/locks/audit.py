@@ -2,9 +2,8 @@
 
     python tools/audit.py
 
-They are those of PyPI's JSON API, which names the versions that mend each. Versions that it does
-not know are counted. Exit code 1 if there is an advisory, 0 if there is none or nothing can be
-reached.
+They come from PyPI's JSON API, which names the versions that fix each. Versions that it does not
+know are counted. Exit code 1 if there is an advisory, 0 if there is none or nothing can be reached.
 """
 
 import sys
@@ -24,9 +23,7 @@ AT_A_TIME = 8
 
 
 def ask(address: str, entry: Locked) -> list[dict[str, Any]] | IndexFailure:
-    """Give the advisories of a locked version that were not withdrawn, or why they are not
-    known.
-    """
+    """Return the advisories of a locked version, except withdrawn ones, or why they are unknown."""
     try:
         page = pypi.release(address, entry.name, entry.version)
     except IndexFailure as failure:
@@ -40,18 +37,18 @@ def ask(address: str, entry: Locked) -> list[dict[str, Any]] | IndexFailure:
 
 
 def describe(entry: Locked, advisory: dict[str, Any]) -> str:
-    """Describe one line: package, names of the advisory, what mends it, what it is about."""
+    """Describe an advisory in one line: package, its names, fixed versions and summary."""
     names = " ".join([advisory.get("id", "?"), *advisory.get("aliases", [])])
     mended = ", ".join(advisory.get("fixed_in", [])) or "no version yet"
     text = advisory.get("summary") or advisory.get("details") or ""
-    return f"{entry}: {names}; mended in {mended}; {' '.join(text.split())[:120]}"
+    return f"{entry}: {names}; fixed in {mended}; {' '.join(text.split())[:120]}"
 
 
 def audit(address: str, locked: Iterable[Locked]) -> tuple[list[str], list[str]]:
-    """Give (a line for each advisory, why a version could not be looked up for each such)."""
+    """Return (a line for each advisory, a reason for each version that could not be looked up)."""
     entries = list(locked)
     answers = [ask(address, entry) for entry in entries[:1]]
-    # Where nothing answers, each more would wait for a time-out.
+    # If nothing answers, each further request would wait for a time-out.
     if answers and isinstance(answers[0], Unreachable):
         return [], [str(answers[0])] * len(entries)
 
@@ -72,7 +69,7 @@ def audit(address: str, locked: Iterable[Locked]) -> tuple[list[str], list[str]]
 
 @dataclass
 class Options(Flags):
-    """Which locks are audited, and where."""
+    """Hold the flags of audit."""
 
     GROUP: ClassVar[str] = "data"
 
@@ -81,7 +78,7 @@ class Options(Flags):
 
 
 def run(options: Options) -> None:
-    """Audit and say what was found, one line each."""
+    """Audit the locks and print what was found, one line each."""
     locked = read_locks(options.locks)
     found, unknown = audit(options.api.rstrip("/"), locked)
     for line in found:
@@ -102,5 +99,5 @@ def run(options: Options) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command."""
     run_command(Options, __doc__, run)

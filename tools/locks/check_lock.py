@@ -1,9 +1,10 @@
-"""Compare requirements/*.lock with requirements.txt, and with what is installed here.
+"""Compare requirements/*.lock with requirements.txt and with the packages installed here.
 
     python tools/check_lock.py
 
 Every pin must be locked in its version for each Python and machine, every locked version must have
-hashes, and every installed package must be the locked one. No network. Exit code 1 if not.
+hashes, and every installed package must be the locked one. Otherwise the exit code is 1. Does not
+use the network.
 """
 
 import importlib.metadata
@@ -25,11 +26,11 @@ from tools.locks.check_pins import MACHINES, OURSELVES, PYTHONS, Pin, read_pins
 from tools.locks.locked import FOLDER, HASH, MEND, Locked, places, read_locks
 
 THIS_PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
-NOT_OURS = {"pip", canonicalize_name(OURSELVES)}  # Python's own, and the checkout
+NOT_OURS = {"pip", canonicalize_name(OURSELVES)}  # part of Python, and the checkout
 
 
 def locked_there(locked: Iterable[Locked], python: str, machine: str) -> dict[str, list[Locked]]:
-    """{name: what the locks have for it there}."""
+    """Return {name: its locked versions} for a Python and machine."""
     found = defaultdict(list)
     for entry in locked:
         if entry.applies(python, machine):
@@ -39,17 +40,17 @@ def locked_there(locked: Iterable[Locked], python: str, machine: str) -> dict[st
 
 
 def wrong_hashes(locked: Iterable[Locked]) -> Iterator[str]:
-    """Give a complaint for each version without a hash, or with something else in its place."""
+    """Yield a complaint for each version without a hash, and for each hash that is not a sha256."""
     for entry in locked:
         if not entry.hashes:
             yield f"{entry} has no hash"
         for value in entry.hashes:
             if not HASH.fullmatch(value):
-                yield f"{entry}: {value[:80]!r} is no sha256 hash"
+                yield f"{entry}: {value[:80]!r} is not a sha256 hash"
 
 
 def twice(locked: Iterable[Locked]) -> Iterator[str]:
-    """Give a complaint for each name that is locked twice for one machine."""
+    """Yield a complaint for each name that is locked twice for one Python and machine."""
     told = set()
 
     for python, machine in places():
@@ -61,8 +62,8 @@ def twice(locked: Iterable[Locked]) -> Iterator[str]:
 
 
 def unlocked_pins(pins: dict[str, Pin], locked: Iterable[Locked]) -> Iterator[str]:
-    """Give a complaint for each pin that some Python or machine gets in another version, or not at
-    all.
+    """Yield a complaint for each pin that is locked in another version, or not at all, for some
+    Python and machine.
     """
     told = set()
 
@@ -78,13 +79,13 @@ def unlocked_pins(pins: dict[str, Pin], locked: Iterable[Locked]) -> Iterator[st
 
 
 def installed() -> dict[str, str]:
-    """{canonical name: version} of all packages here but pip and the checkout."""
+    """Return {canonical name: version} of all packages here except pip and the checkout."""
     found = {}
 
     for distribution in importlib.metadata.distributions():
         name = canonicalize_name(distribution.metadata["Name"] or "")
         if name and name not in NOT_OURS:
-            # The first in sys.path is what is imported.
+            # The first one in sys.path is the one that is imported.
             found.setdefault(name, distribution.version)
 
     return found
@@ -93,7 +94,7 @@ def installed() -> dict[str, str]:
 def wrongly_installed(
     packages: dict[str, str], locked: Iterable[Locked], machine: str
 ) -> Iterator[str]:
-    """Give a complaint for each installed package that is not the locked one."""
+    """Yield a complaint for each installed package that is not the locked one."""
     there = locked_there(locked, THIS_PYTHON, machine)
 
     for name, text in sorted(packages.items()):
@@ -103,7 +104,7 @@ def wrongly_installed(
             yield f"{name} {text} is installed: not a version"
             continue
 
-        # A build of torch, like 2.13.0+cpu, is torch 2.13.0.
+        # A build of torch such as 2.13.0+cpu counts as torch 2.13.0.
         if name == "torch":
             version = Version(version.public)
 
@@ -116,7 +117,7 @@ def wrongly_installed(
 
 
 def check(requirements: Path, folder: Path, packages: dict[str, str]) -> list[str]:
-    """Give what contradicts, a line each."""
+    """Return all contradictions, a line each."""
     pins = read_pins(requirements)
     locked = read_locks(folder)
     machine = platform.machine()
@@ -131,16 +132,16 @@ def check(requirements: Path, folder: Path, packages: dict[str, str]) -> list[st
 
 @dataclass
 class Options(Flags):
-    """Which locks are compared with which pins."""
+    """Hold the flags of check_lock."""
 
     GROUP: ClassVar[str] = "data"
 
-    requirements: Path = option(Path("requirements.txt"), "pins", read=Path)
+    requirements: Path = option(Path("requirements.txt"), "file of the pins", read=Path)
     locks: Path = option(FOLDER, "folder of the locks", read=Path)
 
 
 def run(options: Options) -> None:
-    """Check and say what was found, one line each."""
+    """Check the locks and print the contradictions, one line each."""
     if not options.requirements.is_file():
         raise UsageError(
             f"--requirements {options.requirements}: no such file; run this in the checkout"
@@ -151,7 +152,7 @@ def run(options: Options) -> None:
     for line in wrong:
         print(line, file=sys.stderr)
     if wrong:
-        print(f"{len(wrong)} contradictions: {MEND}, or the environment", file=sys.stderr)
+        print(f"{len(wrong)} contradictions; {MEND}, or the environment", file=sys.stderr)
         sys.exit(1)
 
     print(
@@ -161,5 +162,5 @@ def run(options: Options) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command."""
     run_command(Options, __doc__, run)

@@ -2,10 +2,11 @@
 
     python tools/check_pins.py
 
-torch is judged by the metadata of PyPI's wheels for Linux x86-64, the builds with CUDA: they ask
-for more packages than a CPU build that may be installed here. The needs of the other pins, and
-setup.py's ranges, are those installed here. Every pin must have files for each Python and machine.
-No wheel is downloaded. Exit code 1 if anything contradicts or the index does not answer.
+torch is judged by the metadata of PyPI's wheels for Linux x86-64, the builds with CUDA, which need
+more packages than a CPU build that may be installed here. The needs of the other pins, and
+setup.py's ranges, are read from the packages installed here. Every pin must have files for each
+Python and machine. No wheel is downloaded. Exit code 1 if there is a contradiction or the index
+does not answer.
 """
 
 import dataclasses
@@ -41,22 +42,22 @@ from megatron_interbert.errors import UsageError
 
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")  # those of launchers/make_environment.sh
 MACHINES = ("x86_64", "aarch64")
-GLIBC = 28  # 2.28: that of torch's own wheels
+GLIBC = 28  # glibc 2.28, that of torch's wheels
 OURSELVES = "megatron_interbert"
 TRIES = 3
 
 
 class IndexFailure(Exception):
-    """The index doesn't answer, or lacks what it must have."""
+    """Represent an index that does not answer, or lacks what it must have."""
 
 
 class Unreachable(IndexFailure):
-    """Nothing answers at the index's address."""
+    """Represent an index at whose address nothing answers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pin:
-    """`name==version` in line `line` of the requirements."""
+    """Hold a pin `name==version` and its line in the requirements."""
 
     name: str
     version: Version
@@ -68,14 +69,14 @@ class Pin:
 
 @dataclasses.dataclass(frozen=True)
 class IndexFile:
-    """One file of a release: address, Pythons it is for, wheel tags (none: an sdist)."""
+    """Hold one file of a release: its address, its Pythons and its wheel tags (none: an sdist)."""
 
     url: str
     pythons: SpecifierSet
     tags: frozenset[Tag]
 
     def fits(self, python: str, machine: str) -> bool:
-        """Tell whether pip would take it there."""
+        """Check whether pip would take it for a Python and machine."""
         if not self.pythons.contains(f"{python}.0"):
             return False
         return not self.tags or not self.tags.isdisjoint(supported_tags(python, machine))
@@ -83,7 +84,7 @@ class IndexFile:
 
 @functools.cache
 def supported_tags(python: str, machine: str) -> frozenset[Tag]:
-    """Wheel tags that CPython `python` on Linux with glibc 2.28 takes."""
+    """Return the wheel tags that CPython `python` accepts on Linux with glibc 2.28."""
     platforms = [f"manylinux_2_{minor}_{machine}" for minor in range(GLIBC, 4, -1)]
     platforms += [f"{name}_{machine}" for name in ("manylinux2014", "manylinux2010", "manylinux1")]
     version = tuple(int(part) for part in python.split("."))
@@ -98,7 +99,7 @@ def supported_tags(python: str, machine: str) -> frozenset[Tag]:
 
 
 def read_pins(path: Path) -> dict[str, Pin]:
-    """{canonical name: pin} of a requirements file; UsageError for a line that pins nothing."""
+    """Read {canonical name: pin} from requirements; raises UsageError for a line that is no pin."""
     pins = {}
 
     for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -121,7 +122,7 @@ def read_pins(path: Path) -> dict[str, Pin]:
 
 
 def fetch(url: str, accept: str = "*/*") -> bytes:
-    """Give the body behind an address; IndexFailure if there is none after three tries."""
+    """Return the body at an address; raises IndexFailure if there is none after three tries."""
     request = urllib.request.Request(url, headers={"Accept": accept})
 
     for attempt in range(1, TRIES + 1):
@@ -141,7 +142,7 @@ def fetch(url: str, accept: str = "*/*") -> bytes:
 
 
 def release_files(index: str, pin: Pin) -> list[IndexFile]:
-    """Give the files of a pinned release."""
+    """Return the files of a pinned release."""
     page = fetch(f"{index}/{canonicalize_name(pin.name)}/", "application/vnd.pypi.simple.v1+json")
     files = []
 
@@ -164,14 +165,14 @@ def release_files(index: str, pin: Pin) -> list[IndexFile]:
 
 
 def missing_files(pin: Pin, files: list[IndexFile]) -> Iterator[str]:
-    """Give a complaint for each machine whose Pythons get nothing, or a source to compile."""
+    """Yield a complaint for each machine where a Python gets no file, or a source to compile."""
     if not files:
         yield f"{pin} (line {pin.line}): the index has no such release"
         return
 
     wheels = [file for file in files if file.tags]
     for machine in MACHINES:
-        # A release without any wheel is plain Python that pip builds by itself.
+        # A release without any wheel is plain Python, which pip builds itself.
         lacking = [
             python
             for python in PYTHONS
@@ -183,7 +184,7 @@ def missing_files(pin: Pin, files: list[IndexFile]) -> Iterator[str]:
 
 
 def needs_on_index(pin: Pin, files: list[IndexFile], python: str) -> list[Requirement]:
-    """Give what the index's wheel for Linux x86-64 requires, from its metadata file (PEP 658)."""
+    """Return what the index's wheel for Linux x86-64 requires, by its metadata file (PEP 658)."""
     for file in files:
         if file.tags and file.fits(python, "x86_64"):
             metadata, _ = parse_email(fetch(file.url + ".metadata"))
@@ -193,12 +194,12 @@ def needs_on_index(pin: Pin, files: list[IndexFile], python: str) -> list[Requir
 
 
 def needs_installed(name: str) -> list[Requirement]:
-    """Give what an installed package requires, its extras' needs among it."""
+    """Return what an installed package requires, including its extras."""
     return [Requirement(text) for text in importlib.metadata.requires(name) or []]
 
 
 def installed_version(name: str) -> Version | None:
-    """Give the version installed here, None if there is none."""
+    """Return the version installed here; None if there is none."""
     try:
         return Version(importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
@@ -206,7 +207,7 @@ def installed_version(name: str) -> Version | None:
 
 
 def applies(need: Requirement, python: str, extras: Iterable[str]) -> bool:
-    """Tell whether a need counts on Linux x86-64 with that Python, for any extra ("": for none)."""
+    """Check whether a need applies on Linux x86-64 with a Python, for any extra ("": none)."""
     environment = {
         "implementation_name": "cpython",
         "os_name": "posix",
@@ -230,7 +231,7 @@ def contradictions(
     needs: dict[str, list[Requirement]],
     extras: Iterable[str] = ("",),
 ) -> list[str]:
-    """Give a line for each pin outside what `owner` needs; `needs` is {Python: requirements}."""
+    """Return a line for each pin outside what `owner` needs; `needs` is {Python: requirements}."""
     found: dict[tuple[Pin, str], list[str]] = defaultdict(list)
 
     for python, requirements in needs.items():
@@ -248,10 +249,10 @@ def contradictions(
 
 
 def check(path: Path, index: str) -> tuple[list[str], list[str]]:
-    """Give (what contradicts, what could not be judged) of the pins in a requirements file."""
+    """Return (contradictions, what could not be judged) of the pins in a requirements file."""
     pins = read_pins(path)
     if "torch" not in pins:
-        raise UsageError(f"{path}: torch is not pinned")
+        raise UsageError(f"{path}: torch is not pinned; add a line torch==VERSION")
 
     wrong = []
     unjudged = []
@@ -282,16 +283,16 @@ def check(path: Path, index: str) -> tuple[list[str], list[str]]:
 
 @dataclass
 class Options(Flags):
-    """Which pins are checked, and against which index."""
+    """Hold the flags of check_pins."""
 
     GROUP: ClassVar[str] = "data"
 
-    requirements: Path = option(Path("requirements.txt"), "pins", read=Path)
+    requirements: Path = option(Path("requirements.txt"), "file of the pins", read=Path)
     index: str = option("https://pypi.org/simple", "package index (PEP 691)")
 
 
 def run(options: Options) -> None:
-    """Check and say what was found, one line each."""
+    """Check the pins and print the contradictions, one line each."""
     if not options.requirements.is_file():
         raise UsageError(
             f"--requirements {options.requirements}: no such file; run this in the checkout"
@@ -315,5 +316,5 @@ def run(options: Options) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command."""
     run_command(Options, __doc__, run)

@@ -3,7 +3,7 @@
     python tools/licences.py            # writes docs/licences.md, from the packages' own metadata
     python tools/licences.py --check    # no network; exit code 1 if stale or not allowed
 
-A licence is what the metadata says: License-Expression, else a short License, else classifiers.
+A licence is read from the metadata: License-Expression, else a short License, else classifiers.
 """
 
 import importlib.metadata
@@ -55,8 +55,8 @@ ALLOWED = {
     "PSF-2.0",
     "Zlib",
 }
-UNSTATED = {"cuda-toolkit"}  # without files of its own: a list of NVIDIA's packages
-# What older metadata calls them. "BSD" alone does not say which of the clauses it has.
+UNSTATED = {"cuda-toolkit"}  # has no files of its own, only requires NVIDIA's packages
+# Names in older metadata -> SPDX. "BSD" alone leaves open how many clauses it has.
 CALLED = {
     "3-Clause BSD License": "BSD-3-Clause",
     "Apache 2.0": "Apache-2.0",
@@ -90,9 +90,7 @@ ROW = re.compile(r"\| (\S+) \| (\S+) \| (all|cuda) \| (.+) \|")
 
 
 def licence_of(metadata: dict[str, Any]) -> str:
-    """Give the licence that metadata (the keys of `packaging.metadata`) names, as SPDX where
-    known.
-    """
+    """Return the licence in metadata (with the keys of `packaging.metadata`), as SPDX if known."""
     expression = metadata.get("license_expression")
     if expression:
         return expression
@@ -110,7 +108,10 @@ def licence_of(metadata: dict[str, Any]) -> str:
 
 
 def metadata_of(entry: Locked) -> dict[str, Any]:
-    """Give a release's metadata: of the one installed here, else of the index; IndexFailure."""
+    """Return the metadata of a release, of the one installed here or else from the index.
+
+    Raises IndexFailure if the index lacks it.
+    """
     if installed_version(entry.name) == entry.version:
         return parse_email(importlib.metadata.distribution(entry.name).read_text("METADATA"))[0]
 
@@ -120,19 +121,21 @@ def metadata_of(entry: Locked) -> dict[str, Any]:
         try:
             return parse_email(fetch(wheels[0].url + ".metadata"))[0]
         except IndexFailure:
-            pass  # an index need not serve the metadata by itself
+            pass  # an index need not serve the metadata file
 
     return pypi.release(pypi.ADDRESS, entry.name, entry.version)["info"]
 
 
 def refused(licence: str) -> list[str]:
-    """Give the parts of a licence expression that are not allowed."""
+    """Return the parts of a licence expression that are not allowed."""
     parts = re.split(r"\s+(?:AND|OR|WITH)\s+|[()]", licence)
     return [part.strip() for part in parts if part.strip() and part.strip() not in ALLOWED]
 
 
 def rows(locked: list[Locked]) -> Iterator[str]:
-    """Give the table, a line for each locked version; IndexFailure where metadata cannot be had."""
+    """Yield the rows of the table, one for each locked version; raises IndexFailure if metadata
+    cannot be read.
+    """
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         found = list(pool.map(metadata_of, locked))
     for entry, metadata in zip(locked, found, strict=True):
@@ -141,7 +144,7 @@ def rows(locked: list[Locked]) -> Iterator[str]:
 
 
 def read_list(path: Path) -> dict[tuple[str, str, str], str]:
-    """{(package, version, with): licence} of the list; UsageError where it is no such list."""
+    """Read {(package, version, with): licence} from the list; raises UsageError for a bad row."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file; {MEND}")
 
@@ -152,7 +155,7 @@ def read_list(path: Path) -> dict[tuple[str, str, str], str]:
 
         row = ROW.fullmatch(line)
         if row is None:
-            raise UsageError(f"{path}:{number}: {line[:80]!r} is no row of the list; {MEND}")
+            raise UsageError(f"{path}:{number}: {line[:80]!r} is not a row of the list; {MEND}")
 
         name, version, comes_with, licence = row.groups()
         found[name, version, comes_with] = licence
@@ -161,7 +164,7 @@ def read_list(path: Path) -> dict[tuple[str, str, str], str]:
 
 
 def check(path: Path, locked: list[Locked]) -> list[str]:
-    """What is stale or not allowed, a line each."""
+    """Return what is stale or not allowed, a line each."""
     listed = read_list(path)
     wanted = {
         (entry.name, str(entry.version), "cuda" if entry.path.name == CUDA else "all"): entry
@@ -190,13 +193,13 @@ def check(path: Path, locked: list[Locked]) -> list[str]:
 
 @dataclass
 class Options(Flags):
-    """Which locks are listed."""
+    """Hold the flags of licences."""
 
     GROUP: ClassVar[str] = "data"
 
     locks: Path = option(FOLDER, "folder of the locks", read=Path)
-    list: Path = option(LIST, "the list of licences", read=Path)
-    check_only: bool = option(False, "compare, write nothing", flag="--check")
+    list: Path = option(LIST, "file of the list of licences", read=Path)
+    check_only: bool = option(False, "check the list and write nothing", flag="--check")
 
 
 def run(options: Options) -> None:
@@ -215,12 +218,12 @@ def run(options: Options) -> None:
     for line in wrong:
         print(f"{options.list}: {line}", file=sys.stderr)
     if wrong:
-        print(f"{MEND}; a licence is allowed in its ALLOWED", file=sys.stderr)
+        print(f"{MEND}; to allow a licence, add it to ALLOWED there", file=sys.stderr)
         sys.exit(1)
 
     print(f"{options.list}: the licences of {len(locked)} locked versions are allowed")
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command."""
     run_command(Options, __doc__, run)

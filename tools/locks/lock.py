@@ -1,9 +1,9 @@
-"""Make requirements/*.lock again from requirements.txt, with uv, against PyPI.
+"""Regenerate requirements/*.lock from requirements.txt with uv, against PyPI.
 
     pip install uv && python tools/lock.py
 
-Versions that the locks have already stay where they still fit; --upgrade takes the newest. pip's
-and uv's settings on this machine have no say, so the hashes are those of the index that is named.
+Locked versions stay if they still fit; --upgrade takes the newest. pip's and uv's settings on this
+machine are ignored, so the hashes are those of the index given by --index.
 """
 
 import os
@@ -46,12 +46,12 @@ HEADS = {
 
 
 def of_cuda(name: str) -> bool:
-    """Tell whether a package comes with PyPI's torch only."""
+    """Check whether a package is installed only with PyPI's torch."""
     return name == "torch" or name.startswith(("nvidia-", "cuda-"))
 
 
 def blocks(text: str) -> Iterator[str]:
-    """Give each package of uv's output: its line, hashes, and comments."""
+    """Yield the text of each package in uv's output: its line, hashes and comments."""
     block: list[str] = []
 
     for line in text.splitlines(keepends=True):
@@ -68,10 +68,7 @@ def blocks(text: str) -> Iterator[str]:
 
 
 def remembered(folder: Path) -> str:
-    """Give what the locks have already, as uv writes it.
-
-    A damaged lock counts for nothing, with a note.
-    """
+    """Return what the locks already hold, as uv writes it; skip a damaged lock with a note."""
     text = ""
 
     for path in (folder / COMMON, folder / CUDA):
@@ -80,7 +77,7 @@ def remembered(folder: Path) -> str:
         try:
             read_lock(path)
         except UsageError as error:
-            print(f"note: its versions are chosen anew: {error}", file=sys.stderr)
+            print(f"note: the versions of this lock are chosen anew: {error}", file=sys.stderr)
         else:
             text += "".join(blocks(path.read_text(encoding="utf-8")))
 
@@ -88,7 +85,9 @@ def remembered(folder: Path) -> str:
 
 
 def compile_pins(requirements: Path, folder: Path, index: str, upgrade: bool) -> str:
-    """uv's resolution of the pins for all Pythons and machines; UsageError if there is none."""
+    """Return uv's resolution of the pins for all Pythons and machines; raises UsageError if it
+    fails.
+    """
     uv = shutil.which("uv")
     if uv is None:
         raise UsageError("uv is not installed; pip install uv")
@@ -117,7 +116,7 @@ def compile_pins(requirements: Path, folder: Path, index: str, upgrade: bool) ->
 
 
 def split(text: str) -> dict[str, str]:
-    """{lock: its text} of uv's output, without what no machine of ours installs."""
+    """Split uv's output into {lock: its text}, without packages for other systems."""
     locks = dict(HEADS)
 
     for block in blocks(text):
@@ -132,18 +131,18 @@ def split(text: str) -> dict[str, str]:
 
 @dataclass
 class Options(Flags):
-    """Which pins are locked, and against which index."""
+    """Hold the flags of lock."""
 
     GROUP: ClassVar[str] = "data"
 
-    requirements: Path = option(Path("requirements.txt"), "pins", read=Path)
+    requirements: Path = option(Path("requirements.txt"), "file of the pins", read=Path)
     output: Path = option(FOLDER, "folder of the locks", read=Path)
     index: str = option("https://pypi.org/simple", "package index")
-    upgrade: bool = option(False, "newest versions of what is not pinned")
+    upgrade: bool = option(False, "take the newest versions of packages that are not pinned")
 
 
 def run(options: Options) -> None:
-    """Make both locks and say how many packages they hold."""
+    """Write both locks and print how many packages they hold."""
     if not options.requirements.is_file():
         raise UsageError(
             f"--requirements {options.requirements}: no such file; run this in the checkout"
@@ -161,5 +160,5 @@ def run(options: Options) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command."""
     run_command(Options, __doc__, run)

@@ -1,8 +1,7 @@
-"""What requirements/*.lock say: every installed package, direct or not, with the hashes of its
-files.
+"""Read requirements/*.lock: every installed package, direct or not, with the hashes of its files.
 
-common.lock holds what all builds of torch share, cuda.lock torch of PyPI and what only that asks
-for. tools/lock.py makes them; pip reads them with --require-hashes.
+common.lock holds what all builds of torch share, cuda.lock PyPI's torch and what only that needs.
+tools/lock.py writes them; pip reads them with --require-hashes.
 """
 
 import dataclasses
@@ -22,12 +21,12 @@ FOLDER = Path("requirements")
 COMMON = "common.lock"
 CUDA = "cuda.lock"
 HASH = re.compile(r"sha256:[0-9a-f]{64}")
-MEND = "make the locks again: python tools/lock.py"
+MEND = "regenerate the locks: python tools/lock.py"
 
 
 @dataclasses.dataclass(frozen=True)
 class Locked:
-    """One version in a lock: where it stands, the machines it is for, the hashes of its files."""
+    """Hold one version in a lock: its place, the marker of its machines, its files' hashes."""
 
     name: str
     version: Version
@@ -40,12 +39,12 @@ class Locked:
         return f"{self.name}=={self.version} ({self.path}:{self.line})"
 
     def applies(self, python: str, machine: str) -> bool:
-        """Tell whether pip installs it there."""
+        """Check whether pip installs it for a Python and machine."""
         return self.marker is None or self.marker.evaluate(linux(python, machine))
 
 
 def linux(python: str, machine: str) -> dict[str, str]:
-    """Give the values that markers see on Linux with CPython `python`."""
+    """Return the environment for markers on Linux with CPython `python`."""
     return {
         "extra": "",
         "implementation_name": "cpython",
@@ -60,15 +59,15 @@ def linux(python: str, machine: str) -> dict[str, str]:
 
 
 def places() -> Iterator[tuple[str, str]]:
-    """Give each (Python, machine) that the locks are for."""
+    """Yield each (Python, machine) that the locks are for."""
     for python in PYTHONS:
         for machine in MACHINES:
             yield python, machine
 
 
 def logical_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Give (number of its first line, text) of each line without comments, continued ones
-    joined.
+    """Yield (number of its first line, text) of each logical line, without comments, with continued
+    lines joined.
     """
     parts: list[str] = []
     first = 0
@@ -89,7 +88,7 @@ def logical_lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def read_lock(path: Path) -> list[Locked]:
-    """Read the versions of one lock; UsageError for a line that locks nothing."""
+    """Read the versions of one lock; raises UsageError for a line that locks nothing."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -108,10 +107,10 @@ def read_lock(path: Path) -> list[Locked]:
             (specifier,) = requirement.specifier
             version = Version(specifier.version)
         except (InvalidRequirement, ValueError):
-            raise UsageError(f"{path}:{line}: {head[:80]!r} is no NAME==VERSION; {MEND}") from None
+            raise UsageError(f"{path}:{line}: {head[:80]!r} is not NAME==VERSION; {MEND}") from None
 
         if specifier.operator != "==":
-            raise UsageError(f"{path}:{line}: {head[:80]!r} is no NAME==VERSION; {MEND}")
+            raise UsageError(f"{path}:{line}: {head[:80]!r} is not NAME==VERSION; {MEND}")
 
         name = canonicalize_name(requirement.name)
         marker = requirement.marker

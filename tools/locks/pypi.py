@@ -1,4 +1,4 @@
-"""What PyPI's JSON API says of a release: its licence, and the advisories that name it."""
+"""Ask PyPI's JSON API about a release: its licence, and the advisories that name it."""
 
 import json
 from typing import Any
@@ -11,9 +11,9 @@ ADDRESS = "https://pypi.org/pypi"
 
 
 def release(address: str, name: str, version: Version) -> dict[str, Any]:
-    """Give the JSON page of a release; IndexFailure if there is none.
+    """Return the JSON page of a release; raises IndexFailure if there is none.
 
-    A mirror may have none but the page of the newest release: it serves where that is the one.
+    A mirror may have only the page of the newest release, which is used if it is the right one.
     """
     try:
         return read(f"{address}/{name}/{version}/json")
@@ -27,13 +27,13 @@ def release(address: str, name: str, version: Version) -> dict[str, Any]:
 
 
 def read(url: str) -> dict[str, Any]:
-    """Read a JSON object; IndexFailure if the answer is something else."""
+    """Read the JSON page of a release; raises IndexFailure if the answer is something else."""
     try:
         page = json.loads(fetch(url))
     except ValueError:
-        raise IndexFailure(f"{url}: the answer is no JSON") from None
+        raise IndexFailure(f"{url}: the answer is not JSON") from None
 
     if not isinstance(page, dict) or "version" not in page.get("info", {}):
-        raise IndexFailure(f"{url}: the answer describes no release")
+        raise IndexFailure(f"{url}: the answer does not describe a release")
 
     return page

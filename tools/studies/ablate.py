@@ -1,8 +1,8 @@
-"""The paper's analysis as one command: what each part of the pretraining and of the model is worth.
+"""Run the paper's ablation: measure what each part of the pretraining and of the model is worth.
 
-For every variant and seed: pretrain, zero-shot retrieval, finetune retrieval, evaluate; the same
-steps and samples for all. Runs that are done are not done again: a stopped analysis is resumable.
-Writes OUTPUT/ablation.json and OUTPUT/ablation.md.
+For every variant and seed: pretrain, evaluate retrieval zero-shot, finetune for retrieval,
+evaluate; with the same steps and samples for all. Finished runs are not repeated, so a stopped
+study is resumable. Writes OUTPUT/ablation.json and OUTPUT/ablation.md.
 
     python tools/ablate.py --data-path sample_corpus/train --test-data-path sample_corpus/test \\
         --output ablation --language en
@@ -44,8 +44,8 @@ FIGURES = {
 
 @dataclass
 class Variant:
-    """One row of the table: what is said of it, flags of its pretraining, changes of the model's
-    sizes.
+    """Hold one row of the table: its description, flags of its pretraining, and layers if they
+    differ from the model's.
     """
 
     what: str
@@ -54,7 +54,7 @@ class Variant:
 
 
 def variants(sizes: ModelConfig) -> dict[str, Variant]:
-    """Give all variants, of the same depth each."""
+    """Return all variants by name; tokens pass through the same depth in each."""
     joint = sizes.interaction_layers
     text = sizes.text_layers
     image = sizes.image_layers
@@ -76,20 +76,20 @@ def variants(sizes: ModelConfig) -> dict[str, Variant]:
 
 @dataclass
 class Options(Flags):
-    """What is trained, how long, and on what."""
+    """Hold the flags of ablate."""
 
     GROUP: ClassVar[str] = "data"
 
     data_path: str = option("", "region store to pretrain and finetune on", required=True)
     test_data_path: str = option("", "region store of unseen images", required=True)
     output: str = option("", "folder for all runs and the table", required=True)
-    language: str = option("", "only captions of this language tag")
+    language: str = option("", "use only captions with this language tag")
     model: str = option("sample", "preset or JSON file of sizes", group="model")
     only: str = option("", "variants, comma-separated; default: all", group="study")
-    seeds: str = option("1,2,3", "comma-separated", group="study")
+    seeds: str = option("1,2,3", "seeds of each variant, comma-separated", group="study")
     train_iters: int = option(2000, "steps of each pretraining", least=1, group="optimisation")
     finetune_iters: int = option(300, "steps of each finetuning", least=1, group="optimisation")
-    batch_size: int = option(64, "samples of a step", least=1, group="optimisation")
+    batch_size: int = option(64, "samples per step", least=1, group="optimisation")
     pretrain_flags: str = option(
         "--lr 2e-3 --lr-warmup-fraction 0.05 --adam-beta2 0.98 --no-msm-on-mismatched",
         "further flags of all pretrainings",
@@ -104,7 +104,7 @@ class Options(Flags):
 
 
 class Run:
-    """One variant with one seed, in a folder of its own."""
+    """Train and evaluate one variant with one seed, in a folder of its own."""
 
     def __init__(self, name: str, variant: Variant, seed: int, options: Options) -> None:
         self.name = name
@@ -114,7 +114,7 @@ class Run:
         self.folder = Path(options.output) / name / f"seed-{seed}"
 
     def results(self) -> dict[str, dict[str, float]]:
-        """Return the figures of each protocol, computing those that are not there yet."""
+        """Return the figures of each protocol, running the stages that are missing."""
         pretrained = self._pretrain()
         tuned = self._finetune(pretrained)
 
@@ -202,16 +202,15 @@ class Run:
             )
 
     def _same(self, place: Path, record: Path, text: str) -> None:
-        """Write down with what a stage is made.
-
-        UsageError where it was made with something else, or nobody knows with what.
+        """Record the options of a stage; raises UsageError if it was made with others, or if that
+        is unknown.
         """
         mend = f"choose another --output, or remove {self.folder}"
         if record.is_file() and read_text(record, "--output") != text:
             raise UsageError(f"{place}: made with other options than now ({record.name}); {mend}")
         if os.path.lexists(place) and not record.is_file():
             raise UsageError(
-                f"{place}: {record.name} is missing, which says with what options it was made;"
+                f"{place}: {record.name} is missing, which records the options it was made with;"
                 f" {mend}"
             )
 
@@ -242,15 +241,15 @@ class Run:
 
 
 def flags_of(place: Path) -> Path:
-    """Give the file that says with what flags a stage was made."""
+    """Return the file that records the flags of a stage."""
     return place.with_name(f"{place.name}.flags.json")
 
 
 def table(
     found: dict[str, list[dict[str, dict[str, float]]]], all_variants: dict[str, Variant]
 ) -> str:
-    """Markdown: mean and spread (standard deviation over seeds) of each figure; the last column is
-    the change against `full`.
+    """Return a Markdown table of mean and spread (standard deviation over seeds) of each figure,
+    with the change against `full` in the last column.
     """
     lines = [
         "| variant | " + " | ".join(FIGURES) + " | change, finetuned t2i |",
@@ -270,15 +269,16 @@ def table(
 
 
 def figures_of(result: Path) -> dict[str, float]:
-    """Read the figures of an evaluation; UsageError where one that the table needs is not there."""
+    """Read the figures of an evaluation; raises UsageError if the table needs one that is missing.
+    """
     metrics = read_json(result, "--output").get("metrics")
     needed = {figure for _, figure in FIGURES.values()}
     if not isinstance(metrics, dict) or not all(
         type(metrics.get(name)) in (int, float) for name in needed
     ):
         raise UsageError(
-            f"{result}: expected the figures {', '.join(sorted(needed))}; remove it, it is made"
-            " again"
+            f"{result}: expected the figures {', '.join(sorted(needed))}; remove the file, and the"
+            " same command writes it again"
         )
 
     return metrics
@@ -290,7 +290,7 @@ def _mean(values: list[float]) -> str:
 
 
 def run(options: Options) -> None:
-    """Run what is missing and write the table."""
+    """Check the options, run what is missing and write the table."""
     seeds = read_seeds(options.seeds)
     every = variants(load_model_config(options.model))
     chosen = chosen_variants(options, every)
@@ -304,29 +304,30 @@ def run(options: Options) -> None:
 
 
 def read_seeds(given: str) -> list[int]:
-    """Read --seeds; UsageError where one is not a whole number."""
+    """Read --seeds; raises UsageError if one is not a whole number."""
     try:
         return [int(seed) for seed in given.split(",")]
     except ValueError:
         raise UsageError(
-            f"--seeds is '{given}', expected numbers with commas between them"
+            f"--seeds is '{given}', expected whole numbers separated by commas"
         ) from None
 
 
 def chosen_variants(options: Options, every: dict[str, Variant]) -> list[str]:
-    """Return the names of --only, or all; UsageError where a name is unknown."""
+    """Return the names in --only, or all; raises UsageError for an unknown name."""
     chosen = [name for name in options.only.split(",") if name] or list(every)
     for name in chosen:
         if name not in every:
             raise UsageError(
-                f"--only: no variant '{name}'{nearest(name, every)}; there are {', '.join(every)}"
+                f"--only: unknown variant '{name}'{nearest(name, every)}, expected some of"
+                f" {', '.join(every)}"
             )
 
     return chosen
 
 
 def check_stores(options: Options, chosen: list[str]) -> None:
-    """Check that both stores exist and hold what the chosen variants need."""
+    """Raise UsageError unless both stores exist and hold what the chosen variants need."""
     for name in ("data_path", "test_data_path"):
         if not (Path(getattr(options, name)) / MANIFEST).is_file():
             raise UsageError(
@@ -341,7 +342,7 @@ def check_stores(options: Options, chosen: list[str]) -> None:
 
 
 def check_further_flags(options: Options) -> None:
-    """Check that the flags to pass on can be split as a shell would; UsageError otherwise."""
+    """Raise UsageError if the flags to pass on cannot be split as a shell would."""
     for name in ("pretrain_flags", "finetune_flags"):
         try:
             shlex.split(getattr(options, name))
@@ -352,7 +353,7 @@ def check_further_flags(options: Options) -> None:
 
 
 def run_all(runs: list[Run], jobs: int) -> dict[str, list[dict[str, dict[str, float]]]]:
-    """Run `jobs` at a time; return the results of each variant, in the order of its seeds."""
+    """Run all, `jobs` at a time; return the results of each variant in the order of its seeds."""
     found: dict[str, list[dict[str, dict[str, float]]]] = {one.name: [] for one in runs}
 
     with (
@@ -396,5 +397,5 @@ def write_report(
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command."""
     run_command(Options, __doc__, run)

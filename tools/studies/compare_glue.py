@@ -1,9 +1,9 @@
-"""Finetunes one GLUE task twice with the same flags, data, order and first weights: InterBERT's
-text path and BERT of transformers.
+"""Finetune InterBERT's text path and transformers' BERT on a GLUE task with the same flags, data,
+order and first weights.
 
-Takes the flags of `finetune glue`. With --init-from a BERT both start from it, else both from the
-same random weights of --model; with --no-dropout their losses are equal to rounding. Prints the
-table and writes SAVE/comparison.json.
+Takes the flags of `finetune glue`. With --init-from a BERT both start from it, otherwise both from
+the same random weights of --model; with --no-dropout their losses are equal up to rounding. Prints
+a table and writes SAVE/comparison.json.
 
     python tools/compare_glue.py --task SST-2 --data-path GLUE --init-from bert-base-uncased \\
         --save runs/sst2
@@ -43,7 +43,7 @@ from megatron_interbert.weights.foreign import bert_links
 
 
 class PackedBert(torch.nn.Module):
-    """BertForSequenceClassification on packed batches, as our task takes its answers."""
+    """Run BertForSequenceClassification on packed batches, with the output our task expects."""
 
     def __init__(self, bert: torch.nn.Module) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class PackedBert(torch.nn.Module):
 
 
 def bert_like(config: GlueConfig, sizes: ModelConfig, data: dict[str, Any]) -> torch.nn.Module:
-    """BertForSequenceClassification with the first weights that `finetune glue` starts from."""
+    """Build BertForSequenceClassification with the first weights of `finetune glue`."""
     from transformers import BertConfig, BertForSequenceClassification
 
     ours = InterBert(sizes, ("sentence",), num_labels=labels_of(config.task), text_only=True)
@@ -100,8 +100,8 @@ def bert_like(config: GlueConfig, sizes: ModelConfig, data: dict[str, Any]) -> t
 
 
 def train_bert(config: GlueConfig) -> tuple[list[float], dict[str, float]]:
-    """Loss of every step and the dev metrics of BERT, trained by a plain loop on the batches of
-    `finetune glue`.
+    """Train BERT by a plain loop on the batches of `finetune glue`; return the loss of every step
+    and the dev metrics.
     """
     device = this_device()
     state = ParallelState()
@@ -136,7 +136,7 @@ def train_bert(config: GlueConfig) -> tuple[list[float], dict[str, float]]:
 
 
 def train_ours(flags: list[str], save: str) -> tuple[list[float], dict[str, float]]:
-    """Loss of every step and the last dev metrics of `finetune glue` with the same flags."""
+    """Run `finetune glue` with `flags`; return the losses of all steps and the last dev metrics."""
     command = [
         sys.executable,
         "-m",
@@ -167,15 +167,15 @@ def train_ours(flags: list[str], save: str) -> tuple[list[float], dict[str, floa
 
 
 def run() -> None:
-    """Train both, print the table."""
+    """Train both, print the table and write the comparison."""
     flags = sys.argv[1:]
     config: Any = parse(GlueConfig, __doc__ or "", flags)
     config.check()
 
     if not config.save or config.ema_decay or config.pretrained_lr_scale != 1:
         raise UsageError(
-            "give --save, and neither --ema-decay nor --pretrained-lr-scale: BERT is trained"
-            " without"
+            "give --save, and leave out --ema-decay and --pretrained-lr-scale, which this loop for"
+            " BERT does not have"
         )
 
     our_losses, ours = train_ours(flags, config.save)
@@ -201,5 +201,5 @@ def run() -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command."""
     run_entry(run)

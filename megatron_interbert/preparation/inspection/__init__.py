@@ -1,3 +1,1 @@
-"""Looking into a region store: counts, checks, and the statistics that betray wrong labels and
-boxes.
-"""
+"""Inspect a region store: counts, checks, and statistics that reveal wrong labels and boxes."""

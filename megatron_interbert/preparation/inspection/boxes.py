@@ -1,12 +1,14 @@
-"""What tells a store with boxes in a wrong format from a right one, after boxes were sorted and
-clipped into the image.
+"""Detect boxes that were built in a wrong format, from their statistics after they were sorted and
+clipped to the image.
 
-Each mistake leaves something that right boxes never show, whatever the images: x y w h read as
-corners: x + w <= W, so after sorting no centre lies right of the middle, none below it. Corners
-read as x y w h: the new width is the old x2 >= x1, so a box that stays off the far edge is wider
-than its distance from the near edge; half of all boxes run into the far edge. x and y swapped: the
-long side is never reached beyond the length of the short one, and the short side's far edge is
-crowded.
+Each mistake leaves a trace that right boxes never show, whatever the images:
+
+- x y w h read as corners: x + w <= W, so after sorting no centre is right of the middle, or below
+  it.
+- Corners read as x y w h: the new width is the old x2 >= x1, so a box that does not touch the far
+  edge is wider than its distance from the near edge, and half of all boxes touch the far edge.
+- x and y swapped: no box reaches further along the long side than the short side is long, and many
+  boxes touch the far edge of the short side.
 """
 
 from typing import Any
@@ -15,36 +17,36 @@ import numpy as np
 
 LEAST_BOXES = 50
 LEAST_IMAGES = 5
-WHOLE = 0.9  # boxes that span more of a side than this tell nothing of it
-NOT_SQUARE = 1.15
-NEVER = 0.02  # a share that only rounding explains
+WHOLE = 0.9  # boxes that span more of a side than this tell nothing about it
+NOT_SQUARE = 1.15  # long side / short side from which an image counts as not square
+NEVER = 0.02  # shares below this count as none: rounding explains them
 TO_CORNERS = "rebuild with --box-format xywh"
 MENDING = {
     "normalised": (
-        "multiply the source's boxes by width and height and rebuild: --box-format takes pixels"
+        "multiply the source's boxes by width and height and rebuild: --box-format expects pixels"
         " (xyxy or xywh)"
     ),
     "xywh as corners": TO_CORNERS,
     "corners as xywh": "rebuild with --box-format xyxy",
     "x and y swapped": (
-        "turn boxes y1 x1 y2 x2 of the source to x1 y1 x2 y2, or sizes h, w to w, h, and rebuild"
-        " with --box-format xyxy"
+        "convert the source's boxes from y1 x1 y2 x2 to x1 y1 x2 y2, or its sizes from h, w to w,"
+        " h, and rebuild with --box-format xyxy"
     ),
 }
 
 
 class BoxFormat:
-    """Sums over boxes [R, 4] of images of any size, one image at a time."""
+    """Accumulate sums over boxes [R, 4] of images of any size, one image at a time."""
 
     def __init__(self) -> None:
         self.images = self.oblong = self.reaching = self.tiny = 0
         self.boxes = self.no_area = self.oblong_boxes = self.crowded = 0
-        # of each axis (x, y): boxes that tell something, centres beyond the middle, at the far
-        # edge, narrower than near distance
+        # for each axis (x, y): boxes that tell something, and those of them with the centre beyond
+        # the middle, at the far edge, and narrower than their distance from the near edge
         self.telling, self.beyond, self.far, self.narrow = (np.zeros(2, np.int64) for _ in range(4))
 
     def add(self, boxes: np.ndarray, size: tuple[float, float]) -> None:
-        """Add one image's boxes as the store gives them: corners inside the image, sorted."""
+        """Add one image's boxes as the store returns them: sorted corners inside the image."""
         # [R, 2] shares of width and height
         low = boxes[:, :2] / size
         high = boxes[:, 2:] / size
@@ -72,8 +74,8 @@ class BoxFormat:
         self.crowded += int((high[:, 1 - long] >= 0.99).sum())
 
     def shares(self) -> dict[str, Any]:
-        """Give the figures that decide, as shares of boxes (x, y) or of images that are not
-        square.
+        """Return the figures for the decision, as shares of boxes (for x, y) or of images (for
+        "reaching_far": of those that are not square).
         """
         telling = np.maximum(self.telling, 1)
         pairs = {"beyond_middle": self.beyond, "at_far_edge": self.far, "narrow": self.narrow}
@@ -90,8 +92,8 @@ class BoxFormat:
         }
 
     def result(self, inverted_share: float | None = None) -> dict[str, Any]:
-        """Give the mistake found ("" none, None not known), its sentence, and the figures.
-        inverted_share: of boxes when built.
+        """Return the mistake found ("" for none, None if unknown), a sentence about it, and the
+        figures. inverted_share: share of boxes that were inverted when the store was built.
         """
         figures = {
             **self.shares(),
@@ -139,19 +141,19 @@ def _said(found: str | None, f: dict[str, Any]) -> str:
             f" {edge} at the right and bottom edge"
         ),
         "normalised": (
-            f"in {f['normalised']:.0%} of images all boxes lie within 0..1: they are shares of the"
+            f"in {f['normalised']:.0%} of images all boxes are within 0..1: they are shares of the"
             " image, not pixels"
         ),
         "xywh as corners": (
-            f"x y w h were read as corners: {inverted}{middle} of centres lie right of and below"
+            f"x y w h were read as corners: {inverted}{middle} of centres are right of and below"
             " the middle"
         ),
         "corners as xywh": (
-            f"corners were read as x y w h: {edge} of boxes run into the right and bottom edge"
+            f"corners were read as x y w h: {edge} of boxes touch the right and bottom edge"
         ),
         "x and y swapped": (
             f"x and y, or width and height, are swapped: in {f['reaching_far']:.0%} of images that"
             " are not square boxes reach the far end of the long side, and"
-            f" {f['crowded_short_side']:.0%} of boxes crowd the short side's far edge"
+            f" {f['crowded_short_side']:.0%} of boxes touch the short side's far edge"
         ),
     }[found]

@@ -1,8 +1,7 @@
-"""What tells a store with shifted class ids from a right one: how well class names fit captions, or
-places in the image.
+"""Detect shifted class ids, from how well class names fit captions, or places in the image.
 
-Sums of fixed size, fed one image at a time. Each score is held against what chance would give, so
-frequent words do not win.
+Images are added one at a time to sums of fixed size. Each score is compared with what chance would
+give, so frequent words do not win.
 """
 
 import re
@@ -14,7 +13,8 @@ import numpy as np
 SHIFTS = (-2, -1, 0, 1, 2)
 CLEAR = 4.0  # standard deviations above chance that count as evidence
 LEAST_IMAGES = 5
-# in a large store mere company of words (street, car) lies far above chance too, but by little
+# In a large store words that often occur together (street, car) match clearly more often than by
+# chance too, but not by a large factor.
 LEAST_LIFT = 1.5
 IRREGULAR = {
     "men": "man",
@@ -25,7 +25,7 @@ IRREGULAR = {
     "leaves": "leaf",
 }
 WORD = re.compile(r"[a-z]+")
-# Class names that say where in an image a thing is.
+# Class names of things that are usually high or low in an image.
 HIGH = frozenset(
     {
         "sky",
@@ -78,8 +78,8 @@ MENDING = {
 
 
 def stem(word: str) -> str:
-    """Singular of a plain English plural; a word that is none stays as it is, or is cut the same
-    way wherever it occurs.
+    """Reduce a plain English plural to its singular; other words stay as they are, or are cut the
+    same way wherever they occur.
     """
     if word in IRREGULAR:
         return IRREGULAR[word]
@@ -92,20 +92,18 @@ def stem(word: str) -> str:
 
 
 def caption_words(captions: Iterable[str]) -> set[str]:
-    """Stems of all words of some English captions."""
+    """Return the stems of all words in some English captions."""
     return {stem(word) for text in captions for word in WORD.findall(text.lower())}
 
 
 def spellings(name: str) -> list[list[str]]:
-    """Stemmed words of each of the alternatives of a class name ("stop sign,stopsign")."""
+    """List the stemmed words of each alternative of a class name ("stop sign,stopsign")."""
     parts = [[stem(word) for word in WORD.findall(part.lower())] for part in name.split(",")]
     return [words for words in parts if words]
 
 
 class ClassShift:
-    """Collects evidence for `names[id + s]` being the right name of class `id`, for each s in
-    SHIFTS.
-    """
+    """Collect evidence that `names[id + s]` is the right name of class `id`, for each s in SHIFTS."""
 
     def __init__(self, names: Sequence[str], num_classes: int, background: int | None) -> None:
         self.named = any(name for index, name in enumerate(names) if index != background)
@@ -116,8 +114,8 @@ class ClassShift:
             if index != background:
                 self._learn(index, spellings(name))
 
-        # [classes]: images of captions that name it; images where it was seen, with such captions,
-        # with any, in the upper half
+        # [classes], in images: captions name the class; it was detected in an image with captions;
+        # it was detected in any image; its regions were in the upper half on average
         self.told, self.seen, self.placed, self.upper = (
             np.zeros(num_classes, np.int64) for _ in range(4)
         )
@@ -133,8 +131,8 @@ class ClassShift:
             self.low[index] |= " ".join(words) in LOW
 
     def add(self, labels: np.ndarray, heights: np.ndarray, captions: Sequence[str]) -> None:
-        """Add one image: class ids [R] of its confident regions, their centres' y [R] as a share
-        of the height, English captions.
+        """Add one image: class ids [R] of its confident regions, the y [R] of their centres as a
+        share of the height, and its English captions.
         """
         classes, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
         if not self.named or len(classes) == 0:
@@ -154,10 +152,10 @@ class ClassShift:
         self.matches += [sum(label + shift in told for label in found) for shift in SHIFTS]
 
     def by_captions(self) -> list[dict[str, Any]]:
-        """For each shift: names found in the captions of their own image, as many as chance gives,
-        and z.
+        """Return for each shift how many names are in the captions of their own image, how many
+        chance would give, and z.
         """
-        # of all images, captions name the class in so many
+        # share of images whose captions name the class
         share = self.told / max(self.captioned, 1)
         rows = []
 
@@ -170,8 +168,8 @@ class ClassShift:
         return rows
 
     def by_places(self) -> list[dict[str, Any]]:
-        """Give the same for well-known places: sky and ceilings above the middle, floors and shoes
-        below it.
+        """Return the same for well-known places: sky and ceilings above the middle, floors and
+        shoes below it.
         """
         chance = self.upper.sum() / max(self.placed.sum(), 1)
         rows = []
@@ -190,8 +188,8 @@ class ClassShift:
         return rows
 
     def result(self) -> dict[str, Any]:
-        """Evidence used (captions, places, none), the shift found (None: not known), scores of all
-        shifts, and a sentence.
+        """Return the evidence used (captions, places, none), the shift found (None if unknown), the
+        scores of all shifts, and a sentence.
         """
         if not self.named:
             return _nothing("the store has no class names: give them with --class-names")
@@ -219,10 +217,8 @@ class ClassShift:
 
 
 def decide(scores: Sequence[dict[str, Any]]) -> int | None:
-    """Give the shift that fits clearly better than chance and, unless it is 0, clearly better than
-    none.
-
-    None: not known.
+    """Return the shift that fits clearly better than chance and, unless it is 0, clearly better
+    than no shift; None if there is no such shift.
     """
     best = max(scores, key=lambda row: row["z"])
     none = scores[SHIFTS.index(0)]
@@ -242,7 +238,7 @@ def decide(scores: Sequence[dict[str, Any]]) -> int | None:
 
 
 def _shifted(values: np.ndarray, shift: int) -> np.ndarray:
-    """values[id + shift] for each id, 0 beyond the ends."""
+    """Return values[id + shift] for each id, with 0 beyond the ends."""
     result = np.zeros(len(values))
     ids = np.arange(max(0, -shift), min(len(values), len(values) - shift))
     result[ids] = values[ids + shift]

@@ -1,5 +1,5 @@
-"""Counters of an inspection: fixed size, but for 8 bytes an image and a caption with which
-duplicates are found.
+"""Count what an inspection sees, in fixed memory except for some 16 bytes per image and 8 bytes per
+caption, with which duplicates are found.
 """
 
 import re
@@ -13,16 +13,16 @@ import numpy as np
 
 from megatron_interbert.data.regions import Regions
 
-SHOWN = 20  # places listed of each finding; the rest is counted
+SHOWN = 20  # places listed for each finding; the rest are only counted
 AREA_EDGES = (0, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
 CJK = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff]")
-CONFIDENT = 0.2  # a region's label counts as evidence from here on
+CONFIDENT = 0.2  # probability from which a region's label counts as evidence
 
 
 @dataclass
 class Finding:
-    """How often something was seen, and the first places."""
+    """Hold how often something was found, and the first places."""
 
     count: int = 0
     places: list[str] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Finding:
 
 
 class Histogram:
-    """Counts of whole numbers 0 .. limit; larger ones count as `limit`."""
+    """Count integers 0 .. limit; larger ones count as `limit`."""
 
     def __init__(self, limit: int) -> None:
         self.counts = np.zeros(limit + 1, np.int64)
@@ -43,12 +43,14 @@ class Histogram:
         self.counts[min(value, len(self.counts) - 1)] += 1
 
     def quantile(self, share: float) -> int:
-        """Smallest value that so large a share of all does not exceed; 0 when there are none."""
+        """Return the smallest value that at least this share of all does not exceed; 0 if empty."""
         total = np.cumsum(self.counts)
         return int(np.searchsorted(total, share * total[-1])) if total[-1] else 0
 
     def summary(self) -> dict[str, Any]:
-        """Count, smallest, quartiles and largest value, and the bars up to the largest."""
+        """Return the count, the smallest and largest value, quantiles, and the bars from 0 to the
+        largest value.
+        """
         found = np.flatnonzero(self.counts)
         names = {"p25": 0.25, "median": 0.5, "p75": 0.75, "p99": 0.99}
         low, high = (int(found[0]), int(found[-1])) if len(found) else (0, 0)
@@ -64,23 +66,21 @@ class Histogram:
 
 
 def digest(data: bytes | memoryview) -> int:
-    """8 bytes of hash as a number."""
+    """Return a 64-bit hash of some bytes."""
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
 
 
 def is_chinese(text: str, language: str) -> bool:
-    """Tell whether a caption is counted in characters: by its tag, else by what it is written
-    in.
-    """
+    """Check whether a caption is counted in characters, by its language tag or else its script."""
     return language.startswith("zh") or (
         not language.startswith("en") and CJK.search(text) is not None
     )
 
 
 class Counts:
-    """All that is counted over images and captions.
+    """Hold all counts over images and captions.
 
-    Features are looked at as stored, boxes as the store mends them.
+    Features are counted as stored, boxes as the store repairs them when reading.
     """
 
     def __init__(self, num_classes: int, background: int | None) -> None:
@@ -100,13 +100,13 @@ class Counts:
         self.findings: dict[str, Finding] = {}
 
     def find(self, name: str, place: str, count: int = 1) -> None:
-        """Count a finding `count` times; nothing when that is 0."""
+        """Add `count` to a finding, unless it is 0."""
         if count:
             self.findings.setdefault(name, Finding()).add(place, count)
 
     def add_image(self, number: int, regions: Regions, where: str) -> tuple[np.ndarray, np.ndarray]:
-        """Count one image; gives the top label [R] of each region, and which regions are sure of
-        it.
+        """Count one image; return the top label [R] of each region, and bool [R], whether it is
+        confident.
         """
         rows = len(regions.features)
         self.images += 1
@@ -142,7 +142,7 @@ class Counts:
         return labels, labelled & (best >= CONFIDENT)
 
     def add_captions(self, captions: Sequence[tuple[str, str]], where: str) -> list[str]:
-        """Count the captions (text, language) of one image; gives those in English."""
+        """Count the captions (text, language) of one image; return the English texts."""
         seen: set[str] = set()
         english = []
 
@@ -166,8 +166,8 @@ class Counts:
         return english
 
     def repeated_images(self) -> tuple[int, list[tuple[int, int]]]:
-        """Give images whose features are those of an earlier one: how many, and the first pairs
-        (image, earlier image).
+        """Return how many images have the features of an earlier image, and the first pairs (image,
+        earlier image).
         """
         if not self.image_hashes:
             return 0, []
@@ -182,7 +182,7 @@ class Counts:
         ]
 
     def area_summary(self) -> dict[str, Any]:
-        """Give boxes by their share of the image's area: upper edges of the bars, and counts."""
+        """Return the histogram of boxes by their share of the image's area: upper edges, counts."""
         return {
             "count": int(self.areas.sum()),
             "edges": list(AREA_EDGES[1:]),
@@ -190,7 +190,7 @@ class Counts:
         }
 
     def repeated_texts(self) -> int:
-        """Give captions whose text was seen before, on any image."""
+        """Return how many captions have a text that occurred before, for any image."""
         if not self.caption_hashes:
             return 0
         return len(self.caption_hashes) - len(

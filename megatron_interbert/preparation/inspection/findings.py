@@ -1,4 +1,4 @@
-"""What an inspection has found: the report with its figures, and its verdicts."""
+"""Define the result of an inspection: the report with its figures, and its verdicts."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -7,7 +7,9 @@ from typing import Any
 
 @dataclass
 class Verdict:
-    """level: ok, warning, problem. where: the first places; `more` others are not listed."""
+    """Hold one verdict. level: ok, warning, problem; where: the first places; more: how many others
+    are not listed.
+    """
 
     level: str
     about: str
@@ -19,7 +21,7 @@ class Verdict:
 
 @dataclass
 class Report:
-    """What was found; everything but `readable` goes into the JSON."""
+    """Hold what was found; the JSON has everything except `class_names` and `readable`."""
 
     store: str
     facts: dict[str, Any]
@@ -32,17 +34,17 @@ class Report:
     layout: dict[str, Any]
     verdicts: list[Verdict]
     class_names: list[str] = field(default_factory=list)
-    # images without trouble, evenly spread, for examples
+    # images that could be read, evenly spread, for examples
     readable: list[int] = field(default_factory=list)
 
     @property
     def problems(self) -> int:
-        """How many verdicts are problems."""
+        """Return how many verdicts are problems."""
         return sum(verdict.level == "problem" for verdict in self.verdicts)
 
     @property
     def summary(self) -> str:
-        """Problems and warnings, counted."""
+        """Return the numbers of problems and warnings as text: "1 problem, 2 warnings"."""
         counts = {
             level: sum(verdict.level == level for verdict in self.verdicts)
             for level in ("problem", "warning")
@@ -52,7 +54,7 @@ class Report:
         )
 
     def as_json(self) -> str:
-        """Give the report as JSON."""
+        """Return the report as JSON text."""
         values = {
             name: value
             for name, value in asdict(self).items()

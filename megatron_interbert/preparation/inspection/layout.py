@@ -1,5 +1,5 @@
-"""How the shards of a store lie on disk, what one image costs to read, and how fast images were
-read here.
+"""Describe how the shards of a store are laid out on disk and what an image costs to read, and
+measure how fast images are read here.
 """
 
 import time
@@ -15,9 +15,8 @@ from megatron_interbert.errors import UsageError
 
 
 def describe_shards(store: RegionStore) -> list[dict[str, Any]]:
-    """Describe each shard's file, counts, and datasets with shape, type and layout.
-
-    `error` instead where it cannot be opened.
+    """Describe each shard: file, counts, and datasets with shape, type and layout, or `error` if it
+    cannot be opened.
     """
     described = []
 
@@ -54,8 +53,8 @@ def _describe(dataset: h5py.Dataset) -> dict[str, Any]:
 
 
 def slow_reasons(shard: dict[str, Any]) -> list[str]:
-    """Say why an image of a shard is more than one plain read; empty for shards as this package
-    writes them.
+    """List why reading an image of a shard takes more than one plain read per column; empty for
+    shards that this package writes.
     """
     rows = shard["regions"] / max(shard["images"], 1)
     reasons = []
@@ -76,9 +75,7 @@ def slow_reasons(shard: dict[str, Any]) -> list[str]:
 
 
 def _chunk_cost(name: str, dataset: dict[str, Any], rows: float) -> str:
-    """Give what an image of `rows` regions, somewhere in the file, makes HDF5 read: whole
-    chunks.
-    """
+    """Describe what HDF5 reads on average for an image of `rows` regions: whole chunks."""
     height, width = dataset["chunks"]
     chunks = (1 + max(rows - 1, 0) / height) * -(-dataset["shape"][1] // width)
     times = chunks * height * width / max(rows * dataset["shape"][1], 1)
@@ -91,8 +88,8 @@ def _chunk_cost(name: str, dataset: dict[str, Any], rows: float) -> str:
 
 
 def measure_reads(store: RegionStore, most: int = 300, seconds: float = 3.0) -> dict[str, float]:
-    """Measure images a second over up to `most` images in random order, as one process reads them;
-    bad records are passed over.
+    """Measure the images per second that one process reads, over up to `most` images in random
+    order or `seconds`; bad records are skipped.
     """
     order = np.random.default_rng(0).permutation(store.num_images)[:most]
     done = 0

@@ -1,4 +1,4 @@
-"""The page of an inspection: verdicts, histograms, examples with their boxes; stands alone."""
+"""Build the self-contained page of an inspection: verdicts, histograms, examples with boxes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,13 +22,13 @@ from megatron_interbert.preparation.inspection.terminal import (
 
 TEMPLATE = Path(__file__).with_name("page.html")
 CHART = (380, 130)  # width and height of the bars
-SHARDS = 20  # of which the page shows the schema
+SHARDS = 20  # whose schema the page shows
 
 
 def report_page(
     report: Report, store: RegionStore, photos: PhotoFolder | None, examples: int
 ) -> str:
-    """Print the page as text."""
+    """Render the page as HTML, with up to `examples` images."""
     photographed = {
         image for image in report.readable if photos and photos.has(store.image_id(image))
     }
@@ -52,7 +52,7 @@ def report_page(
 
 
 def facts_of(report: Report) -> dict[str, str]:
-    """Give the figures and facts of the head of the page."""
+    """Return the figures and facts at the top of the page, by name."""
     counts = report.counts
     facts = {name: counts[name] for name in ("images", "regions", "captions")}
     facts["looked at"] = f"{counts['inspected']['images']:,} images"
@@ -62,14 +62,14 @@ def facts_of(report: Report) -> dict[str, str]:
 
 def _plain(value: object) -> str:
     if isinstance(value, dict):
-        return " ".join(str(v) for v in value.values() if v) or "not said"
+        return " ".join(str(v) for v in value.values() if v) or "unknown"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def histogram(
     title: str, note: str, counts: Sequence[int], labels: Sequence[str]
 ) -> dict[str, Any]:
-    """Lay out upright bars, with a label below each end and, where there is room, the others."""
+    """Lay out vertical bars, at most about eight of them labelled, evenly spread."""
     width, height = CHART
     highest = max(counts, default=0) or 1
     step = width / max(len(counts), 1)
@@ -101,7 +101,7 @@ def histogram(
 
 
 def histograms_of(report: Report) -> list[dict[str, Any]]:
-    """Lay out the histograms that have something to show."""
+    """Lay out the histograms that are not empty."""
     charts = []
     for name, title in NUMBERS.items():
         found = report.histograms[name]
@@ -120,7 +120,7 @@ def histograms_of(report: Report) -> list[dict[str, Any]]:
 
 
 def class_bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lay out the bars of the commonest classes, one below the other."""
+    """Lay out horizontal bars for the most common classes."""
     highest = max((row["regions"] for row in rows), default=1)
     bars = []
     for place, row in enumerate(rows):
@@ -141,7 +141,8 @@ def class_bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def choose(report: Report, photographed: set[int], most: int) -> list[int]:
-    """Choose images that could be read, evenly spread; those with a photo come first."""
+    """Choose up to `most` readable images, evenly spread; only ones with a photo if they suffice.
+    """
     pool = [image for image in report.readable if image in photographed]
     if len(pool) < most:
         pool += [image for image in report.readable if image not in photographed]
@@ -154,7 +155,7 @@ def choose(report: Report, photographed: set[int], most: int) -> list[int]:
 def examples_of(
     report: Report, store: RegionStore, photos: PhotoFolder | None, images: Sequence[int]
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """Give the symbols of some images, and what is shown below each."""
+    """Return the SVG symbols of some images, and what is shown below each: number, id, captions."""
     captions = CaptionsOfImages(store)
     symbols = []
     shown = []
@@ -163,14 +164,14 @@ def examples_of(
             symbol = draw_image(store, image, photos, class_names=report.class_names)
             texts = [text for text, _ in captions.read(image)]
         except (UsageError, UnicodeDecodeError):
-            continue  # it is among the problems already
+            continue  # it is already among the problems
         symbols.append(symbol)
         shown.append({"number": image, "id": store.image_id(image), "captions": texts})
     return symbols, shown
 
 
 def shard_row(shard: dict[str, Any]) -> dict[str, Any]:
-    """Give the title of a shard, and its datasets or why it has none."""
+    """Return the title of a shard, and its datasets or the error on opening it."""
     title = (
         f"{shard['file']}: {shard['images']:,} images, {shard['regions']:,} regions,"
         f" {shard['bytes'] / 2**20:.1f} MiB"

@@ -1,5 +1,5 @@
-"""Inspecting a region store: one pass over its images, then verdicts that say what is wrong, where,
-and what mends it.
+"""Inspect a region store: one pass over its images, then verdicts on what is wrong, where, and how
+to fix it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,8 +38,10 @@ TOP_CLASSES = 20
 
 @dataclass(frozen=True)
 class InspectionOptions:
-    """max_images: look at so many, evenly spread (None: all). class_names: by class id, instead of
-    the store's own.
+    """Hold the options of an inspection.
+
+    max_images: inspect so many, evenly spread (None: all). class_names: by class id, instead of the
+    store's own.
     """
 
     max_images: int | None = None
@@ -48,7 +50,7 @@ class InspectionOptions:
 
 
 class CaptionsOfImages:
-    """Captions of an image by its number, from a store that lists the image of each caption."""
+    """Look up the captions of an image, in a store that lists the image of each caption."""
 
     def __init__(self, store: RegionStore) -> None:
         self.store = store
@@ -59,11 +61,11 @@ class CaptionsOfImages:
         )
 
     def numbers(self, image: int) -> list[int]:
-        """Give numbers of the image's captions."""
+        """Return the numbers of an image's captions."""
         return self.order[self.first[image] : self.first[image + 1]].tolist()
 
     def read(self, image: int) -> list[tuple[str, str]]:
-        """Read (text, language) of each; UsageError when a text is not UTF-8."""
+        """Read (text, language) of an image's captions; raise UsageError if one is not UTF-8."""
         return [
             (self.store.caption(number), str(self.languages[number]))
             for number in self.numbers(image)
@@ -71,7 +73,7 @@ class CaptionsOfImages:
 
 
 class Inspector:
-    """One pass over images of a store; all sums live here."""
+    """Make one pass over the images of a store, and hold all sums."""
 
     def __init__(self, store: RegionStore, options: InspectionOptions) -> None:
         self.store = store
@@ -135,25 +137,26 @@ class Inspector:
         return self.counts.add_captions(captions, where)
 
     def place(self, number: int) -> str:
-        """Shard, place in it and name of an image, for people."""
+        """Describe an image for people: shard, number in it and name."""
         shard, row = self.store.locate(number)
         return f"{self.store.shards[shard]['file']}: image {row} ({self.store.image_id(number)})"
 
     def wrong_hashes(self) -> Iterator[str]:
-        """Give files that are not as the manifest says."""
+        """Yield the names of files whose sha256 differs from the manifest."""
         for entry in progress(files_of(self.store.manifest), desc="hashes", unit="file"):
             if sha256_of(self.store.path, entry) != entry["sha256"]:
                 yield entry["file"]
 
     def repeated_images(self) -> tuple[int, list[str]]:
-        """Say how many images have the features of an earlier one, and the first pairs."""
+        """Return how many images have the features of an earlier one, and describe the first
+        pairs.
+        """
         count, pairs = self.counts.repeated_images()
         return count, [f"{self.place(second)} as {self.place(first)}" for second, first in pairs]
 
     def inverted_share(self) -> float | None:
-        """Share of boxes that were inverted when the store was built.
-
-        None where it was not recorded.
+        """Return the share of boxes that were inverted when the store was built; None if it was not
+        recorded.
         """
         inverted = self.store.manifest.get("inverted_boxes")
         regions = sum(shard["regions"] for shard in self.store.shards)
@@ -162,7 +165,7 @@ class Inspector:
 
 
 def inspect_store(store: RegionStore, options: InspectionOptions) -> Report:
-    """Look at a store; never stops at a bad record."""
+    """Inspect a store and return the report; bad records are findings and do not stop it."""
     inspector = Inspector(store, options)
     inspector.look()
     counts = inspector.counts

@@ -1,4 +1,4 @@
-"""The report of an inspection as lines for a terminal."""
+"""Format the report of an inspection for a terminal."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ NUMBERS = {
 
 
 def group(bars: list[int], most: int) -> list[tuple[int, int, int]]:
-    """Give bars of single values joined into at most `most` bars (first value, last value, count),
-    from the first that is not 0.
+    """Merge bars of single values into at most `most` bars (first value, last value, count),
+    starting at the first that is not 0.
     """
     first = next((value for value, count in enumerate(bars) if count), 0)
     width = max(-(-(len(bars) - first) // most), 1)
@@ -26,13 +26,13 @@ def group(bars: list[int], most: int) -> list[tuple[int, int, int]]:
 
 
 def sparkline(bars: list[int]) -> str:
-    """Give bars as one line of block letters; what is not 0 is always seen."""
+    """Draw bars as one line of block characters; every bar above 0 is visible."""
     highest = max(bars, default=0) or 1
     return "".join(BLOCKS[-(-bar * (len(BLOCKS) - 1) // highest)] for bar in bars)
 
 
 def report_text(report: Report) -> str:
-    """Print the whole report; verdicts come last, where the eye is."""
+    """Format the whole report; verdicts come last, next to the prompt."""
     parts = [
         _head(report),
         _schema(report),
@@ -90,7 +90,7 @@ def _schema(report: Report) -> list[str]:
     if len(shards) > 1:
         lines.append(
             f"  {len(shards) - 1} more shards,"
-            f" {'all laid out so' if len(layouts) == 1 else f'{len(layouts)} different layouts'}"
+            f" {'all of this layout' if len(layouts) == 1 else f'{len(layouts)} different layouts'}"
         )
 
     return lines
@@ -160,7 +160,7 @@ BOX_FIGURES = {
 
 
 def box_figure(value: Any) -> str:
-    """Give a share, or a pair of them, for people."""
+    """Format a share, or a pair of shares, as percentages."""
     if value is None:
         return "not recorded"
     return ", ".join(f"{v:.1%}" for v in (value if isinstance(value, list) else [value]))

@@ -1,6 +1,4 @@
-"""From the figures of an inspection to verdicts: ok, warning or problem, with what, where, and what
-to do.
-"""
+"""Judge the figures of an inspection: ok, warning or problem, with what, where, and what to do."""
 
 from collections.abc import Iterator, Sequence
 
@@ -14,8 +12,8 @@ WARNING = "warning"
 PROBLEM = "problem"
 REBUILD = "extract them again or leave them out, and rebuild with interbert build-features"
 SOME = 0.1
-# finding -> (what is counted, out of what, share up to which it is harmless, share above which it
-# is a problem, what to do)
+# finding -> (what is counted, out of what, share up to which it is ok, share above which it is a
+# problem, what to do)
 SIMPLE = {
     "zero_features": (
         "regions have features of zeros only",
@@ -25,11 +23,11 @@ SIMPLE = {
         "extraction failed there: " + REBUILD,
     ),
     "repeated_features": (
-        "regions repeat the features of another of their image",
+        "regions repeat the features of another region of their image",
         "regions",
         0.01,
         0.5,
-        "padding? " + REBUILD,
+        "are they padding? " + REBUILD,
     ),
     "no_area": (
         "boxes have no area inside their image",
@@ -43,7 +41,7 @@ SIMPLE = {
         "captions",
         0.0,
         0.05,
-        "mend the caption file and rebuild",
+        "fix the caption file and rebuild",
     ),
     "unreadable_captions": (
         "images have captions that are not UTF-8",
@@ -53,14 +51,14 @@ SIMPLE = {
         "restore captions.h5 or rebuild",
     ),
     "repeated_captions": (
-        "captions repeat another of their image",
+        "captions repeat another caption of their image",
         "captions",
         0.01,
         1.0,
         "drop repeated lines of the caption file",
     ),
     "without_captions": (
-        "images have no caption and serve no pair",
+        "images have no caption, so they are not used",
         "images",
         0.0,
         1.0,
@@ -75,7 +73,7 @@ def judge(
     repeated: tuple[int, list[str]],
     wrong_hashes: Sequence[str] | None,
 ) -> list[Verdict]:
-    """Give all verdicts, the worst first."""
+    """Return all verdicts, the worst first."""
     verdicts = [
         *_records(report, findings),
         *_files(report, wrong_hashes),
@@ -103,7 +101,7 @@ def _records(report: Report, findings: dict[str, Finding]) -> Iterator[Verdict]:
         )
     else:
         what = (
-            f"all {seen['images']} images read are sound: no NaN or infinity, ids and ranges within"
+            f"all {seen['images']} images read are valid: no NaN or infinity, ids and ranges within"
             " bounds"
         )
         yield Verdict(OK, "records", what)
@@ -123,7 +121,7 @@ def _files(report: Report, wrong_hashes: Sequence[str] | None) -> Iterator[Verdi
         )
 
     if wrong_hashes:
-        what = f"not as manifest.json says by sha256: {len(wrong_hashes)} of the files"
+        what = f"the sha256 of {len(wrong_hashes)} files differs from manifest.json"
         yield Verdict(
             PROBLEM,
             "hashes",
@@ -141,7 +139,7 @@ def _simple(report: Report, findings: dict[str, Finding]) -> Iterator[Verdict]:
     for name, (what, unit, harmless, bearable, mend) in SIMPLE.items():
         found = findings.get(name, Finding())
         if name == "no_area" and report.box_format["found"]:
-            continue  # a consequence
+            continue  # a consequence of the wrong format
         if found.count:
             share = found.count / max(seen[unit], 1)
             level = OK if share <= harmless else WARNING if share <= bearable else PROBLEM
@@ -172,20 +170,19 @@ def _repeats(report: Report, repeated: tuple[int, list[str]]) -> Iterator[Verdic
             " image"
         )
         mend = (
-            "the same picture twice, or two names for it: drop one, above all where one is for"
-            " testing"
+            "the same picture twice, or under two names: drop one, above all if one is for testing"
         )
         yield Verdict(WARNING, "repeated images", what, mend, places, count - len(places))
 
     texts = report.counts["repeated_texts"]
     captions = report.counts["inspected"]["captions"]
     if texts > 0.2 * captions:
-        what = f"{texts} of {captions} captions have the words of another caption"
+        what = f"{texts} of {captions} captions have the same text as another caption"
         yield Verdict(
             WARNING,
             "repeated texts",
             what,
-            "matching by such captions is by chance: look where they come from",
+            "an image cannot be told from others by such captions: check where they come from",
         )
 
 
@@ -204,18 +201,18 @@ def _boxes(report: Report) -> Iterator[Verdict]:
     if clipped > SOME * counts["regions"] and not boxes["found"]:
         what = (
             f"{clipped} of {counts['regions']} boxes reached outside their image or were inverted,"
-            " and were clipped"
+            " and were clipped when the store was built"
         )
         yield Verdict(
             WARNING,
             "clipped boxes",
             what,
-            "check --box-format and that image sizes are those of the detector's input",
+            "check --box-format, and that image sizes are those that the boxes refer to",
         )
 
     if counts["repaired_when_read"]:
         what = (
-            f"{counts['repaired_when_read']} boxes as stored reach outside their image or are"
+            f"{counts['repaired_when_read']} stored boxes reach outside their image or are"
             " inverted; they are clipped when read"
         )
         yield Verdict(
@@ -231,8 +228,8 @@ def _labels(report: Report) -> Iterator[Verdict]:
     classes = report.classes
     if classes["mean_probability"] is None:
         mend = (
-            "masked regions cannot be learned (--objectives msm,itm), unless features with labels"
-            " are built"
+            "train without masked regions (--objectives msm,itm), or build a store from features"
+            " with labels"
         )
         yield Verdict(WARNING, "labels", "no region has a label", mend)
         return
@@ -265,21 +262,21 @@ def _background(report: Report) -> Iterator[Verdict]:
     classes = report.classes
     share = classes["background_share"]
     what = f"background is the top label of {share:.1%} of regions"
-    # Whole distributions often have background on top where the detector was not sure; else it
-    # means that ids are wrong, which captions or places show better where they can.
+    # Whole distributions often have background on top if the detector was unsure. Otherwise it
+    # means that ids are wrong, which captions or places, if known, show better.
     explained = (
         report.class_shift["shift"] is not None or report.facts.get("soft_labels") == "dense"
     )
 
     if classes["background_is_commonest"] and not explained:
-        mend = "ids may count from another class than background: see --class-ids"
-        yield Verdict(PROBLEM, "background", f"{what}, the commonest of all", mend)
+        mend = "ids may count from a class other than background: see --class-ids"
+        yield Verdict(PROBLEM, "background", f"{what}, more than any other class", mend)
     elif share > SOME:
         yield Verdict(
             WARNING,
             "background",
             what,
-            "usual for whole distributions of unsure regions; else leave such regions out",
+            "normal for whole distributions of unsure regions; otherwise leave such regions out",
         )
 
     total = f"probabilities of a soft label add up to {classes['mean_probability']:.2f} on average"
@@ -298,7 +295,7 @@ def _layout(report: Report) -> Iterator[Verdict]:
     slow = report.layout["slow"]
     measured = report.layout["measured"]
     speed = (
-        f"{measured['images_per_second']:,.0f} images/s read here, one process,"
+        f"{measured['images_per_second']:,.0f} images/s read here by one process,"
         f" {measured['images']} in random order"
     )
     if not slow:

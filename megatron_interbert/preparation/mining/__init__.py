@@ -1,1 +1,3 @@
-"""Hard negatives by TF-IDF: terms, index, search, and the work folder that survives kills."""
+"""Mine hard negatives by TF-IDF (terms, index, search, resumable work folder) and neighbours of
+images.
+"""

@@ -1,8 +1,9 @@
-"""The loops of hard-negative mining, compiled by numba at their first call.
+"""Run the loops of hard-negative mining, compiled by numba at their first call.
 
-Imported only by those who mine.
+Imported only for mining.
 
-N captions, V terms, E entries (a term in a caption), K negatives kept for a caption.
+Legend: N captions, V terms, E entries (a term in a caption), K negatives kept for a caption. `rows`
+are (starts, terms, weights, ..) of a TermIndex, `lists` its (list_starts, captions, impacts).
 """
 
 from collections.abc import Callable
@@ -11,15 +12,13 @@ import numba
 import numpy as np
 
 BUCKETS = 1024
-STRETCH = 65536  # captions whose sums are in the cache at a time
-# how far a float32 sum over one caption may be from the double-precision similarity
+STRETCH = 65536  # captions whose sums fit into the cache at a time
+# how far the float32 sum of a caption may be from its similarity in double precision
 ROUNDING = 1e-5
 
 
 def _compiled(function: Callable) -> Callable:
-    """`function` compiled without the interpreter lock; kept on disk where some cache folder can be
-    written.
-    """
+    """Compile a function to run without the GIL; cached on disk if a cache folder is writable."""
     try:
         return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:
@@ -28,8 +27,8 @@ def _compiled(function: Callable) -> Callable:
 
 @_compiled
 def count_terms(flat, lengths, terms, counts):
-    """Term lists end to end [T] -> distinct terms of each caption, sorted, with counts; gives back
-    the distinct per caption [N].
+    """Fill `terms` and `counts` with the distinct terms of each caption, sorted, from all terms end
+    to end [T]; return how many are distinct in each caption [N].
     """
     distinct = np.empty(len(lengths), np.int32)
     start = end = 0
@@ -61,7 +60,7 @@ def add_document_frequencies(terms, frequencies):
 
 @_compiled
 def norms(starts, terms, counts, idf):
-    """Length of each TF-IDF row before it is normalised, float64 [N]."""
+    """Compute the norm of each TF-IDF row before it is normalised, float64 [N]."""
     result = np.zeros(len(starts) - 1)
     for caption in range(len(result)):
         total = 0.0
@@ -74,8 +73,8 @@ def norms(starts, terms, counts, idf):
 
 @_compiled
 def permuted_rows(starts, terms, counts, idf, lengths, order, rank, new_starts, new_terms, weights):
-    """Put rows into the `order` [N] given, terms renamed by `rank` [V] and sorted, weights divided
-    by `lengths` [N].
+    """Write the rows in the given `order` [N], with terms renumbered by `rank` [V] and sorted, and
+    weights divided by `lengths` [N].
     """
     end = 0
 
@@ -96,8 +95,8 @@ def permuted_rows(starts, terms, counts, idf, lengths, order, rank, new_starts, 
 
 @_compiled
 def invert(starts, terms, weights, list_starts, captions, impacts):
-    """Invert rows -> for each term its captions in order with their weights; list_starts [V + 1] is
-    filled as well.
+    """Invert rows: fill `captions` and `impacts` with each term's captions, in order, and their
+    weights; fill list_starts [V + 1] too.
     """
     for term in terms:
         list_starts[term + 1] += 1
@@ -115,7 +114,7 @@ def invert(starts, terms, weights, list_starts, captions, impacts):
 
 @_compiled
 def similarity(starts, terms, weights, query, other):
-    """Give cosine of two rows in double precision, summed in the order of terms."""
+    """Compute the cosine of two rows in double precision, summed in the order of terms."""
     total = 0.0
     q = starts[query]
     o = starts[other]
@@ -135,7 +134,7 @@ def similarity(starts, terms, weights, query, other):
 
 @_compiled
 def similarities(starts, terms, weights, queries, others):
-    """`similarity` of pairs [P], float64; -1 where the other is -1."""
+    """Compute the `similarity` of pairs [P], float64; -1 for pairs whose other is -1."""
     result = np.full(len(queries), -1.0)
     for pair in range(len(queries)):
         if others[pair] >= 0:
@@ -146,9 +145,11 @@ def similarities(starts, terms, weights, queries, others):
 
 @_compiled
 def choose_lists(query, budget, rest, rows, lists, places, ends):
-    """Which part of the list of each term is read, rarest term first, until `budget` entries are
-    spent or what is left of the query's row is no longer than `rest`: how many lists, and the
-    length of what is left. No sum misses more than that.
+    """Choose which part of each term's list to read, rarest term first, until `budget` entries are
+    spent or the norm of the rest of the query's row is at most `rest`.
+
+    Fills `places` and `ends`; returns the number of lists and the norm of the part of the row whose
+    lists are not read in full, the most that any sum can miss.
     """
     starts = rows[0]
     terms = rows[1]
@@ -179,12 +180,12 @@ def choose_lists(query, budget, rest, rows, lists, places, ends):
 
 @_compiled
 def add_lists(query, number, scale, rows, lists, scratch):
-    """Sums the weights that captions share with the query over the chosen lists; how many captions
-    have a sum in a bucket.
+    """Sum the products of weights that captions share with the query, over the chosen lists; return
+    how many captions have a sum in a bucket.
 
-    Goes through the captions in stretches whose sums stay in the processor's cache. The captions
-    and their sums end up in the scratch in order, the number of sums in each bucket in the
-    histogram.
+    Captions are processed in stretches whose sums stay in the processor's cache. The scratch
+    receives the captions and their sums, one stretch after another, and the histogram the number of
+    sums in each bucket.
     """
     weights = rows[2]
     list_captions = lists[1]
@@ -230,7 +231,7 @@ def add_lists(query, number, scale, rows, lists, scratch):
 
 @_compiled
 def keep(score, caption, scores, kept, count):
-    """Insertion into the best K so far, by score, then by lower caption number; gives back the new
+    """Insert a caption into the best K so far, by score, then by lower number; return the new
     count.
     """
     size = len(kept)
@@ -255,8 +256,8 @@ def keep(score, caption, scores, kept, count):
 
 @_compiled
 def next_buckets(upper, wanted, histogram):
-    """Lowest bucket of the range under `upper` that holds at least `wanted` sums or all the rest,
-    and how many it holds.
+    """Return the lowest bucket of the range below `upper` that holds at least `wanted` sums, or all
+    the rest, and how many sums it holds.
     """
     lower = upper
     batch = 0
@@ -269,8 +270,8 @@ def next_buckets(upper, wanted, histogram):
 
 @_compiled
 def score_exactly(query, total, lower, upper, scale, below, rows, scratch, scores, kept, found):
-    """Score scores captions whose sums lie in the buckets lower .. upper - 1, and keeps what is
-    allowed; the count kept.
+    """Score the captions whose sums are in the buckets lower .. upper - 1 in double precision, and
+    keep those that are allowed; return the number kept.
     """
     starts, terms, weights, images, texts, original = rows
     captions = scratch[2]
@@ -296,8 +297,8 @@ def score_exactly(query, total, lower, upper, scale, below, rows, scratch, score
 
 @_compiled
 def search_one(query, budget, rest, limit, certain, below, rows, lists, scratch, scores, kept):
-    """Search the best K of one caption, from at most `budget` entries of its lists; gives back how
-    many there are.
+    """Search the best K of one caption, from at most `budget` entries of its lists; return how many
+    were found, or -1 if certainty needs more entries.
     """
     histogram = scratch[4]
     scale = (len(histogram) - 1) / (below + ROUNDING)
@@ -326,11 +327,11 @@ def search_one(query, budget, rest, limit, certain, below, rows, lists, scratch,
 
 @_compiled
 def search(queries, budget, rest, limit, certain, below, rows, lists, scratch, scores, kept):
-    """Fills `kept` [Q, K] with original numbers, best first, and `scores` [Q, K].
+    """Fill `kept` [Q, K] with original caption numbers, best first, and `scores` [Q, K].
 
-    `certain`: go on until nothing left can be better; otherwise stop when `limit` captions were
-    scored. A caption that finds fewer than K tries again with eight times the budget, until its
-    lists are read whole.
+    `certain`: continue until nothing left can be better; otherwise stop once `limit` captions are
+    scored. A search that finds fewer than K is repeated with eight times the budget, until all
+    lists are read in full.
     """
     starts = rows[0]
     terms = rows[1]

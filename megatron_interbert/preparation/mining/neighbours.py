@@ -1,4 +1,4 @@
-"""Images whose mean region features are nearest, by exact search: blocks of a matrix product."""
+"""Find the images with the nearest mean region features, exactly, with blocked matrix products."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from megatron_interbert.progress import progress
 
 
 def mean_features(corpus: Corpus, block: int = 256) -> torch.Tensor:
-    """Compute float32 [images, F]: the mean of each image's region features."""
+    """Compute the mean of each image's region features, float32 [images, F]."""
     means = np.empty((corpus.num_images, corpus.feature_dim), np.float32)
     blocks = range(0, corpus.num_images, block)
     for start in progress(blocks, desc="mean features", unit="block"):
@@ -22,9 +22,9 @@ def mean_features(corpus: Corpus, block: int = 256) -> torch.Tensor:
 
 
 def nearest_images(means: torch.Tensor, neighbours: int, block: int) -> np.ndarray:
-    """Find int32 [images, K]: the K nearest others of each, nearest first.
+    """Find the K nearest other images of each image, int32 [images, K], nearest first.
 
-    `means` are [images, F]; memory holds block x images distances.
+    `means` is [images, F]; block x images distances are in memory at a time.
     """
     images = len(means)
     squares = means.square().sum(dim=1)
@@ -32,7 +32,7 @@ def nearest_images(means: torch.Tensor, neighbours: int, block: int) -> np.ndarr
 
     for start in progress(range(0, images, block), desc="neighbours", unit="block"):
         rows = means[start : start + block]
-        distance = squares - 2 * rows @ means.T  # the rows' own squares change no order
+        distance = squares - 2 * rows @ means.T  # the rows' own squares do not affect the order
         distance[torch.arange(len(rows)), torch.arange(start, start + len(rows))] = torch.inf
         nearest = distance.topk(neighbours, dim=1, largest=False).indices
         found[start : start + len(rows)] = nearest.numpy()

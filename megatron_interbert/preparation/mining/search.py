@@ -1,7 +1,7 @@
-"""Hard negatives by TF-IDF: for each caption the most similar captions below a similarity, of other
-images (paper's rule).
+"""Mine hard negatives by TF-IDF: for each caption, the most similar captions of other images whose
+similarity is below a limit (the paper's rule).
 
-The answer depends on nothing but the captions and the options: not on threads, blocks, or whether a
+The result depends only on the captions and the options, not on threads, blocks, or whether a
 command was killed.
 """
 
@@ -22,21 +22,21 @@ from megatron_interbert.preparation.mining.work import MiningFolder
 
 SLICE = 64  # captions that a thread takes at a time
 UNLIMITED = 1 << 60
-# length of a row's frequent terms that the exact search leaves to be scored later; the answer is
-# the same
+# norm of the part of a row, its frequent terms, whose lists the exact search need not read; the
+# result is the same
 REST = 0.25
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 
 
 @contextmanager
 def no_progress(stage: str, total: int) -> Iterator[Callable[[int], object]]:
-    """Where nobody watches."""
+    """Show no progress."""
     yield lambda done: None
 
 
 @dataclass(frozen=True)
 class MiningOptions:
-    """What decides the answer, and `block`, the captions between two saves."""
+    """Hold what determines the result, and `block`, the captions between two saves."""
 
     mode: str = "pruned"
     budget: int = 30_000
@@ -62,11 +62,11 @@ class MiningOptions:
             )
 
 
-Scratch = tuple[np.ndarray, ...]  # what one thread writes to
+Scratch = tuple[np.ndarray, ...]  # working memory of one thread
 
 
 class Searcher:
-    """Finds negatives in an index, with `threads` threads."""
+    """Find negatives in an index, with `threads` threads."""
 
     def __init__(self, index: TermIndex, options: MiningOptions, threads: int = 1) -> None:
         self.index = index
@@ -84,7 +84,7 @@ class Searcher:
 
         return (
             np.zeros(self.loops.STRETCH, np.float32),  # sums of a stretch of captions
-            np.empty(self.loops.STRETCH + 1, np.int32),  # which of them are not 0
+            np.empty(self.loops.STRETCH + 1, np.int32),  # those of them that are not 0
             np.empty(number, np.int32),  # captions that share a term with the query
             np.empty(number, np.float32),  # and their sums
             np.zeros(self.loops.BUCKETS + 1, np.int64),  # histogram of the sums
@@ -99,8 +99,10 @@ class Searcher:
         mode: str | None = None,
         progress: Callable[[int], object] = lambda done: None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Negatives int32 [Q, K] of `captions` [Q], padded with -1, and their similarities float64
-        [Q, K].
+        """Return the negatives of `captions` [Q], int32 [Q, K] padded with -1, and their
+        similarities, float64 [Q, K].
+
+        `mode` is that of the options unless given; `progress` is called with numbers of captions.
         """
         exact = (mode or self.options.mode) == "exact"
         found = np.full((len(captions), self.options.top), -1, dtype=np.int32)
@@ -132,7 +134,7 @@ class Searcher:
         self._scratch.put(scratch)
 
     def similarity(self, captions: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """Give cosine of pairs of captions [P], float64; -1 where `others` is -1."""
+        """Compute the cosine of pairs of captions [P], float64; -1 for pairs whose other is -1."""
         index = self.index
         inside = np.where(others >= 0, index.position[others], -1)
 
@@ -143,10 +145,10 @@ class Searcher:
     def recall(
         self, table: np.ndarray, sample: int, captions: np.ndarray | None = None
     ) -> tuple[float, float]:
-        """Share of the exact search's negatives that `table` has, and how much less similar its own
-        are on average.
+        """Return the share of the exact search's negatives that `table` has, and how much lower the
+        mean similarity of its negatives is.
 
-        Over `sample` captions, always the same ones, of all or of `captions`.
+        Measured on `sample` captions of all or of `captions`, always the same ones.
         """
         drawn = np.random.default_rng(0).permutation(len(table) if captions is None else captions)[
             :sample
@@ -175,11 +177,11 @@ def mine(
     examples: int = 0,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Write hard_negatives.npy of a store (docs/region_store.md), going on from what an earlier
-    call has left; a summary.
+    """Write hard_negatives.npy of a store (docs/region_store.md), resuming what an earlier call has
+    left; return a summary.
 
-    The summary has captions, negatives, without, first, last (mean similarities), and recall, lost,
-    examples where asked for.
+    The summary has captions, negatives (per caption), without (captions with none), first and last
+    (mean similarities), examples, and if `check_recall` captions are asked for, recall and lost.
     """
     folder = MiningFolder(store, dataclasses.asdict(options))
 
@@ -189,9 +191,9 @@ def mine(
             if summary is not None:
                 return summary
             if folder.output.exists() and not overwrite:
-                raise UsageError(f"{folder.output}: exists already; give --overwrite to replace it")
+                raise UsageError(f"{folder.output}: already exists; give --overwrite to replace it")
             if not store.num_captions:
-                raise UsageError(f"{store.path}: holds no captions, so there is nothing to mine")
+                raise UsageError(f"{store.path}: holds no captions to mine; build it with --captions")
 
             folder.open(restart)
             searcher = Searcher(_index(store, options, progress), options, threads)
@@ -207,7 +209,8 @@ def mine(
             return summary
     except OSError as error:
         raise UsageError(
-            f"{folder.path}: cannot be written ({error}); make room or make the store writable"
+            f"{folder.path}: cannot be written ({error}); free disk space or make the store"
+            " writable"
         ) from error
 
 
@@ -236,8 +239,8 @@ def _mine_blocks(folder: MiningFolder, searcher: Searcher, progress: Progress) -
 
 
 def summarise(searcher: Searcher, table: np.ndarray) -> dict[str, Any]:
-    """Give counts of a table int32 [captions, K], and mean similarity of the first and of the last
-    negative of each caption.
+    """Count the negatives in a table int32 [captions, K], and compute the mean similarity of the
+    first and of the last negative of each caption.
     """
     kept = 0
     first = 0.0
@@ -267,8 +270,8 @@ def summarise(searcher: Searcher, table: np.ndarray) -> dict[str, Any]:
 def show(
     store: RegionStore, searcher: Searcher, table: np.ndarray, number: int, seed: int = 0
 ) -> list[str]:
-    """Show lines with `number` captions, each followed by its three hardest negatives and their
-    similarity.
+    """Return lines with `number` random captions, each followed by its three hardest negatives and
+    their similarities.
     """
     lines = []
 

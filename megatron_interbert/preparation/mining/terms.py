@@ -1,5 +1,5 @@
-"""Terms of captions and their TF-IDF rows: words, and n-grams inside runs of Chinese, Japanese or
-Korean characters.
+"""Extract terms of captions (words, and n-grams inside runs of Chinese, Japanese or Korean
+characters) and build their TF-IDF index.
 """
 
 import hashlib
@@ -20,34 +20,31 @@ CJK = (
 )
 ASCII_WORDS = re.compile("[a-z0-9]+")
 RUNS = re.compile(f"([{CJK}]+)|((?:(?![{CJK}])[^\\W_])+)")
-CHUNK = 65536  # captions whose terms are Python objects at a time
+CHUNK = 65536  # captions whose terms are held as Python objects at a time
 
 
 def kernels() -> ModuleType:
-    """Give the compiled loops.
-
-    UsageError where numba is not installed, which nothing else needs.
-    """
+    """Import the compiled loops; raise UsageError if numba, which nothing else needs, is missing."""
     try:
         from megatron_interbert.preparation.mining import kernels
     except ImportError as error:
         raise UsageError(
-            f"mining hard negatives needs numba ({error}): pip install numba"
+            f"mining hard negatives needs the package numba ({error}): pip install numba"
         ) from error
 
     return kernels
 
 
 def normalise(text: str) -> str:
-    """NFKC and lower case: what counts as the same text, and what terms are cut from."""
+    """Normalise a text by NFKC and lower case: for comparing texts and extracting terms."""
     return (text if text.isascii() else unicodedata.normalize("NFKC", text)).lower().strip()
 
 
 def terms_of(text: str, ngrams: Sequence[int] = (1, 2)) -> list[str]:
-    """Give terms of a normalised text: words of letters and digits, and all n-grams of each run of
-    CJK characters.
+    """Return the terms of a normalised text: words of letters and digits, and all n-grams of each
+    run of CJK characters.
 
-    A run shorter than the shortest n-gram is a term itself.
+    A run shorter than the shortest n-gram is itself a term.
     """
     if text.isascii():
         return ASCII_WORDS.findall(text)
@@ -65,9 +62,7 @@ def terms_of(text: str, ngrams: Sequence[int] = (1, 2)) -> list[str]:
 
 
 def text_key(text: str) -> int:
-    """64 bits that stand for a normalised text; two texts that met by chance would only lose a
-    candidate.
-    """
+    """Return a 64-bit hash of a normalised text; a collision would only lose a candidate."""
     return int.from_bytes(
         hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(),
         "little",
@@ -77,9 +72,9 @@ def text_key(text: str) -> int:
 
 @dataclass
 class Counts:
-    """Distinct terms of each caption with their counts.
+    """Hold the distinct terms of each caption with their counts.
 
-    N captions, E entries, V terms, in order of first appearance.
+    N captions, E entries, V terms numbered in order of first appearance.
     """
 
     starts: np.ndarray  # int64 [N + 1]
@@ -90,7 +85,9 @@ class Counts:
 
 
 def count_terms(captions: Iterable[str], ngrams: Sequence[int]) -> Counts:
-    """Read all captions once; memory beyond the result is one chunk and the vocabulary."""
+    """Count the terms of all captions in one pass; besides the result, memory holds one chunk and
+    the vocabulary.
+    """
     vocabulary: dict[str, int] = {}
     parts: list[tuple[np.ndarray, ...]] = [
         _count_chunk(chunk, vocabulary, ngrams) for chunk in _chunks(captions)
@@ -154,11 +151,11 @@ def _int32(values: array) -> np.ndarray:
 
 @dataclass
 class TermIndex:
-    """TF-IDF rows and lists of captions by term.
+    """Hold TF-IDF rows, and lists of captions by term.
 
-    Inside, captions are numbered by the length of their row before normalising, so that the list of
-    a term runs in memory order and also from high to low weight (where the term occurs once); terms
-    are numbered by falling frequency, rarest last.
+    Internally, captions are numbered by the norm of their row before normalising, so that the list
+    of a term is in memory order and also from high to low weight (if the term occurs once in each);
+    terms are numbered by falling frequency, rarest last.
     """
 
     original: np.ndarray  # int32 [N], the caption's number in the store
@@ -176,8 +173,9 @@ class TermIndex:
 def build_index(
     captions: Iterable[str], images: np.ndarray, ngrams: Sequence[int] = (1, 2)
 ) -> TermIndex:
-    """TF-IDF (raw count x (ln((1 + N) / (1 + df)) + 1), rows of length 1) of all captions and its
-    inversion.
+    """Build the TF-IDF rows of all captions and their inverted lists.
+
+    A weight is the raw count x (ln((1 + N) / (1 + df)) + 1); rows are normalised to length 1.
     """
     loops = kernels()
     counted = count_terms(captions, ngrams)

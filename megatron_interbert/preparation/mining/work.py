@@ -1,5 +1,5 @@
-"""What mining has done so far, kept beside hard_negatives.npy so that a killed command resumes and
-ends in the same table.
+"""Keep the progress of mining beside hard_negatives.npy, so that a killed command can be resumed
+and gives the same table.
 """
 
 import json
@@ -30,8 +30,8 @@ PLAN = "plan.json"
 ASSEMBLED = "assembled.npy"
 DONE = "done.json"
 BLOCKS = ("block-" + 6 * "[0-9]" + "*.npy",)
-# All that a work folder holds, in the order in which it goes: the plan says what blocks belong to,
-# and the mark that all is done goes last.
+# All that a work folder holds, in the order of removal: blocks before the plan that they belong to,
+# and last the mark that all is done.
 UNFINISHED = tuple(
     f"{name}{end}" for name in ("block-*.npy", PLAN, DONE) for end in (".tmp", ".partial")
 )
@@ -39,11 +39,11 @@ OURS = (*BLOCKS, *UNFINISHED, ASSEMBLED, PLAN, DONE)
 
 
 class MiningFolder:
-    """`hard_negatives.npy.partial` beside the output: the plan, a file for each finished block, the
-    table being assembled.
+    """Manage `hard_negatives.npy.partial` beside the output: the plan, a file for each finished
+    block, and the table being assembled.
 
-    Held by one process at a time. A command killed anywhere finds here what it needs to end in the
-    same table.
+    One process at a time holds it. After a kill at any point, the same command resumes from it and
+    gives the same table.
     """
 
     def __init__(self, store: RegionStore, options: dict[str, Any]) -> None:
@@ -69,12 +69,12 @@ class MiningFolder:
             os.close(self._lock)
 
     def open(self, restart: bool) -> None:
-        """Make the folder, or find the one of the same plan.
+        """Make the folder, or take over one with the same plan.
 
-        UsageError when it belongs to another plan or process.
+        Raises UsageError if it belongs to another plan or process.
         """
         self._lock = lock_folder(
-            self.path, "another command is mining this store; let it end first"
+            self.path, "another command is mining this store; wait until it has ended"
         )
         refuse_strangers(self.path, OURS)
         if restart:
@@ -83,8 +83,8 @@ class MiningFolder:
         if not (self.path / PLAN).exists():
             if own_names(self.path, BLOCKS):
                 raise UsageError(
-                    f"{self.path}: finished blocks without their {PLAN}; put it back, or --restart"
-                    " to throw them away"
+                    f"{self.path}: holds finished blocks without their {PLAN}; restore it, or give"
+                    " --restart to discard them"
                 )
 
             write_json(self.path / PLAN, self.plan)
@@ -98,17 +98,18 @@ class MiningFolder:
                 for plan in (found, self.plan)
             )
             raise UsageError(
-                f"{self.path}: unfinished work with {was}, now {now}; give the command as it was,"
-                " or --restart to throw that work away"
+                f"{self.path}: unfinished work with {was}, now {now}; give the same options again,"
+                " or --restart to discard that work"
             )
 
     def rows_of(self, number: int) -> range:
-        """Give the captions of a block."""
+        """Return the numbers of the captions of a block."""
         return range(number * self.block, min((number + 1) * self.block, self.captions))
 
     def read_block(self, number: int) -> np.ndarray | None:
-        """Read the rows of a block, or None when there is none that can be used, said where there
-        is one that cannot. Unreadable where nobody can say.
+        """Read the rows of a block; return None if it is missing or, with a note, damaged.
+
+        Raises Unreadable if the system cannot read it.
         """
         path = self._block_path(number)
 
@@ -122,13 +123,13 @@ class MiningFolder:
         except FileNotFoundError:
             return None
         except NoTable as error:
-            print(f"note: {path}: {error}; it is made anew", file=sys.stderr, flush=True)
+            print(f"note: {path}: {error}; it is computed again", file=sys.stderr, flush=True)
             return None
 
         return rows
 
     def write_block(self, number: int, rows: np.ndarray) -> None:
-        """Publish the rows [captions of the block, K]."""
+        """Write the rows of a finished block, [captions of the block, K]."""
         with whole_file(self._block_path(number)) as handle:
             np.save(handle, rows, allow_pickle=False)
 
@@ -136,7 +137,7 @@ class MiningFolder:
         return self.path / f"block-{number:06d}.npy"
 
     def assemble(self) -> np.ndarray:
-        """Give all blocks in one file of the work folder, as a read-only map."""
+        """Join all blocks to one file in the work folder; return it as a read-only memory map."""
         header = {
             "descr": np.dtype(np.int32).str,
             "fortran_order": False,
@@ -149,7 +150,7 @@ class MiningFolder:
                 block = self.read_block(number)
                 if block is None:
                     raise UsageError(
-                        f"{self._block_path(number)}: damaged since it was made; give the same"
+                        f"{self._block_path(number)}: damaged since it was written; run the same"
                         " command again"
                     )
 
@@ -158,15 +159,15 @@ class MiningFolder:
         return np.load(self.path / ASSEMBLED, mmap_mode="r", allow_pickle=False)
 
     def publish(self, summary: dict[str, Any]) -> None:
-        """The assembled table becomes the output, and the folder goes."""
+        """Rename the assembled table to the output, and remove the folder."""
         write_json(self.path / DONE, {"plan": self.plan, "summary": summary})
         os.replace(self.path / ASSEMBLED, self.output)
         flush_folder(self.output.parent)
         remove_folder(self.path, OURS)
 
     def published(self) -> dict[str, Any] | None:
-        """Summary of the same command if it was killed when its table was in place already; the
-        folder goes.
+        """Return the summary of the same command if it was killed after its table was in place, and
+        remove the folder; else None.
         """
         refuse_link(self.path)
 

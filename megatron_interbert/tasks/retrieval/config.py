@@ -18,7 +18,7 @@ from megatron_interbert.tasks.config import (
 
 @dataclass
 class RetrievalConfig(FinetuneConfig):
-    """Finetune on caption-based image retrieval: four pairs per caption, two-class matching loss."""
+    """Finetune on caption-based image retrieval: four pairs per caption, two-class loss on each."""
 
     data_path: str = training_store(
         "sample_corpus/train",

@@ -1,8 +1,9 @@
-"""Caption-based image retrieval: the finetuning task, ranks in both directions, recall, and a two-
-stage search.
+"""Define caption-based image retrieval: the finetuning job, scores of all pairs, and recall in both
+directions.
 
-A pair's score is the margin of the matching head, logit(matched) - logit(mismatched); probabilities
-would tie near 1. Ties count against the model: an equal score ranks before the right answer.
+A pair's score is the margin of the matching head, logit(matched) - logit(mismatched), because
+probabilities would tie near 1. Ties count against the model: a wrong candidate with an equal score
+ranks before the right one.
 """
 
 from collections.abc import Callable, Iterable
@@ -36,7 +37,7 @@ Tile = tuple[slice, slice, np.ndarray]
 
 
 class RetrievalTask(ClassificationTask):
-    """Two-class loss of the matching head on every pair."""
+    """Compute the two-class loss of the matching head on every pair."""
 
     KINDS = ("match",)
 
@@ -50,9 +51,10 @@ class RetrievalTask(ClassificationTask):
 
 
 def retrieval_job(config: RetrievalConfig, state: ParallelState) -> Job:
-    """Finetuning on a region store.
+    """Build the job that finetunes on the region stores of --data-path.
 
-    R@1 of captions to images over all pairs of --valid-data-path decides what is best.
+    Unless --metric is given, text-to-image R@1 over all pairs of --valid-data-path decides which
+    checkpoint is best.
     """
     stores = config.stores()
     corpus = open_stores(stores, config)
@@ -62,7 +64,7 @@ def retrieval_job(config: RetrievalConfig, state: ParallelState) -> Job:
 
     if state.is_main and not samples.has_hard_images:
         print(
-            f"{corpus.path}: no hard_images.npy, so hard captions are random ones; make it with"
+            f"{corpus.path}: no hard_images.npy, so hard captions are drawn at random; make it with"
             " interbert mine-neighbours",
             flush=True,
         )
@@ -87,7 +89,7 @@ def retrieval_job(config: RetrievalConfig, state: ParallelState) -> Job:
 
 
 def evaluation_of(config: RetrievalConfig, corpus: Corpus, tokenizer: CaptionTokenizer) -> Evaluate:
-    """Give what evaluates a model on all pairs of --valid-data-path."""
+    """Return a function that evaluates a model on all pairs of --valid-data-path."""
     valid = open_stores([config.valid_data_path], config)
     corpus.check_alike(valid.stores[0], config.allow_other_detector, "--valid-data-path")
     pairs = choose_pairs(
@@ -115,8 +117,10 @@ def choose_pairs(
     max_regions: int,
     max_tokens: int,
 ) -> Pairs:
-    """Choose the captions of a language (all for an empty one) of the first images (all for 0), and
-    their images.
+    """Return the captions to evaluate, and their images.
+
+    `language` and `max_images` restrict them to one language and to the first images; empty and 0
+    take all. Raises UsageError if no caption is left.
     """
     captions = trainable_captions(corpus, language)
     if max_images:
@@ -145,8 +149,9 @@ def score_matrix(
     state: ParallelState | None = None,
     images_at_once: int = 256,
 ) -> np.ndarray:
-    """Score float32 [captions, images] of margins over all pairs, in memory, the same on all ranks
-    (each scores a share).
+    """Return the margins of all pairs, float32 [captions, images], in memory.
+
+    Each rank scores a share; all return the same.
     """
     state = state or ParallelState()
     mine = pairs.by_length()[state.data_rank :: state.data_size]
@@ -173,10 +178,10 @@ def score_matrix(
 
 
 def ranks(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Rank (1 is best) of the best right candidate for each query.
+    """Return the rank (1 is best) of the best right candidate for each query.
 
-    scores [queries, candidates]; right [queries, candidates] bool, at least one per query. Equal
-    wrong scores rank before.
+    `scores` and `right` (bool) are [queries, candidates]; each query has at least one right
+    candidate. Wrong candidates with an equal score rank before it.
     """
     check_finite(scores)
     best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
@@ -185,7 +190,7 @@ def ranks(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def check_finite(scores: np.ndarray) -> None:
-    """Raise UsageError for scores that cannot be ranked."""
+    """Raise UsageError for scores with NaN or infinity, which cannot be ranked."""
     if not np.isfinite(scores).all():
         raise UsageError(
             "the model gives scores that are not finite, so nothing can be ranked; evaluate another"
@@ -196,11 +201,11 @@ def check_finite(scores: np.ndarray) -> None:
 def ranks_of_tiles(
     read: Callable[[], Iterable[Tile]], own: np.ndarray, images: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks of captions' own images [C] and of images' best captions [I], from tiles of scores that
-    `read` gives each time anew.
+    """Return the ranks of the captions' own images [C] and of the images' best own captions [I], as
+    `ranks` would on the whole matrix.
 
-    own [C]: column of each row's own image; every image has a caption. Two passes, one tile in
-    memory. As `ranks` on the whole.
+    `read` yields all tiles, and is called twice, so that only one tile is in memory. `own` [C] is
+    the column of each row's own image; every image must have a caption.
     """
     of_caption = np.full(len(own), -np.inf, np.float32)
     of_image = np.full(images, -np.inf, np.float32)
@@ -223,7 +228,7 @@ def ranks_of_tiles(
 
 
 def recall_metrics(query_ranks: np.ndarray) -> dict[str, float]:
-    """R@1, R@5, R@10 in percent, median and mean rank."""
+    """Return R@1, R@5 and R@10 in percent, and the median and mean rank."""
     values = {f"R@{k}": 100.0 * float((query_ranks <= k).mean()) for k in (1, 5, 10)}
     return {
         **values,
@@ -233,8 +238,9 @@ def recall_metrics(query_ranks: np.ndarray) -> dict[str, float]:
 
 
 def retrieval_metrics(scores: np.ndarray, caption_image: np.ndarray) -> dict[str, dict[str, float]]:
-    """Give both directions from scores [captions, images] and the column of each caption's own
-    image [captions].
+    """Compute the metrics of both directions from scores [captions, images].
+
+    `caption_image` [captions] is the column of each caption's own image.
     """
     right = caption_image[:, None] == np.arange(scores.shape[1])[None]
     described = right.any(axis=0)
@@ -246,7 +252,7 @@ def retrieval_metrics(scores: np.ndarray, caption_image: np.ndarray) -> dict[str
 
 
 def flat_metrics(metrics: dict[str, dict[str, float]]) -> dict[str, float]:
-    """t2i_R@1, .. of both directions, for logs."""
+    """Return the metrics of both directions in one dictionary (t2i_R@1, ..), without mean ranks."""
     short = {"text_to_image": "t2i", "image_to_text": "i2t"}
     return {
         f"{short[d]}_{name}": value

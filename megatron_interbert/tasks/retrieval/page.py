@@ -1,4 +1,4 @@
-"""The page of a retrieval: each query with its top images, drawn as boxes over the photo if any."""
+"""Render the page of a retrieval: each query with its top images, as boxes over photos if given."""
 
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ def result_page(
     photos: PhotoFolder | None = None,
     top: int = 5,
 ) -> str:
-    """Give the page as text.
+    """Return the HTML of the page.
 
-    scores [captions shown, images]; captions and images are numbers in the store.
+    `scores` are [captions shown, images]; `captions` and `images` are numbers in the store.
     """
     right = np.searchsorted(images, store.caption_image[captions])
     queries = []
@@ -61,5 +61,5 @@ def result_page(
 
 
 def figures_of(result: dict[str, Any], direction: str) -> list[str]:
-    """Give the recalls and the median rank of one direction, for the table."""
+    """Return the recalls and the median rank of one direction, as text for the table."""
     return [f"{result['metrics'][f'{direction}_{column}']:.1f}" for column in COLUMNS]

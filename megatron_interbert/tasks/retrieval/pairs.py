@@ -1,4 +1,4 @@
-"""Pairs of images and captions made ready and scored, a block at a time."""
+"""Prepare images and captions, and score their pairs block by block."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ from megatron_interbert.tasks.pairs import NOTHING, caption_texts, pair_fields
 
 @dataclass
 class Pairs:
-    """What is scored: captions [C] and images [I] of a corpus by their numbers, and how they are
-    read.
+    """Hold what is scored: captions [C] and images [I] of a corpus, by number, and the limits on
+    regions and tokens.
     """
 
     corpus: Corpus
@@ -27,11 +27,11 @@ class Pairs:
     max_tokens: int
 
     def own_image(self) -> np.ndarray:
-        """Give int64 [C]: place in `images` of each caption's own image."""
+        """Return the index in `images` of each caption's own image, int64 [C]."""
         return np.searchsorted(self.images, self.corpus.caption_image[self.captions])
 
     def image_side(self, scorer: PairScorer, part: np.ndarray, device: torch.device) -> Side:
-        """Give some of the images made ready."""
+        """Return some of the images, prepared for scoring; `part` indexes `images`."""
         regions = read_regions(self.corpus, self.images[part], self.max_regions)
         nothing = (np.array([self.tokenizer.cls]), np.zeros(1, np.int64))
         fields = pair_fields(
@@ -41,21 +41,23 @@ class Pairs:
         return scorer.images(to_batch(fields), device)
 
     def caption_side(self, scorer: PairScorer, part: np.ndarray, device: torch.device) -> Side:
-        """Give some of the captions made ready."""
+        """Return some of the captions, prepared for scoring; `part` indexes `captions`."""
         texts = caption_texts(self.corpus, self.tokenizer, self.captions[part], self.max_tokens)
         return scorer.captions(
             to_batch(pair_fields(texts, None, NOTHING, self.corpus.feature_dim)), device
         )
 
     def by_length(self) -> np.ndarray:
-        """Give int64 [C]: captions from short to long, so that those of a batch are alike."""
+        """Return the order of captions from short to long, int64 [C], so that those of a batch have
+        similar lengths.
+        """
         lengths = np.diff(
             self.corpus.tokens(self.captions, self.tokenizer, self.max_tokens - 2).offsets
         )
         return np.argsort(lengths, kind="stable")
 
     def by_regions(self) -> np.ndarray:
-        """Give int64 [I]: images from few regions to many."""
+        """Return the order of images from few regions to many, int64 [I]."""
         return np.argsort(
             np.minimum(self.corpus.region_counts[self.images], self.max_regions), kind="stable"
         )
@@ -65,10 +67,9 @@ class Pairs:
 def score_block(
     scorer: PairScorer, images: Side, captions: Side, pairs_per_batch: int
 ) -> torch.Tensor:
-    """Score float32 [captions, images] on the device: all pairs of two sides, about so many at a
-    time.
+    """Score all pairs of two sides, about `pairs_per_batch` at a time: float32 [captions, images].
 
-    Nobody waits for them here.
+    The scores stay on the device, and the host does not wait for them.
     """
     result = torch.empty(len(captions), len(images), device=images.hidden.device)
     width = min(len(images), pairs_per_batch)
@@ -88,8 +89,8 @@ def score_block(
 
 
 def runs_of_one_length(side: Side, most: int) -> list[tuple[int, int]]:
-    """Give (first, last + 1) of runs of at most `most` neighbours of equal length, so that nothing
-    is padded inside the attention.
+    """Return (first, last + 1) of runs of at most `most` consecutive items of equal length, so that
+    nothing is padded inside the attention.
     """
     lengths = side.lengths
     runs = []

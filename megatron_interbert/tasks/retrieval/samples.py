@@ -1,11 +1,11 @@
-"""Training samples of caption-based image retrieval: four pairs for each caption.
+"""Make the training samples of caption-based image retrieval: four pairs for each caption.
 
-    right            caption, its image                    class 0
-    random caption   caption of another image, its image   class 1
-    random image     caption, another image                class 1
-    hard caption     caption of a near image, its image    class 1
+    right            the caption and its image                  class 0
+    random caption   a caption of another image, and the image  class 1
+    random image     the caption, and another image             class 1
+    hard caption     a caption of a near image, and the image   class 1
 
-Near are the 100 images whose mean features are nearest (hard_images.npy).
+Near images are the 100 whose mean features are nearest to the image's (hard_images.npy).
 
 All draws are keyed by (seed, epoch, caption), so every rank, worker and restart makes the same
 pairs.
@@ -31,7 +31,9 @@ PAIRS = 4
 
 
 class RetrievalSet:
-    """A sample is a caption; its batch rows are four pairs, one after another."""
+    """Hold the training samples: a sample is a caption, and its four pairs are consecutive rows of
+    the batch.
+    """
 
     def __init__(
         self, corpus: Corpus, tokenizer: CaptionTokenizer, config: RetrievalConfig
@@ -50,7 +52,7 @@ class RetrievalSet:
         self.order = SampleOrder(
             [self.samples], config.fit_partitions(len(self.samples)), config.seed
         )
-        # captions, those of one image together
+        # captions, grouped by image
         self.by_image = self.samples[np.argsort(images, kind="stable")]
         self.first_of = np.searchsorted(np.sort(images), np.arange(corpus.num_images + 1))
         self.has_hard_images = corpus.has_hard_images()
@@ -58,7 +60,7 @@ class RetrievalSet:
 
     @property
     def most_rows(self) -> int:
-        """Regions that a micro-batch can have."""
+        """Return the largest number of regions that a micro-batch can have."""
         return (
             PAIRS
             * self.config.micro_batch_size
@@ -66,9 +68,8 @@ class RetrievalSet:
         )
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
-        """Give the fields of a PackedBatch of 4 B pairs for (epoch, caption) pairs [B].
-
-        `mismatched` [4 B] are the classes.
+        """Return the fields of a PackedBatch of 4 B text-image pairs, for (epoch, caption) pairs
+        [B]; `mismatched` [4 B] holds the classes.
         """
         epochs, captions = np.array(pairs, dtype=np.int64).T
         images = self.corpus.caption_image[captions]
@@ -90,9 +91,9 @@ class RetrievalSet:
     def _of_another_image(
         self, epochs: np.ndarray, captions: np.ndarray, images: np.ndarray, place: int
     ) -> np.ndarray:
-        """Give a random caption [B] of another image.
+        """Return, for each sample, a random caption of another image [B].
 
-        `place`: where in the stream of each sample's numbers the draws begin.
+        `place` is where the draws begin in each sample's stream of random numbers.
         """
         chosen = captions.copy()
         rows = np.arange(len(captions))
@@ -109,8 +110,8 @@ class RetrievalSet:
     def _hard_captions(
         self, epochs: np.ndarray, captions: np.ndarray, images: np.ndarray
     ) -> np.ndarray:
-        """Give a caption [B] of an image near each one's own; a random one where no near image has
-        a caption.
+        """Return, for each sample, a caption of an image near its own [B]; a random one if no near
+        image has a caption.
         """
         chosen = self._of_another_image(epochs, captions, images, place=128)
         if not self.has_hard_images:

@@ -1,9 +1,9 @@
-"""All pairs of a store's images and captions, tile by tile: shared out over ranks, kept on disk,
-resumed after a stop.
+"""Score all pairs of a store's images and captions tile by tile: distributed over ranks, kept on
+disk, resumable after a stop.
 
-A tile is a run of captions (sorted by length) times a run of images. Memory holds one tile; disk
-holds the scores, 4 bytes a pair, and a sum behind them. Data-parallel ranks take tiles in turn, the
-ranks of a tensor-parallel group work on the same one.
+A tile is a run of captions (sorted by length) times a run of images (sorted by regions). Memory
+holds one tile; disk holds the scores, 4 bytes per pair, followed by a checksum. Data-parallel ranks
+take tiles in turn; the ranks of a tensor-parallel group work on the same one.
 """
 
 import contextlib
@@ -26,19 +26,18 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.reading import list_folder, reading
 from megatron_interbert.tasks.retrieval.pairs import Pairs, score_block
 
-PLAN = "plan.json"  # its hash is in the name of the folder, which is how we know ours again
+PLAN = "plan.json"  # its hash is in the folder's name, by which we recognise our own folders
 FOLDER = re.compile("tiles-[0-9a-f]{16}")
 OWN_FILE = re.compile(r"plan\.json(\.partial)?|scores-[0-9]{8,}-[0-9]{8,}\.(npy|[0-9]+\.new)")
 SUM_BYTES = hashlib.sha256().digest_size
 
 
 class ScoreTiles:
-    """Tiles of [captions, images] in a folder of their own inside `parent`; a tile that is there is
-    not scored again.
+    """Hold the tiles of scores [captions, images] in a folder of their own inside `parent`.
 
-    `identity` says of what they are: other weights, data or settings have another folder. One
-    evaluation at a time works in it; tiles that stopped evaluations have left and nobody works with
-    are removed.
+    A sound tile on disk is not scored again. `identity` describes what the scores depend on: other
+    weights, data or settings get another folder. One evaluation at a time works in a folder; tiles
+    in other folders, left by stopped evaluations and not in use, are removed.
     """
 
     def __init__(
@@ -86,7 +85,7 @@ class ScoreTiles:
                 remove_left(parent / name)
 
     def release(self) -> None:
-        """Give the folder back; the tiles stay."""
+        """Release the lock of the folder; the tiles stay."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -95,11 +94,11 @@ class ScoreTiles:
         return self.folder / f"scores-{place[0]:08d}-{place[1]:08d}.npy"
 
     def missing(self) -> list[tuple[int, int]]:
-        """Give places (first caption, first image) of tiles that are not there yet, or not as they
-        were written.
+        """Return the places (first caption, first image) of tiles that are missing or damaged, the
+        same on all ranks.
         """
         missing = together(self.state, lambda: self._look() if self.state.is_main else None)
-        # what the first rank sees: all must agree on who does what
+        # as rank 0 sees it: all ranks must agree on who does what
         return self.state.gather(missing)[0]
 
     def _look(self) -> list[tuple[int, int]]:
@@ -115,11 +114,11 @@ class ScoreTiles:
         return missing
 
     def share(self, places: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Give those that this rank scores."""
+        """Return the places that this rank scores."""
         return places[self.state.data_rank :: self.state.data_size]
 
     def write(self, place: tuple[int, int], scores: np.ndarray) -> None:
-        """Write one finished tile; it appears whole."""
+        """Write a finished tile, atomically."""
         if self.state.tensor_rank:
             return
 
@@ -130,18 +129,21 @@ class ScoreTiles:
             handle.write(self._with_sum(place, data.getvalue()))
 
     def extent(self, place: tuple[int, int]) -> tuple[slice, slice]:
-        """Give captions and images of a tile."""
+        """Return the captions and the images of a tile, as slices."""
         return tuple(
             slice(p, min(p + t, s)) for p, t, s in zip(place, self.tile, self.shape, strict=True)
         )
 
     def pairs(self, place: tuple[int, int]) -> int:
-        """Give pairs of a tile."""
+        """Return the number of pairs in a tile."""
         rows, columns = self.extent(place)
         return (rows.stop - rows.start) * (columns.stop - columns.start)
 
     def read(self) -> Iterator[tuple[slice, slice, np.ndarray]]:
-        """Read all tiles: captions, images, scores."""
+        """Yield (captions, images, scores) of each tile.
+
+        Raises TrainingStopped if a tile has changed since it was written.
+        """
         for place in self.places:
             with local_errors():
                 scores = self._scores(place)
@@ -154,13 +156,13 @@ class ScoreTiles:
             yield *self.extent(place), scores
 
     def _scores(self, place: tuple[int, int]) -> np.ndarray | None:
-        """Give one tile; None where it is not there, or not as it was written."""
+        """Return the scores of one tile; None if it is missing or damaged."""
         file = self._file(place)
 
         try:
             with reading(file):
                 content = file.read_bytes()
-        except OSError:  # what `reading` lets through
+        except OSError:  # missing: `reading` turns other errors into UsageError
             return None
 
         data = content[:-SUM_BYTES]
@@ -170,27 +172,27 @@ class ScoreTiles:
         return np.load(io.BytesIO(data), allow_pickle=False)
 
     def _with_sum(self, place: tuple[int, int], data: bytes) -> bytes:
-        """Give a file's content; the sum also stands for the plan and the place, so that no tile
-        passes for another.
+        """Return a file's content: the data and a checksum that also covers the plan and the place,
+        so that no tile passes for another.
         """
         return data + hashlib.sha256(b"%b %d %d " % (self.plan, *place) + data).digest()
 
     def remove(self) -> None:
-        """Give all tiles, and the folder unless somebody else has put something there."""
+        """Remove all tiles, and the folder unless it holds anything else."""
         remove_own_files(self.folder)
         self.release()
 
 
 def folder_name(plan: bytes) -> str:
-    """Give the name of the folder for the tiles of a plan."""
+    """Return the name of the folder for the tiles of a plan."""
     return f"tiles-{hashlib.sha256(plan).hexdigest()[:16]}"
 
 
 def remove_left(folder: Path) -> None:
-    """Remove what a stopped evaluation has left, unless somebody works with it.
+    """Remove what a stopped evaluation has left, unless another process is using it.
 
-    A link, or a folder that holds neither a plan of ours nor, as earlier versions left it, nothing
-    but tiles, is somebody else's and is left alone.
+    A folder is ours if it holds its own plan or, from earlier versions, nothing but tiles. Links
+    and all other folders are left alone.
     """
     with contextlib.suppress(OSError):
         handle = _locked(folder)
@@ -206,7 +208,7 @@ def remove_left(folder: Path) -> None:
 
 
 def remove_own_files(folder: Path) -> None:
-    """Remove the files of our names, the plan last, and the folder where nothing else is in it."""
+    """Remove files with our names, the plan last, and then the folder if it is empty."""
     with contextlib.suppress(OSError):
         for name in reversed(list_folder(folder)):
             if OWN_FILE.fullmatch(name):
@@ -216,9 +218,9 @@ def remove_own_files(folder: Path) -> None:
 
 
 def _locked(folder: Path) -> int | None:
-    """Lock a folder until the descriptor is closed; None when somebody has it.
+    """Lock a folder until the returned descriptor is closed; None if another process has the lock.
 
-    OSError for a link, for what is no folder, and on a disk without locks.
+    Raises OSError if the path is a link or not a folder, or the disk has no locks.
     """
     handle = open_folder(folder)
 
@@ -244,9 +246,9 @@ def fill(
     pairs_per_batch: int,
     progress: Callable[[int], None] = lambda pairs: None,
 ) -> None:
-    """Score some tiles.
+    """Score some tiles and write them.
 
-    Rows and columns of the tiles are in the order of `by_length` and `by_regions`.
+    Their rows and columns are in the order of `by_length` and `by_regions`.
     """
     captions = pairs.by_length()
     images = pairs.by_regions()
@@ -255,7 +257,7 @@ def fill(
     for top, left in places:
         rows, columns = tiles.extent((top, left))
         with local_errors():
-            if ready is None or ready[0] != top:  # tiles of the same captions follow each other
+            if ready is None or ready[0] != top:  # tiles with the same captions are consecutive
                 ready = top, pairs.caption_side(scorer, captions[rows], device)
             side = pairs.image_side(scorer, images[columns], device)
 

@@ -1,9 +1,9 @@
-"""Search in two stages: all images by a product of pooled vectors, then the best ones by the whole
-model.
+"""Search in two stages: rank all images by dot products of pooled vectors, then the best of them by
+the whole model.
 
-The matching head is linear in the product of the two pooled vectors, so with each side encoded
+The matching head is linear in the product of the two pooled vectors, so if each side is encoded
 alone the margin of a pair is one dot product: (w_matched - w_mismatched) * text . image. The model
-was not trained on sides alone, so this ranks worse; what is lost is measured.
+was not trained on sides alone, so this ranks worse; how much is measured.
 """
 
 import time
@@ -29,13 +29,17 @@ def two_stage_search(
     keep: int,
     pairs_per_batch: int,
 ) -> dict[str, float]:
-    """Give recall of captions to images when only the `keep` best images of the first stage are
-    scored by the model, the recall of the first stage itself, and seconds; the same on all ranks.
+    """Search for each caption's image, scoring only the `keep` best images of the first stage with
+    the model.
+
+    Return, the same on all ranks, the recall of both stages together, the percentage of own images
+    among those kept by the first stage, and the seconds taken. Raises UsageError for a model with
+    summed fusion.
     """
     if scorer.model.config.fusion != "product":
         raise UsageError(
-            "--two-stage: with a summed fusion the first stage gives every caption the same images;"
-            " leave it out"
+            "--two-stage: in a model with summed fusion the first stage gives every caption the"
+            " same images; leave the flag out"
         )
 
     started = time.monotonic()
@@ -69,7 +73,7 @@ def two_stage_search(
 
 
 def image_vectors(scorer: PairScorer, pairs: Pairs, device: torch.device) -> torch.Tensor:
-    """Encode all images alone: float32 [I, P]; UsageError where a vector is not finite."""
+    """Encode all images alone: float32 [I, P]. Raises UsageError if a vector is not finite."""
     vectors = []
     for part in _runs(np.arange(len(pairs.images))):
         side = pairs.image_side(scorer, part, device)
@@ -82,11 +86,11 @@ def image_vectors(scorer: PairScorer, pairs: Pairs, device: torch.device) -> tor
 def _ranks(
     coarse: torch.Tensor, kept: torch.Tensor, margins: torch.Tensor, right: torch.Tensor
 ) -> torch.Tensor:
-    """Give int64 [2, captions]: the rank of each caption's own image, and whether it was kept.
+    """Return the rank of each caption's own image, and whether it was kept, int64 [2, captions].
 
-    From scores of the first stage [captions, images], the images that are kept and their margins
-    [captions, keep], and the own image [captions]. One that is not kept ranks as in the first
-    stage, behind all that are.
+    Computed from the scores of the first stage `coarse` [captions, images], the images that are
+    `kept` and their `margins` [captions, keep], and the own image `right` [captions]. One that was
+    not kept ranks as in the first stage, and after all that were.
     """
     rank = (coarse >= coarse.gather(1, right[:, None])).sum(1)
     inside = kept == right[:, None]
@@ -105,7 +109,7 @@ def _rescored(
     device: torch.device,
     pairs_per_batch: int,
 ) -> torch.Tensor:
-    """Margins [captions, keep], on the host, of the kept images of each caption."""
+    """Return the margins of the kept images of each caption, [captions, keep], on the host."""
     numbers, place = np.unique(kept.ravel(), return_inverse=True)
     caption_of = np.repeat(np.arange(len(kept)), kept.shape[1])
     order = []

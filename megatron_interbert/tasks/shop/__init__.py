@@ -1,3 +1,3 @@
-"""Product search and topic-based recommendation: config, catalogue, samples, jobs, scorer,
-evaluation, page.
+"""Finetune and evaluate product search and topic-based recommendation: config, catalogue, samples,
+jobs, scorer, evaluation, page.
 """

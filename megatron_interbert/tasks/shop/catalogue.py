@@ -1,11 +1,10 @@
-"""Items that texts are matched with: an image and, where there is one, a title; and the batches in
-which both are judged.
+"""Hold the items that texts are matched with, and lay out batches of texts and items.
 
-An item is an image of a region store, known by its image id; its title is the image's first
-caption. A text (a query, a topic) meets an item in two ways. In full: [CLS] text [SEP] title [SEP]
-and the regions in one sequence. Alone: the text by itself, the item by itself (its title and
-regions), and only their pooled vectors meet in the matching head, so that vectors of items can be
-made beforehand.
+An item is an image of a region store, known by its image id; its title, if any, is the image's
+first caption. A text (a query, a topic) is matched with an item in two ways. In full: [CLS] text
+[SEP] title [SEP] and the regions in one sequence. Alone: the text and the item (title and regions)
+are encoded separately, and only their pooled vectors meet in the matching head, so that the vectors
+of items can be computed in advance.
 """
 
 from collections.abc import Sequence
@@ -23,7 +22,9 @@ NO_TITLE = -1
 
 
 class Catalogue:
-    """The items of a corpus, numbered as its images. `titles`: whether they are read."""
+    """Hold the items of a corpus, numbered like its images; `titles` says whether titles are
+    read.
+    """
 
     def __init__(
         self,
@@ -40,7 +41,7 @@ class Catalogue:
         self.title_of = np.full(corpus.num_images, NO_TITLE, np.int64)  # caption number
 
         if titles:
-            # the first caption of an image is written last
+            # written in reverse, so that the first caption of an image wins
             captions = np.arange(corpus.num_captions)[::-1]
             self.title_of[corpus.caption_image[captions]] = captions
 
@@ -54,7 +55,7 @@ class Catalogue:
 
     @property
     def ids(self) -> list[str]:
-        """Item ids by number."""
+        """Return the item ids, in the order of their numbers."""
         return [
             store.image_id(image)
             for store in self.corpus.stores
@@ -62,37 +63,40 @@ class Catalogue:
         ]
 
     def number(self, item_id: str) -> int | None:
-        """Give an item's number; None when it is not there."""
+        """Return the number of an item; None if there is no such item.
+
+        Raises UsageError if two images have the same id.
+        """
         if self._numbers is None:
             self._numbers = {}
             for number, name in enumerate(self.ids):
                 if self._numbers.setdefault(name, number) != number:
                     raise UsageError(
-                        f"{self.corpus.path}: two images are called {name}; an item needs an id of"
-                        " its own"
+                        f"{self.corpus.path}: two images have the id {name}; each item needs its"
+                        " own id"
                     )
 
         return self._numbers.get(item_id)
 
     def images(self, items: np.ndarray) -> np.ndarray:
-        """Image numbers of items [n], -1 for none."""
+        """Return the image numbers of items [n]; -1 stands for no item."""
         return items
 
     def region_counts(self, items: np.ndarray) -> np.ndarray:
-        """Give regions that are read of items [n], 0 for none."""
+        """Return the number of regions that are read of each item [n]; 0 for no item (-1)."""
         images = self.images(items)
         return np.where(
             images < 0, 0, np.minimum(self.corpus.region_counts[images], self.max_regions)
         )
 
     def title(self, item: int) -> str:
-        """Give an item's title; empty where it has none."""
+        """Return the title of an item; empty if it has none."""
         return (
             "" if self.title_of[item] == NO_TITLE else self.corpus.caption(int(self.title_of[item]))
         )
 
     def title_pieces(self, items: np.ndarray) -> list[np.ndarray]:
-        """Give token ids of some items' titles [n]."""
+        """Return the token ids of the titles of items [n]; empty arrays if they have none."""
         captions = self.title_of[items]
         titled = np.flatnonzero(captions != NO_TITLE)
         pieces = [np.zeros(0, np.int64)] * len(items)
@@ -107,18 +111,18 @@ class Catalogue:
         return pieces
 
     def in_full(self, texts: Sequence[np.ndarray], items: np.ndarray) -> list[Text]:
-        """Give [CLS] text [SEP] title [SEP] of pairs [n] of a text's token ids and an item."""
+        """Return [CLS] text [SEP] title [SEP] of n pairs of a text, as token ids, and an item."""
         return [
             frame([text, title] if len(title) else [text], self.tokenizer, self.max_tokens)
             for text, title in zip(texts, self.title_pieces(items), strict=True)
         ]
 
     def text_alone(self, text: np.ndarray) -> Text:
-        """Give [CLS] text [SEP]."""
+        """Return [CLS] text [SEP]."""
         return frame([text], self.tokenizer, self.max_tokens)
 
     def items_alone(self, items: np.ndarray) -> list[Text]:
-        """Give [CLS] title [SEP] of items [n]."""
+        """Return [CLS] title [SEP] of items [n]."""
         return [
             frame([title], self.tokenizer, self.max_tokens) for title in self.title_pieces(items)
         ]
@@ -126,7 +130,7 @@ class Catalogue:
     def fields(
         self, texts: Sequence[Text], items: np.ndarray, allocate: Allocate = plain_memory
     ) -> Fields:
-        """Give the fields of a PackedBatch of texts [B], each with the regions of an item, or with
+        """Return the fields of a PackedBatch of B texts, each with the regions of an item, or with
         none (-1).
         """
         images = self.images(items)
@@ -147,8 +151,11 @@ class Catalogue:
         alone: tuple[np.ndarray, np.ndarray],
         allocate: Allocate = plain_memory,
     ) -> Fields:
-        """Give the fields of a PackedBatch that judges pairs [n] of `texts` (token ids) and items
-        in full, then pairs [m], texts and items `alone`.
+        """Return the fields of a PackedBatch that scores n pairs in full, then m pairs alone.
+
+        `texts` are token ids; `text_of` [n] and `items` [n] are the pairs in full, `alone` (texts
+        [m], items [m]) those alone. `pair_text` and `pair_image` [n + m] say which rows make a
+        pair.
         """
         pairs = len(items)
         asked, alone_text = np.unique(alone[0], return_inverse=True)
@@ -166,11 +173,11 @@ class Catalogue:
         return {
             **fields,
             "pair_text": np.concatenate([each, pairs + alone_text]),
-            # counted among the samples that have an image
+            # counts only the rows that have an image
             "pair_image": np.concatenate([each, pairs + alone_item]),
         }
 
 
 def pair_keys(texts: np.ndarray, items: np.ndarray, count: int) -> np.ndarray:
-    """Give one int64 for each pair of a text and one of `count` items."""
+    """Return a key, int64, for each pair of a text and one of `count` items."""
     return texts.astype(np.int64) * count + items

@@ -1,4 +1,4 @@
-"""What finetuning and evaluating product search and topic-based recommendation are told."""
+"""Declare the flags for finetuning and evaluating product search and topic recommendation."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,19 +22,19 @@ from megatron_interbert.tasks.config import (
     training_store,
 )
 
-TITLES = "read the items' titles; --no-titles sees their images only"
+TITLES = "read the items' titles; --no-titles: only their images"
 
 
 @dataclass
 class ItemConfig(FinetuneConfig):
-    """What tasks over items (an image and a title) are told."""
+    """Hold the settings shared by finetuning tasks over items (an image and a title)."""
 
     data_path: str = training_store(
         "sample_shop/train",
         "region store of the items; the first caption of an image is its title",
     )
     valid_data_path: str = training_store(
-        "", "region store of the items to evaluate on; default: those of --data-path"
+        "", "region store of the items to evaluate on; default: --data-path"
     )
     titles: bool = setting(True, TITLES, SAME)
     epochs: float = redefault(FinetuneConfig, "epochs", 5.0)
@@ -44,7 +44,7 @@ class ItemConfig(FinetuneConfig):
         FinetuneConfig,
         "max_tokens",
         64,
-        "tokens of a text and a title, [CLS] and two [SEP] included",
+        "tokens of a text with a title, [CLS] and two [SEP] included",
         room_for=TWO_TEXTS,
     )
 
@@ -55,64 +55,62 @@ class ItemConfig(FinetuneConfig):
 
 @dataclass
 class ProductSearchConfig(ItemConfig):
-    """Text-based image retrieval: queries to products, judged in one sequence and by vectors."""
+    """Finetune on product search: queries to products, matched in one sequence and by vectors."""
 
     queries: str = setting("", "jsonl of query_id, query_text, item_ids to train on", FREE)
-    valid_queries: str = setting("", "jsonl of queries to evaluate on; none: no evaluation", FREE)
+    valid_queries: str = setting("", "jsonl of queries to evaluate on; default: none", FREE)
 
 
 @dataclass
 class RecommendationConfig(ItemConfig):
-    """Topic-based recommendation: topics to items, from clicks."""
+    """Finetune on topic-based recommendation: topics to items, from clicks."""
 
     topics: str = setting("", "jsonl of topic_id, name, description, keywords to train on", FREE)
     clicks: str = setting("", "jsonl of topic_id, item_id, clicked (0 or 1) to train on", FREE)
     valid_topics: str = setting("", "topics to evaluate on; default: those of --topics", FREE)
-    valid_clicks: str = setting("", "jsonl of clicks to evaluate on; none: no evaluation", FREE)
+    valid_clicks: str = setting("", "jsonl of clicks to evaluate on; default: none", FREE)
 
 
 @dataclass
 class ItemReading(Flags):
-    """How items and texts are read, where a trained model answers."""
+    """Hold how a trained model reads items and texts; default: as in training."""
 
     GROUP: ClassVar[str] = "data"
 
     titles: bool = option(True, TITLES, as_trained=True)
     max_regions: int = option(0, "regions per image", least=0, as_trained=36)
     max_tokens: int = option(
-        0, "tokens of a text and a title", least=0, room_for=TWO_TEXTS, as_trained=64
+        0, "tokens of a text with a title", least=0, room_for=TWO_TEXTS, as_trained=64
     )
 
 
 @dataclass
 class EvaluateProductSearchConfig(ItemReading, EvaluateConfig):
-    """Products for each query: all candidates in full, and in two stages; figures, and files for
-    the benchmarks' servers.
-    """
+    """Search the products of each query, in full or in two stages; metrics and submission files."""
 
     TASK: ClassVar[str] = "product_search"
 
     data_path: str = store("sample_shop/test", "region store of the products")
     queries: str = option(
         "",
-        "jsonl of query_id, query_text and, to measure, item_ids; candidate_ids limit the choice",
+        "jsonl of query_id, query_text and, for metrics, item_ids; candidate_ids limit the choice",
     )
     image_folder: str = photos("photos named IMAGE_ID.jpg or .png to show on the page")
     two_stage: int = option(
         0,
-        "also search in two stages: so many products by vectors, then these in full; 0: no",
+        "also search in two stages: this many products by vectors, then those in full; 0: no",
         least=0,
         group="scoring",
         old_names=("--first-stage",),
     )
     exhaustive: bool = option(
         True,
-        "score all products in full; --no-exhaustive leaves only --two-stage",
+        "score all products in full; --no-exhaustive: only --two-stage",
         group="scoring",
     )
     submission: str = option(
         "",
-        "write the file that a benchmark's server takes",
+        "also write the submission file of this benchmark",
         ("", "muge", "kddcup2020"),
         group="logging",
     )
@@ -126,18 +124,18 @@ class EvaluateProductSearchConfig(ItemReading, EvaluateConfig):
 
 @dataclass
 class EvaluateRecommendationConfig(ItemReading, EvaluateConfig):
-    """Scores of topics and items that users were shown, and figures of what they clicked."""
+    """Score the items that users were shown under topics, with metrics of what they clicked."""
 
     TASK: ClassVar[str] = "recommendation"
 
     data_path: str = store("sample_shop/test", "region store of the items")
     topics: str = option("", "jsonl of topic_id, name, description, keywords")
-    clicks: str = option("", "jsonl of topic_id, item_id, clicked, to measure by")
+    clicks: str = option("", "jsonl of topic_id, item_id, clicked (0 or 1) to measure by")
 
 
 @dataclass
 class ScoreTopicsConfig(ItemReading, EvaluateConfig):
-    """Scores of all topics and items, as Parquet."""
+    """Score all items for all topics, and write the scores as Parquet."""
 
     TASK: ClassVar[str] = "topic_scores"
 
@@ -145,7 +143,7 @@ class ScoreTopicsConfig(ItemReading, EvaluateConfig):
     topics: str = option("", "jsonl of topic_id, name, description, keywords")
     items_of_part: int = option(
         1024,
-        "items of a part, the unit of work that is kept when the scoring is stopped",
+        "items per part, the unit of work that survives when the scoring is stopped",
         least=1,
         group="scoring",
     )

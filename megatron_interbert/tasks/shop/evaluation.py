@@ -1,6 +1,4 @@
-"""`evaluate product_search` and `evaluate recommendation`: figures, and files for servers of
-benchmarks.
-"""
+"""Run `evaluate product_search` and `evaluate recommendation`: metrics, page, submission files."""
 
 import json
 from typing import Any
@@ -45,8 +43,8 @@ def open_items(
     device: torch.device,
     files: list[str],
 ) -> tuple[ItemScorer, WeightSource, Corpus, Any]:
-    """Open the scorer over the items of --data-path, where its weights came from, their stores, and
-    the folder for results.
+    """Open what an evaluation over items needs: (scorer over the items of --data-path, source of
+    its weights, corpus of the stores, folder for results).
     """
     model, source = load_model(
         config.load, ("itm",), config.kernels, device, state, config.averaged, config.precision
@@ -69,8 +67,10 @@ def open_items(
 def evaluate_product_search(
     config: EvaluateProductSearchConfig, state: ParallelState, device: torch.device
 ) -> dict[str, Any]:
-    """Write result.json, result.html and, with --submission, the file for a server; all ranks of a
-    launch call it.
+    """Write result.json, result.html and, with --submission, a submission file, and return the
+    result.
+
+    All ranks of a launch must call it.
     """
     check_photos(config.image_folder, state)
     scorer, source, corpus, folder = open_items(config, state, device, [config.queries])
@@ -115,7 +115,7 @@ def evaluate_product_search(
             write_text(folder / name, text)
             print(f"submission: {folder / name}")
 
-        print(table(result) if metrics else "these queries name no products, so no figure is given")
+        print(table(result) if metrics else "the queries have no item_ids: no metrics computed")
         print(f"result: {folder / 'result.json'}\npage:   {folder / 'result.html'}")
 
     return result
@@ -124,7 +124,7 @@ def evaluate_product_search(
 def search_all(
     scorer: ItemScorer, queries: Queries, state: ParallelState, first_stage: int, title: str
 ) -> Search:
-    """Search for all queries, with progress under a title; see `search`."""
+    """Search for all queries with a progress bar; see `search`."""
     with progress(total=len(queries), unit="query", desc=title, shown=state.is_main) as bar:
         return search(
             scorer,
@@ -136,7 +136,9 @@ def search_all(
 
 
 def shared_share(full: Search, staged: Search) -> float:
-    """Give the percentage of the first ten of the full search that the two stages find too."""
+    """Return the percentage of the full search's ten best products that the two-stage search has
+    among its own ten.
+    """
     shared = [
         len(set(a[:10]) & set(b[:10])) / min(10, len(a))
         for a, b in zip(full.found, staged.found, strict=True)
@@ -145,15 +147,17 @@ def shared_share(full: Search, staged: Search) -> float:
 
 
 def submission(kind: str, queries: Queries, found: Search, catalogue: Catalogue) -> tuple[str, str]:
-    """Give (Name, text) of the file that a server takes: ten products a query as JSON lines (MUGE),
-    or five as CSV (KDD Cup 2020).
+    """Return (name, text) of a benchmark's submission file: ten products per query as JSON Lines
+    (MUGE), or five as CSV (KDD Cup 2020).
+
+    Raises UsageError if a query has fewer candidates.
     """
     ids = catalogue.ids
     most = 10 if kind == "muge" else 5
     if short := next((i for i, items in enumerate(found.found) if len(items) < most), None):
         raise UsageError(
-            f"--submission {kind} needs {most} products for each query, query {queries.ids[short]}"
-            " has fewer candidates"
+            f"--submission {kind} needs {most} products for each query, but query"
+            f" {queries.ids[short]} has fewer candidates"
         )
 
     lists = [[ids[item] for item in items[:most]] for items in found.found]
@@ -180,14 +184,14 @@ def submission(kind: str, queries: Queries, found: Search, catalogue: Catalogue)
 
 
 def number(text: str) -> int | str:
-    """Give an id as the benchmark's files write it: a number where it is one."""
+    """Return an id as the benchmark's files write it: as a number if it is one."""
     return int(text) if text.isdecimal() else text
 
 
 def evaluate_recommendation(
     config: EvaluateRecommendationConfig, state: ParallelState, device: torch.device
 ) -> dict[str, Any]:
-    """Write result.json; all ranks of a launch call it."""
+    """Write result.json and return the result; all ranks of a launch must call it."""
     scorer, source, corpus, folder = open_items(
         config, state, device, [config.topics, config.clicks]
     )

@@ -1,6 +1,6 @@
-"""Figures of ranked lists.
+"""Compute metrics of ranked lists.
 
-Ties count against the model: an equal score of a wrong item ranks before the right one.
+Ties count against the model: a wrong item with an equal score ranks before the right one.
 """
 
 from collections.abc import Sequence
@@ -9,29 +9,31 @@ import numpy as np
 
 
 def order_of(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Give places from best to worst of `scores` [n]; of equal ones, those that are not `right`
-    first, then in order of their numbers.
+    """Return the indices of `scores` [n] from best to worst; among equal scores, items that are not
+    `right` come first, then lower indices.
     """
     return np.lexsort((np.arange(len(scores)), right, -scores))
 
 
 def dcg(gains: np.ndarray) -> float:
-    """Discounted cumulative gain of gains in order."""
+    """Return the discounted cumulative gain of gains in ranked order."""
     return float((gains / np.log2(np.arange(2, len(gains) + 2))).sum())
 
 
 def ndcg(gains: np.ndarray, all_gains: np.ndarray, k: int) -> float:
-    """Share of the best possible gain in the first k places: `gains` in the order found, of
-    `all_gains` that there are.
+    """Return the nDCG@k of `gains` in ranked order, relative to the best order of `all_gains`; 0 if
+    there is nothing to gain.
     """
     best = dcg(np.sort(all_gains)[::-1][:k])
     return dcg(gains[:k]) / best if best else 0.0
 
 
 def search_metrics(found: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> dict[str, float]:
-    """Of items `found` for each query, best first, and those that are `right`: R@k is the share of
-    queries with a right one among the first k, mean_recall the mean of R@1, R@5 and R@10 (MUGE),
-    nDCG@5 that of KDD Cup 2020; in per cent.
+    """Compute search metrics in percent, from the items `found` for each query, best first, and
+    those that are `right`.
+
+    R@k is the share of queries with a right item among the first k, mean_recall the mean of R@1,
+    R@5 and R@10 (as in MUGE), and nDCG@5 is as in KDD Cup 2020.
     """
     hits = [np.isin(items, of_query) for items, of_query in zip(found, right, strict=True)]
     values = {f"R@{k}": 100.0 * float(np.mean([hit[:k].any() for hit in hits])) for k in (1, 5, 10)}
@@ -44,8 +46,8 @@ def search_metrics(found: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> 
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Area under the ROC curve: the share of (positive, negative) pairs in the right order, ties
-    counted half. NaN without both kinds.
+    """Return the area under the ROC curve: the share of (positive, negative) pairs in the right
+    order, ties counting half; NaN unless both kinds occur.
     """
     positives = int(positive.sum())
     negatives = int((~positive).sum())
@@ -64,9 +66,10 @@ def auc(scores: np.ndarray, positive: np.ndarray) -> float:
 def recommendation_metrics(
     groups: Sequence[tuple[np.ndarray, np.ndarray]], ks: Sequence[int] = (5, 10)
 ) -> dict[str, float]:
-    """Of (scores, clicked) of each topic's showings: AUC over all of them, its mean over topics
-    (gAUC), nDCG@k and hit rate@k, in per cent. Topics without a click, or with nothing else, count
-    in the first only.
+    """Compute recommendation metrics in percent, from (scores, clicked) of each topic's showings.
+
+    They are the AUC over all showings and, averaged over topics, the AUC (gAUC), nDCG@k and hit
+    rate (HR@k). Topics with no clicks, or only clicks, count in the first alone.
     """
     scores, clicked = (np.concatenate(parts) for parts in zip(*groups, strict=True))
     values = {"AUC": 100.0 * auc(scores, clicked)}

@@ -1,4 +1,4 @@
-"""The page of a product search: queries, each with its best products; no outside resources."""
+"""Render the page of a product search: queries, each with its best products."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def search_page(
     most: int = 40,
     top: int = 8,
 ) -> str:
-    """Show up to `most` queries, with the first `top` products of each."""
+    """Return the HTML of a page with up to `most` queries and the first `top` products of each."""
     shown = []
     symbols: dict[int, str] = {}
     for number in np.unique(np.linspace(0, len(queries) - 1, min(most, len(queries))).astype(int)):
@@ -54,7 +54,7 @@ def search_page(
 
 
 def picture(catalogue: Catalogue, item: int, photos: PhotoFolder | None) -> str:
-    """Draw an SVG symbol of an item, under the item's number."""
+    """Draw the SVG symbol of an item; its id holds the item's number."""
     image = int(catalogue.images(np.array([item]))[0])
     first = catalogue.corpus.first_image
     store = int(np.searchsorted(first, image, side="right")) - 1

@@ -1,4 +1,4 @@
-"""Scores of texts and items by the matching head, in full and alone; for evaluations and the
+"""Score texts and items with the matching head, in full and alone, for evaluations and the
 service.
 """
 
@@ -23,7 +23,7 @@ from megatron_interbert.tasks.shop.config import (
     ScoreTopicsConfig,
 )
 
-TOKENS_AT_ONCE = 16384  # of texts and regions in a forward pass
+TOKENS_AT_ONCE = 16384  # tokens of texts and regions per forward pass
 
 
 def catalogue_of(
@@ -33,12 +33,12 @@ def catalogue_of(
         ItemConfig | EvaluateProductSearchConfig | EvaluateRecommendationConfig | ScoreTopicsConfig
     ),
 ) -> Catalogue:
-    """Give the items of a store as a run reads them."""
+    """Return the items of a store, to be read as the settings say."""
     return Catalogue(corpus, tokenizer, config.titles, config.max_tokens, config.max_regions)
 
 
 def catalogue_to_judge_by(config: ItemConfig, trained: Catalogue) -> Catalogue:
-    """Give the items of --valid-data-path, else those that are trained on."""
+    """Return the items of --valid-data-path, else those that are trained on."""
     if not config.valid_data_path:
         return trained
     valid = open_stores([config.valid_data_path], config)
@@ -48,11 +48,12 @@ def catalogue_to_judge_by(config: ItemConfig, trained: Catalogue) -> Catalogue:
 
 
 class ItemScorer:
-    """Scores of texts (token ids) and items of a catalogue, float32; higher is better.
+    """Score texts (token ids) and items of a catalogue, float32; higher is better.
 
-    `match` is the margin logit(matched) - logit(mismatched) of a pair in full. Alone, the matching
-    head is linear in the product of the two pooled vectors, so the margin of a pair is the dot
-    product of a text's and an item's vector, and a search through an index.
+    `match` computes the margin logit(matched) - logit(mismatched) of pairs in full. For sides that
+    are encoded alone, the matching head is linear in the product of the two pooled vectors, so the
+    margin is the dot product of a text vector and an item vector, up to a constant, and a search is
+    a look-up in an index. Raises UsageError for a model with summed fusion.
     """
 
     def __init__(
@@ -64,7 +65,8 @@ class ItemScorer:
     ) -> None:
         if model.config.fusion != "product":
             raise UsageError(
-                "a model with summed fusion has no vectors to search by; train one with the product"
+                "a model with summed fusion has no vectors to search by; train one with product"
+                " fusion"
             )
 
         self.model = model
@@ -75,7 +77,7 @@ class ItemScorer:
         self.direction = weight[0] - weight[1]
 
     def pieces(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Give token ids of texts."""
+        """Return the token ids of texts, cut to the catalogue's `max_tokens`."""
         tokens = self.catalogue.tokenizer.encode_batch(list(texts)).take(
             np.arange(len(texts)), self.catalogue.max_tokens
         )
@@ -83,7 +85,7 @@ class ItemScorer:
 
     @torch.no_grad()
     def text_vectors(self, pieces: Sequence[np.ndarray]) -> np.ndarray:
-        """Give [n, P]: vectors of texts, to be multiplied with those of items."""
+        """Return the vectors of texts, [n, P]; dot products with item vectors are the scores."""
         rows = [self.catalogue.text_alone(text) for text in pieces]
         batches = self._batches(rows, np.full(len(rows), -1))
         found = [self.model(batch).pooled_text.float() * self.direction for batch in batches]
@@ -93,17 +95,17 @@ class ItemScorer:
     def item_vectors(
         self, items: np.ndarray, progress: Callable[[int], None] = lambda items: None
     ) -> np.ndarray:
-        """Give [n, P]: vectors of items."""
+        """Return the vectors of items, [n, P]."""
         found = [np.zeros((0, self.model.config.pooled_size), np.float32)]
 
-        for start in range(0, len(items), 1024):  # regions of a run of items are in memory at once
+        for start in range(0, len(items), 1024):  # only one run's regions are in memory
             some = items[start : start + 1024]
             vectors = []
             for batch in self._batches(self.catalogue.items_alone(some), some):
                 vectors.append(self.model(batch).pooled_image.float())
                 progress(len(vectors[-1]))
 
-            found.append(torch.cat(vectors).cpu().numpy())  # the one wait for a run
+            found.append(torch.cat(vectors).cpu().numpy())  # waits for the device, once per run
 
         return np.concatenate(found)
 
@@ -115,7 +117,7 @@ class ItemScorer:
         items: np.ndarray,
         progress: Callable[[int], None] = lambda pairs: None,
     ) -> np.ndarray:
-        """Give [n]: margins of pairs of a text, by its place in `pieces`, and an item."""
+        """Return the margins of pairs [n] of a text, by its index in `pieces`, and an item."""
         found = [torch.zeros(0, device=self.device)]
 
         for start in range(0, len(items), 1024):
@@ -126,10 +128,10 @@ class ItemScorer:
                 found.append(logits[:, 0] - logits[:, 1])
                 progress(len(found[-1]))
 
-        return torch.cat(found).cpu().numpy()  # the one wait for the device
+        return torch.cat(found).cpu().numpy()  # the only wait for the device
 
     def _batches(self, rows: Sequence[Text], items: np.ndarray) -> Iterator[PackedBatch]:
-        """Run of rows of about `tokens_at_once` tokens and regions; at least one row in each."""
+        """Yield the rows in batches of at most `tokens_at_once` tokens and regions, or one row."""
         regions = self.catalogue.region_counts(items)
         cost = np.array([len(ids) for ids, _ in rows]) + regions + (regions > 0)
         first = 0
@@ -147,5 +149,5 @@ class ItemScorer:
             yield self._sent(rows[first:], items[first:])
 
     def _sent(self, rows: Sequence[Text], items: np.ndarray) -> PackedBatch:
-        """Give a batch of rows on the device."""
+        """Return a batch of rows, sent to the device."""
         return send_batch(to_batch(self.catalogue.fields(rows, items)), self.device)

@@ -1,5 +1,5 @@
-"""Text-based image retrieval: queries to products, as in MUGE and KDD Cup 2020; finetuning, search
-in full and in two stages.
+"""Define product search, queries to products as in MUGE and KDD Cup 2020: the finetuning job, and
+search in full and in two stages.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,13 +26,13 @@ from megatron_interbert.tasks.shop.scorer import ItemScorer, catalogue_of, catal
 from megatron_interbert.tasks.shop.search_samples import ProductSearchSet, Queries, read_queries
 from megatron_interbert.tasks.task import Job
 
-KEPT = 50  # products of a query that are kept: figures, files and pages need no more
+KEPT = 50  # products kept per query; metrics, files and pages need no more
 FIGURES = ("R@1", "R@5", "R@10", "mean_recall", "nDCG@5")
 
 
 class SearchTask(ClassificationTask):
-    """Losses of the matching head: right or wrong of each pair in one sequence; and, of sides that
-    are encoded alone, which of several products is the one that a query is for.
+    """Compute two losses of the matching head: whether each pair in one sequence matches, and, for
+    sides encoded alone, which of several products a query is for.
     """
 
     KINDS = ("match", "alone")
@@ -52,8 +52,9 @@ class SearchTask(ClassificationTask):
 
 
 def product_search_job(config: ProductSearchConfig, state: ParallelState) -> Job:
-    """Finetuning on --queries over the products of --data-path; mean recall on --valid-queries
-    decides what is best.
+    """Build the job that finetunes on --queries over the products of --data-path.
+
+    Unless --metric is given, the mean recall on --valid-queries decides which checkpoint is best.
     """
     stores = config.stores()
     corpus = open_stores(stores, config)
@@ -94,19 +95,19 @@ def product_search_job(config: ProductSearchConfig, state: ParallelState) -> Job
 
 
 def check_labelled(queries: Queries) -> None:
-    """Raise UsageError where a query does not say which products it is for."""
+    """Raise UsageError unless every query names the products that it is for."""
     if not queries.labelled:
         missing = next(i for i, products in enumerate(queries.products) if not len(products))
         raise UsageError(
-            f"{queries.path}: query {queries.ids[missing]} has no item_ids, so nothing can be"
-            " measured"
+            f"{queries.path}: query {queries.ids[missing]} has no item_ids, which metrics need; add"
+            " them to each query"
         )
 
 
 @dataclass
 class Search:
-    """The best products (numbers) found for each query, best first; their scores; and pairs scored
-    in full.
+    """Hold the products found for each query (numbers, best first), their scores, and how many
+    pairs were scored in full.
     """
 
     found: list[np.ndarray]
@@ -121,8 +122,11 @@ def search(
     first_stage: int = 0,
     progress: Callable[[int], None] = lambda queries: None,
 ) -> Search:
-    """Search all candidates of each query in full, or (`first_stage` > 0) only so many that the
-    vectors rank first; the same on all ranks, each searches for a share of the queries.
+    """Score all candidates of each query in full or, if `first_stage` > 0, only that many which the
+    vectors rank first; keep the best KEPT.
+
+    Each rank searches for a share of the queries; all return the same. Raises TrainingStopped if a
+    score is not finite.
     """
     everything = np.arange(len(scorer.catalogue))
     mine = range(state.data_rank, len(queries), state.data_size)
@@ -163,7 +167,7 @@ def _joined(
     count: int,
     state: ParallelState,
 ) -> Search:
-    """Put the rows of all ranks in the order of the queries."""
+    """Merge the rows of all ranks, in the order of the queries."""
     none = np.zeros(0, np.int64), np.zeros(0, np.float32)
     rows = [none] * count
     for rank, (part, _) in enumerate(gathered):

@@ -125,8 +125,7 @@ def _reconstruct(space: Space, kind: Any, shape: Any, code: Any) -> Node:
 
 
 def set_array(space: Space, array: Node, state: Any) -> None:
-    """Stand in for ndarray.__setstate__; the state is (version, shape, type, Fortran order, data).
-    """
+    """Stand in for ndarray.__setstate__, whose state is (version, shape, type, Fortran, data)."""
     parts = parts_of(state, "tuple")
     if len(parts) != 5:
         raise ValueError(f"an array's state of {len(parts)} parts")

@@ -40,7 +40,7 @@ NO_ROOT = (1 << 64) - 1
 
 
 class Meta(NamedTuple):
-    """Hold the header of a file; `rules` (key order and other flags) to `root` describe its tree."""
+    """Hold the header of a file; `rules` to `root` describe its tree of rows (rules: flags)."""
 
     page_size: int
     rules: int

@@ -1,0 +1,107 @@
+"""Convert the units of a build in several processes, any of which may be killed at any moment."""
+
+import multiprocessing
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from megatron_interbert.errors import TrainingStopped, UsageError
+from megatron_interbert.preparation.building.conversion import EXPECTED, UnitJob, convert_unit
+from megatron_interbert.preparation.building.interrupts import (
+    LOOK,
+    interrupts_blocked,
+    keeping_interrupts,
+)
+from megatron_interbert.preparation.building.sources.base import FeatureSource
+from megatron_interbert.progress import progress
+
+
+def convert_units(
+    jobs: list[UnitJob], total: int, sources: list[FeatureSource], workers: int, max_dropped: float
+) -> None:
+    """Convert all units, in this process or several; raise UsageError early if, after 10,000
+    images, more than the share `max_dropped` is dropped.
+    """
+    counts: Counter[str] = Counter()
+
+    with progress(total=total, initial=total - len(jobs), unit="shard", desc="building") as bar:
+        for done in _results(jobs, sources, workers):
+            counts.update(read=done["read"], faults=done["faults"])
+            bar.update()
+            bar.set_postfix(images=counts["read"], dropped=counts["faults"], refresh=False)
+            if counts["read"] > 10_000 and counts["faults"] > max_dropped * counts["read"]:
+                raise UsageError(
+                    too_many_dropped(counts["faults"], counts["read"], done["reasons"], max_dropped)
+                )
+
+
+def _results(
+    jobs: list[UnitJob], sources: list[FeatureSource], workers: int
+) -> Iterator[dict[str, Any]]:
+    if workers <= 1 or len(jobs) <= 1:
+        for job in jobs:
+            yield convert_unit(job, sources)
+        return
+
+    # spawn: no handle, lock or thread of this process is inherited
+    context = multiprocessing.get_context("spawn")
+    with keeping_interrupts() as check:
+        pool = ProcessPoolExecutor(
+            min(workers, len(jobs)), context, initializer=_start_process, initargs=(sources,)
+        )
+        waiting = iter(jobs)
+        running = set[Future]()
+
+        try:
+            while True:
+                with interrupts_blocked():
+                    while len(running) < 2 * workers and (job := next(waiting, None)) is not None:
+                        running.add(pool.submit(_convert, job))
+
+                check()
+                if not running:
+                    return
+
+                done, running = wait(running, LOOK, FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        except BrokenProcessPool as error:
+            raise TrainingStopped(
+                "a process of the build has died (killed, or out of memory?); finished shards are"
+                " kept: the same command resumes; give fewer --workers if memory ran out"
+            ) from error
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.kill()  # safe at any moment: a unit is either marked as done or redone
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_sources: list[FeatureSource] = []  # in a process of the pool: sent once, not with each job
+
+
+def _convert(job: UnitJob) -> dict[str, Any]:
+    return convert_unit(job, _sources)
+
+
+def _start_process(sources: list[FeatureSource]) -> None:
+    """Keep the sources, and watch the parent: without that, a process would wait for work for ever
+    after its parent was killed.
+    """
+    _sources[:] = sources
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def too_many_dropped(faults: int, read: int, reasons: dict[str, int], limit: float) -> str:
+    reason = max((r for r in reasons if r not in EXPECTED), key=lambda r: reasons[r], default="")
+    return (
+        f"{faults} of {read} images cannot be used, mostly: {reason}; more than --max-dropped"
+        f" {limit}. Fix the input or the flags, or allow more with a higher --max-dropped (finished"
+        " shards are kept)"
+    )
