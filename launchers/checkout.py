@@ -1,7 +1,7 @@
 """Run a command of this checkout, whether or not its package is installed.
 
 Tools run this file with MODULE, the name of the module whose `main` is the command, and TOOL, the
-file that the user has called.
+file that the user called.
 """
 
 import sys

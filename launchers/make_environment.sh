@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Makes the virtual environment FOLDER with the versions of requirements.txt; does nothing where it
-# is ready. Where requirements/*.lock fit, every file is held against their hashes.
+# Makes the virtual environment FOLDER with the versions of requirements.txt; does nothing if it is
+# ready. If requirements/*.lock fit, every file is checked against their hashes.
 #
 #   bash launchers/make_environment.sh FOLDER
 #
-# TORCH_INDEX is the package index that torch comes from. Unset: pip's own, PyPI, whose torch brings
-# CUDA. https://download.pytorch.org/whl/cpu has the build without. `none` takes the torch that
-# python3 has already, a container's or a cluster module's, and leaves it alone. It is remembered.
+# TORCH_INDEX is the package index of torch. Unset: pip's default, PyPI, whose torch brings CUDA.
+# https://download.pytorch.org/whl/cpu has the build without CUDA. `none` uses the torch that python3
+# already has, from a container or a cluster module, and leaves it alone. The choice is remembered.
 #
-# FOLDER/.megatron_interbert marks what was made here: only a folder that bears it is ever emptied.
-# Its lines are TORCH_INDEX and, once all is installed, a checksum of what was wanted. It is the
-# first file made, and the lock between two starts.
+# FOLDER/.megatron_interbert marks a folder made here: no other folder is ever emptied. Its lines are
+# TORCH_INDEX and, once all is installed, a checksum of what was wanted. It is the first file made,
+# and the lock between two concurrent starts.
 set -euo pipefail
 
 folder=$(realpath -m -- "${1:?usage: bash launchers/make_environment.sh FOLDER}")
@@ -23,20 +23,20 @@ refuse() { # wrong use: the user must decide
   exit 2
 }
 
-give_up() { # what was tried did not work
+give_up() { # an attempt failed
   echo "error: $*" >&2
   exit 1
 }
 
 ready() { # whether FOLDER holds what is wanted; sets `index` and `wanted`
   index=${TORCH_INDEX-$(sed -n 1p "$mark" 2>/dev/null || true)}
-  # With the path: scripts of an environment that was moved start the old place's interpreter.
+  # With the path: scripts of an environment that was moved would start the interpreter of the old place.
   local files=(requirements.txt requirements/*.lock setup.py)
   wanted=$({ cat "${files[@]}" 2>/dev/null || true; echo "$folder" "$index"; } | cksum)
   [ -x "$folder/bin/python" ] && [ "$(sed -n 2p "$mark" 2>/dev/null)" = "$wanted" ]
 }
 
-find_python() { # sets `python`: the first interpreter that the pins have wheels for
+find_python() { # sets `python`: the first interpreter for which the pins have wheels
   local name
   # Not the interpreter of an activated environment but the one below it: FOLDER may be the former.
   local below='import sys
@@ -50,14 +50,14 @@ sys.exit(not (3, 11) <= sys.version_info < (3, 15))'
 
 check() { # refuses before anything is changed
   if [ -e "$folder" ] && [ ! -d "$folder" ]; then
-    refuse "VENV=$folder is no folder; set VENV to another place"
+    refuse "VENV=$folder is not a folder; set VENV to another place"
   fi
   if [ ! -e "$mark" ] && [ -e "$folder/.installed" ]; then
-    refuse "VENV=$folder was made by an older version of this project:" \
-      "rm -r it, or set VENV to another folder"
+    refuse "VENV=$folder was made by an older version of this project;" \
+      "remove it, or set VENV to another folder"
   fi
   if [ ! -e "$mark" ] && [ -n "$(ls -A "$folder" 2>/dev/null)" ]; then
-    refuse "VENV=$folder was not made by this project and is left as it is:" \
+    refuse "VENV=$folder was not made by this project and is left unchanged;" \
       "remove it yourself, or set VENV to another folder"
   fi
   find_python
@@ -66,15 +66,15 @@ check() { # refuses before anything is changed
       "on Debian and Ubuntu: apt-get install ${python##*/}-venv"
   [ "$index" != none ] || installed_torch "$python" >/dev/null 2>&1 ||
     refuse "TORCH_INDEX=none, but $python has no torch" \
-      "(that of an activated virtual environment cannot be taken over)"
-  mkdir -p "$folder" || refuse "VENV=$folder cannot be made; set VENV to another folder"
+      "(the torch of an activated virtual environment cannot be used)"
+  mkdir -p "$folder" || refuse "VENV=$folder cannot be created; set VENV to another folder"
 }
 
-installed_torch() { # of an interpreter, as a pin
+installed_torch() { # prints the torch of an interpreter as a pin
   "$1" -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))'
 }
 
-choose_lock() { # sets `lock`: cuda, common (for torch's CPU build), or nothing, and says why
+choose_lock() { # sets `lock`: cuda, common (for torch's CPU build), or empty with a note that says why
   lock=
   local misfit torch offered
   torch=$(torch_pin)
@@ -86,21 +86,21 @@ choose_lock() { # sets `lock`: cuda, common (for torch's CPU build), or nothing,
   elif [[ "$(uname -sm)" != Linux\ @(x86_64|aarch64) ]]; then
     misfit="the locks are for Linux on x86_64 and aarch64"
   else
-    # The index says what it has, the best first; of equal versions the local build goes before.
-    # An index that does not say so may install all the same.
+    # The index lists what it has, the best first; of equal versions a local build comes first.
+    # An index without such a list may install torch all the same.
     "$folder/bin/python" -m pip --disable-pip-version-check index versions torch \
       ${index:+--index-url "$index"} >"$folder/torch.txt" 2>>"$log" || true
     offered=$(tr -s ' ,' '\n' <"$folder/torch.txt" |
       grep -xm 1 -e "${torch#torch==}" -e "${torch#torch==}+.*" || true)
     [ -s "$folder/torch.txt" ] || offered=unknown
     case $offered in
-      unknown) misfit="the index does not say which torch it has" ;;
+      unknown) misfit="the index does not list its versions of torch" ;;
       *+cpu) lock=common ;;
       *+* | "") misfit="the index has torch ${offered:-in another version}" ;;
       *) lock=cuda ;;
     esac
   fi
-  [ -n "$lock" ] || echo "note: installing without hashes, for no lock fits: $misfit"
+  [ -n "$lock" ] || echo "note: installing without hashes, because no lock fits: $misfit"
 }
 
 pins() { # the lines of requirements.txt as the locks write them
@@ -111,25 +111,25 @@ torch_pin() {
   pins | grep '^torch=='
 }
 
-pip() { # its complaints go to the log, one line to the user if it fails
+pip() { # its errors go to the log; if it fails, the user gets one line
   "$folder/bin/python" -m pip --disable-pip-version-check "$@" 2>>"$log" && return
   local said
   said=$(culprit "DO NOT MATCH THE HASHES")
   [ -z "$said" ] ||
-    refuse "$said has not the hash that ${lock:+requirements/*.lock or }its index names:" \
-      "damaged on its way, or from another index (pip config list). pip's output: $log"
+    refuse "$said does not have the hash that ${lock:+requirements/*.lock or }its index gives:" \
+      "damaged in transit, or from another index (see pip config list). pip's output: $log"
   said=$(culprit "--require-hashes mode")
   [ -z "$said" ] ||
     refuse "requirements/*.lock lack a version or a hash of ${said%% from *}:" \
-      "python tools/lock.py makes them again. pip's output: $log"
+      "python tools/lock.py regenerates them. pip's output: $log"
   if grep -q "connection broken by" "$log"; then
-    give_up "the package index cannot be reached (network? HTTPS_PROXY?);" \
-      "the same command tries again. pip's output: $log"
+    give_up "the package index cannot be reached (check the network and HTTPS_PROXY);" \
+      "run the same command again. pip's output: $log"
   fi
-  give_up "pip: $(grep -im 1 '^error' "$log" || echo "ended without a word"). Its output: $log"
+  give_up "pip: $(grep -im 1 '^error' "$log" || echo "ended without an error message"). Its output: $log"
 }
 
-culprit() { # the first file that pip names below a line of its log
+culprit() { # prints the first file that pip names after a line of its log
   sed -nE "/$1/{n;s/^ *//;s/ (\\(from|--hash).*//p;q}" "$log"
 }
 
@@ -155,9 +155,9 @@ install_all() {
 
 install_locked() {
   local wanted=$folder/requirements.txt
-  # First and alone, from its own index. The CPU build's hash is not known to the lock.
+  # First and alone, from its own index. The locks have no hash of the CPU build.
   if [ "$lock" = common ]; then
-    echo "note: the index has torch's CPU build, which has no hash in the locks; all else has"
+    echo "note: the index has torch's CPU build, which has no hash in the locks; all else is checked"
     install --no-deps ${index:+--index-url "$index"} "$(torch_pin)"
   else
     locked torch >"$wanted"
@@ -165,28 +165,28 @@ install_locked() {
   fi
   installed_torch "$folder/bin/python" >"$folder/torch.txt"
 
-  # Then what builds the sources among the rest: pip would fetch that without a hash.
+  # Then what builds source packages: pip would fetch it without checking a hash.
   locked setuptools >"$wanted"
   install --require-hashes -r "$wanted"
   install --require-hashes --no-build-isolation --use-pep517 -r "requirements/$lock.lock"
 }
 
-locked() { # the lines of a package in the locks
+locked() { # prints the lines of a package in the locks
   awk -v begin="$1==" 'index($0, begin) == 1 { on = 1 } on { print } !/\\$/ { on = 0 }' \
     requirements/*.lock
 }
 
 install_unlocked() {
   if [ "$index" = none ]; then
-    # An image's constraints name the versions of all that is in it; torch is what must stay.
+    # An image's constraints pin everything in it; only its torch must stay.
     unset PIP_CONSTRAINT
   else
-    # First and alone: the range of another package would choose the build.
+    # First and alone: otherwise another package's range would choose the build.
     install ${index:+--index-url "$index"} "$(torch_pin)"
   fi
   installed_torch "$folder/bin/python" >"$folder/torch.txt"
 
-  # Where torch has brought a triton ours stays away: ROCm's has another name and the same files.
+  # If torch has brought a triton, ours is left out: ROCm's has another name and the same files.
   local there=torch
   "$folder/bin/python" -c 'from importlib.util import find_spec as f; exit(not f("triton"))' &&
     there="torch|triton"
@@ -195,7 +195,7 @@ install_unlocked() {
   install -c "$folder/torch.txt" "setuptools>=77" -r "$folder/requirements.txt"
 }
 
-mend_scripts() { # a script that pip copies as it is, like DeepSpeed's: no space may follow its `#!`
+mend_scripts() { # rewrites `#!` lines that pip copies as they are, like DeepSpeed's: they allow no space
   local script
   { grep -lsF "#!$folder/bin/python" "$folder"/bin/* || true; } | while IFS= read -r script; do
     cat - <(tail -n +2 "$script") >"$folder/script" <<END
@@ -213,7 +213,7 @@ check
 exec 9>>"$mark"
 if ! flock -n 9; then
   echo "another start is making $folder: waiting for it"
-  flock 9 || true # a file system without locks
+  flock 9 || true # fails on a file system without locks
 fi
 ready && exit
 

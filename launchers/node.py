@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The ranks of one machine: `interbert launch` from a checkout; started once on each node by Slurm.
+"""Run `interbert launch` from a checkout, to start the ranks of a machine; once per node in Slurm.
 
 srun --ntasks-per-node=1 python launchers/node.py -m megatron_interbert.pretrain FLAGS
 """

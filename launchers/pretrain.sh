@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 """:"
-# Two languages in one file. A shell runs the next line and never comes further; Python reads this block as a docstring.
+# Two languages in one file: a shell replaces itself by the `exec` below, and Python reads this block as a docstring.
 # LAUNCH_ARGS goes to the deepspeed launcher, for example LAUNCH_ARGS="--num_gpus 8 --hostfile hosts".
 exec deepspeed --log_level error ${LAUNCH_ARGS:-} "$0" "$@"
 ":"""

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 """:"
-# The Chinese model: as pretrain.sh, with the flags below for all that neither your flags nor your --config say. Without a data path it
-# trains a small model on the generated sample shop (python tools/make_shop.py). Two languages in one file, see pretrain.sh.
+# Pretrains the Chinese model: as pretrain.sh, with the recipe of megatron_interbert/pretrain_chinese.py for settings that neither your
+# flags nor your --config give. Without --data-path it trains a small model on the generated sample shop (python tools/make_shop.py).
+# Two languages in one file, see pretrain.sh.
 exec deepspeed --log_level error ${LAUNCH_ARGS:-} "$0" "$@"
 ":"""
 import sys

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to a result in five to eight minutes on two cores: environment, generated sample corpus, pretraining with two
-# processes (one where there is one GPU), zero-shot retrieval on unseen scenes. Safe to run again: what is done is not done twice.
-# STEPS and PROCESSES change the length of the training and the number of processes.
+# Goes from nothing to a result in five to eight minutes on two cores: environment, generated sample corpus, pretraining with two
+# processes (one if there is one GPU), zero-shot retrieval on unseen scenes. Safe to run again: finished steps are skipped.
+# STEPS changes the length of the training, PROCESSES the number of processes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launchers/environment.sh
@@ -21,5 +21,5 @@ PROCESSES_PER_NODE=$processes python launchers/node.py launchers/pretrain.sh --m
 python -m megatron_interbert.evaluate retrieval --zero-shot --load "$run" --data-path sample_corpus/test --language en
 
 echo
-echo "losses, rates and throughput:  tensorboard --logdir $run/tensorboard   (also $run/metrics.jsonl)"
+echo "losses, rates and throughput:  tensorboard --logdir $run/tensorboard   (or $run/metrics.jsonl)"
 echo "queries with their top images: $run/evaluation/retrieval/result.html"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# From nothing to a shop that answers: environment, generated shop, pretraining, a model finetuned for search, from that one for topics,
-# their indexes, the service. Safe to run again: what is done is not done twice. The address is printed. STEPS is the length of the
-# pretraining (kinds are learnt first, colours last: fewer than the default leave colours out) and names the folder of the runs, PROCESSES
-# the GPUs or CPU processes that train, PORT the port; arguments go to the service.
+# Goes from nothing to a running shop: environment, generated shop, pretraining, a model finetuned for search, and from it one for
+# topics, their indexes, the service, whose address is printed. Safe to run again: finished steps are skipped. STEPS is the length of
+# the pretraining, which also names the folder of the runs (colours are learnt last: with fewer steps than the default they are missing),
+# PROCESSES the number of GPUs or CPU processes that train, PORT the port; arguments go to the service.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launchers/environment.sh
@@ -13,7 +13,7 @@ data=sample_shop runs=runs/shop_$steps
 [ -f $data/test/clicks.jsonl ] || python tools/make_shop.py --output $data
 [ -f $data/train/hard_images.npy ] || python tools/mine_neighbours.py $data/train
 
-train() { # on the GPUs that are visible, else on the CPU
+train() { # on the visible GPUs, or on the CPU without any
   PROCESSES_PER_NODE=$processes python launchers/node.py "$@"
 }
 train launchers/pretrain_chinese.sh --micro-batch-size $((64 / processes)) --global-batch-size $((64 / processes * processes)) \

@@ -60,7 +60,7 @@ def test_from_half_made_to_another_torch(checkout, tmp_path):
     )
     code, said, complaints = ended(start(checkout, link, TORCH_INDEX=rocm))
     assert (code, complaints) == (0, [])
-    note = "note: installing without hashes, for no lock fits: the index has torch 2.13.0+rocm"
+    note = "note: installing without hashes, because no lock fits: the index has torch 2.13.0+rocm"
     assert said[1] == note
     assert said[-1] == f"{folder} 2.13.0+rocm triton-rocm 3.7.1 {checkout / 'demo.py'}"
     assert not theirs.exists()
@@ -142,7 +142,7 @@ def test_no_index(checkout, tmp_path):
     (checkout / "requirements.txt").write_text("torch==2.13.0\nfast==2.0\n")
     code, said, complaints = ended(start(checkout, folder))
     assert (code, len(said), len(complaints)) == (1, 2, 1)
-    assert said[1].startswith("note: installing without hashes, for no lock fits: fast==2.0 of ")
+    assert said[1].startswith("note: installing without hashes, because no lock fits: fast==2.0 ")
     assert "fast==2.0" in complaints[0]
     assert str(folder / "install.log") in complaints[0]
 

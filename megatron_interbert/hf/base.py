@@ -20,7 +20,7 @@ from megatron_interbert.hf.padding import PaddedInputs, Slots, pack_padded, to_p
 from megatron_interbert.hf.stream import TorchStream
 from megatron_interbert.model.interbert import InterBert, InterBertOutput
 from megatron_interbert.parallel.layers import VocabParallelEmbedding
-from megatron_interbert.weights.sources import read_index
+from megatron_interbert.weights.foreign_files import read_index
 
 HEADS = ("msm", "mrm", "itm", "choice", "sentence")
 # parameters of downstream tasks, which pretrained weights lack

@@ -33,9 +33,10 @@ from megatron_interbert.weights.foreign import (
     config_to_official,
     official_links,
 )
+from megatron_interbert.weights.foreign_files import HF_FILE, TORCH_FILE
 from megatron_interbert.weights.manifest import VOCABULARY, versions, weights_name, write_manifest
 from megatron_interbert.weights.reader import describe_pieces
-from megatron_interbert.weights.sources import HF_FILE, HF_PREFIX, TORCH_FILE, WeightSource
+from megatron_interbert.weights.sources import HF_PREFIX, WeightSource
 from megatron_interbert.weights.tensor_files import TensorLayout, is_finite, write_tensors
 
 TARGETS = ("sharded", "huggingface", "official", "bert")

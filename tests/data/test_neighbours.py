@@ -148,5 +148,5 @@ def test_a_block_cut_between_a_kill_and_the_next_command(store, tmp_path):
     os.truncate(store / f"{HARD_NEGATIVES}.partial" / "block-000001.npy", 140)
     code, out, err = launch(sys.executable, "tools/mine_negatives.py", *flags)
     assert code == 0, out + err
-    assert err.count("it is made anew") == 1
+    assert err.count("it is computed again") == 1
     assert RegionStore(str(store)).hard_negatives().shape == (10, 30)

@@ -295,7 +295,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_table(tmp_path, monkeypatch):
             output.exists()
             and not (store.path / f"{HARD_NEGATIVES}.partial" / "done.json").exists()
         ):
-            with pytest.raises(UsageError, match="exists already"):  # killed when all was done
+            with pytest.raises(UsageError, match="already exists"):  # killed when all was done
                 mine(store, options)
         else:
             assert mine(store, options) == summary

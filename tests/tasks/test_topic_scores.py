@@ -43,7 +43,7 @@ def test_parts_without_a_plan_are_refused(tmp_path, parts):
 
     with pytest.raises(
         UsageError,
-        match=r"holds part-000000000.parquet, but no _plan.json that says of which weights",
+        match=r"holds part-000000000.parquet, but no _plan.json that says which weights",
     ):
         topic_scores.claim(tmp_path, PLAN)
 

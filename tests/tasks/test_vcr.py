@@ -103,18 +103,18 @@ def test_references_become_names():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"question": ["is", [3]]}, "reference to an object that is not there"),
-        ({"question": ["is", [-1]]}, "reference to an object that is not there"),
+        ({"question": ["is", [3]]}, "reference to an object that does not exist"),
+        ({"question": ["is", [-1]]}, "reference to an object that does not exist"),
         ({"question": []}, "empty text"),
-        ({"question": "is it"}, "text is no list of words"),
+        ({"question": "is it"}, "text is not a list of words"),
         ({"answer_label": 4}, "label outside 0 to 3"),
         ({"answer_choices": RECORD["answer_choices"][:3]}, "not four options"),
-        ({"objects": "person"}, "objects are no list of names"),
+        ({"objects": "person"}, "objects are not a list of names"),
         ({"img_fn": ""}, "img_fn names no image"),
         ({"img_fn": "movie/lost.jpg"}, "its image is not in the store of annotated regions"),
         (
             {"objects": ["person", "car", "person", "cat"]},
-            "as many annotated boxes as objects were expected",
+            "the numbers of annotated boxes and of objects differ",
         ),
     ],
 )
@@ -122,7 +122,7 @@ def test_unusable_questions_are_dropped_and_counted(tmp_path, images, change, re
     bad = {**RECORD, "annot_id": "train-1", **change}
     found = read_questions(write(tmp_path / "q.jsonl", RECORD, bad, RECORD), images)
     assert len(found.items) == 2
-    assert found.report().endswith(f"2 questions; dropped 1: {reason} (train-1 first)")
+    assert found.report().endswith(f"2 questions; dropped 1: {reason} (first: train-1)")
     with pytest.raises(UsageError, match=r"line 2 \(train-1\): .*every question must be answered"):
         read_questions(write(tmp_path / "q.jsonl", RECORD, bad), images, whole=True)
     with pytest.raises(UsageError, match="nothing is left"):
@@ -131,7 +131,7 @@ def test_unusable_questions_are_dropped_and_counted(tmp_path, images, change, re
 
 def test_files_that_are_no_annotations(tmp_path, images):
     (tmp_path / "q.jsonl").write_text("{\n")
-    with pytest.raises(UsageError, match="line 1 is no JSON object"):
+    with pytest.raises(UsageError, match="line 1 is not a JSON object"):
         read_questions(str(tmp_path / "q.jsonl"), images)
     with pytest.raises(UsageError, match="line 1 has no 'question'"):
         read_questions(
@@ -255,7 +255,7 @@ def test_both_must_be_right(tmp_path, images):
     assert vcr_metrics(items, answers, rationales) == {"q_a": 50.0, "qa_r": 50.0, "q_ar": 25.0}
     unlabelled = {k: v for k, v in RECORD.items() if "label" not in k}
     questions = read_questions(write(tmp_path / "q.jsonl", unlabelled), images)
-    with pytest.raises(UsageError, match="holds no labels"):
+    with pytest.raises(UsageError, match="not all questions have labels"):
         check_labels(questions)
     with pytest.raises(UsageError, match="cannot be trained on"):
         VcrSet(questions, images, None, VcrConfig())

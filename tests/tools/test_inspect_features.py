@@ -134,7 +134,7 @@ def test_damage_is_listed_not_raised(tmp_path):
     listed = re.findall(r"shard-00000.h5: image \d+ \(image-\d+\): features hold NaN", out)
     assert len(listed) == 20
     assert "and 10 more" in out
-    assert "problem  hashes: not as manifest.json says by sha256: 1 of the files" in out
+    assert "problem  hashes: the sha256 of 1 files differs from manifest.json" in out
     report = json.loads((tmp_path / "store-inspection" / "inspection.json").read_text())
     assert report["counts"]["inspected"]["read"] == 30
     assert [v["about"] for v in report["verdicts"] if v["level"] == "problem"] == [

@@ -54,7 +54,7 @@ def test_what_it_writes_and_prints(store):
     assert not list(store.glob("*.partial"))
 
     before = (store / HARD_NEGATIVES).read_bytes()
-    assert "exists already; give --overwrite" in refused(store)
+    assert "already exists; give --overwrite" in refused(store)
     code, out, err = launch(*COMMAND, store, "--mode", "exact", "--overwrite")
     assert code == 0, out + err
     assert (store / HARD_NEGATIVES).read_bytes() == before, (

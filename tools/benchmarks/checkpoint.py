@@ -55,7 +55,7 @@ class TrainingStep:
         )
         self.state = ParallelState()
         if self.state.world_size > 1:
-            raise UsageError("benchmark checkpoint: expected one process; run it without a launcher")
+            raise UsageError("benchmark checkpoint: expected one process; run it with no launcher")
 
         sizes = sizes_of(options.model)
         model = InterBert(sizes, state=self.state)

@@ -269,8 +269,7 @@ def table(
 
 
 def figures_of(result: Path) -> dict[str, float]:
-    """Read the figures of an evaluation; raises UsageError if the table needs one that is missing.
-    """
+    """Read the figures of an evaluation; raises UsageError if one for the table is missing."""
     metrics = read_json(result, "--output").get("metrics")
     needed = {figure for _, figure in FIGURES.values()}
     if not isinstance(metrics, dict) or not all(

@@ -141,8 +141,7 @@ def class_bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def choose(report: Report, photographed: set[int], most: int) -> list[int]:
-    """Choose up to `most` readable images, evenly spread; only ones with a photo if they suffice.
-    """
+    """Choose up to `most` readable images, evenly spread; those without a photo only if needed."""
     pool = [image for image in report.readable if image in photographed]
     if len(pool) < most:
         pool += [image for image in report.readable if image not in photographed]

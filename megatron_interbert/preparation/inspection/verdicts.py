@@ -58,7 +58,7 @@ SIMPLE = {
         "drop repeated lines of the caption file",
     ),
     "without_captions": (
-        "images have no caption, so they are not used",
+        "images have no caption, so training does not draw them",
         "images",
         0.0,
         1.0,

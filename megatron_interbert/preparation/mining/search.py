@@ -193,7 +193,7 @@ def mine(
             if folder.output.exists() and not overwrite:
                 raise UsageError(f"{folder.output}: already exists; give --overwrite to replace it")
             if not store.num_captions:
-                raise UsageError(f"{store.path}: holds no captions to mine; build it with --captions")
+                raise UsageError(f"{store.path}: has no captions to mine; build it with --captions")
 
             folder.open(restart)
             searcher = Searcher(_index(store, options, progress), options, threads)

@@ -24,7 +24,7 @@ CHUNK = 65536  # captions whose terms are held as Python objects at a time
 
 
 def kernels() -> ModuleType:
-    """Import the compiled loops; raise UsageError if numba, which nothing else needs, is missing."""
+    """Import the compiled loops; raise UsageError without numba, which nothing else needs."""
     try:
         from megatron_interbert.preparation.mining import kernels
     except ImportError as error:

@@ -2,8 +2,8 @@
 the whole model.
 
 The matching head is linear in the product of the two pooled vectors, so if each side is encoded
-alone the margin of a pair is one dot product: (w_matched - w_mismatched) * text . image. The model
-was not trained on sides alone, so this ranks worse; how much is measured.
+alone the margin of a pair is, up to a constant, a dot product: (w_matched - w_mismatched) * text .
+image. The model was not trained on sides alone, so this ranks worse; how much is measured.
 """
 
 import time

@@ -85,7 +85,7 @@ class ItemScorer:
 
     @torch.no_grad()
     def text_vectors(self, pieces: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the vectors of texts, [n, P]; dot products with item vectors are the scores."""
+        """Return the vectors of texts, [n, P]; their dot products with item vectors rank items."""
         rows = [self.catalogue.text_alone(text) for text in pieces]
         batches = self._batches(rows, np.full(len(rows), -1))
         found = [self.model(batch).pooled_text.float() * self.direction for batch in batches]

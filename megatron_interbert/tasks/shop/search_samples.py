@@ -1,15 +1,17 @@
-"""Queries and the products that they are for; training samples of product search.
+"""Read queries and the products that they are for, and make the training samples of product search.
 
-A sample is a query with one of its products. Five pairs are judged in full: right           query,
-product                              class 0 other query     a query that is not for the product
-class 1 other product   query, a product that it is not for         class 1 near product    query,
-one of the 100 products whose mean features are nearest (hard_images.npy)   class 1 near query
-a query for such a product, product         class 1
+A sample is a query with one of its products. Five pairs are scored in full:
 
-Where no neighbours were mined the last two are random, too. Alone, the query chooses among those
-products and 32 more, the same for all samples of an optimizer step (negatives are shared, as in
-dense retrieval, arXiv 2004.04906, but not those that chance to be in the same micro-batch); others
-that it is for are no choice.
+    right           the query and the product                         class 0
+    other query     a query that is not for the product, and it       class 1
+    other product   the query, and a product that it is not for       class 1
+    near product    the query, and a wrong product near the product   class 1
+    near query      a wrong query for a near product, and the product class 1
+
+Near products are the 100 whose mean features are nearest (hard_images.npy); if none were mined, the
+last two pairs are random as well. Encoded alone, the query chooses among these three products and
+32 more, which all samples of an optimizer step share (shared negatives as in dense retrieval, arXiv
+2004.04906, but independent of the micro-batch); other products that it is for are masked out.
 
 All draws are keyed by (seed, step, sample), so every rank, worker, restart and layout makes the
 same pairs.
@@ -40,8 +42,8 @@ TRIES = 8
 
 @dataclass
 class Queries:
-    """Queries by number: ids, texts, products that each is for (numbers in a catalogue; empty where
-    that is not known), and products among which it chooses (None: all).
+    """Hold queries: ids, texts, the products that each is for (numbers in a catalogue; empty if
+    unknown), and its candidate products (None: all).
     """
 
     path: str
@@ -55,31 +57,32 @@ class Queries:
 
     @property
     def labelled(self) -> bool:
-        """Whether all queries say which products they are for."""
+        """Return whether every query names the products that it is for."""
         return all(len(products) for products in self.products)
 
 
 def read_queries(path: str, catalogue: Catalogue, flag: str) -> Queries:
-    """Read a jsonl of query_id, query_text and, where they are known, item_ids (MUGE), and
-    candidate_ids (KDD Cup 2020). UsageError names the line with an empty query or a product that is
-    not in the store.
+    """Read a JSON Lines file of query_id, query_text and, if known, item_ids (MUGE) and
+    candidate_ids (KDD Cup 2020).
+
+    Raises UsageError that names the line if a query is empty or a product is not in the store.
     """
     found = Queries(path, [], [], [], [])
 
     if not path:
         raise UsageError(
-            f"{flag} is missing; give a file with query_id, query_text and item_ids in each line"
+            f"{flag} is missing; give a jsonl with query_id, query_text and item_ids on each line"
         )
 
     for where, record in read_records(path, flag, {"query_id": (str, int), "query_text": str}):
         if not record["query_text"].strip():
-            raise UsageError(f"{where}: an empty query_text")
+            raise UsageError(f"{where}: 'query_text' is empty")
 
         numbers = {}
         for key in ("item_ids", "candidate_ids"):
             listed = record.get(key) or []
             if not isinstance(listed, list):
-                raise UsageError(f"{where}: '{key}' is no list")
+                raise UsageError(f"{where}: '{key}' is not a list")
 
             numbers[key] = [catalogue.number(str(item)) for item in listed]
             if None in numbers[key]:
@@ -99,14 +102,15 @@ def read_queries(path: str, catalogue: Catalogue, flag: str) -> Queries:
         )
 
     if not found.ids:
-        raise UsageError(f"{path}: no queries in it")
+        raise UsageError(f"{path}: holds no queries")
 
     return found
 
 
 class ProductSearchSet:
-    """A sample is a (query, product) that belong together; its rows are five pairs in full, its
-    query and its choices alone.
+    """Hold the training samples: a sample is a query and a product that belong together.
+
+    Its batch rows are five pairs in full, and its query and choices alone.
     """
 
     def __init__(self, queries: Queries, catalogue: Catalogue, config: ProductSearchConfig) -> None:
@@ -115,7 +119,7 @@ class ProductSearchSet:
         self.path = queries.path
         number = {
             text: place for place, text in enumerate(dict.fromkeys(queries.texts))
-        }  # people ask the same: one text, one number
+        }  # equal queries share a number
         belong = [
             pair_keys(np.full(len(p), number[text]), p, len(catalogue))
             for text, p in zip(queries.texts, queries.products, strict=True)
@@ -127,8 +131,8 @@ class ProductSearchSet:
 
         if len(self.asked) < 2 or len(catalogue) < 2:
             raise UsageError(
-                f"{queries.path}: training needs two queries with products or more, and two"
-                " products"
+                f"{queries.path}: training needs at least two different queries with products, and"
+                " two products"
             )
 
         self.pieces = catalogue.tokenizer.encode_batch(self.names)
@@ -142,15 +146,17 @@ class ProductSearchSet:
 
     @property
     def most_rows(self) -> int:
-        """Regions that a micro-batch can have: of pairs, and of choices."""
+        """Return the largest number of regions that a micro-batch can have, in pairs and
+        choices.
+        """
         most = min(self.config.max_regions, int(self.catalogue.corpus.region_counts.max()))
         return ((PAIRS + OWN_CHOICES) * self.config.micro_batch_size + SHARED_CHOICES) * most
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
-        """Give the fields of a PackedBatch for (step, sample) pairs [B].
+        """Return the fields of a PackedBatch for (step, sample) pairs [B].
 
-        Labels: classes of the 5 B pairs in full, then for each of the B queries which of the I
-        different products alone is its own.
+        `labels` are the classes of the 5 B pairs in full, then, for each of the B queries, the
+        index of its own product among the I different products alone.
         """
         steps, samples = np.array(pairs, dtype=np.int64).T
         query = self.query_of[samples]
@@ -190,7 +196,7 @@ class ProductSearchSet:
         }
 
     def _shared(self, steps: np.ndarray) -> np.ndarray:
-        """Draw the products [B, SHARED_CHOICES] that all queries of a step choose from."""
+        """Draw the products that all queries of a step choose from, [B, SHARED_CHOICES]."""
         draws = uniforms(
             self.config.seed, steps, np.zeros_like(steps), [(SHARED, 0, SHARED_CHOICES)]
         )[0]
@@ -199,8 +205,10 @@ class ProductSearchSet:
     def _no_choice(
         self, query: np.ndarray, choices: np.ndarray, shown: np.ndarray, own: np.ndarray
     ) -> np.ndarray:
-        """Mark [B, I] which of the `shown` products a query must not choose from: those that are
-        not among its `choices`, and other products that belong to it too; `own` is never marked.
+        """Mark which of the `shown` products each query cannot choose, bool [B, I].
+
+        These are products that are not among its `choices`, and other products that it is for;
+        `own` is never marked.
         """
         marks = np.ones((len(query), len(shown)), bool)
         belong = self._belong(query[:, None], choices)
@@ -210,7 +218,7 @@ class ProductSearchSet:
         return marks
 
     def texts(self, queries: np.ndarray) -> list[np.ndarray]:
-        """Give token ids of some queries."""
+        """Return the token ids of some queries, cut to `max_tokens`."""
         tokens = self.pieces.take(queries, self.config.max_tokens)
         return np.split(tokens.ids.astype(np.int64), tokens.offsets[1:-1])
 
@@ -222,8 +230,10 @@ class ProductSearchSet:
         pool: np.ndarray,
         pair: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
     ) -> np.ndarray:
-        """Give one of the pool for each sample [B], by its draws [B, TRIES], that makes no pair
-        that belongs together.
+        """Draw from the pool, for each sample, one that makes a wrong pair, [B].
+
+        `pair` builds the (queries, products) of the candidates. After the `draws` [B, TRIES] the
+        pool is searched in order; raises UsageError if every candidate belongs together.
         """
         places = (draws * len(pool)).astype(np.int64)
         chosen = places[:, 0]
@@ -239,8 +249,8 @@ class ProductSearchSet:
         sample = int(np.argmax(wrong))
         raise UsageError(
             f"{self.path}: query '{self.names[query[sample]]}' is for every product, or product"
-            f" {self.catalogue.ids[product[sample]]} for every query, so nothing is wrong to tell"
-            " it from; leave it out"
+            f" {self.catalogue.ids[product[sample]]} is for every query, so there is no wrong pair"
+            " to learn from; leave it out"
         )
 
     def _near(
@@ -251,8 +261,8 @@ class ProductSearchSet:
         other_product: np.ndarray,
         other_query: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """For each sample [B] a product near its own that the query is not for, and a query for a
-        product near its own that is not for its own; the random ones where there is none.
+        """Return, for each sample, a product near its own that the query is not for, and a query
+        for a near product that is not for its own, both [B]; the random ones if there is none.
         """
         products = other_product.copy()
         queries = other_query.copy()
@@ -276,7 +286,7 @@ class ProductSearchSet:
         return products, queries
 
     def _belong(self, queries: np.ndarray, products: np.ndarray) -> np.ndarray:
-        """Tell whether pairs of queries and products, arrays that go together, are known to belong
+        """Check which pairs of queries and products (arrays that broadcast) are known to belong
         together.
         """
         keys = pair_keys(queries, products, len(self.catalogue))

@@ -1,8 +1,7 @@
-"""Topics and the items that users clicked when a topic showed them; training samples of topic-based
-recommendation.
+"""Read topics and clicks, and make the training samples of topic-based recommendation.
 
-A sample is one showing of an item under a topic; its pair is judged in full and alone, class 0
-where it was clicked.
+A sample is one showing of an item under a topic. The pair is scored in full and alone; its class is
+0 if the item was clicked, else 1.
 """
 
 from collections.abc import Sequence
@@ -21,9 +20,7 @@ from megatron_interbert.tasks.shop.config import RecommendationConfig
 
 @dataclass
 class Topics:
-    """Topics by number: ids, names, and the texts that the model reads: name, description,
-    keywords.
-    """
+    """Hold topics: ids, names, and the texts that the model reads (name, description, keywords)."""
 
     ids: list[str]
     names: list[str]
@@ -35,7 +32,9 @@ class Topics:
 
 @dataclass
 class Clicks:
-    """Showings [n]: topic, item (numbers), whether it was clicked."""
+    """Hold showings [n]: the numbers of topic and item, and whether the item was clicked (1 or
+    0).
+    """
 
     topics: np.ndarray
     items: np.ndarray
@@ -43,15 +42,19 @@ class Clicks:
 
 
 def topic_text(name: str, description: str = "", keywords: Sequence[str] = ()) -> str:
-    """Give what the model reads of a topic."""
+    """Return the text that the model reads of a topic: its parts, joined by spaces."""
     return " ".join(part for part in (name, description, " ".join(keywords)) if part)
 
 
 def read_topics(path: str, flag: str) -> Topics:
-    """Read a jsonl of topic_id, name, and, where there are any, description and keywords."""
+    """Read a JSON Lines file of topic_id, name and, optionally, description and keywords.
+
+    Raises UsageError that names the line if a topic has no text or values of another type, and
+    UsageError if there are no topics or an id occurs twice.
+    """
     if not path:
         raise UsageError(
-            f"{flag} is missing; give a file with topic_id, name, description and keywords in each"
+            f"{flag} is missing; give a jsonl with topic_id, name, description and keywords on each"
             " line"
         )
 
@@ -65,31 +68,35 @@ def read_topics(path: str, flag: str) -> Topics:
             or not all(isinstance(k, str) for k in keywords)
         ):
             raise UsageError(
-                f"{where}: expected a text as description and a list of texts as keywords"
+                f"{where}: expected a string as description and a list of strings as keywords"
             )
 
         text = topic_text(record["name"], description, keywords)
         if not text.strip():
-            raise UsageError(f"{where}: a topic without a word")
+            raise UsageError(f"{where}: the topic has no text; give it a name")
 
         found.ids.append(str(record["topic_id"]))
         found.names.append(record["name"])
         found.texts.append(text)
 
     if not found.ids:
-        raise UsageError(f"{path}: no topics in it")
+        raise UsageError(f"{path}: holds no topics")
     if len(set(found.ids)) < len(found.ids):
         twice = next(key for key in found.ids if found.ids.count(key) > 1)
-        raise UsageError(f"{path}: topic_id {twice} stands there twice")
+        raise UsageError(f"{path}: topic_id {twice} occurs twice; each topic needs its own")
 
     return found
 
 
 def read_clicks(path: str, topics: Topics, catalogue: Catalogue, flag: str) -> Clicks:
-    """Read a jsonl of topic_id, item_id and clicked (0 or 1)."""
+    """Read a JSON Lines file of topic_id, item_id and clicked (0 or 1).
+
+    Raises UsageError that names the line if a topic or item is unknown or clicked is another
+    number, and UsageError if there are no clicks.
+    """
     if not path:
         raise UsageError(
-            f"{flag} is missing; give a file with topic_id, item_id and clicked in each line"
+            f"{flag} is missing; give a jsonl with topic_id, item_id and clicked on each line"
         )
 
     numbers = {key: number for number, key in enumerate(topics.ids)}
@@ -119,13 +126,13 @@ def read_clicks(path: str, topics: Topics, catalogue: Catalogue, flag: str) -> C
         rows.append((topic, item, record["clicked"]))
 
     if not rows:
-        raise UsageError(f"{path}: no clicks in it")
+        raise UsageError(f"{path}: holds no clicks")
 
     return Clicks(*np.array(rows, np.int64).T)
 
 
 class ClickSet:
-    """A sample is a showing; its rows are the pair in full and the same one alone."""
+    """Hold the training samples: a sample is a showing, scored in full and alone."""
 
     def __init__(
         self, topics: Topics, clicks: Clicks, catalogue: Catalogue, config: RecommendationConfig
@@ -140,7 +147,7 @@ class ClickSet:
 
     @property
     def most_rows(self) -> int:
-        """Regions that a micro-batch can have."""
+        """Return the largest number of regions that a micro-batch can have."""
         return (
             2
             * self.config.micro_batch_size
@@ -148,8 +155,9 @@ class ClickSet:
         )
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
-        """Give the fields of a PackedBatch for (epoch, showing) pairs [B]; 2 B labels, those of the
-        pairs in full before those alone.
+        """Return the fields of a PackedBatch for (epoch, showing) pairs [B].
+
+        `labels` [2 B] are the classes of the pairs in full, then of the same pairs alone.
         """
         samples = np.array([sample for _, sample in pairs], np.int64)
         shown, topic_of = np.unique(self.clicks.topics[samples], return_inverse=True)

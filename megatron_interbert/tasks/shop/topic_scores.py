@@ -1,8 +1,9 @@
-"""Scores of all topics and items as Parquet: shared out over ranks, resumable after a stop.
+"""Score all topics and items, and write the scores as Parquet: distributed over ranks, resumable
+after a stop.
 
 A part holds a run of items and all topics, in the columns topic_id, item_id and score. Parts are
-written whole, and whole parts are not scored again. The folder records what it was made from, and
-so does each part: other weights, data or settings are refused.
+written atomically, and sound parts are not scored again. The folder and each part record what they
+were made from: scores of other weights, data or settings are refused.
 """
 
 import json
@@ -29,7 +30,7 @@ from megatron_interbert.tasks.shop.scorer import ItemScorer
 from megatron_interbert.tasks.shop.topic_samples import read_topics
 from megatron_interbert.weights.sources import WeightSource
 
-PLAN = "_plan.json"  # readers of Parquet folders pass over names that begin so
+PLAN = "_plan.json"  # readers of Parquet folders skip names that begin with an underscore
 PART = re.compile(r"part-[0-9]{9,}\.parquet")
 UNFINISHED = re.compile(r"_part-[0-9]{9,}\.parquet\.[0-9]+\.new")
 PLAN_SHA256 = b"megatron_interbert.plan_sha256"  # in the metadata of each part
@@ -38,7 +39,10 @@ PLAN_SHA256 = b"megatron_interbert.plan_sha256"  # in the metadata of each part
 def score_topics(
     config: ScoreTopicsConfig, state: ParallelState, device: torch.device
 ) -> dict[str, Any]:
-    """Write OUTPUT/part-N.parquet; all ranks of a launch call it."""
+    """Write the parts OUTPUT/part-N.parquet that are missing, and return a summary.
+
+    All ranks of a launch must call it.
+    """
     check_parquet()
     scorer, source, corpus, folder = open_items(config, state, device, [config.topics])
     topics = read_topics(config.topics, "--topics")
@@ -96,22 +100,23 @@ def score_topics(
 def score_items(
     scorer: ItemScorer, pieces: Sequence[np.ndarray], items: np.ndarray, load: str
 ) -> np.ndarray:
-    """Score every topic's text against some items; return [topics * items], topic by topic.
-    UsageError where a score is not finite.
+    """Score all topics against some items; return float32 [topics * items], topic by topic.
+
+    Raises UsageError if a score is not finite.
     """
     text_of = np.repeat(np.arange(len(pieces)), len(items))
     item_of = np.tile(items, len(pieces))
     scores = scorer.match(pieces, text_of, item_of)
     if not np.isfinite(scores).all():
         raise UsageError(
-            f"{load}: scores are not finite; the weights have diverged, take an earlier checkpoint"
+            f"{load}: scores are not finite: the weights have diverged; use an earlier checkpoint"
         )
 
     return scores
 
 
 def check_parquet() -> None:
-    """Raise UsageError where Parquet cannot be written."""
+    """Raise UsageError if pyarrow, which writes Parquet, cannot be imported."""
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
@@ -121,7 +126,7 @@ def check_parquet() -> None:
 
 
 def plan_of(config: ScoreTopicsConfig, source: WeightSource, corpus: Corpus) -> dict[str, Any]:
-    """Give all on which the scores depend: parts of another plan are not taken for ours."""
+    """Return everything that the scores depend on, to recognise parts of other runs."""
     names = ("titles", "max_regions", "max_tokens", "items_of_part", "precision")
     return {
         "weights": source.facts["files"],
@@ -143,19 +148,19 @@ def write_part(path: Path, columns: dict[str, np.ndarray], digest: bytes) -> Non
 
 
 def part(folder: Path, start: int) -> Path:
-    """Give the file of the items from `start` on."""
+    """Return the path of the part whose first item is number `start`."""
     return folder / f"part-{start:09d}.parquet"
 
 
 def digest_of(plan: dict[str, Any]) -> bytes:
-    """Give the hash of a plan, in hex."""
+    """Return the sha256 of a plan, in hex."""
     return json_sha256(plan).encode()
 
 
 def claim(folder: Path, plan: dict[str, Any]) -> None:
-    """Note what the folder holds.
+    """Record the plan in the folder, and remove unfinished parts.
 
-    UsageError where it holds something else, or parts of which nobody knows.
+    Raises UsageError if it holds another plan, or parts without a plan.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = list_folder(folder)
@@ -166,12 +171,12 @@ def claim(folder: Path, plan: dict[str, Any]) -> None:
         ]:
             raise UsageError(
                 f"--output {folder}: holds scores of other {', '.join(different)}; choose another"
-                " folder, or remove it"
+                " folder, or remove this one"
             )
     elif parts := [name for name in names if PART.fullmatch(name)]:
         raise UsageError(
-            f"--output {folder}: holds {some(parts)}, but no {PLAN} that says of which weights and"
-            " data they are; put it back, choose another folder, or remove them"
+            f"--output {folder}: holds {some(parts)}, but no {PLAN} that says which weights and"
+            " data they are from; put it back, choose another folder, or remove them"
         )
     else:
         write_json(folder / PLAN, plan)
@@ -182,9 +187,9 @@ def claim(folder: Path, plan: dict[str, Any]) -> None:
 
 
 def missing_parts(folder: Path, rows_of: dict[int, int], digest: bytes) -> list[int]:
-    """Start of parts that are not there yet, or not as they were written.
+    """Return the first items of parts that are missing or damaged.
 
-    UsageError for a part of another plan.
+    Raises UsageError for a part of another plan.
     """
     missing = [
         start for start, rows in rows_of.items() if not is_whole(part(folder, start), rows, digest)
@@ -201,9 +206,9 @@ def missing_parts(folder: Path, rows_of: dict[int, int], digest: bytes) -> list[
 
 
 def is_whole(path: Path, rows: int, digest: bytes) -> bool:
-    """Tell whether a part is there and can be read to its end.
+    """Check whether a part exists, is sound and has `rows` rows.
 
-    UsageError where it is of another plan.
+    Raises UsageError if it is of another plan.
     """
     import pyarrow
     import pyarrow.parquet as parquet
@@ -217,12 +222,12 @@ def is_whole(path: Path, rows: int, digest: bytes) -> bool:
         return False
 
     written_for = (table.schema.metadata or {}).get(PLAN_SHA256)
-    if written_for is None:  # of an earlier version, which wrote no sums either
+    if written_for is None:  # from an earlier version, which wrote no checksums either
         return False
     if written_for != digest:
         raise UsageError(
-            f"{path}: holds scores of other weights, data or settings than {PLAN} says;"
-            " choose another --output, or remove it"
+            f"{path}: holds scores of other weights, data or settings than {PLAN} records;"
+            " choose another --output, or remove the file"
         )
 
     return table.num_rows == rows

@@ -1,5 +1,5 @@
-"""Topic-based recommendation: topics and items from clicks; finetuning, and the scores of
-showings.
+"""Define topic-based recommendation, learned from clicks: the finetuning job, and the scores and
+metrics of showings.
 """
 
 from collections.abc import Callable
@@ -34,8 +34,8 @@ FIGURES = ("AUC", "gAUC", "nDCG@5", "HR@5", "nDCG@10", "HR@10")
 
 
 class ClickTask(ClassificationTask):
-    """Two-class losses of the matching head: of pairs in one sequence, and of the same pairs whose
-    sides are encoded alone.
+    """Compute two-class losses of the matching head: on pairs in one sequence, and on the same
+    pairs with each side encoded alone.
     """
 
     KINDS = ("match", "alone")
@@ -50,9 +50,9 @@ class ClickTask(ClassificationTask):
 
 
 def recommendation_job(config: RecommendationConfig, state: ParallelState) -> Job:
-    """Finetuning on --clicks of --topics over the items of --data-path.
+    """Build the job that finetunes on --clicks of --topics over the items of --data-path.
 
-    AUC on --valid-clicks decides what is best.
+    Unless --metric is given, the AUC on --valid-clicks decides which checkpoint is best.
     """
     stores = config.stores()
     corpus = open_stores(stores, config)
@@ -104,7 +104,10 @@ def showing_scores(
     state: ParallelState,
     progress: Callable[[int], None] = lambda showings: None,
 ) -> np.ndarray:
-    """Give float32 [n]: margins of all showings, the same on all ranks, each scores a share."""
+    """Return the margins of all showings, float32 [n].
+
+    Each rank scores a share; all return the same. Raises TrainingStopped if a score is not finite.
+    """
     mine = np.arange(len(clicks.topics))[state.data_rank :: state.data_size]
 
     with local_errors():
@@ -125,7 +128,7 @@ def showing_scores(
 
 
 def click_metrics(clicks: Clicks, scores: np.ndarray) -> dict[str, float]:
-    """Give figures over the showings of each topic; see ranking.recommendation_metrics."""
+    """Compute the metrics of all showings, grouped by topic; see `recommendation_metrics`."""
     order = np.argsort(clicks.topics, kind="stable")
     bounds = np.flatnonzero(np.diff(clicks.topics[order])) + 1
     groups = [(scores[rows], clicks.clicked[rows].astype(bool)) for rows in np.split(order, bounds)]

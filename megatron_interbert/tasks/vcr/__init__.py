@@ -1,1 +1,1 @@
-"""Visual commonsense reasoning: config, samples, job, evaluation, page."""
+"""Finetune and evaluate visual commonsense reasoning: config, samples, job, evaluation, page."""

@@ -1,4 +1,4 @@
-"""What finetuning and evaluating VCR are told."""
+"""Declare the flags for finetuning and evaluating VCR."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,19 +23,19 @@ from megatron_interbert.tasks.config import (
 
 @dataclass
 class VcrConfig(FinetuneConfig):
-    """Visual commonsense reasoning: answers (Q->A) and rationales (QA->R), trained together."""
+    """Finetune on visual commonsense reasoning: answers (Q->A) and rationales (QA->R), jointly."""
 
     data_path: str = training_store("", "region store of the detected regions")
     annotated_path: str = training_store(
         "",
         "region store of the annotated boxes, in the order of the annotations' objects; they come"
-        " first",
+        " before the detected ones",
         may_differ=False,
     )
     annotations: str = setting("", "train.jsonl of VCR", FREE)
-    valid_annotations: str = setting("", "val.jsonl of VCR; none: no evaluation", FREE)
+    valid_annotations: str = setting("", "val.jsonl of VCR; default: no evaluation", FREE)
     valid_data_path: str = training_store(
-        "", "detected regions of the validation images, where they are in a store of their own"
+        "", "detected regions of the validation images, if they have their own store"
     )
     valid_annotated_path: str = training_store(
         "",
@@ -53,7 +53,7 @@ class VcrConfig(FinetuneConfig):
         FinetuneConfig,
         "micro_batch_size",
         4,
-        "questions per rank and forward pass, 8 pairs each; auto: by trial",
+        "questions per rank and forward pass, 8 pairs each; auto: found by trial",
     )
     lr: float = redefault(FinetuneConfig, "lr", 2e-5)
     ema_decay: float = finetuned_average()
@@ -82,12 +82,12 @@ class VcrConfig(FinetuneConfig):
 
 @dataclass
 class EvaluateVcrConfig(EvaluateConfig):
-    """VCR: Q->A, QA->R and Q->AR, or the test server's CSV, and a page with each question."""
+    """Evaluate VCR: accuracies (Q->A, QA->R, Q->AR), a page, and the test server's CSV."""
 
     TASK: ClassVar[str] = "vcr"
 
     data_path: str = store("", "region store of the detected regions")
-    annotated_path: str = store("", "region store of the annotated boxes; they come first")
+    annotated_path: str = store("", "region store of the annotated boxes; these come first")
     annotations: str = option("", "val.jsonl or test.jsonl of VCR")
     max_regions: int = option(0, "regions per image, annotated ones first", least=0, as_trained=100)
     max_tokens: int = option(
@@ -100,13 +100,13 @@ class EvaluateVcrConfig(EvaluateConfig):
     batch_size: int = option(16, "questions per forward pass", least=1, group="scoring")
     submission: bool = option(
         False,
-        "write submission.csv with all 16 pairs of answer and rationale; every question must be"
-        " usable",
+        "write submission.csv, with the rationales given each of the four answers; every question"
+        " must be usable",
         group="logging",
     )
     benchmark: str = option(
         "",
-        "the data are this benchmark's: show the official figures beside",
+        "the data are this benchmark's: show the official metrics beside ours",
         ("", "vcr"),
         group="logging",
     )

@@ -1,4 +1,4 @@
-"""`evaluate vcr`: the three accuracies, the test server's CSV, a page of questions."""
+"""Run `evaluate vcr`: the three accuracies, the test server's CSV, a page of questions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,8 +36,10 @@ from megatron_interbert.tasks.vcr.samples import Question, VcrImages, VcrTexts, 
 def evaluate_vcr(
     config: EvaluateVcrConfig, state: ParallelState, device: torch.device
 ) -> dict[str, Any]:
-    """Write result.json, result.html and, with --submission, submission.csv; all ranks of a launch
-    call it.
+    """Write result.json, for labelled questions result.html and, with --submission, submission.csv,
+    and return the result.
+
+    All ranks of a launch must call it.
     """
     check_photos(config.image_folder, state)
     model, source = load_model(
@@ -80,7 +82,7 @@ def evaluate_vcr(
     if state.is_main:
         write_result(folder, result)
         print(
-            table(result) if metrics else "these annotations hold no labels, so no figure is given"
+            table(result) if metrics else "the annotations have no labels: no metrics computed"
         )
         print(f"result: {folder / 'result.json'}")
         if config.submission:
@@ -100,7 +102,7 @@ def write_page(
     rationales: np.ndarray,
     images: VcrImages,
 ) -> None:
-    """Write result.html: figures and questions with their images, answers and rationales."""
+    """Write result.html: metrics, and questions with their images, answers and rationales."""
     photos = photos_in(config.image_folder)
     page = result_page(result, items, answers, rationales, images, config.examples, photos)
     write_text(folder / "result.html", page)
@@ -110,7 +112,7 @@ def write_page(
 def write_submission(
     folder: Path, items: Sequence[Question], answers: np.ndarray, rationales: np.ndarray
 ) -> None:
-    """Write submission.csv as the leaderboard takes it."""
+    """Write submission.csv in the format of the leaderboard."""
     lines = submission_lines(items, answers, rationales)
     write_text(folder / "submission.csv", "\n".join(lines) + "\n")
     print(f"submission: {folder / 'submission.csv'}")

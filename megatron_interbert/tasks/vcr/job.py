@@ -1,4 +1,6 @@
-"""VCR: the choice head scores each option, answers and rationales are trained together."""
+"""Define VCR, in which the choice head scores each option: joint finetuning on answers and
+rationales, predictions, metrics and the submission file.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -36,7 +38,7 @@ Inputs = list[tuple[np.ndarray, np.ndarray]]
 
 
 class VcrTask(ClassificationTask):
-    """Softmax over the four options of each part."""
+    """Compute the softmax cross entropy over the four options of each part."""
 
     KINDS = ("answer", "rationale")
 
@@ -52,7 +54,10 @@ class VcrTask(ClassificationTask):
 
 
 def open_images(annotated: str, detected: str, config: VcrConfig | EvaluateVcrConfig) -> VcrImages:
-    """Open the stores of a run; UsageError when their features are not alike."""
+    """Open the stores of annotated and detected regions; either path may be empty.
+
+    Raises UsageError if both are, or if their features are not alike.
+    """
     stores = [open_stores([path], config) if path else None for path in (annotated, detected)]
     if all(stores):
         stores[0].check_alike(stores[1].stores[0], config.allow_other_detector, "--data-path")
@@ -60,7 +65,10 @@ def open_images(annotated: str, detected: str, config: VcrConfig | EvaluateVcrCo
 
 
 def vcr_job(config: VcrConfig, state: ParallelState) -> Job:
-    """Joint finetuning on --annotations; Q->AR on --valid-annotations decides what is best."""
+    """Build the job that finetunes jointly on the answers and rationales of --annotations.
+
+    Unless --metric is given, Q->AR on --valid-annotations decides which checkpoint is best.
+    """
     images = open_images(config.annotated_path, config.data_path, config)
     tokenizer = vocabulary_of_run(
         config, [path for path in (config.data_path, config.annotated_path) if path]
@@ -109,7 +117,7 @@ def vcr_job(config: VcrConfig, state: ParallelState) -> Job:
 
 
 def open_valid_images(config: VcrConfig, images: VcrImages) -> VcrImages:
-    """Open the images of the validation set, which may be those that are trained on."""
+    """Open the stores of the validation images, by default those of the training images."""
     if not (config.valid_data_path or config.valid_annotated_path):
         return images
     annotated = config.valid_annotated_path or config.annotated_path
@@ -133,8 +141,10 @@ def predict(
     every_answer: bool = False,
     progress: Callable[[int], None] = lambda questions: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Predict logits of answers [n, 4], and of rationales given the right answer [n, 4], or given
-    each answer [n, 4, 4] (`every_answer`); the same on all ranks, each computes a share.
+    """Return the logits of the answers [n, 4], and those of the rationales given the right answer
+    [n, 4] or, with `every_answer`, given each answer [n, 4, 4].
+
+    Each rank computes a share; all return the same.
     """
     mine = np.arange(len(questions))[state.data_rank :: state.data_size]
     given = OPTIONS if every_answer else 1
@@ -159,7 +169,7 @@ def predict(
         parts.append(model(batch).choice_logit.view(len(some), 1 + given, OPTIONS))
         progress(len(some))
 
-    found = torch.cat(parts).cpu().numpy()  # the one wait for the device
+    found = torch.cat(parts).cpu().numpy()  # the only wait for the device
     logits = np.empty((len(questions), 1 + given, OPTIONS), np.float32)
     for rows_of, values in state.gather((mine, found)):
         logits[rows_of] = values
@@ -168,20 +178,20 @@ def predict(
 
 
 def check_labels(questions: Questions) -> None:
-    """Raise UsageError for annotations without labels."""
+    """Raise UsageError unless all questions have labels."""
     if not questions.labelled:
         raise UsageError(
-            f"{questions.path}: holds no labels, so there is nothing to compare with; give labels,"
-            " or --submission"
+            f"{questions.path}: not all questions have labels, which metrics need; give val.jsonl,"
+            " or only predict (evaluate vcr --submission)"
         )
 
 
 def vcr_metrics(
     questions: Sequence[Question], answers: np.ndarray, rationales: np.ndarray
 ) -> dict[str, float]:
-    """q_a, qa_r (given the right answer) and q_ar (both right), in percent.
+    """Return the accuracies q_a, qa_r (given the right answer) and q_ar (both right), in percent.
 
-    Chance is 25, 25, 6.25.
+    Chance is 25, 25 and 6.25.
     """
     right_answer = answers.argmax(axis=1) == np.array([q.answer_label for q in questions])
     right_rationale = rationales.argmax(axis=1) == np.array([q.rationale_label for q in questions])
@@ -193,8 +203,10 @@ def vcr_metrics(
 def submission_lines(
     questions: Sequence[Question], answers: np.ndarray, rationales: np.ndarray
 ) -> list[str]:
-    """Give lines of the test server's CSV: probabilities of the answers, and of the rationales
-    given each answer; logits [n, 4], [n, 4, 4].
+    """Return the lines of the test server's CSV: probabilities of the answers, and of the
+    rationales given each answer.
+
+    `answers` and `rationales` are logits, [n, 4] and [n, 4, 4].
     """
     header = ["annot_id", *(f"answer_{i}" for i in range(OPTIONS))]
     header += [f"rationale_conditioned_on_a{a}_{r}" for a in range(OPTIONS) for r in range(OPTIONS)]
@@ -210,5 +222,5 @@ def submission_lines(
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Give float64, over the last axis."""
+    """Return the softmax over the last axis, in float64."""
     return torch.from_numpy(logits).double().softmax(dim=-1).numpy()

@@ -1,4 +1,4 @@
-"""The page of a VCR evaluation: images with their questions and the probability of each option."""
+"""Render the page of a VCR evaluation: questions with their images and option probabilities."""
 
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ def result_page(
     most: int,
     photos: PhotoFolder | None,
 ) -> str:
-    """Show questions from all over the file: image, options and their probabilities.
+    """Return the HTML of a page with up to `most` questions, spread evenly over the file: image,
+    options and their probabilities.
 
-    answers and rationales are logits [questions, 4].
+    `answers` and `rationales` are logits [questions, 4].
     """
     corpus = images.annotated or images.detected
     symbols: dict[int, str] = {}
@@ -55,7 +56,7 @@ def result_page(
 
 
 def options_of(texts: list[str], logits: np.ndarray, right: int) -> dict[str, Any]:
-    """Give the four options of a part with their probabilities, and whether the right one won."""
+    """Return the four options of a part with their probabilities, and whether the right one won."""
     options = [
         {"text": text, "probability": f"{probability:.0%}", "right": place == right}
         for place, (text, probability) in enumerate(zip(texts, softmax(logits), strict=True))

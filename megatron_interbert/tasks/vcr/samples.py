@@ -1,10 +1,11 @@
-"""VCR: annotations, their images in one or two region stores, and the eight pairs of a question.
+"""Read VCR annotations, find their images in one or two region stores, and make the eight pairs of
+each question.
 
 Q->A    [CLS] question [SEP] answer [SEP]                     one pair for each of four answers
 QA->R   [CLS] question right-answer [SEP] rationale [SEP]     one pair for each of four rationales
 
-Types are 0 up to the first [SEP], 1 behind it. A reference to an object becomes its class name, to
-a person a neutral first name. Regions: the annotated boxes, then those of the detector.
+Token types are 0 up to the first [SEP], 1 after it. A reference to an object becomes its class
+name, one to a person a neutral first name. Regions are the annotated boxes, then the detector's.
 """
 
 import json
@@ -26,7 +27,7 @@ from megatron_interbert.reading import read_text
 from megatron_interbert.tasks.pairs import Text, frame, pair_fields
 from megatron_interbert.tasks.vcr.config import VcrConfig
 
-# Neutral first names, given to the persons of an image in their order.
+# Neutral first names, given to the persons of an image in order.
 NAMES = (
     "Casey",
     "Riley",
@@ -49,8 +50,8 @@ NEEDED = ("objects", "question", "answer_choices", "rationale_choices", "img_fn"
 
 @dataclass
 class Question:
-    """One annotation with its references named: texts, labels (-1 where a test file has none),
-    images in both stores (-1: none).
+    """Hold one annotation with names in place of references: texts, labels (-1 if a test file has
+    none), and image numbers in both stores (-1: none).
     """
 
     annot_id: str
@@ -67,8 +68,8 @@ class Question:
 
 @dataclass
 class Questions:
-    """The usable questions of a file, and how many were dropped for each reason with the first of
-    them.
+    """Hold the usable questions of a file and, for each reason, how many were dropped and the first
+    of those.
     """
 
     path: str
@@ -78,28 +79,29 @@ class Questions:
 
     @property
     def labelled(self) -> bool:
-        """Whether all questions have both labels."""
+        """Return whether all questions have both labels."""
         return all(min(q.answer_label, q.rationale_label) >= 0 for q in self.items)
 
     def drop(self, reason: str, annot_id: str) -> None:
-        """Count a question that cannot be used."""
+        """Count a question that cannot be used, with the reason."""
         self.dropped[reason] += 1
         self.examples.setdefault(reason, annot_id)
 
     def report(self) -> str:
-        """`PATH: 120 questions, dropped 3: its image is in no store (train-7, ..)`."""
+        """Return a line such as `PATH: 120 questions; dropped 3: REASON (first: train-7)`."""
         why = "".join(
-            f"; dropped {count}: {reason} ({self.examples[reason]} first)"
+            f"; dropped {count}: {reason} (first: {self.examples[reason]})"
             for reason, count in self.dropped.items()
         )
         return f"{self.path}: {len(self.items)} questions{why}"
 
 
 def read_questions(path: str, stores: "VcrImages", whole: bool = False) -> Questions:
-    """Read a jsonl of VCR.
+    """Read a JSON Lines file of VCR annotations.
 
-    Unusable questions are dropped and counted, or, where every one must be answered (`whole`), an
-    error.
+    Unusable questions are dropped and counted; if `whole`, because every one must be answered, they
+    raise UsageError. So does a line that is not a JSON object or lacks a key, or a file without
+    usable questions.
     """
     found = Questions(path, [])
 
@@ -111,7 +113,7 @@ def read_questions(path: str, stores: "VcrImages", whole: bool = False) -> Quest
             missing = [name for name in NEEDED if name not in record]
         except (ValueError, RecursionError, TypeError) as error:
             raise UsageError(
-                f"{path}: line {number} is no JSON object ({error}); give a jsonl of VCR"
+                f"{path}: line {number} is not a JSON object ({error}); give a jsonl of VCR"
             ) from error
 
         if missing:
@@ -131,27 +133,30 @@ def read_questions(path: str, stores: "VcrImages", whole: bool = False) -> Quest
 
     if not found.items:
         raise UsageError(
-            f"{found.report()}; nothing is left: do the stores hold the images of these annotations"
-            " (stores of validation images: --valid-data-path, --valid-annotated-path)?"
+            f"{found.report()}; nothing is left: give stores that hold the images of these"
+            " annotations (for validation: --valid-data-path, --valid-annotated-path)"
         )
 
     return found
 
 
 class BadQuestion(ValueError):
-    """Why a question cannot be used; a phrase without numbers, by which drops are counted."""
+    """Represent why a question cannot be used.
+
+    The text holds no details of the question, because drops are counted by it.
+    """
 
 
 def parse_question(record: dict[str, Any]) -> Question:
-    """Parse one line of a file.
+    """Parse one annotation.
 
-    BadQuestion for a reference to no object, other than four options, an empty text or a wrong
-    label.
+    Raises BadQuestion for a reference to a missing object, a number of options other than four, an
+    empty text, an invalid label or a missing image name.
     """
     objects = record["objects"]
     choices = (record["answer_choices"], record["rationale_choices"])
     if not isinstance(objects, list) or not all(isinstance(name, str) for name in objects):
-        raise BadQuestion("objects are no list of names")
+        raise BadQuestion("objects are not a list of names")
 
     persons = {
         index: number
@@ -190,14 +195,17 @@ def parse_question(record: dict[str, Any]) -> Question:
 
 
 def render(tokens: Any, names: Sequence[str]) -> str:
-    """Render words with references [i, j] as `name and name`."""
+    """Join words to a text, with a reference [i, j] as `name and name`.
+
+    Raises BadQuestion if the text is empty or a reference names no object.
+    """
     words = []
     if not isinstance(tokens, list):
-        raise BadQuestion("text is no list of words")
+        raise BadQuestion("text is not a list of words")
     for token in tokens:
         if isinstance(token, list):
             if not all(isinstance(i, int) and 0 <= i < len(names) for i in token):
-                raise BadQuestion("reference to an object that is not there")
+                raise BadQuestion("reference to an object that does not exist")
             words.append(" and ".join(names[i] for i in token))
         else:
             words.append(str(token))
@@ -210,8 +218,8 @@ def render(tokens: Any, names: Sequence[str]) -> str:
 
 
 class VcrImages:
-    """Regions of images: the annotated boxes first, then those of the detector; either store may be
-    missing.
+    """Read the regions of images: the annotated boxes first, then the detector's; one of the two
+    stores may be missing.
     """
 
     def __init__(self, annotated: Corpus | None, detected: Corpus | None, max_regions: int) -> None:
@@ -230,12 +238,13 @@ class VcrImages:
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_names": {}}  # only needed when annotations are read
+        return {**self.__dict__, "_names": {}}  # needed only while annotations are read
 
     def place(self, question: Question) -> None:
-        """Find the image of a question in both stores.
+        """Set the numbers of a question's image in the stores that are open.
 
-        BadQuestion where it is not there or its boxes are not the objects'.
+        Raises BadQuestion if the image is missing in one of them, or has another number of
+        annotated boxes than the question has objects.
         """
         for kind, corpus in (("annotated", self.annotated), ("detected", self.detected)):
             if corpus is None:
@@ -251,10 +260,12 @@ class VcrImages:
         if self.annotated is not None and self.annotated.region_counts[question.annotated] != len(
             question.objects
         ):
-            raise BadQuestion("as many annotated boxes as objects were expected")
+            raise BadQuestion("the numbers of annotated boxes and of objects differ")
 
     def read(self, questions: Sequence[Question]) -> RegionBatch:
-        """Read regions of the questions' images, one image each; boxes as shares of the image."""
+        """Read the regions of the questions' images, one image per question; boxes are shares of
+        the image.
+        """
         parts = []
 
         for kind, corpus in (("annotated", self.annotated), ("detected", self.detected)):
@@ -277,8 +288,10 @@ def _by_name(corpus: Corpus) -> dict[str, int]:
 
 
 def joined(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], most: int) -> RegionBatch:
-    """Give (features, boxes as shares, offsets) of the same images from several stores -> those of
-    the first, then of the next, at most `most` for an image.
+    """Join the regions of the same images from several stores: those of the first store, then of
+    the next, at most `most` per image.
+
+    A part is (features, boxes as shares, offsets) of one store.
     """
     features = np.concatenate([p[0] for p in parts])
     boxes = np.concatenate([p[1] for p in parts])
@@ -309,7 +322,7 @@ def joined(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], most: int
 
 
 class VcrTexts:
-    """Token inputs of questions."""
+    """Tokenise questions with their answers and rationales."""
 
     def __init__(
         self, tokenizer: CaptionTokenizer, max_tokens: int, max_rationale_tokens: int
@@ -319,12 +332,12 @@ class VcrTexts:
         self.max_rationale_tokens = max_rationale_tokens
 
     def answers(self, question: Question) -> list[Text]:
-        """Q->A: the question with each answer."""
+        """Return the four texts of Q->A: the question with each answer."""
         context, *options = self._pieces([question.question, *question.answers])
         return [frame([context, option], self.tokenizer, self.max_tokens) for option in options]
 
     def rationales(self, question: Question, answer: int) -> list[Text]:
-        """QA->R: question and one answer with each rationale."""
+        """Return the four texts of QA->R: the question and one answer with each rationale."""
         asked, answered, *options = self._pieces(
             [question.question, question.answers[answer], *question.rationales]
         )
@@ -341,8 +354,8 @@ class VcrTexts:
 
 
 class VcrSet:
-    """Training questions; the batch rows of each are its four answers, then its four rationales
-    given the right answer.
+    """Hold the training questions and their order; the batch rows of each are its four answers,
+    then its four rationales given the right answer.
     """
 
     def __init__(
@@ -364,13 +377,13 @@ class VcrSet:
 
     @property
     def most_rows(self) -> int:
-        """Regions that a micro-batch can have."""
+        """Return the largest number of regions that a micro-batch can have."""
         return 2 * OPTIONS * self.config.micro_batch_size * self.config.max_regions
 
     def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
-        """Give the fields of a PackedBatch of 8 B pairs.
+        """Return the fields of a PackedBatch of 8 B pairs, for (epoch, sample) pairs [B].
 
-        `labels` [2 B]: right answer and right rationale of each question.
+        `labels` [2 B] are the right answer and the right rationale of each question.
         """
         questions = [self.questions[sample] for _, sample in pairs]
         texts = [
