@@ -30,7 +30,7 @@ setup(
     ],
     package_dir={"megatron_interbert.ds_configs": "ds_configs"},
     package_data={
-        "": ["*.html", "*.j2"],  # a page stands beside the code that fills it
+        "": ["*.html", "*.j2"],  # each page is beside the code that fills it
         "megatron_interbert.ds_configs": ["*.json"],
         "megatron_interbert.pages": ["templates/*"],
         "megatron_interbert.serving": ["page/*"],

@@ -65,7 +65,7 @@ def lengths(text: str) -> tuple[int, ...]:
 
 @contextmanager
 def bar(stage: str, total: int) -> Iterator[Callable[[int], object]]:
-    """Show progress with the time left."""
+    """Show the progress of a stage with the time left; yield its update function."""
     with progress(total=total, desc=stage, unit="caption", unit_scale=True) as shown:
         yield shown.update
 

@@ -37,7 +37,7 @@ class TrainConfig(
         least=0,
     )
     exit_duration_in_mins: float = setting(
-        0.0, "save and end after so many minutes; the same command resumes; 0: never", FREE, least=0
+        0.0, "save and end after X minutes; the same command resumes; 0: never", FREE, least=0
     )
     hang_timeout: int = setting(
         300,

@@ -51,7 +51,8 @@ LINKS = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "a link into another f
 # file's size, plus this many bytes.
 TIMES_THE_FILE = 64
 AND_BYTES = 64 << 20
-# Each text may be as long as the file: so many are read at once, or more that together stay below.
+# Each text may be as long as the file, so this many are read at once, or more if files of their
+# number stay below this many bytes.
 STRINGS_AT_ONCE = 32
 STRING_BYTES_AT_ONCE = 128 << 20
 ATTRIBUTE_STRINGS = 256

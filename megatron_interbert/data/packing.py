@@ -72,7 +72,7 @@ class PackedBatch:
         default_factory=lambda: torch.zeros(0, dtype=torch.int64)
     )  # if empty, pair i is the text and image of sample i
     # [Q, I] for a batch whose last Q * I pairs are Q texts with each of I images: True for images
-    # that are not among a text's choices
+    # that a text must not choose
     no_choice: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
     max_text: int = 0  # most tokens of a text, of an image, and of both together in a sample
     max_image: int = 0

@@ -29,17 +29,17 @@ class PlainProducts:
     def linear(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Give [N, out], with gradients by autograd."""
+        """Return the product [N, out], with gradients by autograd."""
         return F.linear(x, weight, bias)
 
     @staticmethod
     def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Give [N, in]."""
+        """Return the gradient of x [N, in]."""
         return grad @ weight
 
     @staticmethod
     def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Give [out, in]."""
+        """Return the gradient of the weight [out, in]."""
         return grad.t() @ x
 
 
@@ -53,19 +53,19 @@ class Float8Products:
     def linear(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Give [N, out], with gradients by autograd."""
+        """Return the product [N, out], with gradients by autograd."""
         return _Float8Linear.apply(x, weight, bias)
 
     @staticmethod
     def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Give [N, in]."""
+        """Return the gradient of x [N, in]."""
         return scaled_product(
             quantise(grad, torch.float8_e5m2), quantise(weight, transposed=True), grad.dtype
         )
 
     @staticmethod
     def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Give [out, in]."""
+        """Return the gradient of the weight [out, in]."""
         # the sum is over the tokens, to which padding adds nothing
         if more := -len(x) % FLOAT8_MULTIPLE:
             grad = F.pad(grad, (0, 0, 0, more))

@@ -451,8 +451,8 @@ class Hub:
         if len(behind) == len(self.seen):
             return {
                 "hang": (
-                    f"all ranks are in {what}, none behind the others: a collective hangs, or"
-                    " a device hangs"
+                    f"all ranks are in {what}, none behind the others: a collective or a device"
+                    " hangs"
                 )
             }
 

@@ -1,3 +1,3 @@
-"""Generated worlds to try everything out on: the sample corpus, the sample shop, and what is known
-about them.
+"""Generate data to try everything out: the sample corpus and the sample shop, and figures about
+them.
 """

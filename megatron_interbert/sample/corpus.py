@@ -1,10 +1,10 @@
-"""Writes the sample corpus: a generated world with captions in English and Chinese, for trying
+"""Write the sample corpus: a generated world with captions in English and Chinese, for trying
 things out.
 
-Everything in it is made up: 60 kinds of objects in 6 colours stand in 20 places that decide which
-of them meet. Region features are noisy prototypes, boxes overlap as a detector's do, soft labels
-are confused between near classes. The same seed gives the same corpus. Train and test scenes are
-drawn apart.
+Everything in it is made up: 60 kinds of objects in 6 colours are in 20 places, which determine
+which objects occur together. Region features are noisy prototypes, boxes overlap like a detector's,
+and soft labels confuse similar classes. The same seed gives the same corpus. Train and test scenes
+are drawn independently.
 """
 
 import json
@@ -136,7 +136,7 @@ HEIGHT = 480
 
 @dataclass
 class Scene:
-    """A place, and kind, colour and box of each object in it."""
+    """Hold a place, and kind, colour and box (x1 y1 x2 y2 in pixels) of each object in it."""
 
     place: int
     kinds: np.ndarray
@@ -145,7 +145,7 @@ class Scene:
 
 
 class World:
-    """Prototypes and rules, a function of the seed alone."""
+    """Hold the prototypes and rules of the world, which depend on the seed alone."""
 
     def __init__(self, seed: int, noise: float) -> None:
         random = np.random.default_rng([seed, 0])
@@ -153,9 +153,9 @@ class World:
         self.object_features = random.normal(size=(len(NAMES), FEATURES))
         self.colour_features = random.normal(size=(len(COLOURS), FEATURES))
         self.sizes = random.uniform(60, 200, size=(len(NAMES), 2))
-        # Eight objects are at home in each place and each object in two or three places: what
-        # stands around a hidden object tells something of it, but not all. Without places nothing
-        # would, and nothing is learned.
+        # Up to eight objects are at home in each place, and each object in up to three places, so
+        # the objects around a hidden one tell something about it, but not everything. Without
+        # places they would tell nothing, and there would be nothing to learn.
         order = np.concatenate([random.permutation(len(NAMES)) for _ in range(3)])[
             : 8 * len(PLACES)
         ]
@@ -163,7 +163,7 @@ class World:
         self.detector = Detector(self.object_features, noise)
 
     def draw(self, random: np.random.Generator) -> Scene:
-        """What stands where."""
+        """Draw a scene: a place, and three to six of its objects with colours and boxes."""
         place = int(random.integers(len(PLACES)))
         count = int(random.integers(3, 7))
         kinds = random.permutation(self.homes[place])[:count]
@@ -177,7 +177,7 @@ class World:
     def scene(
         self, random: np.random.Generator, name: str
     ) -> tuple[Regions, list[tuple[str, str]]]:
-        """Give one image and its two captions [(text, language)]."""
+        """Draw one image and its two captions [(text, language)], English and Chinese."""
         found = self.draw(random)
         features = self.object_features[found.kinds] + self.colour_features[found.colours]
         regions = self.detector.detect(
@@ -188,8 +188,8 @@ class World:
         return regions, [(self.english(random, *what), "en"), (self.chinese(random, *what), "zh")]
 
     def annotated(self, scene: Scene, random: np.random.Generator, name: str) -> Regions:
-        """Give the scene's objects in their order, as annotators draw boxes: exact; features as the
-        detector's.
+        """Build the regions of a scene's objects as annotators would give them: one exact box for
+        each object, in order; features are as noisy as the detector's.
         """
         features = self.object_features[scene.kinds] + self.colour_features[scene.colours]
         features = features + random.normal(scale=self.noise, size=features.shape)
@@ -214,7 +214,7 @@ class World:
         colours: np.ndarray,
         boxes: np.ndarray,
     ) -> str:
-        """Give a caption that names two to four of the objects."""
+        """Draw an English caption that names two or three of the objects."""
         picked = random.choice(len(kinds), size=int(random.integers(2, 4)), replace=False)
         things = [f"{COLOUR_NAMES[colours[i]]} {NAMES[kinds[i]]}" for i in picked]
         where = f" in the {PLACE_NAMES[place]}" if random.random() < 0.5 else ""
@@ -237,7 +237,7 @@ class World:
         colours: np.ndarray,
         boxes: np.ndarray,
     ) -> str:
-        """Give the same kind of caption in Chinese."""
+        """Draw a caption of the same kind in Chinese."""
         picked = random.choice(len(kinds), size=int(random.integers(2, 4)), replace=False)
         things = [
             f"{COLOURS[COLOUR_NAMES[colours[i]]]}的{OBJECTS[NAMES[kinds[i]]]}" for i in picked
@@ -256,8 +256,8 @@ class World:
 
 
 def vocabulary() -> list[str]:
-    """Special tokens, every word and character of the grammar, and letters, so that any other word
-    can be spelled.
+    """Return the vocabulary: special tokens, every word and character of the grammar, and letters
+    and digits, with which any other word can be spelled.
     """
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     characters = sorted(
@@ -287,15 +287,15 @@ def vocabulary() -> list[str]:
 
 
 def write_split(world: World, folder: Path, split: str, scenes: int, seed: int) -> None:
-    """Write one region store of generated scenes, with its vocabulary beside."""
+    """Write one region store of generated scenes, with its vocabulary."""
     with generated_store(folder / split, seed, NAMES, vocabulary()) as writer:
         for number in progress(range(scenes), desc=f"{split} scenes", unit="scene"):
             writer.add(*world.scene(_random(seed, split, number), f"{split}-{number:06d}"))
 
 
 def write_questions(world: World, folder: Path, split: str, scenes: int, seed: int) -> None:
-    """vcr/SPLIT.jsonl, a question about each scene in the form of VCR, and vcr/SPLIT, a store of
-    the exact boxes it refers to.
+    """Write vcr/SPLIT.jsonl, a question about each scene in the format of VCR, and vcr/SPLIT, a
+    store of the exact boxes that it refers to.
     """
     lines = []
 

@@ -1,5 +1,5 @@
-"""What generated worlds share: what a detector would say of their things, and stores that say that
-they are made up.
+"""Provide what generated worlds share: a simulated detector, and stores that are marked as
+generated.
 """
 
 import contextlib
@@ -19,25 +19,25 @@ from megatron_interbert.reading import read_json
 
 FEATURES = 64
 SOFT_LABELS = 5
-PICTURES = "pictures"  # of a shop, a folder in its store
+PICTURES = "pictures"  # folder in the store of a shop
 OF_SHOPS = tuple(f"{name}.jsonl" for name in ("items", "queries", "topics", "clicks"))
 MINED = (HARD_NEGATIVES, HARD_IMAGES)
 HALF_WRITTEN = (
     *(f"{name}{end}" for name in OF_SHOPS for end in (".[0-9]*.new", ".partial")),
     f"{HARD_IMAGES}.[0-9]*.new",
-    "hard_images.[0-9]*.new",  # as earlier versions called it
+    "hard_images.[0-9]*.new",  # its name in earlier versions
 )
 OURS = (*HALF_WRITTEN, *OF_SHOPS, *MINED, *STORE_FILES)
 PICTURE = "*-[0-9]*.png"
 
 
 class Detector:
-    """Noisy features of things, overlapping boxes, and soft labels that are confused between near
+    """Simulate a detector: noisy features, overlapping boxes, and soft labels that confuse similar
     classes.
     """
 
     def __init__(self, prototypes: np.ndarray, noise: float) -> None:
-        """Prototypes [classes, FEATURES] of the classes without background."""
+        """Take the prototypes [classes, FEATURES] of all classes except background."""
         self.noise = noise
         distance = np.linalg.norm(prototypes[:, None] - prototypes[None], axis=2)
         self.neighbours = np.argsort(distance, axis=1)[:, :SOFT_LABELS]  # itself first
@@ -51,8 +51,8 @@ class Detector:
         features: np.ndarray,
         boxes: np.ndarray,
     ) -> Regions:
-        """Give one or two overlapping boxes for each thing (classes [n], features [n, FEATURES],
-        boxes [n, 4]), most confident first.
+        """Draw one or two overlapping regions for each thing (classes [n], features [n, FEATURES],
+        boxes [n, 4] in pixels), most confident first.
         """
         owner = np.repeat(np.arange(len(classes)), random.integers(1, 3, size=len(classes)))
         extent = np.tile(boxes[owner, 2:] - boxes[owner, :2], 2)
@@ -85,13 +85,13 @@ def generated_store(
     vocabulary: Sequence[str],
     text_normalisation: str = "none",
 ) -> Iterator[RegionStoreWriter]:
-    """Write a store beside `path` and puts it there when it is whole.
+    """Yield the writer of a generated store, which replaces the one at `path` once it is complete.
 
-    UsageError where something else is in the way.
+    Raises UsageError if `path` holds anything except a generated store.
     """
     beside = path.with_name(f"{path.name}.new")
     if path.exists() and not (path / MANIFEST).is_file():
-        raise UsageError(f"{path}: exists and is no generated corpus; choose another --output")
+        raise UsageError(f"{path}: exists and is not a generated corpus; choose another --output")
     if path.exists() and not read_json(path / MANIFEST, str(path)).get("generated"):
         raise UsageError(
             f"{path}: holds a region store that was not generated; choose another --output"
@@ -121,9 +121,9 @@ def generated_store(
 
 
 def replace_generated(path: Path, beside: Path) -> None:
-    """Put a new store in the place of an old one, which goes when the new one is there.
+    """Put the new store `beside` at `path`, then remove the old one.
 
-    Hidden files that systems leave (.DS_Store, .nfs..) stay, in the folder that was set aside.
+    Hidden files that operating systems leave (.DS_Store, .nfs..) stay, in a folder PATH.old-TIME.
     """
     old = path.with_name(f"{path.name}.old-{time.time_ns()}")
     if path.exists():
@@ -135,7 +135,7 @@ def replace_generated(path: Path, beside: Path) -> None:
 
 
 def remove_generated(path: Path) -> None:
-    """Remove a generated store, where there is one."""
+    """Remove a generated store, if there is one."""
     if (path / PICTURES).is_dir():
         remove_folder(path / PICTURES, (PICTURE,))
     remove_folder(path, OURS)

@@ -1,4 +1,4 @@
-"""The generated data that a run takes when it is told none: made first where they are missing."""
+"""Generate the sample data of a run without --data-path, if they do not exist yet."""
 
 import os
 import subprocess
@@ -14,13 +14,13 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.launch import number
 
 MAKERS = {"sample_corpus/train": "make-sample", "sample_shop/train": "make-shop"}
-PATIENCE = 600.0  # seconds that the other ranks wait for the one that makes the data
+PATIENCE = 600.0  # seconds that the other ranks wait for rank 0 to make the data
 
 
 def make_missing_sample(config: RunConfig) -> None:
     """Make the sample corpus or shop of a run without --data-path; called by all ranks.
 
-    Rank 0 makes it, the others wait until it is there. UsageError when that fails.
+    Rank 0 makes it, the others wait until it exists. Raises UsageError on rank 0 if that fails.
     """
     by_user = not config.is_default("data_path") and config.origins.get("data_path") != RECIPE
     maker = MAKERS.get(config.data_path, "")

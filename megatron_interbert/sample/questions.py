@@ -1,4 +1,4 @@
-"""Questions in the form of VCR about scenes of the generated world; used by make_sample.py."""
+"""Make questions in the format of VCR about scenes of the sample corpus."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,11 +14,11 @@ def question(
     all_kinds: Sequence[str],
     all_colours: Sequence[str],
 ) -> dict[str, Any]:
-    """Give one annotation about a scene of differing `kinds` in `colours`: what colour has an
-    object, and which description is true.
+    """Draw one annotation of a scene with distinct `kinds` in `colours`: what colour is an object,
+    and which description is true.
 
-    Answers differ in the colour. Three of the rationales say something false of two other objects:
-    a colour or a kind.
+    Answers differ in the colour. The rationales describe two objects, others if there are enough;
+    three of them get a colour or a kind wrong.
     """
     asked, *others = random.permutation(len(kinds)).tolist()
     right = colours[asked]
@@ -59,8 +59,8 @@ def _false_pairs(
     all_kinds: Sequence[str],
     all_colours: Sequence[str],
 ) -> list[list[tuple[str, str]]]:
-    """Give three pairs that differ from the true one: another colour of the first, another colour
-    of the second, a kind that is not there.
+    """Draw three pairs that differ from the true one: another colour of the first, another colour
+    of the second, a kind that is not in the scene.
     """
     absent = [kind for kind in all_kinds if kind not in kinds]
     first, second = true

@@ -1,12 +1,12 @@
-"""Writes the sample shop in Chinese: products with pictures and titles, queries, topics, and clicks
-of users; all of it made up.
+"""Write the sample shop in Chinese: products with pictures and titles, queries, topics, and clicks
+of users, all made up.
 
 For each split (train, test): a region store of the products, whose captions are their titles (and
-descriptions, for training); items.jsonl with their attributes; queries.jsonl in the form of MUGE
+descriptions, for training); items.jsonl with their attributes; queries.jsonl in the format of MUGE
 (query_id, query_text, item_ids); topics.jsonl (name, description, keywords); clicks.jsonl
-(topic_id, item_id, user_id, clicked). The test products, which a service may show, have
-pictures/ITEM_ID.png too. Products, queries and topics of the two splits are drawn apart. The same
-seed gives the same shop.
+(topic_id, item_id, user_id, clicked). With `pictures`, also pictures/ITEM_ID.png of each product.
+Products, queries and topics of the two splits are drawn independently. The same seed gives the same
+shop.
 """
 
 import json
@@ -32,14 +32,14 @@ from megatron_interbert.sample.shop_world import (
     vocabulary,
 )
 
-# products that are shown for a topic in the clicks, up to half of them of kinds that it wants
+# products that clicks.jsonl shows under a topic, up to half of them of the kinds that it wants
 SEEN = 60
 USERS = 500
 SPLITS = {"train": 1, "test": 2}
 
 
 class SplitWriter:
-    """Writes one split of the shop; each kind of thing draws from a generator of its own."""
+    """Write one split of the shop; each kind of thing is drawn from its own random generator."""
 
     def __init__(self, world: ShopWorld, folder: Path, split: str, seed: int) -> None:
         self.world = world
@@ -49,11 +49,11 @@ class SplitWriter:
         self.made: list[Product] = []
 
     def random(self, purpose: int, number: int = 0) -> np.random.Generator:
-        """Give the generator of one purpose, and one thing of that purpose."""
+        """Return the random generator for one purpose and, if given, one thing."""
         return np.random.default_rng([self.seed, SPLITS[self.split], purpose, number])
 
     def write_products(self, products: int, pictures: bool) -> None:
-        """Write the region store, and with `pictures` a picture of each product."""
+        """Draw the products, and write their region store and, with `pictures`, their pictures."""
         drawn: dict[str, Image.Image] = {}
         names = [*KINDS, *PLACES]
         title = f"{self.split} products"
@@ -74,17 +74,17 @@ class SplitWriter:
             picture.save(self.folder / "pictures" / f"{name}.png")
 
     def descriptions(self, product: Product, number: int) -> list[str]:
-        """Describe a product twice, for training only."""
+        """Draw two descriptions of a product for training, none for testing."""
         written = self.random(6, number)
         count = 2 if self.split == "train" else 0
         return [self.world.description(written, product) for _ in range(count)]
 
     def write_items(self) -> None:
-        """Write the products with their attributes."""
+        """Write items.jsonl, the products with their attributes."""
         write_lines(self.folder / "items.jsonl", map(item_record, self.made))
 
     def write_queries(self, queries: int) -> None:
-        """Write queries in the form of MUGE."""
+        """Write queries.jsonl, in the format of MUGE."""
         asked = self.random(2)
         asker = Asker(self.made)
         write_lines(
@@ -96,7 +96,7 @@ class SplitWriter:
         )
 
     def write_topics(self, topics: int) -> None:
-        """Write topics, and who clicked on what under them."""
+        """Write topics.jsonl, and clicks.jsonl with who clicked on what under them."""
         wanted = self.random(3)
         found = {f"{self.split}-t{number:04d}": topic(wanted) for number in range(topics)}
         lines = (topic_record(name, each) for name, each in found.items())
@@ -104,7 +104,9 @@ class SplitWriter:
         write_lines(self.folder / "clicks.jsonl", self.clicks(found))
 
     def clicks(self, topics: dict[str, Topic]) -> Iterator[dict[str, Any]]:
-        """Draw the products shown under each topic, half of them of its kinds, and the clicks."""
+        """Draw the products shown under each topic, up to half of them of its kinds, and whether
+        each is clicked; yield the lines of clicks.jsonl.
+        """
         random = self.random(4)
         kinds = np.array([product.kind for product in self.made])
         for name, each in topics.items():
@@ -124,13 +126,13 @@ class SplitWriter:
 
 
 def item_record(product: Product) -> dict[str, Any]:
-    """Give a line of items.jsonl."""
+    """Return a line of items.jsonl."""
     about = {name: getattr(product, name) for name in ("item_id", "title", "shop", "price")}
     return {**about, **product.attributes()}
 
 
 def topic_record(name: str, topic: Topic) -> dict[str, Any]:
-    """Give a line of topics.jsonl."""
+    """Return a line of topics.jsonl."""
     return {
         "topic_id": name,
         "name": topic.name,
@@ -149,7 +151,7 @@ def write_split(
     seed: int,
     pictures: bool,
 ) -> None:
-    """Write one split: the store, then the pictures and the files that name its products."""
+    """Write one split: the store, then the pictures and the files that refer to its products."""
     writer = SplitWriter(world, folder, split, seed)
     writer.write_products(products, pictures)
     writer.write_items()
@@ -158,6 +160,6 @@ def write_split(
 
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write a JSON object a line."""
+    """Write one JSON object per line."""
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_text(path, text)

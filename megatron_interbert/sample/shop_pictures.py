@@ -1,5 +1,5 @@
-"""Pictures of generated products: the shape of their kind in their colour and pattern, before their
-place; used by make_shop.py.
+"""Draw the pictures of generated products: the outline of their kind in their colour and pattern,
+on the background of their place.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ PAINT = dict(
 GROUND = dict(
     zip(PLACES, ("#f3e3b8", "#c9cdd3", "#bfe0b1", "#e9f1f8", "#e9dccb", "#4a3f5c"), strict=True)
 )
-# Outlines in the unit square, by what kinds look like.
+# Outlines in the unit square; several kinds share one.
 DRESS = [(0.35, 0), (0.65, 0), (0.62, 0.35), (0.9, 1), (0.1, 1), (0.38, 0.35)]
 SKIRT = [(0.3, 0.1), (0.7, 0.1), (0.95, 0.95), (0.05, 0.95)]
 TOP = [
@@ -137,10 +137,12 @@ SHAPES = dict(
 
 
 def draw_product(things: list[tuple[int, int, int]], place: int, boxes: np.ndarray) -> Image.Image:
-    """Draw a picture of things (kind, colour, pattern) in their boxes [n, 4], as shares of it."""
+    """Draw a picture of things (kind, colour, pattern) in their boxes [n, 4] x1 y1 x2 y2, which are
+    shares of the picture.
+    """
     picture = Image.new("RGB", (PIXELS, PIXELS), GROUND[PLACES[place]])
 
-    # the first one stands before the others
+    # the first thing is drawn last, in front of the others
     for (kind, colour, pattern), box in list(zip(things, boxes, strict=True))[::-1]:
         left, top, right, bottom = (float(x) * PIXELS for x in box)
         outline = [
@@ -155,7 +157,7 @@ def draw_product(things: list[tuple[int, int, int]], place: int, boxes: np.ndarr
 
 
 def cloth(colour: str, pattern: str) -> Image.Image:
-    """Give a sheet of cloth."""
+    """Draw a sheet of cloth of the size of a picture, in a colour and a pattern."""
     paint = PAINT[colour]
     other = "#ffffff" if colour != "白色" else "#9aa0a8"
     sheet = Image.new("RGB", (PIXELS, PIXELS), paint)

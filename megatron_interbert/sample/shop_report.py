@@ -1,5 +1,5 @@
-"""Figures of models in the generated shop, by what a query needs, beside TF-IDF over titles and
-chance.
+"""Compute figures of models in the generated shop, for search by what a query needs, and compare
+them with TF-IDF of titles and with chance.
 """
 
 import statistics
@@ -25,11 +25,11 @@ from megatron_interbert.tasks.shop.search_samples import read_queries
 from megatron_interbert.tasks.shop.topic_samples import Clicks, read_clicks, read_topics
 from megatron_interbert.tasks.shop.topics import click_metrics, showing_scores
 
-Figures = dict[str, list[dict[str, float]]]  # of each way, one for each run
+Figures = dict[str, list[dict[str, float]]]  # way of ranking -> figures of each run
 
 
 class TitleIndex:
-    """TF-IDF of characters and pairs of characters."""
+    """Rank titles by TF-IDF of characters and pairs of characters."""
 
     def __init__(self, titles: Sequence[str]) -> None:
         counts = [self.grams(title) for title in titles]
@@ -39,14 +39,14 @@ class TitleIndex:
 
     @staticmethod
     def grams(text: str) -> Counter[str]:
-        """Give counts of a text."""
+        """Count the characters and pairs of characters in a text."""
         text = text.lower()
         return Counter(
             text[at : at + size] for size in (1, 2) for at in range(len(text) - size + 1)
         )
 
     def vector(self, counts: Counter[str]) -> dict[str, float]:
-        """Of length 1."""
+        """Return the TF-IDF vector of such counts, normalised to length 1."""
         raw = {
             gram: number * self.weight[gram]
             for gram, number in counts.items()
@@ -57,7 +57,7 @@ class TitleIndex:
         return {gram: value / length for gram, value in raw.items()}
 
     def scores(self, text: str) -> np.ndarray:
-        """Give cosines of a text with all titles."""
+        """Return the cosines of a text with all titles, [titles]."""
         wanted = self.vector(self.grams(text))
         return np.array(
             [
@@ -68,7 +68,7 @@ class TitleIndex:
 
 
 def open_run(load: str, data_path: str) -> ItemScorer:
-    """Open a run's model over the shop's products, which it reads as it was trained."""
+    """Load a run's model for scoring the shop's products, with the settings of its training."""
     device = this_device()
     config = EvaluateProductSearchConfig(load=load, data_path=data_path)
     model, source = load_model(load, ("itm",), "auto", device)
@@ -79,7 +79,7 @@ def open_run(load: str, data_path: str) -> ItemScorer:
 
 
 def index_titles(catalogue: Catalogue) -> TitleIndex:
-    """Of all products, whether or not a model reads them."""
+    """Build an index of the titles of all products, even for a model that does not read titles."""
     read = Catalogue(
         catalogue.corpus, catalogue.tokenizer, True, catalogue.max_tokens, catalogue.max_regions
     )
@@ -87,7 +87,11 @@ def index_titles(catalogue: Catalogue) -> TitleIndex:
 
 
 def search_figures(runs: Sequence[str], data_path: str, first_stage: int) -> dict[str, Figures]:
-    """Search figures by what a query needs and by way of searching."""
+    """Compute search figures by what a query needs (picture, either, title) and way of searching.
+
+    With `first_stage` > 0, also search in two stages, the first by vectors, and print how many of
+    the first ten results of the full search it finds.
+    """
     path = f"{data_path}/queries.jsonl"
     needs = [record["needs"] for _, record in read_records(path, "--data-path", {"needs": str})]
     result: dict[str, Figures] = {
@@ -138,8 +142,8 @@ def search_figures(runs: Sequence[str], data_path: str, first_stage: int) -> dic
 
 
 def recommendation_figures(runs: Sequence[str], data_path: str) -> dict[str, Figures]:
-    """Give figures of the order of what each topic showed: of all of it, and of products of the
-    kinds that it wants, among which the title tells little.
+    """Compute figures for the ranking of the products shown under each topic: of all of them, and
+    of those of the kinds that it wants, among which titles tell little.
     """
     scores: dict[str, list[np.ndarray]] = defaultdict(list)
 
@@ -186,22 +190,22 @@ def recommendation_figures(runs: Sequence[str], data_path: str) -> dict[str, Fig
 
 
 def wishes(record: dict) -> Topic:
-    """Give a topic read back from its words."""
+    """Rebuild a topic from a line of topics.jsonl; raise UsageError if its keywords lack a part."""
     kinds, colours, places = (
         [table.index(word) for word in record["keywords"] if word in table]
         for table in (KINDS, COLOURS, PLACES)
     )
     if not (kinds and colours and places):
         raise UsageError(
-            f"topic {record['topic_id']}: no kind, colour or place among its keywords; not of this"
-            " interbert make-shop"
+            f"topic {record['topic_id']}: its keywords lack a kind, a colour or a place; make the"
+            " shop again with interbert make-shop"
         )
 
     return Topic(record["name"], np.array(kinds), np.array(colours), places[0])
 
 
 def had_of(record: dict) -> tuple[int, int, int]:
-    """Kind, colour and place of a product, by number."""
+    """Return the numbers of kind, colour and place of a product, from a line of items.jsonl."""
     return (
         KINDS.index(record["kind"]),
         COLOURS.index(record["colour"]),
@@ -210,8 +214,8 @@ def had_of(record: dict) -> tuple[int, int, int]:
 
 
 def table(head: str, parts: dict[str, Figures]) -> list[str]:
-    """Lines: part and way, then each figure's mean, and its deviation where there are several
-    runs.
+    """Format a table as lines: part and way, then the mean of each figure, with its standard
+    deviation if there are several runs.
     """
     rows = [
         (f"{part}: {way}", *(spread([values[name] for values in of_runs]) for name in of_runs[0]))
@@ -222,6 +226,6 @@ def table(head: str, parts: dict[str, Figures]) -> list[str]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """`71.2`, or `71.2 ± 0.8`."""
+    """Format the mean of some values and, if there are several, their deviation: `71.2 ± 0.8`."""
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{deviation}"

@@ -1,9 +1,9 @@
-"""A generated shop of clothes and shoes: what products, titles, queries and topics are made of;
-used by make_shop.py.
+"""Define the generated shop of clothes and shoes: what its products, titles, queries and topics are
+made of.
 
-Everything is made up. Colour and pattern show in the picture and stand in about half of the titles;
-material, brand and model stand in titles only; where a picture was taken shows in the picture only.
-A topic wants some kinds, two colours and a place.
+Everything is made up. Colour and pattern show in the picture, and are in about half of the titles;
+material, brand and model are only in titles; the place shows only in the picture (and in the
+descriptions). A topic wants four kinds, two colours and a place.
 """
 
 from collections.abc import Sequence
@@ -56,9 +56,9 @@ SHOPS = ("青禾旗舰店", "远山女装", "小满鞋包", "木棉之家", "LUM
 MOODS = ("清爽", "温暖", "约会", "通勤", "运动", "节日", "旅行", "校园")
 GRAMMAR = "的在拍适合穿搭主题，系列·和、风-"
 SIZE = (640, 640)
-# how often a title names it
+# share of titles that name each attribute
 IN_TITLE = {"colour": 0.5, "pattern": 0.4, "material": 0.7, "brand": 0.8, "season": 0.6}
-# What a query asks for beside the kind.
+# attributes that a query may ask for, beside the kind
 ASKED = (
     *(("colour",), ("pattern",), ("colour", "pattern"), ("brand",), ("material",)),
     *(("colour", "brand"), ("colour", "material")),
@@ -68,7 +68,7 @@ VISIBLE = ("colour", "pattern")
 
 @dataclass
 class Product:
-    """One article and its picture; numbers point into the tables above."""
+    """Hold one article and its picture; integers are indexes into TABLES."""
 
     item_id: str
     kind: int
@@ -82,7 +82,7 @@ class Product:
     price: float
 
     def attributes(self) -> dict[str, str]:
-        """Give what it is, in words."""
+        """Return the attributes in words, by name."""
         return {name: table[getattr(self, name)] for name, table in TABLES.items()}
 
 
@@ -97,7 +97,7 @@ TABLES = {
 
 
 class ShopWorld:
-    """Prototypes and rules, a function of the seed alone."""
+    """Hold the prototypes and rules of the shop, which depend on the seed alone."""
 
     def __init__(self, seed: int, noise: float) -> None:
         random = np.random.default_rng([seed, 10])
@@ -108,7 +108,7 @@ class ShopWorld:
         self.detector = Detector(np.concatenate([self.kinds, self.places]), noise)
 
     def product(self, random: np.random.Generator, item_id: str) -> Product:
-        """Give an article with its title."""
+        """Draw an article with its title."""
         drawn = {name: int(random.integers(len(table))) for name, table in TABLES.items()}
         named = {name for name, share in IN_TITLE.items() if random.random() < share}
         words = [
@@ -136,7 +136,9 @@ class ShopWorld:
 
     @staticmethod
     def description(random: np.random.Generator, product: Product) -> str:
-        """Give what a shop writes below the title of most products: what can be seen."""
+        """Draw a description of what can be seen of a product: its kind and most of colour, pattern
+        and place.
+        """
         said = {
             name: TABLES[name][getattr(product, name)] if random.random() < 0.8 else ""
             for name in ("colour", "pattern", "place")
@@ -149,8 +151,11 @@ class ShopWorld:
     def scene(
         self, random: np.random.Generator, product: Product
     ) -> tuple[list[tuple[int, int, int]], np.ndarray]:
-        """Give what the picture shows: the article large in the middle, and sometimes something
-        else beside it; (kind, colour, pattern) of each, and their boxes as shares of the picture.
+        """Draw what a picture shows: the article large in the middle, and sometimes another thing
+        beside it.
+
+        Returns (kind, colour, pattern) of each thing, and their boxes [n, 4] x1 y1 x2 y2 as shares
+        of the picture.
         """
         things = [(product.kind, product.colour, product.pattern)]
 
@@ -176,7 +181,7 @@ class ShopWorld:
         things: list[tuple[int, int, int]],
         boxes: np.ndarray,
     ) -> Regions:
-        """Give what a detector would say of the picture: its things, and the place around them."""
+        """Draw the regions that a detector would find in a picture: its things, and their place."""
         kinds, colours, patterns = (list(numbers) for numbers in zip(*things, strict=True))
         features = self.kinds[kinds] + self.colours[colours] + self.patterns[patterns]
         everything = np.concatenate([boxes, [[0.02, 0.02, 0.98, 0.98]]]) * SIZE[0]
@@ -193,7 +198,7 @@ class ShopWorld:
 
 
 class Asker:
-    """Makes queries for some products."""
+    """Make queries for some products."""
 
     def __init__(self, products: Sequence[Product]) -> None:
         self.products = products
@@ -202,11 +207,11 @@ class Asker:
         }
 
     def query(self, random: np.random.Generator) -> dict[str, Any]:
-        """Give a query for one of the products by some of its attributes, and all products that it
+        """Draw a query for one of the products by some of its attributes, with all products that it
         fits.
 
-        It `needs` the picture where no title of a product that it fits says all that it asks for of
-        what is visible; the title where it asks for nothing visible; else either tells.
+        `needs` is "title" if it asks for nothing visible, "picture" if no title of a fitting
+        product names all the visible attributes that it asks for, else "either".
         """
         target = self.products[int(random.integers(len(self.products)))]
         asked = ASKED[int(random.integers(len(ASKED)))]
@@ -230,7 +235,7 @@ class Asker:
 
 @dataclass
 class Topic:
-    """What a page of the shop is about: the kinds, colours and place that it wants."""
+    """Hold what a page of the shop is about: the kinds, colours and place that it wants."""
 
     name: str
     kinds: np.ndarray
@@ -238,14 +243,14 @@ class Topic:
     place: int
 
     def description(self) -> str:
-        """In a sentence."""
+        """Describe the topic in a sentence."""
         return (
             f"在{PLACES[self.place]}拍的{'、'.join(COLOURS[c] for c in self.colours)}，"
             f"适合{'和'.join(KINDS[k] for k in self.kinds)}"
         )
 
     def keywords(self) -> list[str]:
-        """In words."""
+        """List the words for its kinds, colours and place."""
         return [
             *(KINDS[k] for k in self.kinds),
             *(COLOURS[c] for c in self.colours),
@@ -253,7 +258,7 @@ class Topic:
         ]
 
     def appeal(self, kind: int, colour: int, place: int) -> float:
-        """Say how well a product fits, from 0 to 1."""
+        """Return how well a product fits, from 0 to 1."""
         return (
             0.4 * (kind in self.kinds)
             + 0.3 * (colour in self.colours)
@@ -262,7 +267,7 @@ class Topic:
 
 
 def topic(random: np.random.Generator) -> Topic:
-    """Give a new one."""
+    """Draw a topic."""
     place = int(random.integers(len(PLACES)))
     name = f"{random.choice(MOODS)}{PLACES[place]}系列"
 
@@ -275,8 +280,8 @@ def topic(random: np.random.Generator) -> Topic:
 
 
 def vocabulary() -> list[str]:
-    """Special tokens, every character and word piece of the shop, and letters and digits, so that
-    any other word can be spelled.
+    """Return the vocabulary: special tokens, letters and digits (also as word pieces), with which
+    any other word can be spelled, and every character of the shop's texts.
     """
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     texts = [

@@ -1,1 +1,1 @@
-"""Product search and recommendation as a service: items, index, batching, HTTP, page."""
+"""Serve product search and recommendation: items, index, batching, HTTP, page."""

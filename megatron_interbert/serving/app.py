@@ -1,4 +1,4 @@
-"""The HTTP interface: search, recommendation, scores, items, health, metrics, page."""
+"""Build the HTTP application from guard, keys, metrics and routes, and make errors uniform."""
 
 import asyncio
 import logging
@@ -31,8 +31,9 @@ log = logging.getLogger("megatron_interbert.serving")
 
 
 def make_app(service: Service, hosts: AllowedHosts, crowd: Crowd) -> FastAPI:
-    """Make the application around a service, for requests to these hosts; its figures are also of
-    the connections.
+    """Build the application around a service, for requests to these hosts.
+
+    Its metrics include those of the connections in `crowd`.
     """
 
     @asynccontextmanager
@@ -68,17 +69,15 @@ def make_app(service: Service, hosts: AllowedHosts, crowd: Crowd) -> FastAPI:
 
 
 def answer_heads(app: FastAPI) -> None:
-    """Answer HEAD wherever GET is answered: the same without a body, which the server leaves
-    out.
-    """
-    app.openapi()  # made and kept before: a schema of GETs says it all
+    """Answer HEAD wherever GET is answered: the server then leaves out the body."""
+    app.openapi()  # cached before HEAD is added, because a schema with the GETs is enough
     for route in app.routes:
         if isinstance(route, Route) and "GET" in route.methods:
             route.methods.add("HEAD")
 
 
 def answer_errors_alike(app: FastAPI) -> None:
-    """{"error": one line}, which repeats nothing of what was sent."""
+    """Make every error answer {"error": one line}, without repeating anything that was sent."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -87,9 +86,9 @@ def answer_errors_alike(app: FastAPI) -> None:
         text = f"{where or 'body'}: {first['msg'].removeprefix('Value error, ')}"
 
         if first["type"] == "json_invalid":
-            text = f"body: no JSON, from byte {where} on"
+            text = f"body: not valid JSON from byte {where} on"
         elif not where:
-            text = "body: no JSON object; send one, with content-type: application/json"
+            text = "body: not a JSON object; send one, with content-type: application/json"
 
         return JSONResponse({"error": text[:300]}, 422)
 
@@ -97,19 +96,19 @@ def answer_errors_alike(app: FastAPI) -> None:
     async def not_kept(request: Request, error: NotKept) -> JSONResponse:
         log.error("%s", error)
         return JSONResponse(
-            {"error": "the change cannot be kept, and was not made; the reason is in the log"}, 503
+            {"error": "the change cannot be saved and was not made; the reason is in the log"}, 503
         )
 
     @app.exception_handler(KeptInPart)
     async def kept_in_part(request: Request, error: KeptInPart) -> JSONResponse:
-        log.error("a change was made for searches and not for recommendations: %s", error)
-        told = "the change was made for searches and not for recommendations; send it again"
+        log.error("a change was made for searches but not for recommendations: %s", error)
+        told = "the change was made for searches but not for recommendations; send it again"
         return JSONResponse({"error": told}, 503, headers={"retry-after": "1"})
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse(
-            {"error": "the service has failed at this request; it is in its log"}, 500
+            {"error": "this request failed in the service; the reason is in its log"}, 500
         )
 
     @app.exception_handler(StarletteHTTPException)

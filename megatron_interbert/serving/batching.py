@@ -1,9 +1,8 @@
-"""One thread that computes, and a bounded queue before it: questions that wait are answered
-together.
+"""Answer questions in batches, in one thread with a bounded queue before it.
 
-A question has a deadline; one that is late, or whose client has gone, is left out before it costs
-anything. What is begun is answered. Changes of items go through the same queue in order, so that
-nothing is read while it is written.
+A question has a deadline; one that is late, or whose client has gone, is dropped before it costs
+anything. Once begun, a question is answered. Changes of items go through the same queue in order,
+so that nothing is read while it is being written.
 """
 
 import asyncio
@@ -20,47 +19,48 @@ from megatron_interbert.serving.shop import Find, Hit, Score, Shop
 
 
 class QueueFull(Exception):
-    """More is waiting than is allowed."""
+    """Represent a question that was rejected because the queue is full, or is closing."""
 
 
 class Late(Exception):
-    """The deadline of a question passed while it waited."""
+    """Represent a question whose deadline passed while it waited."""
 
 
 @dataclass(eq=False)
 class Question:
-    """A question, or a change: a function of the shop. Seconds are of time.monotonic()."""
+    """Hold a question, or a change (a function of the shop); `asked_at` is in time.monotonic()."""
 
     asked: Find | Score | Callable[[Shop], Any]
     loop: asyncio.AbstractEventLoop | None = None
-    future: asyncio.Future | None = None  # None: nobody waits for it in a coroutine
+    future: asyncio.Future | None = None  # None: no coroutine waits for it
     begun: bool = False
     asked_at: float = field(default_factory=time.monotonic)
 
     @property
     def pairs(self) -> int:
-        """What it costs, about."""
+        """Return the approximate cost: the number of pairs to score, 1 for a change."""
         if isinstance(self.asked, Find):
             return self.asked.candidates
         return len(self.asked.item_ids) if isinstance(self.asked, Score) else 1
 
     def end(self, result: Any = None, error: BaseException | None = None) -> None:
-        """Tell who waits, if somebody still does."""
+        """Pass the result or the error to the waiting coroutine, if there still is one."""
 
         def tell() -> None:
             if not self.future.done():
                 self.future.set_exception(error) if error else self.future.set_result(result)
 
         if self.loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # a closed loop: nobody waits any more
                 self.loop.call_soon_threadsafe(tell)
 
 
 @dataclass
 class Answer:
-    """Hits, or what a change gave; its times and the questions of its batch; the shop asked.
+    """Hold hits, or what a change returned, with its times and the number of questions in its
+    batch.
 
-    The shop is said by index version and sha256 of weights.
+    `version` (of the index) and `weights` (sha256) identify the shop that answered.
     """
 
     result: list[Hit] | Any
@@ -72,16 +72,17 @@ class Answer:
 
 
 class ModelThread:
-    """`ask` from a coroutine.
+    """Run a shop in a thread of its own; coroutines call `ask`.
 
-    `queue_size` questions may wait, about `batch_pairs` pairs are answered together.
+    Up to `queue_size` questions may wait; up to `batch_pairs` pairs, or one question, are answered
+    together.
     """
 
     def __init__(self, shop: Shop, queue_size: int, batch_pairs: int) -> None:
         self.shop = shop
         self.queue_size = queue_size
         self.batch_pairs = batch_pairs
-        self.answered = collections.Counter()  # batches, questions, late, gone, full
+        self.answered = collections.Counter()  # keys: batches, questions, late, gone, full
         self._waiting: collections.deque[Question] = collections.deque()
         self._changed = threading.Condition()
         self._closing = False
@@ -90,13 +91,14 @@ class ModelThread:
 
     @property
     def waiting(self) -> int:
-        """Questions in the queue."""
+        """Return the number of questions in the queue."""
         return len(self._waiting)
 
     async def ask(self, asked: Find | Score | Callable[[Shop], Any], seconds: float) -> Answer:
-        """Give the answer, at the latest after so many seconds in the queue.
+        """Return the answer to a question or a change.
 
-        QueueFull, Late, or what the change raises.
+        Raises QueueFull, Late if the question is not begun within `seconds`, or what the change
+        raises.
         """
         loop = asyncio.get_running_loop()
         question = Question(asked, loop, loop.create_future())
@@ -121,7 +123,7 @@ class ModelThread:
         return await question.future
 
     def _drop(self, question: Question, why: str) -> bool:
-        """Leave a question out, if it is not begun yet."""
+        """Drop a question unless it has begun; return whether it was dropped."""
         with self._changed:
             if question.begun:
                 return False
@@ -132,12 +134,12 @@ class ModelThread:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
+        """Return whether the thread is running."""
         return self._thread.is_alive()
 
     def change(self, function: Callable[[Shop], Any]) -> None:
-        """Call function(shop) in the model's thread as soon as it comes to it, however many wait;
-        returns when it is done.
+        """Call function(shop) in the model's thread, before everything that waits, and return when
+        it is done; raises what it raises.
         """
         done = concurrent.futures.Future()
 
@@ -154,7 +156,7 @@ class ModelThread:
         done.result()
 
     def close(self) -> None:
-        """Answer what waits, then end."""
+        """Answer what is waiting, end the thread and close the shop."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -163,7 +165,9 @@ class ModelThread:
         self.shop.close()
 
     def swap(self, shop: Shop) -> None:
-        """Answer by another shop from now on; called in the model's thread, as a change."""
+        """Answer from another shop from now on; must be called in the model's thread, in a
+        change.
+        """
         self.shop = shop
 
     def _run(self) -> None:
@@ -193,7 +197,7 @@ class ModelThread:
         except Exception as error:
             if len(questions) == 1:
                 questions[0].end(error=error)
-            # one of them is to blame: the others must not suffer
+            # one of them caused it: answer them one by one, so that the others do not fail
             for question in questions if len(questions) > 1 else ():
                 self._answer([question])
             return
@@ -203,8 +207,8 @@ class ModelThread:
             question.end(answer)
 
     def _next(self) -> list[Question]:
-        """Give a change by itself, or questions that stand together in the queue and fit a batch;
-        empty at the end.
+        """Wait for work; return one change, or consecutive questions that fit a batch; empty when
+        closing.
         """
         with self._changed:
             while not self._waiting and not self._closing:

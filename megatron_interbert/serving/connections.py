@@ -1,5 +1,5 @@
-"""The connections of the service: how many there may be, how long one may keep the service waiting,
-what is taken for a request.
+"""Limit the service's connections: how many may be open, how long one may keep the service waiting,
+and what is accepted as a request.
 """
 
 import json
@@ -20,13 +20,13 @@ from megatron_interbert.serving.config import ServeConfig
 
 log = logging.getLogger("megatron_interbert.serving.connections")
 
-SPARE = 16  # connections beyond the limit: health checks are answered when all others are at work
-ACCEPTED_AT_ONCE = 8  # asyncio accepts so many before it looks at any; they need descriptors
+SPARE = 16  # connections beyond the limit, for health checks while all others are at work
+ACCEPTED_AT_ONCE = 8  # asyncio accepts this many before it serves any; each needs a descriptor
 # descriptors for SPARE, for connections that are being accepted or closed, and for files
 RESERVE = 64
 FEWEST = 8
-SEND_SECONDS = 60.0  # in which a client must read something of an answer
-LARGEST_HEAD = 32768  # bytes of a request before its body
+SEND_SECONDS = 60.0  # within which a client must read some of an answer
+LARGEST_HEAD = 32768  # bytes of a request's headers
 BARE_LF = re.compile(rb"(?<!\r)\n")
 PHRASES = {
     400: "Bad Request",
@@ -41,10 +41,10 @@ REASONS = {
 
 
 def fit_connections(config: ServeConfig) -> None:
-    """Lower --max-connections to what the process may have descriptors for, and note it.
+    """Lower the default of --max-connections to the process's limit on descriptors, and note it.
 
-    A connection may need two, one for its socket and one for a photo. UsageError where it was given
-    and does not fit, or where hardly any connection would.
+    A connection may need two descriptors, one for its socket and one for a photo. Raises UsageError
+    if the flag was given and does not fit, or if fewer than FEWEST connections would.
     """
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most == resource.RLIM_INFINITY:
@@ -58,7 +58,7 @@ def fit_connections(config: ServeConfig) -> None:
     if room < FEWEST or not config.is_default("max_connections"):
         less = f" or give at most {room}" if room >= FEWEST else ""
         raise UsageError(
-            f"{config.told('max_connections')}: that takes {needed} descriptors and the process may"
+            f"{config.told('max_connections')}: needs {needed} descriptors, but the process may"
             f" have {most}; raise the limit (ulimit -n {needed}){less}"
         )
 
@@ -70,10 +70,10 @@ def fit_connections(config: ServeConfig) -> None:
 
 
 class Crowd:
-    """All connections together: `waiting` for their clients, the longest first, with the time since
-    when; or `at_work`.
+    """Hold all connections: those `waiting` for their clients, longest first, with the time since
+    when; and those `at_work`.
 
-    `ended` counts those that the service has ended, by reason. Seconds are those of the event loop.
+    `ended` counts those that the service has closed, by reason. Times are those of the event loop.
     """
 
     def __init__(self, config: ServeConfig) -> None:
@@ -87,16 +87,17 @@ class Crowd:
 
     @property
     def too_busy(self) -> bool:
-        """Whether more requests are being answered than --max-connections."""
+        """Return whether more requests are being answered than --max-connections."""
         return len(self.at_work) > self.most
 
     def make_room(self, newest: "Connection") -> None:
-        """End the connection that has waited longest: of those that only wait there can always be
-        one less.
+        """Close the connection that has waited longest for its client.
+
+        If none is waiting, the newest is closed once SPARE is used up too.
         """
         log.warning(
-            "more than %d connections are open: those that wait longest for their clients are"
-            " ended",
+            "more than %d connections are open: closing those that have waited longest for their"
+            " clients",
             self.most,
         )
 
@@ -111,7 +112,7 @@ class Crowd:
         leaving.leave()
 
     def look(self, now: float) -> None:
-        """End the connections that have kept the service waiting too long."""
+        """Close the connections that have kept the service waiting too long."""
         for connection, since in list(self.waiting.items()):
             if connection.moves():
                 del self.waiting[connection]
@@ -122,12 +123,12 @@ class Crowd:
 
 
 class Connection(H11Protocol):
-    """uvicorn's protocol, one of a crowd."""
+    """Extend uvicorn's protocol by the limits of a crowd."""
 
     def __init__(self, crowd: Crowd, **given: Any) -> None:
         super().__init__(**given)
         self.crowd = crowd
-        self.unread = 0  # bytes of an answer, when it was last looked at
+        self.unread = 0  # bytes of an answer that the client had not read at the last look
         self.conn = Requests(h11.SERVER, LARGEST_HEAD)
 
     def connection_made(self, transport: Transport) -> None:
@@ -165,16 +166,14 @@ class Connection(H11Protocol):
         self.refuse(*self.conn.wrong)
 
     def moves(self) -> bool:
-        """Say whether the client has taken some of an answer, or there is more of it, since this
-        was last asked.
-        """
+        """Check whether the unread part of an answer has changed since the last call."""
         before = self.unread
         self.unread = self.transport.get_write_buffer_size()
 
         return self.unread != before
 
     def patience(self) -> float:
-        """Say how many seconds the client may be waited for; a body has its own time in `Guard`."""
+        """Return how many seconds to wait for the client; `Guard` limits the time for a body."""
         if self.unread:
             return SEND_SECONDS
         if self._asked():
@@ -182,7 +181,7 @@ class Connection(H11Protocol):
         return self.crowd.header_seconds + (self.crowd.keep_alive_seconds if self.cycle else 0)
 
     def give_up(self) -> None:
-        """End a connection that is out of time, with an answer where it had begun to ask."""
+        """Close a connection that is out of time; answer 408 if part of a request has arrived."""
         if self.unread or self.transport.is_closing():
             self.leave()
         elif self.conn.trailing_data[0]:
@@ -191,7 +190,7 @@ class Connection(H11Protocol):
             self.transport.close()
 
     def refuse(self, status: int, reason: str) -> None:
-        """Answer one line, unless an answer is half sent, and close."""
+        """Answer with one line, unless another answer has begun, and close."""
         if not (self._asked() and self.cycle.response_started):
             body = json.dumps({"error": reason}).encode()
             head = (
@@ -203,16 +202,16 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def leave(self) -> None:
-        """End at once, whatever is under way."""
+        """Close at once, whatever is under way."""
         self.crowd.waiting.pop(self, None)
         self.transport.abort()
 
     def _asked(self) -> bool:
-        """Tell whether a request has begun that is not answered in full."""
+        """Check whether a request has begun that is not fully answered."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def _note(self) -> None:
-        """Keep in mind whether it is the client's turn now, and since when."""
+        """Record whether it is the client's turn now, and since when."""
         if self not in self.connections:
             return
 
@@ -225,21 +224,21 @@ class Connection(H11Protocol):
 
 
 class Ambiguous(h11.RemoteProtocolError):
-    """A request that a proxy may read in another way than we do."""
+    """Represent a request that a proxy might read differently from us."""
 
 
 class Requests(h11.Connection):
-    """h11's reader of requests, without its leniency.
+    """Read requests as h11 does, but more strictly.
 
-    `wrong` is the status and the reason of a refusal; nothing that was sent.
+    `wrong` is (status, reason) of a refusal; the reason repeats nothing that was sent.
     """
 
     wrong = (400, "not a valid HTTP request")
 
     def next_event(self) -> Any:
-        """Read on, as h11 does.
+        """Return the next event, as h11 does.
 
-        H11.RemoteProtocolError also for bare line feeds and two lengths.
+        Raises h11.RemoteProtocolError also for bare line feeds and for two lengths.
         """
         try:
             if self.their_state is h11.IDLE:
@@ -259,14 +258,14 @@ class Requests(h11.Connection):
 
 
 def check_lines(received: bytes) -> None:
-    """Refuse a head with a line that ends with LF alone."""
+    """Raise Ambiguous if a line of the headers ends with LF alone."""
     head, _, _ = received.partition(b"\r\n\r\n")
     if BARE_LF.search(head):
         raise Ambiguous("a line of the headers ends with LF alone; expected CR LF")
 
 
 def check_length(request: h11.Request) -> None:
-    """Refuse a body whose end can be found in two ways."""
+    """Raise Ambiguous if the end of the body could be found in two ways."""
     names = {name for name, _ in request.headers}
     if b"transfer-encoding" not in names:
         return

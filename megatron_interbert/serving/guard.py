@@ -1,5 +1,5 @@
-"""What stands before the application: whom it answers to, limits of requests, headers for answers,
-one line for each request.
+"""Guard the application: check Host headers, limit requests, add security headers to answers, and
+log a line for each request.
 """
 
 import asyncio
@@ -33,17 +33,16 @@ HEADERS = [
     ),
 ]
 CLOSE = {"connection": "close"}  # the rest of a body is not read
-HEALTH = ("/healthz", "/readyz", "/metrics")  # answered however many requests are under way
+HEALTH = ("/healthz", "/readyz", "/metrics")  # answered even when too many requests are under way
 
 
 class Guard:
-    """ASGI around an application: bodies of at most `max_body` bytes within `body_seconds`, else
-    413 or 408; a Host that is ours, else 400; no more requests at once than there may be
-    connections, else 503.
+    """Wrap an ASGI application with limits: a Host header that is ours, else 400; bodies of at most
+    `max_body` bytes, else 413, within `body_seconds`, else 408; no more requests at once than
+    --max-connections, else 503.
 
-    A request whose client goes away is cancelled (499 in the log and the figures). The line of a
-    request in the log has method, route, status and milliseconds: no query, no body, no key, no
-    address.
+    A request whose client goes away is cancelled (499 in log and metrics). The log line of a
+    request has method, route, status and milliseconds: no query, body, key or address.
     """
 
     def __init__(
@@ -62,13 +61,13 @@ class Guard:
         self.body_seconds = config.body_seconds
 
     def refusal(self, scope: Message) -> JSONResponse | None:
-        """Give the answer to a request that is not looked at further; None for all others."""
+        """Return the answer to a request that is refused; None if it is accepted."""
         sent = next((value for name, value in scope["headers"] if name == b"host"), None)
         if sent is not None and not self.hosts.allow(sent.decode("latin-1")):
             return JSONResponse(
                 {
                     "error": (
-                        "Host: not a name of this service; it is started with --allowed-hosts NAME"
+                        "Host: not a name of this service; start it with --allowed-hosts NAME"
                     )
                 },
                 400,
@@ -77,7 +76,7 @@ class Guard:
 
         if self.crowd.too_busy and scope["path"] not in HEALTH:
             return JSONResponse(
-                {"error": "too many requests at once; come again"},
+                {"error": "too many requests at once; try again later"},
                 503,
                 {"retry-after": "1", **CLOSE},
             )
@@ -106,10 +105,10 @@ class Guard:
 
 
 class Exchange:
-    """One request and its answer: a body within its limits, headers that are always there.
+    """Receive a request and send its answer: the body within its limits, our headers on the answer.
 
-    Once the whole body is there its client is watched, so that nothing is computed for one that has
-    gone.
+    Once the whole body has arrived, the client is watched, so that nothing is computed for one that
+    has gone.
     """
 
     def __init__(self, receive: Receive, send: Send, max_body: int, body_seconds: float) -> None:
@@ -127,8 +126,8 @@ class Exchange:
         self._watching: asyncio.Task | None = None
 
     async def receive(self) -> Message:
-        """Receive within the limits; HTTPException 408 or 413 beyond them."""
-        if self._whole:  # what comes now is that the client has gone
+        """Receive a message; raises HTTPException 408 or 413 beyond the limits."""
+        if self._whole:  # the next message can only say that the client has gone
             return await self._receive()
 
         left = self.started + self._body_seconds - time.monotonic()
@@ -149,7 +148,7 @@ class Exchange:
         return message
 
     async def _until_gone(self) -> None:
-        """Cancel the request when its client goes before it is answered."""
+        """Cancel the request if its client goes before it is answered."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
         if not self._answered:
@@ -157,7 +156,7 @@ class Exchange:
             self._request.cancel()
 
     async def send(self, message: Message) -> None:
-        """Send with our headers, and note the status and the end of the answer."""
+        """Send a message, with our headers at the start, and note status and end of the answer."""
         if message["type"] == "http.response.body" and not message.get("more_body"):
             self._answered = True
         if message["type"] == "http.response.start":
@@ -168,11 +167,11 @@ class Exchange:
         await self._send(message)
 
     def end_without_client(self) -> None:
-        """Take back the cancelling, and note it as status 499."""
+        """Undo the cancellation, and record status 499."""
         self._request.uncancel()
         self.status = 499
 
     def close(self) -> None:
-        """Watch the client no longer."""
+        """Stop watching the client."""
         if self._watching is not None:
             self._watching.cancel()

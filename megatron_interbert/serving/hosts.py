@@ -1,5 +1,5 @@
-"""Which names a Host header may have: by a name that points at this machine, a page of another site
-could read the service.
+"""Check Host headers: otherwise another site's page could read the service, through a name that it
+points at this machine (DNS rebinding).
 """
 
 import ipaddress
@@ -15,10 +15,11 @@ NAME = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
 
 @dataclass(frozen=True)
 class AllowedHosts:
-    """Names and addresses as `host_of` gives them; `endings` are those of `*.shop.example`.
+    """Hold the names and addresses that a Host header may have, as `host_of` returns them;
+    `endings` are those such as `.shop.example`, from `*.shop.example`.
 
-    A browser sends an address as Host only to a page that came from that address, so that any may
-    be allowed where the service listens at all of them.
+    A browser sends an address as Host only for pages that came from that address, so any address
+    may be allowed if the service listens on all of them.
     """
 
     names: frozenset[str]
@@ -28,9 +29,10 @@ class AllowedHosts:
 
     @classmethod
     def of(cls, host: str, given: str) -> "AllowedHosts":
-        """Join this machine's own names and the address `host` with the comma list `given`.
+        """Combine this machine's own names, the address `host` and the comma-separated list
+        `given`.
 
-        UsageError for an entry that no Host header can have.
+        Raises UsageError for an entry that no Host header can have.
         """
         entries = [entry.strip().lower() for entry in given.split(",") if entry.strip()]
         patterns = [entry for entry in entries if entry.startswith("*.")]
@@ -51,7 +53,7 @@ class AllowedHosts:
         )
 
     def allow(self, header: str) -> bool:
-        """Say whether a Host header names this service; its port does not matter."""
+        """Check whether a Host header names this service; its port does not matter."""
         if self.any_host:
             return True
 
@@ -66,10 +68,10 @@ class AllowedHosts:
         return self.any_address and is_address(host)
 
     def told(self) -> str:
-        """Give a line for the log: what is answered, and what to do for more."""
+        """Return a line for the log: which hosts are answered, and how to add others."""
         if self.any_host:
             return (
-                "--allowed-hosts *: any Host header is answered; where a browser can reach this"
+                "--allowed-hosts *: any Host header is answered, so if a browser can reach this"
                 " service, so can pages of other sites that point a name at it"
             )
 
@@ -85,10 +87,10 @@ class AllowedHosts:
 
 
 def host_of(header: str) -> str:
-    """Give the name or address in a Host header: lower case, no port, no brackets, no dot at the
-    end.
+    """Return the name or address in a Host header, in lower case, without port, brackets and final
+    dot.
 
-    ValueError for anything else.
+    Raises ValueError for anything else.
     """
     match = HEADER.fullmatch(header.lower())
     if match is None:
@@ -106,7 +108,7 @@ def host_of(header: str) -> str:
 
 
 def is_address(host: str) -> bool:
-    """Say whether it is an IP address in its usual form."""
+    """Check whether a host is an IP address."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -116,9 +118,9 @@ def is_address(host: str) -> bool:
 
 
 def known_host(entry: str, shown: str) -> str:
-    """Give an entry of --allowed-hosts as `host_of` would.
+    """Return an entry of --allowed-hosts in the form of `host_of`.
 
-    UsageError where it has a port, or is none.
+    Raises UsageError, with the entry as `shown`, if it has a port or is not a host.
     """
     bare = entry.removeprefix("[").removesuffix("]")
     if is_address(bare):
@@ -126,7 +128,7 @@ def known_host(entry: str, shown: str) -> str:
 
     if not NAME.fullmatch(entry):
         raise UsageError(
-            f"--allowed-hosts: '{shown[:80]}' is no host; expected names or addresses without"
+            f"--allowed-hosts: '{shown[:80]}' is not a host; expected names or addresses without"
             " scheme, port or path, such as shop.example,*.shop.example,10.0.0.5, or * for any"
         )
 
@@ -134,14 +136,14 @@ def known_host(entry: str, shown: str) -> str:
 
 
 def own_names() -> set[str]:
-    """Name this machine as a browser on it, or beside it, may."""
+    """Return the names by which browsers on this machine or in its network may call it."""
     found = {socket.gethostname().lower(), socket.getfqdn().lower()}
     return {name for name in found if NAME.fullmatch(name)} | {"localhost", "127.0.0.1", "::1"}
 
 
 def addresses_of(host: str) -> set[str]:
-    """Look up the addresses that --host stands for; none where it is unknown: listening will say
-    so.
+    """Return the addresses that --host stands for; none if it is unknown, which listening will
+    report.
     """
     try:
         found = socket.getaddrinfo(host or "0.0.0.0", None, type=socket.SOCK_STREAM)

@@ -1,17 +1,17 @@
-"""The folder in which an index of items outlives the process that made it.
+"""Write and read the versions of an index of items on disk.
 
-    INDEX/<version>/vectors.faiss   vectors by the number of their item in items.jsonl
+    INDEX/<version>/vectors.faiss   vectors, by the number of their item in items.jsonl
     INDEX/<version>/items.jsonl     the items
-    INDEX/<version>/manifest.json   its number, where the journal stood when the items were read,
+    INDEX/<version>/manifest.json   its number, the journal's place when the items were read,
                                     sha256 of the weights and of both files
     INDEX/current                   link to the version that is served
     INDEX/journal.jsonl             what was added, changed and removed, in order (journal.py)
     INDEX/journal.end               the last change that was confirmed
 
-A version is written beside, flushed and renamed, then the link is swapped: a reader sees a whole
-one, old or new. It belongs to the weights with which its vectors were made; others are refused. Its
-items are those of items.jsonl with all that the journal holds from its place on, so whichever
-version is served, no change is lost.
+A version is written under another name, flushed and renamed, and then the link is swapped: readers
+see a whole version, old or new. It belongs to the weights that made its vectors; with others it is
+refused. Its items are those of items.jsonl plus all changes in the journal after its place, so no
+change is lost, whichever version is served.
 """
 
 import contextlib
@@ -60,22 +60,19 @@ ANEW = "begin anew from your items (--rebuild --items FILE), which drops the cha
 
 
 class Damaged(UsageError):
-    """A version that is not as it was written.
-
-    `problem` says what is wrong, without the ways out.
-    """
+    """Represent a version that is damaged; `problem` says how, without what to do about it."""
 
     def __init__(self, problem: str) -> None:
         ways_out = (
-            "restore it from a backup, or make a new version of its items or those of the version"
-            f" before it (--build-only), or, where neither can be read, {ANEW}"
+            "restore it from a backup, or build a new version from its items or those of the version"
+            f" before it (--build-only), or, if neither can be read, {ANEW}"
         )
         super().__init__(f"{problem}; {ways_out}")
         self.problem = problem
 
 
 class Version:
-    """A version in its folder; what is read of it is checked."""
+    """Read a version of the index from its folder, checking everything that is read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -83,11 +80,11 @@ class Version:
         self.facts = self._read_facts()
         self._check_facts()
         self.number: int = self.facts.get("number", 0)  # versions are ordered by it
-        # from which on the journal's changes are to be made
+        # the journal's changes after this place are not in the version
         self.mark = mark_of(self.facts["journal"])
 
     def _read_facts(self) -> dict[str, Any]:
-        """Read the manifest; UsageError where it is missing or no JSON object."""
+        """Read the manifest; raises UsageError if it is missing or not a JSON object."""
         where = self.path / FACTS
 
         try:
@@ -105,8 +102,8 @@ class Version:
         return facts
 
     def _check_facts(self) -> None:
-        """Raise UsageError for a manifest that is not as it was written, or of an earlier version
-        that is not read.
+        """Raise UsageError for a manifest that is damaged, or that a version of this package too
+        old to be read has made.
         """
         facts = self.facts
         where = self.path / FACTS
@@ -133,9 +130,9 @@ class Version:
 
     @contextlib.contextmanager
     def _checked(self, name: str) -> Iterator[IO[bytes]]:
-        """Open a file that is as it was written.
+        """Open a file, after checking its sha256 through the same descriptor.
 
-        The one that was checked is the one that is read.
+        Raises Damaged if it is missing or corrupt.
         """
         path = self.path / name
 
@@ -153,9 +150,9 @@ class Version:
                 yield file
 
     def is_whole(self) -> bool:
-        """Tell whether its files are as they were written, and can be served.
+        """Check whether its files are sound and can be served.
 
-        Unreadable where nobody can say.
+        Raises Unreadable if they cannot be read now.
         """
         try:
             with self._checked(ITEMS):
@@ -169,7 +166,7 @@ class Version:
         return True
 
     def items(self) -> list[Item]:
-        """Give those that the vectors are of."""
+        """Return the items in items.jsonl, in the order of their vectors."""
         where = self.path / ITEMS
         with self._checked(ITEMS) as file:
             data = file.read()
@@ -181,12 +178,15 @@ class Version:
         return [item_of(record, str(where)) for record in records]
 
     def vectors(self) -> VectorIndex:
-        """Of the items. UsageError where the file is not one that we write, whatever its sha256."""
+        """Return the index of the vectors.
+
+        Raises UsageError if the file is not one that we write, even if its sha256 is right.
+        """
         with self._ours():
             return VectorIndex.of(self._stored(), self.facts["kind"])
 
     def _stored(self) -> Stored:
-        """Read the vectors of the items; UsageError as above."""
+        """Read the vectors; raises UsageError as `vectors` does."""
         with self._checked(VECTORS) as file, self._ours():
             stored = read_vectors(file, self.facts["kind"], os.fstat(file.fileno()).st_size)
             if len(stored.ids) != self.facts["items"]:
@@ -195,15 +195,15 @@ class Version:
 
     @contextlib.contextmanager
     def _ours(self) -> Iterator[None]:
-        """Name the file of vectors that is not one of ours."""
+        """Turn Foreign into Damaged, which names the file of vectors."""
         try:
             yield
         except Foreign as error:
             where = self.path / VECTORS
-            raise Damaged(f"{where}: no file of vectors as we write it ({error})") from None
+            raise Damaged(f"{where}: not a file of vectors that we wrote ({error})") from None
 
     def items_now(self) -> tuple[list[Item], Mark]:
-        """Give the items with all changes, and the journal's place behind them."""
+        """Return the items with all changes in the journal, and the place after the last one."""
         records, mark = read_journal(self.path.parent, self.mark)
         items = {item.item_id: item for item in self.items()}
 
@@ -217,8 +217,9 @@ class Version:
 
 
 def mark_of(value: Any) -> Mark | int | None:
-    """Give the place in the journal that a manifest names; a number of bytes in those of earlier
-    versions.
+    """Return the place in the journal that a manifest names, None if it is not sound.
+
+    Earlier versions of this package wrote a number of bytes, which is returned as it is.
     """
     if type(value) is int and value >= 0:
         return value
@@ -231,10 +232,10 @@ def mark_of(value: Any) -> Mark | int | None:
 
 
 def served_version(folder: Path) -> Version | None:
-    """Find the version that is served: the one that `current` names, else the newest whole one.
+    """Return the version to serve: the one that `current` names, else the newest whole one.
 
-    None where there is no trace of an index. UsageError where there are traces, and no version that
-    can be served: nothing that was confirmed may be dropped in silence.
+    None if there is no trace of an index. Raises UsageError if there are traces but no version can
+    be served, because confirmed changes must not be dropped silently.
     """
     named = sibling(folder / CURRENT)
     if named is not None and NAME.fullmatch(named.name):
@@ -259,11 +260,11 @@ def served_version(folder: Path) -> Version | None:
 
 
 def version_to_replay(folder: Path) -> tuple[Version, list[Item], Mark] | None:
-    """Find what a new version can be made of: a version, its items with all changes, the place
-    behind them.
+    """Return what a new version can be built from: a version, its items with all changes, and the
+    place after them.
 
-    The one that is served, else the newest whose files and changes are all there; None where there
-    is no trace of an index. UsageError where no version can be replayed.
+    It is the version that is served, else the newest whose files and changes are all readable; None
+    if there is no trace of an index. Raises UsageError if there is no such version.
     """
     problem = None
 
@@ -305,10 +306,10 @@ def write_version(
     model: dict[str, Any],
     mark: Mark,
 ) -> str:
-    """Write a new version and make it the current one; its name.
+    """Write a new version, make it the current one, and return its name.
 
-    Its items, with vectors [n, P], are as they are before the journal's `mark`. UsageError, and
-    nothing is written, where the vectors are not finite.
+    The items, with vectors [n, P], include all changes before the journal's `mark`. If a vector is
+    not finite, raises UsageError and writes nothing.
     """
     check_finite(items, vectors)
     index = VectorIndex(vectors.shape[1], kind)
@@ -320,7 +321,7 @@ def write_version(
     try:
         faiss.write_index(index.faiss, str(beside / VECTORS))
         flush_file(beside / VECTORS)
-        del index  # as large as the vectors, which are about to be read once more
+        del index  # as large as the vectors, which are now read once more
         check_readable(beside / VECTORS, kind)
         write_text(
             beside / ITEMS,
@@ -347,40 +348,36 @@ def write_version(
 
 
 def check_readable(path: Path, kind: str) -> None:
-    """Raise UsageError where FAISS has written vectors in another form than the one that we
-    read.
-    """
+    """Raise UsageError if FAISS has written the vectors in a format other than the one we read."""
     with open(path, "rb") as file:
         try:
             read_vectors(file, kind, path.stat().st_size)
         except Foreign as error:
             raise UsageError(
-                f"{path}: FAISS {faiss.__version__} writes another form of file ({error}); install"
-                " the version of requirements.txt"
+                f"{path}: FAISS {faiss.__version__} writes another file format ({error}); install"
+                " the version in requirements.txt"
             ) from None
 
 
 def check_finite(items: Sequence[Item], vectors: np.ndarray) -> None:
-    """Raise UsageError where the model gives an item a vector with NaN or infinity: it would never
-    be found.
-    """
+    """Raise UsageError if a vector has NaN or infinity: its item would never be found."""
     wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(wrong):
         raise UsageError(
             f"--load: the model gives {len(wrong)} of {len(items)} items vectors that are not"
-            f" finite, the first of item {items[wrong[0]].item_id}; nothing was changed: use other"
+            f" finite, the first of item {items[wrong[0]].item_id}; nothing was changed; use other"
             " weights"
         )
 
 
 def serve_from_now_on(folder: Path, version: str) -> None:
-    """Make a version the current one, in one step."""
+    """Make a version the current one, atomically."""
     link = folder / CURRENT
-    if link.is_dir() and not link.is_symlink():  # a copy without links has a folder there
+    if link.is_dir() and not link.is_symlink():  # a folder, in a copy that follows links
         unused = folder / f"unused-{CURRENT}-{uuid.uuid4().hex[:12]}"
         link.rename(unused)
         log.warning(
-            "%s is a folder, as copies without links have it; it is kept as %s", link, unused
+            "%s is a folder, as in copies that do not keep links; it is kept as %s", link, unused
         )
 
     point_to(folder / CURRENT, version)
@@ -388,10 +385,7 @@ def serve_from_now_on(folder: Path, version: str) -> None:
 
 
 def version_names(folder: Path) -> list[str]:
-    """Give names of what looks like a version.
-
-    Whatever else lies in the folder is somebody else's.
-    """
+    """Return the names in the folder that look like versions; nothing else there is ours."""
     return [
         name
         for name in list_folder(folder)
@@ -400,8 +394,8 @@ def version_names(folder: Path) -> list[str]:
 
 
 def versions_in(folder: Path) -> list[Version]:
-    """Give all versions with a sound manifest, oldest first: by the number that each was given,
-    never by the clock.
+    """Return all versions with a sound manifest, oldest first by their numbers, never by the
+    clock.
     """
     found = []
 
@@ -411,23 +405,25 @@ def versions_in(folder: Path) -> list[Version]:
         except Unreadable:
             raise
         except Damaged as error:
-            log.warning("a version is not counted: %s", error.problem)
+            log.warning("ignoring a damaged version: %s", error.problem)
         except UsageError as error:
-            log.warning("%s is not counted: %s", folder / name, error)
+            log.warning("ignoring %s: %s", folder / name, error)
 
     return sorted(found, key=lambda version: (version.number, old_place(version), version.name))
 
 
 def old_place(version: Version) -> int:
-    """Give order versions of earlier versions of this package, which have no numbers."""
+    """Return a sort key for versions made by earlier versions of this package, which have no
+    numbers.
+    """
     return version.mark if isinstance(version.mark, int) else 0
 
 
 def prune(folder: Path, kept: Sequence[str], newest: int = 2) -> None:
-    """Remove versions but the newest few, those that are `kept` and the one that is served.
+    """Remove all versions except the newest few, those in `kept` and the one that is served.
 
-    By the process that builds, so that two never do it at once. What is damaged pushes nothing out,
-    and what cannot be read is left alone.
+    Only the building process calls it, so two never do it at once. Damaged versions do not count
+    among the newest, and what cannot be read is left alone.
     """
     served = sibling(folder / CURRENT)
     kept = [*kept, *([served.name] if served else [])]
@@ -445,9 +441,9 @@ def prune(folder: Path, kept: Sequence[str], newest: int = 2) -> None:
 
 
 def needed_from(folder: Path, journal: str) -> int:
-    """Give the number of a journal's changes that no version in a folder needs any more.
+    """Return how many of a journal's changes no version in the folder needs any more.
 
-    0 where one cannot tell, for a version's manifest is damaged or of an earlier kind.
+    0 if that is unknown because a version's manifest is damaged or of an earlier kind.
     """
     versions = versions_in(folder)
     marks = [version.mark for version in versions]

@@ -1,9 +1,9 @@
-"""The items that are served: begun as those of a region store, then added, changed and removed one
-by one while searches go on.
+"""Hold the items that are served, which are added, changed and removed one by one while searches
+continue.
 
-An item has a place, a number that is never given again: who has found it can still score it after
-it was changed or removed. A change is a new place. What the outside says of items is text only;
-pictures are images of the region stores, named by their ids.
+An item has a place, a number that is never reused, so that a search can still score it after it was
+changed or removed. A changed item gets a new place. Clients only send texts about items; pictures
+are images of the region stores, named by their ids.
 """
 
 import threading
@@ -21,7 +21,7 @@ from megatron_interbert.tasks.shop.catalogue import Catalogue
 
 @dataclass(frozen=True)
 class Item:
-    """What is known of an item. `attributes` are shown, not read by the model."""
+    """Hold what is known of an item; `attributes` are shown, but not read by the model."""
 
     item_id: str
     image_id: str
@@ -29,12 +29,14 @@ class Item:
     attributes: dict[str, str] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the item as a JSON object."""
         return asdict(self)
 
 
 def item_of(record: Any, where: str) -> Item:
-    """Give the item of a record; UsageError where its fields are not an item's."""
+    """Return the item in a JSON object; raises UsageError if its fields are not those of an
+    item.
+    """
     fields = record if isinstance(record, dict) else {}
     texts = [fields.get(name) for name in ("item_id", "image_id", "title")]
     attributes = fields.get("attributes", {})
@@ -45,14 +47,15 @@ def item_of(record: Any, where: str) -> Item:
 
     if not (known and plain and all(isinstance(text, str) for text in texts)):
         raise UsageError(
-            f"{where}: no item with item_id, image_id, title and attributes: {str(record)[:60]}"
+            f"{where}: not an item with item_id, image_id, title and attributes:"
+            f" {str(record)[:60]}"
         )
 
     return Item(*texts, attributes)
 
 
 class LiveItems(Catalogue):
-    """A catalogue whose items come and go. Safe to read from several threads while one writes."""
+    """Hold a catalogue whose items change; several threads may read it while one writes."""
 
     def __init__(
         self,
@@ -69,7 +72,7 @@ class LiveItems(Catalogue):
         for number, name in enumerate(super().ids):
             if self.image_numbers.setdefault(name, number) != number:
                 raise UsageError(
-                    f"{corpus.path}: two images are called {name}; a picture needs an id of its own"
+                    f"{corpus.path}: two images have the id {name}; each picture needs its own id"
                 )
 
         self._lock = threading.Lock()
@@ -79,17 +82,17 @@ class LiveItems(Catalogue):
         self._places: dict[str, int] = {}
 
     def stored(self) -> Iterable[Item]:
-        """Give the items that a store begins with: each image with its first caption as title,
-        known by its image id.
+        """Yield the items of the stores: each image, under its image id, with its first caption as
+        title.
         """
         for name, number in self.image_numbers.items():
             caption = int(self.title_of[number])
             yield Item(name, name, self.corpus.caption(caption) if caption >= 0 else "")
 
     def stage(self, items: Iterable[Item]) -> list[int]:
-        """Give places for items that nobody sees yet.
+        """Add items that are not visible yet, and return their places.
 
-        KeyError names an image that no store holds.
+        Raises KeyError with the id of an image that no store holds.
         """
         items = list(items)
         images = [self.image_numbers[item.image_id] for item in items]
@@ -107,25 +110,25 @@ class LiveItems(Catalogue):
         return list(range(first, first + len(items)))
 
     def show(self, place: int) -> None:
-        """From now on the item is what stands at this place."""
+        """Make the item at this place visible, in place of an earlier one with its id."""
         with self._lock:
             self._places[self._items[place].item_id] = place
 
     def remove(self, item_id: str) -> int | None:
-        """Take an item out; the place that it had, or None."""
+        """Remove an item; return the place that it had, or None if there was no such item."""
         with self._lock:
             return self._places.pop(item_id, None)
 
     def place(self, item_id: str) -> int | None:
-        """Where an item is; None when it is not there."""
+        """Return the place of an item; None if there is no such item."""
         return self._places.get(item_id)
 
     def item(self, place: int) -> Item:
-        """What is, or was, at a place."""
+        """Return the item that is, or was, at a place."""
         return self._items[place]
 
     def current(self) -> list[Item]:
-        """Give all items that are there."""
+        """Return all visible items."""
         with self._lock:
             return [self._items[place] for place in self._places.values()]
 
@@ -134,7 +137,7 @@ class LiveItems(Catalogue):
 
     @property
     def ids(self) -> list[str]:
-        """Item ids by place, of items that have gone too."""
+        """Return the item ids by place, including those of removed items."""
         return [item.item_id for item in self._items]
 
     def images(self, items: np.ndarray) -> np.ndarray:

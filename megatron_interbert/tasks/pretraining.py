@@ -50,9 +50,9 @@ class PretrainingTask:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the batch's share of the step's loss, a scalar, and the batch's report.
 
-        The loss is the sum over objectives of summed losses / `totals`, the step's target counts
-        [3]. The report is float32 [3, 3]: rows msm, mrm, itm; columns sum of losses, right answers,
-        targets.
+        The loss adds up, over the objectives trained on, summed losses / `totals`, the step's
+        target counts [3]. The report is float32 [3, 3]: rows msm, mrm, itm; columns sum of losses,
+        right answers, targets.
         """
         regions = soft_label_kl(output.mrm_logits, batch.mrm_class_ids, batch.mrm_class_probs)
         matches = F.cross_entropy(output.itm_logits, batch.mismatched, reduction="none")

@@ -37,9 +37,7 @@ def read_records(
             ) from None
 
         if not isinstance(record, dict):
-            raise UsageError(
-                f"{where} is not a JSON object; {flag} needs one JSON object per line"
-            )
+            raise UsageError(f"{where} is not a JSON object; {flag} needs one JSON object per line")
 
         for key, kind in keys.items():
             if key not in record:

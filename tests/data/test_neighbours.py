@@ -78,7 +78,7 @@ def test_those_of_a_store_are_refused(store, name):
         spoil(path)
         said = refusal(store, kind)
         assert f"{name}: cannot be read (" in said, what
-        assert "mine it again with tools/mine_" in said, what
+        assert "mine it again with interbert mine-" in said, what
         assert "\n" not in said.strip(), what
 
     path.unlink()

@@ -49,7 +49,7 @@ def test_all_at_work():
             found = exchange(url, LAST % b"/search")
             assert status_of(found) == 503
             assert b"retry-after: 1\r\n" in found
-            assert b'{"error":"too many requests at once; come again"}' in found
+            assert b'{"error":"too many requests at once; try again later"}' in found
 
         assert exchange(url, REQUEST % b"/healthz" + LAST % b"/readyz").count(b"HTTP/1.1 200") == 2
 

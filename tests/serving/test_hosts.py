@@ -102,7 +102,7 @@ def test_any_host():
 )
 def test_entries_that_no_header_can_have(entry):
     with pytest.raises(
-        UsageError, match=r"--allowed-hosts: '.*' is no host; expected names or addresses"
+        UsageError, match=r"--allowed-hosts: '.*' is not a host; expected names or addresses"
     ):
         AllowedHosts.of("127.0.0.1", f"good.example,{entry}")
 
@@ -112,7 +112,7 @@ def test_entries_that_no_header_can_have(entry):
     [
         (
             ("--allowed-hosts", "http://shop.example"),
-            "--allowed-hosts: 'http://shop.example' is no host",
+            "--allowed-hosts: 'http://shop.example' is not a host",
         ),
         (("--header-timeout", "0"), "--header-timeout is 0.0, expected more than 0"),
         (("--keep-alive-timeout", "nan"), "--keep-alive-timeout nan: expected a finite number"),

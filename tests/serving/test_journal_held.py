@@ -152,7 +152,7 @@ def test_what_a_failed_write_has_left_is_taken_back_and_nothing_else(folder, jou
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
         patch.setattr(os, "ftruncate", fail)
-        refused(journal, r"journal\.jsonl: the change cannot be kept \(No space left on device\)")
+        refused(journal, r"journal\.jsonl: the change cannot be saved \(No space left on device\)")
 
     change(journal, "i3")
     assert removed(folder) == ["i1", "i2", "i3"]

@@ -301,7 +301,7 @@ def test_hosts_that_are_not(service, host, path):
     found = exchange(service.url, sent.encode("latin-1"), 1.9)
     assert status_of(found) == 400
     assert (
-        b'{"error":"Host: not a name of this service; it is started with --allowed-hosts NAME"}'
+        b'{"error":"Host: not a name of this service; start it with --allowed-hosts NAME"}'
         in found
     )
     assert b"evil" not in found
@@ -459,7 +459,7 @@ def test_limits_that_cannot_be_kept_are_refused(shop, tmp_path):
         assert code == 2, out + err
         last = err.strip().splitlines()[-1]
         assert re.match(
-            r"error: --max-connections \d+( \(default\))?: that takes \d+ descriptors and", last
+            r"error: --max-connections \d+( \(default\))?: needs \d+ descriptors, but", last
         ), err
         assert re.search(r"; raise the limit \(ulimit -n \d+\)( or give at most \d+)?$", last), err
         assert "Traceback" not in err

@@ -236,7 +236,7 @@ def test_a_journal_that_is_deleted_while_it_is_written_comes_back(index):
     whole = (moved / JOURNAL).read_bytes()
     (moved / "copy").write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
     os.replace(moved / "copy", moved / JOURNAL)  # an older one
-    with pytest.raises(NotKept, match="cannot be kept"):
+    with pytest.raises(NotKept, match="cannot be saved"):
         journal.write({"remove": "i8"})
 
     journal.close()
@@ -482,7 +482,7 @@ def test_a_service_keeps_what_it_has_confirmed(shop, tmp_path):
         (index / "copy").write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
         os.replace(index / "copy", index / JOURNAL)
         status, answer, _ = service.call("PUT", "/items/new-3", body, key=KEY)
-        assert (status, "cannot be kept" in answer["error"]) == (503, True)
+        assert (status, "cannot be saved" in answer["error"]) == (503, True)
         assert service.call("GET", "/items/new-3")[0] == 404
         (index / JOURNAL).write_bytes(whole)
 

@@ -88,7 +88,7 @@ def test_a_change_that_was_made_in_part_says_so(models, error):
     answer = asyncio.run(app.exception_handlers[KeptInPart](None, KeptInPart("a full disk")))
     told = json.loads(answer.body)["error"]
     assert answer.status_code == 503
-    assert told == "the change was made for searches and not for recommendations; send it again"
+    assert told == "the change was made for searches but not for recommendations; send it again"
 
 
 def test_an_item_without_a_finite_vector_is_not_kept(models):

@@ -114,7 +114,7 @@ def test_items_come_change_and_go(service):
         ({"query": "x", "k": 1.5}, 422, "k: Input should be a valid integer"),
         ({"query": "x", "path": "/etc/passwd"}, 422, "path: Extra inputs are not permitted"),
         ({"query": ["x"]}, 422, "query: Input should be a valid string"),
-        ([], 422, "body: no JSON object; send one, with content-type: application/json"),
+        ([], 422, "body: not a JSON object; send one, with content-type: application/json"),
     ],
 )
 def test_wrong_requests_are_one_line(service, body, status, error):

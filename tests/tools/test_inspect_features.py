@@ -51,7 +51,7 @@ def test_real_store_passes_with_a_page_of_photos(tmp_path):
     for line in (
         "20 images, 807 regions, 59 captions",
         "image_features    416 x 2048     float16  contiguous",
-        "2 more shards, all laid out so",
+        "2 more shards, all of this layout",
         "regions per image               17 to 100, median 36",
         "  +0        61 fit,     13.3 by chance, z 13.8",
         "ok       class ids: class ids are right",

@@ -476,8 +476,7 @@ def test_vcr_from_training_to_submission(tmp_path):
     )
     assert (
         "12 questions; dropped 1: its image is not in the store of annotated regions"
-        " (first: val-99)"
-        in out
+        " (first: val-99)" in out
     )
     assert "q_ar 100.00" in out, "always the same option: learned"
     load = ("--load", tmp_path / "run", *data, "--annotations", path)

@@ -1,4 +1,4 @@
-"""What a build is asked for, and the fingerprint by which an unfinished one is resumed."""
+"""Define the settings of a build, and the fingerprint by which an unfinished one is resumed."""
 
 import hashlib
 import json

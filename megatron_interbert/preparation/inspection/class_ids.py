@@ -103,7 +103,7 @@ def spellings(name: str) -> list[list[str]]:
 
 
 class ClassShift:
-    """Collect evidence that `names[id + s]` is the right name of class `id`, for all s in SHIFTS."""
+    """Collect evidence that `names[id + s]` is the right name of class `id`, for s in SHIFTS."""
 
     def __init__(self, names: Sequence[str], num_classes: int, background: int | None) -> None:
         self.named = any(name for index, name in enumerate(names) if index != background)

@@ -25,7 +25,7 @@ class RetrievalConfig(FinetuneConfig):
         "region store to train on, with hard_images.npy (interbert mine-neighbours)",
     )
     valid_data_path: str = training_store(
-        "", "region store whose pairs are all scored to evaluate; default: no evaluation"
+        "", "region store to evaluate on, with all its pairs; default: no evaluation"
     )
     language: str = setting("", "only captions with this language tag (en, zh); default: all", SAME)
     valid_images: int = setting(

@@ -39,7 +39,7 @@ class VcrConfig(FinetuneConfig):
     )
     valid_annotated_path: str = training_store(
         "",
-        "annotated boxes of the validation images, where they are in a store of their own",
+        "annotated boxes of the validation images, if they have their own store",
         may_differ=False,
     )
     epochs: float = redefault(FinetuneConfig, "epochs", 5.0)

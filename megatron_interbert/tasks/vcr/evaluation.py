@@ -81,9 +81,7 @@ def evaluate_vcr(
     result = result_of(config, "finetuned", metrics, source, corpus, files[1:], **more)
     if state.is_main:
         write_result(folder, result)
-        print(
-            table(result) if metrics else "the annotations have no labels: no metrics computed"
-        )
+        print(table(result) if metrics else "the annotations have no labels: no metrics computed")
         print(f"result: {folder / 'result.json'}")
         if config.submission:
             write_submission(folder, items, answers, rationales)

@@ -211,7 +211,7 @@ class PhotoSource:
 def regions_of(image_id: str, size: tuple[int, int], kept: Detections) -> Regions:
     """Convert the detections of a photo of `size` (width, height) to what a store holds.
 
-    What float16 cannot hold becomes infinite.
+    Values beyond float16 become infinite.
     """
     with np.errstate(over="ignore"):
         features = kept.features.astype(np.float16)
