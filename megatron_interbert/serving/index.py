@@ -64,8 +64,8 @@ class Damaged(UsageError):
 
     def __init__(self, problem: str) -> None:
         ways_out = (
-            "restore it from a backup, or build a new version from its items or those of the version"
-            f" before it (--build-only), or, if neither can be read, {ANEW}"
+            "restore it from a backup, or build a new version from its items or from those of the"
+            f" version before it (--build-only), or, if neither can be read, {ANEW}"
         )
         super().__init__(f"{problem}; {ways_out}")
         self.problem = problem

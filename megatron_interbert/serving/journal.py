@@ -1,7 +1,8 @@
-"""What was added, changed and removed of an index's items, in order: one file for all its versions.
+"""Read and write the journal of an index: all changes and removals of items, in order, in one file
+for all versions.
 
-A version of the index remembers the `Mark` behind the last change that is in it, and journal.end
-the last one that was confirmed.
+A version of the index records the `Mark` after the last change that it holds, and journal.end the
+one after the last change that was confirmed.
 """
 
 import contextlib
@@ -34,18 +35,21 @@ from megatron_interbert.serving.own_files import read_own
 
 JOURNAL = "journal.jsonl"
 WRITING = "writing"
-END = "journal.end"  # the place behind the last change that was confirmed
+END = "journal.end"  # the place after the last confirmed change
 log = logging.getLogger("megatron_interbert.serving")
 
 
 class NotKept(RuntimeError):
-    """A change that could not be written down, and so did not happen."""
+    """Represent a change that could not be saved, and therefore was not made."""
 
 
 def read_content(folder: Path) -> Content | None:
-    """Read the journal of an index; None where there is none. UsageError where it is damaged."""
+    """Read the journal of an index; None if there is none.
+
+    Raises UsageError if it is damaged or lacks confirmed changes.
+    """
     path = folder / JOURNAL
-    confirmed = read_end(folder)  # first: a writer may confirm a change while we read
+    confirmed = read_end(folder)  # first, because a writer may confirm a change while we read
 
     try:
         data = read_own(path)
@@ -57,20 +61,20 @@ def read_content(folder: Path) -> Content | None:
     if confirmed and confirmed.journal == content.name and confirmed.place > content.end.place:
         raise UsageError(
             f"{path}: ends with change {content.end.place}, but {confirmed.place} were confirmed;"
-            f" restore the file, or remove {folder / END} to do without the others"
+            f" restore the file, or remove {folder / END} to do without the missing ones"
         )
 
     return content
 
 
 def read_end(folder: Path) -> Mark | None:
-    """Read the place behind the last change that was confirmed; None where it is not told."""
+    """Read the place after the last confirmed change; None if it is unknown."""
     try:
         fields = json.loads(read_own(folder / END))
     except UsageError:
         raise
     except (OSError, ValueError, RecursionError):
-        return None  # there is none, or a crash has cut it
+        return None  # missing, or cut by a crash
 
     kinds = {"journal": str, "place": int, "sum": str}
     if isinstance(fields, dict) and {name: type(value) for name, value in fields.items()} == kinds:
@@ -80,8 +84,8 @@ def read_end(folder: Path) -> Mark | None:
 
 
 def end_is_known(folder: Path) -> bool:
-    """Tell whether it can be told that all confirmed changes are in the journal of an index, or it
-    holds none.
+    """Check whether journal.end proves that the journal holds all confirmed changes, or the journal
+    needs no such proof: it has no changes, or is of an earlier version of this package.
     """
     content = read_content(folder)
     if content is None or not content.end.place or content.sums[0].startswith(BYTES):
@@ -93,9 +97,9 @@ def end_is_known(folder: Path) -> bool:
 
 
 def read_journal(folder: Path, mark: "Mark | int") -> tuple[list[Record], Mark]:
-    """Read the changes from a place on, and the place behind them.
+    """Return the changes after a place, and the place after the last of them.
 
-    UsageError where they are not all there.
+    Raises UsageError if they are not all in the journal.
     """
     content = read_content(folder)
     where = folder / JOURNAL
@@ -106,19 +110,19 @@ def read_journal(folder: Path, mark: "Mark | int") -> tuple[list[Record], Mark]:
         raise UsageError(f"{where}: {MISSING}; {MEND}")
     if content.name != mark.journal:
         raise UsageError(
-            f"{where}: of another index ({content.name}, expected {mark.journal}); {MEND}"
+            f"{where}: belongs to another index ({content.name}, expected {mark.journal}); {MEND}"
         )
 
     before = mark.place - content.trimmed
     if not 0 <= before <= len(content.changes):
         raise UsageError(
-            f"{where}: holds changes {content.trimmed} to {content.end.place}, but the index goes"
-            f" on from {mark.place}; {MEND}"
+            f"{where}: holds changes {content.trimmed} to {content.end.place}, but the index"
+            f" continues from {mark.place}; {MEND}"
         )
 
     if content.sums[before] != mark.sum:
         raise UsageError(
-            f"{where}: its first {mark.place} changes are not those that the index was made with;"
+            f"{where}: its first {mark.place} changes are not those that the index was built with;"
             f" {MEND}"
         )
 
@@ -126,9 +130,8 @@ def read_journal(folder: Path, mark: "Mark | int") -> tuple[list[Record], Mark]:
 
 
 def has_changes(folder: Path) -> bool:
-    """Tell whether a journal is there that says that something was ever changed.
-
-    A damaged one may.
+    """Check whether there is a journal with changes, even trimmed ones; a damaged journal counts,
+    because it may hold some.
     """
     try:
         content = read_content(folder)
@@ -141,7 +144,7 @@ def has_changes(folder: Path) -> bool:
 
 
 def collapsed(records: Sequence[Record]) -> dict[str, Item | None]:
-    """Give what came last of each item: the item, or None where it was removed."""
+    """Return the last state of each changed item: the item, or None if it was removed."""
     found: dict[str, Item | None] = {}
 
     for record in records:
@@ -154,9 +157,9 @@ def collapsed(records: Sequence[Record]) -> dict[str, Item | None]:
 
 
 def begin(folder: Path) -> Mark:
-    """Make a journal without changes; by the process that builds.
+    """Create an empty journal, after setting aside one that holds changes; return its place.
 
-    One that holds changes is set aside.
+    Only the building process may call it.
     """
     if has_changes(folder):
         set_aside(folder)
@@ -170,27 +173,27 @@ def begin(folder: Path) -> Mark:
 
 
 def set_aside(folder: Path) -> None:
-    """Rename a journal that is not used any more: a person can still read it."""
+    """Rename a journal that is no longer used, so that people can still read it."""
     os.rename(folder / JOURNAL, folder / f"unused-{JOURNAL}-{uuid.uuid4().hex[:12]}")
 
 
 class Journal:
-    """Writes to the journal of a folder, one process at a time.
+    """Write to the journal of a folder, one process at a time.
 
-    What was written survives a crash, what could not be is not there. The folder may be renamed
-    meanwhile: it is held open. What was confirmed is held in memory too, as it stands in the file,
-    so that somebody who cuts or deletes the file takes nothing away.
+    A change that was written survives a crash; one that could not be written leaves no trace. The
+    folder is held open, so it may be renamed meanwhile. The content of the file is held in memory
+    too, so that nothing is lost if somebody cuts or deletes the file.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Keep other writers out; UsageError where there is one. The file is opened by `open`."""
+        """Take the lock; raises UsageError if another process has it. `open` opens the file."""
         self.folder = folder
         self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._lock = self._file = -1
-        self._confirmed = bytearray()  # all of the file
-        # a line that could not be written: some of it may stand behind the others
+        self._confirmed = bytearray()  # the whole file
+        # a line that could not be written; part of it may be at the end of the file
         self._tried = b""
-        self._seen: os.stat_result | None = None  # the file after our last look at it
+        self._seen: os.stat_result | None = None  # of the file, at our last look
 
         try:
             with self._as_named():
@@ -200,7 +203,7 @@ class Journal:
             raise
 
     def open(self) -> Mark:
-        """Open the file and check it; the place behind its last change."""
+        """Open the file and check it; return the place after its last change."""
         with self._as_named():
             content = read_content(self._place)
             if content is None:
@@ -219,12 +222,12 @@ class Journal:
 
     @property
     def _place(self) -> Path:
-        """The folder, whatever its name is now."""
+        """Return a path of the folder that stays valid if it is renamed."""
         return Path(f"/proc/self/fd/{self._folder}")
 
     @contextlib.contextmanager
     def _as_named(self) -> Iterator[None]:
-        """Have errors name the folder as the user did, not as it is held."""
+        """Make errors name the folder as the user did, not by its descriptor."""
         try:
             yield
         except UsageError as error:
@@ -234,9 +237,9 @@ class Journal:
             raise OSError(error.errno, error.strerror, str(self.folder / JOURNAL)) from error
 
     def write(self, record: Record) -> None:
-        """Append a change, on disk when this returns.
+        """Append a change; it is on disk when this returns.
 
-        NotKept where it cannot be; then nothing of it stays.
+        Raises NotKept if it could not be saved; then nothing of it remains.
         """
         text = as_text(record)
         sum_behind = sum_of(self.end.sum, text)
@@ -250,7 +253,7 @@ class Journal:
         self._note_end()
 
     def _append(self, line: bytes) -> None:
-        """Add a line to the file, or nothing."""
+        """Append a line to the file, whole or not at all."""
         self._tried = line
 
         try:
@@ -258,7 +261,7 @@ class Journal:
             os.fsync(self._file)
             self._seen = os.fstat(self._file)
         except OSError:
-            with contextlib.suppress(OSError):  # else before the next change
+            with contextlib.suppress(OSError):  # if this fails, `check` does it later
                 os.ftruncate(self._file, len(self._confirmed))
             raise
 
@@ -266,19 +269,21 @@ class Journal:
 
     @contextlib.contextmanager
     def _or_not_kept(self) -> Iterator[None]:
-        """Make NotKept of what a system or a file refuses."""
+        """Turn OSError and UsageError into NotKept."""
         try:
             with self._as_named():
                 yield
         except OSError as error:
             raise NotKept(
-                f"{self.folder / JOURNAL}: the change cannot be kept ({error.strerror})"
+                f"{self.folder / JOURNAL}: the change cannot be saved ({error.strerror})"
             ) from error
         except UsageError as error:
-            raise NotKept(f"the change cannot be kept: {error}") from error
+            raise NotKept(f"the change cannot be saved: {error}") from error
 
     def _note_end(self) -> None:
-        """Remember what was confirmed; it may lag behind the journal and never be ahead of it."""
+        """Record the last confirmed change; the record may lag behind the journal, but is never
+        ahead of it.
+        """
         told = json.dumps(dataclasses.asdict(self.end)).ljust(120).encode()
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -290,10 +295,7 @@ class Journal:
                 os.close(handle)
 
     def check(self) -> None:
-        """See that what is written will be found, and that nobody else writes.
-
-        NotKept where it is not so.
-        """
+        """Raise NotKept unless what is written will be found, and no other process writes."""
         with self._or_not_kept():
             self._check_folder()
             if not is_file(self._lock, self._stat(WRITING)):
@@ -301,9 +303,7 @@ class Journal:
             self._check_file()
 
     def _check_folder(self) -> None:
-        """Raise UsageError where another folder lies in the place of ours; one that was renamed is
-        still ours.
-        """
+        """Raise UsageError if another folder is at our path; one that was renamed is still ours."""
         try:
             there = os.stat(self.folder)
         except FileNotFoundError:
@@ -311,14 +311,14 @@ class Journal:
 
         if not is_file(self._folder, there):
             raise UsageError(
-                f"{self.folder}: another folder is there than the one that was opened, which takes"
-                " no more changes; start the service again"
+                f"{self.folder}: replaced by another folder since it was opened, so no more changes"
+                " are taken; start the service again"
             )
 
     def _keep_others_out(self) -> None:
-        """Take the lock, again where somebody has removed its file.
+        """Take the lock, or take it again after its file was removed.
 
-        UsageError where another process has it.
+        Raises UsageError if another process has it.
         """
         handle = open_lock(self._place / WRITING)
 
@@ -327,8 +327,8 @@ class Journal:
         except OSError as error:
             os.close(handle)
             raise UsageError(
-                f"{self.folder / WRITING}: cannot be locked ({error.strerror}); use a disk with"
-                " locks"
+                f"{self.folder / WRITING}: cannot be locked ({error.strerror}); use a disk that"
+                " supports locks"
             ) from error
 
         if not taken:
@@ -344,14 +344,13 @@ class Journal:
         self._lock = handle
 
     def _check_file(self) -> None:
-        """See that our file is there, by its name, and holds what was confirmed; put back what is
-        gone.
+        """Check that our file is in the folder and holds what was confirmed; restore what is gone.
 
-        UsageError where it holds anything else.
+        Raises UsageError if it holds anything else.
         """
         there = self._stat(JOURNAL)
         if there is None:
-            log.warning("%s was removed; it is put back with all changes", self.folder / JOURNAL)
+            log.warning("%s was removed; restored it with all changes", self.folder / JOURNAL)
             self._replace(self._confirmed)
             return
 
@@ -365,20 +364,20 @@ class Journal:
         if found == self._confirmed:
             self._hold()
         elif ours and self._confirmed.startswith(found):
-            log.warning("%s was cut; it is put back with all changes", self.folder / JOURNAL)
+            log.warning("%s was cut; restored it with all changes", self.folder / JOURNAL)
             self._replace(self._confirmed)
         elif ours and found.startswith(self._confirmed) and self._tried.startswith(behind):
             os.ftruncate(self._file, len(self._confirmed))
             self._seen = os.fstat(self._file)
         else:
             raise UsageError(
-                f"{self.folder / JOURNAL}: holds something else than the changes that were"
-                " confirmed here; start this service again to use that file, or move it away to"
-                " continue without it: the next change then puts back all that were confirmed here"
+                f"{self.folder / JOURNAL}: holds something other than the changes confirmed by this"
+                " service; start the service again to use that file, or move it away: the next"
+                " change then restores all confirmed ones"
             )
 
     def _as_seen(self, there: os.stat_result) -> bool:
-        """Tell whether the file is the one that we hold, and nobody has written to it since."""
+        """Check whether the file is the one that we hold open, unchanged since our last look."""
         return (
             is_file(self._file, there)
             and there.st_size == len(self._confirmed)
@@ -386,14 +385,14 @@ class Journal:
         )
 
     def _stat(self, name: str) -> os.stat_result | None:
-        """Look at what has a name in the folder; None where nothing has."""
+        """Return the status of a name in the folder; None if there is no such name."""
         try:
             return os.stat(name, dir_fd=self._folder, follow_symlinks=False)
         except FileNotFoundError:
             return None
 
     def trim(self, place: int) -> None:
-        """Forget the changes before a place. Those who read see the file before or after."""
+        """Drop the changes before a place, atomically for readers."""
         self.check()
         content = parse(bytes(self._confirmed), str(self.folder / JOURNAL))
         gone = place - content.trimmed
@@ -402,14 +401,14 @@ class Journal:
                 self._replace(content.without_first(gone).as_bytes())
 
     def _replace(self, data: bytes | bytearray) -> None:
-        """Put other bytes in the place of the file's: those that are confirmed from now on."""
+        """Replace the content of the file; from now on it is what is confirmed."""
         write_bytes(self._place / JOURNAL, bytes(data))
         self._confirmed = bytearray(data)
         os.fsync(self._folder)
         self._hold()
 
     def _hold(self) -> None:
-        """Open the file that is there; what was open stays so until then."""
+        """Open the file that is in the folder now, then close the one that was open."""
         flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         file = os.open(JOURNAL, flags, dir_fd=self._folder)
         if self._file >= 0:
@@ -420,7 +419,7 @@ class Journal:
         self._tried = b""
 
     def close(self) -> None:
-        """No more changes. What was cut or removed meanwhile is put back."""
+        """Restore what was cut or removed meanwhile, and release file, lock and folder."""
         if self._file >= 0:
             try:
                 self.check()
@@ -435,5 +434,5 @@ class Journal:
 
 
 def is_file(handle: int, there: os.stat_result | None) -> bool:
-    """Tell whether something that was looked at is what a descriptor holds."""
+    """Check whether a stat result is of the file that a descriptor holds open."""
     return there is not None and os.path.samestat(os.fstat(handle), there)

@@ -1,8 +1,9 @@
-"""How a journal of an index stands in its file.
+"""Define the file format of an index's journal.
 
 The first line names the journal and says how many changes have been trimmed, because no version
-needs them any more. Each further line is `<sum> {"put": item}` or `<sum> {"remove": item id}`; a
-sum covers the line and all before it, so nothing can be altered, left out or exchanged unseen.
+needs them any more. Each further line is `<sum> {"put": item}` or `<sum> {"remove": item id}`. A
+sum covers its line and all lines before it, so nothing can be altered, left out or swapped
+unnoticed.
 """
 
 import hashlib
@@ -14,17 +15,17 @@ from typing import Any
 from megatron_interbert.errors import UsageError
 from megatron_interbert.serving.items import item_of
 
-MISSING = "missing, and with it the changes since the index was made"
+MISSING = "missing, and with it the changes since the index was built"
 MEND = "restore the file, or begin anew from your items (--rebuild --items FILE)"
-# stands for the sum before the first change of a journal that an earlier version began
+# prefix of what replaces the sum before the first change, in a journal begun by an earlier version
 BYTES = "bytes "
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in a journal: its name, the changes ever written before the place, the sum over
-    them.
+    """Represent a place in a journal: the journal's name, the number of changes ever written before
+    the place, and the sum over them.
     """
 
     journal: str
@@ -34,10 +35,9 @@ class Mark:
 
 @dataclass
 class Content:
-    """A journal as it stands on disk: its name, changes, and the sums before and behind each of
-    them.
+    """Hold the content of a journal: its name, its changes, and the sums before and after each.
 
-    Where it is not `whole`, it must be written anew before a line is added.
+    Unless it is `whole`, the file must be rewritten before a line is added.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Content:
     whole: bool
 
     def take(self, line: bytes, where: str) -> bool:
-        """Add a line as it stands in the file; False where its sum is not right."""
+        """Add a line of the file; return False if its sum is wrong."""
         given, _, text = line.partition(b" ")
         expected = sum_of(self.sums[-1], text)
         if given != expected.encode():
@@ -62,11 +62,11 @@ class Content:
 
     @property
     def end(self) -> Mark:
-        """The place behind the last change."""
+        """Return the place after the last change."""
         return Mark(self.name, self.trimmed + len(self.changes), self.sums[-1])
 
     def without_first(self, count: int) -> "Content":
-        """Give it without its first changes."""
+        """Return a copy without the first `count` changes."""
         return Content(
             self.name,
             self.trimmed + count,
@@ -77,32 +77,32 @@ class Content:
         )
 
     def as_bytes(self) -> bytes:
-        """Give it as it stands in its file when it is whole."""
+        """Return the bytes of a whole file with this content."""
         head = head_of(self.name, self.trimmed, self.sums[0])
         return b"".join([head, *(line + b"\n" for line in self.lines)])
 
 
 def sum_of(before: str, text: bytes) -> str:
-    """Sum the sum behind a change from the one before it."""
+    """Compute the sum after a change from the one before it."""
     return hashlib.blake2b(before.encode() + text, digest_size=8).hexdigest()
 
 
 def head_of(name: str, trimmed: int, first: str) -> bytes:
-    """Give the first line of a journal; its own sum is the last of its fields."""
+    """Return the first line of a journal; its last field is its own sum."""
     fields = {"journal": name, "trimmed": trimmed, "first": first}
     return json.dumps({**fields, "sum": sum_of("", json.dumps(fields).encode())}).encode() + b"\n"
 
 
 def as_text(change: Record) -> bytes:
-    """Give a change as it stands in a line."""
+    """Return a change as it is written in a line."""
     return json.dumps(change, ensure_ascii=False).encode()
 
 
 def parse(data: bytes, where: str) -> Content:
-    """Take a journal apart; UsageError names a line that is not as it was written.
+    """Parse a journal; raises UsageError that names a damaged line.
 
-    A last line without its end was cut by a crash, and nobody was told that it had happened; but
-    one whose sum is right has lost its end alone.
+    A last line without its newline was cut by a crash before the change was confirmed, and is
+    dropped; but if its sum is right, only the newline was lost, and it counts.
     """
     head, *rest = data.split(b"\n")
     *lines, tail = rest or [b"cut"]
@@ -124,7 +124,10 @@ def parse(data: bytes, where: str) -> Content:
 
 
 def parse_head(line: bytes, where: str) -> tuple[str, int, str]:
-    """Parse (name, trimmed, sum before the first change) of the first line."""
+    """Return (name, trimmed, sum before the first change) from the first line.
+
+    Raises UsageError, which does not quote the line, if it is damaged.
+    """
     try:
         fields = json.loads(line)
         name = fields["journal"]
@@ -135,12 +138,14 @@ def parse_head(line: bytes, where: str) -> tuple[str, int, str]:
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
 
-    # What stands there is not told: the file may be another one altogether.
+    # the line is not quoted, because this may be a different file altogether
     raise UsageError(f"{where}: its first line is damaged or missing; {MEND}")
 
 
 def parse_change(text: bytes, where: str) -> Record:
-    """Parse a change, checked: {"put": item} or {"remove": item id}."""
+    """Return a change, {"put": item} or {"remove": item id}; raises UsageError for anything
+    else.
+    """
     try:
         change = json.loads(text)
     except (ValueError, RecursionError):
@@ -154,12 +159,12 @@ def parse_change(text: bytes, where: str) -> Record:
         if isinstance(change.get("remove"), str):
             return change
 
-    raise UsageError(f"{where}: no change of an item: {text[:60].decode(errors='replace')}; {MEND}")
+    raise UsageError(f"{where}: not an item's change: {text[:60].decode(errors='replace')}; {MEND}")
 
 
 class OldJournal:
-    """A journal of an earlier version of this package: without name and sums, its places are
-    bytes.
+    """Read a journal of an earlier version of this package: it has no name and no sums, and its
+    places are numbers of bytes.
     """
 
     def __init__(self, trimmed: int, lines: list[bytes], where: str) -> None:
@@ -169,7 +174,7 @@ class OldJournal:
 
     @classmethod
     def parse(cls, data: bytes, where: str) -> "OldJournal | None":
-        """Take it apart; None where it is of another kind."""
+        """Parse such a journal; None if it is of another kind."""
         head, *lines = data[: data.rfind(b"\n") + 1].split(b"\n")[:-1] or [b""]
 
         try:
@@ -187,7 +192,7 @@ class OldJournal:
         return cls(fields["trimmed"], lines, where)
 
     def renewed(self) -> Content:
-        """Give it as one of today, by a name that follows from its content."""
+        """Convert it to today's format, with a name derived from its content."""
         name = hashlib.sha256(b"\n".join(self.lines) + str(self.trimmed).encode()).hexdigest()[:12]
         first = f"{BYTES}{self.trimmed}"
         content = Content(name, 0, [], [first], [], whole=False)
@@ -203,10 +208,11 @@ class OldJournal:
 def read_from_old_place(
     content: Content | None, place: int, where: Path
 ) -> tuple[list[Record], Mark]:
-    """Read all changes of a journal to a version that knows only a number of bytes.
+    """Return all changes of a journal, for a version of the index that records a number of bytes,
+    and the place after them.
 
-    Replaying a change that the version already holds does no harm: the last change of an item
-    counts.
+    Replaying changes that the version already holds does no harm, because the last change of an
+    item counts. Raises UsageError if changes are missing.
     """
     if content is None:
         if place:
@@ -217,6 +223,6 @@ def read_from_old_place(
     begins = int(first.removeprefix(BYTES)) if first.startswith(BYTES) else None
     reaches_back = not place if begins is None else begins <= place
     if content.trimmed or not reaches_back:
-        raise UsageError(f"{where}: begins behind the place where the index continues; {MEND}")
+        raise UsageError(f"{where}: begins after the place where the index continues; {MEND}")
 
     return content.changes, content.end

@@ -1,4 +1,4 @@
-"""Who may read and who may change items: the key of INTERBERT_API_KEY."""
+"""Check who may read and who may change items, by the key in INTERBERT_API_KEY."""
 
 import secrets
 from typing import Annotated
@@ -15,13 +15,13 @@ Sent = Annotated[
 
 
 class Keys:
-    """Who may do what: the key of INTERBERT_API_KEY, compared in constant time."""
+    """Check the keys of requests against INTERBERT_API_KEY, in constant time."""
 
     def __init__(self, config: ServeConfig) -> None:
         self.config = config
 
     def may_write(self, sent: Sent = None) -> None:
-        """HTTPException 403 where nobody may, 401 without the key."""
+        """Raise HTTPException 403 if the service has no key, 401 unless the request has it."""
         if not self.config.api_key:
             raise HTTPException(
                 403, "items cannot be changed: the service was started without INTERBERT_API_KEY"
@@ -30,7 +30,7 @@ class Keys:
         self._compare(sent)
 
     def may_read(self, sent: Sent = None) -> None:
-        """HTTPException 401 without the key, where it is asked for."""
+        """Raise HTTPException 401 if reads are protected and the request does not have the key."""
         if self.config.protect_reads:
             self._compare(sent)
 
@@ -39,6 +39,6 @@ class Keys:
         if not secrets.compare_digest(given.encode(), self.config.api_key.encode()):
             raise HTTPException(
                 401,
-                "a wrong key, or none: Authorization: Bearer KEY",
+                "wrong or missing key; send Authorization: Bearer KEY",
                 {"www-authenticate": "Bearer"},
             )

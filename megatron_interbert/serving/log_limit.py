@@ -1,4 +1,4 @@
-"""A log that cannot fill a disk: what is said again and again is counted, and told in one line."""
+"""Keep the log from filling a disk: repeated records are counted, and summed up in one line."""
 
 import logging
 import threading
@@ -11,7 +11,7 @@ Place = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Allowance:
-    """How many records of one place are written within so many seconds."""
+    """Hold how many records of one place are written within how many seconds."""
 
     most: int
     seconds: float
@@ -23,7 +23,7 @@ TRACEBACKS = Allowance(3, 60.0)
 
 @dataclass
 class Window:
-    """What one place has said since `began`, in seconds of time.monotonic()."""
+    """Count the records of one place since `began`, in seconds of time.monotonic()."""
 
     allowance: Allowance
     began: float
@@ -32,21 +32,21 @@ class Window:
 
     @property
     def ends(self) -> float:
-        """When the next window may begin."""
+        """Return when the window ends, in seconds of time.monotonic()."""
         return self.began + self.allowance.seconds
 
     @property
     def left_out(self) -> int:
-        """Count the records that were not written."""
+        """Return the number of records that were not written."""
         return max(0, self.records - self.allowance.most)
 
 
 class LimitedHandler(logging.StreamHandler):
-    """Write to stderr, so many records of each place in the code; what is beyond becomes one line
-    in the end.
+    """Write records to stderr, only so many from each place in the code per window of time; the
+    rest become one line at its end.
 
-    `allowances` holds those of loggers that may say more. An error with a traceback has a place of
-    its own: where it was raised. Safe to use from several threads.
+    `allowances` by logger name replace the usual ones. Errors with tracebacks are told apart by
+    where they were raised, too. Safe to use from several threads.
     """
 
     def __init__(self, allowances: dict[str, Allowance]) -> None:
@@ -74,7 +74,7 @@ class LimitedHandler(logging.StreamHandler):
             self._tell_when_it_ends(place, window)
 
     def tell(self, place: Place, window: Window) -> None:
-        """End a window, with a line for what it has left out; once."""
+        """End a window, unless it has ended, and write a line for the records it left out."""
         with self.lock:
             if self.windows.get(place) is not window:
                 return
@@ -84,7 +84,7 @@ class LimitedHandler(logging.StreamHandler):
                 super().emit(summary(window))
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format as usual, without the middle of a text that is too long."""
+        """Format as usual, but cut the middle of a text longer than LONGEST."""
         text = super().format(record)
         if len(text) <= LONGEST:
             return text
@@ -93,13 +93,13 @@ class LimitedHandler(logging.StreamHandler):
         return f"{text[:half]}\n.. {len(text) - 2 * half} characters left out ..\n{text[-half:]}"
 
     def close(self) -> None:
-        """Tell what has been left out so far."""
+        """End all windows, with lines for what they left out, and close."""
         for place, window in list(self.windows.items()):
             self.tell(place, window)
         super().close()
 
     def _tell_when_it_ends(self, place: Place, window: Window) -> None:
-        """Have the line written also where nothing more is said."""
+        """Start a timer that writes the line even if no further record comes."""
         timer = threading.Timer(
             max(0.0, window.ends - time.monotonic()), self.tell, (place, window)
         )
@@ -108,7 +108,7 @@ class LimitedHandler(logging.StreamHandler):
 
 
 def place_of(record: logging.LogRecord) -> Place:
-    """Say where a record comes from, whatever it says."""
+    """Return where a record comes from, regardless of its text."""
     place = (record.name, record.levelno, record.pathname, record.lineno)
     if not record.exc_info or record.exc_info[0] is None:
         return place
@@ -123,7 +123,7 @@ def place_of(record: logging.LogRecord) -> Place:
 
 
 def summary(window: Window) -> logging.LogRecord:
-    """Make the record of what a window has left out."""
+    """Build the record that sums up what a window left out."""
     latest = window.latest
     text = latest.getMessage().strip().split("\n")[0][:200]
     message = f"... {window.left_out} more like this in {window.allowance.seconds:g} s: {text}"

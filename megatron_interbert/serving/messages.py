@@ -1,14 +1,14 @@
-"""What clients say and are told: the schema, with its limits and examples."""
+"""Define the requests and answers of the HTTP API: their schema, with limits and examples."""
 
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-MOST = 50  # items of an answer
+MOST = 50  # items in an answer
 
 
 def speakable(text: str) -> str:
-    """Give text that is Unicode throughout and says something; ValueError else."""
+    """Return the text; raises ValueError if it holds a lone surrogate or NUL, or only whitespace."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -27,12 +27,12 @@ Words = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(speaka
 Id = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(speakable)]
 K = Annotated[int, Field(ge=1, le=MOST, description="items wanted")]
 Candidates = Annotated[
-    int, Field(ge=1, le=1000, description="items that the first stage leaves for the model")
+    int, Field(ge=1, le=1000, description="items that the first stage passes to the model")
 ]
 
 
 class Body(BaseModel):
-    """Unknown keys are refused, and so are values of another type that could be taken for one."""
+    """Refuse unknown keys, and values that would need conversion to the declared type."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -51,7 +51,7 @@ class TopicText(Body):
 
 class RecommendRequest(Body):
     topic_id: Id | None = Field(None, description="one of GET /topics")
-    topic: TopicText | None = Field(None, description="or a topic of your own")
+    topic: TopicText | None = Field(None, description="or your own topic")
     k: K = 10
     candidates: Candidates = 100
 
@@ -59,13 +59,13 @@ class RecommendRequest(Body):
 class ScoreRequest(Body):
     text: Text = Field(examples=["红色条纹连衣裙"])
     task: Literal["search", "recommendation"] = Field(
-        "search", description="which model scores, where there are two"
+        "search", description="whose model scores, if there are two"
     )
     item_ids: list[Id] = Field(
         min_length=1, max_length=100, examples=[["test-000000", "test-000001"]]
     )
     explain: bool = Field(
-        False, description="also which regions of the picture speak for the match; one item only"
+        False, description="also return how much each region speaks for the match; one item only"
     )
 
 
@@ -83,7 +83,7 @@ class ItemBody(Body):
 
 
 class ItemFile(ItemBody):
-    """A line of --items."""
+    """Represent a line of --items."""
 
     item_id: Id
 
@@ -97,14 +97,14 @@ class ItemAnswer(BaseModel):
 
 class Found(ItemAnswer):
     score: float = Field(
-        description="margin of the matching head, higher is better; above 0 it says that they match"
+        description="margin of the matching head: higher is better, above 0 means a match"
     )
 
 
 class Timings(BaseModel):
-    queue_ms: float = Field(description="from the question until its pass began")
-    compute_ms: float = Field(description="of the passes in which it was answered")
-    batch_size: int = Field(description="questions that were answered in them")
+    queue_ms: float = Field(description="time in the queue, before the batch began")
+    compute_ms: float = Field(description="time that the batch took to compute")
+    batch_size: int = Field(description="questions in the batch")
 
 
 class Results(BaseModel):

@@ -1,4 +1,4 @@
-"""The service's figures for Prometheus."""
+"""Collect the service's metrics for Prometheus."""
 
 import prometheus_client as prometheus
 
@@ -7,7 +7,7 @@ from megatron_interbert.serving.service import Service
 
 
 class Metrics:
-    """Prometheus figures of one application."""
+    """Hold the Prometheus metrics of one application."""
 
     def __init__(self, service: Service, crowd: Crowd) -> None:
         self.registry = prometheus.CollectorRegistry()
@@ -17,20 +17,20 @@ class Metrics:
         )
         self.seconds = prometheus.Histogram(
             "interbert_request_seconds",
-            "seconds of requests",
+            "duration of requests in seconds",
             ["route"],
             **make,
             buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
         )
 
         for name, what in (
-            ("batches", "passes"),
-            ("questions", "answered"),
-            ("late", "past their deadline"),
-            ("gone", "left by clients"),
-            ("full", "turned away"),
+            ("batches", "batches of questions"),
+            ("questions", "questions answered"),
+            ("late", "questions past their deadline"),
+            ("gone", "questions whose clients left"),
+            ("full", "questions rejected by a full queue"),
         ):
-            gauge = prometheus.Gauge(f"interbert_{name}_total", f"questions: {what}", **make)
+            gauge = prometheus.Gauge(f"interbert_{name}_total", f"total {what}", **make)
             gauge.set_function(
                 lambda name=name: sum(thread.answered[name] for thread in service.threads)
             )
@@ -40,12 +40,12 @@ class Metrics:
         prometheus.Gauge("interbert_items", "items", **make).set_function(
             lambda: len(service.searcher.shop.items)
         )
-        prometheus.Gauge("interbert_connections", "connections that are open", **make).set_function(
+        prometheus.Gauge("interbert_connections", "open connections", **make).set_function(
             lambda: crowd.open
         )
         ended = prometheus.Gauge(
             "interbert_connections_ended_total",
-            "connections ended by the service",
+            "connections closed by the service",
             ["reason"],
             **make,
         )

@@ -1,4 +1,4 @@
-"""Files of ours in an index: plain files of that name, never links to those of others."""
+"""Read our own files in an index: only regular files, never links to somebody else's."""
 
 import errno
 from pathlib import Path
@@ -9,10 +9,10 @@ from megatron_interbert.reading import open_regular, reading
 
 
 def open_own(path: Path) -> IO[bytes]:
-    """Open a file of ours to read.
+    """Open one of our files for reading.
 
-    FileNotFoundError where there is none, UsageError where a link or something else has its name,
-    Unreadable where the system cannot say.
+    Raises FileNotFoundError if there is none, UsageError if the name belongs to a link or anything
+    else, and Unreadable if the system cannot read it now.
     """
     with reading(path):
         try:
@@ -27,6 +27,6 @@ def open_own(path: Path) -> IO[bytes]:
 
 
 def read_own(path: Path) -> bytes:
-    """Read the content of a file of ours; errors as of `open_own`."""
+    """Return the content of one of our files; raises what `open_own` raises."""
     with reading(path), open_own(path) as file:
         return file.read()

@@ -1,4 +1,4 @@
-"""The routes: searches, recommendations and scores; items and their pictures; state; the page."""
+"""Add the routes: searches, recommendations, scores, items and their pictures, state, page."""
 
 import asyncio
 import html
@@ -33,16 +33,16 @@ from megatron_interbert.tasks.shop.topic_samples import topic_text
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Describe for the schema that these statuses come with one line of JSON."""
+    """Describe, for the schema, that these statuses come with an error in JSON."""
     return {status: {"model": ErrorAnswer} for status in statuses}
 
 
 def add_questions(app: FastAPI, service: Service, reads: list[Any]) -> None:
-    """Search, recommendation, scores, topics."""
+    """Add searches, recommendations, scores and topics."""
 
     @app.post("/search", dependencies=reads, response_model=Results)
     async def search(body: SearchRequest) -> dict[str, Any]:
-        """The items that fit a query best."""
+        """Find the items that match a query best."""
         answer = await service.ask(
             Find(body.query, body.k, max(body.k, body.candidates)), service.searcher
         )
@@ -50,7 +50,7 @@ def add_questions(app: FastAPI, service: Service, reads: list[Any]) -> None:
 
     @app.post("/recommend", dependencies=reads, response_model=Results, responses=refusals(404))
     async def recommend(body: RecommendRequest) -> dict[str, Any]:
-        """The items that fit a topic best: one of /topics, or one of your own."""
+        """Find the items that match a topic best: one of /topics, or your own."""
         text = text_of(body, service.topics)
         answer = await service.ask(
             Find(text, body.k, max(body.k, body.candidates)), service.recommender
@@ -60,7 +60,7 @@ def add_questions(app: FastAPI, service: Service, reads: list[Any]) -> None:
 
     @app.post("/score", dependencies=reads, response_model=Scores, responses=refusals(404))
     async def score(body: ScoreRequest) -> dict[str, Any]:
-        """How well a text and some items match, in the order given."""
+        """Score how well a text matches some items, in the order given."""
         if body.explain and len(body.item_ids) > 1:
             raise HTTPException(422, "explain: give one item")
 
@@ -82,7 +82,7 @@ def add_questions(app: FastAPI, service: Service, reads: list[Any]) -> None:
 
     @app.get("/topics", dependencies=reads)
     async def topics() -> list[dict[str, str]]:
-        """The topics that can be asked for by their ids."""
+        """List the topics that can be requested by id."""
         return [
             {"topic_id": topic.topic_id, "name": topic.name, "text": topic.text}
             for topic in service.topics.values()
@@ -90,8 +90,8 @@ def add_questions(app: FastAPI, service: Service, reads: list[Any]) -> None:
 
 
 def text_of(body: RecommendRequest, topics: dict[str, Topic]) -> str:
-    """Return the text of the topic that is asked for; HTTPException 422 or 404 where there is
-    none.
+    """Return the text of the requested topic; raises HTTPException 422 unless one is named, 404 if
+    it is unknown.
     """
     if (body.topic_id is None) == (body.topic is None):
         raise HTTPException(422, "give either topic_id or topic")
@@ -113,7 +113,7 @@ def add_items(app: FastAPI, service: Service, reads: list[Any], writes: list[Any
         responses=refusals(404),
     )
     async def read_item(item_id: str) -> dict[str, Any]:
-        """One item."""
+        """Return one item."""
         return found_item(service.searcher.shop, item_id).record()
 
     @app.put(
@@ -123,7 +123,7 @@ def add_items(app: FastAPI, service: Service, reads: list[Any], writes: list[Any
         responses={201: {"model": ItemAnswer}, **refusals(401, 403)},
     )
     async def put_item(item_id: str, body: ItemBody, response: Response) -> dict[str, Any]:
-        """Add an item (201) or change it (200); searches find it when this answers."""
+        """Add an item (201) or change it (200); searches find it as soon as this is answered."""
         item = item_of(item_id, body)
         try:
             added, *_ = await service.change(lambda shop: shop.put(item))
@@ -141,14 +141,14 @@ def add_items(app: FastAPI, service: Service, reads: list[Any], writes: list[Any
         responses=refusals(401, 403, 404),
     )
     async def delete_item(item_id: str) -> Response:
-        """Take an item out; no search finds it when this answers."""
+        """Remove an item; no search finds it once this is answered."""
         if not any(await service.change(lambda shop: shop.remove(item_id))):
             raise HTTPException(404, "no such item")
         return Response(status_code=204)
 
 
 def found_item(shop: Shop, item_id: str) -> Item:
-    """Return an item of a shop; HTTPException 404 where it has none of this id."""
+    """Return an item of a shop; raises HTTPException 404 if there is no such item."""
     place = shop.items.place(item_id)
     if place is None:
         raise HTTPException(404, "no such item")
@@ -157,9 +157,7 @@ def found_item(shop: Shop, item_id: str) -> Item:
 
 
 def item_of(item_id: str, body: ItemBody) -> Item:
-    """Build the item that a client has sent; HTTPException 422 for an id or a title that cannot
-    be kept.
-    """
+    """Build the item that a client has sent; raises HTTPException 422 for an unusable id or title."""
     try:
         item = Item(
             speakable(item_id),
@@ -185,19 +183,19 @@ def add_pictures(app: FastAPI, service: Service, reads: list[Any]) -> None:
         responses=refusals(404),
     )
     async def picture(item_id: str) -> Response:
-        """The photo of an item, or a drawing of its regions where there is none."""
-        shop = service.searcher.shop  # held: another may be served in the next moment
+        """Return the photo of an item, or a drawing of its regions if it has none."""
+        shop = service.searcher.shop  # held, because it may be replaced at any moment
         item = found_item(shop, item_id)
         number = shop.items.image_numbers[item.image_id]
 
         try:
             return await asyncio.to_thread(picture_of, shop, number, service.config.image_folder)
-        except OSError:  # its id is not the name of any file: too long, say
+        except OSError:  # the id cannot be a file name, for example because it is too long
             return await asyncio.to_thread(picture_of, shop, number, "")
 
 
 def add_facts(app: FastAPI, service: Service, metrics: Metrics) -> None:
-    """Add what the service says of itself."""
+    """Add health, readiness and metrics."""
 
     @app.get("/healthz", include_in_schema=False)
     async def health() -> dict[str, str]:
@@ -251,10 +249,10 @@ def add_page(app: FastAPI, service: Service) -> None:
 
 
 def picture_of(shop: Shop, image: int, folder: str) -> Response:
-    """Give a photo named by its image id in the folder, else an SVG.
+    """Return the photo named by the image's id in the folder, else a drawing as SVG.
 
-    The photo goes out from memory: a response that opens its path again could be led elsewhere by
-    then.
+    The photo is sent from memory, because a response that opens its path again could be led to
+    another file by then. Raises HTTPException 503 if it cannot be read now.
     """
     corpus = shop.items.corpus
     store = int((corpus.first_image[1:] <= image).sum())
@@ -268,7 +266,7 @@ def picture_of(shop: Shop, image: int, folder: str) -> Response:
         logging.getLogger("uvicorn.error").warning("%s", error)
         raise HTTPException(503, "the photo cannot be read now; try again later") from None
 
-    cached = {"cache-control": "private, max-age=60"}  # an item may be given another picture
+    cached = {"cache-control": "private, max-age=60"}  # short: an item may get another picture
     if photo is not None:
         return Response(photo.data, media_type=f"image/{photo.kind}", headers=cached)
 

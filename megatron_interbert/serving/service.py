@@ -1,4 +1,4 @@
-"""What all routes share: the model threads, the topics, and how they are asked."""
+"""Hold what all routes share, the model threads and the topics, and pass questions to them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ from megatron_interbert.serving.shop import Find, Hit, Score, Shop
 
 
 class KeptInPart(RuntimeError):
-    """A change that one of two models has, and the other could not take."""
+    """Represent a change that was made for the first of two models but failed for the second."""
 
 
 @dataclass
 class Topic:
-    """One that can be asked for by its id."""
+    """Represent a topic that can be requested by id."""
 
     topic_id: str
     name: str
@@ -26,9 +26,7 @@ class Topic:
 
 @dataclass
 class Service:
-    """What the routes share: what answers searches and what answers topics, which may be the
-    same.
-    """
+    """Hold the threads that answer searches and topics, which may be the same, and the topics."""
 
     searcher: ModelThread
     recommender: ModelThread
@@ -38,7 +36,7 @@ class Service:
 
     @property
     def threads(self) -> list[ModelThread]:
-        """Each once."""
+        """Return the different threads."""
         return (
             [self.searcher]
             if self.recommender is self.searcher
@@ -46,10 +44,11 @@ class Service:
         )
 
     async def change(self, function: Callable[[Shop], bool]) -> list[bool]:
-        """Of all models, one after the other, as soon as all can keep it.
+        """Make a change for all models, one after the other, and return their results.
 
-        NotKept where nothing was changed. KeptInPart where the first model alone has the change:
-        who sends it again completes it, and what was done does no harm then.
+        Raises NotKept if nothing was changed, because a journal cannot be written. Raises
+        KeptInPart if only the first model has the change: sending it again completes it, and does
+        no harm to what was done.
         """
         if len(self.threads) > 1:
             for thread in self.threads:
@@ -69,22 +68,24 @@ class Service:
         return results
 
     async def ask(self, asked: Find | Score | Callable[[Shop], Any], thread: ModelThread) -> Answer:
-        """By a model's thread; HTTPException 429 when too many wait, 503 when it took too long."""
+        """Ask a model's thread; raises HTTPException 429 if too many questions wait, 503 if this
+        one waited too long.
+        """
         try:
             return await thread.ask(asked, self.config.deadline)
         except QueueFull:
             raise HTTPException(
-                429, "too many requests wait; come again", {"retry-after": "1"}
+                429, "too many requests are waiting; try again later", {"retry-after": "1"}
             ) from None
         except Late:
             raise HTTPException(
                 503,
-                f"not answered within {self.config.deadline:g} s; come again",
+                f"not answered within {self.config.deadline:g} s; try again later",
                 {"retry-after": "1"},
             ) from None
 
     def results(self, answer: Answer, hits: list[Hit], **more: Any) -> dict[str, Any]:
-        """Give an answer as JSON."""
+        """Return an answer as a JSON object, with further fields in `more`."""
         return {
             "results": [{**hit.item.record(), "score": hit.score} for hit in hits],
             "model": answer.weights[:12],

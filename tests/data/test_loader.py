@@ -261,7 +261,7 @@ def test_wrong_mixtures_are_refused(paths, tmp_path):
         with pytest.raises(UsageError, match=message):
             dataset(paths, **changes)
 
-    with pytest.raises(UsageError, match="give one"):
+    with pytest.raises(UsageError, match="give only one"):
         RunConfig(data_epochs="1,1", data_weights="1,1").check()
 
     other = write_store(

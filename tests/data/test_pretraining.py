@@ -276,7 +276,7 @@ def test_stored_tokens_equal_those_made_while_loading(path, tmp_path):
 
 def test_unusable_vocabulary_and_language_are_refused(path, tmp_path):
     (tmp_path / "vocab.txt").write_text("a\nb\n")
-    with pytest.raises(UsageError, match=r"no \[PAD\] in it"):
+    with pytest.raises(UsageError, match=r"has no \[PAD\]"):
         CaptionTokenizer(str(tmp_path / "vocab.txt"))
     with pytest.raises(UsageError, match="no such file"):
         CaptionTokenizer(str(tmp_path / "none.txt"))

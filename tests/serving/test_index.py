@@ -239,7 +239,7 @@ def test_no_change_is_lost_whichever_version_is_served(tmp_path):
 
     with pytest.raises(
         UsageError,
-        match=r"holds changes \d+ to \d+, but the index goes on from 0; restore the file",
+        match=r"holds changes \d+ to \d+, but the index continues from 0; restore the file",
     ):
         first.items_now()
 

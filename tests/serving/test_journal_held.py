@@ -89,7 +89,7 @@ def test_a_lock_that_was_removed_lets_nobody_write_beside(folder, journal):
     assert removed(folder) == ["i1", "i2", "second0", "second1", "second2"]
 
     second.close()  # its lock is free again, its changes are not ours
-    refused(journal, "holds something else than the changes that were confirmed")
+    refused(journal, "holds something other than the changes confirmed")
     journal.close()
     assert removed(folder) == ["i1", "i2", "second0", "second1", "second2"]
 
@@ -116,7 +116,7 @@ def test_a_journal_that_is_cut_in_place_comes_back_whole(folder, journal, size, 
     change(journal, "i3")
     assert (folder / JOURNAL).read_bytes().startswith(whole)
     assert removed(folder) == ["i1", "i2", "i3"]
-    assert caplog.text.count(f"{folder / JOURNAL} was cut; it is put back") == 1
+    assert caplog.text.count(f"{folder / JOURNAL} was cut; restored it") == 1
 
     os.truncate(folder / JOURNAL, size)
     journal.close()
@@ -172,7 +172,7 @@ def test_another_folder_in_the_place_of_ours_takes_no_change(folder, journal):
     folder.rename(moved)
     change(journal, "i3")
     backup.rename(folder)
-    refused(journal, f"{folder}: another folder is there than the one that was opened")
+    refused(journal, f"{folder}: replaced by another folder since it was opened")
     with pytest.raises(NotKept, match="another folder"):
         journal.trim(1)
 

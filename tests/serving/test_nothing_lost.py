@@ -405,7 +405,7 @@ def test_an_index_of_an_earlier_version_keeps_its_changes(tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     old_index(other, changes, trimmed=500, places=(20,))
-    with pytest.raises(UsageError, match="begins behind the place"):
+    with pytest.raises(UsageError, match="begins after the place"):
         there(other)
 
     (other / JOURNAL).unlink()

@@ -134,7 +134,7 @@ def test_a_file_that_names_other_files_is_not_followed(tmp_path, around, monkeyp
     monkeypatch.setattr(faiss, "read_index", None)
     for kind in ("exact", "hnsw"):
         version.facts["kind"] = kind
-        with pytest.raises(UsageError, match=r"vectors\.faiss: no file of vectors as we write it"):
+        with pytest.raises(UsageError, match=r"vectors\.faiss: not a file of vectors that we wrote"):
             version.vectors()
 
     assert not version.is_whole()

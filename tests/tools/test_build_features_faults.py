@@ -67,7 +67,7 @@ def test_wrong_caption_file_and_vocabulary_are_refused_before_anything_is_writte
         path, "--captions", tmp_path / "nope.json", "--output", tmp_path / "a"
     )
     (tmp_path / "words.txt").write_text("a\nb\n")
-    assert f"{tmp_path / 'words.txt'}: no [PAD] in it" in refused(
+    assert f"{tmp_path / 'words.txt'}: has no [PAD]" in refused(
         path, "--vocab-file", tmp_path / "words.txt", "--output", tmp_path / "a"
     )
     captions = tmp_path / "captions.jsonl"
