@@ -83,9 +83,7 @@ class ServeConfig(ItemReading, LoadConfig):
     keep_alive_timeout: float = option(
         5.0, "seconds that an idle connection stays open for another request", least=ABOVE_0
     )
-    queue_size: int = option(
-        256, "questions that may wait; beyond this the answer is 429", least=1
-    )
+    queue_size: int = option(256, "questions that may wait; beyond this the answer is 429", least=1)
     batch_pairs: int = option(
         2048,
         "pairs of texts and items scored in one batch",

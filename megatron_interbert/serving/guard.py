@@ -65,11 +65,7 @@ class Guard:
         sent = next((value for name, value in scope["headers"] if name == b"host"), None)
         if sent is not None and not self.hosts.allow(sent.decode("latin-1")):
             return JSONResponse(
-                {
-                    "error": (
-                        "Host: not a name of this service; start it with --allowed-hosts NAME"
-                    )
-                },
+                {"error": "Host: not a name of this service; start it with --allowed-hosts NAME"},
                 400,
                 CLOSE,
             )

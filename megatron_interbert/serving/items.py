@@ -47,8 +47,7 @@ def item_of(record: Any, where: str) -> Item:
 
     if not (known and plain and all(isinstance(text, str) for text in texts)):
         raise UsageError(
-            f"{where}: not an item with item_id, image_id, title and attributes:"
-            f" {str(record)[:60]}"
+            f"{where}: not an item with item_id, image_id, title and attributes: {str(record)[:60]}"
         )
 
     return Item(*texts, attributes)

@@ -8,11 +8,11 @@ MOST = 50  # items in an answer
 
 
 def speakable(text: str) -> str:
-    """Return the text; raises ValueError if it holds a lone surrogate or NUL, or only whitespace."""
+    """Return the text; raises ValueError for a lone surrogate, NUL, or nothing but whitespace."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError("half a character (a lone surrogate)") from None
+        raise ValueError("a lone surrogate, which is not a character") from None
 
     if "\0" in text:
         raise ValueError("a NUL character")

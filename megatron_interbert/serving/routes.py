@@ -157,7 +157,7 @@ def found_item(shop: Shop, item_id: str) -> Item:
 
 
 def item_of(item_id: str, body: ItemBody) -> Item:
-    """Build the item that a client has sent; raises HTTPException 422 for an unusable id or title."""
+    """Build the item that a client sent; raises HTTPException 422 for an unusable id or title."""
     try:
         item = Item(
             speakable(item_id),

@@ -1,9 +1,7 @@
-"""What answers: the model, the items and their index.
+"""Answer questions with a model, the items and their index, and make changes of items.
 
-Once it is served, one thread computes and writes (see batching.py).
-
-Two stages: the vectors of all items against that of the text, then the best of them by the whole
-model.
+A search has two stages: compare the text's vector with those of all items, then score the best of
+them with the whole model. Once served, only one thread computes and writes (see batching.py).
 """
 
 import dataclasses
@@ -24,7 +22,7 @@ from megatron_interbert.tasks.shop.scorer import ItemScorer
 
 @dataclass
 class Hit:
-    """An item that was found, and its score: the margin of the matching head."""
+    """Hold an item that was found, and its score: the margin of the matching head."""
 
     item: Item
     score: float
@@ -32,7 +30,7 @@ class Hit:
 
 @dataclass
 class Find:
-    """Look for the best k items of a text among the best `candidates` of the first stage."""
+    """Ask for the best k items for a text among the best `candidates` of the first stage."""
 
     text: str
     k: int
@@ -41,16 +39,15 @@ class Find:
 
 @dataclass
 class Score:
-    """Score a text with items; KeyError names one that is not there."""
+    """Ask for the scores of a text with given items."""
 
     text: str
     item_ids: list[str]
 
 
 class Shop:
-    """The served state: of one version of the index, with all changes since.
-
-    `weights`: sha256 of the model's.
+    """Serve one version of the index with all changes since; `weights` is the sha256 of the model's
+    weights.
     """
 
     def __init__(self, scorer: ItemScorer, version: Version, weights: str) -> None:
@@ -84,22 +81,22 @@ class Shop:
                 )
 
     def begin_to_write(self, journal: Journal) -> None:
-        """Take the journal over, opened, with what came since it was read."""
+        """Take over an opened journal, after making the changes that came since it was read."""
         late, self._read_to = read_journal(self.version.path.parent, self._read_to)
         self._apply(late)
         self.journal = journal
 
     def check_journal(self) -> None:
-        """NotKept where a change could not be written down now."""
+        """Raise NotKept if a change could not be saved now."""
         self.journal.check()
 
     def trim(self) -> None:
-        """Have the journal forget what no version needs."""
+        """Drop from the journal the changes that no version needs any more."""
         if self.journal is not None:
             self.journal.trim(needed_from(self.version.path.parent, self.journal.end.journal))
 
     def _apply(self, records: Sequence[Record]) -> None:
-        """Changes in common passes; vectors come first, for only they can fail."""
+        """Make changes together; vectors come first, because only they can fail."""
         changed = collapsed(records)
         items = [item for item in changed.values() if item is not None]
         self._check_images(items)
@@ -119,10 +116,11 @@ class Shop:
                 self.index.remove(place)
 
     def put(self, item: Item) -> bool:
-        """Add or change an item; whether it is new. It is on disk, and found, when this returns.
+        """Add or change an item, and return whether it is new; it is saved, and found by searches,
+        when this returns.
 
-        KeyError where no store has its image, NotKept where it has no finite vector or cannot be
-        written down.
+        Raises KeyError if no store has its image, NotKept if its vector is not finite or it cannot
+        be saved.
         """
         place = self.items.place(item.item_id)
         if place is not None and self.items.item(place) == item:
@@ -136,13 +134,15 @@ class Shop:
         except UsageError as error:
             raise NotKept(str(error)) from None
 
-        self.journal.write({"put": item.record()})  # what cannot be kept does not happen
+        self.journal.write({"put": item.record()})  # first: what cannot be saved does not happen
         self._show(places, vectors, [])
 
         return place is None
 
     def remove(self, item_id: str) -> bool:
-        """Take an item out; whether it was there."""
+        """Remove an item, and return whether there was such an item; raises NotKept as `put`
+        does.
+        """
         if self.items.place(item_id) is None:
             return False
         self.journal.write({"remove": item_id})
@@ -151,8 +151,10 @@ class Shop:
         return True
 
     def answer(self, asked: Sequence[Find | Score]) -> list[list[Hit]]:
-        """Give all questions in common passes; the hits of each, best first, or in the order asked
-        for given items.
+        """Answer questions in one batch: the hits of each, best first, or in the given order of
+        items.
+
+        Raises KeyError, with the index in `item_ids`, for an item that does not exist.
         """
         places = [
             self._places(question.item_ids) if isinstance(question, Score) else None
@@ -196,9 +198,11 @@ class Shop:
         return np.array(found, np.int64)
 
     def regions(self, text: str, item_id: str) -> list[dict[str, Any]]:
-        """Give boxes of an item's picture as shares of its size, and how much each speaks for the
-        match: the margin's gradient times the region's feature, summed; the largest is 1. KeyError
-        where the item is not there.
+        """Return the boxes of an item's picture, as shares of its size, and how much each region
+        speaks for the match.
+
+        A weight is the margin's gradient times the region's feature, summed, and scaled so that the
+        largest absolute value is 1. Raises KeyError if there is no such item.
         """
         numbers = self._places([item_id])
         pieces = self.scorer.pieces([text])
@@ -219,6 +223,6 @@ class Shop:
         ]
 
     def close(self) -> None:
-        """No more changes."""
+        """Close the journal: no more changes can be made."""
         if self.journal is not None:
             self.journal.close()

@@ -1,5 +1,5 @@
-"""From flags to a service: model, stores, index, topics; and the thread that takes over new
-versions of the index.
+"""Open what the flags of the service name (models, stores, indexes, topics), build indexes, and
+switch to new versions while serving.
 """
 
 import contextlib
@@ -54,11 +54,13 @@ from megatron_interbert.tasks.shop.scorer import ItemScorer
 from megatron_interbert.tasks.shop.topic_samples import read_topics
 
 log = logging.getLogger("megatron_interbert.serving")
-LOOK_EVERY = 1.0  # seconds between looks for a new version
+LOOK_EVERY = 1.0  # seconds between checks for a new version
 
 
 class Opened:
-    """Model, stores and index folder; makes shops, one for each version of the index."""
+    """Hold an opened model, its stores and index folder, and make a shop for each version of the
+    index.
+    """
 
     def __init__(self, config: ServeConfig, device: torch.device) -> None:
         self.config = config
@@ -80,28 +82,25 @@ class Opened:
             else self.source.path
         )
         self.folder = Path(config.index) if config.index else run / "index"
-        self.writes: Journal | None = None  # for the one process that changes items
+        self.writes: Journal | None = None  # only in the process that changes items
         check_writable(self.folder, "--index")
         self._warn_of_lost_end()
         if config.image_folder and not Path(config.image_folder).is_dir():
             raise UsageError(f"--image-folder {config.image_folder}: no such folder")
 
     def _warn_of_lost_end(self) -> None:
-        """Say it where nobody can tell whether the journal of the index holds all that was
-        confirmed.
-        """
-        with contextlib.suppress(UsageError):  # told when the journal is read for its changes
+        """Warn if it is unknown whether the journal of the index holds all confirmed changes."""
+        with contextlib.suppress(UsageError):  # reported when the journal is read for its changes
             if not end_is_known(self.folder):
                 log.warning(
-                    "%s: missing or cut; whether the last changes that were confirmed are in %s"
-                    " cannot be checked",
+                    "%s: missing or cut; cannot check whether the last confirmed changes are in %s",
                     self.folder / END,
                     JOURNAL,
                 )
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What vectors depend on."""
+        """Return everything that the vectors depend on."""
         sizes = {
             name: getattr(self.config, name) for name in ("titles", "max_regions", "max_tokens")
         }
@@ -117,11 +116,11 @@ class Opened:
 
     @property
     def weights_sha256(self) -> str:
-        """One digest for all weight files."""
+        """Return one digest of all weight files."""
         return json_sha256(self.source.facts["files"])
 
     def scorer(self) -> ItemScorer:
-        """Of no items yet."""
+        """Return a scorer over a catalogue without items."""
         config = self.config
         items = LiveItems(
             self.corpus, self.tokenizer, config.max_tokens, config.max_regions, config.titles
@@ -130,12 +129,11 @@ class Opened:
         return ItemScorer(self.model, items, self.device)
 
     def build(self) -> str:
-        """Make a new version, and give its name.
+        """Build a new version and return its name.
 
-        UsageError where another process makes one, or none can be made.
-
-        Its items are those of --items, where that is given and there is no index yet or --rebuild;
-        else those of the version that is served with all changes; else all images of the stores.
+        Its items are those of --items if that is given and there is no index yet or --rebuild; else
+        those of the version that is served, with all changes; else all images of the stores. Raises
+        UsageError if another process is building, or no version can be built.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -143,21 +141,21 @@ class Opened:
             scorer = self.scorer()
             served, items, mark = self._items(scorer.catalogue)
             vectors = self._vectors(scorer, items)
-            # last: it may take the place of one that cannot be used
+            # last, because it may replace a journal that cannot be used
             if mark is None or not mark.journal:
                 mark = self._new_journal()
 
             version = write_version(
                 self.folder, items, vectors, self.config.index_kind, self.facts, mark
             )
-            # a service may answer by it, and go back to it
+            # keeps `served`: a service may be answering from it, and may return to it
             prune(self.folder, [served] if served else [])
 
             return version
 
     def _items(self, stored: LiveItems) -> tuple[str, list[Item], Mark | None]:
-        """Give (Version that a new one is made of, its items, the place in the journal from which
-        changes are added; None: of a new one).
+        """Return (name of the version that a new one is built from, the new one's items, the place
+        in the journal after them; None: a new journal is needed).
         """
         begins_anew = bool(self.config.rebuild and self.config.items)
 
@@ -168,21 +166,21 @@ class Opened:
         except UsageError as error:
             if not begins_anew:
                 raise
-            log.warning("the changes of items are dropped, the index is begun anew: %s", error)
+            log.warning("dropping the changes of items and beginning the index anew: %s", error)
             found = None
 
         served, items, mark = found or (None, list(stored.stored()), None)
         if served and served.facts["model"] != self.facts and not self.config.rebuild:
             raise UsageError(
-                f"{served.path}: made with other weights or settings; --rebuild makes the index"
-                " anew for these"
+                f"{served.path}: made with other weights or settings; give --rebuild to build the"
+                " index for these"
             )
 
         if begins_anew or (self.config.items and not served):
             items = read_items(self.config.items, stored)
             if served and mark != served.mark:
                 log.warning(
-                    "changes of items since %s was made are dropped: they are those of %s now",
+                    "dropping changes of items since %s was built: the items are those of %s now",
                     served.path,
                     self.config.items,
                 )
@@ -192,20 +190,20 @@ class Opened:
         return served.name if served else "", items, mark
 
     def _check(self, items: list[Item], stored: LiveItems) -> None:
-        """Raise UsageError where there are no items, or one has an image that no store holds."""
+        """Raise UsageError if there are no items, or one has an image that no store holds."""
         if not items:
-            raise UsageError("no items: an index of nothing would find nothing")
+            raise UsageError("no items to build an index of; give some with --items")
         for item in items:
             if item.image_id not in stored.image_numbers:
                 raise UsageError(
                     f"item {item.item_id} has the image {item.image_id}, which is not in"
-                    f" {self.corpus.path}"
+                    f" {self.corpus.path}; give the store that holds it"
                 )
 
     def _new_journal(self) -> Mark:
-        """Begin a journal; one that cannot be used is set aside.
+        """Create a journal, and return its place; one that cannot be used is set aside.
 
-        UsageError where a service writes to it.
+        Raises UsageError if a service is writing to it.
         """
         if self.writes is not None:
             return begin(self.folder)
@@ -215,7 +213,10 @@ class Opened:
             return begin(self.folder)
 
     def _vectors(self, scorer: ItemScorer, items: list[Item]) -> np.ndarray:
-        """Give float32 [items, P], with progress. UsageError where they are not finite."""
+        """Compute the vectors of items, float32 [items, P], with a progress bar.
+
+        Raises UsageError if one is not finite.
+        """
         places = np.array(scorer.catalogue.stage(items))
         with progress(total=len(items), unit="item", desc="vectors") as bar:
             vectors = scorer.item_vectors(places, bar.update)
@@ -224,14 +225,14 @@ class Opened:
         return vectors
 
     def keep_writers_out(self) -> None:
-        """Be the one process that writes to the journal. UsageError where another one does."""
+        """Take the journal's lock for this process; raises UsageError if another one has it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.writes = Journal(self.folder)
 
     def shop(self, version: Version) -> Shop:
-        """Give a version, ready to answer.
+        """Return a shop that answers from a version.
 
-        UsageError where it was made with other weights or settings.
+        Raises UsageError if the version was made with other weights or settings.
         """
         if version.facts["model"] != self.facts:
             raise UsageError(
@@ -243,8 +244,11 @@ class Opened:
 
 
 def read_items(path: str, items: LiveItems) -> list[Item]:
-    """Read a jsonl of item_id, image_id, title and attributes; other keys with texts or numbers are
-    attributes too. UsageError names the line with an image that no store holds.
+    """Read a JSON Lines file of item_id, image_id, title and attributes; other keys with texts or
+    numbers are attributes too.
+
+    Raises UsageError that names the line if an item is malformed, occurs twice or has an image that
+    no store holds.
     """
     found: dict[str, Item] = {}
 
@@ -254,7 +258,7 @@ def read_items(path: str, items: LiveItems) -> list[Item]:
         title = record.pop("title")
         attributes = record.pop("attributes", {})
         if not isinstance(attributes, dict):
-            raise UsageError(f"{where}: 'attributes' is no JSON object")
+            raise UsageError(f"{where}: 'attributes' is not a JSON object")
 
         attributes |= record
         for name, value in {"image_id": image_id, **attributes}.items():
@@ -267,7 +271,7 @@ def read_items(path: str, items: LiveItems) -> list[Item]:
         image_id = str(image_id)
         attributes = {str(key): str(value) for key, value in attributes.items()}
         if item_id in found:
-            raise UsageError(f"{where}: item {item_id} stands there twice")
+            raise UsageError(f"{where}: item {item_id} occurs twice; each item needs its own id")
         try:
             ItemFile(item_id=item_id, image_id=image_id, title=title, attributes=attributes)
         except ValidationError as error:
@@ -288,7 +292,9 @@ def read_items(path: str, items: LiveItems) -> list[Item]:
 
 
 def open_models(config: ServeConfig, device: torch.device) -> list[Opened]:
-    """Open what answers searches, and, where it is another one, what answers topics."""
+    """Open the model that answers searches and, with --load-recommendation, the one that answers
+    topics.
+    """
     integrity = Integrity(paths_of_stores(config))
     integrity.check_at_once()
     integrity.start(lambda problem: log.error("%s", problem))
@@ -311,7 +317,7 @@ def open_models(config: ServeConfig, device: torch.device) -> list[Opened]:
 
 
 def open_service(config: ServeConfig, models: list[Opened]) -> Service:
-    """Open the service with the current version of each index; one is made where there is none."""
+    """Open the service with the current version of each index, building one if there is none."""
     threads = [start_answering(opened) for opened in models]
     generated = any(store.manifest.get("generated") for store in models[0].corpus.stores)
     service = Service(threads[0], threads[-1], config, generated)
@@ -330,19 +336,20 @@ def open_service(config: ServeConfig, models: list[Opened]) -> Service:
 
 
 def start_answering(opened: Opened) -> ModelThread:
-    """Give the thread of a model with the version of its index that is served; one is made where
-    there is no trace of an index.
+    """Return the thread of a model, answering from the current version of its index.
+
+    A version is built with --rebuild, or if there is no trace of an index.
     """
     config = opened.config
     if config.api_key:
-        opened.keep_writers_out()  # before anything is built: another one may write
+        opened.keep_writers_out()  # before building, because another process may be writing
 
     version = None if config.rebuild else served_version(opened.folder)
     if version is None:
         opened.build()
         version = served_version(opened.folder)
     elif config.items:
-        log.info("%s is there: --items is read again only with --rebuild", opened.folder)
+        log.info("%s already exists: --items is read only with --rebuild", opened.folder)
 
     if opened.writes is not None:
         bring_up_to_date(opened, version)
@@ -355,11 +362,11 @@ def start_answering(opened: Opened) -> ModelThread:
 
 
 def bring_up_to_date(opened: Opened, version: Version) -> None:
-    """Open the journal, and mend what a backup without links, or an earlier version of this
-    package, has left.
+    """Open the journal, after creating one that an earlier version of this package did not need,
+    and restore the link to the version if a backup has lost it.
     """
     if isinstance(version.mark, int) and not is_there(opened.folder / JOURNAL):
-        read_journal(opened.folder, version.mark)  # UsageError where there should be one
+        read_journal(opened.folder, version.mark)  # raises UsageError if there should be one
         begin(opened.folder)
 
     opened.writes.open()
@@ -368,9 +375,10 @@ def bring_up_to_date(opened: Opened, version: Version) -> None:
 
 
 def watch(opened: Opened, model: ModelThread) -> None:
-    """Take over new versions of the index as they come.
+    """Switch to new versions of the index as they appear, forever.
 
-    One that does not fit is named, and the link is put back.
+    A version that cannot be used is logged and, by the process that writes, the link to the served
+    one is restored.
     """
     while True:
         time.sleep(LOOK_EVERY)
@@ -385,13 +393,16 @@ def watch(opened: Opened, model: ModelThread) -> None:
                 model.change(lambda shop, newer=newer: switch_model(model, shop, newer))
                 log.info("index %s is served now", newer.version.name)
                 model.change(Shop.trim)
-        except (OSError, Unreadable) as error:  # it may be sound: tried again
+        except (OSError, Unreadable) as error:  # it may be sound, so it is tried again
             log.error(
-                "index %s cannot be read: %s; %s is served", version, error, model.shop.version.name
+                "index %s cannot be read: %s; still serving %s",
+                version,
+                error,
+                model.shop.version.name,
             )
             time.sleep(10 * LOOK_EVERY)
         except Exception as error:
-            log.error("index %s: %s; %s is served", version, error, model.shop.version.name)
+            log.error("index %s: %s; still serving %s", version, error, model.shop.version.name)
             if not opened.config.api_key:
                 time.sleep(60 * LOOK_EVERY)  # a replica's folder is not ours to change
             elif model.shop.version.name == served and is_there(opened.folder / served):
@@ -400,7 +411,10 @@ def watch(opened: Opened, model: ModelThread) -> None:
 
 
 def switch_model(model: ModelThread, older: Shop, newer: Shop) -> None:
-    """In the model's thread: nothing that was changed while the newer version was made is lost."""
+    """Answer from the newer shop from now on; must be called in the model's thread.
+
+    Changes that were made while the newer version was built are not lost.
+    """
     if older.journal is not None:
         newer.begin_to_write(older.journal)
     model.swap(newer)

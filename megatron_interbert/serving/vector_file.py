@@ -1,8 +1,8 @@
-"""Read vectors.faiss without FAISS, whose reader maps, and writes, whatever other files an index
-names.
+"""Read vectors.faiss without FAISS, whose reader maps, and even writes, any other files that an
+index names.
 
-Two kinds are ours, as FAISS writes them: ids over plain vectors (`exact`), and over a graph of
-plain vectors (`hnsw`). All else is refused before anything is made of it.
+We write two kinds, in FAISS's format: ids over plain vectors (`exact`), and ids over a graph of
+plain vectors (`hnsw`). Everything else is refused before it is used.
 
     "IxMp" head, then "IxFI" head and vectors
                  or "IHNf" head and the graph, then "IxFI" head and vectors
@@ -17,19 +17,19 @@ import numpy as np
 
 HEAD = struct.Struct("<4siqqqBi")  # kind, width, vectors, two unused, trained, metric
 INNER_PRODUCT = 0
-LEVELS = struct.Struct("<5i")  # where searches begin, the highest level, three settings
+LEVELS = struct.Struct("<5i")  # the vector where searches begin, the highest level, three settings
 
 
 class Foreign(ValueError):
-    """A file that is not as we write it."""
+    """Represent a file that is not as we write it."""
 
 
 @dataclass
 class Graph:
-    """An HNSW graph: neighbours of all vectors on all their levels, one after the other.
+    """Hold an HNSW graph: the neighbours of all vectors on all their levels, end to end.
 
-    `sizes[n]` neighbours lie on the levels below n, -1 where there are fewer; those of vector i
-    begin at offsets[i].
+    Those of vector i begin at offsets[i]. `sizes[n]` entries are for the levels below n; unused
+    entries are -1.
     """
 
     sizes: np.ndarray
@@ -40,7 +40,7 @@ class Graph:
     highest: int
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Give what FAISS keeps, by the names it has there."""
+        """Return the arrays that FAISS holds, by their names there."""
         return {
             "levels": self.levels,
             "offsets": self.offsets,
@@ -48,7 +48,7 @@ class Graph:
         }
 
     def check(self, count: int) -> None:
-        """Foreign where a search would leave the graph: FAISS does not look."""
+        """Raise Foreign if a search would leave the graph, which FAISS does not check."""
         highest = len(self.sizes) - 1
         sizes = self.sizes.astype(np.int64)
         sound = (
@@ -60,34 +60,34 @@ class Graph:
             and ((self.levels >= 1) & (self.levels <= highest)).all()
         )
         if not sound:
-            raise Foreign("its graph is not of these vectors")
+            raise Foreign("its graph does not belong to its vectors")
 
         ends = np.concatenate([[0], np.cumsum(sizes[self.levels])])
         if not np.array_equal(ends, self.offsets) or len(self.neighbours) != ends[-1]:
             raise Foreign("the neighbours in its graph are not where they should be")
         if ((self.neighbours < -1) | (self.neighbours >= count)).any():
-            raise Foreign("its graph names vectors that are not there")
+            raise Foreign("its graph names vectors that do not exist")
 
         self._check_levels(ends, sizes)
 
     def _check_levels(self, ends: np.ndarray, sizes: np.ndarray) -> None:
-        """Foreign where a search would look for a vector on a level that it is not on."""
+        """Raise Foreign if a search would look for a vector on a level where it is not."""
         if len(self.levels):
             starts = 0 <= self.entry < len(self.levels)
             if not starts or self.highest != self.levels[self.entry] - 1:
-                raise Foreign("its graph has no vector to begin with")
+                raise Foreign("its graph has no valid vector to begin searches at")
 
         for level in range(1, int(self.levels.max(initial=0))):
             members = np.flatnonzero(self.levels > level)
             places = ends[members, None] + np.arange(sizes[level], sizes[level + 1])
             named = self.neighbours[places]
             if (self.levels[named[named >= 0]] <= level).any():
-                raise Foreign("its graph names vectors on levels that they are not on")
+                raise Foreign("its graph names vectors on levels where they are not")
 
 
 @dataclass
 class Stored:
-    """What a file holds: ids, vectors [n, P] and, of `hnsw`, the graph."""
+    """Hold the content of a file: ids [n], vectors [n, P] and, for `hnsw`, the graph."""
 
     ids: np.ndarray
     vectors: np.ndarray
@@ -97,7 +97,7 @@ class Stored:
 def read_vectors(file: IO[bytes], kind: str, size: int) -> Stored:
     """Read a file of `size` bytes from its beginning.
 
-    Foreign where it is not one of ours of that kind.
+    Raises Foreign if it is not a file of that kind as we write it.
     """
     width, count = read_head(file, b"IxMp")
     graph = None
@@ -127,7 +127,10 @@ def read_vectors(file: IO[bytes], kind: str, size: int) -> Stored:
 
 
 def read_head(file: IO[bytes], kind: bytes) -> tuple[int, int]:
-    """Read (width, number of vectors) of a part that must be of a kind, with inner products."""
+    """Read the head of a part: (width, number of vectors).
+
+    Raises Foreign unless it is of that kind, with inner products.
+    """
     found, width, count, _, _, trained, metric = HEAD.unpack(exactly(file, HEAD.size))
     if found != kind or metric != INNER_PRODUCT or not trained:
         raise Foreign(f"expected a part {kind.decode()} with inner products, found another one")
@@ -135,8 +138,8 @@ def read_head(file: IO[bytes], kind: bytes) -> tuple[int, int]:
 
 
 def read_graph(file: IO[bytes], size: int) -> Graph:
-    """Read what stands between the head of a graph and its vectors."""
-    read_array(file, np.float64, size)  # chances of the levels, which follow from the settings
+    """Read a graph, which is between its head and its vectors."""
+    read_array(file, np.float64, size)  # probabilities of levels, which follow from the settings
     sizes = read_array(file, np.int32, size)
     levels = read_array(file, np.int32, size)
     offsets = read_array(file, np.uint64, size)
@@ -147,7 +150,7 @@ def read_graph(file: IO[bytes], size: int) -> Graph:
 
 
 def read_array(file: IO[bytes], kind: type, size: int) -> np.ndarray:
-    """Read an array behind its length, which the file must have room for."""
+    """Read a length and an array of that length; raises Foreign if the file is too short."""
     (count,) = struct.unpack("<Q", exactly(file, 8))
     width = np.dtype(kind).itemsize
     if count * width > size - file.tell():
@@ -161,7 +164,7 @@ def read_array(file: IO[bytes], kind: type, size: int) -> np.ndarray:
 
 
 def exactly(file: IO[bytes], count: int) -> bytes:
-    """Read so many bytes."""
+    """Read exactly `count` bytes; raises Foreign if there are fewer."""
     data = file.read(count)
     if len(data) != count:
         raise Foreign("it ends too early")

@@ -1,4 +1,4 @@
-"""Search among vectors of items by FAISS, exactly or through a graph."""
+"""Search the vectors of items with FAISS, exactly or through a graph."""
 
 import threading
 from collections.abc import Sequence
@@ -9,17 +9,15 @@ import numpy as np
 from megatron_interbert.serving.vector_file import Foreign, Stored
 
 KINDS = ("exact", "hnsw")
-LINKS = 32  # of each vector in an HNSW graph
-BREADTH = 128  # candidates that a search in it looks at
+LINKS = 32  # per vector in an HNSW graph
+BREADTH = 128  # candidates that a search in the graph keeps
 
 
 class VectorIndex:
-    """Inner products of vectors [P] by place.
+    """Find the places of the vectors [P] with the largest inner products.
 
-    `exact` compares with all, `hnsw` walks a graph: for millions of items.
-
-    A graph cannot forget a vector: places that are gone are passed over, and a new version forgets
-    them.
+    `exact` compares with all vectors, `hnsw` searches a graph, for millions of items. A graph
+    cannot delete a vector: removed places are skipped, until a new version is built without them.
     """
 
     def __init__(self, width: int, kind: str = "exact") -> None:
@@ -35,7 +33,9 @@ class VectorIndex:
 
     @classmethod
     def of(cls, stored: Stored, kind: str) -> "VectorIndex":
-        """Give what a file holds; Foreign where its graph is of another shape than ours."""
+        """Build the index from the content of a file; raises Foreign if its graph is not shaped
+        like ours.
+        """
         index = cls(stored.vectors.shape[1], kind)
         if stored.graph is None or not len(stored.ids):
             index.add(stored.ids, stored.vectors)
@@ -62,18 +62,18 @@ class VectorIndex:
 
     @property
     def width(self) -> int:
-        """P."""
+        """Return P, the length of a vector."""
         return self.faiss.d
 
     def add(self, places: Sequence[int], vectors: np.ndarray) -> None:
-        """Add vectors [n, P] at places that no vector has had."""
+        """Add vectors [n, P] at places that no vector has had yet."""
         with self._lock:
             self.faiss.add_with_ids(
                 np.ascontiguousarray(vectors, np.float32), np.array(places, np.int64)
             )
 
     def remove(self, place: int) -> None:
-        """Never find this place again."""
+        """Exclude a place from all later searches."""
         with self._lock:
             if self.kind == "exact":
                 self.faiss.remove_ids(np.array([place], np.int64))
@@ -81,7 +81,7 @@ class VectorIndex:
                 self.gone.add(place)
 
     def search(self, vectors: np.ndarray, k: int) -> list[np.ndarray]:
-        """Search places of the k (or fewer) best items for each vector [n, P], best first."""
+        """Return the places of the best k items, or fewer, for each vector [n, P], best first."""
         with self._lock:
             most = min(k, len(self))
             if not most:

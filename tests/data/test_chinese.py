@@ -1,5 +1,5 @@
-"""Real Chinese texts with the vocabulary of bert-base-chinese: one form, what is missing from it,
-lengths, how much is masked.
+"""Test real Chinese texts with the vocabulary of bert-base-chinese: normalisation, unknown
+characters, lengths, masking rates.
 """
 
 import json
@@ -68,8 +68,8 @@ def tokenizer():
     [("products", 1000, None), ("flickr", 40455, None), ("regions", None, 0)],
 )
 def test_unknown_is_only_what_the_vocabulary_lacks(tokenizer, kind, count, unknown):
-    """Every [UNK] stands for a word of which a character is missing from the vocabulary, looked up
-    character by character.
+    """Check that only texts with a character missing from the vocabulary, looked up one by one,
+    contain [UNK].
     """
     found = texts(kind)
     assert count is None or len(found) == count
@@ -90,8 +90,8 @@ def test_unknown_is_only_what_the_vocabulary_lacks(tokenizer, kind, count, unkno
 
 
 def bare(text):
-    """Characters as BERT's normaliser leaves them: lower case, without accents, control characters
-    and spaces.
+    """Return characters as BERT's normaliser leaves them: lower case, without accents, control
+    characters and spaces.
     """
     plain = (
         c
@@ -103,8 +103,8 @@ def bare(text):
 
 @needs_shared
 def test_words_of_a_segmenter_are_masked_whole(tokenizer):
-    """The same pieces, cut elsewhere: jieba's words, and everything that is not Chinese as
-    before.
+    """Check that the pieces are the same but grouped into jieba's words; what is not Chinese stays
+    as before.
     """
     pytest.importorskip("jieba", reason="jieba is not installed (pip install -r requirements.txt)")
     joined = CaptionTokenizer(tokenizer.vocab_file, "chinese", "jieba")
@@ -127,8 +127,8 @@ def test_words_of_a_segmenter_are_masked_whole(tokenizer):
 
 @needs_shared
 def test_lengths_and_masking_of_titles(tokenizer):
-    """Titles fit the recipe's 64 tokens but for few; a word (a character, or a whole word in Latin
-    letters) is masked whole or not.
+    """Check that nearly all titles fit the recipe's 64 tokens, and that a word (a character, or a
+    word in Latin letters) is masked whole or not at all.
     """
     batch = tokenizer.encode_batch(texts("products"))
     lengths = np.diff(batch.offsets) + 2
@@ -136,7 +136,7 @@ def test_lengths_and_masking_of_titles(tokenizer):
     assert 20 < np.median(lengths) < 50
     draws = np.random.default_rng(0).random((len(lengths), word_draws(int(lengths.max()))))
     _, chosen = mask_tokens(batch, tokenizer, "paper", draws)
-    assert 0.17 < chosen.mean() < 0.195  # 0.188 in the long run, less at the beginning of a title
+    assert 0.17 < chosen.mean() < 0.195  # 0.188 asymptotically, less at the start of a title
     starts = np.flatnonzero(batch.word_starts)
     for first, last in zip(starts, [*starts[1:], len(batch.ids)], strict=True):
         assert chosen[first:last].all() or not chosen[first:last].any(), "words are masked whole"

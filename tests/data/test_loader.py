@@ -1,5 +1,5 @@
-"""Loader processes: the same batches for any number of them, memory that is used again, and every
-kind of death in one line.
+"""Test loader processes: the same batches for any number of them, reused memory, and every kind of
+death reported in one line.
 """
 
 import gc
@@ -29,7 +29,7 @@ PARTITIONS = 8
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    """Two stores with many small shards."""
+    """Write two stores with many small shards."""
     folder = tmp_path_factory.mktemp("data")
     first = write_store(folder / "first", images=128, captions_each=2, images_per_shard=4)
     second = write_store(folder / "second", images=64, captions_each=1, images_per_shard=2, seed=1)
@@ -50,8 +50,8 @@ def dataset(paths, **changes):
 
 
 def test_global_batches_are_the_same_for_every_layout_and_after_resume(paths):
-    """Sample ids of each global batch: 1, 2, 4, 8 ranks, 0 to 4 loader processes, begun at any
-    step; two stores, 1 and 2 passes.
+    """Check the sample ids of each global batch with 1, 2, 4 and 8 ranks and 0 to 4 loader
+    processes, from several first steps; two stores, 1 and 2 passes.
     """
 
     def ids(ranks, workers, consumed, steps):
@@ -70,7 +70,7 @@ def test_global_batches_are_the_same_for_every_layout_and_after_resume(paths):
     epoch = sorted(i for batch in expected[:24] for i in batch)
     assert len(epoch) == 384
     assert epoch == sorted([*range(256), *range(256, 320), *range(256, 320)]), (
-        "every sample, those of the second store twice"
+        "every sample once, those of the second store twice"
     )
 
     for ranks, workers in ((1, 1), (1, 4), (2, 0), (2, 3), (4, 1), (4, 2), (8, 0), (8, 1)):
@@ -109,8 +109,8 @@ def test_open_files_stay_bounded(tmp_path):
 
 
 def test_slots_are_used_again_only_when_their_batch_is_gone(paths):
-    """Batches kept by the caller stay what they were, beyond the number of slots; dropped ones give
-    their memory back.
+    """Check that batches kept by the caller do not change, even if there are more than slots, and
+    that dropped ones release their memory.
     """
     data = dataset(paths)
     expected = take(BatchStream(data, 0, 16, 0, 1, workers=0), 6 * SLOTS)
@@ -127,7 +127,9 @@ def test_slots_are_used_again_only_when_their_batch_is_gone(paths):
 
 
 def test_a_micro_batch_that_is_settled_late_still_fits_its_slot(paths):
-    """A DeepSpeed JSON may set --micro-batch-size after the samples were opened."""
+    """Check this because a DeepSpeed JSON may set --micro-batch-size after the samples were
+    opened.
+    """
     late = dataset(paths)
     known = dataset(paths, micro_batch_size=16)
     late.config.micro_batch_size = 16
@@ -144,8 +146,8 @@ def test_a_micro_batch_that_is_settled_late_still_fits_its_slot(paths):
 
 
 def test_memory_of_a_process_does_not_grow(paths):
-    """1,000 batches after 200: what a loader process and this one hold stays the same (long form:
-    tools/benchmark.py data).
+    """Check the memory of a loader process and of this one over 1,000 batches, after the first 200
+    (long form: tools/benchmark.py data).
     """
 
     def resident(pid):
@@ -167,7 +169,9 @@ def test_memory_of_a_process_does_not_grow(paths):
 
 
 def test_batches_larger_than_a_pipe_do_not_block(paths):
-    """Requests and results of 20,000 samples fill both directions of the pipe at once."""
+    """Check requests and results of 20,000 samples, which fill both directions of the pipe at
+    once.
+    """
     stream = iter(
         BatchStream(
             dataset(paths, micro_batch_size=20_000, data_timeout=60), 0, 20_000, 0, 1, workers=1
@@ -210,7 +214,7 @@ def test_a_read_that_hangs_ends(paths):
 
 
 def test_a_disk_that_fails_is_one_line(paths, tmp_path):
-    """A shard that is cut short under a running loader."""
+    """Check shards that are truncated under a running loader."""
     path = write_store(tmp_path / "store", images=64, images_per_shard=4)
     stream = iter(BatchStream(dataset([str(path)]), 0, 16, 0, 1, workers=2))
     next(stream)
@@ -221,7 +225,7 @@ def test_a_disk_that_fails_is_one_line(paths, tmp_path):
 
 
 def test_processes_end_with_the_one_they_work_for(paths):
-    """The training process is killed by SIGKILL: no loader process remains."""
+    """Check that no loader process remains after the training process was killed by SIGKILL."""
     program = f"""
         import multiprocessing, sys, time
         from tests.data.test_loader import BatchStream, dataset
@@ -283,7 +287,7 @@ def test_regions_without_labels_cannot_be_predicted(tmp_path):
 
 
 def test_chunked_shards_of_others_are_read_too(tmp_path):
-    """A shard written by somebody else's tool, compressed and in float32, gives the same
+    """Check that a shard as another tool may write it, compressed and in float32, gives the same
     batches.
     """
     path = write_store(tmp_path / "store", images=64, images_per_shard=64)
@@ -311,7 +315,7 @@ def test_chunked_shards_of_others_are_read_too(tmp_path):
 
 
 class FakeBatch:
-    """Stands for a batch where no page-locked memory is to be had."""
+    """Stand in for a batch, because pinned memory needs a GPU."""
 
     def __init__(self, number):
         self.number = number
@@ -336,7 +340,7 @@ def test_pinning_runs_one_batch_ahead_in_order_and_passes_errors_on():
     while made[-1] < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
 
-    assert made == [0, 1, 2, 3], "one ahead, no more"
+    assert made == [0, 1, 2, 3], "only one ahead"
     assert [next(stream)[1], next(stream)[1]] == [3, 4]
     with pytest.raises(UsageError, match="a bad record"):
         next(stream)

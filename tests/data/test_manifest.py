@@ -1,4 +1,4 @@
-"""Every field of a store's manifest that any code reads has a kind and bounds."""
+"""Test that every field of a store's manifest that any code reads has a checked type and bounds."""
 
 import json
 import re
@@ -80,7 +80,7 @@ def test_older_stores_say_less(copy):
 
 
 def test_no_code_reads_a_field_that_is_not_checked():
-    """Fields as the sources name them, of manifests of stores."""
+    """Check the fields that the sources read from manifests of stores."""
     pattern = re.compile(r"""(?:store|stores\[0\]|self)\.manifest(?:\.get\(|\[)["'](\w+)["']""")
     named = set()
     folders = [

@@ -1,6 +1,4 @@
-"""Masking is what it says: measured rates over 100,000 samples against the rules, for both
-modes.
-"""
+"""Test masking: rates measured over 100,000 samples against the rules, for both modes."""
 
 import numpy as np
 import pytest
@@ -21,7 +19,7 @@ def tokenizer(tmp_path_factory):
 
 
 def captions(length, count):
-    """`count` captions of words that are all different and ordinary, one piece each."""
+    """Make `count` captions of different ordinary words, one piece each."""
     ids = np.tile(np.arange(6, 6 + length) % len(VOCABULARY), count)
     return TokenBatch(ids, np.ones(len(ids), np.uint8), np.arange(count + 1) * length)
 
@@ -31,7 +29,7 @@ def draws(seed, count, width):
 
 
 def masked(tokenizer, rules, length, count=SAMPLES, seed=1):
-    """(ids, targets), both [count, length]."""
+    """Mask captions; return (ids, targets), both [count, length]."""
     ids, targets = mask_tokens(
         captions(length, count), tokenizer, rules, draws(seed, count, word_draws(length))
     )
@@ -39,8 +37,8 @@ def masked(tokenizer, rules, length, count=SAMPLES, seed=1):
 
 
 def test_paper_segments_hide_each_position_at_its_rate(tokenizer):
-    """Anchors 0.10, one to three words each: 0.10 at the first word, 0.16 at the second, 0.188
-    further on; 17 % overall.
+    """Check anchors at a rate of 0.10, of one to three words each: this hides 0.10 at the first
+    word, 0.16 at the second and 0.188 further on, 17 % overall.
     """
     shares = masked(tokenizer, "paper", 10)[1].mean(axis=0)
     first = 0.1
@@ -51,9 +49,8 @@ def test_paper_segments_hide_each_position_at_its_rate(tokenizer):
 
 
 def test_official_span_hides_a_third_and_is_sometimes_empty(tokenizer):
-    """Start uniform in 0..n, length uniform in 1..n, cut at the end.
-
-    Counted exactly over all pairs for n = 10.
+    """Check a start uniform in 0..n and a length uniform in 1..n, cut at the end, against an exact
+    count over all pairs for n = 10.
     """
     length = 10
     exact = np.zeros(length)
@@ -75,7 +72,7 @@ def test_official_replacement_is_80_10_10_and_never_special(tokenizer):
     now = ids[targets]
     changed = (now != tokenizer.mask) & (now != original)
     outcome = np.array([(now == tokenizer.mask).mean(), changed.mean(), (now == original).mean()])
-    kept = 0.1 + 0.1 / len(tokenizer.ordinary)  # a random word is sometimes the same one
+    kept = 0.1 + 0.1 / len(tokenizer.ordinary)  # a random word is sometimes the original
     np.testing.assert_allclose(outcome, [0.8, 0.2 - kept, kept], atol=0.005)
     assert set(now[changed]) == {VOCABULARY.index(w) for w in VOCABULARY if not w.startswith("[")}
 
@@ -139,7 +136,7 @@ def test_regions_apart_are_hidden_at_the_anchor_rate(rules, rate):
 
 @pytest.mark.parametrize(("rules", "rate"), [("paper", 0.15), ("official", 0.10)])
 def test_what_overlaps_an_anchor_is_hidden_and_nothing_else(rules, rate):
-    """Against a loop over pairs of boxes; images of 1 to 12 regions in one batch."""
+    """Check images of 1 to 12 regions in one batch against a loop over pairs of boxes."""
     random = np.random.default_rng(1)
     counts = random.integers(1, 13, 3000)
     offsets = np.concatenate([[0], np.cumsum(counts)])

@@ -1,5 +1,5 @@
-"""Tables of neighbours that are none: those of a store are refused, those of unfinished work are
-made anew.
+"""Test faulty tables of neighbours: those of a store are refused, those of unfinished work are
+computed again.
 """
 
 import functools
@@ -130,7 +130,7 @@ def test_blocks_that_do_not_fit_are_made_anew_and_said(store, capfd):
 
 
 def test_a_block_cut_between_a_kill_and_the_next_command(store, tmp_path):
-    """As users meet it; the command says so and ends well."""
+    """Check this as users meet it: the command reports it and succeeds."""
     flags = (store, "--block", 2, "--threads", 1)
     killed = (
         "import os, runpy, sys\n"

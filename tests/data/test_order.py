@@ -1,5 +1,5 @@
-"""The order of samples: the same global batches for every data-parallel size, each sample once an
-epoch, own partitions only.
+"""Test the order of samples: the same global batches for every data-parallel size, each sample once
+per epoch, each rank in its own partitions.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ from megatron_interbert.errors import UsageError
 
 
 def global_batches(order, ranks, batch, micro, steps, consumed=0):
-    """For each step the set of (epoch, sample) over all ranks, and what each rank saw."""
+    """Return the sorted (epoch, sample) of each step over all ranks, and those of each rank."""
     streams = [iter(MicroBatches(consumed, batch, micro, rank, ranks)) for rank in range(ranks)]
     passes = batch // (micro * ranks)
     steps_seen = []
@@ -98,12 +98,12 @@ def test_the_generator_is_uniform_and_keyed():
 
 
 def test_the_stream_never_changes():
-    """Values written down once: resuming an old run depends on them."""
+    """Check recorded values, because resuming an old run depends on them."""
     assert CounterRandom(1234, 1, 0, 7).permutation(8).tolist() == [4, 6, 3, 7, 0, 2, 1, 5]
 
 
 def test_philox_gives_the_known_answers():
-    """The test vectors published with the algorithm (Random123, philox4x32 with 10 rounds)."""
+    """Check the test vectors published with the algorithm (Random123, philox4x32, 10 rounds)."""
     cases = [
         ([0, 0, 0, 0], (0, 0), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
         (
@@ -146,8 +146,8 @@ def test_numbers_of_a_sample_depend_on_its_key_and_place_alone():
 
 
 def test_several_stores_share_an_epoch_as_told():
-    """Passes 1, 2 and 0.5: in two epochs every sample comes 2, 4 and 1 times, in each partition, on
-    any layout.
+    """Check passes of 1, 2 and 0.5: in two epochs the stores' samples come 2, 4 and 1 times, in
+    each partition, on any layout.
     """
     parts = [np.arange(0, 320), np.arange(320, 480), np.arange(480, 800)]
     order = SampleOrder(parts, 16, seed=3, epochs=[1, 2, 0.5])
@@ -158,7 +158,7 @@ def test_several_stores_share_an_epoch_as_told():
     assert set(counts[320:480]) == {4}
     assert set(counts[480:]) == {1}
     assert len(set(drawn)) == len(drawn), (
-        "a sample comes with another pass number each time, so with other masks"
+        "a sample has a new pass number each time, and therefore new masks"
     )
 
     for position, (_, sample) in enumerate(drawn):
@@ -180,8 +180,8 @@ def test_weights_are_shares_of_an_epoch():
 
 
 def test_like_lengths_meet_so_that_ranks_are_even():
-    """Adaptive region counts: the most loaded of 8 ranks has 2 % more tokens than the mean instead
-    of 10 %.
+    """Check with adaptive region counts that the most loaded of 8 ranks has under 2 % more tokens
+    than the mean; without balancing it has over 8 %.
     """
     random = np.random.default_rng(0)
     lengths = random.integers(10, 101, 64 * 640) + random.integers(5, 30, 64 * 640)

@@ -1,4 +1,4 @@
-"""Pretraining samples: keyed by (seed, epoch, sample) alone, right negatives, packing, loader
+"""Test pretraining samples: keyed by (seed, epoch, sample) alone, valid negatives, packing, loader
 processes.
 """
 
@@ -73,7 +73,7 @@ def test_the_same_sample_gets_the_same_mask_in_any_batch(path):
         among = dataset(path).fields([(1, 8), (epoch, sample), (0, 60)])
         text, image = (among[f"{kind}_offsets"][1:3] for kind in ("text", "image"))
         np.testing.assert_array_equal(alone["token_ids"], among["token_ids"][slice(*text)])
-        regions = image - [1, 2]  # before it stand one and two [IMG]
+        regions = image - [1, 2]  # without one [IMG] up to its start, two to its end
         hidden = among["hidden_regions"]
         np.testing.assert_array_equal(
             alone["hidden_regions"],
@@ -85,7 +85,7 @@ def test_the_same_sample_gets_the_same_mask_in_any_batch(path):
 
 
 def drawn_captions(data, epochs, samples=80):
-    """[epochs * samples, 2]: caption shown, sample."""
+    """Return (caption shown, sample) for all samples of some epochs, [epochs * samples, 2]."""
     keys = np.stack(np.meshgrid(np.arange(epochs), np.arange(samples)), axis=-1).reshape(-1, 2)
     return np.stack([data.draw_captions(keys[:, 0], keys[:, 1]), keys[:, 1]], axis=1)
 
@@ -143,8 +143,8 @@ def test_targets_are_what_was_hidden(path):
 
 
 def test_a_batch_is_what_pack_makes_of_its_samples(path):
-    """The fields made for a whole batch against the ones laid end to end from single samples, read
-    by the plain reader.
+    """Check the fields of a whole batch against single samples, read by the plain reader and laid
+    end to end.
     """
     data = dataset(path, max_regions=5)
     pairs = [(0, 3), (1, 40), (0, 79), (5, 0), (2, 16)]
@@ -238,8 +238,8 @@ def test_long_captions_keep_their_end_mark(path):
 
 
 def test_stored_tokens_equal_those_made_while_loading(path, tmp_path):
-    """The store's token file, another vocabulary (tokenised while loading), and both kinds of
-    stores together.
+    """Check the store's token file against another vocabulary, tokenised while loading, and both
+    kinds of stores together.
     """
     other = tmp_path / "other.txt"
     other.write_text((path / "vocab.txt").read_text() + "zebra\n")
@@ -304,8 +304,8 @@ def test_tokens_equal_transformers(name):
 
 
 def test_another_data_parallel_size_goes_on_with_the_same_global_batches(path):
-    """Sample ids of whole steps, from the loaders of 1, 2 and 4 ranks, all after the same consumed
-    samples.
+    """Check the sample ids of whole steps from the loaders of 1, 2, 4 and 8 ranks, all resuming
+    after the same number of samples.
     """
 
     def ids(ranks, micro):

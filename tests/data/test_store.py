@@ -1,5 +1,5 @@
-"""Region store: written and read back, and every kind of damage is one clear error that names file
-and record.
+"""Test region stores: written and read back, with every kind of damage reported by one error that
+names file and record.
 """
 
 import json
@@ -25,7 +25,9 @@ def original(tmp_path_factory):
 
 @pytest.fixture
 def damaged(original, tmp_path):
-    """A copy to damage. `edit` opens a shard and puts its new size into the manifest."""
+    """Copy the store, to be damaged; `edit` opens a shard and records its new size in the
+    manifest.
+    """
     return shutil.copytree(original, tmp_path / "store")
 
 
@@ -47,7 +49,7 @@ def test_what_is_written_is_read(original):
         expected = random_regions(random, f"image-{number}")
         got = store.read(number)
         random_captions = [random.choice(18, size=random.integers(1, 12)) for _ in range(2)]
-        assert len(random_captions) == 2  # the same draws as write_store, to stay in step
+        assert len(random_captions) == 2  # draws as much as write_store, to stay in step
         np.testing.assert_array_equal(got.features, expected.features)
         np.testing.assert_array_equal(got.class_ids, expected.class_ids)
         np.testing.assert_allclose(got.class_probs, expected.class_probs)
@@ -286,7 +288,9 @@ def test_non_finite_check_equals_numpy():
 
 
 def test_soft_labels_of_one_store_have_one_width(tmp_path):
-    """Rows are read by their width: another one in a later shard would be read as garbage."""
+    """Check this because rows are read by one width for the whole store: rows of another width
+    would be read as garbage.
+    """
     random = np.random.default_rng(0)
     facts = {
         "feature_dim": FEATURES,

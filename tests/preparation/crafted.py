@@ -1,4 +1,4 @@
-"""Pickles that no honest program writes, and those that only old programs write."""
+"""Craft pickles that no honest program writes, and some that only old programs write."""
 
 import struct
 
@@ -6,11 +6,11 @@ import numpy as np
 from numpy._core.multiarray import _reconstruct, scalar
 from numpy._core.numeric import _frombuffer
 
-POINTERS = b"\x41" * 8  # eight bytes that would be the address of an object
+POINTERS = b"\x41" * 8  # eight bytes that NumPy would take for the address of an object
 
 
 class Call:
-    """Pickled as the call of a function, and a state that is given to its result."""
+    """Represent what is pickled as the call of a function, and a state that its result is given."""
 
     def __init__(self, function, arguments, state=None):
         self.parts = (function, arguments) if state is None else (function, arguments, state)
@@ -20,7 +20,7 @@ class Call:
 
 
 def dtype_call(code, *state):
-    """A type with a state: order, subtype, names, fields, size, alignment, flags."""
+    """Return a dtype with a state: order, subtype, names, fields, size, alignment, flags."""
     return Call(np.dtype, (code, False, True), (3, *state))
 
 
@@ -30,14 +30,15 @@ def array_call(dtype, shape=(1,), data=POINTERS):
 
 OBJECTS = ("|", None, None, None, -1, -1, 63)
 HONEST = dtype_call("O8", *OBJECTS)
-# A record of an object, said to have none; objects, said to be none; numbers made into a record.
+# A record of an object that claims to have none, objects that claim to be none, numbers made into
+# a record.
 RECORD = dtype_call("V8", "|", None, ("a",), {"a": (HONEST, 0)}, 8, 1, 0)
 DISGUISED = dtype_call("O8", "|", None, None, None, -1, -1, 0)
 NUMBERS = dtype_call("f8", "<", None, ("a",), {"a": (HONEST, 0)}, 8, 1, 0)
 
 
 def with_pointers():
-    """Values by name whose eight bytes of data NumPy would take for the address of an object."""
+    """Return values by name whose data NumPy would take for addresses of objects."""
     return {
         "record of an object": array_call(RECORD),
         "objects said to be none": array_call(DISGUISED),
@@ -49,7 +50,7 @@ def with_pointers():
 
 
 def python_2(array, protocol):
-    """A dictionary {"features": array, "n": 5} as Python 2 wrote it."""
+    """Return a pickled dictionary {"features": array, "n": 5} as Python 2 wrote it."""
     data = array.tobytes()
     order = array.dtype.str[0].encode()
     code = array.dtype.str[1:].encode()

@@ -1,4 +1,4 @@
-"""Writes region features in the formats of the field, from fields in memory, as their own
+"""Write region features in the formats of the field, from fields in memory, as the formats' own
 tools do.
 """
 
@@ -14,7 +14,7 @@ from tests.shared import SHARED
 
 
 def real_images(count=None):
-    """Fields of the real npz files by image id: those that the LXMERT TSV holds too, in its
+    """Return the fields of the real npz files whose images the LXMERT TSV holds too, in its
     order.
     """
     names = [
@@ -32,7 +32,7 @@ def npz_fields(path):
 
 
 def made_up_images(count, features=8, classes=1600, seed=0):
-    """Fields as in the npz files, of `count` small images."""
+    """Make fields as in the npz files, of `count` small images."""
     random = np.random.default_rng(seed)
     images = []
 
@@ -63,7 +63,9 @@ def encoded(array, dtype):
 
 
 def bottom_up_line(image, classes=False):
-    """6 columns, or 8 with class ids (counted without background) and confidences."""
+    """Return a TSV line of 6 columns, or of 8 with class ids (not counting background) and
+    confidences.
+    """
     values = [image["image_id"], image["image_w"], image["image_h"], len(image["boxes"])]
     values += [encoded(image["boxes"], np.float32), encoded(image["features"], np.float32)]
 
@@ -112,7 +114,7 @@ def write_npz(folder, images):
 
 
 def write_lmdb(path, rows):
-    """rows: [(key bytes, value bytes)]."""
+    """Write an LMDB of (key, value) rows, both bytes; return its path."""
     with (
         lmdb.open(str(path), map_size=1 << 28) as environment,
         environment.begin(write=True) as transaction,
@@ -124,8 +126,8 @@ def write_lmdb(path, rows):
 
 
 def vilbert_lmdb(path, images, protocol=None):
-    """Pickled dictionaries by image id with the list of keys, as ViLBERT's conversion of TSV writes
-    them.
+    """Write pickled dictionaries by image id, and the list of keys, as ViLBERT's conversion from
+    TSV does.
     """
     rows = []
 
@@ -146,8 +148,8 @@ def vilbert_lmdb(path, images, protocol=None):
 
 
 def tensorpack_lmdb(path, images, captions):
-    """Rows of pretraining as tensorpack writes them: msgpack with msgpack-numpy's form of
-    arrays.
+    """Write rows of pretraining data as tensorpack does: msgpack, with arrays as in
+    msgpack-numpy.
     """
 
     def packed(array):
@@ -172,7 +174,9 @@ def tensorpack_lmdb(path, images, captions):
 
 
 def adaptive_hdf5(path, images):
-    """Bottom-up attention with 10 to 100 regions; gives the names by row."""
+    """Write bottom-up attention features with numbers of regions that vary; return the image ids
+    by row.
+    """
     ends = np.cumsum([len(image["boxes"]) for image in images])
     boxes = np.concatenate([image["boxes"] for image in images])
     sizes = np.concatenate(

@@ -1,5 +1,5 @@
-"""HDF5 files with features that reach out of the file, load code or declare too much: what tests of
-reading are given.
+"""Put features of HDF5 that reach outside the file, load code or declare too much into files, for
+tests of reading.
 """
 
 import json
@@ -14,9 +14,7 @@ HUGE = 10**10
 
 
 def renew(store):
-    """Bring sizes and hashes of the manifest up to date: whoever makes a hostile store does so
-    too.
-    """
+    """Update the sizes and hashes in the manifest, as whoever makes a hostile store would."""
     path = store / "manifest.json"
     manifest = json.loads(path.read_text())
     others = [manifest[name] for name in ("captions_file", "tokens_file") if name in manifest]
@@ -28,27 +26,27 @@ def renew(store):
 
 
 def external_storage(file, name, secret):
-    """The values are the bytes of another file."""
+    """Make the values the bytes of another file."""
     shape, dtype = taken(file, name)
     count = int(np.prod(shape)) * dtype.itemsize
     file.create_dataset(name, shape, dtype, external=[(str(secret), 0, count)])
 
 
 def external_link(file, name, secret):
-    """The dataset is in another HDF5 file."""
+    """Make the dataset a link to one in another HDF5 file."""
     taken(file, name)
     file[name] = h5py.ExternalLink(beside(secret, file, name), "/stolen")
 
 
 def soft_link(file, name, secret):
-    """The name is a path, which might lead through a link into another file."""
+    """Make the name a path, which leads through a link into another file."""
     taken(file, name)
     file[f"outside {name}"] = h5py.ExternalLink(beside(secret, file, name), "/")
     file[name] = h5py.SoftLink(f"/outside {name}/stolen")
 
 
 def virtual(file, name, secret):
-    """The values are put together from another HDF5 file."""
+    """Make the values come from another HDF5 file."""
     shape, dtype = taken(file, name)
     layout = h5py.VirtualLayout(shape, dtype)
     layout[...] = h5py.VirtualSource(beside(secret, file, name), "stolen", shape)
@@ -56,7 +54,7 @@ def virtual(file, name, secret):
 
 
 def plugin_filter(file, name, secret):
-    """The values are packed by code that HDF5 would have to load."""
+    """Pack the values with a filter that HDF5 would have to load."""
     shape, dtype = taken(file, name)
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_chunk(shape)
@@ -69,13 +67,13 @@ def plugin_filter(file, name, secret):
 
 
 def sparse(file, name, secret):
-    """Tens of gigabytes are declared and nothing is stored."""
+    """Declare tens of gigabytes and store nothing."""
     shape, dtype = taken(file, name)
     file.create_dataset(name, (HUGE, *shape[1:]), dtype, chunks=(1000, *shape[1:]))
 
 
 def huge_chunk(file, name, secret):
-    """One chunk is larger than any memory, the dataset itself is small."""
+    """Declare a chunk larger than any memory for a small dataset."""
     shape, dtype = taken(file, name)
     file.create_dataset(
         name, shape, dtype, chunks=(1 << 28, *shape[1:]), maxshape=(None, *shape[1:])
@@ -83,31 +81,31 @@ def huge_chunk(file, name, secret):
 
 
 def never_written(file, name, secret):
-    """Tens of gigabytes without a place in the file."""
+    """Declare tens of gigabytes, contiguous, without a place in the file."""
     shape, dtype = taken(file, name)
     file.create_dataset(name, (HUGE, *shape[1:]), dtype)
 
 
 def committed_type(file, name, secret):
-    """The type is an object of its own."""
+    """Make the type an object of its own."""
     shape, dtype = taken(file, name)
     file[f"type of {name}"] = dtype
     file.create_dataset(name, data=np.zeros(shape, dtype), dtype=file[f"type of {name}"])
 
 
 def references(file, name, secret):
-    """Pointers to objects instead of values."""
+    """Store references to objects instead of values."""
     shape, _ = taken(file, name)
     file.create_dataset(name, data=np.full(shape, file.ref, h5py.ref_dtype), dtype=h5py.ref_dtype)
 
 
 def group(file, name, secret):
-    """A group where a dataset should be."""
+    """Put a group where a dataset should be."""
     taken(file, name)
     file.create_group(name)
 
 
-# Each feature and what the line about it says.
+# Each feature and what the error about it says.
 HOSTILE = {
     external_storage: "keeps its values in another file",
     external_link: "is a link into another file",
@@ -124,7 +122,7 @@ HOSTILE = {
 
 
 def taken(file, name):
-    """Shape and type of a dataset of numbers, which is removed."""
+    """Remove a dataset; return its shape, and its type or int64 if it does not hold numbers."""
     shape = file[name].shape
     dtype = file[name].dtype
     del file[name]
@@ -132,7 +130,7 @@ def taken(file, name):
 
 
 def beside(secret, file, name):
-    """An HDF5 file outside that holds the secret in place of the dataset."""
+    """Write an HDF5 file outside that holds the secret in place of the dataset; return its path."""
     path = secret.with_name(f"{secret.name}-{name}.h5")
     with h5py.File(path, "w") as other:
         other["stolen"] = np.frombuffer(secret.read_bytes(), np.uint8)

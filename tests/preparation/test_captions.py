@@ -1,5 +1,5 @@
-"""Caption files in all the forms in which data sets publish them, and all real captions through the
-whole data side.
+"""Test caption files in all the formats in which data sets publish them, and all real captions
+through the whole data pipeline.
 """
 
 import json
@@ -125,8 +125,8 @@ def test_one_image_has_one_key():
 
 
 def test_names_in_a_surer_place_win(tmp_path):
-    """A file called 2.jpg in an address is not line 2; a file name beats a number of the data set's
-    own.
+    """Check that a file named 2.jpg in a URL beats line 2, and that a file name beats a data set's
+    own numbers.
     """
     table = CaptionTable.create(
         tmp_path / "a.db",
@@ -158,7 +158,7 @@ def test_odd_folders_languages_and_single_lines(tmp_path):
         folder / "images.db", [write(tmp_path / "u.tsv", "1.jpg\ta cat\thttps://x.org/1.jpg\n")]
     )
     assert table.of_image("1") == [("a cat", "en")], (
-        "a third column that is no language tag is not taken for one"
+        "a third column without a language tag is not taken for one"
     )
     assert (
         guess_format(write(tmp_path / "one.jsonl", '{"image": "a.jpg", "caption": "x"}\n'))
@@ -218,8 +218,8 @@ def test_lines_of_no_use_are_complained_of_one_by_one(tmp_path):
 def test_all_real_captions_are_tokenised_mined_and_packed(
     tmp_path, file, vocabulary, count, images
 ):
-    """Every caption once, with a made-up region for each image; hard negatives mined and used;
-    targets where words were hidden.
+    """Check that every caption comes once, with a made-up region per image, that hard negatives are
+    mined and used, and that the targets are the hidden words.
     """
     by_image = {}
     for keys, text, language in read_captions(str(SHARED / "data" / "captions" / file)):

@@ -1,5 +1,5 @@
-"""HDF5 files of others, in stores and as sources: nothing outside of the file is read, no code is
-loaded, and a file that the system does not let us read is not called damaged.
+"""Test foreign HDF5 files, in stores and as sources: nothing outside the file is read, no code is
+loaded, and a file that the system does not let us read is not reported as damaged.
 """
 
 import ast
@@ -56,7 +56,7 @@ def secret(tmp_path):
 
 
 def read_all(path):
-    """Everything that a store gives."""
+    """Return everything that a store provides."""
     store = RegionStore(str(path))
     texts = [store.caption(number) for number in range(store.num_captions)]
     images = [store.read(number) for number in range(store.num_images)]
@@ -113,7 +113,9 @@ def test_a_build_ends_in_one_line(tmp_path, secret, feature):
 
 
 def source(folder, fixed=False):
-    """Bottom-up attention's file of three images, with their names."""
+    """Write a bottom-up attention file of three images, with their names; `fixed` gives each two
+    regions.
+    """
     path = folder / "features.hdf5"
     names = adaptive_hdf5(path, made_up_images(3))
 
@@ -173,8 +175,8 @@ def test_texts_equal_those_of_h5py(tmp_path):
 
 
 def test_one_text_named_a_thousand_times_does_not_fill_the_memory(store):
-    """Each entry of a list of texts is a pointer: all of them to one long text is a file of any
-    size in memory.
+    """Check this because each entry of a list of texts is a pointer: if all point to one long text,
+    a small file takes any amount of memory.
     """
     path = store / "shard-00001.h5"
 
@@ -199,8 +201,8 @@ def test_one_text_named_a_thousand_times_does_not_fill_the_memory(store):
 
 @pytest.mark.parametrize("length", [0, 2**64 - 16, 2**64 - 20])
 def test_a_heap_without_end_is_not_walked_for_ever(store, length):
-    """HDF5 itself loops where an object of a heap takes no room, with no way to stop it but to end
-    the process.
+    """Check this because HDF5 itself loops forever on a heap object of size zero, and only ending
+    the process stops it.
     """
     path = store / "captions.h5"
     data = bytearray(path.read_bytes())
@@ -229,8 +231,8 @@ __attribute__((constructor)) static void loaded(void) {
 @needs_compiler
 @pytest.mark.parametrize("door", [False, True])
 def test_no_plug_in_is_loaded(tmp_path, secret, door):
-    """The same file makes HDF5 alone load the library: only then the other half of the test says
-    something.
+    """Check also that HDF5 alone loads the library from the same file; otherwise the test would
+    prove nothing.
     """
     path = source(tmp_path)
     with h5py.File(path, "r+") as file:
@@ -334,7 +336,9 @@ def source_of(path):
 
 
 def in_child(function):
-    """What UsageError a forked process meets, as text; "" for none."""
+    """Call a function in a forked process; return the text of its UsageError or, after the type,
+    of another exception, "" for none.
+    """
     ends = os.pipe()
     child = os.fork()
     if child == 0:
@@ -389,7 +393,7 @@ def test_no_memory_is_not_called_damage(tmp_path):
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    with h5py.File(path, "w") as file:  # a file with a hole: large, and made in no time
+    with h5py.File(path, "w") as file:  # a sparse file: large, but written at once
         space = h5py.h5s.create_simple((1 << 31,))
         h5py.h5d.create(file.id, b"x", h5py.h5t.NATIVE_UINT8, space, properties)
 
@@ -417,8 +421,8 @@ def test_what_hdf5_says_in_words_only_is_understood(number):
 
 
 def test_a_shard_that_was_replaced_is_checked_anew(store, tmp_path, monkeypatch):
-    """Rows are read at places that were learnt from a file: they say nothing about another one of
-    its name.
+    """Check this because rows are read at offsets learnt from one file, which are wrong for another
+    file of the same name.
     """
     monkeypatch.setattr("megatron_interbert.data.store.MAX_OPEN_SHARDS", 1)
     opened = RegionStore(str(store))
@@ -426,7 +430,7 @@ def test_a_shard_that_was_replaced_is_checked_anew(store, tmp_path, monkeypatch)
     opened.read(0)  # the shard of image 20 is closed now
     other = tmp_path / "other.h5"
     with h5py.File(store / "shard-00001.h5") as old, h5py.File(other, "w") as new:
-        for name in reversed(list(old)):  # everything lies elsewhere
+        for name in reversed(list(old)):  # moves everything
             old.copy(old[name], new, name)
 
     os.replace(other, store / "shard-00001.h5")
@@ -434,9 +438,7 @@ def test_a_shard_that_was_replaced_is_checked_anew(store, tmp_path, monkeypatch)
 
 
 def test_no_other_place_reads_hdf5():
-    """Writing is allowed where stores are written; a file is opened for reading by data/hdf5.py
-    alone.
-    """
+    """Check that only data/hdf5.py opens HDF5 files for reading; writing is allowed anywhere."""
     found = set()
 
     for folder in ("megatron_interbert", "tools"):
@@ -462,14 +464,16 @@ def test_no_other_place_reads_hdf5():
 
 
 def test_mutated_files_do_no_harm(tmp_path):
-    """The long form is `python -m tests.campaigns.hostile_hdf5`."""
+    """Run a short form of `python -m tests.campaigns.hostile_hdf5`."""
     outcomes = hostile_hdf5.campaign(120, 5, tmp_path)
     assert outcomes["refused"] > 40, outcomes
     assert outcomes["read"] > 10, outcomes
 
 
 def test_a_list_that_was_never_written_reads_as_zeros(tmp_path):
-    """A store without captions has such a one: the offsets of no caption are a single zero."""
+    """Check this because a store without captions has one: its caption offsets are a single
+    zero.
+    """
     from megatron_interbert.data.hdf5 import Hdf5File
 
     path = tmp_path / "x.h5"
@@ -483,8 +487,8 @@ def test_a_list_that_was_never_written_reads_as_zeros(tmp_path):
 
 
 def test_a_process_that_met_a_damaged_dataset_ends_as_any_other(tmp_path, secret):
-    """HDF5 keeps pieces of a virtual dataset that it failed to open, and called Python for them
-    when Python had ended.
+    """Check this because HDF5 keeps parts of a virtual dataset that it failed to open, and called
+    Python for them after Python had ended.
     """
     path = source(tmp_path)
     with h5py.File(path, "r+") as file:
@@ -493,7 +497,7 @@ def test_a_process_that_met_a_damaged_dataset_ends_as_any_other(tmp_path, secret
         header = h5py.h5o.get_info(file["pos_boxes"].id).addr
 
     data = bytearray(path.read_bytes())
-    message = data.index(b"\x05\x00\x08\x00", header)  # the fill value, and how long it is
+    message = data.index(b"\x05\x00\x08\x00", header)  # the fill value and its length
     data[message + 8] = 99
     path.write_bytes(data)
     command = (sys.executable, "-m", "tests.campaigns.hostile_hdf5", "--read", str(path))
@@ -505,7 +509,7 @@ def test_a_process_that_met_a_damaged_dataset_ends_as_any_other(tmp_path, secret
 
 
 def with_checksums(path, order=("deflate", "fletcher32")):
-    """Pack `pos_boxes` of a source in one chunk, through filters in this order."""
+    """Pack `pos_boxes` of a source in one chunk, through filters in this order; return its size."""
     with h5py.File(path, "r+") as file:
         values = file["pos_boxes"][:]
         del file["pos_boxes"]
@@ -531,7 +535,9 @@ def test_packed_values_with_checksums_are_read(tmp_path):
 
 @pytest.mark.parametrize("length", [0, 1, 3])
 def test_a_chunk_too_short_for_its_checksum(tmp_path, length):
-    """HDF5 2.0.0 subtracts four bytes from a size of zero, and the process ended by SIGSEGV."""
+    """Check this because HDF5 2.0.0 subtracts four bytes even from a size of zero, and the process
+    died of SIGSEGV.
+    """
     path = source(tmp_path)
     size = with_checksums(path)
     data = bytearray(path.read_bytes())
@@ -540,7 +546,7 @@ def test_a_chunk_too_short_for_its_checksum(tmp_path, length):
         for at in range(len(data) - 8)
         if data[at : at + 8] == size.to_bytes(4, "little") + bytes(4)
     ]
-    for at in keys:  # that of the chunk in its tree, and what only looks like it
+    for at in keys:  # the chunk's key in its tree, and whatever looks like it
         data[at : at + 4] = length.to_bytes(4, "little")
 
     path.write_bytes(data)

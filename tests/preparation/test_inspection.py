@@ -1,5 +1,5 @@
-"""Figures of an inspection against plain loops, and its two detectors on right and wrong data, real
-and generated.
+"""Test the figures of an inspection against plain loops, and its two fault detectors on right and
+wrong data, real and generated.
 """
 
 import json
@@ -39,7 +39,9 @@ WRONG = {
 
 
 def real_images():
-    """(id, size, boxes [R, 4], features, class ids [R], confidence [R]) of the real images."""
+    """Yield (id, size, boxes [R, 4], features, class ids [R], confidences [R]) of the real
+    images.
+    """
     for file in sorted((DATA / "region_features" / "npz").glob("*.npz")):
         with np.load(file, allow_pickle=False) as f:
             ids, confidence = (
@@ -68,7 +70,7 @@ def real_captions():
 
 
 def write_real(path, shift=0, boxes=WRONG[""], languages=("en", "zh")):
-    """The real images as a store, with ids shifted and boxes changed."""
+    """Write the real images as a store, with class ids shifted and boxes changed."""
     names = ["background", *(DATA / "vocab" / "objects_vocab.txt").read_text().splitlines()]
     captions = real_captions()
 
@@ -106,7 +108,7 @@ def test_shifted_ids_of_real_images_are_found(tmp_path, shift, languages):
     assert found["evidence"] == ("captions" if "en" in languages else "places")
     assert found["shift"] == -shift
     others = [row["z"] for row in found["scores"] if row["shift"] != -shift]
-    assert max(row["z"] for row in found["scores"]) > max(others) + 4, "not by a hair"
+    assert max(row["z"] for row in found["scores"]) > max(others) + 4, "by a clear margin"
     problems = levels(report, "problem")
     assert ("class ids" in problems) == (shift != 0)
     if shift == -1:
@@ -134,7 +136,7 @@ def test_wrong_boxes_of_real_images_are_found(tmp_path, kind, recorded):
     if kind:
         assert "--box-format" in problems["box format"].mend
 
-    assert report.class_shift["shift"] == 0, "captions do not care for boxes"
+    assert report.class_shift["shift"] == 0, "captions do not depend on boxes"
 
 
 def coco_boxes():
@@ -190,7 +192,7 @@ def test_shifted_ids_of_the_generated_world_are_found(shift):
         silent.add(labels, heights, [])
 
     assert evidence.result()["shift"] == -shift
-    assert silent.result()["evidence"] == "none", "objects of this world stand anywhere"
+    assert silent.result()["evidence"] == "none", "objects of this world may be anywhere"
     assert silent.result()["said"].startswith("not enough evidence")
 
 
@@ -225,8 +227,8 @@ def test_scores_are_those_of_a_plain_loop():
 
 
 def test_the_company_of_words_in_a_large_store_is_no_shift():
-    """Names that never fit, and a neighbour in the vocabulary that is often in the same
-    photograph.
+    """Check names that never fit, and a neighbour in the vocabulary that is often in the same
+    photo.
     """
     rows = [{"shift": shift, "matches": 1000, "expected": 1000.0, "z": 0.0} for shift in SHIFTS]
     rows[3] = {"shift": 1, "matches": 1300, "expected": 1000.0, "z": 9.5}
@@ -241,7 +243,7 @@ def test_the_company_of_words_in_a_large_store_is_no_shift():
     ("boxes", "size", "found"),
     [
         (np.array([[0, 0, 1, 0.9], [0.2, 0.3, 0.4, 0.8]]), (640, 480), "normalised"),
-        # one region of the whole image says nothing
+        # a single region of the whole image is no evidence
         (np.array([[0, 0, 640, 480]]), (640, 480), None),
         (
             np.array(
@@ -336,7 +338,7 @@ def test_repeats_emptiness_and_background_are_told(tmp_path):
     ) as writer:
         probs = np.array([[0.6, 0.3], [0.7, 0.2]], np.float32)
         rows = random.normal(size=(9, 2, 4))
-        rows[3] = rows[1]  # the same image again
+        rows[3] = rows[1]  # repeats an image
         rows[4, 0] = 0
         rows[5, 1] = rows[5, 0]
         captions = [[("one two", "en")] for _ in rows]
@@ -360,7 +362,7 @@ def test_repeats_emptiness_and_background_are_told(tmp_path):
     assert (said["box format"].level, said["class ids"].level) == (
         "warning",
         "warning",
-    ), "not enough evidence is said, not guessed"
+    ), "a lack of evidence is reported, nothing is guessed"
 
 
 def test_regions_without_labels_are_told(tmp_path):

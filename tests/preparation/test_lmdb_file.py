@@ -1,5 +1,5 @@
-"""Our reader of LMDB: the rows that the library gives, and one line for a file that was cut or
-altered.
+"""Test our LMDB reader: the same rows as from the library, and a one-line error for a file that was
+cut or altered.
 """
 
 import os
@@ -19,7 +19,7 @@ LENGTHS = (0, 1, 900, 2000, 2030, 4000, 9000)
 
 @pytest.fixture
 def whole(tmp_path):
-    """A small LMDB of three levels and values in pages of their own."""
+    """Write a small LMDB with a tree of three levels and values in pages of their own."""
     chance = random.Random(0)
     rows = [(b"key-%05d" % n + 80 * b"x", bytes(chance.choice(LENGTHS))) for n in range(900)]
     return write_lmdb(tmp_path / "whole", rows)
@@ -32,7 +32,7 @@ def all_rows(path):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_rows_are_those_of_the_library(tmp_path, seed):
-    """After puts and removals in several transactions, from any key on."""
+    """Check the rows from any key on, after puts and removals in several transactions."""
     chance = random.Random(seed)
 
     with lmdb.open(str(tmp_path / "x"), map_size=1 << 28) as environment:
@@ -85,7 +85,7 @@ def test_altered_files_end_in_one_line_or_in_rows(whole, tmp_path):
         altered = bytearray(data)
         for _ in range(chance.choice((1, 20, 200))):
             altered[chance.randrange(len(data))] = chance.choice((0, 255, chance.randrange(256)))
-        for page in (0, 1):  # what the file says of itself, more often than chance would
+        for page in (0, 1):  # the meta pages, more often than by chance
             if seed % 3 == 0:
                 altered[page * 4096 + chance.randrange(152)] ^= 1 << chance.randrange(8)
 
@@ -100,7 +100,7 @@ def test_altered_files_end_in_one_line_or_in_rows(whole, tmp_path):
 
 
 def test_a_tree_that_bites_its_tail_ends(whole, tmp_path):
-    """All children of the root are the same page: keys come twice."""
+    """Check a root with the same page as a child twice, so that keys repeat."""
     altered = bytearray((whole / "data.mdb").read_bytes())
 
     with LmdbFile(str(whole)) as file:

@@ -1,4 +1,4 @@
-"""Mined hard negatives against a dense float64 TF-IDF written here, on random, English and Chinese
+"""Test mined hard negatives against the dense float64 TF-IDF below, on random, English and Chinese
 captions.
 """
 
@@ -26,7 +26,9 @@ CAPTIONS = SHARED / "data" / "captions"
 
 
 def slow_terms(text, ngrams=(1, 2)):
-    """Character by character: a term ends where letters end or the script changes."""
+    """Split a text into terms character by character: a term ends where letters end or the script
+    changes.
+    """
     text = unicodedata.normalize("NFKC", text).lower()
     kinds = [
         (
@@ -51,7 +53,7 @@ def slow_terms(text, ngrams=(1, 2)):
 
 
 def dense_similarity(captions):
-    """All pairs [N, N] float64."""
+    """Return the similarity of all pairs of captions, float64 [N, N]."""
     counted = [Counter(slow_terms(caption)) for caption in captions]
     frequency = Counter(term for row in counted for term in row)
     column = {term: i for i, term in enumerate(frequency)}
@@ -70,8 +72,8 @@ def dense_similarity(captions):
 
 
 def check(captions, images, found, scores, top, below=0.5):
-    """Each row holds allowed captions only, in order, and the most similar ones of those, but for
-    equal similarities.
+    """Check that each row holds only allowed captions, in order, and the most similar of these
+    except among equal similarities.
     """
     similarity = dense_similarity(captions)
     same = [unicodedata.normalize("NFKC", c).lower().strip() for c in captions]
@@ -104,8 +106,8 @@ def search(captions, images, threads=1, mode="exact", **options):
 
 
 def random_captions(number, seed=0):
-    """Few words of very different frequency, with repeats, empty captions, the same text again, and
-    equal word sets.
+    """Make captions from few words of very different frequency, with repeated words, empty and
+    repeated captions, and captions of the same words.
     """
     random = np.random.default_rng(seed)
     words = [f"w{i}" for i in range(60)]
@@ -153,7 +155,7 @@ def test_terms():
     assert terms_of(normalise("Ｃafé 猫"), (2, 3)) == [
         "café",
         "猫",
-    ], "a run too short for any n-gram is a term itself"
+    ], "a run too short for any n-gram is itself a term"
     assert terms_of(normalise(" \n…")) == []
     for text in ("Ein Hünd läuft", "猫と犬がいる", "고양이 two", "a\u3000b", "x²"):
         assert sorted(terms_of(normalise(text))) == sorted(slow_terms(text))
@@ -247,12 +249,12 @@ def test_real_chinese_captions():
 
 
 class Killed(BaseException):
-    """Nothing catches it."""
+    """Represent the death of the process, which nothing catches."""
 
 
 def kill_at(monkeypatch, number, after):
-    """Make the numbered change of a name, of all that mining makes, the last thing the process
-    did.
+    """End the process before or `after` the file-system change (rename, removal, new folder) with
+    this number.
     """
     calls = itertools.count()
 

@@ -1,6 +1,5 @@
-"""Names of files that a manifest gives: they stay in the manifest's folder.
-
-And a file that cannot be read is not missing.
+"""Test that file names in a manifest stay in its folder, and that a file that cannot be read is not
+reported as missing.
 """
 
 import json
@@ -50,7 +49,7 @@ def test_stores_name_no_file_outside(original, tmp_path, entry, name):
         store / "sub" / "inner.h5",
         store / "inner.h5",
     ):
-        # the same file, inside and out: only the name is wrong
+        # the same file, inside and outside: only the name is wrong
         shutil.copy(store / chosen["file"], copy)
 
     chosen["file"] = name
@@ -96,8 +95,8 @@ def test_plain_names_pass():
 
 
 def test_a_link_to_a_shard_on_another_disk_is_allowed(original, tmp_path):
-    """Whoever lays a store out may put its shards where there is room; what a link leads to is
-    checked as any shard is.
+    """Check this because shards may be put where there is room; what a link leads to is checked
+    like any shard.
     """
     store = shutil.copytree(original, tmp_path / "store")
     elsewhere = shutil.move(store / "shard-00001.h5", tmp_path / "elsewhere.h5")

@@ -1,4 +1,4 @@
-"""Reading pickles from strangers: what is honest comes out as pickle.loads gives it, all else is
+"""Test reading untrusted pickles: honest ones give what pickle.loads gives, all others are
 refused.
 """
 
@@ -88,7 +88,7 @@ CODES = (
 
 
 def same(got, expected):
-    """Whether two values are equal in all but what we do differently: scalars of NumPy, ordered
+    """Check that two values are equal except for what we do differently: NumPy scalars, ordered
     dictionaries, byte order.
     """
     if isinstance(expected, np.generic):
@@ -119,8 +119,8 @@ def same(got, expected):
 
 
 def old_spelling(data):
-    """A pickle with the names that NumPy had before version 2; lengths of texts before them, frames
-    left out.
+    """Return a pickle with NumPy's names from before version 2; their length prefixes change too,
+    and the frame is left out.
     """
     data = data.replace(b"\x8c\x16numpy._core.multiarray", b"\x8c\x15numpy.core.multiarray")
     data = data.replace(b"\x8c\x13numpy._core.numeric", b"\x8c\x12numpy.core.numeric")
@@ -225,7 +225,7 @@ def test_is_pickle_tells_rows_apart():
 
 
 def dumps_both(value):
-    """With protocol 5, and with 2 where that can say it."""
+    """Yield the value pickled with protocol 5 and, if that is possible, with 2."""
     yield pickle.dumps(value, 5)
     with contextlib.suppress(pickle.PicklingError):
         yield pickle.dumps(value, 2)
@@ -291,7 +291,7 @@ def test_opcodes_of_objects_are_refused(data):
 
 
 def laughs(levels, first=b"]"):
-    """Ten times the last in each list, of which the pickle holds one."""
+    """Return a pickle of nested lists that each hold the previous one ten times, stored once."""
     body = first + b"q\x00"
     for level in range(levels):
         body += (
@@ -440,7 +440,7 @@ def test_killed_again_and_again_nothing_is_lost_or_mixed_up(process):
     for number in range(1500):
         try:
             got = int(process.ask(pickle.dumps(number))[1])
-        except UsageError:  # killed while it started
+        except UsageError:  # killed while starting
             answers["not started"] += 1
         except ValueError as error:
             answers[str(error)] += 1
@@ -518,7 +518,7 @@ def test_an_interruption_in_the_middle_mixes_up_nothing(process):
 
 
 def gone(pid):
-    """Whether a process has ended, within 10 s."""
+    """Check whether a process has ended, waiting up to 10 s."""
     for _ in range(200):
         try:
             with open(f"/proc/{pid}/stat") as handle:
@@ -671,17 +671,17 @@ def test_the_helper_is_confined(process):
     ],
 )
 def test_nonsense_from_the_helper_is_an_error_too(monkeypatch, text):
-    """As if the helper had been taken over: what it says is checked again."""
+    """Check that the helper's answers are checked again, in case it was taken over."""
     monkeypatch.setattr(reading._process, "ask", lambda data: (VALUE, bytearray(text), bytearray()))
     with pytest.raises(ValueError):
         loads(b"12345678")
 
 
 def test_mutated_pickles_end_in_errors():
-    """The short form of tests/campaigns/pickles.py."""
+    """Run a short form of tests/campaigns/pickles.py."""
     counts = campaign(2000, seed=1)
     assert sum(counts.values()) == 2000
-    assert counts["value"] > 100, "too much damage tests nothing but the front door"
+    assert counts["value"] > 100, "heavier damage would test only the first checks"
     assert counts["damaged"] > 500
     assert counts["unsafe"] > 50
 

@@ -1,4 +1,4 @@
-"""Folders of unfinished work: what is not ours stays, wherever a link or a name would lead."""
+"""Test folders of unfinished work: what is not ours stays, wherever a link or a name leads."""
 
 import os
 
@@ -90,7 +90,7 @@ def test_a_work_folder_with_files_of_others_is_refused(tmp_path, work, place, re
 
 
 def test_a_generated_store_with_files_of_others_is_not_replaced(tmp_path):
-    """Nor one of which a part lies elsewhere."""
+    """Check also that one with a link to elsewhere is not replaced."""
     for split in ("train", "test"):
         with generated_store(
             tmp_path / split, 0, ["cat"], ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -1,5 +1,5 @@
-"""For all tests of the service: a small shop, a random model, a browser (Debian's chromium,
-headless).
+"""Provide fixtures for all tests of the service: a small shop, a random model, a browser (Debian's
+Chromium, headless).
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from tests.serving.made_shop import random_model, scorer_of
 
 @pytest.fixture(scope="session")
 def shop(tmp_path_factory):
-    """A generated shop of 40 products, and weights that are random but far from nothing, as a
-    Hugging Face folder.
+    """Generate a shop of 40 products, and a Hugging Face folder with random but large weights;
+    return (folder, model, store).
     """
     folder = tmp_path_factory.mktemp("serving")
     sizes = (
@@ -60,7 +60,7 @@ def scorer(shop):
     return scorer_of(model, store)
 
 
-# while it is open, nothing else can run an event loop in this thread
+# while it is open, this thread can run no other event loop
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip(
@@ -78,8 +78,8 @@ def browser():
 
 @pytest.fixture
 def visit(browser, request):
-    """visit(url, width): a page of a fresh visitor; no error may reach its console, no request may
-    leave for elsewhere.
+    """Return visit(url, width, language), which opens a page as a new visitor; assert at the end
+    that no error reached its console and no request went elsewhere.
     """
     problems = []
     contexts = []

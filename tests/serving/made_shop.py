@@ -1,4 +1,4 @@
-"""What tests of the service share beside fixtures: flags, random models, answers by brute force."""
+"""Share helpers between tests of the service: flags, random models, answers by brute force."""
 
 import shutil
 

@@ -1,6 +1,4 @@
-"""Bytes over sockets of our own, for what no client library would send; and a service beside a
-limit of descriptors.
-"""
+"""Send raw bytes over sockets, for what no client library would send, and hold many connections."""
 
 import contextlib
 import socket
@@ -17,9 +15,9 @@ def connect(url):
 
 
 def read_to_end(line, seconds=20):
-    """All that comes until the service closes.
+    """Return everything received until the service closes the connection.
 
-    AssertionError where it does not within so many seconds.
+    Raises AssertionError if it does not within `seconds`.
     """
     found = b""
     deadline = time.monotonic() + seconds
@@ -40,7 +38,7 @@ def read_to_end(line, seconds=20):
 
 
 def exchange(url, sent, seconds=20):
-    """What comes until the service closes the connection by itself."""
+    """Send bytes on a new connection; return what comes until the service closes it by itself."""
     with connect(url) as line:
         line.sendall(sent)
         return read_to_end(line, seconds)
@@ -52,7 +50,7 @@ def status_of(answer):
 
 @contextlib.contextmanager
 def held(url, count, sent=b""):
-    """So many connections that have sent this and then say nothing."""
+    """Hold `count` connections open that have sent some bytes and then stay silent."""
     lines = []
 
     try:

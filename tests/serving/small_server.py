@@ -1,6 +1,4 @@
-"""The service's server and what stands before its application, around a small application: no model
-is needed.
-"""
+"""Run the service's server and guard around a small application, so that no model is needed."""
 
 import contextlib
 import socket
@@ -17,7 +15,9 @@ from tests.launching import until
 
 @contextlib.contextmanager
 def small_server(answer, **settings):
-    """(url, crowd) of a server in a thread, with `answer(scope, receive, send)` behind it."""
+    """Run a server in a thread with the application `answer(scope, receive, send)`; yield (url,
+    crowd).
+    """
     config = ServeConfig(load="none", **settings)
     crowd = Crowd(config)
     counted = []

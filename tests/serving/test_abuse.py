@@ -1,6 +1,6 @@
-"""A service that is not asked nicely: a fuzzed schema, made-up requests, many slow clients.
+"""Test abuse of the service: a fuzzed schema, made-up requests, many slow clients.
 
-Never a 5xx but 503, never a hang.
+There must be no 5xx except 503, and no hang.
 """
 
 import socket
@@ -25,7 +25,7 @@ def service(shop, tmp_path_factory):
 
 
 def unharmed(service):
-    """It answers as before and has logged nothing that it should not."""
+    """Check that the service answers as before and has logged nothing that it should not."""
     assert len(service.search("红色", k=3)) == 3
     log = "".join(service.lines["stderr"])
     for word in ("Traceback", KEY, "passwd", "红色", "<script>"):
@@ -33,7 +33,7 @@ def unharmed(service):
 
 
 def test_made_up_requests(service):
-    """The short form of tests/campaigns/requests.py."""
+    """Run a short form of tests/campaigns/requests.py."""
     found = campaign(service.url, 1000, 7, KEY)
     assert found[200] > 20
     assert found[422] > 200
@@ -41,8 +41,8 @@ def test_made_up_requests(service):
 
 
 def test_the_schema_is_true(service, tmp_path):
-    """schemathesis: what the schema allows is answered as it says, what it forbids is refused,
-    nothing is a server error.
+    """Check with schemathesis that what the schema allows is answered as it says, that what it
+    forbids is refused, and that nothing is a server error.
     """
     pytest.importorskip(
         "schemathesis", reason="schemathesis is not installed (pip install -r requirements.txt)"
@@ -81,8 +81,8 @@ def test_the_schema_is_true(service, tmp_path):
 
 
 def test_many_slow_clients_keep_nobody_waiting(service):
-    """Two hundred connections that send their headers, or a body, a byte at a time; others are
-    answered meanwhile.
+    """Check that others are answered while two hundred connections send their headers, or a body,
+    byte by byte.
     """
     host, port = service.url.removeprefix("http://").split(":")
     lines = [socket.create_connection((host, int(port))) for _ in range(200)]

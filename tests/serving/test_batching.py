@@ -1,5 +1,5 @@
-"""The model's thread: what waits is answered together, in order, and nobody suffers for another's
-question.
+"""Test the model's thread: waiting questions are answered together, in order, and none fails due to
+another.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from megatron_interbert.serving.shop import Find, Score
 
 
 class Pretended:
-    """A shop that answers a question with its text, slowly where it is told to, and not at all to
+    """Stand in for a shop: answer a question with its text, once the gate is open, and fail for
     `poison`.
     """
 
@@ -53,7 +53,9 @@ def model(shop):
 
 
 async def held(shop, model, *questions, seconds=10.0):
-    """Ask while the thread is busy with another question; the outcomes in order."""
+    """Ask questions while the thread is busy with another; return that one's task and theirs, in
+    order.
+    """
     shop.gate.clear()
     busy = asyncio.create_task(model.ask(Find("busy", 1, 1), 10.0))
     await asyncio.to_thread(shop.entered.wait, 10)
@@ -114,7 +116,7 @@ def test_full_late_and_gone(shop, model):
             await model.ask(Find("one too many", 1, 1), 10.0)
 
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-        assert not busy.done(), "they were told in time, while another question was computed"
+        assert not busy.done(), "they were late while another question was still computed"
         gone = asyncio.create_task(model.ask(Find("gone", 1, 1), 10.0))
         await asyncio.sleep(0.05)
         gone.cancel()
@@ -147,7 +149,7 @@ def test_a_new_shop_answers_what_waits(shop, model):
         return await asyncio.gather(*tasks)
 
     (answer,) = run(ask())
-    assert (answer.result, answer.version) == ("q", "v2"), "changes of the whole come first"
+    assert (answer.result, answer.version) == ("q", "v2"), "changes of the whole shop come first"
     assert newer.batches == [["q"]]
 
 

@@ -1,5 +1,5 @@
-"""Connections that are all at work, and clients that do not read; small applications stand for the
-model.
+"""Test connections that are all at work, and clients that do not read, with small applications in
+place of the model.
 """
 
 import asyncio
@@ -30,8 +30,8 @@ async def respond(send, body):
 
 
 def test_all_at_work():
-    """Who comes then is told to come again, health checks are answered, and what is under way is
-    not ended.
+    """Check that new requests are answered 503, that health checks are answered, and that requests
+    under way are not cut off.
     """
     go_on = threading.Event()
 
@@ -60,12 +60,12 @@ def test_all_at_work():
         go_on.set()
         for line in lines:
             assert read_to_end(line).endswith(b"whole"), (
-                "then it is kept for another request, for a while"
+                "the connection was kept for another request, for a while"
             )
 
 
 def test_after_all_were_at_work_nothing_is_left_of_it():
-    """Clients that go while they are answered leave no count behind."""
+    """Check that clients that leave while they are being answered are no longer counted."""
 
     async def answer(scope, receive, send):
         await asyncio.sleep(0.2)
@@ -83,7 +83,7 @@ def test_after_all_were_at_work_nothing_is_left_of_it():
 
 
 def silent(url, sent, room=4096):
-    """A client that asks, reads nothing, and has little room for what comes."""
+    """Connect a client that sends a request, reads nothing, and has little buffer space."""
     line = socket.socket()
     line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
     line.connect(address_of(url))
@@ -131,5 +131,5 @@ def test_a_client_that_reads_slowly_but_steadily_gets_all(request_, monkeypatch)
             time.sleep(0.02)
 
         assert found > size
-        assert time.monotonic() - started > 2, "longer than a client that does not read may take"
+        assert time.monotonic() - started > 2, "longer than a client may go without reading"
         line.close()

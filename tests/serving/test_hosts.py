@@ -1,4 +1,4 @@
-"""Names that Host headers may have; what a running service answers is in test_limits.py."""
+"""Test which names Host headers may have; test_limits.py tests what a running service answers."""
 
 import socket
 import sys

@@ -1,5 +1,5 @@
-"""Vectors in FAISS against brute force; versions that are whole or not there; journals that survive
-crashes; wrong weights, damage.
+"""Test FAISS searches against brute force, versions that are whole or absent, journals that survive
+crashes, other weights and damage.
 """
 
 import json
@@ -29,7 +29,7 @@ ITEMS = [Item(f"i{n}", f"p{n}", f"title {n}", {"price": str(n)}) for n in range(
 
 
 def first_version(folder):
-    """(Journal without changes, name of a version of all ITEMS)."""
+    """Begin a journal and write a version of all ITEMS; return (place in the journal, name)."""
     mark = begin(folder)
     return mark, write_version(folder, ITEMS, vectors(), "exact", MODEL, mark)
 
@@ -64,14 +64,14 @@ def test_the_nearest_are_found_whatever_comes_and_goes(kind):
 
     everything = [len(found) for found in index.search(asked, 1000)]
     assert min(everything) >= (len(there) if kind == "exact" else 0.95 * len(there)), (
-        "a graph may not lead everywhere"
+        "some vectors of a graph may be out of reach"
     )
     assert max(everything) <= len(there)
     assert [len(found) for found in VectorIndex(16, kind).search(asked, 3)] == [0] * 5
 
 
 def test_a_version_comes_back_as_it_was_written(tmp_path):
-    """Whatever stands in titles: also the characters that some readers take for ends of lines."""
+    """Check titles with characters that some readers take for line ends, too."""
     odd = [*ITEMS, Item("odd", "p", "红\u2028色\u2029连\x85衣\x0b裙\r\n", {"a\u2028": "\x1c"})]
     name = write_version(tmp_path, odd, vectors(51), "exact", MODEL, NO_CHANGE)
     version = served_version(tmp_path)
@@ -108,11 +108,11 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"vectors\.faiss: sha256 differs"):
         served_version(tmp_path).vectors()
 
-    assert served_version(tmp_path).items() == ITEMS, "what is whole can still be built from"
+    assert served_version(tmp_path).items() == ITEMS, "what is sound can still be built from"
 
 
 def test_only_versions_are_pruned(tmp_path):
-    """An index may lie in a run's folder, and a build may be under way."""
+    """Check this because an index may be in a run's folder, and a build may be under way."""
     for name in ("global_step100", ".0123456789ab.new", "abcdefabcdef"):
         (tmp_path / name).mkdir()
 
@@ -130,7 +130,7 @@ def test_only_versions_are_pruned(tmp_path):
 
 @pytest.mark.parametrize("cut", range(1, 30, 4))
 def test_a_journal_that_was_cut_keeps_what_was_promised(tmp_path, cut):
-    """A crash in the middle of a line: that change was promised to nobody, those before it and
+    """Check a crash in the middle of a line: that change was never confirmed; those before it and
     after the restart are kept.
     """
     mark, _ = first_version(tmp_path)
@@ -158,7 +158,7 @@ def kinds(folder, mark):
 
 
 def test_what_cannot_be_written_does_not_stay(tmp_path, monkeypatch):
-    """A disk that is full in the middle of a line, and one that fails when it is flushed."""
+    """Check a disk that fills up in the middle of a line, and one that fails to flush."""
     mark, _ = first_version(tmp_path)
     journal = writer(tmp_path)
     write = os.write
@@ -185,7 +185,7 @@ def test_what_cannot_be_written_does_not_stay(tmp_path, monkeypatch):
 
 
 def test_one_process_writes(tmp_path):
-    """Whatever version it is at, and whether or not anything was written."""
+    """Check that a second writer is refused even before anything was written."""
     journal = Journal(tmp_path)
     first_version(tmp_path)
     with pytest.raises(UsageError, match="another service with a key writes to this index"):
@@ -200,8 +200,8 @@ def put(number):
 
 
 def test_no_change_is_lost_whichever_version_is_served(tmp_path):
-    """Changes come while versions are built of one another, overlapping; some are never served,
-    older ones are pruned, the journal is trimmed.
+    """Check this with changes made while versions are built from one another, overlapping, with
+    older ones removed and the journal trimmed.
     """
 
     def build(version):
@@ -230,7 +230,7 @@ def test_no_change_is_lost_whichever_version_is_served(tmp_path):
     journal.trim(min(beside.mark.place, third.mark.place))
     assert (tmp_path / JOURNAL).stat().st_size < size
     journal.write(put(4))
-    journal.trim(0)  # less than was trimmed before: nothing to do
+    journal.trim(0)  # less than was already trimmed: nothing to do
     journal.close()
     journal = writer(tmp_path)
     journal.write(put(5))
@@ -250,7 +250,7 @@ def test_no_change_is_lost_whichever_version_is_served(tmp_path):
     journal.close()
     assert there(everything) == expected | {"n6"}
     kept = (tmp_path / JOURNAL).read_bytes()
-    (tmp_path / JOURNAL).unlink()  # a copy of a version alone: changes may be missing
+    (tmp_path / JOURNAL).unlink()  # a version copied without its journal: changes may be missing
     with pytest.raises(UsageError, match=r"journal\.jsonl: missing, and with it the changes"):
         there(everything)
 

@@ -1,6 +1,6 @@
-"""A journal whose file, lock or folder somebody changes while it is written.
+"""Test a journal whose file, lock or folder is changed by others while it is being written.
 
-What was confirmed stays, or further changes are refused.
+Confirmed changes stay, or further changes are refused.
 """
 
 import logging
@@ -39,7 +39,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def journal(folder):
-    """A journal with two changes, open."""
+    """Open a journal with two changes."""
     found = opened(folder)
     change(found, "i1")
     change(found, "i2")
@@ -54,7 +54,7 @@ def opened(folder):
 
 
 def refused_to_open(folder):
-    """What the error says."""
+    """Assert that opening the journal raises UsageError; return its text."""
     found = Journal(folder)
     with pytest.raises(UsageError) as told:
         found.open()
@@ -72,14 +72,16 @@ def removed(folder):
 
 
 def refused(journal, why):
-    """A change that is not kept, and tells nothing of how the folder is held."""
+    """Assert that a change is refused, with an error that does not show the descriptor's path."""
     with pytest.raises(NotKept, match=why) as told:
         change(journal, "refused")
     assert "/proc/" not in str(told.value)
 
 
 def test_a_lock_that_was_removed_lets_nobody_write_beside(folder, journal):
-    """Who has the lock writes; the other one refuses, and takes nothing away that was confirmed."""
+    """Check that only the holder of the lock writes; the other refuses, and loses nothing that was
+    confirmed.
+    """
     (folder / WRITING).unlink()
     second = opened(folder)
     for number in range(3):
@@ -88,7 +90,7 @@ def test_a_lock_that_was_removed_lets_nobody_write_beside(folder, journal):
 
     assert removed(folder) == ["i1", "i2", "second0", "second1", "second2"]
 
-    second.close()  # its lock is free again, its changes are not ours
+    second.close()  # its lock is free again, but its changes are not ours
     refused(journal, "holds something other than the changes confirmed")
     journal.close()
     assert removed(folder) == ["i1", "i2", "second0", "second1", "second2"]
@@ -109,7 +111,9 @@ def test_a_lock_that_nobody_else_took_is_taken_again(folder, journal, how):
 
 @pytest.mark.parametrize("size", [0, 1, 120, -1])
 def test_a_journal_that_is_cut_in_place_comes_back_whole(folder, journal, size, caplog):
-    """As logrotate's copytruncate does it: with the next change, or when the service ends."""
+    """Check a cut such as logrotate's copytruncate makes: the next change restores the file, and so
+    does the end of the service.
+    """
     whole = (folder / JOURNAL).read_bytes()
     size = size % len(whole)
     os.truncate(folder / JOURNAL, size)
@@ -125,7 +129,9 @@ def test_a_journal_that_is_cut_in_place_comes_back_whole(folder, journal, size, 
 
 @pytest.mark.parametrize("other", [b"\n", b"something else\n" * 50, "zeros"])
 def test_a_journal_that_is_overwritten_in_place_takes_no_change(folder, journal, other):
-    """Also by as many bytes; what was confirmed comes back when that file is moved away."""
+    """Check this also for as many bytes; confirmed changes come back once that file is moved
+    away.
+    """
     size = (folder / JOURNAL).stat().st_size
     with open(folder / JOURNAL, "r+b") as file:
         file.truncate(0)
@@ -134,7 +140,7 @@ def test_a_journal_that_is_overwritten_in_place_takes_no_change(folder, journal,
     os.utime(folder / JOURNAL)
     there = (folder / JOURNAL).read_bytes()
     for _ in range(2):
-        refused(journal, "start this service again to use that file, or move it away")
+        refused(journal, "start the service again to use that file, or move it away")
 
     assert (folder / JOURNAL).read_bytes() == there
 
@@ -144,7 +150,9 @@ def test_a_journal_that_is_overwritten_in_place_takes_no_change(folder, journal,
 
 
 def test_what_a_failed_write_has_left_is_taken_back_and_nothing_else(folder, journal, monkeypatch):
-    """A torn line that the disk did not take back goes with the next change; others' lines stay."""
+    """Check that a torn line that could not be removed is removed before the next change; lines of
+    others stay.
+    """
 
     def fail(*_):
         raise OSError(28, "No space left on device")
@@ -160,12 +168,12 @@ def test_what_a_failed_write_has_left_is_taken_back_and_nothing_else(folder, jou
     with open(folder / JOURNAL, "ab") as file:
         file.write(b"a line of others\n")
 
-    refused(journal, "holds something else")
+    refused(journal, "holds something other")
     assert (folder / JOURNAL).read_bytes().endswith(b"a line of others\n")
 
 
 def test_another_folder_in_the_place_of_ours_takes_no_change(folder, journal):
-    """A backup that is put there; a folder that was renamed, with nothing in its place, is ours."""
+    """Check a backup put in its place; a renamed folder with nothing in its place is still ours."""
     backup = folder.with_name("backup")
     moved = folder.with_name("moved")
     shutil.copytree(folder, backup, symlinks=True)
@@ -181,7 +189,7 @@ def test_another_folder_in_the_place_of_ours_takes_no_change(folder, journal):
 
 
 def test_errors_name_the_folder_as_it_was_given(folder, monkeypatch):
-    """Not by the descriptor that holds it; relative where it was so."""
+    """Check that the path is not that of the descriptor, and is relative if it was given so."""
     journal = opened(folder)
     change(journal, "i1")
     journal.close()
@@ -197,7 +205,9 @@ def test_errors_name_the_folder_as_it_was_given(folder, monkeypatch):
 
 
 def test_a_lost_end_is_known(folder, journal):
-    """Missing, empty, of another journal; a journal without changes needs none."""
+    """Check a journal.end that is missing, empty or of another journal; a journal without changes
+    needs none.
+    """
     assert end_is_known(folder)
     for text in ("", "{}", '{"journal": "x", "place": 1, "sum": ""}'):
         (folder / END).write_text(text)
@@ -205,7 +215,7 @@ def test_a_lost_end_is_known(folder, journal):
 
     (folder / END).unlink()
     assert not end_is_known(folder)
-    change(journal, "i3")  # it is written anew
+    change(journal, "i3")  # which writes journal.end again
     assert end_is_known(folder)
 
     begin(folder)
@@ -216,7 +226,7 @@ def test_a_lost_end_is_known(folder, journal):
 @pytest.mark.parametrize("name", [JOURNAL, END])
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
 def test_no_link_is_read_in_the_place_of_our_files(folder, tmp_path, name, kind):
-    """Refused by name, and nothing of what it leads to is told."""
+    """Check that it is refused by name, without quoting what it leads to."""
     secret = tmp_path / "secret"
     secret.write_text("root:x:0:0")
     (folder / END).touch()
@@ -239,7 +249,7 @@ def test_no_link_is_read_in_the_place_of_our_files(folder, tmp_path, name, kind)
 
 
 def test_a_file_of_others_is_not_told(folder):
-    """A hard link, or a file copied over ours."""
+    """Check this because a hard link, or a file copied over ours, may hold secrets."""
     (folder / JOURNAL).write_text("root:x:0:0\nsecret")
     with pytest.raises(
         UsageError, match="its first line is damaged or missing; restore the file"
@@ -252,9 +262,7 @@ def test_a_file_of_others_is_not_told(folder):
 @pytest.mark.parametrize("damage", ["vectors.faiss", "items.jsonl", "manifest.json"])
 @pytest.mark.parametrize("kind", ["damaged", "missing"])
 def test_the_only_version_that_is_damaged_names_the_ways_out(folder, damage, kind):
-    """All of them where it is to be served, those that are left where a new one is to be made of
-    it.
-    """
+    """Check that serving it names all ways out, and building from it those that are left."""
     file = served_version(folder).path / damage
 
     if kind == "missing":
@@ -271,7 +279,7 @@ def test_the_only_version_that_is_damaged_names_the_ways_out(folder, damage, kin
     with pytest.raises(UsageError, match=f"{file}: .*; {ways_out}"):
         serve()
 
-    if damage != "vectors.faiss":  # which nobody needs to make a new version
+    if damage != "vectors.faiss":  # which a new version does not need
         ways_out = "restore it from a backup, or begin anew from your items"
         with pytest.raises(
             UsageError, match=f"{file}: .* no version before it is whole; {ways_out}"

@@ -1,5 +1,5 @@
-"""What one client may take from the others: connections, time, the log; and requests that two
-readers read in two ways.
+"""Test the limits on what one client may take from the others: connections, time, the log; and
+ambiguous requests.
 """
 
 import concurrent.futures
@@ -30,7 +30,7 @@ GET = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n"
 
 @pytest.fixture(scope="module")
 def service(shop, tmp_path_factory):
-    """256 descriptors, short times."""
+    """Run a service with 256 descriptors and short time limits."""
     times = ("--header-timeout", 2, "--keep-alive-timeout", 1, "--body-seconds", 4)
     index = tmp_path_factory.mktemp("index") / "index"
     with Service(*flags(shop, index, *times), files=256) as running:
@@ -49,7 +49,7 @@ def figure(service, name):
 
 
 def answers(service):
-    """A client that does as it should is answered, and so are health checks."""
+    """Check that a well-behaved client is answered soon, and so are health checks."""
     started = time.monotonic()
     for _ in range(3):
         assert len(service.search("红色", k=3)) == 3
@@ -86,7 +86,7 @@ def test_five_hundred_that_wait_keep_nobody_out(service, sent):
 
 
 def test_connections_come_and_go_and_none_is_kept(service):
-    """Two thousand in a row, closed by the client at once or left to the service."""
+    """Check two thousand connections in a row, silent or with half a request."""
     for _ in range(4):
         with held(service.url, 250):
             pass
@@ -98,7 +98,7 @@ def test_connections_come_and_go_and_none_is_kept(service):
 
 
 def dripped(service, before, pieces, pause=0.2):
-    """(what came, seconds until the service closed) where pieces are sent one by one."""
+    """Send pieces one by one; return (what came, seconds until the service closed)."""
     with connect(service.url) as line:
         line.sendall(before)
         started = time.monotonic()
@@ -122,7 +122,7 @@ def dripped(service, before, pieces, pause=0.2):
 
 
 def test_headers_that_never_end(service):
-    """A byte at a time; a whole header at a time; a byte at a time in the second request of a
+    """Check headers sent byte by byte, line by line, and byte by byte in the second request of a
     connection.
     """
     header = [b"x-%d: y\r\n" % number for number in range(100)]
@@ -136,7 +136,7 @@ def test_headers_that_never_end(service):
 
 
 def test_connections_that_say_nothing_end(service):
-    """None of them is told anything: a browser keeps such connections for later."""
+    """Check that they are closed without an error: browsers keep such connections for later."""
     for sent, expected in ((b"", b""), (GET + b"\r\n", b"HTTP/1.1 200 OK")):
         started = time.monotonic()
         found = exchange(service.url, sent, 10)
@@ -145,7 +145,7 @@ def test_connections_that_say_nothing_end(service):
 
 
 def test_a_body_that_is_left_unread_has_its_time_too(service):
-    """404 comes before the body does; what follows is not waited for without end."""
+    """Check that the 404 comes before the body, which is not awaited forever."""
     found, took = dripped(
         service,
         b"POST /nothing HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n",
@@ -199,7 +199,7 @@ SMUGGLED = b"GET /topics HTTP/1.1\r\nhost: localhost\r\n\r\n"
     ],
 )
 def test_requests_that_can_be_read_in_two_ways(service, sent, status, error):
-    """One answer, whatever follows, and the connection is closed."""
+    """Check that there is one answer, whatever follows, and that the connection is closed."""
     found = exchange(service.url, sent, 1.9)
     assert status_of(found) == status, found
     assert found.count(b"HTTP/1.1 ") == 1, found
@@ -223,7 +223,7 @@ def test_nor_in_a_later_request_of_a_connection(service):
 
 
 def test_line_feeds_and_lengths_where_they_may_be(service):
-    """A body of many lines, in pieces; chunks; a request that comes a byte at a time."""
+    """Check a body of many lines, whole and in pieces, chunks, and a request sent byte by byte."""
     body = b'{\n"query":\n\n"\xe7\xba\xa2",\n\r\n"k": 3\n}\n'
     whole = HEAD + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body
     chunks = (
@@ -301,8 +301,7 @@ def test_hosts_that_are_not(service, host, path):
     found = exchange(service.url, sent.encode("latin-1"), 1.9)
     assert status_of(found) == 400
     assert (
-        b'{"error":"Host: not a name of this service; start it with --allowed-hosts NAME"}'
-        in found
+        b'{"error":"Host: not a name of this service; start it with --allowed-hosts NAME"}' in found
     )
     assert b"evil" not in found
 
@@ -395,8 +394,8 @@ def test_ids_of_any_length_and_any_characters(service, route):
 
 
 def test_no_more_descriptors_than_now_fill_no_log(service):
-    """The process's limit falls while it serves: a line, not megabytes; when there are descriptors
-    again, all is as before.
+    """Check that if the process's limit falls while it serves, the log has few lines, not
+    megabytes, and that once there are descriptors again all is as before.
     """
     process = service.process.pid
     soft, hard = resource.prlimit(process, resource.RLIMIT_NOFILE)
@@ -419,8 +418,8 @@ def test_no_more_descriptors_than_now_fill_no_log(service):
 
 
 def test_lines_of_requests_are_counted_when_they_are_too_many(service):
-    """1,500 requests in a second or two: each has its line, or is in a line that says how many
-    there were.
+    """Check that each of 1,500 requests within a second or two has its line, or is counted in
+    one.
     """
     time.sleep(1.1)
     before = len(log_of(service))
@@ -444,7 +443,9 @@ def test_lines_of_requests_are_counted_when_they_are_too_many(service):
 
 
 def test_limits_that_cannot_be_kept_are_refused(shop, tmp_path):
-    """Where the number was given, or next to nothing is left; the line says what to do."""
+    """Check this if the number was given, or too few connections are left; the error says what to
+    do.
+    """
     command = (
         sys.executable,
         "-m",
@@ -466,7 +467,7 @@ def test_limits_that_cannot_be_kept_are_refused(shop, tmp_path):
 
 
 def rename_images(store, names):
-    """The first images of a store of one shard."""
+    """Rename the first images of a store with one shard."""
     path = store / "shard-00000.h5"
     manifest = json.loads((store / "manifest.json").read_text())
     with h5py.File(path, "r+") as shard:
@@ -479,7 +480,9 @@ def rename_images(store, names):
 
 
 def test_pictures_whose_ids_no_file_can_have(shop, tmp_path):
-    """Stores may hold longer ids than clients may give: a drawing then, never a server error."""
+    """Check ids that are longer than clients may give: the answer is a drawing, not a server
+    error.
+    """
     store = tmp_path / "store"
     photos = tmp_path / "photos"
     shutil.copytree(shop[2], store)

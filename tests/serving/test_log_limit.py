@@ -1,4 +1,4 @@
-"""The log's limit: what is written, what is counted, and that nothing is lost in silence."""
+"""Test the limit on the log: what is written, what is counted, and that nothing goes missing."""
 
 import io
 import logging
@@ -20,8 +20,8 @@ from tests.launching import until
 
 @pytest.fixture
 def written():
-    """(logger, text()) of a handler of its own; a logger `tests.busy` may say 50 lines in half a
-    second.
+    """Yield (logger, function that returns its text), with its own handler, by which the logger
+    `tests.busy` may write 50 lines in half a second.
     """
     handler = LimitedHandler({"tests.busy": Allowance(50, 0.5)})
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -41,7 +41,7 @@ def say(logger, count, text="said %d"):
 
 
 def told(text):
-    """How many records are told of, written or counted."""
+    """Return how many records a text accounts for, written or counted."""
     counts = [
         int(found) for found in re.findall(r"^\.\.\. (\d+) more like this in", text, re.MULTILINE)
     ]
@@ -55,7 +55,7 @@ def test_as_many_as_are_allowed_are_written_as_they_are(written):
 
 
 def test_what_is_beyond_is_counted(written):
-    """At the end of the interval, though nothing more is said then."""
+    """Check that the line comes at the end of the interval even if no further record comes."""
     busy = logging.getLogger("tests.busy")
     text = written[1]
     say(busy, 1000)
@@ -110,9 +110,8 @@ def broken(number):
 
 
 def test_tracebacks_of_one_place_are_few(written):
-    """Whatever their messages are.
-
-    Another error, and the same one raised elsewhere, are written.
+    """Check this whatever their messages are; another error, and the same one raised elsewhere, are
+    written.
     """
     logger, text = written
 

@@ -1,4 +1,4 @@
-"""Changes that were confirmed are there whatever happens to an index's folder, or the index is
+"""Test that confirmed changes survive whatever happens to an index's folder, or else the index is
 refused by name.
 """
 
@@ -53,7 +53,7 @@ def write(folder, mark, items=ITEMS):
 
 @pytest.fixture
 def index(tmp_path):
-    """An index with two versions and, after the second, two changes: i3 is gone, new has come."""
+    """Make an index with two versions and, after the second, two changes: i3 removed, new added."""
     folder = tmp_path / "index"
     folder.mkdir()
     mark = begin(folder)
@@ -77,8 +77,8 @@ def there(folder):
 
 @pytest.mark.parametrize("link", ["missing", "dangling", "a copy without links"])
 def test_changes_survive_without_the_link(index, link):
-    """A backup that keeps no links, one that lacks the version that was served, one that has it as
-    a folder.
+    """Check a backup that does not keep links, one that lacks the served version, and one with a
+    folder in place of the link.
     """
     newest = (index / CURRENT).resolve().name
     (index / CURRENT).unlink()
@@ -92,8 +92,8 @@ def test_changes_survive_without_the_link(index, link):
 
 
 def test_a_version_that_is_damaged_stands_for_nothing(index):
-    """Without the link the newest whole version is found; without any, the index is refused, and so
-    is a journal alone.
+    """Check that without the link the newest whole version is found; if there is none, the index is
+    refused, and so is a journal alone.
     """
     older, newest = sorted(version_names(index), key=lambda name: Version(index / name).number)
     (index / CURRENT).unlink()
@@ -125,8 +125,8 @@ def test_our_link_names_a_sibling_only(index, target):
 
 
 def test_no_clock_decides_what_is_pruned(index):
-    """Folders of the future, as a machine leaves them whose clock was ahead; and what is damaged
-    pushes nothing out.
+    """Check versions with times in the future, as from a machine whose clock was ahead, and that
+    damaged versions do not push out sound ones.
     """
     for name in version_names(index):
         os.utime(index / name, (4e9, 4e9))
@@ -159,7 +159,7 @@ def test_a_journal_that_is_not_the_one_is_refused(index, tmp_path, damage):
     served = served_version(index)
     write(
         index, served.items_now()[1]
-    )  # it has both changes in it: an older copy of the journal does not reach it
+    )  # it holds both changes, so an older copy of the journal does not reach it
     file.unlink()
     if damage == "empty":
         file.touch()
@@ -178,8 +178,8 @@ def test_a_journal_that_is_not_the_one_is_refused(index, tmp_path, damage):
 
 
 def test_a_place_that_was_moved_and_a_letter_that_was_altered_are_named(index):
-    """In a version's manifest, in a title, in the journal's first line; a line left out, two
-    exchanged.
+    """Check changes to a version's manifest, a title and the journal's first line, a missing line,
+    two swapped lines and inserted ones.
     """
     served = served_version(index)
     facts = json.loads((served.path / FACTS).read_text())
@@ -208,14 +208,14 @@ def test_a_place_that_was_moved_and_a_letter_that_was_altered_are_named(index):
         with pytest.raises(UsageError, match=r"journal\.jsonl: "):
             there(index)
 
-    file.write_bytes(whole[:-1])  # the end of the last line alone is no loss
+    file.write_bytes(whole[:-1])  # without the last newline nothing is lost
     assert there(index) == EXPECTED
     file.write_bytes(whole[:-1] + b"\x0b")
     assert there(index) == EXPECTED
 
 
 def test_a_journal_that_is_deleted_while_it_is_written_comes_back(index):
-    """With all that it held; another file in its place takes no change."""
+    """Check that it comes back whole; another file in its place takes no changes."""
     mark = served_version(index).mark
     journal = Journal(index)
     journal.open()
@@ -245,7 +245,7 @@ def test_a_journal_that_is_deleted_while_it_is_written_comes_back(index):
 
 
 def test_readers_and_a_writer_at_the_same_time(index):
-    """A healthy journal is never called cut, however fast changes are confirmed."""
+    """Check that a sound journal is never reported as cut, however fast changes are confirmed."""
     mark = served_version(index).mark
     child = os.fork()
     if not child:
@@ -268,8 +268,8 @@ def test_readers_and_a_writer_at_the_same_time(index):
 
 
 def test_failures_in_a_row_confirm_nothing_into_a_broken_journal(index, monkeypatch):
-    """A change that cannot be flushed nor taken back, then the file is deleted: what is confirmed
-    afterwards is there, and no more.
+    """Check a change that can neither be flushed nor undone, after which the file is deleted: what
+    is confirmed later is there, and nothing else.
     """
     journal = Journal(index)
     journal.open()
@@ -311,8 +311,8 @@ def journal_changes(folder):
 
 
 def test_what_cannot_be_read_is_not_given_up(index):
-    """A manifest and a journal that another user owns: nothing is begun anew, whatever the
-    flags.
+    """Check that nothing is begun anew if a manifest or a journal belongs to another user, whatever
+    the flags.
     """
     served = served_version(index)
 
@@ -350,7 +350,7 @@ def test_what_cannot_be_read_is_not_given_up(index):
 
 
 def test_a_damaged_version_is_made_anew_from_the_one_before(index):
-    """With all changes, also those that are in the damaged one."""
+    """Check that all changes are included, even those that the damaged version held."""
     served = served_version(index)
 
     for name in ("items.jsonl", FACTS):
@@ -364,8 +364,8 @@ def test_a_damaged_version_is_made_anew_from_the_one_before(index):
 
 
 def old_index(folder, lines, trimmed=0, places=(0,)):
-    """An index as an earlier version of this package has left it: places are bytes, lines have no
-    sums.
+    """Make an index as an earlier version of this package left it: places are bytes, and lines have
+    no sums.
     """
     for place in places:
         made = folder / write(folder, begin(folder))
@@ -380,8 +380,8 @@ def old_index(folder, lines, trimmed=0, places=(0,)):
 
 
 def test_an_index_of_an_earlier_version_keeps_its_changes(tmp_path):
-    """Read as it stands; renewed by who writes; a version that its journal does not reach is
-    refused.
+    """Check that it is read as it is and converted by the process that writes; a version that its
+    journal does not reach is refused.
     """
     changes = [{"remove": "i3"}, {"put": Item("new", "p1", "一件").record()}]
     second = len(json.dumps(changes[0])) + 1
@@ -414,7 +414,7 @@ def test_an_index_of_an_earlier_version_keeps_its_changes(tmp_path):
 
 
 def mutated(data, draw):
-    """Bytes with a few of them altered, cut, repeated or exchanged."""
+    """Return bytes with a few of them altered, cut, repeated or replaced."""
     data = bytearray(data)
 
     for _ in range(draw.randint(1, 3)):
@@ -439,8 +439,8 @@ def mutated(data, draw):
 
 
 def test_mutated_journals_and_manifests_are_refused_by_name_or_lose_nothing(index):
-    """1,500 of them: never a traceback, and where the index is accepted all confirmed changes are
-    in it.
+    """Check 1,500 of them: there is never a traceback, and an index that is accepted holds all
+    confirmed changes.
     """
     draw = random.Random(0)
     refused = 0
@@ -467,8 +467,8 @@ def test_mutated_journals_and_manifests_are_refused_by_name_or_lose_nothing(inde
 
 
 def test_a_service_keeps_what_it_has_confirmed(shop, tmp_path):
-    """Through a lost link, a deleted journal, a journal in whose place something else lies;
-    --rebuild begins anew.
+    """Check this through a lost link, a deleted journal and another file in its place; --rebuild
+    begins anew.
     """
     index = tmp_path / "index"
     body = {"image_id": "test-000001", "title": "红色"}
@@ -494,13 +494,13 @@ def test_a_service_keeps_what_it_has_confirmed(shop, tmp_path):
     with Service(*flags(shop, index)) as service:
         told = "".join(service.lines["stderr"])
         assert told.count("names no version; the newest whole one is") == 1
-        assert told.count("journal.end: missing or cut; whether the last changes") == 1
+        assert told.count("journal.end: missing or cut; cannot check whether") == 1
         statuses = [
             service.call("GET", f"/items/{name}")[0] for name in ("new-1", "new-2", "test-000005")
         ]
         assert statuses == [200, 200, 404]
 
-    assert (index / CURRENT).is_symlink(), "it is put back by who writes"
+    assert (index / CURRENT).is_symlink(), "restored by the process that writes"
 
     (index / JOURNAL).unlink()
     from tests.launching import launch

@@ -1,4 +1,4 @@
-"""The page in a real browser: search, open a product, switch language, a topic, an error, keyboard,
+"""Test the page in a real browser: search, opening a product, languages, topics, errors, keyboard,
 phone.
 """
 
@@ -46,7 +46,7 @@ def test_a_search_and_a_product(visit, url, width):
     page.wait_for_selector("dialog[open] rect", state="attached")
     assert (
         page.locator("#product img").bounding_box() == page.locator("#product svg").bounding_box()
-    ), "boxes lie on the picture"
+    ), "boxes are on the picture"
     assert page.inner_text("dialog h2") == title
     assert "匹配分" in page.inner_text("dialog .score")
     inside = (
@@ -68,7 +68,7 @@ def test_both_languages(visit, url):
     page.wait_for_selector("#results li")
     assert "24 products" in page.inner_text("#status")
     page.reload()
-    assert page.title() == "Product search", "it is remembered"
+    assert page.title() == "Product search", "the language is remembered"
     page.click("#language")
     assert page.inner_text("form[role=search] button") == "搜索"
     assert visit(url, language="en-GB").title() == "Product search"
@@ -119,7 +119,7 @@ def test_titles_are_text_and_never_markup(visit, shop, tmp_path):
         assert page.locator("#product dt").all_inner_texts()[1:] == ["<i>"]
         assert page.locator("#product dd").all_inner_texts()[1:] == ["</dd><script>"]
         assert not page.locator("#product :is(i, b, script)").count()
-        page.close()  # before the service ends: pictures are fetched as they come into view
+        page.close()  # before the service ends, because pictures load as they come into view
 
 
 def test_a_protected_service_asks_for_the_key(visit, shop, tmp_path, request):

@@ -1,5 +1,5 @@
-"""Twenty real images and their Chinese captions: a small model that has learnt them by heart finds
-each, with its photo, in the page.
+"""Test twenty real images and their Chinese captions: a small model that has memorised them finds
+each, and the page shows its photo.
 """
 
 import dataclasses
@@ -110,7 +110,7 @@ def test_twenty_real_images_find_their_captions(tmp_path, request):
     ]
     assert metrics["R@1"] > 95
     assert metrics["two_stage_R@1"] > 90
-    visit = request.getfixturevalue("visit")  # where there is no browser, the rest is skipped
+    visit = request.getfixturevalue("visit")  # without a browser the rest is skipped
     serving = (
         "--load",
         tmp_path / "run",

@@ -1,6 +1,5 @@
-"""Changes that are refused are made nowhere, or the answer says where.
-
-Addresses that are not had.
+"""Test that refused changes are made nowhere, or the answer says where; and that the service names
+an address that it cannot use.
 """
 
 import asyncio
@@ -23,7 +22,7 @@ from megatron_interbert.serving.start import Opened
 
 
 class Model:
-    """A model's thread with a journal and nothing else."""
+    """Stand in for a model's thread, with a journal and nothing else."""
 
     def __init__(self, folder):
         folder.mkdir()
@@ -71,7 +70,9 @@ def test_a_change_that_one_model_cannot_keep_is_made_in_none(models):
 
 @pytest.mark.parametrize("error", [NotKept("a full disk"), HTTPException(429, "too many")])
 def test_a_change_that_was_made_in_part_says_so(models, error):
-    """The first model has it, then the disk is full, or too many wait; sent again it is made."""
+    """Check a change that the first model has made when the disk is full, or too many wait; sent
+    again it is made.
+    """
 
     def fails_late(model):
         if model is models[1]:
@@ -103,7 +104,7 @@ def test_an_item_without_a_finite_vector_is_not_kept(models):
 
 
 def test_a_build_without_finite_vectors_leaves_the_folder_as_it_was(tmp_path):
-    """Also where a new journal would take the place of one that cannot be used."""
+    """Check this even if a new journal would replace one that cannot be used."""
     (tmp_path / JOURNAL).write_text("not ours")
     opened = Opened.__new__(Opened)
     opened.folder = tmp_path

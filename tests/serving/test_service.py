@@ -1,5 +1,5 @@
-"""The service as users start it: answers against brute force, changes and new versions under load,
-wrong input, keys, drain.
+"""Test the service as users start it: answers against brute force, changes of items, wrong input,
+keys, full queues, shutdown.
 """
 
 import concurrent.futures
@@ -154,7 +154,7 @@ def test_what_it_says_of_itself(service):
     assert b"interbert_items" in text
     status, page, headers = service.call("GET", "/")
     assert status == 200
-    assert b"http" not in page.replace(b"http-equiv", b""), "nothing from outside"
+    assert b"http" not in page.replace(b"http-equiv", b""), "nothing from other sites"
     assert "default-src 'self'" in headers["content-security-policy"]
     schema = service.call("GET", "/openapi.json")[1]
     assert {
@@ -188,8 +188,8 @@ def test_slow_bodies_end(shop, tmp_path):
 
 
 def test_a_full_queue_and_deadlines(shop, tmp_path):
-    """Many at once: every one is answered, with 200, 429 or (past its deadline) 503, and afterwards
-    all is as before.
+    """Check that many simultaneous requests are all answered, with 200, 429 or (past the deadline)
+    503, and that afterwards all is as before.
     """
     more = ("--queue-size", 4, "--pairs-at-once", 40, "--deadline", 0.05)
 
@@ -206,9 +206,7 @@ def test_a_full_queue_and_deadlines(shop, tmp_path):
 
 
 def test_it_drains(shop, tmp_path):
-    """What is under way when SIGTERM comes is answered: every question, while most of them still
-    wait.
-    """
+    """Check that every question under way at SIGTERM is answered, while most of them still wait."""
     more = ("--batch-pairs", 1, "--deadline", 60)
 
     with (
@@ -225,7 +223,7 @@ def test_it_drains(shop, tmp_path):
                     line for line in text.splitlines() if line.startswith("interbert_waiting ")
                 ).split()[1]
             )
-            # one may be answered just now
+            # up to two may be neither in the queue nor done
             return waiting > 10 and waiting + sum(answer.done() for answer in asked) >= 98
 
         until(accepted, "all questions in the queue or answered")
@@ -235,7 +233,7 @@ def test_it_drains(shop, tmp_path):
 
 
 def test_connections_that_ask_nothing_do_not_hold_it_up(shop, tmp_path):
-    """Also those that come in the moment in which it is told to end."""
+    """Check connections that come at the moment when the service is told to end, too."""
     with Service(*flags(shop, tmp_path / "index")) as service:
         host, port = service.url.removeprefix("http://").split(":")
         stop = threading.Event()
@@ -283,7 +281,7 @@ def test_wrong_use_is_one_line(shop, tmp_path):
         ('{"item_id": "a", "title": "x"}', "line 1: image a is not in"),
         (
             '{"item_id": "test-000001", "title": "x"}\n' * 2,
-            "line 2: item test-000001 stands there twice",
+            "line 2: item test-000001 occurs twice",
         ),
         (
             '{"item_id": "", "image_id": "test-000001", "title": "x"}',
@@ -313,7 +311,7 @@ def test_wrong_use_is_one_line(shop, tmp_path):
         assert service.call("GET", "/healthz")[0] == service.call("HEAD", "/readyz")[0] == 200
         raw = {"authorization": KEY}
         assert service.call("POST", "/search", {"query": "红色"}, headers=raw)[0] == 401, (
-            "not without its scheme"
+            "the scheme is required"
         )
 
     with Service(*known, key="") as service:
@@ -321,8 +319,8 @@ def test_wrong_use_is_one_line(shop, tmp_path):
 
 
 def test_a_client_that_goes_is_not_computed_for(shop, tmp_path):
-    """Many ask and close their connection at once; their questions leave the queue, and others are
-    answered.
+    """Check that the questions of many clients that ask and leave are dropped from the queue, and
+    others are answered.
     """
     with Service(*flags(shop, tmp_path / "index", "--batch-pairs", 40)) as service:
         host, port = service.url.removeprefix("http://").split(":")

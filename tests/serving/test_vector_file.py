@@ -1,5 +1,5 @@
-"""Files of vectors are read as we write them and as nothing else: FAISS's own reader opens what a
-file names.
+"""Test that files of vectors are read only in the format that we write, because FAISS's own reader
+opens other files that they name.
 """
 
 import io
@@ -50,8 +50,8 @@ def read(data, kind):
 @pytest.mark.parametrize("kind", ["exact", "hnsw"])
 @pytest.mark.parametrize("count", [0, 1, COUNT])
 def test_what_faiss_has_written_is_read_as_it_was(kind, count):
-    """The same answers, the same bytes when it is written again, and new vectors find their
-    place.
+    """Check that it gives the same answers, that it is written again as the same bytes, and that
+    new vectors can be added.
     """
     before, data = written(kind, count)
     after = read(data, kind)
@@ -69,7 +69,7 @@ def test_what_faiss_has_written_is_read_as_it_was(kind, count):
 
 @pytest.mark.parametrize("kind", ["exact", "hnsw"])
 def test_a_mutated_file_is_refused_or_can_be_searched(kind):
-    """No length, level or neighbour leads FAISS out of its memory."""
+    """Check that no length, level or neighbour leads FAISS outside its memory."""
     draw = random.Random(0)
     refused = 0
     _, data = written(kind, 60)
@@ -95,7 +95,7 @@ def test_a_mutated_file_is_refused_or_can_be_searched(kind):
 
 
 def version_with(folder, data):
-    """A version whose file of vectors is another one, sealed by who can write there."""
+    """Write a version whose file of vectors was replaced, and its manifest sealed to match."""
     version = Version(folder / write_version(folder, ITEMS, vectors(), "exact", {}, begin(folder)))
     (version.path / VECTORS).write_bytes(data)
     facts = dict(version.facts)
@@ -107,7 +107,9 @@ def version_with(folder, data):
 
 
 def foreign(victim):
-    """What FAISS writes of vectors that lie in another file, which it maps to read and write."""
+    """Return what FAISS writes for vectors in another file, which it maps for reading and
+    writing.
+    """
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(WIDTH), WIDTH, 1, faiss.METRIC_INNER_PRODUCT)
     index.train(vectors())
     lists = faiss.OnDiskInvertedLists(1, index.code_size, str(victim))
@@ -119,7 +121,7 @@ def foreign(victim):
 
 @pytest.mark.parametrize("around", ["", "exact", "hnsw"])
 def test_a_file_that_names_other_files_is_not_followed(tmp_path, around, monkeypatch):
-    """Neither when it stands alone nor where plain vectors stand in what we write ourselves."""
+    """Check this for such a file alone, and for one in the place of the vectors in ours."""
     data = foreign(tmp_path / "victim")
 
     if around:
@@ -134,15 +136,15 @@ def test_a_file_that_names_other_files_is_not_followed(tmp_path, around, monkeyp
     monkeypatch.setattr(faiss, "read_index", None)
     for kind in ("exact", "hnsw"):
         version.facts["kind"] = kind
-        with pytest.raises(UsageError, match=r"vectors\.faiss: not a file of vectors that we wrote"):
+        with pytest.raises(UsageError, match=r"vectors\.faiss: not a file of vectors that we"):
             version.vectors()
 
     assert not version.is_whole()
 
 
 def test_vectors_that_are_not_finite_push_nothing_out(tmp_path):
-    """None are written, and an index of them, as an earlier version may have made it, counts for
-    nothing.
+    """Check that none are written, and that versions of them, such as earlier versions of this
+    package wrote, do not push out sound ones.
     """
     folder = tmp_path / "index"
     folder.mkdir()
@@ -173,7 +175,7 @@ def test_vectors_that_are_not_finite_push_nothing_out(tmp_path):
 
 @pytest.mark.parametrize("name", [VECTORS, FACTS, "items.jsonl"])
 def test_files_of_a_version_are_no_links(tmp_path, name):
-    """Also to a file of the same content: what is read lies in the index."""
+    """Check this even for a link to the same content: only files in the index are read."""
     folder = tmp_path / "index"
     folder.mkdir()
     version = Version(folder / write_version(folder, ITEMS, vectors(), "exact", {}, begin(folder)))

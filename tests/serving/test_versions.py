@@ -1,5 +1,5 @@
-"""Indexes of a running service: built and taken over under load, for one model and for two, written
-by one process.
+"""Test indexes of a running service: new versions under load, for one model and for two, with one
+process that writes.
 """
 
 import concurrent.futures
@@ -15,8 +15,8 @@ from tests.serving_client import KEY, Service
 
 
 def test_changes_and_new_versions_under_load_lose_nothing(shop, tmp_path, scorer):
-    """While searches go on, items come and go and a new version of the index is built by another
-    process and taken over; the changes survive that, and a restart.
+    """Check that during searches, while items come and go, another process builds a new version to
+    which the service switches; all changes survive that, and a restart.
     """
     index = tmp_path / "index"
     failures = []
@@ -92,8 +92,8 @@ def test_changes_and_new_versions_under_load_lose_nothing(shop, tmp_path, scorer
 
 
 def test_two_models_answer_searches_and_topics(shop, scorer, tmp_path):
-    """Each by its own vectors and scores; changes of items reach both, and are there after a
-    restart.
+    """Check that each answers by its own vectors and scores, and that changes of items reach both
+    and survive a restart.
     """
     folder, model, store = shop
     other = random_model(folder / "topics model", model.config.model_config(), store, seed=5)
@@ -142,7 +142,7 @@ def test_two_models_answer_searches_and_topics(shop, scorer, tmp_path):
         assert [service.call("GET", f"/items/{name}")[0] for name in ("half", "new")] == [
             404,
             200,
-        ], "not made in one of them either"
+        ], "made in neither of them"
         aside.rename(journal)
 
     with Service(*everything) as service:
@@ -173,8 +173,8 @@ def test_two_models_answer_searches_and_topics(shop, scorer, tmp_path):
 
 
 def test_a_build_of_other_weights_or_items_says_what_it_does(shop, tmp_path):
-    """Other weights are no accident that anybody wants; changes that --items overrides are named,
-    also those that cannot be read.
+    """Check that other weights need --rebuild, and that changes which --items overrides are
+    reported, or dropped if they cannot be read.
     """
     folder, model, store = shop
     random_model(folder / "other model", model.config.model_config(), store, seed=6)
@@ -200,7 +200,7 @@ def test_a_build_of_other_weights_or_items_says_what_it_does(shop, tmp_path):
         code, _, err = launch(*common, "--load", folder / "other model")
         assert code == 2
         assert (
-            "made with other weights or settings; --rebuild makes the index anew"
+            "made with other weights or settings; give --rebuild to build the index"
             in err.strip().splitlines()[-1]
         )
 
@@ -216,7 +216,7 @@ def test_a_build_of_other_weights_or_items_says_what_it_does(shop, tmp_path):
         *common, "--load", folder / "model", "--rebuild", "--items", store / "items.jsonl"
     )
     assert code == 0, out + err
-    assert "are dropped" not in err, "changes are in the items of the version before"
+    assert "dropping" not in err, "changes are in the items of the version before"
     with Service(*flags(shop, tmp_path / "index")) as service:
         assert service.call("GET", "/items/x")[0] == 404
         assert service.call("DELETE", "/items/test-000002", key=KEY)[0] == 204
@@ -246,7 +246,7 @@ def test_a_build_of_other_weights_or_items_says_what_it_does(shop, tmp_path):
 
 
 def test_a_service_without_a_key_follows_builds(shop, tmp_path):
-    """However many; and it can be started again afterwards."""
+    """Check several builds in a row, and that it can be started again afterwards."""
     folder, _, store = shop
     known = ("--load", folder / "model", "--data-path", store, "--index", tmp_path / "index")
 
@@ -305,7 +305,7 @@ def test_a_second_writer_and_lost_pictures_are_refused(shop, tmp_path):
         assert (code, "another service with a key writes to this index" in err) == (
             2,
             True,
-        ), "also one that brings its own version"
+        ), "even one that builds its own version"
         with Service(*flags(shop, index), key="") as reader:
             assert reader.call("GET", "/items/x")[0] == 200
 

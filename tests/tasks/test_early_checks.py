@@ -1,4 +1,4 @@
-"""What is wrong with an evaluation or a finetuning is said before any work."""
+"""Test that faults of an evaluation or a finetuning run are reported before any work."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ EVALUATIONS = (
 def test_photos_come_from_a_folder(
     tmp_path: Path, config_class: type[EvaluateConfig], evaluate: object, name: str
 ) -> None:
-    """Before the weights are opened, of which there are none here."""
+    """Check this before the weights are opened (there are none here)."""
     (tmp_path / "photo.jpg").write_bytes(b"x")
     config = config_class(image_folder=str(tmp_path / name))
     with pytest.raises(UsageError, match=f"--image-folder {tmp_path / name}: no such folder"):
@@ -56,7 +56,7 @@ def test_a_folder_that_cannot_be_listed_is_no_folder_without_photos(
 
 
 def test_a_metric_is_a_figure_of_the_task() -> None:
-    """Whether there are data to measure it on or not."""
+    """Check this even if there is no data to evaluate on."""
     parts = dict.fromkeys(("task", "samples", "model_config", "heads", "data", "vocabulary"))
     Job(**parts, metric="q_ar", figures=("q_a", "qa_r", "q_ar"))
     Job(**parts)
@@ -92,7 +92,7 @@ def test_an_ablation_needs_numbers_and_flags(
 
 
 def test_a_report_needs_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the runs are opened, of which there are none here."""
+    """Check this before the runs are opened (there are none here)."""
     monkeypatch.setattr("sys.argv", ["shop_report.py", "--search", "x", "--output", str(tmp_path)])
     with pytest.raises(UsageError, match="is a folder, expected a file to write"):
         shop_report.run(read_options(shop_report.Options))

@@ -1,5 +1,5 @@
-"""GLUE: official files, metrics against plain arithmetic, the same logits as BERT of transformers,
-bad input.
+"""Test GLUE: official files, metrics against plain arithmetic, logits against the BERT of
+transformers, bad input.
 """
 
 import itertools
@@ -227,8 +227,8 @@ def bert(tmp_path_factory):
 
 
 def test_same_logits_as_bert(bert, tmp_path, tokenizer):
-    """Pooler and classifier included; ragged pairs of sentences, batches of several sizes, in their
-    order.
+    """Check pooler and classifier too, on sentence pairs of different lengths, with several batch
+    sizes, and in file order.
     """
     folder, theirs = bert
     ours = InterBert(CONFIG, ("sentence",), num_labels=3, text_only=True)

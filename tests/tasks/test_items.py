@@ -1,5 +1,5 @@
-"""Product search and recommendation: pairs in full and alone, samples, vectors, files that are
-wrong, runs from launch to result.
+"""Test product search and recommendation: pairs in full and alone, samples, vectors, faulty files,
+runs from launch to result.
 """
 
 import csv
@@ -84,8 +84,8 @@ def model_for(items, seed=0):
 
 
 def test_the_shop_is_what_it_says(shop):
-    """The same for a seed, its titles free of [UNK], its queries true of their products, and what
-    they need is said.
+    """Check that the sample shop's titles are free of [UNK], that its queries fit exactly the
+    products they list, and that `needs` says what a query needs to be answered.
     """
     items = {
         r["item_id"]: r
@@ -126,8 +126,8 @@ def test_the_shop_is_what_it_says(shop):
 
 
 def test_pairs_meet_in_full_and_alone(shop):
-    """The batch of a few pairs gives, pair by pair, what single passes give: one of both together,
-    and one of each side.
+    """Check the scores of a batch against single passes, pair by pair: one pass of both sides
+    together, and one of each side.
     """
     items = catalogue(shop / "train")
     model = model_for(items)
@@ -194,8 +194,8 @@ def test_what_the_model_reads_of_an_item(shop):
 
 
 def test_samples_of_search(shop):
-    """Wrong pairs never belong together; the same sample is the same whatever comes with it; near
-    products where they are mined.
+    """Check that wrong pairs never belong together, and that a sample is the same whatever else is
+    in the batch, but differs in another step.
     """
     items = catalogue(shop / "train")
     queries = read_queries(str(shop / "train" / "queries.jsonl"), items, "--queries")
@@ -246,7 +246,7 @@ def test_samples_of_search(shop):
 
 
 def test_near_products_and_near_queries(shop, tmp_path):
-    """With neighbours mined, the last two pairs of a sample are of products near its own."""
+    """Check that with mined neighbours the last two pairs of a sample use products near its own."""
     store = tmp_path / "train"
     shutil.copytree(shop / "train", store)
     near = (np.arange(80)[:, None] + np.array([1, 2])) % 80
@@ -274,8 +274,8 @@ def test_near_products_and_near_queries(shop, tmp_path):
 
 
 def read_pairs(batch, items):
-    """(query, product) of the pairs in full; and for each sample's choice alone its row, those of
-    it that count, the label. All are read back from token ids and regions.
+    """Return the (query, product) of each pair in full and, for each sample's choice alone, its row
+    of pairs, those that it may choose, and the label; all recovered from token ids and regions.
     """
     numbers = {
         items.corpus.stores[0].read(number).features[0].tobytes(): number
@@ -387,7 +387,9 @@ COMMON = (
 
 
 def test_search_from_training_to_a_servers_file(shop, tmp_path):
-    """Two ranks train as one does; figures are those of the order found; both benchmarks' files."""
+    """Check that two ranks train as one does, that an evaluation repeats the run's metrics, the
+    page, and the submission files of both benchmarks.
+    """
     train_set = shop / "train"
     test_set = shop / "test"
     flags = (
@@ -494,8 +496,8 @@ def test_recommendation_from_training_to_result(shop, tmp_path):
 
 
 def test_the_loss_of_search(shop):
-    """Pairs in full by two classes; alone, a query's own product against its other choices, by
-    vectors in float64.
+    """Check the loss against float64 arithmetic: two classes for pairs in full; for vectors alone,
+    a query's own product against its other choices.
     """
     items = catalogue(shop / "train")
     queries = read_queries(str(shop / "train" / "queries.jsonl"), items, "--queries")
@@ -545,8 +547,8 @@ def test_the_loss_of_clicks(shop):
 
 
 def test_all_topics_and_items_as_parquet(shop, tmp_path):
-    """Scores are those of the model; a stopped scoring goes on where it was, on another number of
-    ranks; other settings are refused.
+    """Check the scores against the model's, that a stopped scoring resumes on another number of
+    ranks, and that other settings are refused.
     """
     parquet = pytest.importorskip(
         "pyarrow.parquet", reason="pyarrow is not installed (pip install -r requirements.txt)"

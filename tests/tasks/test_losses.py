@@ -1,4 +1,4 @@
-"""The soft-label divergence, losses over the global count, and retrieval metrics, against plain
+"""Test the soft-label divergence, losses over the global count, and retrieval metrics against plain
 arithmetic.
 """
 
@@ -12,8 +12,8 @@ from megatron_interbert.tasks.retrieval.job import ranks, recall_metrics, retrie
 
 
 def dense_label(ids, probs, classes):
-    """The whole distribution that top-k entries stand for: what they leave over is spread over the
-    other classes.
+    """Return the distribution that top-k entries stand for: the probability left over is spread
+    over the other classes.
     """
     dense = torch.full(
         (classes,), float((1 - probs.double().sum()) / (classes - len(ids))), dtype=torch.float64
@@ -48,7 +48,7 @@ def test_divergence_of_whole_distributions():
     torch.manual_seed(1)
     logits = torch.randn(4, 9)
     probs = torch.rand(4, 9).softmax(1)
-    probs[0] = torch.nn.functional.one_hot(torch.tensor(3), 9)  # p log p of zeros is zero
+    probs[0] = torch.nn.functional.one_hot(torch.tensor(3), 9)  # p log p is 0 for p = 0
     expected = torch.nn.functional.kl_div(logits.log_softmax(1), probs, reduction="none").sum(1)
     torch.testing.assert_close(soft_label_kl(logits, torch.arange(9).expand(4, 9), probs), expected)
     assert (
@@ -96,7 +96,7 @@ def test_figures_of_a_report():
 
 
 def brute_force_rank(scores, right):
-    # of equal scores the wrong one stands first
+    # among equal scores, wrong ones come first
     order = sorted(range(len(scores)), key=lambda i: (-scores[i], right[i]))
     return 1 + next(place for place, i in enumerate(order) if right[i])
 
@@ -107,8 +107,8 @@ def test_ranks_equal_a_full_sort_with_ties():
     right = random.random((200, 30)) < 0.1
     right[np.arange(200), random.integers(0, 30, 200)] = True
     expected = [brute_force_rank(s, r) for s, r in zip(scores, right, strict=True)]
-    # Wrong candidates equal to the best right one rank before it; other right ones do not count
-    # against it.
+    # Wrong candidates with the score of the best right one rank before it; other right ones do not
+    # count against it.
     got = ranks(scores, right)
     assert got.tolist() == expected
 

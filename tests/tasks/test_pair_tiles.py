@@ -1,4 +1,4 @@
-"""Tiles of scores on disk: whose folders are ours, and which tiles are as they were written."""
+"""Test tiles of scores on disk: which folders are ours, and which tiles are sound."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from megatron_interbert.tasks.retrieval.tiles import ScoreTiles
 
 
 def test_folders_of_others_stay(tmp_path):
-    """Whatever they are called; of our own folders only our own files go."""
+    """Check this whatever their names; in our own folders only our own files are removed."""
     left = ScoreTiles(tmp_path, (4, 4), (2, 2), {"weights": 1})
     left.write((0, 0), np.zeros((2, 2), np.float32))
     kept = ScoreTiles(tmp_path, (4, 4), (2, 2), {"weights": 2})

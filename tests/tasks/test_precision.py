@@ -1,5 +1,5 @@
-"""The precision of evaluations: chosen by one rule, in force only for so long, stated, and never
-mixed with another.
+"""Test the precision of evaluations: chosen by one rule, in force only while they run, reported,
+and never mixed with another.
 """
 
 import json
@@ -88,7 +88,7 @@ def test_the_rule(
     assert bool(found.reason) == bool(words)
     assert config.notes == [f"precision: {found}"]
     assert choose_precision(config.precision, CUDA if gpu else CPU).name == chosen, (
-        "what was chosen is chosen again"
+        "a chosen precision is chosen again"
     )
 
 
@@ -109,14 +109,16 @@ def test_old_names_hold() -> None:
 
 
 def switches() -> tuple[bool, str, str]:
-    """All that torch tells of products of fp32 on a GPU; it raises where these are at odds."""
+    """Return torch's settings for fp32 products on a GPU; torch raises if they disagree."""
     matmul = torch.backends.cuda.matmul
     return matmul.allow_tf32, matmul.fp32_precision, torch.get_float32_matmul_precision()
 
 
 @pytest.mark.parametrize("before", [False, True])
 def test_tf32_is_on_only_where_it_is_asked_for(before: bool) -> None:
-    """Also where the container has switched it on for everything: then fp32 is without it."""
+    """Check this even if the container has switched TF32 on for everything: fp32 switches it
+    off.
+    """
     at_first = torch.backends.cuda.matmul.fp32_precision
 
     try:
@@ -149,8 +151,8 @@ def double(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def test_heads_stay_in_fp32() -> None:
-    """Their logits are, in float64, those of the 16-bit vectors that they are given: nothing is
-    rounded again.
+    """Check the logits against float64 arithmetic on the 16-bit vectors that the heads are given:
+    nothing is rounded again.
     """
     batch: PackedBatch = pack(examples(6), 20)
 
@@ -171,7 +173,7 @@ def test_heads_stay_in_fp32() -> None:
 
 
 def bigger(head: str) -> InterBert:
-    """A model for `examples`."""
+    """Return a model that reads `examples`."""
     model = InterBert(SMALL, (head,))
     initialise(model, SMALL, 0, ParallelState())
     return model.eval()
@@ -179,7 +181,9 @@ def bigger(head: str) -> InterBert:
 
 @torch.no_grad()
 def test_scores_in_bf16_are_those_of_fp32_to_its_rounding(store: Path) -> None:
-    """Of pairs by the fast scorer, and of items by the model's own pass and by vectors."""
+    """Check scores of pairs from the fast scorer, and of items from the model itself and from
+    vectors.
+    """
     pairs = open_pairs(store)
     items = Catalogue(
         Corpus([str(store)]), CaptionTokenizer(str(store / "vocab.txt")), True, 30, 36
@@ -201,20 +205,20 @@ def test_scores_in_bf16_are_those_of_fp32_to_its_rounding(store: Path) -> None:
         off = np.sqrt(np.mean((exact - rounded) ** 2))
         assert off < 0.1 * exact.std()
         assert len(np.unique(rounded)) > 0.9 * len(np.unique(exact)), (
-            "scores do not tie by the rounding"
+            "rounding does not make scores tie"
         )
 
 
 class Watching:
-    """Stands in for the watchdog."""
+    """Stand in for the watchdog."""
 
     fed_by_modules = staticmethod(nullcontext)
 
 
 @pytest.mark.parametrize("name", ["fp32", "tf32", "bf16"])
 def test_evaluation_during_training(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """The copy computes in its own precision and takes its weights from those in fp32; training's
-    products are left as they were.
+    """Check that the copy computes in its own precision with weights taken from fp32, and that the
+    precision of training's products does not change.
     """
     trained = make()
     state = SimpleNamespace(
@@ -251,9 +255,8 @@ def test_evaluation_during_training(monkeypatch: pytest.MonkeyPatch, name: str) 
 def test_what_was_scored_in_another_precision_is_not_gone_on_with(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stopped evaluation leaves tiles; one in bf16 begins anew, one in fp32 goes on.
-
-    The result says which it was.
+    """Check that, after a stopped evaluation has left tiles in fp32, one in bf16 begins anew and
+    one in fp32 continues; the result records the precision.
     """
     InterBertForImageTextRetrieval(InterBertConfig.from_model_config(sizes())).save_pretrained(
         tmp_path / "model"
@@ -301,7 +304,7 @@ def test_what_was_scored_in_another_precision_is_not_gone_on_with(
 
 
 def test_an_index_in_bf16_is_another_one() -> None:
-    """fp32 and TF32 share theirs, also those made before there was a choice."""
+    """Check that fp32 and TF32 share an index, including those built before there was a choice."""
     from megatron_interbert.serving.start import Opened
 
     facts = {}

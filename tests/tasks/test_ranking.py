@@ -1,4 +1,4 @@
-"""Figures of ranked lists against brute force and scikit-learn's definitions worked out by hand."""
+"""Test metrics of ranked lists against brute force and scikit-learn's definitions, by hand."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ def test_gains():
         (1 / math.log2(3) + 1 / 2) / (1 + 1 / math.log2(3))
     )
     assert ndcg(np.array([1] * 5), np.ones(9), 5) == 1.0, (
-        "no more than five can be in the first five places"
+        "at most five can be in the first five places"
     )
     assert ndcg(np.zeros(3), np.zeros(3), 2) == 0.0
 
@@ -65,7 +65,7 @@ def test_recommendation_figures_leave_out_topics_that_tell_nothing():
     nothing = (np.array([1.0, 2.0]), np.array([False, False]))
     values = recommendation_metrics([mixed, nothing], ks=(1, 2))
     assert values["gAUC"] == 50.0
-    assert values["AUC"] == pytest.approx(25.0)  # among 0.9, 0.1, 1 and 2 only 0.1 lies below
+    assert values["AUC"] == pytest.approx(25.0)  # of 0.9, 0.1, 1 and 2 only 0.1 is below 0.5
     assert (values["HR@1"], values["HR@2"]) == (0.0, 100.0)
     assert values["nDCG@2"] == pytest.approx(100 / math.log2(3))
     assert math.isnan(recommendation_metrics([nothing])["gAUC"])

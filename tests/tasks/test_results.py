@@ -1,4 +1,4 @@
-"""The table of an evaluation: shares in per cent, ranks as they are, official figures beside."""
+"""Test the table of an evaluation: shares in percent, ranks as they are, official metrics."""
 
 from megatron_interbert.tasks.results import table
 

@@ -1,5 +1,5 @@
-"""Caption retrieval: fast scores against one pair at a time, ranks against brute force, tiles, two
-stages, training pairs.
+"""Test caption retrieval: fast scores against one pair at a time, ranks against brute force, tiles,
+two stages, training pairs.
 """
 
 import dataclasses
@@ -72,7 +72,7 @@ def framed(tokenizer, ids):
 
 @torch.no_grad()
 def one_by_one(model, pairs):
-    """float32 [captions, images] from InterBert.forward, a batch for each pair."""
+    """Return scores, float32 [captions, images], from InterBert.forward, one batch per pair."""
     scores = np.empty((len(pairs.captions), len(pairs.images)), np.float32)
 
     for c, i in itertools.product(range(len(pairs.captions)), range(len(pairs.images))):
@@ -97,13 +97,13 @@ def store(tmp_path_factory):
     [((2, 1, 2), "product"), ((1, 2, 1), "sum"), ((0, 2, 1), "product"), ((2, 0, 0), "product")],
 )
 def test_fast_scores_are_those_of_one_pair_at_a_time(store, layers, fusion):
-    """Whatever is reused: embeddings, first projections, last layers of first tokens; also with
-    modules left out.
+    """Check everything that is reused: embeddings, first projections, last layers of first tokens;
+    also without some of the modules.
     """
     model = make(sizes(*layers, fusion))
     pairs = open_pairs(store)
     expected = one_by_one(model, pairs)
-    assert expected.std() > 0.1, "the comparison must have something to compare"
+    assert expected.std() > 0.1, "scores must differ for the comparison to mean anything"
 
     for pairs_per_batch, images_at_once in ((1000, 256), (13, 5)):
         scores = score_matrix(
@@ -118,8 +118,8 @@ def test_fast_scores_are_those_of_one_pair_at_a_time(store, layers, fusion):
 
 
 def brute_force_rank(scores, right):
-    """Rank of the best right candidate when every candidate is put in order, equal wrong ones
-    first.
+    """Return the rank of the best right candidate after sorting all, wrong ones first among
+    equals.
     """
     order = sorted(range(len(scores)), key=lambda i: (-scores[i], right[i]))
     return 1 + next(place for place, i in enumerate(order) if right[i])
@@ -186,11 +186,11 @@ def test_an_interrupted_evaluation_goes_on(store, tmp_path):
     )
     other = ScoreTiles(tmp_path / "tiles", shape, (9, 4), {"weights": 2})
     assert len(other.missing()) == 16, "tiles of other weights are not used"
-    assert again.missing() == [], "and those that somebody works with stay"
+    assert again.missing() == [], "and tiles in use stay"
     again.release()
     other.release()
     ScoreTiles(tmp_path / "tiles", shape, (9, 4), {"weights": 3}).remove()
-    assert not list((tmp_path / "tiles").iterdir()), "what was left by stopped evaluations is gone"
+    assert not list((tmp_path / "tiles").iterdir()), "leftovers of stopped evaluations are gone"
 
 
 def same_on_ranks(path, folder, tensor, expected):
@@ -212,7 +212,7 @@ def same_on_ranks(path, folder, tensor, expected):
 
 
 class Alone(ParallelState):
-    """One process among others, for a comparison."""
+    """Represent a single process, for comparison, inside a launch of several."""
 
     rank = data_rank = tensor_rank = 0
     world_size = data_size = tensor_size = 1
@@ -239,8 +239,8 @@ def test_two_stages_with_all_images_kept_are_exhaustive(store):
 
 @torch.no_grad()
 def test_first_stage_is_the_matching_head_on_sides_alone(store):
-    """Its vectors are those of the model when the other side has no tokens at all (text), or is not
-    there (images).
+    """Check its vectors against the model's when the other side has no tokens at all (for text), or
+    is missing (for images).
     """
 
     model = make(sizes())
@@ -302,10 +302,10 @@ def test_four_pairs_of_a_caption(tmp_path):
 
         again = training_set(path).fields(pairs[::-1])
         assert [text_of(samples, again, row) for row in range(4)] == texts, (
-            "the same pairs wherever a caption stands"
+            "the same pairs wherever the caption is in the batch"
         )
 
-    assert len(hard) > 20, "of all near images and all their captions"
+    assert len(hard) > 20, "from all near images and all their captions"
     assert len(wrong_images) > 12
     assert len(wrong_texts) > 25
 

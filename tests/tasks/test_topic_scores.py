@@ -1,6 +1,4 @@
-"""Parts of topic scores on disk: of which plan they are, and whether they are as they were
-written.
-"""
+"""Test parts of topic scores on disk: which plan they belong to, and whether they are sound."""
 
 import sys
 
@@ -15,7 +13,7 @@ PLAN = {"weights": {"w": "1"}, "items_of_part": 2}
 
 @pytest.fixture
 def parts(tmp_path):
-    """A folder of scores with one whole part, and a way to write others."""
+    """Make a folder of scores with one whole part; return a function that writes others."""
     parquet = pytest.importorskip(
         "pyarrow.parquet", reason="pyarrow is not installed (pip install -r requirements.txt)"
     )
@@ -38,7 +36,7 @@ def missing(folder):
 
 
 def test_parts_without_a_plan_are_refused(tmp_path, parts):
-    """Those of other weights would pass for the model's own."""
+    """Check this, because parts of other weights would pass for the model's own."""
     (tmp_path / "_plan.json").unlink()
 
     with pytest.raises(
@@ -51,7 +49,7 @@ def test_parts_without_a_plan_are_refused(tmp_path, parts):
 
 
 def test_a_part_of_an_earlier_version_is_scored_anew(tmp_path, parts):
-    """It says nothing of its plan, and has no sums."""
+    """Check this, because such a part does not record its plan and has no checksums."""
     parts("part-000000002.parquet", 40, None)
     assert missing(tmp_path) == [2]
 

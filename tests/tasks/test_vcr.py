@@ -1,5 +1,5 @@
-"""VCR: real annotations, references, truncation, the eight pairs, drops, metrics, the submission
-file.
+"""Test VCR: real annotations, references, truncation, the eight pairs, dropped questions, metrics,
+the submission file.
 """
 
 import json
@@ -165,8 +165,8 @@ def test_annotated_regions_come_first(tmp_path, images):
 
 
 def test_eight_pairs_of_a_question(tmp_path, images, texts):
-    """Each option with the whole question, however long those before it were; types; the right
-    answer before the rationales.
+    """Check that each option comes with the whole question, however long the options before it;
+    token types; and the right answer before the rationales.
     """
     long = {**RECORD, "answer_choices": [["a"] * 30, *RECORD["answer_choices"][1:]]}
     questions = read_questions(write(tmp_path / "q.jsonl", RECORD, long), images)

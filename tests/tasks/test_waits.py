@@ -1,4 +1,4 @@
-"""Evaluations never wait for the device but to fetch scores: once for a tile, a part or a call,
+"""Test that evaluations wait for the device only to fetch scores: once per tile, part or call,
 however many batches these have.
 """
 
@@ -41,7 +41,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Pairs of each batch, as the two sides meet."""
+    """Record the number of pairs in each batch, at the fusion of the two sides."""
     seen = []
     original = InterBert.fuse
 
@@ -61,7 +61,7 @@ def make(head: str, **options: object) -> InterBert:
 
 
 def fetches(work: Callable[[], object]) -> int:
-    """How often some work waits to fetch; it does not wait for anything else."""
+    """Return how often some work waits to fetch; assert that it waits for nothing else."""
     with torch.no_grad(), Waits() as waits:
         work()
 
@@ -73,7 +73,7 @@ def fetches(work: Callable[[], object]) -> int:
 
 
 def test_what_the_others_rely_on_is_seen() -> None:
-    """The tests below cannot pass because nothing is seen at all."""
+    """Check that the tests below cannot pass merely because waits go unnoticed."""
     x = torch.tensor([1, 2, 3])
     for wait in (
         *(
@@ -121,7 +121,9 @@ def test_a_tile_of_pairs_is_fetched_once(store: Path, tmp_path: Path, batches: l
 
 
 def test_two_stages_fetch_for_each_run_of_captions(store: Path, batches: list[int]) -> None:
-    """The vectors of all images, then scores, best images and margins of a run."""
+    """Check one fetch for the vectors of all images, then one each for the scores, best images and
+    margins of a run.
+    """
     pairs = open_pairs(store)
     scorer = PairScorer(make("itm"))
     assert fetches(lambda: two_stage_search(scorer, pairs, CPU, ALONE, 5, 11)) == 1 + 3

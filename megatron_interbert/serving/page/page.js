@@ -9,17 +9,17 @@ const words = {
   },
   en: {
     title: "Product search", query: "Query", hint: "for example: 红色条纹连衣裙", search: "Search", topics: "Topics", close: "Close",
-    interface: "Interface", other: "中文", legend: "Green boxes speak for the match, red ones against it; the stronger the more.",
-    made_up: "Products and pictures are generated.", working: "Searching…", nothing: "No product was found.",
-    found: (n, ms) => `${n} products, ${ms} ms`, score: (s) => `match ${s}`, offline: "The service does not answer; try again later.",
+    interface: "API", other: "中文", legend: "Green boxes support the match, red ones count against it; stronger colours matter more.",
+    made_up: "Products and pictures are generated.", working: "Searching…", nothing: "No products found.",
+    found: (n, ms) => `${n} products, ${ms} ms`, score: (s) => `match ${s}`, offline: "The service is not responding; try again later.",
     key: "Access key", facts: (m, i) => `model ${m} · index ${i}`,
   },
 };
 const $ = (selector) => document.querySelector(selector);
 const facts = JSON.parse(document.documentElement.dataset.facts);
 let language = localStorage.getItem("language") || (navigator.language.startsWith("zh") ? "zh" : "en");
-let asked = 0; // the newest question; older answers are not shown
-let opened = 0; // the newest product; boxes of another one are not drawn
+let asked = 0; // number of the newest question; answers to older ones are not shown
+let opened = 0; // number of the newest product opened; boxes of older ones are not drawn
 let shown = null; // {text, task, answer}
 const say = (name, ...values) => (typeof words[language][name] === "function" ? words[language][name](...values) : words[language][name]);
 
@@ -39,7 +39,7 @@ async function call(path, body) {
       return call(path, body);
     }
   }
-  const answer = await response.json().catch(() => { // a proxy's page, not ours
+  const answer = await response.json().catch(() => { // a proxy's error page, not our JSON
     throw new Error(say("offline"));
   });
   if (!response.ok) throw new Error(answer.error);
@@ -87,12 +87,12 @@ async function find(path, body, text) {
 async function picture(image, item) {
   const source = `pictures/${encodeURIComponent(item.item_id)}`;
   image.alt = item.title || item.item_id;
-  image.dataset.of = item.item_id; // what comes late for another product is not shown
+  image.dataset.of = item.item_id; // a late picture of another product is not shown
   if (!facts.protected) {
     image.src = source;
     return;
   }
-  try { // an image cannot carry a key
+  try { // <img> cannot send a key
     const response = await fetch(source, { headers: { authorization: `Bearer ${sessionStorage.getItem("key") || ""}` } });
     if (!response.ok) throw new Error(response.statusText);
     const reader = new FileReader();
@@ -101,7 +101,7 @@ async function picture(image, item) {
     };
     reader.readAsDataURL(await response.blob());
   } catch {
-    if (image.dataset.of === item.item_id) image.removeAttribute("src"); // its title is shown
+    if (image.dataset.of === item.item_id) image.removeAttribute("src"); // shows its title instead
   }
 }
 
