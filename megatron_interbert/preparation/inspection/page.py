@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
@@ -153,7 +154,7 @@ def choose(report: Report, photographed: set[int], most: int) -> list[int]:
 
 def examples_of(
     report: Report, store: RegionStore, photos: PhotoFolder | None, images: Sequence[int]
-) -> tuple[list[str], list[dict[str, Any]]]:
+) -> tuple[list[Markup], list[dict[str, Any]]]:
     """Return the SVG symbols of some images, and what is shown below each: number, id, captions."""
     captions = CaptionsOfImages(store)
     symbols = []

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from megatron_interbert.pages.drawing import draw_image
 from megatron_interbert.pages.photo_folder import PhotoFolder
@@ -26,7 +27,7 @@ def search_page(
 ) -> str:
     """Return the HTML of a page with up to `most` queries and the first `top` products of each."""
     shown = []
-    symbols: dict[int, str] = {}
+    symbols: dict[int, Markup] = {}
     for number in np.unique(np.linspace(0, len(queries) - 1, min(most, len(queries))).astype(int)):
         items = []
         pairs = zip(found.found[number][:top], found.scores[number][:top], strict=True)
@@ -53,7 +54,7 @@ def search_page(
     )
 
 
-def picture(catalogue: Catalogue, item: int, photos: PhotoFolder | None) -> str:
+def picture(catalogue: Catalogue, item: int, photos: PhotoFolder | None) -> Markup:
     """Draw the SVG symbol of an item; its id holds the item's number."""
     image = int(catalogue.images(np.array([item]))[0])
     first = catalogue.corpus.first_image

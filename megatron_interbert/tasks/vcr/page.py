@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from megatron_interbert.pages.drawing import draw_image
 from megatron_interbert.pages.photo_folder import PhotoFolder
@@ -29,7 +30,7 @@ def result_page(
     `answers` and `rationales` are logits [questions, 4].
     """
     corpus = images.annotated or images.detected
-    symbols: dict[int, str] = {}
+    symbols: dict[int, Markup] = {}
     shown = []
     for number in np.linspace(0, len(questions) - 1, min(most, len(questions))).astype(int):
         q = questions[number]
