@@ -167,8 +167,10 @@ def run_entry(main: Callable[[], None], reports: bool = False) -> None:
         if number_of("RANK", 0) == 0:
             print("\ninterrupted", file=sys.stderr, flush=True)
         end_entry(INTERRUPTED)
-    except SystemExit:
+    except SystemExit as end:
         end_report(reports)
+        if number_of("WORLD_SIZE", 1) > 1 and not end.code:
+            end_entry(0)  # destructors of process groups may abort
         raise
 
     end_report(reports)

@@ -350,6 +350,6 @@ def test_what_cannot_be_trained_on(tmp_path):
     np.save(path / "hard_images.npy", np.zeros((3, 2), np.int32))
 
     with pytest.raises(
-        UsageError, match=r"expected one row for each of 20 images.*mine_neighbours"
+        UsageError, match=r"expected one row for each of 20 images.*mine-neighbours"
     ):
         training_set(path)
