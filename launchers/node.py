@@ -9,9 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_interbert.launch import command, main
-
-__all__ = ["command", "main"]
+from megatron_interbert.launch import main
 
 if __name__ == "__main__":
     main()

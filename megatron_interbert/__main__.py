@@ -13,7 +13,10 @@ COMMANDS = {
     "finetune": ("finetune", "finetune for retrieval, VCR, GLUE, product search, recommendation"),
     "evaluate": ("evaluate", "evaluate a trained model on one of these tasks"),
     "serve": ("serve", "serve product search and recommendation over HTTP"),
-    "launch": ("launch", "run a training or evaluation on all GPUs: interbert launch pretrain .."),
+    "launch": (
+        "launch",
+        "run pretrain, finetune or evaluate on all GPUs of this machine",
+    ),
     "preflight": ("preflight", "check machines, data and one step before a long run"),
     "plan": ("commands.plan", "list the layouts of a model that fit the memory of a device"),
     "build-features": ("commands.build_features", "build a region store from published features"),

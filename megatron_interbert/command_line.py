@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.parser import Parser
 from megatron_interbert.reading import read_text
 
+FLAG = re.compile("--[A-Za-z0-9_-]+")
 RECIPE = "the launcher's recipe"  # origin of settings that the launcher makes and the user does not
 TITLES = {
     "parallelism": "parallelism, precision and kernels",
@@ -49,7 +51,11 @@ def build_parser(
 
     Flags that are not given are absent from the namespace.
     """
-    arguments = [metavar(entry) for entry in dataclasses.fields(config_class) if is_argument(entry)]
+    arguments = [
+        metavar(entry) + (" .." if entry.metadata["facts"].several else "")
+        for entry in dataclasses.fields(config_class)
+        if is_argument(entry)
+    ]
     parser = Parser(
         prog=command,
         description=inspect.cleandoc(description),
@@ -113,9 +119,14 @@ def add_flag(group: Any, entry: dataclasses.Field) -> None:
         group.add_argument(entry.name, help=text, **kind)
         return
 
-    group.add_argument(facts.flag or flag(entry.name), dest=entry.name, help=text, **kind)
+    group.add_argument(spelling(entry.name, facts), dest=entry.name, help=text, **kind)
     for old in facts.old_names:
         group.add_argument(old, dest=entry.name, help=argparse.SUPPRESS, **kind)
+
+
+def spelling(name: str, facts: Facts) -> str:
+    """Return how the command line spells a setting."""
+    return name if facts.positional else facts.flag or flag(name)
 
 
 def is_argument(entry: dataclasses.Field) -> bool:
@@ -179,13 +190,10 @@ def parse(
     argv = [with_dashes(word) for word in (sys.argv[1:] if argv is None else argv)]
     parser = build_parser(config_class, description, command)
     namespace, unknown = parser.parse_known_args(argv)
-    known = {entry.name for entry in dataclasses.fields(config_class)}
-
     if unknown:
         wrong = unknown[0].split("=")[0]
-        raise UsageError(
-            f"unknown argument '{wrong}'{nearest(wrong, map(flag, known))}; --help lists all"
-        )
+        known = [spelling(name, facts) for name, facts in rows(config_class)]
+        raise UsageError(f"unknown argument '{wrong}'{nearest(wrong, known)}; --help lists all")
 
     values = vars(namespace)
     values.pop("local_rank", None)
@@ -207,7 +215,7 @@ def parse(
 def check_required(config_class: type, given: Mapping[str, Any]) -> None:
     """Raise UsageError that names the required flags that are missing."""
     missing = [
-        facts.flag or flag(name)
+        spelling(name, facts)
         for name, facts in rows(config_class)
         if facts.required and not facts.positional and name not in given
     ]
@@ -230,9 +238,11 @@ def read_options(config_class: type, about: str = "") -> Any:
 
 
 def with_dashes(word: str) -> str:
-    """Return `--data-path=a_b` for `--data_path=a_b`; leave words other than flags alone."""
+    """Return `--data-path=a_b` for `--data_path=a_b`; leave words other than flags alone, such as a
+    value that holds flags for another command.
+    """
     name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if word.startswith("--") else word
+    return name.replace("_", "-") + equals + value if FLAG.fullmatch(name) else word
 
 
 def parse_task(tasks: Mapping[str, tuple[type, Any]], example: str) -> tuple[Any, Any]:
@@ -241,7 +251,7 @@ def parse_task(tasks: Mapping[str, tuple[type, Any]], example: str) -> tuple[Any
     Raises UsageError for an unknown task. Ignores the --local_rank that the deepspeed launcher may
     put before the task.
     """
-    command = os.path.basename(sys.argv[0])
+    command = command_name()
     words = [word for word in sys.argv[1:] if not word.startswith("--local")]
     task, flags = (words[0], words[1:]) if words else ("", [])
     if task in ("-h", "--help"):
@@ -250,8 +260,8 @@ def parse_task(tasks: Mapping[str, tuple[type, Any]], example: str) -> tuple[Any
 
     if task not in tasks:
         raise UsageError(
-            f"task '{task}', expected one of {', '.join(tasks)}{nearest(task, tasks)}, for example:"
-            f" {command} {example}"
+            f"task '{task}', expected one of {', '.join(tasks)}, for example: {command} {example}"
+            f"{nearest(task, tasks)}"
         )
 
     config_class, function = tasks[task]
@@ -260,6 +270,18 @@ def parse_task(tasks: Mapping[str, tuple[type, Any]], example: str) -> tuple[Any
     config.check()
 
     return config, function
+
+
+def command_name() -> str:
+    """Return how a user calls this program: by its file, or for a module as an `interbert`
+    command.
+    """
+    file = os.path.basename(sys.argv[0])
+    package = os.path.dirname(os.path.abspath(__file__))
+    if os.path.dirname(os.path.abspath(sys.argv[0])) == package:
+        return f"interbert {file.removesuffix('.py')}"
+
+    return file
 
 
 def help_of_tasks(tasks: Mapping[str, tuple[type, Any]], command: str, example: str) -> str:
@@ -300,21 +322,26 @@ def read_yaml(config_class: type, path: str) -> dict[str, Any]:
         )
 
     entries = {entry.name: entry for entry in dataclasses.fields(config_class)}
-    old_names = {
-        old.lstrip("-").replace("-", "_"): name
-        for name, facts in rows(config_class)
-        for old in facts.old_names
-    }
-    result = {}
+    names = {name: name for name in entries}
+    for name, facts in rows(config_class):
+        names |= {key_of(word): name for word in (spelling(name, facts), *facts.old_names)}
 
+    result: dict[str, Any] = {}
     for key, value in values.items():
-        name = str(key).lstrip("-").replace("-", "_")
-        name = old_names.get(name, name)
-        if name not in entries:
-            raise UsageError(f"{path}: unknown key '{key}'{nearest(name, entries)}")
+        if key_of(str(key)) not in names:
+            raise UsageError(f"{path}: unknown key '{key}'{nearest(key_of(str(key)), names)}")
+
+        name = names[key_of(str(key))]
+        if name in result:
+            raise UsageError(f"{path}: '{key}' sets {flag(name)} a second time; leave one of them")
         result[name] = from_yaml(entries[name], value, f"{path}: '{key}'")
 
     return result
+
+
+def key_of(word: str) -> str:
+    """Return the key of a flag in YAML: `data_path` for `--data-path`."""
+    return word.lstrip("-").replace("-", "_")
 
 
 def from_yaml(entry: dataclasses.Field, value: Any, where: str) -> Any:

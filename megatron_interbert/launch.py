@@ -57,25 +57,44 @@ def arguments_of(words: list[str]) -> list[str]:
 
     Raises UsageError for an unknown command, and SystemExit after printing --help.
     """
-    if not words or words[0] in ("-h", "--help"):
+    words = take_processes(words)
+    if not words:
+        raise UsageError(f"launch: a command is missing; expected one of {', '.join(ENTRIES)}")
+
+    name = words[0]
+    if name in ("-h", "--help"):
         print(__doc__, end="")
         raise SystemExit
 
-    if words[0] == "--processes":
-        os.environ["PROCESSES_PER_NODE"] = words[1] if len(words) > 1 else ""
-        words = words[2:]
-
-    if words and words[0] in ENTRIES:
-        return ["-m", f"megatron_interbert.{ENTRIES[words[0]]}", *words[1:]]
-
-    name = words[0] if words else ""
+    if name in ENTRIES:
+        return ["-m", f"megatron_interbert.{ENTRIES[name]}", *words[1:]]
     if not name.startswith("-") and not os.path.isfile(name):
         raise UsageError(
-            f"launch: '{name}', expected one of {', '.join(ENTRIES)}{nearest(name, ENTRIES)}, or"
-            " -m MODULE, or a script"
+            f"launch: no command or script '{name}'; expected one of {', '.join(ENTRIES)}, -m"
+            f" MODULE, or a script{nearest(name, ENTRIES)}"
         )
 
     return words
+
+
+def take_processes(words: list[str]) -> list[str]:
+    """Set PROCESSES_PER_NODE from --processes, if that comes first, and return the other words."""
+    flag, equals, value = words[0].partition("=") if words else ("", "", "")
+    if flag != "--processes":
+        return words
+
+    rest = words[1:]
+    if not equals:
+        value = rest[0] if rest else ""
+        rest = rest[1:]
+    if value not in BY_TORCHRUN and not (value.isascii() and value.isdigit() and int(value)):
+        raise UsageError(
+            f"--processes is '{value}', expected 1 or more, or one of {', '.join(BY_TORCHRUN)}"
+        )
+
+    os.environ["PROCESSES_PER_NODE"] = value
+
+    return rest
 
 
 def command(arguments: list[str]) -> list[str]:
@@ -96,18 +115,11 @@ def command(arguments: list[str]) -> list[str]:
         share = len(os.sched_getaffinity(0)) // int(ranks)
         env.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
 
-    return [
-        *("--nnodes", str(nodes), "--node-rank", str(node), "--nproc-per-node", ranks),
-        *(
-            "--master-addr",
-            master,
-            "--master-port",
-            port,
-            "--rdzv-conf",
-            f"timeout={MEETING_SECONDS}",
-        ),
-        *arguments,
-    ]
+    layout = ("--nnodes", str(nodes), "--node-rank", str(node), "--nproc-per-node", ranks)
+    place = ("--master-addr", master, "--master-port", port)
+    patience = ("--rdzv-conf", f"timeout={MEETING_SECONDS}")
+
+    return [*layout, *place, *patience, *arguments]
 
 
 def pass_on(signal_number: int, frame: object) -> None:

@@ -31,11 +31,8 @@ def detect_regions(
     must be the detector whose features the model was trained on. Raises UsageError for a photo that
     cannot be read or that the detector fails on.
     """
-    if not 1 <= min_regions <= max_regions:
-        raise UsageError(
-            f"min_regions {min_regions} and max_regions {max_regions}: expected 1 or more, and no"
-            " more of the first"
-        )
+    if max_regions < 1:
+        raise UsageError(f"max_regions is {max_regions}, expected 1 or more")
 
     paths = [photos] if isinstance(photos, (str, Path)) else list(photos)
     loaded = load_detector(DetectorChoice(str(detector), device=device))

@@ -73,8 +73,12 @@ REQUIRED = {
 class PreflightConfig(RunConfig):
     """Hold the flags of the run and two of preflight's own."""
 
-    world_size: int = option(0, "processes the run will have (default: those started now)", least=0)
-    fast: bool = option(False, "skip hashing the shards and reading every record")
+    world_size: int = option(
+        0, "processes the run will have; default: those started now", least=0, group="preflight"
+    )
+    fast: bool = option(
+        False, "skip hashing the shards and reading every record", group="preflight"
+    )
 
 
 def check_environment(config: PreflightConfig) -> str:

@@ -19,10 +19,10 @@ ABOUT = "Pretrain InterBERT on a region store."
 Recipe = Callable[[RunConfig], Sequence[str]]
 
 
-def run(recipe: Recipe) -> None:
+def run(recipe: Recipe, about: str) -> None:
     """Parse the flags, build the parts and train."""
     handle_signals((*STOPPING, signal.SIGINT), end_at_once)  # until the run handles them itself
-    config = parse(RunConfig, ABOUT, recipe=recipe(parse(RunConfig, ABOUT)))
+    config = parse(RunConfig, about, recipe=recipe(parse(RunConfig, about)))
     config.check()
     read_launch()
     this_device()  # raises for too many processes on this machine, before anything is made
@@ -30,9 +30,9 @@ def run(recipe: Recipe) -> None:
     prepare(config).train()
 
 
-def main(recipe: Recipe = lambda told: ()) -> None:
+def main(recipe: Recipe = lambda told: (), about: str = ABOUT) -> None:
     """Run the entry point: one-line errors, exit code 2 for wrong use."""
-    run_entry(lambda: run(recipe))
+    run_entry(lambda: run(recipe, about))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,18 @@ RECIPE = (
 )
 
 
+ABOUT = f"""Pretrain the Chinese model. Flags that neither the command line nor --config sets are,
+with --data-path:
+
+    {" ".join(RECIPE)}
+
+and without it, for the generated sample shop:
+
+    {" ".join(SAMPLE)}
+
+All others are those of pretrain, whose defaults are shown below."""
+
+
 def recipe(told: RunConfig) -> Sequence[str]:
     """Return the flags that apply where neither the command line nor --config sets a value."""
     return RECIPE if "data_path" in told.given else SAMPLE
@@ -34,7 +46,7 @@ def recipe(told: RunConfig) -> Sequence[str]:
 
 def main() -> None:
     """Run the entry point."""
-    pretrain.main(recipe)
+    pretrain.main(recipe, ABOUT)
 
 
 if __name__ == "__main__":

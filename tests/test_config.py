@@ -5,9 +5,10 @@ import math
 import pytest
 
 from megatron_interbert import evaluate, finetune
-from megatron_interbert.command_line import build_parser, parse
+from megatron_interbert.command_line import build_parser, parse, with_dashes
+from megatron_interbert.commands.convert import Options as ConvertOptions
 from megatron_interbert.config.model import ModelConfig, model_config_from_dict
-from megatron_interbert.config.options import rows
+from megatron_interbert.config.options import AUTO, rows
 from megatron_interbert.config.training import RunConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.presets import PRESETS, load_model_config
@@ -179,3 +180,35 @@ def test_old_names_are_still_accepted(tmp_path):
     assert read("--tp", "2").tensor_model_parallel_size == 2
     (tmp_path / "run.yaml").write_text("tp: 4\n")
     assert read("--config", str(tmp_path / "run.yaml")).tensor_model_parallel_size == 4
+
+
+def test_values_that_look_like_flags_are_left_alone():
+    given = "--vocab-file my_vocab.txt --lr 2e-3"
+    words = ["STUDY", "--pretrain_flags", given, f"--finetune_flags={given}"]
+    assert [with_dashes(word) for word in words] == [
+        *("STUDY", "--pretrain-flags", given, f"--finetune-flags={given}")
+    ]
+
+
+def test_wrong_flags_are_compared_with_what_can_be_written():
+    for wrong, near in (("--list-onyl", "--list"), ("--form", "--from")):
+        with pytest.raises(UsageError, match=f"'{wrong}'; did you mean '{near}'"):
+            parse(ConvertOptions, "about", ["model.bin", wrong])
+
+
+def test_yaml_takes_flags_as_they_are_written_and_each_once(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("from: official\nlist: true\ntp: 2\n")
+    options = parse(ConvertOptions, "about", ["model.bin", "--config", str(file)])
+    assert (options.source, options.list_only) == ("official", True)
+    assert options.tensor_model_parallel_size == 2
+
+    file.write_text("tp: 2\ntensor-model-parallel-size: 4\n")
+    with pytest.raises(UsageError, match="sets --tensor-model-parallel-size a second time"):
+        parse(ConvertOptions, "about", ["model.bin", "--config", str(file)])
+
+
+def test_only_settings_that_may_be_auto_are_called_so():
+    config = parse(RunConfig, "about", [f"--lr={float(AUTO)}"])
+    with pytest.raises(UsageError, match="--lr -"):
+        config.check()

@@ -3,6 +3,7 @@ nothing half-written.
 """
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -82,12 +83,12 @@ def test_a_bad_record_ends_the_run_with_its_name(store, tmp_path):
     assert not list((tmp_path / "run").glob("global_step*"))
 
 
-def test_a_machine_gives_its_cores_to_the_ranks_of_node_py(store):
+def test_a_machine_shares_its_cores_among_its_ranks(store):
     """Check the number of threads: torchrun alone would give each of several ranks one."""
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "OMP_NUM_THREADS"}
     code = (
         "import os; os.sched_getaffinity = lambda pid: set(range(16)); import runpy, sys;"
-        "sys.path.insert(0, 'launchers'); import node; node.command(['script']);"
+        "from megatron_interbert.launch import command; command(['script']);"
         "print(os.environ['OMP_NUM_THREADS'])"
     )
 
@@ -185,19 +186,27 @@ def test_preflight_looks_at_what_would_be_resumed(store, tmp_path):
     assert f"{run}/global_step1: made with other model sizes (" in out
 
 
-def test_launch_takes_commands_and_what_torchrun_takes(tmp_path):
+def test_launch_takes_commands_and_what_torchrun_takes(tmp_path, monkeypatch):
     script = tmp_path / "train"
     script.write_text("")
-    assert arguments_of(["pretrain", "--lr", "1"]) == [
-        "-m",
-        "megatron_interbert.pretrain",
-        "--lr",
-        "1",
-    ]
+    ours = ["-m", "megatron_interbert.pretrain", "--lr", "1"]
+    assert arguments_of(["pretrain", "--lr", "1"]) == ours
     for words in (["-m", "theirs.train"], ["--module", "theirs.train"], [str(script), "--lr", "1"]):
         assert arguments_of(words) == words
-    for words in (["pretrian"], [str(tmp_path / "nowhere.py")]):
-        with pytest.raises(UsageError, match="expected one of pretrain, "):
+
+    monkeypatch.setenv("PROCESSES_PER_NODE", "")
+    for words in (["--processes", "2"], ["--processes=2"]):
+        assert arguments_of([*words, "pretrain", "--lr", "1"]) == ours
+        assert os.environ.pop("PROCESSES_PER_NODE") == "2"
+
+    for words, told in (
+        ([], "a command is missing; expected one of pretrain, "),
+        (["pretrian"], "no command or script 'pretrian'; .* did you mean 'pretrain'"),
+        ([str(tmp_path / "nowhere.py")], "no command or script '.*nowhere"),
+        (["--processes", "0", "pretrain"], "--processes is '0', expected 1 or more"),
+        (["--processes"], "--processes is '', expected 1 or more"),
+    ):
+        with pytest.raises(UsageError, match=told):
             arguments_of(words)
 
 

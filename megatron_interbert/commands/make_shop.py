@@ -15,9 +15,8 @@ from typing import ClassVar
 
 from megatron_interbert.command_line import run_command
 from megatron_interbert.config.options import Flags, option
+from megatron_interbert.errors import UsageError
 from megatron_interbert.files import check_writable
-from megatron_interbert.sample.shop import SPLITS, write_split
-from megatron_interbert.sample.shop_world import ShopWorld
 
 
 @dataclass
@@ -41,6 +40,14 @@ def run(options: Options) -> None:
     """Generate both splits."""
     folder = Path(options.output)
     check_writable(folder, "--output")
+    try:
+        from megatron_interbert.sample.shop import SPLITS, write_split
+        from megatron_interbert.sample.shop_world import ShopWorld
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"make-shop needs {error.name}: pip install 'megatron_interbert[features]'"
+        ) from error
+
     world = ShopWorld(options.seed, options.noise)
 
     for split in SPLITS:

@@ -158,7 +158,8 @@ class Flags:
     def told(self, name: str) -> str:
         """Return a setting, its value and its origin, such as `--lr 0.1 (from run.yaml)`."""
         value = getattr(self, name)
-        return f"{flag(name)} {'auto' if value == AUTO else value}{self.origin(name)}"
+        auto = value == AUTO and facts_of(self, name).auto
+        return f"{flag(name)} {'auto' if auto else value}{self.origin(name)}"
 
     def origin(self, name: str) -> str:
         """Return where a setting comes from, such as ` (default)`; empty if a flag gives it."""

@@ -56,7 +56,7 @@ def load_model(
     if best is None and os.path.lexists(link):
         source.notes.insert(
             0,
-            f"note: {link} is a broken link; using {source.path.name}, the newest checkpoint,"
+            f"note: {link} leads to no folder; using {source.path.name}, the newest checkpoint,"
             " instead",
         )
 

@@ -63,7 +63,7 @@ def read_deepspeed_config(config: TrainConfig) -> dict[str, Any]:
         return {}
 
     where = config.deepspeed_config
-    values = read_json(shipped(where) or where, "--deepspeed_config")
+    values = read_json(shipped(where) or where, "--deepspeed-config")
     for key in values:
         if key in REFUSED:
             raise UsageError(f"{where}: '{key}' is not used here; {REFUSED[key]}")
@@ -112,8 +112,8 @@ def shipped(name: str) -> Path | None:
         return None
 
     package = Path(megatron_interbert.__file__).parent
-    folder = next(place for place in (package, package.parent) if (place / "ds_configs").is_dir())
-    files = {path.stem: path for path in sorted((folder / "ds_configs").glob("*.json"))}
+    places = (package / "ds_configs", package.parent / "ds_configs")
+    files = {path.stem: path for place in places for path in sorted(place.glob("*.json"))}
     if name not in files:
         raise UsageError(
             f"--deepspeed-config {name}: no such file{nearest(name, files)}; expected a JSON file"

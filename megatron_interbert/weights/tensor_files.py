@@ -54,6 +54,7 @@ def write_tensors(
     tensor is in memory at a time and other threads run. Raises ValueError if a tensor does not
     match its layout, OSError if the disk is full.
     """
+    header = header_of(layout, metadata)
     digest = hashlib.sha256()
 
     with open(path, "wb", buffering=0) as handle:
@@ -65,7 +66,7 @@ def write_tensors(
                 while len(part):
                     part = part[handle.write(part) :]
 
-        put(header_of(layout, metadata))
+        put(header)
         for (name, entry), tensor in zip(layout.items(), tensors, strict=True):
             if tensor.dtype != entry.dtype or tuple(tensor.shape) != tuple(entry.shape):
                 raise ValueError(

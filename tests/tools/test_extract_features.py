@@ -571,8 +571,11 @@ def test_regions_of_a_photo_are_those_of_a_build(folders, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no jpeg")
     with pytest.raises(UsageError, match=r"broken\.jpg: cannot be read as a photo"):
         detect_regions(tmp_path / "broken.jpg", folders["rt_detr"], device="cpu")
-    with pytest.raises(UsageError, match="min_regions 40 and max_regions 36"):
-        detect_regions(photos[0], folders["rt_detr"], min_regions=40, device="cpu")
+    with pytest.raises(UsageError, match="max_regions is 0"):
+        detect_regions(photos[0], folders["rt_detr"], max_regions=0, device="cpu")
+
+    (few,) = detect_regions(photos[0], folders["rt_detr"], max_regions=5, device="cpu")
+    assert len(few.features) == 5
 
 
 @needs_shared

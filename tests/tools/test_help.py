@@ -45,15 +45,24 @@ def test_a_task_tells_its_flags_under_its_name(command):
     assert out.startswith(f"usage: interbert {command} glue [FLAGS]")
 
 
-def test_the_service_names_the_package_that_it_lacks(tmp_path):
-    (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError(name='uvicorn')")
+@pytest.mark.parametrize(
+    ("command", "package", "told"),
+    [
+        (("serve", "--load", "run"), "uvicorn", "the service needs uvicorn: pip install"),
+        (("make-shop", "--output", "shop"), "PIL", "make-shop needs PIL: pip install"),
+    ],
+)
+def test_a_package_that_is_missing_is_named(command, package, told, tmp_path):
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError(name='{package}')")
     code, out, err = launch(
-        *(sys.executable, "-m", "megatron_interbert", "serve", "--load", "run"),
+        *(sys.executable, "-m", "megatron_interbert", *command),
         warm=False,
+        cwd=tmp_path,
         PYTHONPATH=f"{tmp_path}:{ROOT}",
     )
     assert (code, out) == (2, "")
-    assert err == "error: the service needs uvicorn: pip install 'megatron_interbert[serve]'\n"
+    assert err.startswith(f"error: {told} 'megatron_interbert[")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda path: path.stem)

@@ -30,7 +30,7 @@ SUBJECTS = {
 
 def run() -> None:
     """Measure one subject and write its figures."""
-    options, measure = parse_task(SUBJECTS, "benchmark.py train --model base --batch 16")
+    options, measure = parse_task(SUBJECTS, "train --model base --batch 16")
     if options.output:
         check_output(Path(options.output), "--output")
 

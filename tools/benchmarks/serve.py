@@ -118,8 +118,8 @@ class Served:
         line = self.process.stdout.readline()
         if not line.startswith("serving"):
             raise UsageError(
-                "the service did not start; try `python -m megatron_interbert.serve` with the same"
-                " --load and --data-path"
+                "the service did not start; try `interbert serve` with the same --load and"
+                " --data-path"
             )
 
         self.host, port = line.split()[-1].strip("/").removeprefix("http://").split(":")

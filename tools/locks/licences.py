@@ -218,7 +218,10 @@ def run(options: Options) -> None:
     for line in wrong:
         print(f"{options.list}: {line}", file=sys.stderr)
     if wrong:
-        print(f"{MEND}; to allow a licence, add it to ALLOWED there", file=sys.stderr)
+        print(
+            f"{MEND}; to allow a licence, add it to ALLOWED in tools/locks/licences.py",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
     print(f"{options.list}: the licences of {len(locked)} locked versions are allowed")

@@ -336,7 +336,7 @@ def check_stores(options: Options, chosen: list[str]) -> None:
     if "no-hard-negatives" in chosen and not (Path(options.data_path) / HARD_NEGATIVES).is_file():
         raise UsageError(
             f"{options.data_path}: no {HARD_NEGATIVES}, so leaving hard negatives out changes"
-            " nothing; make it with tools/mine_negatives.py, or leave the variant out by --only"
+            " nothing; make it with interbert mine-negatives, or leave the variant out by --only"
         )
 
 

@@ -58,7 +58,9 @@ class ProductSearchConfig(ItemConfig):
     """Finetune on product search: queries to products, matched in one sequence and by vectors."""
 
     queries: str = setting("", "jsonl of query_id, query_text, item_ids to train on", FREE)
-    valid_queries: str = setting("", "jsonl of queries to evaluate on; default: none", FREE)
+    valid_queries: str = setting(
+        "", "jsonl of queries to evaluate on; default: no evaluation", FREE
+    )
 
 
 @dataclass
@@ -68,7 +70,7 @@ class RecommendationConfig(ItemConfig):
     topics: str = setting("", "jsonl of topic_id, name, description, keywords to train on", FREE)
     clicks: str = setting("", "jsonl of topic_id, item_id, clicked (0 or 1) to train on", FREE)
     valid_topics: str = setting("", "topics to evaluate on; default: those of --topics", FREE)
-    valid_clicks: str = setting("", "jsonl of clicks to evaluate on; default: none", FREE)
+    valid_clicks: str = setting("", "jsonl of clicks to evaluate on; default: no evaluation", FREE)
 
 
 @dataclass

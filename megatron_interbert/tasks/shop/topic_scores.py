@@ -68,12 +68,13 @@ def score_topics(
     ):
         for start in mine:
             numbers = np.arange(start, min(start + config.items_of_part, len(items)))
-            columns = {
-                "topic_id": np.repeat(topic_ids, len(numbers)),
-                "item_id": np.tile(item_ids[numbers], len(topics)),
-                "score": score_items(scorer, pieces, numbers, config.load),
-            }
+            scores = score_items(scorer, pieces, numbers, config.load)
             if state.tensor_rank == 0:
+                columns = {
+                    "topic_id": np.repeat(topic_ids, len(numbers)),
+                    "item_id": np.tile(item_ids[numbers], len(topics)),
+                    "score": scores,
+                }
                 write_part(part(folder, start), columns, digest_of(plan))
             bar.update(state.data_size)
 
