@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -21,7 +21,6 @@ from megatron_interbert.config.options import (
     rows,
 )
 from megatron_interbert.errors import UsageError, run_entry
-from megatron_interbert.parser import Parser
 from megatron_interbert.reading import read_text
 
 FLAG = re.compile("--[A-Za-z0-9_-]+")
@@ -30,6 +29,14 @@ TITLES = {
     "parallelism": "parallelism, precision and kernels",
     "logging": "logging and evaluation",
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """Parse a command line, reporting errors in one line without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError, which `run_entry` prints."""
+        raise UsageError(message)
 
 
 class Help(argparse.RawDescriptionHelpFormatter):

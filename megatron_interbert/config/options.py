@@ -48,7 +48,8 @@ class Facts:
     least: float = -math.inf
     most: float = math.inf
     room_for: str = ""  # tokens that the length must leave room for, unless it is 0
-    as_trained: int | bool | None = None  # default: the value of the weights' training, else this
+    # the default if weights do not record what they were trained with; None: the flag is no such
+    as_trained: int | bool | None = None
     resume: Resume | None = None  # for settings of a training run
     fitted: bool = False  # to data and model; a resumed run keeps the value of its first start
     may_differ: bool = False  # between machines

@@ -8,7 +8,7 @@ from megatron_interbert.config.options import BELOW_1, FREE, NOTE, ONE_TEXT, SAM
 
 @dataclass
 class DataSettings(Flags):
-    """Hold how samples of any task are read."""
+    """Hold the settings for reading samples of any task."""
 
     GROUP: ClassVar[str] = "data"
 
@@ -165,7 +165,7 @@ class OptimisationSettings(Flags):
 
 @dataclass
 class ParallelismSettings(Flags):
-    """Hold how ranks share the work, and their precision and kernels."""
+    """Hold the settings for parallelism, precision and kernels."""
 
     GROUP: ClassVar[str] = "parallelism"
 
@@ -218,7 +218,7 @@ class ParallelismSettings(Flags):
 
 @dataclass
 class CheckpointSettings(Flags):
-    """Hold where checkpoints go, when they are written, and which one a run resumes from."""
+    """Hold the settings for writing checkpoints and resuming from them."""
 
     GROUP: ClassVar[str] = "checkpoints"
 
@@ -254,7 +254,7 @@ class CheckpointSettings(Flags):
 
 @dataclass
 class LoggingSettings(Flags):
-    """Hold what a run logs, and how often it is evaluated."""
+    """Hold the settings for logging and evaluation."""
 
     GROUP: ClassVar[str] = "logging"
 

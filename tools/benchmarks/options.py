@@ -8,7 +8,7 @@ from megatron_interbert.config.options import Flags, option
 
 @dataclass
 class BenchmarkOptions(Flags):
-    """Hold where a benchmark measures, and where the figures go."""
+    """Hold the flags that all benchmarks share."""
 
     GROUP: ClassVar[str] = "measuring"
 

@@ -75,7 +75,7 @@ class RecommendationConfig(ItemConfig):
 
 @dataclass
 class ItemReading(Flags):
-    """Hold how a trained model reads items and texts; default: as in training."""
+    """Hold the settings for reading items and texts with a trained model; default: as in training."""
 
     GROUP: ClassVar[str] = "data"
 
