@@ -48,7 +48,7 @@ class Facts:
     least: float = -math.inf
     most: float = math.inf
     room_for: str = ""  # tokens that the length must leave room for, unless it is 0
-    # the default if weights do not record what they were trained with; None: the flag is no such
+    # Set for flags whose default is what the weights were trained with: used if that is unknown.
     as_trained: int | bool | None = None
     resume: Resume | None = None  # for settings of a training run
     fitted: bool = False  # to data and model; a resumed run keeps the value of its first start

@@ -75,7 +75,7 @@ class RecommendationConfig(ItemConfig):
 
 @dataclass
 class ItemReading(Flags):
-    """Hold the settings for reading items and texts with a trained model; default: as in training."""
+    """Hold the settings for reading items and texts; default: as the weights were trained."""
 
     GROUP: ClassVar[str] = "data"
 
