@@ -267,8 +267,8 @@ def parse_task(tasks: Mapping[str, tuple[type, Any]], example: str) -> tuple[Any
 
     if task not in tasks:
         raise UsageError(
-            f"task '{task}', expected one of {', '.join(tasks)}, for example: {command} {example}"
-            f"{nearest(task, tasks)}"
+            f"task '{task}'{nearest(task, tasks)}, expected one of {', '.join(tasks)}, for example:"
+            f" {command} {example}"
         )
 
     config_class, function = tasks[task]

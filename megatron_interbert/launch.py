@@ -70,8 +70,8 @@ def arguments_of(words: list[str]) -> list[str]:
         return ["-m", f"megatron_interbert.{ENTRIES[name]}", *words[1:]]
     if not name.startswith("-") and not os.path.isfile(name):
         raise UsageError(
-            f"launch: no command or script '{name}'; expected one of {', '.join(ENTRIES)}, -m"
-            f" MODULE, or a script{nearest(name, ENTRIES)}"
+            f"launch: no command or script '{name}'{nearest(name, ENTRIES)}; expected one of"
+            f" {', '.join(ENTRIES)}, -m MODULE, or a script"
         )
 
     return words

@@ -36,7 +36,7 @@ def test_yaml_below_flags(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lrr: 1\n", "unknown key 'lrr'; did you mean 'lr'"),
+        ("lrr: 1\n", r"unknown key 'lrr' \(did you mean 'lr'"),
         ("train_iters: many\n", "'train_iters' is 'many', expected int"),
         ("train_iters: true\n", "expected int"),
         ("masking: mine\n", "expected one of paper, official"),
@@ -55,7 +55,7 @@ def test_bad_yaml(tmp_path, text, message):
     [
         (
             ["--micro-batchsize", "3"],
-            "unknown argument '--micro-batchsize'; did you mean '--micro-batch-size'",
+            r"unknown argument '--micro-batchsize' \(did you mean '--micro-batch-size'",
         ),
         (["--masking", "mine"], "invalid choice"),
         (["--train-iters", "x"], "invalid int value"),
@@ -95,7 +95,7 @@ def test_model_files_and_presets(tmp_path):
     with pytest.raises(UsageError, match="did you mean 'base'"):
         load_model_config("bass")
     with pytest.raises(
-        UsageError, match="unknown model key 'hiden_size'; did you mean 'hidden_size'"
+        UsageError, match=r"unknown model key 'hiden_size' \(did you mean 'hidden_size'"
     ):
         model_config_from_dict({"hiden_size": 1}, "x")
 
@@ -192,7 +192,7 @@ def test_values_that_look_like_flags_are_left_alone():
 
 def test_wrong_flags_are_compared_with_what_can_be_written():
     for wrong, near in (("--list-onyl", "--list"), ("--form", "--from")):
-        with pytest.raises(UsageError, match=f"'{wrong}'; did you mean '{near}'"):
+        with pytest.raises(UsageError, match=rf"'{wrong}' \(did you mean '{near}'"):
             parse(ConvertOptions, "about", ["model.bin", wrong])
 
 

@@ -201,7 +201,7 @@ def test_launch_takes_commands_and_what_torchrun_takes(tmp_path, monkeypatch):
 
     for words, told in (
         ([], "a command is missing; expected one of pretrain, "),
-        (["pretrian"], "no command or script 'pretrian'; .* did you mean 'pretrain'"),
+        (["pretrian"], r"no command or script 'pretrian' \(did you mean 'pretrain'"),
         ([str(tmp_path / "nowhere.py")], "no command or script '.*nowhere"),
         (["--processes", "0", "pretrain"], "--processes is '0', expected 1 or more"),
         (["--processes"], "--processes is '', expected 1 or more"),

@@ -227,6 +227,6 @@ def flag(name: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'X'?` with the known name nearest to a wrong one, else no text."""
+    """Return ` (did you mean 'X'?)` with the known name nearest to a wrong one, else no text."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{match[0]}'?" if match else ""
+    return f" (did you mean '{match[0]}'?)" if match else ""

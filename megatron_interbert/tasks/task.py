@@ -77,6 +77,6 @@ class Job:
     def __post_init__(self) -> None:
         if self.metric and self.metric not in self.figures:
             raise UsageError(
-                f"--metric {self.metric}: expected one of"
-                f" {', '.join(self.figures)}{nearest(self.metric, self.figures)}"
+                f"--metric {self.metric}{nearest(self.metric, self.figures)}: expected one of"
+                f" {', '.join(self.figures)}"
             )

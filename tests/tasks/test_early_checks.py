@@ -62,7 +62,8 @@ def test_a_metric_is_a_figure_of_the_task() -> None:
     Job(**parts)
 
     with pytest.raises(
-        UsageError, match=r"--metric q_aa: expected one of q_a, qa_r, q_ar; did you mean 'q_a"
+        UsageError,
+        match=r"--metric q_aa \(did you mean 'q_ar?'\?\): expected one of q_a, qa_r, q_ar",
     ):
         Job(**parts, metric="q_aa", figures=("q_a", "qa_r", "q_ar"))
 

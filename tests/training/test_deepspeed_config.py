@@ -57,7 +57,7 @@ def test_templates_are_found_by_name_beside_a_folder_of_that_name(tmp_path, monk
         config = parse(RunConfig, "test", ["--deepspeed-config", name])
         assert merge(config, 2)["zero_optimization"]["stage"] == int(name[-1])
 
-    with pytest.raises(UsageError, match=r"zero9: no such file; did you mean .* one of cpu, zero0"):
+    with pytest.raises(UsageError, match=r"zero9: no such file \(did you mean .* of cpu, zero0"):
         merge(parse(RunConfig, "test", ["--deepspeed-config", "zero9"]), 1)
 
 
@@ -89,12 +89,12 @@ def test_json_values_reach_the_run(tmp_path):
         (
             {"zero_optimisation": {"stage": 2}},
             [],
-            "unknown DeepSpeed key 'zero_optimisation'; did you mean 'zero_optimization'",
+            r"unknown DeepSpeed key 'zero_optimisation' \(did you mean 'zero_optimization'",
         ),
         (
             {"zero_optimization": {"stge": 2}},
             [],
-            "unknown key 'stge' in 'zero_optimization'; did you mean 'stage'",
+            r"unknown key 'stge' in 'zero_optimization' \(did you mean 'stage'",
         ),
         (
             {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
@@ -105,7 +105,7 @@ def test_json_values_reach_the_run(tmp_path):
         (
             {"optimizer": {"params": {"weigth_decay": 0.5}}},
             [],
-            "unknown key 'weigth_decay' in 'optimizer.params'; did you mean",
+            r"unknown key 'weigth_decay' in 'optimizer.params' \(did you mean",
         ),
         ({"fp16": True}, [], "'fp16' is True, expected an object"),
         ({"zero_optimization": 2}, [], "'zero_optimization' is 2, expected an object"),
