@@ -19,7 +19,7 @@ ABOUT = "Pretrain InterBERT on a region store."
 Recipe = Callable[[RunConfig], Sequence[str]]
 
 
-def run(recipe: Recipe, about: str) -> None:
+def run(recipe: Recipe = lambda told: (), about: str = ABOUT) -> None:
     """Parse the flags, build the parts and train."""
     handle_signals((*STOPPING, signal.SIGINT), end_at_once)  # until the run handles them itself
     config = parse(RunConfig, about, recipe=recipe(parse(RunConfig, about)))

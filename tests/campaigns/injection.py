@@ -176,7 +176,7 @@ class Training:
             "pretrain",
             *(str(part) for name, value in flags.items() for part in (f"--{name}", value)),
         ]
-        pretrain.run(lambda told: ())
+        pretrain.run()
 
     def check(self, folder, life):
         """Nothing that was committed is gone but for newer ones; the same command then reaches the

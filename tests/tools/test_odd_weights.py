@@ -138,7 +138,7 @@ def test_what_is_passed_over_is_said(tmp_path, monkeypatch, capsys):
     _, source = load_model(str(run), ("itm",), "torch", torch.device("cpu"))
     assert source.path.name == "global_step3"
     line = (
-        f"note: {run}/best is a broken link; using global_step3, the newest checkpoint, instead\n"
+        f"note: {run}/best leads to no folder; using global_step3, the newest checkpoint, instead\n"
     )
     assert capsys.readouterr().err == line
 
