@@ -52,7 +52,7 @@ def help_text() -> str:
     )
 
 
-def explain(name: str) -> None:
+def help_or_refuse(name: str) -> None:
     """Print --help if that was asked for; raises UsageError for an unknown command."""
     if name not in ("-h", "--help"):
         raise UsageError(
@@ -66,7 +66,7 @@ def main() -> None:
     """Run the command named on the command line."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name not in COMMANDS:
-        run_entry(lambda: explain(name))
+        run_entry(lambda: help_or_refuse(name))
         return
 
     module, _ = COMMANDS[name]

@@ -331,14 +331,16 @@ def read_yaml(config_class: type, path: str) -> dict[str, Any]:
     entries = {entry.name: entry for entry in dataclasses.fields(config_class)}
     names = {name: name for name in entries}
     for name, facts in rows(config_class):
-        names |= {key_of(word): name for word in (spelling(name, facts), *facts.old_names)}
+        spellings = (spelling(name, facts), *facts.old_names)
+        names |= {key_of(word): name for word in spellings}
 
     result: dict[str, Any] = {}
     for key, value in values.items():
-        if key_of(str(key)) not in names:
-            raise UsageError(f"{path}: unknown key '{key}'{nearest(key_of(str(key)), names)}")
+        written = key_of(str(key))
+        if written not in names:
+            raise UsageError(f"{path}: unknown key '{key}'{nearest(written, names)}")
 
-        name = names[key_of(str(key))]
+        name = names[written]
         if name in result:
             raise UsageError(f"{path}: '{key}' sets {flag(name)} a second time; leave one of them")
         result[name] = from_yaml(entries[name], value, f"{path}: '{key}'")

@@ -48,6 +48,21 @@ def local_errors() -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def imports_of(extra: str, what: str) -> Iterator[None]:
+    """Import optional packages in this context; raises UsageError naming the `extra` to install if
+    one that `what` needs is missing or broken.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").startswith("megatron_interbert"):
+            raise
+        raise UsageError(
+            f"{what} needs {error.name or error}: pip install 'megatron_interbert[{extra}]'"
+        ) from error
+
+
 class TrainingStopped(RunError, RuntimeError):
     """Represent work that began well and cannot continue; exit code 1.
 

@@ -40,15 +40,7 @@ from megatron_interbert.signals import (
 )
 
 BY_TORCHRUN = ("auto", "cpu", "gpu")  # numbers of processes that torchrun works out itself
-
-
-ENTRIES = {
-    "pretrain": "pretrain",
-    "pretrain-chinese": "pretrain_chinese",
-    "finetune": "finetune",
-    "evaluate": "evaluate",
-    "preflight": "preflight",
-}
+ENTRIES = ("pretrain", "pretrain-chinese", "finetune", "evaluate", "preflight")
 
 
 def arguments_of(words: list[str]) -> list[str]:
@@ -67,7 +59,7 @@ def arguments_of(words: list[str]) -> list[str]:
         raise SystemExit
 
     if name in ENTRIES:
-        return ["-m", f"megatron_interbert.{ENTRIES[name]}", *words[1:]]
+        return ["-m", f"megatron_interbert.{name.replace('-', '_')}", *words[1:]]
     if not name.startswith("-") and not os.path.isfile(name):
         raise UsageError(
             f"launch: no command or script '{name}'{nearest(name, ENTRIES)}; expected one of"

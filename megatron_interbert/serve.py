@@ -3,7 +3,7 @@
 import logging
 
 from megatron_interbert.command_line import parse
-from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.errors import imports_of, run_entry
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.serving.config import ServeConfig
 from megatron_interbert.serving.hosts import AllowedHosts
@@ -18,12 +18,8 @@ def run() -> None:
     config = parse(ServeConfig, ServeConfig.__doc__ or "")
     config.check()
 
-    try:
+    with imports_of("serve", "the service"):
         from megatron_interbert.serving.server import serve
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"the service needs {error.name}: pip install 'megatron_interbert[serve]'"
-        ) from error
 
     hosts = AllowedHosts.of(config.host, config.allowed_hosts)
     handler = LimitedHandler({"megatron_interbert.serving.requests": REQUEST_LINES})

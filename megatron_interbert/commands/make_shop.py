@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from megatron_interbert.command_line import run_command
 from megatron_interbert.config.options import Flags, option
-from megatron_interbert.errors import UsageError
+from megatron_interbert.errors import imports_of
 from megatron_interbert.files import check_writable
 
 
@@ -40,13 +40,9 @@ def run(options: Options) -> None:
     """Generate both splits."""
     folder = Path(options.output)
     check_writable(folder, "--output")
-    try:
+    with imports_of("features", "make-shop"):
         from megatron_interbert.sample.shop import SPLITS, write_split
         from megatron_interbert.sample.shop_world import ShopWorld
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"make-shop needs {error.name}: pip install 'megatron_interbert[features]'"
-        ) from error
 
     world = ShopWorld(options.seed, options.noise)
 

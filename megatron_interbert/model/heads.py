@@ -44,6 +44,9 @@ class WordHead(nn.Module):
     def forward(
         self, hidden: torch.Tensor, word_embedding: torch.Tensor, labels: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Return this rank's columns of the logits [M, columns] of hidden states [M, H], -inf in
+        padded ones; with `labels` [M], the loss of each target and whether it is predicted right.
+        """
         transformed = copy_to_group(self.transform(hidden), self.group)
         if labels is not None:
             return vocab_parallel_loss(

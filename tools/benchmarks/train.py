@@ -250,7 +250,7 @@ def measure(options: Options) -> dict[str, Any]:
     check(options)
     device = this_device()
     names = list(contenders(options, device))
-    recorded = read_recorded_of(options, names[1:]) if options.compare else None
+    recorded = read_recorded(options, names[1:]) if options.compare else None
 
     workers = {name: Worker(options, name) for name in names}
     apart = {}
@@ -279,18 +279,6 @@ def measure(options: Options) -> dict[str, Any]:
         compare(result, recorded, options)
 
     return result
-
-
-def read_recorded_of(options: Options, names: list[str]) -> dict[str, Any]:
-    """Read the file of --compare; raises UsageError if it holds none of the contenders `names`."""
-    recorded = read_recorded(options)
-    if not set(names) & set(recorded["contenders"]):
-        raise UsageError(
-            f"--compare {options.compare}: none of {', '.join(names) or 'the others'} was"
-            " measured then"
-        )
-
-    return recorded
 
 
 def time_rounds(
@@ -373,8 +361,10 @@ def check(options: Options) -> None:
             check_writable(Path(path).parent, flag)
 
 
-def read_recorded(options: Options) -> dict[str, Any]:
-    """Read the measurement of --compare; raises UsageError unless it was of the same work."""
+def read_recorded(options: Options, names: list[str]) -> dict[str, Any]:
+    """Read the measurement of --compare; raises UsageError unless it was of the same work and of
+    one or more of the contenders `names`.
+    """
     recorded = read_json(options.compare, "--compare")
     if not {"contenders", "arguments"} <= recorded.keys():
         raise UsageError(
@@ -389,6 +379,12 @@ def read_recorded(options: Options) -> dict[str, Any]:
                 f"--compare {options.compare}: measured with --{name.replace('_', '-')} {before},"
                 f" now it is {now}"
             )
+
+    if not set(names) & set(recorded["contenders"]):
+        raise UsageError(
+            f"--compare {options.compare}: none of {', '.join(names) or 'the others'} was"
+            " measured then"
+        )
 
     return recorded
 

@@ -18,7 +18,7 @@ import torch
 
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import MANIFEST
-from megatron_interbert.errors import UsageError, local_errors
+from megatron_interbert.errors import UsageError, imports_of, local_errors
 from megatron_interbert.files import file_sha256, flush_folder, json_sha256, whole_file, write_json
 from megatron_interbert.parallel.agreement import some, together
 from megatron_interbert.parallel.state import ParallelState
@@ -118,12 +118,8 @@ def score_items(
 
 def check_parquet() -> None:
     """Raise UsageError if pyarrow, which writes Parquet, cannot be imported."""
-    try:
+    with imports_of("serve", "Parquet"):
         import pyarrow.parquet  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            f"Parquet needs pyarrow ({error}): pip install 'megatron_interbert[serve]'"
-        ) from error
 
 
 def plan_of(config: ScoreTopicsConfig, source: WeightSource, corpus: Corpus) -> dict[str, Any]:
