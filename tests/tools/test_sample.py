@@ -166,7 +166,7 @@ def test_train_then_evaluate_then_start_from_its_weights(corpus, tmp_path):
     assert "not the vocabulary that" in err
     code, _, err = launch(sys.executable, "-m", "megatron_interbert.evaluate", "retrieva")
     assert code == 2
-    assert "task 'retrieva', expected one of retrieval" in err
+    assert "task 'retrieva' (did you mean 'retrieval'?), expected one of retrieval" in err
 
 
 def test_launchers_are_executable():
