@@ -78,10 +78,12 @@ def is_there(path: Path) -> bool:
 
 
 def read_text(path: str | Path, what: str) -> str:
-    """Read a UTF-8 text file; raises UsageError naming `what` if it cannot be read."""
+    """Read a UTF-8 text file, with or without a byte order mark; raises UsageError naming `what` if
+    it cannot be read.
+    """
     try:
         with reading(path):
-            return Path(path).read_text(encoding="utf-8")
+            return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{what}: {path} is not UTF-8 text (byte {error.start}: {error.reason})"

@@ -24,7 +24,7 @@ from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import file_sha256
 from megatron_interbert.preparation.building.build import build
-from megatron_interbert.preparation.building.captions import FORMATS as CAPTION_FORMATS
+from megatron_interbert.preparation.building.captions.reading import FORMATS as CAPTION_FORMATS
 from megatron_interbert.preparation.building.plan import BuildPlan
 from megatron_interbert.preparation.building.sources.base import FeatureSource
 from megatron_interbert.preparation.building.sources.fields import (
@@ -173,6 +173,12 @@ def vocabulary_of(sources: list[FeatureSource], options: Options) -> str:
     return next((read_text(file, "vocab.txt") for file in files if file.is_file()), "")
 
 
+def read_only(path: str) -> list[str]:
+    """Return the image ids of a file, one a line."""
+    lines = (line.strip() for line in read_text(path, "--only").split("\n"))
+    return [line for line in lines if line]
+
+
 def plan_of(options: Options) -> BuildPlan:
     """Open the sources and plan what to build from them."""
     reading = ReadOptions(
@@ -198,7 +204,7 @@ def plan_of(options: Options) -> BuildPlan:
         caption_files=list(options.captions),
         captions_format=options.captions_format,
         split=options.split,
-        only=read_text(options.only, "--only").split("\n") if options.only else None,
+        only=read_only(options.only) if options.only else None,
         detector=detector_of(sources, options),
         class_names=names,
         soft_labels=options.soft_labels or max(widths, default=10),
@@ -239,7 +245,14 @@ def report(output: str, manifest: dict[str, Any], seconds: float) -> None:
     )
     for reason, count in manifest["dropped"].items():
         print(f"dropped: {count} images, {reason}")
-    if manifest["dropped"]:
+    for reason, count in manifest["captions_left_out"].items():
+        print(f"left out: {count} captions, {reason}")
+    if manifest["renamed_images"]:
+        print(
+            f"{manifest['renamed_images']} images have an id that another source has too; their"
+            " names begin with their source"
+        )
+    if manifest["dropped"] or manifest["captions_left_out"]:
         print(f"each is listed in {Path(output) / 'dropped.jsonl'}")
     if manifest["inverted_boxes"] > 0.05 * counts["regions"]:
         print(

@@ -79,6 +79,8 @@ OPTIONAL = {  # older stores lack some of them
     "images_read": _whole(),
     "images_by_label_kind": OBJECT,
     "dropped": OBJECT,
+    "captions_left_out": OBJECT,
+    "renamed_images": _whole(),
 }
 OF_FILES = {"file": TEXT, "bytes": _whole(), "sha256": TEXT}
 COUNTED = ("images", "regions", "captions")

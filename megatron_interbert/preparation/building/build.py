@@ -24,9 +24,14 @@ from megatron_interbert.preparation.building.build_folder import (
     BuildFolder,
     disk_errors_in_one_line,
 )
-from megatron_interbert.preparation.building.captions import CaptionTable
+from megatron_interbert.preparation.building.captions.reading import CaptionFile, Complaint
+from megatron_interbert.preparation.building.captions.table import CaptionTable
 from megatron_interbert.preparation.building.conversion import UnitJob, is_done
-from megatron_interbert.preparation.building.finishing import finish, publish
+from megatron_interbert.preparation.building.finishing import (
+    check_complaints,
+    finish,
+    publish,
+)
 from megatron_interbert.preparation.building.plan import BuildPlan
 from megatron_interbert.preparation.building.sources.base import SourceFacts
 from megatron_interbert.preparation.building.unit_pool import convert_units
@@ -44,8 +49,8 @@ def build(
     if os.path.lexists(output):
         raise UsageError(f"--output {output}: already exists; choose another folder or remove it")
     for path in plan.caption_files:
-        if not os.path.isfile(path):
-            raise UsageError(f"--captions {path}: no such file")
+        if not os.path.exists(path):
+            raise UsageError(f"--captions {path}: no such file or folder")
 
     facts = _common_facts(plan)
     units = [
@@ -58,6 +63,7 @@ def build(
     with BuildFolder(work, plan.fingerprint(units), restart), disk_errors_in_one_line(work):
         if not (work / MANIFEST).exists():
             table = _caption_table(plan, work)
+            check_complaints(work, len(table) if table else 0, max_dropped)
             shared = (
                 work,
                 facts,
@@ -73,7 +79,7 @@ def build(
             ]
             left = [job for job in jobs if not is_done(work, job.number)]
             convert_units(left, len(jobs), plan.sources, workers, max_dropped)
-            finish(plan, facts, work, len(jobs), max_dropped)
+            finish(plan, facts, work, [source for source, _ in units], table, max_dropped)
 
         return publish(work, output, bool(plan.vocabulary))
 
@@ -130,21 +136,18 @@ def _caption_table(plan: BuildPlan, work: Path) -> CaptionTable | None:
     if not plan.caption_files and plan.only is None:
         return None
     if not done.exists():
-        complaints: list[str] = []
-        table = CaptionTable.create(
-            path,
-            plan.caption_files,
-            plan.captions_format,
-            plan.split,
-            complaints.append,
-            plan.only or (),
-        )
+        files = [CaptionFile(file, plan.captions_format) for file in plan.caption_files]
+        for file in files:
+            print(f"captions: {file.describe()}", flush=True)
+
+        complaints: list[Complaint] = []
+        table = CaptionTable.create(path, files, plan.split, complaints.append, plan.only or ())
         if plan.caption_files and not len(table):
+            first = f"{complaints[0].where}: {complaints[0].reason}" if complaints else "empty"
             raise UsageError(
-                f"--captions {', '.join(plan.caption_files)}: no captions found"
-                f" ({(complaints or ['empty'])[0]})"
+                f"--captions {', '.join(plan.caption_files)}: no captions found ({first})"
             )
 
-        write_text(done, json.dumps(complaints))
+        write_text(done, json.dumps([vars(complaint) for complaint in complaints]))
 
     return CaptionTable(path)

@@ -16,7 +16,7 @@ from megatron_interbert.data.manifest import entry_fits
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.errors import Unreadable
 from megatron_interbert.files import own_name, whole_file
-from megatron_interbert.preparation.building.captions import CaptionTable
+from megatron_interbert.preparation.building.captions.table import CaptionTable
 from megatron_interbert.preparation.building.shard_writer import (
     SHARD_NAME,
     prepare_record,
@@ -33,8 +33,7 @@ from megatron_interbert.reading import is_there, reading
 
 NO_CAPTION = "no caption"
 NOT_WANTED = "not in --only"
-TWICE = "image id seen before"
-EXPECTED = (NO_CAPTION, NOT_WANTED, TWICE)  # dropped on purpose, not because of a fault
+EXPECTED = (NO_CAPTION, NOT_WANTED)  # dropped on purpose, not because of a fault
 
 
 @dataclass
@@ -186,7 +185,7 @@ def _keep(found: Record | Dropped, job: UnitJob) -> Any:
     image_id = found.regions.image_id
     if not storable(image_id):
         return Dropped(found.where, repr(image_id)[:80], "image id is not valid text")
-    if job.only and not job.table.is_wanted(image_id):
+    if job.only and not job.table.wanted_as(image_id):
         return Dropped(found.where, image_id, NOT_WANTED)
 
     captions = job.table.of_image(image_id) if job.use_captions else found.captions

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.preparation.building.captions import guess_language
+from megatron_interbert.preparation.building.captions.reading import guess_language
 from megatron_interbert.preparation.building.dtype_codes import NotPlain
 from megatron_interbert.preparation.building.pickles.nodes import UnsafePickle
 from megatron_interbert.preparation.building.pickles.reading import is_pickle, loads

@@ -1,0 +1,136 @@
+"""Tell which image a name means: data sets, tools and people spell the name of one image in many
+ways.
+
+Equal names mean the same image. Other names mean it by a key that both have, strictest first:
+
+    file      `a/b/07.jpg`, `a/b/07`     the path without the ending
+    folder    `a/b/07.jpg`, `b/07.png`   the end of the path
+    number    `a/b/07.jpg`, `7`          a number without leading zeros and without COCO's prefix
+
+A key counts only where it means one image: if it is the key of one image in the build, and if the
+captions do not use it for two different ones.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+
+ENDING = re.compile(r"\.(jpe?g?|jfif|png|webp|gif|bmp|tiff?|avif|npz|npy)$", re.IGNORECASE)
+CAPTION_NUMBER = re.compile(r"#(?:[a-z]{2,4}[#_]?)?\d+$", re.IGNORECASE)  # Flickr's `1.jpg#zhc#0`
+ADDRESS = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+COCO = re.compile(r"^COCO_(?:train|val|test)\d{4}_0*(\d+)$", re.IGNORECASE)
+MOST_FOLDERS = 3  # that the end of a path may have
+
+SAME = 0  # the names are equal
+FILE = 1  # equal but for the ending
+FOLDER = 2  # equal but for folders
+NUMBER = 3  # equal but for leading zeros or COCO's prefix
+
+
+class ImageName:
+    """Take a name apart into what others may call the same image."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.path, self.ending = _path_and_ending(text)  # without folders `.`; `.jpg` or empty
+
+    @property
+    def stem(self) -> str:
+        """Return the name without folders and ending."""
+        return self.path.rpartition("/")[2]
+
+    @cached_property
+    def number(self) -> str:
+        """Return the number that is the name, without leading zeros; empty for other names."""
+        coco = COCO.match(self.stem)
+        digits = coco[1] if coco else self.stem
+
+        return (digits.lstrip("0") or "0") if digits.isascii() and digits.isdigit() else ""
+
+    @property
+    def is_coco(self) -> bool:
+        """Check whether the number has COCO's prefix."""
+        return bool(self.number) and not self.stem.isdigit()
+
+    @property
+    def ends(self) -> list[str]:
+        """Return the ends of the path that are shorter than the path, longest first."""
+        parts = self.path.split("/")
+        longest = min(MOST_FOLDERS + 1, len(parts) - 1)
+
+        return ["/".join(parts[-kept:]) for kept in range(longest, 0, -1)]
+
+    @property
+    def own_keys(self) -> list[str]:
+        """Return the keys of the name: of its file, of each end of its path, of its number."""
+        keys = [f"file:{self.path}", *(f"end:{end}" for end in self.ends)]
+        return [*keys, f"number:{self.number}"] if self.number else keys
+
+    def other_keys(self) -> Iterator[tuple[str, str, int]]:
+        """Yield the keys by which other names mean this image: (a key of the other name, the key
+        that must mean one image, FILE, FOLDER or NUMBER), strictest first.
+        """
+        yield f"file:{self.path}", f"file:{self.path}", FILE
+        yield f"end:{self.path}", f"end:{self.path}", FOLDER
+
+        for end in self.ends:
+            yield f"file:{end}", f"end:{end}", FOLDER
+            yield f"end:{end}", f"end:{end}", FOLDER
+
+        if self.number:
+            yield f"number:{self.number}", f"number:{self.number}", NUMBER
+
+    def meanings(self) -> Iterator[str]:
+        """Yield the keys that mean this image, and two images if another one yields them too."""
+        yield f"file:{self.path}"
+        yield f"end:{self.path}"
+
+        for end in self.ends:
+            yield f"end:{end}"
+        if self.number:
+            yield f"number:{self.number}"
+
+
+def _path_and_ending(text: str) -> tuple[str, str]:
+    """Split a name into its path with `/` between folders, and its ending in lower case.
+
+    An address loses its scheme and query, a name in a token file the number of the caption.
+    """
+    path, addresses = ADDRESS.subn("", text.strip())
+    if addresses:
+        path = re.split(r"[?#]", path, maxsplit=1)[0]
+
+    path = CAPTION_NUMBER.sub("", path).replace("\\", "/")
+    path = "/".join(part for part in path.split("/") if part not in ("", "."))
+    ending = ENDING.search(path)
+
+    return (path[: ending.start()], ending[0].lower()) if ending else (path, "")
+
+
+def are_different_images(names: Iterable[str], kind: int) -> bool:
+    """Check whether names that share a key of some kind mean more than one image.
+
+    FILE: they have different endings. FOLDER: they are not all ends of one path. NUMBER: they are
+    spelt in different ways, as Visual Genome's `9` and COCO's `COCO_train2014_000000000009`.
+    """
+    known = ""
+    longest = ""
+
+    for text in names:
+        name = ImageName(text)
+        if kind == FOLDER:
+            shorter, longest = sorted((f"/{name.path}", longest), key=len)
+            if not longest.endswith(shorter):
+                return True
+        else:
+            spelling = name.ending if kind == FILE else name.stem
+            if known and spelling and spelling != known:
+                return True
+            known = known or spelling
+
+    return False
+
+
+def kind_of_key(key: str) -> int:
+    """Return FILE, FOLDER or NUMBER for a key."""
+    return {"file": FILE, "end": FOLDER, "number": NUMBER}[key.partition(":")[0]]

@@ -1,0 +1,122 @@
+"""Find out what the columns of a table hold: from its header, or by looking at its first rows."""
+
+import re
+from collections.abc import Callable, Sequence
+
+from megatron_interbert.data.image_names import CAPTION_NUMBER, ENDING
+from megatron_interbert.preparation.building.captions.fields import (
+    KNOWN,
+    SEVERAL,
+    json_in_cell,
+    plain,
+    texts_of,
+)
+
+ADDRESS = re.compile(r"^https?://\S+$", re.IGNORECASE)
+LANGUAGE = re.compile(r"^[a-z]{2,3}([-_][A-Za-z]{2,4})?$")
+BASE64 = re.compile(r"^[A-Za-z0-9+/_=-]{40,}$")
+NUMBER = re.compile(r"^-?[\d.,]+$")
+NAME = re.compile(r"^\S+$")
+WORD = re.compile(r"^[^\W\d_]{1,30}([-'’][^\W\d_]+)*[.!?]?$")
+LETTER = re.compile(r"[^\W\d_]")
+CHINESE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+MOST = 0.8  # the share of its cells by which a column is judged
+Row = Sequence[str]
+
+
+def is_header(row: Row) -> bool:
+    """Check whether the first row of a table names its columns.
+
+    All of them must look like names, and one or more be known.
+    """
+    known = [cell for cell in row if plain(cell) in KNOWN or SEVERAL.match(plain(cell))]
+    words = all(re.match(r"^\s*[A-Za-z][\w /-]{0,40}$", cell) for cell in row if cell.strip())
+
+    return bool(known) and words and (len(known) > 1 or all(len(c.split()) < 3 for c in row))
+
+
+def name_columns(rows: Sequence[Row]) -> list[str]:
+    """Return for each column of some rows what it holds: `url`, `caption`, `image`, `lang`, or
+    nothing known.
+
+    Addresses and captions are found first; what remains may name the image. Returns [] if no
+    column holds captions, or if nothing beside them names an image.
+    """
+    columns = [_cells(rows, number) for number in range(max(map(len, rows), default=0))]
+    fields = ["url" if _most(cells, ADDRESS.match) else "" for cells in columns]
+    lengths = [
+        0.0 if name else _text_length(cells) for name, cells in zip(fields, columns, strict=True)
+    ]
+    if not any(lengths):
+        return []
+
+    fields[lengths.index(max(lengths))] = "caption"
+    for name, rules in (("image", (_is_file, NUMBER.match, _is_name)), ("lang", (LANGUAGE.match,))):
+        number = _first_column(columns, fields, rules)
+        if number is not None:
+            fields[number] = name
+
+    return fields if {"image", "url"} & set(fields) else []
+
+
+def _cells(rows: Sequence[Row], number: int) -> list[str]:
+    return [row[number].strip() for row in rows if number < len(row) and row[number].strip()]
+
+
+def _most(cells: Sequence[str], rule: Callable[[str], object]) -> bool:
+    return bool(cells) and sum(bool(rule(cell)) for cell in cells) >= MOST * len(cells)
+
+
+def _is_file(cell: str) -> bool:
+    return bool(ENDING.search(CAPTION_NUMBER.sub("", cell)))
+
+
+def _is_name(cell: str) -> bool:
+    return bool(NAME.match(cell)) and not BASE64.match(cell) and not LANGUAGE.match(cell)
+
+
+def _is_text(cell: str) -> bool:
+    """Check whether a cell holds words: several, or one that is no code."""
+    if cell.startswith(("[", "{")) and json_in_cell(cell) is not cell:
+        texts = list(texts_of(cell))
+        return bool(texts) and all(isinstance(text, str) for text in texts)
+
+    words = " " in cell or CHINESE.search(cell) or WORD.match(cell)
+    return bool(words and LETTER.search(cell)) and not _is_file(cell)
+
+
+def _text_length(cells: Sequence[str]) -> float:
+    """Return the mean number of letters of a column of texts; 0 for other columns."""
+    if not _most(cells, _is_text):
+        return 0.0
+    return sum(len(LETTER.findall(cell)) for cell in cells) / len(cells)
+
+
+def _first_column(
+    columns: Sequence[Sequence[str]],
+    fields: Sequence[str],
+    rules: Sequence[Callable[[str], object]],
+) -> int | None:
+    """Return the first free column that fits a rule, of the earliest rule that any fits."""
+    for rule in rules:
+        for number, cells in enumerate(columns):
+            if not fields[number] and _most(cells, rule):
+                return number
+
+    return None
+
+
+def is_unknown_header(rows: Sequence[Row], fields: Sequence[str]) -> bool:
+    """Check whether the first row of a table, of columns known by looking, names them in words that
+    are not known: where it has none of the addresses, files or numbers that all other rows have.
+    """
+    for number, field in enumerate(fields):
+        if field not in ("url", "image") or number >= len(rows[0]):
+            continue
+
+        others = [row[number].strip() for row in rows[1:] if number < len(row)]
+        for rule in (ADDRESS.match, _is_file, NUMBER.match):
+            if others and all(map(rule, others)) and not rule(rows[0][number].strip()):
+                return True
+
+    return False

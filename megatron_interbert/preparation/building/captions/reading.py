@@ -1,0 +1,212 @@
+"""Open a file of captions in whatever form, and read which caption belongs to which image."""
+
+import itertools
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_interbert.errors import UsageError
+from megatron_interbert.preparation.building.captions.columns import CHINESE, LANGUAGE
+from megatron_interbert.preparation.building.captions.fields import Found, read_record
+from megatron_interbert.preparation.building.captions.layouts import whole_json
+from megatron_interbert.preparation.building.captions.tables import table
+from megatron_interbert.preparation.building.captions.text_file import read_lines
+from megatron_interbert.preparation.building.captions.wrapping import (
+    TOKEN_LINE,
+    Wrapped,
+    json_lines,
+    token_lines,
+)
+
+JSON_LAYOUTS = ("coco", "karpathy", "sbu", "json-dict", "json")
+FORMATS = ("auto", *JSON_LAYOUTS, "jsonl", "csv", "tsv", "conceptual", "flickr-tokens")
+REJECTED = "rejected by its data set"  # of a complaint that is no fault
+LOOKED_AT = 1000  # records by which it is judged whether images are named, and what an example is
+
+
+@dataclass
+class Caption:
+    """Hold a caption, and the names that its record gives to the image, most reliable first."""
+
+    names: list[str]
+    text: str
+    language: str
+
+
+@dataclass
+class Complaint:
+    """Say what is wrong with a record: a short reason without numbers, and where it is."""
+
+    reason: str
+    where: str
+
+
+class CaptionFile:
+    """Read one file of captions; raises UsageError if it cannot be used as a whole.
+
+    `kind` is one of FORMATS.
+    """
+
+    def __init__(self, path: str, kind: str = "auto") -> None:
+        self.path = path
+        self.wrapped = _open(path, kind)
+        self.has_splits = False
+        self.by_line = False
+        self._choice = ""
+        self._look()
+
+    def _look(self) -> None:
+        """Find out from the first records whether images are named by their line, whether there are
+        splits, and which fields are read.
+        """
+        chosen: Counter[tuple[str, str]] = Counter()
+        example = ""
+
+        for number, (_, record) in enumerate(itertools.islice(self.wrapped.records(), LOOKED_AT)):
+            if isinstance(record, str):
+                continue
+
+            found = read_record(record)
+            self.has_splits = self.has_splits or bool(found.split)
+            if not found.texts or not (found.images or found.address):
+                continue
+
+            self.by_line = self.by_line or not found.images
+            chosen[found.chosen] += 1
+            name = found.images[0][0] if found.images else f"{number} (its line)"
+            example = example or f"{name[:60]} -> {str(found.texts[0])[:60]!r}"
+
+        if chosen:
+            (image, text), _ = chosen.most_common(1)[0]
+            if self.by_line:
+                image = f"the number of the line, from 0 ({image} is only an address)"
+            self._choice = f"; image: {image}; caption: {text}; first: {example}"
+
+    def describe(self) -> str:
+        """Return a line that says how the file is read, with an example."""
+        return f"{self.path}: {self.wrapped.words}{self._choice}"
+
+    def captions(self, split: str = "") -> Iterator[Caption | Complaint]:
+        """Yield the captions, of some splits if `split` names them with commas between, and what is
+        wrong with records of no use.
+        """
+        wanted = set(filter(None, split.split(",")))
+        number = -1
+
+        for place, record in self.wrapped.records():
+            number += 1
+            where = f"{self.path}: {place}"
+            if isinstance(record, str):
+                yield Complaint("not a record", f"{where}: {record}")
+                continue
+
+            found = read_record(record)
+            if wanted and found.split and found.split not in wanted:
+                continue
+
+            yield from self._of_record(found, number, where)
+
+    def _of_record(self, found: Found, number: int, where: str) -> Iterator[Caption | Complaint]:
+        if found.rejected:
+            yield Complaint(REJECTED, f"{where}: {found.rejected}")
+            return
+
+        images = found.images or ([_names_of_line(number, found.address)] if found.address else [])
+        if not found.texts or not images:
+            missing = "caption" if not found.texts else "image"
+            yield Complaint(f"no {missing} in the record", where)
+            return
+
+        for names in images:
+            for text in found.texts:
+                yield _checked(names, text, found.language, where)
+
+
+def _names_of_line(number: int, address: str) -> list[str]:
+    """Return the names of an image of which only the address is known.
+
+    Downloaders name files by line number, or by line number and checksum of the address.
+    """
+    checksum = zlib.crc32(address.encode("utf-8", "surrogateescape"))
+    return [f"{number}_{checksum}", str(number), address]
+
+
+def _checked(names: list[str], text: Any, language: Any, where: str) -> Caption | Complaint:
+    where = f"{where}, image {names[0][:80]!a}"
+    if not isinstance(text, str):
+        return Complaint("caption is not text", f"{where}: {type(text).__name__}")
+
+    text = " ".join(text.replace("\0", " ").split())
+    language = language if isinstance(language, str) and LANGUAGE.match(language) else ""
+    try:
+        "".join([text, *names]).encode("utf-8")
+    except UnicodeEncodeError:
+        return Complaint("text is not UTF-8", where)
+
+    if not text:
+        return Complaint("empty caption", where)
+
+    return Caption(names, text, language or guess_language(text))
+
+
+def guess_language(text: str) -> str:
+    """Return `zh` for a text with Chinese characters, else `en`, for files without languages."""
+    return "zh" if CHINESE.search(text) else "en"
+
+
+def _open(path: str, kind: str) -> Wrapped:
+    """Open a file as `kind`, or as what it looks like; raise UsageError if it is not that."""
+    if kind == "jsonl":
+        return json_lines(path)
+    if kind == "flickr-tokens":
+        return token_lines(path)
+    if kind in JSON_LAYOUTS:
+        found = whole_json(path)
+        if kind not in ("json", found.kind):
+            raise UsageError(
+                f"--captions {path}: not a {kind} caption file but {found.words}; leave"
+                " --captions-format out"
+            )
+        return found
+
+    delimiter = {"tsv": "\t", "conceptual": "\t"}.get(kind, "")
+    found = table(path, delimiter) if kind != "auto" else _guess(path)
+    if found is None:
+        raise UsageError(
+            f"--captions {path}: starts with {_start(path)[:60]!r}, which fits no known format;"
+            f" name it with --captions-format {'|'.join(FORMATS[1:])}"
+        )
+
+    return found
+
+
+def _start(path: str) -> str:
+    """Return the first line that is not blank."""
+    return next((line for _, line in read_lines(path)), "")
+
+
+def _guess(path: str) -> Wrapped | None:
+    """Open a file as what its first line looks like."""
+    first = _start(path).lstrip()
+    if first.startswith("{") and _is_object(first) and _has_more_lines(path):
+        return json_lines(path)
+    if first.startswith(("{", "[")):
+        return whole_json(path)
+    if TOKEN_LINE.match(first):
+        return token_lines(path)
+
+    return table(path)
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _has_more_lines(path: str) -> bool:
+    return len(list(itertools.islice(read_lines(path), 2))) > 1

@@ -1,0 +1,231 @@
+"""Read tables of captions by the rules of CSV: any delimiter, with a header or without."""
+
+import csv
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_interbert.errors import UsageError
+from megatron_interbert.preparation.building.captions.columns import (
+    is_header,
+    is_unknown_header,
+    name_columns,
+)
+from megatron_interbert.preparation.building.captions.fields import read_record
+from megatron_interbert.preparation.building.captions.text_file import open_text
+from megatron_interbert.preparation.building.captions.wrapping import Placed, Wrapped
+
+LOOKED_AT = 200  # rows by which a table is judged
+REGULAR = 0.8  # the share of them that must have the same number of columns
+MOST_LINES = 50  # of one row, whose cells may hold line ends
+LARGEST_CELL = 1 << 26  # characters
+DELIMITERS = {"\t": "tabs", "|": "bars", ",": "commas", ";": "semicolons"}
+QUOTED = re.compile(r'^"(?:[^"]|"")*"$')
+Cells = list[str]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Describe how the rows of a table are written.
+
+    `quotes`: `"` may stand around cells. `escape`: the character before a quote inside a cell, if
+    quotes are not doubled there. `fields`: the names of the columns.
+    """
+
+    delimiter: str
+    quotes: bool
+    escape: str = ""
+    header: bool = False
+    fields: tuple[str, ...] = ()
+
+    def rows(self, path: str) -> Iterator[tuple[int, Cells | str]]:
+        """Yield (line number, cells or what is wrong with them) of each row that is not blank."""
+        csv.field_size_limit(LARGEST_CELL)
+
+        with open_text(path) as handle:
+            lines = ((n, line) for n, line in enumerate(handle, 1) if line.strip())
+            if not self.quotes:
+                for number, line in lines:
+                    yield number, [_unquoted(cell) for cell in line.split(self.delimiter)]
+                return
+
+            for number, together in _lines_of_rows(lines):
+                yield from self._parsed(number, together)
+
+    def _parsed(self, number: int, lines: Sequence[str]) -> Iterator[tuple[int, Cells | str]]:
+        """Yield the rows of some lines; if they make no sense together, of each line alone."""
+        try:
+            rows = list(
+                csv.reader(
+                    lines,
+                    delimiter=self.delimiter,
+                    escapechar=self.escape or None,
+                    skipinitialspace=True,
+                    strict=True,
+                )
+            )
+        except csv.Error as error:
+            if len(lines) == 1:
+                yield number, f"has quotes out of place ({error})"
+            for place, line in enumerate(lines if len(lines) > 1 else ()):
+                yield from self._parsed(number + place, [line])
+            return
+
+        for row in rows:
+            yield number, row
+
+
+def _lines_of_rows(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, list[str]]]:
+    """Put lines together until each quote is closed; a quote that is not closed within MOST_LINES
+    spoils its own line only.
+    """
+    pending: list[tuple[int, str]] = []
+
+    for placed in lines:
+        pending.append(placed)
+        while pending:
+            if sum(line.count('"') for _, line in pending) % 2 == 0:
+                yield pending[0][0], [line for _, line in pending]
+                pending = []
+            elif len(pending) > MOST_LINES:
+                yield pending[0][0], [pending[0][1]]
+                rest = pending[1:]
+                pending = []
+                yield from _lines_of_rows(rest[:-1])
+                pending = rest[-1:]
+            else:
+                break
+
+    for number, line in pending:
+        yield number, [line]
+
+
+def _unquoted(cell: str) -> str:
+    """Strip a cell, and remove quotes around it if those inside are doubled, as the rules say."""
+    cell = cell.strip()
+    return cell[1:-1].replace('""', '"') if QUOTED.match(cell) else cell
+
+
+def table(path: str, delimiter: str = "") -> Wrapped | None:
+    """Read a table; its delimiter is looked for unless given.
+
+    Returns None if it is none: most rows have one column or different numbers of them. Raises
+    UsageError if no column holds captions, or none names images.
+    """
+    layout = _look_at(path, [delimiter] if delimiter else list(DELIMITERS))
+    if layout is None:
+        return None
+
+    def records() -> Iterator[Placed]:
+        for number, row in itertools.islice(layout.rows(path), int(layout.header), None):
+            yield f"line {number}", row if isinstance(row, str) else _record(layout, row)
+
+    words = f"a table with {DELIMITERS[layout.delimiter]}"
+    columns = ", ".join(name or "-" for name in layout.fields)
+    words += " and a header" if layout.header else f" without a header, read as {columns}"
+
+    return Wrapped("tsv" if layout.delimiter == "\t" else "csv", words, records)
+
+
+def _record(layout: Layout, row: Cells) -> dict[str, str] | str:
+    """Return the cells of a row by field, or what is wrong with the row.
+
+    A caption in the last column may hold delimiters that should have been in quotes.
+    """
+    width = len(layout.fields)
+    if len(row) > width and read_record({layout.fields[-1]: "text"}).texts:
+        row = [*row[: width - 1], layout.delimiter.join(row[width - 1 :])]
+    if len(row) != width:
+        return f"has {len(row)} columns, expected {width}"
+
+    return {name: cell for name, cell in zip(layout.fields, row, strict=True) if name}
+
+
+def _look_at(path: str, delimiters: Sequence[str]) -> Layout | None:
+    """Find out how a table is written: the way in which most of its first rows fit."""
+    seen = []
+    for layout in _candidates(delimiters):
+        first = [row for _, row in itertools.islice(layout.rows(path), LOOKED_AT)]
+        rows = [row for row in first if not isinstance(row, str)]
+        share = _regularity(rows) * len(rows) / max(len(first), 1)
+        if share >= REGULAR:
+            seen.append((share, layout, rows))
+
+    problem = ""
+    for _, layout, rows in sorted(seen, key=lambda candidate: -candidate[0]):
+        try:
+            header, fields = _fields(rows)
+            return replace(layout, header=header, fields=tuple(fields))
+        except UsageError as error:
+            problem = problem or str(error)
+
+    if problem:
+        raise UsageError(f"--captions {path}: {problem}")
+
+    return None
+
+
+def _candidates(delimiters: Sequence[str]) -> Iterator[Layout]:
+    for delimiter in delimiters:
+        plain = Layout(delimiter, quotes=False)
+        quoted = Layout(delimiter, quotes=True)
+        escaped = Layout(delimiter, quotes=True, escape="\\")
+        # between tabs and bars, captions are mostly written as they are
+        yield from (plain, quoted, escaped) if delimiter in "\t|" else (quoted, escaped, plain)
+
+
+def _regularity(rows: Sequence[Cells]) -> float:
+    """Return the share of rows with as many columns as the first one has; after a header also those
+    with more, whose captions hold delimiters. 0 for one column.
+    """
+    if not rows or len(rows[0]) < 2:
+        return 0.0
+
+    width = len(rows[0])
+    more = is_header(rows[0])
+
+    return sum(len(row) == width or (more and len(row) > width) for row in rows) / len(rows)
+
+
+def _fields(rows: Sequence[Cells]) -> tuple[bool, list[str]]:
+    """Return whether the first row is a header, and the fields of the columns.
+
+    Raises UsageError if no column holds captions, or none names images.
+    """
+    header = is_header(rows[0])
+    body = rows[1:] if header and len(rows) > 1 else rows
+    width = len(rows[0])
+    looked = name_columns([row[:width] for row in body if len(row) >= width])
+    fields = list(rows[0]) if header else looked
+    texts, images = _holds(fields)
+
+    if header and looked and not (texts and images):
+        fields = _completed(fields, looked, texts)
+        texts, images = _holds(fields)
+
+    if not (texts and images):
+        missing = "holds captions" if not texts else "names the images"
+        raise UsageError(
+            f"no column {missing} (the first row is {', '.join(rows[0])[:80]!r}); give a file with"
+            " captions and the names of their images"
+        )
+
+    return header or is_unknown_header(rows, fields), fields
+
+
+def _holds(fields: Sequence[str]) -> tuple[bool, bool]:
+    """Return whether some fields hold captions, and whether some name images."""
+    found = read_record({name: "1" for name in fields if name})
+    return bool(found.texts), bool(found.images or found.address)
+
+
+def _completed(fields: Sequence[str], looked: Sequence[str], texts: bool) -> list[str]:
+    """Name by looking the columns whose names in the header are unknown."""
+    known = [any(_holds([name])) for name in fields]
+    taken = {"caption"} if texts else set()
+
+    return [
+        name if ours or not seen or seen in taken else seen
+        for name, seen, ours in zip(fields, looked, known, strict=False)
+    ]

@@ -1,0 +1,345 @@
+"""Decide which name and which captions each image of a build has, once all images are known.
+
+A unit is converted as if no other image had the keys of its images (data/image_names.py). Where
+that turns out to be wrong, its images lose the captions that may belong to others, and its shard is
+written again. Images of one id from different sources are kept under names that begin with their
+source.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+
+import numpy as np
+
+from megatron_interbert.data.image_names import SAME, ImageName
+from megatron_interbert.preparation.building.captions.table import CaptionTable
+from megatron_interbert.preparation.building.name_table import Meaning
+from megatron_interbert.preparation.building.shard_writer import storable
+from megatron_interbert.progress import progress
+
+TWICE = "image id seen before in its source"
+UNCLEAR = "its captions may belong to another image of that name"
+UNCLEAR_ONLY = "--only may mean another image of that name"
+# why captions are left out
+OF_DROPPED = "of images that were left out"
+OF_SEVERAL = "their name means several images"
+LESS_EXACT = "other captions name the image more exactly"
+OF_NONE = "no image of that name"
+FAR = np.iinfo(np.int64).max
+
+
+@dataclass
+class Images:
+    """Hold all images that the sources of a build name, in order.
+
+    `sources` are the numbers of their sources. `rows` are their numbers in all shards together, -1
+    if they were dropped; `mute` says that no caption means them.
+    """
+
+    names: list[str] = field(default_factory=list)
+    sources: array = field(default_factory=lambda: array("i"))
+    rows: array = field(default_factory=lambda: array("q"))
+    mute: array = field(default_factory=lambda: array("b"))
+    kept: int = 0
+
+    def add(self, name: str, source: int, kept: bool, mute: bool = False) -> None:
+        """Add an image, with the next row if it is kept."""
+        self.names.append(name)
+        self.sources.append(source)
+        self.rows.append(self.kept if kept else -1)
+        self.mute.append(mute)
+        self.kept += kept
+
+
+@dataclass
+class Change:
+    """Hold what becomes of an image that was converted: dropped for a reason, renamed, or given
+    other captions; None for what stays.
+    """
+
+    reason: str = ""
+    name: str | None = None
+    captions: list[tuple[str, str]] | None = None
+
+
+@dataclass
+class Decision:
+    """Hold the changes by row, and the captions and wanted ids that are of no use."""
+
+    changes: dict[int, Change] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)  # captions by reason
+    examples: dict[str, str] = field(default_factory=dict)  # the name in one of them
+    not_found: int = 0  # wanted ids of no image
+    renamed: int = 0
+
+
+def decide(
+    images: Images, labels: Sequence[str], table: CaptionTable | None, captions: bool, only: bool
+) -> Decision:
+    """Decide about all images of a build; `labels` are short names of the sources.
+
+    `captions` and `only` say whether the table has captions and wanted ids.
+    """
+    decision = Decision()
+    twice = _repeated(images)
+    for number in np.flatnonzero(twice):
+        if images.rows[number] >= 0:
+            decision.changes[images.rows[number]] = Change(TWICE)
+
+    double = _of_several_sources(images)
+    if table is not None:
+        clashes = Clashes(images, double)
+        if captions:
+            _decide_captions(images, twice, clashes, table, decision)
+        if only:
+            _decide_wanted(images, twice, clashes, table, decision)
+
+    _rename(images, double, labels, decision)
+
+    return decision
+
+
+def _repeated(images: Images) -> np.ndarray:
+    """Find images of an id that their source has had before, bool [images]; one that was dropped
+    does not count as the first.
+    """
+    seen: set[tuple[int, str]] = set()
+    repeated = np.zeros(len(images.names), bool)
+
+    for number, row in enumerate(images.rows):
+        image = images.sources[number], images.names[number]
+        repeated[number] = image in seen
+        if row >= 0:
+            seen.add(image)
+
+    return repeated
+
+
+def _of_several_sources(images: Images) -> set[str]:
+    """Return the ids that images of more than one source have."""
+    first: dict[str, int] = {}
+    return {
+        name
+        for name, source in zip(images.names, images.sources, strict=True)
+        if first.setdefault(name, source) != source
+    }
+
+
+class Clashes:
+    """Tell by which keys names mean more than one image of the build."""
+
+    def __init__(self, images: Images, double: set[str]) -> None:
+        self.double = double
+        self.mixed = _are_spelt_both_ways(images.names)
+        hashes = array("q")
+        for name, _ in set(zip(images.names, images.sources, strict=True)):
+            hashes.extend(key_hash(key) for key in ImageName(name).meanings())
+
+        found, counts = np.unique(np.frombuffer(hashes, np.int64), return_counts=True)
+        self.unclear = set(found[counts > 1].tolist())
+
+    def allow(self, image_id: str, meaning: Meaning) -> bool:
+        """Check whether a name means only this image."""
+        if meaning.kind == SAME:
+            return image_id not in self.double
+        if meaning.other_spelling and self.mixed:
+            return False
+
+        return key_hash(meaning.key) not in self.unclear
+
+
+def key_hash(key: str) -> int:
+    """Return 64 bits that stand for a key."""
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _are_spelt_both_ways(names: Iterable[str]) -> bool:
+    """Check whether some images are named as COCO does and others by plain numbers, which are then
+    those of another data set, such as Visual Genome.
+    """
+    coco = False
+    numbers = False
+
+    for text in names:
+        name = ImageName(text)
+        coco = coco or name.is_coco
+        numbers = numbers or bool(name.number and not name.is_coco)
+        if coco and numbers:
+            return True
+
+    return False
+
+
+@dataclass
+class Pairs:
+    """Hold which targets mean which images, all int64 [pairs], and whether only them, bool."""
+
+    image: np.ndarray
+    target: np.ndarray
+    place: np.ndarray
+    rank: np.ndarray
+    allowed: np.ndarray
+
+    def those(self, chosen: np.ndarray) -> "Pairs":
+        """Return some of the pairs."""
+        return Pairs(*(column[chosen] for column in vars(self).values()))
+
+    def most_reliable(self) -> "Pairs":
+        """Return for each image the pairs of the lowest rank, those that a unit supposes."""
+        return self.those(self.rank == _least(self.image, self.rank)[self.image])
+
+    def decided(self) -> "Pairs":
+        """Return the pairs that remain: a target means images by its most reliable name only."""
+        allowed = self.those(self.allowed)
+        best = allowed.place == _least(allowed.target, allowed.place)[allowed.target]
+
+        return allowed.those(best).most_reliable()
+
+
+def _least(of: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return the least value of each number in `of`, int64 [highest number + 1]."""
+    least = np.full(int(of.max(initial=-1)) + 1, FAR)
+    np.minimum.at(least, of, values)
+
+    return least
+
+
+def _pairs(images: Images, twice: np.ndarray, clashes: Clashes, table: CaptionTable) -> Pairs:
+    rows = array("q")
+    for number, name in enumerate(progress(images.names, unit="image", desc="joining")):
+        if images.mute[number] or twice[number]:
+            continue
+        for meaning in table.targets_of(name):
+            allowed = clashes.allow(name, meaning)
+            rows.extend((number, meaning.target, meaning.place, meaning.rank, allowed))
+
+    columns = np.frombuffer(rows, np.int64).reshape(-1, 5).T
+
+    return Pairs(*columns[:4], columns[4].astype(bool))
+
+
+def _decide_captions(
+    images: Images, twice: np.ndarray, clashes: Clashes, table: CaptionTable, decision: Decision
+) -> None:
+    """Find the images whose captions are not those that their unit supposed, and count the captions
+    that no image gets.
+    """
+    pairs = _pairs(images, twice, clashes, table)
+    supposed = pairs.most_reliable()
+    decided = pairs.decided()
+    counts = table.counts()
+    differing = set(zip(supposed.image.tolist(), supposed.target.tolist(), strict=True)) ^ set(
+        zip(decided.image.tolist(), decided.target.tolist(), strict=True)
+    )
+    targets: dict[int, list[int]] = {image: [] for image, _ in differing}
+    for image, target in zip(decided.image.tolist(), decided.target.tolist(), strict=True):
+        if image in targets:
+            targets[image].append(target)
+
+    for image, remaining in targets.items():
+        row = images.rows[image]
+        if row >= 0:
+            captions = table.captions_of(sorted(remaining))
+            decision.changes[row] = Change("" if captions else UNCLEAR, captions=captions)
+
+    used = decided.those(np.array(images.rows)[decided.image] >= 0)
+    _count_captions(pairs, decided, used, counts, table, decision)
+
+
+def _count_captions(
+    pairs: Pairs,
+    decided: Pairs,
+    used: Pairs,
+    counts: np.ndarray,
+    table: CaptionTable,
+    decision: Decision,
+) -> None:
+    """Count the captions of each target that no image gets, by the reason."""
+    classes = [
+        (None, used.target),
+        (OF_DROPPED, decided.target),
+        (LESS_EXACT, pairs.target[pairs.allowed]),
+        (OF_SEVERAL, pairs.target),
+        (OF_NONE, np.arange(len(counts))),
+    ]
+    free = np.ones(len(counts), bool)
+
+    for reason, targets in classes:
+        these = np.unique(targets[free[targets]])
+        free[these] = False
+        if reason and len(these):
+            decision.left_out[reason] = int(counts[these].sum())
+            decision.examples[reason] = table.name_of(these[0])
+
+
+def _decide_wanted(
+    images: Images, twice: np.ndarray, clashes: Clashes, table: CaptionTable, decision: Decision
+) -> None:
+    """Drop images that --only may not mean, and count what it names in vain."""
+    found: set[int] = set()
+
+    for number, name in enumerate(images.names):
+        meanings = [] if twice[number] else table.wanted_as(name)
+        clear = [m for m in meanings if m.kind == SAME or clashes.allow(name, m)]
+        found |= {meaning.target for meaning in clear}
+        row = images.rows[number]
+        if row >= 0 and meanings and not clear:
+            decision.changes[row] = Change(UNCLEAR_ONLY)
+
+    decision.not_found = table.wanted_count() - len(found)
+
+
+def _rename(images: Images, double: set[str], labels: Sequence[str], decision: Decision) -> None:
+    """Let the ids that several sources have begin with the label of the source."""
+    if not double:
+        return
+
+    kept: dict[str, set[int]] = {}
+    for number, row in enumerate(images.rows):
+        change = decision.changes.get(row)
+        if row >= 0 and images.names[number] in double and not (change and change.reason):
+            kept.setdefault(images.names[number], set()).add(images.sources[number])
+
+    taken = set(images.names)
+    for number, row in enumerate(images.rows):
+        name = images.names[number]
+        if row < 0 or len(kept.get(name, ())) < 2:
+            continue
+
+        change = decision.changes.setdefault(row, Change())
+        if change.reason:
+            continue
+
+        change.name = _new_name(labels[images.sources[number]], name, taken)
+        taken.add(change.name)
+        decision.renamed += 1
+
+
+def _new_name(label: str, name: str, taken: set[str]) -> str:
+    """Return a name that no image has: `label/name`, or with a number after the label."""
+    number = 1
+    new = f"{label}/{name}"
+    while new in taken:
+        number += 1
+        new = f"{label}-{number}/{name}"
+
+    return new
+
+
+def source_labels(paths: Sequence[str]) -> list[str]:
+    """Return a short name for each source: the name of its file or folder without ending, with as
+    many folders before it as tell it from others; or a number where nothing does.
+    """
+    parts = [PurePath(path).with_suffix("").parts for path in paths]
+    longest = max(map(len, parts), default=0)
+
+    for length in range(1, longest + 1):
+        labels = ["/".join(part[-length:]).strip("/") for part in parts]
+        if len(set(labels)) == len(labels) and all(map(storable, labels)):
+            return labels
+
+    return [f"source-{number}" for number in range(1, len(paths) + 1)]

@@ -1,0 +1,76 @@
+"""Write shards of a build again without some of their images, or with other names or captions."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_interbert.data.hdf5 import Hdf5File
+from megatron_interbert.data.regions import Regions
+from megatron_interbert.data.shard_file import COLUMNS, OpenShard
+from megatron_interbert.preparation.building.joining import Change
+from megatron_interbert.preparation.building.shard_writer import Caption, write_shard
+
+
+def change_shards(
+    folder: Path, entries: list[dict[str, Any]], changes: Mapping[int, Change]
+) -> list[dict[str, Any]]:
+    """Return the manifest entries of shards after the changes to their images, by their numbers in
+    all shards together.
+
+    A changed shard is written under another name, so repeating this after a kill gives the same
+    result.
+    """
+    changed = []
+    first = 0
+
+    for entry in entries:
+        own = {
+            row: changes[first + row] for row in range(entry["images"]) if first + row in changes
+        }
+        first += entry["images"]
+
+        if not own:
+            changed.append(entry)
+        elif any(row not in own or not own[row].reason for row in range(entry["images"])):
+            changed.append(_write_again(folder, entry, own))
+
+    return changed
+
+
+def _write_again(
+    folder: Path, entry: dict[str, Any], changes: Mapping[int, Change]
+) -> dict[str, Any]:
+    """Write the images of a shard that stay, as they are to be; return the manifest entry."""
+    with Hdf5File(folder / entry["file"]) as file:
+        width = file["image_features"].shape[1]
+
+    shard = OpenShard(folder / entry["file"], entry, width)
+    captions: dict[int, list[Caption]] = {}
+    for text, language, image in shard.captions():
+        captions.setdefault(image, []).append((text, language))
+    with shard.hdf5() as file:
+        columns = {name: file[name][:] for name in COLUMNS}
+
+    records = []
+    for row, image_id in enumerate(shard.ids):
+        change = changes.get(row, Change())
+        if change.reason:
+            continue
+
+        start, stop = shard.ranges[row]
+        arrays = {name: column[start:stop] for name, column in columns.items()}
+        regions = Regions(
+            image_id if change.name is None else change.name,
+            (float(shard.sizes[row, 0]), float(shard.sizes[row, 1])),
+            arrays["image_features"],
+            arrays["image_bb"],
+            arrays["class_ids"],
+            arrays["class_probs"],
+        )
+        records.append(
+            (regions, captions.get(row, []) if change.captions is None else change.captions)
+        )
+
+    shard.close()
+
+    return write_shard(folder / entry["file"].replace(".h5", "-joined.h5"), records)
