@@ -1,5 +1,5 @@
-"""Test caption files in all the formats in which data sets publish them, and all real captions
-through the whole data pipeline.
+"""Test caption files in the forms in which data sets publish them, and all real captions through
+the whole data pipeline.
 """
 
 import json
@@ -10,180 +10,402 @@ import pytest
 
 from megatron_interbert.config.training import RunConfig
 from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.data.image_names import ImageName
 from megatron_interbert.data.packing import to_batch
 from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
-from megatron_interbert.preparation.building.captions import (
-    CaptionTable,
-    guess_format,
-    image_key,
-    read_captions,
+from megatron_interbert.preparation.building.captions.reading import (
+    Caption,
+    CaptionFile,
+    Complaint,
 )
+from megatron_interbert.preparation.building.captions.table import CaptionTable
 from megatron_interbert.preparation.building.store_writer import RegionStoreWriter
 from megatron_interbert.preparation.mining.search import MiningOptions, mine
 from tests.shared import SHARED, needs_shared
 
+URL = "http://x.org/a/b_c.jpg"
 
-def write(path, content):
-    path.write_text(
-        content if isinstance(content, str) else json.dumps(content, ensure_ascii=False),
-        encoding="utf-8",
-    )
+
+def write(path, content, encoding="utf-8"):
+    """Write a text, the lines of JSON of a tuple of records, or anything else as JSON."""
+    if isinstance(content, tuple):
+        content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in content)
+    elif not isinstance(content, str):
+        content = json.dumps(content, ensure_ascii=False)
+
+    path.write_bytes(content.encode(encoding))
+
     return str(path)
 
 
-URL = "http://x.org/a/b_c.jpg"
+def read(path, kind="auto", split=""):
+    """Return (captions as tuples of first name, text and language, complaints) of a file."""
+    rows = list(CaptionFile(path, kind).captions(split))
+    captions = [(r.names[0], r.text, r.language) for r in rows if isinstance(r, Caption)]
+
+    return captions, [row for row in rows if isinstance(row, Complaint)]
+
+
+def by_line(number, url=URL):
+    return f"{number}_{zlib.crc32(url.encode())}"
+
+
+COCO = {
+    "images": [{"id": 42, "file_name": "000000000042.jpg"}],
+    "annotations": [{"image_id": 42, "id": 7, "caption": "Two  cats. "}],
+}
+KARPATHY = {
+    "images": [
+        {
+            "filepath": "val2014",
+            "filename": "COCO_val2014_000000000042.jpg",
+            "cocoid": 42,
+            "imgid": 0,
+            "split": "train",
+            "sentences": [{"raw": "A", "tokens": ["a"], "sentid": 3}, {"raw": "B", "sentid": 4}],
+        }
+    ],
+    "dataset": "coco",
+}
+# name: (content, (first name, caption, language) of each caption)
 FILES = {
-    "coco": (
-        {
-            "images": [{"id": 42, "file_name": "000000000042.jpg"}],
-            "annotations": [{"image_id": 42, "id": 1, "caption": "Two  cats. "}],
-        },
-        [("42", "Two cats.", "en"), ("COCO_val2014_000000000042", "Two cats.", "en")],
-    ),
-    "karpathy": (
-        {
-            "images": [
-                {
-                    "filename": "COCO_val2014_000000000042.jpg",
-                    "cocoid": 42,
-                    "split": "train",
-                    "sentences": [{"raw": "A"}, {"raw": "B"}],
-                }
-            ]
-        },
-        [("42", "A", "en"), ("000000000042", "B", "en")],
-    ),
-    "sbu": (
+    "COCO": (COCO, [("000000000042.jpg", "Two cats.", "en")]),
+    "COCO without images": ({"annotations": COCO["annotations"]}, [("42", "Two cats.", "en")]),
+    "Karpathy": (KARPATHY, [("COCO_val2014_000000000042.jpg", t, "en") for t in "AB"]),
+    "SBU": (
         {"image_urls": [URL], "captions": ["my cat"], "user_ids": ["x"]},
-        [("b_c", "my cat", "en"), ("0", "my cat", "en")],
+        [(by_line(0), "my cat", "en")],
     ),
-    "json-dict": (
-        {"0001": "one", "x": ["two", "三"]},
-        [("1", "one", "en"), ("x", "two", "en"), ("x", "三", "zh")],
+    "SBU with one list more": (
+        {"captions": ["a", "b"], "image_urls": [URL, URL], "ids": ["5", "6"]},
+        [(by_line(0), "a", "en"), (by_line(1), "b", "en")],
     ),
-    "conceptual": (
-        f"a bird\t{URL}\n",
+    "captions by image": (
+        {"0001": "one", "x.jpg": ["two", "三"]},
+        [("0001", "one", "en"), ("x.jpg", "two", "en"), ("x.jpg", "三", "zh")],
+    ),
+    "records by image": (
+        {"11": {"caption": "a dog", "width": 5}, "12": [{"caption": "a cat"}]},
+        [("11", "a dog", "en"), ("12", "a cat", "en")],
+    ),
+    "records by split": (
+        {
+            "train": [{"image": "1.jpg", "caption": "a"}],
+            "val": [{"image": "2.jpg", "caption": "b"}],
+        },
+        [("1.jpg", "a", "en"), ("2.jpg", "b", "en")],
+    ),
+    "CC3M": (f"a bird\t{URL}\n" * 2, [(by_line(n), "a bird", "en") for n in range(2)]),
+    "CC12M": (f"{URL}\ta bird\n" * 2, [(by_line(n), "a bird", "en") for n in range(2)]),
+    "CC12M, a caption with quotes": (
+        f'{URL}\t"My Little Pony" toy, 5" high\n{URL}\t"all of it"\n',
+        [(by_line(0), '"My Little Pony" toy, 5" high', "en"), (by_line(1), "all of it", "en")],
+    ),
+    "Wukong": (f"url,caption\n{URL},一只鸟\n", [(by_line(0), "一只鸟", "zh")]),
+    "table with languages": (
+        "7.jpg\t一只猫\tzh\n8.jpg\tdog\ten\n",
+        [("7.jpg", "一只猫", "zh"), ("8.jpg", "dog", "en")],
+    ),
+    "table, caption first": (
+        "a red dog\t7\nthe cat\t9\n",
+        [("7", "a red dog", "en"), ("9", "the cat", "en")],
+    ),
+    "table with a header in German": (
+        "bild;beschreibung\n1.jpg;ein Hund\n2.jpg;eine Katze, schwarz\n",
+        [("1.jpg", "ein Hund", "en"), ("2.jpg", "eine Katze, schwarz", "en")],
+    ),
+    "Flickr30k results.csv": (
+        'image_name| comment_number| comment\n1000.jpg| 0| Two men, one with a "hat"\n',
+        [("1000.jpg", 'Two men, one with a "hat"', "en")],
+    ),
+    "Flickr8k CSV": (
+        'image,caption\n1_a.jpg,"a dog, brown"\n2_b.jpg,"a ""red"" cat\non two lines"\n',
+        [("1_a.jpg", "a dog, brown", "en"), ("2_b.jpg", 'a "red" cat on two lines', "en")],
+    ),
+    "CSV with backslashes before quotes": (
+        'image,caption\n1.jpg,"a \\"red\\" cat, asleep"\n2.jpg,"a dog, awake"\n',
+        [("1.jpg", 'a "red" cat, asleep', "en"), ("2.jpg", "a dog, awake", "en")],
+    ),
+    "CSV whose commas are not quoted": (
+        "image,caption\n1.jpg,a dog\n2.jpg,a cat, a mouse, and more\n3.jpg,a cow\n",
         [
-            ("0", "a bird", "en"),
-            (f"0_{zlib.crc32(URL.encode())}", "a bird", "en"),
-            ("b_c", "a bird", "en"),
+            ("1.jpg", "a dog", "en"),
+            ("2.jpg", "a cat,a mouse,and more", "en"),
+            ("3.jpg", "a cow", "en"),
         ],
     ),
-    "tsv": ("7.jpg\t一只猫\tzh\n8.jpg\tdog\n", [("7", "一只猫", "zh"), ("8", "dog", "en")]),
-    "flickr-tokens": (
-        "1000.jpg#0\tA man\n66_1a.jpg#zhc#1 一个人\n",
-        [("1000", "A man", "en"), ("66_1a", "一个人", "zh")],
+    "TSV by the rules": (
+        'image\tcaption\n1.jpg\t"two\nlines, a ""tab"""\n2.jpg\tx\n3.jpg\ty\n4.jpg\tz\n',
+        [
+            ("1.jpg", 'two lines, a "tab"', "en"),
+            *((f"{n}.jpg", text, "en") for n, text in ((2, "x"), (3, "y"), (4, "z"))),
+        ],
     ),
-    "jsonl": (
-        "\n".join(
-            map(
-                json.dumps,
-                [
-                    {"image_id": "42", "caption": "x y", "lang": "de"},
-                    {"id": "9", "img_path": "1007.jpg", "sentences": ["s", "t"]},
-                    {"query_id": 3, "query_text": "红色连衣裙", "item_ids": [55, 66]},
-                    {"product_id": 5, "query": "shoes"},
-                ],
-            )
+    "Flickr30k of Hugging Face": (
+        'raw,sentids,split,filename,img_id\n"[""A man."", ""One, two.""]","[0, 1]",train,1.jpg,0\n',
+        [("1.jpg", "A man.", "en"), ("1.jpg", "One, two.", "en")],
+    ),
+    "several columns of captions": (
+        "image,caption_0,caption_1\n1.jpg,a dog,one dog\n",
+        [("1.jpg", "a dog", "en"), ("1.jpg", "one dog", "en")],
+    ),
+    "Flickr tokens": (
+        "1000.jpg#0\tA man\n66_1a.jpg#zhc#1 一个人\n",
+        [("1000.jpg", "A man", "en"), ("66_1a.jpg", "一个人", "zh")],
+    ),
+    "COCO-CN": (
+        "COCO_val2014_000000000042#zhm#0\t两只猫\n",
+        [("COCO_val2014_000000000042", "两只猫", "zh")],
+    ),
+    "JSON Lines of many kinds": (
+        (
+            {"image_id": "42", "caption": "x y", "lang": "de"},
+            {"id": "9", "img_path": "1007.jpg", "sentences": ["s", "t"]},
+            {"query_id": 3, "query_text": "红色连衣裙", "item_ids": [55, 66]},
+            {"text_id": 4, "text": "托特包", "image_ids": [77]},
+            {"product_id": 5, "query": "shoes"},
         ),
         [
             ("42", "x y", "de"),
-            ("1007", "s", "en"),
-            ("1007", "t", "en"),
+            ("1007.jpg", "s", "en"),
+            ("1007.jpg", "t", "en"),
+            ("55", "红色连衣裙", "zh"),
             ("66", "红色连衣裙", "zh"),
+            ("77", "托特包", "zh"),
             ("5", "shoes", "en"),
         ],
+    ),
+    "BLIP": (
+        [{"image": "val/a.jpg", "image_id": "coco_9", "caption": ["one", "two"]}],
+        [("val/a.jpg", "one", "en"), ("val/a.jpg", "two", "en")],
+    ),
+    "VG regions": (
+        [{"id": 9, "regions": [{"image_id": 9, "region_id": 1, "phrase": "a car", "x": 1}]}],
+        [("9", "a car", "en")],
+    ),
+    "LXMERT": (
+        [{"img_id": "COCO_1", "labelf": {}, "sentf": {"mscoco": ["a"], "vg": ["b"], "gqa": ["?"]}}],
+        [("COCO_1", "a", "en"), ("COCO_1", "b", "en")],
+    ),
+    "AI Challenger": (
+        [{"url": URL, "image_id": "8f.jpg", "caption": ["一个人", "两个人"]}],
+        [("8f.jpg", "一个人", "zh"), ("8f.jpg", "两个人", "zh")],
+    ),
+    "TextCaps": (
+        {
+            "dataset_type": "train",
+            "data": [
+                {
+                    "image_id": "0054",
+                    "image_path": "train/0054.jpg",
+                    "caption_id": 5,
+                    "caption_str": "a book",
+                    "reference_strs": ["a book", "the book"],
+                    "set_name": "train",
+                }
+            ],
+        },
+        [("train/0054.jpg", "a book", "en")],
+    ),
+    "Localized Narratives": (
+        (
+            {
+                "dataset_id": "mscoco_val2017",
+                "image_id": "137576",
+                "annotator_id": 93,
+                "caption": "In this image there are cows.",
+                "timed_caption": [{"utterance": "In this", "start_time": 0.0}],
+            },
+        ),
+        [("137576", "In this image there are cows.", "en")],
+    ),
+    "WIT": (
+        "language\timage_url\tpage_title\tcaption_reference_description\tcaption_alt_text_description\n"
+        f"en\t{URL}\tBirds\ta bird\t\nde\t{URL}\tVogel\t\tein Vogel\n",
+        [(by_line(0), "a bird", "en"), (by_line(1), "ein Vogel", "de")],
+    ),
+    "KDD Cup": (
+        "product_id\timage_h\timage_w\tnum_boxes\tboxes\tfeatures\tclass_labels\tquery\tquery_id\n"
+        f"5\t80\t90\t1\t{'QUJD' * 20}\t{'QUJD' * 200}\tAAAA\tred shoes\t1\n",
+        [("5", "red shoes", "en")],
+    ),
+    "shop titles": (
+        [{"class_id": "7", "img_path": "Images/1/1.jpg", "title": "孕妇奶粉 800克"}],
+        [("Images/1/1.jpg", "孕妇奶粉 800克", "zh")],
+    ),
+    "titles by item": ("item_id\ttitle\n100\t复古木质茶几\n", [("100", "复古木质茶几", "zh")]),
+    "VinVL's captions": (
+        '42\t[{"caption": "a cat", "id": 1}, {"caption": "two cats", "id": 2}]\n'
+        '43\t[{"caption": "x y"}]\n',
+        [("42", "a cat", "en"), ("42", "two cats", "en"), ("43", "x y", "en")],
+    ),
+    "rows in JSON": (
+        [["1.jpg", "a dog"], ["2.jpg", "a cat"]],
+        [("1.jpg", "a dog", "en"), ("2.jpg", "a cat", "en")],
+    ),
+    "records with unknown fields": (
+        [{"pic": "1.jpg", "words": "a dog"}, {"pic": "2.jpg", "words": "a cat"}],
+        [("1.jpg", "a dog", "en"), ("2.jpg", "a cat", "en")],
+    ),
+    "columns of pandas": (
+        {"image": {"0": "1.jpg", "1": "2.jpg"}, "caption": {"0": "a", "1": "b"}},
+        [("1.jpg", "a", "en"), ("2.jpg", "b", "en")],
     ),
 }
 
 
-@pytest.mark.parametrize("kind", FILES)
-def test_every_form_is_recognised_and_found_by_the_names_of_its_images(tmp_path, kind):
-    content, expected = FILES[kind]
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_the_field_are_read_as_what_they_are(tmp_path, name):
+    """Check each as it is, with a byte order mark, and with the line ends of Windows."""
+    content, expected = FILES[name]
     path = write(tmp_path / "captions", content)
-    assert guess_format(path) == kind
-    table = CaptionTable.create(tmp_path / "images.db", [path], complain=pytest.fail)
-    for image, caption, language in expected:
-        assert (caption, language) in table.of_image(image), (image, table.of_image(image))
+    assert read(path) == (expected, [])
+    assert f"{expected[0][1]!r}" in CaptionFile(path).describe()
+    text = (tmp_path / "captions").read_text(encoding="utf-8")
+    assert read(write(tmp_path / "bom", text, "utf-8-sig")) == (expected, [])
+    assert read(write(tmp_path / "crlf", text.replace("\n", "\r\n"))) == (expected, [])
 
-    assert table.of_image("nobody") == []
+
+def test_vizwiz_leaves_out_what_its_makers_rejected(tmp_path):
+    notes = [
+        {"caption": "a can", "image_id": 0, "is_precanned": False, "is_rejected": False, "id": 0},
+        {"caption": "spam", "image_id": 0, "is_precanned": False, "is_rejected": True, "id": 1},
+        {"caption": "Quality issues", "image_id": 0, "is_precanned": True, "is_rejected": False},
+    ]
+    images = [{"file_name": "VizWiz_train_00000000.jpg", "id": 0}]
+    captions, complaints = read(write(tmp_path / "v", {"images": images, "annotations": notes}))
+    assert captions == [("VizWiz_train_00000000.jpg", "a can", "en")]
+    assert [complaint.reason for complaint in complaints] == ["rejected by its data set"] * 2
 
 
-def test_one_image_has_one_key():
-    for names in (
-        ("COCO_train2014_000000000042.jpg", "000000000042", "42", "a/b/42.png", "42.npz"),
-        ("667626_18933d713e.jpg#zhc#0", "667626_18933d713e"),
+@pytest.mark.parametrize(
+    ("encoding", "said"), [("gb18030", "GB18030"), ("big5", "BIG5"), ("utf-16", "UTF-16")]
+)
+def test_other_encodings_are_refused_with_the_command_that_converts(tmp_path, encoding, said):
+    for name, content in (
+        ("lines", "1.jpg\t一隻貓在桌上\n2.jpg\t紅色的車\n"),
+        ("json", {"1.jpg": ["一隻貓在桌上", "紅色的車"] * 60_000}),
     ):
-        assert len({image_key(name) for name in names}) == 1
+        path = write(tmp_path / name, content, encoding)
+        with pytest.raises(UsageError, match=f"looks like {said}; convert it: iconv -f {said}"):
+            CaptionFile(path)
 
-    assert image_key("0") == image_key("000") == "0"
-    assert len({image_key(name) for name in ("a", "A", "42", "42x", "4 2")}) == 5
+
+def test_a_line_that_is_not_utf_8_costs_only_itself(tmp_path):
+    path = tmp_path / "c.tsv"
+    path.write_bytes(b"1.jpg\ta dog\n2.jpg\tcaf\xe9 au lait\n3.jpg\ta cat\n")
+    captions, complaints = read(str(path))
+    assert [text for _, text, _ in captions] == ["a dog", "a cat"]
+    assert [complaint.reason for complaint in complaints] == ["text is not UTF-8"]
 
 
-def test_names_in_a_surer_place_win(tmp_path):
-    """Check that a file named 2.jpg in a URL beats line 2, and that a file name beats a data set's
-    own numbers.
-    """
-    table = CaptionTable.create(
-        tmp_path / "a.db",
-        [
-            write(
-                tmp_path / "cc.tsv",
-                "zero\thttp://a/2.jpg\none\thttp://a/y.jpg\ntwo\thttp://a/z.jpg\n",
-            )
-        ],
-    )
+def test_a_quote_that_is_never_closed_costs_only_its_line(tmp_path):
+    rows = [f'{n}.jpg,"dog {n}, brown"' for n in range(300)]
+    rows[150] = '150.jpg,"dog 150, brown'
+    captions, complaints = read(write(tmp_path / "c.csv", "image,caption\n" + "\n".join(rows)))
+    assert [name for name, _, _ in captions] == [f"{n}.jpg" for n in range(300) if n != 150]
+    assert len(complaints) == 1
+    assert "line 152" in complaints[0].where
+
+
+def test_tables_that_are_no_captions_are_refused(tmp_path):
+    features = "\t".join(["9", "640", "480", "2", "QUJD" * 30, "QUJD" * 300])
+    for content, words in (
+        (f"{features}\n{features}\n", "no column holds captions"),
+        ("a red dog\ta brown cat\n", "no column names the images"),
+        ("just words\n", "name it with --captions-format"),
+        ({"a": 1, "b": [2]}, "JSON without captions"),
+        ([1, 2], "JSON without captions"),
+        ("", "name it with --captions-format"),
+        ('{"a": ', "not valid JSON"),
+        ('9\t[{"height": 480, "width": 640}]\n', "no column holds captions"),
+    ):
+        with pytest.raises(UsageError, match=words) as refusal:
+            CaptionFile(write(tmp_path / "c", content))
+        assert "\n" not in str(refusal.value)
+
+    with pytest.raises(UsageError, match="not a karpathy caption file but COCO's images"):
+        CaptionFile(write(tmp_path / "c.json", COCO), "karpathy")
+
+
+def test_formats_may_be_named(tmp_path):
+    for kind, name in (
+        ("coco", "COCO"),
+        ("karpathy", "Karpathy"),
+        ("sbu", "SBU"),
+        ("json-dict", "captions by image"),
+        ("json", "BLIP"),
+        ("jsonl", "JSON Lines of many kinds"),
+        ("csv", "Flickr8k CSV"),
+        ("tsv", "table with languages"),
+        ("conceptual", "CC3M"),
+        ("conceptual", "CC12M"),
+        ("flickr-tokens", "Flickr tokens"),
+    ):
+        content, expected = FILES[name]
+        assert read(write(tmp_path / "c", content), kind) == (expected, [])
+
+
+def test_names_of_several_files_meet_in_the_table(tmp_path):
+    """Check that numbers, file names and spellings of COCO mean one image where they can."""
+    files = [
+        CaptionFile(write(tmp_path / "k.json", KARPATHY)),
+        CaptionFile(write(tmp_path / "zh.txt", "COCO_val2014_000000000042#zhc#0\t两只猫\n")),
+    ]
+    table = CaptionTable.create(tmp_path / "a.db", files, complain=pytest.fail)
+    everything = [("A", "en"), ("B", "en"), ("两只猫", "zh")]
+    for name in ("COCO_val2014_000000000042.jpg", "val2014/COCO_val2014_000000000042", "42", "042"):
+        assert table.of_image(name) == everything
+    for name in ("43", "COCO_val2014_000000000043", "a42", "nobody"):
+        assert table.of_image(name) == []
+
+    lines = ({"id": 1, "image": "7.jpg", "caption": "of 7"}, {"image": "1.jpg", "caption": "of 1"})
+    table = CaptionTable.create(tmp_path / "b.db", [CaptionFile(write(tmp_path / "l", lines))])
+    assert table.of_image("1") == [("of 1", "en")]
+    conceptual = "zero\thttp://a/2.jpg\none\thttp://a/y.jpg\ntwo\thttp://a/z.jpg\n"
+    table = CaptionTable.create(tmp_path / "c.db", [CaptionFile(write(tmp_path / "c", conceptual))])
     assert table.of_image("2") == [("two", "en")]
-    lines = (
-        '{"id": 1, "image": "7.jpg", "caption": "of seven"}\n{"id": 7, "image": "1.jpg", "caption":'
-        ' "of one"}\n'
-    )
-    table = CaptionTable.create(tmp_path / "b.db", [write(tmp_path / "l.jsonl", lines)])
-    assert table.of_image("1") == [("of one", "en")]
-    two = [
-        write(tmp_path / f"{name}.tsv", f"{name}\thttp://a/v.jpg\n") for name in ("train", "val")
-    ]
+    assert table.of_image("y") == [("one", "en")]
+    files = [CaptionFile(write(tmp_path / f"{n}.tsv", f"{n} x\t{URL}\n")) for n in ("a", "b")]
     with pytest.raises(UsageError, match="build a store from each, then join the stores"):
-        CaptionTable.create(tmp_path / "c.db", two)
+        CaptionTable.create(tmp_path / "d.db", files)
 
 
-def test_odd_folders_languages_and_single_lines(tmp_path):
-    folder = tmp_path / "a#b%41?c"
-    folder.mkdir()
-    table = CaptionTable.create(
-        folder / "images.db", [write(tmp_path / "u.tsv", "1.jpg\ta cat\thttps://x.org/1.jpg\n")]
-    )
-    assert table.of_image("1") == [("a cat", "en")], (
-        "a third column without a language tag is not taken for one"
-    )
-    assert (
-        guess_format(write(tmp_path / "one.jsonl", '{"image": "a.jpg", "caption": "x"}\n'))
-        == "jsonl"
-    )
-    odd = [
-        '{"image_id": "\\ud800", "caption": "x"}',
-        '{"image_id": "1", "caption": "x", "lang": "\\u0000"}',
-    ]
-    rows = list(read_captions(write(tmp_path / "odd.jsonl", "\n".join(odd) + "\n")))
-    assert "half characters" in rows[0]
-    assert rows[1] == (["1"], "x", "en")
+def test_parts_of_image_names():
+    for text, path, ending, number, ends in (
+        ("a/b/07.JPG", "a/b/07", ".jpg", "7", ["b/07", "07"]),
+        ("COCO_train2014_000000000042.npz", "COCO_train2014_000000000042", ".npz", "42", []),
+        ("coco_val2014_42", "coco_val2014_42", "", "42", []),
+        ("66_1a.jpg#zhc#0", "66_1a", ".jpg", "", []),
+        ("https://x.org/a/b.png?size=2#top", "x.org/a/b", ".png", "", ["a/b", "b"]),
+        ("1001\\main.jpg", "1001/main", ".jpg", "", ["main"]),
+        ("./000", "000", "", "0", []),
+        ("²", "²", "", "", []),
+    ):
+        name = ImageName(text)
+        assert (name.path, name.ending, name.number, name.ends) == (path, ending, number, ends)
 
 
-def test_splits_of_a_karpathy_file(tmp_path):
+def test_splits_are_chosen_where_records_name_them(tmp_path):
     images = [
         {"filename": f"{i}.jpg", "split": split, "sentences": [{"raw": split}]}
         for i, split in enumerate(("train", "val", "restval"))
     ]
     path = write(tmp_path / "k.json", {"images": images})
-    assert [row[1] for row in read_captions(path, split="train,restval")] == ["train", "restval"]
-    assert len(list(read_captions(path))) == 3
+    assert [text for _, text, _ in read(path, split="train,restval")[0]] == ["train", "restval"]
+    assert len(read(path)[0]) == 3
+    table = write(tmp_path / "c.csv", "image,caption,split\n1.jpg,a,train\n2.jpg,b,val\n")
+    assert read(table, split="val")[0] == [("2.jpg", "b", "en")]
+    files = [CaptionFile(write(tmp_path / "plain", "1.jpg\ta dog\n"))]
+    with pytest.raises(UsageError, match="names a split"):
+        CaptionTable.create(tmp_path / "x.db", files, "train")
 
 
-def test_lines_of_no_use_are_complained_of_one_by_one(tmp_path):
+def test_records_of_no_use_are_complained_of_one_by_one(tmp_path):
     lines = [
         '{"image_id": 1, "caption": "good"}',
         "not json",
@@ -191,20 +413,23 @@ def test_lines_of_no_use_are_complained_of_one_by_one(tmp_path):
         "[1]",
         '{"image_id": 3, "caption": "  "}',
         '{"image_id": 4, "caption": 5}',
+        '{"caption": "of nothing"}',
+        '{"image_id": "\\ud800", "caption": "x"}',
     ]
-    rows = list(read_captions(write(tmp_path / "x.jsonl", "\n".join(lines)), "jsonl"))
-    assert rows[0] == (["1"], "good", "en")
-    assert all(isinstance(row, str) for row in rows[1:])
-
-    for row, word in zip(
-        rows[1:], ("line 2", "line 3", "line 4", "empty", "expected text"), strict=True
-    ):
-        assert word in row
-
-    with pytest.raises(UsageError, match="name it with --captions-format"):
-        guess_format(write(tmp_path / "x", "just words\n"))
-    with pytest.raises(UsageError, match="not a coco caption file"):
-        list(read_captions(write(tmp_path / "c", {"annotations": [{"id": 1}]}), "coco"))
+    captions, complaints = read(write(tmp_path / "x.jsonl", "\n".join(lines)))
+    assert captions == [("1", "good", "en")]
+    assert [
+        (complaint.reason, f"line {n}" in complaint.where)
+        for n, complaint in enumerate(complaints, 2)
+    ] == [
+        ("not a record", True),
+        ("no caption in the record", True),
+        ("not a record", True),
+        ("empty caption", True),
+        ("caption is not text", True),
+        ("no image in the record", True),
+        ("text is not UTF-8", True),
+    ]
 
 
 @needs_shared
@@ -222,8 +447,8 @@ def test_all_real_captions_are_tokenised_mined_and_packed(
     mined and used, and that the targets are the hidden words.
     """
     by_image = {}
-    for keys, text, language in read_captions(str(SHARED / "data" / "captions" / file)):
-        by_image.setdefault(image_key(keys[0]), []).append((text, language))
+    for caption in CaptionFile(str(SHARED / "data" / "captions" / file)).captions():
+        by_image.setdefault(caption.names[0], []).append((caption.text, caption.language))
 
     assert (sum(map(len, by_image.values())), len(by_image)) == (count, images)
     words = (SHARED / "data" / "vocab" / f"{vocabulary}-vocab.txt").read_text(encoding="utf-8")

@@ -215,22 +215,26 @@ def test_labels_in_a_pickle_are_not_lost_in_silence(tmp_path, images):
         )
 
 
-def test_one_image_under_two_spellings_of_its_name_comes_once(tmp_path, images):
-    """Check that one is dropped, since both would get the same captions; without captions the
-    spelling is unknown, and both stay.
-    """
+def test_two_spellings_of_a_name_are_two_images(tmp_path, images):
+    """Check that each has the captions that name it exactly, and that both stay."""
     images[3]["image_id"] = "000000000042"
     images[7]["image_id"] = "COCO_val2014_000000000042.jpg"
     path = tsv(tmp_path / "x.tsv", images)
     captions = tmp_path / "captions.jsonl"
     captions.write_text(
         "".join(
-            json.dumps({"image_id": str(i["image_id"]), "caption": "a dog"}) + "\n" for i in images
+            json.dumps({"image_id": str(i["image_id"]), "caption": f"a dog by {i['image_id']}"})
+            + "\n"
+            for i in images
         )
     )
     store, out = build(tmp_path / "with", path, "--captions", captions)
-    assert "dropped: 1 images, image id seen before" in out
-    assert [store.image_id(i) for i in range(store.num_images)].count("000000000042") == 1
+    assert "dropped" not in out
+    assert (store.num_images, store.num_captions) == (12, 12)
+
+    for number, image in enumerate(store.caption_image):
+        assert store.caption(number) == f"a dog by {store.image_id(int(image))}"
+
     assert build(tmp_path / "without", path)[0].num_images == 12
 
 
@@ -248,18 +252,25 @@ def test_stores_are_joined_cut_anew_and_taken_apart(tmp_path, images):
     in_folders = sorted(images[:7], key=lambda image: str(image["image_id"])) + sorted(
         images[7:], key=lambda image: str(image["image_id"])
     )
-    assert [both.image_id(i) for i in range(12)] == [str(image["image_id"]) for image in in_folders]
-    assert "dropped: 2 images, image id seen before" in out
-    assert both.manifest["images_by_label_kind"] == {"top_1_confidence": 12}
+    twice = [str(image["image_id"]) for image in images[5:7]]
+    names = [str(image["image_id"]) for image in in_folders]
+    ids = [both.image_id(i) for i in range(both.num_images)]
+    assert [name for name in ids if "/" not in name] == [n for n in names if n not in twice]
+    assert sorted(name for name in ids if "/" in name) == sorted(
+        f"{store}/{name}" for store in ("first", "second") for name in twice
+    )
+    assert "4 images have an id that another source has too" in out
+    assert both.manifest["images_by_label_kind"] == {"top_1_confidence": 14}
     assert both.manifest["soft_labels"] == "top_1_confidence"
     direct, _ = build(tmp_path / "direct", tsv(tmp_path / "all.tsv", in_folders))
 
-    for number in range(12):
-        for field in ("features", "boxes", "class_ids", "class_probs"):
-            assert (
-                getattr(both.read(number), field).tobytes()
-                == getattr(direct.read(number), field).tobytes()
-            )
+    for number, name in enumerate(names):
+        for of_store in [name] if name in ids else [f"first/{name}", f"second/{name}"]:
+            for field in ("features", "boxes", "class_ids", "class_probs"):
+                assert (
+                    getattr(both.read(ids.index(of_store)), field).tobytes()
+                    == getattr(direct.read(number), field).tobytes()
+                )
 
     (tmp_path / "keep.txt").write_text("image-3\nimage-8.jpg\nnone\n")
     part, _ = build(tmp_path / "part", tmp_path / "both", "--only", tmp_path / "keep.txt")

@@ -181,8 +181,8 @@ def check_complaints(work: Path, captions: int, max_dropped: float) -> None:
     if len(bad) > max_dropped * (captions + len(bad)):
         raise UsageError(
             f"{len(bad)} caption records cannot be used, beside {captions} captions; the first is"
-            f" {bad[0]['where']}: {bad[0]['reason']}; more than --max-dropped {max_dropped}. Fix the"
-            " file, or allow more with a higher --max-dropped"
+            f" {bad[0]['where']}: {bad[0]['reason']}; more than --max-dropped {max_dropped}. Fix"
+            " the file, or allow more with a higher --max-dropped"
         )
 
 

@@ -2,6 +2,7 @@
 given image.
 """
 
+import contextlib
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -98,7 +99,9 @@ class NameTable:
                 " place = ?",
                 (shared, place),
             )
-            if are_different_images((text for (text,) in texts), kind_of_key(shared)):
+            with contextlib.closing(texts):  # most of a long list need not be read
+                unclear = are_different_images((text for (text,) in texts), kind_of_key(shared))
+            if unclear:
                 connection.execute(
                     f"INSERT OR IGNORE INTO {self.purpose}_unclear VALUES (?)", (shared,)
                 )

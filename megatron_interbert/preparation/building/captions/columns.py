@@ -9,6 +9,7 @@ from megatron_interbert.preparation.building.captions.fields import (
     SEVERAL,
     json_in_cell,
     plain,
+    read_record,
     texts_of,
 )
 
@@ -40,7 +41,7 @@ def name_columns(rows: Sequence[Row]) -> list[str]:
     nothing known.
 
     Addresses and captions are found first; what remains may name the image. Returns [] if no
-    column holds captions, or if nothing beside them names an image.
+    column holds captions.
     """
     columns = [_cells(rows, number) for number in range(max(map(len, rows), default=0))]
     fields = ["url" if _most(cells, ADDRESS.match) else "" for cells in columns]
@@ -56,7 +57,13 @@ def name_columns(rows: Sequence[Row]) -> list[str]:
         if number is not None:
             fields[number] = name
 
-    return fields if {"image", "url"} & set(fields) else []
+    return fields
+
+
+def are_enough(fields: Sequence[str]) -> bool:
+    """Check whether columns or fields by these names hold captions and name the images."""
+    found = read_record({name: "1" for name in fields if name})
+    return bool(found.texts and (found.images or found.address))
 
 
 def _cells(rows: Sequence[Row], number: int) -> list[str]:

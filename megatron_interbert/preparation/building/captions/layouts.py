@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.preparation.building.captions.columns import name_columns
+from megatron_interbert.preparation.building.captions.columns import are_enough, name_columns
 from megatron_interbert.preparation.building.captions.fields import plain, read_record
 from megatron_interbert.preparation.building.captions.text_file import open_text
 from megatron_interbert.preparation.building.captions.wrapping import Placed, Wrapped
@@ -67,9 +67,10 @@ def structure(value: Any) -> tuple[str, str, Callable[[Any], Records]]:
     lists = {name: part for name, part in value.items() if isinstance(part, list) and part}
     if _are_parallel(lists):
         return "sbu", f"lists of equal length: {', '.join(lists)}", lambda whole: _parallel(lists)
-    for name, part in lists.items():
-        if _has_texts(part):
-            return "json", f"a list of records in {name!r}", lambda whole, part=part: _listed(part)
+    records = [name for name, part in lists.items() if _has_texts(part)]
+    if len(records) == 1 and _name_images(lists[records[0]]):
+        name = records[0]
+        return "json", f"a list of records in {name!r}", lambda whole: _listed(whole[name])
 
     return _of_dictionary(value)
 
@@ -84,6 +85,11 @@ def _has_texts(records: Any) -> bool:
     )
 
 
+def _name_images(records: list[Any]) -> bool:
+    found = [read_record(record) for record in records[:LOOKED_AT] if isinstance(record, Mapping)]
+    return any(record.images or record.address for record in found)
+
+
 def _of_list(value: list[Any]) -> tuple[str, str, Callable[[Any], Records]]:
     if _has_texts(value):
         return "json", "a JSON array of records", _listed
@@ -92,7 +98,7 @@ def _of_list(value: list[Any]) -> tuple[str, str, Callable[[Any], Records]]:
 
     rows = [record for record in value[:LOOKED_AT] if isinstance(record, list)]
     fields = name_columns([[str(cell) for cell in row] for row in rows])
-    if fields:
+    if are_enough(fields):
         words = f"a JSON array of rows, read as {', '.join(name or '-' for name in fields)}"
         return "json", words, lambda whole: _rows(whole, fields)
 
@@ -109,7 +115,7 @@ def _of_unknown_fields(value: list[Any]) -> tuple[str, str, Callable[[Any], Reco
     meaning = {
         name: field for name, field in zip(names, name_columns(table), strict=False) if field
     }
-    if not meaning:
+    if not are_enough(list(meaning.values())):
         return "", "a list of something else", _nothing
 
     words = "a JSON array of records, " + ", ".join(
@@ -120,8 +126,7 @@ def _of_unknown_fields(value: list[Any]) -> tuple[str, str, Callable[[Any], Reco
 
 
 def _of_dictionary(value: dict[str, Any]) -> tuple[str, str, Callable[[Any], Records]]:
-    found = read_record(value)
-    if found.texts and (found.images or found.address):
+    if are_enough(list(value)):
         if all(isinstance(part, Mapping) for part in value.values()):
             return "json", f"columns {', '.join(value)}", _columns
         return "jsonl", "one JSON object", lambda whole: iter([("record 1", whole)])
@@ -198,7 +203,11 @@ def _columns(whole: dict[str, dict[str, Any]]) -> Records:
 
 
 def _dictionary(whole: dict[str, Any]) -> Records:
-    for image, value in whole.items():
+    """Yield the captions of images by name; records that name their images themselves may be listed
+    by split instead.
+    """
+    for key, value in whole.items():
         for part in value if isinstance(value, list) else [value]:
             record = part if isinstance(part, Mapping) else {"caption": part}
-            yield f"image {image[:80]!a}", {"image_id": image, **record}
+            own = _name_images([record])
+            yield f"{key[:80]!a}", {"split": key, **record} if own else {"image_id": key, **record}

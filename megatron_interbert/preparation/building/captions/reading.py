@@ -77,7 +77,7 @@ class CaptionFile:
             self.by_line = self.by_line or not found.images
             chosen[found.chosen] += 1
             name = found.images[0][0] if found.images else f"{number} (its line)"
-            example = example or f"{name[:60]} -> {str(found.texts[0])[:60]!r}"
+            example = example or f"{name[:60]} -> {' '.join(str(found.texts[0]).split())[:60]!r}"
 
         if chosen:
             (image, text), _ = chosen.most_common(1)[0]

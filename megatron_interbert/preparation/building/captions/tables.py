@@ -148,9 +148,9 @@ def _look_at(path: str, delimiters: Sequence[str]) -> Layout | None:
     for layout in _candidates(delimiters):
         first = [row for _, row in itertools.islice(layout.rows(path), LOOKED_AT)]
         rows = [row for row in first if not isinstance(row, str)]
-        share = _regularity(rows) * len(rows) / max(len(first), 1)
-        if share >= REGULAR:
-            seen.append((share, layout, rows))
+        fitting, wider = _count_fitting(rows)
+        if fitting + wider >= REGULAR * len(first) and fitting:
+            seen.append((fitting / len(first), layout, rows))
 
     problem = ""
     for _, layout, rows in sorted(seen, key=lambda candidate: -candidate[0]):
@@ -175,17 +175,16 @@ def _candidates(delimiters: Sequence[str]) -> Iterator[Layout]:
         yield from (plain, quoted, escaped) if delimiter in "\t|" else (quoted, escaped, plain)
 
 
-def _regularity(rows: Sequence[Cells]) -> float:
-    """Return the share of rows with as many columns as the first one has; after a header also those
-    with more, whose captions hold delimiters. 0 for one column.
+def _count_fitting(rows: Sequence[Cells]) -> tuple[int, int]:
+    """Count the rows with as many columns as the first one has, and after a header those with more,
+    whose captions hold delimiters. (0, 0) for one column.
     """
     if not rows or len(rows[0]) < 2:
-        return 0.0
+        return 0, 0
 
-    width = len(rows[0])
-    more = is_header(rows[0])
+    widths = [len(row) - len(rows[0]) for row in rows]
 
-    return sum(len(row) == width or (more and len(row) > width) for row in rows) / len(rows)
+    return widths.count(0), sum(more > 0 for more in widths) if is_header(rows[0]) else 0
 
 
 def _fields(rows: Sequence[Cells]) -> tuple[bool, list[str]]:

@@ -1,0 +1,328 @@
+"""Test that captions reach the images that they name and no others, and that nothing vanishes
+uncounted: in small cases, and in random corpora whose ids clash.
+"""
+
+import itertools
+import json
+import random
+import re
+from collections import Counter
+
+import pytest
+
+from megatron_interbert.data.store import RegionStore
+from megatron_interbert.errors import UsageError
+from megatron_interbert.preparation.building.build import build
+from megatron_interbert.preparation.building.plan import BuildPlan
+from megatron_interbert.preparation.building.sources.fields import ReadOptions
+from megatron_interbert.preparation.building.sources.opening import open_features
+from tests.preparation.formats import lxmert_line, made_up_images, vilbert_lmdb, write_npz
+
+OPTIONS = ReadOptions(trust_pickle=True)
+
+
+def write_features(path, ids, kind="tsv"):
+    """Write made-up images with some ids; each has another width, from 101, to be told by."""
+    images = made_up_images(len(ids))
+    for number, (image, name) in enumerate(zip(images, ids, strict=True)):
+        image["image_id"] = name
+        image["image_w"] = 101 + number
+
+    if kind == "npz":
+        return write_npz(path, images)
+    if kind == "lmdb":
+        return vilbert_lmdb(path, images)
+
+    path.write_text("".join(map(lxmert_line, images)))
+
+    return path
+
+
+def write_captions(path, captions):
+    """Write (image, caption) pairs as JSON Lines."""
+    lines = [json.dumps({"image": image, "caption": text}) for image, text in captions]
+    path.write_text("\n".join(lines) + "\n")
+
+    return path
+
+
+def make(folder, sources, captions=(), only=None, max_dropped=1.0, shard=3):
+    """Build a store in this process; return (captions by image, manifest)."""
+    output = folder / "store"
+    plan = BuildPlan(
+        [open_features(str(source), "auto", OPTIONS) for source in sources],
+        str(output),
+        [str(path) for path in captions],
+        only=only,
+        detector={"name": "x"},
+        images_per_shard=shard,
+    )
+    manifest = build(plan, max_dropped=max_dropped)
+    store = RegionStore(str(output))
+    found = {store.image_id(number): [] for number in range(store.num_images)}
+    for number, image in enumerate(store.caption_image):
+        found[store.image_id(int(image))].append(store.caption(number))
+
+    return found, manifest
+
+
+def check(tmp_path, ids, captions, expected, left_out=None, **more):
+    """Build one source (or several, if `ids` is a dictionary by name) with captions that are named
+    after themselves, and compare captions by image and counts of captions left out.
+    """
+    sources = ids if isinstance(ids, dict) else {"a.tsv": ids}
+    paths = [write_features(tmp_path / name, names) for name, names in sources.items()]
+    files = [write_captions(tmp_path / "c.jsonl", [(name, f"by {name}") for name in captions])]
+    found, manifest = make(tmp_path, paths, files, **more)
+    assert found == expected
+    assert manifest["captions_left_out"] == (left_out or {})
+
+    return manifest
+
+
+def test_a_loose_name_counts_where_it_means_one_image(tmp_path):
+    check(
+        tmp_path,
+        ["a.jpg", "b/c.png", "007", "COCO_val2014_000000000042", "8"],
+        ["x/a.png", "c", "7.jpg", "42", "COCO_train2014_000000000008.jpg"],
+        {
+            "a.jpg": ["by x/a.png"],
+            "b/c.png": ["by c"],
+            "007": ["by 7.jpg"],
+        },
+        # "42" and "8" would be one image if all were spelt one way; here plain numbers are others
+        {"their name means several images": 2},
+    )
+
+
+def test_a_loose_name_of_several_images_means_none(tmp_path):
+    check(
+        tmp_path,
+        ["1/main.jpg", "2/main.jpg", "a.jpg", "a.png", "9", "009"],
+        ["main.jpg", "1/main.jpg", "a", "a.png", "09", "9"],
+        {"1/main.jpg": ["by 1/main.jpg"], "a.png": ["by a.png"], "9": ["by 9"]},
+        {"no image of that name": 1, "their name means several images": 2},
+    )
+
+
+def test_two_captions_of_one_loose_name_are_not_of_one_image(tmp_path):
+    check(
+        tmp_path,
+        ["1/main.jpg", "COCO_train2014_000000000009", "x"],
+        ["1/main.jpg", "2/main.jpg", "9", "COCO_train2014_000000000009.jpg", "x.jpg", "x.png"],
+        {
+            "1/main.jpg": ["by 1/main.jpg"],
+            "COCO_train2014_000000000009": ["by COCO_train2014_000000000009.jpg"],
+        },
+        {"no image of that name": 4},
+    )
+
+
+def test_folders_and_endings_of_several_files_meet(tmp_path):
+    check(
+        tmp_path,
+        ["COCO_train2014_000000000009", "d/e/f.jpg"],
+        ["train2014/COCO_train2014_000000000009.jpg", "COCO_train2014_000000000009", "e/f"],
+        {
+            "COCO_train2014_000000000009": [
+                "by train2014/COCO_train2014_000000000009.jpg",
+                "by COCO_train2014_000000000009",
+            ],
+            "d/e/f.jpg": ["by e/f"],
+        },
+    )
+
+
+def test_an_id_of_two_sources_is_no_name(tmp_path):
+    """Check that captions that may belong to either image reach none, and that it is said."""
+    manifest = check(
+        tmp_path,
+        {"a.tsv": ["1", "2"], "b.tsv": ["1", "3"]},
+        ["1", "2", "3"],
+        {"2": ["by 2"], "3": ["by 3"]},
+        {"their name means several images": 1},
+    )
+    assert manifest["dropped"] == {"its captions may belong to another image of that name": 2}
+
+
+def test_an_id_twice_in_a_source_is_dropped_and_counted(tmp_path):
+    manifest = check(tmp_path, ["1", "2", "1"], ["1", "2"], {"1": ["by 1"], "2": ["by 2"]})
+    assert manifest["dropped"] == {"image id seen before in its source": 1}
+    source = tmp_path / "a.tsv"
+    (tmp_path / "again").mkdir()
+    with pytest.raises(UsageError, match="seen before in its source; more than"):
+        make(tmp_path / "again", [source], max_dropped=0.1)
+
+
+def test_a_dropped_image_keeps_its_name(tmp_path):
+    """Check that captions of an image that cannot be used go to no other one."""
+    images = made_up_images(3)
+    for image, name in zip(images, ("1/main.jpg", "2/main.jpg", "7"), strict=True):
+        image["image_id"] = name
+    images[0]["features"] = images[0]["features"] * float("nan")
+    (tmp_path / "a.tsv").write_text("".join(map(lxmert_line, images)))
+    files = [write_captions(tmp_path / "c", [("main.jpg", "x"), ("7", "y"), ("1/main.jpg", "z")])]
+    found, manifest = make(tmp_path, [tmp_path / "a.tsv"], files)
+    assert found == {"7": ["y"]}
+    assert sum(manifest["dropped"].values()) == 2
+
+
+def test_a_less_reliable_name_counts_only_if_the_better_one_means_no_image(tmp_path):
+    lines = [
+        {"image": "7.jpg", "image_id": 1, "caption": "of 7"},
+        {"image": "none.jpg", "image_id": 2, "caption": "of 2"},
+    ]
+    captions = tmp_path / "c.jsonl"
+    captions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = write_features(tmp_path / "a.tsv", ["7", "1", "2"])
+    found, manifest = make(tmp_path, [source], [captions])
+    assert found == {"7": ["of 7"], "2": ["of 2"]}
+    assert sum(manifest["dropped"].values()) == 1
+
+
+def test_only_takes_what_it_means(tmp_path):
+    source = write_features(tmp_path / "a.tsv", ["1/main.jpg", "2/main.jpg", "5.jpg", "6", "7"])
+    found, manifest = make(tmp_path, [source], only=["main.jpg", "5", "006", "none"])
+    assert list(found) == ["5.jpg", "6"]
+    assert manifest["dropped"] == {
+        "--only may mean another image of that name": 2,
+        "not in --only": 1,
+    }
+    report = (tmp_path / "store" / "dropped.jsonl").read_text()
+    assert "2 ids" in report, "of no single image: main.jpg and none"
+
+
+def test_sources_of_one_name_are_told_apart(tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+    sources = [
+        write_features(tmp_path / "x" / "f.tsv", ["1", "x/f/1"]),
+        write_features(tmp_path / "y" / "f.tsv", ["1", "2"]),
+    ]
+    found, manifest = make(tmp_path, sources)
+    assert list(found) == ["x/f-2/1", "x/f/1", "y/f/1", "2"]
+    assert manifest["renamed_images"] == 2
+
+
+SPELLINGS = {
+    "coco": [
+        lambda n: f"COCO_train2014_{n:012d}",
+        lambda n: f"COCO_train2014_{n:012d}.jpg",
+        lambda n: f"train2014/COCO_train2014_{n:012d}.jpg",
+    ],
+    "vg": [lambda n: str(n), lambda n: f"{n}.jpg", lambda n: f"VG_100K/{n}.jpg"],
+    "shop": [lambda n: f"{n}/main.jpg", lambda n: f"photos/{n}/main.jpg", lambda n: f"{n}/main"],
+    "zeros": [lambda n: f"img{n:06d}", lambda n: f"img{n:06d}.png", lambda n: f"p/img{n:06d}.png"],
+}
+
+
+def loose(name):
+    """Return what the strictest rules and the loosest have in common: no folder, ending, zeros."""
+    stem = re.sub(r"\.(jpg|png)$", "", name).rsplit("/", 1)[-1]
+    number = re.sub(r"^COCO_train2014_", "", stem)
+
+    return number.lstrip("0") or "0" if number.isdigit() else stem
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_caption_reaches_an_image_that_it_does_not_name(tmp_path, seed):
+    """Check random corpora of several data sets with equal numbers, through TSV, npz and LMDB, some
+    images and some captions missing or twice: every caption that arrives is of the picture that it
+    describes; each image and each caption is in the store or counted.
+    """
+    chance = random.Random(seed)
+    sets = chance.sample(sorted(SPELLINGS), chance.randrange(1, 5))
+    sources = []
+    pairs = []
+    total = 0
+
+    for place, kind in enumerate(sets):
+        spell = chance.choice(SPELLINGS[kind])
+        numbers = chance.sample(range(1, 12), chance.randrange(1, 9))
+        pictures = [*numbers, *chance.choices(numbers, k=chance.choice((0, 0, 2)))]
+        form = (
+            chance.choice(("tsv", "npz", "lmdb")) if len(set(pictures)) == len(pictures) else "tsv"
+        )
+        ids = [spell(n) for n in pictures]
+        if form == "npz" and any("/" in name for name in ids):
+            form = "tsv"
+        sources.append(write_features(tmp_path / f"{kind}-{place}", ids, form))
+        total += len(ids)
+        spell = chance.choice(SPELLINGS[kind])
+        for n in range(1, 12):
+            if chance.random() < 0.7:
+                pairs += [(spell(n), f"{kind} {n} {k}") for k in range(chance.randrange(1, 3))]
+
+    chance.shuffle(pairs)
+    cut = chance.randrange(len(pairs) + 1)
+    files = [
+        write_captions(tmp_path / f"c{number}.jsonl", part)
+        for number, part in enumerate((pairs[:cut], pairs[cut:]))
+        if part
+    ]
+    if not files:
+        return
+
+    try:
+        found, manifest = make(tmp_path, sources, files, shard=chance.randrange(1, 5))
+    except UsageError as error:
+        problem = str(error)
+    else:
+        problem = ""
+        check_corpus(found, manifest, pairs, total)
+
+    assert re.search("none of the|cannot be used|^$", problem)
+
+
+def check_corpus(found, manifest, pairs, total):
+    """Check captions by image of a store from a random corpus of `total` images and some pairs."""
+    named = dict(zip([text for _, text in pairs], [name for name, _ in pairs], strict=True))
+    used = Counter(text for texts in found.values() for text in texts)
+    assert set(used.values()) <= {1}, "a caption is of one image"
+    assert sum(used.values()) + sum(manifest["captions_left_out"].values()) == len(pairs)
+    assert len(found) + sum(manifest["dropped"].values()) == total == manifest["images_read"]
+
+    for image, texts in found.items():
+        for text in texts:
+            kind, n, _ = text.split()
+            assert loose(named[text]) == loose(image)
+            assert image in {spell(int(n)) for spell in SPELLINGS[kind]}, (image, text)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_joined_stores_keep_all_their_images_and_captions(tmp_path, seed):
+    """Check stores whose images share ids: each image is in the joined store under its own name or
+    one that begins with its store, with its own captions.
+    """
+    chance = random.Random(seed)
+    expected = Counter()
+    ids = []
+
+    for number in range(chance.randrange(2, 5)):
+        folder = tmp_path / f"s{number}"
+        folder.mkdir()
+        names = chance.sample(["1", "2", "01", "a/1", "s0/1", "s1/1", "s0-2/1"], 4)
+        captions = [(name, f"{number} {name}") for name in names if chance.random() < 0.8]
+        source = write_features(folder / "f.tsv", names)
+        if captions:
+            found, _ = make(folder, [source], [write_captions(folder / "c", captions)])
+        else:
+            found, _ = make(folder, [source])
+
+        expected.update(itertools.chain.from_iterable(found.values()))
+        (folder / "store").rename(tmp_path / f"store{number}")
+        ids.append(list(found))
+
+    joined, manifest = make(tmp_path, [tmp_path / f"store{number}" for number in range(len(ids))])
+    assert len(joined) == sum(map(len, ids)), "no two images have one name"
+    assert Counter(itertools.chain.from_iterable(joined.values())) == expected
+    assert manifest["dropped"] == {}
+    several = Counter(itertools.chain.from_iterable(ids))
+
+    for image, texts in joined.items():
+        for text in texts:
+            number, name = text.split()
+            assert image == name or image.startswith(f"store{number}"), (image, text)
+
+    for name, count in several.items():
+        assert (name in joined) == (count == 1)
