@@ -14,6 +14,7 @@ JSON lines. A build that was stopped or killed is resumable: run the same comman
 
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -245,19 +246,25 @@ def report(output: str, manifest: dict[str, Any], seconds: float) -> None:
     )
     for reason, count in manifest["dropped"].items():
         print(f"dropped: {count} images, {reason}")
-    for reason, count in manifest["captions_left_out"].items():
-        print(f"left out: {count} captions, {reason}")
-    if manifest["renamed_images"]:
-        print(
-            f"{manifest['renamed_images']} images have an id that another source has too; their"
-            " names begin with their source"
-        )
+    for line in left_out(manifest):
+        print(line)
     if manifest["dropped"] or manifest["captions_left_out"]:
         print(f"each is listed in {Path(output) / 'dropped.jsonl'}")
     if manifest["inverted_boxes"] > 0.05 * counts["regions"]:
         print(
             f"warning: {manifest['inverted_boxes']} of {counts['regions']} boxes were inverted;"
             " if they are x, y, width, height, use --box-format xywh"
+        )
+
+
+def left_out(manifest: dict[str, Any]) -> Iterator[str]:
+    """Yield lines about captions that are in no image, and about images with other names."""
+    for reason, count in manifest["captions_left_out"].items():
+        yield f"left out: {count} captions, {reason}"
+    if manifest["renamed_images"]:
+        yield (
+            f"{manifest['renamed_images']} images have an id that another source has too; their"
+            " names begin with their source"
         )
 
 

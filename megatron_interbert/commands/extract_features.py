@@ -1,4 +1,4 @@
-"""Turn a folder of photos into a region store with an object detector.
+"""Turn photos into a region store with an object detector.
 
     interbert extract-features photos --detector PekingU/rtdetr_r50vd --output store
 
@@ -10,6 +10,7 @@ killed is resumable: run the same command again.
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,12 +20,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from megatron_interbert.command_line import run_command
-from megatron_interbert.commands.build_features import BuildingOptions
+from megatron_interbert.commands.build_features import BuildingOptions, left_out
 from megatron_interbert.config.options import argument, option, redefault
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.build import build
 from megatron_interbert.preparation.building.detectors import BACKGROUND, DetectorChoice
 from megatron_interbert.preparation.building.plan import BuildPlan
+from megatron_interbert.preparation.building.sources.photo_files import PhotoFiles, open_photos
 from megatron_interbert.preparation.building.sources.photos import PhotoSource
 from megatron_interbert.reading import read_text
 
@@ -35,14 +37,18 @@ class Options(BuildingOptions):
 
     GROUP: ClassVar[str] = "detector"
 
-    photos: str = argument(
-        "folder with jpg, png and webp files at any depth; file names are image ids", group="data"
+    photos: list[str] = argument(
+        "folders with photos at any depth, or with Parquet, Arrow (datasets) or tar files of"
+        " photos; such files; tables with tabs and photos in base64",
+        several=True,
+        group="data",
     )
     captions: list[str] = redefault(
         BuildingOptions,
         "captions",
         (),
-        "caption files; photos without a caption are then left out",
+        "caption files; photos without a caption are then left out; default: captions that come"
+        " with the photos",
     )
     detector: str = option("", "folder, name on the hub, or torchvision:NAME", required=True)
     revision: str = option("", "branch, tag or commit on the hub")
@@ -72,6 +78,18 @@ def read_class_names(path: str) -> list[str]:
     return [BACKGROUND, *read_text(path, "--class-names").rstrip("\n").split("\n")]
 
 
+def find_photos(paths: Sequence[str]) -> list[PhotoFiles]:
+    """Open the photos at some paths, and say which files beside them are none."""
+    found = [files for path in paths for files in open_photos(path)]
+    for files in found:
+        others = getattr(files, "others", None)
+        if others:
+            kinds = ", ".join(f"{count} {ending}" for ending, count in others.most_common(5))
+            print(f"{files.path}: {others.total()} files are no photos: {kinds}")
+
+    return found
+
+
 def plan_of(options: Options) -> BuildPlan:
     """Plan the build: one source, the photos as the detector sees them."""
     choice = DetectorChoice(
@@ -83,14 +101,17 @@ def plan_of(options: Options) -> BuildPlan:
     )
     names = ("max_regions", "min_regions", "min_score")
     limits = {name: getattr(options, name) for name in names}
-    source = PhotoSource(options.photos, choice, batch_size=options.batch_size, **limits)
+    sources = [
+        PhotoSource(files, choice, batch_size=options.batch_size, **limits)
+        for files in find_photos(options.photos)
+    ]
     vocabulary = read_text(options.vocab_file, "--vocab-file") if options.vocab_file else ""
 
     return BuildPlan(
-        sources=[source],
+        sources=sources,
         output=options.output,
         caption_files=list(options.captions),
-        detector=source.facts().detector,
+        detector=sources[0].facts().detector,
         class_names=read_class_names(options.class_names),
         soft_labels=options.soft_labels,
         vocabulary=vocabulary,
@@ -111,6 +132,9 @@ def run(options: Options) -> None:
     counts = manifest["counts"]
     dropped = manifest["dropped"]
     why = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
+    for line in left_out(manifest):
+        print(line)
+
     print(
         f"{options.output}: {counts['images']} images, {counts['regions']} regions of"
         f" {manifest['feature_dim']} features, {counts['captions']} captions,"

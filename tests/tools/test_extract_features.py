@@ -22,6 +22,7 @@ from megatron_interbert.preparation.building.detectors import (
     pixel_boxes,
 )
 from megatron_interbert.preparation.building.sources.base import Dropped, Record
+from megatron_interbert.preparation.building.sources.photo_files import open_photos
 from megatron_interbert.preparation.building.sources.photos import PhotoSource, open_photo
 from tests.launching import launch
 from tests.shared import SHARED, needs_shared
@@ -238,7 +239,7 @@ def test_neighbours_in_a_batch_change_nothing(folders, kind):
 @needs_shared
 def test_number_and_order_of_regions(folders):
     source = PhotoSource(
-        PHOTOS,
+        *open_photos(PHOTOS),
         choice(folders["rt_detr"]),
         batch_size=4,
         max_regions=9,
@@ -313,13 +314,12 @@ def spoil(folder):
     shutil.copy(good, folder / "again" / good.name)
     (folder / "notes.txt").write_text("no photo")
 
-    # "again/..." sorts after the numbered photos
     return {
         "cut": "decoded",
         "text": "not a picture",
         "nothing": "empty file",
         "huge": "too many pixels",
-        good.stem: "seen before",
+        f"again/{good.stem}": "may belong to another image",
     }
 
 
@@ -395,7 +395,7 @@ def test_turned_and_unusual_pictures(folders, tmp_path):
     )
     found = {
         r.regions.image_id: r.regions
-        for r in PhotoSource(tmp_path, choice(folders["detr"])).read(
+        for r in PhotoSource(*open_photos(tmp_path), choice(folders["detr"])).read(
             sorted(p.name for p in tmp_path.iterdir())
         )
     }
@@ -418,8 +418,8 @@ def test_links_to_photos_are_photos_and_pipes_are_not(folders, tmp_path):
     (photos / "nowhere.png").symlink_to("absent.png")
     os.mkfifo(photos / "pipe.png")
 
-    source = PhotoSource(photos, choice(folders["detr"]))
-    results = dict(zip(source.names, source.read(source.names), strict=True))
+    source = PhotoSource(*open_photos(photos), choice(folders["detr"]))
+    results = dict(zip(source.files.names, source.read(source.files.names), strict=True))
 
     assert isinstance(results["chosen.png"], Record)
     for name in ("nowhere.png", "pipe.png"):
@@ -434,7 +434,7 @@ def test_a_photo_that_the_detector_cannot_take_does_not_stop_the_others(
     for number in range(4):
         Image.new("RGB", (100 + number, 80)).save(tmp_path / f"{number}.png")
 
-    source = PhotoSource(tmp_path, choice(folders["detr"]))
+    source = PhotoSource(*open_photos(tmp_path), choice(folders["detr"]))
     original = TransformersDetector.prepare
 
     def fail(self, image):
@@ -444,7 +444,7 @@ def test_a_photo_that_the_detector_cannot_take_does_not_stop_the_others(
 
     source.facts()
     monkeypatch.setattr(TransformersDetector, "prepare", fail)
-    results = list(source.read(source.names))
+    results = list(source.read(source.files.names))
     assert [type(result) for result in results] == [Record, Record, Dropped, Record]
     assert results[2].reason == "detector failed"
 
@@ -452,10 +452,12 @@ def test_a_photo_that_the_detector_cannot_take_does_not_stop_the_others(
 def test_wrong_use_is_one_line(folders, tmp_path):
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    with pytest.raises(UsageError, match="no such folder"):
-        PhotoSource(tmp_path / "absent", choice("x"))
-    with pytest.raises(UsageError, match="no photos there; expected files that end in"):
-        PhotoSource(tmp_path, choice("x"))
+    with pytest.raises(UsageError, match="no such file or folder"):
+        open_photos(tmp_path / "absent")
+    with pytest.raises(
+        UsageError, match=r"no photos there \(it is empty\); expected files such as"
+    ):
+        open_photos(tmp_path)
     with pytest.raises(UsageError, match="not an object detection model"):
         load_detector(choice(tmp_path))
 
@@ -559,8 +561,8 @@ def test_regions_of_a_photo_are_those_of_a_build(folders, tmp_path):
     place.mkdir()
     for photo in photos:
         shutil.copy(photo, place)
-    source = PhotoSource(place, choice(folders["rt_detr"]))
-    stored = {record.regions.image_id: record.regions for record in source.read(source.names)}
+    source = PhotoSource(*open_photos(place), choice(folders["rt_detr"]))
+    stored = {record.regions.image_id: record.regions for record in source.read(source.files.names)}
     for regions in detect_regions(photos, folders["rt_detr"], device="cpu"):
         same = stored[regions.image_id]
         assert regions.size == same.size

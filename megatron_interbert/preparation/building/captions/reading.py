@@ -2,13 +2,16 @@
 
 import itertools
 import json
+import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_interbert.errors import UsageError
+from megatron_interbert.preparation.building import containers
 from megatron_interbert.preparation.building.captions.columns import CHINESE, LANGUAGE
 from megatron_interbert.preparation.building.captions.fields import Found, read_record
 from megatron_interbert.preparation.building.captions.layouts import whole_json
@@ -16,6 +19,7 @@ from megatron_interbert.preparation.building.captions.tables import table
 from megatron_interbert.preparation.building.captions.text_file import read_lines
 from megatron_interbert.preparation.building.captions.wrapping import (
     TOKEN_LINE,
+    Placed,
     Wrapped,
     json_lines,
     token_lines,
@@ -24,6 +28,7 @@ from megatron_interbert.preparation.building.captions.wrapping import (
 JSON_LAYOUTS = ("coco", "karpathy", "sbu", "json-dict", "json")
 FORMATS = ("auto", *JSON_LAYOUTS, "jsonl", "csv", "tsv", "conceptual", "flickr-tokens")
 REJECTED = "rejected by its data set"  # of a complaint that is no fault
+RECORDS_OF_PART = 4096
 LOOKED_AT = 1000  # records by which it is judged whether images are named, and what an example is
 
 
@@ -159,6 +164,8 @@ def guess_language(text: str) -> str:
 
 def _open(path: str, kind: str) -> Wrapped:
     """Open a file as `kind`, or as what it looks like; raise UsageError if it is not that."""
+    if os.path.isdir(path) or containers.is_container(path):
+        return _records_with_photos(path)
     if kind == "jsonl":
         return json_lines(path)
     if kind == "flickr-tokens":
@@ -181,6 +188,25 @@ def _open(path: str, kind: str) -> Wrapped:
         )
 
     return found
+
+
+def _records_with_photos(path: str) -> Wrapped:
+    """Read the texts of a Parquet, Arrow or tar file, or of all such files of a folder."""
+    files = containers.containers_below(Path(path)) if os.path.isdir(path) else [Path(path)]
+    if not files:
+        raise UsageError(
+            f"--captions {path}: a folder without {', '.join(containers.ENDINGS)} files; give a"
+            " file of captions"
+        )
+
+    def records() -> Iterator[Placed]:
+        for file in files:
+            for part in containers.parts(file, RECORDS_OF_PART):
+                yield from containers.records(file, part, photos=False)
+
+    kinds = ", ".join(sorted({file.suffix[1:] for file in files}))
+
+    return Wrapped("records", f"records of {len(files)} {kinds} files", records)
 
 
 def _start(path: str) -> str:

@@ -21,6 +21,10 @@ REGULAR = 0.8  # the share of them that must have the same number of columns
 MOST_LINES = 50  # of one row, whose cells may hold line ends
 LARGEST_CELL = 1 << 26  # characters
 DELIMITERS = {"\t": "tabs", "|": "bars", ",": "commas", ";": "semicolons"}
+# a photo in base64, by its first bytes: JPEG, PNG, WebP, GIF, BMP or TIFF
+PHOTO = re.compile(
+    r"^(?:data:image/\w+;base64,)?(?:[/_]9j[/_]|iVBORw0K|UklGR|R0lGOD|Qk|SUkq|TU0A)\S{32}"
+)
 QUOTED = re.compile(r'^"(?:[^"]|"")*"$')
 Cells = list[str]
 
@@ -228,3 +232,42 @@ def _completed(fields: Sequence[str], looked: Sequence[str], texts: bool) -> lis
         name if ours or not seen or seen in taken else seen
         for name, seen, ours in zip(fields, looked, known, strict=False)
     ]
+
+
+def photo_table(path: str) -> tuple[bool, list[str]]:
+    """Return whether a table with tabs has a header, and the fields of its columns, among them
+    `photo`, a photo in base64.
+
+    Raises UsageError if no column holds photos.
+    """
+    rows = [
+        row
+        for _, row in itertools.islice(Layout("\t", quotes=False).rows(path), LOOKED_AT)
+        if not isinstance(row, str)
+    ]
+    photos = [
+        number
+        for number in range(max(map(len, rows), default=0))
+        if any(PHOTO.match(row[number]) for row in rows[1:] or rows if number < len(row))
+    ]
+    if not photos:
+        raise UsageError(
+            f"{path}: no photos there; expected a folder of photos, a Parquet, Arrow or tar file,"
+            " or a table with tabs, names of images and photos in base64"
+        )
+
+    header = len(rows[0]) <= photos[0] or not PHOTO.match(rows[0][photos[0]])
+    body = rows[1:] if header else rows
+    fields = list(rows[0]) if header else name_columns(body) or _first_is_image(body, photos[0])
+    fields[photos[0]] = "photo"
+
+    return header, fields
+
+
+def _first_is_image(rows: Sequence[Cells], photo: int) -> list[str]:
+    """Name the columns of a table without texts: the first one beside the photo is its name."""
+    fields = [""] * len(rows[0])
+    if len(fields) > 1:
+        fields[0 if photo else 1] = "image"
+
+    return fields
