@@ -7,6 +7,7 @@ encoder numbers interaction and text layers consecutively (`layer.0` ..); its im
 goes tensor by tensor in both directions.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -77,6 +78,10 @@ DECODER = "cls.predictions.decoder.weight"  # in both formats: the word embeddin
 # official downstream heads that our model lacks; kept for converting back
 EXTRA = "official_extra."
 PADDED = ("text_embedding.word.weight", "msm_head.bias")
+# what DDP, Lightning, torch.compile and FSDP put before the names of what they wrap
+WRAPPERS = re.compile(r"^(?:(?:module|model|_orig_mod|_fsdp_wrapped_module)\.)+")
+NORM = {"gamma": "weight", "beta": "bias"}
+OLD_NORM = re.compile(r"\.(gamma|beta)$")
 
 
 def fuse_qkv(parts: Sequence[torch.Tensor], heads: int) -> torch.Tensor:
@@ -102,23 +107,14 @@ class Link:
     theirs: tuple[str, ...]
     heads: int = 0
 
-    def to_ours(
-        self, parts: Sequence[torch.Tensor], config: ModelConfig, where: str
-    ) -> torch.Tensor:
-        """Build our tensor, padding the vocabulary with zero rows; UsageError if the vocabulary has
-        another size than the model's.
-        """
+    def to_ours(self, parts: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
+        """Build our tensor, padding the vocabulary with zero rows."""
         if self.heads:
             return fuse_qkv(parts, self.heads)
 
         tensor = parts[0]
         if self.ours not in PADDED:
             return tensor
-        if len(tensor) != config.vocab_size:
-            raise UsageError(
-                f"{where}: vocabulary of {len(tensor)} entries, the model has {config.vocab_size};"
-                " give the vocabulary the checkpoint was made with (--vocab-file)"
-            )
 
         return torch.cat(
             [tensor, tensor.new_zeros(config.padded_vocab_size - len(tensor), *tensor.shape[1:])]
@@ -183,47 +179,12 @@ def bert_links(config: ModelConfig) -> list[Link]:
     return _links({**TEXT_EMBEDDING, **WORD_HEAD, **SENTENCE_HEAD}, stacks(config)[:2])
 
 
-# Names that a source may lack, since it may have been made without a head.
-OPTIONAL = (*(OFFICIAL[name] for name in OFFICIAL if "_head." in name), *SENTENCE_HEAD.values())
-
-
-def present(links: Sequence[Link], names: Iterable[str], where: str, what: str) -> list[Link]:
-    """Return the links all of whose tensors are among `names`.
-
-    Raises UsageError if anything other than a head is missing.
-    """
-    names = set(names)
-
-    for link in links:
-        for name in link.theirs:
-            if name not in names and name not in OPTIONAL:
-                raise UsageError(f"{where}: {name} is missing; not {what}")
-
-    return [link for link in links if set(link.theirs) <= names]
-
-
 def plain_name(name: str) -> str:
-    """Strip the prefix of a DDP wrapper, and turn old BERT's LayerNorm names (gamma, beta) into
-    today's (weight, bias).
+    """Strip what wrappers of training put before a name, and turn the LayerNorm names of old BERT
+    (gamma, beta) into those of today (weight, bias).
     """
-    return name.removeprefix("module.").replace(".gamma", ".weight").replace(".beta", ".bias")
-
-
-def from_official(
-    source: Mapping[str, torch.Tensor], config: ModelConfig, where: str = "official checkpoint"
-) -> dict[str, torch.Tensor]:
-    """Convert an official InterBERT state dict (pretraining or downstream) to a full state in our
-    names.
-    """
-    source = {plain_name(name): tensor for name, tensor in source.items()}
-    links = present(
-        official_links(config), source, where, "an official InterBERT state dict of these sizes"
-    )
-
-    return {
-        link.ours: link.to_ours([source[name] for name in link.theirs], config, where)
-        for link in links
-    }
+    name = WRAPPERS.sub("", name)
+    return OLD_NORM.sub(lambda old: f".{NORM[old[1]]}", name)
 
 
 def to_official(state: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
@@ -239,24 +200,10 @@ def to_official(state: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[
     return result
 
 
-def from_bert(
-    source: Mapping[str, torch.Tensor], config: ModelConfig, where: str = "BERT checkpoint"
-) -> dict[str, torch.Tensor]:
-    """Convert a Hugging Face BERT, with or without its heads, to a partial state in our names."""
-    source = {bert_name(name): tensor for name, tensor in source.items()}
-    depth = f"BERT needs {config.interaction_layers + config.text_layers} layers for this model"
-    links = present(bert_links(config), source, where, f"BERT of these sizes ({depth})")
-
-    return {
-        link.ours: link.to_ours([source[name] for name in link.theirs], config, where)
-        for link in links
-    }
-
-
 def bert_name(name: str) -> str:
     """Return a parameter's name in BertForMaskedLM; a bare BertModel omits the prefix."""
     name = plain_name(name)
-    return name if name.startswith(("bert.", "cls.", "classifier.")) else f"bert.{name}"
+    return f"bert.{name}" if name.startswith(("embeddings.", "encoder.", "pooler.")) else name
 
 
 OFFICIAL_CONFIG = {  # ours -> keys of the official JSON

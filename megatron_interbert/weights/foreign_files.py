@@ -4,6 +4,7 @@ Nothing here runs code from a file: it uses safetensors, JSON, and `torch.load(w
 """
 
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,24 @@ import torch
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import is_plain_name
-from megatron_interbert.reading import read_json, reading
+from megatron_interbert.reading import is_there, list_folder, read_json, reading
 from megatron_interbert.weights.manifest import MANIFEST
 from megatron_interbert.weights.tensor_files import TensorFile, TensorLayout
 
 HF_FILE = "model.safetensors"
-HF_INDEX = "model.safetensors.index.json"
 TORCH_FILE = "pytorch_model.bin"
+INDEX_ENDING = ".index.json"
+HF_FILES = (HF_FILE, HF_FILE + INDEX_ENDING, TORCH_FILE, TORCH_FILE + INDEX_ENDING)
+READABLE = (".safetensors", ".bin", ".pt", ".pth")
+TF_CHECKPOINT = re.compile(r"(.+\.ckpt.*)\.(?:index|meta|data-\d+-of-\d+)")
+TF_CONVERTER = "transformers.models.bert.convert_bert_original_tf_checkpoint_to_pytorch"
+# name in a Hugging Face folder -> program, and flag of transformers 4 that reads it
+OTHER_FILES = {
+    "tf_model.h5": ("TensorFlow", "from_tf"),
+    "flax_model.msgpack": ("Flax", "from_flax"),
+}
+# keys under which training programs keep a state dict beside their own state
+WRAPPING = ("model", "state_dict", "module", "model_state_dict")
 # a zip archive; a pickle, before torch 1.6
 TORCH_BEGINS = (b"PK\3\4", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
@@ -57,36 +69,73 @@ def open_tensors(path: Path) -> Tensors:
     Pickled code never runs.
     """
     if path.is_dir():
-        if (path / HF_INDEX).is_file():
-            parts = read_index(path / HF_INDEX)
-            opened = {file: TensorFile(path / file) for file in set(parts.values())}
+        path = weights_file(path)
+    if not path.name.endswith(INDEX_ENDING):
+        file = open_file(path)
+        return Tensors(dict.fromkeys(names_in(file), file))
 
-            for name, file in parts.items():
-                if name not in opened[file].names:
-                    raise UsageError(
-                        f"{path / HF_INDEX}: {name[:200]} is not in {file}; restore the folder"
-                    )
+    parts = read_index(path)
+    opened = {file: open_file(path.parent / file) for file in sorted(set(parts.values()))}
+    inside = {file: set(names_in(content)) for file, content in opened.items()}
 
-            return Tensors({name: opened[file] for name, file in parts.items()})
+    for name, file in parts.items():
+        if name not in inside[file]:
+            raise UsageError(f"{path}: {name[:200]} is not in {file}; restore the folder")
 
-        found = next(
-            (path / name for name in (HF_FILE, TORCH_FILE) if (path / name).is_file()), None
+    return Tensors({name: opened[file] for name, file in parts.items()})
+
+
+def weights_file(folder: Path) -> Path:
+    """Return the file of weights, or the index of several, that transformers would take from a
+    Hugging Face folder.
+    """
+    found = next((folder / name for name in HF_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise UsageError(
+            f"{folder}: no checkpoint there; expected {MANIFEST}, {HF_FILE} or {TORCH_FILE} in"
+            " the folder"
         )
-        if found is None:
+
+    return found
+
+
+def open_file(path: Path) -> "TensorFile | dict[str, torch.Tensor]":
+    """Open one .safetensors or torch file."""
+    return TensorFile(path) if path.suffix == ".safetensors" else load_torch_file(path)
+
+
+def names_in(file: "TensorFile | Mapping[str, torch.Tensor]") -> list[str]:
+    """List the names of a file's tensors, in its order."""
+    return file.names if isinstance(file, TensorFile) else list(file)
+
+
+def check_path(path: Path) -> None:
+    """Raise UsageError if a path does not exist, or has weights for TensorFlow or Flax alone."""
+    files = list_folder(path) if path.is_dir() else [path.name]
+    if not is_there(path):
+        files = [f"{path.name}.index"]  # TensorFlow names a checkpoint by what its files share
+        if not is_there(path.with_name(files[0])):
+            raise UsageError(f"{path}: no such file or folder")
+
+    if any(name.endswith(READABLE) for name in files):
+        return
+
+    folder = path if path.is_dir() else path.parent
+    for name in files:
+        if found := TF_CHECKPOINT.fullmatch(name):
             raise UsageError(
-                f"{path}: no checkpoint there; expected {MANIFEST}, {HF_FILE} or {TORCH_FILE} in"
-                " the folder"
+                f"{path}: a TensorFlow checkpoint; make a torch file of it with transformers 4 and"
+                f" tensorflow: python -m {TF_CONVERTER} --tf_checkpoint_path {folder / found[1]}"
+                f" --bert_config_file {folder / 'bert_config.json'}"
+                f" --pytorch_dump_path {TORCH_FILE}"
             )
-
-        path = found
-
-    if path.suffix == ".safetensors":
-        file = TensorFile(path)
-        return Tensors(dict.fromkeys(file.names, file))
-
-    state = load_torch_file(path)
-
-    return Tensors(dict.fromkeys(state, state))
+        if name in OTHER_FILES:
+            program, flag = OTHER_FILES[name]
+            raise UsageError(
+                f"{path}: {name} holds weights for {program}, expected {HF_FILE} or {TORCH_FILE};"
+                f" with transformers 4: BertModel.from_pretrained('{folder}',"
+                f" {flag}=True).save_pretrained('torch')"
+            )
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -137,8 +186,10 @@ def load_torch_file(path: Path) -> dict[str, torch.Tensor]:
             f"{path}: cannot be read as a torch file ({type(error).__name__}: {_reason(error)})"
         ) from error
 
-    if isinstance(state, dict):
-        state = state.get("model", state.get("state_dict", state))
+    for _ in WRAPPING:
+        if isinstance(state, dict) and not is_state_dict(state):
+            inner = (state[key] for key in WRAPPING if isinstance(state.get(key), dict))
+            state = next(inner, state)
     if not is_state_dict(state):
         raise UsageError(f"{path}: not a state dict, expected a mapping from names to tensors")
 

@@ -15,19 +15,18 @@ from megatron_interbert.config.model import ModelConfig, model_config_from_dict
 from megatron_interbert.errors import UsageError, out_of_memory
 from megatron_interbert.model.presets import PRESETS
 from megatron_interbert.reading import read_json
-from megatron_interbert.weights.foreign import (
-    DECODER,
-    EXTRA,
-    Link,
-    bert_links,
-    bert_name,
-    config_from_official,
-    official_links,
-    plain_name,
-    present,
+from megatron_interbert.weights.fitting import (
+    REGION,
+    WORD,
+    Shapes,
+    by_their_name,
+    check_own,
+    fit,
 )
+from megatron_interbert.weights.foreign import DECODER, EXTRA, Link, config_from_official
 from megatron_interbert.weights.foreign_files import (
     Tensors,
+    check_path,
     open_tensors,
     tensor_names,
 )
@@ -38,12 +37,14 @@ from megatron_interbert.weights.manifest import (
     read_manifest,
     verify,
 )
+from megatron_interbert.weights.other_models import refuse_model_type, refuse_other_models
 from megatron_interbert.weights.reader import KINDS as FILE_OF
 from megatron_interbert.weights.reader import CheckpointReader, holds
 from megatron_interbert.weights.tensor_files import TensorLayout
 
 KINDS = ("checkpoint", "huggingface", "official", "bert")
 HF_PREFIX = "interbert."
+DECODER_BIAS = "cls.predictions.decoder.bias"  # of BERT: the same as cls.predictions.bias
 # what our converter writes to a config.json
 FACTS = {"iteration": int, "consumed_samples": int, "detector": dict, "vocabulary": str}
 
@@ -75,8 +76,7 @@ class WeightSource:
 def recognise(path: str | Path) -> str:
     """Determine which of KINDS a path holds; UsageError for anything else."""
     where = Path(path)
-    if not where.exists():
-        raise UsageError(f"{path}: no such file or folder")
+    check_path(where)
     if where.is_dir():
         if newest_checkpoint(where):
             return "checkpoint"
@@ -87,9 +87,7 @@ def recognise(path: str | Path) -> str:
                 " safetensors with the program that made it"
             )
 
-        config = where / "config.json"
-        kind = read_json(config, str(path)).get("model_type") if config.is_file() else None
-        if kind == "interbert":
+        if _model_type(where) == "interbert":
             return "huggingface"
 
     names = tensor_names(open_tensors(where))
@@ -98,11 +96,18 @@ def recognise(path: str | Path) -> str:
     if any(name.endswith("embeddings.word_embeddings.weight") for name in names):
         return "bert"
 
+    refuse_other_models(names, str(path))
     raise UsageError(
         f"{path}: neither one of our checkpoints, nor a Hugging Face folder of InterBERT or BERT,"
         " nor an official InterBERT state dict (its first tensor is"
         f" {next(iter(names), 'missing')})"
     )
+
+
+def _model_type(folder: Path) -> object:
+    """Return what the config.json of a Hugging Face folder calls its model; None if it does not."""
+    config = folder / "config.json"
+    return read_json(config, str(folder)).get("model_type") if config.is_file() else None
 
 
 def open_weights(
@@ -116,16 +121,15 @@ def open_weights(
     kind = recognise(path) if kind == "auto" else kind
     if kind not in KINDS:
         raise UsageError(f"unknown format '{kind}', expected one of auto, {', '.join(KINDS)}")
-    if not Path(path).exists():
-        raise UsageError(f"{path}: no such file or folder")
 
-    read = {"huggingface": _huggingface, "official": _official, "bert": _bert}
+    check_path(Path(path))
     with sound(path, kind):
-        source = (
-            _checkpoint(Path(path), averaged)
-            if kind == "checkpoint"
-            else read[kind](Path(path), config)
-        )
+        if kind == "checkpoint":
+            source = _checkpoint(Path(path), averaged)
+        elif kind == "huggingface":
+            source = _huggingface(Path(path))
+        else:
+            source = _foreign(kind, Path(path), config)
 
     source.get = _checked(source)
 
@@ -201,7 +205,7 @@ def _checkpoint(path: Path, averaged: bool) -> WeightSource:
     return source
 
 
-def _huggingface(path: Path, config: ModelConfig | None) -> WeightSource:
+def _huggingface(path: Path) -> WeightSource:
     values = read_json(path / "config.json", str(path))
     if values.get("model_type") != "interbert":
         raise UsageError(
@@ -213,13 +217,12 @@ def _huggingface(path: Path, config: ModelConfig | None) -> WeightSource:
         {k: v for k, v in values.items() if k in known}, str(path / "config.json")
     )
     tensors = open_tensors(path)
+    left_out = [name for name in tensor_names(tensors) if name.startswith("classifier.")]
     ours = {
-        name.removeprefix(HF_PREFIX): name
-        for name in tensor_names(tensors)
-        if name.startswith(HF_PREFIX)
+        name.removeprefix(HF_PREFIX): name for name in tensor_names(tensors) if name not in left_out
     }
-    left_out = [name for name in tensor_names(tensors) if not name.startswith(HF_PREFIX)]
     layouts = {name: tensors.layout(theirs) for name, theirs in ours.items()}
+    check_own({name: entry.shape for name, entry in layouts.items()}, sizes, str(path))
     facts = facts_of(values.get("training_facts") or {}, path / "config.json")
 
     return WeightSource(
@@ -246,113 +249,79 @@ def facts_of(values: Any, where: Path) -> dict[str, Any]:
     return facts
 
 
-def _official(path: Path, config: ModelConfig | None) -> WeightSource:
+def _foreign(kind: str, path: Path, config: ModelConfig | None) -> WeightSource:
+    """Open an official InterBERT or a BERT, after checking that it is one."""
     tensors = open_tensors(path)
-    by_name = {plain_name(name): name for name in tensor_names(tensors)}
+    by_name = by_their_name(tensor_names(tensors), kind, str(path))
     shapes = {name: tensors.layout(original).shape for name, original in by_name.items()}
-    config = config or _official_sizes(path, shapes)
-    links = present(
-        official_links(config),
-        by_name,
-        str(path),
-        "an official InterBERT state dict of these sizes",
-    )
-    check_tied(tensors, by_name, path)
-    source = _linked("official", path, config, links, tensors, by_name)
-    used = {name for link in links for name in link.theirs} | {DECODER}
-    extras = {EXTRA + name: name for name in by_name if name not in used}
-    source.layouts |= {ours: tensors.layout(by_name[name]) for ours, name in extras.items()}
-    linked = source.get
-    source.get = lambda name: tensors.get(by_name[extras[name]]) if name in extras else linked(name)
+    refuse_other_models(by_name, str(path))
+    if kind == "bert" and path.is_dir():
+        refuse_model_type(_model_type(path), str(path))
 
-    return source
-
-
-def _bert(path: Path, config: ModelConfig | None) -> WeightSource:
-    tensors = open_tensors(path)
-    by_name = {bert_name(name): name for name in tensor_names(tensors)}
-
-    if config is None:
-        vocab_size, hidden = tensors.layout(by_name["bert.embeddings.word_embeddings.weight"]).shape
-        config = dataclasses.replace(
-            _preset_like(path, {"hidden_size": hidden}), vocab_size=vocab_size
-        )
-
-    depth = f"BERT needs {config.interaction_layers + config.text_layers} layers for this model"
-    links = present(bert_links(config), by_name, str(path), f"BERT of these sizes ({depth})")
-    source = _linked("bert", path, config, links, tensors, by_name)
-    used = {name for link in links for name in link.theirs} | {
-        DECODER,
-        "cls.predictions.decoder.bias",
-    }
-    source.left_out = sorted(set(by_name) - used)
-
-    return source
-
-
-def _linked(
-    kind: str,
-    path: Path,
-    config: ModelConfig,
-    links: list[Link],
-    tensors: Tensors,
-    by_name: Mapping[str, str],
-) -> WeightSource:
+    config = config or _sizes_like(kind, path, shapes)
+    links = fit(kind, shapes, config, str(path))
     recipes = {link.ours: link for link in links}
 
     def get(name: str) -> torch.Tensor:
         link = recipes[name]
-        return link.to_ours([tensors.get(by_name[part]) for part in link.theirs], config, str(path))
+        return link.to_ours([tensors.get(by_name[part]) for part in link.theirs], config)
 
-    layouts = {
-        link.ours: _linked_layout(link, tensors.layout(by_name[link.theirs[0]]), config)
-        for link in links
-    }
+    def layout(link: Link) -> TensorLayout:
+        parts = [torch.empty(shapes[name], device="meta") for name in link.theirs]
+        dtype = tensors.layout(by_name[link.theirs[0]]).dtype
+        return TensorLayout(dtype, tuple(link.to_ours(parts, config).shape))
 
-    return WeightSource(kind, path, config, layouts, get)
+    source = WeightSource(kind, path, config, {link.ours: layout(link) for link in links}, get)
+    used = {name for link in links for name in link.theirs} | {DECODER, DECODER_BIAS}
+    rest = [name for name in by_name if name not in used]
+    if kind == "official":
+        check_tied(tensors, by_name, path)
+        carry_along(source, tensors, {EXTRA + name: by_name[name] for name in rest})
+    else:
+        source.left_out = sorted(rest)
+
+    return source
 
 
-def _linked_layout(link: Link, part: TensorLayout, config: ModelConfig) -> TensorLayout:
-    """Return our tensor's dtype and shape from those of its first part, without reading it."""
-    rows = part.shape[0] * len(link.theirs)
-    if link.ours in ("text_embedding.word.weight", "msm_head.bias"):
-        rows = config.padded_vocab_size
-    return TensorLayout(part.dtype, (rows, *part.shape[1:]))
+def carry_along(source: WeightSource, tensors: Tensors, extras: Mapping[str, str]) -> None:
+    """Add tensors (our name -> theirs) that our model lacks, for converting back."""
+    linked = source.get
+    source.layouts |= {ours: tensors.layout(theirs) for ours, theirs in extras.items()}
+    source.get = lambda name: tensors.get(extras[name]) if name in extras else linked(name)
 
 
 def check_tied(tensors: Tensors, by_name: Mapping[str, str], path: Path) -> None:
     """Raise UsageError if the official decoder differs from the word embedding: our model has only
     one of them.
     """
-    word = "bert.embeddings.word_embeddings.weight"
-    if (
-        DECODER in by_name
-        and word in by_name
-        and not torch.equal(tensors.get(by_name[DECODER]), tensors.get(by_name[word]))
+    if DECODER in by_name and not torch.equal(
+        tensors.get(by_name[DECODER]), tensors.get(by_name[WORD])
     ):
         raise UsageError(
-            f"{path}: {DECODER} differs from {word}; InterBERT's decoder is tied, so one of them"
+            f"{path}: {DECODER} differs from {WORD}; InterBERT's decoder is tied, so one of them"
             " would be lost"
         )
 
 
-def _official_sizes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
-    """Return the configuration in the JSON beside the file, else the preset that matches the
-    tensors' sizes.
+def _sizes_like(kind: str, path: Path, shapes: Shapes) -> ModelConfig:
+    """Return the configuration in the official JSON beside the file, else the preset that matches
+    the tensors' sizes, with their vocabulary.
     """
     beside = (path if path.is_dir() else path.parent) / "config.json"
-    if beside.is_file():
+    if kind == "official" and beside.is_file():
         values = read_json(beside, str(path))
         if "v_feature_size" in values:
             return config_from_official(values, str(beside))
 
-    word = shapes.get("bert.embeddings.word_embeddings.weight", (0, 0))
-    like = {
-        "hidden_size": word[1],
-        "feature_dim": shapes.get("bert.v_embeddings.image_embeddings.weight", (0, 0))[1],
-    }
+    if WORD not in shapes:
+        name = "an official InterBERT state dict" if kind == "official" else "BERT"
+        raise UsageError(f"{path}: {WORD} is missing; not {name}")
 
-    return dataclasses.replace(_preset_like(path, like), vocab_size=word[0])
+    like = {"hidden_size": shapes[WORD][1]}
+    if kind == "official":
+        like["feature_dim"] = shapes.get(REGION, (0, 0))[1]
+
+    return dataclasses.replace(_preset_like(path, like), vocab_size=shapes[WORD][0])
 
 
 def _preset_like(path: Path, sizes: dict[str, int]) -> ModelConfig:

@@ -5,10 +5,11 @@ here share.
 import torch
 
 from megatron_interbert.hf import InterBertConfig
-from megatron_interbert.weights.foreign import from_bert, from_official, to_official
+from megatron_interbert.weights.fitting import from_foreign
+from megatron_interbert.weights.foreign import to_official
 from tests.sizes import WIDER_WEIGHTS as SMALL
 
-__all__ = ["SMALL", "from_bert", "from_official", "to_official"]
+__all__ = ["SMALL", "from_foreign", "to_official"]
 
 TEXT = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0]])
 TEXT_HOLES = torch.tensor([[0, 1, 0, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 0, 0]])

@@ -20,8 +20,7 @@ from tests.hf.small import (
     TEXT,
     TEXT_HOLES,
     build,
-    from_bert,
-    from_official,
+    from_foreign,
     padded_inputs,
     text_only,
     to_official,
@@ -34,7 +33,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 def official(model_class, file="pytorch_model.bin", config: ModelConfig = CONFIG):
     model = model_class(InterBertConfig.from_model_config(config)).eval()
-    theirs = from_official(torch.load(ORACLE / file, weights_only=True), config)
+    theirs = from_foreign("official", torch.load(ORACLE / file, weights_only=True), config)
     own = {name.removeprefix("interbert.") for name in model.state_dict()}
     model.load_state_dict(
         {f"interbert.{name}": tensor for name, tensor in theirs.items() if name in own}
@@ -168,7 +167,7 @@ def test_text_alone_is_bert(mask):
         torch.nn.init.normal_(parameter, std=0.1)
 
     model = build(InterBertForPreTraining)
-    state = from_bert(theirs.state_dict(), SMALL)
+    state = from_foreign("bert", theirs.state_dict(), SMALL)
     _, unexpected = model.load_state_dict(
         {f"interbert.{name}": tensor for name, tensor in state.items()}, strict=False
     )

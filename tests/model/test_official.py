@@ -14,7 +14,8 @@ from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.partition import partition_dimension
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pretraining import PretrainingTask
-from megatron_interbert.weights.foreign import from_official, to_official
+from megatron_interbert.weights.fitting import from_foreign
+from megatron_interbert.weights.foreign import to_official
 from tests.dist import run_on_ranks
 from tests.shared import ORACLE, needs_shared
 from tests.sizes import ORACLE as CONFIG
@@ -57,7 +58,7 @@ def oracle_batch():
 
 def load_model(state, heads=("msm", "mrm", "itm"), file="pytorch_model.bin"):
     model = InterBert(CONFIG, heads, state=state).eval()
-    full = from_official(torch.load(ORACLE / file, weights_only=True), CONFIG)
+    full = from_foreign("official", torch.load(ORACLE / file, weights_only=True), CONFIG)
     load_full_state(model, full, state, file)
     return model
 
@@ -150,6 +151,6 @@ def test_choice_head_of_the_downstream_checkpoint():
 @needs_shared
 def test_there_and_back_gives_the_same_tensors():
     source = torch.load(ORACLE / "pytorch_model.bin", weights_only=True)
-    back = to_official(from_official(source, CONFIG), CONFIG)
+    back = to_official(from_foreign("official", source, CONFIG), CONFIG)
     assert set(back) == set(source)
     assert all(torch.equal(back[name], source[name]) for name in source)

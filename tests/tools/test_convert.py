@@ -358,7 +358,7 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
         ("empty",): "no checkpoint there",
         ("words.txt",): "not a file of weights; expected safetensors",
         ("resnet.bin",): "neither one of our checkpoints",
-        ("half.bin",): "no preset has these sizes",
+        ("half.bin",): "word_embeddings.weight is missing; not an official InterBERT",
         ("half.bin", "--model", "base"): "not an official InterBERT state dict",
         ("damaged",): "has another sha256",
         ("missing",): "is missing",
