@@ -266,9 +266,11 @@ def parse_task(tasks: Mapping[str, tuple[type, Any]], example: str) -> tuple[Any
         raise SystemExit
 
     if task not in tasks:
+        given = task and not task.startswith("-")
+        found = f"task '{task}'{nearest(task, tasks)}" if given else "the task is missing"
+        first = "" if given else " as the first word"
         raise UsageError(
-            f"task '{task}'{nearest(task, tasks)}, expected one of {', '.join(tasks)}, for example:"
-            f" {command} {example}"
+            f"{found}, expected one of {', '.join(tasks)}{first}, for example: {command} {example}"
         )
 
     config_class, function = tasks[task]

@@ -27,7 +27,13 @@ from megatron_interbert.progress import progress
 from megatron_interbert.reading import read_json
 from megatron_interbert.weights.manifest import VOCABULARY
 from megatron_interbert.weights.sources import KINDS, WeightSource, open_weights
-from megatron_interbert.weights.targets import TARGETS, Output, describe_source, write_target
+from megatron_interbert.weights.targets import (
+    TARGETS,
+    Output,
+    describe_source,
+    heads_of,
+    write_target,
+)
 
 TYPES = {
     "keep": None,
@@ -128,7 +134,9 @@ def model_card_for(source: WeightSource, results: list[str]) -> str:
 
     read = [read_json(path, "--results") for path in results]
 
-    return model_card(source.config, {**source.facts, "source": source.kind, "results": read})
+    facts = {"source": source.kind, "heads": heads_of(source), "results": read}
+
+    return model_card(source.config, {**source.facts, **facts})
 
 
 def run(options: Options) -> None:

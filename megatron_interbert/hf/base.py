@@ -196,7 +196,8 @@ class InterBertPreTrainedModel(PreTrainedModel):
 
         card = folder / "README.md"
         if card_facts is not None or not card.exists():
-            write_text(card, model_card(self.interbert.config, card_facts or {}))
+            facts = {"heads": self.heads, **(card_facts or {})}
+            write_text(card, model_card(self.interbert.config, facts))
 
 
 def listing(names: Any) -> str:

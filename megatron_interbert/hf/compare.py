@@ -1,13 +1,14 @@
 """Run one batch through two sets of weights, each loaded as its users load it."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_interbert.config.model import ModelConfig
-from megatron_interbert.data.packing import FULL_IMAGE, Example, PackedBatch, pack
-from megatron_interbert.errors import UsageError
+from megatron_interbert.data.packing import Example, PackedBatch, pack
 from megatron_interbert.model.initialise import load_full_state
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
@@ -23,8 +24,8 @@ def largest_difference(source: WeightSource, kind: str, folder: Path) -> dict[st
     """Return the largest absolute difference of each output, by name, between the source and what
     was written in `folder` as `kind`.
 
-    The source runs in our model; the written weights in our model again, InterBertForPreTraining
-    or, for the text path, transformers' BertForMaskedLM.
+    The source runs in our model; the written weights in our model again, the Hugging Face
+    classes whose heads they have or, for the text path, transformers' BertForMaskedLM.
     """
     ours = load_core(source)
     random = np.random.default_rng(0)
@@ -35,7 +36,7 @@ def largest_difference(source: WeightSource, kind: str, folder: Path) -> dict[st
     with torch.no_grad():
         expected = ours(batch, everything=True)._asdict()
         if kind == "huggingface":
-            found = _through_the_door(folder, batch, source.config)
+            found = _through_the_doors(folder, heads_of(source), batch)
             expected = {name: expected[name] for name in found}
         else:
             found = load_core(
@@ -89,37 +90,38 @@ def random_batch(config: ModelConfig, random: np.random.Generator) -> PackedBatc
     return batch
 
 
-def _through_the_door(
-    folder: Path, batch: PackedBatch, config: ModelConfig
+def _through_the_doors(
+    folder: Path, heads: Sequence[str], batch: PackedBatch
 ) -> dict[str, torch.Tensor]:
-    from megatron_interbert.hf import InterBertForPreTraining, InterBertModel
+    """Return the outputs of the Hugging Face classes whose heads the weights have, flat and by the
+    names of our model's.
+    """
+    from megatron_interbert import hf
 
     samples = len(batch)
-    locations = batch.locations[batch.region_rows].view(samples, REGIONS, len(FULL_IMAGE[0]))
-    inputs = {
-        "input_ids": batch.token_ids.view(samples, -1),
+    ids = batch.token_ids.view(samples, -1)
+    images = {
         "visual_feats": batch.features.float().view(samples, REGIONS, -1),
-        "visual_pos": locations,
+        "visual_pos": batch.locations[batch.region_rows].view(samples, REGIONS, -1),
     }
 
-    try:
-        output = InterBertForPreTraining.from_pretrained(folder, dtype=torch.float32).eval()(
-            **inputs
-        )
-        logits = {
-            "msm_logits": output.msm_logits.flatten(0, 1),
-            "mrm_logits": output.mrm_logits.flatten(0, 1),
-        }
-        logits["itm_logits"] = output.itm_logits
-    except UsageError:  # weights without the pretraining heads
-        output = InterBertModel.from_pretrained(folder, dtype=torch.float32).eval()(**inputs)
-        logits = {}
+    def run(door: str, input_ids: torch.Tensor) -> Any:
+        model = getattr(hf, door).from_pretrained(folder, dtype=torch.float32).eval()
+        return model(input_ids, **images)
 
-    return {
-        "text_hidden": output.text_hidden.flatten(0, 1),
-        "image_hidden": output.image_hidden.flatten(0, 1),
-        **logits,
-    }
+    streams = run("InterBertModel", ids)
+    outputs = {"text_hidden": streams.text_hidden, "image_hidden": streams.image_hidden}
+    if set(hf.InterBertForPreTraining.heads) <= set(heads):
+        pretraining = run("InterBertForPreTraining", ids)
+        outputs |= {"msm_logits": pretraining.msm_logits, "mrm_logits": pretraining.mrm_logits}
+
+    flat = {name: value.flatten(0, 1) for name, value in outputs.items()}
+    if "itm" in heads:
+        flat["itm_logits"] = run("InterBertForImageTextRetrieval", ids).itm_logits
+    if "choice" in heads:
+        flat["choice_logit"] = run("InterBertForMultipleChoice", ids[:, None]).logits
+
+    return flat
 
 
 def _against_bert(

@@ -9,7 +9,7 @@ import torch
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.hf.stream import TorchStream
-from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
 from megatron_interbert.pages.templates import render
 
 # Facts that a caller may know, and their wording on the card; those not given are not mentioned.
@@ -21,14 +21,33 @@ FACTS = {
     "consumed_samples": "Samples seen in training",
 }
 
+# head -> its wording on the card
+HEADS = {
+    "msm": "masked words",
+    "mrm": "masked regions",
+    "itm": "matching",
+    "choice": "choice",
+}
+# heads -> what loads weights that have them
+LOADERS = {
+    PRETRAINING_HEADS: "`AutoModelForPreTraining`",
+    ("itm",): (
+        "`InterBertForImageTextRetrieval` and `InterBertScorer` of `megatron_interbert.hf`, which"
+        " score pairs of images and captions"
+    ),
+    ("choice",): "`AutoModelForMultipleChoice`",
+}
+
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 
 
 def model_card(config: ModelConfig, facts: dict[str, Any]) -> str:
     """Return the card as Markdown with YAML front matter.
 
-    `facts` may hold any of FACTS, `generated` (bool), `license` and `results`; others are ignored.
+    `facts` may hold any of FACTS, `heads` of the weights (default: those of pretraining),
+    `generated` (bool), `license` and `results`; others are ignored.
     """
+    heads = facts.get("heads", PRETRAINING_HEADS)
     known = {
         words: wording(facts[name]) for name, words in FACTS.items() if facts.get(name) is not None
     }
@@ -37,7 +56,9 @@ def model_card(config: ModelConfig, facts: dict[str, Any]) -> str:
         license=facts.get("license"),
         generated=facts.get("generated"),
         sizes=sizes(config),
-        parameters=parameter_count(config),
+        parameters=parameter_count(config, heads),
+        heads=[words for head, words in HEADS.items() if head in heads],
+        loaders=[loader for needed, loader in LOADERS.items() if set(needed) <= set(heads)],
         config=config,
         known=known,
         rows=result_rows(facts.get("results", [])),
@@ -89,12 +110,14 @@ def sizes(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def parameter_count(config: ModelConfig) -> int:
-    """Return the number of parameters, with pretraining heads, without padded vocabulary rows."""
+def parameter_count(config: ModelConfig, heads: Sequence[str] = PRETRAINING_HEADS) -> int:
+    """Return the number of parameters, with these heads, without padded vocabulary rows."""
     with torch.device("meta"):
         # because the default stream would seed torch's generator
-        model = InterBert(config, streams=TorchStream())
+        model = InterBert(config, heads, streams=TorchStream())
 
-    padding = (config.padded_vocab_size - config.vocab_size) * (config.hidden_size + 1)
+    # rows of the word embedding, and entries of the word head's bias
+    columns = config.hidden_size + ("msm" in heads)
+    padding = (config.padded_vocab_size - config.vocab_size) * columns
 
     return sum(parameter.numel() for parameter in model.parameters()) - padding

@@ -75,6 +75,13 @@ class InterBertScorer:
         cls, folder: str | Path, device: torch.device | str | None = None
     ) -> "InterBertScorer":
         """Load model and vocab.txt of a folder onto a device (default: a GPU if there is one)."""
+        if not Path(folder).is_dir():
+            raise UsageError(f"{folder}: no such folder; give one that `convert` exported")
+        if not (Path(folder) / VOCABULARY).is_file():
+            raise UsageError(
+                f"{folder}: has no {VOCABULARY}; copy the vocabulary of the model into the folder"
+            )
+
         vocabulary = str(Path(folder) / VOCABULARY)
         CaptionTokenizer(vocabulary)  # raises if there is none, before the weights are read
         model = InterBertForImageTextRetrieval.from_pretrained(folder)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.data.corpus import check_detector
 from megatron_interbert.errors import UsageError
@@ -47,10 +49,26 @@ def load_initial_weights(
             f"for {path}, the region store has",
             allow_other_detector,
         )
+        full = source.state()
+        if kind == "bert":
+            full = without_other_labels(full, model)
         loaded = load_full_state(
-            model, source.state(), state, path, partial=kind == "bert", may_lack=NEW_HEADS
+            model, full, state, path, partial=kind == "bert", may_lack=NEW_HEADS
         )
     except UsageError as error:
         raise UsageError(f"--init-from {error}") from error
 
     return loaded if kind == "bert" else set()
+
+
+def without_other_labels(
+    full: dict[str, torch.Tensor], model: InterBert
+) -> dict[str, torch.Tensor]:
+    """Leave out the classifier of a BERT that was finetuned for another number of labels."""
+    own = dict(model.named_parameters())
+    return {
+        name: tensor
+        for name, tensor in full.items()
+        if not name.startswith("sentence_head.output.")
+        or (name in own and len(own[name]) == len(tensor))
+    }

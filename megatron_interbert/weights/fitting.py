@@ -68,7 +68,6 @@ def fit(kind: str, shapes: Shapes, config: ModelConfig, where: str) -> list[Link
     `shapes` are those in the file, by `by_their_name`. Raises UsageError unless the tensors are
     those of such a model of these sizes. A BERT may be deeper, and have any heads of BERT's tasks.
     """
-    refuse_other_models(shapes, where)
     if kind == "official":
         layers = (
             f"{config.interaction_layers} + {config.text_layers} + {config.image_layers} layers"
@@ -197,6 +196,7 @@ def from_foreign(
     """Convert the state dict of an official InterBERT (pretraining or downstream) or of a BERT with
     or without its heads (`kind`) to one in our names; of a BERT it holds the text path only.
     """
+    refuse_other_models(source, where)
     names = by_their_name(source, kind, where)
     shapes = {name: tuple(source[original].shape) for name, original in names.items()}
 

@@ -252,9 +252,9 @@ def facts_of(values: Any, where: Path) -> dict[str, Any]:
 def _foreign(kind: str, path: Path, config: ModelConfig | None) -> WeightSource:
     """Open an official InterBERT or a BERT, after checking that it is one."""
     tensors = open_tensors(path)
+    refuse_other_models(tensor_names(tensors), str(path))
     by_name = by_their_name(tensor_names(tensors), kind, str(path))
     shapes = {name: tensors.layout(original).shape for name, original in by_name.items()}
-    refuse_other_models(by_name, str(path))
     if kind == "bert" and path.is_dir():
         refuse_model_type(_model_type(path), str(path))
 

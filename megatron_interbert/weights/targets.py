@@ -46,6 +46,13 @@ HEADS = {
     "itm_head.weight": "itm",
     "choice_head.weight": "choice",
 }
+# our Hugging Face classes and the heads that they need, the best first
+DOORS = {
+    "InterBertForPreTraining": {"msm", "mrm", "itm"},
+    "InterBertForImageTextRetrieval": {"itm"},
+    "InterBertForMultipleChoice": {"choice"},
+    "InterBertModel": set(),
+}
 Progress = Callable[[int], None]
 
 
@@ -103,6 +110,11 @@ class Output:
 def heads_of(source: WeightSource) -> tuple[str, ...]:
     """Return the names of the heads whose weights a source has."""
     return tuple(head for name, head in HEADS.items() if name in source.layouts)
+
+
+def door_of(heads: Iterable[str]) -> str:
+    """Return the name of the Hugging Face class that makes most of weights with these heads."""
+    return next(name for name, needed in DOORS.items() if needed <= set(heads))
 
 
 def write_target(
@@ -239,9 +251,8 @@ def write_huggingface(output: Output, work: Path, progress: Progress) -> None:
     write_tensors(
         work / HF_FILE, layout, (output.get(name) for name in names), {"format": "pt"}, progress
     )
-    pretraining = {"msm", "mrm", "itm"} <= set(heads_of(source))
     config: dict[str, Any] = {
-        "architectures": ["InterBertForPreTraining" if pretraining else "InterBertModel"],
+        "architectures": [door_of(heads_of(source))],
         "model_type": "interbert",
         "dtype": str(next(iter(layout.values())).dtype).removeprefix("torch."),
         **dataclasses.asdict(source.config),

@@ -193,8 +193,12 @@ def test_other_wrong_use_is_named(corpus, tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join([*VOCABULARY, "more"]) + "\n")
     with pytest.raises(UsageError, match="28 entries, the model has 27"):
         InterBertScorer(scorer.model, CaptionTokenizer(str(tmp_path / "vocab.txt")))
-    with pytest.raises(UsageError, match=r"vocab\.txt: no such file"):
+    with pytest.raises(UsageError, match=r"nowhere: no such folder; give one that `convert`"):
         InterBertScorer.from_pretrained(tmp_path / "nowhere")
+
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UsageError, match=r"bare: has no vocab\.txt; copy the vocabulary"):
+        InterBertScorer.from_pretrained(tmp_path / "bare")
 
 
 def test_rank_is_the_order_of_the_scores(corpus):
