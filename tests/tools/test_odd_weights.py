@@ -90,21 +90,6 @@ def test_odd_indexes_are_one_line(exported, tmp_path, parts, message):
         recognise(shutil.copytree(folder, tmp_path / "bert", ignore=lambda *_: ["config.json"]))
 
 
-def test_parts_that_do_not_fit_are_one_line(tmp_path):
-    random_source(SIZES, tmp_path / "ours")
-    write_target("bert", Output(open_weights(tmp_path / "ours")), tmp_path / "bert")
-    tensors = load_file(tmp_path / "bert" / "model.safetensors")
-    tensors["bert.encoder.layer.0.attention.self.query.weight"] = torch.zeros(3, 5)
-    save_file(tensors, tmp_path / "bert" / "model.safetensors")
-    source = open_weights(tmp_path / "bert", config=SIZES)
-
-    with pytest.raises(
-        UsageError,
-        match=r"bert: interaction.layers.0.attention.qkv.weight: not a sound bert source",
-    ):
-        source.state()
-
-
 @pytest.mark.parametrize(
     "content", [b"\xff\xd8\xff\xe0\0\x10JFIF", b"\x89PNG\r\n", b"", b"hello", b"\x80PNG"]
 )

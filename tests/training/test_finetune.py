@@ -295,6 +295,8 @@ def test_resumed_run_repeats_losses(store, tmp_path):
 
     told = "task 'retrievel' (did you mean 'retrieval'?), expected one of retrieval, vcr, glue, "
     assert told in refused(*finetune("retrievel"))
+    told = "error: the task is missing, expected one of retrieval, vcr, glue, product_search,"
+    assert refused(*finetune("--init-from", tmp_path / "a", "retrieval")).startswith(told)
 
 
 def test_glue_from_training_to_prediction_files(tmp_path):
