@@ -18,7 +18,7 @@ from megatron_interbert.weights.foreign import (
     official_links,
     plain_name,
 )
-from megatron_interbert.weights.other_models import INSTEAD, refuse_other_models
+from megatron_interbert.weights.other_models import INSTEAD, refuse_other_models, refuse_roberta
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -76,6 +76,8 @@ def fit(kind: str, shapes: Shapes, config: ModelConfig, where: str) -> list[Link
         links = present(official_links(config), shapes, where, what)
         extras = OFFICIAL_EXTRAS
     else:
+        if config.type_vocab_size > 1:
+            refuse_roberta(shapes, where)
         depth = config.interaction_layers + config.text_layers
         what = f"BERT of these sizes (BERT needs {depth} layers for this model)"
         links = present(bert_links(config), shapes, where, what)
@@ -87,9 +89,9 @@ def fit(kind: str, shapes: Shapes, config: ModelConfig, where: str) -> list[Link
         strangers = [name for name in strangers if LAYER.sub(".layer.0.", name) not in used]
 
     if strangers:
-        more = f", nor are {len(strangers) - 1} more" if len(strangers) > 1 else ""
+        more = f" (and {len(strangers) - 1} more)" if len(strangers) > 1 else ""
         raise UsageError(
-            f"{where}: {strangers[0][:200]} is no parameter of {what}{more}; {INSTEAD}, or other"
+            f"{where}: {strangers[0][:200]}{more} is no parameter of {what}; {INSTEAD}, or other"
             " sizes by --model"
         )
 

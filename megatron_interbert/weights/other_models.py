@@ -1,7 +1,7 @@
 """Recognise weights of other models of the field, by the names of their parameters."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from megatron_interbert.errors import UsageError
@@ -91,6 +91,14 @@ def refuse_other_models(names: Iterable[str], where: str) -> None:
         telling = next((name for name in names if pattern.search(name)), None)
         if telling is not None:
             raise UsageError(refusal(where, model.name, f"it has {telling[:200]}", model.reason))
+
+
+def refuse_roberta(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raise UsageError for a bare RoBERTa: its names are BERT's, but it has one token type only."""
+    name = "bert.embeddings.token_type_embeddings.weight"
+    if shapes.get(name, ())[:1] == (1,):
+        roberta = next(model for model in OTHER_MODELS if model.name == "RoBERTa")
+        raise UsageError(refusal(where, roberta.name, f"{name} has one row", roberta.reason))
 
 
 def refuse_model_type(found: object, where: str) -> None:

@@ -173,6 +173,12 @@ def test_folders_of_other_models_are_named(class_name, changes, name, tmp_path, 
     refuse(tmp_path / "hf", f"weights of {name}", kinds=kinds)
 
 
+def test_a_roberta_with_the_names_of_a_bert_is_named(tmp_path, refuse):
+    torch.save(make("RobertaModel", type_vocab_size=1).state_dict(), tmp_path / "bare.bin")
+    words = ("weights of RoBERTa", "vocabulary is not one of word pieces", "one row")
+    refuse(tmp_path / "bare.bin", *words, kinds=("auto", "bert"))
+
+
 def test_only_the_official_heads_may_be_beside_it(official, tmp_path, refuse, monkeypatch):
     heads = {
         "vil_prediction.weight": torch.zeros(7, SIZES.pooled_size),
@@ -204,8 +210,8 @@ def test_only_the_official_heads_may_be_beside_it(official, tmp_path, refuse, mo
         )
         refuse(
             tmp_path / "more.bin",
-            f"{stranger} is no parameter of an official InterBERT state dict of these sizes"
-            " (2 + 2 + 1 layers), nor are 1 more; ",
+            f"{stranger} (and 1 more) is no parameter of an official InterBERT state dict of these"
+            " sizes (2 + 2 + 1 layers); ",
             kinds=("auto", "official"),
         )
 
