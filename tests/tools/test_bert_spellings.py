@@ -188,8 +188,8 @@ def test_every_form_of_a_folder_starts_a_model(tmp_path):
         open_weights(torch_parts, config=SIZES)
 
 
-def test_chinese_bert_gives_the_chinese_preset(tmp_path):
-    """Check a file with the sizes of bert-base-chinese, all zero, which takes little memory."""
+def test_a_chinese_bert_brings_its_vocabulary(tmp_path):
+    """Check the size of the vocabulary of bert-base-chinese, and a file cut to its words alone."""
     name = "bert.embeddings.word_embeddings.weight"
     torch.save({name: torch.zeros(1).expand(21128, 768)}, tmp_path / "chinese.bin")
     with pytest.raises(UsageError, match=r"position_embeddings.weight is missing; not BERT of"):
