@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import stat
 import sys
 import tempfile
@@ -107,8 +108,8 @@ def whole_file(path: Path, beside: Path | None = None) -> Iterator[IO[bytes]]:
 
 
 def own_name(path: Path) -> Path:
-    """Return a temporary name beside a file that no other process on this machine uses."""
-    return path.with_name(f"{path.name}.{os.getpid()}.new")
+    """Return a temporary name beside a file that no other process on any machine uses."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.new")
 
 
 def write_by_name(path: Path, write: Callable[[Path], Any], room: int = 0) -> dict[str, Any]:
@@ -255,16 +256,18 @@ def open_lock(path: Path) -> int:
     return handle
 
 
-def take_lock(handle: int, of_process: bool = False) -> bool:
+def take_lock(handle: int, of_process: bool = False, shared: bool = False) -> bool:
     """Lock an open file or folder until it is closed; return False if another process holds it.
 
     A lock `of_process` is not inherited by processes that are forked later, and its file must be
-    open for writing. Raises OSError on a file system without locks.
+    open for writing. Several processes may hold a `shared` lock. Raises OSError on a file system
+    without locks.
     """
     lock = fcntl.lockf if of_process else fcntl.flock
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
 
     try:
-        lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(handle, kind | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in HELD:
             return False

@@ -35,6 +35,7 @@ from megatron_interbert.preparation.building.sources.fields import (
 )
 from megatron_interbert.preparation.building.sources.opening import FORMATS, open_features
 from megatron_interbert.preparation.building.sources.stores import StoreSource
+from megatron_interbert.preparation.sharing import TIMEOUT, read_team
 from megatron_interbert.reading import read_text
 
 DETECTOR = "Faster R-CNN ResNet-101, Visual Genome"
@@ -65,6 +66,13 @@ class BuildingOptions(Flags):
     restart: bool = option(
         False,
         "discard an unfinished build and start over",
+        group="work",
+    )
+    claim_timeout: float = option(
+        TIMEOUT,
+        "seconds without a sign of life after which the work of another process of the job is taken"
+        " over",
+        least=1,
         group="work",
     )
 
@@ -132,7 +140,9 @@ class Options(BuildingOptions):
     strict_boxes: bool = option(
         False, "drop images with boxes outside them instead of clipping the boxes", group="store"
     )
-    workers: int = option(os.cpu_count() or 1, "processes", least=1, group="work")
+    workers: int = option(
+        0, "processes; default: one per core, divided among those of a launcher", group="work"
+    )
 
 
 def detector_of(sources: list[FeatureSource], options: Options) -> dict[str, Any]:
@@ -225,10 +235,13 @@ def plan_of(options: Options) -> BuildPlan:
 
 def run(options: Options) -> None:
     """Build the store and report what it holds."""
+    team = read_team(options.claim_timeout)
     plan = plan_of(options)
+    workers = options.workers or team.share_of(os.cpu_count() or 1)
     started = time.monotonic()
-    manifest = build(plan, options.workers, options.max_dropped, options.restart)
-    report(options.output, manifest, time.monotonic() - started)
+    manifest = build(plan, workers, options.max_dropped, options.restart, team)
+    if team.is_first:
+        report(options.output, manifest, time.monotonic() - started)
 
 
 def report(output: str, manifest: dict[str, Any], seconds: float) -> None:

@@ -8,11 +8,12 @@ cannot be used are listed with the reason in dropped.jsonl of the store. A run t
 killed is resumable: run the same command again.
 """
 
+import functools
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 # Processes share the work, not threads: faster here, and results do not depend on their number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,10 +25,15 @@ from megatron_interbert.commands.build_features import BuildingOptions, left_out
 from megatron_interbert.config.options import argument, option, redefault
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.build import build
-from megatron_interbert.preparation.building.detectors import BACKGROUND, DetectorChoice
+from megatron_interbert.preparation.building.detectors import (
+    BACKGROUND,
+    DetectorChoice,
+    use_device,
+)
 from megatron_interbert.preparation.building.plan import BuildPlan
 from megatron_interbert.preparation.building.sources.photo_files import PhotoFiles, open_photos
 from megatron_interbert.preparation.building.sources.photos import PhotoSource
+from megatron_interbert.preparation.sharing import read_team
 from megatron_interbert.reading import read_text
 
 
@@ -60,7 +66,11 @@ class Options(BuildingOptions):
 
     batch_size: int = option(8, "photos of one size per forward pass", least=1, group="work")
     device: str = option("auto", "where the detector runs", ("auto", "cpu", "cuda"), group="work")
-    workers: int = option(0, "processes; default: 1 with a GPU, else one per core", group="work")
+    workers: int = option(
+        0,
+        "processes; default: one per GPU, or else per core, divided among those of a launcher",
+        group="work",
+    )
 
     def check(self) -> None:
         """Raise UsageError for settings that contradict each other or have no meaning."""
@@ -122,13 +132,20 @@ def plan_of(options: Options) -> BuildPlan:
 
 def run(options: Options) -> None:
     """Build the store and report what it holds."""
+    team = read_team(options.claim_timeout)
     plan = plan_of(options)
-    gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
-    workers = options.workers or (1 if gpu else os.cpu_count() or 1)
+    gpus = 0 if options.device == "cpu" else torch.cuda.device_count()
+    workers = options.workers or team.share_of(gpus or os.cpu_count() or 1)
+    plan.start_worker = functools.partial(use_device, team.local_rank * workers)
     started = time.monotonic()
-    manifest = build(plan, workers, options.max_dropped, options.restart)
-    rate = manifest["images_read"] / (time.monotonic() - started)
+    manifest = build(plan, workers, options.max_dropped, options.restart, team)
+    if team.is_first:
+        report(options.output, manifest, time.monotonic() - started)
 
+
+def report(output: str, manifest: dict[str, Any], seconds: float) -> None:
+    """Print what the store holds, and how many photos were dropped."""
+    rate = manifest["images_read"] / seconds
     counts = manifest["counts"]
     dropped = manifest["dropped"]
     why = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
@@ -136,7 +153,7 @@ def run(options: Options) -> None:
         print(line)
 
     print(
-        f"{options.output}: {counts['images']} images, {counts['regions']} regions of"
+        f"{output}: {counts['images']} images, {counts['regions']} regions of"
         f" {manifest['feature_dim']} features, {counts['captions']} captions,"
         f" {sum(dropped.values())} photos dropped"
         + (f" ({why}; see dropped.jsonl)" if why else "")

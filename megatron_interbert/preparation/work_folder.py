@@ -15,9 +15,9 @@ from megatron_interbert.files import open_folder, take_lock
 from megatron_interbert.reading import list_folder
 
 
-def lock_folder(folder: Path, busy: str) -> int:
+def lock_folder(folder: Path, busy: str, shared: bool = False) -> int:
     """Make a folder, or take an existing one, and lock it; return the descriptor that holds the
-    lock.
+    lock. Several processes may hold a `shared` lock.
 
     Raises UsageError if a link or a file has its name, or (with the text `busy`) if another process
     holds the lock. On a file system without locks it prints a note and continues.
@@ -35,7 +35,7 @@ def lock_folder(folder: Path, busy: str) -> int:
     handle = open_folder(folder)
 
     try:
-        taken = take_lock(handle)
+        taken = take_lock(handle, shared=shared)
     except OSError as error:
         taken = True
         print(

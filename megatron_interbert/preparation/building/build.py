@@ -13,12 +13,14 @@ and of kills.
 
 import json
 import os
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_interbert.data.manifest import MANIFEST
+from megatron_interbert.data.manifest import MANIFEST, PLAN, read_manifest
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import write_text
+from megatron_interbert.files import own_name, write_text
 from megatron_interbert.preparation.building.build_folder import (
     CAPTIONS_DONE,
     BuildFolder,
@@ -35,53 +37,167 @@ from megatron_interbert.preparation.building.finishing import (
 from megatron_interbert.preparation.building.plan import BuildPlan
 from megatron_interbert.preparation.building.sources.base import SourceFacts
 from megatron_interbert.preparation.building.unit_pool import convert_units
+from megatron_interbert.preparation.sharing import ALONE, Claims, Team
+from megatron_interbert.preparation.sharing import OURS as OF_SHARING
+from megatron_interbert.preparation.work_folder import remove_folder
+from megatron_interbert.progress import progress
+from megatron_interbert.reading import read_json
+
+PAUSE = 1.0  # seconds between two looks at what others have left
 
 
 def build(
-    plan: BuildPlan, workers: int = 1, max_dropped: float = 0.1, restart: bool = False
+    plan: BuildPlan,
+    workers: int = 1,
+    max_dropped: float = 0.1,
+    restart: bool = False,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
     """Build a store and return its manifest; after a kill, the same plan resumes.
 
-    `max_dropped` is the largest share of images that may be dropped for faults. Raises UsageError
-    for bad input, TrainingStopped if a worker process dies.
+    `max_dropped` is the largest share of images that may be dropped for faults. The processes of a
+    `team` share the work. Raises UsageError for bad input, TrainingStopped if a worker process
+    dies.
     """
     output = Path(plan.output)
-    if os.path.lexists(output):
+    if os.path.lexists(output) and not (team.is_shared and _is_of(plan, output)):
         raise UsageError(f"--output {output}: already exists; choose another folder or remove it")
     for path in plan.caption_files:
         if not os.path.exists(path):
             raise UsageError(f"--captions {path}: no such file or folder")
 
-    facts = _common_facts(plan)
-    units = [
-        (number, unit)
-        for number, source in enumerate(plan.sources)
-        for unit in source.units(plan.images_per_shard)
-    ]
-    work = output.with_name(output.name + ".partial")
+    task = _Build(plan, workers, max_dropped)
+    with disk_errors_in_one_line(task.work):
+        if team.is_shared:
+            return _build_together(task, team)
 
-    with BuildFolder(work, plan.fingerprint(units), restart), disk_errors_in_one_line(work):
-        if not (work / MANIFEST).exists():
-            table = _caption_table(plan, work)
-            check_complaints(work, len(table) if table else 0, max_dropped)
-            shared = (
-                work,
-                facts,
-                table,
-                bool(plan.caption_files),
-                plan.only is not None,
-                plan.soft_labels,
-                plan.strict_boxes,
-            )
-            jobs = [
-                UnitJob(source, unit, number, *shared)
-                for number, (source, unit) in enumerate(units)
-            ]
-            left = [job for job in jobs if not is_done(work, job.number)]
-            convert_units(left, len(jobs), plan.sources, workers, max_dropped)
-            finish(plan, facts, work, [source for source, _ in units], table, max_dropped)
+        with BuildFolder(task.work, task.fingerprint, restart):
+            if not (task.work / MANIFEST).exists():
+                task.read_captions()
+                task.convert(task.left())
 
-        return publish(work, output, bool(plan.vocabulary))
+            return task.finish()
+
+
+def _is_of(plan: BuildPlan, output: Path) -> bool:
+    """Check whether a store is what another process of the team has just built by this plan."""
+    path = output / PLAN
+    return path.exists() and read_json(path, "plan of the build") == plan.fingerprint(plan.units())
+
+
+class _Build:
+    """Hold the steps of a build, each of which does only what has not been done before."""
+
+    def __init__(self, plan: BuildPlan, workers: int, max_dropped: float) -> None:
+        self.plan = plan
+        self.workers = workers
+        self.max_dropped = max_dropped
+        self.facts = _common_facts(plan)
+        self.units = plan.units()
+        self.fingerprint = plan.fingerprint(self.units)
+        self.output = Path(plan.output)
+        self.work = self.output.with_name(self.output.name + ".partial")
+        self.table: CaptionTable | None = None
+        self._done: set[int] = set()
+
+    def is_prepared(self) -> bool:
+        """Check whether the plan and the captions are on disk."""
+        needed = [PLAN, *([CAPTIONS_DONE] if self.plan.needs_names else [])]
+        return all((self.work / name).exists() for name in needed)
+
+    def read_captions(self) -> None:
+        """Write captions and wanted ids to disk, or open what has been written."""
+        if self.table is None and self.plan.needs_names:
+            self.table = _caption_table(self.plan, self.work)
+            check_complaints(self.work, len(self.table), self.max_dropped)
+
+    def left(self) -> list[UnitJob]:
+        """Return the units that are still to be converted."""
+        plan = self.plan
+        shared = (
+            self.work,
+            self.facts,
+            self.table,
+            bool(plan.caption_files),
+            plan.only is not None,
+            plan.soft_labels,
+            plan.strict_boxes,
+        )
+        self._done |= {
+            number
+            for number in range(len(self.units))
+            if number not in self._done and is_done(self.work, number)
+        }
+
+        return [
+            UnitJob(source, unit, number, *shared)
+            for number, (source, unit) in enumerate(self.units)
+            if number not in self._done
+        ]
+
+    def convert(self, jobs: Iterable[UnitJob], shown: bool = True) -> None:
+        """Convert some of the units, with a progress bar if `shown`."""
+        total = len(self.units)
+        left = total - len(self._done)
+        with progress(
+            total=total, initial=len(self._done), unit="shard", desc="building", shown=shown
+        ) as bar:
+            convert_units(jobs, min(self.workers, left), self.plan, self.max_dropped, bar)
+
+    def finish(self) -> dict[str, Any]:
+        """Write the rest of the store and give it its final name; return its manifest."""
+        if not (self.work / MANIFEST).exists():
+            sources = [source for source, _ in self.units]
+            finish(self.plan, self.facts, self.work, sources, self.table, self.max_dropped)
+
+        return publish(self.work, self.output, bool(self.plan.vocabulary))
+
+
+def _build_together(task: _Build, team: Team) -> dict[str, Any]:
+    """Build a store with the other processes of a team: each takes what none has taken, until one
+    of them publishes the store.
+    """
+    while not task.output.exists():
+        try:
+            _take_part(task, team)
+        except (FileNotFoundError, UsageError):
+            if not task.output.exists():  # else another process has renamed the folder meanwhile
+                raise
+
+    remove_folder(task.work, OF_SHARING)  # if this process has come too late and made it again
+
+    return read_manifest(task.output)
+
+
+def _take_part(task: _Build, team: Team) -> None:
+    with (
+        BuildFolder(task.work, task.fingerprint, restart=False, shared=True) as folder,
+        Claims(task.work, team.timeout) as claims,
+    ):
+        while not task.output.exists():
+            if not task.is_prepared():
+                if claims.take("captions"):
+                    folder.prepare()
+                    task.read_captions()
+                    claims.release("captions")
+            else:
+                folder.prepare()
+                task.read_captions()
+                jobs = task.left()
+                first = len(jobs) * team.rank // team.size  # so that few ask for the same unit
+                task.convert(_taken(claims, jobs[first:] + jobs[:first]), team.is_first)
+                if not task.left() and claims.take("finish"):
+                    task.finish()
+                    return
+
+            time.sleep(PAUSE)
+
+
+def _taken(claims: Claims, jobs: Iterable[UnitJob]) -> Iterator[UnitJob]:
+    """Yield the units that this process takes."""
+    for job in jobs:
+        if claims.take(f"shard-{job.number:05d}") and not is_done(job.folder, job.number):
+            yield job
 
 
 def _common_facts(plan: BuildPlan) -> SourceFacts:
@@ -129,25 +245,31 @@ def _common_facts(plan: BuildPlan) -> SourceFacts:
     )
 
 
-def _caption_table(plan: BuildPlan, work: Path) -> CaptionTable | None:
-    """Write captions and wanted ids to disk once, and open them; None if there are neither."""
+def _caption_table(plan: BuildPlan, work: Path) -> CaptionTable:
+    """Write captions and wanted ids to disk once, and open them."""
     path = work / "images.db"
     done = work / CAPTIONS_DONE
-    if not plan.caption_files and plan.only is None:
-        return None
-    if not done.exists():
-        files = [CaptionFile(file, plan.captions_format) for file in plan.caption_files]
-        for file in files:
-            print(f"captions: {file.describe()}", flush=True)
+    if done.exists():
+        return CaptionTable(path)
 
-        complaints: list[Complaint] = []
-        table = CaptionTable.create(path, files, plan.split, complaints.append, plan.only or ())
+    files = [CaptionFile(file, plan.captions_format) for file in plan.caption_files]
+    for file in files:
+        print(f"captions: {file.describe()}", flush=True)
+
+    complaints: list[Complaint] = []
+    beside = own_name(path)
+    try:
+        table = CaptionTable.create(beside, files, plan.split, complaints.append, plan.only or ())
         if plan.caption_files and not len(table):
             first = f"{complaints[0].where}: {complaints[0].reason}" if complaints else "empty"
             raise UsageError(
                 f"--captions {', '.join(plan.caption_files)}: no captions found ({first})"
             )
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
-        write_text(done, json.dumps([vars(complaint) for complaint in complaints]))
+    write_text(done, json.dumps([vars(complaint) for complaint in complaints]))
 
     return CaptionTable(path)

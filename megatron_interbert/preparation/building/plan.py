@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,10 @@ from megatron_interbert.files import json_sha256
 from megatron_interbert.preparation.building.sources.base import FeatureSource
 
 LMDB_LOCK = "lock.mdb"  # changes whenever an LMDB is read
+
+
+def no_start(number: int) -> None:
+    """Do nothing when a worker process starts."""
 
 
 @dataclass
@@ -37,10 +41,28 @@ class BuildPlan:
     images_per_shard: int = 1024
     strict_boxes: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    # called with the number of each worker process when it starts, to take its device
+    start_worker: Callable[[int], None] = no_start
+
+    @property
+    def needs_names(self) -> bool:
+        """Check whether images are looked up by name: in captions or in a list of wanted ones."""
+        return bool(self.caption_files) or self.only is not None
+
+    def units(self) -> list[tuple[int, Any]]:
+        """List the units of work: (number of the source, unit)."""
+        return [
+            (number, unit)
+            for number, source in enumerate(self.sources)
+            for unit in source.units(self.images_per_shard)
+        ]
 
     def fingerprint(self, units: Sequence[Any]) -> dict[str, Any]:
         """Return what must be equal in another run for it to resume this one, ready for JSON."""
-        files = {path: os.path.getsize(path) for path in self.caption_files}
+        files = {
+            path: _identity(path)[1] if os.path.isdir(path) else os.path.getsize(path)
+            for path in self.caption_files
+        }
         return {
             "captions": {"files": files, "format": self.captions_format, "split": self.split},
             "only": json_sha256(self.only) if self.only is not None else None,

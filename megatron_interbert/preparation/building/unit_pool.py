@@ -4,10 +4,12 @@ import multiprocessing
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
+
+from tqdm import tqdm
 
 from megatron_interbert.errors import TrainingStopped, UsageError
 from megatron_interbert.preparation.building.conversion import EXPECTED, UnitJob, convert_unit
@@ -16,42 +18,44 @@ from megatron_interbert.preparation.building.interrupts import (
     interrupts_blocked,
     keeping_interrupts,
 )
+from megatron_interbert.preparation.building.plan import BuildPlan
 from megatron_interbert.preparation.building.sources.base import FeatureSource
-from megatron_interbert.progress import progress
 
 
 def convert_units(
-    jobs: list[UnitJob], total: int, sources: list[FeatureSource], workers: int, max_dropped: float
+    jobs: Iterable[UnitJob], workers: int, plan: BuildPlan, max_dropped: float, bar: tqdm
 ) -> None:
-    """Convert all units, in this process or several; raise UsageError early if, after 10,000
-    images, more than the share `max_dropped` is dropped.
+    """Convert units, in this process or several, and move the bar on; raise UsageError early if,
+    after 10,000 images, more than the share `max_dropped` is dropped.
     """
     counts: Counter[str] = Counter()
 
-    with progress(total=total, initial=total - len(jobs), unit="shard", desc="building") as bar:
-        for done in _results(jobs, sources, workers):
-            counts.update(read=done["read"], faults=done["faults"])
-            bar.update()
-            bar.set_postfix(images=counts["read"], dropped=counts["faults"], refresh=False)
-            if counts["read"] > 10_000 and counts["faults"] > max_dropped * counts["read"]:
-                raise UsageError(
-                    too_many_dropped(counts["faults"], counts["read"], done["reasons"], max_dropped)
-                )
+    for done in _results(jobs, workers, plan):
+        counts.update(read=done["read"], faults=done["faults"])
+        bar.update()
+        bar.set_postfix(images=counts["read"], dropped=counts["faults"], refresh=False)
+        if counts["read"] > 10_000 and counts["faults"] > max_dropped * counts["read"]:
+            raise UsageError(
+                too_many_dropped(counts["faults"], counts["read"], done["reasons"], max_dropped)
+            )
 
 
-def _results(
-    jobs: list[UnitJob], sources: list[FeatureSource], workers: int
-) -> Iterator[dict[str, Any]]:
-    if workers <= 1 or len(jobs) <= 1:
+def _results(jobs: Iterable[UnitJob], workers: int, plan: BuildPlan) -> Iterator[dict[str, Any]]:
+    if workers <= 1:
+        plan.start_worker(0)
         for job in jobs:
-            yield convert_unit(job, sources)
+            yield convert_unit(job, plan.sources)
         return
 
     # spawn: no handle, lock or thread of this process is inherited
     context = multiprocessing.get_context("spawn")
     with keeping_interrupts() as check:
+        started = context.Value("i", 0)
         pool = ProcessPoolExecutor(
-            min(workers, len(jobs)), context, initializer=_start_process, initargs=(sources,)
+            workers,
+            context,
+            initializer=_start_process,
+            initargs=(plan.sources, plan.start_worker, started),
         )
         waiting = iter(jobs)
         running = set[Future]()
@@ -89,11 +93,18 @@ def _convert(job: UnitJob) -> dict[str, Any]:
     return convert_unit(job, _sources)
 
 
-def _start_process(sources: list[FeatureSource]) -> None:
-    """Keep the sources, and watch the parent: without that, a process would wait for work for ever
-    after its parent was killed.
+def _start_process(
+    sources: list[FeatureSource], start: Callable[[int], None], started: Any
+) -> None:
+    """Keep the sources, number this process, and watch the parent: without that, a process would
+    wait for work for ever after its parent was killed.
     """
     _sources[:] = sources
+    with started.get_lock():
+        number = started.value
+        started.value += 1
+
+    start(number)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
