@@ -24,12 +24,13 @@ from megatron_interbert.reading import read_json, read_text
 
 # in the work folder: complaints about caption lines; written when images.db is complete
 CAPTIONS_DONE = "captions.json"
-OF_BUILDS = ("shard-[0-9]*.h5.json", CAPTIONS_DONE, "images.db*", REPORT, *OF_SHARING)
+OF_BUILDS = ("shard-[0-9]*.h5.json", CAPTIONS_DONE, "images.db*", REPORT)
 # All that a work folder holds, in the order of removal: the plan, which marks it as a build, last.
 UNFINISHED = tuple(
     f"{name}{end}" for name in (*OF_BUILDS, PLAN) for end in (".[0-9]*.new", ".partial")
 )
-OURS = (*OF_BUILDS, *UNFINISHED, *OF_STORES, PLAN)
+RESULTS = (*OF_BUILDS, *UNFINISHED, *OF_STORES, PLAN)
+OURS = (*OF_SHARING, *RESULTS)
 
 
 class BuildFolder:
@@ -81,10 +82,10 @@ class BuildFolder:
     def _resume_or_begin(self) -> None:
         """Resume what the same plan has left, or start over; raise UsageError for another plan."""
         refuse_strangers(self.work, OURS)
-        remove_own(self.work, [name for name in OURS if name.endswith((".new", ".partial"))])
+        remove_own(self.work, [name for name in RESULTS if name.endswith((".new", ".partial"))])
         plan = self.work / PLAN
 
-        if not plan.exists() and own_names(self.work, OURS):
+        if not plan.exists() and own_names(self.work, RESULTS):
             raise UsageError(
                 f"{self.work}: exists and is not an unfinished build of this tool; remove it or"
                 " choose another --output"

@@ -45,13 +45,13 @@ def name_columns(rows: Sequence[Row]) -> list[str]:
     """
     columns = [_cells(rows, number) for number in range(max(map(len, rows), default=0))]
     fields = ["url" if _most(cells, ADDRESS.match) else "" for cells in columns]
-    lengths = [
-        0.0 if name else _text_length(cells) for name, cells in zip(fields, columns, strict=True)
+    words = [
+        0.0 if name else _wordiness(cells) for name, cells in zip(fields, columns, strict=True)
     ]
-    if not any(lengths):
+    if not any(words):
         return []
 
-    fields[lengths.index(max(lengths))] = "caption"
+    fields[words.index(max(words))] = "caption"
     for name, rules in (("image", (_is_file, NUMBER.match, _is_name)), ("lang", (LANGUAGE.match,))):
         number = _first_column(columns, fields, rules)
         if number is not None:
@@ -92,11 +92,17 @@ def _is_text(cell: str) -> bool:
     return bool(words and LETTER.search(cell)) and not _is_file(cell)
 
 
-def _text_length(cells: Sequence[str]) -> float:
-    """Return the mean number of letters of a column of texts; 0 for other columns."""
+def _wordiness(cells: Sequence[str]) -> float:
+    """Return the mean number of words in a column of texts, letters as the tie-break (a Chinese
+    character is a word); 0 for other columns.
+    """
     if not _most(cells, _is_text):
         return 0.0
-    return sum(len(LETTER.findall(cell)) for cell in cells) / len(cells)
+
+    words = sum(len(cell.split()) + len(CHINESE.findall(cell)) for cell in cells)
+    letters = sum(len(LETTER.findall(cell)) for cell in cells)
+
+    return (words + letters / 1000) / len(cells)
 
 
 def _first_column(
