@@ -11,7 +11,8 @@ from megatron_interbert.data.regions import Regions
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.choosing import load_detector
 from megatron_interbert.preparation.building.detectors import DetectorChoice
-from megatron_interbert.preparation.building.sources.photos import open_photo, regions_of
+from megatron_interbert.preparation.building.sources.decoding import open_photo
+from megatron_interbert.preparation.building.sources.photos import regions_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image

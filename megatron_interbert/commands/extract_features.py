@@ -25,16 +25,14 @@ from megatron_interbert.commands.build_features import BuildingOptions, left_out
 from megatron_interbert.config.options import argument, option, redefault
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.build import build
-from megatron_interbert.preparation.building.detectors import (
-    BACKGROUND,
-    DetectorChoice,
-    use_device,
-)
+from megatron_interbert.preparation.building.detectors import BACKGROUND, DetectorChoice
 from megatron_interbert.preparation.building.plan import BuildPlan
 from megatron_interbert.preparation.building.sources.photo_files import PhotoFiles, open_photos
-from megatron_interbert.preparation.building.sources.photos import PhotoSource
+from megatron_interbert.preparation.building.sources.photos import PhotoSource, start_worker
 from megatron_interbert.preparation.sharing import read_team
 from megatron_interbert.reading import read_text
+
+MOST_DECODERS = 8
 
 
 @dataclass
@@ -69,6 +67,14 @@ class Options(BuildingOptions):
     workers: int = option(
         0,
         "processes; default: one per GPU, or else per core, divided among those of a launcher",
+        group="work",
+    )
+
+    decoders: int = option(
+        -1,
+        "processes that decode photos beside each worker; default: with a GPU, the cores that are"
+        f" left, {MOST_DECODERS} at most; else none",
+        least=-1,
         group="work",
     )
 
@@ -136,7 +142,14 @@ def run(options: Options) -> None:
     plan = plan_of(options)
     gpus = 0 if options.device == "cpu" else torch.cuda.device_count()
     workers = options.workers or team.share_of(gpus or os.cpu_count() or 1)
-    plan.start_worker = functools.partial(use_device, team.local_rank * workers)
+    decoders = options.decoders
+    if decoders < 0:
+        cores = (os.cpu_count() or 1) // (team.local_size * workers)
+        decoders = min(max(cores - 1, 0), MOST_DECODERS) if gpus else 0
+    for source in plan.sources:
+        source.decoders = decoders
+
+    plan.start_worker = functools.partial(start_worker, team.local_rank * workers, decoders)
     started = time.monotonic()
     manifest = build(plan, workers, options.max_dropped, options.restart, team)
     if team.is_first:

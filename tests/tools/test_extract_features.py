@@ -4,6 +4,7 @@ own outputs and processors.
 
 import json
 import os
+import re
 import shutil
 import sys
 
@@ -22,8 +23,9 @@ from megatron_interbert.preparation.building.detectors import (
     pixel_boxes,
 )
 from megatron_interbert.preparation.building.sources.base import Dropped, Record
+from megatron_interbert.preparation.building.sources.decoding import open_photo
 from megatron_interbert.preparation.building.sources.photo_files import open_photos
-from megatron_interbert.preparation.building.sources.photos import PhotoSource, open_photo
+from megatron_interbert.preparation.building.sources.photos import PhotoSource
 from tests.launching import launch
 from tests.shared import SHARED, needs_shared
 
@@ -341,13 +343,13 @@ def test_whole_folder_with_one_process_and_with_two(folders, tmp_path):
         captions,
     )
 
-    for workers in (1, 2):
-        code, out, err = extract(
-            *flags, "--output", tmp_path / f"store{workers}", "--workers", workers
-        )
+    for workers, decoders in ((1, 2), (2, 0)):
+        more = ("--workers", workers, "--decoders", decoders)
+        code, out, err = extract(*flags, "--output", tmp_path / f"store{workers}", *more)
         assert code == 0, out + err
         assert "51 images, " in out, out
         assert "255 captions, 5 photos dropped" in out, out
+        assert re.search(r"\n  detector +\d+\.\d s +\d+\.\d %\n", out), "where the time went"
 
     one, two = (RegionStore(str(tmp_path / f"store{workers}")) for workers in (1, 2))
     assert one.manifest == two.manifest, "hashes of all files are in it"

@@ -78,9 +78,7 @@ class _Parquet:
             import pyarrow.parquet as parquet
 
         file = parquet.ParquetFile(path)
-        names = [
-            field.name for field in file.schema_arrow if photos or not _holds_bytes(field.type)
-        ]
+        names = [name for field in file.schema_arrow for name in _columns(field, photos)]
         first = sum(file.metadata.row_group(number).num_rows for number in range(part[0]))
         batches = file.iter_batches(BATCH, row_groups=list(range(*part)), columns=names)
 
@@ -129,12 +127,42 @@ def _runs(sizes: list[int], rows: int) -> list[list[int]]:
     return runs
 
 
+def _columns(field: Any, photos: bool) -> list[str]:
+    """Return the names by which a field of Parquet is read; without photos, of a struct those of
+    its parts that are no bytes.
+    """
+    import pyarrow
+
+    if photos or not _holds_bytes(field.type):
+        return [field.name]
+    if not pyarrow.types.is_struct(field.type):
+        return []
+
+    return [f"{field.name}.{part.name}" for part in field.type if not _holds_bytes(part.type)]
+
+
+def _without_bytes(batch: Any) -> Any:
+    """Return a record batch without the bytes in it, also in structs."""
+    import pyarrow
+
+    columns = {}
+    for field, column in zip(batch.schema, batch.columns, strict=True):
+        if not _holds_bytes(field.type):
+            columns[field.name] = column
+        elif pyarrow.types.is_struct(field.type):
+            parts = [part for part in field.type if not _holds_bytes(part.type)]
+            arrays = [column.field(part.name) for part in parts]
+            columns[field.name] = pyarrow.StructArray.from_arrays(arrays, fields=parts)
+
+    return pyarrow.record_batch(columns)
+
+
 def _holds_bytes(kind: Any) -> bool:
     """Check whether a field of Arrow is a photo: bytes, or a struct with bytes."""
     import pyarrow
 
     if pyarrow.types.is_struct(kind):
-        return any(_holds_bytes(kind.field(number).type) for number in range(kind.num_fields))
+        return any(_holds_bytes(part.type) for part in kind)
 
     return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
@@ -142,7 +170,7 @@ def _holds_bytes(kind: Any) -> bool:
 def _rows(batches: Iterator[Any], first: int, photos: bool = True) -> Iterator[Placed]:
     for batch in batches:
         if not photos:
-            batch = batch.select([f.name for f in batch.schema if not _holds_bytes(f.type)])
+            batch = _without_bytes(batch)
         for start in range(0, batch.num_rows, BATCH):
             for number, row in enumerate(batch.slice(start, BATCH).to_pylist(), first + start):
                 yield f"row {number}", row

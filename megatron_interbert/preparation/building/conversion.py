@@ -4,6 +4,7 @@ shard, and report what was dropped and why.
 
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -137,6 +138,7 @@ def convert_unit(job: UnitJob, sources: Sequence[FeatureSource]) -> dict[str, An
     report = []
     counts: Counter[str] = Counter()
     labels: list[str] = []
+    started = time.perf_counter()
 
     for found in sources[job.source].read(job.unit):
         counts["read"] += 1
@@ -153,7 +155,9 @@ def convert_unit(job: UnitJob, sources: Sequence[FeatureSource]) -> dict[str, An
 
     path = job.folder / SHARD_NAME.format(job.number)
     reasons = Counter(dropped.reason for dropped in report)
+    read = time.perf_counter()
     entry = write_shard(path, records) if records else None
+    seconds = {"reading": read - started, "writing": time.perf_counter() - read}
     done = {
         **{name: counts[name] for name in ("read", "repaired", "inverted")},
         "faults": sum(n for reason, n in reasons.items() if reason not in EXPECTED),
@@ -161,6 +165,7 @@ def convert_unit(job: UnitJob, sources: Sequence[FeatureSource]) -> dict[str, An
         "labels": labels,
         "reasons": dict(sorted(reasons.items())),
         "dropped": [vars(dropped) for dropped in report],
+        "seconds": {**seconds, **getattr(sources[job.source], "seconds", {})},
     }
     write_mark(done_file(job.folder, job.number), done)
 

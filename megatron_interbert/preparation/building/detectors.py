@@ -350,11 +350,3 @@ def _device(name: str) -> torch.device:
     return torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     )
-
-
-def use_device(first: int, number: int) -> None:
-    """Let this process, a worker of some `number` beside the `first` of its launcher's process, use
-    a GPU of its own, as far as there are enough.
-    """
-    if torch.cuda.is_available():
-        torch.cuda.set_device((first + number) % torch.cuda.device_count())

@@ -96,6 +96,20 @@ def finish(
         ),
     )
     finish_store(work, manifest, plan.vocabulary)
+    _print_seconds(done.seconds)
+
+
+def _print_seconds(seconds: Counter[str]) -> None:
+    """Print where the time of the processes went, if reading had parts: those of photos."""
+    parts = {name: spent for name, spent in seconds.items() if name not in ("reading", "writing")}
+    if not parts:
+        return
+
+    beside = sum(spent for name, spent in parts.items() if "beside" in name)
+    rest = seconds["reading"] - sum(parts.values()) + beside
+    total = seconds["reading"] + seconds["writing"]
+    for name, spent in {**parts, "writing": seconds["writing"], "the rest": rest}.items():
+        print(f"  {name:<32} {spent:10.1f} s  {100 * spent / max(total, 1e-9):5.1f} %")
 
 
 class _Done:
@@ -107,6 +121,7 @@ class _Done:
         self.reasons: Counter[str] = Counter()
         self.labels: list[str] = []  # kind of the labels of each image kept
         self.images = Images()
+        self.seconds: Counter[str] = Counter()  # of all processes, by what took them
 
         for number, source in enumerate(units):
             self._add(work, read_work_file(done_file(work, number)), source)
@@ -118,6 +133,7 @@ class _Done:
             {name: done[name] for name in ("read", "repaired", "inverted", "faults")}
         )
         self.reasons.update(done["reasons"])
+        self.seconds.update(done.get("seconds", {}))
         for line in done["dropped"]:
             if line["image_id"]:
                 self.images.add(line["image_id"], source, False, line["reason"] == NO_CAPTION)

@@ -15,8 +15,9 @@ from megatron_interbert.preparation.building.sources.base import FeatureSource
 LMDB_LOCK = "lock.mdb"  # changes whenever an LMDB is read
 
 
-def no_start(number: int) -> None:
-    """Do nothing when a worker process starts."""
+def no_start(number: int) -> Callable[[], None]:
+    """Do nothing when a worker process starts, nor when it ends."""
+    return lambda: None
 
 
 @dataclass
@@ -41,8 +42,8 @@ class BuildPlan:
     images_per_shard: int = 1024
     strict_boxes: bool = False
     options: dict[str, Any] = field(default_factory=dict)
-    # called with the number of each worker process when it starts, to take its device
-    start_worker: Callable[[int], None] = no_start
+    # called in each worker process, with its number, when it starts; returns what ends it
+    start_worker: Callable[[int], Callable[[], None]] = no_start
 
     @property
     def needs_names(self) -> bool:

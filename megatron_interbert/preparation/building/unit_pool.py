@@ -1,6 +1,7 @@
 """Convert the units of a build in several processes, any of which may be killed at any moment."""
 
 import multiprocessing
+import multiprocessing.util
 import os
 import threading
 from collections import Counter
@@ -42,9 +43,12 @@ def convert_units(
 
 def _results(jobs: Iterable[UnitJob], workers: int, plan: BuildPlan) -> Iterator[dict[str, Any]]:
     if workers <= 1:
-        plan.start_worker(0)
-        for job in jobs:
-            yield convert_unit(job, plan.sources)
+        end = plan.start_worker(0)
+        try:
+            for job in jobs:
+                yield convert_unit(job, plan.sources)
+        finally:
+            end()
         return
 
     # spawn: no handle, lock or thread of this process is inherited
@@ -94,7 +98,7 @@ def _convert(job: UnitJob) -> dict[str, Any]:
 
 
 def _start_process(
-    sources: list[FeatureSource], start: Callable[[int], None], started: Any
+    sources: list[FeatureSource], start: Callable[[int], Callable[[], None]], started: Any
 ) -> None:
     """Keep the sources, number this process, and watch the parent: without that, a process would
     wait for work for ever after its parent was killed.
@@ -104,7 +108,7 @@ def _start_process(
         number = started.value
         started.value += 1
 
-    start(number)
+    multiprocessing.util.Finalize(None, start(number), exitpriority=1)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 

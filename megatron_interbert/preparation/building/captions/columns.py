@@ -1,5 +1,6 @@
 """Find out what the columns of a table hold: from its header, or by looking at its first rows."""
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 
@@ -21,6 +22,7 @@ NAME = re.compile(r"^\S+$")
 WORD = re.compile(r"^[^\W\d_]{1,30}([-'’][^\W\d_]+)*[.!?]?$")
 LETTER = re.compile(r"[^\W\d_]")
 CHINESE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+MOST_CAPTIONS = 10  # of one image in the mean
 MOST = 0.8  # the share of its cells by which a column is judged
 Row = Sequence[str]
 
@@ -110,13 +112,23 @@ def _first_column(
     fields: Sequence[str],
     rules: Sequence[Callable[[str], object]],
 ) -> int | None:
-    """Return the first free column that fits a rule, of the earliest rule that any fits."""
+    """Return the free column that fits a rule, of the earliest rule that any fits: the first in
+    which some repeat, as images with several captions do, or else the first.
+    """
     for rule in rules:
-        for number, cells in enumerate(columns):
-            if not fields[number] and _most(cells, rule):
-                return number
+        fitting = [n for n, cells in enumerate(columns) if not fields[n] and _most(cells, rule)]
+        if fitting:
+            return next((n for n in fitting if _some_repeat(columns[n])), fitting[0])
 
     return None
+
+
+def _some_repeat(cells: Sequence[str]) -> bool:
+    """Check whether a column names things that follow each other several times, but few of them
+    very often: neither numbers of captions, which begin anew, nor labels.
+    """
+    runs = [cell for cell, _ in itertools.groupby(cells)]
+    return len(cells) / MOST_CAPTIONS <= len(set(cells)) == len(runs) < len(cells)
 
 
 def is_unknown_header(rows: Sequence[Row], fields: Sequence[str]) -> bool:

@@ -2,14 +2,12 @@
 
 import base64
 import binascii
-import io
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from megatron_interbert.data.image_names import ImageName
 from megatron_interbert.errors import UsageError
@@ -18,6 +16,7 @@ from megatron_interbert.preparation.building.captions.fields import plain, read_
 from megatron_interbert.preparation.building.captions.reading import guess_language
 from megatron_interbert.preparation.building.captions.tables import photo_table
 from megatron_interbert.preparation.building.sources.base import Dropped
+from megatron_interbert.preparation.building.sources.decoding import Photo
 from megatron_interbert.reading import open_regular
 
 ENDINGS = (
@@ -33,16 +32,6 @@ FIRST_BYTES = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n|RIFF....WEBP|GIF8[79]a|BM.{8}|II\*\0|MM\0\*|....ftypavif", re.DOTALL
 )
 NO_PHOTO = "no photo in the record"
-
-
-@dataclass
-class Photo:
-    """Hold what is known of a photo before it is read, and how to open it."""
-
-    image_id: str
-    where: str
-    open: Callable[[], IO[bytes]]
-    captions: list[tuple[str, str]] = field(default_factory=list)  # text, language
 
 
 class PhotoFiles(Protocol):
@@ -93,10 +82,10 @@ class FolderPhotos:
         ]
 
     def photos(self, unit: Sequence[str]) -> Iterator[Photo | Dropped]:
-        """Yield the photos of a unit; links are followed: people select photos with them."""
+        """Yield the photos of a unit."""
         for name in unit:
             path = self.path / name
-            yield Photo(self.ids[name], str(path), lambda path=path: open_regular(path))
+            yield Photo(self.ids[name], str(path), path)
 
 
 def _is_photo(path: Path) -> bool:
@@ -251,7 +240,7 @@ def photo_of_record(record: dict[str, Any], place: str, where: str) -> Photo | D
     ]
     captions = [(text, guess_language(text)) for text in texts if text]
 
-    return Photo(image_id, where, lambda: io.BytesIO(data), captions)
+    return Photo(image_id, where, data=data, captions=captions)
 
 
 def photo_bytes(record: dict[str, Any]) -> bytes | None:

@@ -1,11 +1,10 @@
 """Read regions from photos by running an object detector while the store is built."""
 
 import functools
-import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +14,13 @@ from megatron_interbert.errors import TrainingStopped
 from megatron_interbert.preparation.building.choosing import load_detector
 from megatron_interbert.preparation.building.detectors import Detections, Detector, DetectorChoice
 from megatron_interbert.preparation.building.sources.base import Dropped, Record, SourceFacts
-from megatron_interbert.preparation.building.sources.photo_files import Photo, PhotoFiles
+from megatron_interbert.preparation.building.sources.decoding import (
+    Decoded,
+    Decoders,
+    Photo,
+    look,
+)
+from megatron_interbert.preparation.building.sources.photo_files import PhotoFiles
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,7 +29,8 @@ if TYPE_CHECKING:
 class PhotoSource:
     """Detect regions in photos, in the order of their files.
 
-    Of each photo, regions with a score of at least `min_score` are kept, but at most `max_regions`
+    `decoders` processes decode photos beside each process that detects; 0: a thread does. Of each
+    photo, regions with a score of at least `min_score` are kept, but at most `max_regions`
     and, if the detector gives as many, at least `min_regions`.
     """
 
@@ -37,6 +43,7 @@ class PhotoSource:
         max_regions: int = 36,
         min_regions: int = 10,
         min_score: float = 0.2,
+        decoders: int = 0,
     ) -> None:
         self.path = files.path
         self.files = files
@@ -45,6 +52,8 @@ class PhotoSource:
         self.max_regions = max_regions
         self.min_regions = min_regions
         self.min_score = min_score
+        self.decoders = decoders
+        self.seconds: Counter[str] = Counter()  # of the last unit, by what took them
         self._facts: SourceFacts | None = None
 
     def facts(self) -> SourceFacts:
@@ -65,48 +74,47 @@ class PhotoSource:
 
         Detection runs in the order of their sizes, so that batches hold pictures of equal shape.
         """
-        found: list[Record | Dropped | None] = []
-        waiting: list[tuple[tuple[int, int], int, Photo]] = []  # size, place in `found`, photo
+        photos = list(self.files.photos(unit))
+        found: dict[int, Record | Dropped] = {}
+        sizes: dict[int, tuple[int, int]] = {}
 
-        for photo in self.files.photos(unit):
+        for place, photo in enumerate(photos):
             size = look(photo) if isinstance(photo, Photo) else photo
-            found.append(size if isinstance(size, Dropped) else None)
-            if not isinstance(size, Dropped):
-                waiting.append((size, len(found) - 1, photo))
+            if isinstance(size, Dropped):
+                found[place] = size
+            else:
+                sizes[place] = size
 
-        waiting.sort(key=lambda item: item[:2])
-        for batch in self._decoded([(place, photo) for _, place, photo in waiting]):
-            pictures = {}
-            for place, photo, picture in batch:
-                if isinstance(picture, Dropped):
-                    found[place] = picture
-                else:
-                    pictures[place] = photo, picture
+        places = sorted(sizes, key=lambda place: (sizes[place], place))
+        waiting = [(place, photos[place]) for place in places]
+        self.seconds.clear()
 
-            for place, record in self._detect(pictures).items():
-                found[place] = record
+        for batch in self._timed("waiting for photos", waiting):
+            self.seconds["decoding, beside the detector"] += batch.seconds
+            good = {
+                p: picture
+                for p, picture in batch.pictures.items()
+                if not isinstance(picture, Dropped)
+            }
+            found |= {p: bad for p, bad in batch.pictures.items() if isinstance(bad, Dropped)}
+            started = time.perf_counter()
+            found |= self._detect(
+                {place: (photos[place], picture) for place, picture in good.items()}
+            )
+            self.seconds["detector"] += time.perf_counter() - started
 
-        yield from found
+        yield from (found[place] for place in range(len(photos)))
 
-    def _decoded(self, photos: Sequence[tuple[int, Photo]]) -> Iterator[list["Decoded"]]:
-        """Yield batches of decoded photos; a thread decodes the next one while the detector works
-        on the current one.
-        """
-        starts = range(0, len(photos), self.batch_size)
-
-        with ThreadPoolExecutor(1) as pool:
-            ahead = [
-                pool.submit(_decode, photos[start : start + self.batch_size])
-                for start in starts[:1]
-            ]
-            for start in starts:
-                following = start + self.batch_size
-                if following < len(photos):
-                    ahead.append(
-                        pool.submit(_decode, photos[following : following + self.batch_size])
-                    )
-
-                yield ahead.pop(0).result()
+    def _timed(self, what: str, photos: Sequence[tuple[int, Photo]]) -> Iterator[Decoded]:
+        """Yield decoded batches, and add up the seconds that each one was waited for."""
+        batches = decoders_of(self.decoders).batches(photos, self.batch_size)
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds[what] += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
 
     def _detect(self, pictures: dict[int, tuple[Photo, "Image"]]) -> dict[int, Record | Dropped]:
         """Return the records of decoded photos by place; if a batch fails, run its photos one at a
@@ -123,7 +131,7 @@ class PhotoSource:
         except (RuntimeError, ValueError) as error:
             if len(pictures) == 1:
                 (place, (photo, _)), *_ = pictures.items()
-                return {place: dropped(photo, "detector failed", str(error))}
+                return {place: photo.dropped("detector failed", str(error))}
 
             return {
                 number: record
@@ -141,54 +149,26 @@ class PhotoSource:
         return Record(regions_of(photo.image_id, size, kept), photo.where, photo.captions)
 
 
+def start_worker(first: int, decoders: int, number: int) -> Callable[[], None]:
+    """Let this process, the worker of some `number` beside the `first` of its launcher's process,
+    use a GPU of its own as far as there are enough; return what ends its decoders.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_device((first + number) % torch.cuda.device_count())
+
+    return decoders_of(decoders).close
+
+
+@functools.lru_cache(maxsize=1)
+def decoders_of(processes: int) -> Decoders:
+    """Return what decodes photos for all sources of this process."""
+    return Decoders(processes)
+
+
 @functools.lru_cache(maxsize=1)
 def load_once(choice: DetectorChoice) -> Detector:
     """Return this process's detector, which all its sources share."""
     return load_detector(choice)
-
-
-def look(photo: Photo) -> tuple[int, int] | Dropped:
-    """Return the size of a photo from its header, or Dropped if it cannot be used."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with photo.open() as file, warnings.catch_warnings():
-            if not file.read(1):
-                return dropped(photo, "empty file")
-            file.seek(0)
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as picture:
-                return picture.size
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        return dropped(
-            photo, "too many pixels", f"more than {Image.MAX_IMAGE_PIXELS}; make it smaller"
-        )
-    except UnidentifiedImageError:
-        return dropped(photo, "not a picture")
-    # a decoder may raise anything on a broken file; one photo must not stop the others
-    except Exception as error:
-        return dropped(photo, "picture cannot be read", str(error))
-
-
-Decoded = tuple[int, Photo, "Image | Dropped"]  # place, photo, its picture
-
-
-def _decode(photos: Sequence[tuple[int, Photo]]) -> list[Decoded]:
-    decoded: list[Decoded] = []
-    for place, photo in photos:
-        try:
-            with photo.open() as file:
-                decoded.append((place, photo, open_photo(file)))
-        except Exception as error:  # a decoder may raise anything
-            picture = dropped(photo, "picture cannot be decoded", str(error))
-            decoded.append((place, photo, picture))
-
-    return decoded
-
-
-def dropped(photo: Photo, reason: str, details: str = "") -> Dropped:
-    """Say why a photo has no record."""
-    return Dropped(photo.where, photo.image_id, reason, " ".join(details.split())[:200])
 
 
 def regions_of(image_id: str, size: tuple[int, int], kept: Detections) -> Regions:
@@ -208,22 +188,3 @@ def regions_of(image_id: str, size: tuple[int, int], kept: Detections) -> Region
         kept.class_ids,
         kept.class_probs,
     )
-
-
-def open_photo(path: Path | IO[bytes]) -> "Image":
-    """Open a photo as RGB, rotated as its EXIF data say.
-
-    Raises whatever the decoder raises for a broken file.
-    """
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as picture:
-        picture.load()
-        picture = ImageOps.exif_transpose(picture)
-        # converting 16-bit pixels to RGB would clip everything brighter than 255
-        if picture.mode.startswith("I;16"):
-            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-        if picture.mode in ("I", "F"):
-            raise ValueError(f"pixels of type {picture.mode}, whose range is unknown")
-
-        return picture.convert("RGB")
