@@ -151,6 +151,10 @@ def test_tables_with_photos_in_base64(detector, tmp_path):
     assert found == {
         str(100 + n): (60 + n, [f"{TEXTS[n]} {k}" for k in range(5)]) for n in range(4)
     }
+    merged = manifest["dropped"].pop(
+        "image id seen before in its source, its captions kept with the first"
+    )
+    assert merged <= 8, "where a unit ends between two lines of a photo"
     assert manifest["dropped"] == {"photo is not base64": 1, "wrong number of columns": 1}
 
 

@@ -26,13 +26,14 @@ from megatron_interbert.preparation.building.captions.reading import REJECTED
 from megatron_interbert.preparation.building.captions.table import CaptionTable
 from megatron_interbert.preparation.building.conversion import NO_CAPTION, done_file
 from megatron_interbert.preparation.building.joining import (
+    MERGED,
     Decision,
     Images,
     decide,
     source_labels,
 )
 from megatron_interbert.preparation.building.plan import BuildPlan
-from megatron_interbert.preparation.building.rewriting import change_shards
+from megatron_interbert.preparation.building.rewriting import change_shards, keep_captions
 from megatron_interbert.preparation.building.sources.base import SourceFacts
 from megatron_interbert.preparation.building.store_writer import finish_store, new_manifest
 from megatron_interbert.preparation.building.unit_pool import too_many_dropped
@@ -60,6 +61,9 @@ def finish(
     labels = source_labels([str(getattr(source, "path", "")) for source in plan.sources])
     only = plan.only is not None
     decision = decide(done.images, labels, table, bool(plan.caption_files), only)
+    if not plan.caption_files:
+        keep_captions(work, done.entries, decision)
+
     left_out = [
         (row, change.reason) for row, change in sorted(decision.changes.items()) if change.reason
     ]
@@ -149,7 +153,7 @@ class _Done:
         """Count images that are dropped after all, given as (row, reason)."""
         self.kinds.subtract(self.labels[row] for row, _ in rows)
         self.reasons.update(reason for _, reason in rows)
-        self.totals["faults"] += len(rows)
+        self.totals["faults"] += sum(reason != MERGED for _, reason in rows)
 
     def lines(self, rows: Sequence[tuple[int, str]]) -> Iterator[dict[str, str]]:
         """Yield the lines of the report about them."""

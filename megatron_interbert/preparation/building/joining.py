@@ -21,6 +21,7 @@ from megatron_interbert.preparation.building.shard_writer import storable
 from megatron_interbert.progress import progress
 
 TWICE = "image id seen before in its source"
+MERGED = "image id seen before in its source, its captions kept with the first"
 UNCLEAR = "its captions may belong to another image of that name"
 UNCLEAR_ONLY = "--only may mean another image of that name"
 # why captions are left out
@@ -72,6 +73,7 @@ class Decision:
     changes: dict[int, Change] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)  # captions by reason
     examples: dict[str, str] = field(default_factory=dict)  # the name in one of them
+    repeated: dict[int, list[int]] = field(default_factory=dict)  # later rows by the first one
     not_found: int = 0  # wanted ids of no image
     renamed: int = 0
 
@@ -84,11 +86,7 @@ def decide(
     `captions` and `only` say whether the table has captions and wanted ids.
     """
     decision = Decision()
-    twice = _repeated(images)
-    for number in np.flatnonzero(twice):
-        if images.rows[number] >= 0:
-            decision.changes[images.rows[number]] = Change(TWICE)
-
+    twice = _find_repeated(images, decision)
     double = _of_several_sources(images)
     if table is not None:
         clashes = Clashes(images, double)
@@ -102,18 +100,21 @@ def decide(
     return decision
 
 
-def _repeated(images: Images) -> np.ndarray:
-    """Find images of an id that their source has had before, bool [images]; one that was dropped
-    does not count as the first.
+def _find_repeated(images: Images, decision: Decision) -> np.ndarray:
+    """Find images of an id that their source has had before, bool [images], and drop those that
+    were kept; one that was dropped does not count as the first.
     """
-    seen: set[tuple[int, str]] = set()
+    first: dict[tuple[int, str], int] = {}
     repeated = np.zeros(len(images.names), bool)
 
     for number, row in enumerate(images.rows):
         image = images.sources[number], images.names[number]
-        repeated[number] = image in seen
-        if row >= 0:
-            seen.add(image)
+        repeated[number] = image in first
+        if row >= 0 and image in first:
+            decision.changes[row] = Change(TWICE)
+            decision.repeated.setdefault(first[image], []).append(row)
+        elif row >= 0:
+            first[image] = row
 
     return repeated
 

@@ -7,8 +7,45 @@ from typing import Any
 from megatron_interbert.data.hdf5 import Hdf5File
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.data.shard_file import COLUMNS, OpenShard
-from megatron_interbert.preparation.building.joining import Change
+from megatron_interbert.preparation.building.joining import MERGED, Change, Decision
 from megatron_interbert.preparation.building.shard_writer import Caption, write_shard
+
+
+def keep_captions(folder: Path, entries: list[dict[str, Any]], decision: Decision) -> None:
+    """Give the captions of images that are dropped as repeated to the first of them."""
+    rows = {row for first, later in decision.repeated.items() for row in (first, *later)}
+    captions = _captions_of_rows(folder, entries, rows)
+
+    for first, later in decision.repeated.items():
+        known = list(captions.get(first, []))
+        for row in later:
+            if captions.get(row):
+                decision.changes[row].reason = MERGED
+                known += [caption for caption in captions[row] if caption not in known]
+
+        if len(known) > len(captions.get(first, [])):
+            decision.changes.setdefault(first, Change()).captions = known
+
+
+def _captions_of_rows(
+    folder: Path, entries: list[dict[str, Any]], rows: set[int]
+) -> dict[int, list[Caption]]:
+    """Return the captions of some images by their numbers in all shards together."""
+    found: dict[int, list[Caption]] = {}
+    first = 0
+
+    for entry in entries:
+        if any(row in rows for row in range(first, first + entry["images"])):
+            with Hdf5File(folder / entry["file"]) as file:
+                width = file["image_features"].shape[1]
+            shard = OpenShard(folder / entry["file"], entry, width)
+            for text, language, image in shard.captions():
+                if first + image in rows:
+                    found.setdefault(first + image, []).append((text, language))
+            shard.close()
+        first += entry["images"]
+
+    return found
 
 
 def change_shards(
