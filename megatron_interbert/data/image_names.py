@@ -12,7 +12,7 @@ captions do not use it for two different ones.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
 ENDING = re.compile(r"\.(jpe?g?|jfif|png|webp|gif|bmp|tiff?|avif|npz|npy)$", re.IGNORECASE)
@@ -134,3 +134,61 @@ def are_different_images(names: Iterable[str], kind: int) -> bool:
 def kind_of_key(key: str) -> int:
     """Return FILE, FOLDER or NUMBER for a key."""
     return {"file": FILE, "end": FOLDER, "number": NUMBER}[key.partition(":")[0]]
+
+
+def match_names(asked: Iterable[str], numbers: Mapping[str, int]) -> dict[str, int]:
+    """Find images, whose `numbers` are given by their ids, by the names that are asked for; names
+    that mean no image, or more than one, are left out.
+    """
+    names = list(dict.fromkeys(asked))
+    found = {name: numbers[name] for name in names if name in numbers}
+    if len(found) == len(names):
+        return found
+
+    images: dict[str, list[str]] = {}  # the first two ids that have a key
+    for image_id in numbers:
+        for key in ImageName(image_id).meanings():
+            known = images.setdefault(key, [])
+            if len(known) < 2:
+                known.append(image_id)
+
+    spelt_both_ways = are_spelt_both_ways(numbers)
+    unclear = _unclear_keys(names)
+    for text in names:
+        name = ImageName(text)
+        key = next((key for key in name.meanings() if key in images), "")
+        if text in found or not key or key in unclear or len(images[key]) > 1:
+            continue
+
+        other = ImageName(images[key][0])
+        if kind_of_key(key) < NUMBER or other.is_coco == name.is_coco or not spelt_both_ways:
+            found[text] = numbers[other.text]
+
+    return found
+
+
+def _unclear_keys(names: Iterable[str]) -> set[str]:
+    """Return the keys that some names use for different images."""
+    users: dict[str, list[str]] = {}
+    for text in names:
+        for key in ImageName(text).own_keys:
+            users.setdefault(key, []).append(text)
+
+    return {key for key, texts in users.items() if are_different_images(texts, kind_of_key(key))}
+
+
+def are_spelt_both_ways(names: Iterable[str]) -> bool:
+    """Check whether some images are named as COCO does and others by plain numbers, which are then
+    those of another data set, such as Visual Genome.
+    """
+    coco = False
+    numbers = False
+
+    for text in names:
+        name = ImageName(text)
+        coco = coco or name.is_coco
+        numbers = numbers or bool(name.number and not name.is_coco)
+        if coco and numbers:
+            return True
+
+    return False

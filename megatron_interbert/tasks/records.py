@@ -2,16 +2,23 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.reading import read_text
 
+NO_OTHERS: Mapping[str, str] = MappingProxyType({})
+
 
 def read_records(
-    path: str, flag: str, keys: Mapping[str, type | tuple[type, ...]]
+    path: str,
+    flag: str,
+    keys: Mapping[str, type | tuple[type, ...]],
+    other_names: Mapping[str, str] = NO_OTHERS,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (`PATH: line N`, record) for each line that is not empty.
+    """Yield (`PATH: line N`, record) for each line that is not empty; keys with `other_names` get
+    ours.
 
     Raises UsageError that names the line if it is not a JSON object, lacks one of the `keys`, or
     holds a value of another type there.
@@ -38,6 +45,10 @@ def read_records(
 
         if not isinstance(record, dict):
             raise UsageError(f"{where} is not a JSON object; {flag} needs one JSON object per line")
+
+        for other, key in other_names.items():
+            if other in record:
+                record.setdefault(key, record.pop(other))
 
         for key, kind in keys.items():
             if key not in record:

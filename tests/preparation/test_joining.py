@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 
+from megatron_interbert.data.image_names import match_names
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.build import build
@@ -326,3 +327,15 @@ def test_joined_stores_keep_all_their_images_and_captions(tmp_path, seed):
 
     for name, count in several.items():
         assert (name in joined) == (count == 1)
+
+
+def test_names_that_are_asked_for_mean_one_image_or_none():
+    """Check what queries and clicks use, on the cases of builds."""
+    ids = ["a.jpg", "1/main.jpg", "2/main.jpg", "007", "COCO_val2014_000000000042", "x/y"]
+    numbers = {name: number for number, name in enumerate(ids)}
+    asked = ["a", "p/1/main", "main.jpg", "7.jpg", "42", "y.png", "none"]
+    assert match_names(asked, numbers) == {"a": 0, "p/1/main": 1, "7.jpg": 3, "y.png": 5}
+    assert match_names(["42"], {"COCO_val2014_000000000042": 0}) == {"42": 0}
+    assert match_names(["1/main", "2/main"], {"main": 0}) == {}
+    assert match_names(["1/main"], {"main": 0}) == {"1/main": 0}
+    assert match_names(["7", "007"], {"007": 0}) == {"007": 0}

@@ -36,6 +36,8 @@ from megatron_interbert.tasks.shop.topic_samples import (
 )
 from megatron_interbert.tasks.shop.topics import ClickTask
 from tests.launching import evaluate, finetune, launch, ran, records, train
+from tests.shared import SHARED, needs_shared
+from tests.tools.building import build
 
 CPU = torch.device("cpu")
 
@@ -617,3 +619,24 @@ def test_all_topics_and_items_as_parquet(shop, tmp_path):
     code, _, err = launch(*evaluate(*asked[:-1], 9))
     assert code == 2
     assert "holds scores of other items_of_part" in err.strip().splitlines()[-1]
+
+
+@needs_shared
+def test_queries_of_muge_in_both_forms(tmp_path):
+    """Check the form of the benchmark and that of Chinese-CLIP, against products that a build from
+    the same folder has.
+    """
+    folder = SHARED / "data" / "field" / "muge_texts"
+    build(tmp_path / "store", folder / "products.tsv", "--captions", folder / "train_texts.jsonl")
+    corpus = Corpus([str(tmp_path / "store")])
+    tokenizer = CaptionTokenizer(str(SHARED / "data" / "vocab" / "bert-base-chinese-vocab.txt"))
+    catalogue = Catalogue(corpus, tokenizer, True, 8, 8)
+    for name in ("muge_queries.jsonl", "train_texts.jsonl"):
+        found = read_queries(str(folder / name), catalogue, "--queries")
+        assert found.ids == ["8428", "8429", "8430"]
+        assert found.texts == ["红色条纹连衣裙", "高级感托特包斜挎", "复古木质茶几"]
+        assert [[catalogue.ids[i] for i in items] for items in found.products] == [
+            ["1000000"],
+            ["1000001", "1000002"],
+            ["1000003"],
+        ]

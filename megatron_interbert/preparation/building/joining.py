@@ -8,13 +8,13 @@ source.
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
 import numpy as np
 
-from megatron_interbert.data.image_names import SAME, ImageName
+from megatron_interbert.data.image_names import SAME, ImageName, are_spelt_both_ways
 from megatron_interbert.preparation.building.captions.table import CaptionTable
 from megatron_interbert.preparation.building.name_table import Meaning
 from megatron_interbert.preparation.building.shard_writer import storable
@@ -134,7 +134,7 @@ class Clashes:
 
     def __init__(self, images: Images, double: set[str]) -> None:
         self.double = double
-        self.mixed = _are_spelt_both_ways(images.names)
+        self.mixed = are_spelt_both_ways(images.names)
         hashes = array("q")
         for name, _ in set(zip(images.names, images.sources, strict=True)):
             hashes.extend(key_hash(key) for key in ImageName(name).meanings())
@@ -156,23 +156,6 @@ def key_hash(key: str) -> int:
     """Return 64 bits that stand for a key."""
     digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-def _are_spelt_both_ways(names: Iterable[str]) -> bool:
-    """Check whether some images are named as COCO does and others by plain numbers, which are then
-    those of another data set, such as Visual Genome.
-    """
-    coco = False
-    numbers = False
-
-    for text in names:
-        name = ImageName(text)
-        coco = coco or name.is_coco
-        numbers = numbers or bool(name.number and not name.is_coco)
-        if coco and numbers:
-            return True
-
-    return False
 
 
 @dataclass

@@ -7,11 +7,12 @@ are encoded separately, and only their pooled vectors meet in the matching head,
 of items can be computed in advance.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.data.image_names import match_names
 from megatron_interbert.data.region_batch import Allocate, plain_memory, read_regions
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.data.training_set import Fields
@@ -62,8 +63,8 @@ class Catalogue:
             for image in range(store.num_images)
         ]
 
-    def number(self, item_id: str) -> int | None:
-        """Return the number of an item; None if there is no such item.
+    def numbers(self, item_ids: Iterable[str]) -> dict[str, int]:
+        """Find the numbers of items by their ids, or by other spellings that mean one item only.
 
         Raises UsageError if two images have the same id.
         """
@@ -76,7 +77,7 @@ class Catalogue:
                         " own id"
                     )
 
-        return self._numbers.get(item_id)
+        return match_names(item_ids, self._numbers)
 
     def images(self, items: np.ndarray) -> np.ndarray:
         """Return the image numbers of items [n]; -1 stands for no item."""

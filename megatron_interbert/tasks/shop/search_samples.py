@@ -17,8 +17,10 @@ All draws are keyed by (seed, step, sample), so every rank, worker, restart and 
 same pairs.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +40,14 @@ PAIRS = 5
 OWN_CHOICES = 3
 SHARED_CHOICES = 32
 TRIES = 8
+LISTS = ("item_ids", "candidate_ids")
+# of MUGE as Chinese-CLIP publishes it, and of KDD Cup 2020
+OTHER_NAMES = {
+    "text_id": "query_id",
+    "text": "query_text",
+    "query": "query_text",
+    "image_ids": "item_ids",
+}
 
 
 @dataclass
@@ -63,7 +73,7 @@ class Queries:
 
 def read_queries(path: str, catalogue: Catalogue, flag: str) -> Queries:
     """Read a JSON Lines file of query_id, query_text and, if known, item_ids (MUGE) and
-    candidate_ids (KDD Cup 2020).
+    candidate_ids (KDD Cup 2020); OTHER_NAMES are read too.
 
     Raises UsageError that names the line if a query is empty or a product is not in the store.
     """
@@ -74,37 +84,48 @@ def read_queries(path: str, catalogue: Catalogue, flag: str) -> Queries:
             f"{flag} is missing; give a jsonl with query_id, query_text and item_ids on each line"
         )
 
-    for where, record in read_records(path, flag, {"query_id": (str, int), "query_text": str}):
+    records = list(
+        read_records(path, flag, {"query_id": (str, int), "query_text": str}, OTHER_NAMES)
+    )
+    listed = [_listed(record, key, where) for where, record in records for key in LISTS]
+    numbers = catalogue.numbers(itertools.chain.from_iterable(listed))
+
+    for where, record in records:
         if not record["query_text"].strip():
             raise UsageError(f"{where}: 'query_text' is empty")
 
-        numbers = {}
-        for key in ("item_ids", "candidate_ids"):
-            listed = record.get(key) or []
-            if not isinstance(listed, list):
-                raise UsageError(f"{where}: '{key}' is not a list")
-
-            numbers[key] = [catalogue.number(str(item)) for item in listed]
-            if None in numbers[key]:
-                missing = listed[numbers[key].index(None)]
-                raise UsageError(
-                    f"{where}: product {missing} is not in {catalogue.corpus.path}; give the store"
-                    " that holds it"
-                )
-
+        items, candidates = (
+            [_number(item, numbers, where, catalogue) for item in _listed(record, key, where)]
+            for key in LISTS
+        )
         found.ids.append(str(record["query_id"]))
         found.texts.append(record["query_text"])
-        found.products.append(np.unique(np.array(numbers["item_ids"], np.int64)))
-        found.candidates.append(
-            np.unique(np.array(numbers["candidate_ids"], np.int64))
-            if numbers["candidate_ids"]
-            else None
-        )
+        found.products.append(np.unique(np.array(items, np.int64)))
+        found.candidates.append(np.unique(np.array(candidates, np.int64)) if candidates else None)
 
     if not found.ids:
         raise UsageError(f"{path}: holds no queries")
 
     return found
+
+
+def _listed(record: dict[str, Any], key: str, where: str) -> list[str]:
+    """Return the items in a list of a record; empty if it has none."""
+    items = record.get(key) or []
+    if not isinstance(items, list):
+        raise UsageError(f"{where}: '{key}' is not a list")
+
+    return [str(item) for item in items]
+
+
+def _number(item: str, numbers: dict[str, int], where: str, catalogue: Catalogue) -> int:
+    if item not in numbers:
+        raise UsageError(
+            f"{where}: product {item} is not in {catalogue.corpus.path}, or its name means several"
+            " there; give the store that holds it"
+        )
+
+    return numbers[item]
 
 
 class ProductSearchSet:

@@ -101,12 +101,14 @@ def read_clicks(path: str, topics: Topics, catalogue: Catalogue, flag: str) -> C
 
     numbers = {key: number for number, key in enumerate(topics.ids)}
     rows = []
+    records = list(
+        read_records(path, flag, {"topic_id": (str, int), "item_id": (str, int), "clicked": int})
+    )
+    items = catalogue.numbers(str(record["item_id"]) for _, record in records)
 
-    for where, record in read_records(
-        path, flag, {"topic_id": (str, int), "item_id": (str, int), "clicked": int}
-    ):
+    for where, record in records:
         topic = numbers.get(str(record["topic_id"]))
-        item = catalogue.number(str(record["item_id"]))
+        item = items.get(str(record["item_id"]))
 
         if topic is None:
             raise UsageError(
