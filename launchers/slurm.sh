@@ -24,3 +24,20 @@ run_on_nodes() {
   fi
   return "$code"
 }
+
+# `run_tasks ARGS` starts ARGS as several tasks on each node of the job, one for each GPU or PROCESSES_PER_NODE, which share the work by
+# files: if a task or a node dies, the others continue and do its work.
+run_tasks() {
+  local python=${VENV:-$PWD/.venv}/bin/python tasks=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+  [ -x "$python" ] || python=python3
+  export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+  [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+  set -- srun --no-kill --kill-on-bad-exit=0 --wait=0 --overcommit --ntasks-per-node="$tasks" \
+    --ntasks=$((tasks * ${SLURM_JOB_NUM_NODES:-1})) "$python" -u "$@"
+  if [ -z "${SLURM_JOB_ID:-}" ]; then
+    echo "error: start this by sbatch; it would run: $*" >&2
+    return 2
+  fi
+  echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)): $*"
+  "$@"
+}

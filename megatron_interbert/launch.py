@@ -40,7 +40,9 @@ from megatron_interbert.signals import (
 )
 
 BY_TORCHRUN = ("auto", "cpu", "gpu")  # numbers of processes that torchrun works out itself
-ENTRIES = ("pretrain", "pretrain-chinese", "finetune", "evaluate", "preflight")
+# commands whose ranks share the work without messages between them
+SHARED = ("build-features", "extract-features", "mine-negatives", "mine-neighbours")
+ENTRIES = ("pretrain", "pretrain-chinese", "finetune", "evaluate", "preflight", *SHARED)
 
 
 def arguments_of(words: list[str]) -> list[str]:
@@ -58,6 +60,8 @@ def arguments_of(words: list[str]) -> list[str]:
         print(__doc__, end="")
         raise SystemExit
 
+    if name in SHARED:
+        return ["-m", "megatron_interbert", *words]
     if name in ENTRIES:
         return ["-m", f"megatron_interbert.{name.replace('-', '_')}", *words[1:]]
     if not name.startswith("-") and not os.path.isfile(name):

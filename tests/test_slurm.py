@@ -11,7 +11,9 @@ import psutil
 import pytest
 
 from tests.launching import TINY, deepspeed, launch, losses, records, steps, until
+from tests.preparation.formats import lxmert_line, made_up_images
 from tests.slurm import MISSING, Slurm
+from tests.tools.building import build, content
 
 pytestmark = pytest.mark.skipif(
     bool(MISSING or os.geteuid()), reason=f"needs root and Debian's slurm-wlm and munge: {MISSING}"
@@ -211,3 +213,36 @@ def test_a_stopped_task_of_an_array_is_queued_again_alone(slurm, tmp_path):
     hasten(slurm, f"{job}_3")
     until(lambda: not states(), "all have ended")
     assert sorted(starts.read_text().split()) == ["1", "2", "3", "3"]
+
+
+def test_nodes_prepare_data_together(slurm, tmp_path):
+    """Check two tasks on each of two nodes, one of which is killed, against one process."""
+    images = made_up_images(1500, features=64)
+    (tmp_path / "x.tsv").write_text("".join(map(lxmert_line, images)))
+    flags = (tmp_path / "x.tsv", "--images-per-shard", 10, "--workers", 1, "--claim-timeout", 5)
+    build(tmp_path / "one", *flags)
+    output = tmp_path / "two"
+    command = ("-N2", "launchers/prepare.sbatch", "build-features", *flags, "--output", output)
+    job = slurm.submit(*command, PROCESSES_PER_NODE="2")
+    marks = tmp_path / "two.partial"
+    until(lambda: len(list(marks.glob("shard-*.json"))) > 20, "some shards are there")
+    tasks = [process for process in psutil.process_iter() if is_task(process, output)]
+    assert tasks
+    for task in tasks:
+        task.kill()
+
+    slurm.wait(job)
+    assert content(output) == content(tmp_path / "one")
+
+
+def is_task(process, output):
+    """Check whether a process is the second task of node n1 that writes `output`."""
+    try:
+        mine = process.environ()
+        words = process.cmdline()
+    except psutil.Error:
+        return False
+
+    place = mine.get("SLURMD_NODENAME"), mine.get("SLURM_LOCALID")
+
+    return place == ("n1", "1") and str(output) in words and "python" in words[0]
