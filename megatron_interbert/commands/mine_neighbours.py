@@ -4,22 +4,25 @@
 
 Writes hard_images.npy [images, K] into the store, nearest first (by Euclidean distance of mean
 region features) and never the image itself. The search is exact. Memory holds the mean features,
-and --block x images distances.
+and --block x images distances. A search that was stopped or killed is resumable: run the same
+command again.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
+import torch
 
 from megatron_interbert.command_line import run_command
 from megatron_interbert.config.options import Flags, argument, option
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import HARD_IMAGES
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import own_name, whole_file
-from megatron_interbert.preparation.mining.neighbours import mean_features, nearest_images
+from megatron_interbert.preparation.mining.neighbours import mine_neighbours
+from megatron_interbert.preparation.mining.work import NeighbourFolder
+from megatron_interbert.preparation.sharing import TIMEOUT, Claims, Team, read_team
 
 
 @dataclass
@@ -29,30 +32,58 @@ class Options(Flags):
     GROUP: ClassVar[str] = "search"
 
     store: str = argument("region store", group="data")
+    overwrite: bool = option(False, f"replace {HARD_IMAGES} of the store", group="data")
     neighbours: int = option(100, "neighbours kept per image", least=1)
     block: int = option(2048, "images compared with all others at a time", least=1)
+    device: str = option("auto", "where images are compared", ("auto", "cpu", "cuda"), group="work")
+    restart: bool = option(False, "discard unfinished work and start over", group="work")
+    claim_timeout: float = option(
+        TIMEOUT,
+        "seconds without a sign of life after which the work of another process of the job is taken"
+        " over",
+        least=1,
+        group="work",
+    )
+
+
+def device_of(options: Options, team: Team) -> torch.device:
+    """Return the device of this process: a GPU of its own as far as there are enough."""
+    gpus = torch.cuda.device_count() if options.device != "cpu" else 0
+    if options.device == "cuda" and not gpus:
+        raise UsageError("--device cuda: no CUDA device is visible here; use --device cpu")
+
+    return torch.device("cuda", team.local_rank % gpus) if gpus else torch.device("cpu")
 
 
 def run(options: Options) -> None:
     """Search the neighbours and write them into the store."""
+    team = read_team(options.claim_timeout)
     corpus = Corpus([options.store])
     if corpus.num_images < 2:
         raise UsageError(f"{options.store}: expected two or more images to find neighbours")
 
-    most = min(options.neighbours, corpus.num_images - 1)
-    found = nearest_images(mean_features(corpus), most, options.block)
-
     path = Path(options.store) / HARD_IMAGES
+    most = min(options.neighbours, corpus.num_images - 1)
+    folder = NeighbourFolder(corpus.stores[0], most, options.block)
+
     try:
-        with whole_file(path, own_name(path)) as handle:
-            np.save(handle, found)
+        with folder:
+            done = None if options.restart else folder.published()
+            if done is None and path.exists() and not options.overwrite:
+                raise UsageError(f"{path}: already exists; give --overwrite to replace it")
+            if done is None:
+                folder.open(options.restart, team.is_shared)
+                sharing = Claims(folder.path, team) if team.is_shared else nullcontext()
+                with sharing as claims:
+                    done = mine_neighbours(corpus, folder, device_of(options, team), claims)
     except OSError as error:
         raise UsageError(
             f"{path}: cannot be written ({error}); free some space or choose a store that can be"
             " written to"
         ) from error
 
-    print(f"{path}: {found.shape[1]} neighbours of each of {len(found)} images")
+    if done is not False:
+        print(f"{path}: {most} neighbours of each of {corpus.num_images} images")
 
 
 def main() -> None:

@@ -61,9 +61,9 @@ def read_team(timeout: float = TIMEOUT) -> Team:
 class Claims:
     """Take things in a folder for this process, as a context manager."""
 
-    def __init__(self, folder: Path, timeout: float = TIMEOUT) -> None:
+    def __init__(self, folder: Path, team: Team = ALONE) -> None:
         self.folder = folder
-        self.timeout = timeout
+        self.team = team
         self.name = f"{node_name()}-{os.getpid()}-{time.time_ns():x}"
         self._alive = folder / f"{ALIVE}{self.name}"
         self._ended = threading.Event()
@@ -140,7 +140,7 @@ class Claims:
             self._seen[owner] = sign, time.monotonic()
             return True
 
-        return time.monotonic() - when < self.timeout
+        return time.monotonic() - when < self.team.timeout
 
 
 def _is_running(process: int) -> bool:

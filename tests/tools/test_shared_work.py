@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_interbert.preparation.sharing import Claims
+from megatron_interbert.preparation.sharing import Claims, Team
 from tests.launching import ends, free_ports, launch, start, start_ranks
 from tests.preparation.formats import lxmert_line, made_up_images
 from tests.tools.building import build, content, refused
@@ -82,7 +82,7 @@ def test_a_node_is_killed_and_the_other_does_its_work(corpus, tmp_path):
     (_, out, err), (killed, _, _) = ends(agents)
     assert killed == -signal.SIGKILL
     assert "Traceback" not in err, err
-    assert out.count("captions: ") == 1, "one rank has read them"
+    assert out.count("captions: ") <= 1, "one rank of both machines has read them"
 
 
 def test_all_are_killed_and_others_resume(corpus, tmp_path):
@@ -101,7 +101,8 @@ def test_all_are_killed_and_others_resume(corpus, tmp_path):
     again = start_ranks(command, command, module=MAIN)
     wait_for(tmp_path / "store.partial", "shard-*.h5.json", 60)
     assert "another process is building there" in refused(*flags, "--output", output)
-    assert [code for code, _, _ in ends(again)] == [0, 0]
+    found = ends(again)
+    assert [code for code, _, _ in found] == [0, 0], found
     assert content(output) == expected
 
 
@@ -136,7 +137,7 @@ def test_photos_are_shared_among_ranks(tmp_path):
 
 
 def test_what_a_process_has_taken_others_leave_while_it_lives(tmp_path, monkeypatch):
-    with Claims(tmp_path) as one, Claims(tmp_path, timeout=0.5) as two:
+    with Claims(tmp_path) as one, Claims(tmp_path, Team(timeout=0.5)) as two:
         assert one.take("a")
         assert one.take("a")
         assert not two.take("a")

@@ -44,6 +44,7 @@ from megatron_interbert.progress import progress
 from megatron_interbert.reading import read_json
 
 PAUSE = 1.0  # seconds between two looks at what others have left
+MOST_MISSES = 20  # of files that another process may be removing
 
 
 def build(
@@ -99,6 +100,10 @@ class _Build:
         self.work = self.output.with_name(self.output.name + ".partial")
         self.table: CaptionTable | None = None
         self._done: set[int] = set()
+
+    def is_ending(self) -> bool:
+        """Check whether all but the final name is done, or that too."""
+        return (self.work / MANIFEST).exists() or self.output.exists()
 
     def is_prepared(self) -> bool:
         """Check whether the plan and the captions are on disk."""
@@ -157,12 +162,16 @@ def _build_together(task: _Build, team: Team) -> dict[str, Any]:
     """Build a store with the other processes of a team: each takes what none has taken, until one
     of them publishes the store.
     """
+    misses = 0
+
     while not task.output.exists():
         try:
             _take_part(task, team)
         except (FileNotFoundError, UsageError):
-            if not task.output.exists():  # else another process has renamed the folder meanwhile
+            misses += 1
+            if not task.is_ending() or misses > MOST_MISSES:
                 raise
+            time.sleep(PAUSE)  # another process is removing and renaming what this one reads
 
     remove_folder(task.work, OF_SHARING)  # if this process has come too late and made it again
 
@@ -172,10 +181,13 @@ def _build_together(task: _Build, team: Team) -> dict[str, Any]:
 def _take_part(task: _Build, team: Team) -> None:
     with (
         BuildFolder(task.work, task.fingerprint, restart=False, shared=True) as folder,
-        Claims(task.work, team.timeout) as claims,
+        Claims(task.work, team) as claims,
     ):
         while not task.output.exists():
-            if not task.is_prepared():
+            if task.is_ending():
+                if claims.take("finish"):
+                    task.finish()
+            elif not task.is_prepared():
                 if claims.take("captions"):
                     folder.prepare()
                     task.read_captions()
@@ -185,18 +197,20 @@ def _take_part(task: _Build, team: Team) -> None:
                 task.read_captions()
                 jobs = task.left()
                 first = len(jobs) * team.rank // team.size  # so that few ask for the same unit
-                task.convert(_taken(claims, jobs[first:] + jobs[:first]), team.is_first)
+                taken = _taken(task, claims, jobs[first:] + jobs[:first])
+                task.convert(taken, team.is_first)
                 if not task.left() and claims.take("finish"):
                     task.finish()
-                    return
 
-            time.sleep(PAUSE)
+            if not task.output.exists():
+                time.sleep(PAUSE)
 
 
-def _taken(claims: Claims, jobs: Iterable[UnitJob]) -> Iterator[UnitJob]:
+def _taken(task: _Build, claims: Claims, jobs: Iterable[UnitJob]) -> Iterator[UnitJob]:
     """Yield the units that this process takes."""
     for job in jobs:
-        if claims.take(f"shard-{job.number:05d}") and not is_done(job.folder, job.number):
+        taken = claims.take(f"shard-{job.number:05d}")
+        if taken and not task.is_ending() and not is_done(job.folder, job.number):
             yield job
 
 

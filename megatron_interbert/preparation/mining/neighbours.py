@@ -1,40 +1,104 @@
 """Find the images with the nearest mean region features, exactly, with blocked matrix products."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.region_batch import read_regions
+from megatron_interbert.files import own_name, whole_file
+from megatron_interbert.preparation.mining.work import NeighbourFolder, complete, finish_together
+from megatron_interbert.preparation.sharing import Claims
 from megatron_interbert.progress import progress
 
+READ_AT_ONCE = 256  # images whose regions are in memory
+IMAGES_OF_PART = 16_384  # whose means are one file
 
-def mean_features(corpus: Corpus, block: int = 256) -> torch.Tensor:
-    """Compute the mean of each image's region features, float32 [images, F]."""
-    means = np.empty((corpus.num_images, corpus.feature_dim), np.float32)
-    blocks = range(0, corpus.num_images, block)
-    for start in progress(blocks, desc="mean features", unit="block"):
-        images = np.arange(start, min(start + block, corpus.num_images))
-        regions = read_regions(corpus, images, int(corpus.region_counts.max()))
+
+def mean_features(corpus: Corpus, images: range) -> np.ndarray:
+    """Compute the mean of the region features of some images, float32 [images, F]."""
+    means = np.empty((len(images), corpus.feature_dim), np.float32)
+    for start in range(0, len(images), READ_AT_ONCE):
+        numbers = np.array(images[start : start + READ_AT_ONCE])
+        regions = read_regions(corpus, numbers, int(corpus.region_counts.max()))
         sums = np.add.reduceat(regions.features.astype(np.float32), regions.offsets[:-1], axis=0)
-        means[images] = sums / regions.counts[:, None]
+        means[start : start + len(numbers)] = sums / regions.counts[:, None]
 
-    return torch.from_numpy(means)
+    return means
 
 
-def nearest_images(means: torch.Tensor, neighbours: int, block: int) -> np.ndarray:
-    """Find the K nearest other images of each image, int32 [images, K], nearest first.
+def nearest_images(
+    means: torch.Tensor, squares: torch.Tensor, rows: range, neighbours: int
+) -> np.ndarray:
+    """Find the K nearest other images of some images, int32 [rows, K], nearest first.
 
-    `means` is [images, F]; block x images distances are in memory at a time.
+    `means` is [images, F], `squares` their squared lengths [images]; rows x images distances are in
+    memory at a time.
     """
-    images = len(means)
+    own = means[rows.start : rows.stop]
+    distance = squares - 2 * own @ means.T  # the rows' own squares do not affect the order
+    numbers = torch.arange(len(rows), device=means.device)
+    distance[numbers, numbers + rows.start] = torch.inf
+
+    return distance.topk(neighbours, dim=1, largest=False).indices.int().cpu().numpy()
+
+
+def mine_neighbours(
+    corpus: Corpus, folder: NeighbourFolder, device: torch.device, claims: Claims | None = None
+) -> bool:
+    """Write the table of neighbours of a store's images, alone or with others; return whether this
+    process has finished it.
+    """
+    means = _all_means(corpus, folder, claims).to(device)
     squares = means.square().sum(dim=1)
-    found = np.empty((images, neighbours), np.int32)
+    shown = claims is None or claims.team.is_first
 
-    for start in progress(range(0, images, block), desc="neighbours", unit="block"):
-        rows = means[start : start + block]
-        distance = squares - 2 * rows @ means.T  # the rows' own squares do not affect the order
-        distance[torch.arange(len(rows)), torch.arange(start, start + len(rows))] = torch.inf
-        nearest = distance.topk(neighbours, dim=1, largest=False).indices
-        found[start : start + len(rows)] = nearest.numpy()
+    with progress(total=folder.rows, unit="image", desc="neighbours", shown=shown) as bar:
 
-    return found
+        def make(rows: range) -> np.ndarray:
+            bar.update(len(rows))
+            return nearest_images(means, squares, rows, folder.width)
+
+        folder.complete(make, claims)
+
+    def finish() -> bool:
+        folder.assemble()
+        folder.publish({})
+        return True
+
+    return bool(finish_together(folder, finish, claims))
+
+
+def _all_means(corpus: Corpus, folder: NeighbourFolder, claims: Claims | None) -> torch.Tensor:
+    """Compute the means of all images in parts, which are files; return them [images, F]."""
+    starts = range(0, corpus.num_images, IMAGES_OF_PART)
+    parts = {
+        number: range(start, min(start + IMAGES_OF_PART, corpus.num_images))
+        for number, start in enumerate(starts)
+    }
+    names = {number: f"means-{number:06d}" for number in parts}
+    paths = {number: folder.path / f"{name}.npy" for number, name in names.items()}
+
+    def make(number: int) -> None:
+        with whole_file(paths[number], own_name(paths[number])) as handle:
+            np.save(handle, mean_features(corpus, parts[number]), allow_pickle=False)
+
+    def missing() -> list[int]:
+        return [number for number in parts if not _is_whole(paths[number], parts[number], corpus)]
+
+    complete(names, missing, make, claims)
+
+    return torch.from_numpy(
+        np.concatenate([np.load(path, allow_pickle=False) for path in paths.values()])
+    )
+
+
+def _is_whole(path: Path, images: range, corpus: Corpus) -> bool:
+    """Check whether a file holds the means of some images."""
+    try:
+        means = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return False
+
+    return means.shape == (len(images), corpus.feature_dim) and means.dtype == np.float32

@@ -1,20 +1,33 @@
-"""Keep the progress of mining beside hard_negatives.npy, so that a killed command can be resumed
-and gives the same table.
+"""Keep the progress of mining beside the table that it makes, so that a killed command can be
+resumed, processes on several machines can share the work, and the table is always the same.
 """
 
 import json
 import os
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_interbert.data.manifest import HARD_NEGATIVES, MANIFEST
+from megatron_interbert.data.manifest import HARD_IMAGES, HARD_NEGATIVES, MANIFEST
 from megatron_interbert.data.neighbours import NoTable, read_neighbours
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import file_sha256, flush_folder, new_file, whole_file, write_json
+from megatron_interbert.files import (
+    encoded,
+    file_sha256,
+    flush_folder,
+    json_text,
+    new_file,
+    own_name,
+    whole_file,
+    write_json,
+)
+from megatron_interbert.preparation.sharing import OURS as OF_SHARING
+from megatron_interbert.preparation.sharing import Claims, Team
 from megatron_interbert.preparation.work_folder import (
     lock_folder,
     own_names,
@@ -30,67 +43,82 @@ PLAN = "plan.json"
 ASSEMBLED = "assembled.npy"
 DONE = "done.json"
 BLOCKS = ("block-" + 6 * "[0-9]" + "*.npy",)
+MEANS = ("means-" + 6 * "[0-9]" + "*.npy",)  # of images, from which neighbours are found
+PAUSE = 1.0  # seconds between two looks at what others have done
 # All that a work folder holds, in the order of removal: blocks before the plan that they belong to,
 # and last the mark that all is done.
 UNFINISHED = tuple(
-    f"{name}{end}" for name in ("block-*.npy", PLAN, DONE) for end in (".tmp", ".partial")
+    f"{name}{end}"
+    for name in ("block-*.npy", "means-*.npy", PLAN, DONE)
+    for end in (".tmp", ".partial", ".[0-9]*.new")
 )
-OURS = (*BLOCKS, *UNFINISHED, ASSEMBLED, PLAN, DONE)
+OURS = (*OF_SHARING, *BLOCKS, *MEANS, *UNFINISHED, ASSEMBLED, PLAN, DONE)
 
 
-class MiningFolder:
-    """Manage `hard_negatives.npy.partial` beside the output: the plan, a file for each finished
-    block, and the table being assembled.
+class TableFolder:
+    """Manage `OUTPUT.partial` beside a table of neighbours, int32 [rows, width] with numbers below
+    `below`: the plan, a file for each finished block of rows, and the table being assembled.
 
-    One process at a time holds it. After a kill at any point, the same command resumes from it and
-    gives the same table.
+    One process at a time holds it, or those of a team. After a kill at any point, the same command
+    resumes from it and gives the same table.
     """
 
-    def __init__(self, store: RegionStore, options: dict[str, Any]) -> None:
-        self.output = store.path / HARD_NEGATIVES
-        self.path = store.path / f"{HARD_NEGATIVES}.partial"
-        self.block = options["block"]
-        self.top = options["top"]
-        self.captions = store.num_captions
+    def __init__(
+        self, output: Path, plan: dict[str, Any], rows: int, width: int, block: int, below: int
+    ) -> None:
+        self.output = output
+        self.path = output.with_name(f"{output.name}.partial")
+        self.block = block
+        self.rows = rows
+        self.width = width
+        self.below = below
         self.plan = {
             "format": FORMAT,
-            "store_sha256": file_sha256(store.path / MANIFEST),
-            "captions": store.num_captions,
-            **json.loads(json.dumps(options)),
+            "store_sha256": file_sha256(output.parent / MANIFEST),
+            **json.loads(json.dumps(plan)),
         }
-        self.blocks = -(-self.captions // self.block)
-
-    def __enter__(self) -> "MiningFolder":
+        self.blocks = -(-rows // block)
+        self._done: set[int] = set()
         self._lock: int | None = None
+
+    def __enter__(self) -> "TableFolder":
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._lock is not None:
             os.close(self._lock)
 
-    def open(self, restart: bool) -> None:
-        """Make the folder, or take over one with the same plan.
+    def open(self, restart: bool, shared: bool = False) -> None:
+        """Make the folder, or take over one with the same plan; several processes may hold a
+        `shared` one.
 
         Raises UsageError if it belongs to another plan or process.
         """
+        if shared and restart:
+            raise UsageError(
+                f"--restart: several processes cannot start over together; remove {self.path} first"
+            )
+
         self._lock = lock_folder(
-            self.path, "another command is mining this store; wait until it has ended"
+            self.path, "another command is mining this store; wait until it has ended", shared
         )
         refuse_strangers(self.path, OURS)
         if restart:
             remove_own(self.path, OURS)
 
-        if not (self.path / PLAN).exists():
+        plan = self.path / PLAN
+        if not plan.exists():
             if own_names(self.path, BLOCKS):
                 raise UsageError(
                     f"{self.path}: holds finished blocks without their {PLAN}; restore it, or give"
                     " --restart to discard them"
                 )
 
-            write_json(self.path / PLAN, self.plan)
+            with whole_file(plan, own_name(plan)) as handle:
+                handle.write(encoded(json_text(self.plan)))
             return
 
-        found = read_json(self.path / PLAN, "mining plan")
+        found = read_json(plan, "mining plan")
         differing = [key for key in self.plan if found.get(key) != self.plan[key]]
         if differing:
             was, now = (
@@ -102,9 +130,30 @@ class MiningFolder:
                 " or --restart to discard that work"
             )
 
+    def missing(self) -> list[int]:
+        """Return the blocks that are still to be made."""
+        self._done |= {
+            number
+            for number in range(self.blocks)
+            if number not in self._done and self.read_block(number) is not None
+        }
+
+        return [number for number in range(self.blocks) if number not in self._done]
+
+    def complete(self, make: Callable[[range], np.ndarray], claims: Claims | None = None) -> None:
+        """Make the rows of all blocks that are missing; those that others have taken by their
+        `claims` are waited for.
+        """
+        names = {number: f"block-{number:06d}" for number in range(self.blocks)}
+
+        def make_block(number: int) -> None:
+            self.write_block(number, make(self.rows_of(number)))
+
+        complete(names, self.missing, make_block, claims)
+
     def rows_of(self, number: int) -> range:
-        """Return the numbers of the captions of a block."""
-        return range(number * self.block, min((number + 1) * self.block, self.captions))
+        """Return the numbers of the rows of a block."""
+        return range(number * self.block, min((number + 1) * self.block, self.rows))
 
     def read_block(self, number: int) -> np.ndarray | None:
         """Read the rows of a block; return None if it is missing or, with a note, damaged.
@@ -115,10 +164,10 @@ class MiningFolder:
 
         try:
             with reading(path):
-                rows = read_neighbours(path, len(self.rows_of(number)), self.captions)
-            if rows.shape[1] != self.top or rows.dtype != np.int32:
+                rows = read_neighbours(path, len(self.rows_of(number)), self.below)
+            if rows.shape[1] != self.width or rows.dtype != np.int32:
                 raise NoTable(
-                    f"{rows.dtype} with {rows.shape[1]} columns, expected int32 with {self.top}"
+                    f"{rows.dtype} with {rows.shape[1]} columns, expected int32 with {self.width}"
                 )
         except FileNotFoundError:
             return None
@@ -129,8 +178,9 @@ class MiningFolder:
         return rows
 
     def write_block(self, number: int, rows: np.ndarray) -> None:
-        """Write the rows of a finished block, [captions of the block, K]."""
-        with whole_file(self._block_path(number)) as handle:
+        """Write the rows of a finished block, [rows of the block, width]."""
+        path = self._block_path(number)
+        with whole_file(path, own_name(path)) as handle:
             np.save(handle, rows, allow_pickle=False)
 
     def _block_path(self, number: int) -> Path:
@@ -141,7 +191,7 @@ class MiningFolder:
         header = {
             "descr": np.dtype(np.int32).str,
             "fortran_order": False,
-            "shape": (self.captions, self.top),
+            "shape": (self.rows, self.width),
         }
 
         with new_file(self.path / ASSEMBLED) as handle:
@@ -185,3 +235,74 @@ class MiningFolder:
         remove_folder(self.path, OURS)
 
         return done["summary"]
+
+
+class MiningFolder(TableFolder):
+    """Manage the work on hard_negatives.npy of a store."""
+
+    def __init__(self, store: RegionStore, options: dict[str, Any]) -> None:
+        captions = store.num_captions
+        super().__init__(
+            store.path / HARD_NEGATIVES,
+            {"captions": captions, **options},
+            captions,
+            options["top"],
+            options["block"],
+            captions,
+        )
+
+
+class NeighbourFolder(TableFolder):
+    """Manage the work on hard_images.npy of a store."""
+
+    def __init__(self, store: RegionStore, neighbours: int, block: int) -> None:
+        images = store.num_images
+        super().__init__(
+            store.path / HARD_IMAGES,
+            {"images": images, "neighbours": neighbours, "block": block},
+            images,
+            neighbours,
+            block,
+            images,
+        )
+
+
+def complete(
+    names: dict[int, str],
+    missing: Callable[[], list[int]],
+    make: Callable[[int], None],
+    claims: Claims | None,
+) -> None:
+    """Make the numbered things that are missing, each taken by its name if others may make it too;
+    wait for what others have taken.
+    """
+    while left := missing():
+        for number in _rotated(left, claims.team if claims else Team()):
+            if claims is None or claims.take(names[number]):
+                make(number)
+
+        if claims and missing():
+            time.sleep(PAUSE)
+
+
+def _rotated(numbers: list[int], team: Team) -> Iterator[int]:
+    """Yield numbers from the part of this process on, so that few ask for the same."""
+    first = len(numbers) * team.rank // team.size
+    yield from numbers[first:]
+    yield from numbers[:first]
+
+
+def finish_together(
+    folder: TableFolder, finish: Callable[[], Any], claims: Claims | None
+) -> Any | None:
+    """Let one of the processes finish a table; return what it returns, None in the others."""
+    while claims is not None and not claims.take("finish"):
+        if not (folder.path / PLAN).exists():
+            return None
+        time.sleep(PAUSE)
+
+    if claims is not None and not (folder.path / PLAN).exists():
+        remove_folder(folder.path, OURS)
+        return None
+
+    return finish()
