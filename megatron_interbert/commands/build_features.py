@@ -6,10 +6,11 @@
 
 Stores can be joined, cut into other shards, or reduced to some of their images (--only).
 
-Features: base64 TSV (LXMERT, bottom-up attention), LMDB (ViLBERT, InterBERT), folders of npz, HDF5
-(adaptive or fixed bottom-up attention), region stores. Captions: COCO and Karpathy JSON, Flickr30K
-lines and token files, Conceptual Captions TSV, SBU JSON, MUGE and KDD Cup queries, plain TSV and
-JSON lines. A build that was stopped or killed is resumable: run the same command again.
+Features: TSV (LXMERT, bottom-up attention, VinVL), LMDB (ViLBERT, InterBERT, UNITER, volta, mmf),
+folders of npz or npy, HDF5 (bottom-up attention, GQA, volta, ..), region stores. Captions: COCO and
+Karpathy JSON, Flickr30K lines and token files, Conceptual Captions TSV, SBU JSON, MUGE and KDD Cup
+queries, plain TSV and JSON lines. A build that was stopped or killed is resumable: run the same
+command again.
 """
 
 import os
@@ -33,6 +34,7 @@ from megatron_interbert.preparation.building.sources.fields import (
     ReadOptions,
 )
 from megatron_interbert.preparation.building.sources.opening import FORMATS, open_features
+from megatron_interbert.preparation.building.sources.records import RecordSource
 from megatron_interbert.preparation.building.sources.stores import StoreSource
 from megatron_interbert.reading import read_text
 
@@ -88,13 +90,22 @@ class Options(BuildingOptions):
         "",
         "file that names the images of an HDF5 (imgid2idx as JSON or pickle, or one a line)",
     )
+    image_sizes: str = option(
+        "",
+        "file with width and height of the images if SOURCES have none: hw.tsv, COCO's JSON, or id"
+        " -> {width, height}",
+    )
     only: str = option("", "file with the image ids to keep, one a line")
     class_ids: str = option(
         "",
         "whether class id 0 is background or the first object; default: the format's convention",
         (BACKGROUND_FIRST, BACKGROUND_NONE),
     )
-    box_format: str = option("xyxy", "order of coordinates, in pixels", ("xyxy", "xywh", "yxyx"))
+    box_format: str = option(
+        "xyxy",
+        "order of coordinates; pixels or shares of the image are told apart",
+        ("xyxy", "xywh", "yxyx"),
+    )
     num_classes: int = option(1601, "classes, background included", least=1)
     trust_pickle: bool = option(
         False, "read pickles inside the input, limited to numbers, strings and arrays"
@@ -181,6 +192,7 @@ def plan_of(options: Options) -> BuildPlan:
         soft_labels=options.soft_labels or 10,
         num_classes=options.num_classes,
         trust_pickle=options.trust_pickle,
+        image_sizes=options.image_sizes,
     )
     columns = tuple(filter(None, options.columns.split(",")))
     sources = [
@@ -212,6 +224,7 @@ def plan_of(options: Options) -> BuildPlan:
             "columns": list(columns),
             "format": options.format,
             "image_ids": options.image_ids and file_sha256(options.image_ids),
+            "image_sizes": options.image_sizes and file_sha256(options.image_sizes),
         },
     )
 
@@ -219,6 +232,10 @@ def plan_of(options: Options) -> BuildPlan:
 def run(options: Options) -> None:
     """Build the store and report what it holds."""
     plan = plan_of(options)
+    for source in plan.sources:
+        if isinstance(source, RecordSource):
+            print(source.how(), flush=True)
+
     started = time.monotonic()
     manifest = build(plan, options.workers, options.max_dropped, options.restart)
     report(options.output, manifest, time.monotonic() - started)

@@ -18,7 +18,7 @@ from types import TracebackType
 
 import h5py
 import numpy as np
-from h5py import h5a, h5d, h5f, h5fd, h5i, h5l, h5o, h5p, h5pl, h5t, h5z
+from h5py import h5a, h5d, h5f, h5fd, h5g, h5i, h5l, h5o, h5p, h5pl, h5t, h5z
 
 from megatron_interbert.data.hdf5_bytes import FileBytes
 from megatron_interbert.errors import UsageError
@@ -204,12 +204,26 @@ class Hdf5File:
     def __contains__(self, name: str) -> bool:
         return self._file.id.links.exists(name.encode())
 
-    def names(self, most: int = 64) -> list[str]:
-        """Return the first `most` names in the root, in the file's order."""
-        return list(itertools.islice(self._file, most))
+    def names(self, most: int | None = 64, group: str = "") -> list[str]:
+        """Return the first `most` names (None: all) in the root or in a group of it, in the file's
+        order.
+        """
+        place = h5py.Group(self._member(group, f"group '{group}'")) if group else self._file
+        return list(itertools.islice(place, most))
+
+    def is_group(self, name: str) -> bool:
+        """Tell whether a name, or a path of names, is a group in the file itself."""
+        try:
+            return isinstance(self._member(name, f"'{name}'"), h5g.GroupID)
+        except UsageError:
+            return False
 
     def __getitem__(self, name: str) -> h5py.Dataset:
-        """Open a dataset of the root; raise UsageError if it is missing or not safe to read."""
+        """Open a dataset of the root, or of a group (group/name); raise UsageError if it is missing
+        or not safe to read.
+        """
+        if "/" in name:
+            return self._open(name)  # there may be millions: they are not kept open
         if name not in self._datasets:
             self._datasets[name] = self._open(name)
 
@@ -266,18 +280,7 @@ class Hdf5File:
 
     def _open(self, name: str) -> h5py.Dataset:
         shown = f"dataset '{name}'"
-        if name not in self:
-            raise self._refusal(shown, "is missing")
-
-        link = self._file.id.links.get_info(name.encode()).type
-        if link != h5l.TYPE_HARD:
-            raise self._refusal(
-                shown,
-                f"is {LINKS.get(link, 'a link of an unknown kind')}, expected data in the file"
-                " itself",
-            )
-
-        found = h5o.open(self._file.id, name.encode())
+        found = self._member(name, shown)
         if not isinstance(found, h5d.DatasetID):
             raise self._refusal(shown, "is a group or a type, expected a dataset")
 
@@ -291,6 +294,23 @@ class Hdf5File:
             raise self._refusal(shown, problem)
 
         return h5py.Dataset(found, readonly=True)
+
+    def _member(self, path: str, shown: str) -> h5g.GroupID | h5d.DatasetID:
+        """Follow names from the root, through groups that are in the file itself."""
+        found = self._file.id
+        for name in path.split("/"):
+            inside = found is self._file.id or isinstance(found, h5g.GroupID)
+            if not inside or not found.links.exists(name.encode()):
+                raise self._refusal(shown, "is missing")
+
+            link = found.links.get_info(name.encode()).type
+            if link != h5l.TYPE_HARD:
+                kind = LINKS.get(link, "a link of an unknown kind")
+                raise self._refusal(shown, f"is {kind}, expected data in the file itself")
+
+            found = h5o.open(found, name.encode())
+
+        return found
 
     def _refusal(self, what: str, problem: str) -> UsageError:
         return UsageError(f"{self.path}: {what} {problem}; {self.mend}")
