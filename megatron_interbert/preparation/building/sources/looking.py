@@ -1,7 +1,6 @@
 """Say in one line how a source is read, so that a wrong choice is seen."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from megatron_interbert.preparation.building.sources.fields import (
     BACKGROUND_FIRST,
@@ -11,9 +10,7 @@ from megatron_interbert.preparation.building.sources.fields import (
     TOP_1,
     ReadOptions,
 )
-
-if TYPE_CHECKING:
-    from megatron_interbert.preparation.building.sources.records import Fields
+from megatron_interbert.preparation.building.sources.values import Fields
 
 
 @dataclass
@@ -27,7 +24,7 @@ class Look:
     shares: bool
     feature_dim: int
     labels: str
-    first: "Fields"
+    first: Fields
     dense: tuple[int, ...]
     size: tuple[float, float]
 

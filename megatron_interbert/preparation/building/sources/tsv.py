@@ -15,8 +15,9 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.sources import names
 from megatron_interbert.preparation.building.sources.base import Dropped
 from megatron_interbert.preparation.building.sources.fields import BadRecord, ReadOptions
-from megatron_interbert.preparation.building.sources.records import SINGLE, Raw, RecordSource
+from megatron_interbert.preparation.building.sources.records import Raw, RecordSource
 from megatron_interbert.preparation.building.sources.sizes import read_sizes, sizes_beside
+from megatron_interbert.preparation.building.sources.values import SINGLE
 
 JSON = "json"  # a column with all other fields
 BOTTOM_UP = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")

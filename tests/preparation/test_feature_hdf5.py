@@ -1,0 +1,136 @@
+"""Test HDF5 files of region features in every layout."""
+
+import json
+import pickle
+
+import h5py
+import numpy as np
+import pytest
+
+from tests.preparation import published
+from tests.preparation.formats import made_up_images
+from tests.preparation.reading_features import built, check, refusal
+
+
+@pytest.fixture
+def images():
+    return made_up_images(6)
+
+
+def place_in_split(image, field):
+    return f"{'train' if image in ('image-0', 'image-1') else 'val'}/{image}/{field}"
+
+
+@pytest.mark.parametrize(
+    ("place", "fields", "labels"),
+    [
+        (lambda image, field: f"{image}/{field}", published.volta_fields, "top"),
+        (lambda image, field: f"{image}/{field}", published.short_fields, "top"),
+        (lambda image, field: f"all/{image}/{field}", published.volta_fields, "top"),
+        (lambda image, field: f"{field}/{image}", published.volta_fields, "top"),
+        (lambda image, field: f"{image}_{field}", published.detections, "dense"),
+    ],
+)
+def test_hdf5_that_keeps_images_apart(tmp_path, images, place, fields, labels):
+    path = published.by_place(tmp_path / "x.h5", images, place, fields)
+    sizes = published.coco_sizes(tmp_path / "sizes.json", images) if labels == "dense" else ""
+    found, _, how = built(path, tmp_path / "store", image_sizes=str(sizes))
+    found = {name.removeprefix("all/"): regions for name, regions in found.items()}
+    check(found, images, labels)
+    assert "HDF5 with a " in how
+
+
+def test_groups_of_splits_and_a_group_that_is_no_image(tmp_path, images):
+    path = published.by_place(tmp_path / "x.h5", images, place_in_split, published.volta_fields)
+    found, _, _ = built(path, tmp_path / "store")
+    check({name.split("/")[-1]: regions for name, regions in found.items()}, images)
+    assert "train/image-0" in found
+    path = published.by_place(
+        tmp_path / "y.h5", images, lambda i, f: f"{i}/{f}", published.volta_fields
+    )
+    with h5py.File(path, "a") as file:
+        file["version"] = 1
+        file.create_group("meta")["text"] = "made on Monday"
+
+    found, manifest, _ = built(path, tmp_path / "other", max_dropped=0.5)
+    check(found, images)
+    assert sum(manifest["dropped"].values()) == 2
+
+
+ALL = ("feats", "bbox", "num_bbox", "widths", "heights", "img_ids")
+
+
+def test_hdf5_with_a_dataset_for_each_field(tmp_path, images):
+    path = published.columns(tmp_path / "x.h5", images, 9, ALL)
+    check(built(path, tmp_path / "a")[0], images, "none")
+    ids = {"objects_id": np.stack([published.padded(i["cls_id_1601"] - 1, 9) for i in images])}
+    confidence = {"objects_conf": np.stack([published.padded(i["cls_conf"], 9) for i in images])}
+    path = published.columns(tmp_path / "y.h5", images, 9, ALL, **ids, **confidence)
+    check(built(path, tmp_path / "b")[0], images)
+
+    with h5py.File(tmp_path / "z.h5", "w") as file:
+        file["features"] = np.concatenate([image["features"] for image in images])
+        file["boxes"] = np.concatenate([image["boxes"] for image in images])
+        file["num_boxes"] = [len(image["boxes"]) for image in images]
+        file["image_w"] = np.full((6, 1), 100)
+        file["image_h"] = np.full((6, 1), 80)
+        file["image_ids"] = [published.name_of(image) for image in images]
+
+    check(built(tmp_path / "z.h5", tmp_path / "c")[0], images, "none")
+
+
+def test_gqa_objects_in_several_files(tmp_path, images):
+    """Check features and boxes in numbered files, and all else in one JSON for all of them."""
+    info = {}
+    for number, part in enumerate((images[:4], images[4:])):
+        names = ("features", "bboxes", None, None, None, None)
+        published.columns(tmp_path / f"gqa_objects_{number}.h5", part, 9, names)
+        for row, image in enumerate(part):
+            info[published.name_of(image)] = {
+                **{"width": 100, "height": 80, "file": number, "idx": row},
+                "objectsNum": len(image["boxes"]),
+            }
+
+    (tmp_path / "info.json").write_text(json.dumps(info))
+    for number, part in enumerate((images[:4], images[4:])):
+        path = tmp_path / f"gqa_objects_{number}.h5"
+        found, _, how = built(path, tmp_path / f"store-{number}", image_ids=tmp_path / "info.json")
+        check(found, part, "none")
+        assert "no name" not in how
+
+
+@pytest.mark.parametrize("form", ["fewer names", "blank names", "numbered", "beside"])
+def test_spare_rows(tmp_path, images, form):
+    spare = [{**images[0], "image_id": ""}, {**images[1], "image_id": ""}]
+    names = [published.name_of(image) for image in images]
+    ids = tmp_path / "ids.txt"
+    all_names = (*ALL[:5], "image_ids" if form == "blank names" else None)
+    path = published.columns(tmp_path / "x.h5", [*images, *spare], 9, all_names)
+    if form == "fewer names":
+        ids.write_text("\n".join(names))
+    elif form == "numbered":
+        ids = tmp_path / "ids.json"
+        ids.write_text(json.dumps({name: row for row, name in enumerate(names)}))
+    elif form == "beside":
+        (tmp_path / "x_imgid2idx.pkl").write_bytes(
+            pickle.dumps({name: row for row, name in enumerate(names)})
+        )
+
+    given = ids if ids.exists() else ""
+    found, manifest, how = built(path, tmp_path / "store", image_ids=given)
+    check(found, images, "none")
+    assert "2 of 8 rows have no name and are left out" in how
+    assert manifest["images_read"] == 6
+
+
+def test_names_that_do_not_belong_to_the_rows(tmp_path, images):
+    path = published.columns(tmp_path / "x.h5", images, 9, (*ALL[:5], None))
+    ids = tmp_path / "ids.json"
+    for names, message in (
+        ([f"name-{number}" for number in range(7)], "names 7 images, but the features hold 6"),
+        ({"a": 6}, "a is row 6, expected 0 to 5"),
+        ({"a": 1, "b": 1}, "a and b are both row 1"),
+        ({}, "none of its 6 rows has a name"),
+    ):
+        ids.write_text(json.dumps(names))
+        assert message in refusal(path, image_ids=ids)
