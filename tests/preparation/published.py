@@ -10,6 +10,9 @@ import numpy as np
 
 from tests.preparation.formats import encoded, write_lmdb
 
+# spellings of the datasets that `columns` writes
+ALL = ("feats", "bbox", "num_bbox", "widths", "heights", "img_ids")
+
 
 def name_of(image):
     return str(image["image_id"])

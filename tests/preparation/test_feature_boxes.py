@@ -51,7 +51,7 @@ def test_boxes_as_shares_are_multiplied_by_the_size(tmp_path, images, form):
         path = write_npz(tmp_path / "npz", [{**i, "boxes": box(i)} for i in images])
     elif form == "hdf5":
         scaled = [{**image, "boxes": box(image)} for image in images]
-        path = published.columns(tmp_path / "x.h5", scaled, 9, ALL)
+        path = published.columns(tmp_path / "x.h5", scaled, 9, published.ALL)
     else:
         scaled = [{**image, "boxes": box(image)} for image in images]
         path = published.mmf_lmdb(tmp_path / "x.lmdb", scaled)

@@ -57,15 +57,12 @@ def test_groups_of_splits_and_a_group_that_is_no_image(tmp_path, images):
     assert sum(manifest["dropped"].values()) == 2
 
 
-ALL = ("feats", "bbox", "num_bbox", "widths", "heights", "img_ids")
-
-
 def test_hdf5_with_a_dataset_for_each_field(tmp_path, images):
-    path = published.columns(tmp_path / "x.h5", images, 9, ALL)
+    path = published.columns(tmp_path / "x.h5", images, 9, published.ALL)
     check(built(path, tmp_path / "a")[0], images, "none")
     ids = {"objects_id": np.stack([published.padded(i["cls_id_1601"] - 1, 9) for i in images])}
     confidence = {"objects_conf": np.stack([published.padded(i["cls_conf"], 9) for i in images])}
-    path = published.columns(tmp_path / "y.h5", images, 9, ALL, **ids, **confidence)
+    path = published.columns(tmp_path / "y.h5", images, 9, published.ALL, **ids, **confidence)
     check(built(path, tmp_path / "b")[0], images)
 
     with h5py.File(tmp_path / "z.h5", "w") as file:
@@ -104,7 +101,7 @@ def test_spare_rows(tmp_path, images, form):
     spare = [{**images[0], "image_id": ""}, {**images[1], "image_id": ""}]
     names = [published.name_of(image) for image in images]
     ids = tmp_path / "ids.txt"
-    all_names = (*ALL[:5], "image_ids" if form == "blank names" else None)
+    all_names = (*published.ALL[:5], "image_ids" if form == "blank names" else None)
     path = published.columns(tmp_path / "x.h5", [*images, *spare], 9, all_names)
     if form == "fewer names":
         ids.write_text("\n".join(names))
@@ -124,7 +121,7 @@ def test_spare_rows(tmp_path, images, form):
 
 
 def test_names_that_do_not_belong_to_the_rows(tmp_path, images):
-    path = published.columns(tmp_path / "x.h5", images, 9, (*ALL[:5], None))
+    path = published.columns(tmp_path / "x.h5", images, 9, (*published.ALL[:5], None))
     ids = tmp_path / "ids.json"
     for names, message in (
         ([f"name-{number}" for number in range(7)], "names 7 images, but the features hold 6"),
