@@ -2,6 +2,7 @@
 
 import os
 import tokenize
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -116,7 +117,9 @@ def _read_array(handle: IO[bytes], size: int, trust_pickle: bool) -> Any:
 
 def _header(handle: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     version = np.lib.format.read_magic(handle)
+    read = np.lib.format.read_array_header_2_0
     if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(handle)
+        read = np.lib.format.read_array_header_1_0
 
-    return np.lib.format.read_array_header_2_0(handle)
+    with warnings.catch_warnings(action="ignore"):  # about headers of Python 2
+        return read(handle)

@@ -40,10 +40,10 @@ class Look:
         return "; ".join(parts)
 
     def _boxes(self, options: ReadOptions) -> str:
-        if not (self.shares or self.first.named):
-            return f"boxes in pixels ({options.box_format})"
         if self.size == (1.0, 1.0):
             return "boxes are shares of images of unknown size, which are kept (size 1 x 1)"
+        if not (self.shares or self.first.named):
+            return f"boxes in pixels ({options.box_format})"
 
         return "boxes are shares of the image, multiplied by its size"
 

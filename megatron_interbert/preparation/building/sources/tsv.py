@@ -127,8 +127,8 @@ class TsvSource(RecordSource):
 
     def _line(self, line: bytes, where: str) -> Raw | Dropped | None:
         values = _split(line)
-        if [v.decode("utf-8", "replace") for v in values if len(v) < 40] == list(self.columns):
-            return None  # a header
+        if _is_header(values):
+            return None
 
         place = next((i for i, c in enumerate(self.columns) if names.ours(c) == "image_id"), 0)
         name = values[place][:80].decode("utf-8", "replace") if len(values) > place else ""
@@ -172,14 +172,17 @@ def _without_quotes(value: bytes) -> bytes:
     return value[1:-1].replace(b'""', b'"')
 
 
+def _is_header(values: list[bytes]) -> bool:
+    """Tell whether a line has the names of its columns."""
+    return {names.ours(value) for value in values if len(value) < 40} >= NEEDED
+
+
 def _columns_of(values: list[bytes]) -> tuple[str, ...]:
     """Return the columns of a line: its own words if it is a header, or by their number; () if
     unknown.
     """
-    words = [value.decode("utf-8", "replace") for value in values if len(value) < 40]
-    known = {names.ours(word) for word in words}
-    if len(words) == len(values) and known >= NEEDED:
-        return tuple(words)
+    if _is_header(values):
+        return tuple(value.decode("utf-8", "replace") for value in values)
 
     if values[-1][:1] in (b"{", b"["):
         return (*("image_id", "", "", "")[: len(values) - 1], JSON)

@@ -74,6 +74,8 @@ def fields_of(
 
     found.values["features"] = features
     _add_boxes(found, raw, rows or len(features))
+    if not rows:
+        rows = _cut_padding(found.values)
     _add_size(found, raw, sizes)
     _add_labels(found, raw, rows or len(features))
     if not found.named:
@@ -260,6 +262,23 @@ def _add_boxes(found: Fields, raw: Mapping[str, Any], rows: int) -> None:
     found.values["boxes"] = box_kinds.corners(_trimmed(boxes, rows, "boxes"))
 
 
+def _cut_padding(values: dict[str, Any]) -> int:
+    """Remove regions at the end whose features and boxes are zero, by which records that state no
+    number of regions may be padded; return how many are left.
+    """
+    if len(values["features"]) != len(values["boxes"]):
+        return 0  # reported later
+
+    filled = values["features"].any(axis=1) | values["boxes"].any(axis=1)
+    if not filled.any():
+        raise BadRecord("no regions", "all features and boxes are zero")
+
+    rows = int(np.flatnonzero(filled)[-1]) + 1
+    values |= {name: values[name][:rows] for name in ("features", "boxes")}
+
+    return rows
+
+
 def _add_size(
     found: Fields, raw: Mapping[str, Any], sizes: Mapping[str, tuple[float, float]]
 ) -> None:
@@ -291,8 +310,8 @@ def _add_labels(found: Fields, raw: Mapping[str, Any], rows: int) -> None:
         value = raw.get(name)
         if value is None:
             continue
-        if name == "class_ids" and isinstance(value, list | tuple) and _holds_text(value):
-            continue  # names of classes
+        if name == "class_ids" and _are_words(value):
+            continue
         if isinstance(value, str | bytes):
             value = _decoded(value, rows, dtypes, name)
 
@@ -310,6 +329,14 @@ def _add_labels(found: Fields, raw: Mapping[str, Any], rows: int) -> None:
             name = "class_confidence"
 
         found.values.setdefault(name, array)
+
+
+def _are_words(value: Any) -> bool:
+    """Tell whether classes are given by their names instead of numbers."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "USO"
+
+    return isinstance(value, list | tuple) and _holds_text(value)
 
 
 def _decoded(value: str | bytes, rows: int, codes: tuple[str, ...], name: str) -> np.ndarray:
