@@ -186,6 +186,10 @@ def vocabulary_of(sources: list[FeatureSource], options: Options) -> str:
 
 def plan_of(options: Options) -> BuildPlan:
     """Open the sources and plan what to build from them."""
+    names: list[str] = []
+    if options.class_names:
+        names = ["background", *read_text(options.class_names, "--class-names").splitlines()]
+
     reading = ReadOptions(
         class_ids=options.class_ids,
         box_format=options.box_format,
@@ -193,6 +197,7 @@ def plan_of(options: Options) -> BuildPlan:
         num_classes=options.num_classes,
         trust_pickle=options.trust_pickle,
         image_sizes=options.image_sizes,
+        class_names=tuple(names),
     )
     columns = tuple(filter(None, options.columns.split(",")))
     sources = [
@@ -200,10 +205,6 @@ def plan_of(options: Options) -> BuildPlan:
         for path in options.sources
     ]
     widths = [s.store.label_width() for s in sources if isinstance(s, StoreSource)]
-    names: list[str] = []
-    if options.class_names:
-        names = ["background", *read_text(options.class_names, "--class-names").splitlines()]
-
     return BuildPlan(
         sources=sources,
         output=options.output,
@@ -220,7 +221,7 @@ def plan_of(options: Options) -> BuildPlan:
         strict_boxes=options.strict_boxes,
         options={
             "sources": list(options.sources),
-            "reading": vars(reading),
+            "reading": {**vars(reading), "class_names": list(names)},
             "columns": list(columns),
             "format": options.format,
             "image_ids": options.image_ids and file_sha256(options.image_ids),
@@ -234,7 +235,7 @@ def run(options: Options) -> None:
     plan = plan_of(options)
     for source in plan.sources:
         if isinstance(source, RecordSource):
-            print(source.how(), flush=True)
+            print("\n".join([source.how(), *source.remarks()]), flush=True)
 
     started = time.monotonic()
     manifest = build(plan, options.workers, options.max_dropped, options.restart)

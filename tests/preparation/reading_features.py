@@ -24,7 +24,7 @@ def built(path, output, max_dropped=0.0, **options):
     manifest = build(plan, max_dropped=max_dropped)
     store = RegionStore(str(output))
     found = {store.image_id(number): store.read(number) for number in range(store.num_images)}
-    return found, manifest, source.how()
+    return found, manifest, "; ".join([source.how(), *source.remarks()])
 
 
 def refusal(path, **options):

@@ -57,7 +57,7 @@ def test_samples_of_the_field(tmp_path, path, names, labels, features):
     assert how.startswith(f"{FIELD / path}: ")
     assert "\n" not in how
     if "spare" in path:
-        assert "2 of 6 rows have no name and are left out" in how
+        assert "2 rows without a name, of 6" in how
 
 
 @needs_shared
@@ -195,6 +195,12 @@ def test_predictions(tmp_path, images):
     found, _, how = built(path, tmp_path / "store")
     check(found, images, "none")
     assert "no classes but their names" in how
+    names = ("background", "cat", "sofa,couch,dog", "bird")
+    found, manifest, _ = built(path, tmp_path / "named", class_names=names)
+    assert manifest["soft_labels"] == "top_1_confidence"
+    assert all((regions.class_ids[:, 0] == 2).all() for regions in found.values())
+    assert all((regions.class_probs[:, 0] == 0.5).all() for regions in found.values())
+    assert "a class that is not in --class-names: dog" in refusal(path, class_names=names[:2])
     path = published.predictions_tsv(tmp_path / "other.tsv", images, size=False)
     assert "'width' of the image is missing" in refusal(path)
 

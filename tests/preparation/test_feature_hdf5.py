@@ -93,7 +93,7 @@ def test_gqa_objects_in_several_files(tmp_path, images):
         path = tmp_path / f"gqa_objects_{number}.h5"
         found, _, how = built(path, tmp_path / f"store-{number}", image_ids=tmp_path / "info.json")
         check(found, part, "none")
-        assert "no name" not in how
+        assert "without a name" not in how
 
 
 @pytest.mark.parametrize("form", ["fewer names", "blank names", "numbered", "beside"])
@@ -116,7 +116,7 @@ def test_spare_rows(tmp_path, images, form):
     given = ids if ids.exists() else ""
     found, manifest, how = built(path, tmp_path / "store", image_ids=given)
     check(found, images, "none")
-    assert "2 of 8 rows have no name and are left out" in how
+    assert "2 rows without a name, of 8" in how
     assert manifest["images_read"] == 6
 
 

@@ -24,7 +24,7 @@ class ReadOptions:
 
     class_ids: whether id 0 is background (background-first) or the first object (background-none);
     empty: as usual for the format. image_sizes: file with the sizes of images whose records have
-    none.
+    none. class_names: background first, for records that name their classes; empty: unknown.
     """
 
     class_ids: str = ""
@@ -33,6 +33,7 @@ class ReadOptions:
     num_classes: int = 1601  # with background
     trust_pickle: bool = False
     image_sizes: str = ""
+    class_names: tuple[str, ...] = ()
 
 
 class BadRecord(ValueError):

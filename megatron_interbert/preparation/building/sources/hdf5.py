@@ -132,10 +132,12 @@ class Hdf5Source(RecordSource):
         path = self.options.image_sizes
         return read_sizes(path) if path else self.rows.sizes
 
-    def how(self) -> str:
-        """Describe in one line how the source is read, and how many rows are left out."""
-        left = f"; {self.nameless} of {self.images} rows have no name and are left out"
-        return super().how() + (left if self.nameless else "")
+    def remarks(self) -> list[str]:
+        """Return a line about rows that no image is named after."""
+        if not self.nameless:
+            return []
+
+        return [f"{self.path}: {self.nameless} rows without a name, of {self.images}: left out"]
 
     def units(self, images_per_unit: int) -> list[list[int]]:
         """List ranges of images: [first, last + 1]."""

@@ -50,11 +50,14 @@ class Look:
     def _classes(self, options: ReadOptions) -> str:
         if self.labels == NONE:
             names = "class_names" in self.first.spelled
-            return "no classes" + (" but their names, which are not read" if names else "")
+            return "no classes" + (" but their names: give --class-names" if names else "")
         if self.labels == DENSE:
             columns = self.dense[0]
             shift = "" if columns == options.num_classes else " without background, moved by one"
             return f"class distributions of {columns} columns{shift}"
+
+        if self.first.by_name:
+            return "classes by their names"
 
         first = (options.class_ids or self.first.scheme) == BACKGROUND_FIRST
         counted = "0 is background" if first else "0 is the first object, moved by one"

@@ -68,6 +68,19 @@ class RecordSource:
         return read_sizes(self.options.image_sizes) if self.options.image_sizes else {}
 
     @cached_property
+    def classes(self) -> Mapping[str, int]:
+        """Return the class of each name, of which a class may have several (sofa,couch)."""
+        return {
+            name.strip().lower(): number
+            for number, names in enumerate(self.options.class_names)
+            for name in names.split(",")
+        }
+
+    def remarks(self) -> list[str]:
+        """Return lines for the user about what is left out."""
+        return []
+
+    @cached_property
     def look(self) -> Look:
         """Read the first records and decide how all are read; raise UsageError if none is good."""
         unit = self.first_unit()
@@ -137,7 +150,7 @@ class RecordSource:
     def _fields(self, raw: Raw) -> Fields | Dropped:
         name = image_name(raw.image_id)
         try:
-            return fields_of(raw.values, name, self.sizes)
+            return fields_of(raw.values, name, self.sizes, self.classes)
         except BadRecord as error:
             return Dropped(raw.where, name[:80], error.reason, error.details)
         except UsageError:  # nothing can be read at all: not this record's fault
@@ -170,7 +183,11 @@ class RecordSource:
                     " images with --image-sizes",
                 )
 
-        options = replace(self.options, box_format="xyxy") if fields.named else self.options
+        options = self.options
+        if fields.named:
+            options = replace(options, box_format="xyxy")
+        if fields.by_name:
+            options = replace(options, class_ids="")
 
         return make_regions(values, options, fields.scheme, shares or fields.named)
 

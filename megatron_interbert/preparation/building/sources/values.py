@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_interbert.preparation.building.sources import boxes as box_kinds
 from megatron_interbert.preparation.building.sources.fields import (
+    BACKGROUND_FIRST,
     BACKGROUND_NONE,
     BadRecord,
     number,
@@ -32,7 +33,7 @@ class Fields:
     """Hold the fields of a record for make_regions, how they were found, and its caption.
 
     boxes: PIXELS or SHARES if the record itself tells, "" if both are possible. named: the boxes
-    are in a field for shares.
+    are in a field for shares. by_name: classes were given by names, so their numbers are ours.
     """
 
     values: dict[str, Any]
@@ -40,16 +41,21 @@ class Fields:
     scheme: str = BACKGROUND_NONE
     boxes: str = ""
     named: bool = False
+    by_name: bool = False
     notes: list[str] = field(default_factory=list)
     caption: str = ""
 
 
 def fields_of(
-    values: Mapping[Any, Any], name: str, sizes: Mapping[str, tuple[float, float]]
+    values: Mapping[Any, Any],
+    name: str,
+    sizes: Mapping[str, tuple[float, float]],
+    classes: Mapping[str, int],
 ) -> Fields:
     """Return the fields of a record; raise BadRecord if it is malformed.
 
     name: of the image, if the record itself has none. sizes: of images whose records have none.
+    classes: number of each name of a class, background counted; empty: unknown.
     """
     raw, spelled = renamed(spread(values))
     raw = {key: unquoted(value) for key, value in raw.items()}
@@ -78,6 +84,7 @@ def fields_of(
         rows = _cut_padding(found.values)
     _add_size(found, raw, sizes)
     _add_labels(found, raw, rows or len(features))
+    _add_named_classes(found, raw, classes)
     if not found.named:
         size = found.values.get("width"), found.values.get("height")
         known = None if None in size else size
@@ -329,6 +336,23 @@ def _add_labels(found: Fields, raw: Mapping[str, Any], rows: int) -> None:
             name = "class_confidence"
 
         found.values.setdefault(name, array)
+
+
+def _add_named_classes(found: Fields, raw: Mapping[str, Any], classes: Mapping[str, int]) -> None:
+    """Add the classes of regions that are given by names."""
+    words = raw["class_ids"] if _are_words(raw.get("class_ids")) else raw.get("class_names")
+    if not classes or not _are_words(words) or "class_ids" in found.values:
+        return
+
+    known = [classes.get(str(word).strip().lower(), -1) for word in words]
+    if -1 in known:
+        raise BadRecord("a class that is not in --class-names", str(words[known.index(-1)])[:60])
+
+    found.values["class_ids"] = _trimmed(
+        np.array(known), len(found.values["features"]), "class_ids"
+    )
+    found.scheme = BACKGROUND_FIRST
+    found.by_name = True
 
 
 def _are_words(value: Any) -> bool:
