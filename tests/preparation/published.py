@@ -210,9 +210,9 @@ def predictions_tsv(path, images, size=True):
     return path
 
 
-def tsv_of(path, images, names, header=False, text=str, boxes=None, start=""):
+def tsv_of(path, images, names, header=False, text=str, boxes=None, start="", between="\t"):
     """Write a TSV of any columns. text: how a value is written; boxes: instead of pixels."""
-    lines = ["\t".join(names) + "\n"] if header else []
+    lines = [between.join(names) + "\n"] if header else []
     for image in images:
         zeros = np.zeros(len(image["boxes"]))
         values = {
@@ -230,7 +230,7 @@ def tsv_of(path, images, names, header=False, text=str, boxes=None, start=""):
         }
         values |= {"img_id": values["image_id"], "img_w": values["image_w"]}
         values |= {"img_h": values["image_h"]}
-        lines.append("\t".join(text(values.get(name, "x")) for name in names) + "\n")
+        lines.append(between.join(text(values.get(name, "x")) for name in names) + "\n")
 
     path.write_text(start + "".join(lines), encoding="utf-8")
     return path

@@ -220,6 +220,8 @@ def in_bytes(value):
         ((*BOTTOM_UP, "objects_id", "objects_conf"), {"header": True, "start": "\ufeff"}, "top"),
         ((*BOTTOM_UP, "cls_prob"), {}, "dense"),
         (BOTTOM_UP, {"text": lambda value: f'"{value}"'}, "none"),
+        (BOTTOM_UP, {"text": in_bytes, "header": True, "between": ","}, "none"),
+        (VOLTA[:10], {"between": ","}, "top"),
     ],
 )
 def test_tsv(tmp_path, images, names, more, labels):
@@ -230,6 +232,47 @@ def test_tsv(tmp_path, images, names, more, labels):
     crlf = tmp_path / "crlf.tsv"
     crlf.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     check(built(crlf, tmp_path / "other")[0], images, "dense" if labels == "first" else labels)
+
+
+def test_lines_of_json(tmp_path, images):
+    """Check JSON of each image, and an image without any object, which is dropped."""
+    lines = []
+    for image in images:
+        region = zip(image["boxes"].tolist(), image["features"].tolist(), strict=True)
+        objects = [{"id": 5, "bbox": box, "feat": row} for box, row in region]
+        size = {"w": 100, "h": 80}
+        lines.append({"image_id": published.name_of(image), **size, "objects": objects})
+
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"objects": []}]))
+    found, manifest, _ = built(path, tmp_path / "store", max_dropped=0.2)
+    check(found, images, "none")
+    assert manifest["dropped"] == {"no regions": 1}
+
+
+def test_sizes_of_images_in_every_form(tmp_path, images):
+    """Check COCO's, Visual Genome's and plain JSON, hw.tsv, and what holds no sizes."""
+    path = published.by_place(
+        tmp_path / "x.h5", images, lambda i, f: f"{i}_{f}", published.detections
+    )
+    names = [published.name_of(image) for image in images]
+    size = {"width": 100, "height": 80}
+    forms = {
+        "coco.json": {"images": [{"id": 1, "file_name": f"{n}.jpg", **size} for n in names]},
+        "vg.json": [{"image_id": n, **size} for n in names],
+        "plain.json": {n: {"img_w": 100, "img_h": 80} for n in names},
+    }
+    for name, content in forms.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "x.hw.tsv").write_text("".join(f"{n}\t80 100\n" for n in names))
+
+    for name in (*forms, "x.hw.tsv"):
+        found, _, _ = built(path, tmp_path / f"{name} store", image_sizes=str(tmp_path / name))
+        check(found, images, "dense")
+
+    for content in ("{}", "[]", "[1]", '{"a": 1}', "a b c", "a\tb", '{"a": {"width": 1}}', "{"):
+        (tmp_path / "bad").write_text(content)
+        assert "sizes of images" in refusal(path, image_sizes=str(tmp_path / "bad"))
 
 
 def test_rows_of_text_in_pickles(tmp_path, images):

@@ -40,7 +40,7 @@ def test_hdf5_that_keeps_images_apart(tmp_path, images, place, fields, labels):
     assert "HDF5 with a " in how
 
 
-def test_groups_of_splits_and_a_group_that_is_no_image(tmp_path, images):
+def test_groups_of_splits_and_what_is_no_image(tmp_path, images):
     path = published.by_place(tmp_path / "x.h5", images, place_in_split, published.volta_fields)
     found, _, _ = built(path, tmp_path / "store")
     check({name.split("/")[-1]: regions for name, regions in found.items()}, images)
@@ -52,9 +52,9 @@ def test_groups_of_splits_and_a_group_that_is_no_image(tmp_path, images):
         file["version"] = 1
         file.create_group("meta")["text"] = "made on Monday"
 
-    found, manifest, _ = built(path, tmp_path / "other", max_dropped=0.5)
+    found, manifest, _ = built(path, tmp_path / "other")
     check(found, images)
-    assert sum(manifest["dropped"].values()) == 2
+    assert not manifest["dropped"]
 
 
 def test_hdf5_with_a_dataset_for_each_field(tmp_path, images):
@@ -74,6 +74,52 @@ def test_hdf5_with_a_dataset_for_each_field(tmp_path, images):
         file["image_ids"] = [published.name_of(image) for image in images]
 
     check(built(tmp_path / "z.h5", tmp_path / "c")[0], images, "none")
+
+
+@pytest.mark.parametrize("form", ["bytes", "text of bytes", "numbers", "fixed"])
+def test_names_in_the_file(tmp_path, images, form):
+    """Check names as text of bytes, as numbers and of fixed width; and a name in a group."""
+    names = [published.name_of(image) for image in images]
+    if form == "numbers":
+        names = [str(7 * row) for row in range(6)]
+        for name, image in zip(names, images, strict=True):
+            image["image_id"] = np.array(name)
+
+    values = {
+        "bytes": [name.encode() for name in names],
+        "text of bytes": [str(name.encode()) for name in names],
+        "numbers": [7.0 * row for row in range(6)],
+        "fixed": np.array(names, "S30"),
+    }[form]
+    more = {"image_ids": values}
+    path = published.columns(tmp_path / "x.h5", images, 9, (*published.ALL[:5], None), **more)
+    check(built(path, tmp_path / "a")[0], images, "none")
+
+    def fields(image):
+        name = values[names.index(published.name_of(image))]
+        return {**published.volta_fields(image), "img_id": name}
+
+    places = {name: f"row {row}" for row, name in enumerate(names)}
+    path = published.by_place(tmp_path / "y.h5", images, lambda i, f: f"{places[i]}/{f}", fields)
+    check(built(path, tmp_path / "b")[0], images)
+
+
+def test_padding_without_a_number_of_regions(tmp_path, images):
+    """Check fixed rows of zeros at the end, which are no regions; and an image of nothing else."""
+    names = ("features", "boxes", None, "image_w", "image_h", "ids")
+    check(
+        built(published.columns(tmp_path / "x.h5", images, 9, names), tmp_path / "a")[0],
+        images,
+        "none",
+    )
+    path = published.columns(tmp_path / "y.h5", images, 9, names)
+    with h5py.File(path, "a") as file:
+        file["features"][2] = 0
+        file["boxes"][2] = 0
+
+    found, manifest, _ = built(path, tmp_path / "b", max_dropped=0.2)
+    check(found, [*images[:2], *images[3:]], "none")
+    assert manifest["dropped"] == {"no regions": 1}
 
 
 def test_gqa_objects_in_several_files(tmp_path, images):
@@ -96,13 +142,19 @@ def test_gqa_objects_in_several_files(tmp_path, images):
         assert "without a name" not in how
 
 
-@pytest.mark.parametrize("form", ["fewer names", "blank names", "numbered", "beside"])
+@pytest.mark.parametrize(
+    "form", ["fewer names", "blank names", "zeros for names", "numbered", "beside"]
+)
 def test_spare_rows(tmp_path, images, form):
     spare = [{**images[0], "image_id": ""}, {**images[1], "image_id": ""}]
     names = [published.name_of(image) for image in images]
     ids = tmp_path / "ids.txt"
     all_names = (*published.ALL[:5], "image_ids" if form == "blank names" else None)
-    path = published.columns(tmp_path / "x.h5", [*images, *spare], 9, all_names)
+    more = {"ids": [*range(1, 7), 0, 0]} if form == "zeros for names" else {}
+    path = published.columns(tmp_path / "x.h5", [*images, *spare], 9, all_names, **more)
+    if more:
+        for row, image in enumerate(images):
+            image["image_id"] = np.array(str(row + 1))
     if form == "fewer names":
         ids.write_text("\n".join(names))
     elif form == "numbered":

@@ -44,7 +44,7 @@ def unusable(start: bytes, path: str = "") -> str:
         return f"{PICKLE}; {CONVERT}"
     if suffix in (".pkl", ".pickle", ".p"):
         return f"{PICKLE}; {CONVERT}"
-    if suffix in NOT_FEATURES and b"\t" not in start:
+    if suffix in NOT_FEATURES:
         return f"a {suffix} file, which holds no region features here; give the features themselves"
 
     return ""

@@ -29,8 +29,8 @@ from megatron_interbert.preparation.building.sources.image_ids import (
 )
 from megatron_interbert.preparation.building.sources.records import Raw, RecordSource
 from megatron_interbert.preparation.building.sources.sizes import read_sizes
+from megatron_interbert.preparation.building.sources.values import image_name
 
-OF_REGIONS = ("features", "boxes", "shares", "class_probs", "class_ids", "class_confidence")
 OF_IMAGES = ("width", "height", "image_sizes", "num_boxes")
 
 
@@ -117,14 +117,11 @@ class Hdf5Source(RecordSource):
         if h5py.check_string_dtype(dataset.dtype) and dataset.ndim == 1:
             ids = file.strings(name).tolist()
         else:
-            ids = dataset[:].reshape(-1).tolist()
+            ids = without_unwritten(dataset[:].reshape(-1))
 
-        ids = [
-            value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-            for value in ids
-        ]
+        names_ = [image_name(value).strip("\0") for value in ids]
 
-        return [*(value.strip("\0 ") for value in ids), *[""] * (self.images - len(ids))]
+        return [*names_, *[""] * (self.images - len(ids))]
 
     @cached_property
     def sizes(self) -> Mapping[str, tuple[float, float]]:
@@ -160,7 +157,7 @@ class Hdf5Source(RecordSource):
         at: Any = row if self.fixed else slice(*self._range(file, row))
         values: dict[str, Any] = {}
 
-        for field in OF_REGIONS:
+        for field in names.OF_REGIONS:
             if field in self.spelled:
                 values[self.spelled[field]] = file[self.spelled[field]][at]
         for field in OF_IMAGES:
@@ -183,3 +180,11 @@ class Hdf5Source(RecordSource):
             raise BadRecord("pos_boxes points beyond the rows", f"{start} to {stop}")
 
         return start, stop
+
+
+def without_unwritten(ids: np.ndarray) -> list[Any]:
+    """Return the names of rows without those at the end that were never written: several zeros."""
+    written = np.flatnonzero(ids != 0) if ids.dtype.kind in "iuf" else np.arange(len(ids))
+    end = int(written[-1]) + 1 if len(written) else 0
+
+    return ids[: end if len(ids) - end > 1 else len(ids)].tolist()

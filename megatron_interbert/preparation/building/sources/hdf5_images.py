@@ -54,8 +54,9 @@ def layout(file: Hdf5File) -> Layout | None:
             return Layout(BY_FIELD, file.names(None, spelled["features"]), groups)
         return None
 
-    if some and file.is_group(some[0]):
-        return _by_image(file, some[0])
+    first = next((name for name in some if file.is_group(name)), "")
+    if first:
+        return _by_image(file, first)
 
     return _by_both(file)
 
@@ -63,7 +64,7 @@ def layout(file: Hdf5File) -> Layout | None:
 def _by_image(file: Hdf5File, first: str) -> Layout | None:
     members = file.names(SOME, first)
     if "features" in names.spellings_of(members):
-        return Layout(BY_IMAGE, file.names(None))
+        return Layout(BY_IMAGE, [name for name in file.names(None) if file.is_group(name)])
 
     below = f"{first}/{members[0]}" if members else ""
     if file.is_group(below) and "features" in names.spellings_of(file.names(SOME, below)):
@@ -118,12 +119,11 @@ class ImagesSource(RecordSource):
         """Yield the images of a range."""
         with Hdf5File(self.path, MEND) as file:
             for image in self.layout.images[slice(*unit)]:
-                yield read_here(file, image, image, self._values, image)
+                found = read_here(file, image, image, self._values, image)
+                if isinstance(found, Dropped) or found.values:
+                    yield found  # groups without any field are no images
 
     def _values(self, file: Hdf5File, image: str) -> dict[str, Any]:
-        if self.layout.kind == BY_IMAGE and not file.is_group(image):
-            raise BadRecord("not a group of an image")
-
         places = self.layout.paths(file, image)
         if self.layout.kind != BY_IMAGE:
             places = {name: place for name, place in places.items() if place in file}

@@ -55,6 +55,10 @@ NAMES = {
     "class_names": ("class", "class_names"),
     "caption": ("caption",),
 }
+OF_REGIONS = (
+    *("features", "boxes", "shares", "class_probs", "class_ids", "class_confidence"),
+    "class_names",
+)
 OURS = {theirs: ours for ours, spellings in NAMES.items() for theirs in spellings}
 # Spellings of class ids that count background as 0; the others count from the first object.
 COUNT_BACKGROUND = {"cls_id_1601": BACKGROUND_FIRST, "labels": BACKGROUND_FIRST}

@@ -19,7 +19,7 @@ from megatron_interbert.preparation.building.sources.foreign import (
 from megatron_interbert.preparation.building.sources.hdf5 import open_hdf5
 from megatron_interbert.preparation.building.sources.lmdb import LmdbSource
 from megatron_interbert.preparation.building.sources.stores import StoreSource
-from megatron_interbert.preparation.building.sources.tsv import TsvSource
+from megatron_interbert.preparation.building.sources.tsv import TsvSource, is_table
 
 FORMATS = ("auto", "tsv", "lmdb", "npz", "npy", "hdf5", "store")
 FEW = 1000  # names that tell what a folder holds
@@ -43,10 +43,12 @@ def guess_format(path: str) -> str:
         return _of_array(place)
     if start.startswith(b"PK") and place.suffix == ".npz":
         return "npz"
+    if what := unusable(start):
+        raise UsageError(f"{path}: {what}")
+    if place.suffix != ".json" and is_table(start):
+        return "tsv"
     if what := unusable(start, path):
         raise UsageError(f"{path}: {what}")
-    if b"\t" in start:
-        return "tsv"
 
     raise UsageError(
         f"{path}: neither TSV, LMDB, HDF5, npz nor npy; name its format with --format"

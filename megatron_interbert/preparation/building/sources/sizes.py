@@ -17,12 +17,14 @@ def read_sizes(path: str) -> dict[str, Size]:
     """Return (width, height) by image id.
 
     The file has lines `id, tab, {"height": h, "width": w}` (or a list of it, or `h w`), or is JSON:
-    id -> {"width", "height"}, or COCO's `images`, whose images go by number and by file name.
+    id -> {"width", "height"}, or a list of images (that of COCO or Visual Genome), which go by
+    number and by file name.
     Raises UsageError for anything else.
     """
     text = read_text(path, "--image-sizes").removeprefix("\ufeff")
     try:
-        found = dict(_of_json(json.loads(text)) if text.lstrip()[:1] == "{" else _of_lines(text))
+        is_json = text.lstrip()[:1] in ("{", "[")
+        found = dict(_of_json(json.loads(text)) if is_json else _of_lines(text))
     except (ValueError, TypeError, RecursionError, AttributeError, BadRecord) as error:
         raise UsageError(
             f"{path}: sizes of images cannot be read from it ({error}); expected lines of an id, a"
@@ -61,16 +63,17 @@ def _of_lines(text: str) -> Iterator[tuple[str, Size]]:
             yield name.strip(), (float(width), float(height))
 
 
-def _of_json(value: dict[str, Any]) -> Iterator[tuple[str, Size]]:
-    if not isinstance(value.get("images"), list):
+def _of_json(value: Any) -> Iterator[tuple[str, Size]]:
+    images = value if isinstance(value, list) else value.get("images")
+    if not isinstance(images, list):
         for name, size in value.items():
             yield name, _size(size)
 
         return
 
-    for image in value["images"]:
+    for image in images:
         size = _size(image)
-        for name in ("id", "cocoid", "imgid"):
+        for name in ("id", "image_id", "cocoid", "imgid"):
             if name in image:
                 yield str(image[name]), size
                 break

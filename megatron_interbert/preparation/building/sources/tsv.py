@@ -1,5 +1,5 @@
-"""Read TSV files with a line for each image: base64 columns (LXMERT's 10, bottom-up-attention's 6,
-those of a header or that the caller names) or JSON (Oscar and VinVL).
+"""Read TSV and CSV files with a line for each image: base64 columns (LXMERT's 10,
+bottom-up-attention's 6, those of a header or that the caller names) or JSON (Oscar and VinVL).
 
 A unit is a range of bytes; its records are the lines that begin in it, so planning reads only the
 first few lines.
@@ -67,7 +67,8 @@ class TsvSource(RecordSource):
         except OSError as error:
             raise UsageError(f"{path}: cannot be read ({error})") from error
 
-        values = _split(first)
+        self.delimiter = b"\t" if b"\t" in first or first[:1] == b"{" else b","
+        values = _split(first, self.delimiter)
         self.columns = tuple(columns) or _columns_of(values)
         known = {names.ours(name) for name in self.columns}
         if len(self.columns) != len(values) or not (known >= NEEDED or JSON in self.columns):
@@ -126,7 +127,7 @@ class TsvSource(RecordSource):
                     yield found
 
     def _line(self, line: bytes, where: str) -> Raw | Dropped | None:
-        values = _split(line)
+        values = _split(line, self.delimiter)
         if _is_header(values):
             return None
 
@@ -159,10 +160,20 @@ class TsvSource(RecordSource):
         return found
 
 
-def _split(line: bytes) -> list[bytes]:
+def is_table(start: bytes) -> bool:
+    """Tell from its first bytes whether a file is a TSV, a CSV or lines of JSON."""
+    line = start.removeprefix(BYTE_ORDER_MARK).split(b"\n", 1)[0]
+    if b"\t" in line or line[:2] == b'{"':
+        return True
+
+    values = _split(line, b",")
+    return len(values) in BY_COUNT or _is_header(values)
+
+
+def _split(line: bytes, delimiter: bytes) -> list[bytes]:
     """Return the columns of a line, without its end, a byte order mark, and quotes of CSV."""
     line = line.removeprefix(BYTE_ORDER_MARK).rstrip(b"\r\n")
-    return [_without_quotes(value) for value in line.split(b"\t")]
+    return [_without_quotes(value) for value in line.split(delimiter)]
 
 
 def _without_quotes(value: bytes) -> bytes:

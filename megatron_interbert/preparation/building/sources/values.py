@@ -18,7 +18,12 @@ from megatron_interbert.preparation.building.sources.fields import (
     BadRecord,
     number,
 )
-from megatron_interbert.preparation.building.sources.names import COUNT_BACKGROUND, renamed
+from megatron_interbert.preparation.building.sources.names import (
+    COUNT_BACKGROUND,
+    OF_REGIONS,
+    ours,
+    renamed,
+)
 
 SINGLE = ("image_id", "width", "height", "num_boxes")
 MATRICES = ("features", "boxes", "class_probs")
@@ -67,6 +72,9 @@ def fields_of(
 
     found.values["image_id"] = image_name(raw.get("image_id", name))
     if "features" not in raw:
+        if any(isinstance(v, list) and not v for k, v in values.items() if k in OBJECT_LISTS):
+            raise BadRecord("no regions", "an empty list of objects")
+
         there = ", ".join(map(str, sorted(values, key=str)))[:200]
         raise BadRecord("'features' is missing", f"found {there}")
 
@@ -108,8 +116,8 @@ def spread(values: Mapping[Any, Any]) -> dict[Any, Any]:
             flat = {**spread(value), **flat}
         elif name in OBJECT_LISTS and isinstance(value, list) and _all_dictionaries(value):
             keys = set.intersection(*(set(item) for item in value))
-            columns = {key: [item[key] for item in value] for key in sorted(keys, key=str)}
-            flat = {**columns, **flat}
+            keys = sorted((key for key in keys if ours(key) in OF_REGIONS), key=str)
+            flat = {**{key: [item[key] for item in value] for key in keys}, **flat}
         else:
             flat[name] = value
 
@@ -296,7 +304,8 @@ def _add_size(
 
     size = raw.get("image_sizes")
     if size is None:
-        size = sizes.get(found.values["image_id"])
+        name = found.values["image_id"]
+        size = sizes.get(name, sizes.get(name.rsplit("/", 1)[-1]))
     if size is None and "boxes" in raw and "shares" in raw:
         shares = _array(raw["shares"], len(found.values["boxes"]), np.float32, "boxes")
         size = box_kinds.size_of_image(found.values["boxes"], shares)
