@@ -8,7 +8,11 @@ import h5py
 import numpy as np
 import pytest
 
+from megatron_interbert.data.regions import Regions
+from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
+from megatron_interbert.preparation.building.store_writer import RegionStoreWriter
+from megatron_interbert.preparation.inspection.report import InspectionOptions, inspect_store
 from tests.preparation import published
 from tests.preparation.formats import encoded, made_up_images, write_lmdb, write_npz
 from tests.preparation.reading_features import built, check, refusal
@@ -60,6 +64,43 @@ def test_boxes_as_shares_are_multiplied_by_the_size(tmp_path, images, form):
     found, _, how = built(path, tmp_path / "store")
     check(found, images, labels, tolerance=1e-3)
     assert "boxes are shares of the image, multiplied by its size" in how
+
+
+def written(path, images, size, box=None, more=None):
+    """Write a store without the readers; return the verdicts of an inspection by subject."""
+    facts = {"feature_dim": 8 + (6 if more else 0), "num_classes": 1601, "soft_labels": "none"}
+    with RegionStoreWriter(path, **facts, detector={"name": "x"}) as writer:
+        for image in images:
+            features = image["features"]
+            if more:
+                features = np.concatenate([features, more(image)], 1)
+            labels = np.zeros((len(features), 10))
+            boxes = box(image) if box else image["boxes"]
+            name = published.name_of(image)
+            writer.add(Regions(name, size, features, boxes, labels.astype(np.int32), labels), [])
+
+    report = inspect_store(RegionStore(str(path)), InspectionOptions())
+    return {verdict.about: (verdict.level, verdict.what) for verdict in report.verdicts}
+
+
+def test_the_inspection_finds_what_was_read_wrongly(tmp_path):
+    """Check shares beside a size in pixels, also of small images, and box numbers left in the
+    features; and that right stores, of known and of unknown size, are not called wrong.
+    """
+    images = made_up_images(40)
+    level, text = written(tmp_path / "a", images, (100.0, 80.0), published.shares)["box format"]
+    assert level == "problem"
+    assert "shares of the image, not pixels" in text
+    small = written(tmp_path / "b", images, (6.0, 5.0), published.shares)["box format"]
+    assert small[0] == "problem"
+    unknown = written(tmp_path / "c", images, (1.0, 1.0), published.shares)["box format"]
+    assert unknown[0] == "ok"
+    assert "shares of a size that is unknown" in unknown[1]
+    verdicts = written(tmp_path / "d", images, (100.0, 80.0))
+    assert verdicts["box format"][0] == "ok"
+    assert "boxes in features" not in verdicts
+    verdicts = written(tmp_path / "e", images, (100.0, 80.0), more=lambda i: published.shares(i, 6))
+    assert verdicts["boxes in features"][0] == "problem"
 
 
 def test_shares_as_corner_and_size(tmp_path, images):

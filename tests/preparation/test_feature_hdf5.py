@@ -7,9 +7,13 @@ import h5py
 import numpy as np
 import pytest
 
+from megatron_interbert.errors import UsageError
 from tests.preparation import published
 from tests.preparation.formats import made_up_images
-from tests.preparation.reading_features import built, check, refusal
+from tests.preparation.hostile import HOSTILE
+from tests.preparation.reading_features import built, check, opened, refusal
+from tests.shared import SHARED, needs_shared
+from tests.tools.building import build
 
 
 @pytest.fixture
@@ -183,3 +187,48 @@ def test_names_that_do_not_belong_to_the_rows(tmp_path, images):
     ):
         ids.write_text(json.dumps(names))
         assert message in refusal(path, image_ids=ids)
+
+
+@needs_shared
+def test_the_command_says_how_it_reads_and_what_it_leaves_out(tmp_path):
+    place = SHARED / "data" / "field" / "spare_rows"
+    flags = ("--image-ids", place / "train36_imgid2idx.pkl", "--trust-pickle")
+    flags += ("--captions", place / "c.json", "--workers", 1)
+    store, out = build(tmp_path / "store", place / "train36.hdf5", *flags)
+    assert (store.num_images, store.num_captions) == (4, 4)
+    lines = out.splitlines()
+    assert lines[0].startswith(f"{place / 'train36.hdf5'}: HDF5 with a dataset for each field; ")
+    assert "boxes in pixels (xyxy); no classes" in lines[0]
+    assert lines[1] == f"{place / 'train36.hdf5'}: 2 rows without a name, of 6: left out"
+
+
+@pytest.mark.parametrize("feature", HOSTILE, ids=lambda feature: feature.__name__)
+def test_groups_do_not_reach_out(tmp_path, images, feature):
+    """Check what is refused in the root of a file inside a group too, and links for groups."""
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"the-root-password:" * 400)
+    path = published.by_place(
+        tmp_path / "x.h5", images, lambda i, f: f"{i}/{f}", published.volta_fields
+    )
+    with h5py.File(path, "r+") as file:
+        feature(file["image-0"], "features", secret)
+
+    with pytest.raises(
+        UsageError, match=f"dataset 'image-0/features' {HOSTILE[feature]}"
+    ) as refused:
+        opened(path).facts()
+
+    assert "\n" not in str(refused.value)
+
+
+def test_links_are_no_images(tmp_path, images):
+    path = published.by_place(
+        tmp_path / "x.h5", images, lambda i, f: f"{i}/{f}", published.volta_fields
+    )
+    with h5py.File(tmp_path / "y.h5", "w") as file:
+        file["again"] = h5py.ExternalLink(str(path), "/image-0")
+        file["soft"] = h5py.SoftLink("/again")
+        for name, value in published.volta_fields(images[1]).items():
+            file[f"image-1/{name}"] = value
+
+    check(built(tmp_path / "y.h5", tmp_path / "store")[0], [images[1]])
