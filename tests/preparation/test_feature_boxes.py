@@ -112,6 +112,18 @@ def test_shares_as_corner_and_size(tmp_path, images):
     check(found, images, "none", tolerance=1e-3)
 
 
+def test_shares_of_images_of_unknown_size_are_kept(tmp_path, images):
+    """Check a field that usually has pixels, and no size: only shares can be used."""
+    (tmp_path / "npz").mkdir()
+    for image in images:
+        fields = {"x": image["features"].T, "bbox": published.shares(image)}
+        np.savez(tmp_path / "npz" / f"{published.name_of(image)}.npz", **fields)
+
+    found, _, how = built(tmp_path / "npz", tmp_path / "store")
+    check(found, images, "none", (1.0, 1.0))
+    assert "shares of images of unknown size" in how
+
+
 @pytest.mark.parametrize("few", ["pixels", "shares"])
 def test_boxes_of_two_kinds_in_one_source(tmp_path, few):
     """Check that the kind of the most images counts, and that the others are dropped."""

@@ -83,11 +83,8 @@ def make_regions(
 
     if features.dtype.kind not in "fiu":
         raise BadRecord("features are not numbers", str(features.dtype))
-    if options.box_format == "yxyx":
-        boxes = boxes[:, [1, 0, 3, 2]]
-    if options.box_format == "xywh":
-        boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
 
+    boxes = _corners(boxes, options.box_format)
     size = (number(fields, "width"), number(fields, "height"))
     if shares:
         boxes = boxes * np.array([*size, *size], np.float32)
@@ -110,6 +107,16 @@ def make_regions(
         ),
         kind,
     )
+
+
+def _corners(boxes: np.ndarray, order: str) -> np.ndarray:
+    """Return boxes [R, 4] as x1, y1, x2, y2."""
+    if order == "yxyx":
+        return boxes[:, [1, 0, 3, 2]]
+    if order == "xywh":
+        return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+
+    return boxes
 
 
 def _labels(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_interbert.data.regions import Regions
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.captions import guess_language
 from megatron_interbert.preparation.building.sources import boxes as box_kinds
@@ -88,23 +89,23 @@ class RecordSource:
             raise UsageError(f"{self.path}: holds no images")
 
         problems: list[str] = []
-        found: list[Fields] = []
+        found: list[tuple[str, Fields]] = []
         for raw in itertools.islice(self.raw(unit), TRIED):
             fields = raw if isinstance(raw, Dropped) else self._fields(raw)
             if isinstance(fields, Dropped):
                 problems.append(told(fields))
             else:
-                found.append(fields)
+                found.append((raw.where, fields))
             if len(found) == LOOKED_AT:
                 break
 
-        votes = Counter(fields.boxes for fields in found)
+        votes = Counter(fields.boxes for _, fields in found)
         shares = votes[box_kinds.SHARES] > votes[box_kinds.PIXELS]
-        for fields in found:
+        for where, fields in found:
             try:
                 regions, labels = self._regions(fields, shares)
             except BadRecord as error:
-                problems.append(f"{error.reason}: {error.details}".removesuffix(": "))
+                problems.append(told(Dropped(where, "", error.reason, error.details)))
             else:
                 dense = np.shape(fields.values.get("class_probs", ()))[-1:]
                 width = regions.features.shape[1]
@@ -139,9 +140,6 @@ class RecordSource:
             regions, kind = self._regions(fields, shares)
         except BadRecord as error:
             return Dropped(raw.where, name, error.reason, error.details)
-        except Exception as error:  # a damaged record can hold anything
-            details = f"{type(error).__name__}: {error}"
-            return Dropped(raw.where, name, "record that cannot be used", details)
 
         captions = [(fields.caption, guess_language(fields.caption))] if fields.caption else []
 
@@ -155,13 +153,13 @@ class RecordSource:
             return Dropped(raw.where, name[:80], error.reason, error.details)
         except UsageError:  # nothing can be read at all: not this record's fault
             raise
-        except Exception as error:
+        except Exception as error:  # a damaged record can hold anything
             details = f"{type(error).__name__}: {error}"
             return Dropped(raw.where, name[:80], "record that cannot be used", details)
 
-    def _regions(self, fields: Fields, shares: bool) -> Any:
-        """Return (regions, kind of labels); raise BadRecord for boxes of another kind than those
-        of the source.
+    def _regions(self, fields: Fields, shares: bool) -> tuple[Regions, str]:
+        """Return regions and the kind of their labels; raise BadRecord for boxes of another kind
+        than those of the source.
         """
         if fields.boxes and not fields.named:
             other = box_kinds.SHARES if shares else box_kinds.PIXELS
@@ -189,7 +187,13 @@ class RecordSource:
         if fields.by_name:
             options = replace(options, class_ids="")
 
-        return make_regions(values, options, fields.scheme, shares or fields.named)
+        try:
+            return make_regions(values, options, fields.scheme, shares or fields.named)
+        except BadRecord:
+            raise
+        except Exception as error:
+            details = f"{type(error).__name__}: {error}"
+            raise BadRecord("record that cannot be used", details) from error
 
 
 def told(dropped: Dropped) -> str:

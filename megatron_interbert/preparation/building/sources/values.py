@@ -71,6 +71,27 @@ def fields_of(
             raise BadRecord(f"{key} is not a single value", f"a {type(raw[key]).__name__}")
 
     found.values["image_id"] = image_name(raw.get("image_id", name))
+    rows = _add_features(found, raw, values)
+    _add_boxes(found, raw, rows or len(found.values["features"]))
+    if not rows:
+        rows = _cut_padding(found.values)
+    _add_size(found, raw, sizes)
+    _add_labels(found, raw, rows or len(found.values["features"]))
+    _add_named_classes(found, raw, classes)
+    if not found.named:
+        size = found.values.get("width"), found.values.get("height")
+        known = None if None in size else size
+        found.boxes = box_kinds.measure(found.values["boxes"], known)
+
+    found.caption = " ".join(str(raw.get("caption") or "").replace("\0", " ").split())
+
+    return found
+
+
+def _add_features(found: Fields, raw: dict[str, Any], values: Mapping[Any, Any]) -> int:
+    """Add features [R, F], and the boxes at their end to `raw`; return the number of regions that
+    the record states (0: none).
+    """
     if "features" not in raw:
         if any(isinstance(v, list) and not v for k, v in values.items() if k in OBJECT_LISTS):
             raise BadRecord("no regions", "an empty list of objects")
@@ -87,20 +108,8 @@ def fields_of(
         found.notes.append("the box numbers at the end of the features are cut off")
 
     found.values["features"] = features
-    _add_boxes(found, raw, rows or len(features))
-    if not rows:
-        rows = _cut_padding(found.values)
-    _add_size(found, raw, sizes)
-    _add_labels(found, raw, rows or len(features))
-    _add_named_classes(found, raw, classes)
-    if not found.named:
-        size = found.values.get("width"), found.values.get("height")
-        known = None if None in size else size
-        found.boxes = box_kinds.measure(found.values["boxes"], known)
 
-    found.caption = " ".join(str(raw.get("caption") or "").replace("\0", " ").split())
-
-    return found
+    return rows
 
 
 def spread(values: Mapping[Any, Any]) -> dict[Any, Any]:
