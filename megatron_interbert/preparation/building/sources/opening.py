@@ -22,6 +22,7 @@ from megatron_interbert.preparation.building.sources.stores import StoreSource
 from megatron_interbert.preparation.building.sources.tsv import TsvSource, is_table
 
 FORMATS = ("auto", "tsv", "lmdb", "npz", "npy", "hdf5", "store")
+FIRST_BYTES = 1 << 16
 FEW = 1000  # names that tell what a folder holds
 
 
@@ -34,7 +35,7 @@ def guess_format(path: str) -> str:
         return _of_folder(place)
 
     with open(path, "rb") as handle:
-        start = handle.read(4096)
+        start = handle.read(FIRST_BYTES)
     if start.startswith(b"\x89HDF"):
         return "hdf5"
     if place.suffix in (".lmdb", ".mdb") or start[16:20] == b"\xde\xc0\xef\xbe":

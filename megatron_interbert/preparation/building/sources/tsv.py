@@ -163,7 +163,7 @@ class TsvSource(RecordSource):
 def is_table(start: bytes) -> bool:
     """Tell from its first bytes whether a file is a TSV, a CSV or lines of JSON."""
     line = start.removeprefix(BYTE_ORDER_MARK).split(b"\n", 1)[0]
-    if b"\t" in line or line[:2] == b'{"':
+    if b"\t" in start or line[:2] == b'{"':
         return True
 
     values = _split(line, b",")
