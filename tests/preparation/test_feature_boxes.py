@@ -16,7 +16,7 @@ from megatron_interbert.preparation.inspection.report import InspectionOptions, 
 from tests.preparation import published
 from tests.preparation.formats import encoded, made_up_images, write_lmdb, write_npz
 from tests.preparation.reading_features import built, check, refusal
-from tests.shared import SHARED, needs_shared
+from tests.shared import SHARED
 
 FIELD = SHARED / "data" / "field"
 BOTTOM_UP = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
@@ -201,26 +201,3 @@ def test_what_holds_no_features_is_called_by_its_name(tmp_path, images):
     with h5py.File(tmp_path / "grid.h5", "w") as file:
         file["grid"] = np.zeros((3, 7, 7, 8))
     assert "no dataset of features, found grid" in refusal(tmp_path / "grid.h5")
-
-
-@needs_shared
-def test_vcr_finds_images_by_the_numbers_of_the_official_features(tmp_path):
-    from megatron_interbert.data.corpus import Corpus
-    from megatron_interbert.tasks.vcr.samples import VcrImages, numbers_of, read_questions
-
-    place = FIELD / "vcr_numbered"
-    corpora = []
-    for kind in ("VCR_gt_resnet101", "VCR_resnet101"):
-        built(place / f"{kind}_faster_rcnn_genome.lmdb", tmp_path / kind)
-        corpora.append(Corpus([str(tmp_path / kind)]))
-
-    stores = VcrImages(*corpora, 100)
-    store = corpora[0].stores[0]
-    for split, expected in (("train", ["0", "1"]), ("val", ["1000001", "1000002"])):
-        found = read_questions(str(place / f"{split}.jsonl"), stores)
-        assert not found.dropped
-        assert [store.image_id(question.annotated) for question in found.items] == expected
-        assert [store.image_id(question.detected) for question in found.items] == expected
-
-    assert numbers_of("test-7") == ["2000007"]
-    assert numbers_of("movie-7") == numbers_of("val-x") == []
