@@ -11,6 +11,7 @@ import lmdb
 import numpy as np
 import pytest
 
+from megatron_interbert.preparation.building.sources.names import NAMES, OURS
 from tests.preparation import published
 from tests.preparation.formats import made_up_images, write_lmdb
 from tests.preparation.reading_features import built, check, refusal
@@ -248,6 +249,13 @@ def test_lines_of_json(tmp_path, images):
     found, manifest, _ = built(path, tmp_path / "store", max_dropped=0.2)
     check(found, images, "none")
     assert manifest["dropped"] == {"no regions": 1}
+
+
+def test_the_table_of_names_is_without_doubt():
+    """Check that no spelling stands for two fields, and that spellings are compared in one case."""
+    spellings = [name for names in NAMES.values() for name in names]
+    assert len(set(spellings)) == len(spellings) == len(OURS)
+    assert all(name == name.lower() for name in spellings)
 
 
 def test_sizes_of_images_in_every_form(tmp_path, images):

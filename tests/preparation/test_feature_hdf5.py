@@ -69,6 +69,11 @@ def test_hdf5_with_a_dataset_for_each_field(tmp_path, images):
     path = published.columns(tmp_path / "y.h5", images, 9, published.ALL, **ids, **confidence)
     check(built(path, tmp_path / "b")[0], images)
 
+    for name, size in (("hw", (80, 100)), ("image_sizes", (100, 80))):
+        names = (*published.ALL[:3], None, None, "imgids")
+        path = published.columns(tmp_path / f"{name}.h5", images, 9, names, **{name: [size] * 6})
+        check(built(path, tmp_path / name)[0], images, "none")
+
     with h5py.File(tmp_path / "z.h5", "w") as file:
         file["features"] = np.concatenate([image["features"] for image in images])
         file["boxes"] = np.concatenate([image["boxes"] for image in images])

@@ -31,7 +31,7 @@ from megatron_interbert.preparation.building.sources.records import Raw, RecordS
 from megatron_interbert.preparation.building.sources.sizes import read_sizes
 from megatron_interbert.preparation.building.sources.values import image_name
 
-OF_IMAGES = ("width", "height", "image_sizes", "num_boxes")
+OF_IMAGES = ("width", "height", "image_sizes", "image_hw", "num_boxes")
 
 
 def open_hdf5(path: str, options: ReadOptions, image_ids: str = "") -> FeatureSource:

@@ -312,6 +312,8 @@ def _add_size(
         return
 
     size = raw.get("image_sizes")
+    if size is None and "image_hw" in raw:
+        size = np.asarray(raw["image_hw"]).reshape(-1)[::-1]
     if size is None:
         name = found.values["image_id"]
         size = sizes.get(name, sizes.get(name.rsplit("/", 1)[-1]))
