@@ -6,10 +6,11 @@
 
 Stores can be joined, cut into other shards, or reduced to some of their images (--only).
 
-Features: base64 TSV (LXMERT, bottom-up attention), LMDB (ViLBERT, InterBERT), folders of npz, HDF5
-(adaptive or fixed bottom-up attention), region stores. Captions: COCO and Karpathy JSON, Flickr30K
-lines and token files, Conceptual Captions TSV, SBU JSON, MUGE and KDD Cup queries, plain TSV and
-JSON lines. A build that was stopped or killed is resumable: run the same command again.
+Features: TSV (LXMERT, bottom-up attention, VinVL), LMDB (ViLBERT, InterBERT, UNITER, volta, mmf),
+folders of npz or npy, HDF5 (bottom-up attention, GQA, volta, ..), region stores. Captions: COCO and
+Karpathy JSON, Flickr30K lines and token files, Conceptual Captions TSV, SBU JSON, MUGE and KDD Cup
+queries, plain TSV and JSON lines. A build that was stopped or killed is resumable: run the same
+command again.
 """
 
 import os
@@ -34,6 +35,7 @@ from megatron_interbert.preparation.building.sources.fields import (
     ReadOptions,
 )
 from megatron_interbert.preparation.building.sources.opening import FORMATS, open_features
+from megatron_interbert.preparation.building.sources.records import RecordSource
 from megatron_interbert.preparation.building.sources.stores import StoreSource
 from megatron_interbert.preparation.sharing import TIMEOUT, read_team
 from megatron_interbert.reading import read_text
@@ -97,13 +99,22 @@ class Options(BuildingOptions):
         "",
         "file that names the images of an HDF5 (imgid2idx as JSON or pickle, or one a line)",
     )
+    image_sizes: str = option(
+        "",
+        "file with width and height of the images if SOURCES have none: hw.tsv, COCO's JSON, or id"
+        " -> {width, height}",
+    )
     only: str = option("", "file with the image ids to keep, one a line")
     class_ids: str = option(
         "",
         "whether class id 0 is background or the first object; default: the format's convention",
         (BACKGROUND_FIRST, BACKGROUND_NONE),
     )
-    box_format: str = option("xyxy", "order of coordinates, in pixels", ("xyxy", "xywh", "yxyx"))
+    box_format: str = option(
+        "xyxy",
+        "order of coordinates; pixels or shares of the image are told apart",
+        ("xyxy", "xywh", "yxyx"),
+    )
     num_classes: int = option(1601, "classes, background included", least=1)
     trust_pickle: bool = option(
         False, "read pickles inside the input, limited to numbers, strings and arrays"
@@ -192,12 +203,18 @@ def read_only(path: str) -> list[str]:
 
 def plan_of(options: Options) -> BuildPlan:
     """Open the sources and plan what to build from them."""
+    names: list[str] = []
+    if options.class_names:
+        names = ["background", *read_text(options.class_names, "--class-names").splitlines()]
+
     reading = ReadOptions(
         class_ids=options.class_ids,
         box_format=options.box_format,
         soft_labels=options.soft_labels or 10,
         num_classes=options.num_classes,
         trust_pickle=options.trust_pickle,
+        image_sizes=options.image_sizes,
+        class_names=tuple(names),
     )
     columns = tuple(filter(None, options.columns.split(",")))
     sources = [
@@ -205,10 +222,6 @@ def plan_of(options: Options) -> BuildPlan:
         for path in options.sources
     ]
     widths = [s.store.label_width() for s in sources if isinstance(s, StoreSource)]
-    names: list[str] = []
-    if options.class_names:
-        names = ["background", *read_text(options.class_names, "--class-names").splitlines()]
-
     return BuildPlan(
         sources=sources,
         output=options.output,
@@ -225,10 +238,11 @@ def plan_of(options: Options) -> BuildPlan:
         strict_boxes=options.strict_boxes,
         options={
             "sources": list(options.sources),
-            "reading": vars(reading),
+            "reading": {**vars(reading), "class_names": list(names)},
             "columns": list(columns),
             "format": options.format,
             "image_ids": options.image_ids and file_sha256(options.image_ids),
+            "image_sizes": options.image_sizes and file_sha256(options.image_sizes),
         },
     )
 
@@ -238,6 +252,10 @@ def run(options: Options) -> None:
     team = read_team(options.claim_timeout)
     plan = plan_of(options)
     workers = options.workers or team.share_of(os.cpu_count() or 1)
+    for source in plan.sources if team.is_first else ():
+        if isinstance(source, RecordSource):
+            print("\n".join([source.how(), *source.remarks()]), flush=True)
+
     started = time.monotonic()
     manifest = build(plan, workers, options.max_dropped, options.restart, team)
     if team.is_first:

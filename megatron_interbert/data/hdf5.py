@@ -18,9 +18,15 @@ from types import TracebackType
 
 import h5py
 import numpy as np
-from h5py import h5a, h5d, h5f, h5fd, h5i, h5l, h5o, h5p, h5pl, h5t, h5z
+from h5py import h5a, h5d, h5f, h5fd, h5g, h5i, h5l, h5o, h5p, h5pl, h5t
 
 from megatron_interbert.data.hdf5_bytes import FileBytes
+from megatron_interbert.data.hdf5_safety import (
+    KINDS,
+    checksum_problem,
+    layout_problem,
+    type_problem,
+)
 from megatron_interbert.errors import UsageError
 
 # What h5py raises for damaged files, depending on where the damage is.
@@ -36,15 +42,6 @@ HDF5_ERRORS = (
 )
 MEND = "restore it or rebuild the store"
 
-FILTERS = {
-    h5z.FILTER_DEFLATE,
-    h5z.FILTER_SHUFFLE,
-    h5z.FILTER_FLETCHER32,
-    h5z.FILTER_SZIP,
-    h5z.FILTER_LZF,
-}
-CHECKSUM_BYTES = 4  # appended to each chunk by the filter fletcher32
-KINDS = {h5t.INTEGER, h5t.FLOAT, h5t.STRING}
 LINKS = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "a link into another file"}
 
 # A dataset may be larger than its file, by compression or parts never written: this many times the
@@ -204,12 +201,26 @@ class Hdf5File:
     def __contains__(self, name: str) -> bool:
         return self._file.id.links.exists(name.encode())
 
-    def names(self, most: int = 64) -> list[str]:
-        """Return the first `most` names in the root, in the file's order."""
-        return list(itertools.islice(self._file, most))
+    def names(self, most: int | None = 64, group: str = "") -> list[str]:
+        """Return the first `most` names (None: all) in the root or in a group of it, in the file's
+        order.
+        """
+        place = h5py.Group(self._member(group, f"group '{group}'")) if group else self._file
+        return list(itertools.islice(place, most))
+
+    def is_group(self, name: str) -> bool:
+        """Tell whether a name, or a path of names, is a group in the file itself."""
+        try:
+            return isinstance(self._member(name, f"'{name}'"), h5g.GroupID)
+        except UsageError:
+            return False
 
     def __getitem__(self, name: str) -> h5py.Dataset:
-        """Open a dataset of the root; raise UsageError if it is missing or not safe to read."""
+        """Open a dataset of the root, or of a group (group/name); raise UsageError if it is missing
+        or not safe to read.
+        """
+        if "/" in name:
+            return self._open(name)  # there may be millions: they are not kept open
         if name not in self._datasets:
             self._datasets[name] = self._open(name)
 
@@ -266,31 +277,37 @@ class Hdf5File:
 
     def _open(self, name: str) -> h5py.Dataset:
         shown = f"dataset '{name}'"
-        if name not in self:
-            raise self._refusal(shown, "is missing")
-
-        link = self._file.id.links.get_info(name.encode()).type
-        if link != h5l.TYPE_HARD:
-            raise self._refusal(
-                shown,
-                f"is {LINKS.get(link, 'a link of an unknown kind')}, expected data in the file"
-                " itself",
-            )
-
-        found = h5o.open(self._file.id, name.encode())
+        found = self._member(name, shown)
         if not isinstance(found, h5d.DatasetID):
             raise self._refusal(shown, "is a group or a type, expected a dataset")
 
         problem = (
-            _layout_problem(found)
-            or _checksum_problem(found)
-            or _type_problem(found)
+            layout_problem(found)
+            or checksum_problem(found)
+            or type_problem(found)
             or self._size_problem(found)
         )
         if problem:
             raise self._refusal(shown, problem)
 
         return h5py.Dataset(found, readonly=True)
+
+    def _member(self, path: str, shown: str) -> h5g.GroupID | h5d.DatasetID:
+        """Follow names from the root, through groups that are in the file itself."""
+        found = self._file.id
+        for name in path.split("/"):
+            inside = found is self._file.id or isinstance(found, h5g.GroupID)
+            if not inside or not found.links.exists(name.encode()):
+                raise self._refusal(shown, "is missing")
+
+            link = found.links.get_info(name.encode()).type
+            if link != h5l.TYPE_HARD:
+                kind = LINKS.get(link, "a link of an unknown kind")
+                raise self._refusal(shown, f"is {kind}, expected data in the file itself")
+
+            found = h5o.open(found, name.encode())
+
+        return found
 
     def _refusal(self, what: str, problem: str) -> UsageError:
         return UsageError(f"{self.path}: {what} {problem}; {self.mend}")
@@ -324,63 +341,3 @@ class Hdf5File:
             return f"declares {declared} bytes, too many for a file of {held}"
 
         return ""
-
-
-def _layout_problem(dataset: h5d.DatasetID) -> str:
-    """Describe why reading a dataset needs other files or code that is not HDF5's own; empty if it
-    does not.
-    """
-    properties = dataset.get_create_plist()
-    if properties.get_layout() == h5d.VIRTUAL:
-        return "is virtual (made of other files), expected data in the file itself"
-    if properties.get_external_count():
-        return (
-            "keeps its values in another file (external storage), expected them in the file itself"
-        )
-
-    for number in range(properties.get_nfilters()):
-        code, _, _, name = properties.get_filter(number)
-        if code not in FILTERS:
-            shown = name.decode("utf-8", "replace")[:40] or code
-            return (
-                f"is compressed with the filter {shown!r}, expected gzip, lzf, szip or none"
-                " (convert it with h5repack -f GZIP=1)"
-            )
-
-    return ""
-
-
-def _checksum_problem(dataset: h5d.DatasetID) -> str:
-    """Describe why a chunk is too short for its checksum; empty if none is.
-
-    HDF5 2.0.0 subtracts the size of the checksum even from a smaller chunk, and then reads past its
-    end. A chunk's length with checksum is known only if the checksum was added last.
-    """
-    properties = dataset.get_create_plist()
-    filters = [properties.get_filter(number)[0] for number in range(properties.get_nfilters())]
-    if h5z.FILTER_FLETCHER32 not in filters:
-        return ""
-
-    last = len(filters) - 1
-    if filters.index(h5z.FILTER_FLETCHER32) != last:
-        return (
-            "adds its checksums before compression, expected them last (convert it with h5repack"
-            " -f GZIP=1)"
-        )
-
-    def place_of_short(chunk: h5d.StoreInfo) -> tuple[int, ...] | None:
-        checked = not chunk.filter_mask >> last & 1
-        return chunk.chunk_offset if checked and chunk.size < CHECKSUM_BYTES else None
-
-    place = dataset.chunk_iter(place_of_short)
-
-    return "" if place is None else f"has a chunk at {place} that is too short for its checksum"
-
-
-def _type_problem(dataset: h5d.DatasetID) -> str:
-    kind = dataset.get_type()
-    if kind.committed():
-        return "has a type that is stored elsewhere in the file (committed)"
-    if kind.get_class() not in KINDS:
-        return "holds neither numbers nor texts"
-    return ""

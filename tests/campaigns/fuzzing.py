@@ -12,6 +12,7 @@ import shutil
 import signal
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from megatron_interbert.preparation.building.build import build
 from megatron_interbert.preparation.building.plan import BuildPlan
 from megatron_interbert.preparation.building.sources.fields import ReadOptions
 from megatron_interbert.preparation.building.sources.opening import open_features
+from tests.preparation import published
 from tests.preparation.formats import (
     adaptive_hdf5,
     lxmert_line,
@@ -32,8 +34,19 @@ from tests.preparation.formats import (
     write_npz,
 )
 
+
+def in_bytes(value: object) -> str:
+    """Text as `str` of bytes writes it."""
+    return str(str(value).encode())
+
+
 SECONDS = 20  # that one case may take
 OPTIONS = ReadOptions(trust_pickle=True)
+HEADER = ("img_id", "img_w", "img_h", "num_boxes", "boxes", "features")
+PUBLISHED = (
+    *("groups.hdf5", "fields.hdf5", "columns.hdf5"),
+    *("oscar.tsv", "predictions.tsv", "header.tsv"),
+)
 
 
 def mutate(data: bytes, chance: random.Random) -> bytes:
@@ -87,6 +100,7 @@ class Inputs:
         (folder / "good.tsv").write_text("".join(map(lxmert_line, self.images)))
         adaptive_hdf5(folder / "good.hdf5", self.images)
         (folder / "ids.txt").write_text("\n".join(self.names))
+        self.make_published(folder)
         (folder / "captions").mkdir()
         for name, text in self.caption_files().items():
             (folder / "captions" / name).write_text(text, encoding="utf-8")
@@ -98,6 +112,22 @@ class Inputs:
                 detector={"name": "x"},
             )
         )
+
+    def make_published(self, folder: Path) -> None:
+        """Files in further forms in which features are published."""
+        images = self.images
+        published.mmf_npy(folder / "npy", images)
+        published.by_place(
+            folder / "groups.hdf5", images, lambda i, f: f"{i}/{f}", published.volta_fields
+        )
+        published.by_place(
+            folder / "fields.hdf5", images, lambda i, f: f"{i}_{f}", published.detections
+        )
+        published.columns(folder / "columns.hdf5", images, 9, published.ALL)
+        published.oscar_tsv(folder / "oscar.tsv", images, as_json=True)
+        published.predictions_tsv(folder / "predictions.tsv", images)
+        published.tsv_of(folder / "header.tsv", images, HEADER, header=True, text=in_bytes)
+        published.coco_sizes(folder / "sizes.json", images)
 
     def caption_files(self) -> dict[str, str]:
         """One of each format."""
@@ -138,7 +168,8 @@ class Inputs:
 def build_from(path: Path, output: Path, **more: object) -> None:
     """A build with nothing allowed to pass unnoticed; a store that comes of it must be whole."""
     image_ids = str(more.pop("image_ids", ""))
-    source = open_features(str(path), str(more.pop("kind", "auto")), OPTIONS, image_ids=image_ids)
+    options = more.pop("options", OPTIONS)
+    source = open_features(str(path), str(more.pop("kind", "auto")), options, image_ids=image_ids)
     manifest = build(
         BuildPlan([source], str(output), detector={"name": "x"}, **more), max_dropped=1.0
     )
@@ -176,6 +207,21 @@ def one_case(kind: str, inputs: Inputs, work: Path, chance: random.Random) -> No
     elif kind == "lmdb":
         mutated_rows(inputs, work, chance)
         build_from(work / "x.lmdb", work / "store")
+    elif kind == "npy":
+        npy = shutil.copytree(good / "npy", work / "npy")
+        file = chance.choice(sorted(npy.iterdir()))
+        file.write_bytes(mutate(file.read_bytes(), chance))
+        build_from(npy, work / "store")
+    elif kind == "published":
+        name = chance.choice(PUBLISHED)
+        (work / name).write_bytes(mutate((good / name).read_bytes(), chance))
+        sized = replace(OPTIONS, image_sizes=str(good / "sizes.json"))
+        build_from(work / name, work / "store", kind=Path(name).suffix[1:], options=sized)
+    elif kind == "sizes":
+        damaged = mutate((good / "sizes.json").read_bytes(), chance)
+        (work / "sizes.json").write_bytes(damaged)
+        sized = replace(OPTIONS, image_sizes=str(work / "sizes.json"))
+        build_from(good / "fields.hdf5", work / "store", options=sized)
     else:
         store = shutil.copytree(good / "store", work / "damaged")
         file = store / (
@@ -196,7 +242,13 @@ def mutated_rows(inputs: Inputs, work: Path, chance: random.Random) -> None:
     import lmdb
 
     make = chance.choice(
-        (vilbert_lmdb, lambda path, images: tensorpack_lmdb(path, images, inputs.names))
+        (
+            vilbert_lmdb,
+            lambda path, images: tensorpack_lmdb(path, images, inputs.names),
+            published.mmf_lmdb,
+            published.uniter_lmdb,
+            lambda path, images: published.uniter_lmdb(path, images, compressed=True),
+        )
     )
     with (
         lmdb.open(str(make(work / "good.lmdb", inputs.images))) as environment,
@@ -221,7 +273,10 @@ def read_everything(path: Path) -> None:
         store.caption(caption)
 
 
-KINDS = ("tsv", "json", "npz", "hdf5", "lmdb", "manifest", "shard")
+KINDS = (
+    *("tsv", "json", "npz", "hdf5", "lmdb", "manifest", "shard"),
+    *("npy", "published", "sizes"),
+)
 
 
 def campaign(cases: int, seed: int) -> Counter:

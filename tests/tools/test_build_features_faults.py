@@ -17,6 +17,7 @@ from megatron_interbert.preparation.building.plan import BuildPlan
 from megatron_interbert.preparation.building.sources.fields import ReadOptions
 from megatron_interbert.preparation.building.sources.opening import open_features
 from megatron_interbert.preparation.building.store_writer import RegionStoreWriter
+from tests.campaigns.fuzzing import KINDS
 from tests.corpus import VOCABULARY
 from tests.launching import launch
 from tests.preparation.formats import (
@@ -307,11 +308,11 @@ def test_killed_at_any_moment_the_same_command_goes_on():
 
 
 def test_mutated_inputs_end_in_clear_errors():
-    """Try 700 files of seven kinds; for more, `python -m tests.campaigns.fuzzing --cases 20000`."""
+    """Try 1000 files of ten kinds; for more, `python -m tests.campaigns.fuzzing --cases 20000`."""
     command = (sys.executable, "-m", "tests.campaigns.fuzzing")
-    code, out, err = launch(*command, "--cases", 700, "--seed", 0)
+    code, out, err = launch(*command, "--cases", 1000, "--seed", 0)
     assert code == 0, out + err
-    assert "700 mutated inputs: no crash, no hang, nothing half-written" in out
+    assert "1000 mutated inputs: no crash, no hang, nothing half-written" in out
     assert "without words" not in out
-    for kind in ("tsv", "json", "npz", "hdf5", "lmdb", "manifest", "shard"):
+    for kind in KINDS:
         assert f"{kind} used" in out, "too much damage tests nothing but the front door"

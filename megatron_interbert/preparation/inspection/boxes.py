@@ -23,8 +23,8 @@ NEVER = 0.02  # shares below this count as none: rounding explains them
 TO_CORNERS = "rebuild with --box-format xywh"
 MENDING = {
     "normalised": (
-        "multiply the source's boxes by width and height and rebuild: --box-format expects pixels"
-        " (xyxy or xywh)"
+        "rebuild from the source with interbert build-features, which multiplies shares by width"
+        " and height, or write the store with boxes in pixels"
     ),
     "xywh as corners": TO_CORNERS,
     "corners as xywh": "rebuild with --box-format xyxy",
@@ -39,7 +39,7 @@ class BoxFormat:
     """Accumulate sums over boxes [R, 4] of images of any size, one image at a time."""
 
     def __init__(self) -> None:
-        self.images = self.oblong = self.reaching = self.tiny = 0
+        self.images = self.oblong = self.reaching = self.tiny = self.of_unknown_size = 0
         self.boxes = self.no_area = self.oblong_boxes = self.crowded = 0
         # for each axis (x, y): boxes that tell something, and those of them with the centre beyond
         # the middle, at the far edge, and narrower than their distance from the near edge
@@ -53,7 +53,8 @@ class BoxFormat:
         extent = high - low
         self.images += 1
         self.boxes += len(boxes)
-        self.tiny += bool(boxes.max() <= 1.5 and min(size) > 8)
+        self.of_unknown_size += tuple(size) == (1.0, 1.0)
+        self.tiny += bool(0 < boxes.max() <= 1.5 and max(size) > 2)
         self.no_area += int((extent <= 0).any(axis=1).sum())
         telling = (extent < WHOLE) & (extent > 0)
         at_edge = high >= 0.99
@@ -100,6 +101,7 @@ class BoxFormat:
             "inverted": inverted_share,
             "images": self.images,
             "boxes": self.boxes,
+            "of_unknown_size": self.of_unknown_size,
         }
         found = self._found(figures)
 
@@ -135,9 +137,13 @@ def _said(found: str | None, f: dict[str, Any]) -> str:
         " and ".join(f"{v:.0%}" for v in f[name]) for name in ("beyond_middle", "at_far_edge")
     )
 
+    unit = "in pixels"
+    if f["of_unknown_size"]:
+        unit += f" (in {f['of_unknown_size']} images shares of a size that is unknown, 1 x 1)"
+
     return {
         "": (
-            f"boxes are corners in pixels: {middle} of centres right of and below the middle,"
+            f"boxes are corners {unit}: {middle} of centres right of and below the middle,"
             f" {edge} at the right and bottom edge"
         ),
         "normalised": (

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_interbert.data.regions import Regions
+from megatron_interbert.preparation.building.sources.boxes import split_features
 
 SHOWN = 20  # places listed for each finding; the rest are only counted
 AREA_EDGES = (0, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -116,6 +117,7 @@ class Counts:
         self.find(
             "repeated_features", where, rows - len({row.tobytes() for row in regions.features})
         )
+        self.find("boxes_in_features", where, int(split_features(regions.features)[1] is not None))
         self.image_hashes.append(digest(np.ascontiguousarray(regions.features).data.cast("B")))
         self.image_numbers.append(number)
         extent = (regions.boxes[:, 2:] - regions.boxes[:, :2]) / regions.size

@@ -29,6 +29,13 @@ SIMPLE = {
         0.5,
         "are they padding? " + REBUILD,
     ),
+    "boxes_in_features": (
+        "images have their boxes once more as the last columns of the features",
+        "images",
+        0.0,
+        0.01,
+        "rebuild from the source with interbert build-features, which cuts them off",
+    ),
     "no_area": (
         "boxes have no area inside their image",
         "regions",

@@ -44,6 +44,7 @@ NAMES = (
     "Pat",
     "Quinn",
 )
+FIRST_NUMBER = {"train": 0, "val": 1_000_000, "test": 2_000_000}
 OPTIONS = 4
 NEEDED = ("objects", "question", "answer_choices", "rationale_choices", "img_fn", "annot_id")
 
@@ -177,7 +178,10 @@ def parse_question(record: dict[str, Any]) -> Question:
     if not file.name:
         raise BadQuestion("img_fn names no image")
 
-    image_names = [str(record[k]) for k in ("img_id",) if k in record] + [
+    img_id = str(record.get("img_id", ""))
+    image_names = [
+        *([img_id] if img_id else []),
+        *numbers_of(img_id),
         str(file),
         str(file.with_suffix("")),
         file.stem,
@@ -192,6 +196,17 @@ def parse_question(record: dict[str, Any]) -> Question:
         objects,
         list(dict.fromkeys(image_names)),
     )
+
+
+def numbers_of(img_id: str) -> list[str]:
+    """Return the number by which ViLBERT's features name an image: n for train-n, 1000000 + n for
+    val-n and 2000000 + n for test-n; none for other ids.
+    """
+    split, _, number = img_id.partition("-")
+    if split not in FIRST_NUMBER or not (number.isascii() and number.isdigit()):
+        return []
+
+    return [str(FIRST_NUMBER[split] + int(number))]
 
 
 def render(tokens: Any, names: Sequence[str]) -> str:

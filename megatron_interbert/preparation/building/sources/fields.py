@@ -2,8 +2,6 @@
 numbering, soft labels.
 """
 
-import base64
-import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +23,8 @@ class ReadOptions:
     """Hold how to interpret records.
 
     class_ids: whether id 0 is background (background-first) or the first object (background-none);
-    empty: as usual for the format.
+    empty: as usual for the format. image_sizes: file with the sizes of images whose records have
+    none. class_names: background first, for records that name their classes; empty: unknown.
     """
 
     class_ids: str = ""
@@ -33,6 +32,8 @@ class ReadOptions:
     soft_labels: int = 10
     num_classes: int = 1601  # with background
     trust_pickle: bool = False
+    image_sizes: str = ""
+    class_names: tuple[str, ...] = ()
 
 
 class BadRecord(ValueError):
@@ -42,32 +43,6 @@ class BadRecord(ValueError):
         super().__init__(reason, details)
         self.reason = reason
         self.details = details
-
-
-def decode_array(text: bytes | str | np.ndarray, dtype: type, rows: int, name: str) -> np.ndarray:
-    """Decode a base64 field (or an array) to [rows, width]; the width follows from the length.
-
-    Raises BadRecord, which calls the field `name`, if it does not fit.
-    """
-    if isinstance(text, np.ndarray):
-        flat = text.astype(dtype, copy=False).reshape(-1)
-    else:
-        try:
-            data = base64.b64decode(text, validate=True)
-        except (binascii.Error, ValueError, TypeError) as error:
-            raise BadRecord(f"{name} is not base64", str(error)) from error
-
-        if len(data) % np.dtype(dtype).itemsize:
-            raise BadRecord(f"{name} has a wrong length", f"{len(data)} bytes")
-
-        flat = np.frombuffer(data, dtype)
-
-    if rows <= 0 or flat.size == 0 or flat.size % rows:
-        raise BadRecord(
-            f"{name} does not fit the number of boxes", f"{flat.size} values for {rows} boxes"
-        )
-
-    return flat.reshape(rows, -1)
 
 
 def number(fields: Mapping[str, Any], name: str) -> float:
@@ -84,13 +59,17 @@ def number(fields: Mapping[str, Any], name: str) -> float:
 
 
 def make_regions(
-    fields: Mapping[str, Any], options: ReadOptions, scheme: str = BACKGROUND_NONE
+    fields: Mapping[str, Any],
+    options: ReadOptions,
+    scheme: str = BACKGROUND_NONE,
+    shares: bool = False,
 ) -> tuple[Regions, str]:
     """Build regions, and the kind of their labels, from image_id, width, height, boxes [R, 4],
     features [R, F] and one of: class_probs [R, C], class_ids [R] with class_confidence [R],
     class_ids alone, nothing.
 
-    `scheme` is the usual class numbering of the format. Raises BadRecord if fields do not fit.
+    `scheme` is the usual class numbering of the format. shares: boxes are shares of the image.
+    Raises BadRecord if fields do not fit.
     """
     features = np.asarray(fields["features"])
     boxes = np.asarray(fields["boxes"], dtype=np.float32)
@@ -104,12 +83,12 @@ def make_regions(
 
     if features.dtype.kind not in "fiu":
         raise BadRecord("features are not numbers", str(features.dtype))
-    if options.box_format == "yxyx":
-        boxes = boxes[:, [1, 0, 3, 2]]
-    if options.box_format == "xywh":
-        boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
 
+    boxes = _corners(boxes, options.box_format)
     size = (number(fields, "width"), number(fields, "height"))
+    if shares:
+        boxes = boxes * np.array([*size, *size], np.float32)
+
     ids, probs, kind = _labels(fields, rows, options, options.class_ids or scheme)
     name = (
         fields["image_id"].item()
@@ -130,14 +109,22 @@ def make_regions(
     )
 
 
+def _corners(boxes: np.ndarray, order: str) -> np.ndarray:
+    """Return boxes [R, 4] as x1, y1, x2, y2."""
+    if order == "yxyx":
+        return boxes[:, [1, 0, 3, 2]]
+    if order == "xywh":
+        return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+
+    return boxes
+
+
 def _labels(
     fields: Mapping[str, Any], rows: int, options: ReadOptions, scheme: str
 ) -> tuple[np.ndarray, np.ndarray, str]:
     if "class_probs" in fields:
-        return (
-            *_top_of_distribution(np.asarray(fields["class_probs"], np.float32), rows, options),
-            DENSE,
-        )
+        dense = _distribution(np.asarray(fields["class_probs"], np.float32), rows, options)
+        return *_most_likely(dense, _decided(fields, rows, scheme, options), options), DENSE
 
     width = min(options.soft_labels, options.num_classes)
     probs = np.zeros((rows, width), np.float32)
@@ -174,21 +161,50 @@ def _labels(
     return ids, probs, CLASS_ONLY if confidence is None else TOP_1
 
 
-def _top_of_distribution(
-    dense: np.ndarray, rows: int, options: ReadOptions
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids and probabilities of the most likely classes, each [R, k], highest first.
-
-    A distribution with one column fewer than there are classes leaves background out.
+def _distribution(dense: np.ndarray, rows: int, options: ReadOptions) -> np.ndarray:
+    """Return a distribution over all classes [R, C]; one with a column fewer leaves background
+    out.
     """
     if dense.shape == (rows, options.num_classes - 1):
         dense = np.concatenate([np.zeros((rows, 1), np.float32), dense], axis=1)
     if dense.shape != (rows, options.num_classes):
         raise BadRecord(
             "class distribution of a wrong shape",
-            f"{dense.shape}, expected {(rows, options.num_classes)}",
+            f"{dense.shape}, expected {(rows, options.num_classes)} or one column fewer, without"
+            " background; see --num-classes",
         )
 
-    ids = np.argsort(-dense, axis=1, kind="stable")[:, : options.soft_labels]
+    return dense
+
+
+def _decided(
+    fields: Mapping[str, Any], rows: int, scheme: str, options: ReadOptions
+) -> np.ndarray | None:
+    """Return the classes [R] that the detector decided on, if they come with confidences of their
+    own beside the distribution; None if they do not, or do not fit.
+    """
+    if "class_ids" not in fields or "class_confidence" not in fields:
+        return None
+
+    ids = np.asarray(fields["class_ids"]).reshape(-1)
+    if ids.shape != (rows,) or ids.dtype.kind not in "iu":
+        return None
+
+    ids = ids.astype(np.int64) + (scheme == BACKGROUND_NONE)
+
+    return ids if ids.min() >= 0 and ids.max() < options.num_classes else None
+
+
+def _most_likely(
+    dense: np.ndarray, first: np.ndarray | None, options: ReadOptions
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids and probabilities of the most likely classes, each [R, k], highest first, but
+    `first` [R] before all others: the best object where background is more likely.
+    """
+    ranks = -dense
+    if first is not None:
+        ranks[np.arange(len(dense)), first] = -np.inf
+
+    ids = np.argsort(ranks, axis=1, kind="stable")[:, : options.soft_labels]
 
     return ids, np.take_along_axis(dense, ids, axis=1)

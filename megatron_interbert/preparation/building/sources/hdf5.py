@@ -1,94 +1,140 @@
-"""Read HDF5 files of bottom-up attention: adaptive (10 to 100 regions, `pos_boxes`) and fixed
-([images, 36, 2048]).
-
-They hold no classes, so a store made from them has no region labels. Image sizes follow from
-`spatial_features`.
+"""Read HDF5 files with one dataset for each field over all images: bottom-up attention's, adaptive
+(10 to 100 regions, found by `pos_boxes` or `num_boxes`) or fixed ([images, 36, 2048]), GQA's, and
+others of this form; open any HDF5 file of features.
 """
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
+import itertools
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import h5py
 import numpy as np
 
-from megatron_interbert.data.hdf5 import HDF5_ERRORS, Hdf5File, system_reason
+from megatron_interbert.data.hdf5 import Hdf5File
 from megatron_interbert.errors import UsageError
-from megatron_interbert.preparation.building.pickles.reading import MAX_PICKLE, loads
-from megatron_interbert.preparation.building.sources.base import Dropped, Record, SourceFacts
-from megatron_interbert.preparation.building.sources.fields import (
-    BadRecord,
-    ReadOptions,
-    make_regions,
+from megatron_interbert.preparation.building.sources import names
+from megatron_interbert.preparation.building.sources.base import Dropped, FeatureSource
+from megatron_interbert.preparation.building.sources.fields import BadRecord, ReadOptions
+from megatron_interbert.preparation.building.sources.hdf5_images import (
+    MEND,
+    ImagesSource,
+    layout,
+    read_here,
 )
-from megatron_interbert.reading import read_text
+from megatron_interbert.preparation.building.sources.image_ids import (
+    RowNames,
+    names_beside,
+    read_image_ids,
+)
+from megatron_interbert.preparation.building.sources.records import Raw, RecordSource
+from megatron_interbert.preparation.building.sources.sizes import read_sizes
+from megatron_interbert.preparation.building.sources.values import image_name
 
-MEND = "download the file again, or convert it to one that holds all its data itself"
+OF_IMAGES = ("width", "height", "image_sizes", "image_hw", "num_boxes")
 
 
-class Hdf5Source:
+def open_hdf5(path: str, options: ReadOptions, image_ids: str = "") -> FeatureSource:
+    """Open the reader for the layout of a file; raise UsageError if it is unknown."""
+    with Hdf5File(path, MEND) as file:
+        found = layout(file)
+
+    return ImagesSource(path, options, found) if found else Hdf5Source(path, options, image_ids)
+
+
+class Hdf5Source(RecordSource):
     """Read one HDF5 file; `image_ids` is a file that names the images if the HDF5 file does not
     (see read_image_ids).
+
+    A unit is a range of rows. Rows without a name are left out.
     """
 
+    kind = "HDF5 with a dataset for each field"
+
     def __init__(self, path: str, options: ReadOptions, image_ids: str = "") -> None:
-        self.path = path
-        self.options = options
+        super().__init__(path, options)
 
         with Hdf5File(path, MEND) as file:
-            self._check(file)
-            self.ids = (
-                read_image_ids(image_ids, self.images, options.trust_pickle)
-                if image_ids
-                else self._own_ids(file)
-            )
-
-    def _check(self, file: Hdf5File) -> None:
-        for name in ("image_features", "image_bb"):
-            if name not in file:
+            self.spelled = names.spellings_of(file.names(1000))
+            if "features" not in self.spelled:
                 raise UsageError(
-                    f"{self.path}: dataset '{name}' is missing, found {', '.join(file.names(20))}"
+                    f"{path}: no dataset of features, found {', '.join(file.names(20))}; expected"
+                    " features and boxes of all images, or groups named by the images"
                 )
 
-        if "spatial_features" not in file and "image_sizes" not in file:
-            raise UsageError(
-                f"{self.path}: has neither spatial_features nor image_sizes, so the sizes of its"
-                " images are unknown"
-            )
+            features = file[self.spelled["features"]]
+            self.fixed = features.ndim == 3
+            self.ends = None if self.fixed or "pos_boxes" in self.spelled else self._ends(file)
+            rows = features if self.fixed else file[self._per_image(file)]
+            self.images = len(rows)
+            self.rows = self._names(file, image_ids)
 
-        self.fixed = file["image_features"].ndim == 3
-        if not self.fixed and "pos_boxes" not in file:
+        self.nameless = sum(not name for name in self.rows.ids)
+        if self.nameless == self.images:
+            raise UsageError(f"{path}: none of its {self.images} rows has a name in --image-ids")
+
+    def _per_image(self, file: Hdf5File) -> str:
+        return self.spelled.get("pos_boxes") or self.spelled["num_boxes"]
+
+    def _ends(self, file: Hdf5File) -> np.ndarray:
+        """Return the end of the rows of each image from the numbers of regions."""
+        if "num_boxes" not in self.spelled:
             raise UsageError(
                 f"{self.path}: dataset 'pos_boxes' is missing, so the regions of an image are"
                 " unknown"
             )
 
-        self.images = len(file["image_features" if self.fixed else "pos_boxes"])
-        self.feature_dim = file["image_features"].shape[-1]
+        return np.cumsum(file[self.spelled["num_boxes"]][:].reshape(-1), dtype=np.int64)
 
-    def _own_ids(self, file: Hdf5File) -> list[str]:
-        if "image_ids" not in file:
-            raise UsageError(
-                f"{self.path}: has no image ids; give the file that has them with --image-ids"
-                " (imgid2idx as JSON or pickle)"
-            )
+    def _names(self, file: Hdf5File, image_ids: str) -> RowNames:
+        """Return the names of the rows, from the given file, this one, or the one beside it."""
+        trust = self.options.trust_pickle
+        if image_ids:
+            return read_image_ids(image_ids, self.images, trust, self.path)
+        if "image_id" in self.spelled:
+            return RowNames(self._own_ids(file, self.spelled["image_id"]))
+        if beside := names_beside(self.path):
+            return read_image_ids(beside, self.images, trust, self.path)
 
-        dataset = file["image_ids"]
-        if dataset.shape != (self.images,):
+        raise UsageError(
+            f"{self.path}: has no image ids; give the file that has them with --image-ids"
+            " (imgid2idx as JSON or pickle)"
+        )
+
+    def _own_ids(self, file: Hdf5File, name: str) -> list[str]:
+        dataset = file[name]
+        if dataset.ndim not in (1, 2) or dataset.size != len(dataset):
             raise UsageError(
-                f"{self.path}: image_ids has shape {list(dataset.shape)}, expected the names of"
+                f"{self.path}: {name} has shape {list(dataset.shape)}, expected the names of"
                 f" {self.images} images"
             )
+        if len(dataset) > self.images:
+            raise UsageError(
+                f"{self.path}: {name} names {len(dataset)} images, but there are features of"
+                f" {self.images}; download or write the file again"
+            )
 
-        if h5py.check_string_dtype(dataset.dtype):
-            return file.strings("image_ids").tolist()
+        if h5py.check_string_dtype(dataset.dtype) and dataset.ndim == 1:
+            ids = file.strings(name).tolist()
+        else:
+            ids = without_unwritten(dataset[:].reshape(-1))
 
-        return [str(value) for value in dataset[:].tolist()]
+        names_ = [image_name(value).strip("\0") for value in ids]
 
-    def facts(self) -> SourceFacts:
-        """Return the sizes; there are no labels."""
-        return SourceFacts(self.feature_dim, self.options.num_classes, "none")
+        return [*names_, *[""] * (self.images - len(ids))]
+
+    @cached_property
+    def sizes(self) -> Mapping[str, tuple[float, float]]:
+        """Return (width, height) by image id, from the user's file or else that of the names."""
+        path = self.options.image_sizes
+        return read_sizes(path) if path else self.rows.sizes
+
+    def remarks(self) -> list[str]:
+        """Return a line about rows that no image is named after."""
+        if not self.nameless:
+            return []
+
+        return [f"{self.path}: {self.nameless} rows without a name, of {self.images}: left out"]
 
     def units(self, images_per_unit: int) -> list[list[int]]:
         """List ranges of images: [first, last + 1]."""
@@ -97,120 +143,48 @@ class Hdf5Source:
             for start in range(0, self.images, images_per_unit)
         ]
 
-    def read(self, unit: list[int]) -> Iterator[Record | Dropped]:
-        """Yield the images of a range."""
+    def first_unit(self) -> list[int]:
+        """Return all rows, the first of which are read."""
+        return [0, self.images]
+
+    def raw(self, unit: list[int]) -> Iterator[Raw | Dropped]:
+        """Yield the images of a range that have a name."""
         with Hdf5File(self.path, MEND) as file:
-            for row in range(*unit):
-                where = f"{self.path}: image {row}"
-                try:
-                    regions, kind = make_regions(self._fields(file, row), self.options)
-                    yield Record(regions, where, labels=kind)
-                except BadRecord as error:
-                    yield Dropped(where, self.ids[row], error.reason, error.details)
-                except UsageError:
-                    raise
-                except HDF5_ERRORS as error:
-                    if system_reason(file.cause(error)):
-                        raise  # the file may be intact: do not drop images for this
+            for row in itertools.compress(range(*unit), self.rows.ids[slice(*unit)]):
+                yield read_here(file, self.rows.ids[row], f"image {row}", self._values, row)
 
-                    yield Dropped(
-                        where,
-                        self.ids[row],
-                        "HDF5 cannot be read here",
-                        f"{type(error).__name__}: {error}",
-                    )
+    def _values(self, file: Hdf5File, row: int) -> dict[str, Any]:
+        at: Any = row if self.fixed else slice(*self._range(file, row))
+        values: dict[str, Any] = {}
 
-    def _fields(self, file: Hdf5File, row: int) -> dict[str, Any]:
-        if self.fixed:
-            at: Any = row
+        for field in names.OF_REGIONS:
+            if field in self.spelled:
+                values[self.spelled[field]] = file[self.spelled[field]][at]
+        for field in OF_IMAGES:
+            if field in self.spelled:
+                values[self.spelled[field]] = file[self.spelled[field]][row]
+
+        if row in self.rows.counts:
+            values.setdefault("num_boxes", self.rows.counts[row])
+
+        return values
+
+    def _range(self, file: Hdf5File, row: int) -> tuple[int, int]:
+        """Return the first and the last + 1 of the rows of an image."""
+        if self.ends is None:
+            start, stop = (int(v) for v in file[self.spelled["pos_boxes"]][row])
         else:
-            start, stop = (int(v) for v in file["pos_boxes"][row])
-            if not 0 <= start < stop <= len(file["image_features"]):
-                raise BadRecord("pos_boxes points beyond the rows", f"{start} to {stop}")
-            at = slice(start, stop)
+            start, stop = (int(self.ends[row - 1]) if row else 0, int(self.ends[row]))
 
-        boxes = file["image_bb"][at]
-        if "image_sizes" in file:
-            width, height = (float(v) for v in file["image_sizes"][row])
-        else:
-            width, height = size_of_image(boxes, file["spatial_features"][at])
+        if not 0 <= start < stop <= len(file[self.spelled["features"]]):
+            raise BadRecord("pos_boxes points beyond the rows", f"{start} to {stop}")
 
-        return {
-            "image_id": self.ids[row],
-            "width": width,
-            "height": height,
-            "boxes": boxes,
-            "features": file["image_features"][at],
-        }
+        return start, stop
 
 
-def size_of_image(boxes: np.ndarray, normalised: np.ndarray) -> tuple[float, float]:
-    """Compute (w, h) from boxes [R, 4] in pixels and the same boxes as shares of the image
-    [R, >= 4], using the largest corner because it is the most exact.
-    """
-    sizes = []
+def without_unwritten(ids: np.ndarray) -> list[Any]:
+    """Return the names of rows without those at the end that were never written: several zeros."""
+    written = np.flatnonzero(ids != 0) if ids.dtype.kind in "iuf" else np.arange(len(ids))
+    end = int(written[-1]) + 1 if len(written) else 0
 
-    for axis in (0, 1):
-        largest = int(np.argmax(boxes[:, axis + 2]))
-        share = float(normalised[largest, axis + 2])
-        if not 0 < share <= 1.5:
-            raise BadRecord("spatial_features are not shares of the image", str(share))
-        sizes.append(float(np.round(boxes[largest, axis + 2] / share)))
-
-    return sizes[0], sizes[1]
-
-
-def read_image_ids(path: str, images: int, trust_pickle: bool) -> list[str]:
-    """Read the image names by row: one per line, a JSON list, or id -> row as JSON or pickle
-    (imgid2idx). Raises UsageError unless there is one for each of `images`.
-    """
-    if Path(path).suffix in (".pkl", ".pickle"):
-        if not trust_pickle:
-            raise UsageError(
-                f"--image-ids {path}: is a pickle; give --trust-pickle to read the numbers and"
-                " strings in it"
-            )
-
-        try:
-            with open(path, "rb") as handle:
-                value = loads(handle.read(MAX_PICKLE + 1))
-        except UsageError:
-            raise
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--image-ids {path}: {error}") from error
-    else:
-        text = read_text(path, "--image-ids")
-        try:
-            value = (
-                json.loads(text)
-                if text.lstrip()[:1] in ("{", "[")
-                else [line.strip() for line in text.splitlines() if line.strip()]
-            )
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"--image-ids {path}: not valid JSON ({error})") from error
-
-    if isinstance(value, dict):
-        names = [""] * images
-        for name, row in value.items():
-            if not isinstance(row, int) or not 0 <= row < images:
-                raise UsageError(
-                    f"--image-ids {path}: {name} is row {row}, expected 0 to {images - 1}"
-                )
-
-            names[row] = str(name)
-
-        value = names
-
-    if not isinstance(value, list):
-        raise UsageError(
-            f"--image-ids {path}: holds one {type(value).__name__}, expected a list of names or id"
-            " -> row"
-        )
-
-    if len(value) != images or not all(str(v) for v in value):
-        raise UsageError(
-            f"--image-ids {path}: names {len(value)} images, expected a name for each of the"
-            f" {images} images in the features"
-        )
-
-    return [str(v) for v in value]
+    return ids[: end if len(ids) - end > 1 else len(ids)].tolist()

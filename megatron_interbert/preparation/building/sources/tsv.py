@@ -1,27 +1,25 @@
-"""Read TSV files with base64 columns: LXMERT's 10, bottom-up-attention's 6, or those that the
-caller names.
+"""Read TSV and CSV files with a line for each image: base64 columns (LXMERT's 10,
+bottom-up-attention's 6, those of a header or that the caller names) or JSON (Oscar and VinVL).
 
 A unit is a range of bytes; its records are the lines that begin in it, so planning reads only the
 first few lines.
 """
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from megatron_interbert.errors import UsageError
-from megatron_interbert.preparation.building.sources.base import Dropped, Record, SourceFacts
-from megatron_interbert.preparation.building.sources.fields import (
-    NONE,
-    BadRecord,
-    ReadOptions,
-    decode_array,
-    make_regions,
-    number,
-)
+from megatron_interbert.preparation.building.sources import names
+from megatron_interbert.preparation.building.sources.base import Dropped
+from megatron_interbert.preparation.building.sources.fields import BadRecord, ReadOptions
+from megatron_interbert.preparation.building.sources.records import Raw, RecordSource
+from megatron_interbert.preparation.building.sources.sizes import read_sizes, sizes_beside
+from megatron_interbert.preparation.building.sources.values import SINGLE
 
+JSON = "json"  # a column with all other fields
 BOTTOM_UP = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
 LXMERT = (
     "img_id",
@@ -35,45 +33,30 @@ LXMERT = (
     "boxes",
     "features",
 )
+# number of columns -> their names; files with others name them in a header, or the user does
 BY_COUNT = {
+    3: ("image_id", "num_boxes", "features"),
     len(BOTTOM_UP): BOTTOM_UP,
     len(BOTTOM_UP) + 1: (*BOTTOM_UP, "cls_prob"),
     len(LXMERT): LXMERT,
+    len(LXMERT) + 3: (*LXMERT, "cls_prob", "attrs", "classes"),
 }
-# other names in use -> the name here
-SAME = {
-    "img_id": "image_id",
-    "product_id": "image_id",
-    "img_w": "width",
-    "image_w": "width",
-    "img_h": "height",
-    "image_h": "height",
-    "objects_id": "class_ids",
-    "class_labels": "class_ids",
-    "objects_conf": "class_confidence",
-    "cls_prob": "class_probs",
-}
-NEEDED = {"image_id", "width", "height", "num_boxes", "boxes", "features"}
-ENCODED = {
-    "boxes": np.float32,
-    "features": np.float32,
-    "class_probs": np.float32,
-    "class_confidence": np.float32,
-}
+NEEDED = {"image_id", "features"}
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LONGEST_LINE = 1 << 28
 
 
-class TsvSource:
+class TsvSource(RecordSource):
     """Read one TSV file.
 
-    `columns` names its columns if their number does not tell; columns with unknown names are
-    ignored.
+    `columns` names its columns if neither a header nor their number tells; columns with unknown
+    names are ignored.
     """
 
+    kind = "TSV"
+
     def __init__(self, path: str, options: ReadOptions, columns: Sequence[str] = ()) -> None:
-        self.path = path
-        self.options = options
-        self.columns = tuple(columns)
+        super().__init__(path, options)
 
         try:
             self.bytes = os.path.getsize(path)
@@ -84,14 +67,16 @@ class TsvSource:
         except OSError as error:
             raise UsageError(f"{path}: cannot be read ({error})") from error
 
-        count = first.count(b"\t") + 1
-        self.columns = self.columns or BY_COUNT.get(count, ())
-        names = {SAME.get(name, name) for name in self.columns}
-        if not self.columns or len(self.columns) != count or not names >= NEEDED:
+        self.delimiter = b"\t" if b"\t" in first or first[:1] == b"{" else b","
+        values = _split(first, self.delimiter)
+        self.columns = tuple(columns) or _columns_of(values)
+        known = {names.ours(name) for name in self.columns}
+        if len(self.columns) != len(values) or not (known >= NEEDED or JSON in self.columns):
             raise UsageError(
-                f"{path}: {count} columns in the first line, expected"
-                f" {', '.join(map(str, BY_COUNT))}, or as many as --columns names"
-                f" ({', '.join(sorted(NEEDED))} among them)"
+                f"{path}: {len(values)} columns in the first line, expected"
+                f" {', '.join(map(str, BY_COUNT))}, an id and JSON, a header, or as many as"
+                " --columns names (image_id, image_w, image_h, num_boxes, boxes and features among"
+                " them)"
             )
 
         self.line_bytes = (
@@ -100,34 +85,23 @@ class TsvSource:
             else max(len(first), 1)
         )
 
-    def facts(self) -> SourceFacts:
-        """Return the facts, with the feature size of the first good line."""
-        reasons = []
+    @cached_property
+    def sizes(self) -> Mapping[str, tuple[float, float]]:
+        """Return (width, height) by image id, from the user's file or the hw.tsv of this one."""
+        path = self.options.image_sizes or sizes_beside(self.path)
+        return read_sizes(path) if path else {}
 
-        for number_, record in enumerate(self.read([0, self.bytes])):
-            if isinstance(record, Record):
-                return SourceFacts(
-                    record.regions.features.shape[1],
-                    self.options.num_classes,
-                    record.labels or NONE,
-                )
-
-            reasons.append(f"{record.reason}{': ' if record.details else ''}{record.details}")
-            if number_ == 99:
-                break
-
-        raise UsageError(
-            f"{self.path}: no good record among the first lines"
-            f" ({reasons[0] if reasons else 'the file is empty'})"
-        )
+    def first_unit(self) -> list[int]:
+        """Return the whole file, whose first lines are read."""
+        return [0, self.bytes]
 
     def units(self, images_per_unit: int) -> list[list[int]]:
         """List ranges of bytes: [start, stop]."""
         step = self.line_bytes * images_per_unit
         return [[start, min(start + step, self.bytes)] for start in range(0, self.bytes, step)]
 
-    def read(self, unit: list[int]) -> Iterator[Record | Dropped]:
-        """Yield the images of the lines that begin in the range."""
+    def raw(self, unit: list[int]) -> Iterator[Raw | Dropped]:
+        """Yield the records of the lines that begin in the range."""
         start, stop = unit
 
         with open(self.path, "rb", buffering=1 << 20) as handle:
@@ -148,49 +122,80 @@ class TsvSource:
                 if not line.strip():
                     continue
 
-                found = self._record(line.rstrip(b"\r\n"), f"{self.path}: line at byte {place}")
+                found = self._line(line, f"{self.path}: line at byte {place}")
                 if found:
                     yield found
 
-    def _record(self, line: bytes, where: str) -> Record | Dropped | None:
-        values = line.split(b"\t")
-        if [v.decode("utf-8", "replace") for v in values if len(v) < 40] == list(self.columns):
-            return None  # a header
+    def _line(self, line: bytes, where: str) -> Raw | Dropped | None:
+        values = _split(line, self.delimiter)
+        if _is_header(values):
+            return None
 
-        image_id = (
-            values[self._id_column][:80].decode("utf-8", "replace")
-            if len(values) > self._id_column
-            else ""
-        )
+        place = next((i for i, c in enumerate(self.columns) if names.ours(c) == "image_id"), 0)
+        name = values[place][:80].decode("utf-8", "replace") if len(values) > place else ""
         try:
             if len(values) != len(self.columns):
                 raise BadRecord(
                     "wrong number of columns", f"{len(values)}, expected {len(self.columns)}"
                 )
 
-            regions, kind = make_regions(self._fields(values), self.options)
+            return Raw(self._values(values), name, where)
         except BadRecord as error:
-            return Dropped(where, image_id, error.reason, error.details)
-        except UnicodeDecodeError as error:
-            return Dropped(where, image_id, "text is not UTF-8", str(error))
+            return Dropped(where, name, error.reason, error.details)
+        except (ValueError, RecursionError) as error:
+            return Dropped(where, name, "line that cannot be decoded", str(error)[:200])
 
-        return Record(regions, where, labels=kind)
+    def _values(self, values: list[bytes]) -> dict[str, Any]:
+        """Return the fields of a line: base64 as bytes, all else as text or from its JSON."""
+        found: dict[str, Any] = {}
 
-    @property
-    def _id_column(self) -> int:
-        return [SAME.get(name, name) for name in self.columns].index("image_id")
+        for name, value in zip(self.columns, values, strict=True):
+            if name == JSON:
+                content = json.loads(value)
+                found |= content if isinstance(content, dict) else {"objects": content}
+            else:
+                single = names.ours(name) in SINGLE
+                found[name] = value.decode() if single else value
 
-    def _fields(self, values: list[bytes]) -> dict[str, Any]:
-        raw = dict(zip((SAME.get(name, name) for name in self.columns), values, strict=True))
-        fields: dict[str, Any] = {
-            name: raw[name].decode() for name in ("image_id", "width", "height", "num_boxes")
-        }
-        rows = int(number(fields, "num_boxes"))
-        for name, dtype in ENCODED.items():
-            if name in raw:
-                fields[name] = decode_array(raw[name], dtype, rows, name)
+        return found
 
-        if "class_ids" in raw:
-            fields["class_ids"] = decode_array(raw["class_ids"], np.int64, rows, "class_ids")
 
-        return fields
+def is_table(start: bytes) -> bool:
+    """Tell from its first bytes whether a file is a TSV, a CSV or lines of JSON."""
+    line = start.removeprefix(BYTE_ORDER_MARK).split(b"\n", 1)[0]
+    if b"\t" in start or line[:2] == b'{"':
+        return True
+
+    values = _split(line, b",")
+    return len(values) in BY_COUNT or _is_header(values)
+
+
+def _split(line: bytes, delimiter: bytes) -> list[bytes]:
+    """Return the columns of a line, without its end, a byte order mark, and quotes of CSV."""
+    line = line.removeprefix(BYTE_ORDER_MARK).rstrip(b"\r\n")
+    return [_without_quotes(value) for value in line.split(delimiter)]
+
+
+def _without_quotes(value: bytes) -> bytes:
+    if len(value) < 2 or value[:1] != b'"' or value[-1:] != b'"':
+        return value
+
+    return value[1:-1].replace(b'""', b'"')
+
+
+def _is_header(values: list[bytes]) -> bool:
+    """Tell whether a line has the names of its columns."""
+    return {names.ours(value) for value in values if len(value) < 40} >= NEEDED
+
+
+def _columns_of(values: list[bytes]) -> tuple[str, ...]:
+    """Return the columns of a line: its own words if it is a header, or by their number; () if
+    unknown.
+    """
+    if _is_header(values):
+        return tuple(value.decode("utf-8", "replace") for value in values)
+
+    if values[-1][:1] in (b"{", b"["):
+        return (*("image_id", "", "", "")[: len(values) - 1], JSON)
+
+    return BY_COUNT.get(len(values), ())

@@ -1,0 +1,201 @@
+"""Make regions of published records, whatever the file; subclasses say where records are.
+
+Whether boxes are in pixels or shares of the image is decided once for a source, from its first
+records.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from megatron_interbert.data.regions import Regions
+from megatron_interbert.errors import UsageError
+from megatron_interbert.preparation.building.captions.reading import guess_language
+from megatron_interbert.preparation.building.sources import boxes as box_kinds
+from megatron_interbert.preparation.building.sources.base import Dropped, Record, SourceFacts
+from megatron_interbert.preparation.building.sources.fields import (
+    BadRecord,
+    ReadOptions,
+    make_regions,
+)
+from megatron_interbert.preparation.building.sources.looking import Look
+from megatron_interbert.preparation.building.sources.sizes import read_sizes
+from megatron_interbert.preparation.building.sources.values import Fields, fields_of, image_name
+
+LOOKED_AT = 20  # records that decide how a source is read
+TRIED = 100  # first records, one of which must be good
+
+
+@dataclass
+class Raw:
+    """Hold one record as a file has it, the name of its image by its place (a key, the name of a
+    file) and where it is, for reports.
+    """
+
+    values: Mapping[Any, Any]
+    image_id: str
+    where: str
+
+
+class RecordSource:
+    """Read records of one file or folder; subclasses say where they are."""
+
+    kind = ""
+
+    def __init__(self, path: str, options: ReadOptions) -> None:
+        self.path = path
+        self.options = options
+
+    def raw(self, unit: Any) -> Iterator[Raw | Dropped]:
+        """Yield the records of one unit as the file has them."""
+        raise NotImplementedError
+
+    def units(self, images_per_unit: int) -> list[Any]:
+        """List units of work of about `images_per_unit` images each."""
+        raise NotImplementedError
+
+    def first_unit(self) -> Any:
+        """Return a unit that begins with the first record."""
+        return next(iter(self.units(TRIED)), None)
+
+    @cached_property
+    def sizes(self) -> Mapping[str, tuple[float, float]]:
+        """Return (width, height) by image id, from a file that the user named."""
+        return read_sizes(self.options.image_sizes) if self.options.image_sizes else {}
+
+    @cached_property
+    def classes(self) -> Mapping[str, int]:
+        """Return the class of each name, of which a class may have several (sofa,couch)."""
+        return {
+            name.strip().lower(): number
+            for number, names in enumerate(self.options.class_names)
+            for name in names.split(",")
+        }
+
+    def remarks(self) -> list[str]:
+        """Return lines for the user about what is left out."""
+        return []
+
+    @cached_property
+    def look(self) -> Look:
+        """Read the first records and decide how all are read; raise UsageError if none is good."""
+        unit = self.first_unit()
+        if unit is None:
+            raise UsageError(f"{self.path}: holds no images")
+
+        problems: list[str] = []
+        found: list[tuple[str, Fields]] = []
+        for raw in itertools.islice(self.raw(unit), TRIED):
+            fields = raw if isinstance(raw, Dropped) else self._fields(raw)
+            if isinstance(fields, Dropped):
+                problems.append(told(fields))
+            else:
+                found.append((raw.where, fields))
+            if len(found) == LOOKED_AT:
+                break
+
+        votes = Counter(fields.boxes for _, fields in found)
+        shares = votes[box_kinds.SHARES] > votes[box_kinds.PIXELS]
+        for where, fields in found:
+            try:
+                regions, labels = self._regions(fields, shares)
+            except BadRecord as error:
+                problems.append(told(Dropped(where, "", error.reason, error.details)))
+            else:
+                dense = np.shape(fields.values.get("class_probs", ()))[-1:]
+                width = regions.features.shape[1]
+                return Look(shares, width, labels, fields, dense, regions.size)
+
+        raise UsageError(
+            f"{self.path}: no good record among the first {len(problems)}"
+            f" ({problems[0] if problems else 'the file is empty'})"
+        )
+
+    def facts(self) -> SourceFacts:
+        """Return the facts, with the feature size of the first good record."""
+        return SourceFacts(self.look.feature_dim, self.options.num_classes, self.look.labels)
+
+    def how(self) -> str:
+        """Describe in one line how the source is read."""
+        return f"{self.path}: {self.kind}; {self.look.described(self.options)}"
+
+    def read(self, unit: Any) -> Iterator[Record | Dropped]:
+        """Yield the images of a unit, in order."""
+        shares = self.look.shares
+        for raw in self.raw(unit):
+            yield raw if isinstance(raw, Dropped) else self._record(raw, shares)
+
+    def _record(self, raw: Raw, shares: bool) -> Record | Dropped:
+        fields = self._fields(raw)
+        if isinstance(fields, Dropped):
+            return fields
+
+        name = str(fields.values["image_id"])[:80]
+        try:
+            regions, kind = self._regions(fields, shares)
+        except BadRecord as error:
+            return Dropped(raw.where, name, error.reason, error.details)
+
+        captions = [(fields.caption, guess_language(fields.caption))] if fields.caption else []
+
+        return Record(regions, raw.where, captions, labels=kind)
+
+    def _fields(self, raw: Raw) -> Fields | Dropped:
+        name = image_name(raw.image_id)
+        try:
+            return fields_of(raw.values, name, self.sizes, self.classes)
+        except BadRecord as error:
+            return Dropped(raw.where, name[:80], error.reason, error.details)
+        except UsageError:  # nothing can be read at all: not this record's fault
+            raise
+        except Exception as error:  # a damaged record can hold anything
+            details = f"{type(error).__name__}: {error}"
+            return Dropped(raw.where, name[:80], "record that cannot be used", details)
+
+    def _regions(self, fields: Fields, shares: bool) -> tuple[Regions, str]:
+        """Return regions and the kind of their labels; raise BadRecord for boxes of another kind
+        than those of the source.
+        """
+        if fields.boxes and not fields.named:
+            other = box_kinds.SHARES if shares else box_kinds.PIXELS
+            if fields.boxes != other:
+                raise BadRecord(
+                    f"boxes {fields.boxes}, those of the first images {other}",
+                    f"corners {fields.values['boxes'].min():g} to {fields.values['boxes'].max():g}",
+                )
+
+        values = fields.values
+        if "width" not in values and (shares or fields.named):
+            values = {**values, "width": 1, "height": 1}
+
+        for name in ("width", "height"):
+            if name not in values:
+                raise BadRecord(
+                    f"'{name}' of the image is missing",
+                    f"found {', '.join(map(str, fields.spelled.values()))}; give the sizes of the"
+                    " images with --image-sizes",
+                )
+
+        options = self.options
+        if fields.named:
+            options = replace(options, box_format="xyxy")
+        if fields.by_name:
+            options = replace(options, class_ids="")
+
+        try:
+            return make_regions(values, options, fields.scheme, shares or fields.named)
+        except BadRecord:
+            raise
+        except Exception as error:
+            details = f"{type(error).__name__}: {error}"
+            raise BadRecord("record that cannot be used", details) from error
+
+
+def told(dropped: Dropped) -> str:
+    """Return where, why and details of a dropped record as one text."""
+    return f"{dropped.where}: {dropped.reason}: {dropped.details}".removesuffix(": ")
