@@ -5,24 +5,33 @@ python -m tests.campaigns.fuzzing --cases 2000 --seed 1
 """
 
 import argparse
+import base64
 import faulthandler
+import io
 import json
 import random
 import shutil
 import signal
+import tarfile
 import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
+from PIL import Image
 
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.build import build
 from megatron_interbert.preparation.building.plan import BuildPlan
+from megatron_interbert.preparation.building.sources.base import Dropped
+from megatron_interbert.preparation.building.sources.decoding import Photo, decode, look
 from megatron_interbert.preparation.building.sources.fields import ReadOptions
 from megatron_interbert.preparation.building.sources.opening import open_features
+from megatron_interbert.preparation.building.sources.photo_files import open_photos
 from tests.preparation import published
 from tests.preparation.formats import (
     adaptive_hdf5,
@@ -40,6 +49,8 @@ def in_bytes(value: object) -> str:
     return str(str(value).encode())
 
 
+# reasons in the report that are not about an image
+OF_CAPTIONS = ("caption record", "captions left out", "ids of no image")
 SECONDS = 20  # that one case may take
 OPTIONS = ReadOptions(trust_pickle=True)
 HEADER = ("img_id", "img_w", "img_h", "num_boxes", "boxes", "features")
@@ -89,6 +100,14 @@ def mutate(data: bytes, chance: random.Random) -> bytes:
     return bytes(result)
 
 
+def small_photo(number: int) -> bytes:
+    """A JPEG of its own color."""
+    handle = io.BytesIO()
+    Image.new("RGB", (32, 24), (40 * number, 90, 30)).save(handle, "JPEG")
+
+    return handle.getvalue()
+
+
 class Inputs:
     """Good inputs of every kind, made once."""
 
@@ -104,6 +123,7 @@ class Inputs:
         (folder / "captions").mkdir()
         for name, text in self.caption_files().items():
             (folder / "captions" / name).write_text(text, encoding="utf-8")
+        self.make_photos(folder / "photos", folder / "captions")
 
         build(
             BuildPlan(
@@ -112,6 +132,34 @@ class Inputs:
                 detector={"name": "x"},
             )
         )
+
+    def make_photos(self, folder: Path, captions: Path) -> None:
+        """One file of each kind that holds photos; those with texts are files of captions too."""
+        folder.mkdir()
+        data = [small_photo(number) for number in range(len(self.names))]
+        (folder / "one.jpg").write_bytes(data[0])
+        lines = [
+            f"{n}\t{base64.b64encode(d).decode()}\n" for n, d in zip(self.names, data, strict=True)
+        ]
+        (folder / "base64.tsv").write_text("".join(lines))
+        columns = {
+            "image": [
+                {"bytes": d, "path": f"{n}.jpg"} for n, d in zip(self.names, data, strict=True)
+            ],
+            "text": [f"a {n}" for n in self.names],
+        }
+        table = pyarrow.table(columns)
+        pyarrow.parquet.write_table(table, folder / "x.parquet", row_group_size=4)
+        with pyarrow.ipc.new_stream(folder / "x.arrow", table.schema) as writer:
+            writer.write_table(table)
+        with tarfile.open(folder / "x.tar", "w") as archive:
+            for name, photo in zip(self.names, data, strict=True):
+                for ending, content in (("jpg", photo), ("txt", f"a {name}".encode())):
+                    entry = tarfile.TarInfo(f"{name}.{ending}")
+                    entry.size = len(content)
+                    archive.addfile(entry, io.BytesIO(content))
+        for name in ("x.parquet", "x.arrow", "x.tar"):
+            shutil.copy(folder / name, captions / name)
 
     def make_published(self, folder: Path) -> None:
         """Files in further forms in which features are published."""
@@ -162,6 +210,16 @@ class Inputs:
             "plain.tsv": "".join(f"{n}\ta caption\ten\n" for n in self.names),
             "conceptual.tsv": "".join(f"a caption\thttp://x/{n}.jpg\n" for n in self.names),
             "tokens.txt": "".join(f"{n}.jpg#0 a caption\n" for n in self.names),
+            "array.json": json.dumps([{"image": f"{n}.jpg", "caption": [n]} for n in self.names]),
+            "rows.json": json.dumps([[f"{n}.jpg", f"a {n}"] for n in self.names]),
+            "regions.json": json.dumps(
+                [{"id": n, "regions": [{"phrase": f"a {n}"}]} for n in self.names]
+            ),
+            "lxmert.json": json.dumps(
+                [{"img_id": n, "sentf": {"mscoco": [n], "vqa": ["?"]}} for n in self.names]
+            ),
+            "quoted.csv": "image,caption\n" + "".join(f'{n}.jpg,"a ""{n}"""\n' for n in self.names),
+            "bars.csv": "image_name| comment\n" + "".join(f"{n}.jpg| a dog\n" for n in self.names),
         }
 
 
@@ -175,7 +233,7 @@ def build_from(path: Path, output: Path, **more: object) -> None:
     )
     store = RegionStore(str(output))
     dropped = (output / "dropped.jsonl").read_text(encoding="utf-8").splitlines()
-    lines = sum(json.loads(line)["reason"] == "caption line" for line in dropped)
+    lines = sum(json.loads(line)["reason"] in OF_CAPTIONS for line in dropped)
     assert manifest["counts"]["images"] + len(dropped) - lines == manifest["images_read"], (
         "an image has gone without a word"
     )
@@ -183,6 +241,15 @@ def build_from(path: Path, output: Path, **more: object) -> None:
         store.read(index)
     for caption in range(store.num_captions):
         store.caption(caption)
+
+
+def decode_photos(path: Path) -> None:
+    """Decode all photos at a path as extract-features does before it detects regions."""
+    for files in open_photos(path):
+        for unit in files.units(2):
+            photos = [p for p in files.photos(unit) if isinstance(p, Photo)]
+            good = [photo for photo in photos if not isinstance(look(photo), Dropped)]
+            decode(list(enumerate(good)))
 
 
 def one_case(kind: str, inputs: Inputs, work: Path, chance: random.Random) -> None:
@@ -207,6 +274,10 @@ def one_case(kind: str, inputs: Inputs, work: Path, chance: random.Random) -> No
     elif kind == "lmdb":
         mutated_rows(inputs, work, chance)
         build_from(work / "x.lmdb", work / "store")
+    elif kind == "photos":
+        file = chance.choice(sorted((good / "photos").iterdir()))
+        (work / file.name).write_bytes(mutate(file.read_bytes(), chance))
+        decode_photos(work if file.suffix == ".jpg" else work / file.name)
     elif kind == "npy":
         npy = shutil.copytree(good / "npy", work / "npy")
         file = chance.choice(sorted(npy.iterdir()))
@@ -275,7 +346,7 @@ def read_everything(path: Path) -> None:
 
 KINDS = (
     *("tsv", "json", "npz", "hdf5", "lmdb", "manifest", "shard"),
-    *("npy", "published", "sizes"),
+    *("npy", "published", "sizes", "photos"),
 )
 
 

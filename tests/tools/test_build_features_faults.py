@@ -225,7 +225,7 @@ def test_left_by_a_kill_at_the_very_start_or_end(tmp_path, images, monkeypatch, 
             lambda npz, captions: [f.write_bytes(b"PK") for f in npz.glob("*.npz")],
             "not a readable npz",
         ),
-        (lambda npz, captions: captions.write_text('{"image_id": 1}\n'), "is not a caption record"),
+        (lambda npz, captions: captions.write_text('{"image_id": 1}\n'), "without captions in it"),
         (lambda npz, captions: [f.unlink() for f in npz.glob("*.npz")], "neither manifest.json"),
         (
             lambda npz, captions: captions.write_text(
@@ -233,7 +233,7 @@ def test_left_by_a_kill_at_the_very_start_or_end(tmp_path, images, monkeypatch, 
             ),
             "their image ids differ",
         ),
-        (lambda npz, captions: captions.write_bytes(b"\xff\xfe"), "cannot be read as UTF-8"),
+        (lambda npz, captions: captions.write_bytes(b"\xff\xfe"), "looks like UTF-16; convert it"),
     ],
 )
 def test_input_without_any_use_is_one_line_and_leaves_nothing(tmp_path, damage, message):

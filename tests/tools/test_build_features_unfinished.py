@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -116,5 +117,6 @@ def test_a_unit_is_marked_under_a_name_of_this_process(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", spy)
     write_mark(tmp_path / "shard.json", {"read": 3})
-    assert temporary == [f"shard.json.{os.getpid()}.new"]
+    assert len(temporary) == 1
+    assert re.fullmatch(rf"shard\.json\.{os.getpid()}-[0-9a-f]+\.new", temporary[0])
     assert json.loads((tmp_path / "shard.json").read_text()) == {"read": 3}

@@ -39,8 +39,8 @@ def check_files(files: Sequence[CaptionFile], split: str) -> None:
 
     if split and not any(file.has_splits for file in files):
         raise UsageError(
-            f"--split {split}: no record of {', '.join(file.path for file in files)} names a split,"
-            " as those of Karpathy's files do; leave --split out"
+            f"--split {split}: {', '.join(file.path for file in files)} hold no splits, which"
+            " records name in a field such as split (Karpathy's do); leave --split out"
         )
 
 

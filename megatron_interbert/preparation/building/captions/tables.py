@@ -3,6 +3,7 @@
 import csv
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -180,15 +181,24 @@ def _candidates(delimiters: Sequence[str]) -> Iterator[Layout]:
 
 
 def _count_fitting(rows: Sequence[Cells]) -> tuple[int, int]:
-    """Count the rows with as many columns as the first one has, and after a header those with more,
+    """Count the rows with as many columns as the table has, and after a header those with more,
     whose captions hold delimiters. (0, 0) for one column.
     """
-    if not rows or len(rows[0]) < 2:
+    width = _width(rows)
+    if width < 2:
         return 0, 0
 
-    widths = [len(row) - len(rows[0]) for row in rows]
+    more = [len(row) - width for row in rows]
 
-    return widths.count(0), sum(more > 0 for more in widths) if is_header(rows[0]) else 0
+    return more.count(0), sum(columns > 0 for columns in more) if is_header(rows[0]) else 0
+
+
+def _width(rows: Sequence[Cells]) -> int:
+    """Return the number of columns: of the header, or else of most rows; 0 without rows."""
+    if rows and is_header(rows[0]):
+        return len(rows[0])
+
+    return Counter(map(len, rows)).most_common(1)[0][0] if rows else 0
 
 
 def _fields(rows: Sequence[Cells]) -> tuple[bool, list[str]]:
@@ -198,7 +208,7 @@ def _fields(rows: Sequence[Cells]) -> tuple[bool, list[str]]:
     """
     header = is_header(rows[0])
     body = rows[1:] if header and len(rows) > 1 else rows
-    width = len(rows[0])
+    width = _width(rows)
     looked = name_columns([row[:width] for row in body if len(row) >= width])
     fields = list(rows[0]) if header else looked
     texts, images = _holds(fields)
