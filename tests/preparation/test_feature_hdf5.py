@@ -178,7 +178,8 @@ def test_spare_rows(tmp_path, images, form):
     found, manifest, how = built(path, tmp_path / "store", image_ids=given)
     check(found, images, "none")
     assert "2 rows without a name, of 8" in how
-    assert manifest["images_read"] == 6
+    assert manifest["images_read"] == 8
+    assert manifest["dropped"] == {"row without a name": 2}
 
 
 def test_names_that_do_not_belong_to_the_rows(tmp_path, images):

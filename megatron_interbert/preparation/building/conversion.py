@@ -25,6 +25,7 @@ from megatron_interbert.preparation.building.shard_writer import (
     write_shard,
 )
 from megatron_interbert.preparation.building.sources.base import (
+    NO_NAME,
     Dropped,
     FeatureSource,
     Record,
@@ -34,7 +35,7 @@ from megatron_interbert.reading import is_there, reading
 
 NO_CAPTION = "no caption"
 NOT_WANTED = "not in --only"
-EXPECTED = (NO_CAPTION, NOT_WANTED)  # dropped on purpose, not because of a fault
+EXPECTED = (NO_CAPTION, NOT_WANTED, NO_NAME)  # dropped on purpose, not because of a fault
 
 
 @dataclass

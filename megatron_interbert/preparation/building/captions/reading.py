@@ -92,7 +92,8 @@ class CaptionFile:
 
     def describe(self) -> str:
         """Return a line that says how the file is read, with an example."""
-        return f"{self.path}: {self.wrapped.words}{self._choice}"
+        line = f"{self.path}: {self.wrapped.words}{self._choice}"
+        return line.encode("utf-8", "replace").decode("utf-8")
 
     def captions(self, split: str = "") -> Iterator[Caption | Complaint]:
         """Yield the captions, of some splits if `split` names them with commas between, and what is

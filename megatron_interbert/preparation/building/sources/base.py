@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from megatron_interbert.data.regions import Regions
 
+NO_NAME = "row without a name"
+
 
 @dataclass
 class Record:

@@ -3,7 +3,6 @@
 others of this form; open any HDF5 file of features.
 """
 
-import itertools
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
@@ -14,7 +13,11 @@ import numpy as np
 from megatron_interbert.data.hdf5 import Hdf5File
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.sources import names
-from megatron_interbert.preparation.building.sources.base import Dropped, FeatureSource
+from megatron_interbert.preparation.building.sources.base import (
+    NO_NAME,
+    Dropped,
+    FeatureSource,
+)
 from megatron_interbert.preparation.building.sources.fields import BadRecord, ReadOptions
 from megatron_interbert.preparation.building.sources.hdf5_images import (
     MEND,
@@ -148,10 +151,14 @@ class Hdf5Source(RecordSource):
         return [0, self.images]
 
     def raw(self, unit: list[int]) -> Iterator[Raw | Dropped]:
-        """Yield the images of a range that have a name."""
+        """Yield the images of a range; rows without a name are none."""
         with Hdf5File(self.path, MEND) as file:
-            for row in itertools.compress(range(*unit), self.rows.ids[slice(*unit)]):
-                yield read_here(file, self.rows.ids[row], f"image {row}", self._values, row)
+            for row in range(*unit):
+                name = self.rows.ids[row]
+                if name:
+                    yield read_here(file, name, f"image {row}", self._values, row)
+                else:
+                    yield Dropped(f"{self.path}: image {row}", "", NO_NAME)
 
     def _values(self, file: Hdf5File, row: int) -> dict[str, Any]:
         at: Any = row if self.fixed else slice(*self._range(file, row))
