@@ -4,6 +4,7 @@ A new spelling of a field is one more word in a table here.
 """
 
 import contextlib
+import functools
 import json
 import math
 import re
@@ -60,6 +61,7 @@ KNOWN = frozenset(
 LONGEST_NAME = 1024  # characters; longer ones are photos in base64
 
 
+@functools.lru_cache(maxsize=4096)
 def plain(name: Any) -> str:
     """Return the name of a field in lower case, `_` between words: `Image Path` -> image_path."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(name).strip())
