@@ -35,9 +35,6 @@ class Options(Flags):
 
     store: str = argument("folder of a region store", group="data")
     overwrite: bool = option(False, f"replace {HARD_NEGATIVES} of the store", group="data")
-    mode: str = option(DEFAULTS.mode, "pruned: search within --budget; exact: search everything")
-    budget: int = option(DEFAULTS.budget, "inverted-list entries read per caption")
-    candidates: int = option(DEFAULTS.candidates, "candidates scored exactly per caption")
     top: int = option(DEFAULTS.top, "negatives kept per caption")
     max_similarity: float = option(DEFAULTS.max_similarity, "negatives must be less similar")
     ngrams: str = option(
@@ -47,9 +44,6 @@ class Options(Flags):
     block: int = option(DEFAULTS.block, "captions between two saves", group="work")
     threads: int = option(len(os.sched_getaffinity(0)), "search threads", least=1, group="work")
     restart: bool = option(False, "discard unfinished work and start over", group="work")
-    check_recall: int = option(
-        0, "compare this many captions with the exact search", least=0, group="report"
-    )
     show: int = option(
         0, "print this many captions with their hardest negatives", least=0, group="report"
     )
@@ -73,16 +67,15 @@ def bar(stage: str, total: int) -> Iterator[Callable[[int], object]]:
 def run(options: Options) -> None:
     """Mine negatives and report what was found."""
     begun = time.monotonic()
-    names = ("mode", "budget", "candidates", "top", "max_similarity", "block")
-    told = {name: getattr(options, name) for name in names}
-    chosen = MiningOptions(**told, ngrams=lengths(options.ngrams))
+    chosen = MiningOptions(
+        options.top, options.max_similarity, lengths(options.ngrams), options.block
+    )
     found = mine(
         RegionStore(options.store),
         chosen,
         options.threads,
         options.restart,
         options.overwrite,
-        options.check_recall,
         options.show,
         progress=bar,
     )
@@ -95,12 +88,6 @@ def run(options: Options) -> None:
         f" {found['first']:.3f} for the first kept, {found['last']:.3f} for the last;"
         f" {time.monotonic() - begun:.1f} seconds"
     )
-    if "recall" in found:
-        print(
-            f"recall {found['recall']:.3f} of the exact search's negatives on"
-            f" {min(options.check_recall, found['captions'])} captions; mean similarity lower by"
-            f" {found['lost']:.4f}"
-        )
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ import numpy as np
 
 from megatron_interbert.preparation.mining.terms import Counts, count_terms, kernels
 
-
 # a term beside its weight, as both are read at the same time from rows anywhere in memory
 ENTRY = np.dtype([("term", np.int32), ("weight", np.float32)])
 
@@ -71,9 +70,7 @@ def _starts(members: np.ndarray, groups: int) -> np.ndarray:
     return starts
 
 
-def _shared_rows(
-    counted: Counts, rank: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _shared_rows(counted: Counts, rank: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the row of each caption, and the captions of each row as starts and numbers."""
     loops = kernels()
     entries = (counted.starts, counted.terms, counted.counts)

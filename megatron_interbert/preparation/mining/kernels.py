@@ -278,7 +278,9 @@ def keep_captions(row, score, image, captions, scores, kept, count):
     for i in range(holder_starts[row], holder_starts[row + 1]):
         caption = holders[i]
         last = len(kept) - 1
-        if count > last and (scores[last] > score or (scores[last] == score and kept[last] < caption)):
+        if count > last and (
+            scores[last] > score or (scores[last] == score and kept[last] < caption)
+        ):
             break
         if images[caption] != image:
             count = keep(score, caption, scores, kept, count)

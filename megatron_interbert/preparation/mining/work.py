@@ -25,7 +25,7 @@ from megatron_interbert.preparation.work_folder import (
 )
 from megatron_interbert.reading import read_json, reading
 
-FORMAT = 1
+FORMAT = 2
 PLAN = "plan.json"
 ASSEMBLED = "assembled.npy"
 DONE = "done.json"
