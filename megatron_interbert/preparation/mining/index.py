@@ -32,8 +32,10 @@ class TermIndex:
     list_starts: np.ndarray  # int64 [V + 1]
     places: np.ndarray  # int32 [E], where the row starts; int64 if that is too small
     impacts: np.ndarray  # float32 [E]
-    rests: np.ndarray  # float32 [E]
-    signatures: np.ndarray  # uint64 [E]
+    norms: np.ndarray  # float32 [E], of the row up to the term
+    codes: np.ndarray  # uint8 [E, SKETCHED]
+    amounts: np.ndarray  # uint8 [E, SKETCHED]
+    tails: np.ndarray  # float32 [E]
 
 
 def build_index(
@@ -105,10 +107,11 @@ def _lists(starts: np.ndarray, entries: np.ndarray, vocabulary: int) -> tuple[np
         np.empty(number, np.int32 if len(entries) < 1 << 31 else np.int64),
         np.empty(number, np.float32),
         np.empty(number, np.float32),
-        np.empty(number, np.uint64),
+        np.zeros((number, loops.SKETCHED), np.uint8),
+        np.zeros((number, loops.SKETCHED), np.uint8),
+        np.empty(number, np.float32),
     )
     loops.describe(starts, entries, terms, *columns)
-    norms = np.sqrt(columns[1] ** 2 + columns[2])
-    order = np.lexsort((-(norms * loops.LEVELS).astype(np.int16), terms))
+    order = np.lexsort((-(columns[2] * loops.LEVELS).astype(np.int16), terms))
 
     return _starts(terms, vocabulary), *(column[order] for column in columns)

@@ -15,8 +15,9 @@ import numpy as np
 # how far a bound in float32 may be below the similarity in double precision, for each term
 ROUNDING = 1e-6
 LEVELS = 64  # of the norms by which lists are sorted
-STRETCH = 256  # entries of a list that are read before their rows are scored
-OWN_BITS = 24  # the most frequent terms have a bit of a signature each, all others share the rest
+STRETCH = 128  # entries of a list that are read before their rows are scored
+SKETCHED = 8  # terms before an entry of which the index knows roughly what they are
+OWN_CODES = 128  # the most frequent terms have a code each, all others share the rest of 256
 
 
 def _compiled(function: Callable) -> Callable:
@@ -138,33 +139,40 @@ def write_rows(starts, terms, counts, idf, rank, examples, row_starts, entries):
 
 
 @_compiled
-def bit_of(term):
-    """Return the bit of a signature that stands for a term."""
-    if term < OWN_BITS:
-        return np.uint64(1) << np.uint64(term)
-    # mixed, as neighbours in frequency should not share a bit
+def code_of(term):
+    """Return the code that stands for a term in a sketch, 0 to 255."""
+    if term < OWN_CODES:
+        return term
+    # mixed, as neighbours in frequency should not share a code
     mixed = (np.uint64(term) * np.uint64(2654435761)) >> np.uint64(12)
-    return np.uint64(1) << (np.uint64(OWN_BITS) + mixed % np.uint64(64 - OWN_BITS))
+    return OWN_CODES + np.int64(mixed % np.uint64(256 - OWN_CODES))
 
 
 @_compiled
-def describe(starts, entries, terms, places, impacts, rests, signatures):
-    """Fill for each term of each row: the term, where its row starts, its weight, and of the more
-    frequent terms of its row the squared norm and the bits of a signature.
+def describe(starts, entries, terms, places, impacts, norms, codes, amounts, tails):
+    """Fill for each term of each row: the term, where its row starts, its weight, the norm of the
+    row up to it, and a sketch of the SKETCHED terms before it: their codes, their weights in 255ths
+    rounded up, and the norm of what is before them.
     """
     number = 0
 
     for row in range(len(starts) - 1):
-        rest = 0.0
-        signature = np.uint64(0)
+        square = 0.0
+        tail = 0.0
         for e in range(starts[row], starts[row + 1] - 1):
+            square += np.float64(entries[e].weight) ** 2
             terms[number] = entries[e].term
             places[number] = starts[row]
             impacts[number] = entries[e].weight
-            rests[number] = rest
-            signatures[number] = signature
-            rest += np.float64(entries[e].weight) ** 2
-            signature |= bit_of(entries[e].term)
+            norms[number] = np.sqrt(square)
+
+            for i in range(min(SKETCHED, e - starts[row])):
+                codes[number, i] = code_of(entries[e - 1 - i].term)
+                amounts[number, i] = min(np.ceil(entries[e - 1 - i].weight * 255), 255)
+
+            if e - starts[row] > SKETCHED:
+                tail += np.float64(entries[e - 1 - SKETCHED].weight) ** 2
+            tails[number] = np.sqrt(tail)
             number += 1
 
 
@@ -222,28 +230,25 @@ def keep(score, caption, scores, kept, count):
 
 
 @_compiled
-def possible_rows(begin, end, weight, squares, bits, least, lists, sums, found):
-    """Find where the rows start of the entries begin .. end - 1 of a list whose similarity may be `least` or
-    more, if they share no rarer term with the query; return how many were written to `found`.
+def possible_rows(begin, end, weight, rest, least, table, lists, found):
+    """Find where the rows start of the entries begin .. end - 1 of a list whose similarity may be
+    `least` or more if they share no rarer term with the query; return how many were written to
+    `found`.
 
-    The similarity is at most weight x impact + |query's rest| x |row's rest|, the rests being the
-    more frequent terms. Of the query's, only those count whose bits are in the row's signature.
+    The similarity is at most weight x impact, and of the terms before: the sketch's amounts times
+    the query's weights by code (`table` [256]), and the product of the norms of the `rest` of the
+    query and of the row's tail.
     """
-    places, impacts, rests, signatures = lists[1:]
-    size = end - begin
-    sums[:size] = 0.0
-
-    for term in range(len(bits)):
-        square = squares[term]
-        bit = bits[term]
-        for i in range(size):
-            sums[i] += square if signatures[begin + i] & bit else np.float32(0.0)
-
+    places, impacts, _, codes, amounts, tails = lists[1:]
     number = 0
-    for i in range(size):
-        missing = least - weight * impacts[begin + i]
-        found[number] = places[begin + i]
-        number += missing * abs(missing) <= sums[i] * rests[begin + i]
+
+    for p in range(begin, end):
+        most = weight * impacts[p] + rest * tails[p]
+        for i in range(SKETCHED):
+            most += table[codes[p, i]] * np.float32(amounts[p, i])
+
+        found[number] = places[p]
+        number += most >= least
 
     return number
 
@@ -298,15 +303,17 @@ def search_row(query, image, below, rows, lists, captions, dense, scores, kept):
     share a rarer term, whose list was read.
     """
     starts, entries = rows
-    list_starts, _, impacts, rests, _ = lists
+    list_starts = lists[0]
     first = starts[query]
     size = starts[query + 1] - 1 - first
     weights = entries[first : first + size]["weight"]
-    squares = weights**2
-    norms = np.sqrt(np.cumsum(squares.astype(np.float64)))
-    bits = np.array([bit_of(entries[first + i].term) for i in range(size)])
-    slack = ROUNDING * (size + 2)
-    sums = np.empty(STRETCH, np.float32)
+    norms = np.sqrt(np.cumsum(weights.astype(np.float64) ** 2)).astype(np.float32)
+    table = np.zeros(256, np.float32)
+    for i in range(size):
+        code = code_of(entries[first + i].term)
+        table[code] = max(table[code], weights[i] / np.float32(255))
+
+    slack = ROUNDING * (size + SKETCHED)
     found = np.empty(STRETCH + 1, np.int64)
     cosines = np.empty(STRETCH)
     count = 0
@@ -317,13 +324,12 @@ def search_row(query, image, below, rows, lists, captions, dense, scores, kept):
 
         for begin in range(list_starts[term], list_starts[term + 1], STRETCH):
             least = np.float32(worst - slack)
-            norm = np.sqrt(impacts[begin] ** 2 + rests[begin]) + 1 / LEVELS
-            if norms[i] * norm < least:
+            if norms[i] * (lists[3][begin] + 1 / LEVELS) < least:
                 break
 
             end = min(begin + STRETCH, list_starts[term + 1])
             number = possible_rows(
-                begin, end, weights[i], squares[:i], bits[:i], least, lists, sums, found
+                begin, end, weights[i], norms[max(i - 1, 0)], least, table, lists, found
             )
             score_rows(found, number, entries, dense, cosines)
 
@@ -339,7 +345,7 @@ def search(queries, below, row_of, rows, lists, captions, scores, kept):
     """Fill `kept` [Q, K] with the numbers of captions, best first, and `scores` [Q, K].
 
     `queries` [Q] are captions, row_of [N] their rows, `rows` (starts, entries), `lists`
-    (list_starts [V + 1], then of each entry: place, impact, rest, signature), `captions`
+    (list_starts [V + 1], then of each entry what `describe` fills), `captions`
     (holder_starts [R + 1], holders [N], images [N]).
     """
     starts, entries = rows

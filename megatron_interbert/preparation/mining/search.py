@@ -87,7 +87,15 @@ class Searcher:
     def _search(self, queries: np.ndarray, scores: np.ndarray, found: np.ndarray) -> None:
         index = self.index
         rows = (index.starts, index.entries)
-        lists = (index.list_starts, index.places, index.impacts, index.rests, index.signatures)
+        lists = (
+            index.list_starts,
+            index.places,
+            index.impacts,
+            index.norms,
+            index.codes,
+            index.amounts,
+            index.tails,
+        )
         captions = (index.holder_starts, index.holders, index.images)
         below = self.options.max_similarity
         self.loops.search(queries, below, index.row_of, rows, lists, captions, scores, found)
