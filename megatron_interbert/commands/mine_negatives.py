@@ -21,10 +21,12 @@ from megatron_interbert.config.options import Flags, argument, option
 from megatron_interbert.data.manifest import HARD_NEGATIVES
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
-from megatron_interbert.preparation.mining.search import MiningOptions, mine
+from megatron_interbert.preparation.mining.search import MiningOptions, mine, no_progress
+from megatron_interbert.preparation.sharing import TIMEOUT, read_team
 from megatron_interbert.progress import progress
 
 DEFAULTS = MiningOptions()
+WITHOUT_EFFECT = "accepted and ignored: the search is always exact"
 
 
 @dataclass
@@ -35,9 +37,6 @@ class Options(Flags):
 
     store: str = argument("folder of a region store", group="data")
     overwrite: bool = option(False, f"replace {HARD_NEGATIVES} of the store", group="data")
-    mode: str = option(DEFAULTS.mode, "pruned: search within --budget; exact: search everything")
-    budget: int = option(DEFAULTS.budget, "inverted-list entries read per caption")
-    candidates: int = option(DEFAULTS.candidates, "candidates scored exactly per caption")
     top: int = option(DEFAULTS.top, "negatives kept per caption")
     max_similarity: float = option(DEFAULTS.max_similarity, "negatives must be less similar")
     ngrams: str = option(
@@ -47,9 +46,17 @@ class Options(Flags):
     block: int = option(DEFAULTS.block, "captions between two saves", group="work")
     threads: int = option(len(os.sched_getaffinity(0)), "search threads", least=1, group="work")
     restart: bool = option(False, "discard unfinished work and start over", group="work")
-    check_recall: int = option(
-        0, "compare this many captions with the exact search", least=0, group="report"
+    claim_timeout: float = option(
+        TIMEOUT,
+        "seconds without a sign of life after which the work of another process of the job is taken"
+        " over",
+        least=1,
+        group="work",
     )
+    mode: str = option("exact", WITHOUT_EFFECT, ("exact", "pruned"), group="old flags")
+    budget: int = option(0, WITHOUT_EFFECT, group="old flags")
+    candidates: int = option(0, WITHOUT_EFFECT, group="old flags")
+    check_recall: int = option(0, WITHOUT_EFFECT, group="old flags")
     show: int = option(
         0, "print this many captions with their hardest negatives", least=0, group="report"
     )
@@ -71,21 +78,31 @@ def bar(stage: str, total: int) -> Iterator[Callable[[int], object]]:
 
 
 def run(options: Options) -> None:
-    """Mine negatives and report what was found."""
+    """Mine negatives and report what was found.
+
+    One process on each machine uses all of its cores; others there have nothing to do.
+    """
+    team = read_team(options.claim_timeout)
+    if team.local_rank:
+        return
+
     begun = time.monotonic()
-    names = ("mode", "budget", "candidates", "top", "max_similarity", "block")
-    told = {name: getattr(options, name) for name in names}
-    chosen = MiningOptions(**told, ngrams=lengths(options.ngrams))
+    chosen = MiningOptions(
+        options.top, options.max_similarity, lengths(options.ngrams), options.block
+    )
     found = mine(
         RegionStore(options.store),
         chosen,
         options.threads,
         options.restart,
         options.overwrite,
-        options.check_recall,
         options.show,
-        progress=bar,
+        progress=bar if team.is_first else no_progress,
+        team=team.of_machines(),
     )
+    if found is None:
+        return
+
     for line in found["examples"]:
         print(line)
 
@@ -95,12 +112,6 @@ def run(options: Options) -> None:
         f" {found['first']:.3f} for the first kept, {found['last']:.3f} for the last;"
         f" {time.monotonic() - begun:.1f} seconds"
     )
-    if "recall" in found:
-        print(
-            f"recall {found['recall']:.3f} of the exact search's negatives on"
-            f" {min(options.check_recall, found['captions'])} captions; mean similarity lower by"
-            f" {found['lost']:.4f}"
-        )
 
 
 def main() -> None:

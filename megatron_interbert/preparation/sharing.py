@@ -12,7 +12,7 @@ import contextlib
 import os
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_interbert.parallel.launch import node_name, read_launch
@@ -43,6 +43,13 @@ class Team:
     def is_shared(self) -> bool:
         """Check whether there are other processes."""
         return self.size > 1
+
+    def of_machines(self) -> "Team":
+        """Return the place of this process among the first ones of all machines."""
+        machines = -(-self.size // self.local_size)
+        return replace(
+            self, rank=self.rank // self.local_size, size=machines, local_rank=0, local_size=1
+        )
 
     def share_of(self, processes: int) -> int:
         """Return how many of the processes that a machine is to run are this one's."""

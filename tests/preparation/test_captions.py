@@ -468,7 +468,7 @@ def test_all_real_captions_are_tokenised_mined_and_packed(
             writer.add(one, captions)
 
     store = RegionStore(str(tmp_path / "store"))
-    mine(store, MiningOptions(budget=3000, candidates=300), 2)
+    mine(store, MiningOptions(), 2)
     tokenizer = CaptionTokenizer(str(tmp_path / "store" / "vocab.txt"))
     config = RunConfig(
         micro_batch_size=500, hard_negatives=0.5, max_tokens=128, balance_tokens=False

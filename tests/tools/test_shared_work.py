@@ -136,6 +136,27 @@ def test_photos_are_shared_among_ranks(tmp_path):
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
 
+@pytest.mark.parametrize("command", ["mine-negatives", "mine-neighbours"])
+def test_mining_is_shared_among_machines(corpus, tmp_path, command):
+    """Check two machines, one of which dies, against one process."""
+    flags, _ = corpus
+    stores = []
+    for name in ("one", "two"):
+        build(tmp_path / name, flags[0], "--captions", flags[2], "--images-per-shard", 1000)
+        stores.append(tmp_path / name)
+    output = {"mine-negatives": "hard_negatives.npy", "mine-neighbours": "hard_images.npy"}[command]
+    small = ("--block", 20, "--claim-timeout", 4)
+    code, out, err = launch(sys.executable, "-m", MAIN, command, stores[0], *small)
+    assert code == 0, out + err
+    ranks = start_ranks(*[(command, stores[1], *small)] * 2, module=MAIN)
+    wait_for(stores[1] / f"{output}.partial", "block-*.npy", 10)
+    ranks[1].kill()
+    (code, out, err), _ = ends(ranks)
+    assert code == 0, out + err
+    assert (stores[1] / output).read_bytes() == (stores[0] / output).read_bytes()
+    assert not list(stores[1].glob("*.partial"))
+
+
 def test_what_a_process_has_taken_others_leave_while_it_lives(tmp_path, monkeypatch):
     with Claims(tmp_path) as one, Claims(tmp_path, Team(timeout=0.5)) as two:
         assert one.take("a")

@@ -28,7 +28,7 @@ from megatron_interbert.data.regions import Regions
 from megatron_interbert.data.shard_file import COLUMNS
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.preparation.building.store_writer import RegionStoreWriter
-from tools.benchmarks.mining import grow, made_up_captions, measure_mining, read_coco
+from tools.benchmarks.mining import grow, made_up_captions, measure_mining, read_captions
 from tools.benchmarks.options import BenchmarkOptions
 
 REGIONS = 36
@@ -55,7 +55,10 @@ class Options(BenchmarkOptions):
     )
     mining_sample: int = option(0, "search only this many captions of each size; 0: all")
     captions: str = option(
-        "", "captions_*.json of COCO for realistic texts; default: made-up words", group="data"
+        "",
+        "captions_*.json of COCO for realistic texts (mining: or lines with an image's name and a"
+        " caption); default: made-up words",
+        group="data",
     )
     vocab_file: str = option(
         "", "WordPiece vocabulary; default: the words of the captions", group="data"
@@ -93,7 +96,7 @@ def made_up_image(random: np.random.Generator, number: int) -> Regions:
 def captions_for(count: int, options: Options) -> list[str]:
     """Return `count` captions, those of --captions first."""
     return grow(
-        read_coco(options.captions) if options.captions else made_up_captions(25_000), count
+        read_captions(options.captions) if options.captions else made_up_captions(25_000), count
     )
 
 
@@ -377,7 +380,7 @@ def building(folder: Path, options: Options) -> dict[str, Any]:
 def mining(folder: Path, options: Options) -> dict[str, Any]:
     """Measure seconds, recall and growth of TF-IDF mining."""
     sizes: Sequence[int] = options.mining_sizes
-    found = measure_mining(sizes, os.cpu_count() or 1, 300, options.captions, options.mining_sample)
+    found = measure_mining(sizes, os.cpu_count() or 1, 100, options.captions, options.mining_sample)
     for run in found["runs"]:
         print(
             "mining:",

@@ -2,8 +2,9 @@
 
 Imported only for mining.
 
-Legend: N captions, V terms, E entries (a term in a caption), K negatives kept for a caption. `rows`
-are (starts, terms, weights, ..) of a TermIndex, `lists` its (list_starts, captions, impacts).
+Legend: N captions, R rows (captions with the same terms share one), V terms, E entries (a term in a
+row), K negatives kept for a caption. A row's terms are sorted, frequent terms first; terms are
+numbered by falling frequency.
 """
 
 from collections.abc import Callable
@@ -11,10 +12,12 @@ from collections.abc import Callable
 import numba
 import numpy as np
 
-BUCKETS = 1024
-STRETCH = 65536  # captions whose sums fit into the cache at a time
-# how far the float32 sum of a caption may be from its similarity in double precision
-ROUNDING = 1e-5
+# how far a bound in float32 may be below the similarity in double precision, for each term
+ROUNDING = 1e-6
+LEVELS = 64  # of the norms by which lists are sorted
+STRETCH = 128  # entries of a list that are read before their rows are scored
+SKETCHED = 8  # terms before an entry of which the index knows roughly what they are
+OWN_CODES = 128  # the most frequent terms have a code each, all others share the rest of 256
 
 
 def _compiled(function: Callable) -> Callable:
@@ -59,194 +62,166 @@ def add_document_frequencies(terms, frequencies):
 
 
 @_compiled
-def norms(starts, terms, counts, idf):
-    """Compute the norm of each TF-IDF row before it is normalised, float64 [N]."""
-    result = np.zeros(len(starts) - 1)
+def row_keys(starts, terms, counts, rank):
+    """Compute a number for each caption [N] that is equal for the same terms and counts, and
+    ascends with the rank of the rarest term.
+    """
+    result = np.zeros(len(starts) - 1, np.uint64)
     for caption in range(len(result)):
-        total = 0.0
+        total = np.uint64(14695981039346656037)
+        rarest = 0
         for e in range(starts[caption], starts[caption + 1]):
-            total += (counts[e] * idf[terms[e]]) ** 2
-        result[caption] = np.sqrt(total)
+            rarest = max(rarest, rank[terms[e]])
+            total = (total ^ np.uint64(terms[e])) * np.uint64(1099511628211)
+            total = (total ^ np.uint64(counts[e])) * np.uint64(1099511628211)
+            total ^= total >> np.uint64(29)
+        result[caption] = (np.uint64(rarest) << np.uint64(32)) | (total >> np.uint64(32))
 
     return result
 
 
 @_compiled
-def permuted_rows(starts, terms, counts, idf, lengths, order, rank, new_starts, new_terms, weights):
-    """Write the rows in the given `order` [N], with terms renumbered by `rank` [V] and sorted, and
-    weights divided by `lengths` [N].
+def same_row(starts, terms, counts, caption, other):
+    """Tell whether two captions have the same terms and counts."""
+    size = starts[caption + 1] - starts[caption]
+    if starts[other + 1] - starts[other] != size:
+        return False
+
+    for i in range(size):
+        e = starts[caption] + i
+        o = starts[other] + i
+        if terms[e] != terms[o] or counts[e] != counts[o]:
+            return False
+
+    return True
+
+
+@_compiled
+def number_rows(starts, terms, counts, order, row_of):
+    """Fill `row_of` [N] with the numbers of distinct rows, in the given order of captions, in which
+    equal ones are neighbours; return how many there are.
+    """
+    rows = 0
+    for i in range(len(order)):
+        if i == 0 or not same_row(starts, terms, counts, order[i - 1], order[i]):
+            rows += 1
+        row_of[order[i]] = rows - 1
+
+    return rows
+
+
+@_compiled
+def write_rows(starts, terms, counts, idf, rank, examples, row_starts, entries):
+    """Write the rows of the example captions [R], with terms renumbered by `rank` [V] and sorted,
+    and weights of length 1; each is followed by an entry with the term V.
     """
     end = 0
 
-    for position in range(len(order)):
-        caption = order[position]
-        first = starts[caption]
-        last = starts[caption + 1]
-        sequence = np.argsort(rank[terms[first:last]])
+    for row in range(len(examples)):
+        row_starts[row] = end
+        first = starts[examples[row]]
+        last = starts[examples[row] + 1]
+        length = 0.0
+        for e in range(first, last):
+            length += (counts[e] * idf[terms[e]]) ** 2
 
-        for step in sequence:
+        for step in np.argsort(rank[terms[first:last]]):
             e = first + step
-            new_terms[end] = rank[terms[e]]
-            weights[end] = counts[e] * idf[terms[e]] / lengths[caption]
+            entries[end].term = rank[terms[e]]
+            entries[end].weight = counts[e] * idf[terms[e]] / np.sqrt(length)
             end += 1
 
-        new_starts[position + 1] = end
+        entries[end].term = len(idf)
+        entries[end].weight = 0.0
+        end += 1
+
+    row_starts[len(examples)] = end
 
 
 @_compiled
-def invert(starts, terms, weights, list_starts, captions, impacts):
-    """Invert rows: fill `captions` and `impacts` with each term's captions, in order, and their
-    weights; fill list_starts [V + 1] too.
+def code_of(term):
+    """Return the code that stands for a term in a sketch, 0 to 255."""
+    if term < OWN_CODES:
+        return term
+    # mixed, as neighbours in frequency should not share a code
+    mixed = (np.uint64(term) * np.uint64(2654435761)) >> np.uint64(12)
+    return OWN_CODES + np.int64(mixed % np.uint64(256 - OWN_CODES))
+
+
+@_compiled
+def describe(starts, entries, terms, places, impacts, norms, codes, amounts, tails):
+    """Fill for each term of each row: the term, where its row starts, its weight, the norm of the
+    row up to it, and a sketch of the SKETCHED terms before it: their codes, their weights in 255ths
+    rounded up, and the norm of what is before them.
     """
-    for term in terms:
-        list_starts[term + 1] += 1
-    for term in range(len(list_starts) - 1):
-        list_starts[term + 1] += list_starts[term]
+    number = 0
 
-    free = list_starts[:-1].copy()
-    for caption in range(len(starts) - 1):
-        for e in range(starts[caption], starts[caption + 1]):
-            place = free[terms[e]]
-            captions[place] = caption
-            impacts[place] = weights[e]
-            free[terms[e]] += 1
+    for row in range(len(starts) - 1):
+        square = 0.0
+        tail = 0.0
+        for e in range(starts[row], starts[row + 1] - 1):
+            square += np.float64(entries[e].weight) ** 2
+            terms[number] = entries[e].term
+            places[number] = starts[row]
+            impacts[number] = entries[e].weight
+            norms[number] = np.sqrt(square)
+
+            for i in range(min(SKETCHED, e - starts[row])):
+                codes[number, i] = code_of(entries[e - 1 - i].term)
+                amounts[number, i] = min(np.ceil(entries[e - 1 - i].weight * 255), 255)
+
+            if e - starts[row] > SKETCHED:
+                tail += np.float64(entries[e - 1 - SKETCHED].weight) ** 2
+            tails[number] = np.sqrt(tail)
+            number += 1
 
 
 @_compiled
-def similarity(starts, terms, weights, query, other):
-    """Compute the cosine of two rows in double precision, summed in the order of terms."""
+def similarity(entries, place, other, end):
+    """Compute the cosine of the rows that start at two places, in double precision, summed in the
+    order of terms; `end` is the term that ends a row.
+    """
     total = 0.0
-    q = starts[query]
-    o = starts[other]
 
-    while q < starts[query + 1] and o < starts[other + 1]:
-        if terms[q] == terms[o]:
-            total += np.float64(weights[q]) * np.float64(weights[o])
-            q += 1
-            o += 1
-        elif terms[q] < terms[o]:
-            q += 1
-        else:
-            o += 1
+    while entries[place].term != end and entries[other].term != end:
+        difference = entries[place].term - entries[other].term
+        if difference == 0:
+            total += np.float64(entries[place].weight) * np.float64(entries[other].weight)
+        place += difference <= 0
+        other += difference >= 0
 
     return total
 
 
 @_compiled
-def similarities(starts, terms, weights, queries, others):
-    """Compute the `similarity` of pairs [P], float64; -1 for pairs whose other is -1."""
-    result = np.full(len(queries), -1.0)
-    for pair in range(len(queries)):
+def similarities(starts, entries, end, rows, others):
+    """Compute the `similarity` of pairs of rows [P], float64; -1 for pairs whose other is -1."""
+    result = np.full(len(rows), -1.0)
+    for pair in range(len(rows)):
         if others[pair] >= 0:
-            result[pair] = similarity(starts, terms, weights, queries[pair], others[pair])
+            result[pair] = similarity(entries, starts[rows[pair]], starts[others[pair]], end)
 
     return result
-
-
-@_compiled
-def choose_lists(query, budget, rest, rows, lists, places, ends):
-    """Choose which part of each term's list to read, rarest term first, until `budget` entries are
-    spent or the norm of the rest of the query's row is at most `rest`.
-
-    Fills `places` and `ends`; returns the number of lists and the norm of the part of the row whose
-    lists are not read in full, the most that any sum can miss.
-    """
-    starts = rows[0]
-    terms = rows[1]
-    weights = rows[2]
-    missing = 0.0
-    for e in range(starts[query], starts[query + 1]):
-        missing += np.float64(weights[e]) ** 2
-
-    number = 0
-    left = budget
-
-    for e in range(starts[query + 1] - 1, starts[query] - 1, -1):
-        if left <= 0 or missing <= rest * rest:
-            break
-
-        begin = lists[0][terms[e]]
-        end = lists[0][terms[e] + 1]
-        take = min(end - begin, left)
-        places[number] = begin
-        ends[number] = begin + take
-        number = number + 1
-        left = left - take
-        if take == end - begin:
-            missing -= np.float64(weights[e]) ** 2
-
-    return number, np.sqrt(max(missing, 0.0))
-
-
-@_compiled
-def add_lists(query, number, scale, rows, lists, scratch):
-    """Sum the products of weights that captions share with the query, over the chosen lists; return
-    how many captions have a sum in a bucket.
-
-    Captions are processed in stretches whose sums stay in the processor's cache. The scratch
-    receives the captions and their sums, one stretch after another, and the histogram the number of
-    sums in each bucket.
-    """
-    weights = rows[2]
-    list_captions = lists[1]
-    impacts = lists[2]
-    sums, touched, captions, partial, histogram, places, ends = scratch[:7]
-    last = rows[0][query + 1] - 1
-    histogram[:] = 0
-    total = 0
-
-    for base in range(0, len(rows[0]) - 1, len(sums)):
-        stop = base + len(sums)
-        count = 0
-
-        for i in range(number):
-            place = places[i]
-            end = ends[i]
-            weight = weights[last - i]
-
-            while place < end and list_captions[place] < stop:
-                local = list_captions[place] - base
-                before = sums[local]
-                touched[count] = local
-                count += before == 0.0
-                sums[local] = before + weight * impacts[place]
-                place += 1
-
-            places[i] = place
-
-        for i in range(count):
-            local = touched[i]
-            value = sums[local]
-            sums[local] = 0.0
-            bucket = int(value * scale)
-
-            if bucket < len(histogram):
-                histogram[bucket] += 1
-                captions[total] = base + local
-                partial[total] = value
-                total += 1
-
-    return total
 
 
 @_compiled
 def keep(score, caption, scores, kept, count):
-    """Insert a caption into the best K so far, by score, then by lower number; return the new
-    count.
+    """Insert a caption that is not there yet into the best K so far, by score, then by lower
+    number; return the new count.
     """
     size = len(kept)
-    if count == size and (
-        score < scores[size - 1] or (score == scores[size - 1] and caption > kept[size - 1])
-    ):
-        return count
-
-    place = min(count, size - 1)
+    place = count
     while place > 0 and (
         scores[place - 1] < score or (scores[place - 1] == score and kept[place - 1] > caption)
     ):
-        scores[place] = scores[place - 1]
-        kept[place] = kept[place - 1]
         place -= 1
+
+    if place == size or (place > 0 and kept[place - 1] == caption):
+        return count
+
+    for i in range(min(count, size - 1), place, -1):
+        scores[i] = scores[i - 1]
+        kept[i] = kept[i - 1]
 
     scores[place] = score
     kept[place] = caption
@@ -255,120 +230,134 @@ def keep(score, caption, scores, kept, count):
 
 
 @_compiled
-def next_buckets(upper, wanted, histogram):
-    """Return the lowest bucket of the range below `upper` that holds at least `wanted` sums, or all
-    the rest, and how many sums it holds.
-    """
-    lower = upper
-    batch = 0
-    while lower > 0 and batch < wanted:
-        lower -= 1
-        batch += histogram[lower]
+def possible_rows(begin, end, weight, rest, least, table, lists, found):
+    """Find where the rows start of the entries begin .. end - 1 of a list whose similarity may be
+    `least` or more if they share no rarer term with the query; return how many were written to
+    `found`.
 
-    return lower, batch
+    The similarity is at most weight x impact, and of the terms before: the sketch's amounts times
+    the query's weights by code (`table` [256]), and the product of the norms of the `rest` of the
+    query and of the row's tail.
+    """
+    places, impacts, _, codes, amounts, tails = lists[1:]
+    number = 0
+
+    for p in range(begin, end):
+        most = weight * impacts[p] + rest * tails[p]
+        for i in range(SKETCHED):
+            most += table[codes[p, i]] * np.float32(amounts[p, i])
+
+        found[number] = places[p]
+        number += most >= least
+
+    return number
 
 
 @_compiled
-def score_exactly(query, total, lower, upper, scale, below, rows, scratch, scores, kept, found):
-    """Score the captions whose sums are in the buckets lower .. upper - 1 in double precision, and
-    keep those that are allowed; return the number kept.
+def score_rows(found, number, entries, dense, scores):
+    """Compute the cosine of the query (`dense` [V + 1]) and of the rows that start at the first
+    `number` places of `found`, in double precision, summed in the order of terms.
+
+    Rows lie anywhere in memory: a loop over their first entries fetches many of them at a time,
+    where the loop over whole rows would wait for each.
     """
-    starts, terms, weights, images, texts, original = rows
-    captions = scratch[2]
-    partial = scratch[3]
-    dense = scratch[7]
+    end = len(dense) - 1
+    for i in range(number):
+        first = entries[found[i]]
+        scores[i] = dense[first.term] * np.float64(first.weight)
 
-    for i in range(total):
-        bucket = int(partial[i] * scale)
-        if bucket < lower or bucket >= upper:
-            continue
-
-        other = captions[i]
-        score = 0.0
-        for e in range(starts[other], starts[other + 1]):
-            score += dense[terms[e]] * np.float64(weights[e])
-        if score >= below or (found == len(kept) and score < scores[found - 1]):
-            continue
-        if images[other] != images[query] and texts[other] != texts[query]:
-            found = keep(score, original[other], scores, kept, found)
-
-    return found
+    for i in range(number):
+        total = scores[i]
+        e = found[i] + 1
+        while entries[e].term != end:
+            total += dense[entries[e].term] * np.float64(entries[e].weight)
+            e += 1
+        scores[i] = total
 
 
 @_compiled
-def search_one(query, budget, rest, limit, certain, below, rows, lists, scratch, scores, kept):
-    """Search the best K of one caption, from at most `budget` entries of its lists; return how many
-    were found, or -1 if certainty needs more entries.
-    """
-    histogram = scratch[4]
-    scale = (len(histogram) - 1) / (below + ROUNDING)
-    number, missing = choose_lists(query, budget, rest, rows, lists, scratch[5], scratch[6])
-    total = add_lists(query, number, scale, rows, lists, scratch)
-    found = 0
-    seen = 0
-    upper = len(histogram)
+def keep_captions(row, score, image, captions, scores, kept, count):
+    """Insert the captions of a row that are not of the query's image; return the new count."""
+    holder_starts, holders, images = captions
 
-    while upper > 0:
-        lower, batch = next_buckets(upper, max(limit - seen, seen, 4 * len(kept)), histogram)
-        found = score_exactly(
-            query, total, lower, upper, scale, below, rows, scratch, scores, kept, found
-        )
-        seen = seen + batch
-        upper = lower
+    for i in range(holder_starts[row], holder_starts[row + 1]):
+        caption = holders[i]
+        last = len(kept) - 1
+        if count > last and (
+            scores[last] > score or (scores[last] == score and kept[last] < caption)
+        ):
+            break
+        if images[caption] != image:
+            count = keep(score, caption, scores, kept, count)
 
-        if found == len(kept):
-            if certain and scores[found - 1] > upper / scale + missing + ROUNDING:
-                return found
-            if not certain and seen >= limit:
-                return found
-
-    return found if missing == 0.0 or not certain else -1
+    return count
 
 
 @_compiled
-def search(queries, budget, rest, limit, certain, below, rows, lists, scratch, scores, kept):
-    """Fill `kept` [Q, K] with original caption numbers, best first, and `scores` [Q, K].
+def search_row(query, image, below, rows, lists, captions, dense, scores, kept):
+    """Find the best K captions for a row and an image, exactly.
 
-    `certain`: continue until nothing left can be better; otherwise stop once `limit` captions are
-    scored. A search that finds fewer than K is repeated with eight times the budget, until all
-    lists are read in full.
+    Lists are read from the query's rarest term on. The entries of a list are sorted by falling norm
+    of the row up to the term, so that reading ends where the query's norm up to the term times the
+    row's is less than the K-th best similarity so far: rows that come later have it only if they
+    share a rarer term, whose list was read.
     """
-    starts = rows[0]
-    terms = rows[1]
-    weights = rows[2]
-    dense = scratch[7]
+    starts, entries = rows
+    list_starts = lists[0]
+    first = starts[query]
+    size = starts[query + 1] - 1 - first
+    weights = entries[first : first + size]["weight"]
+    norms = np.sqrt(np.cumsum(weights.astype(np.float64) ** 2)).astype(np.float32)
+    table = np.zeros(256, np.float32)
+    for i in range(size):
+        code = code_of(entries[first + i].term)
+        table[code] = max(table[code], weights[i] / np.float32(255))
 
-    for row in range(len(queries)):
-        query = queries[row]
-        entries = 0
-        for e in range(starts[query], starts[query + 1]):
-            dense[terms[e]] = weights[e]
-            entries += lists[0][terms[e] + 1] - lists[0][terms[e]]
+    slack = ROUNDING * (size + SKETCHED)
+    found = np.empty(STRETCH + 1, np.int64)
+    cosines = np.empty(STRETCH)
+    count = 0
+    worst = 0.0
 
-        spend = budget
-        leave = rest
+    for i in range(size - 1, -1, -1):
+        term = entries[first + i].term
 
-        while entries > 0:
-            found = search_one(
-                query,
-                spend,
-                leave,
-                limit,
-                certain,
-                below,
-                rows,
-                lists,
-                scratch,
-                scores[row],
-                kept[row],
-            )
-            if found == kept.shape[1] or (spend >= entries and leave == 0.0):
+        for begin in range(list_starts[term], list_starts[term + 1], STRETCH):
+            least = np.float32(worst - slack)
+            if norms[i] * (lists[3][begin] + 1 / LEVELS) < least:
                 break
 
-            spend = entries if spend >= entries // 8 else spend * 8
-            leave = 0.0
-            kept[row] = -1
-            scores[row] = -1.0
+            end = min(begin + STRETCH, list_starts[term + 1])
+            number = possible_rows(
+                begin, end, weights[i], norms[max(i - 1, 0)], least, table, lists, found
+            )
+            score_rows(found, number, entries, dense, cosines)
 
-        for e in range(starts[query], starts[query + 1]):
-            dense[terms[e]] = 0.0
+            for j in range(number):
+                if worst <= cosines[j] < below and found[j] != first:
+                    row = np.searchsorted(starts, found[j])
+                    count = keep_captions(row, cosines[j], image, captions, scores, kept, count)
+                    worst = scores[-1] if count == len(kept) else 0.0
+
+
+@_compiled
+def search(queries, below, row_of, rows, lists, captions, scores, kept):
+    """Fill `kept` [Q, K] with the numbers of captions, best first, and `scores` [Q, K].
+
+    `queries` [Q] are captions, row_of [N] their rows, `rows` (starts, entries), `lists`
+    (list_starts [V + 1], then of each entry what `describe` fills), `captions`
+    (holder_starts [R + 1], holders [N], images [N]).
+    """
+    starts, entries = rows
+    dense = np.zeros(len(lists[0]))
+
+    for i in range(len(queries)):
+        row = row_of[queries[i]]
+        for e in range(starts[row], starts[row + 1]):
+            dense[entries[e].term] = entries[e].weight
+
+        search_row(
+            row, captions[2][queries[i]], below, rows, lists, captions, dense, scores[i], kept[i]
+        )
+        for e in range(starts[row], starts[row + 1]):
+            dense[entries[e].term] = 0.0

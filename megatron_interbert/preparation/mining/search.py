@@ -6,10 +6,9 @@ command was killed.
 """
 
 import dataclasses
-import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +16,12 @@ import numpy as np
 
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
-from megatron_interbert.preparation.mining.terms import TermIndex, build_index, kernels
-from megatron_interbert.preparation.mining.work import MiningFolder
+from megatron_interbert.preparation.mining.index import TermIndex, build_index
+from megatron_interbert.preparation.mining.terms import kernels
+from megatron_interbert.preparation.mining.work import MiningFolder, finish_together
+from megatron_interbert.preparation.sharing import ALONE, Claims, Team
 
 SLICE = 64  # captions that a thread takes at a time
-UNLIMITED = 1 << 60
-# norm of the part of a row, its frequent terms, whose lists the exact search need not read; the
-# result is the same
-REST = 0.25
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 
 
@@ -38,18 +35,13 @@ def no_progress(stage: str, total: int) -> Iterator[Callable[[int], object]]:
 class MiningOptions:
     """Hold what determines the result, and `block`, the captions between two saves."""
 
-    mode: str = "pruned"
-    budget: int = 30_000
-    candidates: int = 2000
     top: int = 30
     max_similarity: float = 0.5
     ngrams: tuple[int, ...] = (1, 2)
     block: int = 65_536
 
     def __post_init__(self) -> None:
-        if self.mode not in ("exact", "pruned"):
-            raise UsageError(f"--mode {self.mode}: expected exact or pruned")
-        for name in ("budget", "candidates", "top", "block"):
+        for name in ("top", "block"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} {getattr(self, name)}: expected a number above 0")
 
@@ -62,9 +54,6 @@ class MiningOptions:
             )
 
 
-Scratch = tuple[np.ndarray, ...]  # working memory of one thread
-
-
 class Searcher:
     """Find negatives in an index, with `threads` threads."""
 
@@ -73,44 +62,21 @@ class Searcher:
         self.options = options
         self.threads = threads
         self.loops = kernels()
-        self._scratch: queue.SimpleQueue[Scratch] = queue.SimpleQueue()
-        for _ in range(threads):
-            self._scratch.put(self._new_scratch())
-
-    def _new_scratch(self) -> Scratch:
-        number = len(self.index.original)
-        terms = len(self.index.list_starts) - 1
-        longest = int(np.diff(self.index.starts).max(initial=0))
-
-        return (
-            np.zeros(self.loops.STRETCH, np.float32),  # sums of a stretch of captions
-            np.empty(self.loops.STRETCH + 1, np.int32),  # those of them that are not 0
-            np.empty(number, np.int32),  # captions that share a term with the query
-            np.empty(number, np.float32),  # and their sums
-            np.zeros(self.loops.BUCKETS + 1, np.int64),  # histogram of the sums
-            # places in lists, and their ends
-            *(np.empty(longest, np.int64), np.empty(longest, np.int64)),
-            np.zeros(terms, np.float64),  # weights of the query by term
-        )
 
     def search(
-        self,
-        captions: np.ndarray,
-        mode: str | None = None,
-        progress: Callable[[int], object] = lambda done: None,
+        self, captions: np.ndarray, progress: Callable[[int], object] = lambda done: None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the negatives of `captions` [Q], int32 [Q, K] padded with -1, and their
         similarities, float64 [Q, K].
 
-        `mode` is that of the options unless given; `progress` is called with numbers of captions.
+        `progress` is called with numbers of captions.
         """
-        exact = (mode or self.options.mode) == "exact"
         found = np.full((len(captions), self.options.top), -1, dtype=np.int32)
         scores = np.full((len(captions), self.options.top), -1.0)
 
         def work(start: int) -> int:
             part = slice(start, start + SLICE)
-            self._search(self.index.position[captions[part]], exact, scores[part], found[part])
+            self._search(captions[part], scores[part], found[part])
             return len(captions[part])
 
         with ThreadPoolExecutor(self.threads) as pool:
@@ -119,52 +85,30 @@ class Searcher:
 
         return found, scores
 
-    def _search(
-        self, queries: np.ndarray, exact: bool, scores: np.ndarray, found: np.ndarray
-    ) -> None:
+    def _search(self, queries: np.ndarray, scores: np.ndarray, found: np.ndarray) -> None:
         index = self.index
-        options = self.options
-        scratch = self._scratch.get()
-        rows = (index.starts, index.terms, index.weights, index.images, index.texts, index.original)
-        lists = (index.list_starts, index.captions, index.impacts)
-        limits = (UNLIMITED, REST, 0) if exact else (options.budget, 0.0, options.candidates)
-        self.loops.search(
-            queries, *limits, exact, options.max_similarity, rows, lists, scratch, scores, found
+        rows = (index.starts, index.entries)
+        lists = (
+            index.list_starts,
+            index.places,
+            index.impacts,
+            index.norms,
+            index.codes,
+            index.amounts,
+            index.tails,
         )
-        self._scratch.put(scratch)
+        captions = (index.holder_starts, index.holders, index.images)
+        below = self.options.max_similarity
+        self.loops.search(queries, below, index.row_of, rows, lists, captions, scores, found)
 
     def similarity(self, captions: np.ndarray, others: np.ndarray) -> np.ndarray:
         """Compute the cosine of pairs of captions [P], float64; -1 for pairs whose other is -1."""
         index = self.index
-        inside = np.where(others >= 0, index.position[others], -1)
+        rows = np.where(others >= 0, index.row_of[others], -1)
 
         return self.loops.similarities(
-            index.starts, index.terms, index.weights, index.position[captions], inside
+            index.starts, index.entries, len(index.list_starts) - 1, index.row_of[captions], rows
         )
-
-    def recall(
-        self, table: np.ndarray, sample: int, captions: np.ndarray | None = None
-    ) -> tuple[float, float]:
-        """Return the share of the exact search's negatives that `table` has, and how much lower the
-        mean similarity of its negatives is.
-
-        Measured on `sample` captions of all or of `captions`, always the same ones.
-        """
-        drawn = np.random.default_rng(0).permutation(len(table) if captions is None else captions)[
-            :sample
-        ]
-        exact, scores = self.search(drawn, "exact")
-        rows = np.asarray(table[drawn])
-        hits = sum(
-            len(np.intersect1d(a[a >= 0], b[b >= 0])) for a, b in zip(exact, rows, strict=True)
-        )
-        own = self.similarity(np.repeat(drawn, rows.shape[1]), rows.ravel())
-        own = own[own >= 0]
-        wanted = scores[scores >= 0]
-        if not len(wanted):
-            return 1.0, 0.0
-
-        return hits / len(wanted), float(wanted.mean() - (own.mean() if len(own) else 0.0))
 
 
 def mine(
@@ -173,15 +117,16 @@ def mine(
     threads: int = 1,
     restart: bool = False,
     overwrite: bool = False,
-    check_recall: int = 0,
     examples: int = 0,
     progress: Progress = no_progress,
-) -> dict[str, Any]:
+    team: Team = ALONE,
+) -> dict[str, Any] | None:
     """Write hard_negatives.npy of a store (docs/region_store.md), resuming what an earlier call has
     left; return a summary.
 
     The summary has captions, negatives (per caption), without (captions with none), first and last
-    (mean similarities), examples, and if `check_recall` captions are asked for, recall and lost.
+    (mean similarities), and examples. The processes of a `team` share the work; it is None in those
+    that have not finished it.
     """
     folder = MiningFolder(store, dataclasses.asdict(options))
 
@@ -195,23 +140,30 @@ def mine(
             if not store.num_captions:
                 raise UsageError(f"{store.path}: has no captions to mine; build it with --captions")
 
-            folder.open(restart)
+            folder.open(restart, team.is_shared)
             searcher = Searcher(_index(store, options, progress), options, threads)
-            _mine_blocks(folder, searcher, progress)
-            table = folder.assemble()
-            summary = summarise(searcher, table)
-            if check_recall:
-                summary["recall"], summary["lost"] = searcher.recall(table, check_recall)
-
-            summary["examples"] = show(store, searcher, table, examples)
-            folder.publish(summary)
-
-            return summary
+            with Claims(folder.path, team) if team.is_shared else nullcontext() as claims:
+                _mine_blocks(folder, searcher, progress, claims)
+                return finish_together(
+                    folder, lambda: _finish(folder, searcher, store, examples), claims
+                )
     except OSError as error:
         raise UsageError(
             f"{folder.path}: cannot be written ({error}); free disk space or make the store"
             " writable"
         ) from error
+
+
+def _finish(
+    folder: MiningFolder, searcher: Searcher, store: RegionStore, examples: int
+) -> dict[str, Any]:
+    """Assemble the table, publish it and return the summary."""
+    table = folder.assemble()
+    summary = summarise(searcher, table)
+    summary["examples"] = show(store, searcher, table, examples)
+    folder.publish(summary)
+
+    return summary
 
 
 def _index(store: RegionStore, options: MiningOptions, progress: Progress) -> TermIndex:
@@ -228,14 +180,15 @@ def _index(store: RegionStore, options: MiningOptions, progress: Progress) -> Te
         return build_index(captions(), store.caption_image, options.ngrams)
 
 
-def _mine_blocks(folder: MiningFolder, searcher: Searcher, progress: Progress) -> None:
-    missing = [number for number in range(folder.blocks) if folder.read_block(number) is None]
-    with progress("mining", sum(len(folder.rows_of(number)) for number in missing)) as advance:
-        for number in missing:
-            rows = folder.rows_of(number)
-            folder.write_block(
-                number, searcher.search(np.arange(rows.start, rows.stop), progress=advance)[0]
-            )
+def _mine_blocks(
+    folder: MiningFolder, searcher: Searcher, progress: Progress, claims: Claims | None
+) -> None:
+    left = sum(len(folder.rows_of(number)) for number in folder.missing())
+    with progress("mining", left) as advance:
+        folder.complete(
+            lambda rows: searcher.search(np.arange(rows.start, rows.stop), progress=advance)[0],
+            claims,
+        )
 
 
 def summarise(searcher: Searcher, table: np.ndarray) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """Extract terms of captions (words, and n-grams inside runs of Chinese, Japanese or Korean
-characters) and build their TF-IDF index.
+characters), and count them.
 """
 
-import hashlib
 import re
 import unicodedata
 from array import array
@@ -61,15 +60,6 @@ def terms_of(text: str, ngrams: Sequence[int] = (1, 2)) -> list[str]:
     return terms
 
 
-def text_key(text: str) -> int:
-    """Return a 64-bit hash of a normalised text; a collision would only lose a candidate."""
-    return int.from_bytes(
-        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(),
-        "little",
-        signed=True,
-    )
-
-
 @dataclass
 class Counts:
     """Hold the distinct terms of each caption with their counts.
@@ -81,7 +71,6 @@ class Counts:
     terms: np.ndarray  # int32 [E]
     counts: np.ndarray  # uint16 [E]
     frequencies: np.ndarray  # int64 [V], captions that hold the term
-    texts: np.ndarray  # int64 [N], equal for equal texts
 
 
 def count_terms(captions: Iterable[str], ngrams: Sequence[int]) -> Counts:
@@ -96,7 +85,7 @@ def count_terms(captions: Iterable[str], ngrams: Sequence[int]) -> Counts:
     np.cumsum(np.concatenate([part[0] for part in parts]) if parts else [], out=starts[1:])
     joined = []
 
-    for column, dtype in ((1, np.int32), (2, np.uint16), (3, np.int64)):
+    for column, dtype in ((1, np.int32), (2, np.uint16)):
         joined.append(
             np.concatenate([part[column] for part in parts]) if parts else np.zeros(0, dtype)
         )
@@ -104,7 +93,7 @@ def count_terms(captions: Iterable[str], ngrams: Sequence[int]) -> Counts:
     frequencies = np.zeros(len(vocabulary), dtype=np.int64)
     kernels().add_document_frequencies(joined[0], frequencies)
 
-    return Counts(starts, joined[0], joined[1], frequencies, joined[2])
+    return Counts(starts, joined[0], joined[1], frequencies)
 
 
 def _chunks(captions: Iterable[str]) -> Iterator[list[str]]:
@@ -137,81 +126,8 @@ def _count_chunk(
     distinct = kernels().count_terms(_int32(flat), _int32(lengths), terms, counts)
     total = int(distinct.sum())
 
-    return (
-        distinct,
-        terms[:total].copy(),
-        counts[:total].copy(),
-        np.array([text_key(text) for text in chunk], dtype=np.int64),
-    )
+    return distinct, terms[:total].copy(), counts[:total].copy()
 
 
 def _int32(values: array) -> np.ndarray:
     return np.frombuffer(values, dtype=np.int32) if len(values) else np.zeros(0, dtype=np.int32)
-
-
-@dataclass
-class TermIndex:
-    """Hold TF-IDF rows, and lists of captions by term.
-
-    Internally, captions are numbered by the norm of their row before normalising, so that the list
-    of a term is in memory order and also from high to low weight (if the term occurs once in each);
-    terms are numbered by falling frequency, rarest last.
-    """
-
-    original: np.ndarray  # int32 [N], the caption's number in the store
-    position: np.ndarray  # int32 [N], its inverse
-    starts: np.ndarray  # int64 [N + 1]
-    terms: np.ndarray  # int32 [E]
-    weights: np.ndarray  # float32 [E]
-    list_starts: np.ndarray  # int64 [V + 1]
-    captions: np.ndarray  # int32 [E]
-    impacts: np.ndarray  # float32 [E]
-    texts: np.ndarray  # int64 [N]
-    images: np.ndarray  # int64 [N]
-
-
-def build_index(
-    captions: Iterable[str], images: np.ndarray, ngrams: Sequence[int] = (1, 2)
-) -> TermIndex:
-    """Build the TF-IDF rows of all captions and their inverted lists.
-
-    A weight is the raw count x (ln((1 + N) / (1 + df)) + 1); rows are normalised to length 1.
-    """
-    loops = kernels()
-    counted = count_terms(captions, ngrams)
-    number = len(counted.texts)
-    entries = len(counted.terms)
-    idf = np.log((1 + number) / (1 + counted.frequencies)) + 1
-    by_frequency = np.argsort(-counted.frequencies, kind="stable")
-    rank = np.empty(len(idf), dtype=np.int32)
-    rank[by_frequency] = np.arange(len(idf), dtype=np.int32)
-    lengths = loops.norms(counted.starts, counted.terms, counted.counts, idf)
-    original = np.argsort(lengths, kind="stable").astype(np.int32)
-    position = np.empty(number, dtype=np.int32)
-    position[original] = np.arange(number, dtype=np.int32)
-    starts = np.zeros(number + 1, np.int64)
-    terms = np.empty(entries, np.int32)
-    weights = np.empty(entries, np.float32)
-    loops.permuted_rows(
-        counted.starts,
-        counted.terms,
-        counted.counts,
-        idf,
-        lengths,
-        original,
-        rank,
-        starts,
-        terms,
-        weights,
-    )
-    texts = counted.texts[original]
-    del counted
-    list_starts = np.zeros(len(idf) + 1, np.int64)
-    holders = np.empty(entries, np.int32)
-    impacts = np.empty(entries, np.float32)
-    loops.invert(starts, terms, weights, list_starts, holders, impacts)
-    images = np.asarray(images, dtype=np.int64)[original]
-
-    return TermIndex(
-        original, position, starts, terms, weights, list_starts, holders, impacts, texts, images
-    )

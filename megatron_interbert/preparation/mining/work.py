@@ -38,7 +38,7 @@ from megatron_interbert.preparation.work_folder import (
 )
 from megatron_interbert.reading import read_json, reading
 
-FORMAT = 1
+FORMAT = 2
 PLAN = "plan.json"
 ASSEMBLED = "assembled.npy"
 DONE = "done.json"
@@ -79,6 +79,7 @@ class TableFolder:
         }
         self.blocks = -(-rows // block)
         self._done: set[int] = set()
+        self._damaged: set[int] = set()
         self._lock: int | None = None
 
     def __enter__(self) -> "TableFolder":
@@ -172,7 +173,9 @@ class TableFolder:
         except FileNotFoundError:
             return None
         except NoTable as error:
-            print(f"note: {path}: {error}; it is computed again", file=sys.stderr, flush=True)
+            if number not in self._damaged:
+                print(f"note: {path}: {error}; it is computed again", file=sys.stderr, flush=True)
+            self._damaged.add(number)
             return None
 
         return rows
