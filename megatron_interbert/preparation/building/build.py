@@ -29,12 +29,9 @@ from megatron_interbert.preparation.building.build_folder import (
 from megatron_interbert.preparation.building.captions.reading import CaptionFile, Complaint
 from megatron_interbert.preparation.building.captions.table import CaptionTable
 from megatron_interbert.preparation.building.conversion import UnitJob, is_done
-from megatron_interbert.preparation.building.finishing import (
-    check_complaints,
-    finish,
-    publish,
-)
+from megatron_interbert.preparation.building.finishing import finish, publish
 from megatron_interbert.preparation.building.plan import BuildPlan
+from megatron_interbert.preparation.building.report import check_complaints
 from megatron_interbert.preparation.building.sources.base import SourceFacts
 from megatron_interbert.preparation.building.unit_pool import convert_units
 from megatron_interbert.preparation.sharing import ALONE, Claims, Team
