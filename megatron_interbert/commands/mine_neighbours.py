@@ -8,7 +8,6 @@ and --block x images distances. A search that was stopped or killed is resumable
 command again.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -21,8 +20,8 @@ from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import HARD_IMAGES
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.mining.neighbours import mine_neighbours
-from megatron_interbert.preparation.mining.work import NeighbourFolder
-from megatron_interbert.preparation.sharing import TIMEOUT, Claims, Team, read_team
+from megatron_interbert.preparation.mining.work import NeighbourFolder, work_on
+from megatron_interbert.preparation.sharing import TIMEOUT, Team, read_team
 
 
 @dataclass
@@ -65,24 +64,14 @@ def run(options: Options) -> None:
     path = Path(options.store) / HARD_IMAGES
     most = min(options.neighbours, corpus.num_images - 1)
     folder = NeighbourFolder(corpus.stores[0], most, options.block)
-
-    try:
-        with folder:
-            done = None if options.restart else folder.published()
-            if done is None and path.exists() and not options.overwrite:
-                raise UsageError(f"{path}: already exists; give --overwrite to replace it")
-            if done is None:
-                folder.open(options.restart, team.is_shared)
-                sharing = Claims(folder.path, team) if team.is_shared else nullcontext()
-                with sharing as claims:
-                    done = mine_neighbours(corpus, folder, device_of(options, team), claims)
-    except OSError as error:
-        raise UsageError(
-            f"{path}: cannot be written ({error}); free some space or choose a store that can be"
-            " written to"
-        ) from error
-
-    if done is not False:
+    done = work_on(
+        folder,
+        team,
+        options.restart,
+        options.overwrite,
+        lambda claims: mine_neighbours(corpus, folder, device_of(options, team), claims),
+    )
+    if done is not None:
         print(f"{path}: {most} neighbours of each of {corpus.num_images} images")
 
 

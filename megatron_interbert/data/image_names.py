@@ -19,6 +19,7 @@ ENDING = re.compile(r"\.(jpe?g?|jfif|png|webp|gif|bmp|tiff?|avif|npz|npy)$", re.
 CAPTION_NUMBER = re.compile(r"#(?:[a-z]{2,4}[#_]?)?\d+$", re.IGNORECASE)  # Flickr's `1.jpg#zhc#0`
 ADDRESS = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 COCO = re.compile(r"^COCO_(?:train|val|test)\d{4}_0*(\d+)$", re.IGNORECASE)
+SPLIT = re.compile(r"train|val|test|dev")  # in the names of folders
 MOST_FOLDERS = 3  # that the end of a path may have
 
 SAME = 0  # the names are equal
@@ -94,17 +95,35 @@ class ImageName:
 def _path_and_ending(text: str) -> tuple[str, str]:
     """Split a name into its path with `/` between folders, and its ending in lower case.
 
-    An address loses its scheme and query, a name in a token file the number of the caption.
+    The address of a photo loses its scheme and query, a name in a token file the number of the
+    caption.
     """
     path, addresses = ADDRESS.subn("", text.strip())
     if addresses:
-        path = re.split(r"[?#]", path, maxsplit=1)[0]
+        before = re.split(r"[?#]", path, maxsplit=1)[0]
+        path = before if ENDING.search(before) else path
+    elif CAPTION_NUMBER.search(path) and ENDING.search(CAPTION_NUMBER.sub("", path)):
+        path = CAPTION_NUMBER.sub("", path)
 
-    path = CAPTION_NUMBER.sub("", path).replace("\\", "/")
-    path = "/".join(part for part in path.split("/") if part not in ("", "."))
+    path = "/".join(part for part in path.replace("\\", "/").split("/") if part not in ("", "."))
     ending = ENDING.search(path)
 
     return (path[: ending.start()], ending[0].lower()) if ending else (path, "")
+
+
+def are_of_other_splits(one: ImageName, other: ImageName) -> bool:
+    """Check whether the folders of two names say that they are of different splits, as those of
+    `train/1.jpg` and `val/1.jpg` do. Names that tell the split themselves are of one image.
+    """
+    if one.is_coco and other.is_coco:
+        return False
+
+    splits = [
+        {word[:3] for word in SPLIT.findall(name.path.rpartition("/")[0].lower())}
+        for name in (one, other)
+    ]
+
+    return bool(splits[0] and splits[1] and splits[0] != splits[1])
 
 
 def are_different_images(names: Iterable[str], kind: int) -> bool:
@@ -142,27 +161,35 @@ def match_names(asked: Iterable[str], numbers: Mapping[str, int]) -> dict[str, i
     """
     names = list(dict.fromkeys(asked))
     found = {name: numbers[name] for name in names if name in numbers}
-    if len(found) == len(names):
+    others = [ImageName(name) for name in names if name not in found]
+    if not others:
         return found
 
-    images: dict[str, list[str]] = {}  # the first two ids that have a key
-    for image_id in numbers:
-        for key in ImageName(image_id).meanings():
-            known = images.setdefault(key, [])
-            if len(known) < 2:
-                known.append(image_id)
-
+    images = _first_with_key({key for name in others for key in name.meanings()}, numbers)
     spelt_both_ways = are_spelt_both_ways(numbers)
     unclear = _unclear_keys(names)
-    for text in names:
-        name = ImageName(text)
+    for name in others:
         key = next((key for key in name.meanings() if key in images), "")
-        if text in found or not key or key in unclear or len(images[key]) > 1:
+        if not key or key in unclear or len(images[key]) > 1:
             continue
 
-        other = ImageName(images[key][0])
-        if kind_of_key(key) < NUMBER or other.is_coco == name.is_coco or not spelt_both_ways:
-            found[text] = numbers[other.text]
+        image = ImageName(images[key][0])
+        other_spelling = spelt_both_ways and image.is_coco != name.is_coco
+        if not are_of_other_splits(name, image) and not (
+            kind_of_key(key) == NUMBER and other_spelling
+        ):
+            found[name.text] = numbers[image.text]
+
+    return found
+
+
+def _first_with_key(keys: set[str], ids: Iterable[str]) -> dict[str, list[str]]:
+    """Return the first two ids that have each of some keys, where any has."""
+    found: dict[str, list[str]] = {}
+    for image_id in ids:
+        for key in ImageName(image_id).meanings():
+            if key in keys and len(found.setdefault(key, [])) < 2:
+                found[key].append(image_id)
 
     return found
 

@@ -5,21 +5,25 @@ them: what one of them takes, the others leave; what a dead one has taken is tak
            WHAT.claim       the name of the process that has taken WHAT
 
 Two processes may work on the same thing after a pause longer than `timeout`. That costs time only:
-everything is written under a temporary name of its process, and has the same bytes from anyone.
+each writes under temporary names of its own, and the bytes are the same from anyone.
 """
 
 import contextlib
+import functools
 import os
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_interbert.parallel.launch import node_name, read_launch
 
 ALIVE = "alive-"
 CLAIM = ".claim"
 OURS = (f"{ALIVE}*", f"*{CLAIM}", f"*{CLAIM}.*.new")
+PAUSE = 1.0  # seconds between two looks at what others have done
 TOUCH = 1.0  # seconds between two signs of life
 TIMEOUT = 60.0  # seconds without one after which a process counts as dead
 
@@ -65,8 +69,12 @@ def read_team(timeout: float = TIMEOUT) -> Team:
     return Team(launch.rank, launch.world_size, launch.local_rank, launch.local_size, timeout)
 
 
+class WorkIsOver(Exception):
+    """Report that the folder has gone: another process has finished the work."""
+
+
 class Claims:
-    """Take things in a folder for this process, as a context manager."""
+    """Claim pieces of work in a folder, so that other processes leave them alone."""
 
     def __init__(self, folder: Path, team: Team = ALONE) -> None:
         self.folder = folder
@@ -77,7 +85,9 @@ class Claims:
         self._seen: dict[str, tuple[float, float]] = {}  # owner: (last sign of life, when seen)
 
     def __enter__(self) -> "Claims":
-        self._alive.touch()
+        with self._work_may_be_over():
+            self._alive.write_text(_system(), encoding="utf-8")
+            self.began = self._alive.stat().st_mtime  # by the clock of the disk
         threading.Thread(target=self._live, daemon=True).start()
         return self
 
@@ -91,22 +101,32 @@ class Claims:
             with contextlib.suppress(OSError):  # the folder gets another name when all is done
                 os.utime(self._alive)
 
-    def take(self, what: str) -> bool:
-        """Take something unless a living process has it; return whether this process has it now."""
-        path = self.folder / (what + CLAIM)
+    @contextlib.contextmanager
+    def _work_may_be_over(self) -> Iterator[None]:
+        """Turn the error of a folder that has gone into WorkIsOver."""
         try:
-            owner = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            owner = ""
+            yield
+        except FileNotFoundError as error:
+            if self.folder.exists():
+                raise
+            raise WorkIsOver(str(self.folder)) from error
 
-        if owner == self.name:
-            return True
-        if owner and self._lives(owner):
-            return False
+    def take(self, what: str) -> bool:
+        """Claim something unless a living process has it; return whether this process has it now.
 
-        self._write(path, first=not owner)
+        Raises WorkIsOver if the folder has gone.
+        """
+        with self._work_may_be_over():
+            path = self.folder / (what + CLAIM)
+            owner = _owner_of(path)
+            if owner == self.name:
+                return True
+            if owner is not None and self._lives(owner):
+                return False
 
-        return path.read_text(encoding="utf-8") == self.name
+            self._write(path, first=owner is None)
+
+            return _owner_of(path) == self.name
 
     def _write(self, path: Path, first: bool) -> None:
         """Write the name of this process into a claim; as the `first`, if no other one does."""
@@ -119,6 +139,8 @@ class Claims:
                 os.replace(own, path)
         except FileExistsError:
             pass
+        except FileNotFoundError:
+            raise
         except OSError:  # a file system without links: the last one to write has it
             os.replace(own, path)
         finally:
@@ -135,11 +157,11 @@ class Claims:
         try:
             with open(self.folder / f"{ALIVE}{owner}", "rb") as handle:  # opening asks the server
                 sign = os.fstat(handle.fileno()).st_mtime
+                system = handle.read().decode("utf-8", "replace")
         except FileNotFoundError:
             return False
 
-        host, number, _ = owner.rsplit("-", 2)
-        if host == node_name() and not _is_running(int(number)):
+        if system == _system() and not _is_running(int(owner.rsplit("-", 2)[1])):
             return False
 
         last, when = self._seen.get(owner, (None, 0.0))
@@ -148,6 +170,29 @@ class Claims:
             return True
 
         return time.monotonic() - when < self.team.timeout
+
+
+def _owner_of(path: Path) -> str | None:
+    """Return the process that has a claim; None if there is none. An empty claim, left by a power
+    failure, is that of a process without a sign of life.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+
+
+@functools.cache
+def _system() -> str:
+    """Return what is the same for two processes only if both see each other's process numbers: the
+    start of the machine and the namespace.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    space = Path("/proc/self/ns/pid")
+    try:
+        return f"{boot.read_text().strip()} {space.stat().st_ino} {node_name()}"
+    except OSError:
+        return f"unknown {os.getpid()} {time.time_ns()}"
 
 
 def _is_running(process: int) -> bool:
@@ -159,3 +204,9 @@ def _is_running(process: int) -> bool:
         pass
 
     return True
+
+
+def in_turn(items: Sequence[Any], team: Team) -> list[Any]:
+    """Return items from the share of this process on, so that few processes ask for the same."""
+    first = len(items) * team.rank // team.size
+    return [*items[first:], *items[:first]]

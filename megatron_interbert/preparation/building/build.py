@@ -11,18 +11,20 @@ A unit's result depends on the unit alone, so the store is the same whatever the
 and of kills.
 """
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_interbert.data.manifest import MANIFEST, PLAN, read_manifest
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import own_name, write_text
+from megatron_interbert.files import encoded, flush_file, own_name, whole_file, write_text
 from megatron_interbert.preparation.building.build_folder import (
     CAPTIONS_DONE,
+    FAILED,
     BuildFolder,
     disk_errors_in_one_line,
 )
@@ -34,13 +36,12 @@ from megatron_interbert.preparation.building.plan import BuildPlan
 from megatron_interbert.preparation.building.report import check_complaints
 from megatron_interbert.preparation.building.sources.base import SourceFacts
 from megatron_interbert.preparation.building.unit_pool import convert_units
-from megatron_interbert.preparation.sharing import ALONE, Claims, Team
+from megatron_interbert.preparation.sharing import ALONE, PAUSE, Claims, Team, WorkIsOver, in_turn
 from megatron_interbert.preparation.sharing import OURS as OF_SHARING
 from megatron_interbert.preparation.work_folder import remove_folder
 from megatron_interbert.progress import progress
 from megatron_interbert.reading import read_json
 
-PAUSE = 1.0  # seconds between two looks at what others have left
 MOST_MISSES = 20  # of files that another process may be removing
 
 
@@ -64,7 +65,7 @@ def build(
         if not os.path.exists(path):
             raise UsageError(f"--captions {path}: no such file or folder")
 
-    task = _Build(plan, workers, max_dropped)
+    task = _Build(plan, workers, max_dropped, alone=not team.is_shared)
     with disk_errors_in_one_line(task.work):
         if team.is_shared:
             return _build_together(task, team)
@@ -86,8 +87,11 @@ def _is_of(plan: BuildPlan, output: Path) -> bool:
 class _Build:
     """Hold the steps of a build, each of which does only what has not been done before."""
 
-    def __init__(self, plan: BuildPlan, workers: int, max_dropped: float) -> None:
+    def __init__(
+        self, plan: BuildPlan, workers: int, max_dropped: float, alone: bool = True
+    ) -> None:
         self.plan = plan
+        self.alone = alone
         self.workers = workers
         self.max_dropped = max_dropped
         self.facts = _common_facts(plan)
@@ -116,15 +120,15 @@ class _Build:
     def left(self) -> list[UnitJob]:
         """Return the units that are still to be converted."""
         plan = self.plan
-        shared = (
-            self.work,
-            self.facts,
-            self.table,
-            bool(plan.caption_files),
-            plan.only is not None,
-            plan.soft_labels,
-            plan.strict_boxes,
-        )
+        shared = {
+            "folder": self.work,
+            "facts": self.facts,
+            "table": self.table,
+            "use_captions": bool(plan.caption_files),
+            "only": plan.only is not None,
+            "soft_labels": plan.soft_labels,
+            "strict_boxes": plan.strict_boxes,
+        }
         self._done |= {
             number
             for number in range(len(self.units))
@@ -132,7 +136,7 @@ class _Build:
         }
 
         return [
-            UnitJob(source, unit, number, *shared)
+            UnitJob(source, unit, number, **shared)
             for number, (source, unit) in enumerate(self.units)
             if number not in self._done
         ]
@@ -146,29 +150,57 @@ class _Build:
         ) as bar:
             convert_units(jobs, min(self.workers, left), self.plan, self.max_dropped, bar)
 
-    def finish(self) -> dict[str, Any]:
-        """Write the rest of the store and give it its final name; return its manifest."""
+    @contextlib.contextmanager
+    def failure_for_all(self) -> Iterator[None]:
+        """Leave the reason of a failure to the other processes, which would meet it too."""
+        try:
+            yield
+        except UsageError as error:
+            path = self.work / FAILED
+            with contextlib.suppress(OSError), whole_file(path, own_name(path)) as handle:
+                handle.write(encoded(json.dumps(str(error))))
+            raise
+
+    def raise_failure_since(self, began: float) -> None:
+        """Raise the UsageError with which another process has ended since this one began, both by
+        the clock of the disk.
+        """
+        path = self.work / FAILED
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime >= began:
+                raise UsageError(str(json.loads(path.read_bytes())))
+
+    def finish(self, may_publish: Callable[[], bool] = lambda: True) -> dict[str, Any] | None:
+        """Write the rest of the store and give it its final name if this process still may; return
+        its manifest.
+        """
         if not (self.work / MANIFEST).exists():
             sources = [source for source, _ in self.units]
-            finish(self.plan, self.facts, self.work, sources, self.table, self.max_dropped)
+            finish(
+                self.plan, self.facts, self.work, sources, self.table, self.max_dropped, self.alone
+            )
 
+        if not may_publish():
+            return None
         return publish(self.work, self.output, bool(self.plan.vocabulary))
 
 
 def _build_together(task: _Build, team: Team) -> dict[str, Any]:
-    """Build a store with the other processes of a team: each takes what none has taken, until one
-    of them publishes the store.
+    """Build a store with the other processes of a team: each claims what none has claimed, until
+    one of them publishes the store.
     """
     misses = 0
 
     while not task.output.exists():
         try:
             _take_part(task, team)
-        except (FileNotFoundError, UsageError):
+        except WorkIsOver:
+            pass
+        except (OSError, UsageError):
             misses += 1
             if not task.is_ending() or misses > MOST_MISSES:
                 raise
-            time.sleep(PAUSE)  # another process is removing and renaming what this one reads
+            time.sleep(PAUSE)  # another process is removing what this one wanted to read
 
     remove_folder(task.work, OF_SHARING)  # if this process has come too late and made it again
 
@@ -181,6 +213,7 @@ def _take_part(task: _Build, team: Team) -> None:
         Claims(task.work, team) as claims,
     ):
         while not task.output.exists():
+            task.raise_failure_since(claims.began)
             if task.is_ending():
                 if claims.take("finish"):
                     task.finish()
@@ -192,19 +225,17 @@ def _take_part(task: _Build, team: Team) -> None:
             else:
                 folder.prepare()
                 task.read_captions()
-                jobs = task.left()
-                first = len(jobs) * team.rank // team.size  # so that few ask for the same unit
-                taken = _taken(task, claims, jobs[first:] + jobs[:first])
-                task.convert(taken, team.is_first)
+                task.convert(_taken(task, claims, in_turn(task.left(), team)), team.is_first)
                 if not task.left() and claims.take("finish"):
-                    task.finish()
+                    with task.failure_for_all():
+                        task.finish(lambda: claims.take("finish"))
 
             if not task.output.exists():
                 time.sleep(PAUSE)
 
 
 def _taken(task: _Build, claims: Claims, jobs: Iterable[UnitJob]) -> Iterator[UnitJob]:
-    """Yield the units that this process takes."""
+    """Yield the units that this process claims."""
     for job in jobs:
         taken = claims.take(f"shard-{job.number:05d}")
         if taken and not task.is_ending() and not is_done(job.folder, job.number):
@@ -276,6 +307,7 @@ def _caption_table(plan: BuildPlan, work: Path) -> CaptionTable:
             raise UsageError(
                 f"--captions {', '.join(plan.caption_files)}: no captions found ({first})"
             )
+        flush_file(beside)
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)

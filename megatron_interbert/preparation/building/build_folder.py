@@ -24,13 +24,14 @@ from megatron_interbert.reading import read_json, read_text
 
 # in the work folder: complaints about caption lines; written when images.db is complete
 CAPTIONS_DONE = "captions.json"
-OF_BUILDS = ("shard-[0-9]*.h5.json", CAPTIONS_DONE, "images.db*", REPORT)
+FAILED = "failed.json"  # the reason why processes that share the build have to end
+OF_BUILDS = ("shard-[0-9]*.h5.json", CAPTIONS_DONE, "images.db*", REPORT, FAILED)
 # All that a work folder holds, in the order of removal: the plan, which marks it as a build, last.
 UNFINISHED = tuple(
     f"{name}{end}" for name in (*OF_BUILDS, PLAN) for end in (".[0-9]*.new", ".partial")
 )
 RESULTS = (*OF_BUILDS, *UNFINISHED, *OF_STORES, PLAN)
-OURS = (*OF_SHARING, *RESULTS)
+OURS = (*RESULTS, *OF_SHARING)  # in the order of removal: claims hold until all else is gone
 
 
 class BuildFolder:

@@ -43,16 +43,18 @@ def finish(
     units: Sequence[int],
     table: CaptionTable | None,
     max_dropped: float,
+    alone: bool = True,
 ) -> None:
     """Finish everything except the last rename: decide about names and captions, add up totals, and
     write report, captions and manifest.
 
-    `units` are the numbers of the sources of the units.
+    `units` are the numbers of the sources of the units. A process that is `alone` removes a folder
+    in which there is nothing of use.
     """
     done = Tally(work, units)
     dropped = functools.partial(dropped_lines, work, len(units))
     if not done.entries:
-        _explain_nothing(plan, work, done, dropped(), table)
+        _explain_nothing(plan, work, done, dropped(), table, alone)
 
     done.check(max_dropped)
     labels = source_labels([str(getattr(source, "path", "")) for source in plan.sources])
@@ -85,7 +87,7 @@ def finish(
     )
     manifest["shards"] = change_shards(work, done.entries, decision.changes)
     if not manifest["shards"]:
-        _explain_nothing(plan, work, done, done.lines(left_out), table)
+        _explain_nothing(plan, work, done, done.lines(left_out), table, alone)
 
     lines = (
         complaint_lines(work),
@@ -104,22 +106,24 @@ def _explain_nothing(
     done: Tally,
     lines: Iterator[dict[str, str]],
     table: CaptionTable | None,
+    remove: bool,
 ) -> None:
-    """Remove units without a single image, which are useless, and raise UsageError that says why,
-    with the first of the `lines` about dropped images that shows it.
+    """Raise UsageError that says why no image is left, with the first of the `lines` about dropped
+    images that shows it; if asked, `remove` the units, which are useless.
     """
     reason = next((reason for reason, _ in done.reasons.most_common(1)), "the sources are empty")
     reason = NO_CAPTION if done.reasons[NO_CAPTION] else reason
     first = next((line for line in lines if line["reason"] == reason), dict.fromkeys(LINE, ""))
     name = table.name_of(0) if reason == NO_CAPTION and table else ""
-    remove_folder(work, OURS)
+    if remove:
+        remove_folder(work, OURS)
     read = done.totals["read"]
 
     if reason == NO_CAPTION:
         raise UsageError(
             f"none of the {read} images has a caption in {', '.join(plan.caption_files)}: their"
-            f" image ids differ (one in the features is {first['image_id']!r}, one in the captions"
-            f" {name[:80]!r})"
+            f" image ids differ (one in the features is {first['image_id'][:80]!r}, one in the"
+            f" captions {name[:80]!r})"
         )
 
     raise UsageError(
@@ -140,7 +144,7 @@ def publish(work: Path, output: Path, has_vocabulary: bool) -> dict[str, Any]:
     }
     for name in own_names(work, OURS):
         if name not in keep:
-            (work / name).unlink()
+            (work / name).unlink(missing_ok=True)
 
     publish_folder(work, output)
 

@@ -10,7 +10,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from pathlib import Path
 
 import numpy as np
 
@@ -47,7 +47,13 @@ class Images:
     kept: int = 0
 
     def add(self, name: str, source: int, kept: bool, mute: bool = False) -> None:
-        """Add an image, with the next row if it is kept."""
+        """Add an image, with the next row if it is kept.
+
+        Names that no store can hold are of images that were dropped; no other name means them.
+        """
+        if not storable(name):
+            return
+
         self.names.append(name)
         self.sources.append(source)
         self.rows.append(self.kept if kept else -1)
@@ -144,10 +150,10 @@ class Clashes:
 
     def allow(self, image_id: str, meaning: Meaning) -> bool:
         """Check whether a name means only this image."""
-        if meaning.kind == SAME:
-            return image_id not in self.double
         if meaning.other_spelling and self.mixed:
             return False
+        if meaning.kind == SAME:
+            return image_id not in self.double
 
         return key_hash(meaning.key) not in self.unclear
 
@@ -171,6 +177,15 @@ class Pairs:
     def those(self, chosen: np.ndarray) -> "Pairs":
         """Return some of the pairs."""
         return Pairs(*(column[chosen] for column in vars(self).values()))
+
+    def numbered(self, targets: int) -> np.ndarray:
+        """Return a number for each pair of an image and one of so many targets, int64 [pairs]."""
+        return self.image * targets + self.target
+
+    def targets_of(self, image: int) -> np.ndarray:
+        """Return the targets of one image, in order; pairs are sorted by image."""
+        first, last = np.searchsorted(self.image, (image, image + 1))
+        return np.sort(self.target[first:last])
 
     def most_reliable(self) -> "Pairs":
         """Return for each image the pairs of the lowest rank, those that a unit supposes."""
@@ -216,18 +231,11 @@ def _decide_captions(
     supposed = pairs.most_reliable()
     decided = pairs.decided()
     counts = table.counts()
-    differing = set(zip(supposed.image.tolist(), supposed.target.tolist(), strict=True)) ^ set(
-        zip(decided.image.tolist(), decided.target.tolist(), strict=True)
-    )
-    targets: dict[int, list[int]] = {image: [] for image, _ in differing}
-    for image, target in zip(decided.image.tolist(), decided.target.tolist(), strict=True):
-        if image in targets:
-            targets[image].append(target)
-
-    for image, remaining in targets.items():
+    changed = np.setxor1d(supposed.numbered(len(counts)), decided.numbered(len(counts)))
+    for image in np.unique(changed // max(len(counts), 1)).tolist():
         row = images.rows[image]
         if row >= 0:
-            captions = table.captions_of(sorted(remaining))
+            captions = table.captions_of(decided.targets_of(image))
             decision.changes[row] = Change("" if captions else UNCLEAR, captions=captions)
 
     used = decided.those(np.array(images.rows)[decided.image] >= 0)
@@ -318,7 +326,8 @@ def source_labels(paths: Sequence[str]) -> list[str]:
     """Return a short name for each source: the name of its file or folder without ending, with as
     many folders before it as tell it from others; or a number where nothing does.
     """
-    parts = [PurePath(path).with_suffix("").parts for path in paths]
+    places = [Path(path).absolute() for path in paths]
+    parts = [(*place.parent.parts, place.stem) for place in places]
     longest = max(map(len, parts), default=0)
 
     for length in range(1, longest + 1):

@@ -12,11 +12,14 @@ from megatron_interbert.data.image_names import (
     SAME,
     ImageName,
     are_different_images,
+    are_of_other_splits,
     kind_of_key,
 )
 
 SCHEMA = """
-    CREATE TABLE {0}_name (id INTEGER PRIMARY KEY, target INTEGER, place INTEGER, text TEXT);
+    CREATE TABLE {0}_name (
+        id INTEGER PRIMARY KEY, target INTEGER, place INTEGER, text TEXT, coco INTEGER
+    );
     CREATE TABLE {0}_key (key TEXT, name INTEGER);
     CREATE TABLE {0}_unclear (key TEXT PRIMARY KEY) WITHOUT ROWID;
 """
@@ -28,8 +31,8 @@ class Meaning:
     """Hold how a target (whatever the names belong to) means an image.
 
     `place` is that of its name, 0 for the most reliable one. `key` must mean one image in the
-    build; it is empty if the names are equal. `other_spelling` says that one of the names has
-    COCO's prefix and the other is a plain number.
+    build; it is empty if the names are equal. `other_spelling` says that the image is named by a
+    plain number and the target by COCO, or the other way round.
     """
 
     target: int
@@ -55,13 +58,14 @@ class NameTable:
     def fill(self, connection: sqlite3.Connection, targets: Iterable[Sequence[str]]) -> None:
         """Write the names of the targets, each with its most reliable name first."""
         connection.executescript(SCHEMA.format(self.purpose))
-        names: list[tuple[int, int, int, str]] = []
+        names: list[tuple[int, int, int, str, bool]] = []
         keys: list[tuple[str, int]] = []
         number = 0
 
         for target, of_target in enumerate(targets):
+            coco = ImageName(of_target[0]).is_coco
             for place, text in enumerate(dict.fromkeys(of_target)):
-                names.append((number, target, place, text))
+                names.append((number, target, place, text, coco))
                 keys += [(key, number) for key in ImageName(text).own_keys]
                 number += 1
 
@@ -75,10 +79,10 @@ class NameTable:
     def _write(
         self,
         connection: sqlite3.Connection,
-        names: list[tuple[int, int, int, str]],
+        names: list[tuple[int, int, int, str, bool]],
         keys: list[tuple[str, int]],
     ) -> None:
-        connection.executemany(f"INSERT INTO {self.purpose}_name VALUES (?, ?, ?, ?)", names)
+        connection.executemany(f"INSERT INTO {self.purpose}_name VALUES (?, ?, ?, ?, ?)", names)
         connection.executemany(f"INSERT INTO {self.purpose}_key VALUES (?, ?)", keys)
         names.clear()
         keys.clear()
@@ -120,12 +124,14 @@ class NameTable:
         best: dict[tuple[int, int], Meaning] = {}
 
         for key, unique, kind in image.other_keys():
-            for target, place, text in self._named(connection, key):
-                found = Meaning(target, place, SAME, "")
+            for target, place, text, coco in self._named(connection, key):
+                other = bool(image.number) and bool(coco) != image.is_coco
+                found = Meaning(target, place, SAME, "", other)
                 if text != image_id:
                     if self._is_unclear(connection, unique) or self._is_unclear(connection, key):
                         continue
-                    other = kind == NUMBER and ImageName(text).is_coco != image.is_coco
+                    if are_of_other_splits(ImageName(text), image):
+                        continue
                     found = Meaning(target, place, kind, unique, other)
 
                 known = best.get((target, place))
@@ -134,10 +140,10 @@ class NameTable:
 
         yield from best.values()
 
-    def _named(self, connection: sqlite3.Connection, key: str) -> list[tuple[int, int, str]]:
+    def _named(self, connection: sqlite3.Connection, key: str) -> list[tuple[int, int, str, int]]:
         name = f"{self.purpose}_name"
         return connection.execute(
-            f"SELECT target, place, text FROM {self.purpose}_key JOIN {name} ON {name}.id ="
+            f"SELECT target, place, text, coco FROM {self.purpose}_key JOIN {name} ON {name}.id ="
             f" {self.purpose}_key.name WHERE key = ? ORDER BY target, place",
             (key,),
         ).fetchall()

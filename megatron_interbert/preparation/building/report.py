@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_interbert.data.manifest import TEXTS
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import encoded, whole_file
+from megatron_interbert.files import encoded, own_name, whole_file
 from megatron_interbert.preparation.building.build_folder import CAPTIONS_DONE, read_work_file
 from megatron_interbert.preparation.building.captions.reading import REJECTED
 from megatron_interbert.preparation.building.conversion import done_file
@@ -94,7 +94,7 @@ def dropped_lines(work: Path, units: int) -> Iterator[dict[str, str]]:
 
 def write_report(path: Path, lines: Iterator[dict[str, str]]) -> None:
     """Write the report line by line: a part of a large store may drop millions of images."""
-    with whole_file(path) as handle:
+    with whole_file(path, own_name(path)) as handle:
         for line in lines:
             handle.write(encoded(json.dumps(line, ensure_ascii=False) + "\n"))
 

@@ -22,7 +22,14 @@ from megatron_interbert.data.manifest import (
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import publish_folder, write_json, write_text
+from megatron_interbert.files import (
+    encoded,
+    json_text,
+    own_name,
+    publish_folder,
+    whole_file,
+    write_text,
+)
 from megatron_interbert.preparation.building.shard_writer import (
     SHARD_NAME,
     Caption,
@@ -100,7 +107,9 @@ def finish_store(folder: Path, manifest: dict[str, Any], vocabulary: str = "") -
         for name in (VOCABULARY, TOKENS):
             (folder / name).unlink(missing_ok=True)
 
-    write_json(folder / MANIFEST, manifest)
+    path = folder / MANIFEST
+    with whole_file(path, own_name(path)) as handle:
+        handle.write(encoded(json_text(manifest)))
 
 
 def _texts(folder: Path, shards: Sequence[dict[str, Any]]) -> Iterator[list[str]]:

@@ -66,8 +66,9 @@ def _results(jobs: Iterable[UnitJob], workers: int, plan: BuildPlan) -> Iterator
 
         try:
             while True:
-                with interrupts_blocked():
-                    while len(running) < 2 * workers and (job := next(waiting, None)) is not None:
+                while len(running) < 2 * workers and (job := next(waiting, None)) is not None:
+                    check()
+                    with interrupts_blocked():
                         running.add(pool.submit(_convert, job))
 
                 check()

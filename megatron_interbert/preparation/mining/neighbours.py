@@ -1,6 +1,8 @@
 """Find the images with the nearest mean region features, exactly, with blocked matrix products."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,9 +48,9 @@ def nearest_images(
 
 def mine_neighbours(
     corpus: Corpus, folder: NeighbourFolder, device: torch.device, claims: Claims | None = None
-) -> bool:
-    """Write the table of neighbours of a store's images, alone or with others; return whether this
-    process has finished it.
+) -> dict[str, Any] | None:
+    """Write the table of neighbours of a store's images, alone or with others; return its summary,
+    None if another process has finished it.
     """
     means = _all_means(corpus, folder, claims).to(device)
     squares = means.square().sum(dim=1)
@@ -62,12 +64,17 @@ def mine_neighbours(
 
         folder.complete(make, claims)
 
-    def finish() -> bool:
+    def finish(may_publish: Callable[[], bool]) -> dict[str, Any] | None:
         folder.assemble()
-        folder.publish({})
-        return True
+        if not may_publish():
+            return None
 
-    return bool(finish_together(folder, finish, claims))
+        summary = {"images": folder.rows, "neighbours": folder.width}
+        folder.publish(summary)
+
+        return summary
+
+    return finish_together(folder, finish, claims)
 
 
 def _all_means(corpus: Corpus, folder: NeighbourFolder, claims: Claims | None) -> torch.Tensor:
@@ -89,9 +96,11 @@ def _all_means(corpus: Corpus, folder: NeighbourFolder, claims: Claims | None) -
 
     complete(names, missing, make, claims)
 
-    return torch.from_numpy(
-        np.concatenate([np.load(path, allow_pickle=False) for path in paths.values()])
-    )
+    means = np.empty((corpus.num_images, corpus.feature_dim), np.float32)
+    for number, images in parts.items():
+        means[images.start : images.stop] = np.load(paths[number], allow_pickle=False)
+
+    return torch.from_numpy(means)
 
 
 def _is_whole(path: Path, images: range, corpus: Corpus) -> bool:

@@ -8,7 +8,7 @@ command was killed.
 import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.mining.index import TermIndex, build_index
 from megatron_interbert.preparation.mining.terms import kernels
-from megatron_interbert.preparation.mining.work import MiningFolder, finish_together
+from megatron_interbert.preparation.mining.work import MiningFolder, finish_together, work_on
 from megatron_interbert.preparation.sharing import ALONE, Claims, Team
 
 SLICE = 64  # captions that a thread takes at a time
@@ -129,41 +129,26 @@ def mine(
     that have not finished it.
     """
     folder = MiningFolder(store, dataclasses.asdict(options))
+    if not store.num_captions:
+        raise UsageError(f"{store.path}: has no captions to mine; build it with --captions")
 
-    try:
-        with folder:
-            summary = None if restart else folder.published()
-            if summary is not None:
-                return summary
-            if folder.output.exists() and not overwrite:
-                raise UsageError(f"{folder.output}: already exists; give --overwrite to replace it")
-            if not store.num_captions:
-                raise UsageError(f"{store.path}: has no captions to mine; build it with --captions")
+    def work(claims: Claims | None) -> dict[str, Any] | None:
+        searcher = Searcher(_index(store, options, progress), options, threads)
+        _mine_blocks(folder, searcher, progress, claims)
 
-            folder.open(restart, team.is_shared)
-            searcher = Searcher(_index(store, options, progress), options, threads)
-            with Claims(folder.path, team) if team.is_shared else nullcontext() as claims:
-                _mine_blocks(folder, searcher, progress, claims)
-                return finish_together(
-                    folder, lambda: _finish(folder, searcher, store, examples), claims
-                )
-    except OSError as error:
-        raise UsageError(
-            f"{folder.path}: cannot be written ({error}); free disk space or make the store"
-            " writable"
-        ) from error
+        def finish(may_publish: Callable[[], bool]) -> dict[str, Any] | None:
+            table = folder.assemble()
+            summary = summarise(searcher, table)
+            summary["examples"] = show(store, searcher, table, examples)
+            if not may_publish():
+                return None
 
+            folder.publish(summary)
+            return summary
 
-def _finish(
-    folder: MiningFolder, searcher: Searcher, store: RegionStore, examples: int
-) -> dict[str, Any]:
-    """Assemble the table, publish it and return the summary."""
-    table = folder.assemble()
-    summary = summarise(searcher, table)
-    summary["examples"] = show(store, searcher, table, examples)
-    folder.publish(summary)
+        return finish_together(folder, finish, claims)
 
-    return summary
+    return work_on(folder, team, restart, overwrite, work)
 
 
 def _index(store: RegionStore, options: MiningOptions, progress: Progress) -> TermIndex:

@@ -6,7 +6,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,9 @@ from megatron_interbert.files import (
     new_file,
     own_name,
     whole_file,
-    write_json,
 )
 from megatron_interbert.preparation.sharing import OURS as OF_SHARING
-from megatron_interbert.preparation.sharing import Claims, Team
+from megatron_interbert.preparation.sharing import PAUSE, Claims, Team, WorkIsOver, in_turn
 from megatron_interbert.preparation.work_folder import (
     lock_folder,
     own_names,
@@ -44,15 +44,14 @@ ASSEMBLED = "assembled.npy"
 DONE = "done.json"
 BLOCKS = ("block-" + 6 * "[0-9]" + "*.npy",)
 MEANS = ("means-" + 6 * "[0-9]" + "*.npy",)  # of images, from which neighbours are found
-PAUSE = 1.0  # seconds between two looks at what others have done
 # All that a work folder holds, in the order of removal: blocks before the plan that they belong to,
 # and last the mark that all is done.
 UNFINISHED = tuple(
     f"{name}{end}"
-    for name in ("block-*.npy", "means-*.npy", PLAN, DONE)
+    for name in ("block-*.npy", "means-*.npy", ASSEMBLED, PLAN, DONE)
     for end in (".tmp", ".partial", ".[0-9]*.new")
 )
-OURS = (*OF_SHARING, *BLOCKS, *MEANS, *UNFINISHED, ASSEMBLED, PLAN, DONE)
+OURS = (*BLOCKS, *MEANS, *UNFINISHED, PLAN, DONE, *OF_SHARING)
 
 
 class TableFolder:
@@ -197,7 +196,8 @@ class TableFolder:
             "shape": (self.rows, self.width),
         }
 
-        with new_file(self.path / ASSEMBLED) as handle:
+        self._assembled = own_name(self.path / ASSEMBLED)
+        with new_file(self._assembled) as handle:
             np.lib.format.write_array_header_1_0(handle, header)
             for number in range(self.blocks):
                 block = self.read_block(number)
@@ -209,12 +209,20 @@ class TableFolder:
 
                 handle.write(block.tobytes())
 
-        return np.load(self.path / ASSEMBLED, mmap_mode="r", allow_pickle=False)
+        return np.load(self._assembled, mmap_mode="r", allow_pickle=False)
 
     def publish(self, summary: dict[str, Any]) -> None:
         """Rename the assembled table to the output, and remove the folder."""
-        write_json(self.path / DONE, {"plan": self.plan, "summary": summary})
-        os.replace(self.path / ASSEMBLED, self.output)
+        done = {
+            "plan": self.plan,
+            "summary": summary,
+            "sha256": file_sha256(self._assembled),
+        }
+        path = self.path / DONE
+        with whole_file(path, own_name(path)) as handle:
+            handle.write(encoded(json_text(done)))
+
+        os.replace(self._assembled, self.output)
         flush_folder(self.output.parent)
         remove_folder(self.path, OURS)
 
@@ -223,21 +231,22 @@ class TableFolder:
         remove the folder; else None.
         """
         refuse_link(self.path)
-
-        if (
-            not (self.path / DONE).is_file()
-            or (self.path / ASSEMBLED).exists()
-            or not self.output.exists()
-        ):
+        if not (self.path / DONE).is_file() or not self.output.exists():
             return None
 
         done = read_json(self.path / DONE, "mining summary")
         if done.get("plan") != self.plan or not isinstance(done.get("summary"), dict):
             return None
+        if done.get("sha256") != file_sha256(self.output):
+            return None  # it was killed before
 
         remove_folder(self.path, OURS)
 
         return done["summary"]
+
+    def is_over(self) -> bool:
+        """Check whether another process of the team has finished the work."""
+        return not (self.path / PLAN).exists()
 
 
 class MiningFolder(TableFolder):
@@ -276,36 +285,65 @@ def complete(
     make: Callable[[int], None],
     claims: Claims | None,
 ) -> None:
-    """Make the numbered things that are missing, each taken by its name if others may make it too;
-    wait for what others have taken.
+    """Make the numbered things that are missing, each claimed by its name if others may make it
+    too; wait for what others have claimed.
     """
     while left := missing():
-        for number in _rotated(left, claims.team if claims else Team()):
-            if claims is None or claims.take(names[number]):
+        for number in in_turn(left, claims.team) if claims else left:
+            if claims is None or (claims.take(names[number]) and number in missing()):
                 make(number)
 
         if claims and missing():
             time.sleep(PAUSE)
 
 
-def _rotated(numbers: list[int], team: Team) -> Iterator[int]:
-    """Yield numbers from the part of this process on, so that few ask for the same."""
-    first = len(numbers) * team.rank // team.size
-    yield from numbers[first:]
-    yield from numbers[:first]
-
-
 def finish_together(
-    folder: TableFolder, finish: Callable[[], Any], claims: Claims | None
+    folder: TableFolder, finish: Callable[[Callable[[], bool]], Any], claims: Claims | None
 ) -> Any | None:
-    """Let one of the processes finish a table; return what it returns, None in the others."""
-    while claims is not None and not claims.take("finish"):
-        if not (folder.path / PLAN).exists():
-            return None
+    """Let one of the processes finish a table; return what `finish` returns, None in the others.
+
+    `finish` is called with a function that checks whether this process may still publish.
+    """
+    if claims is None:
+        return finish(lambda: True)
+
+    while not claims.take("finish"):
         time.sleep(PAUSE)
 
-    if claims is not None and not (folder.path / PLAN).exists():
-        remove_folder(folder.path, OURS)
-        return None
+    return None if folder.is_over() else finish(lambda: claims.take("finish"))
 
-    return finish()
+
+def work_on(
+    folder: TableFolder,
+    team: Team,
+    restart: bool,
+    overwrite: bool,
+    work: Callable[[Claims | None], dict[str, Any] | None],
+) -> dict[str, Any] | None:
+    """Do the work on a table, alone or with a team, unless the same command has just done it;
+    return its summary, None in processes that have not finished it.
+
+    Raises UsageError if there is a table that must not be replaced, or the disk fails.
+    """
+    try:
+        with folder:
+            summary = None if restart else folder.published()
+            if summary is not None:
+                return summary
+            if folder.output.exists() and not overwrite:
+                if team.rank:
+                    return None  # the others were faster
+                raise UsageError(f"{folder.output}: already exists; give --overwrite to replace it")
+
+            folder.open(restart, team.is_shared)
+            with Claims(folder.path, team) if team.is_shared else nullcontext() as claims:
+                return work(claims)
+    except WorkIsOver:
+        return None
+    except OSError as error:
+        if team.is_shared and folder.is_over():
+            return None
+        raise UsageError(
+            f"{folder.path}: cannot be written ({error}); free disk space or make the store"
+            " writable"
+        ) from error

@@ -20,7 +20,7 @@ FILES = (
 )
 NUMBERS = (
     *("image_id", "img_id", "imageid", "imgid_coco", "cocoid", "coco_id", "image_key", "image_ids"),
-    *("item_ids", "item_id", "product_id", "goods_id", "sku", "sku_id", "photo_id", "key", "imgid"),
+    *("item_ids", "item_id", "product_id", "goods_id", "sku", "sku_id", "photo_id", "key"),
 )
 ADDRESSES = (
     "url",
@@ -33,7 +33,7 @@ ADDRESSES = (
     "pict_url",
     "flickr_url",
 )
-LAST = ("id", "uid", "uuid", "name")  # may be the number of a caption: only where nothing else is
+LAST = ("id", "uid", "uuid", "imgid", "name")  # may be the number of a caption: if nothing else
 # Fields with captions: the first row of which a record has any is read, and its first field.
 TEXTS = (
     ("caption", "captions", "caption_str", "caption_text", "image_caption"),
@@ -50,7 +50,8 @@ TEXTS = (
     ("query_text", "query"),
     ("comment", "comments", "description", "descriptions", "alt_text", "alttext", "alt"),
 )
-SEVERAL = re.compile(r"^(caption|text|sentence|comment|description)s?_?\d+$")  # caption_0, ..
+# caption_0, caption_1, ..; caption_en, caption_zh, ..
+SEVERAL = re.compile(r"^(caption|text|sentence|comment|description)s?_?(\d+|en|zh|de|fr|ja|cs)$")
 LANGUAGES = ("lang", "language", "locale", "caption_language", "language_code")
 SPLITS = ("split", "set_name", "subset")
 REJECTED = ("is_rejected", "is_precanned")  # VizWiz
@@ -156,7 +157,7 @@ def _read_images(values: Mapping[str, Any], found: Found) -> str:
     addresses = [name for name, names in named if names[0].startswith(("http://", "https://"))]
     others = [(name, names) for name, names in named if name not in addresses]
     addresses += [name for name in ADDRESSES if name in values]
-    if not others and not addresses:
+    if not others:
         others = [(n, _names(values[n])) for n in LAST if n in values and _names(values[n])][:1]
 
     if others:

@@ -60,7 +60,7 @@ class CaptionTable:
         path: Path,
         files: Sequence[CaptionFile],
         split: str = "",
-        complain: Callable[[Complaint], None] = print,
+        complain: Callable[[Complaint], None] = lambda complaint: None,
         wanted: Iterable[str] = (),
     ) -> "CaptionTable":
         """Read caption files and wanted image ids into a new table.
@@ -93,10 +93,11 @@ class CaptionTable:
 
     def counts(self) -> np.ndarray:
         """Return the number of captions of each target, int64 [targets]."""
-        rows = self.connection.execute("SELECT target, count(*) FROM caption GROUP BY target")
-        found = np.array(rows.fetchall(), np.int64).reshape(-1, 2)
+        rows = self.connection.execute(
+            "SELECT count(*) FROM caption GROUP BY target ORDER BY target"
+        )
 
-        return found[:, 1]
+        return np.fromiter((count for (count,) in rows), np.int64)
 
     def targets_of(self, image_id: str) -> list[Meaning]:
         """Return how targets mean an image, if it is the only one with its keys."""
