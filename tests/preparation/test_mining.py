@@ -181,13 +181,16 @@ def test_terms():
 
 @pytest.mark.parametrize(("top", "below"), [(30, 0.5), (5, 0.3), (200, 1.0)])
 def test_what_is_found_is_what_brute_force_finds(top, below):
-    captions = random_captions(500) + chinese_like(200)
+    short = random_captions(500)
+    long = [" ".join(random_captions(9, seed)) for seed in range(100)]
+    captions = short + long + chinese_like(200)
     images = np.random.default_rng(1).integers(150, size=len(captions))
     found, scores = search(captions, images, top=top, max_similarity=below)
     check(captions, images, found, scores, top, below)
     empty = [i for i, caption in enumerate(captions) if not caption]
     assert len(empty) > 10
     assert (found[empty] == -1).all()
+    assert (search(["", " ...", "?"], np.arange(3))[0] == -1).all()
 
 
 def test_the_same_image_and_the_same_text_are_never_negatives():

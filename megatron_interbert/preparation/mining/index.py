@@ -18,9 +18,10 @@ class TermIndex:
     """Hold TF-IDF rows, and lists of rows by term.
 
     Captions with the same terms share one row. Terms are numbered by falling frequency, so that a
-    row's rarest term is its last. `rests` and `signatures` tell of an entry what comes before it in
-    its row: the squared norm, and which terms (kernels.bit_of). The list of a term is sorted by
-    falling norm of the row up to the term.
+    row's rarest term is its last. Rows are in the order of their rarest term's number: those of
+    frequent words, which most searches read, are near each other in memory. The list of a term is
+    sorted by falling norm of the row up to the term (in steps of 1 / LEVELS); beside each entry is
+    a sketch of what comes before it in its row (kernels.describe).
     """
 
     row_of: np.ndarray  # int32 [N], the row of each caption
@@ -99,7 +100,7 @@ def _weighted_rows(
 
 
 def _lists(starts: np.ndarray, entries: np.ndarray, vocabulary: int) -> tuple[np.ndarray, ...]:
-    """Return list_starts [V + 1], and place, impact, rest and signature of the lists' entries."""
+    """Return list_starts [V + 1], and the columns of the lists' entries."""
     loops = kernels()
     number = len(entries) - (len(starts) - 1)
     terms = np.empty(number, np.int32)
