@@ -50,7 +50,13 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "features": ["transformers>=5.3,<6", "pillow>=11", "msgpack>=1.1", "numba>=0.61"],
+        "features": [
+            "transformers>=5.3,<6",
+            "pillow>=11",
+            "msgpack>=1.1",
+            "numba>=0.61",
+            "pyarrow>=18",
+        ],
         "chinese": ["opencc>=1.1.9", "jieba>=0.42"],
         "serve": [
             "megatron_interbert[chinese]",

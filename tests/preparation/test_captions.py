@@ -134,7 +134,7 @@ FILES = {
         "image,caption\n1.jpg,a dog\n2.jpg,a cat, a mouse, and more\n3.jpg,a cow\n",
         [
             ("1.jpg", "a dog", "en"),
-            ("2.jpg", "a cat,a mouse,and more", "en"),
+            ("2.jpg", "a cat, a mouse, and more", "en"),
             ("3.jpg", "a cow", "en"),
         ],
     ),
@@ -152,6 +152,14 @@ FILES = {
     "several columns of captions": (
         "image,caption_0,caption_1\n1.jpg,a dog,one dog\n",
         [("1.jpg", "a dog", "en"), ("1.jpg", "one dog", "en")],
+    ),
+    "columns by language": (
+        "image,caption_en,caption_zh\n1.jpg,a dog,一只狗\n",
+        [("1.jpg", "a dog", "en"), ("1.jpg", "一只狗", "zh")],
+    ),
+    "ids beside addresses": (
+        ({"id": 100, "url": URL, "caption": "a"}, {"id": 7, "url": URL, "caption": "b"}),
+        [("100", "a", "en"), ("7", "b", "en")],
     ),
     "Flickr tokens": (
         "1000.jpg#0\tA man\n66_1a.jpg#zhc#1 一个人\n",
@@ -320,7 +328,7 @@ def test_tables_that_are_no_captions_are_refused(tmp_path):
         ("just words\n", "name it with --captions-format"),
         ({"a": 1, "b": [2]}, "JSON without captions"),
         ([1, 2], "JSON without captions"),
-        ("", "name it with --captions-format"),
+        ("", "is empty"),
         ('{"a": ', "not valid JSON"),
         ('9\t[{"height": 480, "width": 640}]\n', "no column holds captions"),
     ):
@@ -382,6 +390,8 @@ def test_parts_of_image_names():
         ("coco_val2014_42", "coco_val2014_42", "", "42", []),
         ("66_1a.jpg#zhc#0", "66_1a", ".jpg", "", []),
         ("https://x.org/a/b.png?size=2#top", "x.org/a/b", ".png", "", ["a/b", "b"]),
+        ("https://x.org/p?id=2", "x.org/p?id=2", "", "", ["p?id=2"]),
+        ("sku#12", "sku#12", "", "", []),
         ("1001\\main.jpg", "1001/main", ".jpg", "", ["main"]),
         ("./000", "000", "", "0", []),
         ("²", "²", "", "", []),

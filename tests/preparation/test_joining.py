@@ -4,6 +4,7 @@ uncounted: in small cases, and in random corpora whose ids clash.
 
 import itertools
 import json
+import os
 import random
 import re
 from collections import Counter
@@ -178,6 +179,46 @@ def test_a_less_reliable_name_counts_only_if_the_better_one_means_no_image(tmp_p
     source = write_features(tmp_path / "a.tsv", ["7", "1", "2"])
     found, manifest = make(tmp_path, [source], [captions])
     assert found == {"7": ["of 7"], "2": ["of 2"]}
+    assert sum(manifest["dropped"].values()) == 1
+
+
+def test_numbers_of_coco_are_not_those_of_another_data_set(tmp_path):
+    """Check captions of COCO images that are not in the build: their numbers name images of Visual
+    Genome; and Karpathy's running numbers, which name nothing.
+    """
+    image = {"filename": "COCO_val2014_000000000025.jpg", "cocoid": 25, "imgid": 3}
+    captions = tmp_path / "karpathy.json"
+    captions.write_text(json.dumps({"images": [{**image, "sentences": [{"raw": "of COCO"}]}]}))
+    extra = write_captions(tmp_path / "c", [("COCO_train2014_000000000009", "x"), ("8", "y")])
+    vg = write_features(tmp_path / "vg.tsv", ["25", "3", "8"])
+    coco = write_features(tmp_path / "coco.tsv", ["COCO_train2014_000000000009"])
+    found, manifest = make(tmp_path, [vg, coco], [captions, extra])
+    assert found == {"8": ["y"], "COCO_train2014_000000000009": ["x"]}
+    assert sum(manifest["captions_left_out"].values()) == 1
+
+
+def test_folders_of_other_splits_are_not_left_out(tmp_path):
+    check(
+        tmp_path,
+        ["train/000001.png", "images/abc.jpg", "train/x.jpg"],
+        ["val/000001.png", "photos/abc", "x"],
+        {"images/abc.jpg": ["by photos/abc"], "train/x.jpg": ["by x"]},
+        {"no image of that name": 1},
+    )
+
+
+def test_names_that_no_store_can_hold_do_no_harm(tmp_path):
+    """Check a file whose name is not UTF-8, long ids of dropped images, and a source `.`."""
+    folder = write_features(tmp_path / "npz", ["12", "13"], "npz")
+    (folder / b"caf\xe9.npz".decode("utf-8", "surrogateescape")).write_bytes(b"PK")
+    captions = write_captions(tmp_path / "c", [("12", "a"), ("13", "b")])
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        found, manifest = make(tmp_path, ["."], [captions])
+    finally:
+        os.chdir(before)
+    assert found == {"12": ["a"], "13": ["b"]}
     assert sum(manifest["dropped"].values()) == 1
 
 

@@ -185,6 +185,17 @@ def test_tar_shards_of_webdataset(detector, tmp_path):
     assert manifest["dropped"] == {"not a picture": 1, "no photo in the record": 1}
 
 
+def test_names_in_tar_files_may_have_dots_and_other_members(detector, tmp_path):
+    names = [f"2.{n}.jpg" for n in range(3)]
+    tar_of(tmp_path / "dots.tar", {name: photo(n) for n, name in enumerate(names)})
+    found, _ = extract(detector, tmp_path / "dots", tmp_path / "dots.tar")
+    assert found == {f"2.{n}": (60 + n, []) for n in range(3)}
+    members = {"a.cls": b"7", "a.jpg": photo(1), "a.txt": b"caf\xe9"}
+    tar_of(tmp_path / "more.tar", members)
+    found, _ = extract(detector, tmp_path / "more", tmp_path / "more.tar")
+    assert found == {"a": (61, ["caf?"])}
+
+
 def test_parquet_and_arrow_of_datasets(detector, tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     import pyarrow.parquet as parquet

@@ -5,9 +5,10 @@ A record is a dictionary of fields; a photo in it is bytes. A file is read in pa
 is plain JSON and can be read by any process.
 """
 
+import itertools
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from megatron_interbert.errors import UsageError, imports_of
 ENDINGS = (".parquet", ".arrow", ".tar")
 BATCH = 64  # rows of Parquet in memory at a time
 TEXT_MEMBERS = ("txt", "caption", "text")
+GZIP = b"\x1f\x8b"
+PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 Placed = tuple[str, dict[str, Any]]  # place in the file, record
 
 
@@ -62,44 +65,49 @@ def _one_line(path: str | Path) -> Iterator[None]:
 
 
 class _Parquet:
-    """Parts are [first row group, last + 1]."""
+    """Parts are [row group, first row in it, last + 1]."""
 
     def parts(self, path: Path, rows: int) -> list[list[int]]:
-        with imports_of("serve", "Parquet"):
+        with imports_of("features", "Parquet"):
             import pyarrow.parquet as parquet
 
         metadata = parquet.ParquetFile(path).metadata
         sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
 
-        return _runs(sizes, rows)
+        return _pieces(sizes, rows)
 
     def records(self, path: Path, part: list[int], photos: bool) -> Iterator[Placed]:
-        with imports_of("serve", "Parquet"):
+        with imports_of("features", "Parquet"):
             import pyarrow.parquet as parquet
 
+        group, start, stop = part
         file = parquet.ParquetFile(path)
         names = [name for field in file.schema_arrow for name in _columns(field, photos)]
-        first = sum(file.metadata.row_group(number).num_rows for number in range(part[0]))
-        batches = file.iter_batches(BATCH, row_groups=list(range(*part)), columns=names)
+        first = sum(file.metadata.row_group(number).num_rows for number in range(group))
+        batches = file.iter_batches(BATCH, row_groups=[group], columns=names)
 
-        yield from _rows(batches, first)
+        yield from itertools.islice(_rows(batches, first), start, stop)
 
 
 class _Arrow:
-    """Parts are [first record batch, last + 1]."""
+    """Parts are [record batch, first row in it, last + 1]."""
 
     def parts(self, path: Path, rows: int) -> list[list[int]]:
-        return _runs([batch.num_rows for batch in self._batches(path)], rows)
+        return _pieces([batch.num_rows for batch in self._batches(path)], rows)
 
     def records(self, path: Path, part: list[int], photos: bool) -> Iterator[Placed]:
-        batches = list(self._batches(path))
-        first = sum(batch.num_rows for batch in batches[: part[0]])
-
-        yield from _rows(iter(batches[part[0] : part[1]]), first, photos)
+        number, start, stop = part
+        first = 0
+        for place, batch in enumerate(self._batches(path)):
+            if place == number:
+                piece = batch.slice(start, stop - start)
+                yield from _rows(iter([piece]), first + start, photos)
+                return
+            first += batch.num_rows
 
     def _batches(self, path: Path) -> Iterator[Any]:
         """Yield the record batches, whose data stay on disk until they are used."""
-        with imports_of("serve", "Arrow"):
+        with imports_of("features", "Arrow"):
             import pyarrow
 
         source = pyarrow.memory_map(str(path))
@@ -112,19 +120,13 @@ class _Arrow:
                 yield file.get_batch(number)
 
 
-def _runs(sizes: list[int], rows: int) -> list[list[int]]:
-    """Group consecutive pieces into runs [first, last + 1] of about `rows` rows."""
-    runs: list[list[int]] = []
-    filled = rows
-
-    for number, size in enumerate(sizes):
-        if filled >= rows:
-            runs.append([number, number])
-            filled = 0
-        runs[-1][1] = number + 1
-        filled += size
-
-    return runs
+def _pieces(sizes: list[int], rows: int) -> list[list[int]]:
+    """Cut groups of rows into pieces [group, first row in it, last + 1] of at most `rows` rows."""
+    return [
+        [group, start, min(start + rows, size)]
+        for group, size in enumerate(sizes)
+        for start in range(0, size, rows)
+    ]
 
 
 def _columns(field: Any, photos: bool) -> list[str]:
@@ -178,27 +180,24 @@ def _rows(batches: Iterator[Any], first: int, photos: bool = True) -> Iterator[P
 
 
 class _Tar:
-    """Parts are lists of [key, [[extension, offset, size], ..]]: members of one key are one
-    record.
+    """Parts are lists of [key, [[extension, offset, size], ..]]: members of one key are one record.
+
+    A key ends at the first dot of a name, as in WebDataset; or at the last, if otherwise several
+    photos had one key (`2.0.jpg`, `2.1.jpg`).
     """
 
     def parts(self, path: Path, rows: int) -> list[list[Any]]:
+        with open(path, "rb") as handle:
+            if handle.read(2) == GZIP:
+                raise UsageError(f"{path}: is compressed; unpack it with gunzip")
+
         with tarfile.open(path, "r:") as archive:  # not compressed: members are read at their place
-            members: dict[str, list[Any]] = {}
-            for member in archive:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                if member.isfile() and stem and extension:
-                    key = f"{folder}/{stem}" if folder else stem
-                    place = [extension.lower(), member.offset_data, member.size]
-                    members.setdefault(key.removeprefix("./"), []).append(place)
+            members = [member for member in archive if member.isfile()]
 
-        keys = list(members.items())
+        keys = _by_key(members, str.partition) or _by_key(members, str.rpartition) or {}
+        items = [list(item) for item in keys.items()]
 
-        return [
-            [list(item) for item in keys[start : start + rows]]
-            for start in range(0, len(keys), rows)
-        ]
+        return [items[start : start + rows] for start in range(0, len(items), rows)]
 
     def records(self, path: Path, part: list[Any], photos: bool) -> Iterator[Placed]:
         with open(path, "rb") as handle:
@@ -210,6 +209,32 @@ class _Tar:
                         handle.seek(offset)
                         record |= _member(extension, handle.read(size))
                 yield key, record
+
+
+def _by_key(
+    members: list[tarfile.TarInfo], cut: Callable[[str, str], tuple[str, str, str]]
+) -> dict[str, list[list[Any]]] | None:
+    """Return [extension, offset, size] of the members of each key, where `cut` divides a name at a
+    dot; None if a key has several photos.
+    """
+    found: dict[str, list[list[Any]]] = {}
+    photos: set[str] = set()
+
+    for member in members:
+        folder, _, name = member.name.rpartition("/")
+        stem, _, extension = cut(name, ".")
+        if not stem or not extension:
+            continue
+
+        key = (f"{folder}/{stem}" if folder else stem).removeprefix("./")
+        if cut is str.partition and f".{extension.rpartition('.')[2].lower()}" in PHOTO_ENDINGS:
+            if key in photos:
+                return None
+            photos.add(key)
+        place = [extension.lower(), member.offset_data, member.size]
+        found.setdefault(key, []).append(place)
+
+    return found
 
 
 def _member(extension: str, data: bytes) -> dict[str, Any]:

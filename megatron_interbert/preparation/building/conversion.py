@@ -17,6 +17,7 @@ from megatron_interbert.data.manifest import entry_fits
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.errors import Unreadable
 from megatron_interbert.files import own_name, whole_file
+from megatron_interbert.preparation.building.captions.reading import REJECTED
 from megatron_interbert.preparation.building.captions.table import CaptionTable
 from megatron_interbert.preparation.building.shard_writer import (
     SHARD_NAME,
@@ -35,7 +36,7 @@ from megatron_interbert.reading import is_there, reading
 
 NO_CAPTION = "no caption"
 NOT_WANTED = "not in --only"
-EXPECTED = (NO_CAPTION, NOT_WANTED, NO_NAME)  # dropped on purpose, not because of a fault
+EXPECTED = (NO_CAPTION, NOT_WANTED, NO_NAME, REJECTED)  # dropped on purpose, not because of a fault
 
 
 @dataclass

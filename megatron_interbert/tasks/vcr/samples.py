@@ -44,6 +44,7 @@ NAMES = (
     "Pat",
     "Quinn",
 )
+MOST_DIGITS = 12  # of a number that names an image
 FIRST_NUMBER = {"train": 0, "val": 1_000_000, "test": 2_000_000}
 OPTIONS = 4
 NEEDED = ("objects", "question", "answer_choices", "rationale_choices", "img_fn", "annot_id")
@@ -203,7 +204,8 @@ def numbers_of(img_id: str) -> list[str]:
     val-n and 2000000 + n for test-n; none for other ids.
     """
     split, _, number = img_id.partition("-")
-    if split not in FIRST_NUMBER or not (number.isascii() and number.isdigit()):
+    plain = number.isascii() and number.isdigit() and len(number) < MOST_DIGITS
+    if split not in FIRST_NUMBER or not plain:
         return []
 
     return [str(FIRST_NUMBER[split] + int(number))]

@@ -128,7 +128,7 @@ class CaptionFile:
 
         for names in images:
             for text in found.texts:
-                yield _checked(names, text, found.language, where)
+                yield _checked(names, text, found, where)
 
 
 def _names_of_line(number: int, address: str) -> list[str]:
@@ -140,13 +140,12 @@ def _names_of_line(number: int, address: str) -> list[str]:
     return [f"{number}_{checksum}", str(number), address]
 
 
-def _checked(names: list[str], text: Any, language: Any, where: str) -> Caption | Complaint:
+def _checked(names: list[str], text: Any, found: Found, where: str) -> Caption | Complaint:
     where = f"{where}, image {names[0][:80]!a}"
     if not isinstance(text, str):
         return Complaint("caption is not text", f"{where}: {type(text).__name__}")
 
     text = " ".join(text.replace("\0", " ").split())
-    language = language if isinstance(language, str) and LANGUAGE.match(language) else ""
     try:
         "".join([text, *names]).encode("utf-8")
     except UnicodeEncodeError:
@@ -155,7 +154,13 @@ def _checked(names: list[str], text: Any, language: Any, where: str) -> Caption 
     if not text:
         return Complaint("empty caption", where)
 
-    return Caption(names, text, language or guess_language(text))
+    return Caption(names, text, language_of(found, text))
+
+
+def language_of(found: Found, text: str) -> str:
+    """Return the language tag of a caption: that of its record, or else a guess."""
+    tag = found.language
+    return tag if isinstance(tag, str) and LANGUAGE.match(tag) else guess_language(text)
 
 
 def guess_language(text: str) -> str:
@@ -182,6 +187,8 @@ def _open(path: str, kind: str) -> Wrapped:
 
     delimiter = {"tsv": "\t", "conceptual": "\t"}.get(kind, "")
     found = table(path, delimiter) if kind != "auto" else _guess(path)
+    if found is None and not _start(path):
+        raise UsageError(f"--captions {path}: is empty; give a file with captions")
     if found is None:
         raise UsageError(
             f"--captions {path}: starts with {_start(path)[:60]!r}, which fits no known format;"

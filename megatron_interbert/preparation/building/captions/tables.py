@@ -41,14 +41,15 @@ class Layout:
     delimiter: str
     quotes: bool
     escape: str = ""
+    spaces: bool = False  # before the quotes around a cell
     header: bool = False
     fields: tuple[str, ...] = ()
 
-    def rows(self, path: str) -> Iterator[tuple[int, Cells | str]]:
+    def rows(self, path: str, what: str = "--captions ") -> Iterator[tuple[int, Cells | str]]:
         """Yield (line number, cells or what is wrong with them) of each row that is not blank."""
         csv.field_size_limit(LARGEST_CELL)
 
-        with open_text(path) as handle:
+        with open_text(path, what) as handle:
             lines = ((n, line) for n, line in enumerate(handle, 1) if line.strip())
             if not self.quotes:
                 for number, line in lines:
@@ -66,7 +67,7 @@ class Layout:
                     lines,
                     delimiter=self.delimiter,
                     escapechar=self.escape or None,
-                    skipinitialspace=True,
+                    skipinitialspace=self.spaces,
                     strict=True,
                 )
             )
@@ -175,9 +176,13 @@ def _candidates(delimiters: Sequence[str]) -> Iterator[Layout]:
     for delimiter in delimiters:
         plain = Layout(delimiter, quotes=False)
         quoted = Layout(delimiter, quotes=True)
+        spaced = Layout(delimiter, quotes=True, spaces=True)
         escaped = Layout(delimiter, quotes=True, escape="\\")
         # between tabs and bars, captions are mostly written as they are
-        yield from (plain, quoted, escaped) if delimiter in "\t|" else (quoted, escaped, plain)
+        if delimiter in "\t|":
+            yield from (plain, quoted, spaced, escaped)
+        else:
+            yield from (quoted, spaced, escaped, plain)
 
 
 def _count_fitting(rows: Sequence[Cells]) -> tuple[int, int]:
@@ -252,7 +257,7 @@ def photo_table(path: str) -> tuple[bool, list[str]]:
     """
     rows = [
         row
-        for _, row in itertools.islice(Layout("\t", quotes=False).rows(path), LOOKED_AT)
+        for _, row in itertools.islice(Layout("\t", quotes=False).rows(path, ""), LOOKED_AT)
         if not isinstance(row, str)
     ]
     photos = [

@@ -17,7 +17,7 @@ UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 CHINESE = re.compile("[\u3400-\u9fff]")
 
 
-def open_text(path: str | Path) -> TextIO:
+def open_text(path: str | Path, what: str = "--captions ") -> TextIO:
     """Open a text file, after its byte order mark; bytes that are not UTF-8 become lone surrogates.
 
     Lines end with `\\n`; a `\\r` before it is kept. Raises UsageError for other encodings.
@@ -26,10 +26,10 @@ def open_text(path: str | Path) -> TextIO:
         with reading(path):
             handle = open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
     except OSError as error:
-        raise UsageError(f"--captions {path}: cannot be read ({error.strerror})") from error
+        raise UsageError(f"{what}{path}: cannot be read ({error.strerror})") from error
 
     try:
-        _refuse_other_encodings(path, _sample(path))
+        _refuse_other_encodings(f"{what}{path}", path, _sample(path))
     except BaseException:
         handle.close()
         raise
@@ -42,7 +42,7 @@ def _sample(path: str | Path) -> bytes:
         return handle.read(SAMPLE)
 
 
-def _refuse_other_encodings(path: str | Path, sample: bytes) -> None:
+def _refuse_other_encodings(where: str, path: str | Path, sample: bytes) -> None:
     """Raise UsageError for UTF-16, and for Chinese text that is not UTF-8.
 
     A single line that is not UTF-8 is damaged, and is reported when it is read.
@@ -57,7 +57,7 @@ def _refuse_other_encodings(path: str | Path, sample: bytes) -> None:
 
     if name:
         raise UsageError(
-            f"--captions {path}: is not UTF-8 text but looks like {name}; convert it: iconv -f"
+            f"{where}: is not UTF-8 text but looks like {name}; convert it: iconv -f"
             f" {name} -t UTF-8 '{path}' > '{Path(path).stem}-utf8{Path(path).suffix}'"
         )
 
@@ -102,3 +102,9 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
             line = line.rstrip("\r\n")
             if line.strip():
                 yield number, line
+
+
+def clean_caption(text: str) -> str:
+    """Return a caption on one line, with single spaces, and with `?` for what is no character."""
+    line = " ".join(text.replace("\0", " ").split())
+    return line.encode("utf-8", "replace").decode("utf-8")

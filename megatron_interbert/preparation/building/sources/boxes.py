@@ -26,12 +26,21 @@ def corners(boxes: np.ndarray) -> np.ndarray:
     if boxes.shape[1] != 5:
         return boxes[:, :4]
 
-    if (boxes[:, 4] >= 0).all() and (boxes[:, 4] <= 1).all():
+    confidence = bool(((boxes[:, 4] >= 0) & (boxes[:, 4] <= 1)).all())
+    batch = bool((boxes[:, 0] == boxes[0, 0]).all() and boxes[0, 0] % 1 == 0)
+    if confidence and not (batch and _are_ordered(boxes[:, 1:])):
         return boxes[:, :4]
-    if (boxes[:, 0] == boxes[0, 0]).all():
+    if batch and not (confidence and _are_ordered(boxes[:, :4])):
         return boxes[:, 1:]
 
-    raise BadRecord("boxes are not four numbers each", "five, of which none is a confidence")
+    raise BadRecord(
+        "boxes are not four numbers each", "five, of which the first or the last may be no corner"
+    )
+
+
+def _are_ordered(boxes: np.ndarray) -> bool:
+    """Tell whether [R, 4] can be corners x1, y1, x2, y2."""
+    return bool((boxes[:, 2:] >= boxes[:, :2]).all())
 
 
 def decode_boxes(data: bytes, rows: int) -> np.ndarray:

@@ -78,7 +78,8 @@ def _content(path: str, trust_pickle: bool) -> Any:
 
     text = read_text(path, "--image-ids").removeprefix("\ufeff")
     if text.lstrip()[:1] not in ("{", "["):
-        return [line.strip() for line in text.splitlines() if line.strip()]
+        # a blank line in between is a row without a name
+        return [line.strip() for line in text.rstrip().split("\n")]
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

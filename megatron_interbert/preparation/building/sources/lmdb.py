@@ -84,16 +84,16 @@ class LmdbSource(RecordSource):
         try:
             return Raw(_by_name(self._decode(value)), name, where)
         except BadRecord as error:
-            return Dropped(where, name[:80], error.reason, error.details)
+            return Dropped(where, name, error.reason, error.details)
         except UnsafePickle as error:
-            return Dropped(where, name[:80], "pickle with more than data in it", str(error))
+            return Dropped(where, name, "pickle with more than data in it", str(error))
         except NotPlain as error:
-            return Dropped(where, name[:80], "array of neither numbers nor text", str(error))
+            return Dropped(where, name, "array of neither numbers nor text", str(error))
         except UsageError:  # no row can be read at all: not this row's fault
             raise
         except Exception as error:  # a damaged row can raise anything while it is decoded
             details = f"{type(error).__name__}: {error}"
-            return Dropped(where, name[:80], "row that cannot be decoded", details)
+            return Dropped(where, name, "row that cannot be decoded", details)
 
     def _decode(self, value: bytes) -> Any:
         """Decode a row, which is a pickle, npz or msgpack, as its first bytes tell."""

@@ -13,8 +13,9 @@ from megatron_interbert.data.image_names import ImageName
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building import containers
 from megatron_interbert.preparation.building.captions.fields import plain, read_record
-from megatron_interbert.preparation.building.captions.reading import guess_language
+from megatron_interbert.preparation.building.captions.reading import REJECTED, language_of
 from megatron_interbert.preparation.building.captions.tables import photo_table
+from megatron_interbert.preparation.building.captions.text_file import clean_caption
 from megatron_interbert.preparation.building.sources.base import Dropped
 from megatron_interbert.preparation.building.sources.decoding import Photo
 from megatron_interbert.reading import open_regular
@@ -183,16 +184,17 @@ class TablePhotos:
 
     def _photo(self, line: bytes, place: int) -> Photo | Dropped:
         where = f"{self.path}: line at byte {place}"
-        cells = line.decode("utf-8", "replace").rstrip("\r\n").split("\t")
+        text = line.decode("utf-8", "replace").rstrip("\r\n")
+        cells = text.removeprefix("\ufeff" if place == 0 else "").split("\t")
         if len(cells) != len(self.fields):
             details = f"{len(cells)}, expected {len(self.fields)}"
-            return Dropped(where, cells[0][:80], "wrong number of columns", details)
+            return Dropped(where, cells[0], "wrong number of columns", details)
 
         record = dict(zip(self.fields, cells, strict=True))
         try:
             data = from_base64(record.pop("photo"))
         except (binascii.Error, ValueError) as error:
-            return Dropped(where, cells[0][:80], "photo is not base64", str(error))
+            return Dropped(where, cells[0], "photo is not base64", str(error))
 
         return photo_of_record({**record, "photo bytes": data}, str(place), where)
 
@@ -235,16 +237,20 @@ def photo_of_record(record: dict[str, Any], place: str, where: str) -> Photo | D
     if data is None:
         return Dropped(where, image_id, NO_PHOTO, ", ".join(map(str, record))[:200])
 
-    texts = [
-        " ".join(text.replace("\0", " ").split()) for text in found.texts if isinstance(text, str)
-    ]
-    captions = [(text, guess_language(text)) for text in texts if text]
+    if found.rejected:
+        return Dropped(where, image_id, REJECTED, found.rejected)
+
+    texts = [clean_caption(text) for text in found.texts if isinstance(text, str)]
+    captions = [(text, language_of(found, text)) for text in texts if text]
 
     return Photo(image_id, where, data=data, captions=captions)
 
 
 def photo_bytes(record: dict[str, Any]) -> bytes | None:
-    """Return the first photo in a record: bytes, bytes in a dictionary, or base64."""
+    """Return the photo in a record: bytes, bytes in a dictionary, or base64. If there are several,
+    it is the first that begins as photos do.
+    """
+    found = []
     for name, value in record.items():
         if isinstance(value, dict):
             value = value.get("bytes")
@@ -254,9 +260,9 @@ def photo_bytes(record: dict[str, Any]) -> bytes | None:
             except (binascii.Error, ValueError):
                 continue
         if isinstance(value, bytes) and value:
-            return value
+            found.append(value)
 
-    return None
+    return next((data for data in found if FIRST_BYTES.match(data)), found[0] if found else None)
 
 
 def open_photos(path: str | Path) -> list[PhotoFiles]:

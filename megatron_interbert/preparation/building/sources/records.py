@@ -135,7 +135,7 @@ class RecordSource:
         if isinstance(fields, Dropped):
             return fields
 
-        name = str(fields.values["image_id"])[:80]
+        name = str(fields.values["image_id"])
         try:
             regions, kind = self._regions(fields, shares)
         except BadRecord as error:
@@ -150,12 +150,12 @@ class RecordSource:
         try:
             return fields_of(raw.values, name, self.sizes, self.classes)
         except BadRecord as error:
-            return Dropped(raw.where, name[:80], error.reason, error.details)
+            return Dropped(raw.where, name, error.reason, error.details)
         except UsageError:  # nothing can be read at all: not this record's fault
             raise
         except Exception as error:  # a damaged record can hold anything
             details = f"{type(error).__name__}: {error}"
-            return Dropped(raw.where, name[:80], "record that cannot be used", details)
+            return Dropped(raw.where, name, "record that cannot be used", details)
 
     def _regions(self, fields: Fields, shares: bool) -> tuple[Regions, str]:
         """Return regions and the kind of their labels; raise BadRecord for boxes of another kind

@@ -132,7 +132,7 @@ class TsvSource(RecordSource):
             return None
 
         place = next((i for i, c in enumerate(self.columns) if names.ours(c) == "image_id"), 0)
-        name = values[place][:80].decode("utf-8", "replace") if len(values) > place else ""
+        name = values[place].decode("utf-8", "replace") if len(values) > place else ""
         try:
             if len(values) != len(self.columns):
                 raise BadRecord(

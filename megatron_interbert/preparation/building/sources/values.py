@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_interbert.preparation.building.captions.text_file import clean_caption
 from megatron_interbert.preparation.building.sources import boxes as box_kinds
 from megatron_interbert.preparation.building.sources.fields import (
     BACKGROUND_FIRST,
@@ -83,7 +84,7 @@ def fields_of(
         known = None if None in size else size
         found.boxes = box_kinds.measure(found.values["boxes"], known)
 
-    found.caption = " ".join(str(raw.get("caption") or "").replace("\0", " ").split())
+    found.caption = clean_caption(str(raw.get("caption") or ""))
 
     return found
 
@@ -148,7 +149,12 @@ def unquoted(value: Any) -> Any:
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
 
-    return value[2:-1] if "\\" not in value else ast.literal_eval(value)
+    if "\\" not in value:
+        return value[2:-1]
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):  # it only looks like that
+        return value
 
 
 def image_name(value: Any) -> str:
