@@ -280,7 +280,10 @@ def report(output: str, manifest: dict[str, Any], seconds: float) -> None:
     for line in left_out(manifest):
         print(line)
     if manifest["dropped"] or manifest["captions_left_out"]:
-        print(f"each is listed in {Path(output) / 'dropped.jsonl'}")
+        print(
+            f"dropped images and unusable records are listed in {Path(output) / 'dropped.jsonl'},"
+            " captions of no image with an example"
+        )
     if manifest["inverted_boxes"] > 0.05 * counts["regions"]:
         print(
             f"warning: {manifest['inverted_boxes']} of {counts['regions']} boxes were inverted;"
@@ -294,8 +297,8 @@ def left_out(manifest: dict[str, Any]) -> Iterator[str]:
         yield f"left out: {count} captions, {reason}"
     if manifest["renamed_images"]:
         yield (
-            f"{manifest['renamed_images']} images have an id that another source has too; their"
-            " names begin with their source"
+            f"{manifest['renamed_images']} images share an id with an image of another source and"
+            " were renamed SOURCE/ID"
         )
 
 

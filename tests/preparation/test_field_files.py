@@ -128,4 +128,4 @@ def test_stores_whose_images_have_the_same_numbers_are_joined_whole(tmp_path):
         **{f"cc/{number}": texts for number, texts in BY_LINE.items()},
         **{f"sbu/{number}": [f"my cat {text}"] for number, (text,) in BY_LINE.items()},
     }
-    assert "8 images have an id that another source has too" in out
+    assert "8 images share an id with an image of another source" in out

@@ -259,7 +259,7 @@ def test_stores_are_joined_cut_anew_and_taken_apart(tmp_path, images):
     assert sorted(name for name in ids if "/" in name) == sorted(
         f"{store}/{name}" for store in ("first", "second") for name in twice
     )
-    assert "4 images have an id that another source has too" in out
+    assert "4 images share an id with an image of another source" in out
     assert both.manifest["images_by_label_kind"] == {"top_1_confidence": 14}
     assert both.manifest["soft_labels"] == "top_1_confidence"
     direct, _ = build(tmp_path / "direct", tsv(tmp_path / "all.tsv", in_folders))

@@ -1,7 +1,10 @@
 """Handle Ctrl-C while worker processes run: they ignore it, this process stops between steps."""
 
 import contextlib
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 
 LOOK = 0.2  # seconds between two checks whether Ctrl-C was pressed
@@ -37,3 +40,14 @@ def interrupts_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with_parent() -> None:
+    """Let this process of a pool end when its parent does: it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -2,8 +2,6 @@
 
 import multiprocessing
 import multiprocessing.util
-import os
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -16,6 +14,7 @@ from megatron_interbert.errors import TrainingStopped, UsageError
 from megatron_interbert.preparation.building.conversion import EXPECTED, UnitJob, convert_unit
 from megatron_interbert.preparation.building.interrupts import (
     LOOK,
+    end_with_parent,
     interrupts_blocked,
     keeping_interrupts,
 )
@@ -101,17 +100,14 @@ def _convert(job: UnitJob) -> dict[str, Any]:
 def _start_process(
     sources: list[FeatureSource], start: Callable[[int], Callable[[], None]], started: Any
 ) -> None:
-    """Keep the sources, number this process, and watch the parent: without that, a process would
-    wait for work for ever after its parent was killed.
-    """
+    """Keep the sources, and number this process."""
     _sources[:] = sources
     with started.get_lock():
         number = started.value
         started.value += 1
 
     multiprocessing.util.Finalize(None, start(number), exitpriority=1)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    end_with_parent()
 
 
 def too_many_dropped(faults: int, read: int, reasons: dict[str, int], limit: float) -> str:

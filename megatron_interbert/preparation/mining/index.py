@@ -88,7 +88,7 @@ def _weighted_rows(
     counted: Counts, rank: np.ndarray, examples: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return starts and entries of the rows of the example captions [R]."""
-    idf = np.log((1 + len(counted.starts) - 1) / (1 + counted.frequencies)) + 1
+    idf = np.log(len(counted.starts) / (1 + counted.frequencies)) + 1  # starts has N + 1
     sizes = counted.starts[examples + 1] - counted.starts[examples]
     starts = np.empty(len(examples) + 1, np.int64)
     entries = np.empty(int(sizes.sum()) + len(examples), ENTRY)
@@ -100,7 +100,9 @@ def _weighted_rows(
 
 
 def _lists(starts: np.ndarray, entries: np.ndarray, vocabulary: int) -> tuple[np.ndarray, ...]:
-    """Return list_starts [V + 1], and the columns of the lists' entries."""
+    """Return list_starts [V + 1], then places, impacts, norms, codes, amounts and tails of all
+    entries, sorted by list.
+    """
     loops = kernels()
     number = len(entries) - (len(starts) - 1)
     terms = np.empty(number, np.int32)

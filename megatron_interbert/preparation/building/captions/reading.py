@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building import containers
-from megatron_interbert.preparation.building.captions.columns import CHINESE, LANGUAGE
+from megatron_interbert.preparation.building.captions.columns import LANGUAGE
 from megatron_interbert.preparation.building.captions.fields import Found, read_record
 from megatron_interbert.preparation.building.captions.layouts import whole_json
 from megatron_interbert.preparation.building.captions.tables import table
@@ -29,6 +30,11 @@ JSON_LAYOUTS = ("coco", "karpathy", "sbu", "json-dict", "json")
 FORMATS = ("auto", *JSON_LAYOUTS, "jsonl", "csv", "tsv", "conceptual", "flickr-tokens")
 REJECTED = "rejected by its data set"  # of a complaint that is no fault
 RECORDS_OF_PART = 4096
+SCRIPTS = {
+    "ja": re.compile("[\u3040-\u30ff]"),
+    "ko": re.compile("[\uac00-\ud7af]"),
+    "zh": re.compile("[\u3400-\u9fff]"),
+}
 LOOKED_AT = 1000  # records by which it is judged whether images are named, and what an example is
 
 
@@ -164,8 +170,14 @@ def language_of(found: Found, text: str) -> str:
 
 
 def guess_language(text: str) -> str:
-    """Return `zh` for a text with Chinese characters, else `en`, for files without languages."""
-    return "zh" if CHINESE.search(text) else "en"
+    """Guess the language of a text, for files without languages: `ja` if it has kana, `ko` for
+    hangul, `zh` for Chinese characters, else `en`.
+    """
+    for language, letters in SCRIPTS.items():
+        if letters.search(text):
+            return language
+
+    return "en"
 
 
 def _open(path: str, kind: str) -> Wrapped:

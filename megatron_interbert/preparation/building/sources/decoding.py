@@ -5,8 +5,6 @@ Imports no torch, so that processes that only decode start quickly and stay smal
 
 import io
 import multiprocessing
-import os
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,7 +15,10 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from megatron_interbert.preparation.building.interrupts import interrupts_blocked
+from megatron_interbert.preparation.building.interrupts import (
+    end_with_parent,
+    interrupts_blocked,
+)
 from megatron_interbert.preparation.building.sources.base import Dropped
 from megatron_interbert.reading import open_regular
 
@@ -147,15 +148,9 @@ class Decoders:
             with interrupts_blocked():
                 context = multiprocessing.get_context("spawn")
                 self._pool = ProcessPoolExecutor(
-                    self.processes, context, initializer=_end_with_parent
+                    self.processes, context, initializer=end_with_parent
                 )
         elif self._pool is None:
             self._pool = ThreadPoolExecutor(1)
 
         return self._pool
-
-
-def _end_with_parent() -> None:
-    """Watch the parent: without that, a process would wait for photos after its parent's death."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

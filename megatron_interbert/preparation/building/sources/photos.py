@@ -150,8 +150,9 @@ class PhotoSource:
 
 
 def start_worker(first: int, decoders: int, number: int) -> Callable[[], None]:
-    """Let this process, the worker of some `number` beside the `first` of its launcher's process,
-    use a GPU of its own as far as there are enough; return what ends its decoders.
+    """Give this worker a GPU of its own where there are enough; return what ends its decoders.
+
+    `first` is the number of the first worker of this launched process, `number` counts from it.
     """
     if torch.cuda.is_available():
         torch.cuda.set_device((first + number) % torch.cuda.device_count())
